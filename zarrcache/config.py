@@ -1,0 +1,310 @@
+"""Settings: the users' training keys and the ``cache:`` block, checked once, frozen after.
+
+Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``, ``30 d`` or a number of seconds.
+``${VAR}`` and ``${VAR:-default}`` expand in every string. The one environment variable of our own, ``ZARRCACHE_DIR``, overrides ``cache.dir``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from zarrcache.errors import ConfigError
+
+__all__ = [
+    "ArrayTierConfig",
+    "ByteTierConfig",
+    "CacheConfig",
+    "DataConfig",
+    "FetchConfig",
+    "Percent",
+    "RetryConfig",
+    "format_bytes",
+    "parse_bytes",
+    "parse_seconds",
+]
+
+_SIZE_UNITS = {"": 1, "b": 1}
+for _i, _letter in enumerate("kmgtp", start=1):
+    _SIZE_UNITS[_letter + "b"] = 1000**_i
+    _SIZE_UNITS[_letter] = _SIZE_UNITS[_letter + "ib"] = 1024**_i
+_TIME_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z%]*)\s*")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class Percent(float):
+    """A share of the file system, 0 to 100, written ``5 %``."""
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes of ``200 GiB``, ``1.5 GB``, ``4MiB`` or a plain number. K, M, G and T without ``B`` mean 1024.
+
+    Raises
+    ------
+    ValueError
+        Not a size; the message shows the value and the accepted forms.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _SIZE_UNITS:
+        raise ValueError(f"{value!r} is not a size. Write for example '200 GiB', '500 MB' or a number of bytes.")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+def parse_seconds(value: object) -> float:
+    """Seconds of ``60 s``, ``5 min``, ``12 h``, ``30 d`` or a plain number.
+
+    Raises
+    ------
+    ValueError
+        Not a duration; the message shows the value and the accepted forms.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _TIME_UNITS:
+        raise ValueError(f"{value!r} is not a duration. Write for example '60 s', '5 min', '30 d' or a number of seconds.")
+    return float(match[1]) * _TIME_UNITS[match[2].lower()]
+
+
+def format_bytes(n: int) -> str:
+    """``73.1 GiB``; exact below one KiB."""
+    if abs(n) < 1024:
+        return f"{n} B"
+    size = float(n)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if abs(size) < 1023.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} PiB"
+
+
+def _bytes_or_percent(value: object) -> int | Percent:
+    if isinstance(value, Percent):
+        return value
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is not None and match[2] == "%":
+        share = float(match[1])
+        if share >= 100:
+            raise ValueError(f"{value!r} would leave no room for the cache. Write for example '5 %'.")
+        return Percent(share)
+    return parse_bytes(value)
+
+
+def _expand(value: object) -> object:
+    """Replace ``${VAR}`` and ``${VAR:-default}``; a variable that is set to nothing counts as not set, as in the shell."""
+    if isinstance(value, str):
+
+        def replace(match: re.Match[str]) -> str:
+            found = os.environ.get(match[1]) or match[2]
+            if found is None:
+                raise ConfigError(f"{value!r} names the environment variable {match[1]}, which is not set. Set it or write ${{{match[1]}:-default}}.")
+            return found
+
+        return _VARIABLE.sub(replace, value)
+    if isinstance(value, Mapping):
+        return {k: _expand(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_expand(v) for v in value]
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+
+
+class _Block(BaseModel):
+    """A frozen block of settings whose every problem is one ConfigError that names the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as exc:
+            raise ConfigError("\n".join(_explain(type(self), e) for e in exc.errors())) from None
+
+
+class RetryConfig(_Block):
+    """How long a transient error is worth trying again."""
+
+    attempts: int = Field(5, ge=1, le=100, description="requests for one object at the most, the first included")
+    timeout: Seconds = Field(60.0, gt=0, description="seconds for all attempts of one fetch together")
+
+
+class FetchConfig(_Block):
+    """How objects come from S3."""
+
+    engine: Literal["auto", "obstore", "s3fs"] = "auto"
+    concurrency: int = Field(64, ge=1, le=1024, description="requests in flight per process")
+    connect_timeout: Seconds = Field(5.0, gt=0)
+    read_timeout: Seconds = Field(15.0, gt=0, description="seconds for one request, from sending to the last byte")
+
+
+class ByteTierConfig(_Block):
+    """The byte tier: objects, and blocks of large objects, as the origin stores them."""
+
+    enabled: bool = True
+    block_size: Bytes = Field(4 * 1024**2, ge=64 * 1024)
+
+
+class ArrayTierConfig(_Block):
+    """The array tier: decoded whole arrays."""
+
+    enabled: bool = True
+
+
+class CacheConfig(_Block):
+    """The ``cache:`` block.
+
+    >>> CacheConfig(dir="/scratch/me", limit="200 GiB")
+    >>> CacheConfig.from_yaml("configs/s3_cached.yaml")
+
+    Raises
+    ------
+    ConfigError
+        Unknown key (the nearest is named), size or duration that does not parse.
+    """
+
+    dir: Path
+    limit: Bytes = Field(200 * 1024**3, gt=0)
+    min_free: Annotated[int | Percent, BeforeValidator(_bytes_or_percent)] = Percent(5)
+    eviction: Literal["none", "least-recently-stored"] = "none"
+    revalidate: Literal["never", "run", "epoch"] = "never"
+    verify: Literal["first", "always", "never"] = "first"
+    bytes: ByteTierConfig = ByteTierConfig()
+    arrays: ArrayTierConfig = ArrayTierConfig()
+    retry: RetryConfig = RetryConfig()
+    fetch: FetchConfig = FetchConfig()
+    shared: bool = False
+
+    def __init__(self, **data: Any) -> None:
+        override = os.environ.get("ZARRCACHE_DIR")
+        if override:
+            data["dir"] = override
+        elif "dir" not in data:
+            raise ConfigError("cache.dir is missing. Give a directory on the node's own disk, for example dir: ${SLURM_TMPDIR:-/tmp}/zarrcache.")
+        super().__init__(**{k: _expand(v) for k, v in data.items()})
+
+    @field_validator("dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> CacheConfig:
+        """Read the ``cache:`` block of a training config, or a file that is such a block."""
+        document = _read_yaml(path)
+        block = document.get("cache", document)
+        return cls.of(block)
+
+    @classmethod
+    def of(cls, value: CacheConfig | Mapping[str, Any]) -> CacheConfig:
+        """A config as it is, or a mapping (or namespace) checked into one."""
+        if isinstance(value, cls):
+            return value
+        return cls(**_as_dict(value, "cache"))
+
+
+class DataConfig(_Block):
+    """The users' training keys that say where the data is. Other keys of the file belong to the training and are left alone.
+
+    >>> DataConfig.from_yaml("configs/s3_cached.yaml").functional
+    'GGA'
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    dataset_name: str = "zarr_s3_data"
+    data_dir: str
+    label_dir: str
+    map_dir: str
+    functional: str
+    density_type: str = "total"
+    normalize_data: bool = True
+    train_fraction: float | int = 0.8
+    random_state: int = 42
+    s3_kwargs: dict[str, Any] | None = None
+    cache: CacheConfig | None = None
+
+    def __init__(self, **data: Any) -> None:
+        data = {k: _expand(v) for k, v in data.items() if k in type(self).model_fields}
+        if data.get("cache") is not None:
+            data["cache"] = CacheConfig.of(data["cache"])
+        super().__init__(**data)
+
+    @field_validator("data_dir", "label_dir", "map_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> DataConfig:
+        """Read a training config."""
+        return cls(**_read_yaml(path))
+
+    @classmethod
+    def of(cls, cfg: object) -> DataConfig:
+        """From a SimpleNamespace, a mapping, or a DataConfig as it is."""
+        if isinstance(cfg, cls):
+            return cfg
+        return cls(**_as_dict(cfg, "cfg"))
+
+
+
+
+def _as_dict(value: object, name: str) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    if hasattr(value, "__dict__") and not isinstance(value, type):
+        return dict(vars(value))
+    raise ConfigError(f"{name} is {value!r}; it has to be a mapping of keys and values.")
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a YAML file, for example configs/s3_cached.yaml.") from exc
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
+    if not isinstance(document, dict):
+        raise ConfigError(f"config file {os.fspath(path)} holds no keys. It has to look like configs/s3_cached.yaml.")
+    return document
+
+
+def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
+    """One line for one problem: the key, what is wrong, what to write."""
+    prefix = "cache." if issubclass(model, CacheConfig) else ""
+    where = prefix + ".".join(str(part) for part in error["loc"])
+    inner = error.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):  # a nested block has explained itself
+        return "\n".join(f"{where}.{line}" for line in str(inner).splitlines())
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+        return f"{where} is not a setting. {hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing."
+    return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,101 @@
+"""What things are called: objects of an origin, entries of a cache, and the digests that name them. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from zarrcache.errors import ConfigError
+
+__all__ = ["FORMAT_VERSION", "ArrayKey", "ObjectInfo", "check_task_id", "source_digest", "stem_of"]
+
+#: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in every entry header.
+FORMAT_VERSION = 1
+
+_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectInfo:
+    """One object as the origin lists it.
+
+    Attributes
+    ----------
+    key : str
+        Path below the origin's root, with ``/``; never absolute.
+    size_bytes : int
+    etag : str
+        The version: S3's ETag without quotes, or ``mtime_ns-size`` of a local file.
+    modified_s : float
+        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of any digest.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str
+    modified_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayKey:
+    """The full identity of an entry of the array tier.
+
+    Attributes
+    ----------
+    origin : str
+        Where ``url`` is resolved: the S3 endpoint, or ``file``. The same ``s3://bucket/prefix`` on two endpoints is two things.
+    url : str
+        The store, for example ``s3://bucket/prefix/mp-1.zarr``.
+    array : str
+        The array's name in the store, for example ``charge_density_total``.
+    """
+
+    origin: str
+    url: str
+    array: str
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits; the entry's name on disk and in the index."""
+        return _digest("array", self.origin, self.url, self.array)
+
+
+def source_digest(objects: Iterable[ObjectInfo]) -> str:
+    """Digest of what was listed: key, size and ETag of every object, in any order. Equal digests mean "nothing changed"."""
+    lines = sorted(f"{o.key}\0{o.size_bytes}\0{o.etag}" for o in objects)
+    return _digest("source", *lines)
+
+
+def stem_of(name: str) -> str | None:
+    """Task id of a store's file name (``mp-1.zarr`` or ``mp-1.zarr.zip`` gives ``mp-1``), None for anything else."""
+    for suffix in (".zarr", ".zarr.zip"):
+        if name.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def check_task_id(task_id: object) -> str:
+    """Return ``task_id`` if it is a plain name; refuse anything that could leave its directory.
+
+    Raises
+    ------
+    ConfigError
+        Not a string, empty, with ``/``, ``\\`` or ``..``, or starting with a dot.
+    """
+    if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
+        raise ConfigError(
+            f"task id {task_id!r} is not a plain name. Letters, digits and ._+=@- are allowed, no '/' and no '..'; correct the map file."
+        )
+    return task_id
+
+
+def _digest(*parts: str) -> str:
+    # Length-prefixed: ("ab", "c") and ("a", "bc") must not collide.
+    h = hashlib.blake2b(digest_size=16, person=b"zarrcache-v%d" % FORMAT_VERSION)
+    for part in parts:
+        raw = part.encode()
+        h.update(b"%d:" % len(raw))
+        h.update(raw)
+    return h.hexdigest()
