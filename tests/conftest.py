@@ -1,0 +1,85 @@
+"""Fixtures of every test: a real S3 server, small stores, real data where it is, and no settings of the machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.s3server import S3Server, running_server
+from tests.support.stores import small_group as _small_group
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Take away credentials, profiles, endpoints and caches of whoever runs the tests, for this process and its children."""
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("AWS_") or n in ("ZARRCACHE_DIR", "BOTO_CONFIG")]:
+            patch.delenv(name)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            (empty / name).touch()
+            patch.setenv(name, str(empty / name))
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # no credentials must fail at once, not after a look for a metadata service
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None) -> Iterator[S3Server]:
+    """A real S3 server: one of our own, or the one that ZARRCACHE_TEST_S3 names."""
+    endpoint_url = os.environ.get("ZARRCACHE_TEST_S3")
+    if endpoint_url:
+        key, secret = (os.environ.get(f"ZARRCACHE_TEST_S3_{name}", "testing") for name in ("KEY", "SECRET"))
+        yield S3Server(endpoint_url.rstrip("/"), key, secret)
+        return
+    with running_server(tmp_path_factory.mktemp("s3") / "requests.log") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server) -> str:
+    """The name of an empty bucket of this test's own."""
+    return s3_server.new_bucket()
+
+
+@pytest.fixture
+def small_group(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``small_group("mp-1.zarr", shape=..., zarr_format=3, ...)`` writes a store below ``tmp_path`` and returns its arrays.
+
+    An absolute path is taken as it is. See ``tests.support.stores.small_group`` for the layouts.
+    """
+
+    @functools.wraps(_small_group)
+    def write(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _small_group(tmp_path / path, *args, **kwargs)
+
+    return write
+
+
+@pytest.fixture
+def put_store(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """``put_store("s3://bucket/prefix/mp-1.zarr", shape=..., ...)`` writes a store to S3 and returns its arrays."""
+
+    def write(url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        local = tmp_path_factory.mktemp("store") / url.rstrip("/").rpartition("/")[2]
+        arrays = _small_group(local, *args, **kwargs)
+        s3_server.put_tree(local, url)
+        return arrays
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real charge densities: the directory that ZARRCACHE_TEST_DATA names, or ../shared/data beside the repository."""
+    path = Path(os.environ.get("ZARRCACHE_TEST_DATA") or ROOT.parent / "shared" / "data")
+    if not (path / "mp").is_dir():
+        pytest.skip(f"no real densities at {path}; set ZARRCACHE_TEST_DATA to a directory that holds mp/ and vasp/")
+    return path

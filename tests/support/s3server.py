@@ -1,0 +1,181 @@
+"""A real S3 server for the tests: moto's threaded server in a process of its own, on 127.0.0.1 and a free port.
+
+``S3Server`` is a handle: small, picklable, usable from any process. The process behind it is started by ``running_server`` and ends
+with it, and also when the test process is killed: it watches its standard input, which the kernel closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+__all__ = ["S3Server", "running_server"]
+
+_START_S = 60.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where an S3 server listens and how to talk to it.
+
+    Attributes
+    ----------
+    endpoint_url : str
+        ``http://127.0.0.1:PORT``.
+    key, secret : str
+        Credentials that the server takes.
+    log : Path or None
+        One line a request, as the server saw it; None for a server that was not started here.
+    """
+
+    endpoint_url: str
+    key: str = "testing"
+    secret: str = "testing"
+    log: Path | None = field(default=None, compare=False)
+
+    @property
+    def host(self) -> str:
+        return str(urlsplit(self.endpoint_url).hostname)
+
+    @property
+    def port(self) -> int:
+        return int(urlsplit(self.endpoint_url).port or 80)
+
+    @property
+    def s3_kwargs(self) -> dict[str, Any]:
+        """A fresh dict as ``s3fs.S3FileSystem`` and ``ZarrS3Reader(s3_kwargs=...)`` take it."""
+        return {"key": self.key, "secret": self.secret, "endpoint_url": self.endpoint_url}
+
+    def kwargs_at(self, endpoint_url: str) -> dict[str, Any]:
+        """The same credentials at another address, for a proxy in front of this server."""
+        return {**self.s3_kwargs, "endpoint_url": endpoint_url}
+
+    def client(self) -> Any:
+        """A boto3 client. Tests set up and look around with it, because it leaves fsspec's and obstore's threads alone."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            region_name="us-east-1",
+            config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 2}),
+        )
+
+    def fs(self) -> Any:
+        """An s3fs filesystem of its own: no instance and no listing is shared with the code under test."""
+        import s3fs
+
+        return s3fs.S3FileSystem(**self.s3_kwargs, skip_instance_cache=True, use_listings_cache=False)
+
+    def new_bucket(self, prefix: str = "densities") -> str:
+        """Make a bucket that nobody else uses; its name."""
+        name = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def put(self, url: str, body: bytes, **extra: Any) -> str:
+        """Write one object; its ETag without quotes. ``extra`` goes to boto3's ``put_object``."""
+        bucket, key = _split(url)
+        return str(self.client().put_object(Bucket=bucket, Key=key, Body=body, **extra)["ETag"]).strip('"')
+
+    def put_tree(self, path: Path, url: str) -> list[str]:
+        """Upload a file to ``url``, or a directory below it; the keys in the bucket, sorted."""
+        bucket, root = _split(url)
+        client, keys = self.client(), []
+        for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
+            key = root if path.is_file() else "/".join(part for part in (root, file.relative_to(path).as_posix()) if part)
+            client.put_object(Bucket=bucket, Key=key, Body=file.read_bytes())
+            keys.append(key)
+        return sorted(keys)
+
+    def delete(self, url: str) -> None:
+        """Remove one object."""
+        bucket, key = _split(url)
+        self.client().delete_object(Bucket=bucket, Key=key)
+
+    def keys(self, url: str) -> list[str]:
+        """Every key below ``url``, with the bucket's own spelling, sorted."""
+        bucket, prefix = _split(url)
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
+
+
+def _split(url: str) -> tuple[str, str]:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key.rstrip("/")
+
+
+@contextlib.contextmanager
+def running_server(log: Path, environment: Mapping[str, str] | None = None) -> Iterator[S3Server]:
+    """Start a server, yield its handle, stop it. Its address is free again at once, so a test may stop it to be offline."""
+    # A new session: Ctrl-C in the terminal reaches the tests first, and they stop the server when they are done with it.
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=None if environment is None else dict(environment),
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        endpoint_url = _first_line(process)
+        yield S3Server(endpoint_url, log=log)
+    finally:
+        process.stdin.close()
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _first_line(process: subprocess.Popen[bytes]) -> str:
+    """The address that the server prints when it listens."""
+    import selectors
+
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        line = process.stdout.readline().decode().strip() if selector.select(_START_S) else ""
+    if not line.startswith("http://"):
+        raise RuntimeError(f"the S3 server did not start within {_START_S:.0f} s; install it with: pip install -e '.[demo]'")
+    return line
+
+
+def _serve() -> None:
+    """Run in the server's process: listen, print the address, end when standard input ends."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    server = make_server(
+        "127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True, request_handler=MotoRequestHandler
+    )
+    import threading
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    _serve()
