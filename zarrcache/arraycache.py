@@ -1,0 +1,157 @@
+"""The array tier: decoded whole arrays, found through the index, mapped on a hit."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zarrcache.atomic import publish
+from zarrcache.codec import Entry, header_of, map_entry, write_entry
+from zarrcache.config import CacheConfig, format_bytes
+from zarrcache.errors import ConfigError, CorruptEntryError
+from zarrcache.index import CACHE_FAULTS, Index, Intent, array_note
+from zarrcache.keys import ArrayKey
+from zarrcache.policy import Admission, disk_bytes, is_fresh
+from zarrcache.stats import Counters
+
+__all__ = ["ArrayCache", "EntryInfo"]
+
+logger = logging.getLogger(__name__)
+
+TIER = "array"
+
+
+@dataclass(frozen=True, slots=True)
+class EntryInfo:
+    """One entry of the array tier as a listing shows it. ``stored_s`` is seconds since 1970."""
+
+    key: ArrayKey
+    filename: str
+    size_bytes: int
+    stored_s: float
+
+
+class ArrayCache:
+    """Entries by :class:`~zarrcache.keys.ArrayKey`. Safe from any thread or process; pickles as its configuration.
+
+    A fault of the cache (full disk, broken index, deleted directory) is a miss or a pass-through, counted, and logged once a kind.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    counters : Counters
+        ``purges`` and ``cache_errors`` are counted here; hits and misses by the reader, which knows how a read ended.
+    index : Index, optional
+        Shared with the byte tier.
+    """
+
+    def __init__(self, config: CacheConfig, counters: Counters, *, index: Index | None = None) -> None:
+        self._config = config
+        self._counters = counters
+        self.index = index or Index(config)
+        self._verified: set[str] = set()
+        self._told: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[ArrayCache], tuple[CacheConfig, Counters]]:
+        return type(self), (self._config, self._counters)
+
+    def get(self, key: ArrayKey, *, source: str | None = None) -> Entry | None:
+        """The entry of ``key``, mapped; None if it is not there.
+
+        Parameters
+        ----------
+        key : ArrayKey
+        source : str, optional
+            What the origin lists now (:func:`zarrcache.keys.source_digest`); an entry of anything else is stale and a miss.
+        """
+        try:
+            stored = self.index.lookup(key.digest)
+            if stored is None:
+                return None
+            entry = map_entry(self.index.dir.root / stored.filename)
+        except FileNotFoundError:  # evicted between the row and the file
+            return None
+        except CorruptEntryError as exc:
+            self._purge(key, stored.filename, str(exc))
+            return None
+        except (*CACHE_FAULTS, ConfigError) as exc:
+            self._fault("read", key, exc)
+            return None
+        if entry.header.key != key:
+            self._purge(key, stored.filename, f"it holds {entry.header.key.url} {entry.header.key.array}")
+            return None
+        if not is_fresh(entry.header.source, source):
+            return None
+        if self._config.verify == "always" or (self._config.verify == "first" and stored.filename not in self._verified):
+            if not entry.is_intact():
+                self._purge(key, stored.filename, "its checksum does not match")
+                return None
+            self._verified.add(stored.filename)
+        return entry
+
+    def put(self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str) -> bool:
+        """Store a decoded array. False if it was not admitted or the cache failed: the caller has the array anyway."""
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        header = header_of(key, array, source)
+        filename = f"entries/{key.digest[:2]}/{key.digest}-{secrets.token_hex(4)}"
+        intent: Intent | None = None
+        try:
+            size_bytes = disk_bytes(header.file_bytes)
+            outcome = self.index.begin(filename, size_bytes)
+            if outcome is Admission.OVER_LIMIT and self.index.drop([key.digest]):  # what is stored under this key is stale: no reason to keep it
+                outcome = self.index.begin(filename, size_bytes)
+            if isinstance(outcome, Admission):
+                self._tell(outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(array.nbytes), outcome.value)
+                return False
+            intent = outcome
+            path = self.index.dir.root / filename
+            self.index.dir.make(path.parent)
+            publish(path, lambda file: write_entry(file, header, array), expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
+            self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
+        except (*CACHE_FAULTS, ConfigError) as exc:
+            self._fault("write", key, exc)
+            if intent is not None:
+                self._abort(intent)
+            if isinstance(exc, FileNotFoundError):  # the directory was deleted under us; the next write makes a new one
+                self.index.reopen()
+            return False
+        return True
+
+    def drop(self, key: ArrayKey) -> int:
+        """Evict one entry. Returns the bytes freed."""
+        return self.index.drop([key.digest])
+
+    def entries(self) -> Iterator[EntryInfo]:
+        """Every entry, oldest first."""
+        for row in self.index.rows(TIER):
+            origin, url, array = row.note.split("\n")
+            yield EntryInfo(ArrayKey(origin, url, array), row.filename, row.size_bytes, row.stored_s)
+
+    def _purge(self, key: ArrayKey, filename: str, why: str) -> None:
+        self._counters.add(purges=1)
+        logger.warning("cache entry dropped, reading %s %s from the origin: %s", key.url, key.array, why)
+        try:
+            self.index.drop([key.digest], filename=filename)
+        except CACHE_FAULTS as exc:
+            self._fault("drop", key, exc)
+
+    def _abort(self, intent: Intent) -> None:
+        try:
+            self.index.abort(intent)
+        except CACHE_FAULTS as exc:  # the next process that opens the index sweeps it
+            logger.debug("intent %s is left to the next sweep: %s", intent.key, exc)
+
+    def _fault(self, verb: str, key: ArrayKey, exc: BaseException) -> None:
+        self._counters.add(cache_errors=1)
+        self._tell(f"{verb} {type(exc).__name__}", "cache %s failed, serving %s from the origin: %s", verb, key.url, exc)
+
+    def _tell(self, kind: str, message: str, *args: object) -> None:
+        """Warn once a kind and process: a full disk must not write a line a sample."""
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning(message, *args)
