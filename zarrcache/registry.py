@@ -27,6 +27,23 @@ _L = TypeVar("_L", bound=Loader)
 _loaders: dict[str, Loader] = {}
 
 
+def _check_name(name: object) -> None:
+    # @register_data without a name hands over the function itself.
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f'register_data({name!r}): a loader needs a name. Write @register_data("my_data").')
+
+
+def _is_same(one: Loader, other: Loader) -> bool:
+    """Whether both are one function, or one definition executed again: a notebook cell run twice, a reloaded module."""
+    return one is other or ("<locals>" not in _name_of(one) and _name_of(one) == _name_of(other))
+
+
+def _name_of(loader: Loader) -> str:
+    """``package.module.function``; of a callable object, which has no such name, its ``repr``."""
+    name = getattr(loader, "__qualname__", None)
+    return f"{loader.__module__}.{name}" if name else repr(loader)
+
+
 def register_data(name: str) -> Callable[[_L], _L]:
     """Register a loader under ``name``, the ``dataset_name`` of a config.
 
@@ -135,20 +152,3 @@ def load_chgcar_data(cfg: object) -> Any:
         density_type=config.density_type,
     )
     return reader.data_split()
-
-
-def _check_name(name: object) -> None:
-    # @register_data without a name hands over the function itself.
-    if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f'register_data({name!r}): a loader needs a name. Write @register_data("my_data").')
-
-
-def _is_same(one: Loader, other: Loader) -> bool:
-    """Whether both are one function, or one definition executed again: a notebook cell run twice, a reloaded module."""
-    return one is other or ("<locals>" not in _name_of(one) and _name_of(one) == _name_of(other))
-
-
-def _name_of(loader: Loader) -> str:
-    """``package.module.function``; of a callable object, which has no such name, its ``repr``."""
-    name = getattr(loader, "__qualname__", None)
-    return f"{loader.__module__}.{name}" if name else repr(loader)

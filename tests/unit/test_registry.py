@@ -1,0 +1,195 @@
+"""Loaders are found by name, one's own as well as the built-in ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from zarrcache import registry
+from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.errors import ConfigError
+from zarrcache.registry import get_dataset, load_chgcar_data, load_data, register_data
+
+KEYS: dict[str, Any] = {"data_dir": "a", "label_dir": "b", "map_dir": "map.json", "functional": "GGA", "train_fraction": 0.8}
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_loaders", dict(registry._loaders))
+
+
+class Reader:
+    """Takes any arguments and splits them into nothing; what it was given is remembered."""
+
+    given: Mapping[str, Any] = {}
+
+    def __init__(self, **arguments: Any) -> None:
+        type(self).given = arguments
+
+    def data_split(self) -> tuple[str, str]:
+        return "train", "test"
+
+
+def module_with(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """Put a module in the place of one that reads files."""
+    module = ModuleType(name)
+    module.__dict__.update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_own_loader_is_registered_in_one_line() -> None:
+    """The decorator is all it takes, and it leaves the function as it was."""
+
+    @register_data("mine")
+    def load(cfg: Any) -> tuple[str, int]:
+        return cfg.data_dir, cfg.my_key
+
+    assert load(SimpleNamespace(data_dir="x", my_key=1)) == ("x", 1)
+    assert get_dataset(SimpleNamespace(dataset_name="mine", data_dir="x", my_key=1)) == ("x", 1)
+
+
+def test_loader_gets_a_namespace_from_a_mapping_and_anything_else_as_it_is() -> None:
+    """Loaders are written with ``cfg.key``, as the users' are; a mapping must not break them."""
+    register_data("mine")(lambda cfg: cfg)
+    assert get_dataset({"dataset_name": "mine", "epochs": 3}) == SimpleNamespace(dataset_name="mine", epochs=3)
+    cfg = SimpleNamespace(dataset_name="mine")
+    assert get_dataset(cfg) is cfg
+
+
+@pytest.mark.parametrize("name", ["zarr_s3_dta", "MINE", "", None, 3])
+def test_unknown_name_tells_which_are_known(name: object) -> None:
+    """The error names what was asked for, the nearest, and all there are."""
+    register_data("mine")(lambda cfg: cfg)
+    with pytest.raises(ConfigError, match="chgcar_data, mine, mp_zarr_s3_data, zarr_s3_data") as caught:
+        get_dataset({"dataset_name": name})
+    assert repr(name) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert ("Did you mean 'zarr_s3_data'?" in str(caught.value)) == (name == "zarr_s3_dta")
+
+
+def test_second_loader_of_a_name_is_refused() -> None:
+    """Two packages that take the same name do not replace each other in silence; both are named."""
+
+    def one(cfg: Any) -> str:
+        return "one"
+
+    def other(cfg: Any) -> str:
+        return "other"
+
+    register_data("mine")(one)
+    with pytest.raises(ConfigError, match=r"'mine' is taken by .*\.one\..* Register .*\.other under another name"):
+        register_data("mine")(other)
+    assert get_dataset({"dataset_name": "mine"}) == "one"
+
+
+def test_loaders_of_one_factory_are_different_loaders() -> None:
+    """They share a name and a module, and still are not the same."""
+
+    def make(value: int) -> Any:
+        def load(cfg: Any) -> int:
+            return value
+
+        return load
+
+    register_data("mine")(make(1))
+    with pytest.raises(ConfigError, match="taken"):
+        register_data("mine")(make(2))
+
+
+def test_same_loader_may_be_registered_again() -> None:
+    """The function itself, and its definition executed again: a notebook cell run twice, a module reloaded."""
+    namespace: dict[str, Any] = {"register_data": register_data, "__name__": "notebook"}
+    cell = "@register_data('mine')\ndef load(cfg):\n    return {}\n"
+    exec(cell.format(1), namespace)
+    register_data("mine")(namespace["load"])
+    exec(cell.format(2), namespace)
+    assert get_dataset({"dataset_name": "mine"}) == 2
+
+
+@pytest.mark.parametrize("name", ["", " ", None, load_data])
+def test_loader_needs_a_name(name: Any) -> None:
+    """``@register_data`` without a name is told how to write it."""
+    with pytest.raises(ConfigError, match=r'@register_data\("my_data"\)'):
+        register_data(name)
+
+
+def test_callable_object_can_be_a_loader() -> None:
+    """It has no name of its own; that must not matter."""
+
+    class Loader:
+        def __call__(self, cfg: Any) -> int:
+            return 1
+
+    loader = Loader()
+    register_data("mine")(loader)
+    register_data("mine")(loader)
+    assert get_dataset({"dataset_name": "mine"}) == 1
+    with pytest.raises(ConfigError, match="taken by"):
+        register_data("mine")(Loader())
+
+
+@pytest.mark.parametrize("name", ["zarr_s3_data", "mp_zarr_s3_data", None])
+def test_zarr_loader_hands_the_users_keys_to_the_reader(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under both names, and without one; what is not given has the users' default."""
+    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
+    assert get_dataset(KEYS if name is None else {**KEYS, "dataset_name": name, "epochs": 2}) == ("train", "test")
+    assert Reader.given == {
+        "data_dir": "a",
+        "label_dir": "b",
+        "map_dir": "map.json",
+        "functional": "GGA",
+        "normalize": True,
+        "train_fraction": 0.8,
+        "random_state": 42,
+        "density_type": "total",
+        "s3_kwargs": None,
+        "cache": None,
+    }
+
+
+def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block is checked before the reader sees it; a DataConfig goes through as it is."""
+    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
+    keys = {**KEYS, "normalize_data": False, "random_state": 7, "density_type": "diff", "s3_kwargs": {"anon": True}, "cache": {"dir": "/scratch"}}
+    for cfg in (keys, SimpleNamespace(**keys), DataConfig.of(keys)):
+        load_data(cfg)
+        assert Reader.given["normalize"] is False
+        assert Reader.given["random_state"] == 7
+        assert Reader.given["density_type"] == "diff"
+        assert Reader.given["s3_kwargs"] == {"anon": True}
+        assert Reader.given["cache"] == CacheConfig(dir="/scratch")
+
+
+def test_misspelt_cache_key_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest setting is in the message."""
+    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
+    with pytest.raises(ConfigError, match=r"limti is not a setting. Did you mean 'limit'"):
+        get_dataset({**KEYS, "cache": {"dir": "/scratch", "limti": "1 GiB"}})
+
+
+def test_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config without ``functional`` says so."""
+    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
+    with pytest.raises(ConfigError, match="functional is missing"):
+        get_dataset({key: value for key, value in KEYS.items() if key != "functional"})
+
+
+def test_chgcar_loader_hands_the_users_keys_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same keys serve the reader of files that are not converted."""
+    module_with(monkeypatch, "zarrcache.chgcar", RhoRead=Reader)
+    assert get_dataset({**KEYS, "dataset_name": "chgcar_data"}) == ("train", "test")
+    assert Reader.given["normalize"] is True
+    assert load_chgcar_data(SimpleNamespace(**KEYS)) == ("train", "test")
+
+
+def test_importing_the_registry_loads_nothing_heavy() -> None:
+    """A command line that only names loaders starts at once."""
+    code = "import sys, zarrcache.registry; print(sorted({'torch', 'zarr', 's3fs', 'obstore', 'sklearn', 'pymatgen'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
