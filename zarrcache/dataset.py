@@ -243,11 +243,12 @@ class _PairToTensors:
 
     def _stream(self) -> tuple[int, ...]:
         """The numbers that set this process's draws apart from those of other processes and epochs."""
-        if self.seed is None:
-            # The worker's seed; in the main process that of torch.manual_seed, or a random number. Asking uses up no random state.
-            return (torch.initial_seed(),)
         worker = get_worker_info()
-        return (self.seed, 0 if worker is None else worker.seed)
+        if worker is not None:
+            # torch draws it anew for every worker and, unless the workers are persistent, every epoch.
+            return (self.seed or 0, worker.seed)
+        # The initial seed is that of torch.manual_seed, or random. Asking for it uses up no random state.
+        return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
 
     def _tensor(self, whole: Grid, step: int, name: str) -> torch.Tensor:
         grid = downsample(whole, step, multiple=self.downsample_data)

@@ -254,6 +254,18 @@ class Index:
 
     # -- opening ---------------------------------------------------------------------------------------------------------------
 
+    def open(self) -> None:
+        """Open now: create the directory, sweep after the dead. Everything else does it by itself at first use.
+
+        Raises
+        ------
+        ConfigError
+            The directory cannot be ours.
+        OSError, sqlite3.Error, diskcache.Timeout
+            It cannot be created or opened.
+        """
+        self._cache()
+
     def reopen(self) -> None:
         """Forget the open index: its directory was replaced, or its file is broken."""
         with self._open_lock:

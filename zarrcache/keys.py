@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from zarrcache.errors import ConfigError
 
-__all__ = ["FORMAT_VERSION", "ArrayKey", "ObjectInfo", "check_task_id", "source_digest", "stem_of"]
+__all__ = ["FORMAT_VERSION", "ArrayKey", "BlockKey", "ObjectInfo", "check_task_id", "source_digest", "stem_of"]
 
 #: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in every entry header.
 FORMAT_VERSION = 1
@@ -60,6 +60,41 @@ class ArrayKey:
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
         return _digest("array", self.origin, self.url, self.array)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKey:
+    """The full identity of an entry of the byte tier: one version of one object, or one block of it.
+
+    Attributes
+    ----------
+    origin, url : str
+        As in :class:`ArrayKey`; ``url`` is the origin's root.
+    object : ObjectInfo
+    block : int or None
+        Number of the block; None for the whole object.
+    """
+
+    origin: str
+    url: str
+    object: ObjectInfo
+    block: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The name fsspec's layers know it by: object key, ETag, size, block. :meth:`parse` reads it back."""
+        return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{'' if self.block is None else self.block}"
+
+    @classmethod
+    def parse(cls, origin: str, url: str, path: str) -> BlockKey:
+        """From :attr:`path`. Keys may hold ``#``, ETags do not."""
+        key, etag, size, block = path.rsplit("#", 3)
+        return cls(origin, url, ObjectInfo(key, int(size), etag), int(block) if block else None)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits; the entry's name on disk and in the index."""
+        return _digest("object", self.origin, self.url, self.path)
 
 
 def source_digest(objects: Iterable[ObjectInfo]) -> str:

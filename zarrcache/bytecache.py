@@ -1,0 +1,230 @@
+"""The byte tier: objects, and blocks of large objects, exactly as the origin stores them. Made of fsspec parts.
+
+::
+
+    ByteCache.read ─> fsspec simplecache ─ hit: the local file
+                          └ miss ─> PublishingFileSystem.get_file ─> single flight ─> origin ─> checks ─> publish + index row
+
+Under zarr v3 only simplecache caches at all (filecache fetches every time, blockcache stores nothing and serves zeros for ever after
+one failed fetch), and it trusts any file that bears the right name.  So what lies beneath it publishes: one fetcher, size and checksum
+against the listing, then a rename.  A range of a large object is cached as *blocks* that take the same path, not by blockcache.
+The version (ETag) is part of the name: a changed object is another entry.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import google_crc32c
+from fsspec import AbstractFileSystem
+from fsspec.implementations.cache_mapper import AbstractCacheMapper
+from fsspec.implementations.cached import SimpleCacheFileSystem
+
+from zarrcache.atomic import publish, write_all
+from zarrcache.config import CacheConfig
+from zarrcache.errors import ConfigError, OriginError
+from zarrcache.flight import SingleFlight
+from zarrcache.index import CACHE_FAULTS, Index
+from zarrcache.keys import BlockKey, ObjectInfo
+from zarrcache.origin import Origin
+from zarrcache.policy import Admission, disk_bytes
+from zarrcache.stats import Counters
+
+__all__ = ["ByteCache", "PublishingFileSystem"]
+
+logger = logging.getLogger(__name__)
+
+TIER = "object"
+
+
+class _NotStored(Exception):
+    """simplecache can only give what lies on disk; bytes that were not admitted come up through it as this. Never leaves the module."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(f"{len(data)} bytes were not stored")
+        self.data = data
+
+
+class _DigestMapper(AbstractCacheMapper):  # type: ignore[misc]
+    """simplecache's file name for a path: two-letter directory and digest of the full identity."""
+
+    def __init__(self, origin: str, url: str) -> None:
+        self._origin, self._url = origin, url
+
+    def __call__(self, path: str) -> str:
+        digest = BlockKey.parse(self._origin, self._url, path).digest
+        return f"{digest[:2]}/{digest}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _DigestMapper) and (self._origin, self._url) == (other._origin, other._url)
+
+    def __hash__(self) -> int:
+        return hash((self._origin, self._url))
+
+
+class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
+    """What simplecache calls its target: names are :attr:`BlockKey.path`, and ``get_file`` publishes or stores nothing.
+
+    Parameters
+    ----------
+    origin : Origin
+    index : Index
+    flight : SingleFlight
+    block_size : int
+        Bytes of a block.
+    """
+
+    protocol: ClassVar[str] = "zarrcache-publish"
+    cachable = False
+
+    def __init__(self, origin: Origin, index: Index, flight: SingleFlight, block_size: int) -> None:
+        super().__init__()
+        self._origin, self._index, self._flight, self._block_size = origin, index, flight, block_size
+
+    def exists(self, path: str, **kwargs: Any) -> bool:
+        """True: paths come from a listing, and the origin is asked when the object is fetched."""
+        return True
+
+    def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
+        """Fetch one object or block and publish it as ``lpath``, the file simplecache looks for."""
+        key = BlockKey.parse(self._origin.identity, self._origin.url, rpath)
+        with self._flight.hold(key.digest):
+            if not os.path.exists(lpath):  # somebody else published it while we waited; names carry the version, so it is the right one
+                self._publish(key, lpath)
+
+    def _publish(self, key: BlockKey, lpath: str) -> None:
+        data = self._fetch(key)
+        root = self._index.dir.root
+        filename = os.path.relpath(lpath, root)
+        try:
+            intent = self._index.begin(filename, disk_bytes(len(data)))
+            if isinstance(intent, Admission):
+                raise _NotStored(data)
+            try:
+                path = root / filename
+                self._index.dir.make(path.parent)
+                publish(path, lambda file: write_all(file, memoryview(data)), expected_bytes=len(data), mode=self._index.dir.file_mode)
+                note = f"{google_crc32c.value(data)}\n{key.origin}\n{self._origin.url_of(key.object.key)}"
+                self._index.commit(intent, key.digest, TIER, note)
+            except CACHE_FAULTS:
+                self._index.abort(intent)
+                raise
+        except CACHE_FAULTS as exc:
+            logger.warning("cache write failed, serving %s from the origin: %s", self._origin.url_of(key.object.key), exc)
+            raise _NotStored(data) from exc
+
+    def _fetch(self, key: BlockKey) -> bytes:
+        if key.block is not None:
+            start = key.block * self._block_size
+            return self._origin.fetch_range(key.object, start, min(start + self._block_size, key.object.size_bytes))
+        ((_, data),) = self._origin.fetch([key.object])
+        return bytes(data)
+
+
+class ByteCache:
+    """Reads of one origin's objects through the byte tier. Safe from any thread or process; pickles without its open parts.
+
+    Parameters
+    ----------
+    origin : Origin
+    config : CacheConfig
+    counters : Counters
+    index : Index
+        Shared with the array tier: one limit for both.
+    """
+
+    def __init__(self, origin: Origin, config: CacheConfig, counters: Counters, index: Index) -> None:
+        self._origin, self._config, self._counters, self._index = origin, config, counters, index
+        self._fs: SimpleCacheFileSystem | None = None
+        self._verified: set[str] = set()
+        self._told = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._origin, self._config, self._counters, self._index)
+
+    def read(self, obj: ObjectInfo, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes ``start`` to ``stop`` of an object, from disk if they are there.
+
+        Objects up to ``cache.bytes.block_size`` are cached whole, and so is what is read whole; ranges of larger ones as blocks.
+
+        Raises
+        ------
+        IncompleteArrayError, OriginError
+            The origin does not deliver what it lists. A fault of the cache is never raised.
+        """
+        stop = obj.size_bytes if stop is None else min(stop, obj.size_bytes)
+        start = min(start, stop)
+        block_size = self._config.bytes.block_size
+        if not self._config.bytes.enabled:
+            return self._past_the_cache(obj, start, stop)
+        if obj.size_bytes <= block_size or (start, stop) == (0, obj.size_bytes):
+            return self._entry(BlockKey(self._origin.identity, self._origin.url, obj))[start:stop]
+        return b"".join(self._blocks(obj, start, stop, block_size))
+
+    def _blocks(self, obj: ObjectInfo, start: int, stop: int, block_size: int) -> Iterator[bytes]:
+        for number in range(start // block_size, -(-stop // block_size)):
+            base = number * block_size
+            data = self._entry(BlockKey(self._origin.identity, self._origin.url, obj, number))
+            yield data[max(start - base, 0) : stop - base]
+
+    def _entry(self, key: BlockKey) -> bytes:
+        """One object or block, from disk or from the origin."""
+        try:
+            local = self._index.dir.bytes / key.digest[:2] / key.digest
+            hit = local.exists()
+            data: bytes = self._simplecache().cat_file(key.path)
+            if hit and not self._is_intact(key, data):
+                self._counters.add(purges=1)
+                logger.warning("cache entry dropped, reading %s from the origin: it does not match its checksum", self._origin.url_of(key.object.key))
+                self._index.drop([key.digest])
+                local.unlink(missing_ok=True)
+                hit = False
+                data = self._simplecache().cat_file(key.path)
+            self._counters.add(byte_hits=int(hit), byte_misses=int(not hit), served_bytes=len(data) if hit else 0)
+            return data
+        except OriginError:
+            raise
+        except _NotStored as exc:
+            self._counters.add(byte_misses=1)
+            return exc.data
+        except FileNotFoundError:  # evicted between simplecache's look and its open
+            self._counters.add(byte_misses=1)
+        except (*CACHE_FAULTS, ConfigError) as exc:
+            self._counters.add(byte_misses=1, cache_errors=1)
+            if not self._told:
+                self._told = True
+                logger.warning("cache read failed, serving %s from the origin: %s", self._origin.url_of(key.object.key), exc)
+        start = (key.block or 0) * self._config.bytes.block_size
+        stop = key.object.size_bytes if key.block is None else min(start + self._config.bytes.block_size, key.object.size_bytes)
+        return self._past_the_cache(key.object, start, stop)
+
+    def _is_intact(self, key: BlockKey, data: bytes) -> bool:
+        """Compare with the checksum in the index. A file that no row knows is not trusted."""
+        if self._config.verify == "never" or (self._config.verify == "first" and key.digest in self._verified):
+            return True
+        stored = self._index.lookup(key.digest)
+        if stored is None or stored.note.partition("\n")[0] != str(google_crc32c.value(data)):
+            return False
+        self._verified.add(key.digest)
+        return True
+
+    def _past_the_cache(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        if (start, stop) == (0, obj.size_bytes):
+            ((_, data),) = self._origin.fetch([obj])
+            return bytes(data)
+        return self._origin.fetch_range(obj, start, stop)
+
+    def _simplecache(self) -> SimpleCacheFileSystem:
+        if self._fs is None:
+            flight = SingleFlight(self._index.dir.locks, timeout_s=2 * self._config.retry.timeout, mode=self._index.dir.file_mode)
+            self._index.open()
+            self._fs = SimpleCacheFileSystem(
+                fs=PublishingFileSystem(self._origin, self._index, flight, self._config.bytes.block_size),
+                cache_storage=os.fspath(self._index.dir.bytes),
+                cache_mapper=_DigestMapper(self._origin.identity, self._origin.url),
+                skip_instance_cache=True,
+            )
+        return self._fs

@@ -1,0 +1,211 @@
+"""S3 through obstore: the fast engine. The only import of obstore.
+
+obstore's threads do not survive a fork: a child whose parent has used it hangs or aborts at its first request.  ``is_usable`` knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsspec.asyn import get_loop
+
+from zarrcache.config import FetchConfig
+from zarrcache.errors import ConfigError
+from zarrcache.faults import S3Fault
+from zarrcache.keys import ObjectInfo
+from zarrcache.pump import PAGE_OBJECTS, SLOWEST_BYTES_PER_S, Page, Received, pump, run
+from zarrcache.s3options import S3Options
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, S3Credential, S3Store
+
+__all__ = ["ObstoreEngine", "is_usable"]
+
+#: botocore renews credentials that have less than 10 minutes left; asking it every few minutes is enough.
+CREDENTIALS_TTL = timedelta(minutes=10)
+
+_broken_by_fork = False
+
+
+def is_usable() -> bool:
+    """False in a process that was forked from one in which obstore was loaded, by us or by anybody."""
+    return not _broken_by_fork
+
+
+def _after_fork_in_child() -> None:
+    global _broken_by_fork
+    _broken_by_fork = _broken_by_fork or "obstore" in sys.modules
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class ObstoreEngine:
+    """Requests to one bucket. One object belongs to one process.
+
+    Parameters
+    ----------
+    bucket : str
+    options : S3Options
+    region : str
+        The bucket's region; obstore does not follow S3 to another one.
+    fetch : FetchConfig
+    """
+
+    def __init__(self, bucket: str, options: S3Options, region: str, fetch: FetchConfig) -> None:
+        from obstore.store import S3Store
+
+        self._fetch = fetch
+        endpoint, virtual = _endpoint(bucket, options, region)
+        self._store: S3Store = S3Store(
+            bucket,
+            config={
+                # Every setting that obstore would otherwise take from the environment, by other rules than botocore.
+                "endpoint": endpoint,
+                "aws_endpoint_url_s3": endpoint,
+                "region": region,
+                "virtual_hosted_style_request": virtual,
+                "skip_signature": options.anon,
+                "request_payer": options.requester_pays,
+                "s3_express": False,
+            },
+            client_options=_client_options(endpoint, options, fetch),
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(0)},
+            **({} if options.anon else {"credential_provider": _Credentials(options)}),
+        )
+
+    def list_page(self, prefix: str, *, patience_s: float, token: str | None = None) -> Page:
+        """Every object below ``prefix``, which ends with ``/`` or is empty: all pages in one."""
+        return Page(run(get_loop(), self._list(prefix, patience_s)), [], None)
+
+    def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
+        """One object as a HEAD shows it, None if there is none."""
+        return run(get_loop(), self._head(key, patience_s))
+
+    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
+        """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up."""
+        return pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency)
+
+    def get_range(self, obj: ObjectInfo, start: int, stop: int, *, patience_s: float) -> Received:
+        """Bytes ``start`` to ``stop`` (exclusive) of one object."""
+        return run(get_loop(), self._get(obj, (start, stop), patience_s))
+
+    async def _list(self, prefix: str, patience_s: float) -> list[ObjectInfo]:
+        found: list[ObjectInfo] = []
+        stream = self._store.list(prefix or None, chunk_size=PAGE_OBJECTS)
+        try:
+            while True:
+                async with asyncio.timeout(patience_s):
+                    chunk = await anext(stream, None)
+                if chunk is None:
+                    return found
+                found += [_info(meta) for meta in chunk]
+        except Exception as exc:
+            raise _fault(exc) from exc
+
+    async def _head(self, key: str, patience_s: float) -> ObjectInfo | None:
+        try:
+            async with asyncio.timeout(patience_s):
+                return _info(await self._store.head_async(key))
+        except FileNotFoundError:
+            return None
+        except Exception as exc:
+            raise _fault(exc) from exc
+
+    async def _get(self, obj: ObjectInfo, part: tuple[int, int] | None, patience_s: float) -> Received:
+        size = obj.size_bytes if part is None else part[1] - part[0]
+        try:
+            async with asyncio.timeout(min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S):
+                result = await self._store.get_async(obj.key, options=None if part is None else {"range": part})
+                body = await result.bytes_async()
+                return Received(body, (result.meta["e_tag"] or "").strip('"'))
+        except Exception as exc:
+            raise _fault(exc) from exc
+
+
+class _Credentials:
+    """obstore's credential provider: the credentials of ``s3_kwargs``, or botocore's chain (profile, environment, SSO, instance, ...)."""
+
+    def __init__(self, options: S3Options) -> None:
+        self._options = options
+        self._chain: Any = None
+
+    def __call__(self) -> S3Credential:
+        if self._options.key is not None and self._options.secret is not None:
+            # Through the provider as well: given as settings, obstore would add a session token that it finds in the environment.
+            return {"access_key_id": self._options.key, "secret_access_key": self._options.secret, "token": self._options.token, "expires_at": None}
+        if self._chain is None:
+            import botocore.session
+
+            self._chain = botocore.session.Session(profile=self._options.profile).get_credentials()
+        if self._chain is None:
+            raise LookupError("NoCredentials")
+        frozen = self._chain.get_frozen_credentials()  # renews what is about to expire
+        return {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "token": frozen.token, "expires_at": datetime.now(UTC) + CREDENTIALS_TTL}
+
+
+def _endpoint(bucket: str, options: S3Options, region: str) -> tuple[str, bool]:
+    """URL to send requests to, and whether the bucket is in its host name."""
+    if options.endpoint_url is None:
+        scheme = "https" if options.use_ssl else "http"
+        domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+        # A dot in the bucket's name does not match the certificate's wildcard.
+        virtual = options.virtual_hosted is not False and "." not in bucket
+        return f"{scheme}://{bucket + '.' if virtual else ''}s3.{region}.{domain}", virtual
+    if options.virtual_hosted:
+        scheme, _, host = options.endpoint_url.partition("://")
+        return f"{scheme}://{bucket}.{host}", True
+    return options.endpoint_url, False
+
+
+def _client_options(endpoint: str, options: S3Options, fetch: FetchConfig) -> ClientConfig:
+    client: ClientConfig = {
+        "allow_http": endpoint.startswith("http://"),
+        "connect_timeout": timedelta(seconds=fetch.connect_timeout),
+        "read_timeout": timedelta(seconds=fetch.read_timeout),
+        # The default of 30 s for a whole request would cut large objects on a slow line; silence is bounded above, slowness in _get.
+        "timeout": timedelta(days=1),
+    }
+    if options.verify is False:
+        client["allow_invalid_certificates"] = True
+    elif isinstance(options.verify, str):
+        try:
+            client["root_certificate"] = Path(options.verify).read_bytes()
+        except OSError as exc:
+            raise ConfigError(f"the certificate file {options.verify} cannot be read ({exc.strerror}). Correct client_kwargs.verify in s3_kwargs or AWS_CA_BUNDLE.") from exc
+    return client
+
+
+def _info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], (meta["e_tag"] or "").strip('"'), meta["last_modified"].timestamp())
+
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>([^<]*)</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_OS_MESSAGE = re.compile(r'message: "([^"]*)"')
+
+
+def _fault(exc: Exception) -> S3Fault:
+    """obstore says everything in the message: one line, then a dump of the error that it comes from."""
+    line, _, dump = str(exc).partition("\n\nDebug source:")
+    status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
+    if status is not None:
+        return S3Fault(int(status[1]), code[1] if code else "", message[1] if message else "")
+    if "NoCredentials" in line or "NoCredentials" in dump:
+        return S3Fault(None, "NoCredentials", "")
+    if isinstance(exc, TimeoutError) or "TimedOut" in dump or "kind: Timeout" in dump:
+        return S3Fault(None, "Timeout", "no answer in time")
+    if "IncompleteBody" in dump or "UnexpectedEof" in dump:
+        return S3Fault(None, "ShortBody", "the connection closed in the middle of an answer")
+    os_message = _OS_MESSAGE.search(dump)
+    if "HTTP error" in line or "InvalidXml" in dump:
+        return S3Fault(None, "Connection", os_message[1] if os_message else line.rpartition(" - ")[2])
+    return S3Fault(None, type(exc).__name__, line)

@@ -1,0 +1,129 @@
+"""An origin that is a directory, on a local disk or a network file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from zarrcache.config import RetryConfig
+from zarrcache.errors import ConfigError, IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError
+from zarrcache.keys import ObjectInfo
+from zarrcache.retry import RetryPolicy, TransientError
+from zarrcache.stats import Counters
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["LocalOrigin"]
+
+T = TypeVar("T")
+
+#: A network file system's ways to say "try again"; anything else of a disk does not go away by waiting.
+_TRANSIENT = frozenset(
+    {errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EIO, errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN}
+)
+
+
+class LocalOrigin:
+    """A directory. The version of a file is its modification time and size.
+
+    Parameters
+    ----------
+    path : str
+        Made absolute; ``~`` is expanded.
+
+    See Also
+    --------
+    zarrcache.origin.Origin : what the methods promise.
+    """
+
+    identity = "file"
+
+    def __init__(self, path: str, *, retry: RetryConfig = RetryConfig(), counters: Counters | None = None) -> None:
+        if not path:
+            raise ConfigError("the path of the data is empty. Give a directory, or s3://bucket/prefix.")
+        self.url = os.path.abspath(os.path.expanduser(path))
+        self._retry = retry
+        self._counters = counters if counters is not None else Counters()
+
+    def __repr__(self) -> str:
+        return f"LocalOrigin({self.url!r})"
+
+    def url_of(self, key: str) -> str:
+        """Absolute path of a key."""
+        return os.path.join(self.url, key)
+
+    def list_names(self) -> list[str]:
+        """Names in the directory, sorted. See ``Origin.list_names``."""
+        return self._tried(lambda: sorted(os.listdir(self.url)), self.url, None)
+
+    def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+        """Every file below ``prefix``. See ``Origin.list_objects``."""
+        path = self.url_of(prefix)
+        is_directory = not prefix or prefix.endswith("/")
+        try:
+            return self._tried(lambda: sorted(_walk(path, prefix)) if is_directory else [_info(prefix, os.stat(path))] if os.path.isfile(path) else [], path, None)
+        except OriginNotFoundError:
+            if not prefix:
+                raise
+            return []
+
+    def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Contents of listed files. See ``Origin.fetch``."""
+        for obj in objects:
+            yield obj, self.fetch_range(obj, 0, obj.size_bytes)
+
+    def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes of a listed file. See ``Origin.fetch_range``."""
+        path = self.url_of(obj.key)
+        data = self._tried(lambda: _read(path, obj, start, stop), path, obj)
+        self._counters.add(fetched_bytes=len(data))
+        return data
+
+    def _tried(self, function: Callable[[], T], path: str, obj: ObjectInfo | None) -> T:
+        def attempt() -> T:
+            self._counters.add(requests=1)
+            try:
+                return function()
+            except OSError as exc:
+                raise _error(exc, path, obj) from exc
+
+        return RetryPolicy(self._retry).call(attempt, on_retry=lambda: self._counters.add(retries=1))
+
+
+def _walk(path: str, prefix: str) -> Iterator[ObjectInfo]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield _info(prefix + entry.name, entry.stat())
+
+
+def _info(key: str, stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size}", stat.st_mtime)
+
+
+def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), stop - start, start)
+        while len(data) < stop - start and (more := os.pread(file.fileno(), stop - start - len(data), start + len(data))):
+            data += more  # one pread ends at 2 GiB
+        # Looked at after the reading: a writer that came in between has changed the time.
+        if len(data) != stop - start or _info(obj.key, os.fstat(file.fileno())).etag != obj.etag:
+            raise IncompleteArrayError(f"{path} was changed after it was listed. Read it again when the writer has finished.")
+    return data
+
+
+def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return OriginAccessError(f"{path} may not be read by this user ({exc.strerror}). Correct its permissions, or run as its owner.")
+    if isinstance(exc, (FileNotFoundError, NotADirectoryError)):
+        if obj is not None:
+            return IncompleteArrayError(f"{path} is listed ({obj.size_bytes} bytes) but is gone. The store is incomplete: convert it again.")
+        return OriginNotFoundError(f"{path} is not a directory of this machine. Check the path, and that its file system is mounted.")
+    if exc.errno in _TRANSIENT:
+        return TransientError(path, f"{exc.strerror} (errno {exc.errno})")
+    return OriginError(f"{path} could not be read: {exc.strerror} (errno {exc.errno}). Check the file system.")

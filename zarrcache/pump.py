@@ -1,0 +1,103 @@
+"""Many requests in flight on the I/O loop's thread, answers handed over one by one to the calling thread as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zarrcache.faults import S3Fault
+from zarrcache.keys import ObjectInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["PAGE_OBJECTS", "SLOWEST_BYTES_PER_S", "Page", "Received", "pump", "run"]
+
+#: Slowest transfer of one object that is not given up. With the read timeout it bounds a server that sends a byte now and then.
+SLOWEST_BYTES_PER_S = 16 * 1024
+PAGE_OBJECTS = 1000  # S3's own limit for one LIST
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Received:
+    """The body of one object and the version that the server says it is."""
+
+    body: Buffer
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An answer to a LIST: objects and common prefixes with their full keys, and the token of the next page (None on the last)."""
+
+    objects: list[ObjectInfo]
+    prefixes: list[str]
+    next_token: str | None
+
+
+def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Result of ``coroutine``, run on ``loop`` in its own thread; it is cancelled if the waiting is interrupted."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def pump(
+    loop: asyncio.AbstractEventLoop,
+    get: Callable[[ObjectInfo], Awaitable[Received]],
+    objects: Sequence[ObjectInfo],
+    concurrency: int,
+) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
+    """One request for each object, ``concurrency`` at a time, answers in the order of arrival.
+
+    When as many requests in a row as there are in flight have failed and may be tried again, the server is taken to be down: the rest is
+    not asked for in this pass and comes back as None.  A store of 2,000 objects then costs a dead server 64 requests a pass, not 2,000,
+    and a hanging one a single ``read_timeout``.
+
+    A consumer that stops early (``close()``) cancels what is in flight.
+    """
+    arrived: queue.SimpleQueue[tuple[ObjectInfo, Received | S3Fault | None] | BaseException | None] = queue.SimpleQueue()
+    todo = iter(objects)
+    failed_in_a_row = 0
+
+    async def worker() -> None:
+        nonlocal failed_in_a_row
+        for obj in todo:
+            if failed_in_a_row >= concurrency:
+                arrived.put((obj, None))
+                continue
+            try:
+                received = await get(obj)
+            except S3Fault as fault:
+                failed_in_a_row = failed_in_a_row + 1 if fault.is_transient else 0
+                arrived.put((obj, fault))
+            else:
+                failed_in_a_row = 0
+                arrived.put((obj, received))
+
+    async def all_workers() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(objects))):
+                    group.create_task(worker())
+        except BaseExceptionGroup as exc:  # a fault of ours, not of the server: the caller has to see it
+            arrived.put(exc.exceptions[0])
+        finally:
+            arrived.put(None)
+
+    future = asyncio.run_coroutine_threadsafe(all_workers(), loop)
+    try:
+        while (item := arrived.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        future.cancel()

@@ -1,0 +1,137 @@
+"""One array read whole: everything fetched at once, decoded while it arrives, checked against the listing.
+
+The densities of a training run take this way on a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zarrcache.decode import ArrayDecoder
+from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
+from zarrcache.keys import ObjectInfo, source_digest
+from zarrcache.origin import Origin
+from zarrcache.zipped import unzip
+
+__all__ = ["Decoded", "list_array", "read_array"]
+
+logger = logging.getLogger(__name__)
+
+#: A store that was written this recently may still be being written: it is listed again after the fetch.
+_SETTLED_S = 2.0
+#: Objects this far apart in age, the newest within a minute, look like a store that is being overwritten.
+_SPREAD_S = 5.0
+_REWRITE_WAITS_S = (0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An array and the digest of the objects it was decoded from."""
+
+    array: np.ndarray[Any, np.dtype[Any]]
+    source: str
+
+
+def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
+    """The objects of one array, or the one object of a zipped store: one LIST.
+
+    Raises
+    ------
+    OriginNotFoundError
+        There is no such store.
+    SchemaError
+        The store has no such array; the message names those it has.
+    """
+    if store.endswith(".zip"):
+        listed = origin.list_objects(store)
+        if not listed:
+            raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
+        return listed
+    listed = origin.list_objects(f"{store}/{array}/")
+    if not listed:
+        everything = origin.list_objects(f"{store}/")
+        if not everything:
+            raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
+        raise _no_such_array(origin.url_of(store), array, (o.key.removeprefix(f"{store}/") for o in everything))
+    return listed
+
+
+def read_array(origin: Origin, store: str, array: str, *, listed: list[ObjectInfo] | None = None) -> Decoded:
+    """Fetch and decode one whole array: 1 LIST and 1 GET an object.
+
+    Never a mixture of two versions: each object has to be the version that was listed, and a store that looks as if it were being written
+    right now is listed again afterwards.
+
+    Parameters
+    ----------
+    origin : Origin
+    store : str
+        Name below the origin, for example ``mp-1.zarr`` or ``mp-1.zarr.zip``.
+    array : str
+    listed : list of ObjectInfo, optional
+        From :func:`list_array`, if it was just called.
+
+    Raises
+    ------
+    OriginNotFoundError, SchemaError
+        As :func:`list_array`; also for an array that does not hold real numbers.
+    IncompleteArrayError
+        A listed object is gone or damaged, or the store keeps changing.
+    OriginError
+        The origin cannot be reached.
+    """
+    for wait_s in (*_REWRITE_WAITS_S, None):
+        listed = listed if listed is not None else list_array(origin, store, array)
+        source = source_digest(listed)
+        try:
+            values = _fetch_and_decode(origin, store, array, listed)
+            if not _may_be_changing(listed) or source_digest(list_array(origin, store, array)) == source:
+                return Decoded(values, source)
+        except IncompleteArrayError:
+            # Gone or changed since the listing, or damaged? Only in the first case the listing is another one now.
+            if source_digest(list_array(origin, store, array)) == source:
+                raise
+        if wait_s is None:
+            break
+        logger.info("%s is being written; listing it again in %.1f s", origin.url_of(store), wait_s)
+        time.sleep(wait_s)
+        listed = None
+    raise IncompleteArrayError(f"{origin.url_of(store)} kept changing while it was read. Wait until its writer has finished.")
+
+
+def _fetch_and_decode(origin: Origin, store: str, array: str, listed: list[ObjectInfo]) -> np.ndarray[Any, np.dtype[Any]]:
+    if store.endswith(".zip"):
+        ((_, data),) = origin.fetch(listed)
+        return _decode_members(origin.url_of(store), array, unzip(data, origin.url_of(store), f"{array}/"))
+    prefix = f"{store}/{array}/"
+    decoder = ArrayDecoder([o.key.removeprefix(prefix) for o in listed], lambda key: origin.url_of(prefix + key))
+    for obj, data in origin.fetch(listed):
+        decoder.add(obj.key.removeprefix(prefix), data)
+    return decoder.finish()
+
+
+def _decode_members(url: str, array: str, members: dict[str, bytes]) -> np.ndarray[Any, np.dtype[Any]]:
+    prefix = f"{array}/"
+    chosen = {name.removeprefix(prefix): data for name, data in members.items() if name.startswith(prefix) and data}
+    if not chosen:
+        raise _no_such_array(url, array, members)
+    decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")
+    for name, data in chosen.items():
+        decoder.add(name, data)
+    return decoder.finish()
+
+
+def _may_be_changing(listed: Iterable[ObjectInfo]) -> bool:
+    ages = [time.time() - o.modified_s for o in listed if o.modified_s]
+    return bool(ages) and (min(ages) < _SETTLED_S or (min(ages) < 60 and max(ages) - min(ages) > _SPREAD_S))
+
+
+def _no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
+    present = sorted({key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith(("/.zarray", "/zarr.json"))})
+    return SchemaError(f"'{array}' not found in zarr store {url}. Available arrays: {present}")

@@ -1,0 +1,67 @@
+"""Both tiers of one cache directory, over one index: what a reader, a store and the command line share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from zarrcache.arraycache import ArrayCache
+from zarrcache.bytecache import ByteCache
+from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
+from zarrcache.index import Index
+from zarrcache.keys import ArrayKey
+from zarrcache.origin import Origin, open_origin
+from zarrcache.stats import Counters
+
+__all__ = ["Tiers"]
+
+
+class Tiers:
+    """Both tiers of one cache directory over one index: what a reader, a store and the command line share. Pickles without open parts.
+
+    Parameters
+    ----------
+    config : CacheConfig or None
+        None: no cache; arrays and bytes come from the origin each time.
+    counters : Counters
+    """
+
+    def __init__(self, config: CacheConfig | None, counters: Counters) -> None:
+        self.config = config
+        self.counters = counters
+        self.index = Index(config) if config else None
+        self.arrays = ArrayCache(config, counters, index=self.index) if config and config.arrays.enabled else None
+        # Listings are kept even where arrays are not: without them no run starts offline.
+        self.listings = self.arrays or (ArrayCache(config, counters, index=self.index) if config else None)
+
+    def __reduce__(self) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters]]:
+        return type(self), (self.config, self.counters)
+
+    def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
+        """The origin at ``url``, with this cache's fetch and retry settings."""
+        fetch, retry = (self.config.fetch, self.config.retry) if self.config else (FetchConfig(), RetryConfig())
+        return open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters)
+
+    def bytes(self, origin: Origin) -> ByteCache | None:
+        """The byte tier over ``origin``."""
+        if self.config is None or self.index is None or not self.config.bytes.enabled:
+            return None
+        return ByteCache(origin, self.config, self.counters, self.index)
+
+    def stored_listing(self, origin: Origin, name: str) -> Any | None:
+        """What :meth:`store_listing` stored, or None. A listing is an entry like any other: checked, counted, evicted."""
+        entry = self.listings.get(_listing_key(origin, name)) if self.listings else None
+        return None if entry is None else json.loads(entry.array.tobytes())
+
+    def store_listing(self, origin: Origin, name: str, listing: Any) -> None:
+        """Keep a listing for runs without the origin."""
+        if self.listings is not None:
+            raw = np.frombuffer(json.dumps(listing, separators=(",", ":")).encode(), np.uint8)
+            self.listings.put(_listing_key(origin, name), raw, source="listing")
+
+
+def _listing_key(origin: Origin, name: str) -> ArrayKey:
+    return ArrayKey(origin.identity, origin.url_of(name), "")
