@@ -44,8 +44,6 @@ fi
 stamp=$venv/.installed
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$(fingerprint)" ]; then
     say "Installing zarrcache[$extras] into $venv. This takes some minutes the first time."
-    # The build backend is installed first and used as it is, so that it is pinned like everything else.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[$extras]"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
     fingerprint >"$stamp"
 fi

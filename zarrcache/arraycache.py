@@ -14,7 +14,7 @@ from zarrcache.atomic import publish
 from zarrcache.codec import Entry, header_of, map_entry, write_entry
 from zarrcache.config import CacheConfig, format_bytes
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.index import CACHE_FAULTS, Index, Intent, array_note
+from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored, array_note
 from zarrcache.keys import ArrayKey
 from zarrcache.policy import Admission, disk_bytes, is_fresh
 from zarrcache.stats import Counters
@@ -69,6 +69,7 @@ class ArrayCache:
         source : str, optional
             What the origin lists now (:func:`zarrcache.keys.source_digest`); an entry of anything else is stale and a miss.
         """
+        stored: Stored | None = None
         try:
             stored = self.index.lookup(key.digest)
             if stored is None:
@@ -77,7 +78,7 @@ class ArrayCache:
         except FileNotFoundError:  # evicted between the row and the file
             return None
         except CorruptEntryError as exc:
-            self._purge(key, stored.filename, str(exc))
+            self._purge(key, stored.filename if stored else "", str(exc))
             return None
         except (*CACHE_FAULTS, ConfigError) as exc:
             self._fault("read", key, exc)
@@ -106,7 +107,9 @@ class ArrayCache:
             if outcome is Admission.OVER_LIMIT and self.index.drop([key.digest]):  # what is stored under this key is stale: no reason to keep it
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
-                self._tell(outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(array.nbytes), outcome.value)
+                self._tell(
+                    outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(array.nbytes), outcome.value
+                )
                 return False
             intent = outcome
             path = self.index.dir.root / filename

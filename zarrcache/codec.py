@@ -123,7 +123,7 @@ def write_entry(file: FileIO, header: EntryHeader, array: np.ndarray[Any, np.dty
     """Write header and payload to an unbuffered file."""
     write_all(file, memoryview(encode_header(header)))
     if array.nbytes:
-        write_all(file, memoryview(array.reshape(-1).view(np.uint8)))
+        write_all(file, array.reshape(-1).view(np.uint8).data)
 
 
 def read_header(path: str | os.PathLike[str]) -> EntryHeader:
@@ -197,7 +197,12 @@ def _parse(raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | 
         shape = tuple(int(n) for n in fields["shape"])
         dtype = np.dtype(fields["dtype"])
         header = EntryHeader(
-            ArrayKey(fields["origin"], fields["url"], fields["array"]), fields["source"], dtype.str, shape, int(fields["nbytes"]), int(fields["crc32c"])
+            ArrayKey(fields["origin"], fields["url"], fields["array"]),
+            fields["source"],
+            dtype.str,
+            shape,
+            int(fields["nbytes"]),
+            int(fields["crc32c"]),
         )
     except (ValueError, KeyError, TypeError) as exc:
         raise corrupt(f"header cannot be read ({exc})") from exc

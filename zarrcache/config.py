@@ -261,8 +261,6 @@ class DataConfig(_Block):
         return cls(**_as_dict(cfg, "cfg"))
 
 
-
-
 def _as_dict(value: object, name: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {str(k): v for k, v in value.items()}
@@ -275,7 +273,9 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as exc:
-        raise ConfigError(f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a YAML file, for example configs/s3_cached.yaml.") from exc
+        raise ConfigError(
+            f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a YAML file, for example configs/s3_cached.yaml."
+        ) from exc
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as exc:

@@ -138,9 +138,11 @@ class ArrayDecoder:
             return
         try:
             raw = data if plain.codec is None else plain.codec.decode(data)
-            chunk = np.frombuffer(raw, plain.dtype).reshape(plain.chunks)
+            chunk = np.frombuffer(memoryview(raw), plain.dtype).reshape(plain.chunks)
         except (RuntimeError, ValueError, OSError) as exc:  # numcodecs: RuntimeError; zlib and gzip: OSError, ValueError; wrong length: ValueError
-            raise IncompleteArrayError(f"{self._url_of(key)} cannot be decoded ({exc}). The object is damaged at the origin: convert the store again.") from exc
+            raise IncompleteArrayError(
+                f"{self._url_of(key)} cannot be decoded ({exc}). The object is damaged at the origin: convert the store again."
+            ) from exc
         starts = [i * c for i, c in zip(position, plain.chunks, strict=True)]
         target = out[tuple(slice(s, s + c) for s, c in zip(starts, plain.chunks, strict=True))]
         target[...] = chunk[tuple(slice(0, n) for n in target.shape)]
@@ -155,7 +157,9 @@ class ArrayDecoder:
             array = zarr.open_array(store=store, path="a", mode="r", zarr_format=3 if self._metadata_key == "zarr.json" else 2)
             values = np.asarray(array[...])
         except (RuntimeError, ValueError, OSError, TypeError, KeyError) as exc:  # zarr wraps what codecs raise in no class of its own
-            raise IncompleteArrayError(f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again.") from exc
+            raise IncompleteArrayError(
+                f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again."
+            ) from exc
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
 
@@ -181,7 +185,7 @@ def check_metadata(document: object, url: str) -> None:
     claimed = math.prod(document["shape"]) * dtype.itemsize
     if claimed > MAX_ARRAY_BYTES:
         raise SchemaError(f"{url} claims {claimed} bytes (shape {document['shape']}); more than {MAX_ARRAY_BYTES} are refused.")
-    used = {codec.get("id", codec.get("name")) for codec in _codecs(document)}
+    used = {str(codec.get("id", codec.get("name"))) for codec in _codecs(document)}
     if used & _UNSAFE_CODECS:
         raise SchemaError(f"{url} uses the codec {', '.join(used & _UNSAFE_CODECS)}, which runs code from the data; it is refused.")
 
@@ -209,7 +213,9 @@ def _fill(value: object, dtype: np.dtype[Any]) -> int | float | bool | None:
     return value if isinstance(value, (bool, int, float)) else None
 
 
-def _layout(shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any], fill: object, codec: Any, prefix: str, separator: str) -> _Plain | None:
+def _layout(
+    shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any], fill: object, codec: Any, prefix: str, separator: str
+) -> _Plain | None:
     value = _fill(fill, dtype)
     if not shape or 0 in shape or len(shape) != len(chunks) or min(chunks) < 1 or value is None or separator not in ("/", "."):
         return None
@@ -234,7 +240,12 @@ def _plain_v2(document: dict[str, Any]) -> _Plain | None:
 
 def _plain_v3(document: dict[str, Any]) -> _Plain | None:
     grid, keys, codecs = document.get("chunk_grid", {}), document.get("chunk_key_encoding", {}), document.get("codecs", [])
-    if grid.get("name") != "regular" or keys.get("name") not in ("default", "v2") or document.get("storage_transformers") or not 1 <= len(codecs) <= 2:
+    if (
+        grid.get("name") != "regular"
+        or keys.get("name") not in ("default", "v2")
+        or document.get("storage_transformers")
+        or not 1 <= len(codecs) <= 2
+    ):
         return None
     if codecs[0].get("name") != "bytes" or (len(codecs) == 2 and codecs[1].get("name") not in (*_V3_CODECS, "blosc")):
         return None
@@ -247,7 +258,13 @@ def _plain_v3(document: dict[str, Any]) -> _Plain | None:
         # Decoding needs no parameters: blosc, zstd and gzip frames describe themselves.
         codec = _numcodec({"id": _V3_CODECS.get(codecs[1]["name"], codecs[1]["name"])})
     return _layout(
-        document["shape"], grid["configuration"]["chunk_shape"], dtype, document.get("fill_value"), codec, f"c{separator}" if default else "", separator
+        document["shape"],
+        grid["configuration"]["chunk_shape"],
+        dtype,
+        document.get("fill_value"),
+        codec,
+        f"c{separator}" if default else "",
+        separator,
     )
 
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class ObstoreEngine:
             },
             client_options=_client_options(endpoint, options, fetch),
             retry_config={"max_retries": 0, "retry_timeout": timedelta(0)},
-            **({} if options.anon else {"credential_provider": _Credentials(options)}),
+            credential_provider=None if options.anon else _Credentials(options),
         )
 
     def list_page(self, prefix: str, *, patience_s: float, token: str | None = None) -> Page:
@@ -89,7 +89,7 @@ class ObstoreEngine:
         """One object as a HEAD shows it, None if there is none."""
         return run(get_loop(), self._head(key, patience_s))
 
-    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
+    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
         """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up."""
         return pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency)
 
@@ -148,7 +148,12 @@ class _Credentials:
         if self._chain is None:
             raise LookupError("NoCredentials")
         frozen = self._chain.get_frozen_credentials()  # renews what is about to expire
-        return {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key, "token": frozen.token, "expires_at": datetime.now(UTC) + CREDENTIALS_TTL}
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + CREDENTIALS_TTL,
+        }
 
 
 def _endpoint(bucket: str, options: S3Options, region: str) -> tuple[str, bool]:
@@ -179,7 +184,9 @@ def _client_options(endpoint: str, options: S3Options, fetch: FetchConfig) -> Cl
         try:
             client["root_certificate"] = Path(options.verify).read_bytes()
         except OSError as exc:
-            raise ConfigError(f"the certificate file {options.verify} cannot be read ({exc.strerror}). Correct client_kwargs.verify in s3_kwargs or AWS_CA_BUNDLE.") from exc
+            raise ConfigError(
+                f"the certificate file {options.verify} cannot be read ({exc.strerror}). Correct client_kwargs.verify in s3_kwargs or AWS_CA_BUNDLE."
+            ) from exc
     return client
 
 
@@ -194,7 +201,7 @@ _OS_MESSAGE = re.compile(r'message: "([^"]*)"')
 
 
 def _fault(exc: Exception) -> S3Fault:
-    """obstore says everything in the message: one line, then a dump of the error that it comes from."""
+    """Obstore says everything in the message: one line, then a dump of the error that it comes from."""
     line, _, dump = str(exc).partition("\n\nDebug source:")
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fsspec.asyn import get_loop
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import s3fs
 
 __all__ = ["S3fsEngine", "make_s3fs"]
+
 
 def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
     """``s3fs.S3FileSystem(**s3_kwargs)``, exactly as one would write it: with s3fs's own time-outs and retries."""
@@ -88,7 +89,7 @@ class S3fsEngine:
         region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
         return str(region) if region else None
 
-    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
+    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
         """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up."""
         return pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency)
 
@@ -126,7 +127,9 @@ def _fault(exc: BaseException) -> S3Fault:
         if isinstance(response, dict) and "Error" in response:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response["Error"].get("Code", ""))
-            return S3Fault(status or (int(code) if code.isdigit() else None), "" if code.isdigit() else code, str(response["Error"].get("Message", "")))
+            return S3Fault(
+                status or (int(code) if code.isdigit() else None), "" if code.isdigit() else code, str(response["Error"].get("Message", ""))
+            )
     if isinstance(exc, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         return S3Fault(None, "NoCredentials", "")
     if isinstance(exc, boto.ProfileNotFound):

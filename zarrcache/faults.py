@@ -38,7 +38,11 @@ _ACCESS_ALIASES = {
     "UnauthorizedSSOToken": "ExpiredToken",
     "RequestExpired": "RequestTimeTooSkewed",
 }
-_ACCESS_CODES = _ACCESS.keys() | _ACCESS_ALIASES.keys() | {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidPayer", "InvalidSecurity", "NotSignedUp"}
+_ACCESS_CODES = (
+    _ACCESS.keys()
+    | _ACCESS_ALIASES.keys()
+    | {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidPayer", "InvalidSecurity", "NotSignedUp"}
+)
 
 
 @dataclass
@@ -65,7 +69,9 @@ class S3Fault(Exception):
     @property
     def is_transient(self) -> bool:
         """No answer, half an answer, or "try later"."""
-        return self.code in _TRANSIENT_CODES or (self.status in _TRANSIENT_STATUS if self.status is not None else self.code in ("Connection", "Timeout", "ShortBody"))
+        return self.code in _TRANSIENT_CODES or (
+            self.status in _TRANSIENT_STATUS if self.status is not None else self.code in ("Connection", "Timeout", "ShortBody")
+        )
 
     def __str__(self) -> str:
         what = " ".join(part for part in (self.code, f"({self.status})" if self.status is not None else "") if part)
@@ -104,15 +110,22 @@ def _error(fault: S3Fault, asked: Asked) -> Exception:
     if fault.code in _ACCESS_CODES or fault.status in (401, 403):
         return OriginAccessError(f"{asked.url}: access refused: {fault}. {_what_to_set(fault, asked)}".replace(".. ", ". "))
     if fault.code == "NoSuchBucket":
-        return OriginNotFoundError(f"{asked.url}: there is no bucket {asked.bucket!r} at {asked.endpoint}. Check the bucket's name and endpoint_url in s3_kwargs.")
+        return OriginNotFoundError(
+            f"{asked.url}: there is no bucket {asked.bucket!r} at {asked.endpoint}. Check the bucket's name and endpoint_url in s3_kwargs."
+        )
     if fault.is_transient:
         return TransientError(asked.url, str(fault))
     if asked.obj is not None and fault.status in (404, 412, 416):
         if fault.status == 404:
-            return IncompleteArrayError(f"{asked.url} is listed ({asked.obj.size_bytes} bytes) but returned 404. The store is incomplete: convert it again.")
+            return IncompleteArrayError(
+                f"{asked.url} is listed ({asked.obj.size_bytes} bytes) but returned 404. The store is incomplete: convert it again."
+            )
         return IncompleteArrayError(f"{asked.url} was changed while it was being read. Read it again when the writer has finished.")
     if fault.status in (301, 307) or fault.code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
-        return OriginError(f"{asked.url}: bucket {asked.bucket!r} is in another region: {fault}. Set client_kwargs: {{region_name: ...}} in s3_kwargs to the bucket's region.")
+        return OriginError(
+            f"{asked.url}: bucket {asked.bucket!r} is in another region: {fault}. "
+            "Set client_kwargs: {region_name: ...} in s3_kwargs to the bucket's region."
+        )
     return OriginError(f"{asked.url}: {asked.endpoint} refused the request: {fault}. Check endpoint_url and the URL.")
 
 

@@ -56,7 +56,11 @@ class SingleFlight:
         try:
             lock.acquire(timeout=self._timeout_s)
         except Timeout:
-            self._warn(LockTimeoutError(f"{path} was not free within {self._timeout_s:.0f} s; going on without it. Look for a stopped process of the same job."))
+            self._warn(
+                LockTimeoutError(
+                    f"{path} was not free within {self._timeout_s:.0f} s; going on without it. Look for a stopped process of the same job."
+                )
+            )
             yield False
             return
         except OSError as exc:

@@ -130,7 +130,7 @@ class Index:
         """Every entry, oldest first."""
         where = "tag = ?" if tier else "tag != ?"
         for key, tag, filename, size, stored_s, value in self._select(
-            f"SELECT key, tag, filename, size, store_time, value FROM Cache WHERE {where} ORDER BY rowid",  # noqa: S608
+            f"SELECT key, tag, filename, size, store_time, value FROM Cache WHERE {where} ORDER BY rowid",
             (tier or _INTENT,),
         ):
             yield Row(key, tag, filename, size, stored_s, value.partition(" ")[2])
@@ -326,7 +326,9 @@ class Index:
                 except (CorruptEntryError, OSError):
                     path.unlink(missing_ok=True)
                     continue
-                stored = Stored(f"{path.relative_to(self.dir.root)}", disk_bytes(stat.st_size), array_note(header.key.origin, header.key.url, header.key.array))
+                stored = Stored(
+                    f"{path.relative_to(self.dir.root)}", disk_bytes(stat.st_size), array_note(header.key.origin, header.key.url, header.key.array)
+                )
                 cache.set(header.key.digest, stored, tag="array")
                 kept += 1
         for path in self.dir.bytes.glob("*/*"):

@@ -112,12 +112,12 @@ def stem_of(name: str) -> str | None:
 
 
 def check_task_id(task_id: object) -> str:
-    """Return ``task_id`` if it is a plain name; refuse anything that could leave its directory.
+    r"""Return ``task_id`` if it is a plain name; refuse anything that could leave its directory.
 
     Raises
     ------
     ConfigError
-        Not a string, empty, with ``/``, ``\\`` or ``..``, or starting with a dot.
+        Not a string, empty, with ``/``, ``\`` or ``..``, or starting with a dot.
     """
     if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
         raise ConfigError(

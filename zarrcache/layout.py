@@ -97,6 +97,8 @@ class CacheDir:
     def _check(self, path: Path) -> None:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
-            raise ConfigError(f"{path} is not a directory{' but a symbolic link' if stat.S_ISLNK(found.st_mode) else ''}. Remove it or choose another cache.dir.")
+            raise ConfigError(
+                f"{path} is not a directory{' but a symbolic link' if stat.S_ISLNK(found.st_mode) else ''}. Remove it or choose another cache.dir."
+            )
         if found.st_uid not in (os.getuid(), 0) and not self.shared:
             raise ConfigError(f"{path} belongs to user {found.st_uid}. Choose another cache.dir, or set cache.shared: true for both users.")

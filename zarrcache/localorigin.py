@@ -64,7 +64,9 @@ class LocalOrigin:
         path = self.url_of(prefix)
         is_directory = not prefix or prefix.endswith("/")
         try:
-            return self._tried(lambda: sorted(_walk(path, prefix)) if is_directory else [_info(prefix, os.stat(path))] if os.path.isfile(path) else [], path, None)
+            return self._tried(
+                lambda: sorted(_walk(path, prefix)) if is_directory else [_info(prefix, os.stat(path))] if os.path.isfile(path) else [], path, None
+            )
         except OriginNotFoundError:
             if not prefix:
                 raise

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from zarrcache import engine_obstore, engine_s3fs
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.faults import Asked, S3Fault, to_error
 from zarrcache.keys import ObjectInfo
 from zarrcache.localorigin import LocalOrigin
+from zarrcache.pump import PAGE_OBJECTS, Page, Received
 from zarrcache.retry import RetryPolicy, TransientError, is_transient
 from zarrcache.s3options import S3Options, split_s3_url
 from zarrcache.stats import Counters
@@ -24,14 +26,12 @@ if TYPE_CHECKING:
 
     from zarrcache.engine_obstore import ObstoreEngine
     from zarrcache.engine_s3fs import S3fsEngine
-    from zarrcache.pump import Page, Received
 
 __all__ = ["LocalOrigin", "Origin", "S3Origin", "open_origin"]
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
-_PAGE_OBJECTS = 1000
 
 
 class Origin(Protocol):
@@ -178,7 +178,9 @@ class S3Origin:
             names |= {p[len(self._prefix) :].rstrip("/") for p in page.prefixes} | {o.key[len(self._prefix) :] for o in page.objects}
         names.discard("")  # a marker object of the "directory" itself
         if not names:
-            raise OriginNotFoundError(f"{self.url}: there is nothing below this prefix at {self.identity}. Check the URL and endpoint_url in s3_kwargs.")
+            raise OriginNotFoundError(
+                f"{self.url}: there is nothing below this prefix at {self.identity}. Check the URL and endpoint_url in s3_kwargs."
+            )
         return sorted(names)
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
@@ -207,16 +209,16 @@ class S3Origin:
                     obj = missing[full.key]
                     self._counters.add(requests=1, retries=int(full.key in tried))
                     tried.add(full.key)
-                    problem = to_error(answer, self._asked(obj.key, obj)) if isinstance(answer, S3Fault) else self._problem(obj, answer)
-                    if problem is None:
+                    if isinstance(answer, S3Fault):
+                        problem: Exception | None = to_error(answer, self._asked(obj.key, obj))
+                    elif (problem := self._problem(obj, answer)) is None:
                         del missing[full.key]
                         self._counters.add(fetched_bytes=obj.size_bytes)
                         yield obj, answer.body
                         policy.progress()
-                    elif is_transient(problem):
-                        failure = problem
-                    else:
+                    if problem is not None and not is_transient(problem):
                         raise problem
+                    failure = problem or failure
             if failure is None:
                 return
             with attempt:
@@ -224,6 +226,8 @@ class S3Origin:
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed object. See ``Origin.fetch_range``."""
+        if start >= stop:
+            return b""
         full = ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag)
         engine = self._engine()
 
@@ -237,3 +241,80 @@ class S3Origin:
         data = self._call(one, self._asked(obj.key, obj))
         self._counters.add(fetched_bytes=len(data))
         return data
+
+    def _pages(self, engine: ObstoreEngine | S3fsEngine, prefix: str, **options: Any) -> Iterator[Page]:
+        """Every page of a LIST, each with its own attempts."""
+        asked = self._asked(prefix.removeprefix(self._prefix))
+        token: str | None = None
+        while True:
+            page: Page = self._call(functools.partial(engine.list_page, prefix, token=token, **options), asked)
+            # obstore follows the pages by itself; each was a request.
+            self._counters.add(requests=max(0, -(-len(page.objects) // PAGE_OBJECTS) - 1))
+            yield page
+            if (token := page.next_token) is None:
+                return
+
+    def _call(self, request: Callable[..., T], asked: Asked) -> T:
+        """One small request under the retry policy. ``request`` takes ``patience_s``."""
+        policy = RetryPolicy(self._retry)
+
+        def attempt() -> T:
+            self._counters.add(requests=1)
+            try:
+                return request(patience_s=min(self._fetch.read_timeout, policy.remaining_s))
+            except S3Fault as fault:
+                raise to_error(fault, asked) from fault.__cause__
+
+        return policy.call(attempt, on_retry=lambda: self._counters.add(retries=1))
+
+    def _engine(self) -> ObstoreEngine | S3fsEngine:
+        """What objects come through in this process."""
+        if self._fetch.engine == "s3fs" or self._options.only_s3fs or not engine_obstore.is_usable():
+            return self._s3fs()
+        if self._region is None:
+            # obstore does not follow S3 to another region; other endpoints do not care.
+            self._region = "us-east-1" if self._options.endpoint_url else self._call(self._s3fs().bucket_region, self._asked("")) or "us-east-1"
+        region = self._region
+        engine: ObstoreEngine = self._opened("obstore", lambda: engine_obstore.ObstoreEngine(self._bucket, self._options, region, self._fetch))
+        return engine
+
+    def _s3fs(self) -> S3fsEngine:
+        engine: S3fsEngine = self._opened("s3fs", lambda: engine_s3fs.S3fsEngine(self._bucket, self._options, self._fetch))
+        return engine
+
+    def _opened(self, name: str, make: Callable[[], Any]) -> Any:
+        """An engine of this process; what was inherited over a fork is left alone, not even closed."""
+        key = (os.getpid(), name)
+        engine = self._engines.get(key)
+        if engine is None:
+            engine = self._engines.setdefault(key, make())  # of two threads that come here together, one engine wins
+        return engine
+
+    def _asked(self, key: str, obj: ObjectInfo | None = None) -> Asked:
+        return Asked(self.url_of(key), self._bucket, self.identity, obj, self._options.anon)
+
+    def _relative(self, obj: ObjectInfo) -> ObjectInfo:
+        return ObjectInfo(obj.key[len(self._prefix) :], obj.size_bytes, obj.etag, obj.modified_s)
+
+    def _problem(self, obj: ObjectInfo, received: Received, *, part: int | None = None) -> Exception | None:
+        """What is wrong with a body, None if it is what the listing promised. The version, then the length, then the MD5."""
+        url = self.url_of(obj.key)
+        if received.etag and received.etag != obj.etag:
+            return IncompleteArrayError(f"{url} was changed while it was being read. Read it again when the writer has finished.")
+        length, expected = memoryview(received.body).nbytes, obj.size_bytes if part is None else part
+        if length != expected:
+            return TransientError(url, f"{length} bytes arrived, {expected} were announced")
+        if part is not None or not self._md5 or not _MD5.fullmatch(obj.etag):
+            return None
+        if hashlib.md5(received.body, usedforsecurity=False).hexdigest() == obj.etag:
+            return None
+        # With a key of KMS or of the customer the ETag looks like an MD5 and is none. Only asked for when one does not match.
+        if self._call(functools.partial(self._s3fs().is_md5_hidden, self._prefix + obj.key), self._asked(obj.key, obj)):
+            self._md5 = False
+            return None
+        return TransientError(url, "the content that arrived does not match its MD5 (ETag)")
+
+
+def _without_markers(objects: Sequence[ObjectInfo]) -> list[ObjectInfo]:
+    """Without the empty objects that some tools make for directories."""
+    return [o for o in objects if o.key and not o.key.endswith("/")]

@@ -11,7 +11,7 @@ __all__ = ["is_dead", "owner_id"]
 
 
 def owner_id() -> str:
-    """This process: host, boot, pid namespace, pid and start time. Cached per process, right after a fork too."""
+    """Host, boot, pid namespace, pid and start time of this process. Cached per process, right after a fork too."""
     return _owner_of(os.getpid())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,7 +55,7 @@ def pump(
     get: Callable[[ObjectInfo], Awaitable[Received]],
     objects: Sequence[ObjectInfo],
     concurrency: int,
-) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
+) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
     """One request for each object, ``concurrency`` at a time, answers in the order of arrival.
 
     When as many requests in a row as there are in flight have failed and may be tried again, the server is taken to be down: the rest is

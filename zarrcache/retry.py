@@ -97,7 +97,8 @@ class RetryPolicy:
             raise OriginUnavailableError(
                 f"{failure.url} could not be read: {failure} "
                 f"({attempts} {'attempt' if attempts == 1 else 'attempts'} in {time.monotonic() - self._start_s:.1f} s). "
-                "Check that the server runs and is reachable from this node; for a slow or busy server raise cache.retry.attempts or cache.retry.timeout."
+                "Check that the server runs and is reachable from this node; for a slow or busy server raise cache.retry.attempts "
+                "or cache.retry.timeout."
             ) from (failure.__cause__ or failure)
 
     def call(self, function: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None) -> T:

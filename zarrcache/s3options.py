@@ -95,7 +95,8 @@ class S3Options:
 
         key, secret = first("key"), first("secret")
         if (key is None) != (secret is None) and not given.get("anon"):
-            raise ConfigError(f"s3_kwargs has {'key' if secret is None else 'secret'} but not {'secret' if secret is None else 'key'}. Give both, or neither and a profile.")
+            given_name, absent = ("key", "secret") if secret is None else ("secret", "key")
+            raise ConfigError(f"s3_kwargs has {given_name} but not {absent}. Give both, or neither and a profile.")
         profile = given.get("profile")
         verify = client.get("verify")
         style = _mapping(config, "s3").get("addressing_style")
@@ -154,7 +155,9 @@ def split_s3_url(url: str) -> tuple[str, str]:
     rest = url.removeprefix("s3://")
     bucket, _, prefix = rest.partition("/")
     if bucket.startswith("arn:"):
-        raise ConfigError(f"{url} names an access point by its ARN. Write its alias instead: s3://<alias>/prefix (aws s3control list-access-points shows it).")
+        raise ConfigError(
+            f"{url} names an access point by its ARN. Write its alias instead: s3://<alias>/prefix (aws s3control list-access-points shows it)."
+        )
     if not bucket:
         raise ConfigError(f"{url!r} names no bucket. Write s3://bucket/prefix.")
     return bucket, prefix.strip("/")
@@ -183,7 +186,9 @@ def _beyond_obstore(given: Mapping[str, Any], client: Mapping[str, Any], config:
     beyond += [f"client_kwargs.{name}" for name, value in client.items() if name not in known_client and value is not None]
     for name, value in config.items():
         if name == "s3" and isinstance(value, Mapping):
-            beyond += [f"config_kwargs.s3.{k}" for k, v in value.items() if (k, v) not in {("addressing_style", s) for s in ("auto", "path", "virtual")}]
+            beyond += [
+                f"config_kwargs.s3.{k}" for k, v in value.items() if (k, v) not in {("addressing_style", s) for s in ("auto", "path", "virtual")}
+            ]
         elif name == "signature_version":
             beyond += [] if value in ("s3v4", "v4", None) else ["config_kwargs.signature_version"]
         elif name not in _IRRELEVANT_CONFIG and name != "region_name":

@@ -160,7 +160,9 @@ def _bounds(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:
     raise TypeError(f"{byte_range!r} is not a byte range of zarr.")
 
 
-def open_store(url: str | os.PathLike[str], *, s3_kwargs: Mapping[str, Any] | None = None, cache: CacheConfig | Mapping[str, Any] | None = None) -> CachedStore:
+def open_store(
+    url: str | os.PathLike[str], *, s3_kwargs: Mapping[str, Any] | None = None, cache: CacheConfig | Mapping[str, Any] | None = None
+) -> CachedStore:
     """A read-only zarr store over ``url``, through the byte tier.
 
     >>> group = zarr.open_group(zarrcache.open_store("s3://bucket/mp-1.zarr", cache={"dir": "/scratch/me"}), mode="r")
@@ -184,7 +186,9 @@ def store_at(url: str | os.PathLike[str], tiers: Tiers, s3_kwargs: Mapping[str, 
     return CachedStore(tiers.origin(parent or "/", s3_kwargs), name, tiers)
 
 
-def open_group(url: str | os.PathLike[str], *, s3_kwargs: Mapping[str, Any] | None = None, cache: CacheConfig | Mapping[str, Any] | None = None) -> zarr.Group:
+def open_group(
+    url: str | os.PathLike[str], *, s3_kwargs: Mapping[str, Any] | None = None, cache: CacheConfig | Mapping[str, Any] | None = None
+) -> zarr.Group:
     """Open a Zarr group through the byte tier, read-only.
 
     Parameters

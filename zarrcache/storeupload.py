@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from zarrcache.engine_s3fs import S3fsEngine
 from zarrcache.errors import OriginAccessError, OriginError, OriginUnavailableError
 from zarrcache.faults import Asked, S3Fault, to_error
 from zarrcache.keys import ObjectInfo
-from zarrcache.pump import Received, pump
+from zarrcache.pump import SLOWEST_BYTES_PER_S, Received, pump
 from zarrcache.retry import RetryPolicy, TransientError
 from zarrcache.s3options import S3Options, split_s3_url
 from zarrcache.storewriter import StoreExistsError, is_document
@@ -24,37 +25,46 @@ __all__ = ["S3Destination", "upload_store"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Answers = Iterator[tuple[ObjectInfo, Received | S3Fault | None]]
 
 CONCURRENCY = 32  # PUTs of one store in flight; several processes write at once
-SLOWEST_BYTES_PER_S = 16 * 1024
 ROOT_DOCUMENTS = (".zgroup", "zarr.json")
 
 
 class _Writer(S3fsEngine):
-    """The s3fs engine, which reads, with the two requests that write. Retries nothing."""
+    """The s3fs engine, which reads, with the requests that write. Retries nothing."""
 
-    def put_many(self, bodies: Mapping[str, bytes], keys: Collection[str]) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
-        """One PUT for each of ``keys``; see ``pump``."""
+    def put_many(self, bodies: Mapping[str, bytes], *, patience_s: float) -> Answers:
+        """One PUT for each key; see ``pump``. A silent server is given up after ``patience_s`` plus what a very slow line needs."""
 
         async def put(obj: ObjectInfo) -> Received:
-            body = bodies[obj.key]
-            try:
-                async with asyncio.timeout(self._fetch.read_timeout + len(body) / SLOWEST_BYTES_PER_S):
-                    answer = await self._call("put_object", Key=obj.key, Body=body)
-            except TimeoutError as exc:
-                raise S3Fault(None, "Timeout", "the server did not take the object in time") from exc
+            answer = await self._call("put_object", patience_s + obj.size_bytes / SLOWEST_BYTES_PER_S, Key=obj.key, Body=bodies[obj.key])
             return Received(b"", answer.get("ETag", ""))
 
-        return pump(get_loop(), put, [ObjectInfo(key, len(bodies[key]), "") for key in keys], CONCURRENCY)
+        return pump(get_loop(), put, [ObjectInfo(key, len(body), "") for key, body in bodies.items()], CONCURRENCY)
 
-    def delete_many(self, keys: Collection[str]) -> Iterator[tuple[ObjectInfo, Received | S3Fault | None]]:
-        """One DELETE for each of ``keys``. Not DeleteObjects, which answers 200 for keys that it could not delete, and which not every server has."""
+    def delete_many(self, keys: Collection[str], *, patience_s: float) -> Answers:
+        """One DELETE for each key. Not DeleteObjects, which answers 200 for keys that it could not delete, and which not every server has."""
 
         async def delete(obj: ObjectInfo) -> Received:
-            await self._call("delete_object", Key=obj.key)
+            await self._call("delete_object", patience_s, Key=obj.key)
             return Received(b"", "")
 
         return pump(get_loop(), delete, [ObjectInfo(key, 0, "") for key in keys], CONCURRENCY)
+
+    def head_many(self, keys: Collection[str], *, patience_s: float) -> Answers:
+        """One HEAD for each key; the ETag of what is not there is empty."""
+
+        async def head(obj: ObjectInfo) -> Received:
+            try:
+                answer = await self._call("head_object", patience_s, Key=obj.key)
+            except S3Fault as fault:
+                if fault.status == 404 and fault.code != "NoSuchBucket":
+                    return Received(b"", "")
+                raise
+            return Received(b"", answer["ETag"])
+
+        return pump(get_loop(), head, [ObjectInfo(key, 0, "") for key in keys], CONCURRENCY)
 
 
 class S3Destination:
@@ -74,7 +84,8 @@ class S3Destination:
         self._bucket, self._prefix = split_s3_url(self.url)
         self._options = S3Options.of(s3_kwargs)
         self._retry = retry or RetryConfig()
-        self._engine = _Writer(self._bucket, self._options, FetchConfig(concurrency=CONCURRENCY))
+        self._fetch = FetchConfig(concurrency=CONCURRENCY)
+        self._engine = _Writer(self._bucket, self._options, self._fetch)
 
     def names(self) -> set[str]:
         """Names directly below the prefix, those of unfinished stores too. The first request shows whether bucket and credentials are right.
@@ -88,15 +99,20 @@ class S3Destination:
         found: set[str] = set()
         token: str | None = None
         while True:
-            page = self._once(self.url, lambda token=token: self._engine.list_page(below, delimiter="/", token=token))  # type: ignore[misc]
+            page = self._once(self.url, functools.partial(self._engine.list_page, below, delimiter="/", token=token))
             found.update(key.removeprefix(below).rstrip("/") for key in (*page.prefixes, *(obj.key for obj in page.objects)))
             if (token := page.next_token) is None:
                 return found - {""}
 
-    def exists(self, name: str) -> bool:
-        """Whether a whole store, ``mp-1.zarr`` or ``mp-1.zarr.zip``, is there."""
-        keys = [self._key(name)] if name.endswith(".zip") else [f"{self._key(name)}/{document}" for document in ROOT_DOCUMENTS]
-        return any(self._once(f"{self.url}/{name}", lambda key=key: self._engine.head(key)) is not None for key in keys)  # type: ignore[misc]
+    def finished(self, names: Collection[str]) -> set[str]:
+        """Which of these stores, ``mp-1.zarr`` or ``mp-1.zarr.zip``, are there and whole. One request each, two for Zarr v3 or an unfinished one."""
+        found: set[str] = set()
+        zips = [name for name in names if name.endswith(".zip")]
+        trees = [name for name in names if not name.endswith(".zip")]
+        for document, asked in (("", zips), *((f"/{document}", trees) for document in ROOT_DOCUMENTS)):
+            name_of = {self._key(name) + document: name for name in asked if name not in found}
+            found.update(name_of[key] for key, answer in self._all(self.url, list(name_of), self._engine.head_many).items() if answer.etag)
+        return found
 
     def upload(self, name: str, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
         """Write one store, whole or not at all.
@@ -123,25 +139,23 @@ class S3Destination:
             S3 did not take it; what was uploaded is removed again, as far as the server lets us.
         """
         url = f"{self.url}/{name}"
-        if not overwrite and self.exists(name):
+        if not overwrite and self.finished([name]):
             raise StoreExistsError(f"{url} is there already. Overwrite it on purpose (--overwrite) or choose another destination.")
         bodies = {f"{self._key(name)}/{key}" if key else self._key(name): body for key, body in objects.items()}
         if name.endswith(".zip"):
-            self._all(url, bodies, self._engine.put_many)  # one PUT replaces an object at once: there is nothing to take away before or after
+            self._put(url, bodies)  # one PUT replaces an object at once: there is nothing to take away before or after
             return sum(map(len, bodies.values()))
-        chunks = [key for key in bodies if not is_document(key)]
-        documents = [key for key in bodies if is_document(key)]
         touched = False
         try:
             # What is below the store without belonging to it: the old store, or the chunks that a killed process left.
             old = self._list(name)
             for keys in (sorted(filter(is_document, old), key=lambda key: key.count("/")), [key for key in old if not is_document(key)]):
-                self._all(url, dict.fromkeys(keys, b""), lambda _, keys: self._engine.delete_many(keys))
                 touched = touched or bool(keys)
+                self._all(url, keys, self._engine.delete_many)
             touched = True
-            self._all(url, {key: bodies[key] for key in chunks}, self._engine.put_many)
-            for key in documents:  # one after the other: the order is the point
-                self._all(url, {key: bodies[key]}, self._engine.put_many)
+            self._put(url, {key: body for key, body in bodies.items() if not is_document(key)})
+            for key in filter(is_document, bodies):  # one after the other: the order is the point
+                self._put(url, {key: bodies[key]})
         except BaseException:  # KeyboardInterrupt and SystemExit too
             if touched:
                 self._take_back(name)
@@ -153,7 +167,7 @@ class S3Destination:
         try:
             keys = self._list(name)
             for part in (list(filter(is_document, keys)), [key for key in keys if not is_document(key)]):
-                self._all(url, dict.fromkeys(part, b""), lambda _, keys: self._engine.delete_many(keys), RetryConfig(attempts=2, timeout=5))
+                self._all(url, part, self._engine.delete_many, RetryConfig(attempts=2, timeout=5))
         except OriginError as exc:
             logger.warning("objects of an unfinished store stay behind, the next conversion of it removes them: %s (%s)", url, exc)
 
@@ -164,62 +178,54 @@ class S3Destination:
         keys: list[str] = []
         token: str | None = None
         while True:
-            page = self._once(f"{self.url}/{name}", lambda token=token: self._engine.list_page(f"{self._key(name)}/", token=token))  # type: ignore[misc]
+            page = self._once(f"{self.url}/{name}", functools.partial(self._engine.list_page, f"{self._key(name)}/", token=token))
             keys += [obj.key for obj in page.objects]
             if (token := page.next_token) is None:
                 return keys
 
-    def _once(self, url: str, request: Callable[[], T]) -> T:
-        """One request under the retry policy."""
+    def _put(self, url: str, bodies: Mapping[str, bytes]) -> None:
+        self._all(url, list(bodies), lambda keys, patience_s: self._engine.put_many({key: bodies[key] for key in keys}, patience_s=patience_s))
+
+    def _once(self, url: str, request: Callable[..., T]) -> T:
+        """One request under the retry policy. ``request`` takes ``patience_s``."""
+        policy = RetryPolicy(self._retry)
 
         def attempt() -> T:
             try:
-                return request()
+                return request(patience_s=min(self._fetch.read_timeout, policy.remaining_s))
             except S3Fault as fault:
                 raise self._error(fault, url) from fault
 
         try:
-            return RetryPolicy(self._retry, url).call(attempt)
+            return policy.call(attempt)
         except OriginUnavailableError as exc:
             raise _unavailable(url, exc) from exc.__cause__
 
-    def _all(
-        self,
-        url: str,
-        bodies: Mapping[str, bytes],
-        send: Callable[[Mapping[str, bytes], Collection[str]], Iterator[tuple[ObjectInfo, Received | S3Fault | None]]],
-        retry: RetryConfig | None = None,
-    ) -> None:
-        """Send a request for every key, in passes over what is still missing."""
-        missing = list(bodies)
-        if not missing:
-            return
-        policy = RetryPolicy(retry or self._retry, url)
+    def _all(self, url: str, keys: Collection[str], send: Callable[..., Answers], retry: RetryConfig | None = None) -> dict[str, Received]:
+        """One request for every key, in passes over what has failed. ``send`` takes keys and ``patience_s``."""
+        answers: dict[str, Received] = {}
+        missing = list(keys)
+        policy = RetryPolicy(retry or self._retry)
         try:
             for attempt in policy:
-                missing, failure = self._one_pass(url, policy, send(bodies, missing))
+                failure: Exception | None = None
+                with contextlib.closing(send(missing, patience_s=min(self._fetch.read_timeout, policy.remaining_s))) as arrived:  # type: ignore[type-var]
+                    for obj, answer in arrived:
+                        if isinstance(answer, Received):
+                            answers[obj.key] = answer
+                            policy.progress()
+                        elif answer is not None:
+                            failure = self._error(answer, url)
+                            if not isinstance(failure, TransientError):
+                                raise failure
                 if failure is None:
                     break
+                missing = [key for key in missing if key not in answers]
                 with attempt:
                     raise failure
         except OriginUnavailableError as exc:
             raise _unavailable(url, exc) from exc.__cause__
-
-    def _one_pass(
-        self, url: str, policy: RetryPolicy, answers: Iterator[tuple[ObjectInfo, Received | S3Fault | None]]
-    ) -> tuple[list[str], Exception | None]:
-        failed: list[str] = []
-        failure: Exception | None = None
-        for obj, answer in answers:
-            if isinstance(answer, Received):
-                policy.progress()
-                continue
-            failed.append(obj.key)
-            if answer is not None:
-                failure = self._error(answer, url)
-                if not isinstance(failure, TransientError):
-                    raise failure
-        return failed, failure
+        return answers
 
     def _error(self, fault: S3Fault, url: str) -> Exception:
         error = to_error(fault, Asked(url, self._bucket, self._options.identity, anon=self._options.anon))
