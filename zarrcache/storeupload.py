@@ -241,7 +241,8 @@ class S3Destination:
 
 def _unavailable(url: str, exc: OriginUnavailableError) -> OriginUnavailableError:
     return OriginUnavailableError(
-        f"{url} could not be written: {exc.__cause__ or exc}. Check that the server runs and is reachable, then convert again: finished stores are skipped."
+        f"{url} could not be written: {exc.__cause__ or exc}. "
+        "Check that the server runs and is reachable, then convert again: finished stores are skipped."
     )
 
 

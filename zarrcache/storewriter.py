@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,17 @@ from numpy.typing import NDArray
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.owner import is_dead, owner_id
 
-__all__ = ["StoreExistsError", "encode_store", "store_exists", "sweep_partials", "write_store"]
+__all__ = [
+    "StoreExistsError",
+    "check_layout",
+    "encode_store",
+    "is_document",
+    "publish_store",
+    "store_exists",
+    "sweep_partials",
+    "write_store",
+    "zipped",
+]
 
 #: Documents by which a reader finds a group or an array, in the order in which they become visible: the group's own last.
 _DOCUMENTS = (".zattrs", ".zarray", "zarr.json", ".zmetadata", ".zgroup")
@@ -47,7 +58,7 @@ def encode_store(
     structure: Mapping[str, Any],
     metadata: Mapping[str, Any],
     *,
-    chunks: tuple[int, int, int] = (16, 16, 16),
+    chunks: Sequence[int] = (16, 16, 16),
     zarr_format: Literal[2, 3] = 2,
 ) -> dict[str, bytes]:
     """Every object of the store, by key, in the order to publish them: chunks, then array documents, then the group's.
@@ -58,7 +69,7 @@ def encode_store(
         Stored as float32.
     structure, metadata : mapping
         Stored as JSON strings.
-    chunks : tuple of int
+    chunks : three ints
         At most the shape along each axis is used.
     zarr_format : 2 or 3
         Compressors are the defaults of the format: Blosc (lz4, shuffle) in 2, Zstandard in 3.
@@ -74,10 +85,7 @@ def encode_store(
     import zarr
     import zarr.storage
 
-    if zarr_format not in (2, 3):
-        raise ConfigError(f"zarr_format is {zarr_format!r}; Zarr has the formats 2 and 3.")
-    if len(chunks) != 3 or min(chunks) < 1:
-        raise ConfigError(f"chunks is {chunks!r}; give three positive whole numbers, for example (16, 16, 16).")
+    check_layout(chunks, zarr_format)
     objects: dict[str, Any] = {}
     store = zarr.storage.MemoryStore(store_dict=objects)
     attributes = {"structure": json.dumps(dict(structure), default=_plain), "metadata": json.dumps(dict(metadata), default=_plain)}
@@ -90,7 +98,7 @@ def encode_store(
         group.create_array(
             name,
             data=np.ascontiguousarray(values, dtype="<f4"),
-            chunks=chunks,
+            chunks=tuple(chunks),
             compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
         )
     with warnings.catch_warnings():
@@ -98,6 +106,20 @@ def encode_store(
         zarr.consolidate_metadata(store)
     encoded = {key: bytes(value.to_bytes()) for key, value in objects.items()}
     return {key: encoded[key] for key in sorted(encoded, key=_publishing_order)}
+
+
+def check_layout(chunks: Sequence[object], zarr_format: int) -> None:
+    """Refuse a layout that cannot be.
+
+    Raises
+    ------
+    ConfigError
+        Not three positive chunk sizes, or neither format 2 nor 3.
+    """
+    if zarr_format not in (2, 3):
+        raise ConfigError(f"zarr_format is {zarr_format!r}; Zarr has the formats 2 and 3.")
+    if len(chunks) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in chunks):
+        raise ConfigError(f"chunks is {chunks!r}; give three positive whole numbers, for example (16, 16, 16).")
 
 
 def _publishing_order(key: str) -> tuple[int, int, str]:
@@ -117,7 +139,7 @@ def write_store(
     structure_dict: Mapping[str, Any],
     metadata: Mapping[str, Any],
     *,
-    chunks: tuple[int, int, int] = (16, 16, 16),
+    chunks: Sequence[int] = (16, 16, 16),
     zarr_format: Literal[2, 3] = 2,
     zip: bool = False,
     overwrite: bool = False,
@@ -161,22 +183,28 @@ def write_store(
     if target.startswith("s3://"):
         from zarrcache.storeupload import upload_store
 
-        return upload_store(target, {"": _zipped(objects)} if zip else objects, s3_kwargs=s3_kwargs, overwrite=overwrite)
-    final = Path(target.removeprefix("file://"))
+        return upload_store(target, {"": zipped(objects)} if zip else objects, s3_kwargs=s3_kwargs, overwrite=overwrite)
+    return publish_store(Path(target.removeprefix("file://")), {"": zipped(objects)} if zip else objects, overwrite=overwrite)
+
+
+def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
+    """Write the objects of one store below ``final``, or a zip file, which is one object with an empty key. Whole or not at all.
+
+    Raises
+    ------
+    StoreExistsError, ConfigError, OSError
+        See ``write_store``.
+    """
     _refuse_what_is_there(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(final, "partial")
     try:
-        if zip:
-            partial.write_bytes(_zipped(objects))
-            written = partial.stat().st_size
-        else:
-            written = _write_tree(partial, objects)
+        _write(partial, objects)
         _move_into_place(partial, final, overwrite)
     except BaseException:  # KeyboardInterrupt and SystemExit too
         _remove(partial)
         raise
-    return written
+    return sum(map(len, objects.values()))
 
 
 def store_exists(path: Path) -> bool:
@@ -226,17 +254,19 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _zipped(objects: Mapping[str, bytes]) -> bytes:
-    import io
-
+def zipped(objects: Mapping[str, bytes]) -> bytes:
+    """One zip file of all objects, not compressed again. No clock in it: equal densities give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for key, body in objects.items():
-            archive.writestr(zipfile.ZipInfo(key, date_time=(1980, 1, 1, 0, 0, 0)), body)  # no clock: equal densities give equal bytes
+            archive.writestr(zipfile.ZipInfo(key, date_time=(1980, 1, 1, 0, 0, 0)), body)
     return buffer.getvalue()
 
 
-def _write_tree(root: Path, objects: Mapping[str, bytes]) -> int:
+def _write(root: Path, objects: Mapping[str, bytes]) -> None:
+    if set(objects) == {""}:
+        root.write_bytes(objects[""])
+        return
     root.mkdir()
     made = {root}
     for key, body in objects.items():
@@ -245,7 +275,6 @@ def _write_tree(root: Path, objects: Mapping[str, bytes]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             made.add(path.parent)
         path.write_bytes(body)
-    return sum(map(len, objects.values()))
 
 
 def _beside(final: Path, kind: str) -> Path:
