@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from zarrcache import engine_obstore, engine_s3fs
 from zarrcache.config import FetchConfig, RetryConfig
+from zarrcache.engine_s3fs import make_s3fs
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.faults import Asked, S3Fault, to_error
 from zarrcache.keys import ObjectInfo
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from zarrcache.engine_obstore import ObstoreEngine
     from zarrcache.engine_s3fs import S3fsEngine
 
-__all__ = ["LocalOrigin", "Origin", "S3Origin", "open_origin"]
+__all__ = ["LocalOrigin", "Origin", "S3Origin", "make_s3fs", "open_origin"]
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ import numpy as np
 from zarrcache.arraycache import ArrayCache
 from zarrcache.bytecache import ByteCache
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
+from zarrcache.flight import SingleFlight
 from zarrcache.index import Index
 from zarrcache.keys import ArrayKey
 from zarrcache.origin import Origin, open_origin
@@ -36,14 +37,24 @@ class Tiers:
         self.arrays = ArrayCache(config, counters, index=self.index) if config and config.arrays.enabled else None
         # Listings are kept even where arrays are not: without them no run starts offline.
         self.listings = self.arrays or (ArrayCache(config, counters, index=self.index) if config else None)
+        self._origins: dict[tuple[str, str], Origin] = {}
 
     def __reduce__(self) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters]]:
         return type(self), (self.config, self.counters)
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
-        """The origin at ``url``, with this cache's fetch and retry settings."""
-        fetch, retry = (self.config.fetch, self.config.retry) if self.config else (FetchConfig(), RetryConfig())
-        return open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters)
+        """The origin at ``url``, with this cache's fetch and retry settings. The same arguments give the same object: it has connections."""
+        key = (url, repr(s3_kwargs))
+        if key not in self._origins:
+            fetch, retry = (self.config.fetch, self.config.retry) if self.config else (FetchConfig(), RetryConfig())
+            self._origins[key] = open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters)
+        return self._origins[key]
+
+    def single_flight(self) -> SingleFlight | None:
+        """The locks of this cache directory."""
+        if self.config is None or self.index is None:
+            return None
+        return SingleFlight(self.index.dir.locks, timeout_s=2 * self.config.retry.timeout, mode=self.index.dir.file_mode)
 
     def bytes(self, origin: Origin) -> ByteCache | None:
         """The byte tier over ``origin``."""

@@ -1,0 +1,404 @@
+"""``ZarrS3Reader``: the users' reader, with the one cached path from a task id to a density."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
+
+from zarrcache.config import CacheConfig
+from zarrcache.decode import check_metadata
+from zarrcache.errors import OriginNotFoundError, SchemaError
+from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, stem_of
+from zarrcache.origin import Origin, make_s3fs
+from zarrcache.readarray import list_array, read_array
+from zarrcache.sequences import Density, Role, SplitSets, split_sets
+from zarrcache.stats import Counters, Stats
+from zarrcache.store import CachedStore, group_of, store_at
+from zarrcache.taskids import ids_of, read_map, split_ids
+from zarrcache.tiers import Tiers
+
+if TYPE_CHECKING:
+    import s3fs
+
+__all__ = ["Outcome", "ZarrS3Reader"]
+
+logger = logging.getLogger(__name__)
+
+ROLES: tuple[Role, Role] = ("data", "label")
+#: How a density was had: from the array tier, from the origin and stored, from the origin and not admitted.
+Outcome = Literal["hit", "miss", "bypass"]
+
+#: Up to here a number of points is exact in float32, and dividing in float32 gives the same bits as dividing in float64 and rounding.
+_EXACT_IN_FLOAT32 = 2**24
+
+
+class ZarrS3Reader:
+    """Pairs of charge densities (input and label) from Zarr stores, ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``.
+
+    >>> reader = ZarrS3Reader("s3://b/input", "s3://b/label", "map.json.gz", "GGA", True, 0.8, cache={"dir": "/scratch/me"})
+    >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
+
+    Making one costs no request. It pickles, and works on both sides of a fork.
+
+    Parameters
+    ----------
+    data_dir, label_dir : str or Path
+        Directories, or ``s3://bucket/prefix``; each of its own kind.
+    map_dir : str or Path
+        JSON or JSON.gz file ``{functional: [task_id, ...]}``.
+    functional : str
+    normalize : bool
+        Divide by the number of grid points; the values then sum up to the number of electrons.
+    train_fraction : float
+        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``.
+    random_state : int
+    density_type : str
+        ``total`` or ``diff``: which array, ``charge_density_{density_type}``.
+    s3_kwargs : dict, optional
+        As ``s3fs.S3FileSystem`` takes them.
+    cache : CacheConfig or mapping, optional
+        None: everything comes from the origin each time.
+
+    Raises
+    ------
+    ConfigError
+        ``cache`` or ``s3_kwargs`` cannot be used.
+
+    Attributes
+    ----------
+    s3fs : s3fs.S3FileSystem
+        Made from ``s3_kwargs``, where a directory is on S3.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str],
+        label_dir: str | os.PathLike[str],
+        map_dir: str | os.PathLike[str],
+        functional: str,
+        normalize: bool,
+        train_fraction: float,
+        random_state: int = 42,
+        density_type: str = "total",
+        s3_kwargs: dict[str, Any] | None = None,
+        *,
+        cache: CacheConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.data_dir = _url_or_path(data_dir)
+        self.label_dir = _url_or_path(label_dir)
+        self.map_dir = Path(map_dir)
+        self.functional = functional
+        self.normalize = normalize
+        self.tf = train_fraction
+        self.rs = random_state
+        self.density_type = density_type
+        self.s3_kwargs = s3_kwargs or {}
+        self.use_s3 = any(isinstance(directory, str) for directory in (self.data_dir, self.label_dir))
+        self._counters = Counters(shared=True)
+        self._tiers = Tiers(CacheConfig.of(cache) if cache is not None else None, self._counters)
+        self._origins = {
+            "data": self._tiers.origin(str(self.data_dir), self.s3_kwargs),
+            "label": self._tiers.origin(str(self.label_dir), self.s3_kwargs),
+        }
+        self._names: dict[Role, dict[str, str]] = {}
+        self._present: tuple[list[str], tuple[str, ...]] | None = None
+        self._checked: set[str] = set()
+        if self.use_s3:
+            _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
+
+    @functools.cached_property
+    def s3fs(self) -> s3fs.S3FileSystem:
+        """The filesystem of ``s3_kwargs``, for work of your own; zarrcache itself opens its clients in each process anew."""
+        return make_s3fs(self.s3_kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "s3fs"}
+
+    def __repr__(self) -> str:
+        cache = f", cache={str(self._tiers.config.dir)!r}" if self._tiers.config else ""
+        return f"ZarrS3Reader({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, {self.density_type!r}{cache})"
+
+    # -- which materials ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def task_ids(self) -> list[str]:
+        """Ids of the functional that both directories have, in the map's order.
+
+        One LIST per directory and 1,000 stores, the first time; with ``revalidate: never`` the listing that is stored with the entries.
+
+        Raises
+        ------
+        ConfigError
+            The map file cannot be read, or the functional is not in it.
+        OriginError
+            A directory cannot be listed.
+        """
+        return list(self._find()[0])
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Ids of the functional whose input or label the origin does not have. They are left out of the split."""
+        return self._find()[1]
+
+    def split_task_ids(self) -> tuple[list[str], list[str]]:
+        """Training and test ids, in the order of ``data_split()``."""
+        return split_ids(self._find()[0], self.tf, self.rs)
+
+    def data_split(self) -> tuple[SplitSets, SplitSets]:
+        """Split into training and test sets; nothing is loaded yet.
+
+        Returns
+        -------
+        (train, test)
+            Each ``(data, label, gs_data, gs_label)``: sequences that load on indexing, flat float32 arrays and grid sizes.
+
+        Raises
+        ------
+        ConfigError
+            A ``ValueError``: unknown functional, too few materials.
+        OriginError
+            A directory cannot be listed.
+        """
+        train, test = self.split_task_ids()
+        return split_sets(self, train), split_sets(self, test)
+
+    def relist(self) -> None:
+        """List both directories at the origin now, and keep the listing for runs without the origin."""
+        self._present = None
+        self._names = {role: self._list(role) for role in ROLES}
+
+    def _find(self) -> tuple[list[str], tuple[str, ...]]:
+        if self._present is None:
+            wanted = ids_of(read_map(self.map_dir), self.functional)
+            data, label = self._names_of("data"), self._names_of("label")
+            present = [task_id for task_id in wanted if task_id in data and task_id in label]
+            missing = tuple(task_id for task_id in wanted if task_id not in data or task_id not in label)
+            if missing:
+                first = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+                told = "%d of %d task ids of %s have no store in %s or %s and are left out: %s"
+                logger.warning(told, len(missing), len(wanted), self.functional, self.data_dir, self.label_dir, first)
+            self._present = present, missing
+        return self._present
+
+    def _names_of(self, role: Role) -> dict[str, str]:
+        if role not in self._names:
+            config = self._tiers.config
+            stored = self._tiers.stored_listing(self._origins[role], "") if config is not None and config.revalidate == "never" else None
+            self._names[role] = stored if isinstance(stored, dict) else self._list(role)
+        return self._names[role]
+
+    def _list(self, role: Role) -> dict[str, str]:
+        origin = self._origins[role]
+        names: dict[str, str] = {}
+        for name in sorted(origin.list_names(), reverse=True):  # so that mp-1.zarr comes after mp-1.zarr.zip and wins
+            stem = stem_of(name)
+            if stem is not None:
+                names[stem] = name
+        self._tiers.store_listing(origin, "", names)
+        return names
+
+    # -- one density -------------------------------------------------------------------------------------------------------------
+
+    def load(self, task_id: str, role: Role) -> Density:
+        """Load one charge density, from the array tier if it is there.
+
+        Parameters
+        ----------
+        task_id : str
+        role : {"data", "label"}
+
+        Returns
+        -------
+        values : ndarray, shape (nx*ny*nz,), float32, C order
+            Writable and the caller's own. CHGCAR convention: density times cell volume, in electrons, so ``values.mean()`` is the number of
+            valence electrons; with ``normalize`` it is ``values.sum()`` (VASP wiki, CHGCAR).
+        gridsize : (nx, ny, nz)
+
+        Raises
+        ------
+        SchemaError
+            ``charge_density_{density_type}`` is absent, not 3-D or not of real numbers.
+        IncompleteArrayError
+            A chunk that the origin lists cannot be read; nothing is cached.
+        OriginError
+            There is no such store, or the origin cannot be reached.
+        """
+        values, _ = self._density(self._origins[role], self._store_name(task_id, role))
+        return self._flat(values)
+
+    def ensure(self, task_id: str, role: Role) -> tuple[Outcome, int]:
+        """Have the origin's present version of one density in the array tier; what ``zarrcache warm`` does for each.
+
+        Returns
+        -------
+        outcome : {"hit", "miss", "bypass"}
+            It was there and fresh, was fetched, or was fetched and not admitted.
+        nbytes : int
+            Size of the decoded density.
+
+        Raises
+        ------
+        As ``load``.
+        """
+        values, outcome = self._density(self._origins[role], self._store_name(task_id, role), revalidate=True)
+        return outcome, values.nbytes
+
+    def key(self, task_id: str, role: Role) -> ArrayKey:
+        """Identity of a density's entry in the array tier."""
+        return self._key(self._origins[role], self._store_name(task_id, role))
+
+    def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
+        """What the origin lists now of one density: keys, sizes, ETags. One LIST."""
+        return list_array(self._origins[role], self._store_name(task_id, role), self._array)
+
+    @property
+    def stats(self) -> Stats:
+        """What was read so far, in this process and in its DataLoader workers."""
+        return self._counters.total()
+
+    @property
+    def tiers(self) -> Tiers:
+        """The tiers beneath."""
+        return self._tiers
+
+    @property
+    def _array(self) -> str:
+        return f"charge_density_{self.density_type}"
+
+    def _key(self, origin: Origin, store: str) -> ArrayKey:
+        return ArrayKey(origin.identity, origin.url_of(store), self._array)
+
+    def _store_name(self, task_id: str, role: Role) -> str:
+        check_task_id(task_id)
+        try:
+            return self._names_of(role)[task_id]
+        except KeyError:
+            url = self._origins[role].url_of(f"{task_id}.zarr")
+            raise OriginNotFoundError(
+                f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to list the origin again."
+            ) from None
+
+    def _density(self, origin: Origin, store: str, *, revalidate: bool = False) -> tuple[NDArray[np.float32], Outcome]:
+        """The cached path: array tier, single flight, origin."""
+        arrays, flight = self._tiers.arrays, self._tiers.single_flight()
+        if arrays is None or flight is None:
+            return self._past_the_array_tier(origin, store), "bypass"
+        key = self._key(origin, store)
+        listed, source = None, None
+        if revalidate or self._is_due(key):
+            listed = list_array(origin, store, self._array)
+            source = source_digest(listed)
+        entry = arrays.get(key, source=source)
+        if entry is None:
+            with flight.hold(key.digest):
+                entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
+                if entry is None:
+                    decoded = read_array(origin, store, self._array, listed=listed)
+                    values = _as_density(decoded.array, key.url, key.array)
+                    admitted = arrays.put(key, values, source=decoded.source)
+                    self._counters.add(misses=1, bypasses=int(not admitted))
+                    return values, "miss" if admitted else "bypass"
+        self._counters.add(hits=1, served_bytes=entry.array.nbytes)
+        return _as_density(entry.array, key.url, key.array), "hit"
+
+    def _past_the_array_tier(self, origin: Origin, store: str) -> NDArray[np.float32]:
+        self._counters.add(misses=1, bypasses=1)
+        config = self._tiers.config
+        if config is None or not config.bytes.enabled:
+            return _as_density(read_array(origin, store, self._array).array, origin.url_of(store), self._array)
+        return self._read_through_zarr(group_of(CachedStore(origin, store, self._tiers)))
+
+    def _is_due(self, key: ArrayKey) -> bool:
+        """Whether the origin has to be asked if an entry is still fresh."""
+        revalidate = self._tiers.config.revalidate if self._tiers.config else "never"
+        if revalidate == "never" or (revalidate == "run" and key.digest in self._checked):
+            return False
+        self._checked.add(key.digest)
+        return True
+
+    def _flat(self, values: NDArray[np.float32]) -> Density:
+        nx, ny, nz = values.shape
+        if self.normalize:
+            # The users' expression, float32 array /= int64, divides in float64 and rounds; the same bits for a third of the time.
+            values = values / np.float32(values.size) if values.size <= _EXACT_IN_FLOAT32 else (values / np.float64(values.size)).astype(np.float32)
+        return values.reshape(-1), (nx, ny, nz)
+
+    # -- the users' methods on groups --------------------------------------------------------------------------------------------
+
+    def read_zarr_store(self, zarr_path: str | os.PathLike[str]) -> zarr.Group:
+        """Open a store, read-only, through the byte tier. Nothing but its metadata is loaded.
+
+        Raises
+        ------
+        OriginNotFoundError
+            There is no such store (a ``FileNotFoundError``).
+        """
+        return group_of(store_at(zarr_path, self._tiers, self.s3_kwargs))
+
+    def read_charge_density(self, zarr_store: zarr.Group) -> Density:
+        """The density of an open store; as ``load``, for a group of ``read_zarr_store`` or any other group of zarr.
+
+        Raises
+        ------
+        SchemaError
+            A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real numbers.
+        """
+        store = zarr_store.store
+        if isinstance(store, CachedStore) and not zarr_store.path:
+            return self._flat(self._density(store.origin, store.name)[0])
+        return self._flat(self._read_through_zarr(zarr_store))
+
+    def _read_through_zarr(self, group: zarr.Group) -> NDArray[np.float32]:
+        where = group.store.url if isinstance(group.store, CachedStore) else str(group.store_path)
+        if self._array not in group:
+            raise SchemaError(f"'{self._array}' not found in zarr store {where}. Available arrays: {sorted(group.array_keys())}")
+        array = group[self._array]
+        if not isinstance(array, zarr.Array):
+            raise SchemaError(f"{where}/{self._array} is a group; a charge density is an array.")
+        documents = array.metadata.to_buffer_dict(default_buffer_prototype())
+        check_metadata(json.loads(documents[".zarray" if ".zarray" in documents else "zarr.json"].to_bytes()), f"{where}/{self._array}")
+        return _as_density(np.asarray(array[...]), where, self._array)
+
+    def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
+        """What the store says of itself: attribute ``metadata``, merged with ``structure``; both may be JSON strings or JSON itself."""
+        attributes = zarr_store.attrs.asdict()
+        metadata: dict[str, Any] = {}
+        if "metadata" in attributes:
+            metadata.update(_decoded(attributes["metadata"], f"{zarr_store.store_path} attribute 'metadata'"))
+        if "structure" in attributes:
+            metadata["structure"] = _decoded(attributes["structure"], f"{zarr_store.store_path} attribute 'structure'")
+        return metadata
+
+    def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
+        return f"{base_dir}/{task_id}.zarr"
+
+
+def _url_or_path(value: str | os.PathLike[str]) -> str | Path:
+    text = os.fspath(value)
+    return text if text.startswith("s3://") else Path(text.removeprefix("file://"))
+
+
+def _as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
+    """Check that it is 3-D and cast to float32; no copy of what is float32 already."""
+    if array.ndim != 3 or 0 in array.shape:
+        raise SchemaError(f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store again.")
+    return array.astype(np.float32, copy=False)
+
+
+def _decoded(value: object, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise SchemaError(f"{where} is not JSON ({exc}). Convert the store again.") from exc
