@@ -1,0 +1,84 @@
+"""What the demo trains on where there are no real densities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zarrcache.chgcar_files import read_density
+from zarrcache.errors import ConfigError
+from zarrcache.synthetic import make_pair, write_pairs
+
+pytest.importorskip("pymatgen.core", reason="needs the extra 'convert'")
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_a_pair_looks_like_a_calculation(index: int) -> None:
+    """Both densities hold every valence electron, are positive but for ripples, and differ as real pairs do."""
+    pair = make_pair(0, index)
+    assert pair.data.shape == pair.label.shape
+    for values in (pair.data, pair.label):
+        assert abs(values.mean() - pair.electrons) < 1e-4
+        assert values.min() > -0.01 * values.max()
+    assert 0.02 < np.abs(pair.data - pair.label).sum() / np.abs(pair.label).sum() < 0.26
+    assert 1 <= len(pair.structure["sites"]) <= pair.electrons
+
+
+def test_a_pair_depends_on_seed_and_index_alone() -> None:
+    """Made alone or after others it is the same; another seed or index makes another one."""
+    again = make_pair(3, 1)
+    make_pair(3, 0)
+    assert np.array_equal(make_pair(3, 1).label, again.label)
+    assert make_pair(3, 1).structure == again.structure
+    assert make_pair(3, 2).structure != again.structure
+    assert make_pair(4, 1).structure != again.structure
+
+
+def test_grids_are_mixed() -> None:
+    """Different shapes come, cubic ones among them: batches of one sample each are what real data needs."""
+    shapes = {make_pair(0, index).data.shape for index in range(16)}
+    assert len(shapes) >= 8
+    assert any(len(set(shape)) == 1 for shape in shapes)
+    assert all(24 <= n <= 60 for shape in shapes for n in shape)
+
+
+def test_the_structure_is_one_of_pymatgen() -> None:
+    """It survives pymatgen's own round trip, and its protons are more than the valence electrons."""
+    from pymatgen.core import Structure
+
+    pair = make_pair(5, 2)
+    structure = Structure.from_dict(pair.structure)
+    assert len(structure) == len(pair.structure["sites"])
+    assert np.allclose(structure.cart_coords, [site["xyz"] for site in pair.structure["sites"]])
+    assert sum(site.specie.Z for site in structure) >= pair.electrons
+
+
+@pytest.mark.parametrize("form", ["chgcar", "json.gz"])
+def test_written_pairs_are_read_by_the_converter_without_a_complaint(tmp_path: Path, form: str) -> None:
+    """The files are what VASP and the Materials Project write, to the last digit that float32 keeps."""
+    task_ids = write_pairs(tmp_path, 2, seed=1, form=form)  # type: ignore[arg-type]
+    assert task_ids == ["syn-1-0000", "syn-1-0001"]
+    for index, task_id in enumerate(task_ids):
+        pair = make_pair(1, index)
+        for role, values in (("input", pair.data), ("label", pair.label)):
+            density = read_density(tmp_path / role / f"{task_id}.{'CHGCAR' if form == 'chgcar' else form}")
+            assert density.warnings == ()
+            assert np.allclose(density.total, values, rtol=1e-6, atol=0)
+            assert [site["label"] for site in density.structure["sites"]] == [site["label"] for site in pair.structure["sites"]]
+
+
+def test_the_text_is_what_pymatgen_reads(tmp_path: Path) -> None:
+    """The reader of pymatgen is the oracle: same grid, same order of the axes."""
+    from pymatgen.io.vasp.outputs import Chgcar
+
+    (task_id,) = write_pairs(tmp_path, 1, seed=8)
+    total = Chgcar.from_file(str(tmp_path / "label" / f"{task_id}.CHGCAR")).data["total"]
+    assert np.allclose(total, make_pair(8, 0).label, rtol=1e-10, atol=0)
+
+
+def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
+    """The message names the two that there are."""
+    with pytest.raises(ConfigError, match=r"'cube'.*'chgcar' or 'json\.gz'"):
+        write_pairs(tmp_path, 1, form="cube")  # type: ignore[arg-type]
