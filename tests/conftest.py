@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.faultproxy import FaultProxy, running_proxy
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import small_group as _small_group
 
@@ -47,6 +48,20 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machi
 def bucket(s3_server: S3Server) -> str:
     """The name of an empty bucket of this test's own."""
     return s3_server.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def _proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    with running_proxy(s3_server.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def fault_proxy(_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """A proxy in front of ``s3_server`` that counts requests and fails as a test tells it: ``s3_server.kwargs_at(fault_proxy.endpoint_url)``."""
+    _proxy.reset()
+    yield _proxy
+    _proxy.reset()
 
 
 @pytest.fixture
