@@ -160,8 +160,11 @@ class ByteCache:
         block_size = self._config.bytes.block_size
         if not self._config.bytes.enabled:
             return self._past_the_cache(obj, start, stop)
+        whole = BlockKey(self._origin.identity, self._origin.url, obj)
         if obj.size_bytes <= block_size or (start, stop) == (0, obj.size_bytes):
-            return self._entry(BlockKey(self._origin.identity, self._origin.url, obj))[start:stop]
+            return self._entry(whole)[start:stop]
+        if (self._index.dir.bytes / whole.digest[:2] / whole.digest).exists():  # somebody has read it whole: not once more in blocks
+            return self._entry(whole)[start:stop]
         return b"".join(self._blocks(obj, start, stop, block_size))
 
     def _blocks(self, obj: ObjectInfo, start: int, stop: int, block_size: int) -> Iterator[bytes]:

@@ -132,6 +132,11 @@ class CachedStore(Store):
             self._sizes = self._open_listing()
         return self._sizes
 
+    def objects(self) -> dict[str, ObjectInfo]:
+        """What the origin lists, by key below the store; empty for a zip file, which is one object."""
+        self.sizes()
+        return self._objects
+
     def _open_listing(self) -> dict[str, int]:
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"

@@ -1,0 +1,166 @@
+"""The byte tier as an fsspec filesystem: ``zarrcache::s3://bucket/key``.
+
+Registered through the ``fsspec.specs`` entry point, so that anything which takes an fsspec URL can read through the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fsspec.implementations.chained import ChainedFileSystem
+from fsspec.spec import AbstractBufferedFile
+
+from zarrcache.config import CacheConfig
+from zarrcache.errors import ConfigError
+from zarrcache.keys import ObjectInfo, stem_of
+from zarrcache.origin import Origin
+from zarrcache.stats import Counters, Stats
+from zarrcache.store import CachedStore
+from zarrcache.tiers import Tiers
+
+__all__ = ["ZarrCacheFileSystem"]
+
+
+class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
+    """Read-only files of S3 or of a directory, through the byte tier.
+
+    >>> fsspec.open("zarrcache::s3://bucket/mp-1.zarr/.zattrs", s3={"anon": True}, zarrcache={"dir": "/scratch/me"})
+    >>> zarr.open_group("zarrcache::s3://bucket/mp-1.zarr", mode="r", storage_options={"s3": {...}, "zarrcache": {"dir": "/scratch/me"}})
+
+    What a path inside a Zarr store is, the store's listing says: one LIST a store, none if the listing is stored already.
+
+    Parameters
+    ----------
+    target_protocol : {"s3", "file"}
+        Set by fsspec from the URL.
+    target_options : mapping, optional
+        ``s3_kwargs``.
+    **settings
+        Keys of the ``cache:`` block; without ``dir`` the environment variable ``ZARRCACHE_DIR`` has to be set.
+
+    Raises
+    ------
+    ConfigError
+        Another protocol, or settings that cannot be used.
+    """
+
+    protocol: ClassVar[str] = "zarrcache"
+    cachable = True  # equal arguments, one instance: one listing a store and one set of connections
+
+    def __init__(
+        self, target_protocol: str | None = None, target_options: Mapping[str, Any] | None = None, fo: str | None = None, **settings: Any
+    ) -> None:
+        if target_protocol not in ("s3", "s3a", "file", "local"):
+            raise ConfigError(f"zarrcache reads s3:// and files, not {target_protocol or 'nothing'}. Write zarrcache::s3://bucket/key.")
+        settings.pop("asynchronous", None)  # zarr says it to every filesystem, and then wraps one that is not
+        super().__init__()
+        self._is_s3 = target_protocol.startswith("s3")
+        self._options = dict(target_options or {}) if self._is_s3 else None
+        self._counters = Counters()
+        self._tiers = Tiers(CacheConfig(**settings), self._counters)
+        self._stores: dict[str, CachedStore] = {}
+
+    @property
+    def stats(self) -> Stats:
+        """What was read so far, in this process."""
+        return self._counters.snapshot()
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return [cls._strip_protocol(p) for p in path] if isinstance(path, list) else str(path).removeprefix("zarrcache://").rstrip("/")
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        """What is directly below a directory; of a file, itself."""
+        below, found = f"{path.strip('/')}/", {}
+        for obj in self._below(path):
+            name, slash, _ = obj.key.partition("/")
+            full = ("" if self._is_s3 else "/") + below + name
+            found[full] = {"name": full, "size": 0, "type": "directory"} if slash else {**_file_info(full, obj)}
+        if not found:
+            found[path] = self.info(path)
+        return list(found.values()) if detail else list(found)
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        """Name, size in bytes, type, and ETag.
+
+        Raises
+        ------
+        FileNotFoundError
+        """
+        path = self._strip_protocol(path)
+        if (found := self._find(path)) is not None:
+            return _file_info(path, found[1])
+        if self._below(path):
+            return {"name": path, "size": 0, "type": "directory"}
+        raise FileNotFoundError(f"{'s3://' if self._is_s3 else ''}{path} does not exist.")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """Bytes of a file, or of a part of it; negative positions count from the end.
+
+        Raises
+        ------
+        FileNotFoundError
+        """
+        found = self._find(self._strip_protocol(path))
+        if found is None:
+            raise FileNotFoundError(f"{'s3://' if self._is_s3 else ''}{self._strip_protocol(path)} does not exist.")
+        origin, obj = found
+        first, last, _ = slice(start, end).indices(obj.size_bytes)
+        tier = self._tiers.bytes(origin)
+        if tier is not None:
+            return tier.read(obj, first, last)
+        return origin.fetch_range(obj, first, last)
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> _File:
+        if mode != "rb":
+            raise ValueError(f"zarrcache::{path} is opened through a cache and cannot be written. Open it with its own filesystem.")
+        config = self._tiers.config
+        assert config is not None
+        size = self.info(path)["size"]
+        return _File(self, path, mode, block_size or config.bytes.block_size, cache_type="readahead", size=size)
+
+    def _find(self, path: str) -> tuple[Origin, ObjectInfo] | None:
+        """A file: the origin to read it from, and what is listed of it."""
+        store, key = self._store_of(path)
+        if store is not None:
+            obj = store.objects().get(key)
+            return None if obj is None else (store.origin, obj)
+        parent, _, name = path.rpartition("/")
+        origin = self._origin(parent)
+        listed = origin.list_objects(name) if name else []
+        return (origin, listed[0]) if listed else None
+
+    def _below(self, path: str) -> list[ObjectInfo]:
+        """Everything below a directory, keys relative to it."""
+        store, key = self._store_of(path)
+        if store is not None:
+            prefix = f"{key}/" if key else ""
+            objects = [(name.removeprefix(prefix), obj) for name, obj in store.objects().items() if name.startswith(prefix)]
+        else:
+            objects = [(obj.key, obj) for obj in self._origin(path).list_objects()]
+        return [ObjectInfo(name, obj.size_bytes, obj.etag, obj.modified_s) for name, obj in objects]
+
+    def _store_of(self, path: str) -> tuple[CachedStore | None, str]:
+        """The Zarr store (a directory ``*.zarr``) that a path is in, and the key in it."""
+        parts = path.split("/")
+        for i, part in enumerate(parts):
+            if part.endswith(".zarr") and stem_of(part) is not None:
+                root = "/".join(parts[: i + 1])
+                if root not in self._stores:
+                    self._stores[root] = CachedStore(self._origin("/".join(parts[:i])), part, self._tiers)
+                return self._stores[root], "/".join(parts[i + 1 :])
+        return None, ""
+
+    def _origin(self, directory: str) -> Origin:
+        return self._tiers.origin(f"s3://{directory}" if self._is_s3 else directory or "/", self._options)
+
+
+class _File(AbstractBufferedFile):  # type: ignore[misc]
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        data: bytes = self.fs.cat_file(self.path, start, end)
+        return data
+
+
+def _file_info(name: str, obj: ObjectInfo) -> dict[str, Any]:
+    return {"name": name, "size": obj.size_bytes, "type": "file", "ETag": obj.etag, "mtime": obj.modified_s}
