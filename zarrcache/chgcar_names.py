@@ -12,7 +12,7 @@ from zarrcache.keys import check_task_id
 __all__ = ["find_files", "is_density_name", "is_json_name", "task_id_of"]
 
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|lzma)$", re.IGNORECASE)
-_VASP_NAME = re.compile(r"(?P<before>.+)[._-]CHGCAR(?:\.vasp)?|CHGCAR[._-](?P<after>[A-Za-z0-9-]+)|CHGCAR(?:\.vasp)?", re.IGNORECASE)
+_VASP_NAME = re.compile(r"CHGCAR(?:\.vasp)?|(?P<before>.+)[._-]CHGCAR(?:\.vasp)?|CHGCAR[._-](?P<after>[A-Za-z0-9-]+)", re.IGNORECASE)
 _BARE_VASP_NAME = re.compile(r"[A-Z]{3,8}[0-9]?|CHGCAR\.vasp")  # CHG, LOCPOT, AECCAR2: the directory says which material
 
 
@@ -78,7 +78,7 @@ def find_files(src: Path, pattern: str | None = None) -> list[Path]:
         raise ConfigError(f"pattern {pattern!r} cannot be used ({exc}). Write for example '*.json.gz' or '**/CHGCAR'.") from exc
     if not files:
         hint = f"no file matches {pattern!r}" if pattern is not None else "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
-        raise ConfigError(f"Nothing to convert in {src}: {hint}. Choose files with a pattern, for example '*.json.gz' or '**/CHGCAR'.")
+        raise ConfigError(f"No densities in {src}: {hint}. Rename them, or choose them with a pattern, for example '*.json.gz' or '**/CHGCAR'.")
     _refuse_twins(files)
     return files
 
@@ -91,5 +91,5 @@ def _refuse_twins(files: Sequence[Path]) -> None:
         except ConfigError:
             continue  # it fails on its own, by name, when its turn comes
         if task_id in seen:
-            raise ConfigError(f"{seen[task_id]} and {path} are both {task_id}. Choose one of them with a pattern, or move one away.")
+            raise ConfigError(f"{seen[task_id]} and {path} are both {task_id}. Move one of them away, or choose one with a pattern.")
         seen[task_id] = path

@@ -1,0 +1,274 @@
+"""Densities of real and of damaged files: pymatgen's values, and a word about whatever looks wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.stores import STRUCTURE
+from zarrcache.chgcar_files import check_blocks, read_density
+from zarrcache.errors import SchemaError
+from zarrcache.synthetic import make_pair, write_pairs
+
+outputs = pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+
+
+def _chgcar(path: Path) -> dict[str, Any]:
+    return dict(outputs.Chgcar.from_file(str(path)).data)
+
+
+def _same(values: np.ndarray, expected: np.ndarray) -> bool:
+    return values.dtype == np.float32 and values.flags.c_contiguous and np.array_equal(values, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "electrons", "formula"),
+    [
+        ("mp/input/mp-2680643.CHGCAR.gz", 16, "Sc1 N1"),
+        ("mp/half/label/mp-2458922.CHGCAR", 12, "O2"),
+        ("mp/half/label/mp-2390106.CHGCAR.gz", 16, "Si4"),
+        ("vasp/NO_pol_CHGCAR.gz", 11, "N1 O1"),
+        ("vasp/NO_soi_CHGCAR.gz", 11, "N1 O1"),
+        ("vasp/graphene_CHGCAR.gz", 8, "C2"),
+    ],
+)
+def test_text_gives_the_values_of_pymatgen(real_data: Path, name: str, electrons: int, formula: str) -> None:
+    """Bit for bit, cast to float32, in the order that a store keeps."""
+    density = read_density(real_data / name, diff=True)
+    expected = _chgcar(real_data / name)
+    assert _same(density.total, expected["total"])
+    assert abs(density.electrons - electrons) < 2e-3
+    assert sorted(density.formula.split()) == sorted(formula.split())
+    assert density.structure == outputs.Chgcar.from_file(str(real_data / name)).structure.as_dict()
+    if "diff" in expected and "diff_x" not in expected:
+        assert density.diff is not None
+        assert _same(density.diff, expected["diff"])
+
+
+@pytest.mark.parametrize("name", ["mp-2680643", "mp-1790998"])
+def test_materials_project_json_gives_the_values_of_monty(real_data: Path, name: str) -> None:
+    """The whole object, decoded by the library that wrote it, is the oracle."""
+    from monty.serialization import loadfn
+
+    path = real_data / "mp" / "jsongz" / f"{name}.json.gz"
+    density, expected = read_density(path, diff=True), loadfn(path)["data"]
+    assert _same(density.total, expected.data["total"])
+    assert density.diff is not None
+    assert _same(density.diff, expected.data["diff"])
+    assert density.structure == expected.structure.as_dict()
+    assert density.warnings == ()
+    assert density.metadata["task_id"] == name
+
+
+def test_a_spin_density_comes_only_when_asked_for(real_data: Path) -> None:
+    """Half of the bytes; asked for where there is none, it is said."""
+    path = real_data / "vasp" / "NO_pol_CHGCAR.gz"
+    assert read_density(path).diff is None
+    diff = read_density(path, diff=True).diff
+    assert diff is not None
+    assert abs(float(diff.mean(dtype=np.float64)) - 1.0) < 1e-3
+    without = read_density(real_data / "vasp" / "graphene_CHGCAR.gz", diff=True)
+    assert without.diff is None
+    assert any("no spin density" in warning for warning in without.warnings)
+
+
+def test_of_a_non_collinear_density_the_total_is_kept_and_the_rest_is_named(real_data: Path) -> None:
+    """``diff`` of pymatgen would be a signed projection of the vectors: not a spin density that one can train on."""
+    density = read_density(real_data / "vasp" / "NO_soi_CHGCAR.gz", diff=True)
+    assert density.diff is None
+    assert any("non-collinear: diff_x, diff_y, diff_z are not written" in warning for warning in density.warnings)
+
+
+def test_a_potential_is_told_from_a_density(real_data: Path) -> None:
+    """Its mean is no number of electrons; without the checks nobody says so."""
+    path = real_data / "vasp" / "Li_LOCPOT.gz"
+    (warning,) = read_density(path).warnings
+    assert "potential (LOCPOT), not a density" in warning
+    assert read_density(path, strict=False).warnings == ()
+
+
+def test_a_text_that_pymatgen_refuses_is_named(real_data: Path) -> None:
+    """With pymatgen's reason, for whoever wants to mend it."""
+    with pytest.raises(SchemaError, match=r"CHGCAR\.nospin cannot be read as a charge density \(ValueError"):
+        read_density(real_data / "vasp" / "CHGCAR.nospin")
+
+
+@pytest.fixture
+def chgcar(tmp_path: Path) -> Path:
+    """A small whole CHGCAR."""
+    from zarrcache import synthetic
+
+    pair = make_pair(2, 0, shape=(8, 6, 10))
+    path = tmp_path / f"{pair.task_id}.CHGCAR"
+    path.write_bytes(synthetic._chgcar(pair, pair.label))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_compressed_text_is_read(chgcar: Path, suffix: str) -> None:
+    """Whatever the name says it is compressed with."""
+    import bz2
+    import lzma
+
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    packed = chgcar.with_name(chgcar.name + suffix)
+    packed.write_bytes(compress(chgcar.read_bytes()))
+    assert np.array_equal(read_density(packed).total, read_density(chgcar).total)
+
+
+def test_a_text_cut_short_is_refused(chgcar: Path) -> None:
+    """Half of the numbers are no density."""
+    whole = chgcar.read_bytes()
+    chgcar.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SchemaError, match=r"syn-2-0000\.CHGCAR .*(cannot be read|no total density)"):
+        read_density(chgcar)
+
+
+def test_a_last_number_cut_short_is_told(chgcar: Path) -> None:
+    """It parses, with a wrong last digit: only the missing line end shows it."""
+    chgcar.write_bytes(chgcar.read_bytes()[:-2])
+    assert any("does not end with a line end" in warning for warning in read_density(chgcar).warnings)
+
+
+def test_a_packed_file_cut_short_is_refused(chgcar: Path) -> None:
+    """A download that broke off."""
+    packed = chgcar.with_name(chgcar.name + ".gz")
+    packed.write_bytes(gzip.compress(chgcar.read_bytes())[:-200])
+    with pytest.raises(SchemaError, match=r"cannot be (unpacked|read)"):
+        read_density(packed)
+
+
+def test_what_is_named_packed_and_is_not_is_refused(chgcar: Path) -> None:
+    """Plain text under the name of a gzip file."""
+    packed = chgcar.with_name(chgcar.name + ".gz")
+    packed.write_bytes(chgcar.read_bytes())
+    with pytest.raises(SchemaError, match=r"cannot be unpacked.*not what its name says"):
+        read_density(packed)
+
+
+def test_an_exponent_without_its_letter_is_one_number(chgcar: Path) -> None:
+    """Fortran writes 0.1-100 for 0.1E-100; pymatgen takes it for two numbers and moves every later value by one place."""
+    expected = read_density(chgcar).total.copy()
+    lines = chgcar.read_bytes().splitlines(keepends=True)
+    row = next(i for i, line in enumerate(lines) if line.strip() == b"8    6   10") + 1
+    numbers = lines[row].split()
+    numbers[1] = b"0.12345678901-100"
+    lines[row] = b" " + b" ".join(numbers) + b"\n"
+    chgcar.write_bytes(b"".join(lines))
+    expected[1, 0, 0] = 0.0
+    assert np.array_equal(read_density(chgcar, strict=False).total, expected)
+
+
+@pytest.mark.parametrize("word", [b"NaN", b"Infinity", b"1.0E+300"])
+def test_numbers_that_are_none_are_counted_and_refused(chgcar: Path, word: bytes) -> None:
+    """One of them would make every loss NaN. What float32 cannot hold is one too."""
+    lines = chgcar.read_bytes().splitlines(keepends=True)
+    lines[-2] = b" " + b" ".join([word, *lines[-2].split()[1:]]) + b"\n"
+    chgcar.write_bytes(b"".join(lines))
+    with pytest.raises(SchemaError, match=r"1 of 480 values of total are NaN or infinite"):
+        read_density(chgcar)
+
+
+def _json(path: Path, payload: object) -> Path:
+    path.write_bytes(gzip.compress(json.dumps(payload).encode()))
+    return path
+
+
+GRID = np.full((2, 2, 2), 4.0).tolist()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"data": {"data": {"total": GRID}, "poscar": {"structure": STRUCTURE}}},
+        {"chgcar": {"data": {"total": GRID}, "poscar": {"structure": STRUCTURE}}},
+        {"data": {"total": GRID}, "structure": STRUCTURE},
+        [{"data": {"data": {"total": {"@class": "array", "dtype": "float64", "data": GRID}}, "structure": STRUCTURE}}],
+    ],
+)
+def test_every_known_nesting_of_json_is_read(tmp_path: Path, payload: object) -> None:
+    """The Materials Project's, pymatgen's own, and a list of one."""
+    density = read_density(_json(tmp_path / "mp-1.json.gz", payload))
+    assert density.total.shape == (2, 2, 2)
+    assert density.electrons == 4
+    assert density.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        ({"task_id": "mp-1", "bandgap": 1.0}, r"without a charge density \(keys: task_id, bandgap\)"),
+        ([1, 2], r"is JSON but not an object"),
+        ({"data": {"total": [[1.0, 2.0]]}, "structure": STRUCTURE}, r"total has the shape \(1, 2\); a density is 3-D"),
+        ({"data": {"diff": GRID}, "structure": STRUCTURE}, r"holds no total density \(blocks: diff\)"),
+        ({"data": {"total": [[[1.0], [1.0, 2.0]]]}, "structure": STRUCTURE}, r"cannot be read as a charge density \(ValueError"),
+        ({"data": {"total": GRID}, "structure": {"sites": []}}, r"cannot be read as a charge density \(KeyError"),
+    ],
+)
+def test_json_that_is_no_density_says_what_it_is(tmp_path: Path, payload: object, words: str) -> None:
+    """Each with the file's path."""
+    path = _json(tmp_path / "mp-1.json.gz", payload)
+    with pytest.raises(SchemaError, match=words) as error:
+        read_density(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_calls_itself_something_else_keeps_its_file_name(tmp_path: Path) -> None:
+    """The map finds it by its name; the other id is said."""
+    payload = {"task_id": "mp-2", "data": {"data": {"total": GRID}, "structure": STRUCTURE}}
+    density = read_density(_json(tmp_path / "mp-1.json.gz", payload))
+    assert density.task_id == "mp-1"
+    assert density.warnings == ("calls itself mp-2 inside; it is stored under its file name, mp-1.",)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """Not "cannot be read as a charge density"."""
+    with pytest.raises(FileNotFoundError):
+        read_density(tmp_path / "mp-1.CHGCAR")
+
+
+@pytest.mark.parametrize(
+    ("total", "words"),
+    [
+        (14.3, "not a whole number of electrons"),
+        (-3.0, "looks like a potential"),
+        (0.01, "not VASP's convention"),
+        (60.0, "more than the 28 protons"),
+        (8.0, None),
+    ],
+)
+def test_the_mean_tells_what_is_no_density(total: float, words: str | None) -> None:
+    """Two silicon atoms have 8 valence electrons and 28 protons."""
+    notes = check_blocks({"total": np.full((2, 2, 2), total)}, protons=28, atoms=2)
+    assert [words in note for note in notes] == [True] if words else notes == []
+
+
+def test_more_spin_than_electrons_is_told() -> None:
+    """Blocks that were swapped, or of different files."""
+    (note,) = check_blocks({"total": np.full((2, 2, 2), 8.0), "diff": np.full((2, 2, 2), 9.0)}, protons=28, atoms=2)
+    assert "mean(diff) is 9.0000, more than all 8.0000 electrons" in note
+
+
+def test_the_pair_that_is_bad_on_purpose_reads_without_a_complaint(real_data: Path) -> None:
+    """Each of its files is a density; that they do not belong together cannot be seen in one of them."""
+    data, label = (read_density(real_data / "mp" / "half" / role / "mp-2375532.CHGCAR") for role in ("input", "label"))
+    assert (round(data.electrons), round(label.electrons)) == (4, 16)
+    assert label.warnings == ()
+
+
+def test_many_columns_or_few_make_no_difference(tmp_path: Path) -> None:
+    """The reader takes numbers as they come; a CHG has ten in a row."""
+    (task_id,) = write_pairs(tmp_path, 1, seed=6)
+    path = tmp_path / "label" / f"{task_id}.CHGCAR"
+    expected = read_density(path).total
+    head, _, body = path.read_bytes().partition(b"\n\n")
+    size, _, numbers = body.partition(b"\n")
+    words = numbers.split()
+    rows = [b" ".join(words[i : i + 10]) for i in range(0, len(words), 10)]
+    path.write_bytes(b"\n".join([head, b"", size, *rows, b""]))
+    assert np.array_equal(read_density(path).total, expected)

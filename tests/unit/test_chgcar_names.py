@@ -1,0 +1,115 @@
+"""Which files are densities, and which material each one is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zarrcache.chgcar_names import find_files, is_density_name, task_id_of
+from zarrcache.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("path", "task_id"),
+    [
+        ("mp-1.CHGCAR", "mp-1"),
+        ("mp-1.CHGCAR.gz", "mp-1"),
+        ("mp-1_CHGCAR.xz", "mp-1"),
+        ("mp-1.chgcar", "mp-1"),
+        ("mp-1.CHGCAR.vasp", "mp-1"),
+        ("CHGCAR_mp-1", "mp-1"),
+        ("CHGCAR.mp-1.bz2", "mp-1"),
+        ("mp-1.json", "mp-1"),
+        ("mp-1.json.gz", "mp-1"),
+        ("mp-1/CHGCAR", "mp-1"),
+        ("mp-1/CHGCAR.gz", "mp-1"),
+        ("mp-1/AECCAR2.gz", "mp-1"),
+        ("mp-1/CHGCAR.vasp", "mp-1"),
+        ("run.7/mp-1.5.CHGCAR", "mp-1.5"),
+    ],
+)
+def test_every_way_to_name_a_density_gives_its_task_id(path: str, task_id: str) -> None:
+    """Name and directory are all that counts; nothing is opened."""
+    assert task_id_of(Path("/nowhere") / path) == task_id
+
+
+@pytest.mark.parametrize("name", ["..CHGCAR", ".json", "a b/../CHGCAR", "mp;1.CHGCAR", "mü-1.json"])
+def test_a_name_that_no_store_can_have_is_refused(name: str) -> None:
+    """The message shows the whole path and what to do."""
+    path = Path("/nowhere") / name if "/" not in name else Path("/nowhere/a;b/CHGCAR")
+    with pytest.raises(ConfigError, match=rf"{path.name}.*not a plain name.*Rename"):
+        task_id_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CHGCAR", True),
+        ("mp-1.CHGCAR.gz", True),
+        ("mp-1.json.gz", True),
+        ("LOCPOT", False),
+        ("POSCAR", False),
+        (".mp-1.CHGCAR.swp", False),
+        ("._mp-1.json", False),
+        ("mp-1.zarr", False),
+    ],
+)
+def test_without_a_pattern_only_densities_are_taken(name: str, expected: bool) -> None:
+    """Other files of VASP, hidden files and stores are not."""
+    assert is_density_name(name) is expected
+
+
+def _touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def test_a_directory_gives_its_densities_and_those_of_one_calculation_a_directory(tmp_path: Path) -> None:
+    """Sorted; what is deeper, or inside of a store, is not looked at."""
+    _touch(
+        tmp_path, "mp-2.json.gz", "mp-1.CHGCAR", "mp-3/CHGCAR", "mp-4/CHGCAR.gz", "mp-5/deep/CHGCAR", "mp-6.zarr/CHGCAR", "INCAR", "mp-7/mp-8.CHGCAR"
+    )
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path)] == ["mp-1.CHGCAR", "mp-2.json.gz", "mp-3/CHGCAR", "mp-4/CHGCAR.gz"]
+
+
+def test_a_pattern_takes_what_it_matches_whatever_its_name(tmp_path: Path) -> None:
+    """The user has chosen; files in stores stay left out."""
+    _touch(tmp_path, "a/b/AECCAR0", "c/AECCAR0", "d.zarr/AECCAR0", "mp-1.CHGCAR")
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path, "**/AECCAR0")] == ["a/b/AECCAR0", "c/AECCAR0"]
+
+
+def test_a_single_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Also one that no pattern would find."""
+    _touch(tmp_path, "odd.name")
+    assert find_files(tmp_path / "odd.name") == [tmp_path / "odd.name"]
+
+
+@pytest.mark.parametrize("names", [("mp-1.CHGCAR", "mp-1.json.gz"), ("mp-1.CHGCAR", "mp-1/CHGCAR")])
+def test_two_files_of_one_material_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """One of them would silently win; both are named."""
+    with pytest.raises(ConfigError, match=r"mp-1.* and .*mp-1.* are both mp-1"):
+        find_files(_touch(tmp_path, *names))
+
+
+def test_an_empty_directory_says_what_it_was_searched_for(tmp_path: Path) -> None:
+    """With and without a pattern."""
+    with pytest.raises(ConfigError, match=r"No densities in .*no file is named .*CHGCAR"):
+        find_files(tmp_path)
+    with pytest.raises(ConfigError, match=r"no file matches '\*\.cube'"):
+        find_files(tmp_path, "*.cube")
+
+
+@pytest.mark.parametrize("pattern", ["", "/etc/*"])
+def test_a_pattern_that_cannot_be_used_is_shown(tmp_path: Path, pattern: str) -> None:
+    """``Path.glob`` refuses it in words of its own."""
+    with pytest.raises(ConfigError, match=r"pattern .* cannot be used"):
+        find_files(tmp_path, pattern)
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Rather than an empty conversion."""
+    with pytest.raises(ConfigError, match=r"gone is not there"):
+        find_files(tmp_path / "gone")
