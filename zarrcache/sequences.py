@@ -26,10 +26,16 @@ class DensityLoader(Protocol):
 
 
 class _Lazy(Sequence[T]):
-    """One value for each task id, made by ``read`` when it is asked for."""
+    """One value for each task id, made by ``read`` when it is asked for.
 
-    def __init__(self, task_ids: Sequence[str], read: Callable[[str], T], what: str) -> None:
-        self._task_ids, self._read, self._what = task_ids, read, what
+    Attributes
+    ----------
+    reader
+        What loads them; ``train_sets[0].reader.stats`` tells how an epoch went.
+    """
+
+    def __init__(self, reader: DensityLoader, task_ids: Sequence[str], read: Callable[[str], T], what: str) -> None:
+        self.reader, self._task_ids, self._read, self._what = reader, task_ids, read, what
 
     def __len__(self) -> int:
         return len(self._task_ids)
@@ -78,8 +84,8 @@ def split_sets(loader: DensityLoader, task_ids: Sequence[str]) -> SplitSets:
     """The four lazy sequences of one side of a split."""
     grids = _Grids(loader)
     return (
-        _Lazy(task_ids, _Of(grids.density, "data"), "data"),
-        _Lazy(task_ids, _Of(grids.density, "label"), "label"),
-        _Lazy(task_ids, _Of(grids.gridsize, "data"), "gs_data"),
-        _Lazy(task_ids, _Of(grids.gridsize, "label"), "gs_label"),
+        _Lazy(loader, task_ids, _Of(grids.density, "data"), "data"),
+        _Lazy(loader, task_ids, _Of(grids.density, "label"), "label"),
+        _Lazy(loader, task_ids, _Of(grids.gridsize, "data"), "gs_data"),
+        _Lazy(loader, task_ids, _Of(grids.gridsize, "label"), "gs_label"),
     )
