@@ -96,7 +96,7 @@ def test_a_key_gives_the_same_rotation_everywhere() -> None:
     assert [(r.axis, r.turns) for r in drawn] == [(1, 2), (1, 3), (1, 1), (1, 2), (0, 1), (0, 3), (2, 2), (1, 1), (0, 1), (0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.parametrize(("step", "multiple"), itertools.product((1, 2, 3, 4), (1, 2, 3, 4)))
+@pytest.mark.parametrize(("step", "multiple"), list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4))))
 def test_downsampling_takes_the_points_it_should(step: int, multiple: int) -> None:
     """Each axis ends at its last multiple; every ``step``-th point of what is left stays."""
     values = grid(7, 4, 9)
