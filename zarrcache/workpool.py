@@ -68,6 +68,7 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int) -> Gene
     todo = deque(items)
     orphans: deque[T] = deque()
     pool: list[_Worker[T, R]] = []
+    can_start = False
     try:
         for queue, most, last in ((todo, workers, False), (orphans, 1, True)):
             while queue or pool:
@@ -81,7 +82,7 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int) -> Gene
                     except (EOFError, OSError):
                         pool.remove(worker)
                         exitcode = worker.end()
-                        if not worker.started:
+                        if not can_start:
                             raise ConfigError(
                                 f"A worker process ended before it could begin (exit code {exitcode}); its last words are above. If a script "
                                 "of yours starts the conversion, put that below `if __name__ == '__main__':`, or use workers=1."
@@ -91,6 +92,7 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int) -> Gene
                         else:
                             orphans.append(item)
                         continue
+                    can_start = True
                     if not is_result:
                         continue
                     # The next item goes out before the caller works on this result. A process for orphans gets a single one.
@@ -118,7 +120,6 @@ class _Worker(Generic[T, R]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        self.started = False
         self.send(item)
 
     def send(self, item: T) -> None:
@@ -129,7 +130,6 @@ class _Worker(Generic[T, R]):
     def receive(self) -> tuple[bool, Any]:
         """``(True, result)``, or ``(False, None)`` once in the beginning. Raises EOFError or OSError if the process is gone."""
         message: tuple[bool, Any] = self.connection.recv()
-        self.started = True
         return message
 
     def end(self) -> int | None:
