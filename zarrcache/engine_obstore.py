@@ -26,7 +26,7 @@ from zarrcache.s3options import S3Options
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential, S3Store
 
-__all__ = ["ObstoreEngine", "is_usable"]
+__all__ = ["CannotNameError", "ObstoreEngine", "can_name", "is_usable"]
 
 #: botocore renews credentials that have less than 10 minutes left; asking it every few minutes is enough.
 CREDENTIALS_TTL = timedelta(minutes=10)
@@ -45,6 +45,18 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class CannotNameError(Exception):
+    """The listing holds names that obstore refuses or returns changed. Internal: such a listing goes through s3fs."""
+
+
+_UNNAMEABLE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
+
+
+def can_name(path: str) -> bool:
+    """Whether obstore takes this key, or this prefix with its slash at the end, as it is: no empty segment, no dots alone, no control characters."""
+    return not path or _UNNAMEABLE.search(path.removesuffix("/")) is None
 
 
 class ObstoreEngine:
@@ -82,8 +94,17 @@ class ObstoreEngine:
         )
 
     def list_page(self, prefix: str, *, patience_s: float, token: str | None = None) -> Page:
-        """Every object below ``prefix``, which ends with ``/`` or is empty: all pages in one."""
-        return Page(run(get_loop(), self._list(prefix, patience_s)), [], None)
+        """Every object below ``prefix``, which ends with ``/`` or is empty: all pages in one.
+
+        Raises
+        ------
+        CannotNameError
+        """
+        found = run(get_loop(), self._list(prefix, patience_s))
+        if not all(o.size_bytes for o in found):
+            # Perhaps the marker of a directory: obstore takes the slash off its name, and it cannot be told from an empty object any more.
+            raise CannotNameError(prefix)
+        return Page(found, [], None)
 
     def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
         """One object as a HEAD shows it, None if there is none."""
@@ -98,6 +119,8 @@ class ObstoreEngine:
         return run(get_loop(), self._get(obj, (start, stop), patience_s))
 
     async def _list(self, prefix: str, patience_s: float) -> list[ObjectInfo]:
+        from obstore.exceptions import InvalidPathError
+
         found: list[ObjectInfo] = []
         stream = self._store.list(prefix or None, chunk_size=PAGE_OBJECTS)
         try:
@@ -107,6 +130,8 @@ class ObstoreEngine:
                 if chunk is None:
                     return found
                 found += [_info(meta) for meta in chunk]
+        except InvalidPathError as exc:
+            raise CannotNameError(prefix) from exc
         except Exception as exc:
             raise _fault(exc) from exc
 

@@ -186,14 +186,17 @@ class S3Origin:
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """Every object below ``prefix``. See ``Origin.list_objects``."""
-        engine = self._engine()
         full = self._prefix + prefix
+        engine = self._engine(full)
         if prefix and not prefix.endswith("/"):
             asked = self._asked(prefix)
             found = self._call(lambda patience_s: engine.head(full, patience_s=patience_s), asked)
             return [] if found is None else [self._relative(found)]
-        objects = [self._relative(o) for page in self._pages(engine, full) for o in page.objects]
-        return sorted(_without_markers(objects))
+        try:
+            pages = list(self._pages(engine, full))
+        except engine_obstore.CannotNameError:
+            pages = list(self._pages(self._s3fs(), full))
+        return sorted(_without_markers([self._relative(o) for page in pages for o in page.objects]))
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects. See ``Origin.fetch``."""
@@ -203,7 +206,7 @@ class S3Origin:
         for attempt in policy:
             failure: Exception | None = None
             wanted = [ObjectInfo(key, o.size_bytes, o.etag) for key, o in missing.items()]
-            with contextlib.closing(self._engine().get_many(wanted, patience_s=policy.remaining_s)) as answers:
+            with contextlib.closing(self._engine(*missing).get_many(wanted, patience_s=policy.remaining_s)) as answers:
                 for full, answer in answers:
                     if answer is None:
                         continue
@@ -230,7 +233,7 @@ class S3Origin:
         if start >= stop:
             return b""
         full = ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag)
-        engine = self._engine()
+        engine = self._engine(full.key)
 
         def one(patience_s: float) -> bytes:
             received: Received = engine.get_range(full, start, stop, patience_s=patience_s)
@@ -268,9 +271,9 @@ class S3Origin:
 
         return policy.call(attempt, on_retry=lambda: self._counters.add(retries=1))
 
-    def _engine(self) -> ObstoreEngine | S3fsEngine:
-        """What objects come through in this process."""
-        if self._fetch.engine == "s3fs" or self._options.only_s3fs or not engine_obstore.is_usable():
+    def _engine(self, *paths: str) -> ObstoreEngine | S3fsEngine:
+        """What these objects come through in this process."""
+        if self._fetch.engine == "s3fs" or self._options.only_s3fs or not engine_obstore.is_usable() or not all(map(engine_obstore.can_name, paths)):
             return self._s3fs()
         if self._region is None:
             # obstore does not follow S3 to another region; other endpoints do not care.
