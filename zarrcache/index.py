@@ -19,7 +19,6 @@ import os
 import secrets
 import shutil
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: What a broken cache raises. Each becomes a miss or a pass-through, never an error of the reader.
 CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+
+_inherited: list[diskcache.Cache] = []
 
 _MODE_FILE = 16  # outside diskcache's own modes 0 to 4: a planted row with its pickle mode is not ours and is not read
 _INTENT = "intent"
@@ -109,7 +110,6 @@ class Index:
     def __init__(self, config: CacheConfig) -> None:
         self._config = config
         self.dir = CacheDir(config.dir, config.shared)
-        self._open_lock = threading.Lock()
         self._opened: tuple[int, diskcache.Cache] | None = None
 
     def __reduce__(self) -> tuple[type[Index], tuple[CacheConfig]]:
@@ -268,23 +268,19 @@ class Index:
 
     def reopen(self) -> None:
         """Forget the open index: its directory was replaced, or its file is broken."""
-        with self._open_lock:
-            self._opened = None
+        self._opened = None
 
     def _cache(self) -> diskcache.Cache:
         opened = self._opened
         # A new object in a forked child: the inherited one may be in the middle of another thread's transaction.
         if opened is not None and opened[0] == os.getpid():
             return opened[1]
-        with self._open_lock:
-            if self._opened is None or self._opened[0] != os.getpid():
-                self._opened = (os.getpid(), self._open())
-                fresh = True
-            else:
-                fresh = False
-            cache = self._opened[1]
-        if fresh:
-            self.sweep()
+        if opened is not None:
+            _inherited.append(opened[1])  # never closed here: SQLite's locks and its log are the parent's
+        # Two threads may come here together: both open, one after the other, and one of the two stays.
+        cache = self._open()
+        self._opened = (os.getpid(), cache)
+        self.sweep()
         return cache
 
     def _open(self) -> diskcache.Cache:

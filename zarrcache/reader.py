@@ -22,6 +22,7 @@ from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, s
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.readarray import list_array, read_array
 from zarrcache.sequences import Density, Role, SplitSets, split_sets
+from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters, Stats
 from zarrcache.store import CachedStore, group_of, store_at
 from zarrcache.taskids import ids_of, read_map, split_ids
@@ -112,7 +113,7 @@ class ZarrS3Reader:
         }
         self._names: dict[Role, dict[str, str]] = {}
         self._present: tuple[list[str], tuple[str, ...]] | None = None
-        self._checked: set[str] = set()
+        self._checked = SharedSet()
         if self.use_s3:
             _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
 
@@ -290,17 +291,18 @@ class ZarrS3Reader:
 
     def _density(self, origin: Origin, store: str, *, revalidate: bool = False) -> tuple[NDArray[np.float32], Outcome]:
         """The cached path: array tier, single flight, origin."""
-        arrays, flight = self._tiers.arrays, self._tiers.single_flight()
-        if arrays is None or flight is None:
+        arrays = self._tiers.arrays
+        if arrays is None:
             return self._past_the_array_tier(origin, store), "bypass"
         key = self._key(origin, store)
         listed, source = None, None
         if revalidate or self._is_due(key):
             listed = list_array(origin, store, self._array)
             source = source_digest(listed)
+            self._checked.add(key.digest)
         entry = arrays.get(key, source=source)
         if entry is None:
-            with flight.hold(key.digest):
+            with self._tiers.single_flight().hold(key.digest):
                 entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
                 if entry is None:
                     decoded = read_array(origin, store, self._array, listed=listed)
@@ -321,10 +323,7 @@ class ZarrS3Reader:
     def _is_due(self, key: ArrayKey) -> bool:
         """Whether the origin has to be asked if an entry is still fresh."""
         revalidate = self._tiers.config.revalidate if self._tiers.config else "never"
-        if revalidate == "never" or (revalidate == "run" and key.digest in self._checked):
-            return False
-        self._checked.add(key.digest)
-        return True
+        return revalidate == "epoch" or (revalidate == "run" and key.digest not in self._checked)
 
     def _flat(self, values: NDArray[np.float32]) -> Density:
         nx, ny, nz = values.shape

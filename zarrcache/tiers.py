@@ -50,10 +50,10 @@ class Tiers:
             self._origins[key] = open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters)
         return self._origins[key]
 
-    def single_flight(self) -> SingleFlight | None:
-        """The locks of this cache directory."""
-        if self.config is None or self.index is None:
-            return None
+    def single_flight(self) -> SingleFlight:
+        """The locks of the cache directory. Only with a cache."""
+        assert self.config is not None
+        assert self.index is not None
         return SingleFlight(self.index.dir.locks, timeout_s=2 * self.config.retry.timeout, mode=self.index.dir.file_mode)
 
     def bytes(self, origin: Origin) -> ByteCache | None:
