@@ -1,0 +1,81 @@
+"""The map file and the split: which materials, and in which order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.model_selection import train_test_split
+
+from zarrcache.errors import ConfigError
+from zarrcache.taskids import ids_of, read_map, split_ids
+
+MAP = {"GGA": ["mp-3", "mp-1", "mp-2"], "GGA+U": ["mp-9"], "SCAN": []}
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.json.gz", "map"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_map_is_read_by_its_content_not_by_its_name(tmp_path: Path, name: str, zipped: bool) -> None:
+    """JSON and gzipped JSON, whatever the file is called: browsers and rsync change names."""
+    raw = json.dumps(MAP).encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if zipped else raw)
+    assert read_map(tmp_path / name) == MAP
+    assert read_map(str(tmp_path / name)) == MAP
+
+
+def test_map_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` is expanded, as a shell would do before the users' reader sees it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "map.json").write_text(json.dumps(MAP))
+    assert read_map("~/map.json") == MAP
+
+
+def test_ids_keep_the_order_of_the_map() -> None:
+    """The split depends on the order, so nothing is sorted and nothing is dropped."""
+    assert ids_of(MAP, "GGA") == ["mp-3", "mp-1", "mp-2"]
+    assert ids_of({"GGA": ["b", "a", "b"]}, "GGA") == ["b", "a", "b"]
+    assert ids_of(MAP, "SCAN") == []
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 50, 1000])
+@pytest.mark.parametrize("train_fraction", [0.5, 0.6, 0.8, 1])
+@pytest.mark.parametrize("random_state", [0, 42, 2**32 - 1])
+def test_split_is_the_one_of_the_loaded_lists(n: int, train_fraction: float, random_state: int) -> None:
+    """The users split four lists of loaded arrays; the ids come out with the same members in the same order."""
+    ids = [f"mp-{i}" for i in np.random.default_rng(n).permutation(n)]
+    arrays = [np.full(3, i) for i in range(n)]
+    sizes = [(i, i, i) for i in range(n)]
+    theirs = train_test_split(arrays, arrays, sizes, sizes, train_size=train_fraction, random_state=random_state)
+    train, test = split_ids(ids, train_fraction, random_state)
+    assert train == [ids[a[0]] for a in theirs[0]]
+    assert test == [ids[a[0]] for a in theirs[1]]
+    assert sorted(train + test) == sorted(ids)
+
+
+def test_same_seed_gives_the_same_split_and_another_seed_another() -> None:
+    """Which of two runs saw a material is decided by ``random_state`` alone."""
+    ids = [f"mp-{i}" for i in range(100)]
+    assert split_ids(ids, 0.8, 1) == split_ids(tuple(ids), 0.8, 1)
+    assert split_ids(ids, 0.8, 1) != split_ids(ids, 0.8, 2)
+
+
+def test_whole_number_is_a_number_of_materials() -> None:
+    """As scikit-learn takes it."""
+    train, test = split_ids([f"mp-{i}" for i in range(10)], 3, 42)
+    assert (len(train), len(test)) == (3, 7)
+
+
+@pytest.mark.parametrize(("n", "train_fraction"), [(0, 0.8), (1, 0.8), (5, 0.0), (5, 1.0), (5, 1.5), (5, -0.5), (5, 6), (5, "most")])
+def test_split_that_cannot_be_made_says_so_in_scikit_learns_words(n: int, train_fraction: Any) -> None:
+    """They are what the users' tests look for; a sentence on what to do follows."""
+    ids = [f"mp-{i}" for i in range(n)]
+    with pytest.raises(ValueError, match="train_size") as theirs:
+        train_test_split(ids, train_size=train_fraction, random_state=42)
+    with pytest.raises(ConfigError) as ours:
+        split_ids(ids, train_fraction, 42)
+    assert str(ours.value).startswith(str(theirs.value))
+    assert str(ours.value).endswith("No task id of the functional has both stores." if n == 0 else "Change train_fraction, or give more materials.")
