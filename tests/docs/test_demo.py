@@ -1,0 +1,44 @@
+"""The demo, as ``tools/demo`` runs it: real processes, a real server, and an end to the server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "zarrcache", "demo", *arguments], capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_demo_trains_with_the_server_switched_off() -> None:
+    """Made-up densities: equal bits in every epoch, no request once warm, nothing left behind."""
+    done = _demo("--samples", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["identical"] is True
+    rows = {row["epoch"]: row for row in report["rows"]}
+    assert rows["cold"]["requests"] > 0
+    for name in ("warm", "warm, S3 switched off"):
+        assert rows[name]["requests"] == 0
+        assert rows[name]["fetched_bytes"] == 0
+        assert rows[name]["hit_ratio"] == 1.0
+
+
+def test_the_demo_takes_real_densities(real_data: Path) -> None:
+    """Pairs of CHGCAR and json.gz files are found by the names of their directories."""
+    done = _demo("--source", str(real_data / "mp"), "--samples", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["identical"] is True
+
+
+def test_what_the_demo_cannot_use_is_said(tmp_path: Path) -> None:
+    """Too few pairs, and how to lay them out."""
+    (tmp_path / "input").mkdir()
+    done = _demo("--source", str(tmp_path))
+    assert done.returncode == 2
+    assert "input/" in done.stderr
+    assert "label/" in done.stderr

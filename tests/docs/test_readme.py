@@ -1,0 +1,120 @@
+"""What the README shows is run as it stands; what cannot be is named here with the reason."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.s3server import S3Server
+from zarrcache.config import CacheConfig
+from zarrcache.synthetic import write_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+IDS = [f"mp-{n}" for n in range(1, 6)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of the README."""
+
+    number: int
+    language: str
+    text: str
+
+
+BLOCKS = [Block(i, m[1], m[2]) for i, m in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))]
+#: What is not run here, and what runs it instead.
+ELSEWHERE = {
+    "tools/demo\ntools/test\n": "tools/demo is what tests/docs/test_demo.py runs; tools/test is what runs this",
+    "pip install '.[convert]'\n": "tools/_venv.sh installs the extra; test_extras_exist looks for it",
+}
+COMMANDS = [b for b in BLOCKS if b.language == "bash" and b.text not in ELSEWHERE]
+SCRIPTS = [b for b in BLOCKS if b.language == "python"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Path:
+    """A user's directory: configs, densities and a map, with the bucket that the configs name."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(ROOT / "configs", home / "configs")
+    made = home / "made"
+    for task_id, name in zip(IDS, write_pairs(made, len(IDS), seed=3), strict=True):
+        for role in ("input", "label"):
+            (home / "chgcars" / role).mkdir(parents=True, exist_ok=True)
+            (made / role / f"{name}.CHGCAR").rename(home / "chgcars" / role / f"{task_id}.CHGCAR")
+    (home / "data").mkdir()
+    with gzip.open(home / "data" / "map.json.gz", "wt") as file:
+        json.dump({"GGA": IDS}, file)
+    s3_server.client().create_bucket(Bucket="my-bucket")
+    return home
+
+
+def _run(command: list[str], home: Path, server: S3Server) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "AWS_ACCESS_KEY_ID": server.key,
+        "AWS_SECRET_ACCESS_KEY": server.secret,
+        "AWS_ENDPOINT_URL_S3": server.endpoint_url,
+        "ZARRCACHE_DIR": str(home / "scratch"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, f"{' '.join(command)[:200]}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_every_block_and_command_of_the_readme_works_in_its_order(home: Path, s3_server: S3Server) -> None:
+    """Convert, warm, status, train, crops, a loader of one's own: top to bottom, as a reader does it."""
+    for block in BLOCKS:
+        if block in COMMANDS:
+            _run(["bash", "-euo", "pipefail", "-c", block.text], home, s3_server)
+        elif block in SCRIPTS:
+            # Below a function's guard, as a script has to be whose DataLoader starts processes; here they are forked.
+            script = home / f"block_{block.number}.py"
+            script.write_text(block.text)
+            _run([sys.executable, str(script)], home, s3_server)
+
+
+def test_no_block_is_forgotten() -> None:
+    """A block in another language, or one that is excused and gone, has to be looked at."""
+    assert {b.language for b in BLOCKS} == {"bash", "python", "yaml", ""}
+    assert ELSEWHERE.keys() <= {b.text for b in BLOCKS}
+    assert len(COMMANDS) == 1
+    assert len(SCRIPTS) == 4
+
+
+def test_the_yaml_of_the_readme_is_a_cache_block() -> None:
+    """Its keys are settings."""
+    (block,) = [b for b in BLOCKS if b.language == "yaml"]
+    assert CacheConfig.of(yaml.safe_load(block.text)["cache"]).limit == 200 * 1024**3
+
+
+@pytest.mark.parametrize("verb", sorted(set(re.findall(r"`zarrcache ([a-z]+)", README))))
+def test_every_verb_of_the_readme_has_help(verb: str) -> None:
+    """``zarrcache VERB --help`` exits with 0 and says what it does."""
+    done = subprocess.run([sys.executable, "-m", "zarrcache", verb, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert "Usage" in done.stdout
+
+
+def test_every_file_the_readme_names_is_there() -> None:
+    """Links and tests that promises lean on."""
+    names = set(re.findall(r"\]\(([\w./-]+)\)", README)) | set(re.findall(r"`((?:tests|tools|docs|configs)/[\w./-]+)`", README))
+    assert {n for n in names if not (ROOT / n).exists()} == set()
+
+
+def test_extras_exist() -> None:
+    """``pip install '.[convert]'`` and the others that messages name."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"convert", "demo", "test"} <= extras.keys()
