@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zarrcache.chgcar_files import read_density
 from zarrcache.chgcar_names import find_files, task_id_of
 from zarrcache.errors import ConfigError, OriginError, ZarrCacheError
+from zarrcache.s3options import split_s3_url
 from zarrcache.storewriter import StoreExistsError, check_layout, encode_store, publish_store, store_exists, sweep_partials, zipped
 from zarrcache.workpool import Died, spread
 
@@ -200,10 +201,14 @@ def plan_convert(
     OriginError
         The bucket is not there or does not let us in.
     """
-    target = os.fspath(dst)
-    target = target.rstrip("/") if _is_s3(target) else os.path.abspath(os.path.expanduser(target.removeprefix("file://")))
-    if "://" in target and not _is_s3(target):
+    target = os.fspath(dst).removeprefix("file://")
+    if _is_s3(target):
+        split_s3_url(target)  # refuses what names no bucket
+        target = target.rstrip("/")
+    elif "://" in target:
         raise ConfigError(f"{target!r} is of a scheme that is not supported. Write s3://bucket/prefix or a directory.")
+    else:
+        target = os.path.abspath(os.path.expanduser(target))
     if target.endswith((".zarr", ".zarr.zip")):
         raise ConfigError(
             f"{target} is the name of a store. Give the directory that the stores are to go to; their names are made from the files' names."

@@ -1,0 +1,268 @@
+"""Conversions of directories: what is planned is done, what fails is named, what is there is skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from tests.support.stores import plain_read, small_group
+from zarrcache.chgcar_files import read_density
+from zarrcache.config import ConfigError
+from zarrcache.convert import ConvertResult, convert_directory, plan_convert
+from zarrcache.errors import OriginError
+from zarrcache.synthetic import make_pair, write_pairs
+
+pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Three small densities as text."""
+    write_pairs(tmp_path / "pairs", 3, seed=4)
+    return tmp_path / "pairs" / "label"
+
+
+IDS = ["syn-4-0000", "syn-4-0001", "syn-4-0002"]
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    attributes = json.loads((path / ".zattrs").read_text())
+    return {name: json.loads(value) for name, value in attributes.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_directory_becomes_one_store_a_file(source: Path, tmp_path: Path, workers: int) -> None:
+    """In this process and in two others: every value as the file has it, attributes as the users' reader wants them."""
+    seen: list[ConvertResult] = []
+    report = convert_directory(source, tmp_path / "out", workers=workers, progress=seen.append)
+    assert [result.task_id for result in report.converted] == IDS
+    assert report.failed == report.skipped == ()
+    assert {result.path for result in seen} == set(source.iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{task_id}.zarr" for task_id in IDS]
+    for index, result in enumerate(report.converted):
+        pair, store = make_pair(4, index), Path(result.target)
+        assert np.array_equal(plain_read(store), read_density(result.path).total)
+        assert np.allclose(plain_read(store), pair.label, rtol=1e-6)
+        assert result.written_bytes == sum(p.stat().st_size for p in store.rglob("*") if p.is_file())
+        assert result.warnings == ()
+        attributes = _attributes(store)
+        assert attributes["metadata"]["task_id"] == result.task_id
+        assert attributes["metadata"]["electrons"] == pair.electrons
+        assert [site["label"] for site in attributes["structure"]["sites"]] == [site["label"] for site in pair.structure["sites"]]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("zarr_format", "as_zip"), [(2, False), (3, False), (2, True), (3, True)])
+def test_real_files_of_every_kind_keep_their_values(real_data: Path, tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool) -> None:
+    """Pymatgen's values in float32, total and spin, in both formats, as directories and as zip files."""
+    from pymatgen.io.vasp.outputs import Chgcar
+
+    report = convert_directory(real_data / "mp" / "half" / "label", tmp_path, diff=True, zarr_format=zarr_format, zip=as_zip, workers=1)
+    assert report.failed == ()
+    assert len(report.converted) == 5
+    for result in report.converted:
+        expected = Chgcar.from_file(str(result.path)).data
+        assert result.target.endswith(".zarr.zip" if as_zip else ".zarr")
+        assert np.array_equal(plain_read(Path(result.target)), expected["total"].astype("float32"))
+        assert np.array_equal(plain_read(Path(result.target), "charge_density_diff"), expected["diff"].astype("float32"))
+
+
+def test_real_files_that_look_wrong_are_converted_with_a_word_and_a_broken_one_is_named(real_data: Path, tmp_path: Path) -> None:
+    """Spin-orbit, a slab, a toy that nobody can read, a potential: the good ones are there."""
+    report = convert_directory(real_data / "vasp", tmp_path, pattern="*", diff=True, workers=1)
+    warnings = {result.task_id: " ".join(result.warnings) for result in report.converted}
+    assert warnings.pop("NO_pol") == ""
+    assert "non-collinear" in warnings.pop("NO_soi")
+    assert "potential" in warnings.pop("Li_LOCPOT")
+    assert "no spin density" in warnings.pop("graphene")
+    assert warnings == {}
+    (failed,) = report.failed
+    assert failed.error is not None
+    assert f"{real_data / 'vasp' / 'CHGCAR.nospin'} cannot be read" in failed.error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["Li_LOCPOT.zarr", "NO_pol.zarr", "NO_soi.zarr", "graphene.zarr"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_goes_on(source: Path, tmp_path: Path, workers: int) -> None:
+    """Cut short, not a density, and with a name that no store can have."""
+    (source / "bad-1.CHGCAR").write_bytes((source / f"{IDS[0]}.CHGCAR").read_bytes()[:5000])
+    (source / "bad-2.json.gz").write_bytes(b"not gzip")
+    shutil.copy(source / f"{IDS[0]}.CHGCAR", source / "bad;3.CHGCAR")
+    report = convert_directory(source, tmp_path / "out", workers=workers)
+    assert [result.task_id for result in report.converted] == IDS
+    errors = {result.path.name: result.error or "" for result in report.failed}
+    assert list(errors) == ["bad-1.CHGCAR", "bad-2.json.gz", "bad;3.CHGCAR"]
+    assert all(str(source / name) in error for name, error in errors.items())
+    assert "not a plain name" in errors["bad;3.CHGCAR"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{task_id}.zarr" for task_id in IDS]
+
+
+def test_what_is_converted_is_skipped_and_the_rest_is_done(source: Path, tmp_path: Path) -> None:
+    """A run that was stopped goes on; the plan says so before anything is read."""
+    out = tmp_path / "out"
+    convert_directory(source / f"{IDS[1]}.CHGCAR", out)
+    before = (out / f"{IDS[1]}.zarr" / ".zgroup").stat().st_mtime_ns
+    plan = plan_convert(source, out, workers=1)
+    assert [path.name for path in plan.skipped] == [f"{IDS[1]}.CHGCAR"]
+    assert [path.name for path in plan.files] == [f"{IDS[0]}.CHGCAR", f"{IDS[2]}.CHGCAR"]
+    assert plan.source_bytes == sum(path.stat().st_size for path in plan.files)
+    report = plan.execute()
+    assert [result.task_id for result in report.skipped] == [IDS[1]]
+    assert [result.task_id for result in report.converted] == [IDS[0], IDS[2]]
+    assert (out / f"{IDS[1]}.zarr" / ".zgroup").stat().st_mtime_ns == before
+    assert plan_convert(source, out).files == ()
+
+
+def test_a_plan_writes_nothing(source: Path, tmp_path: Path) -> None:
+    """Not even the directory."""
+    plan_convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_somebody_else_made_since_the_plan_is_skipped(source: Path, tmp_path: Path) -> None:
+    """Two nodes convert the same directory: neither fails, nothing is written twice."""
+    plan = plan_convert(source, tmp_path / "out", workers=1)
+    small_group(tmp_path / "out" / f"{IDS[0]}.zarr")
+    report = plan.execute()
+    assert [result.task_id for result in report.skipped] == [IDS[0]]
+    assert [result.task_id for result in report.converted] == IDS[1:]
+
+
+def test_overwrite_converts_what_is_there(source: Path, tmp_path: Path) -> None:
+    """With other chunks, so that old ones would be seen."""
+    convert_directory(source, tmp_path / "out", chunks=8, workers=1)
+    report = convert_directory(source, tmp_path / "out", overwrite=True, workers=1)
+    assert len(report.converted) == 3
+    for result in report.converted:
+        fresh = convert_directory(result.path, tmp_path / "fresh").converted[0]
+        assert _tree(Path(result.target)) == _tree(Path(fresh.target))
+
+
+def _tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_file_whose_process_is_killed_is_converted_in_another_one(source: Path, tmp_path: Path) -> None:
+    """The kernel does this when memory runs out: beside others it died, alone it lives."""
+
+    def kill_all(_: ConvertResult) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+
+    report = convert_directory(source, tmp_path / "out", workers=2, progress=kill_all)
+    assert [result.task_id for result in report.converted] == IDS
+    assert report.failed == ()
+
+
+@dataclasses.dataclass
+class _Deadly:
+    """In place of the converter: dies of one file, as a parser can that runs out of memory."""
+
+    converter: Any
+
+    def __call__(self, path: Path) -> Any:
+        if path.name.startswith(IDS[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.converter(path)
+
+    def result(self, *args: Any, **fields: Any) -> Any:
+        return self.converter.result(*args, **fields)
+
+
+def test_a_file_that_kills_every_process_is_named(source: Path, tmp_path: Path) -> None:
+    """And the conversion ends, with all others done."""
+    plan = plan_convert(source, tmp_path / "out", workers=2)
+    report = dataclasses.replace(plan, _convert=_Deadly(plan._convert)).execute()  # type: ignore[arg-type]
+    assert [result.task_id for result in report.converted] == [IDS[0], IDS[2]]
+    (failed,) = report.failed
+    assert failed.error is not None
+    assert f"{failed.path}: the process that converted it was ended by SIGKILL, perhaps for lack of memory" in failed.error
+
+
+def test_leftovers_of_killed_runs_are_swept_first(source: Path, tmp_path: Path) -> None:
+    """Disk space comes back without anybody's help."""
+    import subprocess
+    import sys
+
+    code = (
+        "import os, signal, sys, pathlib; from zarrcache import storewriter as s\n"
+        "p = s._beside(pathlib.Path(sys.argv[1]), 'partial'); p.mkdir(parents=True); (p / 'big').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out" / f"{IDS[0]}.zarr")], check=False)
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    convert_directory(source, tmp_path / "out", workers=1)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{task_id}.zarr" for task_id in IDS]
+
+
+def test_a_destination_that_takes_no_more_ends_the_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is not a thousand broken files."""
+    import errno
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("zarrcache.storewriter._move_into_place", full)
+    seen: list[ConvertResult] = []
+    with pytest.raises(OriginError, match=rf"{IDS[0]}\.zarr could not be written: No space left on device"):
+        convert_directory(source, tmp_path / "out", workers=1, progress=seen.append)
+    assert seen == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_both_forms_of_a_store_beside_each_other_are_refused(source: Path, tmp_path: Path) -> None:
+    """Readers would go on to read the old one."""
+    convert_directory(source, tmp_path / "out", workers=1)
+    with pytest.raises(ConfigError, match=rf"holds 3 of these stores as \.zarr \({IDS[0]}\.zarr, .*convert without zip"):
+        plan_convert(source, tmp_path / "out", zip=True)
+
+
+@pytest.mark.parametrize(
+    ("dst", "options", "words"),
+    [
+        ("out", {"chunks": (16, 16)}, "three positive whole numbers"),
+        ("out", {"zarr_format": 4}, "formats 2 and 3"),
+        ("out", {"workers": 0}, "workers is 0; it has to be a whole number from 1"),
+        ("out", {"pattern": "*.cube"}, r"no file matches '\*\.cube'"),
+        ("gs://bucket/x", {}, "not supported. Write s3://bucket/prefix or a directory"),
+        ("out/mp-1.zarr", {}, "is the name of a store"),
+        ("s3://", {}, "names no bucket"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_anything_happens(source: Path, tmp_path: Path, dst: str, options: Any, words: str) -> None:
+    """Each in one sentence with what to write instead."""
+    with pytest.raises(ConfigError, match=words):
+        plan_convert(source, dst if "://" in dst else tmp_path / dst, **options)
+
+
+def test_a_destination_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:
+    """Below it no directory can be made either, which is found when it is tried."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is not a directory"):
+        plan_convert(source, tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be made a directory"):
+        plan_convert(source, tmp_path / "file" / "below").execute()
+
+
+def test_a_task_id_inside_of_the_file_is_only_mentioned(tmp_path: Path) -> None:
+    """The store is found by the file's name."""
+    write_pairs(tmp_path, 1, seed=4, form="json.gz")
+    shutil.move(tmp_path / "label" / f"{IDS[0]}.json.gz", tmp_path / "mp-9.json.gz")
+    (result,) = convert_directory(tmp_path / "mp-9.json.gz", tmp_path / "out").converted
+    assert result.target == str(tmp_path / "out" / "mp-9.zarr")
+    assert result.warnings == (f"calls itself {IDS[0]} inside; it is stored under its file name, mp-9.",)
+
+
+def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:
+    """Plans get printed."""
+    plan = plan_convert(source, source / "out")
+    plan = dataclasses.replace(plan, _convert=dataclasses.replace(plan._convert, s3_kwargs={"secret": "hunter2"}))
+    assert "hunter2" not in repr(plan) + repr(plan._convert)
