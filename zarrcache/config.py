@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,7 @@ for _i, _letter in enumerate("kmgtp", start=1):
     _SIZE_UNITS[_letter] = _SIZE_UNITS[_letter + "ib"] = 1024**_i
 _TIME_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z%]*)\s*")
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 
 
 class Percent(float):
@@ -58,7 +59,7 @@ def parse_bytes(value: object) -> int:
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2].lower() not in _SIZE_UNITS:
         raise ValueError(f"{value!r} is not a size. Write for example '200 GiB', '500 MB' or a number of bytes.")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * _SIZE_UNITS[match[2].lower()])
 
 
 def parse_seconds(value: object) -> float:
@@ -104,19 +105,29 @@ def _bytes_or_percent(value: object) -> int | Percent:
 def _expand(value: object) -> object:
     """Replace ``${VAR}`` and ``${VAR:-default}``; a variable that is set to nothing counts as not set, as in the shell."""
     if isinstance(value, str):
-
-        def replace(match: re.Match[str]) -> str:
-            found = os.environ.get(match[1]) or match[2]
-            if found is None:
-                raise ConfigError(f"{value!r} names the environment variable {match[1]}, which is not set. Set it or write ${{{match[1]}:-default}}.")
-            return found
-
-        return _VARIABLE.sub(replace, value)
+        return _expand_text(value)
     if isinstance(value, Mapping):
         return {k: _expand(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_expand(v) for v in value]
     return value
+
+
+def _expand_text(text: str) -> str:
+    match = _VARIABLE.search(text)
+    if match is None:
+        return text
+    end, depth = match.end(), 1  # the default may hold variables: ${A:-${B:-/tmp}}
+    while depth and end < len(text):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    default = text[match.end() : end - 1]
+    if depth or (default and not match[2]):
+        raise ConfigError(f"{text!r} holds a ${{ that is no variable. Write ${{NAME}} or ${{NAME:-default}}.")
+    found = os.environ.get(match[1])
+    if not found and not match[2]:
+        raise ConfigError(f"{text!r} names the environment variable {match[1]}, which is not set. Set it or write ${{{match[1]}:-default}}.")
+    return text[: match.start()] + (found or _expand_text(default)) + _expand_text(text[end:])
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

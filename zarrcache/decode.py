@@ -8,8 +8,10 @@ Plain arrays (regular grid, C order, at most one of the usual codecs, no filters
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import re
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +21,15 @@ from typing_extensions import Buffer
 
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
-__all__ = ["MAX_ARRAY_BYTES", "ArrayDecoder", "check_metadata", "metadata_key"]
+__all__ = ["DECODE_ERRORS", "MAX_ARRAY_BYTES", "ArrayDecoder", "check_metadata", "metadata_key"]
 
 #: No density is this large (the largest of 122,689 is 601 MiB); a store that claims more is broken or hostile, and is refused before
 #: anything is allocated.
 MAX_ARRAY_BYTES = 64 * 1024**3
+
+#: What codecs raise over damaged data: numcodecs' own RuntimeError, wrong lengths ValueError, gzip and bz2 OSError or EOFError; zlib and
+#: lzma have an Exception of their own; a damaged zstd frame may ask for more memory than there is.
+DECODE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError)
 
 _NUMBERS = "biuf"
 #: Codecs of numcodecs that run code from the data.
@@ -104,14 +110,16 @@ class ArrayDecoder:
         url = self._url_of(self._metadata_key or "")
         try:
             document = json.loads(bytes(data))
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise SchemaError(f"{url} is not JSON ({exc}); convert the store again.") from exc
         check_metadata(document, url)
         self._document = document
-        self._plain = _plain_v3(document) if self._metadata_key == "zarr.json" else _plain_v2(document)
-        if self._plain is None:
+        try:
+            plain = self._plain = _plain_v3(document) if self._metadata_key == "zarr.json" else _plain_v2(document)
+        except (AttributeError, LookupError, TypeError) as exc:  # parts of it are of the wrong type, or not there
+            raise SchemaError(f"{url} does not describe a Zarr array ({exc}); convert the store again.") from exc
+        if plain is None:
             return
-        plain = self._plain
         grid = [-(-n // c) for n, c in zip(plain.shape, plain.chunks, strict=True)]
         listed = sum(self._position(key) is not None for key in self._keys)
         dtype = plain.dtype.newbyteorder("=")
@@ -139,7 +147,7 @@ class ArrayDecoder:
         try:
             raw = data if plain.codec is None else plain.codec.decode(data)
             chunk = np.frombuffer(memoryview(raw), plain.dtype).reshape(plain.chunks)
-        except (RuntimeError, ValueError, OSError) as exc:  # numcodecs: RuntimeError; zlib and gzip: OSError, ValueError; wrong length: ValueError
+        except DECODE_ERRORS as exc:
             raise IncompleteArrayError(
                 f"{self._url_of(key)} cannot be decoded ({exc}). The object is damaged at the origin: convert the store again."
             ) from exc
@@ -156,7 +164,7 @@ class ArrayDecoder:
         try:
             array = zarr.open_array(store=store, path="a", mode="r", zarr_format=3 if self._metadata_key == "zarr.json" else 2)
             values = np.asarray(array[...])
-        except (RuntimeError, ValueError, OSError, TypeError, KeyError) as exc:  # zarr wraps what codecs raise in no class of its own
+        except (*DECODE_ERRORS, TypeError, LookupError) as exc:  # zarr wraps what codecs raise in no class of its own
             raise IncompleteArrayError(
                 f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again."
             ) from exc
@@ -176,8 +184,8 @@ def check_metadata(document: object, url: str) -> None:
     if not all(isinstance(n, int) and n >= 0 for n in document["shape"]):
         raise SchemaError(f"{url} gives the shape {document['shape']!r}; it has to be a list of lengths.")
     try:
-        dtype = np.dtype(name)
-    except TypeError:
+        dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
+    except (TypeError, ValueError, KeyError):
         raise SchemaError(f"{url} holds values of type {name!r}; a charge density holds real numbers.") from None
     if dtype.kind not in _NUMBERS:
         what = {"c": "complex", "O": "objects", "U": "strings", "S": "strings", "V": "structured"}.get(dtype.kind, dtype.kind)
@@ -185,7 +193,7 @@ def check_metadata(document: object, url: str) -> None:
     claimed = math.prod(document["shape"]) * dtype.itemsize
     if claimed > MAX_ARRAY_BYTES:
         raise SchemaError(f"{url} claims {claimed} bytes (shape {document['shape']}); more than {MAX_ARRAY_BYTES} are refused.")
-    used = {str(codec.get("id", codec.get("name"))) for codec in _codecs(document)}
+    used = {str(codec.get("id", codec.get("name"))).removeprefix("numcodecs.") for codec in _codecs(document)}
     if used & _UNSAFE_CODECS:
         raise SchemaError(f"{url} uses the codec {', '.join(used & _UNSAFE_CODECS)}, which runs code from the data; it is refused.")
 
@@ -210,14 +218,27 @@ def _fill(value: object, dtype: np.dtype[Any]) -> int | float | bool | None:
         return 0
     if isinstance(value, str):
         return _SPECIAL_FLOATS.get(value) if dtype.kind == "f" else None
-    return value if isinstance(value, (bool, int, float)) else None
+    if not isinstance(value, int if dtype.kind in "biu" else (int, float)):
+        return None
+    try:
+        np.full((), value, dtype)
+    except OverflowError:
+        return None
+    return value
 
 
 def _layout(
-    shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype[Any], fill: object, codec: Any, prefix: str, separator: str
+    shape: Sequence[int], chunks: Sequence[Any], dtype: np.dtype[Any], fill: object, codec: Any, prefix: str, separator: str
 ) -> _Plain | None:
     value = _fill(fill, dtype)
-    if not shape or 0 in shape or len(shape) != len(chunks) or min(chunks) < 1 or value is None or separator not in ("/", "."):
+    if (
+        not shape
+        or 0 in shape
+        or len(shape) != len(chunks)
+        or not all(isinstance(n, int) and n > 0 for n in chunks)
+        or value is None
+        or separator not in ("/", ".")
+    ):
         return None
     number = r"(?:0|[1-9][0-9]*)"
     pattern = re.compile(f"{re.escape(prefix)}({re.escape(separator).join([number] * len(shape))})")

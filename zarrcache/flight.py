@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,10 +37,13 @@ class SingleFlight:
         Seconds to wait for another fetcher.
     mode : int
         Permissions of the lock files.
+    name : str
+        What the locks are for: those of another name are never waited for.
     """
 
-    def __init__(self, directory: Path, *, timeout_s: float, mode: int = 0o600) -> None:
+    def __init__(self, directory: Path, *, timeout_s: float, mode: int = 0o600, name: str = "flight") -> None:
         self._directory = directory
+        self._name = name
         self._timeout_s = timeout_s
         self._mode = mode
         self._warned = False
@@ -51,9 +55,10 @@ class SingleFlight:
         A broken or timed-out lock costs duplicated bandwidth, never data: entries are published atomically. So it is logged once
         and does not stop a training run.
         """
-        path = self._directory / f"flight-{int(digest[:8], 16) % STRIPES:03x}.lock"
+        path = self._directory / f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
         lock = FileLock(path, mode=self._mode, poll_interval=_POLL_S)
         try:
+            os.stat(self._directory)  # FileLock would make the directory, with permissions that are not ours
             lock.acquire(timeout=self._timeout_s)
         except Timeout:
             self._warn(
@@ -63,7 +68,7 @@ class SingleFlight:
             )
             yield False
             return
-        except OSError as exc:
+        except (OSError, NotImplementedError) as exc:  # NotImplementedError: older filelock, on a file system without flock
             self._warn(exc)
             yield False
             return

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -81,9 +82,13 @@ class CacheDir:
         self.parent.mkdir(mode=self.dir_mode & 0o777, parents=True, exist_ok=True)
         for path in (self.root, self.entries, self.bytes, self.locks):
             self.make(path)
-        tag = self.root / "CACHEDIR.TAG"
-        if not tag.exists():
-            tag.write_bytes(_TAG)
+        with contextlib.suppress(FileExistsError):
+            fd = os.open(self.root / "CACHEDIR.TAG", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self.file_mode)
+            try:
+                os.fchmod(fd, self.file_mode)
+                os.write(fd, _TAG)
+            finally:
+                os.close(fd)
 
     def make(self, path: Path) -> None:
         """Create one directory below :attr:`root` (or root itself) with the right mode, or check the one that is there."""

@@ -22,45 +22,46 @@ def _owner_of(pid: int) -> str:
 
 def is_dead(owner: str) -> bool:
     """True only if ``owner`` was a process here and is gone. A process of another machine or container counts as alive."""
-    machine, _, rest = owner.rpartition(" ")[0].rpartition(" ")[0], "", owner.split(" ")[-2:]
-    if machine != _machine() or len(rest) != 2 or not rest[0].isdigit():
+    machine, _, process = owner.partition(" ")
+    pid, _, started = process.partition(" ")
+    if machine != _machine() or not pid.isdigit() or not started:
         return False
-    return _start_time(int(rest[0])) != rest[1]
+    return _start_time(int(pid)) not in (started, _ALIVE)
+
+
+#: Start time of a process that exists and does not show it (no /proc, or another user's where they are hidden).
+_ALIVE = "alive"
 
 
 @functools.cache
 def _machine() -> str:
     # The boot id makes a reboot kill everybody; the pid namespace keeps two containers on one scratch disk from judging each other.
     parts = [socket.gethostname().replace(" ", "_")]
-    for path in ("/proc/sys/kernel/random/boot_id",):
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
-            parts.append(Path(path).read_text().strip())
+            parts.append(os.readlink(path) if os.path.islink(path) else Path(path).read_text().strip())
         except OSError:
             parts.append("-")
-    try:
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        parts.append("-")
     return ":".join(parts)
 
 
 def _start_time(pid: int) -> str:
     """Clock ticks since boot at which ``pid`` started; ``gone`` if it does not exist. A reused pid has another start time."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return "gone" if os.path.isdir("/proc/self") else _start_time_elsewhere(pid)
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return _start_time_elsewhere(pid)
     except OSError:
-        return "unknown"
-    return stat.rpartition(")")[2].split()[19]
+        return _ALIVE
+    return "gone" if state in "ZX" else rest[18]  # a zombie writes no more
 
 
 def _start_time_elsewhere(pid: int) -> str:
-    """Without /proc (macOS): alive or gone is all that can be told."""
+    """Alive or gone is all that can be told."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return "gone"
     except PermissionError:
         pass
-    return "alive"
+    return _ALIVE

@@ -118,7 +118,7 @@ def _fetch_and_decode(origin: Origin, store: str, array: str, listed: list[Objec
 
 def _decode_members(url: str, array: str, members: dict[str, bytes]) -> np.ndarray[Any, np.dtype[Any]]:
     prefix = f"{array}/"
-    chosen = {name.removeprefix(prefix): data for name, data in members.items() if name.startswith(prefix) and data}
+    chosen = {name.removeprefix(prefix): data for name, data in members.items() if name.startswith(prefix)}
     if not chosen:
         raise _no_such_array(url, array, members)
     decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")

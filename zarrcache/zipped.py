@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from typing import Any
 
-from zarrcache.decode import MAX_ARRAY_BYTES
+from zarrcache.decode import DECODE_ERRORS, MAX_ARRAY_BYTES
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
 __all__ = ["unzip"]
+
+
+#: What zipfile raises over a damaged file; encrypted or in a method that is not there: RuntimeError.
+_DAMAGED = (zipfile.BadZipFile, struct.error, *DECODE_ERRORS)
 
 
 def unzip(data: Any, url: str, prefix: str = "") -> dict[str, bytes]:
@@ -33,7 +38,9 @@ def unzip(data: Any, url: str, prefix: str = "") -> dict[str, bytes]:
             members = {info.filename.removeprefix(root): b"" for info in infos}
             members.update((info.filename.removeprefix(root), archive.read(info)) for info in wanted)
             return members
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as exc:  # OSError: seeks past the end; NotImplementedError: encryption
+    except SchemaError:
+        raise
+    except _DAMAGED as exc:
         raise IncompleteArrayError(f"{url} is not a readable zip file ({exc}). Zip the store again, uncompressed (zip -0).") from exc
 
 
