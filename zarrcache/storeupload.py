@@ -189,8 +189,11 @@ class S3Destination:
     def _once(self, url: str, request: Callable[..., T]) -> T:
         """One request under the retry policy. ``request`` takes ``patience_s``."""
         policy = RetryPolicy(self._retry)
+        attempts = 0
 
         def attempt() -> T:
+            nonlocal attempts
+            attempts += 1
             try:
                 return request(patience_s=min(self._fetch.read_timeout, policy.remaining_s))
             except S3Fault as fault:
@@ -199,15 +202,17 @@ class S3Destination:
         try:
             return policy.call(attempt)
         except OriginUnavailableError as exc:
-            raise _unavailable(url, exc) from exc.__cause__
+            raise _unavailable(url, exc, attempts) from exc.__cause__
 
     def _all(self, url: str, keys: Collection[str], send: Callable[..., Answers], retry: RetryConfig | None = None) -> dict[str, Received]:
         """One request for every key, in passes over what has failed. ``send`` takes keys and ``patience_s``."""
         answers: dict[str, Received] = {}
         missing = list(keys)
         policy = RetryPolicy(retry or self._retry)
+        attempts = 0
         try:
             for attempt in policy:
+                attempts += 1
                 failure: Exception | None = None
                 with contextlib.closing(send(missing, patience_s=min(self._fetch.read_timeout, policy.remaining_s))) as arrived:  # type: ignore[type-var]
                     for obj, answer in arrived:
@@ -224,24 +229,23 @@ class S3Destination:
                 with attempt:
                     raise failure
         except OriginUnavailableError as exc:
-            raise _unavailable(url, exc) from exc.__cause__
+            raise _unavailable(url, exc, attempts) from exc.__cause__
         return answers
 
     def _error(self, fault: S3Fault, url: str) -> Exception:
         error = to_error(fault, Asked(url, self._bucket, self._options.identity, anon=self._options.anon))
         if isinstance(error, OriginAccessError) and (fault.code == "AccessDenied" or fault.status in (401, 403)):
-            refused = OriginAccessError(
+            error = OriginAccessError(
                 f"{url}: writing was refused: {fault}. Converting needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject "
                 f"on bucket {self._bucket!r}. Set other credentials (key and secret, or profile)."
             )
-            refused.__cause__ = error.__cause__
-            return refused
+        error.__cause__ = fault
         return error
 
 
-def _unavailable(url: str, exc: OriginUnavailableError) -> OriginUnavailableError:
+def _unavailable(url: str, exc: OriginUnavailableError, attempts: int) -> OriginUnavailableError:
     return OriginUnavailableError(
-        f"{url} could not be written: {exc.__cause__ or exc}. "
+        f"{url} could not be written: {exc.__cause__} ({attempts} {'attempt' if attempts == 1 else 'attempts'}). "
         "Check that the server runs and is reachable, then convert again: finished stores are skipped."
     )
 
