@@ -14,7 +14,8 @@ from zarrcache.atomic import publish
 from zarrcache.codec import Entry, header_of, map_entry, write_entry
 from zarrcache.config import CacheConfig, format_bytes
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored, array_note
+from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored
+from zarrcache.indexfile import array_note
 from zarrcache.keys import ArrayKey
 from zarrcache.policy import Admission, disk_bytes, is_fresh
 from zarrcache.stats import Counters
@@ -116,13 +117,13 @@ class ArrayCache:
             self.index.dir.make(path.parent)
             publish(path, lambda file: write_entry(file, header, array), expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
             self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
+            intent = None
         except (*CACHE_FAULTS, ConfigError) as exc:
             self._fault("write", key, exc)
-            if intent is not None:
-                self._abort(intent)
-            if isinstance(exc, FileNotFoundError):  # the directory was deleted under us; the next write makes a new one
-                self.index.reopen()
             return False
+        finally:
+            if intent is not None:  # also after Ctrl-C: room that nobody will use must not stay reserved
+                self._abort(intent)
         return True
 
     def drop(self, key: ArrayKey) -> int:
@@ -151,6 +152,7 @@ class ArrayCache:
 
     def _fault(self, verb: str, key: ArrayKey, exc: BaseException) -> None:
         self._counters.add(cache_errors=1)
+        self.index.reopen(exc)
         self._tell(f"{verb} {type(exc).__name__}", "cache %s failed, serving %s from the origin: %s", verb, key.url, exc)
 
     def _tell(self, kind: str, message: str, *args: object) -> None:

@@ -13,9 +13,11 @@ The version (ETag) is part of the name: a changed object is another entry.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import google_crc32c
@@ -27,7 +29,7 @@ from zarrcache.atomic import publish, write_all
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, OriginError
 from zarrcache.flight import SingleFlight
-from zarrcache.index import CACHE_FAULTS, Index
+from zarrcache.index import CACHE_FAULTS, Index, Intent
 from zarrcache.keys import BlockKey, ObjectInfo
 from zarrcache.origin import Origin
 from zarrcache.policy import Admission, disk_bytes
@@ -41,7 +43,10 @@ TIER = "object"
 
 
 class _NotStored(Exception):
-    """simplecache can only give what lies on disk; bytes that were not admitted come up through it as this. Never leaves the module."""
+    """simplecache can only give what lies on disk; bytes that are not there come up through it as this. Never leaves the module.
+
+    Its cause is the fault of the cache; without one they were not admitted.
+    """
 
     def __init__(self, data: bytes) -> None:
         super().__init__(f"{len(data)} bytes were not stored")
@@ -73,16 +78,14 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
     origin : Origin
     index : Index
     flight : SingleFlight
-    block_size : int
-        Bytes of a block.
     """
 
     protocol: ClassVar[str] = "zarrcache-publish"
     cachable = False
 
-    def __init__(self, origin: Origin, index: Index, flight: SingleFlight, block_size: int) -> None:
+    def __init__(self, origin: Origin, index: Index, flight: SingleFlight) -> None:
         super().__init__()
-        self._origin, self._index, self._flight, self._block_size = origin, index, flight, block_size
+        self._origin, self._index, self._flight = origin, index, flight
 
     def exists(self, path: str, **kwargs: Any) -> bool:
         """True: paths come from a listing, and the origin is asked when the object is fetched."""
@@ -96,32 +99,38 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
                 self._publish(key, lpath)
 
     def _publish(self, key: BlockKey, lpath: str) -> None:
-        data = self._fetch(key)
+        data = _from_origin(self._origin, key)
         root = self._index.dir.root
         filename = os.path.relpath(lpath, root)
+        intent: Intent | None = None
         try:
-            intent = self._index.begin(filename, disk_bytes(len(data)))
-            if isinstance(intent, Admission):
+            outcome = self._index.begin(filename, disk_bytes(len(data)))
+            if outcome is Admission.OVER_LIMIT and self._index.drop([key.digest]):  # the row of a file that somebody deleted
+                outcome = self._index.begin(filename, disk_bytes(len(data)))
+            if isinstance(outcome, Admission):
                 raise _NotStored(data)
-            try:
-                path = root / filename
-                self._index.dir.make(path.parent)
-                publish(path, lambda file: write_all(file, memoryview(data)), expected_bytes=len(data), mode=self._index.dir.file_mode)
-                note = f"{google_crc32c.value(data)}\n{key.origin}\n{self._origin.url_of(key.object.key)}"
-                self._index.commit(intent, key.digest, TIER, note)
-            except CACHE_FAULTS:
-                self._index.abort(intent)
-                raise
-        except CACHE_FAULTS as exc:
-            logger.warning("cache write failed, serving %s from the origin: %s", self._origin.url_of(key.object.key), exc)
+            intent = outcome
+            path = root / filename
+            self._index.dir.make(path.parent)
+            publish(path, lambda file: write_all(file, memoryview(data)), expected_bytes=len(data), mode=self._index.dir.file_mode)
+            note = f"{google_crc32c.value(data)}\n{key.origin}\n{self._origin.url_of(key.object.key)}"
+            self._index.commit(intent, key.digest, TIER, note)
+            intent = None
+        except (*CACHE_FAULTS, ConfigError) as exc:
             raise _NotStored(data) from exc
+        finally:
+            if intent is not None:  # also after Ctrl-C: room that nobody will use must not stay reserved
+                with contextlib.suppress(*CACHE_FAULTS):  # the next process that opens the index sweeps it
+                    self._index.abort(intent)
 
-    def _fetch(self, key: BlockKey) -> bytes:
-        if key.block is not None:
-            start = key.block * self._block_size
-            return self._origin.fetch_range(key.object, start, min(start + self._block_size, key.object.size_bytes))
-        ((_, data),) = self._origin.fetch([key.object])
-        return bytes(data)
+
+def _from_origin(origin: Origin, key: BlockKey) -> bytes:
+    """One object or block, as the origin has it."""
+    if key.block is not None:
+        start = key.block * key.block_size
+        return origin.fetch_range(key.object, start, min(start + key.block_size, key.object.size_bytes))
+    ((_, data),) = origin.fetch([key.object])
+    return bytes(data)
 
 
 class ByteCache:
@@ -140,7 +149,8 @@ class ByteCache:
         self._origin, self._config, self._counters, self._index = origin, config, counters, index
         self._fs: SimpleCacheFileSystem | None = None
         self._verified: set[str] = set()
-        self._told = False
+        self._told: set[str] = set()
+        self._flight = SingleFlight(index.dir.locks, timeout_s=2 * config.retry.timeout, mode=index.dir.file_mode)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._origin, self._config, self._counters, self._index)
@@ -170,7 +180,7 @@ class ByteCache:
     def _blocks(self, obj: ObjectInfo, start: int, stop: int, block_size: int) -> Iterator[bytes]:
         for number in range(start // block_size, -(-stop // block_size)):
             base = number * block_size
-            data = self._entry(BlockKey(self._origin.identity, self._origin.url, obj, number))
+            data = self._entry(BlockKey(self._origin.identity, self._origin.url, obj, number, block_size))
             yield data[max(start - base, 0) : stop - base]
 
     def _entry(self, key: BlockKey) -> bytes:
@@ -178,31 +188,28 @@ class ByteCache:
         try:
             local = self._index.dir.bytes / key.digest[:2] / key.digest
             hit = local.exists()
+            if not hit and not self._index.dir.bytes.is_dir():
+                self._fs = None  # deleted under us; simplecache would make it again, with permissions that are not ours
+                self._index.reopen()
             data: bytes = self._simplecache().cat_file(key.path)
             if hit and not self._is_intact(key, data):
-                self._counters.add(purges=1)
-                logger.warning("cache entry dropped, reading %s from the origin: it does not match its checksum", self._origin.url_of(key.object.key))
-                self._index.drop([key.digest])
-                local.unlink(missing_ok=True)
-                hit = False
+                hit = not self._purge(key, local)
                 data = self._simplecache().cat_file(key.path)
             self._counters.add(byte_hits=int(hit), byte_misses=int(not hit), served_bytes=len(data) if hit else 0)
             return data
         except OriginError:
             raise
         except _NotStored as exc:
+            if exc.__cause__ is not None:
+                self._fault("write", key, exc.__cause__)
             self._counters.add(byte_misses=1)
             return exc.data
         except FileNotFoundError:  # evicted between simplecache's look and its open
             self._counters.add(byte_misses=1)
         except (*CACHE_FAULTS, ConfigError) as exc:
-            self._counters.add(byte_misses=1, cache_errors=1)
-            if not self._told:
-                self._told = True
-                logger.warning("cache read failed, serving %s from the origin: %s", self._origin.url_of(key.object.key), exc)
-        start = (key.block or 0) * self._config.bytes.block_size
-        stop = key.object.size_bytes if key.block is None else min(start + self._config.bytes.block_size, key.object.size_bytes)
-        return self._past_the_cache(key.object, start, stop)
+            self._counters.add(byte_misses=1)
+            self._fault("read", key, exc)
+        return _from_origin(self._origin, key)
 
     def _is_intact(self, key: BlockKey, data: bytes) -> bool:
         """Compare with the checksum in the index. A file that no row knows is not trusted."""
@@ -214,6 +221,28 @@ class ByteCache:
         self._verified.add(key.digest)
         return True
 
+    def _purge(self, key: BlockKey, local: Path) -> bool:
+        """Drop a bad entry. False if it was not bad: its publisher commits the row after the file, and holds the flight until then."""
+        with self._flight.hold(key.digest):
+            try:
+                if self._is_intact(key, local.read_bytes()):
+                    return False
+            except FileNotFoundError:  # evicted meanwhile
+                return True
+            self._index.drop([key.digest])
+            local.unlink(missing_ok=True)
+        self._counters.add(purges=1)
+        logger.warning("cache entry dropped, reading %s from the origin: it does not match its checksum", self._origin.url_of(key.object.key))
+        return True
+
+    def _fault(self, verb: str, key: BlockKey, exc: BaseException) -> None:
+        self._counters.add(cache_errors=1)
+        self._index.reopen(exc)
+        kind = f"{verb} {type(exc).__name__}"
+        if kind not in self._told:  # a full disk must not write a line an object
+            self._told.add(kind)
+            logger.warning("cache %s failed, serving %s from the origin: %s", verb, self._origin.url_of(key.object.key), exc)
+
     def _past_the_cache(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         if (start, stop) == (0, obj.size_bytes):
             ((_, data),) = self._origin.fetch([obj])
@@ -222,10 +251,9 @@ class ByteCache:
 
     def _simplecache(self) -> SimpleCacheFileSystem:
         if self._fs is None:
-            flight = SingleFlight(self._index.dir.locks, timeout_s=2 * self._config.retry.timeout, mode=self._index.dir.file_mode)
             self._index.open()
             self._fs = SimpleCacheFileSystem(
-                fs=PublishingFileSystem(self._origin, self._index, flight, self._config.bytes.block_size),
+                fs=PublishingFileSystem(self._origin, self._index, self._flight),
                 cache_storage=os.fspath(self._index.dir.bytes),
                 cache_mapper=_DigestMapper(self._origin.identity, self._origin.url),
                 skip_instance_cache=True,

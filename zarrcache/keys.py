@@ -73,23 +73,28 @@ class BlockKey:
     object : ObjectInfo
     block : int or None
         Number of the block; None for the whole object.
+    block_size : int
+        Bytes of a block: with another ``cache.bytes.block_size`` block 1 is another part of the object.
     """
 
     origin: str
     url: str
     object: ObjectInfo
     block: int | None = None
+    block_size: int = 0
 
     @property
     def path(self) -> str:
-        """The name fsspec's layers know it by: object key, ETag, size, block. :meth:`parse` reads it back."""
-        return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{'' if self.block is None else self.block}"
+        """The name fsspec's layers know it by: object key, ETag, size, block and its size. :meth:`parse` reads it back."""
+        part = "" if self.block is None else f"{self.block}x{self.block_size}"
+        return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
 
     @classmethod
     def parse(cls, origin: str, url: str, path: str) -> BlockKey:
         """From :attr:`path`. Keys may hold ``#``, ETags do not."""
-        key, etag, size, block = path.rsplit("#", 3)
-        return cls(origin, url, ObjectInfo(key, int(size), etag), int(block) if block else None)
+        key, etag, size, part = path.rsplit("#", 3)
+        block, _, block_size = part.partition("x")
+        return cls(origin, url, ObjectInfo(key, int(size), etag), int(block) if block else None, int(block_size or 0))
 
     @property
     def digest(self) -> str:

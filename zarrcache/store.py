@@ -12,7 +12,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from zarrcache.config import CacheConfig
-from zarrcache.errors import OriginNotFoundError
+from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.keys import ObjectInfo
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters
@@ -116,7 +116,13 @@ class CachedStore(Store):
         start, stop = _bounds(byte_range, size)
         if key in self._members:
             return self._members[key][start:stop]
-        return self._object(self._objects[key], start, stop)
+        try:
+            return self._object(self._objects[key], start, stop)
+        except OriginNotFoundError as exc:  # the bucket is gone; as a FileNotFoundError it would look like a chunk that never was
+            raise IncompleteArrayError(f"{self.url}/{key} is listed ({size} bytes) but is gone: {exc}") from exc
+        except IncompleteArrayError:
+            self.tiers.forget_listing(self.origin, self.name)  # what opens the store next lists it again
+            raise
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         if self._bytes is not None:
@@ -188,6 +194,8 @@ def open_store(
 def store_at(url: str | os.PathLike[str], tiers: Tiers, s3_kwargs: Mapping[str, Any] | None = None) -> CachedStore:
     """As :func:`open_store`, in tiers that exist."""
     parent, _, name = _clean(url).rpartition("/")
+    if not name or parent.endswith("/"):  # "/" or s3://bucket
+        raise ConfigError(f"{os.fspath(url)!r} names no store. Write s3://bucket/prefix/mp-1.zarr or a path such as /data/mp-1.zarr.")
     return CachedStore(tiers.origin(parent or "/", s3_kwargs), name, tiers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from zarrcache.arraycache import ArrayCache
 from zarrcache.bytecache import ByteCache
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.flight import SingleFlight
-from zarrcache.index import Index
+from zarrcache.index import CACHE_FAULTS, Index
 from zarrcache.keys import ArrayKey
 from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters
@@ -72,6 +73,12 @@ class Tiers:
         if self.listings is not None:
             raw = np.frombuffer(json.dumps(listing, separators=(",", ":")).encode(), np.uint8)
             self.listings.put(_listing_key(origin, name), raw, source="listing")
+
+    def forget_listing(self, origin: Origin, name: str) -> None:
+        """Drop a listing that turned out to be old."""
+        if self.listings is not None:
+            with contextlib.suppress(*CACHE_FAULTS):  # the error that told us is the one to hear of
+                self.listings.drop(_listing_key(origin, name))
 
 
 def _listing_key(origin: Origin, name: str) -> ArrayKey:

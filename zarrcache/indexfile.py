@@ -1,0 +1,250 @@
+"""The file of the index, ``cache.db``: opened for each process anew, set aside when it is broken, rebuilt from the entries.
+
+diskcache gives an SQLite table that survives ``kill -9``, forks and eight processes at once, with the sum of all sizes kept by
+triggers.  What it does with files must not happen here (measured): it pickles values, leaves partial files on a full disk, culls ten
+entries at a time, and unlinks before it commits.  So :class:`EntryDisk` stores no value at all, only where the file is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+from weakref import WeakSet
+
+import diskcache
+
+from zarrcache.codec import read_header
+from zarrcache.errors import CorruptEntryError
+from zarrcache.flight import SingleFlight
+from zarrcache.keys import FORMAT_VERSION
+from zarrcache.layout import CacheDir
+from zarrcache.policy import disk_bytes
+
+__all__ = ["CACHE_FAULTS", "EntryDisk", "IndexFile", "Stored", "Table", "array_note"]
+
+logger = logging.getLogger(__name__)
+
+Table: TypeAlias = diskcache.Cache
+
+#: What a broken cache raises. Each becomes a miss or a pass-through, never an error of the reader.
+CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+
+_MODE_FILE = 16  # outside diskcache's own modes 0 to 4: a planted row with its pickle mode is not ours and is not read
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the index keeps of one file: path below the cache's root, bytes on disk, and a note that belongs to the tier."""
+
+    filename: str
+    size_bytes: int
+    note: str
+
+
+def array_note(origin: str, url: str, array: str) -> str:
+    """What the index says of an entry of the array tier. Newlines separate: they occur in no URL."""
+    return f"{origin}\n{url}\n{array}"
+
+
+class EntryDisk(diskcache.Disk):  # type: ignore[misc]
+    """diskcache's value store, reduced to file names. It reads, writes and deletes no file."""
+
+    def put(self, key: str) -> tuple[str, bool]:
+        return key, True
+
+    def get(self, key: str, raw: bool) -> str:
+        return key
+
+    def store(self, value: Stored, read: bool, key: object = None) -> tuple[int, int, str, str]:
+        return value.size_bytes, _MODE_FILE, value.filename, f"{value.size_bytes} {value.note}"
+
+    def fetch(self, mode: int, filename: str, value: str, read: bool) -> Stored | None:
+        if mode != _MODE_FILE:
+            return None
+        size, _, note = value.partition(" ")
+        return Stored(filename, int(size), note)
+
+    def remove(self, file_path: str) -> None:
+        """Nothing: a file is unlinked after its row's transaction is committed, and diskcache would do it before."""
+
+
+class IndexFile:
+    """One ``cache.db`` and this process's connections to it. Safe from any thread; a forked child opens its own.
+
+    Parameters
+    ----------
+    directory : CacheDir
+    """
+
+    def __init__(self, directory: CacheDir) -> None:
+        self._dir = directory
+        self._opened: _Opened | None = None
+        self._is_suspect = False
+        _alive.add(self)
+
+    @property
+    def table(self) -> Table | None:
+        """The open table of this process; None before :meth:`open`, and in a child that was forked after it."""
+        opened = self._opened
+        return opened.table if opened is not None and opened.pid == os.getpid() else None
+
+    def open(self) -> Table:
+        """Create or open the file; set a broken one aside.
+
+        Raises
+        ------
+        ConfigError
+            The directory cannot be ours.
+        OSError, sqlite3.Error, diskcache.Timeout
+            It cannot be created or opened.
+        """
+        if self._opened is not None and self._opened.pid != os.getpid():
+            _inherited.append(self._opened.table)  # never closed here: SQLite's locks and its log are the parent's
+        self._dir.ensure()
+        # One at a time: each open writes diskcache's settings, and a broken index is set aside and rebuilt by one process only.
+        # Two threads that come here together both open, one after the other, and one of the two stays.
+        with SingleFlight(self._dir.locks, timeout_s=60.0, mode=self._dir.file_mode, name="open").hold("0" * 8):
+            table = self._connect_or_replace()
+            # A new file does not know what lies there: the old one was deleted, emptied or broken, or its rebuilding was killed.
+            if self.select("PRAGMA user_version") != [(FORMAT_VERSION,)]:
+                self._rebuild(table)
+                self.select(f"PRAGMA user_version = {FORMAT_VERSION}", mode="rw")
+        self._opened = _Opened(os.getpid(), table, _identity(self._dir.index))
+        return table
+
+    def forget(self, after: BaseException | None = None) -> None:
+        """Have the file opened anew, if ``after`` is nothing or an error that this can heal.
+
+        After a damaged database the next open looks at the whole file; after a directory that is gone it makes a new one.
+        """
+        if isinstance(after, sqlite3.DatabaseError) and (not isinstance(after, sqlite3.OperationalError) or "no such table" in str(after)):
+            self._is_suspect = True
+        elif after is not None and not isinstance(after, FileNotFoundError):
+            return  # busy, read-only, full: another open finds the same
+        self._opened = None
+
+    def forget_if_replaced(self) -> None:
+        """What is written to a file that lost its name is lost: the directory was deleted, or another process replaced a broken index."""
+        if self._opened is not None and self._opened.identity != _identity(self._dir.index):
+            self._opened = None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Table]:
+        """The open table, in a transaction."""
+        table = self.table
+        if table is None:
+            table = self.open()
+        try:
+            with table.transact():
+                yield table
+        except sqlite3.Error:
+            table.close()  # a COMMIT that fails (disk full) leaves its transaction open; the next call connects again
+            raise
+
+    def select(self, query: str, values: tuple[Any, ...] = (), *, mode: str = "ro") -> list[tuple[Any, ...]]:
+        """Rows of a query that diskcache has no method for, over a connection of its own."""
+        connection = sqlite3.connect(f"{self._dir.index.as_uri()}?mode={mode}", uri=True, timeout=60)
+        try:
+            return connection.execute(query, values).fetchall()
+        finally:
+            connection.close()
+
+    def close_before_fork(self) -> None:
+        """Close this thread's connection: what a child inherits believes in locks that it does not hold."""
+        if (table := self.table) is not None:
+            table.close()
+
+    def _connect_or_replace(self) -> Table:
+        index = self._dir.index
+        try:
+            table = self._connect()
+            if self._is_suspect and (found := self.select("PRAGMA quick_check(1)")) != [("ok",)]:  # about 0.1 s for 100,000 entries
+                table.close()
+                raise sqlite3.DatabaseError(str(found[0][0]))
+        except sqlite3.DatabaseError as exc:
+            if isinstance(exc, sqlite3.OperationalError):
+                raise  # busy, read-only, full: not a broken file
+            aside = index.with_name(f"{index.name}.broken-{time.time_ns()}")
+            logger.warning("the index %s is broken (%s); it is set aside as %s and rebuilt from the entries", index, exc, aside.name)
+            os.replace(index, aside)
+            for suffix in ("-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{index}{suffix}")
+            table = self._connect()
+        self._is_suspect = False
+        return table
+
+    def _connect(self) -> Table:
+        table = diskcache.Cache(
+            os.fspath(self._dir.root),
+            timeout=60,
+            disk=EntryDisk,
+            eviction_policy="none",
+            cull_limit=0,
+            statistics=0,
+            size_limit=2**62,
+            sqlite_mmap_size=0,  # a mapped file that somebody truncates kills the process
+        )
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file keeps its own mode
+            for suffix in ("", "-wal", "-shm"):
+                os.chmod(f"{self._dir.index}{suffix}", self._dir.file_mode)
+        return table
+
+    def _rebuild(self, table: Table) -> None:
+        """Fill an empty index from the files of the array tier; they say themselves what they are. Byte-tier files are fetched again."""
+        found: dict[str, Stored] = {}
+        unknown = list(self._dir.bytes.glob("*/*"))
+        for path in sorted(self._dir.entries.glob("*/*"), key=lambda p: p.lstat().st_mtime_ns):
+            try:
+                key = read_header(path).key
+                stored = Stored(str(path.relative_to(self._dir.root)), disk_bytes(path.stat().st_size), array_note(key.origin, key.url, key.array))
+            except (CorruptEntryError, OSError):
+                unknown.append(path)
+                continue
+            if key.digest in found:  # an older file of the same name, whose deletion was cut short
+                unknown.append(self._dir.root / found.pop(key.digest).filename)
+            found[key.digest] = stored
+        with table.transact():
+            for digest, stored in found.items():
+                table.set(digest, stored, tag="array")
+        for path in unknown:
+            with contextlib.suppress(OSError):  # a directory was planted
+                path.unlink()
+        if found or unknown:
+            logger.warning("the index %s was rebuilt: %d entries kept, %d files removed", self._dir.index, len(found), len(unknown))
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open table: by which process, and which file it was."""
+
+    pid: int
+    table: Table
+    identity: tuple[int, int] | None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+_alive: WeakSet[IndexFile] = WeakSet()
+_inherited: list[Table] = []
+
+
+def _close_before_fork() -> None:
+    for file in list(_alive):
+        file.close_before_fork()
+
+
+os.register_at_fork(before=_close_before_fork)
