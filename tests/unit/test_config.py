@@ -1,0 +1,237 @@
+"""Settings: what is understood, and the words of every refusal."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zarrcache.config import CacheConfig, DataConfig, Percent, RetryConfig, format_bytes, parse_bytes, parse_seconds
+from zarrcache.errors import ConfigError
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("200 GiB", 200 * GIB),
+        ("4MiB", 4 * MIB),
+        ("1.5 GB", 1_500_000_000),
+        ("2k", 2 * KIB),
+        (" 10 b ", 10),
+        ("7", 7),
+        (7, 7),
+        ("1 TiB", 1024 * GIB),
+        (".5 KiB", 512),
+        ("9007199254740993", 9007199254740993),
+    ],
+)
+def test_sizes_are_understood(text: object, nbytes: int) -> None:
+    """Binary and decimal units, in any case, exactly."""
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "ten", "10 GX", "-1", -1, 1.5, True, None, "1 2", "10 %", "1e9"])
+def test_what_is_no_size_is_shown_with_an_example(text: object) -> None:
+    """The value and the accepted forms."""
+    with pytest.raises(ValueError, match="is not a size. Write for example '200 GiB'") as caught:
+        parse_bytes(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60 s", 60), ("5 min", 300), ("12h", 43200), ("30 d", 2592000), ("250 ms", 0.25), (1.5, 1.5), (0, 0)])
+def test_durations_are_understood(text: object, seconds: float) -> None:
+    """Seconds without a unit."""
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "3 weeks", -1, True, None, float("nan")])
+def test_what_is_no_duration_is_shown_with_an_example(text: object) -> None:
+    """The value and the accepted forms."""
+    with pytest.raises(ValueError, match="is not a duration. Write for example '60 s'"):
+        parse_seconds(text)
+
+
+@given(st.integers(0, 2**60))
+def test_formatted_size_reads_back_to_within_its_digits(nbytes: int) -> None:
+    """What a message shows can be written into a config."""
+    assert abs(parse_bytes(format_bytes(nbytes)) - nbytes) <= nbytes * 0.06
+
+
+def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
+    """As the example in the README has them."""
+    config = CacheConfig(dir=tmp_path)
+    assert config.limit == 200 * GIB
+    assert (config.min_free, type(config.min_free)) == (5.0, Percent)
+    assert (config.eviction, config.revalidate, config.verify, config.shared) == ("none", "never", "first", False)
+    assert (config.bytes.enabled, config.bytes.block_size, config.arrays.enabled) == (True, 4 * MIB, True)
+    assert (config.retry.attempts, config.retry.timeout) == (5, 60.0)
+    assert (config.fetch.engine, config.fetch.concurrency) == ("auto", 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "kind"), [("10 %", 10, Percent), ("2.5%", 2.5, Percent), ("0 %", 0, Percent), ("1 GiB", GIB, int), (0, 0, int)]
+)
+def test_min_free_is_a_share_or_bytes(tmp_path: Path, text: object, value: float, kind: type) -> None:
+    """Only the per cent sign makes it a share."""
+    config = CacheConfig(dir=tmp_path, min_free=text)
+    assert (config.min_free, type(config.min_free)) == (value, kind)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"limitt": "1 GiB"}, r"^cache\.limitt is not a setting\. Did you mean 'limit'\?$"),
+    ({"colour": "blue"}, r"^cache\.colour is not a setting\. Known keys: dir, limit, min_free, .*shared\.$"),
+    ({"retry": {"atempts": 3}}, r"^cache\.retry\.atempts is not a setting\. Did you mean 'attempts'\?$"),
+    ({"bytes": {"blocksize": 1}}, r"^cache\.bytes\.blocksize is not a setting\. Did you mean 'block_size'\?$"),
+    ({"limit": "lots"}, r"^cache\.limit: 'lots' is not a size"),
+    ({"limit": 0}, r"^cache\.limit: .*greater than 0 \(got 0\)$"),
+    ({"min_free": "100 %"}, r"^cache\.min_free: '100 %' would leave no room for the cache"),
+    ({"min_free": "five"}, r"^cache\.min_free: 'five' is not a size"),
+    ({"eviction": "lru"}, r"^cache\.eviction: .*'none' or 'least-recently-stored' \(got 'lru'\)$"),
+    ({"revalidate": "always"}, r"^cache\.revalidate: .*'never', 'run' or 'epoch' \(got 'always'\)$"),
+    ({"verify": True}, r"^cache\.verify: .*'first', 'always' or 'never' \(got True\)$"),
+    ({"bytes": {"block_size": "1 KiB"}}, r"^cache\.bytes\.block_size: .*65536"),
+    ({"bytes": 3}, r"^cache\.bytes: .*\(got 3\)$"),
+    ({"retry": {"attempts": 0}}, r"^cache\.retry\.attempts: .*\(got 0\)$"),
+    ({"retry": {"timeout": "soon"}}, r"^cache\.retry\.timeout: 'soon' is not a duration"),
+    ({"fetch": {"engine": "boto"}}, r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)$"),
+    ({"fetch": {"concurrency": 5000}}, r"^cache\.fetch\.concurrency: .*1024 \(got 5000\)$"),
+    ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)$"),
+    ({"dir": 3}, r"^cache\.dir: .*\(got 3\)$"),
+]
+
+
+@pytest.mark.parametrize(("block", "words"), BAD, ids=[str(block) for block, _ in BAD])
+def test_setting_that_cannot_be_used_is_named(tmp_path: Path, block: dict[str, Any], words: str) -> None:
+    """The key with its full path, the value, and what to write instead."""
+    with pytest.raises(ConfigError, match=words):
+        CacheConfig(**{"dir": tmp_path, **block})
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    """One line for each; nobody corrects a file five times."""
+    with pytest.raises(ConfigError) as caught:
+        CacheConfig(dir=tmp_path, limit="lots", fetch={"engine": "boto", "concurrency": 0})
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["cache.limit", "cache.fetch.engine", "cache.fetch.concurrency"]
+
+
+def test_missing_directory_is_explained() -> None:
+    """There is no default directory: it has to be on the node's own disk."""
+    with pytest.raises(ConfigError, match=r"cache\.dir is missing.*node's own disk"):
+        CacheConfig(limit="1 GiB")
+
+
+def test_environment_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every string, with defaults, nested, and empty counts as not set."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("UNSET", raising=False)
+    for text, path in [
+        ("${SCRATCH}/zc", "/scratch/me/zc"),
+        ("${UNSET:-/tmp}/zc", "/tmp/zc"),
+        ("${EMPTY:-/tmp}/zc", "/tmp/zc"),
+        ("${SCRATCH:-${UNSET}}/zc", "/scratch/me/zc"),
+        ("${UNSET:-${EMPTY:-/var}/x}/${SCRATCH}", "/var/x/scratch/me"),
+        ("/a$b/{c}", "/a$b/{c}"),
+    ]:
+        assert CacheConfig(dir=text).dir == Path(path), text
+    assert CacheConfig(dir="/x", retry={"timeout": "${UNSET:-3 s}"}).retry.timeout == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("${UNSET}/zc", "UNSET, which is not set"), ("${UNSET:-/tmp", "no variable"), ("${UNSET-x}", "no variable")]
+)
+def test_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:
+    """An unset variable must not become a directory called '${SCRATCH}'."""
+    monkeypatch.delenv("UNSET", raising=False)
+    with pytest.raises(ConfigError, match=words):
+        CacheConfig(dir=text)
+
+
+def test_zarrcache_dir_overrides_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file gives none, and where the file's variable is not set."""
+    monkeypatch.setenv("ZARRCACHE_DIR", "/elsewhere")
+    assert CacheConfig().dir == CacheConfig(dir="${UNSET}/x").dir == Path("/elsewhere")
+
+
+def test_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with another working directory has to find the same cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert CacheConfig(dir="zc/../zc").dir == tmp_path / "zc"
+    assert CacheConfig(dir="~/zc").dir == Path("/home/me/zc")
+
+
+def test_settings_are_frozen_and_travel(tmp_path: Path) -> None:
+    """Nothing changes under a running reader, and a worker has what its parent has."""
+    config = CacheConfig(dir=tmp_path, min_free="3 %", fetch={"engine": "s3fs"})
+    with pytest.raises(ValueError, match="frozen"):
+        config.limit = 5  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.fetch.engine = "auto"  # type: ignore[misc]
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy == config
+    assert type(copy.min_free) is Percent
+    assert hash(RetryConfig()) == hash(RetryConfig())
+
+
+def test_config_is_taken_as_it_is_or_made_of_a_mapping_or_namespace(tmp_path: Path) -> None:
+    """Users' configs come as any of the three."""
+    config = CacheConfig(dir=tmp_path)
+    assert CacheConfig.of(config) is config
+    assert CacheConfig.of({"dir": tmp_path}) == CacheConfig.of(SimpleNamespace(dir=tmp_path)) == config
+    with pytest.raises(ConfigError, match="cache is None; it has to be a mapping"):
+        CacheConfig.of(None)  # type: ignore[arg-type]
+
+
+def test_yaml_holds_a_cache_block_or_is_one(tmp_path: Path) -> None:
+    """A training config and a file of its own read alike."""
+    (tmp_path / "train.yaml").write_text("dataset_name: zarr_s3_data\ncache: {dir: /scratch/zc, limit: 1 GiB, min_free: 5 %}\n")
+    (tmp_path / "cache.yaml").write_text("dir: /scratch/zc\nlimit: 1 GiB\nmin_free: 5 %\n")
+    assert (
+        CacheConfig.from_yaml(tmp_path / "train.yaml") == CacheConfig.from_yaml(tmp_path / "cache.yaml") == CacheConfig(dir="/scratch/zc", limit=GIB)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(None, "cannot be read .*No such file"), ("a: [", "is not YAML"), ("- 1\n", "holds no keys"), ("", "holds no keys")]
+)
+def test_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    """Path and reason, for whichever of the two kinds of config it should have been."""
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    for cls in (CacheConfig, DataConfig):
+        with pytest.raises(ConfigError, match=words) as caught:
+            cls.from_yaml(path)
+        assert str(path) in str(caught.value)
+
+
+DATA = {"data_dir": "s3://b/input", "label_dir": Path("/label"), "map_dir": "m.json", "functional": "GGA"}
+
+
+def test_training_keys_are_read_and_the_others_left_alone() -> None:
+    """The file belongs to the training; we know our keys of it."""
+    config = DataConfig(**DATA, learning_rate=1e-3, model={"depth": 3}, cache={"dir": "/scratch"})
+    assert (config.label_dir, config.density_type, config.train_fraction, config.random_state) == ("/label", "total", 0.8, 42)
+    assert config.cache == CacheConfig(dir="/scratch")
+    assert DataConfig.of(SimpleNamespace(**DATA)) == DataConfig.of(DATA)
+    assert DataConfig.of(config) is config
+
+
+def test_missing_training_key_is_named() -> None:
+    """All of them."""
+    with pytest.raises(ConfigError, match="^label_dir is missing.\nfunctional is missing.$"):
+        DataConfig(data_dir="x", map_dir="y")
+
+
+def test_bad_cache_block_of_a_training_config_is_named() -> None:
+    """With the same words as on its own."""
+    with pytest.raises(ConfigError, match=r"^cache\.limitt is not a setting"):
+        DataConfig(**DATA, cache={"dir": "/scratch", "limitt": 1})

@@ -1,0 +1,57 @@
+"""Decisions without I/O: admission, victims, freshness, and what a file occupies."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zarrcache.config import Percent
+from zarrcache.policy import Admission, admit, choose_victims, disk_bytes, is_fresh, min_free_bytes
+
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(("nbytes", "blocks"), [(0, 0), (1, 1), (4096, 1), (4097, 2), (8192, 2)])
+def test_file_occupies_whole_blocks(nbytes: int, blocks: int) -> None:
+    """The sum has to agree with ``du``."""
+    assert disk_bytes(nbytes) == blocks * 4096
+
+
+def test_min_free_is_bytes_or_a_share() -> None:
+    """``5 %`` is of the file system, a number is itself."""
+    assert min_free_bytes(Percent(5), 200 * GIB) == 10 * GIB
+    assert min_free_bytes(7, 200 * GIB) == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "volume", "free", "outcome"),
+    [
+        (100, 0, 1000, Admission.ADMIT),
+        (100, 900, 1000, Admission.ADMIT),
+        (101, 900, 1000, Admission.OVER_LIMIT),
+        (1001, 0, 9999, Admission.TOO_LARGE),
+        (100, 0, 149, Admission.DISK_FULL),
+        (100, 0, 150, Admission.ADMIT),
+    ],
+)
+def test_admission_keeps_the_limit_and_the_free_space(size: int, volume: int, free: int, outcome: Admission) -> None:
+    """The limit may be reached exactly, never passed; ``min_free`` stays free."""
+    assert admit(size, volume_bytes=volume, limit_bytes=1000, free_bytes=free, min_free_bytes=50) is outcome
+
+
+@given(st.lists(st.integers(1, 10**6)), st.integers(-5, 10**7))
+def test_victims_are_the_oldest_that_suffice(sizes: list[int], needed: int) -> None:
+    """No more than needed, in order, and all of them if they do not suffice."""
+    entries = [(str(i), size) for i, size in enumerate(sizes)]
+    victims = choose_victims(entries, needed)
+    assert victims == [name for name, _ in entries[: len(victims)]]
+    assert sum(sizes[: len(victims)]) >= needed or len(victims) == len(sizes)
+    assert not victims or sum(sizes[: len(victims) - 1]) < needed
+
+
+def test_entry_is_trusted_when_nobody_asked_the_origin() -> None:
+    """None means "nobody asked"."""
+    assert is_fresh("a", None)
+    assert is_fresh("a", "a")
+    assert not is_fresh("a", "b")
