@@ -31,11 +31,13 @@ if TYPE_CHECKING:
         SchemaError,
         ZarrCacheError,
     )
-    from zarrcache.maintain import plan_evict, plan_warm, verify
+    from zarrcache.evicting import plan_evict
     from zarrcache.reader import ZarrS3Reader
     from zarrcache.registry import get_dataset, load_data, register_data
     from zarrcache.stats import Stats
     from zarrcache.store import open_group, open_store
+    from zarrcache.verifying import verify
+    from zarrcache.warming import plan_warm
 
 __all__ = [
     "CacheConfig",
@@ -88,11 +90,13 @@ _HOME = {
         "SchemaError",
         "ZarrCacheError",
     ),
-    "maintain": ("plan_evict", "plan_warm", "verify"),
+    "evicting": ("plan_evict",),
     "reader": ("ZarrS3Reader",),
     "registry": ("get_dataset", "load_data", "register_data"),
     "stats": ("Stats",),
     "store": ("open_group", "open_store"),
+    "verifying": ("verify",),
+    "warming": ("plan_warm",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -90,6 +90,10 @@ class Index:
         rows = self._select("SELECT tag, COUNT(*), SUM(size) FROM Cache WHERE tag != ? GROUP BY tag", (_INTENT,))
         return {tag: (count, size) for tag, count, size in rows}
 
+    def filenames(self) -> set[str]:
+        """Files of all entries, and those that are being written or deleted; paths below the cache's root."""
+        return {filename for (filename,) in self._select("SELECT filename FROM Cache", ())}
+
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
     def begin(self, filename: str, size_bytes: int) -> Intent | Admission:

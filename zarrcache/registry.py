@@ -14,12 +14,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarrcache.config import DataConfig
 from zarrcache.errors import ConfigError
 
-__all__ = ["get_dataset", "load_chgcar_data", "load_data", "register_data"]
+if TYPE_CHECKING:
+    from zarrcache.reader import ZarrS3Reader
+
+__all__ = ["get_dataset", "load_chgcar_data", "load_data", "open_reader", "register_data"]
 
 Loader = Callable[[Any], Any]
 _L = TypeVar("_L", bound=Loader)
@@ -111,10 +114,21 @@ def load_data(cfg: object) -> Any:
     ConfigError
         A key is missing or cannot be used.
     """
+    return open_reader(cfg).data_split()
+
+
+def open_reader(cfg: object) -> ZarrS3Reader:
+    """The reader that a training config describes. No request is made.
+
+    Raises
+    ------
+    ConfigError
+        A key is missing or cannot be used.
+    """
     from zarrcache.reader import ZarrS3Reader
 
     config = DataConfig.of(cfg)
-    reader = ZarrS3Reader(
+    return ZarrS3Reader(
         data_dir=config.data_dir,
         label_dir=config.label_dir,
         map_dir=config.map_dir,
@@ -126,7 +140,6 @@ def load_data(cfg: object) -> Any:
         s3_kwargs=config.s3_kwargs,
         cache=config.cache,
     )
-    return reader.data_split()
 
 
 @register_data("chgcar_data")

@@ -1,0 +1,184 @@
+"""Which entries of a cache belong to a training config, and which of them the origin has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from zarrcache.codec import EntryHeader, read_header
+from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.errors import ConfigError, CorruptEntryError, OriginNotFoundError, SchemaError
+from zarrcache.index import CACHE_FAULTS, Index, Row
+from zarrcache.keys import ArrayKey, source_digest
+from zarrcache.layout import CacheDir
+from zarrcache.origin import Origin
+from zarrcache.readarray import list_array
+from zarrcache.sequences import Role
+from zarrcache.stats import Counters
+from zarrcache.taskids import ids_of, read_map
+from zarrcache.tiers import Tiers
+
+__all__ = ["LISTERS", "ROLES", "Scope", "cache_at", "cache_of", "existing_index", "is_listing", "open_index", "origin_and_url", "stored_header"]
+
+ROLES: tuple[Role, Role] = ("data", "label")
+#: LISTs in flight. A listing is one small request whose time is all waiting; 32 keep one core busy at 20 ms.
+LISTERS = 32
+
+
+class Scope:
+    """The stores of a training config's ids, in any version, whether the origin has them or not. Making one costs no request.
+
+    Parameters
+    ----------
+    config : DataConfig
+        With a ``cache`` block.
+    ids : sequence of str, optional
+        Only these task ids. Default: every id that the map file has for the functional.
+
+    Attributes
+    ----------
+    is_whole : bool
+        All ids, not only some.
+    """
+
+    def __init__(self, config: DataConfig, ids: Sequence[str] | None = None) -> None:
+        self.tiers = Tiers(cache_of(config), Counters())
+        assert self.tiers.index is not None
+        self.index = self.tiers.index
+        self.is_whole = ids is None
+        self.ids = list(ids) if ids is not None else ids_of(read_map(config.map_dir), config.functional)
+        self.origins: dict[Role, Origin] = {
+            "data": self.tiers.origin(config.data_dir, config.s3_kwargs),
+            "label": self.tiers.origin(config.label_dir, config.s3_kwargs),
+        }
+        self._array = f"charge_density_{config.density_type}"
+        stores = [f"{task_id}{suffix}" for task_id in self.ids for suffix in (".zarr", ".zarr.zip")]
+        self._stores = {(origin.identity, origin.url_of(store)): (origin, store) for origin in self.origins.values() for store in stores}
+        self._directories = {(origin.identity, origin.url_of("")) for origin in self.origins.values()}
+
+    def keys(self, task_id: str, role: Role) -> tuple[ArrayKey, ArrayKey]:
+        """The entries that may hold one density: of its store as a directory, and as a zip file."""
+        origin = self.origins[role]
+        directory, zipped = (ArrayKey(origin.identity, origin.url_of(f"{task_id}{suffix}"), self._array) for suffix in (".zarr", ".zarr.zip"))
+        return directory, zipped
+
+    def stored_listings(self) -> list[dict[str, str]]:
+        """What the two directories held when they were last listed, ``{task_id: name}``; fewer than two if one never was."""
+        listings = [self.tiers.stored_listing(origin, "") for origin in self.origins.values()]
+        return [names for names in listings if isinstance(names, dict)]
+
+    def store_of(self, row: Row) -> tuple[str, str] | None:
+        """Endpoint and URL of the config's store that an entry comes from; None if it is another's."""
+        key = origin_and_url(row)
+        if row.tier == "array":
+            return key if key in self._stores else None
+        # An object below a store: its URL is cut after the store's name.
+        for root in {origin.url_of("") for origin in self.origins.values()}:
+            if key[1].startswith(root):
+                store = (key[0], root + key[1].removeprefix(root).split("/")[0])
+                return store if store in self._stores else None
+        return None
+
+    def is_directory(self, row: Row) -> bool:
+        """Whether an entry is the stored listing of one of the two directories."""
+        return is_listing(row) and origin_and_url(row) in self._directories
+
+    def stale(self, rows: Sequence[Row], progress: Callable[[int], object] | None = None) -> list[Row]:
+        """Of these entries, those of the array tier that do not hold what the origin lists now. One LIST each.
+
+        Raises
+        ------
+        OriginError
+            The origin cannot be asked. A store that is gone there is stale.
+        """
+        asked = [row for row in rows if self.store_of(row) is not None and row.tier == "array" and not is_listing(row)]
+
+        def is_stale(row: Row) -> bool:
+            origin, store = self._stores[origin_and_url(row)]
+            header = stored_header(self.index, row.digest)
+            if header is None:
+                return False  # gone meanwhile, or damaged: not what was asked
+            try:
+                return source_digest(list_array(origin, store, header.key.array)) != header.source
+            except (OriginNotFoundError, SchemaError):
+                return True
+
+        with ThreadPoolExecutor(LISTERS) as pool:
+            found = []
+            for done, (row, stale) in enumerate(zip(asked, pool.map(is_stale, asked), strict=True), start=1):
+                if stale:
+                    found.append(row)
+                if progress is not None:
+                    progress(done)
+        return found
+
+
+def origin_and_url(row: Row) -> tuple[str, str]:
+    """Where an entry comes from: the endpoint, and the URL of its store (array tier) or object (byte tier)."""
+    fields = row.note.split("\n")
+    return (fields[0], fields[1]) if row.tier == "array" else (fields[1], fields[2])
+
+
+def is_listing(row: Row) -> bool:
+    """Whether an entry is a stored listing, which lies in the array tier under the name of no array."""
+    return row.tier == "array" and row.note.endswith("\n")
+
+
+def stored_header(index: Index, digest: str) -> EntryHeader | None:
+    """What an entry of the array tier says of itself; None if it is not there or cannot be read. The payload is not read."""
+    try:
+        stored = index.lookup(digest)
+        header = read_header(index.dir.root / stored.filename) if stored is not None else None
+    except (*CACHE_FAULTS, CorruptEntryError):
+        return None
+    return header if header is not None and header.key.digest == digest else None
+
+
+def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
+    """The cache block.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    if isinstance(config, CacheConfig):
+        return config
+    if config.cache is None:
+        raise ConfigError("the config has no cache block, so there is nothing to fill or to look at. Add one, as in configs/s3_cached.yaml.")
+    return config.cache
+
+
+def cache_at(directory: Path) -> CacheConfig:
+    """Settings for looking at the cache in ``directory``, whose own settings are not known."""
+    directory = Path(directory).expanduser().absolute()
+    root = CacheDir(directory).root
+    try:
+        shared = bool(root.stat().st_mode & 0o020)  # a directory of several users has to stay one, or their files are refused
+    except OSError:
+        shared = False
+    # By model_copy: the directory was given by hand, so ZARRCACHE_DIR does not override it.
+    return CacheConfig(dir=directory, shared=shared).model_copy(update={"dir": directory})
+
+
+def open_index(config: CacheConfig) -> Index:
+    """The index of a cache; its directory is made if it is not there.
+
+    Raises
+    ------
+    ConfigError
+        The directory cannot be used. A training run would go on without a cache; who was told to fill one must not.
+    """
+    index = Index(config)
+    try:
+        index.open()
+    except CACHE_FAULTS as exc:
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        raise ConfigError(f"cache.dir {config.dir} cannot be used ({why}). Choose a directory on this node's own disk that you may write.") from exc
+    return index
+
+
+def existing_index(config: CacheConfig) -> Index | None:
+    """As :func:`open_index`; None, and nothing is made, where there is no cache."""
+    return open_index(config) if CacheDir(config.dir, config.shared).index.is_file() else None
