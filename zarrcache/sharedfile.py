@@ -11,6 +11,17 @@ import weakref
 
 __all__ = ["SharedFile", "SharedSet"]
 
+_appending = threading.Lock()
+
+
+def _forget_threads() -> None:
+    """In a forked child: the thread that held the lock is not here."""
+    global _appending
+    _appending = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
+
 
 class SharedFile:
     """Open in this process, inherited by forked children, found again by spawned ones through its address.
@@ -39,12 +50,14 @@ class SharedFile:
 
     def append(self, data: bytes) -> int:
         """Write at the end; the offset. Safe from any thread and process."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX)  # not flock: parent and child have one open file, which flock does not tell apart
-        try:
-            offset = os.fstat(self._fd).st_size
-            os.pwrite(self._fd, data, offset)
-        finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        # Not flock: parent and child have one open file, which flock does not tell apart. lockf in turn does not tell threads apart.
+        with _appending:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+            try:
+                offset = os.fstat(self._fd).st_size
+                os.pwrite(self._fd, data, offset)
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN)
         return offset
 
     def write(self, offset: int, data: bytes) -> None:

@@ -40,7 +40,7 @@ def test_sizes_are_understood(text: object, nbytes: int) -> None:
 @pytest.mark.parametrize("text", ["", "ten", "10 GX", "-1", -1, 1.5, True, None, "1 2", "10 %", "1e9"])
 def test_what_is_no_size_is_shown_with_an_example(text: object) -> None:
     """The value and the accepted forms."""
-    with pytest.raises(ValueError, match="is not a size. Write for example '200 GiB'") as caught:
+    with pytest.raises(ValueError, match=r"is not a size\. Write for example '200 GiB'") as caught:
         parse_bytes(text)
     assert repr(text) in str(caught.value)
 
@@ -54,7 +54,7 @@ def test_durations_are_understood(text: object, seconds: float) -> None:
 @pytest.mark.parametrize("text", ["", "soon", "3 weeks", -1, True, None, float("nan")])
 def test_what_is_no_duration_is_shown_with_an_example(text: object) -> None:
     """The value and the accepted forms."""
-    with pytest.raises(ValueError, match="is not a duration. Write for example '60 s'"):
+    with pytest.raises(ValueError, match=r"is not a duration\. Write for example '60 s'"):
         parse_seconds(text)
 
 
@@ -227,7 +227,7 @@ def test_training_keys_are_read_and_the_others_left_alone() -> None:
 
 def test_missing_training_key_is_named() -> None:
     """All of them."""
-    with pytest.raises(ConfigError, match="^label_dir is missing.\nfunctional is missing.$"):
+    with pytest.raises(ConfigError, match=r"^label_dir is missing\.\nfunctional is missing\.$"):
         DataConfig(data_dir="x", map_dir="y")
 
 

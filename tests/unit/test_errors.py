@@ -51,7 +51,7 @@ def test_error_takes_one_string_and_shows_it(cls: type[ZarrCacheError]) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_error_survives_pickling_and_rebuilding_from_its_string(cls: type[ZarrCacheError]) -> None:
-    """multiprocessing pickles; torch's DataLoader makes ``type(exc)(str)`` in the parent."""
+    """Multiprocessing pickles; torch's DataLoader makes ``type(exc)(str)`` in the parent."""
     exc = cls("what, where, what to do")
     for copy in (pickle.loads(pickle.dumps(exc)), type(exc)(str(exc))):
         assert type(copy) is cls
@@ -69,5 +69,5 @@ def _fail() -> None:
 
 
 def test_incomplete_array_is_not_what_zarr_takes_for_a_missing_chunk() -> None:
-    """zarr fills what raises FileNotFoundError, IsADirectoryError or NotADirectoryError with the fill value."""
+    """Zarr fills what raises FileNotFoundError, IsADirectoryError or NotADirectoryError with the fill value."""
     assert not issubclass(errors.IncompleteArrayError, OSError)

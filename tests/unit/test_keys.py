@@ -55,7 +55,7 @@ def test_block_of_another_size_is_another_entry() -> None:
     block=st.none() | st.integers(0, 2**30),
 )
 def test_block_path_reads_back_as_itself(key: str, etag: str, size: int, block: int | None) -> None:
-    """fsspec's layers know an object by its path alone; keys may hold anything, ``#`` too."""
+    """Fsspec's layers know an object by its path alone; keys may hold anything, ``#`` too."""
     wanted = BlockKey("o", "u", ObjectInfo(key, size, etag), block, 0 if block is None else 65536)
     assert BlockKey.parse("o", "u", wanted.path) == wanted
 

@@ -1,0 +1,64 @@
+"""The bytes of an entry are frozen: caches outlive the version that wrote them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.support.cachedirs import settings
+from zarrcache.arraycache import ArrayCache
+from zarrcache.codec import header_of, map_entry, write_entry
+from zarrcache.keys import FORMAT_VERSION, ArrayKey
+from zarrcache.stats import Counters
+
+GOLDEN = Path(__file__).parent / "entry_v1.bin"
+KEY = ArrayKey("https://s3.example.org", "s3://bucket/label/mp-1.zarr", "charge_density_total")
+SOURCE = "31fcf2fb78e78e3ea834ade5ea9c542c"
+
+
+def golden_array() -> NDArray[Any]:
+    """Values whose bytes are the same on every machine."""
+    return (np.arange(24, dtype="<f4") / np.float32(8)).reshape(2, 3, 4)
+
+
+def test_entry_is_written_as_ever() -> None:
+    """One changed byte makes every cache in the world unreadable, or worse, readable wrongly."""
+    file: Any = io.BytesIO()
+    write_entry(file, header_of(KEY, golden_array(), SOURCE), golden_array())
+    assert file.getvalue() == GOLDEN.read_bytes(), "entry format changed: bump FORMAT_VERSION"
+
+
+def test_entry_of_old_is_read() -> None:
+    """Identity, source, shape and values."""
+    entry = map_entry(GOLDEN)
+    assert entry.header == header_of(KEY, golden_array(), SOURCE)
+    assert np.array_equal(entry.array, golden_array())
+    assert entry.is_intact()
+
+
+def test_version_is_in_path_digest_and_header(tmp_path: Path) -> None:
+    """Three places, so that no version ever meets the files of another."""
+    assert ArrayCache(settings(tmp_path), Counters()).index.dir.root.name == f"zarrcache-v{FORMAT_VERSION}"
+    assert int.from_bytes(GOLDEN.read_bytes()[8:12], "little") == FORMAT_VERSION
+
+
+def test_entry_of_an_unknown_version_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dropped, counted, and the next put is read again."""
+    counters = Counters()
+    cache = ArrayCache(settings(tmp_path), counters)
+    cache.put(KEY, golden_array(), source=SOURCE)
+    (info,) = cache.entries()
+    path = cache.index.dir.root / info.filename
+    raw = bytearray(path.read_bytes())
+    raw[8] = FORMAT_VERSION + 1
+    path.write_bytes(raw)
+    assert cache.get(KEY) is None
+    assert "format version 2, this is version 1" in caplog.text
+    assert counters.snapshot().purges == 1
+    assert cache.put(KEY, golden_array(), source=SOURCE)
+    assert cache.get(KEY) is not None

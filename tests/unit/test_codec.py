@@ -1,0 +1,166 @@
+"""The format of an entry: what is written is read back, and nothing else is taken for an entry."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from tests.support.cachedirs import key_of
+from zarrcache.atomic import publish
+from zarrcache.codec import EntryHeader, checksum, encode_header, header_of, map_entry, read_header, write_entry
+from zarrcache.errors import CorruptEntryError
+
+KEY = key_of(1)
+
+
+def write(path: Path, array: NDArray[Any]) -> EntryHeader:
+    """Publish one entry."""
+    header = header_of(KEY, array, "source")
+    publish(path, lambda file: write_entry(file, header, array), expected_bytes=header.file_bytes)
+    return header
+
+
+@given(
+    array=hnp.arrays(
+        st.sampled_from(["<f4", "<f8", "<f2", "<i8", "<u2", "|u1", "|i1", "|b1"]),
+        hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9),
+    )
+)
+def test_any_array_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, array: NDArray[Any]) -> None:
+    """Shape, dtype and bytes; NaNs too."""
+    path = tmp_path_factory.getbasetemp() / "entry"
+    header = write(path, array)
+    assert read_header(path) == header
+    entry = map_entry(path)
+    assert entry.header == header
+    assert (entry.array.dtype, entry.array.shape, entry.array.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    assert entry.is_intact()
+    assert path.stat().st_size == header.file_bytes == header.offset + array.nbytes
+    assert header.offset % 4096 == 0
+
+
+def test_mapped_array_is_writable_and_private(tmp_path: Path) -> None:
+    """What a reader writes never reaches the file, nor another reader."""
+    array = np.arange(5000, dtype="f4")
+    write(tmp_path / "entry", array)
+    mine, other = map_entry(tmp_path / "entry"), map_entry(tmp_path / "entry")
+    mine.array[:] = -1
+    assert np.array_equal(other.array, array)
+    assert np.array_equal(map_entry(tmp_path / "entry").array, array)
+    assert not mine.is_intact()
+    assert other.is_intact()
+
+
+def test_array_outlives_its_entry_and_its_file(tmp_path: Path) -> None:
+    """An entry is evicted while somebody trains with it."""
+    array = np.arange(5000, dtype="f4")
+    write(tmp_path / "entry", array)
+    view = map_entry(tmp_path / "entry").array[10:20]
+    os.unlink(tmp_path / "entry")
+    gc.collect()
+    assert np.array_equal(view, array[10:20])
+    assert np.array_equal(pickle.loads(pickle.dumps(view)), array[10:20])
+
+
+def test_many_mapped_entries_hold_no_descriptor(tmp_path: Path) -> None:
+    """A list of thousands of densities, as the users' first reader keeps."""
+    write(tmp_path / "entry", np.zeros(10, "f4"))
+    before = len(os.listdir("/dev/fd"))
+    kept = [map_entry(tmp_path / "entry").array for _ in range(2000)]
+    assert len(os.listdir("/dev/fd")) == before
+    assert len(kept) == 2000
+
+
+def damaged(raw: bytes) -> dict[str, bytes]:
+    """Ways in which a file is not an entry."""
+    text = raw[20 : 20 + int.from_bytes(raw[12:16], "little")]
+
+    def with_json(new: bytes) -> bytes:
+        head = raw[:12] + len(new).to_bytes(4, "little") + google_crc32c.value(new).to_bytes(4, "little") + new
+        return head.ljust(4096, b"\0") + raw[4096:]
+
+    return {
+        "empty": b"",
+        "shorter than a prefix": raw[:10],
+        "cut header": raw[:100],
+        "cut payload": raw[:-1],
+        "longer": raw + b"\0",
+        "magic": b"ZARRCACH" + raw[8:],
+        "version": raw[:8] + (2).to_bytes(4, "little") + raw[12:],
+        "header length": raw[:12] + (2**31).to_bytes(4, "little") + raw[16:],
+        "flipped header": raw[:30] + bytes([raw[30] ^ 1]) + raw[31:],
+        "object dtype": with_json(text.replace(b"<f4", b"|O8")),
+        "another shape": with_json(text.replace(b'"shape":[10]', b'"shape":[11]')),
+        "negative shape": with_json(text.replace(b'"shape":[10]', b'"shape":[-2,-5]')),
+        "shape is text": with_json(text.replace(b'"shape":[10]', b'"shape":"ten"')),
+        "no such field": with_json(text.replace(b'"dtype"', b'"dtipe"')),
+        "json is a list": with_json(b"[]"),
+    }
+
+
+CASES = sorted(damaged(bytes(8000)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_no_whole_entry_is_refused(tmp_path: Path, case: str) -> None:
+    """Both by reading its header and by mapping it; the message names the file."""
+    path = tmp_path / "entry"
+    write(path, np.arange(10, dtype="f4"))
+    path.write_bytes(damaged(path.read_bytes())[case])
+    for read in (read_header, map_entry):
+        with pytest.raises(CorruptEntryError, match="entry is not a whole entry"):
+            read(path)
+
+
+def test_flipped_bit_of_the_payload_is_found_by_its_checksum(tmp_path: Path) -> None:
+    """Mapping does not read the payload; ``is_intact`` does."""
+    path = tmp_path / "entry"
+    write(path, np.arange(1000, dtype="f4"))
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert not map_entry(path).is_intact()
+
+
+def test_long_url_takes_a_second_page(tmp_path: Path) -> None:
+    """The payload stays page-aligned."""
+    key = type(KEY)("file", "/" + "x" * 6000, "a")
+    array = np.arange(10, dtype="f4")
+    header = header_of(key, array, "s")
+    publish(tmp_path / "entry", lambda file: write_entry(file, header, array))
+    assert header.offset == 8192
+    assert map_entry(tmp_path / "entry").header == header
+    assert np.array_equal(map_entry(tmp_path / "entry").array, array)
+
+
+def test_planted_link_fifo_or_directory_is_refused(tmp_path: Path) -> None:
+    """A link would read another file, a FIFO would hang."""
+    write(tmp_path / "entry", np.arange(10, dtype="f4"))
+    (tmp_path / "link").symlink_to(tmp_path / "entry")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="symbolic links"):
+        map_entry(tmp_path / "link")
+    for planted in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(CorruptEntryError, match="not a regular file"):
+            map_entry(planted)
+    with pytest.raises(FileNotFoundError):
+        map_entry(tmp_path / "nothing")
+
+
+def test_checksum_is_of_the_bytes() -> None:
+    """CRC-32C, of any dtype and shape."""
+    array = np.arange(24, dtype=">i2").reshape(2, 3, 4)
+    assert checksum(array) == google_crc32c.value(array.tobytes())
+    assert checksum(np.empty((0, 3))) == 0
+    assert len(encode_header(header_of(KEY, array, "s"))) == 4096
