@@ -165,9 +165,13 @@ class S3Destination:
     def _take_back(self, name: str) -> None:
         url = f"{self.url}/{name}"
         try:
-            keys = self._list(name)
-            for part in (list(filter(is_document, keys)), [key for key in keys if not is_document(key)]):
-                self._all(url, part, self._engine.delete_many, RetryConfig(attempts=2, timeout=5))
+            # Again until nothing is listed: a PUT that was in flight when we stopped may still arrive.
+            for _ in range(5):
+                keys = self._list(name)
+                if not keys:
+                    break
+                for part in (list(filter(is_document, keys)), [key for key in keys if not is_document(key)]):
+                    self._all(url, part, self._engine.delete_many, RetryConfig(attempts=2, timeout=5))
         except OriginError as exc:
             logger.warning("objects of an unfinished store stay behind, the next conversion of it removes them: %s (%s)", url, exc)
 

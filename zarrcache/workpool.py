@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,7 @@ __all__ = ["Died", "spread"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: What a stopped process may use to remove what it has half written. What it does not manage is invisible and swept by the next run.
+#: How long a process may go on with its item when nobody wants the rest any more. One that takes longer is killed.
 _STOP_S = 10.0
 
 
@@ -51,8 +51,8 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int) -> Gene
     """``(item, function(item))`` for every item, in the order in which they are ready.
 
     The processes are spawned, not forked, so no client and no lock of the caller gets into them. An item whose process dies is tried once
-    more, after all others and alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes: each gets
-    ``SystemExit`` where it is, and is killed if that does not do within ten seconds.
+    more, after all others and alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes: each finishes its
+    item and goes, and is killed if it has not gone within ten seconds.
 
     Parameters
     ----------
@@ -114,6 +114,8 @@ class _Worker(Generic[T, R]):
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_work, args=(theirs, function), daemon=True)
         # The signal mask is inherited: Ctrl-C in the terminal reaches this process only, and this process ends the others in order.
+        # The resource tracker comes first, because starting it would unblock the signal again.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
@@ -140,20 +142,19 @@ class _Worker(Generic[T, R]):
 
 
 def _stop(pool: Sequence[_Worker[Any, Any]]) -> None:
+    # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on stderr, and half a store to take back.
     for worker in pool:
-        worker.process.terminate()
+        worker.connection.close()
     deadline = time.monotonic() + _STOP_S
     for worker in pool:
         worker.process.join(max(0.0, deadline - time.monotonic()))
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
-        worker.connection.close()
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     """What a process does: results of what comes, until the other side hangs up or dies."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that whatever is half written is removed
     message: tuple[bool, Any] = (False, None)
     while True:
         try:

@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from zarrcache import workpool
 from zarrcache.errors import ConfigError
 from zarrcache.workpool import Died, spread
 
@@ -31,16 +34,13 @@ def _die_once(marker: str) -> str:
     return marker
 
 
-def _work_until_stopped(directory: str) -> None:
+def _work_until_told(directory: str) -> None:
     if not directory:
         return
-    started = Path(directory, f"{os.getpid()}.started")
-    try:
-        started.touch()
-        while True:
-            time.sleep(60)
-    finally:
-        started.rename(started.with_suffix(".ended"))
+    Path(directory, f"{os.getpid()}.started").touch()
+    while not Path(directory, "go").exists():
+        time.sleep(0.05)
+    Path(directory, f"{os.getpid()}.ended").touch()
 
 
 class _CannotBeUnpickled:
@@ -80,14 +80,29 @@ def test_processes_that_cannot_begin_are_one_error_and_no_endless_loop() -> None
     assert multiprocessing.active_children() == []
 
 
-def test_a_consumer_that_stops_ends_the_processes_in_order(tmp_path: Path) -> None:
-    """Each gets to clean up what it has half done."""
-    outcomes = spread(_work_until_stopped, ["", str(tmp_path), str(tmp_path)], 3)
+def _busy(directory: Path) -> Generator[tuple[str, Any]]:
+    """Two processes that are at work for sure."""
+    outcomes = spread(_work_until_told, ["", str(directory), str(directory)], 3)
     assert next(outcomes) == ("", None)
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("*.started"))) < 2:
+    while len(list(directory.glob("*.started"))) < 2:
         assert time.monotonic() < deadline, "the processes did not start"
         time.sleep(0.01)
+    return outcomes
+
+
+def test_a_consumer_that_stops_lets_the_processes_finish_their_items(tmp_path: Path) -> None:
+    """Nothing is left half done, and nothing new is begun."""
+    outcomes = _busy(tmp_path)
+    (tmp_path / "go").touch()
     outcomes.close()
     assert len(list(tmp_path.glob("*.ended"))) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_does_not_finish_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever pressed Ctrl-C does not wait for ever."""
+    monkeypatch.setattr(workpool, "_STOP_S", 0.1)
+    _busy(tmp_path).close()
+    assert list(tmp_path.glob("*.ended")) == []
     assert multiprocessing.active_children() == []

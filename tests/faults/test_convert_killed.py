@@ -1,0 +1,207 @@
+"""A conversion that is killed or interrupted, at any moment, leaves whole stores and no others; the next run completes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.faultproxy import Rule, running_proxy
+from tests.support.s3server import S3Server
+from tests.support.stores import plain_read
+from zarrcache.chgcar_files import read_density
+from zarrcache.convert import convert_directory, plan_convert
+from zarrcache.storewriter import is_document
+from zarrcache.synthetic import write_pairs
+
+pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+
+#: Small chunks make many files, so that there is time to be killed in the middle of a store.
+OPTIONS: dict[str, Any] = {"chunks": 4, "workers": 2}
+TO_COMPLETE: dict[str, Any] = {"chunks": 16, "workers": 1}
+PROGRAM = """
+import json, sys
+from zarrcache.convert import convert_directory
+if __name__ == "__main__":
+    src, dst, options = sys.argv[1:]
+    print("started", flush=True)
+    convert_directory(src, dst, **json.loads(options))
+"""
+HANG_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four densities as text."""
+    root = tmp_path_factory.mktemp("pairs")
+    write_pairs(root, 4, seed=4)
+    return root / "label"
+
+
+@contextmanager
+def _converting(directory: Path, source: Path, dst: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A conversion in a process group of its own, as a terminal or a batch system starts it."""
+    program = directory / "program.py"
+    program.write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(source), str(dst), json.dumps({**OPTIONS, **options})],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _until(condition: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert process.poll() is None, f"the conversion ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} within {HANG_S:.0f} s"
+        time.sleep(0.001)
+
+
+def _wait_for_all(process: subprocess.Popen[str]) -> None:
+    """Return when no process of the group is left."""
+    deadline = time.monotonic() + HANG_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+        raise AssertionError("processes of the conversion are still there")
+
+
+def _visible(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*") if not path.name.startswith("."))
+
+
+def _partials(directory: Path) -> list[Path]:
+    return [path for path in directory.glob(".*") if ".partial-" in path.name]
+
+
+def _check_complete(source: Path, out: Path) -> None:
+    assert [path.name for path in _visible(out)] == sorted(f"{path.name.removesuffix('.CHGCAR')}.zarr" for path in source.iterdir())
+    assert len(list(out.iterdir())) == 4
+    for path in source.iterdir():
+        assert np.array_equal(plain_read(out / f"{path.name.removesuffix('.CHGCAR')}.zarr"), read_density(path).total)
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(source: Path, tmp_path: Path, finished: int) -> None:
+    """All processes at once, as a batch system does it. The next run sweeps, skips and completes."""
+    out = tmp_path / "out"
+    with _converting(tmp_path, source, out) as process:
+        _until(lambda: len(_visible(out)) >= finished and _partials(out), process, "store half written")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    whole = _visible(out)
+    for store in whole:
+        assert np.array_equal(plain_read(store), read_density(source / f"{store.name.removesuffix('.zarr')}.CHGCAR").total)
+    report = convert_directory(source, out, **TO_COMPLETE)
+    assert [result.target for result in report.skipped] == [str(store) for store in whole]
+    assert report.failed == ()
+    _check_complete(source, out)
+
+
+def _inode(store: Path) -> int | None:
+    """Which directory has this name now; None in the moment between two."""
+    try:
+        return store.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(source: Path, tmp_path: Path) -> None:
+    """Never none, never a mixture: the chunks of old and new differ in number."""
+    out = tmp_path / "out"
+    convert_directory(source, out, chunks=16, workers=1)
+    old = {store.name: _inode(store) for store in _visible(out)}
+    with _converting(tmp_path, source, out, overwrite=True) as process:
+        _until(lambda: [store for store in _visible(out) if old.get(store.name) not in (None, _inode(store))], process, "new store")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    plan_convert(source, out, workers=1).execute()
+    _check_complete(source, out)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(source: Path, tmp_path: Path, workers: int) -> None:
+    """The terminal sends it to all of them at once. Only the program itself has something to say, and nothing hidden is left."""
+    out = tmp_path / "out"
+    with _converting(tmp_path, source, out, workers=workers) as process:
+        _until(lambda: _partials(out), process, "store half written")
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=HANG_S)
+        assert process.returncode == -signal.SIGINT
+        _wait_for_all(process)
+    assert "SpawnProcess" not in stderr
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
+    assert [path for path in out.iterdir() if path.name.startswith(".")] == []
+    convert_directory(source, out, **TO_COMPLETE)
+    _check_complete(source, out)
+
+
+def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_path: Path) -> None:
+    """Only the program got the signal: its processes finish their store, find nobody to tell, and go."""
+    out = tmp_path / "out"
+    with _converting(tmp_path, source, out) as process:
+        _until(lambda: _partials(out), process, "store half written")
+        process.kill()
+        process.wait()
+        _wait_for_all(process)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert _partials(out) == []
+    convert_directory(source, out, **TO_COMPLETE)
+    _check_complete(source, out)
+
+
+def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(s3_server: S3Server, bucket: str, source: Path, tmp_path: Path) -> None:
+    """Chunks without the documents are no store. The next run completes it and leaves no stray object."""
+    url = f"s3://{bucket}/label"
+    with running_proxy(s3_server.endpoint_url) as proxy:
+        proxy.rules(Rule(op="PUT", latency_s=0.02))
+        options = {"s3_kwargs": s3_server.kwargs_at(proxy.endpoint_url), "workers": 1, "chunks": 8}
+        with _converting(tmp_path, source, url, **options) as process:
+            _until(lambda: s3_server.keys(url), process, "object uploaded")
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    keys = s3_server.keys(url)
+    assert keys
+    assert not any(is_document(key) for key in keys)
+    s3_server.put(f"{url}/syn-4-0000.zarr/charge_density_total/99.99.99", b"of an older, larger grid")
+    plan = plan_convert(source, url, chunks=8, workers=1, s3_kwargs=s3_server.s3_kwargs)
+    assert plan.skipped == ()
+    plan.execute()
+    convert_directory(source, tmp_path / "local", chunks=8, workers=1)
+    local = sorted(f"label/{path.relative_to(tmp_path / 'local').as_posix()}" for path in (tmp_path / "local").rglob("*") if path.is_file())
+    assert s3_server.keys(url) == local
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(s3_server: S3Server, bucket: str, source: Path, tmp_path: Path, workers: int) -> None:
+    """One process takes back what it has sent; several finish their stores."""
+    url = f"s3://{bucket}/label"
+    with _converting(tmp_path, source, url, s3_kwargs=s3_server.s3_kwargs, workers=workers, chunks=8) as process:
+        _until(lambda: s3_server.keys(url), process, "object uploaded")
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=HANG_S)
+    assert process.returncode == -signal.SIGINT
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
+    keys = s3_server.keys(url)
+    assert {key.split("/")[1] for key in keys} == {key.split("/")[1] for key in keys if key.endswith("/.zgroup")}
