@@ -1,0 +1,435 @@
+"""The command line. Data on stdout, talk and prompts on stderr; exit 0 done, 1 some failed, 2 usage or settings, 130 Ctrl-C.
+
+Every command imports what it needs when it runs, so that ``zarrcache --help`` is there at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from zarrcache import __version__
+from zarrcache.cliargs import (
+    Config,
+    Directory,
+    DryRun,
+    Ids,
+    Json,
+    MaybeConfig,
+    chunk_sizes,
+    data_config,
+    read_ids,
+    s3_options,
+    seconds,
+    size,
+    where,
+)
+from zarrcache.errors import ConfigError, ZarrCacheError
+
+if TYPE_CHECKING:
+    from zarrcache.convert import ConvertReport
+    from zarrcache.warming import WarmPlan, WarmReport
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="zarrcache",
+    help="Train from S3 at the speed of the node's own SSD: convert, cache and look after charge densities in Zarr stores.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: it needs no rich, and can be searched
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+_SHOWN = 20  # failures that are printed; --json has all
+_settings = {"debug": False}
+
+
+def _guarded(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Exit codes and words for what may end a command early."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs) or 0
+        except ZarrCacheError as exc:
+            if _settings["debug"]:
+                raise
+            _say(f"error: {exc}")
+            code = 2 if isinstance(exc, ConfigError) else 1
+        except KeyboardInterrupt:
+            _say("Interrupted. What is finished stays; run the same command again to go on.")
+            code = 130
+        raise typer.Exit(code)
+
+    return run
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="log everything, and show the traceback of an error")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    from zarrcache.terminal import StderrHandler
+
+    _settings["debug"] = debug
+    logging.getLogger("zarrcache").setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
+
+
+@app.command()
+@_guarded
+def demo(
+    source: Annotated[Path | None, typer.Option(metavar="DIR", help="CHGCAR or json.gz pairs of your own [default: made-up densities]")] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=2, help="pairs at the most")] = 8,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the directory with sources, configs, cache and logs")] = False,
+    as_json: Json = False,
+) -> int:
+    """Run the whole story on this machine.
+
+    In under two minutes: embedded S3 server, conversion, a cold epoch, warm epochs, one with S3 switched off.
+    """
+    from zarrcache.demo import run_demo
+    from zarrcache.terminal import show_table
+
+    report = run_demo(source, samples, keep=keep, say=_say)
+    if as_json:
+        _json({**asdict(report), "is_good": report.is_good})
+        return 0 if report.is_good else 1
+    rows = [
+        (row.epoch, f"{row.seconds:.2f}", f"{row.samples_per_s:.1f}", _n(row.requests), _bytes(row.fetched_bytes), _ratio(row.hit_ratio))
+        for row in report.rows
+    ]
+    show_table("One epoch, three ways", ("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio"), rows)
+    print("All tensors are bit-identical to a plain zarr read." if report.identical else "error: tensors differ from a plain zarr read.")
+    if report.directory is not None:
+        _say(f"Everything is in {report.directory}.")
+    return 0 if report.is_good else 1
+
+
+@app.command()
+@_guarded
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="CHGCAR or Materials Project json file, plain or compressed, or a directory of them")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="directory or s3://bucket/prefix; the stores get the names <task_id>.zarr")],
+    pattern: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="which files below SRC, e.g. '**/CHGCAR' [default: whatever looks like a density]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="processes [default: one a core]", show_default=False)] = None,
+    chunks: Annotated[str, typer.Option(metavar="N[,N,N]", help="grid points of a chunk along each axis")] = "16",
+    as_zip: Annotated[bool, typer.Option("--zip", help="one file a store, <task_id>.zarr.zip: one request on S3")] = False,
+    zarr_format: Annotated[int, typer.Option("--zarr-format", metavar="2|3", min=2, max=3, help="version of the Zarr format")] = 2,
+    diff: Annotated[bool, typer.Option("--diff", help="also the spin density (charge_density_diff) where there is one")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="convert again what is there [default: skip it]")] = False,
+    dry_run: DryRun = False,
+    endpoint_url: Annotated[str | None, typer.Option(metavar="URL", help="S3 server of DST other than Amazon's")] = None,
+    profile: Annotated[str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config")] = None,
+    anon: Annotated[bool, typer.Option("--anon", help="no credentials")] = False,
+    s3_kwargs: Annotated[str | None, typer.Option("--s3-kwargs", metavar="JSON", help="arguments of s3fs.S3FileSystem, as a JSON object")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="CONFIG", help="take s3_kwargs from this training config")] = None,
+    as_json: Json = False,
+) -> int:
+    """Convert charge densities to Zarr stores.
+
+    What is converted already is skipped; a file that cannot be read is named, and the rest goes on.
+    """
+    from zarrcache.convert import plan_convert
+    from zarrcache.terminal import Meter, plural
+
+    plan = plan_convert(
+        src,
+        dst,
+        pattern=pattern,
+        workers=workers,
+        chunks=chunk_sizes(chunks),
+        zip=as_zip,
+        zarr_format=3 if zarr_format == 3 else 2,
+        diff=diff,
+        overwrite=overwrite,
+        s3_kwargs=s3_options(config, s3_kwargs, endpoint_url=endpoint_url, profile=profile, anon=anon),
+    )
+    if dry_run:
+        if as_json:
+            _json({"dst": plan.dst, "files": plan.files, "skipped": plan.skipped, "source_bytes": plan.source_bytes, "workers": plan.workers})
+        else:
+            already = f"; {_n(len(plan.skipped))} are converted already" if plan.skipped else ""
+            print(
+                f"Would convert {plural(len(plan.files), 'file')} ({_bytes(plan.source_bytes)}) to {plan.dst}{already}. Dry run: nothing was written."
+            )
+        return 0
+    start_s = time.monotonic()
+    with Meter("Converting", "files", len(plan.files)) as meter:
+        report = plan.execute(lambda result: meter.advance(failed=result.error is not None))
+    for result in report.converted:
+        for warning in result.warnings:
+            _say(f"warning: {result.path}: {warning}")
+    _failures(result.error or "" for result in report.failed)
+    _json(asdict(report)) if as_json else _print_convert(plan.dst, report, time.monotonic() - start_s)
+    return 1 if report.failed else 0
+
+
+def _print_convert(dst: str, report: ConvertReport, seconds: float) -> None:
+    from zarrcache.terminal import duration
+
+    files = len(report.converted) + len(report.failed)
+    skipped = f", {_n(len(report.skipped))} skipped (converted already)" if report.skipped else ""
+    print(
+        f"Converted {_n(len(report.converted))} of {_n(files)} files to {dst} ({_bytes(report.written_bytes)}) in {duration(seconds)}; "
+        f"{_n(len(report.failed))} failed{skipped}."
+    )
+
+
+@app.command()
+@_guarded
+def warm(
+    config: Config,
+    split: Annotated[Literal["train", "test", "all"], typer.Option(help="which ids of CONFIG")] = "all",
+    ids: Ids = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", metavar="N", min=1, help="processes [default: one a core, at most 8, and one for 16 densities]", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(parser=size, metavar="SIZE", help="stop when this much is warm, e.g. '50 GiB' [default: no limit]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print requests and bytes; fetch nothing")] = False,
+    as_json: Json = False,
+) -> int:
+    """Fill the cache with every density of CONFIG.
+
+    Safe to stop and run again: what is fresh is skipped by listing only.
+    """
+    from zarrcache.terminal import Meter
+    from zarrcache.warming import plan_warm
+
+    plan = plan_warm(data_config(config), split=split, ids=read_ids(ids), workers=workers, limit_bytes=limit)
+    if dry_run:
+        with Meter("Listing", "densities", len(plan.densities)) as meter:
+            estimate = plan.estimate(meter.reach)
+        _failures(f"{result.task_id} ({result.role}): {result.error}" for result in estimate.failed)
+        if as_json:
+            _json({**asdict(estimate), "ids": len(plan.task_ids), "missing": plan.missing})
+        else:
+            print(
+                f"Would fetch {_n(estimate.to_fetch)} of {_n(len(plan.densities))} densities of {_n(len(plan.task_ids))} ids "
+                f"({_bytes(estimate.fetch_bytes)}, {_n(estimate.requests)} requests); {_n(estimate.fresh)} are fresh. Dry run: nothing was fetched."
+            )
+        return 1 if estimate.failed else 0
+    with Meter("Warming", "densities", len(plan.densities), lambda: plan.reader.stats.fetched_bytes) as meter:
+        report = plan.execute(lambda result: meter.advance(failed=result.outcome == "failed"))
+    _failures(f"{result.task_id} ({result.role}): {result.error}" for result in report.failed)
+    if as_json:
+        _json({**asdict(report), "missing": plan.missing})
+    else:
+        _print_warm(plan, report)
+    return 0 if report.is_good else 1
+
+
+def _print_warm(plan: WarmPlan, report: WarmReport) -> None:
+    from zarrcache.terminal import duration
+
+    fresh = f"; {_n(report.fresh)} were fresh" if report.fresh else ""
+    print(
+        f"Warmed {_n(report.warm)} of {_n(report.ids)} ids ({_bytes(report.nbytes)}, {_n(report.stats.requests)} requests{fresh}) "
+        f"in {duration(report.seconds)}; {_n(len(report.failed_ids))} failed."
+    )
+    if report.untried:
+        _say(f"{_n(report.untried)} ids were left out: {_bytes(plan.limit_bytes or 0)} are warm, as --limit asked.")
+    if report.stats.cache_errors:
+        _say(f"error: the cache in {plan.cache.dir} failed {_n(report.stats.cache_errors)} times, see above. Run `zarrcache doctor` with the config.")
+    elif report.bypassed:
+        needed = _bytes(report.nbytes * report.ids // max(1, report.warm))
+        _say(
+            f"{_n(len(report.bypassed))} ids did not fit: cache.limit ({_bytes(plan.cache.limit)}) or min_free is reached. They will be read from "
+            f"the origin in every epoch. All ids take about {needed}: raise cache.limit, or make room with `zarrcache evict` or on the disk."
+        )
+
+
+@app.command()
+@_guarded
+def evict(
+    config: MaybeConfig = None,
+    everything: Annotated[bool, typer.Option("--all", help="every entry of the cache directory, not only CONFIG's")] = False,
+    directory: Directory = None,
+    older_than: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="TIME", help="only what was stored this long ago, e.g. 30d, 12h")
+    ] = None,
+    target: Annotated[
+        int | None, typer.Option(parser=size, metavar="SIZE", help="only the oldest, until the cache is this small, e.g. '50 GiB'")
+    ] = None,
+    ids: Ids = None,
+    stale: Annotated[bool, typer.Option("--stale", help="only stores that the origin has changed or lost; one LIST for each entry")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> int:
+    """Drop entries of CONFIG's ids, or --all.
+
+    Options narrow that down. Nothing outside <cache.dir>/zarrcache-v1/ is touched.
+    """
+    from zarrcache.evicting import plan_evict
+    from zarrcache.terminal import Meter, plural
+
+    plan = plan_evict(where(config, directory), ids=read_ids(ids), older_than_s=older_than, target_bytes=target, stale=stale, everything=everything)
+    what = f"{plural(len(plan.entries), 'entry', 'entries')} ({_bytes(plan.disk_bytes)}) from {plan.directory}"
+    done = {"directory": plan.directory, "entries": len(plan.entries), "disk_bytes": plan.disk_bytes, "freed_bytes": 0}
+    if not plan.entries:
+        words = "Nothing to evict."
+    elif dry_run:
+        words = f"Would evict {what}. Dry run: nothing was evicted."
+    else:
+        if not yes:
+            if not sys.stdin.isatty():
+                raise ConfigError(f"about to evict {what}, and nobody is there to be asked. Add --yes to do it, or --dry-run to look.")
+            if not typer.confirm(f"About to evict {what}. Proceed?", err=True):
+                _say("Nothing was evicted.")
+                return 1
+        with Meter("Evicting", "entries", len(plan.entries)) as meter:
+            done["freed_bytes"] = freed = plan.execute(meter.reach)
+        words = f"Evicted {plural(len(plan.entries), 'entry', 'entries')}, freed {_bytes(freed)} in {plan.directory}."
+    _json({**done, "dry_run": dry_run}) if as_json else print(words)
+    return 0
+
+
+@app.command()
+@_guarded
+def status(config: MaybeConfig = None, directory: Directory = None, as_json: Json = False) -> int:
+    """Show entries, bytes, limit; how much is warm.
+
+    Asks the origin nothing; works offline.
+    """
+    from zarrcache.status import look
+    from zarrcache.terminal import plural
+
+    source = where(config, directory)
+    state = look(source, has_settings=config is not None)
+    if as_json:
+        _json(asdict(state))
+        return 0
+    print(f"cache        {state.directory}{'' if state.exists else ' (empty: nothing was cached there yet)'}")
+    for name, tier in (("array tier", state.array_tier), ("byte tier", state.byte_tier)):
+        print(f"{name:<12} {plural(tier.entries, 'entry', 'entries')}, {_bytes(tier.nbytes)}")
+    limit = "" if state.limit_bytes is None else f" of {_bytes(state.limit_bytes)} ({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
+    print(f"volume       {_bytes(state.volume_bytes)}{limit}")
+    reserve = "" if state.min_free_bytes is None else f"; min_free {_bytes(state.min_free_bytes)}"
+    print(f"file system  {_bytes(state.free_bytes)} free of {_bytes(state.disk_bytes)}{reserve}")
+    if (covered := state.coverage) is not None:
+        half = f", {_n(covered.half)} half" if covered.half else ""
+        missing = f"; {_n(covered.missing)} more are in the map, but not at the origin" if covered.missing else ""
+        present = covered.ids - covered.missing
+        print(f"{covered.functional:<12} {_n(covered.warm)} of {_n(present)} ids warm ({100 * covered.warm_ratio:.1f} %){half}{missing}")
+        if covered.warm < present or not covered.is_listed:
+            _say(f"Run `zarrcache warm {config}` to fill the cache.")
+    return 0
+
+
+@app.command()
+@_guarded
+def verify(
+    config: MaybeConfig = None,
+    directory: Directory = None,
+    against_origin: Annotated[
+        bool, typer.Option("--against-origin", help="also drop what the origin has changed since; one LIST for each entry")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Read every entry, drop what is corrupt.
+
+    It will be fetched again. Exit 1 if there was any. Safe while trainings run.
+    """
+    from zarrcache.terminal import Meter, plural
+    from zarrcache.verifying import verify as run
+
+    with Meter("Verifying", "", 1) as meter:
+        report = run(where(config, directory), against_origin=against_origin, progress=meter.reach)
+    _failures((f"{problem.file} ({problem.url}): {problem.why}" for problem in report.corrupt), verdict="corrupt")
+    if as_json:
+        _json(asdict(report))
+    else:
+        stale = f", {_n(len(report.stale))} stale" if against_origin else ""
+        strays = f"; removed {plural(len(report.strays), 'file')} that no entry knew" if report.strays else ""
+        print(f"Verified {plural(report.entries, 'entry', 'entries')} ({_bytes(report.nbytes)}): {_n(len(report.corrupt))} corrupt{stale}{strays}.")
+        if report.corrupt or report.stale:
+            _say("They were dropped. Run `zarrcache warm` to fetch them again.")
+    return 0 if report.is_good else 1
+
+
+@app.command()
+@_guarded
+def doctor(config: MaybeConfig = None, directory: Directory = None, as_json: Json = False) -> int:
+    """Check this node: versions, disk, locks, S3.
+
+    Says what to do. S3 is asked with CONFIG's credentials. Exit 1 if a check failed.
+    """
+    from zarrcache.doctor import examine
+
+    source = None if config is None and directory is None else where(config, directory, needs_cache=False)
+    findings = []
+    for finding in examine(source):
+        findings.append(finding)
+        if not as_json:
+            print(f"{finding.verdict:<5} {finding.name}: {finding.found}", flush=True)
+            if finding.advice:
+                print(f"      {finding.advice}", flush=True)
+    failed = any(finding.verdict == "fail" for finding in findings)
+    if as_json:
+        _json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
+    elif source is None:
+        _say("Give a training config to check its cache directory and its origin too.")
+    return 1 if failed else 0
+
+
+def _failures(lines: Iterable[str], verdict: str = "failed") -> None:
+    every = list(lines)
+    for line in every[:_SHOWN]:
+        _say(f"{verdict}: {line}")
+    if len(every) > _SHOWN:
+        _say(f"{verdict}: {_n(len(every) - _SHOWN)} more; --json lists all")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _n(number: int) -> str:
+    from zarrcache.terminal import count
+
+    return count(number)
+
+
+def _bytes(number: int) -> str:
+    from zarrcache.config import format_bytes
+
+    return format_bytes(number)
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{100 * ratio:.0f} %"
+
+
+def main() -> None:
+    """Entry point of ``zarrcache`` and ``python -m zarrcache``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Is this node fit for the cache: what ``zarrcache doctor`` asks, one question a function."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from zarrcache.atomic import publish
+from zarrcache.codec import header_of, map_entry, write_entry
+from zarrcache.config import CacheConfig, DataConfig, format_bytes
+from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
+from zarrcache.index import CACHE_FAULTS
+from zarrcache.keys import ArrayKey
+from zarrcache.layout import CacheDir
+from zarrcache.policy import min_free_bytes
+from zarrcache.readarray import list_array
+from zarrcache.scope import ROLES, open_index
+from zarrcache.sequences import Role
+from zarrcache.stats import Counters
+from zarrcache.taskids import ids_of, read_map
+from zarrcache.tiers import Tiers
+
+__all__ = ["Finding", "examine"]
+
+Verdict = Literal["ok", "warn", "fail"]
+
+_PACKAGES = ("zarr", "numcodecs", "numpy", "fsspec", "s3fs", "obstore", "diskcache", "filelock", "torch")
+#: File systems whose locks, rename or mmap are slow or not to be trusted between nodes, and what to call them.
+_NETWORK = {
+    "nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS", "ceph": "CephFS", "cifs": "SMB", "smb3": "SMB",
+    "fuse.sshfs": "sshfs", "fuse.s3fs": "s3fs-fuse", "fuse.mount-s3": "Mountpoint for S3", "9p": "9p", "afs": "AFS", "panfs": "PanFS",
+}  # fmt: skip
+_IN_MEMORY = ("tmpfs", "ramfs")
+#: Objects from this far in the future mean that one of the two clocks is wrong (seconds). S3 refuses requests from 15 minutes on.
+_SKEW_S = 60.0
+_IDS_TRIED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The answer to one question: what was found, and what to do unless it is ``ok``."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]:
+    """Ask everything that ``config`` lets us ask: versions alone without one, the cache directory too with a CacheConfig, the origin too with
+    a DataConfig. Makes the cache directory; leaves nothing else behind.
+
+    Yields
+    ------
+    Finding
+        As soon as each is known.
+    """
+    yield _versions()
+    cache = config.cache if isinstance(config, DataConfig) else config
+    if cache is None and config is not None:
+        yield Finding("cache", "warn", "the config has no cache block", "Nothing is kept on disk. Add one, as in configs/s3_cached.yaml.")
+    if cache is not None:
+        directory = CacheDir(cache.dir, cache.shared)
+        writable = _directory(cache)
+        yield writable
+        if writable.verdict != "fail":
+            yield _permissions(directory)
+            yield _file_system(directory.root)
+            yield _space(cache, directory)
+            yield _in_directory("file locks", directory, _locks)
+            yield _in_directory("mmap", directory, _mmap)
+    if isinstance(config, DataConfig):
+        for role in ROLES:
+            yield from _origin(config, role)
+
+
+def _versions() -> Finding:
+    found, absent = [f"python {platform.python_version()}"], []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            absent.append(package)
+    if absent:
+        return Finding(
+            "versions", "fail", f"{', '.join(absent)} not installed ({', '.join(found)})", "Install zarrcache again: pip install zarrcache."
+        )
+    return Finding("versions", "ok", ", ".join(found))
+
+
+def _directory(cache: CacheConfig) -> Finding:
+    try:
+        index = open_index(cache)
+        entries = sum(count for count, _ in index.totals().values())
+    except ConfigError as exc:
+        return Finding("cache directory", "fail", str(exc))
+    except CACHE_FAULTS as exc:
+        return Finding("cache directory", "fail", f"{cache.dir} cannot be used ({exc})", "Choose another cache.dir, or delete the directory.")
+    return Finding("cache directory", "ok", f"{index.dir.root} can be written; {entries} entries")
+
+
+def _permissions(directory: CacheDir) -> Finding:
+    mode = directory.root.stat().st_mode & 0o7777
+    found = f"mode {mode:04o}, shared: {str(directory.shared).lower()}"
+    if not directory.shared and mode & 0o077:
+        return Finding("permissions", "warn", f"{found}; others may look into it", f"Run chmod 700 {directory.root}, or set cache.shared: true.")
+    if directory.shared and mode & 0o2070 != 0o2070:
+        return Finding("permissions", "warn", f"{found}; the group cannot write", f"Let its owner run chmod 2770 {directory.root}.")
+    return Finding("permissions", "ok", found)
+
+
+def _file_system(path: Path) -> Finding:
+    kind = file_system_of(path)
+    if kind is None:
+        return Finding("file system", "warn", "it cannot be found out", "Make sure that cache.dir is on a disk of this node.")
+    if kind in _NETWORK:
+        found = f"{path} is on {_NETWORK[kind]} ({kind}), a network file system"
+        return Finding(
+            "file system", "warn", found, "Locks and SQLite are slow or unsafe there. Choose a disk of this node, for example $SLURM_TMPDIR."
+        )
+    if kind in _IN_MEMORY:
+        return Finding("file system", "warn", f"{path} is in memory ({kind})", "Entries take memory from the training and are gone after a reboot.")
+    return Finding("file system", "ok", kind)
+
+
+def file_system_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Type of the file system that holds ``path``, as the kernel names it; None where there is no such list (macOS)."""
+    try:
+        lines = mountinfo.read_text().splitlines()
+    except OSError:
+        return None
+    real, best = os.path.realpath(path), ("", "")
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        # The kernel writes spaces and the like as octal escapes.
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
+        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best[0]):
+            best = (point, right.split()[0])  # of several at one place the last one is what is seen
+    return best[1] or None
+
+
+def _space(cache: CacheConfig, directory: CacheDir) -> Finding:
+    usage = shutil.disk_usage(directory.root)
+    volume, reserve = open_index(cache).volume_bytes(), min_free_bytes(cache.min_free, usage.total)
+    room = max(0, min(cache.limit - volume, usage.free - reserve))
+    found = f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of {format_bytes(cache.limit)}"
+    if volume + usage.free - reserve < cache.limit:
+        reachable = format_bytes(max(0, volume + usage.free - reserve))
+        advice = f"min_free ({format_bytes(reserve)}) stops the cache at {reachable}. Make room, lower cache.limit, or choose a larger disk."
+        return Finding("space", "warn" if room else "fail", found, advice)
+    return Finding("space", "ok", found)
+
+
+def _in_directory(name: str, directory: CacheDir, check: Callable[[Path], Finding]) -> Finding:
+    """A check that needs files of its own, on the file system of the cache."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="doctor-", dir=directory.root) as own:
+            return check(Path(own))
+    except (OSError, ZarrCacheError) as exc:
+        return Finding(name, "fail", f"it does not work in {directory.root} ({exc})", "Choose a disk of this node for cache.dir.")
+
+
+def _locks(own: Path) -> Finding:
+    with (own / "lock").open("w") as first, (own / "lock").open("w") as second:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Finding("file locks", "ok", "one holder at a time")
+    return Finding(
+        "file locks", "warn", "two holders at once", "Objects may be fetched more than once, nothing worse. Choose a disk of this node for cache.dir."
+    )
+
+
+def _mmap(own: Path) -> Finding:
+    array = np.arange(4096, dtype="<f4")
+    header = header_of(ArrayKey("file", "doctor", "array"), array, "doctor")
+    publish(own / "entry", lambda file: write_entry(file, header, array), expected_bytes=header.file_bytes)
+    entry = map_entry(own / "entry")
+    if not entry.is_intact():
+        return Finding("mmap", "fail", "what is mapped is not what was written", "Choose a disk of this node for cache.dir.")
+    return Finding("mmap", "ok", "an entry can be written, mapped and read")
+
+
+def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
+    """List one store and read one object of it."""
+    try:
+        origin = Tiers(config.cache, Counters()).origin(config.data_dir if role == "data" else config.label_dir, config.s3_kwargs)
+        ids = ids_of(read_map(config.map_dir), config.functional)[:_IDS_TRIED]
+        name = f"{role} at {origin.url}"
+        start_s = time.perf_counter()
+        for task_id in ids:
+            for suffix in (".zarr", ".zarr.zip"):
+                try:
+                    listed = list_array(origin, f"{task_id}{suffix}", f"charge_density_{config.density_type}")
+                except OriginNotFoundError:
+                    continue
+                ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
+                took_ms = 1000 * (time.perf_counter() - start_s)
+                found = f"{task_id}{suffix} lists {len(listed)} objects; one of {memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in all)"
+                yield Finding(name, "ok", found)
+                ahead_s = max(obj.modified_s for obj in listed) - time.time()
+                if ahead_s > _SKEW_S:
+                    advice = "Set this node's clock (chronyc tracking shows it); S3 refuses requests that are 15 minutes off."
+                    yield Finding(f"clock against {role}", "warn", f"{task_id}{suffix} was written {ahead_s:.0f} s in the future", advice)
+                return
+        advice = f"Check {role}_dir, map_dir and functional; `zarrcache status` counts what is there."
+        yield Finding(name, "warn", f"it answers, but has no store of the first ids: {', '.join(ids) or 'the map has none'}", advice)
+    except ZarrCacheError as exc:
+        yield Finding(f"{role} at {config.data_dir if role == 'data' else config.label_dir}", "fail", str(exc))
