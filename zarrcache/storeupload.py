@@ -20,7 +20,7 @@ from zarrcache.retry import RetryPolicy, TransientError
 from zarrcache.s3options import S3Options, split_s3_url
 from zarrcache.storewriter import StoreExistsError, is_document
 
-__all__ = ["S3Destination", "upload_store"]
+__all__ = ["S3Destination"]
 
 logger = logging.getLogger(__name__)
 
@@ -252,9 +252,3 @@ def _unavailable(url: str, exc: OriginUnavailableError, attempts: int) -> Origin
         f"{url} could not be written: {exc.__cause__} ({attempts} {'attempt' if attempts == 1 else 'attempts'}). "
         "Check that the server runs and is reachable, then convert again: finished stores are skipped."
     )
-
-
-def upload_store(url: str, objects: Mapping[str, bytes], *, s3_kwargs: Mapping[str, Any] | None = None, overwrite: bool = False) -> int:
-    """Write one store to ``url``; see ``S3Destination.upload``."""
-    directory, _, name = url.rstrip("/").rpartition("/")
-    return S3Destination(directory, s3_kwargs).upload(name, objects, overwrite=overwrite)

@@ -1,8 +1,8 @@
-"""Write one density as a Zarr store: a directory, a zip file, or objects on S3. A store is visible only when it is whole.
+"""One density as a Zarr store: encoded in memory, written as a directory or a zip file. A store is visible only when it is whole.
 
 The layout is the one that ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps ``charge_density_diff``, float32 in small
-chunks, and the attributes ``structure`` and ``metadata``, each a JSON string. The store is made in memory first, so that all three
-destinations get the same bytes, and so that the same density gives the same ETags each time.
+chunks, and the attributes ``structure`` and ``metadata``, each a JSON string. The store is made in memory first, so that a
+directory, a zip file and S3 (``storeupload``) get the same bytes, and so that the same density gives the same ETags each time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ __all__ = [
     "publish_store",
     "store_exists",
     "sweep_partials",
-    "write_store",
     "zipped",
 ]
 
@@ -132,32 +131,17 @@ def is_document(key: str) -> bool:
     return key.rpartition("/")[2] in _DOCUMENTS
 
 
-def write_store(
-    path_or_url: str | os.PathLike[str],
-    total: NDArray[Any],
-    diff: NDArray[Any] | None,
-    structure_dict: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    *,
-    chunks: Sequence[int] = (16, 16, 16),
-    zarr_format: Literal[2, 3] = 2,
-    zip: bool = False,
-    overwrite: bool = False,
-    s3_kwargs: Mapping[str, Any] | None = None,
-) -> int:
-    """Write one store, whole or not at all.
-
-    >>> write_store("s3://bucket/label/mp-1.zarr", total, None, structure.as_dict(), {"task_id": "mp-1"})  # doctest: +SKIP
-    1289104
+def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
+    """Write one store to a directory or a zip file, whole or not at all.
 
     Parameters
     ----------
-    path_or_url : str or path
-        The store itself: ``/data/mp-1.zarr``, ``s3://bucket/prefix/mp-1.zarr``; with ``zip``, a name that ends with ``.zarr.zip``.
-    zip : bool
-        One file, not compressed again: one request for the whole store.
+    final : Path
+        ``mp-1.zarr``, or ``mp-1.zarr.zip`` with a single object whose key is empty.
+    objects : mapping
+        Key to bytes, from ``encode_store``.
     overwrite : bool
-        Replace a store. Anything else at that path is refused. On S3 the old store is taken away before the new one comes.
+        Replace a store. Anything else at that path is refused.
 
     Returns
     -------
@@ -169,31 +153,9 @@ def write_store(
     StoreExistsError
         It is there, and ``overwrite`` is False.
     ConfigError
-        The name does not fit, or something else has it.
-    OriginError
-        S3 did not take it. What was uploaded is removed again.
+        Something else has the name.
     OSError
-        The local disk did not take it. Nothing is left of it.
-    """
-    target = os.fspath(path_or_url)
-    suffix = ".zarr.zip" if zip else ".zarr"
-    if not target.endswith(suffix):
-        raise ConfigError(f"{target} has to end with {suffix}{'' if zip else ', or be written with zip=True'}; readers find stores by it.")
-    objects = encode_store(total, diff, structure_dict, metadata, chunks=chunks, zarr_format=zarr_format)
-    if target.startswith("s3://"):
-        from zarrcache.storeupload import upload_store
-
-        return upload_store(target, {"": zipped(objects)} if zip else objects, s3_kwargs=s3_kwargs, overwrite=overwrite)
-    return publish_store(Path(target.removeprefix("file://")), {"": zipped(objects)} if zip else objects, overwrite=overwrite)
-
-
-def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
-    """Write the objects of one store below ``final``, or a zip file, which is one object with an empty key. Whole or not at all.
-
-    Raises
-    ------
-    StoreExistsError, ConfigError, OSError
-        See ``write_store``.
+        The disk did not take it. Nothing is left of it.
     """
     _refuse_what_is_there(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
