@@ -1,0 +1,241 @@
+"""The reader under torch's DataLoader: however the workers are started, whatever the parent did before, and when something fails."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from tests.support.faultproxy import FaultProxy
+from tests.support.requestlog import RequestLog
+from tests.support.s3server import S3Server
+from tests.support.stores import plain_read, small_group
+from zarrcache import OriginUnavailableError, RhoData, SchemaError, ZarrDataset, ZarrS3Reader
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+IDS = [f"mp-{i}" for i in range(6)]
+ROLES = ("data", "label")
+#: For hangs only; nothing here takes seconds by design.
+DEADLINE_S = 200
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a training process needs; it can be sent to one."""
+
+    bucket: str
+    map_path: Path
+    s3_kwargs: dict[str, Any]
+    cache_dir: Path
+
+    def reader(self, **cache: Any) -> ZarrS3Reader:
+        url = f"s3://{self.bucket}"
+        settings = {"dir": self.cache_dir, "min_free": 0, **cache}
+        return ZarrS3Reader(f"{url}/data", f"{url}/label", self.map_path, "GGA", True, 4, s3_kwargs=self.s3_kwargs, cache=settings)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job went: digests of what each epoch delivered, by position; the node's counters and the parent's own."""
+
+    epochs: list[dict[int, str]]
+    hits: int
+    misses: int
+    parent_reads: int
+    had_obstore: bool
+    engine_in_parent: bool
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """Of shape and bits."""
+    h = hashlib.sha256()
+    for tensor in tensors:
+        h.update(str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+    return h.hexdigest()
+
+
+def train(job: Job, method: str, *, used: bool, persistent: bool) -> Outcome:
+    """Two epochs over the training set with two workers. ``used``: the parent reads a sample first, which opens its clients."""
+    reader = job.reader()
+    if used:
+        reader.load(reader.split_task_ids()[1][0], "label")
+    had_obstore = "obstore" in sys.modules
+    dataset = RhoData(*reader.data_split()[0], data_augmentation=False)
+    before = reader.tiers.counters.snapshot()
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context=method, persistent_workers=persistent, timeout=DEADLINE_S // 2
+    )
+    epochs = [{i: digest(*pair) for i, pair in enumerate(loader)} for _ in range(2)]
+    own = reader.tiers.counters.snapshot() - before
+    del loader  # persistent workers end here
+    total = reader.stats - before
+    return Outcome(epochs, total.hits, total.misses, own.hits + own.misses, had_obstore, "obstore" in sys.modules)
+
+
+def train_in_every_way(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
+    """All ways in one process, in the order that keeps obstore out of it as long as it has to be."""
+    ways = [
+        ("fork", False, False),
+        ("fork", False, True),
+        ("fork", True, False),
+        ("fork", True, True),
+        ("spawn", True, True),
+        ("forkserver", True, True),
+    ]
+    return {
+        (method, used, persistent): train(
+            replace(job, cache_dir=job.cache_dir / f"{method}-{used}-{persistent}"), method, used=used, persistent=persistent
+        )
+        for method, used, persistent in ways
+    }
+
+
+@pytest.fixture(scope="module")
+def job(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Six materials on S3, written a while ago. Nobody changes them."""
+    root, bucket = tmp_path_factory.mktemp("loader"), s3_server.new_bucket()
+    for role, i in itertools.product(ROLES, range(len(IDS))):
+        small_group(root / role / f"{IDS[i]}.zarr", shape=(6, 5, 5 + i), seed=i + 50 * (role == "label"))
+    for role in ROLES:
+        s3_server.put_tree(root / role, f"s3://{bucket}/{role}")
+    (root / "map.json").write_text(json.dumps({"GGA": IDS}))
+    time.sleep(2.1)  # a store that was just written is listed twice
+    return Job(bucket, root / "map.json", s3_server.s3_kwargs, root / "cache")
+
+
+@pytest.fixture(scope="module")
+def wanted(job: Job) -> list[str]:
+    """Digests of the training pairs by plain zarr."""
+    root = job.map_path.parent
+    found = []
+    for task_id in job.reader().split_task_ids()[0]:
+        grids = [plain_read(root / role / f"{task_id}.zarr") for role in ROLES]
+        found.append(digest(*(torch.from_numpy(grid / torch.tensor(grid.size).float().numpy())[None] for grid in grids)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
+    """What came out of every way, in a process that begins without obstore: this one has it from other tests."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train_in_every_way, job).result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_forked_workers_deliver_the_plain_tensors(outcomes: dict[Any, Outcome], wanted: list[str], used: bool, persistent: bool) -> None:
+    """Also when the parent has used obstore, which does not survive a fork; cold epoch and warm epoch."""
+    outcome = outcomes["fork", used, persistent]
+    assert outcome.had_obstore == used
+    assert outcome.epochs == [dict(enumerate(wanted))] * 2
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_fresh_workers_deliver_the_plain_tensors(outcomes: dict[Any, Outcome], wanted: list[str], method: str) -> None:
+    """They get the dataset as a pickle."""
+    assert outcomes[method, True, True].epochs == [dict(enumerate(wanted))] * 2
+
+
+@pytest.mark.parametrize("way", [("fork", False, False), ("fork", True, True), ("spawn", True, True), ("forkserver", True, True)], ids=str)
+def test_parents_stats_count_what_the_workers_read(outcomes: dict[Any, Outcome], wanted: list[str], way: Any) -> None:
+    """First epoch misses, second epoch hits; none of them in the parent, and after the workers have ended."""
+    outcome = outcomes[way]
+    assert (outcome.misses, outcome.hits, outcome.parent_reads) == (2 * len(wanted), 2 * len(wanted), 0)
+
+
+def test_parent_that_only_iterates_never_loads_obstore(outcomes: dict[Any, Outcome]) -> None:
+    """Splitting lists through s3fs, so that forked workers may use the fast engine."""
+    assert not outcomes["fork", False, False].engine_in_parent
+    assert not outcomes["fork", False, True].engine_in_parent
+
+
+class _Meeting:
+    """Where two ranks wait for each other; handed over when they start."""
+
+    barrier: Any = None
+
+
+def _meet(barrier: Any) -> None:
+    _Meeting.barrier = barrier
+
+
+def run_rank(job: Job, rank: int) -> tuple[list[str], list[str], list[str]]:
+    """One rank of two: its view of the split, the ids it read in epoch 0, and what it got."""
+    reader = job.reader()
+    dataset = ZarrDataset(reader, "all")
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=True, seed=3)
+    _Meeting.barrier.wait(DEADLINE_S)
+    samples = list(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=1, timeout=DEADLINE_S // 2))
+    return list(dataset.task_ids), [s["index"] for s in samples], [digest(s["data"], s["label"]) for s in samples]
+
+
+def test_two_ranks_split_alike_and_fetch_every_object_once(job: Job, s3_server: S3Server, tmp_path: Path) -> None:
+    """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice."""
+    job = replace(job, cache_dir=tmp_path)
+    log = RequestLog(s3_server, job.bucket)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_meet, initargs=(context.Barrier(2),)) as pool:
+        (split, ids, digests), (other_split, other_ids, other_digests) = (
+            future.result(DEADLINE_S) for future in [pool.submit(run_rank, job, rank) for rank in (0, 1)]
+        )
+    assert split == other_split
+    assert sorted(ids + other_ids) == sorted(IDS)
+    assert set(log.paths("GET").values()) == {1}
+    assert len(log.paths("GET")) == sum(len(s3_server.keys(f"s3://{job.bucket}/{r}/{i}.zarr/charge_density_total/")) for r in ROLES for i in IDS)
+    reader = job.reader()
+    for task_id, got in zip(ids + other_ids, digests + other_digests, strict=True):
+        tensors = [torch.from_numpy(values).reshape(1, *size) for values, size in (reader.load(task_id, role) for role in ROLES)]  # type: ignore[arg-type]
+        assert got == digest(*tensors)
+
+
+def test_every_sample_of_a_shuffled_epoch_comes_once(job: Job, tmp_path: Path) -> None:
+    """Three epochs, in batches of two, with workers that are forked anew for each."""
+    dataset = ZarrDataset(replace(job, cache_dir=tmp_path).reader(), "all")
+    loader = DataLoader(dataset, batch_size=2, shuffle=True, num_workers=2, collate_fn=_ids_of, timeout=DEADLINE_S // 2)
+    for _ in range(3):
+        assert Counter(task_id for batch in loader for task_id in batch) == Counter(IDS)
+
+
+def _ids_of(batch: list[Any]) -> list[str]:
+    return [sample["index"] for sample in batch]
+
+
+def first_of_a_worker(dataset: Any) -> Any:
+    """Read the first sample of a dataset in a worker."""
+    return next(iter(DataLoader(dataset, batch_size=None, num_workers=1, timeout=DEADLINE_S // 2)))
+
+
+def test_missing_array_in_a_worker_is_told_in_the_parent(job: Job, bucket: str, put_store: Callable[..., Any], tmp_path: Path) -> None:
+    """With its type and its whole message: the array, the store, and the arrays that are there."""
+    for role, task_id in itertools.product(ROLES, IDS):
+        put_store(f"s3://{bucket}/{role}/{task_id}.zarr", {"charge_density_diff": torch.ones(2, 2, 2).numpy()})
+    dataset = ZarrDataset(replace(job, bucket=bucket, cache_dir=tmp_path).reader(), "all")
+    with pytest.raises(SchemaError) as caught:
+        first_of_a_worker(dataset)
+    url = f"s3://{bucket}/data/{dataset.task_ids[0]}.zarr"
+    assert f"'charge_density_total' not found in zarr store {url}. Available arrays: ['charge_density_diff']" in str(caught.value)
+
+
+def test_origin_that_is_gone_is_told_in_the_parent(job: Job, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+    """A sample that cannot be had is an error, never a sample less; it names the URL and the attempts."""
+    job = replace(job, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), cache_dir=tmp_path)
+    dataset = ZarrDataset(job.reader(retry={"attempts": 2, "timeout": "20 s"}), "all")
+    fault_proxy.down()
+    with pytest.raises(OriginUnavailableError) as caught:
+        first_of_a_worker(dataset)
+    assert f"s3://{job.bucket}/data/{dataset.task_ids[0]}.zarr" in str(caught.value)
+    assert "2 attempts" in str(caught.value)
