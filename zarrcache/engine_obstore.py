@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fsspec.asyn import get_loop
 
 from zarrcache.config import FetchConfig
-from zarrcache.errors import ConfigError
 from zarrcache.faults import S3Fault
 from zarrcache.keys import ObjectInfo
 from zarrcache.pump import PAGE_OBJECTS, SLOWEST_BYTES_PER_S, Page, Received, pump, run
@@ -134,6 +133,8 @@ class ObstoreEngine:
             raise CannotNameError(prefix) from exc
         except Exception as exc:
             raise _fault(exc) from exc
+        finally:
+            del stream  # whoever holds it holds its request: a traceback would keep it in flight
 
     async def _head(self, key: str, patience_s: float) -> ObjectInfo | None:
         try:
@@ -206,12 +207,7 @@ def _client_options(endpoint: str, options: S3Options, fetch: FetchConfig) -> Cl
     if options.verify is False:
         client["allow_invalid_certificates"] = True
     elif isinstance(options.verify, str):
-        try:
-            client["root_certificate"] = Path(options.verify).read_bytes()
-        except OSError as exc:
-            raise ConfigError(
-                f"the certificate file {options.verify} cannot be read ({exc.strerror}). Correct client_kwargs.verify in s3_kwargs or AWS_CA_BUNDLE."
-            ) from exc
+        client["root_certificate"] = Path(options.verify).read_bytes()
     return client
 
 
@@ -219,10 +215,11 @@ def _info(meta: Any) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], (meta["e_tag"] or "").strip('"'), meta["last_modified"].timestamp())
 
 
+_PROFILE = re.compile(r"ProfileNotFound: ([^\n]*)")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
-_OS_MESSAGE = re.compile(r'message: "([^"]*)"')
+_OS_MESSAGE = re.compile(r'(?:message|error): "(?:failed to lookup address information: )?([^"]*)"')
 
 
 def _fault(exc: Exception) -> S3Fault:
@@ -231,12 +228,19 @@ def _fault(exc: Exception) -> S3Fault:
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:
         return S3Fault(int(status[1]), code[1] if code else "", message[1] if message else "")
+    if "Received redirect without LOCATION" in line:
+        return S3Fault(301, "PermanentRedirect", "")
     if "NoCredentials" in line or "NoCredentials" in dump:
         return S3Fault(None, "NoCredentials", "")
+    profile = _PROFILE.search(line)
+    if profile is not None:
+        return S3Fault(None, "ProfileNotFound", profile[1])
     if isinstance(exc, TimeoutError) or "TimedOut" in dump or "kind: Timeout" in dump:
         return S3Fault(None, "Timeout", "no answer in time")
     if "IncompleteBody" in dump or "UnexpectedEof" in dump:
         return S3Fault(None, "ShortBody", "the connection closed in the middle of an answer")
+    if "InvalidCertificate" in dump:
+        return S3Fault(None, "Certificate", "")
     os_message = _OS_MESSAGE.search(dump)
     if "HTTP error" in line or "InvalidXml" in dump:
         return S3Fault(None, "Connection", os_message[1] if os_message else line.rpartition(" - ")[2])

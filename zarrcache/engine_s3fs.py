@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
 class S3fsEngine:
     """Requests to one bucket. One object belongs to one process. It retries nothing.
 
+    One layer below does, out of reach: aiohttp sends a GET or HEAD once more, at once, when its connection is cut before the answer begins.
+
     Parameters
     ----------
     bucket : str
@@ -52,6 +55,7 @@ class S3fsEngine:
             kwargs["endpoint_url"] = options.endpoint_url
         self._fs = make_s3fs(kwargs)
         self._fs.retries = 1
+        self._opening = asyncio.Lock()
 
     def list_page(self, prefix: str, *, patience_s: float, token: str | None = None, delimiter: str = "") -> Page:
         """One LIST."""
@@ -100,6 +104,7 @@ class S3fsEngine:
     async def _get(self, obj: ObjectInfo, part: tuple[int, int] | None, patience_s: float) -> Received:
         size = obj.size_bytes if part is None else part[1] - part[0]
         more = {} if part is None else {"Range": f"bytes={part[0]}-{part[1] - 1}"}
+        await self._open()
         try:
             async with asyncio.timeout(min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S):
                 # Not fs._cat_file: that sends a HEAD before each GET.
@@ -109,7 +114,18 @@ class S3fsEngine:
         except Exception as exc:
             raise _fault(exc) from exc
 
+    async def _open(self) -> None:
+        # Before the time-out starts: a client takes 0.3 s of CPU. Under a lock: s3fs would make one for each of the first requests.
+        async with self._opening:
+            try:
+                await self._fs.set_session()
+            except (TypeError, ValueError) as exc:
+                raise ConfigError(f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of s3fs.S3FileSystem.") from exc
+            except Exception as exc:
+                raise _fault(exc) from exc
+
     async def _call(self, method: str, patience_s: float, **kwargs: Any) -> Any:
+        await self._open()
         try:
             async with asyncio.timeout(patience_s):
                 return await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
@@ -121,15 +137,16 @@ def _fault(exc: BaseException) -> S3Fault:
     """s3fs turns botocore's ClientError into builtin errors and keeps it as the cause."""
     from aiohttp import ClientError as HttpError
     from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
 
     for error in (exc, exc.__cause__):
         response = getattr(error, "response", None)
         if isinstance(response, dict) and "Error" in response:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response["Error"].get("Code", ""))
-            return S3Fault(
-                status or (int(code) if code.isdigit() else None), "" if code.isdigit() else code, str(response["Error"].get("Message", ""))
-            )
+            if code.isdigit():  # an answer without a body: botocore makes words of the status
+                return S3Fault(status or int(code), "", "")
+            return S3Fault(status, code, str(response["Error"].get("Message", "")))
     if isinstance(exc, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         return S3Fault(None, "NoCredentials", "")
     if isinstance(exc, boto.ProfileNotFound):
@@ -140,6 +157,18 @@ def _fault(exc: BaseException) -> S3Fault:
         return S3Fault(None, "Timeout", "no answer in time")
     if isinstance(exc, (boto.IncompleteReadError, boto.ResponseStreamingError, boto.FlexibleChecksumError)) or "ContentLengthError" in repr(exc):
         return S3Fault(None, "ShortBody", "the connection closed in the middle of an answer")
-    if isinstance(exc, (boto.HTTPClientError, boto.ResponseParserError, HttpError, OSError)):
-        return S3Fault(None, "Connection", str(exc))
+    if "CERTIFICATE_VERIFY_FAILED" in str(exc):
+        return S3Fault(None, "Certificate", "")
+    if isinstance(exc, (boto.HTTPClientError, boto.ConnectionError, ResponseParserError, HttpError, OSError)):
+        return S3Fault(None, "Connection", _reason(exc))
     return S3Fault(None, type(exc).__name__, str(exc))
+
+
+def _reason(exc: BaseException) -> str:
+    """What the operating system said, further down the chain; botocore says the URL, which the error has anyway."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno and cause.strerror:
+            return os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(exc)

@@ -54,7 +54,8 @@ class S3Fault(Exception):
     status : int or None
         HTTP status; None if there was no answer.
     code : str
-        S3's error code, or a name of ours for what is no answer of S3 (``NoCredentials``, ``Connection``, ``Timeout``, ``ShortBody``).
+        S3's error code, or a name of ours for what is no answer of S3 (``NoCredentials``, ``Certificate``, ``Connection``,
+        ``Timeout``, ``ShortBody``).
     detail : str
         One line for people.
     """
@@ -107,6 +108,8 @@ def to_error(fault: S3Fault, asked: Asked) -> Exception:
 
 
 def _error(fault: S3Fault, asked: Asked) -> Exception:
+    if fault.code == "NoCredentials":
+        return OriginAccessError(f"{asked.url}: {_ACCESS[fault.code]}")
     if fault.code in _ACCESS_CODES or fault.status in (401, 403):
         return OriginAccessError(f"{asked.url}: access refused: {fault}. {_what_to_set(fault, asked)}".replace(".. ", ". "))
     if fault.code == "NoSuchBucket":
@@ -115,6 +118,11 @@ def _error(fault: S3Fault, asked: Asked) -> Exception:
         )
     if fault.is_transient:
         return TransientError(asked.url, str(fault))
+    if fault.code == "Certificate":
+        return OriginError(
+            f"{asked.url}: the certificate of {asked.endpoint} is not trusted. "
+            "Name the file of its CA in s3_kwargs (client_kwargs: {verify: /path/ca.pem}) or in AWS_CA_BUNDLE."
+        )
     if asked.obj is not None and fault.status in (404, 412, 416):
         if fault.status == 404:
             return IncompleteArrayError(
@@ -123,9 +131,11 @@ def _error(fault: S3Fault, asked: Asked) -> Exception:
         return IncompleteArrayError(f"{asked.url} was changed while it was being read. Read it again when the writer has finished.")
     if fault.status in (301, 307) or fault.code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
         return OriginError(
-            f"{asked.url}: bucket {asked.bucket!r} is in another region: {fault}. "
+            f"{asked.url}: bucket {asked.bucket!r} is in another region: {str(fault).rstrip('.')}. "
             "Set client_kwargs: {region_name: ...} in s3_kwargs to the bucket's region."
         )
+    if fault.status is None:
+        return OriginError(f"{asked.url}: the request could not be made: {fault}. Check s3_kwargs and the URL.")
     return OriginError(f"{asked.url}: {asked.endpoint} refused the request: {fault}. Check endpoint_url and the URL.")
 
 

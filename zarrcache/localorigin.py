@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -62,15 +63,10 @@ class LocalOrigin:
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """Every file below ``prefix``. See ``Origin.list_objects``."""
         path = self.url_of(prefix)
-        is_directory = not prefix or prefix.endswith("/")
-        try:
-            return self._tried(
-                lambda: sorted(_walk(path, prefix)) if is_directory else [_info(prefix, os.stat(path))] if os.path.isfile(path) else [], path, None
-            )
-        except OriginNotFoundError:
-            if not prefix:
-                raise
-            return []
+        found = self._tried(lambda: _list(path, prefix), path, None)
+        if not found and not os.path.isdir(self.url):
+            raise _not_a_directory(self.url)
+        return found
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed files. See ``Origin.fetch``."""
@@ -89,23 +85,40 @@ class LocalOrigin:
             self._counters.add(requests=1)
             try:
                 return function()
+            except OriginError:
+                raise
             except OSError as exc:
                 raise _error(exc, path, obj) from exc
 
         return RetryPolicy(self._retry).call(attempt, on_retry=lambda: self._counters.add(retries=1))
 
 
+def _list(path: str, prefix: str) -> list[ObjectInfo]:
+    try:
+        if not prefix or prefix.endswith("/"):
+            return sorted(_walk(path, prefix))
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [_info(prefix, status)] if stat.S_ISREG(status.st_mode) else []
+
+
 def _walk(path: str, prefix: str) -> Iterator[ObjectInfo]:
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/")
-            else:
-                yield _info(prefix + entry.name, entry.stat())
+            try:
+                if entry.is_dir():
+                    yield from _walk(entry.path, f"{prefix}{entry.name}/")
+                else:
+                    yield _info(prefix + entry.name, entry.stat())
+            except FileNotFoundError as exc:
+                if entry.is_symlink():
+                    raise OriginError(f"{entry.path} is a broken symbolic link. Restore what it points to, or remove it.") from exc
+                # Otherwise it was removed since the directory was read, and is no part of the listing.
 
 
-def _info(key: str, stat: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(key, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size}", stat.st_mtime)
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size}", status.st_mtime)
 
 
 def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
@@ -125,7 +138,11 @@ def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
     if isinstance(exc, (FileNotFoundError, NotADirectoryError)):
         if obj is not None:
             return IncompleteArrayError(f"{path} is listed ({obj.size_bytes} bytes) but is gone. The store is incomplete: convert it again.")
-        return OriginNotFoundError(f"{path} is not a directory of this machine. Check the path, and that its file system is mounted.")
+        return _not_a_directory(path)
     if exc.errno in _TRANSIENT:
         return TransientError(path, f"{exc.strerror} (errno {exc.errno})")
     return OriginError(f"{path} could not be read: {exc.strerror} (errno {exc.errno}). Check the file system.")
+
+
+def _not_a_directory(path: str) -> OriginNotFoundError:
+    return OriginNotFoundError(f"{path} is not a directory of this machine. Check the path, and that its file system is mounted.")

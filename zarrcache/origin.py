@@ -142,8 +142,8 @@ class S3Origin:
         retry: RetryConfig = RetryConfig(),
         counters: Counters | None = None,
     ) -> None:
+        self._bucket, prefix = split_s3_url(url)
         self.url = url.rstrip("/")
-        self._bucket, prefix = split_s3_url(self.url)
         self._prefix = f"{prefix}/" if prefix else ""
         self._options = S3Options.of(s3_kwargs)
         if fetch.engine == "obstore" and self._options.only_s3fs:
@@ -276,8 +276,8 @@ class S3Origin:
         if self._fetch.engine == "s3fs" or self._options.only_s3fs or not engine_obstore.is_usable() or not all(map(engine_obstore.can_name, paths)):
             return self._s3fs()
         if self._region is None:
-            # obstore does not follow S3 to another region; other endpoints do not care.
-            self._region = "us-east-1" if self._options.endpoint_url else self._call(self._s3fs().bucket_region, self._asked("")) or "us-east-1"
+            # obstore does not follow S3 to another region.
+            self._region = self._call(self._s3fs().bucket_region, self._asked("")) or "us-east-1"
         region = self._region
         engine: ObstoreEngine = self._opened("obstore", lambda: engine_obstore.ObstoreEngine(self._bucket, self._options, region, self._fetch))
         return engine

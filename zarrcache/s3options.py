@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from zarrcache.errors import ConfigError
 
@@ -41,6 +42,8 @@ class S3Options:
         ``s3_kwargs`` as given, for s3fs.
     endpoint_url : str or None
         None is AWS.
+    region : str or None
+        To sign for. None, only with AWS, is the bucket's own, which has to be asked for.
     virtual_hosted : bool or None
         None is the usual: path style for an endpoint of one's own, virtual hosts for AWS.
     verify : bool or str
@@ -75,7 +78,7 @@ class S3Options:
         Raises
         ------
         ConfigError
-            A key that is a misspelling of a known one, a value of the wrong type, a key without its secret.
+            A key that is a misspelling of a known one, a value of the wrong type, a key without its secret, a certificate file that is not there.
         """
         given = dict(s3_kwargs or {})
         for name in given.keys() - _KNOWN:
@@ -98,12 +101,20 @@ class S3Options:
             given_name, absent = ("key", "secret") if secret is None else ("secret", "key")
             raise ConfigError(f"s3_kwargs has {given_name} but not {absent}. Give both, or neither and a profile.")
         profile = given.get("profile")
+        endpoint_url = _endpoint(first("endpoint_url") or configured_endpoint(profile, environ))
+        region = client.get("region_name") or config.get("region_name")
+        if region is None and endpoint_url is not None:
+            region = configured_region(profile, environ) or "us-east-1"
         verify = client.get("verify")
+        if verify is None:
+            verify = environ.get("AWS_CA_BUNDLE") or True
+        if isinstance(verify, str) and not os.access(verify, os.R_OK):
+            raise ConfigError(f"the certificate file {verify} cannot be read. Correct client_kwargs.verify in s3_kwargs, or AWS_CA_BUNDLE.")
         style = _mapping(config, "s3").get("addressing_style")
         return cls(
             kwargs=given,
-            endpoint_url=_endpoint(first("endpoint_url") or configured_endpoint(profile, environ)),
-            region=client.get("region_name") or config.get("region_name"),
+            endpoint_url=endpoint_url,
+            region=region,
             anon=bool(given.get("anon", False)),
             key=key,
             secret=secret,
@@ -111,7 +122,7 @@ class S3Options:
             profile=profile,
             requester_pays=bool(given.get("requester_pays", False)),
             use_ssl=bool(client.get("use_ssl", given.get("use_ssl", True))),
-            verify=environ.get("AWS_CA_BUNDLE", True) if verify is None else verify,
+            verify=verify,
             virtual_hosted={"virtual": True, "path": False}.get(str(style)),
             only_s3fs=_beyond_obstore(given, client, config),
         )
@@ -124,9 +135,24 @@ def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.env
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if environ.get(name):
             return environ[name]
+    config, section = _configured(profile, environ)
+    services = config.get("services", {}).get(section.get("services"), {})
+    for found in (services.get("s3"), section):
+        if isinstance(found, dict) and found.get("endpoint_url"):
+            return str(found["endpoint_url"])
+    return None
+
+
+def configured_region(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The region that botocore would sign for, from the environment or from the user's AWS config file, None if there is none."""
+    return environ.get("AWS_DEFAULT_REGION") or _configured(profile, environ)[1].get("region")
+
+
+def _configured(profile: str | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The user's AWS config file and the section of the profile; empty if there is none."""
     path = os.path.expanduser(environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
     if not os.path.isfile(path):
-        return None
+        return {}, {}
     # botocore's own parser: the file nests ("s3 =\n  endpoint_url = ..."). Imported here since it costs 30 ms and most have no such file.
     from botocore.configloader import load_config
     from botocore.exceptions import BotoCoreError
@@ -136,12 +162,7 @@ def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.env
     except BotoCoreError as exc:
         raise ConfigError(f"the AWS config file {path} cannot be read: {exc}. Correct it, or name another one in AWS_CONFIG_FILE.") from exc
     name = profile or environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
-    section = config.get("profiles", {}).get(name, {})
-    services = config.get("services", {}).get(section.get("services"), {})
-    for found in (services.get("s3"), section):
-        if isinstance(found, dict) and found.get("endpoint_url"):
-            return str(found["endpoint_url"])
-    return None
+    return config, config.get("profiles", {}).get(name, {})
 
 
 def split_s3_url(url: str) -> tuple[str, str]:
@@ -168,7 +189,7 @@ def _mapping(source: Mapping[str, Any], name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"s3_kwargs {name} is {value!r}; it has to be a mapping of keys and values.")
+        raise ConfigError(f"{name} in s3_kwargs is a {type(value).__name__}; it has to be a mapping of keys and values.")
     return dict(value)
 
 
@@ -177,6 +198,8 @@ def _endpoint(value: Any) -> str | None:
         return None
     if not isinstance(value, str) or not value.startswith(("http://", "https://")):
         raise ConfigError(f"s3_kwargs.endpoint_url is {value!r}; it has to begin with http:// or https://.")
+    if "@" in urlsplit(value).netloc:
+        raise ConfigError("s3_kwargs.endpoint_url holds a user name. Give it as key and secret: endpoint_url is shown in messages and kept on disk.")
     return value.rstrip("/")
 
 

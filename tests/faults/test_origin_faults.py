@@ -1,0 +1,337 @@
+"""The network and the server fail: what is tried again, how often, for how long, and what it leaves behind. Both engines."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.s3server import S3Server
+from zarrcache import retry
+from zarrcache.config import FetchConfig, RetryConfig
+from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
+from zarrcache.keys import ObjectInfo
+from zarrcache.origin import Origin, open_origin
+from zarrcache.stats import Counters
+
+BODIES = {f"mp-1.zarr/{i}": random.Random(i).randbytes(2000 + i) for i in range(4)}
+ANSWERS = ["500", "502:", "503", "504:", "429", "429:TooManyRequests", "400:RequestTimeout", "409:OperationAborted"]
+ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
+    "LIST": lambda origin, objects: origin.list_objects("mp-1.zarr/"),
+    "HEAD": lambda origin, objects: origin.list_objects(objects[0].key),
+    "GET": lambda origin, objects: {obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(objects)},
+    "range": lambda origin, objects: origin.fetch_range(objects[0], 100, 600),
+}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts follow each other at once."""
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.02)
+
+
+@pytest.fixture(scope="module")
+def url(s3_server: S3Server) -> str:
+    """A store whose objects have no stored checksum, so that nobody below us finds a changed bit."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(request_checksum_calculation="when_required", s3={"addressing_style": "path"})
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3_server.endpoint_url,
+        aws_access_key_id=s3_server.key,
+        aws_secret_access_key=s3_server.secret,
+        region_name="us-east-1",
+        config=config,
+    )
+    bucket = s3_server.new_bucket()
+    for key, body in BODIES.items():
+        client.put_object(Bucket=bucket, Key=f"data/{key}", Body=body)
+    return f"s3://{bucket}/data"
+
+
+@pytest.fixture(params=["s3fs", "obstore"])
+def opened(request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: FaultProxy, url: str) -> Callable[..., Origin]:
+    """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin through the proxy."""
+
+    def make(attempts: int = 3, timeout: float = 20.0, counters: Counters | None = None, **fetch: Any) -> Origin:
+        settings = FetchConfig(**{"engine": request.param, "read_timeout": 1.0, "connect_timeout": 2.0, **fetch})
+        kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
+        return open_origin(url, s3_kwargs=kwargs, fetch=settings, retry=RetryConfig(attempts=attempts, timeout=timeout), counters=counters)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def listed(s3_server: S3Server, url: str) -> list[ObjectInfo]:
+    """The store's objects."""
+    return open_origin(url, s3_kwargs=s3_server.s3_kwargs, fetch=FetchConfig(engine="s3fs")).list_objects("mp-1.zarr/")
+
+
+def expected(op: str, listed: list[ObjectInfo]) -> Any:
+    """What ``ASK[op]`` returns when nothing fails."""
+    first = listed[0].key
+    return {"LIST": listed, "HEAD": listed[:1], "GET": BODIES, "range": BODIES[first][100:600]}[op]
+
+
+def methods(op: str) -> str:
+    """The proxy's name of the requests of ``ASK[op]``."""
+    return "GET" if op == "range" else op
+
+
+def sendings(origin: Any, fault: str) -> int:
+    """How often one attempt is sent: aiohttp repeats a request whose connection is cut before the answer begins, once."""
+    return 2 if fault == "reset" and type(origin._engine()).__name__ == "S3fsEngine" else 1
+
+
+class TestTransient:
+    """Faults that go away."""
+
+    @pytest.mark.parametrize(
+        ("op", "fault"),
+        [
+            *(("LIST", fault) for fault in ["503", "502:", "429", "reset", "reset_body", "truncate", "short", "hang"]),
+            *(("GET", fault) for fault in [*ANSWERS, "reset", "reset_body", "truncate", "short", "hang", "stall", "corrupt"]),
+            *(("HEAD", fault) for fault in ["503", "502:", "reset", "hang"]),
+            *(("range", fault) for fault in ["503", "reset_body", "truncate", "short"]),
+        ],
+    )
+    def test_a_fault_that_goes_away_costs_one_more_request(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], op: str, fault: str
+    ) -> None:
+        """The answer is the same as without it, and the counters say what the server saw."""
+        counters = Counters()
+        origin = opened(counters=counters)
+        sent = sendings(origin, fault)
+        fault_proxy.rules(Rule((fault,) * sent, op=methods(op), key="/0$" if op == "GET" else ""))
+        assert ASK[op](origin, listed) == expected(op, listed)
+        n = len(listed) if op == "GET" else 1
+        asked_for_encryption = int(fault == "corrupt")  # one HEAD: is the ETag an MD5 at all?
+        assert fault_proxy.count(methods(op)) == n + sent
+        assert fault_proxy.count() == n + sent + asked_for_encryption
+        assert counters.snapshot().requests == n + 1 + asked_for_encryption
+        assert counters.snapshot().retries == 1
+
+    def test_each_object_has_its_own_second_attempt(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+        """When all fail once, all are asked for twice, and none a third time."""
+        counters = Counters()
+        fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
+        assert ASK["GET"](opened(counters=counters), listed) == BODIES
+        assert (fault_proxy.count("GET"), fault_proxy.repeats(), counters.snapshot().retries) == (8, 4, 4)
+
+    def test_what_has_arrived_is_not_asked_for_again(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+        """One of four fails twice: six requests."""
+        fault_proxy.rules(Rule(("reset_body", "short"), op="GET", key="/2$"))
+        assert ASK["GET"](opened(), listed) == BODIES
+        assert sorted(s.path[-1] for s in fault_proxy.seen("GET")) == ["0", "1", "2", "2", "2", "3"]
+
+    @pytest.mark.parametrize("op", ASK)
+    def test_a_server_that_restarts_is_waited_for(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], up_at_retry: None, op: str
+    ) -> None:
+        """It refuses connections until the first attempt has failed."""
+        origin = opened()
+        fault_proxy.down()
+        assert ASK[op](origin, listed) == expected(op, listed)
+
+    def test_a_flipped_bit_is_found_where_the_server_stores_a_checksum_too(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str
+    ) -> None:
+        """There botocore finds it before us, and it is the same transient fault."""
+        s3_server.put(f"{url}/checked.zip", b"checked" * 100, ChecksumAlgorithm="SHA256")
+        origin = opened()
+        [obj] = origin.list_objects("checked.zip")
+        fault_proxy.rules(Rule(("corrupt",), op="GET"))
+        assert ASK["GET"](origin, [obj]) == {"checked.zip": b"checked" * 100}
+        assert fault_proxy.count("GET") == 2
+
+    def test_every_further_attempt_is_logged_with_url_and_cause(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """One line an attempt, on the package's logger."""
+        fault_proxy.rules(Rule(("503", "500"), op="LIST"))
+        ASK["LIST"](opened(), listed)
+        lines = [r.getMessage() for r in caplog.records if r.name == "zarrcache.retry"]
+        assert [line.split(" wait_s=")[0] for line in lines] == ["origin.retry attempt=2", "origin.retry attempt=3"]
+        assert f"url={url}/mp-1.zarr/ cause=SlowDown (503): Scripted SlowDown." in lines[0]
+
+
+@pytest.fixture
+def up_at_retry(fault_proxy: FaultProxy) -> Iterator[None]:
+    """The proxy listens again as soon as an attempt has failed."""
+
+    class Restart(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            fault_proxy.up()
+
+    handler = Restart()
+    logging.getLogger("zarrcache.retry").addHandler(handler)
+    yield
+    logging.getLogger("zarrcache.retry").removeHandler(handler)
+
+
+class TestPermanent:
+    """Faults that stay."""
+
+    @pytest.mark.parametrize("op", ASK)
+    @pytest.mark.parametrize("fault", ["503", "reset", "hang"])
+    def test_attempts_are_the_requests_that_the_server_sees(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], url: str, op: str, fault: str
+    ) -> None:
+        """Nothing below retries: three attempts are three requests, and the error names URL, attempts and last cause."""
+        counters = Counters()
+        fault_proxy.rules(Rule(then=fault))
+        origin = opened(counters=counters, read_timeout=0.3)
+        with pytest.raises(OriginUnavailableError) as caught:
+            ASK[op](origin, listed[:1])
+        assert fault_proxy.count() == fault_proxy.count(methods(op)) == 3 * sendings(origin, fault)
+        assert counters.snapshot().requests == 3
+        assert counters.snapshot().retries == 2
+        where = f"{url}/mp-1.zarr/" if op == "LIST" else f"{url}/{listed[0].key}"
+        cause = {"503": "(503)", "reset": "Connection: Connection reset by peer", "hang": "Timeout: no answer in time"}[fault]
+        assert str(caught.value).startswith(f"{where} could not be read: ")
+        assert cause in str(caught.value)
+        assert "(3 attempts in " in str(caught.value)
+        assert "cache.retry.attempts" in str(caught.value)
+        assert isinstance(caught.value, ConnectionError)
+        assert caught.value.__cause__ is not None
+
+    @pytest.mark.parametrize("fault", ["truncate", "short", "corrupt"])
+    def test_bytes_that_stay_wrong_are_never_handed_over(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], fault: str
+    ) -> None:
+        """An error, not an array."""
+        fault_proxy.rules(Rule(then=fault, op="GET"))
+        with pytest.raises(OriginUnavailableError):
+            next(opened(attempts=2).fetch(listed[:1]))
+        assert fault_proxy.count("GET") == 2
+
+    def test_a_store_costs_a_failing_server_its_objects_times_the_attempts(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
+        """Four objects, three attempts, twelve requests."""
+        fault_proxy.rules(Rule(then="503"))
+        with pytest.raises(OriginUnavailableError):
+            ASK["GET"](opened(), listed)
+        assert fault_proxy.count() == 12
+
+    def test_a_large_store_does_not_storm_a_server_that_is_down(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
+        """Of 300 objects a pass asks for no more than are in flight when the failures come."""
+        fault_proxy.rules(Rule(then="503"))
+        objects = [ObjectInfo(f"mp-1.zarr/{i}", 100, "x") for i in range(300)]
+        with pytest.raises(OriginUnavailableError):
+            ASK["GET"](opened(attempts=2, concurrency=4), objects)
+        assert 2 * 4 <= fault_proxy.count() <= 2 * (2 * 4 - 1)
+
+    def test_the_time_bound_ends_it_before_the_attempts(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
+        """A server that hangs is given up after cache.retry.timeout, however many attempts are left."""
+        fault_proxy.rules(Rule(then="hang"))
+        with pytest.raises(OriginUnavailableError, match="Timeout"):
+            ASK["GET"](opened(attempts=100, timeout=1.0, read_timeout=0.3), listed)
+        assert fault_proxy.count() <= 4 * len(listed)
+
+    @pytest.mark.parametrize(
+        ("op", "fault", "error", "words"),
+        [
+            *((op, "403", OriginAccessError, "access refused") for op in ASK),
+            ("GET", "401:AccessDenied", OriginAccessError, "access refused"),
+            *((op, "404", IncompleteArrayError, "is listed (2000 bytes) but returned 404. The store is incomplete") for op in ("GET", "range")),
+            *((op, "404:NoSuchBucket", OriginNotFoundError, "there is no bucket") for op in ("GET", "range", "LIST")),
+            *((op, "412", IncompleteArrayError, "was changed while it was being read") for op in ("GET", "range")),
+            ("range", "416:InvalidRange", IncompleteArrayError, "was changed while it was being read"),
+            *((op, "400", OriginError, "refused the request: InvalidRequest (400)") for op in ("GET", "range", "LIST")),
+            *((op, "501:NotImplemented", OriginError, "refused the request: NotImplemented (501)") for op in ("GET", "LIST")),
+        ],
+    )
+    def test_an_answer_that_is_final_is_not_asked_for_again(
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        url: str,
+        op: str,
+        fault: str,
+        error: type[Exception],
+        words: str,
+    ) -> None:
+        """One request, and an error of its kind."""
+        fault_proxy.rules(Rule(then=fault))
+        with pytest.raises(error) as caught:
+            ASK[op](opened(), listed[:1])
+        assert fault_proxy.count() == 1
+        assert words in str(caught.value)
+        assert str(caught.value).startswith(url)
+        assert type(caught.value) is error
+
+    def test_a_final_answer_ends_the_whole_fetch(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+        """Requests that still hang are cancelled; nobody waits for their time-out."""
+        fault_proxy.rules(Rule(then="403", op="GET", key="/1$"), Rule(then="hang", op="GET"))
+        with pytest.raises(OriginAccessError):
+            ASK["GET"](opened(read_timeout=300.0, timeout=300.0), listed)
+        fault_proxy.wait_in_flight(0)
+
+
+class TestCancel:
+    """The consumer has had enough."""
+
+    def test_closing_the_iterator_cancels_what_is_in_flight(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
+        """The proxy sees the client hang up long before any time-out."""
+        fault_proxy.rules(Rule(("ok",), then="hang", op="GET"))
+        origin = opened(read_timeout=300.0, timeout=300.0)
+        answers: Any = origin.fetch(listed)
+        obj, body = next(answers)
+        assert bytes(memoryview(body)) == BODIES[obj.key]
+        fault_proxy.wait_in_flight(3)
+        answers.close()
+        fault_proxy.wait_in_flight(0)
+        assert sorted(s.outcome for s in fault_proxy.seen("GET")) == ["200", *3 * ["hang"]]
+        fault_proxy.rules()
+        assert ASK["GET"](origin, listed) == BODIES
+
+    @pytest.mark.parametrize("op", ASK)
+    def test_ctrl_c_ends_a_request_that_hangs(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], op: str
+    ) -> None:
+        """At once, and nothing stays in flight."""
+        fault_proxy.rules(Rule(then="hang", op=methods(op)))
+        origin = opened(read_timeout=300.0, timeout=300.0)
+
+        def press() -> None:
+            fault_proxy.wait_in_flight(4 if op == "GET" else 1)
+            time.sleep(0.05)  # until the main thread is back in its wait
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+        main = threading.main_thread()
+        finger = threading.Thread(target=press)
+        finger.start()
+        with pytest.raises(KeyboardInterrupt):
+            ASK[op](origin, listed)
+        finger.join()
+        fault_proxy.wait_in_flight(0)
+        fault_proxy.rules()
+        assert ASK[op](origin, listed) == expected(op, listed)
+
+    def test_a_slow_consumer_does_not_use_up_the_time_bound(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
+        """Decoding takes longer than cache.retry.timeout here; the fault after it is retried all the same."""
+        fault_proxy.rules(Rule(("ok", "503"), op="GET"))
+        got = {}
+        for obj, body in opened(timeout=0.3, concurrency=1).fetch(listed):
+            got[obj.key] = bytes(memoryview(body))
+            time.sleep(0.2)
+        assert got == BODIES
