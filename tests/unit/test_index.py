@@ -1,0 +1,297 @@
+"""The list of what lies on disk: room, entries, intents, and how it heals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sqlite3
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cachedirs import settings
+from zarrcache.index import Index, Intent, Row
+from zarrcache.indexfile import EntryDisk, Stored
+from zarrcache.policy import Admission
+
+DEAD = "4 2"
+
+
+def make(tmp_path: Path, **block: Any) -> Index:
+    """An open index."""
+    index = Index(settings(tmp_path, **block))
+    index.open()
+    return index
+
+
+def store(index: Index, digest: str, size_bytes: int = 4096, tier: str = "array") -> Path:
+    """Announce, write and commit one file of ``size_bytes``."""
+    path = index.dir.entries / digest[:2] / digest
+    path.parent.mkdir(exist_ok=True)
+    intent = index.begin(str(path.relative_to(index.dir.root)), size_bytes)
+    assert isinstance(intent, Intent), intent
+    path.write_bytes(bytes(size_bytes))
+    index.commit(intent, digest, tier, f"note of {digest}")
+    return path
+
+
+def sql(index: Index, query: str, *values: object) -> list[Any]:
+    """Look at, or plant into, the table itself."""
+    connection = sqlite3.connect(index.dir.index)
+    try:
+        with connection:
+            return connection.execute(query, values).fetchall()
+    finally:
+        connection.close()
+
+
+def leave_behind(index: Index, filename: str, size_bytes: int = 4096) -> Path:
+    """What a killed writer leaves: its intent, and its file or partial file."""
+    intent = index.begin(filename, size_bytes)
+    assert isinstance(intent, Intent)
+    machine = str(sql(index, "SELECT value FROM Cache WHERE key = ?", intent.key)[0][0]).split(" ")[1]
+    sql(index, "UPDATE Cache SET value = ? WHERE key = ?", f"{size_bytes} {machine} {DEAD}", intent.key)
+    path = index.dir.root / filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half")
+    return path
+
+
+def test_entry_is_found_by_its_digest(tmp_path: Path) -> None:
+    """File, size and note come back; anything else is None."""
+    index = make(tmp_path)
+    store(index, "ab12", 8192)
+    assert index.lookup("ab12") == Stored("entries/ab/ab12", 8192, "note of ab12")
+    assert index.lookup("ab13") is None
+    assert index.volume_bytes() == 8192
+
+
+def test_entries_are_listed_oldest_first_by_tier(tmp_path: Path) -> None:
+    """A replaced entry is a new one; what is only announced is none."""
+    index = make(tmp_path)
+    for digest, tier in (("aa", "array"), ("bb", "object"), ("cc", "array"), ("aa", "array")):
+        store(index, digest, tier=tier)
+    index.begin("entries/dd/dd", 4096)
+    rows = list(index.rows())
+    assert [row.digest for row in rows] == ["bb", "cc", "aa"]
+    assert rows[0] == Row("bb", "object", "entries/bb/bb", 4096, rows[0].stored_s, "note of bb")
+    assert [row.digest for row in index.rows("array")] == ["cc", "aa"]
+    assert index.totals() == {"array": (2, 8192), "object": (1, 4096)}
+
+
+def test_announced_room_counts_until_it_is_given_back(tmp_path: Path) -> None:
+    """Two writers at once cannot both take the last room."""
+    index = make(tmp_path, limit=10000)
+    first = index.begin("entries/aa/aa", 8192)
+    assert isinstance(first, Intent)
+    assert index.volume_bytes() == 8192
+    assert index.begin("entries/bb/bb", 4096) is Admission.OVER_LIMIT
+    assert index.begin("entries/bb/bb", 12288) is Admission.TOO_LARGE
+    index.abort(first)
+    assert index.volume_bytes() == 0
+    assert isinstance(index.begin("entries/bb/bb", 4096), Intent)
+
+
+def test_min_free_is_left_to_others(tmp_path: Path) -> None:
+    """Also where the limit would allow more."""
+    assert make(tmp_path, min_free=2**60).begin("entries/aa/aa", 4096) is Admission.DISK_FULL
+
+
+def test_least_recently_stored_makes_room_and_none_does_not(tmp_path: Path) -> None:
+    """The oldest go, as many as are needed."""
+    full = make(tmp_path / "none", limit=3 * 4096)
+    moving = make(tmp_path / "lrs", limit=3 * 4096, eviction="least-recently-stored")
+    for index in (full, moving):
+        paths = [store(index, digest) for digest in ("aa", "bb", "cc")]
+    assert full.begin("entries/dd/dd", 4096) is Admission.OVER_LIMIT
+    store(moving, "dd", 8192)
+    assert [row.digest for row in moving.rows()] == ["cc", "dd"]
+    assert [path.exists() for path in paths] == [False, False, True]
+    assert moving.volume_bytes() == 3 * 4096
+
+
+def test_replaced_file_is_unlinked_after_the_new_one_is_there(tmp_path: Path) -> None:
+    """Two files of one key, as the array tier makes them."""
+    index = make(tmp_path)
+    old = store(index, "aa")
+    intent = index.begin("entries/aa/aa-new", 4096)
+    assert isinstance(intent, Intent)
+    (index.dir.entries / "aa" / "aa-new").write_bytes(bytes(4096))
+    index.commit(intent, "aa", "array", "new")
+    assert not old.exists()
+    assert index.lookup("aa") == Stored("entries/aa/aa-new", 4096, "new")
+    assert index.volume_bytes() == 4096
+
+
+def test_republished_file_of_one_name_stays(tmp_path: Path) -> None:
+    """The byte tier has one name for an object: the rename has replaced the old file already."""
+    index = make(tmp_path)
+    store(index, "aa")
+    path = store(index, "aa", 8192)
+    assert path.stat().st_size == 8192
+    assert index.volume_bytes() == 8192
+    assert index.totals() == {"array": (1, 8192)}
+
+
+def test_drop_frees_what_it_says(tmp_path: Path) -> None:
+    """Rows and files; what is not there is no error."""
+    index = make(tmp_path)
+    paths = [store(index, digest) for digest in ("aa", "bb", "cc")]
+    paths[1].unlink()
+    assert index.drop(["aa", "bb", "zz"]) == 8192
+    assert [path.exists() for path in paths] == [False, False, True]
+    assert index.volume_bytes() == 4096
+    assert index.drop(["cc"], filename="entries/cc/another") == 0
+    assert index.lookup("cc") is not None
+
+
+def test_drop_of_many_takes_several_transactions(tmp_path: Path) -> None:
+    """More than one batch."""
+    index = make(tmp_path)
+    digests = [f"{n:04x}" for n in range(0, 6600, 11)]
+    for digest in digests:
+        store(index, digest, 0)
+    assert len(digests) == 600
+    index.drop(digests)
+    assert index.totals() == {}
+    assert [p for p in index.dir.entries.rglob("*") if p.is_file()] == []
+
+
+def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
+    """Final file, partial file, and the room that was reserved for them."""
+    index = make(tmp_path)
+    path = leave_behind(index, "entries/ab/abcd")
+    partial = path.with_name(".abcd.1-ff.partial")
+    partial.write_bytes(b"half")
+    bystander = path.with_name("abce")
+    bystander.write_bytes(b"other")
+    again = make(tmp_path)
+    assert (path.exists(), partial.exists(), bystander.exists()) == (False, False, True)
+    assert again.volume_bytes() == 0
+
+
+def test_what_the_living_are_writing_is_left_alone(tmp_path: Path) -> None:
+    """The owner is this very process."""
+    index = make(tmp_path)
+    index.begin("entries/ab/abcd", 4096)
+    path = index.dir.entries / "ab" / ".abcd.1-ff.partial"
+    path.parent.mkdir()
+    path.write_bytes(b"half")
+    assert make(tmp_path).sweep() == 0
+    assert path.exists()
+    assert index.volume_bytes() == 4096
+
+
+def test_full_cache_takes_back_the_room_of_the_dead(tmp_path: Path) -> None:
+    """Without a restart: a worker was killed, its siblings go on."""
+    index = make(tmp_path, limit=4096)
+    leave_behind(index, "entries/ab/abcd")
+    assert isinstance(index.begin("entries/aa/aa", 4096), Intent)
+
+
+def test_sweep_spares_a_file_that_was_published_again(tmp_path: Path) -> None:
+    """The byte tier: the killed writer's name is another one's good entry by now."""
+    index = make(tmp_path)
+    leave_behind(index, "entries/ab/abcd")
+    path = store(index, "abcd")
+    assert index.sweep() == 1
+    assert path.exists()
+    assert index.volume_bytes() == 4096
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4])
+def test_planted_row_of_diskcache_is_not_read(tmp_path: Path, mode: int) -> None:
+    """Mode 4 is a pickle: reading it would run code."""
+    index = make(tmp_path)
+    payload = pickle.dumps(_Bomb())
+    sql(
+        index,
+        "INSERT INTO Cache(key, raw, store_time, tag, size, mode, filename, value) VALUES ('evil', 1, 0, 'array', 1, ?, NULL, ?)",
+        mode,
+        payload,
+    )
+    assert index.lookup("evil") is None
+    with pytest.raises(AssertionError, match="bomb"):
+        pickle.loads(payload)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _explode, ()
+
+
+def _explode() -> None:
+    raise AssertionError("bomb")
+
+
+def test_disk_of_diskcache_touches_no_file(tmp_path: Path) -> None:
+    """Its store, fetch and remove deal in names only."""
+    disk = EntryDisk(str(tmp_path))
+    stored = Stored("entries/aa/aa", 4096, "a note")
+    size, mode, filename, value = disk.store(stored, read=False)
+    assert disk.fetch(mode, filename, value, read=False) == stored
+    (tmp_path / "aa").write_bytes(b"x")
+    disk.remove("aa")
+    assert os.listdir(tmp_path) == ["aa"]
+    assert size == 4096
+
+
+def test_index_pickles_as_its_settings(tmp_path: Path) -> None:
+    """A spawned worker opens its own."""
+    index = make(tmp_path)
+    store(index, "aa")
+    assert pickle.loads(pickle.dumps(index)).lookup("aa") == index.lookup("aa")
+
+
+def test_forked_child_shares_the_index_and_not_the_connection(tmp_path: Path) -> None:
+    """Both write afterwards; the file stays sound."""
+    index = make(tmp_path)
+    store(index, "aa")
+    child = get_context("fork").Process(target=store, args=(index, "bb"))
+    child.start()
+    store(index, "cc")
+    child.join()
+    assert child.exitcode == 0
+    assert [index.lookup(digest) is not None for digest in ("aa", "bb", "cc")] == [True] * 3
+    assert sql(index, "PRAGMA integrity_check") == [("ok",)]
+    assert index.volume_bytes() == 3 * 4096
+
+
+def test_replaced_index_is_noticed_at_the_next_write(tmp_path: Path) -> None:
+    """What is written to a file that lost its name would be lost."""
+    index = make(tmp_path)
+    store(index, "aa")
+    for path in index.dir.root.glob("cache.db*"):
+        path.unlink()
+    other = make(tmp_path)
+    store(index, "bb")
+    assert other.lookup("bb") is not None
+
+
+def test_failed_commit_leaves_a_working_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a full disk the open transaction would make every later write fail."""
+    index = make(tmp_path)
+    intent = index.begin("entries/aa/aa", 4096)
+    assert isinstance(intent, Intent)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(index._table()), "set", fail)
+        with pytest.raises(sqlite3.OperationalError):
+            index.commit(intent, "aa", "array", "note")
+    index.commit(intent, "aa", "array", "note")
+    assert index.lookup("aa") is not None
+
+
+def test_opening_twice_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A sound index is not rebuilt, and neither is an empty one."""
+    with caplog.at_level(logging.INFO):
+        make(tmp_path)
+        store(make(tmp_path), "aa")
+        assert make(tmp_path).lookup("aa") is not None
+    assert caplog.records == []

@@ -1,0 +1,79 @@
+"""Where things lie and with which permissions; what is not ours is left alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from zarrcache.errors import ConfigError
+from zarrcache.layout import CacheDir
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o000])
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever the user's umask is."""
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize(("shared", "dirs", "files"), [(False, 0o700, 0o600), (True, 0o2770, 0o660)])
+def test_permissions_are_private_or_the_groups(tmp_path: Path, shared: bool, dirs: int, files: int) -> None:
+    """Never the world's."""
+    directory = CacheDir(tmp_path / "cache", shared)
+    directory.ensure()
+    directory.make(directory.entries / "ab")
+    found = [directory.root, *directory.root.rglob("*")]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_dir()} == {dirs}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_file()} == {files}
+    assert (directory.dir_mode, directory.file_mode) == (dirs, files)
+
+
+def test_only_our_own_subdirectory_is_made(tmp_path: Path) -> None:
+    """What the user keeps beside it is not looked at."""
+    (tmp_path / "cache").mkdir(mode=0o755)
+    (tmp_path / "cache" / "thesis.tex").write_text("mine")
+    CacheDir(tmp_path / "cache").ensure()
+    assert sorted(os.listdir(tmp_path / "cache")) == ["thesis.tex", "zarrcache-v1"]
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o755
+    assert sorted(os.listdir(tmp_path / "cache" / "zarrcache-v1")) == ["CACHEDIR.TAG", "bytes", "entries", "locks"]
+    assert (tmp_path / "cache" / "zarrcache-v1" / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
+
+
+def test_many_may_make_it_at_once(tmp_path: Path) -> None:
+    """The workers of a job start together."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: CacheDir(tmp_path / "a" / "b").ensure(), range(64)))
+
+
+@pytest.mark.parametrize("name", ["zarrcache-v1", "zarrcache-v1/entries", "zarrcache-v1/bytes", "zarrcache-v1/locks"])
+def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path, name: str) -> None:
+    """A link would have us write, and later delete, somewhere else."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for plant, words in ((lambda p: p.symlink_to(elsewhere), "but a symbolic link"), (lambda p: p.write_text("x"), "is not a directory")):
+        path = tmp_path / "cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plant(path)
+        with pytest.raises(ConfigError, match=words) as caught:
+            CacheDir(tmp_path / "cache").ensure()
+        assert str(path) in str(caught.value)
+        path.unlink()
+    assert os.listdir(elsewhere) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory that belongs to somebody else")
+def test_directory_of_somebody_else_is_refused_unless_shared(tmp_path: Path) -> None:
+    """In /tmp anybody can make it first, and plant entries."""
+    root = CacheDir(tmp_path).root
+    root.mkdir()
+    os.chown(root, 4242, 4242)
+    with pytest.raises(ConfigError, match=r"belongs to user 4242.*shared: true"):
+        CacheDir(tmp_path).ensure()
+    CacheDir(tmp_path, shared=True).ensure()
