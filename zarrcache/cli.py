@@ -10,10 +10,11 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,10 +35,6 @@ from zarrcache.cliargs import (
     where,
 )
 from zarrcache.errors import ConfigError, ZarrCacheError
-
-if TYPE_CHECKING:
-    from zarrcache.convert import ConvertReport
-    from zarrcache.warming import WarmPlan, WarmReport
 
 __all__ = ["main"]
 
@@ -64,7 +61,7 @@ def _guarded(command: Callable[..., int | None]) -> Callable[..., None]:
             code = command(*args, **kwargs) or 0
         except ZarrCacheError as exc:
             if _settings["debug"]:
-                raise
+                traceback.print_exc()
             _say(f"error: {exc}")
             code = 2 if isinstance(exc, ConfigError) else 1
         except KeyboardInterrupt:
@@ -75,19 +72,22 @@ def _guarded(command: Callable[..., int | None]) -> Callable[..., None]:
     return run
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="log everything, and show the traceback of an error")] = False,
-) -> None:
-    if version:
+def _version(is_asked: bool) -> None:
+    if is_asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="print the version and exit", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="log everything, and show the traceback of an error")] = False,
+) -> None:
     from zarrcache.terminal import StderrHandler
 
     _settings["debug"] = debug
     logging.getLogger("zarrcache").setLevel(logging.DEBUG if debug else logging.WARNING)
-    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
+    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="%(message)s")
 
 
 @app.command()
@@ -102,6 +102,7 @@ def demo(
 
     In under two minutes: embedded S3 server, conversion, a cold epoch, warm epochs, one with S3 switched off.
     """
+    from zarrcache.cliwords import demo_rows
     from zarrcache.demo import run_demo
     from zarrcache.terminal import show_table
 
@@ -109,11 +110,7 @@ def demo(
     if as_json:
         _json({**asdict(report), "is_good": report.is_good})
         return 0 if report.is_good else 1
-    rows = [
-        (row.epoch, f"{row.seconds:.2f}", f"{row.samples_per_s:.1f}", _n(row.requests), _bytes(row.fetched_bytes), _ratio(row.hit_ratio))
-        for row in report.rows
-    ]
-    show_table("One epoch, three ways", ("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio"), rows)
+    show_table(demo_rows(report))
     print("All tensors are bit-identical to a plain zarr read." if report.identical else "error: tensors differ from a plain zarr read.")
     if report.directory is not None:
         _say(f"Everything is in {report.directory}.")
@@ -146,8 +143,9 @@ def convert(
 
     What is converted already is skipped; a file that cannot be read is named, and the rest goes on.
     """
+    from zarrcache.cliwords import convert_plan_words, convert_words
     from zarrcache.convert import plan_convert
-    from zarrcache.terminal import Meter, plural
+    from zarrcache.terminal import Meter
 
     plan = plan_convert(
         src,
@@ -165,10 +163,7 @@ def convert(
         if as_json:
             _json({"dst": plan.dst, "files": plan.files, "skipped": plan.skipped, "source_bytes": plan.source_bytes, "workers": plan.workers})
         else:
-            already = f"; {_n(len(plan.skipped))} are converted already" if plan.skipped else ""
-            print(
-                f"Would convert {plural(len(plan.files), 'file')} ({_bytes(plan.source_bytes)}) to {plan.dst}{already}. Dry run: nothing was written."
-            )
+            print(convert_plan_words(plan))
         return 0
     start_s = time.monotonic()
     with Meter("Converting", "files", len(plan.files)) as meter:
@@ -177,19 +172,8 @@ def convert(
         for warning in result.warnings:
             _say(f"warning: {result.path}: {warning}")
     _failures(result.error or "" for result in report.failed)
-    _json(asdict(report)) if as_json else _print_convert(plan.dst, report, time.monotonic() - start_s)
+    _json(asdict(report)) if as_json else print(convert_words(plan.dst, report, time.monotonic() - start_s))
     return 1 if report.failed else 0
-
-
-def _print_convert(dst: str, report: ConvertReport, seconds: float) -> None:
-    from zarrcache.terminal import duration
-
-    files = len(report.converted) + len(report.failed)
-    skipped = f", {_n(len(report.skipped))} skipped (converted already)" if report.skipped else ""
-    print(
-        f"Converted {_n(len(report.converted))} of {_n(files)} files to {dst} ({_bytes(report.written_bytes)}) in {duration(seconds)}; "
-        f"{_n(len(report.failed))} failed{skipped}."
-    )
 
 
 @app.command()
@@ -214,6 +198,7 @@ def warm(
 
     Safe to stop and run again: what is fresh is skipped by listing only.
     """
+    from zarrcache.cliwords import estimate_words, warm_words
     from zarrcache.terminal import Meter
     from zarrcache.warming import plan_warm
 
@@ -225,10 +210,7 @@ def warm(
         if as_json:
             _json({**asdict(estimate), "ids": len(plan.task_ids), "missing": plan.missing})
         else:
-            print(
-                f"Would fetch {_n(estimate.to_fetch)} of {_n(len(plan.densities))} densities of {_n(len(plan.task_ids))} ids "
-                f"({_bytes(estimate.fetch_bytes)}, {_n(estimate.requests)} requests); {_n(estimate.fresh)} are fresh. Dry run: nothing was fetched."
-            )
+            print(estimate_words(plan, estimate))
         return 1 if estimate.failed else 0
     with Meter("Warming", "densities", len(plan.densities), lambda: plan.reader.stats.fetched_bytes) as meter:
         report = plan.execute(lambda result: meter.advance(failed=result.outcome == "failed"))
@@ -236,28 +218,11 @@ def warm(
     if as_json:
         _json({**asdict(report), "missing": plan.missing})
     else:
-        _print_warm(plan, report)
+        words, notes = warm_words(plan, report)
+        print(words)
+        for note in notes:
+            _say(note)
     return 0 if report.is_good else 1
-
-
-def _print_warm(plan: WarmPlan, report: WarmReport) -> None:
-    from zarrcache.terminal import duration
-
-    fresh = f"; {_n(report.fresh)} were fresh" if report.fresh else ""
-    print(
-        f"Warmed {_n(report.warm)} of {_n(report.ids)} ids ({_bytes(report.nbytes)}, {_n(report.stats.requests)} requests{fresh}) "
-        f"in {duration(report.seconds)}; {_n(len(report.failed_ids))} failed."
-    )
-    if report.untried:
-        _say(f"{_n(report.untried)} ids were left out: {_bytes(plan.limit_bytes or 0)} are warm, as --limit asked.")
-    if report.stats.cache_errors:
-        _say(f"error: the cache in {plan.cache.dir} failed {_n(report.stats.cache_errors)} times, see above. Run `zarrcache doctor` with the config.")
-    elif report.bypassed:
-        needed = _bytes(report.nbytes * report.ids // max(1, report.warm))
-        _say(
-            f"{_n(len(report.bypassed))} ids did not fit: cache.limit ({_bytes(plan.cache.limit)}) or min_free is reached. They will be read from "
-            f"the origin in every epoch. All ids take about {needed}: raise cache.limit, or make room with `zarrcache evict` or on the disk."
-        )
 
 
 @app.command()
@@ -282,8 +247,9 @@ def evict(
 
     Options narrow that down. Nothing outside <cache.dir>/zarrcache-v1/ is touched.
     """
+    from zarrcache.cliwords import plural
     from zarrcache.evicting import plan_evict
-    from zarrcache.terminal import Meter, plural
+    from zarrcache.terminal import Meter
 
     plan = plan_evict(where(config, directory), ids=read_ids(ids), older_than_s=older_than, target_bytes=target, stale=stale, everything=everything)
     what = f"{plural(len(plan.entries), 'entry', 'entries')} ({_bytes(plan.disk_bytes)}) from {plan.directory}"
@@ -313,28 +279,18 @@ def status(config: MaybeConfig = None, directory: Directory = None, as_json: Jso
 
     Asks the origin nothing; works offline.
     """
+    from zarrcache.cliwords import status_lines
     from zarrcache.status import look
-    from zarrcache.terminal import plural
 
     source = where(config, directory)
     state = look(source, has_settings=config is not None)
     if as_json:
         _json(asdict(state))
         return 0
-    print(f"cache        {state.directory}{'' if state.exists else ' (empty: nothing was cached there yet)'}")
-    for name, tier in (("array tier", state.array_tier), ("byte tier", state.byte_tier)):
-        print(f"{name:<12} {plural(tier.entries, 'entry', 'entries')}, {_bytes(tier.nbytes)}")
-    limit = "" if state.limit_bytes is None else f" of {_bytes(state.limit_bytes)} ({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
-    print(f"volume       {_bytes(state.volume_bytes)}{limit}")
-    reserve = "" if state.min_free_bytes is None else f"; min_free {_bytes(state.min_free_bytes)}"
-    print(f"file system  {_bytes(state.free_bytes)} free of {_bytes(state.disk_bytes)}{reserve}")
-    if (covered := state.coverage) is not None:
-        half = f", {_n(covered.half)} half" if covered.half else ""
-        missing = f"; {_n(covered.missing)} more are in the map, but not at the origin" if covered.missing else ""
-        present = covered.ids - covered.missing
-        print(f"{covered.functional:<12} {_n(covered.warm)} of {_n(present)} ids warm ({100 * covered.warm_ratio:.1f} %){half}{missing}")
-        if covered.warm < present or not covered.is_listed:
-            _say(f"Run `zarrcache warm {config}` to fill the cache.")
+    for line in status_lines(state):
+        print(line)
+    if state.coverage is not None and not state.coverage.is_complete:
+        _say(f"Run `zarrcache warm {config}` to fill the cache.")
     return 0
 
 
@@ -352,7 +308,8 @@ def verify(
 
     It will be fetched again. Exit 1 if there was any. Safe while trainings run.
     """
-    from zarrcache.terminal import Meter, plural
+    from zarrcache.cliwords import verify_words
+    from zarrcache.terminal import Meter
     from zarrcache.verifying import verify as run
 
     with Meter("Verifying", "", 1) as meter:
@@ -361,9 +318,7 @@ def verify(
     if as_json:
         _json(asdict(report))
     else:
-        stale = f", {_n(len(report.stale))} stale" if against_origin else ""
-        strays = f"; removed {plural(len(report.strays), 'file')} that no entry knew" if report.strays else ""
-        print(f"Verified {plural(report.entries, 'entry', 'entries')} ({_bytes(report.nbytes)}): {_n(len(report.corrupt))} corrupt{stale}{strays}.")
+        print(verify_words(report))
         if report.corrupt or report.stale:
             _say("They were dropped. Run `zarrcache warm` to fetch them again.")
     return 0 if report.is_good else 1
@@ -411,7 +366,7 @@ def _json(document: dict[str, Any]) -> None:
 
 
 def _n(number: int) -> str:
-    from zarrcache.terminal import count
+    from zarrcache.cliwords import count
 
     return count(number)
 
@@ -420,10 +375,6 @@ def _bytes(number: int) -> str:
     from zarrcache.config import format_bytes
 
     return format_bytes(number)
-
-
-def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None else f"{100 * ratio:.0f} %"
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from zarrcache.chgcar_names import find_files, task_id_of
 from zarrcache.errors import ConfigError, OriginError, ZarrCacheError
 from zarrcache.s3options import split_s3_url
 from zarrcache.storewriter import StoreExistsError, check_layout, encode_store, publish_store, store_exists, sweep_partials, zipped
-from zarrcache.workpool import Died, spread
+from zarrcache.workpool import Died, cores, spread
 
 if TYPE_CHECKING:
     from zarrcache.storeupload import S3Destination
@@ -225,7 +225,7 @@ def plan_convert(
     present = convert.present(set(names.values()) - {""})
     todo = tuple(path for path in files if overwrite or names[path] not in present)
     skipped = tuple(path for path in files if path not in set(todo))
-    return ConvertPlan(target, todo, skipped, max(1, min(workers or _cores(), len(todo))), convert)
+    return ConvertPlan(target, todo, skipped, max(1, min(workers or cores(), len(todo))), convert)
 
 
 def convert_directory(
@@ -338,8 +338,3 @@ class _Converter:
 
 def _is_s3(dst: str) -> bool:
     return dst.startswith("s3://")
-
-
-def _cores() -> int:
-    """Cores that this process may use, which under Slurm are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

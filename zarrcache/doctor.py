@@ -19,18 +19,17 @@ import numpy as np
 
 from zarrcache.atomic import publish
 from zarrcache.codec import header_of, map_entry, write_entry
-from zarrcache.config import CacheConfig, DataConfig, format_bytes
+from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig, format_bytes
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.index import CACHE_FAULTS
 from zarrcache.keys import ArrayKey
 from zarrcache.layout import CacheDir
+from zarrcache.origin import open_origin
 from zarrcache.policy import min_free_bytes
 from zarrcache.readarray import list_array
 from zarrcache.scope import ROLES, open_index
 from zarrcache.sequences import Role
-from zarrcache.stats import Counters
 from zarrcache.taskids import ids_of, read_map
-from zarrcache.tiers import Tiers
 
 __all__ = ["Finding", "examine"]
 
@@ -197,7 +196,10 @@ def _mmap(own: Path) -> Finding:
 def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
     """List one store and read one object of it."""
     try:
-        origin = Tiers(config.cache, Counters()).origin(config.data_dir if role == "data" else config.label_dir, config.s3_kwargs)
+        url = config.data_dir if role == "data" else config.label_dir
+        fetch = config.cache.fetch if config.cache is not None else FetchConfig()
+        # Two attempts: who asks wants to know soon, and the answer to a third is not another one.
+        origin = open_origin(url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2))
         ids = ids_of(read_map(config.map_dir), config.functional)[:_IDS_TRIED]
         name = f"{role} at {origin.url}"
         start_s = time.perf_counter()

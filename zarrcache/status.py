@@ -50,6 +50,11 @@ class Coverage:
     is_listed: bool
 
     @property
+    def is_complete(self) -> bool:
+        """A run of the config needs nothing from the origin."""
+        return self.is_listed and self.warm == self.ids - self.missing
+
+    @property
     def warm_ratio(self) -> float:
         """Warm ids over ids that the origin has, 0 to 1."""
         present = self.ids - self.missing

@@ -1,4 +1,4 @@
-"""How things are shown to people: numbers, progress, tables. The only import of rich, and only where a terminal is."""
+"""How things are shown to people: progress, log lines, tables. The only import of rich, and only where it is needed."""
 
 from __future__ import annotations
 
@@ -9,37 +9,16 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from zarrcache.cliwords import count, duration
 from zarrcache.config import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Meter", "StderrHandler", "count", "duration", "plural", "show_table"]
+__all__ = ["Meter", "StderrHandler", "show_table"]
 
 #: Seconds between two lines of progress where nobody watches: a log of an hour stays a page.
 _LINE_EVERY_S = 10.0
-
-
-def count(n: int) -> str:
-    """``98 302``."""
-    return f"{n:,}".replace(",", " ")
-
-
-def plural(n: int, noun: str, more: str | None = None) -> str:
-    """``1 entry``, ``37 entries``."""
-    return f"{count(n)} {noun if n == 1 else more or noun + 's'}"
-
-
-def duration(seconds: float) -> str:
-    """``0.4 s``, ``12 s``, ``6 min 12 s``, ``3 h 05 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 class StderrHandler(logging.Handler):
@@ -113,14 +92,14 @@ class Meter:
         return words + (f", {count(self._failed)} failed" if self._failed else "")
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is words, the others are numbers."""
+def show_table(rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout. The first row names the columns; the first column is words, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
+    table = Table()
+    for number, column in enumerate(rows[0]):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
+    for row in rows[1:]:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)

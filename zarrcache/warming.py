@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,13 @@ from typing import Literal
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
 from zarrcache.keys import check_task_id, source_digest
+from zarrcache.policy import BLOCK_BYTES, disk_bytes
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
 from zarrcache.scope import LISTERS, ROLES, cache_of, open_index, stored_header
 from zarrcache.sequences import Role
 from zarrcache.stats import Stats
-from zarrcache.workpool import Died, spread
+from zarrcache.workpool import Died, cores, spread
 
 __all__ = ["Density", "Split", "WarmEstimate", "WarmPlan", "WarmReport", "WarmResult", "plan_warm"]
 
@@ -94,8 +94,8 @@ class WarmReport:
     untried : int
         Ids left when ``limit_bytes`` was reached.
     failed : tuple of WarmResult
-    nbytes : int
-        Decoded bytes that are warm.
+    nbytes, disk_bytes : int
+        Decoded bytes that are warm, and what they take on disk.
     stats : Stats
         What it cost; ``stats.cache_errors`` is not 0 if the cache itself failed.
     seconds : float
@@ -108,6 +108,7 @@ class WarmReport:
     untried: int
     failed: tuple[WarmResult, ...]
     nbytes: int
+    disk_bytes: int
     stats: Stats
     seconds: float
 
@@ -236,6 +237,8 @@ class WarmPlan:
             untried=len(outcomes) - len(tried),
             failed=tuple(result for density in self.densities if (result := results.get(density)) and result.outcome == "failed"),
             nbytes=nbytes,
+            # The payload, and a page for the header.
+            disk_bytes=sum(disk_bytes(r.nbytes) + BLOCK_BYTES for r in results.values() if r.outcome in ("hit", "miss")),
             stats=stats,
             seconds=seconds,
         )
@@ -281,7 +284,7 @@ def plan_warm(
         chosen = list(dict.fromkeys(map(check_task_id, ids)))
     else:
         chosen = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
-    enough = min(MOST_WORKERS, _cores(), -(-2 * len(chosen) // DENSITIES_PER_WORKER))
+    enough = min(MOST_WORKERS, cores(), -(-2 * len(chosen) // DENSITIES_PER_WORKER))
     return WarmPlan(tuple(chosen), reader.missing if ids is None else (), max(1, min(workers or enough, 2 * len(chosen))), limit_bytes, reader)
 
 
@@ -338,7 +341,3 @@ def _look(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, i
 
 def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
     return WarmResult(*density, "failed", error=str(exc), is_down=isinstance(exc, (OriginUnavailableError, OriginAccessError)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

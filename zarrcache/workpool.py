@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from zarrcache.errors import ConfigError
 
-__all__ = ["Died", "spread"]
+__all__ = ["Died", "cores", "spread"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,6 +46,11 @@ class Died:
             return f"exit code {self.exitcode}"
         name = signal.Signals(-self.exitcode).name if -self.exitcode in set(signal.Signals) else f"signal {-self.exitcode}"
         return f"{name}, perhaps for lack of memory" if name == "SIGKILL" else name
+
+
+def cores() -> int:
+    """Cores that this process may use, which under Slurm are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spread(function: Callable[[T], R], items: Sequence[T], workers: int) -> Generator[tuple[T, R | Died]]:

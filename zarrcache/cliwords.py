@@ -1,0 +1,136 @@
+"""What the command line says of plans and reports: strings, no output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zarrcache.config import format_bytes
+
+if TYPE_CHECKING:
+    from zarrcache.convert import ConvertPlan, ConvertReport
+    from zarrcache.demo import DemoReport
+    from zarrcache.status import Status
+    from zarrcache.verifying import VerifyReport
+    from zarrcache.warming import WarmEstimate, WarmPlan, WarmReport
+
+__all__ = [
+    "convert_plan_words",
+    "convert_words",
+    "count",
+    "demo_rows",
+    "duration",
+    "estimate_words",
+    "plural",
+    "status_lines",
+    "verify_words",
+    "warm_words",
+]
+
+
+def count(n: int) -> str:
+    """``98 302``."""
+    return f"{n:,}".replace(",", " ")
+
+
+def plural(n: int, noun: str, more: str | None = None) -> str:
+    """``1 entry``, ``37 entries``."""
+    return f"{count(n)} {noun if n == 1 else more or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def estimate_words(plan: WarmPlan, estimate: WarmEstimate) -> str:
+    """What a dry run of ``warm`` found."""
+    return (
+        f"Would fetch {count(estimate.to_fetch)} of {plural(len(plan.densities), 'density', 'densities')} of {plural(len(plan.task_ids), 'id')} "
+        f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); {count(estimate.fresh)} fresh. "
+        "Dry run: nothing was fetched."
+    )
+
+
+def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
+    """What ``warm`` did, and notes on what it could not do."""
+    fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
+    cost = f"{format_bytes(report.nbytes)}, {plural(report.stats.requests, 'request')}{fresh}"
+    words = (
+        f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {duration(report.seconds)}; {count(len(report.failed_ids))} failed."
+    )
+    notes = []
+    if report.untried:
+        notes.append(f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are warm, as --limit asked.")
+    if report.stats.cache_errors:
+        times = plural(report.stats.cache_errors, "time")
+        notes.append(f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache doctor` with the same config.")
+    elif report.bypassed:
+        needed = format_bytes(report.disk_bytes * report.ids // max(1, report.warm))
+        notes.append(
+            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
+            f"training will read the rest from the origin in every epoch. All ids take about {needed} on disk: raise cache.limit, or make room with "
+            "`zarrcache evict`."
+        )
+    return words, notes
+
+
+def status_lines(state: Status) -> list[str]:
+    """A cache at a glance."""
+    limit = "" if state.limit_bytes is None else f" of {format_bytes(state.limit_bytes)} ({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
+    reserve = "" if state.min_free_bytes is None else f"; min_free {format_bytes(state.min_free_bytes)}"
+    lines = [
+        f"cache        {state.directory}{'' if state.exists else ' (nothing was cached there yet)'}",
+        f"array tier   {plural(state.array_tier.entries, 'entry', 'entries')}, {format_bytes(state.array_tier.nbytes)}",
+        f"byte tier    {plural(state.byte_tier.entries, 'entry', 'entries')}, {format_bytes(state.byte_tier.nbytes)}",
+        f"volume       {format_bytes(state.volume_bytes)}{limit}",
+        f"file system  {format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}{reserve}",
+    ]
+    if (covered := state.coverage) is not None:
+        present = plural(covered.ids - covered.missing, "id")
+        half = f", {count(covered.half)} half" if covered.half else ""
+        missing = f"; the map has {count(covered.missing)} more that the origin has not" if covered.missing else ""
+        lines.append(f"{covered.functional:<12} {count(covered.warm)} of {present} warm ({100 * covered.warm_ratio:.1f} %){half}{missing}")
+    return lines
+
+
+def verify_words(report: VerifyReport) -> str:
+    """What ``verify`` found."""
+    stale = f", {count(len(report.stale))} stale" if report.stale else ""
+    strays = f"; removed {plural(len(report.strays), 'file')} that no entry knew" if report.strays else ""
+    return (
+        f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): {count(len(report.corrupt))} corrupt{stale}{strays}."
+    )
+
+
+def convert_plan_words(plan: ConvertPlan) -> str:
+    """What a dry run of ``convert`` found."""
+    already = f"; {count(len(plan.skipped))} converted already" if plan.skipped else ""
+    return (
+        f"Would convert {plural(len(plan.files), 'file')} ({format_bytes(plan.source_bytes)}) to {plan.dst}{already}. Dry run: nothing was written."
+    )
+
+
+def convert_words(dst: str, report: ConvertReport, seconds: float) -> str:
+    """What ``convert`` did."""
+    files = len(report.converted) + len(report.failed)
+    skipped = f", {count(len(report.skipped))} skipped (converted already)" if report.skipped else ""
+    return (
+        f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} ({format_bytes(report.written_bytes)}) "
+        f"in {duration(seconds)}; {count(len(report.failed))} failed{skipped}."
+    )
+
+
+def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
+    """The demo's table, a row for the names of the columns first."""
+    rows: list[tuple[str, ...]] = [("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio")]
+    for row in report.rows:
+        ratio = "" if row.hit_ratio is None else f"{100 * row.hit_ratio:.0f} %"
+        rows.append((row.epoch, f"{row.seconds:.2f}", f"{row.samples_per_s:.1f}", count(row.requests), format_bytes(row.fetched_bytes), ratio))
+    return rows
