@@ -30,6 +30,8 @@ MAX_ARRAY_BYTES = 64 * 1024**3
 #: What codecs raise over damaged data: numcodecs' own RuntimeError, wrong lengths ValueError, gzip and bz2 OSError or EOFError; zlib and
 #: lzma have an Exception of their own; a damaged zstd frame may ask for more memory than there is.
 DECODE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError)
+#: What comes of metadata with parts of the wrong type, or without them.
+_NONSENSE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 _NUMBERS = "biuf"
 #: Codecs of numcodecs that run code from the data.
@@ -116,8 +118,10 @@ class ArrayDecoder:
         self._document = document
         try:
             plain = self._plain = _plain_v3(document) if self._metadata_key == "zarr.json" else _plain_v2(document)
-        except (AttributeError, LookupError, TypeError) as exc:  # parts of it are of the wrong type, or not there
+        except _NONSENSE as exc:
             raise SchemaError(f"{url} does not describe a Zarr array ({exc}); convert the store again.") from exc
+        except ValueError as exc:  # numcodecs.UnknownCodecError
+            raise SchemaError(f"{url} uses a compressor that is not available here ({exc}).") from exc
         if plain is None:
             return
         grid = [-(-n // c) for n, c in zip(plain.shape, plain.chunks, strict=True)]
@@ -164,7 +168,7 @@ class ArrayDecoder:
         try:
             array = zarr.open_array(store=store, path="a", mode="r", zarr_format=3 if self._metadata_key == "zarr.json" else 2)
             values = np.asarray(array[...])
-        except (*DECODE_ERRORS, TypeError, LookupError) as exc:  # zarr wraps what codecs raise in no class of its own
+        except (*DECODE_ERRORS, *_NONSENSE) as exc:  # zarr wraps what codecs raise in no class of its own
             raise IncompleteArrayError(
                 f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again."
             ) from exc
@@ -253,7 +257,7 @@ def _plain_v2(document: dict[str, Any]) -> _Plain | None:
         document.get("chunks", ()),
         np.dtype(document["dtype"]),
         document.get("fill_value"),
-        _numcodec(document["compressor"]) if document.get("compressor") else None,
+        None if document.get("compressor") is None else _numcodec(document["compressor"]),
         "",
         document.get("dimension_separator", "."),
     )
@@ -289,10 +293,7 @@ def _plain_v3(document: dict[str, Any]) -> _Plain | None:
     )
 
 
-def _numcodec(configuration: dict[str, Any]) -> Any:
+def _numcodec(configuration: Any) -> Any:
     import numcodecs
 
-    try:
-        return numcodecs.get_codec(dict(configuration))
-    except (ValueError, TypeError) as exc:  # UnknownCodecError is a ValueError
-        raise SchemaError(f"the compressor {configuration.get('id')!r} is not available here ({exc}).") from exc
+    return numcodecs.get_codec(dict(configuration))

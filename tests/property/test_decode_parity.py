@@ -1,0 +1,245 @@
+"""Whatever zarr can write, this package reads as zarr does: bit for bit, or it says that it is no density."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+import zarr.codecs
+import zarr.storage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from zarrcache.errors import IncompleteArrayError, SchemaError
+from zarrcache.localorigin import LocalOrigin
+from zarrcache.readarray import read_array
+
+REAL = [f"{end}{kind}" for end in "<>" for kind in ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")] + ["|i1", "|u1", "|b1"]
+V2_CODECS: list[Any] = [
+    None,
+    *(numcodecs.Blosc(cname=name, shuffle=shuffle) for name in ("lz4", "zstd", "zlib", "lz4hc", "blosclz") for shuffle in (0, 1, 2)),
+    numcodecs.Zstd(),
+    numcodecs.GZip(),
+    numcodecs.Zlib(),
+    numcodecs.BZ2(),
+    numcodecs.LZ4(),
+    numcodecs.LZMA(),
+]
+V3_CODECS: list[Any] = [
+    None,
+    zarr.codecs.ZstdCodec(),
+    zarr.codecs.ZstdCodec(checksum=True),
+    zarr.codecs.GzipCodec(),
+    *(zarr.codecs.BloscCodec(cname=name, shuffle=shuffle) for name in ("lz4", "zstd") for shuffle in ("noshuffle", "shuffle", "bitshuffle")),
+    [zarr.codecs.GzipCodec(), zarr.codecs.Crc32cCodec()],
+]
+LAX = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def values_of(draw: st.DrawFn, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Any bytes of the dtype; NaNs of any kind, too."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    if dtype.kind == "b":
+        return np.random.default_rng(seed).random(shape) < 0.5
+    raw = np.random.default_rng(seed).bytes(int(np.prod(shape)) * dtype.itemsize)
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of ``create_array``, what is written, and where nothing is written."""
+    zarr_format = draw(st.sampled_from([2, 3]))
+    shape = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
+    chunks = tuple(draw(st.integers(1, 5)) for _ in shape)
+    dtype = np.dtype(draw(st.sampled_from(REAL)))
+    array: dict[str, Any] = {"shape": shape, "chunks": chunks, "dtype": dtype}
+    fills: list[Any] = [0, 1]
+    if dtype.kind == "f":
+        fills += [np.nan, np.inf, -np.inf, -0.5]
+    if zarr_format == 2:
+        fills.append(None)
+        array["order"] = draw(st.sampled_from("CF"))
+        array["compressors"] = draw(st.sampled_from(V2_CODECS))
+        if dtype.kind in "iu" and draw(st.booleans()):
+            array["filters"] = [numcodecs.Delta(dtype=dtype.str)]
+    else:
+        array["compressors"] = draw(st.sampled_from(V3_CODECS))
+        if draw(st.booleans()):
+            array["filters"] = [zarr.codecs.TransposeCodec(order=draw(st.permutations(range(len(shape)))))]
+        if draw(st.booleans()):
+            array["shards"] = tuple(n * draw(st.integers(1, 3)) for n in chunks)
+    array["fill_value"] = draw(st.sampled_from(fills))
+    array["chunk_key_encoding"] = {
+        "name": draw(st.sampled_from(["v2"] if zarr_format == 2 else ["v2", "default"])),
+        "separator": draw(st.sampled_from("./")),
+    }
+    box = tuple(slice(0, draw(st.integers(0, n))) for n in shape)
+    return {
+        "zarr_format": zarr_format,
+        "array": array,
+        "box": box,
+        "values": values_of(draw, tuple(s.stop for s in box), dtype),
+        "consolidated": draw(st.booleans()),
+    }
+
+
+def write(path: Path, store: dict[str, Any]) -> None:
+    """With zarr alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # consolidated metadata and some codecs are no part of the v3 specification
+        group = zarr.create_group(store=zarr.storage.LocalStore(path), zarr_format=store["zarr_format"], overwrite=True)
+        array = group.create_array("rho", **store["array"])
+        array[store["box"]] = store["values"]
+        if store["consolidated"]:
+            zarr.consolidate_metadata(group.store)
+
+
+def read_by_zarr(path: Path) -> NDArray[Any]:
+    """The oracle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.asarray(zarr.open_group(zarr.storage.LocalStore(path), mode="r")["rho"][...])
+
+
+def same_bits(ours: NDArray[Any], zarrs: NDArray[Any]) -> bool:
+    """Shape, kind and every bit, in native byte order."""
+    native = zarrs.astype(zarrs.dtype.newbyteorder("="), copy=False)
+    return (ours.dtype, ours.shape, ours.tobytes()) == (native.dtype, native.shape, native.tobytes())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled(monkeypatch_module: pytest.MonkeyPatch) -> None:
+    """Stores that were written just now are listed twice; here nobody is writing any more."""
+    monkeypatch_module.setattr("zarrcache.readarray._SETTLED_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Any:
+    """For the whole module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@LAX
+@given(store=stores())
+def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any]) -> None:
+    """Any shape, chunking, codec, filter, order, byte order, fill value, separator; missing chunks; sharded, consolidated or not."""
+    shutil.rmtree(tmp_path / "mp-1.zarr", ignore_errors=True)
+    write(tmp_path / "mp-1.zarr", store)
+    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+    assert same_bits(decoded.array, read_by_zarr(tmp_path / "mp-1.zarr"))
+    assert decoded.array.flags.c_contiguous
+
+
+@LAX
+@given(store=stores(), data=st.data())
+def test_damaged_store_gives_values_or_an_error_of_ours(tmp_path: Path, store: dict[str, Any], data: st.DataObject) -> None:
+    """One flipped bit, or a cut, in any object: never an exception that nobody catches, never memory that was not written."""
+    path = tmp_path / "mp-1.zarr"
+    shutil.rmtree(path, ignore_errors=True)
+    write(path, store)
+    victim = data.draw(st.sampled_from(sorted(p for p in (path / "rho").rglob("*") if p.is_file())))
+    raw = bytearray(victim.read_bytes())
+    if raw and data.draw(st.booleans()):
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del raw[data.draw(st.integers(0, len(raw))) :]
+    victim.write_bytes(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a damaged number may overflow, a damaged name may be a deprecated one
+        try:
+            read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+        except (IncompleteArrayError, SchemaError):
+            return
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        (np.ones((4, 4), "c8"), "complex"),
+        (np.array(["a", "b"], "U1"), "strings"),
+        (np.array(["2020-01-01"], "M8[D]"), "M8"),
+    ],
+)
+def test_array_that_is_not_of_real_numbers_is_refused(tmp_path: Path, values: NDArray[Any], word: str) -> None:
+    """The message says what it is."""
+    group = zarr.create_group(store=zarr.storage.LocalStore(tmp_path / "mp-1.zarr"), zarr_format=2)
+    group.create_array("rho", shape=values.shape, dtype=values.dtype, chunks=values.shape)[...] = values
+    with pytest.raises(SchemaError, match=f"{word}.*a charge density holds real numbers"):
+        read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+
+
+GOOD_V2 = {"zarr_format": 2, "shape": [4], "chunks": [2], "dtype": "<f4", "compressor": None, "fill_value": 0, "order": "C"}
+CHANGES: list[dict[str, Any]] = [
+    {"shape": "4"},
+    {"shape": [-4]},
+    {"shape": [4.5]},
+    {"shape": None},
+    {"shape": [2**60]},
+    {"chunks": None},
+    {"chunks": [0]},
+    {"chunks": ["2"]},
+    {"chunks": [2, 2]},
+    {"chunks": 2},
+    {"chunks": [2.0]},
+    {"dtype": None},
+    {"dtype": "<q9"},
+    {"dtype": {"a": 1}},
+    {"dtype": [["a", "<f4"]]},
+    {"dtype": "|O"},
+    {"compressor": "blosc"},
+    {"compressor": {}},
+    {"compressor": {"id": "nope"}},
+    {"compressor": {"id": "pickle"}},
+    {"compressor": {"id": "blosc", "x": 1}},
+    {"fill_value": "zero"},
+    {"fill_value": [1]},
+    {"fill_value": 10**400},
+    {"order": "X"},
+    {"filters": 3},
+    {"filters": [{"id": "pickle"}]},
+    {"dimension_separator": "x"},
+    {"dimension_separator": 3},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """By one of our two errors, with the URL in it; nothing is allocated and no code of the data is run."""
+    (tmp_path / "mp-1.zarr" / "rho").mkdir(parents=True)
+    (tmp_path / "mp-1.zarr" / "rho" / ".zarray").write_text(json.dumps({**GOOD_V2, **change}))
+    for number in (0, 1):
+        (tmp_path / "mp-1.zarr" / "rho" / str(number)).write_bytes(bytes(8))
+    with pytest.raises((SchemaError, IncompleteArrayError), match=r"mp-1\.zarr"):
+        read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "[" * 100_000, "\xff"])
+def test_metadata_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    """The message names the document."""
+    for name in (".zarray", "zarr.json"):
+        path = tmp_path / name.strip(".") / "rho"
+        path.mkdir(parents=True)
+        (path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(SchemaError, match=re.escape(name)):
+            read_array(LocalOrigin(str(tmp_path)), name.strip("."), "rho")
+
+
+def test_array_larger_than_any_density_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
+    """A thousand bytes of metadata must not ask for a petabyte."""
+    path = tmp_path / "mp-1.zarr"
+    group = zarr.create_group(store=zarr.storage.LocalStore(path))
+    group.create_array("rho", shape=(100_000,) * 3, dtype="f4", chunks=(16,) * 3)
+    assert sum(os.stat(p).st_size for p in path.rglob("*")) < 100_000
+    with pytest.raises(SchemaError, match="more than 68719476736 are refused"):
+        read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
