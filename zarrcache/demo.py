@@ -116,7 +116,7 @@ def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[lis
             task_ids = _collect(source, home / "files", samples)
             say(f"took {len(task_ids)} pairs of densities from {source}")
         make_s3fs(server.s3_kwargs).mkdir(BUCKET)
-        _convert(home / "files", server, say)
+        task_ids = _convert(home / "files", task_ids, server, say)
         (home / "map.json").write_text(json.dumps({FUNCTIONAL: task_ids}))
         cold, warm = (_write_config(home, server, name) for name in ("cold", "warm"))
 
@@ -125,8 +125,8 @@ def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[lis
         row, digests = _epoch(home, cold, "cold", server, say)
         rows.append(row)
         same &= digests == expected
-        say("zarrcache warm, in another cache directory …")
         _run([sys.executable, "-m", "zarrcache", "warm", str(warm)], home / "warm.log")
+        say(f"zarrcache warm, into another cache directory: {next(_last_lines(home / 'warm.log', 1), '')}")
         row, digests = _epoch(home, warm, "warm", server, say)
         rows.append(row)
         same &= digests == expected
@@ -139,14 +139,16 @@ def _collect(source: Path, files: Path, samples: int) -> list[str]:
     """Link the files of complete pairs below ``files/input`` and ``files/label``; the task ids, sorted."""
     if not source.is_dir():
         raise ConfigError(f"{source} is not a directory. Give one with CHGCAR or json.gz files, or leave --source out.")
-    found: dict[str, dict[str, Path]] = {"input": {}, "label": {}}
+    found: dict[str, dict[str, Path]] = {"input": {}, "label": {}, "": {}}
     for path in sorted(source.rglob("*")):
         if not is_density_name(path.name) or not path.is_file():
             continue
+        named = [_ROLES[part] for part in path.relative_to(source).parts[:-1] if part in _ROLES]
         with contextlib.suppress(ConfigError):  # a name that gives no task id
-            named = [_ROLES[part] for part in path.relative_to(source).parts[:-1] if part in _ROLES]
-            for role in named[-1:] or ("input", "label"):  # without a hint a density is its own label
-                found[role].setdefault(task_id_of(path), path)
+            found[named[-1] if named else ""].setdefault(task_id_of(path), path)
+    unnamed = found.pop("")
+    if not found["input"] and not found["label"]:
+        found = {"input": unnamed, "label": unnamed}  # one directory of densities: each is its own label
     task_ids = sorted(found["input"].keys() & found["label"].keys())[:samples]
     if len(task_ids) < 2:
         raise ConfigError(
@@ -163,17 +165,23 @@ def _collect(source: Path, files: Path, samples: int) -> list[str]:
     return task_ids
 
 
-def _convert(files: Path, server: DemoServer, say: Say) -> None:
+def _convert(files: Path, task_ids: list[str], server: DemoServer, say: Say) -> list[str]:
+    """Convert to the server; the task ids of which both files could be."""
     for role in ("input", "label"):
         start_s = time.perf_counter()
         report = plan_convert(files / role, f"s3://{BUCKET}/{role}", s3_kwargs=server.s3_kwargs).execute()
-        if report.failed:
-            raise ZarrCacheError(f"{len(report.failed)} files could not be converted. The first: {report.failed[0].error}")
         size, seconds = format_bytes(report.written_bytes), time.perf_counter() - start_s
         say(f"converted {len(report.converted)} files to s3://{BUCKET}/{role} ({size}) in {seconds:.1f} s")
         for result in report.converted:
             for warning in result.warnings:
                 say(f"  {result.path.name}: {warning}")
+        for result in report.failed:
+            say(f"  left out: {result.error}")
+        done = {result.task_id for result in report.converted}
+        task_ids = [task_id for task_id in task_ids if task_id in done]
+    if len(task_ids) < 2:
+        raise ConfigError(f"{len(task_ids)} pairs of densities could be converted; the demo needs 2.")
+    return task_ids
 
 
 def _write_config(home: Path, server: DemoServer, name: str) -> Path:
