@@ -61,7 +61,7 @@ def test_without_credentials_the_error_says_where_they_may_stand(op: str, fault_
     assert fault_proxy.count() == 0
 
 
-@pytest.mark.parametrize("op", ASK)
+@pytest.mark.parametrize("op", ["LIST", "GET"])
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

@@ -1,0 +1,247 @@
+"""``s3_kwargs`` mean to both engines what they mean to s3fs: judged by the requests that arrive."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.certificates import make_certificate
+from tests.support.faultproxy import FaultProxy
+from tests.support.s3server import S3Server
+from zarrcache.config import FetchConfig, RetryConfig
+from zarrcache.errors import OriginError, OriginNotFoundError
+from zarrcache.origin import make_s3fs, open_origin
+
+CREDENTIALS = {"key": "THEKEY", "secret": "the-secret"}
+CONFIG = """
+[profile lab]
+region = eu-west-1
+aws_access_key_id = LABKEY
+aws_secret_access_key = lab-secret
+aws_session_token = lab-token
+
+[profile gateway]
+endpoint_url = http://of-other-services.invalid
+services = lab-services
+aws_access_key_id = GATEKEY
+aws_secret_access_key = gate-secret
+
+[services lab-services]
+s3 =
+    endpoint_url = {endpoint}
+"""
+
+
+@pytest.fixture
+def url(s3_server: S3Server, bucket: str) -> str:
+    """A public object, so that anonymous requests are answered too."""
+    s3_server.client().put_object(Bucket=bucket, Key="data/x", Body=b"0123456789", ACL="public-read")
+    return f"s3://{bucket}/data"
+
+
+@pytest.fixture
+def aws_files(tmp_path: Path, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's AWS config file."""
+    (tmp_path / "config").write_text(CONFIG.format(endpoint=fault_proxy.endpoint_url))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+
+def arrived(proxy: FaultProxy, url: str, s3_kwargs: dict[str, Any]) -> dict[str, str]:
+    """Headers that matter, after checking that s3fs itself and both engines of ours send the same."""
+    found = []
+    for engine in ("s3fs", "obstore", "s3fs itself"):
+        proxy.reset()
+        if engine == "s3fs itself":
+            bucket, _, prefix = url.removeprefix("s3://").partition("/")
+            fs = make_s3fs({**s3_kwargs, "skip_instance_cache": True})
+            fs.call_s3("get_object", Bucket=bucket, Key=f"{prefix}/x")
+        else:
+            origin = open_origin(url, s3_kwargs=s3_kwargs, fetch=FetchConfig(engine=engine), retry=RetryConfig(attempts=1))
+            [obj] = origin.list_objects()
+            assert origin.fetch_range(obj, 0, 3) == b"012"
+        seen = proxy.seen("GET")[-1]
+        headers = {name.lower(): value for name, value in seen.headers.items()}
+        credential = headers.get("authorization", "").partition("Credential=")[2].partition(",")[0].split("/")
+        found.append(
+            {
+                "key": credential[0],
+                "region": credential[2] if len(credential) > 2 else "",
+                "token": headers.get("x-amz-security-token", ""),
+                "payer": headers.get("x-amz-request-payer", ""),
+                "host": headers["host"],
+                "path": seen.path,
+            }
+        )
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+def test_key_and_secret_sign_for_us_east_1_by_default(fault_proxy: FaultProxy, url: str) -> None:
+    """As botocore does for an endpoint of one's own."""
+    got = arrived(fault_proxy, url, {**CREDENTIALS, "endpoint_url": fault_proxy.endpoint_url})
+    assert (got["key"], got["region"], got["token"], got["payer"]) == ("THEKEY", "us-east-1", "", "")
+    assert got["path"] == f"/{url.removeprefix('s3://')}/x"
+
+
+def test_a_token_of_the_environment_is_not_mixed_with_a_given_key(fault_proxy: FaultProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They belong to different people."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "of-the-environment")
+    got = arrived(fault_proxy, url, {**CREDENTIALS, "endpoint_url": fault_proxy.endpoint_url})
+    assert (got["key"], got["token"]) == ("THEKEY", "")
+
+
+def test_credentials_of_the_environment_are_found(fault_proxy: FaultProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three, and the region."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, f"MY_{name}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-south-1")
+    got = arrived(fault_proxy, url, {"endpoint_url": fault_proxy.endpoint_url})
+    assert (got["key"], got["token"], got["region"]) == ("MY_AWS_ACCESS_KEY_ID", "MY_AWS_SESSION_TOKEN", "eu-south-1")
+
+
+def test_a_token_is_sent(fault_proxy: FaultProxy, url: str) -> None:
+    """Temporary credentials."""
+    assert arrived(fault_proxy, url, {**CREDENTIALS, "token": "tok", "endpoint_url": fault_proxy.endpoint_url})["token"] == "tok"
+
+
+def test_anon_sends_no_authorization(fault_proxy: FaultProxy, url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with credentials in the environment; listing needs a policy that this server does not have, so only GET is compared."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "NOT_WANTED")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-wanted")
+    [obj] = open_origin(url, s3_kwargs=s3_server.s3_kwargs).list_objects()
+    for engine in ("s3fs", "obstore"):
+        fault_proxy.reset()
+        origin = open_origin(url, s3_kwargs={"anon": True, "endpoint_url": fault_proxy.endpoint_url}, fetch=FetchConfig(engine=engine))
+        assert origin.fetch_range(obj, 2, 5) == b"234"
+        assert [seen.op for seen in fault_proxy.seen()] == ["GET"]
+        assert not {"authorization", "x-amz-security-token"} & {name.lower() for name in fault_proxy.seen()[0].headers}
+
+
+def test_a_profile_gives_key_token_and_region(fault_proxy: FaultProxy, url: str, aws_files: None) -> None:
+    """From the AWS config file."""
+    got = arrived(fault_proxy, url, {"profile": "lab", "endpoint_url": fault_proxy.endpoint_url})
+    assert (got["key"], got["token"], got["region"]) == ("LABKEY", "lab-token", "eu-west-1")
+
+
+def test_a_profile_gives_the_endpoint(fault_proxy: FaultProxy, url: str, aws_files: None) -> None:
+    """Then s3_kwargs need nothing else."""
+    got = arrived(fault_proxy, url, {"profile": "gateway"})
+    assert got["key"] == "GATEKEY"
+    assert open_origin(url, s3_kwargs={"profile": "gateway"}).identity == fault_proxy.endpoint_url
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_the_environment_gives_the_endpoint(name: str, fault_proxy: FaultProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By botocore's names."""
+    monkeypatch.setenv(name, fault_proxy.endpoint_url)
+    assert arrived(fault_proxy, url, dict(CREDENTIALS))["host"] == fault_proxy.endpoint_url.removeprefix("http://")
+
+
+def test_requester_pays_is_said(fault_proxy: FaultProxy, url: str) -> None:
+    """On every request."""
+    got = arrived(fault_proxy, url, {**CREDENTIALS, "requester_pays": True, "endpoint_url": fault_proxy.endpoint_url})
+    assert got["payer"] == "requester"
+    for engine in ("s3fs", "obstore"):
+        fault_proxy.reset()
+        kwargs = {**CREDENTIALS, "requester_pays": True, "endpoint_url": fault_proxy.endpoint_url}
+        origin = open_origin(url, s3_kwargs=kwargs, fetch=FetchConfig(engine=engine))
+        origin.list_objects()
+        origin.list_objects("x")
+        payers = {seen.op: {k.lower(): v for k, v in seen.headers.items()}.get("x-amz-request-payer") for seen in fault_proxy.seen()}
+        assert payers == {"LIST": "requester", "HEAD": "requester"}
+
+
+def test_client_kwargs_give_endpoint_region_and_credentials(fault_proxy: FaultProxy, url: str) -> None:
+    """The older way to write them."""
+    client = {
+        "endpoint_url": fault_proxy.endpoint_url,
+        "region_name": "eu-north-1",
+        "aws_access_key_id": "CLIENTKEY",
+        "aws_secret_access_key": "client-secret",
+        "aws_session_token": "client-token",
+    }
+    got = arrived(fault_proxy, url, {"client_kwargs": client})
+    assert (got["key"], got["region"], got["token"]) == ("CLIENTKEY", "eu-north-1", "client-token")
+    assert open_origin(url, s3_kwargs={"client_kwargs": client}).identity == fault_proxy.endpoint_url
+
+
+def test_config_kwargs_give_style_signature_and_region(fault_proxy: FaultProxy, url: str) -> None:
+    """What obstore can do as well."""
+    config = {"s3": {"addressing_style": "path"}, "signature_version": "s3v4", "region_name": "ap-east-1", "retries": {"max_attempts": 9}}
+    got = arrived(fault_proxy, url, {**CREDENTIALS, "endpoint_url": fault_proxy.endpoint_url, "config_kwargs": config})
+    assert got["region"] == "ap-east-1"
+
+
+def test_username_and_password_are_key_and_secret(fault_proxy: FaultProxy, url: str) -> None:
+    """The names of fsspec."""
+    assert arrived(fault_proxy, url, {"username": "UKEY", "password": "p", "endpoint_url": fault_proxy.endpoint_url})["key"] == "UKEY"
+
+
+def test_an_older_signature_goes_through_s3fs(fault_proxy: FaultProxy, url: str) -> None:
+    """Engine auto takes the one that can do it."""
+    kwargs = {**CREDENTIALS, "endpoint_url": fault_proxy.endpoint_url, "config_kwargs": {"signature_version": "s3"}}
+    origin = open_origin(url, s3_kwargs=kwargs)
+    [obj] = origin.list_objects()
+    assert origin.fetch_range(obj, 0, 2) == b"01"
+    assert {seen.headers["Authorization"].split(":")[0] for seen in fault_proxy.seen()} == {"AWS THEKEY"}
+
+
+class _NoSuchBucket(BaseHTTPRequestHandler):
+    """Answers every request the same."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = b"<Error><Code>NoSuchBucket</Code><Message>none</Message></Error>"
+        self.send_response(404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A server whose certificate nobody knows: its URL, and the file of its CA."""
+    ca, cert = make_certificate(tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchBucket)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"https://127.0.0.1:{server.server_port}", str(ca)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("engine", ["s3fs", "obstore"])
+def test_certificates_are_checked_unless_one_says_otherwise(engine: str, tls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """client_kwargs.verify: a file of one's own CA, or False; or AWS_CA_BUNDLE. An unknown certificate is final and says what to set."""
+    endpoint_url, ca = tls
+
+    def ask(**client: Any) -> None:
+        kwargs = {**CREDENTIALS, "endpoint_url": endpoint_url, "client_kwargs": client}
+        fetch = FetchConfig(engine=engine, connect_timeout=5.0)
+        open_origin("s3://densities/data", s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=2)).list_objects()
+
+    with pytest.raises(OriginError, match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in s3_kwargs") as caught:
+        ask()
+    assert type(caught.value) is OriginError
+    for verify in (ca, False):
+        with pytest.raises(OriginNotFoundError, match="there is no bucket 'densities'"):
+            ask(verify=verify)
+    monkeypatch.setenv("AWS_CA_BUNDLE", ca)
+    with pytest.raises(OriginNotFoundError, match="there is no bucket 'densities'"):
+        ask()
