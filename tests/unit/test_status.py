@@ -1,0 +1,80 @@
+"""``status.look``: numbers that agree with the disk, and no request."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.training import write_config, write_pairs
+from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
+from zarrcache.scope import cache_at
+from zarrcache.status import look
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    """Four pairs, and an id without stores."""
+    write_pairs(tmp_path, 4)
+    return DataConfig.from_yaml(write_config(tmp_path, limit="1 MiB"))
+
+
+def test_where_nothing_was_cached_it_says_so_and_makes_nothing(config: DataConfig, tmp_path: Path) -> None:
+    """No directory, no entries, nothing warm."""
+    state = look(config)
+    assert (state.exists, state.volume_bytes, state.limit_bytes) == (False, 0, 1024**2)
+    assert state.coverage is not None
+    assert (state.coverage.ids, state.coverage.warm, state.coverage.is_listed) == (5, 0, False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path: Path) -> None:
+    """With the origin gone; an id of which one density is there is half."""
+    plan_warm(config, ids=["mp-0", "mp-1", "mp-2"]).execute()
+    label = [row.digest for row in plan_evict(config, ids=["mp-2"]).entries if "/label/" in row.note]
+    plan = plan_evict(config)
+    assert plan._index is not None
+    plan._index.drop(label)
+    for role in ("data", "label"):
+        os.rename(tmp_path / role, tmp_path / f"{role}-gone")
+    state = look(config)
+    files = list((tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"))
+    assert state.array_tier.entries == len(files)
+    assert state.volume_bytes == state.array_tier.nbytes == sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+    covered = state.coverage
+    assert covered is not None
+    assert (covered.ids, covered.missing, covered.warm, covered.half, covered.is_listed) == (5, 1, 2, 1, True)
+    assert covered.warm_ratio == 0.5
+    assert covered.nbytes == 5 * 8192
+    assert not covered.is_complete
+
+
+def test_all_warm_is_complete(config: DataConfig) -> None:
+    """Ids that the origin does not have do not count."""
+    plan_warm(config).execute()
+    covered = look(config).coverage
+    assert covered is not None
+    assert covered.is_complete
+    assert covered.warm_ratio == 1.0
+
+
+def test_a_directory_alone_has_no_limit_to_show(config: DataConfig, tmp_path: Path) -> None:
+    """What is on disk is known, what was configured is not."""
+    plan_warm(config).execute()
+    state = look(cache_at(tmp_path / "cache"), has_settings=False)
+    assert (state.limit_bytes, state.min_free_bytes, state.coverage) == (None, None, None)
+    assert state.array_tier == look(config).array_tier
+
+
+def test_the_directory_given_by_hand_is_the_one_that_is_looked_at(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZARRCACHE_DIR overrides a config, not a hand."""
+    plan_warm(config).execute()
+    monkeypatch.setenv("ZARRCACHE_DIR", str(tmp_path / "elsewhere"))
+    assert look(cache_at(tmp_path / "cache")).exists
+
+
+def test_a_config_without_cache_is_refused(config: DataConfig) -> None:
+    """With the words that say what to add."""
+    with pytest.raises(ConfigError, match=r"no cache block.*configs/s3_cached\.yaml"):
+        look(config.model_copy(update={"cache": None}))

@@ -1,0 +1,103 @@
+"""``verify``: what is bad is found, named and dropped; what is good stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.stores import small_group
+from tests.support.training import write_config, write_pairs
+from zarrcache import ConfigError, DataConfig, plan_warm, verify
+from zarrcache.registry import open_reader
+from zarrcache.scope import cache_at
+
+
+@pytest.fixture
+def warm(tmp_path: Path) -> DataConfig:
+    """Two pairs, warm, and metadata of one store in the byte tier."""
+    write_pairs(tmp_path, 2)
+    config = DataConfig.from_yaml(write_config(tmp_path))
+    plan_warm(config).execute()
+    open_reader(config).read_zarr_store(tmp_path / "data" / "mp-1.zarr").attrs.asdict()
+    return config
+
+
+def files(tmp_path: Path, tier: str) -> list[Path]:
+    """Files of a tier, the largest payload first."""
+    return sorted((tmp_path / "cache" / "zarrcache-v1" / tier).glob("*/*"), key=lambda path: -path.stat().st_size)
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one bit."""
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 4
+    path.write_bytes(raw)
+
+
+def test_a_good_cache_has_nothing_to_report(warm: DataConfig, tmp_path: Path) -> None:
+    """Every entry of both tiers is read; nothing is dropped."""
+    seen = []
+    report = verify(warm, progress=lambda done, total: seen.append((done, total)))
+    count = len(files(tmp_path, "entries")) + len(files(tmp_path, "bytes"))
+    assert (report.entries, report.corrupt, report.stale, report.strays) == (count, (), (), ())
+    assert seen[-1] == (report.nbytes, report.nbytes)
+    assert verify(cache_at(tmp_path / "cache")).entries == count
+
+
+@pytest.mark.parametrize(("tier", "offset", "words"), [("entries", -1, "checksum"), ("entries", 30, "header checksum"), ("bytes", 0, "checksum")])
+def test_one_flipped_bit_is_found_and_the_entry_dropped(warm: DataConfig, tmp_path: Path, tier: str, offset: int, words: str) -> None:
+    """In a payload, a header or an object; the file is gone afterwards, and a second look finds nothing."""
+    victim = files(tmp_path, tier)[0]
+    flip(victim, offset)
+    report = verify(warm)
+    assert not report.is_good
+    assert [Path(problem.file).name for problem in report.corrupt] == [victim.name]
+    assert words in report.corrupt[0].why
+    assert report.corrupt[0].url.startswith(str(tmp_path))
+    assert not victim.exists()
+    assert verify(warm).is_good
+
+
+def test_a_swapped_file_is_found(warm: DataConfig, tmp_path: Path) -> None:
+    """A whole entry of another density under this one's name has a good checksum and another identity."""
+    one, other = [path for path in files(tmp_path, "entries") if path.stat().st_size > 4096 + 400][:2]
+    one.write_bytes(other.read_bytes())
+    report = verify(warm)
+    assert [Path(problem.file).name for problem in report.corrupt] == [one.name]
+    assert "it holds" in report.corrupt[0].why
+
+
+def test_entries_without_files_and_files_without_entries_go(warm: DataConfig, tmp_path: Path) -> None:
+    """A lost file is reported as damage, a stray file as found; the file of a writer at work would be announced, and stays."""
+    lost = files(tmp_path, "entries")[0]
+    lost.unlink()
+    stray = lost.with_name("0123456789abcdef")
+    stray.write_bytes(b"left by somebody")
+    report = verify(warm)
+    assert [problem.why for problem in report.corrupt] == ["its file is gone"]
+    assert report.strays == (f"{stray.relative_to(tmp_path / 'cache' / 'zarrcache-v1')}",)
+    assert not stray.exists()
+    assert verify(warm).strays == ()
+
+
+def test_against_the_origin_what_is_stale_goes(warm: DataConfig, tmp_path: Path) -> None:
+    """A store that was written again is dropped; that is no damage."""
+    small_group(tmp_path / "label" / "mp-0.zarr", shape=(6, 5, 4), seed=9)
+    assert verify(warm).stale == ()
+    report = verify(warm, against_origin=True)
+    assert [problem.url for problem in report.stale] == [str(tmp_path / "label" / "mp-0.zarr")]
+    assert report.is_good
+    assert verify(warm, against_origin=True).stale == ()
+
+
+def test_the_origin_cannot_be_asked_without_a_config(tmp_path: Path) -> None:
+    """A directory does not say how to reach it."""
+    with pytest.raises(ConfigError, match="needs a training config"):
+        verify(cache_at(tmp_path), against_origin=True)
+
+
+def test_where_no_cache_is_none_is_made(tmp_path: Path) -> None:
+    """Nothing to read."""
+    assert verify(cache_at(tmp_path / "nothing")).entries == 0
+    assert not (tmp_path / "nothing").exists()
