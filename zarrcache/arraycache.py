@@ -153,7 +153,10 @@ class ArrayCache:
     def _fault(self, verb: str, key: ArrayKey, exc: BaseException) -> None:
         self._counters.add(cache_errors=1)
         self.index.reopen(exc)
-        self._tell(f"{verb} {type(exc).__name__}", "cache %s failed, serving %s from the origin: %s", verb, key.url, exc)
+        kind = type(exc).__name__
+        if kind not in self.index.told:  # a full disk must not write a line a sample
+            self.index.told.add(kind)
+            logger.warning("cache %s failed, serving %s from the origin: %s", verb, key.url, exc)
 
     def _tell(self, kind: str, message: str, *args: object) -> None:
         """Warn once a kind and process: a full disk must not write a line a sample."""

@@ -149,8 +149,7 @@ class ByteCache:
         self._origin, self._config, self._counters, self._index = origin, config, counters, index
         self._fs: SimpleCacheFileSystem | None = None
         self._verified: set[str] = set()
-        self._told: set[str] = set()
-        self._flight = SingleFlight(index.dir.locks, timeout_s=2 * config.retry.timeout, mode=index.dir.file_mode)
+        self._flight = SingleFlight(index.dir.locks, timeout_s=2 * config.retry.timeout, mode=index.dir.file_mode, told=index.told)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._origin, self._config, self._counters, self._index)
@@ -238,9 +237,9 @@ class ByteCache:
     def _fault(self, verb: str, key: BlockKey, exc: BaseException) -> None:
         self._counters.add(cache_errors=1)
         self._index.reopen(exc)
-        kind = f"{verb} {type(exc).__name__}"
-        if kind not in self._told:  # a full disk must not write a line an object
-            self._told.add(kind)
+        kind = type(exc).__name__
+        if kind not in self._index.told:  # a full disk must not write a line an object
+            self._index.told.add(kind)
             logger.warning("cache %s failed, serving %s from the origin: %s", verb, self._origin.url_of(key.object.key), exc)
 
     def _past_the_cache(self, obj: ObjectInfo, start: int, stop: int) -> bytes:

@@ -39,14 +39,16 @@ class SingleFlight:
         Permissions of the lock files.
     name : str
         What the locks are for: those of another name are never waited for.
+    told : set of str, optional
+        Faults of the same cache that were logged. With any of them, this one is no news.
     """
 
-    def __init__(self, directory: Path, *, timeout_s: float, mode: int = 0o600, name: str = "flight") -> None:
+    def __init__(self, directory: Path, *, timeout_s: float, mode: int = 0o600, name: str = "flight", told: set[str] | None = None) -> None:
         self._directory = directory
         self._name = name
         self._timeout_s = timeout_s
         self._mode = mode
-        self._warned = False
+        self._told: set[str] = set() if told is None else told
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[bool]:
@@ -78,6 +80,6 @@ class SingleFlight:
             lock.release()
 
     def _warn(self, exc: Exception) -> None:
-        if not self._warned:
-            self._warned = True
+        if not self._told:
+            self._told.add("single flight")
             logger.warning("single flight is off, objects may be fetched more than once: %s", exc)

@@ -58,6 +58,8 @@ class Index:
     """
 
     def __init__(self, config: CacheConfig) -> None:
+        #: Kinds of faults that were logged: once each, whichever tier meets them first.
+        self.told: set[str] = set()
         self._config = config
         self.dir = CacheDir(config.dir, config.shared)
         self._file = IndexFile(self.dir)

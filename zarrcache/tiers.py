@@ -55,7 +55,7 @@ class Tiers:
         """The locks of the cache directory. Only with a cache."""
         assert self.config is not None
         assert self.index is not None
-        return SingleFlight(self.index.dir.locks, timeout_s=2 * self.config.retry.timeout, mode=self.index.dir.file_mode)
+        return SingleFlight(self.index.dir.locks, timeout_s=2 * self.config.retry.timeout, mode=self.index.dir.file_mode, told=self.index.told)
 
     def bytes(self, origin: Origin) -> ByteCache | None:
         """The byte tier over ``origin``."""
