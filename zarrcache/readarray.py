@@ -19,7 +19,7 @@ from zarrcache.keys import ObjectInfo, source_digest
 from zarrcache.origin import Origin
 from zarrcache.zipped import unzip
 
-__all__ = ["Decoded", "list_array", "read_array"]
+__all__ = ["Decoded", "list_array", "no_such_array", "read_array"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
         everything = origin.list_objects(f"{store}/")
         if not everything:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
-        raise _no_such_array(origin.url_of(store), array, (o.key.removeprefix(f"{store}/") for o in everything))
+        raise no_such_array(origin.url_of(store), array, (o.key.removeprefix(f"{store}/") for o in everything))
     return listed
 
 
@@ -120,7 +120,7 @@ def _decode_members(url: str, array: str, members: dict[str, bytes]) -> np.ndarr
     prefix = f"{array}/"
     chosen = {name.removeprefix(prefix): data for name, data in members.items() if name.startswith(prefix)}
     if not chosen:
-        raise _no_such_array(url, array, members)
+        raise no_such_array(url, array, members)
     decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")
     for name, data in chosen.items():
         decoder.add(name, data)
@@ -132,6 +132,7 @@ def _may_be_changing(listed: Iterable[ObjectInfo]) -> bool:
     return bool(ages) and (min(ages) < _SETTLED_S or (min(ages) < 60 and max(ages) - min(ages) > _SPREAD_S))
 
 
-def _no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
+def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
+    """The error for an array that a store with these keys does not have; it names those that it has."""
     present = sorted({key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith(("/.zarray", "/zarr.json"))})
     return SchemaError(f"'{array}' not found in zarr store {url}. Available arrays: {present}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
 
 from zarrcache.config import CacheConfig
-from zarrcache.decode import check_metadata
-from zarrcache.errors import OriginNotFoundError, SchemaError
+from zarrcache.density import as_density, density_of_group, density_of_objects, metadata_of
+from zarrcache.errors import OriginNotFoundError
 from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, stem_of
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.readarray import list_array, read_array
@@ -114,7 +112,7 @@ class ZarrS3Reader:
         self._names: dict[Role, dict[str, str]] = {}
         self._present: tuple[list[str], tuple[str, ...]] | None = None
         self._checked = SharedSet()
-        if self.use_s3:
+        if self.use_s3:  # any other scheme was refused above
             _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
 
     @functools.cached_property
@@ -306,19 +304,22 @@ class ZarrS3Reader:
                 entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
                 if entry is None:
                     decoded = read_array(origin, store, self._array, listed=listed)
-                    values = _as_density(decoded.array, key.url, key.array)
+                    values = as_density(decoded.array, key.url, key.array)
                     admitted = arrays.put(key, values, source=decoded.source)
                     self._counters.add(misses=1, bypasses=int(not admitted))
                     return values, "miss" if admitted else "bypass"
         self._counters.add(hits=1, served_bytes=entry.array.nbytes)
-        return _as_density(entry.array, key.url, key.array), "hit"
+        return as_density(entry.array, key.url, key.array), "hit"
 
     def _past_the_array_tier(self, origin: Origin, store: str) -> NDArray[np.float32]:
         self._counters.add(misses=1, bypasses=1)
         config = self._tiers.config
         if config is None or not config.bytes.enabled:
-            return _as_density(read_array(origin, store, self._array).array, origin.url_of(store), self._array)
-        return self._read_through_zarr(group_of(CachedStore(origin, store, self._tiers)))
+            return as_density(read_array(origin, store, self._array).array, origin.url_of(store), self._array)
+        objects = CachedStore(origin, store, self._tiers)
+        if not objects.sizes():
+            raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
+        return density_of_objects(objects.sizes(), objects.read, objects.url, self._array, concurrency=config.fetch.concurrency)
 
     def _is_due(self, key: ArrayKey) -> bool:
         """Whether the origin has to be asked if an entry is still fresh."""
@@ -355,28 +356,12 @@ class ZarrS3Reader:
         store = zarr_store.store
         if isinstance(store, CachedStore) and not zarr_store.path:
             return self._flat(self._density(store.origin, store.name)[0])
-        return self._flat(self._read_through_zarr(zarr_store))
-
-    def _read_through_zarr(self, group: zarr.Group) -> NDArray[np.float32]:
-        where = group.store.url if isinstance(group.store, CachedStore) else str(group.store_path)
-        if self._array not in group:
-            raise SchemaError(f"'{self._array}' not found in zarr store {where}. Available arrays: {sorted(group.array_keys())}")
-        array = group[self._array]
-        if not isinstance(array, zarr.Array):
-            raise SchemaError(f"{where}/{self._array} is a group; a charge density is an array.")
-        documents = array.metadata.to_buffer_dict(default_buffer_prototype())
-        check_metadata(json.loads(documents[".zarray" if ".zarray" in documents else "zarr.json"].to_bytes()), f"{where}/{self._array}")
-        return _as_density(np.asarray(array[...]), where, self._array)
+        where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
+        return self._flat(density_of_group(zarr_store, self._array, where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """What the store says of itself: attribute ``metadata``, merged with ``structure``; both may be JSON strings or JSON itself."""
-        attributes = zarr_store.attrs.asdict()
-        metadata: dict[str, Any] = {}
-        if "metadata" in attributes:
-            metadata.update(_decoded(attributes["metadata"], f"{zarr_store.store_path} attribute 'metadata'"))
-        if "structure" in attributes:
-            metadata["structure"] = _decoded(attributes["structure"], f"{zarr_store.store_path} attribute 'structure'")
-        return metadata
+        return metadata_of(zarr_store)
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"
@@ -384,20 +369,4 @@ class ZarrS3Reader:
 
 def _url_or_path(value: str | os.PathLike[str]) -> str | Path:
     text = os.fspath(value)
-    return text if text.startswith("s3://") else Path(text.removeprefix("file://"))
-
-
-def _as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
-    """Check that it is 3-D and cast to float32; no copy of what is float32 already."""
-    if array.ndim != 3 or 0 in array.shape:
-        raise SchemaError(f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store again.")
-    return array.astype(np.float32, copy=False)
-
-
-def _decoded(value: object, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as exc:
-        raise SchemaError(f"{where} is not JSON ({exc}). Convert the store again.") from exc
+    return text if "://" in text and not text.startswith("file://") else Path(text.removeprefix("file://"))

@@ -1,0 +1,349 @@
+"""Bad input gets a clear error that names what is wrong, where, and what to do; and nothing is lost in silence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.support.stores import plain_read, random_density, small_group
+from zarrcache import ConfigError, IncompleteArrayError, OriginError, OriginNotFoundError, RhoData, SchemaError, ZarrS3Reader, get_dataset
+
+IDS = ["mp-1", "mp-2", "mp-3"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three good materials; a test spoils what it is about."""
+    for role, task_id in ((role, task_id) for role in ("data", "label") for task_id in IDS):
+        small_group(tmp_path / role / f"{task_id}.zarr", shape=(5, 6, 7), seed=int(task_id[3:]))
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS, "SCAN": [], "r2SCAN": ["mp-9"]}))
+    return tmp_path
+
+
+@pytest.fixture(params=["no cache", "array tier", "byte tier"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any] | None:
+    """The three ways that a density is read, which all have to complain alike."""
+    settings = {"dir": tmp_path / "cache", "min_free": 0, "arrays": {"enabled": request.param == "array tier"}}
+    return None if request.param == "no cache" else settings
+
+
+def reader_of(root: Path, cache: dict[str, Any] | None = None, **changes: Any) -> ZarrS3Reader:
+    """A reader of ``data``."""
+    arguments = {"data_dir": root / "data", "label_dir": root / "label", "map_dir": root / "map.json", "functional": "GGA"}
+    return ZarrS3Reader(**arguments | {"normalize": False, "train_fraction": 0.5} | changes, cache=cache)
+
+
+def replace_store(path: Path, arrays: dict[str, Any], **layout: Any) -> None:
+    """Another store in the place of one."""
+    shutil.rmtree(path, ignore_errors=True)
+    small_group(path, arrays, **layout)
+
+
+class TestMap:
+    """The map file and what it says."""
+
+    def test_unknown_functional_names_those_in_the_map(self, data: Path) -> None:
+        """It is a ``ValueError``, as the users' reader has it."""
+        with pytest.raises(ValueError, match=re.escape("Functional 'PBE' not found in mapping. Available: ['GGA', 'SCAN', 'r2SCAN']")) as caught:
+            reader_of(data, functional="PBE").data_split()
+        assert isinstance(caught.value, ConfigError)
+
+    def test_functional_without_ids_says_that_nothing_can_be_split(self, data: Path) -> None:
+        """In scikit-learn's words, and in ours."""
+        with pytest.raises(ConfigError, match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional has both stores"):
+            reader_of(data, functional="SCAN").data_split()
+
+    def test_functional_whose_stores_are_all_missing_names_them(self, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Nothing is left to train on; the warning says why."""
+        with caplog.at_level(logging.WARNING), pytest.raises(ConfigError, match="No task id of the functional has both stores"):
+            reader_of(data, functional="r2SCAN").data_split()
+        assert "1 of 1 task ids of r2SCAN have no store" in caplog.text
+        assert caplog.text.rstrip().endswith("mp-9")
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"{'GGA': ['mp-1']}", "is not JSON"),
+            (b"", "is not JSON"),
+            (b"\xff\xfe\x00", "is not JSON"),
+            (b'{"GGA": ["mp-1"', "is not JSON"),
+            (gzip.compress(b"{")[:-4], "is not JSON"),
+            (gzip.compress(b'{"GGA"'), "is not JSON"),
+            (b'["mp-1"]', "does not hold {functional: [task_id, ...]}"),
+            (b"3", "does not hold {functional: [task_id, ...]}"),
+            (b'{"GGA": "mp-1"}', "does not hold {functional: [task_id, ...]}"),
+            (b'{"GGA": {"mp-1": 1}}', "does not hold {functional: [task_id, ...]}"),
+        ],
+    )
+    def test_map_that_is_none_is_named_with_what_it_has_to_hold(self, data: Path, content: bytes, words: str) -> None:
+        """Broken JSON, broken gzip, and JSON of something else."""
+        (data / "map.json").write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            reader_of(data).data_split()
+        assert str(data / "map.json") in str(caught.value)
+        assert words in str(caught.value)
+        assert "{functional: [task_id, ...]}" in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["no.json", "data", "map.json/x"])
+    def test_map_that_cannot_be_read_is_named(self, data: Path, name: str) -> None:
+        """Missing, a directory, below a file."""
+        with pytest.raises(ConfigError, match=rf"{re.escape(str(data / name))} cannot be read \(.+\)\. Set map_dir"):
+            reader_of(data, map_dir=data / name).data_split()
+
+    @pytest.mark.parametrize(
+        "task_id", ["../mp-1", "a/b", "/etc/passwd", "", ".", "..", ".hidden", "mp..1", "mp-1\n", "a\\b", "mp-1\0", "x" * 300, 3, None, ["mp-1"]]
+    )
+    def test_task_id_that_is_no_plain_name_is_refused(self, data: Path, task_id: Any) -> None:
+        """In the map, and in a call; before any path is made of it."""
+        (data / "map.json").write_text(json.dumps({"GGA": [*IDS, task_id]}))
+        for use in (lambda: reader_of(data).data_split(), lambda: reader_of(data).load(task_id, "data")):
+            with pytest.raises(ConfigError, match="is not a plain name") as caught:
+                use()
+            assert repr(task_id) in str(caught.value)
+
+
+class TestArray:
+    """Stores that can be read and do not hold a density."""
+
+    def test_missing_array_names_those_that_are_there(self, data: Path, cache: Any) -> None:
+        """And the store. A ``ValueError``, in the users' words."""
+        replace_store(data / "data" / "mp-1.zarr", {"rho": random_density((2, 2, 2)), "charge_density_diff": random_density((2, 2, 2))})
+        with pytest.raises(SchemaError) as caught:
+            reader_of(data, cache).load("mp-1", "data")
+        expected = f"'charge_density_total' not found in zarr store {data}/data/mp-1.zarr. Available arrays: ['charge_density_diff', 'rho']"
+        assert str(caught.value) == expected
+        assert isinstance(caught.value, ValueError)
+
+    @pytest.mark.parametrize("density_type", ["Total", "spin", "", "../x"])
+    def test_unknown_density_type_names_the_arrays(self, data: Path, cache: Any, density_type: str) -> None:
+        """It is a missing array."""
+        with pytest.raises(SchemaError, match=rf"'charge_density_{re.escape(density_type)}' not found .*\['charge_density_total'\]"):
+            reader_of(data, cache, density_type=density_type).load("mp-1", "data")
+
+    @pytest.mark.parametrize("shape", [(6, 7), (210,), (1, 5, 6, 7), (5, 0, 7)])
+    @pytest.mark.parametrize("zarr_format", [2, 3])
+    def test_array_that_is_not_3d_is_named_with_its_shape(self, data: Path, cache: Any, shape: tuple[int, ...], zarr_format: Any) -> None:
+        """Flat, a slice, with a channel axis, and empty."""
+        replace_store(data / "data" / "mp-1.zarr", {"charge_density_total": np.ones(shape, np.float32)}, zarr_format=zarr_format)
+        with pytest.raises(SchemaError) as caught:
+            reader_of(data, cache).load("mp-1", "data")
+        assert str(shape) in str(caught.value)
+        assert "3-D" in str(caught.value)
+        assert f"{data}/data/mp-1.zarr" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("values", "v2", "v3"),
+        [
+            (np.ones((2, 2, 2), np.complex64), "'<c8' (complex)", "'complex64' (complex)"),
+            (np.full((2, 2, 2), "x"), "'<U1' (strings)", "fixed_length_utf32"),
+            (np.full((2, 2, 2), b"xy"), "'|S2' (strings)", "null_terminated_bytes"),
+            (np.zeros((2, 2, 2), [("a", "f4"), ("b", "f4")]), "[['a', '<f4'], ['b', '<f4']]", "structured"),
+            (np.zeros((2, 2, 2), "M8[s]"), "'<M8[s]'", "datetime64"),
+        ],
+    )
+    @pytest.mark.parametrize("zarr_format", [2, 3])
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # zarr: some of these types have no specification in v3
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    def test_array_of_something_else_than_real_numbers_says_of_what(
+        self, data: Path, cache: Any, values: Any, v2: str, v3: str, zarr_format: Any
+    ) -> None:
+        """A complex density would lose its imaginary part in silence. The type is shown as the metadata has it."""
+        fill_value = None if values.dtype.kind in "VM" else np.zeros((), values.dtype)[()]
+        replace_store(data / "data" / "mp-1.zarr", {"charge_density_total": values}, zarr_format=zarr_format, fill_value=fill_value)
+        with pytest.raises(SchemaError) as caught:
+            reader_of(data, cache).load("mp-1", "data")
+        assert "a charge density holds real numbers" in str(caught.value)
+        assert (v2 if zarr_format == 2 else v3) in str(caught.value)
+        assert f"{data}/data/mp-1.zarr/charge_density_total" in str(caught.value)
+
+    @pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", ">f8", "i1", "u2", "i8", "u8", "?"])
+    @pytest.mark.parametrize("zarr_format", [2, 3])
+    def test_other_numbers_are_cast_to_float32_as_numpy_does(self, data: Path, cache: Any, dtype: str, zarr_format: Any) -> None:
+        """As the users' reader: ``np.array(array, dtype=np.float32)``."""
+        values = (np.random.default_rng(0).random((5, 6, 7)) * 200).astype(dtype)
+        path = data / "data" / "mp-1.zarr"
+        replace_store(path, {"charge_density_total": values}, zarr_format=zarr_format)
+        for _ in range(2):
+            got, gridsize = reader_of(data, cache).load("mp-1", "data")
+            assert (got.dtype, gridsize) == (np.float32, (5, 6, 7))
+            np.testing.assert_array_equal(got, np.array(plain_read(path), dtype=np.float32).ravel())
+
+    def test_group_in_the_place_of_the_array_is_told(self, data: Path, cache: Any) -> None:
+        """Somebody wrote one level too deep."""
+        path = data / "data" / "mp-1.zarr"
+        shutil.rmtree(path)
+        zarr.open_group(str(path), mode="w", zarr_format=2).create_array("charge_density_total/0", data=random_density((2, 2, 2)))
+        with pytest.raises(SchemaError, match="charge_density_total"):
+            reader_of(data, cache).load("mp-1", "data")
+
+
+class TestDamage:
+    """Stores that cannot be read. None of these is cached, and the other samples are not touched."""
+
+    def one_bad(self, data: Path, cache: Any, error: type[Exception], words: str) -> None:
+        """``mp-1`` raises, twice, with its path; ``mp-2`` is read; no sample of the split vanishes."""
+        reader = reader_of(data, cache)
+        for _ in range(2):
+            with pytest.raises(error, match=words) as caught:
+                reader.load("mp-1", "data")
+            assert f"{data}/data/mp-1.zarr" in str(caught.value)
+            assert len(caught.value.args) == 1
+        np.testing.assert_array_equal(reader.load("mp-2", "data")[0], plain_read(data / "data" / "mp-2.zarr").ravel())
+        assert reader.task_ids == IDS
+
+    def test_store_without_metadata(self, data: Path, cache: Any) -> None:
+        """Chunks, and nothing that describes them."""
+        for name in (".zgroup", ".zattrs", "charge_density_total/.zarray", "charge_density_total/.zattrs"):
+            (data / "data" / "mp-1.zarr" / name).unlink()
+        self.one_bad(data, cache, SchemaError, r"not found in zarr store|holds neither \.zarray nor zarr\.json")
+
+    @pytest.mark.parametrize("keep", [0, 1, 40])
+    def test_truncated_array_metadata(self, data: Path, cache: Any, keep: int) -> None:
+        """An upload that was cut."""
+        path = data / "data" / "mp-1.zarr" / "charge_density_total" / ".zarray"
+        path.write_bytes(path.read_bytes()[:keep])
+        self.one_bad(data, cache, SchemaError, r"\.zarray is not JSON .* convert the store again")
+
+    def test_truncated_chunk(self, data: Path, cache: Any) -> None:
+        """A chunk that was cut."""
+        path = data / "data" / "mp-1.zarr" / "charge_density_total" / "0.1.0"
+        path.write_bytes(path.read_bytes()[:20])
+        self.one_bad(data, cache, IncompleteArrayError, r"0\.1\.0.*onvert the store again")
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\0" * 500])
+    def test_unreadable_zip(self, data: Path, cache: Any, content: bytes) -> None:
+        """Not a zip file at all, or the beginning of one."""
+        shutil.rmtree(data / "data" / "mp-1.zarr")
+        (data / "data" / "mp-1.zarr.zip").write_bytes(content)
+        self.one_bad(data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file")
+
+    def test_zip_that_was_cut(self, data: Path, cache: Any) -> None:
+        """Half of an upload."""
+        shutil.rmtree(data / "data" / "mp-1.zarr")
+        path = data / "data" / "mp-1.zarr.zip"
+        small_group(path, as_zip=True)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        self.one_bad(data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file")
+
+    def test_zip_without_the_array(self, data: Path, cache: Any) -> None:
+        """A zip of something else."""
+        shutil.rmtree(data / "data" / "mp-1.zarr")
+        with zipfile.ZipFile(data / "data" / "mp-1.zarr.zip", "w") as archive:
+            archive.writestr(".zgroup", json.dumps({"zarr_format": 2}))
+            archive.writestr("readme.txt", "no density here")
+        self.one_bad(data, cache, SchemaError, r"'charge_density_total' not found in zarr store .*mp-1\.zarr\.zip.*\[\]")
+
+    def test_empty_directory(self, data: Path, cache: Any) -> None:
+        """``mkdir`` and then nothing."""
+        shutil.rmtree(data / "data" / "mp-1.zarr")
+        (data / "data" / "mp-1.zarr").mkdir()
+        self.one_bad(data, cache, OriginNotFoundError, "does not exist or is empty")
+
+    def test_attributes_that_are_not_json(self, data: Path, cache: Any) -> None:
+        """Named with the attribute; the density can still be read."""
+        replace_store(
+            data / "data" / "mp-1.zarr", {"charge_density_total": random_density((2, 2, 2))}, attrs={"metadata": "{half", "structure": "{}"}
+        )
+        reader = reader_of(data, cache)
+        group = reader.read_zarr_store(data / "data" / "mp-1.zarr")
+        with pytest.raises(SchemaError, match="attribute 'metadata' is not JSON"):
+            reader.get_metadata(group)
+        assert reader.read_charge_density(group)[1] == (2, 2, 2)
+
+
+class TestPlace:
+    """Directories that are not there, and caches that cannot be."""
+
+    @pytest.mark.parametrize("role", ["data", "label"])
+    def test_directory_that_does_not_exist_is_named(self, data: Path, cache: Any, role: str) -> None:
+        """Not "all your stores are missing"."""
+        with pytest.raises(OriginNotFoundError, match=rf"{data}/nowhere is not a directory of this machine. Check the path"):
+            reader_of(data, cache, **{f"{role}_dir": data / "nowhere"}).data_split()
+
+    def test_file_in_the_place_of_a_directory_is_named(self, data: Path, cache: Any) -> None:
+        """A path with one part too many."""
+        with pytest.raises(OriginError, match=rf"{data}/map.json"):
+            reader_of(data, cache, label_dir=data / "map.json").data_split()
+
+    def test_other_schemes_are_refused_with_those_that_work(self, data: Path) -> None:
+        """Google's and the web's look alike."""
+        for url in ("gs://bucket/data", "https://bucket.s3.amazonaws.com/data"):
+            with pytest.raises(ConfigError, match=r"is not supported\. Write s3://bucket/prefix, a path"):
+                reader_of(data, data_dir=url)
+
+    def test_store_missing_on_one_side_is_left_out_and_told(self, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """One warning; ``missing`` has the id."""
+        shutil.rmtree(data / "label" / "mp-2.zarr")
+        reader = reader_of(data)
+        train, test = reader.data_split()
+        assert len(train[0]) + len(test[0]) == 2
+        assert reader.missing == ("mp-2",)
+        assert caplog.text.count("are left out: mp-2") == 1
+
+    def test_store_that_goes_away_later_is_an_error_not_a_sample_less(self, data: Path, cache: Any) -> None:
+        """The split is made; the sample is in it."""
+        reader = reader_of(data, cache)
+        (train, _), _ = (sets[:2] for sets in reader.data_split())
+        first = reader.split_task_ids()[0][0]
+        shutil.rmtree(data / "data" / f"{first}.zarr")
+        with pytest.raises(OriginNotFoundError, match=rf"data/{first}.zarr does not exist"):
+            train[0]
+
+    @pytest.fixture(params=["a file", "below a file", "read-only"])
+    def unusable(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        """Directories that cannot be written."""
+        if request.param == "read-only":
+            if os.geteuid() == 0:
+                path = Path("/proc/zarrcache")  # nobody may write there, root neither
+                if not path.parent.is_dir():
+                    pytest.skip("root may write everywhere on this machine")
+                return path
+            (tmp_path / "locked").mkdir(mode=0o500)
+            return tmp_path / "locked" / "cache"
+        (tmp_path / "file").touch()
+        return tmp_path / "file" if request.param == "a file" else tmp_path / "file" / "cache"
+
+    @pytest.mark.parametrize("arrays", [True, False])
+    def test_cache_that_cannot_be_written_costs_one_warning_and_no_sample(
+        self, data: Path, unusable: Path, arrays: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Training goes on from the origin, and says so once, not once a sample."""
+        cfg = {
+            "data_dir": data / "data",
+            "label_dir": data / "label",
+            "map_dir": data / "map.json",
+            "functional": "GGA",
+            "normalize_data": False,
+            "train_fraction": 2,
+            "cache": {"dir": str(unusable), "arrays": {"enabled": arrays}},
+        }
+        with caplog.at_level(logging.WARNING):
+            train, _ = get_dataset(cfg)
+            dataset = RhoData(*train, data_augmentation=False)
+            for _ in range(3):
+                for i, task_id in enumerate(train[0].reader.split_task_ids()[0]):
+                    np.testing.assert_array_equal(dataset[i][0].numpy()[0], plain_read(data / "data" / f"{task_id}.zarr"))
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 1, messages
+        assert str(unusable) in messages[0]
+        assert "serving" in messages[0]
+        assert "from the origin" in messages[0]
+        assert train[0].reader.stats.cache_errors > 0
+
+
+def test_good_data_passes_everything_above(data: Path, cache: Any) -> None:
+    """The fixture itself is not what is refused."""
+    reader = reader_of(data, cache)
+    for task_id in IDS:
+        np.testing.assert_array_equal(reader.load(task_id, "label")[0], plain_read(data / "label" / f"{task_id}.zarr").ravel())
