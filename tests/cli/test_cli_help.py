@@ -1,0 +1,74 @@
+"""Every command has help with units and defaults, and it is there at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.training import zarrcache
+from zarrcache import __version__
+
+COMMANDS = {
+    "demo": ("--source DIR", "--samples N", "default: 8", "--keep"),
+    "convert": (
+        "--pattern GLOB",
+        "--workers N",
+        "--chunks N[,N,N]",
+        "[default: 16]",
+        "--zip",
+        "--zarr-format 2|3",
+        "--diff",
+        "--overwrite",
+        "--dry-run",
+    ),
+    "warm": ("--split", "[default: all]", "--workers N", "--ids FILE", "--limit SIZE", "--dry-run", "--json"),
+    "evict": ("--all", "--older-than TIME", "30d", "--target SIZE", "50 GiB", "--ids FILE", "--stale", "--yes", "--dry-run", "--json"),
+    "status": ("--dir DIR", "--json"),
+    "verify": ("--against-origin", "--dir DIR", "--json"),
+    "doctor": ("--dir DIR", "--json"),
+}
+
+
+def test_every_command_is_listed() -> None:
+    """In the order in which one meets them."""
+    listed = zarrcache("--help").out.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.strip().splitlines()] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(name: str) -> None:
+    """With its unit or form, and its default."""
+    done = zarrcache(name, "--help")
+    assert done.code == 0
+    for words in COMMANDS[name]:
+        assert words in " ".join(done.out.split())
+    options = [line for line in done.out.partition("Options:")[2].splitlines() if line.strip().startswith("-")]
+    assert [line for line in options if len(line.split("  ")) < 2 and not line.endswith(" ")] == []
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    """Neither torch nor zarr nor an S3 client, for a help page."""
+    script = "import sys; sys.argv = ['zarrcache', '--help']\ntry:\n    from zarrcache.cli import main; main()\nexcept SystemExit: pass\n"
+    script += "print(sorted({'torch', 'zarr', 's3fs', 'obstore', 'sklearn', 'numpy', 'pydantic', 'rich', 'diskcache'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert zarrcache("--version").out == f"{__version__}\n"
+
+
+def test_no_command_and_an_unknown_one_are_exit_2() -> None:
+    """With the way to help."""
+    for arguments in ((), ("wram",)):
+        done = zarrcache(*arguments)
+        assert done.code == 2
+        assert "Usage:" in done.out + done.err
+
+
+def test_the_scripts_in_tools_are_doors_to_the_same_commands() -> None:
+    """Run as ``python tools/warm.py``."""
+    tools = Path(__file__).resolve().parents[2] / "tools"
+    for script, words in (("warm.py", "--split"), ("evict.py", "--older-than"), ("convert_to_zarr.py", "--zarr-format")):
+        out = subprocess.run([sys.executable, tools / script, "--help"], capture_output=True, text=True, check=True).stdout
+        assert words in out

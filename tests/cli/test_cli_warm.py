@@ -1,0 +1,174 @@
+"""``zarrcache warm`` as users run it, against a real S3 server; every request is counted by the proxy in front of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.s3server import S3Server
+from tests.support.training import write_config, write_pairs, zarrcache
+from zarrcache import DataConfig
+from zarrcache.registry import open_reader
+
+
+@pytest.fixture
+def uploaded(tmp_path: Path, s3_server: S3Server, bucket: str) -> str:
+    """Three pairs on S3, and an id without stores; the URL above them. ``tmp_path`` has the same stores and the map."""
+    write_pairs(tmp_path, 3)
+    for role in ("data", "label"):
+        s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def config(tmp_path: Path, uploaded: str, s3_server: S3Server, fault_proxy: FaultProxy) -> Path:
+    """Its training config; requests go through the proxy."""
+    return write_config(tmp_path, uploaded, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), retry={"attempts": 1})
+
+
+def test_after_warm_everything_works_with_the_server_switched_off(config: Path, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+    """A dry run fetches nothing; warm fetches each object once; then split, values, status and evict need no server."""
+    dry = zarrcache("warm", config, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert dry.out.startswith("Would fetch 6 of 6 densities of 3 ids (")
+    assert dry.out.endswith("0 fresh. Dry run: nothing was fetched.\n")
+    assert fault_proxy.count("GET") == 0
+
+    done = zarrcache("warm", config)
+    assert done.code == 0, done.err
+    assert done.out.startswith("Warmed 3 of 3 ids (2.8 KiB, ")
+    assert done.out.rstrip().endswith("; 0 failed.")
+    assert "1 of 4 task ids of GGA have no store" in done.err
+    assert "mp-absent" in done.err
+    assert fault_proxy.repeats() == 0
+
+    fault_proxy.down()
+    reader = open_reader(DataConfig.from_yaml(config).model_copy(update={"normalize_data": False}))
+    train, test = reader.data_split()
+    assert (len(train[0]), len(test[0])) == (1, 2)
+    expected = write_pairs(tmp_path / "again", 3)
+    for (task_id, role), values in expected.items():
+        assert np.array_equal(reader.load(task_id, role)[0], values.ravel())  # type: ignore[arg-type]
+    assert reader.stats.requests == 0
+    state = zarrcache("status", config, "--json")
+    assert (state.code, state.document["coverage"]["warm"], state.document["coverage"]["missing"]) == (0, 3, 1)
+    assert zarrcache("evict", config, "--yes").out.startswith("Evicted 8 entries, freed 64.0 KiB in ")
+
+
+def test_running_it_again_makes_only_lists(config: Path, fault_proxy: FaultProxy) -> None:
+    """Two directories and six densities; not one object."""
+    assert zarrcache("warm", config).code == 0
+    before = fault_proxy.count()
+    again = zarrcache("warm", config, "--json")
+    seen = fault_proxy.seen()[before:]
+    assert {request.op for request in seen} == {"LIST"}
+    assert len(seen) == 2 + 6
+    assert (again.document["warm"], again.document["fresh"], again.document["stats"]["fetched_bytes"]) == (3, 3, 0)
+    assert again.document["missing"] == ["mp-absent"]
+
+
+def test_two_processes_fetch_each_object_once(config: Path, fault_proxy: FaultProxy) -> None:
+    """And the report counts what both did."""
+    done = zarrcache("warm", config, "--workers", "2", "--json")
+    assert (done.code, done.document["warm"]) == (0, 3), done.err
+    assert fault_proxy.repeats() == 0
+    assert done.document["stats"]["requests"] == fault_proxy.count() - 2  # the directories are listed before
+
+
+def test_a_store_that_fails_is_named_and_the_rest_is_warm(config: Path, fault_proxy: FaultProxy) -> None:
+    """Exit 1, with the URL and the cause; the next run gets the rest."""
+    fault_proxy.rules(Rule(op="GET", key=r"label/mp-1\.zarr", then="503"))
+    done = zarrcache("warm", config)
+    assert done.code == 1
+    assert done.out.startswith("Warmed 2 of 3 ids (")
+    assert done.out.rstrip().endswith("; 1 failed.")
+    assert "failed: mp-1 (label): s3://" in done.err
+    assert "503" in done.err
+    fault_proxy.rules()
+    assert zarrcache("warm", config).out.startswith("Warmed 3 of 3 ids (")
+
+
+def test_an_origin_that_fails_altogether_ends_it_with_one_error(config: Path, fault_proxy: FaultProxy) -> None:
+    """Not an error for each density when none can be read; one when the directories cannot be listed."""
+    fault_proxy.rules(Rule(op="GET", then="503"))
+    done = zarrcache("warm", config, "--workers", "1")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.count("\nerror: ") == 1
+    assert "the origin stopped answering, 4 densities in a row failed. 0 of 6 are warm; run the same again to go on." in done.err
+    fault_proxy.down()
+    done = zarrcache("warm", config)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert done.err.startswith("error: s3://")
+
+
+def test_wrong_credentials_are_one_error(config: Path, fault_proxy: FaultProxy) -> None:
+    """No retry, no traceback."""
+    fault_proxy.rules(Rule(then="403"))
+    done = zarrcache("warm", config)
+    assert done.code == 1
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    assert fault_proxy.count() == 1
+
+
+def test_what_does_not_fit_is_said_with_what_to_do(config: Path, tmp_path: Path, uploaded: str, s3_server: S3Server) -> None:
+    """Room for the listings and two pairs."""
+    small = write_config(tmp_path, uploaded, s3_kwargs=s3_server.s3_kwargs, name="small.yaml", dir=str(tmp_path / "small"), limit=6 * 8192)
+    done = zarrcache("warm", small)
+    assert done.code == 0
+    assert done.out.startswith("Warmed 2 of 3 ids (")
+    assert "1 id did not fit: cache.limit (48.0 KiB) or cache.min_free is reached" in done.err
+    assert "All ids take about 48.0 KiB on disk: raise cache.limit, or make room with `zarrcache evict`." in done.err
+
+
+def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:
+    """One id a line with remarks, or a JSON list; --limit stops when so much is warm."""
+    (tmp_path / "ids.txt").write_text("# first try\nmp-2\n\nmp-0  # and this\n")
+    done = zarrcache("warm", config, "--ids", tmp_path / "ids.txt", "--limit", "500 B")
+    assert done.out.startswith("Warmed 1 of 2 ids (")
+    assert "1 id left out: 500 B are warm, as --limit asked." in done.err
+    (tmp_path / "ids.json").write_text('["mp-2"]')
+    assert zarrcache("warm", config, "--ids", tmp_path / "ids.json", "--json").document["fresh"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--limit", "much"), "'much' is not a size. Write for example '200 GiB'"),
+        (("--workers", "0"), "Invalid value for '--workers'"),
+        (("--split", "validation"), "'validation' is not one of"),
+        (("--ids", "/no/such/file"), "error: --ids /no/such/file cannot be read"),
+    ],
+)
+def test_a_wrong_option_is_exit_2_with_words(config: Path, arguments: tuple[str, ...], words: str) -> None:
+    """Before anything is asked of the origin."""
+    done = zarrcache("warm", config, *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+
+
+def test_a_cache_directory_that_cannot_be_used_is_exit_2(config: Path, tmp_path: Path) -> None:
+    """Training would go on without; warm says so. The same words from ZARRCACHE_DIR, which overrides the config."""
+    (tmp_path / "file").touch()
+    done = zarrcache("warm", config, env={"ZARRCACHE_DIR": str(tmp_path / "file" / "cache")})
+    assert done.code == 2
+    assert f"error: cache.dir {tmp_path}/file/cache cannot be used (Not a directory). Choose a directory on this node's own disk" in done.err
+
+
+def test_a_config_without_cache_says_which_block_to_add(tmp_path: Path) -> None:
+    """And a config that is not there, or misspelt, says what it is about; --debug shows where."""
+    write_pairs(tmp_path, 1)
+    path = write_config(tmp_path)
+    text = path.read_text()
+    path.write_text(text[: text.index("cache:")] + text[text.index("data_dir:") :])
+    done = zarrcache("warm", path)
+    assert done.code == 2
+    assert f"error: {path} has no cache block. Add one, as in configs/s3_cached.yaml" in done.err
+    path.write_text(text.replace("limit:", "limt:"))
+    done = zarrcache("--debug", "warm", path)
+    assert done.code == 2
+    assert "error: cache.limt is not a setting. Did you mean 'limit'?" in done.err
+    assert "Traceback" in done.err

@@ -1,0 +1,120 @@
+"""``zarrcache warm`` stopped in the middle, by Ctrl-C or for good: the next run goes on where it was, and no entry is torn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.s3server import S3Server
+from tests.support.training import start, write_config, write_pairs, zarrcache
+from zarrcache import DataConfig, verify
+from zarrcache.registry import open_reader
+from zarrcache.status import look
+
+OBJECTS = 10  # of one density: eight chunks and two metadata documents
+
+
+@pytest.fixture
+def config(tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy) -> Path:
+    """Four pairs on S3."""
+    write_pairs(tmp_path, 4, shape=(6, 6, 6), chunks=(3, 3, 3))
+    for role in ("data", "label"):
+        s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
+    return write_config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), retry={"attempts": 1})
+
+
+Stuck = Callable[[int], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def stuck(config: Path, fault_proxy: FaultProxy) -> Iterator[Stuck]:
+    """``stuck(workers)`` is a running ``warm`` that has stored two of the pairs and waits for a silent server, each worker for one density."""
+    with contextlib.ExitStack() as stack:
+
+        def run(workers: int) -> subprocess.Popen[str]:
+            fault_proxy.rules(Rule(op="GET", key=r"/mp-[23]\.zarr/", then="hang"))
+            process = start("warm", config, "--workers", workers)
+            stack.callback(_kill_all, process)
+            end = time.monotonic() + 60
+            while sum("/mp-2.zarr/" in request.path for request in fault_proxy.seen("GET")) < OBJECTS * workers:
+                assert time.monotonic() < end, "the workers did not come to the stores that hang"
+                time.sleep(0.02)
+            fault_proxy.wait_in_flight(OBJECTS * workers)
+            return process
+
+        yield run
+
+
+def _kill_all(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Run ``warm`` again: it fetches only the rest, everything is whole and nothing is left over."""
+    reader = open_reader(DataConfig.from_yaml(config).model_copy(update={"normalize_data": False}))
+    before = look(DataConfig.from_yaml(config))
+    assert before.coverage is not None
+    assert (before.coverage.warm, before.coverage.half) == (2, 0)
+    proxy.reset()
+    again = zarrcache("warm", config, "--json")
+    assert (again.code, again.document["warm"]) == (0, 4), again.err
+    assert (again.document["fresh"], again.document["stats"]["misses"]) == (2, 4)
+    assert proxy.count("GET") == 4 * OBJECTS
+    report = verify(DataConfig.from_yaml(config))
+    assert (report.corrupt, report.strays, report.entries) == ((), (), 10)
+    state = look(DataConfig.from_yaml(config))
+    assert state.volume_bytes == state.array_tier.nbytes  # nothing is reserved for the dead
+    for (task_id, role), values in write_pairs(tmp_path / "again", 4, shape=(6, 6, 6), chunks=(3, 3, 3)).items():
+        assert np.array_equal(reader.load(task_id, role)[0], values.ravel())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, workers: int) -> None:
+    """Everything is killed at once, as at a preemption; no clean-up is needed."""
+    process = stuck(workers)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    goes_on(config, fault_proxy, tmp_path)
+
+
+def test_ctrl_c_ends_it_at_once_with_130_and_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck) -> None:
+    """Although the server is silent; one line says how to go on, and there is no traceback."""
+    process = stuck(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
+    assert "Traceback" not in err
+    goes_on(config, fault_proxy, tmp_path)
+
+
+def test_ctrl_c_ends_the_workers_too(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck) -> None:
+    """A terminal sends it to every process of the job; the workers finish what they have, here with an error, and nobody reports it."""
+    process = stuck(2)
+    os.killpg(process.pid, signal.SIGINT)
+    fault_proxy.down()
+    out, err = process.communicate(timeout=60)  # returns when the workers too have closed their output
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
+    assert "Traceback" not in err
+    goes_on(config, fault_proxy, tmp_path)
+
+
+def test_workers_end_by_themselves_when_their_parent_is_killed(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck) -> None:
+    """Only the parent gets the signal, as from the out-of-memory killer; once the server gives them an answer the workers find out and end."""
+    process = stuck(2)
+    process.kill()
+    fault_proxy.down()
+    process.communicate(timeout=60)  # as above
+    goes_on(config, fault_proxy, tmp_path)
