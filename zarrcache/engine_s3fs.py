@@ -146,7 +146,7 @@ def _fault(exc: BaseException) -> S3Fault:
             code = str(response["Error"].get("Code", ""))
             if code.isdigit():  # an answer without a body: botocore makes words of the status
                 return S3Fault(status or int(code), "", "")
-            return S3Fault(status, code, str(response["Error"].get("Message", "")))
+            return S3Fault(status, code, str(response["Error"].get("Message") or ""))
     if isinstance(exc, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         return S3Fault(None, "NoCredentials", "")
     if isinstance(exc, boto.ProfileNotFound):
@@ -155,7 +155,8 @@ def _fault(exc: BaseException) -> S3Fault:
         return S3Fault(None, "UnauthorizedSSOToken", str(exc))
     if isinstance(exc, (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError)):
         return S3Fault(None, "Timeout", "no answer in time")
-    if isinstance(exc, (boto.IncompleteReadError, boto.ResponseStreamingError, boto.FlexibleChecksumError)) or "ContentLengthError" in repr(exc):
+    cut = (boto.ConnectionClosedError, boto.IncompleteReadError, boto.ResponseStreamingError, boto.FlexibleChecksumError)
+    if isinstance(exc, cut) or "ContentLengthError" in repr(exc):
         return S3Fault(None, "ShortBody", "the connection closed in the middle of an answer")
     if "CERTIFICATE_VERIFY_FAILED" in str(exc):
         return S3Fault(None, "Certificate", "")

@@ -126,6 +126,11 @@ def fetched(origin: Origin, objects: list[ObjectInfo]) -> dict[str, bytes]:
     return dict(answers)
 
 
+def version(obj: ObjectInfo) -> tuple[str, int, str]:
+    """What says whether an object changed; some servers show its time with fractions in a LIST and without in a HEAD."""
+    return obj.key, obj.size_bytes, obj.etag
+
+
 class TestListing:
     """What is there."""
 
@@ -153,7 +158,7 @@ class TestListing:
         place.put("mp-1.zarr.zip.bak", b"no")
         [alone] = place.open().list_objects("mp-1.zarr.zip")
         assert (alone.key, alone.size_bytes) == ("mp-1.zarr.zip", 10)
-        assert alone in place.open().list_objects()
+        assert version(alone) in [version(o) for o in place.open().list_objects()]
 
     @pytest.mark.parametrize("prefix", ["mp-9.zarr/", "mp-9.zarr.zip", "mp-1.zarr", "mp-1.zarr.zip/", "mp-1.zarr/0"])
     def test_what_is_not_there_is_an_empty_list(self, place: Place, prefix: str) -> None:
@@ -179,7 +184,7 @@ class TestListing:
         assert [o.key for o in objects] == sorted(bodies)
         assert fetched(origin, objects) == bodies
         for obj in objects:
-            assert origin.list_objects(obj.key) == [obj]
+            assert [version(o) for o in origin.list_objects(obj.key)] == [version(obj)]
 
     def test_a_root_that_is_not_there_is_an_error_with_its_name(self, place: Place) -> None:
         """An empty answer would look like a data set without stores."""

@@ -41,6 +41,8 @@ s3 =
 @pytest.fixture
 def url(s3_server: S3Server, bucket: str) -> str:
     """A public object, so that anonymous requests are answered too."""
+    if s3_server.log is None:
+        pytest.skip("the server that ZARRCACHE_TEST_S3 names checks credentials, which are made up here")
     s3_server.client().put_object(Bucket=bucket, Key="data/x", Body=b"0123456789", ACL="public-read")
     return f"s3://{bucket}/data"
 

@@ -25,7 +25,7 @@ BODIES = {f"mp-1.zarr/{i}": random.Random(i).randbytes(2000 + i) for i in range(
 ANSWERS = ["500", "502:", "503", "504:", "429", "429:TooManyRequests", "400:RequestTimeout", "409:OperationAborted"]
 ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
     "LIST": lambda origin, objects: origin.list_objects("mp-1.zarr/"),
-    "HEAD": lambda origin, objects: origin.list_objects(objects[0].key),
+    "HEAD": lambda origin, objects: [(o.key, o.size_bytes, o.etag) for o in origin.list_objects(objects[0].key)],
     "GET": lambda origin, objects: {obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(objects)},
     "range": lambda origin, objects: origin.fetch_range(objects[0], 100, 600),
 }
@@ -82,8 +82,8 @@ def listed(s3_server: S3Server, url: str) -> list[ObjectInfo]:
 
 def expected(op: str, listed: list[ObjectInfo]) -> Any:
     """What ``ASK[op]`` returns when nothing fails."""
-    first = listed[0].key
-    return {"LIST": listed, "HEAD": listed[:1], "GET": BODIES, "range": BODIES[first][100:600]}[op]
+    first = listed[0]
+    return {"LIST": listed, "HEAD": [(first.key, first.size_bytes, first.etag)], "GET": BODIES, "range": BODIES[first.key][100:600]}[op]
 
 
 def methods(op: str) -> str:
@@ -158,9 +158,11 @@ class TestTransient:
         assert fault_proxy.count("GET") == 2
 
     def test_an_etag_that_is_no_md5_is_not_taken_for_one(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, plain_client: Any, url: str
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, plain_client: Any, url: str
     ) -> None:
         """With a key of KMS it only looks like one; that is asked once, and then left alone for the whole origin."""
+        if s3_server.log is None:
+            pytest.skip("the server that ZARRCACHE_TEST_S3 names may have no KMS")
         bucket = url.split("/")[2]
         for key in ("kms/1", "kms/2"):
             plain_client.put_object(Bucket=bucket, Key=f"data/{key}", Body=b"0123456789", ServerSideEncryption="aws:kms")
