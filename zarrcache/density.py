@@ -18,6 +18,9 @@ from zarrcache.readarray import no_such_array
 
 __all__ = ["as_density", "density_of_group", "density_of_objects", "metadata_of"]
 
+#: Objects of one store in flight. As many as zarr itself takes through a store at once (``async.concurrency``).
+_THREADS = 10
+
 
 def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
     """Check that it is 3-D and cast to float32; no copy of what is float32 already.
@@ -31,7 +34,7 @@ def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)
 
 
-def density_of_objects(keys: Collection[str], read: Callable[[str], bytes], url: str, name: str, *, concurrency: int) -> NDArray[np.float32]:
+def density_of_objects(keys: Collection[str], read: Callable[[str], bytes], url: str, name: str) -> NDArray[np.float32]:
     """Decode one array of a store whose objects are read one by one.
 
     Parameters
@@ -39,7 +42,7 @@ def density_of_objects(keys: Collection[str], read: Callable[[str], bytes], url:
     keys : collection of str
         Everything in the store.
     read : callable
-        Contents by key; called from up to ``concurrency`` threads.
+        Contents by key; called from several threads.
 
     Raises
     ------
@@ -51,7 +54,7 @@ def density_of_objects(keys: Collection[str], read: Callable[[str], bytes], url:
     if not chosen:
         raise no_such_array(url, name, keys)
     decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")
-    with ThreadPoolExecutor(min(concurrency, len(chosen))) as pool:
+    with ThreadPoolExecutor(min(_THREADS, len(chosen))) as pool:
         for key, data in zip(chosen, pool.map(lambda key: read(prefix + key), chosen), strict=True):
             decoder.add(key, data)
     return as_density(decoder.finish(), url, name)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from zarrcache.config import CacheConfig
 from zarrcache.density import as_density, density_of_group, density_of_objects, metadata_of
-from zarrcache.errors import OriginNotFoundError
+from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
 from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, stem_of
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.readarray import list_array, read_array
@@ -291,7 +291,7 @@ class ZarrS3Reader:
         """The cached path: array tier, single flight, origin."""
         arrays = self._tiers.arrays
         if arrays is None:
-            return self._past_the_array_tier(origin, store), "bypass"
+            return self._past_the_array_tier(origin, store, revalidate=revalidate), "bypass"
         key = self._key(origin, store)
         listed, source = None, None
         if revalidate or self._is_due(key):
@@ -311,15 +311,26 @@ class ZarrS3Reader:
         self._counters.add(hits=1, served_bytes=entry.array.nbytes)
         return as_density(entry.array, key.url, key.array), "hit"
 
-    def _past_the_array_tier(self, origin: Origin, store: str) -> NDArray[np.float32]:
+    def _past_the_array_tier(self, origin: Origin, store: str, *, revalidate: bool) -> NDArray[np.float32]:
         self._counters.add(misses=1, bypasses=1)
         config = self._tiers.config
         if config is None or not config.bytes.enabled:
             return as_density(read_array(origin, store, self._array).array, origin.url_of(store), self._array)
-        objects = CachedStore(origin, store, self._tiers)
+        key = self._key(origin, store)
+        relist = revalidate or self._is_due(key)
+        self._checked.add(key.digest)
+        try:
+            return self._through_the_byte_tier(origin, store, relist=relist)
+        except IncompleteArrayError:
+            if relist:
+                raise
+            return self._through_the_byte_tier(origin, store, relist=True)  # the stored listing may be older than the store
+
+    def _through_the_byte_tier(self, origin: Origin, store: str, *, relist: bool) -> NDArray[np.float32]:
+        objects = CachedStore(origin, store, self._tiers, relist=relist)
         if not objects.sizes():
             raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
-        return density_of_objects(objects.sizes(), objects.read, objects.url, self._array, concurrency=config.fetch.concurrency)
+        return density_of_objects(objects.sizes(), objects.read, objects.url, self._array)
 
     def _is_due(self, key: ArrayKey) -> bool:
         """Whether the origin has to be asked if an entry is still fresh."""

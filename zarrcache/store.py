@@ -34,15 +34,18 @@ class CachedStore(Store):
     name : str
         The store below the origin, for example ``mp-1.zarr``.
     tiers : Tiers
+    relist : bool, optional
+        List it now (True), or take the stored listing if there is one (False). The default follows ``revalidate``: False with ``never``.
     """
 
     supports_writes = False
     supports_deletes = False
     supports_listing = True
 
-    def __init__(self, origin: Origin, name: str, tiers: Tiers) -> None:
+    def __init__(self, origin: Origin, name: str, tiers: Tiers, *, relist: bool | None = None) -> None:
         super().__init__(read_only=True)
         self.origin, self.name, self.tiers = origin, name, tiers
+        self._relist = relist if relist is not None else tiers.config is None or tiers.config.revalidate != "never"
         self._bytes = tiers.bytes(origin)
         self._sizes: dict[str, int] | None = None
         self._objects: dict[str, ObjectInfo] = {}
@@ -153,8 +156,7 @@ class CachedStore(Store):
     def _open_listing(self) -> dict[str, int]:
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"
-        config = self.tiers.config
-        stored = self.tiers.stored_listing(self.origin, self.name) if config and config.revalidate == "never" else None
+        stored = None if self._relist else self.tiers.stored_listing(self.origin, self.name)
         listed = [ObjectInfo(*row) for row in stored] if stored is not None else self.origin.list_objects(prefix)
         if stored is None and listed:
             self.tiers.store_listing(self.origin, self.name, [(o.key, o.size_bytes, o.etag, o.modified_s) for o in listed])

@@ -1,0 +1,231 @@
+"""Freshness: ``never`` trusts what is warm, ``run`` asks once a run, ``epoch`` at each reading; and versions are never mixed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from tests.support.faultproxy import FaultProxy
+from tests.support.requestlog import RequestLog
+from tests.support.s3server import S3Server
+from tests.support.stores import small_group
+from zarrcache import OriginNotFoundError, OriginUnavailableError, RhoData, ZarrS3Reader
+
+IDS = ["mp-1", "mp-2"]
+ROLES = ("data", "label")
+ARRAY = "charge_density_total"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Two materials that can be overwritten, in a directory or on S3."""
+
+    root: Path
+    server: S3Server | None
+    bucket: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}" if self.server else str(self.root / "origin")
+
+    def reader(self, revalidate: str, *, arrays: bool = True, endpoint_url: str = "") -> ZarrS3Reader:
+        cache = {"dir": self.root / "cache", "min_free": 0, "revalidate": revalidate, "arrays": {"enabled": arrays}, "retry": {"attempts": 1}}
+        kwargs = self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
+        return ZarrS3Reader(f"{self.url}/data", f"{self.url}/label", self.root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache)
+
+    def write(self, role: str, task_id: str, seed: int, shape: tuple[int, int, int] = (6, 5, 7)) -> NDArray[np.float32]:
+        """Replace a store; its values, flat."""
+        self.delete(role, task_id)
+        path = self.root / "origin" / role / f"{task_id}.zarr"
+        values = small_group(path, shape=shape, seed=seed)[ARRAY]
+        if self.server:
+            self.server.put_tree(path, f"s3://{self.bucket}/{role}/{task_id}.zarr")
+        return values.ravel()
+
+    def delete(self, role: str, task_id: str) -> None:
+        shutil.rmtree(self.root / "origin" / role / f"{task_id}.zarr", ignore_errors=True)
+        if self.server:
+            for key in self.server.keys(f"s3://{self.bucket}/{role}/{task_id}.zarr/"):
+                self.server.delete(f"s3://{self.bucket}/{key}")
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Version 1 of everything."""
+    place = Place(tmp_path, None, "")
+    if request.param == "s3":
+        place = Place(tmp_path, request.getfixturevalue("s3_server"), request.getfixturevalue("bucket"))
+    return fill(place)
+
+
+@pytest.fixture
+def s3_place(tmp_path: Path, s3_server: S3Server, bucket: str) -> Place:
+    """Version 1 of everything, on S3."""
+    return fill(Place(tmp_path, s3_server, bucket))
+
+
+def fill(place: Place) -> Place:
+    """Write the map and version 1."""
+    (place.root / "map.json").write_text(json.dumps({"GGA": IDS}))
+    for role, (i, task_id) in itertools.product(ROLES, enumerate(IDS)):
+        place.write(role, task_id, seed=i)
+    return place
+
+
+@pytest.mark.parametrize("arrays", [True, False], ids=["array tier", "byte tier"])
+class TestOverwrittenOrigin:
+    """What a reader gives after a store was replaced at the origin."""
+
+    def test_never_gives_what_is_warm_until_it_is_warmed_again(self, place: Place, arrays: bool) -> None:
+        """Also in a new process. ``ensure``, which warming calls, fetches the present version into the tier."""
+        old, _ = place.reader("never", arrays=arrays).load("mp-1", "data")
+        old = old.copy()
+        new = place.write("data", "mp-1", seed=9)
+        reader = place.reader("never", arrays=arrays)
+        np.testing.assert_array_equal(reader.load("mp-1", "data")[0], old)
+        assert reader.stats.requests == 0
+        reader.ensure("mp-1", "data")
+        again = place.reader("never", arrays=arrays)
+        np.testing.assert_array_equal(again.load("mp-1", "data")[0], new)
+        assert again.stats.requests == 0
+
+    def test_epoch_gives_the_present_version_at_once(self, place: Place, arrays: bool) -> None:
+        """The same reader, the next reading; and what did not change is not fetched again."""
+        reader = place.reader("epoch", arrays=arrays)
+        same, _ = reader.load("mp-2", "data")
+        for seed, shape in ((0, (6, 5, 7)), (5, (6, 5, 7)), (6, (4, 3, 9)), (7, (6, 5, 7))):
+            new = place.write("data", "mp-1", seed, shape)  # type: ignore[arg-type]
+            values, gridsize = reader.load("mp-1", "data")
+            np.testing.assert_array_equal(values, new)
+            assert gridsize == shape
+            fetched = reader.stats.fetched_bytes
+            np.testing.assert_array_equal(reader.load("mp-2", "data")[0], same)
+            assert reader.stats.fetched_bytes == fetched
+
+    def test_store_that_was_deleted_is_an_error_not_an_old_density(self, place: Place, arrays: bool) -> None:
+        """With ``epoch``; ``never`` goes on with what it has."""
+        reader = place.reader("epoch", arrays=arrays)
+        reader.load("mp-1", "data")
+        warm = place.reader("never", arrays=arrays)
+        old, _ = warm.load("mp-1", "data")
+        place.delete("data", "mp-1")
+        with pytest.raises(OriginNotFoundError, match=r"data/mp-1\.zarr does not exist"):
+            reader.load("mp-1", "data")
+        np.testing.assert_array_equal(place.reader("never", arrays=arrays).load("mp-1", "data")[0], old)
+
+
+def test_store_that_was_overwritten_while_half_of_it_was_warm_is_read_anew(place: Place) -> None:
+    """The byte tier has the listing and the metadata of the old version; its chunks are gone for good."""
+    reader = place.reader("never", arrays=False)
+    reader.get_metadata(reader.read_zarr_store(f"{place.url}/data/mp-1.zarr"))
+    new = place.write("data", "mp-1", seed=9)
+    np.testing.assert_array_equal(place.reader("never", arrays=False).load("mp-1", "data")[0], new)
+
+
+def test_run_asks_at_the_first_use_of_a_run(place: Place) -> None:
+    """A reader keeps the version it began with; the next run has the present one."""
+    place.reader("never").load("mp-1", "data")
+    first = place.write("data", "mp-1", seed=8)
+    reader = place.reader("run")
+    np.testing.assert_array_equal(reader.load("mp-1", "data")[0], first)
+    second = place.write("data", "mp-1", seed=9)
+    np.testing.assert_array_equal(reader.load("mp-1", "data")[0], first)
+    np.testing.assert_array_equal(place.reader("run").load("mp-1", "data")[0], second)
+
+
+def test_stale_entry_is_replaced_not_kept_beside(place: Place) -> None:
+    """One entry a density, and no more bytes than one version has."""
+    reader = place.reader("epoch")
+    index = reader.tiers.index
+    assert index is not None
+    reader.load("mp-1", "data")
+    before = index.totals()["array"], index.volume_bytes()
+    for seed in range(5, 9):
+        place.write("data", "mp-1", seed)
+        reader.load("mp-1", "data")
+    assert (index.totals()["array"], index.volume_bytes()) == before
+    assert len(list(index.dir.entries.glob("*/*"))) == index.totals()["array"][0]
+
+
+def test_array_of_the_old_version_stays_whole_in_the_hands_of_its_user(place: Place) -> None:
+    """It is mapped; replacing the entry unlinks the file and changes nothing in it."""
+    reader = place.reader("epoch")
+    reader.load("mp-1", "data")
+    old, _ = reader.load("mp-1", "data")
+    kept = old.copy()
+    new = place.write("data", "mp-1", seed=9)
+    np.testing.assert_array_equal(reader.load("mp-1", "data")[0], new)
+    np.testing.assert_array_equal(old, kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
+    """Pairs stay pairs: a new grid of both in one epoch, through workers, with sizes that belong to it."""
+    for role in ROLES:
+        place.write(role, "mp-1", seed=3)
+    sets = place.reader("epoch").data_split()
+    dataset = RhoData(*sets[0], data_augmentation=False)
+    task_id = sets[0][0].reader.split_task_ids()[0][0]  # type: ignore[attr-defined]
+    for persistent in (False, True):
+        loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=persistent)
+        for seed, shape in ((1, (6, 5, 7)), (2, (7, 5, 4))):
+            want = [place.write(role, task_id, seed + 10 * (role == "label"), shape).reshape(1, *shape) for role in ROLES]  # type: ignore[arg-type]
+            ((data, label),) = list(loader)
+            np.testing.assert_array_equal(data.numpy(), want[0])
+            np.testing.assert_array_equal(label.numpy(), want[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("revalidate", "asked", "arrays"), [("never", 0, True), ("run", 1, True), ("epoch", 3, True), ("run", 1, False)])
+def test_asking_costs_one_list_a_store(s3_place: Place, s3_server: S3Server, revalidate: str, asked: int, arrays: bool) -> None:
+    """Over three epochs with workers that are forked anew for each; nothing that is fresh is fetched. From either tier."""
+    for role, task_id in itertools.product(ROLES, IDS):
+        s3_place.reader("never", arrays=arrays).load(task_id, role)  # type: ignore[arg-type]
+    time.sleep(2.1)  # a store that was just written is listed twice
+    reader = s3_place.reader(revalidate, arrays=arrays)
+    loader = DataLoader(RhoData(*reader.data_split()[0]), batch_size=None, num_workers=1)
+    log = RequestLog(s3_server, s3_place.bucket)
+    for _ in range(3):
+        assert len(list(loader)) == 1
+    assert log.paths("LIST") == Counter(
+        {f"{r}/{i}.zarr/{ARRAY if arrays else ''}".rstrip("/") + "/": asked for r in ROLES for i in reader.split_task_ids()[0] if asked}
+    )
+    assert log.paths("GET") == Counter()
+    assert reader.stats.hits == (6 if arrays else 0)
+
+
+@pytest.mark.parametrize("revalidate", ["run", "epoch"])
+def test_origin_that_cannot_be_asked_is_an_error(s3_place: Place, fault_proxy: FaultProxy, revalidate: str) -> None:
+    """Who asked for fresh data is not given what may be old."""
+    reader = s3_place.reader(revalidate, endpoint_url=fault_proxy.endpoint_url)
+    for task_id, role in itertools.product(IDS, ROLES):
+        reader.load(task_id, role)  # type: ignore[arg-type]
+    fresh = s3_place.reader(revalidate, endpoint_url=fault_proxy.endpoint_url)
+    fresh.data_split()
+    fault_proxy.down()
+    with pytest.raises(OriginUnavailableError, match=r"data/mp-1\.zarr"):
+        fresh.load("mp-1", "data")
+    warm = s3_place.reader("never", endpoint_url=fault_proxy.endpoint_url)
+    assert warm.load("mp-1", "data")[1] == (6, 5, 7)
+
+
+def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """A store that is gone is missing, one that is new is there; ``never`` keeps the split it began with."""
+    assert place.reader("never").task_ids == IDS
+    (place.root / "map.json").write_text(json.dumps({"GGA": [*IDS, "mp-3"]}))
+    for role in ROLES:
+        place.delete(role, "mp-1")
+        place.write(role, "mp-3", seed=3)
+    assert place.reader("never").task_ids == IDS
+    assert place.reader("run").task_ids == ["mp-2", "mp-3"]
+    assert place.reader("run").missing == ("mp-1",)
