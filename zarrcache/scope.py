@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from zarrcache.codec import EntryHeader, read_header
 from zarrcache.config import CacheConfig, DataConfig
@@ -19,7 +21,10 @@ from zarrcache.stats import Counters
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.tiers import Tiers
 
-__all__ = ["LISTERS", "ROLES", "Scope", "cache_at", "cache_of", "existing_index", "is_listing", "open_index", "origin_and_url", "stored_header"]
+__all__ = ["ROLES", "Scope", "cache_at", "cache_of", "concurrently", "existing_index", "is_listing", "open_index", "origin_and_url", "stored_header"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ROLES: tuple[Role, Role] = ("data", "label")
 #: LISTs in flight. A listing is one small request whose time is all waiting; 32 keep one core busy at 20 ms.
@@ -104,14 +109,23 @@ class Scope:
             except (OriginNotFoundError, SchemaError):
                 return True
 
-        with ThreadPoolExecutor(LISTERS) as pool:
-            found = []
-            for done, (row, stale) in enumerate(zip(asked, pool.map(is_stale, asked), strict=True), start=1):
+        found = []
+        with closing(concurrently(is_stale, asked)) as answers:
+            for done, (row, stale) in enumerate(zip(asked, answers, strict=True), start=1):
                 if stale:
                     found.append(row)
                 if progress is not None:
                     progress(done)
         return found
+
+
+def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
+    """``ask(item)`` of each, in order, many at a time. Close it: what is not asked by then will not be (an error, Ctrl-C)."""
+    with ThreadPoolExecutor(LISTERS) as pool:
+        try:
+            yield from pool.map(ask, items)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def origin_and_url(row: Row) -> tuple[str, str]:
@@ -181,4 +195,4 @@ def open_index(config: CacheConfig) -> Index:
 
 def existing_index(config: CacheConfig) -> Index | None:
     """As :func:`open_index`; None, and nothing is made, where there is no cache."""
-    return open_index(config) if CacheDir(config.dir, config.shared).index.is_file() else None
+    return open_index(config) if CacheDir(config.dir, config.shared).root.is_dir() else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +19,7 @@ from zarrcache.keys import check_task_id, source_digest
 from zarrcache.policy import BLOCK_BYTES, disk_bytes
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
-from zarrcache.scope import LISTERS, ROLES, cache_of, open_index, stored_header
+from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_header
 from zarrcache.sequences import Role
 from zarrcache.stats import Stats
 from zarrcache.workpool import Died, cores, spread
@@ -165,8 +164,7 @@ class WarmPlan:
         """
         fresh = requests = fetch_bytes = 0
         failed = []
-        with ThreadPoolExecutor(LISTERS) as pool:
-            looked = pool.map(lambda density: _look(self.reader, *density), self.densities)
+        with closing(concurrently(lambda density: _look(self.reader, *density), self.densities)) as looked:
             for done, (result, objects, nbytes) in enumerate(looked, start=1):
                 requests += objects
                 fetch_bytes += nbytes

@@ -1,0 +1,58 @@
+"""How numbers, times and plurals are written for people, and progress where nobody watches."""
+
+from __future__ import annotations
+
+import pytest
+
+from zarrcache.cliwords import count, duration, plural
+from zarrcache.terminal import Meter
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (10, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (372, "6 min 12 s"),
+        (3600, "1 h 00 min"),
+        (11100, "3 h 05 min"),
+    ],
+)
+def test_durations_have_two_units_at_the_most(seconds: float, words: str) -> None:
+    """Rounded where a second does not matter any more."""
+    assert duration(seconds) == words
+
+
+def test_numbers_are_grouped_and_nouns_agree() -> None:
+    """As in the reports."""
+    assert (count(7), count(98302), count(1234567)) == ("7", "98 302", "1 234 567")
+    assert (plural(1, "entry", "entries"), plural(1204, "id"), plural(0, "id")) == ("1 entry", "1 204 ids", "0 ids")
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every ten seconds, not for each density; with bytes, rate, failures and what is left, on stderr."""
+    now = [100.0]
+    monkeypatch.setattr("zarrcache.terminal.time.monotonic", lambda: now[0])
+    with Meter("Warming", "densities", 2408, lambda: 50 * 1024**2) as meter:
+        for _ in range(120):
+            now[0] += 0.25
+            meter.advance(failed=now[0] == 125)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "Warming: 40 of 2 408 densities, 50.0 MiB, 5.0 MiB/s, 9 min 52 s left"
+    assert lines[2] == "Warming: 120 of 2 408 densities, 50.0 MiB, 1.7 MiB/s, 1 failed, 9 min 32 s left"
+
+
+def test_progress_in_bytes_learns_its_total_on_the_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``verify`` does."""
+    now = [100.0]
+    monkeypatch.setattr("zarrcache.terminal.time.monotonic", lambda: now[0])
+    with Meter("Verifying", "", 1) as meter:
+        now[0] += 16
+        meter.reach(16 * 1024**2, 64 * 1024**2)
+    assert capsys.readouterr().err == "Verifying: 16.0 MiB of 64.0 MiB, 1.0 MiB/s, 48 s left\n"
