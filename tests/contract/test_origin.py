@@ -160,12 +160,13 @@ class TestListing:
         assert (alone.key, alone.size_bytes) == ("mp-1.zarr.zip", 10)
         assert version(alone) in [version(o) for o in place.open().list_objects()]
 
-    @pytest.mark.parametrize("prefix", ["mp-9.zarr/", "mp-9.zarr.zip", "mp-1.zarr", "mp-1.zarr.zip/", "mp-1.zarr/0"])
-    def test_what_is_not_there_is_an_empty_list(self, place: Place, prefix: str) -> None:
+    def test_what_is_not_there_is_an_empty_list(self, place: Place) -> None:
         """A directory is no object, and an object is no directory."""
         place.put("mp-1.zarr/0/0", b"x")
         place.put("mp-1.zarr.zip", b"x")
-        assert place.open().list_objects(prefix) == []
+        origin = place.open()
+        for prefix in ("mp-9.zarr/", "mp-9.zarr.zip", "mp-1.zarr", "mp-1.zarr.zip/", "mp-1.zarr/0"):
+            assert origin.list_objects(prefix) == []
 
     def test_a_listing_has_a_time_and_a_version(self, place: Place) -> None:
         """The version changes with the content; the time is the origin's own."""
@@ -259,13 +260,13 @@ class TestFetching:
         origin = place.open(concurrency=1)
         assert fetched(origin, origin.list_objects()) == bodies
 
-    @pytest.mark.parametrize(("start", "stop"), [(0, 10), (0, 1), (9, 10), (3, 7), (5, 5)])
-    def test_a_range_is_start_to_stop_exclusive(self, place: Place, start: int, stop: int) -> None:
+    def test_a_range_is_start_to_stop_exclusive(self, place: Place) -> None:
         """Like a slice."""
         place.put("mp-1.zarr.zip", b"0123456789")
         origin = place.open()
         [obj] = origin.list_objects("mp-1.zarr.zip")
-        assert origin.fetch_range(obj, start, stop) == b"0123456789"[start:stop]
+        for start, stop in ((0, 10), (0, 1), (9, 10), (3, 7), (5, 5)):
+            assert origin.fetch_range(obj, start, stop) == b"0123456789"[start:stop]
 
     @pytest.mark.parametrize("body", [b"same size!", b"longer than before"])
     def test_a_changed_object_is_an_incomplete_array(self, place: Place, body: bytes) -> None:

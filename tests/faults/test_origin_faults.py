@@ -22,7 +22,7 @@ from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters
 
 BODIES = {f"mp-1.zarr/{i}": random.Random(i).randbytes(2000 + i) for i in range(4)}
-ANSWERS = ["500", "502:", "503", "504:", "429", "429:TooManyRequests", "400:RequestTimeout", "409:OperationAborted"]
+ANSWERS = ["500", "502:", "503", "504:", "429", "400:RequestTimeout"]
 ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
     "LIST": lambda origin, objects: origin.list_objects("mp-1.zarr/"),
     "HEAD": lambda origin, objects: [(o.key, o.size_bytes, o.etag) for o in origin.list_objects(objects[0].key)],
@@ -268,10 +268,10 @@ class TestPermanent:
             ("GET", "401:AccessDenied", OriginAccessError, "access refused"),
             *((op, "404", IncompleteArrayError, "is listed (2000 bytes) but returned 404. The store is incomplete") for op in ("GET", "range")),
             *((op, "404:NoSuchBucket", OriginNotFoundError, "there is no bucket") for op in ("GET", "range", "LIST")),
-            *((op, "412", IncompleteArrayError, "was changed while it was being read") for op in ("GET", "range")),
+            ("GET", "412", IncompleteArrayError, "was changed while it was being read"),
             ("range", "416:InvalidRange", IncompleteArrayError, "was changed while it was being read"),
-            *((op, "400", OriginError, "refused the request: InvalidRequest (400)") for op in ("GET", "range", "LIST")),
-            *((op, "501:NotImplemented", OriginError, "refused the request: NotImplemented (501)") for op in ("GET", "LIST")),
+            ("GET", "400", OriginError, "refused the request: InvalidRequest (400)"),
+            ("LIST", "501:NotImplemented", OriginError, "refused the request: NotImplemented (501)"),
         ],
     )
     def test_an_answer_that_is_final_is_not_asked_for_again(
