@@ -1,0 +1,315 @@
+"""Many processes over one cache directory, and processes that are killed: what the promises say holds at every instant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_files, settings
+from zarrcache.arraycache import ArrayCache
+from zarrcache.atomic import publish
+from zarrcache.flight import SingleFlight
+from zarrcache.index import Index, Intent
+from zarrcache.layout import CacheDir
+from zarrcache.stats import Counters
+
+#: Only a hang takes this long; it says nothing about speed.
+HANG_S = 120
+SPAWN, FORK = get_context("spawn"), get_context("fork")
+
+
+def cache_at(tmp_path: Path, **block: Any) -> ArrayCache:
+    """An instance of this process's own."""
+    return ArrayCache(settings(tmp_path, **block), Counters())
+
+
+def run(children: list[BaseProcess]) -> None:
+    """Start all, wait for all, none fails."""
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(HANG_S)
+    hung = [child for child in children if child.is_alive()]
+    for child in hung:
+        child.kill()
+    assert not hung
+    assert [child.exitcode for child in children] == [0] * len(children)
+
+
+# -- one fetcher ----------------------------------------------------------------------------------------------------------------
+
+
+def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
+    cache = cache_at(tmp_path)
+    cache.index.open()
+    flight = SingleFlight(cache.index.dir.locks, timeout_s=HANG_S)
+    start.wait(HANG_S)
+    for number in range(keys):
+        key = key_of(number)
+        if cache.get(key) is None:
+            with flight.hold(key.digest) as held:
+                assert held
+                # The first detector: nobody else is inside, or making the marker fails.
+                marker = tmp_path / f"inside-{number}"
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                if cache.get(key) is None:
+                    # The second: one byte a fetch, appended; it would also show a fetch that came after the first had ended.
+                    with (tmp_path / f"fetched-{number}").open("ab") as file:
+                        file.write(b"x")
+                    assert cache.put(key, array_of(number), source="s")
+                os.unlink(marker)
+        entry = cache.get(key)
+        assert entry is not None
+        assert np.array_equal(entry.array, array_of(number))
+
+
+def test_eight_processes_on_one_key_fetch_once(tmp_path: Path) -> None:
+    """Eight keys in the same order, so that all meet at each; two detectors that know nothing of each other."""
+    start = SPAWN.Event()
+    children = [SPAWN.Process(target=_fetch_once, args=(tmp_path, start, 8)) for _ in range(8)]
+    threading.Timer(2.0, start.set).start()
+    run(children)
+    assert {path.read_bytes() for path in tmp_path.glob("fetched-*")} == {b"x"}
+    assert len(list(tmp_path.glob("fetched-*"))) == 8
+    assert list(tmp_path.glob("inside-*")) == []
+
+
+def _hold_for_ever(directory: Path, held: Event) -> None:
+    with SingleFlight(directory, timeout_s=1).hold("ab" * 16):
+        held.set()
+        time.sleep(HANG_S)
+
+
+def test_killed_holder_lets_the_next_one_go_on(tmp_path: Path) -> None:
+    """The kernel gives the lock back; nobody waits for a time-out."""
+    held = SPAWN.Event()
+    holder = SPAWN.Process(target=_hold_for_ever, args=(tmp_path, held))
+    holder.start()
+    assert held.wait(HANG_S)
+    with SingleFlight(tmp_path, timeout_s=0.05).hold("ab" * 16) as mine:
+        assert not mine
+    os.kill(holder.pid or 0, signal.SIGKILL)
+    with SingleFlight(tmp_path, timeout_s=HANG_S).hold("ab" * 16) as mine:
+        assert mine
+    holder.join(HANG_S)
+
+
+# -- the limit ------------------------------------------------------------------------------------------------------------------
+
+LIMIT = 20 * 8192
+
+
+def _churn(tmp_path: Path, eviction: str, seed: int) -> None:
+    cache = cache_at(tmp_path, limit=LIMIT, eviction=eviction)
+    chance = random.Random(seed)
+    for _ in range(40):
+        number = chance.randrange(40)
+        entry = cache.get(key_of(number))
+        if entry is not None:
+            assert np.array_equal(entry.array, array_of(number, 100 * number))
+        elif cache.put(key_of(number), array_of(number, 100 * number), source="s") and chance.random() < 0.2:
+            cache.drop(key_of(number))
+    assert cache._counters.snapshot().purges == 0
+    assert cache._counters.snapshot().cache_errors == 0
+
+
+@pytest.mark.parametrize("eviction", ["none", "least-recently-stored"])
+def test_eight_processes_never_exceed_the_limit(tmp_path: Path, eviction: str) -> None:
+    """Bytes on disk are sampled all the while, partial files included; readers never meet an error."""
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            samples.append(on_disk_bytes(tmp_path))
+
+    sampler = threading.Thread(target=sample)
+    children = [SPAWN.Process(target=_churn, args=(tmp_path, eviction, seed)) for seed in range(8)]
+    sampler.start()
+    try:
+        run(children)
+    finally:
+        done.set()
+        sampler.join()
+    assert max(samples) <= LIMIT
+    assert max(samples) > LIMIT / 2
+    cache = cache_at(tmp_path, limit=LIMIT)
+    assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == sum(info.size_bytes for info in cache.entries())
+
+
+def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
+    """A reader has the row; the file goes before it opens it. What it has mapped already it keeps."""
+    reader, evictor = cache_at(tmp_path), cache_at(tmp_path)
+    reader.put(key_of(1), array_of(1), source="s")
+    mapped = reader.get(key_of(1))
+    lookup = reader.index.lookup
+
+    def lookup_then_evict(digest: str) -> Any:
+        found = lookup(digest)
+        evictor.drop(key_of(1))
+        return found
+
+    reader.index.lookup = lookup_then_evict  # type: ignore[method-assign]
+    assert reader.get(key_of(1)) is None
+    assert mapped is not None
+    assert np.array_equal(mapped.array, array_of(1))
+    assert reader._counters.snapshot().cache_errors == 0
+
+
+# -- killed -------------------------------------------------------------------------------------------------------------------------
+
+
+def _put_for_ever(tmp_path: Path, seed: int) -> None:
+    cache = cache_at(tmp_path, limit=LIMIT, eviction="least-recently-stored")
+    chance = random.Random(seed)
+    while True:
+        number = chance.randrange(40)
+        cache.put(key_of(number), array_of(number, 100_000 if number % 5 == 0 else 1000), source="s")
+
+
+def test_kill_at_any_instant_needs_no_clean_up(tmp_path: Path) -> None:
+    """Killed at random instants: what is served is whole, the limit holds, and the next open leaves nothing behind."""
+    chance = random.Random(0)
+    checked = 0
+    for attempt in range(25):
+        child = FORK.Process(target=_put_for_ever, args=(tmp_path, attempt))
+        child.start()
+        time.sleep(0.05 + chance.random() * 0.15)
+        os.kill(child.pid or 0, signal.SIGKILL)
+        child.join(HANG_S)
+        assert on_disk_bytes(tmp_path) <= LIMIT
+        cache = cache_at(tmp_path, limit=LIMIT)
+        for number in range(40):
+            entry = cache.get(key_of(number))
+            if entry is not None:
+                checked += 1
+                assert np.array_equal(entry.array, array_of(number, 100_000 if number % 5 == 0 else 1000))
+        assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == sum(info.size_bytes for info in cache.entries())
+        assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
+        assert cache._counters.snapshot().purges == cache._counters.snapshot().cache_errors == 0
+    assert checked > 25
+
+
+@pytest.mark.parametrize("instant", ["announced", "half written", "renamed", "committed", "row dropped"])
+def test_killed_between_any_two_steps_nothing_is_left(tmp_path: Path, instant: str) -> None:
+    """Each step of a write and of a drop, in turn."""
+    child = FORK.Process(target=_die_at, args=(tmp_path, instant))
+    child.start()
+    child.join(HANG_S)
+    assert child.exitcode == -signal.SIGKILL
+    index = Index(settings(tmp_path))
+    index.open()
+    kept = instant == "committed"
+    assert (index.lookup("abcd") is not None) is kept
+    assert [path.name for path in payload_files(tmp_path)] == ["abcd"] * kept
+    assert index.volume_bytes() == 4096 * kept
+
+
+def _die_at(tmp_path: Path, instant: str) -> None:
+    def here(name: str) -> None:
+        if instant == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    index = Index(settings(tmp_path))
+    intent = index.begin("entries/ab/abcd", 4096)
+    assert isinstance(intent, Intent)
+    here("announced")
+    index.dir.make(index.dir.entries / "ab")
+    publish(index.dir.entries / "ab" / "abcd", lambda file: (file.write(bytes(100)), here("half written"), file.write(bytes(3996))))
+    here("renamed")
+    index.commit(intent, "abcd", "array", "note")
+    here("committed")
+    with index._transaction() as table:
+        index._doom(table, "abcd")
+    here("row dropped")
+
+
+def test_killed_while_it_rebuilds_the_index_it_is_rebuilt_again(tmp_path: Path) -> None:
+    """An index that is open and empty, beside entries, would never know them."""
+    cache = cache_at(tmp_path)
+    cache.put(key_of(1), array_of(1), source="s")
+    child = FORK.Process(target=_die_while_rebuilding, args=(tmp_path,))
+    child.start()
+    child.join(HANG_S)
+    assert child.exitcode == -signal.SIGKILL
+    assert cache_at(tmp_path).get(key_of(1)) is not None
+
+
+def _die_while_rebuilding(tmp_path: Path) -> None:
+    import zarrcache.indexfile as module
+
+    for path in CacheDir(tmp_path / "cache").root.glob("cache.db*"):
+        path.unlink()
+    module.read_header = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
+    Index(settings(tmp_path)).open()
+
+
+# -- fork ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _get_and_put(cache: ArrayCache, number: int) -> None:
+    for other in (0, 1):
+        entry = cache.get(key_of(other))
+        assert entry is not None
+        assert np.array_equal(entry.array, array_of(other))
+    assert cache.put(key_of(number), array_of(number), source="s")
+    assert cache.get(key_of(number)) is not None
+    assert cache._counters.snapshot().cache_errors == 0
+
+
+def test_forked_children_use_an_index_that_is_open_in_their_parent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As DataLoader workers do, epoch after epoch; parent and children write at once, and the file stays sound."""
+    caplog.set_level(logging.WARNING)
+    cache = cache_at(tmp_path)
+    for number in (0, 1):
+        cache.put(key_of(number), array_of(number), source="s")
+    for epoch in range(3):
+        children = [FORK.Process(target=_get_and_put, args=(cache, 10 + 10 * epoch + n)) for n in range(4)]
+        for child in children:
+            child.start()
+        _get_and_put(cache, 100 + epoch)
+        for child in children:
+            child.join(HANG_S)
+        assert [child.exitcode for child in children] == [0] * 4
+    assert len(list(cache.entries())) == 2 + 3 * 5
+    connection = sqlite3.connect(cache.index.dir.index)
+    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    connection.close()
+    assert caplog.records == []
+
+
+def test_fork_while_threads_read_and_write_gives_a_child_that_works(tmp_path: Path) -> None:
+    """Threads of a parent hold SQLite connections that no hook of the forking thread can close."""
+    cache = cache_at(tmp_path)
+    for number in (0, 1):
+        cache.put(key_of(number), array_of(number), source="s")
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            assert cache.get(key_of(0)) is not None
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        run([FORK.Process(target=_get_and_put, args=(cache, 10 + n)) for n in range(8)])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert len(list(cache.entries())) == 10
