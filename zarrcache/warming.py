@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from zarrcache.config import CacheConfig, DataConfig
@@ -89,7 +89,7 @@ class WarmReport:
     fresh : int
         Ids among them that were there before.
     bypassed : tuple of str
-        Ids that did not fit.
+        Ids that did not fit, or were evicted again before the end.
     untried : int
         Ids left when ``limit_bytes`` was reached.
     failed : tuple of WarmResult
@@ -208,7 +208,12 @@ class WarmPlan:
                 nbytes += result.nbytes if result.outcome in ("hit", "miss") else 0
                 if self.limit_bytes is not None and nbytes >= self.limit_bytes:
                     break
-        return self._report(results, nbytes, self.reader.stats - before, time.monotonic() - start_s)
+        # What is said to be warm was looked at last: with ``eviction: least-recently-stored``, or beside another run, early entries may be gone.
+        present = {row.digest for row in open_index(self.cache).rows("array")}
+        for density, result in results.items():
+            if result.outcome in ("hit", "miss") and self.reader.key(*density).digest not in present:
+                results[density] = replace(result, outcome="bypass")
+        return self._report(results, self.reader.stats - before, time.monotonic() - start_s)
 
     def _results(self) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
@@ -224,9 +229,10 @@ class WarmPlan:
                 else:
                     yield outcome
 
-    def _report(self, results: dict[Density, WarmResult], nbytes: int, stats: Stats, seconds: float) -> WarmReport:
+    def _report(self, results: dict[Density, WarmResult], stats: Stats, seconds: float) -> WarmReport:
         outcomes = {task_id: [results[task_id, role].outcome for role in ROLES if (task_id, role) in results] for task_id in self.task_ids}
         tried = {task_id: found for task_id, found in outcomes.items() if len(found) == len(ROLES)}
+        nbytes = [result.nbytes for result in results.values() if result.outcome in ("hit", "miss")]
         return WarmReport(
             ids=len(self.task_ids),
             warm=sum(set(found) <= {"hit", "miss"} for found in tried.values()),
@@ -234,9 +240,9 @@ class WarmPlan:
             bypassed=tuple(task_id for task_id, found in tried.items() if "bypass" in found),
             untried=len(outcomes) - len(tried),
             failed=tuple(result for density in self.densities if (result := results.get(density)) and result.outcome == "failed"),
-            nbytes=nbytes,
+            nbytes=sum(nbytes),
             # The payload, and a page for the header.
-            disk_bytes=sum(disk_bytes(r.nbytes) + BLOCK_BYTES for r in results.values() if r.outcome in ("hit", "miss")),
+            disk_bytes=sum(disk_bytes(n) + BLOCK_BYTES for n in nbytes),
             stats=stats,
             seconds=seconds,
         )

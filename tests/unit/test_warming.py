@@ -12,6 +12,7 @@ from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_warm
 from zarrcache.registry import open_reader
+from zarrcache.status import look
 
 
 @pytest.fixture
@@ -110,6 +111,17 @@ def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(tm
     assert report.stats.misses == 4 + 3
     again = plan_warm(config, workers=1).execute()
     assert (again.fresh, again.stats.misses) == (2, 3)
+
+
+def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
+    """With ``least-recently-stored`` and too small a limit, late entries push out early ones; the report agrees with the disk."""
+    write_pairs(tmp_path, 5)
+    config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored"))
+    report = plan_warm(config, workers=1).execute()
+    covered = look(config).coverage
+    assert covered is not None
+    assert 1 <= report.warm == covered.warm <= 3
+    assert report.warm + len(report.bypassed) == 5
 
 
 def test_two_processes_do_the_same_as_one(config: DataConfig) -> None:
