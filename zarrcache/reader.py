@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +13,17 @@ import zarr
 from numpy.typing import NDArray
 
 from zarrcache.config import CacheConfig
-from zarrcache.density import as_density, density_of_group, density_of_objects, metadata_of
+from zarrcache.density import as_density, density_of_group, density_of_objects, metadata_of, per_point
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
-from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, stem_of
+from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest
+from zarrcache.materials import Materials, Present
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.readarray import list_array, read_array
 from zarrcache.sequences import Density, Role, SplitSets, split_sets
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters, Stats
 from zarrcache.store import CachedStore, group_of, store_at
-from zarrcache.taskids import ids_of, read_map, split_ids
+from zarrcache.taskids import split_ids
 from zarrcache.tiers import Tiers
 
 if TYPE_CHECKING:
@@ -31,14 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "ZarrS3Reader"]
 
-logger = logging.getLogger(__name__)
-
-ROLES: tuple[Role, Role] = ("data", "label")
 #: How a density was had: from the array tier, from the origin and stored, from the origin and not admitted.
 Outcome = Literal["hit", "miss", "bypass"]
-
-#: Up to here a number of points is exact in float32, and dividing in float32 gives the same bits as dividing in float64 and rounding.
-_EXACT_IN_FLOAT32 = 2**24
 
 
 class ZarrS3Reader:
@@ -105,12 +99,11 @@ class ZarrS3Reader:
         self.use_s3 = any(isinstance(directory, str) for directory in (self.data_dir, self.label_dir))
         self._counters = Counters(shared=True)
         self._tiers = Tiers(CacheConfig.of(cache) if cache is not None else None, self._counters)
-        self._origins = {
+        self._origins: dict[Role, Origin] = {
             "data": self._tiers.origin(str(self.data_dir), self.s3_kwargs),
             "label": self._tiers.origin(str(self.label_dir), self.s3_kwargs),
         }
-        self._names: dict[Role, dict[str, str]] = {}
-        self._present: tuple[list[str], tuple[str, ...]] | None = None
+        self._materials = Materials(self._origins, self._tiers)
         self._checked = SharedSet()
         if self.use_s3:  # any other scheme was refused above
             _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
@@ -142,16 +135,16 @@ class ZarrS3Reader:
         OriginError
             A directory cannot be listed.
         """
-        return list(self._find()[0])
+        return list(self._present().ids)
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Ids of the functional whose input or label the origin does not have. They are left out of the split."""
-        return self._find()[1]
+        return self._present().missing
 
     def split_task_ids(self) -> tuple[list[str], list[str]]:
         """Training and test ids, in the order of ``data_split()``."""
-        return split_ids(self._find()[0], self.tf, self.rs)
+        return split_ids(self._present().ids, self.tf, self.rs)
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
         """Split into training and test sets; nothing is loaded yet.
@@ -173,38 +166,10 @@ class ZarrS3Reader:
 
     def relist(self) -> None:
         """List both directories at the origin now, and keep the listing for runs without the origin."""
-        self._present = None
-        self._names = {role: self._list(role) for role in ROLES}
+        self._materials.relist()
 
-    def _find(self) -> tuple[list[str], tuple[str, ...]]:
-        if self._present is None:
-            wanted = ids_of(read_map(self.map_dir), self.functional)
-            data, label = self._names_of("data"), self._names_of("label")
-            present = [task_id for task_id in wanted if task_id in data and task_id in label]
-            missing = tuple(task_id for task_id in wanted if task_id not in data or task_id not in label)
-            if missing:
-                first = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-                told = "%d of %d task ids of %s have no store in %s or %s and are left out: %s"
-                logger.warning(told, len(missing), len(wanted), self.functional, self.data_dir, self.label_dir, first)
-            self._present = present, missing
-        return self._present
-
-    def _names_of(self, role: Role) -> dict[str, str]:
-        if role not in self._names:
-            config = self._tiers.config
-            stored = self._tiers.stored_listing(self._origins[role], "") if config is not None and config.revalidate == "never" else None
-            self._names[role] = stored if isinstance(stored, dict) else self._list(role)
-        return self._names[role]
-
-    def _list(self, role: Role) -> dict[str, str]:
-        origin = self._origins[role]
-        names: dict[str, str] = {}
-        for name in sorted(origin.list_names(), reverse=True):  # so that mp-1.zarr comes after mp-1.zarr.zip and wins
-            stem = stem_of(name)
-            if stem is not None:
-                names[stem] = name
-        self._tiers.store_listing(origin, "", names)
-        return names
+    def _present(self) -> Present:
+        return self._materials.present(self.map_dir, self.functional)
 
     # -- one density -------------------------------------------------------------------------------------------------------------
 
@@ -280,7 +245,7 @@ class ZarrS3Reader:
     def _store_name(self, task_id: str, role: Role) -> str:
         check_task_id(task_id)
         try:
-            return self._names_of(role)[task_id]
+            return self._materials.names(role)[task_id]
         except KeyError:
             url = self._origins[role].url_of(f"{task_id}.zarr")
             raise OriginNotFoundError(
@@ -340,8 +305,7 @@ class ZarrS3Reader:
     def _flat(self, values: NDArray[np.float32]) -> Density:
         nx, ny, nz = values.shape
         if self.normalize:
-            # The users' expression, float32 array /= int64, divides in float64 and rounds; the same bits for a third of the time.
-            values = values / np.float32(values.size) if values.size <= _EXACT_IN_FLOAT32 else (values / np.float64(values.size)).astype(np.float32)
+            values = per_point(values)
         return values.reshape(-1), (nx, ny, nz)
 
     # -- the users' methods on groups --------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_real_densities_hold_whole_numbers_of_electrons(trained_on: SimpleNamesp
     train, test = get_dataset(SimpleNamespace(**vars(trained_on)))
     for label in (*train[1], *test[1]):
         electrons = float(label.sum(dtype=np.float64))
-        assert electrons == pytest.approx(round(electrons), abs=1e-2 * round(electrons) ** 0.5)
+        assert electrons == pytest.approx(round(electrons), abs=1e-3)
         assert electrons > 1
 
 

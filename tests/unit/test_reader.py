@@ -180,6 +180,15 @@ class TestWhichMaterials:
         assert reader.task_ids == ["mp-4", "mp-77", "mp-0"]
         assert reader_of(cache=True, functional="SCAN").task_ids == ["mp-4", "mp-77", "mp-0"]
 
+    def test_functional_can_be_changed_on_a_reader(self, stores: Any, reader_of: Callable[..., ZarrS3Reader]) -> None:
+        """As on the users' reader, whose every ``data_split()`` looks it up."""
+        reader = reader_of()
+        assert reader.task_ids == IDS
+        reader.functional = "SCAN"
+        assert (reader.task_ids, reader.missing) == (["mp-4", "mp-0"], ("mp-77", "mp-78"))
+        reader.functional = "GGA"
+        assert (reader.task_ids, reader.missing) == (IDS, ())
+
     def test_split_sets_are_those_of_the_split_ids(self, stores: Any, reader_of: Callable[..., ZarrS3Reader]) -> None:
         """Every array of every sequence is the one of its id."""
         reader = reader_of()
