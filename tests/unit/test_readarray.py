@@ -1,0 +1,182 @@
+"""One array read whole: what is missing, damaged or being written is said, never filled in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typing_extensions import Buffer
+
+from tests.support.stores import plain_read, small_group
+from zarrcache import readarray
+from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
+from zarrcache.keys import ObjectInfo, source_digest
+from zarrcache.localorigin import LocalOrigin
+from zarrcache.readarray import list_array, read_array
+from zarrcache.stats import Counters
+
+NAME = "charge_density_total"
+STORE = "mp-1.zarr"
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits are written down, not waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+def age(path: Path, seconds: float) -> None:
+    """Have every file below be written ``seconds`` ago."""
+    then = time.time() - seconds
+    for file in [path, *path.rglob("*")]:
+        os.utime(file, (then, then))
+
+
+class Hooked(LocalOrigin):
+    """A directory in which something happens before the first object is fetched."""
+
+    def __init__(self, path: Path, *hooks: Any) -> None:
+        super().__init__(str(path))
+        self.hooks = list(hooks)
+
+    def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        if self.hooks:
+            self.hooks.pop(0)()
+        yield from super().fetch(objects)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"zarr_format": 3}, {"zarr_format": 3, "shards": (8, 8, 8)}, {"as_zip": True}, {"zarr_format": 3, "as_zip": True}]
+)
+def test_settled_array_is_one_list_and_one_get_an_object(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Values as zarr reads them, and the digest of what was listed."""
+    store = f"{STORE}.zip" if layout.get("as_zip") else STORE
+    small_group(tmp_path / store, **layout)
+    age(tmp_path, 3600)
+    counters = Counters()
+    origin = LocalOrigin(str(tmp_path), counters=counters)
+    decoded = read_array(origin, store, NAME)
+    assert np.array_equal(decoded.array, plain_read(tmp_path / store))
+    listed = list_array(LocalOrigin(str(tmp_path)), store, NAME)
+    assert decoded.source == source_digest(listed)
+    assert counters.snapshot().requests == 1 + len(listed)
+
+
+@pytest.mark.parametrize("store", [STORE, f"{STORE}.zip"])
+def test_missing_store_is_named(tmp_path: Path, store: str) -> None:
+    """As a whole store that the origin does not have."""
+    with pytest.raises(OriginNotFoundError, match=f"{tmp_path}/{store} does not exist"):
+        read_array(LocalOrigin(str(tmp_path)), store, NAME)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_missing_array_names_those_that_are_there(tmp_path: Path, zarr_format: Any, as_zip: bool) -> None:
+    """The users' words."""
+    store = f"{STORE}.zip" if as_zip else STORE
+    small_group(tmp_path / store, zarr_format=zarr_format, as_zip=as_zip, diff=True)
+    with pytest.raises(SchemaError) as caught:
+        read_array(LocalOrigin(str(tmp_path)), store, "charge_density_spin")
+    url = tmp_path / store
+    assert str(caught.value) == (
+        f"'charge_density_spin' not found in zarr store {url}. Available arrays: ['charge_density_diff', 'charge_density_total']"
+    )
+
+
+def test_array_without_its_metadata_is_none(tmp_path: Path) -> None:
+    """Chunks alone say nothing."""
+    small_group(tmp_path / STORE)
+    (tmp_path / STORE / NAME / ".zarray").unlink()
+    with pytest.raises(SchemaError, match=f"{STORE}/{NAME}/ holds neither .zarray nor zarr.json"):
+        read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+
+
+def test_damaged_chunk_is_named(tmp_path: Path) -> None:
+    """Not filled, not retried: the listing is the same."""
+    small_group(tmp_path / STORE)
+    (tmp_path / STORE / NAME / "0.1.0").write_bytes(b"damaged")
+    age(tmp_path, 3600)
+    with pytest.raises(IncompleteArrayError, match=rf"{tmp_path}/{STORE}/{NAME}/0\.1\.0 cannot be decoded .* convert the store again"):
+        read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+
+
+def test_empty_chunk_in_a_zip_is_damaged_and_not_missing(tmp_path: Path) -> None:
+    """It has a name, so it is not the fill value."""
+    import zipfile
+
+    small_group(tmp_path / STORE, compressors=None)
+    (tmp_path / STORE / NAME / "0.1.0").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / f"{STORE}.zip", "w") as archive:
+        for file in sorted(p for p in (tmp_path / STORE).rglob("*") if p.is_file()):
+            archive.write(file, file.relative_to(tmp_path / STORE))
+    for store in (STORE, f"{STORE}.zip"):
+        with pytest.raises(IncompleteArrayError, match=r"0\.1\.0 cannot be decoded"):
+            read_array(LocalOrigin(str(tmp_path)), store, NAME)
+
+
+def test_missing_chunk_has_the_fill_value(tmp_path: Path) -> None:
+    """Where the origin lists none, as zarr means it."""
+    small_group(tmp_path / STORE, fill_value=7)
+    (tmp_path / STORE / NAME / "0.1.0").unlink()
+    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+    assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
+    assert (decoded.array[0:4, 4:8, 0:4] == 7).all()
+
+
+def test_store_that_is_overwritten_while_it_is_read_is_read_again(tmp_path: Path, naps: list[float]) -> None:
+    """Never a mixture: each object has to be the one that was listed."""
+    small_group(tmp_path / STORE, seed=1)
+
+    def overwrite() -> None:
+        shutil.rmtree(tmp_path / STORE)
+        small_group(tmp_path / STORE, seed=2)
+
+    decoded = read_array(Hooked(tmp_path, overwrite), STORE, NAME)
+    assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
+    assert decoded.source == source_digest(list_array(LocalOrigin(str(tmp_path)), STORE, NAME))
+    assert naps == [0.5]
+
+
+def test_chunk_that_appears_while_a_young_store_is_read_is_not_missed(tmp_path: Path, naps: list[float]) -> None:
+    """Every listed object was right, and the array still is not what the writer meant."""
+    small_group(tmp_path / STORE)
+    late = tmp_path / STORE / NAME / "0.1.0"
+    late.rename(tmp_path / "late")
+    decoded = read_array(Hooked(tmp_path, lambda: (tmp_path / "late").rename(late)), STORE, NAME)
+    assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
+
+
+def test_store_that_never_comes_to_rest_is_an_error(tmp_path: Path, naps: list[float]) -> None:
+    """After five readings."""
+    small_group(tmp_path / STORE)
+    chunk = tmp_path / STORE / NAME / "0.0.0"
+    touches = [lambda n=n: os.utime(chunk, ns=(n, n)) for n in range(1, 9)]
+    origin = Hooked(tmp_path, *touches)
+    with pytest.raises(IncompleteArrayError, match=f"{STORE} kept changing while it was read. Wait until its writer has finished"):
+        read_array(origin, STORE, NAME)
+    assert naps == list(readarray._REWRITE_WAITS_S)
+    assert len(origin.hooks) == 8 - 5
+
+
+def test_listed_chunk_that_is_gone_is_an_error(tmp_path: Path, naps: list[float]) -> None:
+    """A stale listing from the caller is replaced; one that is fresh and still wrong is not."""
+    small_group(tmp_path / STORE)
+    listed = list_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+    (tmp_path / STORE / NAME / "0.1.0").unlink()
+    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME, listed=listed)
+    assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
+
+    class Stubborn(LocalOrigin):
+        def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+            return listed
+
+    with pytest.raises(IncompleteArrayError, match=r"0\.1\.0 is listed .* but is gone"):
+        read_array(Stubborn(str(tmp_path)), STORE, NAME)

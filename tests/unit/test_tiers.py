@@ -1,0 +1,71 @@
+"""Both tiers of one directory: what they share, and the listings that they keep."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.support.cachedirs import array_of, key_of, settings
+from tests.support.stores import small_group
+from zarrcache.stats import Counters
+from zarrcache.tiers import Tiers
+
+
+def test_same_arguments_give_the_same_origin(tmp_path: Path) -> None:
+    """It has connections."""
+    tiers = Tiers(None, Counters())
+    assert tiers.origin(str(tmp_path)) is tiers.origin(str(tmp_path))
+    assert tiers.origin("s3://b/x", {"key": "a", "secret": "b"}) is not tiers.origin("s3://b/x", {"key": "a", "secret": "c"})
+
+
+def test_without_a_cache_there_are_no_tiers(tmp_path: Path) -> None:
+    """Listings are asked for each time."""
+    tiers = Tiers(None, Counters())
+    origin = tiers.origin(str(tmp_path))
+    assert (tiers.index, tiers.arrays, tiers.bytes(origin)) == (None, None, None)
+    tiers.store_listing(origin, "mp-1.zarr", {"a": 1})
+    tiers.forget_listing(origin, "mp-1.zarr")
+    assert tiers.stored_listing(origin, "mp-1.zarr") is None
+
+
+def test_both_tiers_have_one_limit(tmp_path: Path) -> None:
+    """What one has taken the other has not."""
+    small_group(tmp_path / "data" / "mp-1.zarr")
+    tiers = Tiers(settings(tmp_path, limit=8192), Counters())
+    assert tiers.arrays is not None
+    assert tiers.arrays.put(key_of(1), array_of(1), source="s")
+    origin = tiers.origin(str(tmp_path / "data"))
+    cache = tiers.bytes(origin)
+    assert cache is not None
+    cache.read(origin.list_objects("mp-1.zarr/")[0])
+    assert tiers.index is not None
+    assert set(tiers.index.totals()) == {"array"}
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+def test_listing_is_kept_by_origin_and_name(tmp_path: Path, arrays: bool) -> None:
+    """Also where arrays are not: without listings no run starts offline."""
+    tiers = Tiers(settings(tmp_path, arrays={"enabled": arrays}), Counters())
+    one, two = tiers.origin(str(tmp_path / "one")), tiers.origin(str(tmp_path / "two"))
+    tiers.store_listing(one, "", {"mp-1": "mp-1.zarr", "ü": 1})
+    again = pickle.loads(pickle.dumps(tiers))
+    assert again.stored_listing(one, "") == {"mp-1": "mp-1.zarr", "ü": 1}
+    assert again.stored_listing(one, "mp-1.zarr") is None
+    assert again.stored_listing(two, "") is None
+    again.forget_listing(one, "")
+    assert tiers.stored_listing(one, "") is None
+
+
+def test_unusable_directory_is_no_listing_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The origin is asked instead."""
+    (tmp_path / "cache").write_text("in the way")
+    tiers = Tiers(settings(tmp_path), Counters())
+    origin = tiers.origin(str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        tiers.store_listing(origin, "", {})
+        tiers.forget_listing(origin, "")
+        assert tiers.stored_listing(origin, "") is None
+    assert tiers.counters.snapshot().cache_errors == 2
