@@ -72,7 +72,7 @@ class CachedStore(Store):
 
     def with_read_only(self, read_only: bool = False) -> CachedStore:
         if not read_only:
-            raise ValueError(f"{self.url} is opened through a cache and cannot be written. Open it with zarr directly.")
+            super().with_read_only(read_only)  # raises NotImplementedError, in zarr's words
         return type(self)(self.origin, self.name, self.tiers)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
@@ -107,17 +107,13 @@ class CachedStore(Store):
             yield name
 
     async def set(self, key: str, value: Buffer) -> None:
-        raise ValueError(f"{self.url} is opened through a cache and cannot be written. Open it with zarr directly.")
+        raise self._read_only_error()
 
     async def delete(self, key: str) -> None:
-        raise ValueError(f"{self.url} is opened through a cache and cannot be written. Open it with zarr directly.")
+        raise self._read_only_error()
 
-    def read(self, key: str) -> bytes:
-        """One whole object that :meth:`sizes` names. Safe from any thread."""
-        data = self._read(key, None)
-        if data is None:
-            raise KeyError(f"{self.url}/{key}")
-        return data
+    def _read_only_error(self) -> ValueError:
+        return ValueError(f"{self.url}: store was opened in read-only mode and does not support writing. Write to it with zarr directly.")
 
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
         size = self.sizes().get(key)
@@ -177,7 +173,7 @@ def _bounds(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:
             return min(offset, size), size
         case SuffixByteRequest(suffix):
             return max(size - suffix, 0), size
-    raise TypeError(f"{byte_range!r} is not a byte range of zarr.")
+    raise TypeError(f"Unexpected byte_range, got {byte_range!r}.")
 
 
 def open_store(

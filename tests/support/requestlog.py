@@ -13,7 +13,8 @@ from tests.support.s3server import S3Server
 
 __all__ = ["Request", "RequestLog"]
 
-_LINE = re.compile(r'"([A-Z]+) (\S+) HTTP/[0-9.]+" (\d{3})')
+#: The server colours every answer that is not 200: ranges (206) and errors too have to be counted.
+_LINE = re.compile(r'"(?:\x1b\[\d+m)*([A-Z]+) (\S+) HTTP/[0-9.]+(?:\x1b\[0m)?" (\d{3})')
 
 
 @dataclass(frozen=True)
