@@ -69,7 +69,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def train(job: Job, method: str, *, used: bool, persistent: bool) -> Outcome:
-    """Two epochs over the training set with two workers. ``used``: the parent reads a sample first, which opens its clients."""
+    """Two epochs over the training set with two workers (one where a worker is an interpreter of its own). ``used``: the parent reads a sample first, which opens its clients."""
     reader = job.reader()
     if used:
         reader.load(reader.split_task_ids()[1][0], "label")
@@ -77,7 +77,12 @@ def train(job: Job, method: str, *, used: bool, persistent: bool) -> Outcome:
     dataset = RhoData(*reader.data_split()[0], data_augmentation=False)
     before = reader.tiers.counters.snapshot()
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=2, multiprocessing_context=method, persistent_workers=persistent, timeout=DEADLINE_S // 2
+        dataset,
+        batch_size=None,
+        num_workers=2 if method == "fork" else 1,
+        multiprocessing_context=method,
+        persistent_workers=persistent,
+        timeout=DEADLINE_S // 2,
     )
     epochs = [{i: digest(*pair) for i, pair in enumerate(loader)} for _ in range(2)]
     own = reader.tiers.counters.snapshot() - before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -22,13 +23,20 @@ from zarrcache import ConfigError, IncompleteArrayError, OriginError, OriginNotF
 IDS = ["mp-1", "mp-2", "mp-3"]
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good materials and their map."""
+    root = tmp_path_factory.mktemp("good")
+    for role, task_id in itertools.product(("data", "label"), IDS):
+        small_group(root / role / f"{task_id}.zarr", shape=(5, 6, 7), seed=int(task_id[3:]))
+    (root / "map.json").write_text(json.dumps({"GGA": IDS, "SCAN": [], "r2SCAN": ["mp-9"]}))
+    return root
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Three good materials; a test spoils what it is about."""
-    for role, task_id in ((role, task_id) for role in ("data", "label") for task_id in IDS):
-        small_group(tmp_path / role / f"{task_id}.zarr", shape=(5, 6, 7), seed=int(task_id[3:]))
-    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS, "SCAN": [], "r2SCAN": ["mp-9"]}))
-    return tmp_path
+def data(good: Path, tmp_path: Path) -> Path:
+    """A copy of them; a test spoils what it is about."""
+    return Path(shutil.copytree(good, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture(params=["no cache", "array tier", "byte tier"])

@@ -19,6 +19,7 @@ import zarr
 from numpy.typing import NDArray
 
 from tests.support.stores import STRUCTURE, random_density
+from tests.support.stores import small_group as write_group
 from zarrcache import ConfigError, OriginNotFoundError, ZarrS3Reader
 from zarrcache.keys import source_digest
 
@@ -26,15 +27,23 @@ Arrays = dict[str, NDArray[Any]]
 IDS = [f"mp-{i}" for i in range(5)]
 
 
-@pytest.fixture
-def stores(tmp_path: Path, small_group: Callable[..., Arrays]) -> dict[tuple[str, str], Arrays]:
-    """Five materials with input and label below ``data`` and ``label``, and a map of them."""
-    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS, "SCAN": ["mp-4", "mp-77", "mp-0", "mp-78"]}))
-    return {
-        (role, task_id): small_group(f"{role}/{task_id}.zarr", shape=(4 + i, 5, 6), seed=i + 10 * (role == "label"), diff=True)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], Arrays]]:
+    """Five materials with input and label below ``data`` and ``label``, a map of them, and what is in them."""
+    root = tmp_path_factory.mktemp("written")
+    (root / "map.json").write_text(json.dumps({"GGA": IDS, "SCAN": ["mp-4", "mp-77", "mp-0", "mp-78"]}))
+    return root, {
+        (role, task_id): write_group(root / role / f"{task_id}.zarr", shape=(4 + i, 5, 6), seed=i + 10 * (role == "label"), diff=True)
         for role in ("data", "label")
         for i, task_id in enumerate(IDS)
     }
+
+
+@pytest.fixture
+def stores(written: tuple[Path, dict[tuple[str, str], Arrays]], tmp_path: Path) -> dict[tuple[str, str], Arrays]:
+    """A copy of them below ``tmp_path``."""
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
+    return written[1]
 
 
 @pytest.fixture
