@@ -69,7 +69,10 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def train(job: Job, method: str, *, used: bool, persistent: bool) -> Outcome:
-    """Two epochs over the training set with two workers (one where a worker is an interpreter of its own). ``used``: the parent reads a sample first, which opens its clients."""
+    """Two epochs over the training set with two forked workers, or one that is an interpreter of its own.
+
+    ``used``: the parent reads a sample first, which opens its clients.
+    """
     reader = job.reader()
     if used:
         reader.load(reader.split_task_ids()[1][0], "label")
