@@ -122,13 +122,6 @@ class CachedStore(Store):
             raise KeyError(f"{self.url}/{key}")
         return data
 
-    def read(self, key: str) -> bytes:
-        """One whole object that :meth:`sizes` names. Safe from any thread."""
-        data = self._read(key, None)
-        if data is None:
-            raise KeyError(f"{self.url}/{key}")
-        return data
-
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
         size = self.sizes().get(key)
         if size is None:
