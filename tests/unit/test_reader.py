@@ -248,9 +248,10 @@ class TestOneDensity:
         reader = reader_of(cache=True)
         reader.load("mp-0", "data")
         reader.load("mp-0", "data")
+        gc.collect()  # what other tests left open must not end in between
         descriptors = len(os.listdir("/dev/fd"))
         kept = [reader.load("mp-0", "data")[0] for _ in range(300)]
-        assert len(os.listdir("/dev/fd")) == descriptors
+        assert len(os.listdir("/dev/fd")) <= descriptors
         assert len(kept) == 300
 
     def test_a_pass_over_warm_data_holds_no_density(self, reader_of: Callable[..., ZarrS3Reader], small_group: Callable[..., Arrays]) -> None:
