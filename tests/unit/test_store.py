@@ -1,0 +1,68 @@
+"""The store over one listing: byte ranges, names, identity, and what it makes of an old listing."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+
+from tests.support.cachedirs import settings
+from tests.support.stores import small_group
+from zarrcache.errors import IncompleteArrayError
+from zarrcache.stats import Counters
+from zarrcache.store import CachedStore, _bounds, open_store
+from zarrcache.tiers import Tiers
+
+
+@pytest.mark.parametrize(
+    ("byte_range", "bounds"),
+    [
+        (None, (0, 10)),
+        (RangeByteRequest(2, 5), (2, 5)),
+        (RangeByteRequest(2, 50), (2, 10)),
+        (RangeByteRequest(20, 50), (10, 10)),
+        (OffsetByteRequest(4), (4, 10)),
+        (OffsetByteRequest(40), (10, 10)),
+        (SuffixByteRequest(3), (7, 10)),
+        (SuffixByteRequest(30), (0, 10)),
+    ],
+)
+def test_byte_range_stays_within_the_object(byte_range: Any, bounds: tuple[int, int]) -> None:
+    """As a slice of its bytes would."""
+    assert _bounds(byte_range, 10) == bounds
+
+
+def test_object_is_read_by_its_name(tmp_path: Path) -> None:
+    """What the listing does not have is a KeyError."""
+    small_group(tmp_path / "mp-1.zarr")
+    store = open_store(tmp_path / "mp-1.zarr")
+    assert {key: len(store.read(key)) for key in store.sizes()} == store.sizes()
+    assert store.read(".zgroup") == (tmp_path / "mp-1.zarr" / ".zgroup").read_bytes()
+    with pytest.raises(KeyError, match="nothing"):
+        store.read("nothing")
+
+
+def test_store_is_its_url_at_its_origin(tmp_path: Path) -> None:
+    """Two handles are equal; another endpoint is another store."""
+    one, same = (open_store(tmp_path / "mp-1.zarr") for _ in range(2))
+    here, there = (open_store("s3://b/mp-1.zarr", s3_kwargs={"endpoint_url": f"http://{host}"}) for host in ("here", "there"))
+    assert one == same == pickle.loads(pickle.dumps(one))
+    assert hash(one) == hash(same)
+    assert here != there
+
+
+def test_old_listing_is_an_error_once_and_forgotten(tmp_path: Path) -> None:
+    """Versions are never mixed; what is opened next is the present version."""
+    small_group(tmp_path / "data" / "mp-1.zarr", seed=1)
+    tiers = Tiers(settings(tmp_path), Counters())
+    origin = tiers.origin(str(tmp_path / "data"))
+    CachedStore(origin, "mp-1.zarr", tiers).sizes()
+    chunk = tmp_path / "data" / "mp-1.zarr" / "charge_density_total" / "0.0.0"
+    chunk.write_bytes(b"another length")
+    old = CachedStore(origin, "mp-1.zarr", tiers)
+    with pytest.raises(IncompleteArrayError, match="changed after it was listed"):
+        old.read("charge_density_total/0.0.0")
+    assert CachedStore(origin, "mp-1.zarr", tiers).read("charge_density_total/0.0.0") == b"another length"
