@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zarrcache.chgcar_files import read_density
 from zarrcache.chgcar_names import find_files, task_id_of
 from zarrcache.config import CacheConfig
+from zarrcache.density import per_point
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
 from zarrcache.sequences import Density, Role, SplitSets, split_sets
 from zarrcache.taskids import ids_of, read_map, split_ids
@@ -145,7 +144,7 @@ class RhoRead:
             logger.warning("%s %s", path, " ".join(density.warnings))
         nx, ny, nz = values.shape
         if self.normalize:
-            values = (values / np.float64(values.size)).astype(np.float32)  # in float64, as float32 array /= int64 does it
+            values = per_point(values)
         return values.reshape(-1), (nx, ny, nz)
 
     def _find(self) -> tuple[list[str], tuple[str, ...]]:

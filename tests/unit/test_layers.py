@@ -29,8 +29,7 @@ LEVELS = {
     5: "tiers",
     6: "store materials",
     7: "reader filesystem",
-    8: "registry dataset chgcar chgcar_files convert storewriter storeupload synthetic "
-    "scope warming evicting verifying status doctor",
+    8: "registry dataset chgcar chgcar_files convert storewriter storeupload synthetic scope warming evicting verifying status doctor",
     9: "demo demo_server demo_train",
     10: "cli cliargs cliwords terminal __main__",
 }
