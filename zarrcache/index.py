@@ -19,7 +19,7 @@ from typing import Any
 
 from zarrcache.atomic import PARTIAL_SUFFIX
 from zarrcache.config import CacheConfig
-from zarrcache.indexfile import CACHE_FAULTS, IndexFile, Stored, Table
+from zarrcache.indexfile import CACHE_FAULTS, IndexFile, Stored, Table, no_fork
 from zarrcache.layout import CacheDir
 from zarrcache.owner import is_dead, owner_id
 from zarrcache.policy import Admission, admit, choose_victims, min_free_bytes
@@ -71,12 +71,16 @@ class Index:
 
     def lookup(self, digest: str) -> Stored | None:
         """One SELECT, no write."""
-        found = self._table().get(digest)
+        table = self._table()
+        with no_fork():
+            found = table.get(digest)
         return found if isinstance(found, Stored) else None
 
     def volume_bytes(self) -> int:
         """Bytes on disk of all entries, and of what is being written or deleted right now."""
-        return int(self._table().reset("size"))
+        table = self._table()
+        with no_fork():
+            return int(table.reset("size"))
 
     def rows(self, tier: str | None = None) -> Iterator[Row]:
         """Every entry, oldest first."""
@@ -195,7 +199,8 @@ class Index:
         table = self._table()
         for intent in intents:
             path = self.dir.root / intent.filename
-            entry = table.get(path.name.partition("-")[0])
+            with no_fork():
+                entry = table.get(path.name.partition("-")[0])
             if isinstance(entry, Stored) and entry.filename == intent.filename:
                 continue  # the byte tier has one name for an object: somebody has published it again meanwhile
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):

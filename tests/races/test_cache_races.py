@@ -27,7 +27,7 @@ from zarrcache.layout import CacheDir
 from zarrcache.stats import Counters
 
 #: Only a hang takes this long; it says nothing about speed.
-HANG_S = 120
+HANG_S = 15
 SPAWN, FORK = get_context("spawn"), get_context("fork")
 
 
@@ -292,7 +292,7 @@ def test_forked_children_use_an_index_that_is_open_in_their_parent(tmp_path: Pat
 
 
 def test_fork_while_threads_read_and_write_gives_a_child_that_works(tmp_path: Path) -> None:
-    """Threads of a parent hold SQLite connections that no hook of the forking thread can close."""
+    """SQLite's mutexes are the process's: a child forked while a thread held one would wait for it for ever."""
     cache = cache_at(tmp_path)
     for number in (0, 1):
         cache.put(key_of(number), array_of(number), source="s")
@@ -301,15 +301,14 @@ def test_fork_while_threads_read_and_write_gives_a_child_that_works(tmp_path: Pa
     def read() -> None:
         while not stop.is_set():
             assert cache.get(key_of(0)) is not None
-            time.sleep(0.001)
 
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
-        run([FORK.Process(target=_get_and_put, args=(cache, 10 + n)) for n in range(8)])
+        run([FORK.Process(target=_get_and_put, args=(cache, 10 + n)) for n in range(16)])
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    assert len(list(cache.entries())) == 10
+    assert len(list(cache.entries())) == 18
