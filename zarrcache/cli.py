@@ -125,7 +125,9 @@ def convert(
     pattern: Annotated[
         str | None, typer.Option(metavar="GLOB", help="which files below SRC, e.g. '**/CHGCAR' [default: whatever looks like a density]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="processes [default: one a core]", show_default=False)] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="processes [default: one a core, and one for 8 MiB of files]", show_default=False)
+    ] = None,
     chunks: Annotated[str, typer.Option(metavar="N[,N,N]", help="grid points of a chunk along each axis")] = "16",
     as_zip: Annotated[bool, typer.Option("--zip", help="one file a store, <task_id>.zarr.zip: one request on S3")] = False,
     zarr_format: Annotated[int, typer.Option("--zarr-format", metavar="2|3", min=2, max=3, help="version of the Zarr format")] = 2,

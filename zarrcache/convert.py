@@ -29,6 +29,9 @@ __all__ = ["ConvertPlan", "ConvertReport", "ConvertResult", "convert_directory",
 
 logger = logging.getLogger(__name__)
 
+#: A process takes 2 s to start and import pymatgen, in which another one converts about this much.
+BYTES_PER_WORKER = 8 * 1024**2
+
 
 @dataclass(frozen=True)
 class ConvertResult:
@@ -180,7 +183,7 @@ def plan_convert(
     pattern : str, optional
         Which files below ``src``, as ``Path.glob`` takes it: ``"**/CHGCAR"``.
     workers : int, optional
-        Processes. Default: one a core that this process may use.
+        Processes. Default: one a core that this process may use, and one for 8 MiB of files.
     chunks : int or three ints
     zip : bool
         ``<task_id>.zarr.zip``: one file, one request.
@@ -225,7 +228,8 @@ def plan_convert(
     present = convert.present(set(names.values()) - {""})
     todo = tuple(path for path in files if overwrite or names[path] not in present)
     skipped = tuple(path for path in files if path not in set(todo))
-    return ConvertPlan(target, todo, skipped, max(1, min(workers or cores(), len(todo))), convert)
+    enough = min(cores(), -(-sum(path.stat().st_size for path in todo) // BYTES_PER_WORKER))
+    return ConvertPlan(target, todo, skipped, max(1, min(workers or enough, len(todo))), convert)
 
 
 def convert_directory(
