@@ -296,7 +296,7 @@ _gate = _ForkGate()
 def no_fork() -> Iterator[None]:
     """No child is forked while a thread is in here. Around everything that calls SQLite; may be nested."""
     gate = _gate
-    return (yield)
+    gate.enter()
     try:
         yield
     finally:

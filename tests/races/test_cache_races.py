@@ -27,7 +27,7 @@ from zarrcache.layout import CacheDir
 from zarrcache.stats import Counters
 
 #: Only a hang takes this long; it says nothing about speed.
-HANG_S = 15
+HANG_S = 120
 SPAWN, FORK = get_context("spawn"), get_context("fork")
 
 
