@@ -72,14 +72,14 @@ class Index:
     def lookup(self, digest: str) -> Stored | None:
         """One SELECT, no write."""
         table = self._table()
-        with no_fork():
+        with no_fork(table):
             found = table.get(digest)
         return found if isinstance(found, Stored) else None
 
     def volume_bytes(self) -> int:
         """Bytes on disk of all entries, and of what is being written or deleted right now."""
         table = self._table()
-        with no_fork():
+        with no_fork(table):
             return int(table.reset("size"))
 
     def rows(self, tier: str | None = None) -> Iterator[Row]:
@@ -199,7 +199,7 @@ class Index:
         table = self._table()
         for intent in intents:
             path = self.dir.root / intent.filename
-            with no_fork():
+            with no_fork(table):
                 entry = table.get(path.name.partition("-")[0])
             if isinstance(entry, Stored) and entry.filename == intent.filename:
                 continue  # the byte tier has one name for an object: somebody has published it again meanwhile
