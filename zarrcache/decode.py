@@ -187,6 +187,9 @@ def check_metadata(document: object, url: str) -> None:
     name = document.get("dtype", document.get("data_type"))
     if not all(isinstance(n, int) and n >= 0 for n in document["shape"]):
         raise SchemaError(f"{url} gives the shape {document['shape']!r}; it has to be a list of lengths.")
+    chunks = document.get("chunks")
+    if isinstance(chunks, list) and 0 in chunks and 0 not in document["shape"]:
+        raise SchemaError(f"{url} gives the chunks {chunks!r}; each has to have a point at least.")  # zarr 3.4 would read the fill value
     try:
         dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
     except (TypeError, ValueError, KeyError):
