@@ -275,7 +275,7 @@ class _ForkGate:
 
     @property
     def is_outermost(self) -> bool:
-        """This thread would be outside after one ``leave``."""
+        """One ``leave`` takes this thread outside."""
         return bool(self._depth.value == 1)
 
     def leave(self) -> None:
