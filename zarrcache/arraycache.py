@@ -68,7 +68,7 @@ class ArrayCache:
         ----------
         key : ArrayKey
         source : str, optional
-            What the origin lists now (:func:`zarrcache.keys.source_digest`); an entry of anything else is stale and a miss.
+            What the origin lists now (:func:`zarrcache.keys.source_digest`); an entry of anything else is stale: dropped, and a miss.
         """
         stored: Stored | None = None
         try:
@@ -88,8 +88,11 @@ class ArrayCache:
             self._purge(key, stored.filename, f"it holds {entry.header.key.url} {entry.header.key.array}")
             return None
         if not is_fresh(entry.header.source, source):
+            # Dropped at once: whatever becomes of the fetch that follows, nobody may be given this one again.
+            self._drop(key, stored.filename)
             return None
-        if self._config.verify == "always" or (self._config.verify == "first" and stored.filename not in self._verified):
+        # A listing decides which materials there are, and is read once a run: always checked.
+        if not key.array or self._config.verify == "always" or (self._config.verify == "first" and stored.filename not in self._verified):
             if not entry.is_intact():
                 self._purge(key, stored.filename, "its checksum does not match")
                 return None
@@ -139,6 +142,10 @@ class ArrayCache:
     def _purge(self, key: ArrayKey, filename: str, why: str) -> None:
         self._counters.add(purges=1)
         logger.warning("cache entry dropped, reading %s %s from the origin: %s", key.url, key.array, why)
+        self._drop(key, filename)
+
+    def _drop(self, key: ArrayKey, filename: str) -> None:
+        """Drop an entry if it still is this file."""
         try:
             self.index.drop([key.digest], filename=filename)
         except CACHE_FAULTS as exc:

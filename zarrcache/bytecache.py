@@ -128,7 +128,7 @@ def _from_origin(origin: Origin, key: BlockKey) -> bytes:
     """One object or block, as the origin has it."""
     if key.block is not None:
         start = key.block * key.block_size
-        return origin.fetch_range(key.object, start, min(start + key.block_size, key.object.size_bytes))
+        return origin.fetch_range(key.object, start, start + key.nbytes)
     ((_, data),) = origin.fetch([key.object])
     return bytes(data)
 
@@ -167,12 +167,10 @@ class ByteCache:
         stop = obj.size_bytes if stop is None else min(stop, obj.size_bytes)
         start = min(start, stop)
         block_size = self._config.bytes.block_size
-        if not self._config.bytes.enabled:
-            return self._past_the_cache(obj, start, stop)
         whole = BlockKey(self._origin.identity, self._origin.url, obj)
         if obj.size_bytes <= block_size or (start, stop) == (0, obj.size_bytes):
             return self._entry(whole)[start:stop]
-        if (self._index.dir.bytes / whole.digest[:2] / whole.digest).exists():  # somebody has read it whole: not once more in blocks
+        if os.path.exists(self._index.dir.bytes / whole.digest[:2] / whole.digest):  # somebody has read it whole: not once more in blocks
             return self._entry(whole)[start:stop]
         return b"".join(self._blocks(obj, start, stop, block_size))
 
@@ -211,7 +209,9 @@ class ByteCache:
         return _from_origin(self._origin, key)
 
     def _is_intact(self, key: BlockKey, data: bytes) -> bool:
-        """Compare with the checksum in the index. A file that no row knows is not trusted."""
+        """Compare with the length, and with the checksum in the index. A file that no row knows is not trusted."""
+        if len(data) != key.nbytes:
+            return False
         if self._config.verify == "never" or (self._config.verify == "first" and key.digest in self._verified):
             return True
         stored = self._index.lookup(key.digest)
@@ -228,8 +228,11 @@ class ByteCache:
                     return False
             except FileNotFoundError:  # evicted meanwhile
                 return True
+            is_evicted = self._index.lookup(key.digest) is None  # its row is dropped, its file about to be
             self._index.drop([key.digest])
             local.unlink(missing_ok=True)
+        if is_evicted:
+            return True
         self._counters.add(purges=1)
         logger.warning("cache entry dropped, reading %s from the origin: it does not match its checksum", self._origin.url_of(key.object.key))
         return True
@@ -241,12 +244,6 @@ class ByteCache:
         if kind not in self._index.told:  # a full disk must not write a line an object
             self._index.told.add(kind)
             logger.warning("cache %s failed, serving %s from the origin: %s", verb, self._origin.url_of(key.object.key), exc)
-
-    def _past_the_cache(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        if (start, stop) == (0, obj.size_bytes):
-            ((_, data),) = self._origin.fetch([obj])
-            return bytes(data)
-        return self._origin.fetch_range(obj, start, stop)
 
     def _simplecache(self) -> SimpleCacheFileSystem:
         if self._fs is None:

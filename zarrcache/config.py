@@ -150,7 +150,7 @@ class RetryConfig(_Block):
     """How long a transient error is worth trying again."""
 
     attempts: int = Field(5, ge=1, le=100, description="requests for one object at the most, the first included")
-    timeout: Seconds = Field(60.0, gt=0, description="seconds for all attempts of one fetch together")
+    timeout: Seconds = Field(60.0, gt=0, description="seconds for all attempts of one fetch together, from the last object that arrived")
 
 
 class FetchConfig(_Block):
@@ -245,14 +245,18 @@ class DataConfig(_Block):
     normalize_data: bool = True
     train_fraction: float | int = 0.8
     random_state: int = 42
-    s3_kwargs: dict[str, Any] | None = None
+    s3_kwargs: dict[str, Any] | None = Field(None, repr=False)
     cache: CacheConfig | None = None
 
     def __init__(self, **data: Any) -> None:
-        data = {k: _expand(v) for k, v in data.items() if k in type(self).model_fields}
+        try:
+            secret: dict[str, Any] = {"s3_kwargs": _expand(data["s3_kwargs"])} if "s3_kwargs" in data else {}
+        except ConfigError:
+            raise ConfigError("s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} or ${NAME:-default}.") from None
+        known = {k: _expand(v) for k, v in data.items() if k in type(self).model_fields and k != "s3_kwargs"}
         if data.get("cache") is not None:
-            data["cache"] = CacheConfig.of(data["cache"])
-        super().__init__(**data)
+            known["cache"] = CacheConfig.of(data["cache"])
+        super().__init__(**known, **secret)
 
     @field_validator("data_dir", "label_dir", "map_dir", mode="before")
     @classmethod
@@ -310,7 +314,8 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         return f"{where} is not a setting. {hint}"
     if error["type"] == "missing":
         return f"{where} is missing."
-    return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+    got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"  # it may be a secret
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

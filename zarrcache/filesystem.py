@@ -12,7 +12,7 @@ from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from zarrcache.config import CacheConfig
-from zarrcache.errors import ConfigError
+from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.keys import ObjectInfo, stem_of
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters, Stats
@@ -72,11 +72,10 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         """What is directly below a directory; of a file, itself."""
-        below, found = f"{path.strip('/')}/", {}
-        for obj in self._below(path):
-            name, slash, _ = obj.key.partition("/")
-            full = ("" if self._is_s3 else "/") + below + name
-            found[full] = {"name": full, "size": 0, "type": "directory"} if slash else {**_file_info(full, obj)}
+        below = ("" if self._is_s3 else "/") + f"{path.strip('/')}/"
+        found = {}
+        for name, obj in self._children(path).items():
+            found[below + name] = {"name": below + name, "size": 0, "type": "directory"} if obj is None else _file_info(below + name, obj)
         if not found:
             found[path] = self.info(path)
         return list(found.values()) if detail else list(found)
@@ -91,7 +90,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         path = self._strip_protocol(path)
         if (found := self._find(path)) is not None:
             return _file_info(path, found[1])
-        if self._below(path):
+        if self._children(path):
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(f"{'s3://' if self._is_s3 else ''}{path} does not exist.")
 
@@ -131,15 +130,20 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         listed = origin.list_objects(name) if name else []
         return (origin, listed[0]) if listed else None
 
-    def _below(self, path: str) -> list[ObjectInfo]:
-        """Everything below a directory, keys relative to it."""
+    def _children(self, path: str) -> dict[str, ObjectInfo | None]:
+        """Names directly below a directory; None for those that are directories. Empty if there is no such directory."""
         store, key = self._store_of(path)
         if store is not None:
             prefix = f"{key}/" if key else ""
-            objects = [(name.removeprefix(prefix), obj) for name, obj in store.objects().items() if name.startswith(prefix)]
-        else:
-            objects = [(obj.key, obj) for obj in self._origin(path).list_objects()]
-        return [ObjectInfo(name, obj.size_bytes, obj.etag, obj.modified_s) for name, obj in objects]
+            below = {name.removeprefix(prefix): obj for name, obj in store.objects().items() if name.startswith(prefix)}
+            return {name.partition("/")[0]: None if "/" in name else obj for name, obj in below.items()}
+        origin = self._origin(path)
+        try:
+            names = origin.list_names()
+        except OriginNotFoundError:
+            return {}
+        # One LIST of this level alone: below it may be a hundred thousand stores. What is not a store is asked for one by one.
+        return {name: None if name.endswith(".zarr") else next(iter(origin.list_objects(name)), None) for name in names}
 
     def _store_of(self, path: str) -> tuple[CachedStore | None, str]:
         """The Zarr store (a directory ``*.zarr``) that a path is in, and the key in it."""

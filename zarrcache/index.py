@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from zarrcache.policy import Admission, admit, choose_victims, min_free_bytes
 __all__ = ["CACHE_FAULTS", "Index", "Intent", "Row", "Stored"]
 
 _INTENT = "intent"
+_INTENTS = ("+", ",")  # the range of their keys
 _BATCH = 500  # rows a transaction when many are dropped: others wait for about 10 ms
 
 
@@ -153,8 +155,9 @@ class Index:
     def sweep(self) -> int:
         """Unlink what dead owners were writing or deleting. Returns the number of files."""
         # By the range of their keys, not by tag: there is an index over the keys, and a full cache asks this at every put.
-        rows = self._select("SELECT key, filename, size, value FROM Cache WHERE key >= ? AND key < ?", ("+", ","))
-        dead = [Intent(key, filename, size) for key, filename, size, value in rows if is_dead(value.partition(" ")[2])]
+        rows = self._select("SELECT key, filename, size, value, store_time FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
+        now_s = time.time()
+        dead = [Intent(key, filename, size) for key, filename, size, value, stored_s in rows if is_dead(value.partition(" ")[2], now_s - stored_s)]
         self._finish(dead)
         return len(dead)
 
@@ -162,11 +165,13 @@ class Index:
         intent = Intent(f"+{secrets.token_hex(8)}", filename, size_bytes)
         with self._transaction() as table:
             usage = shutil.disk_usage(self.dir.root)
+            # What others have reserved is not on the disk yet.
+            ((reserved,),) = self._select("SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
             outcome = admit(
                 size_bytes,
                 volume_bytes=int(table.reset("size")),
                 limit_bytes=self._config.limit,
-                free_bytes=usage.free,
+                free_bytes=usage.free - reserved,
                 min_free_bytes=min_free_bytes(self._config.min_free, usage.total),
             )
             if outcome is Admission.ADMIT:
@@ -176,7 +181,8 @@ class Index:
 
     def _make_room(self, size_bytes: int) -> None:
         # rowid order is the order of storing: a replaced entry gets a new row.
-        oldest = self._select("SELECT key, size FROM Cache WHERE tag != ? ORDER BY rowid LIMIT 10000", (_INTENT,))
+        # Listings, whose notes end with a line end, stay: they are small, and without them no run starts offline.
+        oldest = self._select("SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT 10000", (_INTENT,))
         shortfall = self.volume_bytes() + size_bytes - self._config.limit
         self.drop(choose_victims(oldest, shortfall))
 

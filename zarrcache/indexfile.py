@@ -251,6 +251,10 @@ _alive: WeakSet[IndexFile] = WeakSet()
 _kept: list[Table] = []
 
 
+#: SQLite itself waits up to 60 s for another process; a thread that is inside for longer is stuck.
+_FORK_WAIT_S = 90.0
+
+
 class _ForkGate:
     """Threads inside SQLite, and a fork that waits until there are none.
 
@@ -260,39 +264,41 @@ class _ForkGate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = 0
+        self._inside: dict[int, int] = {}  # thread: how many times
         self._is_forking = False
-        self._depth = threading.local()
 
     def enter(self) -> None:
-        depth = getattr(self._depth, "value", 0)
-        if not depth:  # who is inside already must not wait for a fork that waits for him
-            with self._changed:
-                while self._is_forking:
-                    self._changed.wait()
-                self._inside += 1
-        self._depth.value = depth + 1
+        me = threading.get_ident()
+        with self._changed:
+            while self._is_forking and me not in self._inside:  # who is inside already must not wait for a fork that waits for him
+                self._changed.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
 
     @property
     def is_outermost(self) -> bool:
         """One ``leave`` takes this thread outside."""
-        return bool(self._depth.value == 1)
+        return self._inside.get(threading.get_ident()) == 1
 
     def leave(self) -> None:
-        self._depth.value -= 1
-        if not self._depth.value:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
+        me = threading.get_ident()
+        with self._changed:
+            depth = self._inside.pop(me, 1) - 1  # Ctrl-C may have come before it was counted
+            if depth:
+                self._inside[me] = depth
+            self._changed.notify_all()
 
     def close(self) -> None:
-        mine = int(getattr(self._depth, "value", 0) > 0)
+        deadline_s = time.monotonic() + _FORK_WAIT_S
         with self._changed:
             while self._is_forking:  # another thread forks too
                 self._changed.wait()
             self._is_forking = True
-            while self._inside > mine:
-                self._changed.wait()
+            # Who forks is not inside SQLite, whatever a Ctrl-C has left here.
+            self._inside.pop(threading.get_ident(), None)
+            while self._inside.keys() & {thread.ident for thread in threading.enumerate()}:
+                if not self._changed.wait(max(0.0, deadline_s - time.monotonic())) and time.monotonic() >= deadline_s:
+                    logger.warning("a child is forked while a thread has been inside the index for %.0f s; the child may hang", _FORK_WAIT_S)
+                    break
 
     def open(self) -> None:
         with self._changed:
@@ -311,8 +317,8 @@ def no_fork(table: Table | None = None) -> Iterator[None]:
     That costs them 0.3 ms a look-up; the main thread, which is where DataLoader workers read, keeps its own and takes 8 us.
     """
     gate = _gate
-    gate.enter()
     try:
+        gate.enter()
         yield
     finally:
         if table is not None and gate.is_outermost and threading.current_thread() is not threading.main_thread():

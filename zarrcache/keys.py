@@ -97,6 +97,13 @@ class BlockKey:
         return cls(origin, url, ObjectInfo(key, int(size), etag), int(block) if block else None, int(block_size or 0))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the whole object, or of the block."""
+        if self.block is None:
+            return self.object.size_bytes
+        return min(self.block_size, self.object.size_bytes - self.block * self.block_size)
+
+    @property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
         return _digest("object", self.origin, self.url, self.path)

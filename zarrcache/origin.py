@@ -313,9 +313,14 @@ class S3Origin:
         if hashlib.md5(received.body, usedforsecurity=False).hexdigest() == obj.etag:
             return None
         # With a key of KMS or of the customer the ETag looks like an MD5 and is none. Only asked for when one does not match.
-        if self._call(functools.partial(self._s3fs().is_md5_hidden, self._prefix + obj.key), self._asked(obj.key, obj)):
-            self._md5 = False
-            return None
+        # Not tried again here: the whole attempt is.
+        self._counters.add(requests=1)
+        try:
+            if self._s3fs().is_md5_hidden(self._prefix + obj.key, patience_s=self._fetch.read_timeout):
+                self._md5 = False
+                return None
+        except S3Fault as fault:
+            return to_error(fault, self._asked(obj.key, obj))
         return TransientError(url, "the content that arrived does not match its MD5 (ETag)")
 
 

@@ -20,15 +20,23 @@ def _owner_of(pid: int) -> str:
     return f"{_machine()} {pid} {_start_time(pid)}"
 
 
-def is_dead(owner: str) -> bool:
-    """True only if ``owner`` was a process here and is gone. A process of another machine or container counts as alive."""
+def is_dead(owner: str, age_s: float = 0.0) -> bool:
+    """Whether ``owner``, which was alive ``age_s`` ago, is gone.
+
+    A process of another machine or container cannot be seen: it counts as alive for a day, and as gone at once if it ran here before a reboot.
+    """
     machine, _, process = owner.partition(" ")
     pid, _, started = process.partition(" ")
-    if machine != _machine() or not pid.isdigit() or not started:
-        return False
+    if machine != _machine():
+        then, now = machine.split(":"), _machine().split(":")
+        rebooted = then[0] == now[0] and "-" not in (then[1:2] or ["-"]) + now[1:2] and then[1] != now[1]
+        return rebooted or age_s > _UNSEEN_S
+    if not pid.isdigit() or not started:
+        return age_s > _UNSEEN_S
     return _start_time(int(pid)) not in (started, _ALIVE)
 
 
+_UNSEEN_S = 86400.0
 #: Start time of a process that exists and does not show it (no /proc, or another user's where they are hidden).
 _ALIVE = "alive"
 

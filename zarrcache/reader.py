@@ -214,7 +214,10 @@ class ZarrS3Reader:
         ------
         As ``load``.
         """
-        values, outcome = self._density(self._origins[role], self._store_name(task_id, role), revalidate=True)
+        origin, store = self._origins[role], self._store_name(task_id, role)
+        values, outcome = self._density(origin, store, revalidate=True)
+        if outcome != "hit" and self._tiers.arrays is not None:
+            self._tiers.forget_listing(origin, store)  # metadata and crops are to be of the same version
         return outcome, values.nbytes
 
     def key(self, task_id: str, role: Role) -> ArrayKey:
@@ -262,7 +265,6 @@ class ZarrS3Reader:
         if revalidate or self._is_due(key):
             listed = list_array(origin, store, self._array)
             source = source_digest(listed)
-            self._checked.add(key.digest)
         entry = arrays.get(key, source=source)
         if entry is None:
             with self._tiers.single_flight().hold(key.digest):
@@ -271,8 +273,11 @@ class ZarrS3Reader:
                     decoded = read_array(origin, store, self._array, listed=listed)
                     values = as_density(decoded.array, key.url, key.array)
                     admitted = arrays.put(key, values, source=decoded.source)
+                    self._checked.add(key.digest)
                     self._counters.add(misses=1, bypasses=int(not admitted))
                     return values, "miss" if admitted else "bypass"
+        if source is not None:
+            self._checked.add(key.digest)
         self._counters.add(hits=1, served_bytes=entry.array.nbytes)
         return as_density(entry.array, key.url, key.array), "hit"
 
@@ -283,13 +288,14 @@ class ZarrS3Reader:
             return as_density(read_array(origin, store, self._array).array, origin.url_of(store), self._array)
         key = self._key(origin, store)
         relist = revalidate or self._is_due(key)
-        self._checked.add(key.digest)
         try:
-            return self._through_the_byte_tier(origin, store, relist=relist)
+            values = self._through_the_byte_tier(origin, store, relist=relist)
         except IncompleteArrayError:
             if relist:
                 raise
-            return self._through_the_byte_tier(origin, store, relist=True)  # the stored listing may be older than the store
+            values = self._through_the_byte_tier(origin, store, relist=True)  # the stored listing may be older than the store
+        self._checked.add(key.digest)
+        return values
 
     def _through_the_byte_tier(self, origin: Origin, store: str, *, relist: bool) -> NDArray[np.float32]:
         objects = CachedStore(origin, store, self._tiers, relist=relist)

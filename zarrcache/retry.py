@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 20.0
+_random = random.SystemRandom()
 
 
 class TransientError(Exception):
@@ -124,4 +125,5 @@ class RetryPolicy:
 
 
 def _full_jitter(state: tenacity.RetryCallState) -> float:
-    return random.uniform(0.0, min(FIRST_WAIT_S * 2.0 ** (state.attempt_number - 1), LONGEST_WAIT_S))
+    # Not from the shared generator: a blip of the network must not change a seeded training run.
+    return _random.uniform(0.0, min(FIRST_WAIT_S * 2.0 ** (state.attempt_number - 1), LONGEST_WAIT_S))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,8 @@ class CachedStore(Store):
         self.origin, self.name, self.tiers = origin, name, tiers
         self._relist = relist if relist is not None else tiers.config is None or tiers.config.revalidate != "never"
         self._bytes = tiers.bytes(origin)
+        self._listing = threading.Lock()
+        self._was_there = False
         self._sizes: dict[str, int] | None = None
         self._objects: dict[str, ObjectInfo] = {}
         self._members: dict[str, bytes] = {}
@@ -65,10 +68,12 @@ class CachedStore(Store):
         return f"CachedStore({self.url!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"origin": self.origin, "name": self.name, "tiers": self.tiers}
+        was_there = self._was_there or bool(self._sizes)
+        return {"origin": self.origin, "name": self.name, "tiers": self.tiers, "relist": self._relist, "was_there": was_there}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["origin"], state["name"], state["tiers"])  # type: ignore[misc]
+        self.__init__(state["origin"], state["name"], state["tiers"], relist=state["relist"])  # type: ignore[misc]
+        self._was_there = state["was_there"]
 
     def with_read_only(self, read_only: bool = False) -> CachedStore:
         if not read_only:
@@ -148,7 +153,9 @@ class CachedStore(Store):
     def sizes(self) -> dict[str, int]:
         """Bytes by key of everything in the store; empty if there is no such store. One LIST at first use, or the stored listing."""
         if self._sizes is None:
-            self._sizes = self._open_listing()
+            with self._listing:  # zarr asks from several threads at once
+                if self._sizes is None:
+                    self._sizes = self._open_listing()
         return self._sizes
 
     def objects(self) -> dict[str, ObjectInfo]:
@@ -161,6 +168,8 @@ class CachedStore(Store):
         prefix = self.name if zipped else f"{self.name}/"
         stored = None if self._relist else self.tiers.stored_listing(self.origin, self.name)
         listed = [ObjectInfo(*row) for row in stored] if stored is not None else self.origin.list_objects(prefix)
+        if self._was_there and not listed:  # an open array would read as its fill value
+            raise IncompleteArrayError(f"{self.url} was there when it was opened and is gone. Open it again when it is back.")
         if stored is None and listed:
             self.tiers.store_listing(self.origin, self.name, [(o.key, o.size_bytes, o.etag, o.modified_s) for o in listed])
         if zipped and listed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         raw = Path(path).expanduser().read_bytes()
         text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         document: Any = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile) as exc:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as exc:
         raise ConfigError(
             f"map file {os.fspath(path)} is not JSON ({exc}). It has to hold {{functional: [task_id, ...]}}, as JSON or JSON.gz."
         ) from exc

@@ -77,8 +77,10 @@ class Tiers:
     def forget_listing(self, origin: Origin, name: str) -> None:
         """Drop a listing that turned out to be old."""
         if self.listings is not None:
+            key = _listing_key(origin, name)
             with contextlib.suppress(*CACHE_FAULTS):  # the error that told us is the one to hear of
-                self.listings.drop(_listing_key(origin, name))
+                if self.listings.index.lookup(key.digest) is not None:
+                    self.listings.drop(key)
 
 
 def _listing_key(origin: Origin, name: str) -> ArrayKey:

@@ -315,6 +315,8 @@ class _Warmer:
     def __call__(self, density: Density) -> WarmResult:
         if self._bypassed_in_a_row >= _FULL_AFTER:  # fetching what will not be stored would cost the origin and help nobody
             result, *_ = _look(self._reader, *density)
+            if result.outcome == "bypass" and self._reader.tiers.arrays is not None:
+                self._reader.tiers.arrays.drop(self._reader.key(*density))  # old, if it is there: training must not take it for fresh
             return result
         task_id, role = density
         try:

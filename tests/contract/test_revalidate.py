@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from tests.support.faultproxy import FaultProxy
+from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache import OriginNotFoundError, OriginUnavailableError, RhoData, ZarrS3Reader
+from zarrcache import OriginAccessError, OriginNotFoundError, OriginUnavailableError, RhoData, ZarrS3Reader
 
 IDS = ["mp-1", "mp-2"]
 ROLES = ("data", "label")
@@ -228,3 +228,17 @@ def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptu
     assert place.reader("never").task_ids == IDS
     assert place.reader("run").task_ids == ["mp-2", "mp-3"]
     assert place.reader("run").missing == ("mp-1",)
+
+
+def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_read(s3_place: Place, fault_proxy: FaultProxy) -> None:
+    """The origin lists a new version and then refuses it: the next load asks again, and does not take the old entry for a hit."""
+    endpoint_url = fault_proxy.endpoint_url
+    s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")
+    new = s3_place.write("data", "mp-1", seed=9)
+    run = s3_place.reader("run", endpoint_url=endpoint_url)
+    fault_proxy.rules(Rule(then="403", op="GET"))
+    with pytest.raises(OriginAccessError):
+        run.load("mp-1", "data")
+    fault_proxy.rules()
+    assert np.array_equal(run.load("mp-1", "data")[0], new)
+    assert np.array_equal(s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")[0], new)

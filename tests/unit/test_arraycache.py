@@ -54,12 +54,13 @@ def test_any_memory_layout_is_stored_in_c_order(tmp_path: Path, array: Any) -> N
 
 
 def test_entry_of_another_source_is_stale(tmp_path: Path) -> None:
-    """A miss only for those who asked the origin."""
+    """A miss, and for those who do not ask the origin from then on: what was seen to be old is not given out again."""
     cache = make(tmp_path)
     cache.put(key_of(1), array_of(1), source="old")
-    assert cache.get(key_of(1), source="new") is None
     assert cache.get(key_of(1), source="old") is not None
     assert cache.get(key_of(1)) is not None
+    assert cache.get(key_of(1), source="new") is None
+    assert cache.get(key_of(1)) is None
     cache.put(key_of(1), array_of(2), source="new")
     entry = cache.get(key_of(1), source="new")
     assert entry is not None

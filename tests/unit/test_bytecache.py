@@ -193,15 +193,6 @@ def test_failing_cache_is_told_once_and_fetches_once_a_read(
     assert cache._index.volume_bytes() == 0
 
 
-def test_tier_that_is_switched_off_writes_nothing(tmp_path: Path) -> None:
-    """Not even its directory."""
-    origin, objects = origin_with(tmp_path, a=100)
-    cache = make(tmp_path, origin, bytes={"enabled": False})
-    assert cache.read(objects["a"]) == content(tmp_path, "a")
-    assert cache.read(objects["a"], 10, 20) == content(tmp_path, "a")[10:20]
-    assert not (tmp_path / "cache").exists()
-
-
 def test_error_of_the_origin_is_not_a_fault_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised as it is, and not asked a second time past the cache."""
     origin, objects = origin_with(tmp_path, a=100)

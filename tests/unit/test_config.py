@@ -235,3 +235,18 @@ def test_bad_cache_block_of_a_training_config_is_named() -> None:
     """With the same words as on its own."""
     with pytest.raises(ConfigError, match=r"^cache\.limitt is not a setting"):
         DataConfig(**DATA, cache={"dir": "/scratch", "limitt": 1})
+
+
+@pytest.mark.parametrize("s3_kwargs", [{"secret": "hunter2${x y"}, {"secret": "hunter2${NOT_SET_ANYWHERE}"}, "secret=hunter2"])
+def test_a_secret_is_in_no_message(s3_kwargs: object) -> None:
+    """Messages end in logs that others read."""
+    with pytest.raises(ConfigError, match="s3_kwargs") as caught:
+        DataConfig(data_dir="a", label_dir="b", map_dir="c", functional="GGA", s3_kwargs=s3_kwargs)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_secret_is_in_no_repr() -> None:
+    """A config is printed in notebooks."""
+    config = DataConfig(data_dir="a", label_dir="b", map_dir="c", functional="GGA", s3_kwargs={"key": "k", "secret": "hunter2"})
+    assert config.s3_kwargs is not None
+    assert "hunter2" not in repr(config) + str(config)

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import sqlite3
+import threading
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from tests.support.cachedirs import settings
 from zarrcache.index import Index, Intent, Row
-from zarrcache.indexfile import EntryDisk, Stored
+from zarrcache.indexfile import EntryDisk, Stored, _ForkGate
 from zarrcache.policy import Admission
 
 DEAD = "4 2"
@@ -295,3 +296,23 @@ def test_opening_twice_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
         store(make(tmp_path), "aa")
         assert make(tmp_path).lookup("aa") is not None
     assert caplog.records == []
+
+
+def test_a_fork_does_not_wait_for_what_an_interrupted_thread_left() -> None:
+    """Ctrl-C may come between the gate's own lines; the main thread, which forks, is then not inside at all."""
+    gate = _ForkGate()
+    gate.enter()  # and never leaves
+    gate.close()
+    gate.open()
+    gate.enter()
+    gate.leave()
+
+
+def test_a_fork_does_not_wait_for_a_thread_that_has_ended() -> None:
+    """Whatever it left behind."""
+    gate = _ForkGate()
+    thread = threading.Thread(target=gate.enter)
+    thread.start()
+    thread.join()
+    gate.close()
+    gate.open()

@@ -81,3 +81,16 @@ def test_forked_child_has_an_identity_of_its_own() -> None:
     assert child.split(" ")[0] == parent.split(" ")[0]
     assert child.split(" ")[1] == str(pid)
     assert is_dead(child)
+
+
+def test_process_from_before_a_reboot_is_dead() -> None:
+    """Same host, another boot: whatever it had reserved is free again."""
+    host, boot, rest = owner_id().split(":", 2)
+    assert is_dead(f"{host}:another-{boot}:{rest}")
+
+
+def test_process_that_cannot_be_seen_is_given_a_day() -> None:
+    """Another container on the same disk: alive for a day, then its reservation ends."""
+    stranger = "elsewhere:boot:pid:[1] 7 8"
+    assert not is_dead(stranger, age_s=3600.0)
+    assert is_dead(stranger, age_s=2 * 86400.0)

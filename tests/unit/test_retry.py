@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock of the test's own in place of ``time``, and the longest wait of each draw in place of chance."""
     clock = Clock()
     monkeypatch.setattr(retry, "time", clock)
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(retry._random, "uniform", lambda low, high: high)
     return clock
 
 
@@ -79,7 +79,7 @@ def test_waits_are_drawn_from_zero_to_the_longest(monkeypatch: pytest.MonkeyPatc
     """Full jitter: processes that failed together do not come back together."""
     clock, drawn = Clock(), []
     monkeypatch.setattr(retry, "time", clock)
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: drawn.append((low, high)) or 0.25)
+    monkeypatch.setattr(retry._random, "uniform", lambda low, high: drawn.append((low, high)) or 0.25)
     RetryPolicy(RetryConfig(attempts=3)).call(failing(2))
     assert drawn == [(0.0, 0.5), (0.0, 1.0)]
     assert clock.waits_s == [0.25, 0.25]
