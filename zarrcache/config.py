@@ -7,6 +7,7 @@ Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``6
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ __all__ = [
     "parse_bytes",
     "parse_seconds",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SIZE_UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgtp", start=1):
@@ -253,6 +256,10 @@ class DataConfig(_Block):
             secret: dict[str, Any] = {"s3_kwargs": _expand(data["s3_kwargs"])} if "s3_kwargs" in data else {}
         except ConfigError:
             raise ConfigError("s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} or ${NAME:-default}.") from None
+        for key in data.keys() - type(self).model_fields.keys():
+            near = difflib.get_close_matches(key, type(self).model_fields.keys() - data.keys(), n=1, cutoff=0.8)
+            if near:  # it may be a key of the training's own: only said
+                logger.warning("the config has the key %r; if it is meant for zarrcache, did you mean %r?", key, near[0])
         known = {k: _expand(v) for k, v in data.items() if k in type(self).model_fields and k != "s3_kwargs"}
         if data.get("cache") is not None:
             known["cache"] = CacheConfig.of(data["cache"])

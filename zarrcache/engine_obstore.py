@@ -6,9 +6,12 @@ obstore's threads do not survive a fork: a child whose parent has used it hangs 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Generator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +39,18 @@ _broken_by_fork = False
 def is_usable() -> bool:
     """False in a process that was forked from one in which obstore was loaded, by us or by anybody."""
     return not _broken_by_fork
+
+
+_EXIT_WAIT_S = 0.05
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    """Let obstore's threads finish waking the loop before the interpreter goes: one that asks for it later aborts the process.
+
+    Measured: 7 of 60 scripts that ended right after a LIST died with SIGABRT, their work done; none with this pause.
+    """
+    atexit.register(time.sleep, _EXIT_WAIT_S)
 
 
 def _after_fork_in_child() -> None:
@@ -73,6 +88,7 @@ class ObstoreEngine:
     def __init__(self, bucket: str, options: S3Options, region: str, fetch: FetchConfig) -> None:
         from obstore.store import S3Store
 
+        _settle_at_exit()
         self._fetch = fetch
         endpoint, virtual = _endpoint(bucket, options, region)
         self._store: S3Store = S3Store(
