@@ -120,7 +120,7 @@ def convert_plan_words(plan: ConvertPlan) -> str:
 def convert_words(dst: str, report: ConvertReport, seconds: float) -> str:
     """What ``convert`` did."""
     files = len(report.converted) + len(report.failed)
-    skipped = f", {count(len(report.skipped))} skipped (converted already)" if report.skipped else ""
+    skipped = f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them again)" if report.skipped else ""
     return (
         f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} ({format_bytes(report.written_bytes)}) "
         f"in {duration(seconds)}; {count(len(report.failed))} failed{skipped}."

@@ -134,6 +134,8 @@ def _coverage(config: DataConfig, *, is_there: bool) -> Coverage:
     missing = {task_id for task_id in scope.ids if any(task_id not in names for names in listings)}
     warm = half = nbytes = 0
     for task_id in scope.ids:
+        if task_id in missing:
+            continue
         found = [{key.digest for key in scope.keys(task_id, role)} & sizes.keys() for role in ROLES]
         there = sum(map(bool, found))
         warm += there == len(ROLES)
