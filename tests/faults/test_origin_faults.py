@@ -208,7 +208,7 @@ class TestPermanent:
         """Nothing below retries: three attempts are three requests, and the error names URL, attempts and last cause."""
         counters = Counters()
         fault_proxy.rules(Rule(then=fault))
-        origin = opened(counters=counters, read_timeout=0.3)
+        origin = opened(counters=counters, read_timeout=0.7 if fault == "hang" else 20.0)
         with pytest.raises(OriginUnavailableError) as caught:
             ASK[op](origin, listed[:1])
         assert fault_proxy.count() == fault_proxy.count(methods(op)) == 3 * sendings(origin, fault)
