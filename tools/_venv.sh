@@ -6,7 +6,7 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${ZARRCACHE_VENV:-.venv}
-extras=test,demo,convert
+extras=${ZARRCACHE_EXTRAS:-test,demo,convert}
 
 say() { printf '%s\n' "$*" >&2; }
 
