@@ -13,11 +13,12 @@ import numpy as np
 from zarrcache.atomic import publish
 from zarrcache.codec import Entry, header_of, map_entry, write_entry
 from zarrcache.config import CacheConfig, format_bytes
-from zarrcache.errors import ConfigError, CorruptEntryError
+from zarrcache.errors import CorruptEntryError
 from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored
 from zarrcache.indexfile import array_note
-from zarrcache.keys import ArrayKey
+from zarrcache.keys import ArrayKey, file_digest
 from zarrcache.policy import Admission, disk_bytes, is_fresh
+from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters
 
 __all__ = ["ArrayCache", "EntryInfo"]
@@ -49,17 +50,19 @@ class ArrayCache:
         ``purges`` and ``cache_errors`` are counted here; hits and misses by the reader, which knows how a read ended.
     index : Index, optional
         Shared with the byte tier.
+    verified : SharedSet, optional
+        Entries whose checksum some process of this run has found right; with ``verify: first`` they are not read through again.
     """
 
-    def __init__(self, config: CacheConfig, counters: Counters, *, index: Index | None = None) -> None:
+    def __init__(self, config: CacheConfig, counters: Counters, *, index: Index | None = None, verified: SharedSet | None = None) -> None:
         self._config = config
         self._counters = counters
         self.index = index or Index(config)
-        self._verified: set[str] = set()
+        self._verified = verified or SharedSet()
         self._told: set[str] = set()
 
-    def __reduce__(self) -> tuple[type[ArrayCache], tuple[CacheConfig, Counters]]:
-        return type(self), (self._config, self._counters)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._config, self._counters, self._verified)
 
     def get(self, key: ArrayKey, *, source: str | None = None) -> Entry | None:
         """The entry of ``key``, mapped; None if it is not there.
@@ -75,13 +78,13 @@ class ArrayCache:
             stored = self.index.lookup(key.digest)
             if stored is None:
                 return None
-            entry = map_entry(self.index.dir.root / stored.filename)
+            entry = map_entry(self.index.path_of(stored))
         except FileNotFoundError:  # evicted between the row and the file
             return None
         except CorruptEntryError as exc:
             self._purge(key, stored.filename if stored else "", str(exc))
             return None
-        except (*CACHE_FAULTS, ConfigError) as exc:
+        except CACHE_FAULTS as exc:
             self._fault("read", key, exc)
             return None
         if entry.header.key != key:
@@ -91,13 +94,18 @@ class ArrayCache:
             # Dropped at once: whatever becomes of the fetch that follows, nobody may be given this one again.
             self._drop(key, stored.filename)
             return None
-        # A listing decides which materials there are, and is read once a run: always checked.
-        if not key.array or self._config.verify == "always" or (self._config.verify == "first" and stored.filename not in self._verified):
+        if self._is_checked_now(key, stored.filename):
             if not entry.is_intact():
                 self._purge(key, stored.filename, "its checksum does not match")
                 return None
-            self._verified.add(stored.filename)
+            self._verified.add(file_digest(stored.filename))
         return entry
+
+    def _is_checked_now(self, key: ArrayKey, filename: str) -> bool:
+        # A listing decides which materials there are, and is read once a run: always.
+        if not key.array or self._config.verify == "always":
+            return True
+        return self._config.verify == "first" and file_digest(filename) not in self._verified
 
     def put(self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str) -> bool:
         """Store a decoded array. False if it was not admitted or the cache failed: the caller has the array anyway."""
@@ -121,7 +129,7 @@ class ArrayCache:
             publish(path, lambda file: write_entry(file, header, array), expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
             self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
             intent = None
-        except (*CACHE_FAULTS, ConfigError) as exc:
+        except CACHE_FAULTS as exc:
             self._fault("write", key, exc)
             return False
         finally:
@@ -170,3 +178,7 @@ class ArrayCache:
         if kind not in self._told:
             self._told.add(kind)
             logger.warning(message, *args)
+
+
+def _unpickled(config: CacheConfig, counters: Counters, verified: SharedSet) -> ArrayCache:
+    return ArrayCache(config, counters, verified=verified)

@@ -20,14 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import google_crc32c
 from fsspec import AbstractFileSystem
 from fsspec.implementations.cache_mapper import AbstractCacheMapper
 from fsspec.implementations.cached import SimpleCacheFileSystem
 
 from zarrcache.atomic import publish, write_all
+from zarrcache.checksums import crc32c
 from zarrcache.config import CacheConfig
-from zarrcache.errors import ConfigError, OriginError
+from zarrcache.errors import OriginError
 from zarrcache.flight import SingleFlight
 from zarrcache.index import CACHE_FAULTS, Index, Intent
 from zarrcache.keys import BlockKey, ObjectInfo
@@ -113,10 +113,10 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
             path = root / filename
             self._index.dir.make(path.parent)
             publish(path, lambda file: write_all(file, memoryview(data)), expected_bytes=len(data), mode=self._index.dir.file_mode)
-            note = f"{google_crc32c.value(data)}\n{key.origin}\n{self._origin.url_of(key.object.key)}"
+            note = f"{crc32c(data)}\n{key.origin}\n{self._origin.url_of(key.object.key)}"
             self._index.commit(intent, key.digest, TIER, note)
             intent = None
-        except (*CACHE_FAULTS, ConfigError) as exc:
+        except CACHE_FAULTS as exc:
             raise _NotStored(data) from exc
         finally:
             if intent is not None:  # also after Ctrl-C: room that nobody will use must not stay reserved
@@ -149,7 +149,7 @@ class ByteCache:
         self._origin, self._config, self._counters, self._index = origin, config, counters, index
         self._fs: SimpleCacheFileSystem | None = None
         self._verified: set[str] = set()
-        self._flight = SingleFlight(index.dir.locks, timeout_s=2 * config.retry.timeout, mode=index.dir.file_mode, told=index.told)
+        self._flight = SingleFlight(index.dir.locks, timeout_s=2 * config.retry.timeout, mode=index.dir.written_mode, told=index.told)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._origin, self._config, self._counters, self._index)
@@ -188,10 +188,10 @@ class ByteCache:
             if not hit and not self._index.dir.bytes.is_dir():
                 self._fs = None  # deleted under us; simplecache would make it again, with permissions that are not ours
                 self._index.reopen()
-            data: bytes = self._simplecache().cat_file(key.path)
+            data = self._read_file(key)
             if hit and not self._is_intact(key, data):
                 hit = not self._purge(key, local)
-                data = self._simplecache().cat_file(key.path)
+                data = self._read_file(key)
             self._counters.add(byte_hits=int(hit), byte_misses=int(not hit), served_bytes=len(data) if hit else 0)
             return data
         except OriginError:
@@ -203,10 +203,20 @@ class ByteCache:
             return exc.data
         except FileNotFoundError:  # evicted between simplecache's look and its open
             self._counters.add(byte_misses=1)
-        except (*CACHE_FAULTS, ConfigError) as exc:
+        except CACHE_FAULTS as exc:
             self._counters.add(byte_misses=1)
             self._fault("read", key, exc)
         return _from_origin(self._origin, key)
+
+    def _read_file(self, key: BlockKey) -> bytes:
+        """The file, fetched if it is not there. FileNotFoundError: it was evicted meanwhile."""
+        try:
+            data: bytes = self._simplecache().cat_file(key.path)
+        except TypeError as exc:  # simplecache looks twice, and opens what the second look gave: None
+            if "NoneType" not in str(exc):
+                raise
+            raise FileNotFoundError(key.path) from exc
+        return data
 
     def _is_intact(self, key: BlockKey, data: bytes) -> bool:
         """Compare with the length, and with the checksum in the index. A file that no row knows is not trusted."""
@@ -215,7 +225,7 @@ class ByteCache:
         if self._config.verify == "never" or (self._config.verify == "first" and key.digest in self._verified):
             return True
         stored = self._index.lookup(key.digest)
-        if stored is None or stored.note.partition("\n")[0] != str(google_crc32c.value(data)):
+        if stored is None or stored.note.partition("\n")[0] != str(crc32c(data)):
             return False
         self._verified.add(key.digest)
         return True

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from zarrcache.chgcar_names import is_json_name, task_id_of
 from zarrcache.errors import ConfigError, SchemaError
+from zarrcache.expansion import most_bytes, read_bounded
 
 __all__ = ["ChargeDensity", "check_blocks", "read_density"]
 
@@ -28,6 +29,9 @@ _GRID_LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+(\d+)[ \t]+(\d+)[ \t]*\r?$", re.MUL
 # Fortran drops the E of a three-digit exponent: 0.12345678901-100. Not at "-100.5", which is the next of two columns that touch.
 _BARE_EXPONENT = re.compile(rb"(?<=\d)([+-]\d{3})(?![\d.])")
 _READ_BYTES = 1 << 22
+_LINE_BYTES = 1 << 20
+#: What may come of a compressed file: so many times its size, and this in any case.
+_MAX_RATIO, _ROOM_BYTES = 100, 64 * 1024**2
 #: How far ``mean(total)`` may be from a whole number. 36 of 36 labels of the Materials Project are within 1e-4 of one.
 _ELECTRON_TOLERANCE = 1e-3
 
@@ -205,16 +209,8 @@ def _cause(exc: Exception) -> str:
 
 def _read_text(path: Path) -> _Parsed:
     outputs, zopen = _import("pymatgen.io.vasp.outputs"), _import("monty.io").zopen
-    bare_exponents, headers, whole = False, 0, True
     with zopen(path, "rb") as file:
-        file.readline()  # the title may be blank
-        while file.readline().strip():  # up to the blank line below the atoms, where the grids begin
-            pass
-        while lines := file.readlines(_READ_BYTES):
-            text = b"".join(lines)
-            bare_exponents = bare_exponents or _BARE_EXPONENT.search(text) is not None
-            headers += len(_GRID_LINE.findall(text))
-            whole = text.endswith(b"\n")
+        bare_exponents, headers, whole = _looked_through(file, path)
     if bare_exponents:
         # pymatgen takes 0.1-100 for two numbers and moves every later value by one place, without a word.
         with tempfile.TemporaryDirectory(prefix="zarrcache-") as scratch:
@@ -233,10 +229,66 @@ def _read_text(path: Path) -> _Parsed:
     return parsed
 
 
+def _looked_through(file: Any, path: Path) -> tuple[bool, int, bool]:
+    """Read a file once from end to end, before pymatgen does, which believes what it is told and keeps lines of any length.
+
+    Returns
+    -------
+    bare_exponents : bool
+        Whether a number has an exponent without its E.
+    headers : int
+        How many lines look like the first one of a grid.
+    is_whole : bool
+        Whether it ends with a line end.
+    """
+    head = [_line(file, path)]  # the title may be blank
+    while (line := _line(file, path)).strip():  # up to the blank line below the atoms, where the grids begin
+        head.append(line)
+    counts = next((line.split() for line in head[5:7] if line.split() and all(map(bytes.isdigit, line.split()))), [])
+    if sum(map(int, counts)) > len(head):
+        raise SchemaError(f"{path} announces {sum(map(int, counts))} atoms and has {len(head)} lines for them. Get the file again.")
+    rest = _line(file, path)
+    grid = _GRID_LINE.match(rest)
+    points = math.prod(map(int, grid.groups())) if grid else 0
+    if 8 * points > most_bytes():
+        raise SchemaError(f"{path} announces a grid of {points} points, which this machine has no memory for. Get the file again.")
+    bare_exponents, headers, total, most = False, 0, 0, _most_bytes_of(path)
+    while block := file.read(_READ_BYTES):
+        total += len(block)
+        if total > most:
+            raise SchemaError(f"{path} unpacks to more than {most} bytes of text, far more than a density of its size. Get the file again.")
+        rest += block
+        end = rest.rfind(b"\n") + 1
+        text, rest = rest[:end], rest[end:]
+        if len(rest) > _LINE_BYTES:
+            raise _endless(path)
+        bare_exponents = bare_exponents or _BARE_EXPONENT.search(text) is not None
+        headers += sum(1 for _ in _GRID_LINE.finditer(text))
+    if 2 * points > total + len(rest):
+        raise SchemaError(f"{path} announces a grid of {points} points and ends after {total} bytes. It is cut short; get it again.")
+    return bare_exponents or _BARE_EXPONENT.search(rest) is not None, headers + len(_GRID_LINE.findall(rest)), not rest or rest.endswith(b"\n")
+
+
+def _line(file: Any, path: Path) -> bytes:
+    line: bytes = file.readline(_LINE_BYTES)
+    if len(line) == _LINE_BYTES:
+        raise _endless(path)
+    return line
+
+
+def _endless(path: Path) -> SchemaError:
+    return SchemaError(f"{path} has a line of more than {_LINE_BYTES} bytes; VASP writes a hundred. Get the file again.")
+
+
+def _most_bytes_of(path: Path) -> int:
+    """What a file may unpack to. The text of a density is three to ten times its compressed file."""
+    return min(most_bytes(), max(_ROOM_BYTES, _MAX_RATIO * path.stat().st_size))
+
+
 def _read_json(path: Path) -> _Parsed:
     zopen = _import("monty.io").zopen
     with zopen(path, "rb") as file:
-        payload = json.loads(file.read())
+        payload = json.loads(read_bounded(file, _most_bytes_of(path)))
     if isinstance(payload, list) and len(payload) == 1:
         payload = payload[0]
     if not isinstance(payload, Mapping):
@@ -247,8 +299,25 @@ def _read_json(path: Path) -> _Parsed:
     # Only what is stored is decoded: the augmentation occupancies of a Chgcar object are left alone.
     structure = density["poscar"]["structure"] if "poscar" in density else density["structure"]
     blocks = {str(name): _decoded(values) for name, values in density["data"].items()}
-    task_id = payload.get("task_id")
-    return _Parsed(blocks, _import("pymatgen.core").Structure.from_dict(structure), task_id if isinstance(task_id, str) else None)
+    task_id, notes = payload.get("task_id"), _without_objects(structure)
+    return _Parsed(blocks, _import("pymatgen.core").Structure.from_dict(structure), task_id if isinstance(task_id, str) else None, notes)
+
+
+def _without_objects(structure: dict[str, Any]) -> list[str]:
+    """Take out properties that are objects of Python: monty would import the module that they name, whatever that is, and make one of its class.
+
+    Returns
+    -------
+    list of str
+        A sentence that names them, if there are any.
+    """
+    removed = set()
+    for owner in (structure, *structure["sites"]):
+        properties = owner.get("properties") or {}
+        for name in [name for name, value in properties.items() if '"@module"' in json.dumps(value)]:
+            del properties[name]
+            removed.add(str(name))
+    return [f"has properties that are objects of Python ({', '.join(sorted(removed))}): they are left out."] if removed else []
 
 
 def _is_density(value: object) -> bool:

@@ -184,6 +184,15 @@ def warm(
     config: Config,
     split: Annotated[Literal["train", "test", "all"], typer.Option(help="which ids of CONFIG")] = "all",
     ids: Ids = None,
+    revalidate: Annotated[
+        bool,
+        typer.Option(
+            "--revalidate",
+            help="list the directories anew, and compare what is in the cache with the origin, by one LIST each "
+            "[default: unless cache.revalidate is never]",
+            show_default=False,
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -198,13 +207,14 @@ def warm(
 ) -> int:
     """Fill the cache with every density of CONFIG.
 
-    Safe to stop and run again: what is fresh is skipped by listing only.
+    Safe to stop and run again: only what is missing is fetched, and with --revalidate what the origin has changed.
     """
     from zarrcache.cliwords import estimate_words, warm_words
     from zarrcache.terminal import Meter
     from zarrcache.warming import plan_warm
 
-    plan = plan_warm(data_config(config), split=split, ids=read_ids(ids), workers=workers, limit_bytes=limit)
+    asked = True if revalidate else None
+    plan = plan_warm(data_config(config), split=split, ids=read_ids(ids), revalidate=asked, workers=workers, limit_bytes=limit)
     if dry_run:
         with Meter("Listing", "densities", len(plan.densities)) as meter:
             estimate = plan.estimate(meter.reach)

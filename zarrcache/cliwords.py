@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from zarrcache.demo import DemoReport
     from zarrcache.status import Status
     from zarrcache.verifying import VerifyReport
-    from zarrcache.warming import WarmEstimate, WarmPlan, WarmReport
+    from zarrcache.warming import WarmPlan
+    from zarrcache.warmreport import WarmEstimate, WarmReport
 
 __all__ = [
     "convert_plan_words",
@@ -51,8 +52,9 @@ def duration(seconds: float) -> str:
 
 def estimate_words(plan: WarmPlan, estimate: WarmEstimate) -> str:
     """What a dry run of ``warm`` found."""
+    densities = plural(plan.trusted + len(plan.densities), "density", "densities")
     return (
-        f"Would fetch {count(estimate.to_fetch)} of {plural(len(plan.densities), 'density', 'densities')} of {plural(len(plan.task_ids), 'id')} "
+        f"Would fetch {count(estimate.to_fetch)} of {densities} of {plural(len(plan.task_ids), 'id')} "
         f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); {count(estimate.fresh)} fresh. "
         "Dry run: nothing was fetched."
     )
@@ -66,17 +68,21 @@ def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
         f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {duration(report.seconds)}; {count(len(report.failed_ids))} failed."
     )
     notes = []
+    if plan.trusted and not plan.revalidate:
+        trusted = plural(plan.trusted, "density was", "densities were")
+        notes.append(f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares.")
+    if report.failed and not plan.revalidate:
+        notes.append("If stores were moved or removed since the last listing of the directories, --revalidate lists them anew.")
     if report.untried:
         notes.append(f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are warm, as --limit asked.")
     if report.stats.cache_errors:
         times = plural(report.stats.cache_errors, "time")
         notes.append(f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache doctor` with the same config.")
     elif report.bypassed:
-        needed = format_bytes(report.disk_bytes * report.ids // max(1, report.warm))
+        needed = f"All ids take about {format_bytes(report.needed_bytes)} on disk: raise" if report.needed_bytes else "Raise"
         notes.append(
             f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
-            f"training will read the rest from the origin in every epoch. All ids take about {needed} on disk: raise cache.limit, or make room with "
-            "`zarrcache evict`."
+            f"training will read the rest from the origin in every epoch. {needed} cache.limit, or make room with `zarrcache evict`."
         )
     return words, notes
 

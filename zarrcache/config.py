@@ -160,7 +160,10 @@ class FetchConfig(_Block):
     """How objects come from S3."""
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
-    concurrency: int = Field(64, ge=1, le=1024, description="requests in flight per process")
+    concurrency: int = Field(64, ge=1, le=1024, description="requests in flight for each density that is being read")
+    memory: Bytes = Field(
+        512 * 1024**2, gt=0, description="bytes of objects and arrays that `zarrcache warm` holds at a time, all processes together"
+    )
     connect_timeout: Seconds = Field(5.0, gt=0)
     read_timeout: Seconds = Field(15.0, gt=0, description="seconds for one request, from sending to the last byte")
 
@@ -201,6 +204,7 @@ class CacheConfig(_Block):
     retry: RetryConfig = RetryConfig()
     fetch: FetchConfig = FetchConfig()
     shared: bool = False
+    allow_network_fs: bool = Field(False, description="keep the cache on NFS, Lustre and the like, without SQLite's WAL")
 
     def __init__(self, **data: Any) -> None:
         override = os.environ.get("ZARRCACHE_DIR")

@@ -20,7 +20,7 @@ from zarrcache.chgcar_names import find_files, task_id_of
 from zarrcache.errors import ConfigError, OriginError, ZarrCacheError
 from zarrcache.s3options import split_s3_url
 from zarrcache.storewriter import StoreExistsError, check_layout, encode_store, publish_store, store_exists, sweep_partials, zipped
-from zarrcache.workpool import Died, cores, spread
+from zarrcache.workpool import Died, Reserve, cores, spread
 
 if TYPE_CHECKING:
     from zarrcache.storeupload import S3Destination
@@ -261,7 +261,7 @@ class _Converter:
     s3_kwargs: dict[str, Any] = field(repr=False)
     strict: bool
 
-    def __call__(self, path: Path) -> ConvertResult | OriginError:
+    def __call__(self, path: Path, reserve: Reserve | None = None) -> ConvertResult | OriginError:
         """Convert one file. An error of the file is in the result; an error that the next file would meet too is returned as it is."""
         try:
             task_id = task_id_of(path)

@@ -1,14 +1,12 @@
-"""The torch datasets: ``RhoData`` over four sequences, ``ZarrDataset`` over a reader, and the collate function for mixed grids.
-
-The only module of the package that imports torch.
-"""
+"""The torch datasets: ``RhoData`` over four sequences, ``ZarrDataset`` over a reader, and the collate function for mixed grids."""
 
 from __future__ import annotations
 
 import math
 import operator
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, SupportsIndex, TypedDict, TypeVar
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +15,12 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from zarrcache.augment import Grid, downsample, draw_rotation, rotate
 from zarrcache.errors import ConfigError, SchemaError
+from zarrcache.handover import Sender
 
 __all__ = ["DensityReader", "Indexable", "RhoData", "Sample", "ZarrDataset", "collate", "collate_fn"]
 
 _T_co = TypeVar("_T_co", covariant=True)
+ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,7 +48,27 @@ class Sample(TypedDict):
     index: str
 
 
-class RhoData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class _Pairs(Sender):
+    """What both datasets are: grids read one by one, made tensors in pairs."""
+
+    def __init__(self, to_tensors: _PairToTensors) -> None:
+        super().__init__()
+        self._to_tensors = to_tensors
+
+    def reread(self, index: int, field: int) -> Grid:
+        """For `handover`: one side of a sample that a worker sent and that was evicted on the way."""
+        return self._to_tensors.unturned(self._stored(index, field), field)
+
+    def _pair(self, i: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        (data, data_grid), (label, label_grid) = self._to_tensors(self._stored(i, 0), self._stored(i, 1), i, name=name)
+        return self.sent(data, data_grid, i, 0), self.sent(label, label_grid, i, 1)
+
+    @abstractmethod
+    def _stored(self, i: int, field: int) -> Grid:
+        """One side of a sample as it is read."""
+
+
+class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Pairs of densities for training: ``(data, label)``, each float32 of shape ``(1, nx, ny, nz)``.
 
     >>> train_sets, test_sets = get_dataset(cfg)
@@ -112,7 +132,7 @@ class RhoData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.label = label
         self.gs_data = gs_data
         self.gs_label = gs_label
-        self._to_tensors = _PairToTensors(downsample_data, downsample_label, data_augmentation, seed, torch.float32)
+        super().__init__(_PairToTensors(downsample_data, downsample_label, data_augmentation, seed, torch.float32))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -126,12 +146,14 @@ class RhoData(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             The values do not fill the grid, or the grid is smaller than ``downsample_data``.
         """
         i = _position(index, len(self))
-        data = _grid(self.data[i], self.gs_data[i], held=_holds_arrays(self.data), name=f"data of sample {i}")
-        label = _grid(self.label[i], self.gs_label[i], held=_holds_arrays(self.label), name=f"label of sample {i}")
-        return self._to_tensors(data, label, i, name=f"sample {i}")
+        return self._pair(i, f"sample {i}")
+
+    def _stored(self, i: int, field: int) -> Grid:
+        values, sizes, name = ((self.data, self.gs_data, "data"), (self.label, self.gs_label, "label"))[field]
+        return _grid(values[i], sizes[i], held=_holds_arrays(values), name=f"{name} of sample {i}")
 
 
-class ZarrDataset(Dataset[Sample]):
+class ZarrDataset(_Pairs, Dataset[Sample]):
     """A split of a reader, read in ``__getitem__`` through the cache: ``{"data", "label", "index"}``.
 
     >>> train = ZarrDataset(ZarrS3Reader(...), "train", augmentation=True)
@@ -173,7 +195,7 @@ class ZarrDataset(Dataset[Sample]):
             raise ConfigError(f"split is {split!r}; it has to be 'train', 'test' or 'all'.")
         if precision not in _DTYPES:
             raise ConfigError(f"precision is {precision!r}; it has to be one of {', '.join(map(repr, _DTYPES))}.")
-        self._to_tensors = _PairToTensors(downsample_data, downsample_label, augmentation, seed, _DTYPES[precision])
+        super().__init__(_PairToTensors(downsample_data, downsample_label, augmentation, seed, _DTYPES[precision]))
         self.reader = reader
         self.split = split
         train, test = reader.split_task_ids()
@@ -194,11 +216,13 @@ class ZarrDataset(Dataset[Sample]):
         """
         i = _position(index, len(self))
         task_id = self.task_ids[i]
+        data, label = self._pair(i, task_id)
+        return {"data": data, "label": label, "index": task_id}
+
+    def _stored(self, i: int, field: int) -> Grid:
+        task_id, role = self.task_ids[i], ROLES[field]
         # load() hands out an array of its own at every call, so nothing is copied here.
-        data = _grid(*self.reader.load(task_id, "data"), held=False, name=f"data of {task_id}")
-        label = _grid(*self.reader.load(task_id, "label"), held=False, name=f"label of {task_id}")
-        data_tensor, label_tensor = self._to_tensors(data, label, i, name=task_id)
-        return {"data": data_tensor, "label": label_tensor, "index": task_id}
+        return _grid(*self.reader.load(task_id, role), held=False, name=f"{role} of {task_id}")
 
 
 def collate_fn(batch: Sequence[Any]) -> Any:
@@ -223,6 +247,10 @@ def collate_fn(batch: Sequence[Any]) -> Any:
 collate = collate_fn
 
 
+#: A tensor and the array beneath it, before it was cast.
+_TensorAndGrid: TypeAlias = tuple[torch.Tensor, Grid]
+
+
 class _PairToTensors:
     """What happens to a pair between the reader and the network: turn, downsample, convert."""
 
@@ -234,12 +262,19 @@ class _PairToTensors:
         self.dtype = dtype
         self.drawn = 0
 
-    def __call__(self, data: Grid, label: Grid, index: int, *, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, data: Grid, label: Grid, index: int, *, name: str) -> tuple[_TensorAndGrid, _TensorAndGrid]:
         if self.augmentation:
             rotation = draw_rotation(*self._stream(), self.drawn, index)
             self.drawn += 1
             data, label = rotate(data, rotation), rotate(label, rotation)
-        return self._tensor(data, self.downsample_data, f"data of {name}"), self._tensor(label, self.downsample_label, f"label of {name}")
+        return self._tensor(data, 0, f"data of {name}"), self._tensor(label, 1, f"label of {name}")
+
+    def unturned(self, whole: Grid, field: int) -> Grid:
+        """What `_tensor` makes of a grid that no rotation has turned, before it becomes a tensor."""
+        return np.array(downsample(whole, self._step(field), multiple=self.downsample_data), order="C")
+
+    def _step(self, field: int) -> int:
+        return (self.downsample_data, self.downsample_label)[field]
 
     def _stream(self) -> tuple[int, ...]:
         """The numbers that set this process's draws apart from those of other processes and epochs."""
@@ -250,20 +285,21 @@ class _PairToTensors:
         # The initial seed is that of torch.manual_seed, or random. Asking for it uses up no random state.
         return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
 
-    def _tensor(self, whole: Grid, step: int, name: str) -> torch.Tensor:
-        grid = downsample(whole, step, multiple=self.downsample_data)
+    def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
+        grid = downsample(whole, self._step(field), multiple=self.downsample_data)
         if grid.size == 0:
             raise SchemaError(
                 f"{name}: a grid of {_times(whole.shape[-3:])} points has none left when it is cropped to a multiple of "
                 f"downsample_data={self.downsample_data}. Use a smaller factor, or leave the sample out of the map."
             )
-        # torch knows no negative strides, and a worker that sends a strided tensor sends all the memory beneath it: gather such a view here.
+        # torch knows no negative strides, a worker that sends a strided tensor sends all the memory beneath it, and a network would gather
+        # such a view anyway, in the training process: gather it here.
         if not (grid.flags.c_contiguous and grid.flags.writeable):
             grid = np.array(grid, order="C")
         tensor = torch.from_numpy(grid)
         if self.dtype is torch.float16:
             _check_fits_float16(tensor, name)
-        return tensor.to(self.dtype)
+        return tensor.to(self.dtype), grid
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:

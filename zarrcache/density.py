@@ -36,12 +36,12 @@ def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)
 
 
-def per_point(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Divide by the number of grid points: the bits of the users' ``float32 array /= np.prod(gridsize)``, in an array of its own."""
+def per_point(values: NDArray[np.float32], *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Divide by the number of grid points: the bits of the users' ``float32 array /= np.prod(gridsize)``, in ``out`` or an array of its own."""
     if values.size <= _EXACT_IN_FLOAT32:
         # numpy divides by an int64 in float64 and rounds; dividing in float32 gives the same bits for a third of the time.
-        return values / np.float32(values.size)
-    return (values / np.float64(values.size)).astype(np.float32)
+        return np.divide(values, np.float32(values.size), out=out)
+    return np.divide(values, np.float64(values.size), out=np.empty_like(values) if out is None else out, dtype=np.float64, casting="same_kind")
 
 
 def density_of_objects(keys: Collection[str], read: Callable[[str], bytes], url: str, name: str) -> NDArray[np.float32]:

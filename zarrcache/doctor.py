@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import platform
-import re
 import shutil
 import tempfile
 import time
@@ -24,6 +22,7 @@ from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.index import CACHE_FAULTS
 from zarrcache.keys import ArrayKey
 from zarrcache.layout import CacheDir
+from zarrcache.mounts import file_system_of, is_network, spoken
 from zarrcache.origin import open_origin
 from zarrcache.policy import min_free_bytes
 from zarrcache.readarray import list_array
@@ -35,12 +34,7 @@ __all__ = ["Finding", "examine"]
 
 Verdict = Literal["ok", "warn", "fail"]
 
-_PACKAGES = ("zarr", "numcodecs", "numpy", "fsspec", "s3fs", "obstore", "diskcache", "filelock", "torch")
-#: File systems whose locks, rename or mmap are slow or not to be trusted between nodes, and what to call them.
-_NETWORK = {
-    "nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "beegfs": "BeeGFS", "ceph": "CephFS", "cifs": "SMB", "smb3": "SMB",
-    "fuse.sshfs": "sshfs", "fuse.s3fs": "s3fs-fuse", "fuse.mount-s3": "Mountpoint for S3", "9p": "9p", "afs": "AFS", "panfs": "PanFS",
-}  # fmt: skip
+_PACKAGES = ("zarr", "numcodecs", "numpy", "fsspec", "s3fs", "obstore", "diskcache", "filelock", "awscrt", "torch")
 _IN_MEMORY = ("tmpfs", "ramfs")
 #: Objects from this far in the future mean that one of the two clocks is wrong (seconds). S3 refuses requests from 15 minutes on.
 _SKEW_S = 60.0
@@ -115,8 +109,13 @@ def _permissions(directory: CacheDir) -> Finding:
     found = f"mode {mode:04o}, shared: {str(directory.shared).lower()}"
     if not directory.shared and mode & 0o077:
         return Finding("permissions", "warn", f"{found}; others may look into it", f"Run chmod 700 {directory.root}, or set cache.shared: true.")
-    if directory.shared and mode & 0o2070 != 0o2070:
-        return Finding("permissions", "warn", f"{found}; the group cannot write", f"Let its owner run chmod 2770 {directory.root}.")
+    modes = [path.stat().st_mode for path in (directory.root, directory.entries, directory.bytes, directory.locks)]
+    if directory.shared and (any(m & 0o2070 != 0o2070 for m in modes) or directory.index.stat().st_mode & 0o060 != 0o060):
+        where = f"{directory.parent if directory.parent.stat().st_mode & 0o070 != 0o070 else directory.root}"
+        command = f"chgrp -R GROUP {where} && chmod -R g+rwX,o-rwx {where} && find {where} -type d -exec chmod g+s {{}} +"
+        return Finding("permissions", "warn", f"{found}; not all of it can be written by the group", f"Let its owner run `{command}`.")
+    if directory.shared and mode & 0o002:
+        return Finding("permissions", "warn", f"{found}; anybody can write", f"Let its owner run chmod -R o-rwx {directory.root}.")
     return Finding("permissions", "ok", found)
 
 
@@ -124,30 +123,13 @@ def _file_system(path: Path) -> Finding:
     kind = file_system_of(path)
     if kind is None:
         return Finding("file system", "warn", "it cannot be found out", "Make sure that cache.dir is on a disk of this node.")
-    if kind in _NETWORK:
-        found = f"{path} is on {_NETWORK[kind]} ({kind}), a network file system"
-        return Finding(
-            "file system", "warn", found, "Locks and SQLite are slow or unsafe there. Choose a disk of this node, for example $SLURM_TMPDIR."
-        )
+    if is_network(kind):  # and cache.allow_network_fs is set, or the directory would have been refused
+        found = f"{path} is on {spoken(kind)}, a network file system"
+        advice = "It is slow, and fit for the processes of one node only. Choose a disk of this node, for example $SLURM_TMPDIR, if there is one."
+        return Finding("file system", "warn", found, advice)
     if kind in _IN_MEMORY:
         return Finding("file system", "warn", f"{path} is in memory ({kind})", "Entries take memory from the training and are gone after a reboot.")
     return Finding("file system", "ok", kind)
-
-
-def file_system_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Type of the file system that holds ``path``, as the kernel names it; None where there is no such list (macOS)."""
-    try:
-        lines = mountinfo.read_text().splitlines()
-    except OSError:
-        return None
-    real, best = os.path.realpath(path), ("", "")
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        # The kernel writes spaces and the like as octal escapes.
-        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
-        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best[0]):
-            best = (point, right.split()[0])  # of several at one place the last one is what is seen
-    return best[1] or None
 
 
 def _space(cache: CacheConfig, directory: CacheDir) -> Finding:

@@ -10,31 +10,41 @@ named here is being written, or being deleted, by this owner".  Its size counts.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import secrets
 import shutil
+import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from zarrcache.atomic import PARTIAL_SUFFIX
 from zarrcache.config import CacheConfig
+from zarrcache.indexcheck import is_damage, is_right_row
 from zarrcache.indexfile import CACHE_FAULTS, IndexFile, Stored, Table, no_fork
 from zarrcache.layout import CacheDir
+from zarrcache.mounts import refuse_network
 from zarrcache.owner import is_dead, owner_id
 from zarrcache.policy import Admission, admit, choose_victims, min_free_bytes
 
 __all__ = ["CACHE_FAULTS", "Index", "Intent", "Row", "Stored"]
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 _INTENT = "intent"
 _INTENTS = ("+", ",")  # the range of their keys
+_PAGE = 10_000  # rows in memory at a time when all are looked at
+_FEW = 100  # rows that make room for one entry, mostly
 _BATCH = 500  # rows a transaction when many are dropped: others wait for about 10 ms
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One entry as a listing shows it."""
+class Row(NamedTuple):
+    """One entry as a listing shows it. A tuple: there may be 400,000 of them."""
 
     digest: str
     tier: str
@@ -57,6 +67,12 @@ class Index:
     """Rows of one cache directory. Opens at first use; safe from any thread or process; pickles as its configuration.
 
     Methods raise what :data:`CACHE_FAULTS` names; callers turn that into a miss.
+
+    Raises
+    ------
+    ConfigError
+        ``cache.dir`` is on a network file system, and ``cache.allow_network_fs`` is not set. Told before a run starts: it is no fault that
+        comes and goes, and a run without its cache would be slow from the first epoch to the last.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -64,7 +80,9 @@ class Index:
         self.told: set[str] = set()
         self._config = config
         self.dir = CacheDir(config.dir, config.shared)
-        self._file = IndexFile(self.dir)
+        is_network = refuse_network(config.dir, is_allowed=config.allow_network_fs)
+        self._file = IndexFile(self.dir, is_network=is_network, is_checked=config.verify == "always")
+        self._root = os.fspath(self.dir.root)
 
     def __reduce__(self) -> tuple[type[Index], tuple[CacheConfig]]:
         return type(self), (self._config,)
@@ -75,32 +93,62 @@ class Index:
         """One SELECT, no write."""
         table = self._table()
         with no_fork(table):
-            found = table.get(digest)
-        return found if isinstance(found, Stored) else None
+            return _row(table, digest)
+
+    def path_of(self, stored: Stored) -> str:
+        """Full path of a file. A string: making a ``Path`` is a tenth of a warm hit."""
+        return f"{self._root}/{stored.filename}"
 
     def volume_bytes(self) -> int:
         """Bytes on disk of all entries, and of what is being written or deleted right now."""
-        table = self._table()
-        with no_fork(table):
-            return int(table.reset("size"))
+
+        def ask() -> int:
+            table = self._table()
+            with no_fork(table):
+                return _volume_bytes(table)
+
+        return self._healing(ask)
 
     def rows(self, tier: str | None = None) -> Iterator[Row]:
-        """Every entry, oldest first."""
+        """Every entry, oldest first. One that is replaced meanwhile may come twice, as what it was and as what it is."""
         where = "tag = ?" if tier else "tag != ?"
-        for key, tag, filename, size, stored_s, value in self._select(
-            f"SELECT key, tag, filename, size, store_time, value FROM Cache WHERE {where} ORDER BY rowid",
-            (tier or _INTENT,),
-        ):
-            yield Row(key, tag, filename, size, stored_s, value.partition(" ")[2])
+        columns = "rowid, key, tag, size, store_time, mode, filename, value"
+        query = f"SELECT {columns} FROM Cache WHERE rowid > ? AND {where} ORDER BY rowid LIMIT {_PAGE}"
+        last = 0
+        while page := self._healing(functools.partial(self._select, query, (last, tier or _INTENT))):
+            for _, key, tag, size, stored_s, mode, filename, value in page:
+                # A damaged or planted row is left to the next look at the whole index: it must stop nobody.
+                if is_right_row(mode, filename, value) and isinstance(size, int) and isinstance(stored_s, float) and f"/{key}" in filename:
+                    yield Row(key, tag, filename, size, stored_s, value.partition(" ")[2])
+            last = page[-1][0]
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """``{tier: (entries, bytes)}``."""
-        rows = self._select("SELECT tag, COUNT(*), SUM(size) FROM Cache WHERE tag != ? GROUP BY tag", (_INTENT,))
+        rows = self._healing(lambda: self._select("SELECT tag, COUNT(*), SUM(size) FROM Cache WHERE tag != ? GROUP BY tag", (_INTENT,)))
         return {tag: (count, size) for tag, count, size in rows}
+
+    def entry_sizes(self, prefixes: Sequence[str], suffix: str) -> list[dict[str, int]]:
+        """Bytes on disk of the entries of the array tier whose notes begin and end so, by what stands in between; a dictionary a prefix.
+
+        One pass over the table for each, without an object a row, and one over the directories: what a cleaner of the scratch disk has taken
+        is not there, whatever the table says.
+        """
+        # A value is the size, a blank and the note; the size has no blank. It is cut here: SQLite counts characters from the start each time.
+        query = (
+            "SELECT value, size, filename FROM Cache WHERE tag = 'array' AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? "
+            "AND typeof(value) = 'text' AND typeof(filename) = 'text'"
+        )
+        end = len(suffix)
+        found = [self._healing(functools.partial(self._select, query, (f" {prefix}", end, suffix))) for prefix in prefixes]
+        there = self.dir.entry_names()
+        return [
+            {value[value.index(" ") + skip : -end]: size for value, size, filename in rows if filename.rpartition("/")[2] in there}
+            for rows, skip in zip(found, [len(prefix) + 1 for prefix in prefixes], strict=True)
+        ]
 
     def filenames(self) -> set[str]:
         """Files of all entries, and those that are being written or deleted; paths below the cache's root."""
-        return {filename for (filename,) in self._select("SELECT filename FROM Cache", ())}
+        return {filename for (filename,) in self._healing(lambda: self._select("SELECT filename FROM Cache", ()))}
 
     # -- writing ---------------------------------------------------------------------------------------------------------------
 
@@ -155,11 +203,25 @@ class Index:
     def sweep(self) -> int:
         """Unlink what dead owners were writing or deleting. Returns the number of files."""
         # By the range of their keys, not by tag: there is an index over the keys, and a full cache asks this at every put.
-        rows = self._select("SELECT key, filename, size, value, store_time FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
+        rows = self._select("SELECT key, filename, size, mode, value, store_time FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
         now_s = time.time()
-        dead = [Intent(key, filename, size) for key, filename, size, value, stored_s in rows if is_dead(value.partition(" ")[2], now_s - stored_s)]
+        dead = []
+        for key, filename, size, mode, value, stored_s in rows:
+            if not is_right_row(mode, filename, value) or not isinstance(stored_s, float):
+                raise sqlite3.DatabaseError(f"the row of {filename!r} is not as it was written")
+            owner = value.partition(" ")[2]
+            if is_dead(owner, now_s - stored_s):
+                dead.append(Intent(key, filename, size))
+                self._remove_partials(filename, owner)
         self._finish(dead)
         return len(dead)
+
+    def _remove_partials(self, filename: str, owner: str) -> None:
+        """Unlink what a dead writer left unfinished. Only here: a living one removes its own, and to look for it is to list a directory."""
+        path, pid = self.dir.root / filename, owner.partition(" ")[2].partition(" ")[0]
+        for partial in path.parent.glob(f".{path.name}.{pid}-*{PARTIAL_SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
 
     def _reserve(self, filename: str, size_bytes: int) -> Intent | Admission:
         intent = Intent(f"+{secrets.token_hex(8)}", filename, size_bytes)
@@ -169,7 +231,7 @@ class Index:
             ((reserved,),) = self._select("SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
             outcome = admit(
                 size_bytes,
-                volume_bytes=int(table.reset("size")),
+                volume_bytes=_volume_bytes(table),
                 limit_bytes=self._config.limit,
                 free_bytes=usage.free - reserved,
                 min_free_bytes=min_free_bytes(self._config.min_free, usage.total),
@@ -182,14 +244,19 @@ class Index:
     def _make_room(self, size_bytes: int) -> None:
         # rowid order is the order of storing: a replaced entry gets a new row.
         # Listings, whose notes end with a line end, stay: they are small, and without them no run starts offline.
-        oldest = self._select("SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT 10000", (_INTENT,))
+        query = "SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?"
         shortfall = self.volume_bytes() + size_bytes - self._config.limit
+        # One or two will do, as a rule; 10,000 rows would be 8 ms at every put.
+        for most in (_FEW, _PAGE):
+            oldest = self._select(query, (_INTENT, most))
+            if sum(size for _, size in oldest) >= shortfall:
+                break
         self.drop(choose_victims(oldest, shortfall))
 
     def _doom(self, table: Table, digest: str, *, keep: str | None = None, only: str | None = None) -> list[Intent]:
         """Turn an entry into an intent to delete. Call inside a transaction."""
-        old = table.get(digest)
-        if not isinstance(old, Stored) or (only is not None and old.filename != only):
+        old = _row(table, digest)
+        if old is None or (only is not None and old.filename != only):
             return []
         table.delete(digest)
         if old.filename == keep:  # the byte tier publishes under one name: the new file has replaced the old one already
@@ -203,22 +270,27 @@ class Index:
         if not intents:
             return
         table = self._table()
+        kept: set[str] = set()
         for intent in intents:
             path = self.dir.root / intent.filename
             with no_fork(table):
-                entry = table.get(path.name.partition("-")[0])
-            if isinstance(entry, Stored) and entry.filename == intent.filename:
+                entry = _row(table, path.name.partition("-")[0])
+            if entry is not None and entry.filename == intent.filename:
                 continue  # the byte tier has one name for an object: somebody has published it again meanwhile
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 os.unlink(path)
-            if not path.parent.is_dir():
-                continue
-            for partial in path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(partial)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as exc:
+                # A directory was planted, or the file is another user's. Its intent stays, and its bytes count; the others are not to blame.
+                kept.add(intent.key)
+                if "unlink" not in self.told:
+                    self.told.add("unlink")
+                    logger.warning("%s cannot be removed (%s) and goes on to count; remove it by hand", path, exc.strerror or exc)
         with self._transaction() as table:
             for intent in intents:
-                table.delete(intent.key)
+                if intent.key not in kept:
+                    table.delete(intent.key)
 
     # -- opening ---------------------------------------------------------------------------------------------------------------
 
@@ -242,8 +314,24 @@ class Index:
         table = self._file.table
         if table is None:
             table = self._file.open()
-            self.sweep()
+            try:
+                self.sweep()
+            except CACHE_FAULTS as exc:
+                if not is_damage(exc):
+                    raise
+                self._file.forget(exc)
+                table = self._file.open()
         return table
+
+    def _healing(self, ask: Callable[[], T]) -> T:
+        """``ask()``, and once more over a rebuilt index if the one that there is turns out to be damaged. Not inside a transaction."""
+        try:
+            return ask()
+        except CACHE_FAULTS as exc:
+            if not is_damage(exc):
+                raise
+            self._file.forget(exc)
+            return ask()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Table]:
@@ -255,3 +343,24 @@ class Index:
     def _select(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         self._table()
         return self._file.select(query, values)
+
+
+def _row(table: Table, digest: str) -> Stored | None:
+    """The row of an entry.
+
+    Raises
+    ------
+    sqlite3.DatabaseError
+        It is damaged, or of another entry.
+    """
+    found: Stored | None = table.get(digest)
+    if found is not None and digest not in found.filename:
+        raise sqlite3.DatabaseError(f"the row of {digest} names {found.filename}")
+    return found
+
+
+def _volume_bytes(table: Table) -> int:
+    try:
+        return int(table.reset("size"))
+    except (TypeError, ValueError) as exc:
+        raise sqlite3.DatabaseError(f"the sum of all sizes is none ({exc})") from exc

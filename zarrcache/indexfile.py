@@ -22,10 +22,11 @@ from weakref import WeakSet
 import diskcache
 
 from zarrcache.codec import read_header
-from zarrcache.errors import CorruptEntryError
+from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.flight import SingleFlight
+from zarrcache.indexcheck import damage_of, is_damage, is_right_row, row_mode, schema_id
 from zarrcache.keys import FORMAT_VERSION
-from zarrcache.layout import CacheDir
+from zarrcache.layout import CacheDir, is_entry_name
 from zarrcache.policy import disk_bytes
 
 __all__ = ["CACHE_FAULTS", "EntryDisk", "IndexFile", "Stored", "Table", "array_note", "no_fork"]
@@ -34,10 +35,13 @@ logger = logging.getLogger(__name__)
 
 Table: TypeAlias = diskcache.Cache
 
-#: What a broken cache raises. Each becomes a miss or a pass-through, never an error of the reader.
-CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+#: What a broken cache raises; ConfigError of a directory that was replaced or closed to us under a running job. Each becomes a miss or a
+#: pass-through, never an error of the reader.
+CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, ConfigError)
 
-_MODE_FILE = 16  # outside diskcache's own modes 0 to 4: a planted row with its pickle mode is not ours and is not read
+_BUSY_S = 60  # how long to wait for other processes
+#: SQLite begins its log anew when nobody reads; beside eight busy processes that moment never came (20 MiB after 20 s, tests/races/test_limit.py).
+_LOG_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,12 @@ class EntryDisk(diskcache.Disk):  # type: ignore[misc]
         return key
 
     def store(self, value: Stored, read: bool, key: object = None) -> tuple[int, int, str, str]:
-        return value.size_bytes, _MODE_FILE, value.filename, f"{value.size_bytes} {value.note}"
+        text = f"{value.size_bytes} {value.note}"
+        return value.size_bytes, row_mode(value.filename, text), value.filename, text
 
-    def fetch(self, mode: int, filename: str, value: str, read: bool) -> Stored | None:
-        if mode != _MODE_FILE:
-            return None
+    def fetch(self, mode: int, filename: str, value: str, read: bool) -> Stored:
+        if not is_right_row(mode, filename, value):
+            raise sqlite3.DatabaseError(f"the row of {filename!r} is not as it was written")
         size, _, note = value.partition(" ")
         return Stored(filename, int(size), note)
 
@@ -82,10 +87,16 @@ class IndexFile:
     Parameters
     ----------
     directory : CacheDir
+    is_network : bool
+        It is on a network file system: no write-ahead log, whose shared memory other nodes do not see.
+    is_checked : bool
+        Look at the whole of it each time it is opened.
     """
 
-    def __init__(self, directory: CacheDir) -> None:
+    def __init__(self, directory: CacheDir, *, is_network: bool = False, is_checked: bool = False) -> None:
         self._dir = directory
+        self._is_network = is_network
+        self._is_checked = is_checked
         self._opened: _Opened | None = None
         self._is_suspect = False
         _alive.add(self)
@@ -110,14 +121,18 @@ class IndexFile:
         self._dir.ensure()
         # One at a time: each open writes diskcache's settings, and a broken index is set aside and rebuilt by one process only.
         # Two threads that come here together both open, one after the other, and one of the two stays.
-        with SingleFlight(self._dir.locks, timeout_s=60.0, mode=self._dir.file_mode, name="open").hold("0" * 8):
+        with SingleFlight(self._dir.locks, timeout_s=60.0, mode=self._dir.written_mode, name="open").hold("0" * 8):
             with no_fork():
-                table = self._connect_or_replace()
+                table, broken = self._connect_or_replace()
             with no_fork(table):
                 # A new file does not know what lies there: the old one was deleted, emptied or broken, or its rebuilding was killed.
                 if self.select("PRAGMA user_version") != [(FORMAT_VERSION,)]:
-                    self._rebuild(table)
-                    self.select(f"PRAGMA user_version = {FORMAT_VERSION}", mode="rw")
+                    kept, removed = self._rebuild(table)
+                    self.select(f"PRAGMA application_id = {schema_id(self.select)}")
+                    self.select(f"PRAGMA user_version = {FORMAT_VERSION}")
+                    if broken or kept or removed:
+                        words = "the index %s %s and rebuilt from what lies there: %d entries kept, %d files removed"
+                        logger.warning(words, self._dir.index, broken or "was lost", kept, removed)
         self.forget()  # another thread may have opened it meanwhile
         self._opened = _Opened(os.getpid(), table, _identity(self._dir.index))
         return table
@@ -127,7 +142,7 @@ class IndexFile:
 
         After a damaged database the next open looks at the whole file; after a directory that is gone it makes a new one.
         """
-        if isinstance(after, sqlite3.DatabaseError) and (not isinstance(after, sqlite3.OperationalError) or "no such table" in str(after)):
+        if after is not None and is_damage(after):
             self._is_suspect = True
         elif after is not None and not isinstance(after, FileNotFoundError):
             return  # busy, read-only, full: another open finds the same
@@ -150,14 +165,18 @@ class IndexFile:
             try:
                 with table.transact():
                     yield table
-            except sqlite3.Error:
+            except (sqlite3.Error, UnicodeDecodeError):
                 table.close()  # a COMMIT that fails (disk full) leaves its transaction open; the next call connects again
                 raise
+        with contextlib.suppress(OSError, sqlite3.Error):  # whoever comes next will do it
+            if os.stat(f"{self._dir.index}-wal").st_size > _LOG_BYTES:
+                self.select("PRAGMA wal_checkpoint(TRUNCATE)", wait_s=0.1)
 
-    def select(self, query: str, values: tuple[Any, ...] = (), *, mode: str = "ro") -> list[tuple[Any, ...]]:
+    def select(self, query: str, values: tuple[Any, ...] = (), *, wait_s: float = _BUSY_S) -> list[tuple[Any, ...]]:
         """Rows of a query that diskcache has no method for, over a connection of its own."""
         with no_fork():
-            connection = sqlite3.connect(f"{self._dir.index.as_uri()}?mode={mode}", uri=True, timeout=60)
+            # Not mode=ro: whoever comes first after a killed process has to undo or to finish what it left (tests/faults/test_crash.py).
+            connection = sqlite3.connect(f"{self._dir.index.as_uri()}?mode=rw", uri=True, timeout=wait_s)
             try:
                 return connection.execute(query, values).fetchall()
             finally:
@@ -168,50 +187,85 @@ class IndexFile:
         if (table := self.table) is not None:
             table.close()
 
-    def _connect_or_replace(self) -> Table:
-        index = self._dir.index
+    def _connect_or_replace(self) -> tuple[Table, str]:
+        """The open table, and what became of a broken one."""
+        index, broken = self._dir.index, ""
         try:
             table = self._connect()
-            if self._is_suspect and (found := self.select("PRAGMA quick_check(1)")) != [("ok",)]:  # about 0.1 s for 100,000 entries
+            if (self._is_checked or self._is_suspect) and (damage := damage_of(self.select)) is not None:
                 table.close()
-                raise sqlite3.DatabaseError(str(found[0][0]))
-        except sqlite3.DatabaseError as exc:
-            if isinstance(exc, sqlite3.OperationalError):
-                raise  # busy, read-only, full: not a broken file
+                raise sqlite3.DatabaseError(damage)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
+            if not is_damage(exc):
+                raise
             aside = index.with_name(f"{index.name}.broken-{time.time_ns()}")
-            logger.warning("the index %s is broken (%s); it is set aside as %s and rebuilt from the entries", index, exc, aside.name)
+            broken = f"is broken ({exc}); it is set aside as {aside.name}"
             os.replace(index, aside)
-            for suffix in ("-wal", "-shm"):
+            for suffix in ("-wal", "-shm", "-journal"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{index}{suffix}")
             table = self._connect()
         self._is_suspect = False
-        return table
+        return table, broken
 
     def _connect(self) -> Table:
-        table = diskcache.Cache(
-            os.fspath(self._dir.root),
-            timeout=60,
-            disk=EntryDisk,
-            eviction_policy="none",
-            cull_limit=0,
-            statistics=0,
-            size_limit=2**62,
-            sqlite_mmap_size=0,  # a mapped file that somebody truncates kills the process
-        )
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file keeps its own mode
-            for suffix in ("", "-wal", "-shm"):
-                os.chmod(f"{self._dir.index}{suffix}", self._dir.file_mode)
-        return table
+        self._dir.touch(self._dir.index)  # SQLite gives its log and journal the permissions of the file that it finds
+        self._check_settings()
+        deadline_s = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                return diskcache.Cache(
+                    os.fspath(self._dir.root),
+                    timeout=_BUSY_S,
+                    disk=EntryDisk,
+                    eviction_policy="none",
+                    cull_limit=0,
+                    statistics=0,
+                    size_limit=2**62,
+                    sqlite_mmap_size=0,  # a mapped file that somebody truncates kills the process
+                    # Said each time: diskcache keeps it in the file, and a file may have been copied from the other kind of disk.
+                    # Not TRUNCATE: a reader would have to look into the journal each time.
+                    sqlite_journal_mode="delete" if self._is_network else "wal",
+                )
+            except sqlite3.OperationalError as exc:
+                # One of its statements does not wait for others (drop_tag_index), which matters where there is no write-ahead log.
+                if "locked" not in str(exc) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.01)
 
-    def _rebuild(self, table: Table) -> None:
-        """Fill an empty index from the files of the array tier; they say themselves what they are. Byte-tier files are fetched again."""
+    def _check_settings(self) -> None:
+        """Refuse settings that nobody here has written: diskcache makes pragmas, arguments and attributes of them.
+
+        Raises
+        ------
+        sqlite3.DatabaseError
+        """
+        try:
+            found = dict(self.select("SELECT key, value FROM Settings"))
+        except sqlite3.OperationalError as exc:
+            if "no such table" in str(exc):  # a new file
+                return
+            raise
+        words = {"eviction_policy": {"none"}, "sqlite_journal_mode": {"wal", "delete"}}
+        known = diskcache.DEFAULT_SETTINGS.keys() | {"count", "size", "hits", "misses"}
+        strange = [key for key, value in found.items() if key not in known or (value not in words[key] if key in words else type(value) is not int)]
+        if strange:
+            raise sqlite3.DatabaseError(f"it has settings that zarrcache does not write: {strange[0]!r}")
+
+    def _rebuild(self, table: Table) -> tuple[int, int]:
+        """Fill an empty index from the files of the array tier; they say themselves what they are. Byte-tier files are fetched again.
+
+        Returns the entries kept and the files removed.
+        """
         found: dict[str, Stored] = {}
-        unknown = list(self._dir.bytes.glob("*/*"))
-        for path in sorted(self._dir.entries.glob("*/*"), key=lambda p: p.lstat().st_mtime_ns):
+        entries: list[Path] = []
+        unknown: list[Path] = []
+        for path in self._dir.files():
+            (entries if is_entry_name(self._dir.name_of(path)) and path.is_relative_to(self._dir.entries) else unknown).append(path)
+        for path in sorted(entries, key=lambda p: p.lstat().st_mtime_ns):
             try:
                 key = read_header(path).key
-                stored = Stored(str(path.relative_to(self._dir.root)), disk_bytes(path.stat().st_size), array_note(key.origin, key.url, key.array))
+                stored = Stored(self._dir.name_of(path), disk_bytes(path.stat().st_size), array_note(key.origin, key.url, key.array))
             except (CorruptEntryError, OSError):
                 unknown.append(path)
                 continue
@@ -224,8 +278,7 @@ class IndexFile:
         for path in unknown:
             with contextlib.suppress(OSError):  # a directory was planted
                 path.unlink()
-        if found or unknown:
-            logger.warning("the index %s was rebuilt: %d entries kept, %d files removed", self._dir.index, len(found), len(unknown))
+        return len(found), len(unknown)
 
 
 @dataclass(frozen=True, slots=True)

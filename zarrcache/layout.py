@@ -8,22 +8,37 @@
         entries/ab/…      array tier: one file an entry, header page + raw array
         bytes/ab/…        byte tier: one file an object or block, exactly the origin's bytes
         locks/…           single flight
+
+With ``shared`` the members of one Unix group work on one directory. What they all write in place (index, locks) is 0660. Entries are 0640:
+each may be read, replaced and dropped by the others, for which the directories' permissions count, but not be altered, and above all not be
+truncated, which would kill whoever has it mapped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import secrets
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from zarrcache.errors import ConfigError
 from zarrcache.keys import FORMAT_VERSION
 
-__all__ = ["CacheDir"]
+__all__ = ["CacheDir", "is_entry_name"]
 
-_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Written by zarrcache. `zarrcache evict --all` empties it; deleting it is safe.\n"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Written by zarrcache. `zarrcache evict --all` empties it; deleting it is safe.\n"
+_ENTRY_NAME = re.compile(r"(?:entries|bytes)(?:/[0-9a-z-]+){1,2}")
+_OTHERS_WRITE = 0o002
+
+
+def is_entry_name(name: object) -> bool:
+    """Whether ``name`` (a path below :attr:`CacheDir.root`) can be a file of one of the tiers. No other is deleted, whatever the index says."""
+    return isinstance(name, str) and _ENTRY_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +50,7 @@ class CacheDir:
     parent : Path
         ``cache.dir``. It may hold other things; they are never looked at.
     shared : bool
-        Several users of one group: directories 02770, files 0660. Otherwise 0700 and 0600.
+        Several users of one group: directories 02770. Otherwise 0700 and 0600.
     """
 
     parent: Path
@@ -67,6 +82,12 @@ class CacheDir:
 
     @property
     def file_mode(self) -> int:
+        """Of entries: published once, never written again."""
+        return 0o640 if self.shared else 0o600
+
+    @property
+    def written_mode(self) -> int:
+        """Of the index and the locks, which every process opens to write."""
         return 0o660 if self.shared else 0o600
 
     def ensure(self) -> None:
@@ -75,29 +96,88 @@ class CacheDir:
         Raises
         ------
         ConfigError
-            The directory is a symbolic link or belongs to somebody else: entries could be planted or redirected.
+            A directory is a symbolic link or can be written by strangers, or the index is no file: entries could be planted or redirected.
+            Or this user may not write there.
         OSError
             It cannot be created.
         """
-        self.parent.mkdir(mode=self.dir_mode & 0o777, parents=True, exist_ok=True)
-        for path in (self.root, self.entries, self.bytes, self.locks):
-            self.make(path)
-        with contextlib.suppress(FileExistsError):
-            fd = os.open(self.root / "CACHEDIR.TAG", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self.file_mode)
-            try:
-                os.fchmod(fd, self.file_mode)
-                os.write(fd, _TAG)
-            finally:
-                os.close(fd)
+        try:
+            self._make_parents()
+            for path in (self.root, self.entries, self.bytes, self.locks):
+                self.make(path)
+            self.touch(self.root / "CACHEDIR.TAG", _TAG)
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISREG(os.lstat(self.index).st_mode):  # SQLite would follow a link, and write where it leads
+                    raise ConfigError(f"{self.index} is not a regular file. Somebody put it there: remove it, or choose another cache.dir.")
+        except PermissionError as exc:
+            raise ConfigError(self._no_entry(Path(exc.filename or self.root))) from exc
 
     def make(self, path: Path) -> None:
         """Create one directory below :attr:`root` (or root itself) with the right mode, or check the one that is there."""
-        try:
-            os.mkdir(path, self.dir_mode & 0o777)
-        except FileExistsError:
+        if os.path.lexists(path):
             self._check(path)
-        else:
-            os.chmod(path, self.dir_mode)  # mkdir's mode is cut by the umask and drops setgid
+            return
+        # mkdir's mode is cut by the umask and drops setgid. Another user may be about to write here: below root (where nobody minds another
+        # name) the directory appears with the right mode. An empty one, just made by somebody else, is replaced by its like.
+        made = path if path == self.root else path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            os.mkdir(made, self.dir_mode & 0o777)
+            os.chmod(made, self.dir_mode)
+            if made != path:
+                os.rename(made, path)
+        except OSError as exc:
+            if made != path:
+                with contextlib.suppress(OSError):
+                    os.rmdir(made)
+            if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            self._check(path)
+
+    def touch(self, path: Path, content: str = "") -> None:
+        """Create a file that all may write, if it is not there."""
+        with contextlib.suppress(FileExistsError):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self.written_mode)
+            try:
+                os.fchmod(fd, self.written_mode)  # the mode of open is cut by the umask
+                os.write(fd, content.encode())
+            finally:
+                os.close(fd)
+
+    def files(self) -> Iterator[Path]:
+        """Every file of both tiers. A link in the place of a directory is not followed: what is found here may be deleted."""
+        for tier in (self.entries, self.bytes):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(tier) as directories:
+                for directory in sorted(d.path for d in directories if d.is_dir(follow_symlinks=False)):
+                    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as files:
+                        yield from sorted(Path(f.path) for f in files if not f.is_dir(follow_symlinks=False))
+
+    def entry_names(self) -> set[str]:
+        """Names of all files of the array tier, without their directories. 0.4 s for 400,000."""
+        names: set[str] = set()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.entries) as directories:
+            for directory in directories:
+                if directory.is_dir(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        names.update(os.listdir(directory.path))
+        return names
+
+    def name_of(self, path: Path) -> str:
+        """What the index calls a file: its path below :attr:`root`."""
+        return str(path.relative_to(self.root))
+
+    def _make_parents(self) -> None:
+        missing = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, self.dir_mode & 0o777 if self.shared or path == self.parent else 0o777)
+                if self.shared:  # the umask has kept the others out
+                    os.chmod(path, self.dir_mode)
+        found = os.stat(self.parent)
+        if found.st_uid not in (os.getuid(), 0) and found.st_mode & _OTHERS_WRITE:
+            raise ConfigError(
+                f"cache.dir {self.parent} belongs to user {found.st_uid}, and anybody may write there: entries could be planted. "
+                "Choose a directory of your own."
+            )
 
     def _check(self, path: Path) -> None:
         found = os.lstat(path)
@@ -105,5 +185,28 @@ class CacheDir:
             raise ConfigError(
                 f"{path} is not a directory{' but a symbolic link' if stat.S_ISLNK(found.st_mode) else ''}. Remove it or choose another cache.dir."
             )
-        if found.st_uid not in (os.getuid(), 0) and not self.shared:
-            raise ConfigError(f"{path} belongs to user {found.st_uid}. Choose another cache.dir, or set cache.shared: true for both users.")
+        if found.st_uid not in (os.getuid(), 0):
+            if not self.shared:
+                raise ConfigError(f"{path} belongs to user {found.st_uid}. Choose another cache.dir, or set cache.shared: true for both users.")
+            if found.st_mode & _OTHERS_WRITE:
+                raise ConfigError(
+                    f"{path} belongs to user {found.st_uid}, and anybody may write there: entries could be planted. Choose another cache.dir."
+                )
+        elif self.shared and found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & self.dir_mode != self.dir_mode:
+            with contextlib.suppress(OSError):  # made while the cache was private, or its maker was killed too early
+                os.chmod(path, self.dir_mode)
+
+    def _no_entry(self, path: Path) -> str:
+        """What to say to a user who may not write at ``path``: who may."""
+        for place in (path, *path.parents):
+            with contextlib.suppress(OSError):
+                found = os.stat(place)
+                mode = f"it belongs to user {found.st_uid} and group {found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
+                if not self.shared:
+                    return f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}). Choose a directory of your own."
+                return (
+                    f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}; this user is {os.getuid()} of groups "
+                    f"{sorted({os.getgid(), *os.getgroups()})}). Be made a member of that group, or let its owner run chgrp and chmod 2770, "
+                    "or choose another cache.dir."
+                )
+        return f"cache.dir {self.parent} cannot be written by this user. Choose another."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["LocalOrigin"]
 
 T = TypeVar("T")
+
+#: Links to directories below one store: with two in each of 30 directories there are a billion paths.
+_MAX_LINKS = 1000
 
 #: A network file system's ways to say "try again"; anything else of a disk does not go away by waiting.
 _TRANSIENT = frozenset(
@@ -103,14 +107,20 @@ def _list(path: str, prefix: str) -> list[ObjectInfo]:
     return [_info(prefix, status)] if stat.S_ISREG(status.st_mode) else []
 
 
-def _walk(path: str, prefix: str) -> Iterator[ObjectInfo]:
+def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterator[ObjectInfo]:
+    links = itertools.count(1) if links is None else links
     with os.scandir(path) as entries:
         for entry in entries:
             try:
                 if entry.is_dir():
-                    yield from _walk(entry.path, f"{prefix}{entry.name}/")
-                else:
-                    yield _info(prefix + entry.name, entry.stat())
+                    if entry.is_symlink() and next(links) > _MAX_LINKS:
+                        raise OriginError(f"{path} has more than {_MAX_LINKS} symbolic links to directories below it. Remove them.")
+                    yield from _walk(entry.path, f"{prefix}{entry.name}/", links)
+                    continue
+                status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):  # a FIFO would have us wait for its writer
+                    raise OriginError(f"{entry.path} is neither a file nor a directory. Remove it.")
+                yield _info(prefix + entry.name, status)
             except FileNotFoundError as exc:
                 if entry.is_symlink():
                     raise OriginError(f"{entry.path} is a broken symbolic link. Restore what it points to, or remove it.") from exc

@@ -205,26 +205,33 @@ class S3Origin:
         policy = RetryPolicy(self._retry)
         for attempt in policy:
             failure: Exception | None = None
+            requests = retries = nbytes = 0
             wanted = [ObjectInfo(key, o.size_bytes, o.etag) for key, o in missing.items()]
-            with contextlib.closing(self._engine(*missing).get_many(wanted, patience_s=policy.remaining_s)) as answers:
-                for full, answer in answers:
-                    if answer is None:
-                        continue
-                    obj = missing[full.key]
-                    self._counters.add(requests=1, retries=int(full.key in tried))
-                    tried.add(full.key)
-                    if isinstance(answer, S3Fault):
-                        problem: Exception | None = to_error(answer, self._asked(obj.key, obj))
-                    elif (problem := self._problem(obj, answer)) is None:
-                        del missing[full.key]
-                        self._counters.add(fetched_bytes=obj.size_bytes)
-                        yield obj, answer.body
-                        policy.progress()
-                    if problem is not None and not is_transient(problem):
-                        raise problem
-                    failure = problem or failure
-            if failure is None:
+            try:
+                with contextlib.closing(self._engine(*missing).get_many(wanted, patience_s=policy.remaining_s)) as answers:
+                    for full, answer in answers:
+                        if answer is None:
+                            continue
+                        obj = missing[full.key]
+                        requests += 1
+                        retries += full.key in tried
+                        tried.add(full.key)
+                        if isinstance(answer, S3Fault):
+                            problem: Exception | None = to_error(answer, self._asked(obj.key, obj))
+                        elif (problem := self._problem(obj, answer)) is None:
+                            del missing[full.key]
+                            nbytes += obj.size_bytes
+                            yield obj, answer.body
+                            policy.progress()
+                        if problem is not None and not is_transient(problem):
+                            raise problem
+                        failure = problem or failure
+            finally:
+                # Once a pass: each time the counters are written to the board that the processes share.
+                self._counters.add(requests=requests, retries=retries, fetched_bytes=nbytes)
+            if not missing:  # there may have been failures all the same: an engine may ask again by itself for what was late
                 return
+            assert failure is not None
             with attempt:
                 raise failure
 

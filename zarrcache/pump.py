@@ -1,10 +1,14 @@
-"""Many requests in flight on the I/O loop's thread, answers handed over one by one to the calling thread as they arrive."""
+"""Many requests in flight, on the I/O loop or in threads, answers handed over one by one to the calling thread as they arrive."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +18,7 @@ from zarrcache.keys import ObjectInfo
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PAGE_OBJECTS", "SLOWEST_BYTES_PER_S", "Page", "Received", "pump", "run"]
+__all__ = ["PAGE_OBJECTS", "SLOWEST_BYTES_PER_S", "Page", "Received", "pump", "pump_threads", "run"]
 
 #: Slowest transfer of one object that is not given up. With the read timeout it bounds a server that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
@@ -101,3 +105,54 @@ def pump(
             yield item
     finally:
         future.cancel()
+
+
+def pump_threads(
+    pool: Executor, get: Callable[[ObjectInfo], Received], objects: Sequence[ObjectInfo], concurrency: int
+) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
+    """As ``pump``, for a ``get`` that blocks: ``concurrency`` threads of ``pool`` are in one each.
+
+    What is in flight when a consumer stops early cannot be cancelled: it ends by itself, unheard. So ``get`` has to end soon.
+    Where no thread may be started any more, the calling thread does what is to be done.
+    """
+    arrived: queue.SimpleQueue[tuple[ObjectInfo, Received | S3Fault | None] | BaseException | None] = queue.SimpleQueue()
+    todo = deque(objects)
+    failed_in_a_row = 0
+    counting = threading.Lock()
+
+    def worker() -> None:
+        nonlocal failed_in_a_row
+        while todo:
+            try:
+                obj = todo.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            if failed_in_a_row >= concurrency:
+                arrived.put((obj, None))
+                continue
+            answer: Received | S3Fault
+            try:
+                answer = get(obj)
+            except S3Fault as fault:
+                answer = fault
+            with counting:
+                failed_in_a_row = failed_in_a_row + 1 if isinstance(answer, S3Fault) and answer.is_transient else 0
+            arrived.put((obj, answer))
+
+    try:
+        workers = 0
+        with contextlib.suppress(RuntimeError):  # the interpreter is going, or this user has as many threads as are allowed
+            while workers < min(concurrency, len(objects)):
+                # A fault of ours, not of the server, ends a worker: the caller has to see it.
+                pool.submit(worker).add_done_callback(lambda ended: arrived.put(ended.exception()))
+                workers += 1
+        if not workers:
+            worker()
+        for _ in objects:
+            while (item := arrived.get()) is None:
+                pass
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        todo.clear()

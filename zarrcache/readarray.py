@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from zarrcache.decode import ArrayDecoder
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
+from zarrcache.expansion import most_bytes
 from zarrcache.keys import ObjectInfo, source_digest
 from zarrcache.origin import Origin
 from zarrcache.zipped import unzip
 
-__all__ = ["Decoded", "list_array", "no_such_array", "read_array"]
+__all__ = ["Decoded", "check_sizes", "list_array", "no_such_array", "read_array"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Decoded:
 
 
 def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
-    """The objects of one array, or the one object of a zipped store: one LIST.
+    """The objects that an array is decoded from, or the one object of a zipped store: one LIST.
 
     Raises
     ------
@@ -53,7 +54,9 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
         if not listed:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
-    listed = origin.list_objects(f"{store}/{array}/")
+    prefix = f"{store}/{array}/"
+    # Attributes of the array say nothing of its values: not worth a request, and no reason to fetch the values again.
+    listed = [o for o in origin.list_objects(prefix) if o.key != f"{prefix}.zattrs"]
     if not listed:
         everything = origin.list_objects(f"{store}/")
         if not everything:
@@ -62,7 +65,9 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
     return listed
 
 
-def read_array(origin: Origin, store: str, array: str, *, listed: list[ObjectInfo] | None = None) -> Decoded:
+def read_array(
+    origin: Origin, store: str, array: str, *, listed: list[ObjectInfo] | None = None, reserve: Callable[[int], object] | None = None
+) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET an object.
 
     Never a mixture of two versions: each object has to be the version that was listed, and a store that looks as if it were being written
@@ -76,6 +81,8 @@ def read_array(origin: Origin, store: str, array: str, *, listed: list[ObjectInf
     array : str
     listed : list of ObjectInfo, optional
         From :func:`list_array`, if it was just called.
+    reserve : callable, optional
+        Called once with the array's bytes, before they are taken. It may wait.
 
     Raises
     ------
@@ -90,13 +97,14 @@ def read_array(origin: Origin, store: str, array: str, *, listed: list[ObjectInf
         listed = listed if listed is not None else list_array(origin, store, array)
         source = source_digest(listed)
         try:
-            values = _fetch_and_decode(origin, store, array, listed)
+            values = _fetch_and_decode(origin, store, array, listed, reserve)
             if not _may_be_changing(listed) or source_digest(list_array(origin, store, array)) == source:
                 return Decoded(values, source)
         except IncompleteArrayError:
             # Gone or changed since the listing, or damaged? Only in the first case the listing is another one now.
             if source_digest(list_array(origin, store, array)) == source:
                 raise
+        reserve = None  # what is read again takes the place of what was read
         if wait_s is None:
             break
         logger.info("%s is being written; listing it again in %.1f s", origin.url_of(store), wait_s)
@@ -105,26 +113,40 @@ def read_array(origin: Origin, store: str, array: str, *, listed: list[ObjectInf
     raise IncompleteArrayError(f"{origin.url_of(store)} kept changing while it was read. Wait until its writer has finished.")
 
 
-def _fetch_and_decode(origin: Origin, store: str, array: str, listed: list[ObjectInfo]) -> np.ndarray[Any, np.dtype[Any]]:
+def _fetch_and_decode(
+    origin: Origin, store: str, array: str, listed: list[ObjectInfo], reserve: Callable[[int], object] | None
+) -> np.ndarray[Any, np.dtype[Any]]:
+    check_sizes([o.size_bytes for o in listed], origin.url_of(store if store.endswith(".zip") else f"{store}/{array}"))
     if store.endswith(".zip"):
         ((_, data),) = origin.fetch(listed)
-        return _decode_members(origin.url_of(store), array, unzip(data, origin.url_of(store), f"{array}/"))
+        return _decode_members(origin.url_of(store), array, unzip(data, origin.url_of(store), f"{array}/"), reserve)
     prefix = f"{store}/{array}/"
-    decoder = ArrayDecoder([o.key.removeprefix(prefix) for o in listed], lambda key: origin.url_of(prefix + key))
+    decoder = ArrayDecoder([o.key.removeprefix(prefix) for o in listed], lambda key: origin.url_of(prefix + key), reserve)
     for obj, data in origin.fetch(listed):
         decoder.add(obj.key.removeprefix(prefix), data)
     return decoder.finish()
 
 
-def _decode_members(url: str, array: str, members: dict[str, bytes]) -> np.ndarray[Any, np.dtype[Any]]:
+def _decode_members(url: str, array: str, members: dict[str, bytes], reserve: Callable[[int], object] | None) -> np.ndarray[Any, np.dtype[Any]]:
     prefix = f"{array}/"
     chosen = {name.removeprefix(prefix): data for name, data in members.items() if name.startswith(prefix)}
     if not chosen:
         raise no_such_array(url, array, members)
-    decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")
+    decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}", reserve)
     for name, data in chosen.items():
         decoder.add(name, data)
     return decoder.finish()
+
+
+def check_sizes(sizes: Collection[int], url: str) -> None:
+    """Refuse objects that together are larger than any array, before they are fetched.
+
+    Raises
+    ------
+    SchemaError
+    """
+    if sum(sizes) > most_bytes():
+        raise SchemaError(f"{url} lists objects of {sum(sizes)} bytes, the largest of {max(sizes)}; more than {most_bytes()} are refused.")
 
 
 def _may_be_changing(listed: Iterable[ObjectInfo]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarrcache.config import CacheConfig
 from zarrcache.density import as_density, density_of_group, density_of_objects, metadata_of, per_point
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
-from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest
+from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, stored_array
 from zarrcache.materials import Materials, Present
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.readarray import list_array, read_array
@@ -198,10 +198,17 @@ class ZarrS3Reader:
             There is no such store, or the origin cannot be reached.
         """
         values, _ = self._density(self._origins[role], self._store_name(task_id, role))
-        return self._flat(values)
+        return _flat(values)
 
-    def ensure(self, task_id: str, role: Role) -> tuple[Outcome, int]:
+    def ensure(self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None) -> tuple[Outcome, int]:
         """Have the origin's present version of one density in the array tier; what ``zarrcache warm`` does for each.
+
+        Parameters
+        ----------
+        task_id : str
+        role : {"data", "label"}
+        reserve : callable, optional
+            Called with bytes before they are taken: those of the objects, then those of the array. It may wait.
 
         Returns
         -------
@@ -215,7 +222,7 @@ class ZarrS3Reader:
         As ``load``.
         """
         origin, store = self._origins[role], self._store_name(task_id, role)
-        values, outcome = self._density(origin, store, revalidate=True)
+        values, outcome = self._density(origin, store, revalidate=True, reserve=reserve)
         if outcome != "hit" and self._tiers.arrays is not None:
             self._tiers.forget_listing(origin, store)  # metadata and crops are to be of the same version
         return outcome, values.nbytes
@@ -223,6 +230,14 @@ class ZarrS3Reader:
     def key(self, task_id: str, role: Role) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
         return self._key(self._origins[role], self._store_name(task_id, role))
+
+    def origin(self, role: Role) -> Origin:
+        """The directory of one role."""
+        return self._origins[role]
+
+    def stored(self) -> dict[Role, dict[str, int]]:
+        """Bytes on disk of the densities that are in the array tier, by role and task id. Their stores are those that were listed last."""
+        return self._tiers.stored_densities(self._stored_as, {role: (origin, self._materials.names(role)) for role, origin in self._origins.items()})
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
         """What the origin lists now of one density: keys, sizes, ETags. One LIST."""
@@ -242,8 +257,12 @@ class ZarrS3Reader:
     def _array(self) -> str:
         return f"charge_density_{self.density_type}"
 
+    @property
+    def _stored_as(self) -> str:
+        return stored_array(self._array, is_per_point=self.normalize)
+
     def _key(self, origin: Origin, store: str) -> ArrayKey:
-        return ArrayKey(origin.identity, origin.url_of(store), self._array)
+        return ArrayKey(origin.identity, origin.url_of(store), self._stored_as)
 
     def _store_name(self, task_id: str, role: Role) -> str:
         check_task_id(task_id)
@@ -255,7 +274,9 @@ class ZarrS3Reader:
                 f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to list the origin again."
             ) from None
 
-    def _density(self, origin: Origin, store: str, *, revalidate: bool = False) -> tuple[NDArray[np.float32], Outcome]:
+    def _density(
+        self, origin: Origin, store: str, *, revalidate: bool = False, reserve: Callable[[int], object] | None = None
+    ) -> tuple[NDArray[np.float32], Outcome]:
         """The cached path: array tier, single flight, origin."""
         arrays = self._tiers.arrays
         if arrays is None:
@@ -267,25 +288,29 @@ class ZarrS3Reader:
             source = source_digest(listed)
         entry = arrays.get(key, source=source)
         if entry is None:
+            if reserve is not None and listed is not None:
+                reserve(sum(o.size_bytes for o in listed))  # here, not under the lock: nobody else is to wait for our memory
             with self._tiers.single_flight().hold(key.digest):
                 entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
                 if entry is None:
-                    decoded = read_array(origin, store, self._array, listed=listed)
-                    values = as_density(decoded.array, key.url, key.array)
+                    decoded = read_array(origin, store, self._array, listed=listed, reserve=reserve)
+                    values = self._as_asked(decoded.array, key.url)
                     admitted = arrays.put(key, values, source=decoded.source)
                     self._checked.add(key.digest)
                     self._counters.add(misses=1, bypasses=int(not admitted))
-                    return values, "miss" if admitted else "bypass"
+                    # Mapped, if it is there: memory that the kernel may take back, and that a worker hands over without a copy.
+                    stored = arrays.get(key, source=decoded.source) if admitted else None
+                    return (stored.array if stored else values), "miss" if admitted else "bypass"
         if source is not None:
             self._checked.add(key.digest)
         self._counters.add(hits=1, served_bytes=entry.array.nbytes)
-        return as_density(entry.array, key.url, key.array), "hit"
+        return as_density(entry.array, key.url, self._array), "hit"
 
     def _past_the_array_tier(self, origin: Origin, store: str, *, revalidate: bool) -> NDArray[np.float32]:
         self._counters.add(misses=1, bypasses=1)
         config = self._tiers.config
         if config is None or not config.bytes.enabled:
-            return as_density(read_array(origin, store, self._array).array, origin.url_of(store), self._array)
+            return self._as_asked(read_array(origin, store, self._array).array, origin.url_of(store))
         key = self._key(origin, store)
         relist = revalidate or self._is_due(key)
         try:
@@ -301,18 +326,18 @@ class ZarrS3Reader:
         objects = CachedStore(origin, store, self._tiers, relist=relist)
         if not objects.sizes():
             raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
-        return density_of_objects(objects.sizes(), objects.read, objects.url, self._array)
+        return self._as_asked(density_of_objects(objects.sizes(), objects.read, objects.url, self._array), objects.url)
 
     def _is_due(self, key: ArrayKey) -> bool:
         """Whether the origin has to be asked if an entry is still fresh."""
         revalidate = self._tiers.config.revalidate if self._tiers.config else "never"
         return revalidate == "epoch" or (revalidate == "run" and key.digest not in self._checked)
 
-    def _flat(self, values: NDArray[np.float32]) -> Density:
-        nx, ny, nz = values.shape
-        if self.normalize:
-            values = per_point(values)
-        return values.reshape(-1), (nx, ny, nz)
+    def _as_asked(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
+        """What `load` hands out, and what is stored, of an array as the origin has it."""
+        values = as_density(array, url, self._array)
+        # In place: these are fresh from the origin, and another array of their size is as much work again, for the pages it takes.
+        return per_point(values, out=values if values.flags.writeable else None) if self.normalize else values
 
     # -- the users' methods on groups --------------------------------------------------------------------------------------------
 
@@ -336,9 +361,9 @@ class ZarrS3Reader:
         """
         store = zarr_store.store
         if isinstance(store, CachedStore) and not zarr_store.path:
-            return self._flat(self._density(store.origin, store.name)[0])
+            return _flat(self._density(store.origin, store.name)[0])
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        return self._flat(density_of_group(zarr_store, self._array, where))
+        return _flat(self._as_asked(density_of_group(zarr_store, self._array, where), where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """What the store says of itself: attribute ``metadata``, merged with ``structure``; both may be JSON strings or JSON itself."""
@@ -346,6 +371,11 @@ class ZarrS3Reader:
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"
+
+
+def _flat(values: NDArray[np.float32]) -> Density:
+    nx, ny, nz = values.shape
+    return values.reshape(-1), (nx, ny, nz)
 
 
 def _url_or_path(value: str | os.PathLike[str]) -> str | Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +12,7 @@ from zarrcache.codec import EntryHeader, read_header
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, CorruptEntryError, OriginNotFoundError, SchemaError
 from zarrcache.index import CACHE_FAULTS, Index, Row
-from zarrcache.keys import ArrayKey, source_digest
+from zarrcache.keys import source_digest, stem_of, stored_array
 from zarrcache.layout import CacheDir
 from zarrcache.origin import Origin
 from zarrcache.readarray import list_array
@@ -21,7 +21,19 @@ from zarrcache.stats import Counters
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.tiers import Tiers
 
-__all__ = ["ROLES", "Scope", "cache_at", "cache_of", "concurrently", "existing_index", "is_listing", "open_index", "origin_and_url", "stored_header"]
+__all__ = [
+    "ROLES",
+    "Scope",
+    "cache_at",
+    "cache_of",
+    "concurrently",
+    "existing_index",
+    "is_listing",
+    "open_index",
+    "origin_and_url",
+    "stored_header",
+    "stored_listing",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,6 +57,8 @@ class Scope:
     ----------
     is_whole : bool
         All ids, not only some.
+    is_one_directory : bool
+        Input and label are the same stores.
     """
 
     def __init__(self, config: DataConfig, ids: Sequence[str] | None = None) -> None:
@@ -52,42 +66,39 @@ class Scope:
         assert self.tiers.index is not None
         self.index = self.tiers.index
         self.is_whole = ids is None
-        self.ids = list(ids) if ids is not None else ids_of(read_map(config.map_dir), config.functional)
+        self.ids = list(dict.fromkeys(ids if ids is not None else ids_of(read_map(config.map_dir), config.functional)))
         self.origins: dict[Role, Origin] = {
             "data": self.tiers.origin(config.data_dir, config.s3_kwargs),
             "label": self.tiers.origin(config.label_dir, config.s3_kwargs),
         }
-        self._array = f"charge_density_{config.density_type}"
-        stores = [f"{task_id}{suffix}" for task_id in self.ids for suffix in (".zarr", ".zarr.zip")]
-        self._stores = {(origin.identity, origin.url_of(store)): (origin, store) for origin in self.origins.values() for store in stores}
-        self._directories = {(origin.identity, origin.url_of("")) for origin in self.origins.values()}
+        self._stored_as = stored_array(f"charge_density_{config.density_type}", is_per_point=config.normalize_data)
+        self.known = frozenset(self.ids)
+        #: Origins by endpoint and the URL that the stores' names follow; one if both directories are the same.
+        self._roots = {(origin.identity, origin.url_of("")): origin for origin in self.origins.values()}
+        self.is_one_directory = len(self._roots) == 1
 
-    def keys(self, task_id: str, role: Role) -> tuple[ArrayKey, ArrayKey]:
-        """The entries that may hold one density: of its store as a directory, and as a zip file."""
-        origin = self.origins[role]
-        directory, zipped = (ArrayKey(origin.identity, origin.url_of(f"{task_id}{suffix}"), self._array) for suffix in (".zarr", ".zarr.zip"))
-        return directory, zipped
+    def listing(self, role: Role) -> dict[str, str] | None:
+        """As :func:`stored_listing` of one directory."""
+        return stored_listing(self.tiers, self.origins[role])
 
-    def stored_listings(self) -> list[dict[str, str]]:
-        """What the two directories held when they were last listed, ``{task_id: name}``; fewer than two if one never was."""
-        listings = [self.tiers.stored_listing(origin, "") for origin in self.origins.values()]
-        return [names for names in listings if isinstance(names, dict)]
+    def stored(self, listings: Mapping[Role, Mapping[str, str] | None]) -> dict[Role, dict[str, int]]:
+        """As :meth:`Tiers.stored_densities`."""
+        return self.tiers.stored_densities(self._stored_as, {role: (self.origins[role], names) for role, names in listings.items()})
 
-    def store_of(self, row: Row) -> tuple[str, str] | None:
-        """Endpoint and URL of the config's store that an entry comes from; None if it is another's."""
-        key = origin_and_url(row)
-        if row.tier == "array":
-            return key if key in self._stores else None
-        # An object below a store: its URL is cut after the store's name.
-        for root in {origin.url_of("") for origin in self.origins.values()}:
-            if key[1].startswith(root):
-                store = (key[0], root + key[1].removeprefix(root).split("/")[0])
-                return store if store in self._stores else None
+    def store_of(self, row: Row) -> tuple[Origin, str] | None:
+        """Origin and name of the config's store that an entry comes from; None if it is another's."""
+        endpoint, url = origin_and_url(row)
+        for (identity, root), origin in self._roots.items():
+            if endpoint == identity and url.startswith(root):
+                # The URL of an object goes on below its store.
+                store = url[len(root) :] if row.tier == "array" else url[len(root) :].partition("/")[0]
+                if stem_of(store) in self.known:
+                    return origin, store
         return None
 
     def is_directory(self, row: Row) -> bool:
         """Whether an entry is the stored listing of one of the two directories."""
-        return is_listing(row) and origin_and_url(row) in self._directories
+        return is_listing(row) and origin_and_url(row) in self._roots
 
     def stale(self, rows: Sequence[Row], progress: Callable[[int], object] | None = None) -> list[Row]:
         """Of these entries, those of the array tier that do not hold what the origin lists now. One LIST each.
@@ -97,15 +108,17 @@ class Scope:
         OriginError
             The origin cannot be asked. A store that is gone there is stale.
         """
-        asked = [row for row in rows if self.store_of(row) is not None and row.tier == "array" and not is_listing(row)]
+        asked = [row for row in rows if row.tier == "array" and not is_listing(row) and self.store_of(row) is not None]
 
         def is_stale(row: Row) -> bool:
-            origin, store = self._stores[origin_and_url(row)]
+            found = self.store_of(row)
             header = stored_header(self.index, row.digest)
+            assert found is not None
+            origin, store = found
             if header is None:
                 return False  # gone meanwhile, or damaged: not what was asked
             try:
-                return source_digest(list_array(origin, store, header.key.array)) != header.source
+                return source_digest(list_array(origin, store, header.key.source_array)) != header.source
             except (OriginNotFoundError, SchemaError):
                 return True
 
@@ -119,6 +132,12 @@ class Scope:
         return found
 
 
+def stored_listing(tiers: Tiers, origin: Origin) -> dict[str, str] | None:
+    """What a directory held when it was last listed, ``{task_id: name}``; None if it never was."""
+    names = tiers.stored_listing(origin, "")
+    return names if isinstance(names, dict) else None
+
+
 def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
     """``ask(item)`` of each, in order, many at a time. Close it: what is not asked by then will not be (an error, Ctrl-C)."""
     with ThreadPoolExecutor(LISTERS) as pool:
@@ -130,7 +149,7 @@ def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
 
 def origin_and_url(row: Row) -> tuple[str, str]:
     """Where an entry comes from: the endpoint, and the URL of its store (array tier) or object (byte tier)."""
-    fields = row.note.split("\n")
+    fields = f"{row.note}\n\n".split("\n")  # a planted row may have too few
     return (fields[0], fields[1]) if row.tier == "array" else (fields[1], fields[2])
 
 
@@ -172,8 +191,8 @@ def cache_at(directory: Path) -> CacheConfig:
         shared = bool(root.stat().st_mode & 0o020)  # a directory of several users has to stay one, or their files are refused
     except OSError:
         shared = False
-    # By model_copy: the directory was given by hand, so ZARRCACHE_DIR does not override it.
-    return CacheConfig(dir=directory, shared=shared).model_copy(update={"dir": directory})
+    # By model_copy: the directory was given by hand, so ZARRCACHE_DIR does not override it. A cache on a network file system may be looked at.
+    return CacheConfig(dir=directory, shared=shared, allow_network_fs=True).model_copy(update={"dir": directory})
 
 
 def open_index(config: CacheConfig) -> Index:
@@ -187,6 +206,8 @@ def open_index(config: CacheConfig) -> Index:
     index = Index(config)
     try:
         index.open()
+    except ConfigError:
+        raise
     except CACHE_FAULTS as exc:
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise ConfigError(f"cache.dir {config.dir} cannot be used ({why}). Choose a directory on this node's own disk that you may write.") from exc

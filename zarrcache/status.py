@@ -128,20 +128,19 @@ def _coverage(config: DataConfig, *, is_there: bool) -> Coverage:
     scope = Scope(config)
     if not is_there:
         return Coverage(config.functional, len(scope.ids), 0, 0, 0, 0, is_listed=False)
-    index = scope.index
-    sizes = {row.digest: row.size_bytes for row in index.rows("array")}
-    listings = scope.stored_listings()
-    missing = {task_id for task_id in scope.ids if any(task_id not in names for names in listings)}
-    warm = half = nbytes = 0
-    for task_id in scope.ids:
-        if task_id in missing:
-            continue
-        found = [{key.digest for key in scope.keys(task_id, role)} & sizes.keys() for role in ROLES]
-        there = sum(map(bool, found))
-        warm += there == len(ROLES)
-        half += there == 1
-        nbytes += sum(sizes[digest] for digest in set().union(*found))
-    return Coverage(config.functional, len(scope.ids), len(missing), warm, half, nbytes, is_listed=len(listings) == len(ROLES))
+    listings = {role: scope.listing(role) for role in ROLES}
+    present = scope.known.intersection(*(names for names in listings.values() if names is not None))
+    stored = scope.stored(listings)
+    data, label = (stored[role].keys() & present for role in ROLES)
+    return Coverage(
+        functional=config.functional,
+        ids=len(scope.ids),
+        missing=len(scope.ids) - len(present),
+        warm=len(data & label),
+        half=len(data ^ label),
+        nbytes=sum(map(stored["data"].__getitem__, data)) + (0 if scope.is_one_directory else sum(map(stored["label"].__getitem__, label))),
+        is_listed=None not in listings.values(),
+    )
 
 
 def _nearest(path: Path) -> Path:

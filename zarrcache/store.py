@@ -16,6 +16,7 @@ from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.keys import ObjectInfo
 from zarrcache.origin import Origin
+from zarrcache.readarray import check_sizes
 from zarrcache.stats import Counters
 from zarrcache.tiers import Tiers
 from zarrcache.zipped import unzip
@@ -143,6 +144,7 @@ class CachedStore(Store):
             raise
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        check_sizes([stop - start], self.origin.url_of(obj.key))
         if self._bytes is not None:
             return self._bytes.read(obj, start, stop)
         if (start, stop) == (0, obj.size_bytes):

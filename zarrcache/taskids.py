@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import zlib
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from zarrcache.errors import ConfigError
-from zarrcache.keys import check_task_id
+from zarrcache.expansion import read_bounded
+from zarrcache.keys import check_task_id, shown
 
 __all__ = ["ids_of", "read_map", "split_ids"]
+
+#: The map of all 122,689 materials has 2 MB.
+_MAX_BYTES = 128 * 1024**2
 
 
 def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
@@ -25,10 +30,13 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         The file is not there, or is no such map.
     """
     try:
-        raw = Path(path).expanduser().read_bytes()
-        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        document: Any = json.loads(text)
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as exc:
+        with Path(path).expanduser().open("rb") as file:
+            raw = read_bounded(file, _MAX_BYTES)
+        if raw[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
+                raw = read_bounded(packed, _MAX_BYTES)
+        document: Any = json.loads(raw)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as exc:
         raise ConfigError(
             f"map file {os.fspath(path)} is not JSON ({exc}). It has to hold {{functional: [task_id, ...]}}, as JSON or JSON.gz."
         ) from exc
@@ -48,7 +56,7 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
         The functional is not in the map (a ``ValueError``; those in the map are named), or an id is not a plain name.
     """
     if functional not in mapping:
-        raise ConfigError(f"Functional {functional!r} not found in mapping. Available: {list(mapping)}")
+        raise ConfigError(f"Functional {functional!r} not found in mapping. Available: {shown(list(mapping))}")
     return [check_task_id(task_id) for task_id in mapping[functional]]
 
 

@@ -14,8 +14,11 @@ from zarrcache.bytecache import ByteCache
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.flight import SingleFlight
 from zarrcache.index import CACHE_FAULTS, Index
-from zarrcache.keys import ArrayKey
+from zarrcache.indexfile import array_note
+from zarrcache.keys import ArrayKey, stem_of
 from zarrcache.origin import Origin, open_origin
+from zarrcache.sequences import Role
+from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters
 
 __all__ = ["Tiers"]
@@ -29,19 +32,22 @@ class Tiers:
     config : CacheConfig or None
         None: no cache; arrays and bytes come from the origin each time.
     counters : Counters
+    verified : SharedSet, optional
+        See `ArrayCache`.
     """
 
-    def __init__(self, config: CacheConfig | None, counters: Counters) -> None:
+    def __init__(self, config: CacheConfig | None, counters: Counters, verified: SharedSet | None = None) -> None:
         self.config = config
         self.counters = counters
         self.index = Index(config) if config else None
-        self.arrays = ArrayCache(config, counters, index=self.index) if config and config.arrays.enabled else None
+        self._verified = verified or SharedSet()
         # Listings are kept even where arrays are not: without them no run starts offline.
-        self.listings = self.arrays or (ArrayCache(config, counters, index=self.index) if config else None)
+        self.listings = ArrayCache(config, counters, index=self.index, verified=self._verified) if config else None
+        self.arrays = self.listings if config and config.arrays.enabled else None
         self._origins: dict[tuple[str, str], Origin] = {}
 
-    def __reduce__(self) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters]]:
-        return type(self), (self.config, self.counters)
+    def __reduce__(self) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters, SharedSet]]:
+        return type(self), (self.config, self.counters, self._verified)
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
         """The origin at ``url``, with this cache's fetch and retry settings. The same arguments give the same object: it has connections."""
@@ -55,7 +61,7 @@ class Tiers:
         """The locks of the cache directory. Only with a cache."""
         assert self.config is not None
         assert self.index is not None
-        return SingleFlight(self.index.dir.locks, timeout_s=2 * self.config.retry.timeout, mode=self.index.dir.file_mode, told=self.index.told)
+        return SingleFlight(self.index.dir.locks, timeout_s=2 * self.config.retry.timeout, mode=self.index.dir.written_mode, told=self.index.told)
 
     def bytes(self, origin: Origin) -> ByteCache | None:
         """The byte tier over ``origin``."""
@@ -73,6 +79,28 @@ class Tiers:
         if self.listings is not None:
             raw = np.frombuffer(json.dumps(listing, separators=(",", ":")).encode(), np.uint8)
             self.listings.put(_listing_key(origin, name), raw, source="listing")
+
+    def stored_densities(self, array: str, listings: Mapping[Role, tuple[Origin, Mapping[str, str] | None]]) -> dict[Role, dict[str, int]]:
+        """Bytes on disk of one array of each store, as far as the array tier has it, by role and task id.
+
+        Parameters
+        ----------
+        array : str
+            As in `ArrayKey`.
+        listings : mapping
+            The directory of each role and what it lists: which of ``mp-1.zarr`` and ``mp-1.zarr.zip`` is read. None: it was never listed,
+            either may be.
+        """
+        if self.index is None:
+            return {role: {} for role in listings}
+        roots = [array_note(origin.identity, origin.url_of(""), "")[:-1] for origin, _ in listings.values()]
+        stored = {}
+        for (role, (_, names)), sizes in zip(listings.items(), self.index.entry_sizes(roots, f"\n{array}"), strict=True):
+            if names is None:
+                stored[role] = {stem: size for name, size in sizes.items() if (stem := stem_of(name)) is not None}
+            else:
+                stored[role] = {task_id: sizes[name] for task_id, name in names.items() if name in sizes}
+        return stored
 
     def forget_listing(self, origin: Origin, name: str) -> None:
         """Drop a listing that turned out to be old."""

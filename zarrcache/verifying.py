@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
-
+from zarrcache.checksums import crc32c
 from zarrcache.codec import map_entry
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.index import Index, Row
-from zarrcache.keys import ArrayKey
+from zarrcache.indexfile import array_note
 from zarrcache.policy import disk_bytes
 from zarrcache.scope import Scope, cache_of, existing_index, origin_and_url
 
@@ -86,7 +85,7 @@ def verify(
     if against_origin and not isinstance(config, DataConfig):
         raise ConfigError("against_origin needs a training config, which says how to reach the origin.")
     cache = cache_of(config)
-    index = existing_index(cache)
+    index = existing_index(cache.model_copy(update={"verify": "always"}))  # the index is looked at as a whole, too
     if index is None:
         return VerifyReport(cache.dir, 0, 0, (), (), ())
     index.sweep()
@@ -120,13 +119,14 @@ def _check(row: Row, path: Path) -> None:
     """Compare one file with what the index and its own header say of it."""
     if row.tier == "array":
         entry = map_entry(path)
-        if entry.header.key != ArrayKey(*row.note.split("\n")) or entry.header.key.digest != row.digest:
-            raise CorruptEntryError(f"it holds {entry.header.key.url} {entry.header.key.array}")
+        key = entry.header.key
+        if array_note(key.origin, key.url, key.array) != row.note or key.digest != row.digest:
+            raise CorruptEntryError(f"it holds {key.url} {key.array}")
         if not entry.is_intact():
             raise CorruptEntryError("its checksum does not match")
         return
     data = path.read_bytes()
-    if disk_bytes(len(data)) != row.size_bytes or str(google_crc32c.value(data)) != row.note.partition("\n")[0]:
+    if disk_bytes(len(data)) != row.size_bytes or str(crc32c(data)) != row.note.partition("\n")[0]:
         raise CorruptEntryError("its checksum does not match")
 
 
@@ -137,7 +137,7 @@ def _problem(row: Row, why: str) -> Problem:
 def _remove_strays(index: Index) -> tuple[str, ...]:
     """Unlink files that neither an entry nor an intent names."""
     # Files first, rows after: whatever is written is announced before it exists, so a file that was seen and has no row is nobody's.
-    found = [path for directory in (index.dir.entries, index.dir.bytes) for path in sorted(directory.glob("*/*"))]
+    found = list(index.dir.files())
     known = index.filenames()
     strays = [path for path in found if f"{path.relative_to(index.dir.root)}" not in known and not _is_partial_of(path, known, index.dir.root)]
     for path in strays:

@@ -7,146 +7,82 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
 from zarrcache.keys import check_task_id, source_digest
-from zarrcache.policy import BLOCK_BYTES, disk_bytes
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
-from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_header
+from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_header, stored_listing
 from zarrcache.sequences import Role
-from zarrcache.stats import Stats
-from zarrcache.workpool import Died, cores, spread
+from zarrcache.taskids import ids_of, read_map
+from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
+from zarrcache.workpool import Died, Reserve, cores, spread
 
-__all__ = ["Density", "Split", "WarmEstimate", "WarmPlan", "WarmReport", "WarmResult", "plan_warm"]
+__all__ = ["Density", "Split", "WarmPlan", "plan_warm"]
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test", "all"]
 Density = tuple[str, Role]
 
-#: Processes, not threads: one process decodes and asks for about 1,500 objects a second, whatever the number of its threads, because all
-#: of it happens under one interpreter lock (1,341 objects of 16^3: 0.9 s of CPU with 1, 4 and 8 threads). Starting one costs 0.6 s.
+#: Processes, not threads: one process decodes and asks for about 2,000 objects a second, whatever the number of its threads, because all
+#: of it happens under one interpreter lock. Starting one costs 0.6 s.
 MOST_WORKERS = 8
 DENSITIES_PER_WORKER = 16
+#: Densities at a time in each process: while one waits for its listing, or for its last objects, another is fetched and decoded.
+LANES = 3
 #: Densities in a row that did not fit, after which a process only looks whether the others are fresh and fetches no more.
 _FULL_AFTER = 3
-
-
-@dataclass(frozen=True, slots=True)
-class WarmResult:
-    """What became of one density.
-
-    Attributes
-    ----------
-    task_id : str
-    role : {"data", "label"}
-    outcome : {"hit", "miss", "bypass", "failed"}
-        Was there and fresh, was fetched and stored, did not fit, or could not be read.
-    nbytes : int
-        Size of the decoded density; 0 if it was not read.
-    error : str
-        Why it failed.
-    is_down : bool
-        It failed as everything fails when the origin is down, or no longer lets us in.
-    """
-
-    task_id: str
-    role: Role
-    outcome: Literal["hit", "miss", "bypass", "failed"]
-    nbytes: int = 0
-    error: str = ""
-    is_down: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class WarmEstimate:
-    """What a plan would fetch, by listing only: densities that are fresh, those that are not, and their requests and bytes at the origin."""
-
-    fresh: int
-    to_fetch: int
-    requests: int
-    fetch_bytes: int
-    failed: tuple[WarmResult, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WarmReport:
-    """What became of all ids.
-
-    Attributes
-    ----------
-    ids : int
-        Task ids of the plan.
-    warm : int
-        Ids of which both densities are in the cache, as the origin has them now.
-    fresh : int
-        Ids among them that were there before.
-    bypassed : tuple of str
-        Ids that did not fit, or were evicted again before the end.
-    untried : int
-        Ids left when ``limit_bytes`` was reached.
-    failed : tuple of WarmResult
-    nbytes, disk_bytes : int
-        Decoded bytes that are warm, and what they take on disk.
-    stats : Stats
-        What it cost; ``stats.cache_errors`` is not 0 if the cache itself failed.
-    seconds : float
-    """
-
-    ids: int
-    warm: int
-    fresh: int
-    bypassed: tuple[str, ...]
-    untried: int
-    failed: tuple[WarmResult, ...]
-    nbytes: int
-    disk_bytes: int
-    stats: Stats
-    seconds: float
-
-    @property
-    def is_good(self) -> bool:
-        """Nothing failed, at the origin or in the cache. Ids that did not fit are no failure: the limit is what was asked for."""
-        return not self.failed and not self.stats.cache_errors
-
-    @property
-    def failed_ids(self) -> tuple[str, ...]:
-        """Ids of which a density failed, each once."""
-        return tuple(dict.fromkeys(result.task_id for result in self.failed))
+#: How long a process may go on after Ctrl-C. What it had not finished is fetched by the next run.
+_STOP_S = 2.0
 
 
 @dataclass(frozen=True)
 class WarmPlan:
-    """What is to be warm. Making it listed the two directories and fetched nothing.
+    """What is to be warm. Making it fetched nothing.
 
     Attributes
     ----------
     task_ids : tuple of str
     missing : tuple of str
         Ids of the map whose input or label the origin does not have; they are left out, as in training.
+    densities : tuple of (task_id, role)
+        What the origin is asked for: all, or without ``revalidate`` those that are not in the cache.
+    roles : tuple of {"data", "label"}
+        One where input and label are the same directory.
+    revalidate : bool
+        What is in the cache is compared with the origin.
     workers : int
-        Processes; 1 is this process itself.
+        Processes; 1 is this process itself, one density after the other.
     limit_bytes : int or None
         Stop when this many decoded bytes are warm.
     """
 
     task_ids: tuple[str, ...]
     missing: tuple[str, ...]
+    densities: tuple[Density, ...]
+    roles: tuple[Role, ...]
+    revalidate: bool
     workers: int
     limit_bytes: int | None
     reader: ZarrS3Reader = field(repr=False)
 
     @property
-    def densities(self) -> list[Density]:
-        """Input and label of every id."""
-        return [(task_id, role) for task_id in self.task_ids for role in ROLES]
+    def trusted(self) -> int:
+        """Densities that are in the cache and are not asked for."""
+        return len(self.task_ids) * len(self.roles) - len(self.densities)
+
+    @property
+    def lanes(self) -> int:
+        """Densities at a time in each process."""
+        return LANES if self.workers > 1 and len(self.densities) > DENSITIES_PER_WORKER * self.workers else 1
 
     @property
     def cache(self) -> CacheConfig:
@@ -155,14 +91,14 @@ class WarmPlan:
         return self.reader.tiers.config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
-        """List every store and compare with what is stored; one LIST a density, nothing is fetched.
+        """List every store that is asked for and compare with what is stored; one LIST a density, nothing is fetched.
 
         Parameters
         ----------
         progress : callable, optional
             Called with the number of densities looked at so far.
         """
-        fresh = requests = fetch_bytes = 0
+        fresh, requests, fetch_bytes = self.trusted, len(self.densities), 0
         failed = []
         with closing(concurrently(lambda density: _look(self.reader, *density), self.densities)) as looked:
             for done, (result, objects, nbytes) in enumerate(looked, start=1):
@@ -172,13 +108,13 @@ class WarmPlan:
                 failed += [result] if result.outcome == "failed" else []
                 if progress is not None:
                     progress(done)
-        return WarmEstimate(fresh, len(self.densities) - fresh - len(failed), requests + len(self.densities), fetch_bytes, tuple(failed))
+        return WarmEstimate(fresh, self.trusted + len(self.densities) - fresh - len(failed), requests, fetch_bytes, tuple(failed))
 
     def execute(self, progress: Callable[[WarmResult], object] | None = None) -> WarmReport:
         """Fetch what is not fresh.
 
         A density that cannot be read is named in the report, and the others go on. Interrupted (Ctrl-C) or killed, run the same again:
-        what is stored is skipped by listing only.
+        what is stored is not fetched again.
 
         Parameters
         ----------
@@ -191,29 +127,23 @@ class WarmPlan:
             Everything fails: the origin is down, or no longer lets us in.
         """
         start_s, before = time.monotonic(), self.reader.stats
-        results: dict[Density, WarmResult] = {}
-        nbytes, down = 0, 0
+        tally = Tally(self.task_ids, self.roles, self.densities, self.reader.stored)
+        most_bytes = sys.maxsize if self.limit_bytes is None else self.limit_bytes
+        down = 0
         with closing(self._results()) as arriving:
-            for result in arriving:
-                results[result.task_id, result.role] = result
+            # Looked at before a result is waited for: what was trusted may be enough.
+            while tally.nbytes < most_bytes and (result := next(arriving, None)) is not None:
+                tally.add(result)
                 if progress is not None:
                     progress(result)
                 down = down + 1 if result.is_down else 0
-                if down >= max(4, 2 * self.workers):
-                    warm = sum(r.outcome in ("hit", "miss") for r in results.values())
+                if down >= max(4, 2 * self.workers * self.lanes):
                     raise OriginError(
-                        f"the origin stopped answering, {down} densities in a row failed. {warm} of {len(self.densities)} are warm; "
-                        f"run the same again to go on. The last error: {result.error}"
+                        f"the origin stopped answering, {down} densities in a row failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} "
+                        f"are warm; run the same again to go on. The last error: {result.error}"
                     )
-                nbytes += result.nbytes if result.outcome in ("hit", "miss") else 0
-                if self.limit_bytes is not None and nbytes >= self.limit_bytes:
-                    break
-        # What is said to be warm was looked at last: with ``eviction: least-recently-stored``, or beside another run, early entries may be gone.
-        present = {row.digest for row in open_index(self.cache).rows("array")}
-        for density, result in results.items():
-            if result.outcome in ("hit", "miss") and self.reader.key(*density).digest not in present:
-                results[density] = replace(result, outcome="bypass")
-        return self._report(results, self.reader.stats - before, time.monotonic() - start_s)
+        open_index(self.cache)  # an error in words, if it has gone
+        return tally.report(self.reader.stats - before, time.monotonic() - start_s)
 
     def _results(self) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
@@ -221,7 +151,8 @@ class WarmPlan:
             for density in self.densities:
                 yield warmer(density)
             return
-        with closing(spread(warmer, self.densities, self.workers)) as outcomes:
+        budget_bytes = self.cache.fetch.memory
+        with closing(spread(warmer, self.densities, self.workers, lanes=self.lanes, budget_bytes=budget_bytes, stop_s=_STOP_S)) as outcomes:
             for (task_id, role), outcome in outcomes:
                 if isinstance(outcome, Died):
                     error = f"{task_id} ({role}): the process that read it was ended by {outcome}; a second one too. Run again with fewer workers."
@@ -229,34 +160,21 @@ class WarmPlan:
                 else:
                     yield outcome
 
-    def _report(self, results: dict[Density, WarmResult], stats: Stats, seconds: float) -> WarmReport:
-        outcomes = {task_id: [results[task_id, role].outcome for role in ROLES if (task_id, role) in results] for task_id in self.task_ids}
-        tried = {task_id: found for task_id, found in outcomes.items() if len(found) == len(ROLES)}
-        nbytes = [result.nbytes for result in results.values() if result.outcome in ("hit", "miss")]
-        return WarmReport(
-            ids=len(self.task_ids),
-            warm=sum(set(found) <= {"hit", "miss"} for found in tried.values()),
-            fresh=sum(set(found) == {"hit"} for found in tried.values()),
-            bypassed=tuple(task_id for task_id, found in tried.items() if "bypass" in found),
-            untried=len(outcomes) - len(tried),
-            failed=tuple(result for density in self.densities if (result := results.get(density)) and result.outcome == "failed"),
-            nbytes=sum(nbytes),
-            # The payload, and a page for the header.
-            disk_bytes=sum(disk_bytes(n) + BLOCK_BYTES for n in nbytes),
-            stats=stats,
-            seconds=seconds,
-        )
-
 
 def plan_warm(
     source: DataConfig | ZarrS3Reader,
     *,
     split: Split = "all",
     ids: Iterable[str] | None = None,
+    revalidate: bool | None = None,
     workers: int | None = None,
     limit_bytes: int | None = None,
 ) -> WarmPlan:
-    """List the origin's directories anew, and keep the listing for runs without the origin.
+    """Find out which densities the origin has to be asked for.
+
+    With ``cache.revalidate: never`` what is in the cache is taken for fresh, as in training, and the directories are listed only if the
+    listing that is stored with the entries lacks an id. On a warm node that is no request. Otherwise both directories are listed anew, and
+    every density will be compared with the origin.
 
     Parameters
     ----------
@@ -266,8 +184,11 @@ def plan_warm(
         Which ids of the config.
     ids : iterable of str, optional
         These ids instead, whether or not the map has them; one that the origin does not have will be a failure.
+    revalidate : bool, optional
+        List the directories, and compare what is in the cache with the origin. Default: not with ``cache.revalidate: never``.
     workers : int, optional
-        Processes. Default: one a core that this process may use and 16 densities, 8 at the most.
+        Processes; with 1, this one, one density after the other. Default: one a core that this process may use and 16 densities that are asked
+        for, at least 2 if there are more than 16, 8 at the most.
     limit_bytes : int, optional
         Stop when this many decoded bytes are warm.
 
@@ -283,13 +204,35 @@ def plan_warm(
     if ids is not None and split != "all":
         raise ConfigError("ids and split exclude each other. Give one of them.")
     reader = _reader(source)
-    reader.relist()
-    if ids is not None:
-        chosen = list(dict.fromkeys(map(check_task_id, ids)))
-    else:
-        chosen = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
-    enough = min(MOST_WORKERS, cores(), -(-2 * len(chosen) // DENSITIES_PER_WORKER))
-    return WarmPlan(tuple(chosen), reader.missing if ids is None else (), max(1, min(workers or enough, 2 * len(chosen))), limit_bytes, reader)
+    asks = reader.tiers.config is None or reader.tiers.config.revalidate != "never" if revalidate is None else revalidate
+    wanted = ids_of(read_map(reader.map_dir), reader.functional) if ids is None else list(map(check_task_id, ids))
+    if asks or not _are_listed(reader, wanted):
+        reader.relist()
+    if ids is None:
+        wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
+    chosen = tuple(dict.fromkeys(wanted))
+    # Asked for once where it is input and label.
+    roles = ROLES[:1] if reader.origin("data").url_of("") == reader.origin("label").url_of("") else ROLES
+    there: Mapping[Role, Container[str]] = dict.fromkeys(roles, ()) if asks else reader.stored()
+    densities = tuple((task_id, role) for task_id in chosen for role in roles if task_id not in there[role])
+    # Two on a machine of one core as well: a worker waits more than it computes.
+    enough = min(MOST_WORKERS, max(2, cores()), -(-len(densities) // DENSITIES_PER_WORKER))
+    return WarmPlan(
+        task_ids=chosen,
+        missing=reader.missing if ids is None else (),
+        densities=densities,
+        roles=roles,
+        revalidate=asks,
+        workers=max(1, min(workers or enough, len(densities))),
+        limit_bytes=limit_bytes,
+        reader=reader,
+    )
+
+
+def _are_listed(reader: ZarrS3Reader, task_ids: Sequence[str]) -> bool:
+    """Whether the listings that are stored with the entries have all of these ids."""
+    listings = [stored_listing(reader.tiers, reader.origin(role)) for role in ROLES]
+    return all(names is not None and names.keys() >= set(task_ids) for names in listings)
 
 
 def _reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
@@ -306,13 +249,13 @@ def _reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
 
 
 class _Warmer:
-    """Warms one density after the other. Picklable; each process has its own."""
+    """Warms densities. Picklable; each process has its own, for all its threads."""
 
     def __init__(self, reader: ZarrS3Reader) -> None:
         self._reader = reader
         self._bypassed_in_a_row = 0
 
-    def __call__(self, density: Density) -> WarmResult:
+    def __call__(self, density: Density, reserve: Reserve | None = None) -> WarmResult:
         if self._bypassed_in_a_row >= _FULL_AFTER:  # fetching what will not be stored would cost the origin and help nobody
             result, *_ = _look(self._reader, *density)
             if result.outcome == "bypass" and self._reader.tiers.arrays is not None:
@@ -320,7 +263,7 @@ class _Warmer:
             return result
         task_id, role = density
         try:
-            outcome, nbytes = self._reader.ensure(task_id, role)
+            outcome, nbytes = self._reader.ensure(task_id, role, reserve=reserve)
         except ZarrCacheError as exc:
             return _failure(density, exc)
         except Exception as exc:  # one strange store must not end a run of hours; the others are not to blame

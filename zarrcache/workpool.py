@@ -1,4 +1,4 @@
-"""Work spread over processes of its own, where a killed process costs its one item at the most.
+"""Work spread over processes of its own, where a killed process costs the items it worked on at the most.
 
 Not ``concurrent.futures.ProcessPoolExecutor``: when one of its processes is killed it gives up all items and cannot say which one was to blame.
 """
@@ -9,23 +9,31 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, Generic, TypeVar
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Generic, TypeAlias, TypeVar
 
+from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
 
-__all__ = ["Died", "cores", "spread"]
+__all__ = ["Died", "Reserve", "cores", "spread"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: How long a process may go on with its item when nobody wants the rest any more. One that takes longer is killed.
+#: What an item calls before it takes so many bytes of memory. It waits until they are to be had; they are given back with the result.
+Reserve: TypeAlias = Callable[[int], None]
+
+#: How long a process may go on with its items when nobody wants the rest any more. One that takes longer is killed.
 _STOP_S = 10.0
 
 
@@ -53,72 +61,101 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(function: Callable[[T], R], items: Sequence[T], workers: int) -> Generator[tuple[T, R | Died]]:
-    """``(item, function(item))`` for every item, in the order in which they are ready.
+def spread(
+    function: Callable[[T, Reserve], R],
+    items: Sequence[T],
+    workers: int,
+    *,
+    lanes: int = 1,
+    budget_bytes: int | None = None,
+    stop_s: float = _STOP_S,
+) -> Generator[tuple[T, R | Died]]:
+    """``(item, function(item, reserve))`` for every item, in the order in which they are ready.
 
-    The processes are spawned, not forked, so no client and no lock of the caller gets into them. An item whose process dies is tried once
-    more, after all others and alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes: each finishes its
-    item and goes, and is killed if it has not gone within ten seconds.
+    The processes are spawned, not forked, so no client and no lock of the caller gets into them. The items of a process that dies are tried
+    once more, after all others and each alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes: each
+    finishes its items and goes, and is killed if it has not gone in time.
 
     Parameters
     ----------
     function : callable
         It has to be picklable, like items and results, and to report its failures in its result.
     workers : int
+        Processes.
+    lanes : int
+        Items at a time in each of them, for work that waits more than it computes.
+    budget_bytes : int, optional
+        Of memory, for all items together; see :class:`~zarrcache.budget.Budget`.
+    stop_s : float
+        Seconds that a process may take to finish.
 
     Raises
     ------
     ConfigError
         Processes cannot start at all.
     """
-    todo = deque(items)
-    orphans: deque[T] = deque()
+    work = bytes(ForkingPickler.dumps(function))
+    todo = deque(enumerate(items))
+    orphans: deque[tuple[int, T]] = deque()
     pool: list[_Worker[T, R]] = []
+    budget = _Shared(budget_bytes, pool)
     can_start = False
     try:
         for queue, most, last in ((todo, workers, False), (orphans, 1, True)):
             while queue or pool:
                 while queue and len(pool) < most:
-                    pool.append(_Worker(function, queue.popleft()))
+                    pool.append(_Worker(1 if last else lanes))
+                    pool[-1].assign(*queue.popleft())
                 ready = set(wait([worker.connection for worker in pool]))
                 for worker in [worker for worker in pool if worker.connection in ready]:
-                    item = worker.item
                     try:
-                        is_result, result = worker.receive()
+                        kind, number, value = worker.receive()
                     except (EOFError, OSError):
                         pool.remove(worker)
                         exitcode = worker.end()
                         if not can_start:
                             raise ConfigError(
                                 f"A worker process ended before it could begin (exit code {exitcode}); its last words are above. If a script "
-                                "of yours starts the conversion, put that below `if __name__ == '__main__':`, or use workers=1."
+                                "of yours calls this, put the call below `if __name__ == '__main__':`, or use workers=1."
                             ) from None
-                        if last:
-                            yield item, Died(exitcode)
-                        else:
-                            orphans.append(item)
+                        for lost, item in worker.items.items():
+                            budget.release(lost)
+                            if last:
+                                yield item, Died(exitcode)
+                            else:
+                                orphans.append((lost, item))
+                        continue
+                    if kind == "start":
+                        worker.begin(work)
                         continue
                     can_start = True
-                    if not is_result:
+                    if kind == "reserve":
+                        budget.ask(number, value)
                         continue
-                    # The next item goes out before the caller works on this result. A process for orphans gets a single one.
-                    if queue and not last:
-                        worker.send(queue.popleft())
-                    else:
+                    done = [worker.items.pop(number)] if kind == "result" else []
+                    if done:
+                        budget.release(number)
+                    # The next items go out before the caller works on this result. A process for orphans gets a single one.
+                    while queue and not last and len(worker.items) < lanes:
+                        worker.assign(*queue.popleft())
+                    if not worker.items:
                         pool.remove(worker)
                         worker.end()
-                    yield item, result
+                    for item in done:
+                        yield item, value
     finally:
-        _stop(pool)
+        _stop(pool, stop_s)
 
 
 class _Worker(Generic[T, R]):
-    """A process and the item it works on."""
+    """A process and the items it works on, by number."""
 
-    def __init__(self, function: Callable[[T], R], item: T) -> None:
+    def __init__(self, lanes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, function), daemon=True)
+        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, lanes), daemon=True)
+        self.items: dict[int, T] = {}
+        self._has_begun = False
         # The signal mask is inherited: Ctrl-C in the terminal reaches this process only, and this process ends the others in order.
         # The resource tracker comes first, because starting it would unblock the signal again.
         resource_tracker.ensure_running()
@@ -128,16 +165,34 @@ class _Worker(Generic[T, R]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        self.send(item)
 
-    def send(self, item: T) -> None:
-        self.item = item
+    def assign(self, number: int, item: T) -> None:
+        """Give it one more item."""
+        self.items[number] = item
+        if self._has_begun:
+            self._say(("item", number, item))
+
+    def begin(self, work: bytes) -> None:
+        """Tell it what to do with its items. Not with the process's arguments: whoever starts a process waits until it has read them, even
+        if it dies over that, and a reader with the names of 200,000 stores is larger than a pipe.
+        """
+        self._has_begun = True
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(work)
+        for number, item in self.items.items():
+            self._say(("item", number, item))
+
+    def grant(self, number: int) -> None:
+        """Let an item that waits for memory go on."""
+        self._say(("grant", number, None))
+
+    def _say(self, message: _Message) -> None:
         with contextlib.suppress(OSError):  # it is gone: receive() finds that out
-            self.connection.send(item)
+            self.connection.send(message)
 
-    def receive(self) -> tuple[bool, Any]:
-        """``(True, result)``, or ``(False, None)`` once in the beginning. Raises EOFError or OSError if the process is gone."""
-        message: tuple[bool, Any] = self.connection.recv()
+    def receive(self) -> _Message:
+        """``start``, ``ready``, then ``reserve`` and ``result``. Raises EOFError or OSError if the process is gone."""
+        message: _Message = self.connection.recv()
         return message
 
     def end(self) -> int | None:
@@ -147,11 +202,35 @@ class _Worker(Generic[T, R]):
         return self.process.exitcode
 
 
-def _stop(pool: Sequence[_Worker[Any, Any]]) -> None:
+#: Kind, number of the item, and what belongs to it.
+_Message: TypeAlias = tuple[str, int, Any]
+
+
+class _Shared:
+    """The budget of all processes. It is kept here, where a dead one's part can be given back; each asks through its pipe."""
+
+    def __init__(self, budget_bytes: int | None, pool: Sequence[_Worker[Any, Any]]) -> None:
+        self._budget = None if budget_bytes is None else Budget(budget_bytes)
+        self._pool = pool
+
+    def ask(self, number: int, nbytes: int) -> None:
+        self._grant([number] if self._budget is None else self._budget.ask(number, nbytes))
+
+    def release(self, number: int) -> None:
+        self._grant([] if self._budget is None else self._budget.release(number))
+
+    def _grant(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            for worker in self._pool:
+                if number in worker.items:
+                    worker.grant(number)
+
+
+def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
     # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on stderr, and half a store to take back.
     for worker in pool:
         worker.connection.close()
-    deadline = time.monotonic() + _STOP_S
+    deadline = time.monotonic() + stop_s
     for worker in pool:
         worker.process.join(max(0.0, deadline - time.monotonic()))
         if worker.process.is_alive():
@@ -159,13 +238,70 @@ def _stop(pool: Sequence[_Worker[Any, Any]]) -> None:
             worker.process.join()
 
 
-def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+# -- in the process --------------------------------------------------------------------------------------------------------------------
+
+
+def _work(connection: Connection, lanes: int) -> None:
     """What a process does: results of what comes, until the other side hangs up or dies."""
-    message: tuple[bool, Any] = (False, None)
-    while True:
-        try:
-            connection.send(message)
-            item = connection.recv()
-        except (EOFError, OSError):
-            return
-        message = True, function(item)
+    desk = _Desk(connection)
+    desk.say("start")
+    pool = ThreadPoolExecutor(lanes)
+    try:
+        function: Callable[[Any, Reserve], Any] = connection.recv()
+        desk.say("ready")
+        while True:
+            kind, number, item = connection.recv()
+            if kind == "item":
+                pool.submit(_do, desk, function, number, item)
+            else:
+                desk.granted(number)
+    except (EOFError, OSError):
+        desk.close()
+        # Items that have begun are waited for when the interpreter ends, and by then multiprocessing has cleaned up: what is killed over
+        # them leaves no semaphores (of numcodecs), of which its resource tracker would complain.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _NotWanted(BaseException):
+    """The other side has hung up while this item waited for memory."""
+
+
+class _Desk:
+    """The process's end of the pipe. Safe from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._waiting: dict[int, threading.Event] = {}
+        self._is_open = True
+
+    def say(self, kind: str, number: int = 0, value: object = None) -> None:
+        with self._lock, contextlib.suppress(OSError):  # hung up: the process is about to end
+            self._connection.send((kind, number, value))
+
+    def reserve(self, number: int, nbytes: int) -> None:
+        granted = self._waiting[number] = threading.Event()
+        self.say("reserve", number, nbytes)
+        if self._is_open:
+            granted.wait()
+        if not self._is_open:
+            raise _NotWanted
+
+    def granted(self, number: int) -> None:
+        self._waiting.pop(number).set()
+
+    def close(self) -> None:
+        self._is_open = False
+        for granted in list(self._waiting.values()):
+            granted.set()
+
+
+def _do(desk: _Desk, function: Callable[[Any, Reserve], Any], number: int, item: Any) -> None:
+    try:
+        result = function(item, lambda nbytes: desk.reserve(number, nbytes))
+        desk.say("result", number, result)
+    except _NotWanted:
+        return
+    except BaseException:  # noqa: BLE001 - the process ends, as it would without threads; the other side finds that out
+        traceback.print_exc()
+        os._exit(1)

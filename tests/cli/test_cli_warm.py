@@ -46,23 +46,36 @@ def test_after_warm_everything_works_with_the_server_switched_off(config: Path, 
     assert fault_proxy.repeats() == 0
 
     fault_proxy.down()
-    reader = open_reader(DataConfig.from_yaml(config).model_copy(update={"normalize_data": False}))
+    reader = open_reader(DataConfig.from_yaml(config))
     train, test = reader.data_split()
     assert (len(train[0]), len(test[0])) == (1, 2)
     expected = write_pairs(tmp_path / "again", 3)
     for (task_id, role), values in expected.items():
-        assert np.array_equal(reader.load(task_id, role)[0], values.ravel())  # type: ignore[arg-type]
+        assert np.array_equal(reader.load(task_id, role)[0], values.ravel() / np.float32(values.size))  # type: ignore[arg-type]
     assert reader.stats.requests == 0
     state = zarrcache("status", config, "--json")
     assert (state.code, state.document["coverage"]["warm"], state.document["coverage"]["missing"]) == (0, 3, 1)
     assert zarrcache("evict", config, "--yes").out.startswith("Evicted 8 entries, freed 64.0 KiB in ")
 
 
-def test_running_it_again_makes_only_lists(config: Path, fault_proxy: FaultProxy) -> None:
+def test_running_it_again_makes_no_request(config: Path, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+    """With ``revalidate: never`` and ids that are all listed; what that means is said."""
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-0", "mp-1", "mp-2"]}')
+    assert zarrcache("warm", config).code == 0
+    before = fault_proxy.count()
+    again = zarrcache("warm", config)
+    assert again.out.startswith("Warmed 3 of 3 ids (")
+    assert "3 fresh already" in again.out
+    assert "6 densities were in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares." in again.err
+    assert "0 of 6 densities of 3 ids (0 B, 0 requests); 6 fresh." in zarrcache("warm", config, "--dry-run").out
+    assert fault_proxy.count() == before
+
+
+def test_told_to_ask_it_makes_only_lists(config: Path, fault_proxy: FaultProxy) -> None:
     """Two directories and six densities; not one object."""
     assert zarrcache("warm", config).code == 0
     before = fault_proxy.count()
-    again = zarrcache("warm", config, "--json")
+    again = zarrcache("warm", config, "--revalidate", "--json")
     seen = fault_proxy.seen()[before:]
     assert {request.op for request in seen} == {"LIST"}
     assert len(seen) == 2 + 6

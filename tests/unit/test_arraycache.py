@@ -110,7 +110,7 @@ def test_entry_whose_file_was_deleted_is_a_miss_and_stored_again(tmp_path: Path)
 
 @pytest.mark.parametrize(("verify", "finds_first", "finds_later"), [("first", True, False), ("always", True, True), ("never", False, False)])
 def test_verify_says_when_the_checksum_is_read(tmp_path: Path, verify: str, finds_first: bool, finds_later: bool) -> None:
-    """At the first use in a process, at each, or not at all."""
+    """At the first use, at each, or not at all."""
     for use, finds in (("first", finds_first), ("later", finds_later)):
         directory = tmp_path / use
         make(directory).put(key_of(1), array_of(1), source="s")

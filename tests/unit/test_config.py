@@ -86,7 +86,7 @@ def test_min_free_is_a_share_or_bytes(tmp_path: Path, text: object, value: float
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"limitt": "1 GiB"}, r"^cache\.limitt is not a setting\. Did you mean 'limit'\?$"),
-    ({"colour": "blue"}, r"^cache\.colour is not a setting\. Known keys: dir, limit, min_free, .*shared\.$"),
+    ({"colour": "blue"}, r"^cache\.colour is not a setting\. Known keys: dir, limit, min_free, .*allow_network_fs\.$"),
     ({"retry": {"atempts": 3}}, r"^cache\.retry\.atempts is not a setting\. Did you mean 'attempts'\?$"),
     ({"bytes": {"blocksize": 1}}, r"^cache\.bytes\.blocksize is not a setting\. Did you mean 'block_size'\?$"),
     ({"limit": "lots"}, r"^cache\.limit: 'lots' is not a size"),

@@ -20,6 +20,7 @@ from zarrcache.config import ConfigError
 from zarrcache.convert import ConvertResult, convert_directory, plan_convert
 from zarrcache.errors import OriginError
 from zarrcache.synthetic import make_pair, write_pairs
+from zarrcache.workpool import Reserve
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -169,7 +170,7 @@ class _Deadly:
 
     converter: Any
 
-    def __call__(self, path: Path) -> Any:
+    def __call__(self, path: Path, reserve: Reserve | None = None) -> Any:
         if path.name.startswith(IDS[1]):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.converter(path)

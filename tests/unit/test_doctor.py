@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.training import write_config, write_pairs
 from zarrcache import DataConfig
-from zarrcache.doctor import Finding, examine, file_system_of
+from zarrcache.doctor import Finding, examine
 
 
 @pytest.fixture
@@ -88,22 +88,6 @@ def test_a_clock_that_is_behind_the_origin_shows(config: DataConfig, monkeypatch
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600)
     assert "in the future" in findings(config)["clock against data"].found
-
-
-def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
-    """As the kernel lists them: a mount over another, a space in a path, a path that only begins like a mount point."""
-    table = tmp_path / "mountinfo"
-    table.write_text(
-        "21 1 8:1 / / rw - ext4 /dev/sda rw\n"
-        "22 21 0:40 / /scratch rw shared:1 - lustre mds@o2ib:/scratch rw\n"
-        "23 21 0:41 / /home rw - nfs4 server:/home rw\n"
-        "24 23 8:2 / /home/my\\040disk rw - xfs /dev/sdb rw\n"
-    )
-    assert file_system_of(Path("/scratch/me"), table) == "lustre"
-    assert file_system_of(Path("/scratchy/me"), table) == "ext4"
-    assert file_system_of(Path("/home/me"), table) == "nfs4"
-    assert file_system_of(Path("/home/my disk/cache"), table) == "xfs"
-    assert file_system_of(Path("/scratch"), tmp_path / "no such table") is None
 
 
 @pytest.mark.parametrize(("kind", "words"), [("nfs4", "NFS"), ("lustre", "Lustre"), ("gpfs", "GPFS"), ("tmpfs", "in memory")])

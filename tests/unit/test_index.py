@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+import zarrcache.index
 from tests.support.cachedirs import settings
 from zarrcache.index import Index, Intent, Row
+from zarrcache.indexcheck import row_mode
 from zarrcache.indexfile import EntryDisk, Stored, _ForkGate
 from zarrcache.policy import Admission
 
@@ -54,7 +56,8 @@ def leave_behind(index: Index, filename: str, size_bytes: int = 4096) -> Path:
     intent = index.begin(filename, size_bytes)
     assert isinstance(intent, Intent)
     machine = str(sql(index, "SELECT value FROM Cache WHERE key = ?", intent.key)[0][0]).split(" ")[1]
-    sql(index, "UPDATE Cache SET value = ? WHERE key = ?", f"{size_bytes} {machine} {DEAD}", intent.key)
+    value = f"{size_bytes} {machine} {DEAD}"
+    sql(index, "UPDATE Cache SET value = ?, mode = ? WHERE key = ?", value, row_mode(filename, value), intent.key)
     path = index.dir.root / filename
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half")
@@ -81,6 +84,47 @@ def test_entries_are_listed_oldest_first_by_tier(tmp_path: Path) -> None:
     assert rows[0] == Row("bb", "object", "entries/bb/bb", 4096, rows[0].stored_s, "note of bb")
     assert [row.digest for row in index.rows("array")] == ["cc", "aa"]
     assert index.totals() == {"array": (2, 8192), "object": (1, 4096)}
+
+
+def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path) -> None:
+    """Of one tier; what only holds the beginning somewhere, or is shorter than both parts, is another's."""
+    index = make(tmp_path)
+    for digest, note, tier in (
+        ("a1", "file\n/d/mp-1.zarr\ntotal", "array"),
+        ("a2", "file\n/d/mp ü 2.zarr\ntotal", "array"),
+        ("a3", "file\n/d/mp-3.zarr\ndiff", "array"),
+        ("a4", "file\n/d/", "array"),
+        ("a5", "s3\n/e/ file\n/d/mp-5.zarr\ntotal", "array"),
+        ("a6", "file\n/d/mp-6.zarr\ntotal", "object"),
+        ("a8", "file\n/d/mp-8.zarr\ntotal", "array"),
+    ):
+        intent = index.begin(f"entries/{digest[0]}/{digest}", 4096)
+        assert isinstance(intent, Intent)
+        index.dir.make(index.dir.entries / digest[0])
+        if digest != "a8":  # somebody has deleted it
+            (index.dir.root / intent.filename).touch()
+        index.commit(intent, digest, tier, note)
+    index.begin("entries/a/a7", 4096)
+    assert index.entry_sizes(["file\n/d/", "s3\n/e/"], "\ntotal") == [{"mp-1.zarr": 4096, "mp ü 2.zarr": 4096}, {" file\n/d/mp-5.zarr": 4096}]
+
+
+def test_rows_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of them once, in order; 400,000 are never in memory at once."""
+    monkeypatch.setattr(zarrcache.index, "_PAGE", 3)
+    index = make(tmp_path)
+    for number in range(10):
+        store(index, f"{number:02x}", 0)
+    index.drop(["03", "04", "05"])
+    assert [row.digest for row in index.rows()] == ["00", "01", "02", "06", "07", "08", "09"]
+
+
+def test_many_small_entries_make_room_for_a_large_one(tmp_path: Path) -> None:
+    """More than are looked at first."""
+    index = make(tmp_path, limit=150 * 4096, eviction="least-recently-stored")
+    for number in range(150):
+        store(index, f"{number:02x}")
+    assert isinstance(index.begin("entries/ff/ff", 130 * 4096), Intent)
+    assert len(list(index.rows())) == 20
 
 
 def test_announced_room_counts_until_it_is_given_back(tmp_path: Path) -> None:
@@ -165,12 +209,13 @@ def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
     """Final file, partial file, and the room that was reserved for them."""
     index = make(tmp_path)
     path = leave_behind(index, "entries/ab/abcd")
-    partial = path.with_name(".abcd.1-ff.partial")
+    partial = path.with_name(".abcd.4-ff.partial")
     partial.write_bytes(b"half")
-    bystander = path.with_name("abce")
-    bystander.write_bytes(b"other")
+    bystanders = [path.with_name(name) for name in ("abce", ".abcd.5-ff.partial")]  # the second: a living writer of the same object
+    for bystander in bystanders:
+        bystander.write_bytes(b"other")
     again = make(tmp_path)
-    assert (path.exists(), partial.exists(), bystander.exists()) == (False, False, True)
+    assert [p.exists() for p in (path, partial, *bystanders)] == [False, False, True, True]
     assert again.volume_bytes() == 0
 
 
@@ -214,7 +259,8 @@ def test_planted_row_of_diskcache_is_not_read(tmp_path: Path, mode: int) -> None
         mode,
         payload,
     )
-    assert index.lookup("evil") is None
+    with pytest.raises(sqlite3.DatabaseError, match="the row of None is not as it was written"):
+        index.lookup("evil")
     with pytest.raises(AssertionError, match="bomb"):
         pickle.loads(payload)
 

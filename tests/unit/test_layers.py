@@ -21,15 +21,15 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors keys policy config stats sharedfile augment chgcar_names",
-    1: "atomic retry flight codec layout owner s3options faults pump decode taskids sequences workpool",
+    0: "errors keys policy config stats sharedfile augment chgcar_names checksums mapping budget",
+    1: "atomic retry flight codec layout owner s3options faults pump decode expansion taskids sequences workpool mounts indexcheck",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
     3: "origin arraycache",
     4: "bytecache readarray density",
     5: "tiers",
     6: "store materials",
-    7: "reader filesystem",
-    8: "registry dataset chgcar chgcar_files convert storewriter storeupload synthetic scope warming evicting verifying status doctor",
+    7: "reader filesystem handover",
+    8: "registry dataset chgcar chgcar_files convert storewriter storeupload synthetic scope warming warmreport evicting verifying status doctor",
     9: "demo demo_server demo_train",
     10: "cli cliargs cliwords terminal __main__",
 }
@@ -38,11 +38,12 @@ LEVEL = {name: level for level, names in LEVELS.items() for name in names.split(
 #: Libraries that are kept in one place, so that what is true of them has to be known there only.
 IMPORTERS = {
     "tenacity": {"retry"},
+    "awscrt": {"checksums"},
     "obstore": {"engine_obstore"},
     "s3fs": {"engine_s3fs"},
     "diskcache": {"indexfile"},
     "filelock": {"flight"},
-    "torch": {"dataset", "demo_train"},
+    "torch": {"dataset", "demo_train", "handover"},
     "sklearn": {"taskids"},
     "pymatgen": {"chgcar_files"},
     "monty": {"chgcar_files"},

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.layout import CacheDir
+from zarrcache.layout import CacheDir, is_entry_name
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
@@ -23,16 +23,16 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("umask")
-@pytest.mark.parametrize(("shared", "dirs", "files"), [(False, 0o700, 0o600), (True, 0o2770, 0o660)])
-def test_permissions_are_private_or_the_groups(tmp_path: Path, shared: bool, dirs: int, files: int) -> None:
-    """Never the world's."""
+@pytest.mark.parametrize(("shared", "dirs", "files", "entries"), [(False, 0o700, 0o600, 0o600), (True, 0o2770, 0o660, 0o640)])
+def test_permissions_are_private_or_the_groups(tmp_path: Path, shared: bool, dirs: int, files: int, entries: int) -> None:
+    """Never the world's. The group replaces and drops entries, and does not alter them."""
     directory = CacheDir(tmp_path / "cache", shared)
     directory.ensure()
     directory.make(directory.entries / "ab")
     found = [directory.root, *directory.root.rglob("*")]
     assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_dir()} == {dirs}
     assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_file()} == {files}
-    assert (directory.dir_mode, directory.file_mode) == (dirs, files)
+    assert (directory.dir_mode, directory.written_mode, directory.file_mode) == (dirs, files, entries)
 
 
 def test_only_our_own_subdirectory_is_made(tmp_path: Path) -> None:
@@ -77,3 +77,76 @@ def test_directory_of_somebody_else_is_refused_unless_shared(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"belongs to user 4242.*shared: true"):
         CacheDir(tmp_path).ensure()
     CacheDir(tmp_path, shared=True).ensure()
+
+
+def test_directory_appears_with_the_right_mode_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user may be about to write there; and the maker may be killed at any instant."""
+    directory = CacheDir(tmp_path / "cache", shared=True)
+    directory.ensure()
+
+    def killed(*args: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chmod", killed)
+        with pytest.raises(SystemExit):
+            directory.make(directory.entries / "ab")
+    assert not (directory.entries / "ab").exists()
+    directory.make(directory.entries / "ab")
+    assert stat.S_IMODE((directory.entries / "ab").stat().st_mode) == 0o2770
+    assert list(directory.files()) == []
+
+
+def test_directory_with_files_is_not_replaced_by_one_that_comes_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two made it at once; the first has written to it already."""
+    directory = CacheDir(tmp_path / "cache", shared=True)
+    directory.ensure()
+    target = directory.entries / "ab"
+    directory.make(target)
+    (target / "abcd").write_text("mine")
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # when the second looked
+    directory.make(target)
+    assert (target / "abcd").read_text() == "mine"
+    assert os.listdir(directory.entries) == ["ab"]
+
+
+@pytest.mark.parametrize(
+    "plant", [lambda p, v: p.symlink_to(v), lambda p, v: p.mkdir(), lambda p, v: os.mkfifo(p)], ids=["link", "directory", "fifo"]
+)
+def test_index_that_is_no_file_is_refused_and_what_it_leads_to_left_alone(tmp_path: Path, plant: Callable[[Path, Path], None]) -> None:
+    """SQLite would follow the link and write there."""
+    victim = tmp_path / "thesis.tex"
+    victim.write_text("")
+    directory = CacheDir(tmp_path / "cache")
+    directory.root.mkdir(parents=True)
+    plant(directory.index, victim)
+    with pytest.raises(ConfigError, match=rf"{directory.index} is not a regular file\. Somebody put it there"):
+        directory.ensure()
+    assert victim.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("entries/ab/abcd0123-12345678", True),
+        ("bytes/ab/abcd0123", True),
+        ("entries/../../thesis", False),
+        ("/etc/passwd", False),
+        ("entries", False),
+        ("entries/", False),
+        ("entries//x", False),
+        ("cache.db", False),
+        ("locks/flight-000.lock", False),
+        ("entries/ab/.abcd.partial", False),
+        ("entries/ab/abcd\n", False),
+        ("entries/ab/ab\0cd", False),
+        ("entries/ab/cd/ef", False),
+        ("", False),
+        (None, False),
+        (b"entries/ab/abcd", False),
+        (3, False),
+    ],
+)
+def test_name_of_an_entry_stays_below_its_tier(name: object, ours: bool) -> None:
+    """What the index names may be deleted, and anybody who can write to it may have named it."""
+    assert is_entry_name(name) is ours

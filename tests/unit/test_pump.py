@@ -1,16 +1,17 @@
-"""Requests in flight on a loop's thread, answers in the calling thread. The requests are coroutines of the tests' own."""
+"""Requests in flight on a loop's thread or in threads, answers in the calling thread. The requests are functions of the tests' own."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
 from zarrcache.faults import S3Fault
 from zarrcache.keys import ObjectInfo
-from zarrcache.pump import Received, pump, run
+from zarrcache.pump import Received, pump, pump_threads, run
 
 
 @pytest.fixture
@@ -163,3 +164,108 @@ def test_run_returns_the_result_or_raises(loop: asyncio.AbstractEventLoop) -> No
     assert run(loop, asyncio.sleep(0, "done")) == "done"
     with pytest.raises(ZeroDivisionError, match="ours"):
         run(loop, fail())
+
+
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    """Threads for requests that block."""
+    with ThreadPoolExecutor(100) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 100])
+def test_threads_bring_every_object_once(pool: Executor, concurrency: int) -> None:
+    """With its own answer, whatever the concurrency; faults are answers."""
+
+    def get(obj: ObjectInfo) -> Received:
+        if obj.key == "7":
+            raise S3Fault(403, "AccessDenied", "")
+        return Received(obj.key.encode(), "e")
+
+    answers = list(pump_threads(pool, get, some_objects(20), concurrency))
+    assert sorted(obj.size_bytes for obj, _ in answers) == list(range(20))
+    assert all(isinstance(answer, S3Fault) if obj.key == "7" else answer == Received(obj.key.encode(), "e") for obj, answer in answers)
+    assert list(pump_threads(pool, get, [], concurrency)) == []
+
+
+def test_no_more_threads_are_in_a_request_than_asked_for(pool: Executor) -> None:
+    """And no fewer: all of them meet at the barrier."""
+    together = threading.Barrier(5)
+
+    def get(obj: ObjectInfo) -> Received:
+        together.wait(20)
+        return Received(b"", "e")
+
+    assert len(list(pump_threads(pool, get, some_objects(20), 5))) == 20
+    assert together.n_waiting == 0
+
+
+@pytest.mark.parametrize(("status", "asked"), [(503, 4), (403, 20)])
+def test_threads_do_not_ask_a_server_that_is_down_for_the_rest(pool: Executor, status: int, asked: int) -> None:
+    """As ``pump``; what was in flight when the last of the failures came may be asked for besides."""
+    requests = []
+
+    def get(obj: ObjectInfo) -> Received:
+        requests.append(obj.key)
+        raise S3Fault(status, "", "")
+
+    answers = [answer for _, answer in pump_threads(pool, get, some_objects(20), 4)]
+    assert asked <= len(requests) <= asked + 3
+    assert answers.count(None) == 20 - len(requests)
+
+
+def test_a_success_in_between_keeps_the_threads_going(pool: Executor) -> None:
+    """Every second request fails: the server is busy, not down."""
+
+    def get(obj: ObjectInfo) -> Received:
+        if int(obj.key) % 2:
+            raise S3Fault(503, "SlowDown", "")
+        return Received(b"", "e")
+
+    assert [answer for _, answer in pump_threads(pool, get, some_objects(30), 2)].count(None) == 0
+
+
+def test_closing_leaves_what_is_in_flight_and_asks_for_no_more(pool: Executor) -> None:
+    """Nobody waits for the requests that hang."""
+    gate, hanging, requests = threading.Event(), threading.Semaphore(0), []
+
+    def get(obj: ObjectInfo) -> Received:
+        requests.append(obj.key)
+        if obj.key != "0":
+            hanging.release()
+            gate.wait(20)
+        return Received(b"", "e")
+
+    answers = pump_threads(pool, get, some_objects(50), 4)
+    assert next(answers)[0].key == "0"
+    assert all(hanging.acquire(timeout=20) for _ in range(4))
+    answers.close()
+    gate.set()
+    pool.shutdown()
+    assert len(requests) == 5
+
+
+def test_an_error_of_ours_in_a_thread_reaches_the_caller(pool: Executor) -> None:
+    """It is not taken for a fault of the server, and nothing hangs."""
+
+    def get(obj: ObjectInfo) -> Received:
+        if obj.key == "2":
+            raise ZeroDivisionError("ours")
+        return Received(b"", "e")
+
+    for concurrency in (1, 3, 10):
+        with pytest.raises(ZeroDivisionError, match="ours"):
+            list(pump_threads(pool, get, some_objects(5), concurrency))
+
+
+def test_without_threads_the_caller_does_it(pool: Executor) -> None:
+    """At the end of the interpreter, and where a limit of processes is reached, a pool refuses."""
+    pool.shutdown()
+    threads = set()
+
+    def get(obj: ObjectInfo) -> Received:
+        threads.add(threading.current_thread())
+        return Received(b"", "e")
+
+    assert len(list(pump_threads(pool, get, some_objects(5), 3))) == 5
+    assert threads == {threading.current_thread()}

@@ -236,12 +236,29 @@ class TestOneDensity:
                 np.testing.assert_array_equal(values, stores["label", "mp-0"][f"charge_density_{density_type}"].ravel())
 
     def test_normalize_can_be_changed_on_a_reader(self, stores: Any, reader_of: Callable[..., ZarrS3Reader]) -> None:
-        """It is done after the cache, so both are served by one entry."""
+        """What training reads is what is stored: an entry for each of the two, and a hit divides nothing."""
         reader = reader_of(cache=True)
-        raw, _ = reader.load("mp-0", "data")
-        reader.normalize = True
-        np.testing.assert_array_equal(reader.load("mp-0", "data")[0], raw / np.float32(raw.size))
-        assert (reader.stats.misses, reader.stats.hits) == (1, 1)
+        raw = stores["data", "mp-0"]["charge_density_total"].ravel()
+        for _ in range(2):
+            for normalize, wanted in ((False, raw), (True, raw / np.float32(raw.size))):
+                reader.normalize = normalize
+                np.testing.assert_array_equal(reader.load("mp-0", "data")[0], wanted)
+        assert (reader.stats.misses, reader.stats.hits) == (2, 2)
+
+    @pytest.mark.parametrize(("normalize", "divided"), [(None, False), (np.True_, True), (np.False_, False), (0, False), (1, True), (2, True)])
+    def test_normalize_is_what_python_takes_for_true(
+        self, stores: Any, reader_of: Callable[..., ZarrS3Reader], normalize: Any, divided: bool
+    ) -> None:
+        """A config may come from anywhere."""
+        reader = reader_of(cache=True)
+        raw = stores["data", "mp-0"]["charge_density_total"].ravel()
+        reader.normalize = normalize
+        np.testing.assert_array_equal(reader.load("mp-0", "data")[0], raw / np.float32(raw.size) if divided else raw)
+
+    def test_a_density_type_with_a_blank_is_refused(self, stores: Any, reader_of: Callable[..., ZarrS3Reader]) -> None:
+        """It would be the name of a normalized entry."""
+        with pytest.raises(ConfigError, match=r"total per point.*Set it to total or diff"):
+            reader_of(cache=True, density_type="total per point").load("mp-0", "data")
 
     def test_warm_hits_hold_no_descriptor_and_copy_nothing(self, stores: Any, reader_of: Callable[..., ZarrS3Reader]) -> None:
         """Users that keep thousands of densities, as the original reader does, must not run out of either."""
@@ -284,7 +301,7 @@ class TestOneDensity:
         assert (key.origin, key.url, key.array) == ("file", f"{tmp_path}/data/mp-1.zarr", "charge_density_total")
         listed = reader.listing("mp-1", "data")
         assert listed[0].key == "mp-1.zarr/charge_density_total/.zarray"
-        assert len(listed) == 2 + 2 * 2 * 2  # .zarray, .zattrs and the chunks
+        assert len(listed) == 1 + 2 * 2 * 2  # .zarray and the chunks
         assert reader.tiers.arrays is not None
         entry = reader.tiers.arrays.get(key)
         assert entry is not None

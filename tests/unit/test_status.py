@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
-from zarrcache.scope import cache_at
+from zarrcache.registry import open_reader
+from zarrcache.scope import cache_at, is_listing
 from zarrcache.status import look
 
 
@@ -78,3 +81,39 @@ def test_a_config_without_cache_is_refused(config: DataConfig) -> None:
     """With the words that say what to add."""
     with pytest.raises(ConfigError, match=r"no cache block.*configs/s3_cached\.yaml"):
         look(config.model_copy(update={"cache": None}))
+
+
+def test_one_directory_for_input_and_label_is_counted_once(config: DataConfig) -> None:
+    """An id is warm as soon as its only density is there, and its bytes are on disk once."""
+    same = config.model_copy(update={"label_dir": config.data_dir})
+    plan_warm(same).execute()
+    covered = look(same).coverage
+    assert covered is not None
+    assert (covered.warm, covered.half, covered.nbytes) == (4, 0, 4 * 8192)
+
+
+def test_an_id_that_the_map_has_twice_is_one_id(config: DataConfig, tmp_path: Path) -> None:
+    """As it is one entry in the cache."""
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-0", "mp-1"]}))
+    plan_warm(config).execute()
+    covered = look(config).coverage
+    assert covered is not None
+    assert (covered.ids, covered.warm, covered.is_complete) == (2, 2, True)
+
+
+def test_an_entry_of_the_store_that_is_not_read_is_not_warm(config: DataConfig, tmp_path: Path) -> None:
+    """Where the origin now has a directory in place of a zip file, the directory is read; before anything was listed either would do."""
+    os.rename(tmp_path / "data" / "mp-0.zarr", tmp_path / "mp-0.zarr")
+    small_group(tmp_path / "data" / "mp-0.zarr.zip", shape=(6, 5, 4), as_zip=True)
+    plan_warm(config).execute()
+    os.rename(tmp_path / "mp-0.zarr", tmp_path / "data" / "mp-0.zarr")
+    open_reader(config).relist()
+    covered = look(config).coverage
+    assert covered is not None
+    assert (covered.warm, covered.half) == (3, 1)
+    index = plan_evict(config, ids=[])._index
+    assert index is not None
+    index.drop([row.digest for row in index.rows() if is_listing(row)])
+    covered = look(config).coverage
+    assert covered is not None
+    assert (covered.ids, covered.missing, covered.warm, covered.is_listed) == (5, 0, 4, False)

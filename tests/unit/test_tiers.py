@@ -69,3 +69,16 @@ def test_unusable_directory_is_no_listing_and_no_error(tmp_path: Path, caplog: p
         tiers.forget_listing(origin, "")
         assert tiers.stored_listing(origin, "") is None
     assert tiers.counters.snapshot().cache_errors == 2
+
+
+def test_a_directory_that_is_replaced_under_a_running_job_raises_nothing(tmp_path: Path) -> None:
+    """It cannot be ours any more; a listing that should be forgotten there is out of reach, and that is all."""
+    tiers = Tiers(settings(tmp_path), Counters())
+    origin = tiers.origin(str(tmp_path))
+    tiers.store_listing(origin, "mp-1.zarr", {"a": 1})
+    root = tmp_path / "cache" / "zarrcache-v1"
+    root.rename(tmp_path / "elsewhere")
+    root.symlink_to(tmp_path / "elsewhere")
+    tiers = Tiers(settings(tmp_path), Counters())
+    tiers.forget_listing(origin, "mp-1.zarr")
+    assert tiers.stored_listing(origin, "mp-1.zarr") is None

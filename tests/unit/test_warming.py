@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
-from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_warm
+from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
+from zarrcache.cliwords import warm_words
+from zarrcache.codec import read_header
 from zarrcache.registry import open_reader
 from zarrcache.status import look
 
@@ -20,6 +24,11 @@ def config(tmp_path: Path) -> DataConfig:
     """Four pairs, and an id without stores."""
     write_pairs(tmp_path, 4)
     return DataConfig.from_yaml(write_config(tmp_path))
+
+
+def write_map(directory: Path, count: int) -> None:
+    """A map of ids that all have stores."""
+    (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(count)]}))
 
 
 def settings(config: DataConfig, **cache: object) -> DataConfig:
@@ -35,33 +44,118 @@ def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(config
     assert plan.missing == ("mp-absent",)
     estimate = plan.estimate()
     files = [path for role in ("data", "label") for path in (tmp_path / role).glob("*/charge_density_total/*")]
+    files = [path for path in files if path.name != ".zattrs"]
     assert (estimate.fresh, estimate.to_fetch, estimate.failed) == (0, 8, ())
     assert estimate.requests == 8 + len(files)
     assert estimate.fetch_bytes == sum(path.stat().st_size for path in files)
     assert plan.reader.stats.fetched_bytes == 0
 
 
-def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(config: DataConfig) -> None:
-    """The second run lists each density once and reads no object."""
+@pytest.mark.parametrize("cache", [{"revalidate": "run"}, {"revalidate": "epoch"}, {}])
+def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(config: DataConfig, cache: dict[str, object]) -> None:
+    """The second run, if it is to ask the origin, lists the directories and each density once, and reads no object."""
+    config, revalidate = settings(config, **cache), None if cache else True
     report = plan_warm(config).execute()
     assert (report.ids, report.warm, report.fresh, report.failed, report.bypassed) == (4, 4, 0, (), ())
     assert report.nbytes == 8 * 6 * 5 * 4 * 4
     assert report.is_good
-    again = plan_warm(config)
+    again = plan_warm(config, revalidate=revalidate)
+    assert again.reader.stats.requests == 2
     assert again.estimate().fresh == 8
     report = again.execute()
     assert (report.warm, report.fresh, report.stats.fetched_bytes, report.stats.requests) == (4, 4, 0, 8)
 
 
+def test_what_is_warm_costs_no_request_with_revalidate_never(config: DataConfig, tmp_path: Path) -> None:
+    """Planned, estimated and executed without the origin; what is missing is fetched, and nothing else is asked for."""
+    write_map(tmp_path, 4)
+    plan_warm(config).execute()
+    for role in ("data", "label"):
+        (tmp_path / role).rename(tmp_path / f"{role}-gone")
+    plan = plan_warm(config)
+    assert (len(plan.task_ids), plan.trusted, plan.densities, plan.estimate().fresh) == (4, 8, (), 8)
+    report = plan.execute()
+    assert (report.warm, report.fresh, report.untried, report.is_good, report.stats.requests) == (4, 4, 0, True, 0)
+    assert report.disk_bytes == report.needed_bytes == 8 * 8192
+    assert 8 * 480 <= report.nbytes <= 8 * 4096
+    assert plan.reader.stats.requests == 0
+    for role in ("data", "label"):
+        (tmp_path / f"{role}-gone").rename(tmp_path / role)
+    (entry,) = [row for row in plan_evict(config, ids=["mp-1"]).entries if "/label/" in row.note]
+    index = plan_evict(config)._index
+    assert index is not None
+    index.drop([entry.digest])
+    plan = plan_warm(config)
+    assert plan.densities == (("mp-1", "label"),)
+    report = plan.execute()
+    assert (report.warm, report.fresh, report.stats.misses, report.stats.hits) == (4, 3, 1, 0)
+
+
+@pytest.mark.parametrize("revalidate", ["never", "run"])
+def test_files_that_somebody_deleted_are_fetched_again(config: DataConfig, revalidate: str) -> None:
+    """A cleaner of the scratch disk takes old files and leaves the index, which says what was."""
+    config = settings(config, revalidate=revalidate)
+    plan_warm(config).execute()
+    assert config.cache is not None
+    for path in config.cache.dir.glob("zarrcache-v1/entries/*/*"):
+        if read_header(path).key.array:  # the listings stay
+            path.unlink()
+    coverage = look(config).coverage
+    assert coverage is not None
+    assert coverage.warm == 0
+    report = plan_warm(config).execute()
+    assert (report.warm, report.fresh) == (report.ids, 0)
+    assert report.stats.misses == 2 * report.ids
+    coverage = look(config).coverage
+    assert coverage is not None
+    assert coverage.is_complete
+
+
+def test_what_was_trusted_and_is_gone_by_the_end_is_not_said_to_be_warm(config: DataConfig) -> None:
+    """The report agrees with the disk, here too."""
+    plan_warm(config).execute()
+    plan = plan_warm(config)
+    plan_evict(config, ids=["mp-1"]).execute()
+    report = plan.execute()
+    assert (report.warm, report.bypassed, report.untried) == (3, ("mp-1",), 0)
+
+
+def test_an_id_that_the_stored_listing_lacks_is_looked_for(config: DataConfig, tmp_path: Path) -> None:
+    """In the map, or given by name: it may have been uploaded since. That lists the directories, and asks for nothing that is warm."""
+    write_map(tmp_path, 4)
+    plan_warm(config).execute()
+    write_pairs(tmp_path, 5)
+    write_map(tmp_path, 5)
+    plan = plan_warm(config)
+    assert (plan.missing, plan.densities, plan.reader.stats.requests) == ((), (("mp-4", "data"), ("mp-4", "label")), 2)
+    write_pairs(tmp_path, 6)
+    plan = plan_warm(config, ids=["mp-0", "mp-5"])
+    assert (plan.densities, plan.trusted) == ((("mp-5", "data"), ("mp-5", "label")), 2)
+    assert plan.execute().warm == 2
+
+
+def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(config: DataConfig) -> None:
+    """One LIST and one fetch an id, and its bytes are said once."""
+    same = config.model_copy(update={"label_dir": config.data_dir})
+    plan = plan_warm(same)
+    assert plan.roles == ("data",)
+    report = plan.execute()
+    assert (report.warm, report.nbytes, report.disk_bytes, report.stats.misses, report.stats.hits) == (4, 4 * 480, 4 * 8192, 4, 0)
+    report = plan_warm(same, revalidate=True).execute()
+    assert (report.warm, report.fresh, report.nbytes) == (4, 4, 4 * 480)
+
+
 def test_what_the_origin_changed_is_fetched_again(config: DataConfig, tmp_path: Path) -> None:
-    """Only the one store, and a reader that trusts its cache sees the new values."""
+    """Only the one store, and a reader that trusts its cache sees the new values. Without being told to ask, nobody notices."""
     plan_warm(config).execute()
     new = small_group(tmp_path / "label" / "mp-2.zarr", shape=(6, 5, 4), seed=77)["charge_density_total"]
-    plan = plan_warm(config)
+    assert plan_warm(config).densities == ()
+    plan = plan_warm(config, revalidate=True)
     assert (plan.estimate().fresh, plan.estimate().to_fetch) == (7, 1)
     assert (plan.execute().fresh, plan.execute().stats.misses) == (3, 0)
-    values, _ = open_reader(config.model_copy(update={"normalize_data": False})).load("mp-2", "label")
-    assert np.array_equal(values, new.ravel())
+    reader = open_reader(config)
+    assert np.array_equal(reader.load("mp-2", "label")[0], new.ravel() / np.float32(new.size))
+    assert reader.stats.requests == 0
 
 
 def test_a_new_id_is_found_although_the_listing_is_stored(config: DataConfig, tmp_path: Path) -> None:
@@ -103,14 +197,32 @@ def test_it_stops_when_so_many_bytes_are_warm(config: DataConfig) -> None:
 
 
 def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(tmp_path: Path) -> None:
-    """Room for a few of twenty: after three that did not fit, the others are only listed."""
-    write_pairs(tmp_path, 10, chunks=(6, 5, 4))
+    """Room for a few of sixteen: after three that did not fit, the others are only listed."""
+    write_pairs(tmp_path, 8, chunks=(6, 5, 4))
     config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192))
     report = plan_warm(config, workers=1).execute()
-    assert (report.warm, len(report.bypassed), report.is_good) == (2, 8, True)
+    assert (report.warm, len(report.bypassed), report.is_good) == (2, 6, True)
     assert report.stats.misses == 4 + 3
-    again = plan_warm(config, workers=1).execute()
+    assert report.needed_bytes == 16 * 8192
+    again = plan_warm(config, workers=1, revalidate=True).execute()
     assert (again.fresh, again.stats.misses) == (2, 3)
+    plan = plan_warm(config, workers=1)
+    assert len(plan.densities) == 12
+    assert (plan.execute().fresh, plan.reader.stats.misses) == (2, 3)
+
+
+def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: Path) -> None:
+    """By those that were read; if none was, it is not said."""
+    write_pairs(tmp_path, 2)
+    config = DataConfig.from_yaml(write_config(tmp_path, limit=4096))
+    plan = plan_warm(config)
+    report = plan.execute()
+    assert (report.warm, report.disk_bytes, report.needed_bytes) == (0, 0, 4 * 8192)
+    assert "All ids take about 32.0 KiB on disk: raise cache.limit" in warm_words(plan, report)[1][0]
+    assert (
+        "is reached, and training will read the rest from the origin in every epoch. Raise cache.limit"
+        in (warm_words(plan, replace(report, needed_bytes=0))[1][0])
+    )
 
 
 def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
@@ -128,6 +240,14 @@ def test_two_processes_do_the_same_as_one(config: DataConfig) -> None:
     """Every density is stored once, and the counters are those of all processes."""
     report = plan_warm(config, workers=2).execute()
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 0)
+
+
+def test_one_worker_is_this_process_however_much_there_is_to_do(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without ``if __name__ == '__main__'`` cannot start another; no process is started that could fail."""
+    monkeypatch.setattr(multiprocessing, "get_context", None)
+    plan = plan_warm(config, workers=1)
+    report = replace(plan, densities=plan.densities * 5).execute()
+    assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 32)
 
 
 def test_a_reader_can_be_warmed_too(config: DataConfig) -> None:

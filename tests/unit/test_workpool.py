@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -12,30 +15,36 @@ from typing import Any
 
 import pytest
 
-from zarrcache import workpool
 from zarrcache.errors import ConfigError
-from zarrcache.workpool import Died, spread
+from zarrcache.workpool import Died, Reserve, spread
 
 
-def _double(n: int) -> int:
+def _double(n: int, reserve: Reserve) -> int:
     return 2 * n
 
 
-def _die_of_seven(n: int) -> int:
+def _die_of_seven(n: int, reserve: Reserve) -> int:
     if n == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return 2 * n
 
 
-def _die_once(marker: str) -> str:
+def _die_once(marker: str, reserve: Reserve) -> str:
     if marker and not os.path.exists(marker):
         Path(marker).touch()
         os._exit(3)
     return marker
 
 
-def _work_until_told(directory: str) -> None:
-    if not directory:
+def _see(directory: str, count: int) -> None:
+    """Come to an end when so many others have started."""
+    while len(list(Path(directory.removeprefix("see:")).glob("*.started"))) < count:
+        time.sleep(0.01)
+
+
+def _work_until_told(directory: str, reserve: Reserve) -> None:
+    if directory.startswith("see:"):
+        _see(directory, 2)
         return
     Path(directory, f"{os.getpid()}.started").touch()
     while not Path(directory, "go").exists():
@@ -43,8 +52,54 @@ def _work_until_told(directory: str) -> None:
     Path(directory, f"{os.getpid()}.ended").touch()
 
 
+def _meet(directory: str, reserve: Reserve) -> int:
+    """Wait until as many are here as there should be."""
+    Path(directory, secrets.token_hex(8)).touch()
+    while len(os.listdir(directory)) < 3:
+        time.sleep(0.01)
+    return os.getpid()
+
+
+def _hold(need: tuple[int, str], reserve: Reserve) -> int:
+    """Take memory in two parts, and note at each moment what all hold together; two or three hold some at once."""
+    nbytes, directory = need
+    mine = Path(directory, secrets.token_hex(8))
+    for held in (nbytes // 4, nbytes):
+        reserve(held - (mine.stat().st_size if mine.exists() else 0))
+        mine.write_bytes(bytes(held))
+        time.sleep(0.01)
+    together = sum(path.stat().st_size for path in Path(directory).iterdir())
+    mine.write_bytes(b"")
+    return together
+
+
+def _hold_until_told(directory: str, reserve: Reserve) -> None:
+    if directory.startswith("see:"):
+        _see(directory, 1)
+        return
+    reserve(1)
+    _work_until_told(directory, reserve)
+
+
+def _fail(n: int, reserve: Reserve) -> int:
+    if n == 3:
+        raise ValueError("three")
+    return n
+
+
+class _LargeAndCannotBeUnpickled:
+    def __init__(self) -> None:
+        self.names = bytes(5_000_000)
+
+    def __call__(self, n: int, reserve: Reserve) -> int:
+        return n
+
+    def __setstate__(self, state: object) -> None:
+        os._exit(6)
+
+
 class _CannotBeUnpickled:
-    def __call__(self, n: int) -> int:
+    def __call__(self, n: int, reserve: Reserve) -> int:
         return n
 
     def __reduce__(self) -> tuple[object, tuple[int]]:
@@ -77,17 +132,25 @@ def test_processes_that_cannot_begin_are_one_error_and_no_endless_loop() -> None
     """A script without the ``__main__`` guard dies like this, and has to be told."""
     with pytest.raises(ConfigError, match=r"ended before it could begin \(exit code 5\).*__main__"):
         list(spread(_CannotBeUnpickled(), range(3), 2))
+    with pytest.raises(ConfigError, match=r"ended before it could begin \(exit code 6\)"):
+        list(spread(_LargeAndCannotBeUnpickled(), range(3), 2))
     assert multiprocessing.active_children() == []
 
 
-def _busy(directory: Path) -> Generator[tuple[str, Any]]:
+def test_a_script_without_the_guard_is_told_and_does_not_hang(tmp_path: Path) -> None:
+    """Its processes die while they import it, with all that they were to be told still to come."""
+    script = tmp_path / "script.py"
+    large = "functools.partial(print, bytes(5_000_000))"
+    script.write_text(f"import functools\nfrom zarrcache.workpool import spread\nlist(spread({large}, range(3), 2))\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert "ended before it could begin (exit code 1)" in done.stderr
+    assert "below `if __name__ == '__main__':`" in done.stderr
+
+
+def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
     """Two processes that are at work for sure."""
-    outcomes = spread(_work_until_told, ["", str(directory), str(directory)], 3)
-    assert next(outcomes) == ("", None)
-    deadline = time.monotonic() + 60
-    while len(list(directory.glob("*.started"))) < 2:
-        assert time.monotonic() < deadline, "the processes did not start"
-        time.sleep(0.01)
+    outcomes = spread(_work_until_told, [f"see:{directory}", str(directory), str(directory)], 3, **options)
+    assert next(outcomes) == (f"see:{directory}", None)
     return outcomes
 
 
@@ -100,9 +163,46 @@ def test_a_consumer_that_stops_lets_the_processes_finish_their_items(tmp_path: P
     assert multiprocessing.active_children() == []
 
 
-def test_a_process_that_does_not_finish_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_finish_is_killed(tmp_path: Path) -> None:
     """Whoever pressed Ctrl-C does not wait for ever."""
-    monkeypatch.setattr(workpool, "_STOP_S", 0.1)
-    _busy(tmp_path).close()
+    _busy(tmp_path, stop_s=0.1).close()
     assert list(tmp_path.glob("*.ended")) == []
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_has_as_many_items_as_it_has_lanes(tmp_path: Path) -> None:
+    """Three that wait for each other are in one process together."""
+    pids = dict.fromkeys(pid for _, pid in spread(_meet, [str(tmp_path)] * 3, 1, lanes=3))
+    assert len(pids) == 1
+    assert os.getpid() not in pids
+
+
+def test_of_a_process_that_dies_every_item_is_tried_again_alone() -> None:
+    """Whoever was beside the one to blame has his result."""
+    results = dict(spread(_die_of_seven, range(12), 2, lanes=3))
+    assert results == {n: 2 * n for n in range(12)} | {7: Died(-signal.SIGKILL)}
+
+
+def test_an_item_that_raises_ends_its_process(capfd: pytest.CaptureFixture[str]) -> None:
+    """It reports failures in its result; anything else is a bug, which is shown and not swallowed."""
+    assert dict(spread(_fail, range(5), 1, lanes=2)) == {0: 0, 1: 1, 2: 2, 3: Died(1), 4: 4}
+    assert "ValueError: three" in capfd.readouterr().err
+
+
+def test_the_memory_of_all_processes_together_has_a_budget(tmp_path: Path) -> None:
+    """Six at a time would hold six times 600; one of 5000 is read all the same."""
+    needs = [(600, str(tmp_path))] * 20 + [(5000, str(tmp_path))] + [(300, str(tmp_path))] * 20
+    together = [held for _, held in spread(_hold, needs, 2, lanes=3, budget_bytes=1500)]
+    assert len(together) == len(needs)
+    assert sum(held > 1500 + 600 for held in together) == 1
+    assert 5000 <= max(together) <= 5000 + 1500
+
+
+def test_who_waits_for_memory_ends_when_nobody_wants_the_rest(tmp_path: Path) -> None:
+    """At once, and without having begun; the one that has it finishes."""
+    outcomes = spread(_hold_until_told, [str(tmp_path), str(tmp_path), f"see:{tmp_path}"], 1, lanes=3, budget_bytes=0, stop_s=250)
+    assert next(outcomes) == (f"see:{tmp_path}", None)
+    (tmp_path / "go").touch()
+    outcomes.close()
+    assert (len(list(tmp_path.glob("*.started"))), len(list(tmp_path.glob("*.ended")))) == (1, 1)
     assert multiprocessing.active_children() == []

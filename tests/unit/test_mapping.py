@@ -1,0 +1,188 @@
+"""Files mapped copy-on-write: where an array lies, and whether anything was written to it, whatever wrote it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from zarrcache.errors import CorruptEntryError
+from zarrcache.mapping import Place, is_mapped, map_file, map_place, open_regular, place_of, prefault
+
+OFFSET = 4096
+VALUES = np.arange(3000, dtype="<f4")
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="this system does not tell which pages were written")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A page of something, then values."""
+    path = tmp_path / "entry"
+    path.write_bytes(b"h" * OFFSET + VALUES.tobytes())
+    return path
+
+
+def mapped(path: Path) -> NDArray[np.float32]:
+    """The values, mapped."""
+    fd, found = open_regular(path)
+    try:
+        return map_file(fd, found, path, OFFSET, "<f4", VALUES.shape)
+    finally:
+        os.close(fd)
+
+
+def place(path: Path, array: NDArray[np.float32]) -> Place:
+    """Where it lies; it has to be told."""
+    found = place_of(array)
+    assert found is not None
+    assert found.path == str(path)
+    return found
+
+
+def test_another_map_of_the_place_has_the_same_values(file: Path) -> None:
+    """The place pickles, and is small however large the array is."""
+    found = pickle.loads(pickle.dumps(place(file, mapped(file))))
+    assert np.array_equal(map_place(found, "<f4", (30, 100)), VALUES.reshape(30, 100))
+    assert len(pickle.dumps(found)) < 500
+
+
+def test_a_contiguous_view_has_a_place_of_its_own(file: Path) -> None:
+    """Reshaped and cut, as a crop along the first axis is."""
+    view = mapped(file).reshape(30, 100)[5:7][None]
+    found = place(file, view)
+    assert (found.offset, found.nbytes) == (OFFSET + 4 * 500, 4 * 200)
+    assert np.array_equal(map_place(found, "<f4", (200,)), VALUES[500:700])
+
+
+@pytest.mark.parametrize("array", [VALUES, VALUES.copy(), np.empty(0, "<f4")], ids=["global", "copy", "empty"])
+def test_an_array_in_memory_has_no_place(array: NDArray[Any]) -> None:
+    """It was never on disk."""
+    assert place_of(array) is None
+    assert not is_mapped(array)
+
+
+@pytest.mark.parametrize("view", [lambda a: a[::2], lambda a: a[::-1], lambda a: a.reshape(30, 100).T, lambda a: a[:0]])
+def test_a_view_with_gaps_has_no_place(file: Path, view: Callable[[Any], Any]) -> None:
+    """Only a run of bytes is told."""
+    array = view(mapped(file))
+    assert is_mapped(array)
+    assert place_of(array) is None
+
+
+def _by_ctypes(array: NDArray[np.float32]) -> None:
+    ctypes.memset(array.ctypes.data + 8000, 1, 1)
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "numpy": lambda a: a.__setitem__(2999, 7.0),
+    "numpy in place": lambda a: a.__imul__(2),
+    "a view": lambda a: a.reshape(30, 100)[3, 1:2].fill(0),
+    "the same value": lambda a: a.__setitem__(0, a[0]),
+    "torch": lambda a: torch.from_numpy(a).mul_(2),
+    "torch data": lambda a: torch.from_numpy(a).data.__setitem__(5, 1.0),
+    "a view of torch": lambda a: torch.from_numpy(a)[1000:1001].zero_(),
+    "ctypes": _by_ctypes,
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_was_written_has_no_place(file: Path, write: Callable[[Any], Any]) -> None:
+    """Whoever wrote it: the kernel knows. The file is as it was."""
+    array = mapped(file)
+    array.sum()
+    assert place_of(array) is not None
+    write(array)
+    assert place_of(array) is None
+    assert file.read_bytes()[OFFSET:] == VALUES.tobytes()
+
+
+def test_a_child_that_was_forked_tells_of_its_own_pages(file: Path) -> None:
+    """The parent writes after the fork, and the child does not."""
+    array = mapped(file)
+    array.sum()
+    to_child, to_parent = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.read(to_child[0], 1)
+        os.write(to_parent[1], b"1" if place_of(array) is not None else b"0")
+        os._exit(0)
+    array[0] = 9
+    os.write(to_child[1], b"g")
+    answer = os.read(to_parent[0], 1)
+    os.waitpid(pid, 0)
+    for fd in (*to_child, *to_parent):
+        os.close(fd)
+    assert answer == b"1"
+    assert place_of(array) is None
+
+
+@pytest.mark.parametrize("change", ["gone", "replaced", "longer", "link", "directory"])
+def test_a_file_that_is_not_there_any_more_is_not_found(file: Path, change: str) -> None:
+    """Neither is another one of its name."""
+    found = place(file, mapped(file))
+    kept = file.rename(file.with_name("kept"))
+    if change == "replaced":
+        file.write_bytes(kept.read_bytes())
+    elif change == "longer":
+        kept.rename(file)
+        with open(file, "ab") as f:
+            f.write(b"x")
+    elif change == "link":
+        file.symlink_to(kept)
+    elif change == "directory":
+        file.mkdir()
+    with pytest.raises(OSError):  # noqa: PT011 - a symbolic link is ELOOP, the others are FileNotFoundError
+        map_place(found, "<f4", VALUES.shape)
+
+
+def test_a_map_outlives_its_file_and_leaves_no_descriptor(file: Path) -> None:
+    """Evicted while it is read."""
+    before = os.listdir("/proc/self/fd")
+    array = mapped(file)
+    assert os.listdir("/proc/self/fd") == before
+    file.unlink()
+    assert np.array_equal(array, VALUES)
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    """A planted FIFO must not hang the reader."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(CorruptEntryError, match="not a regular file"):
+        open_regular(tmp_path / "fifo")
+
+
+def in_memory(array: NDArray[np.float32]) -> int:
+    """Pages of an array that this process's page table has."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        first = array.ctypes.data // 4096
+        pagemap.seek(8 * first)
+        pages = np.frombuffer(pagemap.read(8 * ((array.ctypes.data + array.nbytes - 1) // 4096 - first + 1)), np.uint64)
+    return int((pages >> np.uint64(63)).sum())
+
+
+def test_prefaulted_pages_are_there_and_are_the_files_own(tmp_path: Path) -> None:
+    """All of them, and none is a copy: what was prefaulted still has its place."""
+    path = tmp_path / "entry"
+    path.write_bytes(bytes(OFFSET + 4096 * 100))
+    fd, found = open_regular(path)
+    array = map_file(fd, found, path, OFFSET, "<f4", (100 * 1024,))
+    os.close(fd)
+    assert in_memory(array) == 0
+    prefault(array[1024:])
+    assert in_memory(array) >= (99 if tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (5, 14) else 0)
+    assert place_of(array) is not None
+
+
+def test_prefaulting_what_is_not_mapped_does_nothing() -> None:
+    """A view with gaps or memory of this process's own."""
+    prefault(VALUES)
+    prefault(VALUES[::2])

@@ -1,0 +1,119 @@
+"""Which file system a directory is on: the kernel's table read as the kernel writes it, and which types other nodes share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from zarrcache import mounts
+from zarrcache.errors import ConfigError
+from zarrcache.mounts import file_system_of, is_network, refuse_network, spoken
+
+#: Lines of real nodes.
+TABLE = r"""
+21 1 8:2 / / rw,relatime shared:1 - ext4 /dev/sda2 rw,discard
+22 21 0:21 / /proc rw,nosuid shared:5 - proc proc rw
+25 21 0:24 / /dev/shm rw,nosuid,nodev shared:3 - tmpfs tmpfs rw
+60 21 0:46 / /home rw,relatime shared:30 - autofs systemd-1 rw,fd=54,pgrp=1
+62 60 0:52 / /home/me rw,relatime shared:31 - nfs4 fs1.example.org:/home/me rw,vers=4.2,rsize=1048576,hard,proto=tcp,clientaddr=10.1.0.7
+63 62 8:4 / /home/me/my\040disk rw,relatime - xfs /dev/sdb1 rw
+70 21 0:60 / /lustre/project rw,flock - lustre 10.2.0.1@o2ib:10.2.0.2@o2ib:/project rw,checksum,flock
+71 21 0:61 / /gpfs rw,relatime shared:40 - gpfs gpfs1 rw
+72 21 0:62 / /mnt/beegfs rw,relatime shared:41 - beegfs beegfs_nodev rw,cfgFile=/etc/beegfs/beegfs-client.conf
+73 21 0:63 /volumes/a /ceph rw,relatime - ceph 10.3.0.1:6789:/volumes/a rw,name=a,secret=<hidden>,acl
+74 21 0:64 / /mnt/win rw,relatime - cifs //server/share rw,vers=3.1.1,username=me
+75 21 0:65 / /mnt/ssh rw,nosuid,nodev - fuse.sshfs me@host: rw,user_id=1000,group_id=1000
+76 21 0:66 / /mnt/jfs rw - fuse.juicefs JuiceFS:vol rw,user_id=0,group_id=0,default_permissions,allow_other
+77 21 0:67 / /ctr rw - fuse.fuse-overlayfs fuse-overlayfs rw,user_id=0,group_id=0
+78 21 8:6 / /mnt/ntfs rw - fuseblk /dev/sdc1 rw,user_id=0,group_id=0
+79 21 8:7 / /scratch rw - xfs /dev/nvme0n1 rw
+80 79 0:70 / /scratch rw - nfs fs2:/scratch rw,vers=3
+
+a line that is none
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """The table as a file."""
+    path = tmp_path / "mountinfo"
+    path.write_text(TABLE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "network"),
+    [
+        ("/tmp/zarrcache", "ext4", False),
+        ("/dev/shm/zarrcache", "tmpfs", False),
+        ("/home/me/zarrcache", "nfs4", True),
+        ("/home/me", "nfs4", True),
+        ("/home/mean/zarrcache", "autofs", False),
+        ("/home/me/my disk/zarrcache", "xfs", False),
+        ("/lustre/project/me", "lustre", True),
+        ("/lustre", "ext4", False),
+        ("/gpfs/me", "gpfs", True),
+        ("/gpfsx/me", "ext4", False),
+        ("/mnt/beegfs/me", "beegfs", True),
+        ("/ceph/me", "ceph", True),
+        ("/mnt/win/me", "cifs", True),
+        ("/mnt/ssh/me", "fuse.sshfs", True),
+        ("/mnt/jfs/me", "fuse.juicefs", True),
+        ("/ctr/me", "fuse.fuse-overlayfs", False),
+        ("/mnt/ntfs/me", "fuseblk", False),
+        ("/scratch/me", "nfs", True),
+    ],
+)
+def test_the_innermost_mount_tells_the_type(table: Path, path: str, kind: str, network: bool) -> None:
+    """Of a path that need not exist; a mount over another, a space in a name, a path that only begins like a mount point."""
+    assert file_system_of(path, table) == kind
+    assert is_network(kind) is network
+
+
+def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
+    """``/scratch`` is a link on many clusters."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    table = tmp_path / "mountinfo"
+    table.write_text(f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path / 'far')} rw - lustre mds:/x rw\n")
+    assert file_system_of(tmp_path / "near" / "cache", table) == "lustre"
+
+
+def test_without_a_table_nothing_is_known_and_nothing_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MacOS."""
+    monkeypatch.setattr(mounts, "_MOUNTINFO", tmp_path / "none")
+    assert file_system_of("/") is None
+    assert not is_network(None)
+    assert refuse_network(tmp_path, is_allowed=False) is False
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="the kernel has no such table here")
+def test_this_machine_has_a_table(tmp_path: Path) -> None:
+    """Read as it is."""
+    assert file_system_of("/proc/self") == "proc"
+    assert file_system_of(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("nfs4", "NFS (nfs4)"), ("gpfs", "GPFS (gpfs)"), ("fuse.sshfs", "fuse.sshfs"), ("9p", "9p")])
+def test_types_are_called_as_people_call_them(kind: str, words: str) -> None:
+    """With the kernel's name beside."""
+    assert spoken(kind) == words
+
+
+@pytest.mark.parametrize("path", ["/home/me/zarrcache", "/lustre/project/zc", "/gpfs/zc", "/mnt/beegfs/zc"])
+def test_refusal_names_directory_type_and_a_local_disk(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """A scratch directory of the job first; a variable that leads to the network as well is not offered."""
+    monkeypatch.setattr(mounts, "_MOUNTINFO", table)
+    monkeypatch.setenv("SLURM_TMPDIR", "/gpfs/nowhere")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        refuse_network(Path(path), is_allowed=False)
+    kind = file_system_of(path, table)
+    assert kind is not None
+    assert f"cache.dir {path} is on {spoken(kind)}, a network file system" in str(caught.value)
+    assert "for example dir: ${TMPDIR}/zarrcache" in str(caught.value)
+    assert "cache.allow_network_fs: true" in str(caught.value)
+    assert refuse_network(Path(path), is_allowed=True) is True
+    assert refuse_network(Path("/tmp/zarrcache"), is_allowed=True) is False
