@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
-from zarrcache import retry
+from zarrcache import engine_obstore, retry
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
 from zarrcache.keys import ObjectInfo
@@ -295,11 +295,52 @@ class TestPermanent:
         assert type(caught.value) is error
 
     def test_a_final_answer_ends_the_whole_fetch(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
-        """Requests that still hang are cancelled; nobody waits for their time-out."""
+        """Requests that still hang are cancelled, or end within QUICK_S; nobody waits for their time-out."""
         fault_proxy.rules(Rule(then="403", op="GET", key="/1$"), Rule(then="hang", op="GET"))
         with pytest.raises(OriginAccessError):
             ASK["GET"](opened(read_timeout=300.0, timeout=300.0), listed)
         fault_proxy.wait_in_flight(0)
+
+
+class TestLate:
+    """obstore asks for small objects in threads, which nobody can interrupt: each request is short, and asked again patiently if it was too short."""
+
+    @pytest.fixture
+    def late(self, s3_server: S3Server, fault_proxy: FaultProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Origin]:
+        """``late(counters=...)`` opens the store's origin; a request is late after 0.3 s."""
+        monkeypatch.setattr(engine_obstore, "QUICK_S", 0.3)
+        kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
+        fetch = FetchConfig(engine="obstore")
+        return lambda **more: open_origin(url, s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=1), **more)
+
+    @pytest.mark.parametrize("fault", ["hang", "stall"])
+    def test_a_late_object_is_asked_for_again_at_once(
+        self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], fault: str
+    ) -> None:
+        """That is no attempt of ``cache.retry``; the counters have it."""
+        counters = Counters()
+        fault_proxy.rules(Rule((fault,), op="GET", key="/2$"))
+        assert ASK["GET"](late(counters=counters), listed) == BODIES
+        assert sorted(s.path[-1] for s in fault_proxy.seen("GET")) == ["0", "1", "2", "2", "3"]
+        assert (counters.snapshot().requests, counters.snapshot().retries) == (5, 1)
+
+    def test_a_slow_server_is_not_hurried(self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+        """Where many are late, they are waited for from then on: everything is asked for twice once, and never again."""
+        fault_proxy.rules(Rule(op="GET", latency_s=0.6))
+        origin = late()
+        for asked in (8, 12):
+            assert ASK["GET"](origin, listed) == BODIES
+            assert fault_proxy.count("GET") == asked
+
+    def test_a_large_object_is_not_hurried(self, late: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str) -> None:
+        """It may take its time."""
+        body = random.Random(9).randbytes(engine_obstore.QUICK_BYTES + 1)
+        s3_server.put(f"{url}/large/0", body)
+        origin = late()
+        objects = origin.list_objects("large/")
+        fault_proxy.rules(Rule(op="GET", latency_s=0.6))
+        assert ASK["GET"](origin, objects) == {"large/0": body}
+        assert fault_proxy.count("GET") == 1
 
 
 class TestCancel:
@@ -308,7 +349,7 @@ class TestCancel:
     def test_closing_the_iterator_cancels_what_is_in_flight(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """The proxy sees the client hang up long before any time-out."""
+        """The proxy sees the client hang up long before any time-out: at once, or after QUICK_S at the most."""
         fault_proxy.rules(Rule(("ok",), then="hang", op="GET"))
         origin = opened(read_timeout=300.0, timeout=300.0)
         answers: Any = origin.fetch(listed)
@@ -325,7 +366,7 @@ class TestCancel:
     def test_ctrl_c_ends_a_request_that_hangs(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], op: str
     ) -> None:
-        """At once, and nothing stays in flight."""
+        """At once, and nothing stays in flight for longer than QUICK_S."""
         fault_proxy.rules(Rule(then="hang", op=methods(op)))
         origin = opened(read_timeout=300.0, timeout=300.0)
 

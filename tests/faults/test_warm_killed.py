@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,14 +20,21 @@ from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, verify
 from zarrcache.registry import open_reader
 from zarrcache.status import look
+from zarrcache.warming import LANES
 
-OBJECTS = 10  # of one density: eight chunks and two metadata documents
+OBJECTS = 9  # of one density: eight chunks and their description
 
 
 @pytest.fixture
-def config(tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy) -> Path:
-    """Four pairs on S3."""
-    write_pairs(tmp_path, 4, shape=(6, 6, 6), chunks=(3, 3, 3))
+def pairs() -> int:
+    """So few that a process works on one density at a time."""
+    return 4
+
+
+@pytest.fixture
+def config(tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy, pairs: int) -> Path:
+    """As many pairs on S3."""
+    write_pairs(tmp_path, pairs, shape=(6, 6, 6), chunks=(3, 3, 3))
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
     return write_config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), retry={"attempts": 1})
@@ -36,19 +44,21 @@ Stuck = Callable[[int], "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def stuck(config: Path, fault_proxy: FaultProxy) -> Iterator[Stuck]:
-    """``stuck(workers)`` is a running ``warm`` that has stored two of the pairs and waits for a silent server, each worker for one density."""
+def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
+    """``stuck(workers)`` is a running ``warm`` that has stored all but two of the pairs and waits for a silent server wherever it can."""
     with contextlib.ExitStack() as stack:
 
         def run(workers: int) -> subprocess.Popen[str]:
-            fault_proxy.rules(Rule(op="GET", key=r"/mp-[23]\.zarr/", then="hang"))
+            last = f"/mp-({pairs - 2}|{pairs - 1}).zarr/"
+            waiting = OBJECTS * min(4, workers * (1 if pairs == 4 else LANES))
+            fault_proxy.rules(Rule(op="GET", key=last.replace(".", r"\."), then="hang"))
             process = start("warm", config, "--workers", workers)
             stack.callback(_kill_all, process)
             end = time.monotonic() + 60
-            while sum("/mp-2.zarr/" in request.path for request in fault_proxy.seen("GET")) < OBJECTS * workers:
+            while sum(re.search(last, request.path) is not None for request in fault_proxy.seen("GET")) < waiting:
                 assert time.monotonic() < end, "the workers did not come to the stores that hang"
                 time.sleep(0.02)
-            fault_proxy.wait_in_flight(OBJECTS * workers)
+            fault_proxy.wait_in_flight(waiting)
             return process
 
         yield run
@@ -60,46 +70,51 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=60)
 
 
-def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path) -> None:
+def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None:
     """Run ``warm`` again: it fetches only the rest, everything is whole and nothing is left over."""
-    reader = open_reader(DataConfig.from_yaml(config).model_copy(update={"normalize_data": False}))
+    reader = open_reader(DataConfig.from_yaml(config))
     before = look(DataConfig.from_yaml(config))
     assert before.coverage is not None
-    assert (before.coverage.warm, before.coverage.half) == (2, 0)
+    assert (before.coverage.warm, before.coverage.half) == (pairs - 2, 0)
     proxy.reset()
     again = zarrcache("warm", config, "--json")
-    assert (again.code, again.document["warm"]) == (0, 4), again.err
-    assert (again.document["fresh"], again.document["stats"]["misses"]) == (2, 4)
+    assert (again.code, again.document["warm"]) == (0, pairs), again.err
+    assert (again.document["fresh"], again.document["stats"]["misses"]) == (pairs - 2, 4)
     assert proxy.count("GET") == 4 * OBJECTS
     report = verify(DataConfig.from_yaml(config))
-    assert (report.corrupt, report.strays, report.entries) == ((), (), 10)
+    assert (report.corrupt, report.strays, report.entries) == ((), (), 2 * pairs + 2)
     state = look(DataConfig.from_yaml(config))
     assert state.volume_bytes == state.array_tier.nbytes  # nothing is reserved for the dead
-    for (task_id, role), values in write_pairs(tmp_path / "again", 4, shape=(6, 6, 6), chunks=(3, 3, 3)).items():
-        assert np.array_equal(reader.load(task_id, role)[0], values.ravel())  # type: ignore[arg-type]
+    before_s3 = proxy.count()
+    for (task_id, role), values in write_pairs(tmp_path / "again", pairs, shape=(6, 6, 6), chunks=(3, 3, 3)).items():
+        assert np.array_equal(reader.load(task_id, role)[0], values.ravel() / np.float32(values.size))  # type: ignore[arg-type]
+    assert proxy.count() == before_s3
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "pairs"), [(1, 4), (2, 4), (2, 18)], ids=["here", "two processes", "lanes of two"])
+def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int) -> None:
     """Everything is killed at once, as at a preemption; no clean-up is needed."""
     process = stuck(workers)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    goes_on(config, fault_proxy, tmp_path)
+    goes_on(config, fault_proxy, tmp_path, pairs)
 
 
-def test_ctrl_c_ends_it_at_once_with_130_and_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck) -> None:
+@pytest.mark.parametrize(("workers", "pairs"), [(1, 4), (2, 18)], ids=["here", "lanes of two"])
+def test_ctrl_c_ends_it_at_once_and_the_next_run_goes_on(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int
+) -> None:
     """Although the server is silent; one line says how to go on, and there is no traceback."""
-    process = stuck(1)
+    process = stuck(workers)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
     assert "Traceback" not in err
-    goes_on(config, fault_proxy, tmp_path)
+    goes_on(config, fault_proxy, tmp_path, pairs)
 
 
-def test_ctrl_c_ends_the_workers_too(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck) -> None:
+def test_ctrl_c_ends_the_workers_too(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int) -> None:
     """A terminal sends it to every process of the job; the workers finish what they have, here with an error, and nobody reports it."""
     process = stuck(2)
     os.killpg(process.pid, signal.SIGINT)
@@ -108,13 +123,13 @@ def test_ctrl_c_ends_the_workers_too(config: Path, fault_proxy: FaultProxy, tmp_
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
     assert "Traceback" not in err
-    goes_on(config, fault_proxy, tmp_path)
+    goes_on(config, fault_proxy, tmp_path, pairs)
 
 
-def test_workers_end_by_themselves_when_their_parent_is_killed(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck) -> None:
+def test_workers_end_when_their_parent_is_killed(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int) -> None:
     """Only the parent gets the signal, as from the out-of-memory killer; once the server gives them an answer the workers find out and end."""
     process = stuck(2)
     process.kill()
     fault_proxy.down()
     process.communicate(timeout=60)  # as above
-    goes_on(config, fault_proxy, tmp_path)
+    goes_on(config, fault_proxy, tmp_path, pairs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import signal
 import sqlite3
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_files, settings
+from tests.support.cachedirs import array_of, key_of, payload_files, settings
 from zarrcache.arraycache import ArrayCache
 from zarrcache.atomic import publish
 from zarrcache.flight import SingleFlight
@@ -107,47 +106,7 @@ def test_killed_holder_lets_the_next_one_go_on(tmp_path: Path) -> None:
     holder.join(HANG_S)
 
 
-# -- the limit ------------------------------------------------------------------------------------------------------------------
-
-LIMIT = 20 * 8192
-
-
-def _churn(tmp_path: Path, eviction: str, seed: int) -> None:
-    cache = cache_at(tmp_path, limit=LIMIT, eviction=eviction)
-    chance = random.Random(seed)
-    for _ in range(40):
-        number = chance.randrange(40)
-        entry = cache.get(key_of(number))
-        if entry is not None:
-            assert np.array_equal(entry.array, array_of(number, 100 * number))
-        elif cache.put(key_of(number), array_of(number, 100 * number), source="s") and chance.random() < 0.2:
-            cache.drop(key_of(number))
-    assert cache._counters.snapshot().purges == 0
-    assert cache._counters.snapshot().cache_errors == 0
-
-
-@pytest.mark.parametrize("eviction", ["none", "least-recently-stored"])
-def test_eight_processes_never_exceed_the_limit(tmp_path: Path, eviction: str) -> None:
-    """Bytes on disk are sampled all the while, partial files included; readers never meet an error."""
-    samples: list[int] = []
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.is_set():
-            samples.append(on_disk_bytes(tmp_path))
-
-    sampler = threading.Thread(target=sample)
-    children = [SPAWN.Process(target=_churn, args=(tmp_path, eviction, seed)) for seed in range(8)]
-    sampler.start()
-    try:
-        run(children)
-    finally:
-        done.set()
-        sampler.join()
-    assert max(samples) <= LIMIT
-    assert max(samples) > LIMIT / 2
-    cache = cache_at(tmp_path, limit=LIMIT)
-    assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == sum(info.size_bytes for info in cache.entries())
+# -- evicted -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
@@ -170,37 +129,6 @@ def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
 
 
 # -- killed -------------------------------------------------------------------------------------------------------------------------
-
-
-def _put_for_ever(tmp_path: Path, seed: int) -> None:
-    cache = cache_at(tmp_path, limit=LIMIT, eviction="least-recently-stored")
-    chance = random.Random(seed)
-    while True:
-        number = chance.randrange(40)
-        cache.put(key_of(number), array_of(number, 100_000 if number % 5 == 0 else 1000), source="s")
-
-
-def test_kill_at_any_instant_needs_no_clean_up(tmp_path: Path) -> None:
-    """Killed at random instants: what is served is whole, the limit holds, and the next open leaves nothing behind."""
-    chance = random.Random(0)
-    checked = 0
-    for attempt in range(25):
-        child = FORK.Process(target=_put_for_ever, args=(tmp_path, attempt))
-        child.start()
-        time.sleep(0.05 + chance.random() * 0.15)
-        os.kill(child.pid or 0, signal.SIGKILL)
-        child.join(HANG_S)
-        assert on_disk_bytes(tmp_path) <= LIMIT
-        cache = cache_at(tmp_path, limit=LIMIT)
-        for number in range(40):
-            entry = cache.get(key_of(number))
-            if entry is not None:
-                checked += 1
-                assert np.array_equal(entry.array, array_of(number, 100_000 if number % 5 == 0 else 1000))
-        assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == sum(info.size_bytes for info in cache.entries())
-        assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
-        assert cache._counters.snapshot().purges == cache._counters.snapshot().cache_errors == 0
-    assert checked > 25
 
 
 @pytest.mark.parametrize("instant", ["announced", "half written", "renamed", "committed", "row dropped"])

@@ -1,0 +1,128 @@
+"""Damage at random places of the index: no value is wrong, no run stops, nothing is fetched again, and what lies on disk is known again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cachedirs import settings
+from tests.support.damage import chance_of, damage
+from tests.support.localnode import LocalNode
+from zarrcache import verify
+
+FORK = get_context("fork")
+#: Only a hang takes this long.
+HANG_S = 120
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def read_and_die(node: LocalNode) -> None:
+    """Fill the cache; the index is left with its log."""
+    node.read(node.reader())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> LocalNode:
+    """A warm node, its index in a file and a log, as a killed process leaves it."""
+    node = LocalNode(tmp_path, 2)
+    child = FORK.Process(target=read_and_die, args=(node,))
+    child.start()
+    child.join(HANG_S)
+    assert (node.root / "cache.db-wal").stat().st_size > 4096
+    return node
+
+
+@pytest.fixture
+def node(killed: LocalNode) -> LocalNode:
+    """The same, its index in one file, as the last process that closes it leaves it."""
+    connection = sqlite3.connect(killed.root / "cache.db")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    assert not (killed.root / "cache.db-wal").exists()
+    return killed
+
+
+def keep(node: LocalNode) -> Callable[[], None]:
+    """Keep the cache as it is now; what comes back brings it back."""
+    files = {path: path.read_bytes() for path in node.root.rglob("*") if path.is_file() and path.parent.name != "locks"}
+
+    def restore() -> None:
+        for path in node.root.rglob("*"):
+            if path.is_file() and path.parent.name != "locks" and (path not in files or path.name.startswith("cache.db")):
+                path.unlink()
+        for path, content in files.items():
+            if not path.exists():
+                path.write_bytes(content)
+
+    return restore
+
+
+@pytest.mark.parametrize(
+    ("mode", "count", "seed"),
+    [
+        pytest.param("always", 60, 8, id="always-60"),
+        pytest.param("first", 40, 9, id="first-40"),
+        pytest.param("always", 3000, None, id="always-3000", marks=pytest.mark.slow),
+        pytest.param("first", 3000, None, id="first-3000", marks=pytest.mark.slow),
+    ],
+)
+def test_damaged_index_heals_and_no_run_notices(node: LocalNode, caplog: pytest.LogCaptureFixture, mode: Any, count: int, seed: int | None) -> None:
+    """A bit anywhere, or a lost end. What SQLite notices, and what only a row's checksum shows: set aside with one line, rebuilt from the files."""
+    chance = chance_of(seed)
+    restore, healed = keep(node), 0
+    for _ in range(count):
+        restore()
+        done = damage(node.root / "cache.db", chance)
+        caplog.clear()
+        for number in range(2):
+            reader = node.reader(verify=mode)
+            node.read(reader)
+            assert reader.stats.purges == 0, done
+            # A key that was changed inside SQLite's own lists is found by a look at the whole only, which `first` does not take.
+            assert reader.stats.misses == 0 or (mode, number) == ("first", 0), done
+        told = [record.getMessage() for record in caplog.records if record.name == "zarrcache.indexfile"]
+        assert len(told) <= 1, (done, told)
+        healed += len(told)
+        if mode == "always":
+            node.check_settled()
+    assert count / 10 < healed < count
+
+
+@pytest.mark.parametrize(("count", "seed"), [pytest.param(20, 7, id="20"), pytest.param(1000, None, id="1000", marks=pytest.mark.slow)])
+def test_damaged_log_of_a_killed_process_costs_entries_and_nothing_else(killed: LocalNode, count: int, seed: int | None) -> None:
+    """SQLite ends at the first page whose checksum is wrong; files that are in no row then are no hits, and ``verify`` removes them."""
+    chance = chance_of(seed)
+    restore, lost = keep(killed), 0
+    for _ in range(count):
+        restore()
+        done = damage(killed.root / "cache.db-wal", chance)
+        for number in range(2):
+            reader = killed.reader()
+            killed.read(reader)
+            assert reader.stats.purges == 0, done
+            assert reader.stats.misses == 0 or number == 0, done
+            lost += reader.stats.misses
+        assert verify(settings(killed.directory)).corrupt == (), done
+        killed.check_settled()
+    assert lost
+
+
+def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(node: LocalNode, caplog: pytest.LogCaptureFixture) -> None:
+    """By somebody who makes room. The byte tier's files do not say what they are: they are removed, and only those are fetched again."""
+    (node.root / "cache.db").unlink()
+    reader = node.reader()
+    for task_id, role in node.values:
+        reader.load(task_id, role)  # type: ignore[arg-type]
+    assert (reader.stats.hits, reader.stats.misses, reader.stats.requests) == (4, 0, 0)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("cache.db was lost and rebuilt from what lies there: 7 entries kept, 2 files removed")
+    node.check_settled()

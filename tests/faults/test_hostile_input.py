@@ -1,0 +1,602 @@
+"""Stores, zips, maps and files that were made to do harm: refused with an error that names them, at little memory, with nothing written.
+
+The bombs are real: what they claim they hold, so that a reader that believes them is caught by its memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import os
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+
+from tests.support.memory import MIB, peak_of
+from tests.support.stores import STRUCTURE, plain_read, random_density, small_group
+from zarrcache import ConfigError, IncompleteArrayError, OriginError, SchemaError, ZarrCacheError, ZarrS3Reader
+from zarrcache.chgcar_files import read_density
+from zarrcache.config import CacheConfig
+from zarrcache.convert import plan_convert
+from zarrcache.readarray import read_array
+from zarrcache.origin import open_origin
+from zarrcache.taskids import ids_of, read_map
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc")
+
+ARRAY = "charge_density_total"
+#: What a refused read may take: the buffers of a chunk, an exception, a module that is imported late.
+SMALL = 96 * MIB
+#: What the bombs hold.
+LARGE = 768 * MIB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is imported at its first use is not counted."""
+    directory = tmp_path_factory.mktemp("imported")
+    for i, layout in enumerate(LAYOUTS.values()):
+        small_group(directory / f"mp-{i}.zarr", shape=(8, 8, 8), **layout)
+        read(directory, f"mp-{i}.zarr")
+
+
+def read(directory: Path, store: str, cache: Any = None) -> str:
+    """One density, past every cache; the error's own words, or what came out."""
+    try:
+        decoded = read_array(open_origin(directory), store, ARRAY)
+    except ZarrCacheError as exc:
+        return f"{type(exc).__name__}: {exc}"
+    return f"read {decoded.array.shape}"
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "v2": {"zarr_format": 2},
+    "v2 through zarr": {"zarr_format": 2, "order": "F"},
+    "v2 with a filter": {"zarr_format": 2, "filters": [numcodecs.Delta("f4")]},
+    "v3": {"zarr_format": 3},
+    "v3 sharded": {"zarr_format": 3, "chunks": (4, 4, 4), "shards": (8, 8, 8)},
+}
+
+
+# -- chunks that unpack to gigabytes ------------------------------------------------------------------------------------------------
+
+
+def _deflated(wbits: int) -> bytes:
+    """A stream of zeros, made of one block over and over: a bomb costs no time to make."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, wbits)
+    head = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return head + block * (LARGE // MIB - 1) + packer.flush(zlib.Z_FINISH)
+
+
+def zstd_bomb(*, tells: bool, frames: int = 1) -> bytes:
+    """Blocks that repeat one byte 128 KiB long, in frames that tell their size or do not (RFC 8878)."""
+    count = LARGE // frames // (128 * 1024)
+    blocks = [((128 * 1024) << 3 | 1 << 1 | (i == count - 1)).to_bytes(3, "little") + b"\0" for i in range(count)]
+    head = b"\x28\xb5\x2f\xfd" + (b"\xa0" + (LARGE // frames).to_bytes(4, "little") if tells else b"\x00\x38")
+    return (head + b"".join(blocks)) * frames
+
+
+BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "blosc": ("blosc", lambda: bytes(numcodecs.Blosc("lz4", 9).encode(np.zeros(LARGE, np.uint8)))),
+    "blosc claims 2 GB": ("blosc", lambda: b"\x02\x01\x21\x04" + struct.pack("<III", 2**31 - 17, 4096, 64) + bytes(48)),
+    "blosc claims 4 GB": ("blosc", lambda: b"\x02\x01\x21\x04" + struct.pack("<III", 2**32 - 1, 4096, 64) + bytes(48)),
+    "lz4": ("lz4", lambda: bytes(numcodecs.LZ4().encode(np.zeros(LARGE, np.uint8)))),
+    "zstd": ("zstd", lambda: zstd_bomb(tells=True)),
+    "zstd that tells no size": ("zstd", lambda: zstd_bomb(tells=False)),
+    "zstd in frames": ("zstd", lambda: bytes(numcodecs.Zstd().encode(np.zeros(256, np.uint8))) + zstd_bomb(tells=True, frames=8)),
+    "zstd claims 16 EB": ("zstd", lambda: b"\x28\xb5\x2f\xfd\xe0" + b"\xff" * 8 + b"\x01\0\0"),
+    "gzip": ("gzip", lambda: gzip.compress(bytes(16 * MIB)) * (LARGE // MIB // 16)),
+    "gzip in one": ("gzip", lambda: _deflated(31)),
+    "zlib": ("zlib", lambda: _deflated(15)),
+    "bz2": ("bz2", lambda: bz2.compress(bytes(16 * MIB)) * (LARGE // MIB // 16)),
+    "lzma": ("lzma", lambda: lzma.compress(bytes(16 * MIB)) * (LARGE // MIB // 16)),
+}
+
+
+@pytest.fixture(scope="module")
+def bombs() -> dict[str, bytes]:
+    """Made once."""
+    return {name: make() for name, (_, make) in BOMBS.items()}
+
+
+def codec_of(layout: str, kind: str) -> dict[str, Any] | None:
+    """As ``create_array`` wants it; None if the format has no such codec."""
+    if layout.startswith("v2"):
+        return {"compressors": numcodecs.get_codec({"id": kind})}
+    v3 = {"blosc": zarr.codecs.BloscCodec(), "zstd": zarr.codecs.ZstdCodec(), "gzip": zarr.codecs.GzipCodec()}
+    return {"compressors": v3[kind]} if kind in v3 else None
+
+
+def first_chunk(store: Path) -> Path:
+    """One chunk of the array; the metadata is no chunk."""
+    return next(path for path in sorted((store / ARRAY).rglob("*")) if path.is_file() and path.name not in (".zarray", ".zattrs", "zarr.json"))
+
+
+def in_shard(bomb: bytes, count: int) -> bytes:
+    """A shard whose first chunk is the bomb; the others are not written. An index at the end, with its checksum."""
+    import google_crc32c
+
+    index = struct.pack("<2Q", 0, len(bomb)) + b"\xff" * 16 * (count - 1)
+    return bomb + index + struct.pack("<I", google_crc32c.value(index))
+
+
+CHUNKS = [(layout, name) for layout in LAYOUTS for name, (kind, _) in BOMBS.items() if codec_of(layout, kind) is not None]
+
+
+@pytest.mark.parametrize(("layout", "name"), CHUNKS)
+def test_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, bombs: dict[str, bytes], layout: str, name: str) -> None:
+    """By every path that a density is decoded on; the chunk is named."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), **LAYOUTS[layout], **(codec_of(layout, BOMBS[name][0]) or {}))
+    chunk = first_chunk(tmp_path / "mp-1.zarr")
+    chunk.write_bytes(in_shard(bombs[name], 8) if "sharded" in layout else bombs[name])
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("IncompleteArrayError")
+    assert str(tmp_path / "mp-1.zarr") in words
+    assert peak < SMALL + 2 * len(bombs[name])
+
+
+@pytest.mark.parametrize("inner", ["zstd", "gzip"])
+def test_bomb_within_a_bomb_is_refused(tmp_path: Path, bombs: dict[str, bytes], inner: str) -> None:
+    """Two codecs one after the other: the outer one unpacks to little."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=3, compressors=[codec_of("v3", inner)["compressors"], zarr.codecs.GzipCodec()])  # type: ignore[index]
+    first_chunk(tmp_path / "mp-1.zarr").write_bytes(gzip.compress(bombs[inner]))
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("IncompleteArrayError")
+    assert peak < SMALL
+
+
+def metadata_of(store: Path) -> Path:
+    """The document that describes the array."""
+    return next(path for path in ((store / ARRAY / ".zarray"), (store / ARRAY / "zarr.json")) if path.exists())
+
+
+def described(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what an array says of itself."""
+    document = json.loads(metadata_of(store).read_text())
+    change(document)
+    metadata_of(store).write_text(json.dumps(document))
+
+
+def claim_10_tb(document: dict[str, Any]) -> None:
+    """Ten terabytes of fill value."""
+    document["shape"] = [13_572, 13_572, 13_572]
+
+
+def claim_half_the_machine(document: dict[str, Any]) -> None:
+    """Less than 64 GiB, and more than can be had."""
+    document["shape"] = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // 64, 8, 16]
+
+
+def claim_a_large_chunk(document: dict[str, Any]) -> None:
+    """A small array in a chunk that has room for thousands of them."""
+    if "chunks" in document:
+        document["chunks"] = [2000, 2000, 2000]
+    else:
+        document["chunk_grid"]["configuration"]["chunk_shape"] = [2000, 2000, 2000]
+
+
+def claim_in_the_type(document: dict[str, Any]) -> None:
+    """One value of a gigabyte."""
+    document.update({"dtype": "|V1000000000"} if "dtype" in document else {"data_type": "r8000000000"})
+
+
+@pytest.mark.parametrize("change", [claim_10_tb, claim_half_the_machine, claim_a_large_chunk, claim_in_the_type])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", ["store", "zip"])
+def test_metadata_that_claims_terabytes_is_refused_before_anything_is_taken(tmp_path: Path, layout: str, place: str, change: Any) -> None:
+    """The array, its document and the bytes that it claims are named."""
+    store = tmp_path / "mp-1.zarr"
+    small_group(store, shape=(8, 8, 8), **LAYOUTS[layout])
+    described(store, change)
+    if place == "zip":
+        zip_up(store)
+    words, peak = peak_of(read, tmp_path, store.name if place == "store" else f"{store.name}.zip")
+    assert words.startswith("SchemaError")
+    assert str(store) in words
+    assert peak < SMALL
+
+
+def zip_up(store: Path) -> Path:
+    """The store as a zip file, in its place."""
+    path = store.with_name(f"{store.name}.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(p for p in store.rglob("*") if p.is_file()):
+            archive.write(file, file.relative_to(store))
+    shutil.rmtree(store)
+    return path
+
+
+@pytest.mark.parametrize("cache", [None, {"arrays": {"enabled": True}}, {"arrays": {"enabled": False}}], ids=["no cache", "array tier", "byte tier"])
+def test_reader_refuses_what_claims_terabytes_and_reads_the_others(tmp_path: Path, cache: Any) -> None:
+    """Whatever the tier; nothing of it is kept, and nothing is written but the cache directory."""
+    for role, number in itertools.product(("data", "label"), (1, 2)):
+        small_group(tmp_path / role / f"mp-{number}.zarr", shape=(5, 6, 7), seed=number)
+    described(tmp_path / "data" / "mp-1.zarr", claim_10_tb)
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-2"]}))
+    config = None if cache is None else CacheConfig(dir=tmp_path / "cache", min_free=0, **cache)
+    reader = ZarrS3Reader(tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 0.5, cache=config)
+    for _ in range(2):
+        with pytest.raises(SchemaError, match=r"mp-1\.zarr.*claims 9999805300992 bytes"):
+            reader.load("mp-1", "data")
+    np.testing.assert_array_equal(reader.load("mp-2", "data")[0], plain_read(tmp_path / "data" / "mp-2.zarr").ravel())
+    assert sorted(os.listdir(tmp_path)) == sorted(["data", "label", "map.json", *(["cache"] if cache else [])])
+
+
+@pytest.mark.parametrize("codec", ["pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"])
+@pytest.mark.parametrize("place", ["compressor", "filters"])
+def test_codec_that_makes_objects_is_refused(tmp_path: Path, codec: str, place: str) -> None:
+    """One runs code, the others take their sizes from the data; a density has numbers."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    described(tmp_path / "mp-1.zarr", lambda d: d.update({place: {"id": codec} if place == "compressor" else [{"id": codec}]}))
+    chunk = first_chunk(tmp_path / "mp-1.zarr")
+    chunk.write_bytes(
+        json.dumps([0.0, "<f4", [LARGE // 4]]).encode() if codec == "json2" else b"cos\nmkdir\n(S'" + os.fsencode(tmp_path) + b"/executed'\ntR."
+    )
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("SchemaError")
+    assert f"the codec {codec}" in words
+    assert not (tmp_path / "executed").exists()
+    assert peak < SMALL
+
+
+def test_name_in_an_attribute_is_no_codec(tmp_path: Path) -> None:
+    """Zarr v3 keeps attributes in the same document."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=3)
+    described(tmp_path / "mp-1.zarr", lambda d: d.update(attributes={"made by": {"name": "pickle"}, "id": "pickle"}))
+    assert read(tmp_path, "mp-1.zarr") == "read (8, 8, 8)"
+
+
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", [NESTED, '{"shape": ' + NESTED, '{"shape": [' + "1," * 200_000 + '1], "chunks": [1], "dtype": "<f4"}', "9" * 100_000]
+)
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_metadata_that_is_deep_or_wide_is_refused(tmp_path: Path, text: str, zarr_format: Any) -> None:
+    """Whatever a parser thinks of it."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=zarr_format)
+    metadata_of(tmp_path / "mp-1.zarr").write_text(text)
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("SchemaError")
+    assert len(words) < 2000
+    assert peak < SMALL
+
+
+@pytest.mark.parametrize("depth", range(200, 1200, 100))
+@pytest.mark.parametrize("key", ["filters", "codecs", "attributes", "fill_value", "chunks", "dtype"])
+def test_metadata_as_deep_as_a_parser_allows_is_no_recursion(tmp_path: Path, depth: int, key: str) -> None:
+    """What ``json`` can just read is deeper than what a function that calls itself can walk."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    text = metadata_of(tmp_path / "mp-1.zarr").read_text().rstrip()
+    metadata_of(tmp_path / "mp-1.zarr").write_text(text[:-1] + f', "{key}": ' + '[{"a": ' * (depth // 2) + "1" + "}]" * (depth // 2) + "}")
+    words = read(tmp_path, "mp-1.zarr")
+    assert words == "read (8, 8, 8)" or words.startswith(("SchemaError", "IncompleteArrayError")), words
+
+
+def test_metadata_of_gigabytes_is_refused_unparsed(tmp_path: Path) -> None:
+    """A list of small numbers takes twenty times its text."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    path = metadata_of(tmp_path / "mp-1.zarr")
+    path.write_text(path.read_text().rstrip()[:-1] + ', "x": [' + "1," * 20 * MIB + "1]}")
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("SchemaError")
+    assert str(path) in words
+    assert peak < SMALL + 2 * path.stat().st_size
+
+
+def test_object_that_is_listed_as_larger_than_memory_is_not_fetched(tmp_path: Path) -> None:
+    """A sparse file is one, and so is what a hostile server lists."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    os.truncate(first_chunk(tmp_path / "mp-1.zarr"), 2**40)
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("SchemaError")
+    assert str(2**40) in words
+    assert peak < SMALL
+
+
+# -- zip files ----------------------------------------------------------------------------------------------------------------------
+
+
+def zip_bomb(path: Path, **layout: Any) -> zipfile.ZipFile:
+    """A zipped store, open to have more put into it."""
+    small_group(path, as_zip=True, shape=(8, 8, 8), **layout)
+    return zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED)
+
+
+def patch_sizes(path: Path, name: str, file_size: int) -> None:
+    """Have the headers claim another size of a member."""
+    raw = bytearray(path.read_bytes())
+    for signature, at, skip in ((b"PK\x03\x04", 22, 30), (b"PK\x01\x02", 24, 46)):
+        start = -1
+        while (start := raw.find(signature, start + 1)) >= 0:
+            if raw[start + skip : start + skip + len(name)] == name.encode():
+                raw[start + at : start + at + 4] = struct.pack("<I", file_size)
+    path.write_bytes(raw)
+
+
+METHODS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
+
+
+@pytest.mark.parametrize(("method", "claims"), [("deflate", "what it holds"), *((method, "little") for method in METHODS)])
+def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
+    """One whose headers are honest, and one that says a member is small: it is read no further."""
+    with zip_bomb(tmp_path / "mp-1.zarr.zip") as archive, archive.open(zipfile.ZipInfo(f"{ARRAY}/bomb"), "w") as member:
+        member._compressor = zipfile._get_compressor(METHODS[method], 1)  # type: ignore[attr-defined]
+        member._zinfo.compress_type = METHODS[method]  # type: ignore[attr-defined]
+        for _ in range((320 if claims == "what it holds" else 160)):
+            member.write(bytes(MIB))
+    if claims == "little":
+        patch_sizes(tmp_path / "mp-1.zarr.zip", f"{ARRAY}/bomb", 100)
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr.zip")
+    assert str(tmp_path / "mp-1.zarr.zip") in words
+    assert words.startswith("SchemaError" if claims == "what it holds" else "IncompleteArrayError")
+    assert "Zip the store again" in words
+    assert peak < SMALL
+
+
+def test_zip_with_a_million_members_is_refused(tmp_path: Path) -> None:
+    """Each takes a kilobyte of Python for 50 bytes of zip."""
+    path = tmp_path / "mp-1.zarr.zip"
+    small_group(path, as_zip=True, shape=(8, 8, 8))
+    raw = path.read_bytes()
+    end = raw.rfind(b"PK\x05\x06")
+    start = struct.unpack_from("<I", raw, end + 16)[0]
+    name = f"{ARRAY}/0.0.0".encode()
+    entry = b"PK\x01\x02" + struct.pack("<4B4HL2L5H2L", 20, 0, 20, 0, 0, 0, 0, 33, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name
+    directory = entry * 400_000
+    path.write_bytes(raw[:start] + directory + raw[end : end + 8] + struct.pack("<2H2LH", 0xFFFF, 0xFFFF, len(directory), start, 0))
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr.zip")
+    assert words.startswith("SchemaError")
+    assert "members" in words
+    assert peak < SMALL + 2 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/tmp/outside", f"{ARRAY}/../../outside", f"{ARRAY}/0.0.0/../../../outside", "a\\..\\outside", "C:outside"]
+)
+def test_zip_member_that_points_elsewhere_is_never_written(tmp_path: Path, name: str) -> None:
+    """Members are names in memory; no zip is unpacked to disk."""
+    (tmp_path / "data").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with zip_bomb(tmp_path / "data" / "mp-1.zarr.zip") as archive:
+        archive.writestr(name, b"out")
+    assert read(tmp_path / "data", "mp-1.zarr.zip") == "read (8, 8, 8)"
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "data" / "mp-1.zarr.zip"]
+
+
+def test_zip_within_a_zip_stays_closed(tmp_path: Path) -> None:
+    """A member that is a zip is a member."""
+    inner = tmp_path / "inner.zip"
+    with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(64 * MIB))
+    with zip_bomb(tmp_path / "mp-1.zarr.zip") as archive:
+        archive.write(inner, f"{ARRAY}/inner.zip")
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr.zip")
+    assert words == "read (8, 8, 8)"
+    assert peak < SMALL
+
+
+# -- the map file -------------------------------------------------------------------------------------------------------------------
+
+
+def read_ids(path: Path, functional: str = "GGA") -> str:
+    """The error's words, or how many ids there are."""
+    try:
+        return f"{len(ids_of(read_map(path), functional))} ids"
+    except ConfigError as exc:
+        return str(exc)
+
+
+@pytest.mark.parametrize("make", [lambda: gzip.compress(bytes(16 * MIB)) * (LARGE // MIB // 16), lambda: b" " * (300 * MIB)], ids=["gzip", "plain"])
+def test_map_of_gigabytes_is_refused(tmp_path: Path, make: Callable[[], bytes]) -> None:
+    """The real one has 2 MB."""
+    (tmp_path / "map.json").write_bytes(make())
+    words, peak = peak_of(read_ids, tmp_path / "map.json")
+    assert str(tmp_path / "map.json") in words
+    assert "{functional: [task_id, ...]}" in words
+    assert peak < 300 * MIB
+
+
+@pytest.mark.parametrize("text", [NESTED, '{"GGA": ' + NESTED, '{"GGA": [' + NESTED + "]" * 100_001 + "}", "9" * 100_000])
+def test_map_that_is_deep_is_refused(tmp_path: Path, text: str) -> None:
+    """Not a ``RecursionError``."""
+    (tmp_path / "map.json").write_text(text)
+    words = read_ids(tmp_path / "map.json")
+    assert str(tmp_path / "map.json") in words
+    assert len(words) < 2000
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900, 980])
+def test_task_id_that_is_a_nest_is_refused(tmp_path: Path, depth: int) -> None:
+    """As deep as ``json`` can read: its ``repr`` is a recursion too."""
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1", ' + "[" * depth + "]" * depth + "]}")
+    words = read_ids(tmp_path / "map.json")
+    assert "is not a plain name" in words or "is not JSON" in words
+
+
+HOSTILE = {
+    "parent": "../mp-1",
+    "absolute": "/etc/passwd",
+    "drive": "C:\\mp-1",
+    "url": "s3://other/mp-1",
+    "NUL": "mp-1\0.zarr",
+    "line end": "mp-1\n",
+    "escape": "mp-\x1b[31m1",
+    "very long": "x" * 10**6,
+    "another hyphen": "mp\u20111",
+    "fullwidth dots": "\uff0e\uff0e/mp-1",
+    "fullwidth slash": "a\uff0fb",
+    "right to left": "mp-\u202e1",
+    "zero width": "mp-\u200b1",
+    "other digits": "mp-\u0661",
+    "accent": "mp-e\u0301",
+    "surrogate": "mp-\ud800",
+    "percent": "%2e%2e%2fmp-1",
+    "home": "~root",
+    "shell": "$(id)",
+    "glob": "*",
+    "query": "mp-1?x",
+    "fragment": "mp-1#x",
+    "dots": "...",
+    "option": "-rf",
+}
+
+
+@pytest.mark.parametrize("task_id", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(tmp_path: Path, task_id: str) -> None:
+    """Shown in ASCII, so that what looks alike is told apart; and cut, so that a log is not flooded."""
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", task_id]}))
+    words = read_ids(tmp_path / "map.json")
+    assert "is not a plain name" in words
+    assert words.isascii()
+    assert words.isprintable()
+    assert len(words) < 500
+
+
+def test_map_with_an_id_twice_is_read_as_it_stands(tmp_path: Path) -> None:
+    """The users' split counts it twice: nothing may vanish from it."""
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1", "mp-1"], "SCAN": []}')
+    assert read_ids(tmp_path / "map.json") == "2 ids"
+
+
+def test_functional_of_a_hostile_map_is_not_repeated_at_length(tmp_path: Path) -> None:
+    """The message names what is in the map; there may be a million."""
+    (tmp_path / "map.json").write_text(json.dumps({f"functional {i}" * 20: [] for i in range(10_000)}))
+    words = read_ids(tmp_path / "map.json")
+    assert "'GGA' not found in mapping" in words
+    assert len(words) < 5000
+
+
+def test_map_that_never_ends_is_refused() -> None:
+    """A device."""
+    words, peak = peak_of(read_ids, Path("/dev/zero"))
+    assert "/dev/zero" in words
+    assert peak < 300 * MIB
+
+
+# -- the origin's directory ---------------------------------------------------------------------------------------------------------
+
+
+def test_fifo_in_a_store_hangs_nobody(tmp_path: Path) -> None:
+    """Opening one waits for a writer."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    chunk = first_chunk(tmp_path / "mp-1.zarr")
+    chunk.unlink()
+    os.mkfifo(chunk)
+    words, _ = peak_of(read, tmp_path, "mp-1.zarr")
+    assert str(chunk) in words
+
+
+def test_links_in_circles_end(tmp_path: Path) -> None:
+    """Two links to the directory that they lie in: each step down doubles the paths."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    for name in ("a", "b"):
+        (tmp_path / "mp-1.zarr" / ARRAY / name).symlink_to(tmp_path / "mp-1.zarr" / ARRAY)
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("OriginError")
+    assert "symbolic links" in words
+    assert peak < SMALL
+
+
+def test_links_that_branch_end(tmp_path: Path) -> None:
+    """No circle, and a billion paths to thirty directories."""
+    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
+    above = tmp_path / "mp-1.zarr" / ARRAY
+    for number in range(30):
+        below = tmp_path / "branches" / str(number)
+        below.mkdir(parents=True)
+        for name in ("a", "b"):
+            (above / name).symlink_to(below)
+        above = below
+    words, peak = peak_of(read, tmp_path, "mp-1.zarr")
+    assert words.startswith("OriginError")
+    assert "more than 1000 symbolic links" in words
+    assert peak < SMALL
+
+
+# -- files to be converted ----------------------------------------------------------------------------------------------------------
+
+
+CHGCAR = b"Si\n1.0\n1 0 0\n0 1 0\n0 0 1\nSi\n1\nDirect\n0 0 0\n\n"
+
+
+def read_file(path: Path) -> str:
+    """The error's words."""
+    try:
+        return f"read {read_density(path).total.shape}"
+    except ZarrCacheError as exc:
+        return f"{type(exc).__name__}: {exc}"
+    except OSError as exc:
+        return f"OSError: {exc}"
+
+
+CONVERTED: dict[str, Callable[[], bytes]] = {
+    "mp-1.json.gz": lambda: gzip.compress(b" " * 16 * MIB) * (LARGE // MIB // 16),
+    "mp-2.json.bz2": lambda: bz2.compress(b" " * 16 * MIB) * (LARGE // MIB // 16),
+    "mp-3.json.xz": lambda: lzma.compress(b" " * 16 * MIB) * (LARGE // MIB // 16),
+    "one-line.CHGCAR.gz": lambda: gzip.compress(b"1" * 16 * MIB) * (LARGE // MIB // 16),
+    "title.CHGCAR.gz": lambda: gzip.compress(CHGCAR[:3] + b" " * 16 * MIB) * (LARGE // MIB // 16),
+    "numbers.CHGCAR.gz": lambda: gzip.compress(CHGCAR + b"2 2 2\n") + gzip.compress(b"1.5 2.5 3.5\n" * 1_000_000) * 64,
+    "grid.CHGCAR": lambda: CHGCAR + b"20000 20000 20000\n1 2 3 4 5\n",
+    "atoms.CHGCAR": lambda: CHGCAR.replace(b"\n1\nDirect", b"\n2000000000\nDirect") + b"2 2 2\n1 2 3 4 5 6 7 8\n",
+    "nested.json": lambda: NESTED.encode(),
+    "shape.json": lambda: json.dumps({"data": {"total": {"@class": "array", "data": [[[1e400]]]}}, "structure": {}}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, name: str) -> None:
+    """Named, at the memory of a density that is large."""
+    pytest.importorskip("pymatgen")
+    (tmp_path / name).write_bytes(CONVERTED[name]())
+    words, peak = peak_of(read_file, tmp_path / name)
+    assert words.startswith("SchemaError")
+    assert str(tmp_path / name) in words
+    assert peak < 2 * SMALL
+
+
+@pytest.mark.parametrize("where", ["site", "structure", "nested"])
+def test_object_in_a_file_is_neither_imported_nor_made(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pymatgen's JSON may name a module, which is imported from wherever Python finds it: beside the data, if that is where it runs."""
+    pytest.importorskip("pymatgen")
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass X:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    thing: Any = {"@module": "evil", "@class": "X"}
+    structure = json.loads(json.dumps(STRUCTURE))
+    target = structure["sites"][0] if where != "structure" else structure
+    target["properties"] = {"magmom": 1.5, "bad": [{"x": thing}] if where == "nested" else thing}
+    (tmp_path / "mp-1.json").write_text(json.dumps({"structure": structure, "data": {"total": np.full((2, 2, 2), 4.0).tolist()}}))
+    density = read_density(tmp_path / "mp-1.json")
+    assert not (tmp_path / "executed").exists()
+    assert "evil" not in sys.modules
+    assert density.total.shape == (2, 2, 2)
+    assert "1.5" in json.dumps(density.structure)
+    assert [note for note in density.warnings if "objects of Python (bad): they are left out" in note]
+
+
+def test_convert_writes_nothing_of_hostile_files_and_goes_on(tmp_path: Path) -> None:
+    """Beside a good one; in processes of their own."""
+    pytest.importorskip("pymatgen")
+    (tmp_path / "src").mkdir()
+    for name in ("grid.CHGCAR", "nested.json", "shape.json"):
+        (tmp_path / "src" / name).write_bytes(CONVERTED[name]())
+    values = random_density((2, 2, 2)).ravel(order="F")
+    (tmp_path / "src" / "mp-9.CHGCAR").write_bytes(CHGCAR + b"2 2 2\n" + " ".join(f"{v:.11E}" for v in values).encode() + b"\n")
+    report = plan_convert(tmp_path / "src", str(tmp_path / "dst"), workers=2).execute()
+    assert sorted(os.listdir(tmp_path / "dst")) == ["mp-9.zarr"]
+    assert len(report.failed) == 3

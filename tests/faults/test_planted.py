@@ -1,0 +1,258 @@
+"""What somebody who can write to the cache directory puts there: nothing of it is executed, nothing outside is touched, no job stops."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.cachedirs import array_of, key_of, settings
+from zarrcache.arraycache import ArrayCache
+from zarrcache.errors import ConfigError
+from zarrcache.evicting import plan_evict
+from zarrcache.indexfile import CACHE_FAULTS, EntryDisk, Stored
+from zarrcache.owner import owner_id
+from zarrcache.scope import open_index
+from zarrcache.stats import Counters
+from zarrcache.status import look
+from zarrcache.verifying import verify
+
+NUMBERS = range(4)
+
+
+class Mark:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A directory with a file that has nothing to do with the cache; as it was, when the test is over."""
+    directory = tmp_path / "home"
+    directory.mkdir()
+    thesis = directory / "thesis"
+    thesis.write_text("years of work")
+    before = sorted(os.listdir(tmp_path))
+    yield directory
+    assert thesis.read_text() == "years of work"
+    assert os.listdir(directory) == ["thesis"]
+    assert set(os.listdir(tmp_path)) <= {*before, "cache"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A cache with a few entries."""
+    use(tmp_path)
+    return tmp_path / "cache" / "zarrcache-v1"
+
+
+def use(tmp_path: Path, **block: Any) -> int:
+    """What a job does: look up, store, drop. How many of the entries were there before."""
+    cache = ArrayCache(settings(tmp_path, **block), Counters())
+    found = 0
+    for number in NUMBERS:
+        entry = cache.get(key_of(number))
+        if entry is None:
+            cache.put(key_of(number), array_of(number), source="s")
+        else:
+            assert np.array_equal(entry.array, array_of(number))
+            found += 1
+    cache.put(key_of("other"), array_of(9), source="s")
+    with contextlib.suppress(*CACHE_FAULTS):  # the reader that asks for it counts a fault and goes on
+        cache.drop(key_of("other"))
+    cache.index._file.close_before_fork()
+    return found
+
+
+def everything(tmp_path: Path) -> None:
+    """A job, with either way to make room; then each command, and the job again."""
+    use(tmp_path)
+    use(tmp_path, eviction="least-recently-stored", limit=5 * 8192)
+    config = settings(tmp_path)
+    look(config)
+    verify(config)
+    look(config)
+    plan_evict(config, everything=True).execute()
+    open_index(config).sweep()
+    use(tmp_path)
+    assert use(tmp_path) == len(NUMBERS)
+
+
+@contextlib.contextmanager
+def index_of(root: Path) -> Iterator[sqlite3.Connection]:
+    """The index, opened past the package."""
+    connection = sqlite3.connect(root / "cache.db")
+    try:
+        yield connection
+        connection.commit()
+    finally:
+        connection.close()
+
+
+def insert(root: Path, key: object, tag: object, row: tuple[Any, ...], *, raw: int = 1, stored_s: object = 0.0) -> None:
+    """A row with (size, mode, filename, value)."""
+    with index_of(root) as connection:
+        connection.execute(
+            "INSERT OR REPLACE INTO Cache (key, raw, store_time, tag, size, mode, filename, value) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, raw, stored_s, tag, *row),
+        )
+
+
+def row_of(root: Path, filename: str, note: str) -> tuple[Any, ...]:
+    """As the package itself would write it: nothing but the name is wrong."""
+    return EntryDisk(str(root)).store(Stored(filename, 4096, note), read=False)
+
+
+@pytest.mark.parametrize("mode", range(6))
+def test_a_pickle_in_the_index_is_never_loaded(tmp_path: Path, root: Path, victim: Path, mode: int) -> None:
+    """As a value in every mode of diskcache, as the key of a row, and as the file of one."""
+    bomb = pickle.dumps(Mark(tmp_path / "executed"))
+    digest = key_of(1).digest
+    with index_of(root) as connection:
+        connection.execute("UPDATE Cache SET mode = ?, value = ? WHERE key = ?", (mode, bomb, digest))
+    insert(root, bomb, "array", (1, mode, None, bomb), raw=0)
+    (root / "entries" / "ab").mkdir(exist_ok=True)
+    (root / "entries" / "ab" / "abcd.val").write_bytes(bomb)
+    insert(root, key_of("file").digest, "array", (1, mode, "entries/ab/abcd.val", None))
+    everything(tmp_path)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(bomb)
+    assert (tmp_path / "executed").is_dir()  # it would have
+    (tmp_path / "executed").rmdir()
+
+
+NAMES = ["../../home/thesis", "entries/../../../home/thesis", "{victim}/thesis", "entries/ab/../../../../home/thesis", "link/thesis", "cache.db"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["entry", "intent of the dead", "replaced entry"])
+def test_a_row_that_names_a_file_elsewhere_deletes_nothing(tmp_path: Path, root: Path, victim: Path, name: str, kind: str) -> None:
+    """Sweeping, evicting, replacing, verifying: each unlinks what the index names."""
+    (root / "link").symlink_to(victim)
+    filename = name.format(victim=victim)
+    if kind == "intent of the dead":
+        insert(root, "+0123", "intent", row_of(root, filename, owner_id().rpartition(" ")[0] + " 1"), stored_s=0.0)
+    else:
+        insert(root, key_of("other" if kind == "replaced entry" else "x").digest, "array", row_of(root, filename, "file\n/data/x.zarr\na"))
+    everything(tmp_path)
+    assert (root / "cache.db").exists()
+
+
+STRANGE: list[tuple[Any, ...]] = [
+    ("array", (None, 16, None, None), 0.0),
+    ("array", ("many", 16, "entries/ab/ab", "many x\ny\nz"), 0.0),
+    ("array", (4096, 16, b"entries/ab/ab", b"4096 x\ny\nz"), b"yesterday"),
+    ("array", (4096, 16, "entries/ab/ab", "-1 x\ny\nz"), "never"),
+    ("array", (4096, 16, "entries/ab/ab", "4096"), 0.0),
+    ("array", (4096, 16, "entries/ab/ab", "9" * 5000 + " x\ny\nz"), 0.0),
+    ("object", (4096, 16, "bytes/ab/ab", "4096 \n"), 1e300),
+    (b"array", (2**62, 16, "entries/ab/ab", "1 x"), -1.0),
+    (None, (1.5, "16", "", ""), None),
+    ("intent", (4096, 16, None, None), None),
+    ("intent", (4096, 16, "entries/ab/ab", b"\xff"), "x"),
+]
+
+
+@pytest.mark.parametrize("row", STRANGE, ids=range(len(STRANGE)))
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_row_of_the_wrong_types_stops_nobody(tmp_path: Path, root: Path, victim: Path, row: tuple[Any, ...], is_known: bool) -> None:
+    """SQLite takes anything in any column. Under the key of an entry, and beside them."""
+    tag, values, stored_s = row
+    key = ("+0123" if tag == "intent" else key_of(1).digest) if is_known else ("+" if tag == "intent" else "zz")
+    insert(root, key, tag, values, stored_s=stored_s)
+    everything(tmp_path)
+
+
+SETTINGS = [
+    ("_directory", "{victim}"),
+    ("disk_evil", 1),
+    ("get", "not a method"),
+    ("sqlite_temp_store_directory", "'{victim}'"),
+    ("sqlite_journal_mode", "off"),
+    ("sqlite_locking_mode", "exclusive"),
+    ("sqlite_mmap_size", "1; DROP TABLE Cache"),
+    ("size", "many"),
+    ("eviction_policy", "no such policy"),
+    ("cull_limit", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SETTINGS, ids=[key for key, _ in SETTINGS])
+def test_settings_that_were_planted_are_set_aside_with_their_index(
+    tmp_path: Path, root: Path, victim: Path, key: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Diskcache makes attributes, arguments and pragmas of them. The entries are kept."""
+    with index_of(root) as connection:
+        text = value.format(victim=victim) if isinstance(value, str) else value
+        connection.execute("INSERT OR REPLACE INTO Settings VALUES (?, ?)", (key, text))
+    with caplog.at_level(logging.WARNING):
+        assert use(tmp_path) == len(NUMBERS)
+    assert "it is set aside as cache.db.broken-" in caplog.text
+    everything(tmp_path)
+
+
+@pytest.mark.parametrize("tier", ["entries", "bytes"])
+def test_a_link_in_place_of_a_directory_leads_nobody_out(tmp_path: Path, root: Path, victim: Path, tier: str) -> None:
+    """``verify`` removes what no row names, and so does the rebuilding of an index: what lies behind a link is not theirs."""
+    for name in ("00", "ab", "zz"):
+        with contextlib.suppress(FileExistsError):
+            (root / tier / name).symlink_to(victim)
+    everything(tmp_path)
+    (root / "cache.db").unlink()
+    everything(tmp_path)
+
+
+def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(tmp_path: Path, root: Path, victim: Path) -> None:
+    """It is not followed, though what it leads to may be read."""
+    (victim / "thesis").chmod(0o644)
+    for path in [path for path in (root / "entries").rglob("*") if path.is_file()]:
+        path.unlink()
+        path.symlink_to(victim / "thesis")
+    everything(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_link_in_place_of_the_log_is_not_written_through(tmp_path: Path, root: Path, victim: Path, suffix: str) -> None:
+    """SQLite opens it to write. Training goes on, with a cache or without."""
+    path = root / f"cache.db{suffix}"
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim / "thesis")
+    use(tmp_path)
+    use(tmp_path)
+
+
+@pytest.mark.parametrize("plant", [lambda path, to: path.symlink_to(to), lambda path, to: path.mkdir(), lambda path, to: os.mkfifo(path)])
+def test_a_lock_that_is_no_file_costs_single_flight_and_nothing_else(
+    tmp_path: Path, root: Path, victim: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    """The one that everybody takes to open the index."""
+    for path in (root / "locks").iterdir():
+        path.unlink()
+        plant(path, victim / "thesis")
+    assert use(tmp_path) == len(NUMBERS)
+
+
+def test_a_link_in_place_of_the_index_costs_the_cache_and_no_sample(
+    tmp_path: Path, root: Path, victim: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Commands refuse; a run reads from the origin, and says why once."""
+    for path in root.glob("cache.db*"):
+        path.unlink()
+    (root / "cache.db").symlink_to(victim / "database")
+    assert use(tmp_path) == 0
+    assert caplog.text.count("is not a regular file") == 1
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        open_index(settings(tmp_path))

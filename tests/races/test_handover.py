@@ -1,0 +1,310 @@
+"""What a DataLoader worker hands over: the place of an entry where it can, right values always."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate
+from zarrcache.handover import MappedTensor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="this system does not tell which pages were written"),
+]
+
+IDS = [f"mp-{i}" for i in range(6)]
+DEADLINE_S = 100
+#: Two materials each have one shape, so that batches of two can be stacked or have to stay lists.
+SHAPES = [(8 + i // 2, 9, 10) for i in range(6)]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
+    """Six materials, warm."""
+    for role, i in itertools.product(("data", "label"), range(6)):
+        small_group(f"{role}/{IDS[i]}.zarr", shape=SHAPES[i], seed=i + 10 * (role == "label"))
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS}))
+    cache = {"dir": tmp_path / "cache", "min_free": 0}
+    made = ZarrS3Reader(tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 4, cache=cache)
+    for task_id, role in itertools.product(IDS, ("data", "label")):
+        made.ensure(task_id, role)  # type: ignore[arg-type]
+    return made
+
+
+def is_over_the_cache(tensor: torch.Tensor) -> bool:
+    """Whether this process's memory beneath a tensor is a file of the cache: the kernel's own table."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            fields = line.split()
+            start, stop = (int(part, 16) for part in fields[0].split("-"))
+            if start <= tensor.data_ptr() < stop:
+                return "/zarrcache-v1/entries/" in fields[-1]
+    return False
+
+
+def loader_of(dataset: Any, **options: Any) -> DataLoader[Any]:
+    """Two workers, or as told."""
+    return DataLoader(dataset, **{"num_workers": 2, "timeout": DEADLINE_S, "batch_size": None, **options})
+
+
+def pairs_of(dataset: Any) -> list[Any]:
+    """Every sample, read in this process."""
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    """Bit for bit, nested as a sample or batch is."""
+    if isinstance(wanted, torch.Tensor):
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, wanted)
+    elif isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for name in wanted:
+            assert_same(got[name], wanted[name])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted, strict=True):
+            assert_same(one, other)
+    else:
+        assert got == wanted
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_warm_sample_arrives_as_a_map_of_its_entry(reader: ZarrS3Reader, method: str) -> None:
+    """No value goes through a pipe or shared memory; two epochs with persistent workers."""
+    dataset = ZarrDataset(reader, "all")
+    workers = 2 if method == "fork" else 1
+    loader = loader_of(dataset, multiprocessing_context=method, num_workers=workers, persistent_workers=True)
+    for _ in range(2):
+        for got, wanted in zip(loader, pairs_of(dataset), strict=True):
+            assert_same(got, wanted)
+            assert is_over_the_cache(got["data"])
+            assert is_over_the_cache(got["label"])
+
+
+@pytest.mark.parametrize("collate_fn", [None, collate], ids=["default_collate", "collate"])
+def test_a_batch_of_one_arrives_as_a_map_of_its_entry(reader: ZarrS3Reader, collate_fn: Any) -> None:
+    """By torch's own collate function and by ours."""
+    dataset = RhoData(*reader.data_split()[0], data_augmentation=False)
+    for got, wanted in zip(loader_of(dataset, batch_size=1, collate_fn=collate_fn), pairs_of(dataset), strict=True):
+        assert_same(list(got), [side[None] for side in wanted])
+        assert all(map(is_over_the_cache, got))
+
+
+def test_a_batch_of_several_is_stacked_in_shared_memory(reader: ZarrS3Reader) -> None:
+    """As torch does it."""
+    dataset = ZarrDataset(reader, "all")
+    alike = [[2 * i, 2 * i + 1] for i in range(3)]
+    order = [[dataset.task_ids.index(IDS[i]) for i in pair] for pair in alike]
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=2, timeout=DEADLINE_S)  # type: ignore[arg-type]
+    for positions, got in zip(order, loader, strict=True):
+        samples = [dataset[i] for i in positions]
+        assert_same(got["data"], torch.stack([s["data"] for s in samples]))
+        assert not is_over_the_cache(got["data"])
+
+
+def test_a_batch_of_mixed_grids_is_a_list_of_maps(reader: ZarrS3Reader) -> None:
+    """Nothing has to be copied for it."""
+    dataset = ZarrDataset(reader, "all")
+    (got,) = loader_of(dataset, batch_size=6, collate_fn=collate)
+    assert_same(got["label"], [sample["label"] for sample in pairs_of(dataset)])
+    assert all(map(is_over_the_cache, got["label"]))
+
+
+def test_a_cold_sample_arrives_right(reader: ZarrS3Reader) -> None:
+    """The first epoch fetches and stores; the values are those of the second."""
+    dataset = ZarrDataset(reader, "all")
+    wanted = copy.deepcopy(pairs_of(dataset))
+    for task_id, role in itertools.product(IDS[:3], ("data", "label")):
+        assert reader.tiers.arrays is not None
+        reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[arg-type]
+    for _ in range(2):
+        assert_same(list(loader_of(dataset)), wanted)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"augmentation": True}, {"downsample_data": 2, "downsample_label": 2}, {"precision": "f16"}, {"precision": "bf16"}], ids=str
+)
+def test_turned_downsampled_and_cast_samples_arrive_right(reader: ZarrS3Reader, settings: dict[str, Any]) -> None:
+    """They are not what lies in the cache, whatever shape they have."""
+    dataset = ZarrDataset(reader, "all", seed=5, **settings)
+    torch.manual_seed(11)
+    through = list(loader_of(dataset, num_workers=1))
+    if "augmentation" in settings:  # turned in the worker, by torch's seed of it: some turn of the right grid
+        plain = ZarrDataset(reader, "all")
+        for got, wanted in zip(through, pairs_of(plain), strict=True):
+            turned = [np.rot90(wanted["data"][0].numpy(), k, axes) for k in range(4) for axes in ((0, 1), (0, 2), (1, 2))]
+            assert any(np.array_equal(got["data"][0].numpy(), grid) for grid in turned)
+    else:
+        assert_same(through, pairs_of(dataset))
+
+
+def test_the_training_process_writes_to_its_own_copy(reader: ZarrS3Reader, tmp_path: Path) -> None:
+    """In place, as a transform may; the cache keeps what it has."""
+    dataset = ZarrDataset(reader, "all")
+    wanted = copy.deepcopy(pairs_of(dataset))
+    for sample in loader_of(dataset):
+        sample["data"].mul_(0)
+    assert_same(list(loader_of(dataset)), wanted)
+
+
+class Changed(Dataset[torch.Tensor]):
+    """A user's own transform in the worker, over one of our datasets."""
+
+    def __init__(self, dataset: Any, change: str) -> None:
+        self.dataset, self.change = dataset, change
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        x = self.dataset[i]["data"]
+        if self.change == "torch":
+            x.mul_(2)
+        elif self.change == "view":
+            x[0, 0, 0, 0:1].fill_(-1)
+        elif self.change == "data":
+            x.data[0, -1] = 3
+        elif self.change == "numpy":
+            x.numpy()[...] += 1
+        elif self.change == "transposed":
+            x.transpose_(1, 3)
+        elif self.change == "grad":
+            x.requires_grad_()
+        elif self.change == "new":
+            return x * 2 + 1
+        elif self.change == "part":
+            return x[:, 1:3]
+        elif self.change == "copied":
+            return copy.deepcopy(x)
+        elif self.change == "pickled":
+            return pickle.loads(pickle.dumps(x))
+        return x
+
+
+CHANGES = ["torch", "view", "data", "numpy", "transposed", "grad", "new", "part", "copied", "pickled"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_transform_in_the_worker_is_in_what_arrives(reader: ZarrS3Reader, change: str) -> None:
+    """In place or not: never the entry's own values instead of those that the user made."""
+    dataset = Changed(ZarrDataset(reader, "all"), change)
+    for got, wanted in zip(loader_of(dataset), pairs_of(dataset), strict=True):
+        assert torch.equal(got, wanted)
+        assert got.requires_grad == (change == "grad")
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, list(range(6)))], ids=["dataset", "subset"])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_an_entry_evicted_on_its_way_is_read_again(reader: ZarrS3Reader, wrap: Callable[[Any], Any], batch_size: int | None) -> None:
+    """The workers have sent; everything is evicted before the training process looks."""
+    dataset = ZarrDataset(reader, "all", downsample_data=1)
+    wanted = copy.deepcopy(pairs_of(dataset))
+    before = reader.stats
+    got = evicted_on_their_way(reader, loader_of(wrap(dataset), batch_size=batch_size, prefetch_factor=3), 6)
+    if batch_size:
+        assert_same([batch["data"] for batch in got], [sample["data"][None] for sample in wanted])
+    else:
+        assert_same(got, wanted)
+    assert (reader.stats - before).misses > 0  # here, for the entries were gone
+
+
+def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) -> list[Any]:
+    """All samples of a loader that reads ahead, when everything was evicted before the first one is looked at."""
+    before = reader.stats
+    arriving = iter(loader)
+    deadline = time.monotonic() + DEADLINE_S
+    while (reader.stats - before).hits < 2 * n:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert reader.tiers.arrays is not None
+    reader.tiers.arrays.index.drop([row.digest for row in reader.tiers.arrays.index.rows("array") if not row.note.endswith("\n")])
+    return list(arriving)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda d: pickle.loads(pickle.dumps(d))}
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "thrown away"])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_changed_copy_of_a_dataset_is_never_read_instead(reader: ZarrS3Reader, copied: Callable[[Any], Any], keep: bool) -> None:
+    """A held-out set made by copying the training set has other samples at the same positions."""
+    dataset = ZarrDataset(reader, "all")
+    wanted = copy.deepcopy(pairs_of(dataset))
+    other = copied(dataset)
+    other.task_ids = dataset.task_ids[::-1]
+    if not keep:
+        del other
+        gc.collect()
+    assert_same(evicted_on_their_way(reader, loader_of(dataset, num_workers=1, prefetch_factor=6), 6), wanted)
+
+
+class Lazy(Dataset[Any]):
+    """Makes its dataset when it is first asked, in the worker, as many wrappers do; or reads a changed copy of it there."""
+
+    def __init__(self, reader: ZarrS3Reader, dataset: Any = None) -> None:
+        self.reader, self.dataset, self.mine = reader, dataset, None
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Any:
+        if self.mine is None:
+            self.mine = copy.copy(self.dataset) if self.dataset is not None else ZarrDataset(self.reader, "all")
+            self.mine.task_ids = self.mine.task_ids[::-1]
+        return self.mine[i]
+
+
+@pytest.mark.parametrize(("method", "known"), [("fork", False), ("fork", True), ("spawn", True)])
+def test_a_dataset_that_only_the_worker_knows_sends_its_values(reader: ZarrS3Reader, method: str, known: bool) -> None:
+    """The training process could not read them again."""
+    dataset = ZarrDataset(reader, "all")
+    wanted = copy.deepcopy(pairs_of(dataset)[::-1])
+    loader = loader_of(Lazy(reader, dataset if known else None), num_workers=1, prefetch_factor=6, multiprocessing_context=method)
+    assert_same(evicted_on_their_way(reader, loader, 6), wanted)
+
+
+def test_a_store_that_has_another_grid_by_now_is_read_as_it_is(reader: ZarrS3Reader, small_group: Callable[..., Any]) -> None:
+    """Evicted on its way, and overwritten meanwhile."""
+    dataset = ZarrDataset(reader, "all")
+    loader = loader_of(dataset, num_workers=1, prefetch_factor=6, batch_size=1)
+    before = reader.stats
+    arriving = iter(loader)
+    deadline = time.monotonic() + DEADLINE_S
+    while (reader.stats - before).hits < 12:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for task_id, role in itertools.product(IDS, ("data", "label")):
+        shutil.rmtree(reader.data_dir.parent / role / f"{task_id}.zarr")  # type: ignore[union-attr]
+        small_group(f"{role}/{task_id}.zarr", shape=(3, 4, 5), seed=1)
+        assert reader.tiers.arrays is not None
+        reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[arg-type]
+    assert {tuple(batch["data"].shape) for batch in arriving} == {(1, 1, 3, 4, 5)}
+
+
+def test_in_this_process_tensors_are_plain(reader: ZarrS3Reader) -> None:
+    """Without workers nothing is handed over, and no type of ours is seen."""
+    assert type(ZarrDataset(reader, "all")[0]["data"]) is torch.Tensor
+
+
+def test_what_is_computed_from_a_mapped_tensor_is_plain() -> None:
+    """Only the sample itself is on its way."""
+    grid = np.zeros((1, 2, 2, 2), np.float32)
+    x = MappedTensor.over(torch.from_numpy(grid), grid, ("", 0, 0))
+    for y in (x + 1, x.sum(), x[0], x.clone(), x.detach(), torch.stack([x, x]), copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert type(y) is torch.Tensor

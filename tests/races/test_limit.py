@@ -1,0 +1,196 @@
+"""The limit is a limit: bytes on disk, sampled all the while, whoever writes, however large, and whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, settings
+from tests.support.localnode import LocalNode
+from tests.support.smalldisk import small_disk_at
+from zarrcache.arraycache import ArrayCache
+from zarrcache.index import Index
+from zarrcache.stats import Counters
+from zarrcache.tiers import Tiers
+
+FORK = get_context("fork")
+#: Only a hang takes this long; it says nothing about speed.
+HANG_S = 300
+
+#: Mixed sizes, the largest a fortieth of the limit; six take this much on disk.
+SIZES = [100, 3000, 5000, 9000, 13_000, 20_000]
+SIX_BYTES = 88 * 1024
+#: What the index, its log, the locks and the directories themselves may take beside the limit (docs/reliability.md).
+BESIDE = 5 * 2**20
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def size_of(number: int) -> int:
+    """Of an array or object, by its number."""
+    return SIZES[number * 7 % len(SIZES)]
+
+
+def write(directory: Path, limit: int, eviction: str, items: int, seed: int, count: int, is_killed: bool) -> None:
+    """Read and store ``count`` things of both tiers, in an order of one's own."""
+    counters = Counters()
+    tiers = Tiers(settings(directory, limit=limit, eviction=eviction), counters)
+    origin = tiers.origin(str(directory / "data"))
+    objects = {int(obj.key): obj for obj in origin.list_objects()}
+    arrays, blocks = tiers.arrays, tiers.bytes(origin)
+    assert arrays is not None
+    assert blocks is not None
+    for number in random.Random(seed).sample(range(items), count):
+        if number in objects:
+            assert blocks.read(objects[number]) == array_of(number, size_of(number)).tobytes()
+            continue
+        entry = arrays.get(key_of(number))
+        if entry is None:
+            arrays.put(key_of(number), array_of(number, size_of(number)), source="s")
+        else:
+            assert np.array_equal(entry.array, array_of(number, size_of(number)))
+    assert (counters.snapshot().purges, counters.snapshot().cache_errors) == (0, 0)
+    if is_killed:
+        tiers.index.begin("entries/ab/abcd", limit // 10)  # type: ignore[union-attr]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def du(root: Path) -> tuple[int, int]:
+    """Blocks of the files of both tiers, and of everything else, in bytes.
+
+    Only what is there when the walk ends: a file that goes and the one that takes its place are never there together.
+    """
+    inside = beside = 0
+    for path in [os.path.join(parent, name) for parent, directories, names in os.walk(root) for name in (*directories, *names)]:
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(found.st_mode) and os.path.relpath(path, root).split(os.sep)[0] in ("entries", "bytes"):
+            inside += found.st_blocks * 512
+        else:
+            beside += found.st_blocks * 512
+    return inside, beside
+
+
+@contextmanager
+def sampled(root: Path) -> Iterator[list[tuple[int, int]]]:
+    """What lies there, every 10 ms."""
+    samples, done = [(0, 0)], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.01):
+            samples.append(du(root))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("items", "restarts"), [pytest.param(180, 3, id="180"), pytest.param(1800, 10, id="1800", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
+@pytest.mark.parametrize("eviction", ["none", "least-recently-stored"])
+def test_eight_writers_never_exceed_the_limit_and_fill_it(tmp_path: Path, eviction: str, items: int, restarts: int) -> None:
+    """Both tiers, mixed sizes, three times what fits; two of eight die with room reserved. Full, it holds at least 97 % of the limit."""
+    limit = items // 6 * SIX_BYTES // 3
+    (tmp_path / "data").mkdir()
+    for number in range(0, items, 3):
+        (tmp_path / "data" / str(number)).write_bytes(array_of(number, size_of(number)).tobytes())
+    for restart in range(restarts):
+        most = items if eviction == "none" else items // 2  # once it is full, nothing or everything goes on
+        jobs = [(8 * restart + n, most // 8 if n < 2 else most, n < 2) for n in range(8)]
+        children = [FORK.Process(target=write, args=(tmp_path, limit, eviction, items, *job)) for job in jobs]
+        with sampled(tmp_path / "cache" / "zarrcache-v1") as samples:
+            for child in children:
+                child.start()
+            for child in children:
+                child.join(HANG_S)
+        assert [child.exitcode for child in children] == [-signal.SIGKILL] * 2 + [0] * 6
+        print(f"{len(samples)} samples, at most {max(samples)} of {limit}, and {max(beside for _, beside in samples)}")  # noqa: T201
+        assert max(inside for inside, _ in samples) <= limit
+        assert max(beside for _, beside in samples) <= BESIDE
+        assert Index(settings(tmp_path, limit=limit)).volume_bytes() == on_disk_bytes(tmp_path) >= 0.97 * limit
+
+
+def test_what_is_larger_than_the_limit_is_passed_through_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In every epoch; nothing is dropped for it, and nothing is written."""
+    node = LocalNode(tmp_path, shape=(14, 10, 8))
+    reader = node.reader(limit=8192, eviction="least-recently-stored")
+    for epoch in range(1, 3):
+        node.read(reader)
+        assert reader.stats.bypasses == epoch * len(node.values)
+    assert len([record for record in caplog.records if "it is larger than the whole limit" in record.getMessage()]) == 1
+    assert on_disk_bytes(tmp_path) <= 8192
+    node.check_settled()
+
+
+MIB = 2**20
+MIN_FREE = 3 * MIB
+
+
+def fill(ballast: Path, nbytes: int) -> None:
+    """Another program that writes to the same disk, a little at a time."""
+    with ballast.open("wb", buffering=0) as file:
+        for _ in range(nbytes // 65536):
+            file.write(bytes(65536))
+            time.sleep(0.002)
+
+
+def put_many(directory: Path, numbers: range) -> int:
+    """Store arrays of 20,000 bytes; how many were taken."""
+    counters = Counters()
+    cache = ArrayCache(settings(directory, min_free=MIN_FREE), counters)
+    stored = sum(cache.put(key_of(n), array_of(n, 20_000), source="s") for n in numbers)
+    assert counters.snapshot().cache_errors == 0
+    return stored
+
+
+def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -> None:
+    """Of 16 MiB, 3 are to stay free. Whenever room was given away there was enough, but for what the others wrote since; deleted, it is used."""
+    with small_disk_at(tmp_path / "cache", "16m") as disk:
+        index, ballast = Index(settings(tmp_path)), disk / "ballast"
+        index.open()
+        ballast.touch()
+        children: list[BaseProcess] = [FORK.Process(target=put_many, args=(tmp_path, range(200 * n, 200 * n + 200))) for n in range(4)]
+        children.append(FORK.Process(target=fill, args=(ballast, 6 * MIB)))
+        for child in children:
+            child.start()
+        before, volume, grown = ballast.stat().st_size, index.volume_bytes(), 0
+        deadline_s = time.monotonic() + HANG_S
+        while any(child.is_alive() for child in children):
+            assert time.monotonic() < deadline_s
+            ballast_bytes = ballast.stat().st_size
+            if (now := index.volume_bytes()) > volume:
+                free = shutil.disk_usage(disk).free
+                # Beside it only the index grows, by what was stored since.
+                assert free + ballast.stat().st_size - before > MIN_FREE - MIB // 4
+                grown += 1
+            before, volume = ballast_bytes, now
+            time.sleep(0.001)
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * 5
+        assert grown > 10
+        put_many(tmp_path, range(1000, 1400))
+        assert shutil.disk_usage(disk).free < MIN_FREE + array_on_disk(20_000)
+        assert put_many(tmp_path, range(1400, 1410)) == 0
+        ballast.unlink()
+        assert put_many(tmp_path, range(1400, 1410)) == 10

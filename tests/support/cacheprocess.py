@@ -1,0 +1,152 @@
+"""A process that uses a cache as it is told over a pipe, with a clock of its own, and that can be killed before any step at the file system."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zarrcache import IncompleteArrayError, ZarrS3Reader, plan_evict, verify
+from zarrcache.config import CacheConfig
+
+__all__ = ["STEPS", "CacheProcess", "Killed", "die_at_step"]
+
+_FORK = get_context("fork")
+_HANG_S = 120
+#: What changes a directory, or looks into one.
+STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.link", "os.listdir", "os.scandir", "sqlite3.connect"})
+
+
+class Killed(Exception):
+    """The process died instead of answering."""
+
+
+def die_at_step(number: int) -> None:
+    """Have this process killed before its ``number``-th step."""
+    left = [number]
+
+    def count(event: str, _: object) -> None:
+        if event in STEPS:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+class CacheProcess:
+    """``process.do("load", "mp-1", "data")`` has it call `_User.load`; after a kill it is a new process."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._pipe, theirs = _FORK.Pipe()
+        self._process = _FORK.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def do(self, name: str, *args: Any) -> Any:
+        """The answer, or the error of the process."""
+        self._pipe.send((name, args))
+        if not self._pipe.poll(_HANG_S):
+            raise TimeoutError(f"no answer to {name}{args}")
+        try:
+            error, answer = self._pipe.recv()
+        except EOFError:
+            self.kill()
+            raise Killed(name) from None
+        if error is not None:
+            raise error
+        return answer
+
+    def kill(self) -> None:
+        """SIGKILL; the next call is answered by a new process."""
+        self.end()
+        self._start()
+
+    def end(self) -> None:
+        """SIGKILL, and no new one."""
+        self._process.kill()
+        self._process.join(_HANG_S)
+        self._pipe.close()
+
+
+class _User:
+    """What the process does."""
+
+    _real_time = staticmethod(time.time)
+
+    def open(self, directory: Path, block: dict[str, Any]) -> None:
+        """A new run over ``directory``."""
+        self.directory = directory
+        self.config = CacheConfig(dir=directory / "cache", min_free=0, **block)
+        where = (directory / "data", directory / "label", directory / "map.json")
+        self.reader = ZarrS3Reader(*where, "GGA", False, 0.5, cache=self.config)
+
+    def clock(self, offset_s: float) -> None:
+        """Everything here takes this for the time."""
+        time.time = lambda: _User._real_time() + offset_s
+
+    def die(self, step: int) -> None:
+        """Later, before the ``step``-th step from now."""
+        die_at_step(step)
+
+    def load(self, task_id: str, role: Any) -> np.ndarray[Any, Any]:
+        return np.array(self.reader.load(task_id, role)[0])
+
+    def ensure(self, task_id: str, role: Any) -> str:
+        return self.reader.ensure(task_id, role)[0]
+
+    def crop(self, task_id: str, role: str) -> np.ndarray[Any, Any] | None:
+        """Through the byte tier; None if the store has changed since it was listed."""
+        try:
+            group = self.reader.read_zarr_store(self.directory / role / f"{task_id}.zarr")
+            return np.asarray(group["charge_density_total"][1:5, 1:3, :3])  # type: ignore[index]
+        except IncompleteArrayError:
+            return None
+
+    def drop(self, task_id: str, role: Any) -> None:
+        self.reader.tiers.arrays.drop(self.reader.key(task_id, role))  # type: ignore[union-attr]
+
+    def evict(self, how: dict[str, Any]) -> None:
+        plan_evict(self.config, everything=True, **how).execute()
+
+    def verify(self) -> None:
+        verify(self.config)
+
+    def stored(self) -> set[tuple[str, str]]:
+        """Which densities have a row."""
+        notes = [row.note.split("\n") for row in self.reader.tiers.index.rows("array")]  # type: ignore[union-attr]
+        return {(Path(url).stem, Path(url).parent.name) for _, url, array in notes if array}
+
+    def index(self) -> tuple[int, set[str]]:
+        """Its sum of sizes, and its files."""
+        index = self.reader.tiers.index
+        assert index is not None
+        return index.volume_bytes(), index.filenames()
+
+    def faults(self) -> tuple[int, int]:
+        return self.reader.stats.cache_errors, self.reader.stats.purges
+
+
+def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    user = _User()
+    while True:
+        try:
+            name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (None, getattr(user, name)(*args))
+        except Exception as exc:  # noqa: BLE001 - the tests' process raises it
+            answer = (exc, None)
+        pipe.send(answer)

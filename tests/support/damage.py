@@ -1,0 +1,34 @@
+"""Damage to files of a cache, as disks and power failures make it: one bit, or a lost end. Chosen by a seed that a failing test prints."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+__all__ = ["chance_of", "damage"]
+
+
+def chance_of(seed: int | None) -> random.Random:
+    """Random choices of a test: repeatable with a seed, others each time without one. The seed is in the test's output."""
+    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def damage(path: Path, chance: random.Random) -> str:
+    """Flip one bit anywhere in a file, or, once in eight, cut it anywhere; what was done. The inode is a new one: maps of the old one stay."""
+    raw = bytearray(path.read_bytes())
+    if chance.random() < 0.125:
+        length = chance.randrange(len(raw))
+        done = f"{path.name} of {len(raw)} bytes cut to {length}"
+        del raw[length:]
+    else:
+        bit = chance.randrange(8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        done = f"bit {bit % 8} of byte {bit // 8} of {path.name}"
+    mode = path.stat().st_mode
+    path.unlink()
+    path.write_bytes(raw)
+    path.chmod(mode)
+    return done
