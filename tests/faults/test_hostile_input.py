@@ -27,12 +27,12 @@ import zarr
 
 from tests.support.memory import MIB, peak_of
 from tests.support.stores import STRUCTURE, plain_read, random_density, small_group
-from zarrcache import ConfigError, IncompleteArrayError, OriginError, SchemaError, ZarrCacheError, ZarrS3Reader
+from zarrcache import ConfigError, SchemaError, ZarrCacheError, ZarrS3Reader
 from zarrcache.chgcar_files import read_density
 from zarrcache.config import CacheConfig
 from zarrcache.convert import plan_convert
-from zarrcache.readarray import read_array
 from zarrcache.origin import open_origin
+from zarrcache.readarray import read_array
 from zarrcache.taskids import ids_of, read_map
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc")
@@ -338,7 +338,7 @@ def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
     with zip_bomb(tmp_path / "mp-1.zarr.zip") as archive, archive.open(zipfile.ZipInfo(f"{ARRAY}/bomb"), "w") as member:
         member._compressor = zipfile._get_compressor(METHODS[method], 1)  # type: ignore[attr-defined]
         member._zinfo.compress_type = METHODS[method]  # type: ignore[attr-defined]
-        for _ in range((320 if claims == "what it holds" else 160)):
+        for _ in range(320 if claims == "what it holds" else 160):
             member.write(bytes(MIB))
     if claims == "little":
         patch_sizes(tmp_path / "mp-1.zarr.zip", f"{ARRAY}/bomb", 100)
