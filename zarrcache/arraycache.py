@@ -12,12 +12,13 @@ import numpy as np
 
 from zarrcache.atomic import publish
 from zarrcache.codec import Entry, header_of, map_entry, write_entry
-from zarrcache.config import CacheConfig, format_bytes
+from zarrcache.config import CacheConfig
 from zarrcache.errors import CorruptEntryError
 from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored
 from zarrcache.indexfile import array_note
 from zarrcache.keys import ArrayKey, file_digest
 from zarrcache.policy import Admission, disk_bytes, is_fresh
+from zarrcache.quantities import format_bytes
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters
 

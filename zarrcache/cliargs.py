@@ -33,7 +33,7 @@ __all__ = [
 
 def size(text: str) -> int:
     """A size such as ``50 GiB``, in bytes."""
-    from zarrcache.config import parse_bytes
+    from zarrcache.quantities import parse_bytes
 
     try:
         return parse_bytes(text)
@@ -43,7 +43,7 @@ def size(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A time such as ``30d``, in seconds."""
-    from zarrcache.config import parse_seconds
+    from zarrcache.quantities import parse_seconds
 
     try:
         return parse_seconds(text)

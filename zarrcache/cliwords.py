@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zarrcache.config import format_bytes
+from zarrcache.quantities import format_bytes
 
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport

@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 
 from zarrcache.chgcar_names import is_density_name, task_id_of
-from zarrcache.config import format_bytes
 from zarrcache.convert import plan_convert
 from zarrcache.demo_server import DemoServer, running_server
 from zarrcache.engine_s3fs import make_s3fs
 from zarrcache.errors import ConfigError, ZarrCacheError
+from zarrcache.quantities import format_bytes
 from zarrcache.synthetic import write_pairs
 
 __all__ = ["DemoReport", "Row", "run_demo"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from zarrcache.atomic import publish
 from zarrcache.codec import header_of, map_entry, write_entry
-from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig, format_bytes
+from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.index import CACHE_FAULTS
 from zarrcache.keys import ArrayKey
@@ -25,6 +25,7 @@ from zarrcache.layout import CacheDir
 from zarrcache.mounts import file_system_of, is_network, spoken
 from zarrcache.origin import open_origin
 from zarrcache.policy import min_free_bytes
+from zarrcache.quantities import format_bytes
 from zarrcache.readarray import list_array
 from zarrcache.scope import ROLES, open_index
 from zarrcache.sequences import Role

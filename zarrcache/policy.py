@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from zarrcache.config import Percent
+from zarrcache.quantities import Percent
 
 __all__ = ["Admission", "admit", "choose_victims", "disk_bytes", "is_fresh", "min_free_bytes"]
 

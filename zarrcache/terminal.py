@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from zarrcache.cliwords import count, duration
-from zarrcache.config import format_bytes
+from zarrcache.quantities import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

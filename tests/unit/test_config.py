@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zarrcache.config import CacheConfig, DataConfig, Percent, RetryConfig, format_bytes, parse_bytes, parse_seconds
+from zarrcache.config import CacheConfig, DataConfig, RetryConfig
 from zarrcache.errors import ConfigError
+from zarrcache.quantities import Percent, format_bytes, parse_bytes, parse_seconds
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zarrcache.config import Percent
 from zarrcache.policy import Admission, admit, choose_victims, disk_bytes, is_fresh, min_free_bytes
+from zarrcache.quantities import Percent
 
 GIB = 1024**3
 
