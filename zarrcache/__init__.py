@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from zarrcache.evicting import plan_evict
     from zarrcache.reader import ZarrS3Reader
     from zarrcache.registry import get_dataset, load_data, register_data
+    from zarrcache.sampler import NodeSampler
     from zarrcache.stats import Stats
     from zarrcache.store import open_group, open_store
     from zarrcache.verifying import verify
     from zarrcache.warming import plan_warm
+    from zarrcache.world import World
 
 __all__ = [
     "CacheConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "DataConfig",
     "IncompleteArrayError",
     "LockTimeoutError",
+    "NodeSampler",
     "OriginAccessError",
     "OriginError",
     "OriginNotFoundError",
@@ -54,6 +57,7 @@ __all__ = [
     "RhoRead",
     "SchemaError",
     "Stats",
+    "World",
     "ZarrCacheError",
     "ZarrDataset",
     "ZarrS3Reader",
@@ -93,10 +97,12 @@ _HOME = {
     "evicting": ("plan_evict",),
     "reader": ("ZarrS3Reader",),
     "registry": ("get_dataset", "load_data", "register_data"),
+    "sampler": ("NodeSampler",),
     "stats": ("Stats",),
     "store": ("open_group", "open_store"),
     "verifying": ("verify",),
     "warming": ("plan_warm",),
+    "world": ("World",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

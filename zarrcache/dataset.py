@@ -134,6 +134,12 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.gs_label = gs_label
         super().__init__(_PairToTensors(downsample_data, downsample_label, data_augmentation, seed, torch.float32))
 
+    @property
+    def task_ids(self) -> tuple[str, ...]:
+        """Names of the samples: task ids, where the sequences are those of ``data_split()``; else their positions."""
+        names: Sequence[str] = getattr(self.data, "task_ids", None) or [str(i) for i in range(len(self))]
+        return tuple(names)
+
     def __len__(self) -> int:
         return len(self.data)
 

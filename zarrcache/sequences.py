@@ -32,13 +32,14 @@ class _Lazy(Sequence[T]):
     ----------
     reader
         What loads them; ``train_sets[0].reader.stats`` tells how an epoch went.
+    task_ids : tuple of str
     """
 
     def __init__(self, reader: DensityLoader, task_ids: Sequence[str], read: Callable[[str], T], what: str) -> None:
-        self.reader, self._task_ids, self._read, self._what = reader, task_ids, read, what
+        self.reader, self.task_ids, self._read, self._what = reader, tuple(task_ids), read, what
 
     def __len__(self) -> int:
-        return len(self._task_ids)
+        return len(self.task_ids)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -46,8 +47,8 @@ class _Lazy(Sequence[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
-            return [self._read(task_id) for task_id in self._task_ids[index]]
-        return self._read(self._task_ids[index])
+            return [self._read(task_id) for task_id in self.task_ids[index]]
+        return self._read(self.task_ids[index])
 
     def __repr__(self) -> str:
         return f"<{self._what} of {len(self)} materials, loaded when indexed>"

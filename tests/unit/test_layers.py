@@ -21,7 +21,7 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget",
+    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment",
     1: "atomic retry flight codec layout owner s3options faults pump decode expansion taskids sequences workpool mounts indexcheck",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
     3: "origin arraycache",
@@ -29,7 +29,8 @@ LEVELS = {
     5: "tiers",
     6: "store materials",
     7: "reader filesystem handover",
-    8: "registry dataset chgcar chgcar_files convert storewriter storeupload synthetic scope warming warmreport evicting verifying status doctor",
+    8: "registry dataset sampler chgcar chgcar_files convert storewriter storeupload synthetic "
+    "scope warming warmreport evicting verifying status doctor",
     9: "demo demo_server demo_train",
     10: "cli cliapp cliargs clicache clidata cliwords terminal __main__",
 }
@@ -43,7 +44,7 @@ IMPORTERS = {
     "s3fs": {"engine_s3fs"},
     "diskcache": {"indexfile"},
     "filelock": {"flight"},
-    "torch": {"dataset", "demo_train", "handover"},
+    "torch": {"dataset", "demo_train", "handover", "sampler"},
     "sklearn": {"taskids"},
     "pymatgen": {"chgcar_files"},
     "monty": {"chgcar_files"},

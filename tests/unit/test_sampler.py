@@ -1,0 +1,113 @@
+"""``NodeSampler`` under torch's DataLoader, and its state from one job to the next."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader, DistributedSampler
+
+from zarrcache.errors import ConfigError
+from zarrcache.sampler import NodeSampler
+from zarrcache.world import World
+
+NAMES = [f"mp-{number}" for number in range(24)]
+
+
+def samplers(worlds: tuple[int, ...], **settings: Any) -> list[NodeSampler]:
+    """One for each rank."""
+    return [NodeSampler(NAMES, world=World(rank, worlds), seed=2, **settings) for rank in range(len(worlds))]
+
+
+def test_it_feeds_a_dataloader_as_torchs_own_does() -> None:
+    """As many samples a rank, the same protocol, workers or not; a new order after ``set_epoch``."""
+    sampler, theirs = samplers((0, 0, 1))[1], DistributedSampler(NAMES, num_replicas=3, rank=1)  # type: ignore[arg-type]
+    assert len(sampler) == len(theirs) == 8
+    loader = DataLoader(range(24), batch_size=3, sampler=sampler)  # type: ignore[arg-type]
+    first = [int(index) for batch in loader for index in batch]
+    assert first == list(sampler)
+    assert len(loader) == 3
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+@pytest.mark.parametrize("assignment", ["global", "node"])
+@pytest.mark.parametrize("others", [(0,), (0, 0, 1, 1), (0, 1, 2)])
+def test_killed_and_resumed_with_other_ranks_every_sample_is_trained_on_once(assignment: Any, others: tuple[int, ...]) -> None:
+    """The state is JSON; workers had asked ahead of the training."""
+    before = samplers((0, 1), assignment=assignment)
+    trained: list[int] = []
+    for sampler in before:
+        sampler.set_epoch(3)
+        asked = [index for index, _ in zip(sampler, range(9), strict=False)]
+        trained += asked[:6]
+    state = json.loads(json.dumps(before[0].state_dict(taken=6)))
+    after = samplers(others, assignment=assignment)
+    for sampler in after:
+        sampler.load_state_dict(state)
+        sampler.set_epoch(3)  # as Lightning does at the start of an epoch
+        assert len(sampler) == 12 // len(others)
+        trained += list(sampler)
+    assert sorted(trained) == list(range(24))
+    for sampler in after:
+        sampler.set_epoch(4)
+    assert sorted(index for sampler in after for index in sampler) == list(range(24))
+
+
+def test_resumed_twice_in_one_epoch_nothing_is_lost() -> None:
+    """A preemptible job may get an hour at a time."""
+    trained: list[int] = []
+    state = None
+    for ranks in (1, 2, 3):
+        group = samplers((0,) * ranks)
+        for sampler in group:
+            if state is not None:
+                sampler.load_state_dict(state)
+            trained += list(sampler)[: 4 if ranks < 3 else None]
+        state = group[-1].state_dict(taken=4)
+    assert sorted(trained) == list(range(24))
+
+
+def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
+    """A checkpoint at the end of an epoch."""
+    (sampler,) = samplers((0,))
+    assert len(list(sampler)) == 24
+    (resumed,) = samplers((0,))
+    resumed.load_state_dict(sampler.state_dict())
+    assert (resumed.epoch, len(resumed)) == (1, 24)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: NodeSampler(NAMES[1:], seed=2),
+        lambda: NodeSampler(NAMES, seed=3),
+        lambda: NodeSampler(NAMES, seed=2, assignment="node"),
+        lambda: NodeSampler(NAMES, seed=2, drop_last=True),
+    ],
+)
+def test_a_state_of_other_data_is_refused(other: Any) -> None:
+    """What is left of that epoch cannot be known."""
+    with pytest.raises(ConfigError, match="the sampler's state has"):
+        other().load_state_dict(samplers((0,))[0].state_dict())
+
+
+def test_names_are_those_of_the_dataset() -> None:
+    """Task ids where there are any, else positions; a lazy sequence is not read for them."""
+
+    class Named:
+        task_ids = ("mp-1", "mp-2")
+
+        def __len__(self) -> int:
+            return 2
+
+    class Lazy:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> str:
+            raise AssertionError("it was read")
+
+    assert NodeSampler(Named()).schedule.names == ("mp-1", "mp-2")
+    assert NodeSampler(Lazy()).schedule.names == ("0", "1", "2")

@@ -1,0 +1,166 @@
+"""``NodeSampler``: torch's distributed sampler, for nodes that have a cache each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import torch.distributed
+from torch.utils.data import Sampler
+
+from zarrcache.assignment import Assignment, Schedule, Segment
+from zarrcache.errors import ConfigError
+from zarrcache.world import World
+
+__all__ = ["NodeSampler"]
+
+
+class NodeSampler(Sampler[int]):
+    """Indices of this rank. Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``; Lightning does it by itself.
+
+    >>> sampler = NodeSampler(dataset, assignment="node", seed=42)
+    >>> loader = DataLoader(dataset, batch_size=1, sampler=sampler, num_workers=8)
+
+    Parameters
+    ----------
+    source : Dataset or sequence of str
+        With ``task_ids`` (``ZarrDataset``, ``RhoData``), or a list of names; of anything else with a length the positions are the names.
+    assignment : {"global", "node"}
+        ``global``: a fresh shuffle over all samples in each epoch. ``node``: a sample belongs to one node and is shuffled within it, so each
+        node's cache needs room for its share only; :mod:`zarrcache.assignment` tells what that does to the shuffling. With one node both
+        are the same.
+    seed : int
+        The same on all ranks.
+    shuffle : bool
+    drop_last : bool
+        Leave up to one sample a rank out, instead of reading up to one a rank twice, where the samples cannot be shared out evenly.
+    world : World, optional
+        Ranks and their nodes. Default: what torch.distributed, torchrun or Slurm say.
+    nbytes : sequence of int, optional
+        Sizes of the samples, to balance the nodes' shares by bytes.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        The orders of all ranks, of any epoch.
+    world : World
+    epoch : int
+
+    Raises
+    ------
+    ConfigError
+        An unknown assignment, or variables of the job that contradict each other.
+
+    Notes
+    -----
+    *Resume.* ``state_dict()`` says which samples the ranks have taken; after ``load_state_dict()`` the rest of the epoch is shared out among
+    the ranks that there are now, be they more or fewer than before. DataLoader workers are given indices ahead of the training, so tell how
+    far the training got: ``sampler.state_dict(taken=batches * batch_size)``. torchdata's ``StatefulDataLoader`` and
+    ``zarrcache.lightning.ZarrDataModule`` do that by themselves.
+    """
+
+    def __init__(
+        self,
+        source: Sized,
+        *,
+        assignment: Assignment = "global",
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        world: World | None = None,
+        nbytes: Sequence[int] | None = None,
+    ) -> None:
+        self.world = _world() if world is None else world
+        self.schedule = Schedule(
+            _names(source),
+            assignment=assignment,
+            node_of_rank=self.world.node_of_rank,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            nbytes=None if nbytes is None else tuple(map(int, nbytes)),
+        )
+        self.epoch = 0
+        self._history: tuple[Segment, ...] = ()
+        self._yielded = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch. What ``load_state_dict`` left of an epoch stays if it is this one."""
+        if epoch != self.epoch:
+            self.epoch, self._history, self._yielded = epoch, (), 0
+
+    @property
+    def history(self) -> tuple[Segment, ...]:
+        """What earlier starts of the job have read of this epoch."""
+        return self._history
+
+    def __len__(self) -> int:
+        return int(self.schedule.orders(self.epoch, self._history).shape[1])
+
+    def __iter__(self) -> Iterator[int]:
+        self._yielded = 0
+        for index in self.schedule.orders(self.epoch, self._history)[self.world.rank]:
+            self._yielded += 1
+            yield int(index)
+
+    def state_dict(self, taken: int | None = None) -> dict[str, Any]:
+        """Where the epoch stands; plain numbers, the same on every rank if the ranks keep step.
+
+        Parameters
+        ----------
+        taken : int, optional
+            Samples that this rank has trained on since the epoch was begun or resumed. Default: those that were asked for, which is more if
+            a DataLoader with workers asks ahead.
+        """
+        taken = self._yielded if taken is None else taken
+        history = [{"node_of_rank": list(segment.node_of_rank), "taken": segment.taken} for segment in self._history]
+        if taken >= len(self):
+            epoch, history = self.epoch + 1, []
+        else:
+            epoch = self.epoch
+            history += [{"node_of_rank": list(self.world.node_of_rank), "taken": taken}] if taken else []
+        return {"epoch": epoch, "history": history, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict()`` was called, with the ranks and nodes that there are now.
+
+        Raises
+        ------
+        ConfigError
+            The state is of other samples, another seed or another assignment: the rest of that epoch is not known here.
+        """
+        for name, here in self._identity().items():
+            if state.get(name) != here:
+                raise ConfigError(
+                    f"the sampler's state has {name} {state.get(name)!r}, and this sampler has {here!r}. Resume with the data, seed and "
+                    "assignment that the job was begun with, or begin the epoch anew without load_state_dict()."
+                )
+        self.epoch = int(state["epoch"])
+        self._history = tuple(Segment(tuple(map(int, one["node_of_rank"])), int(one["taken"])) for one in state["history"])
+        self._yielded = 0
+
+    def _identity(self) -> dict[str, Any]:
+        schedule = self.schedule
+        digest = hashlib.blake2b("\n".join(schedule.names).encode(), digest_size=8).hexdigest()
+        return {
+            "samples": digest,
+            "assignment": schedule.assignment,
+            "seed": schedule.seed,
+            "shuffle": schedule.shuffle,
+            "drop_last": schedule.drop_last,
+        }
+
+
+def _names(source: Sized) -> tuple[str, ...]:
+    names = getattr(source, "task_ids", source)
+    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):  # no lazy sequence: to look at it would load it
+        return tuple(names)
+    return tuple(map(str, range(len(source))))
+
+
+def _world() -> World:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return World.of_environment(os.environ, rank=torch.distributed.get_rank(), ranks=torch.distributed.get_world_size())
+    return World.of_environment(os.environ)
