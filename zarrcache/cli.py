@@ -5,12 +5,13 @@ Every command imports what it needs when it runs, so that ``zarrcache --help`` i
 
 from __future__ import annotations
 
-from zarrcache import clidata  # isort: split
-
-from zarrcache import clicache
+# Importing a module registers its commands; the order of these lines is that of the help.
+from zarrcache import clidata  # isort: skip
+from zarrcache import clicache  # isort: skip
+from zarrcache import clicluster  # isort: skip
 from zarrcache.cliapp import app
 
-__all__ = ["clicache", "clidata", "main"]
+__all__ = ["clicache", "clicluster", "clidata", "main"]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zarrcache.quantities import format_bytes
@@ -9,6 +10,7 @@ from zarrcache.quantities import format_bytes
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport
     from zarrcache.demo import DemoReport
+    from zarrcache.forecast import EpochForecast, Forecast
     from zarrcache.status import Status
     from zarrcache.verifying import VerifyReport
     from zarrcache.warming import WarmPlan
@@ -21,6 +23,7 @@ __all__ = [
     "demo_rows",
     "duration",
     "estimate_words",
+    "plan_lines",
     "plural",
     "status_lines",
     "verify_words",
@@ -140,3 +143,33 @@ def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
         ratio = "" if row.hit_ratio is None else f"{100 * row.hit_ratio:.0f} %"
         rows.append((row.epoch, f"{row.seconds:.2f}", f"{row.samples_per_s:.1f}", count(row.requests), format_bytes(row.fetched_bytes), ratio))
     return rows
+
+
+def plan_lines(plan: Forecast) -> Iterator[str]:
+    """What ``plan`` expects."""
+    asked = "all" if plan.measured == plan.densities else count(plan.measured)
+    yield (
+        f"Training split: {plural(plan.samples, 'sample')}, {plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
+        f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a cache ({asked} measured)."
+    )
+    share = plan.capacity_bytes / plan.disk_bytes if plan.disk_bytes else 1.0
+    yield (
+        f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds {format_bytes(plan.capacity_bytes)}, "
+        f"{min(1.0, share):.0%} of that. assignment {plan.variant.assignment}, eviction {plan.variant.eviction}."
+    )
+    yield ""
+    for number, epoch in enumerate(plan.epochs[:3], start=1):
+        yield f"epoch {number}: {_epoch_words(epoch, plan.prices.currency)}"
+    yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch_words(plan.total, plan.prices.currency)}"
+    yield f"Prices of {plan.prices.dated}, from cache.prices. The time is what reading takes, not the training."
+    if len(plan.others) > 1:
+        yield ""
+        yield "Hits once the caches are full, by assignment and eviction:"
+        for way, ratio in plan.others.items():
+            mark = "  <- this" if way == plan.variant else ""
+            yield f"  {way.assignment:<7} {way.eviction:<22} {ratio:4.0%}{mark}"
+
+
+def _epoch_words(epoch: EpochForecast, currency: str) -> str:
+    words = f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, {format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
+    return words if epoch.seconds is None else f"{words}, {duration(epoch.seconds)}"

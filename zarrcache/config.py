@@ -27,6 +27,7 @@ __all__ = [
     "CacheConfig",
     "DataConfig",
     "FetchConfig",
+    "PriceConfig",
     "RetryConfig",
 ]
 
@@ -111,6 +112,16 @@ class ArrayTierConfig(_Block):
     enabled: bool = True
 
 
+class PriceConfig(_Block):
+    """What the origin's requests and bytes cost, for ``zarrcache plan``. Defaults are those of S3 Standard in us-east-1 to machines there."""
+
+    currency: str = "USD"
+    dated: str = Field("2025-12", description="when these prices were looked up")
+    list_per_1000: float = Field(0.005, ge=0, description="1,000 LIST requests")
+    get_per_1000: float = Field(0.0004, ge=0, description="1,000 GET or HEAD requests")
+    transfer_per_gib: float = Field(0.0, ge=0, description="one GiB to where the training runs")
+
+
 class CacheConfig(_Block):
     """The ``cache:`` block.
 
@@ -133,6 +144,7 @@ class CacheConfig(_Block):
     arrays: ArrayTierConfig = ArrayTierConfig()
     retry: RetryConfig = RetryConfig()
     fetch: FetchConfig = FetchConfig()
+    prices: PriceConfig = PriceConfig()
     shared: bool = False
     allow_network_fs: bool = Field(False, description="keep the cache on NFS, Lustre and the like, without SQLite's WAL")
 

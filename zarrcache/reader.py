@@ -197,7 +197,7 @@ class ZarrS3Reader:
         OriginError
             There is no such store, or the origin cannot be reached.
         """
-        values, _ = self._density(self._origins[role], self._store_name(task_id, role))
+        values, _ = self._density(self._origins[role], self.store_name(task_id, role))
         return _flat(values)
 
     def ensure(self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None) -> tuple[Outcome, int]:
@@ -221,7 +221,7 @@ class ZarrS3Reader:
         ------
         As ``load``.
         """
-        origin, store = self._origins[role], self._store_name(task_id, role)
+        origin, store = self._origins[role], self.store_name(task_id, role)
         values, outcome = self._density(origin, store, revalidate=True, reserve=reserve)
         if outcome != "hit" and self._tiers.arrays is not None:
             self._tiers.forget_listing(origin, store)  # metadata and crops are to be of the same version
@@ -229,7 +229,7 @@ class ZarrS3Reader:
 
     def key(self, task_id: str, role: Role) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
-        return self._key(self._origins[role], self._store_name(task_id, role))
+        return self._key(self._origins[role], self.store_name(task_id, role))
 
     def origin(self, role: Role) -> Origin:
         """The directory of one role."""
@@ -241,7 +241,7 @@ class ZarrS3Reader:
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
         """What the origin lists now of one density: keys, sizes, ETags. One LIST."""
-        return list_array(self._origins[role], self._store_name(task_id, role), self._array)
+        return list_array(self._origins[role], self.store_name(task_id, role), self.array)
 
     @property
     def stats(self) -> Stats:
@@ -254,17 +254,25 @@ class ZarrS3Reader:
         return self._tiers
 
     @property
-    def _array(self) -> str:
+    def array(self) -> str:
+        """Name of the array that is read of each store."""
         return f"charge_density_{self.density_type}"
 
     @property
     def _stored_as(self) -> str:
-        return stored_array(self._array, is_per_point=self.normalize)
+        return stored_array(self.array, is_per_point=self.normalize)
 
     def _key(self, origin: Origin, store: str) -> ArrayKey:
         return ArrayKey(origin.identity, origin.url_of(store), self._stored_as)
 
-    def _store_name(self, task_id: str, role: Role) -> str:
+    def store_name(self, task_id: str, role: Role) -> str:
+        """File name of a store below its directory: ``mp-1.zarr``, or ``mp-1.zarr.zip``.
+
+        Raises
+        ------
+        OriginNotFoundError
+            There is none.
+        """
         check_task_id(task_id)
         try:
             return self._materials.names(role)[task_id]
@@ -284,7 +292,7 @@ class ZarrS3Reader:
         key = self._key(origin, store)
         listed, source = None, None
         if revalidate or self._is_due(key):
-            listed = list_array(origin, store, self._array)
+            listed = list_array(origin, store, self.array)
             source = source_digest(listed)
         entry = arrays.get(key, source=source)
         if entry is None:
@@ -293,7 +301,7 @@ class ZarrS3Reader:
             with self._tiers.single_flight().hold(key.digest):
                 entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
                 if entry is None:
-                    decoded = read_array(origin, store, self._array, listed=listed, reserve=reserve)
+                    decoded = read_array(origin, store, self.array, listed=listed, reserve=reserve)
                     values = self._as_asked(decoded.array, key.url)
                     admitted = arrays.put(key, values, source=decoded.source)
                     self._checked.add(key.digest)
@@ -304,13 +312,13 @@ class ZarrS3Reader:
         if source is not None:
             self._checked.add(key.digest)
         self._counters.add(hits=1, served_bytes=entry.array.nbytes)
-        return as_density(entry.array, key.url, self._array), "hit"
+        return as_density(entry.array, key.url, self.array), "hit"
 
     def _past_the_array_tier(self, origin: Origin, store: str, *, revalidate: bool) -> NDArray[np.float32]:
         self._counters.add(misses=1, bypasses=1)
         config = self._tiers.config
         if config is None or not config.bytes.enabled:
-            return self._as_asked(read_array(origin, store, self._array).array, origin.url_of(store))
+            return self._as_asked(read_array(origin, store, self.array).array, origin.url_of(store))
         key = self._key(origin, store)
         relist = revalidate or self._is_due(key)
         try:
@@ -326,7 +334,7 @@ class ZarrS3Reader:
         objects = CachedStore(origin, store, self._tiers, relist=relist)
         if not objects.sizes():
             raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
-        return self._as_asked(density_of_objects(objects.sizes(), objects.read, objects.url, self._array), objects.url)
+        return self._as_asked(density_of_objects(objects.sizes(), objects.read, objects.url, self.array), objects.url)
 
     def _is_due(self, key: ArrayKey) -> bool:
         """Whether the origin has to be asked if an entry is still fresh."""
@@ -335,7 +343,7 @@ class ZarrS3Reader:
 
     def _as_asked(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
         """What `load` hands out, and what is stored, of an array as the origin has it."""
-        values = as_density(array, url, self._array)
+        values = as_density(array, url, self.array)
         # In place: these are fresh from the origin, and another array of their size is as much work again, for the pages it takes.
         return per_point(values, out=values if values.flags.writeable else None) if self.normalize else values
 
@@ -363,7 +371,7 @@ class ZarrS3Reader:
         if isinstance(store, CachedStore) and not zarr_store.path:
             return _flat(self._density(store.origin, store.name)[0])
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        return _flat(self._as_asked(density_of_group(zarr_store, self._array, where), where))
+        return _flat(self._as_asked(density_of_group(zarr_store, self.array, where), where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """What the store says of itself: attribute ``metadata``, merged with ``structure``; both may be JSON strings or JSON itself."""

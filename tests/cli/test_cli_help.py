@@ -29,6 +29,7 @@ COMMANDS = {
     "status": ("--dir DIR", "--json"),
     "verify": ("--against-origin", "--dir DIR", "--json"),
     "doctor": ("--dir DIR", "--json"),
+    "plan": ("--nodes N", "--capacity SIZE", "--assignment", "--eviction", "--ranks-per-node N", "--epochs N", "--probe", "--seed N", "--json"),
 }
 
 

@@ -22,17 +22,17 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
     0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment",
-    1: "atomic retry flight codec layout owner s3options faults pump decode expansion taskids sequences workpool mounts indexcheck",
+    1: "atomic simulate retry flight codec layout owner s3options faults pump decode expansion taskids sequences workpool mounts indexcheck",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
     3: "origin arraycache",
     4: "bytecache readarray density",
     5: "tiers",
     6: "store materials",
     7: "reader filesystem handover",
-    8: "registry dataset sampler chgcar chgcar_files convert storewriter storeupload synthetic "
+    8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
     "scope warming warmreport evicting verifying status doctor",
     9: "demo demo_server demo_train",
-    10: "cli cliapp cliargs clicache clidata cliwords terminal __main__",
+    10: "cli cliapp cliargs clicache clicluster clidata cliwords terminal __main__",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 
@@ -48,7 +48,7 @@ IMPORTERS = {
     "sklearn": {"taskids"},
     "pymatgen": {"chgcar_files"},
     "monty": {"chgcar_files"},
-    "typer": {"cliapp", "cliargs", "clicache", "clidata"},
+    "typer": {"cliapp", "cliargs", "clicache", "clicluster", "clidata"},
     "rich": {"terminal"},
     "moto": {"demo_server"},
     "pickle": set(),

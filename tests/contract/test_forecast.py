@@ -1,0 +1,128 @@
+"""``zarrcache plan`` against what happens: two nodes, three epochs, requests counted at the server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.requestlog import RequestLog
+from tests.support.s3server import S3Server
+from tests.support.stores import small_group
+from tests.support.training import zarrcache
+from zarrcache.assignment import Schedule
+from zarrcache.config import DataConfig
+from zarrcache.errors import ConfigError
+from zarrcache.forecast import plan_training
+from zarrcache.registry import open_reader
+
+PAIRS, EPOCHS, NODES = 30, 3, 2
+ROLES = ("data", "label")
+SETTLED_S = 2.1
+
+
+@pytest.fixture(scope="module")
+def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Pairs of three sizes, one in ten zipped."""
+    root, bucket = tmp_path_factory.mktemp("forecast"), s3_server.new_bucket()
+    for role, number in itertools.product(ROLES, range(PAIRS)):
+        zipped = number % 10 == 9
+        small_group(root / role / f"mp-{number}.zarr{'.zip' * zipped}", shape=(10, 12, 14 + number % 3), seed=number, as_zip=zipped)
+    for role in ROLES:
+        s3_server.put_tree(root / role, f"s3://{bucket}/{role}")
+    (root / "map.json").write_text(json.dumps({"GGA": [f"mp-{number}" for number in range(PAIRS)]}))
+    time.sleep(SETTLED_S)
+    return {
+        "data_dir": f"s3://{bucket}/data",
+        "label_dir": f"s3://{bucket}/label",
+        "map_dir": str(root / "map.json"),
+        "functional": "GGA",
+        "train_fraction": 0.8,
+        "s3_kwargs": s3_server.s3_kwargs,
+    }
+
+
+def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any, eviction: str) -> list[float]:
+    """Hit ratio of each epoch, by two nodes that read what their ranks would."""
+    readers = []
+    for node in range(NODES):
+        cache = {"dir": directory / f"node{node}", "limit": limit, "min_free": 0, "eviction": eviction}
+        readers.append(open_reader({**config, "cache": cache}))
+    names, _ = readers[0].split_task_ids()
+    schedule = Schedule(tuple(names), assignment=assignment, node_of_rank=(0, 1))
+    ratios = []
+    for epoch in range(EPOCHS):
+        before = [reader.stats for reader in readers]
+        for node, reader in enumerate(readers):
+            for index, role in itertools.product(schedule.node_order(epoch, node), ROLES):
+                reader.load(names[index], role)  # type: ignore[arg-type]
+        now = [reader.stats - old for reader, old in zip(readers, before, strict=True)]
+        ratios.append(sum(stats.hits for stats in now) / sum(stats.hits + stats.misses for stats in now))
+    return ratios
+
+
+@pytest.mark.parametrize(
+    ("assignment", "eviction", "share"),
+    [("global", "none", 0.5), ("global", "least-recently-stored", 0.5), ("node", "none", 0.55), ("global", "none", 1.5)],
+)
+def test_a_run_does_what_the_plan_says(
+    config: dict[str, Any], s3_server: S3Server, tmp_path: Path, assignment: Any, eviction: Any, share: float
+) -> None:
+    """Hits within 2 points in every epoch, requests within 5 %."""
+    whole = plan_training(DataConfig(**config), capacity_bytes=1)
+    assert (whole.samples, whole.densities, whole.measured) == (24, 48, 48)
+    limit = int(whole.disk_bytes * share)
+    # The two listings that a cache keeps are 16 KiB of it: much here, nothing in 200 GiB.
+    plan = plan_training(DataConfig(**config), nodes=NODES, capacity_bytes=limit - 2**14, assignment=assignment, eviction=eviction, epochs=EPOCHS)
+    log = RequestLog(s3_server, config["data_dir"].split("/")[2])
+    ratios = trained(config, tmp_path, limit, assignment, eviction)
+    assert [epoch.hit_ratio for epoch in plan.epochs] == pytest.approx(ratios, abs=0.02)
+    assert plan.total.requests == pytest.approx(len(log.seen()), rel=0.05)
+    if assignment == "node":
+        assert ratios[-1] == 1
+    assert plan.total.nbytes == sum(epoch.nbytes for epoch in plan.epochs)
+
+
+def test_longer_runs_and_other_ways_are_extrapolated(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty epochs go on as the last ones that were simulated; a table tells what the other choices come to."""
+    half = plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
+    reader = open_reader(config)
+    plan = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
+    assert (plan.ranks, plan.run_epochs, len(plan.epochs)) == (4, 50, 12)
+    monkeypatch.setattr("zarrcache.forecast.EPOCHS", 50)
+    simulated = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
+    assert (plan.total.requests, plan.total.dollars) == pytest.approx((simulated.requests, simulated.dollars), rel=0.06)
+    ways = {(way.assignment, way.eviction): ratio for way, ratio in plan.others.items()}
+    assert ways["node", "none"] > ways["global", "belady"] > ways["global", "none"] > ways["global", "least-recently-used"]
+
+
+def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path: Path) -> None:
+    """With a probe, and nothing is cached or written."""
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({**config, "cache": {"dir": str(tmp_path / "cache"), "prices": {"get_per_1000": 1.0, "dated": "2026-11"}}}))
+    options = ("--nodes", 2, "--capacity", "500 KiB", "--assignment", "node", "--epochs", 5, "--probe", "--workers", 4)
+    words = zarrcache("plan", path, *options)
+    assert words.code == 0, words.err
+    assert "24 samples, 48 densities" in words.out
+    assert "2 nodes, 2 ranks: each cache holds 500.0 KiB" in words.out
+    assert "Prices of 2026-11" in words.out
+    assert words.out.count("<- this") == 1
+    document = zarrcache("plan", path, *options, "--json").document
+    assert document["total"]["seconds"] > 0
+    assert document["total"]["dollars"] == pytest.approx(sum(epoch["dollars"] for epoch in document["epochs"]))
+    assert len(document["epochs"]) == 5
+    assert document["speed"]["densities"] == 8
+    assert not (tmp_path / "cache").exists()
+
+
+def test_numbers_that_cannot_be_are_refused(config: dict[str, Any]) -> None:
+    """In words; on the command line with exit code 2."""
+    with pytest.raises(ConfigError, match="whole numbers from 1"):
+        plan_training(DataConfig(**config), nodes=0, capacity_bytes=1)
+    with pytest.raises(ConfigError, match="--capacity"):
+        plan_training(DataConfig(**config))
