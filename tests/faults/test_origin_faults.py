@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
-from zarrcache import engine_obstore, retry
+from zarrcache import backoff, engine_obstore, retry
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
 from zarrcache.keys import ObjectInfo
@@ -33,8 +33,10 @@ ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts follow each other at once."""
+    """Attempts follow each other at once, and no pause outlasts its test."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.02)
+    monkeypatch.setattr(backoff, "_told", {})
 
 
 @pytest.fixture(scope="module")
