@@ -239,7 +239,7 @@ class TestPermanent:
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         """Four objects, three attempts, twelve requests."""
-        fault_proxy.rules(Rule(then="503"))
+        fault_proxy.rules(Rule(then="500"))
         with pytest.raises(OriginUnavailableError):
             ASK["GET"](opened(), listed)
         assert fault_proxy.count() == 12
@@ -248,7 +248,7 @@ class TestPermanent:
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         """Of 300 objects a pass asks for no more than are in flight when the failures come."""
-        fault_proxy.rules(Rule(then="503"))
+        fault_proxy.rules(Rule(then="500"))
         objects = [ObjectInfo(f"mp-1.zarr/{i}", 100, "x") for i in range(300)]
         with pytest.raises(OriginUnavailableError):
             ASK["GET"](opened(attempts=2, concurrency=4), objects)
