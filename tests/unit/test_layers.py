@@ -24,7 +24,7 @@ LEVELS = {
     0: "errors keys policy config stats sharedfile augment chgcar_names checksums mapping budget",
     1: "atomic retry flight codec layout owner s3options faults renewal backoff pump decode expansion taskids sequences workpool mounts indexcheck",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
-    3: "origin arraycache",
+    3: "origin arraycache settled",
     4: "bytecache readarray density",
     5: "tiers",
     6: "store materials",
