@@ -2,7 +2,8 @@
 
 S3 has no snapshots.  Objects that are fetched as they were listed are of those versions for certain, but a listing in the middle of an overwrite
 names new objects beside old ones, and one in the middle of a first upload lacks some.  So a store that was written a moment ago has to look the
-same for a while.  A writer that stops for longer than that between two objects cannot be told from one that has finished.
+same until its newest object is two seconds old; S3 lists whole seconds, there it may be one.  A writer that stops for longer than that between
+two objects cannot be told from one that has finished.
 """
 
 from __future__ import annotations
