@@ -32,6 +32,15 @@ def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_writers() -> Iterator[None]:
+    """Tests read what they have just written. It is listed twice, as for everybody, but nobody waits until it has settled."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("settled", "readarray"):
+            patch.setattr(f"zarrcache.{module}.wait_until", lambda end_s: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None) -> Iterator[S3Server]:
     """A real S3 server: one of our own, or the one that ZARRCACHE_TEST_S3 names."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.asyn import get_loop
 
+from zarrcache.backoff import Backoff
 from zarrcache.config import FetchConfig
 from zarrcache.faults import S3Fault
 from zarrcache.keys import ObjectInfo
@@ -27,6 +28,7 @@ from zarrcache.pump import PAGE_OBJECTS, SLOWEST_BYTES_PER_S, Page, Received, pu
 from zarrcache.s3options import S3Options
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ClientConfig, S3Credential, S3Store
 
 __all__ = ["CannotNameError", "ObstoreEngine", "can_name", "is_usable"]
@@ -148,7 +150,9 @@ class ObstoreEngine:
         """One object as a HEAD shows it, None if there is none."""
         return run(get_loop(), self._head(key, patience_s))
 
-    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
+    def get_many(
+        self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
+    ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
         """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up.
 
         A small object whose answer is late comes twice: as a time-out, and as what a second, patient request brought.
@@ -156,16 +160,16 @@ class ObstoreEngine:
         may_be_quick = patience_s >= self._quick_s and time.monotonic() >= self._patient_until_s
         if may_be_quick and all(obj.size_bytes <= QUICK_BYTES for obj in objects):
             patience_s = min(self._fetch.read_timeout, patience_s) - self._quick_s
-            objects = yield from self._get_quickly(objects, may_be_asked_again=patience_s > 0)
+            objects = yield from self._get_quickly(objects, backoff, may_be_asked_again=patience_s > 0)
         if objects:
-            yield from pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency)
+            yield from pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency, backoff)
 
     def _get_quickly(
-        self, objects: Sequence[ObjectInfo], *, may_be_asked_again: bool
+        self, objects: Sequence[ObjectInfo], backoff: Backoff | None, *, may_be_asked_again: bool
     ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None], None, list[ObjectInfo]]:
         """One GET for each object in threads; those for which it was too quick are returned."""
         late: list[ObjectInfo] = []
-        for obj, answer in pump_threads(_threads(), self._get_in_thread, objects, self._fetch.concurrency):
+        for obj, answer in pump_threads(_threads(), self._get_in_thread, objects, self._fetch.concurrency, backoff):
             if may_be_asked_again and ((isinstance(answer, S3Fault) and answer.code == "Timeout") or (late and answer is None)):
                 late.append(obj)
             if answer is not None or not late:
@@ -208,7 +212,7 @@ class ObstoreEngine:
 
     def _get_in_thread(self, obj: ObjectInfo) -> Received:
         try:
-            result = self._quick_store.get(obj.key)
+            result = self._quick_store.get(obj.key, options=_options(obj))
             return Received(result.bytes(), (result.meta["e_tag"] or "").strip('"'))
         except Exception as exc:
             raise _fault(exc) from exc
@@ -217,11 +221,19 @@ class ObstoreEngine:
         size = obj.size_bytes if part is None else part[1] - part[0]
         try:
             async with asyncio.timeout(min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S):
-                result = await self._store.get_async(obj.key, options=None if part is None else {"range": part})
+                result = await self._store.get_async(obj.key, options=_options(obj, part))
                 body = await result.bytes_async()
                 return Received(body, (result.meta["e_tag"] or "").strip('"'))
         except Exception as exc:
             raise _fault(exc) from exc
+
+
+def _options(obj: ObjectInfo, part: tuple[int, int] | None = None) -> GetOptions:
+    """Only the listed version: of another one not even the bytes come."""
+    options: GetOptions = {"if_match": f'"{obj.etag}"'} if obj.etag else {}
+    if part is not None:
+        options["range"] = part
+    return options
 
 
 class _Credentials:
@@ -235,6 +247,8 @@ class _Credentials:
         if self._options.key is not None and self._options.secret is not None:
             # Through the provider as well: given as settings, obstore would add a session token that it finds in the environment.
             return {"access_key_id": self._options.key, "secret_access_key": self._options.secret, "token": self._options.token, "expires_at": None}
+        from botocore.credentials import RefreshableCredentials
+
         if self._chain is None:
             import botocore.session
 
@@ -242,11 +256,13 @@ class _Credentials:
         if self._chain is None:
             raise LookupError("NoCredentials")
         frozen = self._chain.get_frozen_credentials()  # renews what is about to expire
+        # What lives shorter than that is asked for before each request, as botocore does it; obstore sees to it that it is not more often.
+        is_short = isinstance(self._chain, RefreshableCredentials) and self._chain.refresh_needed(CREDENTIALS_TTL.total_seconds())
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + CREDENTIALS_TTL,
+            "expires_at": datetime.now(UTC) + (timedelta(0) if is_short else CREDENTIALS_TTL),
         }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.asyn import get_loop
 
+from zarrcache.backoff import Backoff
 from zarrcache.config import FetchConfig
 from zarrcache.errors import ConfigError
 from zarrcache.faults import S3Fault
@@ -93,9 +94,11 @@ class S3fsEngine:
         region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
         return str(region) if region else None
 
-    def get_many(self, objects: Sequence[ObjectInfo], *, patience_s: float) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
+    def get_many(
+        self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
+    ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
         """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up."""
-        return pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency)
+        return pump(get_loop(), lambda obj: self._get(obj, None, patience_s), objects, self._fetch.concurrency, backoff)
 
     def get_range(self, obj: ObjectInfo, start: int, stop: int, *, patience_s: float) -> Received:
         """Bytes ``start`` to ``stop`` (exclusive) of one object."""
@@ -103,7 +106,9 @@ class S3fsEngine:
 
     async def _get(self, obj: ObjectInfo, part: tuple[int, int] | None, patience_s: float) -> Received:
         size = obj.size_bytes if part is None else part[1] - part[0]
-        more = {} if part is None else {"Range": f"bytes={part[0]}-{part[1] - 1}"}
+        more = {"IfMatch": f'"{obj.etag}"'} if obj.etag else {}
+        if part is not None:
+            more["Range"] = f"bytes={part[0]}-{part[1] - 1}"
         await self._open()
         try:
             async with asyncio.timeout(min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S):

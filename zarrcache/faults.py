@@ -14,8 +14,12 @@ from zarrcache.retry import TransientError
 __all__ = ["Asked", "S3Fault", "to_error"]
 
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504, 509})
-_TRANSIENT_CODES = frozenset(
-    "SlowDown Throttling ThrottlingException RequestLimitExceeded BandwidthLimitExceeded TooManyRequests ServiceUnavailable "
+#: Fewer requests, please: from everybody, not only from whoever was told.
+_SLOW_DOWN_STATUS = frozenset({429, 503, 509})
+_SLOW_DOWN_CODES = frozenset(
+    "SlowDown Throttling ThrottlingException RequestLimitExceeded BandwidthLimitExceeded TooManyRequests ServiceUnavailable".split()
+)
+_TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "InternalError OperationAborted RequestTimeout RequestTimeoutException PriorRequestNotComplete".split()
 )
 
@@ -73,6 +77,16 @@ class S3Fault(Exception):
         return self.code in _TRANSIENT_CODES or (
             self.status in _TRANSIENT_STATUS if self.status is not None else self.code in ("Connection", "Timeout", "ShortBody")
         )
+
+    @property
+    def is_slow_down(self) -> bool:
+        """The server has too many requests."""
+        return self.code in _SLOW_DOWN_CODES or self.status in _SLOW_DOWN_STATUS
+
+    @property
+    def is_expired(self) -> bool:
+        """The credentials were good once; whoever gave them may have new ones."""
+        return self.status is not None and _ACCESS_ALIASES.get(self.code, self.code) == "ExpiredToken"
 
     def __str__(self) -> str:
         what = " ".join(part for part in (self.code, f"({self.status})" if self.status is not None else "") if part)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from zarrcache import engine_obstore, engine_s3fs
+from zarrcache.backoff import Backoff
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.engine_s3fs import make_s3fs
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.faults import Asked, S3Fault, to_error
 from zarrcache.keys import ObjectInfo
 from zarrcache.localorigin import LocalOrigin
-from zarrcache.pump import PAGE_OBJECTS, Page, Received
-from zarrcache.retry import RetryPolicy, TransientError, is_transient
+from zarrcache.pump import PAGE_OBJECTS, Page, Received, note
+from zarrcache.renewal import Renewal
+from zarrcache.retry import RetryPolicy, TransientError
 from zarrcache.s3options import S3Options, split_s3_url
 from zarrcache.stats import Counters
 
@@ -96,8 +99,14 @@ def open_origin(
     fetch: FetchConfig = FetchConfig(),
     retry: RetryConfig = RetryConfig(),
     counters: Counters | None = None,
+    node_dir: Path | None = None,
 ) -> Origin:
     """The origin at ``url``: ``s3://bucket/prefix``, a path, or ``file:///path``.
+
+    Parameters
+    ----------
+    node_dir : Path, optional
+        A directory of the node's processes, in which they tell each other to slow down; without, those of this process do. See `Backoff`.
 
     Raises
     ------
@@ -111,7 +120,7 @@ def open_origin(
     if scheme == "file":
         return LocalOrigin(rest, retry=retry, counters=counters)
     if scheme == "s3":
-        return S3Origin(text, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=counters)
+        return S3Origin(text, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=counters, node_dir=node_dir)
     raise ConfigError(f"{text!r} is of scheme {scheme}://, which is not supported. Write s3://bucket/prefix, a path, or file:///path.")
 
 
@@ -141,6 +150,7 @@ class S3Origin:
         fetch: FetchConfig = FetchConfig(),
         retry: RetryConfig = RetryConfig(),
         counters: Counters | None = None,
+        node_dir: Path | None = None,
     ) -> None:
         self._bucket, prefix = split_s3_url(url)
         self.url = url.rstrip("/")
@@ -153,6 +163,7 @@ class S3Origin:
         self._fetch = fetch
         self._retry = retry
         self._counters = counters if counters is not None else Counters()
+        self._backoff = Backoff(self._options.identity, node_dir)
         self._region = self._options.region
         self._md5 = True  # ETags of 32 hex digits are MD5 sums until an object shows otherwise
         self._engines: dict[tuple[int, str], Any] = {}
@@ -175,7 +186,7 @@ class S3Origin:
     def list_names(self) -> list[str]:
         """Names directly below the prefix. See ``Origin.list_names``."""
         names = set()
-        for page in self._pages(self._s3fs(), self._prefix, delimiter="/"):
+        for page in self._pages(self._s3fs, self._prefix, delimiter="/"):
             names |= {p[len(self._prefix) :].rstrip("/") for p in page.prefixes} | {o.key[len(self._prefix) :] for o in page.objects}
         names.discard("")  # a marker object of the "directory" itself
         if not names:
@@ -187,94 +198,117 @@ class S3Origin:
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """Every object below ``prefix``. See ``Origin.list_objects``."""
         full = self._prefix + prefix
-        engine = self._engine(full)
         if prefix and not prefix.endswith("/"):
-            asked = self._asked(prefix)
-            found = self._call(lambda patience_s: engine.head(full, patience_s=patience_s), asked)
+            found: ObjectInfo | None = self._call(
+                lambda: self._engine(full), lambda engine, patience_s: engine.head(full, patience_s=patience_s), self._asked(prefix)
+            )
             return [] if found is None else [self._relative(found)]
         try:
-            pages = list(self._pages(engine, full))
+            pages = list(self._pages(lambda: self._engine(full), full))
         except engine_obstore.CannotNameError:
-            pages = list(self._pages(self._s3fs(), full))
+            pages = list(self._pages(self._s3fs, full))
         return sorted(_without_markers([self._relative(o) for page in pages for o in page.objects]))
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects. See ``Origin.fetch``."""
         missing = {self._prefix + o.key: o for o in objects}
-        tried: set[str] = set()
-        policy = RetryPolicy(self._retry)
+        attempts: Counter[str] = Counter()
+        policy = RetryPolicy(self._retry, self._backoff)
+        renewal = self._renewal()
         for attempt in policy:
-            failure: Exception | None = None
-            requests = retries = nbytes = 0
-            wanted = [ObjectInfo(key, o.size_bytes, o.etag) for key, o in missing.items()]
-            try:
-                with contextlib.closing(self._engine(*missing).get_many(wanted, patience_s=policy.remaining_s)) as answers:
-                    for full, answer in answers:
-                        if answer is None:
-                            continue
-                        obj = missing[full.key]
-                        requests += 1
-                        retries += full.key in tried
-                        tried.add(full.key)
-                        if isinstance(answer, S3Fault):
-                            problem: Exception | None = to_error(answer, self._asked(obj.key, obj))
-                        elif (problem := self._problem(obj, answer)) is None:
-                            del missing[full.key]
-                            nbytes += obj.size_bytes
-                            yield obj, answer.body
-                            policy.progress()
-                        if problem is not None and not is_transient(problem):
-                            raise problem
-                        failure = problem or failure
-            finally:
-                # Once a pass: each time the counters are written to the board that the processes share.
-                self._counters.add(requests=requests, retries=retries, fetched_bytes=nbytes)
+            failure: TransientError | None = None
+            while missing and failure is None:  # a pass that a pause of the node has cut short is no attempt
+                failure = yield from self._pass(missing, attempts, policy, renewal)
             if not missing:  # there may have been failures all the same: an engine may ask again by itself for what was late
                 return
-            assert failure is not None
             with attempt:
+                assert failure is not None
                 raise failure
+
+    def _pass(
+        self, missing: dict[str, ObjectInfo], attempts: Counter[str], policy: RetryPolicy, renewal: Renewal
+    ) -> Generator[tuple[ObjectInfo, Buffer], None, TransientError | None]:
+        """Ask for all that is missing, and take off what comes. Returns the failure of what has had most attempts, None if nothing failed."""
+        failure: TransientError | None = None
+        asked: list[str] = []
+        nbytes = 0
+        try:
+            policy.wait_for_turn(self.url_of(next(iter(missing.values())).key))
+            wanted = [ObjectInfo(key, o.size_bytes, o.etag) for key, o in missing.items()]
+            engine = self._engine(*missing)
+            with contextlib.closing(engine.get_many(wanted, patience_s=policy.remaining_s, backoff=self._backoff)) as answers:
+                for full, answer in answers:
+                    if answer is None:
+                        continue
+                    obj = missing[full.key]
+                    asked.append(full.key)
+                    if isinstance(answer, S3Fault):
+                        problem: Exception | None = renewal.error(answer, self._asked(obj.key, obj), engine)
+                    elif (problem := self._problem(obj, answer)) is None:
+                        del missing[full.key]
+                        nbytes += obj.size_bytes
+                        yield obj, answer.body
+                        policy.progress()
+                    if isinstance(problem, TransientError):
+                        problem.attempt = attempts[full.key] + 1
+                        failure = problem if failure is None or problem.attempt > failure.attempt else failure
+                    elif problem is not None:
+                        raise problem
+        except TransientError as exc:  # it is not our turn before the time is up
+            failure = exc
+        finally:
+            # Once a pass: each time the counters are written to the board that the processes share.
+            retries = len(asked) - len(set(asked) - attempts.keys())
+            self._counters.add(requests=len(asked), retries=retries, fetched_bytes=nbytes)
+            attempts.update(set(asked))  # what was late and asked for again in this pass has had one
+        return failure
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed object. See ``Origin.fetch_range``."""
         if start >= stop:
             return b""
         full = ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag)
-        engine = self._engine(full.key)
 
-        def one(patience_s: float) -> bytes:
+        def one(engine: ObstoreEngine | S3fsEngine, patience_s: float) -> bytes:
             received: Received = engine.get_range(full, start, stop, patience_s=patience_s)
             problem = self._problem(obj, received, part=stop - start)
             if problem is not None:
                 raise problem
             return bytes(received.body)
 
-        data = self._call(one, self._asked(obj.key, obj))
+        data = self._call(lambda: self._engine(full.key), one, self._asked(obj.key, obj))
         self._counters.add(fetched_bytes=len(data))
         return data
 
-    def _pages(self, engine: ObstoreEngine | S3fsEngine, prefix: str, **options: Any) -> Iterator[Page]:
+    def _pages(self, open_engine: Callable[[], ObstoreEngine | S3fsEngine], prefix: str, **options: Any) -> Iterator[Page]:
         """Every page of a LIST, each with its own attempts."""
         asked = self._asked(prefix.removeprefix(self._prefix))
         token: str | None = None
         while True:
-            page: Page = self._call(functools.partial(engine.list_page, prefix, token=token, **options), asked)
+            more = {**options, "token": token}
+            page: Page = self._call(open_engine, lambda engine, more=more, **patience: engine.list_page(prefix, **more, **patience), asked)
             # obstore follows the pages by itself; each was a request.
             self._counters.add(requests=max(0, -(-len(page.objects) // PAGE_OBJECTS) - 1))
             yield page
             if (token := page.next_token) is None:
                 return
 
-    def _call(self, request: Callable[..., T], asked: Asked) -> T:
-        """One small request under the retry policy. ``request`` takes ``patience_s``."""
-        policy = RetryPolicy(self._retry)
+    def _call(self, open_engine: Callable[[], Any], request: Callable[..., T], asked: Asked) -> T:
+        """One small request under the retry policy. ``request`` takes the engine and ``patience_s``."""
+        policy = RetryPolicy(self._retry, self._backoff)
+        renewal = self._renewal()
 
         def attempt() -> T:
+            policy.wait_for_turn(asked.url)
+            engine = open_engine()
             self._counters.add(requests=1)
             try:
-                return request(patience_s=min(self._fetch.read_timeout, policy.remaining_s))
+                answer = request(engine, patience_s=min(self._fetch.read_timeout, policy.remaining_s))
             except S3Fault as fault:
-                raise to_error(fault, asked) from fault.__cause__
+                note(fault, self._backoff)
+                raise renewal.error(fault, asked, engine) from fault.__cause__
+            note(answer, self._backoff)
+            return answer
 
         return policy.call(attempt, on_retry=lambda: self._counters.add(retries=1))
 
@@ -284,7 +318,7 @@ class S3Origin:
             return self._s3fs()
         if self._region is None:
             # obstore does not follow S3 to another region.
-            self._region = self._call(self._s3fs().bucket_region, self._asked("")) or "us-east-1"
+            self._region = self._call(self._s3fs, lambda engine, **patience: engine.bucket_region(**patience), self._asked("")) or "us-east-1"
         region = self._region
         engine: ObstoreEngine = self._opened("obstore", lambda: engine_obstore.ObstoreEngine(self._bucket, self._options, region, self._fetch))
         return engine
@@ -300,6 +334,10 @@ class S3Origin:
         if engine is None:
             engine = self._engines.setdefault(key, make())  # of two threads that come here together, one engine wins
         return engine
+
+    def _renewal(self) -> Renewal:
+        # Explicit keys stay what they are, and an only attempt leaves nothing to try new ones in.
+        return Renewal(self._engines if self._options.key is None and self._retry.attempts > 1 else None)
 
     def _asked(self, key: str, obj: ObjectInfo | None = None) -> Asked:
         return Asked(self.url_of(key), self._bucket, self.identity, obj, self._options.anon)

@@ -12,13 +12,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zarrcache.backoff import Backoff
 from zarrcache.faults import S3Fault
 from zarrcache.keys import ObjectInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PAGE_OBJECTS", "SLOWEST_BYTES_PER_S", "Page", "Received", "pump", "pump_threads", "run"]
+__all__ = ["PAGE_OBJECTS", "SLOWEST_BYTES_PER_S", "Page", "Received", "note", "pump", "pump_threads", "run"]
 
 #: Slowest transfer of one object that is not given up. With the read timeout it bounds a server that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
@@ -54,17 +55,34 @@ def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T
         raise
 
 
+def _is_paused(backoff: Backoff | None) -> bool:
+    """Whether nothing is to be asked now."""
+    return backoff is not None and backoff.remaining_s() > 0.0
+
+
+def note(answer: object, backoff: Backoff | None) -> None:
+    """Tell ``backoff`` what came: an ``S3Fault``, or anything else for an answer that was one."""
+    if backoff is None:
+        return
+    if not isinstance(answer, S3Fault):
+        backoff.served()
+    elif answer.is_slow_down:
+        backoff.told()
+
+
 def pump(
     loop: asyncio.AbstractEventLoop,
     get: Callable[[ObjectInfo], Awaitable[Received]],
     objects: Sequence[ObjectInfo],
     concurrency: int,
+    backoff: Backoff | None = None,
 ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
     """One request for each object, ``concurrency`` at a time, answers in the order of arrival.
 
     When as many requests in a row as there are in flight have failed and may be tried again, the server is taken to be down: the rest is
     not asked for in this pass and comes back as None.  A store of 2,000 objects then costs a dead server 64 requests a pass, not 2,000,
-    and a hanging one a single ``read_timeout``.
+    and a hanging one a single ``read_timeout``.  The same when ``backoff`` begins a pause, whoever was told to: nobody waits in here, where
+    nothing can interrupt it.
 
     A consumer that stops early (``close()``) cancels what is in flight.
     """
@@ -75,17 +93,17 @@ def pump(
     async def worker() -> None:
         nonlocal failed_in_a_row
         for obj in todo:
-            if failed_in_a_row >= concurrency:
+            if failed_in_a_row >= concurrency or _is_paused(backoff):
                 arrived.put((obj, None))
                 continue
+            answer: Received | S3Fault
             try:
-                received = await get(obj)
+                answer = await get(obj)
             except S3Fault as fault:
-                failed_in_a_row = failed_in_a_row + 1 if fault.is_transient else 0
-                arrived.put((obj, fault))
-            else:
-                failed_in_a_row = 0
-                arrived.put((obj, received))
+                answer = fault
+            failed_in_a_row = failed_in_a_row + 1 if isinstance(answer, S3Fault) and answer.is_transient else 0
+            note(answer, backoff)
+            arrived.put((obj, answer))
 
     async def all_workers() -> None:
         try:
@@ -108,7 +126,7 @@ def pump(
 
 
 def pump_threads(
-    pool: Executor, get: Callable[[ObjectInfo], Received], objects: Sequence[ObjectInfo], concurrency: int
+    pool: Executor, get: Callable[[ObjectInfo], Received], objects: Sequence[ObjectInfo], concurrency: int, backoff: Backoff | None = None
 ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
     """As ``pump``, for a ``get`` that blocks: ``concurrency`` threads of ``pool`` are in one each.
 
@@ -127,7 +145,7 @@ def pump_threads(
                 obj = todo.popleft()
             except IndexError:  # another thread was quicker
                 return
-            if failed_in_a_row >= concurrency:
+            if failed_in_a_row >= concurrency or _is_paused(backoff):
                 arrived.put((obj, None))
                 continue
             answer: Received | S3Fault
@@ -137,6 +155,7 @@ def pump_threads(
                 answer = fault
             with counting:
                 failed_in_a_row = failed_in_a_row + 1 if isinstance(answer, S3Fault) and answer.is_transient else 0
+            note(answer, backoff)
             arrived.put((obj, answer))
 
     try:

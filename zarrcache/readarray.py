@@ -18,17 +18,12 @@ from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaEr
 from zarrcache.expansion import most_bytes
 from zarrcache.keys import ObjectInfo, source_digest
 from zarrcache.origin import Origin
+from zarrcache.settled import REWRITE_WAITS_S, unsettled_s, wait_until
 from zarrcache.zipped import unzip
 
 __all__ = ["Decoded", "check_sizes", "list_array", "no_such_array", "read_array"]
 
 logger = logging.getLogger(__name__)
-
-#: A store that was written this recently may still be being written: it is listed again after the fetch.
-_SETTLED_S = 2.0
-#: Objects this far apart in age, the newest within a minute, look like a store that is being overwritten.
-_SPREAD_S = 5.0
-_REWRITE_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +65,8 @@ def read_array(
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET an object.
 
-    Never a mixture of two versions: each object has to be the version that was listed, and a store that looks as if it were being written
-    right now is listed again afterwards.
+    Never a mixture of two versions: each object has to be the version that was listed, and a store that was written a moment ago has to be
+    listed the same until two seconds after its newest object (see ``settled``). Who reads right behind a writer waits that long.
 
     Parameters
     ----------
@@ -93,12 +88,15 @@ def read_array(
     OriginError
         The origin cannot be reached.
     """
-    for wait_s in (*_REWRITE_WAITS_S, None):
+    for wait_s in (*REWRITE_WAITS_S, None):
         listed = listed if listed is not None else list_array(origin, store, array)
-        source = source_digest(listed)
+        source, pause_s = source_digest(listed), unsettled_s(listed)
+        settled_s = time.monotonic() + pause_s
         try:
             values = _fetch_and_decode(origin, store, array, listed, reserve)
-            if not _may_be_changing(listed) or source_digest(list_array(origin, store, array)) == source:
+            if pause_s:
+                wait_until(settled_s)
+            if not pause_s or source_digest(list_array(origin, store, array)) == source:
                 return Decoded(values, source)
         except IncompleteArrayError:
             # Gone or changed since the listing, or damaged? Only in the first case the listing is another one now.
@@ -147,11 +145,6 @@ def check_sizes(sizes: Collection[int], url: str) -> None:
     """
     if sum(sizes) > most_bytes():
         raise SchemaError(f"{url} lists objects of {sum(sizes)} bytes, the largest of {max(sizes)}; more than {most_bytes()} are refused.")
-
-
-def _may_be_changing(listed: Iterable[ObjectInfo]) -> bool:
-    ages = [time.time() - o.modified_s for o in listed if o.modified_s]
-    return bool(ages) and (min(ages) < _SETTLED_S or (min(ages) < 60 and max(ages) - min(ages) > _SPREAD_S))
 
 
 def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:

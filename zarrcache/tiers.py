@@ -54,7 +54,8 @@ class Tiers:
         key = (url, repr(s3_kwargs))
         if key not in self._origins:
             fetch, retry = (self.config.fetch, self.config.retry) if self.config else (FetchConfig(), RetryConfig())
-            self._origins[key] = open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters)
+            locks = self.index.dir.locks if self.index else None
+            self._origins[key] = open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters, node_dir=locks)
         return self._origins[key]
 
     def single_flight(self) -> SingleFlight:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
-from zarrcache import engine_obstore, retry
+from zarrcache import backoff, engine_obstore, retry
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
 from zarrcache.keys import ObjectInfo
@@ -33,8 +33,10 @@ ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts follow each other at once."""
+    """Attempts follow each other at once, and no pause outlasts its test."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.02)
+    monkeypatch.setattr(backoff, "_told", {})
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +239,7 @@ class TestPermanent:
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         """Four objects, three attempts, twelve requests."""
-        fault_proxy.rules(Rule(then="503"))
+        fault_proxy.rules(Rule(then="500"))
         with pytest.raises(OriginUnavailableError):
             ASK["GET"](opened(), listed)
         assert fault_proxy.count() == 12
@@ -246,7 +248,7 @@ class TestPermanent:
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         """Of 300 objects a pass asks for no more than are in flight when the failures come."""
-        fault_proxy.rules(Rule(then="503"))
+        fault_proxy.rules(Rule(then="500"))
         objects = [ObjectInfo(f"mp-1.zarr/{i}", 100, "x") for i in range(300)]
         with pytest.raises(OriginUnavailableError):
             ASK["GET"](opened(attempts=2, concurrency=4), objects)

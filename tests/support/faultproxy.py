@@ -44,6 +44,13 @@ class Rule:
         ``faults`` for each object on its own.
     latency_s : float
         Time to the first byte, at the least.
+    signed_with : str
+        Regular expression, searched in the ``Authorization`` header.
+    dice : float
+        Share of the requests, by seeded dice, to which ``faults`` happen, any of them as likely as another; to the others, ``then``. The throw
+        depends on the request and on how often it came, and not on the order of arrival: the same requests meet the same faults in every run.
+    seed : int
+        Of the dice.
     """
 
     faults: tuple[str, ...] = ()
@@ -52,16 +59,20 @@ class Rule:
     key: str = ""
     per_object: bool = False
     latency_s: float = 0.0
+    signed_with: str = ""
+    dice: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One request as the proxy saw it. ``outcome`` is the status that was sent, or the fault."""
+    """One request as the proxy saw it. ``outcome`` is the status that was sent, or the fault; ``time_s`` when it came, ``time.time()``."""
 
     op: str
     path: str
     range: str
     outcome: str
+    time_s: float
     headers: dict[str, str] = field(repr=False)
 
 

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import http.client
 import json
+import random
 import re
 import socket
 import struct
@@ -94,15 +95,22 @@ class _State:
     def arrived(self, op: str, path: str, asked_range: str, headers: dict[str, str]) -> tuple[dict[str, Any], str, float]:
         """Write a request down; what to do with it."""
         with self.lock:
-            seen = {"op": op, "path": path, "range": asked_range, "outcome": "", "headers": headers}
+            seen = {"op": op, "path": path, "range": asked_range, "outcome": "", "headers": headers, "time_s": time.time()}
             self.seen.append(seen)
             self.flying.add(id(seen))
             self.peak = max(self.peak, len(self.flying))
             for number, rule in enumerate(self.rules):
                 if (rule["op"] and op not in rule["op"].split("|")) or not re.search(rule["key"], path):
                     continue
-                slot = (number, f"{op} {path} {asked_range}" if rule["per_object"] else "")
+                if not re.search(rule["signed_with"], headers.get("Authorization", "")):
+                    continue
+                request = f"{op} {path} {asked_range}"
+                slot = (number, request if rule["per_object"] or rule["dice"] else "")
                 turn, self.used[slot] = self.used[slot], self.used[slot] + 1
+                if rule["dice"]:
+                    # Without the bucket, whose name is another one in each run.
+                    thrown = random.Random(f"{rule['seed']} {op} {path.strip('/').partition('/')[2]} {asked_range} {turn}")
+                    return seen, thrown.choice(rule["faults"]) if thrown.random() < rule["dice"] else rule["then"], rule["latency_s"]
                 return seen, rule["faults"][turn] if turn < len(rule["faults"]) else rule["then"], rule["latency_s"]
             return seen, "ok", 0.0
 

@@ -14,7 +14,7 @@ import pytest
 from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
-from zarrcache import readarray
+from zarrcache import settled
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.keys import ObjectInfo, source_digest
 from zarrcache.localorigin import LocalOrigin
@@ -162,7 +162,7 @@ def test_store_that_never_comes_to_rest_is_an_error(tmp_path: Path, naps: list[f
     origin = Hooked(tmp_path, *touches)
     with pytest.raises(IncompleteArrayError, match=f"{STORE} kept changing while it was read. Wait until its writer has finished"):
         read_array(origin, STORE, NAME)
-    assert naps == list(readarray._REWRITE_WAITS_S)
+    assert naps == list(settled.REWRITE_WAITS_S)
     assert len(origin.hooks) == 8 - 5
 
 
