@@ -20,6 +20,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from zarrcache.budget import Budget
@@ -246,6 +247,10 @@ def _work(connection: Connection, lanes: int) -> None:
     desk = _Desk(connection)
     desk.say("start")
     pool = ThreadPoolExecutor(lanes)
+    # Items that have begun are waited for before the interpreter begins to end: from then on no executor in it takes work, and zarr, whose
+    # chunks go through one, would fail in the middle of a store, with a traceback for each. But after multiprocessing has cleaned up
+    # (priority 0): a process that is killed while it waits leaves no semaphores (of numcodecs), of which the resource tracker would complain.
+    Finalize(None, pool.shutdown, exitpriority=-1)
     try:
         function: Callable[[Any, Reserve], Any] = connection.recv()
         desk.say("ready")
@@ -257,8 +262,6 @@ def _work(connection: Connection, lanes: int) -> None:
                 desk.granted(number)
     except (EOFError, OSError):
         desk.close()
-        # Items that have begun are waited for when the interpreter ends, and by then multiprocessing has cleaned up: what is killed over
-        # them leaves no semaphores (of numcodecs), of which its resource tracker would complain.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
