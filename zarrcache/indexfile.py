@@ -8,6 +8,7 @@ entries at a time, and unlinks before it commits.  So :class:`EntryDisk` stores 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sqlite3
@@ -25,6 +26,7 @@ from zarrcache.codec import read_header
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.flight import SingleFlight
 from zarrcache.indexcheck import damage_of, is_damage, is_right_row, row_mode, schema_id
+from zarrcache.indexlog import ShortLog
 from zarrcache.keys import FORMAT_VERSION
 from zarrcache.layout import CacheDir, is_entry_name
 from zarrcache.policy import disk_bytes
@@ -40,8 +42,6 @@ Table: TypeAlias = diskcache.Cache
 CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, ConfigError)
 
 _BUSY_S = 60  # how long to wait for other processes
-#: SQLite begins its log anew when nobody reads; beside eight busy processes that moment never came (20 MiB after 20 s, tests/races/test_limit.py).
-_LOG_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ class IndexFile:
         self._is_checked = is_checked
         self._opened: _Opened | None = None
         self._is_suspect = False
+        self._log = ShortLog(f"{directory.index}-wal", functools.partial(self.select, wait_s=0.1))
         _alive.add(self)
 
     @property
@@ -168,9 +169,7 @@ class IndexFile:
             except (sqlite3.Error, UnicodeDecodeError):
                 table.close()  # a COMMIT that fails (disk full) leaves its transaction open; the next call connects again
                 raise
-        with contextlib.suppress(OSError, sqlite3.Error):  # whoever comes next will do it
-            if os.stat(f"{self._dir.index}-wal").st_size > _LOG_BYTES:
-                self.select("PRAGMA wal_checkpoint(TRUNCATE)", wait_s=0.1)
+        self._log.keep()
 
     def select(self, query: str, values: tuple[Any, ...] = (), *, wait_s: float = _BUSY_S) -> list[tuple[Any, ...]]:
         """Rows of a query that diskcache has no method for, over a connection of its own."""

@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
+from zarrcache.signals import ENDING
 
 __all__ = ["Died", "Reserve", "cores", "spread"]
 
@@ -157,10 +158,10 @@ class _Worker(Generic[T, R]):
         self.process: SpawnProcess = context.Process(target=_work, args=(theirs, lanes), daemon=True)
         self.items: dict[int, T] = {}
         self._has_begun = False
-        # The signal mask is inherited: Ctrl-C in the terminal reaches this process only, and this process ends the others in order.
+        # The signal mask is inherited: Ctrl-C in the terminal, and SIGTERM to all of a job, end this process only, which ends the others in order.
         # The resource tracker comes first, because starting it would unblock the signal again.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             self.process.start()
         finally:
@@ -232,11 +233,14 @@ def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
     for worker in pool:
         worker.connection.close()
     deadline = time.monotonic() + stop_s
-    for worker in pool:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+    try:
+        for worker in pool:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait
+        for worker in pool:
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
 
 
 # -- in the process --------------------------------------------------------------------------------------------------------------------

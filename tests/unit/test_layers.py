@@ -21,8 +21,8 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment",
-    1: "atomic retry flight codec layout owner s3options faults pump decode expansion taskids sequences workpool mounts indexcheck",
+    0: "errors signals quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment",
+    1: "atomic retry flight codec layout owner s3options faults pump decode expansion taskids sequences workpool mounts indexcheck indexlog",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
     3: "origin arraycache",
     4: "bytecache readarray density",
