@@ -87,15 +87,16 @@ class IndexFile:
     Parameters
     ----------
     directory : CacheDir
-    is_network : bool
-        It is on a network file system: no write-ahead log, whose shared memory other nodes do not see.
+    has_log : bool
+        With SQLite's write-ahead log, beside which lies memory that is shared by a map. Other nodes do not see it, and on a copy-on-write disk
+        that is full, writing there ends the process (:func:`~zarrcache.mounts.can_map_to_write`).
     is_checked : bool
         Look at the whole of it each time it is opened.
     """
 
-    def __init__(self, directory: CacheDir, *, is_network: bool = False, is_checked: bool = False) -> None:
+    def __init__(self, directory: CacheDir, *, has_log: bool = True, is_checked: bool = False) -> None:
         self._dir = directory
-        self._is_network = is_network
+        self._has_log = has_log
         self._is_checked = is_checked
         self._opened: _Opened | None = None
         self._is_suspect = False
@@ -224,7 +225,7 @@ class IndexFile:
                     sqlite_mmap_size=0,  # a mapped file that somebody truncates kills the process
                     # Said each time: diskcache keeps it in the file, and a file may have been copied from the other kind of disk.
                     # Not TRUNCATE: a reader would have to look into the journal each time.
-                    sqlite_journal_mode="delete" if self._is_network else "wal",
+                    sqlite_journal_mode="wal" if self._has_log else "delete",
                 )
             except sqlite3.OperationalError as exc:
                 # One of its statements does not wait for others (drop_tag_index), which matters where there is no write-ahead log.

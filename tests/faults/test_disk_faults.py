@@ -55,21 +55,17 @@ class Training:
             dataset[number]
 
 
-@pytest.fixture
-def training(tmp_path: Path) -> Training:
-    """Its cache directory is not there yet."""
-    return Training(LocalNode(tmp_path, PAIRS, shape=(14, 10, 8)))
-
-
 FAULTS = [full_disk, no_inodes_disk, quota_disk, failing_disk, deleted_directory]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
-    training: Training, tmp_path: Path, fault: Callable[[Path], AbstractContextManager[Disk]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fault: Callable[[Path], AbstractContextManager[Disk]], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two epochs beside the fault: nothing more is stored, one line says so. After it everything is stored, and the next epoch only has hits."""
+    node = LocalNode(tmp_path, PAIRS, shape=(14, 10, 8))
     with fault(tmp_path / "cache") as disk:
+        training = Training(node)
         training.store_half()
         before = training.reader.stats
         assert before.misses == PAIRS
@@ -90,9 +86,9 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
         after = training.reader.stats - healed
         assert (after.hits, after.misses, after.cache_errors) == (2 * PAIRS, 0, 0)
         # A run that begins anew believes nothing of it.
-        training.epoch(training.node.reader(verify="always"))
-        verify(training.node.reader().tiers.config)  # type: ignore[arg-type]
-        training.node.check_settled()
+        training.epoch(node.reader(verify="always"))
+        verify(node.reader().tiers.config)  # type: ignore[arg-type]
+        node.check_settled()
         assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
 
 

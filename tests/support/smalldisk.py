@@ -50,18 +50,22 @@ class Disk:
 def full_disk(mount: Path) -> Iterator[Disk]:
     """ENOSPC: another program fills it to the last byte."""
     with small_disk_at(mount, "4m"):
-        ballast = mount / "ballast"
+        yield Disk(*_ballast(mount))
 
-        def fill() -> None:
-            with ballast.open("wb", buffering=0) as file:
-                for size in (65536, 4096, 1):
-                    try:
-                        while file.write(bytes(size)) == size:
-                            pass
-                    except OSError:
-                        continue
 
-        yield Disk(fill, ballast.unlink)
+def _ballast(mount: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    ballast = mount / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            for size in (65536, 4096, 1):
+                try:
+                    while file.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    continue
+
+    return fill, ballast.unlink
 
 
 @contextmanager
@@ -92,12 +96,9 @@ def quota_disk(mount: Path) -> Iterator[Disk]:
     os.truncate(image, 120 * 2**20)
     subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
     with _mounted(mount, "-o", "loop", image):
-        subprocess.run(["btrfs", "quota", "enable", mount], check=True, capture_output=True)
-
-        def limit(size: str) -> None:
-            subprocess.run(["btrfs", "qgroup", "limit", size, mount], check=True, capture_output=True)
-
-        yield Disk(lambda: limit("16k"), lambda: limit("none"))
+        for command in (["quota", "enable"], ["qgroup", "limit", "4m"]):
+            subprocess.run(["btrfs", *command, mount], check=True, capture_output=True)
+        yield Disk(*_ballast(mount))
 
 
 @contextmanager
@@ -112,11 +113,12 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
         device = _run("findmnt", "-n", "-o", "SOURCE", mount).stdout.strip()
 
         def fail() -> None:
+            opened = [os.open(path, os.O_RDONLY) for path in mount.rglob("*") if path.is_file()]
             os.sync()
             _shorten(device, 65536)
-            for path in mount.rglob("*"):
-                if path.is_file():
-                    _forget(path)
+            for fd in opened:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
 
         yield Disk(fail, lambda: _shorten(device, 0))
 
@@ -129,14 +131,5 @@ def _shorten(device: str, nbytes: int) -> None:
         fcntl.ioctl(fd, 0x4C05, info, True)
         info[32:40] = struct.pack("<Q", nbytes)
         fcntl.ioctl(fd, 0x4C04, bytes(info))
-    finally:
-        os.close(fd)
-
-
-def _forget(path: Path) -> None:
-    """Drop what the kernel has in memory of a file."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
