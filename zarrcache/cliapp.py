@@ -1,6 +1,6 @@
 """The command line's frame: the app, exit codes, and the only ``print``. Data on stdout, talk and prompts on stderr.
 
-Exit 0 done, 1 some failed, 2 usage or settings, 130 Ctrl-C.
+Exit 0 done, 1 some failed, 2 usage or settings, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typer
 
 from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
+from zarrcache.signals import Terminated, ending_in_order, exit_code
 
 __all__ = ["app", "failures", "guarded", "say", "show", "show_json"]
 
@@ -40,15 +41,17 @@ def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            code = command(*args, **kwargs) or 0
+            with ending_in_order():
+                code = command(*args, **kwargs) or 0
         except ZarrCacheError as exc:
             if _settings["debug"]:
                 traceback.print_exc()
             say(f"error: {exc}")
             code = 2 if isinstance(exc, ConfigError) else 1
-        except KeyboardInterrupt:
-            say("Interrupted. What is finished stays; run the same command again to go on.")
-            code = 130
+        except KeyboardInterrupt as exc:
+            word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
+            say(f"{word}. What is finished stays; run the same command again to go on.")
+            code = exit_code(exc)
         raise typer.Exit(code)
 
     return run

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: A process takes 2 s to start and import pymatgen, in which another one converts about this much.
 BYTES_PER_WORKER = 8 * 1024**2
+#: How long a process may go on with its store after Ctrl-C. One that takes longer is killed, and its store is for the next run.
+_STOP_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,17 @@ class ConvertPlan:
             for path in self.files:
                 yield path, self._convert(path)
             return
-        with closing(spread(self._convert, self.files, self.workers)) as outcomes:
-            for path, outcome in outcomes:
-                if isinstance(outcome, Died):
-                    error = f"{path}: the process that converted it was ended by {outcome}; a second one too. Convert it alone, with more memory."
-                    yield path, self._convert.result(path, error=error)
-                else:
-                    yield path, outcome
+        try:
+            with closing(spread(self._convert, self.files, self.workers, stop_s=_STOP_S)) as outcomes:
+                for path, outcome in outcomes:
+                    if isinstance(outcome, Died):
+                        error = f"{path}: the process that converted it was ended by {outcome}; a second one too. Convert it alone, with more memory."
+                        yield path, self._convert.result(path, error=error)
+                    else:
+                        yield path, outcome
+        finally:
+            if not _is_s3(self.dst):
+                sweep_partials(Path(self.dst))  # of a process that did not finish in time
 
 
 def plan_convert(

@@ -26,7 +26,7 @@ from zarrcache.config import CacheConfig
 from zarrcache.indexcheck import is_damage, is_right_row
 from zarrcache.indexfile import CACHE_FAULTS, IndexFile, Stored, Table, no_fork
 from zarrcache.layout import CacheDir
-from zarrcache.mounts import refuse_network
+from zarrcache.mounts import can_map_to_write, refuse_network
 from zarrcache.owner import is_dead, owner_id
 from zarrcache.policy import Admission, admit, choose_victims, min_free_bytes
 
@@ -80,8 +80,8 @@ class Index:
         self.told: set[str] = set()
         self._config = config
         self.dir = CacheDir(config.dir, config.shared)
-        is_network = refuse_network(config.dir, is_allowed=config.allow_network_fs)
-        self._file = IndexFile(self.dir, is_network=is_network, is_checked=config.verify == "always")
+        refuse_network(config.dir, is_allowed=config.allow_network_fs)
+        self._file = IndexFile(self.dir, has_log=can_map_to_write(config.dir), is_checked=config.verify == "always")
         self._root = os.fspath(self.dir.root)
 
     def __reduce__(self) -> tuple[type[Index], tuple[CacheConfig]]:

@@ -8,6 +8,7 @@ entries at a time, and unlinks before it commits.  So :class:`EntryDisk` stores 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sqlite3
@@ -25,6 +26,7 @@ from zarrcache.codec import read_header
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.flight import SingleFlight
 from zarrcache.indexcheck import damage_of, is_damage, is_right_row, row_mode, schema_id
+from zarrcache.indexlog import ShortLog
 from zarrcache.keys import FORMAT_VERSION
 from zarrcache.layout import CacheDir, is_entry_name
 from zarrcache.policy import disk_bytes
@@ -40,8 +42,6 @@ Table: TypeAlias = diskcache.Cache
 CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, ConfigError)
 
 _BUSY_S = 60  # how long to wait for other processes
-#: SQLite begins its log anew when nobody reads; beside eight busy processes that moment never came (20 MiB after 20 s, tests/races/test_limit.py).
-_LOG_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,20 @@ class IndexFile:
     Parameters
     ----------
     directory : CacheDir
-    is_network : bool
-        It is on a network file system: no write-ahead log, whose shared memory other nodes do not see.
+    has_log : bool
+        With SQLite's write-ahead log, beside which lies memory that is shared by a map. Other nodes do not see it, and on a copy-on-write disk
+        that is full, writing there ends the process (:func:`~zarrcache.mounts.can_map_to_write`).
     is_checked : bool
         Look at the whole of it each time it is opened.
     """
 
-    def __init__(self, directory: CacheDir, *, is_network: bool = False, is_checked: bool = False) -> None:
+    def __init__(self, directory: CacheDir, *, has_log: bool = True, is_checked: bool = False) -> None:
         self._dir = directory
-        self._is_network = is_network
+        self._has_log = has_log
         self._is_checked = is_checked
         self._opened: _Opened | None = None
         self._is_suspect = False
+        self._log = ShortLog(f"{directory.index}-wal", functools.partial(self.select, wait_s=0.1))
         _alive.add(self)
 
     @property
@@ -168,9 +170,7 @@ class IndexFile:
             except (sqlite3.Error, UnicodeDecodeError):
                 table.close()  # a COMMIT that fails (disk full) leaves its transaction open; the next call connects again
                 raise
-        with contextlib.suppress(OSError, sqlite3.Error):  # whoever comes next will do it
-            if os.stat(f"{self._dir.index}-wal").st_size > _LOG_BYTES:
-                self.select("PRAGMA wal_checkpoint(TRUNCATE)", wait_s=0.1)
+        self._log.keep()
 
     def select(self, query: str, values: tuple[Any, ...] = (), *, wait_s: float = _BUSY_S) -> list[tuple[Any, ...]]:
         """Rows of a query that diskcache has no method for, over a connection of its own."""
@@ -225,7 +225,7 @@ class IndexFile:
                     sqlite_mmap_size=0,  # a mapped file that somebody truncates kills the process
                     # Said each time: diskcache keeps it in the file, and a file may have been copied from the other kind of disk.
                     # Not TRUNCATE: a reader would have to look into the journal each time.
-                    sqlite_journal_mode="delete" if self._is_network else "wal",
+                    sqlite_journal_mode="wal" if self._has_log else "delete",
                 )
             except sqlite3.OperationalError as exc:
                 # One of its statements does not wait for others (drop_tag_index), which matters where there is no write-ahead log.

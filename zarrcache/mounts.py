@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zarrcache.errors import ConfigError
 
-__all__ = ["file_system_of", "is_network", "refuse_network", "spoken"]
+__all__ = ["can_map_to_write", "file_system_of", "is_network", "refuse_network", "spoken"]
 
 #: The kernel's names for file systems that lie on another machine, and what people call them.
 _NETWORK = {
@@ -19,6 +19,8 @@ _NETWORK = {
 }  # fmt: skip
 #: FUSE file systems of this node's own disks. There are far more that reach over the network, under names that nobody can list.
 _LOCAL_FUSE = frozenset({"fuse-overlayfs", "ntfs-3g", "exfat", "mergerfs", "bindfs", "gocryptfs", "cryfs", "encfs"})
+#: Where a written page of a mapped file takes new room on the disk.
+_COPY_ON_WRITE = frozenset({"btrfs", "bcachefs"})
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
@@ -61,24 +63,31 @@ def is_network(kind: str | None) -> bool:
     return kind in _NETWORK or (family == "fuse" and subtype not in _LOCAL_FUSE)
 
 
+def can_map_to_write(directory: Path) -> bool:
+    """Whether a file there may be mapped and written through the map, as SQLite does beside its write-ahead log.
+
+    Not over a network, and not on a copy-on-write file system: where a written page needs new room, a full disk or a used-up quota is no error
+    there but SIGBUS, which ends the process (measured on btrfs, tests/faults/test_disk_faults.py).
+    """
+    kind = file_system_of(directory)
+    return kind not in _COPY_ON_WRITE and not is_network(kind)
+
+
 def spoken(kind: str) -> str:
     """``NFS (nfs4)``; a type that has no other name as the kernel has it."""
     return f"{_NETWORK[kind]} ({kind})" if _NETWORK.get(kind, kind) != kind else kind
 
 
-def refuse_network(directory: Path, *, is_allowed: bool) -> bool:
-    """Whether ``directory`` is on a network file system, if that is allowed.
+def refuse_network(directory: Path, *, is_allowed: bool) -> None:
+    """Refuse a directory on a network file system, unless that is allowed.
 
     Raises
     ------
     ConfigError
-        It is, and it is not.
     """
     kind = file_system_of(directory)
-    if kind is None or not is_network(kind):
-        return False
-    if is_allowed:
-        return True
+    if kind is None or not is_network(kind) or is_allowed:
+        return
     near = _scratch()
     raise ConfigError(
         f"cache.dir {directory} is on {spoken(kind)}, a network file system: locks, SQLite and memory maps are slow or unsafe there. "

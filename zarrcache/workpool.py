@@ -20,10 +20,12 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
+from zarrcache.signals import ENDING
 
 __all__ = ["Died", "Reserve", "cores", "spread"]
 
@@ -156,10 +158,10 @@ class _Worker(Generic[T, R]):
         self.process: SpawnProcess = context.Process(target=_work, args=(theirs, lanes), daemon=True)
         self.items: dict[int, T] = {}
         self._has_begun = False
-        # The signal mask is inherited: Ctrl-C in the terminal reaches this process only, and this process ends the others in order.
+        # The signal mask is inherited: Ctrl-C in the terminal, and SIGTERM to all of a job, end this process only, which ends the others in order.
         # The resource tracker comes first, because starting it would unblock the signal again.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             self.process.start()
         finally:
@@ -231,11 +233,14 @@ def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
     for worker in pool:
         worker.connection.close()
     deadline = time.monotonic() + stop_s
-    for worker in pool:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+    try:
+        for worker in pool:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait
+        for worker in pool:
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
 
 
 # -- in the process --------------------------------------------------------------------------------------------------------------------
@@ -246,6 +251,10 @@ def _work(connection: Connection, lanes: int) -> None:
     desk = _Desk(connection)
     desk.say("start")
     pool = ThreadPoolExecutor(lanes)
+    # Items that have begun are waited for before the interpreter begins to end: from then on no executor in it takes work, and zarr, whose
+    # chunks go through one, would fail in the middle of a store, with a traceback for each. But after multiprocessing has cleaned up
+    # (priority 0): a process that is killed while it waits leaves no semaphores (of numcodecs), of which the resource tracker would complain.
+    Finalize(None, pool.shutdown, exitpriority=-1)
     try:
         function: Callable[[Any, Reserve], Any] = connection.recv()
         desk.say("ready")
@@ -257,8 +266,6 @@ def _work(connection: Connection, lanes: int) -> None:
                 desk.granted(number)
     except (EOFError, OSError):
         desk.close()
-        # Items that have begun are waited for when the interpreter ends, and by then multiprocessing has cleaned up: what is killed over
-        # them leaves no semaphores (of numcodecs), of which its resource tracker would complain.
         pool.shutdown(wait=False, cancel_futures=True)
 
 

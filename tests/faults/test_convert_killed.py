@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 from tests.support.faultproxy import Rule, running_proxy
+from tests.support.processes import HANG_S, end_all, until, wait_for_all
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read
+from tests.support.training import start
 from zarrcache.chgcar_files import read_density
 from zarrcache.convert import convert_directory, plan_convert
 from zarrcache.storewriter import is_document
@@ -37,7 +39,6 @@ if __name__ == "__main__":
     print("started", flush=True)
     convert_directory(src, dst, **json.loads(options))
 """
-HANG_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -63,42 +64,14 @@ def _converting(directory: Path, source: Path, dst: object, **options: Any) -> I
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def _until(condition: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
-    deadline = time.monotonic() + HANG_S
-    while not condition():
-        assert process.poll() is None, f"the conversion ended before {what}"
-        assert time.monotonic() < deadline, f"no {what} within {HANG_S:.0f} s"
-        time.sleep(0.001)
-
-
-def _wait_for_all(process: subprocess.Popen[str]) -> None:
-    """Return when no process of the group is left: a signal is sent at once, but a process dies when it gets to it."""
-    deadline = time.monotonic() + HANG_S
-    while _is_group_alive(process.pid):
-        assert time.monotonic() < deadline, "processes of the conversion are still there"
-        time.sleep(0.01)
-
-
-def _is_group_alive(group: int) -> bool:
-    # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container perhaps nobody does.
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(its_group) == group and state not in "ZX":
-                return True
-    return False
+        end_all(process)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """Kill the whole group, as a batch system does."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    _wait_for_all(process)
+    wait_for_all(process)
 
 
 def _visible(directory: Path) -> list[Path]:
@@ -120,7 +93,7 @@ def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(source: Pat
     """All processes at once, as a batch system does it. The next run sweeps, skips and completes."""
     out = tmp_path / "out"
     with _converting(tmp_path, source, out) as process:
-        _until(lambda: _visible(out) and _partials(out), process, "store half written")
+        until(lambda: _visible(out) and _partials(out), process, "store half written")
         _kill(process)
     whole = _visible(out)
     for store in whole:
@@ -145,7 +118,7 @@ def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(source
     convert_directory(source, out, chunks=16, workers=1)
     old = {store.name: _inode(store) for store in _visible(out)}
     with _converting(tmp_path, source, out, overwrite=True) as process:
-        _until(lambda: [store for store in _visible(out) if old.get(store.name) not in (None, _inode(store))], process, "new store")
+        until(lambda: [store for store in _visible(out) if old.get(store.name) not in (None, _inode(store))], process, "new store")
         _kill(process)
     plan_convert(source, out, workers=1).execute()
     _check_complete(source, out)
@@ -156,11 +129,11 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(source: Path,
     """The terminal sends it to all of them at once. Only the program itself has something to say, and nothing hidden is left."""
     out = tmp_path / "out"
     with _converting(tmp_path, source, out, workers=workers) as process:
-        _until(lambda: _partials(out), process, "store half written")
+        until(lambda: _partials(out), process, "store half written")
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=HANG_S)
         assert process.returncode == -signal.SIGINT
-        _wait_for_all(process)
+        wait_for_all(process)
     assert "SpawnProcess" not in stderr
     assert stderr.rstrip().endswith("KeyboardInterrupt")
     assert [path for path in out.iterdir() if path.name.startswith(".")] == []
@@ -168,14 +141,77 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(source: Path,
     _check_complete(source, out)
 
 
+@contextmanager
+def _command(source: Path, dst: object, *options: object) -> Iterator[subprocess.Popen[str]]:
+    """``zarrcache convert`` in a process group of its own."""
+    process = start("convert", source, dst, *options)
+    try:
+        yield process
+    finally:
+        end_all(process)
+
+
+GO_ON = "What is finished stays; run the same command again to go on."
+
+
+@pytest.mark.parametrize(("workers", "to_all"), [(1, False), (2, False), (2, True)], ids=["here", "two processes", "two processes, sent to all"])
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interrupted")])
+def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
+    source: Path, tmp_path: Path, workers: int, to_all: bool, number: signal.Signals, code: int, word: str
+) -> None:
+    """SIGTERM comes from a batch system, to one process or to all; one line, a code of its own, nobody and nothing hidden is left."""
+    out = tmp_path / "out"
+    with _command(source, out, "--workers", workers, "--chunks", 4) as process:
+        until(lambda: _partials(out), process, "store half written")
+        sent_s = time.monotonic()
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        stdout, stderr = process.communicate(timeout=HANG_S)
+        wait_for_all(process)
+        print(f"ended after {time.monotonic() - sent_s:.1f} s")  # noqa: T201
+        assert (process.returncode, stdout) == (code, "")
+        # On a busy machine a process is killed while it still imports, and Python's resource tracker says that it has tidied up behind it.
+        assert stderr.startswith(f"{word}. {GO_ON}\n")
+        assert "Traceback" not in stderr
+    assert [path for path in out.iterdir() if path.name.startswith(".")] == []
+    for store in _visible(out):
+        assert np.array_equal(plain_read(store), read_density(source / f"{store.name.removesuffix('.zarr')}.CHGCAR").total)
+
+
+def test_a_worker_that_does_not_finish_in_time_is_killed_and_swept_after(source: Path, tmp_path: Path) -> None:
+    """Here one that is stopped in the middle of a store, as if its disk had gone."""
+    out = tmp_path / "out"
+    with _command(source, out, "--workers", 2, "--chunks", 2) as process:
+        until(lambda: _stopped_in_a_store(out), process, "store half written by a stopped worker")
+        process.terminate()
+        _, stderr = process.communicate(timeout=HANG_S)
+        wait_for_all(process)
+    assert process.returncode == 143
+    assert f"Terminated. {GO_ON}\n" in stderr
+    assert "Traceback" not in stderr
+    assert [path for path in out.iterdir() if path.name.startswith(".")] == []
+    convert_directory(source, out, **TO_COMPLETE)
+    _check_complete(source, out)
+
+
+def _stopped_in_a_store(out: Path) -> bool:
+    """Stop the first worker that is met in the middle of a store, and see that it still is."""
+    for partial in _partials(out):
+        pid = int(partial.name.rsplit("-", 3)[1])
+        os.kill(pid, signal.SIGSTOP)
+        if partial.exists():
+            return True
+        os.kill(pid, signal.SIGCONT)
+    return False
+
+
 def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_path: Path) -> None:
     """Only the program got the signal: its processes finish their store, find nobody to tell, and go."""
     out = tmp_path / "out"
     with _converting(tmp_path, source, out) as process:
-        _until(lambda: _partials(out), process, "store half written")
+        until(lambda: _partials(out), process, "store half written")
         process.kill()
         process.wait()
-        _wait_for_all(process)
+        wait_for_all(process)
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     assert _partials(out) == []
@@ -190,7 +226,7 @@ def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(s3_server: S3S
         proxy.rules(Rule(op="PUT", latency_s=0.02))
         options = {"s3_kwargs": s3_server.kwargs_at(proxy.endpoint_url), "workers": 1, "chunks": 8}
         with _converting(tmp_path, source, url, **options) as process:
-            _until(lambda: s3_server.keys(url), process, "object uploaded")
+            until(lambda: s3_server.keys(url), process, "object uploaded")
             _kill(process)
     keys = s3_server.keys(url)
     assert keys
@@ -208,7 +244,7 @@ def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(s3_server: S3Serve
     """What was sent of the unfinished store is taken back before the program ends."""
     url = f"s3://{bucket}/label"
     with _converting(tmp_path, source, url, s3_kwargs=s3_server.s3_kwargs, workers=1, chunks=8) as process:
-        _until(lambda: s3_server.keys(url), process, "object uploaded")
+        until(lambda: s3_server.keys(url), process, "object uploaded")
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == -signal.SIGINT

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.processes import wait_for_all
 from tests.support.s3server import S3Server
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, verify
@@ -100,16 +101,27 @@ def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy
     goes_on(config, fault_proxy, tmp_path, pairs)
 
 
-@pytest.mark.parametrize(("workers", "pairs"), [(1, 4), (2, 18)], ids=["here", "lanes of two"])
-def test_ctrl_c_ends_it_at_once_and_the_next_run_goes_on(
-    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int
+CTRL_C, TERM = (signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")
+
+
+@pytest.mark.parametrize(
+    ("sent", "to_all", "workers", "pairs"),
+    [(CTRL_C, False, 1, 4), (CTRL_C, False, 2, 18), (TERM, False, 1, 4), (TERM, False, 2, 18), (TERM, True, 2, 4)],
+    ids=["Ctrl-C here", "Ctrl-C to the first of three", "SIGTERM here", "SIGTERM to the first of three", "SIGTERM to all"],
+)
+def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, sent: tuple[signal.Signals, int, str], to_all: bool, pairs: int, workers: int
 ) -> None:
-    """Although the server is silent; one line says how to go on, and there is no traceback."""
+    """Although the server is silent; one line says how to go on, and the exit code which signal it was. No process stays, no traceback."""
+    number, code, word = sent
     process = stuck(workers)
-    process.send_signal(signal.SIGINT)
+    sent_s = time.monotonic()
+    (os.killpg if to_all else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
+    wait_for_all(process)
+    print(f"ended after {time.monotonic() - sent_s:.1f} s")  # noqa: T201
+    assert (process.returncode, out) == (code, "")
+    assert err.splitlines()[-1] == f"{word}. What is finished stays; run the same command again to go on."
     assert "Traceback" not in err
     goes_on(config, fault_proxy, tmp_path, pairs)
 

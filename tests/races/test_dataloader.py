@@ -7,11 +7,13 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ IDS = [f"mp-{i}" for i in range(6)]
 ROLES = ("data", "label")
 #: For hangs only; nothing here takes seconds by design.
 DEADLINE_S = 200
+#: Of the toy's learning.
+RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -169,44 +173,72 @@ def test_parent_that_only_iterates_never_loads_obstore(outcomes: dict[Any, Outco
     assert not outcomes["fork", False, False].engine_in_parent
 
 
-class _Meeting:
-    """Where two ranks wait for each other; handed over when they start."""
+@dataclass(frozen=True)
+class Rank:
+    """What one rank of two saw: the split, the ids of its share in order, what it got of each, and its weights at the end."""
 
-    barrier: Any = None
-
-
-def _meet(barrier: Any) -> None:
-    _Meeting.barrier = barrier
-
-
-def run_rank(job: Job, rank: int) -> tuple[list[str], list[str], list[str]]:
-    """One rank of two: its view of the split, the ids it read in epoch 0, and what it got."""
-    reader = job.reader()
-    dataset = ZarrDataset(reader, "all")
-    sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=True, seed=3)
-    _Meeting.barrier.wait(DEADLINE_S)
-    samples = list(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=1, timeout=DEADLINE_S // 2))
-    return list(dataset.task_ids), [s["index"] for s in samples], [digest(s["data"], s["label"]) for s in samples]
+    split: list[str]
+    ids: list[str]
+    digests: list[str]
+    weights: list[float]
 
 
-def test_two_ranks_split_alike_and_fetch_every_object_once(job: Job, s3_server: S3Server, tmp_path: Path) -> None:
-    """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice."""
+def toy() -> torch.nn.Module:
+    """A convolution of one point: two weights, the same in every process."""
+    torch.manual_seed(0)
+    return torch.nn.Conv3d(1, 1, 1)
+
+
+def step(model: torch.nn.Module, samples: Sequence[Any]) -> torch.Tensor:
+    """The mean loss of some samples, with its gradients."""
+    model.zero_grad()
+    loss = torch.stack([((model(sample["data"][None]) - sample["label"][None]) ** 2).sum() for sample in samples]).mean()
+    loss.backward()
+    return loss
+
+
+def run_rank(job: Job, rank: int) -> Rank:
+    """An epoch of distributed training over gloo: a step for each sample of this rank's share, with gradients averaged over both."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    wait = timedelta(seconds=DEADLINE_S)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{job.cache_dir}/meeting", rank=rank, world_size=2, timeout=wait)
+    dataset = ZarrDataset(job.reader(), "all")
+    model = torch.nn.parallel.DistributedDataParallel(toy())
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    loader = DataLoader(dataset, batch_size=None, sampler=DistributedSampler(dataset, seed=3), num_workers=1, timeout=DEADLINE_S // 2)
+    torch.distributed.barrier()
+    ids, digests = [], []
+    for sample in loader:
+        step(model, [sample])
+        optimizer.step()
+        ids.append(sample["index"])
+        digests.append(digest(sample["data"], sample["label"]))
+    torch.distributed.destroy_process_group()
+    return Rank(list(dataset.task_ids), ids, digests, [float(p.detach()) for p in model.parameters()])
+
+
+def test_two_ranks_train_as_one_and_fetch_every_object_once(job: Job, s3_server: S3Server, tmp_path: Path) -> None:
+    """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice, and the weights of a single process."""
     job = replace(job, cache_dir=tmp_path)
     log = RequestLog(s3_server, job.bucket)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, context, initializer=_meet, initargs=(context.Barrier(2),)) as pool:
-        (split, ids, digests), (other_split, other_ids, other_digests) = (
-            future.result(DEADLINE_S) for future in [pool.submit(run_rank, job, rank) for rank in (0, 1)]
-        )
-    assert split == other_split
-    assert sorted(ids + other_ids) == sorted(IDS)
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        one, other = (future.result(DEADLINE_S) for future in [pool.submit(run_rank, job, rank) for rank in (0, 1)])
+    assert one.split == other.split
+    assert sorted(one.ids + other.ids) == sorted(IDS)
     assert set(log.paths("GET").values()) == {1}
     stored = [key for r in ROLES for i in IDS for key in s3_server.keys(f"s3://{job.bucket}/{r}/{i}.zarr/charge_density_total/")]
     assert len(log.paths("GET")) == sum(not key.endswith("/.zattrs") for key in stored)  # attributes say nothing of the values
-    reader = job.reader()
-    for task_id, got in zip(ids + other_ids, digests + other_digests, strict=True):
-        tensors = [torch.from_numpy(values).reshape(1, *size) for values, size in (reader.load(task_id, role) for role in ROLES)]  # type: ignore[arg-type]
-        assert got == digest(*tensors)
+    dataset = ZarrDataset(job.reader(), "all")
+    samples = {sample["index"]: sample for sample in map(dataset.__getitem__, range(len(IDS)))}
+    for task_id, got in zip(one.ids + other.ids, one.digests + other.digests, strict=True):
+        assert got == digest(samples[task_id]["data"], samples[task_id]["label"])
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for pair in zip(one.ids, other.ids, strict=True):
+        step(model, [samples[task_id] for task_id in pair])
+        optimizer.step()
+    assert one.weights == other.weights == pytest.approx([float(p.detach()) for p in model.parameters()], rel=1e-4)
+    assert one.weights != [float(p.detach()) for p in toy().parameters()]
 
 
 def test_every_sample_of_a_shuffled_epoch_comes_once(job: Job, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import logging
 import os
 import random
 import shutil
-import tempfile
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 _templates: dict[tuple[tuple[str, str], int], tuple[Path, NDArray[Any]]] = {}
 _processes: list[CacheProcess] = []
+#: Where the node is, each time the same: digests, and with them which file a choice falls on, have the directory's name in them. Else what
+#: fails once might not fail when hypothesis repeats it.
+_node: list[Path] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,12 +64,14 @@ def machinery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             _templates[key, version] = path, values
     logging.disable(logging.CRITICAL)  # every purge is a line; thousands of them say nothing here
     _processes.extend(CacheProcess() for _ in range(2))
+    _node.append(root / "node")
     yield
     logging.disable(logging.NOTSET)
     for process in _processes:
         process.end()
     _processes.clear()
     _templates.clear()
+    _node.clear()
 
 
 class NodeMachine(RuleBasedStateMachine):
@@ -73,7 +79,8 @@ class NodeMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp(prefix="zarrcache-test-"))
+        (self.directory,) = _node
+        self.directory.mkdir()
         self.versions = dict.fromkeys(KEYS, 0)
         self.held: dict[tuple[str, str], set[int]] = {key: set() for key in KEYS}
         self.blocks: list[dict[str, Any]] = [{}, {}]
@@ -90,6 +97,8 @@ class NodeMachine(RuleBasedStateMachine):
             self._do(which, "clock", 0.0)
 
     def teardown(self) -> None:
+        if isinstance(error := sys.exc_info()[1], (Exception, pytest.fail.Exception)):  # hypothesis tells it only if it comes again
+            traceback.print_exception(error)
         shutil.rmtree(self.directory)
 
     # -- the world --------------------------------------------------------------------------------------------------------------
@@ -246,8 +255,13 @@ class NodeMachine(RuleBasedStateMachine):
             assert [self._do(which, "faults") for which in range(2)] == [(0, 0)] * 2
 
 
-TestNode = NodeMachine.TestCase
-TestNode.settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None)
+# Not the 300 s of other tests: that is within reach of a busy machine, and a test that is stopped in the middle looks to hypothesis like a
+# failure that does not come again ("The second run drew more data"). A hang is told after two minutes, by the process that does not answer.
+@pytest.mark.timeout(3600)
+class TestNode(NodeMachine.TestCase):  # type: ignore[name-defined, misc]
+    """Ten lives of a node."""
+
+    settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.slow

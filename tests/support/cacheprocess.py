@@ -55,14 +55,17 @@ class CacheProcess:
 
     def do(self, name: str, *args: Any) -> Any:
         """The answer, or the error of the process."""
-        self._pipe.send((name, args))
-        if not self._pipe.poll(_HANG_S):
-            raise TimeoutError(f"no answer to {name}{args}")
         try:
+            self._pipe.send((name, args))
+            if not self._pipe.poll(_HANG_S):
+                raise TimeoutError(f"no answer to {name}{args}")
             error, answer = self._pipe.recv()
         except EOFError:
             self.kill()
             raise Killed(name) from None
+        except BaseException:  # also when a test is stopped from outside: the answer that is still to come must not be taken for the next one's
+            self.kill()
+            raise
         if error is not None:
             raise error
         return answer

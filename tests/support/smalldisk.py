@@ -1,25 +1,135 @@
-"""A small file system of a test's own, mounted by root; elsewhere the test is skipped."""
+"""Small file systems of a test's own, mounted by root, and what happens to disks; elsewhere the test is skipped."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-__all__ = ["small_disk_at"]
+__all__ = ["Disk", "failing_disk", "full_disk", "no_inodes_disk", "quota_disk", "small_disk_at"]
 
 
 @contextmanager
-def small_disk_at(mount: Path, size: str) -> Iterator[Path]:
+def small_disk_at(mount: Path, size: str, *options: str) -> Iterator[Path]:
     """Mount a tmpfs of ``size`` (``2m``) at ``mount``, which is made."""
+    with _mounted(mount, "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs"):
+        yield mount
+
+
+@contextmanager
+def _mounted(mount: Path, *arguments: object) -> Iterator[None]:
     mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], capture_output=True, text=True, check=False)
+    made = _run("mount", *arguments, mount)
     if made.returncode != 0:
         pytest.skip(f"a small file system cannot be mounted here ({made.stderr.strip() or 'mount failed'}); root may")
     try:
-        yield mount
+        yield
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
+
+
+def _run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
+class Disk:
+    """A file system on which something goes wrong, and is right again."""
+
+    def __init__(self, begin: Callable[[], object], end: Callable[[], object]) -> None:
+        self.begin, self.end = begin, end
+
+
+@contextmanager
+def full_disk(mount: Path) -> Iterator[Disk]:
+    """ENOSPC: another program fills it to the last byte."""
+    with small_disk_at(mount, "4m"):
+        yield Disk(*_ballast(mount))
+
+
+def _ballast(mount: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    ballast = mount / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            for size in (65536, 4096, 1):
+                try:
+                    while file.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    continue
+
+    return fill, ballast.unlink
+
+
+@contextmanager
+def no_inodes_disk(mount: Path) -> Iterator[Disk]:
+    """ENOSPC with room enough: there are as many files as the file system has inodes."""
+    with small_disk_at(mount, "64m", "nr_inodes=400"):
+        ballast = mount / "ballast"
+
+        def fill() -> None:
+            ballast.mkdir()
+            for number in range(1000):
+                try:
+                    (ballast / str(number)).touch()
+                except OSError:
+                    return
+            pytest.skip("this file system does not count inodes")
+
+        yield Disk(fill, lambda: shutil.rmtree(ballast))
+
+
+@contextmanager
+def quota_disk(mount: Path) -> Iterator[Disk]:
+    """EDQUOT: the quota of a btrfs subvolume, which counts root's bytes too. (That of ext4 needs a kernel with its format.)"""
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("mkfs.btrfs is not here (package btrfs-progs)")
+    image = mount.with_name("image")
+    image.touch()
+    os.truncate(image, 120 * 2**20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    with _mounted(mount, "-o", "loop", image):
+        for command in (["quota", "enable"], ["qgroup", "limit", "4m"]):
+            subprocess.run(["btrfs", *command, mount], check=True, capture_output=True)
+        yield Disk(*_ballast(mount))
+
+
+@contextmanager
+def failing_disk(mount: Path) -> Iterator[Disk]:
+    """EIO: all but the first 64 KiB of the device beneath an ext4 are gone, for reading and writing. What the kernel has in memory stays."""
+    image = mount.with_name("image")
+    image.touch()
+    os.truncate(image, 16 * 2**20)
+    if _run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", image).returncode != 0:
+        pytest.skip("mkfs.ext4 is not here")
+    with _mounted(mount, "-o", "loop,sync,errors=continue", image):
+        device = _run("findmnt", "-n", "-o", "SOURCE", mount).stdout.strip()
+
+        def fail() -> None:
+            opened = [os.open(path, os.O_RDONLY) for path in mount.rglob("*") if path.is_file()]
+            os.sync()
+            _shorten(device, 65536)
+            for fd in opened:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+
+        yield Disk(fail, lambda: _shorten(device, 0))
+
+
+def _shorten(device: str, nbytes: int) -> None:
+    """Have a loop device end after so many bytes (0: at its file's end): ``lo_sizelimit`` of ``struct loop_info64``, LOOP_{GET,SET}_STATUS64."""
+    fd = os.open(device, os.O_RDWR)
+    try:
+        info = bytearray(232)
+        fcntl.ioctl(fd, 0x4C05, info, True)
+        info[32:40] = struct.pack("<Q", nbytes)
+        fcntl.ioctl(fd, 0x4C04, bytes(info))
+    finally:
+        os.close(fd)

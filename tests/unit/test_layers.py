@@ -21,9 +21,9 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment",
-    1: "atomic simulate retry flight codec layout owner s3options faults "
-    "pump decode expansion taskids sequences workpool mounts indexcheck renewal backoff",
+    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment signals",
+    1: "atomic simulate retry flight codec layout owner s3options faults pump "
+    "decode expansion taskids sequences workpool mounts indexcheck renewal backoff indexlog",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
     3: "origin arraycache settled",
     4: "bytecache readarray density",

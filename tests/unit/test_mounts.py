@@ -86,7 +86,7 @@ def test_without_a_table_nothing_is_known_and_nothing_refused(tmp_path: Path, mo
     monkeypatch.setattr(mounts, "_MOUNTINFO", tmp_path / "none")
     assert file_system_of("/") is None
     assert not is_network(None)
-    assert refuse_network(tmp_path, is_allowed=False) is False
+    refuse_network(tmp_path, is_allowed=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="the kernel has no such table here")
@@ -115,5 +115,5 @@ def test_refusal_names_directory_type_and_a_local_disk(table: Path, tmp_path: Pa
     assert f"cache.dir {path} is on {spoken(kind)}, a network file system" in str(caught.value)
     assert "for example dir: ${TMPDIR}/zarrcache" in str(caught.value)
     assert "cache.allow_network_fs: true" in str(caught.value)
-    assert refuse_network(Path(path), is_allowed=True) is True
-    assert refuse_network(Path("/tmp/zarrcache"), is_allowed=True) is False
+    refuse_network(Path(path), is_allowed=True)
+    refuse_network(Path("/tmp/zarrcache"), is_allowed=True)

@@ -8,8 +8,10 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,14 @@ def _work_until_told(directory: str, reserve: Reserve) -> None:
     while not Path(directory, "go").exists():
         time.sleep(0.05)
     Path(directory, f"{os.getpid()}.ended").touch()
+
+
+def _work_through_a_pool(directory: str, reserve: Reserve) -> None:
+    """As zarr does it: a part of the work is given to threads when the process has been told to stop."""
+    _work_until_told(directory, reserve)
+    if not directory.startswith("see:"):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(Path(directory, f"{os.getpid()}.pooled").touch).result()
 
 
 def _meet(directory: str, reserve: Reserve) -> int:
@@ -161,6 +171,22 @@ def test_a_consumer_that_stops_lets_the_processes_finish_their_items(tmp_path: P
     outcomes.close()
     assert len(list(tmp_path.glob("*.ended"))) == 2
     assert multiprocessing.active_children() == []
+
+
+def _told_later(directory: Path) -> None:
+    """Say go, when both have had time to find that nobody wants the rest."""
+    time.sleep(0.5)
+    (directory / "go").touch()
+
+
+def test_what_a_process_finishes_may_still_use_threads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its interpreter has not begun to end: from then on no executor would take work, and a store would fail in its middle."""
+    outcomes = spread(_work_through_a_pool, [f"see:{tmp_path}", str(tmp_path), str(tmp_path)], 3)
+    assert next(outcomes) == (f"see:{tmp_path}", None)
+    threading.Thread(target=_told_later, args=(tmp_path,)).start()
+    outcomes.close()
+    assert len(list(tmp_path.glob("*.pooled"))) == 2
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_process_that_does_not_finish_is_killed(tmp_path: Path) -> None:

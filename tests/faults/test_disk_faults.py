@@ -1,0 +1,97 @@
+"""A running training whose disk fills, runs out of inodes or quota, fails, or loses the cache: every batch is right, one line each, and it heals."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.cachedirs import payload_files
+from tests.support.localnode import LocalNode
+from tests.support.smalldisk import Disk, failing_disk, full_disk, no_inodes_disk, quota_disk
+from zarrcache import ZarrDataset, ZarrS3Reader, verify
+
+PAIRS = 6
+
+
+@contextmanager
+def deleted_directory(mount: Path) -> Iterator[Disk]:
+    """Somebody makes room on the scratch disk, and a file has the name until that is over."""
+    mount.mkdir()
+
+    def delete() -> None:
+        shutil.rmtree(mount)
+        mount.touch()
+
+    yield Disk(delete, mount.unlink)
+
+
+class Training:
+    """A run over a node: epochs of batches, each compared with what plain zarr reads."""
+
+    def __init__(self, node: LocalNode) -> None:
+        self.node = node
+        self.reader = node.reader()
+
+    def epoch(self, reader: ZarrS3Reader | None = None) -> None:
+        """Every sample, in this run or another."""
+        dataset = ZarrDataset(reader or self.reader, "all")
+        assert len(dataset) == PAIRS
+        for number, task_id in enumerate(dataset.task_ids):
+            sample = dataset[number]
+            for role in ("data", "label"):
+                assert torch.equal(sample[role], torch.from_numpy(self.node.values[task_id, role])[None]), (task_id, role)
+
+    def store_half(self) -> None:
+        """As far as the run has come when it happens."""
+        dataset = ZarrDataset(self.reader, "all")
+        for number in range(PAIRS // 2):
+            dataset[number]
+
+
+FAULTS = [full_disk, no_inodes_disk, quota_disk, failing_disk, deleted_directory]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
+    tmp_path: Path, fault: Callable[[Path], AbstractContextManager[Disk]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two epochs beside the fault: nothing more is stored, one line says so. After it everything is stored, and the next epoch only has hits."""
+    node = LocalNode(tmp_path, PAIRS, shape=(14, 10, 8))
+    with fault(tmp_path / "cache") as disk:
+        training = Training(node)
+        training.store_half()
+        before = training.reader.stats
+        assert before.misses == PAIRS
+        disk.begin()
+        caplog.clear()
+        training.epoch()
+        first = told(caplog)
+        training.epoch()
+        assert told(caplog) == first
+        assert 1 <= len(first) <= 3
+        during = training.reader.stats - before
+        assert during.misses >= PAIRS  # what was not stored before is read from the origin, twice
+        assert during.cache_errors + during.bypasses > 0
+        disk.end()
+        training.epoch()
+        healed = training.reader.stats
+        training.epoch()
+        after = training.reader.stats - healed
+        assert (after.hits, after.misses, after.cache_errors) == (2 * PAIRS, 0, 0)
+        # A run that begins anew believes nothing of it.
+        training.epoch(node.reader(verify="always"))
+        verify(node.reader().tiers.config)  # type: ignore[arg-type]
+        node.check_settled()
+        assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings, without what they say of the single store: that is one line each time only if it is one line at all."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

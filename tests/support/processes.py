@@ -1,0 +1,53 @@
+"""All processes of a job: those of one process group, which a batch system starts, signals and waits for together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["end_all", "members", "until", "wait_for_all"]
+
+#: Only a hang takes this long; it says nothing about speed.
+HANG_S = 60.0
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container perhaps nobody does.
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[Any], what: str) -> None:
+    """Wait for something that a running job does."""
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert process.poll() is None, f"the job ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} within {HANG_S:.0f} s"
+        time.sleep(0.001)
+
+
+def wait_for_all(process: subprocess.Popen[Any]) -> None:
+    """Return when no process of the job is left: a signal is sent at once, but a process dies when it gets to it."""
+    deadline = time.monotonic() + HANG_S
+    while left := members(process.pid):
+        assert time.monotonic() < deadline, f"processes of the job are still there: {left}"
+        time.sleep(0.01)
+
+
+def end_all(process: subprocess.Popen[Any]) -> None:
+    """Kill what is left of a job, and read what it still had to say."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=HANG_S)
