@@ -210,8 +210,25 @@ def test_username_and_password_are_key_and_secret(fault_proxy: FaultProxy, url: 
     assert arrived(fault_proxy, url, kwargs)["key"] == mine["key"]
 
 
-def test_an_older_signature_goes_through_s3fs(fault_proxy: FaultProxy, url: str, known: Known) -> None:
-    """Engine auto takes the one that can do it."""
+def signs_buckets_as_the_server_does(server: S3Server, url: str) -> bool:
+    """Whether boto3 alone can list with the older signature."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    config = Config(signature_version="s3", s3={"addressing_style": "path"})
+    credentials = {"aws_access_key_id": server.key, "aws_secret_access_key": server.secret}
+    try:
+        boto3.client("s3", endpoint_url=server.endpoint_url, config=config, **credentials).list_objects_v2(Bucket=url.split("/")[2])
+    except ClientError:
+        return False
+    return True
+
+
+def test_an_older_signature_goes_through_s3fs(fault_proxy: FaultProxy, s3_server: S3Server, url: str, known: Known) -> None:
+    """Engine auto takes the one that can do it. Ceph refuses what botocore signs this way for a bucket, so it is for others to say."""
+    if s3_server.checks_credentials and not signs_buckets_as_the_server_does(s3_server, url):
+        pytest.skip("botocore itself is refused by this server when it lists with the older signature")
     kwargs = {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url, "config_kwargs": {"signature_version": "s3"}}
     origin = open_origin(url, s3_kwargs=kwargs)
     [obj] = origin.list_objects()
