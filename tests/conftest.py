@@ -43,11 +43,12 @@ def no_waiting_for_writers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None) -> Iterator[S3Server]:
-    """A real S3 server: one of our own, or the one that ZARRCACHE_TEST_S3 names."""
+    """A real S3 server: moto, or the one that ZARRCACHE_TEST_S3 names, with _KEY, _SECRET and, if it keeps one here, its access log in _LOG."""
     endpoint_url = os.environ.get("ZARRCACHE_TEST_S3")
     if endpoint_url:
         key, secret = (os.environ.get(f"ZARRCACHE_TEST_S3_{name}", "testing") for name in ("KEY", "SECRET"))
-        yield S3Server(endpoint_url.rstrip("/"), key, secret)
+        log = os.environ.get("ZARRCACHE_TEST_S3_LOG")
+        yield S3Server(endpoint_url.rstrip("/"), key, secret, log=Path(log) if log else None, checks_credentials=True)
         return
     with running_server(tmp_path_factory.mktemp("s3") / "requests.log") as server:
         yield server

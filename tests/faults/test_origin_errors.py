@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.s3server import S3Server
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
 from zarrcache.keys import ObjectInfo
@@ -103,9 +104,9 @@ def test_anon_on_a_private_bucket_says_to_remove_anon(fault_proxy: FaultProxy) -
 
 
 @pytest.mark.parametrize("op", ASK)
-def test_no_such_bucket_names_bucket_and_endpoint(op: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]) -> None:
-    """The real server's own answer."""
-    error = failure(op, **at_proxy)
+def test_no_such_bucket_names_bucket_and_endpoint(op: str, fault_proxy: FaultProxy, s3_server: S3Server) -> None:
+    """The real server's own answer; one that checks credentials tells nobody else."""
+    error = failure(op, **s3_server.kwargs_at(fault_proxy.endpoint_url))
     assert type(error) is OriginNotFoundError
     assert isinstance(error, FileNotFoundError)
     assert str(error) == (

@@ -69,7 +69,7 @@ def opened(request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: Fau
     """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin through the proxy."""
 
     def make(attempts: int = 3, timeout: float = 20.0, counters: Counters | None = None, **fetch: Any) -> Origin:
-        settings = FetchConfig(**{"engine": request.param, "read_timeout": 1.0, "connect_timeout": 2.0, **fetch})
+        settings = FetchConfig(**{"engine": request.param, "read_timeout": 20.0, "connect_timeout": 5.0, **fetch})
         kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
         return open_origin(url, s3_kwargs=kwargs, fetch=settings, retry=RetryConfig(attempts=attempts, timeout=timeout), counters=counters)
 
@@ -115,7 +115,7 @@ class TestTransient:
     ) -> None:
         """The answer is the same as without it, and the counters say what the server saw."""
         counters = Counters()
-        origin = opened(counters=counters)
+        origin = opened(counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0)  # a busy machine is no fault
         sent = sendings(origin, fault)
         fault_proxy.rules(Rule((fault,) * sent, op=methods(op), key="/0$" if op == "GET" else ""))
         assert ASK[op](origin, listed) == expected(op, listed)
@@ -163,11 +163,13 @@ class TestTransient:
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, plain_client: Any, url: str
     ) -> None:
         """With a key of KMS it only looks like one; that is asked once, and then left alone for the whole origin."""
-        if s3_server.log is None:
-            pytest.skip("the server that ZARRCACHE_TEST_S3 names may have no KMS")
         bucket = url.split("/")[2]
         for key in ("kms/1", "kms/2"):
-            plain_client.put_object(Bucket=bucket, Key=f"data/{key}", Body=b"0123456789", ServerSideEncryption="aws:kms")
+            encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "tests"}
+            try:
+                plain_client.put_object(Bucket=bucket, Key=f"data/{key}", Body=b"0123456789", **encrypted)
+            except plain_client.exceptions.ClientError as exc:
+                pytest.skip(f"this server encrypts nothing with a key of KMS: {exc}")
         origin = opened()
         objects = origin.list_objects("kms/")
         fault_proxy.rules(Rule(then="corrupt", op="GET"))  # stands for an ETag that does not match

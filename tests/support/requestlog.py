@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
+import time
+import uuid
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -13,7 +18,9 @@ from tests.support.s3server import S3Server
 
 __all__ = ["Request", "RequestLog"]
 
-#: The server colours every answer that is not 200: ranges (206) and errors too have to be counted.
+_DEADLINE_S = 60.0
+_MARK = "mark-of-the-request-log-"
+#: moto colours every answer that is not 200: ranges (206) and errors too have to be counted. A gateway's line has more to its left and right.
 _LINE = re.compile(r'"(?:\x1b\[\d+m)*([A-Z]+) (\S+) HTTP/[0-9.]+(?:\x1b\[0m)?" (\d{3})')
 
 
@@ -32,7 +39,7 @@ class RequestLog:
     Parameters
     ----------
     server : S3Server
-        Without a log (a server that was not started by the tests) the test is skipped.
+        Without a log (a server that ZARRCACHE_TEST_S3 names, without ZARRCACHE_TEST_S3_LOG) the test is skipped.
     bucket : str
         Others' requests are left out.
     """
@@ -40,20 +47,49 @@ class RequestLog:
     def __init__(self, server: S3Server, bucket: str) -> None:
         if server.log is None:
             pytest.skip("this S3 server keeps no log that the tests can read")
-        self._log, self._bucket = server.log, bucket
+        self._server, self._log, self._bucket = server, server.log, bucket
         self._start = self._log.stat().st_size
+        self._start = self.settle()
 
-    def seen(self, op: str = "") -> list[Request]:
-        """In the order of arrival."""
+    def settle(self) -> int:
+        """Wait until what was asked so far has been written down, that of clients which were killed too; the size of the log then.
+
+        A server writes a line when it has answered, and some do it in a thread of its own: a request of ours comes last.
+        """
+        mark, end, lines = _MARK + uuid.uuid4().hex, time.monotonic() + _DEADLINE_S, -1
+        client = _client_of(self._server)
+        with contextlib.suppress(client.exceptions.ClientError):  # there is no such object
+            client.head_object(Bucket=self._bucket, Key=mark)
+        while True:
+            size, text = self._log.stat().st_size, self._text()
+            if mark in text and text.count(f"/{self._bucket}") == lines:
+                return size
+            lines = text.count(f"/{self._bucket}")
+            if time.monotonic() > end:
+                raise AssertionError(f"{self._log} has no line for a request that was answered {_DEADLINE_S:.0f} s ago")
+            time.sleep(0.02)
+
+    def seen(self, op: str = "", *, settled: bool = True) -> list[Request]:
+        """In the order in which they were answered. Without ``settled`` the last ones may not be there yet."""
+        if settled:
+            self.settle()
+        requests = [_parse(*match.groups()) for line in self._text().splitlines() if (match := _LINE.search(line))]
+        return [r for r in requests if r.path.split("/")[0] == self._bucket and op in ("", r.op) and _MARK not in r.path]
+
+    def paths(self, op: str, *, settled: bool = True) -> Counter[str]:
+        """How often each key (or prefix) was asked for, without the bucket."""
+        return Counter(r.path.partition("/")[2] for r in self.seen(op, settled=settled))
+
+    def _text(self) -> str:
         with self._log.open("rb") as file:
             file.seek(self._start)
-            lines = file.read().decode().splitlines()
-        requests = [_parse(*match.groups()) for line in lines if (match := _LINE.search(line))]
-        return [r for r in requests if r.path.split("/")[0] == self._bucket and op in ("", r.op)]
+            return file.read().decode(errors="replace")
 
-    def paths(self, op: str) -> Counter[str]:
-        """How often each key (or prefix) was asked for, without the bucket."""
-        return Counter(r.path.partition("/")[2] for r in self.seen(op))
+
+@functools.cache
+def _client_of(server: S3Server) -> Any:
+    """One for all: making one takes longer than a test."""
+    return server.client()
 
 
 def _parse(method: str, target: str, status: str) -> Request:

@@ -35,13 +35,16 @@ class S3Server:
     key, secret : str
         Credentials that the server takes.
     log : Path or None
-        One line a request, as the server saw it; None for a server that was not started here.
+        One line a request, as the server saw it; None for a server that was not started here and keeps none that can be read.
+    checks_credentials : bool
+        moto takes whatever it is given.
     """
 
     endpoint_url: str
     key: str = "testing"
     secret: str = "testing"
     log: Path | None = field(default=None, compare=False)
+    checks_credentials: bool = False
 
     @property
     def host(self) -> str:
