@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from zarrcache.mapping import Place, is_mapped, map_place, place_of, prefault
+from zarrcache.mapping import Place, is_mapped, map_place, place_of
 
 __all__ = ["MappedTensor", "Sender"]
 
@@ -57,10 +57,7 @@ class Sender(ABC):
 
     def sent(self, tensor: torch.Tensor, grid: NDArray[np.float32], index: int, field: int) -> torch.Tensor:
         """``tensor`` over ``grid``; if ``grid`` is mapped and the training process waits for it, ready to be handed over."""
-        if tensor.dtype is not torch.float32 or not is_mapped(grid):
-            return tensor
-        if get_worker_info() is None:
-            prefault(grid)
+        if tensor.dtype is not torch.float32 or get_worker_info() is None or not is_mapped(grid):
             return tensor
         parent = multiprocessing.parent_process()
         if parent is None or parent.pid not in self._known_in:  # made or copied in the worker: the training process could not read it again
@@ -119,9 +116,7 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 def _arrive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) -> torch.Tensor:
     """How the training process unpickles: a copy-on-write map of its own."""
     try:
-        grid = map_place(place, "<f4", shape)
-        prefault(grid)
-        return torch.from_numpy(grid)
+        return torch.from_numpy(map_place(place, "<f4", shape))
     except OSError as exc:
         # Evicted or replaced between the worker and here. The sample is read once more, through the cache.
         name, index, field = sample

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.bench.bare_gets import get_all, obstore_of
 from tests.bench.grids import FUNCTIONAL, ROLES
 
-__all__ = ["ARRAY", "FLOOR", "FLOOR_IN_FLIGHT", "PEERS", "Answer", "Client", "Place", "clients", "hush", "installed"]
+__all__ = ["ARRAY", "FLOOR", "PEERS", "Answer", "Client", "Place", "clients", "hush", "installed"]
 
 ARRAY = "charge_density_total"
 FLOOR = "bare GETs (obstore)"
-FLOOR_IN_FLIGHT = 64
 #: How long a client may take to start or to read one density before the benchmark is given up.
 _HANG_S = 300.0
 
@@ -132,7 +132,7 @@ def _zarr_obstore(place: Place) -> Read:
     import zarr
     import zarr.storage
 
-    bucket = zarr.storage.ObjectStore(_obstore(place), read_only=True)
+    bucket = zarr.storage.ObjectStore(obstore_of(place.s3_kwargs, place.bucket), read_only=True)
 
     def read(store: str) -> Density:
         group = zarr.open_group(bucket, path=f"{ROLES['data']}/{store}", mode="r")
@@ -166,17 +166,8 @@ def _tensorstore(place: Place, **context: Any) -> Read:
 
 def _bare_gets(place: Place) -> Read:
     """The floor: the same objects, known beforehand, and nothing done with them."""
-    bucket = _obstore(place)
+    bucket = obstore_of(place.s3_kwargs, place.bucket)
     names: dict[str, list[str]] = {}
-
-    async def get_all(keys: list[str]) -> None:
-        todo = iter(keys)
-
-        async def worker() -> None:
-            for key in todo:
-                await (await bucket.get_async(key)).bytes_async()
-
-        await asyncio.gather(*(worker() for _ in range(FLOOR_IN_FLIGHT)))
 
     loop = asyncio.new_event_loop()
     for page in bucket.list(f"{ROLES['data']}/"):
@@ -186,7 +177,7 @@ def _bare_gets(place: Place) -> Read:
                 names.setdefault(store, []).append(meta["path"])
 
     def read(store: str) -> None:
-        loop.run_until_complete(get_all(names[store]))
+        loop.run_until_complete(get_all(bucket, names[store]))
 
     return read
 
@@ -211,22 +202,6 @@ def _zarrcache(place: Place, **cache: Any) -> Read:
         return values.reshape(gridsize)
 
     return read
-
-
-def _obstore(place: Place) -> Any:
-    from datetime import timedelta
-
-    from obstore.store import S3Store
-
-    return S3Store(
-        place.bucket,
-        endpoint=place.s3_kwargs["endpoint_url"],
-        access_key_id=place.s3_kwargs["key"],
-        secret_access_key=place.s3_kwargs["secret"],
-        region="us-east-1",
-        virtual_hosted_style_request=False,
-        client_options={"allow_http": True, "timeout": timedelta(seconds=60)},
-    )
 
 
 #: Name to what opens it. The first is what the others are compared with.

@@ -96,6 +96,10 @@ class BenchServer:
         """Forget the requests so far."""
         self._ask("reset")
 
+    def cpu_s(self) -> float:
+        """CPU time that the server has taken so far."""
+        return float(self._ask("cpu"))
+
     def set(self, *, latency_s: float | None = None, bandwidth_bytes_s: float | None = None) -> None:
         """Change the latency, the bandwidth (0 for no cap), or both."""
         given = {"latency_s": latency_s, "bandwidth_bytes_s": bandwidth_bytes_s}
@@ -142,8 +146,16 @@ def running(root: Path, *, latency_s: float = 0.0, bandwidth_bytes_s: float | No
 def serve_from_memory(server: BenchServer, bucket: str, prefixes: Iterable[str]) -> None:
     """Have the server read these objects now, so that its disk is in nobody's figures."""
     for prefix in prefixes:
-        with urllib.request.urlopen(f"{server.endpoint_url}/{bucket}?list-type=2&prefix={quote(prefix, safe='')}") as answer:
-            answer.read()
+        query, token = f"{server.endpoint_url}/{bucket}?list-type=2&prefix={quote(prefix, safe='')}", ""
+        while True:
+            with urllib.request.urlopen(query + token) as answer:
+                more = _TOKEN.search(answer.read())
+            if more is None:
+                break
+            token = f"&continuation-token={more[1].decode()}"
+
+
+_TOKEN = re.compile(rb"<NextContinuationToken>([^<]*)<")
 
 
 # -- the server's process ----------------------------------------------------------------------------------------------------------------
@@ -333,6 +345,8 @@ class _Server:
         body = b""
         if what == "log":
             body = json.dumps(self.log).encode()
+        elif what == "cpu":
+            body = repr(time.process_time()).encode()
         elif what == "reset":
             self.log.clear()
         elif what == "set":

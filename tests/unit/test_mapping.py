@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from zarrcache.errors import CorruptEntryError
-from zarrcache.mapping import Place, is_mapped, map_file, map_place, open_regular, place_of, prefault
+from zarrcache.mapping import Place, is_mapped, map_file, map_place, open_regular, place_of
 
 OFFSET = 4096
 VALUES = np.arange(3000, dtype="<f4")
@@ -158,31 +158,3 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(CorruptEntryError, match="not a regular file"):
         open_regular(tmp_path / "fifo")
-
-
-def in_memory(array: NDArray[np.float32]) -> int:
-    """Pages of an array that this process's page table has."""
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        first = array.ctypes.data // 4096
-        pagemap.seek(8 * first)
-        pages = np.frombuffer(pagemap.read(8 * ((array.ctypes.data + array.nbytes - 1) // 4096 - first + 1)), np.uint64)
-    return int((pages >> np.uint64(63)).sum())
-
-
-def test_prefaulted_pages_are_there_and_are_the_files_own(tmp_path: Path) -> None:
-    """All of them, and none is a copy: what was prefaulted still has its place."""
-    path = tmp_path / "entry"
-    path.write_bytes(bytes(OFFSET + 4096 * 100))
-    fd, found = open_regular(path)
-    array = map_file(fd, found, path, OFFSET, "<f4", (100 * 1024,))
-    os.close(fd)
-    assert in_memory(array) == 0
-    prefault(array[1024:])
-    assert in_memory(array) >= (99 if tuple(int(n) for n in os.uname().release.split(".")[:2]) >= (5, 14) else 0)
-    assert place_of(array) is not None
-
-
-def test_prefaulting_what_is_not_mapped_does_nothing() -> None:
-    """A view with gaps or memory of this process's own."""
-    prefault(VALUES)
-    prefault(VALUES[::2])
