@@ -170,10 +170,7 @@ class CachedStore(Store):
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"
         stored = None if self._relist else self.tiers.stored_listing(self.origin, self.name)
-        if stored is not None:
-            listed = [ObjectInfo(*row) for row in stored]
-        else:
-            listed = settled_listing(lambda: self.origin.list_objects(prefix), self.url)
+        listed = [ObjectInfo(*row) for row in stored] if stored is not None else settled_listing(lambda: self.origin.list_objects(prefix), self.url)
         if self._was_there and not listed:  # an open array would read as its fill value
             raise IncompleteArrayError(f"{self.url} was there when it was opened and is gone. Open it again when it is back.")
         if stored is None and listed:

@@ -47,7 +47,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]
     for number in range(N_VERSIONS):
         values = np.arange(np.prod(SHAPE), dtype="float32").reshape(SHAPE) + STEP * number
         small_group(root / f"{number}.zarr", {ARRAY: values})
-        made.append({str(p.relative_to(root / f"{number}.zarr")): p.read_bytes() for p in sorted((root / f"{number}.zarr").rglob("*")) if p.is_file()})
+        made.append(
+            {str(p.relative_to(root / f"{number}.zarr")): p.read_bytes() for p in sorted((root / f"{number}.zarr").rglob("*")) if p.is_file()}
+        )
     return made
 
 
@@ -120,6 +122,7 @@ def test_writer_that_stops_to_think_is_waited_for(
     half = len(writer.versions[1]) // 2 + 1
     first, second = list(writer.versions[1].items())[:half], list(writer.versions[1].items())[half:]
     assert sum(ARRAY in key for key, _ in second) >= 3
+
     def go_on() -> None:
         end_s = time.monotonic() + 60
         while not [s for s in fault_proxy.seen() if "mp-1.zarr" in s.path] and time.monotonic() < end_s:
@@ -185,8 +188,7 @@ def test_readings_under_a_writer_are_of_one_version(writer: Writer) -> None:
 @pytest.mark.slow
 def test_readings_under_a_writer_are_of_one_version_for_two_minutes(writer: Writer) -> None:
     """The same with six stores and sixteen readers."""
-    whole, refused = hammer(writer, n_stores=6, n_readers=16, seconds=120.0, rest_s=0.5)
-    print(f"{whole} readings whole, {refused} refused, 0 mixed; {min(writer.newest.values())} overwrites of each store")
+    whole, _refused = hammer(writer, n_stores=6, n_readers=16, seconds=120.0, rest_s=0.5)
     assert whole >= 100
 
 

@@ -44,6 +44,7 @@ def url(s3_server: S3Server) -> str:
 
 
 def opened(url: str, server: S3Server, proxy: FaultProxy, node_dir: Path | None, **more: Any) -> Origin:
+    """The bucket behind the proxy, with two attempts."""
     kwargs = server.kwargs_at(proxy.endpoint_url)
     return open_origin(url, s3_kwargs=kwargs, retry=RetryConfig(attempts=2), node_dir=node_dir, **more)
 
@@ -57,6 +58,7 @@ def ask(origin: Origin, done: Any) -> None:
 
 
 def wait_until(condition: Any) -> None:
+    """Wait, as long as only a hang takes."""
     end = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -125,20 +127,18 @@ def test_without_a_directory_all_threads_of_the_process_pause(s3_server: S3Serve
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pauses that do not keep a test."""
     monkeypatch.setattr(backoff, "FIRST_S", 0.05)
-    yield
+    return
 
 
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
-def test_pauses_use_up_no_attempts(
-    s3_server: S3Server, fault_proxy: FaultProxy, url: str, engine: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pauses_use_up_no_attempts(s3_server: S3Server, fault_proxy: FaultProxy, url: str, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Each object is refused once, so a pass is cut short again and again; with two attempts everything arrives all the same."""
     counters = Counters()
     origin = opened(url, s3_server, fault_proxy, None, fetch=FetchConfig(engine=engine, concurrency=2), counters=counters)
     objects = origin.list_objects("mp-1.zarr/")
     fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
     with caplog.at_level(logging.WARNING, "zarrcache.backoff"):
-        assert len(dict((obj.key, body) for obj, body in origin.fetch(objects))) == N
+        assert len({obj.key: body for obj, body in origin.fetch(objects)}) == N
     assert (fault_proxy.count("GET"), counters.snapshot().retries) == (2 * N, N)
     assert [r.getMessage().split(" wait_s")[0] for r in caplog.records if r.name == "zarrcache.backoff"]
