@@ -1,4 +1,4 @@
-"""``ZarrS3Reader``: the users' reader, with the one cached path from a task id to a density."""
+"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there ``CachedPath`` goes on."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from zarrcache.cachedpath import CachedPath, Outcome
 from zarrcache.config import CacheConfig
-from zarrcache.density import as_density, density_of_group, density_of_objects, metadata_of, per_point
-from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
-from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, source_digest, stored_array
+from zarrcache.density import density_of_group, metadata_of
+from zarrcache.errors import OriginNotFoundError
+from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, stored_array
 from zarrcache.materials import Materials, Present
 from zarrcache.origin import Origin, make_s3fs
-from zarrcache.readarray import list_array, read_array
+from zarrcache.readarray import list_array
 from zarrcache.sequences import Density, Role, SplitSets, split_sets
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters, Stats
@@ -29,10 +30,7 @@ from zarrcache.tiers import Tiers
 if TYPE_CHECKING:
     import s3fs
 
-__all__ = ["Outcome", "ZarrS3Reader"]
-
-#: How a density was had: from the array tier, from the origin and stored, from the origin and not admitted.
-Outcome = Literal["hit", "miss", "bypass"]
+__all__ = ["ZarrS3Reader"]
 
 
 class ZarrS3Reader:
@@ -197,7 +195,7 @@ class ZarrS3Reader:
         OriginError
             There is no such store, or the origin cannot be reached.
         """
-        values, _ = self._density(self._origins[role], self.store_name(task_id, role))
+        values, _ = self._path.read(self._origins[role], self.store_name(task_id, role))
         return _flat(values)
 
     def ensure(self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None) -> tuple[Outcome, int]:
@@ -222,14 +220,14 @@ class ZarrS3Reader:
         As ``load``.
         """
         origin, store = self._origins[role], self.store_name(task_id, role)
-        values, outcome = self._density(origin, store, revalidate=True, reserve=reserve)
+        values, outcome = self._path.read(origin, store, revalidate=True, reserve=reserve)
         if outcome != "hit" and self._tiers.arrays is not None:
             self._tiers.forget_listing(origin, store)  # metadata and crops are to be of the same version
         return outcome, values.nbytes
 
     def key(self, task_id: str, role: Role) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
-        return self._key(self._origins[role], self.store_name(task_id, role))
+        return self._path.key(self._origins[role], self.store_name(task_id, role))
 
     def origin(self, role: Role) -> Origin:
         """The directory of one role."""
@@ -237,7 +235,8 @@ class ZarrS3Reader:
 
     def stored(self) -> dict[Role, dict[str, int]]:
         """Bytes on disk of the densities that are in the array tier, by role and task id. Their stores are those that were listed last."""
-        return self._tiers.stored_densities(self._stored_as, {role: (origin, self._materials.names(role)) for role, origin in self._origins.items()})
+        listings = {role: (origin, self._materials.names(role)) for role, origin in self._origins.items()}
+        return self._tiers.stored_densities(stored_array(self.array, is_per_point=self.normalize), listings)
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
         """What the origin lists now of one density: keys, sizes, ETags. One LIST."""
@@ -259,11 +258,8 @@ class ZarrS3Reader:
         return f"charge_density_{self.density_type}"
 
     @property
-    def _stored_as(self) -> str:
-        return stored_array(self.array, is_per_point=self.normalize)
-
-    def _key(self, origin: Origin, store: str) -> ArrayKey:
-        return ArrayKey(origin.identity, origin.url_of(store), self._stored_as)
+    def _path(self) -> CachedPath:
+        return CachedPath(self._tiers, self._checked, self.array, self.normalize)
 
     def store_name(self, task_id: str, role: Role) -> str:
         """File name of a store below its directory: ``mp-1.zarr``, or ``mp-1.zarr.zip``.
@@ -281,71 +277,6 @@ class ZarrS3Reader:
             raise OriginNotFoundError(
                 f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to list the origin again."
             ) from None
-
-    def _density(
-        self, origin: Origin, store: str, *, revalidate: bool = False, reserve: Callable[[int], object] | None = None
-    ) -> tuple[NDArray[np.float32], Outcome]:
-        """The cached path: array tier, single flight, origin."""
-        arrays = self._tiers.arrays
-        if arrays is None:
-            return self._past_the_array_tier(origin, store, revalidate=revalidate), "bypass"
-        key = self._key(origin, store)
-        listed, source = None, None
-        if revalidate or self._is_due(key):
-            listed = list_array(origin, store, self.array)
-            source = source_digest(listed)
-        entry = arrays.get(key, source=source)
-        if entry is None:
-            if reserve is not None and listed is not None:
-                reserve(sum(o.size_bytes for o in listed))  # here, not under the lock: nobody else is to wait for our memory
-            with self._tiers.single_flight().hold(key.digest):
-                entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
-                if entry is None:
-                    decoded = read_array(origin, store, self.array, listed=listed, reserve=reserve)
-                    values = self._as_asked(decoded.array, key.url)
-                    admitted = arrays.put(key, values, source=decoded.source)
-                    self._checked.add(key.digest)
-                    self._counters.add(misses=1, bypasses=int(not admitted))
-                    # Mapped, if it is there: memory that the kernel may take back, and that a worker hands over without a copy.
-                    stored = arrays.get(key, source=decoded.source) if admitted else None
-                    return (stored.array if stored else values), "miss" if admitted else "bypass"
-        if source is not None:
-            self._checked.add(key.digest)
-        self._counters.add(hits=1, served_bytes=entry.array.nbytes)
-        return as_density(entry.array, key.url, self.array), "hit"
-
-    def _past_the_array_tier(self, origin: Origin, store: str, *, revalidate: bool) -> NDArray[np.float32]:
-        self._counters.add(misses=1, bypasses=1)
-        config = self._tiers.config
-        if config is None or not config.bytes.enabled:
-            return self._as_asked(read_array(origin, store, self.array).array, origin.url_of(store))
-        key = self._key(origin, store)
-        relist = revalidate or self._is_due(key)
-        try:
-            values = self._through_the_byte_tier(origin, store, relist=relist)
-        except IncompleteArrayError:
-            if relist:
-                raise
-            values = self._through_the_byte_tier(origin, store, relist=True)  # the stored listing may be older than the store
-        self._checked.add(key.digest)
-        return values
-
-    def _through_the_byte_tier(self, origin: Origin, store: str, *, relist: bool) -> NDArray[np.float32]:
-        objects = CachedStore(origin, store, self._tiers, relist=relist)
-        if not objects.sizes():
-            raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
-        return self._as_asked(density_of_objects(objects.sizes(), objects.read, objects.url, self.array), objects.url)
-
-    def _is_due(self, key: ArrayKey) -> bool:
-        """Whether the origin has to be asked if an entry is still fresh."""
-        revalidate = self._tiers.config.revalidate if self._tiers.config else "never"
-        return revalidate == "epoch" or (revalidate == "run" and key.digest not in self._checked)
-
-    def _as_asked(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
-        """What `load` hands out, and what is stored, of an array as the origin has it."""
-        values = as_density(array, url, self.array)
-        # In place: these are fresh from the origin, and another array of their size is as much work again, for the pages it takes.
-        return per_point(values, out=values if values.flags.writeable else None) if self.normalize else values
 
     # -- the users' methods on groups --------------------------------------------------------------------------------------------
 
@@ -369,9 +300,9 @@ class ZarrS3Reader:
         """
         store = zarr_store.store
         if isinstance(store, CachedStore) and not zarr_store.path:
-            return _flat(self._density(store.origin, store.name)[0])
+            return _flat(self._path.read(store.origin, store.name)[0])
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        return _flat(self._as_asked(density_of_group(zarr_store, self.array, where), where))
+        return _flat(self._path.as_asked(density_of_group(zarr_store, self.array, where), where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """What the store says of itself: attribute ``metadata``, merged with ``structure``; both may be JSON strings or JSON itself."""

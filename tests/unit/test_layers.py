@@ -28,7 +28,7 @@ LEVELS = {
     3: "origin arraycache settled",
     4: "bytecache readarray density",
     5: "tiers",
-    6: "store materials",
+    6: "store materials cachedpath",
     7: "reader filesystem handover",
     8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
     "scope warming warmreport evicting verifying status doctor",
