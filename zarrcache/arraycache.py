@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any
 
 import numpy as np
 
 from zarrcache.atomic import publish
-from zarrcache.codec import Entry, header_of, map_entry, write_entry
+from zarrcache.codec import Entry, EntryHeader, header_of, map_entry, write_entry
 from zarrcache.config import CacheConfig
 from zarrcache.errors import CorruptEntryError
+from zarrcache.incoming import Incoming
 from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored
 from zarrcache.indexfile import array_note
 from zarrcache.keys import ArrayKey, file_digest
@@ -112,6 +114,20 @@ class ArrayCache:
         """Store a decoded array. False if it was not admitted or the cache failed: the caller has the array anyway."""
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         header = header_of(key, array, source)
+        return self._store(header, lambda file: write_entry(file, header, array))
+
+    def take(self, incoming: Incoming) -> bool:
+        """Store an entry that comes from elsewhere, as :meth:`put`. If it is not admitted nothing of its payload has been read.
+
+        Raises
+        ------
+        CorruptEntryError
+            It broke off, or its checksum does not match. Nothing is stored.
+        """
+        return self._store(incoming.header, incoming.write)
+
+    def _store(self, header: EntryHeader, write: Callable[[FileIO], object]) -> bool:
+        key = header.key
         filename = f"entries/{key.digest[:2]}/{key.digest}-{secrets.token_hex(4)}"
         intent: Intent | None = None
         try:
@@ -121,13 +137,13 @@ class ArrayCache:
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
                 self._tell(
-                    outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(array.nbytes), outcome.value
+                    outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(header.nbytes), outcome.value
                 )
                 return False
             intent = outcome
             path = self.index.dir.root / filename
             self.index.dir.make(path.parent)
-            publish(path, lambda file: write_entry(file, header, array), expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
+            publish(path, write, expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
             self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
             intent = None
         except CACHE_FAULTS as exc:

@@ -71,19 +71,28 @@ class CachedPath:
             source = source_digest(listed)
         entry = arrays.get(key, source=source)
         if entry is None:
+            if source is None and self.tiers.neighbours and self.tiers.config is not None and self.tiers.config.revalidate != "never":
+                listed = list_array(origin, store, self.array)  # it was compared with the origin, and evicted: others may have an older one
+                source = source_digest(listed)
             if reserve is not None and listed is not None:
                 reserve(sum(o.size_bytes for o in listed))  # here, not under the lock: nobody else is to wait for our memory
-            with self.tiers.single_flight().hold(key.digest):
+            # The lock of the node first, the lease of the cluster after it: whoever has a lease waits for nobody but the origin.
+            with self.tiers.single_flight().hold(key.digest), self.tiers.neighbours.turn(key, source) as turn:
                 entry = arrays.get(key, source=source)  # somebody else may have fetched it while we waited
                 if entry is None:
-                    decoded = read_array(origin, store, self.array, listed=listed, reserve=reserve)
-                    values = self.as_asked(decoded.array, key.url)
-                    admitted = arrays.put(key, values, source=decoded.source)
+                    taken = turn.take()
+                    if taken is None:
+                        decoded = read_array(origin, store, self.array, listed=listed, reserve=reserve)
+                        values = self.as_asked(decoded.array, key.url)
+                        turn.is_stored = arrays.put(key, values, source=decoded.source)
+                        # Mapped, if it is there: memory that the kernel may take back, and that a worker hands over without a copy.
+                        stored = arrays.get(key, source=decoded.source) if turn.is_stored else None
+                        values = stored.array if stored else values
+                    else:
+                        values = as_density(taken.array, key.url, self.array)
                     self.checked.add(key.digest)
-                    self.tiers.counters.add(misses=1, bypasses=int(not admitted))
-                    # Mapped, if it is there: memory that the kernel may take back, and that a worker hands over without a copy.
-                    stored = arrays.get(key, source=decoded.source) if admitted else None
-                    return (stored.array if stored else values), "miss" if admitted else "bypass"
+                    self.tiers.counters.add(misses=1, bypasses=int(not turn.is_stored))
+                    return values, "miss" if turn.is_stored else "bypass"
         if source is not None:
             self.checked.add(key.digest)
         self.tiers.counters.add(hits=1, served_bytes=entry.array.nbytes)

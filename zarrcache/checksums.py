@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["crc32c"]
 
 
-def crc32c(data: Buffer) -> int:
-    """CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer."""
-    return int(checksums.crc32c(data))
+def crc32c(data: Buffer, previous: int = 0) -> int:
+    """CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer, or of what had the CRC ``previous`` and this buffer behind it."""
+    return int(checksums.crc32c(data, previous))

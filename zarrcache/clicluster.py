@@ -1,16 +1,18 @@
-"""Commands about many nodes: ``plan``."""
+"""Commands about many nodes: ``plan``, ``serve``."""
 
 from __future__ import annotations
 
+import signal
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from zarrcache.cliapp import app, guarded, show, show_json
+from zarrcache.cliapp import app, guarded, say, show, show_json
 from zarrcache.cliargs import Config, Json, data_config, size
 
-__all__ = ["plan"]
+__all__ = ["plan", "serve"]
 
 
 @app.command()
@@ -66,4 +68,47 @@ def plan(
         return 0
     for line in plan_lines(found):
         show(line)
+    return 0
+
+
+@app.command()
+@guarded
+def serve(
+    config: Config,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="name or address of this node to listen on; one that others reach needs a token")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="TCP port; 0 takes one that is free")] = 7070,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="file of mode 0600 with the word that clients have to show [default: CONFIG's cache.peer_token_file]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Let other nodes read this node's cache.
+
+    Entries of the array tier, over HTTP, to whoever has the token; nothing is written. Ends on SIGTERM and Ctrl-C.
+    """
+    from zarrcache.entryserver import EntryServer
+    from zarrcache.peertoken import read_token
+    from zarrcache.scope import cache_of
+
+    cache = cache_of(data_config(config))
+    path = token_file or cache.peer_token_file
+    token = read_token(path) if path is not None else None
+    # Blocked and waited for, in all threads: a handler would run at any place of this one.
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    with EntryServer(cache.dir, host=host, port=port, token=token) as server:
+        if as_json:
+            show_json({"url": server.url, "directory": cache.dir, "has_token": token is not None})
+        else:
+            show(f"Serving the array tier of {cache.dir} at {server.url}. Ctrl-C ends it.")
+            if token is None:
+                say("There is no token: every user of this machine can read it.")
+        signal.sigwait(ends)
     return 0

@@ -31,10 +31,24 @@ from zarrcache.errors import CorruptEntryError
 from zarrcache.keys import FORMAT_VERSION, ArrayKey
 from zarrcache.mapping import map_file, open_regular
 
-__all__ = ["Entry", "EntryHeader", "checksum", "encode_header", "header_of", "map_entry", "read_header", "write_entry"]
+__all__ = [
+    "START_BYTES",
+    "Entry",
+    "EntryHeader",
+    "checksum",
+    "encode_header",
+    "header_of",
+    "map_entry",
+    "parse_header",
+    "prefix_bytes",
+    "read_header",
+    "write_entry",
+]
 
 _MAGIC = b"zarrcach"
 _PREFIX = struct.Struct("<8sIII")
+#: What tells how long the header is.
+START_BYTES = _PREFIX.size
 _PAGE = 4096
 #: A header is identity and numbers; one that claims more is not ours.
 _MAX_JSON_BYTES = 64 * 1024
@@ -136,7 +150,7 @@ def read_header(path: str | os.PathLike[str]) -> EntryHeader:
     """
     fd, found = open_regular(path)
     try:
-        return _parse(os.pread(fd, _PREFIX.size + _MAX_JSON_BYTES, 0), found.st_size, path)
+        return parse_header(os.pread(fd, _PREFIX.size + _MAX_JSON_BYTES, 0), found.st_size, path)
     finally:
         os.close(fd)
 
@@ -153,13 +167,48 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
     """
     fd, found = open_regular(path)
     try:
-        header = _parse(os.pread(fd, _PAGE, 0), found.st_size, path, fd)
+        header = parse_header(os.pread(fd, _PAGE, 0), found.st_size, path, fd)
         return Entry(header, map_file(fd, found, path, found.st_size - header.nbytes, header.dtype, header.shape))
     finally:
         os.close(fd)
 
 
-def _parse(raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | None = None) -> EntryHeader:
+def prefix_bytes(start: bytes, where: str) -> int:
+    """Bytes that the header of an entry takes, told by its first :data:`START_BYTES`. ``where`` is for messages.
+
+    Raises
+    ------
+    CorruptEntryError
+        It is not an entry, or claims a header that none has.
+    """
+    magic: bytes
+    length: int
+    magic, _, length, _ = _PREFIX.unpack(start)
+    if magic != _MAGIC or length > _MAX_JSON_BYTES:
+        raise CorruptEntryError(f"{where} does not begin as an entry does.")
+    return -(-(_PREFIX.size + length) // _PAGE) * _PAGE
+
+
+def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | None = None) -> EntryHeader:
+    """The header in the first bytes of an entry.
+
+    Parameters
+    ----------
+    raw : bytes
+        The header's pages at least; with ``fd`` the first of them will do.
+    file_bytes : int
+        Length of the whole entry.
+    path : path
+        Where it is, for messages.
+    fd : int, optional
+        The file, to read further pages.
+
+    Raises
+    ------
+    CorruptEntryError
+        Not an entry of this version, or not whole.
+    """
+
     def corrupt(why: str) -> CorruptEntryError:
         return CorruptEntryError(f"{os.fspath(path)} is not a whole entry: {why}.")
 
@@ -182,6 +231,8 @@ def _parse(raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | 
     # The checksum holds, so this is what encode_header wrote; a planted file with a right checksum may still say anything.
     try:
         fields = json.loads(text.decode())
+        if not all(isinstance(fields[name], str) for name in ("origin", "url", "array", "source", "dtype")):
+            raise TypeError("a name that is no text")
         shape = tuple(int(n) for n in fields["shape"])
         dtype = np.dtype(fields["dtype"])
         header = EntryHeader(
@@ -192,7 +243,7 @@ def _parse(raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | 
             int(fields["nbytes"]),
             int(fields["crc32c"]),
         )
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, RecursionError) as exc:
         raise corrupt(f"header cannot be read ({exc})") from exc
     if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != header.nbytes:
         raise corrupt("shape, dtype and length disagree")

@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from zarrcache.errors import ConfigError
+from zarrcache.keys import shown
 from zarrcache.quantities import Percent, bytes_or_percent, parse_bytes, parse_seconds
 
 __all__ = [
@@ -122,6 +124,27 @@ class PriceConfig(_Block):
     transfer_per_gib: float = Field(0.0, ge=0, description="one GiB to where the training runs")
 
 
+def _or_none(value: object) -> object:
+    """Nothing, or a variable that expanded to nothing."""
+    return None if value == "" else value
+
+
+def _listed(value: object) -> object:
+    """A list, or a string that a job script has made: names with commas or blanks between them."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else () if value is None else value
+
+
+def _peer_url(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        raise ValueError(f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070") from None
+    if url.scheme != "http" or not url.hostname or not port or url.username is not None or url.path.strip("/") or url.query or url.fragment:
+        raise ValueError(f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070")
+    return f"http://{url.netloc.lower()}"
+
+
 class CacheConfig(_Block):
     """The ``cache:`` block.
 
@@ -146,6 +169,10 @@ class CacheConfig(_Block):
     fetch: FetchConfig = FetchConfig()
     prices: PriceConfig = PriceConfig()
     shared: bool = False
+    lower: Annotated[Path | None, BeforeValidator(_or_none)] = Field(None, description="cache.dir of another cache, only read: asked before peers")
+    peers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field((), description="http://host:port of nodes that run zarrcache serve")
+    advertise: Annotated[str | None, BeforeValidator(_or_none)] = Field(None, description="this node's own http://host:port, as its peers name it")
+    peer_token_file: Annotated[Path | None, BeforeValidator(_or_none)] = Field(None, description="file with the word that peers ask for")
     allow_network_fs: bool = Field(False, description="keep the cache on NFS, Lustre and the like, without SQLite's WAL")
 
     def __init__(self, **data: Any) -> None:
@@ -156,10 +183,26 @@ class CacheConfig(_Block):
             raise ConfigError("cache.dir is missing. Give a directory on the node's own disk, for example dir: ${SLURM_TMPDIR:-/tmp}/zarrcache.")
         super().__init__(**{k: _expand(v) for k, v in data.items()})
 
-    @field_validator("dir")
+    @field_validator("dir", "lower", "peer_token_file")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("peers")
+    @classmethod
+    def _peer_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(map(_peer_url, value)))
+
+    @field_validator("advertise")
+    @classmethod
+    def _own_url(cls, value: str | None) -> str | None:
+        return None if value is None else _peer_url(value)
+
+    @model_validator(mode="after")
+    def _is_not_below_itself(self) -> CacheConfig:
+        if self.lower == self.dir:
+            raise ValueError("cache.lower is cache.dir itself; give the directory of another cache, or none")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> CacheConfig:

@@ -17,6 +17,7 @@ __all__ = [
     "ObjectInfo",
     "check_task_id",
     "file_digest",
+    "is_digest",
     "shown",
     "source_digest",
     "stem_of",
@@ -32,6 +33,7 @@ _PER_POINT = " per point"
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 320
 _SHOWN.maxlist = _SHOWN.maxdict = 10
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}")
 
 
@@ -146,6 +148,11 @@ def stored_array(array: str, *, is_per_point: object) -> str:
     if " " in array:
         raise ConfigError(f"density_type gives the array {array!r}; its name has no blank. Set it to total or diff.")
     return array + _PER_POINT if is_per_point else array
+
+
+def is_digest(text: object) -> bool:
+    """Whether ``text`` has the form of a digest. Nothing else that comes from outside becomes part of a file's name."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def file_digest(filename: str) -> str:

@@ -43,8 +43,8 @@ class Place:
     nbytes: int
 
 
-def open_regular(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
-    """Open a file to read. The caller closes the descriptor.
+def open_regular(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
+    """Open a file to read, ``path`` counting from the directory ``dir_fd`` if it is given. The caller closes the descriptor.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
         The file is gone or cannot be read; a symbolic link is refused.
     """
     # O_NOFOLLOW: a symbolic link in place of an entry was planted. O_NONBLOCK: a planted FIFO must not hang us.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         os.close(fd)

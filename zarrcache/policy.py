@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from enum import Enum
 
 from zarrcache.quantities import Percent
 
-__all__ = ["Admission", "admit", "choose_victims", "disk_bytes", "is_fresh", "min_free_bytes"]
+__all__ = ["Admission", "admit", "choose_victims", "disk_bytes", "is_fresh", "min_free_bytes", "nodes_by_duty"]
 
 #: What a file occupies is counted in file-system blocks, so that the sum agrees with ``du``.
 BLOCK_BYTES = 4096
@@ -62,3 +63,11 @@ def choose_victims(oldest_first: Iterable[tuple[str, int]], needed_bytes: int) -
 def is_fresh(stored_source: str, current_source: str | None) -> bool:
     """Does an entry still hold what the origin lists? ``None`` means "nobody asked": trusted."""
     return current_source is None or stored_source == current_source
+
+
+def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
+    """The nodes in the order in which they are in charge of an entry; the first is its home. Every node of one list finds the same order.
+
+    Rendezvous hashing: each node is home of an equal share, and one that comes or goes changes the home of its own share alone.
+    """
+    return sorted(set(nodes), key=lambda node: hashlib.blake2b(f"{digest} {node}".encode(), digest_size=8).digest())

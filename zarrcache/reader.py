@@ -63,7 +63,7 @@ class ZarrS3Reader:
     Raises
     ------
     ConfigError
-        ``cache`` or ``s3_kwargs`` cannot be used.
+        ``cache`` (its token file and its lower layer too) or ``s3_kwargs`` cannot be used.
 
     Attributes
     ----------
@@ -103,6 +103,8 @@ class ZarrS3Reader:
         }
         self._materials = Materials(self._origins, self._tiers)
         self._checked = SharedSet()
+        if self._tiers.arrays is not None:
+            self._tiers.neighbours.check()
         if self.use_s3:  # any other scheme was refused above
             _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
 

@@ -25,13 +25,15 @@ class Stats:
     byte_hits, byte_misses : int
         The same for the byte tier, in objects and blocks.
     purges : int
-        Bad entries dropped (checksum, identity, truncation).
+        Bad entries dropped (checksum, identity, truncation), and bad ones that were received and not taken.
     cache_errors : int
         Cache faults that became misses or pass-through.
     requests, retries : int
         Requests sent to the origin, and those among them that repeat a failed one.
     fetched_bytes, served_bytes : int
         Bytes from the origin, and bytes served from disk.
+    lower_hits, peer_hits : int
+        Misses that the lower layer or another node had, so that the origin was not asked for them.
     """
 
     hits: int = 0
@@ -45,6 +47,8 @@ class Stats:
     retries: int = 0
     fetched_bytes: int = 0
     served_bytes: int = 0
+    lower_hits: int = 0
+    peer_hits: int = 0
 
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

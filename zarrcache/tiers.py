@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from zarrcache.flight import SingleFlight
 from zarrcache.index import CACHE_FAULTS, Index
 from zarrcache.indexfile import array_note
 from zarrcache.keys import ArrayKey, stem_of
+from zarrcache.neighbours import Neighbours
 from zarrcache.origin import Origin, open_origin
 from zarrcache.sequences import Role
 from zarrcache.sharedfile import SharedSet
@@ -57,6 +59,13 @@ class Tiers:
             locks = self.index.dir.locks if self.index else None
             self._origins[key] = open_origin(url, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=self.counters, node_dir=locks)
         return self._origins[key]
+
+    @functools.cached_property
+    def neighbours(self) -> Neighbours:
+        """Where else in the cluster entries of the array tier may be had. Only with an array tier."""
+        assert self.config is not None
+        assert self.arrays is not None
+        return Neighbours(self.config, self.arrays, self.counters)
 
     def single_flight(self) -> SingleFlight:
         """The locks of the cache directory. Only with a cache."""
