@@ -1,0 +1,369 @@
+"""Peers and lower layers that are dead, slow, damaged or hostile: each sample is right, each trouble is said once, nothing bad is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.cluster import Node, start_cluster
+from tests.support.localnode import LocalNode
+from tests.support.roguepeer import Answer, entry_answer, hanging, running_peer, trickling
+from zarrcache import ConfigError, ZarrS3Reader, peers
+from zarrcache.checksums import crc32c
+from zarrcache.codec import encode_header, header_of
+from zarrcache.keys import ArrayKey
+from zarrcache.peers import Peers
+
+TASK, ROLE = "mp-1", "data"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> LocalNode:
+    """Densities in a directory, and a cache that has them all."""
+    node = LocalNode(tmp_path_factory.mktemp("node"))
+    node.read(node.reader())
+    return node
+
+
+@pytest.fixture
+def key(node: LocalNode) -> ArrayKey:
+    """What is asked for."""
+    return node.reader().key(TASK, ROLE)
+
+
+@pytest.fixture
+def good(node: LocalNode, key: ArrayKey) -> bytes:
+    """The entry as it is on disk."""
+    (path,) = (node.root / "entries").rglob(f"{key.digest}-*")
+    return path.read_bytes()
+
+
+def reader_at(node: LocalNode, directory: Path, **block: Any) -> ZarrS3Reader:
+    """A node with an empty cache of its own."""
+    where = (node.directory / "data", node.directory / "label", node.directory / "map.json")
+    return ZarrS3Reader(*where, "GGA", False, 0.5, cache={"dir": directory / "own", "min_free": 0, **block})
+
+
+def flipped(raw: bytes, byte: int) -> bytes:
+    """One bit of it is another."""
+    return raw[:byte] + bytes([raw[byte] ^ 4]) + raw[byte + 1 :]
+
+
+def header_with(**fields: Any) -> Callable[[bytes], bytes]:
+    """The header says something else, with a right checksum; the payload is as it was."""
+
+    def change(raw: bytes) -> bytes:
+        length = int.from_bytes(raw[12:16], "little")
+        text = json.dumps({**json.loads(raw[20 : 20 + length]), **fields}, separators=(",", ":"), sort_keys=True).encode()
+        return (raw[:12] + len(text).to_bytes(4, "little") + crc32c(text).to_bytes(4, "little") + text).ljust(4096, b"\0") + raw[4096:]
+
+    return change
+
+
+def of_kind(dtype: str, shape: tuple[int, ...]) -> Callable[[bytes], bytes]:
+    """A whole entry of the right key that is no density."""
+
+    def change(raw: bytes) -> bytes:
+        fields = json.loads(raw[20 : 20 + int.from_bytes(raw[12:16], "little")])
+        array = np.zeros(shape, dtype)
+        header = header_of(ArrayKey(fields["origin"], fields["url"], fields["array"]), array, fields["source"])
+        return encode_header(header) + array.tobytes()
+
+    return change
+
+
+def nested(raw: bytes) -> bytes:
+    """JSON that overflows a parser's stack, with a right checksum."""
+    text = b"[" * 60000
+    prefix = raw[:12] + len(text).to_bytes(4, "little") + crc32c(text).to_bytes(4, "little")
+    return (prefix + text).ljust(61440, b"\0") + raw[4096:]
+
+
+BAD: dict[str, Callable[[bytes], bytes]] = {
+    "a bit of the values": lambda raw: flipped(raw, 4096 + 17),
+    "a bit of the header": lambda raw: flipped(raw, 60),
+    "a bit of the checksum": lambda raw: flipped(raw, 17),
+    "a bit behind the header": lambda raw: flipped(raw, 4000),
+    "another version": lambda raw: raw[:8] + b"\x07" + raw[9:],
+    "another density": header_with(url="/data/mp-2.zarr"),
+    "a key of no text": header_with(url=["/data"]),
+    "an endless shape": header_with(shape=[float("inf"), 1, 1]),
+    "a strange dtype": header_with(dtype="f4,,("),
+    "objects": header_with(dtype="|O8"),
+    "a header with blanks": header_with(more="words"),
+    "float64": of_kind("<f8", (6, 5, 4)),
+    "two axes": of_kind("<f4", (30, 4)),
+    "no values": of_kind("<f4", (0, 5, 4)),
+    "less than it says": lambda raw: raw[:-8],
+    "more than it says": lambda raw: raw + bytes(8),
+    "nothing": lambda raw: b"",
+    "half a header": lambda raw: raw[:30],
+    "a web page": lambda raw: b"<html>" * 1000,
+    "nested text": nested,
+}
+
+
+def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int = 0) -> None:
+    """It gives what a plain read gives, from the origin, and has kept nothing else."""
+    assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+    stats = reader.stats
+    assert (stats.purges, stats.peer_hits, stats.lower_hits, stats.cache_errors) == (purges, peer_hits, 0, 0)
+    own = Path(reader.tiers.config.dir) / "zarrcache-v1"  # type: ignore[union-attr]
+    assert len(list((own / "entries").rglob(f"*{reader.key(TASK, ROLE).digest}*"))) == 1
+    again = ZarrS3Reader(*(reader.data_dir, reader.label_dir, reader.map_dir), "GGA", False, 0.5, cache={"dir": own.parent, "min_free": 0})
+    assert np.array_equal(again.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+    assert (again.stats.hits, again.stats.purges) == (1, 0)
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("place", ["peer", "lower"])
+def test_bad_entry_is_counted_said_once_and_not_kept(
+    node: LocalNode, key: ArrayKey, good: bytes, tmp_path: Path, what: str, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with it, the next place is asked."""
+    raw = BAD[what](good)
+    assert raw != good
+    if place == "lower":
+        lower = tmp_path / "lower" / "zarrcache-v1" / "entries" / key.digest[:2]
+        lower.mkdir(parents=True)
+        (lower / f"{key.digest}-01234567").write_bytes(raw)
+        check(reader_at(node, tmp_path, lower=tmp_path / "lower"), node, purges=1)
+    else:
+        with running_peer(entry_answer(raw)) as peer:
+            reader = reader_at(node, tmp_path, peers=[peer.url])
+            check(reader, node, purges=1)
+            assert len(peer.asked) == 1
+            reader.load("mp-2", ROLE)  # of another key now, and bad in any case
+            assert reader.stats.purges == 2
+    assert caplog.text.count("was not taken") == 1
+
+
+REFUSED: dict[str, Callable[[bytes], Answer]] = {
+    "hangs": lambda raw: hanging,
+    "garbage": lambda raw: lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "no answer": lambda raw: lambda connection: None,
+    "error": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"),
+    "other page": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!"),
+    "no length": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw),
+    "endless header": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_peer_that_does_not_answer_is_left_out_for_a_while(
+    node: LocalNode, good: bytes, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asked once, said once, and asked again when the time is over."""
+    monkeypatch.setattr(peers, "_READ_S", 0.2)
+    with running_peer(REFUSED[how](good)) as peer:
+        reader = reader_at(node, tmp_path, peers=[peer.url], advertise="http://127.0.0.1:1")
+        check(reader, node, purges=0)
+        reader.load("mp-2", ROLE)
+        assert len(peer.asked) == 1
+        assert caplog.text.count(f"peer {peer.url} is left out") == 1
+        monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 100)
+        reader.load("mp-0", ROLE)
+        assert len(peer.asked) == 2
+        assert caplog.text.count(f"peer {peer.url} is left out") == 1
+
+
+CUT: dict[str, Callable[[bytes], Answer]] = {
+    "in the header": lambda raw: entry_answer(raw, sends=100),
+    "in the values": lambda raw: entry_answer(raw, sends=len(raw) - 9),
+    "before a byte": lambda raw: entry_answer(raw, sends=0),
+    "by a reset": lambda raw: entry_answer(raw, sends=len(raw) - 9, reset=True),
+    "longer than it says": lambda raw: entry_answer(raw, claims=len(raw) - 8),
+    "claims a terabyte": lambda raw: entry_answer(raw, claims=2**40),
+}
+
+
+@pytest.mark.parametrize("how", CUT)
+def test_entry_that_breaks_off_is_not_kept(node: LocalNode, good: bytes, tmp_path: Path, how: str) -> None:
+    """A peer that dies in the middle of a body; no partial file stays, and no room is reserved for one."""
+    with running_peer(CUT[how](good)) as peer:
+        reader = reader_at(node, tmp_path, peers=[peer.url])
+        check(reader, node, purges=1)
+    assert list((tmp_path / "own").rglob("*.partial")) == []
+    index = reader.tiers.index
+    assert index is not None
+    assert index.volume_bytes() == sum(-(-p.stat().st_size // 4096) * 4096 for p in (tmp_path / "own").rglob("entries/*/*"))
+
+
+def test_peer_that_trickles_is_given_up(node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the entry would take minutes."""
+    monkeypatch.setattr(peers, "_READ_S", 0.3)
+    with running_peer(trickling(good)) as peer:
+        check(reader_at(node, tmp_path, peers=[peer.url]), node, purges=1)
+
+
+def test_redirection_to_a_stranger_is_not_followed(node: LocalNode, good: bytes, tmp_path: Path) -> None:
+    """The token would go with it."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("x" * 32)
+    with running_peer(entry_answer(good)) as stranger:
+        away = f"HTTP/1.1 303 See Other\r\nZarrcache-Answer: at\r\nLocation: {stranger.url}\r\nContent-Length: 0\r\n\r\n".encode()
+        with running_peer(lambda connection: connection.sendall(away)) as peer:
+            for own in (None, "http://127.0.0.1:1"):
+                reader = reader_at(node, tmp_path / str(own is None), peers=[peer.url], advertise=own, peer_token_file=token)
+                check(reader, node, purges=0)
+            assert ["Bearer " + "x" * 32 in asked for asked in peer.asked] == [True, True]
+        assert stranger.asked == []
+
+
+def test_next_peer_is_asked_after_a_bad_one(node: LocalNode, good: bytes, tmp_path: Path) -> None:
+    """In whichever order their turn comes."""
+    with running_peer(entry_answer(flipped(good, 5000 - 900))) as bad, running_peer(entry_answer(good)) as fine:
+        reader = reader_at(node, tmp_path, peers=[bad.url, fine.url])
+        assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+        assert (reader.stats.peer_hits, reader.stats.purges) == (1, len(bad.asked))
+        assert len(fine.asked) == 1
+
+
+@pytest.mark.parametrize("given", [None, "w" * 32])
+def test_wrong_token_is_refused_and_said(node: LocalNode, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither without nor with another one; and the word is in no message."""
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    for path, word in ((right, "r" * 32), (wrong, "w" * 32)):
+        path.touch(0o600)
+        path.write_text(word)
+    with start_cluster(2, tmp_path, node.directory, str(node.directory), token_file=right) as cluster:
+        cluster.nodes[0].reader().load(TASK, ROLE)  # type: ignore[arg-type]
+        reader = cluster.nodes[1].reader(peer_token_file=wrong if given else None)
+        assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())  # type: ignore[arg-type]
+        assert reader.stats.peer_hits == 0
+        assert "it does not know our token (cache.peer_token_file)" in caplog.text
+        assert "w" * 32 not in caplog.text
+        assert "r" * 32 not in caplog.text + repr(cluster.nodes[1].cache) + repr(reader)
+
+
+PLANTED: dict[str, Callable[[Path, Path], object]] = {
+    "a link to the entry": lambda path, to: path.symlink_to(to),
+    "a link to nothing": lambda path, to: path.symlink_to(path.with_name("nothing")),
+    "a pipe": lambda path, to: os.mkfifo(path),
+    "a directory": lambda path, to: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_no_file_in_the_lower_layer_is_passed_over(node: LocalNode, key: ArrayKey, tmp_path: Path, what: str) -> None:
+    """A good entry beside it is found; nothing hangs."""
+    (path,) = (node.root / "entries").rglob(f"{key.digest}-*")
+    directory = tmp_path / "lower" / "zarrcache-v1" / "entries" / key.digest[:2]
+    directory.mkdir(parents=True)
+    PLANTED[what](directory / f"{key.digest}-ffffffff", path)
+    check(reader_at(node, tmp_path, lower=tmp_path / "lower"), node, purges=0)
+    shutil.copy(path, directory / f"{key.digest}-00000000")
+    other = reader_at(node, tmp_path / "other", lower=tmp_path / "lower")
+    other.load(TASK, ROLE)
+    assert (other.stats.lower_hits, other.stats.purges) == (1, 0)
+
+
+def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(node: LocalNode, key: ArrayKey, tmp_path: Path) -> None:
+    """Somebody who may write there cannot lead a reader out of it."""
+    entries = tmp_path / "lower" / "zarrcache-v1" / "entries"
+    entries.mkdir(parents=True)
+    (entries / key.digest[:2]).symlink_to(node.root / "entries" / key.digest[:2])
+    check(reader_at(node, tmp_path, lower=tmp_path / "lower"), node, purges=0)
+
+
+def test_lower_layer_that_is_not_there_is_said_once(node: LocalNode, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not mounted on this node, perhaps. And one that anybody may write to is refused before the run."""
+    reader = reader_at(node, tmp_path, lower=tmp_path / "lower")
+    for task_id in ("mp-0", "mp-1", "mp-2"):
+        reader.load(task_id, ROLE)
+    assert caplog.text.count("there is no cache at") == 1
+    (tmp_path / "lower" / "zarrcache-v1").mkdir(parents=True)
+    (tmp_path / "lower" / "zarrcache-v1").chmod(0o777)
+    with pytest.raises(ConfigError, match=r"cache\.lower: anybody may write to .*chmod o-w"):
+        reader_at(node, tmp_path / "other", lower=tmp_path / "lower")
+
+
+# -- leases ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(node: LocalNode, tmp_path: Path) -> Iterator[list[Node]]:
+    """Two nodes, and an address that is home of nothing."""
+    with start_cluster(2, tmp_path, node.directory, str(node.directory)) as cluster:
+        yield cluster.nodes
+
+
+def _take_a_lease_and_stop(node: Node, digest: str, pipe: Any) -> None:
+    lease = next(Peers(node.reader().tiers.config).replies(digest, source=None))  # type: ignore[arg-type]
+    pipe.send(lease.kind)
+    signal.pause()
+
+
+def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(pair: list[Node], node: LocalNode, key: ArrayKey) -> None:
+    """At once, not when the lease would have ended: the kernel closes its connection."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    holder = context.Process(target=_take_a_lease_and_stop, args=(pair[0], key.digest, there))
+    holder.start()
+    assert here.poll(60)
+    assert here.recv() == "lease"
+    reader = pair[1].reader()
+    loaded: list[Any] = []
+    waiter = threading.Thread(target=lambda: loaded.append(reader.load(TASK, ROLE)[0]))  # type: ignore[arg-type]
+    waiter.start()
+    waiter.join(1.0)
+    assert waiter.is_alive()  # it waits
+    os.kill(holder.pid or 0, signal.SIGKILL)
+    holder.join(60)
+    waiter.join(60)
+    assert np.array_equal(loaded[0], node.values[TASK, ROLE].ravel())
+    assert reader.stats.requests > 0
+    other = pair[0].reader()
+    other.load(TASK, ROLE)  # type: ignore[arg-type]
+    assert other.stats.peer_hits == 1
+
+
+def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(pair: list[Node], node: LocalNode, key: ArrayKey) -> None:
+    """After the time that the retries of a fetch may take; here two seconds."""
+    asked = Peers(pair[0].reader().tiers.config).replies(key.digest, source=None)  # type: ignore[arg-type]
+    lease = next(asked)
+    assert lease.kind == "lease"
+    reader = pair[1].reader(retry={"timeout": 2})
+    assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())  # type: ignore[arg-type]
+    assert reader.stats.peer_hits == 0
+    lease.close()
+
+
+def test_lease_is_given_back_when_the_origin_fails(pair: list[Node], node: LocalNode, tmp_path: Path) -> None:
+    """The error is the reader's; others who wait are not kept."""
+    broken = LocalNode(tmp_path / "broken")
+    nodes = [dataclasses.replace(n, root=broken.directory, url=str(broken.directory)) for n in pair]
+    (broken.directory / "data" / f"{TASK}.zarr" / "charge_density_total" / ".zarray").write_text("{}")
+    for n in nodes:
+        reader = n.reader()
+        with pytest.raises(ValueError, match="mp-1"):
+            reader.load(TASK, ROLE)  # type: ignore[arg-type]
+    reader = nodes[0].reader()
+    assert np.array_equal(reader.load("mp-2", ROLE)[0], broken.values["mp-2", ROLE].ravel())  # type: ignore[arg-type]
+
+
+def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_path: Path) -> None:
+    """In the middle of a run, one after the other, until nobody is left."""
+    with start_cluster(2, tmp_path, node.directory, str(node.directory)) as cluster:
+        readers = [n.reader() for n in cluster.nodes]
+        for server, task_id in zip([None, *cluster.servers], ("mp-0", "mp-1", "mp-2"), strict=True):
+            if server is not None:
+                server._server.server_close()
+                server._server.hang_up()
+            for reader in readers:
+                assert np.array_equal(reader.load(task_id, ROLE)[0], node.values[task_id, ROLE].ravel())  # type: ignore[arg-type]
+        assert sum(reader.stats.peer_hits for reader in readers) >= 1
+        assert all(reader.stats.cache_errors == 0 for reader in readers)

@@ -1,0 +1,84 @@
+"""A peer that answers what a test tells it: one thread, one request a connection, raw bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+__all__ = ["Answer", "RoguePeer", "entry_answer", "hanging", "running_peer", "trickling"]
+
+#: Gets the connection, with the request read, and sends what it likes.
+Answer = Callable[[socket.socket], None]
+
+
+@dataclass
+class RoguePeer:
+    """Where it listens, and what it was asked: the first line and the headers of each request."""
+
+    url: str
+    asked: list[str] = field(default_factory=list)
+
+
+def entry_answer(raw: bytes, *, claims: int | None = None, sends: int | None = None, reset: bool = False) -> Answer:
+    """200 with an entry; with another length than it has, or cut off after ``sends`` bytes, politely or by a reset."""
+
+    def answer(connection: socket.socket) -> None:
+        length = len(raw) if claims is None else claims
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + raw[:sends])
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    return answer
+
+
+def hanging(connection: socket.socket) -> None:
+    """Says nothing, until the client gives up."""
+    connection.settimeout(60)
+    with contextlib.suppress(OSError):
+        connection.recv(1)
+
+
+def trickling(raw: bytes) -> Answer:
+    """Sends an entry byte by byte."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw))
+        for i in range(len(raw)):
+            connection.sendall(raw[i : i + 1])
+            time.sleep(0.02)
+
+    return answer
+
+
+@contextlib.contextmanager
+def running_peer(answer: Answer) -> Iterator[RoguePeer]:
+    """Listens until the end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = RoguePeer(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # the test is over
+                    return
+                with connection, contextlib.suppress(OSError):
+                    request = b""
+                    while b"\r\n\r\n" not in request and (part := connection.recv(65536)):
+                        request += part
+                    if request:
+                        peer.asked.append(request.decode("latin-1"))
+                        answer(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield peer
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(90)
