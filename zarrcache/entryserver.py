@@ -103,6 +103,7 @@ class EntryServer:
         self._server.shutdown()
         self._server.server_close()
         self._server.hang_up()
+        self._thread.join()
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

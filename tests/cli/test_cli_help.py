@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": ("--against-origin", "--dir DIR", "--json"),
     "doctor": ("--dir DIR", "--json"),
     "plan": ("--nodes N", "--capacity SIZE", "--assignment", "--eviction", "--ranks-per-node N", "--epochs N", "--probe", "--seed N", "--json"),
+    "serve": ("--host HOST", "default: 127.0.0.1", "--port N", "default: 7070", "--token-file FILE", "cache.peer_token_file", "--json"),
 }
 
 

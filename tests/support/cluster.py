@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache import ZarrS3Reader
@@ -44,8 +44,6 @@ class Node:
 
 def payload(path: Path) -> tuple[dict[str, Any], NDArray[Any]]:
     """What an entry holds, read past the package: one page of header, then the values."""
-    import numpy as np
-
     raw = path.read_bytes()
     length = int.from_bytes(raw[12:16], "little")
     fields = json.loads(raw[20 : 20 + length])
@@ -75,4 +73,4 @@ def start_cluster(
         for server in servers:
             stack.enter_context(server)
         yield Cluster(nodes, servers)
-    assert not [thread for thread in threading.enumerate() if thread.name == "zarrcache serve"]
+    assert not any(server._thread.is_alive() for server in servers)

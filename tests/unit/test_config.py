@@ -74,6 +74,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     assert (config.bytes.enabled, config.bytes.block_size, config.arrays.enabled) == (True, 4 * MIB, True)
     assert (config.retry.attempts, config.retry.timeout) == (5, 60.0)
     assert (config.fetch.engine, config.fetch.concurrency) == ("auto", 64)
+    assert (config.lower, config.peers, config.advertise, config.peer_token_file) == (None, (), None, None)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_min_free_is_a_share_or_bytes(tmp_path: Path, text: object, value: float
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"limitt": "1 GiB"}, r"^cache\.limitt is not a setting\. Did you mean 'limit'\?$"),
-    ({"colour": "blue"}, r"^cache\.colour is not a setting\. Known keys: dir, limit, min_free, .*allow_network_fs\.$"),
+    ({"hue": "blue"}, r"^cache\.hue is not a setting\. Known keys: dir, limit, min_free, .*allow_network_fs\.$"),
     ({"retry": {"atempts": 3}}, r"^cache\.retry\.atempts is not a setting\. Did you mean 'attempts'\?$"),
     ({"bytes": {"blocksize": 1}}, r"^cache\.bytes\.blocksize is not a setting\. Did you mean 'block_size'\?$"),
     ({"limit": "lots"}, r"^cache\.limit: 'lots' is not a size"),
@@ -104,6 +105,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"fetch": {"engine": "boto"}}, r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)$"),
     ({"fetch": {"concurrency": 5000}}, r"^cache\.fetch\.concurrency: .*1024 \(got 5000\)$"),
     ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)$"),
+    ({"peers": ["node1"]}, r"^cache\.peers: 'node1' is not the address of a peer\. Write http://host:port, for example http://node1:7070 \(got"),
+    ({"peers": ["https://node1:7070"]}, r"^cache\.peers: 'https://node1:7070' is not the address of a peer"),
+    ({"peers": "http://node1:7070 http://node2"}, r"^cache\.peers: 'http://node2' is not the address of a peer"),
+    ({"peers": ["http://me:word@node1:7070"]}, r"^cache\.peers: .* is not the address of a peer"),
+    ({"peers": ["http://node1:port"]}, r"^cache\.peers: .* is not the address of a peer"),
+    ({"peers": 7070}, r"^cache\.peers: .*\(got 7070\)$"),
+    ({"advertise": "node1:7070"}, r"^cache\.advertise: 'node1:7070' is not the address of a peer"),
+    ({"dir": "/scratch", "lower": "/scratch/x/.."}, r"cache\.lower is cache\.dir itself"),
     ({"dir": 3}, r"^cache\.dir: .*\(got 3\)$"),
 ]
 
@@ -143,6 +152,24 @@ def test_environment_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         assert CacheConfig(dir=text).dir == Path(path), text
     assert CacheConfig(dir="/x", retry={"timeout": "${UNSET:-3 s}"}).retry.timeout == 3.0
+
+
+def test_peers_are_a_list_or_what_a_job_script_has_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, in any case and with or without a slash at the end; a variable that is empty or not set is no peer."""
+    two = ("http://node1:7070", "http://node2:7070")
+    for written in (
+        ["http://node1:7070", "http://node2:7070/", "http://NODE1:7070"],
+        "http://node1:7070,http://node2:7070",
+        " ".join(two),
+        "${PEERS}",
+    ):
+        monkeypatch.setenv("PEERS", "http://node1:7070, http://node2:7070\n")
+        assert CacheConfig(dir="/x", peers=written).peers == two, written
+    for nothing in ([], None, "", "${UNSET:-}"):
+        config = CacheConfig(dir="/x", peers=nothing, advertise="${UNSET:-}", lower="${UNSET:-}", peer_token_file=None)
+        assert (config.peers, config.advertise, config.lower, config.peer_token_file) == ((), None, None, None)
+    config = CacheConfig(dir="/x", advertise="http://[::1]:7070/", lower="~/lower", peer_token_file="~/token")
+    assert (config.advertise, config.lower, config.peer_token_file) == ("http://[::1]:7070", Path.home() / "lower", Path.home() / "token")
 
 
 @pytest.mark.parametrize(

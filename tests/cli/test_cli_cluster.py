@@ -1,0 +1,80 @@
+"""``serve`` as users run it: in a process of its own that is told to end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.training import start, write_config, write_pairs, zarrcache
+from zarrcache import DataConfig, ZarrS3Reader, plan_warm
+from zarrcache.registry import open_reader
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Two pairs, warm, and a token."""
+    write_pairs(tmp_path, 2)
+    (tmp_path / "token").touch(0o600)
+    (tmp_path / "token").write_text("k" * 40)
+    path = write_config(tmp_path)
+    plan_warm(DataConfig.from_yaml(path)).execute()
+    return path
+
+
+def first_document(process: subprocess.Popen[str]) -> Any:
+    """The JSON that it prints when it is ready."""
+    assert process.stdout is not None
+    text = ""
+    for line in process.stdout:
+        text += line
+        if line.startswith("}"):
+            return json.loads(text)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT])
+def test_serve_says_where_gives_entries_and_ends_when_it_is_told(config: Path, tmp_path: Path, ends: signal.Signals) -> None:
+    """Exit 0, while a client is connected and waits."""
+    waiting = http.client.HTTPConnection("127.0.0.1")
+    process = start("serve", config, "--port", "0", "--token-file", tmp_path / "token", "--json")
+    try:
+        document = first_document(process)
+        assert document == {"url": document["url"], "directory": f"{tmp_path}/cache", "has_token": True}
+        block = {"peers": [document["url"]], "peer_token_file": str(tmp_path / "token"), "dir": str(tmp_path / "other")}
+        reader: ZarrS3Reader = open_reader(DataConfig.from_yaml(write_config(tmp_path, name="other.yaml", **block)))
+        reader.load("mp-1", "data")
+        assert reader.stats.peer_hits == 1
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(document["url"] + "/v1/entries/" + "0" * 32, timeout=30)
+        waiting = http.client.HTTPConnection(document["url"].removeprefix("http://"), timeout=30)
+        waiting.request("GET", f"/v1/entries/{'0' * 32}?node=http://127.0.0.1:1", headers={"Authorization": "Bearer " + "k" * 40})
+        assert waiting.getresponse().headers["Zarrcache-Answer"] == "lease"
+        process.send_signal(ends)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (0, "", "")
+    finally:
+        waiting.close()
+        process.kill()
+        process.wait()
+
+
+def test_serve_refuses_what_would_give_the_cache_to_anybody(config: Path, tmp_path: Path) -> None:
+    """Exit 2: no token on an address of the network, a token file that others may read, a config without a cache."""
+    (tmp_path / "open").write_text("k" * 40)
+    (tmp_path / "open").chmod(0o644)
+    for arguments, words in (
+        (("--host", "0.0.0.0"), "there is no token"),
+        (("--token-file", tmp_path / "open"), "Run: chmod 600"),
+        (("--token-file", tmp_path / "none"), "cannot be read"),
+    ):
+        done = zarrcache("serve", config, "--port", "0", *arguments)
+        assert (done.code, done.out) == (2, "")
+        assert words in done.err
