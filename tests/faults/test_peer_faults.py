@@ -315,15 +315,16 @@ def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(pair: list[Nod
     holder.start()
     assert here.poll(60)
     assert here.recv() == "lease"
-    reader = pair[1].reader()
+    reader = pair[1].reader(retry={"timeout": 600})  # it would wait for the end of the lease
     loaded: list[Any] = []
-    waiter = threading.Thread(target=lambda: loaded.append(reader.load(TASK, ROLE)[0]))  # type: ignore[arg-type]
+    waiter = threading.Thread(target=lambda: loaded.append(reader.load(TASK, ROLE)[0]), daemon=True)  # type: ignore[arg-type]
     waiter.start()
     waiter.join(1.0)
     assert waiter.is_alive()  # it waits
     os.kill(holder.pid or 0, signal.SIGKILL)
     holder.join(60)
     waiter.join(60)
+    assert not waiter.is_alive()
     assert np.array_equal(loaded[0], node.values[TASK, ROLE].ravel())
     assert reader.stats.requests > 0
     other = pair[0].reader()
