@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def secrets(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path,
 
 
 @pytest.fixture
-def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Iterator[Any]:
+def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Any:
     """``reader_of(s3_kwargs, engine)`` is a reader of two materials on S3."""
     for role, i in itertools.product(("data", "label"), range(2)):
         small_group(tmp_path / role / f"mp-{i}.zarr", shape=(4, 4, 4), seed=i + 10 * (role == "label"))
@@ -59,7 +58,7 @@ def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Iterator[Any]
         url, cache = f"s3://{bucket}", {"dir": tmp_path / engine, "min_free": 0, "fetch": {"engine": engine}}
         return ZarrS3Reader(f"{url}/data", f"{url}/label", tmp_path / "map.json", "GGA", False, 0.5, s3_kwargs=s3_kwargs, cache=cache)
 
-    yield make
+    return make
 
 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])

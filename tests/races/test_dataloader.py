@@ -176,17 +176,15 @@ SOME = [("s3fs", True, "fork", 0), ("s3fs", True, "fork", 2), ("obstore", True, 
 ALL = [(engine, used, *way) for engine in ("obstore", "s3fs") for used in (False, True) for way in WAYS]
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if way in SOME else (pytest.mark.slow,), id="-".join(map(str, way))) for way in ALL]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in SOME else (pytest.mark.slow,), id="-".join(map(str, way))) for way in ALL])
 def test_workers_started_in_any_way_deliver_the_plain_tensors(job: Job, wanted: list[str], tmp_path: Path, way: tuple[str, bool, str, int]) -> None:
     """Cold and warm, from a process that has used S3 or not, by either engine; no one waits for ever."""
     engine, used, method, workers = way
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         start_s = time.monotonic()
-        outcome = pool.submit(
-            train, replace(job, cache_dir=tmp_path), method, used=used, persistent=False, workers=workers, engine=engine
-        ).result(DEADLINE_S)
+        outcome = pool.submit(train, replace(job, cache_dir=tmp_path), method, used=used, persistent=False, workers=workers, engine=engine).result(
+            DEADLINE_S
+        )
         print(f"{way}: {time.monotonic() - start_s:.1f} s")  # noqa: T201
     assert outcome.epochs == [dict(enumerate(wanted))] * 2
     assert (outcome.misses, outcome.hits) == (2 * len(wanted), 2 * len(wanted))
