@@ -98,7 +98,12 @@ class ArrayCache:
             self._drop(key, stored.filename)
             return None
         if self._is_checked_now(key, stored.filename):
-            if not entry.is_intact():
+            try:
+                is_intact = entry.is_intact()
+            except OSError as exc:
+                self._fault("read", key, exc)
+                return None
+            if not is_intact:
                 self._purge(key, stored.filename, "its checksum does not match")
                 return None
             self._verified.add(file_digest(stored.filename))

@@ -29,7 +29,7 @@ from zarrcache.atomic import write_all
 from zarrcache.checksums import crc32c
 from zarrcache.errors import CorruptEntryError
 from zarrcache.keys import FORMAT_VERSION, ArrayKey
-from zarrcache.mapping import map_file, open_regular
+from zarrcache.mapping import map_file, open_regular, read_in
 
 __all__ = [
     "START_BYTES",
@@ -98,7 +98,14 @@ class Entry:
     array: np.ndarray[Any, np.dtype[Any]]
 
     def is_intact(self) -> bool:
-        """Does the payload match its checksum? Reads all of it."""
+        """Does the payload match its checksum? Reads all of it.
+
+        Raises
+        ------
+        OSError
+            The disk cannot read it.
+        """
+        read_in(self.array)
         return checksum(self.array) == self.header.crc32c
 
 

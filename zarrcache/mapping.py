@@ -8,9 +8,11 @@ whether an array still is what the file holds, however it may have been written:
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import stat
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from zarrcache.errors import CorruptEntryError
 
-__all__ = ["Place", "is_mapped", "map_file", "map_place", "open_regular", "place_of"]
+__all__ = ["Place", "is_mapped", "map_file", "map_place", "open_regular", "place_of", "read_in"]
 
 _FILE_PAGE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (61, 62, 63))
 
@@ -113,6 +115,23 @@ def place_of(array: np.ndarray[Any, Any]) -> Place | None:
     return Place(whole.path, whole.inode, whole.file_bytes, start - mapping.address, array.nbytes)
 
 
+def read_in(array: np.ndarray[Any, Any]) -> None:
+    """Have the kernel read all pages of a mapped array, so that a disk that cannot is an error and not SIGBUS at the first touch.
+
+    On an older kernel (before Linux 5.14) and elsewhere it does nothing.
+
+    Raises
+    ------
+    OSError
+        A page cannot be read.
+    """
+    if array.nbytes and is_mapped(array) and array.flags.c_contiguous and sys.platform == "linux":
+        start = array.__array_interface__["data"][0]
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if _libc.madvise(page, start + array.nbytes - page, _POPULATE_READ) and ctypes.get_errno() == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def is_mapped(array: np.ndarray[Any, Any]) -> bool:
     """Whether an array is, or is a view of, one that was mapped here."""
     return _beneath(array) is not None
@@ -148,7 +167,10 @@ def _is_untouched(address: int, nbytes: int) -> bool:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+#: MADV_POPULATE_READ, which Python's mmap does not know.
+_POPULATE_READ = 22
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.cachedirs import payload_files
+from tests.support.cachedirs import array_of, key_of, payload_files, settings
 from tests.support.localnode import LocalNode
 from tests.support.smalldisk import Disk, failing_disk, full_disk, no_inodes_disk, quota_disk
+from tests.support.users import as_user
 from zarrcache import ZarrDataset, ZarrS3Reader, verify
+from zarrcache.arraycache import ArrayCache
+from zarrcache.stats import Counters
 
 PAIRS = 6
 
@@ -91,6 +94,25 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
         assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
 
 
+def hits_and_faults(directory: Path, disk: Disk) -> list[tuple[bool, int]]:
+    """Of one process: before a sector goes bad, after it, and when it can be read again."""
+    counters = Counters()
+    cache = ArrayCache(settings(directory, verify="always"), counters)
+    assert cache.put(key_of(1), array_of(1, 4 * 2**20), source="s")
+    found = []
+    for happens in (lambda: None, lambda: disk.begin("zarrcache-v1/entries", 4096), disk.end):
+        happens()
+        found.append((cache.get(key_of(1)) is not None, counters.snapshot().cache_errors))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_bad_sector_beneath_an_entry_is_a_miss_and_no_bus_error(tmp_path: Path) -> None:
+    """Its header can be read and its values cannot: found when its checksum is compared, which is before anybody uses them."""
+    with failing_disk(tmp_path / "cache") as disk:
+        assert as_user(None, hits_and_faults, tmp_path, disk) == [(True, 0), (False, 1), (True, 1)]
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Warnings, without what they say of the single store: that is one line each time only if it is one line at all."""
+    """Every line of a warning or worse, since the log was cleared."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

@@ -72,12 +72,14 @@ def digest(*tensors: torch.Tensor) -> str:
     return h.hexdigest()
 
 
-def train(job: Job, method: str, *, used: bool, persistent: bool) -> Outcome:
-    """Two epochs over the training set with two forked workers, or one that is an interpreter of its own.
+def train(job: Job, method: str, *, used: bool, persistent: bool, workers: int | None = None, engine: str = "auto") -> Outcome:
+    """Two epochs over the training set with ``workers``: by default two that are forked, or one that is an interpreter of its own.
 
     ``used``: the parent reads a sample first, which opens its clients.
     """
-    reader = job.reader()
+    if workers is None:
+        workers = 2 if method == "fork" else 1
+    reader = job.reader(fetch={"engine": engine})
     if used:
         reader.load(reader.split_task_ids()[1][0], "label")
     had_obstore = "obstore" in sys.modules
@@ -86,10 +88,10 @@ def train(job: Job, method: str, *, used: bool, persistent: bool) -> Outcome:
     loader = DataLoader(
         dataset,
         batch_size=None,
-        num_workers=2 if method == "fork" else 1,
-        multiprocessing_context=method,
+        num_workers=workers,
+        multiprocessing_context=method if workers else None,
         persistent_workers=persistent,
-        timeout=DEADLINE_S // 2,
+        timeout=DEADLINE_S // 2 if workers else 0,
     )
     epochs = [{i: digest(*pair) for i, pair in enumerate(loader)} for _ in range(2)]
     own = reader.tiers.counters.snapshot() - before
@@ -166,6 +168,26 @@ def test_parents_stats_count_what_the_workers_read(outcomes: dict[Any, Outcome],
     """First epoch misses, second epoch hits; none of them in the parent, and after the workers have ended."""
     outcome = outcomes[way]
     assert (outcome.misses, outcome.hits, outcome.parent_reads) == (2 * len(wanted), 2 * len(wanted), 0)
+
+
+WAYS = [(method, workers) for workers in (0, 2, 8) for method in ("fork", "spawn", "forkserver") if workers or method == "fork"]
+#: Of each kind one, beside those above: without workers, and forked from a process in which the engine that it was told to use is open.
+SOME = [("s3fs", True, "fork", 0), ("s3fs", True, "fork", 2), ("obstore", True, "fork", 2)]
+ALL = [(engine, used, *way) for engine in ("obstore", "s3fs") for used in (False, True) for way in WAYS]
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in SOME else (pytest.mark.slow,), id="-".join(map(str, way))) for way in ALL])
+def test_workers_started_in_any_way_deliver_the_plain_tensors(job: Job, wanted: list[str], tmp_path: Path, way: tuple[str, bool, str, int]) -> None:
+    """Cold and warm, from a process that has used S3 or not, by either engine; no one waits for ever."""
+    engine, used, method, workers = way
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        start_s = time.monotonic()
+        outcome = pool.submit(train, replace(job, cache_dir=tmp_path), method, used=used, persistent=False, workers=workers, engine=engine).result(
+            DEADLINE_S
+        )
+        print(f"{way}: {time.monotonic() - start_s:.1f} s")  # noqa: T201
+    assert outcome.epochs == [dict(enumerate(wanted))] * 2
+    assert (outcome.misses, outcome.hits) == (2 * len(wanted), 2 * len(wanted))
 
 
 def test_parent_that_only_iterates_never_loads_obstore(outcomes: dict[Any, Outcome]) -> None:

@@ -42,7 +42,7 @@ def _run(*command: object) -> subprocess.CompletedProcess[str]:
 class Disk:
     """A file system on which something goes wrong, and is right again."""
 
-    def __init__(self, begin: Callable[[], object], end: Callable[[], object]) -> None:
+    def __init__(self, begin: Callable[..., object], end: Callable[[], object]) -> None:
         self.begin, self.end = begin, end
 
 
@@ -103,7 +103,10 @@ def quota_disk(mount: Path) -> Iterator[Disk]:
 
 @contextmanager
 def failing_disk(mount: Path) -> Iterator[Disk]:
-    """EIO: all but the first 64 KiB of the device beneath an ext4 are gone, for reading and writing. What the kernel has in memory stays."""
+    """EIO: the device beneath an ext4 ends after 64 KiB, for reading and writing.
+
+    The kernel forgets what it has in memory of the files below a directory, or all but their first bytes; ``begin`` is told which.
+    """
     image = mount.with_name("image")
     image.touch()
     os.truncate(image, 16 * 2**20)
@@ -112,13 +115,15 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
     with _mounted(mount, "-o", "loop,sync,errors=continue", image):
         device = _run("findmnt", "-n", "-o", "SOURCE", mount).stdout.strip()
 
-        def fail() -> None:
-            opened = [os.open(path, os.O_RDONLY) for path in mount.rglob("*") if path.is_file()]
+        def fail(below: str = "", kept_bytes: int = 0) -> None:
+            opened = [os.open(path, os.O_RDONLY) for path in (mount / below).rglob("*") if path.is_file()]
             os.sync()
-            _shorten(device, 65536)
             for fd in opened:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing beyond what is read
+                os.pread(fd, kept_bytes, 0)
                 os.close(fd)
+            _shorten(device, 65536)
 
         yield Disk(fail, lambda: _shorten(device, 0))
 
