@@ -102,7 +102,7 @@ class _State:
             for number, rule in enumerate(self.rules):
                 if (rule["op"] and op not in rule["op"].split("|")) or not re.search(rule["key"], path):
                     continue
-                if not re.search(rule["signed_with"], headers.get("Authorization", "")):
+                if not re.search(rule["signed_with"], next((v for name, v in headers.items() if name.lower() == "authorization"), "")):
                     continue
                 request = f"{op} {path} {asked_range}"
                 slot = (number, request if rule["per_object"] or rule["dice"] else "")
