@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ def golden_array() -> NDArray[Any]:
     return (np.arange(24, dtype="<f4") / np.float32(8)).reshape(2, 3, 4)
 
 
-def test_entry_is_written_as_ever() -> None:
+def test_entry_is_written_as_ever(tmp_path: Path) -> None:
     """One changed byte makes every cache in the world unreadable, or worse, readable wrongly."""
-    file: Any = io.BytesIO()
-    write_entry(file, header_of(KEY, golden_array(), SOURCE), golden_array())
-    assert file.getvalue() == GOLDEN.read_bytes(), "entry format changed: bump FORMAT_VERSION"
+    with FileIO(tmp_path / "entry", "wb") as file:
+        write_entry(file, header_of(KEY, golden_array(), SOURCE), golden_array())
+    assert (tmp_path / "entry").read_bytes() == GOLDEN.read_bytes(), "entry format changed: bump FORMAT_VERSION"
 
 
 def test_entry_of_old_is_read() -> None:

@@ -50,6 +50,19 @@ def test_any_array_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFacto
     assert header.offset % 4096 == 0
 
 
+@pytest.mark.parametrize("written", [1, 4095, 4096, 4097, 4096 + 4 * 5000])
+def test_a_write_that_stops_early_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    """The kernel takes 2 GiB at a time, and less when the disk is nearly full: inside the header, at its end, inside the array."""
+
+    def writev(fd: int, parts: list[memoryview]) -> int:
+        return os.write(fd, b"".join(parts)[:written])
+
+    monkeypatch.setattr("os.writev", writev)
+    array = np.arange(5000, dtype="<f4")
+    write(tmp_path / "entry", array)
+    assert map_entry(tmp_path / "entry").is_intact()
+
+
 def test_mapped_array_is_writable_and_private(tmp_path: Path) -> None:
     """What a reader writes never reaches the file, nor another reader."""
     array = np.arange(5000, dtype="f4")
