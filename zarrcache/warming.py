@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
@@ -23,7 +24,7 @@ from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_he
 from zarrcache.sequences import Role
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
-from zarrcache.workpool import Died, Reserve, cores, spread
+from zarrcache.workpool import Died, Engine, Reserve, cores, spread
 
 __all__ = ["Density", "Split", "WarmPlan", "plan_warm"]
 
@@ -110,7 +111,7 @@ class WarmPlan:
                     progress(done)
         return WarmEstimate(fresh, self.trusted + len(self.densities) - fresh - len(failed), requests, fetch_bytes, tuple(failed))
 
-    def execute(self, progress: Callable[[WarmResult], object] | None = None) -> WarmReport:
+    def execute(self, progress: Callable[[WarmResult], object] | None = None, *, engine: Engine | None = None) -> WarmReport:
         """Fetch what is not fresh.
 
         A density that cannot be read is named in the report, and the others go on. Interrupted (Ctrl-C) or killed, run the same again:
@@ -120,6 +121,8 @@ class WarmPlan:
         ----------
         progress : callable, optional
             Called here, in this process, with each result as it comes.
+        engine : Engine, optional
+            What does the work, with processes of this machine: the cache is here. Default: ``workers`` processes.
 
         Raises
         ------
@@ -130,7 +133,7 @@ class WarmPlan:
         tally = Tally(self.task_ids, self.roles, self.densities, self.reader.stored)
         most_bytes = sys.maxsize if self.limit_bytes is None else self.limit_bytes
         down = 0
-        with closing(self._results()) as arriving:
+        with closing(self._results(engine)) as arriving:
             # Looked at before a result is waited for: what was trusted may be enough.
             while tally.nbytes < most_bytes and (result := next(arriving, None)) is not None:
                 tally.add(result)
@@ -145,14 +148,14 @@ class WarmPlan:
         open_index(self.cache)  # an error in words, if it has gone
         return tally.report(self.reader.stats - before, time.monotonic() - start_s)
 
-    def _results(self) -> Generator[WarmResult]:
+    def _results(self, engine: Engine | None) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
-        if self.workers == 1:
+        if engine is None and self.workers == 1:
             for density in self.densities:
                 yield warmer(density)
             return
-        budget_bytes = self.cache.fetch.memory
-        with closing(spread(warmer, self.densities, self.workers, lanes=self.lanes, budget_bytes=budget_bytes, stop_s=_STOP_S)) as outcomes:
+        here = functools.partial(spread, workers=self.workers, lanes=self.lanes, budget_bytes=self.cache.fetch.memory, stop_s=_STOP_S)
+        with closing((engine or here)(warmer, self.densities)) as outcomes:
             for (task_id, role), outcome in outcomes:
                 if isinstance(outcome, Died):
                     error = f"{task_id} ({role}): the process that read it was ended by {outcome}; a second one too. Run again with fewer workers."
