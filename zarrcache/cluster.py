@@ -44,8 +44,6 @@ _LEAST_AHEAD = 200
 _LOOK_EVERY_S = 5.0
 #: How long items that have begun may go on when nobody wants the rest any more.
 _STOP_S = 10.0
-#: How long a node may be without any worker before it is given up.
-_ABSENT_S = 60.0
 
 
 @contextlib.contextmanager
@@ -141,7 +139,7 @@ class Cluster:
 
     def __init__(self, name: str, client: Any) -> None:
         self.name = name
-        self._client = client
+        self.client = client
         self._threads, self._looked_s = 0, -_LOOK_EVERY_S
 
     def spread(self, function: Callable[[T, Reserve], R], items: Sequence[T]) -> Generator[tuple[T, R | Died]]:
@@ -170,22 +168,20 @@ class Cluster:
                 yield from self._rounds(work, f"{name}-{'again' if alone else 'item'}", queue, running, None if alone else orphans)
         finally:
             if running:
-                self._take_back(running, name)
+                self.take_back(running, name)
 
-    def _rounds(
-        self, work: Any, name: str, queue: deque[T], running: dict[Any, T], orphans: deque[T] | None
-    ) -> Generator[tuple[T, Any]]:
+    def _rounds(self, work: Any, name: str, queue: deque[T], running: dict[Any, T], orphans: deque[T] | None) -> Generator[tuple[T, Any]]:
         """Results of a queue. Items that died go to ``orphans``; without one they are tried one at a time, and given up."""
         from distributed import as_completed
 
-        arriving = as_completed(loop=self._client.loop)
+        arriving = as_completed(loop=self.client.loop)
         number = 0
         ready: list[tuple[T, Any]] = []
         while True:
             # The next items go out before the caller works on these results.
             while queue and len(running) < (1 if orphans is None else max(_LEAST_AHEAD, _AHEAD * self._look())):
                 item = queue.popleft()
-                future = self._client.submit(_do, work, item, key=(name, number), pure=False)
+                future = self.client.submit(_do, work, item, key=(name, number), pure=False)
                 number += 1
                 running[future] = item
                 arriving.add(future)
@@ -194,7 +190,7 @@ class Cluster:
                 return
             batch = arriving.next_batch()
             ready = []
-            for future, outcome in zip(batch, self._outcomes(batch), strict=True):
+            for future, outcome in zip(batch, self.outcomes(batch), strict=True):
                 item = running.pop(future)
                 future.release()  # at once: of a result that is still held Dask makes another one when its worker dies
                 if isinstance(outcome, Died) and orphans is not None:
@@ -203,7 +199,7 @@ class Cluster:
                 else:
                     ready.append((item, outcome))
 
-    def _outcomes(self, futures: Sequence[Any]) -> list[Any]:
+    def outcomes(self, futures: Sequence[Any]) -> list[Any]:
         """What became of items that are done; Died where a worker was lost over one."""
         from distributed import CancelledError
 
@@ -236,14 +232,14 @@ class Cluster:
         """Have one worker take it, which shows whether it can."""
         from distributed import wait
 
-        future = self._client.submit(_carry, work, key=f"{name}-work", pure=False)
-        with self._client.as_current():
+        future = self.client.submit(_carry, work, key=f"{name}-work", pure=False)
+        with self.client.as_current():
             try:
                 wait(future, timeout=_CONNECT_S)
             except TimeoutError:
                 logger.warning("waiting for a worker of %s; its workers may still be in the queue of the batch system", self.name)
                 wait(future)
-        (outcome,) = self._outcomes([future])
+        (outcome,) = self.outcomes([future])
         if isinstance(outcome, Died):
             raise ConfigError(f"the workers of {self.name} end before they can begin. Look into their logs.")
         return future
@@ -251,15 +247,16 @@ class Cluster:
     def _look(self) -> int:
         """Threads of all workers, which come and go."""
         if time.monotonic() - self._looked_s >= _LOOK_EVERY_S:
-            self._threads = sum(self._client.nthreads().values())
+            self._threads = sum(self.client.nthreads().values())
             self._looked_s = time.monotonic()
         return self._threads
 
-    def _take_back(self, running: Mapping[Any, object], name: str) -> None:
+    def take_back(self, running: Mapping[Any, object], name: str) -> None:
+        """Cancel what has not begun, and wait a while for what has; ``name`` is in the keys."""
         try:
-            self._client.cancel(list(running), force=True)
+            self.client.cancel(list(running), force=True)
             deadline = time.monotonic() + _STOP_S
-            while any(self._client.run(_is_busy, name=name, on_error="ignore").values()) and time.monotonic() < deadline:
+            while any(self.client.run(_is_busy, name=name, on_error="ignore").values()) and time.monotonic() < deadline:
                 time.sleep(0.1)
         except (OSError, TimeoutError) as exc:
             logger.warning("%s does not answer, so items that have begun may go on there (%s)", self.name, exc)
@@ -267,19 +264,24 @@ class Cluster:
     # -- the machines ------------------------------------------------------------------------------------------------------------
 
     def nodes(self) -> dict[str, list[str]]:
-        """The machines that have workers by now, and the addresses of those. In the order of their names, numbers as numbers, as Slurm counts.
+        """The machines that have workers by now, in the order in which Slurm counts, and the addresses of those workers.
 
         Raises
         ------
         ConfigError
             There is no worker.
         """
-        found: dict[str, list[str]] = {}
-        for address, node in self._client.run(node_name, on_error="ignore").items():
-            found.setdefault(node, []).append(address)
+        found = self.places()
         if not found:
             raise ConfigError(f"{self.name} has no workers. Start some (`dask worker`, or scale the cluster) and run the same again.")
-        return {node: sorted(found[node]) for node in in_order(found)}
+        return {node: found[node] for node in in_order(found)}
+
+    def places(self) -> dict[str, list[str]]:
+        """As :meth:`nodes`, in no order, and perhaps none."""
+        found: dict[str, list[str]] = {}
+        for address, node in sorted(self.client.run(node_name, on_error="ignore").items()):
+            found.setdefault(node, []).append(address)
+        return found
 
 
 # -- in a worker ------------------------------------------------------------------------------------------------------------------------
@@ -298,9 +300,7 @@ def _do(work: _Work, item: Any) -> Any:
 def _function_of(work: _Work) -> Callable[[Any, Reserve], Any]:
     """Unpickled once in each process: it keeps connections open."""
     if work.version != __version__:
-        raise ConfigError(
-            f"the Dask worker on {node_name()} has zarrcache {__version__}, and this machine {work.version}. Install the same on both."
-        )
+        raise ConfigError(f"the Dask worker on {node_name()} has zarrcache {__version__}, and this machine {work.version}. Install the same on both.")
     function: Callable[[Any, Reserve], Any] = ForkingPickler.loads(work.pickled)
     return function
 
@@ -310,4 +310,6 @@ def _take(nbytes: int) -> None:
 
 
 def _is_busy(name: str, dask_worker: Any) -> bool:
-    return any(str(task.key).find(name) >= 0 and task.state not in ("memory", "released", "error", "forgotten") for task in dask_worker.state.tasks.values())
+    return any(
+        str(task.key).find(name) >= 0 and task.state not in ("memory", "released", "error", "forgotten") for task in dask_worker.state.tasks.values()
+    )

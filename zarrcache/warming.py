@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
+from zarrcache.assignment import node_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
 from zarrcache.keys import check_task_id, source_digest
@@ -25,6 +26,7 @@ from zarrcache.sequences import Role
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
 from zarrcache.workpool import Died, Engine, Reserve, cores, spread
+from zarrcache.world import World
 
 __all__ = ["Density", "Split", "WarmPlan", "plan_warm"]
 
@@ -172,6 +174,7 @@ def plan_warm(
     revalidate: bool | None = None,
     workers: int | None = None,
     limit_bytes: int | None = None,
+    world: World | None = None,
 ) -> WarmPlan:
     """Find out which densities the origin has to be asked for.
 
@@ -194,6 +197,8 @@ def plan_warm(
         for, at least 2 if there are more than 16, 8 at the most.
     limit_bytes : int, optional
         Stop when this many decoded bytes are warm.
+    world : World, optional
+        Only what belongs to this node, as ``NodeSampler(assignment="node")`` reads it: of the training set its share, and so of the test set.
 
     Raises
     ------
@@ -213,6 +218,11 @@ def plan_warm(
         reader.relist()
     if ids is None:
         wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
+    if world is not None:
+        # A share is a share of what is shuffled together: cut from all ids at once it would be another one.
+        parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)
+        own = {task_id for part in parts for task_id, node in zip(part, node_of(part, world.nodes), strict=True) if node == world.node}
+        wanted = [task_id for task_id in wanted if task_id in own]
     chosen = tuple(dict.fromkeys(wanted))
     # Asked for once where it is input and label.
     roles = ROLES[:1] if reader.origin("data").url_of("") == reader.origin("label").url_of("") else ROLES
