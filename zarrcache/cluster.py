@@ -252,14 +252,20 @@ class Cluster:
         return self._threads
 
     def take_back(self, running: Mapping[Any, object], name: str) -> None:
-        """Cancel what has not begun, and wait a while for what has; ``name`` is in the keys."""
+        """Cancel what has not begun, and wait a while for what has. Keys are pairs that begin with ``name``."""
         try:
             self.client.cancel(list(running), force=True)
             deadline = time.monotonic() + _STOP_S
-            while any(self.client.run(_is_busy, name=name, on_error="ignore").values()) and time.monotonic() < deadline:
+            while self._is_any_left(name) and time.monotonic() < deadline:
                 time.sleep(0.1)
         except (OSError, TimeoutError) as exc:
             logger.warning("%s does not answer, so items that have begun may go on there (%s)", self.name, exc)
+
+    def _is_any_left(self, name: str) -> bool:
+        # The scheduler first: what it has not given out and has dropped, no worker begins.
+        if self.client.run_on_scheduler(_is_known, name=name):
+            return True
+        return any(self.client.run(_is_busy, name=name, on_error="ignore").values())
 
     # -- the machines ------------------------------------------------------------------------------------------------------------
 
@@ -310,6 +316,12 @@ def _take(nbytes: int) -> None:
 
 
 def _is_busy(name: str, dask_worker: Any) -> bool:
-    return any(
-        str(task.key).find(name) >= 0 and task.state not in ("memory", "released", "error", "forgotten") for task in dask_worker.state.tasks.values()
-    )
+    return any(_is_of(name, task.key) and task.state not in ("memory", "released", "error", "forgotten") for task in dask_worker.state.tasks.values())
+
+
+def _is_known(name: str, dask_scheduler: Any) -> bool:
+    return any(_is_of(name, key) for key in list(dask_scheduler.tasks))
+
+
+def _is_of(name: str, key: object) -> bool:
+    return isinstance(key, tuple) and str(key[0]).startswith(name)

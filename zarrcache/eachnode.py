@@ -197,12 +197,10 @@ class _Order:
 
 def _run(order: _Order, tell: Callable[[str], None], is_wanted: Callable[[], bool]) -> tuple[int, str, list[str]]:
     """In a worker: exit code, standard output, and the last lines of standard error."""
-    # Variables of the job that the worker runs in are about the worker, not about this command.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_STEP", "SLURM_PROCID", "SLURM_NTASKS"))}
     process = subprocess.Popen(
         [sys.executable, "-m", "zarrcache", *order.arguments],
         cwd=order.directory if os.path.isdir(order.directory) else None,
-        env={**environment, **order.environment},
+        env={**os.environ, **order.environment},  # which go before those of the job that the worker runs in
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
