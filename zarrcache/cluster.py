@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.nodes import in_order, node_name
+from zarrcache.signals import ENDING
 from zarrcache.workpool import Died, Reserve, cores
 
 __all__ = ["Cluster", "open_cluster"]
@@ -96,16 +97,19 @@ def _address(scheduler: str) -> str:
 def _local(workers: int) -> Iterator[Any]:
     import distributed
 
-    # Ctrl-C in the terminal reaches this process only: what Dask starts inherits the mask, as in workpool.
+    # A signal to all of a job reaches this process only: what Dask starts inherits the mask, as in workpool.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    log = logging.getLogger("distributed")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what matters of it is said here, in words
     try:
         cluster = distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,  # what matters of it is said here, in words
+            dashboard_address="127.0.0.1:0",  # there is no way to have none; nobody is told the port
+            silence_logs=logging.CRITICAL,
             memory_limit=0,  # the kernel decides, as without Dask
             scheduler_kwargs={"allowed_failures": 0},  # whose process died is tried again by us, alone
         )
@@ -115,8 +119,11 @@ def _local(workers: int) -> Iterator[Any]:
         ) from exc
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with cluster:
-        yield cluster
+    try:
+        with cluster:
+            yield cluster
+    finally:
+        log.setLevel(level)
 
 
 @dataclass(frozen=True)

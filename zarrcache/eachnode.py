@@ -35,6 +35,8 @@ _TRIES_A_NODE = 2
 #: How long a node that lost its worker may be without one, and how often to look.
 _ABSENT_S = 60.0
 _TICK_S = 1.0
+#: How long a command that nobody wants any more may take to end.
+_END_S = 5.0
 #: Lines of its standard error that are kept of a command that fails.
 _LAST_LINES = 20
 
@@ -223,9 +225,13 @@ def _run(order: _Order, tell: Callable[[str], None], is_wanted: Callable[[], boo
                 break
             except subprocess.TimeoutExpired:
                 if not is_wanted():
-                    process.terminate()  # what it has stored stays, and of what it was fetching nothing does
+                    break
     finally:
-        process.kill()
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+            process.kill()  # what it has stored stays, and of what it was fetching nothing does
         for reader in readers:
             reader.join()
     return process.wait(), "".join(out), list(lines)

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tests.support.daskcluster import RunningCluster, running_cluster
 from tests.support.training import write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, cluster
 from zarrcache.assignment import node_of
-from zarrcache.clicluster import engine_of
+from zarrcache.clinodes import engine_of
 from zarrcache.cluster import Cluster, open_cluster
 from zarrcache.convert import ConvertResult, plan_convert
 from zarrcache.errors import ConfigError

@@ -86,16 +86,19 @@ def running_cluster(directory: Path, nodes: Mapping[str, Mapping[str, str]]) -> 
 
 
 def double(n: int, reserve: Reserve) -> int:
+    """Twice as much."""
     return 2 * n
 
 
 def die_of_seven(n: int, reserve: Reserve) -> int:
+    """As a parser does that runs out of memory."""
     if n == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return 2 * n
 
 
 def fail(n: int, reserve: Reserve) -> int:
+    """What no item should do: report its failure otherwise than in its result."""
     raise ValueError(f"number {n}")
 
 
