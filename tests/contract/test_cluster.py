@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import pytest
 
 from tests.support import daskcluster
 from tests.support.daskcluster import RunningCluster, running_cluster
-from tests.support.training import write_config, write_pairs, zarrcache
+from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, cluster
 from zarrcache.assignment import node_of
 from zarrcache.clinodes import engine_of
 from zarrcache.cluster import Cluster, open_cluster
 from zarrcache.convert import ConvertResult, plan_convert
-from zarrcache.errors import ConfigError
+from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.registry import open_reader
 from zarrcache.synthetic import write_pairs as write_densities
 from zarrcache.workpool import Died
@@ -117,19 +118,24 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "pairs" / "label"
 
 
-def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(connected: Cluster, source: Path, tmp_path: Path) -> None:
-    """One task a material; the second run finds nothing to do but the file that failed."""
+def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(
+    connected: Cluster, running: RunningCluster, source: Path, tmp_path: Path
+) -> None:
+    """One task a material, from Python and from the command line; the second run finds nothing to do but the file that failed."""
     seen: list[ConvertResult] = []
     here = plan_convert(source, tmp_path / "here", workers=1).execute()
     there = plan_convert(source, tmp_path / "there").execute(seen.append, engine=connected.spread)
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
     assert len(os.listdir(tmp_path / "there")) == 6
-    for one, other in zip(dataclasses.astuple(here), dataclasses.astuple(there), strict=True):
-        assert len(one) == len(other)
     assert [outcome(result) for result in there.converted] == [outcome(result) for result in here.converted]
     assert [outcome(result) for result in there.failed] == [outcome(result) for result in here.failed]
     assert sorted(result.path for result in seen) == sorted(source.iterdir())
     assert [path.name for path in plan_convert(source, tmp_path / "there").files] == ["bad-1.CHGCAR"]
+    done = zarrcache("convert", source, tmp_path / "command", "--dask", running.file)
+    assert done.code == 1
+    assert done.out.startswith(f"Converted 6 of 7 files to {tmp_path}/command (")
+    assert f"failed: {source}/bad-1.CHGCAR " in done.err
+    assert tree(tmp_path / "command") == tree(tmp_path / "here")
 
 
 def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(connected: Cluster, source: Path, tmp_path: Path) -> None:
@@ -154,6 +160,41 @@ def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path
     assert "error: no Dask scheduler answers at tcp://127.0.0.1:9 (Timed out trying to connect" in done.err
     assert "tcp://host:8786, or its scheduler file, or write `local`" in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_goes_away_ends_the_run_in_words(home: Path, tmp_path: Path) -> None:
+    """It does not wait for ever for one that is gone."""
+    with running_cluster(home / "second", {"node1": {}}) as second, open_cluster(second.address) as found:
+        outcomes = found.spread(daskcluster.note, [f"see:{tmp_path}", *[str(tmp_path)] * 5])
+        next(outcomes)
+        second.scheduler.kill()
+        with pytest.raises(ZarrCacheError, match=r"the Dask scheduler tcp://[\d.:]+ has gone\. What is finished stays"):
+            next(outcomes)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_path: Path) -> None:
+    """The terminal sends it to every process of the group; only the command has something to say."""
+    process = start("convert", source, tmp_path / "out", "--dask", "local", "--workers", "2", "--chunks", "2")
+    try:
+        deadline = time.monotonic() + HANG_S
+        while not any(".partial-" in path.name and "witness" not in path.name for path in tmp_path.glob("out/.*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=HANG_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
+    assert "Traceback" not in err
+    assert list(tmp_path.glob("out/.*")) == []
+    plan_convert(source, tmp_path / "out", chunks=2, workers=1).execute()
+    plan_convert(source, tmp_path / "here", chunks=2, workers=1).execute()
+    assert tree(tmp_path / "out") == tree(tmp_path / "here")
 
 
 @pytest.mark.parametrize(("scheduler", "words"), [("login1", "missing port"), ("x://a:1", "unknown address scheme"), ("{file}", "'address'")])
