@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "Dask",
     "Directory",
     "DryRun",
     "Ids",
@@ -56,6 +57,15 @@ MaybeConfig = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="tr
 Directory = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="the cache in this directory (a cache.dir), instead of CONFIG's")]
 Ids = Annotated[Path | None, typer.Option("--ids", metavar="FILE", help="only these task ids: one a line, or a JSON list [default: all of CONFIG]")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of words")]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="SCHEDULER",
+        help="have a Dask cluster do it: address (tcp://host:8786) or file of its scheduler, or `local` [default: processes of this machine]",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only print what would be done")]
 
 

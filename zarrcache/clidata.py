@@ -10,7 +10,10 @@ from typing import Annotated, Literal
 import typer
 
 from zarrcache.cliapp import app, failures, guarded, say, show, show_json
-from zarrcache.cliargs import Config, DryRun, Ids, Json, chunk_sizes, data_config, read_ids, s3_options, size
+from zarrcache.cliargs import Config, Dask, DryRun, Ids, Json, chunk_sizes, data_config, read_ids, s3_options, size
+from zarrcache.clinodes import engine_of, on_each_node
+from zarrcache.errors import ConfigError
+from zarrcache.nodes import node_name
 
 __all__ = ["convert", "demo", "warm"]
 
@@ -58,6 +61,7 @@ def convert(
     zarr_format: Annotated[int, typer.Option("--zarr-format", metavar="2|3", min=2, max=3, help="version of the Zarr format")] = 2,
     diff: Annotated[bool, typer.Option("--diff", help="also the spin density (charge_density_diff) where there is one")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="convert again what is there [default: skip it]")] = False,
+    dask: Dask = None,
     dry_run: DryRun = False,
     endpoint_url: Annotated[str | None, typer.Option(metavar="URL", help="S3 server of DST other than Amazon's")] = None,
     profile: Annotated[str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config")] = None,
@@ -93,8 +97,8 @@ def convert(
             show(convert_plan_words(plan))
         return 0
     start_s = time.monotonic()
-    with Meter("Converting", "files", len(plan.files)) as meter:
-        report = plan.execute(lambda result: meter.advance(failed=result.error is not None))
+    with engine_of(dask if plan.files else None, workers) as engine, Meter("Converting", "files", len(plan.files)) as meter:
+        report = plan.execute(lambda result: meter.advance(failed=result.error is not None), engine=engine)
     for result in report.converted:
         for warning in result.warnings:
             say(f"warning: {result.path}: {warning}")
@@ -127,6 +131,16 @@ def warm(
     limit: Annotated[
         int | None, typer.Option(parser=size, metavar="SIZE", help="stop when this much is warm, e.g. '50 GiB' [default: no limit]")
     ] = None,
+    dask: Dask = None,
+    each_node: Annotated[
+        bool, typer.Option("--each-node", help="fill the cache of every node, once: under `srun --ntasks-per-node=1`, or of every host of --dask")
+    ] = False,
+    assignment: Annotated[
+        Literal["global", "node"] | None,
+        typer.Option(
+            help="with --each-node, what of CONFIG: all of it, or what NodeSampler assigns to the node [default: global]", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print requests and bytes; fetch nothing")] = False,
     as_json: Json = False,
 ) -> int:
@@ -135,28 +149,41 @@ def warm(
     Safe to stop and run again: only what is missing is fetched, and with --revalidate what the origin has changed.
     """
     from zarrcache.cliwords import estimate_words, warm_words
+    from zarrcache.eachnode import this_node
     from zarrcache.terminal import Meter
     from zarrcache.warming import plan_warm
 
+    if assignment is not None and not each_node:
+        raise ConfigError("--assignment says what each node of several warms. Add --each-node.")
+    if each_node and dask is not None:
+        options = {"--split": split, "--ids": ids and ids.absolute(), "--workers": workers, "--limit": limit, "--assignment": assignment}
+        return on_each_node(dask, ["warm", str(config.absolute())], options, {"--revalidate": revalidate, "--dry-run": dry_run}, as_json=as_json)
+    world = this_node() if each_node else None
+    if world is not None and world.local_rank > 0:
+        say(f"{node_name()}: left to the first process of this node.")
+        return 0
     asked = True if revalidate else None
-    plan = plan_warm(data_config(config), split=split, ids=read_ids(ids), revalidate=asked, workers=workers, limit_bytes=limit)
+    own = world if assignment == "node" else None
+    plan = plan_warm(data_config(config), split=split, ids=read_ids(ids), revalidate=asked, workers=workers, limit_bytes=limit, world=own)
+    notes: list[str] = []
     if dry_run:
         with Meter("Listing", "densities", len(plan.densities)) as meter:
             estimate = plan.estimate(meter.reach)
-        failures(f"{result.task_id} ({result.role}): {result.error}" for result in estimate.failed)
-        if as_json:
-            show_json({**asdict(estimate), "ids": len(plan.task_ids), "missing": plan.missing})
-        else:
-            show(estimate_words(plan, estimate))
-        return 1 if estimate.failed else 0
-    with Meter("Warming", "densities", len(plan.densities), lambda: plan.reader.stats.fetched_bytes) as meter:
-        report = plan.execute(lambda result: meter.advance(failed=result.outcome == "failed"))
-    failures(f"{result.task_id} ({result.role}): {result.error}" for result in report.failed)
-    if as_json:
-        show_json({**asdict(report), "missing": plan.missing})
+        failed, is_good = estimate.failed, not estimate.failed
+        document, words = {**asdict(estimate), "ids": len(plan.task_ids), "missing": plan.missing}, estimate_words(plan, estimate)
     else:
-        words, notes = warm_words(plan, report)
+        here = engine_of(dask if plan.densities else None, workers, only_here=True)
+        with here as engine, Meter("Warming", "densities", len(plan.densities), lambda: plan.reader.stats.fetched_bytes) as meter:
+            report = plan.execute(lambda result: meter.advance(failed=result.outcome == "failed"), engine=engine)
+        failed, is_good = report.failed, report.is_good
+        document, (words, notes) = {**asdict(report), "missing": plan.missing}, warm_words(plan, report)
+    failures(f"{result.task_id} ({result.role}): {result.error}" for result in failed)
+    if world is not None:  # many nodes write to one terminal
+        document, words = {"nodes": [{"node": node_name(), "summary": words, **document}]}, f"{node_name()}: {words}"
+    if as_json:
+        show_json(document)
+    else:
         show(words)
         for note in notes:
             say(note)
-    return 0 if report.is_good else 1
+    return 0 if is_good else 1

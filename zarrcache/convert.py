@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from zarrcache.chgcar_files import read_density
 from zarrcache.chgcar_names import find_files, task_id_of
 from zarrcache.errors import ConfigError, OriginError, ZarrCacheError
+from zarrcache.nodes import node_name
 from zarrcache.s3options import split_s3_url
-from zarrcache.storewriter import StoreExistsError, check_layout, encode_store, publish_store, store_exists, sweep_partials, zipped
-from zarrcache.workpool import Died, Reserve, cores, spread
+from zarrcache.storewriter import (
+    StoreExistsError,
+    check_layout,
+    encode_store,
+    publish_store,
+    store_exists,
+    sweep_partials,
+    witness_in,
+    zipped,
+)
+from zarrcache.workpool import Died, Engine, Reserve, cores, spread
 
 if TYPE_CHECKING:
     from zarrcache.storeupload import S3Destination
@@ -105,7 +115,7 @@ class ConvertPlan:
         """Size of the files to convert, as they are on disk."""
         return sum(path.stat().st_size for path in self.files)
 
-    def execute(self, progress: Callable[[ConvertResult], None] | None = None) -> ConvertReport:
+    def execute(self, progress: Callable[[ConvertResult], None] | None = None, *, engine: Engine | None = None) -> ConvertReport:
         """Convert.
 
         A file that cannot be read is named in the report, and the others go on. Every store appears whole or not at all: interrupted
@@ -115,11 +125,14 @@ class ConvertPlan:
         ----------
         progress : callable, optional
             Called here, in this process, with each result as it comes; not for the files that the plan skips.
+        engine : Engine, optional
+            What does the work, for example ``cluster.spread`` of :func:`zarrcache.cluster.open_cluster`; it has to see the same files.
+            Default: ``workers`` processes of this machine.
 
         Raises
         ------
         ConfigError
-            A directory cannot be made there, or processes cannot start.
+            A directory cannot be made there, processes cannot start, or another machine does not see the same files.
         OriginError
             The destination takes no more: disk full, refused, no answer. What is finished stays.
         """
@@ -131,9 +144,9 @@ class ConvertPlan:
             for path in sweep_partials(Path(self.dst)):
                 logger.info("swept what a killed process left: %s", path)
         results = {}
-        with closing(self._outcomes()) as outcomes:
+        with closing(self._outcomes(engine)) as outcomes:
             for path, outcome in outcomes:
-                if isinstance(outcome, OriginError):
+                if isinstance(outcome, ZarrCacheError):
                     raise outcome
                 results[path] = outcome
                 if progress is not None:
@@ -146,13 +159,19 @@ class ConvertPlan:
             failed=tuple(result for result in done if result.error is not None),
         )
 
-    def _outcomes(self) -> Generator[tuple[Path, ConvertResult | OriginError]]:
-        if self.workers == 1:
+    def _outcomes(self, engine: Engine | None) -> Generator[tuple[Path, ConvertResult | ZarrCacheError]]:
+        if engine is None and self.workers == 1:
             for path in self.files:
                 yield path, self._convert(path)
             return
         try:
-            with closing(spread(self._convert, self.files, self.workers, stop_s=_STOP_S)) as outcomes:
+            with ExitStack() as stack:
+                if engine is None:
+                    outcomes = stack.enter_context(closing(spread(self._convert, self.files, self.workers, stop_s=_STOP_S)))
+                else:
+                    witness = None if _is_s3(self.dst) else stack.enter_context(witness_in(Path(self.dst)))
+                    root = Path(os.path.commonpath([path.parent for path in self.files])) if self.files else Path()
+                    outcomes = stack.enter_context(closing(engine(_Elsewhere(self._convert, root, witness), self.files)))
                 for path, outcome in outcomes:
                     if isinstance(outcome, Died):
                         error = f"{path}: the process that converted it was ended by {outcome}; a second one too. Convert it alone, with more memory."
@@ -228,7 +247,7 @@ def plan_convert(
     check_layout(sizes, zarr_format)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers!r}; it has to be a whole number from 1.")
-    files = find_files(Path(src).expanduser(), pattern)
+    files = find_files(Path(src).expanduser().absolute(), pattern)
     convert = _Converter(target, sizes, zip, zarr_format, diff, overwrite, dict(s3_kwargs or {}), strict)
     names = {path: convert.name_of(path) for path in files}
     present = convert.present(set(names.values()) - {""})
@@ -243,15 +262,16 @@ def convert_directory(
     dst: str | os.PathLike[str],
     *,
     progress: Callable[[ConvertResult], None] | None = None,
+    engine: Engine | None = None,
     **options: Any,
 ) -> ConvertReport:
-    """Convert a file or a directory of files: ``plan_convert(src, dst, **options).execute(progress)``.
+    """Convert a file or a directory of files: ``plan_convert(src, dst, **options).execute(progress, engine=engine)``.
 
     >>> report = convert_directory("chgcars/", "s3://bucket/label", diff=True)  # doctest: +SKIP
     >>> for result in report.failed:  # doctest: +SKIP
     ...     print(result.error)
     """
-    return plan_convert(src, dst, **options).execute(progress)
+    return plan_convert(src, dst, **options).execute(progress, engine=engine)
 
 
 @dataclass
@@ -267,7 +287,7 @@ class _Converter:
     s3_kwargs: dict[str, Any] = field(repr=False)
     strict: bool
 
-    def __call__(self, path: Path, reserve: Reserve | None = None) -> ConvertResult | OriginError:
+    def __call__(self, path: Path, reserve: Reserve | None = None) -> ConvertResult | ZarrCacheError:
         """Convert one file. An error of the file is in the result; an error that the next file would meet too is returned as it is."""
         try:
             task_id = task_id_of(path)
@@ -344,6 +364,26 @@ class _Converter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_destination"}
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """The converter on another machine. It has to see the files of this one: else thousands would fail one by one, or the stores would be
+    written to a disk of its own.
+    """
+
+    convert: _Converter
+    root: Path
+    witness: Path | None
+
+    def __call__(self, path: Path, reserve: Reserve | None = None) -> ConvertResult | ZarrCacheError:
+        for needed, name in ((self.root, self.root), (self.witness, self.convert.dst)):
+            if needed is not None and not needed.exists():
+                return ConfigError(
+                    f"{node_name()} does not see {name} of this machine. Sources and destination have to be on a file system that all machines "
+                    "of the cluster share; stores may also go to S3."
+                )
+        return self.convert(path, reserve)
 
 
 def _is_s3(dst: str) -> bool:

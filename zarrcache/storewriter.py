@@ -19,7 +19,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ __all__ = [
     "publish_store",
     "store_exists",
     "sweep_partials",
+    "witness_in",
     "zipped",
 ]
 
@@ -207,6 +208,23 @@ def sweep_partials(directory: Path) -> list[Path]:
             _remove(path)
         swept.append(path)
     return swept
+
+
+@contextlib.contextmanager
+def witness_in(directory: Path) -> Iterator[Path]:
+    """An empty hidden file: who sees it sees this directory, and not one of the same name on another machine's disk. Swept like a partial one.
+
+    Raises
+    ------
+    OSError
+        The directory takes none.
+    """
+    path = _beside(directory / "witness.zarr", "partial")
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

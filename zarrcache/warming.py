@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
@@ -14,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
+from zarrcache.assignment import node_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
 from zarrcache.keys import check_task_id, source_digest
@@ -23,7 +25,8 @@ from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_he
 from zarrcache.sequences import Role
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
-from zarrcache.workpool import Died, Reserve, cores, spread
+from zarrcache.workpool import Died, Engine, Reserve, cores, spread
+from zarrcache.world import World
 
 __all__ = ["Density", "Split", "WarmPlan", "plan_warm"]
 
@@ -110,7 +113,7 @@ class WarmPlan:
                     progress(done)
         return WarmEstimate(fresh, self.trusted + len(self.densities) - fresh - len(failed), requests, fetch_bytes, tuple(failed))
 
-    def execute(self, progress: Callable[[WarmResult], object] | None = None) -> WarmReport:
+    def execute(self, progress: Callable[[WarmResult], object] | None = None, *, engine: Engine | None = None) -> WarmReport:
         """Fetch what is not fresh.
 
         A density that cannot be read is named in the report, and the others go on. Interrupted (Ctrl-C) or killed, run the same again:
@@ -120,6 +123,8 @@ class WarmPlan:
         ----------
         progress : callable, optional
             Called here, in this process, with each result as it comes.
+        engine : Engine, optional
+            What does the work, with processes of this machine: the cache is here. Default: ``workers`` processes.
 
         Raises
         ------
@@ -130,7 +135,7 @@ class WarmPlan:
         tally = Tally(self.task_ids, self.roles, self.densities, self.reader.stored)
         most_bytes = sys.maxsize if self.limit_bytes is None else self.limit_bytes
         down = 0
-        with closing(self._results()) as arriving:
+        with closing(self._results(engine)) as arriving:
             # Looked at before a result is waited for: what was trusted may be enough.
             while tally.nbytes < most_bytes and (result := next(arriving, None)) is not None:
                 tally.add(result)
@@ -145,14 +150,14 @@ class WarmPlan:
         open_index(self.cache)  # an error in words, if it has gone
         return tally.report(self.reader.stats - before, time.monotonic() - start_s)
 
-    def _results(self) -> Generator[WarmResult]:
+    def _results(self, engine: Engine | None) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
-        if self.workers == 1:
+        if engine is None and self.workers == 1:
             for density in self.densities:
                 yield warmer(density)
             return
-        budget_bytes = self.cache.fetch.memory
-        with closing(spread(warmer, self.densities, self.workers, lanes=self.lanes, budget_bytes=budget_bytes, stop_s=_STOP_S)) as outcomes:
+        here = functools.partial(spread, workers=self.workers, lanes=self.lanes, budget_bytes=self.cache.fetch.memory, stop_s=_STOP_S)
+        with closing((engine or here)(warmer, self.densities)) as outcomes:
             for (task_id, role), outcome in outcomes:
                 if isinstance(outcome, Died):
                     error = f"{task_id} ({role}): the process that read it was ended by {outcome}; a second one too. Run again with fewer workers."
@@ -169,6 +174,7 @@ def plan_warm(
     revalidate: bool | None = None,
     workers: int | None = None,
     limit_bytes: int | None = None,
+    world: World | None = None,
 ) -> WarmPlan:
     """Find out which densities the origin has to be asked for.
 
@@ -191,6 +197,8 @@ def plan_warm(
         for, at least 2 if there are more than 16, 8 at the most.
     limit_bytes : int, optional
         Stop when this many decoded bytes are warm.
+    world : World, optional
+        Only what belongs to this node, as ``NodeSampler(assignment="node")`` reads it: of the training set its share, and so of the test set.
 
     Raises
     ------
@@ -210,6 +218,11 @@ def plan_warm(
         reader.relist()
     if ids is None:
         wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
+    if world is not None:
+        # A share is a share of what is shuffled together: cut from all ids at once it would be another one.
+        parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)
+        own = {task_id for part in parts for task_id, node in zip(part, node_of(part, world.nodes), strict=True) if node == world.node}
+        wanted = [task_id for task_id in wanted if task_id in own]
     chosen = tuple(dict.fromkeys(wanted))
     # Asked for once where it is input and label.
     roles = ROLES[:1] if reader.origin("data").url_of("") == reader.origin("label").url_of("") else ROLES

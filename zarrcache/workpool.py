@@ -21,19 +21,27 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
 from zarrcache.signals import ENDING
 
-__all__ = ["Died", "Reserve", "cores", "spread"]
+__all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 #: What an item calls before it takes so many bytes of memory. It waits until they are to be had; they are given back with the result.
 Reserve: TypeAlias = Callable[[int], None]
+
+
+class Engine(Protocol):
+    """What spreads work: over processes of this machine (:func:`spread`), or over a cluster (:meth:`zarrcache.cluster.Cluster.spread`)."""
+
+    def __call__(self, function: Callable[[T, Reserve], R], items: Sequence[T], /) -> Generator[tuple[T, R | Died]]:
+        """``(item, function(item, reserve))`` for every item, in the order in which they are ready. Function, items and results pickle."""
+
 
 #: How long a process may go on with its items when nobody wants the rest any more. One that takes longer is killed.
 _STOP_S = 10.0
@@ -46,13 +54,15 @@ class Died:
     Attributes
     ----------
     exitcode : int or None
-        Negative: the signal that ended it.
+        Negative: the signal that ended it. None: it was on another machine, where nobody saw.
     """
 
     exitcode: int | None
 
     def __str__(self) -> str:
-        if self.exitcode is None or self.exitcode >= 0:
+        if self.exitcode is None:
+            return "something that its machine's log may tell"
+        if self.exitcode >= 0:
             return f"exit code {self.exitcode}"
         name = signal.Signals(-self.exitcode).name if -self.exitcode in set(signal.Signals) else f"signal {-self.exitcode}"
         return f"{name}, perhaps for lack of memory" if name == "SIGKILL" else name

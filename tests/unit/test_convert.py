@@ -267,3 +267,19 @@ def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:
     plan = plan_convert(source, source / "out")
     plan = dataclasses.replace(plan, _convert=dataclasses.replace(plan._convert, s3_kwargs={"secret": "hunter2"}))
     assert "hunter2" not in repr(plan) + repr(plan._convert)
+
+
+@pytest.mark.parametrize("unseen", ["out", "pairs"])
+def test_another_machine_that_does_not_see_the_same_files_ends_the_run(source: Path, tmp_path: Path, unseen: str) -> None:
+    """A destination of the same name on a disk of its own would take the stores, and nobody would find them."""
+
+    def elsewhere(function: Any, items: Any) -> Any:
+        (tmp_path / unseen).rename(tmp_path / "not there")
+        if unseen == "out":
+            (tmp_path / unseen).mkdir()
+        for item in items:
+            yield item, function(item, None)
+
+    with pytest.raises(ConfigError, match=rf"does not see {tmp_path / unseen}[\w/]* of this machine\. Sources and destination have to be"):
+        plan_convert(source, tmp_path / "out").execute(engine=elsewhere)
+    assert not list((tmp_path / "out").glob("*"))

@@ -21,9 +21,10 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment signals leases",
-    1: "atomic simulate retry flight codec layout owner s3options faults pump "
-    "decode expansion taskids sequences workpool mounts indexcheck renewal backoff indexlog entryfiles peertoken",
+    0: "errors quantities keys policy config stats sharedfile augment "
+    "chgcar_names checksums mapping budget world assignment signals leases nodes",
+    1: "atomic simulate retry flight codec layout owner s3options faults pump decode expansion "
+    "taskids sequences workpool mounts indexcheck renewal backoff indexlog entryfiles peertoken cluster eachnode",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index incoming peers",
     3: "origin arraycache settled",
     4: "bytecache readarray density neighbours",
@@ -33,7 +34,7 @@ LEVELS = {
     8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
     "scope warming warmreport evicting verifying status doctor entryserver",
     9: "demo demo_server demo_train",
-    10: "cli cliapp cliargs clicache clicluster clidata cliwords terminal __main__",
+    10: "cli cliapp cliargs clicache clicluster clidata clinodes cliwords terminal __main__",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 
@@ -51,6 +52,8 @@ IMPORTERS = {
     "monty": {"chgcar_files"},
     "typer": {"cliapp", "cliargs", "clicache", "clicluster", "clidata"},
     "rich": {"terminal"},
+    "dask": set(),
+    "distributed": {"cluster", "eachnode"},
     "moto": {"demo_server"},
     "pickle": set(),
 }
