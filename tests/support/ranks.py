@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zarrcache.lightning import ZarrDataModule
 
-__all__ = ["Job", "Killed", "Step", "free_port", "run"]
+__all__ = ["Job", "Killed", "Step", "free_port", "names", "run"]
 
 #: For hangs only.
 DEADLINE_S = 200
@@ -150,7 +150,8 @@ def run(job: Job, target: Any = fit) -> None:
         A rank ended otherwise; with what it said.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["zarrcache.lightning", "sklearn.model_selection", "s3fs"])
+    job.root.mkdir(parents=True, exist_ok=True)
     processes = []
     port = free_port()
     for rank, environment in enumerate(_environments(job, port)):
@@ -177,6 +178,7 @@ def _rank(target: Any, job: Job, environment: dict[str, str], output: Path) -> N
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    set_start_method("fork", force=True)  # of a process that a user starts; this one would start another server
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     target(job)
 
