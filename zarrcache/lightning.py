@@ -180,15 +180,28 @@ class ZarrDataModule(LightningDataModule):
         state, self._loaded = self._loaded, {}
         if state:
             sampler.load_state_dict(state)
-        if self.trainer is not None:
-            # Lightning asks for the first samples before it tells the epoch: a resumed run would begin with the order of epoch 0.
-            sampler.set_epoch(_counts(self.trainer.fit_loop.epoch_progress).processed)
         loader = _TrainLoader(dataset, sampler=sampler, drop_last=self.drop_last, **self._options(self.train_workers))
         loader.on_begin = self._epoch_begins
         self._loader, self._begun = loader, None
-        if sampler.history:
-            self._count_from(loader.batches_before)
+        if self.trainer is not None:
+            self._join(loader, sampler)
         return loader
+
+    def _join(self, loader: _TrainLoader, sampler: NodeSampler) -> None:
+        """Take the epoch that Lightning is about to train, and have it count the batches of that from where the epoch stands.
+
+        It asks for the first samples before it tells a sampler the epoch: a resumed run would begin with the order of epoch 0.
+        """
+        assert self.trainer is not None
+        epochs, batches = (_counts(progress) for progress in (self.trainer.fit_loop.epoch_progress, self.trainer.fit_loop.epoch_loop.batch_progress))
+        # Saved after the last batch, before the end of the epoch: Lightning goes on with the next one.
+        is_over = epochs.ready > epochs.processed and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        sampler.set_epoch(epochs.processed + is_over)
+        if is_over or sampler.history:
+            # With as many ranks as before and the same batch size that is where its own count stands.
+            shift = (len(loader) if is_over else loader.batches_before) - batches.processed
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(batches, name, getattr(batches, name) + shift)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Loader of this rank; an empty list where nothing is kept for validation."""
@@ -248,17 +261,6 @@ class ZarrDataModule(LightningDataModule):
         """Go on from a checkpoint; takes effect when the training loader is made."""
         if self.trainer is None or self.trainer.state.fn == "fit":  # a checkpoint is loaded to be tested, too
             self._loaded = dict(state_dict)
-
-    def _count_from(self, batches: int) -> None:
-        """Have Lightning count a resumed epoch from ``batches``, so that it ends with the last sample.
-
-        With as many ranks as before, and the same batch size, that is where Lightning's own count stands.
-        """
-        assert self.trainer is not None
-        progress = _counts(self.trainer.fit_loop.epoch_loop.batch_progress)
-        shift = batches - progress.processed
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(progress, name, getattr(progress, name) + shift)
 
 
 class _Sampler(NodeSampler, DistributedSampler[int]):

@@ -26,6 +26,7 @@ IDS = [f"mp-{number}" for number in range(10)]
 #: Eight to train on, two kept for the end.
 TRAINED, TESTED = split_ids(IDS, 8, 42)
 EPOCHS = 3
+EVERY_SECOND = {"every_n_train_steps": 2}
 #: A store that was written within two seconds is listed once more after it was read: it may still be being written.
 SETTLED_S = 2.1
 
@@ -74,6 +75,18 @@ def effective(first: Job, second: Job) -> list[Step]:
     return [step for step in first.steps if step.step < second.resumed_at] + second.steps
 
 
+def in_order(job: Job, epoch: int) -> list[list[str]]:
+    """What each rank has trained on in an epoch."""
+    return [names([step for step in job.steps if (step.rank, step.epoch) == (rank, epoch)]) for rank in range(sum(job.nodes))]
+
+
+def planned(job: Job, epoch: int, ids: list[str] = TRAINED) -> list[list[str]]:
+    """What each rank has to read in a whole epoch."""
+    node_of_rank = tuple(node for node, count in enumerate(job.nodes) for _ in range(count))
+    schedule = Schedule(tuple(ids), job.data.get("assignment", "global"), node_of_rank, seed=job.data["random_seed"])
+    return [[ids[index] for index in order] for order in schedule.orders(epoch)]
+
+
 def losses(steps: list[Step]) -> dict[tuple[int, int], str]:
     """By rank and step, bit for bit."""
     return {(step.rank, step.step): step.loss for step in steps}
@@ -94,45 +107,42 @@ def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server), assignment="node")
     caches = (tmp_path / "node0", tmp_path / "node1")
     log = RequestLog(s3_server, bucket)
-    one_epoch = Job(tmp_path / "a", data, nodes=(1, 1), caches=caches, name="one", epochs=1, every=0)
+    one_epoch = Job(tmp_path / "a", data, nodes=(1, 1), caches=caches, name="one", epochs=1, checkpoint=None)
     run(one_epoch)
     assert log.paths("GET") == Counter(key for task_id in TRAINED for key in objects(s3_server, bucket, task_id))
     asked = len(log.seen())
 
     die_at = random.randrange(1, 4 * EPOCHS)
-    killed = Job(tmp_path / "b", data, nodes=(1, 1), caches=caches, epochs=EPOCHS, every=2, die_at=die_at)
+    killed = Job(tmp_path / "b", data, nodes=(1, 1), caches=caches, epochs=EPOCHS, checkpoint=EVERY_SECOND, die_at=die_at)
     run(killed)
-    resumed = Job(killed.root, data, nodes=(1, 1), caches=caches, epochs=EPOCHS, every=2, name="second")
+    resumed = Job(killed.root, data, nodes=(1, 1), caches=caches, epochs=EPOCHS, checkpoint=EVERY_SECOND, name="second")
     run(resumed)
     assert len(log.seen()) == asked, log.seen()[asked:]
     assert resumed.resumed_at == die_at // 2 * 2
 
     plain = options(on_s3(tmp_path / "plain.yaml", stores, bucket, s3_server, is_cached=False), assignment="node")
-    uncached = Job(tmp_path / "c", plain, nodes=(1, 1), epochs=EPOCHS, every=0)
+    uncached = Job(tmp_path / "c", plain, nodes=(1, 1), epochs=EPOCHS, checkpoint=None)
     run(uncached)
     assert len(losses(uncached.steps)) == 2 * 4 * EPOCHS
     assert losses(effective(killed, resumed)) == losses(uncached.steps)
 
     owners = dict(zip(TRAINED, node_of(TRAINED, 2), strict=True))
-    planned = Schedule(tuple(TRAINED), "node", (0, 1), seed=3)
-    for rank, epoch in itertools.product((0, 1), range(EPOCHS)):
-        seen = names([step for step in uncached.steps if (step.rank, step.epoch) == (rank, epoch)])
-        assert seen == [TRAINED[index] for index in planned.orders(epoch)[rank]]
-        assert {owners[name] for name in seen} == {rank}
+    for epoch in range(EPOCHS):
+        assert in_order(uncached, epoch) == planned(uncached, epoch)
+        for rank, seen in enumerate(in_order(uncached, epoch)):
+            assert {owners[name] for name in seen} == {rank}
 
 
 def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
     """Two nodes with two ranks each: never twice on a node, whichever of its ranks and workers come first. Lightning keeps the sampler."""
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server))
     log = RequestLog(s3_server, bucket)
-    job = Job(tmp_path / "run", data, nodes=(2, 2), caches=(tmp_path / "node0", tmp_path / "node1"), epochs=2, every=0)
+    job = Job(tmp_path / "run", data, nodes=(2, 2), caches=(tmp_path / "node0", tmp_path / "node1"), epochs=2, checkpoint=None)
     run(job)
-    planned = Schedule(tuple(TRAINED), "global", (0, 0, 1, 1), seed=3)
     readers: dict[str, set[int]] = {name: set() for name in TRAINED}
-    for rank, epoch in itertools.product(range(4), range(2)):
-        order = [TRAINED[index] for index in planned.orders(epoch)[rank]]
-        assert names([step for step in job.steps if (step.rank, step.epoch) == (rank, epoch)]) == order
-        for name in order:
+    for epoch in range(2):
+        assert in_order(job, epoch) == planned(job, epoch)
+        for rank, name in ((rank, name) for rank, order in enumerate(planned(job, epoch)) for name in order):
             readers[name].add(rank // 2)
     wanted = Counter({key: len(nodes) for name, nodes in readers.items() for key in objects(s3_server, bucket, name)})
     assert log.paths("GET") == wanted
@@ -141,27 +151,29 @@ def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(stor
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "changes"),
+    ("before", "after", "changes", "die_at"),
     [
-        pytest.param((1,), (1,), {"train_workers": 2, "persistent_workers": False}, id="other workers"),
-        pytest.param((2,), (1,), {"train_workers": 0, "val_workers": 0}, id="one of two ranks"),
-        pytest.param((2,), (2,), {"batch_size": 2}, id="another batch size"),
-        pytest.param((1,), (1, 1), {}, id="two nodes instead of one"),
-        pytest.param((1, 1), (3,), {}, id="three ranks on one node instead of two nodes"),
+        pytest.param((1,), (1,), {"train_workers": 2, "persistent_workers": False}, None, id="other workers"),
+        pytest.param((2,), (1,), {"train_workers": 0, "val_workers": 0}, None, id="one of two ranks"),
+        pytest.param((2,), (1,), {}, 4, id="one of two ranks after the last step of an epoch"),
+        pytest.param((2,), (2,), {"batch_size": 2}, None, id="another batch size"),
+        pytest.param((1,), (1, 1), {}, None, id="two nodes instead of one"),
+        pytest.param((1, 1), (3,), {}, None, id="three ranks on one node instead of two nodes"),
     ],
 )
 @pytest.mark.parametrize("assignment", ["global", "node"])
 def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_sample_once(
-    stores: Path, tmp_path: Path, before: tuple[int, ...], after: tuple[int, ...], changes: dict[str, Any], assignment: str
+    stores: Path, tmp_path: Path, before: tuple[int, ...], after: tuple[int, ...], changes: dict[str, Any], die_at: int | None, assignment: str
 ) -> None:
     """SIGKILL in the middle of a step; what was trained on after the last checkpoint is trained on again, nothing else."""
     data = options(config(tmp_path / "train.yaml", stores, str(stores)), assignment=assignment)
-    die_at = random.randrange(1, EPOCHS * 8 // sum(before))
-    killed = Job(tmp_path / "run", data, nodes=before, epochs=EPOCHS, every=1 if sum(before) > 1 else 3, die_at=die_at)
+    every = 1 if sum(before) > 1 else 3
+    die_at = random.randrange(1, EPOCHS * 8 // sum(before)) if die_at is None else die_at
+    killed = Job(tmp_path / "run", data, nodes=before, epochs=EPOCHS, checkpoint={"every_n_train_steps": every}, die_at=die_at)
     run(killed)
     resumed = Job(killed.root, data | changes, nodes=after, epochs=EPOCHS, name="second")
     run(resumed)
-    assert resumed.resumed_at == die_at - die_at % killed.every
+    assert resumed.resumed_at == die_at - die_at % every
     ranks = sum(after)
     for epoch in range(EPOCHS):
         before_it = names([step for step in killed.steps if step.step < resumed.resumed_at and step.epoch == epoch])
@@ -172,3 +184,31 @@ def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_
         left = len(TRAINED) - len(before_it)
         assert len(after_it) == -(-left // ranks) * ranks, (die_at, epoch)
         assert not set(before_it) & set(after_it) or left % ranks, (die_at, epoch)
+        if not before_it:
+            assert in_order(resumed, epoch) == planned(resumed, epoch), (die_at, epoch)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "trainer", "data"),
+    [
+        pytest.param({}, {}, {"val_frac": 0.25}, id="of a validation"),
+        pytest.param({}, {}, {}, id="of the end of an epoch"),
+        pytest.param({"every_n_train_steps": 1}, {"limit_train_batches": 5}, {"batch_size": 1}, id="of the last step of a limited epoch"),
+        pytest.param({"every_n_train_steps": 4}, {"reload_dataloaders_every_n_epochs": 1}, {"drop_last": True, "batch_size": 2}, id="reloaded"),
+    ],
+)
+def test_resumed_from_a_checkpoint_at_the_end_of_an_epoch_the_next_one_is_the_planned_one(
+    stores: Path, tmp_path: Path, checkpoint: dict[str, Any], trainer: dict[str, Any], data: dict[str, Any]
+) -> None:
+    """Wherever Lightning takes it. It asks for the first samples before it says which epoch it is."""
+    settings = options(config(tmp_path / "train.yaml", stores, str(stores)), **data)
+    count = 6 if "val_frac" in data else trainer.get("limit_train_batches", 8)
+    ended = Job(tmp_path / "run", settings, nodes=(1,), epochs=1, checkpoint=checkpoint, trainer=trainer)
+    run(ended)
+    resumed = Job(ended.root, settings, nodes=(1,), epochs=EPOCHS, checkpoint=checkpoint, trainer=trainer, name="second")
+    run(resumed)
+    ids = split_ids(TRAINED, 6, 3)[0] if "val_frac" in data else TRAINED
+    for job, epochs in ((ended, [0]), (resumed, [1, 2])):
+        assert sorted({step.epoch for step in job.steps}) == epochs
+        for epoch in epochs:
+            assert in_order(job, epoch) == [planned(job, epoch, ids)[0][:count]]

@@ -59,6 +59,8 @@ class Job:
         Ranks on each node.
     caches : tuple of Path
         ``ZARRCACHE_DIR`` of each node; empty: as the config says.
+    checkpoint : dict, optional
+        Arguments of ``ModelCheckpoint``; None: no checkpoints.
     trainer : dict
         Arguments of ``Trainer``.
     die_at : int, optional
@@ -70,7 +72,7 @@ class Job:
     nodes: tuple[int, ...] = (1,)
     caches: tuple[Path, ...] = ()
     epochs: int = 1
-    every: int = 3
+    checkpoint: Mapping[str, Any] | None = field(default_factory=lambda: {"every_n_train_steps": 3})
     trainer: Mapping[str, Any] = field(default_factory=dict)
     die_at: int | None = None
     name: str = "first"
@@ -135,10 +137,11 @@ def fit(job: Job) -> None:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "default_root_dir": job.root,
-        "callbacks": [ModelCheckpoint(job.root, save_last=True, every_n_train_steps=job.every)] if job.every else [],
+        "enable_checkpointing": job.checkpoint is not None,
+        "callbacks": [] if job.checkpoint is None else [ModelCheckpoint(job.root, save_last=True, **job.checkpoint)],
     }
-    trainer = pl.Trainer(**settings | dict(job.trainer), **({} if job.every else {"enable_checkpointing": False}))
-    trainer.fit(Toy(job), ZarrDataModule(**job.data), ckpt_path="last" if job.every else None)
+    trainer = pl.Trainer(**settings | dict(job.trainer))
+    trainer.fit(Toy(job), ZarrDataModule(**job.data), ckpt_path=None if job.checkpoint is None else "last")
 
 
 def run(job: Job, target: Any = fit) -> None:
