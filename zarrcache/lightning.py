@@ -307,7 +307,8 @@ class _TrainLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Any:
         if not isinstance(self.sampler, SequentialSampler):  # Trainer(overfit_batches=...), which says so itself
-            self.on_begin(self.planned.epoch)
+            epoch = self.planned.epoch
+            self.on_begin(epoch)
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

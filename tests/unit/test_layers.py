@@ -30,7 +30,7 @@ LEVELS = {
     5: "tiers",
     6: "store materials",
     7: "reader filesystem handover",
-    8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
+    8: "registry dataset sampler sidebyside lightning sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
     "scope warming warmreport evicting verifying status doctor",
     9: "demo demo_server demo_train",
     10: "cli cliapp cliargs clicache clicluster clidata cliwords terminal __main__",
@@ -45,7 +45,8 @@ IMPORTERS = {
     "s3fs": {"engine_s3fs"},
     "diskcache": {"indexfile"},
     "filelock": {"flight"},
-    "torch": {"dataset", "demo_train", "handover", "sampler"},
+    "torch": {"dataset", "demo_train", "handover", "lightning", "sampler", "sidebyside"},
+    "lightning": {"lightning"},
     "sklearn": {"taskids"},
     "pymatgen": {"chgcar_files"},
     "monty": {"chgcar_files"},
