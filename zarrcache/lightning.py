@@ -244,7 +244,7 @@ class ZarrDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far the training is; the same on every rank. Lightning puts it into each checkpoint."""
         loader, trainer = self._loader, self.trainer
-        if loader is None or trainer is None or getattr(trainer, "overfit_batches", 0):
+        if loader is None or trainer is None or getattr(trainer, "overfit_batches", False):
             return dict(self._loaded)
         sampler = loader.planned
         # Trained on, not handed out: an exception may have stopped the step between the two.

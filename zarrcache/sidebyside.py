@@ -99,7 +99,8 @@ class SideBySide(ConcatDataset[Any]):
         self.task_ids = tuple(f"{name}/{task_id}" for name, part in parts.items() for task_id in part.task_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**super().__getitem__(index), "dataset": bisect.bisect_right(self.cumulative_sizes, index % len(self))}
+        sample: dict[str, Any] = super().__getitem__(index)  # type: ignore[no-untyped-call]
+        return {**sample, "dataset": bisect.bisect_right(self.cumulative_sizes, index % len(self))}
 
 
 def _configs(config: Any) -> dict[str, DataConfig]:

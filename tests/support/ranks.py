@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zarrcache.lightning import ZarrDataModule
 
-__all__ = ["Job", "Killed", "Step", "free_port", "names", "run"]
+__all__ = ["Job", "Killed", "Step", "free_port", "names", "run", "run_ranks"]
 
 #: For hangs only.
 DEADLINE_S = 200
@@ -144,7 +144,7 @@ def fit(job: Job) -> None:
     trainer.fit(Toy(job), ZarrDataModule(**job.data), ckpt_path=None if job.checkpoint is None else "last")
 
 
-def run(job: Job, target: Any = fit) -> None:
+def run(job: Job) -> None:
     """Train with all ranks to the end, or to their death if the job says so.
 
     Raises
@@ -152,17 +152,28 @@ def run(job: Job, target: Any = fit) -> None:
     Killed
         A rank ended otherwise; with what it said.
     """
+    job.root.mkdir(parents=True, exist_ok=True)
+    environments = list(_environments(job, free_port()))
+    outputs = [job.root / f"{job.name}.output.{rank}" for rank in range(len(environments))]
+    run_ranks(fit, (job,), environments, outputs, ends=0 if job.die_at is None else -signal.SIGKILL)
+
+
+def run_ranks(
+    target: Callable[..., None], args: tuple[Any, ...], environments: Sequence[Mapping[str, str]], outputs: Sequence[Path], *, ends: int = 0
+) -> None:
+    """``target(*args)`` in one process for each environment, all at once.
+
+    Raises
+    ------
+    Killed
+        One ended otherwise than with the exit code ``ends``; with what all said.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(["zarrcache.lightning", "sklearn.model_selection", "s3fs"])
-    job.root.mkdir(parents=True, exist_ok=True)
-    processes = []
-    port = free_port()
-    for rank, environment in enumerate(_environments(job, port)):
-        output = job.root / f"{job.name}.output.{rank}"
-        processes.append(context.Process(target=_rank, args=(target, job, environment, output)))
+    ranks = zip(environments, outputs, strict=True)
+    processes = [context.Process(target=_rank, args=(target, args, dict(environment), output)) for environment, output in ranks]
     for process in processes:
         process.start()
-    wanted = 0 if job.die_at is None else -signal.SIGKILL
     try:
         for process in processes:
             process.join(DEADLINE_S)
@@ -171,19 +182,19 @@ def run(job: Job, target: Any = fit) -> None:
             process.kill()
             process.join()
     codes = [process.exitcode for process in processes]
-    if any(code != wanted for code in codes):
-        said = "\n".join((job.root / f"{job.name}.output.{rank}").read_text()[-6000:] for rank in range(len(codes)))
-        raise Killed(f"exit codes {codes}, expected {wanted}\n{said}")
+    if any(code != ends for code in codes):
+        said = "\n".join(output.read_text()[-6000:] for output in outputs)
+        raise Killed(f"exit codes {codes}, expected {ends}\n{said}")
 
 
-def _rank(target: Any, job: Job, environment: dict[str, str], output: Path) -> None:
+def _rank(target: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], output: Path) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     set_start_method("fork", force=True)  # of a process that a user starts; this one would start another server
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    target(job)
+    target(*args)
 
 
 def _environments(job: Job, port: int) -> Iterator[dict[str, str]]:

@@ -16,8 +16,6 @@ from zarrcache.dataset import ZarrDataset
 from zarrcache.errors import ConfigError
 from zarrcache.lightning import ZarrDataModule, _TrainLoader, _world_of
 
-hydra = pytest.importorskip("hydra")
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fork.*:DeprecationWarning",
     "ignore:hydra.utils.instantiate:UserWarning",  # 1.4 would have the call say which targets it trusts; 1.3 has no such thing
@@ -64,6 +62,7 @@ def test_the_users_block_is_a_hydra_target(config: str) -> None:
         val_frac: 0.005
         random_seed: 42
     """
+    hydra = pytest.importorskip("hydra")
     data = hydra.utils.instantiate(yaml.safe_load(text))
     assert isinstance(data, ZarrDataModule)
     assert [len(ids) for ids in sides(data)] == [4, 1, 5]
@@ -72,7 +71,7 @@ def test_the_users_block_is_a_hydra_target(config: str) -> None:
 
 def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
     """Its lists and mappings are none of Python's own."""
-    omegaconf = pytest.importorskip("omegaconf")
+    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
     keys = yaml.safe_load(Path(config).read_text())
     for several in ([config, keys], {"pbe": config, "scan": keys}):
         target = omegaconf.OmegaConf.create({"_target_": "zarrcache.lightning.ZarrDataModule", "config": several})
