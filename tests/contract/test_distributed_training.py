@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.ranks import Job, Step, names, run
+from tests.support.ranks import Job, Killed, Step, names, run
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
@@ -212,3 +212,24 @@ def test_resumed_from_a_checkpoint_at_the_end_of_an_epoch_the_next_one_is_the_pl
         assert sorted({step.epoch for step in job.steps}) == epochs
         for epoch in epochs:
             assert in_order(job, epoch) == [planned(job, epoch, ids)[0][:count]]
+
+
+def test_ranks_that_see_different_samples_all_stop_at_the_start(stores: Path, tmp_path: Path) -> None:
+    """A map file that one node has in an older version. Neither waits for the other."""
+    caches = (tmp_path / "node0", tmp_path / "node1")
+    for count, cache in zip((10, 9), caches, strict=True):
+        cache.mkdir()
+        (cache / "map.json").write_text(json.dumps({"GGA": IDS[:count]}))
+    settings = options(config(tmp_path / "train.yaml", stores, str(stores), map_dir="${ZARRCACHE_DIR}/map.json", train_fraction=0.8))
+    with pytest.raises(Killed) as error:
+        run(Job(tmp_path / "run", settings, nodes=(1, 1), caches=caches, checkpoint=None))
+    assert str(error.value).startswith("exit codes [1, 1]")
+    assert "training samples are {'0': 8} on rank 0 and {'0': 7} on rank 1" in str(error.value)
+
+
+def test_overfitting_reads_the_first_batches_in_every_epoch(stores: Path, tmp_path: Path) -> None:
+    """What ``Trainer(overfit_batches=...)`` is for; Lightning takes another sampler then, and says so."""
+    settings = options(config(tmp_path / "train.yaml", stores, str(stores)))
+    job = Job(tmp_path / "run", settings, epochs=2, trainer={"overfit_batches": 3})
+    run(job)
+    assert in_order(job, 0) == in_order(job, 1) == [TRAINED[:3]]
