@@ -85,6 +85,11 @@ class Schedule:
         if self.nbytes is not None and len(self.nbytes) != len(self.names):
             raise ConfigError(f"nbytes has {len(self.nbytes)} sizes for {len(self.names)} samples.")
 
+    @property
+    def samples_of_rank(self) -> int:
+        """How many samples each rank reads in a whole epoch."""
+        return self._each(len(self.names), len(self.node_of_rank))
+
     def orders(self, epoch: int, history: Sequence[Segment] = ()) -> Indices:
         """Indices that each rank reads in an epoch, in its order.
 
@@ -114,6 +119,9 @@ class Schedule:
         """The node that each sample belongs to; 0 for all with ``global``."""
         return self._owners_among(self._groups(self.node_of_rank))
 
+    def _each(self, count: int, ranks: int) -> int:
+        return count // ranks if self.drop_last else -(-count // ranks)
+
     def _groups(self, node_of_rank: Sequence[int]) -> list[list[int]]:
         """Ranks that share one shuffle: all of them, or those of each node."""
         if self.assignment == "global":
@@ -125,7 +133,7 @@ class Schedule:
 
     def _share_out(self, epoch: int, left: Indices, start: int, node_of_rank: tuple[int, ...]) -> Indices:
         groups, ranks = self._groups(node_of_rank), len(node_of_rank)
-        each = len(left) // ranks if self.drop_last else -(-len(left) // ranks)
+        each = self._each(len(left), ranks)
         orders = np.empty((ranks, each), np.int64)
         if not each:
             return orders

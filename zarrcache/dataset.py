@@ -172,8 +172,8 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
     ----------
     reader : ZarrS3Reader
         Or anything with its ``split_task_ids()`` and ``load()``. It has to be picklable for DataLoader workers that are spawned.
-    split : {"train", "test", "all"}
-        ``all`` is the training ids followed by the test ids.
+    split : {"train", "test", "all"} or sequence of str
+        ``all`` is the training ids followed by the test ids. Or the task ids themselves, for a split of your own.
     precision : {"f32", "f16", "bf16"}
         float32, float16 or bfloat16. float16 holds numbers up to 65504, which a density that is not normalized can exceed.
     augmentation : bool
@@ -183,13 +183,14 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
     Raises
     ------
     ConfigError
-        Unknown split or precision; and whatever ``split_task_ids()`` raises, which is called here, once, and not in every worker.
+        Unknown split or precision; and whatever ``split_task_ids()`` raises, which is called here, once, and not in every worker. With ids
+        it is not called.
     """
 
     def __init__(
         self,
         reader: DensityReader,
-        split: Literal["train", "test", "all"] = "train",
+        split: Literal["train", "test", "all"] | Sequence[str] = "train",
         *,
         precision: Literal["f32", "f16", "bf16"] = "f32",
         augmentation: bool = False,
@@ -197,15 +198,17 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
         downsample_label: int = 1,
         seed: int | None = None,
     ) -> None:
-        if split not in ("train", "test", "all"):
-            raise ConfigError(f"split is {split!r}; it has to be 'train', 'test' or 'all'.")
+        if isinstance(split, str) and split not in ("train", "test", "all"):
+            raise ConfigError(f"split is {split!r}; it has to be 'train', 'test', 'all' or a list of task ids.")
         if precision not in _DTYPES:
             raise ConfigError(f"precision is {precision!r}; it has to be one of {', '.join(map(repr, _DTYPES))}.")
         super().__init__(_PairToTensors(downsample_data, downsample_label, augmentation, seed, _DTYPES[precision]))
         self.reader = reader
         self.split = split
-        train, test = reader.split_task_ids()
-        self.task_ids: tuple[str, ...] = tuple({"train": train, "test": test, "all": [*train, *test]}[split])
+        if isinstance(split, str):
+            train, test = reader.split_task_ids()
+            split = {"train": train, "test": test, "all": [*train, *test]}[split]
+        self.task_ids: tuple[str, ...] = tuple(split)
 
     def __len__(self) -> int:
         return len(self.task_ids)

@@ -57,8 +57,8 @@ class NodeSampler(Sampler[int]):
     -----
     *Resume.* ``state_dict()`` says which samples the ranks have taken; after ``load_state_dict()`` the rest of the epoch is shared out among
     the ranks that there are now, be they more or fewer than before. DataLoader workers are given indices ahead of the training, so tell how
-    far the training got: ``sampler.state_dict(taken=batches * batch_size)``. torchdata's ``StatefulDataLoader`` and
-    ``zarrcache.lightning.ZarrDataModule`` do that by themselves.
+    far the training got: ``sampler.state_dict(taken=batches * batch_size)``. ``zarrcache.lightning.ZarrDataModule`` does that by itself, and so
+    does torchdata's ``StatefulDataLoader`` as long as the number of workers stays: its own state is that of each worker.
     """
 
     def __init__(

@@ -91,7 +91,9 @@ def stores(s3_server: S3Server, bucket: str, tmp_path: Path) -> Callable[[int], 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]) -> None:
+def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(
+    stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]
+) -> None:
     """With ``revalidate: epoch``: one LIST a density in each epoch. ``never`` asks nothing and reads what it has, until it is warmed."""
     n, n_changed = size
     bucket = stores(n)

@@ -25,8 +25,6 @@ ATTEMPTS = 5
 N_OBJECTS = 9  # of each density: .zarray and eight chunks
 
 
-
-
 def upload(server: S3Server, bucket: str, root: Path, n: int, densities: dict[str, Any]) -> None:
     """``n`` stores, each with numbers of its own."""
     client = server.client()

@@ -111,3 +111,20 @@ def test_names_are_those_of_the_dataset() -> None:
 
     assert NodeSampler(Named()).schedule.names == ("mp-1", "mp-2")
     assert NodeSampler(Lazy()).schedule.names == ("0", "1", "2")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:'set_vital' is deprecated:UserWarning")
+def test_torchdatas_loader_saves_and_resumes_it() -> None:
+    """With workers, which ask ahead of the training."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader() -> Any:
+        return stateful.StatefulDataLoader(range(24), batch_size=2, sampler=samplers((0,))[0], num_workers=2)
+
+    first = loader()
+    first.sampler.set_epoch(3)
+    trained = [int(index) for _, batch in zip(range(5), first, strict=False) for index in batch]
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    rest = [int(index) for batch in second for index in batch]
+    assert sorted(trained + rest) == list(range(24))

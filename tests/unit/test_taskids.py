@@ -12,7 +12,7 @@ import pytest
 from sklearn.model_selection import train_test_split
 
 from zarrcache.errors import ConfigError
-from zarrcache.taskids import ids_of, read_map, split_ids
+from zarrcache.taskids import Split, hold_out, ids_of, read_map, read_split, split_ids
 
 MAP = {"GGA": ["mp-3", "mp-1", "mp-2"], "GGA+U": ["mp-9"], "SCAN": []}
 
@@ -79,3 +79,44 @@ def test_split_that_cannot_be_made_says_so_in_scikit_learns_words(n: int, train_
         split_ids(ids, train_fraction, 42)
     assert str(ours.value).startswith(str(theirs.value))
     assert str(ours.value).endswith("No task id of the functional has both stores." if n == 0 else "Change train_fraction, or give more materials.")
+
+
+@pytest.mark.parametrize(("val_frac", "count"), [(0.005, 1), (0.1, 10), (0.07, 7), (0.101, 11), (0, 0)])
+def test_validation_ids_are_a_share_of_the_training_ids(val_frac: float, count: int) -> None:
+    """Rounded up; nobody is lost, and the test ids are left alone."""
+    train = [f"mp-{number}" for number in range(100)]
+    split = hold_out(train, ["mp-900"], val_frac, 42)
+    assert len(split.validation) == count
+    assert sorted(split.train + split.validation) == sorted(train)
+    assert split.test == ("mp-900",)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_split_file_names_its_ids_by_their_places(tmp_path: Path, zipped: bool) -> None:
+    """Validation and test may be left out."""
+    raw = json.dumps({"train": [2, 0], "validation": [1]}).encode()
+    (tmp_path / "split.json").write_bytes(gzip.compress(raw) if zipped else raw)
+    assert read_split(tmp_path / "split.json", ["a", "b", "c"]) == Split(("c", "a"), ("b",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": [0, 3]}, "train holds 3. It has to hold whole numbers from 0 to 2"),
+        ({"train": [0, -1]}, "train holds -1"),
+        ({"train": [0, True]}, "train holds True"),
+        ({"train": ["mp-1"]}, "train holds 'mp-1'"),
+        ({"train": [0, 0]}, "0 is in train and again in train"),
+        ({"train": [0, 1], "test": [1]}, "1 is in train and again in test"),
+        ({"train": 5}, "train is a int"),
+        ({"test": [1]}, r"holds the keys \['test'\]"),
+        ({"train": [0], "dev": [1]}, r"holds the keys \['train', 'dev'\]"),
+        ({"train": [0], "val": [], "validation": []}, "both val and validation"),
+        ([0, 1], "holds a list"),
+    ],
+)
+def test_a_split_file_that_cannot_be_meant_is_refused_with_what_is_wrong(tmp_path: Path, content: Any, message: str) -> None:
+    """A sample that is trained and tested on is found before it flatters the result."""
+    (tmp_path / "split.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        read_split(tmp_path / "split.json", ["a", "b", "c"])

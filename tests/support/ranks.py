@@ -1,0 +1,231 @@
+"""The ranks of a training job under Lightning: real processes, gloo between them, killed and resumed as a scheduler does it.
+
+They are forked from a server that has imported Lightning once, because the import takes longer than a toy epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import get_context, set_start_method
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from zarrcache.lightning import ZarrDataModule
+
+__all__ = ["Job", "Killed", "Step", "free_port", "names", "run", "run_ranks"]
+
+#: For hangs only.
+DEADLINE_S = 200
+
+
+class Killed(Exception):
+    """A rank did not end by itself, or not well."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of one rank, as the rank wrote it down."""
+
+    rank: int
+    epoch: int
+    step: int
+    names: list[str]
+    loss: str
+    datasets: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run.
+
+    Attributes
+    ----------
+    root : Path
+        Checkpoints, and what the ranks wrote down.
+    data : dict
+        Arguments of ``ZarrDataModule``.
+    nodes : tuple of int
+        Ranks on each node.
+    caches : tuple of Path
+        ``ZARRCACHE_DIR`` of each node; empty: as the config says.
+    checkpoint : dict, optional
+        Arguments of ``ModelCheckpoint``; None: no checkpoints.
+    trainer : dict
+        Arguments of ``Trainer``.
+    die_at : int, optional
+        SIGKILL in the middle of the step of this number.
+    """
+
+    root: Path
+    data: Mapping[str, Any]
+    nodes: tuple[int, ...] = (1,)
+    caches: tuple[Path, ...] = ()
+    epochs: int = 1
+    checkpoint: Mapping[str, Any] | None = field(default_factory=lambda: {"every_n_train_steps": 3})
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    die_at: int | None = None
+    name: str = "first"
+
+    @property
+    def steps(self) -> list[Step]:
+        """What all ranks have trained on, in the order of each."""
+        files = sorted(self.root.glob(f"{self.name}.steps.*"))
+        return [Step(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
+
+    @property
+    def resumed_at(self) -> int:
+        """The number of the first step."""
+        return int((self.root / f"{self.name}.start").read_text())
+
+
+class Toy(pl.LightningModule):
+    """A convolution that learns, and writes down what it was shown."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job = job
+        self.network = torch.nn.Conv3d(1, 1, 3, padding=1)
+
+    def on_train_start(self) -> None:
+        (self.job.root / f"{self.job.name}.start").write_text(str(self.global_step))
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        pairs = list(zip(batch["data"], batch["label"], strict=True))
+        loss = torch.stack([torch.nn.functional.l1_loss(self.network(data[None]), label[None]) for data, label in pairs]).mean()
+        if self.global_step == self.job.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        datasets = [int(number) for number in batch["dataset"]] if "dataset" in batch else None
+        step = Step(self.global_rank, self.current_epoch, self.global_step, list(batch["index"]), float(loss.detach()).hex(), datasets)
+        with (self.job.root / f"{self.job.name}.steps.{self.global_rank}").open("a") as file:
+            file.write(json.dumps(vars(step)) + "\n")
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        with (self.job.root / f"{self.job.name}.validation.{self.global_rank}").open("a") as file:
+            file.writelines(f"{name}\n" for name in batch["index"])
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(job: Job) -> None:
+    """One rank: train, from the last checkpoint if there is one."""
+    torch.set_num_threads(1)
+    pl.seed_everything(7)
+    ranks = sum(job.nodes)
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": job.nodes[0],
+        "num_nodes": len(job.nodes),
+        "strategy": "ddp" if ranks > 1 else "auto",
+        "max_epochs": job.epochs,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": job.root,
+        "enable_checkpointing": job.checkpoint is not None,
+        "callbacks": [] if job.checkpoint is None else [ModelCheckpoint(job.root, save_last=True, **job.checkpoint)],
+    }
+    trainer = pl.Trainer(**settings | dict(job.trainer))
+    trainer.fit(Toy(job), ZarrDataModule(**job.data), ckpt_path=None if job.checkpoint is None else "last")
+
+
+def run(job: Job) -> None:
+    """Train with all ranks to the end, or to their death if the job says so.
+
+    Raises
+    ------
+    Killed
+        A rank ended otherwise; with what it said.
+    """
+    job.root.mkdir(parents=True, exist_ok=True)
+    environments = list(_environments(job, free_port()))
+    outputs = [job.root / f"{job.name}.output.{rank}" for rank in range(len(environments))]
+    run_ranks(fit, (job,), environments, outputs, ends=0 if job.die_at is None else -signal.SIGKILL)
+
+
+def run_ranks(
+    target: Callable[..., None], args: tuple[Any, ...], environments: Sequence[Mapping[str, str]], outputs: Sequence[Path], *, ends: int = 0
+) -> None:
+    """``target(*args)`` in one process for each environment, all at once.
+
+    Raises
+    ------
+    Killed
+        One ended otherwise than with the exit code ``ends``; with what all said.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["zarrcache.lightning", "sklearn.model_selection", "s3fs"])
+    ranks = zip(environments, outputs, strict=True)
+    processes = [context.Process(target=_rank, args=(target, args, dict(environment), output)) for environment, output in ranks]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(DEADLINE_S)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    if any(code != ends for code in codes):
+        said = "\n".join(output.read_text()[-6000:] for output in outputs)
+        raise Killed(f"exit codes {codes}, expected {ends}\n{said}")
+
+
+def _rank(target: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    set_start_method("fork", force=True)  # of a process that a user starts; this one would start another server
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    target(*args)
+
+
+def _environments(job: Job, port: int) -> Iterator[dict[str, str]]:
+    """What torchrun sets for each rank."""
+    ranks = sum(job.nodes)
+    places = [(node, local) for node, count in enumerate(job.nodes) for local in range(count)]
+    for rank, (node, local) in enumerate(places):
+        cache = {"ZARRCACHE_DIR": str(job.caches[node])} if job.caches else {}
+        if ranks == 1:
+            yield cache
+            continue
+        yield cache | {
+            "TORCHELASTIC_RUN_ID": "toy",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(job.nodes[node]),
+            "GROUP_RANK": str(node),
+        }
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def names(steps: Sequence[Step]) -> list[str]:
+    """All samples, in the order of the steps."""
+    return [name for step in steps for name in step.names]

@@ -1,0 +1,209 @@
+"""``ZarrDataModule`` without a trainer: its splits, its loaders, what it refuses. With one: tests/contract/test_distributed_training.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader, RandomSampler
+
+from tests.support.training import write_config, write_pairs
+from zarrcache.dataset import ZarrDataset
+from zarrcache.errors import ConfigError
+from zarrcache.lightning import ZarrDataModule, _TrainLoader, _world_of
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning",
+    "ignore:hydra.utils.instantiate:UserWarning",  # 1.4 would have the call say which targets it trusts; 1.3 has no such thing
+)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten materials; half of them are trained on."""
+    root = tmp_path_factory.mktemp("stores")
+    write_pairs(root, 10)
+    return root
+
+
+@pytest.fixture
+def config(stores: Path) -> str:
+    """A training config of a fresh cache."""
+    return str(write_config(stores))
+
+
+def module(config: Any, **changes: Any) -> ZarrDataModule:
+    """In this process, as the samples are."""
+    return ZarrDataModule(config, **{"train_workers": 0, "val_workers": 0, "augmentation": False} | changes)
+
+
+def sides(data: ZarrDataModule, name: str = "0") -> list[tuple[str, ...]]:
+    """Training, validation and test ids."""
+    split = data.splits[name]
+    return [split.train, split.validation, split.test]
+
+
+def test_the_users_block_is_a_hydra_target(config: str) -> None:
+    """All keys of their training config, as Hydra hands them over."""
+    text = f"""
+        _target_: zarrcache.lightning.ZarrDataModule
+        config: {config}
+        batch_size: 1
+        train_workers: 8
+        val_workers: 2
+        pin_memory: true
+        precision: f32
+        augmentation: true
+        split_file: null
+        val_frac: 0.005
+        random_seed: 42
+    """
+    hydra = pytest.importorskip("hydra")
+    data = hydra.utils.instantiate(yaml.safe_load(text))
+    assert isinstance(data, ZarrDataModule)
+    assert [len(ids) for ids in sides(data)] == [4, 1, 5]
+    assert (data.train_workers, data.val_workers, data.readers["0"].functional) == (8, 2, "GGA")
+
+
+def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
+    """Its lists and mappings are none of Python's own."""
+    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
+    keys = yaml.safe_load(Path(config).read_text())
+    for several in ([config, keys], {"pbe": config, "scan": keys}):
+        target = omegaconf.OmegaConf.create({"_target_": "zarrcache.lightning.ZarrDataModule", "config": several})
+        assert hydra.utils.instantiate(target).dataset_names == (("0", "1") if isinstance(several, list) else ("pbe", "scan"))
+
+
+def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(config: str) -> None:
+    """Chosen by the seed alone; nobody is in two of them; without a share there is no validation loader."""
+    data = module(config, val_frac=0.4)
+    train, validation, test = sides(data)
+    configs_train, configs_test = data.readers["0"].split_task_ids()
+    assert (len(train), len(validation)) == (3, 2)
+    assert sorted(train + validation) == sorted(configs_train)
+    assert list(test) == configs_test
+    assert sides(module(config, val_frac=0.4)) == [train, validation, test]
+    assert any(sides(module(config, val_frac=0.4, random_seed=seed))[1] != validation for seed in range(5))
+    assert sides(module(config, val_frac=0.0))[1] == ()
+    assert module(config, val_frac=0.0).val_dataloader() == []
+
+
+def test_a_split_file_has_indices_into_the_ids_of_the_reader(config: str, tmp_path: Path) -> None:
+    """In its order; ``val`` is another name for validation."""
+    (tmp_path / "split.json").write_text(json.dumps({"train": [9, 0, 4], "val": [1], "test": [5, 2]}))
+    data = module(config, split_file=tmp_path / "split.json", shuffle=False)
+    ids = data.readers["0"].task_ids
+    assert sides(data) == [(ids[9], ids[0], ids[4]), (ids[1],), (ids[5], ids[2])]
+    assert [batch["index"] for batch in data.train_dataloader()] == [[ids[9]], [ids[0]], [ids[4]]]
+    assert [batch["index"] for batch in data.test_dataloader()] == [[ids[5]], [ids[2]]]
+
+
+def test_loaders_give_the_samples_of_a_zarrdataset(config: str) -> None:
+    """The same tensors, batched; each training sample once, in another order after ``set_epoch``."""
+    data = module(config, val_frac=0.2, batch_size=2, precision="bf16")
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert (len(loader), len(batches)) == (2, 2)
+    alone = ZarrDataset(data.readers["0"], data.splits["0"].train, precision="bf16")
+    for batch in batches:
+        for position, task_id in enumerate(batch["index"]):
+            sample = alone[alone.task_ids.index(task_id)]
+            torch.testing.assert_close(batch["data"][position], sample["data"], rtol=0, atol=0)
+            torch.testing.assert_close(batch["label"][position], sample["label"], rtol=0, atol=0)
+    first = [task_id for batch in batches for task_id in batch["index"]]
+    assert sorted(first) == sorted(data.splits["0"].train)
+    orders = set()
+    for epoch in range(5):
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        orders.add(tuple(task_id for batch in loader for task_id in batch["index"]))
+    assert len(orders) > 1
+
+
+def test_samples_of_several_datasets_carry_its_number(config: str, tmp_path: Path) -> None:
+    """The same material may be in two; each has its own split."""
+    write_pairs(tmp_path, 4, shape=(3, 3, 3))
+    (tmp_path / "split.json").write_text(json.dumps({"train": [0, 1, 2, 3]}))
+    (tmp_path / "all.json").write_text(json.dumps({"train": list(range(10))}))
+    other = write_config(tmp_path)
+    data = module({"big": config, "small": other}, split_file={"small": tmp_path / "split.json", "big": tmp_path / "all.json"})
+    batches = list(data.train_dataloader())
+    seen = sorted((int(batch["dataset"]), batch["index"][0]) for batch in batches)
+    assert seen == sorted([*((0, f"mp-{n}") for n in range(10)), *((1, f"mp-{n}") for n in range(4))])
+    assert {(int(batch["dataset"]), tuple(batch["data"].shape)) for batch in batches} == {(0, (1, 1, 6, 5, 4)), (1, (1, 1, 3, 3, 3))}
+    mixed = next(iter(module([config, other], batch_size=7, val_frac=0.0).train_dataloader()))
+    assert sorted({tuple(tensor.shape) for tensor in mixed["data"]}) == [(1, 3, 3, 3), (1, 6, 5, 4)]
+    assert len(mixed["dataset"]) == 7
+
+
+def test_a_sampler_that_was_replaced_stops_the_epoch_before_it_begins(config: str) -> None:
+    """The order would not be the planned one, and the ranks would read the same samples twice."""
+    data = module(config)
+    dataset = data.train_dataloader().dataset
+    loader = _TrainLoader(dataset, sampler=RandomSampler(dataset))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"replaced by a RandomSampler.*use_distributed_sampler=False"):
+        iter(loader)
+
+
+@pytest.mark.parametrize(("train_workers", "val_workers", "method"), [(1, 0, "forkserver"), (1, 1, None), (0, 1, "forkserver"), (0, 0, None)])
+def test_a_process_that_reads_from_s3_itself_forks_no_readers(config: str, train_workers: int, val_workers: int, method: str | None) -> None:
+    """What is forked from a process that used obstore would read more slowly; where Python forks at all."""
+    if torch.multiprocessing.get_start_method() != "fork":
+        pytest.skip("this Python does not fork")
+    data = module(config, train_workers=train_workers, val_workers=val_workers)
+    for loader, workers in ((data.train_dataloader(), train_workers), (data.test_dataloader(), val_workers)):
+        assert isinstance(loader, DataLoader)
+        context = loader.multiprocessing_context
+        assert (context.get_start_method() if context else None) == (method if workers else None)
+        assert loader.persistent_workers == bool(workers)
+    assert module(config, train_workers=1, multiprocessing_context="spawn").train_dataloader().multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
+    """``srun --distribution=cyclic``: each node would keep what the other one reads."""
+
+    class Trainer:
+        distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}  # noqa: RUF012
+        world_size, num_nodes, node_rank = 4, 2, 1
+
+    with pytest.raises(ConfigError, match="rank 1 of 4 is on node 1 of 2, and would be on node 0"):
+        _world_of(Trainer())
+    Trainer.node_rank = 0
+    world = _world_of(Trainer())
+    assert world is not None
+    assert (world.node_of_rank, world.rank) == ((0, 0, 1, 1), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"train_workers": -1}, "train_workers is -1"),
+        ({"val_workers": 1.5}, r"val_workers is 1\.5"),
+        ({"val_frac": 1.0}, r"val_frac is 1\.0"),
+        ({"val_frac": 0.99}, "none would be left"),
+        ({"split_file": "/nowhere/split.json"}, "split file /nowhere/split.json cannot be read"),
+        ({"split_file": {"pbe": "split.json"}}, r"split_file is for the datasets \['pbe'\]"),
+        ({"precision": "f64"}, "precision is 'f64'"),
+        ({"assignment": "rank"}, "assignment is 'rank'"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named(config: str, changes: dict[str, Any], message: str) -> None:
+    """Before anything is read."""
+    with pytest.raises(ConfigError, match=message):
+        module(config, **changes).train_dataloader()
+
+
+def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> None:
+    """One split file for two datasets, no config, files that have to be converted first."""
+    with pytest.raises(ConfigError, match="there are 2 datasets: give a file for each"):
+        module([config, config], split_file="split.json")
+    with pytest.raises(ConfigError, match="config is empty"):
+        module([])
+    with pytest.raises(ConfigError, match="convert the files first"):
+        module({**yaml.safe_load(Path(config).read_text()), "dataset_name": "chgcar_data"})
+    with pytest.raises(ConfigError, match=r"config file nowhere\.yaml cannot be read"):
+        module("nowhere.yaml")
