@@ -72,6 +72,7 @@ def opened(
 
 
 def read(origin: Origin) -> dict[str, bytes]:
+    """Everything of one store."""
     return {obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(origin.list_objects("mp-1.zarr/"))}
 
 
@@ -111,7 +112,7 @@ def test_credentials_that_stay_expired_are_an_error_by_name(opened: Callable[...
     fault_proxy.rules(Rule(then="400:ExpiredToken"))
     for ask in (lambda: list(origin.fetch(objects)), lambda: origin.list_objects("mp-1.zarr/"), lambda: origin.fetch_range(objects[0], 0, 9)):
         before = fault_proxy.count()
-        with pytest.raises(OriginAccessError, match="access refused: ExpiredToken .* The session token has expired: log in again"):
+        with pytest.raises(OriginAccessError, match=r"access refused: ExpiredToken .* The session token has expired: log in again"):
             ask()
         assert fault_proxy.count() - before == 2
 

@@ -100,5 +100,5 @@ def test_two_hundred_stores_survive_a_bad_network(s3_server: S3Server, fault_pro
     upload(s3_server, bucket, tmp_path, 200, densities)
     for engine in ("obstore", "s3fs"):
         faults = soak(s3_server, fault_proxy, bucket, tmp_path, densities, engine, threads=8)
-        print(f"{engine}: {faults.total()} faults, 0 wrong, 0 failed of {len(densities)}: {dict(sorted(faults.items()))}")
+        print(f"{engine}: {faults.total()} faults, 0 wrong, 0 failed of {len(densities)}: {dict(sorted(faults.items()))}")  # noqa: T201
         assert len(faults) >= len(OBJECT_FAULTS)
