@@ -39,7 +39,7 @@ class _Epoch:
 
 def run(context: Context) -> list[Table]:
     """In one process, and through DataLoader workers."""
-    pairs = write_pairs(context.workdir / "s3" / _BUCKET, mp_grids(5 if context.quick else 25, context.seed), seed=context.seed)
+    pairs = write_pairs(context.workdir / "s3" / _BUCKET, mp_grids(5 if context.quick else 15, context.seed), seed=context.seed)
     with running(context.workdir / "s3", latency_s=_LATENCY_S) as server:
         prefixes = [f"{directory}/{task_id}.zarr/{ARRAY}/" for directory in ROLES.values() for task_id in pairs.task_ids]
         serve_from_memory(server, _BUCKET, prefixes)

@@ -35,6 +35,7 @@ _WARM = "zarrcache warm"
 _TWICE = "bare GETs, a process a core"
 _MIB = 1024**2
 _HANG_S = 900.0
+_MOST_ROUNDS = 3  # half a minute each
 _LOOK_S = 0.25  # a look costs 5 ms a process
 _BUDGETS_MIB = (128, 512)  # 512 is the default
 
@@ -94,7 +95,7 @@ def _rates(context: Context, origin: _Origin) -> Table:
         _TWICE: functools.partial(bare, _TWICE, cores()),
         _WARM: warm,
     }
-    rounds = interleave(competitors, min(context.rounds, 5), warmup=0)
+    rounds = interleave(competitors, min(context.rounds, _MOST_ROUNDS), warmup=0)
     facts = pairs.facts() | {
         "latency, ms a request": 1000 * _LATENCY_S,
         "a round": "a command from its start to its end, an empty cache; the server has all objects in memory",
@@ -122,7 +123,7 @@ def _memory(context: Context, origin: _Origin, few: int, many: int) -> Table:
 
     wanted = [(count, budget_mib) for budget_mib in _BUDGETS_MIB for count in (few, many)]
     competitors: dict[str, Round] = {name(*one): functools.partial(measured, *one) for one in wanted}
-    rounds = interleave(competitors, 1 if context.quick else min(context.rounds, 3), warmup=0)
+    rounds = interleave(competitors, 1, warmup=0)  # once each: memory does not depend on what else the machine does
     facts = origin.pairs.facts() | {
         "peak": f"of all processes of the command together, looked at every {_LOOK_S} s: proportional set size; own are its pages that no file "
         "has, resident is RSS, where shared pages count in each process",
