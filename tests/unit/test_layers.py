@@ -21,17 +21,18 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment signals",
+    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment signals "
+    "course clairvoyant",
     1: "atomic simulate retry flight codec layout owner s3options faults pump "
     "decode expansion taskids sequences workpool mounts indexcheck renewal backoff indexlog",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index",
-    3: "origin arraycache settled",
+    3: "origin ring arraycache settled",
     4: "bytecache readarray density",
     5: "tiers",
     6: "store materials",
     7: "reader filesystem handover",
     8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
-    "scope warming warmreport evicting verifying status doctor",
+    "lookahead prefetching scope warming warmreport evicting verifying status doctor",
     9: "demo demo_server demo_train",
     10: "cli cliapp cliargs clicache clicluster clidata cliwords terminal __main__",
 }
