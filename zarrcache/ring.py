@@ -90,9 +90,7 @@ class Ring:
     def _reserve(self) -> Intent | Admission:
         name = f"entries/ring-{secrets.token_hex(4)}"
         outcome = self._index.begin(name, self.most_bytes)
-        for _ in range(2):  # others may take what is freed
-            if isinstance(outcome, Intent) or not self._index.drop_oldest(self.most_bytes):
-                break
+        if isinstance(outcome, Admission) and self._index.drop_oldest(self.most_bytes):
             outcome = self._index.begin(name, self.most_bytes)
         if isinstance(outcome, Admission):
             logger.warning("no look-ahead, as there is no room for %s of it: %s", format_bytes(self.most_bytes), outcome.value)
