@@ -80,11 +80,11 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(pairs: Pairs,
     dataset = ZarrDataset(reader)
     index, sampler = reader.tiers.index, NodeSampler(dataset, seed=4)
     assert index is not None
+    log = RequestLog(s3_server, pairs.bucket)
     with Lookahead(dataset, sampler) as ahead:
         for epoch in range(3):
             sampler.set_epoch(epoch)
             ahead.set_epoch(epoch)
-            log = RequestLog(s3_server, pairs.bucket)
             for index_ in sampler:
                 task_id = dataset.task_ids[index_]
                 for role in ROLES:
@@ -92,10 +92,12 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(pairs: Pairs,
                     assert occupied(index) <= 16 * ONE
                     assert len(index.loans()) <= 4
                     assert np.array_equal(reader.load(task_id, role)[0], pairs.values[task_id, role].ravel())
-            assert max(gets(log)) <= (1 if epoch else 2)
         assert reader._counters.snapshot().misses == 0
+        fetched = reader.stats.misses
         stays = len(list(reader.tiers.arrays.entries()))  # type: ignore[union-attr]
     assert 12 <= stays <= 16
+    assert fetched <= 24 + 2 * (24 - 12) + 4  # those that stay are fetched once, the others in each epoch; and what is ahead at the end
+    assert sum(log.paths("GET").values()) <= pairs.objects * (fetched + 4)
     assert not index.loans()
     assert index.volume_bytes() <= 16 * ONE + LISTINGS
 
