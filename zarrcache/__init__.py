@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ZarrCacheError,
     )
     from zarrcache.evicting import plan_evict
+    from zarrcache.lookahead import Lookahead
     from zarrcache.reader import ZarrS3Reader
     from zarrcache.registry import get_dataset, load_data, register_data
     from zarrcache.sampler import NodeSampler
@@ -48,6 +49,7 @@ __all__ = [
     "DataConfig",
     "IncompleteArrayError",
     "LockTimeoutError",
+    "Lookahead",
     "NodeSampler",
     "OriginAccessError",
     "OriginError",
@@ -95,6 +97,7 @@ _HOME = {
         "ZarrCacheError",
     ),
     "evicting": ("plan_evict",),
+    "lookahead": ("Lookahead",),
     "reader": ("ZarrS3Reader",),
     "registry": ("get_dataset", "load_data", "register_data"),
     "sampler": ("NodeSampler",),

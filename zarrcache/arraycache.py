@@ -16,11 +16,12 @@ from zarrcache.codec import Entry, EntryHeader, header_of, map_entry, write_entr
 from zarrcache.config import CacheConfig
 from zarrcache.errors import CorruptEntryError
 from zarrcache.incoming import Incoming
-from zarrcache.index import CACHE_FAULTS, Index, Intent, Stored
+from zarrcache.index import CACHE_FAULTS, LENT, Index, Intent, Stored
 from zarrcache.indexfile import array_note
 from zarrcache.keys import ArrayKey, file_digest
 from zarrcache.policy import Admission, disk_bytes, is_fresh
 from zarrcache.quantities import format_bytes
+from zarrcache.ring import Ring
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters
 
@@ -62,6 +63,8 @@ class ArrayCache:
         self._counters = counters
         self.index = index or Index(config)
         self._verified = verified or SharedSet()
+        #: Where a prefetcher keeps what is not admitted. Not pickled.
+        self.ring: Ring | None = None
         self._told: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,7 +83,7 @@ class ArrayCache:
         try:
             stored = self.index.lookup(key.digest)
             if stored is None:
-                return None
+                return self._borrowed(key, source)
             entry = map_entry(self.index.path_of(stored))
         except FileNotFoundError:  # evicted between the row and the file
             return None
@@ -108,6 +111,18 @@ class ArrayCache:
                 return None
             self._verified.add(file_digest(stored.filename))
         return entry
+
+    def _borrowed(self, key: ArrayKey, source: str | None) -> Entry | None:
+        """What a prefetcher has lent: read once, and removed."""
+        lent = self.index.lookup(LENT + key.digest) if self.ring is None else None
+        if lent is None:
+            return None
+        entry = map_entry(self.index.path_of(lent))
+        is_right = entry.header.key == key and is_fresh(entry.header.source, source) and (self._config.verify == "never" or entry.is_intact())
+        # A copy: the file's room is for the next loan, and a mapped file keeps it. It also reaches a training process that would come too late.
+        taken = Entry(entry.header, entry.array.copy()) if is_right else None
+        self.index.give_back(key.digest, lent.filename)
+        return taken
 
     def _is_checked_now(self, key: ArrayKey, filename: str) -> bool:
         # A listing decides which materials there are, and is read once a run: always.
@@ -141,14 +156,15 @@ class ArrayCache:
             if outcome is Admission.OVER_LIMIT and self.index.drop([key.digest]):  # what is stored under this key is stale: no reason to keep it
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
+                if self.ring is not None and self.ring.lend(key.digest, filename, size_bytes):
+                    self._publish(filename, header, write)
+                    return False
                 self._tell(
                     outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(header.nbytes), outcome.value
                 )
                 return False
             intent = outcome
-            path = self.index.dir.root / filename
-            self.index.dir.make(path.parent)
-            publish(path, write, expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
+            self._publish(filename, header, write)
             self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
             intent = None
         except CACHE_FAULTS as exc:
@@ -158,6 +174,11 @@ class ArrayCache:
             if intent is not None:  # also after Ctrl-C: room that nobody will use must not stay reserved
                 self._abort(intent)
         return True
+
+    def _publish(self, filename: str, header: EntryHeader, write: Callable[[FileIO], object]) -> None:
+        path = self.index.dir.root / filename
+        self.index.dir.make(path.parent)
+        publish(path, write, expected_bytes=header.file_bytes, mode=self.index.dir.file_mode)
 
     def drop(self, key: ArrayKey) -> int:
         """Evict one entry. Returns the bytes freed."""

@@ -160,7 +160,8 @@ class CacheConfig(_Block):
     dir: Path
     limit: Bytes = Field(200 * 1024**3, gt=0)
     min_free: Annotated[int | Percent, BeforeValidator(bytes_or_percent)] = Percent(5)
-    eviction: Literal["none", "least-recently-stored"] = "none"
+    eviction: Literal["none", "least-recently-stored", "belady"] = "none"
+    lookahead: Bytes = Field(2 * 1024**3, ge=0, description="bytes that a Lookahead fetches ahead of the training, all ranks of a node together")
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
     bytes: ByteTierConfig = ByteTierConfig()

@@ -5,6 +5,8 @@ named here is being written, or being deleted, by this owner".  Its size counts.
 
 * the limit holds at every instant, across processes: room is reserved in a transaction before the first byte is written;
 * after a crash the intents of dead owners name exactly the files to unlink: opening costs nothing that grows with the entries.
+
+A row whose key is ``-`` and a digest is a *loan*: read once, and removed by its reader, in room that its owner, a prefetcher, has reserved.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from zarrcache.atomic import PARTIAL_SUFFIX
+from zarrcache.clairvoyant import Clairvoyant
 from zarrcache.config import CacheConfig
 from zarrcache.indexcheck import is_damage, is_right_row
 from zarrcache.indexfile import CACHE_FAULTS, IndexFile, Stored, Table, no_fork
@@ -30,7 +33,7 @@ from zarrcache.mounts import can_map_to_write, refuse_network
 from zarrcache.owner import is_dead, owner_id
 from zarrcache.policy import Admission, admit, choose_victims, min_free_bytes
 
-__all__ = ["CACHE_FAULTS", "Index", "Intent", "Row", "Stored"]
+__all__ = ["CACHE_FAULTS", "LENT", "Index", "Intent", "Row", "Stored"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ T = TypeVar("T")
 
 _INTENT = "intent"
 _INTENTS = ("+", ",")  # the range of their keys
+LENT = "-"  # before the digest of what is lent
+_ANNOUNCED = ("+", ".")  # both
 _PAGE = 10_000  # rows in memory at a time when all are looked at
 _FEW = 100  # rows that make room for one entry, mostly
 _BATCH = 500  # rows a transaction when many are dropped: others wait for about 10 ms
@@ -78,6 +83,8 @@ class Index:
     def __init__(self, config: CacheConfig) -> None:
         #: Kinds of faults that were logged: once each, whichever tier meets them first.
         self.told: set[str] = set()
+        #: Who knows what is needed last; for ``eviction: belady``.
+        self.clairvoyant: Clairvoyant | None = None
         self._config = config
         self.dir = CacheDir(config.dir, config.shared)
         refuse_network(config.dir, is_allowed=config.allow_network_fs)
@@ -158,9 +165,8 @@ class Index:
         if refusal is Admission.OVER_LIMIT and self.sweep():
             refusal = self._reserve(filename, size_bytes)
         for _ in range(8):  # others may take the room that was made; after that the entry is a bypass
-            if refusal is not Admission.OVER_LIMIT or self._config.eviction == "none":
+            if refusal is not Admission.OVER_LIMIT or not self._make_room(filename, size_bytes):
                 break
-            self._make_room(size_bytes)
             refusal = self._reserve(filename, size_bytes)
         return refusal
 
@@ -200,10 +206,25 @@ class Index:
             freed += sum(intent.size_bytes for intent in doomed)
         return freed
 
+    def lend(self, digest: str, filename: str) -> None:
+        """Announce a loan, in room that is reserved already, before its file is written. Found by ``lookup(LENT + digest)``."""
+        with self._transaction() as table:
+            table.set(LENT + digest, Stored(filename, 0, owner_id()), tag=_INTENT)
+
+    def loans(self) -> set[str]:
+        """Digests of what is lent right now."""
+        return {key[len(LENT) :] for (key,) in self._select("SELECT key FROM Cache WHERE key >= ? AND key < ?", (LENT, _ANNOUNCED[1]))}
+
+    def give_back(self, digest: str, filename: str) -> None:
+        """Remove a loan. The file goes first: when the row is gone, its owner takes the room for free."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.dir.root / filename)
+        self.drop([LENT + digest], filename=filename)
+
     def sweep(self) -> int:
         """Unlink what dead owners were writing or deleting. Returns the number of files."""
         # By the range of their keys, not by tag: there is an index over the keys, and a full cache asks this at every put.
-        rows = self._select("SELECT key, filename, size, mode, value, store_time FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
+        rows = self._select("SELECT key, filename, size, mode, value, store_time FROM Cache WHERE key >= ? AND key < ?", _ANNOUNCED)
         now_s = time.time()
         dead = []
         for key, filename, size, mode, value, stored_s in rows:
@@ -241,17 +262,30 @@ class Index:
                 return intent
         return outcome
 
-    def _make_room(self, size_bytes: int) -> None:
+    def drop_oldest(self, needed_bytes: int) -> int:
+        """Drop what was stored first. Returns the bytes freed."""
         # rowid order is the order of storing: a replaced entry gets a new row.
         # Listings, whose notes end with a line end, stay: they are small, and without them no run starts offline.
         query = "SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?"
-        shortfall = self.volume_bytes() + size_bytes - self._config.limit
         # One or two will do, as a rule; 10,000 rows would be 8 ms at every put.
         for most in (_FEW, _PAGE):
             oldest = self._select(query, (_INTENT, most))
-            if sum(size for _, size in oldest) >= shortfall:
+            if sum(size for _, size in oldest) >= needed_bytes:
                 break
-        self.drop(choose_victims(oldest, shortfall))
+        return self.drop(choose_victims(oldest, needed_bytes))
+
+    def _make_room(self, filename: str, size_bytes: int) -> bool:
+        """Drop what ``cache.eviction`` says. False if nothing is to be dropped."""
+        shortfall = self.volume_bytes() + size_bytes - self._config.limit
+        if self._config.eviction == "least-recently-stored":
+            self.drop_oldest(shortfall)
+            return True
+        if self._config.eviction == "none" or self.clairvoyant is None:
+            return False
+        digest = filename.rpartition("/")[2].partition("-")[0]
+        victims = self.clairvoyant.victims(digest, shortfall, lambda: self._select("SELECT key, size FROM Cache WHERE tag = 'array'", ()))
+        self.drop(victims)
+        return bool(victims)
 
     def _doom(self, table: Table, digest: str, *, keep: str | None = None, only: str | None = None) -> list[Intent]:
         """Turn an entry into an intent to delete. Call inside a transaction."""
@@ -354,7 +388,7 @@ def _row(table: Table, digest: str) -> Stored | None:
         It is damaged, or of another entry.
     """
     found: Stored | None = table.get(digest)
-    if found is not None and digest not in found.filename:
+    if found is not None and digest.removeprefix(LENT) not in found.filename:
         raise sqlite3.DatabaseError(f"the row of {digest} names {found.filename}")
     return found
 

@@ -78,7 +78,7 @@ def damage_of(select: Select) -> str | None:
         for last, key, raw, tag, size, stored_s, expires_s, mode, filename, value in page:
             if not is_right_row(mode, filename, value) or value.partition(" ")[0] != str(size):
                 return f"row {last} does not match its checksum"
-            is_intent = str(key).startswith("+")
+            is_intent = str(key).startswith(("+", "-"))
             named = is_intent or f"/{key}" in filename
             if not named or (tag == "intent") != is_intent or (raw, expires_s) != (1, None) or not isinstance(stored_s, float):
                 return f"row {last} contradicts itself"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from zarrcache.cachedpath import CachedPath, Outcome
 from zarrcache.config import CacheConfig
+from zarrcache.course import Course
 from zarrcache.density import density_of_group, metadata_of
 from zarrcache.errors import OriginNotFoundError
 from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, stored_array
@@ -105,6 +107,7 @@ class ZarrS3Reader:
         self._checked = SharedSet()
         if self._tiers.arrays is not None:
             self._tiers.neighbours.check()
+        self.course: Course | None = None  # counts what is asked for, while a Lookahead follows the training
         if self.use_s3:  # any other scheme was refused above
             _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
 
@@ -197,7 +200,8 @@ class ZarrS3Reader:
         OriginError
             There is no such store, or the origin cannot be reached.
         """
-        values, _ = self._path.read(self._origins[role], self.store_name(task_id, role))
+        with self.course.reading(task_id, role) if self.course is not None else nullcontext():
+            values, _ = self._path.read(self._origins[role], self.store_name(task_id, role))
         return _flat(values)
 
     def ensure(self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None) -> tuple[Outcome, int]:

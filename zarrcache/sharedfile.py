@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import secrets
 import tempfile
@@ -67,6 +68,12 @@ class SharedFile:
     def read(self, offset: int = 0) -> bytes:
         """Everything from ``offset`` on."""
         return os.pread(self._fd, max(0, os.fstat(self._fd).st_size - offset), offset)
+
+    def map(self, nbytes: int) -> mmap.mmap:
+        """Its first ``nbytes`` as memory that all who have the file share; zeros at first. For a file that nobody appends to."""
+        if os.fstat(self._fd).st_size < nbytes:
+            os.ftruncate(self._fd, nbytes)
+        return mmap.mmap(self._fd, nbytes)
 
 
 def _reopen(path: str, name: str) -> SharedFile:

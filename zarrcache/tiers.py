@@ -12,6 +12,7 @@ import numpy as np
 
 from zarrcache.arraycache import ArrayCache
 from zarrcache.bytecache import ByteCache
+from zarrcache.clairvoyant import Clairvoyant
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.flight import SingleFlight
 from zarrcache.index import CACHE_FAULTS, Index
@@ -36,9 +37,13 @@ class Tiers:
     counters : Counters
     verified : SharedSet, optional
         See `ArrayCache`.
+    clairvoyant : Clairvoyant, optional
+        See :meth:`foresee`.
     """
 
-    def __init__(self, config: CacheConfig | None, counters: Counters, verified: SharedSet | None = None) -> None:
+    def __init__(
+        self, config: CacheConfig | None, counters: Counters, verified: SharedSet | None = None, clairvoyant: Clairvoyant | None = None
+    ) -> None:
         self.config = config
         self.counters = counters
         self.index = Index(config) if config else None
@@ -47,9 +52,15 @@ class Tiers:
         self.listings = ArrayCache(config, counters, index=self.index, verified=self._verified) if config else None
         self.arrays = self.listings if config and config.arrays.enabled else None
         self._origins: dict[tuple[str, str], Origin] = {}
+        self.foresee(clairvoyant)
 
-    def __reduce__(self) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters, SharedSet]]:
-        return type(self), (self.config, self.counters, self._verified)
+    def __reduce__(self) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters, SharedSet, Clairvoyant | None]]:
+        return type(self), (self.config, self.counters, self._verified, self.index.clairvoyant if self.index is not None else None)
+
+    def foresee(self, clairvoyant: Clairvoyant | None) -> None:
+        """Let victims be chosen by one who knows what is read next; here, and in processes that are started after this."""
+        if self.index is not None:
+            self.index.clairvoyant = clairvoyant
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
         """The origin at ``url``, with this cache's fetch and retry settings. The same arguments give the same object: it has connections."""

@@ -27,7 +27,7 @@ from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
 from zarrcache.signals import ENDING
 
-__all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
+__all__ = ["Died", "Engine", "Reserve", "cores", "spread", "start_deaf"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,6 +66,17 @@ class Died:
             return f"exit code {self.exitcode}"
         name = signal.Signals(-self.exitcode).name if -self.exitcode in set(signal.Signals) else f"signal {-self.exitcode}"
         return f"{name}, perhaps for lack of memory" if name == "SIGKILL" else name
+
+
+def start_deaf(process: SpawnProcess) -> None:
+    """Start a process that Ctrl-C in the terminal, and SIGTERM to all of a job, do not end: this process ends it, in order."""
+    # The signal mask is inherited. The resource tracker comes first, because starting it would unblock the signals again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores() -> int:
@@ -168,14 +179,9 @@ class _Worker(Generic[T, R]):
         self.process: SpawnProcess = context.Process(target=_work, args=(theirs, lanes), daemon=True)
         self.items: dict[int, T] = {}
         self._has_begun = False
-        # The signal mask is inherited: Ctrl-C in the terminal, and SIGTERM to all of a job, end this process only, which ends the others in order.
-        # The resource tracker comes first, because starting it would unblock the signal again.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
-            self.process.start()
+            start_deaf(self.process)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
 
     def assign(self, number: int, item: T) -> None:

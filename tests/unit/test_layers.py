@@ -21,17 +21,18 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PA
 
 #: A module imports from its own level and from those below, never in a circle.
 LEVELS = {
-    0: "errors quantities keys policy config stats sharedfile augment chgcar_names checksums mapping budget world assignment signals leases nodes",
+    0: "errors quantities keys policy config stats sharedfile augment chgcar_names "
+    "checksums mapping budget world assignment signals leases nodes course clairvoyant",
     1: "atomic simulate retry flight codec layout owner s3options faults pump decode expansion "
     "taskids sequences workpool mounts indexcheck renewal backoff indexlog entryfiles peertoken cluster eachnode",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index incoming peers",
-    3: "origin arraycache settled",
+    3: "origin arraycache settled ring",
     4: "bytecache readarray density neighbours",
     5: "tiers",
     6: "store materials cachedpath",
     7: "reader filesystem handover",
-    8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload "
-    "synthetic scope warming warmreport evicting verifying status doctor entryserver sidebyside lightning",
+    8: "registry dataset sampler sizing forecast chgcar chgcar_files convert storewriter storeupload synthetic "
+    "scope warming warmreport evicting verifying status doctor entryserver sidebyside lightning lookahead prefetching",
     9: "demo demo_server demo_train",
     10: "cli cliapp cliargs clicache clicluster clidata clinodes cliwords terminal __main__",
 }

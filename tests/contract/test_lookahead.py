@@ -1,0 +1,198 @@
+"""Look-ahead: the next densities are there before they are asked for, every object is fetched once, and the disk holds no more than it may."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from tests.support.following import ONE, Pairs, is_there, occupied, put_pairs, wait_for
+from tests.support.requestlog import RequestLog
+from tests.support.s3server import S3Server
+from zarrcache import ConfigError, Lookahead, NodeSampler, World, ZarrDataset, ZarrS3Reader
+from zarrcache.course import ROLES
+
+COUNT = 13  # pairs; one of them is the test set
+LISTINGS = 2 * 8192  # bytes on disk: which materials there are
+
+
+@pytest.fixture(scope="module")
+def pairs(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """On S3, for all of these tests."""
+    return put_pairs(s3_server, tmp_path_factory.mktemp("pairs"), COUNT)
+
+
+def steps(dataset: ZarrDataset, sampler: NodeSampler) -> Iterator[str]:
+    """Task ids in the order of the training."""
+    return (dataset.task_ids[index] for index in sampler)
+
+
+def train(dataset: ZarrDataset, sampler: NodeSampler, pairs: Pairs) -> None:
+    """An epoch that takes each sample when it is there, and looks at its values."""
+    reader = dataset.reader
+    assert isinstance(reader, ZarrS3Reader)
+    for index in sampler:
+        task_id = dataset.task_ids[index]
+        for role in ROLES:
+            wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), f"{task_id} ({role}) did not come")  # type: ignore[misc]
+        sample = dataset[index]
+        for role in ROLES:
+            assert np.array_equal(sample[role][0].numpy(), pairs.values[task_id, role]), (task_id, role)
+
+
+def gets(log: RequestLog) -> Counter[int]:
+    """How many objects were fetched how often."""
+    return Counter(log.paths("GET").values())
+
+
+def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """Never more than the budget ahead; into the next epoch as well, for which nothing is left to do."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
+    dataset = ZarrDataset(reader)
+    sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
+    with Lookahead(dataset, sampler) as ahead:
+        assert reader.tiers.index is not None
+        wait_for(lambda: occupied(reader.tiers.index) >= 5 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type]
+        time.sleep(0.3)  # it would go on now
+        assert occupied(reader.tiers.index) <= 6 * ONE
+        first = list(steps(dataset, sampler))[:2]
+        assert all(is_there(reader, task_id, role) for task_id, role in itertools.product(first, ROLES))
+        train(dataset, sampler, pairs)
+        assert reader._counters.snapshot().misses == 0  # of this process
+        assert (reader.stats.misses, reader.stats.hits) == (2 * COUNT - 2, 2 * COUNT - 2)
+        sampler.set_epoch(1)
+        ahead.set_epoch(1)
+        train(dataset, sampler, pairs)
+        assert ahead.check()
+    assert gets(log) == {1: pairs.objects * (2 * COUNT - 2)}
+    assert reader.stats.cache_errors == 0
+
+
+def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """Room for 16 of 24: four are given up for the ring, and each epoch fetches the others once."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE)
+    dataset = ZarrDataset(reader)
+    index, sampler = reader.tiers.index, NodeSampler(dataset, seed=4)
+    assert index is not None
+    log = RequestLog(s3_server, pairs.bucket)
+    with Lookahead(dataset, sampler) as ahead:
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            ahead.set_epoch(epoch)
+            for index_ in sampler:
+                task_id = dataset.task_ids[index_]
+                for role in ROLES:
+                    wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), f"{task_id} did not come")  # type: ignore[misc]
+                    assert occupied(index) <= 16 * ONE
+                    assert len(index.loans()) <= 4
+                    assert np.array_equal(reader.load(task_id, role)[0], pairs.values[task_id, role].ravel())
+        assert reader._counters.snapshot().misses == 0
+        fetched = reader.stats.misses
+        stays = len(list(reader.tiers.arrays.entries()))  # type: ignore[union-attr]
+    assert 12 <= stays <= 16
+    assert fetched <= 24 + 2 * (24 - 12) + 4  # those that stay are fetched once, the others in each epoch; and what is ahead at the end
+    assert sum(log.paths("GET").values()) <= pairs.objects * (fetched + 4)
+    assert not index.loans()
+    assert index.volume_bytes() <= 16 * ONE + LISTINGS
+
+
+def test_workers_of_a_dataloader_are_followed_too(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """What they ask for makes room for more, or the prefetcher would stop at its budget; whoever is faster, one fetches."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
+    dataset = ZarrDataset(reader)
+    sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
+    with Lookahead(dataset, sampler):
+        wait_for(lambda: occupied(reader.tiers.index) >= 4 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type, union-attr]
+        loader = DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=2, multiprocessing_context="fork")
+        seen = [sample["index"] for sample in loader]
+    assert seen == list(steps(dataset, sampler))
+    assert gets(log) == {1: pairs.objects * (2 * COUNT - 2)}
+
+
+def test_each_rank_runs_ahead_of_itself(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """With its part of the node's budget: what another rank reads is left to that one's look-ahead."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE)
+    dataset = ZarrDataset(reader)
+    sampler = NodeSampler(dataset, seed=4, world=World(1, (0, 0)))
+    with Lookahead(dataset, sampler):
+        own = list(steps(dataset, sampler))
+        wait_for(lambda: is_there(reader, own[0], "label"), "the prefetcher did not begin")
+        time.sleep(0.3)
+        there = {task_id for task_id in dataset.task_ids if is_there(reader, task_id, "data") or is_there(reader, task_id, "label")}
+        assert there <= set(own[:2])
+
+
+def test_where_there_is_nothing_to_do_no_process_is_started(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """With ``lookahead: 0``; and a sampler of something else is refused."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=0)
+    dataset = ZarrDataset(reader)
+    with Lookahead(dataset, NodeSampler(dataset)) as ahead:
+        assert ahead.pid is None
+        assert ahead.check()
+    following = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs))
+    with pytest.raises(ConfigError, match="other samples"):
+        Lookahead(following, NodeSampler(["mp-1", "mp-2"]))
+    with pytest.raises(ConfigError, match="no reader of zarrcache"):
+        Lookahead([1, 2], [[0, 1]])
+
+
+def test_an_order_that_was_drawn_with_replacement_is_followed(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """As positions or names; a sample that comes twice is fetched once."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=20 * ONE)
+    dataset = ZarrDataset(reader)
+    log = RequestLog(s3_server, pairs.bucket)
+    with Lookahead(dataset, [[3, 5, 3, 3], [7]]):
+        wait_for(lambda: is_there(reader, dataset.task_ids[7], "label"), "the prefetcher did not come to the second epoch")
+    assert gets(log) == {1: pairs.objects * 6}
+
+
+@pytest.mark.slow
+def test_four_nodes_that_have_room_for_a_quarter_hit_as_often_as_the_future_allows(
+    s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A global shuffle through four caches with ``eviction: belady``: 95 % of the hits of offline Belady, counted at the server too."""
+    count, epochs, room = 49, 8, 24
+    many = put_pairs(s3_server, tmp_path_factory.mktemp("many"), count)
+    hits = best = 0
+    for node in range(4):
+        reader = many.reader(
+            tmp_path_factory.mktemp("node"),
+            s3_server.s3_kwargs,
+            limit=room * ONE + LISTINGS,
+            lookahead=0,
+            eviction="belady",
+            bytes={"enabled": False},
+        )
+        dataset = ZarrDataset(reader)
+        sampler = NodeSampler(dataset, seed=4, world=World(node, (0, 1, 2, 3)))
+        reads: list[tuple[str, str]] = []
+        log = RequestLog(s3_server, many.bucket)
+        with Lookahead(dataset, sampler) as ahead:
+            for epoch in range(epochs):
+                sampler.set_epoch(epoch)
+                ahead.set_epoch(epoch)
+                for index in sampler:
+                    dataset[index]
+                    reads += [(dataset.task_ids[index], role) for role in ROLES]
+        stats = reader.stats
+        assert stats.hits + stats.misses == len(reads)
+        assert sum(log.paths("GET").values()) == many.objects * stats.misses
+        hits += stats.hits
+        best += sum(_offline(reads, room))
+    assert hits >= 0.95 * best
+    assert hits > 0.4 * 2 * (count - 1) * epochs
+
+
+def _offline(reads: list[tuple[str, str]], room: int) -> Iterator[bool]:
+    """Belady's hits, entries of one size."""
+    stored: set[tuple[str, str]] = set()
+    for position, density in enumerate(reads):
+        yield density in stored
+        after = {one: next((i for i in range(position + 1, len(reads)) if reads[i] == one), len(reads)) for one in {*stored, density}}
+        stored = set(sorted(after, key=lambda one: after[one])[:room])

@@ -1,0 +1,83 @@
+"""A training that a prefetcher runs ahead of, step by step: small pairs on S3, and what to wait for instead of sleeping."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.cachedirs import array_on_disk
+from tests.support.s3server import S3Server
+from tests.support.training import write_pairs
+from zarrcache import ZarrS3Reader
+from zarrcache.index import Index
+from zarrcache.sequences import Role
+
+__all__ = ["ONE", "Pairs", "is_there", "occupied", "put_pairs", "wait_for"]
+
+SHAPE, CHUNKS = (12, 12, 12), (12, 12, 6)
+#: Bytes on disk of one density.
+ONE = array_on_disk(4 * SHAPE[0] * SHAPE[1] * SHAPE[2])
+_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs in a bucket. ``values`` by task id and role; ``objects`` of one density."""
+
+    bucket: str
+    map_path: Path
+    values: dict[tuple[str, str], Any] = field(repr=False)
+    objects: int = 3
+
+    def reader(self, directory: Path, s3_kwargs: dict[str, Any], **block: Any) -> ZarrS3Reader:
+        """Of a node whose cache is in ``directory``. All pairs are training samples but one."""
+        url = f"s3://{self.bucket}"
+        cache = {"dir": directory / "cache", "min_free": 0, **block}
+        count = len(self.values) // 2
+        return ZarrS3Reader(f"{url}/data", f"{url}/label", self.map_path, "GGA", False, count - 1, s3_kwargs=s3_kwargs, cache=cache)
+
+
+def put_pairs(server: S3Server, directory: Path, count: int) -> Pairs:
+    """Write and upload them, and wait until they are settled."""
+    values = write_pairs(directory, count, shape=SHAPE, chunks=CHUNKS)
+    (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{number}" for number in range(count)]}))
+    bucket = server.new_bucket()
+    for role in ("data", "label"):
+        server.put_tree(directory / role, f"s3://{bucket}/{role}")
+    time.sleep(2.1)
+    return Pairs(bucket, directory / "map.json", values)
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait; the deadline is against hangs."""
+    end_s = time.monotonic() + _DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s, what
+        time.sleep(0.01)
+
+
+def is_there(reader: ZarrS3Reader, task_id: str, role: Role) -> bool:
+    """Whether the next reading of a density asks S3 for nothing."""
+    index = reader.tiers.index
+    assert index is not None
+    digest = reader.key(task_id, role).digest
+    found = index.lookup(digest) or index.lookup(f"-{digest}")
+    return found is not None and os.path.exists(index.path_of(found))
+
+
+def occupied(index: Index) -> int:
+    """Bytes of the files of densities, those being written too; listings are left out."""
+    total = 0
+    for directory, _, names in os.walk(index.dir.entries):
+        for name in names:
+            try:
+                size = os.stat(os.path.join(directory, name)).st_size
+            except FileNotFoundError:
+                continue
+            total += ONE if size > ONE // 2 else 0
+    return total

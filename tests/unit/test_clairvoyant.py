@@ -1,0 +1,187 @@
+"""Belady's choice against an oracle that knows everything, and what it may not touch."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache.assignment import Schedule
+from zarrcache.clairvoyant import NEVER, Clairvoyant, NextUses
+from zarrcache.course import Course, Listed, Orders, Scheduled
+
+COUNTS = (
+    Path(os.environ.get("ZARRCACHE_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "mp/meta/charge3net_probe_counts.csv.gz"
+)
+
+
+def digest(name: str, role: str = "data") -> str:
+    """32 hex digits."""
+    return hashlib.blake2b(f"{name} {role}".encode(), digest_size=16).hexdigest()
+
+
+def clairvoyant(orders: Orders) -> tuple[Course, Clairvoyant]:
+    """For entries that are called as above."""
+    course = Course(orders)
+    names = [[int(digest(name, role)[:16], 16) for role in ("data", "label")] for name in orders.names]
+    return course, Clairvoyant(course, np.array(names, np.uint64))
+
+
+def read(course: Course, name: str) -> None:
+    """Both roles."""
+    for role in ("data", "label"):
+        with course.reading(name, role):
+            pass
+
+
+def test_next_uses_follow_the_order() -> None:
+    """Each sample's next position, past those that are over; NEVER after the last."""
+    uses = NextUses(np.array([2, 0, 2, 1]), 4)
+    everything = np.arange(4)
+    assert uses.of(everything, np.zeros(4, np.int64)).tolist() == [1, 3, 0, NEVER]
+    assert uses.of(everything, np.array([1, 0, 1, 0])).tolist() == [NEVER, 3, 2, NEVER]
+
+
+def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() -> None:
+    """Neither does a stranger, nor anything for a stranger."""
+    course, chooser = clairvoyant(Listed(("a", "b", "c", "d"), (("a", "b", "c", "d", "b", "a", "d", "c"),)))
+    for name in ("a", "b", "c", "d"):
+        read(course, name)
+    stored = [(digest(name), 10) for name in ("b", "a", "c")] + [("f" * 32, 10)]
+    assert chooser.victims(digest("d"), 5, lambda: stored) == [digest("c")]
+    assert chooser.victims(digest("d"), 15, lambda: stored) == []
+    assert chooser.victims("e" * 32, 5, lambda: stored) == []
+
+
+def test_a_use_of_another_rank_of_the_node_counts_too() -> None:
+    """Ranks keep step: what the others read in the steps that are over is not needed for them."""
+    schedule = Schedule(tuple(map(str, range(40))), node_of_rank=(0, 0), seed=1)
+    course, chooser = clairvoyant(Scheduled(schedule, rank=0))
+    own, other = schedule.orders(0)
+    for sample in own[:10]:
+        read(course, str(sample))
+    passed, coming = str(other[3]), str(other[12])
+    stored = [(digest(coming), 10), (digest(passed), 10)]
+    assert chooser.victims(digest(str(own[10])), 5, lambda: stored) == [digest(passed)]
+
+
+# -- hit rates ---------------------------------------------------------------------------------------------------------------------
+
+
+def sizes_of(samples: int) -> NDArray[np.int64]:
+    """Of real densities where they are known, else of their distribution."""
+    rng = np.random.default_rng(11)
+    if COUNTS.exists():
+        with gzip.open(COUNTS, "rt") as file:
+            rows = list(csv.DictReader(file))
+        points = np.array([int(row["shape_x"]) * int(row["shape_y"]) * int(row["shape_z"]) for row in rows])
+        return np.asarray(4 * rng.choice(points, samples), np.int64)
+    return (rng.lognormal(1.6, 0.7, samples) * 2**20).astype(np.int64)
+
+
+def offline(reads: list[int], sizes: NDArray[np.int64], capacity: int) -> list[bool]:
+    """Hits of Belady with all of the future, one read after the other, by looking forward each time."""
+    when: dict[int, list[int]] = {}
+    for position, sample in enumerate(reads):
+        when.setdefault(sample, []).append(position)
+    after: dict[int, float] = {}
+    held, hits = 0, []
+    for position, sample in enumerate(reads):
+        when[sample].pop(0)
+        own = when[sample][0] if when[sample] else float("inf")
+        hits.append(sample in after)
+        if sample in after:
+            after[sample] = own
+            continue
+        going: list[int] = []
+        room = capacity - held
+        for candidate in sorted(after, key=lambda one: -after[one]):
+            if room >= sizes[sample] or after[candidate] <= own:
+                break
+            going.append(candidate)
+            room += sizes[candidate]
+        if room < sizes[sample]:
+            continue
+        for candidate in going:
+            held -= sizes[candidate]
+            del after[candidate]
+        after[sample] = own
+        held += sizes[sample]
+        assert held <= capacity, position
+    return hits
+
+
+def ours(orders: Orders, epochs: int, sizes: NDArray[np.int64], capacity: int) -> list[bool]:
+    """Hits of a node that asks `Clairvoyant` when it is full."""
+    course, chooser = clairvoyant(orders)
+    number = {digest(name): sample for sample, name in enumerate(orders.names)}
+    stored: dict[str, int] = {}
+    hits = []
+    for epoch in range(epochs):
+        course.set_epoch(epoch)
+        for sample in orders.of_node(epoch).tolist():
+            name = orders.names[sample]
+            read(course, name)
+            hits.append(digest(name) in stored)
+            if hits[-1]:
+                continue
+            missing = sum(stored.values()) + int(sizes[sample]) - capacity
+            victims = chooser.victims(digest(name), missing, lambda: list(stored.items())) if missing > 0 else []
+            for victim in victims:
+                assert number.keys() >= {victim}
+                del stored[victim]
+            if missing <= 0 or victims:
+                stored[digest(name)] = int(sizes[sample])
+                assert sum(stored.values()) <= capacity
+    return hits
+
+
+def test_a_node_of_four_hits_as_often_as_if_it_knew_everything() -> None:
+    """Global shuffle, room for a quarter: at least 95 % of the hits of offline Belady, and twice those of admit-until-full.
+
+    The last five epochs are left out, of which the oracle knows the end.
+    """
+    samples, epochs = 800, 12
+    sizes = sizes_of(samples)
+    schedule = Schedule(tuple(f"mp-{n}" for n in range(samples)), node_of_rank=(0, 1, 2, 3), seed=7)
+    orders, each = Scheduled(schedule, rank=1), samples // 4
+    counted = slice(2 * each, 7 * each)
+    best = offline([sample for epoch in range(epochs) for sample in orders.of_node(epoch).tolist()], sizes, int(sizes.sum()) // 4)[counted]
+    found = ours(orders, epochs, sizes, int(sizes.sum()) // 4)[counted]
+    assert np.mean(best) > 0.5
+    assert np.mean(found) >= 0.95 * np.mean(best)
+
+
+def test_drawn_with_replacement_it_is_as_good() -> None:
+    """Any order that is known beforehand will do; some samples come several times an epoch, most not at all."""
+    samples, epochs = 300, 6
+    sizes = sizes_of(samples)
+    rng = np.random.default_rng(5)
+    weights = rng.lognormal(0, 1, samples)
+    drawn = [rng.choice(samples, 150, p=weights / weights.sum()).tolist() for _ in range(epochs)]
+    names = tuple(f"mp-{n}" for n in range(samples))
+    orders = Listed(names, tuple(tuple(names[sample] for sample in epoch) for epoch in drawn))
+    best = offline([sample for epoch in drawn for sample in epoch], sizes, int(sizes.sum()) // 5)
+    found = ours(orders, epochs, sizes, int(sizes.sum()) // 5)
+    assert np.mean(found) >= 0.95 * np.mean(best)
+
+
+def test_it_chooses_without_looking_at_every_entry_each_time() -> None:
+    """The list of what is stored is asked for now and then, not at every entry that has to be stored."""
+    samples = 2000
+    schedule = Schedule(tuple(f"mp-{n}" for n in range(samples)), node_of_rank=(0, 1), seed=7)
+    course, chooser = clairvoyant(Scheduled(schedule))
+    order = schedule.node_order(0, 0).tolist()
+    for sample in order[:600]:
+        read(course, f"mp-{sample}")
+    stored = [(digest(f"mp-{sample}", role), 10) for sample in order[:600] for role in ("data", "label")]
+    asked: list[Any] = []
+    for sample in order[600:640]:
+        chooser.victims(digest(f"mp-{sample}"), 10, lambda: asked.append(1) or stored)  # type: ignore[func-returns-value]
+    assert len(asked) <= 3

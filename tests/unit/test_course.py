@@ -1,0 +1,105 @@
+"""Where the training is, as all processes of a rank see it, and what it reads next."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zarrcache.assignment import Schedule, Segment
+from zarrcache.course import Course, Listed, Scheduled
+from zarrcache.errors import ConfigError
+
+NAMES = ("mp-0", "mp-1", "mp-2")
+
+
+def listed(*epochs: tuple[str, ...]) -> Course:
+    """A course along lists."""
+    return Course(Listed(NAMES, epochs))
+
+
+def read(course: Course, name: str, role: str = "data") -> None:
+    """As a reader does."""
+    with course.reading(name, role):
+        pass
+
+
+def test_lists_are_epochs_and_after_them_nothing_is_known() -> None:
+    """A sample may come twice; one that is not in the data set is refused."""
+    orders = Listed(NAMES, (("mp-2", "mp-0", "mp-2"), ("mp-1",)))
+    assert [orders.of_rank(epoch).tolist() for epoch in range(3)] == [[2, 0, 2], [1], []]
+    with pytest.raises(ConfigError, match="'mp-9' and 0 more that are no samples"):
+        Listed(NAMES, (("mp-9",),))
+
+
+def test_a_schedule_has_the_ranks_own_order_and_its_nodes() -> None:
+    """With what was read before a restart, in that epoch only; as far ahead as there are nodes, and one."""
+    schedule = Schedule(tuple(f"mp-{n}" for n in range(24)), node_of_rank=(0, 1, 1), seed=3)
+    orders = Scheduled(schedule, rank=2, epoch=4, history=(Segment((0, 1, 1), 2),))
+    assert (orders.node, orders.ranks, orders.epochs_ahead) == (1, 2, 3)
+    assert np.array_equal(orders.of_rank(5), schedule.orders(5)[2])
+    assert np.array_equal(orders.of_node(5), schedule.node_order(5, 1))
+    assert len(orders.of_rank(4)) == 6
+
+
+def test_readings_are_counted_by_sample_role_and_epoch() -> None:
+    """A second reading of a sample is another one; an epoch that is over has been read, one to come has not."""
+    course = listed(("mp-0", "mp-0"))
+    read(course, "mp-0", "label")
+    read(course, "mp-7")  # of the validation set
+    assert course.begun().tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert course.has_begun(0, 0, 1)
+    assert not course.has_begun(0, 0, 1, nth=1)
+    assert not course.has_begun(0, 0, 0)
+    assert not course.has_begun(1, 0, 1)
+    course.set_epoch(1)
+    assert course.has_begun(0, 2, 0)
+    assert not course.begun().any()
+
+
+def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
+    """The prefetcher may still be fetching it for whoever asks again."""
+    course = listed(("mp-0",))
+    with pytest.raises(OSError, match="network"), course.reading("mp-0", "data"):
+        raise OSError("network")
+    assert course.has_begun(0, 0, 0)
+    assert not course.has_ended(0, 0, 0)
+    read(course, "mp-0")
+    assert course.has_ended(0, 0, 0)
+
+
+def _worker(course: Course, pipe: Any) -> None:
+    pipe.send((course.is_shared, course.epoch))
+    read(course, "mp-1")
+    pipe.recv()
+    pipe.send(course.epoch)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_and_parent_see_one_count(method: str) -> None:
+    """Whichever way a DataLoader starts them; the epoch as well."""
+    course = listed(("mp-1",))
+    course.set_epoch(6)
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_worker, args=(course, theirs))  # type: ignore[attr-defined]
+    process.start()
+    assert ours.recv() == (True, 6)
+    course.set_epoch(7)
+    ours.send(None)
+    assert ours.recv() == 7
+    process.join()
+    read(course, "mp-2")
+    assert course.begun()[2].tolist() == [1, 0]
+
+
+def test_a_copy_from_another_machine_knows_that_it_shares_nothing() -> None:
+    """Neither does a spawned one where there is no ``/proc``."""
+    course = listed(("mp-1",))
+    state = pickle.dumps(course)
+    assert pickle.loads(state).is_shared
+    del course
+    assert not pickle.loads(state).is_shared

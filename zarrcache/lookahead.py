@@ -1,0 +1,200 @@
+"""Look-ahead: the order of the samples is known, so the next ones can be there before they are asked for.
+
+>>> sampler = NodeSampler(dataset, seed=42)  # doctest: +SKIP
+>>> with Lookahead(dataset, sampler) as ahead:  # doctest: +SKIP
+...     for epoch in range(50):
+...         sampler.set_epoch(epoch)
+...         ahead.set_epoch(epoch)
+...         for batch in loader:
+...             ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from zarrcache.clairvoyant import Clairvoyant
+from zarrcache.course import ROLES, Course, Listed, Orders, Scheduled
+from zarrcache.errors import ConfigError
+from zarrcache.prefetching import prefetch
+from zarrcache.workpool import Died, start_deaf
+
+if TYPE_CHECKING:
+    from zarrcache.reader import ZarrS3Reader
+    from zarrcache.sampler import NodeSampler
+
+__all__ = ["Lookahead"]
+
+logger = logging.getLogger(__name__)
+
+#: What is in the cache has to fit beside it.
+_SHARE_OF_LIMIT = 4
+#: What a prefetcher may take to end, before it is killed (seconds).
+_END_S = 10.0
+
+#: A sampler, or what one has drawn: names (or positions) of the samples, a list an epoch.
+Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
+
+
+class Lookahead:
+    """Follow the training of this rank: fetch ahead of it, and let ``eviction: belady`` know what it reads next.
+
+    A process of its own fetches what the sampler will ask for, in its order, and stays ``cache.lookahead`` bytes ahead at the most (of decoded
+    densities, shared out among the ranks of a node; a quarter of ``cache.limit`` at the most). It takes the reader's own path, so an object is
+    fetched once, by whoever comes first. What it fetches is kept like anything that was read. Where there is no room to keep more, it takes the
+    room of its look-ahead from what was stored first, and what it puts there is dropped when it was read.
+
+    Make it on every rank, before the DataLoader's workers start, and after ``sampler.load_state_dict()``. Without a cache, or with
+    ``lookahead: 0`` and no ``eviction: belady``, it does nothing.
+
+    Parameters
+    ----------
+    source : ZarrDataset, RhoData or ZarrS3Reader
+        What is read. Of a reader, the samples are ``split_task_ids()``'s training ids.
+    order : NodeSampler, or sequence of sequences
+        The sampler whose indices the DataLoader gets; or task ids, or positions, a list an epoch from epoch 0 on, as any other sampler has
+        drawn them: with replacement too.
+    epoch : int, optional
+        The epoch that comes first. Default: the sampler's, or 0.
+
+    Raises
+    ------
+    ConfigError
+        A reader that is none of ours, or an order that names other samples.
+    """
+
+    def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:
+        self._reader, names = _read_by(source)
+        self._prefetcher: _Prefetcher | None = None
+        config = self._reader.tiers.config
+        if config is None or not config.arrays.enabled or not (config.lookahead or config.eviction == "belady"):
+            self._course: Course | None = None
+            return
+        orders = _orders(order, names)
+        self._course = Course(orders, int(getattr(order, "epoch", 0)) if epoch is None else epoch)
+        self._reader.course = self._course
+        if config.eviction == "belady":
+            self._reader.tiers.foresee(Clairvoyant(self._course, _digests(self._reader, orders.names)))
+        budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
+        if budget:
+            self._prefetcher = _Prefetcher(self._reader, budget)
+
+    def __enter__(self) -> Lookahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that fetches ahead; None if there is none."""
+        return self._prefetcher.pid if self._prefetcher is not None else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is read next; call it beside the sampler's."""
+        if self._course is not None:
+            self._course.set_epoch(epoch)
+
+    def check(self) -> bool:
+        """Whether all is well. A prefetcher that has died is reported by itself, at once, in one warning; training goes on without it."""
+        return self._prefetcher is None or self._prefetcher.check()
+
+    def close(self) -> None:
+        """End the process, and give back what it holds. The training goes on without."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._prefetcher = self._course = self._reader.course = None
+        self._reader.tiers.foresee(None)
+
+
+class _Prefetcher:
+    """The process, as its parent sees it."""
+
+    def __init__(self, reader: ZarrS3Reader, budget_bytes: int) -> None:
+        context = multiprocessing.get_context("spawn")  # obstore, in there, must not have been used before a fork
+        self._connection, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(target=prefetch, args=(theirs, os.getpid()), daemon=True, name="zarrcache look-ahead")
+        self._is_reported = False
+        self._lock = threading.Lock()
+        work = bytes(ForkingPickler.dumps((reader, budget_bytes)))
+        start_deaf(self._process)
+        theirs.close()
+        self.pid = self._process.pid
+        self._end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
+        # A thread: that a process has died is to be known when it dies, and not when somebody asks.
+        threading.Thread(target=_attend, args=(weakref.ref(self), self._process, self._connection, work), daemon=True, name="zarrcache watch").start()
+
+    def check(self) -> bool:
+        """Whether it lives; the first who finds it dead says so."""
+        with self._lock:
+            if not self._end.alive or not wait([self._process.sentinel], 0):
+                return True
+            if not self._is_reported:
+                self._is_reported = True
+                self._process.join()
+                logger.warning(
+                    "the look-ahead process %s has ended (%s): the training goes on without it, and waits for what it reads. If it was killed for "
+                    "lack of memory, lower cache.lookahead; a new Lookahead() starts another.",
+                    self.pid,
+                    Died(self._process.exitcode),
+                )
+        return False
+
+    def close(self) -> None:
+        self._end()
+
+
+def _attend(prefetcher: weakref.ref[_Prefetcher], process: SpawnProcess, connection: Connection, work: bytes) -> None:
+    """Give the process its work, then wait for its end. The work does not go with its arguments: whoever starts a process waits until it has
+    read those, and a reader with the names of 200,000 stores is larger than a pipe.
+    """
+    with contextlib.suppress(OSError):  # it has died, or was closed
+        connection.send_bytes(work)
+    wait([process.sentinel])
+    ours = prefetcher()
+    if ours is not None:
+        ours.check()
+
+
+def _end(process: SpawnProcess, connection: Connection, parent: int) -> None:
+    if os.getpid() != parent:  # a forked DataLoader worker has a copy
+        return
+    connection.close()  # upon which it cleans up and ends
+    process.join(_END_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
+    """The reader beneath, and the names of the samples."""
+    reader = next((found for found in (source, getattr(source, "reader", None), getattr(getattr(source, "data", None), "reader", None))
+                   if hasattr(found, "tiers")), None)  # fmt: skip
+    if reader is None:
+        raise ConfigError(f"{type(source).__name__} has no reader of zarrcache. Give a ZarrDataset, a RhoData of get_dataset(), or a ZarrS3Reader.")
+    return reader, tuple(reader.split_task_ids()[0] if reader is source else source.task_ids)
+
+
+def _orders(order: Any, names: tuple[str, ...]) -> Orders:
+    if not hasattr(order, "schedule"):
+        return Listed(names, tuple(tuple(name if isinstance(name, str) else names[name] for name in epoch) for epoch in order))
+    if order.schedule.names != names:
+        raise ConfigError("the sampler is of other samples than the dataset. Make it of the same: NodeSampler(dataset).")
+    return Scheduled(order.schedule, order.world.rank, order.epoch, order.history)
+
+
+def _digests(reader: ZarrS3Reader, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """For `Clairvoyant`: what the entries are called."""
+    return np.array([[int(reader.key(name, role).digest[:16], 16) for role in ROLES] for name in names], np.uint64)
