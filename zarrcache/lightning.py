@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from zarrcache.assignment import Assignment
 from zarrcache.dataset import Sample, ZarrDataset, collate_fn
 from zarrcache.errors import ConfigError
+from zarrcache.lookahead import Lookahead
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.sampler import NodeSampler
 from zarrcache.sidebyside import Config, Side, SideBySide, Sources
@@ -84,6 +85,9 @@ class ZarrDataModule(LightningDataModule):
     *Order.* `NodeSampler` plans it for all ranks. Lightning leaves it alone, ``use_distributed_sampler`` or not; if anything else replaces
     it, the epoch does not start.
 
+    *Look-ahead.* With a ``cache`` block each rank has a :class:`~zarrcache.lookahead.Lookahead`: a process that fetches what the rank reads next,
+    ``cache.lookahead`` bytes ahead at the most; 0 switches it off. Not for several datasets.
+
     *Resume.* A checkpoint holds how many batches of the epoch were trained on. Resumed from it, with as many ranks, nodes and workers as you
     like and another batch size, the epoch goes on with the samples that are left, each once.
     """
@@ -124,6 +128,7 @@ class ZarrDataModule(LightningDataModule):
         self.multiprocessing_context = multiprocessing_context
         self._tensors: dict[str, Any] = {"precision": precision, "downsample_data": downsample_data, "downsample_label": downsample_label}
         self._loader: _TrainLoader | None = None
+        self._ahead: Lookahead | None = None
         self._begun: int | None = None
         self._loaded: dict[str, Any] = {}
 
@@ -185,7 +190,23 @@ class ZarrDataModule(LightningDataModule):
         self._loader, self._begun = loader, None
         if self.trainer is not None:
             self._join(loader, sampler)
+        self._look_ahead(dataset, sampler)
         return loader
+
+    def _look_ahead(self, dataset: ZarrDataset | SideBySide, sampler: NodeSampler) -> None:
+        """Fetch what this rank reads next, as ``cache.lookahead`` and ``cache.eviction`` say. Before the loader starts its workers."""
+        self._stop_looking_ahead()
+        if isinstance(dataset, ZarrDataset):  # of several datasets side by side each has a cache of its own, and no order of its own
+            self._ahead = Lookahead(dataset, sampler)
+
+    def _stop_looking_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the process that looks ahead."""
+        self._stop_looking_ahead()
 
     def _join(self, loader: _TrainLoader, sampler: NodeSampler) -> None:
         """Take the epoch that Lightning is about to train, and have it count the batches of that from where the epoch stands.
@@ -240,6 +261,8 @@ class ZarrDataModule(LightningDataModule):
     def _epoch_begins(self, epoch: int) -> None:
         """The training loader is about to ask for the first samples of an epoch."""
         self._begun = epoch
+        if self._ahead is not None:
+            self._ahead.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """How far the training is; the same on every rank. Lightning puts it into each checkpoint."""

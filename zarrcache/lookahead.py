@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -132,14 +133,15 @@ class _Prefetcher:
         start_deaf(self._process)
         theirs.close()
         self.pid = self._process.pid
-        self._end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
+        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no atexit, and would wait for this one for ever.
+        self._end = Finalize(self, _end, (self._process, self._connection), exitpriority=10)
         # A thread: that a process has died is to be known when it dies, and not when somebody asks.
         threading.Thread(target=_attend, args=(weakref.ref(self), self._process, self._connection, work), daemon=True, name="zarrcache watch").start()
 
     def check(self) -> bool:
         """Whether it lives; the first who finds it dead says so."""
         with self._lock:
-            if not self._end.alive or not wait([self._process.sentinel], 0):
+            if not self._end.still_active() or not wait([self._process.sentinel], 0):
                 return True
             if not self._is_reported:
                 self._is_reported = True
@@ -168,9 +170,8 @@ def _attend(prefetcher: weakref.ref[_Prefetcher], process: SpawnProcess, connect
         ours.check()
 
 
-def _end(process: SpawnProcess, connection: Connection, parent: int) -> None:
-    if os.getpid() != parent:  # a forked DataLoader worker has a copy
-        return
+def _end(process: SpawnProcess, connection: Connection) -> None:
+    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process.
     connection.close()  # upon which it cleans up and ends
     process.join(_END_S)
     if process.is_alive():

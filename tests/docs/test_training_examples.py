@@ -133,7 +133,7 @@ def test_the_list_of_what_is_smaller_here_is_up_to_date() -> None:
     """And each script of the document is run below."""
     assert {large for large in TOY if not any(large in text for text in FILES.values())} == set()
     assert set(FILES) == {
-        "model.py", "train.py", "train_node.py", "train_slurm.py", "job.sh", "conf/train.yaml", "train_hydra.py", "train_plain.py",
+        "model.py", "train.py", "train_node.py", "train_slurm.py", "job.sh", "conf/train.yaml", "train_hydra.py", "train_plain.py", "look_ahead.py",
     }  # fmt: skip
 
 
@@ -177,6 +177,20 @@ def test_without_lightning(home: Path, s3_server: S3Server) -> None:
     state = torch.load(home / "checkpoints" / "plain.pt", weights_only=True)["sampler"]
     assert (state["epoch"], state["history"]) == (2, [])
     start(home, "train_plain.py", [environment(home, s3_server) | rank for rank in torchrun(1)])
+
+
+def test_look_ahead(home: Path, s3_server: S3Server) -> None:
+    """Started as users do: it starts a process that must not run the script once more."""
+    done = subprocess.run(
+        [sys.executable, "look_ahead.py"],
+        cwd=home,
+        env={**os.environ, **environment(home, s3_server)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
