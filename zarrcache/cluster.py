@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import json
 import logging
@@ -67,6 +68,7 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
         import distributed
     except ImportError as exc:
         raise ConfigError(f"this needs Dask ({exc}). Install it: pip install 'zarrcache[dask]'.") from exc
+    _pickle_errors_as_words()
     if workers is not None and (workers < 1 or scheduler != "local"):
         raise ConfigError(f"workers is {workers!r} and Dask {scheduler!r}: only `local` starts workers, one or more; a cluster has those it has.")
     with contextlib.ExitStack() as stack:
@@ -82,6 +84,21 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
             ) from exc
         stack.callback(client.close, _CONNECT_S)
         yield Cluster(scheduler, client)
+
+
+def _pickle_errors_as_words() -> None:
+    """Our errors go from process to process as one string. distributed, when it is imported, has every exception that there is pickle its causes
+    as well (tblib), and a lock somewhere in botocore's does not: the error that was to be told would become a TypeError.
+    """
+    for kind in (ZarrCacheError, *_kinds_of(ZarrCacheError)):
+        if kind in copyreg.dispatch_table:
+            del copyreg.dispatch_table[kind]
+
+
+def _kinds_of(kind: type[ZarrCacheError]) -> Iterator[type[ZarrCacheError]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _kinds_of(one)
 
 
 def _address(scheduler: str) -> str:

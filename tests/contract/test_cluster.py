@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +25,13 @@ from zarrcache.assignment import node_of
 from zarrcache.clinodes import engine_of
 from zarrcache.cluster import Cluster, open_cluster
 from zarrcache.convert import ConvertResult, plan_convert
-from zarrcache.errors import ConfigError, ZarrCacheError
+from zarrcache.errors import ConfigError, OriginUnavailableError, ZarrCacheError
 from zarrcache.registry import open_reader
 from zarrcache.synthetic import write_pairs as write_densities
 from zarrcache.workpool import Died
 
-pytest.importorskip("distributed", reason="needs the extra 'dask'")
+# Looked for, not imported: that would change how exceptions pickle in every test of this process.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs the extra 'dask'")
 
 NODES = ("node2", "node10")
 HANG_S = 120.0
@@ -280,3 +284,11 @@ def test_warm_over_workers_of_this_machine_is_what_it_is_without(config: Path, t
     assert (done.document["warm"], done.document["stats"]["misses"], done.document["failed"]) == (9, 18, [])
     assert len(stored(config, tmp_path / "cache")) == 9
     assert done.err.count("\n") == 1  # mp-absent
+
+
+def test_errors_are_told_in_words_though_dask_is_there(running: RunningCluster) -> None:
+    """What Dask does to exceptions when it is imported must not reach ours: a cause with a lock in it has no pickle."""
+    with open_cluster(running.address):
+        error = OriginUnavailableError("s3://b/mp-1.zarr could not be read")
+        error.__cause__ = OSError(threading.RLock())
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
