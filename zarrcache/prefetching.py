@@ -228,7 +228,11 @@ class Prefetch:
             return True
 
     def _fill(self) -> None:
-        while len(self._view) < _MOST and len(self._coming) < LANES and (item := self._next()) is not None:
+        while len(self._view) < _MOST and len(self._coming) < LANES:
+            if self._coming and not self._typical:
+                return  # before one size is known, later densities could take the budget that the next one needs
+            if (item := self._next()) is None:
+                return
             if not self._is_wanted(item):
                 continue
             stored = self._index.lookup(item.digest)
