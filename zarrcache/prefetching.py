@@ -240,6 +240,8 @@ class Prefetch:
             size = stored.size_bytes if stored is not None else 0 if is_there else item.size or self._estimate()
             if size > self._budget:
                 continue  # it never fits: the training fetches it
+            if not is_there and not item.size and not self._coming:
+                size = min(size, max(0, self._budget - self._held))  # it may fit though its estimate does not; one LIST tells
             lent = self._ring.held_bytes if self._ring.is_open and not is_there else 0
             if lent + sum(other.held for other in self._view if other.is_coming) + size > self._budget or not self._hold(item, size):
                 self._again.appendleft(item)
