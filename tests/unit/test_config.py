@@ -95,7 +95,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"limit": 0}, r"^cache\.limit: .*greater than 0 \(got 0\)$"),
     ({"min_free": "100 %"}, r"^cache\.min_free: '100 %' would leave no room for the cache"),
     ({"min_free": "five"}, r"^cache\.min_free: 'five' is not a size"),
-    ({"eviction": "lru"}, r"^cache\.eviction: .*'none' or 'least-recently-stored' \(got 'lru'\)$"),
+    ({"eviction": "lru"}, r"^cache\.eviction: .*'none', 'least-recently-stored' or 'belady' \(got 'lru'\)$"),
     ({"revalidate": "always"}, r"^cache\.revalidate: .*'never', 'run' or 'epoch' \(got 'always'\)$"),
     ({"verify": True}, r"^cache\.verify: .*'first', 'always' or 'never' \(got True\)$"),
     ({"bytes": {"block_size": "1 KiB"}}, r"^cache\.bytes\.block_size: .*65536"),
