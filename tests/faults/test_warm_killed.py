@@ -60,6 +60,9 @@ def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
                 assert time.monotonic() < end, "the workers did not come to the stores that hang"
                 time.sleep(0.02)
             fault_proxy.wait_in_flight(waiting)
+            while (coverage := look(DataConfig.from_yaml(config)).coverage) is None or (coverage.warm, coverage.half) != (pairs - 2, 0):
+                assert time.monotonic() < end, "the others were not stored"
+                time.sleep(0.02)
             return process
 
         yield run

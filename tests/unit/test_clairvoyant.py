@@ -154,7 +154,7 @@ def test_a_node_of_four_hits_as_often_as_if_it_knew_everything() -> None:
     counted = slice(2 * each, 7 * each)
     best = offline([sample for epoch in range(epochs) for sample in orders.of_node(epoch).tolist()], sizes, int(sizes.sum()) // 4)[counted]
     found = ours(orders, epochs, sizes, int(sizes.sum()) // 4)[counted]
-    assert np.mean(best) > 0.5
+    assert np.mean(best) > 0.45  # of 800 samples: of as many as there are it is 0.55
     assert np.mean(found) >= 0.95 * np.mean(best)
 
 
