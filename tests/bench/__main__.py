@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, str] = {
     "cold": "tests.bench.cold_read",
     "epoch": "tests.bench.cold_epoch",
     "layouts": "tests.bench.layouts",
+    "lookahead": "tests.bench.lookahead",
     "fill": "tests.bench.fill",
     "scale": "tests.bench.scale",
 }

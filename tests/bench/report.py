@@ -250,7 +250,7 @@ def _number(value: float) -> str:
 
 def _words(name: str) -> str:
     """``pss_mib`` as ``pss, MiB``."""
-    for suffix, unit in (("_mib", "MiB"), ("_s", "s"), ("_ms", "ms"), ("_us", "µs"), ("_bytes", "bytes")):
+    for suffix, unit in (("_mib", "MiB"), ("_s", "s"), ("_ms", "ms"), ("_percent", "%"), ("_us", "µs"), ("_bytes", "bytes")):
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix).replace('_', ' ')}, {unit}"
     return name.replace("_", " ")

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,18 @@ def kills(default: int, slow: int) -> Any:
     return pytest.mark.parametrize(("count", "seed"), [pytest.param(default, 1, id=f"{default}"), pytest.param(slow, None, marks=LONG, id=f"{slow}")])
 
 
-def kill_one(child: BaseProcess, chance: random.Random) -> None:
-    """After a random time, if it has not died by itself. Anything else than a kill is an error of the child."""
+def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
+    """A random time after it began, if it has not died by itself. Anything else than a kill is an error of the child."""
+    assert began.wait(HANG_S)  # not from its start on: on a busy machine none would come so far that it leaves anything
     child.join(0.02 + 0.2 * chance.random())
     child.kill()
     child.join(HANG_S)
     assert child.exitcode == -signal.SIGKILL
+
+
+def a_death(chance: random.Random) -> dict[str, Any] | None:
+    """By the clock, before any step, or before one that writes."""
+    return chance.choice([None, {"number": chance.randrange(1, 200)}, {"number": chance.randrange(1, 10), "writes": True}])
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------------------------
@@ -61,12 +68,13 @@ def kill_one(child: BaseProcess, chance: random.Random) -> None:
 LIMIT = 40 * 4096
 
 
-def use_for_ever(node: LocalNode, seed: int, steps: int | None) -> None:
+def use_for_ever(node: LocalNode, began: Event, seed: float, death: dict[str, Any] | None) -> None:
     """What training, ``warm`` and ``evict`` do, in any order. Whatever it reads is right."""
     chance = random.Random(seed)
     reader = node.reader(limit=LIMIT, eviction="least-recently-stored")
-    if steps is not None:
-        die_at_step(steps)
+    began.set()
+    if death is not None:
+        die_at_step(**death)
     while True:
         task_id, role = chance.choice(list(node.values))
         match chance.randrange(8):
@@ -91,13 +99,14 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(tmp_pa
     node, chance = LocalNode(tmp_path, 4, shape=(14, 10, 8)), chance_of(seed)
     left_over = 0
     for _ in range(count // 2):
-        first, second = (
-            FORK.Process(target=use_for_ever, args=(node, chance.random(), chance.choice([None, chance.randrange(1, 400)]))) for _ in range(2)
-        )
-        first.start()
-        second.start()
-        kill_one(first, chance)
-        kill_one(second, chance)
+        two = []
+        for _ in range(2):
+            began = FORK.Event()
+            two.append((FORK.Process(target=use_for_ever, args=(node, began, chance.random(), a_death(chance))), began))
+        for child, _ in two:
+            child.start()
+        for child, began in two:
+            kill_one(child, began, chance)
         files = payload_files(tmp_path)
         reader = node.reader(limit=LIMIT, eviction="least-recently-stored")
         node.check_settled()
@@ -112,11 +121,12 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(tmp_pa
 # -- converting ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert_for_ever(out: Path, versions: list[dict[str, dict[str, bytes]]], seed: float, steps: int | None) -> None:
+def convert_for_ever(out: Path, versions: list[dict[str, dict[str, bytes]]], began: Event, seed: float, death: dict[str, Any] | None) -> None:
     """Write two stores, a directory and a zip file, over and over, in one of two versions."""
     chance = random.Random(seed)
-    if steps is not None:
-        die_at_step(steps)
+    began.set()
+    if death is not None:
+        die_at_step(**death)
     while True:
         sweep_partials(out)
         for name, objects in chance.choice(versions).items():
@@ -136,9 +146,10 @@ def test_killed_while_it_converts_every_store_is_one_version_or_the_other(tmp_pa
         publish_store(out / name, objects)
     left_over = 0
     for _ in range(count):
-        child = FORK.Process(target=convert_for_ever, args=(out, versions, chance.random(), chance.choice([None, chance.randrange(1, 200)])))
+        began = FORK.Event()
+        child = FORK.Process(target=convert_for_ever, args=(out, versions, began, chance.random(), a_death(chance)))
         child.start()
-        kill_one(child, chance)
+        kill_one(child, began, chance)
         left_over += len(sweep_partials(out))
         assert sorted(path.name for path in out.iterdir()) == ["mp-1.zarr", "mp-2.zarr.zip"]
         for path in out.iterdir():

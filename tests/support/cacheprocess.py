@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sqlite3
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -20,25 +23,40 @@ __all__ = ["STEPS", "CacheProcess", "Killed", "die_at_step"]
 
 _FORK = get_context("fork")
 _HANG_S = 120
-#: What changes a directory, or looks into one.
+#: What changes a directory, or looks into one; named as the audit events of it.
 STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.link", "os.listdir", "os.scandir", "sqlite3.connect"})
+#: What changes a file or a directory; named as the functions of ``os``.
+_CHANGES = frozenset({"open", "pwrite", "ftruncate", "replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir", "chmod", "fchmod"})
+_WRITES = frozenset({"write", "writev"})
 
 
 class Killed(Exception):
     """The process died instead of answering."""
 
 
-def die_at_step(number: int) -> None:
-    """Have this process killed before its ``number``-th step."""
-    left = [number]
+def die_at_step(number: int, *, writes: bool = False) -> None:
+    """Have this process killed before its ``number``-th step: a call that changes a file, or a statement to SQLite, in any thread.
 
-    def count(event: str, _: object) -> None:
-        if event in STEPS:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    Not by audit events (`STEPS`): these tell of files that are opened, not of what is written into them, and nearly all that a crash can
+    leave half done lies between the first write into a file and the statement that makes it known. With ``writes`` only the writes count:
+    then there is something left.
+    """
+    left, names = [number], _WRITES if writes else _WRITES | _CHANGES
 
-    sys.addaudithook(count)
+    def count(_: object, event: str, function: Any) -> None:
+        if event != "c_call":
+            return
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, sqlite3.Connection | sqlite3.Cursor):
+            step = not writes
+        else:
+            step = function.__name__ in names and (function.__module__ == "posix" or isinstance(owner, io.FileIO))
+        left[0] -= step
+        if step and left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.setprofile_all_threads(count) if sys.version_info >= (3, 12) else threading.setprofile(count)
+    sys.setprofile(count)
 
 
 class CacheProcess:

@@ -1,0 +1,135 @@
+"""L1: how much of a cold epoch the training waits for data, with and without look-ahead."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench.grids import FUNCTIONAL, ROLES, mp_grids, write_pairs
+from tests.bench.harness import Bar, Context, Measured, Table, interleave
+from tests.bench.peers_cold import ARRAY, hush
+from tests.bench.server import running, serve_from_memory
+
+__all__ = ["run"]
+
+_BUCKET = "densities"
+_LATENCY_S, _STEP_S = 0.02, 0.05
+# Of 64**3 points. A training that takes a pair every 50 ms would ask for 17,000 chunks of 16**3 a second, at 20 ms each: 340 requests in flight
+# and the CPU of three cores, in any client.
+_CHUNK = 64
+_MOST_ROUNDS = 3  # a minute each
+_SKIPPED = 20
+_BUDGET = "1 GiB"
+_WAITING = "waiting_percent"
+_STEADY = "waiting_after_20_steps_percent"
+_ALONE, _WORKERS, _AHEAD, _AHEAD_WORKERS = "no look-ahead", "no look-ahead, 2 workers", "look-ahead", "look-ahead, 2 workers"
+_COMPETITORS = {_ALONE: (0, False), _WORKERS: (2, False), _AHEAD: (0, True), _AHEAD_WORKERS: (2, True)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """One cold epoch, in a process of its own."""
+
+    s3_kwargs: dict[str, Any]
+    map_path: Path
+    cache: Path
+    workers: int
+    lookahead: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Waited:
+    """Seconds until each sample came, and how many bytes of them there were."""
+
+    seconds: list[float]
+    total: float
+
+
+def run(context: Context) -> list[Table]:
+    """One process and DataLoader workers, with and without look-ahead."""
+    pairs = write_pairs(context.workdir / "s3" / _BUCKET, mp_grids(12 if context.quick else 120, context.seed), chunks=_CHUNK, seed=context.seed)
+    sums: set[float] = set()
+    numbers = itertools.count()
+    with running(context.workdir / "s3", latency_s=_LATENCY_S) as server, ExitStack() as stack:
+        serve_from_memory(server, _BUCKET, [f"{directory}/{task_id}.zarr/{ARRAY}/" for directory in ROLES.values() for task_id in pairs.task_ids])
+
+        def round_(pool: ProcessPoolExecutor, workers: int, *, ahead: bool) -> Measured:
+            cache = context.workdir / f"cache-{next(numbers)}"
+            server.reset_log()
+            epoch = _Epoch(server.s3_kwargs, pairs.map_path, cache, workers, _BUDGET if ahead else "0")
+            waited = pool.submit(_train, epoch).result()
+            log = server.log()
+            shutil.rmtree(cache)
+            sums.add(waited.total)
+            extra = {_WAITING: _share(waited.seconds), _STEADY: _share(waited.seconds[min(_SKIPPED, len(waited.seconds) // 2) :])}
+            seconds = sum(waited.seconds) + _STEP_S * len(waited.seconds)
+            return Measured(seconds, len(waited.seconds), len(log), sum(request.nbytes for request in log), extra)
+
+        pools = {name: stack.enter_context(_process()) for name in _COMPETITORS}
+        competitors = {name: functools.partial(round_, pools[name], workers, ahead=ahead) for name, (workers, ahead) in _COMPETITORS.items()}
+        rounds = interleave(competitors, min(context.rounds, _MOST_ROUNDS))
+    if len(sums) != 1:
+        raise AssertionError(f"epochs gave the sums {sums}: they did not read the same")
+    facts = pairs.facts() | {
+        "chunks": f"{_CHUNK}³",
+        "read": "ZarrDataset in a NodeSampler's order, the training split: 4 of 5 pairs; batch_size=None, workers forked; a value of each 4 KiB page",
+        "a step": f"{1000 * _STEP_S:.0f} ms, in which the training process sleeps",
+        "latency, ms a request": 1000 * _LATENCY_S,
+        "a round": "the first epoch of a run, an empty cache; waiting from the loop's start to its end",
+        "lookahead": _BUDGET,
+        "after 20": f"without the first {_SKIPPED} steps: until the look-ahead's process has started, the training fetches by itself",
+    }
+    bars = [Bar(name, None, at_most=5.0, of=of) for name in (_AHEAD, _AHEAD_WORKERS) for of in (_WAITING, _STEADY)]
+    return [Table("L1", "waiting for data in a cold epoch", "% of the time", _ALONE, rounds, facts, bars, of=_WAITING)]
+
+
+def _share(waited_s: list[float]) -> float:
+    return 100 * sum(waited_s) / (sum(waited_s) + _STEP_S * len(waited_s))
+
+
+@contextmanager
+def _process() -> Iterator[ProcessPoolExecutor]:
+    # Spawned: what it forks itself, the workers, can use obstore only if no process above them has.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+        pool.submit(hush)
+
+
+def _train(epoch: _Epoch) -> _Waited:
+    from torch.utils.data import DataLoader
+
+    from zarrcache import Lookahead, NodeSampler, ZarrDataset, ZarrS3Reader
+
+    reader = ZarrS3Reader(
+        f"s3://{_BUCKET}/{ROLES['data']}",
+        f"s3://{_BUCKET}/{ROLES['label']}",
+        epoch.map_path,
+        FUNCTIONAL,
+        normalize=True,
+        train_fraction=0.8,
+        s3_kwargs=epoch.s3_kwargs,
+        cache={"dir": epoch.cache, "min_free": 0, "lookahead": epoch.lookahead},
+    )
+    dataset = ZarrDataset(reader)
+    sampler = NodeSampler(dataset, seed=1)
+    # A spawned process would spawn its workers too, and each would import torch in the epoch's time.
+    context = "fork" if epoch.workers else None
+    waited, total = [], 0.0
+    with Lookahead(dataset, sampler):
+        samples = iter(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=epoch.workers, multiprocessing_context=context))
+        for _ in range(len(sampler)):
+            start_s = time.perf_counter()
+            sample = next(samples)
+            total += float(sample["data"].reshape(-1)[::1024].sum()) + float(sample["label"].reshape(-1)[::1024].sum())
+            waited.append(time.perf_counter() - start_s)
+            time.sleep(_STEP_S)
+    return _Waited(waited, total)
