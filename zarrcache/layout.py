@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -153,13 +154,18 @@ class CacheDir:
 
     def entry_names(self) -> set[str]:
         """Names of all files of the array tier, without their directories. 0.4 s for 400,000."""
-        names: set[str] = set()
+        return set(itertools.chain.from_iterable(self._entry_lists()))
+
+    def count_entries(self) -> int:
+        """How many files the array tier has. 0.2 s for 400,000."""
+        return sum(map(len, self._entry_lists()))
+
+    def _entry_lists(self) -> Iterator[list[str]]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.entries) as directories:
             for directory in directories:
                 if directory.is_dir(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):
-                        names.update(os.listdir(directory.path))
-        return names
+                        yield os.listdir(directory.path)
 
     def name_of(self, path: Path) -> str:
         """What the index calls a file: its path below :attr:`root`."""

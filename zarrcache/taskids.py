@@ -15,7 +15,7 @@ from typing import Any
 
 from zarrcache.errors import ConfigError
 from zarrcache.expansion import read_bounded
-from zarrcache.keys import check_task_id, shown
+from zarrcache.keys import check_task_ids, shown
 
 __all__ = ["Split", "hold_out", "ids_of", "read_map", "read_split", "split_ids"]
 
@@ -63,7 +63,7 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
     """
     if functional not in mapping:
         raise ConfigError(f"Functional {functional!r} not found in mapping. Available: {shown(list(mapping))}")
-    return [check_task_id(task_id) for task_id in mapping[functional]]
+    return check_task_ids(mapping[functional])
 
 
 def split_ids(task_ids: Sequence[str], train_fraction: float, random_state: int | None) -> tuple[list[str], list[str]]:

@@ -120,7 +120,7 @@ class Tiers:
             if names is None:
                 stored[role] = {stem: size for name, size in sizes.items() if (stem := stem_of(name)) is not None}
             else:
-                stored[role] = {task_id: sizes[name] for task_id, name in names.items() if name in sizes}
+                stored[role] = {task_id: size for task_id, name in names.items() if (size := sizes.get(name)) is not None}
         return stored
 
     def forget_listing(self, origin: Origin, name: str) -> None:

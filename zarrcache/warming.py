@@ -18,7 +18,7 @@ from typing import Literal
 from zarrcache.assignment import node_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
-from zarrcache.keys import check_task_id, source_digest
+from zarrcache.keys import check_task_ids, source_digest
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
 from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_header, stored_listing
@@ -213,7 +213,7 @@ def plan_warm(
         raise ConfigError("ids and split exclude each other. Give one of them.")
     reader = _reader(source)
     asks = reader.tiers.config is None or reader.tiers.config.revalidate != "never" if revalidate is None else revalidate
-    wanted = ids_of(read_map(reader.map_dir), reader.functional) if ids is None else list(map(check_task_id, ids))
+    wanted = ids_of(read_map(reader.map_dir), reader.functional) if ids is None else check_task_ids(list(ids))
     if asks or not _are_listed(reader, wanted):
         reader.relist()
     if ids is None:

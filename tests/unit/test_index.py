@@ -86,8 +86,9 @@ def test_entries_are_listed_oldest_first_by_tier(tmp_path: Path) -> None:
     assert index.totals() == {"array": (2, 8192), "object": (1, 4096)}
 
 
-def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path) -> None:
-    """Of one tier; what only holds the beginning somewhere, or is shorter than both parts, is another's."""
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path, is_deleted: bool) -> None:
+    """Of one tier; what only holds the beginning somewhere, or is shorter than both parts, is another's. A file that is gone has none."""
     index = make(tmp_path)
     for digest, note, tier in (
         ("a1", "file\n/d/mp-1.zarr\ntotal", "array"),
@@ -98,14 +99,17 @@ def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path) -> None:
         ("a6", "file\n/d/mp-6.zarr\ntotal", "object"),
         ("a8", "file\n/d/mp-8.zarr\ntotal", "array"),
     ):
-        intent = index.begin(f"entries/{digest[0]}/{digest}", 4096)
+        intent = index.begin(f"{'entries' if tier == 'array' else 'bytes'}/{digest[0]}/{digest}", 4096)
         assert isinstance(intent, Intent)
-        index.dir.make(index.dir.entries / digest[0])
-        if digest != "a8":  # somebody has deleted it
-            (index.dir.root / intent.filename).touch()
+        file = index.dir.root / intent.filename
+        index.dir.make(file.parent)
+        file.touch()
         index.commit(intent, digest, tier, note)
+        if digest == "a8" and is_deleted:  # by a cleaner of the disk
+            file.unlink()
     index.begin("entries/a/a7", 4096)
-    assert index.entry_sizes(["file\n/d/", "s3\n/e/"], "\ntotal") == [{"mp-1.zarr": 4096, "mp ü 2.zarr": 4096}, {" file\n/d/mp-5.zarr": 4096}]
+    first = {"mp-1.zarr": 4096, "mp ü 2.zarr": 4096} | ({} if is_deleted else {"mp-8.zarr": 4096})
+    assert index.entry_sizes(["file\n/d/", "s3\n/e/"], "\ntotal") == [first, {" file\n/d/mp-5.zarr": 4096}]
 
 
 def test_rows_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

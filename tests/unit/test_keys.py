@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zarrcache.errors import ConfigError
-from zarrcache.keys import ArrayKey, BlockKey, ObjectInfo, check_task_id, source_digest, stem_of
+from zarrcache.keys import ArrayKey, BlockKey, ObjectInfo, check_task_id, check_task_ids, source_digest, stem_of
 
 KEY = ArrayKey("https://s3.example.org", "s3://bucket/label/mp-1.zarr", "charge_density_total")
 OBJECT = ObjectInfo("mp-1.zarr/charge_density_total/0.0.0", 1234, "5d41402abc4b2a76b9719d911017c592", 17.0)
@@ -80,6 +80,7 @@ def test_stem_of_a_store_is_its_task_id(name: str, stem: str | None) -> None:
 def test_plain_name_is_a_task_id(task_id: str) -> None:
     """It comes back as it was given."""
     assert check_task_id(task_id) == task_id
+    assert check_task_ids(["mp-1", task_id]) == ["mp-1", task_id]
 
 
 @pytest.mark.parametrize("task_id", ["", "..", "a/b", "/etc/passwd", "a/../b", "..a", "a..b", ".hidden", "a\\b", "a\n", "a\0", "x" * 201, 7, None])
@@ -88,3 +89,6 @@ def test_anything_that_could_leave_its_directory_is_refused(task_id: object) -> 
     with pytest.raises(ConfigError, match="not a plain name") as caught:
         check_task_id(task_id)
     assert repr(task_id) in str(caught.value)
+    with pytest.raises(ConfigError, match="not a plain name") as of_many:
+        check_task_ids(["mp-1", task_id, "mp-2", ".."])
+    assert str(of_many.value) == str(caught.value)
