@@ -118,8 +118,7 @@ class Index:
 
     def rows(self, tier: str | None = None) -> Iterator[Row]:
         """Every entry, oldest first. One that is replaced meanwhile may come twice, as what it was and as what it is."""
-        where = "tag = ?" if tier else "tag != ?"
-        columns = "rowid, key, tag, size, store_time, mode, filename, value"
+        where, columns = "tag = ?" if tier else "tag != ?", "rowid, key, tag, size, store_time, mode, filename, value"
         query = f"SELECT {columns} FROM Cache WHERE rowid > ? AND {where} ORDER BY rowid LIMIT {_PAGE}"
         last = 0
         while page := self._healing(functools.partial(self._select, query, (last, tier or _INTENT))):
@@ -137,25 +136,21 @@ class Index:
     def entry_sizes(self, prefixes: Sequence[str], suffix: str) -> list[dict[str, int]]:
         """Bytes on disk of the entries of the array tier whose notes begin and end so, by what stands in between; a dictionary a prefix.
 
-        One pass over the table for each, without an object a row, and one over the directories: what a cleaner of the scratch disk has taken
-        is not there, whatever the table says.
+        One pass over the table for each, and one over the directories: what a cleaner of the disk has taken is not there, whatever the table says.
         """
+        # As many files as rows: all are there, unless a cleaner took as many as killed processes have left. Names take 0.7 s more for 400,000.
         ((count,),) = self._healing(lambda: self._select("SELECT COUNT(*) FROM Cache WHERE tag = 'array'", ()))
-        # As many files as rows: all of them are there. To look up each name takes 0.7 s more for 400,000, and finds the same, unless a process
-        # was killed since the index was opened and a cleaner took as many files as it left: then what is missing counts until it is read.
         there = None if self.dir.count_entries() == count else self.dir.entry_names()
         # A value is the size, a blank and the note; the size has no blank. It is cut here: SQLite counts characters from the start each time.
         query = (
-            f"SELECT value, size{', filename' if there is not None else ''} FROM Cache WHERE tag = 'array' AND instr(value, ?) = instr(value, ' ') "
-            "AND substr(value, -?) = ? AND typeof(value) = 'text' AND typeof(filename) = 'text'"
+            f"SELECT value, size, {'NULL' if there is None else 'filename'} FROM Cache WHERE tag = 'array' "
+            "AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? AND typeof(value) = 'text' AND typeof(filename) = 'text'"
         )
         sizes, end = [], len(suffix)
         for prefix in prefixes:
-            rows = self._healing(functools.partial(self._select, query, (f" {prefix}", end, suffix)))
-            if there is not None:
-                rows = [row[:2] for row in rows if row[2].rpartition("/")[2] in there]
-            skip = len(prefix) + 1
-            sizes.append({value[value.index(" ") + skip : -end]: size for value, size in rows})
+            rows, skip = self._healing(functools.partial(self._select, query, (f" {prefix}", end, suffix))), len(prefix) + 1
+            rows = rows if there is None else [row for row in rows if row[2].rpartition("/")[2] in there]
+            sizes.append({value[value.index(" ") + skip : -end]: size for value, size, _ in rows})
         return sizes
 
     def filenames(self) -> set[str]:

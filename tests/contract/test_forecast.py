@@ -32,7 +32,9 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     root, bucket = tmp_path_factory.mktemp("forecast"), s3_server.new_bucket()
     for role, number in itertools.product(ROLES, range(PAIRS)):
         zipped = number % 10 == 9
-        small_group(root / role / f"mp-{number}.zarr{'.zip' * zipped}", shape=(10, 12, 14 + number % 3), seed=number, as_zip=zipped)
+        small_group(
+            root / role / f"mp-{number}.zarr{'.zip' * zipped}", shape=(10, 12, 14 + number % 3), chunks=(10, 12, 8), seed=number, as_zip=zipped
+        )
     for role in ROLES:
         s3_server.put_tree(root / role, f"s3://{bucket}/{role}")
     (root / "map.json").write_text(json.dumps({"GGA": [f"mp-{number}" for number in range(PAIRS)]}))
