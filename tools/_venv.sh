@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${ZARRCACHE_VENV:-.venv}
 extras=${ZARRCACHE_EXTRAS:-test,demo,convert}
 
+# Hundreds of processes start from here, and some environments forbid them all to keep what they compile: then half of their time goes there.
+unset PYTHONDONTWRITEBYTECODE
+
 say() { printf '%s\n' "$*" >&2; }
 
 find_python() {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from zarrcache.assignment import Schedule
 from zarrcache.config import DataConfig
 from zarrcache.errors import ConfigError
 from zarrcache.forecast import plan_training
+from zarrcache.lookahead import Lookahead
 from zarrcache.registry import open_reader
 
 PAIRS, EPOCHS, NODES = 30, 3, 2
@@ -53,24 +55,32 @@ def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any
     """Hit ratio of each epoch, by two nodes that read what their ranks would."""
     readers = []
     for node in range(NODES):
-        cache = {"dir": directory / f"node{node}", "limit": limit, "min_free": 0, "eviction": eviction}
+        cache = {"dir": directory / f"node{node}", "limit": limit, "min_free": 0, "eviction": eviction, "lookahead": 0}
         readers.append(open_reader({**config, "cache": cache}))
     names, _ = readers[0].split_task_ids()
     schedule = Schedule(tuple(names), assignment=assignment, node_of_rank=(0, 1))
     ratios = []
-    for epoch in range(EPOCHS):
-        before = [reader.stats for reader in readers]
-        for node, reader in enumerate(readers):
-            for index, role in itertools.product(schedule.node_order(epoch, node), ROLES):
-                reader.load(names[index], role)  # type: ignore[arg-type]
-        now = [reader.stats - old for reader, old in zip(readers, before, strict=True)]
-        ratios.append(sum(stats.hits for stats in now) / sum(stats.hits + stats.misses for stats in now))
+    with ExitStack() as stack:
+        foreseeing = []
+        if eviction == "belady":
+            for node, reader in enumerate(readers):
+                order = [[names[index] for index in schedule.node_order(epoch, node)] for epoch in range(EPOCHS)]
+                foreseeing.append(stack.enter_context(Lookahead(reader, order)))
+        for epoch in range(EPOCHS):
+            before = [reader.stats for reader in readers]
+            for ahead in foreseeing:
+                ahead.set_epoch(epoch)
+            for node, reader in enumerate(readers):
+                for index, role in itertools.product(schedule.node_order(epoch, node), ROLES):
+                    reader.load(names[index], role)  # type: ignore[arg-type]
+            now = [reader.stats - old for reader, old in zip(readers, before, strict=True)]
+            ratios.append(sum(stats.hits for stats in now) / sum(stats.hits + stats.misses for stats in now))
     return ratios
 
 
 @pytest.mark.parametrize(
     ("assignment", "eviction", "share"),
-    [("global", "none", 0.5), ("global", "least-recently-stored", 0.5), ("node", "none", 0.55), ("global", "none", 1.5)],
+    [("global", "none", 0.5), ("global", "least-recently-stored", 0.5), ("global", "belady", 0.4), ("node", "none", 0.55), ("global", "none", 1.5)],
 )
 def test_a_run_does_what_the_plan_says(
     config: dict[str, Any], s3_server: S3Server, tmp_path: Path, assignment: Any, eviction: Any, share: float
