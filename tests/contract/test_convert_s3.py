@@ -63,7 +63,9 @@ def _small_store(seed: int = 0, chunks: int = 4) -> dict[str, bytes]:
     return encode_store(pair.label, None, pair.structure, {"task_id": "mp-1"}, chunks=(chunks,) * 3)
 
 
-@pytest.mark.parametrize(("zarr_format", "as_zip", "workers"), [(2, False, 2), (3, False, 1), (2, True, 1), (3, True, 1)])
+@pytest.mark.parametrize(
+    ("zarr_format", "as_zip", "workers"), [(2, False, 2), (3, False, 1), (2, True, 1), pytest.param(3, True, 1, marks=pytest.mark.slow)]
+)
 def test_s3_gets_the_bytes_that_a_directory_gets(
     s3_server: S3Server, bucket: str, source: Path, tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool, workers: int
 ) -> None:

@@ -80,7 +80,13 @@ def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any
 
 @pytest.mark.parametrize(
     ("assignment", "eviction", "share"),
-    [("global", "none", 0.5), ("global", "least-recently-stored", 0.5), ("global", "belady", 0.4), ("node", "none", 0.55), ("global", "none", 1.5)],
+    [
+        ("global", "none", 0.5),
+        pytest.param("global", "least-recently-stored", 0.5, marks=pytest.mark.slow),
+        ("global", "belady", 0.4),
+        ("node", "none", 0.55),
+        pytest.param("global", "none", 1.5, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_does_what_the_plan_says(
     config: dict[str, Any], s3_server: S3Server, tmp_path: Path, assignment: Any, eviction: Any, share: float

@@ -127,7 +127,7 @@ def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(source
     _check_complete(source, out)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(source: Path, tmp_path: Path, workers: int) -> None:
     """The terminal sends it to all of them at once. Only the program itself has something to say, and nothing hidden is left."""
     out = tmp_path / "out"
@@ -158,7 +158,14 @@ def _command(source: Path, dst: object, *options: object) -> Iterator[subprocess
 GO_ON = "What is finished stays; run the same command again to go on."
 
 
-@pytest.mark.parametrize(("workers", "to_all"), [(1, False), (2, False), (2, True)], ids=["here", "two processes", "two processes, sent to all"])
+@pytest.mark.parametrize(
+    ("workers", "to_all"),
+    [
+        pytest.param(1, False, id="here"),
+        pytest.param(2, False, id="two processes", marks=pytest.mark.slow),
+        pytest.param(2, True, id="two processes, sent to all"),
+    ],
+)
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interrupted")])
 def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, workers: int, to_all: bool, number: signal.Signals, code: int, word: str

@@ -105,7 +105,7 @@ def training(pairs: Pairs, directory: Path, server: S3Server) -> Iterator[tuple[
         process.join()
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["the training", "both"])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the training", "both"])
 def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(pairs: Pairs, s3_server: S3Server, tmp_path: Path, both: bool) -> None:
     """Although a worker of the DataLoader lives on for a while; what both of them held, the next run takes back."""
     with training(pairs, tmp_path, s3_server) as (pid, ahead):

@@ -127,6 +127,7 @@ def test_without_a_directory_all_threads_of_the_process_pause(s3_server: S3Serve
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pauses that do not keep a test."""
     monkeypatch.setattr(backoff, "FIRST_S", 0.05)
+    monkeypatch.setattr(backoff, "LONGEST_S", 0.4)
     return
 
 

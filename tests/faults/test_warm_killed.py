@@ -95,7 +95,9 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
     assert proxy.count() == before_s3
 
 
-@pytest.mark.parametrize(("workers", "pairs"), [(1, 4), (2, 4), (2, 18)], ids=["here", "two processes", "lanes of two"])
+@pytest.mark.parametrize(
+    ("workers", "pairs"), [(1, 4), pytest.param(2, 4, marks=pytest.mark.slow), (2, 18)], ids=["here", "two processes", "lanes of two"]
+)
 def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int) -> None:
     """Everything is killed at once, as at a preemption; no clean-up is needed."""
     process = stuck(workers)
@@ -109,8 +111,13 @@ CTRL_C, TERM = (signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Termi
 
 @pytest.mark.parametrize(
     ("sent", "to_all", "workers", "pairs"),
-    [(CTRL_C, False, 1, 4), (CTRL_C, False, 2, 18), (TERM, False, 1, 4), (TERM, False, 2, 18), (TERM, True, 2, 4)],
-    ids=["Ctrl-C here", "Ctrl-C to the first of three", "SIGTERM here", "SIGTERM to the first of three", "SIGTERM to all"],
+    [
+        pytest.param(CTRL_C, False, 1, 4, id="Ctrl-C here", marks=pytest.mark.slow),
+        pytest.param(CTRL_C, False, 2, 18, id="Ctrl-C to the first of three"),
+        pytest.param(TERM, False, 1, 4, id="SIGTERM here"),
+        pytest.param(TERM, False, 2, 18, id="SIGTERM to the first of three", marks=pytest.mark.slow),
+        pytest.param(TERM, True, 2, 4, id="SIGTERM to all"),
+    ],
 )
 def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, sent: tuple[signal.Signals, int, str], to_all: bool, pairs: int, workers: int

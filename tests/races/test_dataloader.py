@@ -172,7 +172,7 @@ def test_parents_stats_count_what_the_workers_read(outcomes: dict[Any, Outcome],
 
 WAYS = [(method, workers) for workers in (0, 2, 8) for method in ("fork", "spawn", "forkserver") if workers or method == "fork"]
 #: Of each kind one, beside those above: without workers, and forked from a process in which the engine that it was told to use is open.
-SOME = [("s3fs", True, "fork", 0), ("s3fs", True, "fork", 2), ("obstore", True, "fork", 2)]
+SOME = [("s3fs", True, "fork", 0), ("obstore", True, "fork", 2)]
 ALL = [(engine, used, *way) for engine in ("obstore", "s3fs") for used in (False, True) for way in WAYS]
 
 
