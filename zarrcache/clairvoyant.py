@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache.course import Course
+from zarrcache.keys import is_digest
 
 __all__ = ["NEVER", "Clairvoyant", "NextUses"]
 
@@ -101,7 +102,7 @@ class Clairvoyant:
         stored : callable
             Digests and sizes of what is stored now.
         """
-        own = int(self._next_uses(*self._found([digest]))[0])
+        own = int(self._next_uses(*self._found([digest]))[0]) if is_digest(digest) else -1  # the room of a look-ahead has another name
         if own < 0:
             return []
         if self._until_anew <= 0:
@@ -116,7 +117,8 @@ class Clairvoyant:
             chosen.append(self._candidates.popleft())
         return [digest for _, digest, _ in chosen]
 
-    def _look(self, stored: Sequence[tuple[Any, ...]]) -> None:
+    def _look(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]  # a damaged row must stop nobody
         sample, role = self._found([digest for digest, _ in stored])
         uses = self._next_uses(sample, role)
         # What a DataLoader worker has read may not have reached the training yet.

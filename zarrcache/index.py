@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from zarrcache.atomic import PARTIAL_SUFFIX
 from zarrcache.clairvoyant import Clairvoyant
 from zarrcache.config import CacheConfig
-from zarrcache.indexcheck import is_damage, is_right_row
+from zarrcache.indexcheck import is_damage, is_right_row, row_of, volume_of
 from zarrcache.indexfile import CACHE_FAULTS, IndexFile, Stored, Table, no_fork
 from zarrcache.layout import CacheDir
 from zarrcache.mounts import can_map_to_write, refuse_network
@@ -100,7 +100,8 @@ class Index:
         """One SELECT, no write."""
         table = self._table()
         with no_fork(table):
-            return _row(table, digest)
+            row: Stored | None = row_of(table, digest)
+        return row
 
     def path_of(self, stored: Stored) -> str:
         """Full path of a file. A string: making a ``Path`` is a tenth of a warm hit."""
@@ -112,7 +113,7 @@ class Index:
         def ask() -> int:
             table = self._table()
             with no_fork(table):
-                return _volume_bytes(table)
+                return volume_of(table)
 
         return self._healing(ask)
 
@@ -206,10 +207,15 @@ class Index:
             freed += sum(intent.size_bytes for intent in doomed)
         return freed
 
-    def lend(self, digest: str, filename: str) -> None:
-        """Announce a loan, in room that is reserved already, before its file is written. Found by ``lookup(LENT + digest)``."""
+    def lend(self, digest: str, filename: str) -> bool:
+        """Announce a loan, in room that is reserved already, before its file is written. Found by ``lookup(LENT + digest)``.
+
+        False if another rank of the node has lent it: of two rows under one name the first would be lost, and its file with it.
+        """
         with self._transaction() as table:
-            table.set(LENT + digest, Stored(filename, 0, owner_id()), tag=_INTENT)
+            if is_free := row_of(table, LENT + digest) is None:
+                table.set(LENT + digest, Stored(filename, 0, owner_id()), tag=_INTENT)
+        return is_free
 
     def loans(self) -> set[str]:
         """Digests of what is lent right now."""
@@ -252,7 +258,7 @@ class Index:
             ((reserved,),) = self._select("SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?", _INTENTS)
             outcome = admit(
                 size_bytes,
-                volume_bytes=_volume_bytes(table),
+                volume_bytes=volume_of(table),
                 limit_bytes=self._config.limit,
                 free_bytes=usage.free - reserved,
                 min_free_bytes=min_free_bytes(self._config.min_free, usage.total),
@@ -267,16 +273,20 @@ class Index:
         # rowid order is the order of storing: a replaced entry gets a new row.
         # Listings, whose notes end with a line end, stay: they are small, and without them no run starts offline.
         query = "SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?"
-        # One or two will do, as a rule; 10,000 rows would be 8 ms at every put.
-        for most in (_FEW, _PAGE):
+        # One or two will do, as a rule; 10,000 rows would be 8 ms at every put. -1: all of them.
+        for most in (_FEW, _PAGE, -1):
             oldest = self._select(query, (_INTENT, most))
             if sum(size for _, size in oldest) >= needed_bytes:
                 break
         return self.drop(choose_victims(oldest, needed_bytes))
 
+    def shortfall_bytes(self, size_bytes: int) -> int:
+        """What has to go before a file of ``size_bytes`` is within the limit."""
+        return self.volume_bytes() + size_bytes - self._config.limit
+
     def _make_room(self, filename: str, size_bytes: int) -> bool:
         """Drop what ``cache.eviction`` says. False if nothing is to be dropped."""
-        shortfall = self.volume_bytes() + size_bytes - self._config.limit
+        shortfall = self.shortfall_bytes(size_bytes)
         if self._config.eviction == "least-recently-stored":
             self.drop_oldest(shortfall)
             return True
@@ -289,7 +299,7 @@ class Index:
 
     def _doom(self, table: Table, digest: str, *, keep: str | None = None, only: str | None = None) -> list[Intent]:
         """Turn an entry into an intent to delete. Call inside a transaction."""
-        old = _row(table, digest)
+        old = row_of(table, digest)
         if old is None or (only is not None and old.filename != only):
             return []
         table.delete(digest)
@@ -308,7 +318,7 @@ class Index:
         for intent in intents:
             path = self.dir.root / intent.filename
             with no_fork(table):
-                entry = _row(table, path.name.partition("-")[0])
+                entry = row_of(table, path.name.partition("-")[0])
             if entry is not None and entry.filename == intent.filename:
                 continue  # the byte tier has one name for an object: somebody has published it again meanwhile
             try:
@@ -377,24 +387,3 @@ class Index:
     def _select(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         self._table()
         return self._file.select(query, values)
-
-
-def _row(table: Table, digest: str) -> Stored | None:
-    """The row of an entry.
-
-    Raises
-    ------
-    sqlite3.DatabaseError
-        It is damaged, or of another entry.
-    """
-    found: Stored | None = table.get(digest)
-    if found is not None and digest.removeprefix(LENT) not in found.filename:
-        raise sqlite3.DatabaseError(f"the row of {digest} names {found.filename}")
-    return found
-
-
-def _volume_bytes(table: Table) -> int:
-    try:
-        return int(table.reset("size"))
-    except (TypeError, ValueError) as exc:
-        raise sqlite3.DatabaseError(f"the sum of all sizes is none ({exc})") from exc

@@ -14,7 +14,7 @@ from typing import Any
 from zarrcache.checksums import crc32c
 from zarrcache.layout import is_entry_name
 
-__all__ = ["damage_of", "is_damage", "is_right_row", "row_mode", "schema_id"]
+__all__ = ["damage_of", "is_damage", "is_right_row", "row_mode", "row_of", "schema_id", "volume_of"]
 
 #: Of every row that is ours; outside diskcache's own modes 0 to 4, so a planted row with its pickle mode is not read.
 _MODE_FILE = 16
@@ -83,3 +83,31 @@ def damage_of(select: Select) -> str | None:
             if not named or (tag == "intent") != is_intent or (raw, expires_s) != (1, None) or not isinstance(stored_s, float):
                 return f"row {last} contradicts itself"
     return None
+
+
+def row_of(table: Any, digest: str) -> Any:
+    """The row of an entry, or of a loan, whose key has a mark before the digest; None if there is none.
+
+    Raises
+    ------
+    sqlite3.DatabaseError
+        It is damaged, or of another entry.
+    """
+    found = table.get(digest)
+    if found is not None and digest.rpartition("-")[2] not in found.filename:
+        raise sqlite3.DatabaseError(f"the row of {digest} names {found.filename}")
+    return found
+
+
+def volume_of(table: Any) -> int:
+    """The sum of all sizes, bytes.
+
+    Raises
+    ------
+    sqlite3.DatabaseError
+        It is no number.
+    """
+    try:
+        return int(table.reset("size"))
+    except (TypeError, ValueError) as exc:
+        raise sqlite3.DatabaseError(f"the sum of all sizes is none ({exc})") from exc

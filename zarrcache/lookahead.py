@@ -15,6 +15,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Sequence
@@ -171,8 +172,11 @@ def _attend(prefetcher: weakref.ref[_Prefetcher], process: SpawnProcess, connect
 
 
 def _end(process: SpawnProcess, connection: Connection) -> None:
-    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process.
-    connection.close()  # upon which it cleans up and ends
+    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process. Shut down and not only closed, because of these copies:
+    # upon the end of the stream, which they would keep open, it cleans up and ends.
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
+    connection.close()
     process.join(_END_S)
     if process.is_alive():
         process.kill()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from zarrcache.course import ROLES, Course
 from zarrcache.errors import ZarrCacheError
-from zarrcache.index import CACHE_FAULTS
+from zarrcache.index import CACHE_FAULTS, LENT
 from zarrcache.policy import disk_bytes
 from zarrcache.ring import Ring
 
@@ -190,8 +190,10 @@ class Prefetch:
                 self._again.append(item)
             elif outcome == "failed":
                 self._pause_until_s = time.monotonic() + _PAUSE_S
-            elif outcome == "bypass" and not self._ring.is_open:  # the disk is full, and to fetch twice is worse than to wait
+            elif outcome == "bypass" and self._ring.is_refused:  # the disk is full, and to fetch twice is worse than to wait
                 self._is_over = True
+            elif outcome == "bypass" and not self._ring.is_open:  # the cache is in trouble, which may pass
+                self._pause_until_s = time.monotonic() + _PAUSE_S
             if outcome not in ("hit", "miss") and item.digest not in self._ring:
                 self._hold(item, 0)
             if item.is_over:
@@ -240,7 +242,8 @@ class Prefetch:
             if not self._is_wanted(item):
                 continue
             stored = self._index.lookup(item.digest)
-            is_there = stored is not None or item.digest in self._ring or item.digest in self._coming
+            is_lent = item.digest in self._ring or self._index.lookup(LENT + item.digest) is not None  # by us, or for another rank
+            is_there = stored is not None or is_lent or item.digest in self._coming
             size = stored.size_bytes if stored is not None else 0 if is_there else item.size or self._estimate()
             if size > self._budget:
                 continue  # it never fits: the training fetches it

@@ -46,13 +46,18 @@ class Ring:
         return isinstance(self._room, Intent)
 
     @property
+    def is_refused(self) -> bool:
+        """Whether there is no room for it."""
+        return isinstance(self._room, Admission)
+
+    @property
     def held_bytes(self) -> int:
         """Of the loans that :meth:`look` saw."""
         with self._lock:
             return sum(size for _, size in self._loans.values())
 
     def lend(self, digest: str, filename: str, size_bytes: int) -> bool:
-        """Announce a loan, whose file is to be written next. False if there is no room for it."""
+        """Announce a loan, whose file is to be written next. False if there is no room for it, or another rank has lent the same."""
         with self._lock:
             if self._room is None:
                 self._room = self._reserve()
@@ -60,7 +65,8 @@ class Ring:
                 self._index.give_back(digest, old[0])
             if not isinstance(self._room, Intent) or sum(size for _, size in self._loans.values()) + size_bytes > self.most_bytes:
                 return False
-            self._index.lend(digest, filename)
+            if not self._index.lend(digest, filename):
+                return False
             self._loans[digest] = filename, size_bytes
             return True
 
@@ -90,7 +96,8 @@ class Ring:
     def _reserve(self) -> Intent | Admission:
         name = f"entries/ring-{secrets.token_hex(4)}"
         outcome = self._index.begin(name, self.most_bytes)
-        if isinstance(outcome, Admission) and self._index.drop_oldest(self.most_bytes):
+        needed = self._index.shortfall_bytes(self.most_bytes) if outcome is Admission.OVER_LIMIT else self.most_bytes
+        if isinstance(outcome, Admission) and self._index.drop_oldest(needed):
             outcome = self._index.begin(name, self.most_bytes)
         if isinstance(outcome, Admission):
             logger.warning("no look-ahead, as there is no room for %s of it: %s", format_bytes(self.most_bytes), outcome.value)

@@ -144,12 +144,14 @@ class NodeSampler(Sampler[int]):
     def _identity(self) -> dict[str, Any]:
         schedule = self.schedule
         digest = hashlib.blake2b("\n".join(schedule.names).encode(), digest_size=8).hexdigest()
+        sizes = None if schedule.nbytes is None else hashlib.blake2b(",".join(map(str, schedule.nbytes)).encode(), digest_size=8).hexdigest()
         return {
             "samples": digest,
             "assignment": schedule.assignment,
             "seed": schedule.seed,
             "shuffle": schedule.shuffle,
             "drop_last": schedule.drop_last,
+            "nbytes": sizes,  # with assignment="node" they decide which node reads what
         }
 
 

@@ -93,7 +93,7 @@ class World:
         """
         if "RANK" in environ and "WORLD_SIZE" in environ:
             found = cls._of_torchrun(environ)
-        elif "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and not _is_shell(environ):
             found = cls._of_slurm(environ)
         else:
             found = cls()
@@ -129,6 +129,11 @@ class World:
                 "srun --distribution=block, or give NodeSampler a World."
             )
         return world
+
+
+def _is_shell(environ: Mapping[str, str]) -> bool:
+    # `srun --pty bash` is a step of its own, in which a training is one process. A batch script outside of srun is none: no SLURM_STEP_ID.
+    return environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

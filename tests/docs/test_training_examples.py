@@ -111,6 +111,7 @@ def slurm(nodes: int) -> list[dict[str, str]]:
     job = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NAME": "train",
+        "SLURM_STEP_ID": "0",
         "SLURM_NTASKS": str(nodes),
         "SLURM_NTASKS_PER_NODE": "1",
         "SLURM_NNODES": str(nodes),

@@ -57,6 +57,16 @@ def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() ->
     assert chooser.victims(digest("d"), 5, lambda: stored) == [digest("c")]
     assert chooser.victims(digest("d"), 15, lambda: stored) == []
     assert chooser.victims("e" * 32, 5, lambda: stored) == []
+    assert chooser.victims("ring", 5, lambda: stored) == []  # the room of a look-ahead, which has no digest
+
+
+def test_a_damaged_row_of_the_index_is_no_victim_and_stops_nobody() -> None:
+    """A key that is none, a size that is none: others are there to be chosen."""
+    course, chooser = clairvoyant(Listed(("a", "b", "c"), (("a", "b", "c", "b", "a", "c"),)))
+    for name in ("a", "b", "c"):
+        read(course, name)
+    stored = [("zz", 10), (digest("a"), "ten"), (b"\xff", 10), (digest("c"), 10)]
+    assert chooser.victims(digest("b"), 5, lambda: stored) == [digest("c")]
 
 
 def test_a_use_of_another_rank_of_the_node_counts_too() -> None:

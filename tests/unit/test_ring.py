@@ -136,3 +136,36 @@ def test_on_a_disk_that_others_have_filled_nothing_is_lent(tmp_path: Path, caplo
     assert stored(training) == list(range(3, 10))
     assert not training.index.loans()
     assert caplog.text.count("no look-ahead") == 1
+
+
+def test_two_prefetchers_of_a_node_never_lend_the_same(tmp_path: Path) -> None:
+    """The second is refused: over the first one's row it would leave a file of which nobody knows."""
+    training, first = caches(tmp_path, 10, 3)
+    second = ArrayCache(settings(tmp_path, limit=10 * ONE), Counters())
+    second.ring = Ring(second.index, 3 * ONE)
+    lend(first, 20)
+    lend(second, 20)
+    lend(second, 21)
+    assert first.index.loans() == {key_of(20).digest, key_of(21).digest}
+    assert len(payload_files(tmp_path)) == len(stored(training)) + 2
+    for number in (20, 21):
+        entry = training.get(key_of(number), source="s")
+        assert entry is not None
+        assert np.array_equal(entry.array, array_of(number, 10_000))
+    for ring in (first.ring, second.ring):
+        assert ring is not None
+        ring.look()
+        ring.close()
+    assert len(payload_files(tmp_path)) == len(stored(training))
+
+
+def test_room_is_made_of_as_many_small_entries_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a page of the index's rows; and no more than what is missing."""
+    monkeypatch.setattr("zarrcache.index._FEW", 2)
+    monkeypatch.setattr("zarrcache.index._PAGE", 3)
+    training, prefetcher = caches(tmp_path, 10, 6)
+    training.index.drop([key_of(9).digest])
+    assert prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False  # there is room for half of it
+    assert prefetcher.ring is not None
+    assert prefetcher.ring.is_open
+    assert stored(training) == list(range(5, 9))

@@ -85,6 +85,7 @@ def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
         lambda: NodeSampler(NAMES, seed=3),
         lambda: NodeSampler(NAMES, seed=2, assignment="node"),
         lambda: NodeSampler(NAMES, seed=2, drop_last=True),
+        lambda: NodeSampler(NAMES, seed=2, nbytes=range(1, 25)),
     ],
 )
 def test_a_state_of_other_data_is_refused(other: Any) -> None:
