@@ -32,6 +32,7 @@ from zarrcache.course import ROLES, Course, Listed, Orders, Scheduled
 from zarrcache.errors import ConfigError
 from zarrcache.prefetching import prefetch
 from zarrcache.workpool import Died, start_deaf
+from zarrcache.world import World
 
 if TYPE_CHECKING:
     from zarrcache.reader import ZarrS3Reader
@@ -67,14 +68,14 @@ class Lookahead:
         What is read. Of a reader, the samples are ``split_task_ids()``'s training ids.
     order : NodeSampler, or sequence of sequences
         The sampler whose indices the DataLoader gets; or task ids, or positions, a list an epoch from epoch 0 on, as any other sampler has
-        drawn them: with replacement too.
+        drawn them: with replacement too. Under ``eviction: belady`` such lists are for one rank a node.
     epoch : int, optional
         The epoch that comes first. Default: the sampler's, or 0.
 
     Raises
     ------
     ConfigError
-        A reader that is none of ours, or an order that names other samples.
+        A reader that is none of ours, an order that names other samples, or lists under ``eviction: belady`` with several ranks on the node.
     """
 
     def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:
@@ -87,6 +88,11 @@ class Lookahead:
         orders = _orders(order, names)
         self._course = Course(orders, int(getattr(order, "epoch", 0)) if epoch is None else epoch)
         self._reader.course = self._course
+        if config.eviction == "belady" and isinstance(orders, Listed) and orders.ranks > 1:
+            raise ConfigError(
+                f"cache.eviction is belady, and this node has {orders.ranks} ranks: from its own list none of them knows what the others read. "
+                "Give a NodeSampler, or set cache.eviction to none."
+            )
         if config.eviction == "belady":
             self._reader.tiers.foresee(Clairvoyant(self._course, _digests(self._reader, orders.names)))
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
@@ -194,7 +200,8 @@ def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
 
 def _orders(order: Any, names: tuple[str, ...]) -> Orders:
     if not hasattr(order, "schedule"):
-        return Listed(names, tuple(tuple(name if isinstance(name, str) else names[name] for name in epoch) for epoch in order))
+        lists = tuple(tuple(name if isinstance(name, str) else names[name] for name in epoch) for epoch in order)
+        return Listed(names, lists, ranks=World.here().local_ranks)
     if order.schedule.names != names:
         raise ConfigError("the sampler is of other samples than the dataset. Make it of the same: NodeSampler(dataset).")
     return Scheduled(order.schedule, order.world.rank, order.epoch, order.history)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
-import torch.distributed
 from torch.utils.data import Sampler
 
 from zarrcache.assignment import Assignment, Schedule, Segment
@@ -72,7 +70,7 @@ class NodeSampler(Sampler[int]):
         world: World | None = None,
         nbytes: Sequence[int] | None = None,
     ) -> None:
-        self.world = _world() if world is None else world
+        self.world = World.here() if world is None else world
         self.schedule = Schedule(
             _names(source),
             assignment=assignment,
@@ -160,9 +158,3 @@ def _names(source: Sized) -> tuple[str, ...]:
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):  # no lazy sequence: to look at it would load it
         return tuple(names)
     return tuple(map(str, range(len(source))))
-
-
-def _world() -> World:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return World.of_environment(os.environ, rank=torch.distributed.get_rank(), ranks=torch.distributed.get_world_size())
-    return World.of_environment(os.environ)

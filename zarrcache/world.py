@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,6 +61,11 @@ class World:
         """Place of this process among those of its node."""
         return self.node_of_rank[: self.rank].count(self.node)
 
+    @property
+    def local_ranks(self) -> int:
+        """Processes on this node."""
+        return self.node_of_rank.count(self.node)
+
     @classmethod
     def even(cls, rank: int, ranks: int, nodes: int = 1) -> World:
         """As many processes on each node, numbered node by node, which is how torchrun and Lightning start them.
@@ -71,6 +78,14 @@ class World:
         if nodes < 1 or ranks < 1 or ranks % nodes:
             raise ConfigError(f"{ranks} processes cannot be shared out evenly over {nodes} nodes. Give a World with the node of each rank.")
         return cls(rank, tuple(number // (ranks // nodes) for number in range(ranks)))
+
+    @classmethod
+    def here(cls) -> World:
+        """Where this process is: by torch.distributed, where it is in use, and the variables of torchrun or Slurm."""
+        torch = sys.modules.get("torch")  # whoever uses torch.distributed has imported it
+        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return cls.of_environment(os.environ, rank=torch.distributed.get_rank(), ranks=torch.distributed.get_world_size())
+        return cls.of_environment(os.environ)
 
     @classmethod
     def of_environment(cls, environ: Mapping[str, str], *, rank: int | None = None, ranks: int | None = None) -> World:

@@ -159,6 +159,24 @@ def test_where_there_is_nothing_to_do_no_process_is_started(pairs: Pairs, s3_ser
         Lookahead([1, 2], [[0, 1]])
 
 
+def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks here, as torchrun says: each has half; what the other reads is in no list of this one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
+    with Lookahead(dataset, [list(range(COUNT - 1))]):
+        reader = dataset.reader
+        assert isinstance(reader, ZarrS3Reader)
+        wait_for(lambda: is_there(reader, dataset.task_ids[0], "label"), "the prefetcher did not begin")
+        time.sleep(0.3)  # it would go on now
+        assert occupied(reader.tiers.index) <= 4 * ONE  # type: ignore[arg-type]
+    foreseeing = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, eviction="belady"))
+    with pytest.raises(ConfigError, match="this node has 2 ranks"):
+        Lookahead(foreseeing, [[0, 1]])
+
+
 def test_an_order_that_was_drawn_with_replacement_is_followed(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
     """As positions or names; a sample that comes twice is fetched once."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=20 * ONE)
