@@ -33,7 +33,7 @@ _OTHERS_WRITE = 0o002
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An entry that was had from elsewhere: mapped, if the array tier has taken it, in memory otherwise."""
+    """An entry that was had from elsewhere: mapped, if the array tier has stored or lent it, in memory otherwise."""
 
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
@@ -99,7 +99,7 @@ class Neighbours:
             self._tell("lower fails", "cache.lower %s cannot be read, going on without it: %s", self._lower, exc)
 
     def take(self, stream: Any, nbytes: int, where: str, key: ArrayKey, source: str | None) -> Taken | None:
-        """Check an entry, store it, map it; None if it is of another source, or was evicted at once.
+        """Check an entry, store it, map it. None if it is of another source, or has come and is not here: evicted at once, or the disk failed.
 
         Raises
         ------
@@ -109,10 +109,11 @@ class Neighbours:
         incoming = Incoming(stream, nbytes, key, where)
         if not is_fresh(incoming.header.source, source):
             return None
-        if not self._arrays.take(incoming):
-            return Taken(incoming.read(), is_stored=False)
-        entry = self._arrays.get(key, source=incoming.header.source)
-        return None if entry is None else Taken(entry.array, is_stored=True)
+        entry, is_stored = self._arrays.take(incoming)
+        if entry is not None:
+            return Taken(entry.array, is_stored=is_stored)
+        # What was read into a file that is gone cannot be read again; its sender is not to blame.
+        return None if incoming.is_spent else Taken(incoming.read(), is_stored=False)
 
     def refuse(self, peer: str, exc: CorruptEntryError) -> None:
         """Count a bad entry, and say so once a peer."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -25,6 +26,7 @@ from zarrcache.checksums import crc32c
 from zarrcache.codec import encode_header, header_of
 from zarrcache.keys import ArrayKey
 from zarrcache.peers import Peers
+from zarrcache.ring import Ring
 
 TASK, ROLE = "mp-1", "data"
 
@@ -203,9 +205,59 @@ def test_entry_that_breaks_off_is_not_kept(node: LocalNode, good: bytes, tmp_pat
 
 def test_peer_that_trickles_is_given_up(node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, the entry would take minutes."""
-    monkeypatch.setattr(peers, "_READ_S", 0.3)
+    monkeypatch.setattr(peers, "_READ_S", 1.0)
     with running_peer(trickling(good)) as peer:
         check(reader_at(node, tmp_path, peers=[peer.url]), node, purges=1)
+
+
+@pytest.mark.parametrize("place", ["peer", "lower"])
+def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
+    node: LocalNode, key: ArrayKey, good: bytes, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prefetcher with a full cache: the payload is in the loan, and nothing is fetched a second time."""
+    room = 2 * -(-len(good) // 4096) * 4096
+    for task_id in ("mp-0", "mp-2"):
+        reader_at(node, tmp_path, limit=room).load(task_id, ROLE)
+    with running_peer(entry_answer(good)) as peer:
+        places: dict[str, Any] = {"peers": [peer.url]} if place == "peer" else {"lower": node.root.parent}
+        reader = reader_at(node, tmp_path, limit=room, **places)
+        arrays = reader.tiers.arrays
+        assert arrays is not None
+        arrays.ring = Ring(arrays.index, room // 2)
+        assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+        assert len(peer.asked) == (place == "peer")
+    stats = reader.stats
+    assert (stats.peer_hits, stats.lower_hits) == ((1, 0) if place == "peer" else (0, 1))
+    assert (stats.bypasses, stats.purges, stats.cache_errors, stats.fetched_bytes) == (1, 0, 0, 0)
+    assert arrays.index.loans() == {key.digest}
+    assert "was not taken" not in caplog.text
+    training = reader_at(node, tmp_path, limit=room)
+    assert np.array_equal(training.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+    assert training.stats.hits == 1
+    arrays.ring.close()
+
+
+def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel ends the file after half of its values; the error is the cache's, and the origin is asked."""
+    big = LocalNode(tmp_path / "big", 2, shape=(128, 128, 64), chunks=(64, 64, 64))
+    full = big.reader()
+    full.load(TASK, ROLE)
+    (path,) = (big.root / "entries").rglob(f"{full.key(TASK, ROLE).digest}-*")
+    raw = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with running_peer(entry_answer(raw)) as peer:
+        reader = reader_at(big, tmp_path, peers=[peer.url])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(raw) // 2, hard))
+        try:
+            values = reader.load(TASK, ROLE)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert np.array_equal(values, big.values[TASK, ROLE].ravel())
+        assert len(peer.asked) == 1
+    assert (reader.stats.purges, reader.stats.peer_hits, reader.stats.bypasses) == (0, 0, 1)
+    assert reader.stats.cache_errors == 2  # what the peer sent, and what the origin did
+    assert "was not taken" not in caplog.text
+    assert [*(tmp_path / "own").rglob("*.partial"), *(tmp_path / "own").rglob(f"{path.name[:32]}*")] == []
 
 
 def test_redirection_to_a_stranger_is_not_followed(node: LocalNode, good: bytes, tmp_path: Path) -> None:
