@@ -80,12 +80,17 @@ class Neighbours:
 
     @contextlib.contextmanager
     def turn(self, key: ArrayKey, source: str | None) -> Iterator[Turn]:
-        """One miss. Nothing is asked before :meth:`Turn.take`; at the end the others are told how it went."""
+        """One miss. Nothing is asked before :meth:`Turn.take`; at the end the others are told how it went.
+
+        After an exception they are told nothing, and the next of them has the turn: if all were sent to an origin that fails, all would go at once.
+        """
         turn = Turn(self, key, source)
         try:
             yield turn
-        finally:
-            turn.close()
+        except BaseException:
+            turn.hang_up()
+            raise
+        turn.close()
 
     def lower_offers(self, digest: str) -> Iterator[tuple[Any, int, str]]:
         """Entries of the lower layer, as :func:`open_entries`."""
@@ -172,6 +177,11 @@ class Turn:
         return taken
 
     def close(self) -> None:
-        """Give the lease back, if there is one."""
+        """Give the lease back, if there is one, and say whether the entry is stored here."""
         if self._lease is not None:
             self._neighbours.peers.end(self._lease, is_stored=self.is_stored)
+
+    def hang_up(self) -> None:
+        """Give the lease back, if there is one, as if this process had died."""
+        if self._lease is not None:
+            self._lease.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from zarrcache.checksums import crc32c
 from zarrcache.codec import encode_header, header_of
 from zarrcache.keys import ArrayKey
 from zarrcache.peers import Peers
+from zarrcache.policy import nodes_by_duty
 from zarrcache.ring import Ring
 
 TASK, ROLE = "mp-1", "data"
@@ -406,6 +409,26 @@ def test_lease_is_given_back_when_the_origin_fails(pair: list[Node], node: Local
             reader.load(TASK, ROLE)  # type: ignore[arg-type]
     reader = nodes[0].reader()
     assert np.array_equal(reader.load("mp-2", ROLE)[0], broken.values["mp-2", ROLE].ravel())  # type: ignore[arg-type]
+
+
+def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(node: LocalNode, tmp_path: Path) -> None:
+    """And the others wait on, for that one: not all of them go to the origin at once."""
+    with start_cluster(4, tmp_path, node.directory, str(node.directory)) as cluster:
+        holder, *waiters = [n.reader(retry={"timeout": 600}) for n in cluster.nodes]
+        key = holder.key(TASK, ROLE)
+        home = next(s for s in cluster.servers if s.url == nodes_by_duty(key.digest, [s.url for s in cluster.servers])[0])
+        with ThreadPoolExecutor(3) as pool:
+            with contextlib.suppress(OSError), holder.tiers.neighbours.turn(key, None) as turn:
+                assert turn.take() is None
+                loads = [pool.submit(reader.load, TASK, ROLE) for reader in waiters]  # type: ignore[arg-type]
+                hung_s = time.monotonic() + 60
+                while len(home._server._open) < 4 and time.monotonic() < hung_s:
+                    time.sleep(0.01)
+                assert len(home._server._open) == 4  # they wait
+                raise OSError("the origin fails")
+            for load in loads:
+                assert np.array_equal(load.result(120)[0], node.values[TASK, ROLE].ravel())
+        assert sorted(reader.stats.peer_hits for reader in waiters) == [0, 1, 1]
 
 
 def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_path: Path) -> None:
