@@ -22,7 +22,7 @@ import pytest
 
 from tests.support.cluster import Node, start_cluster
 from tests.support.localnode import LocalNode
-from tests.support.roguepeer import Answer, entry_answer, hanging, running_peer, trickling
+from tests.support.roguepeer import Answer, claiming, entry_answer, hanging, running_peer, trickling, trickling_head
 from zarrcache import ConfigError, ZarrS3Reader, peers
 from zarrcache.checksums import crc32c
 from zarrcache.codec import encode_header, header_of
@@ -163,6 +163,8 @@ REFUSED: dict[str, Callable[[bytes], Answer]] = {
     "other page": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!"),
     "no length": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw),
     "endless header": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000),
+    "trickled header": trickling_head,
+    "claims a terabyte": lambda raw: claiming(raw[:100], 2**40),
 }
 
 
@@ -190,7 +192,6 @@ CUT: dict[str, Callable[[bytes], Answer]] = {
     "before a byte": lambda raw: entry_answer(raw, sends=0),
     "by a reset": lambda raw: entry_answer(raw, sends=len(raw) - 9, reset=True),
     "longer than it says": lambda raw: entry_answer(raw, claims=len(raw) - 8),
-    "claims a terabyte": lambda raw: entry_answer(raw, claims=2**40),
 }
 
 
