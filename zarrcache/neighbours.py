@@ -52,10 +52,14 @@ class Neighbours:
     """
 
     def __init__(self, config: CacheConfig, arrays: ArrayCache, counters: Counters) -> None:
+        self._config = config
         self._lower = CacheDir(config.lower).entries if config.lower is not None else None
         self.peers = Peers(config)
         self._arrays = arrays
         self._counters = counters
+
+    def __reduce__(self) -> tuple[type[Neighbours], tuple[CacheConfig, ArrayCache, Counters]]:
+        return type(self), (self._config, self._arrays, self._counters)  # not the token, nor who was left out
 
     def __bool__(self) -> bool:
         return self._lower is not None or bool(self.peers)

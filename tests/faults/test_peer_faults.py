@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -430,6 +431,23 @@ def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(node: Lo
             for load in loads:
                 assert np.array_equal(load.result(120)[0], node.values[TASK, ROLE].ravel())
         assert sorted(reader.stats.peer_hits for reader in waiters) == [0, 1, 1]
+
+
+def test_neighbours_pickle_as_their_configuration(node: LocalNode, tmp_path: Path) -> None:
+    """Neither the token nor who was left out goes with them."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("x" * 32)
+    reader = reader_at(node, tmp_path, peers=["http://127.0.0.1:1"], peer_token_file=token)
+    reader.load(TASK, ROLE)
+    neighbours = reader.tiers.neighbours
+    assert neighbours.peers._skipped_until_s
+    raw = pickle.dumps(neighbours)
+    assert b"x" * 32 not in raw
+    again = pickle.loads(raw)
+    again.check()
+    assert bool(again)
+    assert again.peers._skipped_until_s == {}
 
 
 def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_path: Path) -> None:
