@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -134,19 +134,38 @@ class ArrayCache:
         """Store a decoded array. False if it was not admitted or the cache failed: the caller has the array anyway."""
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         header = header_of(key, array, source)
-        return self._store(header, lambda file: write_entry(file, header, array))
+        return self._store(header, lambda file: write_entry(file, header, array))[0] == "stored"
 
-    def take(self, incoming: Incoming) -> bool:
-        """Store an entry that comes from elsewhere, as :meth:`put`. If it is not admitted nothing of its payload has been read.
+    def take(self, incoming: Incoming) -> tuple[Entry | None, bool]:
+        """Store an entry that comes from elsewhere, as :meth:`put`.
+
+        Returns
+        -------
+        Entry or None
+            Mapped, if it was stored or lent. None: ``incoming.is_spent`` says whether it can still be read.
+        bool
+            Whether it was stored.
 
         Raises
         ------
         CorruptEntryError
             It broke off, or its checksum does not match. Nothing is stored.
         """
-        return self._store(incoming.header, incoming.write)
+        key = incoming.header.key
+        outcome, filename = self._store(incoming.header, incoming.write)
+        if outcome == "stored":
+            return self.get(key, source=incoming.header.source), True
+        if outcome == "lent":
+            try:
+                return map_entry(self.index.dir.root / filename), False
+            except FileNotFoundError:  # the training has taken it already
+                pass
+            except (CorruptEntryError, *CACHE_FAULTS) as exc:
+                self._fault("read", key, exc)
+        return None, False
 
-    def _store(self, header: EntryHeader, write: Callable[[FileIO], object]) -> bool:
+    def _store(self, header: EntryHeader, write: Callable[[FileIO], object]) -> tuple[Literal["stored", "lent", "refused", "failed"], str]:
+        """What became of an entry, and its file's name."""
         key = header.key
         filename = f"entries/{key.digest[:2]}/{key.digest}-{secrets.token_hex(4)}"
         intent: Intent | None = None
@@ -158,22 +177,22 @@ class ArrayCache:
             if isinstance(outcome, Admission):
                 if self.ring is not None and self.ring.lend(key.digest, filename, size_bytes):
                     self._publish(filename, header, write)
-                    return False
+                    return "lent", filename
                 self._tell(
                     outcome.name, "not cached, read from the origin in every epoch: %s (%s): %s", key.url, format_bytes(header.nbytes), outcome.value
                 )
-                return False
+                return "refused", filename
             intent = outcome
             self._publish(filename, header, write)
             self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
             intent = None
         except CACHE_FAULTS as exc:
             self._fault("write", key, exc)
-            return False
+            return "failed", filename
         finally:
             if intent is not None:  # also after Ctrl-C: room that nobody will use must not stay reserved
                 self._abort(intent)
-        return True
+        return "stored", filename
 
     def _publish(self, filename: str, header: EntryHeader, write: Callable[[FileIO], object]) -> None:
         path = self.index.dir.root / filename

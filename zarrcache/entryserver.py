@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 
 #: Connections at a time. Each has a thread; whoever comes beyond them is told so at once, and goes to the origin.
 _MOST_CONNECTIONS = 256
-#: Seconds for a request to come, and for each part of an answer to go. A client that is slower is hung up on.
+#: Seconds for each part of a request to come, and of an answer to go. A client that is slower is hung up on. One that sends a byte in that
+#: time keeps its connection: it could as well open another one, and more than :data:`_MOST_CONNECTIONS` it does not get.
 _IDLE_S = 10.0
 _NODE = re.compile(r"http://[A-Za-z0-9._:\[\]-]{1,255}")
 #: Seconds without a word, between two questions, and how many, after which the kernel takes a node for dead that holds a lease.

@@ -37,6 +37,11 @@ class Incoming:
     where : str
         Who sends it, for messages.
 
+    Attributes
+    ----------
+    is_spent : bool
+        Some of its payload has been read: neither method can be called any more.
+
     Raises
     ------
     CorruptEntryError
@@ -56,6 +61,7 @@ class Incoming:
             raise CorruptEntryError(f"{where} holds {self.header.dtype} of shape {self.header.shape}, which is no density.")
         if raw != encode_header(self.header) or self.header.nbytes > most_bytes():
             raise CorruptEntryError(f"{where} has a header that zarrcache does not write.")
+        self.is_spent = False
 
     def write(self, file: FileIO) -> None:
         """Write the whole entry to an unbuffered file, a megabyte in memory at a time.
@@ -68,6 +74,7 @@ class Incoming:
             It cannot be written.
         """
         write_all(file, memoryview(encode_header(self.header)))
+        self.is_spent = True
         buffer, left, crc = memoryview(bytearray(min(_STEP_BYTES, self.header.nbytes))), self.header.nbytes, 0
         while left:
             part = self._exactly(buffer[: min(left, len(buffer))])
@@ -79,6 +86,7 @@ class Incoming:
     def read(self) -> np.ndarray[Any, np.dtype[Any]]:
         """The array, in memory. Raises CorruptEntryError as :meth:`write`."""
         array = np.empty(self.header.shape, self.header.dtype)
+        self.is_spent = True
         self._compare(crc32c(self._exactly(array.reshape(-1).view(np.uint8).data)))
         return array
 

@@ -1,7 +1,7 @@
 """Who fetches what, and who has it: what a node remembers of the entries that it is home of. In memory only; it may forget.
 
 Of the nodes that miss an entry at one moment the first gets a *lease*: it fetches the entry from the origin, and the others wait until it
-has. A lease ends when its holder says so, when its holder is lost, or after :data:`LEASE_S`. What is forgotten or goes wrong costs bandwidth.
+has. A lease ends when its holder says so, when its holder dies or fails, or after :data:`LEASE_S`. What is forgotten or goes wrong costs bandwidth.
 """
 
 from __future__ import annotations
@@ -97,7 +97,15 @@ class Leases:
                 return Word("busy")
 
     def end(self, lease: Lease, outcome: Literal["stored", "given up", "lost"]) -> None:
-        """The holder has stored the entry, could not, or is gone: then the next who waits has the lease."""
+        """A lease is over.
+
+        Parameters
+        ----------
+        lease : Lease
+        outcome : str
+            ``stored``: those who wait are told where. ``given up``: it was fetched and cannot be kept, so each of them fetches it alone.
+            ``lost``: the holder is gone, or its fetch failed; one of them has the next lease, and the others wait on.
+        """
         with self._lock:
             if self._running.get(lease.digest) is lease:
                 del self._running[lease.digest]

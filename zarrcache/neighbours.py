@@ -33,7 +33,7 @@ _OTHERS_WRITE = 0o002
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An entry that was had from elsewhere: mapped, if the array tier has taken it, in memory otherwise."""
+    """An entry that was had from elsewhere: mapped, if the array tier has stored or lent it, in memory otherwise."""
 
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
@@ -52,10 +52,14 @@ class Neighbours:
     """
 
     def __init__(self, config: CacheConfig, arrays: ArrayCache, counters: Counters) -> None:
+        self._config = config
         self._lower = CacheDir(config.lower).entries if config.lower is not None else None
         self.peers = Peers(config)
         self._arrays = arrays
         self._counters = counters
+
+    def __reduce__(self) -> tuple[type[Neighbours], tuple[CacheConfig, ArrayCache, Counters]]:
+        return type(self), (self._config, self._arrays, self._counters)  # not the token, nor who was left out
 
     def __bool__(self) -> bool:
         return self._lower is not None or bool(self.peers)
@@ -80,12 +84,17 @@ class Neighbours:
 
     @contextlib.contextmanager
     def turn(self, key: ArrayKey, source: str | None) -> Iterator[Turn]:
-        """One miss. Nothing is asked before :meth:`Turn.take`; at the end the others are told how it went."""
+        """One miss. Nothing is asked before :meth:`Turn.take`; at the end the others are told how it went.
+
+        After an exception they are told nothing, and the next of them has the turn: if all were sent to an origin that fails, all would go at once.
+        """
         turn = Turn(self, key, source)
         try:
             yield turn
-        finally:
-            turn.close()
+        except BaseException:
+            turn.hang_up()
+            raise
+        turn.close()
 
     def lower_offers(self, digest: str) -> Iterator[tuple[Any, int, str]]:
         """Entries of the lower layer, as :func:`open_entries`."""
@@ -99,7 +108,7 @@ class Neighbours:
             self._tell("lower fails", "cache.lower %s cannot be read, going on without it: %s", self._lower, exc)
 
     def take(self, stream: Any, nbytes: int, where: str, key: ArrayKey, source: str | None) -> Taken | None:
-        """Check an entry, store it, map it; None if it is of another source, or was evicted at once.
+        """Check an entry, store it, map it. None if it is of another source, or has come and is not here: evicted at once, or the disk failed.
 
         Raises
         ------
@@ -109,10 +118,11 @@ class Neighbours:
         incoming = Incoming(stream, nbytes, key, where)
         if not is_fresh(incoming.header.source, source):
             return None
-        if not self._arrays.take(incoming):
-            return Taken(incoming.read(), is_stored=False)
-        entry = self._arrays.get(key, source=incoming.header.source)
-        return None if entry is None else Taken(entry.array, is_stored=True)
+        entry, is_stored = self._arrays.take(incoming)
+        if entry is not None:
+            return Taken(entry.array, is_stored=is_stored)
+        # What was read into a file that is gone cannot be read again; its sender is not to blame.
+        return None if incoming.is_spent else Taken(incoming.read(), is_stored=False)
 
     def refuse(self, peer: str, exc: CorruptEntryError) -> None:
         """Count a bad entry, and say so once a peer."""
@@ -171,6 +181,11 @@ class Turn:
         return taken
 
     def close(self) -> None:
-        """Give the lease back, if there is one."""
+        """Give the lease back, if there is one, and say whether the entry is stored here."""
         if self._lease is not None:
             self._neighbours.peers.end(self._lease, is_stored=self.is_stored)
+
+    def hang_up(self) -> None:
+        """Give the lease back, if there is one, as if this process had died."""
+        if self._lease is not None:
+            self._lease.close()

@@ -6,8 +6,11 @@ it, and the home sends the next node.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from urllib.parse import urlencode, urlsplit
 
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError
+from zarrcache.expansion import most_bytes
 from zarrcache.peertoken import read_token
 from zarrcache.policy import nodes_by_duty
 
@@ -27,7 +31,7 @@ logger = logging.getLogger(__name__)
 ANSWER = "Zarrcache-Answer"
 #: A node of the same cluster answers within milliseconds, or not at all.
 _CONNECT_S = 2.0
-_READ_S = 10.0
+_READ_S = 10.0  # for a whole answer up to its body, and for each part of a body
 #: How long a home may keep a question until it has an answer. Less than :data:`_READ_S`.
 WAIT_S = 5.0
 #: A node that failed is not asked again for so long.
@@ -36,6 +40,10 @@ _SKIP_S = 60.0
 _LOOK_S = 5.0
 #: The slowest transfer that is worth waiting for: S3 is about as fast.
 _SLOWEST_BYTES_PER_S = 2**20
+#: What an entry may have beyond its values: more than any header.
+_HEADER_BYTES = 2**17
+#: Of a body at a time. A part is what has come by then, so that a body that trickles is noticed.
+_PART_BYTES = 2**18
 
 
 @dataclass(slots=True)
@@ -62,7 +70,10 @@ class Reply:
         assert self.body is not None
         if time.monotonic() > self.until_s:
             raise TimeoutError(f"slower than {_SLOWEST_BYTES_PER_S // 2**20} MiB/s")
-        return self.body.readinto(buffer)
+        # Not its own readinto(): that stays inside until the buffer is full, however slowly the bytes come.
+        part = self.body.read1(min(len(buffer), _PART_BYTES))
+        buffer[: len(part)] = part
+        return len(part)
 
     def close(self) -> None:
         """Hang up."""
@@ -142,9 +153,10 @@ class Peers:
         try:
             assert lease.connection is not None
             outcome = "stored" if is_stored else "given-up"
-            lease.connection.request("POST", f"/v1/leases/{lease.digest}?{urlencode({'outcome': outcome})}", headers=self._headers())
-            lease.connection.getresponse()
-        except (OSError, http.client.HTTPException) as exc:  # it finds out by itself
+            with _hung_up_after(_READ_S, lease.connection):
+                lease.connection.request("POST", f"/v1/leases/{lease.digest}?{urlencode({'outcome': outcome})}", headers=self._headers())
+                lease.connection.getresponse()
+        except (OSError, http.client.HTTPException, RuntimeError) as exc:  # it finds out by itself
             logger.debug("%s was not told that the lease of %s is over: %s", lease.peer, lease.digest, exc)
         finally:
             lease.close()
@@ -179,13 +191,14 @@ class Peers:
             connection.connect()
             assert connection.sock is not None
             connection.sock.settimeout(_READ_S)
-            connection.request("GET", f"/v1/entries/{digest}?{query}", headers=self._headers())
-            response = connection.getresponse()
+            with _hung_up_after(_READ_S, connection):
+                connection.request("GET", f"/v1/entries/{digest}?{query}", headers=self._headers())
+                response = connection.getresponse()
             reply = self._reply_of(response, peer, digest)
             if reply.kind in ("entry", "lease"):
                 reply.connection, keep = connection, True
             return reply
-        except (OSError, http.client.HTTPException, ValueError) as exc:
+        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as exc:  # RuntimeError: no thread for the deadline
             self._skip(peer, str(exc) or type(exc).__name__)
             return Reply("failed", peer, digest)
         finally:
@@ -196,6 +209,8 @@ class Peers:
         if response.status == 200:
             if response.length is None:
                 raise ValueError("it does not say how long its answer is")
+            if response.length > most_bytes() + _HEADER_BYTES:
+                raise ValueError(f"it announced {response.length} bytes, which no entry has")
             until_s = time.monotonic() + _READ_S + response.length / _SLOWEST_BYTES_PER_S
             return Reply("entry", peer, digest, nbytes=response.length, body=response, until_s=until_s)
         kind = response.headers.get(ANSWER, "")
@@ -218,3 +233,38 @@ class Peers:
             except ConfigError as exc:  # the file has gone during the run; the peers refuse us then
                 self.tell("", "token", "%s", exc)
         return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
+
+
+@contextlib.contextmanager
+def _hung_up_after(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
+    """What is asked inside has so long for its whole answer: the timeout of a socket is for each part, and a part may be one byte.
+
+    Raises
+    ------
+    TimeoutError
+        It took longer. What was had inside is not to be used: http.client takes the end of a connection for the end of a header.
+    """
+    sock = connection.sock
+    if sock is None:
+        raise ConnectionError("it has hung up")
+    is_late = threading.Event()
+
+    def hang_up() -> None:
+        is_late.set()
+        with contextlib.suppress(OSError):  # it is closed already
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as exc:
+        if is_late.is_set():
+            raise TimeoutError(f"no whole answer within {seconds:g} s") from exc
+        raise
+    finally:
+        timer.cancel()
+        timer.join()  # it may be about to hang up
+    if is_late.is_set():
+        raise TimeoutError(f"no whole answer within {seconds:g} s")

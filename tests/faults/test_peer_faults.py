@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
+import resource
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,14 @@ import pytest
 
 from tests.support.cluster import Node, start_cluster
 from tests.support.localnode import LocalNode
-from tests.support.roguepeer import Answer, entry_answer, hanging, running_peer, trickling
+from tests.support.roguepeer import Answer, claiming, entry_answer, hanging, running_peer, trickling, trickling_head
 from zarrcache import ConfigError, ZarrS3Reader, peers
 from zarrcache.checksums import crc32c
 from zarrcache.codec import encode_header, header_of
 from zarrcache.keys import ArrayKey
 from zarrcache.peers import Peers
+from zarrcache.policy import nodes_by_duty
+from zarrcache.ring import Ring
 
 TASK, ROLE = "mp-1", "data"
 
@@ -158,6 +164,8 @@ REFUSED: dict[str, Callable[[bytes], Answer]] = {
     "other page": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!"),
     "no length": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw),
     "endless header": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000),
+    "trickled header": trickling_head,
+    "claims a terabyte": lambda raw: claiming(raw[:100], 2**40),
 }
 
 
@@ -185,7 +193,6 @@ CUT: dict[str, Callable[[bytes], Answer]] = {
     "before a byte": lambda raw: entry_answer(raw, sends=0),
     "by a reset": lambda raw: entry_answer(raw, sends=len(raw) - 9, reset=True),
     "longer than it says": lambda raw: entry_answer(raw, claims=len(raw) - 8),
-    "claims a terabyte": lambda raw: entry_answer(raw, claims=2**40),
 }
 
 
@@ -203,9 +210,59 @@ def test_entry_that_breaks_off_is_not_kept(node: LocalNode, good: bytes, tmp_pat
 
 def test_peer_that_trickles_is_given_up(node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, the entry would take minutes."""
-    monkeypatch.setattr(peers, "_READ_S", 0.3)
+    monkeypatch.setattr(peers, "_READ_S", 1.0)
     with running_peer(trickling(good)) as peer:
         check(reader_at(node, tmp_path, peers=[peer.url]), node, purges=1)
+
+
+@pytest.mark.parametrize("place", ["peer", "lower"])
+def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
+    node: LocalNode, key: ArrayKey, good: bytes, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prefetcher with a full cache: the payload is in the loan, and nothing is fetched a second time."""
+    room = 2 * -(-len(good) // 4096) * 4096
+    for task_id in ("mp-0", "mp-2"):
+        reader_at(node, tmp_path, limit=room).load(task_id, ROLE)
+    with running_peer(entry_answer(good)) as peer:
+        places: dict[str, Any] = {"peers": [peer.url]} if place == "peer" else {"lower": node.root.parent}
+        reader = reader_at(node, tmp_path, limit=room, **places)
+        arrays = reader.tiers.arrays
+        assert arrays is not None
+        arrays.ring = Ring(arrays.index, room // 2)
+        assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+        assert len(peer.asked) == (place == "peer")
+    stats = reader.stats
+    assert (stats.peer_hits, stats.lower_hits) == ((1, 0) if place == "peer" else (0, 1))
+    assert (stats.bypasses, stats.purges, stats.cache_errors, stats.fetched_bytes) == (1, 0, 0, 0)
+    assert arrays.index.loans() == {key.digest}
+    assert "was not taken" not in caplog.text
+    training = reader_at(node, tmp_path, limit=room)
+    assert np.array_equal(training.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
+    assert training.stats.hits == 1
+    arrays.ring.close()
+
+
+def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel ends the file after half of its values; the error is the cache's, and the origin is asked."""
+    big = LocalNode(tmp_path / "big", 2, shape=(128, 128, 64), chunks=(64, 64, 64))
+    full = big.reader()
+    full.load(TASK, ROLE)
+    (path,) = (big.root / "entries").rglob(f"{full.key(TASK, ROLE).digest}-*")
+    raw = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with running_peer(entry_answer(raw)) as peer:
+        reader = reader_at(big, tmp_path, peers=[peer.url])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(raw) // 2, hard))
+        try:
+            values = reader.load(TASK, ROLE)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert np.array_equal(values, big.values[TASK, ROLE].ravel())
+        assert len(peer.asked) == 1
+    assert (reader.stats.purges, reader.stats.peer_hits, reader.stats.bypasses) == (0, 0, 1)
+    assert reader.stats.cache_errors == 2  # what the peer sent, and what the origin did
+    assert "was not taken" not in caplog.text
+    assert [*(tmp_path / "own").rglob("*.partial"), *(tmp_path / "own").rglob(f"{path.name[:32]}*")] == []
 
 
 def test_redirection_to_a_stranger_is_not_followed(node: LocalNode, good: bytes, tmp_path: Path) -> None:
@@ -354,6 +411,43 @@ def test_lease_is_given_back_when_the_origin_fails(pair: list[Node], node: Local
             reader.load(TASK, ROLE)  # type: ignore[arg-type]
     reader = nodes[0].reader()
     assert np.array_equal(reader.load("mp-2", ROLE)[0], broken.values["mp-2", ROLE].ravel())  # type: ignore[arg-type]
+
+
+def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(node: LocalNode, tmp_path: Path) -> None:
+    """And the others wait on, for that one: not all of them go to the origin at once."""
+    with start_cluster(4, tmp_path, node.directory, str(node.directory)) as cluster:
+        holder, *waiters = [n.reader(retry={"timeout": 600}) for n in cluster.nodes]
+        key = holder.key(TASK, ROLE)
+        home = next(s for s in cluster.servers if s.url == nodes_by_duty(key.digest, [s.url for s in cluster.servers])[0])
+        with ThreadPoolExecutor(3) as pool:
+            with contextlib.suppress(OSError), holder.tiers.neighbours.turn(key, None) as turn:
+                assert turn.take() is None
+                loads = [pool.submit(reader.load, TASK, ROLE) for reader in waiters]  # type: ignore[arg-type]
+                hung_s = time.monotonic() + 60
+                while len(home._server._open) < 4 and time.monotonic() < hung_s:
+                    time.sleep(0.01)
+                assert len(home._server._open) == 4  # they wait
+                raise OSError("the origin fails")
+            for load in loads:
+                assert np.array_equal(load.result(120)[0], node.values[TASK, ROLE].ravel())
+        assert sorted(reader.stats.peer_hits for reader in waiters) == [0, 1, 1]
+
+
+def test_neighbours_pickle_as_their_configuration(node: LocalNode, tmp_path: Path) -> None:
+    """Neither the token nor who was left out goes with them."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("x" * 32)
+    reader = reader_at(node, tmp_path, peers=["http://127.0.0.1:1"], peer_token_file=token)
+    reader.load(TASK, ROLE)
+    neighbours = reader.tiers.neighbours
+    assert neighbours.peers._skipped_until_s
+    raw = pickle.dumps(neighbours)
+    assert b"x" * 32 not in raw
+    again = pickle.loads(raw)
+    again.check()
+    assert bool(again)
+    assert again.peers._skipped_until_s == {}
 
 
 def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Answer", "RoguePeer", "entry_answer", "hanging", "running_peer", "trickling"]
+__all__ = ["Answer", "RoguePeer", "claiming", "entry_answer", "hanging", "running_peer", "trickling", "trickling_head"]
 
 #: Gets the connection, with the request read, and sends what it likes.
 Answer = Callable[[socket.socket], None]
@@ -51,6 +51,29 @@ def trickling(raw: bytes) -> Answer:
         for i in range(len(raw)):
             connection.sendall(raw[i : i + 1])
             time.sleep(0.02)
+
+    return answer
+
+
+def trickling_head(raw: bytes) -> Answer:
+    """Sends a header of 500 bytes one at a time, each within the timeout of a recv, and then a good entry."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+        for _ in range(500):
+            connection.sendall(b"x")
+            time.sleep(0.02)
+        connection.sendall(b"\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+
+    return answer
+
+
+def claiming(raw: bytes, length: int) -> Answer:
+    """Promises ``length`` bytes, sends what it has, and stays on the line."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + raw)
+        hanging(connection)
 
     return answer
 
