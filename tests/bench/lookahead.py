@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import itertools
+import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.grids import FUNCTIONAL, ROLES, mp_grids, write_pairs
+from tests.bench.grids import FUNCTIONAL, ROLES, Pairs, mp_grids, write_pairs
 from tests.bench.harness import Bar, Context, Measured, Table, interleave
 from tests.bench.peers_cold import ARRAY, hush
 from tests.bench.server import running, serve_from_memory
@@ -26,7 +29,8 @@ _LATENCY_S, _STEP_S = 0.02, 0.05
 # Of 64**3 points. A training that takes a pair every 50 ms would ask for 17,000 chunks of 16**3 a second, at 20 ms each: 340 requests in flight
 # and the CPU of three cores, in any client.
 _CHUNK = 64
-_MOST_ROUNDS = 3  # a minute each
+_MOST_ROUNDS = 3  # a minute and a half each
+_NAMES = 2
 _SKIPPED = 20
 _BUDGET = "1 GiB"
 _WAITING = "waiting_percent"
@@ -56,11 +60,13 @@ class _Waited:
 
 def run(context: Context) -> list[Table]:
     """One process and DataLoader workers, with and without look-ahead."""
-    pairs = write_pairs(context.workdir / "s3" / _BUCKET, mp_grids(12 if context.quick else 120, context.seed), chunks=_CHUNK, seed=context.seed)
+    root = context.workdir / "s3" / _BUCKET
+    pairs = write_pairs(root, mp_grids(12 if context.quick else 120, context.seed), chunks=_CHUNK, seed=context.seed)
+    task_ids = _under_other_names(root, pairs)
     sums: set[float] = set()
     numbers = itertools.count()
     with running(context.workdir / "s3", latency_s=_LATENCY_S) as server, ExitStack() as stack:
-        serve_from_memory(server, _BUCKET, [f"{directory}/{task_id}.zarr/{ARRAY}/" for directory in ROLES.values() for task_id in pairs.task_ids])
+        serve_from_memory(server, _BUCKET, [f"{directory}/{task_id}.zarr/{ARRAY}/" for directory in ROLES.values() for task_id in task_ids])
 
         def round_(pool: ProcessPoolExecutor, workers: int, *, ahead: bool) -> Measured:
             cache = context.workdir / f"cache-{next(numbers)}"
@@ -81,6 +87,7 @@ def run(context: Context) -> list[Table]:
         raise AssertionError(f"epochs gave the sums {sums}: they did not read the same")
     facts = pairs.facts() | {
         "chunks": f"{_CHUNK}³",
+        "ids": f"{len(task_ids)}: each pair under {_NAMES} names, in objects of its own",
         "read": "ZarrDataset in a NodeSampler's order, the training split: 4 of 5 pairs; batch_size=None, workers forked; a value of each 4 KiB page",
         "a step": f"{1000 * _STEP_S:.0f} ms, in which the training process sleeps",
         "latency, ms a request": 1000 * _LATENCY_S,
@@ -90,6 +97,17 @@ def run(context: Context) -> list[Table]:
     }
     bars = [Bar(name, None, at_most=5.0, of=of) for name in (_AHEAD, _AHEAD_WORKERS) for of in (_WAITING, _STEADY)]
     return [Table("L1", "waiting for data in a cold epoch", "% of the time", _ALONE, rounds, facts, bars, of=_WAITING)]
+
+
+def _under_other_names(root: Path, pairs: Pairs) -> list[str]:
+    """Make the epoch longer without making more densities: every store is there ``_NAMES`` times. All task ids, which the map has too."""
+    found = [f"{task_id}-{number}" if number else task_id for number in range(_NAMES) for task_id in pairs.task_ids]
+    for directory in ROLES.values():
+        for task_id in pairs.task_ids:
+            for number in range(1, _NAMES):
+                shutil.copytree(root / directory / f"{task_id}.zarr", root / directory / f"{task_id}-{number}.zarr", copy_function=os.link)
+    pairs.map_path.write_bytes(gzip.compress(json.dumps({FUNCTIONAL: found}).encode()))
+    return found
 
 
 def _share(waited_s: list[float]) -> float:

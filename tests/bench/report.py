@@ -123,8 +123,8 @@ class Verdict:
         bound = "at most" if self.bar.at_most is not None else "at least"
         what, _, unit = _words(self.bar.of or ("time_s" if self.bar.at_most is not None else "rate")).partition(", ")
         if self.bar.reference is None:
-            return f"{what} {bound} {self.goal:g} {unit}".rstrip()
-        return f"{bound} {self.goal:g} times the {what} of {self.bar.reference}"
+            return f"{what} {bound} {self.goal:.3g} {unit}".rstrip()
+        return f"{bound} {self.goal:.3g} times the {what} of {self.bar.reference}"
 
     @property
     def outcome(self) -> str:
