@@ -114,6 +114,13 @@ class Schedule:
         ranks = [rank for rank, its_node in enumerate(self.node_of_rank) if its_node == node]
         return self.orders(epoch, history)[ranks].T.ravel()
 
+    def node_orders(self, epoch: int) -> list[Indices]:
+        """`node_order` of every node, for the work of one."""
+        orders = self.orders(epoch)
+        ranks = np.argsort(self.node_of_rank, kind="stable")
+        counts = np.bincount(self.node_of_rank)
+        return [orders[own].T.ravel() for own in np.split(ranks, np.cumsum(counts)[:-1])]
+
     @cached_property
     def owners(self) -> Indices:
         """The node that each sample belongs to; 0 for all with ``global``."""

@@ -161,10 +161,11 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
     for number, epoch in enumerate(plan.epochs[:3], start=1):
         yield f"epoch {number}: {_epoch_words(epoch, plan.prices.currency)}"
     yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch_words(plan.total, plan.prices.currency)}"
-    yield f"Prices of {plan.prices.dated}, from cache.prices. The time is what reading takes, not the training."
+    timed = " The time is what reading takes, not the training." if plan.speed is not None else " --probe measures from here, and adds the time."
+    yield f"Prices of {plan.prices.dated}, from cache.prices.{timed}"
     if len(plan.others) > 1:
         yield ""
-        yield "Hits once the caches are full, by assignment and eviction:"
+        yield f"Hits in the last half of {plural(len(plan.epochs), 'epoch')}, by assignment and eviction:"
         for way, ratio in plan.others.items():
             mark = "  <- this" if way == plan.variant else ""
             yield f"  {way.assignment:<7} {way.eviction:<22} {ratio:4.0%}{mark}"

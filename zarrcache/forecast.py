@@ -23,10 +23,11 @@ __all__ = ["EpochForecast", "Forecast", "Variant", "plan_training"]
 
 #: Densities that are asked for their size, unless there are fewer. The mean of 122,689 densities is then right within 3 % (one sigma).
 SAMPLED = 1000
-#: Samples that are simulated; with more, this many stand for all. Hit rates do not depend on the number.
-SIMULATED = 20_000
-#: Epochs that are simulated at the most. Later ones are like the last half of these.
-EPOCHS = 12
+#: Samples times epochs that are simulated; with more samples, so many stand for all. Hit rates do not depend on the number.
+SIMULATED = 240_000
+#: Epochs that are simulated at the least, if the run has so many, and for each node. A node of eight has not come across a third of the samples
+#: after eight epochs of a global shuffle, and one in 3,000 after eight times as many. Later epochs are like the last half of these.
+EPOCHS, EPOCHS_A_NODE = 12, 8
 _PROBED = 9
 _GIB = 1024**3
 
@@ -165,6 +166,10 @@ def plan_training(
     variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
     prices = prices or (cache.prices if cache is not None else PriceConfig())
     names, _ = reader.split_task_ids()
+    if nodes * ranks_per_node > len(names):
+        raise ConfigError(
+            f"{nodes * ranks_per_node} ranks are more than the {len(names)} samples of the training split: some would read nothing of their own."
+        )
     roles = ROLES[:1] if reader.origin("data").url_of("") == reader.origin("label").url_of("") else ROLES
     densities: list[tuple[str, Role]] = [(name, role) for name in names for role in roles]
     generator = np.random.default_rng(seed)
@@ -176,7 +181,7 @@ def plan_training(
     table = _Table.of(sizes, taken, len(roles))
     world = tuple(node for node in range(nodes) for _ in range(ranks_per_node))
     speed = measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
-    simulated = min(epochs, EPOCHS)
+    simulated = min(epochs, max(EPOCHS, EPOCHS_A_NODE * nodes))
     run = _Run(tuple(names), world, seed, table, capacity_bytes, simulated)
     found = run.of(variant)
     listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
@@ -222,29 +227,30 @@ class _Run:
     """Simulations of one run, of as many samples as it takes."""
 
     def __init__(self, names: tuple[str, ...], world: tuple[int, ...], seed: int, table: _Table, capacity: int, epochs: int) -> None:
-        self._names, self._world, self._seed, self._epochs = names[:SIMULATED], world, seed, epochs
+        self._names, self._world, self._seed, self._epochs = names[: max(2 * len(world), SIMULATED // epochs)], world, seed, epochs
         self.rows = len(self._names) * table.roles
         #: What the figures of the simulated ones have to be multiplied by.
         self.scale = len(names) / len(self._names)
         self.table = table
         self._capacity = int(capacity * table.disk[: self.rows].sum() / table.disk.sum())
         self._found: dict[Variant, list[list[Epoch]]] = {}
+        self._known: dict[Assignment, list[list[NDArray[np.int64]]]] = {}
 
     def of(self, variant: Variant) -> list[list[Epoch]]:
         """Epochs of each node."""
         if variant not in self._found:
-            schedule = Schedule(self._names, assignment=variant.assignment, node_of_rank=self._world, seed=self._seed)
-            places = np.arange(self.table.roles)
-            self._found[variant] = [
-                simulate(
-                    [(schedule.node_order(epoch, node)[:, None] * self.table.roles + places).ravel() for epoch in range(self._epochs)],
-                    self.table.disk[: self.rows].tolist(),
-                    self._capacity,
-                    variant.eviction,
-                )
-                for node in range(max(self._world) + 1)
-            ]
+            orders, sizes = self._orders(variant.assignment), self.table.disk[: self.rows].tolist()
+            self._found[variant] = [simulate(of_node, sizes, self._capacity, variant.eviction) for of_node in zip(*orders, strict=True)]
         return self._found[variant]
+
+    def _orders(self, assignment: Assignment) -> list[list[NDArray[np.int64]]]:
+        """What each node reads in each epoch, densities by their row. Made once an epoch for all nodes, and kept for the other policies."""
+        if assignment not in self._known:
+            schedule, roles = Schedule(self._names, assignment=assignment, node_of_rank=self._world, seed=self._seed), self.table.roles
+            self._known[assignment] = [
+                [(order[:, None] * roles + np.arange(roles)).ravel() for order in schedule.node_orders(epoch)] for epoch in range(self._epochs)
+            ]
+        return self._known[assignment]
 
 
 def _forecast(run: _Run, found: list[list[Epoch]], epoch: int, prices: PriceConfig, speed: Speed | None, workers: int, listing: int) -> EpochForecast:
@@ -263,7 +269,7 @@ def _forecast(run: _Run, found: list[list[Epoch]], epoch: int, prices: PriceConf
 
 def _total(shown: Sequence[EpochForecast], epochs: int) -> EpochForecast:
     """The whole run: epochs that were not simulated are like the mean of the last half of those that were."""
-    tail = shown[len(shown) // 2 :] if len(shown) > 1 else shown
+    tail = shown[len(shown) // 2 :]
     more = epochs - len(shown)
 
     def add(of: Callable[[EpochForecast], float]) -> float:
@@ -285,6 +291,6 @@ def _ratio(nodes: Sequence[Epoch]) -> float:
 
 
 def _steady(found: list[list[Epoch]]) -> float:
-    """Hit ratio once the caches are full: over the last half of the epochs."""
+    """Hit ratio of the last half of the epochs."""
     epochs = len(found[0])
     return float(np.mean([_ratio([node[epoch] for node in found]) for epoch in range(epochs // 2, epochs)]))
