@@ -14,6 +14,7 @@ from zarrcache.config import CacheConfig
 from zarrcache.density import per_point
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
 from zarrcache.sequences import Density, Role, SplitSets, split_sets
+from zarrcache.stats import Stats
 from zarrcache.taskids import ids_of, read_map, split_ids
 
 __all__ = ["RhoRead"]
@@ -93,6 +94,11 @@ class RhoRead:
     def missing(self) -> tuple[str, ...]:
         """Ids of the functional without an input or a label file. They are left out of the split."""
         return self._find()[1]
+
+    @property
+    def stats(self) -> Stats:
+        """All 0: nothing is cached, and no origin is asked. So a script that prints those of ``ZarrS3Reader`` runs here too."""
+        return Stats()
 
     def split_task_ids(self) -> tuple[list[str], list[str]]:
         """Training and test ids, in the order of ``data_split()``."""

@@ -201,6 +201,8 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                     advice = "Set this node's clock (chronyc tracking shows it); S3 refuses requests that are 15 minutes off."
                     yield Finding(f"clock against {role}", "warn", f"{task_id}{suffix} was written {ahead_s:.0f} s in the future", advice)
                 return
+        if not origin.url.startswith("s3://"):
+            origin.list_names()  # an error, with what to do, if there is no such directory; S3 has none that could be missing
         advice = f"Check {role}_dir, map_dir and functional; `zarrcache status` counts what is there."
         yield Finding(name, "warn", f"it answers, but has no store of the first ids: {', '.join(ids) or 'the map has none'}", advice)
     except ZarrCacheError as exc:

@@ -174,10 +174,15 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
     Raises
     ------
     ConfigError
-        There is none.
+        There is none, or the config reads files that no cache keeps.
     """
     if isinstance(config, CacheConfig):
         return config
+    if config.dataset_name == "chgcar_data":
+        raise ConfigError(
+            "dataset_name is chgcar_data: files that are not converted are not cached. Run zarrcache convert, then set dataset_name: zarr_s3_data "
+            "and the directories of the stores."
+        )
     if config.cache is None:
         raise ConfigError("the config has no cache block, so there is nothing to fill or to look at. Add one, as in configs/s3_cached.yaml.")
     return config.cache

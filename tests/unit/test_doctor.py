@@ -72,6 +72,8 @@ def test_an_origin_without_the_ids_is_a_warning_and_an_unknown_functional_fails(
     (tmp_path / "empty").mkdir()
     found = findings(config.model_copy(update={"data_dir": str(tmp_path / "empty")}))[f"data at {tmp_path / 'empty'}"]
     assert (found.verdict, "has no store of the first ids: mp-0, mp-1" in found.found) == ("warn", True)
+    found = findings(config.model_copy(update={"label_dir": str(tmp_path / "nowhere")}))[f"label at {tmp_path / 'nowhere'}"]
+    assert (found.verdict, "is not a directory of this machine" in found.found) == ("fail", True)
     found = findings(config.model_copy(update={"functional": "SCAN"}))[f"data at {tmp_path / 'data'}"]
     assert (found.verdict, "Available: ['GGA']" in found.found) == ("fail", True)
 

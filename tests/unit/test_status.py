@@ -117,3 +117,9 @@ def test_an_entry_of_the_store_that_is_not_read_is_not_warm(config: DataConfig, 
     covered = look(config).coverage
     assert covered is not None
     assert (covered.ids, covered.missing, covered.warm, covered.is_listed) == (5, 0, 4, False)
+
+
+def test_a_config_of_files_that_are_not_converted_is_told_what_to_do(config: DataConfig) -> None:
+    """Not that all of its ids are missing."""
+    with pytest.raises(ConfigError, match="files that are not converted are not cached"):
+        look(config.model_copy(update={"dataset_name": "chgcar_data"}))
