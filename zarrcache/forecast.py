@@ -181,7 +181,7 @@ def plan_training(
     table = _Table.of(sizes, taken, len(roles))
     world = tuple(node for node in range(nodes) for _ in range(ranks_per_node))
     speed = measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
-    simulated = min(epochs, max(EPOCHS, EPOCHS_A_NODE * nodes))
+    simulated = min(epochs, max(EPOCHS, EPOCHS_A_NODE * nodes, SIMULATED // len(names)))  # of few samples all: one epoch of them says little
     run = _Run(tuple(names), world, seed, table, capacity_bytes, simulated)
     found = run.of(variant)
     listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
