@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.bench.grids import FUNCTIONAL, ROLES, Pairs, mp_grids, write_pairs
 from tests.bench.harness import Bar, Context, Measured, Table, interleave
-from tests.bench.peers_cold import ARRAY, hush
+from tests.bench.peers_cold import ARRAY, clean_process
 from tests.bench.server import BenchServer, running, serve_from_memory
 
 __all__ = ["run"]
@@ -61,7 +59,7 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, workers: int) ->
         return Measured(seconds, samples, len(log), sum(request.nbytes for request in log))
 
     with ExitStack() as stack:
-        pools = {name: stack.enter_context(_process()) for name in (_PLAIN, _FILLING)}
+        pools = {name: stack.enter_context(clean_process()) for name in (_PLAIN, _FILLING)}
         competitors = {name: functools.partial(round_, pool, cached=name == _FILLING) for name, pool in pools.items()}
         rounds = interleave(competitors, context.rounds)
     if len(sums) != 1:
@@ -74,14 +72,6 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, workers: int) ->
     }
     bar = Bar(_FILLING, _PLAIN, at_most=1.10)
     return Table("C3-workers" if workers else "C3", f"first epoch of a run, {how}", "ms", _PLAIN, rounds, facts, [bar])
-
-
-@contextmanager
-def _process() -> Iterator[ProcessPoolExecutor]:
-    # Spawned: what it forks itself, the workers, can use obstore only if no process above them has.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield pool
-        pool.submit(hush)
 
 
 def _read(epoch: _Epoch) -> tuple[float, int, float]:

@@ -6,20 +6,18 @@ import functools
 import gzip
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.bench.grids import FUNCTIONAL, ROLES, Pairs, mp_grids, write_pairs
 from tests.bench.harness import Bar, Context, Measured, Table, interleave
-from tests.bench.peers_cold import ARRAY, hush
+from tests.bench.peers_cold import ARRAY, clean_process
 from tests.bench.server import running, serve_from_memory
 
 __all__ = ["run"]
@@ -80,7 +78,7 @@ def run(context: Context) -> list[Table]:
             seconds = sum(waited.seconds) + _STEP_S * len(waited.seconds)
             return Measured(seconds, len(waited.seconds), len(log), sum(request.nbytes for request in log), extra)
 
-        pools = {name: stack.enter_context(_process()) for name in _COMPETITORS}
+        pools = {name: stack.enter_context(clean_process()) for name in _COMPETITORS}
         competitors = {name: functools.partial(round_, pools[name], workers, ahead=ahead) for name, (workers, ahead) in _COMPETITORS.items()}
         rounds = interleave(competitors, min(context.rounds, _MOST_ROUNDS))
     if len(sums) != 1:
@@ -112,14 +110,6 @@ def _under_other_names(root: Path, pairs: Pairs) -> list[str]:
 
 def _share(waited_s: list[float]) -> float:
     return 100 * sum(waited_s) / (sum(waited_s) + _STEP_S * len(waited_s))
-
-
-@contextmanager
-def _process() -> Iterator[ProcessPoolExecutor]:
-    # Spawned: what it forks itself, the workers, can use obstore only if no process above them has.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield pool
-        pool.submit(hush)
 
 
 def _train(epoch: _Epoch) -> _Waited:

@@ -15,6 +15,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from tests.bench.bare_gets import get_all, obstore_of
 from tests.bench.grids import FUNCTIONAL, ROLES
 
-__all__ = ["ARRAY", "FLOOR", "PEERS", "Answer", "Client", "Place", "clients", "hush", "installed"]
+__all__ = ["ARRAY", "FLOOR", "PEERS", "Answer", "Client", "Place", "clean_process", "clients", "hush", "installed"]
 
 ARRAY = "charge_density_total"
 FLOOR = "bare GETs (obstore)"
@@ -313,3 +314,12 @@ def _serve(name: str, place: Place, pipe: Connection) -> None:
             else:
                 pipe.send(Answer(seconds, cpu_s, values.shape, zlib.crc32(np.ascontiguousarray(values, "<f4").data)))
     hush()
+
+
+@contextlib.contextmanager
+def clean_process() -> Iterator[ProcessPoolExecutor]:
+    """A process that has used no client yet, and ends its own quietly."""
+    # Spawned: what it forks itself, the workers, can use obstore only if no process above them has.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+        pool.submit(hush)
