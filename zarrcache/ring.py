@@ -14,6 +14,9 @@ __all__ = ["Ring"]
 
 logger = logging.getLogger(__name__)
 
+#: How often room is made for the loans: others, the lanes beside this one first, may store something in it before it is reserved.
+_TRIES = 16
+
 
 class Ring:
     """Loans of one prefetcher. Safe from any thread of it.
@@ -96,8 +99,12 @@ class Ring:
     def _reserve(self) -> Intent | Admission:
         name = f"entries/ring-{secrets.token_hex(4)}"
         outcome = self._index.begin(name, self.most_bytes)
-        needed = self._index.shortfall_bytes(self.most_bytes) if outcome is Admission.OVER_LIMIT else self.most_bytes
-        if isinstance(outcome, Admission) and self._index.drop_oldest(needed):
+        if outcome is Admission.DISK_FULL and self._index.drop_oldest(self.most_bytes):  # once: it is others who fill this disk
+            outcome = self._index.begin(name, self.most_bytes)
+        for _ in range(_TRIES):
+            if outcome is not Admission.OVER_LIMIT:
+                break
+            self._index.drop_oldest(self._index.shortfall_bytes(self.most_bytes))
             outcome = self._index.begin(name, self.most_bytes)
         if isinstance(outcome, Admission):
             logger.warning("no look-ahead, as there is no room for %s of it: %s", format_bytes(self.most_bytes), outcome.value)

@@ -169,3 +169,22 @@ def test_room_is_made_of_as_many_small_entries_as_it_takes(tmp_path: Path, monke
     assert prefetcher.ring is not None
     assert prefetcher.ring.is_open
     assert stored(training) == list(range(5, 9))
+
+
+def test_room_that_others_take_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another lane, or the training, stores what it has just fetched: this is no reason to be without look-ahead for the rest of the run."""
+    training, prefetcher = caches(tmp_path, 10, 3)
+    drop, others = prefetcher.index.drop_oldest, iter((30, 31))
+
+    def drop_and_be_overtaken(needed_bytes: int) -> int:
+        freed = drop(needed_bytes)
+        for number in others:
+            assert training.put(key_of(number), array_of(number, 10_000), source="s")
+            break
+        return freed
+
+    monkeypatch.setattr(prefetcher.index, "drop_oldest", drop_and_be_overtaken)
+    lend(prefetcher, 20)
+    assert training.index.loans() == {key_of(20).digest}
+    assert stored(training) == [5, 6, 7, 8, 9, 30, 31]
+    assert training.index.volume_bytes() == 10 * ONE
