@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,16 +60,20 @@ class NextUses:
 
 @dataclass
 class _Known:
-    """What follows from the orders, for one epoch."""
+    """What follows from the orders, for one epoch; and what was found in it to be needed last."""
 
     epoch: int
     uses: NextUses
     order: Indices  # of the node, this epoch
     own: Indices  # samples of this rank
+    candidates: deque[tuple[int, str, int]] = field(default_factory=deque)  # next use, digest, bytes; last first
+    until_anew: int = 0
 
 
 class Clairvoyant:
-    """Chooses victims by what this node reads next. One for each process; pickles without what it has worked out.
+    """Chooses victims by what this node reads next. One for each process, for all of its threads; pickles without what it has worked out.
+
+    Without a lock, which a process forked meanwhile would wait for: two threads never get the same victim, and at worst one gets the second best.
 
     Parameters
     ----------
@@ -83,8 +87,6 @@ class Clairvoyant:
         self._names = names
         self._place = np.argsort(self._names, axis=None)
         self._known: _Known | None = None
-        self._candidates: deque[tuple[int, str, int]] = deque()
-        self._until_anew = 0
 
     def __reduce__(self) -> tuple[type[Clairvoyant], tuple[Course, NDArray[np.uint64]]]:
         return type(self), (self._course, self._names)
@@ -102,30 +104,38 @@ class Clairvoyant:
         stored : callable
             Digests and sizes of what is stored now.
         """
-        own = int(self._next_uses(*self._found([digest]))[0]) if is_digest(digest) else -1  # the room of a look-ahead has another name
+        known = self._now()
+        own = int(self._next_uses(known, *self._found([digest]))[0]) if is_digest(digest) else -1  # the room of a look-ahead has another name
         if own < 0:
             return []
-        if self._until_anew <= 0:
-            self._look(stored())
-        self._until_anew -= 1
+        if known.until_anew <= 0:
+            self._look(known, stored())
+        known.until_anew -= 1
         chosen: list[tuple[int, str, int]] = []
         while sum(size for *_, size in chosen) < needed_bytes:
+            try:
+                chosen.append(known.candidates.popleft())
+            except IndexError:
+                break
             # A use that is over meanwhile only moves the next one further away: what was needed later than `own` still is.
-            if not self._candidates or self._candidates[0][0] <= own:
-                self._candidates.extendleft(reversed(chosen))
-                return []
-            chosen.append(self._candidates.popleft())
-        return [digest for _, digest, _ in chosen]
+            if chosen[-1][0] <= own:
+                break
+        else:
+            return [digest for _, digest, _ in chosen]
+        known.candidates.extendleft(reversed(chosen))
+        return []
 
-    def _look(self, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _look(self, known: _Known, rows: Sequence[tuple[Any, ...]]) -> None:
         stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]  # a damaged row must stop nobody
         sample, role = self._found([digest for digest, _ in stored])
-        uses = self._next_uses(sample, role)
+        uses = self._next_uses(known, sample, role)
+        # A use counts as over when it begins, and its file has to be there until it ends.
+        uses[self._course.being_read()[sample, role]] = -1
         # What a DataLoader worker has read may not have reached the training yet.
-        uses[np.isin(sample, self._read_just_now(min(_GRACE, len(stored) // 16)))] = -1
+        uses[np.isin(sample, self._read_just_now(known, min(_GRACE, len(stored) // 16)))] = -1
         last_first = np.argsort(-uses, kind="stable")
-        self._candidates = deque((int(uses[place]), *stored[place]) for place in last_first if uses[place] >= 0)
-        self._until_anew = max(1, len(stored) // _SHARE)
+        known.candidates = deque((int(uses[place]), *stored[place]) for place in last_first if uses[place] >= 0)
+        known.until_anew = max(1, len(stored) // _SHARE)
 
     def _found(self, digests: Sequence[str]) -> tuple[Indices, Indices]:
         """Sample and role of each entry; sample -1 for what is no sample."""
@@ -137,19 +147,17 @@ class Clairvoyant:
         sample, role = np.divmod(at, self._names.shape[1])
         return np.where(flat[at] == wanted, sample, -1), role
 
-    def _next_uses(self, sample: Indices, role: Indices) -> Indices:
+    def _next_uses(self, known: _Known, sample: Indices, role: Indices) -> Indices:
         """Positions of the next uses; -1 for what is no sample, NEVER for one that is not needed."""
-        known = self._now()
         return np.where(sample >= 0, known.uses.of(sample, self._passed(known)[sample, role]), -1)
 
     def _now(self) -> _Known:
-        course, epoch = self._course, self._course.epoch
-        if self._known is None or self._known.epoch != epoch:
-            orders = course.orders
+        known, epoch, orders = self._known, self._course.epoch, self._course.orders
+        if known is None or known.epoch != epoch:
             coming = [orders.of_node(epoch + ahead) for ahead in range(orders.epochs_ahead)]
-            self._known = _Known(epoch, NextUses(np.concatenate(coming), len(self._names)), coming[0], np.unique(orders.of_rank(epoch)))
-            self._until_anew = 0
-        return self._known
+            known = _Known(epoch, NextUses(np.concatenate(coming), len(self._names)), coming[0], np.unique(orders.of_rank(epoch)))
+            self._known = known
+        return known
 
     def _passed(self, known: _Known) -> Indices:
         """Uses in this epoch that are over, shape (samples, 2): counted for this rank, and the others of the node are as far."""
@@ -165,7 +173,6 @@ class Clairvoyant:
         """How much of the node's order is over."""
         return int(begun[known.own].sum()) // int(begun.shape[1]) * self._course.orders.ranks
 
-    def _read_just_now(self, most: int) -> Indices:
-        known = self._now()
+    def _read_just_now(self, known: _Known, most: int) -> Indices:
         steps = self._steps(known, self._course.begun())
         return known.order[max(0, steps - most) : steps]

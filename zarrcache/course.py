@@ -199,6 +199,11 @@ class Course:
         counts: Indices = self._counts[0].astype(np.int64)
         return counts
 
+    def being_read(self) -> NDArray[np.bool_]:
+        """Which samples were asked for and not had yet, shape (samples, 2): data, label."""
+        asked_for, had = self._counts.copy()
+        return np.asarray(asked_for > had)
+
     @cached_property
     def _number(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.orders.names)}

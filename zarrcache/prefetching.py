@@ -76,8 +76,10 @@ class _Item:
     size: int = 0  # on disk; 0: not known
     held: int = 0
     is_coming: bool = False
+    is_waiting: bool = False  # for an earlier reading, which may take the loan that it finds
     is_over: bool = False
     over_s: float = 0.0
+    loan: str = ""  # its file
 
 
 class _NotNow(BaseException):
@@ -204,24 +206,32 @@ class Prefetch:
         epoch, now_s = self._course.epoch, time.monotonic()
         if epoch not in (self._epoch, self._epoch - 1):
             self._begin_epoch(epoch)
-        self._again = deque(sorted(filter(self._is_wanted, self._again), key=lambda item: (item.epoch, item.place)))
+        self._ring.look()
         view: deque[_Item] = deque()
         for item in self._view:
-            if self._is_wanted(item):
+            if not self._is_wanted(item):
+                item.is_over, item.over_s = True, now_s if item.epoch == epoch else -_STALE_S
+                if not item.is_coming:
+                    self._finish(item)
+            elif item.is_waiting and item.digest not in self._coming and not self._is_lent(item.digest):
+                self._again.append(item)
+            else:
                 view.append(item)
-                continue
-            item.is_over, item.over_s = True, now_s if item.epoch == epoch else -_STALE_S
-            if not item.is_coming:
-                self._finish(item)
         self._view = view
-        self._ring.look()
-        while self._lent and (self._lent[0].digest not in self._ring or now_s - self._lent[0].over_s >= _STALE_S):
-            self._ring.drop(self._lent.popleft().digest)
+        self._again = deque(sorted(filter(self._is_wanted, self._again), key=lambda item: (item.epoch, item.place)))
+        while self._lent and (self._ring.file_of(self._lent[0].digest) != self._lent[0].loan or now_s - self._lent[0].over_s >= _STALE_S):
+            item = self._lent.popleft()
+            self._ring.drop(item.digest, item.loan)
 
     def _finish(self, item: _Item) -> None:
         self._hold(item, 0)
-        if item.digest in self._ring:
+        if (loan := self._ring.file_of(item.digest)) is not None:
+            item.loan = loan
             self._lent.append(item)
+
+    def _is_lent(self, digest: str) -> bool:
+        """By us, or for another rank."""
+        return digest in self._ring or self._index.lookup(LENT + digest) is not None
 
     def _hold(self, item: _Item, nbytes: int) -> bool:
         """Change what an item holds of the budget. False, and nothing is changed, if there is not so much."""
@@ -242,8 +252,8 @@ class Prefetch:
             if not self._is_wanted(item):
                 continue
             stored = self._index.lookup(item.digest)
-            is_lent = item.digest in self._ring or self._index.lookup(LENT + item.digest) is not None  # by us, or for another rank
-            is_there = stored is not None or is_lent or item.digest in self._coming
+            item.is_waiting = stored is None and (item.digest in self._coming or self._is_lent(item.digest))
+            is_there = stored is not None or item.is_waiting
             size = stored.size_bytes if stored is not None else 0 if is_there else item.size or self._estimate()
             if size > self._budget:
                 continue  # it never fits: the training fetches it

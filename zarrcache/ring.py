@@ -43,6 +43,11 @@ class Ring:
         """Whether it is lent, as far as :meth:`look` saw."""
         return digest in self._loans
 
+    def file_of(self, digest: str) -> str | None:
+        """Name of the file that is lent, as far as :meth:`look` saw."""
+        loan = self._loans.get(digest)
+        return loan[0] if loan is not None else None
+
     @property
     def is_open(self) -> bool:
         """Whether it has its room."""
@@ -80,17 +85,17 @@ class Ring:
                 there = self._index.loans()
                 self._loans = {digest: loan for digest, loan in self._loans.items() if digest in there}
 
-    def drop(self, digest: str) -> None:
-        """Take a loan back that nobody will ask for."""
+    def drop(self, digest: str, filename: str) -> None:
+        """Take a loan back that nobody will ask for; not one that has followed it under the same name."""
         with self._lock:
-            loan = self._loans.pop(digest, None)
-            if loan is not None:
-                self._index.give_back(digest, loan[0])
+            if self.file_of(digest) == filename:
+                del self._loans[digest]
+                self._index.give_back(digest, filename)
 
     def close(self) -> None:
         """Take everything back."""
-        for digest in list(self._loans):
-            self.drop(digest)
+        for digest, (filename, _) in list(self._loans.items()):
+            self.drop(digest, filename)
         with self._lock:
             if isinstance(self._room, Intent):
                 self._index.abort(self._room)

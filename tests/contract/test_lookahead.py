@@ -105,6 +105,23 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(pairs: Pairs,
     assert index.volume_bytes() <= 16 * ONE + LISTINGS
 
 
+def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """As when samples are drawn with replacement: the first reading takes the loan that the second would have found."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE)
+    dataset = ZarrDataset(reader)
+    stays, drawn = dataset.task_ids[:8], [dataset.task_ids[number] for number in (8, 8, 9, 8, 10, 10, 10, 11, 9, 9)]
+    for task_id, role in itertools.product(stays, ROLES):
+        reader.load(task_id, role)
+    misses = reader._counters.snapshot().misses
+    with Lookahead(dataset, [drawn, drawn[::-1]]) as ahead:
+        for epoch, order in enumerate((drawn, drawn[::-1])):
+            ahead.set_epoch(epoch)
+            for task_id, role in itertools.product(order, ROLES):
+                wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), f"{task_id} did not come")  # type: ignore[misc]
+                assert np.array_equal(reader.load(task_id, role)[0], pairs.values[task_id, role].ravel())
+    assert reader._counters.snapshot().misses == misses
+
+
 def test_workers_of_a_dataloader_are_followed_too(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
     """What they ask for makes room for more, or the prefetcher would stop at its budget; whoever is faster, one fetches."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)

@@ -60,6 +60,19 @@ def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() ->
     assert chooser.victims("ring", 5, lambda: stored) == []  # the room of a look-ahead, which has no digest
 
 
+def test_what_is_being_read_stays() -> None:
+    """Its reading is counted when it begins; until it has ended, the file must be there."""
+    course, chooser = clairvoyant(Listed(("a", "b", "c"), (("a", "b", "c", "c", "b", "a"),)))
+    stored = [(digest("a"), 10), (digest("a", "label"), 10), (digest("b"), 10)]
+    with course.reading("a", "data"):
+        assert chooser.victims(digest("c"), 5, lambda: stored) == []
+    read(course, "b")
+    with course.reading("a", "label"):
+        assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
+    assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
+    assert chooser.victims(digest("c"), 15, lambda: stored) == [digest("a"), digest("a", "label")]
+
+
 def test_a_damaged_row_of_the_index_is_no_victim_and_stops_nobody() -> None:
     """A key that is none, a size that is none: others are there to be chosen."""
     course, chooser = clairvoyant(Listed(("a", "b", "c"), (("a", "b", "c", "b", "a", "c"),)))
