@@ -105,7 +105,10 @@ class Clairvoyant:
             Digests and sizes of what is stored now.
         """
         known = self._now()
-        own = int(self._next_uses(known, *self._found([digest]))[0]) if is_digest(digest) else -1  # the room of a look-ahead has another name
+        counts = self._course.counts(known.epoch)
+        if counts is None or not is_digest(digest):  # an epoch has ended just now; the room of a look-ahead has another name
+            return []
+        own = int(self._next_uses(known, counts[0], *self._found([digest]))[0])
         if own < 0:
             return []
         if known.until_anew <= 0:
@@ -121,18 +124,24 @@ class Clairvoyant:
             if chosen[-1][0] <= own:
                 break
         else:
-            return [digest for _, digest, _ in chosen]
+            # By what was needed last in the epoch that has ended meanwhile, nothing may be chosen for this one.
+            return [digest for _, digest, _ in chosen] if self._course.epoch == known.epoch else []
         known.candidates.extendleft(reversed(chosen))
         return []
 
     def _look(self, known: _Known, rows: Sequence[tuple[Any, ...]]) -> None:
         stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]  # a damaged row must stop nobody
+        counts = self._course.counts(known.epoch)
+        if counts is None:
+            return
+        asked_for, had = counts
         sample, role = self._found([digest for digest, _ in stored])
-        uses = self._next_uses(known, sample, role)
+        uses = self._next_uses(known, asked_for, sample, role)
         # A use counts as over when it begins, and its file has to be there until it ends.
-        uses[self._course.being_read()[sample, role]] = -1
+        uses[(asked_for > had)[sample, role]] = -1
         # What a DataLoader worker has read may not have reached the training yet.
-        uses[np.isin(sample, self._read_just_now(known, min(_GRACE, len(stored) // 16)))] = -1
+        steps = self._steps(known, asked_for)
+        uses[np.isin(sample, known.order[max(0, steps - min(_GRACE, len(stored) // 16)) : steps])] = -1
         last_first = np.argsort(-uses, kind="stable")
         known.candidates = deque((int(uses[place]), *stored[place]) for place in last_first if uses[place] >= 0)
         known.until_anew = max(1, len(stored) // _SHARE)
@@ -147,9 +156,9 @@ class Clairvoyant:
         sample, role = np.divmod(at, self._names.shape[1])
         return np.where(flat[at] == wanted, sample, -1), role
 
-    def _next_uses(self, known: _Known, sample: Indices, role: Indices) -> Indices:
+    def _next_uses(self, known: _Known, asked_for: Indices, sample: Indices, role: Indices) -> Indices:
         """Positions of the next uses; -1 for what is no sample, NEVER for one that is not needed."""
-        return np.where(sample >= 0, known.uses.of(sample, self._passed(known)[sample, role]), -1)
+        return np.where(sample >= 0, known.uses.of(sample, self._passed(known, asked_for)[sample, role]), -1)
 
     def _now(self) -> _Known:
         known, epoch, orders = self._known, self._course.epoch, self._course.orders
@@ -159,20 +168,15 @@ class Clairvoyant:
             self._known = known
         return known
 
-    def _passed(self, known: _Known) -> Indices:
+    def _passed(self, known: _Known, asked_for: Indices) -> Indices:
         """Uses in this epoch that are over, shape (samples, 2): counted for this rank, and the others of the node are as far."""
-        begun = self._course.begun()
         if self._course.orders.ranks == 1:
-            return begun
-        passed = np.bincount(known.order[: self._steps(known, begun)], minlength=len(begun))
-        both = np.repeat(passed[:, None], begun.shape[1], axis=1)
-        both[known.own] = begun[known.own]
+            return asked_for
+        passed = np.bincount(known.order[: self._steps(known, asked_for)], minlength=len(asked_for))
+        both = np.repeat(passed[:, None], asked_for.shape[1], axis=1)
+        both[known.own] = asked_for[known.own]
         return both
 
-    def _steps(self, known: _Known, begun: Indices) -> int:
+    def _steps(self, known: _Known, asked_for: Indices) -> int:
         """How much of the node's order is over."""
-        return int(begun[known.own].sum()) // int(begun.shape[1]) * self._course.orders.ranks
-
-    def _read_just_now(self, known: _Known, most: int) -> Indices:
-        steps = self._steps(known, self._course.begun())
-        return known.order[max(0, steps - most) : steps]
+        return int(asked_for[known.own].sum()) // int(asked_for.shape[1]) * self._course.orders.ranks

@@ -170,8 +170,10 @@ class Course:
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch: nothing of it has been asked for."""
         if epoch != self.epoch or not self.is_shared:
+            # In this order: while the two words differ, the counts are of neither epoch.
+            self._words[0] = epoch
             self._counts[:] = 0
-        self._words[0] = epoch
+            self._words[2] = epoch
 
     @contextmanager
     def reading(self, name: str, role: str) -> Iterator[None]:
@@ -186,23 +188,22 @@ class Course:
 
     def has_begun(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
         """Whether the ``nth`` reading (from 0) of a sample in an epoch was asked for, or will not be any more."""
-        now = self.epoch
-        return epoch < now or (epoch == now and int(self._counts[0, sample, role]) > nth)
+        return self._is_counted(0, epoch, sample, role, nth)
 
     def has_ended(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
         """Whether it has been had."""
+        return self._is_counted(1, epoch, sample, role, nth)
+
+    def _is_counted(self, what: int, epoch: int, sample: int, role: int, nth: int) -> bool:
         now = self.epoch
-        return epoch < now or (epoch == now and int(self._counts[1, sample, role]) > nth)
+        return epoch < now or (epoch == now == self._words[2] and int(self._counts[what, sample, role]) > nth)
 
-    def begun(self) -> Indices:
-        """How often each sample was asked for in this epoch, shape (samples, 2): data, label."""
-        counts: Indices = self._counts[0].astype(np.int64)
-        return counts
-
-    def being_read(self) -> NDArray[np.bool_]:
-        """Which samples were asked for and not had yet, shape (samples, 2): data, label."""
-        asked_for, had = self._counts.copy()
-        return np.asarray(asked_for > had)
+    def counts(self, epoch: int) -> Indices | None:
+        """How often each sample was asked for and had in an epoch, shape (2, samples, 2): data, label. None if another one is being read."""
+        if self._words[2] != epoch:
+            return None
+        counts: Indices = self._counts.astype(np.int64)
+        return counts if self.epoch == epoch else None
 
     @cached_property
     def _number(self) -> dict[str, int]:
@@ -210,7 +211,7 @@ class Course:
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        return self._file.map(16 + 2 * self._samples * len(ROLES) * 2)
+        return self._file.map(24 + 2 * self._samples * len(ROLES) * 2)
 
     @property
     def _samples(self) -> int:
@@ -218,10 +219,10 @@ class Course:
 
     @cached_property
     def _words(self) -> NDArray[np.int64]:
-        """The epoch, and the token."""
-        return np.frombuffer(self._map, np.int64, 2)
+        """The epoch, the token, and the epoch that the counts are of."""
+        return np.frombuffer(self._map, np.int64, 3)
 
     @cached_property
     def _counts(self) -> NDArray[np.uint16]:
         """Asked for and had, by sample and role."""
-        return np.frombuffer(self._map, np.uint16, offset=16).reshape(2, self._samples, len(ROLES))
+        return np.frombuffer(self._map, np.uint16, offset=24).reshape(2, self._samples, len(ROLES))

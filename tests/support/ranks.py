@@ -17,12 +17,6 @@ from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-
-from zarrcache.lightning import ZarrDataModule
-
 __all__ = ["Job", "Killed", "Step", "free_port", "names", "run", "run_ranks"]
 
 #: For hangs only.
@@ -89,59 +83,11 @@ class Job:
         return int((self.root / f"{self.name}.start").read_text())
 
 
-class Toy(pl.LightningModule):
-    """A convolution that learns, and writes down what it was shown."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        self.job = job
-        self.network = torch.nn.Conv3d(1, 1, 3, padding=1)
-
-    def on_train_start(self) -> None:
-        (self.job.root / f"{self.job.name}.start").write_text(str(self.global_step))
-
-    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        pairs = list(zip(batch["data"], batch["label"], strict=True))
-        loss = torch.stack([torch.nn.functional.l1_loss(self.network(data[None]), label[None]) for data, label in pairs]).mean()
-        if self.global_step == self.job.die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        datasets = [int(number) for number in batch["dataset"]] if "dataset" in batch else None
-        step = Step(self.global_rank, self.current_epoch, self.global_step, list(batch["index"]), float(loss.detach()).hex(), datasets)
-        with (self.job.root / f"{self.job.name}.steps.{self.global_rank}").open("a") as file:
-            file.write(json.dumps(vars(step)) + "\n")
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        with (self.job.root / f"{self.job.name}.validation.{self.global_rank}").open("a") as file:
-            file.writelines(f"{name}\n" for name in batch["index"])
-
-    test_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
 def fit(job: Job) -> None:
     """One rank: train, from the last checkpoint if there is one."""
-    torch.set_num_threads(1)
-    pl.seed_everything(7)
-    ranks = sum(job.nodes)
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": job.nodes[0],
-        "num_nodes": len(job.nodes),
-        "strategy": "ddp" if ranks > 1 else "auto",
-        "max_epochs": job.epochs,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": job.root,
-        "enable_checkpointing": job.checkpoint is not None,
-        "callbacks": [] if job.checkpoint is None else [ModelCheckpoint(job.root, save_last=True, **job.checkpoint)],
-    }
-    trainer = pl.Trainer(**settings | dict(job.trainer))
-    trainer.fit(Toy(job), ZarrDataModule(**job.data), ckpt_path=None if job.checkpoint is None else "last")
+    from tests.support.toytraining import train
+
+    train(job)
 
 
 def run(job: Job) -> None:
@@ -169,7 +115,7 @@ def run_ranks(
         One ended otherwise than with the exit code ``ends``; with what all said.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["zarrcache.lightning", "sklearn.model_selection", "s3fs"])
+    context.set_forkserver_preload(["tests.support.toytraining", "sklearn.model_selection", "s3fs"])
     ranks = zip(environments, outputs, strict=True)
     processes = [context.Process(target=_rank, args=(target, args, dict(environment), output)) for environment, output in ranks]
     for process in processes:

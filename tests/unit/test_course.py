@@ -27,6 +27,13 @@ def read(course: Course, name: str, role: str = "data") -> None:
         pass
 
 
+def asked_for(course: Course, epoch: int) -> Any:
+    """By sample: data, label."""
+    counts = course.counts(epoch)
+    assert counts is not None
+    return counts[0].tolist()
+
+
 def test_lists_are_epochs_and_after_them_nothing_is_known() -> None:
     """A sample may come twice; one that is not in the data set is refused."""
     orders = Listed(NAMES, (("mp-2", "mp-0", "mp-2"), ("mp-1",)))
@@ -50,14 +57,15 @@ def test_readings_are_counted_by_sample_role_and_epoch() -> None:
     course = listed(("mp-0", "mp-0"))
     read(course, "mp-0", "label")
     read(course, "mp-7")  # of the validation set
-    assert course.begun().tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert asked_for(course, 0) == [[0, 1], [0, 0], [0, 0]]
     assert course.has_begun(0, 0, 1)
     assert not course.has_begun(0, 0, 1, nth=1)
     assert not course.has_begun(0, 0, 0)
     assert not course.has_begun(1, 0, 1)
     course.set_epoch(1)
     assert course.has_begun(0, 2, 0)
-    assert not course.begun().any()
+    assert course.counts(0) is None
+    assert asked_for(course, 1) == [[0, 0], [0, 0], [0, 0]]
 
 
 def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
@@ -69,6 +77,18 @@ def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
     assert not course.has_ended(0, 0, 0)
     read(course, "mp-0")
     assert course.has_ended(0, 0, 0)
+
+
+def test_while_an_epoch_changes_the_counts_are_of_neither() -> None:
+    """Who looks in between must not take what was read of the old epoch for what was read of the new one, or the other way round."""
+    course = listed(("mp-0",), ("mp-0",))
+    read(course, "mp-0")
+    course._words[0] = 1  # as far as set_epoch(1) when its process is suspended
+    assert course.counts(0) is None
+    assert course.counts(1) is None
+    assert course.has_begun(0, 0, 0)
+    assert not course.has_begun(1, 0, 0)
+    assert not course.has_ended(1, 0, 0)
 
 
 def _worker(course: Course, pipe: Any) -> None:
@@ -93,7 +113,7 @@ def test_workers_and_parent_see_one_count(method: str) -> None:
     assert ours.recv() == 7
     process.join()
     read(course, "mp-2")
-    assert course.begun()[2].tolist() == [1, 0]
+    assert asked_for(course, 7)[2] == [1, 0]
 
 
 def test_a_copy_from_another_machine_knows_that_it_shares_nothing() -> None:
