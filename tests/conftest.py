@@ -41,6 +41,17 @@ def no_waiting_for_writers() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def services_described_once() -> Iterator[None]:
+    """Let the sessions of botocore share what they parse: it is 150 ms of the CPU for each client of s3fs, and tests make hundreds."""
+    import botocore.session
+
+    create, loaders = botocore.session.create_loader, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", lambda path=None: loaders.setdefault(path, create(path)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None) -> Iterator[S3Server]:
     """A real S3 server: moto, or the one that ZARRCACHE_TEST_S3 names, with _KEY, _SECRET and, if it keeps one here, its access log in _LOG."""

@@ -198,7 +198,7 @@ def test_second_read_of_a_group_makes_no_request(on_s3: Callable[..., OnS3]) -> 
 
 def test_listed_object_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3]) -> None:
     """Zarr would fill in what raises FileNotFoundError, without a word. The next opening lists again, and then it is missing."""
-    store = on_s3()
+    store = on_s3(chunks=(4, 4, 4))
     array = store.open()
     store.server.delete(f"{store.url}/charge_density_total/1.1.1")
     with pytest.raises(IncompleteArrayError, match=r"charge_density_total/1\.1\.1 is listed .* 404"):
@@ -221,7 +221,7 @@ def test_bucket_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3
 
 def test_object_that_changed_since_the_listing_is_an_error_until_the_store_is_opened_again(on_s3: Callable[..., OnS3]) -> None:
     """Old and new chunks are never mixed."""
-    store = on_s3(compressors=None)
+    store = on_s3(chunks=(4, 4, 4), compressors=None)
     array = store.open()
     new = np.ones((4, 4, 4), "f4").tobytes()
     store.server.put(f"{store.url}/charge_density_total/0.0.0", new)

@@ -7,6 +7,7 @@ with it, and also when the test process is killed: it watches its standard input
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import selectors
 import subprocess
@@ -65,17 +66,7 @@ class S3Server:
 
     def client(self) -> Any:
         """A boto3 client. Tests set up and look around with it, because it leaves fsspec's and obstore's threads alone."""
-        import boto3
-        from botocore.config import Config
-
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-            region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 2}),
-        )
+        return _client(self, os.getpid())
 
     def fs(self) -> Any:
         """An s3fs filesystem of its own: no instance and no listing is shared with the code under test."""
@@ -114,6 +105,22 @@ class S3Server:
         bucket, prefix = _split(url)
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
+
+
+@functools.cache
+def _client(server: S3Server, _: int) -> Any:
+    """Of one process: connections are no forked child's."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=server.endpoint_url,
+        aws_access_key_id=server.key,
+        aws_secret_access_key=server.secret,
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 2}),
+    )
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -163,11 +170,12 @@ def _first_line(process: subprocess.Popen[bytes]) -> str:
 
 def _serve() -> None:
     """Run in the server's process: listen, print the address, end when standard input ends."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
+    # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180 directories, at every request.
+    MotoRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
+    server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()

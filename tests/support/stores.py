@@ -59,7 +59,8 @@ def small_group(
     arrays : mapping, optional
         Name to values. The default is a random ``charge_density_total`` of ``shape``, with ``diff`` also ``charge_density_diff``.
     chunks : tuple, optional
-        Default: at most 4 along each axis, so that even a tiny array has many chunks and cut ones at the edge.
+        Default: such that even a tiny array has several chunks, and cut ones at the edge; two along each axis that is longer than 4, and with
+        ``shards`` 4 cells along each.
     shards : tuple, optional
         Zarr v3 only; multiples of ``chunks``.
     metadata, attrs : mapping, optional
@@ -87,7 +88,7 @@ def small_group(
                 name,
                 shape=values.shape,
                 dtype=values.dtype,
-                chunks=chunks or tuple(min(4, max(1, n)) for n in values.shape),
+                chunks=chunks or tuple(min(4 if shards else max(4, n // 2 + 1), max(1, n)) for n in values.shape),
                 shards=shards,
                 order=order if zarr_format == 2 else None,
                 fill_value=fill_value,

@@ -124,7 +124,7 @@ def test_empty_chunk_in_a_zip_is_damaged_and_not_missing(tmp_path: Path) -> None
 
 def test_missing_chunk_has_the_fill_value(tmp_path: Path) -> None:
     """Where the origin lists none, as zarr means it."""
-    small_group(tmp_path / STORE, fill_value=7)
+    small_group(tmp_path / STORE, chunks=(4, 4, 4), fill_value=7)
     (tmp_path / STORE / NAME / "0.1.0").unlink()
     decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
