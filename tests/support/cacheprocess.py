@@ -104,6 +104,7 @@ class _User:
     """What the process does."""
 
     _real_time = staticmethod(time.time)
+    dies_at = 0
 
     def open(self, directory: Path, block: dict[str, Any]) -> None:
         """A new run over ``directory``."""
@@ -117,8 +118,8 @@ class _User:
         time.time = lambda: _User._real_time() + offset_s
 
     def die(self, step: int) -> None:
-        """Later, before the ``step``-th step from now."""
-        die_at_step(step)
+        """Later, before the ``step``-th step after this was answered."""
+        self.dies_at = step
 
     def load(self, task_id: str, role: Any) -> np.ndarray[Any, Any]:
         return np.array(self.reader.load(task_id, role)[0])
@@ -171,3 +172,6 @@ def _serve(pipe: Connection) -> None:
         except Exception as exc:  # noqa: BLE001 - the tests' process raises it
             answer = (exc, None)
         pipe.send(answer)
+        if user.dies_at:
+            die_at_step(user.dies_at)
+            user.dies_at = 0
