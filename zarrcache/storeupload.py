@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -28,20 +29,51 @@ T = TypeVar("T")
 Answers = Iterator[tuple[ObjectInfo, Received | S3Fault | None]]
 
 CONCURRENCY = 32  # PUTs of one store in flight; several processes write at once
+#: After Ctrl-C or an error, what is on its way may take this long to arrive and be removed (seconds).
+_SETTLE_S = 5.0
 ROOT_DOCUMENTS = (".zgroup", "zarr.json")
 
 
 class _Writer(S3fsEngine):
     """The s3fs engine, which reads, with the requests that write. Retries nothing."""
 
+    def __init__(self, bucket: str, options: S3Options, fetch: FetchConfig) -> None:
+        super().__init__(bucket, options, fetch)
+        self._puts: set[asyncio.Task[Any]] = set()
+
     def put_many(self, bodies: Mapping[str, bytes], *, patience_s: float) -> Answers:
         """One PUT for each key; see ``pump``. A silent server is given up after ``patience_s`` plus what a very slow line needs."""
+        has_ended = False
 
         async def put(obj: ObjectInfo) -> Received:
-            answer = await self._call("put_object", patience_s + obj.size_bytes / SLOWEST_BYTES_PER_S, Key=obj.key, Body=bodies[obj.key])
+            if has_ended:
+                raise asyncio.CancelledError
+            sent = self._call("put_object", patience_s + obj.size_bytes / SLOWEST_BYTES_PER_S, Key=obj.key, Body=bodies[obj.key])
+            request = asyncio.get_running_loop().create_task(sent)
+            self._puts.add(request)
+            request.add_done_callback(self._landed)
+            # What has been sent is not cancelled with the rest: the server may take it all the same, after we have looked for what to remove.
+            answer = await asyncio.shield(request)
             return Received(b"", answer.get("ETag", ""))
 
-        return pump(get_loop(), put, [ObjectInfo(key, len(body), "") for key, body in bodies.items()], CONCURRENCY)
+        try:
+            yield from pump(get_loop(), put, [ObjectInfo(key, len(body), "") for key, body in bodies.items()], CONCURRENCY)
+        finally:
+            has_ended = True
+
+    def settle(self, patience_s: float) -> None:
+        """Wait for what is on its way when a ``put_many`` was stopped, ``patience_s`` at the most."""
+
+        async def landed() -> None:
+            if self._puts:
+                await asyncio.wait(self._puts, timeout=patience_s)
+
+        asyncio.run_coroutine_threadsafe(landed(), get_loop()).result()
+
+    def _landed(self, request: asyncio.Task[Any]) -> None:
+        self._puts.discard(request)
+        if not request.cancelled():
+            request.exception()  # heard; or asyncio would complain of those that nobody waited for
 
     def delete_many(self, keys: Collection[str], *, patience_s: float) -> Answers:
         """One DELETE for each key. Not DeleteObjects, which answers 200 for keys that it could not delete, and which not every server has."""
@@ -164,8 +196,9 @@ class S3Destination:
 
     def _take_back(self, name: str) -> None:
         url = f"{self.url}/{name}"
+        self._engine.settle(_SETTLE_S)
         try:
-            # Again until nothing is listed: a PUT that was in flight when we stopped may still arrive.
+            # Again until nothing is listed: one that has got no answer may still arrive.
             for _ in range(5):
                 keys = self._list(name)
                 if not keys:

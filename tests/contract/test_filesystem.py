@@ -65,7 +65,13 @@ def test_listing_looks_like_any_filesystem(s3_server: S3Server, bucket: str, opt
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"zarr_format": 3}, {"zarr_format": 3, "chunks": (2, 2, 2), "shards": (4, 4, 4)}, {"consolidated": True}], ids=str
+    "layout",
+    [
+        pytest.param({}, id="v2"),
+        pytest.param({"zarr_format": 3}, id="v3", marks=pytest.mark.slow),
+        pytest.param({"zarr_format": 3, "chunks": (2, 2, 2), "shards": (4, 4, 4)}, id="v3 sharded"),
+        pytest.param({"consolidated": True}, id="v2 consolidated", marks=pytest.mark.slow),
+    ],
 )
 def test_zarr_opens_the_url_and_again_without_s3(tmp_path: Path, layout: dict[str, Any], small_group: Callable[..., Any]) -> None:
     """``zarr.open_group("zarrcache::…")`` equals a plain read, and a second process needs no server."""

@@ -158,19 +158,25 @@ def _command(source: Path, dst: object, *options: object) -> Iterator[subprocess
 GO_ON = "What is finished stays; run the same command again to go on."
 
 
+TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interrupted")
+
+
 @pytest.mark.parametrize(
-    ("workers", "to_all"),
+    ("sent", "workers", "to_all"),
     [
-        pytest.param(1, False, id="here"),
-        pytest.param(2, False, id="two processes", marks=pytest.mark.slow),
-        pytest.param(2, True, id="two processes, sent to all"),
+        pytest.param(CTRL_C, 1, False, id="Ctrl-C here"),
+        pytest.param(TERM, 1, False, id="SIGTERM here", marks=pytest.mark.slow),
+        pytest.param(CTRL_C, 2, False, id="Ctrl-C to the first of three", marks=pytest.mark.slow),
+        pytest.param(TERM, 2, False, id="SIGTERM to the first of three", marks=pytest.mark.slow),
+        pytest.param(CTRL_C, 2, True, id="Ctrl-C to all", marks=pytest.mark.slow),
+        pytest.param(TERM, 2, True, id="SIGTERM to all"),
     ],
 )
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interrupted")])
 def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
-    source: Path, tmp_path: Path, workers: int, to_all: bool, number: signal.Signals, code: int, word: str
+    source: Path, tmp_path: Path, sent: tuple[signal.Signals, int, str], workers: int, to_all: bool
 ) -> None:
     """SIGTERM comes from a batch system, to one process or to all; one line, a code of its own, nobody and nothing hidden is left."""
+    number, code, word = sent
     out = tmp_path / "out"
     with _command(source, out, "--workers", workers, "--chunks", 4) as process:
         until(lambda: _partials(out), process, "store half written")
@@ -261,3 +267,19 @@ def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(s3_server: S3Serve
     assert stderr.rstrip().endswith("KeyboardInterrupt")
     keys = s3_server.keys(url)
     assert {key.split("/")[1] for key in keys} == {key.split("/")[1] for key in keys if key.endswith("/.zgroup")}
+
+
+def test_ctrl_c_takes_back_what_was_on_its_way_too(s3_server: S3Server, bucket: str, source: Path, tmp_path: Path) -> None:
+    """A server may take an object long after its client has gone. A chunk that came last would be an object of no store, for ever."""
+    url = f"s3://{bucket}/label"
+    with running_proxy(s3_server.endpoint_url) as proxy:
+        proxy.rules(Rule(op="PUT", latency_s=1.0))
+        options = {"s3_kwargs": s3_server.kwargs_at(proxy.endpoint_url), "workers": 1, "chunks": 8}
+        with _converting(tmp_path, source, url, **options) as process:
+            until(lambda: proxy.count("PUT"), process, "object on its way")
+            os.killpg(process.pid, signal.SIGINT)
+            _, stderr = process.communicate(timeout=HANG_S)
+        proxy.wait_in_flight(0)
+    assert process.returncode == -signal.SIGINT
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
+    assert s3_server.keys(url) == []

@@ -69,7 +69,7 @@ SHORT = {"attempts": 2, "timeout": "5 s"}
 WAYS = [
     pytest.param(signal.SIGINT, True, "fork", id="Ctrl-C"),
     pytest.param(signal.SIGTERM, True, "fork", id="SIGTERM to all", marks=pytest.mark.slow),
-    pytest.param(signal.SIGTERM, False, "fork", id="SIGTERM to the first"),
+    pytest.param(signal.SIGTERM, False, "fork", id="SIGTERM to the first", marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, True, "spawn", id="Ctrl-C, spawned", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, False, "spawn", id="SIGTERM to the first, spawned", marks=pytest.mark.slow),
 ]
@@ -94,7 +94,12 @@ def test_a_training_ends_with_all_its_workers(tmp_path: Path, number: signal.Sig
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all"), [(signal.SIGINT, True), pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow), (signal.SIGTERM, False)]
+    ("number", "to_all"),
+    [
+        pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the first"),
+    ],
 )
 def test_a_training_that_waits_for_a_silent_server_ends_too(
     tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy, number: signal.Signals, to_all: bool

@@ -96,7 +96,9 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("workers", "pairs"), [(1, 4), pytest.param(2, 4, marks=pytest.mark.slow), (2, 18)], ids=["here", "two processes", "lanes of two"]
+    ("workers", "pairs"),
+    [pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow), (2, 18)],
+    ids=["here", "two processes", "lanes of two"],
 )
 def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int) -> None:
     """Everything is killed at once, as at a preemption; no clean-up is needed."""
@@ -116,7 +118,7 @@ CTRL_C, TERM = (signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Termi
         pytest.param(CTRL_C, False, 2, 18, id="Ctrl-C to the first of three"),
         pytest.param(TERM, False, 1, 4, id="SIGTERM here"),
         pytest.param(TERM, False, 2, 18, id="SIGTERM to the first of three", marks=pytest.mark.slow),
-        pytest.param(TERM, True, 2, 4, id="SIGTERM to all"),
+        pytest.param(TERM, True, 2, 4, id="SIGTERM to all", marks=pytest.mark.slow),
     ],
 )
 def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
