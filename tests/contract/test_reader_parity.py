@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import zarr
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 
 from tests.support.faultproxy import FaultProxy
 from tests.support.s3server import S3Server, running_server
@@ -124,6 +123,8 @@ def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 def assert_parity(world: World, reader: ZarrS3Reader) -> None:
     """The split is scikit-learn's, in its order, and every array of it is zarr's own; with and without ``normalize``."""
+    from sklearn.model_selection import train_test_split
+
     wanted_split = train_test_split(world.ids, train_size=0.7, random_state=42)
     assert reader.task_ids == world.ids
     assert reader.missing == ()

@@ -115,7 +115,7 @@ def run_ranks(
         One ended otherwise than with the exit code ``ends``; with what all said.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.toytraining", "sklearn.model_selection", "s3fs"])
+    context.set_forkserver_preload(["tests.support.toytraining", "s3fs"])
     ranks = zip(environments, outputs, strict=True)
     processes = [context.Process(target=_rank, args=(target, args, dict(environment), output)) for environment, output in ranks]
     for process in processes:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.model_selection import train_test_split
 
 from zarrcache.errors import ConfigError
 from zarrcache.taskids import Split, hold_out, ids_of, read_map, read_split, split_ids
+
+
+def train_test_split(*lists: Any, **how: Any) -> Any:
+    """scikit-learn's, which takes seconds to import."""
+    from sklearn.model_selection import train_test_split as split
+
+    return split(*lists, **how)
+
 
 MAP = {"GGA": ["mp-3", "mp-1", "mp-2"], "GGA+U": ["mp-9"], "SCAN": []}
 
@@ -54,6 +63,29 @@ def test_split_is_the_one_of_the_loaded_lists(n: int, train_fraction: float, ran
     assert train == [ids[a[0]] for a in theirs[0]]
     assert test == [ids[a[0]] for a in theirs[1]]
     assert sorted(train + test) == sorted(ids)
+
+
+@pytest.mark.parametrize("random_state", [None, np.int64(7), np.random.RandomState(7), 7], ids=["none", "numpy", "generator", "int"])
+def test_any_seed_of_scikit_learn_draws_what_it_draws(random_state: Any) -> None:
+    """Without one, from numpy's own generator; sizes that a fraction hits just so, or misses by a rounding."""
+    for n in range(2, 60):
+        for train_fraction in (0.07, 0.29, 0.57, 0.7, 1 / 3, 0.999, np.float64(0.5), n // 2, n - 1):
+            ids = [str(number) for number in range(n)]
+            if int(train_fraction * n) == 0:
+                continue
+            drawn = []
+            for split in (train_test_split, lambda ids, train_size, random_state: split_ids(ids, train_size, random_state)):
+                np.random.seed(n)
+                state = np.random.RandomState(3) if isinstance(random_state, np.random.RandomState) else random_state
+                drawn.append(tuple(map(tuple, split(ids, train_size=train_fraction, random_state=state))))
+            assert drawn[0] == drawn[1], (n, train_fraction)
+
+
+def test_a_split_takes_no_import_of_seconds() -> None:
+    """scikit-learn and scipy are for those who have to be told what is wrong."""
+    code = "import sys, zarrcache.taskids as t; t.split_ids(['a', 'b', 'c'], 0.5, 42); t.hold_out(['a', 'b', 'c'], ['d'], 0.5, 42); "
+    code += "print(sorted({'sklearn', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_same_seed_gives_the_same_split_and_another_seed_another() -> None:
