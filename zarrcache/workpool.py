@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -27,7 +27,7 @@ from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
 from zarrcache.signals import ENDING
 
-__all__ = ["Died", "Engine", "Reserve", "cores", "spread", "start_deaf"]
+__all__ = ["Died", "Engine", "Reserve", "cores", "deaf", "spread"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,13 +68,14 @@ class Died:
         return f"{name}, perhaps for lack of memory" if name == "SIGKILL" else name
 
 
-def start_deaf(process: SpawnProcess) -> None:
-    """Start a process that Ctrl-C in the terminal, and SIGTERM to all of a job, do not end: this process ends it, in order."""
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Start processes in here that Ctrl-C in the terminal, and SIGTERM to all of a job, do not end: this process ends them, in order."""
     # The signal mask is inherited. The resource tracker comes first, because starting it would unblock the signals again.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
-        process.start()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -180,7 +181,8 @@ class _Worker(Generic[T, R]):
         self.items: dict[int, T] = {}
         self._has_begun = False
         try:
-            start_deaf(self.process)
+            with deaf():
+                self.process.start()
         finally:
             theirs.close()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -145,7 +148,7 @@ def test_it_ends_at_once_beside_workers_that_stay(pairs: Pairs, s3_server: S3Ser
         assert len(list(loader)) == COUNT - 1
         assert ahead._prefetcher is not None
         process = ahead._prefetcher._process
-    assert process.exitcode == 0
+    assert process.returncode == 0
     del loader
 
 
@@ -248,3 +251,41 @@ def _offline(reads: list[tuple[str, str]], room: int) -> Iterator[bool]:
         yield density in stored
         after = {one: next((i for i in range(position + 1, len(reads)) if reads[i] == one), len(reads)) for one in {*stored, density}}
         stored = set(sorted(after, key=lambda one: after[one])[:room])
+
+
+PROGRAM = """
+import json, sys, time
+from zarrcache import Lookahead, NodeSampler, ZarrDataset, ZarrS3Reader
+
+print("imported")
+
+class Reader(ZarrS3Reader):
+    pass
+
+def train(cls):
+    settings = json.loads(sys.argv[1])
+    dataset = ZarrDataset(cls(*settings["where"], s3_kwargs=settings["s3_kwargs"], cache=settings["cache"]))
+    sampler = NodeSampler(dataset, seed=4)
+    with Lookahead(dataset, sampler) as ahead:
+        end_s = time.monotonic() + 60
+        while dataset.reader.stats.misses < 4 and ahead.check() and time.monotonic() < end_s:
+            time.sleep(0.01)
+        print("ahead", dataset.reader.stats.misses >= 4 and ahead.check())
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "imports"),
+    [(f"{PROGRAM}\ntrain(ZarrS3Reader)\n", 1), (f"{PROGRAM}\nif __name__ == '__main__':\n    train(Reader)\n", 2)],
+    ids=["without a guard", "with a class of its own"],
+)
+def test_a_users_program_is_not_run_once_more(pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str, imports: int) -> None:
+    """A training script need not guard its main part, and what it imports (Lightning: 5 s) delays nothing; unless its classes are needed."""
+    (tmp_path / "train.py").write_text(program)
+    url = f"s3://{pairs.bucket}"
+    where = [f"{url}/data", f"{url}/label", str(pairs.map_path), "GGA", False, COUNT - 1]
+    cache = {"dir": str(tmp_path / "cache"), "min_free": 0, "lookahead": 8 * ONE}
+    settings = json.dumps({"where": where, "s3_kwargs": s3_server.s3_kwargs, "cache": cache})
+    done = subprocess.run([sys.executable, tmp_path / "train.py", settings], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    assert done.stdout.split("\n") == [*["imported"] * imports, "ahead True", ""]
