@@ -211,6 +211,8 @@ def _read_text(path: Path) -> _Parsed:
     outputs, zopen = _import("pymatgen.io.vasp.outputs"), _import("monty.io").zopen
     with zopen(path, "rb") as file:
         bare_exponents, headers, whole = _looked_through(file, path)
+    if not headers:
+        raise SchemaError(f"{path} is no CHGCAR, or is cut short: no line below a blank one gives the size of a grid as three whole numbers.")
     if bare_exponents:
         # pymatgen takes 0.1-100 for two numbers and moves every later value by one place, without a word.
         with tempfile.TemporaryDirectory(prefix="zarrcache-") as scratch:

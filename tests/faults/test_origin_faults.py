@@ -211,7 +211,7 @@ class TestPermanent:
     ) -> None:
         """Nothing below retries: three attempts are three requests, and the error names URL, attempts and last cause."""
         counters = Counters()
-        origin = opened(counters=counters, read_timeout=0.7 if fault == "hang" else 20.0)
+        origin = opened(counters=counters, read_timeout=1.5 if fault == "hang" else 20.0)
         if fault == "hang":  # on a busy machine the time would be over before a client that is new has sent its first request
             ASK[op](origin, listed[:1])
             fault_proxy.reset()

@@ -129,6 +129,14 @@ def test_a_text_cut_short_is_refused(chgcar: Path) -> None:
         read_density(chgcar)
 
 
+@pytest.mark.parametrize("text", ["", "Dear diary,\n\nno density today.\n", "Si2\n1.0\n"], ids=["empty", "a letter", "a beginning"])
+def test_a_text_without_a_grid_is_no_chgcar(tmp_path: Path, text: str) -> None:
+    """Said in words; pymatgen trips over it with an IndexError."""
+    (tmp_path / "mp-1.CHGCAR").write_text(text)
+    with pytest.raises(SchemaError, match=r"mp-1\.CHGCAR is no CHGCAR, or is cut short: no line .* size of a grid"):
+        read_density(tmp_path / "mp-1.CHGCAR")
+
+
 def test_a_last_number_cut_short_is_told(chgcar: Path) -> None:
     """It parses, with a wrong last digit: only the missing line end shows it."""
     chgcar.write_bytes(chgcar.read_bytes()[:-2])
