@@ -175,6 +175,7 @@ def _serve() -> None:
 
     # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180 directories, at every request.
     MotoRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
+    MotoRequestHandler.disable_nagle_algorithm = True  # head and body are two packets: the second would wait for the first one's ACK
     server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
 
     def end_with_parent() -> None:
