@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -33,8 +34,10 @@ HANG_S = 300
 #: Mixed sizes, the largest a fortieth of the limit; six take this much on disk.
 SIZES = [100, 3000, 5000, 9000, 13_000, 20_000]
 SIX_BYTES = 88 * 1024
-#: What the index, its log, the locks and the directories themselves may take beside the limit (docs/reliability.md).
-BESIDE = 5 * 2**20
+#: What the index of so few entries, its log and the locks may take beside the limit (docs/reliability.md).
+LOG_BYTES = 4 * 2**20
+#: ... and the directories: 256 a tier, the two above them, the locks' and the root; a block each while they hold few names.
+DIRECTORIES_BYTES = (2 * 257 + 2) * 4096
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -68,28 +71,38 @@ def write(directory: Path, limit: int, eviction: str, items: int, seed: int, cou
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def du(root: Path) -> tuple[int, int]:
-    """Blocks of the files of both tiers, and of everything else, in bytes.
+class Taken(NamedTuple):
+    """Blocks on disk, in bytes: of the files of both tiers, of the index with its log and locks, of the directories."""
+
+    tiers: int
+    log: int
+    directories: int
+
+
+def du(root: Path) -> Taken:
+    """What lies there.
 
     Only what is there when the walk ends: a file that goes and the one that takes its place are never there together.
     """
-    inside = beside = 0
-    for path in [os.path.join(parent, name) for parent, directories, names in os.walk(root) for name in (*directories, *names)]:
+    tiers = log = directories = 0
+    for path in [os.path.join(parent, name) for parent, below, names in os.walk(root) for name in (*below, *names)]:
         try:
             found = os.lstat(path)
         except FileNotFoundError:
             continue
-        if stat.S_ISREG(found.st_mode) and os.path.relpath(path, root).split(os.sep)[0] in ("entries", "bytes"):
-            inside += found.st_blocks * 512
+        if stat.S_ISDIR(found.st_mode):
+            directories += found.st_blocks * 512
+        elif os.path.relpath(path, root).split(os.sep)[0] in ("entries", "bytes"):
+            tiers += found.st_blocks * 512
         else:
-            beside += found.st_blocks * 512
-    return inside, beside
+            log += found.st_blocks * 512
+    return Taken(tiers, log, directories)
 
 
 @contextmanager
-def sampled(root: Path) -> Iterator[list[tuple[int, int]]]:
+def sampled(root: Path) -> Iterator[list[Taken]]:
     """What lies there, every 10 ms."""
-    samples, done = [(0, 0)], threading.Event()
+    samples, done = [Taken(0, 0, 0)], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.01):
@@ -124,9 +137,11 @@ def test_eight_writers_never_exceed_the_limit_and_fill_it(tmp_path: Path, evicti
             for child in children:
                 child.join(HANG_S)
         assert [child.exitcode for child in children] == [-signal.SIGKILL] * 2 + [0] * 6
-        print(f"{len(samples)} samples, at most {max(samples)} of {limit}, and {max(beside for _, beside in samples)}")  # noqa: T201
-        assert max(inside for inside, _ in samples) <= limit
-        assert max(beside for _, beside in samples) <= BESIDE
+        most_taken = Taken(*(max(part) for part in zip(*samples, strict=True)))
+        print(f"{len(samples)} samples, each part at most {most_taken}, the limit {limit}")  # noqa: T201
+        assert most_taken.tiers <= limit
+        assert most_taken.log <= LOG_BYTES
+        assert most_taken.directories <= DIRECTORIES_BYTES
         assert Index(settings(tmp_path, limit=limit)).volume_bytes() == on_disk_bytes(tmp_path) >= 0.97 * limit
 
 
