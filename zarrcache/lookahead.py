@@ -14,14 +14,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-import subprocess
 import threading
 import weakref
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import ForkingPickler
-from multiprocessing.spawn import get_executable, get_preparation_data
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +26,9 @@ import numpy as np
 from zarrcache.clairvoyant import Clairvoyant
 from zarrcache.course import ROLES, Course, Listed, Orders, Scheduled
 from zarrcache.errors import ConfigError
-from zarrcache.workpool import Died, deaf
+from zarrcache.interpreter import Interpreter
+from zarrcache.prefetching import prefetch
+from zarrcache.workpool import Died
 from zarrcache.world import World
 
 if TYPE_CHECKING:
@@ -45,16 +43,6 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_LIMIT = 4
 #: What a prefetcher may take to end, before it is killed (seconds).
 _END_S = 10.0
-
-#: Of its interpreter. What it imports of ours is found where this process finds it, so the settings come first.
-_PROGRAM = """
-from multiprocessing.connection import Connection
-from multiprocessing.spawn import prepare
-connection = Connection({fd})
-prepare(connection.recv())
-from zarrcache.prefetching import prefetch
-prefetch(connection, {parent})
-"""
 
 #: A sampler, or what one has drawn: names (or positions) of the samples, a list an epoch.
 Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
@@ -137,47 +125,32 @@ class Lookahead:
 
 
 class _Prefetcher:
-    """The process, as its parent sees it.
-
-    An interpreter of its own: obstore, in there, must not have been used before a fork. Not by multiprocessing, whose spawned processes first
-    run the program's main module again, with all that it imports: the training would wait for S3 meanwhile (5 s if it imports Lightning), and a
-    program without ``if __name__ == "__main__"`` would begin anew.
-    """
+    """The process, as its parent sees it. An interpreter of its own: obstore, in there, must not have been used before a fork."""
 
     def __init__(self, reader: ZarrS3Reader, budget_bytes: int) -> None:
-        self._connection, theirs = Pipe()
-        self._sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
         self._is_reported = False
         self._lock = threading.Lock()
         work = bytes(ForkingPickler.dumps((reader, budget_bytes)))
-        with deaf():
-            self._process = subprocess.Popen(
-                [get_executable(), "-c", _PROGRAM.format(fd=theirs.fileno(), parent=os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), alive.fileno()),
-            )
-        theirs.close()
-        alive.close()
+        self._process = Interpreter(prefetch, os.getpid(), work)
         self.pid = self._process.pid
         # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no atexit, and would wait for this one for ever.
-        self._end = Finalize(self, _end, (self._process, self._connection), exitpriority=10)
+        self._end = Finalize(self, _end, (self._process,), exitpriority=10)
         # A thread: that a process has died is to be known when it dies, and not when somebody asks.
-        attend = (weakref.ref(self), self._sentinel, self._connection, _settings(work), work)
+        attend = (weakref.ref(self), self._process, work)
         threading.Thread(target=_attend, args=attend, daemon=True, name="zarrcache watch").start()
 
     def check(self) -> bool:
         """Whether it lives; the first who finds it dead says so."""
         with self._lock:
-            if not self._end.still_active() or not wait([self._sentinel], 0):
+            if not self._end.still_active() or not self._process.has_ended():
                 return True
             if not self._is_reported:
                 self._is_reported = True
-                self._process.wait()
                 logger.warning(
                     "the look-ahead process %s has ended (%s): the training goes on without it, and waits for what it reads. If it was killed for "
                     "lack of memory, lower cache.lookahead; a new Lookahead() starts another.",
                     self.pid,
-                    Died(self._process.returncode),
+                    Died(self._process.exitcode),
                 )
         return False
 
@@ -185,38 +158,23 @@ class _Prefetcher:
         self._end()
 
 
-def _settings(work: bytes) -> dict[str, Any]:
-    """What multiprocessing tells a spawned process of this one. Without a key that it needs not, and without the main module if the work has
-    nothing of that.
-    """
-    left_out = {"authkey"} if b"__main__" in work else {"authkey", "init_main_from_name", "init_main_from_path"}
-    return {name: value for name, value in get_preparation_data("zarrcache look-ahead").items() if name not in left_out}
-
-
-def _attend(prefetcher: weakref.ref[_Prefetcher], sentinel: Connection, connection: Connection, settings: dict[str, Any], work: bytes) -> None:
-    """Give the process its work, then wait for its end. Not with its arguments, and not by whoever starts it: a reader with the names of
-    200,000 stores is larger than a pipe, and the process first imports.
+def _attend(prefetcher: weakref.ref[_Prefetcher], process: Interpreter, work: bytes) -> None:
+    """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the names of 200,000 stores is larger than a
+    pipe, and the process first imports.
     """
     with contextlib.suppress(OSError):  # it has died, or was closed
-        connection.send(settings)
-        connection.send_bytes(work)
-    wait([sentinel])
+        process.connection.send_bytes(work)
+    process.has_ended(None)
     ours = prefetcher()
     if ours is not None:
         ours.check()
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
-    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process. Shut down and not only closed, because of these copies:
-    # upon the end of the stream, which they would keep open, it cleans up and ends.
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as ours:
-        ours.shutdown(socket.SHUT_RDWR)
-    connection.close()
-    try:
-        process.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def _end(process: Interpreter) -> None:
+    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process.
+    process.hang_up()
+    process.has_ended(_END_S)
+    process.kill()
 
 
 def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import queue
 import threading
@@ -48,9 +47,6 @@ _END_S = 2.0
 
 def prefetch(connection: Connection, parent: int) -> None:
     """Run in the process: fetch ahead until the other side hangs up, or dies."""
-    # numcodecs makes a lock when it is imported, with the reader below. A lock for forked children only has no name that must be removed at the
-    # end, of which multiprocessing's resource tracker would complain if this process is killed.
-    multiprocessing.set_start_method("fork", force=True)
     try:
         reader, budget_bytes = connection.recv()
         ahead = Prefetch(reader, budget_bytes)

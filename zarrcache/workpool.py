@@ -6,28 +6,24 @@ Not ``concurrent.futures.ProcessPoolExecutor``: when one of its processes is kil
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
-from multiprocessing.util import Finalize
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
-from zarrcache.signals import ENDING
+from zarrcache.interpreter import Interpreter
 
-__all__ = ["Died", "Engine", "Reserve", "cores", "deaf", "spread"]
+__all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,18 +64,6 @@ class Died:
         return f"{name}, perhaps for lack of memory" if name == "SIGKILL" else name
 
 
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Start processes in here that Ctrl-C in the terminal, and SIGTERM to all of a job, do not end: this process ends them, in order."""
-    # The signal mask is inherited. The resource tracker comes first, because starting it would unblock the signals again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def cores() -> int:
     """Cores that this process may use, which under Slurm are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -96,9 +80,9 @@ def spread(
 ) -> Generator[tuple[T, R | Died]]:
     """``(item, function(item, reserve))`` for every item, in the order in which they are ready.
 
-    The processes are spawned, not forked, so no client and no lock of the caller gets into them. The items of a process that dies are tried
-    once more, after all others and each alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes: each
-    finishes its items and goes, and is killed if it has not gone in time.
+    The processes are interpreters of their own, not forked, so no client and no lock of the caller gets into them. The items of a process that
+    dies are tried once more, after all others and each alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the
+    processes: each finishes its items and goes, and is killed if it has not gone in time.
 
     Parameters
     ----------
@@ -128,7 +112,7 @@ def spread(
         for queue, most, last in ((todo, workers, False), (orphans, 1, True)):
             while queue or pool:
                 while queue and len(pool) < most:
-                    pool.append(_Worker(1 if last else lanes))
+                    pool.append(_Worker(1 if last else lanes, work))
                     pool[-1].assign(*queue.popleft())
                 ready = set(wait([worker.connection for worker in pool]))
                 for worker in [worker for worker in pool if worker.connection in ready]:
@@ -150,7 +134,7 @@ def spread(
                                 orphans.append((lost, item))
                         continue
                     if kind == "start":
-                        worker.begin(work)
+                        worker.begin()
                         continue
                     can_start = True
                     if kind == "reserve":
@@ -174,17 +158,12 @@ def spread(
 class _Worker(Generic[T, R]):
     """A process and the items it works on, by number."""
 
-    def __init__(self, lanes: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, lanes), daemon=True)
+    def __init__(self, lanes: int, work: bytes) -> None:
         self.items: dict[int, T] = {}
+        self._work = work
         self._has_begun = False
-        try:
-            with deaf():
-                self.process.start()
-        finally:
-            theirs.close()
+        self.process = Interpreter(_serve, lanes, work)
+        self.connection = self.process.connection
 
     def assign(self, number: int, item: T) -> None:
         """Give it one more item."""
@@ -192,13 +171,13 @@ class _Worker(Generic[T, R]):
         if self._has_begun:
             self._say(("item", number, item))
 
-    def begin(self, work: bytes) -> None:
-        """Tell it what to do with its items. Not with the process's arguments: whoever starts a process waits until it has read them, even
-        if it dies over that, and a reader with the names of 200,000 stores is larger than a pipe.
+    def begin(self) -> None:
+        """Tell it what to do with its items. Not before it reads: a reader with the names of 200,000 stores is larger than a pipe, and others
+        start meanwhile.
         """
         self._has_begun = True
         with contextlib.suppress(OSError):
-            self.connection.send_bytes(work)
+            self.connection.send_bytes(self._work)
         for number, item in self.items.items():
             self._say(("item", number, item))
 
@@ -215,10 +194,9 @@ class _Worker(Generic[T, R]):
         message: _Message = self.connection.recv()
         return message
 
-    def end(self) -> int | None:
+    def end(self) -> int:
         """Hang up, upon which an idle process ends; its exit code."""
-        self.connection.close()
-        self.process.join()
+        self.process.hang_up()
         return self.process.exitcode
 
 
@@ -249,30 +227,24 @@ class _Shared:
 def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
     # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on stderr, and half a store to take back.
     for worker in pool:
-        worker.connection.close()
+        worker.process.hang_up()
     deadline = time.monotonic() + stop_s
     try:
         for worker in pool:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.has_ended(max(0.0, deadline - time.monotonic()))
     finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait
         for worker in pool:
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            worker.process.kill()
 
 
 # -- in the process --------------------------------------------------------------------------------------------------------------------
 
 
-def _work(connection: Connection, lanes: int) -> None:
+def _serve(connection: Connection, lanes: int) -> None:
     """What a process does: results of what comes, until the other side hangs up or dies."""
     desk = _Desk(connection)
     desk.say("start")
     pool = ThreadPoolExecutor(lanes)
-    # Items that have begun are waited for before the interpreter begins to end: from then on no executor in it takes work, and zarr, whose
-    # chunks go through one, would fail in the middle of a store, with a traceback for each. But after multiprocessing has cleaned up
-    # (priority 0): a process that is killed while it waits leaves no semaphores (of numcodecs), of which the resource tracker would complain.
-    Finalize(None, pool.shutdown, exitpriority=-1)
     try:
         function: Callable[[Any, Reserve], Any] = connection.recv()
         desk.say("ready")
@@ -284,7 +256,9 @@ def _work(connection: Connection, lanes: int) -> None:
                 desk.granted(number)
     except (EOFError, OSError):
         desk.close()
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Items that have begun are waited for here, before the interpreter begins to end: from then on no executor in it takes work, and zarr,
+        # whose chunks go through one, would fail in the middle of a store, with a traceback for each.
+        pool.shutdown(cancel_futures=True)
 
 
 class _NotWanted(BaseException):

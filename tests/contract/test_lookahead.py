@@ -148,7 +148,7 @@ def test_it_ends_at_once_beside_workers_that_stay(pairs: Pairs, s3_server: S3Ser
         assert len(list(loader)) == COUNT - 1
         assert ahead._prefetcher is not None
         process = ahead._prefetcher._process
-    assert process.returncode == 0
+    assert process.exitcode == 0
     del loader
 
 
@@ -274,6 +274,15 @@ def train(cls):
 """
 
 
+def _run_program(pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "train.py").write_text(program)
+    url = f"s3://{pairs.bucket}"
+    where = [f"{url}/data", f"{url}/label", str(pairs.map_path), "GGA", False, COUNT - 1]
+    cache = {"dir": str(tmp_path / "cache"), "min_free": 0, "lookahead": 8 * ONE}
+    settings = json.dumps({"where": where, "s3_kwargs": s3_server.s3_kwargs, "cache": cache})
+    return subprocess.run([sys.executable, tmp_path / "train.py", settings], capture_output=True, text=True, timeout=120, check=False)
+
+
 @pytest.mark.parametrize(
     ("program", "imports"),
     [(f"{PROGRAM}\ntrain(ZarrS3Reader)\n", 1), (f"{PROGRAM}\nif __name__ == '__main__':\n    train(Reader)\n", 2)],
@@ -281,11 +290,14 @@ def train(cls):
 )
 def test_a_users_program_is_not_run_once_more(pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str, imports: int) -> None:
     """A training script need not guard its main part, and what it imports (Lightning: 5 s) delays nothing; unless its classes are needed."""
-    (tmp_path / "train.py").write_text(program)
-    url = f"s3://{pairs.bucket}"
-    where = [f"{url}/data", f"{url}/label", str(pairs.map_path), "GGA", False, COUNT - 1]
-    cache = {"dir": str(tmp_path / "cache"), "min_free": 0, "lookahead": 8 * ONE}
-    settings = json.dumps({"where": where, "s3_kwargs": s3_server.s3_kwargs, "cache": cache})
-    done = subprocess.run([sys.executable, tmp_path / "train.py", settings], capture_output=True, text=True, timeout=120, check=False)
+    done = _run_program(pairs, s3_server, tmp_path, program)
     assert done.stderr == ""
     assert done.stdout.split("\n") == [*["imported"] * imports, "ahead True", ""]
+
+
+def test_a_program_whose_class_is_needed_and_that_has_no_guard_trains_without(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+    """The process that imports it starts no other in turn, which would do the same without end."""
+    done = _run_program(pairs, s3_server, tmp_path, f"{PROGRAM}\ntrain(Reader)\n")
+    assert done.stdout.split("\n") == ["imported", "imported", "ahead False", ""]
+    assert "RuntimeError" in done.stderr
+    assert "if __name__ == '__main__':" in done.stderr

@@ -1,4 +1,6 @@
-"""All processes of a job: those of one process group, which a batch system starts, signals and waits for together."""
+"""Processes that a test sees from outside: those of a job (one process group, which a batch system starts, signals and waits for together), and
+those that work for this process.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["end_all", "members", "until", "wait_for_all"]
+__all__ = ["end_all", "interpreters", "members", "until", "wait_for_all"]
 
 #: Only a hang takes this long; it says nothing about speed.
 HANG_S = 60.0
@@ -25,6 +27,17 @@ def members(group: int) -> list[int]:
         with suppress(FileNotFoundError, ProcessLookupError):
             state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
             if int(its_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def interpreters() -> list[int]:
+    """Processes of ``zarrcache.interpreter`` that this one has started and that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(parent) == os.getpid() and state not in "ZX" and b"from zarrcache." in stat.with_name("cmdline").read_bytes():
                 found.append(int(stat.parent.name))
     return found
 

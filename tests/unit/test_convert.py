@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from tests.support.processes import interpreters
 from tests.support.stores import plain_read, small_group
 from zarrcache.chgcar_files import read_density
 from zarrcache.config import ConfigError
@@ -59,7 +61,7 @@ def test_a_directory_becomes_one_store_a_file(source: Path, tmp_path: Path, work
         assert attributes["metadata"]["task_id"] == result.task_id
         assert attributes["metadata"]["electrons"] == pair.electrons
         assert [site["label"] for site in attributes["structure"]["sites"]] == [site["label"] for site in pair.structure["sites"]]
-    assert multiprocessing.active_children() == []
+    assert interpreters() == []
 
 
 @pytest.mark.parametrize(("zarr_format", "as_zip"), [(2, False), (3, False), (2, True), (3, True)])
@@ -156,12 +158,20 @@ def test_a_file_whose_process_is_killed_is_converted_in_another_one(source: Path
     """The kernel does this when memory runs out: beside others it died, alone it lives."""
 
     def kill_all(_: ConvertResult) -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGKILL)
+        for pid in interpreters():
+            os.kill(pid, signal.SIGKILL)
 
     report = convert_directory(source, tmp_path / "out", workers=2, progress=kill_all)
     assert [result.task_id for result in report.converted] == IDS
     assert report.failed == ()
+
+
+def test_a_script_converts_without_a_guard(source: Path, tmp_path: Path) -> None:
+    """In two processes, which do not begin the script anew."""
+    script = tmp_path / "script.py"
+    script.write_text(f"from zarrcache import convert_directory\nprint(len(convert_directory({str(source)!r}, 'out', workers=2).converted))\n")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == (f"{len(IDS)}\n", "")
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ LEVELS = {
     0: "errors quantities keys policy config stats sharedfile augment chgcar_names "
     "checksums mapping budget world assignment signals leases nodes course clairvoyant",
     1: "atomic simulate retry flight codec layout owner s3options faults pump decode expansion "
-    "taskids sequences workpool mounts indexcheck renewal backoff indexlog entryfiles peertoken cluster eachnode",
+    "taskids sequences workpool mounts indexcheck renewal backoff indexlog entryfiles peertoken cluster eachnode interpreter",
     2: "engine_obstore engine_s3fs localorigin zipped indexfile index incoming peers",
     3: "origin arraycache settled ring",
     4: "bytecache readarray density neighbours",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
-from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
+from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm, workpool
 from zarrcache.cliwords import warm_words
 from zarrcache.codec import read_header
 from zarrcache.registry import open_reader
@@ -243,8 +242,8 @@ def test_two_processes_do_the_same_as_one(config: DataConfig) -> None:
 
 
 def test_one_worker_is_this_process_however_much_there_is_to_do(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script without ``if __name__ == '__main__'`` cannot start another; no process is started that could fail."""
-    monkeypatch.setattr(multiprocessing, "get_context", None)
+    """No process is started that could fail."""
+    monkeypatch.setattr(workpool, "Interpreter", None)
     plan = plan_warm(config, workers=1)
     report = replace(plan, densities=plan.densities * 5).execute()
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import secrets
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import interpreters
 from zarrcache.errors import ConfigError
 from zarrcache.workpool import Died, Reserve, spread
 
@@ -121,7 +121,7 @@ def test_every_item_gets_its_result() -> None:
     assert dict(spread(_double, range(10), 2)) == {n: 2 * n for n in range(10)}
     assert dict(spread(_double, [4], 3)) == {4: 8}
     assert list(spread(_double, [], 2)) == []
-    assert multiprocessing.active_children() == []
+    assert interpreters() == []
 
 
 def test_an_item_that_kills_its_process_is_named_and_the_others_go_on() -> None:
@@ -139,22 +139,42 @@ def test_an_item_whose_process_died_by_chance_is_tried_again(tmp_path: Path) -> 
 
 
 def test_processes_that_cannot_begin_are_one_error_and_no_endless_loop() -> None:
-    """A script without the ``__main__`` guard dies like this, and has to be told."""
+    """Of the parts of a function that its process cannot have."""
     with pytest.raises(ConfigError, match=r"ended before it could begin \(exit code 5\).*__main__"):
         list(spread(_CannotBeUnpickled(), range(3), 2))
     with pytest.raises(ConfigError, match=r"ended before it could begin \(exit code 6\)"):
         list(spread(_LargeAndCannotBeUnpickled(), range(3), 2))
-    assert multiprocessing.active_children() == []
+    assert interpreters() == []
 
 
-def test_a_script_without_the_guard_is_told_and_does_not_hang(tmp_path: Path) -> None:
-    """Its processes die while they import it, with all that they were to be told still to come."""
-    script = tmp_path / "script.py"
-    large = "functools.partial(print, bytes(5_000_000))"
-    script.write_text(f"import functools\nfrom zarrcache.workpool import spread\nlist(spread({large}, range(3), 2))\n")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+def _run(script: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script.write_text(text)
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    """What it does it does once, and what it has imported no process imports again."""
+    text = "import operator\nfrom zarrcache.workpool import spread\nfound = spread(operator.is_, [b'', bytes(5_000_000)], 2)\n"
+    done = _run(tmp_path / "script.py", f"print('imported')\n{text}print([result for _, result in found])\n")
+    assert (done.stdout, done.stderr) == ("imported\n[False, False]\n", "")
+
+
+SCRIPT = """
+from zarrcache.workpool import spread
+def double(n, reserve):
+    return 2 * n
+"""
+MAIN = "print(sorted(spread(double, range(3), 2)))\n"
+
+
+def test_a_script_whose_own_function_is_to_run_needs_the_guard_and_is_told(tmp_path: Path) -> None:
+    """Its processes import it, and would start processes in turn, without end."""
+    done = _run(tmp_path / "script.py", f"{SCRIPT}if __name__ == '__main__':\n    {MAIN}")
+    assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4)]\n", "")
+    done = _run(tmp_path / "script.py", SCRIPT + MAIN)
     assert "ended before it could begin (exit code 1)" in done.stderr
     assert "below `if __name__ == '__main__':`" in done.stderr
+    assert done.stdout == ""
 
 
 def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
@@ -170,7 +190,7 @@ def test_a_consumer_that_stops_lets_the_processes_finish_their_items(tmp_path: P
     (tmp_path / "go").touch()
     outcomes.close()
     assert len(list(tmp_path.glob("*.ended"))) == 2
-    assert multiprocessing.active_children() == []
+    assert interpreters() == []
 
 
 def _told_later(directory: Path) -> None:
@@ -193,7 +213,7 @@ def test_a_process_that_does_not_finish_is_killed(tmp_path: Path) -> None:
     """Whoever pressed Ctrl-C does not wait for ever."""
     _busy(tmp_path, stop_s=0.1).close()
     assert list(tmp_path.glob("*.ended")) == []
-    assert multiprocessing.active_children() == []
+    assert interpreters() == []
 
 
 def test_a_process_has_as_many_items_as_it_has_lanes(tmp_path: Path) -> None:
@@ -231,4 +251,4 @@ def test_who_waits_for_memory_ends_when_nobody_wants_the_rest(tmp_path: Path) ->
     (tmp_path / "go").touch()
     outcomes.close()
     assert (len(list(tmp_path.glob("*.started"))), len(list(tmp_path.glob("*.ended")))) == (1, 1)
-    assert multiprocessing.active_children() == []
+    assert interpreters() == []
