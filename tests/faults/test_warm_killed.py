@@ -38,7 +38,9 @@ def config(tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultP
     write_pairs(tmp_path, pairs, shape=(6, 6, 6), chunks=(3, 3, 3))
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
-    return write_config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), retry={"attempts": 1})
+    # What hangs has to hang until the last process on a busy machine has come to it.
+    patient = {"retry": {"attempts": 1, "timeout": 120}, "fetch": {"read_timeout": 120}}
+    return write_config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), **patient)
 
 
 Stuck = Callable[[int], "subprocess.Popen[str]"]
