@@ -202,6 +202,7 @@ class _Bucket:
         self._objects: dict[str, _Object] = {}
         self._listings: dict[tuple[str, bool], _Listing] = {}
         self._kept_bytes = 0
+        self._linked: dict[tuple[int, int], _Object] = {}  # by device and inode: other names of it share its body
 
     def has(self, bucket: str) -> bool:
         return bool(bucket) and os.path.isdir(os.path.join(self._root, bucket))
@@ -222,6 +223,10 @@ class _Bucket:
             return known
         if not stat.S_ISREG(status.st_mode):
             return None
+        linked = self._linked.get((status.st_dev, status.st_ino))
+        if linked is not None and linked.mtime_ns == status.st_mtime_ns and linked.size == status.st_size:
+            self._objects[path] = linked
+            return linked
         body = Path(path).read_bytes()
         found = _Object(path, len(body), status.st_mtime_ns, hashlib.md5(body, usedforsecurity=False).hexdigest(), b"")
         if known is not None and known.answer:
@@ -230,6 +235,8 @@ class _Bucket:
             self._kept_bytes += len(body)
             found.answer = _answer(200, found.fields, body)
         self._objects[path] = found
+        if status.st_nlink > 1:
+            self._linked[status.st_dev, status.st_ino] = found
         return found
 
     def page(self, bucket: str, prefix: str, *, delimiter: str, after: str, limit: int) -> bytes:
