@@ -106,6 +106,7 @@ def _settings(work: bytes) -> dict[str, Any]:
     """What multiprocessing tells a spawned process of this one, without a key that it needs not. The locks that are made in there (numcodecs
     makes one) are for forked children only: they have no name, which somebody would have to remove when it is killed.
     """
-    left_out = {"authkey"} if b"__main__" in work else {"authkey", "init_main_from_name", "init_main_from_path"}
+    # `__main__`, or `__mp_main__` in a process that multiprocessing has spawned.
+    left_out = {"authkey"} if b"main__" in work else {"authkey", "init_main_from_name", "init_main_from_path"}
     settings = get_preparation_data("zarrcache")
     return {name: value for name, value in settings.items() if name not in left_out} | {"start_method": "fork"}

@@ -177,6 +177,14 @@ def test_a_script_whose_own_function_is_to_run_needs_the_guard_and_is_told(tmp_p
     assert done.stdout == ""
 
 
+def test_a_spawned_process_spreads_functions_of_its_script(tmp_path: Path) -> None:
+    """There the script has another name."""
+    main = "def run():\n    print(sorted(spread(double, range(3), 2)))\n"
+    start = "    import multiprocessing\n    child = multiprocessing.get_context('spawn').Process(target=run)\n    child.start()\n    child.join()\n"
+    done = _run(tmp_path / "script.py", f"{SCRIPT}{main}if __name__ == '__main__':\n{start}")
+    assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4)]\n", "")
+
+
 def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
     """Two processes that are at work for sure."""
     outcomes = spread(_work_until_told, [f"see:{directory}", str(directory), str(directory)], 3, **options)
