@@ -54,35 +54,40 @@ class Interpreter:
     ----------
     connection : Connection
         To the other end.
-    sentinel : Connection
-        Ready when the process has ended.
     pid : int
 
     Raises
     ------
     RuntimeError
         In a process whose main module is being imported for it.
+    OSError
+        The system starts no process, or has no file descriptors left.
     """
 
     def __init__(self, function: Callable[[Connection, int], None], argument: int, work: bytes) -> None:
         settings = _settings(work)
         self.connection, theirs = Pipe()
-        self.sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
+        self._sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # -W, -X, -O: multiprocessing passes them on by this too
         program = _PROGRAM.format(fd=theirs.fileno(), module=function.__module__, function=function.__name__, argument=argument)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which is inherited
         try:
-            self._process = subprocess.Popen([get_executable(), "-c", program], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), alive.fileno()))
+            command = [get_executable(), *flags, "-c", program]
+            try:
+                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), alive.fileno()))
+            finally:
+                theirs.close()
+                alive.close()
+            with contextlib.suppress(OSError):  # it has died
+                self.connection.send(settings)
         finally:
+            # Last: a Ctrl-C that came meanwhile is raised here, and a process that has its settings ends without a word when nobody holds its pipe.
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-            alive.close()
         self.pid = self._process.pid
-        with contextlib.suppress(OSError):  # it has died
-            self.connection.send(settings)
 
     def has_ended(self, within_s: float | None = 0.0) -> bool:
         """Whether the process is gone, after so many seconds at the most; None waits for it."""
-        return bool(wait([self.sentinel], within_s))
+        return bool(wait([self._sentinel], within_s))
 
     @property
     def exitcode(self) -> int:

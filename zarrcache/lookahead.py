@@ -94,7 +94,12 @@ class Lookahead:
             self._reader.tiers.foresee(Clairvoyant(self._course, _digests(self._reader, orders.names)))
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
         if budget:
-            self._prefetcher = _Prefetcher(self._reader, budget)
+            try:
+                self._prefetcher = _Prefetcher(self._reader, budget)
+            except OSError as exc:
+                logger.warning(
+                    "no look-ahead, its process cannot be started (%s): the training goes on without it, and waits for what it reads.", exc
+                )
 
     def __enter__(self) -> Lookahead:
         return self
@@ -162,7 +167,7 @@ def _attend(prefetcher: weakref.ref[_Prefetcher], process: Interpreter, work: by
     """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the names of 200,000 stores is larger than a
     pipe, and the process first imports.
     """
-    with contextlib.suppress(OSError):  # it has died, or was closed
+    with contextlib.suppress(OSError, TypeError):  # it has died, or was closed: in the middle of a write, a Connection then writes to None
         process.connection.send_bytes(work)
     process.has_ended(None)
     ours = prefetcher()

@@ -87,7 +87,8 @@ def spread(
     Parameters
     ----------
     function : callable
-        It has to be picklable, like items and results, and to report its failures in its result.
+        It has to be picklable, like items and results, and to report its failures in its result. Only if it refers to the program's main module
+        is that run again in the processes, so items are of other modules.
     workers : int
         Processes.
     lanes : int

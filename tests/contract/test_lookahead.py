@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -165,6 +167,28 @@ def test_each_rank_runs_ahead_of_itself(pairs: Pairs, s3_server: S3Server, tmp_p
         assert there <= set(own[:2])
 
 
+def test_a_process_that_cannot_be_started_is_one_warning(pairs: Pairs, s3_server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The training, which has two file descriptors left, goes on without it."""
+    dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
+    sampler = NodeSampler(dataset)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, hard))
+    os.close(held.pop())
+    os.close(held.pop())
+    try:
+        with Lookahead(dataset, sampler) as ahead:
+            assert ahead.pid is None
+            assert ahead.check()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len([dataset[index] for index in sampler]) == len(sampler)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+    assert [record.levelname for record in caplog.records if "its process cannot be started" in record.getMessage()] == ["WARNING"]
+
+
 def test_where_there_is_nothing_to_do_no_process_is_started(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
     """With ``lookahead: 0``; and a sampler of something else is refused."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=0)
@@ -296,7 +320,7 @@ def test_a_users_program_is_not_run_once_more(pairs: Pairs, s3_server: S3Server,
 
 
 def test_a_program_whose_class_is_needed_and_that_has_no_guard_trains_without(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
-    """The process that imports it starts no other in turn, which would do the same without end."""
+    """The process that imports it does not train in turn."""
     done = _run_program(pairs, s3_server, tmp_path, f"{PROGRAM}\ntrain(Reader)\n")
     assert done.stdout.split("\n") == ["imported", "imported", "ahead False", ""]
     assert "RuntimeError" in done.stderr

@@ -167,7 +167,7 @@ def test_several_nodes_under_slurm(home: Path, s3_server: S3Server) -> None:
 
 def test_hydra(home: Path, s3_server: S3Server) -> None:
     """With keys changed on the command line."""
-    pytest.importorskip("hydra")
+    pytest.importorskip("hydra", reason="needs the extra 'test'")
     start(home, "train_hydra.py", [environment(home, s3_server) | rank for rank in torchrun(2)], "data.batch_size=2", "data.assignment=node")
     assert state_of(home) == ("node", 2, [])
 

@@ -562,7 +562,7 @@ CONVERTED: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", CONVERTED)
 def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, name: str) -> None:
     """Named, at the memory of a density that is large."""
-    pytest.importorskip("pymatgen")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / name).write_bytes(CONVERTED[name]())
     words, peak = peak_of(read_file, tmp_path / name)
     assert words.startswith("SchemaError")
@@ -573,7 +573,7 @@ def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, nam
 @pytest.mark.parametrize("where", ["site", "structure", "nested"])
 def test_object_in_a_file_is_neither_imported_nor_made(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pymatgen's JSON may name a module, which is imported from wherever Python finds it: beside the data, if that is where it runs."""
-    pytest.importorskip("pymatgen")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass X:\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     thing: Any = {"@module": "evil", "@class": "X"}
@@ -591,7 +591,7 @@ def test_object_in_a_file_is_neither_imported_nor_made(tmp_path: Path, where: st
 
 def test_convert_writes_nothing_of_hostile_files_and_goes_on(tmp_path: Path) -> None:
     """Beside a good one; in processes of their own."""
-    pytest.importorskip("pymatgen")
+    pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / "src").mkdir()
     for name in ("grid.CHGCAR", "nested.json", "shape.json"):
         (tmp_path / "src" / name).write_bytes(CONVERTED[name]())

@@ -105,7 +105,8 @@ class CacheProcess:
 async def _others() -> None:
     """Wait for what zarr has asked for beside the request that failed: it goes on, and changes the cache that the test looks at next."""
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others)
+        _, late = await asyncio.wait(others, timeout=_HANG_S)
+        assert not late
 
 
 class _User:

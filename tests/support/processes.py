@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,26 @@ HANG_S = 60.0
 def members(group: int) -> list[int]:
     """Processes of a group that still run."""
     # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container perhaps nobody does.
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(its_group) == group and state not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
+    return [pid for pid, _, its_group in _running() if its_group == group]
 
 
 def interpreters() -> list[int]:
     """Processes of ``zarrcache.interpreter`` that this one has started and that still run."""
     found = []
+    for pid, parent, _ in _running():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if parent == os.getpid() and b"from zarrcache." in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def _running() -> Iterator[tuple[int, int, int]]:
+    """Every process that is not dead: its id, its parent's and its group's."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(parent) == os.getpid() and state not in "ZX" and b"from zarrcache." in stat.with_name("cmdline").read_bytes():
-                found.append(int(stat.parent.name))
-    return found
+            state, parent, group, *_ = stat.read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                yield int(stat.parent.name), int(parent), int(group)
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[Any], what: str) -> None:

@@ -66,7 +66,7 @@ def test_the_users_block_is_a_hydra_target(config: str) -> None:
         val_frac: 0.005
         random_seed: 42
     """
-    hydra = pytest.importorskip("hydra")
+    hydra = pytest.importorskip("hydra", reason="needs the extra 'test'")
     data = hydra.utils.instantiate(yaml.safe_load(text))
     assert type(data).__name__ == "ZarrDataModule"
     assert [len(ids) for ids in sides(data)] == [4, 1, 5]
@@ -75,7 +75,10 @@ def test_the_users_block_is_a_hydra_target(config: str) -> None:
 
 def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
     """Its lists and mappings are none of Python's own."""
-    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
+    hydra, omegaconf = (
+        pytest.importorskip("hydra", reason="needs the extra 'test'"),
+        pytest.importorskip("omegaconf", reason="needs the extra 'test'"),
+    )
     keys = yaml.safe_load(Path(config).read_text())
     for several in ([config, keys], {"pbe": config, "scan": keys}):
         target = omegaconf.OmegaConf.create({"_target_": "zarrcache.lightning.ZarrDataModule", "config": several})

@@ -117,7 +117,7 @@ def test_names_are_those_of_the_dataset() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:'set_vital' is deprecated:UserWarning")
 def test_torchdatas_loader_saves_and_resumes_it() -> None:
     """With workers, which ask ahead of the training."""
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs the extra 'test'")
 
     def loader() -> Any:
         return stateful.StatefulDataLoader(range(24), batch_size=2, sampler=samplers((0,))[0], num_workers=2)

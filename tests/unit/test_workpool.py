@@ -185,6 +185,15 @@ def test_a_spawned_process_spreads_functions_of_its_script(tmp_path: Path) -> No
     assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4)]\n", "")
 
 
+def test_workers_have_the_flags_of_the_interpreter(tmp_path: Path) -> None:
+    """Of ``python -O`` and ``-W``, as those of multiprocessing have."""
+    script = tmp_path / "script.py"
+    report = "def flags(n, reserve):\n    import sys\n    return sys.flags.optimize, sys.warnoptions\n"
+    script.write_text(f"{SCRIPT}{report}if __name__ == '__main__':\n    print(list(spread(flags, [0], 1)))\n")
+    done = subprocess.run([sys.executable, "-O", "-Wignore", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("[(0, (1, ['ignore']))]\n", "")
+
+
 def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
     """Two processes that are at work for sure."""
     outcomes = spread(_work_until_told, [f"see:{directory}", str(directory), str(directory)], 3, **options)
