@@ -15,7 +15,6 @@ from zarrcache.keys import ArrayKey, source_digest, stored_array
 from zarrcache.origin import Origin
 from zarrcache.readarray import list_array, read_array
 from zarrcache.sharedfile import SharedSet
-from zarrcache.store import CachedStore
 from zarrcache.tiers import Tiers
 
 __all__ = ["CachedPath", "Outcome"]
@@ -121,6 +120,8 @@ class CachedPath:
         return values
 
     def _through_the_byte_tier(self, origin: Origin, store: str, *, relist: bool) -> NDArray[np.float32]:
+        from zarrcache.store import CachedStore
+
         objects = CachedStore(origin, store, self.tiers, relist=relist)
         if not objects.sizes():
             raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")

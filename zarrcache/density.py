@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
 
 from zarrcache.decode import ArrayDecoder, check_metadata
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 from zarrcache.readarray import no_such_array
+
+if TYPE_CHECKING:
+    import zarr
 
 __all__ = ["as_density", "density_of_group", "density_of_objects", "metadata_of", "per_point"]
 
@@ -80,6 +81,9 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
     IncompleteArrayError
         Zarr cannot decode it.
     """
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+
     if name not in group:
         raise SchemaError(f"'{name}' not found in zarr store {where}. Available arrays: {sorted(group.array_keys())}")
     array = group[name]

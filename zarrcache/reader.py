@@ -1,4 +1,7 @@
-"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there ``CachedPath`` goes on."""
+"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there ``CachedPath`` goes on.
+
+What reads densities does not import zarr until a layout needs it: that takes a quarter of the time in which a process of ours starts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from zarrcache.cachedpath import CachedPath, Outcome
@@ -25,12 +27,12 @@ from zarrcache.readarray import list_array
 from zarrcache.sequences import Density, Role, SplitSets, split_sets
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters, Stats
-from zarrcache.store import CachedStore, group_of, store_at
 from zarrcache.taskids import split_ids
 from zarrcache.tiers import Tiers
 
 if TYPE_CHECKING:
     import s3fs
+    import zarr
 
 __all__ = ["ZarrS3Reader"]
 
@@ -294,6 +296,8 @@ class ZarrS3Reader:
         OriginNotFoundError
             There is no such store (a ``FileNotFoundError``).
         """
+        from zarrcache.store import group_of, store_at
+
         return group_of(store_at(zarr_path, self._tiers, self.s3_kwargs))
 
     def read_charge_density(self, zarr_store: zarr.Group) -> Density:
@@ -304,6 +308,8 @@ class ZarrS3Reader:
         SchemaError
             A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real numbers.
         """
+        from zarrcache.store import CachedStore
+
         store = zarr_store.store
         if isinstance(store, CachedStore) and not zarr_store.path:
             return _flat(self._path.read(store.origin, store.name)[0])

@@ -143,6 +143,11 @@ def test_import_loads_nothing_heavy() -> None:
     assert not loaded_by("import zarrcache; zarrcache.CacheConfig; zarrcache.OriginError; dir(zarrcache)") & HEAVY
 
 
+def test_processes_that_read_start_without_zarr() -> None:
+    """Of look-ahead, of `warm` and of a DataLoader that spawns: each would take a quarter longer to start."""
+    assert not loaded_by("import zarrcache.prefetching, zarrcache.reader, zarrcache.warming, zarrcache.engine_obstore") & HEAVY
+
+
 def test_help_of_the_command_line_loads_nothing_heavy() -> None:
     """Tab completion and ``--help`` are instant."""
     run = "try:\n    main()\nexcept SystemExit as exc:\n    assert not exc.code"
