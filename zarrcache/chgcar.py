@@ -13,7 +13,8 @@ from zarrcache.chgcar_names import find_files, task_id_of
 from zarrcache.config import CacheConfig
 from zarrcache.density import per_point
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
-from zarrcache.sequences import Density, Role, SplitSets, split_sets
+from zarrcache.keys import Role
+from zarrcache.sequences import Density, SplitSets, split_sets
 from zarrcache.stats import Stats
 from zarrcache.taskids import ids_of, read_map, split_ids
 

@@ -12,19 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache.assignment import Schedule, Segment
 from zarrcache.errors import ConfigError
+from zarrcache.keys import ROLES
 from zarrcache.sharedfile import SharedFile
 
-__all__ = ["ROLES", "Course", "Listed", "Orders", "Scheduled"]
+__all__ = ["Course", "Listed", "Orders", "Scheduled"]
 
 Indices = NDArray[np.int64]
-ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
 _ROLE = {role: number for number, role in enumerate(ROLES)}
 
 

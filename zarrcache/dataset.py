@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from zarrcache.augment import Grid, downsample, draw_rotation, rotate
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.handover import Sender
+from zarrcache.keys import ROLES, Role
 
 __all__ = ["DensityReader", "Indexable", "RhoData", "Sample", "ZarrDataset", "collate", "collate_fn"]
 
 _T_co = TypeVar("_T_co", covariant=True)
-ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,7 +37,7 @@ class DensityReader(Protocol):
 
     def split_task_ids(self) -> tuple[list[str], list[str]]: ...
 
-    def load(self, task_id: str, role: Literal["data", "label"]) -> tuple[NDArray[np.float32], tuple[int, int, int]]: ...
+    def load(self, task_id: str, role: Role) -> tuple[NDArray[np.float32], tuple[int, int, int]]: ...
 
 
 class Sample(TypedDict):

@@ -20,15 +20,14 @@ from zarrcache.codec import header_of, map_entry, write_entry
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.index import CACHE_FAULTS
-from zarrcache.keys import ArrayKey
+from zarrcache.keys import ROLES, ArrayKey, Role
 from zarrcache.layout import CacheDir
 from zarrcache.mounts import file_system_of, is_network, spoken
 from zarrcache.origin import open_origin
 from zarrcache.policy import min_free_bytes
 from zarrcache.quantities import format_bytes
 from zarrcache.readarray import list_array
-from zarrcache.scope import ROLES, open_index
-from zarrcache.sequences import Role
+from zarrcache.scope import open_index
 from zarrcache.taskids import ids_of, read_map
 
 __all__ = ["Finding", "examine"]

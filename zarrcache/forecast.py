@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from zarrcache.assignment import Assignment, Schedule
 from zarrcache.config import DataConfig, PriceConfig
 from zarrcache.errors import ConfigError
+from zarrcache.keys import ROLES, Role
 from zarrcache.pump import PAGE_OBJECTS
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
-from zarrcache.scope import ROLES
-from zarrcache.sequences import Role
 from zarrcache.simulate import Epoch, Policy, simulate
 from zarrcache.sizing import DensitySize, Speed, measure_sizes, measure_speed
 

@@ -1,4 +1,4 @@
-"""What things are called: objects of an origin, entries of a cache, and the digests that name them. Pure."""
+"""What things are called: objects of an origin, entries of a cache, sides of a pair, and the digests that name them. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from zarrcache.errors import ConfigError
 
 __all__ = [
     "FORMAT_VERSION",
+    "ROLES",
     "ArrayKey",
     "BlockKey",
     "ObjectInfo",
+    "Role",
     "check_task_id",
     "check_task_ids",
     "file_digest",
@@ -26,6 +29,9 @@ __all__ = [
     "stored_array",
 ]
 
+#: Sides of a pair.
+Role = Literal["data", "label"]
+ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
 #: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in every entry header.
 FORMAT_VERSION = 1
 _PERSON = b"zarrcache-v%d" % FORMAT_VERSION

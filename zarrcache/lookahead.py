@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from zarrcache.clairvoyant import Clairvoyant
-from zarrcache.course import ROLES, Course, Listed, Orders, Scheduled
+from zarrcache.course import Course, Listed, Orders, Scheduled
 from zarrcache.errors import ConfigError
 from zarrcache.interpreter import Interpreter
+from zarrcache.keys import ROLES
 from zarrcache.prefetching import prefetch
 from zarrcache.workpool import Died
 from zarrcache.world import World

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from zarrcache.keys import stem_of
+from zarrcache.keys import Role, stem_of
 from zarrcache.origin import Origin
-from zarrcache.sequences import Role
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.tiers import Tiers
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from zarrcache.course import ROLES, Course
+from zarrcache.course import Course
 from zarrcache.errors import ZarrCacheError
 from zarrcache.index import CACHE_FAULTS, LENT
+from zarrcache.keys import ROLES
 from zarrcache.policy import disk_bytes
 from zarrcache.ring import Ring
 

@@ -20,11 +20,11 @@ from zarrcache.config import CacheConfig
 from zarrcache.course import Course
 from zarrcache.density import density_of_group, metadata_of
 from zarrcache.errors import OriginNotFoundError
-from zarrcache.keys import ArrayKey, ObjectInfo, check_task_id, stored_array
+from zarrcache.keys import ArrayKey, ObjectInfo, Role, check_task_id, stored_array
 from zarrcache.materials import Materials, Present
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.readarray import list_array
-from zarrcache.sequences import Density, Role, SplitSets, split_sets
+from zarrcache.sequences import Density, SplitSets, split_sets
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters, Stats
 from zarrcache.taskids import split_ids

@@ -12,17 +12,15 @@ from zarrcache.codec import EntryHeader, read_header
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, CorruptEntryError, OriginNotFoundError, SchemaError
 from zarrcache.index import CACHE_FAULTS, Index, Row
-from zarrcache.keys import source_digest, stem_of, stored_array
+from zarrcache.keys import Role, source_digest, stem_of, stored_array
 from zarrcache.layout import CacheDir
 from zarrcache.origin import Origin
 from zarrcache.readarray import list_array
-from zarrcache.sequences import Role
 from zarrcache.stats import Counters
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.tiers import Tiers
 
 __all__ = [
-    "ROLES",
     "Scope",
     "cache_at",
     "cache_of",
@@ -38,7 +36,6 @@ __all__ = [
 T = TypeVar("T")
 R = TypeVar("R")
 
-ROLES: tuple[Role, Role] = ("data", "label")
 #: LISTs in flight. A listing is one small request whose time is all waiting; 32 keep one core busy at 20 ms.
 LISTERS = 32
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Density", "DensityLoader", "GridSize", "Role", "SplitSets", "split_sets"]
+from zarrcache.keys import Role
 
-Role = Literal["data", "label"]
+__all__ = ["Density", "DensityLoader", "GridSize", "SplitSets", "split_sets"]
+
 GridSize = tuple[int, int, int]
 Density = tuple[NDArray[np.float32], GridSize]
 #: ``(data, label, gs_data, gs_label)``: the first four arguments of ``RhoData``.

@@ -13,13 +13,12 @@ import numpy as np
 
 from zarrcache.decode import check_metadata, metadata_key
 from zarrcache.errors import IncompleteArrayError, SchemaError
-from zarrcache.keys import ObjectInfo
+from zarrcache.keys import ObjectInfo, Role
 from zarrcache.policy import BLOCK_BYTES, disk_bytes
 from zarrcache.pump import PAGE_OBJECTS
 from zarrcache.readarray import list_array, read_array
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.scope import concurrently
-from zarrcache.sequences import Role
 
 __all__ = ["DensitySize", "Speed", "measure_sizes", "measure_speed"]
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.keys import ROLES
 from zarrcache.policy import min_free_bytes
-from zarrcache.scope import ROLES, Scope, cache_of, existing_index
+from zarrcache.scope import Scope, cache_of, existing_index
 
 __all__ = ["Coverage", "Status", "Tier", "look"]
 

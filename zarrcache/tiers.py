@@ -17,10 +17,9 @@ from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.flight import SingleFlight
 from zarrcache.index import CACHE_FAULTS, Index
 from zarrcache.indexfile import array_note
-from zarrcache.keys import ArrayKey, stem_of
+from zarrcache.keys import ArrayKey, Role, stem_of
 from zarrcache.neighbours import Neighbours
 from zarrcache.origin import Origin, open_origin
-from zarrcache.sequences import Role
 from zarrcache.sharedfile import SharedSet
 from zarrcache.stats import Counters
 

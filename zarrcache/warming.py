@@ -18,11 +18,10 @@ from typing import Literal
 from zarrcache.assignment import node_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
-from zarrcache.keys import check_task_ids, source_digest
+from zarrcache.keys import ROLES, Role, check_task_ids, source_digest
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
-from zarrcache.scope import ROLES, cache_of, concurrently, open_index, stored_header, stored_listing
-from zarrcache.sequences import Role
+from zarrcache.scope import cache_of, concurrently, open_index, stored_header, stored_listing
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
 from zarrcache.workpool import Died, Engine, Reserve, cores, spread

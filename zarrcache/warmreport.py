@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache.keys import Role
 from zarrcache.policy import BLOCK_BYTES
-from zarrcache.sequences import Role
 from zarrcache.stats import Stats
 
 __all__ = ["Tally", "WarmEstimate", "WarmReport", "WarmResult"]

@@ -21,7 +21,7 @@ from tests.support.following import ONE, Pairs, is_there, occupied, put_pairs, w
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from zarrcache import ConfigError, Lookahead, NodeSampler, World, ZarrDataset, ZarrS3Reader
-from zarrcache.course import ROLES
+from zarrcache.keys import ROLES
 
 COUNT = 13  # pairs; one of them is the test set
 LISTINGS = 2 * 8192  # bytes on disk: which materials there are

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tests.support.following import ONE, Pairs, is_there, occupied, put_pairs, wait_for
 from tests.support.s3server import S3Server
 from zarrcache import Lookahead, NodeSampler, ZarrDataset, verify
-from zarrcache.course import ROLES
+from zarrcache.keys import ROLES
 
 COUNT = 9
 #: Too little for all: the look-ahead is lent.

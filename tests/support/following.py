@@ -15,7 +15,7 @@ from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
 from zarrcache.index import Index
-from zarrcache.sequences import Role
+from zarrcache.keys import Role
 
 __all__ = ["ONE", "Pairs", "is_there", "occupied", "put_pairs", "wait_for"]
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from zarrcache.sequences import Density, Role, split_sets
+from zarrcache.keys import Role
+from zarrcache.sequences import Density, split_sets
 
 IDS = ["mp-1", "mp-2", "mp-3"]
 
