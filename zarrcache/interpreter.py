@@ -1,14 +1,13 @@
 """A Python process of its own, with nothing in it that this one has opened, locked or imported.
 
 Not a process that multiprocessing spawns: that one first runs the program's main module again, with all that it imports. Work would wait for it
-(5 s if it imports Lightning), and a program without ``if __name__ == "__main__"`` would begin anew. Here it does so only for work that refers to
-something in that module.
+(5 s if it imports Lightning), and a program without ``if __name__ == "__main__"`` would begin anew. A process of this module runs the main module
+only for work that refers to something in it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -28,13 +27,20 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import current_process
 from multiprocessing.spawn import prepare
 connection = Connection({fd})
-settings = connection.recv()
+try:
+    settings = connection.recv()
+except (EOFError, OSError):
+    raise SystemExit(1) from None
 current_process()._inheriting = True
 prepare(settings)
 del current_process()._inheriting
 from {module} import {function}
 {function}(connection, {argument})
 """
+
+#: The main module in a pickle: `__main__`, or `__mp_main__` in a process that multiprocessing has spawned. With the opcodes before them: a
+#: directory may be called `domain__pbe`.
+_MAIN = (b"\x8c\x08__main__", b"\x8c\x0b__mp_main__", b"c__main__\n", b"c__mp_main__\n")
 
 
 class Interpreter:
@@ -66,28 +72,25 @@ class Interpreter:
 
     def __init__(self, function: Callable[[Connection, int], None], argument: int, work: bytes) -> None:
         settings = _settings(work)
-        self.connection, theirs = Pipe()
-        self._sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # -W, -X, -O: multiprocessing passes them on by this too
-        program = _PROGRAM.format(fd=theirs.fileno(), module=function.__module__, function=function.__name__, argument=argument)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which is inherited
-        try:
-            command = [get_executable(), *flags, "-c", program]
-            try:
-                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), alive.fileno()))
-            finally:
-                theirs.close()
-                alive.close()
+        with contextlib.ExitStack() as undo:  # also after Ctrl-C: a process that nobody knows would be nobody's to end
+            self.connection, theirs = Pipe()
+            undo.callback(self.connection.close)
+            with theirs:
+                self._sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
+                undo.callback(self._sentinel.close)
+                with alive:
+                    program = _PROGRAM.format(fd=theirs.fileno(), module=function.__module__, function=function.__name__, argument=argument)
+                    self._process = _started(program, (theirs.fileno(), alive.fileno()))
+            undo.callback(self.kill)
             with contextlib.suppress(OSError):  # it has died
                 self.connection.send(settings)
-        finally:
-            # Last: a Ctrl-C that came meanwhile is raised here, and a process that has its settings ends without a word when nobody holds its pipe.
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            undo.pop_all()
         self.pid = self._process.pid
 
-    def has_ended(self, within_s: float | None = 0.0) -> bool:
-        """Whether the process is gone, after so many seconds at the most; None waits for it."""
-        return bool(wait([self._sentinel], within_s))
+    def has_ended(self, within_s: float = 0.0) -> bool:
+        """Whether the process is gone, after so many seconds at the most."""
+        # The second, because a process that another thread has forked in that moment may have taken the sentinel's other end along.
+        return bool(wait([self._sentinel], within_s)) or self._process.poll() is not None
 
     @property
     def exitcode(self) -> int:
@@ -95,23 +98,42 @@ class Interpreter:
         return self._process.wait()
 
     def hang_up(self) -> None:
-        """Say that nothing more will come, and that nothing is read any more."""
-        # Shut down and not only closed: processes that were forked meanwhile have a copy, which would keep the stream open.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as ours:
-            ours.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
+        """Say that nothing more will come, and that nothing is read any more. Whoever is writing to the process has an OSError."""
+        # Shut down and not closed: processes that were forked meanwhile have a copy, which would keep the stream open; and a thread that is about
+        # to write must not find somebody's new file under the same number.
+        with contextlib.suppress(OSError):
+            ours = socket.socket(fileno=self.connection.fileno())
+            try:
+                ours.shutdown(socket.SHUT_RDWR)
+            finally:
+                ours.detach()
 
     def kill(self) -> None:
         """End it without asking if it has not ended by itself, and let the system forget it."""
         self._process.kill()
         self._process.wait()
 
+    def close(self) -> None:
+        """Give the descriptors back, when it has ended and no thread uses the connection any more."""
+        self.connection.close()
+        self._sentinel.close()
+
+
+def _started(program: str, descriptors: tuple[int, int]) -> subprocess.Popen[bytes]:
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # -W, -X, -O: multiprocessing passes them on by this too
+    # -P: until it has this process's path it imports nothing from the working directory, where a `socket.py` may lie.
+    command = [get_executable(), *flags, "-P", "-c", program]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which is inherited
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 def _settings(work: bytes) -> dict[str, Any]:
-    """What multiprocessing tells a spawned process of this one, without a key that it needs not. The locks that are made in there (numcodecs
-    makes one) are for forked children only: they have no name, which somebody would have to remove when it is killed.
+    """What multiprocessing tells a spawned process of this one, without a key that it needs not. With the start method "fork", locks that are made
+    in there (numcodecs makes one) have no name in the system, so none is left behind when it is killed.
     """
-    # `__main__`, or `__mp_main__` in a process that multiprocessing has spawned.
-    left_out = {"authkey"} if b"main__" in work else {"authkey", "init_main_from_name", "init_main_from_path"}
+    left_out = {"authkey"} if any(name in work for name in _MAIN) else {"authkey", "init_main_from_name", "init_main_from_path"}
     settings = get_preparation_data("zarrcache")
     return {name: value for name, value in settings.items() if name not in left_out} | {"start_method": "fork"}

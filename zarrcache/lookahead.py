@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_LIMIT = 4
 #: What a prefetcher may take to end, before it is killed (seconds).
 _END_S = 10.0
+#: How often its end is looked for in another way than by its pipe (seconds).
+_WATCH_S = 1.0
 
 #: A sampler, or what one has drawn: names (or positions) of the samples, a list an epoch.
 Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
@@ -79,6 +81,7 @@ class Lookahead:
     def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:
         self._reader, names = _read_by(source)
         self._prefetcher: _Prefetcher | None = None
+        self._is_missing = False
         config = self._reader.tiers.config
         if config is None or not config.arrays.enabled or not (config.lookahead or config.eviction == "belady"):
             self._course: Course | None = None
@@ -98,6 +101,7 @@ class Lookahead:
             try:
                 self._prefetcher = _Prefetcher(self._reader, budget)
             except OSError as exc:
+                self._is_missing = True
                 logger.warning(
                     "no look-ahead, its process cannot be started (%s): the training goes on without it, and waits for what it reads.", exc
                 )
@@ -119,8 +123,11 @@ class Lookahead:
             self._course.set_epoch(epoch)
 
     def check(self) -> bool:
-        """Whether all is well. A prefetcher that has died is reported by itself, at once, in one warning; training goes on without it."""
-        return self._prefetcher is None or self._prefetcher.check()
+        """Whether all is well: False if the process has died or could not be started.
+
+        Either is reported by itself, at once, in one warning; training goes on without it.
+        """
+        return not self._is_missing and (self._prefetcher is None or self._prefetcher.check())
 
     def close(self) -> None:
         """End the process, and give back what it holds. The training goes on without."""
@@ -139,11 +146,15 @@ class _Prefetcher:
         work = bytes(ForkingPickler.dumps((reader, budget_bytes)))
         self._process = Interpreter(prefetch, os.getpid(), work)
         self.pid = self._process.pid
-        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no atexit, and would wait for this one for ever.
-        self._end = Finalize(self, _end, (self._process,), exitpriority=10)
         # A thread: that a process has died is to be known when it dies, and not when somebody asks.
-        attend = (weakref.ref(self), self._process, work)
-        threading.Thread(target=_attend, args=attend, daemon=True, name="zarrcache watch").start()
+        watch = threading.Thread(target=_attend, args=(weakref.ref(self), self._process, work), daemon=True, name="zarrcache watch")
+        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no atexit, and would wait for this one for ever.
+        self._end = Finalize(self, _end, (self._process, watch), exitpriority=10)
+        try:
+            watch.start()
+        except RuntimeError as exc:  # what Python makes of a limit of threads
+            self._end()
+            raise OSError(str(exc)) from exc
 
     def check(self) -> bool:
         """Whether it lives; the first who finds it dead says so."""
@@ -168,19 +179,23 @@ def _attend(prefetcher: weakref.ref[_Prefetcher], process: Interpreter, work: by
     """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the names of 200,000 stores is larger than a
     pipe, and the process first imports.
     """
-    with contextlib.suppress(OSError, TypeError):  # it has died, or was closed: in the middle of a write, a Connection then writes to None
+    with contextlib.suppress(OSError):  # it has died, or we have hung up
         process.connection.send_bytes(work)
-    process.has_ended(None)
+    while not process.has_ended(_WATCH_S):
+        pass
     ours = prefetcher()
     if ours is not None:
         ours.check()
 
 
-def _end(process: Interpreter) -> None:
+def _end(process: Interpreter, watch: threading.Thread) -> None:
     # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process.
     process.hang_up()
     process.has_ended(_END_S)
     process.kill()
+    if watch.ident is not None and watch is not threading.current_thread():
+        watch.join()
+    process.close()
 
 
 def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
@@ -194,8 +209,7 @@ def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
 
 def _orders(order: Any, names: tuple[str, ...]) -> Orders:
     if not hasattr(order, "schedule"):
-        lists = tuple(tuple(name if isinstance(name, str) else names[name] for name in epoch) for epoch in order)
-        return Listed(names, lists, ranks=World.here().local_ranks)
+        return Listed.of(order, names, ranks=World.here().local_ranks)
     if order.schedule.names != names:
         raise ConfigError("the sampler is of other samples than the dataset. Make it of the same: NodeSampler(dataset).")
     return Scheduled(order.schedule, order.world.rank, order.epoch, order.history)

@@ -6,6 +6,7 @@ Not ``concurrent.futures.ProcessPoolExecutor``: when one of its processes is kil
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ from zarrcache.errors import ConfigError
 from zarrcache.interpreter import Interpreter
 
 __all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -87,8 +90,8 @@ def spread(
     Parameters
     ----------
     function : callable
-        It has to be picklable, like items and results, and to report its failures in its result. Only if it refers to the program's main module
-        is that run again in the processes, so items are of other modules.
+        It has to be picklable, like items and results, and to report its failures in its result. The program's main module is run again in the
+        processes only if the function refers to it; otherwise items must not be instances of classes that are defined there.
     workers : int
         Processes.
     lanes : int
@@ -113,7 +116,14 @@ def spread(
         for queue, most, last in ((todo, workers, False), (orphans, 1, True)):
             while queue or pool:
                 while queue and len(pool) < most:
-                    pool.append(_Worker(1 if last else lanes, work))
+                    try:
+                        pool.append(_Worker(1 if last else lanes, work))
+                    except OSError as exc:
+                        if not pool:
+                            raise ConfigError(f"No worker process can be started ({exc}). Raise the limit (ulimit -n, ulimit -u).") from exc
+                        most = len(pool)
+                        logger.warning("%d worker processes instead of %d, the next one cannot be started: %s", most, workers, exc)
+                        break
                     pool[-1].assign(*queue.popleft())
                 ready = set(wait([worker.connection for worker in pool]))
                 for worker in [worker for worker in pool if worker.connection in ready]:
@@ -198,7 +208,9 @@ class _Worker(Generic[T, R]):
     def end(self) -> int:
         """Hang up, upon which an idle process ends; its exit code."""
         self.process.hang_up()
-        return self.process.exitcode
+        exitcode = self.process.exitcode
+        self.process.close()
+        return exitcode
 
 
 #: Kind, number of the item, and what belongs to it.
@@ -236,6 +248,7 @@ def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
     finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait
         for worker in pool:
             worker.process.kill()
+            worker.process.close()
 
 
 # -- in the process --------------------------------------------------------------------------------------------------------------------

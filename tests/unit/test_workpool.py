@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.spawn import get_executable, set_executable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,13 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("imported\n[False, False]\n", "")
 
 
+def test_a_directory_may_be_named_like_a_main_module(tmp_path: Path) -> None:
+    """Work refers to the script by its module's name, not by any text that holds it."""
+    text = "import functools, operator\nfrom zarrcache.workpool import spread\nf = functools.partial(print, '/data/domain__pbe')\n"
+    done = _run(tmp_path / "script.py", f"print('imported', flush=True)\n{text}print([kind for _, kind in spread(f, [1], 1)])\n")
+    assert (done.stdout.count("imported"), done.stdout.count("domain__pbe"), done.stderr) == (1, 1, "")
+
+
 SCRIPT = """
 from zarrcache.workpool import spread
 def double(n, reserve):
@@ -192,6 +202,59 @@ def test_workers_have_the_flags_of_the_interpreter(tmp_path: Path) -> None:
     script.write_text(f"{SCRIPT}{report}if __name__ == '__main__':\n    print(list(spread(flags, [0], 1)))\n")
     done = subprocess.run([sys.executable, "-O", "-Wignore", script], capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout, done.stderr) == ("[(0, (1, ['ignore']))]\n", "")
+
+
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of notes that is called like a module of Python."""
+    (tmp_path / "socket.py").write_text("raise ImportError('of mine')")
+    monkeypatch.chdir(tmp_path)
+    assert list(spread(_double, [3], 1)) == [(3, 6)]
+
+
+@contextlib.contextmanager
+def _descriptors(count: int) -> Iterator[None]:
+    """So many are left to this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(count)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, hard))
+    for fd in held:
+        os.close(fd)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_few_processes_can_be_started_these_do_it(caplog: pytest.LogCaptureFixture) -> None:
+    """And one that cannot be started does not lose what the others do."""
+    with _descriptors(12):
+        assert sorted(spread(_double, range(8), 6)) == [(n, 2 * n) for n in range(8)]
+    assert ["worker processes instead of 6" in record.getMessage() for record in caplog.records] == [True]
+    with _descriptors(3), pytest.raises(ConfigError, match="No worker process can be started"):
+        list(spread(_double, range(8), 6))
+    assert interpreters() == []
+
+
+def test_interrupted_while_a_process_starts_nothing_of_it_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C between the start and its settings: the signal goes to whichever thread does not hold it back."""
+    executable, until_told = tmp_path / "python", threading.Event()
+    executable.write_text(f'#!/bin/sh\nkill -INT $PPID\nsleep 0.2\nexec {sys.executable} "$@"\n')
+    executable.chmod(0o755)
+    other = threading.Thread(target=until_told.wait)
+    other.start()
+    before, descriptors = get_executable(), len(os.listdir("/proc/self/fd"))
+    set_executable(str(executable))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(spread(_work_until_told, [str(tmp_path)], 1, stop_s=0.1))
+    finally:
+        set_executable(before)
+        until_told.set()
+        other.join()
+    time.sleep(0.5)
+    assert interpreters() == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
