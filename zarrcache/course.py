@@ -7,8 +7,10 @@ rank's processes share: DataLoader workers count, a prefetcher looks.
 from __future__ import annotations
 
 import mmap
+import operator
+import reprlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,7 +123,25 @@ class Listed:
     def __post_init__(self) -> None:
         unknown = sorted({name for order in self.epochs for name in order} - set(self.names))
         if unknown:
-            raise ConfigError(f"the order has {unknown[0]!r} and {len(unknown) - 1} more that are no samples. Give names of dataset.task_ids.")
+            more = f" and {len(unknown) - 1} more, which are no samples" if len(unknown) > 1 else ", which is no sample"
+            raise ConfigError(f"the order has {unknown[0]!r}{more}. Give names of dataset.task_ids.")
+
+    @classmethod
+    def of(cls, order: Any, names: tuple[str, ...], *, ranks: int = 1) -> Listed:
+        """What a user gave: names or positions, a list an epoch.
+
+        Raises
+        ------
+        ConfigError
+            It is something else, or has a sample that is not in ``names``.
+        """
+        epochs = _listed(order)
+        lists = None if epochs is None else [_listed(epoch) for epoch in epochs]
+        if lists is None or None in lists:
+            raise ConfigError(
+                f"order is {reprlib.repr(order)}; give a NodeSampler, or a list of task ids or positions for each epoch (of one epoch: [positions])."
+            )
+        return cls(names, tuple(tuple(_named(one, names, number) for one in epoch or ()) for number, epoch in enumerate(lists)), ranks)
 
     @property
     def epochs_ahead(self) -> int:
@@ -133,6 +153,31 @@ class Listed:
 
     def of_node(self, epoch: int) -> Indices:
         return self.of_rank(epoch)
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """None of what is no sequence: a sampler of torch would draw anew, and a batch sampler's batches are no epochs."""
+    if isinstance(values, (str, bytes, Mapping)) or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+        return None
+    try:
+        return list(values)
+    except TypeError:  # an array of no dimension
+        return None
+
+
+def _named(one: Any, names: tuple[str, ...], epoch: int) -> str:
+    if isinstance(one, str):
+        return one
+    try:
+        position = operator.index(one)
+    except TypeError:
+        position = -1
+    if not 0 <= position < len(names):
+        raise ConfigError(
+            f"the order has {reprlib.repr(one)} in epoch {epoch}, and there are {len(names)} samples: give names of dataset.task_ids, or positions "
+            f"from 0 to {len(names) - 1}."
+        )
+    return names[position]
 
 
 class Course:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -49,7 +51,7 @@ class NodeSampler(Sampler[int]):
     Raises
     ------
     ConfigError
-        An unknown assignment, or variables of the job that contradict each other.
+        An unknown assignment, a seed that is no whole number from 0, or variables of the job that contradict each other.
 
     Notes
     -----
@@ -75,7 +77,7 @@ class NodeSampler(Sampler[int]):
             _names(source),
             assignment=assignment,
             node_of_rank=self.world.node_of_rank,
-            seed=seed,
+            seed=_whole("seed", seed),
             shuffle=shuffle,
             drop_last=drop_last,
             nbytes=None if nbytes is None else tuple(map(int, nbytes)),
@@ -85,7 +87,14 @@ class NodeSampler(Sampler[int]):
         self._yielded = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch. What ``load_state_dict`` left of an epoch stays if it is this one."""
+        """Take the order of another epoch. What ``load_state_dict`` left of an epoch stays if it is this one.
+
+        Raises
+        ------
+        ConfigError
+            The epoch is no whole number from 0.
+        """
+        epoch = _whole("epoch", epoch)
         if epoch != self.epoch:
             self.epoch, self._history, self._yielded = epoch, (), 0
 
@@ -110,9 +119,14 @@ class NodeSampler(Sampler[int]):
         ----------
         taken : int, optional
             Samples that this rank has trained on since the epoch was begun or resumed. Default: those that were asked for, which is more if
-            a DataLoader with workers asks ahead.
+            a DataLoader with workers asks ahead. As many as there are, or more, end the epoch.
+
+        Raises
+        ------
+        ConfigError
+            It is no whole number from 0.
         """
-        taken = self._yielded if taken is None else taken
+        taken = self._yielded if taken is None else _whole("taken", taken)
         history = [{"node_of_rank": list(segment.node_of_rank), "taken": segment.taken} for segment in self._history]
         if taken >= len(self):
             epoch, history = self.epoch + 1, []
@@ -127,17 +141,24 @@ class NodeSampler(Sampler[int]):
         Raises
         ------
         ConfigError
-            The state is of other samples, another seed or another assignment: the rest of that epoch is not known here.
+            The state is of other samples, another seed or another assignment: the rest of that epoch is not known here. Or it is no state.
         """
+        if not isinstance(state, Mapping):
+            raise _no_state(f"it is {reprlib.repr(state)}")
+        for name in ("epoch", "history", "samples"):
+            if name not in state:
+                raise _no_state(f"it has no {name!r}")
         for name, here in self._identity().items():
             if state.get(name) != here:
+                hint = " (hashes of the names): data, split (random_seed or split_file) and functional have to be those of the run that saved it"
                 raise ConfigError(
-                    f"the sampler's state has {name} {state.get(name)!r}, and this sampler has {here!r}. Resume with the data, seed and "
-                    "assignment that the job was begun with, or begin the epoch anew without load_state_dict()."
+                    f"the sampler's state has {name} {state.get(name)!r}, and this sampler has {here!r}{hint if name == 'samples' else ''}. "
+                    "Resume with the data, seed and assignment that the job was begun with, or begin the epoch anew without load_state_dict()."
                 )
-        self.epoch = int(state["epoch"])
-        self._history = tuple(Segment(tuple(map(int, one["node_of_rank"])), int(one["taken"])) for one in state["history"])
-        self._yielded = 0
+        if not _is_whole(state["epoch"]):
+            raise _no_state(f"its epoch is {state['epoch']!r}; it has to be a whole number from 0")
+        history = _history(state["history"], self.schedule)
+        self.epoch, self._history, self._yielded = operator.index(state["epoch"]), history, 0
 
     def _identity(self) -> dict[str, Any]:
         schedule = self.schedule
@@ -158,3 +179,45 @@ def _names(source: Sized) -> tuple[str, ...]:
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):  # no lazy sequence: to look at it would load it
         return tuple(names)
     return tuple(map(str, range(len(source))))
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return operator.index(value) >= 0
+    except TypeError:
+        return False
+
+
+def _whole(name: str, value: Any) -> int:
+    if not _is_whole(value):
+        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from 0.")
+    return operator.index(value)
+
+
+def _no_state(wrong: str) -> ConfigError:
+    return ConfigError(
+        f"the sampler's state is none of a NodeSampler: {wrong}. Give what state_dict() returned, or begin the epoch anew without load_state_dict()."
+    )
+
+
+def _history(segments: Any, schedule: Schedule) -> tuple[Segment, ...]:
+    """Of a state; refused if no job can have read it."""
+    if not isinstance(segments, (list, tuple)):
+        raise _no_state(f"its history is {reprlib.repr(segments)}; it has to be a list")
+    history: list[Segment] = []
+    left = len(schedule.names)
+    for number, one in enumerate(segments):
+        where = f"its history[{number}]"
+        if not isinstance(one, Mapping) or not {"node_of_rank", "taken"} <= set(one):
+            raise _no_state(f"{where} is {reprlib.repr(one)}; it has to have 'node_of_rank' and 'taken'")
+        nodes, taken = one["node_of_rank"], one["taken"]
+        if not isinstance(nodes, (list, tuple)) or not nodes or not all(map(_is_whole, nodes)) or set(nodes) != set(range(len(set(nodes)))):
+            raise _no_state(f"node_of_rank of {where} is {reprlib.repr(nodes)}; it has to be the node of each rank, numbered from 0 without a gap")
+        if not _is_whole(taken):
+            raise _no_state(f"taken of {where} is {taken!r}; it has to be a whole number from 0")
+        each = left // len(nodes) if schedule.drop_last else -(-left // len(nodes))
+        if taken and taken >= each:  # the state of an epoch that has ended is the next one's, without a history
+            raise _no_state(f"taken of {where} is {taken}, and each of its {len(nodes)} ranks had {each} samples to read, the last of which ends it")
+        history.append(Segment(tuple(map(operator.index, nodes)), operator.index(taken)))
+        left -= len(nodes) * operator.index(taken)  # none twice: only the last sample of a rank may be one that another has
+    return tuple(history)

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import BatchSampler, RandomSampler
 
 from zarrcache.assignment import Schedule, Segment
 from zarrcache.course import Course, Listed, Scheduled
 from zarrcache.errors import ConfigError
+from zarrcache.lookahead import _orders
 
 NAMES = ("mp-0", "mp-1", "mp-2")
 
@@ -38,8 +40,35 @@ def test_lists_are_epochs_and_after_them_nothing_is_known() -> None:
     """A sample may come twice; one that is not in the data set is refused."""
     orders = Listed(NAMES, (("mp-2", "mp-0", "mp-2"), ("mp-1",)))
     assert [orders.of_rank(epoch).tolist() for epoch in range(3)] == [[2, 0, 2], [1], []]
-    with pytest.raises(ConfigError, match="'mp-9' and 0 more that are no samples"):
+    with pytest.raises(ConfigError, match="the order has 'mp-9', which is no sample"):
         Listed(NAMES, (("mp-9",),))
+    with pytest.raises(ConfigError, match="'mp-8' and 1 more, which are no samples"):
+        Listed(NAMES, (("mp-9", "mp-8"),))
+
+
+@pytest.mark.parametrize("order", [[[2, "mp-0"], []], ((2, 0), ()), [np.array([2, 0]), range(0)]])
+def test_an_order_is_of_names_or_positions(order: Any) -> None:
+    """Of any kind of sequence."""
+    assert _orders(order, NAMES).of_rank(0).tolist() == [2, 0]
+    assert _orders(np.array([[2, 0]]), NAMES).of_rank(0).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [None, 3, [1, 2, 3], np.array([1, 2]), "mp-1", ["mp-1"], [["mp-1"], None], {"mp-1": 0}, [{"mp-1": 0}], RandomSampler(NAMES),
+     [RandomSampler(NAMES)], BatchSampler(RandomSampler(NAMES), 2, False)],
+)  # fmt: skip
+def test_what_is_no_list_for_each_epoch_is_refused(order: Any) -> None:
+    """A batch sampler's batches are no epochs; a sampler of torch draws anew when it is asked again."""
+    with pytest.raises(ConfigError, match=r"^order is .*give a NodeSampler, or a list of task ids or positions for each epoch"):
+        _orders(order, NAMES)
+
+
+@pytest.mark.parametrize(("position", "said"), [(100, "100"), (3, "3"), (-1, "-1"), (0.5, "0.5"), (None, "None"), ((1,), r"\(1,\)")])
+def test_a_position_of_no_sample_is_named(position: Any, said: str) -> None:
+    """With its epoch, and what there is."""
+    with pytest.raises(ConfigError, match=rf"the order has {said} in epoch 1, .*3 samples: .*positions from 0 to 2"):
+        _orders([[0], [2, position]], NAMES)
 
 
 def test_a_schedule_has_the_ranks_own_order_and_its_nodes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -92,6 +93,80 @@ def test_a_state_of_other_data_is_refused(other: Any) -> None:
     """What is left of that epoch cannot be known."""
     with pytest.raises(ConfigError, match="the sampler's state has"):
         other().load_state_dict(samplers((0,))[0].state_dict())
+
+
+def test_a_state_of_other_samples_says_what_makes_them_others() -> None:
+    """Two hashes tell nobody."""
+    with pytest.raises(ConfigError, match=r"data, split \(random_seed or split_file\) and functional"):
+        NodeSampler(NAMES[1:], seed=2).load_state_dict(samplers((0,))[0].state_dict())
+
+
+@pytest.mark.parametrize("value", [-1, "x", 1.5, None, np.float64(1)])
+def test_an_epoch_seed_or_count_that_is_no_whole_number_is_refused_at_once(value: Any) -> None:
+    """By its name, and nothing has changed; ``taken=None`` is the default."""
+    (sampler,) = samplers((0,))
+    with pytest.raises(ConfigError, match=r"^epoch is .*; it has to be a whole number from 0"):
+        sampler.set_epoch(value)
+    with pytest.raises(ConfigError, match=r"^seed is .*; it has to be a whole number from 0"):
+        NodeSampler(NAMES, seed=value)
+    if value is not None:
+        with pytest.raises(ConfigError, match=r"^taken is .*; it has to be a whole number from 0"):
+            sampler.state_dict(taken=value)
+    assert (sampler.epoch, len(sampler)) == (0, 24)
+
+
+def test_numpys_whole_numbers_are_whole_numbers() -> None:
+    """And the state is JSON all the same."""
+    sampler = NodeSampler(NAMES, seed=np.int64(2), world=World(0, (0,)))  # type: ignore[arg-type]
+    sampler.set_epoch(np.int64(3))  # type: ignore[arg-type]
+    state = json.loads(json.dumps(sampler.state_dict(taken=np.int64(6))))  # type: ignore[arg-type]
+    (resumed,) = samplers((0,))
+    resumed.load_state_dict(state)
+    assert (resumed.epoch, len(resumed)) == (3, 18)
+
+
+def test_more_taken_than_there_is_ends_the_epoch() -> None:
+    """Batches times their size, where the last one is short."""
+    assert samplers((0,))[0].state_dict(taken=25)["epoch"] == 1
+
+
+def started(*segments: Any) -> dict[str, Any]:
+    """A state with this history."""
+    return {**samplers((0,))[0].state_dict(), "history": list(segments)}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "it is None"),
+        ([1], r"it is \[1\]"),
+        ({}, "it has no 'epoch'"),
+        ({"epoch": 0, "history": []}, "it has no 'samples'"),
+        ({**started(), "epoch": "x"}, "its epoch is 'x'"),
+        ({**started(), "epoch": -3}, "its epoch is -3"),
+        ({**started(), "history": "x"}, "its history is 'x'"),
+        ({**started(), "history": None}, "its history is None"),
+        (started(3), r"its history\[0\] is 3"),
+        (started({"taken": 2}), r"its history\[0\] .*'node_of_rank' and 'taken'"),
+        (started({"node_of_rank": [0]}), r"its history\[0\] .*'node_of_rank' and 'taken'"),
+        (started({"node_of_rank": [0], "taken": 2}, {"node_of_rank": 0, "taken": 2}), r"node_of_rank of its history\[1\] is 0"),
+        (started({"node_of_rank": "00", "taken": 2}), r"node_of_rank of its history\[0\] is '00'"),
+        (started({"node_of_rank": [], "taken": 2}), r"node_of_rank of its history\[0\] is \[\]"),
+        (started({"node_of_rank": [0, 0.5], "taken": 2}), r"node_of_rank of its history\[0\] is \[0, 0.5\]"),
+        (started({"node_of_rank": [0, 0, 5], "taken": 2}), r"node_of_rank of its history\[0\] is \[0, 0, 5\]"),
+        (started({"node_of_rank": [0], "taken": -5}), r"taken of its history\[0\] is -5"),
+        (started({"node_of_rank": [0], "taken": "2"}), r"taken of its history\[0\] is '2'"),
+        (started({"node_of_rank": [0, 0], "taken": 12}), r"taken of its history\[0\] is 12, and each of its 2 ranks had 12 samples to read"),
+        (started({"node_of_rank": [0], "taken": 20}, {"node_of_rank": [0], "taken": 5}), r"taken of its history\[1\] is 5, .* 4 samples"),
+    ],
+)
+def test_what_is_no_state_is_refused_and_nothing_has_changed(state: Any, message: str) -> None:
+    """What is wrong with it is said, rather than an epoch of no samples begun."""
+    (sampler,) = samplers((0,))
+    sampler.set_epoch(2)
+    with pytest.raises(ConfigError, match=f"none of a NodeSampler: .*{message}"):
+        sampler.load_state_dict(state)
+    assert (sampler.epoch, sampler.history, len(sampler)) == (2, (), 24)
 
 
 def test_names_are_those_of_the_dataset() -> None:
