@@ -288,6 +288,8 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(
             f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a YAML file, for example configs/s3_cached.yaml."
         ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). Save it as UTF-8.") from exc
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as exc:

@@ -72,7 +72,7 @@ class ZarrDataModule(LightningDataModule):
     persistent_workers : bool
         Keep the workers from one epoch to the next.
     multiprocessing_context : str, optional
-        How workers are started: ``fork``, ``forkserver`` or ``spawn``. Default: Python's own; ``forkserver`` where that is ``fork`` and one of
+        How workers are started: ``fork``, ``forkserver`` or ``spawn``. Default: Python's own; ``spawn`` where that is ``fork`` and one of
         ``train_workers`` and ``val_workers`` is 0: a process that reads from S3 itself should not fork others that do.
 
     Raises
@@ -246,7 +246,8 @@ class ZarrDataModule(LightningDataModule):
     def _options(self, workers: int) -> dict[str, Any]:
         context = self.multiprocessing_context
         if context is None and bool(self.train_workers) != bool(self.val_workers) and multiprocessing.get_start_method() == "fork":
-            context = "forkserver"
+            # Not forkserver: its children do not notice that the training was killed, and stay.
+            context = "spawn"
         return {
             "batch_size": self.batch_size,
             "num_workers": workers,

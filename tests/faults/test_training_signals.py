@@ -42,10 +42,10 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def training(tmp_path: Path, config: Path, method: str) -> Iterator[subprocess.Popen[str]]:
+def training(tmp_path: Path, config: Path, method: str, text: str = SCRIPT) -> Iterator[subprocess.Popen[str]]:
     """The script in a process group of its own, as a terminal or a batch system starts it."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     with (tmp_path / "out").open("w") as out:  # no pipe: it would fill, and the script would wait for us
         command = [sys.executable, str(script), str(config), method]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -116,3 +116,29 @@ def test_a_training_that_waits_for_a_silent_server_ends_too(
     assert process.returncode == -number
     assert err.count("Traceback") <= (number == signal.SIGINT), err
     assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
+
+
+#: The training process reads too, in its validation, so its workers are not forked.
+MODULE = """
+import sys, warnings
+from zarrcache.lightning import ZarrDataModule
+
+warnings.simplefilter("ignore")
+if __name__ == "__main__":
+    data = ZarrDataModule(sys.argv[1], train_workers=1, val_workers=0)
+    loader = data.train_dataloader()
+    while True:
+        for batch in loader:
+            print(batch["index"], flush=True)
+"""
+
+
+def test_workers_of_a_data_module_whose_training_is_killed_end_by_themselves(tmp_path: Path) -> None:
+    """SIGKILL, of which nobody is told: a worker finds that its parent has changed, which that of a fork server would never do."""
+    pytest.importorskip("lightning", reason="the extra lightning is not installed")
+    LocalNode(tmp_path, 4)
+    with training(tmp_path, write_config(tmp_path), "", MODULE) as process:
+        until(lambda: (tmp_path / "out").read_text().count("\n") > 8, process, "second epoch")
+        until(lambda: len(members(process.pid)) >= 2, process, "worker")
+        tell(process, signal.SIGKILL, False)
+    assert process.returncode == -signal.SIGKILL

@@ -228,13 +228,20 @@ def test_yaml_holds_a_cache_block_or_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "cannot be read .*No such file"), ("a: [", "is not YAML"), ("- 1\n", "holds no keys"), ("", "holds no keys")]
+    ("text", "words"),
+    [
+        (None, "cannot be read .*No such file"),
+        ("a: [", "is not YAML"),
+        ("caf\udce9: 1\n", "is not UTF-8"),
+        ("- 1\n", "holds no keys"),
+        ("", "holds no keys"),
+    ],
 )
 def test_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     """Path and reason, for whichever of the two kinds of config it should have been."""
     path = tmp_path / "c.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode(errors="surrogateescape"))
     for cls in (CacheConfig, DataConfig):
         with pytest.raises(ConfigError, match=words) as caught:
             cls.from_yaml(path)
