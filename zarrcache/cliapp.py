@@ -19,7 +19,7 @@ from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.signals import Terminated, ending_in_order, exit_code
 
-__all__ = ["app", "failures", "guarded", "say", "show", "show_json"]
+__all__ = ["app", "failures", "guarded", "guarded_look", "say", "show", "show_json"]
 
 app = typer.Typer(
     name="zarrcache",
@@ -35,8 +35,8 @@ _SHOWN = 20  # failures that are printed; --json has all
 _settings = {"debug": False}
 
 
-def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
-    """Exit codes and words for what may end a command early."""
+def guarded(command: Callable[..., int | None], *, goes_on: bool = True) -> Callable[..., None]:
+    """Exit codes and words for what may end a command early. ``goes_on``: what it finished stays, and the next run need not do it again."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -50,11 +50,15 @@ def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
             code = 2 if isinstance(exc, ConfigError) else 1
         except KeyboardInterrupt as exc:
             word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
-            say(f"{word}. What is finished stays; run the same command again to go on.")
+            say(f"{word}. What is finished stays; run the same command again to go on." if goes_on else f"{word}.")
             code = exit_code(exc)
         raise typer.Exit(code)
 
     return run
+
+
+#: Of a command that only looks.
+guarded_look = functools.partial(guarded, goes_on=False)
 
 
 def _version(is_asked: bool) -> None:

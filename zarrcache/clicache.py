@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zarrcache.cliapp import app, failures, guarded, say, show, show_json
+from zarrcache.cliapp import app, failures, guarded, guarded_look, say, show, show_json
 from zarrcache.cliargs import Directory, DryRun, Ids, Json, MaybeConfig, read_ids, seconds, size, where
 from zarrcache.errors import ConfigError
 
@@ -64,7 +64,7 @@ def evict(
 
 
 @app.command()
-@guarded
+@guarded_look
 def status(config: MaybeConfig = None, directory: Directory = None, as_json: Json = False) -> int:
     """Show entries, bytes, limit; how much is warm.
 
@@ -116,7 +116,7 @@ def verify(
 
 
 @app.command()
-@guarded
+@guarded_look
 def doctor(config: MaybeConfig = None, directory: Directory = None, as_json: Json = False) -> int:
     """Check this node: versions, disk, locks, S3.
 

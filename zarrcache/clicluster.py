@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from zarrcache.cliapp import app, guarded, say, show, show_json
+from zarrcache.cliapp import app, guarded, guarded_look, say, show, show_json
 from zarrcache.cliargs import Config, Json, data_config, size
 
 __all__ = ["plan", "serve"]
 
 
 @app.command()
-@guarded
+@guarded_look
 def plan(
     config: Config,
     nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1, help="nodes, each with a cache of its own")] = 1,

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from zarrcache.cliapp import app, failures, guarded, say, show, show_json
+from zarrcache.cliapp import app, failures, guarded, guarded_look, say, show, show_json
 from zarrcache.cliargs import Config, Dask, DryRun, Ids, Json, chunk_sizes, data_config, read_ids, s3_options, size
 from zarrcache.clinodes import engine_of, on_each_node
 from zarrcache.errors import ConfigError
 from zarrcache.nodes import node_name
 
+if TYPE_CHECKING:
+    from zarrcache.convert import ConvertResult
+
 __all__ = ["convert", "demo", "warm"]
 
 
 @app.command()
-@guarded
+@guarded_look
 def demo(
     source: Annotated[Path | None, typer.Option(metavar="DIR", help="CHGCAR or json.gz pairs of your own [default: made-up densities]")] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="pairs at the most")] = 8,
@@ -97,14 +101,29 @@ def convert(
             show(convert_plan_words(plan))
         return 0
     start_s = time.monotonic()
-    with engine_of(dask if plan.files else None, workers) as engine, Meter("Converting", "files", len(plan.files)) as meter:
-        report = plan.execute(lambda result: meter.advance(failed=result.error is not None), engine=engine)
-    for result in report.converted:
-        for warning in result.warnings:
-            say(f"warning: {result.path}: {warning}")
-    failures(result.error or "" for result in report.failed)
+    done: list[ConvertResult] = []
+    try:
+        with engine_of(dask if plan.files else None, workers) as engine, Meter("Converting", "files", len(plan.files)) as meter:
+
+            def progress(result: ConvertResult) -> None:
+                done.append(result)
+                meter.advance(failed=result.error is not None)
+
+            report = plan.execute(progress, engine=engine)
+    except BaseException:  # Ctrl-C too: the next run skips what is converted, and would not say again what looks wrong with it
+        _what_is_wrong(sorted(done, key=lambda result: result.path))
+        raise
+    _what_is_wrong((*report.converted, *report.failed))
     show_json(asdict(report)) if as_json else show(convert_words(plan.dst, report, time.monotonic() - start_s))
     return 1 if report.failed else 0
+
+
+def _what_is_wrong(results: Sequence[ConvertResult]) -> None:
+    """Warnings and failures, on stderr."""
+    for result in results:
+        for warning in result.warnings:
+            say(f"warning: {result.path}: {warning}")
+    failures(result.error for result in results if result.error is not None)
 
 
 @app.command()

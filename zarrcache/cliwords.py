@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from zarrcache.quantities import format_bytes
+from zarrcache.quantities import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport
@@ -74,7 +74,7 @@ def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
     if plan.trusted and not plan.revalidate:
         trusted = plural(plan.trusted, "density was", "densities were")
         notes.append(f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares.")
-    if report.failed and not plan.revalidate:
+    if any(result.is_gone for result in report.failed) and not plan.revalidate:
         notes.append("If stores were moved or removed since the last listing of the directories, --revalidate lists them anew.")
     if report.untried:
         notes.append(f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are warm, as --limit asked.")
@@ -82,12 +82,21 @@ def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
         times = plural(report.stats.cache_errors, "time")
         notes.append(f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache doctor` with the same config.")
     elif report.bypassed:
-        needed = f"All ids take about {format_bytes(report.needed_bytes)} on disk: raise" if report.needed_bytes else "Raise"
+        size = _rounded_up(report.needed_bytes + report.beside_bytes)
+        needed = f"All ids and what else is in the cache take about {size} on disk: raise" if report.needed_bytes else "Raise"
         notes.append(
             f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
             f"training will read the rest from the origin in every epoch. {needed} cache.limit, or make room with `zarrcache evict`."
         )
     return words, notes
+
+
+def _rounded_up(nbytes: int) -> str:
+    """As ``format_bytes``, and never less: what is said to be enough has to be."""
+    step = max(1, 1024 ** ((max(1, nbytes).bit_length() - 1) // 10) // 10)
+    while parse_bytes(words := format_bytes(nbytes)) < nbytes:
+        nbytes += step
+    return words
 
 
 def status_lines(state: Status) -> list[str]:

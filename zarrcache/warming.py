@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import sys
 import time
@@ -17,11 +18,13 @@ from typing import Literal
 
 from zarrcache.assignment import node_of
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginUnavailableError, ZarrCacheError
-from zarrcache.keys import ROLES, Role, check_task_ids, source_digest
+from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError, ZarrCacheError
+from zarrcache.keys import ROLES, Role, check_task_ids, source_digest, stem_of
+from zarrcache.policy import BLOCK_BYTES, disk_bytes
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
 from zarrcache.scope import cache_of, concurrently, open_index, stored_header, stored_listing
+from zarrcache.sizing import measure_sizes
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
 from zarrcache.workpool import Died, Engine, Reserve, cores, spread
@@ -42,6 +45,10 @@ DENSITIES_PER_WORKER = 16
 LANES = 3
 #: Densities in a row that did not fit, after which a process only looks whether the others are fresh and fetches no more.
 _FULL_AFTER = 3
+#: Densities that did not fit and were not read, whose size the origin is asked for at the end: one LIST and one small GET each.
+_MEASURED = 256
+#: Of zipped stores fewer: they have to be fetched whole.
+_MEASURED_ZIPPED = 16
 #: How long a process may go on after Ctrl-C. What it had not finished is fetched by the next run.
 _STOP_S = 2.0
 
@@ -146,8 +153,41 @@ class WarmPlan:
                         f"the origin stopped answering, {down} densities in a row failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} "
                         f"are warm; run the same again to go on. The last error: {result.error}"
                     )
-        open_index(self.cache)  # an error in words, if it has gone
-        return tally.report(self.reader.stats - before, time.monotonic() - start_s)
+        index = open_index(self.cache)  # an error in words, if it has gone
+        measured = self._measured(tally)
+        seconds = time.monotonic() - start_s
+        return tally.report(self.reader.stats - before, seconds, measured, lambda: index.volume_bytes() + self._unstored_bytes())
+
+    def _measured(self, tally: Tally) -> list[int]:
+        """Bytes that densities which did not fit would take on disk; without those that the origin does not tell."""
+
+        def size(density: Density) -> int:
+            try:
+                (found,) = measure_sizes(self.reader, [density])
+            except ZarrCacheError:
+                return 0
+            return found.disk_bytes
+
+        asked = tally.unsized(_MEASURED)
+        if any(self._is_zipped(density) for density in asked):
+            asked = tally.unsized(_MEASURED_ZIPPED)
+        with closing(concurrently(size, asked)) as sizes:
+            return [found for found in sizes if found]
+
+    def _is_zipped(self, density: Density) -> bool:
+        try:
+            return self.reader.store_name(*density).endswith(".zip")
+        except OriginNotFoundError:
+            return False
+
+    def _unstored_bytes(self) -> int:
+        """What the listings of the directories take on disk, if they too did not fit."""
+        unstored = [origin for origin in map(self.reader.origin, self.roles) if stored_listing(self.reader.tiers, origin) is None]
+        try:
+            listings = [{stem: name for name in origin.list_names() if (stem := stem_of(name)) is not None} for origin in unstored]
+        except OriginError:  # what was done is to be told all the same
+            return 0
+        return sum(BLOCK_BYTES + disk_bytes(len(json.dumps(names, separators=(",", ":")))) for names in listings)
 
     def _results(self, engine: Engine | None) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
@@ -301,4 +341,5 @@ def _look(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, i
 
 
 def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
-    return WarmResult(*density, "failed", error=str(exc), is_down=isinstance(exc, (OriginUnavailableError, OriginAccessError)))
+    is_down, is_gone = isinstance(exc, (OriginUnavailableError, OriginAccessError)), isinstance(exc, OriginNotFoundError)
+    return WarmResult(*density, "failed", error=str(exc), is_down=is_down, is_gone=is_gone)

@@ -32,6 +32,8 @@ class WarmResult:
         Why it failed.
     is_down : bool
         It failed as everything fails when the origin is down, or no longer lets us in.
+    is_gone : bool
+        It failed because there is no such store.
     """
 
     task_id: str
@@ -40,6 +42,7 @@ class WarmResult:
     nbytes: int = 0
     error: str = ""
     is_down: bool = False
+    is_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ class WarmReport:
     nbytes, disk_bytes : int
         Decoded bytes that are warm, and what they take on disk. Of those that were not asked for, the first is rounded up to a page.
     needed_bytes : int
-        What all ids would take on disk, by the mean of those whose size is known; 0 if that is none.
+        What all ids would take on disk. If some did not fit, the origin was asked how large they are (of many, of some: then rather more);
+        else by the mean of those whose size is known. 0 if that is none.
+    beside_bytes : int
+        What the cache holds beside them: listings, entries of others. Looked at only if some did not fit.
     stats : Stats
         What it cost; ``stats.cache_errors`` is not 0 if the cache itself failed.
     seconds : float
@@ -88,6 +94,7 @@ class WarmReport:
     nbytes: int
     disk_bytes: int
     needed_bytes: int
+    beside_bytes: int
     stats: Stats
     seconds: float
 
@@ -154,15 +161,32 @@ class Tally:
         if result.outcome in ("hit", "miss"):
             self.nbytes += result.nbytes
 
-    def report(self, stats: Stats, seconds: float) -> WarmReport:
-        """What it adds up to."""
+    def unsized(self, most: int) -> list[tuple[str, Role]]:
+        """If some did not fit, densities whose size is not known: all, or ``most`` of them, from everywhere in the list."""
+        if not (self._outcomes == _BYPASS).any():
+            return []
+        cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
+        if len(cells) > most:
+            cells = cells[np.linspace(0, len(cells) - 1, most).astype(np.int64)]
+        return [(self._task_ids[row], self._roles[column]) for row, column in cells]
+
+    def report(self, stats: Stats, seconds: float, measured: Sequence[int] = (), volume: Callable[[], int] | None = None) -> WarmReport:
+        """What it adds up to.
+
+        Parameters
+        ----------
+        stats, seconds
+            Of the whole run.
+        measured : sequence of int
+            Bytes on disk that those of :meth:`unsized` would take.
+        volume : callable, optional
+            Bytes of the whole cache; called if some did not fit.
+        """
         # What is said to be warm was looked at last: with ``eviction: least-recently-stored``, or beside another run, early entries may be gone.
         on_disk = self._on_disk()
         self._outcomes[self._is_warm() & (on_disk == 0)] = _BYPASS
         is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
         is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
-        known = self._nbytes[self._nbytes > 0]
-        sizes = -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES  # the payload, and a page for the header
         return WarmReport(
             ids=len(self._task_ids),
             warm=int(is_warm.all(axis=1).sum()),
@@ -172,10 +196,22 @@ class Tally:
             failed=tuple(result for _, result in sorted(self._failed.items())),
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
-            needed_bytes=int(sizes.mean() * self._outcomes.size) if len(sizes) else 0,
+            needed_bytes=self._needed_bytes(measured),
+            beside_bytes=max(0, volume() - int(on_disk.sum())) if volume is not None and is_bypassed.any() else 0,
             stats=stats,
             seconds=seconds,
         )
+
+    def _needed_bytes(self, measured: Sequence[int]) -> int:
+        known = self._nbytes[self._nbytes > 0]
+        sizes = -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES  # the payload, and a page for the header
+        sample = np.array(measured, np.int64) if len(measured) else sizes
+        rest = self._outcomes.size - len(sizes)
+        if not rest or not len(sample):
+            return int(sizes.sum())
+        # Of a sample the mean and two standard errors: a limit that is a little too large costs nothing, one that is too small another run.
+        margin = 2 * float(sample.std()) * rest / len(sample) ** 0.5 if 0 < len(measured) < rest else 0.0
+        return int(sizes.sum()) + -(-int(sample.sum()) * rest // len(sample)) + int(margin)
 
     def _is_warm(self) -> NDArray[np.bool_]:
         return np.isin(self._outcomes, (_HIT, _MISS))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import HANG_S, end_all, until
 from tests.support.s3server import S3Server
-from tests.support.training import write_config, zarrcache
+from tests.support.training import start, write_config, zarrcache
 from zarrcache.synthetic import write_pairs
 
 
@@ -43,6 +45,35 @@ def test_convert_uploads_with_the_settings_of_a_training_config(files: Path, tmp
     assert (done.code, done.err) == (0, "")
     assert len(s3_server.keys(f"s3://{bucket}/input")) == 2
     assert all(key.endswith(".zarr.zip") for key in s3_server.keys(f"s3://{bucket}/input"))
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted_it_says_what_was_wrong_so_far(tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int) -> None:
+    """The next run skips what is converted: what looks wrong with it would never be said."""
+    source, out = tmp_path / "input", tmp_path / "out"
+    write_pairs(tmp_path, 16)
+    first, *others = sorted(source.iterdir())
+    potential = source / "a-locpot.CHGCAR"
+    lines = first.read_text().splitlines()
+    grid = next(place for place, line in enumerate(lines) if not line.strip()) + 2
+    negative = [" ".join(str(-float(value)) for value in line.split()) for line in lines[grid:]]
+    potential.write_text("\n".join([*lines[:grid], *negative, ""]))
+    (source / "b.CHGCAR").write_text("not a density\n")
+    process = start("convert", source, out, "--workers", workers, "--chunks", 4)
+    try:
+        # One more than may be finished and not yet told.
+        until(lambda: (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1, process, "stores")
+        process.send_signal(number)
+        stdout, err = process.communicate(timeout=HANG_S)
+    finally:
+        end_all(process)
+    assert (process.returncode, stdout) == (code, "")
+    assert f"warning: {potential}: mean(total) is -" in err
+    assert "this looks like a potential (LOCPOT)" in err
+    assert f"failed: {source}/b.CHGCAR " in err
+    assert err.splitlines()[-1] == f"{word}. What is finished stays; run the same command again to go on."
+    assert len(list(out.glob("*.zarr"))) < len(others)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.training import command, write_config, write_pairs, zarrcache
+from tests.support.processes import HANG_S, end_all
+from tests.support.training import command, start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, plan_warm
 
 
@@ -114,3 +118,30 @@ def test_doctor_says_what_is_wrong_and_what_to_do(config: Path, tmp_path: Path) 
     assert done.document["ok"] is False
     assert "cache.dir /dev/null/cache cannot be used (Not a directory)" in found["cache directory"]["found"]
     assert found["data at s3://no-such-bucket/data"]["verdict"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("plan", "Interrupted."), ("status", "Interrupted."), ("warm", "Interrupted. What is finished stays; run the same command again to go on.")],
+)
+def test_ctrl_c_says_that_something_stays_only_where_something_does(tmp_path: Path, command: str, words: str) -> None:
+    """Here while it reads a config that somebody is still writing."""
+    pipe = tmp_path / "train.yaml"
+    os.mkfifo(pipe)
+    process = start(command, pipe)
+    writer = None
+    try:
+        deadline = time.monotonic() + HANG_S
+        while writer is None:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            with contextlib.suppress(OSError):  # nobody reads yet
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=HANG_S)
+    finally:
+        end_all(process)
+        if writer is not None:
+            os.close(writer)
+    assert (process.returncode, out, err) == (130, "", f"{words}\n")

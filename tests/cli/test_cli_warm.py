@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,23 @@ def test_a_store_that_fails_is_named_and_the_rest_is_warm(config: Path, fault_pr
     assert zarrcache("warm", config).out.startswith("Warmed 3 of 3 ids (")
 
 
+@pytest.mark.parametrize(("gone", "is_said"), [("", True), ("/charge_density_total", False)])
+def test_to_list_anew_is_advised_where_a_store_is_gone_and_not_where_it_lacks_the_array(tmp_path: Path, gone: str, is_said: bool) -> None:
+    """A new listing does not bring an array."""
+    write_pairs(tmp_path, 3)
+    config = write_config(tmp_path)
+    assert zarrcache("warm", config, "--ids", _ids(tmp_path, "mp-0")).code == 0
+    shutil.rmtree(tmp_path / "label" / f"mp-1.zarr{gone}")
+    done = zarrcache("warm", config, "--ids", _ids(tmp_path, "mp-0", "mp-1"))
+    assert (done.code, "failed: mp-1 (label): " in done.err) == (1, True), done.err
+    assert ("--revalidate lists them anew" in done.err) == is_said
+
+
+def _ids(directory: Path, *names: str) -> Path:
+    (directory / "ids.txt").write_text("\n".join(names))
+    return directory / "ids.txt"
+
+
 def test_an_origin_that_fails_altogether_ends_it_with_one_error(config: Path, fault_proxy: FaultProxy) -> None:
     """Not an error for each density when none can be read; one when the directories cannot be listed."""
     fault_proxy.rules(Rule(op="GET", then="503"))
@@ -134,7 +152,7 @@ def test_what_does_not_fit_is_said_with_what_to_do(config: Path, tmp_path: Path,
     assert done.code == 0
     assert done.out.startswith("Warmed 2 of 3 ids (")
     assert "1 id did not fit: cache.limit (48.0 KiB) or cache.min_free is reached" in done.err
-    assert "All ids take about 48.0 KiB on disk: raise cache.limit, or make room with `zarrcache evict`." in done.err
+    assert "All ids and what else is in the cache take about 64.0 KiB on disk: raise cache.limit, or make room with `zarrcache evict`." in done.err
 
 
 def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:

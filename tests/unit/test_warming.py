@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm, workpool
 from zarrcache.cliwords import warm_words
 from zarrcache.codec import read_header
+from zarrcache.quantities import parse_bytes
 from zarrcache.registry import open_reader
 from zarrcache.status import look
 
@@ -211,17 +213,52 @@ def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(tm
 
 
 def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: Path) -> None:
-    """By those that were read; if none was, it is not said."""
+    """With the listings, which did not fit either; if the origin does not tell, it is not said."""
     write_pairs(tmp_path, 2)
     config = DataConfig.from_yaml(write_config(tmp_path, limit=4096))
     plan = plan_warm(config)
     report = plan.execute()
     assert (report.warm, report.disk_bytes, report.needed_bytes) == (0, 0, 4 * 8192)
-    assert "All ids take about 32.0 KiB on disk: raise cache.limit" in warm_words(plan, report)[1][0]
+    assert report.beside_bytes == 2 * 8192
+    assert "All ids and what else is in the cache take about 48.0 KiB on disk: raise cache.limit" in warm_words(plan, report)[1][0]
     assert (
         "is reached, and training will read the rest from the origin in every epoch. Raise cache.limit"
         in (warm_words(plan, replace(report, needed_bytes=0))[1][0])
     )
+
+
+@pytest.mark.parametrize(("limit", "min_free"), [("256 KiB", 0), ("4 KiB", 0), ("1 GiB", "99.9 %")])
+@pytest.mark.parametrize("layout", [{}, {"as_zip": True}])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_limit_that_is_advised_is_enough(tmp_path: Path, limit: str, min_free: object, layout: dict[str, Any], workers: int) -> None:
+    """However much larger those are that were not tried."""
+    for number in range(6):
+        for role in ("data", "label"):
+            path = tmp_path / role / f"mp-{number}.zarr{'.zip' if layout else ''}"
+            small_group(path, shape=(8 * (number + 1), 20, 20), seed=number, **layout)
+    write_map(tmp_path, 6)
+    plan = plan_warm(DataConfig.from_yaml(write_config(tmp_path, limit=limit, min_free=min_free)), workers=workers)
+    report = plan.execute()
+    assert len(report.bypassed) >= 3
+    (words,) = warm_words(plan, report)[1]
+    advised = parse_bytes(words.partition("take about ")[2].partition(" on disk")[0])
+    again = plan_warm(DataConfig.from_yaml(write_config(tmp_path, limit=advised)), workers=workers).execute()
+    assert (again.warm, again.bypassed) == (6, ())
+    assert again.disk_bytes == report.needed_bytes
+    assert advised <= 1.1 * (again.disk_bytes + 2 * 8192)
+
+
+def test_of_many_that_did_not_fit_some_are_measured(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all are said to take rather more than those in the mean."""
+    monkeypatch.setattr("zarrcache.warming._MEASURED", 3)
+    for number in range(8):
+        for role in ("data", "label"):
+            small_group(tmp_path / role / f"mp-{number}.zarr", shape=(8 + 2 * (number % 2), 20, 20), seed=number)
+    write_map(tmp_path, 8)
+    plan = plan_warm(settings(config, limit=4096), workers=1)
+    needed = plan.execute().needed_bytes
+    all_bytes = plan_warm(settings(config, limit=2**30), workers=1).execute().disk_bytes
+    assert all_bytes <= needed <= 1.5 * all_bytes
 
 
 def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
