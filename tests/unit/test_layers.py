@@ -144,7 +144,7 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def test_processes_that_read_start_without_zarr() -> None:
-    """Of look-ahead, of `warm` and of a DataLoader that spawns: each would take a quarter longer to start."""
+    """Of look-ahead and of `warm`: each would take a quarter longer to start."""
     assert not loaded_by("import zarrcache.prefetching, zarrcache.reader, zarrcache.warming, zarrcache.engine_obstore") & HEAVY
 
 
