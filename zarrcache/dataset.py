@@ -17,6 +17,7 @@ from zarrcache.augment import Grid, downsample, draw_rotation, rotate
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.handover import Sender
 from zarrcache.keys import ROLES, Role
+from zarrcache.quantities import whole_number
 
 __all__ = ["DensityReader", "Indexable", "RhoData", "Sample", "ZarrDataset", "collate", "collate_fn"]
 
@@ -264,10 +265,10 @@ class _PairToTensors:
     """What happens to a pair between the reader and the network: turn, downsample, convert."""
 
     def __init__(self, downsample_data: int, downsample_label: int, augmentation: bool, seed: int | None, dtype: torch.dtype) -> None:
-        self.downsample_data = _whole("downsample_data", downsample_data, least=1)
-        self.downsample_label = _whole("downsample_label", downsample_label, least=1)
+        self.downsample_data = whole_number("downsample_data", downsample_data, least=1)
+        self.downsample_label = whole_number("downsample_label", downsample_label, least=1)
         self.augmentation = augmentation
-        self.seed = None if seed is None else _whole("seed", seed, least=0)
+        self.seed = None if seed is None else whole_number("seed", seed, least=0)
         self.dtype = dtype
         self.drawn = 0
 
@@ -346,13 +347,6 @@ def _position(index: SupportsIndex, length: int) -> int:
     if not -length <= i < length:
         raise IndexError(f"sample {i} of a dataset of {length}")
     return i % length
-
-
-def _whole(name: str, value: object, *, least: int) -> int:
-    # True is an int to Python; here it is data_augmentation in the place of a factor.
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < least:
-        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from {least}.")
-    return operator.index(value)
 
 
 def _check_fits_float16(tensor: torch.Tensor, name: str) -> None:

@@ -21,6 +21,7 @@ from zarrcache.assignment import Assignment
 from zarrcache.dataset import Sample, ZarrDataset, collate_fn
 from zarrcache.errors import ConfigError
 from zarrcache.lookahead import Lookahead
+from zarrcache.quantities import whole_number
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.sampler import NodeSampler
 from zarrcache.sidebyside import Config, Side, SideBySide, Sources
@@ -115,9 +116,9 @@ class ZarrDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = Sources(config, split_file=split_file, val_frac=val_frac, random_seed=random_seed)
-        self.batch_size = _whole("batch_size", batch_size, least=1)
-        self.train_workers = _whole("train_workers", train_workers, least=0)
-        self.val_workers = _whole("val_workers", val_workers, least=0)
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+        self.train_workers = whole_number("train_workers", train_workers, least=0)
+        self.val_workers = whole_number("val_workers", val_workers, least=0)
         self.pin_memory = pin_memory
         self.augmentation = augmentation
         self.random_seed = random_seed
@@ -369,9 +370,3 @@ def _world_of(trainer: Any) -> World | None:
 def _counts(progress: Any) -> Any:
     """Lightning's counters of an epoch or its batches: ready, started, processed, completed."""
     return progress.current
-
-
-def _whole(name: str, value: Any, *, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from {least}.")
-    return value

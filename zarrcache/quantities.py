@@ -1,11 +1,15 @@
-"""Sizes, durations and shares as people write them: ``200 GiB``, ``5 min``, ``5 %``."""
+"""Sizes, durations, shares and counts as people write them: ``200 GiB``, ``5 min``, ``5 %``, ``8``."""
 
 from __future__ import annotations
 
+import operator
 import re
 from fractions import Fraction
+from typing import Any
 
-__all__ = ["Percent", "bytes_or_percent", "format_bytes", "parse_bytes", "parse_seconds"]
+from zarrcache.errors import ConfigError
+
+__all__ = ["Percent", "bytes_or_percent", "format_bytes", "parse_bytes", "parse_seconds", "whole_number"]
 
 _SIZE_UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgtp", start=1):
@@ -74,3 +78,20 @@ def bytes_or_percent(value: object) -> int | Percent:
             raise ValueError(f"{value!r} would leave no room for the cache. Write for example '5 %'.")
         return Percent(share)
     return parse_bytes(value)
+
+
+def whole_number(name: str, value: Any, *, least: int = 0) -> int:
+    """An argument that has to be one.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    # True is an int to Python; here it is a flag in the place of a number.
+    if isinstance(value, bool) or number < least:
+        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from {least}.")
+    return number

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from zarrcache.assignment import Assignment, Schedule, Segment
 from zarrcache.errors import ConfigError
+from zarrcache.quantities import whole_number
 from zarrcache.world import World
 
 __all__ = ["NodeSampler"]
@@ -77,7 +78,7 @@ class NodeSampler(Sampler[int]):
             _names(source),
             assignment=assignment,
             node_of_rank=self.world.node_of_rank,
-            seed=_whole("seed", seed),
+            seed=whole_number("seed", seed),
             shuffle=shuffle,
             drop_last=drop_last,
             nbytes=None if nbytes is None else tuple(map(int, nbytes)),
@@ -94,7 +95,7 @@ class NodeSampler(Sampler[int]):
         ConfigError
             The epoch is no whole number from 0.
         """
-        epoch = _whole("epoch", epoch)
+        epoch = whole_number("epoch", epoch)
         if epoch != self.epoch:
             self.epoch, self._history, self._yielded = epoch, (), 0
 
@@ -126,7 +127,7 @@ class NodeSampler(Sampler[int]):
         ConfigError
             It is no whole number from 0.
         """
-        taken = self._yielded if taken is None else _whole("taken", taken)
+        taken = self._yielded if taken is None else whole_number("taken", taken)
         history = [{"node_of_rank": list(segment.node_of_rank), "taken": segment.taken} for segment in self._history]
         if taken >= len(self):
             epoch, history = self.epoch + 1, []
@@ -186,12 +187,6 @@ def _is_whole(value: Any) -> bool:
         return operator.index(value) >= 0
     except TypeError:
         return False
-
-
-def _whole(name: str, value: Any) -> int:
-    if not _is_whole(value):
-        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from 0.")
-    return operator.index(value)
 
 
 def _no_state(wrong: str) -> ConfigError:
