@@ -20,7 +20,7 @@ from zarrcache.readarray import list_array, read_array
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.scope import concurrently
 
-__all__ = ["DensitySize", "Speed", "measure_sizes", "measure_speed"]
+__all__ = ["DensitySize", "Speed", "measure_size", "measure_sizes", "measure_speed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def measure_sizes(
         A density cannot be read: a plan without it would be wrong.
     """
     found = []
-    with closing(concurrently(lambda density: _size(reader, *density), densities)) as sizes:
+    with closing(concurrently(lambda density: measure_size(reader, *density), densities)) as sizes:
         for done, size in enumerate(sizes, start=1):
             found.append(size)
             if progress is not None:
@@ -99,7 +99,8 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -
     return Speed(float(np.median(latencies)), float(np.median(seconds)), nbytes / sum(seconds), len(seconds))
 
 
-def _size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
+def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
+    """Of one density; as :func:`measure_sizes`."""
     origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
     listed = list_array(origin, store, array)
     stored_bytes = sum(obj.size_bytes for obj in listed)

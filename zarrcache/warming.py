@@ -24,7 +24,7 @@ from zarrcache.policy import BLOCK_BYTES, disk_bytes
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
 from zarrcache.scope import cache_of, concurrently, open_index, stored_header, stored_listing
-from zarrcache.sizing import measure_sizes
+from zarrcache.sizing import measure_size
 from zarrcache.taskids import ids_of, read_map
 from zarrcache.warmreport import Tally, WarmEstimate, WarmReport, WarmResult
 from zarrcache.workpool import Died, Engine, Reserve, cores, spread
@@ -163,10 +163,9 @@ class WarmPlan:
 
         def size(density: Density) -> int:
             try:
-                (found,) = measure_sizes(self.reader, [density])
+                return measure_size(self.reader, *density).disk_bytes
             except ZarrCacheError:
                 return 0
-            return found.disk_bytes
 
         asked = tally.unsized(_MEASURED)
         if any(self._is_zipped(density) for density in asked):
