@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import secrets
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.nodes import in_order, node_name
-from zarrcache.signals import ENDING
+from zarrcache.signals import held_back
 from zarrcache.workpool import Died, Reserve, cores
 
 __all__ = ["Cluster", "open_cluster"]
@@ -112,35 +111,36 @@ def _address(scheduler: str) -> str:
 
 @contextlib.contextmanager
 def _local(workers: int) -> Iterator[Any]:
-    import distributed
-
-    # A signal to all of a job reaches this process only: what Dask starts inherits the mask, as in workpool.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    resource_tracker.ensure_running()  # here: it lets signals through again that it has held back
     log = logging.getLogger("distributed")
     level = log.level
     log.setLevel(logging.CRITICAL)  # what matters of it is said here, in words
     try:
-        cluster = distributed.LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # there is no way to have none; nobody is told the port
-            silence_logs=logging.CRITICAL,
-            memory_limit=0,  # the kernel decides, as without Dask
-            scheduler_kwargs={"allowed_failures": 0},  # whose process died is tried again by us, alone
-        )
-    except (OSError, RuntimeError) as exc:
-        raise ConfigError(
-            f"Dask cannot start processes here ({exc}). If a script of yours calls this, put the call below `if __name__ == '__main__':`."
-        ) from exc
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        with cluster:
+        with contextlib.ExitStack() as stack:
+            with held_back():  # a signal to all of a job is for this process, and not for what Dask starts
+                try:
+                    cluster = stack.enter_context(_local_cluster(workers))
+                except (OSError, RuntimeError) as exc:
+                    raise ConfigError(
+                        f"Dask cannot start processes here ({exc}). If a script of yours calls this, put the call below `if __name__ == '__main__':`."
+                    ) from exc
             yield cluster
     finally:
         log.setLevel(level)
+
+
+def _local_cluster(workers: int) -> Any:
+    import distributed
+
+    return distributed.LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",  # there is no way to have none; nobody is told the port
+        silence_logs=logging.CRITICAL,
+        memory_limit=0,  # the kernel decides, as without Dask
+        scheduler_kwargs={"allowed_failures": 0},  # whose process died is tried again by us, alone
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ only for work that refers to something in it.
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 import subprocess
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.spawn import get_executable, get_preparation_data
 from typing import Any
 
-from zarrcache.signals import ENDING
+from zarrcache.signals import held_back
 
 __all__ = ["Interpreter"]
 
@@ -73,15 +72,16 @@ class Interpreter:
     def __init__(self, function: Callable[[Connection, int], None], argument: int, work: bytes) -> None:
         settings = _settings(work)
         with contextlib.ExitStack() as undo:  # also after Ctrl-C: a process that nobody knows would be nobody's to end
-            self.connection, theirs = Pipe()
-            undo.callback(self.connection.close)
-            with theirs:
-                self._sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
-                undo.callback(self._sentinel.close)
-                with alive:
-                    program = _PROGRAM.format(fd=theirs.fileno(), module=function.__module__, function=function.__name__, argument=argument)
-                    self._process = _started(program, (theirs.fileno(), alive.fileno()))
-            undo.callback(self.kill)
+            with held_back():
+                self.connection, theirs = Pipe()
+                undo.callback(self.connection.close)
+                with theirs:
+                    self._sentinel, alive = Pipe(duplex=False)  # ends with the process, which has the other end
+                    undo.callback(self._sentinel.close)
+                    with alive:
+                        program = _PROGRAM.format(fd=theirs.fileno(), module=function.__module__, function=function.__name__, argument=argument)
+                        self._process = _started(program, (theirs.fileno(), alive.fileno()))
+                undo.callback(self.kill)
             with contextlib.suppress(OSError):  # it has died
                 self.connection.send(settings)
             undo.pop_all()
@@ -123,11 +123,7 @@ def _started(program: str, descriptors: tuple[int, int]) -> subprocess.Popen[byt
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # -W, -X, -O: multiprocessing passes them on by this too
     # -P: until it has this process's path it imports nothing from the working directory, where a `socket.py` may lie.
     command = [get_executable(), *flags, "-P", "-c", program]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which is inherited
-    try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
 
 
 def _settings(work: bytes) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from zarrcache.errors import ConfigError
 from zarrcache.interpreter import Interpreter
 from zarrcache.keys import ROLES
 from zarrcache.prefetching import prefetch
+from zarrcache.signals import held_back
 from zarrcache.workpool import Died
 from zarrcache.world import World
 
@@ -99,7 +100,8 @@ class Lookahead:
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
         if budget:
             try:
-                self._prefetcher = _Prefetcher(self._reader, budget)
+                with held_back():  # or Ctrl-C could come when it runs, and before it is noted
+                    self._prefetcher = _Prefetcher(self._reader, budget)
             except OSError as exc:
                 self._is_missing = True
                 logger.warning(

@@ -23,6 +23,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from zarrcache.budget import Budget
 from zarrcache.errors import ConfigError
 from zarrcache.interpreter import Interpreter
+from zarrcache.signals import held_back
 
 __all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
 
@@ -117,7 +118,8 @@ def spread(
             while queue or pool:
                 while queue and len(pool) < most:
                     try:
-                        pool.append(_Worker(1 if last else lanes, work))
+                        with held_back():  # or Ctrl-C could come when it runs, and before it is noted
+                            pool.append(_Worker(1 if last else lanes, work))
                     except OSError as exc:
                         if not pool:
                             raise ConfigError(f"No worker process can be started ({exc}). Raise the limit (ulimit -n, ulimit -u).") from exc
