@@ -139,6 +139,8 @@ def _local_cluster(workers: int) -> Any:
         dashboard_address="127.0.0.1:0",  # there is no way to have none; nobody is told the port
         silence_logs=logging.CRITICAL,
         memory_limit=0,  # the kernel decides, as without Dask
+        # Locks that are made in there (numcodecs makes one) then have no name in the system, and none is called leaked where a worker is killed.
+        preload="import multiprocessing; multiprocessing.set_start_method('fork', force=True)",
         scheduler_kwargs={"allowed_failures": 0},  # whose process died is tried again by us, alone
     )
 

@@ -180,7 +180,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_in_words(home: Path, tmp_path: 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_path: Path) -> None:
     """The terminal sends it to every process of the group; only the command has something to say."""
-    process = start("convert", source, tmp_path / "out", "--dask", "local", "--workers", "2", "--chunks", "2")
+    process = start("convert", source, tmp_path / "out", "--dask", "local", "--workers", "2", "--chunks", "4")
     try:
         deadline = time.monotonic() + HANG_S
         while not any(".partial-" in path.name and "witness" not in path.name for path in tmp_path.glob("out/.*")):
@@ -193,11 +193,11 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
+    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on.", err
     assert "Traceback" not in err
     assert list(tmp_path.glob("out/.*")) == []
-    plan_convert(source, tmp_path / "out", chunks=2, workers=1).execute()
-    plan_convert(source, tmp_path / "here", chunks=2, workers=1).execute()
+    plan_convert(source, tmp_path / "out", chunks=4, workers=1).execute()
+    plan_convert(source, tmp_path / "here", chunks=4, workers=1).execute()
     assert tree(tmp_path / "out") == tree(tmp_path / "here")
 
 
