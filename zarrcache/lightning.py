@@ -182,6 +182,8 @@ class ZarrDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of this rank. Called after a checkpoint was loaded."""
         dataset = self._dataset("train")
+        if not len(dataset):  # Lightning would end the training at once, and well
+            raise ConfigError("there is no sample to train on: the split file has none for train. Give it some, or call trainer.test() only.")
         sampler = self._sampler(dataset, shuffle=self.shuffle, drop_last=self.drop_last)
         state, self._loaded = self._loaded, {}
         if state:

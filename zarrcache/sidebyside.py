@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from zarrcache.config import DataConfig
 from zarrcache.dataset import ZarrDataset
 from zarrcache.errors import ConfigError
+from zarrcache.quantities import whole_number
 from zarrcache.reader import ZarrS3Reader
 from zarrcache.registry import open_reader
 from zarrcache.taskids import Split, hold_out, read_split
@@ -52,7 +53,7 @@ class Sources:
     def __init__(self, config: Any, *, split_file: Any = None, val_frac: float = 0.0, random_seed: int = 42) -> None:
         configs = _configs(config)
         self._split_files = _split_files(split_file, tuple(configs))
-        self._val_frac, self._random_seed = val_frac, random_seed
+        self._val_frac, self._random_seed = val_frac, whole_number("random_seed", random_seed)
         self._cached = [name for name, one in configs.items() if one.cache is not None]
         self.readers: dict[str, ZarrS3Reader] = {name: open_reader(one) for name, one in configs.items()}
 
@@ -111,7 +112,7 @@ def _configs(config: Any) -> dict[str, DataConfig]:
         named = {str(number): one for number, one in enumerate(config)}
     else:
         named = {"0": config}
-    if not named:
+    if not named or config is None:
         raise ConfigError("config is empty. Give the path of a training config, for example configs/s3_cached.yaml, or several.")
     return {name: _config(one) for name, one in named.items()}
 

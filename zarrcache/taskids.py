@@ -133,7 +133,7 @@ def hold_out(train: Sequence[str], test: Sequence[str], val_frac: float, random_
     ConfigError
         ``val_frac`` is no share from 0, below 1, or leaves nothing to train on.
     """
-    if not 0 <= val_frac < 1:
+    if not isinstance(val_frac, (int, float)) or not 0 <= val_frac < 1:  # type: ignore[redundant-expr] # whatever a config holds
         raise ConfigError(f"val_frac is {val_frac!r}; it has to be from 0 to below 1: the share of the training samples that is kept for validation.")
     count = math.ceil(round(val_frac * len(train), 6))  # 0.07 * 100 is a little more than 7
     if not count:

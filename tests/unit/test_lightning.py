@@ -209,6 +209,9 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
         ({"val_workers": 1.5}, r"val_workers is 1\.5"),
         ({"val_frac": 1.0}, r"val_frac is 1\.0"),
         ({"val_frac": 0.99}, "none would be left"),
+        ({"val_frac": "a"}, "val_frac is 'a'"),
+        ({"random_seed": -1}, "random_seed is -1"),
+        ({"random_seed": None}, "random_seed is None"),
         ({"split_file": "/nowhere/split.json"}, "split file /nowhere/split.json cannot be read"),
         ({"split_file": {"pbe": "split.json"}}, r"split_file is for the datasets \['pbe'\]"),
         ({"precision": "f64"}, "precision is 'f64'"),
@@ -221,12 +224,23 @@ def test_an_argument_that_cannot_be_used_is_named(config: str, changes: dict[str
         module(config, **changes).train_dataloader()
 
 
+def test_a_split_with_nothing_to_train_on_is_refused(config: str, tmp_path: Path) -> None:
+    """It trained no step, and ended with 0; to test with it is possible."""
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": [], "test": [0, 1]}))
+    data = module(config, split_file=split)
+    assert len(data.test_dataloader()) == 2
+    with pytest.raises(ConfigError, match="there is no sample to train on"):
+        data.train_dataloader()
+
+
 def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> None:
     """One split file for two datasets, no config, files that have to be converted first."""
     with pytest.raises(ConfigError, match="there are 2 datasets: give a file for each"):
         module([config, config], split_file="split.json")
-    with pytest.raises(ConfigError, match="config is empty"):
-        module([])
+    for nothing in ([], {}, None):
+        with pytest.raises(ConfigError, match="config is empty"):
+            module(nothing)
     with pytest.raises(ConfigError, match="convert the files first"):
         module({**yaml.safe_load(Path(config).read_text()), "dataset_name": "chgcar_data"})
     with pytest.raises(ConfigError, match=r"config file nowhere\.yaml cannot be read"):
