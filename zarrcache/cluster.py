@@ -130,8 +130,11 @@ def _local(workers: int) -> Iterator[Any]:
 
 
 def _local_cluster(workers: int) -> Any:
+    import dask
     import distributed
 
+    # Locks that are made in there (numcodecs makes one) then have no name in the system, and none is called leaked where a worker is killed.
+    unnamed_locks = "import multiprocessing; multiprocessing.set_start_method('fork', force=True)"
     return distributed.LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
@@ -139,8 +142,7 @@ def _local_cluster(workers: int) -> Any:
         dashboard_address="127.0.0.1:0",  # there is no way to have none; nobody is told the port
         silence_logs=logging.CRITICAL,
         memory_limit=0,  # the kernel decides, as without Dask
-        # Locks that are made in there (numcodecs makes one) then have no name in the system, and none is called leaked where a worker is killed.
-        preload="import multiprocessing; multiprocessing.set_start_method('fork', force=True)",
+        preload=[*dask.config.get("distributed.worker.preload"), unnamed_locks],
         scheduler_kwargs={"allowed_failures": 0},  # whose process died is tried again by us, alone
     )
 

@@ -72,7 +72,7 @@ class Interpreter:
     def __init__(self, function: Callable[[Connection, int], None], argument: int, work: bytes) -> None:
         settings = _settings(work)
         with contextlib.ExitStack() as undo:  # also after Ctrl-C: a process that nobody knows would be nobody's to end
-            with held_back():
+            with held_back():  # its mask is what makes the process deaf; whoever has to note more than this holds back for longer
                 self.connection, theirs = Pipe()
                 undo.callback(self.connection.close)
                 with theirs:

@@ -100,13 +100,16 @@ class Lookahead:
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
         if budget:
             try:
-                with held_back():  # or Ctrl-C could come when it runs, and before it is noted
+                with held_back():  # or Ctrl-C could come when it runs, and before anybody knows it
                     self._prefetcher = _Prefetcher(self._reader, budget)
             except OSError as exc:
                 self._is_missing = True
                 logger.warning(
                     "no look-ahead, its process cannot be started (%s): the training goes on without it, and waits for what it reads.", exc
                 )
+            except BaseException:  # an exception that somebody keeps, as a notebook does, would keep the process
+                self.close()
+                raise
 
     def __enter__(self) -> Lookahead:
         return self

@@ -80,7 +80,7 @@ def bytes_or_percent(value: object) -> int | Percent:
     return parse_bytes(value)
 
 
-def whole_number(name: str, value: Any, *, least: int = 0) -> int:
+def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
     """An argument that has to be one.
 
     Raises
@@ -92,6 +92,6 @@ def whole_number(name: str, value: Any, *, least: int = 0) -> int:
     except TypeError:
         number = least - 1
     # True is an int to Python; here it is a flag in the place of a number.
-    if isinstance(value, bool) or number < least:
-        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from {least}.")
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        raise ConfigError(f"{name} is {value!r}; it has to be a whole number from {least}{'' if most is None else f' to {most}'}.")
     return number

@@ -53,7 +53,8 @@ class Sources:
     def __init__(self, config: Any, *, split_file: Any = None, val_frac: float = 0.0, random_seed: int = 42) -> None:
         configs = _configs(config)
         self._split_files = _split_files(split_file, tuple(configs))
-        self._val_frac, self._random_seed = val_frac, whole_number("random_seed", random_seed)
+        self._val_frac = val_frac
+        self._random_seed = whole_number("random_seed", random_seed, most=2**32 - 1)  # of numpy's legacy generator, as scikit-learn's
         self._cached = [name for name, one in configs.items() if one.cache is not None]
         self.readers: dict[str, ZarrS3Reader] = {name: open_reader(one) for name, one in configs.items()}
 

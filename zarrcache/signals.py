@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -19,6 +20,9 @@ __all__ = ["ENDING", "Terminated", "ending_in_order", "exit_code", "held_back"]
 
 #: What ends a job: a terminal or a batch system may send them to one process of it, or to all at once.
 ENDING: frozenset[int] = frozenset({signal.SIGINT, signal.SIGTERM})
+
+#: How long a signal may be held back before a second one of its kind comes through.
+_PATIENCE_S = 1.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -54,21 +58,24 @@ def ending_in_order() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """In here neither signal interrupts this thread: it comes at the end. A process that is started in here is deaf to both.
+    """In here neither signal raises an exception: that comes at the end. A process that is started in here is deaf to both.
 
-    To be short: whoever presses Ctrl-C waits for it.
+    One that comes again, a second later or more, is not held back: whoever presses Ctrl-C twice does not want to wait. What ends the process
+    without a handler of Python's goes on to do so.
     """
     # The mask is what a process inherits. It is not enough: the system gives the signal to another thread then, and Python runs the handler, which
     # raises KeyboardInterrupt, in the main thread all the same. Only that one may change handlers.
     is_main = threading.current_thread() is threading.main_thread()
     handlers = {number: handler for number in ENDING if is_main and callable(handler := signal.getsignal(number))}
-    mine, held, is_over = os.getpid(), set[int](), False
+    held: dict[int, tuple[float, FrameType | None]] = {}
+    mine, is_over = os.getpid(), False
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if is_over or os.getpid() != mine:  # or: in a child that another thread has forked meanwhile
-            handlers[number](number, frame)
-        else:
-            held.add(number)
+        if not is_over and os.getpid() == mine:  # not in a child that another thread has forked meanwhile
+            until_s, _ = held.setdefault(number, (time.monotonic() + _PATIENCE_S, frame))
+            if time.monotonic() < until_s:
+                return
+        handlers[number](number, frame)
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
@@ -77,11 +84,21 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         yield
     finally:
-        try:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            for number in held:
-                signal.raise_signal(number)  # which waits for the next line: both of them come
-        finally:
-            is_over = True
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # One exception at the most, and when all is as it was: a second one would interrupt the clean-up that the first one has begun.
+        exception, is_restored = None, False
+        while not is_restored:
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)  # those that the system has kept are held by us before this returns
+                is_over = True
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+                is_restored = True
+            except BaseException as exc:  # noqa: BLE001 - of a signal that has just come
+                exception = exc
+        for number, (_, frame) in held.items():
+            try:
+                handlers[number](number, frame)
+            except BaseException as exc:  # noqa: BLE001
+                exception = exc
+        if exception is not None:
+            raise exception

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import numbers
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -133,9 +134,12 @@ def hold_out(train: Sequence[str], test: Sequence[str], val_frac: float, random_
     ConfigError
         ``val_frac`` is no share from 0, below 1, or leaves nothing to train on.
     """
-    if not isinstance(val_frac, (int, float)) or not 0 <= val_frac < 1:  # type: ignore[redundant-expr] # whatever a config holds
-        raise ConfigError(f"val_frac is {val_frac!r}; it has to be from 0 to below 1: the share of the training samples that is kept for validation.")
-    count = math.ceil(round(val_frac * len(train), 6))  # 0.07 * 100 is a little more than 7
+    share: Any = val_frac
+    if not isinstance(share, numbers.Real) or not 0 <= float(share) < 1:
+        raise ConfigError(
+            f"val_frac is {val_frac!r}; it has to be a number from 0 to below 1: the share of the training samples that is kept for validation."
+        )
+    count = math.ceil(round(float(share) * len(train), 6))  # 0.07 * 100 is a little more than 7
     if not count:
         return Split(tuple(train), (), tuple(test))
     if count == len(train):

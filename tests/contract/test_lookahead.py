@@ -6,21 +6,25 @@ import itertools
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from tests.support.following import ONE, Pairs, is_there, occupied, put_pairs, wait_for
+from tests.support.processes import interpreters
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from zarrcache import ConfigError, Lookahead, NodeSampler, World, ZarrDataset, ZarrS3Reader
+from zarrcache.interpreter import Interpreter
 from zarrcache.keys import ROLES
 
 COUNT = 13  # pairs; one of them is the test set
@@ -187,6 +191,25 @@ def test_a_process_that_cannot_be_started_is_one_warning(pairs: Pairs, s3_server
         for fd in held:
             os.close(fd)
     assert [record.levelname for record in caplog.records if "its process cannot be started" in record.getMessage()] == ["WARNING"]
+
+
+def test_interrupted_at_its_start_the_process_ends(pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where somebody keeps the exception, as a notebook does: it would fetch beside the next one."""
+    dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
+    reader, sampler, start, before = dataset.reader, NodeSampler(dataset), Interpreter.__init__, interpreters()
+    assert isinstance(reader, ZarrS3Reader)
+
+    def interrupted(self: Interpreter, *arguments: Any) -> None:
+        start(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Interpreter, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        Lookahead(dataset, sampler)
+    assert interpreters() == before
+    assert reader.course is None
+    assert kept.value.__traceback__ is not None
 
 
 def test_where_there_is_nothing_to_do_no_process_is_started(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ IMPORTERS = {
     "monty": {"chgcar_files"},
     "typer": {"cliapp", "cliargs", "clicache", "clicluster", "clidata"},
     "rich": {"terminal"},
-    "dask": set(),
+    "dask": {"cluster"},
     "distributed": {"cluster", "eachnode"},
     "moto": {"demo_server"},
     "pickle": set(),

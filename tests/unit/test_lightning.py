@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -109,6 +110,7 @@ def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
     assert list(test) == configs_test
     assert sides(module(config, val_frac=0.4)) == [train, validation, test]
     assert any(sides(module(config, val_frac=0.4, random_seed=seed))[1] != validation for seed in range(5))
+    assert sides(module(config, val_frac=np.float32(0.4)))[1] == validation
     assert sides(module(config, val_frac=0.0))[1] == ()
     assert module(config, val_frac=0.0).val_dataloader() == []
 
@@ -212,6 +214,7 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
         ({"val_frac": "a"}, "val_frac is 'a'"),
         ({"random_seed": -1}, "random_seed is -1"),
         ({"random_seed": None}, "random_seed is None"),
+        ({"random_seed": 2**32}, "random_seed is 4294967296; it has to be a whole number from 0 to 4294967295"),
         ({"split_file": "/nowhere/split.json"}, "split file /nowhere/split.json cannot be read"),
         ({"split_file": {"pbe": "split.json"}}, r"split_file is for the datasets \['pbe'\]"),
         ({"precision": "f64"}, "precision is 'f64'"),

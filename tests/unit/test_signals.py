@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,10 @@ def nothing_is_changed() -> Iterator[None]:
 def _interrupted(number: int = signal.SIGINT) -> None:
     """Long enough for a handler to run if it can."""
     os.kill(os.getpid(), number)
+    _work()
+
+
+def _work() -> None:
     until = time.monotonic() + 0.05
     while time.monotonic() < until:
         pass
@@ -66,10 +72,17 @@ def test_a_signal_comes_when_the_start_is_over(number: signal.Signals, kind: typ
 
 def test_a_signal_comes_where_no_other_thread_could_take_it() -> None:
     """The system keeps it until then."""
-    reached: list[str] = []
+    reached = []
+
+    def start() -> None:
+        with held_back():
+            signal.raise_signal(signal.SIGINT)  # to this thread, that is
+            _work()
+            reached.append(True)
+
     with pytest.raises(KeyboardInterrupt):
-        _interrupted_at_a_start(reached)
-    assert reached == ["inner", "outer"]
+        start()
+    assert reached
 
 
 def _told_twice(told: list[int]) -> None:
@@ -89,6 +102,53 @@ def test_none_of_two_is_lost() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert sorted(told) == sorted(ENDING)
+
+
+def test_of_two_exceptions_one_is_raised() -> None:
+    """The second would interrupt the clean-up after the first."""
+    cleaned_up = []
+
+    def start() -> None:
+        try:
+            with held_back():
+                for number in ENDING:
+                    _interrupted(number)
+        finally:
+            _work()
+            cleaned_up.append(True)
+
+    with ending_in_order(), pytest.raises(KeyboardInterrupt):
+        start()
+    assert cleaned_up
+
+
+def test_a_second_one_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a start that hangs. At once it is the same one: a batch system may send it by two ways."""
+    reached = []
+
+    def start() -> None:
+        with held_back():
+            come: Any = signal.getsignal(signal.SIGINT)
+            come(signal.SIGINT, None)
+            come(signal.SIGINT, None)
+            reached.append("twice at once")
+            later = time.monotonic() + 60
+            monkeypatch.setattr("zarrcache.signals.time", SimpleNamespace(monotonic=lambda: later))
+            come(signal.SIGINT, None)
+            reached.append("after a minute")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached == ["twice at once"]
+
+
+def test_a_handler_that_is_found_in_here_is_no_other_later() -> None:
+    """Whoever has taken it for the one to restore loses no signal."""
+    with held_back():
+        found = signal.getsignal(signal.SIGINT)
+    assert callable(found)
+    with pytest.raises(KeyboardInterrupt):
+        found(signal.SIGINT, None)
 
 
 def _fail_and_be_interrupted() -> None:
@@ -131,9 +191,11 @@ def test_a_child_that_another_thread_forks_meanwhile_hears_them() -> None:
 def _fork_and_interrupt() -> int:
     child = os.fork()
     if child == 0:  # pragma: no cover - another process
+        code = 1
         try:
             _interrupted()
         except KeyboardInterrupt:
-            os._exit(7)
-        os._exit(0)
+            code = 7
+        finally:
+            os._exit(code)
     return os.waitpid(child, 0)[1]

@@ -21,6 +21,7 @@ import pytest
 
 from tests.support.processes import interpreters
 from zarrcache.errors import ConfigError
+from zarrcache.signals import ending_in_order
 from zarrcache.workpool import Died, Reserve, spread
 
 
@@ -235,17 +236,18 @@ def test_where_few_processes_can_be_started_these_do_it(caplog: pytest.LogCaptur
     assert interpreters() == []
 
 
-def test_interrupted_while_a_process_starts_nothing_of_it_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kill", ["kill -INT $PPID", "kill -INT $PPID; kill -TERM $PPID"], ids=["Ctrl-C", "and SIGTERM"])
+def test_interrupted_while_a_process_starts_nothing_of_it_stays(kill: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C between the start and its settings: the signal goes to whichever thread does not hold it back."""
     executable, until_told = tmp_path / "python", threading.Event()
-    executable.write_text(f'#!/bin/sh\nkill -INT $PPID\nsleep 0.2\nexec {sys.executable} "$@"\n')
+    executable.write_text(f'#!/bin/sh\n{kill}\nsleep 0.2\nexec {sys.executable} "$@"\n')
     executable.chmod(0o755)
     other = threading.Thread(target=until_told.wait)
     other.start()
     before, descriptors = get_executable(), len(os.listdir("/proc/self/fd"))
     set_executable(str(executable))
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with ending_in_order(), pytest.raises(KeyboardInterrupt):
             list(spread(_work_until_told, [str(tmp_path)], 1, stop_s=0.1))
     finally:
         set_executable(before)
