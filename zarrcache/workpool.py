@@ -241,16 +241,17 @@ class _Shared:
 
 def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
     # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on stderr, and half a store to take back.
-    for worker in pool:
-        worker.process.hang_up()
-    deadline = time.monotonic() + stop_s
     try:
         for worker in pool:
-            worker.process.has_ended(max(0.0, deadline - time.monotonic()))
-    finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait
+            worker.process.hang_up()
+        deadline = time.monotonic() + stop_s
         for worker in pool:
-            worker.process.kill()
-            worker.process.close()
+            worker.process.has_ended(max(0.0, deadline - time.monotonic()))
+    finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait. Nor does a third leave any of them.
+        with held_back():
+            for worker in pool:
+                worker.process.kill()
+                worker.process.close()
 
 
 # -- in the process --------------------------------------------------------------------------------------------------------------------
