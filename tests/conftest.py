@@ -29,12 +29,16 @@ def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Take away credentials, profiles, endpoints and caches of whoever runs the tests, for this process and its children."""
     empty = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in os.environ if n.startswith("AWS_") or n in ("ZARRCACHE_DIR", "BOTO_CONFIG")]:
+        for name in [
+            n for n in os.environ if n.startswith("AWS_") or n in ("ZARRCACHE_DIR", "BOTO_CONFIG")
+        ]:
             patch.delenv(name)
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             (empty / name).touch()
             patch.setenv(name, str(empty / name))
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # no credentials must fail at once, not after a look for a metadata service
+        patch.setenv(
+            "AWS_EC2_METADATA_DISABLED", "true"
+        )  # no credentials must fail at once, not after a look for a metadata service
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield
 
@@ -43,8 +47,8 @@ def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
 def no_waiting_for_writers() -> Iterator[None]:
     """Tests read what they have just written. It is listed twice, as for everybody, but nobody waits until it has settled."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("settled", "readarray"):
-            patch.setattr(f"zarrcache.{module}.wait_until", lambda end_s: None)
+        for module in ("_settled", "read"):
+            patch.setattr(f"zarrcache.arrays.{module}.wait_until", lambda end_s: None)
         yield
 
 
@@ -55,18 +59,32 @@ def services_described_once() -> Iterator[None]:
 
     create, loaders = botocore.session.create_loader, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(botocore.session, "create_loader", lambda path=None: loaders.setdefault(path, create(path)))
+        patch.setattr(
+            botocore.session,
+            "create_loader",
+            lambda path=None: loaders.setdefault(path, create(path)),
+        )
         yield
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None) -> Iterator[S3Server]:
+def s3_server(
+    tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None
+) -> Iterator[S3Server]:
     """A real S3 server: moto, or the one that ZARRCACHE_TEST_S3 names, with _KEY, _SECRET and, if it keeps one here, its access log in _LOG."""
     endpoint_url = os.environ.get("ZARRCACHE_TEST_S3")
     if endpoint_url:
-        key, secret = (os.environ.get(f"ZARRCACHE_TEST_S3_{name}", "testing") for name in ("KEY", "SECRET"))
+        key, secret = (
+            os.environ.get(f"ZARRCACHE_TEST_S3_{name}", "testing") for name in ("KEY", "SECRET")
+        )
         log = os.environ.get("ZARRCACHE_TEST_S3_LOG")
-        yield S3Server(endpoint_url.rstrip("/"), key, secret, log=Path(log) if log else None, checks_credentials=True)
+        yield S3Server(
+            endpoint_url.rstrip("/"),
+            key,
+            secret,
+            log=Path(log) if log else None,
+            checks_credentials=True,
+        )
         return
     with running_server(tmp_path_factory.mktemp("s3") / "requests.log") as server:
         yield server
@@ -107,7 +125,9 @@ def small_group(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def put_store(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+def put_store(
+    s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
     """``put_store("s3://bucket/prefix/mp-1.zarr", shape=..., ...)`` writes a store to S3 and returns its arrays."""
 
     def write(url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -124,5 +144,7 @@ def real_data() -> Path:
     """Real charge densities: the directory that ZARRCACHE_TEST_DATA names, or ../shared/data beside the repository."""
     path = Path(os.environ.get("ZARRCACHE_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not (path / "mp").is_dir():
-        pytest.skip(f"no real densities at {path}; set ZARRCACHE_TEST_DATA to a directory that holds mp/ and vasp/")
+        pytest.skip(
+            f"no real densities at {path}; set ZARRCACHE_TEST_DATA to a directory that holds mp/ and vasp/"
+        )
     return path

@@ -16,12 +16,20 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from zarrcache._keys import shown
+from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.errors import ConfigError
-from zarrcache.keys import shown
-from zarrcache.quantities import Percent, bytes_or_percent, parse_bytes, parse_seconds
 
 __all__ = [
     "ArrayTierConfig",
@@ -59,10 +67,14 @@ def _expand_text(text: str) -> str:
         end += 1
     default = text[match.end() : end - 1]
     if depth or (default and not match[2]):
-        raise ConfigError(f"{text!r} holds a ${{ that is no variable. Write ${{NAME}} or ${{NAME:-default}}.")
+        raise ConfigError(
+            f"{text!r} holds a ${{ that is no variable. Write ${{NAME}} or ${{NAME:-default}}."
+        )
     found = os.environ.get(match[1])
     if not found and not match[2]:
-        raise ConfigError(f"{text!r} names the environment variable {match[1]}, which is not set. Set it or write ${{{match[1]}:-default}}.")
+        raise ConfigError(
+            f"{text!r} names the environment variable {match[1]}, which is not set. Set it or write ${{{match[1]}:-default}}."
+        )
     return text[: match.start()] + (found or _expand_text(default)) + _expand_text(text[end:])
 
 
@@ -85,20 +97,32 @@ class _Block(BaseModel):
 class RetryConfig(_Block):
     """How long a transient error is worth trying again."""
 
-    attempts: int = Field(5, ge=1, le=100, description="requests for one object at the most, the first included")
-    timeout: Seconds = Field(60.0, gt=0, description="seconds for all attempts of one fetch together, from the last object that arrived")
+    attempts: int = Field(
+        5, ge=1, le=100, description="requests for one object at the most, the first included"
+    )
+    timeout: Seconds = Field(
+        60.0,
+        gt=0,
+        description="seconds for all attempts of one fetch together, from the last object that arrived",
+    )
 
 
 class FetchConfig(_Block):
     """How objects come from S3."""
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
-    concurrency: int = Field(64, ge=1, le=1024, description="requests in flight for each density that is being read")
+    concurrency: int = Field(
+        64, ge=1, le=1024, description="requests in flight for each density that is being read"
+    )
     memory: Bytes = Field(
-        512 * 1024**2, gt=0, description="bytes of objects and arrays that `zarrcache warm` holds at a time, all processes together"
+        512 * 1024**2,
+        gt=0,
+        description="bytes of objects and arrays that `zarrcache warm` holds at a time, all processes together",
     )
     connect_timeout: Seconds = Field(5.0, gt=0)
-    read_timeout: Seconds = Field(15.0, gt=0, description="seconds for one request, from sending to the last byte")
+    read_timeout: Seconds = Field(
+        15.0, gt=0, description="seconds for one request, from sending to the last byte"
+    )
 
 
 class ByteTierConfig(_Block):
@@ -131,7 +155,13 @@ def _or_none(value: object) -> object:
 
 def _listed(value: object) -> object:
     """A list, or a string that a job script has made: names with commas or blanks between them."""
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else () if value is None else value
+    return (
+        tuple(value.replace(",", " ").split())
+        if isinstance(value, str)
+        else ()
+        if value is None
+        else value
+    )
 
 
 def _peer_url(text: str) -> str:
@@ -139,9 +169,21 @@ def _peer_url(text: str) -> str:
         url = urlsplit(text)
         port = url.port
     except ValueError:
-        raise ValueError(f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070") from None
-    if url.scheme != "http" or not url.hostname or not port or url.username is not None or url.path.strip("/") or url.query or url.fragment:
-        raise ValueError(f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070")
+        raise ValueError(
+            f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
+        ) from None
+    if (
+        url.scheme != "http"
+        or not url.hostname
+        or not port
+        or url.username is not None
+        or url.path.strip("/")
+        or url.query
+        or url.fragment
+    ):
+        raise ValueError(
+            f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
+        )
     return f"http://{url.netloc.lower()}"
 
 
@@ -161,7 +203,11 @@ class CacheConfig(_Block):
     limit: Bytes = Field(200 * 1024**3, gt=0)
     min_free: Annotated[int | Percent, BeforeValidator(bytes_or_percent)] = Percent(5)
     eviction: Literal["none", "least-recently-stored", "belady"] = "none"
-    lookahead: Bytes = Field(2 * 1024**3, ge=0, description="bytes that a Lookahead fetches ahead of the training, all ranks of a node together")
+    lookahead: Bytes = Field(
+        2 * 1024**3,
+        ge=0,
+        description="bytes that a Lookahead fetches ahead of the training, all ranks of a node together",
+    )
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
     bytes: ByteTierConfig = ByteTierConfig()
@@ -170,18 +216,30 @@ class CacheConfig(_Block):
     fetch: FetchConfig = FetchConfig()
     prices: PriceConfig = PriceConfig()
     shared: bool = False
-    lower: Annotated[Path | None, BeforeValidator(_or_none)] = Field(None, description="cache.dir of another cache, only read: asked before peers")
-    peers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field((), description="http://host:port of nodes that run zarrcache serve")
-    advertise: Annotated[str | None, BeforeValidator(_or_none)] = Field(None, description="this node's own http://host:port, as its peers name it")
-    peer_token_file: Annotated[Path | None, BeforeValidator(_or_none)] = Field(None, description="file with the word that peers ask for")
-    allow_network_fs: bool = Field(False, description="keep the cache on NFS, Lustre and the like, without SQLite's WAL")
+    lower: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
+        None, description="cache.dir of another cache, only read: asked before peers"
+    )
+    peers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        (), description="http://host:port of nodes that run zarrcache serve"
+    )
+    advertise: Annotated[str | None, BeforeValidator(_or_none)] = Field(
+        None, description="this node's own http://host:port, as its peers name it"
+    )
+    peer_token_file: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
+        None, description="file with the word that peers ask for"
+    )
+    allow_network_fs: bool = Field(
+        False, description="keep the cache on NFS, Lustre and the like, without SQLite's WAL"
+    )
 
     def __init__(self, **data: Any) -> None:
         override = os.environ.get("ZARRCACHE_DIR")
         if override:
             data["dir"] = override
         elif "dir" not in data:
-            raise ConfigError("cache.dir is missing. Give a directory on the node's own disk, for example dir: ${SLURM_TMPDIR:-/tmp}/zarrcache.")
+            raise ConfigError(
+                "cache.dir is missing. Give a directory on the node's own disk, for example dir: ${SLURM_TMPDIR:-/tmp}/zarrcache."
+            )
         super().__init__(**{k: _expand(v) for k, v in data.items()})
 
     @field_validator("dir", "lower", "peer_token_file")
@@ -202,7 +260,9 @@ class CacheConfig(_Block):
     @model_validator(mode="after")
     def _is_not_below_itself(self) -> CacheConfig:
         if self.lower == self.dir:
-            raise ValueError("cache.lower is cache.dir itself; give the directory of another cache, or none")
+            raise ValueError(
+                "cache.lower is cache.dir itself; give the directory of another cache, or none"
+            )
         return self
 
     @classmethod
@@ -243,14 +303,28 @@ class DataConfig(_Block):
 
     def __init__(self, **data: Any) -> None:
         try:
-            secret: dict[str, Any] = {"s3_kwargs": _expand(data["s3_kwargs"])} if "s3_kwargs" in data else {}
+            secret: dict[str, Any] = (
+                {"s3_kwargs": _expand(data["s3_kwargs"])} if "s3_kwargs" in data else {}
+            )
         except ConfigError:
-            raise ConfigError("s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} or ${NAME:-default}.") from None
+            raise ConfigError(
+                "s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} or ${NAME:-default}."
+            ) from None
         for key in data.keys() - type(self).model_fields.keys():
-            near = difflib.get_close_matches(key, type(self).model_fields.keys() - data.keys(), n=1, cutoff=0.8)
+            near = difflib.get_close_matches(
+                key, type(self).model_fields.keys() - data.keys(), n=1, cutoff=0.8
+            )
             if near:  # it may be a key of the training's own: only said
-                logger.warning("the config has the key %r; if it is meant for zarrcache, did you mean %r?", key, near[0])
-        known = {k: _expand(v) for k, v in data.items() if k in type(self).model_fields and k != "s3_kwargs"}
+                logger.warning(
+                    "the config has the key %r; if it is meant for zarrcache, did you mean %r?",
+                    key,
+                    near[0],
+                )
+        known = {
+            k: _expand(v)
+            for k, v in data.items()
+            if k in type(self).model_fields and k != "s3_kwargs"
+        }
         if data.get("cache") is not None:
             known["cache"] = CacheConfig.of(data["cache"])
         super().__init__(**known, **secret)
@@ -289,13 +363,17 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a YAML file, for example configs/s3_cached.yaml."
         ) from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). Save it as UTF-8.") from exc
+        raise ConfigError(
+            f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). Save it as UTF-8."
+        ) from exc
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as exc:
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
     if not isinstance(document, dict):
-        raise ConfigError(f"config file {os.fspath(path)} holds no keys. It has to look like configs/s3_cached.yaml.")
+        raise ConfigError(
+            f"config file {os.fspath(path)} holds no keys. It has to look like configs/s3_cached.yaml."
+        )
     return document
 
 
@@ -313,7 +391,9 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         return f"{where} is not a setting. {hint}"
     if error["type"] == "missing":
         return f"{where} is missing."
-    got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"  # it may be a secret
+    got = (
+        "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"
+    )  # it may be a secret
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 

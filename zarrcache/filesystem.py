@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from zarrcache._keys import ObjectInfo, stem_of
+from zarrcache.cache import CachedStore, Tiers
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
-from zarrcache.keys import ObjectInfo, stem_of
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters, Stats
-from zarrcache.store import CachedStore
-from zarrcache.tiers import Tiers
 
 __all__ = ["ZarrCacheFileSystem"]
 
@@ -49,11 +48,19 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     cachable = True  # equal arguments, one instance: one listing a store and one set of connections
 
     def __init__(
-        self, target_protocol: str | None = None, target_options: Mapping[str, Any] | None = None, fo: str | None = None, **settings: Any
+        self,
+        target_protocol: str | None = None,
+        target_options: Mapping[str, Any] | None = None,
+        fo: str | None = None,
+        **settings: Any,
     ) -> None:
         if target_protocol not in ("s3", "s3a", "file", "local"):
-            raise ConfigError(f"zarrcache reads s3:// and files, not {target_protocol or 'nothing'}. Write zarrcache::s3://bucket/key.")
-        settings.pop("asynchronous", None)  # zarr says it to every filesystem, and then wraps one that is not
+            raise ConfigError(
+                f"zarrcache reads s3:// and files, not {target_protocol or 'nothing'}. Write zarrcache::s3://bucket/key."
+            )
+        settings.pop(
+            "asynchronous", None
+        )  # zarr says it to every filesystem, and then wraps one that is not
         super().__init__()
         self._is_s3 = target_protocol.startswith("s3")
         self._options = dict(target_options or {}) if self._is_s3 else None
@@ -68,14 +75,22 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
-        return [cls._strip_protocol(p) for p in path] if isinstance(path, list) else str(path).removeprefix("zarrcache://").rstrip("/")
+        return (
+            [cls._strip_protocol(p) for p in path]
+            if isinstance(path, list)
+            else str(path).removeprefix("zarrcache://").rstrip("/")
+        )
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         """What is directly below a directory; of a file, itself."""
         below = ("" if self._is_s3 else "/") + f"{path.strip('/')}/"
         found = {}
         for name, obj in self._children(path).items():
-            found[below + name] = {"name": below + name, "size": 0, "type": "directory"} if obj is None else _file_info(below + name, obj)
+            found[below + name] = (
+                {"name": below + name, "size": 0, "type": "directory"}
+                if obj is None
+                else _file_info(below + name, obj)
+            )
         if not found:
             found[path] = self.info(path)
         return list(found.values()) if detail else list(found)
@@ -94,7 +109,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(f"{'s3://' if self._is_s3 else ''}{path} does not exist.")
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
+    ) -> bytes:
         """Bytes of a file, or of a part of it; negative positions count from the end.
 
         Raises
@@ -103,7 +120,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         """
         found = self._find(self._strip_protocol(path))
         if found is None:
-            raise FileNotFoundError(f"{'s3://' if self._is_s3 else ''}{self._strip_protocol(path)} does not exist.")
+            raise FileNotFoundError(
+                f"{'s3://' if self._is_s3 else ''}{self._strip_protocol(path)} does not exist."
+            )
         origin, obj = found
         first, last, _ = slice(start, end).indices(obj.size_bytes)
         tier = self._tiers.bytes(origin)
@@ -111,13 +130,24 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             return tier.read(obj, first, last)
         return origin.fetch_range(obj, first, last)
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> _File:
+    def _open(
+        self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any
+    ) -> _File:
         if mode != "rb":
-            raise ValueError(f"zarrcache::{path} is opened through a cache and cannot be written. Open it with its own filesystem.")
+            raise ValueError(
+                f"zarrcache::{path} is opened through a cache and cannot be written. Open it with its own filesystem."
+            )
         config = self._tiers.config
         assert config is not None
         size = self.info(path)["size"]
-        return _File(self, path, mode, block_size or config.bytes.block_size, cache_type="readahead", size=size)
+        return _File(
+            self,
+            path,
+            mode,
+            block_size or config.bytes.block_size,
+            cache_type="readahead",
+            size=size,
+        )
 
     def _find(self, path: str) -> tuple[Origin, ObjectInfo] | None:
         """A file: the origin to read it from, and what is listed of it."""
@@ -135,15 +165,24 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         store, key = self._store_of(path)
         if store is not None:
             prefix = f"{key}/" if key else ""
-            below = {name.removeprefix(prefix): obj for name, obj in store.objects().items() if name.startswith(prefix)}
-            return {name.partition("/")[0]: None if "/" in name else obj for name, obj in below.items()}
+            below = {
+                name.removeprefix(prefix): obj
+                for name, obj in store.objects().items()
+                if name.startswith(prefix)
+            }
+            return {
+                name.partition("/")[0]: None if "/" in name else obj for name, obj in below.items()
+            }
         origin = self._origin(path)
         try:
             names = origin.list_names()
         except OriginNotFoundError:
             return {}
         # One LIST of this level alone: below it may be a hundred thousand stores. What is not a store is asked for one by one.
-        return {name: None if name.endswith(".zarr") else next(iter(origin.list_objects(name)), None) for name in names}
+        return {
+            name: None if name.endswith(".zarr") else next(iter(origin.list_objects(name)), None)
+            for name in names
+        }
 
     def _store_of(self, path: str) -> tuple[CachedStore | None, str]:
         """The Zarr store (a directory ``*.zarr``) that a path is in, and the key in it."""
@@ -152,12 +191,16 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             if part.endswith(".zarr") and stem_of(part) is not None:
                 root = "/".join(parts[: i + 1])
                 if root not in self._stores:
-                    self._stores[root] = CachedStore(self._origin("/".join(parts[:i])), part, self._tiers)
+                    self._stores[root] = CachedStore(
+                        self._origin("/".join(parts[:i])), part, self._tiers
+                    )
                 return self._stores[root], "/".join(parts[i + 1 :])
         return None, ""
 
     def _origin(self, directory: str) -> Origin:
-        return self._tiers.origin(f"s3://{directory}" if self._is_s3 else directory or "/", self._options)
+        return self._tiers.origin(
+            f"s3://{directory}" if self._is_s3 else directory or "/", self._options
+        )
 
 
 class _File(AbstractBufferedFile):  # type: ignore[misc]
@@ -167,4 +210,10 @@ class _File(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def _file_info(name: str, obj: ObjectInfo) -> dict[str, Any]:
-    return {"name": name, "size": obj.size_bytes, "type": "file", "ETag": obj.etag, "mtime": obj.modified_s}
+    return {
+        "name": name,
+        "size": obj.size_bytes,
+        "type": "file",
+        "ETag": obj.etag,
+        "mtime": obj.modified_s,
+    }

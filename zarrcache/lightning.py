@@ -17,21 +17,29 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from zarrcache.assignment import Assignment
-from zarrcache.dataset import Sample, ZarrDataset, collate_fn
+from zarrcache._units import whole_number
+from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
-from zarrcache.lookahead import Lookahead
-from zarrcache.quantities import whole_number
-from zarrcache.reader import ZarrS3Reader
-from zarrcache.sampler import NodeSampler
-from zarrcache.sidebyside import Config, Side, SideBySide, Sources
-from zarrcache.taskids import Split
-from zarrcache.world import World
+from zarrcache.parallel import World
+from zarrcache.train import (
+    Assignment,
+    Config,
+    Lookahead,
+    NodeSampler,
+    Sample,
+    Side,
+    SideBySide,
+    Sources,
+    ZarrDataset,
+    collate_fn,
+)
 
 try:
     from lightning.pytorch import LightningDataModule
 except ImportError as exc:
-    raise ImportError(f"zarrcache.lightning needs Lightning ({exc}). Install it: pip install 'zarrcache[lightning]'") from exc
+    raise ImportError(
+        f"zarrcache.lightning needs Lightning ({exc}). Install it: pip install 'zarrcache[lightning]'"
+    ) from exc
 
 __all__ = ["ZarrDataModule"]
 
@@ -86,7 +94,7 @@ class ZarrDataModule(LightningDataModule):
     *Order.* `NodeSampler` plans it for all ranks. Lightning leaves it alone, ``use_distributed_sampler`` or not; if anything else replaces
     it, the epoch does not start.
 
-    *Look-ahead.* With a ``cache`` block each rank has a :class:`~zarrcache.lookahead.Lookahead`: a process that fetches what the rank reads next,
+    *Look-ahead.* With a ``cache`` block each rank has a :class:`~zarrcache.train.lookahead.Lookahead`: a process that fetches what the rank reads next,
     ``cache.lookahead`` bytes ahead at the most; 0 switches it off. Not for several datasets.
 
     *Resume.* A checkpoint holds how many batches of the epoch were trained on. Resumed from it, with as many ranks, nodes and workers as you
@@ -115,7 +123,9 @@ class ZarrDataModule(LightningDataModule):
         multiprocessing_context: str | None = None,
     ) -> None:
         super().__init__()
-        self.sources = Sources(config, split_file=split_file, val_frac=val_frac, random_seed=random_seed)
+        self.sources = Sources(
+            config, split_file=split_file, val_frac=val_frac, random_seed=random_seed
+        )
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.train_workers = whole_number("train_workers", train_workers, least=0)
         self.val_workers = whole_number("val_workers", val_workers, least=0)
@@ -127,7 +137,11 @@ class ZarrDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.persistent_workers = persistent_workers
         self.multiprocessing_context = multiprocessing_context
-        self._tensors: dict[str, Any] = {"precision": precision, "downsample_data": downsample_data, "downsample_label": downsample_label}
+        self._tensors: dict[str, Any] = {
+            "precision": precision,
+            "downsample_data": downsample_data,
+            "downsample_label": downsample_label,
+        }
         self._loader: _TrainLoader | None = None
         self._ahead: Lookahead | None = None
         self._begun: int | None = None
@@ -175,7 +189,9 @@ class ZarrDataModule(LightningDataModule):
             )
 
     def _dataset(self, side: Side) -> ZarrDataset | SideBySide:
-        return self.sources.dataset(side, augmentation=self.augmentation and side == "train", **self._tensors)
+        return self.sources.dataset(
+            side, augmentation=self.augmentation and side == "train", **self._tensors
+        )
 
     # -- loaders -----------------------------------------------------------------------------------------------------------------
 
@@ -183,12 +199,16 @@ class ZarrDataModule(LightningDataModule):
         """Loader of this rank. Called after a checkpoint was loaded."""
         dataset = self._dataset("train")
         if not len(dataset):  # Lightning would end the training at once, and well
-            raise ConfigError("there is no sample to train on: the split file has none for train. Give it some, or call trainer.test() only.")
+            raise ConfigError(
+                "there is no sample to train on: the split file has none for train. Give it some, or call trainer.test() only."
+            )
         sampler = self._sampler(dataset, shuffle=self.shuffle, drop_last=self.drop_last)
         state, self._loaded = self._loaded, {}
         if state:
             sampler.load_state_dict(state)
-        loader = _TrainLoader(dataset, sampler=sampler, drop_last=self.drop_last, **self._options(self.train_workers))
+        loader = _TrainLoader(
+            dataset, sampler=sampler, drop_last=self.drop_last, **self._options(self.train_workers)
+        )
         loader.on_begin = self._epoch_begins
         self._loader, self._begun = loader, None
         if self.trainer is not None:
@@ -199,7 +219,9 @@ class ZarrDataModule(LightningDataModule):
     def _look_ahead(self, dataset: ZarrDataset | SideBySide, sampler: NodeSampler) -> None:
         """Fetch what this rank reads next, as ``cache.lookahead`` and ``cache.eviction`` say. Before the loader starts its workers."""
         self._stop_looking_ahead()
-        if isinstance(dataset, ZarrDataset):  # of several datasets side by side each has a cache of its own, and no order of its own
+        if isinstance(
+            dataset, ZarrDataset
+        ):  # of several datasets side by side each has a cache of its own, and no order of its own
             self._ahead = Lookahead(dataset, sampler)
 
     def _stop_looking_ahead(self) -> None:
@@ -217,9 +239,18 @@ class ZarrDataModule(LightningDataModule):
         It asks for the first samples before it tells a sampler the epoch: a resumed run would begin with the order of epoch 0.
         """
         assert self.trainer is not None
-        epochs, batches = (_counts(progress) for progress in (self.trainer.fit_loop.epoch_progress, self.trainer.fit_loop.epoch_loop.batch_progress))
+        epochs, batches = (
+            _counts(progress)
+            for progress in (
+                self.trainer.fit_loop.epoch_progress,
+                self.trainer.fit_loop.epoch_loop.batch_progress,
+            )
+        )
         # Saved after the last batch, before the end of the epoch: Lightning goes on with the next one.
-        is_over = epochs.ready > epochs.processed and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        is_over = (
+            epochs.ready > epochs.processed
+            and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        )
         sampler.set_epoch(epochs.processed + is_over)
         if is_over or sampler.history:
             # With as many ranks as before and the same batch size that is where its own count stands.
@@ -239,16 +270,31 @@ class ZarrDataModule(LightningDataModule):
         dataset = self._dataset(side)
         if not len(dataset):
             return []
-        return DataLoader(dataset, sampler=self._sampler(dataset, shuffle=False, drop_last=False), **self._options(self.val_workers))
+        return DataLoader(
+            dataset,
+            sampler=self._sampler(dataset, shuffle=False, drop_last=False),
+            **self._options(self.val_workers),
+        )
 
-    def _sampler(self, dataset: ZarrDataset | SideBySide, *, shuffle: bool, drop_last: bool) -> _Sampler:
+    def _sampler(
+        self, dataset: ZarrDataset | SideBySide, *, shuffle: bool, drop_last: bool
+    ) -> _Sampler:
         return _Sampler(
-            dataset, assignment=self.assignment, seed=self.random_seed, shuffle=shuffle, drop_last=drop_last, world=_world_of(self.trainer)
+            dataset,
+            assignment=self.assignment,
+            seed=self.random_seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            world=_world_of(self.trainer),
         )
 
     def _options(self, workers: int) -> dict[str, Any]:
         context = self.multiprocessing_context
-        if context is None and bool(self.train_workers) != bool(self.val_workers) and multiprocessing.get_start_method() == "fork":
+        if (
+            context is None
+            and bool(self.train_workers) != bool(self.val_workers)
+            and multiprocessing.get_start_method() == "fork"
+        ):
             # Not forkserver: its children do not notice that the training was killed, and stay.
             context = "spawn"
         return {
@@ -286,7 +332,9 @@ class ZarrDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; takes effect when the training loader is made."""
-        if self.trainer is None or self.trainer.state.fn == "fit":  # a checkpoint is loaded to be tested, too
+        if (
+            self.trainer is None or self.trainer.state.fn == "fit"
+        ):  # a checkpoint is loaded to be tested, too
             self._loaded = dict(state_dict)
 
 
@@ -330,10 +378,16 @@ class _TrainLoader(DataLoader[Sample]):
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
     def __len__(self) -> int:
-        return self._batches(self.sampler.schedule.samples_of_rank) if isinstance(self.sampler, NodeSampler) else super().__len__()
+        return (
+            self._batches(self.sampler.schedule.samples_of_rank)
+            if isinstance(self.sampler, NodeSampler)
+            else super().__len__()
+        )
 
     def __iter__(self) -> Any:
-        if not isinstance(self.sampler, SequentialSampler):  # Trainer(overfit_batches=...), which says so itself
+        if not isinstance(
+            self.sampler, SequentialSampler
+        ):  # Trainer(overfit_batches=...), which says so itself
             epoch = self.planned.epoch
             self.on_begin(epoch)
         return super().__iter__()

@@ -14,13 +14,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from zarrcache.config import DataConfig
+from zarrcache.data import open_reader
 from zarrcache.errors import ConfigError
-
-if TYPE_CHECKING:
-    from zarrcache.reader import ZarrS3Reader
 
 __all__ = ["get_dataset", "load_chgcar_data", "load_data", "open_reader", "register_data"]
 
@@ -33,7 +31,9 @@ _loaders: dict[str, Loader] = {}
 def _check_name(name: object) -> None:
     # @register_data without a name hands over the function itself.
     if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f'register_data({name!r}): a loader needs a name. Write @register_data("my_data").')
+        raise ConfigError(
+            f'register_data({name!r}): a loader needs a name. Write @register_data("my_data").'
+        )
 
 
 def _is_same(one: Loader, other: Loader) -> bool:
@@ -63,7 +63,9 @@ def register_data(name: str) -> Callable[[_L], _L]:
     def register(loader: _L) -> _L:
         taken = _loaders.get(name)
         if taken is not None and not _is_same(taken, loader):
-            raise ConfigError(f"dataset_name {name!r} is taken by {_name_of(taken)}. Register {_name_of(loader)} under another name.")
+            raise ConfigError(
+                f"dataset_name {name!r} is taken by {_name_of(taken)}. Register {_name_of(loader)} under another name."
+            )
         _loaders[name] = loader
         return loader
 
@@ -117,31 +119,6 @@ def load_data(cfg: object) -> Any:
     return open_reader(cfg).data_split()
 
 
-def open_reader(cfg: object) -> ZarrS3Reader:
-    """The reader that a training config describes. No request is made.
-
-    Raises
-    ------
-    ConfigError
-        A key is missing or cannot be used.
-    """
-    from zarrcache.reader import ZarrS3Reader
-
-    config = DataConfig.of(cfg)
-    return ZarrS3Reader(
-        data_dir=config.data_dir,
-        label_dir=config.label_dir,
-        map_dir=config.map_dir,
-        functional=config.functional,
-        normalize=config.normalize_data,
-        train_fraction=config.train_fraction,
-        random_state=config.random_state,
-        density_type=config.density_type,
-        s3_kwargs=config.s3_kwargs,
-        cache=config.cache,
-    )
-
-
 @register_data("chgcar_data")
 def load_chgcar_data(cfg: object) -> Any:
     """Densities from Materials Project ``.json.gz`` and CHGCAR files that have not been converted: ``RhoRead.data_split()``.
@@ -151,7 +128,7 @@ def load_chgcar_data(cfg: object) -> Any:
     ConfigError
         A key is missing or cannot be used.
     """
-    from zarrcache.chgcar import RhoRead
+    from zarrcache.convert import RhoRead
 
     config = DataConfig.of(cfg)
     reader = RhoRead(

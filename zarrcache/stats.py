@@ -7,7 +7,7 @@ import struct
 import threading
 from dataclasses import dataclass, fields
 
-from zarrcache.sharedfile import SharedFile
+from zarrcache._shared_memory import SharedFile
 
 __all__ = ["Counters", "Stats"]
 

@@ -16,23 +16,34 @@ import time
 
 def main() -> int:
     """Convert what is not converted yet; 0 if nothing failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("src", help="directory of CHGCAR or json.gz files")
     parser.add_argument("dst", help="directory or s3://bucket/prefix")
     parser.add_argument("--jobs", type=int, default=16, help="Slurm jobs at the most [default: 16]")
-    parser.add_argument("--cores", type=int, default=32, help="cores of a job, a worker process each [default: 32]")
-    parser.add_argument("--memory", default="128 GiB", help="memory of a job; a material may take several GiB while it is read [default: 128 GiB]")
+    parser.add_argument(
+        "--cores", type=int, default=32, help="cores of a job, a worker process each [default: 32]"
+    )
+    parser.add_argument(
+        "--memory",
+        default="128 GiB",
+        help="memory of a job; a material may take several GiB while it is read [default: 128 GiB]",
+    )
     parser.add_argument("--walltime", default="12:00:00", help="of a job [default: 12:00:00]")
     parser.add_argument("--partition", help="Slurm partition [default: Slurm's]")
     arguments = parser.parse_args()
 
     from dask_jobqueue import SLURMCluster
 
-    from zarrcache.cluster import open_cluster
-    from zarrcache.convert import ConvertResult, plan_convert
+    from zarrcache.convert.plan import ConvertResult, plan_convert
+    from zarrcache.parallel.dask import open_cluster
 
     plan = plan_convert(arguments.src, arguments.dst)
-    print(f"{len(plan.files)} files to convert, {len(plan.skipped)} are converted already", file=sys.stderr)
+    print(
+        f"{len(plan.files)} files to convert, {len(plan.skipped)} are converted already",
+        file=sys.stderr,
+    )
     if not plan.files:
         return 0
     done, said_s = 0, time.monotonic()
@@ -57,7 +68,10 @@ def main() -> int:
         slurm.adapt(maximum_jobs=arguments.jobs)
         with open_cluster(slurm.scheduler_address) as cluster:
             report = plan.execute(progress, engine=cluster.spread)
-    print(f"converted {len(report.converted)}, failed {len(report.failed)}, skipped {len(report.skipped)}", file=sys.stderr)
+    print(
+        f"converted {len(report.converted)}, failed {len(report.failed)}, skipped {len(report.skipped)}",
+        file=sys.stderr,
+    )
     return 1 if report.failed else 0
 
 

@@ -49,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.names or list(BENCHMARKS)
     if len(names) > 1:
         # Each in a process of its own: forks, threads and clients of one must not be what the next one starts from.
-        failed = [name for name in names if subprocess.call([sys.executable, "-m", "tests.bench", name, *_flags(options)])]
+        failed = [
+            name
+            for name in names
+            if subprocess.call([sys.executable, "-m", "tests.bench", name, *_flags(options)])
+        ]
         if failed:
             print(f"Failed: {', '.join(failed)}", file=sys.stderr)
         return 1 if failed else 0
@@ -58,11 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _one(name: str, options: argparse.Namespace) -> int:
     start_s = time.perf_counter()
-    tables = _run(name, options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS), options.quick, options.workdir)
+    tables = _run(
+        name,
+        options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+        options.quick,
+        options.workdir,
+    )
     print(f"{name}: {time.perf_counter() - start_s:.0f} s", file=sys.stderr)
     if tables is None:
         return 1
-    document = report.document(tables, quick=options.quick, workdir=options.workdir or Path(tempfile.gettempdir()))
+    document = report.document(
+        tables, quick=options.quick, workdir=options.workdir or Path(tempfile.gettempdir())
+    )
     print(report.markdown(document), flush=True)
     out = options.out or (None if options.quick else OUT)
     if out is not None:
@@ -74,25 +85,48 @@ def _one(name: str, options: argparse.Namespace) -> int:
 
 def _flags(options: argparse.Namespace) -> list[str]:
     given = {"--rounds": options.rounds, "--out": options.out, "--workdir": options.workdir}
-    return [*(["--quick"] if options.quick else []), *(str(part) for pair in given.items() if pair[1] is not None for part in pair)]
+    return [
+        *(["--quick"] if options.quick else []),
+        *(str(part) for pair in given.items() if pair[1] is not None for part in pair),
+    ]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/bench", description="Measure zarrcache against its peers, interleaved, and write the tables.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} [default: all]")
-    parser.add_argument("--quick", action="store_true", help="smallest sizes, 3 rounds, nothing written unless --out is given: does everything run?")
-    parser.add_argument("--rounds", type=int, metavar="N", help=f"of each competitor [default: {ROUNDS}]")
+    parser = argparse.ArgumentParser(
+        prog="tools/bench",
+        description="Measure zarrcache against its peers, interleaved, and write the tables.",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} [default: all]"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="smallest sizes, 3 rounds, nothing written unless --out is given: does everything run?",
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"of each competitor [default: {ROUNDS}]"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for results.json, tables and plots; what other benchmarks left there stays "
                         "[default: docs/benchmarks]")  # fmt: skip
     parser.add_argument(
-        "--workdir", type=Path, metavar="DIR", help="for data and caches, on the disk to measure [default: the system's temporary one]"
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="for data and caches, on the disk to measure [default: the system's temporary one]",
     )
     parser.add_argument("--list", action="store_true", help="print the names")
-    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md from docs/benchmarks/results.json; measure nothing")
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="rewrite the table in README.md from docs/benchmarks/results.json; measure nothing",
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
-        parser.error(f"no benchmark {', '.join(map(repr, unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(
+            f"no benchmark {', '.join(map(repr, unknown))}; there are {', '.join(BENCHMARKS)}"
+        )
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds has to be 1 at the least")
     return options
@@ -104,8 +138,10 @@ def _run(name: str, rounds: int, quick: bool, parent: Path | None) -> list[Table
         parent.mkdir(parents=True, exist_ok=True)
     workdir = Path(tempfile.mkdtemp(prefix=f"zarrcache-bench-{name}-", dir=parent))
     try:
-        tables: list[Table] = importlib.import_module(BENCHMARKS[name]).run(Context(rounds, quick, workdir, SEED))
-    except Exception:  # noqa: BLE001 - reported here, with its traceback, and in the exit code
+        tables: list[Table] = importlib.import_module(BENCHMARKS[name]).run(
+            Context(rounds, quick, workdir, SEED)
+        )
+    except Exception:
         traceback.print_exc()
         return None
     finally:

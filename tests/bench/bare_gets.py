@@ -50,15 +50,23 @@ def _main(request: Mapping[str, Any]) -> None:
     """Every key of a file; with several processes, each its part."""
     processes = request["processes"]
     if processes > 1:
-        parts = [json.dumps({**request, "processes": 1, "part": [first, processes]}) for first in range(processes)]
-        for process in [subprocess.Popen([sys.executable, "-m", "tests.bench.bare_gets", part]) for part in parts]:
+        parts = [
+            json.dumps({**request, "processes": 1, "part": [first, processes]})
+            for first in range(processes)
+        ]
+        for process in [
+            subprocess.Popen([sys.executable, "-m", "tests.bench.bare_gets", part])
+            for part in parts
+        ]:
             if process.wait():
                 sys.exit(process.returncode)
         return
     first, step = request.get("part", (0, 1))
     keys = json.loads(Path(request["keys"]).read_text())[first::step]
     asyncio.run(get_all(obstore_of(request["s3_kwargs"], request["bucket"]), keys))
-    os._exit(0)  # a thread of obstore that still wakes the loop would abort an interpreter that is going
+    os._exit(
+        0
+    )  # a thread of obstore that still wakes the loop would abort an interpreter that is going
 
 
 if __name__ == "__main__":

@@ -19,7 +19,12 @@ __all__ = ["run"]
 
 Values: TypeAlias = NDArray[np.float32]
 
-NEVER, FIRST, AGAIN, ALWAYS = "verify: never", "verify: first, first use", "verify: first, used before", "verify: always"
+NEVER, FIRST, AGAIN, ALWAYS = (
+    "verify: never",
+    "verify: first, first use",
+    "verify: first, used before",
+    "verify: always",
+)
 READ = "verify: never, and every value read once"
 
 
@@ -31,22 +36,48 @@ def run(context: Context) -> list[Table]:
     readers = {verify: _reader(samples, context, verify) for verify in ("never", "first", "always")}
     _loads(samples, readers["first"], _touch)
     return [
-        _table(context, samples, readers, "W4", "a hit with and without its checksum, one value of each page read", _touch),
-        _table(context, samples, readers, "W4-copied", "a hit with and without its checksum, every value copied", _Copy(samples)),
+        _table(
+            context,
+            samples,
+            readers,
+            "W4",
+            "a hit with and without its checksum, one value of each page read",
+            _touch,
+        ),
+        _table(
+            context,
+            samples,
+            readers,
+            "W4-copied",
+            "a hit with and without its checksum, every value copied",
+            _Copy(samples),
+        ),
     ]
 
 
 def _table(
-    context: Context, samples: peers.Samples, readers: dict[str, ZarrS3Reader], name: str, title: str, consumer: Callable[[Values], object]
+    context: Context,
+    samples: peers.Samples,
+    readers: dict[str, ZarrS3Reader],
+    name: str,
+    title: str,
+    consumer: Callable[[Values], object],
 ) -> Table:
     competitors: dict[str, Round] = {
         NEVER: functools.partial(_round, samples, lambda: readers["never"], consumer),
         # A reader is one process's view: a new one has checked nothing. It has opened the index, as every process does once.
-        FIRST: functools.partial(_round, samples, lambda: _reader(samples, context, "first"), consumer),
+        FIRST: functools.partial(
+            _round, samples, lambda: _reader(samples, context, "first"), consumer
+        ),
         AGAIN: functools.partial(_round, samples, lambda: readers["first"], consumer),
         ALWAYS: functools.partial(_round, samples, lambda: readers["always"], consumer),
         # No checksum can be had for less than this.
-        READ: functools.partial(_round, samples, lambda: readers["never"], lambda values: (_xor(values), consumer(values))),
+        READ: functools.partial(
+            _round,
+            samples,
+            lambda: readers["never"],
+            lambda values: (_xor(values), consumer(values)),
+        ),
     }
     return Table(
         name,
@@ -54,8 +85,16 @@ def _table(
         "ms",
         NEVER,
         interleave(competitors, context.rounds, warmup=2),
-        {**samples.pairs.facts(), "page cache": "warm", "measured": "ZarrS3Reader.load and the consumer, a density"},
-        [Bar(FIRST, NEVER, at_most=1.5), Bar(ALWAYS, NEVER, at_most=1.5), Bar(AGAIN, NEVER, at_most=1.1)],
+        {
+            **samples.pairs.facts(),
+            "page cache": "warm",
+            "measured": "ZarrS3Reader.load and the consumer, a density",
+        },
+        [
+            Bar(FIRST, NEVER, at_most=1.5),
+            Bar(ALWAYS, NEVER, at_most=1.5),
+            Bar(AGAIN, NEVER, at_most=1.1),
+        ],
     )
 
 
@@ -80,18 +119,22 @@ class _Copy:
 def _reader(samples: peers.Samples, context: Context, verify: str) -> ZarrS3Reader:
     """A reader of the filled cache that has checked no entry, with its index and the listing of the origin read."""
     reader = peers.reader(samples, context.workdir, verify=verify)
-    reader.task_ids  # noqa: B018 - the listing is an entry, and always checked
+    reader.task_ids
     return reader
 
 
-def _round(samples: peers.Samples, reader: Callable[[], ZarrS3Reader], consumer: Callable[[Values], object]) -> Measured:
+def _round(
+    samples: peers.Samples, reader: Callable[[], ZarrS3Reader], consumer: Callable[[Values], object]
+) -> Measured:
     ready = reader()
     start_s = time.perf_counter()
     items = _loads(samples, ready, consumer)
     return Measured(time.perf_counter() - start_s, items)
 
 
-def _loads(samples: peers.Samples, reader: ZarrS3Reader, consumer: Callable[[Values], object]) -> int:
+def _loads(
+    samples: peers.Samples, reader: ZarrS3Reader, consumer: Callable[[Values], object]
+) -> int:
     items = 0
     for task_id in samples.pairs.task_ids:
         for role in ("data", "label"):

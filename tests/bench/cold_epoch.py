@@ -37,9 +37,17 @@ class _Epoch:
 
 def run(context: Context) -> list[Table]:
     """In one process, and through DataLoader workers."""
-    pairs = write_pairs(context.workdir / "s3" / _BUCKET, mp_grids(5 if context.quick else 15, context.seed), seed=context.seed)
+    pairs = write_pairs(
+        context.workdir / "s3" / _BUCKET,
+        mp_grids(5 if context.quick else 15, context.seed),
+        seed=context.seed,
+    )
     with running(context.workdir / "s3", latency_s=_LATENCY_S) as server:
-        prefixes = [f"{directory}/{task_id}.zarr/{ARRAY}/" for directory in ROLES.values() for task_id in pairs.task_ids]
+        prefixes = [
+            f"{directory}/{task_id}.zarr/{ARRAY}/"
+            for directory in ROLES.values()
+            for task_id in pairs.task_ids
+        ]
         serve_from_memory(server, _BUCKET, prefixes)
         return [_table(context, server, pairs, workers) for workers in (0, _WORKERS)]
 
@@ -51,7 +59,9 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, workers: int) ->
     def round_(pool: ProcessPoolExecutor, *, cached: bool) -> Measured:
         cache = context.workdir / f"cache-{next(numbers)}" if cached else None
         server.reset_log()
-        seconds, samples, total = pool.submit(_read, _Epoch(server.s3_kwargs, pairs.map_path, cache, workers)).result()
+        seconds, samples, total = pool.submit(
+            _read, _Epoch(server.s3_kwargs, pairs.map_path, cache, workers)
+        ).result()
         log = server.log()
         sums.add(total)
         if cache is not None:
@@ -60,7 +70,10 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, workers: int) ->
 
     with ExitStack() as stack:
         pools = {name: stack.enter_context(clean_process()) for name in (_PLAIN, _FILLING)}
-        competitors = {name: functools.partial(round_, pool, cached=name == _FILLING) for name, pool in pools.items()}
+        competitors = {
+            name: functools.partial(round_, pool, cached=name == _FILLING)
+            for name, pool in pools.items()
+        }
         rounds = interleave(competitors, context.rounds)
     if len(sums) != 1:
         raise AssertionError(f"epochs gave the sums {sums}: they did not read the same")
@@ -71,7 +84,15 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, workers: int) ->
         "a round": "one epoch by a new reader with new connections; the seconds include the start of the workers",
     }
     bar = Bar(_FILLING, _PLAIN, at_most=1.10)
-    return Table("C3-workers" if workers else "C3", f"first epoch of a run, {how}", "ms", _PLAIN, rounds, facts, [bar])
+    return Table(
+        "C3-workers" if workers else "C3",
+        f"first epoch of a run, {how}",
+        "ms",
+        _PLAIN,
+        rounds,
+        facts,
+        [bar],
+    )
 
 
 def _read(epoch: _Epoch) -> tuple[float, int, float]:
@@ -91,8 +112,15 @@ def _read(epoch: _Epoch) -> tuple[float, int, float]:
         cache=None if epoch.cache is None else {"dir": epoch.cache, "min_free": 0},
     )
     # A spawned process would spawn its workers too, and each would import torch in the epoch's time.
-    loader = DataLoader(ZarrDataset(reader), batch_size=None, num_workers=epoch.workers, multiprocessing_context="fork" if epoch.workers else None)
+    loader = DataLoader(
+        ZarrDataset(reader),
+        batch_size=None,
+        num_workers=epoch.workers,
+        multiprocessing_context="fork" if epoch.workers else None,
+    )
     start, total = time.perf_counter(), 0.0
     for sample in loader:
-        total += float(sample["data"].reshape(-1)[::1024].sum()) + float(sample["label"].reshape(-1)[::1024].sum())
+        total += float(sample["data"].reshape(-1)[::1024].sum()) + float(
+            sample["label"].reshape(-1)[::1024].sum()
+        )
     return time.perf_counter() - start, len(loader), total

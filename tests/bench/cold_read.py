@@ -22,11 +22,19 @@ _BARRED_MS = 20
 def run(context: Context) -> list[Table]:
     """One table for each latency."""
     stores = context.rounds + _WARMUP
-    pairs = write_pairs(context.workdir / "s3" / _BUCKET, [_SHAPES[i % len(_SHAPES)] for i in range(stores)], seed=context.seed)
+    pairs = write_pairs(
+        context.workdir / "s3" / _BUCKET,
+        [_SHAPES[i % len(_SHAPES)] for i in range(stores)],
+        seed=context.seed,
+    )
     names, missing = installed(list(PEERS))
     tables = []
     with running(context.workdir / "s3") as server:
-        serve_from_memory(server, _BUCKET, [f"{ROLES['data']}/{task_id}.zarr/{ARRAY}/" for task_id in pairs.task_ids])
+        serve_from_memory(
+            server,
+            _BUCKET,
+            [f"{ROLES['data']}/{task_id}.zarr/{ARRAY}/" for task_id in pairs.task_ids],
+        )
         for latency_ms in (0, 20) if context.quick else (0, 20, 50):
             place = Place(server.s3_kwargs, _BUCKET, pairs.map_path, context.workdir / "clients")
             server.set(latency_s=latency_ms / 1000)
@@ -35,11 +43,20 @@ def run(context: Context) -> list[Table]:
     return tables
 
 
-def _table(context: Context, server: BenchServer, pairs: Pairs, started: dict[str, Client], latency_ms: int, missing: dict[str, str]) -> Table:
+def _table(
+    context: Context,
+    server: BenchServer,
+    pairs: Pairs,
+    started: dict[str, Client],
+    latency_ms: int,
+    missing: dict[str, str],
+) -> Table:
     counted: dict[str, Counter[str]] = {}
 
     def competitor(name: str) -> Round:
-        todo = iter(enumerate(pairs.task_ids))  # every round another store: nobody has it in a cache
+        todo = iter(
+            enumerate(pairs.task_ids)
+        )  # every round another store: nobody has it in a cache
 
         def round_() -> Measured:
             index, task_id = next(todo)
@@ -51,17 +68,28 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, started: dict[st
                 if (answer.shape, answer.crc) != (expected.shape, zlib.crc32(expected.data)):
                     raise AssertionError(f"{name} read other values than were written to {task_id}")
             counted[name] = Counter(request.op for request in log)
-            return Measured(answer.seconds, 1, len(log), sum(request.nbytes for request in log), {"cpu_ms": 1000 * answer.cpu_s})
+            return Measured(
+                answer.seconds,
+                1,
+                len(log),
+                sum(request.nbytes for request in log),
+                {"cpu_ms": 1000 * answer.cpu_s},
+            )
 
         return round_
 
-    rounds = interleave({name: competitor(name) for name in started}, context.rounds, warmup=_WARMUP)
+    rounds = interleave(
+        {name: competitor(name) for name in started}, context.rounds, warmup=_WARMUP
+    )
     facts = {
         "latency, ms a request": latency_ms,
         "grids": "108x108x108 to 112x112x112 float32, chunks of 16x16x16, Blosc: 343 chunks and .zarray",
         "a round": "one store that this client has not read before; the server has it in memory",
         "clients": "a process each, kept for all rounds, its connections open; signed requests, no TLS",
-        "requests": {name: " + ".join(f"{n} {op}" for op, n in sorted(ops.items(), reverse=True)) for name, ops in counted.items()},
+        "requests": {
+            name: " + ".join(f"{n} {op}" for op, n in sorted(ops.items(), reverse=True))
+            for name, ops in counted.items()
+        },
     }
     ours = ("zarrcache, no cache", "zarrcache, empty cache")
     bars = []
@@ -69,4 +97,13 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, started: dict[st
         bars = [Bar(name, "TensorStore", at_most=1.25) for name in ours if "TensorStore" in rounds]
         bars += [Bar(name, "zarr + s3fs", at_most=1 / 6) for name in ours]
     name = "C1" if latency_ms == _BARRED_MS else f"C1-{latency_ms}ms"
-    return Table(name, f"one density of 343 chunks, cold, {latency_ms} ms a request", "ms", FLOOR, rounds, facts, bars, missing)
+    return Table(
+        name,
+        f"one density of 343 chunks, cold, {latency_ms} ms a request",
+        "ms",
+        FLOOR,
+        rounds,
+        facts,
+        bars,
+        missing,
+    )

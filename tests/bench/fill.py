@@ -52,19 +52,35 @@ class _Origin:
 
     def first(self, count: int) -> tuple[str, ...]:
         """The largest pair and others: one array may exceed the byte budget, so it is in the peak of few pairs as of many."""
-        largest = max(zip(self.pairs.shapes, self.pairs.task_ids, strict=True), key=lambda pair: math.prod(pair[0]))[1]
-        return (largest, *(task_id for task_id in self.pairs.task_ids if task_id != largest))[:count]
+        largest = max(
+            zip(self.pairs.shapes, self.pairs.task_ids, strict=True),
+            key=lambda pair: math.prod(pair[0]),
+        )[1]
+        return (largest, *(task_id for task_id in self.pairs.task_ids if task_id != largest))[
+            :count
+        ]
 
 
 def run(context: Context) -> list[Table]:
     """The rate of filling, and the memory for few and for many pairs under two budgets."""
     many, few = (6, 2) if context.quick else (100, 25)
-    pairs = write_pairs(context.workdir / "s3" / _BUCKET, mp_grids(many, context.seed), seed=context.seed)
+    pairs = write_pairs(
+        context.workdir / "s3" / _BUCKET, mp_grids(many, context.seed), seed=context.seed
+    )
     with running(context.workdir / "s3", latency_s=_LATENCY_S) as server:
-        prefixes = [f"{directory}/{task_id}.zarr/{ARRAY}/" for task_id in pairs.task_ids for directory in ROLES.values()]
+        prefixes = [
+            f"{directory}/{task_id}.zarr/{ARRAY}/"
+            for task_id in pairs.task_ids
+            for directory in ROLES.values()
+        ]
         serve_from_memory(server, _BUCKET, prefixes)
         root = context.workdir / "s3" / _BUCKET
-        keys = tuple(f"{prefix}{path.name}" for prefix in prefixes for path in sorted((root / prefix).iterdir()) if path.name != ".zattrs")
+        keys = tuple(
+            f"{prefix}{path.name}"
+            for prefix in prefixes
+            for path in sorted((root / prefix).iterdir())
+            if path.name != ".zattrs"
+        )
         origin = _Origin(server, pairs, keys, context.workdir)
         return [_rates(context, origin), _memory(context, origin, few, many)]
 
@@ -80,8 +96,13 @@ def _rates(context: Context, origin: _Origin) -> Table:
         served_s = origin.server.cpu_s() - before_s
         log = origin.server.log()
         counted[name] = Counter(request.op for request in log)
-        extra = {"client_cpu_ms": 1000 * done.cpu_s / items, "server_cpu_ms": 1000 * served_s / items}
-        return Measured(done.seconds, items, len(log), sum(request.nbytes for request in log), extra)
+        extra = {
+            "client_cpu_ms": 1000 * done.cpu_s / items,
+            "server_cpu_ms": 1000 * served_s / items,
+        }
+        return Measured(
+            done.seconds, items, len(log), sum(request.nbytes for request in log), extra
+        )
 
     def bare(name: str, processes: int) -> Measured:
         return measured(name, _bare_command(origin, processes), len(origin.keys))
@@ -106,10 +127,21 @@ def _rates(context: Context, origin: _Origin) -> Table:
         _TWICE: f"the same in {cores()} processes at once, {IN_FLIGHT} coroutines each: more than the {cores()} cores can serve",
         _WARM: "every density listed, fetched, checked (MD5), decoded, divided, summed up (CRC-32C) and written; the workers started",
         "cpu": "time a GET: the client's processes together, the server's one process; all of them share the cores",
-        "requests": {name: " + ".join(f"{n} {op}" for op, n in sorted(ops.items(), reverse=True)) for name, ops in counted.items()},
+        "requests": {
+            name: " + ".join(f"{n} {op}" for op, n in sorted(ops.items(), reverse=True))
+            for name, ops in counted.items()
+        },
     }
     bar = Bar(_WARM, FLOOR, at_least=0.8)
-    return Table("C2", f"filling the cache with {len(pairs.task_ids)} pairs", "objects/s", FLOOR, rounds, facts, [bar])
+    return Table(
+        "C2",
+        f"filling the cache with {len(pairs.task_ids)} pairs",
+        "objects/s",
+        FLOOR,
+        rounds,
+        facts,
+        [bar],
+    )
 
 
 def _memory(context: Context, origin: _Origin, few: int, many: int) -> Table:
@@ -118,25 +150,47 @@ def _memory(context: Context, origin: _Origin, few: int, many: int) -> Table:
         watched = _Watched()
         done = _run(_warm_command(config), watched)
         shutil.rmtree(cache)
-        extra = {"peak_pss_mib": watched.pss / _MIB, "peak_own_mib": watched.own / _MIB, "peak_resident_mib": watched.rss / _MIB}
+        extra = {
+            "peak_pss_mib": watched.pss / _MIB,
+            "peak_own_mib": watched.own / _MIB,
+            "peak_resident_mib": watched.rss / _MIB,
+        }
         return Measured(done.seconds, count, extra=extra)
 
     def name(count: int, budget_mib: int) -> str:
         return f"{_WARM}, {count} pairs, fetch.memory {budget_mib} MiB"
 
     wanted = [(count, budget_mib) for budget_mib in _BUDGETS_MIB for count in (few, many)]
-    competitors: dict[str, Round] = {name(*one): functools.partial(measured, *one) for one in wanted}
-    rounds = interleave(competitors, 1, warmup=0)  # once each: memory does not depend on what else the machine does
+    competitors: dict[str, Round] = {
+        name(*one): functools.partial(measured, *one) for one in wanted
+    }
+    rounds = interleave(
+        competitors, 1, warmup=0
+    )  # once each: memory does not depend on what else the machine does
     facts = origin.pairs.facts() | {
         "peak": f"of all processes of the command together, looked at every {_LOOK_S} s: proportional set size; own are its pages that no file "
         "has, resident is RSS, where shared pages count in each process",
         "interpreters": f"of each peak about {1 + cores()} times 60 MiB are Python and its libraries",
         "fetch.memory": "bytes of objects and arrays that are held at a time, all processes together; the default is 512 MiB",
-        "largest array, MiB": round(max(4 * x * y * z for x, y, z in origin.pairs.shapes) / _MIB, 1),
+        "largest array, MiB": round(
+            max(4 * x * y * z for x, y, z in origin.pairs.shapes) / _MIB, 1
+        ),
     }
-    bars = [Bar(name(many, budget), name(few, budget), at_most=1.2, of="peak_own_mib") for budget in _BUDGETS_MIB]
+    bars = [
+        Bar(name(many, budget), name(few, budget), at_most=1.2, of="peak_own_mib")
+        for budget in _BUDGETS_MIB
+    ]
     title = f"memory of filling: {few} pairs and {many}, under two budgets"
-    return Table("C2-memory", title, "MiB", name(few, _BUDGETS_MIB[-1]), rounds, facts, bars, of="peak_own_mib")
+    return Table(
+        "C2-memory",
+        title,
+        "MiB",
+        name(few, _BUDGETS_MIB[-1]),
+        rounds,
+        facts,
+        bars,
+        of="peak_own_mib",
+    )
 
 
 # -- commands ------------------------------------------------------------------------------------------------------------------------
@@ -166,7 +220,12 @@ def _warm_command(config: Path) -> list[str]:
 def _bare_command(origin: _Origin, processes: int) -> list[str]:
     file = origin.workdir / "keys.json"
     file.write_text(json.dumps(origin.keys))
-    request = {"s3_kwargs": origin.server.s3_kwargs, "bucket": _BUCKET, "keys": str(file), "processes": processes}
+    request = {
+        "s3_kwargs": origin.server.s3_kwargs,
+        "bucket": _BUCKET,
+        "keys": str(file),
+        "processes": processes,
+    }
     return [sys.executable, "-m", "tests.bench.bare_gets", json.dumps(request)]
 
 
@@ -237,27 +296,47 @@ def _run(command: Sequence[str], watched: _Watched | None = None) -> _Done:
     before = os.times()
     start_s = time.perf_counter()
     with (
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
         watched.of(process.pid) if watched is not None else contextlib.nullcontext(),
     ):
         said, _ = process.communicate(timeout=_HANG_S)
     seconds, after = time.perf_counter() - start_s, os.times()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:5])} ended with {process.returncode}: {said[-2000:]}")
-    return _Done(seconds, after.children_user + after.children_system - before.children_user - before.children_system)
+        raise RuntimeError(
+            f"{' '.join(command[:5])} ended with {process.returncode}: {said[-2000:]}"
+        )
+    return _Done(
+        seconds,
+        after.children_user + after.children_system - before.children_user - before.children_system,
+    )
 
 
 def _check(origin: _Origin, config: Path) -> None:
     """Everything is in the cache, and the first and the last pair are what was written."""
     given = json.loads(config.read_text())
     wanted = ("data_dir", "label_dir", "map_dir", "functional", "s3_kwargs", "cache")
-    reader = ZarrS3Reader(normalize=True, train_fraction=0.8, **{name: given[name] for name in wanted})
+    reader = ZarrS3Reader(
+        normalize=True, train_fraction=0.8, **{name: given[name] for name in wanted}
+    )
     if (found := sum(map(len, reader.stored().values()))) != 2 * len(origin.pairs.task_ids):
-        raise AssertionError(f"zarrcache warm stored {found} densities of {2 * len(origin.pairs.task_ids)}")
+        raise AssertionError(
+            f"zarrcache warm stored {found} densities of {2 * len(origin.pairs.task_ids)}"
+        )
     for index in (0, len(origin.pairs.task_ids) - 1):
         expected = values_of(index, origin.pairs.shapes[index], origin.pairs.seed)
         for role, values in expected.items():
-            if not (reader.load(origin.pairs.task_ids[index], role)[0] == values.reshape(-1) / values.size).all():
-                raise AssertionError(f"zarrcache warm stored other values than were written to {origin.pairs.task_ids[index]} ({role})")
+            if not (
+                reader.load(origin.pairs.task_ids[index], role)[0]
+                == values.reshape(-1) / values.size
+            ).all():
+                raise AssertionError(
+                    f"zarrcache warm stored other values than were written to {origin.pairs.task_ids[index]} ({role})"
+                )
     if reader.stats.misses:
         raise AssertionError("a density that was warm was read from the origin")

@@ -20,10 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.bench.harness import cores
-from zarrcache.storewriter import encode_store, publish_store, zipped
-from zarrcache.synthetic import SyntheticPair, make_pair
+from zarrcache.convert.writer import encode_store, publish_store, zipped
+from zarrcache.demo.synthetic import SyntheticPair, make_pair
 
-__all__ = ["FUNCTIONAL", "ROLES", "Layout", "Pairs", "Shape", "mp_grids", "pair_of", "values_of", "write_pairs"]
+__all__ = [
+    "FUNCTIONAL",
+    "ROLES",
+    "Layout",
+    "Pairs",
+    "Shape",
+    "mp_grids",
+    "pair_of",
+    "values_of",
+    "write_pairs",
+]
 
 Shape = tuple[int, int, int]
 Layout = Literal["v2", "v3", "sharded", "zip"]
@@ -32,7 +42,9 @@ Role = Literal["data", "label"]
 FUNCTIONAL = "GGA"
 #: Role of the reader: directory below that of ``write_pairs``.
 ROLES: dict[Role, str] = {"data": "input", "label": "label"}
-_DATA = Path(os.environ.get("ZARRCACHE_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+_DATA = Path(
+    os.environ.get("ZARRCACHE_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
+)
 _COUNTS = _DATA / "mp" / "meta" / "charge3net_probe_counts.csv.gz"
 _MOST_BYTES = 64 * 1024**2
 # 80 quantiles of the 122,689 densities of the Materials Project by number of points (the CSV of the charge3net authors): mean 6.7 MiB as
@@ -98,16 +110,24 @@ def mp_grids(n: int, seed: int) -> list[Shape]:
     its quantiles. The one in a thousand above 64 MiB is left out, so that a run's size does not hang on one draw.
     """
     known = _all_grids()
-    return [known[int(i)] for i in np.random.default_rng([seed, 0x6D70]).integers(len(known), size=n)]
+    return [
+        known[int(i)] for i in np.random.default_rng([seed, 0x6D70]).integers(len(known), size=n)
+    ]
 
 
 @functools.cache
 def _all_grids() -> list[Shape]:
     if _COUNTS.exists():
         with gzip.open(_COUNTS, "rt") as file:
-            found = [(int(row["shape_x"]), int(row["shape_y"]), int(row["shape_z"])) for row in csv.DictReader(file)]
+            found = [
+                (int(row["shape_x"]), int(row["shape_y"]), int(row["shape_z"]))
+                for row in csv.DictReader(file)
+            ]
     else:
-        found = [(int(x), int(y), int(z)) for x, y, z in (grid.split() for grid in _QUANTILES.replace("\n", " ").split(","))]
+        found = [
+            (int(x), int(y), int(z))
+            for x, y, z in (grid.split() for grid in _QUANTILES.replace("\n", " ").split(","))
+        ]
     return [shape for shape in found if 4 * math.prod(shape) <= _MOST_BYTES]
 
 
@@ -119,11 +139,20 @@ def pair_of(index: int, shape: Shape, seed: int) -> SyntheticPair:
 def values_of(index: int, shape: Shape, seed: int) -> dict[Role, NDArray[np.float32]]:
     """What a reader has to find in the stores of pair ``index``: float32, not normalized."""
     pair = pair_of(index, shape, seed)
-    return {"data": np.ascontiguousarray(pair.data, dtype="<f4"), "label": np.ascontiguousarray(pair.label, dtype="<f4")}
+    return {
+        "data": np.ascontiguousarray(pair.data, dtype="<f4"),
+        "label": np.ascontiguousarray(pair.label, dtype="<f4"),
+    }
 
 
 def write_pairs(
-    directory: Path, shapes: Sequence[Shape], *, chunks: int | Literal["whole"] = 16, layout: Layout = "v2", seed: int = 0, workers: int | None = None
+    directory: Path,
+    shapes: Sequence[Shape],
+    *,
+    chunks: int | Literal["whole"] = 16,
+    layout: Layout = "v2",
+    seed: int = 0,
+    workers: int | None = None,
 ) -> Pairs:
     """Write a pair of stores for each shape, and the map. A 96**3 pair takes about half a second of one core.
 
@@ -162,7 +191,14 @@ def write_pairs(
     )
 
 
-def _write_pair(directory: Path, index: int, shape: Shape, chunks: int | Literal["whole"], layout: Layout, seed: int) -> tuple[str, int, int]:
+def _write_pair(
+    directory: Path,
+    index: int,
+    shape: Shape,
+    chunks: int | Literal["whole"],
+    layout: Layout,
+    seed: int,
+) -> tuple[str, int, int]:
     """Write one pair; its task id, number of files, bytes."""
     pair = pair_of(index, shape, seed)
     size = shape if chunks == "whole" else tuple(min(chunks, n) for n in shape)
@@ -171,10 +207,19 @@ def _write_pair(directory: Path, index: int, shape: Shape, chunks: int | Literal
         if layout == "sharded":
             objects: Mapping[str, bytes] = _sharded(values, pair, size)
         else:
-            objects = encode_store(values, None, pair.structure, {"functional": FUNCTIONAL}, chunks=size, zarr_format=3 if layout == "v3" else 2)
+            objects = encode_store(
+                values,
+                None,
+                pair.structure,
+                {"functional": FUNCTIONAL},
+                chunks=size,
+                zarr_format=3 if layout == "v3" else 2,
+            )
         if layout == "zip":
             objects = {"": zipped(objects)}
-        nbytes += publish_store(directory / role / f"{pair.task_id}.zarr{'.zip' if layout == 'zip' else ''}", objects)
+        nbytes += publish_store(
+            directory / role / f"{pair.task_id}.zarr{'.zip' if layout == 'zip' else ''}", objects
+        )
         count += len(objects)
     return pair.task_id, count, nbytes
 
@@ -186,10 +231,18 @@ def _sharded(values: NDArray[Any], pair: SyntheticPair, chunks: Sequence[int]) -
 
     objects: dict[str, Any] = {}
     store = zarr.storage.MemoryStore(store_dict=objects)
-    attributes = {"structure": json.dumps(pair.structure), "metadata": json.dumps({"functional": FUNCTIONAL})}
+    attributes = {
+        "structure": json.dumps(pair.structure),
+        "metadata": json.dumps({"functional": FUNCTIONAL}),
+    }
     group = zarr.create_group(store=store, zarr_format=3, attributes=attributes)
     shards = tuple(-(-n // chunk) * chunk for n, chunk in zip(values.shape, chunks, strict=True))
-    group.create_array("charge_density_total", data=np.ascontiguousarray(values, dtype="<f4"), chunks=tuple(chunks), shards=shards)
+    group.create_array(
+        "charge_density_total",
+        data=np.ascontiguousarray(values, dtype="<f4"),
+        chunks=tuple(chunks),
+        shards=shards,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in encode_store: consolidated metadata in format 3
         zarr.consolidate_metadata(store)

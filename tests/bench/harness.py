@@ -93,7 +93,9 @@ class Bar:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"the bar of {self.competitor!r} needs one of at_least and at_most")
         if self.reference is None and self.of is None and self.at_least is not None:
-            raise ValueError(f"the bar of {self.competitor!r} has no reference: seconds have an at_most")
+            raise ValueError(
+                f"the bar of {self.competitor!r} has no reference: seconds have an at_most"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,9 @@ class Context:
     seed: int
 
 
-def interleave(competitors: Mapping[str, Round], rounds: int, *, warmup: int = 1) -> dict[str, list[Measured]]:
+def interleave(
+    competitors: Mapping[str, Round], rounds: int, *, warmup: int = 1
+) -> dict[str, list[Measured]]:
     """Run the competitors in turns: A B C, C A B, B C A, ...
 
     Parameters
@@ -212,7 +216,9 @@ class Summary:
 def summarise(rounds: Sequence[Measured], of: str | None = None) -> Summary:
     """Summarise seconds per item, or the figure ``of``."""
     values = [measured.value(of) for measured in rounds]
-    return Summary(statistics.median(values), percentile(values, 90), percentile(values, 99), len(values))
+    return Summary(
+        statistics.median(values), percentile(values, 90), percentile(values, 99), len(values)
+    )
 
 
 def shown(table: Table, summary: Summary) -> tuple[float, float, float]:

@@ -49,7 +49,10 @@ def run(context: Context) -> list[Table]:
     root = context.workdir / "s3"
     shapes = [_SHAPE] * (context.rounds + _WARMUP)
     pairs = {
-        name: write_pairs(root / kind.bucket, shapes, chunks=kind.chunks, layout=kind.layout, seed=context.seed) for name, kind in _KINDS.items()
+        name: write_pairs(
+            root / kind.bucket, shapes, chunks=kind.chunks, layout=kind.layout, seed=context.seed
+        )
+        for name, kind in _KINDS.items()
     }
     with running(root, latency_s=_LATENCY_S) as server:
         for kind in _KINDS.values():
@@ -57,9 +60,15 @@ def run(context: Context) -> list[Table]:
         return [_table(context, server, pairs, name, peer) for name, peer in _READERS.items()]
 
 
-def _table(context: Context, server: BenchServer, pairs: dict[str, Pairs], name: str, peer: str) -> Table:
+def _table(
+    context: Context, server: BenchServer, pairs: dict[str, Pairs], name: str, peer: str
+) -> Table:
     # zarr has no store for a zip file on S3.
-    kinds = {layout: kind for layout, kind in _KINDS.items() if peer.startswith("zarrcache") or kind.layout != "zip"}
+    kinds = {
+        layout: kind
+        for layout, kind in _KINDS.items()
+        if peer.startswith("zarrcache") or kind.layout != "zip"
+    }
     counted: dict[str, str] = {}
 
     def competitor(layout: str, client: Client) -> Round:
@@ -67,25 +76,45 @@ def _table(context: Context, server: BenchServer, pairs: dict[str, Pairs], name:
 
         def round_() -> Measured:
             index = next(todo)
-            measured, counted[layout] = _round(server, client, pairs[layout], index, _KINDS[layout].suffix, read_again=peer.startswith("zarrcache"))
+            measured, counted[layout] = _round(
+                server,
+                client,
+                pairs[layout],
+                index,
+                _KINDS[layout].suffix,
+                read_again=peer.startswith("zarrcache"),
+            )
             return measured
 
         return round_
 
-    places = {layout: Place(server.s3_kwargs, kind.bucket, pairs[layout].map_path, context.workdir / name) for layout, kind in kinds.items()}
+    places = {
+        layout: Place(server.s3_kwargs, kind.bucket, pairs[layout].map_path, context.workdir / name)
+        for layout, kind in kinds.items()
+    }
     with clients({layout: (peer, place) for layout, place in places.items()}) as started:
-        rounds = interleave({layout: competitor(layout, client) for layout, client in started.items()}, context.rounds, warmup=_WARMUP)
+        rounds = interleave(
+            {layout: competitor(layout, client) for layout, client in started.items()},
+            context.rounds,
+            warmup=_WARMUP,
+        )
     facts = {
         "latency, ms a request": 1000 * _LATENCY_S,
         "grid": "108×108×108 float32, 4.8 MiB; compressors: the defaults of the format, Blosc (LZ4, shuffle) in 2, Zstandard in 3",
         "requests": counted,
     }
     if peer.startswith("zarrcache"):
-        facts["a round"] = "a store that was never read, through an empty cache; warm, ms: the same store again, from the cache, checked"
-    return Table(name, f"one density by its layout, cold, {peer}", "ms", next(iter(kinds)), rounds, facts)
+        facts["a round"] = (
+            "a store that was never read, through an empty cache; warm, ms: the same store again, from the cache, checked"
+        )
+    return Table(
+        name, f"one density by its layout, cold, {peer}", "ms", next(iter(kinds)), rounds, facts
+    )
 
 
-def _round(server: BenchServer, client: Client, pairs: Pairs, index: int, suffix: str, *, read_again: bool) -> tuple[Measured, str]:
+def _round(
+    server: BenchServer, client: Client, pairs: Pairs, index: int, suffix: str, *, read_again: bool
+) -> tuple[Measured, str]:
     """One store read; the operations it took in words."""
     store = f"{pairs.task_ids[index]}{suffix}"
     server.reset_log()
@@ -102,7 +131,9 @@ def _round(server: BenchServer, client: Client, pairs: Pairs, index: int, suffix
             raise AssertionError(f"{store} was not warm after it was read")
         extra["warm_ms"] = 1000 * again.seconds
     operations = sorted(Counter(request.op for request in log).items(), reverse=True)
-    return Measured(answer.seconds, 1, len(log), sum(request.nbytes for request in log), extra), " + ".join(f"{n} {op}" for op, n in operations)
+    return Measured(
+        answer.seconds, 1, len(log), sum(request.nbytes for request in log), extra
+    ), " + ".join(f"{n} {op}" for op, n in operations)
 
 
 def _prefixes(directory: Path) -> list[str]:

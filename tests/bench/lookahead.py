@@ -40,9 +40,19 @@ _SKIPPED = 20
 _BUDGET = "1 GiB"
 _WAITING = "waiting_percent"
 _STEADY = "waiting_after_20_steps_percent"
-_ALONE, _WORKERS, _AHEAD, _AHEAD_WORKERS = "no look-ahead", "no look-ahead, 2 workers", "look-ahead", "look-ahead, 2 workers"
+_ALONE, _WORKERS, _AHEAD, _AHEAD_WORKERS = (
+    "no look-ahead",
+    "no look-ahead, 2 workers",
+    "look-ahead",
+    "look-ahead, 2 workers",
+)
 _TITLE = f"waiting for data in a cold epoch: 768 steps of 50 ms, densities of at most {_MOST_BYTES // 2**20} MiB"
-_COMPETITORS = {_ALONE: (0, False), _WORKERS: (2, False), _AHEAD: (0, True), _AHEAD_WORKERS: (2, True)}
+_COMPETITORS = {
+    _ALONE: (0, False),
+    _WORKERS: (2, False),
+    _AHEAD: (0, True),
+    _AHEAD_WORKERS: (2, True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +79,56 @@ def run(context: Context) -> list[Table]:
     """One process and DataLoader workers, with and without look-ahead."""
     root = context.workdir / "s3" / _BUCKET
     grids = [grid for grid in mp_grids(400, context.seed) if 4 * math.prod(grid) <= _MOST_BYTES]
-    pairs = write_pairs(root, grids[: 12 if context.quick else 120], chunks=_CHUNK, seed=context.seed)
+    pairs = write_pairs(
+        root, grids[: 12 if context.quick else 120], chunks=_CHUNK, seed=context.seed
+    )
     task_ids = _under_other_names(root, pairs)
     sums: set[float] = set()
     numbers = itertools.count()
     with running(context.workdir / "s3", latency_s=_LATENCY_S) as server, ExitStack() as stack:
-        serve_from_memory(server, _BUCKET, [f"{directory}/{task_id}.zarr/{ARRAY}/" for directory in ROLES.values() for task_id in task_ids])
+        serve_from_memory(
+            server,
+            _BUCKET,
+            [
+                f"{directory}/{task_id}.zarr/{ARRAY}/"
+                for directory in ROLES.values()
+                for task_id in task_ids
+            ],
+        )
 
         def round_(pool: ProcessPoolExecutor, workers: int, *, ahead: bool) -> Measured:
             cache = context.workdir / f"cache-{next(numbers)}"
             server.reset_log()
-            epoch = _Epoch(server.s3_kwargs, pairs.map_path, cache, workers, _BUDGET if ahead else "0", None if ahead else _STEPS_ALONE)
+            epoch = _Epoch(
+                server.s3_kwargs,
+                pairs.map_path,
+                cache,
+                workers,
+                _BUDGET if ahead else "0",
+                None if ahead else _STEPS_ALONE,
+            )
             waited = pool.submit(_train, epoch).result()
             log = server.log()
             shutil.rmtree(cache)
             sums.add(waited.total)
-            extra = {_WAITING: _share(waited.seconds), _STEADY: _share(waited.seconds[min(_SKIPPED, len(waited.seconds) // 2) :])}
+            extra = {
+                _WAITING: _share(waited.seconds),
+                _STEADY: _share(waited.seconds[min(_SKIPPED, len(waited.seconds) // 2) :]),
+            }
             seconds = sum(waited.seconds) + _STEP_S * len(waited.seconds)
-            return Measured(seconds, len(waited.seconds), len(log), sum(request.nbytes for request in log), extra)
+            return Measured(
+                seconds,
+                len(waited.seconds),
+                len(log),
+                sum(request.nbytes for request in log),
+                extra,
+            )
 
         pools = {name: stack.enter_context(clean_process()) for name in _COMPETITORS}
-        competitors = {name: functools.partial(round_, pools[name], workers, ahead=ahead) for name, (workers, ahead) in _COMPETITORS.items()}
+        competitors = {
+            name: functools.partial(round_, pools[name], workers, ahead=ahead)
+            for name, (workers, ahead) in _COMPETITORS.items()
+        }
         rounds = interleave(competitors, min(context.rounds, _MOST_ROUNDS))
     if len(sums) != 1:
         raise AssertionError(f"epochs gave the sums {sums}: they did not read the same")
@@ -103,17 +142,29 @@ def run(context: Context) -> list[Table]:
         "lookahead": _BUDGET,
         "after 20": f"without the first {_SKIPPED} steps: until the look-ahead's process has started, the training fetches by itself",
     }
-    bars = [Bar(name, None, at_most=5.0, of=of) for name in (_AHEAD, _AHEAD_WORKERS) for of in (_WAITING, _STEADY)]
+    bars = [
+        Bar(name, None, at_most=5.0, of=of)
+        for name in (_AHEAD, _AHEAD_WORKERS)
+        for of in (_WAITING, _STEADY)
+    ]
     return [Table("L1", _TITLE, "% of the time", _ALONE, rounds, facts, bars, of=_WAITING)]
 
 
 def _under_other_names(root: Path, pairs: Pairs) -> list[str]:
     """Make the epoch longer without making more densities: every store is there ``_NAMES`` times. All task ids, which the map has too."""
-    found = [f"{task_id}-{number}" if number else task_id for number in range(_NAMES) for task_id in pairs.task_ids]
+    found = [
+        f"{task_id}-{number}" if number else task_id
+        for number in range(_NAMES)
+        for task_id in pairs.task_ids
+    ]
     for directory in ROLES.values():
         for task_id in pairs.task_ids:
             for number in range(1, _NAMES):
-                shutil.copytree(root / directory / f"{task_id}.zarr", root / directory / f"{task_id}-{number}.zarr", copy_function=os.link)
+                shutil.copytree(
+                    root / directory / f"{task_id}.zarr",
+                    root / directory / f"{task_id}-{number}.zarr",
+                    copy_function=os.link,
+                )
     pairs.map_path.write_bytes(gzip.compress(json.dumps({FUNCTIONAL: found}).encode()))
     return found
 
@@ -143,11 +194,21 @@ def _train(epoch: _Epoch) -> _Waited:
     context = "fork" if epoch.workers else None
     waited, total = [], 0.0
     with Lookahead(dataset, sampler):
-        samples = iter(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=epoch.workers, multiprocessing_context=context))
+        samples = iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=sampler,
+                num_workers=epoch.workers,
+                multiprocessing_context=context,
+            )
+        )
         for step in range(len(sampler))[: epoch.most_steps]:
             start_s = time.perf_counter()
             sample = next(samples)
-            seen = float(sample["data"].reshape(-1)[::1024].sum()) + float(sample["label"].reshape(-1)[::1024].sum())
+            seen = float(sample["data"].reshape(-1)[::1024].sum()) + float(
+                sample["label"].reshape(-1)[::1024].sum()
+            )
             total += seen if step < _STEPS_ALONE else 0.0
             waited.append(time.perf_counter() - start_s)
             time.sleep(_STEP_S)

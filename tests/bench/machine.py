@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 from tests.bench.harness import cores
-from zarrcache.doctor import file_system_of
+from zarrcache.ops.doctor import file_system_of
 
 __all__ = ["commit", "machine", "versions"]
 
@@ -29,7 +29,9 @@ def versions() -> dict[str, str]:
 
 def machine(workdir: Path) -> dict[str, object]:
     """What the figures depend on, and nothing that names the machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
     return {
         "cores": cores(),
         "cpu": _cpu(),
@@ -44,14 +46,22 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def commit() -> str:
     """Short hash of the commit that is checked out."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return "not known"

@@ -42,9 +42,22 @@ def run(context: Context) -> list[Table]:
     """Four workers against none, over 200 samples; and those processes during 200 samples against before the first."""
     if not Path("/proc/self/smaps").exists():
         why = "no /proc/PID/smaps here"
-        return [Table("W3", "memory of DataLoader workers", "MiB", INTERPRETER, {}, {}, missing={"all": why}, of="added_memory_mib")]
+        return [
+            Table(
+                "W3",
+                "memory of DataLoader workers",
+                "MiB",
+                INTERPRETER,
+                {},
+                {},
+                missing={"all": why},
+                of="added_memory_mib",
+            )
+        ]
     count = 24 if context.quick else 200
-    samples = peers.prepare(context.workdir, (80, 128, 128), 2 if context.quick else 8, context.seed)
+    samples = peers.prepare(
+        context.workdir, (80, 128, 128), 2 if context.quick else 8, context.seed
+    )
     peers.warm_reader(samples, context.workdir)
     peers.np_load(samples, context.workdir)  # writes its files
     request = {"home": str(context.workdir), "pairs": asdict(samples.pairs), "count": count}
@@ -85,7 +98,10 @@ def run(context: Context) -> list[Table]:
                 "worker own": "private pages of one worker that are no file pages, after the last sample (USS); resident is its RSS",
             },
             [
-                *(Bar(f"zarrcache, {start}", INTERPRETER, at_most=1.2, of="added_memory_mib") for start in ("fork", "spawn")),
+                *(
+                    Bar(f"zarrcache, {start}", INTERPRETER, at_most=1.2, of="added_memory_mib")
+                    for start in ("fork", "spawn")
+                ),
                 # Copies would be of every pair that is on its way: two for each worker.
                 Bar("zarrcache, fork", None, at_most=1.0, of="shared_memory_mib"),
                 Bar("zarrcache, spawn", None, at_most=one_pair_mib, of="growth_mib"),
@@ -113,7 +129,9 @@ def _interpreter(request: Mapping[str, Any]) -> Measured:
 
 def _against_none(request: Mapping[str, Any], none: Mapping[str, Any]) -> Measured:
     some = _child({**request, "workers": WORKERS})
-    without, before, highest, worker = (Memory(**of) for of in (none["highest"], some["before"], some["highest"], some["worker"]))
+    without, before, highest, worker = (
+        Memory(**of) for of in (none["highest"], some["before"], some["highest"], some["worker"])
+    )
     return Measured(
         some["seconds"],
         request["count"],
@@ -165,7 +183,12 @@ class Memory:
     rss_bytes: int = 0
 
     def __add__(self, other: Memory) -> Memory:
-        return Memory(*(mine + theirs for mine, theirs in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+        return Memory(
+            *(
+                mine + theirs
+                for mine, theirs in zip(asdict(self).values(), asdict(other).values(), strict=True)
+            )
+        )
 
 
 def memory_of(pids: Iterable[int]) -> Memory:
@@ -209,7 +232,13 @@ def parse_smaps(text: str) -> tuple[Memory, dict[str, int]]:
                 if path.startswith(_SHARED):
                     shared[inode] = max(shared.get(inode, 0), fields["Rss"])
                 else:
-                    total += Memory(own, fields["Pss"] - own, 0, min(fields["Anonymous"], private) if is_file else private, fields["Rss"])
+                    total += Memory(
+                        own,
+                        fields["Pss"] - own,
+                        0,
+                        min(fields["Anonymous"], private) if is_file else private,
+                        fields["Rss"],
+                    )
             words = [*line.split(maxsplit=5), "", "", "", "", "", ""]
             path, inode, fields = words[5], words[4], {}
     return total, shared
@@ -234,14 +263,24 @@ class _Gated(Dataset[Any]):
 
 
 def _look(request: Mapping[str, Any]) -> dict[str, Any]:
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores, on purpose
+    warnings.filterwarnings(
+        "ignore", message="This DataLoader will create"
+    )  # more workers than cores, on purpose
     start_s = time.perf_counter()
     own = [multiprocessing.current_process().pid or 0]
     if request["peer"] is None:
         return {"seconds": time.perf_counter() - start_s, "before": asdict(memory_of(own))}
     plain = request["pairs"]
-    pairs = Pairs(**{**plain, "directory": Path(plain["directory"]), "shapes": tuple(map(tuple, plain["shapes"]))})
-    dataset = peers.PEERS[request["peer"]](peers.Samples(pairs, [()] * len(pairs.task_ids)), Path(request["home"]))  # type: ignore[list-item]
+    pairs = Pairs(
+        **{
+            **plain,
+            "directory": Path(plain["directory"]),
+            "shapes": tuple(map(tuple, plain["shapes"])),
+        }
+    )
+    dataset = peers.PEERS[request["peer"]](
+        peers.Samples(pairs, [()] * len(pairs.task_ids)), Path(request["home"])
+    )  # type: ignore[list-item]
     workers, count = request["workers"], request["count"]
     context = multiprocessing.get_context(request["start"])
     gate, arrived = context.Event(), context.Semaphore(0)
@@ -262,7 +301,9 @@ def _look(request: Mapping[str, Any]) -> dict[str, Any]:
     for number in range(1, count + 1):
         peers.touch(next(batches))
         if number % (count // 8) == 0:
-            time.sleep(_COMPUTES_S)  # a network would compute meanwhile, and the workers fill their queues
+            time.sleep(
+                _COMPUTES_S
+            )  # a network would compute meanwhile, and the workers fill their queues
             now = memory_of([*own, *there])
             highest = Memory(*map(max, asdict(highest).values(), asdict(now).values()))
     return {

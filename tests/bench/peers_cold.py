@@ -27,7 +27,18 @@ from numpy.typing import NDArray
 from tests.bench.bare_gets import get_all, obstore_of
 from tests.bench.grids import FUNCTIONAL, ROLES
 
-__all__ = ["ARRAY", "FLOOR", "PEERS", "Answer", "Client", "Place", "clean_process", "clients", "hush", "installed"]
+__all__ = [
+    "ARRAY",
+    "FLOOR",
+    "PEERS",
+    "Answer",
+    "Client",
+    "Place",
+    "clean_process",
+    "clients",
+    "hush",
+    "installed",
+]
 
 ARRAY = "charge_density_total"
 FLOOR = "bare GETs (obstore)"
@@ -101,11 +112,15 @@ def _zarr_s3fs(place: Place) -> Read:
 def _zarr_simplecache(place: Place) -> Read:
     import zarr
 
-    warnings.filterwarnings("ignore", message=".*asynchronous=True", category=UserWarning)  # there is no asynchronous simplecache
+    warnings.filterwarnings(
+        "ignore", message=".*asynchronous=True", category=UserWarning
+    )  # there is no asynchronous simplecache
     options = {"s3": place.s3_kwargs, "simplecache": {"cache_storage": os.fspath(place.scratch)}}
 
     def read(store: str) -> Density:
-        group = zarr.open_group(f"simplecache::s3://{place.prefix}/{store}", mode="r", storage_options=options)
+        group = zarr.open_group(
+            f"simplecache::s3://{place.prefix}/{store}", mode="r", storage_options=options
+        )
         values: Any = group[ARRAY]
         return np.asarray(values[...])
 
@@ -147,7 +162,10 @@ def _tensorstore(place: Place, **context: Any) -> Read:
     import tensorstore as ts
 
     # The other clients sign their requests; this one finds its credentials in the environment only.
-    os.environ |= {"AWS_ACCESS_KEY_ID": place.s3_kwargs["key"], "AWS_SECRET_ACCESS_KEY": place.s3_kwargs["secret"]}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": place.s3_kwargs["key"],
+        "AWS_SECRET_ACCESS_KEY": place.s3_kwargs["secret"],
+    }
     shared = ts.Context(context)
 
     def read(store: str) -> Density:
@@ -159,7 +177,12 @@ def _tensorstore(place: Place, **context: Any) -> Read:
             "aws_region": "us-east-1",
             "aws_credentials": {"type": "environment"},
         }
-        values: Density = ts.open({"driver": "zarr", "kvstore": kvstore}, context=shared, read=True).result().read().result()
+        values: Density = (
+            ts.open({"driver": "zarr", "kvstore": kvstore}, context=shared, read=True)
+            .result()
+            .read()
+            .result()
+        )
         return values
 
     return read
@@ -212,7 +235,9 @@ PEERS: dict[str, Callable[[Place], Read]] = {
     "zarr CacheStore + s3fs": _zarr_cachestore,
     "zarr + obstore": _zarr_obstore,
     "TensorStore": _tensorstore,
-    "TensorStore, 64 in flight": lambda place: _tensorstore(place, s3_request_concurrency={"limit": 64}),
+    "TensorStore, 64 in flight": lambda place: _tensorstore(
+        place, s3_request_concurrency={"limit": 64}
+    ),
     FLOOR: _bare_gets,
     "zarrcache, no cache": _zarrcache,
     "zarrcache, empty cache": lambda place: _zarrcache(place, cache=True),
@@ -231,7 +256,9 @@ class Client:
     """
 
     def __init__(self, name: str, place: Place) -> None:
-        spawn = multiprocessing.get_context("spawn")  # a forked child could not use obstore after its parent did
+        spawn = multiprocessing.get_context(
+            "spawn"
+        )  # a forked child could not use obstore after its parent did
         self._mine, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(name, place, theirs), daemon=True)
         self._process.start()
@@ -312,7 +339,14 @@ def _serve(name: str, place: Place, pipe: Connection) -> None:
             if values is None:
                 pipe.send(Answer(seconds, cpu_s, (), 0))
             else:
-                pipe.send(Answer(seconds, cpu_s, values.shape, zlib.crc32(np.ascontiguousarray(values, "<f4").data)))
+                pipe.send(
+                    Answer(
+                        seconds,
+                        cpu_s,
+                        values.shape,
+                        zlib.crc32(np.ascontiguousarray(values, "<f4").data),
+                    )
+                )
     hush()
 
 

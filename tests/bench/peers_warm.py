@@ -22,7 +22,18 @@ from torch.utils.data import Dataset
 from tests.bench.grids import FUNCTIONAL, ROLES, Pairs, Shape, values_of, write_pairs
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader
 
-__all__ = ["PEERS", "Samples", "available", "check", "cycle", "prepare", "reader", "tensors_of", "touch", "warm_reader"]
+__all__ = [
+    "PEERS",
+    "Samples",
+    "available",
+    "check",
+    "cycle",
+    "prepare",
+    "reader",
+    "tensors_of",
+    "touch",
+    "warm_reader",
+]
 
 PAGE_FLOATS = 1024  # of 4 KiB
 ARRAY = "charge_density_total"
@@ -78,11 +89,16 @@ def check(batches: Iterable[Any], samples: Samples, name: str, *, per_point: boo
         One is not: this competitor does not do the same work.
     """
     scale = np.float32(np.prod(samples.shape) if per_point else 1)
-    by_value = {float(data.flat[0] / scale): index for index, (data, _) in enumerate(samples.arrays)}
+    by_value = {
+        float(data.flat[0] / scale): index for index, (data, _) in enumerate(samples.arrays)
+    }
     for batch in batches:
         data, label = (tensor.numpy().reshape(samples.shape) for tensor in tensors_of(batch))
         index = by_value.get(float(data.flat[0]), -1)
-        if index < 0 or not all(np.array_equal(a, b / scale) for a, b in zip((data, label), samples.arrays[index], strict=True)):
+        if index < 0 or not all(
+            np.array_equal(a, b / scale)
+            for a, b in zip((data, label), samples.arrays[index], strict=True)
+        ):
             raise ValueError(f"{name} gave other values than were written")
 
 
@@ -139,7 +155,9 @@ def np_load(samples: Samples, directory: Path) -> Dataset[Any]:
 def np_mmap(samples: Samples, directory: Path) -> Dataset[Any]:
     """The floor: no index, no checksum, no header but numpy's."""
     home = _npy(samples, directory)
-    return by_role(samples, lambda index, role: np.load(home / f"{index}-{role}.npy", mmap_mode="c"))
+    return by_role(
+        samples, lambda index, role: np.load(home / f"{index}-{role}.npy", mmap_mode="c")
+    )
 
 
 # -- zarr --------------------------------------------------------------------------------------------------------------------------
@@ -149,7 +167,13 @@ def zarr_local(samples: Samples, directory: Path) -> Dataset[Any]:
     """The stores on the local disk, as the users have them."""
     import zarr
 
-    return by_role(samples, _Kept(lambda index, role: zarr.open_group(samples.store(index, role), mode="r")[ARRAY], lambda array: array[...]))
+    return by_role(
+        samples,
+        _Kept(
+            lambda index, role: zarr.open_group(samples.store(index, role), mode="r")[ARRAY],
+            lambda array: array[...],
+        ),
+    )
 
 
 def zarr_cache_store(samples: Samples, directory: Path) -> Dataset[Any]:
@@ -160,7 +184,10 @@ def zarr_cache_store(samples: Samples, directory: Path) -> Dataset[Any]:
 
     def open_(index: int, role: str) -> Any:
         store = samples.store(index, role)
-        cached = CacheStore(LocalStore(store, read_only=True), cache_store=LocalStore(directory / "cachestore" / role / store.name))
+        cached = CacheStore(
+            LocalStore(store, read_only=True),
+            cache_store=LocalStore(directory / "cachestore" / role / store.name),
+        )
         return zarr.open_group(cached, mode="r")[ARRAY]
 
     return by_role(samples, _Kept(open_, lambda array: array[...]))
@@ -172,7 +199,9 @@ def zarr_simplecache(samples: Samples, directory: Path) -> Dataset[Any]:
 
     def open_(index: int, role: str) -> Any:
         options = {"simplecache": {"cache_storage": str(directory / "simplecache")}}
-        return zarr.open_group(f"simplecache::file://{samples.store(index, role)}", mode="r", storage_options=options)[ARRAY]
+        return zarr.open_group(
+            f"simplecache::file://{samples.store(index, role)}", mode="r", storage_options=options
+        )[ARRAY]
 
     return by_role(samples, _Kept(open_, lambda array: array[...]))
 
@@ -186,8 +215,14 @@ def tensorstore_local(samples: Samples, directory: Path, *, pool_bytes: int = 0)
     def open_(index: int, role: str) -> Any:
         import tensorstore as ts  # here, and so in the process that reads: it does not survive a fork
 
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{samples.store(index, role)}/{ARRAY}/"}, "recheck_cached_data": "open"}
-        context = contexts.setdefault(os.getpid(), ts.Context({"cache_pool": {"total_bytes_limit": pool_bytes}}))
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{samples.store(index, role)}/{ARRAY}/"},
+            "recheck_cached_data": "open",
+        }
+        context = contexts.setdefault(
+            os.getpid(), ts.Context({"cache_pool": {"total_bytes_limit": pool_bytes}})
+        )
         return ts.open(spec, read=True, context=context).result()
 
     importlib.import_module("tensorstore")
@@ -213,7 +248,9 @@ def litdata(samples: Samples, directory: Path, *, length: int | None = None) -> 
         home.mkdir(parents=True)
         cache = Cache(str(home), chunk_bytes="64MB")
         for index in range(length or len(samples)):
-            cache[index] = tuple(torch.from_numpy(values) for values in samples.arrays[index % len(samples)])
+            cache[index] = tuple(
+                torch.from_numpy(values) for values in samples.arrays[index % len(samples)]
+            )
         cache.done()
         cache.merge()
     return StreamingDataset(str(home))
@@ -256,11 +293,21 @@ def mosaic(samples: Samples, directory: Path, *, length: int | None = None) -> A
 # -- zarrcache ---------------------------------------------------------------------------------------------------------------------
 
 
-def reader(samples: Samples, directory: Path, *, normalize: bool = False, **cache: Any) -> ZarrS3Reader:
+def reader(
+    samples: Samples, directory: Path, *, normalize: bool = False, **cache: Any
+) -> ZarrS3Reader:
     """A reader over the local origin, with a cache in ``directory``."""
     origin = samples.pairs.directory
     settings = {"dir": str(directory / "zarrcache"), "min_free": 0, **cache}
-    return ZarrS3Reader(origin / ROLES["data"], origin / ROLES["label"], samples.pairs.map_path, FUNCTIONAL, normalize, 0.75, cache=settings)
+    return ZarrS3Reader(
+        origin / ROLES["data"],
+        origin / ROLES["label"],
+        samples.pairs.map_path,
+        FUNCTIONAL,
+        normalize,
+        0.75,
+        cache=settings,
+    )
 
 
 def warm_reader(samples: Samples, directory: Path, *, normalize: bool = False) -> ZarrS3Reader:
@@ -322,7 +369,9 @@ def available(build: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], d
         except Exception as exc:
             if name.startswith(("zarrcache", "np.")):
                 raise
-            missing[name] = f"does not work here: {type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
+            missing[name] = (
+                f"does not work here: {type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
+            )
     return built, missing
 
 

@@ -15,13 +15,22 @@ def plot(table: Table, path: Path) -> None:
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = table.name  # the same picture from the same rounds
-    mpl.rcParams["svg.fonttype"] = "none"  # letters as letters: a tenth of the size, and they can be searched for
+    mpl.rcParams["svg.fonttype"] = (
+        "none"  # letters as letters: a tenth of the size, and they can be searched for
+    )
     from matplotlib import pyplot as plt
 
     names = [name for name, rounds in table.rounds.items() if rounds]
     medians = [shown(table, summarise(table.rounds[name], table.of))[0] for name in names]
     figure, axes = plt.subplots(figsize=(8, 1.1 + 0.34 * len(names)), layout="constrained")
-    colours = ["#c44e52" if name.startswith("zarrcache") else "#8c8c8c" if name == table.reference else "#4c72b0" for name in names]
+    colours = [
+        "#c44e52"
+        if name.startswith("zarrcache")
+        else "#8c8c8c"
+        if name == table.reference
+        else "#4c72b0"
+        for name in names
+    ]
     axes.barh(names, medians, color=colours, height=0.6)
     for name in names:
         values = [shown(table, summarise([one], table.of))[0] for one in table.rounds[name]]

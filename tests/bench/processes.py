@@ -52,7 +52,9 @@ def run(context: Context) -> list[Table]:
         competitors: dict[str, Round] = {}
         for peer, count in counts.items():
             for processes in (1, MANY):
-                competitors[_name(peer, processes)] = functools.partial(_round, readers, peer, processes, count, witness)
+                competitors[_name(peer, processes)] = functools.partial(
+                    _round, readers, peer, processes, count, witness
+                )
         rounds = interleave(competitors, context.rounds)
     witness.close()
     many = _name(ZARRCACHE, MANY)
@@ -68,7 +70,9 @@ def run(context: Context) -> list[Table]:
                 **samples.pairs.facts(),
                 "page cache": "warm",
                 "consumer": "one value of each 4 KiB page of both arrays",
-                f"{MANY} processes to one": ", ".join(f"{peer} {_gain(rounds, peer):.2f}" for peer in counts),
+                f"{MANY} processes to one": ", ".join(
+                    f"{peer} {_gain(rounds, peer):.2f}" for peer in counts
+                ),
                 "cpu": "CPU time a sample of all processes: what it would take if no other process of the machine ran",
                 "commits": "transactions that wrote to the index during the round: PRAGMA data_version of a connection of its own",
                 "locks": _under_strace(request, context.workdir),
@@ -87,12 +91,18 @@ def _gain(rounds: Mapping[str, list[Measured]], peer: str) -> float:
     return one / many
 
 
-def _round(readers: Readers, peer: str, processes: int, count: int, witness: sqlite3.Connection) -> Measured:
+def _round(
+    readers: Readers, peer: str, processes: int, count: int, witness: sqlite3.Connection
+) -> Measured:
     before = _data_version(witness)
     seconds, cpu_s = readers.read(peer, processes, count)
     commits = _data_version(witness) - before
     cpu_ms = 1000 * cpu_s / (processes * count)
-    return Measured(seconds, processes * count, extra={"cpu_ms": cpu_ms, **({"commits": commits} if peer == ZARRCACHE else {})})
+    return Measured(
+        seconds,
+        processes * count,
+        extra={"cpu_ms": cpu_ms, **({"commits": commits} if peer == ZARRCACHE else {})},
+    )
 
 
 def _data_version(connection: sqlite3.Connection) -> int:
@@ -106,7 +116,9 @@ class Readers:
     """Processes that have opened everything and read when they are told to."""
 
     def __init__(self, request: Mapping[str, Any], processes: int) -> None:
-        context = multiprocessing.get_context("forkserver")  # imports once, and nothing is open when it forks
+        context = multiprocessing.get_context(
+            "forkserver"
+        )  # imports once, and nothing is open when it forks
         context.set_forkserver_preload(["tests.bench.processes"])
         self._pipes: list[Connection] = []
         self._processes = []
@@ -138,12 +150,20 @@ class Readers:
         for pipe in chosen:
             pipe.send((peer, count, start_s))
         spans = [pipe.recv() for pipe in chosen]
-        return max(end for _, end, _ in spans) - min(start for start, _, _ in spans), sum(cpu_s for _, _, cpu_s in spans)
+        return max(end for _, end, _ in spans) - min(start for start, _, _ in spans), sum(
+            cpu_s for _, _, cpu_s in spans
+        )
 
 
 def _serve(request: dict[str, Any], pipe: Connection) -> None:
     plain = request["pairs"]
-    pairs = Pairs(**{**plain, "directory": Path(plain["directory"]), "shapes": tuple(map(tuple, plain["shapes"]))})
+    pairs = Pairs(
+        **{
+            **plain,
+            "directory": Path(plain["directory"]),
+            "shapes": tuple(map(tuple, plain["shapes"])),
+        }
+    )
     samples, home = peers.Samples(pairs, [()] * len(pairs.task_ids)), Path(request["home"])  # type: ignore[list-item]
     datasets: dict[str, Any] = {}
     while True:
@@ -152,7 +172,12 @@ def _serve(request: dict[str, Any], pipe: Connection) -> None:
         except EOFError:
             return
         if peer not in datasets:
-            make = {ZARRCACHE: peers.zarr_dataset, MMAP: peers.np_mmap, DISKCACHE: _diskcache, COUNTING: _counting}[peer]
+            make = {
+                ZARRCACHE: peers.zarr_dataset,
+                MMAP: peers.np_mmap,
+                DISKCACHE: _diskcache,
+                COUNTING: _counting,
+            }[peer]
             datasets[peer] = make(samples, home)
         dataset = datasets[peer]
         time.sleep(max(0.0, start_s - time.perf_counter()))
@@ -183,7 +208,9 @@ def _counting(samples: peers.Samples, home: Path) -> Dataset[Any]:
 def _fill_diskcache(samples: peers.Samples, home: Path) -> None:
     import diskcache
 
-    with diskcache.Cache(str(home / "diskcache"), eviction_policy="least-recently-used", size_limit=2**40) as cache:
+    with diskcache.Cache(
+        str(home / "diskcache"), eviction_policy="least-recently-used", size_limit=2**40
+    ) as cache:
         for index, pair in enumerate(samples.arrays):
             for role, values in zip(ROLES.values(), pair, strict=True):
                 cache.set(f"{index}-{role}", values)
@@ -228,7 +255,9 @@ def locks_of(lines: Iterable[str]) -> Locks:
         elif _END in call:
             reading.discard(pid)
         elif pid in reading and "cache.db" in call:
-            locks.writes += call.startswith(("pwrite64(", "write(", "ftruncate(", "fdatasync(", "fsync("))
+            locks.writes += call.startswith(
+                ("pwrite64(", "write(", "ftruncate(", "fdatasync(", "fsync(")
+            )
             if "F_SETLK" in call or "F_OFD_SETLK" in call:
                 locks.shared += "F_RDLCK" in call
                 locks.exclusive += "F_WRLCK" in call
@@ -245,7 +274,13 @@ def _under_strace(request: Mapping[str, Any], workdir: Path) -> str:
     calls = "fcntl,flock,pwrite64,write,ftruncate,fdatasync,fsync,access,faccessat,faccessat2"
     command = [strace, "-f", "-y", "-e", f"trace={calls}", "-o", str(out)]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "tests.bench.processes", json.dumps({**request, "count": count}, default=str)],
+        [
+            *command,
+            sys.executable,
+            "-m",
+            "tests.bench.processes",
+            json.dumps({**request, "count": count}, default=str),
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

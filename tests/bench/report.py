@@ -43,8 +43,17 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 def document(tables: Iterable[Table], *, quick: bool, workdir: Path) -> Document:
     """Tables with all of their rounds and where they come from: versions, machine, day. No host name, no paths."""
-    run = {"date": datetime.date.today().isoformat(), "quick": quick, "commit": commit(), "versions": versions(), "machine": machine(workdir)}
-    return {"format": FORMAT, "tables": {table.name: {**_plain(table), "run": run} for table in tables}}
+    run = {
+        "date": datetime.date.today().isoformat(),
+        "quick": quick,
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(workdir),
+    }
+    return {
+        "format": FORMAT,
+        "tables": {table.name: {**_plain(table), "run": run} for table in tables},
+    }
 
 
 def _plain(table: Table) -> dict[str, Any]:
@@ -58,7 +67,10 @@ def tables_of(document: Mapping[str, Any]) -> dict[str, Table]:
     found = {}
     for name in sorted(document["tables"]):
         plain = {key: value for key, value in document["tables"][name].items() if key != "run"}
-        plain["rounds"] = {competitor: [Measured(**one) for one in rounds] for competitor, rounds in plain["rounds"].items()}
+        plain["rounds"] = {
+            competitor: [Measured(**one) for one in rounds]
+            for competitor, rounds in plain["rounds"].items()
+        }
         plain["bars"] = [Bar(**bar) for bar in plain["bars"]]
         found[name] = Table(name=name, **plain)
     return found
@@ -76,7 +88,9 @@ def load(path: Path) -> Document:
         return {"format": FORMAT, "tables": {}}
     found: Document = json.loads(path.read_text())
     if found.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {found.get('format')!r}, this is {FORMAT}. Delete it and run tools/bench again.")
+        raise ValueError(
+            f"{path} has the format {found.get('format')!r}, this is {FORMAT}. Delete it and run tools/bench again."
+        )
     return found
 
 
@@ -89,12 +103,19 @@ def save(new: Document, out: Path) -> None:
     """Merge into ``out/results.json``, write ``results.md`` anew, and the plots of what is new."""
     out.mkdir(parents=True, exist_ok=True)
     merged = merge(load(out / "results.json"), new)
-    (out / "results.json").write_text(json.dumps(merged, indent=1, ensure_ascii=False, default=str) + "\n")
+    (out / "results.json").write_text(
+        json.dumps(merged, indent=1, ensure_ascii=False, default=str) + "\n"
+    )
     for table in tables_of(new).values():
         if any(table.rounds.values()):
             plot(table, out / slug(table.name))
-    names = {name for name, table in tables_of(merged).items() if (out / f"{slug(name)}.svg").exists()}
-    text = "# Benchmarks\n\nWritten by `tools/bench` from `results.json`; do not edit.\n\n" + markdown(merged, plots=names)
+    names = {
+        name for name, table in tables_of(merged).items() if (out / f"{slug(name)}.svg").exists()
+    }
+    text = (
+        "# Benchmarks\n\nWritten by `tools/bench` from `results.json`; do not edit.\n\n"
+        + markdown(merged, plots=names)
+    )
     (out / "results.md").write_text(text)
 
 
@@ -121,7 +142,9 @@ class Verdict:
     def wanted(self) -> str:
         """``at least 0.90 times the rate of np.load(mmap)``."""
         bound = "at most" if self.bar.at_most is not None else "at least"
-        what, _, unit = _words(self.bar.of or ("time_s" if self.bar.at_most is not None else "rate")).partition(", ")
+        what, _, unit = _words(
+            self.bar.of or ("time_s" if self.bar.at_most is not None else "rate")
+        ).partition(", ")
         if self.bar.reference is None:
             return f"{what} {bound} {self.goal:.3g} {unit}".rstrip()
         return f"{bound} {self.goal:.3g} times the {what} of {self.bar.reference}"
@@ -134,7 +157,9 @@ class Verdict:
         found = f"{self.ratio:.3g}"
         if self.is_reached:
             return f"{found}: reached"
-        return f"{found}: missed" + (f" by {abs((self.ratio or 0.0) / self.goal - 1) * 100:.0f} %" if self.goal else "")
+        return f"{found}: missed" + (
+            f" by {abs((self.ratio or 0.0) / self.goal - 1) * 100:.0f} %" if self.goal else ""
+        )
 
 
 def judge(table: Table) -> list[Verdict]:
@@ -154,7 +179,11 @@ def _reached(table: Table, bar: Bar) -> float | None:
         return None
     reference = summarise(theirs, bar.of).median
     # A rate is items per second: the ratio of rates is that of the times turned round.
-    return _ratio(reference, value) if bar.of is None and bar.at_least is not None else _ratio(value, reference)
+    return (
+        _ratio(reference, value)
+        if bar.of is None and bar.at_least is not None
+        else _ratio(value, reference)
+    )
 
 
 def _ratio(a: float, b: float) -> float:
@@ -171,28 +200,84 @@ def markdown(document: Mapping[str, Any], *, plots: Iterable[str] = ()) -> str:
     for name, table in tables_of(document).items():
         run = document["tables"][name]["run"]
         parts += [f"## {name}: {table.title}", _markdown_table(table)]
-        parts += [_list("Goals", [f"{v.bar.competitor}: {v.wanted}: **{v.outcome}**" for v in judge(table)])] if table.bars else []
-        parts += [_list("Did not run", [f"{peer}: {why}" for peer, why in table.missing.items()])] if table.missing else []
-        parts += [_list("Conditions", [f"{key}: {_fact(value)}" for key, value in {**table.facts, **_conditions(run)}.items()])]
+        parts += (
+            [
+                _list(
+                    "Goals",
+                    [f"{v.bar.competitor}: {v.wanted}: **{v.outcome}**" for v in judge(table)],
+                )
+            ]
+            if table.bars
+            else []
+        )
+        parts += (
+            [_list("Did not run", [f"{peer}: {why}" for peer, why in table.missing.items()])]
+            if table.missing
+            else []
+        )
+        parts += [
+            _list(
+                "Conditions",
+                [
+                    f"{key}: {_fact(value)}"
+                    for key, value in {**table.facts, **_conditions(run)}.items()
+                ],
+            )
+        ]
         parts += [f"![{name}]({slug(name)}.svg)"] if name in with_plot else []
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
-    relation = "rate" if table.unit.endswith("/s") else "time" if table.unit in TIMES else table.unit
-    head = [f"{table.unit}, median", "P90", "P99", f"{relation} relative to {table.reference}", "rounds"]
-    counted = [name for name in ("requests", "nbytes") if any(m.value(name) is not None for m in _first_of(table) if getattr(m, name) is not None)]
-    extras = sorted({key for measured in _first_of(table) for key in measured.extra if key != table.of})
+    relation = (
+        "rate" if table.unit.endswith("/s") else "time" if table.unit in TIMES else table.unit
+    )
+    head = [
+        f"{table.unit}, median",
+        "P90",
+        "P99",
+        f"{relation} relative to {table.reference}",
+        "rounds",
+    ]
+    counted = [
+        name
+        for name in ("requests", "nbytes")
+        if any(m.value(name) is not None for m in _first_of(table) if getattr(m, name) is not None)
+    ]
+    extras = sorted(
+        {key for measured in _first_of(table) for key in measured.extra if key != table.of}
+    )
     rows = []
     for competitor, rounds in table.rounds.items():
         if not rounds:
             continue
         summary = summarise(rounds, table.of)
-        row = [competitor, *(_number(value) for value in shown(table, summary)), _relative(table, competitor), str(summary.rounds)]
-        row += [_number(summarise(rounds, name).median) if getattr(rounds[0], name) is not None else "–" for name in counted]
-        row += [_number(summarise(rounds, key).median) if all(key in one.extra for one in rounds) else "–" for key in extras]
+        row = [
+            competitor,
+            *(_number(value) for value in shown(table, summary)),
+            _relative(table, competitor),
+            str(summary.rounds),
+        ]
+        row += [
+            _number(summarise(rounds, name).median) if getattr(rounds[0], name) is not None else "–"
+            for name in counted
+        ]
+        row += [
+            _number(summarise(rounds, key).median)
+            if all(key in one.extra for one in rounds)
+            else "–"
+            for key in extras
+        ]
         rows.append(row)
-    return _grid(["", *head, *("bytes" if name == "nbytes" else name for name in counted), *map(_words, extras)], rows)
+    return _grid(
+        [
+            "",
+            *head,
+            *("bytes" if name == "nbytes" else name for name in counted),
+            *map(_words, extras),
+        ],
+        rows,
+    )
 
 
 def _first_of(table: Table) -> list[Measured]:
@@ -203,8 +288,14 @@ def _relative(table: Table, competitor: str) -> str:
     reference = table.rounds.get(table.reference)
     if not reference:
         return "–"
-    mine, theirs = (summarise(rounds, table.of).median for rounds in (table.rounds[competitor], reference))
-    ratio = _ratio(theirs, mine) if table.of is None and table.unit.endswith("/s") else _ratio(mine, theirs)
+    mine, theirs = (
+        summarise(rounds, table.of).median for rounds in (table.rounds[competitor], reference)
+    )
+    ratio = (
+        _ratio(theirs, mine)
+        if table.of is None and table.unit.endswith("/s")
+        else _ratio(mine, theirs)
+    )
     return _number(ratio)
 
 
@@ -219,7 +310,11 @@ def _conditions(run: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _fact(value: object) -> str:
-    return "; ".join(f"{key}: {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
+    return (
+        "; ".join(f"{key}: {one}" for key, one in value.items())
+        if isinstance(value, Mapping)
+        else str(value)
+    )
 
 
 def slug(name: str) -> str:
@@ -250,7 +345,14 @@ def _number(value: float) -> str:
 
 def _words(name: str) -> str:
     """``pss_mib`` as ``pss, MiB``."""
-    for suffix, unit in (("_mib", "MiB"), ("_s", "s"), ("_ms", "ms"), ("_percent", "%"), ("_us", "µs"), ("_bytes", "bytes")):
+    for suffix, unit in (
+        ("_mib", "MiB"),
+        ("_s", "s"),
+        ("_ms", "ms"),
+        ("_percent", "%"),
+        ("_us", "µs"),
+        ("_bytes", "bytes"),
+    ):
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix).replace('_', ' ')}, {unit}"
     return name.replace("_", " ")
@@ -267,17 +369,41 @@ def readme_block(document: Mapping[str, Any]) -> str:
         for verdict in judge(table):
             goals.setdefault(verdict.wanted, []).append(verdict)
         for wanted, verdicts in goals.items():
-            measured = ", ".join(f"{one.bar.competitor} {_number(one.ratio)}" for one in verdicts if one.ratio is not None)
+            measured = ", ".join(
+                f"{one.bar.competitor} {_number(one.ratio)}"
+                for one in verdicts
+                if one.ratio is not None
+            )
             missed = [one.bar.competitor for one in verdicts if one.is_reached is False]
-            reached = f"no: {', '.join(missed)}" if missed else "yes" if all(one.is_reached for one in verdicts) else "–"
-            rows.append([f"{name}: {table.title}", wanted, measured or "–", reached, _others(table, verdicts)])
+            reached = (
+                f"no: {', '.join(missed)}"
+                if missed
+                else "yes"
+                if all(one.is_reached for one in verdicts)
+                else "–"
+            )
+            rows.append(
+                [
+                    f"{name}: {table.title}",
+                    wanted,
+                    measured or "–",
+                    reached,
+                    _others(table, verdicts),
+                ]
+            )
     if not rows:
         return "No results yet: run `tools/bench`."
-    runs = sorted((one["run"] for one in document["tables"].values()), key=lambda run: str(run["date"]))
+    runs = sorted(
+        (one["run"] for one in document["tables"].values()), key=lambda run: str(run["date"])
+    )
     about, dates = runs[-1]["machine"], dict.fromkeys((runs[0]["date"], runs[-1]["date"]))
     return "\n".join(
         [
-            _grid(["what", "goal", "measured", "reached", "others, by the same measure"], rows, numbers=False),
+            _grid(
+                ["what", "goal", "measured", "reached", "others, by the same measure"],
+                rows,
+                numbers=False,
+            ),
             "",
             (
                 f"Medians of rounds in turns, {about['cores']} cores ({about['cpu']}), {about['filesystem']}, {' to '.join(dates)}. "
@@ -290,14 +416,22 @@ def readme_block(document: Mapping[str, Any]) -> str:
 def _others(table: Table, verdicts: Sequence[Verdict]) -> str:
     """The other competitors by the same measure, the best first."""
     bar = verdicts[0].bar
-    if bar.reference is None or bar.reference.startswith("zarrcache") or not table.rounds.get(bar.reference):
+    if (
+        bar.reference is None
+        or bar.reference.startswith("zarrcache")
+        or not table.rounds.get(bar.reference)
+    ):
         return ""  # nothing to compare others with, or only ourselves
     named = {bar.reference, *(verdict.bar.competitor for verdict in verdicts)}
     found = []
     for competitor, rounds in table.rounds.items():
         if competitor in named or not rounds or competitor.startswith("zarrcache"):
             continue
-        ratio = _reached(table, Bar(competitor, bar.reference, bar.at_least, bar.at_most, bar.of)) if _has(rounds, bar.of) else None
+        ratio = (
+            _reached(table, Bar(competitor, bar.reference, bar.at_least, bar.at_most, bar.of))
+            if _has(rounds, bar.of)
+            else None
+        )
         if ratio is not None:
             found.append((ratio, competitor))
     found.sort(reverse=bar.at_least is not None)
@@ -316,8 +450,14 @@ def with_block(readme: str, block: str) -> str:
     ValueError
         The markers are not there, once each.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md needs the line {BEGIN} and after it the line {END}, once each; the table goes between them.")
+    if (
+        readme.count(BEGIN) != 1
+        or readme.count(END) != 1
+        or readme.index(BEGIN) > readme.index(END)
+    ):
+        raise ValueError(
+            f"README.md needs the line {BEGIN} and after it the line {END}, once each; the table goes between them."
+        )
     head, _, rest = readme.partition(BEGIN)
     return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
 

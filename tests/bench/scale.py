@@ -28,13 +28,13 @@ from tests.bench.grids import FUNCTIONAL, ROLES
 from tests.bench.harness import TIMES, Bar, Context, Measured, Round, Table, cores, interleave
 from tests.bench.server import BenchServer, running
 from zarrcache import ZarrS3Reader, plan_warm
-from zarrcache.atomic import publish
-from zarrcache.codec import header_of, write_entry
+from zarrcache._keys import ArrayKey, stored_array
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.index import Index
-from zarrcache.keys import ArrayKey, stored_array
-from zarrcache.layout import CacheDir
-from zarrcache.scope import open_index
+from zarrcache.disk._publish import publish
+from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.entry import header_of, write_entry
+from zarrcache.disk.index import Index
+from zarrcache.ops.selection import open_index
 
 __all__ = ["run"]
 
@@ -58,7 +58,11 @@ class _Node:
 
     def reader(self) -> ZarrS3Reader:
         given = json.loads(self.config.read_text())
-        return ZarrS3Reader(normalize=True, train_fraction=0.8, **{name: value for name, value in given.items() if name != "normalize_data"})
+        return ZarrS3Reader(
+            normalize=True,
+            train_fraction=0.8,
+            **{name: value for name, value in given.items() if name != "normalize_data"},
+        )
 
 
 def run(context: Context) -> list[Table]:
@@ -66,7 +70,10 @@ def run(context: Context) -> list[Table]:
     few, many = (_HITS, 4_000) if context.quick else (_HITS, 400_000)
     (context.workdir / "s3" / "densities").mkdir(parents=True)
     with running(context.workdir / "s3") as server:
-        nodes = [_fill(context.workdir / str(entries), entries // len(_ROLES), server) for entries in (few, many)]
+        nodes = [
+            _fill(context.workdir / str(entries), entries // len(_ROLES), server)
+            for entries in (few, many)
+        ]
         return [_hits(context, *nodes), _whole(context, server, *nodes)]
 
 
@@ -75,26 +82,42 @@ def _hits(context: Context, few: _Node, many: _Node) -> Table:
 
     def round_(node: _Node) -> Measured:
         reader, rng = node.reader(), random.Random(next(seeds))
-        reader.load(node.task_ids[0], _ROLES[0])  # opens the index and reads the listings, as the first one of a run does
+        reader.load(
+            node.task_ids[0], _ROLES[0]
+        )  # opens the index and reads the listings, as the first one of a run does
         spans = []
-        for number in rng.sample(range(node.entries), _HITS):  # each once: the first use of a run, with its checksum
+        for number in rng.sample(
+            range(node.entries), _HITS
+        ):  # each once: the first use of a run, with its checksum
             task_id, role = node.task_ids[number // 2], _ROLES[number % 2]
             start_s = time.perf_counter()
             reader.load(task_id, role)
             spans.append(time.perf_counter() - start_s)
         if reader.stats.misses:
-            raise AssertionError(f"{reader.stats.misses} of {_HITS} loads were misses; this measures hits")
+            raise AssertionError(
+                f"{reader.stats.misses} of {_HITS} loads were misses; this measures hits"
+            )
         p99_us = statistics.quantiles(spans, n=100)[98] * TIMES["µs"]
         return Measured(statistics.median(spans), extra={"p99_us": p99_us})
 
-    competitors: dict[str, Round] = {_entries(node): functools.partial(round_, node) for node in (few, many)}
+    competitors: dict[str, Round] = {
+        _entries(node): functools.partial(round_, node) for node in (few, many)
+    }
     rounds = interleave(competitors, context.rounds, warmup=2)
     facts = _facts(many) | {
         "a round": f"the median of {_HITS} first hits at random, checksums included, by a new reader with a new connection to the index",
         "page cache": "warm as far as the memory goes: the files were written before",
     }
     bar = Bar(_entries(many), _entries(few), at_most=1.2)
-    return Table("S1-hit", "a hit in a small cache and in a large one", "µs", _entries(few), rounds, facts, [bar])
+    return Table(
+        "S1-hit",
+        "a hit in a small cache and in a large one",
+        "µs",
+        _entries(few),
+        rounds,
+        facts,
+        [bar],
+    )
 
 
 def _whole(context: Context, server: BenchServer, few: _Node, many: _Node) -> Table:
@@ -106,7 +129,12 @@ def _whole(context: Context, server: BenchServer, few: _Node, many: _Node) -> Ta
         start_s, before = time.perf_counter(), os.times()
         _python("-m", "zarrcache", what, str(node.config))
         seconds, after = time.perf_counter() - start_s, os.times()
-        cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+        cpu_s = (
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
         return Measured(seconds, requests=len(server.log()), extra={"cpu_s": cpu_s})
 
     competitors: dict[str, Round] = {}
@@ -129,7 +157,13 @@ def _whole(context: Context, server: BenchServer, few: _Node, many: _Node) -> Ta
         *(Bar(large[what], None, at_most=0, of="requests") for what in ("plan", "warm", "status")),
     ]
     return Table(
-        "S1", "a cache of 400,000 entries: opening it, looking at it, planning", "s", f"{_WORDS['open']}, {_entries(few)}", rounds, facts, bars
+        "S1",
+        "a cache of 400,000 entries: opening it, looking at it, planning",
+        "s",
+        f"{_WORDS['open']}, {_entries(few)}",
+        rounds,
+        facts,
+        bars,
     )
 
 
@@ -173,10 +207,14 @@ def _fill(home: Path, count: int, server: BenchServer) -> _Node:
     node = _Node(path, task_ids, rebuild_s)
     reader = node.reader()
     for role in _ROLES:
-        reader.tiers.store_listing(reader.origin(role), "", {task_id: f"{task_id}.zarr" for task_id in task_ids})
+        reader.tiers.store_listing(
+            reader.origin(role), "", {task_id: f"{task_id}.zarr" for task_id in task_ids}
+        )
     found = Index(cache).totals()["array"][0]
     if found != node.entries + len(_ROLES):
-        raise AssertionError(f"the index has {found} entries, not {node.entries} and {len(_ROLES)} listings")
+        raise AssertionError(
+            f"the index has {found} entries, not {node.entries} and {len(_ROLES)} listings"
+        )
     return node
 
 
@@ -196,7 +234,11 @@ def _write(config: Path, part: int, parts: int) -> None:
             header = header_of(key, values, source=f"{number:032x}")
             file = root / "entries" / key.digest[:2] / f"{key.digest}-{number % 2**32:08x}"
             tiers.index.dir.make(file.parent)
-            publish(file, lambda out, header=header, values=values: write_entry(out, header, values), expected_bytes=header.file_bytes)
+            publish(
+                file,
+                lambda out, header=header, values=values: write_entry(out, header, values),
+                expected_bytes=header.file_bytes,
+            )
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------------------------
@@ -210,17 +252,33 @@ def _open(config: DataConfig) -> None:
 def _plan(config: DataConfig) -> None:
     plan = plan_warm(config)
     if plan.densities or plan.trusted != 2 * len(plan.task_ids):
-        raise AssertionError(f"plan_warm would ask for {len(plan.densities)} densities; all are warm")
+        raise AssertionError(
+            f"plan_warm would ask for {len(plan.densities)} densities; all are warm"
+        )
 
 
 _CALLS = {"open": _open, "plan": _plan}
-_WORDS = {"open": "opening the index", "status": "zarrcache status", "plan": "plan_warm", "warm": "zarrcache warm"}
+_WORDS = {
+    "open": "opening the index",
+    "status": "zarrcache status",
+    "plan": "plan_warm",
+    "warm": "zarrcache warm",
+}
 
 
 def _python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:3])} ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(arguments[:3])} ended with {done.returncode}: {done.stderr[-2000:]}"
+        )
     return done.stdout
 
 

@@ -41,7 +41,14 @@ _START_S = 60.0
 _KEPT_BYTES = 6 * 1024**3  # bodies in memory; those above it are read from disk at each request
 _PAGE = 1000
 _XMLNS = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
-_STATUS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"} | {
+_STATUS = {
+    200: "OK",
+    206: "Partial Content",
+    304: "Not Modified",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+} | {
     412: "Precondition Failed",
     416: "Range Not Satisfiable",
 }
@@ -86,7 +93,12 @@ class BenchServer:
     @property
     def s3_kwargs(self) -> dict[str, Any]:
         """A fresh dict as ``s3fs.S3FileSystem`` and ``ZarrS3Reader(s3_kwargs=...)`` take it."""
-        return {"key": "bench", "secret": "bench", "endpoint_url": self.endpoint_url, "client_kwargs": {"region_name": "us-east-1"}}
+        return {
+            "key": "bench",
+            "secret": "bench",
+            "endpoint_url": self.endpoint_url,
+            "client_kwargs": {"region_name": "us-east-1"},
+        }
 
     def log(self) -> list[Request]:
         """Every request since the start or the last ``reset_log``, in the order of arrival."""
@@ -100,10 +112,15 @@ class BenchServer:
         """CPU time that the server has taken so far."""
         return float(self._ask("cpu"))
 
-    def set(self, *, latency_s: float | None = None, bandwidth_bytes_s: float | None = None) -> None:
+    def set(
+        self, *, latency_s: float | None = None, bandwidth_bytes_s: float | None = None
+    ) -> None:
         """Change the latency, the bandwidth (0 for no cap), or both."""
         given = {"latency_s": latency_s, "bandwidth_bytes_s": bandwidth_bytes_s}
-        self._ask("set?" + "&".join(f"{name}={value}" for name, value in given.items() if value is not None))
+        self._ask(
+            "set?"
+            + "&".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        )
 
     def _ask(self, what: str) -> bytes:
         with urllib.request.urlopen(self.endpoint_url + _CONTROL + what) as answer:
@@ -111,7 +128,9 @@ class BenchServer:
 
 
 @contextlib.contextmanager
-def running(root: Path, *, latency_s: float = 0.0, bandwidth_bytes_s: float | None = None) -> Iterator[BenchServer]:
+def running(
+    root: Path, *, latency_s: float = 0.0, bandwidth_bytes_s: float | None = None
+) -> Iterator[BenchServer]:
     """Serve ``root``: its directories are the buckets, the files below them the objects.
 
     Parameters
@@ -122,8 +141,18 @@ def running(root: Path, *, latency_s: float = 0.0, bandwidth_bytes_s: float | No
     bandwidth_bytes_s : float, optional
         Of all answers together, as a network card has it: each body is sent when the cap lets its last byte through.
     """
-    command = [sys.executable, __file__, os.fspath(root), "--latency", str(latency_s), "--bandwidth", str(bandwidth_bytes_s or 0)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    command = [
+        sys.executable,
+        __file__,
+        os.fspath(root),
+        "--latency",
+        str(latency_s),
+        "--bandwidth",
+        str(bandwidth_bytes_s or 0),
+    ]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -131,7 +160,9 @@ def running(root: Path, *, latency_s: float = 0.0, bandwidth_bytes_s: float | No
             selector.register(process.stdout, selectors.EVENT_READ)
             line = process.stdout.readline().decode().strip() if selector.select(_START_S) else ""
         if not line.startswith("http://"):
-            raise RuntimeError("the benchmark's S3 server did not start; its standard error says why")
+            raise RuntimeError(
+                "the benchmark's S3 server did not start; its standard error says why"
+            )
         yield BenchServer(line)
     finally:
         process.stdin.close()
@@ -146,7 +177,10 @@ def running(root: Path, *, latency_s: float = 0.0, bandwidth_bytes_s: float | No
 def serve_from_memory(server: BenchServer, bucket: str, prefixes: Iterable[str]) -> None:
     """Have the server read these objects now, so that its disk is in nobody's figures."""
     for prefix in prefixes:
-        query, token = f"{server.endpoint_url}/{bucket}?list-type=2&prefix={quote(prefix, safe='')}", ""
+        query, token = (
+            f"{server.endpoint_url}/{bucket}?list-type=2&prefix={quote(prefix, safe='')}",
+            "",
+        )
         while True:
             with urllib.request.urlopen(query + token) as answer:
                 more = _TOKEN.search(answer.read())
@@ -202,7 +236,9 @@ class _Bucket:
         self._objects: dict[str, _Object] = {}
         self._listings: dict[tuple[str, bool], _Listing] = {}
         self._kept_bytes = 0
-        self._linked: dict[tuple[int, int], _Object] = {}  # by device and inode: other names of it share its body
+        self._linked: dict[
+            tuple[int, int], _Object
+        ] = {}  # by device and inode: other names of it share its body
 
     def has(self, bucket: str) -> bool:
         return bool(bucket) and os.path.isdir(os.path.join(self._root, bucket))
@@ -219,16 +255,30 @@ class _Bucket:
         except OSError:
             return None
         known = self._objects.get(path)
-        if known is not None and known.mtime_ns == status.st_mtime_ns and known.size == status.st_size:
+        if (
+            known is not None
+            and known.mtime_ns == status.st_mtime_ns
+            and known.size == status.st_size
+        ):
             return known
         if not stat.S_ISREG(status.st_mode):
             return None
         linked = self._linked.get((status.st_dev, status.st_ino))
-        if linked is not None and linked.mtime_ns == status.st_mtime_ns and linked.size == status.st_size:
+        if (
+            linked is not None
+            and linked.mtime_ns == status.st_mtime_ns
+            and linked.size == status.st_size
+        ):
             self._objects[path] = linked
             return linked
         body = Path(path).read_bytes()
-        found = _Object(path, len(body), status.st_mtime_ns, hashlib.md5(body, usedforsecurity=False).hexdigest(), b"")
+        found = _Object(
+            path,
+            len(body),
+            status.st_mtime_ns,
+            hashlib.md5(body, usedforsecurity=False).hexdigest(),
+            b"",
+        )
         if known is not None and known.answer:
             self._kept_bytes -= known.size
         if self._kept_bytes + len(body) <= _KEPT_BYTES:
@@ -245,13 +295,17 @@ class _Bucket:
         asked = (bucket, prefix, after, limit)
         xml = listing.pages.get(asked)
         if xml is None:
-            xml = listing.pages[asked] = self._write(listing, bucket, prefix, delimiter, after, limit)
+            xml = listing.pages[asked] = self._write(
+                listing, bucket, prefix, delimiter, after, limit
+            )
         return xml
 
     def _listing(self, bucket: str, directory: str, *, deep: bool) -> _Listing:
         top = "/".join(part for part in (self._root, bucket, directory) if part)
         known = self._listings.get((top, deep))
-        if known is not None and all(_mtime_ns(path) == seen for path, seen in known.directories.items()):
+        if known is not None and all(
+            _mtime_ns(path) == seen for path, seen in known.directories.items()
+        ):
             return known
         directories: dict[str, int] = {}
         found: list[tuple[str, str]] = []
@@ -272,18 +326,27 @@ class _Bucket:
                 else:
                     found.append((entry.path[skip:] + "/", ""))
         found.sort(key=lambda pair: pair[0].encode())
-        listing = _Listing(directories, [name for name, _ in found], [path for _, path in found], {})
+        listing = _Listing(
+            directories, [name for name, _ in found], [path for _, path in found], {}
+        )
         self._listings[top, deep] = listing
         return listing
 
-    def _write(self, listing: _Listing, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> bytes:
+    def _write(
+        self, listing: _Listing, bucket: str, prefix: str, delimiter: str, after: str, limit: int
+    ) -> bytes:
         names = listing.names
-        start = max(bisect.bisect_left(names, prefix.encode(), key=str.encode), bisect.bisect_right(names, after.encode(), key=str.encode))
+        start = max(
+            bisect.bisect_left(names, prefix.encode(), key=str.encode),
+            bisect.bisect_right(names, after.encode(), key=str.encode),
+        )
         objects: list[str] = []
         prefixes: list[str] = []
         last = ""
         i = start
-        while i < len(names) and names[i].startswith(prefix) and len(objects) + len(prefixes) < limit:
+        while (
+            i < len(names) and names[i].startswith(prefix) and len(objects) + len(prefixes) < limit
+        ):
             name, path = names[i], listing.paths[i]
             i += 1
             last = name
@@ -297,7 +360,9 @@ class _Bucket:
             elif not path:
                 prefixes.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
         more = i < len(names) and names[i].startswith(prefix)
-        token = f"<NextContinuationToken>{quote(last, safe='')}</NextContinuationToken>" if more else ""
+        token = (
+            f"<NextContinuationToken>{quote(last, safe='')}</NextContinuationToken>" if more else ""
+        )
         return (
             f'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult {_XMLNS}><Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix>'
             f"<Delimiter>{escape(delimiter)}</Delimiter><MaxKeys>{limit}</MaxKeys><KeyCount>{len(objects) + len(prefixes)}</KeyCount>"
@@ -343,7 +408,9 @@ class _Server:
         """When an answer may be sent."""
         if not self.bandwidth_bytes_s:
             return now_s + self.latency_s
-        self._line_free_s = max(self._line_free_s, now_s + self.latency_s) + nbytes / self.bandwidth_bytes_s
+        self._line_free_s = (
+            max(self._line_free_s, now_s + self.latency_s) + nbytes / self.bandwidth_bytes_s
+        )
         return self._line_free_s
 
     def control(self, target: str) -> bytes:
@@ -358,7 +425,9 @@ class _Server:
             self.log.clear()
         elif what == "set":
             self.latency_s = float(query.get("latency_s", [self.latency_s])[0])
-            self.bandwidth_bytes_s = float(query.get("bandwidth_bytes_s", [self.bandwidth_bytes_s])[0])
+            self.bandwidth_bytes_s = float(
+                query.get("bandwidth_bytes_s", [self.bandwidth_bytes_s])[0]
+            )
         return _answer(200, "Content-Type: application/json\r\n", body)
 
     def answer(self, method: str, target: str, head: bytes) -> bytes:
@@ -368,19 +437,34 @@ class _Server:
             status, data, nbytes = self._object(method, bucket, key, head)
             op = method
         else:
-            op, key, (status, data, nbytes) = self._other(method, bucket, key, parse_qs(query, keep_blank_values=True))
+            op, key, (status, data, nbytes) = self._other(
+                method, bucket, key, parse_qs(query, keep_blank_values=True)
+            )
         self.log.append((op, bucket, key, status, nbytes))
         return data
 
     def _object(self, method: str, bucket: str, key: str, head: bytes) -> tuple[int, bytes, int]:
         obj, is_head = self.files.get(bucket, key), method == "HEAD"
         if obj is None:
-            return _error(404, "NoSuchKey" if self.files.has(bucket) else "NoSuchBucket", f"/{bucket}/{key}", head=is_head)
+            return _error(
+                404,
+                "NoSuchKey" if self.files.has(bucket) else "NoSuchBucket",
+                f"/{bucket}/{key}",
+                head=is_head,
+            )
         conditional = _IF.search(head)
         if conditional is not None:
-            matches = conditional[2].strip() in (b"*", obj.etag.encode(), b'"%s"' % obj.etag.encode())
+            matches = conditional[2].strip() in (
+                b"*",
+                obj.etag.encode(),
+                b'"%s"' % obj.etag.encode(),
+            )
             if matches is bool(conditional[1]):
-                return (304, _answer(304, obj.fields, b"", head=True), 0) if conditional[1] else _error(412, "PreconditionFailed", key, head=is_head)
+                return (
+                    (304, _answer(304, obj.fields, b"", head=True), 0)
+                    if conditional[1]
+                    else _error(412, "PreconditionFailed", key, head=is_head)
+                )
         part = _RANGE.search(head)
         if part is None:
             if is_head:
@@ -390,29 +474,63 @@ class _Server:
         if start >= stop:
             return _error(416, "InvalidRange", key, head=is_head)
         fields = f"{obj.fields}Content-Range: bytes {start}-{stop - 1}/{obj.size}\r\n"
-        return 206, _answer(206, fields, obj.part(start, stop), head=is_head), 0 if is_head else stop - start
+        return (
+            206,
+            _answer(206, fields, obj.part(start, stop), head=is_head),
+            0 if is_head else stop - start,
+        )
 
-    def _other(self, method: str, bucket: str, key: str, query: dict[str, list[str]]) -> tuple[str, str, tuple[int, bytes, int]]:
+    def _other(
+        self, method: str, bucket: str, key: str, query: dict[str, list[str]]
+    ) -> tuple[str, str, tuple[int, bytes, int]]:
         if method not in ("GET", "HEAD") or key:
-            return method, key, _error(405, "MethodNotAllowed", f"/{bucket}/{key}", head=method == "HEAD")
+            return (
+                method,
+                key,
+                _error(405, "MethodNotAllowed", f"/{bucket}/{key}", head=method == "HEAD"),
+            )
         if not bucket:
             row = "<Bucket><Name>{}</Name><CreationDate>2026-01-01T00:00:00.000Z</CreationDate></Bucket>"
             rows = "".join(map(row.format, self.files.names()))
-            return "BUCKET", "", _document(f"<ListAllMyBucketsResult {_XMLNS}><Buckets>{rows}</Buckets></ListAllMyBucketsResult>".encode())
+            return (
+                "BUCKET",
+                "",
+                _document(
+                    f"<ListAllMyBucketsResult {_XMLNS}><Buckets>{rows}</Buckets></ListAllMyBucketsResult>".encode()
+                ),
+            )
         prefix = query.get("prefix", [""])[0]
         is_list = method == "GET" and "location" not in query
         if not self.files.has(bucket):
-            return "LIST" if is_list else "BUCKET", prefix, _error(404, "NoSuchBucket", f"/{bucket}", head=method == "HEAD")
+            return (
+                "LIST" if is_list else "BUCKET",
+                prefix,
+                _error(404, "NoSuchBucket", f"/{bucket}", head=method == "HEAD"),
+            )
         if method == "HEAD":
             return "BUCKET", "", (200, _answer(200, _XML + _REGION, b"", head=True), 0)
         if not is_list:
-            return "BUCKET", "", _document(f"<LocationConstraint {_XMLNS}>us-east-1</LocationConstraint>".encode())
-        after = unquote(query["continuation-token"][0]) if "continuation-token" in query else query.get("start-after", [""])[0]
+            return (
+                "BUCKET",
+                "",
+                _document(f"<LocationConstraint {_XMLNS}>us-east-1</LocationConstraint>".encode()),
+            )
+        after = (
+            unquote(query["continuation-token"][0])
+            if "continuation-token" in query
+            else query.get("start-after", [""])[0]
+        )
         limit = min(_PAGE, int(query.get("max-keys", [_PAGE])[0]))
         delimiter = query.get("delimiter", [""])[0]
         if delimiter not in ("", "/"):
             return "LIST", prefix, _error(400, "InvalidArgument", f"delimiter {delimiter}")
-        return "LIST", prefix, _document(self.files.page(bucket, prefix, delimiter=delimiter, after=after, limit=limit))
+        return (
+            "LIST",
+            prefix,
+            _document(
+                self.files.page(bucket, prefix, delimiter=delimiter, after=after, limit=limit)
+            ),
+        )
 
 
 _IF = re.compile(rb"\r\n[Ii]f-(?:([Nn]one)-)?[Mm]atch: *([^\r]*)")
@@ -470,7 +588,9 @@ class _Connection(asyncio.Protocol):
     def _send(self, answer: bytes) -> None:
         server = self._server
         if server.latency_s or server.bandwidth_bytes_s:
-            self._loop.call_at(server.due_s(self._loop.time(), len(answer)), self._transport.write, answer)
+            self._loop.call_at(
+                server.due_s(self._loop.time(), len(answer)), self._transport.write, answer
+            )
         else:
             self._transport.write(answer)
 
@@ -481,7 +601,9 @@ _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *(\d+)")
 async def _serve(arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     server = _Server(os.path.abspath(arguments.root), arguments.latency, arguments.bandwidth)
-    listening = await loop.create_server(lambda: _Connection(server, loop), "127.0.0.1", 0, backlog=1024)
+    listening = await loop.create_server(
+        lambda: _Connection(server, loop), "127.0.0.1", 0, backlog=1024
+    )
     sys.stdout.write(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
     await listening.serve_forever()

@@ -21,7 +21,11 @@ COMMANDS = {
 
 def run(context: Context) -> list[Table]:
     """Each from the start of the process to its end."""
-    rounds = interleave({name: functools.partial(_process, arguments) for name, arguments in COMMANDS.items()}, context.rounds, warmup=2)
+    rounds = interleave(
+        {name: functools.partial(_process, arguments) for name, arguments in COMMANDS.items()},
+        context.rounds,
+        warmup=2,
+    )
     return [
         Table(
             "I1",
@@ -29,13 +33,26 @@ def run(context: Context) -> list[Table]:
             "ms",
             "python -c pass",
             rounds,
-            {"page cache": "warm", "bytecode": "compiled in the warm-up rounds", "measured": "from the start of the process to its end"},
-            [Bar("import zarrcache", None, at_most=0.3), Bar("zarrcache --help", None, at_most=0.5)],
+            {
+                "page cache": "warm",
+                "bytecode": "compiled in the warm-up rounds",
+                "measured": "from the start of the process to its end",
+            },
+            [
+                Bar("import zarrcache", None, at_most=0.3),
+                Bar("zarrcache --help", None, at_most=0.5),
+            ],
         )
     ]
 
 
 def _process(arguments: list[str]) -> Measured:
     start_s = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=60, check=True)
+    subprocess.run(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        timeout=60,
+        check=True,
+    )
     return Measured(time.perf_counter() - start_s)

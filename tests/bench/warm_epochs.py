@@ -27,24 +27,52 @@ ITERATED = (
 #: Those that decode every chunk in every epoch: a round of all samples would take most of the run's time.
 SLOW = ("zarr", "zarr CacheStore", "zarr simplecache", "TensorStore", "TensorStore, cache pool")
 #: What tells nothing more when every sample is copied.
-NOT_COPIED = ("LitData, by index", "zarr CacheStore", "zarr simplecache", "zarrcache ZarrDataset, normalized")
+NOT_COPIED = (
+    "LitData, by index",
+    "zarr CacheStore",
+    "zarr simplecache",
+    "zarrcache ZarrDataset, normalized",
+)
 WORKERS = 2
 
 
 def run(context: Context) -> list[Table]:
     """W2 first: its workers are forked, and zarr and TensorStore must not have been used before that in this process."""
     warnings.filterwarnings("ignore", message=".*not writable.*")  # Mosaic's arrays
-    shapes = {"5 MiB": (80, 128, 128)} if context.quick else {"5 MiB": (80, 128, 128), "8 MiB": (128, 128, 128)}
+    shapes = (
+        {"5 MiB": (80, 128, 128)}
+        if context.quick
+        else {"5 MiB": (80, 128, 128), "8 MiB": (128, 128, 128)}
+    )
     tables = [_through_workers(context, name, shape) for name, shape in shapes.items()]
-    samples = peers.prepare(context.workdir / "W1", (48, 48, 48) if context.quick else (108, 108, 108), 4 if context.quick else 16, context.seed)
-    datasets, missing = peers.available({name: functools.partial(make, samples, context.workdir / "W1") for name, make in peers.PEERS.items()})
-    return [*tables, _in_one_process(context, samples, datasets, missing), _in_batches_of_one(context, samples, datasets, missing)]
+    samples = peers.prepare(
+        context.workdir / "W1",
+        (48, 48, 48) if context.quick else (108, 108, 108),
+        4 if context.quick else 16,
+        context.seed,
+    )
+    datasets, missing = peers.available(
+        {
+            name: functools.partial(make, samples, context.workdir / "W1")
+            for name, make in peers.PEERS.items()
+        }
+    )
+    return [
+        *tables,
+        _in_one_process(context, samples, datasets, missing),
+        _in_batches_of_one(context, samples, datasets, missing),
+    ]
 
 
 # -- W1 ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _in_one_process(context: Context, samples: peers.Samples, datasets: Mapping[str, Any], missing: Mapping[str, str]) -> Table:
+def _in_one_process(
+    context: Context,
+    samples: peers.Samples,
+    datasets: Mapping[str, Any],
+    missing: Mapping[str, str],
+) -> Table:
     rounds, missing = _epochs(context, samples, datasets, missing, batch_size=None)
     floor = "np.load(mmap_mode=c)"
     return Table(
@@ -58,12 +86,20 @@ def _in_one_process(context: Context, samples: peers.Samples, datasets: Mapping[
             "loader": "DataLoader(batch_size=None, num_workers=0)",
             "LitData, by index": "its chunks stay mapped between epochs; writing to such a tensor ends the process (SIGSEGV)",
         },
-        [Bar(name, floor, at_least=0.90) for name in ("zarrcache ZarrDataset", "zarrcache RhoData")],
+        [
+            Bar(name, floor, at_least=0.90)
+            for name in ("zarrcache ZarrDataset", "zarrcache RhoData")
+        ],
         missing,
     )
 
 
-def _in_batches_of_one(context: Context, samples: peers.Samples, datasets: Mapping[str, Any], missing: Mapping[str, str]) -> Table:
+def _in_batches_of_one(
+    context: Context,
+    samples: peers.Samples,
+    datasets: Mapping[str, Any],
+    missing: Mapping[str, str],
+) -> Table:
     chosen = {name: dataset for name, dataset in datasets.items() if name not in NOT_COPIED}
     rounds, missing = _epochs(context, samples, chosen, missing, batch_size=1)
     return Table(
@@ -78,12 +114,19 @@ def _in_batches_of_one(context: Context, samples: peers.Samples, datasets: Mappi
 
 
 def _epochs(
-    context: Context, samples: peers.Samples, datasets: Mapping[str, Any], missing: Mapping[str, str], *, batch_size: int | None
+    context: Context,
+    samples: peers.Samples,
+    datasets: Mapping[str, Any],
+    missing: Mapping[str, str],
+    *,
+    batch_size: int | None,
 ) -> tuple[dict[str, list[Measured]], dict[str, str]]:
     def loader(name: str, count: int) -> DataLoader[Any]:
         dataset = datasets[name]
         # A dataset that is iterated brings its own order; the others are read by position, some over and over.
-        sampler = None if isinstance(dataset, IterableDataset) else list(peers.cycle(len(dataset), count))
+        sampler = (
+            None if isinstance(dataset, IterableDataset) else list(peers.cycle(len(dataset), count))
+        )
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
 
     def one(name: str, count: int) -> Measured:
@@ -101,19 +144,28 @@ def _epochs(
     competitors: dict[str, Round] = {}
     for name in datasets:
         try:
-            peers.check(itertools.islice(loader(name, 2), 2), samples, name, per_point="normalized" in name)
+            peers.check(
+                itertools.islice(loader(name, 2), 2), samples, name, per_point="normalized" in name
+            )
         except Exception as exc:
             if name.startswith(("zarrcache", "np.")):
                 raise
             found[name] = f"does not work here: {type(exc).__name__}: {exc}"
             continue
         epochs = 8 if batch_size is None else 2  # a round of 0.1 s
-        competitors[name] = functools.partial(one, name, 2 if name in SLOW else epochs * len(samples))
+        competitors[name] = functools.partial(
+            one, name, 2 if name in SLOW else epochs * len(samples)
+        )
     return interleave(competitors, context.rounds, warmup=2), found
 
 
 def _facts(samples: peers.Samples) -> dict[str, object]:
-    return {**samples.pairs.facts(), "page cache": PAGE_CACHE, "consumer": CONSUMER, "LitData and Mosaic Streaming": ITERATED}
+    return {
+        **samples.pairs.facts(),
+        "page cache": PAGE_CACHE,
+        "consumer": CONSUMER,
+        "LitData and Mosaic Streaming": ITERATED,
+    }
 
 
 # -- W2 ----------------------------------------------------------------------------------------------------------------------------
@@ -125,11 +177,15 @@ def _through_workers(context: Context, size: str, shape: tuple[int, int, int]) -
     skip, count = (4, 8) if context.quick else (20, 60)
     length = skip + count
 
-    def torchs(dataset: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Any] | None = None) -> Callable[[], DataLoader[Any]]:
+    def torchs(
+        dataset: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Any] | None = None
+    ) -> Callable[[], DataLoader[Any]]:
         return lambda: DataLoader(
             dataset,
             batch_size=batch_size,
-            sampler=None if isinstance(dataset, IterableDataset) else list(peers.cycle(len(dataset), length)),
+            sampler=None
+            if isinstance(dataset, IterableDataset)
+            else list(peers.cycle(len(dataset), length)),
             num_workers=WORKERS,
             collate_fn=collate_fn,
             multiprocessing_context=multiprocessing.get_context("fork"),
@@ -146,18 +202,28 @@ def _through_workers(context: Context, size: str, shape: tuple[int, int, int]) -
             "np.load": lambda: torchs(peers.np_load(samples, home), 1),
             "np.load(mmap_mode=c)": lambda: torchs(peers.np_mmap(samples, home), 1),
             "np.load, batch_size=None": lambda: torchs(peers.np_load(samples, home), None),
-            "zarrcache ZarrDataset, default_collate": lambda: torchs(peers.zarr_dataset(samples, home), 1),
-            "zarrcache ZarrDataset, zarrcache.collate": lambda: torchs(peers.zarr_dataset(samples, home), 1, collate),
+            "zarrcache ZarrDataset, default_collate": lambda: torchs(
+                peers.zarr_dataset(samples, home), 1
+            ),
+            "zarrcache ZarrDataset, zarrcache.collate": lambda: torchs(
+                peers.zarr_dataset(samples, home), 1, collate
+            ),
             "zarrcache RhoData, default_collate": lambda: torchs(peers.rho_data(samples, home), 1),
-            "zarrcache ZarrDataset, batch_size=None": lambda: torchs(peers.zarr_dataset(samples, home), None),
-            "zarrcache ZarrDataset, normalized": lambda: torchs(peers.zarr_dataset_normalized(samples, home), 1),
+            "zarrcache ZarrDataset, batch_size=None": lambda: torchs(
+                peers.zarr_dataset(samples, home), None
+            ),
+            "zarrcache ZarrDataset, normalized": lambda: torchs(
+                peers.zarr_dataset_normalized(samples, home), 1
+            ),
             "LitData": litdatas,
             "Mosaic Streaming": lambda: torchs(peers.mosaic(samples, home, length=length), 1),
         }
     )
     competitors: dict[str, Round] = {}
     for name, loader in loaders.items():
-        peers.check(itertools.islice(loader(), len(samples)), samples, name, per_point="normalized" in name)
+        peers.check(
+            itertools.islice(loader(), len(samples)), samples, name, per_point="normalized" in name
+        )
         competitors[name] = functools.partial(_steady, loader, skip)
     rounds = interleave(competitors, _fewer(context))
     return Table(
@@ -173,7 +239,11 @@ def _through_workers(context: Context, size: str, shape: tuple[int, int, int]) -
         },
         [
             Bar(f"zarrcache {name}", "np.load", at_least=3.0)
-            for name in ("ZarrDataset, default_collate", "ZarrDataset, zarrcache.collate", "RhoData, default_collate")
+            for name in (
+                "ZarrDataset, default_collate",
+                "ZarrDataset, zarrcache.collate",
+                "RhoData, default_collate",
+            )
         ],
         missing,
     )

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, ZarrS3Reader, plan_warm
-from zarrcache.registry import open_reader
+from zarrcache.data.reader import open_reader
 
 
 @pytest.fixture
@@ -41,21 +41,37 @@ def first_document(process: subprocess.Popen[str]) -> Any:
 
 
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT])
-def test_serve_says_where_gives_entries_and_ends_when_it_is_told(config: Path, tmp_path: Path, ends: signal.Signals) -> None:
+def test_serve_says_where_gives_entries_and_ends_when_it_is_told(
+    config: Path, tmp_path: Path, ends: signal.Signals
+) -> None:
     """Exit 0, while a client is connected and waits."""
     waiting = http.client.HTTPConnection("127.0.0.1")
     process = start("serve", config, "--port", "0", "--token-file", tmp_path / "token", "--json")
     try:
         document = first_document(process)
-        assert document == {"url": document["url"], "directory": f"{tmp_path}/cache", "has_token": True}
-        block = {"peers": [document["url"]], "peer_token_file": str(tmp_path / "token"), "dir": str(tmp_path / "other")}
-        reader: ZarrS3Reader = open_reader(DataConfig.from_yaml(write_config(tmp_path, name="other.yaml", **block)))
+        assert document == {
+            "url": document["url"],
+            "directory": f"{tmp_path}/cache",
+            "has_token": True,
+        }
+        block = {
+            "peers": [document["url"]],
+            "peer_token_file": str(tmp_path / "token"),
+            "dir": str(tmp_path / "other"),
+        }
+        reader: ZarrS3Reader = open_reader(
+            DataConfig.from_yaml(write_config(tmp_path, name="other.yaml", **block))
+        )
         reader.load("mp-1", "data")
         assert reader.stats.peer_hits == 1
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(document["url"] + "/v1/entries/" + "0" * 32, timeout=30)
         waiting = http.client.HTTPConnection(document["url"].removeprefix("http://"), timeout=30)
-        waiting.request("GET", f"/v1/entries/{'0' * 32}?node=http://127.0.0.1:1", headers={"Authorization": "Bearer " + "k" * 40})
+        waiting.request(
+            "GET",
+            f"/v1/entries/{'0' * 32}?node=http://127.0.0.1:1",
+            headers={"Authorization": "Bearer " + "k" * 40},
+        )
         assert waiting.getresponse().headers["Zarrcache-Answer"] == "lease"
         process.send_signal(ends)
         out, err = process.communicate(timeout=60)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.processes import HANG_S, end_all, until
 from tests.support.s3server import S3Server
 from tests.support.training import start, write_config, zarrcache
-from zarrcache.synthetic import write_pairs
+from zarrcache.demo.synthetic import write_pairs
 
 
 @pytest.fixture
@@ -33,23 +33,44 @@ def test_convert_names_what_fails_and_skips_what_is_there(files: Path, tmp_path:
     assert done.out.endswith("; 1 failed.\n")
     assert f"failed: {files}/CHGCAR_mp-9 " in done.err
     again = zarrcache("convert", files, tmp_path / "out", "--workers", "1", "--json")
-    assert (again.code, len(again.document["converted"]), len(again.document["skipped"])) == (1, 0, 2)
+    assert (again.code, len(again.document["converted"]), len(again.document["skipped"])) == (
+        1,
+        0,
+        2,
+    )
     assert [Path(result["path"]).name for result in again.document["failed"]] == ["CHGCAR_mp-9"]
 
 
-def test_convert_uploads_with_the_settings_of_a_training_config(files: Path, tmp_path: Path, s3_server: S3Server, bucket: str) -> None:
+def test_convert_uploads_with_the_settings_of_a_training_config(
+    files: Path, tmp_path: Path, s3_server: S3Server, bucket: str
+) -> None:
     """``s3_kwargs`` come from the config, or from --s3-kwargs and --endpoint-url, which override it."""
     config = write_config(tmp_path, s3_kwargs=s3_server.kwargs_at("http://127.0.0.1:9"))
-    options = ("--config", config, "--endpoint-url", s3_server.endpoint_url, "--pattern", "*.CHGCAR", "--zip", "--workers", "1")
+    options = (
+        "--config",
+        config,
+        "--endpoint-url",
+        s3_server.endpoint_url,
+        "--pattern",
+        "*.CHGCAR",
+        "--zip",
+        "--workers",
+        "1",
+    )
     done = zarrcache("convert", files, f"s3://{bucket}/input", *options)
     assert (done.code, done.err) == (0, "")
     assert len(s3_server.keys(f"s3://{bucket}/input")) == 2
     assert all(key.endswith(".zarr.zip") for key in s3_server.keys(f"s3://{bucket}/input"))
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")])
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_it_says_what_was_wrong_so_far(tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int) -> None:
+def test_interrupted_it_says_what_was_wrong_so_far(
+    tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int
+) -> None:
     """The next run skips what is converted: what looks wrong with it would never be said."""
     source, out = tmp_path / "input", tmp_path / "out"
     write_pairs(tmp_path, 16)
@@ -63,7 +84,13 @@ def test_interrupted_it_says_what_was_wrong_so_far(tmp_path: Path, number: signa
     process = start("convert", source, out, "--workers", workers, "--chunks", 4)
     try:
         # One more than may be finished and not yet told.
-        until(lambda: (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1, process, "stores")
+        until(
+            lambda: (
+                (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1
+            ),
+            process,
+            "stores",
+        )
         process.send_signal(number)
         stdout, err = process.communicate(timeout=HANG_S)
     finally:
@@ -72,7 +99,10 @@ def test_interrupted_it_says_what_was_wrong_so_far(tmp_path: Path, number: signa
     assert f"warning: {potential}: mean(total) is -" in err
     assert "this looks like a potential (LOCPOT)" in err
     assert f"failed: {source}/b.CHGCAR " in err
-    assert err.splitlines()[-1] == f"{word}. What is finished stays; run the same command again to go on."
+    assert (
+        err.splitlines()[-1]
+        == f"{word}. What is finished stays; run the same command again to go on."
+    )
     assert len(list(out.glob("*.zarr"))) < len(others)
 
 
@@ -85,7 +115,9 @@ def test_interrupted_it_says_what_was_wrong_so_far(tmp_path: Path, number: signa
         (("--zarr-format", "4"), "Invalid value for '--zarr-format'"),
     ],
 )
-def test_a_wrong_option_of_convert_is_exit_2_with_words(files: Path, tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+def test_a_wrong_option_of_convert_is_exit_2_with_words(
+    files: Path, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
     """And nothing is written."""
     done = zarrcache("convert", files, tmp_path / "out", *options)
     assert done.code == 2

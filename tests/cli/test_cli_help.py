@@ -25,13 +25,52 @@ COMMANDS = {
         "--dask SCHEDULER",
         "--dry-run",
     ),
-    "warm": ("--split", "[default: all]", "--workers N", "--ids FILE", "--limit SIZE", "--dask SCHEDULER", "--each-node", "--dry-run", "--json"),
-    "evict": ("--all", "--older-than TIME", "30d", "--target SIZE", "50 GiB", "--ids FILE", "--stale", "--yes", "--dry-run", "--json"),
+    "warm": (
+        "--split",
+        "[default: all]",
+        "--workers N",
+        "--ids FILE",
+        "--limit SIZE",
+        "--dask SCHEDULER",
+        "--each-node",
+        "--dry-run",
+        "--json",
+    ),
+    "evict": (
+        "--all",
+        "--older-than TIME",
+        "30d",
+        "--target SIZE",
+        "50 GiB",
+        "--ids FILE",
+        "--stale",
+        "--yes",
+        "--dry-run",
+        "--json",
+    ),
     "status": ("--dir DIR", "--json"),
     "verify": ("--against-origin", "--dir DIR", "--json"),
     "doctor": ("--dir DIR", "--json"),
-    "plan": ("--nodes N", "--capacity SIZE", "--assignment", "--eviction", "--ranks-per-node N", "--epochs N", "--probe", "--seed N", "--json"),
-    "serve": ("--host HOST", "default: 127.0.0.1", "--port N", "default: 7070", "--token-file FILE", "cache.peer_token_file", "--json"),
+    "plan": (
+        "--nodes N",
+        "--capacity SIZE",
+        "--assignment",
+        "--eviction",
+        "--ranks-per-node N",
+        "--epochs N",
+        "--probe",
+        "--seed N",
+        "--json",
+    ),
+    "serve": (
+        "--host HOST",
+        "default: 127.0.0.1",
+        "--port N",
+        "default: 7070",
+        "--token-file FILE",
+        "cache.peer_token_file",
+        "--json",
+    ),
 }
 
 
@@ -48,7 +87,11 @@ def test_every_option_has_help(name: str) -> None:
     assert done.code == 0
     for words in COMMANDS[name]:
         assert words in " ".join(done.out.split())
-    options = [line for line in done.out.partition("Options:")[2].splitlines() if line.strip().startswith("-")]
+    options = [
+        line
+        for line in done.out.partition("Options:")[2].splitlines()
+        if line.strip().startswith("-")
+    ]
     assert [line for line in options if len(line.split("  ")) < 2 and not line.endswith(" ")] == []
 
 
@@ -56,7 +99,9 @@ def test_help_and_version_load_nothing_heavy() -> None:
     """Neither torch nor zarr nor an S3 client, for a help page."""
     script = "import sys; sys.argv = ['zarrcache', '--help']\ntry:\n    from zarrcache.cli import main; main()\nexcept SystemExit: pass\n"
     script += "print(sorted({'torch', 'zarr', 's3fs', 'obstore', 'sklearn', 'numpy', 'pydantic', 'rich', 'diskcache'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     assert out.splitlines()[-1] == "[]"
     assert zarrcache("--version").out == f"{__version__}\n"
 
@@ -72,6 +117,12 @@ def test_no_command_and_an_unknown_one_are_exit_2() -> None:
 def test_the_scripts_in_tools_are_doors_to_the_same_commands() -> None:
     """Run as ``python tools/warm.py``."""
     tools = Path(__file__).resolve().parents[2] / "tools"
-    for script, words in (("warm.py", "--split"), ("evict.py", "--older-than"), ("convert_to_zarr.py", "--zarr-format")):
-        out = subprocess.run([sys.executable, tools / script, "--help"], capture_output=True, text=True, check=True).stdout
+    for script, words in (
+        ("warm.py", "--split"),
+        ("evict.py", "--older-than"),
+        ("convert_to_zarr.py", "--zarr-format"),
+    ):
+        out = subprocess.run(
+            [sys.executable, tools / script, "--help"], capture_output=True, text=True, check=True
+        ).stdout
         assert words in out

@@ -33,11 +33,20 @@ def test_evict_shows_asks_and_drops(config: Path, tmp_path: Path) -> None:
     assert (dry.code, dry.out) == (0, f"Would evict {what}. Dry run: nothing was evicted.\n")
     alone = zarrcache("evict", config)
     assert (alone.code, alone.out) == (2, "")
-    assert alone.err == f"error: about to evict {what}, and nobody is there to be asked. Add --yes to do it, or --dry-run to look.\n"
+    assert (
+        alone.err
+        == f"error: about to evict {what}, and nobody is there to be asked. Add --yes to do it, or --dry-run to look.\n"
+    )
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 6
     assert zarrcache("evict", config, "--ids", "/dev/null").code == 2
     done = zarrcache("evict", config, "--yes", "--json")
-    assert done.document == {"directory": f"{tmp_path}/cache", "entries": 6, "disk_bytes": 49152, "freed_bytes": 49152, "dry_run": False}
+    assert done.document == {
+        "directory": f"{tmp_path}/cache",
+        "entries": 6,
+        "disk_bytes": 49152,
+        "freed_bytes": 49152,
+        "dry_run": False,
+    }
     again = zarrcache("evict", "--all", "--dir", tmp_path / "cache", "--yes")
     assert (again.code, again.out) == (0, "Nothing to evict.\n")
 
@@ -47,7 +56,9 @@ def test_evict_asks_at_a_terminal(config: Path, answer: bytes, code: int, left: 
     """The default is no."""
     keyboard, terminal = pty.openpty()
     try:
-        with subprocess.Popen(command("evict", config), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command("evict", config), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             os.write(keyboard, answer)
             _, err = process.communicate(timeout=60)
     finally:
@@ -63,7 +74,10 @@ def test_evict_needs_to_know_which(config: Path, tmp_path: Path) -> None:
     """Neither config nor directory, a directory without --all, a time that is none."""
     for arguments, words in [
         ((), "which cache? Give a training config, or --dir"),
-        (("--dir", tmp_path / "cache"), "which entries? Give a training config for those of its ids, or --all"),
+        (
+            ("--dir", tmp_path / "cache"),
+            "which entries? Give a training config for those of its ids, or --all",
+        ),
         ((config, "--dir", tmp_path), "CONFIG and --dir exclude each other"),
         ((config, "--older-than", "old"), "'old' is not a duration. Write for example '60 s'"),
     ]:
@@ -76,9 +90,15 @@ def test_status_says_how_full_and_how_warm(config: Path, tmp_path: Path) -> None
     """In words and as JSON; a config of which nothing is warm is told what to run."""
     done = zarrcache("status", config)
     assert done.code == 0
-    assert f"cache        {tmp_path}/cache\narray tier   6 entries, 48.0 KiB\nbyte tier    0 entries, 0 B\n" in done.out
+    assert (
+        f"cache        {tmp_path}/cache\narray tier   6 entries, 48.0 KiB\nbyte tier    0 entries, 0 B\n"
+        in done.out
+    )
     assert "volume       48.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
-    assert "GGA          2 of 2 ids warm (100.0 %); the map has 1 more that the origin has not\n" in done.out
+    assert (
+        "GGA          2 of 2 ids warm (100.0 %); the map has 1 more that the origin has not\n"
+        in done.out
+    )
     assert done.err == ""
     cold = write_config(tmp_path, name="cold.yaml", dir=str(tmp_path / "other"))
     done = zarrcache("status", cold)
@@ -90,7 +110,10 @@ def test_status_says_how_full_and_how_warm(config: Path, tmp_path: Path) -> None
 
 def test_verify_finds_a_flipped_bit_and_drops_it(config: Path, tmp_path: Path) -> None:
     """Exit 1 and the file's name; the next warm fetches that one density, and then all is well."""
-    victim = max((tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"), key=lambda path: path.stat().st_size)
+    victim = max(
+        (tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"),
+        key=lambda path: path.stat().st_size,
+    )
     raw = bytearray(victim.read_bytes())
     raw[-1] ^= 1
     victim.write_bytes(raw)
@@ -101,30 +124,52 @@ def test_verify_finds_a_flipped_bit_and_drops_it(config: Path, tmp_path: Path) -
     assert not victim.exists()
     assert zarrcache("warm", config, "--json").document["stats"]["misses"] == 1
     done = zarrcache("verify", config, "--against-origin", "--json")
-    assert (done.code, done.document["entries"], done.document["corrupt"], done.document["stale"]) == (0, 6, [], [])
+    assert (
+        done.code,
+        done.document["entries"],
+        done.document["corrupt"],
+        done.document["stale"],
+    ) == (0, 6, [], [])
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do(config: Path, tmp_path: Path) -> None:
     """Fit: exit 0. A directory that cannot be used and an origin that is not there: exit 1, and JSON has the same."""
     done = zarrcache("doctor", config)
     assert done.code == 0, done.out
-    assert f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 can be written; 6 entries\n" in done.out
+    assert (
+        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 can be written; 6 entries\n"
+        in done.out
+    )
     assert "ok    file locks: one holder at a time\n" in done.out
     assert "ok    mmap: an entry can be written, mapped and read\n" in done.out
-    bad = write_config(tmp_path, "s3://no-such-bucket", s3_kwargs={"endpoint_url": "http://127.0.0.1:9", "anon": True}, dir="/dev/null/cache")
+    bad = write_config(
+        tmp_path,
+        "s3://no-such-bucket",
+        s3_kwargs={"endpoint_url": "http://127.0.0.1:9", "anon": True},
+        dir="/dev/null/cache",
+    )
     done = zarrcache("doctor", bad, "--json")
     assert done.code == 1
     found = {finding["name"]: finding for finding in done.document["findings"]}
     assert done.document["ok"] is False
-    assert "cache.dir /dev/null/cache cannot be used (Not a directory)" in found["cache directory"]["found"]
+    assert (
+        "cache.dir /dev/null/cache cannot be used (Not a directory)"
+        in found["cache directory"]["found"]
+    )
     assert found["data at s3://no-such-bucket/data"]["verdict"] == "fail"
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
-    [("plan", "Interrupted."), ("status", "Interrupted."), ("warm", "Interrupted. What is finished stays; run the same command again to go on.")],
+    [
+        ("plan", "Interrupted."),
+        ("status", "Interrupted."),
+        ("warm", "Interrupted. What is finished stays; run the same command again to go on."),
+    ],
 )
-def test_ctrl_c_says_that_something_stays_only_where_something_does(tmp_path: Path, command: str, words: str) -> None:
+def test_ctrl_c_says_that_something_stays_only_where_something_does(
+    tmp_path: Path, command: str, words: str
+) -> None:
     """Here while it reads a config that somebody is still writing."""
     pipe = tmp_path / "train.yaml"
     os.mkfifo(pipe)

@@ -12,7 +12,7 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
 from tests.support.training import write_config, write_pairs, zarrcache
 from zarrcache import DataConfig
-from zarrcache.registry import open_reader
+from zarrcache.data.reader import open_reader
 
 
 @pytest.fixture
@@ -27,10 +27,17 @@ def uploaded(tmp_path: Path, s3_server: S3Server, bucket: str) -> str:
 @pytest.fixture
 def config(tmp_path: Path, uploaded: str, s3_server: S3Server, fault_proxy: FaultProxy) -> Path:
     """Its training config; requests go through the proxy."""
-    return write_config(tmp_path, uploaded, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), retry={"attempts": 1})
+    return write_config(
+        tmp_path,
+        uploaded,
+        s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url),
+        retry={"attempts": 1},
+    )
 
 
-def test_after_warm_everything_works_with_the_server_switched_off(config: Path, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+def test_after_warm_everything_works_with_the_server_switched_off(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
     """A dry run fetches nothing; warm fetches each object once; then split, values, status and evict need no server."""
     dry = zarrcache("warm", config, "--dry-run")
     assert dry.code == 0, dry.err
@@ -52,14 +59,24 @@ def test_after_warm_everything_works_with_the_server_switched_off(config: Path, 
     assert (len(train[0]), len(test[0])) == (1, 2)
     expected = write_pairs(tmp_path / "again", 3)
     for (task_id, role), values in expected.items():
-        assert np.array_equal(reader.load(task_id, role)[0], values.ravel() / np.float32(values.size))  # type: ignore[arg-type]
+        assert np.array_equal(
+            reader.load(task_id, role)[0], values.ravel() / np.float32(values.size)
+        )  # type: ignore[arg-type]
     assert reader.stats.requests == 0
     state = zarrcache("status", config, "--json")
-    assert (state.code, state.document["coverage"]["warm"], state.document["coverage"]["missing"]) == (0, 3, 1)
-    assert zarrcache("evict", config, "--yes").out.startswith("Evicted 8 entries, freed 64.0 KiB in ")
+    assert (
+        state.code,
+        state.document["coverage"]["warm"],
+        state.document["coverage"]["missing"],
+    ) == (0, 3, 1)
+    assert zarrcache("evict", config, "--yes").out.startswith(
+        "Evicted 8 entries, freed 64.0 KiB in "
+    )
 
 
-def test_running_it_again_makes_no_request(config: Path, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+def test_running_it_again_makes_no_request(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
     """With ``revalidate: never`` and ids that are all listed; what that means is said."""
     (tmp_path / "map.json").write_text('{"GGA": ["mp-0", "mp-1", "mp-2"]}')
     assert zarrcache("warm", config).code == 0
@@ -67,8 +84,14 @@ def test_running_it_again_makes_no_request(config: Path, fault_proxy: FaultProxy
     again = zarrcache("warm", config)
     assert again.out.startswith("Warmed 3 of 3 ids (")
     assert "3 fresh already" in again.out
-    assert "6 densities were in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares." in again.err
-    assert "0 of 6 densities of 3 ids (0 B, 0 requests); 6 fresh." in zarrcache("warm", config, "--dry-run").out
+    assert (
+        "6 densities were in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares."
+        in again.err
+    )
+    assert (
+        "0 of 6 densities of 3 ids (0 B, 0 requests); 6 fresh."
+        in zarrcache("warm", config, "--dry-run").out
+    )
     assert fault_proxy.count() == before
 
 
@@ -80,7 +103,11 @@ def test_told_to_ask_it_makes_only_lists(config: Path, fault_proxy: FaultProxy) 
     seen = fault_proxy.seen()[before:]
     assert {request.op for request in seen} == {"LIST"}
     assert len(seen) == 2 + 6
-    assert (again.document["warm"], again.document["fresh"], again.document["stats"]["fetched_bytes"]) == (3, 3, 0)
+    assert (
+        again.document["warm"],
+        again.document["fresh"],
+        again.document["stats"]["fetched_bytes"],
+    ) == (3, 3, 0)
     assert again.document["missing"] == ["mp-absent"]
 
 
@@ -89,10 +116,14 @@ def test_two_processes_fetch_each_object_once(config: Path, fault_proxy: FaultPr
     done = zarrcache("warm", config, "--workers", "2", "--json")
     assert (done.code, done.document["warm"]) == (0, 3), done.err
     assert fault_proxy.repeats() == 0
-    assert done.document["stats"]["requests"] == fault_proxy.count() - 2  # the directories are listed before
+    assert (
+        done.document["stats"]["requests"] == fault_proxy.count() - 2
+    )  # the directories are listed before
 
 
-def test_a_store_that_fails_is_named_and_the_rest_is_warm(config: Path, fault_proxy: FaultProxy) -> None:
+def test_a_store_that_fails_is_named_and_the_rest_is_warm(
+    config: Path, fault_proxy: FaultProxy
+) -> None:
     """Exit 1, with the URL and the cause; the next run gets the rest."""
     fault_proxy.rules(Rule(op="GET", key=r"label/mp-1\.zarr", then="503"))
     done = zarrcache("warm", config)
@@ -106,7 +137,9 @@ def test_a_store_that_fails_is_named_and_the_rest_is_warm(config: Path, fault_pr
 
 
 @pytest.mark.parametrize(("gone", "is_said"), [("", True), ("/charge_density_total", False)])
-def test_to_list_anew_is_advised_where_a_store_is_gone_and_not_where_it_lacks_the_array(tmp_path: Path, gone: str, is_said: bool) -> None:
+def test_to_list_anew_is_advised_where_a_store_is_gone_and_not_where_it_lacks_the_array(
+    tmp_path: Path, gone: str, is_said: bool
+) -> None:
     """A new listing does not bring an array."""
     write_pairs(tmp_path, 3)
     config = write_config(tmp_path)
@@ -122,13 +155,18 @@ def _ids(directory: Path, *names: str) -> Path:
     return directory / "ids.txt"
 
 
-def test_an_origin_that_fails_altogether_ends_it_with_one_error(config: Path, fault_proxy: FaultProxy) -> None:
+def test_an_origin_that_fails_altogether_ends_it_with_one_error(
+    config: Path, fault_proxy: FaultProxy
+) -> None:
     """Not an error for each density when none can be read; one when the directories cannot be listed."""
     fault_proxy.rules(Rule(op="GET", then="503"))
     done = zarrcache("warm", config, "--workers", "1")
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\nerror: ") == 1
-    assert "the origin stopped answering, 4 densities in a row failed. 0 of 6 are warm; run the same again to go on." in done.err
+    assert (
+        "the origin stopped answering, 4 densities in a row failed. 0 of 6 are warm; run the same again to go on."
+        in done.err
+    )
     fault_proxy.down()
     done = zarrcache("warm", config)
     assert (done.code, done.err.count("\n")) == (1, 1)
@@ -145,14 +183,26 @@ def test_wrong_credentials_are_one_error(config: Path, fault_proxy: FaultProxy) 
     assert fault_proxy.count() == 1
 
 
-def test_what_does_not_fit_is_said_with_what_to_do(config: Path, tmp_path: Path, uploaded: str, s3_server: S3Server) -> None:
+def test_what_does_not_fit_is_said_with_what_to_do(
+    config: Path, tmp_path: Path, uploaded: str, s3_server: S3Server
+) -> None:
     """Room for the listings and two pairs."""
-    small = write_config(tmp_path, uploaded, s3_kwargs=s3_server.s3_kwargs, name="small.yaml", dir=str(tmp_path / "small"), limit=6 * 8192)
+    small = write_config(
+        tmp_path,
+        uploaded,
+        s3_kwargs=s3_server.s3_kwargs,
+        name="small.yaml",
+        dir=str(tmp_path / "small"),
+        limit=6 * 8192,
+    )
     done = zarrcache("warm", small)
     assert done.code == 0
     assert done.out.startswith("Warmed 2 of 3 ids (")
     assert "1 id did not fit: cache.limit (48.0 KiB) or cache.min_free is reached" in done.err
-    assert "All ids and what else is in the cache take about 64.0 KiB on disk: raise cache.limit, or make room with `zarrcache evict`." in done.err
+    assert (
+        "All ids and what else is in the cache take about 64.0 KiB on disk: raise cache.limit, or make room with `zarrcache evict`."
+        in done.err
+    )
 
 
 def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:
@@ -162,7 +212,9 @@ def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:
     assert done.out.startswith("Warmed 1 of 2 ids (")
     assert "1 id left out: 500 B are warm, as --limit asked." in done.err
     (tmp_path / "ids.json").write_text('["mp-2"]')
-    assert zarrcache("warm", config, "--ids", tmp_path / "ids.json", "--json").document["fresh"] == 1
+    assert (
+        zarrcache("warm", config, "--ids", tmp_path / "ids.json", "--json").document["fresh"] == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +226,9 @@ def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:
         (("--ids", "/no/such/file"), "error: --ids /no/such/file cannot be read"),
     ],
 )
-def test_a_wrong_option_is_exit_2_with_words(config: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_a_wrong_option_is_exit_2_with_words(
+    config: Path, arguments: tuple[str, ...], words: str
+) -> None:
     """Before anything is asked of the origin."""
     done = zarrcache("warm", config, *arguments)
     assert (done.code, done.out) == (2, "")
@@ -186,7 +240,10 @@ def test_a_cache_directory_that_cannot_be_used_is_exit_2(config: Path, tmp_path:
     (tmp_path / "file").touch()
     done = zarrcache("warm", config, env={"ZARRCACHE_DIR": str(tmp_path / "file" / "cache")})
     assert done.code == 2
-    assert f"error: cache.dir {tmp_path}/file/cache cannot be used (Not a directory). Choose a directory on this node's own disk" in done.err
+    assert (
+        f"error: cache.dir {tmp_path}/file/cache cannot be used (Not a directory). Choose a directory on this node's own disk"
+        in done.err
+    )
 
 
 def test_a_config_without_cache_says_which_block_to_add(tmp_path: Path) -> None:

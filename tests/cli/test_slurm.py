@@ -19,8 +19,8 @@ import pytest
 
 from tests.support.training import write_config, write_pairs, zarrcache
 from zarrcache import DataConfig
-from zarrcache.assignment import node_of
-from zarrcache.registry import open_reader
+from zarrcache.data.reader import open_reader
+from zarrcache.train.schedule import node_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
@@ -56,7 +56,11 @@ class Job:
     """The environment of a job on two nodes: ``srun`` and ``scontrol`` on the path, a scratch directory, a training config, a training."""
 
     def __init__(self, directory: Path) -> None:
-        self.scratch, self.out, self.training = directory / "scratch", directory / "out", directory / "train.py"
+        self.scratch, self.out, self.training = (
+            directory / "scratch",
+            directory / "out",
+            directory / "train.py",
+        )
         self.out.mkdir()
         for number in range(2):
             (self.scratch / f"node{number}").mkdir(parents=True)
@@ -65,12 +69,16 @@ class Job:
         for name in ("srun", "scontrol"):
             shutil.copy(ROOT / "tests" / "support" / "srun.py", commands / name)
             (commands / name).chmod(0o755)
-        (commands / "zarrcache").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m zarrcache "$@"\n')
+        (commands / "zarrcache").write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -m zarrcache "$@"\n'
+        )
         (commands / "zarrcache").chmod(0o755)
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join(
+                [str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]
+            ),
             "SLURM_JOB_ID": "4711",
             "SLURM_NNODES": "2",
             "SLURM_JOB_NODELIST": "node[0-1]",
@@ -93,7 +101,9 @@ class Job:
 
     def train(self, code: int, seconds: int) -> subprocess.Popen[str]:
         """The script with the training."""
-        return self.submit(self.config, sys.executable, self.training, self.config, self.out, code, seconds)
+        return self.submit(
+            self.config, sys.executable, self.training, self.config, self.out, code, seconds
+        )
 
     def notes(self) -> list[dict[str, Any]]:
         """What the ranks have written, in the order of the ranks."""
@@ -112,10 +122,14 @@ def job(tmp_path: Path) -> Job:
 
 def test_the_script_is_as_shellcheck_wants_it() -> None:
     """In all its severities."""
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not there; the extra 'test' brings it")
-    done = subprocess.run([shellcheck, "--severity=style", SCRIPT], capture_output=True, text=True, timeout=HANG_S)
+    done = subprocess.run(
+        [shellcheck, "--severity=style", SCRIPT], capture_output=True, text=True, timeout=HANG_S
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -125,7 +139,10 @@ def test_every_node_is_warm_the_training_runs_and_nothing_is_left(job: Job) -> N
     assert process.returncode == 7, err
     for node in ("node0", "node1"):
         assert f"{node}: Warmed 5 of 5 ids (" in out
-    expected = [{"misses": 0, "dir": f"{job.scratch}/node{number}/zarrcache-4711", "master": "node0"} for number in range(2)]
+    expected = [
+        {"misses": 0, "dir": f"{job.scratch}/node{number}/zarrcache-4711", "master": "node0"}
+        for number in range(2)
+    ]
     assert job.notes() == expected
     assert out.count("Evicted 12 entries") == 2
     assert job.left() == []
@@ -153,7 +170,9 @@ def test_sigterm_reaches_the_training_which_may_save_and_the_caches_are_emptied(
 
 def test_a_config_that_is_wrong_ends_the_job_before_the_training(job: Job) -> None:
     """And a command line that is."""
-    out, err = (process := job.submit(job.out / "no.yaml", "touch", job.out / "trained")).communicate(timeout=HANG_S)
+    out, err = (
+        process := job.submit(job.out / "no.yaml", "touch", job.out / "trained")
+    ).communicate(timeout=HANG_S)
     assert process.returncode == 2
     assert "no.yaml cannot be read" in err
     assert list(job.out.iterdir()) == []
@@ -164,38 +183,76 @@ def test_a_config_that_is_wrong_ends_the_job_before_the_training(job: Job) -> No
 
 def in_step(node: int, **more: str) -> Mapping[str, str]:
     """Variables of a step's task, as ``srun --ntasks-per-node=1`` sets them on three nodes."""
-    variables = {"NODEID": str(node), "PROCID": str(node), "LOCALID": "0", "NTASKS": "3", "STEP_ID": "0", "STEP_TASKS_PER_NODE": "1(x3)"}
-    return {f"SLURM_{name}": value for name, value in {**variables, **more}.items()} | {"SLURMD_NODENAME": f"node{node}"}
+    variables = {
+        "NODEID": str(node),
+        "PROCID": str(node),
+        "LOCALID": "0",
+        "NTASKS": "3",
+        "STEP_ID": "0",
+        "STEP_TASKS_PER_NODE": "1(x3)",
+    }
+    return {f"SLURM_{name}": value for name, value in {**variables, **more}.items()} | {
+        "SLURMD_NODENAME": f"node{node}"
+    }
 
 
 def test_under_srun_a_node_warms_its_share_once(tmp_path: Path) -> None:
     """Of training set and test set each, as NodeSampler cuts them. A second process of the node leaves it to the first."""
     write_pairs(tmp_path, 9)
     config = write_config(tmp_path)
-    done = zarrcache("warm", config, "--each-node", "--assignment", "node", "--json", env=dict(in_step(1)))
+    done = zarrcache(
+        "warm", config, "--each-node", "--assignment", "node", "--json", env=dict(in_step(1))
+    )
     assert done.code == 0, done.err
     reader = open_reader(DataConfig.from_yaml(config))
     parts = reader.split_task_ids()
-    owned = {task_id for part in parts for task_id, node in zip(part, node_of(part, 3), strict=True) if node == 1}
+    owned = {
+        task_id
+        for part in parts
+        for task_id, node in zip(part, node_of(part, 3), strict=True)
+        if node == 1
+    }
     assert 0 < len(owned) < 9
     assert set(reader.stored()["data"]) == set(reader.stored()["label"]) == owned
     (of_node,) = done.document["nodes"]
     assert (of_node["node"], of_node["warm"], of_node["ids"]) == ("node1", len(owned), len(owned))
-    second = zarrcache("warm", config, "--each-node", env=dict(in_step(1, PROCID="3", LOCALID="1", NTASKS="6", STEP_TASKS_PER_NODE="2(x3)")))
-    assert (second.code, second.out, second.err) == (0, "", "node1: left to the first process of this node.\n")
+    second = zarrcache(
+        "warm",
+        config,
+        "--each-node",
+        env=dict(in_step(1, PROCID="3", LOCALID="1", NTASKS="6", STEP_TASKS_PER_NODE="2(x3)")),
+    )
+    assert (second.code, second.out, second.err) == (
+        0,
+        "",
+        "node1: left to the first process of this node.\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--each-node",), "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm CONFIG --each-node`"),
-        (("--assignment", "node"), "--assignment says what each node of several warms. Add --each-node."),
+        (
+            ("--each-node",),
+            "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm CONFIG --each-node`",
+        ),
+        (
+            ("--assignment", "node"),
+            "--assignment says what each node of several warms. Add --each-node.",
+        ),
     ],
 )
-def test_options_that_would_warm_one_node_of_many_are_refused(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+def test_options_that_would_warm_one_node_of_many_are_refused(
+    tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
     """In a batch script outside of srun Slurm's variables are those of node 0; the others would stay cold."""
     config = write_config(tmp_path)
-    done = zarrcache("warm", config, *options, env={"SLURM_NODEID": "0", "SLURM_NNODES": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
+    done = zarrcache(
+        "warm",
+        config,
+        *options,
+        env={"SLURM_NODEID": "0", "SLURM_NNODES": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
+    )
     assert done.code == 2
     assert words in done.err
 
@@ -203,7 +260,9 @@ def test_options_that_would_warm_one_node_of_many_are_refused(tmp_path: Path, op
 def test_the_example_of_dask_jobqueue_compiles_and_has_help_without_it(tmp_path: Path) -> None:
     """It is no dependency; the example imports it when it runs."""
     py_compile.compile(str(EXAMPLE), str(tmp_path / "example.pyc"), doraise=True)
-    done = subprocess.run([sys.executable, "-S", EXAMPLE, "--help"], capture_output=True, text=True, timeout=HANG_S)
+    done = subprocess.run(
+        [sys.executable, "-S", EXAMPLE, "--help"], capture_output=True, text=True, timeout=HANG_S
+    )
     assert done.returncode == 0, done.stderr
     assert "--jobs" in done.stdout
 
@@ -211,7 +270,7 @@ def test_the_example_of_dask_jobqueue_compiles_and_has_help_without_it(tmp_path:
 @pytest.mark.slow
 def test_the_example_of_dask_jobqueue_converts(tmp_path: Path) -> None:
     """With processes of this machine in place of Slurm jobs; run again, it has nothing to do."""
-    from zarrcache.synthetic import write_pairs as write_densities
+    from zarrcache.demo.synthetic import write_pairs as write_densities
 
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
     write_densities(tmp_path / "pairs", 3, seed=4)
@@ -223,7 +282,14 @@ def test_the_example_of_dask_jobqueue_converts(tmp_path: Path) -> None:
         "    def adapt(self, maximum_jobs):\n"
         "        return super().adapt(maximum=maximum_jobs)\n"
     )
-    command = [sys.executable, EXAMPLE, tmp_path / "pairs" / "label", tmp_path / "out", "--jobs", "2"]
+    command = [
+        sys.executable,
+        EXAMPLE,
+        tmp_path / "pairs" / "label",
+        tmp_path / "out",
+        "--jobs",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert done.returncode == 0, done.stderr

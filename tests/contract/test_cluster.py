@@ -20,18 +20,21 @@ import pytest
 from tests.support import daskcluster
 from tests.support.daskcluster import RunningCluster, running_cluster
 from tests.support.training import start, write_config, write_pairs, zarrcache
-from zarrcache import DataConfig, cluster
-from zarrcache.assignment import node_of
-from zarrcache.clinodes import engine_of
-from zarrcache.cluster import Cluster, open_cluster
-from zarrcache.convert import ConvertResult, plan_convert
+from zarrcache import DataConfig
+from zarrcache.cli._nodes import engine_of
+from zarrcache.convert.plan import ConvertResult, plan_convert
+from zarrcache.data.reader import open_reader
+from zarrcache.demo.synthetic import write_pairs as write_densities
 from zarrcache.errors import ConfigError, OriginUnavailableError, ZarrCacheError
-from zarrcache.registry import open_reader
-from zarrcache.synthetic import write_pairs as write_densities
-from zarrcache.workpool import Died
+from zarrcache.parallel import dask as cluster
+from zarrcache.parallel.dask import Cluster, open_cluster
+from zarrcache.parallel.pool import Died
+from zarrcache.train.schedule import node_of
 
 # Looked for, not imported: that would change how exceptions pickle in every test of this process.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs the extra 'dask'")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="needs the extra 'dask'"
+)
 
 NODES = ("node2", "node10")
 HANG_S = 120.0
@@ -46,7 +49,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[RunningCluster]:
     """A scheduler and a worker on each node."""
-    with running_cluster(home / "dask", {node: {"ZARRCACHE_DIR": str(home / node)} for node in NODES}) as found:
+    with running_cluster(
+        home / "dask", {node: {"ZARRCACHE_DIR": str(home / node)} for node in NODES}
+    ) as found:
         yield found
 
 
@@ -66,10 +71,19 @@ def tree(root: Path) -> dict[str, bytes]:
 
 def outcome(result: ConvertResult) -> tuple[Any, ...]:
     """All that a result says but where the store went."""
-    return (result.path, result.task_id, result.written_bytes, result.warnings, result.error, result.skipped)
+    return (
+        result.path,
+        result.task_id,
+        result.written_bytes,
+        result.warnings,
+        result.error,
+        result.skipped,
+    )
 
 
-def test_every_item_gets_its_result_and_few_are_on_the_scheduler_at_a_time(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_item_gets_its_result_and_few_are_on_the_scheduler_at_a_time(
+    connected: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 314,000 materials as of these sixty."""
     monkeypatch.setattr(cluster, "_LEAST_AHEAD", 6)
     most = 0
@@ -89,12 +103,16 @@ def _tasks(dask_scheduler: Any) -> int:
 def test_an_item_that_kills_its_worker_is_named_and_the_others_go_on(connected: Cluster) -> None:
     """Given up after its second time, alone; who was beside it has his result."""
     results = dict(connected.spread(daskcluster.die_of_seven, range(12)))
-    assert {n: result for n, result in results.items() if n != 7} == {n: 2 * n for n in range(12) if n != 7}
+    assert {n: result for n, result in results.items() if n != 7} == {
+        n: 2 * n for n in range(12) if n != 7
+    }
     assert results[7] == Died(None)
     assert str(results[7]) == "something that its machine's log may tell"
 
 
-def test_closed_early_what_has_begun_ends_and_the_rest_never_begins(connected: Cluster, tmp_path: Path) -> None:
+def test_closed_early_what_has_begun_ends_and_the_rest_never_begins(
+    connected: Cluster, tmp_path: Path
+) -> None:
     """Ctrl-C does the same: nothing is half done."""
     outcomes = connected.spread(daskcluster.note, [f"see:{tmp_path}", *[str(tmp_path)] * 20])
     assert next(outcomes)[0] == f"see:{tmp_path}"
@@ -104,12 +122,20 @@ def test_closed_early_what_has_begun_ends_and_the_rest_never_begins(connected: C
     assert 0 < begun == len(list(tmp_path.glob("*.ended"))) < 20
 
 
-def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(
+    connected: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bug, or packages that are missing there; and another version of this one."""
-    with pytest.raises(ConfigError, match=r"cannot do this: ValueError: number \d\. Every worker needs the same zarrcache as this machine"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot do this: ValueError: number \d\. Every worker needs the same zarrcache as this machine",
+    ):
         list(connected.spread(daskcluster.fail, range(3)))
     monkeypatch.setattr(cluster, "__version__", "0.0.1")
-    with pytest.raises(ConfigError, match=r"on node\d+ has zarrcache [\d.]+.*, and this machine 0\.0\.1\. Install the same on both"):
+    with pytest.raises(
+        ConfigError,
+        match=r"on node\d+ has zarrcache [\d.]+.*, and this machine 0\.0\.1\. Install the same on both",
+    ):
         list(connected.spread(daskcluster.double, range(3)))
 
 
@@ -131,10 +157,16 @@ def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(
     there = plan_convert(source, tmp_path / "there").execute(seen.append, engine=connected.spread)
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
     assert len(os.listdir(tmp_path / "there")) == 6
-    assert [outcome(result) for result in there.converted] == [outcome(result) for result in here.converted]
-    assert [outcome(result) for result in there.failed] == [outcome(result) for result in here.failed]
+    assert [outcome(result) for result in there.converted] == [
+        outcome(result) for result in here.converted
+    ]
+    assert [outcome(result) for result in there.failed] == [
+        outcome(result) for result in here.failed
+    ]
     assert sorted(result.path for result in seen) == sorted(source.iterdir())
-    assert [path.name for path in plan_convert(source, tmp_path / "there").files] == ["bad-1.CHGCAR"]
+    assert [path.name for path in plan_convert(source, tmp_path / "there").files] == [
+        "bad-1.CHGCAR"
+    ]
     done = zarrcache("convert", source, tmp_path / "command", "--dask", running.file)
     assert done.code == 1
     assert done.out.startswith(f"Converted 6 of 7 files to {tmp_path}/command (")
@@ -142,7 +174,9 @@ def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(
     assert tree(tmp_path / "command") == tree(tmp_path / "here")
 
 
-def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(connected: Cluster, source: Path, tmp_path: Path) -> None:
+def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(
+    connected: Cluster, source: Path, tmp_path: Path
+) -> None:
     """By SIGKILL, as a batch system does it: what it worked on is converted by another one."""
     victims = iter([connected.client.run(os.getpid)])
 
@@ -152,7 +186,9 @@ def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(connect
 
     report = plan_convert(source, tmp_path / "there").execute(kill_one, engine=connected.spread)
     plan_convert(source, tmp_path / "here", workers=1).execute()
-    assert len(report.converted) + len(report.skipped) == 6  # skipped: the worker had finished it and died before it said so
+    assert (
+        len(report.converted) + len(report.skipped) == 6
+    )  # skipped: the worker had finished it and died before it said so
     assert [result.task_id for result in report.failed] == ["bad-1"]
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
@@ -161,7 +197,10 @@ def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path
     """With all that may be given instead; and nothing is written."""
     done = zarrcache("convert", source, tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
     assert done.code == 2
-    assert "error: no Dask scheduler answers at tcp://127.0.0.1:9 (Timed out trying to connect" in done.err
+    assert (
+        "error: no Dask scheduler answers at tcp://127.0.0.1:9 (Timed out trying to connect"
+        in done.err
+    )
     assert "tcp://host:8786, or its scheduler file, or write `local`" in done.err
     assert not (tmp_path / "out").exists()
 
@@ -169,21 +208,32 @@ def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path
 @pytest.mark.slow
 def test_a_scheduler_that_goes_away_ends_the_run_in_words(home: Path, tmp_path: Path) -> None:
     """It does not wait for ever for one that is gone."""
-    with running_cluster(home / "second", {"node1": {}}) as second, open_cluster(second.address) as found:
+    with (
+        running_cluster(home / "second", {"node1": {}}) as second,
+        open_cluster(second.address) as found,
+    ):
         outcomes = found.spread(daskcluster.note, [f"see:{tmp_path}", *[str(tmp_path)] * 5])
         next(outcomes)
         second.scheduler.kill()
-        with pytest.raises(ZarrCacheError, match=r"the Dask scheduler tcp://[\d.:]+ has gone\. What is finished stays"):
+        with pytest.raises(
+            ZarrCacheError,
+            match=r"the Dask scheduler tcp://[\d.:]+ has gone\. What is finished stays",
+        ):
             next(outcomes)
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_path: Path) -> None:
     """The terminal sends it to every process of the group; only the command has something to say."""
-    process = start("convert", source, tmp_path / "out", "--dask", "local", "--workers", "2", "--chunks", "4")
+    process = start(
+        "convert", source, tmp_path / "out", "--dask", "local", "--workers", "2", "--chunks", "4"
+    )
     try:
         deadline = time.monotonic() + HANG_S
-        while not any(".partial-" in path.name and "witness" not in path.name for path in tmp_path.glob("out/.*")):
+        while not any(
+            ".partial-" in path.name and "witness" not in path.name
+            for path in tmp_path.glob("out/.*")
+        ):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -193,7 +243,10 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on.", err
+    assert (
+        err.splitlines()[-1]
+        == "Interrupted. What is finished stays; run the same command again to go on."
+    ), err
     assert "Traceback" not in err
     assert list(tmp_path.glob("out/.*")) == []
     plan_convert(source, tmp_path / "out", chunks=4, workers=1).execute()
@@ -201,21 +254,35 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
     assert tree(tmp_path / "out") == tree(tmp_path / "here")
 
 
-@pytest.mark.parametrize(("scheduler", "words"), [("login1", "missing port"), ("x://a:1", "unknown address scheme"), ("{file}", "'address'")])
-def test_an_address_that_is_none_is_refused_at_once(scheduler: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [("login1", "missing port"), ("x://a:1", "unknown address scheme"), ("{file}", "'address'")],
+)
+def test_an_address_that_is_none_is_refused_at_once(
+    scheduler: str, words: str, tmp_path: Path
+) -> None:
     """Before anything is connected."""
     (tmp_path / "scheduler.json").write_text("{}")
-    with pytest.raises(ConfigError, match=words), open_cluster(scheduler.format(file=tmp_path / "scheduler.json")):
+    with (
+        pytest.raises(ConfigError, match=words),
+        open_cluster(scheduler.format(file=tmp_path / "scheduler.json")),
+    ):
         pass
 
 
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not installed by default."""
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ConfigError, match=r"pip install 'zarrcache\[dask\]'"), open_cluster("local"):
+    with (
+        pytest.raises(ConfigError, match=r"pip install 'zarrcache\[dask\]'"),
+        open_cluster("local"),
+    ):
         pass
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="only `local` starts workers"), open_cluster("tcp://127.0.0.1:9", workers=3):
+    with (
+        pytest.raises(ConfigError, match="only `local` starts workers"),
+        open_cluster("tcp://127.0.0.1:9", workers=3),
+    ):
         pass
 
 
@@ -228,7 +295,9 @@ def config(tmp_path: Path, home: Path) -> Path:
     return write_config(tmp_path)
 
 
-def test_each_node_warms_what_it_is_assigned_and_no_more(running: RunningCluster, config: Path, home: Path) -> None:
+def test_each_node_warms_what_it_is_assigned_and_no_more(
+    running: RunningCluster, config: Path, home: Path
+) -> None:
     """Its share of the training set and its share of the test set, as NodeSampler cuts them; a line for each node."""
     done = zarrcache("warm", config, "--dask", running.file, "--each-node", "--assignment", "node")
     assert done.code == 0, done.err
@@ -244,7 +313,9 @@ def test_each_node_warms_what_it_is_assigned_and_no_more(running: RunningCluster
     assert done.out.count("\n") == len(NODES)
 
 
-def test_every_node_warms_everything_by_default_and_a_node_that_fails_is_named(running: RunningCluster, config: Path, home: Path) -> None:
+def test_every_node_warms_everything_by_default_and_a_node_that_fails_is_named(
+    running: RunningCluster, config: Path, home: Path
+) -> None:
     """The others are done all the same, and the exit code is 1."""
     (home / "node10").write_text("a file where the cache is to be")
     try:
@@ -253,7 +324,11 @@ def test_every_node_warms_everything_by_default_and_a_node_that_fails_is_named(r
         (home / "node10").unlink()
     assert done.code == 1
     by_node = {one["node"]: one for one in done.document["nodes"]}
-    assert (by_node["node2"]["warm"], by_node["node2"]["ids"], by_node["node2"]["exit_code"]) == (9, 9, 0)
+    assert (by_node["node2"]["warm"], by_node["node2"]["ids"], by_node["node2"]["exit_code"]) == (
+        9,
+        9,
+        0,
+    )
     assert f"cache.dir {home / 'node10'}" in by_node["node10"]["error"]
     assert by_node["node10"]["exit_code"] == 2
     assert "1 of 2 nodes failed: node10." in done.err
@@ -264,12 +339,16 @@ def stored(config: Path, directory: Path) -> set[str]:
     """Ids of which both densities are in a node's cache."""
     loaded = DataConfig.from_yaml(config)
     assert loaded.cache is not None
-    reader = open_reader(loaded.model_copy(update={"cache": loaded.cache.model_copy(update={"dir": directory})}))
+    reader = open_reader(
+        loaded.model_copy(update={"cache": loaded.cache.model_copy(update={"dir": directory})})
+    )
     found = reader.stored()
     return found["data"].keys() & found["label"].keys()
 
 
-def test_workers_of_other_nodes_do_not_fill_this_nodes_cache(running: RunningCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_other_nodes_do_not_fill_this_nodes_cache(
+    running: RunningCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each would fill its own with a random part: --each-node is what is meant."""
     monkeypatch.setenv("SLURMD_NODENAME", "node2")
     words = r"workers of tcp://[\d.:]+ are on node10, and each node has a cache of its own; this is node2\. Add --each-node"
@@ -277,11 +356,17 @@ def test_workers_of_other_nodes_do_not_fill_this_nodes_cache(running: RunningClu
         pass
 
 
-def test_warm_over_workers_of_this_machine_is_what_it_is_without(config: Path, tmp_path: Path) -> None:
+def test_warm_over_workers_of_this_machine_is_what_it_is_without(
+    config: Path, tmp_path: Path
+) -> None:
     """``--dask local``: every density once, with the counters of all processes."""
     done = zarrcache("warm", config, "--dask", "local", "--workers", "2", "--json")
     assert done.code == 0, done.err
-    assert (done.document["warm"], done.document["stats"]["misses"], done.document["failed"]) == (9, 18, [])
+    assert (done.document["warm"], done.document["stats"]["misses"], done.document["failed"]) == (
+        9,
+        18,
+        [],
+    )
     assert len(stored(config, tmp_path / "cache")) == 9
     assert done.err.count("\n") == 1  # mp-absent
 

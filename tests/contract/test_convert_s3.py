@@ -14,13 +14,13 @@ import pytest
 from tests.support.faultproxy import FaultProxy, Rule, running_proxy
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import plain_read
-from zarrcache.chgcar_files import read_density
 from zarrcache.config import RetryConfig
-from zarrcache.convert import convert_directory, plan_convert
+from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.plan import convert_directory, plan_convert
+from zarrcache.convert.upload import S3Destination
+from zarrcache.convert.writer import StoreExistsError, encode_store, is_document
+from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import OriginAccessError, OriginNotFoundError, OriginUnavailableError
-from zarrcache.storeupload import S3Destination
-from zarrcache.storewriter import StoreExistsError, encode_store, is_document
-from zarrcache.synthetic import make_pair, write_pairs
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -64,14 +64,27 @@ def _small_store(seed: int = 0, chunks: int = 4) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("zarr_format", "as_zip", "workers"), [(2, False, 2), (3, False, 1), (2, True, 1), pytest.param(3, True, 1, marks=pytest.mark.slow)]
+    ("zarr_format", "as_zip", "workers"),
+    [(2, False, 2), (3, False, 1), (2, True, 1), pytest.param(3, True, 1, marks=pytest.mark.slow)],
 )
 def test_s3_gets_the_bytes_that_a_directory_gets(
-    s3_server: S3Server, bucket: str, source: Path, tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool, workers: int
+    s3_server: S3Server,
+    bucket: str,
+    source: Path,
+    tmp_path: Path,
+    zarr_format: Literal[2, 3],
+    as_zip: bool,
+    workers: int,
 ) -> None:
     """Object for object, in both formats, as trees and as zip files; zarr reads the file's values out of a copy."""
     options: dict[str, Any] = {"zarr_format": zarr_format, "zip": as_zip}
-    report = convert_directory(source, f"s3://{bucket}/some/prefix/", s3_kwargs=s3_server.s3_kwargs, workers=workers, **options)
+    report = convert_directory(
+        source,
+        f"s3://{bucket}/some/prefix/",
+        s3_kwargs=s3_server.s3_kwargs,
+        workers=workers,
+        **options,
+    )
     assert [result.task_id for result in report.converted] == IDS
     assert report.failed == ()
     local = convert_directory(source, tmp_path / "local", workers=1, **options)
@@ -83,10 +96,16 @@ def test_s3_gets_the_bytes_that_a_directory_gets(
 
 
 def _tree(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in [root, *root.rglob("*")] if p.is_file()}
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes()
+        for p in [root, *root.rglob("*")]
+        if p.is_file()
+    }
 
 
-def test_what_is_on_s3_is_skipped_at_the_price_of_a_listing_and_a_look(s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy) -> None:
+def test_what_is_on_s3_is_skipped_at_the_price_of_a_listing_and_a_look(
+    s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy
+) -> None:
     """No PUT, no chunk looked at; the missing one is converted."""
     url, kwargs = f"s3://{bucket}/label", s3_server.kwargs_at(proxy.endpoint_url)
     convert_directory(source / f"{IDS[0]}.CHGCAR", url, s3_kwargs=kwargs)
@@ -104,14 +123,18 @@ def test_overwriting_leaves_nothing_of_the_old_store(s3_server: S3Server, bucket
     destination = S3Destination(f"s3://{bucket}/label", s3_server.s3_kwargs)
     old, new = _small_store(seed=1, chunks=3), _small_store(seed=2, chunks=6)
     destination.upload("mp-1.zarr", old)
-    with pytest.raises(StoreExistsError, match=rf"s3://{bucket}/label/mp-1\.zarr is there already.*--overwrite"):
+    with pytest.raises(
+        StoreExistsError, match=rf"s3://{bucket}/label/mp-1\.zarr is there already.*--overwrite"
+    ):
         destination.upload("mp-1.zarr", new)
     assert s3_server.keys(f"s3://{bucket}/") == sorted(f"label/mp-1.zarr/{key}" for key in old)
     destination.upload("mp-1.zarr", new, overwrite=True)
     assert s3_server.keys(f"s3://{bucket}/") == sorted(f"label/mp-1.zarr/{key}" for key in new)
 
 
-def test_a_neighbour_whose_name_begins_alike_is_not_touched(s3_server: S3Server, bucket: str) -> None:
+def test_a_neighbour_whose_name_begins_alike_is_not_touched(
+    s3_server: S3Server, bucket: str
+) -> None:
     """``mp-1.zarr`` is a prefix of ``mp-1.zarr.zip`` and ``mp-1`` of ``mp-10``."""
     destination = S3Destination(f"s3://{bucket}", s3_server.s3_kwargs)
     s3_server.put(f"s3://{bucket}/mp-1.zarr.zip", b"zip")
@@ -119,10 +142,14 @@ def test_a_neighbour_whose_name_begins_alike_is_not_touched(s3_server: S3Server,
     store = _small_store()
     destination.upload("mp-1.zarr", store)
     destination.upload("mp-1.zarr", store, overwrite=True)
-    assert s3_server.keys(f"s3://{bucket}/") == sorted(["mp-1.zarr.zip", "mp-10.zarr/.zgroup", *(f"mp-1.zarr/{key}" for key in store)])
+    assert s3_server.keys(f"s3://{bucket}/") == sorted(
+        ["mp-1.zarr.zip", "mp-10.zarr/.zgroup", *(f"mp-1.zarr/{key}" for key in store)]
+    )
 
 
-def test_the_documents_that_make_a_store_visible_are_sent_last(s3_server: S3Server, bucket: str, proxy: FaultProxy) -> None:
+def test_the_documents_that_make_a_store_visible_are_sent_last(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy
+) -> None:
     """Chunks in any order, then the array's documents, then the group's: the order of arrival at the server says so."""
     destination = S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url))
     destination.upload("mp-1.zarr", _small_store())
@@ -130,7 +157,9 @@ def test_the_documents_that_make_a_store_visible_are_sent_last(s3_server: S3Serv
     sent = [(seen.op, is_document(seen.path)) for seen in proxy.seen("PUT|DELETE")]
     first, takedown, second = ([d for _, d in part] for part in _runs(sent))
     assert first == second == sorted(first)
-    assert takedown == sorted(takedown, reverse=True)  # the other way round: nobody reads half of the old one
+    assert takedown == sorted(
+        takedown, reverse=True
+    )  # the other way round: nobody reads half of the old one
     puts = [seen.path for seen in proxy.seen("PUT")]
     assert puts[-1].endswith("mp-1.zarr/.zgroup")
 
@@ -142,7 +171,9 @@ def _runs(sent: list[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
         yield list(part)
 
 
-def test_an_unfinished_store_is_neither_skipped_nor_mixed_with_the_new_one(s3_server: S3Server, bucket: str, source: Path) -> None:
+def test_an_unfinished_store_is_neither_skipped_nor_mixed_with_the_new_one(
+    s3_server: S3Server, bucket: str, source: Path
+) -> None:
     """A killed upload left chunks and an array's document; the next conversion takes them away."""
     url = f"s3://{bucket}/label"
     s3_server.put(f"{url}/{IDS[0]}.zarr/charge_density_total/9.9.9", b"left")
@@ -154,61 +185,103 @@ def test_an_unfinished_store_is_neither_skipped_nor_mixed_with_the_new_one(s3_se
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset"])
-def test_a_server_that_stumbles_is_asked_again(s3_server: S3Server, bucket: str, proxy: FaultProxy, fault: str) -> None:
+def test_a_server_that_stumbles_is_asked_again(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy, fault: str
+) -> None:
     """Each PUT fails once; the store is whole, and no object was sent more often than needed."""
     proxy.rules(Rule((fault,), op="PUT", per_object=True))
     store = _small_store(chunks=6)
-    S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url)).upload("mp-1.zarr", store)
+    S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url)).upload(
+        "mp-1.zarr", store
+    )
     assert s3_server.keys(f"s3://{bucket}/") == sorted(f"mp-1.zarr/{key}" for key in store)
     assert proxy.count("PUT") == 2 * len(store)
 
 
-def test_a_server_that_stops_taking_objects_gets_what_it_took_removed(s3_server: S3Server, bucket: str, proxy: FaultProxy) -> None:
+def test_a_server_that_stops_taking_objects_gets_what_it_took_removed(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy
+) -> None:
     """The attempts are bounded, the error names the store, and nothing of it stays."""
     proxy.rules(Rule(then="503", op="PUT", key=r"/2\.\d\.\d$"))
-    destination = S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url), retry=RetryConfig(attempts=2, timeout=30))
-    with pytest.raises(OriginUnavailableError, match=rf"s3://{bucket}/mp-1\.zarr could not be written: .*503.*2 attempts.*convert again"):
+    destination = S3Destination(
+        f"s3://{bucket}",
+        s3_server.kwargs_at(proxy.endpoint_url),
+        retry=RetryConfig(attempts=2, timeout=30),
+    )
+    with pytest.raises(
+        OriginUnavailableError,
+        match=rf"s3://{bucket}/mp-1\.zarr could not be written: .*503.*2 attempts.*convert again",
+    ):
         destination.upload("mp-1.zarr", _small_store())
     assert len([seen for seen in proxy.seen("PUT") if re.search(r"/2\.0\.0$", seen.path)]) == 2
     assert s3_server.keys(f"s3://{bucket}/") == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_credentials_that_may_not_write_end_the_run_at_once(s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy, workers: int) -> None:
+def test_credentials_that_may_not_write_end_the_run_at_once(
+    s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy, workers: int
+) -> None:
     """A thousand files would fail alike; the error names the store and the permissions that are needed."""
     proxy.rules(Rule(then="403", op="PUT"))
-    with pytest.raises(OriginAccessError, match=rf"s3://{bucket}/label/.*\.zarr: writing was refused: .*403.*s3:PutObject.*'{bucket}'"):
-        convert_directory(source, f"s3://{bucket}/label", s3_kwargs=s3_server.kwargs_at(proxy.endpoint_url), workers=workers)
+    with pytest.raises(
+        OriginAccessError,
+        match=rf"s3://{bucket}/label/.*\.zarr: writing was refused: .*403.*s3:PutObject.*'{bucket}'",
+    ):
+        convert_directory(
+            source,
+            f"s3://{bucket}/label",
+            s3_kwargs=s3_server.kwargs_at(proxy.endpoint_url),
+            workers=workers,
+        )
     assert s3_server.keys(f"s3://{bucket}/") == []
 
 
-def test_a_bucket_that_is_not_there_is_named_before_anything_is_read(s3_server: S3Server, source: Path) -> None:
+def test_a_bucket_that_is_not_there_is_named_before_anything_is_read(
+    s3_server: S3Server, source: Path
+) -> None:
     """By the plan: dry runs find it too."""
-    with pytest.raises(OriginNotFoundError, match=r"there is no bucket 'no-such-bucket' at http://127.0.0.1"):
+    with pytest.raises(
+        OriginNotFoundError, match=r"there is no bucket 'no-such-bucket' at http://127.0.0.1"
+    ):
         plan_convert(source, "s3://no-such-bucket/label", s3_kwargs=s3_server.s3_kwargs)
 
 
-def test_an_endpoint_that_refuses_connections_is_named(s3_server: S3Server, bucket: str, proxy: FaultProxy) -> None:
+def test_an_endpoint_that_refuses_connections_is_named(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy
+) -> None:
     """With what to check."""
     proxy.down()
-    destination = S3Destination(f"s3://{bucket}/label", s3_server.kwargs_at(proxy.endpoint_url), retry=RetryConfig(attempts=1))
-    with pytest.raises(OriginUnavailableError, match=rf"s3://{bucket}/label could not be written: .*Check that the server runs"):
+    destination = S3Destination(
+        f"s3://{bucket}/label",
+        s3_server.kwargs_at(proxy.endpoint_url),
+        retry=RetryConfig(attempts=1),
+    )
+    with pytest.raises(
+        OriginUnavailableError,
+        match=rf"s3://{bucket}/label could not be written: .*Check that the server runs",
+    ):
         destination.names()
 
 
 def test_more_stores_than_a_listing_shows_at_once_are_all_found(tmp_path: Path) -> None:
     """A listing of two names at a time ends early. Only whole stores count."""
-    with running_server(tmp_path / "log", {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "2"}) as server:
+    with running_server(
+        tmp_path / "log", {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "2"}
+    ) as server:
         url = f"s3://{server.new_bucket()}/label"
         for n in range(5):
             server.put(f"{url}/mp-{n}.zarr.zip", b"zip")
         server.put(f"{url}/half.zarr/charge_density_total/0.0.0", b"left")
         destination = S3Destination(url, server.s3_kwargs)
         assert destination.names() == {*(f"mp-{n}.zarr.zip" for n in range(5)), "half.zarr"}
-        assert destination.finished({"mp-0.zarr.zip", "mp-4.zarr.zip", "mp-5.zarr.zip", "half.zarr"}) == {"mp-0.zarr.zip", "mp-4.zarr.zip"}
+        assert destination.finished(
+            {"mp-0.zarr.zip", "mp-4.zarr.zip", "mp-5.zarr.zip", "half.zarr"}
+        ) == {"mp-0.zarr.zip", "mp-4.zarr.zip"}
         whole = _small_store()
         assert len(whole) > 20
         destination.upload("half.zarr", whole)
         destination.upload("half.zarr", whole, overwrite=True)
         assert destination.finished({"half.zarr"}) == {"half.zarr"}
-        assert [k for k in server.keys(url) if "/half.zarr/" in k] == sorted(f"label/half.zarr/{key}" for key in whole)
+        assert [k for k in server.keys(url) if "/half.zarr/" in k] == sorted(
+            f"label/half.zarr/{key}" for key in whole
+        )

@@ -13,10 +13,10 @@ from tests.support.faultproxy import FaultProxy
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
+from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import OriginAccessError
-from zarrcache.keys import ObjectInfo
-from zarrcache.origin import Origin, open_origin
+from zarrcache.origin._s3 import Origin, open_origin
 
 LISTED = ObjectInfo("mp-0.zarr/.zgroup", 20, "x")
 ASK = {
@@ -50,7 +50,11 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 def opened(url: str, engine: str, proxy: FaultProxy, **s3_kwargs: Any) -> Origin:
     """The origin, through a proxy that counts."""
-    return open_origin(url, s3_kwargs={"endpoint_url": proxy.endpoint_url, **s3_kwargs}, fetch=FetchConfig(engine=engine))
+    return open_origin(
+        url,
+        s3_kwargs={"endpoint_url": proxy.endpoint_url, **s3_kwargs},
+        fetch=FetchConfig(engine=engine),
+    )
 
 
 @pytest.mark.parametrize("op", ASK)
@@ -59,46 +63,83 @@ def opened(url: str, engine: str, proxy: FaultProxy, **s3_kwargs: Any) -> Origin
     [
         ({"secret": "of-somebody-else"}, "SignatureDoesNotMatch (403)"),
         ({"key": "NOBODY", "secret": "of-nobody"}, "InvalidAccessKeyId (403)"),
-        ({"anon": True, "key": None, "secret": None}, "The bucket is not public: remove anon: true from s3_kwargs"),
+        (
+            {"anon": True, "key": None, "secret": None},
+            "The bucket is not public: remove anon: true from s3_kwargs",
+        ),
     ],
     ids=["wrong secret", "unknown key", "anonymous"],
 )
 def test_a_server_that_refuses_is_quoted_after_one_request(
-    url: str, engine: str, s3_server: S3Server, fault_proxy: FaultProxy, op: str, wrong: dict[str, Any], words: str
+    url: str,
+    engine: str,
+    s3_server: S3Server,
+    fault_proxy: FaultProxy,
+    op: str,
+    wrong: dict[str, Any],
+    words: str,
 ) -> None:
     """Which part is wrong, where, and what to do; and no secret."""
-    credentials = {name: value for name, value in {"key": s3_server.key, "secret": s3_server.secret, **wrong}.items() if value is not None}
+    credentials = {
+        name: value
+        for name, value in {"key": s3_server.key, "secret": s3_server.secret, **wrong}.items()
+        if value is not None
+    }
     with pytest.raises(OriginAccessError) as caught:
         ASK[op](opened(url, engine, fault_proxy, **credentials))
     assert str(caught.value).startswith(url)
     assert words in str(caught.value)
-    assert not [value for value in credentials.values() if isinstance(value, str) and value in str(caught.value)]
+    assert not [
+        value
+        for value in credentials.values()
+        if isinstance(value, str) and value in str(caught.value)
+    ]
     assert fault_proxy.count() == 1
 
 
-def test_a_public_bucket_is_read_without_credentials(url: str, engine: str, bucket: str, s3_server: S3Server, fault_proxy: FaultProxy) -> None:
+def test_a_public_bucket_is_read_without_credentials(
+    url: str, engine: str, bucket: str, s3_server: S3Server, fault_proxy: FaultProxy
+) -> None:
     """Listed and fetched, with a policy as public data sets have it; no header says who asks."""
     allow = {"Effect": "Allow", "Principal": "*"}
     statements = [
         {**allow, "Action": ["s3:ListBucket"], "Resource": [f"arn:aws:s3:::{bucket}"]},
         {**allow, "Action": ["s3:GetObject"], "Resource": [f"arn:aws:s3:::{bucket}/*"]},
     ]
-    s3_server.client().put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements}))
+    s3_server.client().put_bucket_policy(
+        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": statements})
+    )
     origin = opened(url, engine, fault_proxy, anon=True)
     objects = origin.list_objects("mp-0.zarr/")
     assert len(objects) > 5
     assert origin.list_names() == ["mp-0.zarr"]
-    assert {obj.key: len(memoryview(body)) for obj, body in origin.fetch(objects)} == {obj.key: obj.size_bytes for obj in objects}
-    assert not [seen for seen in fault_proxy.seen() if "authorization" in map(str.lower, seen.headers)]
+    assert {obj.key: len(memoryview(body)) for obj, body in origin.fetch(objects)} == {
+        obj.key: obj.size_bytes for obj in objects
+    }
+    assert not [
+        seen for seen in fault_proxy.seen() if "authorization" in map(str.lower, seen.headers)
+    ]
 
 
-def test_a_chunk_that_may_not_be_read_is_an_error_and_no_fill_value(url: str, engine: str, bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
+def test_a_chunk_that_may_not_be_read_is_an_error_and_no_fill_value(
+    url: str, engine: str, bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
     """The bucket may be listed, one object of it not be read: named, and nothing of the store is kept."""
     denied = f"{bucket}/data/mp-0.zarr/charge_density_total/*"
-    statement = {"Effect": "Deny", "Principal": "*", "Action": ["s3:GetObject"], "Resource": [f"arn:aws:s3:::{denied}"]}
-    s3_server.client().put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]}))
+    statement = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": ["s3:GetObject"],
+        "Resource": [f"arn:aws:s3:::{denied}"],
+    }
+    s3_server.client().put_bucket_policy(
+        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    )
     reader = reader_of(url, tmp_path, engine, s3_server.s3_kwargs)
-    with pytest.raises(OriginAccessError, match=f"{url}/mp-0.zarr/charge_density_total/.* access refused: AccessDenied"):
+    with pytest.raises(
+        OriginAccessError,
+        match=f"{url}/mp-0.zarr/charge_density_total/.* access refused: AccessDenied",
+    ):
         reader.load("mp-0", "data")
     s3_server.client().delete_bucket_policy(Bucket=bucket)
     want = write_pairs(tmp_path / "again", 1)["mp-0", "data"].ravel()
@@ -109,13 +150,21 @@ def reader_of(url: str, tmp_path: Path, engine: str, s3_kwargs: dict[str, Any]) 
     """As a training run makes it."""
     cache = {"dir": tmp_path / "cache", "min_free": 0, "fetch": {"engine": engine}}
     label = url.removesuffix("data") + "label"
-    return ZarrS3Reader(url, label, tmp_path / "map.json", "GGA", False, 0.5, s3_kwargs=s3_kwargs, cache=cache)
+    return ZarrS3Reader(
+        url, label, tmp_path / "map.json", "GGA", False, 0.5, s3_kwargs=s3_kwargs, cache=cache
+    )
 
 
-def test_wrong_credentials_shrink_no_split_and_leave_nothing_behind(url: str, engine: str, s3_server: S3Server, tmp_path: Path) -> None:
+def test_wrong_credentials_shrink_no_split_and_leave_nothing_behind(
+    url: str, engine: str, s3_server: S3Server, tmp_path: Path
+) -> None:
     """The run stops, by name; corrected, the same cache directory serves it."""
     with pytest.raises(OriginAccessError, match="Check the secret key"):
-        _ = reader_of(url, tmp_path, engine, {**s3_server.s3_kwargs, "secret": "of-somebody-else"}).task_ids
+        _ = reader_of(
+            url, tmp_path, engine, {**s3_server.s3_kwargs, "secret": "of-somebody-else"}
+        ).task_ids
     reader = reader_of(url, tmp_path, engine, s3_server.s3_kwargs)
     assert reader.task_ids == ["mp-0"]
-    assert np.array_equal(reader.load("mp-0", "data")[0], write_pairs(tmp_path / "again", 1)["mp-0", "data"].ravel())
+    assert np.array_equal(
+        reader.load("mp-0", "data")[0], write_pairs(tmp_path / "again", 1)["mp-0", "data"].ravel()
+    )

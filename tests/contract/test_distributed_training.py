@@ -17,8 +17,8 @@ from tests.support.ranks import Job, Killed, Step, names, run
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache.assignment import Schedule, node_of
-from zarrcache.taskids import split_ids
+from zarrcache.data.splits import split_ids
+from zarrcache.train.schedule import Schedule, node_of
 
 ARRAY = "charge_density_total"
 ROLES = ("data", "label")
@@ -37,7 +37,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stores")
     for role, (number, task_id) in itertools.product(ROLES, enumerate(IDS)):
         shape = (4, 3, 3 + number % 2)
-        small_group(root / role / f"{task_id}.zarr", shape=shape, chunks=shape, seed=number + 100 * (role == "label"))
+        small_group(
+            root / role / f"{task_id}.zarr",
+            shape=shape,
+            chunks=shape,
+            seed=number + 100 * (role == "label"),
+        )
     (root / "map.json").write_text(json.dumps({"GGA": IDS}))
     return root
 
@@ -52,14 +57,24 @@ def bucket(stores: Path, s3_server: S3Server) -> str:
     return name
 
 
-def config(path: Path, stores: Path, root: str, *, cache: dict[str, Any] | None = None, **keys: Any) -> str:
+def config(
+    path: Path, stores: Path, root: str, *, cache: dict[str, Any] | None = None, **keys: Any
+) -> str:
     """A training config in a file."""
-    document = {"data_dir": f"{root}/data", "label_dir": f"{root}/label", "map_dir": str(stores / "map.json"), "functional": "GGA", **keys}
+    document = {
+        "data_dir": f"{root}/data",
+        "label_dir": f"{root}/label",
+        "map_dir": str(stores / "map.json"),
+        "functional": "GGA",
+        **keys,
+    }
     path.write_text(yaml.safe_dump({"train_fraction": 8, "cache": cache, **document}))
     return str(path)
 
 
-def on_s3(path: Path, stores: Path, bucket: str, server: S3Server, *, is_cached: bool = True) -> str:
+def on_s3(
+    path: Path, stores: Path, bucket: str, server: S3Server, *, is_cached: bool = True
+) -> str:
     """Of the stores in the bucket."""
     cache = {"dir": str(path.parent / "cache"), "min_free": 0} if is_cached else None
     return config(path, stores, f"s3://{bucket}", cache=cache, s3_kwargs=server.s3_kwargs)
@@ -67,7 +82,14 @@ def on_s3(path: Path, stores: Path, bucket: str, server: S3Server, *, is_cached:
 
 def options(config: str, **changes: Any) -> dict[str, Any]:
     """Arguments of the data module."""
-    return {"config": config, "train_workers": 1, "val_workers": 1, "augmentation": False, "val_frac": 0.0, "random_seed": 3} | changes
+    return {
+        "config": config,
+        "train_workers": 1,
+        "val_workers": 1,
+        "augmentation": False,
+        "val_frac": 0.0,
+        "random_seed": 3,
+    } | changes
 
 
 def effective(first: Job, second: Job) -> list[Step]:
@@ -77,13 +99,18 @@ def effective(first: Job, second: Job) -> list[Step]:
 
 def in_order(job: Job, epoch: int) -> list[list[str]]:
     """What each rank has trained on in an epoch."""
-    return [names([step for step in job.steps if (step.rank, step.epoch) == (rank, epoch)]) for rank in range(sum(job.nodes))]
+    return [
+        names([step for step in job.steps if (step.rank, step.epoch) == (rank, epoch)])
+        for rank in range(sum(job.nodes))
+    ]
 
 
 def planned(job: Job, epoch: int, ids: list[str] = TRAINED) -> list[list[str]]:
     """What each rank has to read in a whole epoch."""
     node_of_rank = tuple(node for node, count in enumerate(job.nodes) for _ in range(count))
-    schedule = Schedule(tuple(ids), job.data.get("assignment", "global"), node_of_rank, seed=job.data["random_seed"])
+    schedule = Schedule(
+        tuple(ids), job.data.get("assignment", "global"), node_of_rank, seed=job.data["random_seed"]
+    )
     return [[ids[index] for index in order] for order in schedule.orders(epoch)]
 
 
@@ -94,7 +121,11 @@ def losses(steps: list[Step]) -> dict[tuple[int, int], str]:
 
 def objects(server: S3Server, bucket: str, task_id: str) -> list[str]:
     """Keys of the densities of a material, as a read asks for them."""
-    keys = (key for role in ROLES for key in server.keys(f"s3://{bucket}/{role}/{task_id}.zarr/{ARRAY}/"))
+    keys = (
+        key
+        for role in ROLES
+        for key in server.keys(f"s3://{bucket}/{role}/{task_id}.zarr/{ARRAY}/")
+    )
     return [key for key in keys if not key.endswith("/.zattrs")]
 
 
@@ -107,20 +138,43 @@ def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server), assignment="node")
     caches = (tmp_path / "node0", tmp_path / "node1")
     log = RequestLog(s3_server, bucket)
-    one_epoch = Job(tmp_path / "a", data, nodes=(1, 1), caches=caches, name="one", epochs=1, checkpoint=None)
+    one_epoch = Job(
+        tmp_path / "a", data, nodes=(1, 1), caches=caches, name="one", epochs=1, checkpoint=None
+    )
     run(one_epoch)
-    assert log.paths("GET") == Counter(key for task_id in TRAINED for key in objects(s3_server, bucket, task_id))
+    assert log.paths("GET") == Counter(
+        key for task_id in TRAINED for key in objects(s3_server, bucket, task_id)
+    )
     asked = len(log.seen())
 
     die_at = random.randrange(1, 4 * EPOCHS)
-    killed = Job(tmp_path / "b", data, nodes=(1, 1), caches=caches, epochs=EPOCHS, checkpoint=EVERY_SECOND, die_at=die_at)
+    killed = Job(
+        tmp_path / "b",
+        data,
+        nodes=(1, 1),
+        caches=caches,
+        epochs=EPOCHS,
+        checkpoint=EVERY_SECOND,
+        die_at=die_at,
+    )
     run(killed)
-    resumed = Job(killed.root, data, nodes=(1, 1), caches=caches, epochs=EPOCHS, checkpoint=EVERY_SECOND, name="second")
+    resumed = Job(
+        killed.root,
+        data,
+        nodes=(1, 1),
+        caches=caches,
+        epochs=EPOCHS,
+        checkpoint=EVERY_SECOND,
+        name="second",
+    )
     run(resumed)
     assert len(log.seen()) == asked, log.seen()[asked:]
     assert resumed.resumed_at == die_at // 2 * 2
 
-    plain = options(on_s3(tmp_path / "plain.yaml", stores, bucket, s3_server, is_cached=False), assignment="node")
+    plain = options(
+        on_s3(tmp_path / "plain.yaml", stores, bucket, s3_server, is_cached=False),
+        assignment="node",
+    )
     uncached = Job(tmp_path / "c", plain, nodes=(1, 1), epochs=EPOCHS, checkpoint=None)
     run(uncached)
     assert len(losses(uncached.steps)) == 2 * 4 * EPOCHS
@@ -133,18 +187,35 @@ def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
             assert {owners[name] for name in seen} == {rank}
 
 
-def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path) -> None:
+def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(
+    stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
     """Two nodes with two ranks each: never twice on a node, whichever of its ranks and workers come first. Lightning keeps the sampler."""
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server))
     log = RequestLog(s3_server, bucket)
-    job = Job(tmp_path / "run", data, nodes=(2, 2), caches=(tmp_path / "node0", tmp_path / "node1"), epochs=2, checkpoint=None)
+    job = Job(
+        tmp_path / "run",
+        data,
+        nodes=(2, 2),
+        caches=(tmp_path / "node0", tmp_path / "node1"),
+        epochs=2,
+        checkpoint=None,
+    )
     run(job)
     readers: dict[str, set[int]] = {name: set() for name in TRAINED}
     for epoch in range(2):
         assert in_order(job, epoch) == planned(job, epoch)
-        for rank, name in ((rank, name) for rank, order in enumerate(planned(job, epoch)) for name in order):
+        for rank, name in (
+            (rank, name) for rank, order in enumerate(planned(job, epoch)) for name in order
+        ):
             readers[name].add(rank // 2)
-    wanted = Counter({key: len(nodes) for name, nodes in readers.items() for key in objects(s3_server, bucket, name)})
+    wanted = Counter(
+        {
+            key: len(nodes)
+            for name, nodes in readers.items()
+            for key in objects(s3_server, bucket, name)
+        }
+    )
     assert log.paths("GET") == wanted
     # The listing of both directories, by one process of each node.
     assert [log.paths("LIST")[f"{role}/"] for role in ROLES] == [2, 2]
@@ -153,8 +224,12 @@ def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(stor
 @pytest.mark.parametrize(
     ("before", "after", "changes", "die_at"),
     [
-        pytest.param((1,), (1,), {"train_workers": 2, "persistent_workers": False}, None, id="other workers"),
-        pytest.param((2,), (1,), {"train_workers": 0, "val_workers": 0}, None, id="one of two ranks"),
+        pytest.param(
+            (1,), (1,), {"train_workers": 2, "persistent_workers": False}, None, id="other workers"
+        ),
+        pytest.param(
+            (2,), (1,), {"train_workers": 0, "val_workers": 0}, None, id="one of two ranks"
+        ),
         pytest.param((2,), (1,), {}, 4, id="one of two ranks after the last step of an epoch"),
         pytest.param((2,), (2,), {"batch_size": 2}, None, id="another batch size"),
         pytest.param((1,), (1, 1), {}, None, id="two nodes instead of one"),
@@ -163,20 +238,39 @@ def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(stor
 )
 @pytest.mark.parametrize("assignment", ["global", "node"])
 def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_sample_once(
-    stores: Path, tmp_path: Path, before: tuple[int, ...], after: tuple[int, ...], changes: dict[str, Any], die_at: int | None, assignment: str
+    stores: Path,
+    tmp_path: Path,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    changes: dict[str, Any],
+    die_at: int | None,
+    assignment: str,
 ) -> None:
     """SIGKILL in the middle of a step; what was trained on after the last checkpoint is trained on again, nothing else."""
     data = options(config(tmp_path / "train.yaml", stores, str(stores)), assignment=assignment)
     every = 1 if sum(before) > 1 else 3
     die_at = random.randrange(1, EPOCHS * 8 // sum(before)) if die_at is None else die_at
-    killed = Job(tmp_path / "run", data, nodes=before, epochs=EPOCHS, checkpoint={"every_n_train_steps": every}, die_at=die_at)
+    killed = Job(
+        tmp_path / "run",
+        data,
+        nodes=before,
+        epochs=EPOCHS,
+        checkpoint={"every_n_train_steps": every},
+        die_at=die_at,
+    )
     run(killed)
     resumed = Job(killed.root, data | changes, nodes=after, epochs=EPOCHS, name="second")
     run(resumed)
     assert resumed.resumed_at == die_at - die_at % every
     ranks = sum(after)
     for epoch in range(EPOCHS):
-        before_it = names([step for step in killed.steps if step.step < resumed.resumed_at and step.epoch == epoch])
+        before_it = names(
+            [
+                step
+                for step in killed.steps
+                if step.step < resumed.resumed_at and step.epoch == epoch
+            ]
+        )
         after_it = names([step for step in resumed.steps if step.epoch == epoch])
         assert len(before_it) == len(set(before_it))
         assert set(before_it) | set(after_it) == set(TRAINED), (die_at, epoch)
@@ -193,19 +287,43 @@ def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_
     [
         pytest.param({}, {}, {"val_frac": 0.25}, id="of a validation"),
         pytest.param({}, {}, {}, id="of the end of an epoch"),
-        pytest.param({"every_n_train_steps": 1}, {"limit_train_batches": 5}, {"batch_size": 1}, id="of the last step of a limited epoch"),
-        pytest.param({"every_n_train_steps": 4}, {"reload_dataloaders_every_n_epochs": 1}, {"drop_last": True, "batch_size": 2}, id="reloaded"),
+        pytest.param(
+            {"every_n_train_steps": 1},
+            {"limit_train_batches": 5},
+            {"batch_size": 1},
+            id="of the last step of a limited epoch",
+        ),
+        pytest.param(
+            {"every_n_train_steps": 4},
+            {"reload_dataloaders_every_n_epochs": 1},
+            {"drop_last": True, "batch_size": 2},
+            id="reloaded",
+        ),
     ],
 )
 def test_resumed_from_a_checkpoint_at_the_end_of_an_epoch_the_next_one_is_the_planned_one(
-    stores: Path, tmp_path: Path, checkpoint: dict[str, Any], trainer: dict[str, Any], data: dict[str, Any]
+    stores: Path,
+    tmp_path: Path,
+    checkpoint: dict[str, Any],
+    trainer: dict[str, Any],
+    data: dict[str, Any],
 ) -> None:
     """Wherever Lightning takes it. It asks for the first samples before it says which epoch it is."""
     settings = options(config(tmp_path / "train.yaml", stores, str(stores)), **data)
     count = 6 if "val_frac" in data else trainer.get("limit_train_batches", 8)
-    ended = Job(tmp_path / "run", settings, nodes=(1,), epochs=1, checkpoint=checkpoint, trainer=trainer)
+    ended = Job(
+        tmp_path / "run", settings, nodes=(1,), epochs=1, checkpoint=checkpoint, trainer=trainer
+    )
     run(ended)
-    resumed = Job(ended.root, settings, nodes=(1,), epochs=EPOCHS, checkpoint=checkpoint, trainer=trainer, name="second")
+    resumed = Job(
+        ended.root,
+        settings,
+        nodes=(1,),
+        epochs=EPOCHS,
+        checkpoint=checkpoint,
+        trainer=trainer,
+        name="second",
+    )
     run(resumed)
     ids = split_ids(TRAINED, 6, 3)[0] if "val_frac" in data else TRAINED
     for job, epochs in ((ended, [0]), (resumed, [1, 2])):
@@ -214,13 +332,23 @@ def test_resumed_from_a_checkpoint_at_the_end_of_an_epoch_the_next_one_is_the_pl
             assert in_order(job, epoch) == [planned(job, epoch, ids)[0][:count]]
 
 
-def test_ranks_that_see_different_samples_all_stop_at_the_start(stores: Path, tmp_path: Path) -> None:
+def test_ranks_that_see_different_samples_all_stop_at_the_start(
+    stores: Path, tmp_path: Path
+) -> None:
     """A map file that one node has in an older version. Neither waits for the other."""
     caches = (tmp_path / "node0", tmp_path / "node1")
     for count, cache in zip((10, 9), caches, strict=True):
         cache.mkdir()
         (cache / "map.json").write_text(json.dumps({"GGA": IDS[:count]}))
-    settings = options(config(tmp_path / "train.yaml", stores, str(stores), map_dir="${ZARRCACHE_DIR}/map.json", train_fraction=0.8))
+    settings = options(
+        config(
+            tmp_path / "train.yaml",
+            stores,
+            str(stores),
+            map_dir="${ZARRCACHE_DIR}/map.json",
+            train_fraction=0.8,
+        )
+    )
     with pytest.raises(Killed) as error:
         run(Job(tmp_path / "run", settings, nodes=(1, 1), caches=caches, checkpoint=None))
     assert str(error.value).startswith("exit codes [1, 1]")

@@ -24,10 +24,15 @@ BODY = bytes(range(256)) * 1024
 @pytest.fixture
 def options(s3_server: S3Server, tmp_path: Path) -> dict[str, Any]:
     """What a user gives beside the URL."""
-    return {"s3": s3_server.s3_kwargs, "zarrcache": {"dir": str(tmp_path / "cache"), "bytes": {"block_size": "64 KiB"}}}
+    return {
+        "s3": s3_server.s3_kwargs,
+        "zarrcache": {"dir": str(tmp_path / "cache"), "bytes": {"block_size": "64 KiB"}},
+    }
 
 
-def test_a_file_is_read_through_the_cache(s3_server: S3Server, bucket: str, options: dict[str, Any]) -> None:
+def test_a_file_is_read_through_the_cache(
+    s3_server: S3Server, bucket: str, options: dict[str, Any]
+) -> None:
     """Whole, in part, and line by line it is what was put; the second read asks S3 for nothing but whether it has changed."""
     s3_server.put(f"s3://{bucket}/a/x.bin", BODY)
     url = f"zarrcache::s3://{bucket}/a/x.bin"
@@ -46,13 +51,19 @@ def test_a_file_is_read_through_the_cache(s3_server: S3Server, bucket: str, opti
     assert fs.stats.fetched_bytes == fetched
 
 
-def test_listing_looks_like_any_filesystem(s3_server: S3Server, bucket: str, options: dict[str, Any], put_store: Callable[..., Any]) -> None:
+def test_listing_looks_like_any_filesystem(
+    s3_server: S3Server, bucket: str, options: dict[str, Any], put_store: Callable[..., Any]
+) -> None:
     """Ls, info, exists, find and isdir agree with s3fs."""
     s3_server.put(f"s3://{bucket}/a/x.bin", BODY)
     put_store(f"s3://{bucket}/a/mp-1.zarr")
     fs, _ = fsspec.url_to_fs(f"zarrcache::s3://{bucket}/a", **options)
     plain = s3_server.fs()
-    for directory in (f"{bucket}/a", f"{bucket}/a/mp-1.zarr", f"{bucket}/a/mp-1.zarr/charge_density_total"):
+    for directory in (
+        f"{bucket}/a",
+        f"{bucket}/a/mp-1.zarr",
+        f"{bucket}/a/mp-1.zarr/charge_density_total",
+    ):
         assert sorted(fs.ls(directory, detail=False)) == sorted(plain.ls(directory, detail=False))
         assert sorted(fs.find(directory)) == sorted(plain.find(directory))
         assert fs.isdir(directory)
@@ -73,7 +84,9 @@ def test_listing_looks_like_any_filesystem(s3_server: S3Server, bucket: str, opt
         pytest.param({"consolidated": True}, id="v2 consolidated", marks=pytest.mark.slow),
     ],
 )
-def test_zarr_opens_the_url_and_again_without_s3(tmp_path: Path, layout: dict[str, Any], small_group: Callable[..., Any]) -> None:
+def test_zarr_opens_the_url_and_again_without_s3(
+    tmp_path: Path, layout: dict[str, Any], small_group: Callable[..., Any]
+) -> None:
     """``zarr.open_group("zarrcache::…")`` equals a plain read, and a second process needs no server."""
     small_group("mp-1.zarr", **layout)
     expected = plain_read(tmp_path / "mp-1.zarr")
@@ -81,7 +94,10 @@ def test_zarr_opens_the_url_and_again_without_s3(tmp_path: Path, layout: dict[st
     with running_server(tmp_path / "log") as server:
         bucket = server.new_bucket()
         server.put_tree(tmp_path / "mp-1.zarr", f"s3://{bucket}/mp-1.zarr")
-        url, options = f"zarrcache::s3://{bucket}/mp-1.zarr", {"s3": server.s3_kwargs, "zarrcache": cache}
+        url, options = (
+            f"zarrcache::s3://{bucket}/mp-1.zarr",
+            {"s3": server.s3_kwargs, "zarrcache": cache},
+        )
         group = zarr.open_group(url, mode="r", storage_options=options)
         assert np.array_equal(np.asarray(group["charge_density_total"][...]), expected)
     code = (
@@ -93,13 +109,19 @@ def test_zarr_opens_the_url_and_again_without_s3(tmp_path: Path, layout: dict[st
     np.save(tmp_path / "expected.npy", expected)
     import json
 
-    subprocess.run([sys.executable, "-c", code, json.dumps([url, options, str(tmp_path / "expected.npy")])], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, json.dumps([url, options, str(tmp_path / "expected.npy")])],
+        check=True,
+        timeout=120,
+    )
 
 
 def test_local_files_work_alike(tmp_path: Path) -> None:
     """A network file system is an origin as well."""
     (tmp_path / "x.bin").write_bytes(BODY)
-    with fsspec.open(f"zarrcache::file://{tmp_path}/x.bin", zarrcache={"dir": str(tmp_path / "cache")}) as file:
+    with fsspec.open(
+        f"zarrcache::file://{tmp_path}/x.bin", zarrcache={"dir": str(tmp_path / "cache")}
+    ) as file:
         assert file.read() == BODY
     assert any((tmp_path / "cache" / "zarrcache-v1" / "bytes").glob("*/*"))
 
@@ -114,5 +136,8 @@ def test_what_it_cannot_do_is_said() -> None:
 
 def test_writing_is_refused(bucket: str, options: dict[str, Any]) -> None:
     """A cache is no way to write."""
-    with pytest.raises(ValueError, match="cannot be written"), fsspec.open(f"zarrcache::s3://{bucket}/x", mode="wb", **options):
+    with (
+        pytest.raises(ValueError, match="cannot be written"),
+        fsspec.open(f"zarrcache::s3://{bucket}/x", mode="wb", **options),
+    ):
         pass

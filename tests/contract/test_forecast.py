@@ -16,12 +16,12 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from tests.support.training import zarrcache
-from zarrcache.assignment import Schedule
 from zarrcache.config import DataConfig
+from zarrcache.data.reader import open_reader
 from zarrcache.errors import ConfigError
-from zarrcache.forecast import plan_training
-from zarrcache.lookahead import Lookahead
-from zarrcache.registry import open_reader
+from zarrcache.ops.forecast import plan_training
+from zarrcache.train.lookahead import Lookahead
+from zarrcache.train.schedule import Schedule
 
 PAIRS, EPOCHS, NODES = 30, 3, 2
 ROLES = ("data", "label")
@@ -35,7 +35,11 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     for role, number in itertools.product(ROLES, range(PAIRS)):
         zipped = number % 10 == 9
         small_group(
-            root / role / f"mp-{number}.zarr{'.zip' * zipped}", shape=(10, 12, 14 + number % 3), chunks=(10, 12, 8), seed=number, as_zip=zipped
+            root / role / f"mp-{number}.zarr{'.zip' * zipped}",
+            shape=(10, 12, 14 + number % 3),
+            chunks=(10, 12, 8),
+            seed=number,
+            as_zip=zipped,
         )
     for role in ROLES:
         s3_server.put_tree(root / role, f"s3://{bucket}/{role}")
@@ -51,11 +55,19 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any, eviction: str) -> list[float]:
+def trained(
+    config: dict[str, Any], directory: Path, limit: int, assignment: Any, eviction: str
+) -> list[float]:
     """Hit ratio of each epoch, by two nodes that read what their ranks would."""
     readers = []
     for node in range(NODES):
-        cache = {"dir": directory / f"node{node}", "limit": limit, "min_free": 0, "eviction": eviction, "lookahead": 0}
+        cache = {
+            "dir": directory / f"node{node}",
+            "limit": limit,
+            "min_free": 0,
+            "eviction": eviction,
+            "lookahead": 0,
+        }
         readers.append(open_reader({**config, "cache": cache}))
     names, _ = readers[0].split_task_ids()
     schedule = Schedule(tuple(names), assignment=assignment, node_of_rank=(0, 1))
@@ -64,7 +76,10 @@ def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any
         foreseeing = []
         if eviction == "belady":
             for node, reader in enumerate(readers):
-                order = [[names[index] for index in schedule.node_order(epoch, node)] for epoch in range(EPOCHS)]
+                order = [
+                    [names[index] for index in schedule.node_order(epoch, node)]
+                    for epoch in range(EPOCHS)
+                ]
                 foreseeing.append(stack.enter_context(Lookahead(reader, order)))
         for epoch in range(EPOCHS):
             before = [reader.stats for reader in readers]
@@ -74,7 +89,9 @@ def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any
                 for index, role in itertools.product(schedule.node_order(epoch, node), ROLES):
                     reader.load(names[index], role)  # type: ignore[arg-type]
             now = [reader.stats - old for reader, old in zip(readers, before, strict=True)]
-            ratios.append(sum(stats.hits for stats in now) / sum(stats.hits + stats.misses for stats in now))
+            ratios.append(
+                sum(stats.hits for stats in now) / sum(stats.hits + stats.misses for stats in now)
+            )
     return ratios
 
 
@@ -89,14 +106,26 @@ def trained(config: dict[str, Any], directory: Path, limit: int, assignment: Any
     ],
 )
 def test_a_run_does_what_the_plan_says(
-    config: dict[str, Any], s3_server: S3Server, tmp_path: Path, assignment: Any, eviction: Any, share: float
+    config: dict[str, Any],
+    s3_server: S3Server,
+    tmp_path: Path,
+    assignment: Any,
+    eviction: Any,
+    share: float,
 ) -> None:
     """Hits within 2 points in every epoch, requests within 5 %."""
     whole = plan_training(DataConfig(**config), capacity_bytes=1)
     assert (whole.samples, whole.densities, whole.measured) == (24, 48, 48)
     limit = int(whole.disk_bytes * share)
     # The two listings that a cache keeps are 16 KiB of it: much here, nothing in 200 GiB.
-    plan = plan_training(DataConfig(**config), nodes=NODES, capacity_bytes=limit - 2**14, assignment=assignment, eviction=eviction, epochs=EPOCHS)
+    plan = plan_training(
+        DataConfig(**config),
+        nodes=NODES,
+        capacity_bytes=limit - 2**14,
+        assignment=assignment,
+        eviction=eviction,
+        epochs=EPOCHS,
+    )
     log = RequestLog(s3_server, config["data_dir"].split("/")[2])
     ratios = trained(config, tmp_path, limit, assignment, eviction)
     assert [epoch.hit_ratio for epoch in plan.epochs] == pytest.approx(ratios, abs=0.02)
@@ -106,28 +135,48 @@ def test_a_run_does_what_the_plan_says(
     assert plan.total.nbytes == sum(epoch.nbytes for epoch in plan.epochs)
 
 
-def test_longer_runs_and_other_ways_are_extrapolated(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longer_runs_and_other_ways_are_extrapolated(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fifty epochs go on as the last ones that were simulated; a table tells what the other choices come to."""
     half = plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
     reader = open_reader(config)
     simulated = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
-    monkeypatch.setattr("zarrcache.forecast.SIMULATED", 24 * 25)  # as if the 24 samples were thousands
+    monkeypatch.setattr(
+        "zarrcache.ops.forecast.SIMULATED", 24 * 25
+    )  # as if the 24 samples were thousands
     plan = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
     assert (plan.ranks, plan.run_epochs, len(plan.epochs)) == (4, 50, 25)
-    assert (plan.total.requests, plan.total.dollars) == pytest.approx((simulated.requests, simulated.dollars), rel=0.06)
+    assert (plan.total.requests, plan.total.dollars) == pytest.approx(
+        (simulated.requests, simulated.dollars), rel=0.06
+    )
     ways = {(way.assignment, way.eviction): ratio for way, ratio in plan.others.items()}
-    assert ways["node", "none"] > ways["global", "belady"] > ways["global", "none"] > ways["global", "least-recently-used"]
+    assert (
+        ways["node", "none"]
+        > ways["global", "belady"]
+        > ways["global", "none"]
+        > ways["global", "least-recently-used"]
+    )
 
 
-def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(config: dict[str, Any]) -> None:
+def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
+    config: dict[str, Any],
+) -> None:
     """Room for everything: what a node has read once it hits, so of n nodes the share ((n - 1) / n)**k is missed after k epochs."""
     nodes = 8
     plan = plan_training(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=50)
     expected = [1 - (1 - 1 / nodes) ** epoch for epoch in range(50)]
     assert plan.total.hit_ratio == pytest.approx(sum(expected) / 50, abs=0.02)
-    assert plan.total.requests == pytest.approx(sum(1 - hit for hit in expected) * plan.epochs[0].requests, rel=0.1)
+    assert plan.total.requests == pytest.approx(
+        sum(1 - hit for hit in expected) * plan.epochs[0].requests, rel=0.1
+    )
     assert min(plan.others.values()) > 0.96
-    assert plan_training(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=1000).total.hit_ratio > 0.98
+    assert (
+        plan_training(
+            DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=1000
+        ).total.hit_ratio
+        > 0.98
+    )
     with pytest.raises(ConfigError, match="more than the 24 samples"):
         plan_training(DataConfig(**config), nodes=25, capacity_bytes=1)
 
@@ -135,8 +184,30 @@ def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(c
 def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path: Path) -> None:
     """With a probe, and nothing is cached or written."""
     path = tmp_path / "train.yaml"
-    path.write_text(yaml.safe_dump({**config, "cache": {"dir": str(tmp_path / "cache"), "prices": {"get_per_1000": 1.0, "dated": "2026-11"}}}))
-    options = ("--nodes", 2, "--capacity", "500 KiB", "--assignment", "node", "--epochs", 5, "--probe", "--workers", 4)
+    path.write_text(
+        yaml.safe_dump(
+            {
+                **config,
+                "cache": {
+                    "dir": str(tmp_path / "cache"),
+                    "prices": {"get_per_1000": 1.0, "dated": "2026-11"},
+                },
+            }
+        )
+    )
+    options = (
+        "--nodes",
+        2,
+        "--capacity",
+        "500 KiB",
+        "--assignment",
+        "node",
+        "--epochs",
+        5,
+        "--probe",
+        "--workers",
+        4,
+    )
     words = zarrcache("plan", path, *options)
     assert words.code == 0, words.err
     assert "24 samples, 48 densities" in words.out
@@ -145,7 +216,9 @@ def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path:
     assert words.out.count("<- this") == 1
     document = zarrcache("plan", path, *options, "--json").document
     assert document["total"]["seconds"] > 0
-    assert document["total"]["dollars"] == pytest.approx(sum(epoch["dollars"] for epoch in document["epochs"]))
+    assert document["total"]["dollars"] == pytest.approx(
+        sum(epoch["dollars"] for epoch in document["epochs"])
+    )
     assert len(document["epochs"]) == 5
     assert document["speed"]["densities"] == 8
     assert not (tmp_path / "cache").exists()

@@ -24,8 +24,8 @@ from tests.support.processes import interpreters
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from zarrcache import ConfigError, Lookahead, NodeSampler, World, ZarrDataset, ZarrS3Reader
-from zarrcache.interpreter import Interpreter
-from zarrcache.keys import ROLES
+from zarrcache._keys import ROLES
+from zarrcache.parallel.process import Interpreter
 
 COUNT = 13  # pairs; one of them is the test set
 LISTINGS = 2 * 8192  # bytes on disk: which materials there are
@@ -49,10 +49,16 @@ def train(dataset: ZarrDataset, sampler: NodeSampler, pairs: Pairs) -> None:
     for index in sampler:
         task_id = dataset.task_ids[index]
         for role in ROLES:
-            wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), f"{task_id} ({role}) did not come")  # type: ignore[misc]
+            wait_for(
+                lambda task_id=task_id, role=role: is_there(reader, task_id, role),
+                f"{task_id} ({role}) did not come",
+            )  # type: ignore[misc]
         sample = dataset[index]
         for role in ROLES:
-            assert np.array_equal(sample[role][0].numpy(), pairs.values[task_id, role]), (task_id, role)
+            assert np.array_equal(sample[role][0].numpy(), pairs.values[task_id, role]), (
+                task_id,
+                role,
+            )
 
 
 def gets(log: RequestLog) -> Counter[int]:
@@ -60,7 +66,9 @@ def gets(log: RequestLog) -> Counter[int]:
     return Counter(log.paths("GET").values())
 
 
-def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """Never more than the budget ahead; into the next epoch as well, for which nothing is left to do."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
@@ -71,12 +79,17 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(pair
         time.sleep(0.3)  # it would go on now
         assert occupied(reader.tiers.index) <= 6 * ONE
         first = list(steps(dataset, sampler))[:2]
-        assert all(is_there(reader, task_id, role) for task_id, role in itertools.product(first, ROLES))
+        assert all(
+            is_there(reader, task_id, role) for task_id, role in itertools.product(first, ROLES)
+        )
         train(dataset, sampler, pairs)
         assert reader._counters.snapshot().misses == 0  # of this process
         everything = (2 * COUNT - 2, 2 * COUNT - 2)
         # What the prefetcher has stored can be read before it has counted it.
-        wait_for(lambda: (reader.stats.misses, reader.stats.hits) == everything, "other misses and hits than were planned")
+        wait_for(
+            lambda: (reader.stats.misses, reader.stats.hits) == everything,
+            "other misses and hits than were planned",
+        )
         sampler.set_epoch(1)
         ahead.set_epoch(1)
         train(dataset, sampler, pairs)
@@ -86,9 +99,17 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(pair
 
 
 @pytest.mark.parametrize("eviction", ["none", "belady"])
-def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(pairs: Pairs, s3_server: S3Server, tmp_path: Path, eviction: str) -> None:
+def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, eviction: str
+) -> None:
     """Room for 16 of 24: four are given up for the ring, and each epoch fetches the others once."""
-    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE, eviction=eviction)
+    reader = pairs.reader(
+        tmp_path,
+        s3_server.s3_kwargs,
+        limit=16 * ONE + LISTINGS,
+        lookahead=4 * ONE,
+        eviction=eviction,
+    )
     dataset = ZarrDataset(reader)
     index, sampler = reader.tiers.index, NodeSampler(dataset, seed=4)
     assert index is not None
@@ -100,25 +121,41 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(pairs: Pairs,
             for index_ in sampler:
                 task_id = dataset.task_ids[index_]
                 for role in ROLES:
-                    wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), f"{task_id} did not come")  # type: ignore[misc]
+                    wait_for(
+                        lambda task_id=task_id, role=role: is_there(reader, task_id, role),
+                        f"{task_id} did not come",
+                    )  # type: ignore[misc]
                     assert occupied(index) <= 16 * ONE
                     assert len(index.loans()) <= 4
-                    assert np.array_equal(reader.load(task_id, role)[0], pairs.values[task_id, role].ravel())
+                    assert np.array_equal(
+                        reader.load(task_id, role)[0], pairs.values[task_id, role].ravel()
+                    )
         assert reader._counters.snapshot().misses == 0
         fetched = reader.stats.misses
         stays = len(list(reader.tiers.arrays.entries()))  # type: ignore[union-attr]
-    assert 12 <= stays <= (18 if eviction == "belady" else 16)  # with two listings; belady lends only what is needed last
-    assert fetched <= 24 + 2 * (24 - 12) + 4  # those that stay are fetched once, the others in each epoch; and what is ahead at the end
+    assert (
+        12 <= stays <= (18 if eviction == "belady" else 16)
+    )  # with two listings; belady lends only what is needed last
+    assert (
+        fetched <= 24 + 2 * (24 - 12) + 4
+    )  # those that stay are fetched once, the others in each epoch; and what is ahead at the end
     assert sum(log.paths("GET").values()) <= pairs.objects * (fetched + 4)
     assert not index.loans()
     assert index.volume_bytes() <= 16 * ONE + LISTINGS
 
 
-def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """As when samples are drawn with replacement: the first reading takes the loan that the second would have found."""
-    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE)
+    reader = pairs.reader(
+        tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE
+    )
     dataset = ZarrDataset(reader)
-    stays, drawn = dataset.task_ids[:8], [dataset.task_ids[number] for number in (8, 8, 9, 8, 10, 10, 10, 11, 9, 9)]
+    stays, drawn = (
+        dataset.task_ids[:8],
+        [dataset.task_ids[number] for number in (8, 8, 9, 8, 10, 10, 10, 11, 9, 9)],
+    )
     for task_id, role in itertools.product(stays, ROLES):
         reader.load(task_id, role)
     misses = reader._counters.snapshot().misses
@@ -126,31 +163,49 @@ def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(pairs: Pairs, 
         for epoch, order in enumerate((drawn, drawn[::-1])):
             ahead.set_epoch(epoch)
             for task_id, role in itertools.product(order, ROLES):
-                wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), f"{task_id} did not come")  # type: ignore[misc]
-                assert np.array_equal(reader.load(task_id, role)[0], pairs.values[task_id, role].ravel())
+                wait_for(
+                    lambda task_id=task_id, role=role: is_there(reader, task_id, role),
+                    f"{task_id} did not come",
+                )  # type: ignore[misc]
+                assert np.array_equal(
+                    reader.load(task_id, role)[0], pairs.values[task_id, role].ravel()
+                )
     assert reader._counters.snapshot().misses == misses
 
 
-def test_workers_of_a_dataloader_are_followed_too(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_workers_of_a_dataloader_are_followed_too(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """What they ask for makes room for more, or the prefetcher would stop at its budget; whoever is faster, one fetches."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
     sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
     with Lookahead(dataset, sampler):
         wait_for(lambda: occupied(reader.tiers.index) >= 4 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type, union-attr]
-        loader = DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=2, multiprocessing_context="fork")
+        loader = DataLoader(
+            dataset, batch_size=None, sampler=sampler, num_workers=2, multiprocessing_context="fork"
+        )
         seen = [sample["index"] for sample in loader]
     assert seen == list(steps(dataset, sampler))
     assert gets(log) == {1: pairs.objects * (2 * COUNT - 2)}
 
 
-def test_it_ends_at_once_beside_workers_that_stay(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_it_ends_at_once_beside_workers_that_stay(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """They were forked with its pipe, and keep it open; it is neither waited for nor killed."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
     sampler = NodeSampler(dataset, seed=4)
     with Lookahead(dataset, sampler) as ahead:
-        loader = DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=2, multiprocessing_context="fork", persistent_workers=True)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=2,
+            multiprocessing_context="fork",
+            persistent_workers=True,
+        )
         assert len(list(loader)) == COUNT - 1
         assert ahead._prefetcher is not None
         process = ahead._prefetcher._process
@@ -167,11 +222,17 @@ def test_each_rank_runs_ahead_of_itself(pairs: Pairs, s3_server: S3Server, tmp_p
         own = list(steps(dataset, sampler))
         wait_for(lambda: is_there(reader, own[0], "label"), "the prefetcher did not begin")
         time.sleep(0.3)
-        there = {task_id for task_id in dataset.task_ids if is_there(reader, task_id, "data") or is_there(reader, task_id, "label")}
+        there = {
+            task_id
+            for task_id in dataset.task_ids
+            if is_there(reader, task_id, "data") or is_there(reader, task_id, "label")
+        }
         assert there <= set(own[:2])
 
 
-def test_a_process_that_cannot_be_started_is_one_warning(pairs: Pairs, s3_server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_process_that_cannot_be_started_is_one_warning(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With two file descriptors left it cannot; the training goes on when there are more."""
     dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
     sampler = NodeSampler(dataset)
@@ -190,13 +251,24 @@ def test_a_process_that_cannot_be_started_is_one_warning(pairs: Pairs, s3_server
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for fd in held:
             os.close(fd)
-    assert [record.levelname for record in caplog.records if "its process cannot be started" in record.getMessage()] == ["WARNING"]
+    assert [
+        record.levelname
+        for record in caplog.records
+        if "its process cannot be started" in record.getMessage()
+    ] == ["WARNING"]
 
 
-def test_interrupted_at_its_start_the_process_ends(pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_at_its_start_the_process_ends(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where somebody keeps the exception, as a notebook does: it would fetch beside the next one."""
     dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
-    reader, sampler, start, before = dataset.reader, NodeSampler(dataset), Interpreter.__init__, interpreters()
+    reader, sampler, start, before = (
+        dataset.reader,
+        NodeSampler(dataset),
+        Interpreter.__init__,
+        interpreters(),
+    )
     assert isinstance(reader, ZarrS3Reader)
 
     def interrupted(self: Interpreter, *arguments: Any) -> None:
@@ -212,7 +284,9 @@ def test_interrupted_at_its_start_the_process_ends(pairs: Pairs, s3_server: S3Se
     assert kept.value.__traceback__ is not None
 
 
-def test_where_there_is_nothing_to_do_no_process_is_started(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_where_there_is_nothing_to_do_no_process_is_started(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """With ``lookahead: 0``; and a sampler of something else is refused."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=0)
     dataset = ZarrDataset(reader)
@@ -236,7 +310,9 @@ def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
     with Lookahead(dataset, [list(range(COUNT - 1))]):
         reader = dataset.reader
         assert isinstance(reader, ZarrS3Reader)
-        wait_for(lambda: is_there(reader, dataset.task_ids[0], "label"), "the prefetcher did not begin")
+        wait_for(
+            lambda: is_there(reader, dataset.task_ids[0], "label"), "the prefetcher did not begin"
+        )
         time.sleep(0.3)  # it would go on now
         assert occupied(reader.tiers.index) <= 4 * ONE  # type: ignore[arg-type]
     foreseeing = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, eviction="belady"))
@@ -244,13 +320,18 @@ def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
         Lookahead(foreseeing, [[0, 1]])
 
 
-def test_an_order_that_was_drawn_with_replacement_is_followed(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_an_order_that_was_drawn_with_replacement_is_followed(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """As positions or names; a sample that comes twice is fetched once."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=20 * ONE)
     dataset = ZarrDataset(reader)
     log = RequestLog(s3_server, pairs.bucket)
     with Lookahead(dataset, [[3, 5, 3, 3], [7]]):
-        wait_for(lambda: is_there(reader, dataset.task_ids[7], "label"), "the prefetcher did not come to the second epoch")
+        wait_for(
+            lambda: is_there(reader, dataset.task_ids[7], "label"),
+            "the prefetcher did not come to the second epoch",
+        )
     assert gets(log) == {1: pairs.objects * 6}
 
 
@@ -296,7 +377,10 @@ def _offline(reads: list[tuple[str, str]], room: int) -> Iterator[bool]:
     stored: set[tuple[str, str]] = set()
     for position, density in enumerate(reads):
         yield density in stored
-        after = {one: next((i for i in range(position + 1, len(reads)) if reads[i] == one), len(reads)) for one in {*stored, density}}
+        after = {
+            one: next((i for i in range(position + 1, len(reads)) if reads[i] == one), len(reads))
+            for one in {*stored, density}
+        }
         stored = set(sorted(after, key=lambda one: after[one])[:room])
 
 
@@ -321,28 +405,43 @@ def train(cls):
 """
 
 
-def _run_program(pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str) -> subprocess.CompletedProcess[str]:
+def _run_program(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str
+) -> subprocess.CompletedProcess[str]:
     (tmp_path / "train.py").write_text(program)
     url = f"s3://{pairs.bucket}"
     where = [f"{url}/data", f"{url}/label", str(pairs.map_path), "GGA", False, COUNT - 1]
     cache = {"dir": str(tmp_path / "cache"), "min_free": 0, "lookahead": 8 * ONE}
     settings = json.dumps({"where": where, "s3_kwargs": s3_server.s3_kwargs, "cache": cache})
-    return subprocess.run([sys.executable, tmp_path / "train.py", settings], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, tmp_path / "train.py", settings],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
     ("program", "imports"),
-    [(f"{PROGRAM}\ntrain(ZarrS3Reader)\n", 1), (f"{PROGRAM}\nif __name__ == '__main__':\n    train(Reader)\n", 2)],
+    [
+        (f"{PROGRAM}\ntrain(ZarrS3Reader)\n", 1),
+        (f"{PROGRAM}\nif __name__ == '__main__':\n    train(Reader)\n", 2),
+    ],
     ids=["without a guard", "with a class of its own"],
 )
-def test_a_users_program_is_not_run_once_more(pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str, imports: int) -> None:
+def test_a_users_program_is_not_run_once_more(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str, imports: int
+) -> None:
     """A training script need not guard its main part, and what it imports (Lightning: 5 s) delays nothing; unless its classes are needed."""
     done = _run_program(pairs, s3_server, tmp_path, program)
     assert done.stderr == ""
     assert done.stdout.split("\n") == [*["imported"] * imports, "ahead True", ""]
 
 
-def test_a_program_whose_class_is_needed_and_that_has_no_guard_trains_without(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
+def test_a_program_whose_class_is_needed_and_that_has_no_guard_trains_without(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
     """The process that imports it does not train in turn."""
     done = _run_program(pairs, s3_server, tmp_path, f"{PROGRAM}\ntrain(Reader)\n")
     assert done.stdout.split("\n") == ["imported", "imported", "ahead False", ""]

@@ -20,13 +20,25 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
+from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
-from zarrcache.keys import ObjectInfo
-from zarrcache.origin import Origin, open_origin
+from zarrcache.origin._s3 import Origin, open_origin
 from zarrcache.stats import Counters
 
-ODD_KEYS = ["a b/c", "a+b", "100%25", "50%", "é/ü-密度", "x#y?z&w=1", "~(it's)!,;@$", "dot.d", "back\\slash", 'quote"s', "<tag>&amp;"]
+ODD_KEYS = [
+    "a b/c",
+    "a+b",
+    "100%25",
+    "50%",
+    "é/ü-密度",
+    "x#y?z&w=1",
+    "~(it's)!,;@$",
+    "dot.d",
+    "back\\slash",
+    'quote"s',
+    "<tag>&amp;",
+]
 N_MANY = 1003
 
 
@@ -38,21 +50,31 @@ class Place:
     engine: str
     server: S3Server | None = None
 
-    def open(self, url: str = "", endpoint_url: str = "", counters: Counters | None = None, **fetch: Any) -> Origin:
-        kwargs = self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
+    def open(
+        self, url: str = "", endpoint_url: str = "", counters: Counters | None = None, **fetch: Any
+    ) -> Origin:
+        kwargs = (
+            self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
+        )
         settings = FetchConfig(engine="auto" if self.engine == "local" else self.engine, **fetch)
         retry = RetryConfig(attempts=2, timeout=30)
-        return open_origin(url or self.url, s3_kwargs=kwargs, fetch=settings, retry=retry, counters=counters)
+        return open_origin(
+            url or self.url, s3_kwargs=kwargs, fetch=settings, retry=retry, counters=counters
+        )
 
     def put(self, key: str, body: bytes) -> None:
         if self.server is not None:
             bucket, root = self.split()
-            client_of(self.server).put_object(Bucket=bucket, Key=f"{root}/{key}".lstrip("/"), Body=body)
+            client_of(self.server).put_object(
+                Bucket=bucket, Key=f"{root}/{key}".lstrip("/"), Body=body
+            )
             return
         path = Path(self.url, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
-        os.utime(path, ns=(0, time.time_ns()))  # the kernel's own clock for files stands still for milliseconds
+        os.utime(
+            path, ns=(0, time.time_ns())
+        )  # the kernel's own clock for files stands still for milliseconds
 
     def put_many(self, bodies: dict[str, bytes]) -> dict[str, bytes]:
         for key, body in bodies.items():
@@ -109,7 +131,14 @@ def many(s3_server: S3Server) -> str:
     """An URL with more objects below it than one LIST shows."""
     bucket, client = _shared_bucket(s3_server), client_of(s3_server)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: client.put_object(Bucket=bucket, Key=f"many/store.zarr/{i:04d}", Body=b"x"), range(N_MANY)))
+        list(
+            pool.map(
+                lambda i: client.put_object(
+                    Bucket=bucket, Key=f"many/store.zarr/{i:04d}", Body=b"x"
+                ),
+                range(N_MANY),
+            )
+        )
     return f"s3://{bucket}/many"
 
 
@@ -136,7 +165,14 @@ class TestListing:
 
     def test_names_directly_below_the_root_are_sorted_and_complete(self, place: Place) -> None:
         """Directories and single objects, no level below, nothing twice."""
-        place.put_many({"mp-2.zarr/.zgroup": b"{}", "mp-2.zarr/a/0.0.0": b"x", "mp-1.zarr.zip": b"zip", "mp-10.zarr/zarr.json": b"{}"})
+        place.put_many(
+            {
+                "mp-2.zarr/.zgroup": b"{}",
+                "mp-2.zarr/a/0.0.0": b"x",
+                "mp-1.zarr.zip": b"zip",
+                "mp-10.zarr/zarr.json": b"{}",
+            }
+        )
         assert place.open().list_names() == ["mp-1.zarr.zip", "mp-10.zarr", "mp-2.zarr"]
 
     def test_objects_below_a_prefix_have_keys_relative_to_the_root(self, place: Place) -> None:
@@ -145,7 +181,9 @@ class TestListing:
         place.put("mp-1.zarr.zip", b"zip")
         place.put("mp-1.zarr2/x", b"other")
         objects = place.open().list_objects("mp-1.zarr/")
-        assert [(o.key, o.size_bytes) for o in objects] == sorted((key, len(body)) for key, body in bodies.items())
+        assert [(o.key, o.size_bytes) for o in objects] == sorted(
+            (key, len(body)) for key, body in bodies.items()
+        )
 
     def test_without_a_prefix_everything_is_listed(self, place: Place) -> None:
         """Every object below the root."""
@@ -198,7 +236,9 @@ class TestListing:
         """Also where one store is asked for: it is not that store which is missing."""
         origin = s3_place.open("s3://no-such-bucket-of-ours/data")
         for ask in (origin.list_names, lambda: origin.list_objects("mp-1.zarr/")):
-            with pytest.raises(OriginNotFoundError, match="there is no bucket 'no-such-bucket-of-ours' at http"):
+            with pytest.raises(
+                OriginNotFoundError, match="there is no bucket 'no-such-bucket-of-ours' at http"
+            ):
                 ask()
 
     def test_marker_objects_are_left_out(self, s3_place: Place) -> None:
@@ -227,16 +267,22 @@ class TestListing:
         [obj] = inside.list_objects()
         assert inside.fetch_range(obj, 0, 2) == b"od"
 
-    def test_a_long_listing_is_followed_page_by_page(self, s3_place: Place, many: str, fault_proxy: FaultProxy) -> None:
+    def test_a_long_listing_is_followed_page_by_page(
+        self, s3_place: Place, many: str, fault_proxy: FaultProxy
+    ) -> None:
         """One LIST shows 1,000 objects at the most; each page is counted."""
         counters = Counters()
-        objects = s3_place.open(many, fault_proxy.endpoint_url, counters).list_objects("store.zarr/")
+        objects = s3_place.open(many, fault_proxy.endpoint_url, counters).list_objects(
+            "store.zarr/"
+        )
         assert [o.key for o in objects] == [f"store.zarr/{i:04d}" for i in range(N_MANY)]
         assert fault_proxy.count("LIST") == fault_proxy.count() == counters.snapshot().requests == 2
 
     def test_many_names_are_followed_page_by_page(self, s3_place: Place, many: str) -> None:
         """The directory of 200,000 stores has 200 pages."""
-        assert s3_place.open(f"{many}/store.zarr").list_names() == [f"{i:04d}" for i in range(N_MANY)]
+        assert s3_place.open(f"{many}/store.zarr").list_names() == [
+            f"{i:04d}" for i in range(N_MANY)
+        ]
 
 
 class TestFetching:
@@ -275,7 +321,10 @@ class TestFetching:
         origin = place.open()
         objects = origin.list_objects("mp-1.zarr/")
         place.put("mp-1.zarr/a", body)
-        for read in (lambda: list(origin.fetch(objects)), lambda: origin.fetch_range(objects[0], 2, 5)):
+        for read in (
+            lambda: list(origin.fetch(objects)),
+            lambda: origin.fetch_range(objects[0], 2, 5),
+        ):
             with pytest.raises(IncompleteArrayError, match="was changed") as caught:
                 read()
             assert origin.url_of("mp-1.zarr/a") in str(caught.value)
@@ -286,10 +335,15 @@ class TestFetching:
         origin = place.open()
         objects = origin.list_objects("mp-1.zarr/")
         place.delete("mp-1.zarr/a")
-        for read in (lambda: list(origin.fetch(objects)), lambda: origin.fetch_range(objects[0], 2, 5)):
+        for read in (
+            lambda: list(origin.fetch(objects)),
+            lambda: origin.fetch_range(objects[0], 2, 5),
+        ):
             with pytest.raises(IncompleteArrayError) as caught:
                 read()
-            assert str(caught.value).startswith(f"{origin.url_of('mp-1.zarr/a')} is listed (10 bytes) but ")
+            assert str(caught.value).startswith(
+                f"{origin.url_of('mp-1.zarr/a')} is listed (10 bytes) but "
+            )
             assert not isinstance(caught.value, OSError)
 
     def test_an_abandoned_fetch_leaves_the_origin_usable(self, place: Place) -> None:
@@ -306,36 +360,61 @@ class TestFetching:
 class TestCounting:
     """What it costs."""
 
-    def test_a_store_costs_one_list_and_one_get_an_object(self, s3_place: Place, fault_proxy: FaultProxy) -> None:
+    def test_a_store_costs_one_list_and_one_get_an_object(
+        self, s3_place: Place, fault_proxy: FaultProxy
+    ) -> None:
         """No HEAD, nothing twice, and the counters say what the server saw."""
         bodies = s3_place.put_many(some_store(n=9))
         counters = Counters()
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, counters=counters)
         assert fetched(origin, origin.list_objects("mp-1.zarr/")) == bodies
-        assert (fault_proxy.count("LIST"), fault_proxy.count("GET"), fault_proxy.count()) == (1, 9, 10)
+        assert (fault_proxy.count("LIST"), fault_proxy.count("GET"), fault_proxy.count()) == (
+            1,
+            9,
+            10,
+        )
         assert fault_proxy.repeats() == 0
         stats = counters.snapshot()
-        assert (stats.requests, stats.retries, stats.fetched_bytes) == (10, 0, sum(map(len, bodies.values())))
+        assert (stats.requests, stats.retries, stats.fetched_bytes) == (
+            10,
+            0,
+            sum(map(len, bodies.values())),
+        )
 
-    def test_a_zipped_store_costs_two_requests(self, s3_place: Place, fault_proxy: FaultProxy) -> None:
+    def test_a_zipped_store_costs_two_requests(
+        self, s3_place: Place, fault_proxy: FaultProxy
+    ) -> None:
         """One HEAD for the version, one GET."""
         s3_place.put("mp-1.zarr.zip", b"zip" * 1000)
         counters = Counters()
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, counters=counters)
-        assert fetched(origin, origin.list_objects("mp-1.zarr.zip")) == {"mp-1.zarr.zip": b"zip" * 1000}
+        assert fetched(origin, origin.list_objects("mp-1.zarr.zip")) == {
+            "mp-1.zarr.zip": b"zip" * 1000
+        }
         assert [s.op for s in fault_proxy.seen()] == ["HEAD", "GET"]
         assert counters.snapshot().requests == 2
 
-    def test_an_absent_store_and_the_names_cost_one_request_each(self, s3_place: Place, fault_proxy: FaultProxy) -> None:
+    def test_an_absent_store_and_the_names_cost_one_request_each(
+        self, s3_place: Place, fault_proxy: FaultProxy
+    ) -> None:
         """Whether a store is there is asked once."""
         s3_place.put("mp-1.zarr/x", b"x")
         counters = Counters()
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, counters=counters)
-        for n, ask in enumerate((lambda: origin.list_objects("no.zarr/"), lambda: origin.list_objects("no.zip"), origin.list_names), start=1):
+        for n, ask in enumerate(
+            (
+                lambda: origin.list_objects("no.zarr/"),
+                lambda: origin.list_objects("no.zip"),
+                origin.list_names,
+            ),
+            start=1,
+        ):
             ask()
             assert fault_proxy.count() == counters.snapshot().requests == n
 
-    def test_a_range_is_one_request_of_that_range(self, s3_place: Place, fault_proxy: FaultProxy) -> None:
+    def test_a_range_is_one_request_of_that_range(
+        self, s3_place: Place, fault_proxy: FaultProxy
+    ) -> None:
         """And counts the bytes that came."""
         s3_place.put("x", b"0123456789")
         counters = Counters()
@@ -346,7 +425,9 @@ class TestCounting:
         assert seen.range == "bytes=2-5"
         assert counters.snapshot().fetched_bytes == 4
 
-    def test_requests_in_flight_reach_the_limit_and_stay_under_it(self, s3_place: Place, fault_proxy: FaultProxy) -> None:
+    def test_requests_in_flight_reach_the_limit_and_stay_under_it(
+        self, s3_place: Place, fault_proxy: FaultProxy
+    ) -> None:
         """concurrency: 5 is five at once."""
         bodies = s3_place.put_many(some_store(n=20))
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, concurrency=5)
@@ -355,7 +436,9 @@ class TestCounting:
         assert fetched(origin, objects) == bodies
         assert fault_proxy.peak() == 5
 
-    def test_making_an_origin_makes_no_request(self, s3_place: Place, fault_proxy: FaultProxy) -> None:
+    def test_making_an_origin_makes_no_request(
+        self, s3_place: Place, fault_proxy: FaultProxy
+    ) -> None:
         """Nor does looking at it."""
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url)
         pickle.dumps(origin)
@@ -387,13 +470,19 @@ class TestIdentity:
             bodies = place.put_many(some_store())
             origin = place.open()
             assert origin.list_names() == ["mp-1.zarr"]
-            assert fetched(origin, origin.list_objects("mp-1.zarr/")) == fetched(origin, origin.list_objects()) == bodies
+            assert (
+                fetched(origin, origin.list_objects("mp-1.zarr/"))
+                == fetched(origin, origin.list_objects())
+                == bodies
+            )
 
 
 def read_digest(origin: Origin) -> str:
     """What a process sees of a store: its listing and its bytes."""
     objects = origin.list_objects("mp-1.zarr/")
-    return hashlib.sha256(repr((origin.list_names(), objects, sorted(fetched(origin, objects).items()))).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((origin.list_names(), objects, sorted(fetched(origin, objects).items()))).encode()
+    ).hexdigest()
 
 
 def _report(origin: Origin, connection: Any) -> None:
@@ -436,7 +525,9 @@ class TestProcessesAndThreads:
 
     @pytest.mark.parametrize("method", ["fork", "spawn"])
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_an_origin_used_before_works_in_a_child_process(self, place: Place, method: str) -> None:
+    def test_an_origin_used_before_works_in_a_child_process(
+        self, place: Place, method: str
+    ) -> None:
         """DataLoader workers inherit origins whose clients and threads did not come along."""
         place.put_many(some_store())
         origin = place.open()
@@ -462,8 +553,12 @@ def _engine_of_child(origin: Origin, connection: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(("method", "expected"), [("fork", "S3fsEngine"), ("spawn", "ObstoreEngine")])
-def test_a_forked_child_leaves_obstore_alone(s3_server: S3Server, method: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "expected"), [("fork", "S3fsEngine"), ("spawn", "ObstoreEngine")]
+)
+def test_a_forked_child_leaves_obstore_alone(
+    s3_server: S3Server, method: str, expected: str
+) -> None:
     """It hangs where the parent has used it; a spawned child is a new process."""
     origin: Callable[[], Any] = Place("s3://any/data", "auto", s3_server).open
     parent = origin()

@@ -28,12 +28,16 @@ SETTLED_S = 2.1
 
 
 @pytest.fixture(scope="module")
-def uploaded(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[tuple[str, str], Any]]:
+def uploaded(
+    s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict[tuple[str, str], Any]]:
     """Ten stores in a bucket, written a while ago, and what is in them."""
     root, bucket = tmp_path_factory.mktemp("peers"), s3_server.new_bucket()
     values = {}
     for seed, (task_id, role) in enumerate(STORES):
-        values[task_id, role] = small_group(root / role / f"{task_id}.zarr", shape=(4, 3, 8), seed=seed)[ARRAY].ravel()
+        values[task_id, role] = small_group(
+            root / role / f"{task_id}.zarr", shape=(4, 3, 8), seed=seed
+        )[ARRAY].ravel()
     for role in ROLES:
         s3_server.put_tree(root / role, f"s3://{bucket}/{role}")
     (root / "map.json").write_text(json.dumps({"GGA": IDS}))
@@ -42,13 +46,17 @@ def uploaded(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 @pytest.fixture
-def cluster(uploaded: tuple[str, Path, Any], s3_server: S3Server, tmp_path: Path) -> Iterator[Cluster]:
+def cluster(
+    uploaded: tuple[str, Path, Any], s3_server: S3Server, tmp_path: Path
+) -> Iterator[Cluster]:
     """Four nodes with empty caches and a token."""
     bucket, root, _ = uploaded
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("a word that nobody guesses\n".replace(" ", "-"))
-    with start_cluster(NODES, tmp_path, root, f"s3://{bucket}", s3_kwargs=s3_server.s3_kwargs, token_file=token) as cluster:
+    with start_cluster(
+        NODES, tmp_path, root, f"s3://{bucket}", s3_kwargs=s3_server.s3_kwargs, token_file=token
+    ) as cluster:
         yield cluster
 
 
@@ -59,14 +67,22 @@ def gets(log: RequestLog) -> Counter[str]:
 
 def objects(server: S3Server, bucket: str) -> set[str]:
     """Every object of the ten densities."""
-    return {key for key in server.keys(f"s3://{bucket}") if f"/{ARRAY}/" in key and not key.endswith("/.zattrs")}
+    return {
+        key
+        for key in server.keys(f"s3://{bucket}")
+        if f"/{ARRAY}/" in key and not key.endswith("/.zattrs")
+    }
 
 
-def read_all(node: Node, seed: int | None, barrier: Any, answers: Any, block: dict[str, Any]) -> None:
+def read_all(
+    node: Node, seed: int | None, barrier: Any, answers: Any, block: dict[str, Any]
+) -> None:
     """One process on one node: everything, in an order of its own or in that of all others, when all are ready."""
     reader = node.reader(**block)
     assert reader.task_ids == IDS
-    order = range(len(STORES)) if seed is None else np.random.default_rng(seed).permutation(len(STORES))
+    order = (
+        range(len(STORES)) if seed is None else np.random.default_rng(seed).permutation(len(STORES))
+    )
     barrier.wait(120)
     sums = {STORES[i]: float(reader.load(*STORES[i])[0].astype("f8").sum()) for i in order}  # type: ignore[arg-type]
     answers.put((sums, reader.stats))
@@ -77,7 +93,10 @@ def run(nodes: list[Node], *, same_order: bool, **block: Any) -> list[Any]:
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(len(nodes)), context.SimpleQueue()
     processes = [
-        context.Process(target=read_all, args=(node, None if same_order else seed, barrier, answers, block)) for seed, node in enumerate(nodes)
+        context.Process(
+            target=read_all, args=(node, None if same_order else seed, barrier, answers, block)
+        )
+        for seed, node in enumerate(nodes)
     ]
     for process in processes:
         process.start()
@@ -89,7 +108,9 @@ def run(nodes: list[Node], *, same_order: bool, **block: Any) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("same_order", [True, False], ids=["same order", "orders of their own"])
-def test_four_cold_nodes_fetch_every_object_once(cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server, same_order: bool) -> None:
+def test_four_cold_nodes_fetch_every_object_once(
+    cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server, same_order: bool
+) -> None:
     """1.00 GETs an object and cluster, and everybody has the right values."""
     bucket, _, values = uploaded
     log = RequestLog(s3_server, bucket)
@@ -101,12 +122,16 @@ def test_four_cold_nodes_fetch_every_object_once(cluster: Cluster, uploaded: tup
     assert counted.total() / len(counted) == 1.00
     stats = [stats for _, stats in answers]
     assert sum(s.peer_hits for s in stats) == (NODES - 1) * len(STORES)
-    assert [(s.misses, s.hits, s.purges, s.cache_errors, s.bypasses) for s in stats] == [(len(STORES), 0, 0, 0, 0)] * NODES
+    assert [(s.misses, s.hits, s.purges, s.cache_errors, s.bypasses) for s in stats] == [
+        (len(STORES), 0, 0, 0, 0)
+    ] * NODES
     assert sum(len(node.files()) for node in cluster.nodes) == NODES * len(STORES)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_without_peers_each_node_fetches_for_itself(cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server) -> None:
+def test_without_peers_each_node_fetches_for_itself(
+    cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
+) -> None:
     """4.00: what it costs otherwise, and the proof that the counting can fail."""
     bucket = uploaded[0]
     log = RequestLog(s3_server, bucket)
@@ -116,7 +141,9 @@ def test_without_peers_each_node_fetches_for_itself(cluster: Cluster, uploaded: 
     assert set(counted) == objects(s3_server, bucket)
 
 
-def test_node_that_comes_later_asks_s3_for_no_object(cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server) -> None:
+def test_node_that_comes_later_asks_s3_for_no_object(
+    cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
+) -> None:
     """The others have everything, whether they know it from a lease or were warm before they were served; nothing of the home's memory is needed."""
     bucket, _, values = uploaded
     first, *_, last = cluster.nodes
@@ -133,7 +160,9 @@ def test_node_that_comes_later_asks_s3_for_no_object(cluster: Cluster, uploaded:
     assert (again.stats.hits, again.stats.peer_hits) == (1, 0)
 
 
-def test_full_node_takes_entries_into_memory(cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server) -> None:
+def test_full_node_takes_entries_into_memory(
+    cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
+) -> None:
     """It cannot keep them, and S3 is spared all the same."""
     bucket, _, values = uploaded
     first, second, *_ = cluster.nodes
@@ -144,7 +173,9 @@ def test_full_node_takes_entries_into_memory(cluster: Cluster, uploaded: tuple[s
     assert (gets(log), reader.stats.peer_hits, reader.stats.bypasses) == ({}, 1, 1)
 
 
-def test_nodes_that_can_keep_nothing_wait_for_nobody(cluster: Cluster, uploaded: tuple[str, Path, Any]) -> None:
+def test_nodes_that_can_keep_nothing_wait_for_nobody(
+    cluster: Cluster, uploaded: tuple[str, Path, Any]
+) -> None:
     """Who fetched it says that it cannot keep it, and the next one does not look for it there."""
     values = uploaded[2]
     for node in cluster.nodes:
@@ -153,7 +184,9 @@ def test_nodes_that_can_keep_nothing_wait_for_nobody(cluster: Cluster, uploaded:
         assert (reader.stats.peer_hits, reader.stats.bypasses) == (0, 1)
 
 
-def test_entry_that_its_holder_has_evicted_is_fetched_again(cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server) -> None:
+def test_entry_that_its_holder_has_evicted_is_fetched_again(
+    cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
+) -> None:
     """The home still says who has had it; it is told that this is over."""
     bucket = uploaded[0]
     first, second, third, _ = cluster.nodes
@@ -167,7 +200,9 @@ def test_entry_that_its_holder_has_evicted_is_fetched_again(cluster: Cluster, up
     assert set(gets(log).values()) == {1}
 
 
-def test_entry_comes_from_the_lower_layer_before_any_node_is_asked(cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server) -> None:
+def test_entry_comes_from_the_lower_layer_before_any_node_is_asked(
+    cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
+) -> None:
     """Another cache directory, which nothing is written to."""
     bucket, _, values = uploaded
     lower, node, *_ = cluster.nodes
@@ -181,7 +216,9 @@ def test_entry_comes_from_the_lower_layer_before_any_node_is_asked(cluster: Clus
         assert np.array_equal(reader.load(task_id, role)[0], wanted)  # type: ignore[arg-type]
     assert gets(log) == {}
     assert (reader.stats.lower_hits, reader.stats.peer_hits) == (10, 0)
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in entries.rglob("*")} == before
+    assert {
+        path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in entries.rglob("*")
+    } == before
 
 
 @pytest.mark.parametrize("place", ["peer", "lower"])
@@ -194,7 +231,9 @@ def test_entry_of_an_older_version_is_not_taken_by_who_asks_the_origin(
         small_group(tmp_path / role / "mp-1.zarr", seed=1)
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1"]}))
-    with start_cluster(2, tmp_path, tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.s3_kwargs) as cluster:
+    with start_cluster(
+        2, tmp_path, tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.s3_kwargs
+    ) as cluster:
         old_node, node = cluster.nodes
         old, _ = old_node.reader().load("mp-1", "data")
         new = small_group(tmp_path / "data" / "mp-1.zarr", seed=2)[ARRAY].ravel()
@@ -207,5 +246,7 @@ def test_entry_of_an_older_version_is_not_taken_by_who_asks_the_origin(
             reader.ensure("mp-1", "data")
         assert np.array_equal(reader.load("mp-1", "data")[0], new)
         assert (reader.stats.peer_hits, reader.stats.lower_hits, reader.stats.purges) == (0, 0, 0)
-        never = Node(node.root, node.url, node.s3_kwargs, {**node.cache, "dir": tmp_path / "third"}).reader(lower=old_node.directory)
+        never = Node(
+            node.root, node.url, node.s3_kwargs, {**node.cache, "dir": tmp_path / "third"}
+        ).reader(lower=old_node.directory)
         assert np.array_equal(never.load("mp-1", "data")[0], old)

@@ -14,7 +14,7 @@ import pytest
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read, small_group
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader
-from zarrcache.origin import open_origin
+from zarrcache.origin._s3 import open_origin
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class Secrets:
 
 
 @pytest.fixture(params=["environment", "profile", "profile of the environment"])
-def secrets(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Secrets:
+def secrets(
+    request: pytest.FixtureRequest,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Secrets:
     """Credentials that the server takes: of its own, or, if it takes any, of names that occur nowhere else."""
     key, secret = ("A-KEY-OF-THIS-TEST", "a-secret-of-this-test")
     if s3_server.checks_credentials:
@@ -36,7 +41,9 @@ def secrets(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path,
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     else:
-        (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+        (tmp_path / "credentials").write_text(
+            f"[lab]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+        )
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
         if request.param == "profile":
             kwargs["profile"] = "lab"
@@ -49,20 +56,36 @@ def secrets(request: pytest.FixtureRequest, s3_server: S3Server, tmp_path: Path,
 def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Any:
     """``reader_of(s3_kwargs, engine)`` is a reader of two materials on S3."""
     for role, i in itertools.product(("data", "label"), range(2)):
-        small_group(tmp_path / role / f"mp-{i}.zarr", shape=(4, 4, 4), seed=i + 10 * (role == "label"))
+        small_group(
+            tmp_path / role / f"mp-{i}.zarr", shape=(4, 4, 4), seed=i + 10 * (role == "label")
+        )
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0", "mp-1"]}))
 
     def make(s3_kwargs: dict[str, Any], engine: str) -> ZarrS3Reader:
-        url, cache = f"s3://{bucket}", {"dir": tmp_path / engine, "min_free": 0, "fetch": {"engine": engine}}
-        return ZarrS3Reader(f"{url}/data", f"{url}/label", tmp_path / "map.json", "GGA", False, 0.5, s3_kwargs=s3_kwargs, cache=cache)
+        url, cache = (
+            f"s3://{bucket}",
+            {"dir": tmp_path / engine, "min_free": 0, "fetch": {"engine": engine}},
+        )
+        return ZarrS3Reader(
+            f"{url}/data",
+            f"{url}/label",
+            tmp_path / "map.json",
+            "GGA",
+            False,
+            0.5,
+            s3_kwargs=s3_kwargs,
+            cache=cache,
+        )
 
     return make
 
 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
-def test_no_secret_that_was_found_travels(reader_of: Any, secrets: Secrets, bucket: str, tmp_path: Path, engine: str) -> None:
+def test_no_secret_that_was_found_travels(
+    reader_of: Any, secrets: Secrets, bucket: str, tmp_path: Path, engine: str
+) -> None:
     """Reader, datasets, caches and origins, before their clients are opened and after; what comes out of the pickle reads all the same."""
     reader = reader_of(secrets.s3_kwargs, engine)
     origin = open_origin(f"s3://{bucket}/data", s3_kwargs=secrets.s3_kwargs)
@@ -73,18 +96,31 @@ def test_no_secret_that_was_found_travels(reader_of: Any, secrets: Secrets, buck
             group["charge_density_total"][:2]
             origin.list_names()
         train = reader.data_split()[0]
-        for thing in (reader, reader.tiers, reader.origin("data"), ZarrDataset(reader, "all"), RhoData(*train), origin):
+        for thing in (
+            reader,
+            reader.tiers,
+            reader.origin("data"),
+            ZarrDataset(reader, "all"),
+            RhoData(*train),
+            origin,
+        ):
             raw = pickle.dumps(thing)
             found = [word for word in secrets.words if word.encode() in raw or word in repr(thing)]
             assert not found, f"{type(thing).__name__}, used: {used}"
     again = pickle.loads(pickle.dumps(reader))
-    assert (again.load("mp-1", "label")[0] == plain_read(tmp_path / "label" / "mp-1.zarr").ravel()).all()
+    assert (
+        again.load("mp-1", "label")[0] == plain_read(tmp_path / "label" / "mp-1.zarr").ravel()
+    ).all()
 
 
-def test_a_secret_that_was_given_travels_and_is_shown_nowhere(reader_of: Any, s3_server: S3Server) -> None:
+def test_a_secret_that_was_given_travels_and_is_shown_nowhere(
+    reader_of: Any, s3_server: S3Server
+) -> None:
     """It has to: the worker could find it nowhere else. A pickle of such a reader is not for disks; no ``repr`` has it."""
     secret = s3_server.secret if s3_server.checks_credentials else "a-secret-of-this-test"
     key = s3_server.key if s3_server.checks_credentials else "A-KEY-OF-THIS-TEST"
-    reader = reader_of({"endpoint_url": s3_server.endpoint_url, "key": key, "secret": secret}, "s3fs")
+    reader = reader_of(
+        {"endpoint_url": s3_server.endpoint_url, "key": key, "secret": secret}, "s3fs"
+    )
     assert secret.encode() in pickle.dumps(reader)
     assert secret not in repr(reader) + repr(vars(reader.origin("data")))

@@ -54,10 +54,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "uncompressed": {"shape": (7, 5, 6), "compressors": None},
     "uncompressed-v3": {"shape": (7, 5, 8), "compressors": None, "zarr_format": 3},
     "slashes": {"shape": (7, 6, 5), "chunk_key_encoding": {"name": "v2", "separator": "/"}},
-    "transposed-v3": {"shape": (7, 6, 8), "zarr_format": 3, "filters": [zarr.codecs.TransposeCodec(order=(2, 0, 1))]},
+    "transposed-v3": {
+        "shape": (7, 6, 8),
+        "zarr_format": 3,
+        "filters": [zarr.codecs.TransposeCodec(order=(2, 0, 1))],
+    },
     "one-chunk": {"shape": (7, 8, 5), "chunks": (7, 8, 5)},
     "sparse": {"arrays": {"charge_density_total": sparse((7, 8, 6))}},
-    "sparse-v3": {"arrays": {"charge_density_total": sparse((8, 5, 6))}, "zarr_format": 3, "fill_value": 2.5},
+    "sparse-v3": {
+        "arrays": {"charge_density_total": sparse((8, 5, 6))},
+        "zarr_format": 3,
+        "fill_value": 2.5,
+    },
     "awkward": {"arrays": {"charge_density_total": awkward((8, 5, 7))}},
 }
 IDS = [f"mp-{name}" for name in LAYOUTS]
@@ -91,7 +99,9 @@ class World:
             "train_fraction": 0.7,
             "s3_kwargs": self.server.kwargs_at(self.endpoint_url),
         }
-        settings = {"fetch": {"engine": engine}, "min_free": 0, **cache} if cache is not None else None
+        settings = (
+            {"fetch": {"engine": engine}, "min_free": 0, **cache} if cache is not None else None
+        )
         return ZarrS3Reader(**arguments | changes, cache=settings)
 
 
@@ -128,7 +138,9 @@ def assert_parity(world: World, reader: ZarrS3Reader) -> None:
     wanted_split = train_test_split(world.ids, train_size=0.7, random_state=42)
     assert reader.task_ids == world.ids
     assert reader.missing == ()
-    for ids, (data, label, gs_data, gs_label) in zip(wanted_split, reader.data_split(), strict=True):
+    for ids, (data, label, gs_data, gs_label) in zip(
+        wanted_split, reader.data_split(), strict=True
+    ):
         assert len(data) == len(label) == len(gs_data) == len(gs_label) == len(ids)
         for i, task_id in enumerate(ids):
             for role, values, gridsize in (("data", data, gs_data), ("label", label, gs_label)):
@@ -153,17 +165,24 @@ class TestEveryState:
         assert_parity(world, world.reader(place, None))
 
     @pytest.mark.parametrize("place", PLACES)
-    def test_cold_and_warm_reads_are_plain_reads(self, world: World, place: str, tmp_path: Path) -> None:
+    def test_cold_and_warm_reads_are_plain_reads(
+        self, world: World, place: str, tmp_path: Path
+    ) -> None:
         """The first pass fills the array tier, the second and a new reader's come from it."""
         reader = world.reader(place, {"dir": tmp_path})
         assert_parity(world, reader)
-        assert (reader.stats.misses, reader.stats.hits) == (4 * len(IDS), 0)  # as they are, and divided: an entry each
+        assert (reader.stats.misses, reader.stats.hits) == (
+            4 * len(IDS),
+            0,
+        )  # as they are, and divided: an entry each
         again = world.reader(place, {"dir": tmp_path})
         assert_parity(world, again)
         assert (again.stats.misses, again.stats.requests) == (0, 0)
 
     @pytest.mark.parametrize("place", ["local", "local and obstore"])
-    def test_half_warm_reads_are_plain_reads(self, world: World, place: str, tmp_path: Path) -> None:
+    def test_half_warm_reads_are_plain_reads(
+        self, world: World, place: str, tmp_path: Path
+    ) -> None:
         """Some entries are there and some are not, inputs and labels not alike."""
         before = world.reader(place, {"dir": tmp_path})
         for i, task_id in enumerate(IDS):
@@ -174,7 +193,9 @@ class TestEveryState:
         assert 0 < reader.stats.misses < 4 * len(IDS)
         assert reader.stats.hits > 0
 
-    def test_reads_of_a_directory_through_the_byte_tier_are_plain_reads(self, world: World, tmp_path: Path) -> None:
+    def test_reads_of_a_directory_through_the_byte_tier_are_plain_reads(
+        self, world: World, tmp_path: Path
+    ) -> None:
         """Without the array tier zarr itself decodes, over cached objects; cold and warm. The offline test below does it for S3."""
         place, settings = "local", {"dir": tmp_path, "arrays": {"enabled": False}}
         assert_parity(world, world.reader(place, settings))
@@ -183,7 +204,9 @@ class TestEveryState:
         assert (warm.stats.requests, warm.stats.byte_misses) == (0, 0)
 
     @pytest.mark.parametrize("place", ["local", "obstore"])
-    def test_reads_that_are_not_admitted_are_plain_reads(self, world: World, place: str, tmp_path: Path) -> None:
+    def test_reads_that_are_not_admitted_are_plain_reads(
+        self, world: World, place: str, tmp_path: Path
+    ) -> None:
         """A limit that holds a few of them: the rest comes from the origin each time."""
         reader = world.reader(place, {"dir": tmp_path, "limit": "64 KiB"})
         assert_parity(world, reader)
@@ -194,8 +217,12 @@ class TestEveryState:
         assert again.stats.hits > 0
 
 
-@pytest.mark.parametrize(("engine", "tier"), [("obstore", "arrays"), ("s3fs", "arrays"), ("obstore", "bytes")])
-def test_offline_reads_are_plain_reads(world: World, fault_proxy: FaultProxy, tmp_path: Path, engine: str, tier: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "tier"), [("obstore", "arrays"), ("s3fs", "arrays"), ("obstore", "bytes")]
+)
+def test_offline_reads_are_plain_reads(
+    world: World, fault_proxy: FaultProxy, tmp_path: Path, engine: str, tier: str
+) -> None:
     """A new reader, with connections refused: the split, the order and every array, from either tier."""
     settings = {"dir": tmp_path / "cache", "arrays": {"enabled": tier == "arrays"}}
     online = replace(world, endpoint_url=fault_proxy.endpoint_url)
@@ -235,7 +262,9 @@ def test_divided_densities_have_numpys_bits_for_any_number_of_points(tmp_path: P
     reader = ZarrS3Reader(tmp_path, tmp_path, tmp_path / "map.json", "GGA", True, 0.8)
     for _ in range(60):
         shape = tuple(int(n) for n in rng.integers(1, 31, 3))
-        values = (rng.standard_normal(shape) * 10.0 ** rng.integers(-44, 38, shape)).astype(np.float32)
+        values = (rng.standard_normal(shape) * 10.0 ** rng.integers(-44, 38, shape)).astype(
+            np.float32
+        )
         group = zarr.create_group(zarr.storage.MemoryStore(), zarr_format=2)
         group.create_array("charge_density_total", data=values, chunks=shape, compressors=None)
         got, _ = reader.read_charge_density(group)

@@ -40,8 +40,18 @@ class Node:
 
     def reader(self, **changes: Any) -> ZarrS3Reader:
         url = f"s3://{self.bucket}"
-        arguments = {"data_dir": f"{url}/data", "label_dir": f"{url}/label", "map_dir": self.map_path, "functional": "GGA"}
-        options = {"normalize": True, "train_fraction": 0.5, "s3_kwargs": self.s3_kwargs, "cache": self.cache}
+        arguments = {
+            "data_dir": f"{url}/data",
+            "label_dir": f"{url}/label",
+            "map_dir": self.map_path,
+            "functional": "GGA",
+        }
+        options = {
+            "normalize": True,
+            "train_fraction": 0.5,
+            "s3_kwargs": self.s3_kwargs,
+            "cache": self.cache,
+        }
         return ZarrS3Reader(**arguments | options | changes)
 
 
@@ -67,13 +77,21 @@ def node(uploaded: tuple[str, Path], s3_server: S3Server, tmp_path: Path) -> Nod
 
 def expected_gets(server: S3Server, bucket: str, ids: list[str]) -> Counter[str]:
     """Each object of the densities, once; their attributes are not needed."""
-    keys = (key for role, task_id in itertools.product(ROLES, ids) for key in server.keys(f"s3://{bucket}/{role}/{task_id}.zarr/{ARRAY}/"))
+    keys = (
+        key
+        for role, task_id in itertools.product(ROLES, ids)
+        for key in server.keys(f"s3://{bucket}/{role}/{task_id}.zarr/{ARRAY}/")
+    )
     return Counter(key for key in keys if not key.endswith("/.zattrs"))
 
 
 def read_all(reader: ZarrS3Reader) -> float:
     """One pass over both sides of the split, as an epoch and a validation read it; a sum over everything."""
-    return sum(float(values.sum()) for sets in reader.data_split() for values in itertools.chain(sets[0], sets[1]))
+    return sum(
+        float(values.sum())
+        for sets in reader.data_split()
+        for values in itertools.chain(sets[0], sets[1])
+    )
 
 
 def read_all_as_a_new_process(node: Node) -> tuple[float, int]:
@@ -93,14 +111,18 @@ def read_all_at_once(node: Node, barrier: Any, answers: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
-def test_cold_pass_is_a_list_per_directory_and_store_and_a_get_per_object(node: Node, s3_server: S3Server, engine: str) -> None:
+def test_cold_pass_is_a_list_per_directory_and_store_and_a_get_per_object(
+    node: Node, s3_server: S3Server, engine: str
+) -> None:
     """Nothing twice, no HEAD, and nothing of the arrays that were not asked for."""
     wanted = expected_gets(s3_server, node.bucket, IDS)
     assert len(wanted) == 2 * 4 * 9  # .zarray and eight chunks each
     log = RequestLog(s3_server, node.bucket)
     reader = node.reader(cache=node.cache | {"fetch": {"engine": engine}})
     read_all(reader)
-    assert log.paths("LIST") == Counter([*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)])
+    assert log.paths("LIST") == Counter(
+        [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)]
+    )
     assert log.paths("GET") == wanted
     assert len(log.seen()) == 2 + 8 + len(wanted) == reader.stats.requests
 
@@ -120,17 +142,35 @@ def test_split_alone_costs_the_listing_of_two_directories(node: Node, s3_server:
     log = RequestLog(s3_server, node.bucket)
     for sets in node.reader(cache=None).data_split():
         assert [len(s) for s in sets] == [2, 2, 2, 2]
-    assert [(r.op, r.path) for r in log.seen()] == [("LIST", f"{node.bucket}/data/"), ("LIST", f"{node.bucket}/label/")]
+    assert [(r.op, r.path) for r in log.seen()] == [
+        ("LIST", f"{node.bucket}/data/"),
+        ("LIST", f"{node.bucket}/label/"),
+    ]
 
 
-def test_directory_of_more_than_a_thousand_stores_is_listed_by_the_page(bucket: str, s3_server: S3Server, node: Node) -> None:
+def test_directory_of_more_than_a_thousand_stores_is_listed_by_the_page(
+    bucket: str, s3_server: S3Server, node: Node
+) -> None:
     """A thousand stores a request, whatever is in them."""
     client = s3_server.client()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: client.put_object(Bucket=bucket, Key=f"all/mp-{i}.zarr/.zgroup", Body=b"{}"), range(1001)))
-    node.map_path.with_name("many.json").write_text(json.dumps({"GGA": [f"mp-{i}" for i in range(1001)]}))
+        list(
+            pool.map(
+                lambda i: client.put_object(
+                    Bucket=bucket, Key=f"all/mp-{i}.zarr/.zgroup", Body=b"{}"
+                ),
+                range(1001),
+            )
+        )
+    node.map_path.with_name("many.json").write_text(
+        json.dumps({"GGA": [f"mp-{i}" for i in range(1001)]})
+    )
     log = RequestLog(s3_server, bucket)
-    reader = node.reader(data_dir=f"s3://{bucket}/all", label_dir=f"s3://{bucket}/all", map_dir=node.map_path.with_name("many.json"))
+    reader = node.reader(
+        data_dir=f"s3://{bucket}/all",
+        label_dir=f"s3://{bucket}/all",
+        map_dir=node.map_path.with_name("many.json"),
+    )
     assert len(reader.task_ids) == 1001
     assert log.paths("LIST")["all/"] == len(log.seen()) <= 2 * 2
 
@@ -150,12 +190,16 @@ def test_warm_groups_make_no_request(node: Node, s3_server: S3Server) -> None:
 
     def use(reader: ZarrS3Reader) -> tuple[dict[str, Any], float]:
         group = reader.read_zarr_store(f"s3://{node.bucket}/data/mp-1.zarr")
-        return reader.get_metadata(group), float(np.asarray(group["charge_density_diff"][:2, :2, :2]).sum())  # type: ignore[index]
+        return reader.get_metadata(group), float(
+            np.asarray(group["charge_density_diff"][:2, :2, :2]).sum()
+        )  # type: ignore[index]
 
     log = RequestLog(s3_server, node.bucket)
     want = use(node.reader())
     assert max(log.paths("GET").values()) == 1
-    assert not any(ARRAY in path and not path.endswith((".zarray", ".zattrs")) for path in log.paths("GET"))
+    assert not any(
+        ARRAY in path and not path.endswith((".zarray", ".zattrs")) for path in log.paths("GET")
+    )
     log = RequestLog(s3_server, node.bucket)
     assert use(node.reader()) == want
     assert log.seen() == []
@@ -169,7 +213,9 @@ def test_eight_cold_processes_fetch_every_object_once(node: Node, s3_server: S3S
     log = RequestLog(s3_server, node.bucket)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(8), context.SimpleQueue()
-    processes = [context.Process(target=read_all_at_once, args=(node, barrier, answers)) for _ in range(8)]
+    processes = [
+        context.Process(target=read_all_at_once, args=(node, barrier, answers)) for _ in range(8)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -181,20 +227,28 @@ def test_eight_cold_processes_fetch_every_object_once(node: Node, s3_server: S3S
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a machine with fewer cores
-def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(node: Node, s3_server: S3Server) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 4 worker processes"
+)  # on a machine with fewer cores
+def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
+    node: Node, s3_server: S3Server
+) -> None:
     """Each worker wants each sample; the parent lists the directories and does nothing else."""
     wanted = expected_gets(s3_server, node.bucket, IDS)
     log = RequestLog(s3_server, node.bucket)
     reader = node.reader()
     both = ConcatDataset([RhoData(*sets, data_augmentation=False) for sets in reader.data_split()])
     # Batch i goes to worker i % 4: sample 0 for all four, then sample 1 for all four, ...
-    loader = DataLoader(both, batch_size=None, sampler=[i for i in range(4) for _ in range(4)], num_workers=4)
+    loader = DataLoader(
+        both, batch_size=None, sampler=[i for i in range(4) for _ in range(4)], num_workers=4
+    )
     tensors = [data for data, _ in loader]
     assert len(tensors) == 16
     assert all(torch.equal(tensors[i], tensors[i // 4 * 4]) for i in range(16))
     assert log.paths("GET") == wanted
-    assert log.paths("LIST") == Counter([*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)])
+    assert log.paths("LIST") == Counter(
+        [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)]
+    )
     parent = reader.tiers.counters.snapshot()
     assert (parent.requests, parent.misses, parent.hits) == (2, 0, 0)
     assert (reader.stats.misses, reader.stats.hits) == (8, 24)

@@ -19,7 +19,13 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache import OriginAccessError, OriginNotFoundError, OriginUnavailableError, RhoData, ZarrS3Reader
+from zarrcache import (
+    OriginAccessError,
+    OriginNotFoundError,
+    OriginUnavailableError,
+    RhoData,
+    ZarrS3Reader,
+)
 
 IDS = ["mp-1", "mp-2"]
 ROLES = ("data", "label")
@@ -38,12 +44,33 @@ class Place:
     def url(self) -> str:
         return f"s3://{self.bucket}" if self.server else str(self.root / "origin")
 
-    def reader(self, revalidate: str, *, arrays: bool = True, endpoint_url: str = "") -> ZarrS3Reader:
-        cache = {"dir": self.root / "cache", "min_free": 0, "revalidate": revalidate, "arrays": {"enabled": arrays}, "retry": {"attempts": 1}}
-        kwargs = self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
-        return ZarrS3Reader(f"{self.url}/data", f"{self.url}/label", self.root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache)
+    def reader(
+        self, revalidate: str, *, arrays: bool = True, endpoint_url: str = ""
+    ) -> ZarrS3Reader:
+        cache = {
+            "dir": self.root / "cache",
+            "min_free": 0,
+            "revalidate": revalidate,
+            "arrays": {"enabled": arrays},
+            "retry": {"attempts": 1},
+        }
+        kwargs = (
+            self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
+        )
+        return ZarrS3Reader(
+            f"{self.url}/data",
+            f"{self.url}/label",
+            self.root / "map.json",
+            "GGA",
+            False,
+            1,
+            s3_kwargs=kwargs,
+            cache=cache,
+        )
 
-    def write(self, role: str, task_id: str, seed: int, shape: tuple[int, int, int] = (6, 5, 7)) -> NDArray[np.float32]:
+    def write(
+        self, role: str, task_id: str, seed: int, shape: tuple[int, int, int] = (6, 5, 7)
+    ) -> NDArray[np.float32]:
         """Replace a store; its values, flat."""
         self.delete(role, task_id)
         path = self.root / "origin" / role / f"{task_id}.zarr"
@@ -64,7 +91,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Version 1 of everything."""
     place = Place(tmp_path, None, "")
     if request.param == "s3":
-        place = Place(tmp_path, request.getfixturevalue("s3_server"), request.getfixturevalue("bucket"))
+        place = Place(
+            tmp_path, request.getfixturevalue("s3_server"), request.getfixturevalue("bucket")
+        )
     return fill(place)
 
 
@@ -86,7 +115,9 @@ def fill(place: Place) -> Place:
 class TestOverwrittenOrigin:
     """What a reader gives after a store was replaced at the origin."""
 
-    def test_never_gives_what_is_warm_until_it_is_warmed_again(self, place: Place, arrays: bool) -> None:
+    def test_never_gives_what_is_warm_until_it_is_warmed_again(
+        self, place: Place, arrays: bool
+    ) -> None:
         """Also in a new process. ``ensure``, which warming calls, fetches the present version into the tier."""
         old, _ = place.reader("never", arrays=arrays).load("mp-1", "data")
         old = old.copy()
@@ -112,7 +143,9 @@ class TestOverwrittenOrigin:
             np.testing.assert_array_equal(reader.load("mp-2", "data")[0], same)
             assert reader.stats.fetched_bytes == fetched
 
-    def test_store_that_was_deleted_is_an_error_not_an_old_density(self, place: Place, arrays: bool) -> None:
+    def test_store_that_was_deleted_is_an_error_not_an_old_density(
+        self, place: Place, arrays: bool
+    ) -> None:
         """With ``epoch``; ``never`` goes on with what it has."""
         reader = place.reader("epoch", arrays=arrays)
         reader.load("mp-1", "data")
@@ -121,7 +154,9 @@ class TestOverwrittenOrigin:
         place.delete("data", "mp-1")
         with pytest.raises(OriginNotFoundError, match=r"data/mp-1\.zarr does not exist"):
             reader.load("mp-1", "data")
-        np.testing.assert_array_equal(place.reader("never", arrays=arrays).load("mp-1", "data")[0], old)
+        np.testing.assert_array_equal(
+            place.reader("never", arrays=arrays).load("mp-1", "data")[0], old
+        )
 
 
 def test_store_that_was_overwritten_while_half_of_it_was_warm_is_read_anew(place: Place) -> None:
@@ -179,15 +214,23 @@ def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
     for persistent in (False, True):
         loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=persistent)
         for seed, shape in ((1, (6, 5, 7)), (2, (7, 5, 4))):
-            want = [place.write(role, task_id, seed + 10 * (role == "label"), shape).reshape(1, *shape) for role in ROLES]  # type: ignore[arg-type]
+            want = [
+                place.write(role, task_id, seed + 10 * (role == "label"), shape).reshape(1, *shape)
+                for role in ROLES
+            ]  # type: ignore[arg-type]
             ((data, label),) = list(loader)
             np.testing.assert_array_equal(data.numpy(), want[0])
             np.testing.assert_array_equal(label.numpy(), want[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(("revalidate", "asked", "arrays"), [("never", 0, True), ("run", 1, True), ("epoch", 3, True), ("run", 1, False)])
-def test_asking_costs_one_list_a_store(s3_place: Place, s3_server: S3Server, revalidate: str, asked: int, arrays: bool) -> None:
+@pytest.mark.parametrize(
+    ("revalidate", "asked", "arrays"),
+    [("never", 0, True), ("run", 1, True), ("epoch", 3, True), ("run", 1, False)],
+)
+def test_asking_costs_one_list_a_store(
+    s3_place: Place, s3_server: S3Server, revalidate: str, asked: int, arrays: bool
+) -> None:
     """Over three epochs with workers that are forked anew for each; nothing that is fresh is fetched. From either tier."""
     for role, task_id in itertools.product(ROLES, IDS):
         s3_place.reader("never", arrays=arrays).load(task_id, role)  # type: ignore[arg-type]
@@ -198,13 +241,17 @@ def test_asking_costs_one_list_a_store(s3_place: Place, s3_server: S3Server, rev
     for _ in range(3):
         assert len(list(loader)) == 1
     below = f"{ARRAY}/" if arrays else ""
-    assert log.paths("LIST") == Counter({f"{r}/{i}.zarr/{below}": asked for r in ROLES for i in reader.split_task_ids()[0] if asked})
+    assert log.paths("LIST") == Counter(
+        {f"{r}/{i}.zarr/{below}": asked for r in ROLES for i in reader.split_task_ids()[0] if asked}
+    )
     assert log.paths("GET") == Counter()
     assert reader.stats.hits == (6 if arrays else 0)
 
 
 @pytest.mark.parametrize("revalidate", ["run", "epoch"])
-def test_origin_that_cannot_be_asked_is_an_error(s3_place: Place, fault_proxy: FaultProxy, revalidate: str) -> None:
+def test_origin_that_cannot_be_asked_is_an_error(
+    s3_place: Place, fault_proxy: FaultProxy, revalidate: str
+) -> None:
     """Who asked for fresh data is not given what may be old."""
     reader = s3_place.reader(revalidate, endpoint_url=fault_proxy.endpoint_url)
     for task_id, role in itertools.product(IDS, ROLES):
@@ -230,7 +277,9 @@ def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptu
     assert place.reader("run").missing == ("mp-1",)
 
 
-def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_read(s3_place: Place, fault_proxy: FaultProxy) -> None:
+def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_read(
+    s3_place: Place, fault_proxy: FaultProxy
+) -> None:
     """The origin lists a new version and then refuses it: the next load asks again, and does not take the old entry for a hit."""
     endpoint_url = fault_proxy.endpoint_url
     s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")
@@ -241,4 +290,6 @@ def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_rea
         run.load("mp-1", "data")
     fault_proxy.rules()
     assert np.array_equal(run.load("mp-1", "data")[0], new)
-    assert np.array_equal(s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")[0], new)
+    assert np.array_equal(
+        s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")[0], new
+    )

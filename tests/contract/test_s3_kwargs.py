@@ -19,7 +19,7 @@ from tests.support.faultproxy import FaultProxy
 from tests.support.s3server import S3Server
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import OriginError, OriginNotFoundError
-from zarrcache.origin import make_s3fs, open_origin
+from zarrcache.origin._s3 import make_s3fs, open_origin
 
 #: For servers that never get to look at them.
 CREDENTIALS = {"key": "THEKEY", "secret": "the-secret"}
@@ -49,7 +49,9 @@ Known = Callable[[str], dict[str, str]]
 @pytest.fixture
 def url(s3_server: S3Server, bucket: str) -> str:
     """A public object, so that anonymous requests are answered too."""
-    s3_server.client().put_object(Bucket=bucket, Key="data/x", Body=b"0123456789", ACL="public-read")
+    s3_server.client().put_object(
+        Bucket=bucket, Key="data/x", Body=b"0123456789", ACL="public-read"
+    )
     return f"s3://{bucket}/data"
 
 
@@ -66,9 +68,13 @@ def known(s3_server: S3Server) -> Known:
 
 
 @pytest.fixture
-def aws_files(tmp_path: Path, fault_proxy: FaultProxy, known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+def aws_files(
+    tmp_path: Path, fault_proxy: FaultProxy, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A user's AWS config file."""
-    (tmp_path / "config").write_text(CONFIG.format(endpoint=fault_proxy.endpoint_url, lab=known("LABKEY"), gate=known("GATEKEY")))
+    (tmp_path / "config").write_text(
+        CONFIG.format(endpoint=fault_proxy.endpoint_url, lab=known("LABKEY"), gate=known("GATEKEY"))
+    )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
 
 
@@ -82,12 +88,22 @@ def arrived(proxy: FaultProxy, url: str, s3_kwargs: dict[str, Any]) -> dict[str,
             fs = make_s3fs({**s3_kwargs, "skip_instance_cache": True})
             fs.call_s3("get_object", Bucket=bucket, Key=f"{prefix}/x")
         else:
-            origin = open_origin(url, s3_kwargs=s3_kwargs, fetch=FetchConfig(engine=engine), retry=RetryConfig(attempts=1))
+            origin = open_origin(
+                url,
+                s3_kwargs=s3_kwargs,
+                fetch=FetchConfig(engine=engine),
+                retry=RetryConfig(attempts=1),
+            )
             [obj] = origin.list_objects()
             assert origin.fetch_range(obj, 0, 3) == b"012"
         seen = proxy.seen("GET")[-1]
         headers = {name.lower(): value for name, value in seen.headers.items()}
-        credential = headers.get("authorization", "").partition("Credential=")[2].partition(",")[0].split("/")
+        credential = (
+            headers.get("authorization", "")
+            .partition("Credential=")[2]
+            .partition(",")[0]
+            .split("/")
+        )
         found.append(
             {
                 "key": credential[0],
@@ -102,10 +118,17 @@ def arrived(proxy: FaultProxy, url: str, s3_kwargs: dict[str, Any]) -> dict[str,
     return found[0]
 
 
-def test_key_and_secret_sign_for_us_east_1_by_default(fault_proxy: FaultProxy, url: str, known: Known) -> None:
+def test_key_and_secret_sign_for_us_east_1_by_default(
+    fault_proxy: FaultProxy, url: str, known: Known
+) -> None:
     """As botocore does for an endpoint of one's own."""
     got = arrived(fault_proxy, url, {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url})
-    assert (got["key"], got["region"], got["token"], got["payer"]) == (known("THEKEY")["key"], "us-east-1", "", "")
+    assert (got["key"], got["region"], got["token"], got["payer"]) == (
+        known("THEKEY")["key"],
+        "us-east-1",
+        "",
+        "",
+    )
     assert got["path"] == f"/{url.removeprefix('s3://')}/x"
 
 
@@ -119,10 +142,16 @@ def test_a_token_of_the_environment_is_not_mixed_with_a_given_key(
     assert (got["key"], got["token"]) == (known("THEKEY")["key"], "")
 
 
-def test_credentials_of_the_environment_are_found(fault_proxy: FaultProxy, url: str, known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_of_the_environment_are_found(
+    fault_proxy: FaultProxy, url: str, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All three, and the region."""
     mine = known("MYKEY")
-    for name, value in (("AWS_ACCESS_KEY_ID", mine["key"]), ("AWS_SECRET_ACCESS_KEY", mine["secret"]), ("AWS_SESSION_TOKEN", "my-token")):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", mine["key"]),
+        ("AWS_SECRET_ACCESS_KEY", mine["secret"]),
+        ("AWS_SESSION_TOKEN", "my-token"),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-south-1")
     got = arrived(fault_proxy, url, {"endpoint_url": fault_proxy.endpoint_url})
@@ -131,29 +160,52 @@ def test_credentials_of_the_environment_are_found(fault_proxy: FaultProxy, url: 
 
 def test_a_token_is_sent(fault_proxy: FaultProxy, url: str, known: Known) -> None:
     """Temporary credentials."""
-    assert arrived(fault_proxy, url, {**known("THEKEY"), "token": "tok", "endpoint_url": fault_proxy.endpoint_url})["token"] == "tok"
+    assert (
+        arrived(
+            fault_proxy,
+            url,
+            {**known("THEKEY"), "token": "tok", "endpoint_url": fault_proxy.endpoint_url},
+        )["token"]
+        == "tok"
+    )
 
 
-def test_anon_sends_no_authorization(fault_proxy: FaultProxy, url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anon_sends_no_authorization(
+    fault_proxy: FaultProxy, url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with credentials in the environment; listing needs a policy that this server does not have, so only GET is compared."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "NOT_WANTED")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-wanted")
     [obj] = open_origin(url, s3_kwargs=s3_server.s3_kwargs).list_objects()
     for engine in ("s3fs", "obstore"):
         fault_proxy.reset()
-        origin = open_origin(url, s3_kwargs={"anon": True, "endpoint_url": fault_proxy.endpoint_url}, fetch=FetchConfig(engine=engine))
+        origin = open_origin(
+            url,
+            s3_kwargs={"anon": True, "endpoint_url": fault_proxy.endpoint_url},
+            fetch=FetchConfig(engine=engine),
+        )
         assert origin.fetch_range(obj, 2, 5) == b"234"
         assert [seen.op for seen in fault_proxy.seen()] == ["GET"]
-        assert not {"authorization", "x-amz-security-token"} & {name.lower() for name in fault_proxy.seen()[0].headers}
+        assert not {"authorization", "x-amz-security-token"} & {
+            name.lower() for name in fault_proxy.seen()[0].headers
+        }
 
 
-def test_a_profile_gives_key_token_and_region(fault_proxy: FaultProxy, url: str, known: Known, aws_files: None) -> None:
+def test_a_profile_gives_key_token_and_region(
+    fault_proxy: FaultProxy, url: str, known: Known, aws_files: None
+) -> None:
     """From the AWS config file."""
     got = arrived(fault_proxy, url, {"profile": "lab", "endpoint_url": fault_proxy.endpoint_url})
-    assert (got["key"], got["token"], got["region"]) == (known("LABKEY")["key"], "lab-token", "eu-west-1")
+    assert (got["key"], got["token"], got["region"]) == (
+        known("LABKEY")["key"],
+        "lab-token",
+        "eu-west-1",
+    )
 
 
-def test_a_profile_gives_the_endpoint(fault_proxy: FaultProxy, url: str, known: Known, aws_files: None) -> None:
+def test_a_profile_gives_the_endpoint(
+    fault_proxy: FaultProxy, url: str, known: Known, aws_files: None
+) -> None:
     """Then s3_kwargs need nothing else."""
     got = arrived(fault_proxy, url, {"profile": "gateway"})
     assert got["key"] == known("GATEKEY")["key"]
@@ -161,27 +213,44 @@ def test_a_profile_gives_the_endpoint(fault_proxy: FaultProxy, url: str, known: 
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_the_environment_gives_the_endpoint(name: str, fault_proxy: FaultProxy, url: str, known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_gives_the_endpoint(
+    name: str, fault_proxy: FaultProxy, url: str, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By botocore's names."""
     monkeypatch.setenv(name, fault_proxy.endpoint_url)
-    assert arrived(fault_proxy, url, known("THEKEY"))["host"] == fault_proxy.endpoint_url.removeprefix("http://")
+    assert arrived(fault_proxy, url, known("THEKEY"))[
+        "host"
+    ] == fault_proxy.endpoint_url.removeprefix("http://")
 
 
 def test_requester_pays_is_said(fault_proxy: FaultProxy, url: str, known: Known) -> None:
     """On every request."""
-    got = arrived(fault_proxy, url, {**known("THEKEY"), "requester_pays": True, "endpoint_url": fault_proxy.endpoint_url})
+    got = arrived(
+        fault_proxy,
+        url,
+        {**known("THEKEY"), "requester_pays": True, "endpoint_url": fault_proxy.endpoint_url},
+    )
     assert got["payer"] == "requester"
     for engine in ("s3fs", "obstore"):
         fault_proxy.reset()
-        kwargs = {**known("THEKEY"), "requester_pays": True, "endpoint_url": fault_proxy.endpoint_url}
+        kwargs = {
+            **known("THEKEY"),
+            "requester_pays": True,
+            "endpoint_url": fault_proxy.endpoint_url,
+        }
         origin = open_origin(url, s3_kwargs=kwargs, fetch=FetchConfig(engine=engine))
         origin.list_objects()
         origin.list_objects("x")
-        payers = {seen.op: {k.lower(): v for k, v in seen.headers.items()}.get("x-amz-request-payer") for seen in fault_proxy.seen()}
+        payers = {
+            seen.op: {k.lower(): v for k, v in seen.headers.items()}.get("x-amz-request-payer")
+            for seen in fault_proxy.seen()
+        }
         assert payers == {"LIST": "requester", "HEAD": "requester"}
 
 
-def test_client_kwargs_give_endpoint_region_and_credentials(fault_proxy: FaultProxy, url: str, known: Known) -> None:
+def test_client_kwargs_give_endpoint_region_and_credentials(
+    fault_proxy: FaultProxy, url: str, known: Known
+) -> None:
     """The older way to write them."""
     mine = known("CLIENTKEY")
     client = {
@@ -193,20 +262,39 @@ def test_client_kwargs_give_endpoint_region_and_credentials(fault_proxy: FaultPr
     }
     got = arrived(fault_proxy, url, {"client_kwargs": client})
     assert (got["key"], got["region"], got["token"]) == (mine["key"], "eu-north-1", "client-token")
-    assert open_origin(url, s3_kwargs={"client_kwargs": client}).identity == fault_proxy.endpoint_url
+    assert (
+        open_origin(url, s3_kwargs={"client_kwargs": client}).identity == fault_proxy.endpoint_url
+    )
 
 
-def test_config_kwargs_give_style_signature_and_region(fault_proxy: FaultProxy, url: str, known: Known) -> None:
+def test_config_kwargs_give_style_signature_and_region(
+    fault_proxy: FaultProxy, url: str, known: Known
+) -> None:
     """What obstore can do as well."""
-    config = {"s3": {"addressing_style": "path"}, "signature_version": "s3v4", "region_name": "ap-east-1", "retries": {"max_attempts": 9}}
-    got = arrived(fault_proxy, url, {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url, "config_kwargs": config})
+    config = {
+        "s3": {"addressing_style": "path"},
+        "signature_version": "s3v4",
+        "region_name": "ap-east-1",
+        "retries": {"max_attempts": 9},
+    }
+    got = arrived(
+        fault_proxy,
+        url,
+        {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url, "config_kwargs": config},
+    )
     assert got["region"] == "ap-east-1"
 
 
-def test_username_and_password_are_key_and_secret(fault_proxy: FaultProxy, url: str, known: Known) -> None:
+def test_username_and_password_are_key_and_secret(
+    fault_proxy: FaultProxy, url: str, known: Known
+) -> None:
     """The names of fsspec."""
     mine = known("UKEY")
-    kwargs = {"username": mine["key"], "password": mine["secret"], "endpoint_url": fault_proxy.endpoint_url}
+    kwargs = {
+        "username": mine["key"],
+        "password": mine["secret"],
+        "endpoint_url": fault_proxy.endpoint_url,
+    }
     assert arrived(fault_proxy, url, kwargs)["key"] == mine["key"]
 
 
@@ -219,21 +307,33 @@ def signs_buckets_as_the_server_does(server: S3Server, url: str) -> bool:
     config = Config(signature_version="s3", s3={"addressing_style": "path"})
     credentials = {"aws_access_key_id": server.key, "aws_secret_access_key": server.secret}
     try:
-        boto3.client("s3", endpoint_url=server.endpoint_url, config=config, **credentials).list_objects_v2(Bucket=url.split("/")[2])
+        boto3.client(
+            "s3", endpoint_url=server.endpoint_url, config=config, **credentials
+        ).list_objects_v2(Bucket=url.split("/")[2])
     except ClientError:
         return False
     return True
 
 
-def test_an_older_signature_goes_through_s3fs(fault_proxy: FaultProxy, s3_server: S3Server, url: str, known: Known) -> None:
+def test_an_older_signature_goes_through_s3fs(
+    fault_proxy: FaultProxy, s3_server: S3Server, url: str, known: Known
+) -> None:
     """Engine auto takes the one that can do it. Ceph refuses what botocore signs this way for a bucket, so it is for others to say."""
     if s3_server.checks_credentials and not signs_buckets_as_the_server_does(s3_server, url):
-        pytest.skip("botocore itself is refused by this server when it lists with the older signature")
-    kwargs = {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url, "config_kwargs": {"signature_version": "s3"}}
+        pytest.skip(
+            "botocore itself is refused by this server when it lists with the older signature"
+        )
+    kwargs = {
+        **known("THEKEY"),
+        "endpoint_url": fault_proxy.endpoint_url,
+        "config_kwargs": {"signature_version": "s3"},
+    }
     origin = open_origin(url, s3_kwargs=kwargs)
     [obj] = origin.list_objects()
     assert origin.fetch_range(obj, 0, 2) == b"01"
-    assert {seen.headers["Authorization"].split(":")[0] for seen in fault_proxy.seen()} == {f"AWS {known('THEKEY')['key']}"}
+    assert {seen.headers["Authorization"].split(":")[0] for seen in fault_proxy.seen()} == {
+        f"AWS {known('THEKEY')['key']}"
+    }
 
 
 class _NoSuchBucket(BaseHTTPRequestHandler):
@@ -259,7 +359,9 @@ def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchBucket)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
     server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -270,16 +372,23 @@ def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("engine", ["s3fs", "obstore"])
-def test_certificates_are_checked_unless_one_says_otherwise(engine: str, tls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificates_are_checked_unless_one_says_otherwise(
+    engine: str, tls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """client_kwargs.verify: a file of one's own CA, or False; or AWS_CA_BUNDLE. An unknown certificate is final and says what to set."""
     endpoint_url, ca = tls
 
     def ask(**client: Any) -> None:
         kwargs = {**CREDENTIALS, "endpoint_url": endpoint_url, "client_kwargs": client}
         fetch = FetchConfig(engine=engine, connect_timeout=5.0)
-        open_origin("s3://densities/data", s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=2)).list_objects()
+        open_origin(
+            "s3://densities/data", s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
+        ).list_objects()
 
-    with pytest.raises(OriginError, match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in s3_kwargs") as caught:
+    with pytest.raises(
+        OriginError,
+        match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in s3_kwargs",
+    ) as caught:
         ask()
     assert type(caught.value) is OriginError
     for verify in (ca, False):

@@ -25,7 +25,10 @@ ARRAY = "charge_density_total"
 ROLES = ("data", "label")
 #: What was written within two seconds is listed twice.
 SETTLED_S = 2.1
-SIZES = [pytest.param((20, 5), id="10 of 40"), pytest.param((100, 25), id="50 of 200", marks=pytest.mark.slow)]
+SIZES = [
+    pytest.param((20, 5), id="10 of 40"),
+    pytest.param((100, 25), id="50 of 200", marks=pytest.mark.slow),
+]
 
 
 @dataclass
@@ -49,10 +52,16 @@ class Bucket:
         def one(pair: tuple[str, str]) -> None:
             role, task_id = pair
             path = self.root / f"v{seed}" / role / f"{task_id}.zarr"
-            values = random_density((4, 4, 5), seed=hash((seed, int(task_id[3:]), role == "data")) % 2**31)
+            values = random_density(
+                (4, 4, 5), seed=hash((seed, int(task_id[3:]), role == "data")) % 2**31
+            )
             small_group(path, {ARRAY: values})
             for file in (p for p in path.rglob("*") if p.is_file()):
-                client.put_object(Bucket=self.name, Key=f"{role}/{path.name}/{file.relative_to(path)}", Body=file.read_bytes())
+                client.put_object(
+                    Bucket=self.name,
+                    Key=f"{role}/{path.name}/{file.relative_to(path)}",
+                    Body=file.read_bytes(),
+                )
             self.now[pair] = values
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -63,18 +72,35 @@ class Bucket:
         (self.root / "map.json").write_text(json.dumps({"GGA": self.ids}))
         cache = {"dir": self.root / "cache", "min_free": 0, "revalidate": revalidate}
         url, kwargs = f"s3://{self.name}", self.server.s3_kwargs
-        return ZarrS3Reader(f"{url}/data", f"{url}/label", self.root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache)
+        return ZarrS3Reader(
+            f"{url}/data",
+            f"{url}/label",
+            self.root / "map.json",
+            "GGA",
+            False,
+            1,
+            s3_kwargs=kwargs,
+            cache=cache,
+        )
 
     def stale(self, reader: ZarrS3Reader) -> list[tuple[str, str]]:
         """One epoch; which densities were not what S3 has now."""
-        return [(r, i) for (r, i), v in self.now.items() if not np.array_equal(reader.load(i, r)[0], v.ravel())]  # type: ignore[arg-type]
+        return [
+            (r, i)
+            for (r, i), v in self.now.items()
+            if not np.array_equal(reader.load(i, r)[0], v.ravel())
+        ]  # type: ignore[arg-type]
 
     def listings(self) -> Counter[str]:
         return Counter(f"{role}/{task_id}.zarr/{ARRAY}/" for role, task_id in self.now)
 
     def objects(self, ids: list[str]) -> Counter[str]:
         """Each object of the densities of these materials, once."""
-        keys = (k for role, i in itertools.product(ROLES, ids) for k in self.server.keys(f"s3://{self.name}/{role}/{i}.zarr/{ARRAY}/"))
+        keys = (
+            k
+            for role, i in itertools.product(ROLES, ids)
+            for k in self.server.keys(f"s3://{self.name}/{role}/{i}.zarr/{ARRAY}/")
+        )
         return Counter(key for key in keys if not key.endswith("/.zattrs"))
 
 
@@ -120,7 +146,9 @@ def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_warming_with_revalidate_does_the_same(stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]) -> None:
+def test_warming_with_revalidate_does_the_same(
+    stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]
+) -> None:
     """``zarrcache warm --revalidate``: one LIST a density and one a directory; afterwards ``never`` reads the present version, without a request."""
     n, n_changed = size
     bucket = stores(n)

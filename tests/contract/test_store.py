@@ -18,10 +18,15 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import small_group
 from zarrcache import open_group, open_store
-from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError, OriginUnavailableError
+from zarrcache.cache.cache import Tiers
+from zarrcache.cache.zarr_store import CachedStore
+from zarrcache.errors import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginNotFoundError,
+    OriginUnavailableError,
+)
 from zarrcache.stats import Counters
-from zarrcache.store import CachedStore
-from zarrcache.tiers import Tiers
 
 #: Puts an object at the origin, by the URL of the origin.
 FEED: dict[str, Callable[[str, bytes], object]] = {}
@@ -115,7 +120,10 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
         """In zarr's words, and with the URL."""
         store = CachedStore(**arguments)
         for write in (store.set("foo", cpu.Buffer.from_bytes(b"bar")), store.delete("foo")):
-            with pytest.raises(ValueError, match=r"mp-1\.zarr: store was opened in read-only mode and does not support writing"):
+            with pytest.raises(
+                ValueError,
+                match=r"mp-1\.zarr: store was opened in read-only mode and does not support writing",
+            ):
                 await write
 
     async def test_with_read_only_store(self, arguments: dict[str, Any]) -> None:  # type: ignore[override]
@@ -138,17 +146,33 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
 
 # -- both engines, one server -----------------------------------------------------------------------------------------------------------
 
-SHARDED: dict[str, Any] = {"shape": (64, 64, 64), "chunks": (8, 8, 8), "shards": (64, 64, 64), "zarr_format": 3, "compressors": None}
+SHARDED: dict[str, Any] = {
+    "shape": (64, 64, 64),
+    "chunks": (8, 8, 8),
+    "shards": (64, 64, 64),
+    "zarr_format": 3,
+    "compressors": None,
+}
 BLOCK = 64 * 1024
 
 
 class OnS3:
     """One store on the server and how it is opened."""
 
-    def __init__(self, server: S3Server, bucket: str, engine: str, tmp_path: Path, put_store: Callable[..., dict[str, Any]], **layout: Any) -> None:
+    def __init__(
+        self,
+        server: S3Server,
+        bucket: str,
+        engine: str,
+        tmp_path: Path,
+        put_store: Callable[..., dict[str, Any]],
+        **layout: Any,
+    ) -> None:
         self.url, self.server, self.bucket = f"s3://{bucket}/label/mp-1.zarr", server, bucket
         self.values = put_store(self.url, **layout)["charge_density_total"]
-        self.cache = settings(tmp_path, fetch={"engine": engine}, bytes={"block_size": BLOCK}, retry={"attempts": 1})
+        self.cache = settings(
+            tmp_path, fetch={"engine": engine}, bytes={"block_size": BLOCK}, retry={"attempts": 1}
+        )
 
     def open(self, **changes: Any) -> zarr.Array:
         """As a new process would, with the stored listing if there is one."""
@@ -160,12 +184,20 @@ class OnS3:
 
 
 @pytest.fixture(params=["obstore", "s3fs"])
-def on_s3(request: pytest.FixtureRequest, s3_server: S3Server, bucket: str, tmp_path: Path, put_store: Callable[..., Any]) -> Callable[..., OnS3]:
+def on_s3(
+    request: pytest.FixtureRequest,
+    s3_server: S3Server,
+    bucket: str,
+    tmp_path: Path,
+    put_store: Callable[..., Any],
+) -> Callable[..., OnS3]:
     """``on_s3(**layout)``."""
     return lambda **layout: OnS3(s3_server, bucket, request.param, tmp_path, put_store, **layout)
 
 
-def test_crop_of_a_sharded_store_fetches_the_blocks_it_touches_once(on_s3: Callable[..., OnS3]) -> None:
+def test_crop_of_a_sharded_store_fetches_the_blocks_it_touches_once(
+    on_s3: Callable[..., OnS3],
+) -> None:
     """A MiB in one object: the index at its end and the block of the chunk; again, and by another reader, nothing."""
     store = on_s3(**SHARDED)
     time.sleep(2.1)  # what was written just now is listed twice
@@ -201,7 +233,9 @@ def test_listed_object_that_is_gone_never_becomes_fill_values(on_s3: Callable[..
     store = on_s3(chunks=(4, 4, 4))
     array = store.open()
     store.server.delete(f"{store.url}/charge_density_total/1.1.1")
-    with pytest.raises(IncompleteArrayError, match=r"charge_density_total/1\.1\.1 is listed .* 404"):
+    with pytest.raises(
+        IncompleteArrayError, match=r"charge_density_total/1\.1\.1 is listed .* 404"
+    ):
         array[...]
     again = store.open()
     assert np.array_equal(again[:4], store.values[:4])
@@ -219,7 +253,9 @@ def test_bucket_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3
         array[...]
 
 
-def test_object_that_changed_since_the_listing_is_an_error_until_the_store_is_opened_again(on_s3: Callable[..., OnS3]) -> None:
+def test_object_that_changed_since_the_listing_is_an_error_until_the_store_is_opened_again(
+    on_s3: Callable[..., OnS3],
+) -> None:
     """Old and new chunks are never mixed."""
     store = on_s3(chunks=(4, 4, 4), compressors=None)
     array = store.open()
@@ -247,17 +283,29 @@ def test_stored_listing_and_objects_open_without_the_server(tmp_path: Path) -> N
     with pytest.raises(OriginUnavailableError, match="charge_density_diff/"):
         group["charge_density_diff"][...]  # type: ignore[index]
     with pytest.raises(OriginUnavailableError):
-        open_group(f"s3://{bucket}/mp-1.zarr", s3_kwargs=s3_kwargs, cache=cache.model_copy(update={"revalidate": "run"}))
+        open_group(
+            f"s3://{bucket}/mp-1.zarr",
+            s3_kwargs=s3_kwargs,
+            cache=cache.model_copy(update={"revalidate": "run"}),
+        )
 
 
 # -- a directory ------------------------------------------------------------------------------------------------------------------------
 
-LAYOUTS: list[dict[str, Any]] = [{}, {"zarr_format": 3}, {"consolidated": True}, {"as_zip": True}, {"zarr_format": 3, "shards": (8, 8, 8)}]
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"zarr_format": 3},
+    {"consolidated": True},
+    {"as_zip": True},
+    {"zarr_format": 3, "shards": (8, 8, 8)},
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("cached", [True, False])
-def test_group_of_any_layout_is_what_zarr_opens(tmp_path: Path, layout: dict[str, Any], cached: bool) -> None:
+def test_group_of_any_layout_is_what_zarr_opens(
+    tmp_path: Path, layout: dict[str, Any], cached: bool
+) -> None:
     """Arrays and attributes, with and without a cache, twice."""
     name = "mp-1.zarr.zip" if layout.get("as_zip") else "mp-1.zarr"
     arrays = small_group(tmp_path / name, diff=True, metadata={"functional": "GGA"}, **layout)
@@ -270,11 +318,16 @@ def test_group_of_any_layout_is_what_zarr_opens(tmp_path: Path, layout: dict[str
     assert bool(payload_files(tmp_path)) is cached
 
 
-def test_store_opens_by_path_url_or_file_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_opens_by_path_url_or_file_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A trailing slash, a relative path, ``file://``: one store."""
     small_group(tmp_path / "mp-1.zarr")
     monkeypatch.chdir(tmp_path)
-    stores = [open_store(url) for url in (tmp_path / "mp-1.zarr", "mp-1.zarr/", f"file://{tmp_path}/mp-1.zarr")]
+    stores = [
+        open_store(url)
+        for url in (tmp_path / "mp-1.zarr", "mp-1.zarr/", f"file://{tmp_path}/mp-1.zarr")
+    ]
     assert len(set(stores)) == 1
     assert all("charge_density_total" in zarr.open_group(store, mode="r") for store in stores)
     assert stores[0] != open_store(tmp_path / "mp-2.zarr")

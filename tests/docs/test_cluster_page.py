@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.training import zarrcache
-from zarrcache.synthetic import write_pairs
+from zarrcache.demo.synthetic import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
@@ -22,17 +22,26 @@ COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in 
 def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
     """What the commands do is tested in tests/contract/test_cluster.py and tests/cli/test_slurm.py, over a cluster of two nodes."""
     shown = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
-    used = {(match[1], option) for match in shown if match for option in re.findall(r"--[\w-]+", match[2])}
+    used = {
+        (match[1], option)
+        for match in shown
+        if match
+        for option in re.findall(r"--[\w-]+", match[2])
+    }
     assert {verb for verb, _ in used} == {"convert", "warm"}
     for verb in ("convert", "warm"):
         helped = zarrcache(verb, "--help").out
-        assert {option for its, option in used if its == verb and f"{option} " not in helped} == set()
+        assert {
+            option for its, option in used if its == verb and f"{option} " not in helped
+        } == set()
 
 
 def test_every_file_of_the_page_is_there() -> None:
     """Links, and what its commands run."""
     links = {name.removeprefix("../") for name in re.findall(r"\]\(([\w./-]+)\)", PAGE)}
-    named = links | {word for line in COMMANDS for word in line.split() if word.startswith("configs/")}
+    named = links | {
+        word for line in COMMANDS for word in line.split() if word.startswith("configs/")
+    }
     assert len(named) >= 3
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
@@ -46,5 +55,12 @@ def test_the_python_of_the_page_converts(tmp_path: Path) -> None:
     (script,) = [text for language, text in BLOCKS if language == "python"]
     (tmp_path / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout) == (0, "2 0\n"), done.stderr

@@ -13,7 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "zarrcache", "demo", *arguments], capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "zarrcache", "demo", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
 
 
 def _check(*arguments: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from tests.support.s3server import S3Server
 from zarrcache.config import CacheConfig
-from zarrcache.synthetic import write_pairs
+from zarrcache.demo.synthetic import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,10 @@ class Block:
     text: str
 
 
-BLOCKS = [Block(i, m[1], m[2]) for i, m in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))]
+BLOCKS = [
+    Block(i, m[1], m[2])
+    for i, m in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+]
 #: What is not run here, and what runs it instead.
 ELSEWHERE = {
     "tools/demo\ntools/test\n": "tools/demo is what tests/docs/test_demo.py runs; tools/test is what runs this",
@@ -70,12 +73,16 @@ def _run(command: list[str], home: Path, server: S3Server) -> subprocess.Complet
         "ZARRCACHE_DIR": str(home / "scratch"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, f"{' '.join(command)[:200]}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def test_every_block_and_command_of_the_readme_works_in_its_order(home: Path, s3_server: S3Server) -> None:
+def test_every_block_and_command_of_the_readme_works_in_its_order(
+    home: Path, s3_server: S3Server
+) -> None:
     """Convert, warm, status, train, crops, a loader of one's own: top to bottom, as a reader does it."""
     for block in BLOCKS:
         if block in COMMANDS:
@@ -104,17 +111,27 @@ def test_the_yaml_of_the_readme_is_a_cache_block() -> None:
 @pytest.mark.parametrize("verb", sorted(set(re.findall(r"`zarrcache ([a-z]+)", README))))
 def test_every_verb_of_the_readme_has_help(verb: str) -> None:
     """``zarrcache VERB --help`` exits with 0 and says what it does."""
-    done = subprocess.run([sys.executable, "-m", "zarrcache", verb, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "zarrcache", verb, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert "Usage" in done.stdout
 
 
 def test_every_file_the_readme_names_is_there() -> None:
     """Links and tests that promises lean on."""
-    names = set(re.findall(r"\]\(([\w./-]+)\)", README)) | set(re.findall(r"`((?:tests|tools|docs|configs)/[\w./-]+)`", README))
+    names = set(re.findall(r"\]\(([\w./-]+)\)", README)) | set(
+        re.findall(r"`((?:tests|tools|docs|configs)/[\w./-]+)`", README)
+    )
     assert {n for n in names if not (ROOT / n).exists()} == set()
 
 
 def test_extras_exist() -> None:
     """``pip install '.[convert]'`` and the others that messages name."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert {"convert", "demo", "test"} <= extras.keys()

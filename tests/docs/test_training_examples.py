@@ -23,7 +23,10 @@ from tests.support.stores import small_group
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "training.md").read_text()
-FILES = {m[2]: m[3] for m in re.finditer(r"^```(\w+) (\S+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)}
+FILES = {
+    m[2]: m[3]
+    for m in re.finditer(r"^```(\w+) (\S+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+}
 #: Larger in the document than in the test. Each stands there.
 TOY = {
     'accelerator="gpu"': 'accelerator="cpu"',
@@ -65,8 +68,12 @@ def home(bucket: str, tmp_path: Path) -> Path:
     (tmp_path / "conf").mkdir()
     config = (ROOT / "configs" / "s3_cached.yaml").read_text()
     assert "map.json.gz" in config
-    (tmp_path / "configs" / "s3_cached.yaml").write_text(config.replace("s3://my-bucket", f"s3://{bucket}").replace("map.json.gz", "map.json"))
-    (tmp_path / "data" / "map.json").write_text(json.dumps({"GGA": [f"mp-{number}" for number in range(10)]}))
+    (tmp_path / "configs" / "s3_cached.yaml").write_text(
+        config.replace("s3://my-bucket", f"s3://{bucket}").replace("map.json.gz", "map.json")
+    )
+    (tmp_path / "data" / "map.json").write_text(
+        json.dumps({"GGA": [f"mp-{number}" for number in range(10)]})
+    )
     for name, text in FILES.items():
         for large, small in TOY.items():
             text = text.replace(large, small)
@@ -96,14 +103,34 @@ def script(home: Path, name: str, arguments: list[str]) -> None:
 
 def start(home: Path, name: str, ranks: list[Mapping[str, str]], *arguments: str) -> None:
     """The script in each of the ranks, to its end."""
-    run_ranks(script, (home, name, list(arguments)), ranks, [home / f"{name}.{rank}.log" for rank in range(len(ranks))])
+    run_ranks(
+        script,
+        (home, name, list(arguments)),
+        ranks,
+        [home / f"{name}.{rank}.log" for rank in range(len(ranks))],
+    )
 
 
 def torchrun(ranks: int) -> list[dict[str, str]]:
     """What it sets for each process of one node."""
     port = str(free_port())
-    job = {"TORCHELASTIC_RUN_ID": "docs", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "GROUP_RANK": "0"}
-    return [job | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} for r in range(ranks)]
+    job = {
+        "TORCHELASTIC_RUN_ID": "docs",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "GROUP_RANK": "0",
+    }
+    return [
+        job
+        | {
+            "RANK": str(r),
+            "LOCAL_RANK": str(r),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        for r in range(ranks)
+    ]
 
 
 def slurm(nodes: int) -> list[dict[str, str]]:
@@ -121,7 +148,10 @@ def slurm(nodes: int) -> list[dict[str, str]]:
         "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    return [job | {"SLURM_PROCID": str(node), "SLURM_NODEID": str(node), "SLURM_LOCALID": "0"} for node in range(nodes)]
+    return [
+        job | {"SLURM_PROCID": str(node), "SLURM_NODEID": str(node), "SLURM_LOCALID": "0"}
+        for node in range(nodes)
+    ]
 
 
 def state_of(home: Path) -> tuple[str, int, list[Any]]:
@@ -156,11 +186,21 @@ def test_several_nodes_under_slurm(home: Path, s3_server: S3Server) -> None:
     bin_directory.mkdir()
     (bin_directory / "srun").write_text('#!/bin/bash\necho "$ZARRCACHE_DIR: $*" > srun.log\n')
     (bin_directory / "srun").chmod(stat.S_IRWXU)
-    paths = {"PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}", "SLURM_TMPDIR": str(home / "tmp")}
-    subprocess.run(["bash", "job.sh"], cwd=home, env={**os.environ, **paths}, check=True, timeout=60)
-    assert (home / "srun.log").read_text() == f"{home}/tmp/zarrcache: --distribution=block python train_slurm.py\n"
+    paths = {
+        "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_TMPDIR": str(home / "tmp"),
+    }
+    subprocess.run(
+        ["bash", "job.sh"], cwd=home, env={**os.environ, **paths}, check=True, timeout=60
+    )
+    assert (
+        home / "srun.log"
+    ).read_text() == f"{home}/tmp/zarrcache: --distribution=block python train_slurm.py\n"
 
-    ranks = [environment(home, s3_server) | rank | {"ZARRCACHE_DIR": f"{home}/node{node}"} for node, rank in enumerate(slurm(2))]
+    ranks = [
+        environment(home, s3_server) | rank | {"ZARRCACHE_DIR": f"{home}/node{node}"}
+        for node, rank in enumerate(slurm(2))
+    ]
     start(home, "train_slurm.py", ranks)
     assert state_of(home) == ("node", 2, [])
 
@@ -168,7 +208,13 @@ def test_several_nodes_under_slurm(home: Path, s3_server: S3Server) -> None:
 def test_hydra(home: Path, s3_server: S3Server) -> None:
     """With keys changed on the command line."""
     pytest.importorskip("hydra", reason="needs the extra 'test'")
-    start(home, "train_hydra.py", [environment(home, s3_server) | rank for rank in torchrun(2)], "data.batch_size=2", "data.assignment=node")
+    start(
+        home,
+        "train_hydra.py",
+        [environment(home, s3_server) | rank for rank in torchrun(2)],
+        "data.batch_size=2",
+        "data.assignment=node",
+    )
     assert state_of(home) == ("node", 2, [])
 
 
@@ -195,7 +241,11 @@ def test_look_ahead(home: Path, s3_server: S3Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["python", "train_node.py"], ["torchrun", "--nproc-per-node=2", "train_node.py"]], ids=["python", "torchrun"])
+@pytest.mark.parametrize(
+    "command",
+    [["python", "train_node.py"], ["torchrun", "--nproc-per-node=2", "train_node.py"]],
+    ids=["python", "torchrun"],
+)
 def test_the_commands_themselves(home: Path, s3_server: S3Server, command: list[str]) -> None:
     """Lightning and torchrun start the processes; each imports everything, which takes its time."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -18,10 +18,10 @@ import pytest
 from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_files, settings
 from tests.support.smalldisk import small_disk_at
 from tests.support.stores import small_group
-from zarrcache.arraycache import ArrayCache
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.cache import Tiers
+from zarrcache.cache.zarr_store import CachedStore
 from zarrcache.stats import Counters, Stats
-from zarrcache.store import CachedStore
-from zarrcache.tiers import Tiers
 
 
 def make(tmp_path: Path, **block: Any) -> ArrayCache:
@@ -50,14 +50,18 @@ class Density:
     def open(self, **block: Any) -> None:
         """As a new process would."""
         self.tiers = Tiers(settings(self.tmp_path, **block), Counters())
-        self.store = CachedStore(self.tiers.origin(str(self.tmp_path / "data")), "mp-1.zarr", self.tiers)
+        self.store = CachedStore(
+            self.tiers.origin(str(self.tmp_path / "data")), "mp-1.zarr", self.tiers
+        )
 
     def read(self) -> None:
         """Every value is right, whatever the cache does."""
         import zarr
 
         group = zarr.open_group(self.store, mode="r")
-        assert np.array_equal(group["charge_density_total"][...], self.arrays["charge_density_total"])  # type: ignore[index]
+        assert np.array_equal(
+            group["charge_density_total"][...], self.arrays["charge_density_total"]
+        )  # type: ignore[index]
 
     @property
     def stats(self) -> Stats:
@@ -102,7 +106,9 @@ def link(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, link])
-def test_bad_array_is_purged_counted_and_stored_again(tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_array_is_purged_counted_and_stored_again(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
     """A miss for the reader, a line that names the store, and the next one is a hit."""
     make(tmp_path).put(key_of(1), array_of(1), source="s")
     damage(payload_files(tmp_path)[0])
@@ -129,7 +135,9 @@ def test_swapped_arrays_are_told_by_their_headers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty])
-def test_bad_object_is_purged_counted_and_fetched_again(density: Density, damage: Callable[[Path], None]) -> None:
+def test_bad_object_is_purged_counted_and_fetched_again(
+    density: Density, damage: Callable[[Path], None]
+) -> None:
     """Each of them, once; then they are hits again."""
     files = [path for path in payload_files(density.tmp_path) if path.parts[-3] == "bytes"]
     for path in files:
@@ -145,7 +153,12 @@ def test_bad_object_is_purged_counted_and_fetched_again(density: Density, damage
 def test_swapped_objects_are_told_by_their_checksums(density: Density) -> None:
     """Chunks of one length, under each other's names."""
     files = [path for path in payload_files(density.tmp_path) if path.parts[-3] == "bytes"]
-    path, other = next((a, b) for a in files for b in files if a.stat().st_size == b.stat().st_size and a.read_bytes() != b.read_bytes())
+    path, other = next(
+        (a, b)
+        for a in files
+        for b in files
+        if a.stat().st_size == b.stat().st_size and a.read_bytes() != b.read_bytes()
+    )
     first, second = path.read_bytes(), other.read_bytes()
     path.write_bytes(second)
     other.write_bytes(first)
@@ -197,7 +210,9 @@ def settle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [garbage, halved, emptied, deleted, scribbled])
 @pytest.mark.parametrize("open_already", [False, True], ids=["new process", "running process"])
-def test_broken_index_heals_and_knows_its_entries_again(tmp_path: Path, damage: Callable[[Path], None], open_already: bool) -> None:
+def test_broken_index_heals_and_knows_its_entries_again(
+    tmp_path: Path, damage: Callable[[Path], None], open_already: bool
+) -> None:
     """Hits again after at most a few misses; the volume is what lies on disk; nothing is lost that was whole."""
     cache = make(tmp_path)
     for number in range(8):
@@ -221,7 +236,9 @@ def test_broken_index_heals_and_knows_its_entries_again(tmp_path: Path, damage: 
     assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == 8 * 8192
 
 
-def test_broken_index_of_a_new_process_loses_no_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_index_of_a_new_process_loses_no_entry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is set aside, said once, and rebuilt from the files."""
     cache = make(tmp_path)
     for number in range(8):
@@ -252,7 +269,11 @@ def test_directory_deleted_under_a_running_reader_is_made_again(density: Density
     assert cache.get(key_of(1)) is not None
     assert density.tiers.index is not None
     assert density.tiers.index.volume_bytes() == on_disk_bytes(density.tmp_path)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in root_of(density.tmp_path).rglob("*") if path.is_dir()} == {0o700}
+    assert {
+        stat.S_IMODE(path.stat().st_mode)
+        for path in root_of(density.tmp_path).rglob("*")
+        if path.is_dir()
+    } == {0o700}
     density.open()
     density.read()
     assert density.stats.byte_misses == 0
@@ -312,7 +333,9 @@ def test_full_disk_is_passed_by_and_used_again_when_there_is_room(small_disk: Pa
     assert cache.get(key_of(99)) is not None
 
 
-def test_disk_that_somebody_else_fills_is_passed_by(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_disk_that_somebody_else_fills_is_passed_by(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also the index cannot be written then; the byte tier goes on reading, and all heals when there is room."""
     density = Density(small_disk)
     density.tiers.index.open()  # type: ignore[union-attr]
@@ -340,10 +363,17 @@ def test_disk_that_somebody_else_fills_is_passed_by(small_disk: Path, caplog: py
 def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> None:
     """Remounted read-only, as ext4 does by itself after an error."""
     density = Density(small_disk)
-    filler = get_context("fork").Process(target=density.read)  # not here: a file that is open for writing forbids it
+    filler = get_context("fork").Process(
+        target=density.read
+    )  # not here: a file that is open for writing forbids it
     filler.start()
     filler.join()
-    made = subprocess.run(["mount", "-o", "remount,ro", small_disk / "cache"], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["mount", "-o", "remount,ro", small_disk / "cache"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode != 0:
         pytest.skip("a file system cannot be remounted read-only here")
     try:
@@ -359,8 +389,13 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
 # -- manners --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shared", "dirs", "files", "entries"), [(False, 0o700, 0o600, 0o600), (True, 0o2770, 0o660, 0o640)])
-def test_every_file_has_the_promised_permissions(tmp_path: Path, shared: bool, dirs: int, files: int, entries: int) -> None:
+@pytest.mark.parametrize(
+    ("shared", "dirs", "files", "entries"),
+    [(False, 0o700, 0o600, 0o600), (True, 0o2770, 0o660, 0o640)],
+)
+def test_every_file_has_the_promised_permissions(
+    tmp_path: Path, shared: bool, dirs: int, files: int, entries: int
+) -> None:
     """Entries, objects, locks, and the index with its log. Nobody alters an entry, so nobody else has to be able to."""
     before = os.umask(0o027)
     try:
@@ -370,7 +405,14 @@ def test_every_file_has_the_promised_permissions(tmp_path: Path, shared: bool, d
         assert density.tiers.arrays is not None
         density.tiers.arrays.put(key_of(1), array_of(1), source="s")
         found = [root_of(tmp_path), *root_of(tmp_path).rglob("*")]
-        assert {path.name for path in found} >= {"cache.db", "cache.db-wal", "CACHEDIR.TAG", "entries", "bytes", "locks"}
+        assert {path.name for path in found} >= {
+            "cache.db",
+            "cache.db-wal",
+            "CACHEDIR.TAG",
+            "entries",
+            "bytes",
+            "locks",
+        }
         assert {stat.S_IMODE(path.stat().st_mode) for path in found if path.is_dir()} == {dirs}
         assert {stat.S_IMODE(path.stat().st_mode) for path in payload_files(tmp_path)} == {entries}
         others = [path for path in found if path.is_file() and path not in payload_files(tmp_path)]
@@ -404,5 +446,5 @@ def is_pickle(raw: bytes) -> bool:
     """Whether all of it is one."""
     try:
         return sum(1 for _ in pickletools.genops(raw)) > 1
-    except Exception:  # noqa: BLE001 - whatever a parser says to bytes that are none of its own
+    except Exception:
         return False

@@ -22,10 +22,10 @@ from tests.support.processes import HANG_S, end_all, until, wait_for_all
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read
 from tests.support.training import start
-from zarrcache.chgcar_files import read_density
-from zarrcache.convert import convert_directory, plan_convert
-from zarrcache.storewriter import is_document
-from zarrcache.synthetic import write_pairs
+from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.plan import convert_directory, plan_convert
+from zarrcache.convert.writer import is_document
+from zarrcache.demo.synthetic import write_pairs
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -36,7 +36,7 @@ _TIDIED = f"{Path(resource_tracker.__file__)}:"
 TO_COMPLETE: dict[str, Any] = {"chunks": 16, "workers": 1}
 PROGRAM = """
 import json, sys
-from zarrcache.convert import convert_directory
+from zarrcache.convert.plan import convert_directory
 if __name__ == "__main__":
     src, dst, options = sys.argv[1:]
     print("started", flush=True)
@@ -53,7 +53,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def _converting(directory: Path, source: Path, dst: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def _converting(
+    directory: Path, source: Path, dst: object, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
     """A conversion in a process group of its own, as a terminal or a batch system starts it."""
     program = directory / "program.py"
     program.write_text(PROGRAM)
@@ -86,13 +88,19 @@ def _partials(directory: Path) -> list[Path]:
 
 
 def _check_complete(source: Path, out: Path) -> None:
-    assert [path.name for path in _visible(out)] == sorted(f"{path.name.removesuffix('.CHGCAR')}.zarr" for path in source.iterdir())
+    assert [path.name for path in _visible(out)] == sorted(
+        f"{path.name.removesuffix('.CHGCAR')}.zarr" for path in source.iterdir()
+    )
     assert len(list(out.iterdir())) == 4
     for path in source.iterdir():
-        assert np.array_equal(plain_read(out / f"{path.name.removesuffix('.CHGCAR')}.zarr"), read_density(path).total)
+        assert np.array_equal(
+            plain_read(out / f"{path.name.removesuffix('.CHGCAR')}.zarr"), read_density(path).total
+        )
 
 
-def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(source: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(
+    source: Path, tmp_path: Path
+) -> None:
     """All processes at once, as a batch system does it. The next run sweeps, skips and completes."""
     out = tmp_path / "out"
     with _converting(tmp_path, source, out) as process:
@@ -100,7 +108,10 @@ def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(source: Pat
         _kill(process)
     whole = _visible(out)
     for store in whole:
-        assert np.array_equal(plain_read(store), read_density(source / f"{store.name.removesuffix('.zarr')}.CHGCAR").total)
+        assert np.array_equal(
+            plain_read(store),
+            read_density(source / f"{store.name.removesuffix('.zarr')}.CHGCAR").total,
+        )
     report = convert_directory(source, out, **TO_COMPLETE)
     assert [result.target for result in report.skipped] == [str(store) for store in whole]
     assert report.failed == ()
@@ -115,20 +126,30 @@ def _inode(store: Path) -> int | None:
         return None
 
 
-def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(source: Path, tmp_path: Path) -> None:
+def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(
+    source: Path, tmp_path: Path
+) -> None:
     """Never none, never a mixture: the chunks of old and new differ in number."""
     out = tmp_path / "out"
     convert_directory(source, out, chunks=16, workers=1)
     old = {store.name: _inode(store) for store in _visible(out)}
     with _converting(tmp_path, source, out, overwrite=True) as process:
-        until(lambda: [store for store in _visible(out) if old.get(store.name) not in (None, _inode(store))], process, "new store")
+        until(
+            lambda: [
+                store for store in _visible(out) if old.get(store.name) not in (None, _inode(store))
+            ],
+            process,
+            "new store",
+        )
         _kill(process)
     plan_convert(source, out, workers=1).execute()
     _check_complete(source, out)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(source: Path, tmp_path: Path, workers: int) -> None:
+def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(
+    source: Path, tmp_path: Path, workers: int
+) -> None:
     """The terminal sends it to all of them at once. Only the program itself has something to say, and nothing hidden is left."""
     out = tmp_path / "out"
     with _converting(tmp_path, source, out, workers=workers) as process:
@@ -184,16 +205,21 @@ def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
         (os.killpg if to_all else os.kill)(process.pid, number)
         stdout, stderr = process.communicate(timeout=HANG_S)
         wait_for_all(process)
-        print(f"ended after {time.monotonic() - sent_s:.1f} s")  # noqa: T201
+        print(f"ended after {time.monotonic() - sent_s:.1f} s")
         assert (process.returncode, stdout) == (code, "")
         assert stderr.startswith(f"{word}. {GO_ON}\n")
         assert "Traceback" not in stderr
     assert [path for path in out.iterdir() if path.name.startswith(".")] == []
     for store in _visible(out):
-        assert np.array_equal(plain_read(store), read_density(source / f"{store.name.removesuffix('.zarr')}.CHGCAR").total)
+        assert np.array_equal(
+            plain_read(store),
+            read_density(source / f"{store.name.removesuffix('.zarr')}.CHGCAR").total,
+        )
 
 
-def test_a_worker_that_does_not_finish_in_time_is_killed_and_swept_after(source: Path, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_finish_in_time_is_killed_and_swept_after(
+    source: Path, tmp_path: Path
+) -> None:
     """Here one that is stopped in the middle of a store, as if its disk had gone."""
     out = tmp_path / "out"
     with _command(source, out, "--workers", 2, "--chunks", 2) as process:
@@ -235,7 +261,9 @@ def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_pat
     _check_complete(source, out)
 
 
-def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(s3_server: S3Server, bucket: str, source: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(
+    s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
+) -> None:
     """Chunks without the documents are no store. The next run completes it and leaves no stray object."""
     url = f"s3://{bucket}/label"
     with running_proxy(s3_server.endpoint_url) as proxy:
@@ -247,29 +275,43 @@ def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(s3_server: S3S
     keys = s3_server.keys(url)
     assert len(keys) == 3
     assert not any(is_document(key) for key in keys)
-    s3_server.put(f"{url}/syn-4-0000.zarr/charge_density_total/99.99.99", b"of an older, larger grid")
+    s3_server.put(
+        f"{url}/syn-4-0000.zarr/charge_density_total/99.99.99", b"of an older, larger grid"
+    )
     plan = plan_convert(source, url, chunks=8, workers=1, s3_kwargs=s3_server.s3_kwargs)
     assert plan.skipped == ()
     plan.execute()
     convert_directory(source, tmp_path / "local", chunks=8, workers=1)
-    local = sorted(f"label/{path.relative_to(tmp_path / 'local').as_posix()}" for path in (tmp_path / "local").rglob("*") if path.is_file())
+    local = sorted(
+        f"label/{path.relative_to(tmp_path / 'local').as_posix()}"
+        for path in (tmp_path / "local").rglob("*")
+        if path.is_file()
+    )
     assert s3_server.keys(url) == local
 
 
-def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(s3_server: S3Server, bucket: str, source: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(
+    s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
+) -> None:
     """What was sent of the unfinished store is taken back before the program ends."""
     url = f"s3://{bucket}/label"
-    with _converting(tmp_path, source, url, s3_kwargs=s3_server.s3_kwargs, workers=1, chunks=8) as process:
+    with _converting(
+        tmp_path, source, url, s3_kwargs=s3_server.s3_kwargs, workers=1, chunks=8
+    ) as process:
         until(lambda: s3_server.keys(url), process, "object uploaded")
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == -signal.SIGINT
     assert stderr.rstrip().endswith("KeyboardInterrupt")
     keys = s3_server.keys(url)
-    assert {key.split("/")[1] for key in keys} == {key.split("/")[1] for key in keys if key.endswith("/.zgroup")}
+    assert {key.split("/")[1] for key in keys} == {
+        key.split("/")[1] for key in keys if key.endswith("/.zgroup")
+    }
 
 
-def test_ctrl_c_takes_back_what_was_on_its_way_too(s3_server: S3Server, bucket: str, source: Path, tmp_path: Path) -> None:
+def test_ctrl_c_takes_back_what_was_on_its_way_too(
+    s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
+) -> None:
     """A server may take an object long after its client has gone. A chunk that came last would be an object of no store, for ever."""
     url = f"s3://{bucket}/label"
     with running_proxy(s3_server.endpoint_url) as proxy:

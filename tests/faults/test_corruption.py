@@ -12,17 +12,21 @@ import pytest
 from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_files, settings
 from tests.support.damage import chance_of, damage
 from tests.support.localnode import LocalNode
-from zarrcache.arraycache import ArrayCache
-from zarrcache.bytecache import ByteCache
-from zarrcache.index import Index
-from zarrcache.localorigin import LocalOrigin
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.byte_tier import ByteCache
+from zarrcache.disk.index import Index
+from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters
 
 
 def damages(default: int, slow: int) -> Any:
     """Parameters ``count, seed``: hundreds that are the same each time, and thousands that are others each time."""
     return pytest.mark.parametrize(
-        ("count", "seed"), [pytest.param(default, 4, id=f"{default}"), pytest.param(slow, None, marks=pytest.mark.slow, id=f"{slow}")]
+        ("count", "seed"),
+        [
+            pytest.param(default, 4, id=f"{default}"),
+            pytest.param(slow, None, marks=pytest.mark.slow, id=f"{slow}"),
+        ],
     )
 
 
@@ -34,7 +38,9 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.usefixtures("quiet")
 @damages(600, 6000)
-def test_every_damaged_array_is_found_purged_and_stored_again(tmp_path: Path, count: int, seed: int | None) -> None:
+def test_every_damaged_array_is_found_purged_and_stored_again(
+    tmp_path: Path, count: int, seed: int | None
+) -> None:
     """A bit anywhere in the file, in the header and its padding too, or a lost end: one purge each, and a hit after the next put."""
     chance = chance_of(seed)
     cache = ArrayCache(settings(tmp_path, verify="always"), Counters())
@@ -58,7 +64,9 @@ def test_every_damaged_array_is_found_purged_and_stored_again(tmp_path: Path, co
 
 @pytest.mark.usefixtures("quiet")
 @damages(250, 2500)
-def test_every_damaged_object_is_found_purged_and_fetched_again(tmp_path: Path, count: int, seed: int | None) -> None:
+def test_every_damaged_object_is_found_purged_and_fetched_again(
+    tmp_path: Path, count: int, seed: int | None
+) -> None:
     """Whole objects and blocks of large ones; each costs one request, which is counted, and the reader gets the origin's bytes."""
     chance = chance_of(seed)
     (tmp_path / "data").mkdir()
@@ -73,7 +81,10 @@ def test_every_damaged_object_is_found_purged_and_fetched_again(tmp_path: Path, 
     objects = {obj.key: obj for obj in origin.list_objects()}
 
     def read(name: str) -> bytes:
-        return b"".join(cache.read(objects[name], start, start + 64 * 1024) for start in range(0, sizes[name], 64 * 1024))
+        return b"".join(
+            cache.read(objects[name], start, start + 64 * 1024)
+            for start in range(0, sizes[name], 64 * 1024)
+        )
 
     assert {name: read(name) for name in sizes} == contents
     files = payload_files(tmp_path)

@@ -31,10 +31,10 @@ from tests.support.s3server import S3Server
 from tests.support.stores import plain_read, random_density
 from tests.support.training import write_config, write_pairs
 from zarrcache import DataConfig, plan_evict, plan_warm, verify
-from zarrcache.index import Index
-from zarrcache.indexfile import Stored
-from zarrcache.registry import open_reader
-from zarrcache.storewriter import encode_store, publish_store, sweep_partials, zipped
+from zarrcache.convert.writer import encode_store, publish_store, sweep_partials, zipped
+from zarrcache.data.reader import open_reader
+from zarrcache.disk._database import Stored
+from zarrcache.disk.index import Index
 
 FORK = get_context("fork")
 #: Only a hang takes this long.
@@ -46,12 +46,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 def kills(default: int, slow: int) -> Any:
     """Parameters ``count, seed``: a few that are the same each time, and hundreds that are others each time."""
-    return pytest.mark.parametrize(("count", "seed"), [pytest.param(default, 1, id=f"{default}"), pytest.param(slow, None, marks=LONG, id=f"{slow}")])
+    return pytest.mark.parametrize(
+        ("count", "seed"),
+        [
+            pytest.param(default, 1, id=f"{default}"),
+            pytest.param(slow, None, marks=LONG, id=f"{slow}"),
+        ],
+    )
 
 
 def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
     """A random time after it began, if it has not died by itself. Anything else than a kill is an error of the child."""
-    assert began.wait(HANG_S)  # not from its start on: on a busy machine none would come so far that it leaves anything
+    assert began.wait(
+        HANG_S
+    )  # not from its start on: on a busy machine none would come so far that it leaves anything
     child.join(0.02 + 0.2 * chance.random())
     child.kill()
     child.join(HANG_S)
@@ -60,7 +68,13 @@ def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
 
 def a_death(chance: random.Random) -> dict[str, Any] | None:
     """By the clock, before any step, or before one that writes."""
-    return chance.choice([None, {"number": chance.randrange(1, 200)}, {"number": chance.randrange(1, 10), "writes": True}])
+    return chance.choice(
+        [
+            None,
+            {"number": chance.randrange(1, 200)},
+            {"number": chance.randrange(1, 10), "writes": True},
+        ]
+    )
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------------------------
@@ -88,13 +102,20 @@ def use_for_ever(node: LocalNode, began: Event, seed: float, death: dict[str, An
                 reader.ensure(task_id, role)  # type: ignore[arg-type]
             case 4 | 5:
                 group = reader.read_zarr_store(node.directory / role / f"{task_id}.zarr")
-                assert np.array_equal(group["charge_density_total"][:3, :3, :3], node.values[task_id, role][:3, :3, :3])  # type: ignore[index]
+                assert np.array_equal(
+                    group["charge_density_total"][:3, :3, :3],
+                    node.values[task_id, role][:3, :3, :3],
+                )  # type: ignore[index]
             case _:
-                assert np.array_equal(reader.load(task_id, role)[0], node.values[task_id, role].ravel())  # type: ignore[arg-type]
+                assert np.array_equal(
+                    reader.load(task_id, role)[0], node.values[task_id, role].ravel()
+                )  # type: ignore[arg-type]
 
 
 @kills(36, 300)
-def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(tmp_path: Path, count: int, seed: int | None) -> None:
+def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(
+    tmp_path: Path, count: int, seed: int | None
+) -> None:
     """Two at a time: the one that lives on is not disturbed, and when both are dead the next open leaves what the index says and no more."""
     node, chance = LocalNode(tmp_path, 4, shape=(14, 10, 8)), chance_of(seed)
     left_over = 0
@@ -102,7 +123,14 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(tmp_pa
         two = []
         for _ in range(2):
             began = FORK.Event()
-            two.append((FORK.Process(target=use_for_ever, args=(node, began, chance.random(), a_death(chance))), began))
+            two.append(
+                (
+                    FORK.Process(
+                        target=use_for_ever, args=(node, began, chance.random(), a_death(chance))
+                    ),
+                    began,
+                )
+            )
         for child, _ in two:
             child.start()
         for child, began in two:
@@ -121,7 +149,13 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(tmp_pa
 # -- converting ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert_for_ever(out: Path, versions: list[dict[str, dict[str, bytes]]], began: Event, seed: float, death: dict[str, Any] | None) -> None:
+def convert_for_ever(
+    out: Path,
+    versions: list[dict[str, dict[str, bytes]]],
+    began: Event,
+    seed: float,
+    death: dict[str, Any] | None,
+) -> None:
     """Write two stores, a directory and a zip file, over and over, in one of two versions."""
     chance = random.Random(seed)
     began.set()
@@ -134,7 +168,9 @@ def convert_for_ever(out: Path, versions: list[dict[str, dict[str, bytes]]], beg
 
 
 @kills(10, 80)
-def test_killed_while_it_converts_every_store_is_one_version_or_the_other(tmp_path: Path, count: int, seed: int | None) -> None:
+def test_killed_while_it_converts_every_store_is_one_version_or_the_other(
+    tmp_path: Path, count: int, seed: int | None
+) -> None:
     """Never none, never a mixture; the next run removes what the dead have left, and nothing else."""
     chance, out = chance_of(seed), tmp_path / "out"
     arrays = [random_density((6, 5, 4), seed=n) for n in range(2)]
@@ -147,7 +183,9 @@ def test_killed_while_it_converts_every_store_is_one_version_or_the_other(tmp_pa
     left_over = 0
     for _ in range(count):
         began = FORK.Event()
-        child = FORK.Process(target=convert_for_ever, args=(out, versions, began, chance.random(), a_death(chance)))
+        child = FORK.Process(
+            target=convert_for_ever, args=(out, versions, began, chance.random(), a_death(chance))
+        )
         child.start()
         kill_one(child, began, chance)
         left_over += len(sweep_partials(out))
@@ -166,7 +204,9 @@ def warm(config: DataConfig) -> None:
 
 
 @kills(3, 40)
-def test_killed_warm_fetches_again_only_what_was_in_flight(tmp_path: Path, s3_server: S3Server, bucket: str, count: int, seed: int | None) -> None:
+def test_killed_warm_fetches_again_only_what_was_in_flight(
+    tmp_path: Path, s3_server: S3Server, bucket: str, count: int, seed: int | None
+) -> None:
     """Counted at the server, after kills at random requests: nothing that was stored is asked for again, and in the end all of it is there."""
     chance, values = chance_of(seed), write_pairs(tmp_path, 5, shape=(8, 8, 6))
     for role in ("data", "label"):
@@ -181,7 +221,11 @@ def test_killed_warm_fetches_again_only_what_was_in_flight(tmp_path: Path, s3_se
         child = FORK.Process(target=warm, args=(config,))
         child.start()
         requests, deadline_s = chance.randrange(1, 50), time.monotonic() + HANG_S
-        while number < count and child.is_alive() and log.paths("GET", settled=False).total() < requests:
+        while (
+            number < count
+            and child.is_alive()
+            and log.paths("GET", settled=False).total() < requests
+        ):
             assert time.monotonic() < deadline_s
             time.sleep(0.002)
         if number < count:
@@ -191,7 +235,11 @@ def test_killed_warm_fetches_again_only_what_was_in_flight(tmp_path: Path, s3_se
         asked = Counter("/".join(key.split("/")[:2]) for key in log.paths("GET"))
         assert not asked.keys() & stored
         assert max(log.paths("GET").values(), default=1) == 1
-        now = {row.note.split("\n")[1].removeprefix(f"s3://{bucket}/") for row in index.rows("array") if not row.note.endswith("\n")}
+        now = {
+            row.note.split("\n")[1].removeprefix(f"s3://{bucket}/")
+            for row in index.rows("array")
+            if not row.note.endswith("\n")
+        }
         assert now <= stored | asked.keys()
         in_flight += len(asked.keys() - now)
         stored = now
@@ -257,7 +305,9 @@ def fill_and_die(directory: Path, number: int) -> None:
     with index._transaction() as table:
         for n in range(number):
             digest = key_of(n).digest
-            table.set(digest, Stored(f"entries/{digest[:2]}/{digest}-1", 8192, "a note"), tag="array")
+            table.set(
+                digest, Stored(f"entries/{digest[:2]}/{digest}-1", 8192, "a note"), tag="array"
+            )
     for name in ("one", "two"):
         index.begin(f"entries/ab/{name}", 4096)
         index.dir.make(index.dir.entries / "ab")

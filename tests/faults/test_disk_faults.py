@@ -16,7 +16,7 @@ from tests.support.localnode import LocalNode
 from tests.support.smalldisk import Disk, failing_disk, full_disk, no_inodes_disk, quota_disk
 from tests.support.users import as_user
 from zarrcache import ZarrDataset, ZarrS3Reader, verify
-from zarrcache.arraycache import ArrayCache
+from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.stats import Counters
 
 PAIRS = 6
@@ -48,7 +48,9 @@ class Training:
         for number, task_id in enumerate(dataset.task_ids):
             sample = dataset[number]
             for role in ("data", "label"):
-                assert torch.equal(sample[role], torch.from_numpy(self.node.values[task_id, role])[None]), (task_id, role)
+                assert torch.equal(
+                    sample[role], torch.from_numpy(self.node.values[task_id, role])[None]
+                ), (task_id, role)
 
     def store_half(self) -> None:
         """As far as the run has come when it happens."""
@@ -62,7 +64,9 @@ FAULTS = [full_disk, no_inodes_disk, quota_disk, failing_disk, deleted_directory
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
-    tmp_path: Path, fault: Callable[[Path], AbstractContextManager[Disk]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    fault: Callable[[Path], AbstractContextManager[Disk]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Two epochs beside the fault: nothing more is stored, one line says so. After it everything is stored, and the next epoch only has hits."""
     node = LocalNode(tmp_path, PAIRS, shape=(14, 10, 8))

@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
-from zarrcache import retry
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import OriginAccessError
-from zarrcache.origin import Origin, open_origin
+from zarrcache.origin import _retry as retry
+from zarrcache.origin._s3 import Origin, open_origin
 
 BODIES = {f"mp-1.zarr/{i}": bytes([i]) * 100 for i in range(4)}
 PROGRAM = """#!/bin/sh
@@ -54,7 +54,12 @@ class Issuer:
 
 @pytest.fixture(params=["obstore", "s3fs"])
 def opened(
-    request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: FaultProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    s3_server: S3Server,
+    fault_proxy: FaultProxy,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Origin, Issuer]]:
     """``opened(lives_s, **s3_kwargs)``: an origin of four objects whose credentials come from a process."""
     client = s3_server.client()
@@ -66,17 +71,27 @@ def opened(
         monkeypatch.setenv("AWS_CONFIG_FILE", str(issuer.config))
         kwargs = {"endpoint_url": fault_proxy.endpoint_url, **(s3_kwargs or {"profile": "lab"})}
         fetch = FetchConfig(engine=request.param)
-        return open_origin(f"s3://{bucket}/data", s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=attempts)), issuer
+        return open_origin(
+            f"s3://{bucket}/data",
+            s3_kwargs=kwargs,
+            fetch=fetch,
+            retry=RetryConfig(attempts=attempts),
+        ), issuer
 
     return make
 
 
 def read(origin: Origin) -> dict[str, bytes]:
     """Everything of one store."""
-    return {obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(origin.list_objects("mp-1.zarr/"))}
+    return {
+        obj.key: bytes(memoryview(body))
+        for obj, body in origin.fetch(origin.list_objects("mp-1.zarr/"))
+    }
 
 
-def test_short_lived_credentials_are_renewed_before_they_expire(opened: Callable[..., Any], fault_proxy: FaultProxy) -> None:
+def test_short_lived_credentials_are_renewed_before_they_expire(
+    opened: Callable[..., Any], fault_proxy: FaultProxy
+) -> None:
     """The run outlives those that it began with, and no request is refused."""
     origin, issuer = opened(lives_s=30)
     assert read(origin) == BODIES
@@ -90,7 +105,9 @@ def test_short_lived_credentials_are_renewed_before_they_expire(opened: Callable
 
 
 @pytest.mark.parametrize("answer", ["400:ExpiredToken", "403:ExpiredToken", "403:InvalidToken"])
-def test_credentials_that_the_server_ends_early_are_asked_for_anew(opened: Callable[..., Any], fault_proxy: FaultProxy, answer: str) -> None:
+def test_credentials_that_the_server_ends_early_are_asked_for_anew(
+    opened: Callable[..., Any], fault_proxy: FaultProxy, answer: str
+) -> None:
     """They had an hour to go by the clock. What was in flight is tried again with new ones, which serve for the rest of the run."""
     origin, issuer = opened(lives_s=3600)
     objects = origin.list_objects("mp-1.zarr/")
@@ -104,20 +121,31 @@ def test_credentials_that_the_server_ends_early_are_asked_for_anew(opened: Calla
     assert [s for s in fault_proxy.seen() if s.outcome == answer] == refused
 
 
-def test_credentials_that_stay_expired_are_an_error_by_name(opened: Callable[..., Any], fault_proxy: FaultProxy) -> None:
+def test_credentials_that_stay_expired_are_an_error_by_name(
+    opened: Callable[..., Any], fault_proxy: FaultProxy
+) -> None:
     """After they were asked for once more: two requests, whatever the number of attempts."""
     origin, _ = opened(lives_s=3600, attempts=5)
     objects = origin.list_objects("mp-1.zarr/")[:1]
     fault_proxy.reset()
     fault_proxy.rules(Rule(then="400:ExpiredToken"))
-    for ask in (lambda: list(origin.fetch(objects)), lambda: origin.list_objects("mp-1.zarr/"), lambda: origin.fetch_range(objects[0], 0, 9)):
+    for ask in (
+        lambda: list(origin.fetch(objects)),
+        lambda: origin.list_objects("mp-1.zarr/"),
+        lambda: origin.fetch_range(objects[0], 0, 9),
+    ):
         before = fault_proxy.count()
-        with pytest.raises(OriginAccessError, match=r"access refused: ExpiredToken .* The session token has expired: log in again"):
+        with pytest.raises(
+            OriginAccessError,
+            match=r"access refused: ExpiredToken .* The session token has expired: log in again",
+        ):
             ask()
         assert fault_proxy.count() - before == 2
 
 
-def test_explicit_keys_are_refused_at_once(opened: Callable[..., Any], fault_proxy: FaultProxy) -> None:
+def test_explicit_keys_are_refused_at_once(
+    opened: Callable[..., Any], fault_proxy: FaultProxy
+) -> None:
     """There is nobody to ask for others."""
     origin, issuer = opened(lives_s=3600, attempts=5, key="ASIAGIVEN", secret="s", token="t")
     objects = origin.list_objects("mp-1.zarr/")[:1]

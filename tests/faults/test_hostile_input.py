@@ -28,14 +28,16 @@ import zarr
 from tests.support.memory import MIB, peak_of
 from tests.support.stores import STRUCTURE, plain_read, random_density, small_group
 from zarrcache import ConfigError, SchemaError, ZarrCacheError, ZarrS3Reader
-from zarrcache.chgcar_files import read_density
+from zarrcache.arrays.read import read_array
 from zarrcache.config import CacheConfig
-from zarrcache.convert import plan_convert
-from zarrcache.origin import open_origin
-from zarrcache.readarray import read_array
-from zarrcache.taskids import ids_of, read_map
+from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.plan import plan_convert
+from zarrcache.data.splits import ids_of, read_map
+from zarrcache.origin._s3 import open_origin
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc"
+)
 
 ARRAY = "charge_density_total"
 #: What a refused read may take: the buffers of a chunk, an exception, a module that is imported late.
@@ -85,19 +87,36 @@ def _deflated(wbits: int) -> bytes:
 def zstd_bomb(*, tells: bool, frames: int = 1) -> bytes:
     """Blocks that repeat one byte 128 KiB long, in frames that tell their size or do not (RFC 8878)."""
     count = LARGE // frames // (128 * 1024)
-    blocks = [((128 * 1024) << 3 | 1 << 1 | (i == count - 1)).to_bytes(3, "little") + b"\0" for i in range(count)]
-    head = b"\x28\xb5\x2f\xfd" + (b"\xa0" + (LARGE // frames).to_bytes(4, "little") if tells else b"\x00\x38")
+    blocks = [
+        ((128 * 1024) << 3 | 1 << 1 | (i == count - 1)).to_bytes(3, "little") + b"\0"
+        for i in range(count)
+    ]
+    head = b"\x28\xb5\x2f\xfd" + (
+        b"\xa0" + (LARGE // frames).to_bytes(4, "little") if tells else b"\x00\x38"
+    )
     return (head + b"".join(blocks)) * frames
 
 
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "blosc": ("blosc", lambda: bytes(numcodecs.Blosc("lz4", 9).encode(np.zeros(LARGE, np.uint8)))),
-    "blosc claims 2 GB": ("blosc", lambda: b"\x02\x01\x21\x04" + struct.pack("<III", 2**31 - 17, 4096, 64) + bytes(48)),
-    "blosc claims 4 GB": ("blosc", lambda: b"\x02\x01\x21\x04" + struct.pack("<III", 2**32 - 1, 4096, 64) + bytes(48)),
+    "blosc claims 2 GB": (
+        "blosc",
+        lambda: b"\x02\x01\x21\x04" + struct.pack("<III", 2**31 - 17, 4096, 64) + bytes(48),
+    ),
+    "blosc claims 4 GB": (
+        "blosc",
+        lambda: b"\x02\x01\x21\x04" + struct.pack("<III", 2**32 - 1, 4096, 64) + bytes(48),
+    ),
     "lz4": ("lz4", lambda: bytes(numcodecs.LZ4().encode(np.zeros(LARGE, np.uint8)))),
     "zstd": ("zstd", lambda: zstd_bomb(tells=True)),
     "zstd that tells no size": ("zstd", lambda: zstd_bomb(tells=False)),
-    "zstd in frames": ("zstd", lambda: bytes(numcodecs.Zstd().encode(np.zeros(256, np.uint8))) + zstd_bomb(tells=True, frames=8)),
+    "zstd in frames": (
+        "zstd",
+        lambda: (
+            bytes(numcodecs.Zstd().encode(np.zeros(256, np.uint8)))
+            + zstd_bomb(tells=True, frames=8)
+        ),
+    ),
     "zstd claims 16 EB": ("zstd", lambda: b"\x28\xb5\x2f\xfd\xe0" + b"\xff" * 8 + b"\x01\0\0"),
     "gzip": ("gzip", lambda: gzip.compress(bytes(16 * MIB)) * (LARGE // MIB // 16)),
     "gzip in one": ("gzip", lambda: _deflated(31)),
@@ -117,13 +136,21 @@ def codec_of(layout: str, kind: str) -> dict[str, Any] | None:
     """As ``create_array`` wants it; None if the format has no such codec."""
     if layout.startswith("v2"):
         return {"compressors": numcodecs.get_codec({"id": kind})}
-    v3 = {"blosc": zarr.codecs.BloscCodec(), "zstd": zarr.codecs.ZstdCodec(), "gzip": zarr.codecs.GzipCodec()}
+    v3 = {
+        "blosc": zarr.codecs.BloscCodec(),
+        "zstd": zarr.codecs.ZstdCodec(),
+        "gzip": zarr.codecs.GzipCodec(),
+    }
     return {"compressors": v3[kind]} if kind in v3 else None
 
 
 def first_chunk(store: Path) -> Path:
     """One chunk of the array; the metadata is no chunk."""
-    return next(path for path in sorted((store / ARRAY).rglob("*")) if path.is_file() and path.name not in (".zarray", ".zattrs", "zarr.json"))
+    return next(
+        path
+        for path in sorted((store / ARRAY).rglob("*"))
+        if path.is_file() and path.name not in (".zarray", ".zattrs", "zarr.json")
+    )
 
 
 def in_shard(bomb: bytes, count: int) -> bytes:
@@ -134,13 +161,25 @@ def in_shard(bomb: bytes, count: int) -> bytes:
     return bomb + index + struct.pack("<I", google_crc32c.value(index))
 
 
-CHUNKS = [(layout, name) for layout in LAYOUTS for name, (kind, _) in BOMBS.items() if codec_of(layout, kind) is not None]
+CHUNKS = [
+    (layout, name)
+    for layout in LAYOUTS
+    for name, (kind, _) in BOMBS.items()
+    if codec_of(layout, kind) is not None
+]
 
 
 @pytest.mark.parametrize(("layout", "name"), CHUNKS)
-def test_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, bombs: dict[str, bytes], layout: str, name: str) -> None:
+def test_chunk_that_unpacks_to_gigabytes_is_refused(
+    tmp_path: Path, bombs: dict[str, bytes], layout: str, name: str
+) -> None:
     """By every path that a density is decoded on; the chunk is named."""
-    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), **LAYOUTS[layout], **(codec_of(layout, BOMBS[name][0]) or {}))
+    small_group(
+        tmp_path / "mp-1.zarr",
+        shape=(8, 8, 8),
+        **LAYOUTS[layout],
+        **(codec_of(layout, BOMBS[name][0]) or {}),
+    )
     chunk = first_chunk(tmp_path / "mp-1.zarr")
     chunk.write_bytes(in_shard(bombs[name], 8) if "sharded" in layout else bombs[name])
     words, peak = peak_of(read, tmp_path, "mp-1.zarr")
@@ -152,7 +191,12 @@ def test_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, bombs: dict[
 @pytest.mark.parametrize("inner", ["zstd", "gzip"])
 def test_bomb_within_a_bomb_is_refused(tmp_path: Path, bombs: dict[str, bytes], inner: str) -> None:
     """Two codecs one after the other: the outer one unpacks to little."""
-    small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=3, compressors=[codec_of("v3", inner)["compressors"], zarr.codecs.GzipCodec()])  # type: ignore[index]
+    small_group(
+        tmp_path / "mp-1.zarr",
+        shape=(8, 8, 8),
+        zarr_format=3,
+        compressors=[codec_of("v3", inner)["compressors"], zarr.codecs.GzipCodec()],
+    )  # type: ignore[index]
     first_chunk(tmp_path / "mp-1.zarr").write_bytes(gzip.compress(bombs[inner]))
     words, peak = peak_of(read, tmp_path, "mp-1.zarr")
     assert words.startswith("IncompleteArrayError")
@@ -161,7 +205,11 @@ def test_bomb_within_a_bomb_is_refused(tmp_path: Path, bombs: dict[str, bytes], 
 
 def metadata_of(store: Path) -> Path:
     """The document that describes the array."""
-    return next(path for path in ((store / ARRAY / ".zarray"), (store / ARRAY / "zarr.json")) if path.exists())
+    return next(
+        path
+        for path in ((store / ARRAY / ".zarray"), (store / ARRAY / "zarr.json"))
+        if path.exists()
+    )
 
 
 def described(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -191,13 +239,19 @@ def claim_a_large_chunk(document: dict[str, Any]) -> None:
 
 def claim_in_the_type(document: dict[str, Any]) -> None:
     """One value of a gigabyte."""
-    document.update({"dtype": "|V1000000000"} if "dtype" in document else {"data_type": "r8000000000"})
+    document.update(
+        {"dtype": "|V1000000000"} if "dtype" in document else {"data_type": "r8000000000"}
+    )
 
 
-@pytest.mark.parametrize("change", [claim_10_tb, claim_half_the_machine, claim_a_large_chunk, claim_in_the_type])
+@pytest.mark.parametrize(
+    "change", [claim_10_tb, claim_half_the_machine, claim_a_large_chunk, claim_in_the_type]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("place", ["store", "zip"])
-def test_metadata_that_claims_terabytes_is_refused_before_anything_is_taken(tmp_path: Path, layout: str, place: str, change: Any) -> None:
+def test_metadata_that_claims_terabytes_is_refused_before_anything_is_taken(
+    tmp_path: Path, layout: str, place: str, change: Any
+) -> None:
     """The array, its document and the bytes that it claims are named."""
     store = tmp_path / "mp-1.zarr"
     small_group(store, shape=(8, 8, 8), **LAYOUTS[layout])
@@ -220,31 +274,56 @@ def zip_up(store: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("cache", [None, {"arrays": {"enabled": True}}, {"arrays": {"enabled": False}}], ids=["no cache", "array tier", "byte tier"])
-def test_reader_refuses_what_claims_terabytes_and_reads_the_others(tmp_path: Path, cache: Any) -> None:
+@pytest.mark.parametrize(
+    "cache",
+    [None, {"arrays": {"enabled": True}}, {"arrays": {"enabled": False}}],
+    ids=["no cache", "array tier", "byte tier"],
+)
+def test_reader_refuses_what_claims_terabytes_and_reads_the_others(
+    tmp_path: Path, cache: Any
+) -> None:
     """Whatever the tier; nothing of it is kept, and nothing is written but the cache directory."""
     for role, number in itertools.product(("data", "label"), (1, 2)):
         small_group(tmp_path / role / f"mp-{number}.zarr", shape=(5, 6, 7), seed=number)
     described(tmp_path / "data" / "mp-1.zarr", claim_10_tb)
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-2"]}))
     config = None if cache is None else CacheConfig(dir=tmp_path / "cache", min_free=0, **cache)
-    reader = ZarrS3Reader(tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 0.5, cache=config)
+    reader = ZarrS3Reader(
+        tmp_path / "data",
+        tmp_path / "label",
+        tmp_path / "map.json",
+        "GGA",
+        False,
+        0.5,
+        cache=config,
+    )
     for _ in range(2):
         with pytest.raises(SchemaError, match=r"mp-1\.zarr.*claims 9999805300992 bytes"):
             reader.load("mp-1", "data")
-    np.testing.assert_array_equal(reader.load("mp-2", "data")[0], plain_read(tmp_path / "data" / "mp-2.zarr").ravel())
-    assert sorted(os.listdir(tmp_path)) == sorted(["data", "label", "map.json", *(["cache"] if cache else [])])
+    np.testing.assert_array_equal(
+        reader.load("mp-2", "data")[0], plain_read(tmp_path / "data" / "mp-2.zarr").ravel()
+    )
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["data", "label", "map.json", *(["cache"] if cache else [])]
+    )
 
 
-@pytest.mark.parametrize("codec", ["pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"])
+@pytest.mark.parametrize(
+    "codec", ["pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"]
+)
 @pytest.mark.parametrize("place", ["compressor", "filters"])
 def test_codec_that_makes_objects_is_refused(tmp_path: Path, codec: str, place: str) -> None:
     """One runs code, the others take their sizes from the data; a density has numbers."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
-    described(tmp_path / "mp-1.zarr", lambda d: d.update({place: {"id": codec} if place == "compressor" else [{"id": codec}]}))
+    described(
+        tmp_path / "mp-1.zarr",
+        lambda d: d.update({place: {"id": codec} if place == "compressor" else [{"id": codec}]}),
+    )
     chunk = first_chunk(tmp_path / "mp-1.zarr")
     chunk.write_bytes(
-        json.dumps([0.0, "<f4", [LARGE // 4]]).encode() if codec == "json2" else b"cos\nmkdir\n(S'" + os.fsencode(tmp_path) + b"/executed'\ntR."
+        json.dumps([0.0, "<f4", [LARGE // 4]]).encode()
+        if codec == "json2"
+        else b"cos\nmkdir\n(S'" + os.fsencode(tmp_path) + b"/executed'\ntR."
     )
     words, peak = peak_of(read, tmp_path, "mp-1.zarr")
     assert words.startswith("SchemaError")
@@ -256,7 +335,10 @@ def test_codec_that_makes_objects_is_refused(tmp_path: Path, codec: str, place: 
 def test_name_in_an_attribute_is_no_codec(tmp_path: Path) -> None:
     """Zarr v3 keeps attributes in the same document."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=3)
-    described(tmp_path / "mp-1.zarr", lambda d: d.update(attributes={"made by": {"name": "pickle"}, "id": "pickle"}))
+    described(
+        tmp_path / "mp-1.zarr",
+        lambda d: d.update(attributes={"made by": {"name": "pickle"}, "id": "pickle"}),
+    )
     assert read(tmp_path, "mp-1.zarr") == "read (8, 8, 8)"
 
 
@@ -264,10 +346,18 @@ NESTED = "[" * 100_000
 
 
 @pytest.mark.parametrize(
-    "text", [NESTED, '{"shape": ' + NESTED, '{"shape": [' + "1," * 200_000 + '1], "chunks": [1], "dtype": "<f4"}', "9" * 100_000]
+    "text",
+    [
+        NESTED,
+        '{"shape": ' + NESTED,
+        '{"shape": [' + "1," * 200_000 + '1], "chunks": [1], "dtype": "<f4"}',
+        "9" * 100_000,
+    ],
 )
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_metadata_that_is_deep_or_wide_is_refused(tmp_path: Path, text: str, zarr_format: Any) -> None:
+def test_metadata_that_is_deep_or_wide_is_refused(
+    tmp_path: Path, text: str, zarr_format: Any
+) -> None:
     """Whatever a parser thinks of it."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=zarr_format)
     metadata_of(tmp_path / "mp-1.zarr").write_text(text)
@@ -278,14 +368,22 @@ def test_metadata_that_is_deep_or_wide_is_refused(tmp_path: Path, text: str, zar
 
 
 @pytest.mark.parametrize("depth", range(200, 1200, 100))
-@pytest.mark.parametrize("key", ["filters", "codecs", "attributes", "fill_value", "chunks", "dtype"])
-def test_metadata_as_deep_as_a_parser_allows_is_no_recursion(tmp_path: Path, depth: int, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["filters", "codecs", "attributes", "fill_value", "chunks", "dtype"]
+)
+def test_metadata_as_deep_as_a_parser_allows_is_no_recursion(
+    tmp_path: Path, depth: int, key: str
+) -> None:
     """What ``json`` can just read is deeper than what a function that calls itself can walk."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     text = metadata_of(tmp_path / "mp-1.zarr").read_text().rstrip()
-    metadata_of(tmp_path / "mp-1.zarr").write_text(text[:-1] + f', "{key}": ' + '[{"a": ' * (depth // 2) + "1" + "}]" * (depth // 2) + "}")
+    metadata_of(tmp_path / "mp-1.zarr").write_text(
+        text[:-1] + f', "{key}": ' + '[{"a": ' * (depth // 2) + "1" + "}]" * (depth // 2) + "}"
+    )
     words = read(tmp_path, "mp-1.zarr")
-    assert words == "read (8, 8, 8)" or words.startswith(("SchemaError", "IncompleteArrayError")), words
+    assert words == "read (8, 8, 8)" or words.startswith(("SchemaError", "IncompleteArrayError")), (
+        words
+    )
 
 
 def test_metadata_of_gigabytes_is_refused_unparsed(tmp_path: Path) -> None:
@@ -332,10 +430,16 @@ def patch_sizes(path: Path, name: str, file_size: int) -> None:
 METHODS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
 
 
-@pytest.mark.parametrize(("method", "claims"), [("deflate", "what it holds"), *((method, "little") for method in METHODS)])
+@pytest.mark.parametrize(
+    ("method", "claims"),
+    [("deflate", "what it holds"), *((method, "little") for method in METHODS)],
+)
 def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
     """One whose headers are honest, and one that says a member is small: it is read no further."""
-    with zip_bomb(tmp_path / "mp-1.zarr.zip") as archive, archive.open(zipfile.ZipInfo(f"{ARRAY}/bomb"), "w") as member:
+    with (
+        zip_bomb(tmp_path / "mp-1.zarr.zip") as archive,
+        archive.open(zipfile.ZipInfo(f"{ARRAY}/bomb"), "w") as member,
+    ):
         member._compressor = zipfile._get_compressor(METHODS[method], 1)  # type: ignore[attr-defined]
         member._zinfo.compress_type = METHODS[method]  # type: ignore[attr-defined]
         for _ in range(320 if claims == "what it holds" else 160):
@@ -357,9 +461,20 @@ def test_zip_with_a_million_members_is_refused(tmp_path: Path) -> None:
     end = raw.rfind(b"PK\x05\x06")
     start = struct.unpack_from("<I", raw, end + 16)[0]
     name = f"{ARRAY}/0.0.0".encode()
-    entry = b"PK\x01\x02" + struct.pack("<4B4HL2L5H2L", 20, 0, 20, 0, 0, 0, 0, 33, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name
+    entry = (
+        b"PK\x01\x02"
+        + struct.pack(
+            "<4B4HL2L5H2L", 20, 0, 20, 0, 0, 0, 0, 33, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0
+        )
+        + name
+    )
     directory = entry * 400_000
-    path.write_bytes(raw[:start] + directory + raw[end : end + 8] + struct.pack("<2H2LH", 0xFFFF, 0xFFFF, len(directory), start, 0))
+    path.write_bytes(
+        raw[:start]
+        + directory
+        + raw[end : end + 8]
+        + struct.pack("<2H2LH", 0xFFFF, 0xFFFF, len(directory), start, 0)
+    )
     words, peak = peak_of(read, tmp_path, "mp-1.zarr.zip")
     assert words.startswith("SchemaError")
     assert "members" in words
@@ -367,7 +482,15 @@ def test_zip_with_a_million_members_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/tmp/outside", f"{ARRAY}/../../outside", f"{ARRAY}/0.0.0/../../../outside", "a\\..\\outside", "C:outside"]
+    "name",
+    [
+        "../outside",
+        "/tmp/outside",
+        f"{ARRAY}/../../outside",
+        f"{ARRAY}/0.0.0/../../../outside",
+        "a\\..\\outside",
+        "C:outside",
+    ],
 )
 def test_zip_member_that_points_elsewhere_is_never_written(tmp_path: Path, name: str) -> None:
     """Members are names in memory; no zip is unpacked to disk."""
@@ -402,7 +525,11 @@ def read_ids(path: Path, functional: str = "GGA") -> str:
         return str(exc)
 
 
-@pytest.mark.parametrize("make", [lambda: gzip.compress(bytes(16 * MIB)) * (LARGE // MIB // 16), lambda: b" " * (300 * MIB)], ids=["gzip", "plain"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: gzip.compress(bytes(16 * MIB)) * (LARGE // MIB // 16), lambda: b" " * (300 * MIB)],
+    ids=["gzip", "plain"],
+)
 def test_map_of_gigabytes_is_refused(tmp_path: Path, make: Callable[[], bytes]) -> None:
     """The real one has 2 MB."""
     (tmp_path / "map.json").write_bytes(make())
@@ -412,7 +539,9 @@ def test_map_of_gigabytes_is_refused(tmp_path: Path, make: Callable[[], bytes]) 
     assert peak < 300 * MIB
 
 
-@pytest.mark.parametrize("text", [NESTED, '{"GGA": ' + NESTED, '{"GGA": [' + NESTED + "]" * 100_001 + "}", "9" * 100_000])
+@pytest.mark.parametrize(
+    "text", [NESTED, '{"GGA": ' + NESTED, '{"GGA": [' + NESTED + "]" * 100_001 + "}", "9" * 100_000]
+)
 def test_map_that_is_deep_is_refused(tmp_path: Path, text: str) -> None:
     """Not a ``RecursionError``."""
     (tmp_path / "map.json").write_text(text)
@@ -458,7 +587,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("task_id", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(tmp_path: Path, task_id: str) -> None:
+def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(
+    tmp_path: Path, task_id: str
+) -> None:
     """Shown in ASCII, so that what looks alike is told apart; and cut, so that a log is not flooded."""
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", task_id]}))
     words = read_ids(tmp_path / "map.json")
@@ -476,7 +607,9 @@ def test_map_with_an_id_twice_is_read_as_it_stands(tmp_path: Path) -> None:
 
 def test_functional_of_a_hostile_map_is_not_repeated_at_length(tmp_path: Path) -> None:
     """The message names what is in the map; there may be a million."""
-    (tmp_path / "map.json").write_text(json.dumps({f"functional {i}" * 20: [] for i in range(10_000)}))
+    (tmp_path / "map.json").write_text(
+        json.dumps({f"functional {i}" * 20: [] for i in range(10_000)})
+    )
     words = read_ids(tmp_path / "map.json")
     assert "'GGA' not found in mapping" in words
     assert len(words) < 5000
@@ -551,11 +684,17 @@ CONVERTED: dict[str, Callable[[], bytes]] = {
     "mp-3.json.xz": lambda: lzma.compress(b" " * 16 * MIB) * (LARGE // MIB // 16),
     "one-line.CHGCAR.gz": lambda: gzip.compress(b"1" * 16 * MIB) * (LARGE // MIB // 16),
     "title.CHGCAR.gz": lambda: gzip.compress(CHGCAR[:3] + b" " * 16 * MIB) * (LARGE // MIB // 16),
-    "numbers.CHGCAR.gz": lambda: gzip.compress(CHGCAR + b"2 2 2\n") + gzip.compress(b"1.5 2.5 3.5\n" * 1_000_000) * 64,
+    "numbers.CHGCAR.gz": lambda: (
+        gzip.compress(CHGCAR + b"2 2 2\n") + gzip.compress(b"1.5 2.5 3.5\n" * 1_000_000) * 64
+    ),
     "grid.CHGCAR": lambda: CHGCAR + b"20000 20000 20000\n1 2 3 4 5\n",
-    "atoms.CHGCAR": lambda: CHGCAR.replace(b"\n1\nDirect", b"\n2000000000\nDirect") + b"2 2 2\n1 2 3 4 5 6 7 8\n",
+    "atoms.CHGCAR": lambda: (
+        CHGCAR.replace(b"\n1\nDirect", b"\n2000000000\nDirect") + b"2 2 2\n1 2 3 4 5 6 7 8\n"
+    ),
     "nested.json": lambda: NESTED.encode(),
-    "shape.json": lambda: json.dumps({"data": {"total": {"@class": "array", "data": [[[1e400]]]}}, "structure": {}}).encode(),
+    "shape.json": lambda: json.dumps(
+        {"data": {"total": {"@class": "array", "data": [[[1e400]]]}}, "structure": {}}
+    ).encode(),
 }
 
 
@@ -571,22 +710,30 @@ def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("where", ["site", "structure", "nested"])
-def test_object_in_a_file_is_neither_imported_nor_made(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_in_a_file_is_neither_imported_nor_made(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pymatgen's JSON may name a module, which is imported from wherever Python finds it: beside the data, if that is where it runs."""
     pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
-    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass X:\n    pass\n")
+    (tmp_path / "evil.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass X:\n    pass\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     thing: Any = {"@module": "evil", "@class": "X"}
     structure = json.loads(json.dumps(STRUCTURE))
     target = structure["sites"][0] if where != "structure" else structure
     target["properties"] = {"magmom": 1.5, "bad": [{"x": thing}] if where == "nested" else thing}
-    (tmp_path / "mp-1.json").write_text(json.dumps({"structure": structure, "data": {"total": np.full((2, 2, 2), 4.0).tolist()}}))
+    (tmp_path / "mp-1.json").write_text(
+        json.dumps({"structure": structure, "data": {"total": np.full((2, 2, 2), 4.0).tolist()}})
+    )
     density = read_density(tmp_path / "mp-1.json")
     assert not (tmp_path / "executed").exists()
     assert "evil" not in sys.modules
     assert density.total.shape == (2, 2, 2)
     assert "1.5" in json.dumps(density.structure)
-    assert [note for note in density.warnings if "objects of Python (bad): they are left out" in note]
+    assert [
+        note for note in density.warnings if "objects of Python (bad): they are left out" in note
+    ]
 
 
 def test_convert_writes_nothing_of_hostile_files_and_goes_on(tmp_path: Path) -> None:
@@ -596,7 +743,9 @@ def test_convert_writes_nothing_of_hostile_files_and_goes_on(tmp_path: Path) -> 
     for name in ("grid.CHGCAR", "nested.json", "shape.json"):
         (tmp_path / "src" / name).write_bytes(CONVERTED[name]())
     values = random_density((2, 2, 2)).ravel(order="F")
-    (tmp_path / "src" / "mp-9.CHGCAR").write_bytes(CHGCAR + b"2 2 2\n" + " ".join(f"{v:.11E}" for v in values).encode() + b"\n")
+    (tmp_path / "src" / "mp-9.CHGCAR").write_bytes(
+        CHGCAR + b"2 2 2\n" + " ".join(f"{v:.11E}" for v in values).encode() + b"\n"
+    )
     report = plan_convert(tmp_path / "src", str(tmp_path / "dst"), workers=2).execute()
     assert sorted(os.listdir(tmp_path / "dst")) == ["mp-9.zarr"]
     assert len(report.failed) == 3

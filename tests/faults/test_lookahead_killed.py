@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tests.support.following import ONE, Pairs, is_there, occupied, put_pairs, wait_for
 from tests.support.s3server import S3Server
 from zarrcache import Lookahead, NodeSampler, ZarrDataset, verify
-from zarrcache.keys import ROLES
+from zarrcache._keys import ROLES
 
 COUNT = 9
 #: Too little for all: the look-ahead is lent.
@@ -40,9 +40,15 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("block", [{"lookahead": 4 * ONE}, FULL], ids=["with room", "on a full disk"])
+@pytest.mark.parametrize(
+    "block", [{"lookahead": 4 * ONE}, FULL], ids=["with room", "on a full disk"]
+)
 def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
-    pairs: Pairs, s3_server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, block: dict[str, Any]
+    pairs: Pairs,
+    s3_server: S3Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    block: dict[str, Any],
 ) -> None:
     """Nobody has to ask; one warning, with what to do; every value is right, and what it had reserved is free again."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, **block)
@@ -55,14 +61,25 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
         for place, number in enumerate(order):
             task_id = dataset.task_ids[number]
             if place == 6:
-                wait_for(lambda task_id=task_id: is_there(reader, task_id, "label"), "the prefetcher did not come")  # type: ignore[misc]
+                wait_for(
+                    lambda task_id=task_id: is_there(reader, task_id, "label"),
+                    "the prefetcher did not come",
+                )  # type: ignore[misc]
                 os.kill(ahead.pid, signal.SIGKILL)
-                wait_for(lambda: "has ended" in caplog.text, "nobody said that the prefetcher is dead")
+                wait_for(
+                    lambda: "has ended" in caplog.text, "nobody said that the prefetcher is dead"
+                )
                 assert not ahead.check()
             for role in ROLES:
-                assert np.array_equal(reader.load(task_id, role)[0], pairs.values[task_id, role].ravel())
-        warnings = [record for record in caplog.records if record.name == "zarrcache.lookahead"]
-        assert [(record.levelno, "SIGKILL" in record.getMessage()) for record in warnings] == [(logging.WARNING, True)]
+                assert np.array_equal(
+                    reader.load(task_id, role)[0], pairs.values[task_id, role].ravel()
+                )
+        warnings = [
+            record for record in caplog.records if record.name == "zarrcache.train.lookahead"
+        ]
+        assert [(record.levelno, "SIGKILL" in record.getMessage()) for record in warnings] == [
+            (logging.WARNING, True)
+        ]
     index.sweep()
     assert not index.loans()
     assert occupied(index) <= index.volume_bytes() <= int(block.get("limit", 2**40))
@@ -79,7 +96,10 @@ def _train(pairs: Pairs, directory: Path, s3_kwargs: dict[str, Any], pipe: Conne
     for number in list(sampler)[:4]:
         task_id = dataset.task_ids[number]
         for role in ROLES:
-            wait_for(lambda task_id=task_id, role=role: is_there(reader, task_id, role), "the prefetcher did not come")  # type: ignore[misc]
+            wait_for(
+                lambda task_id=task_id, role=role: is_there(reader, task_id, role),
+                "the prefetcher did not come",
+            )  # type: ignore[misc]
             reader.load(task_id, role)
     wait_for(lambda: bool(index.loans()), "nothing is lent")
     loader = iter(DataLoader(dataset, num_workers=1, multiprocessing_context="fork"))
@@ -105,8 +125,12 @@ def training(pairs: Pairs, directory: Path, server: S3Server) -> Iterator[tuple[
         process.join()
 
 
-@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the training", "both"])
-def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(pairs: Pairs, s3_server: S3Server, tmp_path: Path, both: bool) -> None:
+@pytest.mark.parametrize(
+    "both", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the training", "both"]
+)
+def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, both: bool
+) -> None:
     """Although a worker of the DataLoader lives on for a while; what both of them held, the next run takes back."""
     with training(pairs, tmp_path, s3_server) as (pid, ahead):
         if both:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
-from zarrcache.arraycache import ArrayCache
-from zarrcache.index import Index
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.disk.index import Index
 from zarrcache.stats import Counters
 
 ENTRIES = 120
@@ -42,17 +42,25 @@ LOOKS: dict[str, Callable[[Index], Any]] = {
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_a_damaged_page_is_healed_by_whoever_looks(tmp_path: Path, root: Path, look: Callable[[Index], Any]) -> None:
+def test_a_damaged_page_is_healed_by_whoever_looks(
+    tmp_path: Path, root: Path, look: Callable[[Index], Any]
+) -> None:
     """Each page in turn is overwritten: status, warm, evict and verify begin with one of these looks, and none of them may end there."""
     whole = (root / "cache.db").read_bytes()
     for page in range(1, len(whole) // 4096):
         copy = tmp_path / f"{page}"
-        shutil.copytree(root / "entries", copy / "cache" / root.name / "entries", copy_function=os.link)
-        (copy / "cache" / root.name / "cache.db").write_bytes(whole[: page * 4096] + os.urandom(4096) + whole[(page + 1) * 4096 :])
+        shutil.copytree(
+            root / "entries", copy / "cache" / root.name / "entries", copy_function=os.link
+        )
+        (copy / "cache" / root.name / "cache.db").write_bytes(
+            whole[: page * 4096] + os.urandom(4096) + whole[(page + 1) * 4096 :]
+        )
         assert look(Index(settings(copy))) == ENTRIES, f"page {page}"
 
 
-def test_a_directory_in_place_of_an_entry_costs_its_own_bytes_and_nothing_else(tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_directory_in_place_of_an_entry_costs_its_own_bytes_and_nothing_else(
+    tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It cannot be unlinked. The cache opens all the same, now and for those who come after the process that met it."""
     victim = next(path for path in sorted((root / "entries").glob("*/*")))
     victim.unlink()
@@ -66,7 +74,9 @@ def test_a_directory_in_place_of_an_entry_costs_its_own_bytes_and_nothing_else(t
     assert os.waitpid(pid, 0)[1] == 0
     connection = sqlite3.connect(root / "cache.db")
     with connection:  # as if the process that met it had ended
-        (kept,) = connection.execute("SELECT filename FROM Cache WHERE key >= '+' AND key < ','").fetchall()
+        (kept,) = connection.execute(
+            "SELECT filename FROM Cache WHERE key >= '+' AND key < ','"
+        ).fetchall()
     connection.close()
     assert kept[0].endswith(victim.name)
     again = ArrayCache(settings(tmp_path), Counters())

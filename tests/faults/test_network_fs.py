@@ -18,12 +18,13 @@ import pytest
 from tests.support.cachedirs import array_of, key_of
 from tests.support.networkmount import can_mount, network_mount
 from tests.support.training import write_config, write_pairs, zarrcache
-from zarrcache import CacheConfig, DataConfig, RhoData, ZarrS3Reader, get_dataset, mounts, open_store
-from zarrcache.arraycache import ArrayCache
-from zarrcache.doctor import examine
+from zarrcache import CacheConfig, DataConfig, RhoData, ZarrS3Reader, get_dataset, open_store
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.disk import filesystems as mounts
+from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError
-from zarrcache.index import Index
-from zarrcache.scope import cache_at, open_index
+from zarrcache.ops.doctor import examine
+from zarrcache.ops.selection import cache_at, open_index
 from zarrcache.stats import Counters
 
 needs_mount = pytest.mark.skipif(not can_mount(), reason="only root can mount, on Linux with FUSE")
@@ -37,12 +38,16 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(params=[pytest.param("mounted", marks=needs_mount), "listed"])
-def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def network(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The real mount; and, where nobody may mount, a directory that the kernel's table is made to call NFS."""
     if request.param == "mounted":
         return request.getfixturevalue("mounted")  # type: ignore[no-any-return]
     table = tmp_path / "mountinfo"
-    table.write_text(f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path)}/net rw - nfs4 server:/net rw\n")
+    table.write_text(
+        f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path)}/net rw - nfs4 server:/net rw\n"
+    )
     monkeypatch.setattr(mounts, "_MOUNTINFO", table)
     (tmp_path / "net").mkdir()
     return tmp_path / "net"
@@ -50,7 +55,9 @@ def network(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 def allowed(network: Path, **block: Any) -> CacheConfig:
     """Settings of a cache there."""
-    return CacheConfig(**{"dir": network / "cache", "min_free": 0, "allow_network_fs": True, **block})
+    return CacheConfig(
+        **{"dir": network / "cache", "min_free": 0, "allow_network_fs": True, **block}
+    )
 
 
 def index_of(network: Path) -> Path:
@@ -66,11 +73,18 @@ def journal_of(path: Path) -> str:
 # -- refused ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(network: Path, tmp_path: Path) -> None:
+def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
+    network: Path, tmp_path: Path
+) -> None:
     """When the reader is made, before a request: a setting that cannot be, not a fault that training rides out."""
     write_pairs(tmp_path, 2)
     cache = {"dir": str(network / "cache"), "min_free": 0}
-    where = {"data_dir": tmp_path / "data", "label_dir": tmp_path / "label", "map_dir": tmp_path / "map.json", "functional": "GGA"}
+    where = {
+        "data_dir": tmp_path / "data",
+        "label_dir": tmp_path / "label",
+        "map_dir": tmp_path / "map.json",
+        "functional": "GGA",
+    }
     for use in (
         lambda: ZarrS3Reader(**where, normalize=False, train_fraction=0.5, cache=cache),
         lambda: get_dataset({**where, "cache": cache}),
@@ -78,7 +92,10 @@ def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(n
         lambda: Index(CacheConfig.of(cache)),
         lambda: open_index(CacheConfig.of(cache)),
     ):
-        with pytest.raises(ConfigError, match=r"a network file system: locks, SQLite and memory maps .* Choose a disk of this node") as caught:
+        with pytest.raises(
+            ConfigError,
+            match=r"a network file system: locks, SQLite and memory maps .* Choose a disk of this node",
+        ) as caught:
             use()
         assert f"cache.dir {network / 'cache'} is on " in str(caught.value)
         assert "allow_network_fs: true" in str(caught.value)
@@ -99,7 +116,15 @@ def test_commands_refuse_with_exit_code_2(mounted: Path, tmp_path: Path) -> None
     assert finding["verdict"] == "fail"
     assert "fuse.sshfs, a network file system" in finding["found"]
     assert os.listdir(mounted) == []
-    assert zarrcache("warm", write_config(tmp_path, name="allowed.yaml", dir=str(mounted / "cache"), allow_network_fs=True)).code == 0
+    assert (
+        zarrcache(
+            "warm",
+            write_config(
+                tmp_path, name="allowed.yaml", dir=str(mounted / "cache"), allow_network_fs=True
+            ),
+        ).code
+        == 0
+    )
     for command in (["status", config], ["evict", config, "--yes"], ["verify", config]):
         run = zarrcache(*command)
         assert run.code == 2
@@ -109,10 +134,14 @@ def test_commands_refuse_with_exit_code_2(mounted: Path, tmp_path: Path) -> None
 # -- allowed ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(network: Path, tmp_path: Path) -> None:
+def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(
+    network: Path, tmp_path: Path
+) -> None:
     """The same values; a second reader has hits alone; at no time is there a log or its shared memory."""
     values = write_pairs(tmp_path, 3)
-    config = DataConfig.from_yaml(write_config(tmp_path, dir=str(network / "cache"), allow_network_fs=True))
+    config = DataConfig.from_yaml(
+        write_config(tmp_path, dir=str(network / "cache"), allow_network_fs=True)
+    )
     config = config.model_copy(update={"normalize_data": False})
     for epoch in range(2):
         train, test = get_dataset(config)
@@ -121,7 +150,9 @@ def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(network: Pa
             for i, (data, label) in enumerate(RhoData(*sets, data_augmentation=False)):  # type: ignore[arg-type]
                 assert np.array_equal(data.numpy()[0], values[ids[i], "data"])
                 assert np.array_equal(label.numpy()[0], values[ids[i], "label"])
-                assert not {"cache.db-wal", "cache.db-shm"} & set(os.listdir(index_of(network).parent))
+                assert not {"cache.db-wal", "cache.db-shm"} & set(
+                    os.listdir(index_of(network).parent)
+                )
         assert (reader.stats.hits, reader.stats.misses) == ((0, 6) if epoch == 0 else (6, 0))
         assert reader.stats.cache_errors == 0
     assert journal_of(index_of(network)) == "rollback"
@@ -135,7 +166,9 @@ def test_on_a_disk_of_the_node_the_key_changes_nothing(tmp_path: Path) -> None:
 
 
 @needs_mount
-def test_an_index_with_a_write_ahead_log_is_changed_over_and_keeps_its_entries(mounted: Path, tmp_path: Path) -> None:
+def test_an_index_with_a_write_ahead_log_is_changed_over_and_keeps_its_entries(
+    mounted: Path, tmp_path: Path
+) -> None:
     """Made by a version that did not know, or on a disk and copied; what lay in the log only is not lost. And back."""
     local = ArrayCache(CacheConfig(dir=tmp_path / "disk" / "cache", min_free=0), Counters())
     for number in range(20):
@@ -170,7 +203,12 @@ def test_a_killed_writer_is_undone_by_whoever_looks_next(network: Path) -> None:
         "c.executemany(insert, ((f'x{i}', 'array', 'x' * 900) for i in range(500)))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(index_of(network))], check=False, timeout=60).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(index_of(network))], check=False, timeout=60
+        ).returncode
+        == -signal.SIGKILL
+    )
     assert Path(f"{index_of(network)}-journal").stat().st_size > 0
     assert len(list(cache.index.rows())) == 3
     assert cache.index.volume_bytes() == volume
@@ -190,7 +228,9 @@ def test_four_processes_write_there_at_once(mounted: Path) -> None:
     from multiprocessing import get_context
 
     context = get_context("fork")
-    processes = [context.Process(target=_put_some, args=(allowed(mounted), 100 * n)) for n in range(4)]
+    processes = [
+        context.Process(target=_put_some, args=(allowed(mounted), 100 * n)) for n in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -217,7 +257,9 @@ def test_the_index_opens_beside_a_busy_writer(network: Path) -> None:
         "    c.execute('COMMIT')\n"
         "    time.sleep(0.0003)\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code, str(index_of(network))], stdout=subprocess.PIPE)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(index_of(network))], stdout=subprocess.PIPE
+    )
     try:
         assert writer.stdout is not None
         writer.stdout.readline()
@@ -228,13 +270,19 @@ def test_the_index_opens_beside_a_busy_writer(network: Path) -> None:
         writer.communicate()
 
 
-def test_doctor_warns_of_an_allowed_one_and_a_directory_given_by_hand_may_be_looked_at(network: Path) -> None:
+def test_doctor_warns_of_an_allowed_one_and_a_directory_given_by_hand_may_be_looked_at(
+    network: Path,
+) -> None:
     """``zarrcache evict --dir``: its settings are not known, and nobody trains there."""
     _put_some(allowed(network), 0)
     found = {finding.name: finding for finding in examine(allowed(network))}
     assert found["file system"].verdict == "warn"
     assert "a network file system" in found["file system"].found
-    assert {finding.verdict for name, finding in found.items() if name in ("cache directory", "file locks", "mmap")} == {"ok"}
+    assert {
+        finding.verdict
+        for name, finding in found.items()
+        if name in ("cache directory", "file locks", "mmap")
+    } == {"ok"}
     assert open_index(cache_at(network / "cache")).totals() == {"array": (10, 10 * 8192)}
 
 
@@ -244,5 +292,7 @@ def test_setting_survives_pickling_to_a_worker(network: Path) -> None:
     index.open()
     assert journal_of(index_of(network)) == "rollback"
     with sqlite3.connect(index_of(network)) as connection:
-        assert connection.execute("SELECT value FROM Settings WHERE key = 'sqlite_journal_mode'").fetchall() == [("delete",)]
+        assert connection.execute(
+            "SELECT value FROM Settings WHERE key = 'sqlite_journal_mode'"
+        ).fetchall() == [("delete",)]
     connection.close()

@@ -12,10 +12,16 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
+from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import ConfigError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
-from zarrcache.keys import ObjectInfo
-from zarrcache.origin import Origin, open_origin
+from zarrcache.errors import (
+    ConfigError,
+    OriginAccessError,
+    OriginError,
+    OriginNotFoundError,
+    OriginUnavailableError,
+)
+from zarrcache.origin._s3 import Origin, open_origin
 
 KEY, SECRET, TOKEN = "AKIAWITHOUTMEANING", "a-secret-nobody-may-see", "a-token-nobody-may-see"
 ASK: dict[str, Callable[[Origin], Any]] = {
@@ -24,7 +30,11 @@ ASK: dict[str, Callable[[Origin], Any]] = {
     "GET": lambda origin: list(origin.fetch([ObjectInfo("mp-1.zarr/0", 500, "x")])),
     "range": lambda origin: origin.fetch_range(ObjectInfo("mp-1.zarr/0", 500, "x"), 0, 10),
 }
-WHERE = {"LIST": "s3://densities/data/mp-1.zarr/", "names": "s3://densities/data/", "GET": "s3://densities/data/mp-1.zarr/0"}
+WHERE = {
+    "LIST": "s3://densities/data/mp-1.zarr/",
+    "names": "s3://densities/data/",
+    "GET": "s3://densities/data/mp-1.zarr/0",
+}
 WHERE["range"] = WHERE["GET"]
 
 
@@ -33,11 +43,18 @@ def failure(op: str, **s3_kwargs: Any) -> Exception:
     found = []
     for engine in ("s3fs", "obstore"):
         fetch = FetchConfig(engine=engine, connect_timeout=2.0, read_timeout=5.0)
-        origin = open_origin("s3://densities/data", s3_kwargs=s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=1))
-        with pytest.raises(Exception) as caught:  # noqa: PT011 - the callers check what it is
+        origin = open_origin(
+            "s3://densities/data", s3_kwargs=s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=1)
+        )
+        with pytest.raises(Exception) as caught:
             ASK[op](origin)
         found.append(caught.value)
-        for shown in (str(caught.value), repr(caught.value), repr(origin), repr(origin.__dict__["_options"])):
+        for shown in (
+            str(caught.value),
+            repr(caught.value),
+            repr(origin),
+            repr(origin.__dict__["_options"]),
+        ):
             assert not [secret for secret in (KEY, SECRET, TOKEN) if secret in shown]
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     first, second = found
@@ -53,11 +70,15 @@ def at_proxy(fault_proxy: FaultProxy) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("op", ASK)
-def test_without_credentials_the_error_says_where_they_may_stand(op: str, fault_proxy: FaultProxy) -> None:
+def test_without_credentials_the_error_says_where_they_may_stand(
+    op: str, fault_proxy: FaultProxy
+) -> None:
     """And no request is sent."""
     error = failure(op, endpoint_url=fault_proxy.endpoint_url)
     assert type(error) is OriginAccessError
-    assert str(error).startswith(f"{WHERE[op]}: no credentials were found. Set key and secret or profile in s3_kwargs")
+    assert str(error).startswith(
+        f"{WHERE[op]}: no credentials were found. Set key and secret or profile in s3_kwargs"
+    )
     assert "anon: true" in str(error)
     assert fault_proxy.count() == 0
 
@@ -66,14 +87,28 @@ def test_without_credentials_the_error_says_where_they_may_stand(op: str, fault_
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ("403:InvalidAccessKeyId", "access refused: InvalidAccessKeyId (403): Scripted InvalidAccessKeyId. Check that the access key belongs"),
-        ("403:SignatureDoesNotMatch", "access refused: SignatureDoesNotMatch (403): Scripted SignatureDoesNotMatch. Check the secret key"),
-        ("403:AccessDenied", "access refused: AccessDenied (403): Scripted AccessDenied. These credentials may not read it: they need s3:ListBucket"),
-        ("400:ExpiredToken", "access refused: ExpiredToken (400): Scripted ExpiredToken. The session token has expired: log in again"),
+        (
+            "403:InvalidAccessKeyId",
+            "access refused: InvalidAccessKeyId (403): Scripted InvalidAccessKeyId. Check that the access key belongs",
+        ),
+        (
+            "403:SignatureDoesNotMatch",
+            "access refused: SignatureDoesNotMatch (403): Scripted SignatureDoesNotMatch. Check the secret key",
+        ),
+        (
+            "403:AccessDenied",
+            "access refused: AccessDenied (403): Scripted AccessDenied. These credentials may not read it: they need s3:ListBucket",
+        ),
+        (
+            "400:ExpiredToken",
+            "access refused: ExpiredToken (400): Scripted ExpiredToken. The session token has expired: log in again",
+        ),
         ("403:RequestTimeTooSkewed", "Set the clock of this machine."),
     ],
 )
-def test_wrong_credentials_say_which_part_is_wrong(op: str, answer: str, words: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]) -> None:
+def test_wrong_credentials_say_which_part_is_wrong(
+    op: str, answer: str, words: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]
+) -> None:
     """One request, no retry; the answer's echo of the key is not repeated."""
     fault_proxy.rules(Rule(then=answer))
     error = failure(op, **at_proxy)
@@ -84,14 +119,19 @@ def test_wrong_credentials_say_which_part_is_wrong(op: str, answer: str, words: 
     assert fault_proxy.count() == 2
 
 
-def test_a_403_without_a_body_is_an_access_error_too(fault_proxy: FaultProxy, at_proxy: dict[str, Any]) -> None:
+def test_a_403_without_a_body_is_an_access_error_too(
+    fault_proxy: FaultProxy, at_proxy: dict[str, Any]
+) -> None:
     """A HEAD has no body, and some gateways never send one."""
     fault_proxy.rules(Rule(then="403"))
     ASK["HEAD"] = lambda origin: origin.list_objects("mp-1.zarr.zip")
     error = failure("HEAD", **at_proxy)
     del ASK["HEAD"]
     assert type(error) is OriginAccessError
-    assert "s3://densities/data/mp-1.zarr.zip: access refused: (403). These credentials may not read it" in str(error)
+    assert (
+        "s3://densities/data/mp-1.zarr.zip: access refused: (403). These credentials may not read it"
+        in str(error)
+    )
 
 
 def test_anon_on_a_private_bucket_says_to_remove_anon(fault_proxy: FaultProxy) -> None:
@@ -104,7 +144,9 @@ def test_anon_on_a_private_bucket_says_to_remove_anon(fault_proxy: FaultProxy) -
 
 
 @pytest.mark.parametrize("op", ASK)
-def test_no_such_bucket_names_bucket_and_endpoint(op: str, fault_proxy: FaultProxy, s3_server: S3Server) -> None:
+def test_no_such_bucket_names_bucket_and_endpoint(
+    op: str, fault_proxy: FaultProxy, s3_server: S3Server
+) -> None:
     """The real server's own answer; one that checks credentials tells nobody else."""
     error = failure(op, **s3_server.kwargs_at(fault_proxy.endpoint_url))
     assert type(error) is OriginNotFoundError
@@ -115,12 +157,16 @@ def test_no_such_bucket_names_bucket_and_endpoint(op: str, fault_proxy: FaultPro
 
 
 @pytest.mark.parametrize("op", ASK)
-def test_an_endpoint_that_refuses_says_so(op: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]) -> None:
+def test_an_endpoint_that_refuses_says_so(
+    op: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]
+) -> None:
     """Nothing listens there."""
     fault_proxy.down()
     error = failure(op, **at_proxy)
     assert type(error) is OriginUnavailableError
-    assert str(error).startswith(f"{WHERE[op]} could not be read: Connection: Connection refused (1 attempt in ")
+    assert str(error).startswith(
+        f"{WHERE[op]} could not be read: Connection: Connection refused (1 attempt in "
+    )
     assert "Check that the server runs and is reachable from this node" in str(error)
 
 
@@ -135,16 +181,33 @@ def test_a_missing_profile_is_named(fault_proxy: FaultProxy) -> None:
     """And where profiles stand."""
     error = failure("LIST", profile="laboratory", endpoint_url=fault_proxy.endpoint_url)
     assert type(error) is OriginAccessError
-    assert "ProfileNotFound: The config profile (laboratory) could not be found. Set profile in s3_kwargs" in str(error)
+    assert (
+        "ProfileNotFound: The config profile (laboratory) could not be found. Set profile in s3_kwargs"
+        in str(error)
+    )
 
 
 @pytest.mark.parametrize("op", ["LIST", "GET"])
-@pytest.mark.parametrize("answer", ["301:PermanentRedirect", "400:AuthorizationHeaderMalformed", "400:IllegalLocationConstraintException"])
-def test_a_bucket_in_another_region_says_what_to_set(op: str, answer: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "301:PermanentRedirect",
+        "400:AuthorizationHeaderMalformed",
+        "400:IllegalLocationConstraintException",
+    ],
+)
+def test_a_bucket_in_another_region_says_what_to_set(
+    op: str, answer: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]
+) -> None:
     """The library follows once by itself; a server that sends it on for ever ends there."""
     fault_proxy.rules(Rule(then=answer, op="GET|LIST"))
     for engine in ("s3fs", "obstore"):
-        origin = open_origin("s3://densities/data", s3_kwargs=at_proxy, fetch=FetchConfig(engine=engine), retry=RetryConfig(attempts=2))
+        origin = open_origin(
+            "s3://densities/data",
+            s3_kwargs=at_proxy,
+            fetch=FetchConfig(engine=engine),
+            retry=RetryConfig(attempts=2),
+        )
         with pytest.raises(OriginError, match="bucket 'densities' is in another region") as caught:
             ASK[op](origin)
         assert type(caught.value) is OriginError
@@ -159,14 +222,28 @@ def test_a_bucket_in_another_region_says_what_to_set(op: str, answer: str, fault
         ({"end_point_url": "x"}, "Did you mean 'endpoint_url'?"),
         ({"key": KEY}, "s3_kwargs has key but not secret"),
         ({"secret": SECRET}, "s3_kwargs has secret but not key"),
-        ({"endpoint_url": "minio:9000"}, "s3_kwargs.endpoint_url is 'minio:9000'; it has to begin with http:// or https://"),
-        ({"endpoint_url": f"https://{KEY}:{SECRET}@minio"}, "s3_kwargs.endpoint_url holds a user name"),
-        ({"client_kwargs": f"aws_secret_access_key={SECRET}"}, "client_kwargs in s3_kwargs is a str; it has to be a mapping"),
-        ({"client_kwargs": {"verify": "/no/such/ca.pem"}}, "the certificate file /no/such/ca.pem cannot be read. Correct client_kwargs.verify"),
+        (
+            {"endpoint_url": "minio:9000"},
+            "s3_kwargs.endpoint_url is 'minio:9000'; it has to begin with http:// or https://",
+        ),
+        (
+            {"endpoint_url": f"https://{KEY}:{SECRET}@minio"},
+            "s3_kwargs.endpoint_url holds a user name",
+        ),
+        (
+            {"client_kwargs": f"aws_secret_access_key={SECRET}"},
+            "client_kwargs in s3_kwargs is a str; it has to be a mapping",
+        ),
+        (
+            {"client_kwargs": {"verify": "/no/such/ca.pem"}},
+            "the certificate file /no/such/ca.pem cannot be read. Correct client_kwargs.verify",
+        ),
         ({"config_kwargs": {"s3": "virtual"}}, "s3 in s3_kwargs is a str; it has to be a mapping"),
     ],
 )
-def test_options_that_cannot_be_used_are_named_at_once(s3_kwargs: dict[str, Any], words: str) -> None:
+def test_options_that_cannot_be_used_are_named_at_once(
+    s3_kwargs: dict[str, Any], words: str
+) -> None:
     """Before any request, and without the secret."""
     with pytest.raises(ConfigError) as caught:
         open_origin("s3://densities/data", s3_kwargs=s3_kwargs)
@@ -175,26 +252,49 @@ def test_options_that_cannot_be_used_are_named_at_once(s3_kwargs: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "s3_kwargs", [{"frobnicate": 1}, {"client_kwargs": {"regionname": "eu-west-1"}}, {"config_kwargs": {"signature": "s3v4"}}, {"token": "t", "x": 1}]
+    "s3_kwargs",
+    [
+        {"frobnicate": 1},
+        {"client_kwargs": {"regionname": "eu-west-1"}},
+        {"config_kwargs": {"signature": "s3v4"}},
+        {"token": "t", "x": 1},
+    ],
 )
 @pytest.mark.parametrize("op", ["LIST", "GET"])
-def test_options_that_s3fs_does_not_know_are_config_errors(op: str, s3_kwargs: dict[str, Any], at_proxy: dict[str, Any]) -> None:
+def test_options_that_s3fs_does_not_know_are_config_errors(
+    op: str, s3_kwargs: dict[str, Any], at_proxy: dict[str, Any]
+) -> None:
     """They go to s3fs, which says so when its client is made; obstore alone cannot do them."""
     origin = open_origin("s3://densities/data", s3_kwargs={**at_proxy, **s3_kwargs})
-    with pytest.raises(ConfigError, match=r"s3fs does not accept s3_kwargs: .*unexpected keyword argument"):
+    with pytest.raises(
+        ConfigError, match=r"s3fs does not accept s3_kwargs: .*unexpected keyword argument"
+    ):
         ASK[op](origin)
-    with pytest.raises(ConfigError, match=r"cache.fetch.engine is obstore, which cannot do .* of s3_kwargs. Remove them, or set engine: auto."):
-        open_origin("s3://densities/data", s3_kwargs={**at_proxy, **s3_kwargs}, fetch=FetchConfig(engine="obstore"))
+    with pytest.raises(
+        ConfigError,
+        match=r"cache.fetch.engine is obstore, which cannot do .* of s3_kwargs. Remove them, or set engine: auto.",
+    ):
+        open_origin(
+            "s3://densities/data",
+            s3_kwargs={**at_proxy, **s3_kwargs},
+            fetch=FetchConfig(engine="obstore"),
+        )
 
 
 @pytest.mark.parametrize("engine", ["s3fs", "obstore"])
-def test_no_log_line_holds_a_secret(engine: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_line_holds_a_secret(
+    engine: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Ours, at every level, while requests fail and are tried again."""
     fault_proxy.rules(Rule(("503", "reset"), then="403:InvalidAccessKeyId"))
-    origin = open_origin("s3://densities/data", s3_kwargs=at_proxy, fetch=FetchConfig(engine=engine))
+    origin = open_origin(
+        "s3://densities/data", s3_kwargs=at_proxy, fetch=FetchConfig(engine=engine)
+    )
     with caplog.at_level(logging.DEBUG, "zarrcache"), pytest.raises(OriginAccessError):
         ASK["LIST"](origin)
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith("zarrcache")]
+    lines = [
+        record.getMessage() for record in caplog.records if record.name.startswith("zarrcache")
+    ]
     assert lines
     assert not [line for line in lines for secret in (KEY, SECRET, TOKEN) if secret in line]
 
@@ -202,11 +302,21 @@ def test_no_log_line_holds_a_secret(engine: str, fault_proxy: FaultProxy, at_pro
 @pytest.mark.parametrize("url", ["gs://bucket/data", "http://server/data"])
 def test_another_scheme_is_refused_with_the_ones_there_are(url: str) -> None:
     """Not taken for a directory of that name."""
-    with pytest.raises(ConfigError, match=r"is of scheme \w+://, which is not supported. Write s3://bucket/prefix, a path, or file:///path."):
+    with pytest.raises(
+        ConfigError,
+        match=r"is of scheme \w+://, which is not supported. Write s3://bucket/prefix, a path, or file:///path.",
+    ):
         open_origin(url)
 
 
-@pytest.mark.parametrize(("url", "words"), [("s3://", "names no bucket"), ("s3:///data", "names no bucket"), ("s3://arn:aws:s3:eu:1:x/d", "ARN")])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://", "names no bucket"),
+        ("s3:///data", "names no bucket"),
+        ("s3://arn:aws:s3:eu:1:x/d", "ARN"),
+    ],
+)
 def test_an_url_without_a_bucket_is_refused(url: str, words: str) -> None:
     """At once."""
     with pytest.raises(ConfigError, match=words):
@@ -229,7 +339,10 @@ def test_a_directory_that_may_not_be_read_is_an_access_error(tmp_path: Path) -> 
 
 def test_a_root_that_vanished_is_not_an_absent_store(tmp_path: Path) -> None:
     """A file system that is not mounted any more must not look like a data set without this store."""
-    with pytest.raises(OriginNotFoundError, match=r"is not a directory of this machine. Check the path, and that its file system is mounted"):
+    with pytest.raises(
+        OriginNotFoundError,
+        match=r"is not a directory of this machine. Check the path, and that its file system is mounted",
+    ):
         open_origin(tmp_path / "unmounted").list_objects("mp-1.zarr/")
     with pytest.raises(OriginNotFoundError, match="is not a directory of this machine"):
         open_origin(tmp_path / "unmounted").list_objects("mp-1.zarr.zip")

@@ -14,19 +14,31 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
-from zarrcache import backoff, engine_obstore, retry
+from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError, OriginUnavailableError
-from zarrcache.keys import ObjectInfo
-from zarrcache.origin import Origin, open_origin
+from zarrcache.errors import (
+    IncompleteArrayError,
+    OriginAccessError,
+    OriginError,
+    OriginNotFoundError,
+    OriginUnavailableError,
+)
+from zarrcache.origin import _backoff as backoff
+from zarrcache.origin import _obstore as engine_obstore
+from zarrcache.origin import _retry as retry
+from zarrcache.origin._s3 import Origin, open_origin
 from zarrcache.stats import Counters
 
 BODIES = {f"mp-1.zarr/{i}": random.Random(i).randbytes(2000 + i) for i in range(4)}
 ANSWERS = ["500", "502:", "503", "504:", "429", "400:RequestTimeout"]
 ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
     "LIST": lambda origin, objects: origin.list_objects("mp-1.zarr/"),
-    "HEAD": lambda origin, objects: [(o.key, o.size_bytes, o.etag) for o in origin.list_objects(objects[0].key)],
-    "GET": lambda origin, objects: {obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(objects)},
+    "HEAD": lambda origin, objects: [
+        (o.key, o.size_bytes, o.etag) for o in origin.list_objects(objects[0].key)
+    ],
+    "GET": lambda origin, objects: {
+        obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(objects)
+    },
     "range": lambda origin, objects: origin.fetch_range(objects[0], 100, 600),
 }
 
@@ -51,7 +63,9 @@ def plain_client(s3_server: S3Server) -> Any:
         aws_access_key_id=s3_server.key,
         aws_secret_access_key=s3_server.secret,
         region_name="us-east-1",
-        config=Config(request_checksum_calculation="when_required", s3={"addressing_style": "path"}),
+        config=Config(
+            request_checksum_calculation="when_required", s3={"addressing_style": "path"}
+        ),
     )
 
 
@@ -65,13 +79,25 @@ def url(s3_server: S3Server, plain_client: Any) -> str:
 
 
 @pytest.fixture(params=["s3fs", "obstore"])
-def opened(request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: FaultProxy, url: str) -> Callable[..., Origin]:
+def opened(
+    request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: FaultProxy, url: str
+) -> Callable[..., Origin]:
     """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin through the proxy."""
 
-    def make(attempts: int = 3, timeout: float = 20.0, counters: Counters | None = None, **fetch: Any) -> Origin:
-        settings = FetchConfig(**{"engine": request.param, "read_timeout": 20.0, "connect_timeout": 5.0, **fetch})
+    def make(
+        attempts: int = 3, timeout: float = 20.0, counters: Counters | None = None, **fetch: Any
+    ) -> Origin:
+        settings = FetchConfig(
+            **{"engine": request.param, "read_timeout": 20.0, "connect_timeout": 5.0, **fetch}
+        )
         kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
-        return open_origin(url, s3_kwargs=kwargs, fetch=settings, retry=RetryConfig(attempts=attempts, timeout=timeout), counters=counters)
+        return open_origin(
+            url,
+            s3_kwargs=kwargs,
+            fetch=settings,
+            retry=RetryConfig(attempts=attempts, timeout=timeout),
+            counters=counters,
+        )
 
     return make
 
@@ -79,13 +105,20 @@ def opened(request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: Fau
 @pytest.fixture(scope="module")
 def listed(s3_server: S3Server, url: str) -> list[ObjectInfo]:
     """The store's objects."""
-    return open_origin(url, s3_kwargs=s3_server.s3_kwargs, fetch=FetchConfig(engine="s3fs")).list_objects("mp-1.zarr/")
+    return open_origin(
+        url, s3_kwargs=s3_server.s3_kwargs, fetch=FetchConfig(engine="s3fs")
+    ).list_objects("mp-1.zarr/")
 
 
 def expected(op: str, listed: list[ObjectInfo]) -> Any:
     """What ``ASK[op]`` returns when nothing fails."""
     first = listed[0]
-    return {"LIST": listed, "HEAD": [(first.key, first.size_bytes, first.etag)], "GET": BODIES, "range": BODIES[first.key][100:600]}[op]
+    return {
+        "LIST": listed,
+        "HEAD": [(first.key, first.size_bytes, first.etag)],
+        "GET": BODIES,
+        "range": BODIES[first.key][100:600],
+    }[op]
 
 
 def methods(op: str) -> str:
@@ -104,18 +137,49 @@ class TestTransient:
     @pytest.mark.parametrize(
         ("op", "fault"),
         [
-            *(("LIST", fault) for fault in ["503", "502:", "429", "reset", "reset_body", "truncate", "short", "hang"]),
-            *(("GET", fault) for fault in [*ANSWERS, "reset", "reset_body", "truncate", "short", "hang", "stall", "corrupt"]),
+            *(
+                ("LIST", fault)
+                for fault in [
+                    "503",
+                    "502:",
+                    "429",
+                    "reset",
+                    "reset_body",
+                    "truncate",
+                    "short",
+                    "hang",
+                ]
+            ),
+            *(
+                ("GET", fault)
+                for fault in [
+                    *ANSWERS,
+                    "reset",
+                    "reset_body",
+                    "truncate",
+                    "short",
+                    "hang",
+                    "stall",
+                    "corrupt",
+                ]
+            ),
             *(("HEAD", fault) for fault in ["503", "502:", "reset", "hang"]),
             *(("range", fault) for fault in ["503", "reset_body", "truncate", "short"]),
         ],
     )
     def test_a_fault_that_goes_away_costs_one_more_request(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], op: str, fault: str
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        op: str,
+        fault: str,
     ) -> None:
         """The answer is the same as without it, and the counters say what the server saw."""
         counters = Counters()
-        origin = opened(counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0)  # a busy machine is no fault
+        origin = opened(
+            counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0
+        )  # a busy machine is no fault
         sent = sendings(origin, fault)
         fault_proxy.rules(Rule((fault,) * sent, op=methods(op), key="/0$" if op == "GET" else ""))
         assert ASK[op](origin, listed) == expected(op, listed)
@@ -126,14 +190,22 @@ class TestTransient:
         assert counters.snapshot().requests == n + 1 + asked_for_encryption
         assert counters.snapshot().retries == 1
 
-    def test_each_object_has_its_own_second_attempt(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+    def test_each_object_has_its_own_second_attempt(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
         """When all fail once, all are asked for twice, and none a third time."""
         counters = Counters()
         fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
         assert ASK["GET"](opened(counters=counters), listed) == BODIES
-        assert (fault_proxy.count("GET"), fault_proxy.repeats(), counters.snapshot().retries) == (8, 4, 4)
+        assert (fault_proxy.count("GET"), fault_proxy.repeats(), counters.snapshot().retries) == (
+            8,
+            4,
+            4,
+        )
 
-    def test_what_has_arrived_is_not_asked_for_again(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+    def test_what_has_arrived_is_not_asked_for_again(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
         """One of four fails twice: six requests."""
         fault_proxy.rules(Rule(("reset_body", "short"), op="GET", key="/2$"))
         assert ASK["GET"](opened(), listed) == BODIES
@@ -141,7 +213,12 @@ class TestTransient:
 
     @pytest.mark.parametrize("op", ASK)
     def test_a_server_that_restarts_is_waited_for(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], up_at_retry: None, op: str
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        up_at_retry: None,
+        op: str,
     ) -> None:
         """It refuses connections until the first attempt has failed."""
         origin = opened()
@@ -160,14 +237,21 @@ class TestTransient:
         assert fault_proxy.count("GET") == 2
 
     def test_an_etag_that_is_no_md5_is_not_taken_for_one(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, plain_client: Any, url: str
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        s3_server: S3Server,
+        plain_client: Any,
+        url: str,
     ) -> None:
         """With a key of KMS it only looks like one; that is asked once, and then left alone for the whole origin."""
         bucket = url.split("/")[2]
         for key in ("kms/1", "kms/2"):
             encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "tests"}
             try:
-                plain_client.put_object(Bucket=bucket, Key=f"data/{key}", Body=b"0123456789", **encrypted)
+                plain_client.put_object(
+                    Bucket=bucket, Key=f"data/{key}", Body=b"0123456789", **encrypted
+                )
             except plain_client.exceptions.ClientError as exc:
                 pytest.skip(f"this server encrypts nothing with a key of KMS: {exc}")
         origin = opened()
@@ -177,13 +261,21 @@ class TestTransient:
         assert (fault_proxy.count("GET"), fault_proxy.count("HEAD")) == (2, 1)
 
     def test_every_further_attempt_is_logged_with_url_and_cause(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], url: str, caplog: pytest.LogCaptureFixture
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        url: str,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """One line an attempt, on the package's logger."""
         fault_proxy.rules(Rule(("503", "500"), op="LIST"))
         ASK["LIST"](opened(), listed)
-        lines = [r.getMessage() for r in caplog.records if r.name == "zarrcache.retry"]
-        assert [line.split(" wait_s=")[0] for line in lines] == ["origin.retry attempt=2", "origin.retry attempt=3"]
+        lines = [r.getMessage() for r in caplog.records if r.name == "zarrcache.origin._retry"]
+        assert [line.split(" wait_s=")[0] for line in lines] == [
+            "origin.retry attempt=2",
+            "origin.retry attempt=3",
+        ]
         assert f"url={url}/mp-1.zarr/ cause=SlowDown (503): Scripted SlowDown." in lines[0]
 
 
@@ -196,9 +288,9 @@ def up_at_retry(fault_proxy: FaultProxy) -> Iterator[None]:
             fault_proxy.up()
 
     handler = Restart()
-    logging.getLogger("zarrcache.retry").addHandler(handler)
+    logging.getLogger("zarrcache.origin._retry").addHandler(handler)
     yield
-    logging.getLogger("zarrcache.retry").removeHandler(handler)
+    logging.getLogger("zarrcache.origin._retry").removeHandler(handler)
 
 
 class TestPermanent:
@@ -207,22 +299,36 @@ class TestPermanent:
     @pytest.mark.parametrize("op", ASK)
     @pytest.mark.parametrize("fault", ["503", "reset", "hang"])
     def test_attempts_are_the_requests_that_the_server_sees(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], url: str, op: str, fault: str
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        url: str,
+        op: str,
+        fault: str,
     ) -> None:
         """Nothing below retries: three attempts are three requests, and the error names URL, attempts and last cause."""
         counters = Counters()
         origin = opened(counters=counters, read_timeout=1.5 if fault == "hang" else 20.0)
-        if fault == "hang":  # on a busy machine the time would be over before a client that is new has sent its first request
+        if (
+            fault == "hang"
+        ):  # on a busy machine the time would be over before a client that is new has sent its first request
             ASK[op](origin, listed[:1])
         before, begun = counters.snapshot(), fault_proxy.count()
         fault_proxy.rules(Rule(then=fault))
         with pytest.raises(OriginUnavailableError) as caught:
             ASK[op](origin, listed[:1])
-        assert [seen.op for seen in fault_proxy.seen()[begun:]] == [methods(op)] * 3 * sendings(origin, fault)
+        assert [seen.op for seen in fault_proxy.seen()[begun:]] == [methods(op)] * 3 * sendings(
+            origin, fault
+        )
         assert (counters.snapshot() - before).requests == 3
         assert (counters.snapshot() - before).retries == 2
         where = f"{url}/mp-1.zarr/" if op == "LIST" else f"{url}/{listed[0].key}"
-        cause = {"503": "(503)", "reset": "Connection: Connection reset by peer", "hang": "Timeout: no answer in time"}[fault]
+        cause = {
+            "503": "(503)",
+            "reset": "Connection: Connection reset by peer",
+            "hang": "Timeout: no answer in time",
+        }[fault]
         assert str(caught.value).startswith(f"{where} could not be read: ")
         assert cause in str(caught.value)
         assert "(3 attempts in " in str(caught.value)
@@ -232,7 +338,11 @@ class TestPermanent:
 
     @pytest.mark.parametrize("fault", ["truncate", "short", "corrupt"])
     def test_bytes_that_stay_wrong_are_never_handed_over(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], fault: str
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        fault: str,
     ) -> None:
         """An error, not an array."""
         fault_proxy.rules(Rule(then=fault, op="GET"))
@@ -273,12 +383,33 @@ class TestPermanent:
         [
             *((op, "403", OriginAccessError, "access refused") for op in ASK),
             ("GET", "401:AccessDenied", OriginAccessError, "access refused"),
-            *((op, "404", IncompleteArrayError, "is listed (2000 bytes) but returned 404. The store is incomplete") for op in ("GET", "range")),
-            *((op, "404:NoSuchBucket", OriginNotFoundError, "there is no bucket") for op in ("GET", "range", "LIST")),
+            *(
+                (
+                    op,
+                    "404",
+                    IncompleteArrayError,
+                    "is listed (2000 bytes) but returned 404. The store is incomplete",
+                )
+                for op in ("GET", "range")
+            ),
+            *(
+                (op, "404:NoSuchBucket", OriginNotFoundError, "there is no bucket")
+                for op in ("GET", "range", "LIST")
+            ),
             ("GET", "412", IncompleteArrayError, "was changed while it was being read"),
-            ("range", "416:InvalidRange", IncompleteArrayError, "was changed while it was being read"),
+            (
+                "range",
+                "416:InvalidRange",
+                IncompleteArrayError,
+                "was changed while it was being read",
+            ),
             ("GET", "400", OriginError, "refused the request: InvalidRequest (400)"),
-            ("LIST", "501:NotImplemented", OriginError, "refused the request: NotImplemented (501)"),
+            (
+                "LIST",
+                "501:NotImplemented",
+                OriginError,
+                "refused the request: NotImplemented (501)",
+            ),
         ],
     )
     def test_an_answer_that_is_final_is_not_asked_for_again(
@@ -301,7 +432,9 @@ class TestPermanent:
         assert str(caught.value).startswith(url)
         assert type(caught.value) is error
 
-    def test_a_final_answer_ends_the_whole_fetch(self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+    def test_a_final_answer_ends_the_whole_fetch(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
         """Requests that still hang are cancelled, or end within QUICK_S; nobody waits for their time-out."""
         fault_proxy.rules(Rule(then="403", op="GET", key="/1$"), Rule(then="hang", op="GET"))
         with pytest.raises(OriginAccessError):
@@ -313,16 +446,28 @@ class TestLate:
     """obstore asks for small objects in threads, which nobody can interrupt: each request is short, and asked again patiently if it was too short."""
 
     @pytest.fixture
-    def late(self, s3_server: S3Server, fault_proxy: FaultProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Origin]:
+    def late(
+        self,
+        s3_server: S3Server,
+        fault_proxy: FaultProxy,
+        url: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> Callable[..., Origin]:
         """``late(counters=...)`` opens the store's origin; a request is late after 0.3 s."""
         monkeypatch.setattr(engine_obstore, "QUICK_S", 0.3)
         kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
         fetch = FetchConfig(engine="obstore")
-        return lambda **more: open_origin(url, s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=1), **more)
+        return lambda **more: open_origin(
+            url, s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=1), **more
+        )
 
     @pytest.mark.parametrize("fault", ["hang", "stall"])
     def test_a_late_object_is_asked_for_again_at_once(
-        self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], fault: str
+        self,
+        late: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        fault: str,
     ) -> None:
         """That is no attempt of ``cache.retry``; the counters have it."""
         counters = Counters()
@@ -331,7 +476,9 @@ class TestLate:
         assert sorted(s.path[-1] for s in fault_proxy.seen("GET")) == ["0", "1", "2", "2", "3"]
         assert (counters.snapshot().requests, counters.snapshot().retries) == (5, 1)
 
-    def test_a_slow_server_is_not_hurried(self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]) -> None:
+    def test_a_slow_server_is_not_hurried(
+        self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
         """Where many are late, they are waited for from then on: everything is asked for twice once, and never again."""
         fault_proxy.rules(Rule(op="GET", latency_s=0.6))
         origin = late()
@@ -339,7 +486,9 @@ class TestLate:
             assert ASK["GET"](origin, listed) == BODIES
             assert fault_proxy.count("GET") == asked
 
-    def test_a_large_object_is_not_hurried(self, late: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str) -> None:
+    def test_a_large_object_is_not_hurried(
+        self, late: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str
+    ) -> None:
         """It may take its time."""
         body = random.Random(9).randbytes(engine_obstore.QUICK_BYTES + 1)
         s3_server.put(f"{url}/large/0", body)
@@ -371,7 +520,11 @@ class TestCancel:
 
     @pytest.mark.parametrize("op", ASK)
     def test_ctrl_c_ends_a_request_that_hangs(
-        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo], op: str
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        op: str,
     ) -> None:
         """At once, and nothing stays in flight for longer than QUICK_S."""
         fault_proxy.rules(Rule(then="hang", op=methods(op)))

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache import ZarrS3Reader, readarray, settled
+from zarrcache import ZarrS3Reader
+from zarrcache.arrays import _settled as settled
+from zarrcache.arrays import read as readarray
+from zarrcache.arrays.read import read_array
 from zarrcache.config import FetchConfig
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin import open_origin
-from zarrcache.readarray import read_array
+from zarrcache.origin._s3 import open_origin
 
 ARRAY = "charge_density_total"
 SHAPE = (8, 8, 8)
@@ -48,7 +50,11 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]
         values = np.arange(np.prod(SHAPE), dtype="float32").reshape(SHAPE) + STEP * number
         small_group(root / f"{number}.zarr", {ARRAY: values})
         made.append(
-            {str(p.relative_to(root / f"{number}.zarr")): p.read_bytes() for p in sorted((root / f"{number}.zarr").rglob("*")) if p.is_file()}
+            {
+                str(p.relative_to(root / f"{number}.zarr")): p.read_bytes()
+                for p in sorted((root / f"{number}.zarr").rglob("*"))
+                if p.is_file()
+            }
         )
     return made
 
@@ -102,19 +108,47 @@ def writer(s3_server: S3Server, bucket: str, versions: list[dict[str, bytes]]) -
 
 
 @pytest.mark.parametrize(
-    ("engine", "arrays", "is_new"), [("obstore", True, False), ("s3fs", True, True), ("s3fs", True, False), ("obstore", False, False)]
+    ("engine", "arrays", "is_new"),
+    [
+        ("obstore", True, False),
+        ("s3fs", True, True),
+        ("s3fs", True, False),
+        ("obstore", False, False),
+    ],
 )
 def test_writer_that_stops_to_think_is_waited_for(
-    writer: Writer, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, engine: str, arrays: bool, is_new: bool
+    writer: Writer,
+    s3_server: S3Server,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    engine: str,
+    arrays: bool,
+    is_new: bool,
 ) -> None:
     """It has written half a store and goes on after longer than a reading takes. Neither halves of two versions nor zeros, in either tier."""
     (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
     writer.put("mp-1.zarr", 0, gaps=False)
-    cache = {"dir": tmp_path / "cache", "min_free": 0, "arrays": {"enabled": arrays}, "fetch": {"engine": engine}}
+    cache = {
+        "dir": tmp_path / "cache",
+        "min_free": 0,
+        "arrays": {"enabled": arrays},
+        "fetch": {"engine": engine},
+    }
     kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
-    reader = ZarrS3Reader(writer.url, writer.url, tmp_path / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache)
+    reader = ZarrS3Reader(
+        writer.url,
+        writer.url,
+        tmp_path / "map.json",
+        "GGA",
+        False,
+        1,
+        s3_kwargs=kwargs,
+        cache=cache,
+    )
     assert reader.task_ids == ["mp-1"]
-    reader.origin("data").list_objects("mp-2.zarr/")  # its client is open; the next request is quick
+    reader.origin("data").list_objects(
+        "mp-2.zarr/"
+    )  # its client is open; the next request is quick
     fault_proxy.reset()
     if is_new:
         for key in writer.versions[0]:
@@ -125,7 +159,10 @@ def test_writer_that_stops_to_think_is_waited_for(
 
     def go_on() -> None:
         end_s = time.monotonic() + 60
-        while not [s for s in fault_proxy.seen() if "mp-1.zarr" in s.path] and time.monotonic() < end_s:
+        while (
+            not [s for s in fault_proxy.seen() if "mp-1.zarr" in s.path]
+            and time.monotonic() < end_s
+        ):
             time.sleep(0.02)
         time.sleep(0.5)
         for key, body in second:
@@ -141,7 +178,9 @@ def test_writer_that_stops_to_think_is_waited_for(
     assert version_of(reader.load("mp-1", "data")[0]) == 1
 
 
-def hammer(writer: Writer, *, n_stores: int, n_readers: int, seconds: float, rest_s: float) -> tuple[int, int]:
+def hammer(
+    writer: Writer, *, n_stores: int, n_readers: int, seconds: float, rest_s: float
+) -> tuple[int, int]:
     """Read stores cold through both engines while they are overwritten; how many readings were whole, and how many refused."""
     stores = [f"mp-{i}.zarr" for i in range(n_stores)]
     for store in stores:
@@ -160,11 +199,15 @@ def hammer(writer: Writer, *, n_stores: int, n_readers: int, seconds: float, res
             try:
                 found = version_of(read_array(origin, store, ARRAY).array)
             except IncompleteArrayError as exc:
-                (refused if "Wait until its writer has finished" in str(exc) else wrong).append(str(exc))
+                (refused if "Wait until its writer has finished" in str(exc) else wrong).append(
+                    str(exc)
+                )
                 continue
             # Versions come round again after eight of them; meanwhile at most the next one is begun.
             newer = range(at_least, writer.newest[store] + 2)
-            (whole if found in {n % N_VERSIONS for n in newer} else wrong).append((store, found, at_least))
+            (whole if found in {n % N_VERSIONS for n in newer} else wrong).append(
+                (store, found, at_least)
+            )
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(n_readers)]
     threads.append(threading.Thread(target=writer.run, args=(stores, rest_s)))
@@ -193,11 +236,17 @@ def test_readings_under_a_writer_are_of_one_version_for_two_minutes(writer: Writ
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_another_version_is_refused_by_the_server(s3_server: S3Server, fault_proxy: FaultProxy, bucket: str, engine: Any) -> None:
+def test_another_version_is_refused_by_the_server(
+    s3_server: S3Server, fault_proxy: FaultProxy, bucket: str, engine: Any
+) -> None:
     """Each GET, of a whole object and of a range, asks for the listed version and no other: not even its bytes travel."""
     url = f"s3://{bucket}/data"
     s3_server.put(f"{url}/mp-1.zarr/0", b"0123456789")
-    origin = open_origin(url, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), fetch=FetchConfig(engine=engine))
+    origin = open_origin(
+        url,
+        s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url),
+        fetch=FetchConfig(engine=engine),
+    )
     [obj] = origin.list_objects("mp-1.zarr/")
     assert list(origin.fetch([obj]))
     assert origin.fetch_range(obj, 2, 5) == b"234"

@@ -23,14 +23,22 @@ import pytest
 
 from tests.support.cluster import Node, start_cluster
 from tests.support.localnode import LocalNode
-from tests.support.roguepeer import Answer, claiming, entry_answer, hanging, running_peer, trickling, trickling_head
-from zarrcache import ConfigError, ZarrS3Reader, peers
-from zarrcache.checksums import crc32c
-from zarrcache.codec import encode_header, header_of
-from zarrcache.keys import ArrayKey
-from zarrcache.peers import Peers
-from zarrcache.policy import nodes_by_duty
-from zarrcache.ring import Ring
+from tests.support.roguepeer import (
+    Answer,
+    claiming,
+    entry_answer,
+    hanging,
+    running_peer,
+    trickling,
+    trickling_head,
+)
+from zarrcache import ConfigError, ZarrS3Reader
+from zarrcache._keys import ArrayKey
+from zarrcache.cache.loans import Ring
+from zarrcache.disk.checksums import crc32c
+from zarrcache.disk.entry import encode_header, header_of
+from zarrcache.peers import client as peers
+from zarrcache.peers.client import Peers, nodes_by_duty
 
 TASK, ROLE = "mp-1", "data"
 
@@ -59,7 +67,9 @@ def good(node: LocalNode, key: ArrayKey) -> bytes:
 def reader_at(node: LocalNode, directory: Path, **block: Any) -> ZarrS3Reader:
     """A node with an empty cache of its own."""
     where = (node.directory / "data", node.directory / "label", node.directory / "map.json")
-    return ZarrS3Reader(*where, "GGA", False, 0.5, cache={"dir": directory / "own", "min_free": 0, **block})
+    return ZarrS3Reader(
+        *where, "GGA", False, 0.5, cache={"dir": directory / "own", "min_free": 0, **block}
+    )
 
 
 def flipped(raw: bytes, byte: int) -> bytes:
@@ -72,8 +82,12 @@ def header_with(**fields: Any) -> Callable[[bytes], bytes]:
 
     def change(raw: bytes) -> bytes:
         length = int.from_bytes(raw[12:16], "little")
-        text = json.dumps({**json.loads(raw[20 : 20 + length]), **fields}, separators=(",", ":"), sort_keys=True).encode()
-        return (raw[:12] + len(text).to_bytes(4, "little") + crc32c(text).to_bytes(4, "little") + text).ljust(4096, b"\0") + raw[4096:]
+        text = json.dumps(
+            {**json.loads(raw[20 : 20 + length]), **fields}, separators=(",", ":"), sort_keys=True
+        ).encode()
+        return (
+            raw[:12] + len(text).to_bytes(4, "little") + crc32c(text).to_bytes(4, "little") + text
+        ).ljust(4096, b"\0") + raw[4096:]
 
     return change
 
@@ -84,7 +98,9 @@ def of_kind(dtype: str, shape: tuple[int, ...]) -> Callable[[bytes], bytes]:
     def change(raw: bytes) -> bytes:
         fields = json.loads(raw[20 : 20 + int.from_bytes(raw[12:16], "little")])
         array = np.zeros(shape, dtype)
-        header = header_of(ArrayKey(fields["origin"], fields["url"], fields["array"]), array, fields["source"])
+        header = header_of(
+            ArrayKey(fields["origin"], fields["url"], fields["array"]), array, fields["source"]
+        )
         return encode_header(header) + array.tobytes()
 
     return change
@@ -125,10 +141,21 @@ def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int 
     """It gives what a plain read gives, from the origin, and has kept nothing else."""
     assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
     stats = reader.stats
-    assert (stats.purges, stats.peer_hits, stats.lower_hits, stats.cache_errors) == (purges, peer_hits, 0, 0)
+    assert (stats.purges, stats.peer_hits, stats.lower_hits, stats.cache_errors) == (
+        purges,
+        peer_hits,
+        0,
+        0,
+    )
     own = Path(reader.tiers.config.dir) / "zarrcache-v1"  # type: ignore[union-attr]
     assert len(list((own / "entries").rglob(f"*{reader.key(TASK, ROLE).digest}*"))) == 1
-    again = ZarrS3Reader(*(reader.data_dir, reader.label_dir, reader.map_dir), "GGA", False, 0.5, cache={"dir": own.parent, "min_free": 0})
+    again = ZarrS3Reader(
+        *(reader.data_dir, reader.label_dir, reader.map_dir),
+        "GGA",
+        False,
+        0.5,
+        cache={"dir": own.parent, "min_free": 0},
+    )
     assert np.array_equal(again.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
     assert (again.stats.hits, again.stats.purges) == (1, 0)
 
@@ -136,7 +163,13 @@ def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("place", ["peer", "lower"])
 def test_bad_entry_is_counted_said_once_and_not_kept(
-    node: LocalNode, key: ArrayKey, good: bytes, tmp_path: Path, what: str, place: str, caplog: pytest.LogCaptureFixture
+    node: LocalNode,
+    key: ArrayKey,
+    good: bytes,
+    tmp_path: Path,
+    what: str,
+    place: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whatever is wrong with it, the next place is asked."""
     raw = BAD[what](good)
@@ -160,10 +193,20 @@ REFUSED: dict[str, Callable[[bytes], Answer]] = {
     "hangs": lambda raw: hanging,
     "garbage": lambda raw: lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "no answer": lambda raw: lambda connection: None,
-    "error": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"),
-    "other page": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!"),
-    "no length": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw),
-    "endless header": lambda raw: lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000),
+    "error": lambda raw: (
+        lambda connection: connection.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")
+    ),
+    "other page": lambda raw: (
+        lambda connection: connection.sendall(
+            b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!"
+        )
+    ),
+    "no length": lambda raw: (
+        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw)
+    ),
+    "endless header": lambda raw: (
+        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000)
+    ),
     "trickled header": trickling_head,
     "claims a terabyte": lambda raw: claiming(raw[:100], 2**40),
 }
@@ -171,7 +214,12 @@ REFUSED: dict[str, Callable[[bytes], Answer]] = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_peer_that_does_not_answer_is_left_out_for_a_while(
-    node: LocalNode, good: bytes, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    node: LocalNode,
+    good: bytes,
+    tmp_path: Path,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Asked once, said once, and asked again when the time is over."""
     monkeypatch.setattr(peers, "_READ_S", 0.2)
@@ -197,7 +245,9 @@ CUT: dict[str, Callable[[bytes], Answer]] = {
 
 
 @pytest.mark.parametrize("how", CUT)
-def test_entry_that_breaks_off_is_not_kept(node: LocalNode, good: bytes, tmp_path: Path, how: str) -> None:
+def test_entry_that_breaks_off_is_not_kept(
+    node: LocalNode, good: bytes, tmp_path: Path, how: str
+) -> None:
     """A peer that dies in the middle of a body; no partial file stays, and no room is reserved for one."""
     with running_peer(CUT[how](good)) as peer:
         reader = reader_at(node, tmp_path, peers=[peer.url])
@@ -205,10 +255,14 @@ def test_entry_that_breaks_off_is_not_kept(node: LocalNode, good: bytes, tmp_pat
     assert list((tmp_path / "own").rglob("*.partial")) == []
     index = reader.tiers.index
     assert index is not None
-    assert index.volume_bytes() == sum(-(-p.stat().st_size // 4096) * 4096 for p in (tmp_path / "own").rglob("entries/*/*"))
+    assert index.volume_bytes() == sum(
+        -(-p.stat().st_size // 4096) * 4096 for p in (tmp_path / "own").rglob("entries/*/*")
+    )
 
 
-def test_peer_that_trickles_is_given_up(node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_that_trickles_is_given_up(
+    node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each byte comes in time, the entry would take minutes."""
     monkeypatch.setattr(peers, "_READ_S", 1.0)
     with running_peer(trickling(good)) as peer:
@@ -217,14 +271,21 @@ def test_peer_that_trickles_is_given_up(node: LocalNode, good: bytes, tmp_path: 
 
 @pytest.mark.parametrize("place", ["peer", "lower"])
 def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
-    node: LocalNode, key: ArrayKey, good: bytes, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+    node: LocalNode,
+    key: ArrayKey,
+    good: bytes,
+    tmp_path: Path,
+    place: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A prefetcher with a full cache: the payload is in the loan, and nothing is fetched a second time."""
     room = 2 * -(-len(good) // 4096) * 4096
     for task_id in ("mp-0", "mp-2"):
         reader_at(node, tmp_path, limit=room).load(task_id, ROLE)
     with running_peer(entry_answer(good)) as peer:
-        places: dict[str, Any] = {"peers": [peer.url]} if place == "peer" else {"lower": node.root.parent}
+        places: dict[str, Any] = (
+            {"peers": [peer.url]} if place == "peer" else {"lower": node.root.parent}
+        )
         reader = reader_at(node, tmp_path, limit=room, **places)
         arrays = reader.tiers.arrays
         assert arrays is not None
@@ -242,7 +303,9 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
     arrays.ring.close()
 
 
-def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The kernel ends the file after half of its values; the error is the cache's, and the origin is asked."""
     big = LocalNode(tmp_path / "big", 2, shape=(128, 128, 64), chunks=(64, 64, 64))
     full = big.reader()
@@ -262,10 +325,15 @@ def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(tmp_
     assert (reader.stats.purges, reader.stats.peer_hits, reader.stats.bypasses) == (0, 0, 1)
     assert reader.stats.cache_errors == 2  # what the peer sent, and what the origin did
     assert "was not taken" not in caplog.text
-    assert [*(tmp_path / "own").rglob("*.partial"), *(tmp_path / "own").rglob(f"{path.name[:32]}*")] == []
+    assert [
+        *(tmp_path / "own").rglob("*.partial"),
+        *(tmp_path / "own").rglob(f"{path.name[:32]}*"),
+    ] == []
 
 
-def test_redirection_to_a_stranger_is_not_followed(node: LocalNode, good: bytes, tmp_path: Path) -> None:
+def test_redirection_to_a_stranger_is_not_followed(
+    node: LocalNode, good: bytes, tmp_path: Path
+) -> None:
     """The token would go with it."""
     token = tmp_path / "token"
     token.touch(0o600)
@@ -274,7 +342,13 @@ def test_redirection_to_a_stranger_is_not_followed(node: LocalNode, good: bytes,
         away = f"HTTP/1.1 303 See Other\r\nZarrcache-Answer: at\r\nLocation: {stranger.url}\r\nContent-Length: 0\r\n\r\n".encode()
         with running_peer(lambda connection: connection.sendall(away)) as peer:
             for own in (None, "http://127.0.0.1:1"):
-                reader = reader_at(node, tmp_path / str(own is None), peers=[peer.url], advertise=own, peer_token_file=token)
+                reader = reader_at(
+                    node,
+                    tmp_path / str(own is None),
+                    peers=[peer.url],
+                    advertise=own,
+                    peer_token_file=token,
+                )
                 check(reader, node, purges=0)
             assert ["Bearer " + "x" * 32 in asked for asked in peer.asked] == [True, True]
         assert stranger.asked == []
@@ -282,7 +356,10 @@ def test_redirection_to_a_stranger_is_not_followed(node: LocalNode, good: bytes,
 
 def test_next_peer_is_asked_after_a_bad_one(node: LocalNode, good: bytes, tmp_path: Path) -> None:
     """In whichever order their turn comes."""
-    with running_peer(entry_answer(flipped(good, 5000 - 900))) as bad, running_peer(entry_answer(good)) as fine:
+    with (
+        running_peer(entry_answer(flipped(good, 5000 - 900))) as bad,
+        running_peer(entry_answer(good)) as fine,
+    ):
         reader = reader_at(node, tmp_path, peers=[bad.url, fine.url])
         assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
         assert (reader.stats.peer_hits, reader.stats.purges) == (1, len(bad.asked))
@@ -290,13 +367,17 @@ def test_next_peer_is_asked_after_a_bad_one(node: LocalNode, good: bytes, tmp_pa
 
 
 @pytest.mark.parametrize("given", [None, "w" * 32])
-def test_wrong_token_is_refused_and_said(node: LocalNode, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_token_is_refused_and_said(
+    node: LocalNode, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     """Neither without nor with another one; and the word is in no message."""
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     for path, word in ((right, "r" * 32), (wrong, "w" * 32)):
         path.touch(0o600)
         path.write_text(word)
-    with start_cluster(2, tmp_path, node.directory, str(node.directory), token_file=right) as cluster:
+    with start_cluster(
+        2, tmp_path, node.directory, str(node.directory), token_file=right
+    ) as cluster:
         cluster.nodes[0].reader().load(TASK, ROLE)  # type: ignore[arg-type]
         reader = cluster.nodes[1].reader(peer_token_file=wrong if given else None)
         assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())  # type: ignore[arg-type]
@@ -315,7 +396,9 @@ PLANTED: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_what_is_no_file_in_the_lower_layer_is_passed_over(node: LocalNode, key: ArrayKey, tmp_path: Path, what: str) -> None:
+def test_what_is_no_file_in_the_lower_layer_is_passed_over(
+    node: LocalNode, key: ArrayKey, tmp_path: Path, what: str
+) -> None:
     """A good entry beside it is found; nothing hangs."""
     (path,) = (node.root / "entries").rglob(f"{key.digest}-*")
     directory = tmp_path / "lower" / "zarrcache-v1" / "entries" / key.digest[:2]
@@ -328,7 +411,9 @@ def test_what_is_no_file_in_the_lower_layer_is_passed_over(node: LocalNode, key:
     assert (other.stats.lower_hits, other.stats.purges) == (1, 0)
 
 
-def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(node: LocalNode, key: ArrayKey, tmp_path: Path) -> None:
+def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(
+    node: LocalNode, key: ArrayKey, tmp_path: Path
+) -> None:
     """Somebody who may write there cannot lead a reader out of it."""
     entries = tmp_path / "lower" / "zarrcache-v1" / "entries"
     entries.mkdir(parents=True)
@@ -336,7 +421,9 @@ def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(node: L
     check(reader_at(node, tmp_path, lower=tmp_path / "lower"), node, purges=0)
 
 
-def test_lower_layer_that_is_not_there_is_said_once(node: LocalNode, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lower_layer_that_is_not_there_is_said_once(
+    node: LocalNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not mounted on this node, perhaps. And one that anybody may write to is refused before the run."""
     reader = reader_at(node, tmp_path, lower=tmp_path / "lower")
     for task_id in ("mp-0", "mp-1", "mp-2"):
@@ -364,7 +451,9 @@ def _take_a_lease_and_stop(node: Node, digest: str, pipe: Any) -> None:
     signal.pause()
 
 
-def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(pair: list[Node], node: LocalNode, key: ArrayKey) -> None:
+def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(
+    pair: list[Node], node: LocalNode, key: ArrayKey
+) -> None:
     """At once, not when the lease would have ended: the kernel closes its connection."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -389,7 +478,9 @@ def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(pair: list[Nod
     assert other.stats.peer_hits == 1
 
 
-def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(pair: list[Node], node: LocalNode, key: ArrayKey) -> None:
+def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(
+    pair: list[Node], node: LocalNode, key: ArrayKey
+) -> None:
     """After the time that the retries of a fetch may take; here two seconds."""
     asked = Peers(pair[0].reader().tiers.config).replies(key.digest, source=None)  # type: ignore[arg-type]
     lease = next(asked)
@@ -400,11 +491,15 @@ def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(pair: l
     lease.close()
 
 
-def test_lease_is_given_back_when_the_origin_fails(pair: list[Node], node: LocalNode, tmp_path: Path) -> None:
+def test_lease_is_given_back_when_the_origin_fails(
+    pair: list[Node], node: LocalNode, tmp_path: Path
+) -> None:
     """The error is the reader's; others who wait are not kept."""
     broken = LocalNode(tmp_path / "broken")
     nodes = [dataclasses.replace(n, root=broken.directory, url=str(broken.directory)) for n in pair]
-    (broken.directory / "data" / f"{TASK}.zarr" / "charge_density_total" / ".zarray").write_text("{}")
+    (broken.directory / "data" / f"{TASK}.zarr" / "charge_density_total" / ".zarray").write_text(
+        "{}"
+    )
     for n in nodes:
         reader = n.reader()
         with pytest.raises(ValueError, match="mp-1"):
@@ -413,12 +508,18 @@ def test_lease_is_given_back_when_the_origin_fails(pair: list[Node], node: Local
     assert np.array_equal(reader.load("mp-2", ROLE)[0], broken.values["mp-2", ROLE].ravel())  # type: ignore[arg-type]
 
 
-def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(node: LocalNode, tmp_path: Path) -> None:
+def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
+    node: LocalNode, tmp_path: Path
+) -> None:
     """And the others wait on, for that one: not all of them go to the origin at once."""
     with start_cluster(4, tmp_path, node.directory, str(node.directory)) as cluster:
         holder, *waiters = [n.reader(retry={"timeout": 600}) for n in cluster.nodes]
         key = holder.key(TASK, ROLE)
-        home = next(s for s in cluster.servers if s.url == nodes_by_duty(key.digest, [s.url for s in cluster.servers])[0])
+        home = next(
+            s
+            for s in cluster.servers
+            if s.url == nodes_by_duty(key.digest, [s.url for s in cluster.servers])[0]
+        )
         with ThreadPoolExecutor(3) as pool:
             with contextlib.suppress(OSError), holder.tiers.neighbours.turn(key, None) as turn:
                 assert turn.take() is None
@@ -459,6 +560,8 @@ def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_pat
                 server._server.server_close()
                 server._server.hang_up()
             for reader in readers:
-                assert np.array_equal(reader.load(task_id, ROLE)[0], node.values[task_id, ROLE].ravel())  # type: ignore[arg-type]
+                assert np.array_equal(
+                    reader.load(task_id, ROLE)[0], node.values[task_id, ROLE].ravel()
+                )  # type: ignore[arg-type]
         assert sum(reader.stats.peer_hits for reader in readers) >= 1
         assert all(reader.stats.cache_errors == 0 for reader in readers)

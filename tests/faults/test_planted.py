@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
-from zarrcache.arraycache import ArrayCache
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.disk._database import CACHE_FAULTS, EntryDisk, Stored
+from zarrcache.disk._owner import owner_id
 from zarrcache.errors import ConfigError
-from zarrcache.evicting import plan_evict
-from zarrcache.indexfile import CACHE_FAULTS, EntryDisk, Stored
-from zarrcache.owner import owner_id
-from zarrcache.scope import open_index
+from zarrcache.ops._verify import verify
+from zarrcache.ops.evict import plan_evict
+from zarrcache.ops.selection import open_index
+from zarrcache.ops.status import look
 from zarrcache.stats import Counters
-from zarrcache.status import look
-from zarrcache.verifying import verify
 
 NUMBERS = range(4)
 
@@ -71,7 +71,9 @@ def use(tmp_path: Path, **block: Any) -> int:
             assert np.array_equal(entry.array, array_of(number))
             found += 1
     cache.put(key_of("other"), array_of(9), source="s")
-    with contextlib.suppress(*CACHE_FAULTS):  # the reader that asks for it counts a fault and goes on
+    with contextlib.suppress(
+        *CACHE_FAULTS
+    ):  # the reader that asks for it counts a fault and goes on
         cache.drop(key_of("other"))
     cache.index._file.close_before_fork()
     return found
@@ -102,7 +104,15 @@ def index_of(root: Path) -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
-def insert(root: Path, key: object, tag: object, row: tuple[Any, ...], *, raw: int = 1, stored_s: object = 0.0) -> None:
+def insert(
+    root: Path,
+    key: object,
+    tag: object,
+    row: tuple[Any, ...],
+    *,
+    raw: int = 1,
+    stored_s: object = 0.0,
+) -> None:
     """A row with (size, mode, filename, value)."""
     with index_of(root) as connection:
         connection.execute(
@@ -117,12 +127,16 @@ def row_of(root: Path, filename: str, note: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("mode", range(6))
-def test_a_pickle_in_the_index_is_never_loaded(tmp_path: Path, root: Path, victim: Path, mode: int) -> None:
+def test_a_pickle_in_the_index_is_never_loaded(
+    tmp_path: Path, root: Path, victim: Path, mode: int
+) -> None:
     """As a value in every mode of diskcache, as the key of a row, and as the file of one."""
     bomb = pickle.dumps(Mark(tmp_path / "executed"))
     digest = key_of(1).digest
     with index_of(root) as connection:
-        connection.execute("UPDATE Cache SET mode = ?, value = ? WHERE key = ?", (mode, bomb, digest))
+        connection.execute(
+            "UPDATE Cache SET mode = ?, value = ? WHERE key = ?", (mode, bomb, digest)
+        )
     insert(root, bomb, "array", (1, mode, None, bomb), raw=0)
     (root / "entries" / "ab").mkdir(exist_ok=True)
     (root / "entries" / "ab" / "abcd.val").write_bytes(bomb)
@@ -134,19 +148,39 @@ def test_a_pickle_in_the_index_is_never_loaded(tmp_path: Path, root: Path, victi
     (tmp_path / "executed").rmdir()
 
 
-NAMES = ["../../home/thesis", "entries/../../../home/thesis", "{victim}/thesis", "entries/ab/../../../../home/thesis", "link/thesis", "cache.db"]
+NAMES = [
+    "../../home/thesis",
+    "entries/../../../home/thesis",
+    "{victim}/thesis",
+    "entries/ab/../../../../home/thesis",
+    "link/thesis",
+    "cache.db",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["entry", "intent of the dead", "replaced entry"])
-def test_a_row_that_names_a_file_elsewhere_deletes_nothing(tmp_path: Path, root: Path, victim: Path, name: str, kind: str) -> None:
+def test_a_row_that_names_a_file_elsewhere_deletes_nothing(
+    tmp_path: Path, root: Path, victim: Path, name: str, kind: str
+) -> None:
     """Sweeping, evicting, replacing, verifying: each unlinks what the index names."""
     (root / "link").symlink_to(victim)
     filename = name.format(victim=victim)
     if kind == "intent of the dead":
-        insert(root, "+0123", "intent", row_of(root, filename, owner_id().rpartition(" ")[0] + " 1"), stored_s=0.0)
+        insert(
+            root,
+            "+0123",
+            "intent",
+            row_of(root, filename, owner_id().rpartition(" ")[0] + " 1"),
+            stored_s=0.0,
+        )
     else:
-        insert(root, key_of("other" if kind == "replaced entry" else "x").digest, "array", row_of(root, filename, "file\n/data/x.zarr\na"))
+        insert(
+            root,
+            key_of("other" if kind == "replaced entry" else "x").digest,
+            "array",
+            row_of(root, filename, "file\n/data/x.zarr\na"),
+        )
     everything(tmp_path)
     assert (root / "cache.db").exists()
 
@@ -168,10 +202,16 @@ STRANGE: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize("row", STRANGE, ids=range(len(STRANGE)))
 @pytest.mark.parametrize("is_known", [True, False])
-def test_a_row_of_the_wrong_types_stops_nobody(tmp_path: Path, root: Path, victim: Path, row: tuple[Any, ...], is_known: bool) -> None:
+def test_a_row_of_the_wrong_types_stops_nobody(
+    tmp_path: Path, root: Path, victim: Path, row: tuple[Any, ...], is_known: bool
+) -> None:
     """SQLite takes anything in any column. Under the key of an entry, and beside them."""
     tag, values, stored_s = row
-    key = ("+0123" if tag == "intent" else key_of(1).digest) if is_known else ("+" if tag == "intent" else "zz")
+    key = (
+        ("+0123" if tag == "intent" else key_of(1).digest)
+        if is_known
+        else ("+" if tag == "intent" else "zz")
+    )
     insert(root, key, tag, values, stored_s=stored_s)
     everything(tmp_path)
 
@@ -205,7 +245,9 @@ def test_settings_that_were_planted_are_set_aside_with_their_index(
 
 
 @pytest.mark.parametrize("tier", ["entries", "bytes"])
-def test_a_link_in_place_of_a_directory_leads_nobody_out(tmp_path: Path, root: Path, victim: Path, tier: str) -> None:
+def test_a_link_in_place_of_a_directory_leads_nobody_out(
+    tmp_path: Path, root: Path, victim: Path, tier: str
+) -> None:
     """``verify`` removes what no row names, and so does the rebuilding of an index: what lies behind a link is not theirs."""
     for name in ("00", "ab", "zz"):
         with contextlib.suppress(FileExistsError):
@@ -215,7 +257,9 @@ def test_a_link_in_place_of_a_directory_leads_nobody_out(tmp_path: Path, root: P
     everything(tmp_path)
 
 
-def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(tmp_path: Path, root: Path, victim: Path) -> None:
+def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(
+    tmp_path: Path, root: Path, victim: Path
+) -> None:
     """It is not followed, though what it leads to may be read."""
     (victim / "thesis").chmod(0o644)
     for path in [path for path in (root / "entries").rglob("*") if path.is_file()]:
@@ -225,7 +269,9 @@ def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(tmp_pa
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
-def test_a_link_in_place_of_the_log_is_not_written_through(tmp_path: Path, root: Path, victim: Path, suffix: str) -> None:
+def test_a_link_in_place_of_the_log_is_not_written_through(
+    tmp_path: Path, root: Path, victim: Path, suffix: str
+) -> None:
     """SQLite opens it to write. Training goes on, with a cache or without."""
     path = root / f"cache.db{suffix}"
     path.unlink(missing_ok=True)
@@ -234,7 +280,14 @@ def test_a_link_in_place_of_the_log_is_not_written_through(tmp_path: Path, root:
     use(tmp_path)
 
 
-@pytest.mark.parametrize("plant", [lambda path, to: path.symlink_to(to), lambda path, to: path.mkdir(), lambda path, to: os.mkfifo(path)])
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda path, to: path.symlink_to(to),
+        lambda path, to: path.mkdir(),
+        lambda path, to: os.mkfifo(path),
+    ],
+)
 def test_a_lock_that_is_no_file_costs_single_flight_and_nothing_else(
     tmp_path: Path, root: Path, victim: Path, plant: Callable[[Path, Path], None]
 ) -> None:

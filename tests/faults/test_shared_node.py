@@ -19,13 +19,13 @@ from tests.support.stores import plain_read
 from tests.support.training import write_pairs
 from tests.support.users import ALICE, BOB, CAROL, TEAM, User, as_user, open_to_all, start_as
 from zarrcache import CacheConfig, ConfigError, ZarrS3Reader
-from zarrcache.arraycache import ArrayCache
-from zarrcache.doctor import examine
-from zarrcache.evicting import plan_evict
-from zarrcache.scope import open_index
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.ops._verify import verify
+from zarrcache.ops.doctor import examine
+from zarrcache.ops.evict import plan_evict
+from zarrcache.ops.selection import open_index
+from zarrcache.ops.status import look
 from zarrcache.stats import Counters
-from zarrcache.status import look
-from zarrcache.verifying import verify
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
 
@@ -36,7 +36,14 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("imported")
     write_pairs(directory, 2)
     for arrays in (True, False):
-        train(directory, {"dir": str(directory / f"cache-{arrays}"), "min_free": 0, "arrays": {"enabled": arrays}})
+        train(
+            directory,
+            {
+                "dir": str(directory / f"cache-{arrays}"),
+                "min_free": 0,
+                "arrays": {"enabled": arrays},
+            },
+        )
     list(examine(CacheConfig(dir=directory / "cache-True", min_free=0)))
     verify(CacheConfig(dir=directory / "cache-True", min_free=0))
 
@@ -56,12 +63,27 @@ def place() -> Iterator[Path]:
 
 def train(place: Path, cache: dict[str, Any]) -> dict[str, int]:
     """Read every density, as a training run does, and compare; what was counted."""
-    reader = ZarrS3Reader(place / "data", place / "label", place / "map.json", "GGA", False, 0.5, cache=cache)
+    reader = ZarrS3Reader(
+        place / "data", place / "label", place / "map.json", "GGA", False, 0.5, cache=cache
+    )
     for task_id in reader.task_ids:
         for role in ("data", "label"):
-            assert np.array_equal(reader.load(task_id, role)[0], plain_read(place / role / f"{task_id}.zarr").ravel())  # type: ignore[arg-type]
+            assert np.array_equal(
+                reader.load(task_id, role)[0], plain_read(place / role / f"{task_id}.zarr").ravel()
+            )  # type: ignore[arg-type]
     stats = reader.stats
-    return {name: getattr(stats, name) for name in ("hits", "misses", "bypasses", "byte_hits", "byte_misses", "purges", "cache_errors")}
+    return {
+        name: getattr(stats, name)
+        for name in (
+            "hits",
+            "misses",
+            "bypasses",
+            "byte_hits",
+            "byte_misses",
+            "purges",
+            "cache_errors",
+        )
+    }
 
 
 def shared(place: Path, **block: Any) -> dict[str, Any]:
@@ -79,7 +101,13 @@ def permissions(place: Path) -> dict[str, set[tuple[str, int]]]:
     found: dict[str, set[tuple[str, int]]] = {"directory": set(), "entry": set(), "written": set()}
     for path in [place / "team" / "cache", *(place / "team" / "cache").rglob("*")]:
         status = path.lstat()
-        kind = "directory" if path.is_dir() else "entry" if path.parent.parent.name in ("entries", "bytes") else "written"
+        kind = (
+            "directory"
+            if path.is_dir()
+            else "entry"
+            if path.parent.parent.name in ("entries", "bytes")
+            else "written"
+        )
         found[kind].add((f"{stat.S_IMODE(status.st_mode):04o}", status.st_gid))
     return found
 
@@ -103,7 +131,9 @@ def put_and_get(config: dict[str, Any], put: range, get: range) -> tuple[int, in
 
 @pytest.mark.parametrize(("first", "second"), [(ALICE, BOB), (BOB, ALICE)])
 @pytest.mark.parametrize("arrays", [True, False])
-def test_what_one_has_read_is_a_hit_for_the_other(place: Path, first: User, second: User, arrays: bool) -> None:
+def test_what_one_has_read_is_a_hit_for_the_other(
+    place: Path, first: User, second: User, arrays: bool
+) -> None:
     """Whoever was first, whatever the umasks (0077 and 0022) and the users' own groups are; through both tiers."""
     cache = shared(place, arrays={"enabled": arrays})
     assert as_user(first, train, place, cache)["cache_errors"] == 0
@@ -125,13 +155,19 @@ def test_what_one_has_read_is_a_hit_for_the_other(place: Path, first: User, seco
 def _log_is_open(config: dict[str, Any]) -> list[str]:
     cache = ArrayCache(CacheConfig(**config), Counters())
     assert cache.put(key_of(1), array_of(1), source="s")
-    return sorted(path.name for path in cache.index.dir.root.glob("cache.db*") if os.access(path, os.W_OK))
+    return sorted(
+        path.name for path in cache.index.dir.root.glob("cache.db*") if os.access(path, os.W_OK)
+    )
 
 
 def test_the_log_that_one_makes_can_be_written_by_the_other(place: Path) -> None:
     """SQLite makes it anew whenever nobody had the index open: with the permissions of the index, not of the umask."""
     for user in (ALICE, BOB, ALICE):
-        assert as_user(user, _log_is_open, shared(place)) == ["cache.db", "cache.db-shm", "cache.db-wal"]
+        assert as_user(user, _log_is_open, shared(place)) == [
+            "cache.db",
+            "cache.db-shm",
+            "cache.db-wal",
+        ]
 
 
 def _work(config: dict[str, Any], start: int) -> int:
@@ -148,7 +184,10 @@ def _work(config: dict[str, Any], start: int) -> int:
 
 def test_both_write_replace_and_drop_the_same_entries_at_once(place: Path) -> None:
     """No fault is counted on either side, and the sum of sizes is what lies there."""
-    jobs = [start_as(user, _work, shared(place), start) for user, start in ((ALICE, 0), (BOB, 10), (ALICE, 5), (BOB, 15))]
+    jobs = [
+        start_as(user, _work, shared(place), start)
+        for user, start in ((ALICE, 0), (BOB, 10), (ALICE, 5), (BOB, 15))
+    ]
     assert [job() for job in jobs] == [0, 0, 0, 0]
     index = open_index(CacheConfig(**shared(place)))
     files = [path for path in (root_of(place) / "entries").rglob("*") if path.is_file()]
@@ -204,7 +243,9 @@ def test_doctor_says_how_a_private_cache_becomes_the_groups(place: Path) -> None
     as_user(ALICE, train, place, shared(place, shared=False))
     assert as_user(BOB, train, place, shared(place))["hits"] == 0
     assert as_user(ALICE, train, place, shared(place))["hits"] == 6
-    (finding,) = as_user(ALICE, lambda: [f for f in examine(CacheConfig(**shared(place))) if f.name == "permissions"])
+    (finding,) = as_user(
+        ALICE, lambda: [f for f in examine(CacheConfig(**shared(place))) if f.name == "permissions"]
+    )
     assert finding.verdict == "warn"
     command = re.search(r"run `(.*)`", finding.advice)
     assert command is not None
@@ -212,7 +253,11 @@ def test_doctor_says_how_a_private_cache_becomes_the_groups(place: Path) -> None
     counted = as_user(BOB, train, place, shared(place))
     assert (counted["hits"], counted["cache_errors"]) == (6, 0)
     assert as_user(BOB, put_and_get, shared(place), range(3), range(3)) == (3, 0)
-    assert {f.verdict for f in as_user(ALICE, lambda: list(examine(CacheConfig(**shared(place))))) if f.name == "permissions"} == {"ok"}
+    assert {
+        f.verdict
+        for f in as_user(ALICE, lambda: list(examine(CacheConfig(**shared(place)))))
+        if f.name == "permissions"
+    } == {"ok"}
 
 
 def test_a_directory_whose_maker_was_killed_too_early_is_healed_by_its_owner(place: Path) -> None:
@@ -226,14 +271,19 @@ def test_a_directory_whose_maker_was_killed_too_early_is_healed_by_its_owner(pla
 
 def _lose_permission(place: Path) -> list[tuple[int, int]]:
     cache = {"dir": str(place / "tmp" / "cache"), "min_free": 0}
-    reader = ZarrS3Reader(place / "data", place / "label", place / "map.json", "GGA", False, 0.5, cache=cache)
+    reader = ZarrS3Reader(
+        place / "data", place / "label", place / "map.json", "GGA", False, 0.5, cache=cache
+    )
     root, counted = place / "tmp" / "cache" / "zarrcache-v1", []
     for mode in (0o700, 0o000, 0o500, 0o700):
         if root.exists():
             root.chmod(mode)
         for task_id in reader.task_ids:
             for role in ("data", "label"):
-                assert np.array_equal(reader.load(task_id, role)[0], plain_read(place / role / f"{task_id}.zarr").ravel())  # type: ignore[arg-type]
+                assert np.array_equal(
+                    reader.load(task_id, role)[0],
+                    plain_read(place / role / f"{task_id}.zarr").ravel(),
+                )  # type: ignore[arg-type]
         counted.append((reader.stats.hits, reader.stats.misses))
     return counted
 
@@ -273,7 +323,10 @@ def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> N
     assert {stat.S_IMODE(p.stat().st_mode) for p in root.rglob("*")} == {0o700, 0o600}
     words = as_user(BOB, _refusal, cache)
     assert f"cache.dir {place}/tmp/cache" in words
-    assert f"cannot be written by this user (it belongs to user {ALICE.uid} and group {ALICE.uid}, mode 0700)" in words
+    assert (
+        f"cannot be written by this user (it belongs to user {ALICE.uid} and group {ALICE.uid}, mode 0700)"
+        in words
+    )
     assert "Choose a directory of your own" in words
     counted, said = as_user(BOB, _train_with_warnings, place, cache)
     assert (counted["hits"], counted["misses"]) == (0, 6)
@@ -295,7 +348,9 @@ def test_one_who_is_not_of_the_group_is_told_which_group_it_is(place: Path) -> N
 def test_who_forgets_to_share_is_told_and_spoils_nothing(place: Path) -> None:
     """The directory is the other's: ``shared: true`` has to stand in both configs."""
     as_user(ALICE, train, place, shared(place))
-    assert "set cache.shared: true for both users" in as_user(BOB, _refusal, shared(place, shared=False))
+    assert "set cache.shared: true for both users" in as_user(
+        BOB, _refusal, shared(place, shared=False)
+    )
     assert as_user(BOB, train, place, shared(place, shared=False))["hits"] == 0
     assert as_user(ALICE, train, place, shared(place))["hits"] == 6
 
@@ -308,7 +363,9 @@ def _plant(path: Path, mode: int) -> None:
 
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("depth", ["cache.dir", "cache.dir/zarrcache-v1"])
-def test_a_directory_that_a_stranger_made_open_to_all_is_refused(place: Path, is_shared: bool, depth: str) -> None:
+def test_a_directory_that_a_stranger_made_open_to_all_is_refused(
+    place: Path, is_shared: bool, depth: str
+) -> None:
     """In /tmp anybody can be first, and could plant entries, or put a link in its place later."""
     directory = place / "tmp" / "cache"
     as_user(CAROL, _plant, directory, 0o777)
@@ -316,7 +373,9 @@ def test_a_directory_that_a_stranger_made_open_to_all_is_refused(place: Path, is
         os.chown(directory, ALICE.uid, TEAM)
     words = as_user(ALICE, _refusal, {"dir": str(directory), "min_free": 0, "shared": is_shared})
     assert f"belongs to user {CAROL.uid}" in words
-    counted = as_user(ALICE, train, place, {"dir": str(directory), "min_free": 0, "shared": is_shared})
+    counted = as_user(
+        ALICE, train, place, {"dir": str(directory), "min_free": 0, "shared": is_shared}
+    )
     assert (counted["hits"], counted["misses"]) == (0, 6)
     assert os.listdir(directory / "zarrcache-v1") == []
 
@@ -326,5 +385,13 @@ def test_status_and_doctor_of_the_other_user_work(place: Path) -> None:
     as_user(ALICE, train, place, shared(place))
     state = as_user(BOB, lambda: look(CacheConfig(**shared(place))))
     assert state.array_tier.entries == 8  # with two listings
-    findings = as_user(BOB, lambda: {f.name: f.verdict for f in examine(CacheConfig(**shared(place)))})
-    assert findings["permissions"] == findings["cache directory"] == findings["file locks"] == findings["mmap"] == "ok"
+    findings = as_user(
+        BOB, lambda: {f.name: f.verdict for f in examine(CacheConfig(**shared(place)))}
+    )
+    assert (
+        findings["permissions"]
+        == findings["cache directory"]
+        == findings["file locks"]
+        == findings["mmap"]
+        == "ok"
+    )

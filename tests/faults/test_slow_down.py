@@ -14,9 +14,9 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
-from zarrcache import backoff
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.origin import Origin, open_origin
+from zarrcache.origin import _backoff as backoff
+from zarrcache.origin._s3 import Origin, open_origin
 from zarrcache.stats import Counters
 
 PAUSE_S = 4.0
@@ -43,10 +43,14 @@ def url(s3_server: S3Server) -> str:
     return f"s3://{bucket}/data"
 
 
-def opened(url: str, server: S3Server, proxy: FaultProxy, node_dir: Path | None, **more: Any) -> Origin:
+def opened(
+    url: str, server: S3Server, proxy: FaultProxy, node_dir: Path | None, **more: Any
+) -> Origin:
     """The bucket behind the proxy, with two attempts."""
     kwargs = server.kwargs_at(proxy.endpoint_url)
-    return open_origin(url, s3_kwargs=kwargs, retry=RetryConfig(attempts=2), node_dir=node_dir, **more)
+    return open_origin(
+        url, s3_kwargs=kwargs, retry=RetryConfig(attempts=2), node_dir=node_dir, **more
+    )
 
 
 def ask(origin: Origin, done: Any) -> None:
@@ -77,20 +81,29 @@ def assert_all_paused(proxy: FaultProxy, told_key: str, n_askers: int) -> None:
 
 
 def _told_s(proxy: FaultProxy, key: str) -> float | None:
-    return next((s.time_s for s in proxy.seen("GET") if s.path.endswith(key) and s.outcome == "503"), None)
+    return next(
+        (s.time_s for s in proxy.seen("GET") if s.path.endswith(key) and s.outcome == "503"), None
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_one_of_four_processes_is_told_and_all_pause(s3_server: S3Server, fault_proxy: FaultProxy, url: str, tmp_path: Path) -> None:
+def test_one_of_four_processes_is_told_and_all_pause(
+    s3_server: S3Server, fault_proxy: FaultProxy, url: str, tmp_path: Path
+) -> None:
     """They share a cache directory and nothing else. Every sample arrives."""
     context = multiprocessing.get_context("fork")
     done = context.Event()
-    processes = [context.Process(target=ask, args=(opened(url, s3_server, fault_proxy, tmp_path), done)) for _ in range(3)]
+    processes = [
+        context.Process(target=ask, args=(opened(url, s3_server, fault_proxy, tmp_path), done))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     try:
         wait_until(lambda: fault_proxy.count("GET") > 30)
-        fault_proxy.rules(Rule(("503",), op="GET", key="/0$"))  # nobody but this process asks for it
+        fault_proxy.rules(
+            Rule(("503",), op="GET", key="/0$")
+        )  # nobody but this process asks for it
         one = opened(url, s3_server, fault_proxy, tmp_path)
         [(_, body)] = one.fetch(one.list_objects("mp-1.zarr/")[:1])
         assert bytes(memoryview(body)) == bytes(100)
@@ -104,11 +117,18 @@ def test_one_of_four_processes_is_told_and_all_pause(s3_server: S3Server, fault_
 
 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
-def test_without_a_directory_all_threads_of_the_process_pause(s3_server: S3Server, fault_proxy: FaultProxy, url: str, engine: Any) -> None:
+def test_without_a_directory_all_threads_of_the_process_pause(
+    s3_server: S3Server, fault_proxy: FaultProxy, url: str, engine: Any
+) -> None:
     """Also those of other origins at the same endpoint."""
     done = threading.Event()
     fetch = FetchConfig(engine=engine)
-    threads = [threading.Thread(target=ask, args=(opened(url, s3_server, fault_proxy, None, fetch=fetch), done)) for _ in range(3)]
+    threads = [
+        threading.Thread(
+            target=ask, args=(opened(url, s3_server, fault_proxy, None, fetch=fetch), done)
+        )
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     try:
@@ -133,13 +153,30 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
-def test_pauses_use_up_no_attempts(s3_server: S3Server, fault_proxy: FaultProxy, url: str, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_pauses_use_up_no_attempts(
+    s3_server: S3Server,
+    fault_proxy: FaultProxy,
+    url: str,
+    engine: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Each object is refused once, so a pass is cut short again and again; with two attempts everything arrives all the same."""
     counters = Counters()
-    origin = opened(url, s3_server, fault_proxy, None, fetch=FetchConfig(engine=engine, concurrency=2), counters=counters)
+    origin = opened(
+        url,
+        s3_server,
+        fault_proxy,
+        None,
+        fetch=FetchConfig(engine=engine, concurrency=2),
+        counters=counters,
+    )
     objects = origin.list_objects("mp-1.zarr/")
     fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
-    with caplog.at_level(logging.WARNING, "zarrcache.backoff"):
+    with caplog.at_level(logging.WARNING, "zarrcache.origin._backoff"):
         assert len({obj.key: body for obj, body in origin.fetch(objects)}) == N
     assert (fault_proxy.count("GET"), counters.snapshot().retries) == (2 * N, N)
-    assert [r.getMessage().split(" wait_s")[0] for r in caplog.records if r.name == "zarrcache.backoff"]
+    assert [
+        r.getMessage().split(" wait_s")[0]
+        for r in caplog.records
+        if r.name == "zarrcache.origin._backoff"
+    ]

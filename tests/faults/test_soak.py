@@ -14,12 +14,27 @@ import pytest
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
 from tests.support.stores import random_density, small_group
-from zarrcache import ZarrS3Reader, backoff, retry
+from zarrcache import ZarrS3Reader
+from zarrcache.origin import _backoff as backoff
+from zarrcache.origin import _retry as retry
 
 ARRAY = "charge_density_total"
 SHARE = 0.05
 #: Whatever may happen to an object on its way; ``corrupt`` is one flipped bit, ``short`` half a body with a length that matches.
-OBJECT_FAULTS = ("reset", "reset_body", "truncate", "short", "corrupt", "stall", "hang", "500", "503", "502:", "429", "400:RequestTimeout")
+OBJECT_FAULTS = (
+    "reset",
+    "reset_body",
+    "truncate",
+    "short",
+    "corrupt",
+    "stall",
+    "hang",
+    "500",
+    "503",
+    "502:",
+    "429",
+    "400:RequestTimeout",
+)
 LIST_FAULTS = ("reset", "reset_body", "truncate", "short", "hang", "500", "503")
 ATTEMPTS = 5
 N_OBJECTS = 9  # of each density: .zarray and eight chunks
@@ -34,20 +49,40 @@ def upload(server: S3Server, bucket: str, root: Path, n: int, densities: dict[st
         path = root / f"mp-{i}.zarr"
         small_group(path, {ARRAY: values})
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            client.put_object(Bucket=bucket, Key=f"data/{path.name}/{file.relative_to(path)}", Body=file.read_bytes())
+            client.put_object(
+                Bucket=bucket,
+                Key=f"data/{path.name}/{file.relative_to(path)}",
+                Body=file.read_bytes(),
+            )
         densities[f"mp-{i}"] = values
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(one, range(n)))
 
 
-def soak(server: S3Server, proxy: FaultProxy, bucket: str, root: Path, densities: dict[str, Any], engine: str, *, threads: int) -> Counter[str]:
+def soak(
+    server: S3Server,
+    proxy: FaultProxy,
+    bucket: str,
+    root: Path,
+    densities: dict[str, Any],
+    engine: str,
+    *,
+    threads: int,
+) -> Counter[str]:
     """Read every store cold through the faults; how often each fault happened."""
     (root / "map.json").write_text(json.dumps({"GGA": sorted(densities)}))
     fetch = {"engine": engine, "read_timeout": 1.5, "connect_timeout": 5.0}
-    cache = {"dir": root / f"cache-{engine}", "min_free": 0, "retry": {"attempts": ATTEMPTS}, "fetch": fetch}
+    cache = {
+        "dir": root / f"cache-{engine}",
+        "min_free": 0,
+        "retry": {"attempts": ATTEMPTS},
+        "fetch": fetch,
+    }
     url, kwargs = f"s3://{bucket}/data", server.kwargs_at(proxy.endpoint_url)
-    reader = ZarrS3Reader(url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache)
+    reader = ZarrS3Reader(
+        url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache
+    )
     assert len(reader.task_ids) == len(densities)
     proxy.reset()
     proxy.rules(
@@ -56,30 +91,43 @@ def soak(server: S3Server, proxy: FaultProxy, bucket: str, root: Path, densities
     )
     wrong = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for task_id, (values, gridsize) in zip(densities, pool.map(lambda i: reader.load(i, "data"), densities), strict=True):
+        for task_id, (values, gridsize) in zip(
+            densities, pool.map(lambda i: reader.load(i, "data"), densities), strict=True
+        ):
             if not np.array_equal(values.reshape(gridsize), densities[task_id]):
                 wrong.append(task_id)
     assert wrong == []
     # The second detector: what was stored is what was uploaded, in a reader that has no origin to ask.
     proxy.down()
-    again = ZarrS3Reader(url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache)
+    again = ZarrS3Reader(
+        url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache
+    )
     assert all(np.array_equal(again.load(i, "data")[0], densities[i].ravel()) for i in densities)
     assert again.stats.requests == 0
     proxy.up()
 
     seen = proxy.seen("GET")
-    faults = Counter(s.outcome for s in seen if s.outcome in OBJECT_FAULTS) + Counter(s.outcome for s in seen if s.outcome in ("502",))
+    faults = Counter(s.outcome for s in seen if s.outcome in OBJECT_FAULTS) + Counter(
+        s.outcome for s in seen if s.outcome in ("502",)
+    )
     asked = Counter(s.path for s in seen)
     assert len(asked) == N_OBJECTS * len(densities)
     # aiohttp sends a request whose connection is cut before the answer once more by itself; obstore is asked again for what is late.
     assert max(asked.values()) <= 2 * ATTEMPTS
     assert len(seen) >= len(asked) + faults.total()
-    return faults + Counter(f"LIST {s.outcome}" for s in proxy.seen("LIST") if s.outcome in LIST_FAULTS)
+    return faults + Counter(
+        f"LIST {s.outcome}" for s in proxy.seen("LIST") if s.outcome in LIST_FAULTS
+    )
 
 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
 def test_every_sample_survives_a_bad_network(
-    s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, bucket: str, engine: str, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3Server,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    bucket: str,
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """24 stores, 216 objects; the waits are short, the bounds are those of a run."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
@@ -94,11 +142,15 @@ def test_every_sample_survives_a_bad_network(
 
 
 @pytest.mark.slow
-def test_two_hundred_stores_survive_a_bad_network(s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, bucket: str) -> None:
+def test_two_hundred_stores_survive_a_bad_network(
+    s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, bucket: str
+) -> None:
     """1,800 objects through each engine, with the waits and pauses of a run; each kind of fault happens."""
     densities: dict[str, Any] = {}
     upload(s3_server, bucket, tmp_path, 200, densities)
     for engine in ("obstore", "s3fs"):
         faults = soak(s3_server, fault_proxy, bucket, tmp_path, densities, engine, threads=8)
-        print(f"{engine}: {faults.total()} faults, 0 wrong, 0 failed of {len(densities)}: {dict(sorted(faults.items()))}")  # noqa: T201
+        print(
+            f"{engine}: {faults.total()} faults, 0 wrong, 0 failed of {len(densities)}: {dict(sorted(faults.items()))}"
+        )
         assert len(faults) >= len(OBJECT_FAULTS)

@@ -21,7 +21,7 @@ from tests.support.processes import HANG_S, end_all, members, until, wait_for_al
 from tests.support.s3server import S3Server
 from tests.support.training import write_config, write_pairs
 from zarrcache import DataConfig
-from zarrcache.registry import open_reader
+from zarrcache.data.reader import open_reader
 
 #: What is in a README's loop, and no more: no handler of any signal. Persistent workers, because torch's look for a parent that has gone begins when
 #: a worker has started: one whose parent is killed before that waits for ever, whatever its dataset is.
@@ -42,13 +42,19 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def training(tmp_path: Path, config: Path, method: str, text: str = SCRIPT) -> Iterator[subprocess.Popen[str]]:
+def training(
+    tmp_path: Path, config: Path, method: str, text: str = SCRIPT
+) -> Iterator[subprocess.Popen[str]]:
     """The script in a process group of its own, as a terminal or a batch system starts it."""
     script = tmp_path / "train.py"
     script.write_text(text)
-    with (tmp_path / "out").open("w") as out:  # no pipe: it would fill, and the script would wait for us
+    with (tmp_path / "out").open(
+        "w"
+    ) as out:  # no pipe: it would fill, and the script would wait for us
         command = [sys.executable, str(script), str(config), method]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -61,7 +67,7 @@ def tell(process: subprocess.Popen[str], number: signal.Signals, to_all: bool) -
     (os.killpg if to_all else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=HANG_S)
     wait_for_all(process)
-    print(f"ended after {time.monotonic() - sent_s:.1f} s")  # noqa: T201
+    print(f"ended after {time.monotonic() - sent_s:.1f} s")
     return err
 
 
@@ -71,12 +77,16 @@ WAYS = [
     pytest.param(signal.SIGTERM, True, "fork", id="SIGTERM to all", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, False, "fork", id="SIGTERM to the first", marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, True, "spawn", id="Ctrl-C, spawned", marks=pytest.mark.slow),
-    pytest.param(signal.SIGTERM, False, "spawn", id="SIGTERM to the first, spawned", marks=pytest.mark.slow),
+    pytest.param(
+        signal.SIGTERM, False, "spawn", id="SIGTERM to the first, spawned", marks=pytest.mark.slow
+    ),
 ]
 
 
 @pytest.mark.parametrize(("number", "to_all", "method"), WAYS)
-def test_a_training_ends_with_all_its_workers(tmp_path: Path, number: signal.Signals, to_all: bool, method: str) -> None:
+def test_a_training_ends_with_all_its_workers(
+    tmp_path: Path, number: signal.Signals, to_all: bool, method: str
+) -> None:
     """By Python's own answer to the signal: one traceback of Ctrl-C, none of a worker; the exit code is the signal's; nothing is half written."""
     node = LocalNode(tmp_path, 4)
     config = write_config(tmp_path)
@@ -88,7 +98,9 @@ def test_a_training_ends_with_all_its_workers(tmp_path: Path, number: signal.Sig
     assert err.count("Traceback") == (number == signal.SIGINT), err
     reader = open_reader(DataConfig.from_yaml(config))
     for (task_id, role), values in node.values.items():
-        assert np.array_equal(reader.load(task_id, role)[0], values.ravel() / np.float32(values.size))  # type: ignore[arg-type]
+        assert np.array_equal(
+            reader.load(task_id, role)[0], values.ravel() / np.float32(values.size)
+        )  # type: ignore[arg-type]
     assert (reader.stats.misses, reader.stats.purges, reader.stats.cache_errors) == (0, 0, 0)
     node.check_settled()
 
@@ -102,13 +114,23 @@ def test_a_training_ends_with_all_its_workers(tmp_path: Path, number: signal.Sig
     ],
 )
 def test_a_training_that_waits_for_a_silent_server_ends_too(
-    tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy, number: signal.Signals, to_all: bool
+    tmp_path: Path,
+    s3_server: S3Server,
+    bucket: str,
+    fault_proxy: FaultProxy,
+    number: signal.Signals,
+    to_all: bool,
 ) -> None:
     """Its workers are in the middle of a fetch that gets no answer. Those that nobody tells go on for ``cache.retry.timeout`` at the most."""
     write_pairs(tmp_path, 4)
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
-    config = write_config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), retry=SHORT)
+    config = write_config(
+        tmp_path,
+        f"s3://{bucket}",
+        s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url),
+        retry=SHORT,
+    )
     fault_proxy.rules(Rule(op="GET", then="hang"))
     with training(tmp_path, config, "fork") as process:
         until(lambda: fault_proxy.count("GET") > 4, process, "fetch without an answer")
@@ -133,7 +155,9 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_a_data_module_whose_training_is_killed_end_by_themselves(tmp_path: Path) -> None:
+def test_workers_of_a_data_module_whose_training_is_killed_end_by_themselves(
+    tmp_path: Path,
+) -> None:
     """SIGKILL, of which nobody is told: a worker finds that its parent has changed, which that of a fork server would never do."""
     pytest.importorskip("lightning", reason="the extra lightning is not installed")
     LocalNode(tmp_path, 4)

@@ -19,9 +19,9 @@ from tests.support.processes import wait_for_all
 from tests.support.s3server import S3Server
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, verify
-from zarrcache.registry import open_reader
-from zarrcache.status import look
-from zarrcache.warming import LANES
+from zarrcache.data.reader import open_reader
+from zarrcache.ops.status import look
+from zarrcache.ops.warm import LANES
 
 OBJECTS = 9  # of one density: eight chunks and their description
 
@@ -33,14 +33,21 @@ def pairs() -> int:
 
 
 @pytest.fixture
-def config(tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy, pairs: int) -> Path:
+def config(
+    tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy, pairs: int
+) -> Path:
     """As many pairs on S3."""
     write_pairs(tmp_path, pairs, shape=(6, 6, 6), chunks=(3, 3, 3))
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
     # What hangs has to hang until the last process on a busy machine has come to it.
     patient = {"retry": {"attempts": 1, "timeout": 120}, "fetch": {"read_timeout": 120}}
-    return write_config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), **patient)
+    return write_config(
+        tmp_path,
+        f"s3://{bucket}",
+        s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url),
+        **patient,
+    )
 
 
 Stuck = Callable[[int], "subprocess.Popen[str]"]
@@ -58,11 +65,19 @@ def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
             process = start("warm", config, "--workers", workers)
             stack.callback(_kill_all, process)
             end = time.monotonic() + 60
-            while sum(re.search(last, request.path) is not None for request in fault_proxy.seen("GET")) < waiting:
+            while (
+                sum(
+                    re.search(last, request.path) is not None for request in fault_proxy.seen("GET")
+                )
+                < waiting
+            ):
                 assert time.monotonic() < end, "the workers did not come to the stores that hang"
                 time.sleep(0.02)
             fault_proxy.wait_in_flight(waiting)
-            while (coverage := look(DataConfig.from_yaml(config)).coverage) is None or (coverage.warm, coverage.half) != (pairs - 2, 0):
+            while (coverage := look(DataConfig.from_yaml(config)).coverage) is None or (
+                coverage.warm,
+                coverage.half,
+            ) != (pairs - 2, 0):
                 assert time.monotonic() < end, "the others were not stored"
                 time.sleep(0.02)
             return process
@@ -92,17 +107,27 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
     state = look(DataConfig.from_yaml(config))
     assert state.volume_bytes == state.array_tier.nbytes  # nothing is reserved for the dead
     before_s3 = proxy.count()
-    for (task_id, role), values in write_pairs(tmp_path / "again", pairs, shape=(6, 6, 6), chunks=(3, 3, 3)).items():
-        assert np.array_equal(reader.load(task_id, role)[0], values.ravel() / np.float32(values.size))  # type: ignore[arg-type]
+    for (task_id, role), values in write_pairs(
+        tmp_path / "again", pairs, shape=(6, 6, 6), chunks=(3, 3, 3)
+    ).items():
+        assert np.array_equal(
+            reader.load(task_id, role)[0], values.ravel() / np.float32(values.size)
+        )  # type: ignore[arg-type]
     assert proxy.count() == before_s3
 
 
 @pytest.mark.parametrize(
     ("workers", "pairs"),
-    [pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow), (2, 18)],
+    [
+        pytest.param(1, 4, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+        (2, 18),
+    ],
     ids=["here", "two processes", "lanes of two"],
 )
-def test_after_kill_9_the_next_run_goes_on(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int) -> None:
+def test_after_kill_9_the_next_run_goes_on(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int
+) -> None:
     """Everything is killed at once, as at a preemption; no clean-up is needed."""
     process = stuck(workers)
     os.killpg(process.pid, signal.SIGKILL)
@@ -119,12 +144,21 @@ CTRL_C, TERM = (signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Termi
         pytest.param(CTRL_C, False, 1, 4, id="Ctrl-C here", marks=pytest.mark.slow),
         pytest.param(CTRL_C, False, 2, 18, id="Ctrl-C to the first of three"),
         pytest.param(TERM, False, 1, 4, id="SIGTERM here"),
-        pytest.param(TERM, False, 2, 18, id="SIGTERM to the first of three", marks=pytest.mark.slow),
+        pytest.param(
+            TERM, False, 2, 18, id="SIGTERM to the first of three", marks=pytest.mark.slow
+        ),
         pytest.param(TERM, True, 2, 4, id="SIGTERM to all", marks=pytest.mark.slow),
     ],
 )
 def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
-    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, sent: tuple[signal.Signals, int, str], to_all: bool, pairs: int, workers: int
+    config: Path,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    stuck: Stuck,
+    sent: tuple[signal.Signals, int, str],
+    to_all: bool,
+    pairs: int,
+    workers: int,
 ) -> None:
     """Although the server is silent; one line says how to go on, and the exit code which signal it was. No process stays, no traceback."""
     number, code, word = sent
@@ -133,26 +167,38 @@ def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
     (os.killpg if to_all else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=60)
     wait_for_all(process)
-    print(f"ended after {time.monotonic() - sent_s:.1f} s")  # noqa: T201
+    print(f"ended after {time.monotonic() - sent_s:.1f} s")
     assert (process.returncode, out) == (code, "")
-    assert err.splitlines()[-1] == f"{word}. What is finished stays; run the same command again to go on."
+    assert (
+        err.splitlines()[-1]
+        == f"{word}. What is finished stays; run the same command again to go on."
+    )
     assert "Traceback" not in err
     goes_on(config, fault_proxy, tmp_path, pairs)
 
 
-def test_ctrl_c_ends_the_workers_too(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int) -> None:
+def test_ctrl_c_ends_the_workers_too(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int
+) -> None:
     """A terminal sends it to every process of the job; the workers finish what they have, here with an error, and nobody reports it."""
     process = stuck(2)
     os.killpg(process.pid, signal.SIGINT)
     fault_proxy.down()
-    out, err = process.communicate(timeout=60)  # returns when the workers too have closed their output
+    out, err = process.communicate(
+        timeout=60
+    )  # returns when the workers too have closed their output
     assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "Interrupted. What is finished stays; run the same command again to go on."
+    assert (
+        err.splitlines()[-1]
+        == "Interrupted. What is finished stays; run the same command again to go on."
+    )
     assert "Traceback" not in err
     goes_on(config, fault_proxy, tmp_path, pairs)
 
 
-def test_workers_end_when_their_parent_is_killed(config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int) -> None:
+def test_workers_end_when_their_parent_is_killed(
+    config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int
+) -> None:
     """Only the parent gets the signal, as from the out-of-memory killer; once the server gives them an answer the workers find out and end."""
     process = stuck(2)
     process.kill()

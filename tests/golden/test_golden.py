@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.cachedirs import settings
-from zarrcache.arraycache import ArrayCache
-from zarrcache.codec import header_of, map_entry, write_entry
-from zarrcache.keys import FORMAT_VERSION, ArrayKey
+from zarrcache._keys import FORMAT_VERSION, ArrayKey
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.disk.entry import header_of, map_entry, write_entry
 from zarrcache.stats import Counters
 
 GOLDEN = Path(__file__).parent / "entry_v1.bin"
@@ -30,7 +30,9 @@ def test_entry_is_written_as_ever(tmp_path: Path) -> None:
     """One changed byte makes every cache in the world unreadable, or worse, readable wrongly."""
     with FileIO(tmp_path / "entry", "wb") as file:
         write_entry(file, header_of(KEY, golden_array(), SOURCE), golden_array())
-    assert (tmp_path / "entry").read_bytes() == GOLDEN.read_bytes(), "entry format changed: bump FORMAT_VERSION"
+    assert (tmp_path / "entry").read_bytes() == GOLDEN.read_bytes(), (
+        "entry format changed: bump FORMAT_VERSION"
+    )
 
 
 def test_entry_of_old_is_read() -> None:
@@ -43,11 +45,16 @@ def test_entry_of_old_is_read() -> None:
 
 def test_version_is_in_path_digest_and_header(tmp_path: Path) -> None:
     """Three places, so that no version ever meets the files of another."""
-    assert ArrayCache(settings(tmp_path), Counters()).index.dir.root.name == f"zarrcache-v{FORMAT_VERSION}"
+    assert (
+        ArrayCache(settings(tmp_path), Counters()).index.dir.root.name
+        == f"zarrcache-v{FORMAT_VERSION}"
+    )
     assert int.from_bytes(GOLDEN.read_bytes()[8:12], "little") == FORMAT_VERSION
 
 
-def test_entry_of_an_unknown_version_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_entry_of_an_unknown_version_is_a_miss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Dropped, counted, and the next put is read again."""
     counters = Counters()
     cache = ArrayCache(settings(tmp_path), counters)

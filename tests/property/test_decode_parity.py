@@ -20,14 +20,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from zarrcache.arrays.read import read_array
 from zarrcache.errors import IncompleteArrayError, SchemaError
-from zarrcache.localorigin import LocalOrigin
-from zarrcache.readarray import read_array
+from zarrcache.origin._local import LocalOrigin
 
-REAL = [f"{end}{kind}" for end in "<>" for kind in ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")] + ["|i1", "|u1", "|b1"]
+REAL = [
+    f"{end}{kind}"
+    for end in "<>"
+    for kind in ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")
+] + ["|i1", "|u1", "|b1"]
 V2_CODECS: list[Any] = [
     None,
-    *(numcodecs.Blosc(cname=name, shuffle=shuffle) for name in ("lz4", "zstd", "zlib", "lz4hc", "blosclz") for shuffle in (0, 1, 2)),
+    *(
+        numcodecs.Blosc(cname=name, shuffle=shuffle)
+        for name in ("lz4", "zstd", "zlib", "lz4hc", "blosclz")
+        for shuffle in (0, 1, 2)
+    ),
     numcodecs.Zstd(),
     numcodecs.GZip(),
     numcodecs.Zlib(),
@@ -40,10 +48,18 @@ V3_CODECS: list[Any] = [
     zarr.codecs.ZstdCodec(),
     zarr.codecs.ZstdCodec(checksum=True),
     zarr.codecs.GzipCodec(),
-    *(zarr.codecs.BloscCodec(cname=name, shuffle=shuffle) for name in ("lz4", "zstd") for shuffle in ("noshuffle", "shuffle", "bitshuffle")),
+    *(
+        zarr.codecs.BloscCodec(cname=name, shuffle=shuffle)
+        for name in ("lz4", "zstd")
+        for shuffle in ("noshuffle", "shuffle", "bitshuffle")
+    ),
     [zarr.codecs.GzipCodec(), zarr.codecs.Crc32cCodec()],
 ]
-LAX = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+LAX = settings(
+    deadline=None,
+    max_examples=120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def values_of(draw: st.DrawFn, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -75,7 +91,9 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
     else:
         array["compressors"] = draw(st.sampled_from(V3_CODECS))
         if draw(st.booleans()):
-            array["filters"] = [zarr.codecs.TransposeCodec(order=draw(st.permutations(range(len(shape)))))]
+            array["filters"] = [
+                zarr.codecs.TransposeCodec(order=draw(st.permutations(range(len(shape)))))
+            ]
         if draw(st.booleans()):
             array["shards"] = tuple(n * draw(st.integers(1, 3)) for n in chunks)
     array["fill_value"] = draw(st.sampled_from(fills))
@@ -96,8 +114,12 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
 def write(path: Path, store: dict[str, Any]) -> None:
     """With zarr alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # consolidated metadata and some codecs are no part of the v3 specification
-        group = zarr.create_group(store=zarr.storage.LocalStore(path), zarr_format=store["zarr_format"], overwrite=True)
+        warnings.simplefilter(
+            "ignore"
+        )  # consolidated metadata and some codecs are no part of the v3 specification
+        group = zarr.create_group(
+            store=zarr.storage.LocalStore(path), zarr_format=store["zarr_format"], overwrite=True
+        )
         array = group.create_array("rho", **store["array"])
         array[store["box"]] = store["values"]
         if store["consolidated"]:
@@ -114,13 +136,17 @@ def read_by_zarr(path: Path) -> NDArray[Any]:
 def same_bits(ours: NDArray[Any], zarrs: NDArray[Any]) -> bool:
     """Shape, kind and every bit, in native byte order."""
     native = zarrs.astype(zarrs.dtype.newbyteorder("="), copy=False)
-    return (ours.dtype, ours.shape, ours.tobytes()) == (native.dtype, native.shape, native.tobytes())
+    return (ours.dtype, ours.shape, ours.tobytes()) == (
+        native.dtype,
+        native.shape,
+        native.tobytes(),
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def settled(monkeypatch_module: pytest.MonkeyPatch) -> None:
     """Stores that were written just now are listed twice; here nobody is writing any more."""
-    monkeypatch_module.setattr("zarrcache.settled._SETTLED_S", 0.0)
+    monkeypatch_module.setattr("zarrcache.arrays._settled._SETTLED_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +169,9 @@ def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any
 
 @LAX
 @given(store=stores(), data=st.data())
-def test_damaged_store_gives_values_or_an_error_of_ours(tmp_path: Path, store: dict[str, Any], data: st.DataObject) -> None:
+def test_damaged_store_gives_values_or_an_error_of_ours(
+    tmp_path: Path, store: dict[str, Any], data: st.DataObject
+) -> None:
     """One flipped bit, or a cut, in any object: never an exception that nobody catches, never memory that was not written."""
     path = tmp_path / "mp-1.zarr"
     shutil.rmtree(path, ignore_errors=True)
@@ -156,7 +184,9 @@ def test_damaged_store_gives_values_or_an_error_of_ours(tmp_path: Path, store: d
         del raw[data.draw(st.integers(0, len(raw))) :]
     victim.write_bytes(raw)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged number may overflow, a damaged name may be a deprecated one
+        warnings.simplefilter(
+            "ignore"
+        )  # a damaged number may overflow, a damaged name may be a deprecated one
         try:
             read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
         except (IncompleteArrayError, SchemaError):
@@ -171,15 +201,27 @@ def test_damaged_store_gives_values_or_an_error_of_ours(tmp_path: Path, store: d
         (np.array(["2020-01-01"], "M8[D]"), "M8"),
     ],
 )
-def test_array_that_is_not_of_real_numbers_is_refused(tmp_path: Path, values: NDArray[Any], word: str) -> None:
+def test_array_that_is_not_of_real_numbers_is_refused(
+    tmp_path: Path, values: NDArray[Any], word: str
+) -> None:
     """The message says what it is."""
     group = zarr.create_group(store=zarr.storage.LocalStore(tmp_path / "mp-1.zarr"), zarr_format=2)
-    group.create_array("rho", shape=values.shape, dtype=values.dtype, chunks=values.shape)[...] = values
+    group.create_array("rho", shape=values.shape, dtype=values.dtype, chunks=values.shape)[...] = (
+        values
+    )
     with pytest.raises(SchemaError, match=f"{word}.*a charge density holds real numbers"):
         read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
 
 
-GOOD_V2 = {"zarr_format": 2, "shape": [4], "chunks": [2], "dtype": "<f4", "compressor": None, "fill_value": 0, "order": "C"}
+GOOD_V2 = {
+    "zarr_format": 2,
+    "shape": [4],
+    "chunks": [2],
+    "dtype": "<f4",
+    "compressor": None,
+    "fill_value": 0,
+    "order": "C",
+}
 CHANGES: list[dict[str, Any]] = [
     {"shape": "4"},
     {"shape": [-4]},
@@ -241,5 +283,7 @@ def test_array_larger_than_any_density_is_refused_before_it_is_allocated(tmp_pat
     group = zarr.create_group(store=zarr.storage.LocalStore(path))
     group.create_array("rho", shape=(100_000,) * 3, dtype="f4", chunks=(16,) * 3)
     assert sum(os.stat(p).st_size for p in path.rglob("*")) < 100_000
-    with pytest.raises(SchemaError, match=r"claims 4000000000000000 bytes .* more than [0-9]+ are refused"):
+    with pytest.raises(
+        SchemaError, match=r"claims 4000000000000000 bytes .* more than [0-9]+ are refused"
+    ):
         read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")

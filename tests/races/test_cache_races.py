@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, payload_files, settings
-from zarrcache.arraycache import ArrayCache
-from zarrcache.atomic import publish
-from zarrcache.flight import SingleFlight
-from zarrcache.index import Index, Intent
-from zarrcache.layout import CacheDir
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.disk._publish import publish
+from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.index import Index, Intent
+from zarrcache.disk.single_flight import SingleFlight
 from zarrcache.stats import Counters
 
 #: Only a hang takes this long; it says nothing about speed.
@@ -131,7 +131,9 @@ def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
 # -- killed -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("instant", ["announced", "half written", "renamed", "committed", "row dropped"])
+@pytest.mark.parametrize(
+    "instant", ["announced", "half written", "renamed", "committed", "row dropped"]
+)
 def test_killed_between_any_two_steps_nothing_is_left(tmp_path: Path, instant: str) -> None:
     """Each step of a write and of a drop, in turn."""
     child = FORK.Process(target=_die_at, args=(tmp_path, instant))
@@ -156,7 +158,10 @@ def _die_at(tmp_path: Path, instant: str) -> None:
     assert isinstance(intent, Intent)
     here("announced")
     index.dir.make(index.dir.entries / "ab")
-    publish(index.dir.entries / "ab" / "abcd", lambda file: (file.write(bytes(100)), here("half written"), file.write(bytes(3996))))
+    publish(
+        index.dir.entries / "ab" / "abcd",
+        lambda file: (file.write(bytes(100)), here("half written"), file.write(bytes(3996))),
+    )
     here("renamed")
     index.commit(intent, "abcd", "array", "note")
     here("committed")
@@ -177,7 +182,7 @@ def test_killed_while_it_rebuilds_the_index_it_is_rebuilt_again(tmp_path: Path) 
 
 
 def _die_while_rebuilding(tmp_path: Path) -> None:
-    import zarrcache.indexfile as module
+    import zarrcache.disk._database as module
 
     for path in CacheDir(tmp_path / "cache").root.glob("cache.db*"):
         path.unlink()
@@ -198,14 +203,18 @@ def _get_and_put(cache: ArrayCache, number: int) -> None:
     assert cache._counters.snapshot().cache_errors == 0
 
 
-def test_forked_children_use_an_index_that_is_open_in_their_parent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_forked_children_use_an_index_that_is_open_in_their_parent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As DataLoader workers do, epoch after epoch; parent and children write at once, and the file stays sound."""
     caplog.set_level(logging.WARNING)
     cache = cache_at(tmp_path)
     for number in (0, 1):
         cache.put(key_of(number), array_of(number), source="s")
     for epoch in range(3):
-        children = [FORK.Process(target=_get_and_put, args=(cache, 10 + 10 * epoch + n)) for n in range(4)]
+        children = [
+            FORK.Process(target=_get_and_put, args=(cache, 10 + 10 * epoch + n)) for n in range(4)
+        ]
         for child in children:
             child.start()
         _get_and_put(cache, 100 + epoch)

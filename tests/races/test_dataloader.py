@@ -49,7 +49,16 @@ class Job:
     def reader(self, **cache: Any) -> ZarrS3Reader:
         url = f"s3://{self.bucket}"
         settings = {"dir": self.cache_dir, "min_free": 0, **cache}
-        return ZarrS3Reader(f"{url}/data", f"{url}/label", self.map_path, "GGA", True, 4, s3_kwargs=self.s3_kwargs, cache=settings)
+        return ZarrS3Reader(
+            f"{url}/data",
+            f"{url}/label",
+            self.map_path,
+            "GGA",
+            True,
+            4,
+            s3_kwargs=self.s3_kwargs,
+            cache=settings,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,15 @@ def digest(*tensors: torch.Tensor) -> str:
     return h.hexdigest()
 
 
-def train(job: Job, method: str, *, used: bool, persistent: bool, workers: int | None = None, engine: str = "auto") -> Outcome:
+def train(
+    job: Job,
+    method: str,
+    *,
+    used: bool,
+    persistent: bool,
+    workers: int | None = None,
+    engine: str = "auto",
+) -> Outcome:
     """Two epochs over the training set with ``workers``: by default two that are forked, or one that is an interpreter of its own.
 
     ``used``: the parent reads a sample first, which opens its clients.
@@ -97,7 +114,14 @@ def train(job: Job, method: str, *, used: bool, persistent: bool, workers: int |
     own = reader.tiers.counters.snapshot() - before
     del loader  # persistent workers end here
     total = reader.stats - before
-    return Outcome(epochs, total.hits, total.misses, own.hits + own.misses, had_obstore, "obstore" in sys.modules)
+    return Outcome(
+        epochs,
+        total.hits,
+        total.misses,
+        own.hits + own.misses,
+        had_obstore,
+        "obstore" in sys.modules,
+    )
 
 
 def train_in_every_way(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
@@ -112,7 +136,10 @@ def train_in_every_way(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
     ]
     return {
         (method, used, persistent): train(
-            replace(job, cache_dir=job.cache_dir / f"{method}-{used}-{persistent}"), method, used=used, persistent=persistent
+            replace(job, cache_dir=job.cache_dir / f"{method}-{used}-{persistent}"),
+            method,
+            used=used,
+            persistent=persistent,
         )
         for method, used, persistent in ways
     }
@@ -123,7 +150,9 @@ def job(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Six materials on S3, written a while ago. Nobody changes them."""
     root, bucket = tmp_path_factory.mktemp("loader"), s3_server.new_bucket()
     for role, i in itertools.product(ROLES, range(len(IDS))):
-        small_group(root / role / f"{IDS[i]}.zarr", shape=(6, 5, 5 + i), seed=i + 50 * (role == "label"))
+        small_group(
+            root / role / f"{IDS[i]}.zarr", shape=(6, 5, 5 + i), seed=i + 50 * (role == "label")
+        )
     for role in ROLES:
         s3_server.put_tree(root / role, f"s3://{bucket}/{role}")
     (root / "map.json").write_text(json.dumps({"GGA": IDS}))
@@ -138,7 +167,14 @@ def wanted(job: Job) -> list[str]:
     found = []
     for task_id in job.reader().split_task_ids()[0]:
         grids = [plain_read(root / role / f"{task_id}.zarr") for role in ROLES]
-        found.append(digest(*(torch.from_numpy(grid / torch.tensor(grid.size).float().numpy())[None] for grid in grids)))
+        found.append(
+            digest(
+                *(
+                    torch.from_numpy(grid / torch.tensor(grid.size).float().numpy())[None]
+                    for grid in grids
+                )
+            )
+        )
     return found
 
 
@@ -150,7 +186,9 @@ def outcomes(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_forked_workers_deliver_the_plain_tensors(outcomes: dict[Any, Outcome], wanted: list[str], used: bool) -> None:
+def test_forked_workers_deliver_the_plain_tensors(
+    outcomes: dict[Any, Outcome], wanted: list[str], used: bool
+) -> None:
     """Also when the parent has used obstore, which does not survive a fork; cold epoch and warm epoch; persistent in the second case."""
     outcome = outcomes["fork", used, used]
     assert outcome.had_obstore == used
@@ -158,34 +196,74 @@ def test_forked_workers_deliver_the_plain_tensors(outcomes: dict[Any, Outcome], 
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_fresh_workers_deliver_the_plain_tensors(outcomes: dict[Any, Outcome], wanted: list[str], method: str) -> None:
+def test_fresh_workers_deliver_the_plain_tensors(
+    outcomes: dict[Any, Outcome], wanted: list[str], method: str
+) -> None:
     """They get the dataset as a pickle."""
     assert outcomes[method, True, True].epochs == [dict(enumerate(wanted))] * 2
 
 
-@pytest.mark.parametrize("way", [("fork", False, False), ("fork", True, True), ("spawn", True, True), ("forkserver", True, True)], ids=str)
-def test_parents_stats_count_what_the_workers_read(outcomes: dict[Any, Outcome], wanted: list[str], way: Any) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        ("fork", False, False),
+        ("fork", True, True),
+        ("spawn", True, True),
+        ("forkserver", True, True),
+    ],
+    ids=str,
+)
+def test_parents_stats_count_what_the_workers_read(
+    outcomes: dict[Any, Outcome], wanted: list[str], way: Any
+) -> None:
     """First epoch misses, second epoch hits; none of them in the parent, and after the workers have ended."""
     outcome = outcomes[way]
-    assert (outcome.misses, outcome.hits, outcome.parent_reads) == (2 * len(wanted), 2 * len(wanted), 0)
+    assert (outcome.misses, outcome.hits, outcome.parent_reads) == (
+        2 * len(wanted),
+        2 * len(wanted),
+        0,
+    )
 
 
-WAYS = [(method, workers) for workers in (0, 2, 8) for method in ("fork", "spawn", "forkserver") if workers or method == "fork"]
+WAYS = [
+    (method, workers)
+    for workers in (0, 2, 8)
+    for method in ("fork", "spawn", "forkserver")
+    if workers or method == "fork"
+]
 #: Of each kind one, beside those above: without workers, and forked from a process in which the engine that it was told to use is open.
 SOME = [("s3fs", True, "fork", 0), ("obstore", True, "fork", 2)]
-ALL = [(engine, used, *way) for engine in ("obstore", "s3fs") for used in (False, True) for way in WAYS]
+ALL = [
+    (engine, used, *way) for engine in ("obstore", "s3fs") for used in (False, True) for way in WAYS
+]
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in SOME else (pytest.mark.slow,), id="-".join(map(str, way))) for way in ALL])
-def test_workers_started_in_any_way_deliver_the_plain_tensors(job: Job, wanted: list[str], tmp_path: Path, way: tuple[str, bool, str, int]) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(
+            way, marks=() if way in SOME else (pytest.mark.slow,), id="-".join(map(str, way))
+        )
+        for way in ALL
+    ],
+)
+def test_workers_started_in_any_way_deliver_the_plain_tensors(
+    job: Job, wanted: list[str], tmp_path: Path, way: tuple[str, bool, str, int]
+) -> None:
     """Cold and warm, from a process that has used S3 or not, by either engine; no one waits for ever."""
     engine, used, method, workers = way
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         start_s = time.monotonic()
-        outcome = pool.submit(train, replace(job, cache_dir=tmp_path), method, used=used, persistent=False, workers=workers, engine=engine).result(
-            DEADLINE_S
-        )
-        print(f"{way}: {time.monotonic() - start_s:.1f} s")  # noqa: T201
+        outcome = pool.submit(
+            train,
+            replace(job, cache_dir=tmp_path),
+            method,
+            used=used,
+            persistent=False,
+            workers=workers,
+            engine=engine,
+        ).result(DEADLINE_S)
+        print(f"{way}: {time.monotonic() - start_s:.1f} s")
     assert outcome.epochs == [dict(enumerate(wanted))] * 2
     assert (outcome.misses, outcome.hits) == (2 * len(wanted), 2 * len(wanted))
 
@@ -214,7 +292,9 @@ def toy() -> torch.nn.Module:
 def step(model: torch.nn.Module, samples: Sequence[Any]) -> torch.Tensor:
     """The mean loss of some samples, with its gradients."""
     model.zero_grad()
-    loss = torch.stack([((model(sample["data"][None]) - sample["label"][None]) ** 2).sum() for sample in samples]).mean()
+    loss = torch.stack(
+        [((model(sample["data"][None]) - sample["label"][None]) ** 2).sum() for sample in samples]
+    ).mean()
     loss.backward()
     return loss
 
@@ -223,11 +303,19 @@ def run_rank(job: Job, rank: int) -> Rank:
     """An epoch of distributed training over gloo: a step for each sample of this rank's share, with gradients averaged over both."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     wait = timedelta(seconds=DEADLINE_S)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{job.cache_dir}/meeting", rank=rank, world_size=2, timeout=wait)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{job.cache_dir}/meeting", rank=rank, world_size=2, timeout=wait
+    )
     dataset = ZarrDataset(job.reader(), "all")
     model = torch.nn.parallel.DistributedDataParallel(toy())
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    loader = DataLoader(dataset, batch_size=None, sampler=DistributedSampler(dataset, seed=3), num_workers=1, timeout=DEADLINE_S // 2)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=DistributedSampler(dataset, seed=3),
+        num_workers=1,
+        timeout=DEADLINE_S // 2,
+    )
     torch.distributed.barrier()
     ids, digests = [], []
     for sample in loader:
@@ -236,20 +324,34 @@ def run_rank(job: Job, rank: int) -> Rank:
         ids.append(sample["index"])
         digests.append(digest(sample["data"], sample["label"]))
     torch.distributed.destroy_process_group()
-    return Rank(list(dataset.task_ids), ids, digests, [float(p.detach()) for p in model.parameters()])
+    return Rank(
+        list(dataset.task_ids), ids, digests, [float(p.detach()) for p in model.parameters()]
+    )
 
 
-def test_two_ranks_train_as_one_and_fetch_every_object_once(job: Job, s3_server: S3Server, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_and_fetch_every_object_once(
+    job: Job, s3_server: S3Server, tmp_path: Path
+) -> None:
     """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice, and the weights of a single process."""
     job = replace(job, cache_dir=tmp_path)
     log = RequestLog(s3_server, job.bucket)
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        one, other = (future.result(DEADLINE_S) for future in [pool.submit(run_rank, job, rank) for rank in (0, 1)])
+        one, other = (
+            future.result(DEADLINE_S)
+            for future in [pool.submit(run_rank, job, rank) for rank in (0, 1)]
+        )
     assert one.split == other.split
     assert sorted(one.ids + other.ids) == sorted(IDS)
     assert set(log.paths("GET").values()) == {1}
-    stored = [key for r in ROLES for i in IDS for key in s3_server.keys(f"s3://{job.bucket}/{r}/{i}.zarr/charge_density_total/")]
-    assert len(log.paths("GET")) == sum(not key.endswith("/.zattrs") for key in stored)  # attributes say nothing of the values
+    stored = [
+        key
+        for r in ROLES
+        for i in IDS
+        for key in s3_server.keys(f"s3://{job.bucket}/{r}/{i}.zarr/charge_density_total/")
+    ]
+    assert len(log.paths("GET")) == sum(
+        not key.endswith("/.zattrs") for key in stored
+    )  # attributes say nothing of the values
     dataset = ZarrDataset(job.reader(), "all")
     samples = {sample["index"]: sample for sample in map(dataset.__getitem__, range(len(IDS)))}
     for task_id, got in zip(one.ids + other.ids, one.digests + other.digests, strict=True):
@@ -259,14 +361,25 @@ def test_two_ranks_train_as_one_and_fetch_every_object_once(job: Job, s3_server:
     for pair in zip(one.ids, other.ids, strict=True):
         step(model, [samples[task_id] for task_id in pair])
         optimizer.step()
-    assert one.weights == other.weights == pytest.approx([float(p.detach()) for p in model.parameters()], rel=1e-4)
+    assert (
+        one.weights
+        == other.weights
+        == pytest.approx([float(p.detach()) for p in model.parameters()], rel=1e-4)
+    )
     assert one.weights != [float(p.detach()) for p in toy().parameters()]
 
 
 def test_every_sample_of_a_shuffled_epoch_comes_once(job: Job, tmp_path: Path) -> None:
     """Three epochs, in batches of two, with workers that are forked anew for each."""
     dataset = ZarrDataset(replace(job, cache_dir=tmp_path).reader(), "all")
-    loader = DataLoader(dataset, batch_size=2, shuffle=True, num_workers=2, collate_fn=_ids_of, timeout=DEADLINE_S // 2)
+    loader = DataLoader(
+        dataset,
+        batch_size=2,
+        shuffle=True,
+        num_workers=2,
+        collate_fn=_ids_of,
+        timeout=DEADLINE_S // 2,
+    )
     for _ in range(3):
         assert Counter(task_id for batch in loader for task_id in batch) == Counter(IDS)
 
@@ -280,18 +393,28 @@ def first_of_a_worker(dataset: Any) -> Any:
     return next(iter(DataLoader(dataset, batch_size=None, num_workers=1, timeout=DEADLINE_S // 2)))
 
 
-def test_missing_array_in_a_worker_is_told_in_the_parent(job: Job, bucket: str, put_store: Callable[..., Any], tmp_path: Path) -> None:
+def test_missing_array_in_a_worker_is_told_in_the_parent(
+    job: Job, bucket: str, put_store: Callable[..., Any], tmp_path: Path
+) -> None:
     """With its type and its whole message: the array, the store, and the arrays that are there."""
     for role, task_id in itertools.product(ROLES, IDS):
-        put_store(f"s3://{bucket}/{role}/{task_id}.zarr", {"charge_density_diff": torch.ones(2, 2, 2).numpy()})
+        put_store(
+            f"s3://{bucket}/{role}/{task_id}.zarr",
+            {"charge_density_diff": torch.ones(2, 2, 2).numpy()},
+        )
     dataset = ZarrDataset(replace(job, bucket=bucket, cache_dir=tmp_path).reader(), "all")
     with pytest.raises(SchemaError) as caught:
         first_of_a_worker(dataset)
     url = f"s3://{bucket}/data/{dataset.task_ids[0]}.zarr"
-    assert f"'charge_density_total' not found in zarr store {url}. Available arrays: ['charge_density_diff']" in str(caught.value)
+    assert (
+        f"'charge_density_total' not found in zarr store {url}. Available arrays: ['charge_density_diff']"
+        in str(caught.value)
+    )
 
 
-def test_origin_that_is_gone_is_told_in_the_parent(job: Job, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path) -> None:
+def test_origin_that_is_gone_is_told_in_the_parent(
+    job: Job, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
     """A sample that cannot be had is an error, never a sample less; it names the URL and the attempts."""
     job = replace(job, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), cache_dir=tmp_path)
     dataset = ZarrDataset(job.reader(retry={"attempts": 2, "timeout": "20 s"}), "all")

@@ -25,7 +25,9 @@ HANG_S = 600
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def read(node: LocalNode, reads: int, seconds: float, seed: int, block: dict[str, Any], answers: Any) -> None:
+def read(
+    node: LocalNode, reads: int, seconds: float, seed: int, block: dict[str, Any], answers: Any
+) -> None:
     """Read densities, crops and attributes at random, in two threads of one reader. What is mapped is kept for a while, and stays what it was.
 
     So many in each thread, and for so long.
@@ -71,22 +73,37 @@ def evict(node: LocalNode, done: Any, seed: int, answers: Any) -> None:
                 reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[union-attr, arg-type]
             case _:
                 report = verify(config)
-                assert [problem for problem in report.corrupt if problem.why != "its file is gone"] == []
+                assert [
+                    problem for problem in report.corrupt if problem.why != "its file is gone"
+                ] == []
         rounds += 1
         done.wait(0.005)
     answers.put(rounds)
 
 
 @pytest.mark.parametrize(
-    ("reads", "seconds"), [pytest.param(25, 0, id="25"), pytest.param(25, 60, id="a minute", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("reads", "seconds"),
+    [
+        pytest.param(25, 0, id="25"),
+        pytest.param(25, 60, id="a minute", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
 )
-@pytest.mark.parametrize("block", [{}, {"eviction": "least-recently-stored", "limit": 60_000}], ids=["evictor", "evictor and a small limit"])
-def test_readers_beside_evictors_have_misses_and_no_errors(tmp_path: Path, reads: int, seconds: float, block: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [{}, {"eviction": "least-recently-stored", "limit": 60_000}],
+    ids=["evictor", "evictor and a small limit"],
+)
+def test_readers_beside_evictors_have_misses_and_no_errors(
+    tmp_path: Path, reads: int, seconds: float, block: dict[str, Any]
+) -> None:
     """Four processes of two threads read, two drop and verify."""
     node, done = LocalNode(tmp_path, 4), FORK.Event()
     answers, rounds = FORK.Queue(), FORK.Queue()
     evictors = [FORK.Process(target=evict, args=(node, done, seed, rounds)) for seed in range(2)]
-    readers = [FORK.Process(target=read, args=(node, reads, seconds, 10 * seed, block, answers)) for seed in range(4)]
+    readers = [
+        FORK.Process(target=read, args=(node, reads, seconds, 10 * seed, block, answers))
+        for seed in range(4)
+    ]
     watchdog = threading.Timer(HANG_S, lambda: [child.kill() for child in (*evictors, *readers)])
     watchdog.start()
     try:
@@ -102,7 +119,7 @@ def test_readers_beside_evictors_have_misses_and_no_errors(tmp_path: Path, reads
     assert [child.exitcode for child in (*evictors, *readers)] == [0] * 6
     stats = sum((answers.get(timeout=10) for _ in readers), Stats())
     dropped = sum(rounds.get(timeout=10) for _ in evictors)
-    print(f"{stats.hits} hits, {stats.misses} misses beside {dropped} rounds of dropping")  # noqa: T201
+    print(f"{stats.hits} hits, {stats.misses} misses beside {dropped} rounds of dropping")
     assert dropped > 10
     assert stats.hits + stats.misses > 2 * reads
     assert stats.misses > len(node.values)

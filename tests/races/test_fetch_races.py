@@ -23,8 +23,8 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
+from zarrcache.cache.cache import Tiers
 from zarrcache.stats import Counters, Stats
-from zarrcache.tiers import Tiers
 
 FORK = get_context("fork")
 #: Only a hang takes this long; it says nothing about speed.
@@ -46,16 +46,29 @@ class Node:
     def reader(self) -> ZarrS3Reader:
         url = f"s3://{self.bucket}"
         cache = settings(self.directory, retry={"attempts": 2})
-        return ZarrS3Reader(f"{url}/data", f"{url}/label", self.directory / "map.json", "GGA", False, 0.5, s3_kwargs=self.s3_kwargs, cache=cache)
+        return ZarrS3Reader(
+            f"{url}/data",
+            f"{url}/label",
+            self.directory / "map.json",
+            "GGA",
+            False,
+            0.5,
+            s3_kwargs=self.s3_kwargs,
+            cache=cache,
+        )
 
     def read(self, reader: ZarrS3Reader, chance: np.random.Generator) -> None:
         """Everything, in an order of one's own. All of it is right."""
         for i in chance.permutation(len(self.values)):
             task_id, role = list(self.values)[i]
-            assert np.array_equal(reader.load(task_id, role)[0], self.values[task_id, role].ravel()), (task_id, role)  # type: ignore[arg-type]
+            assert np.array_equal(
+                reader.load(task_id, role)[0], self.values[task_id, role].ravel()
+            ), (task_id, role)  # type: ignore[arg-type]
 
 
-def node_of(directory: Path, server: S3Server, bucket: str, pairs: int, endpoint_url: str | None = None) -> Node:
+def node_of(
+    directory: Path, server: S3Server, bucket: str, pairs: int, endpoint_url: str | None = None
+) -> Node:
     """Make one."""
     values = write_pairs(directory, pairs, shape=(6, 5, 4), chunks=(6, 5, 2))
     (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(pairs)]}))
@@ -94,16 +107,26 @@ def read_with_threads(node: Node, threads: int, barrier: Any, answers: Any) -> N
     answers.put(reader.stats)
 
 
-@pytest.mark.parametrize(("processes", "threads", "pairs"), [pytest.param(4, 4, 3, id="4x4x6"), pytest.param(8, 4, 100, id="8x4x200", marks=LONG)])
+@pytest.mark.parametrize(
+    ("processes", "threads", "pairs"),
+    [pytest.param(4, 4, 3, id="4x4x6"), pytest.param(8, 4, 100, id="8x4x200", marks=LONG)],
+)
 def test_every_object_is_fetched_once_whoever_wants_it(
     tmp_path: Path, s3_server: S3Server, bucket: str, processes: int, threads: int, pairs: int
 ) -> None:
     """Cold, all at one moment, each in an order of its own. The server's log and the readers' own counters agree on it."""
     node = node_of(tmp_path, s3_server, bucket, pairs)
     assert node.reader().task_ids
-    wanted = {key for key in s3_server.keys(f"s3://{bucket}/") if "/charge_density_total/" in key and not key.endswith("/.zattrs")}
+    wanted = {
+        key
+        for key in s3_server.keys(f"s3://{bucket}/")
+        if "/charge_density_total/" in key and not key.endswith("/.zattrs")
+    }
     log, barrier, answers = RequestLog(s3_server, bucket), FORK.Barrier(processes), FORK.Queue()
-    children: list[BaseProcess] = [FORK.Process(target=read_with_threads, args=(node, threads, barrier, answers)) for _ in range(processes)]
+    children: list[BaseProcess] = [
+        FORK.Process(target=read_with_threads, args=(node, threads, barrier, answers))
+        for _ in range(processes)
+    ]
     for child in children:
         child.start()
     stats = sum((answers.get(timeout=HANG_S) for _ in children), Stats())
@@ -119,7 +142,15 @@ def test_every_object_is_fetched_once_whoever_wants_it(
 OBJECT_BYTES = 32 * 2**20
 
 
-def read_object(directory: Path, url: str, s3_kwargs: dict[str, Any], want: bytes, threads: int, barrier: Any, answers: Any) -> None:
+def read_object(
+    directory: Path,
+    url: str,
+    s3_kwargs: dict[str, Any],
+    want: bytes,
+    threads: int,
+    barrier: Any,
+    answers: Any,
+) -> None:
     """All of one object, and its last bytes, through the byte tier, in several threads."""
     counters = Counters()
     tiers = Tiers(settings(directory), counters)
@@ -135,14 +166,18 @@ def read_object(directory: Path, url: str, s3_kwargs: dict[str, Any], want: byte
     answers.put(counters.snapshot())
 
 
-def test_24_readers_of_one_object_of_32_mib_fetch_it_once(tmp_path: Path, s3_server: S3Server, bucket: str) -> None:
+def test_24_readers_of_one_object_of_32_mib_fetch_it_once(
+    tmp_path: Path, s3_server: S3Server, bucket: str
+) -> None:
     """8 processes of 3 threads. With fsspec's simplecache alone 13 of 24 got half of it."""
     url = f"s3://{bucket}/objects"
     want = array_of(1, OBJECT_BYTES).tobytes()
     s3_server.put(f"{url}/large", want)
     log, barrier, answers = RequestLog(s3_server, bucket), FORK.Barrier(8), FORK.Queue()
     arguments = (tmp_path, url, s3_server.s3_kwargs, want, 3, barrier, answers)
-    children: list[BaseProcess] = [FORK.Process(target=read_object, args=arguments) for _ in range(8)]
+    children: list[BaseProcess] = [
+        FORK.Process(target=read_object, args=arguments) for _ in range(8)
+    ]
     for child in children:
         child.start()
     stats = sum((answers.get(timeout=HANG_S) for _ in children), Stats())
@@ -164,7 +199,9 @@ def read_one(node: Node, reached: Any, answers: Any) -> None:
     answers.put((bool(np.array_equal(values, node.values["mp-0", "data"].ravel())), reader.stats))
 
 
-def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy) -> None:
+def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(
+    tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy
+) -> None:
     """The server keeps it waiting, so the others wait for it; its death lets one of them fetch, and only one."""
     node = node_of(tmp_path, s3_server, bucket, 1, fault_proxy.endpoint_url)
     assert node.reader().task_ids
@@ -185,6 +222,11 @@ def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(tmp_path: Pat
     finish(children[1:])  # type: ignore[arg-type]
     children[0].join(HANG_S)
     assert all(is_right for is_right, _ in found)
-    assert sorted((stats.misses, stats.hits) for _, stats in found) == [(0, 1), (0, 1), (0, 1), (1, 0)]
+    assert sorted((stats.misses, stats.hits) for _, stats in found) == [
+        (0, 1),
+        (0, 1),
+        (0, 1),
+        (1, 0),
+    ]
     assert fault_proxy.count("GET") == 3 + 3
     assert fault_proxy.repeats() == 3

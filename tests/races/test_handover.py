@@ -20,11 +20,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate
-from zarrcache.handover import MappedTensor
+from zarrcache.train.worker_transfer import MappedTensor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
-    pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="this system does not tell which pages were written"),
+    pytest.mark.skipif(
+        not os.path.exists("/proc/self/pagemap"),
+        reason="this system does not tell which pages were written",
+    ),
 ]
 
 IDS = [f"mp-{i}" for i in range(6)]
@@ -40,7 +43,9 @@ def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
         small_group(f"{role}/{IDS[i]}.zarr", shape=SHAPES[i], seed=i + 10 * (role == "label"))
     (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS}))
     cache = {"dir": tmp_path / "cache", "min_free": 0}
-    made = ZarrS3Reader(tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 4, cache=cache)
+    made = ZarrS3Reader(
+        tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 4, cache=cache
+    )
     for task_id, role in itertools.product(IDS, ("data", "label")):
         made.ensure(task_id, role)  # type: ignore[arg-type]
     return made
@@ -59,7 +64,9 @@ def is_over_the_cache(tensor: torch.Tensor) -> bool:
 
 def loader_of(dataset: Any, **options: Any) -> DataLoader[Any]:
     """Two workers, or as told."""
-    return DataLoader(dataset, **{"num_workers": 2, "timeout": DEADLINE_S, "batch_size": None, **options})
+    return DataLoader(
+        dataset, **{"num_workers": 2, "timeout": DEADLINE_S, "batch_size": None, **options}
+    )
 
 
 def pairs_of(dataset: Any) -> list[Any]:
@@ -89,7 +96,9 @@ def test_a_warm_sample_arrives_as_a_map_of_its_entry(reader: ZarrS3Reader, metho
     """No value goes through a pipe or shared memory; two epochs with persistent workers."""
     dataset = ZarrDataset(reader, "all")
     workers = 2 if method == "fork" else 1
-    loader = loader_of(dataset, multiprocessing_context=method, num_workers=workers, persistent_workers=True)
+    loader = loader_of(
+        dataset, multiprocessing_context=method, num_workers=workers, persistent_workers=True
+    )
     for _ in range(2):
         for got, wanted in zip(loader, pairs_of(dataset), strict=True):
             assert_same(got, wanted)
@@ -98,10 +107,14 @@ def test_a_warm_sample_arrives_as_a_map_of_its_entry(reader: ZarrS3Reader, metho
 
 
 @pytest.mark.parametrize("collate_fn", [None, collate], ids=["default_collate", "collate"])
-def test_a_batch_of_one_arrives_as_a_map_of_its_entry(reader: ZarrS3Reader, collate_fn: Any) -> None:
+def test_a_batch_of_one_arrives_as_a_map_of_its_entry(
+    reader: ZarrS3Reader, collate_fn: Any
+) -> None:
     """By torch's own collate function and by ours."""
     dataset = RhoData(*reader.data_split()[0], data_augmentation=False)
-    for got, wanted in zip(loader_of(dataset, batch_size=1, collate_fn=collate_fn), pairs_of(dataset), strict=True):
+    for got, wanted in zip(
+        loader_of(dataset, batch_size=1, collate_fn=collate_fn), pairs_of(dataset), strict=True
+    ):
         assert_same(list(got), [side[None] for side in wanted])
         assert all(map(is_over_the_cache, got))
 
@@ -138,17 +151,32 @@ def test_a_cold_sample_arrives_right(reader: ZarrS3Reader) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"augmentation": True}, {"downsample_data": 2, "downsample_label": 2}, {"precision": "f16"}, {"precision": "bf16"}], ids=str
+    "settings",
+    [
+        {"augmentation": True},
+        {"downsample_data": 2, "downsample_label": 2},
+        {"precision": "f16"},
+        {"precision": "bf16"},
+    ],
+    ids=str,
 )
-def test_turned_downsampled_and_cast_samples_arrive_right(reader: ZarrS3Reader, settings: dict[str, Any]) -> None:
+def test_turned_downsampled_and_cast_samples_arrive_right(
+    reader: ZarrS3Reader, settings: dict[str, Any]
+) -> None:
     """They are not what lies in the cache, whatever shape they have."""
     dataset = ZarrDataset(reader, "all", seed=5, **settings)
     torch.manual_seed(11)
     through = list(loader_of(dataset, num_workers=1))
-    if "augmentation" in settings:  # turned in the worker, by torch's seed of it: some turn of the right grid
+    if (
+        "augmentation" in settings
+    ):  # turned in the worker, by torch's seed of it: some turn of the right grid
         plain = ZarrDataset(reader, "all")
         for got, wanted in zip(through, pairs_of(plain), strict=True):
-            turned = [np.rot90(wanted["data"][0].numpy(), k, axes) for k in range(4) for axes in ((0, 1), (0, 2), (1, 2))]
+            turned = [
+                np.rot90(wanted["data"][0].numpy(), k, axes)
+                for k in range(4)
+                for axes in ((0, 1), (0, 2), (1, 2))
+            ]
             assert any(np.array_equal(got["data"][0].numpy(), grid) for grid in turned)
     else:
         assert_same(through, pairs_of(dataset))
@@ -197,7 +225,18 @@ class Changed(Dataset[torch.Tensor]):
         return x
 
 
-CHANGES = ["torch", "view", "data", "numpy", "transposed", "grad", "new", "part", "copied", "pickled"]
+CHANGES = [
+    "torch",
+    "view",
+    "data",
+    "numpy",
+    "transposed",
+    "grad",
+    "new",
+    "part",
+    "copied",
+    "pickled",
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -209,14 +248,20 @@ def test_a_transform_in_the_worker_is_in_what_arrives(reader: ZarrS3Reader, chan
         assert got.requires_grad == (change == "grad")
 
 
-@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, list(range(6)))], ids=["dataset", "subset"])
+@pytest.mark.parametrize(
+    "wrap", [lambda d: d, lambda d: Subset(d, list(range(6)))], ids=["dataset", "subset"]
+)
 @pytest.mark.parametrize("batch_size", [None, 1])
-def test_an_entry_evicted_on_its_way_is_read_again(reader: ZarrS3Reader, wrap: Callable[[Any], Any], batch_size: int | None) -> None:
+def test_an_entry_evicted_on_its_way_is_read_again(
+    reader: ZarrS3Reader, wrap: Callable[[Any], Any], batch_size: int | None
+) -> None:
     """The workers have sent; everything is evicted before the training process looks."""
     dataset = ZarrDataset(reader, "all", downsample_data=1)
     wanted = copy.deepcopy(pairs_of(dataset))
     before = reader.stats
-    got = evicted_on_their_way(reader, loader_of(wrap(dataset), batch_size=batch_size, prefetch_factor=3), 6)
+    got = evicted_on_their_way(
+        reader, loader_of(wrap(dataset), batch_size=batch_size, prefetch_factor=3), 6
+    )
     if batch_size:
         assert_same([batch["data"] for batch in got], [sample["data"][None] for sample in wanted])
     else:
@@ -233,16 +278,28 @@ def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) 
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert reader.tiers.arrays is not None
-    reader.tiers.arrays.index.drop([row.digest for row in reader.tiers.arrays.index.rows("array") if not row.note.endswith("\n")])
+    reader.tiers.arrays.index.drop(
+        [
+            row.digest
+            for row in reader.tiers.arrays.index.rows("array")
+            if not row.note.endswith("\n")
+        ]
+    )
     return list(arriving)
 
 
-COPIES: dict[str, Callable[[Any], Any]] = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda d: pickle.loads(pickle.dumps(d))}
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda d: pickle.loads(pickle.dumps(d)),
+}
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "thrown away"])
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_changed_copy_of_a_dataset_is_never_read_instead(reader: ZarrS3Reader, copied: Callable[[Any], Any], keep: bool) -> None:
+def test_a_changed_copy_of_a_dataset_is_never_read_instead(
+    reader: ZarrS3Reader, copied: Callable[[Any], Any], keep: bool
+) -> None:
     """A held-out set made by copying the training set has other samples at the same positions."""
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset))
@@ -251,7 +308,10 @@ def test_a_changed_copy_of_a_dataset_is_never_read_instead(reader: ZarrS3Reader,
     if not keep:
         del other
         gc.collect()
-    assert_same(evicted_on_their_way(reader, loader_of(dataset, num_workers=1, prefetch_factor=6), 6), wanted)
+    assert_same(
+        evicted_on_their_way(reader, loader_of(dataset, num_workers=1, prefetch_factor=6), 6),
+        wanted,
+    )
 
 
 class Lazy(Dataset[Any]):
@@ -265,21 +325,34 @@ class Lazy(Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         if self.mine is None:
-            self.mine = copy.copy(self.dataset) if self.dataset is not None else ZarrDataset(self.reader, "all")
+            self.mine = (
+                copy.copy(self.dataset)
+                if self.dataset is not None
+                else ZarrDataset(self.reader, "all")
+            )
             self.mine.task_ids = self.mine.task_ids[::-1]
         return self.mine[i]
 
 
 @pytest.mark.parametrize(("method", "known"), [("fork", False), ("fork", True), ("spawn", True)])
-def test_a_dataset_that_only_the_worker_knows_sends_its_values(reader: ZarrS3Reader, method: str, known: bool) -> None:
+def test_a_dataset_that_only_the_worker_knows_sends_its_values(
+    reader: ZarrS3Reader, method: str, known: bool
+) -> None:
     """The training process could not read them again."""
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset)[::-1])
-    loader = loader_of(Lazy(reader, dataset if known else None), num_workers=1, prefetch_factor=6, multiprocessing_context=method)
+    loader = loader_of(
+        Lazy(reader, dataset if known else None),
+        num_workers=1,
+        prefetch_factor=6,
+        multiprocessing_context=method,
+    )
     assert_same(evicted_on_their_way(reader, loader, 6), wanted)
 
 
-def test_a_store_that_has_another_grid_by_now_is_read_as_it_is(reader: ZarrS3Reader, small_group: Callable[..., Any]) -> None:
+def test_a_store_that_has_another_grid_by_now_is_read_as_it_is(
+    reader: ZarrS3Reader, small_group: Callable[..., Any]
+) -> None:
     """Evicted on its way, and overwritten meanwhile."""
     dataset = ZarrDataset(reader, "all")
     loader = loader_of(dataset, num_workers=1, prefetch_factor=6, batch_size=1)
@@ -306,5 +379,14 @@ def test_what_is_computed_from_a_mapped_tensor_is_plain() -> None:
     """Only the sample itself is on its way."""
     grid = np.zeros((1, 2, 2, 2), np.float32)
     x = MappedTensor.over(torch.from_numpy(grid), grid, ("", 0, 0))
-    for y in (x + 1, x.sum(), x[0], x.clone(), x.detach(), torch.stack([x, x]), copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+    for y in (
+        x + 1,
+        x.sum(),
+        x[0],
+        x.clone(),
+        x.detach(),
+        torch.stack([x, x]),
+        copy.deepcopy(x),
+        pickle.loads(pickle.dumps(x)),
+    ):
         assert type(y) is torch.Tensor

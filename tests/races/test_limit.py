@@ -22,10 +22,10 @@ import pytest
 from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, settings
 from tests.support.localnode import LocalNode
 from tests.support.smalldisk import small_disk_at
-from zarrcache.arraycache import ArrayCache
-from zarrcache.index import Index
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.cache import Tiers
+from zarrcache.disk.index import Index
 from zarrcache.stats import Counters
-from zarrcache.tiers import Tiers
 
 FORK = get_context("fork")
 #: Only a hang takes this long; it says nothing about speed.
@@ -47,7 +47,9 @@ def size_of(number: int) -> int:
     return SIZES[number * 7 % len(SIZES)]
 
 
-def write(directory: Path, limit: int, eviction: str, items: int, seed: int, count: int, is_killed: bool) -> None:
+def write(
+    directory: Path, limit: int, eviction: str, items: int, seed: int, count: int, is_killed: bool
+) -> None:
     """Read and store ``count`` things of both tiers, in an order of one's own."""
     counters = Counters()
     tiers = Tiers(settings(directory, limit=limit, eviction=eviction), counters)
@@ -85,7 +87,11 @@ def du(root: Path) -> Taken:
     Only what is there when the walk ends: a file that goes and the one that takes its place are never there together.
     """
     tiers = log = directories = 0
-    for path in [os.path.join(parent, name) for parent, below, names in os.walk(root) for name in (*below, *names)]:
+    for path in [
+        os.path.join(parent, name)
+        for parent, below, names in os.walk(root)
+        for name in (*below, *names)
+    ]:
         try:
             found = os.lstat(path)
         except FileNotFoundError:
@@ -118,19 +124,30 @@ def sampled(root: Path) -> Iterator[list[Taken]]:
 
 
 @pytest.mark.parametrize(
-    ("items", "restarts"), [pytest.param(180, 3, id="180"), pytest.param(1800, 10, id="1800", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    ("items", "restarts"),
+    [
+        pytest.param(180, 3, id="180"),
+        pytest.param(1800, 10, id="1800", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 @pytest.mark.parametrize("eviction", ["none", "least-recently-stored"])
-def test_eight_writers_never_exceed_the_limit_and_fill_it(tmp_path: Path, eviction: str, items: int, restarts: int) -> None:
+def test_eight_writers_never_exceed_the_limit_and_fill_it(
+    tmp_path: Path, eviction: str, items: int, restarts: int
+) -> None:
     """Both tiers, mixed sizes, three times what fits; two of eight die with room reserved. Full, it holds at least 97 % of the limit."""
     limit = items // 6 * SIX_BYTES // 3
     (tmp_path / "data").mkdir()
     for number in range(0, items, 3):
         (tmp_path / "data" / str(number)).write_bytes(array_of(number, size_of(number)).tobytes())
     for restart in range(restarts):
-        most = items if eviction == "none" else items // 2  # once it is full, nothing or everything goes on
+        most = (
+            items if eviction == "none" else items // 2
+        )  # once it is full, nothing or everything goes on
         jobs = [(8 * restart + n, most // 8 if n < 2 else most, n < 2) for n in range(8)]
-        children = [FORK.Process(target=write, args=(tmp_path, limit, eviction, items, *job)) for job in jobs]
+        children = [
+            FORK.Process(target=write, args=(tmp_path, limit, eviction, items, *job))
+            for job in jobs
+        ]
         with sampled(tmp_path / "cache" / "zarrcache-v1") as samples:
             for child in children:
                 child.start()
@@ -138,21 +155,36 @@ def test_eight_writers_never_exceed_the_limit_and_fill_it(tmp_path: Path, evicti
                 child.join(HANG_S)
         assert [child.exitcode for child in children] == [-signal.SIGKILL] * 2 + [0] * 6
         most_taken = Taken(*(max(part) for part in zip(*samples, strict=True)))
-        print(f"{len(samples)} samples, each part at most {most_taken}, the limit {limit}")  # noqa: T201
+        print(f"{len(samples)} samples, each part at most {most_taken}, the limit {limit}")
         assert most_taken.tiers <= limit
         assert most_taken.log <= LOG_BYTES
         assert most_taken.directories <= DIRECTORIES_BYTES
-        assert Index(settings(tmp_path, limit=limit)).volume_bytes() == on_disk_bytes(tmp_path) >= 0.97 * limit
+        assert (
+            Index(settings(tmp_path, limit=limit)).volume_bytes()
+            == on_disk_bytes(tmp_path)
+            >= 0.97 * limit
+        )
 
 
-def test_what_is_larger_than_the_limit_is_passed_through_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_larger_than_the_limit_is_passed_through_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """In every epoch; nothing is dropped for it, and nothing is written."""
     node = LocalNode(tmp_path, shape=(14, 10, 8))
     reader = node.reader(limit=8192, eviction="least-recently-stored")
     for epoch in range(1, 3):
         node.read(reader)
         assert reader.stats.bypasses == epoch * len(node.values)
-    assert len([record for record in caplog.records if "it is larger than the whole limit" in record.getMessage()]) == 1
+    assert (
+        len(
+            [
+                record
+                for record in caplog.records
+                if "it is larger than the whole limit" in record.getMessage()
+            ]
+        )
+        == 1
+    )
     assert on_disk_bytes(tmp_path) <= 8192
     node.check_settled()
 
@@ -184,7 +216,10 @@ def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -
         index, ballast = Index(settings(tmp_path)), disk / "ballast"
         index.open()
         ballast.touch()
-        children: list[BaseProcess] = [FORK.Process(target=put_many, args=(tmp_path, range(200 * n, 200 * n + 200))) for n in range(4)]
+        children: list[BaseProcess] = [
+            FORK.Process(target=put_many, args=(tmp_path, range(200 * n, 200 * n + 200)))
+            for n in range(4)
+        ]
         children.append(FORK.Process(target=fill, args=(ballast, 6 * MIB)))
         for child in children:
             child.start()
@@ -207,6 +242,10 @@ def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -
         put_many(tmp_path, range(1000, 1400))
         assert shutil.disk_usage(disk).free < MIN_FREE + array_on_disk(20_000)
         # When the index's log is begun anew there is room for a few more, once.
-        start = next(start for start in range(1400, 4000, 10) if put_many(tmp_path, range(start, start + 10)) == 0)
+        start = next(
+            start
+            for start in range(1400, 4000, 10)
+            if put_many(tmp_path, range(start, start + 10)) == 0
+        )
         ballast.unlink()
         assert put_many(tmp_path, range(start, start + 10)) == 10

@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from numpy.typing import NDArray
 
-from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, payload_files, settings
-from zarrcache.arraycache import ArrayCache
+from tests.support.cachedirs import (
+    array_of,
+    array_on_disk,
+    key_of,
+    on_disk_bytes,
+    payload_files,
+    settings,
+)
+from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.stats import Counters
 
 LIMIT = 6 * 8192
@@ -78,7 +85,10 @@ class ArrayCacheMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), number=KEYS)
     def drop(self, which: int, number: int) -> None:
         freed = self.caches[which].drop(key_of(number))
-        assert freed in (0, *(array_on_disk(len(self.values[number][0])) for _ in range(number in self.values)))
+        assert freed in (
+            0,
+            *(array_on_disk(len(self.values[number][0])) for _ in range(number in self.values)),
+        )
         assert self.caches[1 - which].get(key_of(number)) is None
 
     @rule(
@@ -150,4 +160,6 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 TestAdmitUntilFull = ArrayCacheMachine.TestCase
 TestLeastRecentlyStored = EvictingMachine.TestCase
-TestAdmitUntilFull.settings = TestLeastRecentlyStored.settings = hypothesis_settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestAdmitUntilFull.settings = TestLeastRecentlyStored.settings = hypothesis_settings(
+    max_examples=25, stateful_step_count=30, deadline=None
+)

@@ -60,7 +60,9 @@ def machinery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for number, key in enumerate(KEYS):
         for version in range(VERSIONS):
             path = root / f"{number}-{version}.zarr"
-            values = small_group(path, shape=SHAPE, chunks=(7, 5, 8), seed=10 * number + version)["charge_density_total"]
+            values = small_group(path, shape=SHAPE, chunks=(7, 5, 8), seed=10 * number + version)[
+                "charge_density_total"
+            ]
             _templates[key, version] = path, values
     logging.disable(logging.CRITICAL)  # every purge is a line; thousands of them say nothing here
     _processes.extend(CacheProcess() for _ in range(2))
@@ -91,13 +93,17 @@ class NodeMachine(RuleBasedStateMachine):
     def begin(self, blocks: tuple[dict[str, Any], dict[str, Any]]) -> None:
         for key in KEYS:
             self._write(key)
-        (self.directory / "map.json").write_text(json.dumps({"GGA": sorted({task_id for task_id, _ in KEYS})}))
+        (self.directory / "map.json").write_text(
+            json.dumps({"GGA": sorted({task_id for task_id, _ in KEYS})})
+        )
         for which, block in enumerate(blocks):
             self.reopen(which, block)
             self._do(which, "clock", 0.0)
 
     def teardown(self) -> None:
-        if isinstance(error := sys.exc_info()[1], (Exception, pytest.fail.Exception)):  # hypothesis tells it only if it comes again
+        if isinstance(
+            error := sys.exc_info()[1], (Exception, pytest.fail.Exception)
+        ):  # hypothesis tells it only if it comes again
             traceback.print_exception(error)
         shutil.rmtree(self.directory)
 
@@ -136,8 +142,16 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(which=WHICH, key=KEY)
     def load(self, which: int, key: tuple[str, str]) -> None:
         values = self._do(which, "load", *key)
-        allowed = {self.versions[key]} if self.blocks[which]["revalidate"] == "epoch" else {self.versions[key], *self.held[key]}
-        found = [version for version in allowed if np.array_equal(values, self._values(key, version).ravel())]
+        allowed = (
+            {self.versions[key]}
+            if self.blocks[which]["revalidate"] == "epoch"
+            else {self.versions[key], *self.held[key]}
+        )
+        found = [
+            version
+            for version in allowed
+            if np.array_equal(values, self._values(key, version).ravel())
+        ]
         assert found, f"{key} is neither of {allowed}"
         self.held[key] = {*found}
         self._known(which)
@@ -156,7 +170,9 @@ class NodeMachine(RuleBasedStateMachine):
             assert self.versions[key] > 0
             return
         allowed = range(max(0, self.versions[key] - VERSIONS + 1), self.versions[key] + 1)
-        assert any(np.array_equal(values, self._values(key, version)[1:5, 1:3, :3]) for version in allowed)
+        assert any(
+            np.array_equal(values, self._values(key, version)[1:5, 1:3, :3]) for version in allowed
+        )
 
     @rule(which=WHICH, key=KEY)
     def drop(self, which: int, key: tuple[str, str]) -> None:
@@ -182,7 +198,9 @@ class NodeMachine(RuleBasedStateMachine):
     def verify(self, which: int) -> None:
         self._do(which, "verify")
         self.is_damaged = False
-        for process in range(2):  # the index may be another file now, which a process notices when it writes
+        for process in range(
+            2
+        ):  # the index may be another file now, which a process notices when it writes
             self.reopen(process, self.blocks[process])
             self._known(process)
 
@@ -193,7 +211,12 @@ class NodeMachine(RuleBasedStateMachine):
         self.versions[key] += 1
         self._write(key)
 
-    @rule(which=WHICH, key=KEY, action=st.sampled_from(["load", "ensure", "crop", "drop", "evict"]), step=st.integers(1, 60))
+    @rule(
+        which=WHICH,
+        key=KEY,
+        action=st.sampled_from(["load", "ensure", "crop", "drop", "evict"]),
+        step=st.integers(1, 60),
+    )
     def kill(self, which: int, key: tuple[str, str], action: str, step: int) -> None:
         """In the middle of something; the next open cleans up."""
         self._do(which, "die", step)
@@ -246,7 +269,9 @@ class NodeMachine(RuleBasedStateMachine):
             for which in range(2):
                 volume_bytes, names = self._do(which, "index")
                 root = self.directory / "cache" / "zarrcache-v1"
-                assert {str(path.relative_to(root)) for path in payload_files(self.directory)} == names
+                assert {
+                    str(path.relative_to(root)) for path in payload_files(self.directory)
+                } == names
                 assert volume_bytes == on_disk_bytes(self.directory) <= LIMIT
 
     @invariant()

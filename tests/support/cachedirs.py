@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache._keys import ArrayKey
 from zarrcache.config import CacheConfig
-from zarrcache.keys import ArrayKey
 
 __all__ = ["array_of", "array_on_disk", "key_of", "on_disk_bytes", "payload_files", "settings"]
 
@@ -40,7 +40,9 @@ def array_on_disk(nbytes: int) -> int:
 def payload_files(directory: Path) -> list[Path]:
     """Every file of both tiers, those being written too."""
     root = directory / "cache" / "zarrcache-v1"
-    return sorted(p for tier in ("entries", "bytes") for p in (root / tier).rglob("*") if p.is_file())
+    return sorted(
+        p for tier in ("entries", "bytes") for p in (root / tier).rglob("*") if p.is_file()
+    )
 
 
 def on_disk_bytes(directory: Path) -> int:

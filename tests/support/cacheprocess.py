@@ -26,9 +26,36 @@ __all__ = ["STEPS", "CacheProcess", "Killed", "die_at_step"]
 _FORK = get_context("fork")
 _HANG_S = 120
 #: What changes a directory, or looks into one; named as the audit events of it.
-STEPS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.link", "os.listdir", "os.scandir", "sqlite3.connect"})
+STEPS = frozenset(
+    {
+        "open",
+        "os.rename",
+        "os.remove",
+        "os.mkdir",
+        "os.chmod",
+        "os.link",
+        "os.listdir",
+        "os.scandir",
+        "sqlite3.connect",
+    }
+)
 #: What changes a file or a directory; named as the functions of ``os``.
-_CHANGES = frozenset({"open", "pwrite", "ftruncate", "replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir", "chmod", "fchmod"})
+_CHANGES = frozenset(
+    {
+        "open",
+        "pwrite",
+        "ftruncate",
+        "replace",
+        "rename",
+        "link",
+        "unlink",
+        "remove",
+        "mkdir",
+        "rmdir",
+        "chmod",
+        "fchmod",
+    }
+)
 _WRITES = frozenset({"write", "writev"})
 
 
@@ -52,12 +79,17 @@ def die_at_step(number: int, *, writes: bool = False) -> None:
         if isinstance(owner, sqlite3.Connection | sqlite3.Cursor):
             step = not writes
         else:
-            step = function.__name__ in names and (function.__module__ == "posix" or isinstance(owner, io.FileIO))
+            step = function.__name__ in names and (
+                function.__module__ == "posix" or isinstance(owner, io.FileIO)
+            )
         left[0] -= step
         if step and left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.setprofile_all_threads(count) if sys.version_info >= (3, 12) else threading.setprofile(count)
+    threading.setprofile_all_threads(count) if sys.version_info >= (
+        3,
+        12,
+    ) else threading.setprofile(count)
     sys.setprofile(count)
 
 
@@ -179,7 +211,7 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             answer = (None, getattr(user, name)(*args))
-        except Exception as exc:  # noqa: BLE001 - the tests' process raises it
+        except Exception as exc:
             answer = (exc, None)
         pipe.send(answer)
         if user.dies_at:

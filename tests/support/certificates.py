@@ -23,18 +23,37 @@ def make_certificate(directory: Path) -> tuple[Path, Path]:
 
     def builder(subject: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
         start, end = now - datetime.timedelta(hours=1), now + datetime.timedelta(days=2)
-        made = x509.CertificateBuilder(name("test authority"), name(subject), key.public_key(), x509.random_serial_number(), start, end)
+        made = x509.CertificateBuilder(
+            name("test authority"),
+            name(subject),
+            key.public_key(),
+            x509.random_serial_number(),
+            start,
+            end,
+        )
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
-        return made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False).add_extension(authority, False)
+        return made.add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False
+        ).add_extension(authority, False)
 
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    ca = builder("test authority", ca_key).add_extension(x509.BasicConstraints(True, None), True).add_extension(usage, True)
+    ca = (
+        builder("test authority", ca_key)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .add_extension(usage, True)
+    )
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))])
-    server = builder("127.0.0.1", key).add_extension(address, False).add_extension(x509.BasicConstraints(False, None), True)
+    server = (
+        builder("127.0.0.1", key)
+        .add_extension(address, False)
+        .add_extension(x509.BasicConstraints(False, None), True)
+    )
     server = server.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     pem = serialization.Encoding.PEM
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (directory / "ca.pem").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (directory / "server.pem").write_bytes(server.sign(ca_key, hashes.SHA256()).public_bytes(pem) + secret)
+    (directory / "server.pem").write_bytes(
+        server.sign(ca_key, hashes.SHA256()).public_bytes(pem) + secret
+    )
     return directory / "ca.pem", directory / "server.pem"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache import ZarrS3Reader
-from zarrcache.entryserver import EntryServer
+from zarrcache.peers.server import EntryServer
 
 __all__ = ["Cluster", "Node", "payload", "start_cluster"]
 
@@ -30,7 +30,9 @@ class Node:
     def reader(self, **block: Any) -> ZarrS3Reader:
         """As a new run on the node makes it."""
         where = (f"{self.url}/data", f"{self.url}/label", self.root / "map.json")
-        return ZarrS3Reader(*where, "GGA", False, 0.5, s3_kwargs=self.s3_kwargs, cache={**self.cache, **block})
+        return ZarrS3Reader(
+            *where, "GGA", False, 0.5, s3_kwargs=self.s3_kwargs, cache={**self.cache, **block}
+        )
 
     @property
     def directory(self) -> Path:
@@ -39,7 +41,11 @@ class Node:
 
     def files(self) -> list[Path]:
         """Its entries of the array tier that are densities; listings are smaller."""
-        return sorted(path for path in (self.directory / "zarrcache-v1" / "entries").rglob("*") if path.is_file() and payload(path)[1].ndim == 3)
+        return sorted(
+            path
+            for path in (self.directory / "zarrcache-v1" / "entries").rglob("*")
+            if path.is_file() and payload(path)[1].ndim == 3
+        )
 
 
 def payload(path: Path) -> tuple[dict[str, Any], NDArray[Any]]:
@@ -60,7 +66,14 @@ class Cluster:
 
 @contextlib.contextmanager
 def start_cluster(
-    count: int, directory: Path, root: Path, url: str, *, s3_kwargs: dict[str, Any] | None = None, token_file: Path | None = None, **block: Any
+    count: int,
+    directory: Path,
+    root: Path,
+    url: str,
+    *,
+    s3_kwargs: dict[str, Any] | None = None,
+    token_file: Path | None = None,
+    **block: Any,
 ) -> Iterator[Cluster]:
     """``count`` nodes with empty caches below ``directory``, for the stores and the map that are at ``url`` and in ``root``."""
     token = token_file.read_text().strip() if token_file is not None else None
@@ -68,7 +81,10 @@ def start_cluster(
     servers = [EntryServer(path, token=token) for path in dirs]
     peers = [server.url for server in servers]
     own = {"peers": peers, "peer_token_file": token_file, "min_free": 0, **block}
-    nodes = [Node(root, url, s3_kwargs, {"dir": path, "advertise": peer, **own}) for path, peer in zip(dirs, peers, strict=True)]
+    nodes = [
+        Node(root, url, s3_kwargs, {"dir": path, "advertise": peer, **own})
+        for path, peer in zip(dirs, peers, strict=True)
+    ]
     with contextlib.ExitStack() as stack:
         for server in servers:
             stack.enter_context(server)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from zarrcache.workpool import Reserve
+from zarrcache.parallel.pool import Reserve
 
 __all__ = ["RunningCluster", "die_of_seven", "double", "fail", "note", "running_cluster"]
 
@@ -20,7 +20,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START_S = 120.0
 #: One worker that dies over a task is enough for the scheduler to give it up, so that tests need few deaths; and the others do not ask the
 #: dead one for half a minute.
-_SETTINGS = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0", "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
+_SETTINGS = {
+    "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s",
+}
 
 
 class RunningCluster:
@@ -37,7 +40,11 @@ class RunningCluster:
     def __init__(self, directory: Path, processes: contextlib.ExitStack) -> None:
         self.file = directory / "scheduler.json"
         self._directory, self._processes = directory, processes
-        self.scheduler = self._start("scheduler", ["--port", "0", "--scheduler-file", str(self.file), "--no-dashboard", "--no-show"], {})
+        self.scheduler = self._start(
+            "scheduler",
+            ["--port", "0", "--scheduler-file", str(self.file), "--no-dashboard", "--no-show"],
+            {},
+        )
         deadline = time.monotonic() + _START_S
         while True:
             with contextlib.suppress(OSError, ValueError):
@@ -46,15 +53,36 @@ class RunningCluster:
             assert time.monotonic() < deadline, "the scheduler did not start"
             time.sleep(0.05)
 
-    def start_worker(self, name: str, environment: Mapping[str, str], *options: str) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, name: str, environment: Mapping[str, str], *options: str
+    ) -> subprocess.Popen[bytes]:
         """One more worker, with one thread, kept alive by a nanny."""
-        arguments = [self.address, "--nthreads", "1", "--name", name, "--no-dashboard", "--local-directory", str(self._directory), *options]
+        arguments = [
+            self.address,
+            "--nthreads",
+            "1",
+            "--name",
+            name,
+            "--no-dashboard",
+            "--local-directory",
+            str(self._directory),
+            *options,
+        ]
         return self._start("worker", arguments, environment)
 
-    def _start(self, what: str, arguments: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _start(
+        self, what: str, arguments: list[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
         log = self._processes.enter_context((self._directory / "log").open("ab"))
         process = subprocess.Popen(
-            [sys.executable, "-m", f"distributed.cli.dask_{what}", "--host", "127.0.0.1", *arguments],
+            [
+                sys.executable,
+                "-m",
+                f"distributed.cli.dask_{what}",
+                "--host",
+                "127.0.0.1",
+                *arguments,
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -72,7 +100,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def running_cluster(directory: Path, nodes: Mapping[str, Mapping[str, str]]) -> Iterator[RunningCluster]:
+def running_cluster(
+    directory: Path, nodes: Mapping[str, Mapping[str, str]]
+) -> Iterator[RunningCluster]:
     """A cluster with a worker on each node: names, and the environment there. All are of course on this machine."""
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as processes:

@@ -101,7 +101,11 @@ class FaultProxy:
 
     def seen(self, op: str = "") -> list[Seen]:
         """Every request since the last reset, in the order of arrival; ``op`` as in ``Rule``."""
-        return [s for s in (Seen(**fields) for fields in self._ask("GET", "/seen")) if not op or s.op in op.split("|")]
+        return [
+            s
+            for s in (Seen(**fields) for fields in self._ask("GET", "/seen"))
+            if not op or s.op in op.split("|")
+        ]
 
     def count(self, op: str = "") -> int:
         """How many requests there were."""
@@ -125,7 +129,9 @@ class FaultProxy:
         end = time.monotonic() + deadline_s
         while (now := self.in_flight()) != n:
             if time.monotonic() > end:
-                raise AssertionError(f"{now} requests are in flight at the proxy after {deadline_s:.0f} s, expected {n}")
+                raise AssertionError(
+                    f"{now} requests are in flight at the proxy after {deadline_s:.0f} s, expected {n}"
+                )
             time.sleep(0.01)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
@@ -140,7 +146,12 @@ class FaultProxy:
 def running_proxy(upstream: str) -> Iterator[FaultProxy]:
     """Start a proxy in front of ``upstream`` (``http://host:port``), yield its handle, stop it."""
     server = Path(__file__).with_name("faultproxy_server.py")
-    process = subprocess.Popen([sys.executable, server, upstream], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, server, upstream],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:

@@ -21,8 +21,24 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _START_S = 60.0
-_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "proxy-connection", "expect", "content-length"}
-_CODES = {400: "InvalidRequest", 403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 500: "InternalError", 503: "SlowDown"}
+_HOP = {
+    "connection",
+    "keep-alive",
+    "transfer-encoding",
+    "te",
+    "upgrade",
+    "proxy-connection",
+    "expect",
+    "content-length",
+}
+_CODES = {
+    400: "InvalidRequest",
+    403: "AccessDenied",
+    404: "NoSuchKey",
+    412: "PreconditionFailed",
+    500: "InternalError",
+    503: "SlowDown",
+}
 
 
 class _Server(ThreadingHTTPServer):
@@ -32,7 +48,9 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 512
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], state: _State) -> None:
+    def __init__(
+        self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], state: _State
+    ) -> None:
         self.state = state
         self.open: set[socket.socket] = set()
         super().__init__(address, handler)
@@ -45,7 +63,9 @@ class _Server(ThreadingHTTPServer):
         self.open.discard(request)
         with contextlib.suppress(OSError):
             if struct.unpack("ii", request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))[0]:
-                self.close_request(request)  # without a shutdown first, so that the peer gets a reset
+                self.close_request(
+                    request
+                )  # without a shutdown first, so that the peer gets a reset
                 return
         super().shutdown_request(request)
 
@@ -77,7 +97,9 @@ class _State:
             self.rules: list[dict[str, Any]] = []
             self.used: collections.Counter[tuple[int, str]] = collections.Counter()
             self.seen: list[dict[str, Any]] = []
-            self.flying: set[int] = set()  # by id, so that a straggler from before the last reset is not counted off
+            self.flying: set[int] = (
+                set()
+            )  # by id, so that a straggler from before the last reset is not counted off
             self.peak = 0
 
     def listen(self) -> None:
@@ -92,26 +114,52 @@ class _State:
             self.server.cut_connections()
             self.server = None
 
-    def arrived(self, op: str, path: str, asked_range: str, headers: dict[str, str]) -> tuple[dict[str, Any], str, float]:
+    def arrived(
+        self, op: str, path: str, asked_range: str, headers: dict[str, str]
+    ) -> tuple[dict[str, Any], str, float]:
         """Write a request down; what to do with it."""
         with self.lock:
-            seen = {"op": op, "path": path, "range": asked_range, "outcome": "", "headers": headers, "time_s": time.time()}
+            seen = {
+                "op": op,
+                "path": path,
+                "range": asked_range,
+                "outcome": "",
+                "headers": headers,
+                "time_s": time.time(),
+            }
             self.seen.append(seen)
             self.flying.add(id(seen))
             self.peak = max(self.peak, len(self.flying))
             for number, rule in enumerate(self.rules):
-                if (rule["op"] and op not in rule["op"].split("|")) or not re.search(rule["key"], path):
+                if (rule["op"] and op not in rule["op"].split("|")) or not re.search(
+                    rule["key"], path
+                ):
                     continue
-                if not re.search(rule["signed_with"], next((v for name, v in headers.items() if name.lower() == "authorization"), "")):
+                if not re.search(
+                    rule["signed_with"],
+                    next((v for name, v in headers.items() if name.lower() == "authorization"), ""),
+                ):
                     continue
                 request = f"{op} {path} {asked_range}"
                 slot = (number, request if rule["per_object"] or rule["dice"] else "")
                 turn, self.used[slot] = self.used[slot], self.used[slot] + 1
                 if rule["dice"]:
                     # Without the bucket, whose name is another one in each run.
-                    thrown = random.Random(f"{rule['seed']} {op} {path.strip('/').partition('/')[2]} {asked_range} {turn}")
-                    return seen, thrown.choice(rule["faults"]) if thrown.random() < rule["dice"] else rule["then"], rule["latency_s"]
-                return seen, rule["faults"][turn] if turn < len(rule["faults"]) else rule["then"], rule["latency_s"]
+                    thrown = random.Random(
+                        f"{rule['seed']} {op} {path.strip('/').partition('/')[2]} {asked_range} {turn}"
+                    )
+                    return (
+                        seen,
+                        thrown.choice(rule["faults"])
+                        if thrown.random() < rule["dice"]
+                        else rule["then"],
+                        rule["latency_s"],
+                    )
+                return (
+                    seen,
+                    rule["faults"][turn] if turn < len(rule["faults"]) else rule["then"],
+                    rule["latency_s"],
+                )
             return seen, "ok", 0.0
 
 
@@ -127,10 +175,17 @@ class _Proxy(BaseHTTPRequestHandler):
         is_bucket = not path.strip("/").partition("/")[2]
         op = self.command
         if is_bucket and op in ("GET", "HEAD"):
-            op = "LIST" if op == "GET" and not options.keys() & {"location", "versioning", "policy", "acl", "uploads"} else "META"
+            op = (
+                "LIST"
+                if op == "GET"
+                and not options.keys() & {"location", "versioning", "policy", "acl", "uploads"}
+                else "META"
+            )
         if op == "LIST":
             path = f"{path.rstrip('/')}/{options.get('prefix', [''])[0]}"
-        seen, fault, latency_s = state.arrived(op, path, self.headers.get("Range", ""), dict(self.headers.items()))
+        seen, fault, latency_s = state.arrived(
+            op, path, self.headers.get("Range", ""), dict(self.headers.items())
+        )
         try:
             seen["outcome"] = fault
             time.sleep(max(0.0, start + latency_s - time.monotonic()))
@@ -171,7 +226,9 @@ class _Proxy(BaseHTTPRequestHandler):
         for name, value in response.getheaders():
             if name.lower() not in _HOP:
                 self.send_header(name, value)
-        length = response.getheader("Content-Length", "0") if self.command == "HEAD" else len(content)
+        length = (
+            response.getheader("Content-Length", "0") if self.command == "HEAD" else len(content)
+        )
         half = content[: len(content) // 2]
         if response.status != 204:
             self.send_header("Content-Length", str(len(half) if fault == "short" else length))
@@ -246,7 +303,10 @@ class _Admin(BaseHTTPRequestHandler):
     server: _Server
 
     def handle_any(self) -> None:
-        state, body = self.server.state, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        state, body = (
+            self.server.state,
+            self.rfile.read(int(self.headers.get("Content-Length") or 0)),
+        )
         answer: Any = None
         if self.path == "/rules":
             with state.lock:
@@ -283,7 +343,10 @@ def _serve(upstream: str) -> None:
     state.listen()
     admin = _Server(("127.0.0.1", 0), _Admin, state)
     threading.Thread(target=admin.serve_forever, daemon=True).start()
-    print(f"http://127.0.0.1:{state.address[1]} http://127.0.0.1:{admin.server_address[1]}", flush=True)
+    print(
+        f"http://127.0.0.1:{state.address[1]} http://127.0.0.1:{admin.server_address[1]}",
+        flush=True,
+    )
     sys.stdin.buffer.read()  # ends with the tests, also when they are killed
 
 

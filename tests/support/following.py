@@ -14,8 +14,8 @@ from tests.support.cachedirs import array_on_disk
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
-from zarrcache.index import Index
-from zarrcache.keys import Role
+from zarrcache._keys import Role
+from zarrcache.disk.index import Index
 
 __all__ = ["ONE", "Pairs", "is_there", "occupied", "put_pairs", "wait_for"]
 
@@ -39,13 +39,24 @@ class Pairs:
         url = f"s3://{self.bucket}"
         cache = {"dir": directory / "cache", "min_free": 0, **block}
         count = len(self.values) // 2
-        return ZarrS3Reader(f"{url}/data", f"{url}/label", self.map_path, "GGA", False, count - 1, s3_kwargs=s3_kwargs, cache=cache)
+        return ZarrS3Reader(
+            f"{url}/data",
+            f"{url}/label",
+            self.map_path,
+            "GGA",
+            False,
+            count - 1,
+            s3_kwargs=s3_kwargs,
+            cache=cache,
+        )
 
 
 def put_pairs(server: S3Server, directory: Path, count: int) -> Pairs:
     """Write and upload them, and wait until they are settled."""
     values = write_pairs(directory, count, shape=SHAPE, chunks=CHUNKS)
-    (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{number}" for number in range(count)]}))
+    (directory / "map.json").write_text(
+        json.dumps({"GGA": [f"mp-{number}" for number in range(count)]})
+    )
     bucket = server.new_bucket()
     for role in ("data", "label"):
         server.put_tree(directory / role, f"s3://{bucket}/{role}")

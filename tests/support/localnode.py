@@ -12,7 +12,7 @@ import numpy as np
 from tests.support.cachedirs import on_disk_bytes, payload_files, settings
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
-from zarrcache.index import Index
+from zarrcache.disk.index import Index
 
 __all__ = ["LocalNode"]
 
@@ -38,8 +38,14 @@ class LocalNode:
 
     def reader(self, **block: Any) -> ZarrS3Reader:
         """As a new run makes it."""
-        directories = (self.directory / "data", self.directory / "label", self.directory / "map.json")
-        return ZarrS3Reader(*directories, "GGA", False, 0.5, cache=settings(self.directory, **block))
+        directories = (
+            self.directory / "data",
+            self.directory / "label",
+            self.directory / "map.json",
+        )
+        return ZarrS3Reader(
+            *directories, "GGA", False, 0.5, cache=settings(self.directory, **block)
+        )
 
     def read(self, reader: ZarrS3Reader) -> None:
         """Read everything, through both tiers. All of it is right."""
@@ -53,5 +59,11 @@ class LocalNode:
         """What lies on disk is what the index says, file by file and byte by byte."""
         index = Index(settings(self.directory))
         index.open()
-        assert {str(path.relative_to(self.root)) for path in payload_files(self.directory)} == index.filenames()
-        assert index.volume_bytes() == on_disk_bytes(self.directory) == sum(row.size_bytes for row in index.rows())
+        assert {
+            str(path.relative_to(self.root)) for path in payload_files(self.directory)
+        } == index.filenames()
+        assert (
+            index.volume_bytes()
+            == on_disk_bytes(self.directory)
+            == sum(row.size_bytes for row in index.rows())
+        )

@@ -27,7 +27,9 @@ _MNT_DETACH = 2
 
 def can_mount() -> bool:
     """Root, on a Linux with FUSE."""
-    return sys.platform == "linux" and os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
+    return (
+        sys.platform == "linux" and os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
+    )
 
 
 @contextlib.contextmanager
@@ -37,7 +39,9 @@ def network_mount(directory: Path, kind: str = "sshfs") -> Iterator[Path]:
     target.mkdir()
     disk.mkdir()
     command = [sys.executable, __file__, str(target), str(disk), kind]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -57,7 +61,9 @@ class _Server:
         self._fuse = fuse
         root = os.open(disk, os.O_PATH | os.O_DIRECTORY)
         self._nodes = {1: root}
-        self._numbers = {self._identity(root): 1}  # locks belong to a node: one file has to be one node
+        self._numbers = {
+            self._identity(root): 1
+        }  # locks belong to a node: one file has to be one node
         self._lookups = {1: 1}
         self._next = 2
 
@@ -76,7 +82,11 @@ class _Server:
                 self._forget(code, node, request[_HEADER.size : length])
                 continue
             try:
-                answer = handler(self, node, request[_HEADER.size : length]) if handler else -errno.ENOSYS
+                answer = (
+                    handler(self, node, request[_HEADER.size : length])
+                    if handler
+                    else -errno.ENOSYS
+                )
             except OSError as exc:
                 answer = -(exc.errno or errno.EIO)
             error, body = (answer, b"") if isinstance(answer, int) else (0, answer)
@@ -112,7 +122,11 @@ class _Server:
         return struct.pack("<6Q10I", s.st_ino, s.st_size, s.st_blocks, *seconds, *fractions, *rest)
 
     def _forget(self, code: int, node: int, body: bytes) -> None:
-        lost = [(node, *struct.unpack_from("<Q", body))] if code == 2 else list(struct.iter_unpack("<QQ", body[8:]))
+        lost = (
+            [(node, *struct.unpack_from("<Q", body))]
+            if code == 2
+            else list(struct.iter_unpack("<QQ", body[8:]))
+        )
         for number, times in lost:
             if number != 1 and number in self._nodes:
                 self._lookups[number] -= times
@@ -124,7 +138,9 @@ class _Server:
     def init(self, node: int, body: bytes) -> bytes:
         """Version 7.31, with large writes."""
         (_, _, readahead) = struct.unpack_from("<III", body)
-        return struct.pack("<IIIIHHIIHHI7I", 7, 31, readahead, 1 << 5, 16, 12, 1 << 17, 1, 0, 0, 0, *[0] * 7)
+        return struct.pack(
+            "<IIIIHHIIHHI7I", 7, 31, readahead, 1 << 5, 16, 12, 1 << 17, 1, 0, 0, 0, *[0] * 7
+        )
 
     def lookup(self, node: int, body: bytes) -> bytes:
         return self._entry(node, body.rstrip(b"\0"))
@@ -133,7 +149,9 @@ class _Server:
         return struct.pack("<QII", 1, 0, 0) + self._attributes(self._nodes[node])
 
     def setattr(self, node: int, body: bytes) -> bytes:
-        valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = struct.unpack("<II6Q8I", body)
+        valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = (
+            struct.unpack("<II6Q8I", body)
+        )
         path = self._path(node)
         if valid & 6:
             os.chown(path, uid if valid & 2 else -1, gid if valid & 4 else -1)
@@ -143,7 +161,10 @@ class _Server:
             os.truncate(path, size)
         if valid & 0x30:
             now = os.stat(path)
-            new = (atime * 10**9 + atime_ns if valid & 0x10 else now.st_atime_ns, mtime * 10**9 + mtime_ns if valid & 0x20 else now.st_mtime_ns)
+            new = (
+                atime * 10**9 + atime_ns if valid & 0x10 else now.st_atime_ns,
+                mtime * 10**9 + mtime_ns if valid & 0x20 else now.st_mtime_ns,
+            )
             os.utime(path, ns=new)
         return self.getattr(node, b"")
 
@@ -180,13 +201,18 @@ class _Server:
 
     def open(self, node: int, body: bytes) -> bytes:
         flags, _ = struct.unpack_from("<II", body)
-        fd = os.open(self._path(node), flags & ~(os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_NOFOLLOW))
+        fd = os.open(
+            self._path(node),
+            flags & ~(os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_NOFOLLOW),
+        )
         return struct.pack("<QII", fd, 0, 0)
 
     def create(self, node: int, body: bytes) -> bytes:
         flags, mode, _, _ = struct.unpack_from("<IIII", body)
         name = body[16:].rstrip(b"\0")
-        fd = os.open(name, (flags & ~os.O_APPEND) | os.O_CREAT, stat.S_IMODE(mode), dir_fd=self._nodes[node])
+        fd = os.open(
+            name, (flags & ~os.O_APPEND) | os.O_CREAT, stat.S_IMODE(mode), dir_fd=self._nodes[node]
+        )
         return self._entry(node, name) + struct.pack("<QII", fd, 0, 0)
 
     def read(self, node: int, body: bytes) -> bytes:
@@ -199,7 +225,18 @@ class _Server:
 
     def statfs(self, node: int, body: bytes) -> bytes:
         s = os.fstatvfs(self._nodes[node])
-        return struct.pack("<5Q4I6I", s.f_blocks, s.f_bfree, s.f_bavail, s.f_files, s.f_ffree, s.f_bsize, 255, s.f_frsize, *[0] * 7)
+        return struct.pack(
+            "<5Q4I6I",
+            s.f_blocks,
+            s.f_bfree,
+            s.f_bavail,
+            s.f_files,
+            s.f_ffree,
+            s.f_bsize,
+            255,
+            s.f_frsize,
+            *[0] * 7,
+        )
 
     def release(self, node: int, body: bytes) -> bytes:
         os.close(struct.unpack_from("<Q", body)[0])
@@ -240,7 +277,9 @@ def _mount(target: str, disk: str, kind: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     fuse = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-    if libc.mount(b"server:/scratch", os.fsencode(target), f"fuse.{kind}".encode(), 0, options.encode()):
+    if libc.mount(
+        b"server:/scratch", os.fsencode(target), f"fuse.{kind}".encode(), 0, options.encode()
+    ):
         raise OSError(ctypes.get_errno(), f"cannot mount {target}")
 
     def end_with_parent() -> None:

@@ -26,11 +26,14 @@ def members(group: int) -> list[int]:
 
 
 def interpreters() -> list[int]:
-    """Processes of ``zarrcache.interpreter`` that this one has started and that still run."""
+    """Processes of ``zarrcache.parallel.process`` that this one has started and that still run."""
     found = []
     for pid, parent, _ in _running():
         with suppress(FileNotFoundError, ProcessLookupError):
-            if parent == os.getpid() and b"from zarrcache." in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if (
+                parent == os.getpid()
+                and b"from zarrcache." in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ):
                 found.append(pid)
     return found
 

@@ -75,7 +75,9 @@ class Job:
     def steps(self) -> list[Step]:
         """What all ranks have trained on, in the order of each."""
         files = sorted(self.root.glob(f"{self.name}.steps.*"))
-        return [Step(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
+        return [
+            Step(**json.loads(line)) for file in files for line in file.read_text().splitlines()
+        ]
 
     @property
     def resumed_at(self) -> int:
@@ -105,7 +107,12 @@ def run(job: Job) -> None:
 
 
 def run_ranks(
-    target: Callable[..., None], args: tuple[Any, ...], environments: Sequence[Mapping[str, str]], outputs: Sequence[Path], *, ends: int = 0
+    target: Callable[..., None],
+    args: tuple[Any, ...],
+    environments: Sequence[Mapping[str, str]],
+    outputs: Sequence[Path],
+    *,
+    ends: int = 0,
 ) -> None:
     """``target(*args)`` in one process for each environment, all at once.
 
@@ -117,7 +124,10 @@ def run_ranks(
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.support.toytraining", "s3fs"])
     ranks = zip(environments, outputs, strict=True)
-    processes = [context.Process(target=_rank, args=(target, args, dict(environment), output)) for environment, output in ranks]
+    processes = [
+        context.Process(target=_rank, args=(target, args, dict(environment), output))
+        for environment, output in ranks
+    ]
     for process in processes:
         process.start()
     try:
@@ -133,12 +143,16 @@ def run_ranks(
         raise Killed(f"exit codes {codes}, expected {ends}\n{said}")
 
 
-def _rank(target: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], output: Path) -> None:
+def _rank(
+    target: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], output: Path
+) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    set_start_method("fork", force=True)  # of a process that a user starts; this one would start another server
+    set_start_method(
+        "fork", force=True
+    )  # of a process that a user starts; this one would start another server
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     target(*args)
 

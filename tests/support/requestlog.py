@@ -66,15 +66,25 @@ class RequestLog:
                 return size
             lines = text.count(f"/{self._bucket}")
             if time.monotonic() > end:
-                raise AssertionError(f"{self._log} has no line for a request that was answered {_DEADLINE_S:.0f} s ago")
+                raise AssertionError(
+                    f"{self._log} has no line for a request that was answered {_DEADLINE_S:.0f} s ago"
+                )
             time.sleep(0.02)
 
     def seen(self, op: str = "", *, settled: bool = True) -> list[Request]:
         """In the order in which they were answered. Without ``settled`` the last ones may not be there yet."""
         if settled:
             self.settle()
-        requests = [_parse(*match.groups()) for line in self._text().splitlines() if (match := _LINE.search(line))]
-        return [r for r in requests if r.path.split("/")[0] == self._bucket and op in ("", r.op) and _MARK not in r.path]
+        requests = [
+            _parse(*match.groups())
+            for line in self._text().splitlines()
+            if (match := _LINE.search(line))
+        ]
+        return [
+            r
+            for r in requests
+            if r.path.split("/")[0] == self._bucket and op in ("", r.op) and _MARK not in r.path
+        ]
 
     def paths(self, op: str, *, settled: bool = True) -> Counter[str]:
         """How often each key (or prefix) was asked for, without the bucket."""

@@ -10,7 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Answer", "RoguePeer", "claiming", "entry_answer", "hanging", "running_peer", "trickling", "trickling_head"]
+__all__ = [
+    "Answer",
+    "RoguePeer",
+    "claiming",
+    "entry_answer",
+    "hanging",
+    "running_peer",
+    "trickling",
+    "trickling_head",
+]
 
 #: Gets the connection, with the request read, and sends what it likes.
 Answer = Callable[[socket.socket], None]
@@ -24,7 +33,9 @@ class RoguePeer:
     asked: list[str] = field(default_factory=list)
 
 
-def entry_answer(raw: bytes, *, claims: int | None = None, sends: int | None = None, reset: bool = False) -> Answer:
+def entry_answer(
+    raw: bytes, *, claims: int | None = None, sends: int | None = None, reset: bool = False
+) -> Answer:
     """200 with an entry; with another length than it has, or cut off after ``sends`` bytes, politely or by a reset."""
 
     def answer(connection: socket.socket) -> None:

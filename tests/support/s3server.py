@@ -72,7 +72,9 @@ class S3Server:
         """An s3fs filesystem of its own: no instance and no listing is shared with the code under test."""
         import s3fs
 
-        return s3fs.S3FileSystem(**self.s3_kwargs, skip_instance_cache=True, use_listings_cache=False)
+        return s3fs.S3FileSystem(
+            **self.s3_kwargs, skip_instance_cache=True, use_listings_cache=False
+        )
 
     def new_bucket(self, prefix: str = "densities") -> str:
         """Make a bucket that nobody else uses; its name."""
@@ -83,14 +85,22 @@ class S3Server:
     def put(self, url: str, body: bytes, **extra: Any) -> str:
         """Write one object; its ETag without quotes. ``extra`` goes to boto3's ``put_object``."""
         bucket, key = _split(url)
-        return str(self.client().put_object(Bucket=bucket, Key=key, Body=body, **extra)["ETag"]).strip('"')
+        return str(
+            self.client().put_object(Bucket=bucket, Key=key, Body=body, **extra)["ETag"]
+        ).strip('"')
 
     def put_tree(self, path: Path, url: str) -> list[str]:
         """Upload a file to ``url``, or a directory below it; the keys in the bucket, sorted."""
         bucket, root = _split(url)
         client, keys = self.client(), []
-        for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
-            key = root if path.is_file() else "/".join(part for part in (root, file.relative_to(path).as_posix()) if part)
+        for file in sorted(
+            p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()
+        ):
+            key = (
+                root
+                if path.is_file()
+                else "/".join(part for part in (root, file.relative_to(path).as_posix()) if part)
+            )
             client.put_object(Bucket=bucket, Key=key, Body=file.read_bytes())
             keys.append(key)
         return sorted(keys)
@@ -103,7 +113,9 @@ class S3Server:
     def keys(self, url: str) -> list[str]:
         """Every key below ``url``, with the bucket's own spelling, sorted."""
         bucket, prefix = _split(url)
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        pages = (
+            self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        )
         return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
 
 
@@ -164,7 +176,9 @@ def _first_line(process: subprocess.Popen[bytes]) -> str:
         selector.register(process.stdout, selectors.EVENT_READ)
         line = process.stdout.readline().decode().strip() if selector.select(_START_S) else ""
     if not line.startswith("http://"):
-        raise RuntimeError(f"the S3 server did not start within {_START_S:.0f} s; install it with: pip install -e '.[demo]'")
+        raise RuntimeError(
+            f"the S3 server did not start within {_START_S:.0f} s; install it with: pip install -e '.[demo]'"
+        )
     return line
 
 
@@ -175,8 +189,12 @@ def _serve() -> None:
 
     # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180 directories, at every request.
     MotoRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
-    MotoRequestHandler.disable_nagle_algorithm = True  # head and body are two packets: the second would wait for the first one's ACK
-    server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
+    MotoRequestHandler.disable_nagle_algorithm = (
+        True  # head and body are two packets: the second would wait for the first one's ACK
+    )
+    server = make_server(
+        "127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler
+    )
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()

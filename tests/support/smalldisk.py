@@ -28,7 +28,9 @@ def _mounted(mount: Path, *arguments: object) -> Iterator[None]:
     mount.mkdir()
     made = _run("mount", *arguments, mount)
     if made.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here ({made.stderr.strip() or 'mount failed'}); root may")
+        pytest.skip(
+            f"a small file system cannot be mounted here ({made.stderr.strip() or 'mount failed'}); root may"
+        )
     try:
         yield
     finally:
@@ -116,7 +118,9 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
         device = _run("findmnt", "-n", "-o", "SOURCE", mount).stdout.strip()
 
         def fail(below: str = "", kept_bytes: int = 0) -> None:
-            opened = [os.open(path, os.O_RDONLY) for path in (mount / below).rglob("*") if path.is_file()]
+            opened = [
+                os.open(path, os.O_RDONLY) for path in (mount / below).rglob("*") if path.is_file()
+            ]
             os.sync()
             for fd in opened:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

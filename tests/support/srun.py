@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> int:
     for rank in range(nodes * each):
         node, local = divmod(rank, each)
         disk = os.environ["SLURM_TMPDIR"]
-        environment = {name: value.replace(f"{disk}/", f"{disk}/node{node}/") for name, value in os.environ.items()}
+        environment = {
+            name: value.replace(f"{disk}/", f"{disk}/node{node}/")
+            for name, value in os.environ.items()
+        }
         variables = {
             "NODEID": node,
             "PROCID": rank,
@@ -38,9 +41,13 @@ def main(arguments: list[str]) -> int:
             "STEP_ID": 0,
             "STEP_TASKS_PER_NODE": f"{each}(x{nodes})",
         }
-        environment |= {f"SLURM_{name}": str(value) for name, value in variables.items()} | {"SLURMD_NODENAME": f"node{node}"}
+        environment |= {f"SLURM_{name}": str(value) for name, value in variables.items()} | {
+            "SLURMD_NODENAME": f"node{node}"
+        }
         tasks.append(subprocess.Popen(arguments, env=environment))
-    signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks if task.poll() is None])
+    signal.signal(
+        signal.SIGTERM, lambda *_: [task.terminate() for task in tasks if task.poll() is None]
+    )
     codes = [task.wait() for task in tasks]
     return max(code if code >= 0 else 128 - code for code in codes)
 

@@ -19,15 +19,31 @@ STRUCTURE: dict[str, Any] = {
     "@module": "pymatgen.core.structure",
     "@class": "Structure",
     "charge": 0,
-    "lattice": {"matrix": [[3.8, 0.0, 0.0], [0.0, 3.8, 0.0], [0.0, 0.0, 3.8]], "pbc": [True, True, True]},
+    "lattice": {
+        "matrix": [[3.8, 0.0, 0.0], [0.0, 3.8, 0.0], [0.0, 0.0, 3.8]],
+        "pbc": [True, True, True],
+    },
     "properties": {},
-    "sites": [{"species": [{"element": "Si", "occu": 1}], "abc": [0.0, 0.0, 0.0], "properties": {}, "label": "Si", "xyz": [0.0, 0.0, 0.0]}],
+    "sites": [
+        {
+            "species": [{"element": "Si", "occu": 1}],
+            "abc": [0.0, 0.0, 0.0],
+            "properties": {},
+            "label": "Si",
+            "xyz": [0.0, 0.0, 0.0],
+        }
+    ],
 }
 
 
-def random_density(shape: tuple[int, ...], dtype: DTypeLike = "float32", seed: int = 0) -> NDArray[Any]:
+def random_density(
+    shape: tuple[int, ...], dtype: DTypeLike = "float32", seed: int = 0
+) -> NDArray[Any]:
     """Positive random numbers; no two cells are alike, so a swapped chunk or axis never goes unseen."""
-    values = np.random.default_rng(seed).random(shape) + np.arange(int(np.prod(shape)), dtype="float64").reshape(shape) * 1e-3
+    values = (
+        np.random.default_rng(seed).random(shape)
+        + np.arange(int(np.prod(shape)), dtype="float64").reshape(shape) * 1e-3
+    )
     return values.astype(dtype)
 
 
@@ -76,19 +92,29 @@ def small_group(
         names = ["charge_density_total", *(["charge_density_diff"] if diff else [])]
         arrays = {name: random_density(shape, dtype, seed + i) for i, name in enumerate(names)}
     if attrs is None:
-        attrs = {"structure": json.dumps(STRUCTURE), "metadata": json.dumps(dict(metadata or {"functional": "GGA", "seed": seed}))}
+        attrs = {
+            "structure": json.dumps(STRUCTURE),
+            "metadata": json.dumps(dict(metadata or {"functional": "GGA", "seed": seed})),
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         # zarr says that consolidated metadata is no part of v3, and that a zip holds two copies of a rewritten file; both are meant here.
         warnings.simplefilter("ignore")
-        store: Any = zarr.storage.ZipStore(path, mode="w", compression=zipfile.ZIP_STORED) if as_zip else zarr.storage.LocalStore(path)
-        group = zarr.create_group(store=store, zarr_format=zarr_format, overwrite=not as_zip, attributes=dict(attrs))
+        store: Any = (
+            zarr.storage.ZipStore(path, mode="w", compression=zipfile.ZIP_STORED)
+            if as_zip
+            else zarr.storage.LocalStore(path)
+        )
+        group = zarr.create_group(
+            store=store, zarr_format=zarr_format, overwrite=not as_zip, attributes=dict(attrs)
+        )
         for name, values in arrays.items():
             array = group.create_array(
                 name,
                 shape=values.shape,
                 dtype=values.dtype,
-                chunks=chunks or tuple(min(4 if shards else max(4, n // 2 + 1), max(1, n)) for n in values.shape),
+                chunks=chunks
+                or tuple(min(4 if shards else max(4, n // 2 + 1), max(1, n)) for n in values.shape),
                 shards=shards,
                 order=order if zarr_format == 2 else None,
                 fill_value=fill_value,

@@ -30,11 +30,23 @@ class Toy(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         pairs = list(zip(batch["data"], batch["label"], strict=True))
-        loss = torch.stack([torch.nn.functional.l1_loss(self.network(data[None]), label[None]) for data, label in pairs]).mean()
+        loss = torch.stack(
+            [
+                torch.nn.functional.l1_loss(self.network(data[None]), label[None])
+                for data, label in pairs
+            ]
+        ).mean()
         if self.global_step == self.job.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         datasets = [int(number) for number in batch["dataset"]] if "dataset" in batch else None
-        step = Step(self.global_rank, self.current_epoch, self.global_step, list(batch["index"]), float(loss.detach()).hex(), datasets)
+        step = Step(
+            self.global_rank,
+            self.current_epoch,
+            self.global_step,
+            list(batch["index"]),
+            float(loss.detach()).hex(),
+            datasets,
+        )
         with (self.job.root / f"{self.job.name}.steps.{self.global_rank}").open("a") as file:
             file.write(json.dumps(vars(step)) + "\n")
         return loss
@@ -66,7 +78,11 @@ def train(job: Job) -> None:
         "num_sanity_val_steps": 0,
         "default_root_dir": job.root,
         "enable_checkpointing": job.checkpoint is not None,
-        "callbacks": [] if job.checkpoint is None else [ModelCheckpoint(job.root, save_last=True, **job.checkpoint)],
+        "callbacks": []
+        if job.checkpoint is None
+        else [ModelCheckpoint(job.root, save_last=True, **job.checkpoint)],
     }
     trainer = pl.Trainer(**settings | dict(job.trainer))
-    trainer.fit(Toy(job), ZarrDataModule(**job.data), ckpt_path=None if job.checkpoint is None else "last")
+    trainer.fit(
+        Toy(job), ZarrDataModule(**job.data), ckpt_path=None if job.checkpoint is None else "last"
+    )

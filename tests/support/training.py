@@ -56,7 +56,12 @@ def zarrcache(*args: object, answer: str | None = None, env: dict[str, str] | No
 def start(*args: object) -> subprocess.Popen[str]:
     """Start ``zarrcache ARGS``, in a session of its own so that a signal to it reaches nobody else."""
     return subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+        command(*args),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -66,13 +71,24 @@ def write_pairs(directory: Path, count: int, **layout: Any) -> dict[tuple[str, s
     for role in ("data", "label"):
         for number in range(count):
             seed = number + (1000 if role == "label" else 0)
-            arrays = small_group(directory / role / f"mp-{number}.zarr", seed=seed, **{"shape": (6, 5, 4), **layout})
+            arrays = small_group(
+                directory / role / f"mp-{number}.zarr", seed=seed, **{"shape": (6, 5, 4), **layout}
+            )
             values[f"mp-{number}", role] = arrays["charge_density_total"]
-    (directory / "map.json").write_text(json.dumps({"GGA": [*(f"mp-{n}" for n in range(count)), "mp-absent"]}))
+    (directory / "map.json").write_text(
+        json.dumps({"GGA": [*(f"mp-{n}" for n in range(count)), "mp-absent"]})
+    )
     return values
 
 
-def write_config(directory: Path, root: object = None, *, s3_kwargs: dict[str, Any] | None = None, name: str = "train.yaml", **cache: Any) -> Path:
+def write_config(
+    directory: Path,
+    root: object = None,
+    *,
+    s3_kwargs: dict[str, Any] | None = None,
+    name: str = "train.yaml",
+    **cache: Any,
+) -> Path:
     """A training config over the stores below ``root`` (default: ``directory``) with a cache in ``directory/cache``."""
     root = directory if root is None else root
     document = {

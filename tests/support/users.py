@@ -66,7 +66,9 @@ def start_as(user: User | None, function: Callable[..., Any], *args: Any) -> Cal
     return wait
 
 
-def _run(user: User | None, answer: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    user: User | None, answer: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     if user is not None:
         os.setgroups(user.groups)
         os.setresgid(user.uid, user.uid, user.uid)
@@ -74,7 +76,7 @@ def _run(user: User | None, answer: Connection, function: Callable[..., Any], ar
         os.umask(user.umask)
     try:
         result = (True, function(*args))
-    except BaseException:  # noqa: BLE001 - it is told to the test
+    except BaseException:
         result = (False, traceback.format_exc())
     answer.send(result)
 

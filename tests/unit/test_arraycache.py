@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, payload_files, settings
-from zarrcache.arraycache import ArrayCache
+from tests.support.cachedirs import (
+    array_of,
+    array_on_disk,
+    key_of,
+    on_disk_bytes,
+    payload_files,
+    settings,
+)
+from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.stats import Counters, Stats
 
 
@@ -41,7 +48,15 @@ def test_put_is_got_bit_for_bit(tmp_path: Path) -> None:
     assert counted(cache) == Stats()
 
 
-@pytest.mark.parametrize("array", [np.arange(24.0).reshape(2, 3, 4).T, np.arange(6, dtype=">f4"), np.arange(40)[::2], np.zeros((0, 3))])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24.0).reshape(2, 3, 4).T,
+        np.arange(6, dtype=">f4"),
+        np.arange(40)[::2],
+        np.zeros((0, 3)),
+    ],
+)
 def test_any_memory_layout_is_stored_in_c_order(tmp_path: Path, array: Any) -> None:
     """Little endian, contiguous; values and shape as they were."""
     cache = make(tmp_path)
@@ -73,18 +88,33 @@ def test_volume_is_what_du_says(tmp_path: Path) -> None:
     cache = make(tmp_path)
     for number, nbytes in enumerate((0, 1, 4096, 5000)):
         cache.put(key_of(number), array_of(number, nbytes), source="s")
-    assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == sum(array_on_disk(n) for n in (0, 1, 4096, 5000))
+    assert (
+        cache.index.volume_bytes()
+        == on_disk_bytes(tmp_path)
+        == sum(array_on_disk(n) for n in (0, 1, 4096, 5000))
+    )
     assert cache.drop(key_of(3)) == array_on_disk(5000)
     assert cache.index.volume_bytes() == on_disk_bytes(tmp_path)
 
 
-def test_full_cache_says_so_once_and_takes_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_cache_says_so_once_and_takes_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Admit until full, then bypass; the message names the store and the reason."""
     cache = make(tmp_path, limit=2 * 8192)
-    assert [cache.put(key_of(n), array_of(n), source="s") for n in range(5)] == [True, True, False, False, False]
+    assert [cache.put(key_of(n), array_of(n), source="s") for n in range(5)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert on_disk_bytes(tmp_path) == 2 * 8192
     (record,) = caplog.records
-    assert record.getMessage() == "not cached, read from the origin in every epoch: /data/mp-2.zarr (1000 B): the limit is reached"
+    assert (
+        record.getMessage()
+        == "not cached, read from the origin in every epoch: /data/mp-2.zarr (1000 B): the limit is reached"
+    )
     assert counted(cache) == Stats()
 
 
@@ -108,8 +138,13 @@ def test_entry_whose_file_was_deleted_is_a_miss_and_stored_again(tmp_path: Path)
     assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == 8192
 
 
-@pytest.mark.parametrize(("verify", "finds_first", "finds_later"), [("first", True, False), ("always", True, True), ("never", False, False)])
-def test_verify_says_when_the_checksum_is_read(tmp_path: Path, verify: str, finds_first: bool, finds_later: bool) -> None:
+@pytest.mark.parametrize(
+    ("verify", "finds_first", "finds_later"),
+    [("first", True, False), ("always", True, True), ("never", False, False)],
+)
+def test_verify_says_when_the_checksum_is_read(
+    tmp_path: Path, verify: str, finds_first: bool, finds_later: bool
+) -> None:
     """At the first use, at each, or not at all."""
     for use, finds in (("first", finds_first), ("later", finds_later)):
         directory = tmp_path / use
@@ -136,7 +171,9 @@ def test_purge_spares_the_good_entry_that_replaced_the_bad_one(tmp_path: Path) -
     assert fast.get(key_of(1)) is not None
 
 
-def test_interrupted_put_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_put_gives_its_room_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C in a notebook: the process lives on, and so would its reservation."""
     cache = make(tmp_path, limit=8192)
 
@@ -144,7 +181,7 @@ def test_interrupted_put_gives_its_room_back(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("zarrcache.arraycache.write_entry", interrupt)
+        patch.setattr("zarrcache.cache.array_tier.write_entry", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cache.put(key_of(1), array_of(1), source="s")
     assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == 0

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zarrcache.assignment import Schedule, Segment, node_of
 from zarrcache.errors import ConfigError
+from zarrcache.train.schedule import Schedule, Segment, node_of
 
 WORLDS = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(
     lambda counts: tuple(node for node, count in enumerate(counts) for _ in range(count))
@@ -30,15 +30,33 @@ def read(orders: Any) -> Counter[int]:
 
 
 @settings(deadline=None)
-@given(count=st.integers(0, 60), assignment=ASSIGNMENTS, world=WORLDS, seed=st.integers(0, 2**40), epoch=st.integers(0, 9), shuffle=st.booleans())
-def test_an_epoch_is_every_sample_once(count: int, assignment: Any, world: tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> None:
+@given(
+    count=st.integers(0, 60),
+    assignment=ASSIGNMENTS,
+    world=WORLDS,
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 9),
+    shuffle=st.booleans(),
+)
+def test_an_epoch_is_every_sample_once(
+    count: int, assignment: Any, world: tuple[int, ...], seed: int, epoch: int, shuffle: bool
+) -> None:
     """Ranks get equal counts: less than one a rank is read twice, or left out with ``drop_last``."""
-    schedule = Schedule(names(count), assignment=assignment, node_of_rank=world, seed=seed, shuffle=shuffle)
+    schedule = Schedule(
+        names(count), assignment=assignment, node_of_rank=world, seed=seed, shuffle=shuffle
+    )
     orders = schedule.orders(epoch)
     assert orders.shape == (len(world), -(-count // len(world)))
     assert set(read(orders)) == set(range(count))
     assert orders.size - count < len(world)
-    dropped = Schedule(names(count), assignment=assignment, node_of_rank=world, seed=seed, shuffle=shuffle, drop_last=True).orders(epoch)
+    dropped = Schedule(
+        names(count),
+        assignment=assignment,
+        node_of_rank=world,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=True,
+    ).orders(epoch)
     assert dropped.shape == (len(world), count // len(world))
     assert max(read(dropped).values(), default=1) == 1
 
@@ -50,24 +68,33 @@ def test_an_epoch_is_every_sample_once(count: int, assignment: Any, world: tuple
     worlds=st.lists(WORLDS, min_size=2, max_size=4),
     taken=st.lists(st.integers(0, 30), min_size=3, max_size=3),
 )
-def test_a_job_that_is_started_anew_reads_the_rest_of_the_epoch(count: int, assignment: Any, worlds: list[tuple[int, ...]], taken: list[int]) -> None:
+def test_a_job_that_is_started_anew_reads_the_rest_of_the_epoch(
+    count: int, assignment: Any, worlds: list[tuple[int, ...]], taken: list[int]
+) -> None:
     """With other ranks and nodes each time: no sample is lost, and none is read twice but to even out the last start."""
     seen: Counter[int] = Counter()
     history: tuple[Segment, ...] = ()
     for world, some in zip(worlds[:-1], taken, strict=False):
-        orders = Schedule(names(count), assignment=assignment, node_of_rank=world, seed=3).orders(7, history)
+        orders = Schedule(names(count), assignment=assignment, node_of_rank=world, seed=3).orders(
+            7, history
+        )
         steps = min(some, max(0, orders.shape[1] - 1))  # killed before its last step
         seen += read(orders[:, :steps])
         history += (Segment(world, steps),)
     assert max(seen.values(), default=1) == 1
-    rest = Schedule(names(count), assignment=assignment, node_of_rank=worlds[-1], seed=3).orders(7, history)
+    rest = Schedule(names(count), assignment=assignment, node_of_rank=worlds[-1], seed=3).orders(
+        7, history
+    )
     assert set(read(rest)) == set(range(count)) - set(seen)
     assert rest.size - len(read(rest)) < len(worlds[-1])
 
 
 def test_with_one_node_both_assignments_are_the_same() -> None:
     """And every epoch is another order."""
-    one, other = (Schedule(names(50), assignment=assignment, node_of_rank=(0, 0), seed=1) for assignment in ("global", "node"))  # type: ignore[arg-type]
+    one, other = (
+        Schedule(names(50), assignment=assignment, node_of_rank=(0, 0), seed=1)
+        for assignment in ("global", "node")
+    )  # type: ignore[arg-type]
     assert np.array_equal(one.orders(4), other.orders(4))
     assert not np.array_equal(one.orders(4), one.orders(5))
 
@@ -87,7 +114,9 @@ def test_the_order_of_a_node_is_that_of_its_ranks_in_step() -> None:
     """First sample of each, second of each."""
     schedule = Schedule(names(12), node_of_rank=(0, 1, 0), seed=5)
     orders = schedule.orders(2)
-    assert schedule.node_order(2, 0).tolist() == [index for step in range(4) for index in (orders[0][step], orders[2][step])]
+    assert schedule.node_order(2, 0).tolist() == [
+        index for step in range(4) for index in (orders[0][step], orders[2][step])
+    ]
 
 
 def test_a_sample_stays_with_its_node_whatever_else_there_is() -> None:
@@ -108,7 +137,10 @@ def test_shares_follow_the_weights_and_the_bytes() -> None:
     by_number = node_of(names(3000), 4)
     by_bytes = node_of(names(3000), 4, nbytes=(sizes * 1e6).astype(int).tolist())
     assert np.bincount(by_bytes).tolist() == [750] * 4
-    spread = [np.ptp([sizes[nodes == node].sum() for node in range(4)]) / sizes.sum() for nodes in (by_number, by_bytes)]
+    spread = [
+        np.ptp([sizes[nodes == node].sum() for node in range(4)]) / sizes.sum()
+        for nodes in (by_number, by_bytes)
+    ]
     assert spread[1] < 0.001 < spread[0]
 
 

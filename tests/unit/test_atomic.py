@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache.atomic import publish, write_all
+from zarrcache.disk._publish import publish, write_all
 from zarrcache.errors import IncompleteArrayError
 
 
@@ -36,13 +36,17 @@ def test_permissions_are_those_asked_for(tmp_path: Path, mode: int) -> None:
 def test_wrong_length_is_not_published(tmp_path: Path, length: int) -> None:
     """The old file stays, the partial one goes."""
     (tmp_path / "entry").write_bytes(b"old")
-    with pytest.raises(IncompleteArrayError, match=f"{length} bytes written where 5 were announced"):
+    with pytest.raises(
+        IncompleteArrayError, match=f"{length} bytes written where 5 were announced"
+    ):
         publish(tmp_path / "entry", lambda file: file.write(b"x" * length), expected_bytes=5)
     assert os.listdir(tmp_path) == ["entry"]
     assert (tmp_path / "entry").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")]
+)
 def test_whatever_stops_the_writer_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     """Ctrl-C too."""
 
@@ -65,7 +69,14 @@ def test_writers_of_one_name_do_not_write_into_each_other(tmp_path: Path) -> Non
     """The last rename wins; the file is one of the versions."""
     versions = [bytes([n]) * 50_000 for n in range(16)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda data: publish(tmp_path / "entry", lambda file: write_all(file, memoryview(data))), versions * 4))
+        list(
+            pool.map(
+                lambda data: publish(
+                    tmp_path / "entry", lambda file: write_all(file, memoryview(data))
+                ),
+                versions * 4,
+            )
+        )
     assert (tmp_path / "entry").read_bytes() in versions
     assert os.listdir(tmp_path) == ["entry"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from zarrcache.augment import Rotation, downsample, draw_rotation, rotate
+from zarrcache.train.transforms import Rotation, downsample, draw_rotation, rotate
 
 #: The plane that numpy.rot90 turns for x, y and z.
 PLANES = ((1, 2), (0, 2), (0, 1))
@@ -20,12 +20,16 @@ CHI_SQUARE_LIMIT = 33.7
 
 def grid(*shape: int) -> NDArray[np.float32]:
     """No two cells are alike."""
-    return np.random.default_rng(1).permutation(int(np.prod(shape))).astype(np.float32).reshape(shape)
+    return (
+        np.random.default_rng(1).permutation(int(np.prod(shape))).astype(np.float32).reshape(shape)
+    )
 
 
 def chi_square(outcomes: list[Rotation]) -> float:
     """How far outcomes are from 10 % for the identity and for each of the nine turns (three axes, one to three quarters)."""
-    counts = Counter((rotation.axis, rotation.turns) if rotation.turns else None for rotation in outcomes)
+    counts = Counter(
+        (rotation.axis, rotation.turns) if rotation.turns else None for rotation in outcomes
+    )
     expected = len(outcomes) / 10
     keys = [None, *itertools.product((0, 1, 2), (1, 2, 3))]
     assert set(counts) <= set(keys)
@@ -70,14 +74,21 @@ def test_every_turn_is_as_likely_as_the_law_says(seed: int) -> None:
     n = 4000
     assert chi_square([draw_rotation(seed, 0, drawn, 7) for drawn in range(n)]) < CHI_SQUARE_LIMIT
     assert chi_square([draw_rotation(seed, 0, 7, index) for index in range(n)]) < CHI_SQUARE_LIMIT
-    assert chi_square([draw_rotation(seed, 2**60 + worker, 0, 7) for worker in range(n)]) < CHI_SQUARE_LIMIT
+    assert (
+        chi_square([draw_rotation(seed, 2**60 + worker, 0, 7) for worker in range(n)])
+        < CHI_SQUARE_LIMIT
+    )
 
 
 def test_the_statistics_can_fail() -> None:
     """Four turns with equal chance, and an axis that is never taken, are both far beyond the limit."""
     rng = np.random.default_rng(0)
     fair_turns = [Rotation(int(rng.integers(3)), int(rng.integers(4))) for _ in range(4000)]  # type: ignore[arg-type]
-    no_x = [rotation for rotation in (draw_rotation(0, i) for i in range(6000)) if rotation.axis != 0 or not rotation.turns]
+    no_x = [
+        rotation
+        for rotation in (draw_rotation(0, i) for i in range(6000))
+        if rotation.axis != 0 or not rotation.turns
+    ]
     assert chi_square(fair_turns) > 3 * CHI_SQUARE_LIMIT
     assert chi_square(no_x) > 3 * CHI_SQUARE_LIMIT
 
@@ -93,7 +104,20 @@ def test_draws_of_neighbouring_keys_are_independent() -> None:
 def test_a_key_gives_the_same_rotation_everywhere() -> None:
     """A change of the law would make yesterday's runs irreproducible; it has to be made on purpose."""
     drawn = [draw_rotation(42, 0, n, 3) for n in range(12)]
-    assert [(r.axis, r.turns) for r in drawn] == [(1, 2), (1, 3), (1, 1), (1, 2), (0, 1), (0, 3), (2, 2), (1, 1), (0, 1), (0, 3), (1, 3), (2, 3)]
+    assert [(r.axis, r.turns) for r in drawn] == [
+        (1, 2),
+        (1, 3),
+        (1, 1),
+        (1, 2),
+        (0, 1),
+        (0, 3),
+        (2, 2),
+        (1, 1),
+        (0, 1),
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    ]
 
 
 @pytest.mark.parametrize(("step", "multiple"), list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4))))

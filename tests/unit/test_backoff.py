@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache import backoff
-from zarrcache.backoff import FIRST_S, LONGEST_S, Backoff
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
-from zarrcache.retry import RetryPolicy, TransientError
+from zarrcache.origin import _backoff as backoff
+from zarrcache.origin._backoff import FIRST_S, LONGEST_S, Backoff
+from zarrcache.origin._retry import RetryPolicy, TransientError
 
 ENDPOINT = "https://s3.example"
 
@@ -86,7 +86,9 @@ def test_pauses_that_are_of_no_use_grow_to_a_bound(clock: Clock) -> None:
     assert next_pause() == 1
 
 
-def test_other_processes_of_the_node_pause_as_long(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processes_of_the_node_pause_as_long(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They see it in the directory; and what they are told next is longer for all."""
     one, two = Backoff(ENDPOINT, tmp_path), Backoff(ENDPOINT, tmp_path)
     one.told()
@@ -100,11 +102,15 @@ def test_other_processes_of_the_node_pause_as_long(tmp_path: Path, clock: Clock,
     assert Backoff("https://elsewhere", tmp_path).remaining_s() == 0.0
 
 
-def test_the_directory_is_looked_at_now_and_then(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_is_looked_at_now_and_then(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And not for each of a thousand requests a second."""
     looked: list[object] = []
     lstat = os.lstat
-    monkeypatch.setattr(os, "lstat", lambda path, **more: (looked.append(path), lstat(path, **more))[1])
+    monkeypatch.setattr(
+        os, "lstat", lambda path, **more: (looked.append(path), lstat(path, **more))[1]
+    )
     one = Backoff(ENDPOINT, tmp_path)
     for _ in range(1000):
         one.remaining_s()
@@ -113,7 +119,9 @@ def test_the_directory_is_looked_at_now_and_then(tmp_path: Path, clock: Clock, m
 
 
 @pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, LONGEST_S + 1, 86400.0])
-def test_a_time_that_cannot_be_is_no_pause(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
+def test_a_time_that_cannot_be_is_no_pause(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
     """A clock that was set, a file that was copied or tampered with."""
     Backoff(ENDPOINT, tmp_path).told()
     [file] = tmp_path.iterdir()
@@ -122,9 +130,13 @@ def test_a_time_that_cannot_be_is_no_pause(tmp_path: Path, clock: Clock, monkeyp
     assert Backoff(ENDPOINT, tmp_path).remaining_s() == 0.0
 
 
-def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_in_the_place_of_the_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither to read nor to write."""
-    Backoff(ENDPOINT, tmp_path / "x").told()  # the directory is not there: this process pauses all the same
+    Backoff(
+        ENDPOINT, tmp_path / "x"
+    ).told()  # the directory is not there: this process pauses all the same
     assert Backoff(ENDPOINT, tmp_path / "x").remaining_s() == pytest.approx(FIRST_S)
     other_process(monkeypatch)
     Backoff(ENDPOINT, tmp_path).told()
@@ -139,7 +151,9 @@ def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path, monkeyp
     assert (victim.stat().st_mtime_ns, victim.stat().st_size) == (before.st_mtime_ns, 0)
 
 
-def test_a_backoff_pickles_and_leaves_one_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backoff_pickles_and_leaves_one_empty_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However often it was told."""
     one = pickle.loads(pickle.dumps(Backoff(ENDPOINT, tmp_path)))
     for _ in range(3):
@@ -179,14 +193,17 @@ class TestRetries:
         one = Backoff(ENDPOINT)
         one.told()
         policy, before_s = RetryPolicy(RetryConfig(timeout=0.5), one), clock.now_s
-        with pytest.raises(OriginUnavailableError, match="SlowDown: the server has asked this node for fewer requests"):
+        with pytest.raises(
+            OriginUnavailableError,
+            match="SlowDown: the server has asked this node for fewer requests",
+        ):
             policy.call(lambda: policy.wait_for_turn("s3://b/k"))
         assert clock.now_s == before_s
 
     def test_attempts_are_those_at_one_object_where_the_failure_says_so(self) -> None:
         """A pass that was cut short has not attempted everything."""
         turns = 0
-        with pytest.raises(OriginUnavailableError, match=r"\(2 attempts in "):  # noqa: PT012 - the loop is what raises
+        with pytest.raises(OriginUnavailableError, match=r"\(2 attempts in "):
             for attempt in RetryPolicy(RetryConfig(attempts=2, timeout=1000)):
                 turns += 1
                 with attempt:

@@ -18,7 +18,16 @@ import pytest
 import zarr
 
 from tests.support.stores import plain_read, random_density, small_group
-from zarrcache import ConfigError, IncompleteArrayError, OriginError, OriginNotFoundError, RhoData, SchemaError, ZarrS3Reader, get_dataset
+from zarrcache import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginError,
+    OriginNotFoundError,
+    RhoData,
+    SchemaError,
+    ZarrS3Reader,
+    get_dataset,
+)
 
 IDS = ["mp-1", "mp-2", "mp-3"]
 
@@ -42,14 +51,25 @@ def data(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture(params=["no cache", "array tier", "byte tier"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any] | None:
     """The three ways that a density is read, which all have to complain alike."""
-    settings = {"dir": tmp_path / "cache", "min_free": 0, "arrays": {"enabled": request.param == "array tier"}}
+    settings = {
+        "dir": tmp_path / "cache",
+        "min_free": 0,
+        "arrays": {"enabled": request.param == "array tier"},
+    }
     return None if request.param == "no cache" else settings
 
 
 def reader_of(root: Path, cache: dict[str, Any] | None = None, **changes: Any) -> ZarrS3Reader:
     """A reader of ``data``."""
-    arguments = {"data_dir": root / "data", "label_dir": root / "label", "map_dir": root / "map.json", "functional": "GGA"}
-    return ZarrS3Reader(**arguments | {"normalize": False, "train_fraction": 0.5} | changes, cache=cache)
+    arguments = {
+        "data_dir": root / "data",
+        "label_dir": root / "label",
+        "map_dir": root / "map.json",
+        "functional": "GGA",
+    }
+    return ZarrS3Reader(
+        **arguments | {"normalize": False, "train_fraction": 0.5} | changes, cache=cache
+    )
 
 
 def replace_store(path: Path, arrays: dict[str, Any], **layout: Any) -> None:
@@ -63,18 +83,31 @@ class TestMap:
 
     def test_unknown_functional_names_those_in_the_map(self, data: Path) -> None:
         """It is a ``ValueError``, as the users' reader has it."""
-        with pytest.raises(ValueError, match=re.escape("Functional 'PBE' not found in mapping. Available: ['GGA', 'SCAN', 'r2SCAN']")) as caught:
+        with pytest.raises(
+            ValueError,
+            match=re.escape(
+                "Functional 'PBE' not found in mapping. Available: ['GGA', 'SCAN', 'r2SCAN']"
+            ),
+        ) as caught:
             reader_of(data, functional="PBE").data_split()
         assert isinstance(caught.value, ConfigError)
 
     def test_functional_without_ids_says_that_nothing_can_be_split(self, data: Path) -> None:
         """In scikit-learn's words, and in ours."""
-        with pytest.raises(ConfigError, match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional has both stores"):
+        with pytest.raises(
+            ConfigError,
+            match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional has both stores",
+        ):
             reader_of(data, functional="SCAN").data_split()
 
-    def test_functional_whose_stores_are_all_missing_names_them(self, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_functional_whose_stores_are_all_missing_names_them(
+        self, data: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Nothing is left to train on; the warning says why."""
-        with caplog.at_level(logging.WARNING), pytest.raises(ConfigError, match="No task id of the functional has both stores"):
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(ConfigError, match="No task id of the functional has both stores"),
+        ):
             reader_of(data, functional="r2SCAN").data_split()
         assert "1 of 1 task ids of r2SCAN have no store" in caplog.text
         assert caplog.text.rstrip().endswith("mp-9")
@@ -94,7 +127,9 @@ class TestMap:
             (b'{"GGA": {"mp-1": 1}}', "does not hold {functional: [task_id, ...]}"),
         ],
     )
-    def test_map_that_is_none_is_named_with_what_it_has_to_hold(self, data: Path, content: bytes, words: str) -> None:
+    def test_map_that_is_none_is_named_with_what_it_has_to_hold(
+        self, data: Path, content: bytes, words: str
+    ) -> None:
         """Broken JSON, broken gzip, and JSON of something else."""
         (data / "map.json").write_bytes(content)
         with pytest.raises(ConfigError) as caught:
@@ -106,16 +141,38 @@ class TestMap:
     @pytest.mark.parametrize("name", ["no.json", "data", "map.json/x"])
     def test_map_that_cannot_be_read_is_named(self, data: Path, name: str) -> None:
         """Missing, a directory, below a file."""
-        with pytest.raises(ConfigError, match=rf"{re.escape(str(data / name))} cannot be read \(.+\)\. Set map_dir"):
+        with pytest.raises(
+            ConfigError, match=rf"{re.escape(str(data / name))} cannot be read \(.+\)\. Set map_dir"
+        ):
             reader_of(data, map_dir=data / name).data_split()
 
     @pytest.mark.parametrize(
-        "task_id", ["../mp-1", "a/b", "/etc/passwd", "", ".", "..", ".hidden", "mp..1", "mp-1\n", "a\\b", "mp-1\0", "x" * 300, 3, None, ["mp-1"]]
+        "task_id",
+        [
+            "../mp-1",
+            "a/b",
+            "/etc/passwd",
+            "",
+            ".",
+            "..",
+            ".hidden",
+            "mp..1",
+            "mp-1\n",
+            "a\\b",
+            "mp-1\0",
+            "x" * 300,
+            3,
+            None,
+            ["mp-1"],
+        ],
     )
     def test_task_id_that_is_no_plain_name_is_refused(self, data: Path, task_id: Any) -> None:
         """In the map, and in a call; before any path is made of it."""
         (data / "map.json").write_text(json.dumps({"GGA": [*IDS, task_id]}))
-        for use in (lambda: reader_of(data).data_split(), lambda: reader_of(data).load(task_id, "data")):
+        for use in (
+            lambda: reader_of(data).data_split(),
+            lambda: reader_of(data).load(task_id, "data"),
+        ):
             with pytest.raises(ConfigError, match="is not a plain name") as caught:
                 use()
             assert repr(task_id) in str(caught.value)
@@ -126,7 +183,10 @@ class TestArray:
 
     def test_missing_array_names_those_that_are_there(self, data: Path, cache: Any) -> None:
         """And the store. A ``ValueError``, in the users' words."""
-        replace_store(data / "data" / "mp-1.zarr", {"rho": random_density((2, 2, 2)), "charge_density_diff": random_density((2, 2, 2))})
+        replace_store(
+            data / "data" / "mp-1.zarr",
+            {"rho": random_density((2, 2, 2)), "charge_density_diff": random_density((2, 2, 2))},
+        )
         with pytest.raises(SchemaError) as caught:
             reader_of(data, cache).load("mp-1", "data")
         expected = f"'charge_density_total' not found in zarr store {data}/data/mp-1.zarr. Available arrays: ['charge_density_diff', 'rho']"
@@ -134,16 +194,27 @@ class TestArray:
         assert isinstance(caught.value, ValueError)
 
     @pytest.mark.parametrize("density_type", ["Total", "spin", "", "../x"])
-    def test_unknown_density_type_names_the_arrays(self, data: Path, cache: Any, density_type: str) -> None:
+    def test_unknown_density_type_names_the_arrays(
+        self, data: Path, cache: Any, density_type: str
+    ) -> None:
         """It is a missing array."""
-        with pytest.raises(SchemaError, match=rf"'charge_density_{re.escape(density_type)}' not found .*\['charge_density_total'\]"):
+        with pytest.raises(
+            SchemaError,
+            match=rf"'charge_density_{re.escape(density_type)}' not found .*\['charge_density_total'\]",
+        ):
             reader_of(data, cache, density_type=density_type).load("mp-1", "data")
 
     @pytest.mark.parametrize("shape", [(6, 7), (210,), (1, 5, 6, 7), (5, 0, 7)])
     @pytest.mark.parametrize("zarr_format", [2, 3])
-    def test_array_that_is_not_3d_is_named_with_its_shape(self, data: Path, cache: Any, shape: tuple[int, ...], zarr_format: Any) -> None:
+    def test_array_that_is_not_3d_is_named_with_its_shape(
+        self, data: Path, cache: Any, shape: tuple[int, ...], zarr_format: Any
+    ) -> None:
         """Flat, a slice, with a channel axis, and empty."""
-        replace_store(data / "data" / "mp-1.zarr", {"charge_density_total": np.ones(shape, np.float32)}, zarr_format=zarr_format)
+        replace_store(
+            data / "data" / "mp-1.zarr",
+            {"charge_density_total": np.ones(shape, np.float32)},
+            zarr_format=zarr_format,
+        )
         with pytest.raises(SchemaError) as caught:
             reader_of(data, cache).load("mp-1", "data")
         assert str(shape) in str(caught.value)
@@ -156,19 +227,30 @@ class TestArray:
             (np.ones((2, 2, 2), np.complex64), "'<c8' (complex)", "'complex64' (complex)"),
             (np.full((2, 2, 2), "x"), "'<U1' (strings)", "fixed_length_utf32"),
             (np.full((2, 2, 2), b"xy"), "'|S2' (strings)", "null_terminated_bytes"),
-            (np.zeros((2, 2, 2), [("a", "f4"), ("b", "f4")]), "[['a', '<f4'], ['b', '<f4']]", "structured"),
+            (
+                np.zeros((2, 2, 2), [("a", "f4"), ("b", "f4")]),
+                "[['a', '<f4'], ['b', '<f4']]",
+                "structured",
+            ),
             (np.zeros((2, 2, 2), "M8[s]"), "'<M8[s]'", "datetime64"),
         ],
     )
     @pytest.mark.parametrize("zarr_format", [2, 3])
-    @pytest.mark.filterwarnings("ignore::UserWarning")  # zarr: some of these types have no specification in v3
+    @pytest.mark.filterwarnings(
+        "ignore::UserWarning"
+    )  # zarr: some of these types have no specification in v3
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     def test_array_of_something_else_than_real_numbers_says_of_what(
         self, data: Path, cache: Any, values: Any, v2: str, v3: str, zarr_format: Any
     ) -> None:
         """A complex density would lose its imaginary part in silence. The type is shown as the metadata has it."""
         fill_value = None if values.dtype.kind in "VM" else np.zeros((), values.dtype)[()]
-        replace_store(data / "data" / "mp-1.zarr", {"charge_density_total": values}, zarr_format=zarr_format, fill_value=fill_value)
+        replace_store(
+            data / "data" / "mp-1.zarr",
+            {"charge_density_total": values},
+            zarr_format=zarr_format,
+            fill_value=fill_value,
+        )
         with pytest.raises(SchemaError) as caught:
             reader_of(data, cache).load("mp-1", "data")
         assert "a charge density holds real numbers" in str(caught.value)
@@ -177,7 +259,9 @@ class TestArray:
 
     @pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", ">f8", "i1", "u2", "i8", "u8", "?"])
     @pytest.mark.parametrize("zarr_format", [2, 3])
-    def test_other_numbers_are_cast_to_float32_as_numpy_does(self, data: Path, cache: Any, dtype: str, zarr_format: Any) -> None:
+    def test_other_numbers_are_cast_to_float32_as_numpy_does(
+        self, data: Path, cache: Any, dtype: str, zarr_format: Any
+    ) -> None:
         """As the users' reader: ``np.array(array, dtype=np.float32)``."""
         values = (np.random.default_rng(0).random((5, 6, 7)) * 200).astype(dtype)
         path = data / "data" / "mp-1.zarr"
@@ -191,7 +275,9 @@ class TestArray:
         """Somebody wrote one level too deep."""
         path = data / "data" / "mp-1.zarr"
         shutil.rmtree(path)
-        zarr.open_group(str(path), mode="w", zarr_format=2).create_array("charge_density_total/0", data=random_density((2, 2, 2)))
+        zarr.open_group(str(path), mode="w", zarr_format=2).create_array(
+            "charge_density_total/0", data=random_density((2, 2, 2))
+        )
         with pytest.raises(SchemaError, match="charge_density_total"):
             reader_of(data, cache).load("mp-1", "data")
 
@@ -207,14 +293,26 @@ class TestDamage:
                 reader.load("mp-1", "data")
             assert f"{data}/data/mp-1.zarr" in str(caught.value)
             assert len(caught.value.args) == 1
-        np.testing.assert_array_equal(reader.load("mp-2", "data")[0], plain_read(data / "data" / "mp-2.zarr").ravel())
+        np.testing.assert_array_equal(
+            reader.load("mp-2", "data")[0], plain_read(data / "data" / "mp-2.zarr").ravel()
+        )
         assert reader.task_ids == IDS
 
     def test_store_without_metadata(self, data: Path, cache: Any) -> None:
         """Chunks, and nothing that describes them."""
-        for name in (".zgroup", ".zattrs", "charge_density_total/.zarray", "charge_density_total/.zattrs"):
+        for name in (
+            ".zgroup",
+            ".zattrs",
+            "charge_density_total/.zarray",
+            "charge_density_total/.zattrs",
+        ):
             (data / "data" / "mp-1.zarr" / name).unlink()
-        self.one_bad(data, cache, SchemaError, r"not found in zarr store|holds neither \.zarray nor zarr\.json")
+        self.one_bad(
+            data,
+            cache,
+            SchemaError,
+            r"not found in zarr store|holds neither \.zarray nor zarr\.json",
+        )
 
     @pytest.mark.parametrize("keep", [0, 1, 40])
     def test_truncated_array_metadata(self, data: Path, cache: Any, keep: int) -> None:
@@ -234,7 +332,9 @@ class TestDamage:
         """Not a zip file at all, or the beginning of one."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         (data / "data" / "mp-1.zarr.zip").write_bytes(content)
-        self.one_bad(data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file")
+        self.one_bad(
+            data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file"
+        )
 
     def test_zip_that_was_cut(self, data: Path, cache: Any) -> None:
         """Half of an upload."""
@@ -242,7 +342,9 @@ class TestDamage:
         path = data / "data" / "mp-1.zarr.zip"
         small_group(path, as_zip=True)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        self.one_bad(data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file")
+        self.one_bad(
+            data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file"
+        )
 
     def test_zip_without_the_array(self, data: Path, cache: Any) -> None:
         """A zip of something else."""
@@ -250,7 +352,12 @@ class TestDamage:
         with zipfile.ZipFile(data / "data" / "mp-1.zarr.zip", "w") as archive:
             archive.writestr(".zgroup", json.dumps({"zarr_format": 2}))
             archive.writestr("readme.txt", "no density here")
-        self.one_bad(data, cache, SchemaError, r"'charge_density_total' not found in zarr store .*mp-1\.zarr\.zip.*\[\]")
+        self.one_bad(
+            data,
+            cache,
+            SchemaError,
+            r"'charge_density_total' not found in zarr store .*mp-1\.zarr\.zip.*\[\]",
+        )
 
     def test_empty_directory(self, data: Path, cache: Any) -> None:
         """``mkdir`` and then nothing."""
@@ -261,7 +368,9 @@ class TestDamage:
     def test_attributes_that_are_not_json(self, data: Path, cache: Any) -> None:
         """Named with the attribute; the density can still be read."""
         replace_store(
-            data / "data" / "mp-1.zarr", {"charge_density_total": random_density((2, 2, 2))}, attrs={"metadata": "{half", "structure": "{}"}
+            data / "data" / "mp-1.zarr",
+            {"charge_density_total": random_density((2, 2, 2))},
+            attrs={"metadata": "{half", "structure": "{}"},
         )
         reader = reader_of(data, cache)
         group = reader.read_zarr_store(data / "data" / "mp-1.zarr")
@@ -274,9 +383,14 @@ class TestPlace:
     """Directories that are not there, and caches that cannot be."""
 
     @pytest.mark.parametrize("role", ["data", "label"])
-    def test_directory_that_does_not_exist_is_named(self, data: Path, cache: Any, role: str) -> None:
+    def test_directory_that_does_not_exist_is_named(
+        self, data: Path, cache: Any, role: str
+    ) -> None:
         """Not "all your stores are missing"."""
-        with pytest.raises(OriginNotFoundError, match=rf"{data}/nowhere is not a directory of this machine. Check the path"):
+        with pytest.raises(
+            OriginNotFoundError,
+            match=rf"{data}/nowhere is not a directory of this machine. Check the path",
+        ):
             reader_of(data, cache, **{f"{role}_dir": data / "nowhere"}).data_split()
 
     def test_file_in_the_place_of_a_directory_is_named(self, data: Path, cache: Any) -> None:
@@ -287,10 +401,14 @@ class TestPlace:
     def test_other_schemes_are_refused_with_those_that_work(self, data: Path) -> None:
         """Google's and the web's look alike."""
         for url in ("gs://bucket/data", "https://bucket.s3.amazonaws.com/data"):
-            with pytest.raises(ConfigError, match=r"is not supported\. Write s3://bucket/prefix, a path"):
+            with pytest.raises(
+                ConfigError, match=r"is not supported\. Write s3://bucket/prefix, a path"
+            ):
                 reader_of(data, data_dir=url)
 
-    def test_store_missing_on_one_side_is_left_out_and_told(self, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_store_missing_on_one_side_is_left_out_and_told(
+        self, data: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """One warning; ``missing`` has the id."""
         shutil.rmtree(data / "label" / "mp-2.zarr")
         reader = reader_of(data)
@@ -299,7 +417,9 @@ class TestPlace:
         assert reader.missing == ("mp-2",)
         assert caplog.text.count("are left out: mp-2") == 1
 
-    def test_store_that_goes_away_later_is_an_error_not_a_sample_less(self, data: Path, cache: Any) -> None:
+    def test_store_that_goes_away_later_is_an_error_not_a_sample_less(
+        self, data: Path, cache: Any
+    ) -> None:
         """The split is made; the sample is in it."""
         reader = reader_of(data, cache)
         (train, _), _ = (sets[:2] for sets in reader.data_split())
@@ -341,7 +461,9 @@ class TestPlace:
             dataset = RhoData(*train, data_augmentation=False)
             for _ in range(3):
                 for i, task_id in enumerate(train[0].reader.split_task_ids()[0]):
-                    np.testing.assert_array_equal(dataset[i][0].numpy()[0], plain_read(data / "data" / f"{task_id}.zarr"))
+                    np.testing.assert_array_equal(
+                        dataset[i][0].numpy()[0], plain_read(data / "data" / f"{task_id}.zarr")
+                    )
         messages = [record.getMessage() for record in caplog.records]
         assert len(messages) == 1, messages
         assert str(unusable) in messages[0]
@@ -354,4 +476,6 @@ def test_good_data_passes_everything_above(data: Path, cache: Any) -> None:
     """The fixture itself is not what is refused."""
     reader = reader_of(data, cache)
     for task_id in IDS:
-        np.testing.assert_array_equal(reader.load(task_id, "label")[0], plain_read(data / "label" / f"{task_id}.zarr").ravel())
+        np.testing.assert_array_equal(
+            reader.load(task_id, "label")[0], plain_read(data / "label" / f"{task_id}.zarr").ravel()
+        )

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.bench import report
-from tests.bench.harness import Bar, Measured, Table, interleave, orders, percentile, shown, summarise
+from tests.bench.harness import (
+    Bar,
+    Measured,
+    Table,
+    interleave,
+    orders,
+    percentile,
+    shown,
+    summarise,
+)
 
 
 def _rounds(*seconds: float, items: int = 1, **extra: float) -> list[Measured]:
@@ -21,7 +30,11 @@ def _table(name: str = "W1", **changed: object) -> Table:
         "title": "warm epoch",
         "unit": "samples/s",
         "reference": "floor",
-        "rounds": {"floor": _rounds(1.0, 2.0, 4.0, items=10), "zarrcache": _rounds(2.5, 2.0, 2.0, items=10), "slow": _rounds(20.0, items=10)},
+        "rounds": {
+            "floor": _rounds(1.0, 2.0, 4.0, items=10),
+            "zarrcache": _rounds(2.5, 2.0, 2.0, items=10),
+            "slow": _rounds(20.0, items=10),
+        },
         "facts": {"page cache": "warm", "requests": {"floor": "1 LIST", "slow": "2 LIST"}},
     }
     return Table(**{**fields, **changed})  # type: ignore[arg-type]
@@ -33,12 +46,22 @@ def _document(*tables: Table) -> report.Document:
 
 def test_competitors_take_turns_and_the_order_moves_on() -> None:
     """A B C, C A B, B C A; the warm-up counts for nothing."""
-    assert list(orders(["A", "B", "C"], 4)) == [["A", "B", "C"], ["C", "A", "B"], ["B", "C", "A"], ["A", "B", "C"]]
+    assert list(orders(["A", "B", "C"], 4)) == [
+        ["A", "B", "C"],
+        ["C", "A", "B"],
+        ["B", "C", "A"],
+        ["A", "B", "C"],
+    ]
     ran: list[str] = []
-    competitors = {name: lambda name=name: ran.append(name) or Measured(float(len(ran))) for name in "AB"}
+    competitors = {
+        name: lambda name=name: ran.append(name) or Measured(float(len(ran))) for name in "AB"
+    }
     found = interleave(competitors, 2, warmup=1)
     assert ran == ["A", "B", "B", "A", "A", "B"]
-    assert {name: [one.seconds for one in measured] for name, measured in found.items()} == {"A": [4.0, 5.0], "B": [3.0, 6.0]}
+    assert {name: [one.seconds for one in measured] for name, measured in found.items()} == {
+        "A": [4.0, 5.0],
+        "B": [3.0, 6.0],
+    }
 
 
 def test_an_error_says_whose_round_it_was() -> None:
@@ -52,7 +75,9 @@ def test_an_error_says_whose_round_it_was() -> None:
     assert caught.value.__notes__ == ["in round 0 of 'zarr'"]
 
 
-@pytest.mark.parametrize(("percent", "expected"), [(0, 1.0), (50, 2.5), (90, 3.7), (99, 3.97), (100, 4.0)])
+@pytest.mark.parametrize(
+    ("percent", "expected"), [(0, 1.0), (50, 2.5), (90, 3.7), (99, 3.97), (100, 4.0)]
+)
 def test_percentiles_lie_between_the_two_nearest(percent: float, expected: float) -> None:
     """Of 4, 1, 3, 2, as numpy has them."""
     assert percentile([4.0, 1.0, 3.0, 2.0], percent) == pytest.approx(expected)
@@ -66,7 +91,9 @@ def test_one_round_is_all_of_its_percentiles() -> None:
 
 def test_percentiles_of_a_rate_are_the_slow_end() -> None:
     """The P99 of samples/s is what the slowest rounds had, not the fastest."""
-    assert shown(_table(), summarise(_rounds(1.0, 1.0, 2.0, items=10))) == pytest.approx((10.0, 10 / 1.8, 10 / 1.98))
+    assert shown(_table(), summarise(_rounds(1.0, 1.0, 2.0, items=10))) == pytest.approx(
+        (10.0, 10 / 1.8, 10 / 1.98)
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,19 +148,39 @@ def test_a_bar_is_one_goal() -> None:
 
 def test_a_table_survives_json() -> None:
     """What is shown later is computed from what was written."""
-    before = _table(bars=[Bar("zarrcache", "floor", at_least=0.9)], missing={"LitData": "not installed"})
+    before = _table(
+        bars=[Bar("zarrcache", "floor", at_least=0.9)], missing={"LitData": "not installed"}
+    )
     after = report.tables_of(json.loads(json.dumps(_document(before))))["W1"]
     assert after == before
 
 
 def test_markdown_says_everything_that_belongs_to_a_figure() -> None:
     """Median, P90, P99, ratio, requests, bytes, rounds, goals, what did not run, conditions, versions."""
-    found = {"floor": _rounds(1.0, 2.0, 4.0, items=10), "zarrcache": [Measured(5.0, 10, requests=344, nbytes=5_000_000, extra={"cpu_ms": 2.5})]}
-    text = report.markdown(_document(_table(rounds=found, bars=[Bar("zarrcache", "floor", at_least=0.9)], missing={"LitData": "not installed"})))
+    found = {
+        "floor": _rounds(1.0, 2.0, 4.0, items=10),
+        "zarrcache": [Measured(5.0, 10, requests=344, nbytes=5_000_000, extra={"cpu_ms": 2.5})],
+    }
+    text = report.markdown(
+        _document(
+            _table(
+                rounds=found,
+                bars=[Bar("zarrcache", "floor", at_least=0.9)],
+                missing={"LitData": "not installed"},
+            )
+        )
+    )
     assert "| floor | 5 | 2.78 | 2.53 | 1 | 3 | – | – | – |" in text
     assert "| zarrcache | 2 | 2 | 2 | 0.400 | 1 | 344 | 5,000,000 | 2.50 |" in text
     assert "zarrcache: at least 0.9 times the rate of floor: **0.4: missed by 56 %**" in text
-    for expected in ("LitData: not installed", "page cache: warm", "requests: floor: 1 LIST; slow: 2 LIST", "numpy ", "cores, ", "kernel "):
+    for expected in (
+        "LitData: not installed",
+        "page cache: warm",
+        "requests: floor: 1 LIST; slow: 2 LIST",
+        "numpy ",
+        "cores, ",
+        "kernel ",
+    ):
         assert expected in text
 
 
@@ -160,10 +207,19 @@ def test_a_partial_run_replaces_its_tables_alone() -> None:
 
 def test_results_are_merged_on_disk_with_their_plots(tmp_path: Path) -> None:
     """JSON, Markdown, PNG and SVG; a second run keeps what the first one left."""
-    pytest.importorskip("matplotlib", reason="matplotlib is part of the extra: pip install -e '.[bench]'")
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is part of the extra: pip install -e '.[bench]'"
+    )
     report.save(_document(_table("C1, 20 ms")), tmp_path)
     report.save(_document(_table("W1")), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c1-20-ms.png", "c1-20-ms.svg", "results.json", "results.md", "w1.png", "w1.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "c1-20-ms.png",
+        "c1-20-ms.svg",
+        "results.json",
+        "results.md",
+        "w1.png",
+        "w1.svg",
+    ]
     assert list(report.load(tmp_path / "results.json")["tables"]) == ["C1, 20 ms", "W1"]
     text = (tmp_path / "results.md").read_text()
     assert "![C1, 20 ms](c1-20-ms.svg)" in text
@@ -181,8 +237,16 @@ def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
 
 def test_the_readme_gets_a_line_a_goal_with_the_peers_by_the_same_measure() -> None:
     """Those who have one goal share a line; the peers stand best first, without the reference."""
-    found = {**_table().rounds, "zarrcache too": _rounds(4.0, items=10), "middling": _rounds(5.0, items=10)}
-    bars = [Bar("zarrcache", "floor", at_least=0.9), Bar("zarrcache too", "floor", at_least=0.9), Bar("zarrcache", None, at_most=1.0)]
+    found = {
+        **_table().rounds,
+        "zarrcache too": _rounds(4.0, items=10),
+        "middling": _rounds(5.0, items=10),
+    }
+    bars = [
+        Bar("zarrcache", "floor", at_least=0.9),
+        Bar("zarrcache too", "floor", at_least=0.9),
+        Bar("zarrcache", None, at_most=1.0),
+    ]
     block = report.readme_block(_document(_table(rounds=found, bars=bars)))
     goal = "| W1: warm epoch | at least 0.9 times the rate of floor | zarrcache 1, zarrcache too 0.500 | no: zarrcache too "
     assert goal + "| middling 0.400, slow 0.100 |" in block
@@ -199,7 +263,15 @@ def test_the_block_goes_between_the_markers() -> None:
     assert report.with_block(written, "new") == written
 
 
-@pytest.mark.parametrize("readme", ["", f"{report.BEGIN}\n", f"{report.END}\n{report.BEGIN}\n", f"{report.BEGIN}\n{report.BEGIN}\n{report.END}\n"])
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "",
+        f"{report.BEGIN}\n",
+        f"{report.END}\n{report.BEGIN}\n",
+        f"{report.BEGIN}\n{report.BEGIN}\n{report.END}\n",
+    ],
+)
 def test_a_readme_without_its_markers_is_left_alone(readme: str) -> None:
     """The message says which lines are wanted."""
     with pytest.raises(ValueError, match=r"README\.md needs the line <!-- bench:begin -->"):

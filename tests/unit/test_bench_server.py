@@ -13,9 +13,13 @@ import pytest
 
 from tests.bench.server import BenchServer, Request, running
 from zarrcache.config import FetchConfig
-from zarrcache.origin import open_origin
+from zarrcache.origin._s3 import open_origin
 
-BODIES = {f"data/mp-1.zarr/{i}": bytes([i]) * (i + 1) for i in range(5)} | {"data/mp-2.zarr.zip": b"0123456789", "data/a&b ü": b"", "top": b"t"}
+BODIES = {f"data/mp-1.zarr/{i}": bytes([i]) * (i + 1) for i in range(5)} | {
+    "data/mp-2.zarr.zip": b"0123456789",
+    "data/a&b ü": b"",
+    "top": b"t",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +59,35 @@ def client(server: BenchServer) -> Any:
 @pytest.mark.parametrize("page", [1, 2, 1000])
 def test_a_list_has_every_key_once_in_its_order(client: Any, page: int) -> None:
     """By pages, with sizes and MD5 sums; and by directories."""
-    pages = list(client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix="data/", PaginationConfig={"PageSize": page}))
-    found = {item["Key"]: (item["Size"], item["ETag"]) for answer in pages for item in answer["Contents"]}
-    want = {key: (len(body), f'"{hashlib.md5(body).hexdigest()}"') for key, body in BODIES.items() if key.startswith("data/")}
+    pages = list(
+        client.get_paginator("list_objects_v2").paginate(
+            Bucket="bucket", Prefix="data/", PaginationConfig={"PageSize": page}
+        )
+    )
+    found = {
+        item["Key"]: (item["Size"], item["ETag"]) for answer in pages for item in answer["Contents"]
+    }
+    want = {
+        key: (len(body), f'"{hashlib.md5(body).hexdigest()}"')
+        for key, body in BODIES.items()
+        if key.startswith("data/")
+    }
     assert list(found.items()) == sorted(want.items())
     pages = list(
-        client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix="data/", Delimiter="/", PaginationConfig={"PageSize": page})
+        client.get_paginator("list_objects_v2").paginate(
+            Bucket="bucket", Prefix="data/", Delimiter="/", PaginationConfig={"PageSize": page}
+        )
     )
-    names = [entry for answer in pages for entry in (*answer.get("Contents", ()), *answer.get("CommonPrefixes", ()))]
-    assert sorted(entry.get("Key") or entry["Prefix"] for entry in names) == ["data/a&b ü", "data/mp-1.zarr/", "data/mp-2.zarr.zip"]
+    names = [
+        entry
+        for answer in pages
+        for entry in (*answer.get("Contents", ()), *answer.get("CommonPrefixes", ()))
+    ]
+    assert sorted(entry.get("Key") or entry["Prefix"] for entry in names) == [
+        "data/a&b ü",
+        "data/mp-1.zarr/",
+        "data/mp-2.zarr.zip",
+    ]
 
 
 def test_contents_ranges_and_conditions(client: Any) -> None:
@@ -71,7 +95,12 @@ def test_contents_ranges_and_conditions(client: Any) -> None:
     key = {"Bucket": "bucket", "Key": "data/mp-2.zarr.zip"}
     head = client.head_object(**key)
     assert head["ContentLength"] == 10
-    for more, body in (({}, b"0123456789"), ({"Range": "bytes=2-5"}, b"2345"), ({"Range": "bytes=8-99"}, b"89"), ({"Range": "bytes=-3"}, b"789")):
+    for more, body in (
+        ({}, b"0123456789"),
+        ({"Range": "bytes=2-5"}, b"2345"),
+        ({"Range": "bytes=8-99"}, b"89"),
+        ({"Range": "bytes=-3"}, b"789"),
+    ):
         assert client.get_object(**key, **more, IfMatch=head["ETag"])["Body"].read() == body
     assert client.get_object(Bucket="bucket", Key="data/a&b ü")["Body"].read() == b""
 
@@ -86,7 +115,9 @@ def test_contents_ranges_and_conditions(client: Any) -> None:
         (416, "InvalidRange", {"Key": "top", "Range": "bytes=5-6"}),
     ],
 )
-def test_errors_are_those_of_s3(client: Any, status: int, code: str, arguments: dict[str, str]) -> None:
+def test_errors_are_those_of_s3(
+    client: Any, status: int, code: str, arguments: dict[str, str]
+) -> None:
     """Their status and their XML."""
     with pytest.raises(client.exceptions.ClientError) as caught:
         client.get_object(**{"Bucket": "bucket", **arguments})
@@ -97,16 +128,29 @@ def test_errors_are_those_of_s3(client: Any, status: int, code: str, arguments: 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
 def test_it_serves_our_engines_and_logs_what_they_ask(server: BenchServer, engine: str) -> None:
     """One LIST, one GET an object."""
-    origin = open_origin("s3://bucket/data", s3_kwargs=server.s3_kwargs, fetch=FetchConfig(engine=engine))
+    origin = open_origin(
+        "s3://bucket/data", s3_kwargs=server.s3_kwargs, fetch=FetchConfig(engine=engine)
+    )
     server.reset_log()
     listed = origin.list_objects("mp-1.zarr/")
-    assert {f"data/{obj.key}": bytes(memoryview(body)) for obj, body in origin.fetch(listed)} == {k: b for k, b in BODIES.items() if "mp-1" in k}
+    assert {f"data/{obj.key}": bytes(memoryview(body)) for obj, body in origin.fetch(listed)} == {
+        k: b for k, b in BODIES.items() if "mp-1" in k
+    }
     first, *others = server.log()
-    assert (first.op, first.bucket, first.key, first.status) == ("LIST", "bucket", "data/mp-1.zarr/", 200)
-    assert sorted(others, key=lambda request: request.key) == [Request("GET", "bucket", k, 200, len(b)) for k, b in BODIES.items() if "mp-1" in k]
+    assert (first.op, first.bucket, first.key, first.status) == (
+        "LIST",
+        "bucket",
+        "data/mp-1.zarr/",
+        200,
+    )
+    assert sorted(others, key=lambda request: request.key) == [
+        Request("GET", "bucket", k, 200, len(b)) for k, b in BODIES.items() if "mp-1" in k
+    ]
 
 
-def test_a_file_that_was_replaced_is_another_version(root: Path, server: BenchServer, client: Any) -> None:
+def test_a_file_that_was_replaced_is_another_version(
+    root: Path, server: BenchServer, client: Any
+) -> None:
     """Nothing that it remembers outlives the file."""
     path = root / "bucket" / "top"
     before = client.get_object(Bucket="bucket", Key="top")["ETag"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from zarrcache.budget import Budget
+from zarrcache.parallel._budget import Budget
 
 
 def test_who_fits_goes_on_and_who_does_not_waits_for_the_others() -> None:
@@ -57,7 +57,9 @@ def test_everybody_gets_through_and_one_array_at_the_most_is_too_many() -> None:
     chance = random.Random(5)
     for most in (0, 50, 100, 400):
         budget = Budget(most)
-        needs = {reader: [chance.randrange(1, 60), chance.randrange(1, 200)] for reader in range(300)}
+        needs = {
+            reader: [chance.randrange(1, 60), chance.randrange(1, 200)] for reader in range(300)
+        }
         todo, running, waiting = list(needs), set[int](), set[int]()
         done = 0
         while todo or running or waiting:

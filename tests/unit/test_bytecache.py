@@ -18,11 +18,11 @@ import pytest
 from typing_extensions import Buffer
 
 from tests.support.cachedirs import array_of, on_disk_bytes, payload_files, settings
-from zarrcache.bytecache import ByteCache
+from zarrcache._keys import ObjectInfo
+from zarrcache.cache.byte_tier import ByteCache
+from zarrcache.disk.index import Index
 from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
-from zarrcache.index import Index
-from zarrcache.keys import ObjectInfo
-from zarrcache.localorigin import LocalOrigin
+from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters, Stats
 
 BLOCK = 64 * 1024
@@ -81,9 +81,15 @@ def test_second_read_makes_no_request(tmp_path: Path) -> None:
     origin, objects = origin_with(tmp_path, a=1000, b=0, c=BLOCK)
     for requests in (3, 3):
         cache = make(tmp_path, origin)
-        assert [cache.read(obj) for obj in objects.values()] == [content(tmp_path, name) for name in "abc"]
+        assert [cache.read(obj) for obj in objects.values()] == [
+            content(tmp_path, name) for name in "abc"
+        ]
         assert origin.requests.total() == requests
-    assert (counted(cache).byte_hits, counted(cache).byte_misses, counted(cache).served_bytes) == (3, 0, 1000 + BLOCK)
+    assert (counted(cache).byte_hits, counted(cache).byte_misses, counted(cache).served_bytes) == (
+        3,
+        0,
+        1000 + BLOCK,
+    )
 
 
 def test_range_of_a_small_object_caches_it_whole(tmp_path: Path) -> None:
@@ -102,9 +108,19 @@ def test_range_of_a_large_object_fetches_its_blocks_once(tmp_path: Path) -> None
     origin, objects = origin_with(tmp_path, a=size)
     cache = make(tmp_path, origin)
     data = content(tmp_path, "a")
-    for start, stop in ((10, 20), (BLOCK - 1, BLOCK + 1), (3 * BLOCK, size), (BLOCK, 2 * BLOCK), (size - 5, size + 5)):
+    for start, stop in (
+        (10, 20),
+        (BLOCK - 1, BLOCK + 1),
+        (3 * BLOCK, size),
+        (BLOCK, 2 * BLOCK),
+        (size - 5, size + 5),
+    ):
         assert cache.read(objects["a"], start, stop) == data[start:stop]
-    assert origin.requests == {f"a {0}-{BLOCK}": 1, f"a {BLOCK}-{2 * BLOCK}": 1, f"a {3 * BLOCK}-{size}": 1}
+    assert origin.requests == {
+        f"a {0}-{BLOCK}": 1,
+        f"a {BLOCK}-{2 * BLOCK}": 1,
+        f"a {3 * BLOCK}-{size}": 1,
+    }
     assert cache.read(objects["a"]) == data
     assert origin.requests["a whole"] == 1
 
@@ -122,7 +138,11 @@ def test_other_block_size_never_mixes_blocks(tmp_path: Path) -> None:
 def test_any_name_is_a_key(tmp_path: Path, name: str) -> None:
     """Fsspec's paths have meanings that keys have not."""
     origin, objects = origin_with(tmp_path, **{name: 100})
-    assert make(tmp_path, origin).read(objects[name]) == make(tmp_path, origin).read(objects[name]) == content(tmp_path, name)
+    assert (
+        make(tmp_path, origin).read(objects[name])
+        == make(tmp_path, origin).read(objects[name])
+        == content(tmp_path, name)
+    )
     assert origin.requests.total() == 1
 
 
@@ -149,12 +169,16 @@ def test_object_that_changed_since_its_listing_is_an_error_and_not_kept(tmp_path
     assert cache._index.volume_bytes() == 0
 
 
-def test_full_cache_hands_the_bytes_through(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_cache_hands_the_bytes_through(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Fetched once a read, not twice, and nothing is written."""
     origin, objects = origin_with(tmp_path, a=4096, b=4096)
     cache = make(tmp_path, origin, limit=4096)
     for _ in range(3):
-        assert [cache.read(obj) for obj in objects.values()] == [content(tmp_path, name) for name in "ab"]
+        assert [cache.read(obj) for obj in objects.values()] == [
+            content(tmp_path, name) for name in "ab"
+        ]
     assert origin.requests == {"a whole": 1, "b whole": 3}
     assert on_disk_bytes(tmp_path) == cache._index.volume_bytes() == 4096
     assert counted(cache).cache_errors == 0
@@ -182,10 +206,12 @@ def test_failing_cache_is_told_once_and_fetches_once_a_read(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zarrcache.bytecache.publish", fail)
+    monkeypatch.setattr("zarrcache.cache.byte_tier.publish", fail)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert [cache.read(obj) for obj in objects.values()] == [content(tmp_path, name) for name in "ab"]
+            assert [cache.read(obj) for obj in objects.values()] == [
+                content(tmp_path, name) for name in "ab"
+            ]
     assert origin.requests == {"a whole": 2, "b whole": 2}
     assert counted(cache).cache_errors == counted(cache).byte_misses == 4
     (record,) = caplog.records
@@ -193,7 +219,9 @@ def test_failing_cache_is_told_once_and_fetches_once_a_read(
     assert cache._index.volume_bytes() == 0
 
 
-def test_error_of_the_origin_is_not_a_fault_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_the_origin_is_not_a_fault_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is raised as it is, and not asked a second time past the cache."""
     origin, objects = origin_with(tmp_path, a=100)
     cache = make(tmp_path, origin)
@@ -221,7 +249,11 @@ def test_corrupt_object_is_purged_and_fetched_again(tmp_path: Path, verify: str)
     cache = make(tmp_path, origin, verify=verify)
     assert cache.read(objects["a"]) == cache.read(objects["a"]) == content(tmp_path, "a")
     assert origin.requests == {"a whole": 2}
-    assert (counted(cache).purges, counted(cache).byte_misses, counted(cache).byte_hits) == (1, 1, 1)
+    assert (counted(cache).purges, counted(cache).byte_misses, counted(cache).byte_hits) == (
+        1,
+        1,
+        1,
+    )
 
 
 def test_file_that_no_row_knows_is_not_trusted(tmp_path: Path) -> None:

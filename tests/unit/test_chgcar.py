@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zarrcache.chgcar import RhoRead
-from zarrcache.convert import convert_directory
+from zarrcache.convert.plan import convert_directory
+from zarrcache.convert.rhoread import RhoRead
+from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
-from zarrcache.synthetic import make_pair, write_pairs
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -36,14 +36,18 @@ def _reader(pairs: Path, **options: Any) -> RhoRead:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_it_gives_what_the_zarr_reader_gives_after_conversion(pairs: Path, tmp_path: Path, normalize: bool) -> None:
+def test_it_gives_what_the_zarr_reader_gives_after_conversion(
+    pairs: Path, tmp_path: Path, normalize: bool
+) -> None:
     """The same ids in the same order, the same bits."""
-    from zarrcache.reader import ZarrS3Reader
+    from zarrcache.data.reader import ZarrS3Reader
 
     for role in ("input", "label"):
         convert_directory(pairs / role, tmp_path / role, workers=1)
     before = _reader(pairs, normalize=normalize)
-    after = ZarrS3Reader(tmp_path / "input", tmp_path / "label", pairs / "map.json", "GGA", normalize, 0.5)
+    after = ZarrS3Reader(
+        tmp_path / "input", tmp_path / "label", pairs / "map.json", "GGA", normalize, 0.5
+    )
     assert before.task_ids == after.task_ids
     assert before.missing == after.missing
     assert before.split_task_ids() == after.split_task_ids()
@@ -67,10 +71,12 @@ def test_normalized_values_sum_up_to_the_electrons(pairs: Path) -> None:
     assert values.flags.writeable
 
 
-def test_missing_files_are_told_once_and_left_out(pairs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_files_are_told_once_and_left_out(
+    pairs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With their number and the first of them."""
     reader = _reader(pairs)
-    with caplog.at_level(logging.WARNING, "zarrcache.chgcar"):
+    with caplog.at_level(logging.WARNING, "zarrcache.convert.rhoread"):
         assert reader.task_ids == [f"syn-4-000{n}" for n in (3, 2, 1, 0)]
         assert reader.missing == ("syn-4-0004", "mp-404")
         reader.data_split()
@@ -81,8 +87,8 @@ def test_missing_files_are_told_once_and_left_out(pairs: Path, caplog: pytest.Lo
 
 def test_the_registry_trains_from_files_under_the_users_keys(pairs: Path) -> None:
     """``chgcar_data``, and torch's dataset on top; lengths cost no read."""
-    from zarrcache.dataset import RhoData
     from zarrcache.registry import get_dataset
+    from zarrcache.train.datasets import RhoData
 
     cfg = SimpleNamespace(
         dataset_name="chgcar_data",
@@ -104,7 +110,7 @@ def test_the_registry_trains_from_files_under_the_users_keys(pairs: Path) -> Non
 
 def test_it_serves_the_lazy_dataset_and_spawned_workers(pairs: Path) -> None:
     """``ZarrDataset`` needs ``split_task_ids`` and ``load``; a pickle of the reader has both."""
-    from zarrcache.dataset import ZarrDataset
+    from zarrcache.train.datasets import ZarrDataset
 
     reader = pickle.loads(pickle.dumps(_reader(pairs)))
     dataset = ZarrDataset(reader, "all")
@@ -119,11 +125,20 @@ def test_real_pairs_of_text_and_json_are_found_by_their_id(real_data: Path, tmp_
     from pymatgen.io.vasp.outputs import Chgcar
 
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-2680643"]}))
-    reader = RhoRead(real_data / "mp" / "input", real_data / "mp" / "jsongz", tmp_path / "map.json", "GGA", False, 0.5)
+    reader = RhoRead(
+        real_data / "mp" / "input",
+        real_data / "mp" / "jsongz",
+        tmp_path / "map.json",
+        "GGA",
+        False,
+        0.5,
+    )
     assert reader.task_ids == ["mp-2680643"]
     data, gridsize = reader.load("mp-2680643", "data")
     assert gridsize == (60, 60, 60)
-    expected = Chgcar.from_file(str(real_data / "mp" / "input" / "mp-2680643.CHGCAR.gz")).data["total"]
+    expected = Chgcar.from_file(str(real_data / "mp" / "input" / "mp-2680643.CHGCAR.gz")).data[
+        "total"
+    ]
     assert np.array_equal(data.reshape(gridsize), expected.astype("float32"))
     label, gridsize = reader.load("mp-2680643", "label")
     expected = loadfn(real_data / "mp" / "jsongz" / "mp-2680643.json.gz")["data"].data["total"]
@@ -136,22 +151,34 @@ def test_a_spin_density_is_read_where_there_is_one(real_data: Path, tmp_path: Pa
 
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-2458922"]}))
     half = real_data / "mp" / "half"
-    reader = RhoRead(half / "input", half / "label", tmp_path / "map.json", "GGA", False, 0.5, density_type="diff")
+    reader = RhoRead(
+        half / "input",
+        half / "label",
+        tmp_path / "map.json",
+        "GGA",
+        False,
+        0.5,
+        density_type="diff",
+    )
     values, gridsize = reader.load("mp-2458922", "label")
     expected = Chgcar.from_file(str(half / "label" / "mp-2458922.CHGCAR")).data["diff"]
     assert np.array_equal(values.reshape(gridsize), expected.astype("float32"))
-    with pytest.raises(SchemaError, match=r"input/mp-2458922\.CHGCAR has no diff density. It has: total"):
+    with pytest.raises(
+        SchemaError, match=r"input/mp-2458922\.CHGCAR has no diff density. It has: total"
+    ):
         reader.load("mp-2458922", "data")
 
 
-def test_a_density_that_looks_wrong_is_told_once(real_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_density_that_looks_wrong_is_told_once(
+    real_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not in every epoch again."""
     import shutil
 
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["Li"]}))
     shutil.copy(real_data / "vasp" / "Li_LOCPOT.gz", tmp_path / "Li_CHGCAR.gz")
     reader = RhoRead(tmp_path, tmp_path, tmp_path / "map.json", "GGA", False, 0.5)
-    with caplog.at_level(logging.WARNING, "zarrcache.chgcar"):
+    with caplog.at_level(logging.WARNING, "zarrcache.convert.rhoread"):
         for _ in range(3):
             reader.load("Li", "data")
     assert [record.getMessage().count("looks like a potential") for record in caplog.records] == [1]
@@ -160,7 +187,9 @@ def test_a_density_that_looks_wrong_is_told_once(real_data: Path, tmp_path: Path
 def test_an_id_without_a_file_is_named(pairs: Path) -> None:
     """Also one that would leave the directory: only files that were found are opened."""
     for task_id in ("mp-404", "../label/syn-4-0000"):
-        with pytest.raises(OriginNotFoundError, match=rf"input has no file of {task_id}\. It would be"):
+        with pytest.raises(
+            OriginNotFoundError, match=rf"input has no file of {task_id}\. It would be"
+        ):
             _reader(pairs).load(task_id, "data")
 
 
@@ -172,7 +201,9 @@ def test_an_id_without_a_file_is_named(pairs: Path) -> None:
         ({"train_fraction": 1.5}, "Change train_fraction"),
     ],
 )
-def test_settings_that_cannot_be_used_say_what_can(pairs: Path, options: dict[str, Any], words: str) -> None:
+def test_settings_that_cannot_be_used_say_what_can(
+    pairs: Path, options: dict[str, Any], words: str
+) -> None:
     """In the words of ``ZarrS3Reader``, for it is the same code."""
     with pytest.raises(ConfigError, match=words):
         _reader(pairs, **options).data_split()
@@ -180,15 +211,21 @@ def test_settings_that_cannot_be_used_say_what_can(pairs: Path, options: dict[st
 
 def test_directories_have_to_be_local(pairs: Path, tmp_path: Path) -> None:
     """S3 is for converted stores; a directory that is not there is named."""
-    with pytest.raises(ConfigError, match=r"s3://b/label is not a directory of this machine. .*convert"):
+    with pytest.raises(
+        ConfigError, match=r"s3://b/label is not a directory of this machine. .*convert"
+    ):
         RhoRead(pairs / "input", "s3://b/label", pairs / "map.json", "GGA", True, 0.5)
     with pytest.raises(ConfigError, match="gone is not there"):
-        _ = RhoRead(pairs / "input", tmp_path / "gone", pairs / "map.json", "GGA", True, 0.5).task_ids
+        _ = RhoRead(
+            pairs / "input", tmp_path / "gone", pairs / "map.json", "GGA", True, 0.5
+        ).task_ids
 
 
-def test_a_cache_that_would_do_nothing_is_told(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_would_do_nothing_is_told(
+    pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is accepted so that a config can be switched, and not passed over in silence."""
-    with caplog.at_level(logging.WARNING, "zarrcache.chgcar"):
+    with caplog.at_level(logging.WARNING, "zarrcache.convert.rhoread"):
         _reader(pairs, cache={"dir": str(tmp_path / "never-made")})
     assert "parsed anew each time" in caplog.text
     assert not (tmp_path / "never-made").exists()

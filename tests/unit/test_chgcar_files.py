@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.support.stores import STRUCTURE
-from zarrcache.chgcar_files import check_blocks, read_density
+from zarrcache.convert.chgcar import check_blocks, read_density
+from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import SchemaError
-from zarrcache.synthetic import make_pair, write_pairs
 
 outputs = pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -23,7 +23,11 @@ def _chgcar(path: Path) -> dict[str, Any]:
 
 
 def _same(values: np.ndarray, expected: np.ndarray) -> bool:
-    return values.dtype == np.float32 and values.flags.c_contiguous and np.array_equal(values, expected.astype(np.float32))
+    return (
+        values.dtype == np.float32
+        and values.flags.c_contiguous
+        and np.array_equal(values, expected.astype(np.float32))
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +41,9 @@ def _same(values: np.ndarray, expected: np.ndarray) -> bool:
         ("vasp/graphene_CHGCAR.gz", 8, "C2"),
     ],
 )
-def test_text_gives_the_values_of_pymatgen(real_data: Path, name: str, electrons: int, formula: str) -> None:
+def test_text_gives_the_values_of_pymatgen(
+    real_data: Path, name: str, electrons: int, formula: str
+) -> None:
     """Bit for bit, cast to float32, in the order that a store keeps."""
     density = read_density(real_data / name, diff=True)
     expected = _chgcar(real_data / name)
@@ -77,11 +83,16 @@ def test_a_spin_density_comes_only_when_asked_for(real_data: Path) -> None:
     assert any("no spin density" in warning for warning in without.warnings)
 
 
-def test_of_a_non_collinear_density_the_total_is_kept_and_the_rest_is_named(real_data: Path) -> None:
+def test_of_a_non_collinear_density_the_total_is_kept_and_the_rest_is_named(
+    real_data: Path,
+) -> None:
     """``diff`` of pymatgen would be a signed projection of the vectors: not a spin density that one can train on."""
     density = read_density(real_data / "vasp" / "NO_soi_CHGCAR.gz", diff=True)
     assert density.diff is None
-    assert any("non-collinear: diff_x, diff_y, diff_z are not written" in warning for warning in density.warnings)
+    assert any(
+        "non-collinear: diff_x, diff_y, diff_z are not written" in warning
+        for warning in density.warnings
+    )
 
 
 def test_a_potential_is_told_from_a_density(real_data: Path) -> None:
@@ -94,14 +105,16 @@ def test_a_potential_is_told_from_a_density(real_data: Path) -> None:
 
 def test_a_text_that_pymatgen_refuses_is_named(real_data: Path) -> None:
     """With pymatgen's reason, for whoever wants to mend it."""
-    with pytest.raises(SchemaError, match=r"CHGCAR\.nospin cannot be read as a charge density \(ValueError"):
+    with pytest.raises(
+        SchemaError, match=r"CHGCAR\.nospin cannot be read as a charge density \(ValueError"
+    ):
         read_density(real_data / "vasp" / "CHGCAR.nospin")
 
 
 @pytest.fixture
 def chgcar(tmp_path: Path) -> Path:
     """A small whole CHGCAR."""
-    from zarrcache import synthetic
+    from zarrcache.demo import synthetic
 
     pair = make_pair(2, 0, shape=(8, 6, 10))
     path = tmp_path / f"{pair.task_id}.CHGCAR"
@@ -125,22 +138,32 @@ def test_a_text_cut_short_is_refused(chgcar: Path) -> None:
     """Half of the numbers are no density."""
     whole = chgcar.read_bytes()
     chgcar.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SchemaError, match=r"syn-2-0000\.CHGCAR .*(cannot be read|no total density)"):
+    with pytest.raises(
+        SchemaError, match=r"syn-2-0000\.CHGCAR .*(cannot be read|no total density)"
+    ):
         read_density(chgcar)
 
 
-@pytest.mark.parametrize("text", ["", "Dear diary,\n\nno density today.\n", "Si2\n1.0\n"], ids=["empty", "a letter", "a beginning"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "Dear diary,\n\nno density today.\n", "Si2\n1.0\n"],
+    ids=["empty", "a letter", "a beginning"],
+)
 def test_a_text_without_a_grid_is_no_chgcar(tmp_path: Path, text: str) -> None:
     """Said in words; pymatgen trips over it with an IndexError."""
     (tmp_path / "mp-1.CHGCAR").write_text(text)
-    with pytest.raises(SchemaError, match=r"mp-1\.CHGCAR is no CHGCAR, or is cut short: no line .* size of a grid"):
+    with pytest.raises(
+        SchemaError, match=r"mp-1\.CHGCAR is no CHGCAR, or is cut short: no line .* size of a grid"
+    ):
         read_density(tmp_path / "mp-1.CHGCAR")
 
 
 def test_a_last_number_cut_short_is_told(chgcar: Path) -> None:
     """It parses, with a wrong last digit: only the missing line end shows it."""
     chgcar.write_bytes(chgcar.read_bytes()[:-2])
-    assert any("does not end with a line end" in warning for warning in read_density(chgcar).warnings)
+    assert any(
+        "does not end with a line end" in warning for warning in read_density(chgcar).warnings
+    )
 
 
 def test_a_packed_file_cut_short_is_refused(chgcar: Path) -> None:
@@ -196,7 +219,14 @@ GRID = np.full((2, 2, 2), 4.0).tolist()
         {"data": {"data": {"total": GRID}, "poscar": {"structure": STRUCTURE}}},
         {"chgcar": {"data": {"total": GRID}, "poscar": {"structure": STRUCTURE}}},
         {"data": {"total": GRID}, "structure": STRUCTURE},
-        [{"data": {"data": {"total": {"@class": "array", "dtype": "float64", "data": GRID}}, "structure": STRUCTURE}}],
+        [
+            {
+                "data": {
+                    "data": {"total": {"@class": "array", "dtype": "float64", "data": GRID}},
+                    "structure": STRUCTURE,
+                }
+            }
+        ],
     ],
 )
 def test_every_known_nesting_of_json_is_read(tmp_path: Path, payload: object) -> None:
@@ -210,15 +240,32 @@ def test_every_known_nesting_of_json_is_read(tmp_path: Path, payload: object) ->
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
-        ({"task_id": "mp-1", "bandgap": 1.0}, r"without a charge density \(keys: task_id, bandgap\)"),
+        (
+            {"task_id": "mp-1", "bandgap": 1.0},
+            r"without a charge density \(keys: task_id, bandgap\)",
+        ),
         ([1, 2], r"is JSON but not an object"),
-        ({"data": {"total": [[1.0, 2.0]]}, "structure": STRUCTURE}, r"total has the shape \(1, 2\); a density is 3-D"),
-        ({"data": {"diff": GRID}, "structure": STRUCTURE}, r"holds no total density \(blocks: diff\)"),
-        ({"data": {"total": [[[1.0], [1.0, 2.0]]]}, "structure": STRUCTURE}, r"cannot be read as a charge density \(ValueError"),
-        ({"data": {"total": GRID}, "structure": {"sites": []}}, r"cannot be read as a charge density \(KeyError"),
+        (
+            {"data": {"total": [[1.0, 2.0]]}, "structure": STRUCTURE},
+            r"total has the shape \(1, 2\); a density is 3-D",
+        ),
+        (
+            {"data": {"diff": GRID}, "structure": STRUCTURE},
+            r"holds no total density \(blocks: diff\)",
+        ),
+        (
+            {"data": {"total": [[[1.0], [1.0, 2.0]]]}, "structure": STRUCTURE},
+            r"cannot be read as a charge density \(ValueError",
+        ),
+        (
+            {"data": {"total": GRID}, "structure": {"sites": []}},
+            r"cannot be read as a charge density \(KeyError",
+        ),
     ],
 )
-def test_json_that_is_no_density_says_what_it_is(tmp_path: Path, payload: object, words: str) -> None:
+def test_json_that_is_no_density_says_what_it_is(
+    tmp_path: Path, payload: object, words: str
+) -> None:
     """Each with the file's path."""
     path = _json(tmp_path / "mp-1.json.gz", payload)
     with pytest.raises(SchemaError, match=words) as error:
@@ -231,7 +278,9 @@ def test_a_file_that_calls_itself_something_else_keeps_its_file_name(tmp_path: P
     payload = {"task_id": "mp-2", "data": {"data": {"total": GRID}, "structure": STRUCTURE}}
     density = read_density(_json(tmp_path / "mp-1.json.gz", payload))
     assert density.task_id == "mp-1"
-    assert density.warnings == ("calls itself mp-2 inside; it is stored under its file name, mp-1.",)
+    assert density.warnings == (
+        "calls itself mp-2 inside; it is stored under its file name, mp-1.",
+    )
 
 
 def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
@@ -258,13 +307,18 @@ def test_the_mean_tells_what_is_no_density(total: float, words: str | None) -> N
 
 def test_more_spin_than_electrons_is_told() -> None:
     """Blocks that were swapped, or of different files."""
-    (note,) = check_blocks({"total": np.full((2, 2, 2), 8.0), "diff": np.full((2, 2, 2), 9.0)}, protons=28, atoms=2)
+    (note,) = check_blocks(
+        {"total": np.full((2, 2, 2), 8.0), "diff": np.full((2, 2, 2), 9.0)}, protons=28, atoms=2
+    )
     assert "mean(diff) is 9.0000, more than all 8.0000 electrons" in note
 
 
 def test_the_pair_that_is_bad_on_purpose_reads_without_a_complaint(real_data: Path) -> None:
     """Each of its files is a density; that they do not belong together cannot be seen in one of them."""
-    data, label = (read_density(real_data / "mp" / "half" / role / "mp-2375532.CHGCAR") for role in ("input", "label"))
+    data, label = (
+        read_density(real_data / "mp" / "half" / role / "mp-2375532.CHGCAR")
+        for role in ("input", "label")
+    )
     assert (round(data.electrons), round(label.electrons)) == (4, 16)
     assert label.warnings == ()
 

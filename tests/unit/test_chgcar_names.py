@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache.chgcar_names import find_files, is_density_name, task_id_of
+from zarrcache.convert._names import find_files, is_density_name, task_id_of
 from zarrcache.errors import ConfigError
 
 
@@ -67,18 +67,36 @@ def _touch(root: Path, *names: str) -> Path:
     return root
 
 
-def test_a_directory_gives_its_densities_and_those_of_one_calculation_a_directory(tmp_path: Path) -> None:
+def test_a_directory_gives_its_densities_and_those_of_one_calculation_a_directory(
+    tmp_path: Path,
+) -> None:
     """Sorted; what is deeper, or inside of a store, is not looked at."""
     _touch(
-        tmp_path, "mp-2.json.gz", "mp-1.CHGCAR", "mp-3/CHGCAR", "mp-4/CHGCAR.gz", "mp-5/deep/CHGCAR", "mp-6.zarr/CHGCAR", "INCAR", "mp-7/mp-8.CHGCAR"
+        tmp_path,
+        "mp-2.json.gz",
+        "mp-1.CHGCAR",
+        "mp-3/CHGCAR",
+        "mp-4/CHGCAR.gz",
+        "mp-5/deep/CHGCAR",
+        "mp-6.zarr/CHGCAR",
+        "INCAR",
+        "mp-7/mp-8.CHGCAR",
     )
-    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path)] == ["mp-1.CHGCAR", "mp-2.json.gz", "mp-3/CHGCAR", "mp-4/CHGCAR.gz"]
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path)] == [
+        "mp-1.CHGCAR",
+        "mp-2.json.gz",
+        "mp-3/CHGCAR",
+        "mp-4/CHGCAR.gz",
+    ]
 
 
 def test_a_pattern_takes_what_it_matches_whatever_its_name(tmp_path: Path) -> None:
     """The user has chosen; files in stores stay left out."""
     _touch(tmp_path, "a/b/AECCAR0", "c/AECCAR0", "d.zarr/AECCAR0", "mp-1.CHGCAR")
-    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path, "**/AECCAR0")] == ["a/b/AECCAR0", "c/AECCAR0"]
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path, "**/AECCAR0")] == [
+        "a/b/AECCAR0",
+        "c/AECCAR0",
+    ]
 
 
 def test_a_single_file_is_taken_as_it_is(tmp_path: Path) -> None:

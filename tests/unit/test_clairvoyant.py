@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.assignment import Schedule
-from zarrcache.clairvoyant import NEVER, Clairvoyant, NextUses
-from zarrcache.course import Course, Listed, Orders, Scheduled
+from zarrcache.train.belady import NEVER, Clairvoyant, NextUses
+from zarrcache.train.progress import Course, Listed, Orders, Scheduled
+from zarrcache.train.schedule import Schedule
 
 COUNTS = (
-    Path(os.environ.get("ZARRCACHE_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "mp/meta/charge3net_probe_counts.csv.gz"
+    Path(
+        os.environ.get("ZARRCACHE_TEST_DATA")
+        or Path(__file__).resolve().parents[3] / "shared" / "data"
+    )
+    / "mp/meta/charge3net_probe_counts.csv.gz"
 )
 
 
@@ -29,7 +33,9 @@ def digest(name: str, role: str = "data") -> str:
 def clairvoyant(orders: Orders) -> tuple[Course, Clairvoyant]:
     """For entries that are called as above."""
     course = Course(orders)
-    names = [[int(digest(name, role)[:16], 16) for role in ("data", "label")] for name in orders.names]
+    names = [
+        [int(digest(name, role)[:16], 16) for role in ("data", "label")] for name in orders.names
+    ]
     return course, Clairvoyant(course, np.array(names, np.uint64))
 
 
@@ -50,14 +56,18 @@ def test_next_uses_follow_the_order() -> None:
 
 def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() -> None:
     """Neither does a stranger, nor anything for a stranger."""
-    course, chooser = clairvoyant(Listed(("a", "b", "c", "d"), (("a", "b", "c", "d", "b", "a", "d", "c"),)))
+    course, chooser = clairvoyant(
+        Listed(("a", "b", "c", "d"), (("a", "b", "c", "d", "b", "a", "d", "c"),))
+    )
     for name in ("a", "b", "c", "d"):
         read(course, name)
     stored = [(digest(name), 10) for name in ("b", "a", "c")] + [("f" * 32, 10)]
     assert chooser.victims(digest("d"), 5, lambda: stored) == [digest("c")]
     assert chooser.victims(digest("d"), 15, lambda: stored) == []
     assert chooser.victims("e" * 32, 5, lambda: stored) == []
-    assert chooser.victims("ring", 5, lambda: stored) == []  # the room of a look-ahead, which has no digest
+    assert (
+        chooser.victims("ring", 5, lambda: stored) == []
+    )  # the room of a look-ahead, which has no digest
 
 
 def test_what_is_being_read_stays() -> None:
@@ -103,7 +113,9 @@ def sizes_of(samples: int) -> NDArray[np.int64]:
     if COUNTS.exists():
         with gzip.open(COUNTS, "rt") as file:
             rows = list(csv.DictReader(file))
-        points = np.array([int(row["shape_x"]) * int(row["shape_y"]) * int(row["shape_z"]) for row in rows])
+        points = np.array(
+            [int(row["shape_x"]) * int(row["shape_y"]) * int(row["shape_z"]) for row in rows]
+        )
         return np.asarray(4 * rng.choice(points, samples), np.int64)
     return (rng.lognormal(1.6, 0.7, samples) * 2**20).astype(np.int64)
 
@@ -155,7 +167,11 @@ def ours(orders: Orders, epochs: int, sizes: NDArray[np.int64], capacity: int) -
             if hits[-1]:
                 continue
             missing = sum(stored.values()) + int(sizes[sample]) - capacity
-            victims = chooser.victims(digest(name), missing, lambda: list(stored.items())) if missing > 0 else []
+            victims = (
+                chooser.victims(digest(name), missing, lambda: list(stored.items()))
+                if missing > 0
+                else []
+            )
             for victim in victims:
                 assert number.keys() >= {victim}
                 del stored[victim]
@@ -175,7 +191,11 @@ def test_a_node_of_four_hits_as_often_as_if_it_knew_everything() -> None:
     schedule = Schedule(tuple(f"mp-{n}" for n in range(samples)), node_of_rank=(0, 1, 2, 3), seed=7)
     orders, each = Scheduled(schedule, rank=1), samples // 4
     counted = slice(2 * each, 7 * each)
-    best = offline([sample for epoch in range(epochs) for sample in orders.of_node(epoch).tolist()], sizes, int(sizes.sum()) // 4)[counted]
+    best = offline(
+        [sample for epoch in range(epochs) for sample in orders.of_node(epoch).tolist()],
+        sizes,
+        int(sizes.sum()) // 4,
+    )[counted]
     found = ours(orders, epochs, sizes, int(sizes.sum()) // 4)[counted]
     assert np.mean(best) > 0.45  # of 800 samples: of as many as there are it is 0.55
     assert np.mean(found) >= 0.95 * np.mean(best)
@@ -203,7 +223,9 @@ def test_it_chooses_without_looking_at_every_entry_each_time() -> None:
     order = schedule.node_order(0, 0).tolist()
     for sample in order[:600]:
         read(course, f"mp-{sample}")
-    stored = [(digest(f"mp-{sample}", role), 10) for sample in order[:600] for role in ("data", "label")]
+    stored = [
+        (digest(f"mp-{sample}", role), 10) for sample in order[:600] for role in ("data", "label")
+    ]
     asked: list[Any] = []
     for sample in order[600:640]:
         chooser.victims(digest(f"mp-{sample}"), 10, lambda: asked.append(1) or stored)  # type: ignore[func-returns-value]

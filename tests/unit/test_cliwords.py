@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zarrcache.cliwords import count, duration, plural
-from zarrcache.terminal import Meter
+from zarrcache.cli.format import count, duration, plural
+from zarrcache.cli.progress import Meter
 
 
 @pytest.mark.parametrize(
@@ -29,13 +29,19 @@ def test_durations_have_two_units_at_the_most(seconds: float, words: str) -> Non
 def test_numbers_are_grouped_and_nouns_agree() -> None:
     """As in the reports."""
     assert (count(7), count(98302), count(1234567)) == ("7", "98 302", "1 234 567")
-    assert (plural(1, "entry", "entries"), plural(1204, "id"), plural(0, "id")) == ("1 entry", "1 204 ids", "0 ids")
+    assert (plural(1, "entry", "entries"), plural(1204, "id"), plural(0, "id")) == (
+        "1 entry",
+        "1 204 ids",
+        "0 ids",
+    )
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every ten seconds, not for each density; with bytes, rate, failures and what is left, on stderr."""
     now = [100.0]
-    monkeypatch.setattr("zarrcache.terminal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("zarrcache.cli.progress.time.monotonic", lambda: now[0])
     with Meter("Warming", "densities", 2408, lambda: 50 * 1024**2) as meter:
         for _ in range(120):
             now[0] += 0.25
@@ -45,13 +51,18 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
     lines = err.splitlines()
     assert len(lines) == 3
     assert lines[0] == "Warming: 40 of 2 408 densities, 50.0 MiB, 5.0 MiB/s, 9 min 52 s left"
-    assert lines[2] == "Warming: 120 of 2 408 densities, 50.0 MiB, 1.7 MiB/s, 1 failed, 9 min 32 s left"
+    assert (
+        lines[2]
+        == "Warming: 120 of 2 408 densities, 50.0 MiB, 1.7 MiB/s, 1 failed, 9 min 32 s left"
+    )
 
 
-def test_progress_in_bytes_learns_its_total_on_the_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_in_bytes_learns_its_total_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As ``verify`` does."""
     now = [100.0]
-    monkeypatch.setattr("zarrcache.terminal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("zarrcache.cli.progress.time.monotonic", lambda: now[0])
     with Meter("Verifying", "", 1) as meter:
         now[0] += 16
         meter.reach(16 * 1024**2, 64 * 1024**2)

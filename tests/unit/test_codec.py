@@ -17,8 +17,16 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from tests.support.cachedirs import key_of
-from zarrcache.atomic import publish
-from zarrcache.codec import EntryHeader, checksum, encode_header, header_of, map_entry, read_header, write_entry
+from zarrcache.disk._publish import publish
+from zarrcache.disk.entry import (
+    EntryHeader,
+    checksum,
+    encode_header,
+    header_of,
+    map_entry,
+    read_header,
+    write_entry,
+)
 from zarrcache.errors import CorruptEntryError
 
 KEY = key_of(1)
@@ -37,21 +45,29 @@ def write(path: Path, array: NDArray[Any]) -> EntryHeader:
         hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9),
     )
 )
-def test_any_array_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, array: NDArray[Any]) -> None:
+def test_any_array_comes_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, array: NDArray[Any]
+) -> None:
     """Shape, dtype and bytes; NaNs too."""
     path = tmp_path_factory.getbasetemp() / "entry"
     header = write(path, array)
     assert read_header(path) == header
     entry = map_entry(path)
     assert entry.header == header
-    assert (entry.array.dtype, entry.array.shape, entry.array.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    assert (entry.array.dtype, entry.array.shape, entry.array.tobytes()) == (
+        array.dtype,
+        array.shape,
+        array.tobytes(),
+    )
     assert entry.is_intact()
     assert path.stat().st_size == header.file_bytes == header.offset + array.nbytes
     assert header.offset % 4096 == 0
 
 
 @pytest.mark.parametrize("written", [1, 4095, 4096, 4097, 4096 + 4 * 5000])
-def test_a_write_that_stops_early_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+def test_a_write_that_stops_early_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
     """The kernel takes 2 GiB at a time, and less when the disk is nearly full: inside the header, at its end, inside the array."""
 
     def writev(fd: int, parts: list[memoryview]) -> int:
@@ -100,7 +116,12 @@ def damaged(raw: bytes) -> dict[str, bytes]:
     text = raw[20 : 20 + int.from_bytes(raw[12:16], "little")]
 
     def with_json(new: bytes) -> bytes:
-        head = raw[:12] + len(new).to_bytes(4, "little") + google_crc32c.value(new).to_bytes(4, "little") + new
+        head = (
+            raw[:12]
+            + len(new).to_bytes(4, "little")
+            + google_crc32c.value(new).to_bytes(4, "little")
+            + new
+        )
         return head.ljust(4096, b"\0") + raw[4096:]
 
     return {

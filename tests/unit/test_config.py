@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zarrcache._units import Percent, format_bytes, parse_bytes, parse_seconds
 from zarrcache.config import CacheConfig, DataConfig, RetryConfig
 from zarrcache.errors import ConfigError
-from zarrcache.quantities import Percent, format_bytes, parse_bytes, parse_seconds
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -38,7 +38,9 @@ def test_sizes_are_understood(text: object, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "ten", "10 GX", "-1", -1, 1.5, True, None, "1 2", "10 %", "1e9"])
+@pytest.mark.parametrize(
+    "text", ["", "ten", "10 GX", "-1", -1, 1.5, True, None, "1 2", "10 %", "1e9"]
+)
 def test_what_is_no_size_is_shown_with_an_example(text: object) -> None:
     """The value and the accepted forms."""
     with pytest.raises(ValueError, match=r"is not a size\. Write for example '200 GiB'") as caught:
@@ -46,7 +48,18 @@ def test_what_is_no_size_is_shown_with_an_example(text: object) -> None:
     assert repr(text) in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("60 s", 60), ("5 min", 300), ("12h", 43200), ("30 d", 2592000), ("250 ms", 0.25), (1.5, 1.5), (0, 0)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("60 s", 60),
+        ("5 min", 300),
+        ("12h", 43200),
+        ("30 d", 2592000),
+        ("250 ms", 0.25),
+        (1.5, 1.5),
+        (0, 0),
+    ],
+)
 def test_durations_are_understood(text: object, seconds: float) -> None:
     """Seconds without a unit."""
     assert parse_seconds(text) == seconds
@@ -70,17 +83,40 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     config = CacheConfig(dir=tmp_path)
     assert config.limit == 200 * GIB
     assert (config.min_free, type(config.min_free)) == (5.0, Percent)
-    assert (config.eviction, config.revalidate, config.verify, config.shared) == ("none", "never", "first", False)
-    assert (config.bytes.enabled, config.bytes.block_size, config.arrays.enabled) == (True, 4 * MIB, True)
+    assert (config.eviction, config.revalidate, config.verify, config.shared) == (
+        "none",
+        "never",
+        "first",
+        False,
+    )
+    assert (config.bytes.enabled, config.bytes.block_size, config.arrays.enabled) == (
+        True,
+        4 * MIB,
+        True,
+    )
     assert (config.retry.attempts, config.retry.timeout) == (5, 60.0)
     assert (config.fetch.engine, config.fetch.concurrency) == ("auto", 64)
-    assert (config.lower, config.peers, config.advertise, config.peer_token_file) == (None, (), None, None)
+    assert (config.lower, config.peers, config.advertise, config.peer_token_file) == (
+        None,
+        (),
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "value", "kind"), [("10 %", 10, Percent), ("2.5%", 2.5, Percent), ("0 %", 0, Percent), ("1 GiB", GIB, int), (0, 0, int)]
+    ("text", "value", "kind"),
+    [
+        ("10 %", 10, Percent),
+        ("2.5%", 2.5, Percent),
+        ("0 %", 0, Percent),
+        ("1 GiB", GIB, int),
+        (0, 0, int),
+    ],
 )
-def test_min_free_is_a_share_or_bytes(tmp_path: Path, text: object, value: float, kind: type) -> None:
+def test_min_free_is_a_share_or_bytes(
+    tmp_path: Path, text: object, value: float, kind: type
+) -> None:
     """Only the per cent sign makes it a share."""
     config = CacheConfig(dir=tmp_path, min_free=text)
     assert (config.min_free, type(config.min_free)) == (value, kind)
@@ -88,26 +124,53 @@ def test_min_free_is_a_share_or_bytes(tmp_path: Path, text: object, value: float
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"limitt": "1 GiB"}, r"^cache\.limitt is not a setting\. Did you mean 'limit'\?$"),
-    ({"hue": "blue"}, r"^cache\.hue is not a setting\. Known keys: dir, limit, min_free, .*allow_network_fs\.$"),
-    ({"retry": {"atempts": 3}}, r"^cache\.retry\.atempts is not a setting\. Did you mean 'attempts'\?$"),
-    ({"bytes": {"blocksize": 1}}, r"^cache\.bytes\.blocksize is not a setting\. Did you mean 'block_size'\?$"),
+    (
+        {"hue": "blue"},
+        r"^cache\.hue is not a setting\. Known keys: dir, limit, min_free, .*allow_network_fs\.$",
+    ),
+    (
+        {"retry": {"atempts": 3}},
+        r"^cache\.retry\.atempts is not a setting\. Did you mean 'attempts'\?$",
+    ),
+    (
+        {"bytes": {"blocksize": 1}},
+        r"^cache\.bytes\.blocksize is not a setting\. Did you mean 'block_size'\?$",
+    ),
     ({"limit": "lots"}, r"^cache\.limit: 'lots' is not a size"),
     ({"limit": 0}, r"^cache\.limit: .*greater than 0 \(got 0\)$"),
     ({"min_free": "100 %"}, r"^cache\.min_free: '100 %' would leave no room for the cache"),
     ({"min_free": "five"}, r"^cache\.min_free: 'five' is not a size"),
-    ({"eviction": "lru"}, r"^cache\.eviction: .*'none', 'least-recently-stored' or 'belady' \(got 'lru'\)$"),
-    ({"revalidate": "always"}, r"^cache\.revalidate: .*'never', 'run' or 'epoch' \(got 'always'\)$"),
+    (
+        {"eviction": "lru"},
+        r"^cache\.eviction: .*'none', 'least-recently-stored' or 'belady' \(got 'lru'\)$",
+    ),
+    (
+        {"revalidate": "always"},
+        r"^cache\.revalidate: .*'never', 'run' or 'epoch' \(got 'always'\)$",
+    ),
     ({"verify": True}, r"^cache\.verify: .*'first', 'always' or 'never' \(got True\)$"),
     ({"bytes": {"block_size": "1 KiB"}}, r"^cache\.bytes\.block_size: .*65536"),
     ({"bytes": 3}, r"^cache\.bytes: .*\(got 3\)$"),
     ({"retry": {"attempts": 0}}, r"^cache\.retry\.attempts: .*\(got 0\)$"),
     ({"retry": {"timeout": "soon"}}, r"^cache\.retry\.timeout: 'soon' is not a duration"),
-    ({"fetch": {"engine": "boto"}}, r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)$"),
+    (
+        {"fetch": {"engine": "boto"}},
+        r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)$",
+    ),
     ({"fetch": {"concurrency": 5000}}, r"^cache\.fetch\.concurrency: .*1024 \(got 5000\)$"),
     ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)$"),
-    ({"peers": ["node1"]}, r"^cache\.peers: 'node1' is not the address of a peer\. Write http://host:port, for example http://node1:7070 \(got"),
-    ({"peers": ["https://node1:7070"]}, r"^cache\.peers: 'https://node1:7070' is not the address of a peer"),
-    ({"peers": "http://node1:7070 http://node2"}, r"^cache\.peers: 'http://node2' is not the address of a peer"),
+    (
+        {"peers": ["node1"]},
+        r"^cache\.peers: 'node1' is not the address of a peer\. Write http://host:port, for example http://node1:7070 \(got",
+    ),
+    (
+        {"peers": ["https://node1:7070"]},
+        r"^cache\.peers: 'https://node1:7070' is not the address of a peer",
+    ),
+    (
+        {"peers": "http://node1:7070 http://node2"},
+        r"^cache\.peers: 'http://node2' is not the address of a peer",
+    ),
     ({"peers": ["http://me:word@node1:7070"]}, r"^cache\.peers: .* is not the address of a peer"),
     ({"peers": ["http://node1:port"]}, r"^cache\.peers: .* is not the address of a peer"),
     ({"peers": 7070}, r"^cache\.peers: .*\(got 7070\)$"),
@@ -118,7 +181,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("block", "words"), BAD, ids=[str(block) for block, _ in BAD])
-def test_setting_that_cannot_be_used_is_named(tmp_path: Path, block: dict[str, Any], words: str) -> None:
+def test_setting_that_cannot_be_used_is_named(
+    tmp_path: Path, block: dict[str, Any], words: str
+) -> None:
     """The key with its full path, the value, and what to write instead."""
     with pytest.raises(ConfigError, match=words):
         CacheConfig(**{"dir": tmp_path, **block})
@@ -128,7 +193,11 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     """One line for each; nobody corrects a file five times."""
     with pytest.raises(ConfigError) as caught:
         CacheConfig(dir=tmp_path, limit="lots", fetch={"engine": "boto", "concurrency": 0})
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["cache.limit", "cache.fetch.engine", "cache.fetch.concurrency"]
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "cache.limit",
+        "cache.fetch.engine",
+        "cache.fetch.concurrency",
+    ]
 
 
 def test_missing_directory_is_explained() -> None:
@@ -154,7 +223,9 @@ def test_environment_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CacheConfig(dir="/x", retry={"timeout": "${UNSET:-3 s}"}).retry.timeout == 3.0
 
 
-def test_peers_are_a_list_or_what_a_job_script_has_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_are_a_list_or_what_a_job_script_has_put_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each once, in any case and with or without a slash at the end; a variable that is empty or not set is no peer."""
     two = ("http://node1:7070", "http://node2:7070")
     for written in (
@@ -166,16 +237,40 @@ def test_peers_are_a_list_or_what_a_job_script_has_put_together(monkeypatch: pyt
         monkeypatch.setenv("PEERS", "http://node1:7070, http://node2:7070\n")
         assert CacheConfig(dir="/x", peers=written).peers == two, written
     for nothing in ([], None, "", "${UNSET:-}"):
-        config = CacheConfig(dir="/x", peers=nothing, advertise="${UNSET:-}", lower="${UNSET:-}", peer_token_file=None)
-        assert (config.peers, config.advertise, config.lower, config.peer_token_file) == ((), None, None, None)
-    config = CacheConfig(dir="/x", advertise="http://[::1]:7070/", lower="~/lower", peer_token_file="~/token")
-    assert (config.advertise, config.lower, config.peer_token_file) == ("http://[::1]:7070", Path.home() / "lower", Path.home() / "token")
+        config = CacheConfig(
+            dir="/x",
+            peers=nothing,
+            advertise="${UNSET:-}",
+            lower="${UNSET:-}",
+            peer_token_file=None,
+        )
+        assert (config.peers, config.advertise, config.lower, config.peer_token_file) == (
+            (),
+            None,
+            None,
+            None,
+        )
+    config = CacheConfig(
+        dir="/x", advertise="http://[::1]:7070/", lower="~/lower", peer_token_file="~/token"
+    )
+    assert (config.advertise, config.lower, config.peer_token_file) == (
+        "http://[::1]:7070",
+        Path.home() / "lower",
+        Path.home() / "token",
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("${UNSET}/zc", "UNSET, which is not set"), ("${UNSET:-/tmp", "no variable"), ("${UNSET-x}", "no variable")]
+    ("text", "words"),
+    [
+        ("${UNSET}/zc", "UNSET, which is not set"),
+        ("${UNSET:-/tmp", "no variable"),
+        ("${UNSET-x}", "no variable"),
+    ],
 )
-def test_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:
+def test_variable_that_is_not_set_is_named(
+    monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
     """An unset variable must not become a directory called '${SCRATCH}'."""
     monkeypatch.delenv("UNSET", raising=False)
     with pytest.raises(ConfigError, match=words):
@@ -213,17 +308,23 @@ def test_config_is_taken_as_it_is_or_made_of_a_mapping_or_namespace(tmp_path: Pa
     """Users' configs come as any of the three."""
     config = CacheConfig(dir=tmp_path)
     assert CacheConfig.of(config) is config
-    assert CacheConfig.of({"dir": tmp_path}) == CacheConfig.of(SimpleNamespace(dir=tmp_path)) == config
+    assert (
+        CacheConfig.of({"dir": tmp_path}) == CacheConfig.of(SimpleNamespace(dir=tmp_path)) == config
+    )
     with pytest.raises(ConfigError, match="cache is None; it has to be a mapping"):
         CacheConfig.of(None)  # type: ignore[arg-type]
 
 
 def test_yaml_holds_a_cache_block_or_is_one(tmp_path: Path) -> None:
     """A training config and a file of its own read alike."""
-    (tmp_path / "train.yaml").write_text("dataset_name: zarr_s3_data\ncache: {dir: /scratch/zc, limit: 1 GiB, min_free: 5 %}\n")
+    (tmp_path / "train.yaml").write_text(
+        "dataset_name: zarr_s3_data\ncache: {dir: /scratch/zc, limit: 1 GiB, min_free: 5 %}\n"
+    )
     (tmp_path / "cache.yaml").write_text("dir: /scratch/zc\nlimit: 1 GiB\nmin_free: 5 %\n")
     assert (
-        CacheConfig.from_yaml(tmp_path / "train.yaml") == CacheConfig.from_yaml(tmp_path / "cache.yaml") == CacheConfig(dir="/scratch/zc", limit=GIB)
+        CacheConfig.from_yaml(tmp_path / "train.yaml")
+        == CacheConfig.from_yaml(tmp_path / "cache.yaml")
+        == CacheConfig(dir="/scratch/zc", limit=GIB)
     )
 
 
@@ -248,13 +349,23 @@ def test_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, words
         assert str(path) in str(caught.value)
 
 
-DATA = {"data_dir": "s3://b/input", "label_dir": Path("/label"), "map_dir": "m.json", "functional": "GGA"}
+DATA = {
+    "data_dir": "s3://b/input",
+    "label_dir": Path("/label"),
+    "map_dir": "m.json",
+    "functional": "GGA",
+}
 
 
 def test_training_keys_are_read_and_the_others_left_alone() -> None:
     """The file belongs to the training; we know our keys of it."""
     config = DataConfig(**DATA, learning_rate=1e-3, model={"depth": 3}, cache={"dir": "/scratch"})
-    assert (config.label_dir, config.density_type, config.train_fraction, config.random_state) == ("/label", "total", 0.8, 42)
+    assert (config.label_dir, config.density_type, config.train_fraction, config.random_state) == (
+        "/label",
+        "total",
+        0.8,
+        42,
+    )
     assert config.cache == CacheConfig(dir="/scratch")
     assert DataConfig.of(SimpleNamespace(**DATA)) == DataConfig.of(DATA)
     assert DataConfig.of(config) is config
@@ -272,7 +383,10 @@ def test_bad_cache_block_of_a_training_config_is_named() -> None:
         DataConfig(**DATA, cache={"dir": "/scratch", "limitt": 1})
 
 
-@pytest.mark.parametrize("s3_kwargs", [{"secret": "hunter2${x y"}, {"secret": "hunter2${NOT_SET_ANYWHERE}"}, "secret=hunter2"])
+@pytest.mark.parametrize(
+    "s3_kwargs",
+    [{"secret": "hunter2${x y"}, {"secret": "hunter2${NOT_SET_ANYWHERE}"}, "secret=hunter2"],
+)
 def test_a_secret_is_in_no_message(s3_kwargs: object) -> None:
     """Messages end in logs that others read."""
     with pytest.raises(ConfigError, match="s3_kwargs") as caught:
@@ -282,6 +396,12 @@ def test_a_secret_is_in_no_message(s3_kwargs: object) -> None:
 
 def test_a_secret_is_in_no_repr() -> None:
     """A config is printed in notebooks."""
-    config = DataConfig(data_dir="a", label_dir="b", map_dir="c", functional="GGA", s3_kwargs={"key": "k", "secret": "hunter2"})
+    config = DataConfig(
+        data_dir="a",
+        label_dir="b",
+        map_dir="c",
+        functional="GGA",
+        s3_kwargs={"key": "k", "secret": "hunter2"},
+    )
     assert config.s3_kwargs is not None
     assert "hunter2" not in repr(config) + str(config)

@@ -82,7 +82,12 @@ def test_every_key_is_a_setting_with_its_default_right_above_it(name: str) -> No
 
 def default_of(path: tuple[str, ...], written: Any) -> Any:
     """What the package reads when the default of a comment is written into the file."""
-    document: dict[str, Any] = {"data_dir": "a", "label_dir": "b", "map_dir": "c", "functional": "GGA"}
+    document: dict[str, Any] = {
+        "data_dir": "a",
+        "label_dir": "b",
+        "map_dir": "c",
+        "functional": "GGA",
+    }
     if path[0] == "cache" and len(path) > 1:
         document["cache"] = {"dir": "/scratch"}
     block = document

@@ -17,12 +17,12 @@ import pytest
 
 from tests.support.processes import interpreters
 from tests.support.stores import plain_read, small_group
-from zarrcache.chgcar_files import read_density
 from zarrcache.config import ConfigError
-from zarrcache.convert import ConvertResult, convert_directory, plan_convert
+from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.plan import ConvertResult, convert_directory, plan_convert
+from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import OriginError
-from zarrcache.synthetic import make_pair, write_pairs
-from zarrcache.workpool import Reserve
+from zarrcache.parallel.pool import Reserve
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -50,36 +50,56 @@ def test_a_directory_becomes_one_store_a_file(source: Path, tmp_path: Path, work
     assert [result.task_id for result in report.converted] == IDS
     assert report.failed == report.skipped == ()
     assert {result.path for result in seen} == set(source.iterdir())
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{task_id}.zarr" for task_id in IDS]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"{task_id}.zarr" for task_id in IDS
+    ]
     for index, result in enumerate(report.converted):
         pair, store = make_pair(4, index), Path(result.target)
         assert np.array_equal(plain_read(store), read_density(result.path).total)
         assert np.allclose(plain_read(store), pair.label, rtol=1e-6)
-        assert result.written_bytes == sum(p.stat().st_size for p in store.rglob("*") if p.is_file())
+        assert result.written_bytes == sum(
+            p.stat().st_size for p in store.rglob("*") if p.is_file()
+        )
         assert result.warnings == ()
         attributes = _attributes(store)
         assert attributes["metadata"]["task_id"] == result.task_id
         assert attributes["metadata"]["electrons"] == pair.electrons
-        assert [site["label"] for site in attributes["structure"]["sites"]] == [site["label"] for site in pair.structure["sites"]]
+        assert [site["label"] for site in attributes["structure"]["sites"]] == [
+            site["label"] for site in pair.structure["sites"]
+        ]
     assert interpreters() == []
 
 
 @pytest.mark.parametrize(("zarr_format", "as_zip"), [(2, False), (3, False), (2, True), (3, True)])
-def test_real_files_of_every_kind_keep_their_values(real_data: Path, tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool) -> None:
+def test_real_files_of_every_kind_keep_their_values(
+    real_data: Path, tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool
+) -> None:
     """Pymatgen's values in float32, total and spin, in both formats, as directories and as zip files."""
     from pymatgen.io.vasp.outputs import Chgcar
 
-    report = convert_directory(real_data / "mp" / "half" / "label", tmp_path, diff=True, zarr_format=zarr_format, zip=as_zip, workers=1)
+    report = convert_directory(
+        real_data / "mp" / "half" / "label",
+        tmp_path,
+        diff=True,
+        zarr_format=zarr_format,
+        zip=as_zip,
+        workers=1,
+    )
     assert report.failed == ()
     assert len(report.converted) == 5
     for result in report.converted:
         expected = Chgcar.from_file(str(result.path)).data
         assert result.target.endswith(".zarr.zip" if as_zip else ".zarr")
         assert np.array_equal(plain_read(Path(result.target)), expected["total"].astype("float32"))
-        assert np.array_equal(plain_read(Path(result.target), "charge_density_diff"), expected["diff"].astype("float32"))
+        assert np.array_equal(
+            plain_read(Path(result.target), "charge_density_diff"),
+            expected["diff"].astype("float32"),
+        )
 
 
-def test_real_files_that_look_wrong_are_converted_with_a_word_and_a_broken_one_is_named(real_data: Path, tmp_path: Path) -> None:
+def test_real_files_that_look_wrong_are_converted_with_a_word_and_a_broken_one_is_named(
+    real_data: Path, tmp_path: Path
+) -> None:
     """Spin-orbit, a slab, a toy that nobody can read, a potential: the good ones are there."""
     report = convert_directory(real_data / "vasp", tmp_path, pattern="*", diff=True, workers=1)
     warnings = {result.task_id: " ".join(result.warnings) for result in report.converted}
@@ -91,11 +111,18 @@ def test_real_files_that_look_wrong_are_converted_with_a_word_and_a_broken_one_i
     (failed,) = report.failed
     assert failed.error is not None
     assert f"{real_data / 'vasp' / 'CHGCAR.nospin'} cannot be read" in failed.error
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["Li_LOCPOT.zarr", "NO_pol.zarr", "NO_soi.zarr", "graphene.zarr"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "Li_LOCPOT.zarr",
+        "NO_pol.zarr",
+        "NO_soi.zarr",
+        "graphene.zarr",
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_file_that_cannot_be_read_is_named_and_the_rest_goes_on(source: Path, tmp_path: Path, workers: int) -> None:
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_goes_on(
+    source: Path, tmp_path: Path, workers: int
+) -> None:
     """Cut short, not a density, and with a name that no store can have."""
     (source / "bad-1.CHGCAR").write_bytes((source / f"{IDS[0]}.CHGCAR").read_bytes()[:5000])
     (source / "bad-2.json.gz").write_bytes(b"not gzip")
@@ -106,7 +133,9 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_goes_on(source: Path, 
     assert list(errors) == ["bad-1.CHGCAR", "bad-2.json.gz", "bad;3.CHGCAR"]
     assert all(str(source / name) in error for name, error in errors.items())
     assert "not a plain name" in errors["bad;3.CHGCAR"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{task_id}.zarr" for task_id in IDS]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"{task_id}.zarr" for task_id in IDS
+    ]
 
 
 def test_what_is_converted_is_skipped_and_the_rest_is_done(source: Path, tmp_path: Path) -> None:
@@ -131,7 +160,9 @@ def test_a_plan_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_store_that_somebody_else_made_since_the_plan_is_skipped(source: Path, tmp_path: Path) -> None:
+def test_a_store_that_somebody_else_made_since_the_plan_is_skipped(
+    source: Path, tmp_path: Path
+) -> None:
     """Two nodes convert the same directory: neither fails, nothing is written twice."""
     plan = plan_convert(source, tmp_path / "out", workers=1)
     small_group(tmp_path / "out" / f"{IDS[0]}.zarr")
@@ -154,7 +185,9 @@ def _tree(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_a_file_whose_process_is_killed_is_converted_in_another_one(source: Path, tmp_path: Path) -> None:
+def test_a_file_whose_process_is_killed_is_converted_in_another_one(
+    source: Path, tmp_path: Path
+) -> None:
     """The kernel does this when memory runs out: beside others it died, alone it lives."""
 
     def kill_all(_: ConvertResult) -> None:
@@ -169,8 +202,17 @@ def test_a_file_whose_process_is_killed_is_converted_in_another_one(source: Path
 def test_a_script_converts_without_a_guard(source: Path, tmp_path: Path) -> None:
     """In two processes, which do not begin the script anew."""
     script = tmp_path / "script.py"
-    script.write_text(f"from zarrcache import convert_directory\nprint(len(convert_directory({str(source)!r}, 'out', workers=2).converted))\n")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    script.write_text(
+        f"from zarrcache import convert_directory\nprint(len(convert_directory({str(source)!r}, 'out', workers=2).converted))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.stdout, done.stderr) == (f"{len(IDS)}\n", "")
 
 
@@ -196,7 +238,10 @@ def test_a_file_that_kills_every_process_is_named(source: Path, tmp_path: Path) 
     assert [result.task_id for result in report.converted] == [IDS[0], IDS[2]]
     (failed,) = report.failed
     assert failed.error is not None
-    assert f"{failed.path}: the process that converted it was ended by SIGKILL, perhaps for lack of memory" in failed.error
+    assert (
+        f"{failed.path}: the process that converted it was ended by SIGKILL, perhaps for lack of memory"
+        in failed.error
+    )
 
 
 def test_leftovers_of_killed_runs_are_swept_first(source: Path, tmp_path: Path) -> None:
@@ -205,25 +250,33 @@ def test_leftovers_of_killed_runs_are_swept_first(source: Path, tmp_path: Path) 
     import sys
 
     code = (
-        "import os, signal, sys, pathlib; from zarrcache import storewriter as s\n"
+        "import os, signal, sys, pathlib; from zarrcache.convert import writer as s\n"
         "p = s._beside(pathlib.Path(sys.argv[1]), 'partial'); p.mkdir(parents=True); (p / 'big').write_bytes(b'x'); os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out" / f"{IDS[0]}.zarr")], check=False)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out" / f"{IDS[0]}.zarr")], check=False
+    )
     assert len(list((tmp_path / "out").iterdir())) == 1
     convert_directory(source, tmp_path / "out", workers=1)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{task_id}.zarr" for task_id in IDS]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"{task_id}.zarr" for task_id in IDS
+    ]
 
 
-def test_a_destination_that_takes_no_more_ends_the_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_destination_that_takes_no_more_ends_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk is not a thousand broken files."""
     import errno
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("zarrcache.storewriter._move_into_place", full)
+    monkeypatch.setattr("zarrcache.convert.writer._move_into_place", full)
     seen: list[ConvertResult] = []
-    with pytest.raises(OriginError, match=rf"{IDS[0]}\.zarr could not be written: No space left on device"):
+    with pytest.raises(
+        OriginError, match=rf"{IDS[0]}\.zarr could not be written: No space left on device"
+    ):
         convert_directory(source, tmp_path / "out", workers=1, progress=seen.append)
     assert seen == []
     assert list((tmp_path / "out").iterdir()) == []
@@ -232,7 +285,10 @@ def test_a_destination_that_takes_no_more_ends_the_run(source: Path, tmp_path: P
 def test_both_forms_of_a_store_beside_each_other_are_refused(source: Path, tmp_path: Path) -> None:
     """Readers would go on to read the old one."""
     convert_directory(source, tmp_path / "out", workers=1)
-    with pytest.raises(ConfigError, match=rf"holds 3 of these stores as \.zarr \({IDS[0]}\.zarr, .*convert without zip"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"holds 3 of these stores as \.zarr \({IDS[0]}\.zarr, .*convert without zip",
+    ):
         plan_convert(source, tmp_path / "out", zip=True)
 
 
@@ -248,7 +304,9 @@ def test_both_forms_of_a_store_beside_each_other_are_refused(source: Path, tmp_p
         ("s3://", {}, "names no bucket"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused_before_anything_happens(source: Path, tmp_path: Path, dst: str, options: Any, words: str) -> None:
+def test_settings_that_cannot_be_used_are_refused_before_anything_happens(
+    source: Path, tmp_path: Path, dst: str, options: Any, words: str
+) -> None:
     """Each in one sentence with what to write instead."""
     with pytest.raises(ConfigError, match=words):
         plan_convert(source, dst if "://" in dst else tmp_path / dst, **options)
@@ -269,18 +327,24 @@ def test_a_task_id_inside_of_the_file_is_only_mentioned(tmp_path: Path) -> None:
     shutil.move(tmp_path / "label" / f"{IDS[0]}.json.gz", tmp_path / "mp-9.json.gz")
     (result,) = convert_directory(tmp_path / "mp-9.json.gz", tmp_path / "out").converted
     assert result.target == str(tmp_path / "out" / "mp-9.zarr")
-    assert result.warnings == (f"calls itself {IDS[0]} inside; it is stored under its file name, mp-9.",)
+    assert result.warnings == (
+        f"calls itself {IDS[0]} inside; it is stored under its file name, mp-9.",
+    )
 
 
 def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:
     """Plans get printed."""
     plan = plan_convert(source, source / "out")
-    plan = dataclasses.replace(plan, _convert=dataclasses.replace(plan._convert, s3_kwargs={"secret": "hunter2"}))
+    plan = dataclasses.replace(
+        plan, _convert=dataclasses.replace(plan._convert, s3_kwargs={"secret": "hunter2"})
+    )
     assert "hunter2" not in repr(plan) + repr(plan._convert)
 
 
 @pytest.mark.parametrize("unseen", ["out", "pairs"])
-def test_another_machine_that_does_not_see_the_same_files_ends_the_run(source: Path, tmp_path: Path, unseen: str) -> None:
+def test_another_machine_that_does_not_see_the_same_files_ends_the_run(
+    source: Path, tmp_path: Path, unseen: str
+) -> None:
     """A destination of the same name on a disk of its own would take the stores, and nobody would find them."""
 
     def elsewhere(function: Any, items: Any) -> Any:
@@ -290,6 +354,9 @@ def test_another_machine_that_does_not_see_the_same_files_ends_the_run(source: P
         for item in items:
             yield item, function(item, None)
 
-    with pytest.raises(ConfigError, match=rf"does not see {tmp_path / unseen}[\w/]* of this machine\. Sources and destination have to be"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"does not see {tmp_path / unseen}[\w/]* of this machine\. Sources and destination have to be",
+    ):
         plan_convert(source, tmp_path / "out").execute(engine=elsewhere)
     assert not list((tmp_path / "out").glob("*"))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from torch.utils.data import BatchSampler, RandomSampler
 
-from zarrcache.assignment import Schedule, Segment
-from zarrcache.course import Course, Listed, Scheduled
 from zarrcache.errors import ConfigError
-from zarrcache.lookahead import _orders
+from zarrcache.train.lookahead import _orders
+from zarrcache.train.progress import Course, Listed, Scheduled
+from zarrcache.train.schedule import Schedule, Segment
 
 NAMES = ("mp-0", "mp-1", "mp-2")
 
@@ -60,14 +60,22 @@ def test_an_order_is_of_names_or_positions(order: Any) -> None:
 )  # fmt: skip
 def test_what_is_no_list_for_each_epoch_is_refused(order: Any) -> None:
     """A batch sampler's batches are no epochs; a sampler of torch draws anew when it is asked again."""
-    with pytest.raises(ConfigError, match=r"^order is .*give a NodeSampler, or a list of task ids or positions for each epoch"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^order is .*give a NodeSampler, or a list of task ids or positions for each epoch",
+    ):
         _orders(order, NAMES)
 
 
-@pytest.mark.parametrize(("position", "said"), [(100, "100"), (3, "3"), (-1, "-1"), (0.5, "0.5"), (None, "None"), ((1,), r"\(1,\)")])
+@pytest.mark.parametrize(
+    ("position", "said"),
+    [(100, "100"), (3, "3"), (-1, "-1"), (0.5, "0.5"), (None, "None"), ((1,), r"\(1,\)")],
+)
 def test_a_position_of_no_sample_is_named(position: Any, said: str) -> None:
     """With its epoch, and what there is."""
-    with pytest.raises(ConfigError, match=rf"the order has {said} in epoch 1, .*3 samples: .*positions from 0 to 2"):
+    with pytest.raises(
+        ConfigError, match=rf"the order has {said} in epoch 1, .*3 samples: .*positions from 0 to 2"
+    ):
         _orders([[0], [2, position]], NAMES)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from tests.support.stores import random_density
 from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Reader, collate
-from zarrcache.dataset import collate_fn
+from zarrcache.train.datasets import collate_fn
 
 Grid = NDArray[np.float32]
 #: Grid sizes of data and label; no two axes of a grid are alike, so a turn that goes wrong shows in the shape.
@@ -45,7 +45,9 @@ def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
         small_group(f"{role}/mp-{i}.zarr", shape=(4 + i, 5, 6), seed=i + 10 * (role == "label"))
     (tmp_path / "map.json").write_text(json.dumps({"GGA": [f"mp-{i}" for i in range(6)]}))
     cache = {"dir": tmp_path / "cache", "min_free": 0}
-    return ZarrS3Reader(tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 0.5, cache=cache)
+    return ZarrS3Reader(
+        tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 0.5, cache=cache
+    )
 
 
 def turns_of(grid: Grid) -> dict[bytes, tuple[int, int] | None]:
@@ -94,14 +96,25 @@ class TestRhoData:
         data, label = RhoData(*lists, 2, 1, False)[0]
         assert (tuple(data.shape), tuple(label.shape)) == ((1, 2, 2, 3), (1, 8, 10, 12))
 
-    @pytest.mark.parametrize(("step", "label_step"), list(itertools.product((1, 2, 3, 4), (1, 2, 3))))
-    def test_both_are_cropped_by_the_datas_factor_and_strided_by_their_own(self, lists: Any, step: int, label_step: int) -> None:
+    @pytest.mark.parametrize(
+        ("step", "label_step"), list(itertools.product((1, 2, 3, 4), (1, 2, 3)))
+    )
+    def test_both_are_cropped_by_the_datas_factor_and_strided_by_their_own(
+        self, lists: Any, step: int, label_step: int
+    ) -> None:
         """The users' rule, point by point."""
-        dataset = RhoData(*lists, downsample_data=step, downsample_label=label_step, data_augmentation=False)
+        dataset = RhoData(
+            *lists, downsample_data=step, downsample_label=label_step, data_augmentation=False
+        )
         for i in range(3):
-            for tensor, flat, size, stride in zip(dataset[i], (lists[0][i], lists[1][i]), SIZES[i], (step, label_step), strict=True):
+            for tensor, flat, size, stride in zip(
+                dataset[i], (lists[0][i], lists[1][i]), SIZES[i], (step, label_step), strict=True
+            ):
                 axes = [[j for j in range(n - n % step) if j % stride == 0] for n in size]
-                want = [[[flat[(x * size[1] + y) * size[2] + z] for z in axes[2]] for y in axes[1]] for x in axes[0]]
+                want = [
+                    [[flat[(x * size[1] + y) * size[2] + z] for z in axes[2]] for y in axes[1]]
+                    for x in axes[0]
+                ]
                 np.testing.assert_array_equal(tensor.numpy(), np.array([want], np.float32))
 
     @pytest.mark.parametrize("step", [1, 2, 3])
@@ -148,7 +161,9 @@ class TestRhoData:
             data.fill_(-1)
 
     @pytest.mark.parametrize("augmentation", [False, True])
-    def test_dataset_holds_no_array_of_lazy_sequences(self, reader: ZarrS3Reader, augmentation: bool) -> None:
+    def test_dataset_holds_no_array_of_lazy_sequences(
+        self, reader: ZarrS3Reader, augmentation: bool
+    ) -> None:
         """After a pass every array that was loaded is gone."""
         made: list[weakref.ref[Any]] = []
         sets, _ = reader.data_split()
@@ -197,20 +212,26 @@ class TestRhoData:
 
     @pytest.mark.parametrize("name", ["downsample_data", "downsample_label"])
     @pytest.mark.parametrize("factor", [0, -1, 1.5, "2", True, None])
-    def test_factor_that_is_no_whole_number_from_1_is_refused(self, lists: Any, name: str, factor: Any) -> None:
+    def test_factor_that_is_no_whole_number_from_1_is_refused(
+        self, lists: Any, name: str, factor: Any
+    ) -> None:
         """``True`` is ``data_augmentation`` in the wrong place."""
         with pytest.raises(ConfigError, match=f"{name} is {factor!r}"):
             RhoData(*lists, **{name: factor})
 
     def test_grid_that_is_smaller_than_the_factor_is_named(self, lists: Any) -> None:
         """An empty tensor would train on nothing, without a word."""
-        with pytest.raises(SchemaError, match=r"data of sample 0: a grid of 4 x 5 x 6 points .* downsample_data=5"):
+        with pytest.raises(
+            SchemaError, match=r"data of sample 0: a grid of 4 x 5 x 6 points .* downsample_data=5"
+        ):
             RhoData(*lists, downsample_data=5, data_augmentation=False)[0]
 
     def test_values_that_do_not_fill_the_grid_are_named(self, lists: Any) -> None:
         """Sizes of another sample."""
         data, label, gs_data, gs_label = lists
-        with pytest.raises(SchemaError, match="label of sample 0 has 960 values and grid size 8 x 10 x 11"):
+        with pytest.raises(
+            SchemaError, match="label of sample 0 has 960 values and grid size 8 x 10 x 11"
+        ):
             RhoData(data, label, gs_data, [(8, 10, 11), *gs_label[1:]])[0]
 
 
@@ -263,7 +284,13 @@ class TestAugmentation:
             n = 24
             dataset = RhoData([values] * n, [values] * n, [(3, 4, 5)] * n, [(3, 4, 5)] * n, seed=7)
             generator = torch.Generator().manual_seed(5)
-            loader = DataLoader(dataset, batch_size=None, num_workers=2, generator=generator, persistent_workers=persistent)
+            loader = DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=2,
+                generator=generator,
+                persistent_workers=persistent,
+            )
             known = turns_of(values.reshape(3, 4, 5))
             return [[known[data.numpy().tobytes()] for data, _ in loader] for _ in range(2)]
 
@@ -302,7 +329,9 @@ class TestZarrDataset:
                 assert sample["index"] == task_id
                 for role in ("data", "label"):
                     values, gridsize = reader.load(task_id, role)  # type: ignore[arg-type]
-                    np.testing.assert_array_equal(sample[role].numpy(), values.reshape(1, *gridsize))  # type: ignore[literal-required]
+                    np.testing.assert_array_equal(
+                        sample[role].numpy(), values.reshape(1, *gridsize)
+                    )  # type: ignore[literal-required]
 
     def test_nothing_is_read_before_it_is_indexed(self, reader: ZarrS3Reader) -> None:
         """Making the dataset costs the split."""
@@ -311,23 +340,34 @@ class TestZarrDataset:
         dataset[0]
         assert reader.stats.misses == 2
 
-    @pytest.mark.parametrize(("precision", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)])
-    def test_precision_is_what_torch_makes_of_float32(self, reader: ZarrS3Reader, precision: Any, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(
+        ("precision", "dtype"),
+        [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)],
+    )
+    def test_precision_is_what_torch_makes_of_float32(
+        self, reader: ZarrS3Reader, precision: Any, dtype: torch.dtype
+    ) -> None:
         """Rounded once, from the float32 values."""
         exact, sample = ZarrDataset(reader)[0], ZarrDataset(reader, precision=precision)[0]
         for role in ("data", "label"):
             assert sample[role].dtype == dtype  # type: ignore[literal-required]
             assert torch.equal(sample[role], exact[role].to(dtype))  # type: ignore[literal-required]
 
-    def test_value_that_float16_cannot_hold_is_an_error(self, tmp_path: Path, reader: ZarrS3Reader, small_group: Callable[..., Any]) -> None:
+    def test_value_that_float16_cannot_hold_is_an_error(
+        self, tmp_path: Path, reader: ZarrS3Reader, small_group: Callable[..., Any]
+    ) -> None:
         """It would be infinite, and the loss NaN, an hour later."""
         task_id = reader.split_task_ids()[0][0]
-        small_group(f"label/{task_id}.zarr", {"charge_density_total": np.full((4, 4, 4), 70000, np.float32)})
+        small_group(
+            f"label/{task_id}.zarr", {"charge_density_total": np.full((4, 4, 4), 70000, np.float32)}
+        )
         assert ZarrDataset(reader, precision="bf16")[0]["label"].isfinite().all()
         with pytest.raises(SchemaError, match=rf"label of {task_id} .*65504.*normalize_data: true"):
             ZarrDataset(reader, precision="f16")[0]
 
-    def test_augmentation_and_downsampling_are_those_of_rho_data(self, reader: ZarrS3Reader) -> None:
+    def test_augmentation_and_downsampling_are_those_of_rho_data(
+        self, reader: ZarrS3Reader
+    ) -> None:
         """The same seed draws the same turns in both datasets."""
         options: dict[str, Any] = {"downsample_data": 2, "downsample_label": 1, "seed": 9}
         pairs = RhoData(*reader.data_split()[0], **options)
@@ -338,8 +378,12 @@ class TestZarrDataset:
             assert torch.equal(data, sample["data"])
             assert torch.equal(label, sample["label"])
 
-    @pytest.mark.parametrize("options", [{"split": "valid"}, {"precision": "f64"}, {"downsample_data": 0}, {"seed": -1}])
-    def test_option_that_is_not_one_is_refused_with_its_value(self, reader: ZarrS3Reader, options: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        "options", [{"split": "valid"}, {"precision": "f64"}, {"downsample_data": 0}, {"seed": -1}]
+    )
+    def test_option_that_is_not_one_is_refused_with_its_value(
+        self, reader: ZarrS3Reader, options: dict[str, Any]
+    ) -> None:
         """Before the origin is asked for anything."""
         (name, value), *_ = options.items()
         with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
@@ -374,7 +418,9 @@ class TestCollate:
         dataset = ZarrDataset(reader, "all")
         got = collate_fn([dataset[0], dataset[1]])
         assert list(got) == ["data", "label", "index"]
-        assert [tuple(t.shape) for t in got["data"]] == [tuple(dataset[i]["data"].shape) for i in (0, 1)]
+        assert [tuple(t.shape) for t in got["data"]] == [
+            tuple(dataset[i]["data"].shape) for i in (0, 1)
+        ]
         assert got["index"] == list(dataset.task_ids[:2])
         pairs = RhoData(*reader.data_split()[0], data_augmentation=False)
         data, label = collate_fn([pairs[0], pairs[1]])
@@ -384,7 +430,12 @@ class TestCollate:
     def test_equal_data_with_unequal_labels_are_lists(self) -> None:
         """A list in one field means lists in all."""
         x = torch.zeros(1, 2, 2, 2)
-        got = collate_fn([{"data": x, "label": x, "index": "a"}, {"data": x, "label": torch.zeros(1, 4, 4, 4), "index": "b"}])
+        got = collate_fn(
+            [
+                {"data": x, "label": x, "index": "a"},
+                {"data": x, "label": torch.zeros(1, 4, 4, 4), "index": "b"},
+            ]
+        )
         assert isinstance(got["data"], list)
         assert isinstance(got["label"], list)
 
@@ -392,6 +443,8 @@ class TestCollate:
         """The lists come out of the workers whole."""
         dataset = ZarrDataset(reader, "all")
         batches = list(DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=collate_fn))
-        assert [task_id for batch in batches for task_id in batch["index"]] == list(dataset.task_ids)
+        assert [task_id for batch in batches for task_id in batch["index"]] == list(
+            dataset.task_ids
+        )
         for i, tensor in enumerate(t for batch in batches for t in batch["data"]):
             assert torch.equal(tensor, dataset[i]["data"])

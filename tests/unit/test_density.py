@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.stores import plain_read, small_group
-from zarrcache.density import as_density, density_of_objects, per_point
+from zarrcache.arrays.density import as_density, density_of_objects, per_point
 from zarrcache.errors import OriginUnavailableError, SchemaError
 
 NAME = "charge_density_total"
@@ -20,10 +20,16 @@ NAME = "charge_density_total"
 def objects(tmp_path: Path) -> dict[str, bytes]:
     """Every object of a store by its key, with a second array beside the density."""
     small_group(tmp_path / "a.zarr", shape=(9, 8, 7), diff=True)
-    return {path.relative_to(tmp_path / "a.zarr").as_posix(): path.read_bytes() for path in (tmp_path / "a.zarr").rglob("*") if path.is_file()}
+    return {
+        path.relative_to(tmp_path / "a.zarr").as_posix(): path.read_bytes()
+        for path in (tmp_path / "a.zarr").rglob("*")
+        if path.is_file()
+    }
 
 
-def test_only_the_objects_of_the_array_are_read_each_once(objects: dict[str, bytes], tmp_path: Path) -> None:
+def test_only_the_objects_of_the_array_are_read_each_once(
+    objects: dict[str, bytes], tmp_path: Path
+) -> None:
     """From several threads, and the values are zarr's."""
     asked: list[str] = []
     threads: set[int] = set()
@@ -55,10 +61,14 @@ def test_failure_of_one_object_ends_the_reading_with_its_error(objects: dict[str
         density_of_objects(objects, read, "s3://b/a.zarr", NAME)
 
 
-def test_array_that_no_key_belongs_to_is_named_with_those_that_are_there(objects: dict[str, bytes]) -> None:
+def test_array_that_no_key_belongs_to_is_named_with_those_that_are_there(
+    objects: dict[str, bytes],
+) -> None:
     """A name that only begins alike is another array."""
     names = r"\['charge_density_diff', 'charge_density_total'\]"
-    with pytest.raises(SchemaError, match=rf"'charge_density' not found in zarr store s3://b/a\.zarr\. .*{names}"):
+    with pytest.raises(
+        SchemaError, match=rf"'charge_density' not found in zarr store s3://b/a\.zarr\. .*{names}"
+    ):
         density_of_objects(objects, objects.__getitem__, "s3://b/a.zarr", "charge_density")
 
 

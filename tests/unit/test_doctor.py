@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.training import write_config, write_pairs
 from zarrcache import DataConfig
-from zarrcache.doctor import Finding, examine
+from zarrcache.ops.doctor import Finding, examine
 
 
 @pytest.fixture
@@ -27,11 +27,24 @@ def findings(config: object) -> dict[str, Finding]:
 def test_a_fit_node_fails_nothing(config: DataConfig, tmp_path: Path) -> None:
     """Every question is asked, and nothing is left behind but the cache directory itself."""
     found = findings(config)
-    assert {"versions", "cache directory", "permissions", "file system", "space", "file locks", "mmap"} <= found.keys()
+    assert {
+        "versions",
+        "cache directory",
+        "permissions",
+        "file system",
+        "space",
+        "file locks",
+        "mmap",
+    } <= found.keys()
     assert [finding for finding in found.values() if finding.verdict == "fail"] == []
     assert "mp-0.zarr lists" in found[f"data at {tmp_path / 'data'}"].found
     left = {path.name for path in (tmp_path / "cache" / "zarrcache-v1").iterdir()}
-    assert {name for name in left if not name.startswith("cache.db")} == {"CACHEDIR.TAG", "entries", "bytes", "locks"}
+    assert {name for name in left if not name.startswith("cache.db")} == {
+        "CACHEDIR.TAG",
+        "entries",
+        "bytes",
+        "locks",
+    }
 
 
 def test_without_a_config_only_versions_are_known() -> None:
@@ -41,11 +54,17 @@ def test_without_a_config_only_versions_are_known() -> None:
     assert "zarr 3." in found["versions"].found
 
 
-def test_a_directory_that_cannot_be_used_fails_with_its_path(config: DataConfig, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_used_fails_with_its_path(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """Nothing below it is asked any more; the origin still is."""
     assert config.cache is not None
     (tmp_path / "file").touch()
-    found = findings(config.model_copy(update={"cache": config.cache.model_copy(update={"dir": tmp_path / "file" / "cache"})}))
+    found = findings(
+        config.model_copy(
+            update={"cache": config.cache.model_copy(update={"dir": tmp_path / "file" / "cache"})}
+        )
+    )
     assert found["cache directory"].verdict == "fail"
     assert str(tmp_path / "file" / "cache") in found["cache directory"].found
     assert "space" not in found
@@ -55,7 +74,9 @@ def test_a_directory_that_cannot_be_used_fails_with_its_path(config: DataConfig,
 def test_a_limit_that_the_disk_cannot_hold_is_a_warning(config: DataConfig) -> None:
     """With the size at which min_free will stop it."""
     assert config.cache is not None
-    found = findings(config.model_copy(update={"cache": config.cache.model_copy(update={"limit": 2**60})}))["space"]
+    found = findings(
+        config.model_copy(update={"cache": config.cache.model_copy(update={"limit": 2**60})})
+    )["space"]
     assert found.verdict == "warn"
     assert "lower cache.limit" in found.advice
 
@@ -67,38 +88,56 @@ def test_a_cache_open_to_others_is_a_warning(config: DataConfig, tmp_path: Path)
     assert "chmod 700" in findings(config)["permissions"].advice
 
 
-def test_an_origin_without_the_ids_is_a_warning_and_an_unknown_functional_fails(config: DataConfig, tmp_path: Path) -> None:
+def test_an_origin_without_the_ids_is_a_warning_and_an_unknown_functional_fails(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """It answers, and has something else."""
     (tmp_path / "empty").mkdir()
-    found = findings(config.model_copy(update={"data_dir": str(tmp_path / "empty")}))[f"data at {tmp_path / 'empty'}"]
-    assert (found.verdict, "has no store of the first ids: mp-0, mp-1" in found.found) == ("warn", True)
-    found = findings(config.model_copy(update={"label_dir": str(tmp_path / "nowhere")}))[f"label at {tmp_path / 'nowhere'}"]
+    found = findings(config.model_copy(update={"data_dir": str(tmp_path / "empty")}))[
+        f"data at {tmp_path / 'empty'}"
+    ]
+    assert (found.verdict, "has no store of the first ids: mp-0, mp-1" in found.found) == (
+        "warn",
+        True,
+    )
+    found = findings(config.model_copy(update={"label_dir": str(tmp_path / "nowhere")}))[
+        f"label at {tmp_path / 'nowhere'}"
+    ]
     assert (found.verdict, "is not a directory of this machine" in found.found) == ("fail", True)
-    found = findings(config.model_copy(update={"functional": "SCAN"}))[f"data at {tmp_path / 'data'}"]
+    found = findings(config.model_copy(update={"functional": "SCAN"}))[
+        f"data at {tmp_path / 'data'}"
+    ]
     assert (found.verdict, "Available: ['GGA']" in found.found) == ("fail", True)
 
 
-def test_a_config_without_cache_is_told_and_its_origin_asked(config: DataConfig, tmp_path: Path) -> None:
+def test_a_config_without_cache_is_told_and_its_origin_asked(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """Nothing is kept on disk; the data is read all the same."""
     found = findings(config.model_copy(update={"cache": None}))
     assert found["cache"].verdict == "warn"
     assert found[f"data at {tmp_path / 'data'}"].verdict == "ok"
 
 
-def test_a_clock_that_is_behind_the_origin_shows(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_behind_the_origin_shows(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Objects written in the future."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600)
     assert "in the future" in findings(config)["clock against data"].found
 
 
-@pytest.mark.parametrize(("kind", "words"), [("nfs4", "NFS"), ("lustre", "Lustre"), ("gpfs", "GPFS"), ("tmpfs", "in memory")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("nfs4", "NFS"), ("lustre", "Lustre"), ("gpfs", "GPFS"), ("tmpfs", "in memory")],
+)
 def test_a_file_system_that_is_not_a_disk_of_the_node_is_a_warning(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str, words: str
 ) -> None:
     """By its name, with what to do."""
-    import zarrcache.doctor
+    import zarrcache.ops.doctor
 
-    monkeypatch.setattr(zarrcache.doctor, "file_system_of", lambda path: kind)
+    monkeypatch.setattr(zarrcache.ops.doctor, "file_system_of", lambda path: kind)
     found = findings(config)["file system"]
     assert (found.verdict, words in found.found, bool(found.advice)) == ("warn", True, True)

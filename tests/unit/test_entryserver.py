@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
-from zarrcache import entryserver
-from zarrcache.arraycache import ArrayCache
-from zarrcache.entryserver import EntryServer
+from zarrcache._keys import is_digest
+from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.errors import ConfigError
-from zarrcache.keys import is_digest
+from zarrcache.peers import server as entryserver
+from zarrcache.peers.server import EntryServer
 from zarrcache.stats import Counters
 
 TOKEN = "t" * 32
@@ -38,9 +38,17 @@ def server(directory: Path) -> Iterator[EntryServer]:
         yield server
 
 
-def request(server: EntryServer, line: str, *headers: str, token: str | None = TOKEN) -> tuple[int, dict[str, str], bytes]:
+def request(
+    server: EntryServer, line: str, *headers: str, token: str | None = TOKEN
+) -> tuple[int, dict[str, str], bytes]:
     """One request as it stands, over a connection of its own: status, headers, body."""
-    lines = [f"{line} HTTP/1.1", "Host: x", "Connection: close", *headers, *([f"Authorization: Bearer {token}"] if token else [])]
+    lines = [
+        f"{line} HTTP/1.1",
+        "Host: x",
+        "Connection: close",
+        *headers,
+        *([f"Authorization: Bearer {token}"] if token else []),
+    ]
     host, _, port = server.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
@@ -49,7 +57,11 @@ def request(server: EntryServer, line: str, *headers: str, token: str | None = T
             answer += part
     head, _, body = answer.partition(b"\r\n\r\n")
     first, *fields = head.decode("latin-1").split("\r\n")
-    return int(first.split()[1]), {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}, body
+    return (
+        int(first.split()[1]),
+        {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)},
+        body,
+    )
 
 
 def test_entry_comes_byte_for_byte(server: EntryServer, directory: Path) -> None:
@@ -62,7 +74,10 @@ def test_entry_comes_byte_for_byte(server: EntryServer, directory: Path) -> None
 
 
 @pytest.mark.parametrize("token", [None, "", "t" * 31, "t" * 33, "T" * 32, "\xe4" * 32])
-@pytest.mark.parametrize("line", [f"GET /v1/entries/{DIGEST}", f"POST /v1/leases/{DIGEST}", "GET /", "GET /v1/entries/nothing"])
+@pytest.mark.parametrize(
+    "line",
+    [f"GET /v1/entries/{DIGEST}", f"POST /v1/leases/{DIGEST}", "GET /", "GET /v1/entries/nothing"],
+)
 def test_who_has_no_token_learns_nothing(server: EntryServer, token: str | None, line: str) -> None:
     """Whatever is asked for, the answer is the same."""
     status, headers, body = request(server, line, token=token)
@@ -106,11 +121,30 @@ def test_other_methods_are_not_there(server: EntryServer, directory: Path, metho
 def test_only_digests_have_the_form_of_one() -> None:
     """32 hex digits, small."""
     assert is_digest(DIGEST)
-    wrong = [None, b"0" * 32, "", DIGEST[1:], f"{DIGEST}\n", f" {DIGEST[1:]}", DIGEST.upper(), "g" * 32, "\u0661" * 32]
+    wrong = [
+        None,
+        b"0" * 32,
+        "",
+        DIGEST[1:],
+        f"{DIGEST}\n",
+        f" {DIGEST[1:]}",
+        DIGEST.upper(),
+        "g" * 32,
+        "\u0661" * 32,
+    ]
     assert [text for text in wrong if is_digest(text)] == []
 
 
-@pytest.mark.parametrize("node", ["http://x:1%0d%0aSet-Cookie:%20a", "file:///etc", "http://x:1/path", "http://" + "x" * 400, "javascript:1"])
+@pytest.mark.parametrize(
+    "node",
+    [
+        "http://x:1%0d%0aSet-Cookie:%20a",
+        "file:///etc",
+        "http://x:1/path",
+        "http://" + "x" * 400,
+        "javascript:1",
+    ],
+)
 def test_address_of_a_node_that_is_none_is_nobody(server: EntryServer, node: str) -> None:
     """It would come back to others in a header."""
     status, headers, _ = request(server, f"GET /v1/entries/{key_of(2).digest}?node={node}&wait=1")
@@ -120,24 +154,38 @@ def test_address_of_a_node_that_is_none_is_nobody(server: EntryServer, node: str
 def test_lease_is_of_the_connection_that_got_it(server: EntryServer) -> None:
     """Another one cannot end it, and it ends with the connection."""
     digest = key_of("lease").digest
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30) as connection:
-        connection.sendall(f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+    with socket.create_connection(
+        ("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30
+    ) as connection:
+        connection.sendall(
+            f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+        )
         assert b"Zarrcache-Answer: lease" in connection.recv(65536)
         assert request(server, f"POST /v1/leases/{digest}?outcome=stored")[0] == 409
-        assert request(server, f"GET /v1/entries/{digest}?node={OWN}&wait=nan")[1]["zarrcache-answer"] == "busy"
+        assert (
+            request(server, f"GET /v1/entries/{digest}?node={OWN}&wait=nan")[1]["zarrcache-answer"]
+            == "busy"
+        )
         assert request(server, f"GET /v1/entries/{digest}")[1]["zarrcache-answer"] == "none"
-        connection.sendall(f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        connection.sendall(
+            f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+        )
         assert b" 204 " in connection.recv(65536)
     status, headers, _ = request(server, f"GET /v1/entries/{digest}?node=http://127.0.0.1:2")
     assert (status, headers["location"]) == (303, OWN)
 
 
-def test_more_connections_than_threads_are_turned_away(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_connections_than_threads_are_turned_away(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At once, and the others go on."""
     monkeypatch.setattr(entryserver, "_MOST_CONNECTIONS", 2)
     with EntryServer(directory) as server:
         port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)) as second:
+        with (
+            socket.create_connection(("127.0.0.1", port)),
+            socket.create_connection(("127.0.0.1", port)) as second,
+        ):
             second.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\n".encode())
             assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 503
             second.sendall(b"\r\n")
@@ -147,7 +195,9 @@ def test_more_connections_than_threads_are_turned_away(directory: Path, monkeypa
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 def test_address_that_others_reach_needs_a_token(tmp_path: Path, host: str) -> None:
     """Refused before it is bound."""
-    with pytest.raises(ConfigError, match=r"can be reached by other machines, and there is no token.*--token-file"):
+    with pytest.raises(
+        ConfigError, match=r"can be reached by other machines, and there is no token.*--token-file"
+    ):
         EntryServer(tmp_path, host=host)
 
 

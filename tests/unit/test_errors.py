@@ -30,7 +30,10 @@ CLASSES = [getattr(errors, name) for name in TREE]
 
 def test_tree_has_the_promised_shape() -> None:
     """Users catch these and their builtin bases; a base that is taken away breaks them."""
-    found = {name: tuple(base.__name__ for base in cls.__bases__) for name, cls in inspect.getmembers(errors, inspect.isclass)}
+    found = {
+        name: tuple(base.__name__ for base in cls.__bases__)
+        for name, cls in inspect.getmembers(errors, inspect.isclass)
+    }
     assert found == TREE
     assert sorted(errors.__all__) == sorted(TREE)
 
@@ -44,7 +47,10 @@ def test_docstring_draws_every_class() -> None:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_error_takes_one_string_and_shows_it(cls: type[ZarrCacheError]) -> None:
     """``str`` gives the message back, also where OSError would show an errno."""
-    assert str(cls("s3://b/mp-1.zarr is gone. Convert it again.")) == "s3://b/mp-1.zarr is gone. Convert it again."
+    assert (
+        str(cls("s3://b/mp-1.zarr is gone. Convert it again."))
+        == "s3://b/mp-1.zarr is gone. Convert it again."
+    )
     with pytest.raises(TypeError):
         cls("two", "strings")  # type: ignore[call-arg]
 
@@ -60,7 +66,10 @@ def test_error_survives_pickling_and_rebuilding_from_its_string(cls: type[ZarrCa
 
 def test_error_keeps_its_class_through_a_process_pool() -> None:
     """What a worker raises is what the parent catches."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, pytest.raises(errors.OriginAccessError, match="not yours"):
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+        pytest.raises(errors.OriginAccessError, match="not yours"),
+    ):
         pool.submit(_fail).result()
 
 

@@ -10,9 +10,9 @@ import pytest
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
-from zarrcache.index import Row
-from zarrcache.registry import open_reader
-from zarrcache.scope import cache_at
+from zarrcache.data.reader import open_reader
+from zarrcache.disk.index import Row
+from zarrcache.ops.selection import cache_at
 
 ENTRY = 8192  # bytes on disk of one of these densities: a page of header and a page of values
 
@@ -30,18 +30,24 @@ def warm(tmp_path: Path) -> DataConfig:
 def stores(rows: tuple[Row, ...], tmp_path: Path) -> set[str]:
     """Stores that arrays are from, ``role/task_id``."""
     urls = [row.note.split("\n") for row in rows if row.tier == "array"]
-    return {url.removeprefix(f"{tmp_path}/").removesuffix(".zarr") for _, url, array in urls if array}
+    return {
+        url.removeprefix(f"{tmp_path}/").removesuffix(".zarr") for _, url, array in urls if array
+    }
 
 
 def test_a_config_alone_means_all_entries_of_its_ids(warm: DataConfig, tmp_path: Path) -> None:
     """Arrays, objects of the byte tier and listings; then nothing is left, in the index and on disk."""
     plan = plan_evict(warm)
-    assert stores(plan.entries, tmp_path) == {f"{role}/mp-{n}" for role in ("data", "label") for n in range(3)}
+    assert stores(plan.entries, tmp_path) == {
+        f"{role}/mp-{n}" for role in ("data", "label") for n in range(3)
+    }
     assert {row.tier for row in plan.entries} == {"array", "object"}
     assert plan.disk_bytes == plan.execute() > 6 * ENTRY
     assert plan_evict(warm).entries == ()
     root = tmp_path / "cache" / "zarrcache-v1"
-    assert [path for tier in ("entries", "bytes") for path in (root / tier).rglob("*") if path.is_file()] == []
+    assert [
+        path for tier in ("entries", "bytes") for path in (root / tier).rglob("*") if path.is_file()
+    ] == []
 
 
 def test_a_plan_drops_nothing(warm: DataConfig) -> None:
@@ -55,7 +61,9 @@ def test_ids_choose_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path)
     assert stores(plan.entries, tmp_path) == {"data/mp-1", "label/mp-1"}
     assert any(row.tier == "object" for row in plan.entries)
     plan.execute()
-    assert stores(plan_evict(warm).entries, tmp_path) == {f"{role}/mp-{n}" for role in ("data", "label") for n in (0, 2)}
+    assert stores(plan_evict(warm).entries, tmp_path) == {
+        f"{role}/mp-{n}" for role in ("data", "label") for n in (0, 2)
+    }
 
 
 def test_entries_of_another_config_stay(warm: DataConfig, tmp_path: Path) -> None:
@@ -70,7 +78,9 @@ def test_entries_of_another_config_stay(warm: DataConfig, tmp_path: Path) -> Non
     assert len(plan_evict(other, everything=True).entries) == len(plan_evict(other).entries)
 
 
-def test_age_chooses_what_was_stored_long_ago(warm: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_age_chooses_what_was_stored_long_ago(
+    warm: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is an hour old; in a week everything is, but for the listings, without which no run starts offline."""
     assert plan_evict(warm, older_than_s=3600).entries == ()
     import time
@@ -85,7 +95,9 @@ def test_age_chooses_what_was_stored_long_ago(warm: DataConfig, tmp_path: Path, 
     assert open_reader(warm).task_ids == ["mp-0", "mp-1", "mp-2"]
 
 
-def test_a_target_takes_the_oldest_until_the_cache_is_that_small(warm: DataConfig, tmp_path: Path) -> None:
+def test_a_target_takes_the_oldest_until_the_cache_is_that_small(
+    warm: DataConfig, tmp_path: Path
+) -> None:
     """The first stored goes first, and no more than needed."""
     volume = plan_evict(warm, everything=True).disk_bytes
     plan = plan_evict(warm, target_bytes=volume - 2 * ENTRY)
@@ -111,7 +123,9 @@ def test_a_directory_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_everything_touches_only_the_cache_in_the_directory(warm: DataConfig, tmp_path: Path) -> None:
+def test_everything_touches_only_the_cache_in_the_directory(
+    warm: DataConfig, tmp_path: Path
+) -> None:
     """Files of the user beside ``zarrcache-v1`` stay."""
     (tmp_path / "cache" / "thesis.tex").touch()
     plan_evict(cache_at(tmp_path / "cache"), everything=True).execute()
@@ -131,9 +145,16 @@ def test_an_entry_that_is_in_use_stays_readable(warm: DataConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [({}, "which entries"), ({"stale": True, "everything": True}, "what is stale"), ({"older_than_s": 1.0}, "which entries")]
+    ("arguments", "words"),
+    [
+        ({}, "which entries"),
+        ({"stale": True, "everything": True}, "what is stale"),
+        ({"older_than_s": 1.0}, "which entries"),
+    ],
 )
-def test_a_directory_alone_needs_everything(tmp_path: Path, arguments: dict[str, object], words: str) -> None:
+def test_a_directory_alone_needs_everything(
+    tmp_path: Path, arguments: dict[str, object], words: str
+) -> None:
     """Without a training config nobody knows which entries are meant, or how to reach the origin."""
     with pytest.raises(ConfigError, match=words):
         plan_evict(cache_at(tmp_path), **arguments)  # type: ignore[arg-type]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, OriginNotFoundError
-from zarrcache.faults import Asked, S3Fault, to_error
-from zarrcache.keys import ObjectInfo
-from zarrcache.retry import TransientError
+from zarrcache._keys import ObjectInfo
+from zarrcache.errors import (
+    IncompleteArrayError,
+    OriginAccessError,
+    OriginError,
+    OriginNotFoundError,
+)
+from zarrcache.origin._retry import TransientError
+from zarrcache.origin._s3_errors import Asked, S3Fault, to_error
 
 OBJECT = Asked("s3://b/p/x", "b", "http://gw:9000", ObjectInfo("x", 16384, "e"))
 LISTING = Asked("s3://b/p/", "b", "http://gw:9000")
@@ -20,7 +25,17 @@ def test_try_later_is_transient_whatever_the_code(status: int) -> None:
     assert type(to_error(S3Fault(status, "", ""), OBJECT)) is TransientError
 
 
-@pytest.mark.parametrize("code", ["SlowDown", "RequestTimeout", "InternalError", "ThrottlingException", "OperationAborted", "ServiceUnavailable"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "SlowDown",
+        "RequestTimeout",
+        "InternalError",
+        "ThrottlingException",
+        "OperationAborted",
+        "ServiceUnavailable",
+    ],
+)
 def test_codes_that_mean_try_later_are_transient_whatever_the_status(code: str) -> None:
     """RequestTimeout comes as 400, OperationAborted as 409."""
     assert type(to_error(S3Fault(400, code, ""), LISTING)) is TransientError
@@ -32,7 +47,9 @@ def test_no_answer_is_transient(code: str) -> None:
     assert type(to_error(S3Fault(None, code, "x"), OBJECT)) is TransientError
 
 
-@pytest.mark.parametrize("status", [200, 301, 307, 400, 401, 403, 404, 405, 409, 411, 412, 416, 501])
+@pytest.mark.parametrize(
+    "status", [200, 301, 307, 400, 401, 403, 404, 405, 409, 411, 412, 416, 501]
+)
 def test_every_other_status_is_final(status: int) -> None:
     """Also with a body that could not be read."""
     assert not S3Fault(status, "", "").is_transient
@@ -43,35 +60,105 @@ def test_what_went_wrong_below_is_final_unless_it_is_known() -> None:
     """A fault of ours or of a library must show, not be tried five times."""
     error = to_error(S3Fault(None, "KeyError", "'ETag'"), OBJECT)
     assert type(error) is OriginError
-    assert str(error) == "s3://b/p/x: the request could not be made: KeyError: 'ETag'. Check s3_kwargs and the URL."
+    assert (
+        str(error)
+        == "s3://b/p/x: the request could not be made: KeyError: 'ETag'. Check s3_kwargs and the URL."
+    )
 
 
 @pytest.mark.parametrize(
     ("fault", "asked", "error", "words"),
     [
-        (S3Fault(404, "NoSuchKey", ""), OBJECT, IncompleteArrayError, "s3://b/p/x is listed (16384 bytes) but returned 404. The store is incomplete"),
-        (S3Fault(404, "", ""), OBJECT, IncompleteArrayError, "is listed (16384 bytes) but returned 404"),
-        (S3Fault(412, "PreconditionFailed", ""), OBJECT, IncompleteArrayError, "was changed while it was being read. Read it again"),
-        (S3Fault(416, "InvalidRange", ""), OBJECT, IncompleteArrayError, "was changed while it was being read"),
-        (S3Fault(404, "NoSuchBucket", ""), OBJECT, OriginNotFoundError, "there is no bucket 'b' at http://gw:9000"),
-        (S3Fault(404, "NoSuchKey", "m"), LISTING, OriginError, "s3://b/p/: http://gw:9000 refused the request: NoSuchKey (404): m"),
-        (S3Fault(403, "", ""), LISTING, OriginAccessError, "s3://b/p/: access refused: (403). These credentials may not read it"),
+        (
+            S3Fault(404, "NoSuchKey", ""),
+            OBJECT,
+            IncompleteArrayError,
+            "s3://b/p/x is listed (16384 bytes) but returned 404. The store is incomplete",
+        ),
+        (
+            S3Fault(404, "", ""),
+            OBJECT,
+            IncompleteArrayError,
+            "is listed (16384 bytes) but returned 404",
+        ),
+        (
+            S3Fault(412, "PreconditionFailed", ""),
+            OBJECT,
+            IncompleteArrayError,
+            "was changed while it was being read. Read it again",
+        ),
+        (
+            S3Fault(416, "InvalidRange", ""),
+            OBJECT,
+            IncompleteArrayError,
+            "was changed while it was being read",
+        ),
+        (
+            S3Fault(404, "NoSuchBucket", ""),
+            OBJECT,
+            OriginNotFoundError,
+            "there is no bucket 'b' at http://gw:9000",
+        ),
+        (
+            S3Fault(404, "NoSuchKey", "m"),
+            LISTING,
+            OriginError,
+            "s3://b/p/: http://gw:9000 refused the request: NoSuchKey (404): m",
+        ),
+        (
+            S3Fault(403, "", ""),
+            LISTING,
+            OriginAccessError,
+            "s3://b/p/: access refused: (403). These credentials may not read it",
+        ),
         (S3Fault(401, "", ""), LISTING, OriginAccessError, "access refused: (401)."),
-        (S3Fault(None, "NoCredentials", ""), LISTING, OriginAccessError, "s3://b/p/: no credentials were found. Set key and secret"),
-        (S3Fault(400, "TokenRefreshRequired", "m"), LISTING, OriginAccessError, "The session token has expired: log in again"),
-        (S3Fault(None, "UnauthorizedSSOToken", "m"), LISTING, OriginAccessError, "The session token has expired: log in again (aws sso login)"),
-        (S3Fault(403, "InvalidObjectState", "m"), OBJECT, OriginAccessError, "The object is archived (Glacier): restore it first."),
-        (S3Fault(403, "RequestExpired", "m"), OBJECT, OriginAccessError, "Set the clock of this machine."),
+        (
+            S3Fault(None, "NoCredentials", ""),
+            LISTING,
+            OriginAccessError,
+            "s3://b/p/: no credentials were found. Set key and secret",
+        ),
+        (
+            S3Fault(400, "TokenRefreshRequired", "m"),
+            LISTING,
+            OriginAccessError,
+            "The session token has expired: log in again",
+        ),
+        (
+            S3Fault(None, "UnauthorizedSSOToken", "m"),
+            LISTING,
+            OriginAccessError,
+            "The session token has expired: log in again (aws sso login)",
+        ),
+        (
+            S3Fault(403, "InvalidObjectState", "m"),
+            OBJECT,
+            OriginAccessError,
+            "The object is archived (Glacier): restore it first.",
+        ),
+        (
+            S3Fault(403, "RequestExpired", "m"),
+            OBJECT,
+            OriginAccessError,
+            "Set the clock of this machine.",
+        ),
         (
             S3Fault(301, "PermanentRedirect", "Moved."),
             LISTING,
             OriginError,
             "is in another region: PermanentRedirect (301): Moved. Set client_kwargs",
         ),
-        (S3Fault(None, "Certificate", ""), LISTING, OriginError, "the certificate of http://gw:9000 is not trusted. Name the file of its CA"),
+        (
+            S3Fault(None, "Certificate", ""),
+            LISTING,
+            OriginError,
+            "the certificate of http://gw:9000 is not trusted. Name the file of its CA",
+        ),
     ],
 )
-def test_a_fault_has_its_error_and_its_words(fault: S3Fault, asked: Asked, error: type[Exception], words: str) -> None:
+def test_a_fault_has_its_error_and_its_words(
+    fault: S3Fault, asked: Asked, error: type[Exception], words: str
+) -> None:
     """What, where, what to do."""
     raised = to_error(fault, asked)
     assert type(raised) is error

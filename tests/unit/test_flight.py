@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache import flight as module
+from zarrcache.disk import single_flight as module
+from zarrcache.disk.single_flight import STRIPES, SingleFlight
 from zarrcache.errors import LockTimeoutError
-from zarrcache.flight import STRIPES, SingleFlight
 
 DIGEST = "0123456789abcdef" * 2
 
@@ -41,7 +41,9 @@ def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     assert most == 1
 
 
-def test_lock_that_is_not_free_in_time_is_gone_without_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lock_that_is_not_free_in_time_is_gone_without_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The message names the file and the seconds; the work is done anyway."""
     impatient = SingleFlight(tmp_path, timeout_s=0.05)
     with SingleFlight(tmp_path, timeout_s=5).hold(DIGEST) as held, caplog.at_level(logging.WARNING):
@@ -90,7 +92,9 @@ def test_missing_directory_is_not_made(tmp_path: Path, caplog: pytest.LogCapture
     assert "single flight is off" in caplog.text
 
 
-def test_file_system_without_locks_does_not_stop_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_does_not_stop_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some network file systems have no flock."""
 
     class NoLock:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-import zarrcache.index
+import zarrcache.disk.index
 from tests.support.cachedirs import settings
-from zarrcache.index import Index, Intent, Row
-from zarrcache.indexcheck import row_mode
-from zarrcache.indexfile import EntryDisk, Stored, _ForkGate
-from zarrcache.policy import Admission
+from zarrcache.disk._database import EntryDisk, Stored, _ForkGate
+from zarrcache.disk._index_check import row_mode
+from zarrcache.disk.index import Index, Intent, Row
+from zarrcache.disk.policy import Admission
 
 DEAD = "4 2"
 
@@ -55,9 +55,17 @@ def leave_behind(index: Index, filename: str, size_bytes: int = 4096) -> Path:
     """What a killed writer leaves: its intent, and its file or partial file."""
     intent = index.begin(filename, size_bytes)
     assert isinstance(intent, Intent)
-    machine = str(sql(index, "SELECT value FROM Cache WHERE key = ?", intent.key)[0][0]).split(" ")[1]
+    machine = str(sql(index, "SELECT value FROM Cache WHERE key = ?", intent.key)[0][0]).split(" ")[
+        1
+    ]
     value = f"{size_bytes} {machine} {DEAD}"
-    sql(index, "UPDATE Cache SET value = ?, mode = ? WHERE key = ?", value, row_mode(filename, value), intent.key)
+    sql(
+        index,
+        "UPDATE Cache SET value = ?, mode = ? WHERE key = ?",
+        value,
+        row_mode(filename, value),
+        intent.key,
+    )
     path = index.dir.root / filename
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half")
@@ -99,7 +107,9 @@ def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path, is_deleted:
         ("a6", "file\n/d/mp-6.zarr\ntotal", "object"),
         ("a8", "file\n/d/mp-8.zarr\ntotal", "array"),
     ):
-        intent = index.begin(f"{'entries' if tier == 'array' else 'bytes'}/{digest[0]}/{digest}", 4096)
+        intent = index.begin(
+            f"{'entries' if tier == 'array' else 'bytes'}/{digest[0]}/{digest}", 4096
+        )
         assert isinstance(intent, Intent)
         file = index.dir.root / intent.filename
         index.dir.make(file.parent)
@@ -109,12 +119,15 @@ def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path, is_deleted:
             file.unlink()
     index.begin("entries/a/a7", 4096)
     first = {"mp-1.zarr": 4096, "mp ü 2.zarr": 4096} | ({} if is_deleted else {"mp-8.zarr": 4096})
-    assert index.entry_sizes(["file\n/d/", "s3\n/e/"], "\ntotal") == [first, {" file\n/d/mp-5.zarr": 4096}]
+    assert index.entry_sizes(["file\n/d/", "s3\n/e/"], "\ntotal") == [
+        first,
+        {" file\n/d/mp-5.zarr": 4096},
+    ]
 
 
 def test_rows_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every one of them once, in order; 400,000 are never in memory at once."""
-    monkeypatch.setattr(zarrcache.index, "_PAGE", 3)
+    monkeypatch.setattr(zarrcache.disk.index, "_PAGE", 3)
     index = make(tmp_path)
     for number in range(10):
         store(index, f"{number:02x}", 0)
@@ -215,7 +228,9 @@ def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
     path = leave_behind(index, "entries/ab/abcd")
     partial = path.with_name(".abcd.4-ff.partial")
     partial.write_bytes(b"half")
-    bystanders = [path.with_name(name) for name in ("abce", ".abcd.5-ff.partial")]  # the second: a living writer of the same object
+    bystanders = [
+        path.with_name(name) for name in ("abce", ".abcd.5-ff.partial")
+    ]  # the second: a living writer of the same object
     for bystander in bystanders:
         bystander.write_bytes(b"other")
     again = make(tmp_path)
@@ -322,7 +337,9 @@ def test_replaced_index_is_noticed_at_the_next_write(tmp_path: Path) -> None:
     assert other.lookup("bb") is not None
 
 
-def test_failed_commit_leaves_a_working_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_commit_leaves_a_working_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a full disk the open transaction would make every later write fail."""
     index = make(tmp_path)
     intent = index.begin("entries/aa/aa", 4096)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from zarrcache.disk.directory import CacheDir, is_entry_name
 from zarrcache.errors import ConfigError
-from zarrcache.layout import CacheDir, is_entry_name
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
@@ -23,8 +23,13 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("umask")
-@pytest.mark.parametrize(("shared", "dirs", "files", "entries"), [(False, 0o700, 0o600, 0o600), (True, 0o2770, 0o660, 0o640)])
-def test_permissions_are_private_or_the_groups(tmp_path: Path, shared: bool, dirs: int, files: int, entries: int) -> None:
+@pytest.mark.parametrize(
+    ("shared", "dirs", "files", "entries"),
+    [(False, 0o700, 0o600, 0o600), (True, 0o2770, 0o660, 0o640)],
+)
+def test_permissions_are_private_or_the_groups(
+    tmp_path: Path, shared: bool, dirs: int, files: int, entries: int
+) -> None:
     """Never the world's. The group replaces and drops entries, and does not alter them."""
     directory = CacheDir(tmp_path / "cache", shared)
     directory.ensure()
@@ -32,7 +37,11 @@ def test_permissions_are_private_or_the_groups(tmp_path: Path, shared: bool, dir
     found = [directory.root, *directory.root.rglob("*")]
     assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_dir()} == {dirs}
     assert {stat.S_IMODE(p.stat().st_mode) for p in found if p.is_file()} == {files}
-    assert (directory.dir_mode, directory.written_mode, directory.file_mode) == (dirs, files, entries)
+    assert (directory.dir_mode, directory.written_mode, directory.file_mode) == (
+        dirs,
+        files,
+        entries,
+    )
 
 
 def test_only_our_own_subdirectory_is_made(tmp_path: Path) -> None:
@@ -42,8 +51,17 @@ def test_only_our_own_subdirectory_is_made(tmp_path: Path) -> None:
     CacheDir(tmp_path / "cache").ensure()
     assert sorted(os.listdir(tmp_path / "cache")) == ["thesis.tex", "zarrcache-v1"]
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o755
-    assert sorted(os.listdir(tmp_path / "cache" / "zarrcache-v1")) == ["CACHEDIR.TAG", "bytes", "entries", "locks"]
-    assert (tmp_path / "cache" / "zarrcache-v1" / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
+    assert sorted(os.listdir(tmp_path / "cache" / "zarrcache-v1")) == [
+        "CACHEDIR.TAG",
+        "bytes",
+        "entries",
+        "locks",
+    ]
+    assert (
+        (tmp_path / "cache" / "zarrcache-v1" / "CACHEDIR.TAG")
+        .read_bytes()
+        .startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
+    )
 
 
 def test_many_may_make_it_at_once(tmp_path: Path) -> None:
@@ -52,12 +70,17 @@ def test_many_may_make_it_at_once(tmp_path: Path) -> None:
         list(pool.map(lambda _: CacheDir(tmp_path / "a" / "b").ensure(), range(64)))
 
 
-@pytest.mark.parametrize("name", ["zarrcache-v1", "zarrcache-v1/entries", "zarrcache-v1/bytes", "zarrcache-v1/locks"])
+@pytest.mark.parametrize(
+    "name", ["zarrcache-v1", "zarrcache-v1/entries", "zarrcache-v1/bytes", "zarrcache-v1/locks"]
+)
 def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path, name: str) -> None:
     """A link would have us write, and later delete, somewhere else."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for plant, words in ((lambda p: p.symlink_to(elsewhere), "but a symbolic link"), (lambda p: p.write_text("x"), "is not a directory")):
+    for plant, words in (
+        (lambda p: p.symlink_to(elsewhere), "but a symbolic link"),
+        (lambda p: p.write_text("x"), "is not a directory"),
+    ):
         path = tmp_path / "cache" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         plant(path)
@@ -68,7 +91,9 @@ def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path,
     assert os.listdir(elsewhere) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory that belongs to somebody else")
+@pytest.mark.skipif(
+    os.getuid() != 0, reason="only root can make a directory that belongs to somebody else"
+)
 def test_directory_of_somebody_else_is_refused_unless_shared(tmp_path: Path) -> None:
     """In /tmp anybody can make it first, and plant entries."""
     root = CacheDir(tmp_path).root
@@ -79,7 +104,9 @@ def test_directory_of_somebody_else_is_refused_unless_shared(tmp_path: Path) -> 
     CacheDir(tmp_path, shared=True).ensure()
 
 
-def test_directory_appears_with_the_right_mode_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_appears_with_the_right_mode_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another user may be about to write there; and the maker may be killed at any instant."""
     directory = CacheDir(tmp_path / "cache", shared=True)
     directory.ensure()
@@ -97,7 +124,9 @@ def test_directory_appears_with_the_right_mode_or_not_at_all(tmp_path: Path, mon
     assert list(directory.files()) == []
 
 
-def test_directory_with_files_is_not_replaced_by_one_that_comes_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_with_files_is_not_replaced_by_one_that_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two made it at once; the first has written to it already."""
     directory = CacheDir(tmp_path / "cache", shared=True)
     directory.ensure()
@@ -111,16 +140,22 @@ def test_directory_with_files_is_not_replaced_by_one_that_comes_late(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "plant", [lambda p, v: p.symlink_to(v), lambda p, v: p.mkdir(), lambda p, v: os.mkfifo(p)], ids=["link", "directory", "fifo"]
+    "plant",
+    [lambda p, v: p.symlink_to(v), lambda p, v: p.mkdir(), lambda p, v: os.mkfifo(p)],
+    ids=["link", "directory", "fifo"],
 )
-def test_index_that_is_no_file_is_refused_and_what_it_leads_to_left_alone(tmp_path: Path, plant: Callable[[Path, Path], None]) -> None:
+def test_index_that_is_no_file_is_refused_and_what_it_leads_to_left_alone(
+    tmp_path: Path, plant: Callable[[Path, Path], None]
+) -> None:
     """SQLite would follow the link and write there."""
     victim = tmp_path / "thesis.tex"
     victim.write_text("")
     directory = CacheDir(tmp_path / "cache")
     directory.root.mkdir(parents=True)
     plant(directory.index, victim)
-    with pytest.raises(ConfigError, match=rf"{directory.index} is not a regular file\. Somebody put it there"):
+    with pytest.raises(
+        ConfigError, match=rf"{directory.index} is not a regular file\. Somebody put it there"
+    ):
         directory.ensure()
     assert victim.read_bytes() == b""
 

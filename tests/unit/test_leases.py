@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from zarrcache.leases import LEASE_S, Leases, Word
+from zarrcache.peers.leases import LEASE_S, Leases, Word
 
 
 class Clock:
@@ -49,14 +49,20 @@ def test_who_stored_it_is_named_until_it_is_gone_there() -> None:
     assert ask(other, "a").kind == "lease"
 
 
-@pytest.mark.parametrize(("outcome", "kinds"), [("stored", ["at"] * 7), ("given up", ["alone"] * 7), ("lost", ["busy"] * 6 + ["lease"])])
+@pytest.mark.parametrize(
+    ("outcome", "kinds"),
+    [("stored", ["at"] * 7), ("given up", ["alone"] * 7), ("lost", ["busy"] * 6 + ["lease"])],
+)
 def test_end_of_a_lease_is_told_to_all_who_wait(outcome: str, kinds: list[str]) -> None:
     """Stored: where. Given up: each for itself. Lost, or failed: one of them is next, and the others wait on."""
     leases = Leases()
     lease = ask(leases, "a").lease
     assert lease is not None
     with ThreadPoolExecutor(7) as pool:
-        words = [pool.submit(ask, leases, f"n{i}", wait_s=0.5 if outcome == "lost" else 60.0) for i in range(7)]
+        words = [
+            pool.submit(ask, leases, f"n{i}", wait_s=0.5 if outcome == "lost" else 60.0)
+            for i in range(7)
+        ]
         leases.end(lease, outcome)  # type: ignore[arg-type]
         assert sorted(word.result().kind for word in words) == kinds
 

@@ -14,8 +14,8 @@ import yaml
 from torch.utils.data import DataLoader, RandomSampler
 
 from tests.support.training import write_config, write_pairs
-from zarrcache.dataset import ZarrDataset
 from zarrcache.errors import ConfigError
+from zarrcache.train.datasets import ZarrDataset
 
 if TYPE_CHECKING:  # its import takes seconds, in every process that collects these tests
     from zarrcache.lightning import ZarrDataModule
@@ -44,7 +44,11 @@ def module(config: Any, **changes: Any) -> ZarrDataModule:
     """In this process, as the samples are."""
     from zarrcache.lightning import ZarrDataModule
 
-    made.append(ZarrDataModule(config, **{"train_workers": 0, "val_workers": 0, "augmentation": False} | changes))
+    made.append(
+        ZarrDataModule(
+            config, **{"train_workers": 0, "val_workers": 0, "augmentation": False} | changes
+        )
+    )
     return made[-1]
 
 
@@ -96,11 +100,17 @@ def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
     )
     keys = yaml.safe_load(Path(config).read_text())
     for several in ([config, keys], {"pbe": config, "scan": keys}):
-        target = omegaconf.OmegaConf.create({"_target_": "zarrcache.lightning.ZarrDataModule", "config": several})
-        assert hydra.utils.instantiate(target).dataset_names == (("0", "1") if isinstance(several, list) else ("pbe", "scan"))
+        target = omegaconf.OmegaConf.create(
+            {"_target_": "zarrcache.lightning.ZarrDataModule", "config": several}
+        )
+        assert hydra.utils.instantiate(target).dataset_names == (
+            ("0", "1") if isinstance(several, list) else ("pbe", "scan")
+        )
 
 
-def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(config: str) -> None:
+def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
+    config: str,
+) -> None:
     """Chosen by the seed alone; nobody is in two of them; without a share there is no validation loader."""
     data = module(config, val_frac=0.4)
     train, validation, test = sides(data)
@@ -109,7 +119,9 @@ def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
     assert sorted(train + validation) == sorted(configs_train)
     assert list(test) == configs_test
     assert sides(module(config, val_frac=0.4)) == [train, validation, test]
-    assert any(sides(module(config, val_frac=0.4, random_seed=seed))[1] != validation for seed in range(5))
+    assert any(
+        sides(module(config, val_frac=0.4, random_seed=seed))[1] != validation for seed in range(5)
+    )
     assert sides(module(config, val_frac=np.float32(0.4)))[1] == validation
     assert sides(module(config, val_frac=0.0))[1] == ()
     assert module(config, val_frac=0.0).val_dataloader() == []
@@ -117,7 +129,9 @@ def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
 
 def test_a_split_file_has_indices_into_the_ids_of_the_reader(config: str, tmp_path: Path) -> None:
     """In its order; ``val`` is another name for validation."""
-    (tmp_path / "split.json").write_text(json.dumps({"train": [9, 0, 4], "val": [1], "test": [5, 2]}))
+    (tmp_path / "split.json").write_text(
+        json.dumps({"train": [9, 0, 4], "val": [1], "test": [5, 2]})
+    )
     data = module(config, split_file=tmp_path / "split.json", shuffle=False)
     ids = data.readers["0"].task_ids
     assert sides(data) == [(ids[9], ids[0], ids[4]), (ids[1],), (ids[5], ids[2])]
@@ -152,11 +166,19 @@ def test_samples_of_several_datasets_carry_its_number(config: str, tmp_path: Pat
     (tmp_path / "split.json").write_text(json.dumps({"train": [0, 1, 2, 3]}))
     (tmp_path / "all.json").write_text(json.dumps({"train": list(range(10))}))
     other = write_config(tmp_path)
-    data = module({"big": config, "small": other}, split_file={"small": tmp_path / "split.json", "big": tmp_path / "all.json"})
+    data = module(
+        {"big": config, "small": other},
+        split_file={"small": tmp_path / "split.json", "big": tmp_path / "all.json"},
+    )
     batches = list(data.train_dataloader())
     seen = sorted((int(batch["dataset"]), batch["index"][0]) for batch in batches)
-    assert seen == sorted([*((0, f"mp-{n}") for n in range(10)), *((1, f"mp-{n}") for n in range(4))])
-    assert {(int(batch["dataset"]), tuple(batch["data"].shape)) for batch in batches} == {(0, (1, 1, 6, 5, 4)), (1, (1, 1, 3, 3, 3))}
+    assert seen == sorted(
+        [*((0, f"mp-{n}") for n in range(10)), *((1, f"mp-{n}") for n in range(4))]
+    )
+    assert {(int(batch["dataset"]), tuple(batch["data"].shape)) for batch in batches} == {
+        (0, (1, 1, 6, 5, 4)),
+        (1, (1, 1, 3, 3, 3)),
+    }
     mixed = next(iter(module([config, other], batch_size=7, val_frac=0.0).train_dataloader()))
     assert sorted({tuple(tensor.shape) for tensor in mixed["data"]}) == [(1, 3, 3, 3), (1, 6, 5, 4)]
     assert len(mixed["dataset"]) == 7
@@ -168,17 +190,27 @@ def test_a_sampler_that_was_replaced_stops_the_epoch_before_it_begins(config: st
 
     dataset = module(config).train_dataloader().dataset
     loader = _TrainLoader(dataset, sampler=RandomSampler(dataset))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"replaced by a RandomSampler.*use_distributed_sampler=False"):
+    with pytest.raises(
+        ConfigError, match=r"replaced by a RandomSampler.*use_distributed_sampler=False"
+    ):
         iter(loader)
 
 
-@pytest.mark.parametrize(("train_workers", "val_workers", "method"), [(1, 0, "spawn"), (1, 1, None), (0, 1, "spawn"), (0, 0, None)])
-def test_a_process_that_reads_from_s3_itself_forks_no_readers(config: str, train_workers: int, val_workers: int, method: str | None) -> None:
+@pytest.mark.parametrize(
+    ("train_workers", "val_workers", "method"),
+    [(1, 0, "spawn"), (1, 1, None), (0, 1, "spawn"), (0, 0, None)],
+)
+def test_a_process_that_reads_from_s3_itself_forks_no_readers(
+    config: str, train_workers: int, val_workers: int, method: str | None
+) -> None:
     """What is forked from a process that used obstore would read more slowly; where Python forks at all."""
     if torch.multiprocessing.get_start_method() != "fork":
         pytest.skip("this Python does not fork")
     data = module(config, train_workers=train_workers, val_workers=val_workers)
-    for loader, workers in ((data.train_dataloader(), train_workers), (data.test_dataloader(), val_workers)):
+    for loader, workers in (
+        (data.train_dataloader(), train_workers),
+        (data.test_dataloader(), val_workers),
+    ):
         assert isinstance(loader, DataLoader)
         context = loader.multiprocessing_context
         assert (context.get_start_method() if context else None) == (method if workers else None)
@@ -192,7 +224,7 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
     from zarrcache.lightning import _world_of
 
     class Trainer:
-        distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}  # noqa: RUF012
+        distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}
         world_size, num_nodes, node_rank = 4, 2, 1
 
     with pytest.raises(ConfigError, match="rank 1 of 4 is on node 1 of 2, and would be on node 0"):
@@ -214,14 +246,19 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
         ({"val_frac": "a"}, "val_frac is 'a'"),
         ({"random_seed": -1}, "random_seed is -1"),
         ({"random_seed": None}, "random_seed is None"),
-        ({"random_seed": 2**32}, "random_seed is 4294967296; it has to be a whole number from 0 to 4294967295"),
+        (
+            {"random_seed": 2**32},
+            "random_seed is 4294967296; it has to be a whole number from 0 to 4294967295",
+        ),
         ({"split_file": "/nowhere/split.json"}, "split file /nowhere/split.json cannot be read"),
         ({"split_file": {"pbe": "split.json"}}, r"split_file is for the datasets \['pbe'\]"),
         ({"precision": "f64"}, "precision is 'f64'"),
         ({"assignment": "rank"}, "assignment is 'rank'"),
     ],
 )
-def test_an_argument_that_cannot_be_used_is_named(config: str, changes: dict[str, Any], message: str) -> None:
+def test_an_argument_that_cannot_be_used_is_named(
+    config: str, changes: dict[str, Any], message: str
+) -> None:
     """Before anything is read."""
     with pytest.raises(ConfigError, match=message):
         module(config, **changes).train_dataloader()

@@ -14,13 +14,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from zarrcache.disk.mmap import Place, is_mapped, map_file, map_place, open_regular, place_of
 from zarrcache.errors import CorruptEntryError
-from zarrcache.mapping import Place, is_mapped, map_file, map_place, open_regular, place_of
 
 OFFSET = 4096
 VALUES = np.arange(3000, dtype="<f4")
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="this system does not tell which pages were written")
+pytestmark = pytest.mark.skipif(
+    not os.path.exists("/proc/self/pagemap"),
+    reason="this system does not tell which pages were written",
+)
 
 
 @pytest.fixture
@@ -63,14 +66,18 @@ def test_a_contiguous_view_has_a_place_of_its_own(file: Path) -> None:
     assert np.array_equal(map_place(found, "<f4", (200,)), VALUES[500:700])
 
 
-@pytest.mark.parametrize("array", [VALUES, VALUES.copy(), np.empty(0, "<f4")], ids=["global", "copy", "empty"])
+@pytest.mark.parametrize(
+    "array", [VALUES, VALUES.copy(), np.empty(0, "<f4")], ids=["global", "copy", "empty"]
+)
 def test_an_array_in_memory_has_no_place(array: NDArray[Any]) -> None:
     """It was never on disk."""
     assert place_of(array) is None
     assert not is_mapped(array)
 
 
-@pytest.mark.parametrize("view", [lambda a: a[::2], lambda a: a[::-1], lambda a: a.reshape(30, 100).T, lambda a: a[:0]])
+@pytest.mark.parametrize(
+    "view", [lambda a: a[::2], lambda a: a[::-1], lambda a: a.reshape(30, 100).T, lambda a: a[:0]]
+)
 def test_a_view_with_gaps_has_no_place(file: Path, view: Callable[[Any], Any]) -> None:
     """Only a run of bytes is told."""
     array = view(mapped(file))
@@ -140,7 +147,7 @@ def test_a_file_that_is_not_there_any_more_is_not_found(file: Path, change: str)
         file.symlink_to(kept)
     elif change == "directory":
         file.mkdir()
-    with pytest.raises(OSError):  # noqa: PT011 - a symbolic link is ELOOP, the others are FileNotFoundError
+    with pytest.raises(OSError):
         map_place(found, "<f4", VALUES.shape)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache import mounts
+from zarrcache.disk import filesystems as mounts
+from zarrcache.disk.filesystems import file_system_of, is_network, refuse_network, spoken
 from zarrcache.errors import ConfigError
-from zarrcache.mounts import file_system_of, is_network, refuse_network, spoken
 
 #: Lines of real nodes.
 TABLE = r"""
@@ -66,7 +66,9 @@ def table(tmp_path: Path) -> Path:
         ("/scratch/me", "nfs", True),
     ],
 )
-def test_the_innermost_mount_tells_the_type(table: Path, path: str, kind: str, network: bool) -> None:
+def test_the_innermost_mount_tells_the_type(
+    table: Path, path: str, kind: str, network: bool
+) -> None:
     """Of a path that need not exist; a mount over another, a space in a name, a path that only begins like a mount point."""
     assert file_system_of(path, table) == kind
     assert is_network(kind) is network
@@ -77,11 +79,15 @@ def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
     table = tmp_path / "mountinfo"
-    table.write_text(f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path / 'far')} rw - lustre mds:/x rw\n")
+    table.write_text(
+        f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path / 'far')} rw - lustre mds:/x rw\n"
+    )
     assert file_system_of(tmp_path / "near" / "cache", table) == "lustre"
 
 
-def test_without_a_table_nothing_is_known_and_nothing_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_table_nothing_is_known_and_nothing_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MacOS."""
     monkeypatch.setattr(mounts, "_MOUNTINFO", tmp_path / "none")
     assert file_system_of("/") is None
@@ -89,21 +95,30 @@ def test_without_a_table_nothing_is_known_and_nothing_refused(tmp_path: Path, mo
     refuse_network(tmp_path, is_allowed=False)
 
 
-@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="the kernel has no such table here")
+@pytest.mark.skipif(
+    not Path("/proc/self/mountinfo").exists(), reason="the kernel has no such table here"
+)
 def test_this_machine_has_a_table(tmp_path: Path) -> None:
     """Read as it is."""
     assert file_system_of("/proc/self") == "proc"
     assert file_system_of(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "words"), [("nfs4", "NFS (nfs4)"), ("gpfs", "GPFS (gpfs)"), ("fuse.sshfs", "fuse.sshfs"), ("9p", "9p")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("nfs4", "NFS (nfs4)"), ("gpfs", "GPFS (gpfs)"), ("fuse.sshfs", "fuse.sshfs"), ("9p", "9p")],
+)
 def test_types_are_called_as_people_call_them(kind: str, words: str) -> None:
     """With the kernel's name beside."""
     assert spoken(kind) == words
 
 
-@pytest.mark.parametrize("path", ["/home/me/zarrcache", "/lustre/project/zc", "/gpfs/zc", "/mnt/beegfs/zc"])
-def test_refusal_names_directory_type_and_a_local_disk(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/home/me/zarrcache", "/lustre/project/zc", "/gpfs/zc", "/mnt/beegfs/zc"]
+)
+def test_refusal_names_directory_type_and_a_local_disk(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     """A scratch directory of the job first; a variable that leads to the network as well is not offered."""
     monkeypatch.setattr(mounts, "_MOUNTINFO", table)
     monkeypatch.setenv("SLURM_TMPDIR", "/gpfs/nowhere")

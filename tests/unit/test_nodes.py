@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from zarrcache.nodes import in_order, node_name
+from zarrcache.parallel._nodes import in_order, node_name
 
 
 def test_nodes_count_as_slurm_counts_them() -> None:

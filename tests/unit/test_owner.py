@@ -8,13 +8,15 @@ import sys
 
 import pytest
 
-from zarrcache.owner import is_dead, owner_id
+from zarrcache.disk._owner import is_dead, owner_id
 
 
 def owner_of_a_child(*, keep: bool) -> tuple[subprocess.Popen[str], str]:
     """A child that tells its identity and waits."""
-    code = "from zarrcache.owner import owner_id; print(owner_id(), flush=True); input()"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = "from zarrcache.disk._owner import owner_id; print(owner_id(), flush=True); input()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     owner = child.stdout.readline().strip()
     if not keep:
@@ -59,7 +61,15 @@ def test_process_of_another_machine_counts_as_alive() -> None:
 
 
 @pytest.mark.parametrize(
-    "owner", ["", "x", "a b", "a b c d", f"{owner_id().split(' ')[0]} pid 1", f"{owner_id().split(' ')[0]} 99999999999999999999 1 "]
+    "owner",
+    [
+        "",
+        "x",
+        "a b",
+        "a b c d",
+        f"{owner_id().split(' ')[0]} pid 1",
+        f"{owner_id().split(' ')[0]} 99999999999999999999 1 ",
+    ],
 )
 def test_owner_that_cannot_be_read_counts_as_alive_or_gone_without_an_error(owner: str) -> None:
     """A damaged row must not stop a sweep."""

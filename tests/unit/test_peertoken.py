@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.peertoken import read_token
+from zarrcache.peers._token import read_token
 
 WORD = "0123456789abcdef"
 
@@ -35,10 +35,23 @@ def test_file_that_others_may_read_or_write_is_refused(tmp_path: Path, mode: int
     assert WORD not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "short", "two words of a length that would do", "x" * 600, "wörter-mit-umlauten-und-länge", b"\0" * 32])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "short",
+        "two words of a length that would do",
+        "x" * 600,
+        "wörter-mit-umlauten-und-länge",
+        b"\0" * 32,
+    ],
+)
 def test_file_without_a_usable_word_is_refused(tmp_path: Path, content: str | bytes) -> None:
     """It is not shown, and the message tells how to make one."""
-    with pytest.raises(ConfigError, match=r"does not hold one word of 16 to 512 printable characters\. Make one with: .*openssl rand") as caught:
+    with pytest.raises(
+        ConfigError,
+        match=r"does not hold one word of 16 to 512 printable characters\. Make one with: .*openssl rand",
+    ) as caught:
         read_token(written(tmp_path / "token", content))
     assert not content or str(content) not in str(caught.value)
 

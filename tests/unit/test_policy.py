@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zarrcache.policy import Admission, admit, choose_victims, disk_bytes, is_fresh, min_free_bytes, nodes_by_duty
-from zarrcache.quantities import Percent
+from zarrcache._units import Percent
+from zarrcache.disk.policy import (
+    Admission,
+    admit,
+    choose_victims,
+    disk_bytes,
+    is_fresh,
+    min_free_bytes,
+)
+from zarrcache.peers.client import nodes_by_duty
 
 GIB = 1024**3
 
@@ -35,9 +43,14 @@ def test_min_free_is_bytes_or_a_share() -> None:
         (100, 0, 150, Admission.ADMIT),
     ],
 )
-def test_admission_keeps_the_limit_and_the_free_space(size: int, volume: int, free: int, outcome: Admission) -> None:
+def test_admission_keeps_the_limit_and_the_free_space(
+    size: int, volume: int, free: int, outcome: Admission
+) -> None:
     """The limit may be reached exactly, never passed; ``min_free`` stays free."""
-    assert admit(size, volume_bytes=volume, limit_bytes=1000, free_bytes=free, min_free_bytes=50) is outcome
+    assert (
+        admit(size, volume_bytes=volume, limit_bytes=1000, free_bytes=free, min_free_bytes=50)
+        is outcome
+    )
 
 
 @given(st.lists(st.integers(1, 10**6)), st.integers(-5, 10**7))
@@ -61,7 +74,9 @@ def test_every_node_finds_the_same_home_and_each_is_home_of_its_share() -> None:
     """Whatever the order of its list; with 1,000 entries and four nodes a share is 250, give or take 60 (four standard deviations)."""
     nodes = [f"http://node{n}:7070" for n in range(4)]
     homes = [nodes_by_duty(f"{n:032x}", nodes)[0] for n in range(1000)]
-    assert homes == [nodes_by_duty(f"{n:032x}", [*reversed(nodes), nodes[0]])[0] for n in range(1000)]
+    assert homes == [
+        nodes_by_duty(f"{n:032x}", [*reversed(nodes), nodes[0]])[0] for n in range(1000)
+    ]
     assert all(abs(homes.count(node) - 250) < 60 for node in nodes)
 
 

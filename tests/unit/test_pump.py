@@ -9,9 +9,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
-from zarrcache.faults import S3Fault
-from zarrcache.keys import ObjectInfo
-from zarrcache.pump import Received, pump, pump_threads, run
+from zarrcache._keys import ObjectInfo
+from zarrcache.origin._concurrent import Received, pump, pump_threads, run
+from zarrcache.origin._s3_errors import S3Fault
 
 
 @pytest.fixture
@@ -39,7 +39,11 @@ def test_every_object_comes_once(loop: asyncio.AbstractEventLoop) -> None:
         return Received(obj.key.encode(), "e")
 
     for concurrency in (1, 3, 100):
-        answers = {obj.key: answer.body for obj, answer in pump(loop, get, some_objects(20), concurrency) if isinstance(answer, Received)}
+        answers = {
+            obj.key: answer.body
+            for obj, answer in pump(loop, get, some_objects(20), concurrency)
+            if isinstance(answer, Received)
+        }
         assert answers == {str(i): str(i).encode() for i in range(20)}
 
 
@@ -97,7 +101,9 @@ def test_a_fault_is_an_answer(loop: asyncio.AbstractEventLoop) -> None:
 
 
 @pytest.mark.parametrize(("status", "asked"), [(503, 4), (403, 20)])
-def test_a_server_that_is_down_is_not_asked_for_the_rest(loop: asyncio.AbstractEventLoop, status: int, asked: int) -> None:
+def test_a_server_that_is_down_is_not_asked_for_the_rest(
+    loop: asyncio.AbstractEventLoop, status: int, asked: int
+) -> None:
     """As many transient faults in a row as are in flight end the pass; the rest comes back unasked. A final fault says nothing of the others."""
     requests = []
 
@@ -184,7 +190,10 @@ def test_threads_bring_every_object_once(pool: Executor, concurrency: int) -> No
 
     answers = list(pump_threads(pool, get, some_objects(20), concurrency))
     assert sorted(obj.size_bytes for obj, _ in answers) == list(range(20))
-    assert all(isinstance(answer, S3Fault) if obj.key == "7" else answer == Received(obj.key.encode(), "e") for obj, answer in answers)
+    assert all(
+        isinstance(answer, S3Fault) if obj.key == "7" else answer == Received(obj.key.encode(), "e")
+        for obj, answer in answers
+    )
     assert list(pump_threads(pool, get, [], concurrency)) == []
 
 
@@ -201,7 +210,9 @@ def test_no_more_threads_are_in_a_request_than_asked_for(pool: Executor) -> None
 
 
 @pytest.mark.parametrize(("status", "asked"), [(503, 4), (403, 20)])
-def test_threads_do_not_ask_a_server_that_is_down_for_the_rest(pool: Executor, status: int, asked: int) -> None:
+def test_threads_do_not_ask_a_server_that_is_down_for_the_rest(
+    pool: Executor, status: int, asked: int
+) -> None:
     """As ``pump``; what was in flight when the last of the failures came may be asked for besides."""
     requests = []
 

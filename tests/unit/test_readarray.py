@@ -14,11 +14,11 @@ import pytest
 from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
-from zarrcache import settled
+from zarrcache._keys import ObjectInfo, source_digest
+from zarrcache.arrays import _settled as settled
+from zarrcache.arrays.read import list_array, read_array
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
-from zarrcache.keys import ObjectInfo, source_digest
-from zarrcache.localorigin import LocalOrigin
-from zarrcache.readarray import list_array, read_array
+from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters
 
 NAME = "charge_density_total"
@@ -54,9 +54,18 @@ class Hooked(LocalOrigin):
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"zarr_format": 3}, {"zarr_format": 3, "shards": (8, 8, 8)}, {"as_zip": True}, {"zarr_format": 3, "as_zip": True}]
+    "layout",
+    [
+        {},
+        {"zarr_format": 3},
+        {"zarr_format": 3, "shards": (8, 8, 8)},
+        {"as_zip": True},
+        {"zarr_format": 3, "as_zip": True},
+    ],
 )
-def test_settled_array_is_one_list_and_one_get_an_object(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_settled_array_is_one_list_and_one_get_an_object(
+    tmp_path: Path, layout: dict[str, Any]
+) -> None:
     """Values as zarr reads them, and the digest of what was listed."""
     store = f"{STORE}.zip" if layout.get("as_zip") else STORE
     small_group(tmp_path / store, **layout)
@@ -79,7 +88,9 @@ def test_missing_store_is_named(tmp_path: Path, store: str) -> None:
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("as_zip", [False, True])
-def test_missing_array_names_those_that_are_there(tmp_path: Path, zarr_format: Any, as_zip: bool) -> None:
+def test_missing_array_names_those_that_are_there(
+    tmp_path: Path, zarr_format: Any, as_zip: bool
+) -> None:
     """The users' words."""
     store = f"{STORE}.zip" if as_zip else STORE
     small_group(tmp_path / store, zarr_format=zarr_format, as_zip=as_zip, diff=True)
@@ -104,7 +115,10 @@ def test_damaged_chunk_is_named(tmp_path: Path) -> None:
     small_group(tmp_path / STORE)
     (tmp_path / STORE / NAME / "0.1.0").write_bytes(b"damaged")
     age(tmp_path, 3600)
-    with pytest.raises(IncompleteArrayError, match=rf"{tmp_path}/{STORE}/{NAME}/0\.1\.0 cannot be decoded .* convert the store again"):
+    with pytest.raises(
+        IncompleteArrayError,
+        match=rf"{tmp_path}/{STORE}/{NAME}/0\.1\.0 cannot be decoded .* convert the store again",
+    ):
         read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
 
 
@@ -131,7 +145,9 @@ def test_missing_chunk_has_the_fill_value(tmp_path: Path) -> None:
     assert (decoded.array[0:4, 4:8, 0:4] == 7).all()
 
 
-def test_store_that_is_overwritten_while_it_is_read_is_read_again(tmp_path: Path, naps: list[float]) -> None:
+def test_store_that_is_overwritten_while_it_is_read_is_read_again(
+    tmp_path: Path, naps: list[float]
+) -> None:
     """Never a mixture: each object has to be the one that was listed."""
     small_group(tmp_path / STORE, seed=1)
 
@@ -145,7 +161,9 @@ def test_store_that_is_overwritten_while_it_is_read_is_read_again(tmp_path: Path
     assert naps == [0.5]
 
 
-def test_chunk_that_appears_while_a_young_store_is_read_is_not_missed(tmp_path: Path, naps: list[float]) -> None:
+def test_chunk_that_appears_while_a_young_store_is_read_is_not_missed(
+    tmp_path: Path, naps: list[float]
+) -> None:
     """Every listed object was right, and the array still is not what the writer meant."""
     small_group(tmp_path / STORE)
     late = tmp_path / STORE / NAME / "0.1.0"
@@ -160,7 +178,10 @@ def test_store_that_never_comes_to_rest_is_an_error(tmp_path: Path, naps: list[f
     chunk = tmp_path / STORE / NAME / "0.0.0"
     touches = [lambda n=n: os.utime(chunk, ns=(n, n)) for n in range(1, 9)]
     origin = Hooked(tmp_path, *touches)
-    with pytest.raises(IncompleteArrayError, match=f"{STORE} kept changing while it was read. Wait until its writer has finished"):
+    with pytest.raises(
+        IncompleteArrayError,
+        match=f"{STORE} kept changing while it was read. Wait until its writer has finished",
+    ):
         read_array(origin, STORE, NAME)
     assert naps == list(settled.REWRITE_WAITS_S)
     assert len(origin.hooks) == 8 - 5

@@ -15,7 +15,13 @@ from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.errors import ConfigError
 from zarrcache.registry import get_dataset, load_chgcar_data, load_data, register_data
 
-KEYS: dict[str, Any] = {"data_dir": "a", "label_dir": "b", "map_dir": "map.json", "functional": "GGA", "train_fraction": 0.8}
+KEYS: dict[str, Any] = {
+    "data_dir": "a",
+    "label_dir": "b",
+    "map_dir": "map.json",
+    "functional": "GGA",
+    "train_fraction": 0.8,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +63,9 @@ def test_own_loader_is_registered_in_one_line() -> None:
 def test_loader_gets_a_namespace_from_a_mapping_and_anything_else_as_it_is() -> None:
     """Loaders are written with ``cfg.key``, as the users' are; a mapping must not break them."""
     register_data("mine")(lambda cfg: cfg)
-    assert get_dataset({"dataset_name": "mine", "epochs": 3}) == SimpleNamespace(dataset_name="mine", epochs=3)
+    assert get_dataset({"dataset_name": "mine", "epochs": 3}) == SimpleNamespace(
+        dataset_name="mine", epochs=3
+    )
     cfg = SimpleNamespace(dataset_name="mine")
     assert get_dataset(cfg) is cfg
 
@@ -66,7 +74,9 @@ def test_loader_gets_a_namespace_from_a_mapping_and_anything_else_as_it_is() -> 
 def test_unknown_name_tells_which_are_known(name: object) -> None:
     """The error names what was asked for, the nearest, and all there are."""
     register_data("mine")(lambda cfg: cfg)
-    with pytest.raises(ConfigError, match="chgcar_data, mine, mp_zarr_s3_data, zarr_s3_data") as caught:
+    with pytest.raises(
+        ConfigError, match="chgcar_data, mine, mp_zarr_s3_data, zarr_s3_data"
+    ) as caught:
         get_dataset({"dataset_name": name})
     assert repr(name) in str(caught.value)
     assert isinstance(caught.value, ValueError)
@@ -83,7 +93,9 @@ def test_second_loader_of_a_name_is_refused() -> None:
         return "other"
 
     register_data("mine")(one)
-    with pytest.raises(ConfigError, match=r"'mine' is taken by .*\.one\..* Register .*\.other under another name"):
+    with pytest.raises(
+        ConfigError, match=r"'mine' is taken by .*\.one\..* Register .*\.other under another name"
+    ):
         register_data("mine")(other)
     assert get_dataset({"dataset_name": "mine"}) == "one"
 
@@ -135,10 +147,15 @@ def test_callable_object_can_be_a_loader() -> None:
 
 
 @pytest.mark.parametrize("name", ["zarr_s3_data", "mp_zarr_s3_data", None])
-def test_zarr_loader_hands_the_users_keys_to_the_reader(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zarr_loader_hands_the_users_keys_to_the_reader(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under both names, and without one; what is not given has the users' default."""
-    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
-    assert get_dataset(KEYS if name is None else {**KEYS, "dataset_name": name, "epochs": 2}) == ("train", "test")
+    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
+    assert get_dataset(KEYS if name is None else {**KEYS, "dataset_name": name, "epochs": 2}) == (
+        "train",
+        "test",
+    )
     assert Reader.given == {
         "data_dir": "a",
         "label_dir": "b",
@@ -153,10 +170,19 @@ def test_zarr_loader_hands_the_users_keys_to_the_reader(name: str | None, monkey
     }
 
 
-def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The block is checked before the reader sees it; a DataConfig goes through as it is."""
-    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
-    keys = {**KEYS, "normalize_data": False, "random_state": 7, "density_type": "diff", "s3_kwargs": {"anon": True}, "cache": {"dir": "/scratch"}}
+    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
+    keys = {
+        **KEYS,
+        "normalize_data": False,
+        "random_state": 7,
+        "density_type": "diff",
+        "s3_kwargs": {"anon": True},
+        "cache": {"dir": "/scratch"},
+    }
     for cfg in (keys, SimpleNamespace(**keys), DataConfig.of(keys)):
         load_data(cfg)
         assert Reader.given["normalize"] is False
@@ -166,23 +192,25 @@ def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(monkeypat
         assert Reader.given["cache"] == CacheConfig(dir="/scratch")
 
 
-def test_misspelt_cache_key_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_cache_key_is_named_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The nearest setting is in the message."""
-    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
+    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
     with pytest.raises(ConfigError, match=r"limti is not a setting. Did you mean 'limit'"):
         get_dataset({**KEYS, "cache": {"dir": "/scratch", "limti": "1 GiB"}})
 
 
 def test_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config without ``functional`` says so."""
-    module_with(monkeypatch, "zarrcache.reader", ZarrS3Reader=Reader)
+    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
     with pytest.raises(ConfigError, match="functional is missing"):
         get_dataset({key: value for key, value in KEYS.items() if key != "functional"})
 
 
 def test_chgcar_loader_hands_the_users_keys_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same keys serve the reader of files that are not converted."""
-    module_with(monkeypatch, "zarrcache.chgcar", RhoRead=Reader)
+    module_with(monkeypatch, "zarrcache.convert.rhoread", RhoRead=Reader)
     assert get_dataset({**KEYS, "dataset_name": "chgcar_data"}) == ("train", "test")
     assert Reader.given["normalize"] is True
     assert load_chgcar_data(SimpleNamespace(**KEYS)) == ("train", "test")

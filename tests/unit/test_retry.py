@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from zarrcache import retry
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginAccessError, OriginUnavailableError
-from zarrcache.retry import RetryPolicy, TransientError, is_transient
+from zarrcache.origin import _retry as retry
+from zarrcache.origin._retry import RetryPolicy, TransientError, is_transient
 
 
 class Clock:
@@ -60,7 +60,10 @@ def test_what_succeeds_is_called_once_and_waits_for_nothing(clock: Clock) -> Non
 def test_transient_failures_are_tried_again_and_counted(clock: Clock) -> None:
     """``on_retry`` is called before each attempt but the first."""
     retries: list[int] = []
-    assert RetryPolicy(RetryConfig(attempts=5)).call(failing(3), on_retry=lambda: retries.append(1)) == "call 4"
+    assert (
+        RetryPolicy(RetryConfig(attempts=5)).call(failing(3), on_retry=lambda: retries.append(1))
+        == "call 4"
+    )
     assert len(retries) == 3
 
 
@@ -79,18 +82,26 @@ def test_waits_are_drawn_from_zero_to_the_longest(monkeypatch: pytest.MonkeyPatc
     """Full jitter: processes that failed together do not come back together."""
     clock, drawn = Clock(), []
     monkeypatch.setattr(retry, "time", clock)
-    monkeypatch.setattr(retry._random, "uniform", lambda low, high: drawn.append((low, high)) or 0.25)
+    monkeypatch.setattr(
+        retry._random, "uniform", lambda low, high: drawn.append((low, high)) or 0.25
+    )
     RetryPolicy(RetryConfig(attempts=3)).call(failing(2))
     assert drawn == [(0.0, 0.5), (0.0, 1.0)]
     assert clock.waits_s == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(("attempts", "words"), [(1, "(1 attempt in 0.0 s)"), (3, "(3 attempts in 1.5 s)")])
-def test_used_up_attempts_name_url_number_and_last_cause(clock: Clock, attempts: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("attempts", "words"), [(1, "(1 attempt in 0.0 s)"), (3, "(3 attempts in 1.5 s)")]
+)
+def test_used_up_attempts_name_url_number_and_last_cause(
+    clock: Clock, attempts: int, words: str
+) -> None:
     """And what to do."""
     with pytest.raises(OriginUnavailableError) as caught:
         RetryPolicy(RetryConfig(attempts=attempts)).call(failing(99))
-    assert str(caught.value).startswith(f"s3://b/x could not be read: SlowDown (503) #{attempts} {words}. Check that the server runs")
+    assert str(caught.value).startswith(
+        f"s3://b/x could not be read: SlowDown (503) #{attempts} {words}. Check that the server runs"
+    )
     assert "cache.retry.attempts or cache.retry.timeout" in str(caught.value)
 
 
@@ -165,9 +176,11 @@ def test_remaining_time_ends_at_zero(clock: Clock) -> None:
     assert policy.remaining_s == 0.0
 
 
-def test_each_wait_is_one_log_line_with_fields(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_wait_is_one_log_line_with_fields(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     """Attempt to come, wait, URL, cause."""
-    with caplog.at_level(logging.WARNING, "zarrcache.retry"):
+    with caplog.at_level(logging.WARNING, "zarrcache.origin._retry"):
         RetryPolicy(RetryConfig(attempts=3)).call(failing(2))
     assert [record.getMessage() for record in caplog.records] == [
         "origin.retry attempt=2 wait_s=0.50 url=s3://b/x cause=SlowDown (503) #1",

@@ -10,16 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, payload_files, settings
-from zarrcache.arraycache import ArrayCache
-from zarrcache.indexcheck import damage_of
-from zarrcache.ring import Ring
+from tests.support.cachedirs import (
+    array_of,
+    array_on_disk,
+    key_of,
+    on_disk_bytes,
+    payload_files,
+    settings,
+)
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.loans import Ring
+from zarrcache.disk._index_check import damage_of
 from zarrcache.stats import Counters
 
 ONE = array_on_disk(10_000)
 
 
-def caches(directory: Path, entries: int, ring: int, **block: object) -> tuple[ArrayCache, ArrayCache]:
+def caches(
+    directory: Path, entries: int, ring: int, **block: object
+) -> tuple[ArrayCache, ArrayCache]:
     """A training's cache with room for ``entries``, all of it taken, and that of a prefetcher."""
     config = settings(directory, limit=entries * ONE, **block)
     training, prefetcher = ArrayCache(config, Counters()), ArrayCache(config, Counters())
@@ -62,7 +71,9 @@ def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: 
         lend(prefetcher, number)
         assert on_disk_bytes(tmp_path) <= training.index.volume_bytes() <= 10 * ONE
     assert training.index.loans() == {key_of(number).digest for number in (20, 21, 22)}
-    assert training.put(key_of(30), array_of(30, 10_000), source="s") is False  # the training's own puts get none of the room
+    assert (
+        training.put(key_of(30), array_of(30, 10_000), source="s") is False
+    )  # the training's own puts get none of the room
     assert training.get(key_of(21)) is not None
     ring.look()
     assert ring.held_bytes == 2 * ONE
@@ -94,7 +105,9 @@ def test_a_loan_that_is_announced_and_not_written_yet_is_a_miss(tmp_path: Path) 
     """Its reader then waits for the lock that the prefetcher holds."""
     training, prefetcher = caches(tmp_path, 10, 3)
     assert prefetcher.ring is not None
-    assert prefetcher.ring.lend(key_of(20).digest, f"entries/{key_of(20).digest[:2]}/{key_of(20).digest}-0000", ONE)
+    assert prefetcher.ring.lend(
+        key_of(20).digest, f"entries/{key_of(20).digest[:2]}/{key_of(20).digest}-0000", ONE
+    )
     assert training.get(key_of(20)) is None
     assert training.index.loans()
 
@@ -126,7 +139,9 @@ def test_loans_and_their_room_are_reclaimed_when_their_owner_was_killed(tmp_path
     assert training.index.volume_bytes() == on_disk_bytes(tmp_path) == 8 * ONE
 
 
-def test_on_a_disk_that_others_have_filled_nothing_is_lent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_disk_that_others_have_filled_nothing_is_lent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Said once; the training's entries are not all given up for it."""
     training, prefetcher = caches(tmp_path, 10, 3)
     full = prefetcher.index._config.model_copy(update={"min_free": 2**60})
@@ -159,19 +174,25 @@ def test_two_prefetchers_of_a_node_never_lend_the_same(tmp_path: Path) -> None:
     assert len(payload_files(tmp_path)) == len(stored(training))
 
 
-def test_room_is_made_of_as_many_small_entries_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_made_of_as_many_small_entries_as_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than a page of the index's rows; and no more than what is missing."""
-    monkeypatch.setattr("zarrcache.index._FEW", 2)
-    monkeypatch.setattr("zarrcache.index._PAGE", 3)
+    monkeypatch.setattr("zarrcache.disk.index._FEW", 2)
+    monkeypatch.setattr("zarrcache.disk.index._PAGE", 3)
     training, prefetcher = caches(tmp_path, 10, 6)
     training.index.drop([key_of(9).digest])
-    assert prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False  # there is room for half of it
+    assert (
+        prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False
+    )  # there is room for half of it
     assert prefetcher.ring is not None
     assert prefetcher.ring.is_open
     assert stored(training) == list(range(5, 9))
 
 
-def test_room_that_others_take_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_that_others_take_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another lane, or the training, stores what it has just fetched: this is no reason to be without look-ahead for the rest of the run."""
     training, prefetcher = caches(tmp_path, 10, 3)
     drop, others = prefetcher.index.drop_oldest, iter((30, 31))

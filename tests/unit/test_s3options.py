@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.s3options import AWS_ENDPOINT, S3Options, configured_endpoint, configured_region, split_s3_url
+from zarrcache.origin._s3_options import (
+    AWS_ENDPOINT,
+    S3Options,
+    configured_endpoint,
+    configured_region,
+    split_s3_url,
+)
 
 CONFIG = """
 [default]
@@ -40,7 +46,14 @@ def environ(tmp_path: Path) -> dict[str, str]:
 def test_nothing_given_is_aws() -> None:
     """The region is the bucket's, which has to be asked for; both engines can do it."""
     read = options()
-    assert (read.endpoint_url, read.region, read.anon, read.verify, read.virtual_hosted, read.only_s3fs) == (None, None, False, True, None, ())
+    assert (
+        read.endpoint_url,
+        read.region,
+        read.anon,
+        read.verify,
+        read.virtual_hosted,
+        read.only_s3fs,
+    ) == (None, None, False, True, None, ())
     assert read.identity == AWS_ENDPOINT
     assert S3Options.of(None, {"AWS_CONFIG_FILE": "/no/such/file"}) == read
 
@@ -49,8 +62,12 @@ def test_an_endpoint_of_one_s_own_signs_for_us_east_1() -> None:
     """Unless something says otherwise, as with botocore; the slash at the end is no part of its identity."""
     read = options(endpoint_url="http://gw:9000/")
     assert (read.region, read.identity) == ("us-east-1", "http://gw:9000")
-    assert options(endpoint_url="http://gw:9000", client_kwargs={"region_name": "r1"}).region == "r1"
-    assert options(endpoint_url="http://gw:9000", config_kwargs={"region_name": "r2"}).region == "r2"
+    assert (
+        options(endpoint_url="http://gw:9000", client_kwargs={"region_name": "r1"}).region == "r1"
+    )
+    assert (
+        options(endpoint_url="http://gw:9000", config_kwargs={"region_name": "r2"}).region == "r2"
+    )
     assert options({"AWS_DEFAULT_REGION": "r3"}, endpoint_url="http://gw:9000").region == "r3"
 
 
@@ -58,7 +75,10 @@ def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
     """In this order, as with s3fs."""
     client = {"aws_access_key_id": "ck", "aws_secret_access_key": "cs", "aws_session_token": "ct"}
     for given, expected in [
-        ({"key": "k", "secret": "s", "username": "u", "password": "p", "client_kwargs": client}, ("k", "s", "ct")),
+        (
+            {"key": "k", "secret": "s", "username": "u", "password": "p", "client_kwargs": client},
+            ("k", "s", "ct"),
+        ),
         ({"username": "u", "password": "p", "client_kwargs": client}, ("u", "p", "ct")),
         ({"client_kwargs": client}, ("ck", "cs", "ct")),
         ({"key": "k", "secret": "s", "token": "t"}, ("k", "s", "t")),
@@ -70,9 +90,16 @@ def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
 
 def test_the_endpoint_comes_from_option_client_environment_or_file(environ: dict[str, str]) -> None:
     """In this order."""
-    every = {**environ, "AWS_ENDPOINT_URL": "http://env:1", "AWS_ENDPOINT_URL_S3": "http://env-s3:1"}
+    every = {
+        **environ,
+        "AWS_ENDPOINT_URL": "http://env:1",
+        "AWS_ENDPOINT_URL_S3": "http://env-s3:1",
+    }
     client = {"endpoint_url": "http://client:1"}
-    assert options(every, endpoint_url="http://option:1", client_kwargs=client).endpoint_url == "http://option:1"
+    assert (
+        options(every, endpoint_url="http://option:1", client_kwargs=client).endpoint_url
+        == "http://option:1"
+    )
     assert options(every, client_kwargs=client).endpoint_url == "http://client:1"
     assert options(every).endpoint_url == "http://env-s3:1"
     assert options({**environ, "AWS_ENDPOINT_URL": "http://env:1"}).endpoint_url == "http://env:1"
@@ -100,7 +127,9 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("style", "virtual"), [("virtual", True), ("path", False), ("auto", None), (None, None)])
+@pytest.mark.parametrize(
+    ("style", "virtual"), [("virtual", True), ("path", False), ("auto", None), (None, None)]
+)
 def test_the_addressing_style_is_read(style: str | None, virtual: bool | None) -> None:
     """Of config_kwargs."""
     read = options(config_kwargs={"s3": {"addressing_style": style}} if style else {})
@@ -115,7 +144,10 @@ def test_certificates(tmp_path: Path) -> None:
     assert options(client_kwargs={"verify": ca}).verify == ca
     assert options({"AWS_CA_BUNDLE": ca}).verify == ca
     assert options({"AWS_CA_BUNDLE": ca}, client_kwargs={"verify": True}).verify is True
-    for given, environ in [({"client_kwargs": {"verify": "/no/ca"}}, {}), ({}, {"AWS_CA_BUNDLE": "/no/ca"})]:
+    for given, environ in [
+        ({"client_kwargs": {"verify": "/no/ca"}}, {}),
+        ({}, {"AWS_CA_BUNDLE": "/no/ca"}),
+    ]:
         with pytest.raises(ConfigError, match="the certificate file /no/ca cannot be read"):
             options(environ, **given)
 
@@ -124,13 +156,25 @@ def test_certificates(tmp_path: Path) -> None:
     ("given", "only"),
     [
         ({"default_block_size": 1, "use_listings_cache": True, "skip_instance_cache": True}, ()),
-        ({"config_kwargs": {"retries": {"max_attempts": 3}, "read_timeout": 3, "signature_version": "s3v4"}}, ()),
+        (
+            {
+                "config_kwargs": {
+                    "retries": {"max_attempts": 3},
+                    "read_timeout": 3,
+                    "signature_version": "s3v4",
+                }
+            },
+            (),
+        ),
         ({"version_aware": False, "s3_additional_kwargs": None}, ()),
         ({"version_aware": True}, ("version_aware",)),
         ({"s3_additional_kwargs": {"SSECustomerKey": "x"}}, ("s3_additional_kwargs",)),
         ({"config_kwargs": {"signature_version": "s3"}}, ("config_kwargs.signature_version",)),
         ({"config_kwargs": {"proxies": {"http": "p"}}}, ("config_kwargs.proxies",)),
-        ({"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}, ("config_kwargs.s3.use_accelerate_endpoint",)),
+        (
+            {"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}},
+            ("config_kwargs.s3.use_accelerate_endpoint",),
+        ),
         ({"client_kwargs": {"api_version": "x"}}, ("client_kwargs.api_version",)),
     ],
 )
@@ -172,7 +216,14 @@ def test_an_url_is_bucket_and_prefix(url: str, parts: tuple[str, str]) -> None:
     assert split_s3_url(url) == parts
 
 
-@pytest.mark.parametrize(("url", "words"), [("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("s3://arn:aws:s3:x/y", "by its ARN")])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://", "names no bucket"),
+        ("s3:///x", "names no bucket"),
+        ("s3://arn:aws:s3:x/y", "by its ARN"),
+    ],
+)
 def test_an_url_without_a_bucket_is_refused(url: str, words: str) -> None:
     """With what to write instead."""
     with pytest.raises(ConfigError, match=words):

@@ -10,15 +10,18 @@ import pytest
 from torch.utils.data import DataLoader, DistributedSampler
 
 from zarrcache.errors import ConfigError
-from zarrcache.sampler import NodeSampler
-from zarrcache.world import World
+from zarrcache.parallel.topology import World
+from zarrcache.train.sampler import NodeSampler
 
 NAMES = [f"mp-{number}" for number in range(24)]
 
 
 def samplers(worlds: tuple[int, ...], **settings: Any) -> list[NodeSampler]:
     """One for each rank."""
-    return [NodeSampler(NAMES, world=World(rank, worlds), seed=2, **settings) for rank in range(len(worlds))]
+    return [
+        NodeSampler(NAMES, world=World(rank, worlds), seed=2, **settings)
+        for rank in range(len(worlds))
+    ]
 
 
 def test_it_feeds_a_dataloader_as_torchs_own_does() -> None:
@@ -35,7 +38,9 @@ def test_it_feeds_a_dataloader_as_torchs_own_does() -> None:
 
 @pytest.mark.parametrize("assignment", ["global", "node"])
 @pytest.mark.parametrize("others", [(0,), (0, 0, 1, 1), (0, 1, 2)])
-def test_killed_and_resumed_with_other_ranks_every_sample_is_trained_on_once(assignment: Any, others: tuple[int, ...]) -> None:
+def test_killed_and_resumed_with_other_ranks_every_sample_is_trained_on_once(
+    assignment: Any, others: tuple[int, ...]
+) -> None:
     """The state is JSON; workers had asked ahead of the training."""
     before = samplers((0, 1), assignment=assignment)
     trained: list[int] = []
@@ -97,7 +102,9 @@ def test_a_state_of_other_data_is_refused(other: Any) -> None:
 
 def test_a_state_of_other_samples_says_what_makes_them_others() -> None:
     """Two hashes tell nobody."""
-    with pytest.raises(ConfigError, match=r"data, split \(random_seed or split_file\) and functional"):
+    with pytest.raises(
+        ConfigError, match=r"data, split \(random_seed or split_file\) and functional"
+    ):
         NodeSampler(NAMES[1:], seed=2).load_state_dict(samplers((0,))[0].state_dict())
 
 
@@ -149,15 +156,30 @@ def started(*segments: Any) -> dict[str, Any]:
         (started(3), r"its history\[0\] is 3"),
         (started({"taken": 2}), r"its history\[0\] .*'node_of_rank' and 'taken'"),
         (started({"node_of_rank": [0]}), r"its history\[0\] .*'node_of_rank' and 'taken'"),
-        (started({"node_of_rank": [0], "taken": 2}, {"node_of_rank": 0, "taken": 2}), r"node_of_rank of its history\[1\] is 0"),
+        (
+            started({"node_of_rank": [0], "taken": 2}, {"node_of_rank": 0, "taken": 2}),
+            r"node_of_rank of its history\[1\] is 0",
+        ),
         (started({"node_of_rank": "00", "taken": 2}), r"node_of_rank of its history\[0\] is '00'"),
         (started({"node_of_rank": [], "taken": 2}), r"node_of_rank of its history\[0\] is \[\]"),
-        (started({"node_of_rank": [0, 0.5], "taken": 2}), r"node_of_rank of its history\[0\] is \[0, 0.5\]"),
-        (started({"node_of_rank": [0, 0, 5], "taken": 2}), r"node_of_rank of its history\[0\] is \[0, 0, 5\]"),
+        (
+            started({"node_of_rank": [0, 0.5], "taken": 2}),
+            r"node_of_rank of its history\[0\] is \[0, 0.5\]",
+        ),
+        (
+            started({"node_of_rank": [0, 0, 5], "taken": 2}),
+            r"node_of_rank of its history\[0\] is \[0, 0, 5\]",
+        ),
         (started({"node_of_rank": [0], "taken": -5}), r"taken of its history\[0\] is -5"),
         (started({"node_of_rank": [0], "taken": "2"}), r"taken of its history\[0\] is '2'"),
-        (started({"node_of_rank": [0, 0], "taken": 12}), r"taken of its history\[0\] is 12, and each of its 2 ranks had 12 samples to read"),
-        (started({"node_of_rank": [0], "taken": 20}, {"node_of_rank": [0], "taken": 5}), r"taken of its history\[1\] is 5, .* 4 samples"),
+        (
+            started({"node_of_rank": [0, 0], "taken": 12}),
+            r"taken of its history\[0\] is 12, and each of its 2 ranks had 12 samples to read",
+        ),
+        (
+            started({"node_of_rank": [0], "taken": 20}, {"node_of_rank": [0], "taken": 5}),
+            r"taken of its history\[1\] is 5, .* 4 samples",
+        ),
     ],
 )
 def test_what_is_no_state_is_refused_and_nothing_has_changed(state: Any, message: str) -> None:
@@ -189,13 +211,17 @@ def test_names_are_those_of_the_dataset() -> None:
     assert NodeSampler(Lazy()).schedule.names == ("0", "1", "2")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning", "ignore:'set_vital' is deprecated:UserWarning"
+)
 def test_torchdatas_loader_saves_and_resumes_it() -> None:
     """With workers, which ask ahead of the training."""
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs the extra 'test'")
 
     def loader() -> Any:
-        return stateful.StatefulDataLoader(range(24), batch_size=2, sampler=samplers((0,))[0], num_workers=2)
+        return stateful.StatefulDataLoader(
+            range(24), batch_size=2, sampler=samplers((0,))[0], num_workers=2
+        )
 
     first = loader()
     first.sampler.set_epoch(3)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from zarrcache.keys import Role
-from zarrcache.sequences import Density, split_sets
+from zarrcache._keys import Role
+from zarrcache.data.sequences import Density, split_sets
 
 IDS = ["mp-1", "mp-2", "mp-3"]
 
@@ -39,7 +39,10 @@ def test_making_and_measuring_the_sequences_loads_nothing() -> None:
     loader = Loader()
     sets = split_sets(loader, IDS)
     assert [len(s) for s in sets] == [3, 3, 3, 3]
-    assert [repr(s) for s in sets] == [f"<{what} of 3 materials, loaded when indexed>" for what in ("data", "label", "gs_data", "gs_label")]
+    assert [repr(s) for s in sets] == [
+        f"<{what} of 3 materials, loaded when indexed>"
+        for what in ("data", "label", "gs_data", "gs_label")
+    ]
     assert loader.asked == []
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from zarrcache.signals import ENDING, Terminated, ending_in_order, held_back
+from zarrcache.parallel.signals import ENDING, Terminated, ending_in_order, held_back
 
 
 @pytest.fixture
@@ -32,9 +32,15 @@ def other_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_is_changed() -> Iterator[None]:
     """Handlers and mask are as they were."""
-    before = [signal.getsignal(number) for number in ENDING], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    before = (
+        [signal.getsignal(number) for number in ENDING],
+        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+    )
     yield
-    assert ([signal.getsignal(number) for number in ENDING], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+    assert (
+        [signal.getsignal(number) for number in ENDING],
+        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+    ) == before
 
 
 def _interrupted(number: int = signal.SIGINT) -> None:
@@ -58,8 +64,12 @@ def _interrupted_at_a_start(reached: list[str], number: int = signal.SIGINT) -> 
 
 
 @pytest.mark.usefixtures("other_thread")
-@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_a_signal_comes_when_the_start_is_over(number: signal.Signals, kind: type[KeyboardInterrupt]) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_comes_when_the_start_is_over(
+    number: signal.Signals, kind: type[KeyboardInterrupt]
+) -> None:
     """Whichever thread of the process has received it."""
     reached: list[str] = []
     with ending_in_order():
@@ -95,7 +105,10 @@ def _told_twice(told: list[int]) -> None:
 def test_none_of_two_is_lost() -> None:
     """A terminal's, and a batch system's just after it."""
     told: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: told.append(number)) for number in ENDING}
+    before = {
+        number: signal.signal(number, lambda number, frame: told.append(number))
+        for number in ENDING
+    }
     try:
         _told_twice(told)
     finally:
@@ -133,7 +146,9 @@ def test_a_second_one_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
             come(signal.SIGINT, None)
             reached.append("twice at once")
             later = time.monotonic() + 60
-            monkeypatch.setattr("zarrcache.signals.time", SimpleNamespace(monotonic=lambda: later))
+            monkeypatch.setattr(
+                "zarrcache.parallel.signals.time", SimpleNamespace(monotonic=lambda: later)
+            )
             come(signal.SIGINT, None)
             reached.append("after a minute")
 
@@ -168,7 +183,9 @@ def test_a_process_started_in_here_is_deaf_to_both() -> None:
     """A signal to all of a job is for the one that starts the others."""
     code = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))"
     with held_back():
-        deaf = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        deaf = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
     assert deaf == f"{sorted(ENDING)}\n"
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(_started_by_a_thread, code).result() == deaf
@@ -176,7 +193,9 @@ def test_a_process_started_in_here_is_deaf_to_both() -> None:
 
 def _started_by_a_thread(code: str) -> str:
     with held_back():
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def test_a_child_that_another_thread_forks_meanwhile_hears_them() -> None:

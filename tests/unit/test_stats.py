@@ -99,7 +99,9 @@ def test_fork_while_a_thread_counts_does_not_hang_the_child() -> None:
     thread = threading.Thread(target=count)
     thread.start()
     try:
-        children = [get_context("fork").Process(target=_count, args=(counters, 1)) for _ in range(20)]
+        children = [
+            get_context("fork").Process(target=_count, args=(counters, 1)) for _ in range(20)
+        ]
         for child in children:
             child.start()
         for child in children:

@@ -11,9 +11,9 @@ import pytest
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
-from zarrcache.registry import open_reader
-from zarrcache.scope import cache_at, is_listing
-from zarrcache.status import look
+from zarrcache.data.reader import open_reader
+from zarrcache.ops.selection import cache_at, is_listing
+from zarrcache.ops.status import look
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig.from_yaml(write_config(tmp_path, limit="1 MiB"))
 
 
-def test_where_nothing_was_cached_it_says_so_and_makes_nothing(config: DataConfig, tmp_path: Path) -> None:
+def test_where_nothing_was_cached_it_says_so_and_makes_nothing(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """No directory, no entries, nothing warm."""
     state = look(config)
     assert (state.exists, state.volume_bytes, state.limit_bytes) == (False, 0, 1024**2)
@@ -35,7 +37,9 @@ def test_where_nothing_was_cached_it_says_so_and_makes_nothing(config: DataConfi
 def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path: Path) -> None:
     """With the origin gone; an id of which one density is there is half."""
     plan_warm(config, ids=["mp-0", "mp-1", "mp-2"]).execute()
-    label = [row.digest for row in plan_evict(config, ids=["mp-2"]).entries if "/label/" in row.note]
+    label = [
+        row.digest for row in plan_evict(config, ids=["mp-2"]).entries if "/label/" in row.note
+    ]
     plan = plan_evict(config)
     assert plan._index is not None
     plan._index.drop(label)
@@ -44,10 +48,20 @@ def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path
     state = look(config)
     files = list((tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"))
     assert state.array_tier.entries == len(files)
-    assert state.volume_bytes == state.array_tier.nbytes == sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+    assert (
+        state.volume_bytes
+        == state.array_tier.nbytes
+        == sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+    )
     covered = state.coverage
     assert covered is not None
-    assert (covered.ids, covered.missing, covered.warm, covered.half, covered.is_listed) == (5, 1, 2, 1, True)
+    assert (covered.ids, covered.missing, covered.warm, covered.half, covered.is_listed) == (
+        5,
+        1,
+        2,
+        1,
+        True,
+    )
     assert covered.warm_ratio == 0.5
     assert covered.nbytes == 5 * 8192
     assert not covered.is_complete
@@ -70,7 +84,9 @@ def test_a_directory_alone_has_no_limit_to_show(config: DataConfig, tmp_path: Pa
     assert state.array_tier == look(config).array_tier
 
 
-def test_the_directory_given_by_hand_is_the_one_that_is_looked_at(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_given_by_hand_is_the_one_that_is_looked_at(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ZARRCACHE_DIR overrides a config, not a hand."""
     plan_warm(config).execute()
     monkeypatch.setenv("ZARRCACHE_DIR", str(tmp_path / "elsewhere"))
@@ -101,7 +117,9 @@ def test_an_id_that_the_map_has_twice_is_one_id(config: DataConfig, tmp_path: Pa
     assert (covered.ids, covered.warm, covered.is_complete) == (2, 2, True)
 
 
-def test_an_entry_of_the_store_that_is_not_read_is_not_warm(config: DataConfig, tmp_path: Path) -> None:
+def test_an_entry_of_the_store_that_is_not_read_is_not_warm(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """Where the origin now has a directory in place of a zip file, the directory is read; before anything was listed either would do."""
     os.rename(tmp_path / "data" / "mp-0.zarr", tmp_path / "mp-0.zarr")
     small_group(tmp_path / "data" / "mp-0.zarr.zip", shape=(6, 5, 4), as_zip=True)

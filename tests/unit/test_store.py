@@ -11,10 +11,10 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 
 from tests.support.cachedirs import settings
 from tests.support.stores import small_group
+from zarrcache.cache.cache import Tiers
+from zarrcache.cache.zarr_store import CachedStore, _bounds, open_store
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.stats import Counters
-from zarrcache.store import CachedStore, _bounds, open_store
-from zarrcache.tiers import Tiers
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,10 @@ def test_object_is_read_by_its_name(tmp_path: Path) -> None:
 def test_store_is_its_url_at_its_origin(tmp_path: Path) -> None:
     """Two handles are equal; another endpoint is another store."""
     one, same = (open_store(tmp_path / "mp-1.zarr") for _ in range(2))
-    here, there = (open_store("s3://b/mp-1.zarr", s3_kwargs={"endpoint_url": f"http://{host}"}) for host in ("here", "there"))
+    here, there = (
+        open_store("s3://b/mp-1.zarr", s3_kwargs={"endpoint_url": f"http://{host}"})
+        for host in ("here", "there")
+    )
     assert one == same == pickle.loads(pickle.dumps(one))
     assert hash(one) == hash(same)
     assert here != there
@@ -65,4 +68,7 @@ def test_old_listing_is_an_error_once_and_forgotten(tmp_path: Path) -> None:
     old = CachedStore(origin, "mp-1.zarr", tiers)
     with pytest.raises(IncompleteArrayError, match="changed after it was listed"):
         old.read("charge_density_total/0.0.0")
-    assert CachedStore(origin, "mp-1.zarr", tiers).read("charge_density_total/0.0.0") == b"another length"
+    assert (
+        CachedStore(origin, "mp-1.zarr", tiers).read("charge_density_total/0.0.0")
+        == b"another length"
+    )

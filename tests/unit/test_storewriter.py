@@ -15,18 +15,40 @@ import numpy as np
 import pytest
 
 from tests.support.stores import STRUCTURE, plain_read, random_density, small_group
-from zarrcache import storewriter
+from zarrcache.convert import writer as storewriter
+from zarrcache.convert.writer import (
+    StoreExistsError,
+    encode_store,
+    is_document,
+    publish_store,
+    store_exists,
+    sweep_partials,
+    zipped,
+)
 from zarrcache.errors import ConfigError, SchemaError
-from zarrcache.storewriter import StoreExistsError, encode_store, is_document, publish_store, store_exists, sweep_partials, zipped
 
 TOTAL, DIFF = random_density((9, 8, 7), seed=1), random_density((9, 8, 7), seed=2)
 METADATA = {"task_id": "mp-1", "electrons": 8.0}
 LAYOUTS = [(2, False), (3, False), (2, True), (3, True)]
 
 
-def _write(directory: Path, total: Any = TOTAL, diff: Any = None, *, as_zip: bool = False, overwrite: bool = False, **options: Any) -> Path:
+def _write(
+    directory: Path,
+    total: Any = TOTAL,
+    diff: Any = None,
+    *,
+    as_zip: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
     path = directory / f"mp-1.zarr{'.zip' if as_zip else ''}"
-    objects = encode_store(total, diff, options.pop("structure", STRUCTURE), METADATA, **{"chunks": (4, 4, 4), **options})
+    objects = encode_store(
+        total,
+        diff,
+        options.pop("structure", STRUCTURE),
+        METADATA,
+        **{"chunks": (4, 4, 4), **options},
+    )
     written = publish_store(path, {"": zipped(objects)} if as_zip else objects, overwrite=overwrite)
     assert written == sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
     return path
@@ -36,25 +58,36 @@ def _open(path: Path) -> Any:
     import zarr
     import zarr.storage
 
-    return zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else zarr.storage.LocalStore(path), mode="r")
+    return zarr.open_group(
+        zarr.storage.ZipStore(path, mode="r") if path.is_file() else zarr.storage.LocalStore(path),
+        mode="r",
+    )
 
 
 @pytest.mark.parametrize(("zarr_format", "as_zip"), LAYOUTS)
-def test_zarr_reads_back_what_was_written(tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool) -> None:
+def test_zarr_reads_back_what_was_written(
+    tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool
+) -> None:
     """Arrays, chunks, attributes: in both formats, as a directory and as a zip file."""
     path = _write(tmp_path, diff=DIFF, as_zip=as_zip, zarr_format=zarr_format)
     assert np.array_equal(plain_read(path), TOTAL)
     assert np.array_equal(plain_read(path, "charge_density_diff"), DIFF)
     group = _open(path)
     array = group["charge_density_total"]
-    assert (group.metadata.zarr_format, array.dtype, array.chunks) == (zarr_format, np.dtype("float32"), (4, 4, 4))
+    assert (group.metadata.zarr_format, array.dtype, array.chunks) == (
+        zarr_format,
+        np.dtype("float32"),
+        (4, 4, 4),
+    )
     assert json.loads(group.attrs["structure"]) == STRUCTURE
     assert json.loads(group.attrs["metadata"]) == METADATA
     assert sorted(group.array_keys()) == ["charge_density_diff", "charge_density_total"]
 
 
 @pytest.mark.parametrize(("zarr_format", "as_zip"), LAYOUTS)
-def test_the_users_chunks_are_16_cubed_and_edges_are_cut(tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool) -> None:
+def test_the_users_chunks_are_16_cubed_and_edges_are_cut(
+    tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool
+) -> None:
     """A grid smaller than a chunk along one axis has a chunk of its own size there, in every layout of the users."""
     total = random_density((20, 17, 6))
     path = _write(tmp_path, total, as_zip=as_zip, zarr_format=zarr_format, chunks=(16, 16, 16))
@@ -65,15 +98,21 @@ def test_the_users_chunks_are_16_cubed_and_edges_are_cut(tmp_path: Path, zarr_fo
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_equal_densities_give_equal_bytes(zarr_format: Literal[2, 3]) -> None:
     """So that a conversion done again does not make caches fetch again: ETags are sums of the bytes."""
-    one, other = (encode_store(TOTAL, DIFF, STRUCTURE, METADATA, zarr_format=zarr_format) for _ in range(2))
+    one, other = (
+        encode_store(TOTAL, DIFF, STRUCTURE, METADATA, zarr_format=zarr_format) for _ in range(2)
+    )
     assert list(one.items()) == list(other.items())
     assert zipped(one) == zipped(other)
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_documents_come_after_the_chunks_and_the_group_comes_last(zarr_format: Literal[2, 3]) -> None:
+def test_documents_come_after_the_chunks_and_the_group_comes_last(
+    zarr_format: Literal[2, 3],
+) -> None:
     """The order to publish in: what makes a store visible is written when the rest is there."""
-    keys = list(encode_store(TOTAL, DIFF, STRUCTURE, METADATA, chunks=(4, 4, 4), zarr_format=zarr_format))
+    keys = list(
+        encode_store(TOTAL, DIFF, STRUCTURE, METADATA, chunks=(4, 4, 4), zarr_format=zarr_format)
+    )
     documents = [is_document(key) for key in keys]
     assert documents == sorted(documents)
     assert keys[-1] == {2: ".zgroup", 3: "zarr.json"}[zarr_format]
@@ -90,7 +129,10 @@ def test_numpy_values_in_a_structure_become_plain_ones(tmp_path: Path) -> None:
     """Site properties of pymatgen hold them."""
     structure = {**STRUCTURE, "properties": {"forces": np.eye(2), "energy": np.float64(1.5)}}
     path = _write(tmp_path, structure=structure)
-    assert json.loads(_open(path).attrs["structure"])["properties"] == {"forces": [[1.0, 0.0], [0.0, 1.0]], "energy": 1.5}
+    assert json.loads(_open(path).attrs["structure"])["properties"] == {
+        "forces": [[1.0, 0.0], [0.0, 1.0]],
+        "energy": 1.5,
+    }
 
 
 @pytest.mark.parametrize("as_zip", [False, True])
@@ -103,7 +145,9 @@ def test_a_store_that_is_there_is_left_alone(tmp_path: Path, as_zip: bool) -> No
     _write(tmp_path, DIFF, as_zip=as_zip, overwrite=True)
     assert np.array_equal(plain_read(path), DIFF)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert as_zip or len([p for p in path.rglob("*") if p.is_file()]) == len(encode_store(DIFF, None, STRUCTURE, METADATA, chunks=(4, 4, 4)))
+    assert as_zip or len([p for p in path.rglob("*") if p.is_file()]) == len(
+        encode_store(DIFF, None, STRUCTURE, METADATA, chunks=(4, 4, 4))
+    )
 
 
 def test_what_is_no_store_is_never_replaced(tmp_path: Path) -> None:
@@ -117,7 +161,13 @@ def test_what_is_no_store_is_never_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("as_zip", "overwrite", "call"), [(False, False, "rename"), (True, False, "link"), (False, True, "rename"), (True, True, "replace")]
+    ("as_zip", "overwrite", "call"),
+    [
+        (False, False, "rename"),
+        (True, False, "link"),
+        (False, True, "rename"),
+        (True, True, "replace"),
+    ],
 )
 def test_a_disk_that_takes_no_more_leaves_things_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_zip: bool, overwrite: bool, call: str
@@ -140,9 +190,13 @@ def test_a_disk_that_takes_no_more_leaves_things_as_they_were(
     assert all(np.array_equal(plain_read(tmp_path / name), TOTAL) for name in names)
 
 
-def test_of_two_writers_one_wins_and_the_other_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_writers_one_wins_and_the_other_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both looked, and neither saw the other: the rename decides."""
-    monkeypatch.setattr(storewriter, "_refuse_what_is_there", lambda *_: small_group(tmp_path / "mp-1.zarr"))
+    monkeypatch.setattr(
+        storewriter, "_refuse_what_is_there", lambda *_: small_group(tmp_path / "mp-1.zarr")
+    )
     with pytest.raises(StoreExistsError, match="made by another process meanwhile"):
         _write(tmp_path)
     assert np.array_equal(plain_read(tmp_path / "mp-1.zarr"), random_density((12, 10, 8)))
@@ -150,20 +204,26 @@ def test_of_two_writers_one_wins_and_the_other_is_told(tmp_path: Path, monkeypat
 
 
 def _dead_owner() -> str:
-    code = "from zarrcache.owner import owner_id; print(owner_id())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    code = "from zarrcache.disk._owner import owner_id; print(owner_id())"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _hidden(final: Path, kind: str, owner: str) -> Path:
     machine, pid, start = owner.rsplit(" ", 2)
-    path = final.with_name(f".{final.name}.{kind}-{storewriter._short(machine)}-{pid}-{start}-0123abcd")
+    path = final.with_name(
+        f".{final.name}.{kind}-{storewriter._short(machine)}-{pid}-{start}-0123abcd"
+    )
     small_group(path)
     return path
 
 
-def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
     """Also a day-old one of another machine; a fresh one of another machine may be at work."""
-    from zarrcache.owner import owner_id
+    from zarrcache.disk._owner import owner_id
 
     dead = _hidden(tmp_path / "mp-1.zarr", "partial", _dead_owner())
     alive = _hidden(tmp_path / "mp-2.zarr", "partial", owner_id())
@@ -207,7 +267,9 @@ def test_a_store_that_is_being_written_is_not_there_yet(tmp_path: Path) -> None:
         ({"zarr_format": 1}, "zarr_format is 1; Zarr has the formats 2 and 3"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+def test_a_layout_that_cannot_be_is_refused(
+    tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
     """Before anything is written."""
     with pytest.raises(ConfigError, match=words):
         _write(tmp_path, **options)
@@ -216,5 +278,7 @@ def test_a_layout_that_cannot_be_is_refused(tmp_path: Path, options: dict[str, A
 
 def test_an_array_that_is_not_a_grid_is_refused(tmp_path: Path) -> None:
     """A flat density has lost its shape."""
-    with pytest.raises(SchemaError, match=r"charge_density_total has the shape \(504,\); a density is 3-D"):
+    with pytest.raises(
+        SchemaError, match=r"charge_density_total has the shape \(504,\); a density is 3-D"
+    ):
         _write(tmp_path, TOTAL.reshape(-1))

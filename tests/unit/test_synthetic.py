@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zarrcache.chgcar_files import read_density
+from zarrcache.convert.chgcar import read_density
+from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import ConfigError
-from zarrcache.synthetic import make_pair, write_pairs
 
 pytest.importorskip("pymatgen.core", reason="needs the extra 'convert'")
 
@@ -56,17 +56,23 @@ def test_the_structure_is_one_of_pymatgen() -> None:
 
 
 @pytest.mark.parametrize("form", ["chgcar", "json.gz"])
-def test_written_pairs_are_read_by_the_converter_without_a_complaint(tmp_path: Path, form: str) -> None:
+def test_written_pairs_are_read_by_the_converter_without_a_complaint(
+    tmp_path: Path, form: str
+) -> None:
     """The files are what VASP and the Materials Project write, to the last digit that float32 keeps."""
     task_ids = write_pairs(tmp_path, 2, seed=1, form=form)  # type: ignore[arg-type]
     assert task_ids == ["syn-1-0000", "syn-1-0001"]
     for index, task_id in enumerate(task_ids):
         pair = make_pair(1, index)
         for role, values in (("input", pair.data), ("label", pair.label)):
-            density = read_density(tmp_path / role / f"{task_id}.{'CHGCAR' if form == 'chgcar' else form}")
+            density = read_density(
+                tmp_path / role / f"{task_id}.{'CHGCAR' if form == 'chgcar' else form}"
+            )
             assert density.warnings == ()
             assert np.allclose(density.total, values, rtol=1e-6, atol=0)
-            assert [site["label"] for site in density.structure["sites"]] == [site["label"] for site in pair.structure["sites"]]
+            assert [site["label"] for site in density.structure["sites"]] == [
+                site["label"] for site in pair.structure["sites"]
+            ]
 
 
 def test_the_text_is_what_pymatgen_reads(tmp_path: Path) -> None:

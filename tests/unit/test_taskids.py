@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zarrcache.data.splits import Split, hold_out, ids_of, read_map, read_split, split_ids
 from zarrcache.errors import ConfigError
-from zarrcache.taskids import Split, hold_out, ids_of, read_map, read_split, split_ids
 
 
 def train_test_split(*lists: Any, **how: Any) -> Any:
@@ -28,7 +28,9 @@ MAP = {"GGA": ["mp-3", "mp-1", "mp-2"], "GGA+U": ["mp-9"], "SCAN": []}
 
 @pytest.mark.parametrize("name", ["map.json", "map.json.gz", "map"])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_map_is_read_by_its_content_not_by_its_name(tmp_path: Path, name: str, zipped: bool) -> None:
+def test_map_is_read_by_its_content_not_by_its_name(
+    tmp_path: Path, name: str, zipped: bool
+) -> None:
     """JSON and gzipped JSON, whatever the file is called: browsers and rsync change names."""
     raw = json.dumps(MAP).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if zipped else raw)
@@ -36,7 +38,9 @@ def test_map_is_read_by_its_content_not_by_its_name(tmp_path: Path, name: str, z
     assert read_map(str(tmp_path / name)) == MAP
 
 
-def test_map_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_map_in_the_home_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``~`` is expanded, as a shell would do before the users' reader sees it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "map.json").write_text(json.dumps(MAP))
@@ -53,19 +57,27 @@ def test_ids_keep_the_order_of_the_map() -> None:
 @pytest.mark.parametrize("n", [2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("train_fraction", [0.5, 0.6, 0.8, 1])
 @pytest.mark.parametrize("random_state", [0, 42, 2**32 - 1])
-def test_split_is_the_one_of_the_loaded_lists(n: int, train_fraction: float, random_state: int) -> None:
+def test_split_is_the_one_of_the_loaded_lists(
+    n: int, train_fraction: float, random_state: int
+) -> None:
     """The users split four lists of loaded arrays; the ids come out with the same members in the same order."""
     ids = [f"mp-{i}" for i in np.random.default_rng(n).permutation(n)]
     arrays = [np.full(3, i) for i in range(n)]
     sizes = [(i, i, i) for i in range(n)]
-    theirs = train_test_split(arrays, arrays, sizes, sizes, train_size=train_fraction, random_state=random_state)
+    theirs = train_test_split(
+        arrays, arrays, sizes, sizes, train_size=train_fraction, random_state=random_state
+    )
     train, test = split_ids(ids, train_fraction, random_state)
     assert train == [ids[a[0]] for a in theirs[0]]
     assert test == [ids[a[0]] for a in theirs[1]]
     assert sorted(train + test) == sorted(ids)
 
 
-@pytest.mark.parametrize("random_state", [None, np.int64(7), np.random.RandomState(7), 7], ids=["none", "numpy", "generator", "int"])
+@pytest.mark.parametrize(
+    "random_state",
+    [None, np.int64(7), np.random.RandomState(7), 7],
+    ids=["none", "numpy", "generator", "int"],
+)
 def test_any_seed_of_scikit_learn_draws_what_it_draws(random_state: Any) -> None:
     """Without one, from numpy's own generator; sizes that a fraction hits just so, or misses by a rounding."""
     for n in range(2, 60):
@@ -74,18 +86,32 @@ def test_any_seed_of_scikit_learn_draws_what_it_draws(random_state: Any) -> None
             if int(train_fraction * n) == 0:
                 continue
             drawn = []
-            for split in (train_test_split, lambda ids, train_size, random_state: split_ids(ids, train_size, random_state)):
+            for split in (
+                train_test_split,
+                lambda ids, train_size, random_state: split_ids(ids, train_size, random_state),
+            ):
                 np.random.seed(n)
-                state = np.random.RandomState(3) if isinstance(random_state, np.random.RandomState) else random_state
-                drawn.append(tuple(map(tuple, split(ids, train_size=train_fraction, random_state=state))))
+                state = (
+                    np.random.RandomState(3)
+                    if isinstance(random_state, np.random.RandomState)
+                    else random_state
+                )
+                drawn.append(
+                    tuple(map(tuple, split(ids, train_size=train_fraction, random_state=state)))
+                )
             assert drawn[0] == drawn[1], (n, train_fraction)
 
 
 def test_a_split_takes_no_import_of_seconds() -> None:
     """scikit-learn and scipy are for those who have to be told what is wrong."""
-    code = "import sys, zarrcache.taskids as t; t.split_ids(['a', 'b', 'c'], 0.5, 42); t.hold_out(['a', 'b', 'c'], ['d'], 0.5, 42); "
+    code = "import sys, zarrcache.data.splits as t; t.split_ids(['a', 'b', 'c'], 0.5, 42); t.hold_out(['a', 'b', 'c'], ['d'], 0.5, 42); "
     code += "print(sorted({'sklearn', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_same_seed_gives_the_same_split_and_another_seed_another() -> None:
@@ -101,8 +127,13 @@ def test_whole_number_is_a_number_of_materials() -> None:
     assert (len(train), len(test)) == (3, 7)
 
 
-@pytest.mark.parametrize(("n", "train_fraction"), [(0, 0.8), (1, 0.8), (5, 0.0), (5, 1.0), (5, 1.5), (5, -0.5), (5, 6), (5, "most")])
-def test_split_that_cannot_be_made_says_so_in_scikit_learns_words(n: int, train_fraction: Any) -> None:
+@pytest.mark.parametrize(
+    ("n", "train_fraction"),
+    [(0, 0.8), (1, 0.8), (5, 0.0), (5, 1.0), (5, 1.5), (5, -0.5), (5, 6), (5, "most")],
+)
+def test_split_that_cannot_be_made_says_so_in_scikit_learns_words(
+    n: int, train_fraction: Any
+) -> None:
     """They are what the users' tests look for; a sentence on what to do follows."""
     ids = [f"mp-{i}" for i in range(n)]
     with pytest.raises(ValueError, match="train_size") as theirs:
@@ -110,10 +141,16 @@ def test_split_that_cannot_be_made_says_so_in_scikit_learns_words(n: int, train_
     with pytest.raises(ConfigError) as ours:
         split_ids(ids, train_fraction, 42)
     assert str(ours.value).startswith(str(theirs.value))
-    assert str(ours.value).endswith("No task id of the functional has both stores." if n == 0 else "Change train_fraction, or give more materials.")
+    assert str(ours.value).endswith(
+        "No task id of the functional has both stores."
+        if n == 0
+        else "Change train_fraction, or give more materials."
+    )
 
 
-@pytest.mark.parametrize(("val_frac", "count"), [(0.005, 1), (0.1, 10), (0.07, 7), (0.101, 11), (0, 0)])
+@pytest.mark.parametrize(
+    ("val_frac", "count"), [(0.005, 1), (0.1, 10), (0.07, 7), (0.101, 11), (0, 0)]
+)
 def test_validation_ids_are_a_share_of_the_training_ids(val_frac: float, count: int) -> None:
     """Rounded up; nobody is lost, and the test ids are left alone."""
     train = [f"mp-{number}" for number in range(100)]
@@ -147,7 +184,9 @@ def test_a_split_file_names_its_ids_by_their_places(tmp_path: Path, zipped: bool
         ([0, 1], "holds a list"),
     ],
 )
-def test_a_split_file_that_cannot_be_meant_is_refused_with_what_is_wrong(tmp_path: Path, content: Any, message: str) -> None:
+def test_a_split_file_that_cannot_be_meant_is_refused_with_what_is_wrong(
+    tmp_path: Path, content: Any, message: str
+) -> None:
     """A sample that is trained and tested on is found before it flatters the result."""
     (tmp_path / "split.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):

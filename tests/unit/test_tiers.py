@@ -10,15 +10,17 @@ import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
 from tests.support.stores import small_group
+from zarrcache.cache.cache import Tiers
 from zarrcache.stats import Counters
-from zarrcache.tiers import Tiers
 
 
 def test_same_arguments_give_the_same_origin(tmp_path: Path) -> None:
     """It has connections."""
     tiers = Tiers(None, Counters())
     assert tiers.origin(str(tmp_path)) is tiers.origin(str(tmp_path))
-    assert tiers.origin("s3://b/x", {"key": "a", "secret": "b"}) is not tiers.origin("s3://b/x", {"key": "a", "secret": "c"})
+    assert tiers.origin("s3://b/x", {"key": "a", "secret": "b"}) is not tiers.origin(
+        "s3://b/x", {"key": "a", "secret": "c"}
+    )
 
 
 def test_without_a_cache_there_are_no_tiers(tmp_path: Path) -> None:
@@ -59,7 +61,9 @@ def test_listing_is_kept_by_origin_and_name(tmp_path: Path, arrays: bool) -> Non
     assert tiers.stored_listing(one, "") is None
 
 
-def test_unusable_directory_is_no_listing_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_directory_is_no_listing_and_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The origin is asked instead."""
     (tmp_path / "cache").write_text("in the way")
     tiers = Tiers(settings(tmp_path), Counters())

@@ -9,8 +9,8 @@ import pytest
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_warm, verify
-from zarrcache.registry import open_reader
-from zarrcache.scope import cache_at
+from zarrcache.data.reader import open_reader
+from zarrcache.ops.selection import cache_at
 
 
 @pytest.fixture
@@ -25,7 +25,10 @@ def warm(tmp_path: Path) -> DataConfig:
 
 def files(tmp_path: Path, tier: str) -> list[Path]:
     """Files of a tier, the largest payload first."""
-    return sorted((tmp_path / "cache" / "zarrcache-v1" / tier).glob("*/*"), key=lambda path: -path.stat().st_size)
+    return sorted(
+        (tmp_path / "cache" / "zarrcache-v1" / tier).glob("*/*"),
+        key=lambda path: -path.stat().st_size,
+    )
 
 
 def flip(path: Path, offset: int) -> None:
@@ -45,8 +48,13 @@ def test_a_good_cache_has_nothing_to_report(warm: DataConfig, tmp_path: Path) ->
     assert verify(cache_at(tmp_path / "cache")).entries == count
 
 
-@pytest.mark.parametrize(("tier", "offset", "words"), [("entries", -1, "checksum"), ("entries", 30, "header checksum"), ("bytes", 0, "checksum")])
-def test_one_flipped_bit_is_found_and_the_entry_dropped(warm: DataConfig, tmp_path: Path, tier: str, offset: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("tier", "offset", "words"),
+    [("entries", -1, "checksum"), ("entries", 30, "header checksum"), ("bytes", 0, "checksum")],
+)
+def test_one_flipped_bit_is_found_and_the_entry_dropped(
+    warm: DataConfig, tmp_path: Path, tier: str, offset: int, words: str
+) -> None:
     """In a payload, a header or an object; the file is gone afterwards, and a second look finds nothing."""
     victim = files(tmp_path, tier)[0]
     flip(victim, offset)
@@ -61,14 +69,18 @@ def test_one_flipped_bit_is_found_and_the_entry_dropped(warm: DataConfig, tmp_pa
 
 def test_a_swapped_file_is_found(warm: DataConfig, tmp_path: Path) -> None:
     """A whole entry of another density under this one's name has a good checksum and another identity."""
-    one, other = [path for path in files(tmp_path, "entries") if path.stat().st_size > 4096 + 400][:2]
+    one, other = [path for path in files(tmp_path, "entries") if path.stat().st_size > 4096 + 400][
+        :2
+    ]
     one.write_bytes(other.read_bytes())
     report = verify(warm)
     assert [Path(problem.file).name for problem in report.corrupt] == [one.name]
     assert "it holds" in report.corrupt[0].why
 
 
-def test_entries_without_files_and_files_without_entries_go(warm: DataConfig, tmp_path: Path) -> None:
+def test_entries_without_files_and_files_without_entries_go(
+    warm: DataConfig, tmp_path: Path
+) -> None:
     """A lost file is reported as damage, a stray file as found; the file of a writer at work would be announced, and stays."""
     lost = files(tmp_path, "entries")[0]
     lost.unlink()

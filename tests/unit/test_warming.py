@@ -12,12 +12,13 @@ import pytest
 
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
-from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm, workpool
-from zarrcache.cliwords import warm_words
-from zarrcache.codec import read_header
-from zarrcache.quantities import parse_bytes
-from zarrcache.registry import open_reader
-from zarrcache.status import look
+from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
+from zarrcache._units import parse_bytes
+from zarrcache.cli.format import warm_words
+from zarrcache.data.reader import open_reader
+from zarrcache.disk.entry import read_header
+from zarrcache.ops.status import look
+from zarrcache.parallel import pool as workpool
 
 
 @pytest.fixture
@@ -38,13 +39,19 @@ def settings(config: DataConfig, **cache: object) -> DataConfig:
     return config.model_copy(update={"cache": config.cache.model_copy(update=cache)})
 
 
-def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(config: DataConfig, tmp_path: Path) -> None:
+def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """Requests are one LIST a density and one GET an object; the ids of the map that have no store are named."""
     plan = plan_warm(config)
     assert plan.task_ids == ("mp-0", "mp-1", "mp-2", "mp-3")
     assert plan.missing == ("mp-absent",)
     estimate = plan.estimate()
-    files = [path for role in ("data", "label") for path in (tmp_path / role).glob("*/charge_density_total/*")]
+    files = [
+        path
+        for role in ("data", "label")
+        for path in (tmp_path / role).glob("*/charge_density_total/*")
+    ]
     files = [path for path in files if path.name != ".zattrs"]
     assert (estimate.fresh, estimate.to_fetch, estimate.failed) == (0, 8, ())
     assert estimate.requests == 8 + len(files)
@@ -53,30 +60,56 @@ def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(config
 
 
 @pytest.mark.parametrize("cache", [{"revalidate": "run"}, {"revalidate": "epoch"}, {}])
-def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(config: DataConfig, cache: dict[str, object]) -> None:
+def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(
+    config: DataConfig, cache: dict[str, object]
+) -> None:
     """The second run, if it is to ask the origin, lists the directories and each density once, and reads no object."""
     config, revalidate = settings(config, **cache), None if cache else True
     report = plan_warm(config).execute()
-    assert (report.ids, report.warm, report.fresh, report.failed, report.bypassed) == (4, 4, 0, (), ())
+    assert (report.ids, report.warm, report.fresh, report.failed, report.bypassed) == (
+        4,
+        4,
+        0,
+        (),
+        (),
+    )
     assert report.nbytes == 8 * 6 * 5 * 4 * 4
     assert report.is_good
     again = plan_warm(config, revalidate=revalidate)
     assert again.reader.stats.requests == 2
     assert again.estimate().fresh == 8
     report = again.execute()
-    assert (report.warm, report.fresh, report.stats.fetched_bytes, report.stats.requests) == (4, 4, 0, 8)
+    assert (report.warm, report.fresh, report.stats.fetched_bytes, report.stats.requests) == (
+        4,
+        4,
+        0,
+        8,
+    )
 
 
-def test_what_is_warm_costs_no_request_with_revalidate_never(config: DataConfig, tmp_path: Path) -> None:
+def test_what_is_warm_costs_no_request_with_revalidate_never(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """Planned, estimated and executed without the origin; what is missing is fetched, and nothing else is asked for."""
     write_map(tmp_path, 4)
     plan_warm(config).execute()
     for role in ("data", "label"):
         (tmp_path / role).rename(tmp_path / f"{role}-gone")
     plan = plan_warm(config)
-    assert (len(plan.task_ids), plan.trusted, plan.densities, plan.estimate().fresh) == (4, 8, (), 8)
+    assert (len(plan.task_ids), plan.trusted, plan.densities, plan.estimate().fresh) == (
+        4,
+        8,
+        (),
+        8,
+    )
     report = plan.execute()
-    assert (report.warm, report.fresh, report.untried, report.is_good, report.stats.requests) == (4, 4, 0, True, 0)
+    assert (report.warm, report.fresh, report.untried, report.is_good, report.stats.requests) == (
+        4,
+        4,
+        0,
+        True,
+        0,
+    )
     assert report.disk_bytes == report.needed_bytes == 8 * 8192
     assert 8 * 480 <= report.nbytes <= 8 * 4096
     assert plan.reader.stats.requests == 0
@@ -121,27 +154,41 @@ def test_what_was_trusted_and_is_gone_by_the_end_is_not_said_to_be_warm(config: 
     assert (report.warm, report.bypassed, report.untried) == (3, ("mp-1",), 0)
 
 
-def test_an_id_that_the_stored_listing_lacks_is_looked_for(config: DataConfig, tmp_path: Path) -> None:
+def test_an_id_that_the_stored_listing_lacks_is_looked_for(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """In the map, or given by name: it may have been uploaded since. That lists the directories, and asks for nothing that is warm."""
     write_map(tmp_path, 4)
     plan_warm(config).execute()
     write_pairs(tmp_path, 5)
     write_map(tmp_path, 5)
     plan = plan_warm(config)
-    assert (plan.missing, plan.densities, plan.reader.stats.requests) == ((), (("mp-4", "data"), ("mp-4", "label")), 2)
+    assert (plan.missing, plan.densities, plan.reader.stats.requests) == (
+        (),
+        (("mp-4", "data"), ("mp-4", "label")),
+        2,
+    )
     write_pairs(tmp_path, 6)
     plan = plan_warm(config, ids=["mp-0", "mp-5"])
     assert (plan.densities, plan.trusted) == ((("mp-5", "data"), ("mp-5", "label")), 2)
     assert plan.execute().warm == 2
 
 
-def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(config: DataConfig) -> None:
+def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(
+    config: DataConfig,
+) -> None:
     """One LIST and one fetch an id, and its bytes are said once."""
     same = config.model_copy(update={"label_dir": config.data_dir})
     plan = plan_warm(same)
     assert plan.roles == ("data",)
     report = plan.execute()
-    assert (report.warm, report.nbytes, report.disk_bytes, report.stats.misses, report.stats.hits) == (4, 4 * 480, 4 * 8192, 4, 0)
+    assert (
+        report.warm,
+        report.nbytes,
+        report.disk_bytes,
+        report.stats.misses,
+        report.stats.hits,
+    ) == (4, 4 * 480, 4 * 8192, 4, 0)
     report = plan_warm(same, revalidate=True).execute()
     assert (report.warm, report.fresh, report.nbytes) == (4, 4, 4 * 480)
 
@@ -149,7 +196,9 @@ def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(config:
 def test_what_the_origin_changed_is_fetched_again(config: DataConfig, tmp_path: Path) -> None:
     """Only the one store, and a reader that trusts its cache sees the new values. Without being told to ask, nobody notices."""
     plan_warm(config).execute()
-    new = small_group(tmp_path / "label" / "mp-2.zarr", shape=(6, 5, 4), seed=77)["charge_density_total"]
+    new = small_group(tmp_path / "label" / "mp-2.zarr", shape=(6, 5, 4), seed=77)[
+        "charge_density_total"
+    ]
     assert plan_warm(config).densities == ()
     plan = plan_warm(config, revalidate=True)
     assert (plan.estimate().fresh, plan.estimate().to_fetch) == (7, 1)
@@ -159,7 +208,9 @@ def test_what_the_origin_changed_is_fetched_again(config: DataConfig, tmp_path: 
     assert reader.stats.requests == 0
 
 
-def test_a_new_id_is_found_although_the_listing_is_stored(config: DataConfig, tmp_path: Path) -> None:
+def test_a_new_id_is_found_although_the_listing_is_stored(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """Warm lists the directories anew, and a run without the origin then knows the new id."""
     plan_warm(config).execute()
     write_pairs(tmp_path, 5)
@@ -169,7 +220,9 @@ def test_a_new_id_is_found_although_the_listing_is_stored(config: DataConfig, tm
     assert len(open_reader(config).task_ids) == 5
 
 
-def test_a_damaged_store_is_named_and_the_others_are_warm(config: DataConfig, tmp_path: Path) -> None:
+def test_a_damaged_store_is_named_and_the_others_are_warm(
+    config: DataConfig, tmp_path: Path
+) -> None:
     """The error has the URL of the chunk, and the run goes on."""
     chunk = tmp_path / "data" / "mp-1.zarr" / "charge_density_total" / "0.0.0"
     chunk.write_bytes(b"not a chunk")
@@ -181,7 +234,10 @@ def test_a_damaged_store_is_named_and_the_others_are_warm(config: DataConfig, tm
 
 def test_ids_of_a_split_and_ids_by_name(config: DataConfig) -> None:
     """Train and test make up all; an id by name need not be in the map; both together are refused."""
-    train, test = plan_warm(config, split="train").task_ids, plan_warm(config, split="test").task_ids
+    train, test = (
+        plan_warm(config, split="train").task_ids,
+        plan_warm(config, split="test").task_ids,
+    )
     assert (list(train), list(test)) == open_reader(config).split_task_ids()
     report = plan_warm(config, ids=["mp-3", "mp-3", "mp-77"]).execute()
     assert (report.ids, report.warm, report.failed_ids) == (2, 1, ("mp-77",))
@@ -197,7 +253,9 @@ def test_it_stops_when_so_many_bytes_are_warm(config: DataConfig) -> None:
     assert (report.warm, report.untried, report.is_good) == (2, 2, True)
 
 
-def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(
+    tmp_path: Path,
+) -> None:
     """Room for a few of sixteen: after three that did not fit, the others are only listed."""
     write_pairs(tmp_path, 8, chunks=(6, 5, 4))
     config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192))
@@ -220,7 +278,10 @@ def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: 
     report = plan.execute()
     assert (report.warm, report.disk_bytes, report.needed_bytes) == (0, 0, 4 * 8192)
     assert report.beside_bytes == 2 * 8192
-    assert "All ids and what else is in the cache take about 48.0 KiB on disk: raise cache.limit" in warm_words(plan, report)[1][0]
+    assert (
+        "All ids and what else is in the cache take about 48.0 KiB on disk: raise cache.limit"
+        in warm_words(plan, report)[1][0]
+    )
     assert (
         "is reached, and training will read the rest from the origin in every epoch. Raise cache.limit"
         in (warm_words(plan, replace(report, needed_bytes=0))[1][0])
@@ -230,30 +291,43 @@ def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: 
 @pytest.mark.parametrize(("limit", "min_free"), [("256 KiB", 0), ("4 KiB", 0), ("1 GiB", "99.9 %")])
 @pytest.mark.parametrize("layout", [{}, {"as_zip": True}])
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_limit_that_is_advised_is_enough(tmp_path: Path, limit: str, min_free: object, layout: dict[str, Any], workers: int) -> None:
+def test_the_limit_that_is_advised_is_enough(
+    tmp_path: Path, limit: str, min_free: object, layout: dict[str, Any], workers: int
+) -> None:
     """However much larger those are that were not tried."""
     for number in range(6):
         for role in ("data", "label"):
             path = tmp_path / role / f"mp-{number}.zarr{'.zip' if layout else ''}"
             small_group(path, shape=(8 * (number + 1), 20, 20), seed=number, **layout)
     write_map(tmp_path, 6)
-    plan = plan_warm(DataConfig.from_yaml(write_config(tmp_path, limit=limit, min_free=min_free)), workers=workers)
+    plan = plan_warm(
+        DataConfig.from_yaml(write_config(tmp_path, limit=limit, min_free=min_free)),
+        workers=workers,
+    )
     report = plan.execute()
     assert len(report.bypassed) >= 3
     (words,) = warm_words(plan, report)[1]
     advised = parse_bytes(words.partition("take about ")[2].partition(" on disk")[0])
-    again = plan_warm(DataConfig.from_yaml(write_config(tmp_path, limit=advised)), workers=workers).execute()
+    again = plan_warm(
+        DataConfig.from_yaml(write_config(tmp_path, limit=advised)), workers=workers
+    ).execute()
     assert (again.warm, again.bypassed) == (6, ())
     assert again.disk_bytes == report.needed_bytes
     assert advised <= 1.1 * (again.disk_bytes + 2 * 8192)
 
 
-def test_of_many_that_did_not_fit_some_are_measured(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_that_did_not_fit_some_are_measured(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And all are said to take rather more than those in the mean."""
-    monkeypatch.setattr("zarrcache.warming._MEASURED", 3)
+    monkeypatch.setattr("zarrcache.ops.warm._MEASURED", 3)
     for number in range(8):
         for role in ("data", "label"):
-            small_group(tmp_path / role / f"mp-{number}.zarr", shape=(8 + 2 * (number % 2), 20, 20), seed=number)
+            small_group(
+                tmp_path / role / f"mp-{number}.zarr",
+                shape=(8 + 2 * (number % 2), 20, 20),
+                seed=number,
+            )
     write_map(tmp_path, 8)
     plan = plan_warm(settings(config, limit=4096), workers=1)
     needed = plan.execute().needed_bytes
@@ -264,7 +338,9 @@ def test_of_many_that_did_not_fit_some_are_measured(config: DataConfig, tmp_path
 def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
     """With ``least-recently-stored`` and too small a limit, late entries push out early ones; the report agrees with the disk."""
     write_pairs(tmp_path, 5)
-    config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored"))
+    config = DataConfig.from_yaml(
+        write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored")
+    )
     report = plan_warm(config, workers=1).execute()
     covered = look(config).coverage
     assert covered is not None
@@ -278,7 +354,9 @@ def test_two_processes_do_the_same_as_one(config: DataConfig) -> None:
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 0)
 
 
-def test_one_worker_is_this_process_however_much_there_is_to_do(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_worker_is_this_process_however_much_there_is_to_do(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No process is started that could fail."""
     monkeypatch.setattr(workpool, "Interpreter", None)
     plan = plan_warm(config, workers=1)
@@ -299,10 +377,15 @@ def test_a_reader_can_be_warmed_too(config: DataConfig) -> None:
     ("change", "words"),
     [
         ({"cache": None}, "no cache block"),
-        ({"functional": "r2SCAN"}, r"Functional 'r2SCAN' not found in mapping. Available: \['GGA'\]"),
+        (
+            {"functional": "r2SCAN"},
+            r"Functional 'r2SCAN' not found in mapping. Available: \['GGA'\]",
+        ),
     ],
 )
-def test_a_config_that_cannot_be_warmed_is_refused(config: DataConfig, change: dict[str, object], words: str) -> None:
+def test_a_config_that_cannot_be_warmed_is_refused(
+    config: DataConfig, change: dict[str, object], words: str
+) -> None:
     """With the words that say what to change."""
     with pytest.raises(ConfigError, match=words):
         plan_warm(config.model_copy(update=change))
@@ -315,7 +398,9 @@ def test_a_cache_that_cannot_be_filled_is_refused(config: DataConfig, tmp_path: 
         plan_warm(settings(config, dir=tmp_path / "file" / "cache"))
     assert config.cache is not None
     with pytest.raises(ConfigError, match=r"cache\.arrays\.enabled is false"):
-        plan_warm(settings(config, arrays=config.cache.arrays.model_copy(update={"enabled": False})))
+        plan_warm(
+            settings(config, arrays=config.cache.arrays.model_copy(update={"enabled": False}))
+        )
     with pytest.raises(ConfigError, match="the reader has no cache"):
         plan_warm(ZarrS3Reader(config.data_dir, config.label_dir, config.map_dir, "GGA", True, 0.5))
     with pytest.raises(ConfigError, match="whole number from 1"):

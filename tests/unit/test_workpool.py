@@ -21,8 +21,8 @@ import pytest
 
 from tests.support.processes import interpreters
 from zarrcache.errors import ConfigError
-from zarrcache.signals import ending_in_order
-from zarrcache.workpool import Died, Reserve, spread
+from zarrcache.parallel.pool import Died, Reserve, spread
+from zarrcache.parallel.signals import ending_in_order
 
 
 def _double(n: int, reserve: Reserve) -> int:
@@ -131,7 +131,9 @@ def test_every_item_gets_its_result() -> None:
 def test_an_item_that_kills_its_process_is_named_and_the_others_go_on() -> None:
     """Killed once beside others and once alone, it is given up; the signal is said."""
     results = dict(spread(_die_of_seven, range(12), 2))
-    assert {n: result for n, result in results.items() if n != 7} == {n: 2 * n for n in range(12) if n != 7}
+    assert {n: result for n, result in results.items() if n != 7} == {
+        n: 2 * n for n in range(12) if n != 7
+    }
     assert results[7] == Died(-signal.SIGKILL)
     assert str(results[7]) == "SIGKILL, perhaps for lack of memory"
 
@@ -153,25 +155,36 @@ def test_processes_that_cannot_begin_are_one_error_and_no_endless_loop() -> None
 
 def _run(script: Path, text: str) -> subprocess.CompletedProcess[str]:
     script.write_text(text)
-    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     """What it does it does once, and what it has imported no process imports again."""
-    text = "import operator\nfrom zarrcache.workpool import spread\nfound = spread(operator.is_, [b'', bytes(5_000_000)], 2)\n"
-    done = _run(tmp_path / "script.py", f"print('imported')\n{text}print([result for _, result in found])\n")
+    text = "import operator\nfrom zarrcache.parallel.pool import spread\nfound = spread(operator.is_, [b'', bytes(5_000_000)], 2)\n"
+    done = _run(
+        tmp_path / "script.py", f"print('imported')\n{text}print([result for _, result in found])\n"
+    )
     assert (done.stdout, done.stderr) == ("imported\n[False, False]\n", "")
 
 
 def test_a_directory_may_be_named_like_a_main_module(tmp_path: Path) -> None:
     """Work refers to the script by its module's name, not by any text that holds it."""
-    text = "import functools, operator\nfrom zarrcache.workpool import spread\nf = functools.partial(print, '/data/domain__pbe')\n"
-    done = _run(tmp_path / "script.py", f"print('imported', flush=True)\n{text}print([kind for _, kind in spread(f, [1], 1)])\n")
-    assert (done.stdout.count("imported"), done.stdout.count("domain__pbe"), done.stderr) == (1, 1, "")
+    text = "import functools, operator\nfrom zarrcache.parallel.pool import spread\nf = functools.partial(print, '/data/domain__pbe')\n"
+    done = _run(
+        tmp_path / "script.py",
+        f"print('imported', flush=True)\n{text}print([kind for _, kind in spread(f, [1], 1)])\n",
+    )
+    assert (done.stdout.count("imported"), done.stdout.count("domain__pbe"), done.stderr) == (
+        1,
+        1,
+        "",
+    )
 
 
 SCRIPT = """
-from zarrcache.workpool import spread
+from zarrcache.parallel.pool import spread
 def double(n, reserve):
     return 2 * n
 """
@@ -199,13 +212,25 @@ def test_a_spawned_process_spreads_functions_of_its_script(tmp_path: Path) -> No
 def test_workers_have_the_flags_of_the_interpreter(tmp_path: Path) -> None:
     """Of ``python -O`` and ``-W``, as those of multiprocessing have."""
     script = tmp_path / "script.py"
-    report = "def flags(n, reserve):\n    import sys\n    return sys.flags.optimize, sys.warnoptions\n"
-    script.write_text(f"{SCRIPT}{report}if __name__ == '__main__':\n    print(list(spread(flags, [0], 1)))\n")
-    done = subprocess.run([sys.executable, "-O", "-Wignore", script], capture_output=True, text=True, timeout=120, check=False)
+    report = (
+        "def flags(n, reserve):\n    import sys\n    return sys.flags.optimize, sys.warnoptions\n"
+    )
+    script.write_text(
+        f"{SCRIPT}{report}if __name__ == '__main__':\n    print(list(spread(flags, [0], 1)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-Wignore", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.stdout, done.stderr) == ("[(0, (1, ['ignore']))]\n", "")
 
 
-def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_in_the_working_directory_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of notes that is called like a module of Python."""
     (tmp_path / "socket.py").write_text("raise ImportError('of mine')")
     monkeypatch.chdir(tmp_path)
@@ -230,14 +255,20 @@ def test_where_few_processes_can_be_started_these_do_it(caplog: pytest.LogCaptur
     """And one that cannot be started does not lose what the others do."""
     with _descriptors(12):
         assert sorted(spread(_double, range(8), 6)) == [(n, 2 * n) for n in range(8)]
-    assert ["worker processes instead of 6" in record.getMessage() for record in caplog.records] == [True]
+    assert [
+        "worker processes instead of 6" in record.getMessage() for record in caplog.records
+    ] == [True]
     with _descriptors(3), pytest.raises(ConfigError, match="No worker process can be started"):
         list(spread(_double, range(8), 6))
     assert interpreters() == []
 
 
-@pytest.mark.parametrize("kill", ["kill -INT $PPID", "kill -INT $PPID; kill -TERM $PPID"], ids=["Ctrl-C", "and SIGTERM"])
-def test_interrupted_while_a_process_starts_nothing_of_it_stays(kill: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "kill", ["kill -INT $PPID", "kill -INT $PPID; kill -TERM $PPID"], ids=["Ctrl-C", "and SIGTERM"]
+)
+def test_interrupted_while_a_process_starts_nothing_of_it_stays(
+    kill: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Ctrl-C between the start and its settings: the signal goes to whichever thread does not hold it back."""
     executable, until_told = tmp_path / "python", threading.Event()
     executable.write_text(f'#!/bin/sh\n{kill}\nsleep 0.2\nexec {sys.executable} "$@"\n')
@@ -261,7 +292,9 @@ def test_interrupted_while_a_process_starts_nothing_of_it_stays(kill: str, tmp_p
 
 def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
     """Two processes that are at work for sure."""
-    outcomes = spread(_work_until_told, [f"see:{directory}", str(directory), str(directory)], 3, **options)
+    outcomes = spread(
+        _work_until_told, [f"see:{directory}", str(directory), str(directory)], 3, **options
+    )
     assert next(outcomes) == (f"see:{directory}", None)
     return outcomes
 
@@ -281,7 +314,9 @@ def _told_later(directory: Path) -> None:
     (directory / "go").touch()
 
 
-def test_what_a_process_finishes_may_still_use_threads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_process_finishes_may_still_use_threads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its interpreter has not begun to end: from then on no executor would take work, and a store would fail in its middle."""
     outcomes = spread(_work_through_a_pool, [f"see:{tmp_path}", str(tmp_path), str(tmp_path)], 3)
     assert next(outcomes) == (f"see:{tmp_path}", None)
@@ -328,7 +363,14 @@ def test_the_memory_of_all_processes_together_has_a_budget(tmp_path: Path) -> No
 
 def test_who_waits_for_memory_ends_when_nobody_wants_the_rest(tmp_path: Path) -> None:
     """At once, and without having begun; the one that has it finishes."""
-    outcomes = spread(_hold_until_told, [str(tmp_path), str(tmp_path), f"see:{tmp_path}"], 1, lanes=3, budget_bytes=0, stop_s=250)
+    outcomes = spread(
+        _hold_until_told,
+        [str(tmp_path), str(tmp_path), f"see:{tmp_path}"],
+        1,
+        lanes=3,
+        budget_bytes=0,
+        stop_s=250,
+    )
     assert next(outcomes) == (f"see:{tmp_path}", None)
     (tmp_path / "go").touch()
     outcomes.close()

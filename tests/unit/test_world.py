@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.world import World
+from zarrcache.parallel.topology import World
 
 #: Of what srun starts; a batch script itself has all the others.
 STEP = {"SLURM_STEP_ID": "0"}
@@ -17,23 +17,49 @@ STEP = {"SLURM_STEP_ID": "0"}
     ("environ", "place"),
     [
         pytest.param({}, (0, 1, 0, 1, 0), id="nothing"),
-        pytest.param({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 2, 1), id="torchrun"),
+        pytest.param(
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+            (5, 8, 1, 2, 1),
+            id="torchrun",
+        ),
         pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 0, 1, 1), id="by hand"),
         pytest.param(
-            {**STEP, "SLURM_PROCID": "9", "SLURM_NTASKS": "12", "SLURM_TASKS_PER_NODE": "4(x2),3,1", "SLURM_NODEID": "2"},
+            {
+                **STEP,
+                "SLURM_PROCID": "9",
+                "SLURM_NTASKS": "12",
+                "SLURM_TASKS_PER_NODE": "4(x2),3,1",
+                "SLURM_NODEID": "2",
+            },
             (9, 12, 2, 4, 1),
             id="slurm",
         ),
-        pytest.param({**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}, (0, 1, 0, 1, 0), id="a shell of slurm's"),
-        pytest.param({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0, 1, 0), id="a batch script of slurm's, without srun"),
         pytest.param(
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+            {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"},
+            (0, 1, 0, 1, 0),
+            id="a shell of slurm's",
+        ),
+        pytest.param(
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+            (0, 1, 0, 1, 0),
+            id="a batch script of slurm's, without srun",
+        ),
+        pytest.param(
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_WORLD_SIZE": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+            },
             (3, 4, 1, 2, 1),
             id="torchrun in slurm",
         ),
     ],
 )
-def test_the_variables_say_where_a_process_is(environ: dict[str, str], place: tuple[int, ...]) -> None:
+def test_the_variables_say_where_a_process_is(
+    environ: dict[str, str], place: tuple[int, ...]
+) -> None:
     """Rank, ranks, node, nodes, place on the node."""
     world = World.of_environment(environ)
     assert (world.rank, world.ranks, world.node, world.nodes, world.local_rank) == place
@@ -54,10 +80,26 @@ def test_torch_is_right_where_the_variables_are_not() -> None:
         (lambda: World(0, (1, 1)), "numbered from 0"),
         (lambda: World.even(0, 5, 2), "cannot be shared out evenly"),
         (lambda: World.of_environment({"RANK": "x", "WORLD_SIZE": "2"}), "RANK is 'x'"),
-        (lambda: World.of_environment({"RANK": "0", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2"}), "nodes of unequal size"),
-        (lambda: World.of_environment({**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "two"}), "8(x4) or 8,4"),
         (
-            lambda: World.of_environment({**STEP, "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"}),
+            lambda: World.of_environment({"RANK": "0", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2"}),
+            "nodes of unequal size",
+        ),
+        (
+            lambda: World.of_environment(
+                {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "two"}
+            ),
+            "8(x4) or 8,4",
+        ),
+        (
+            lambda: World.of_environment(
+                {
+                    **STEP,
+                    "SLURM_PROCID": "1",
+                    "SLURM_NTASKS": "4",
+                    "SLURM_TASKS_PER_NODE": "2(x2)",
+                    "SLURM_NODEID": "1",
+                }
+            ),
             "--distribution=block",
         ),
     ],

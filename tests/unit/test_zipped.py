@@ -9,12 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zarrcache import zipped
+from zarrcache.arrays import zip as zipped
+from zarrcache.arrays.zip import unzip
 from zarrcache.errors import IncompleteArrayError, SchemaError
-from zarrcache.zipped import unzip
 
 URL = "s3://b/mp-1.zarr.zip"
-MEMBERS = {".zgroup": b"{}", "total/.zarray": b"{...}", "total/0.0.0": b"chunk" * 20, "total/0.0.1": b"", "diff/.zarray": b"{}"}
+MEMBERS = {
+    ".zgroup": b"{}",
+    "total/.zarray": b"{...}",
+    "total/0.0.0": b"chunk" * 20,
+    "total/0.0.1": b"",
+    "diff/.zarray": b"{}",
+}
 
 
 def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -26,11 +32,16 @@ def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
         return file.getvalue()
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
 @pytest.mark.parametrize("root", ["", "mp-1.zarr/", "a/b/"])
 def test_members_are_found_below_any_root(compression: int, root: str) -> None:
     """Zipping the directory itself, as people do, puts everything below its name."""
-    data = zip_of({f"{root}{name}": content for name, content in MEMBERS.items()} | {f"{root}total/": b""}, compression)
+    data = zip_of(
+        {f"{root}{name}": content for name, content in MEMBERS.items()} | {f"{root}total/": b""},
+        compression,
+    )
     assert unzip(data, URL) == MEMBERS
 
 
@@ -47,15 +58,24 @@ def test_rewritten_member_is_the_last_one() -> None:
     assert unzip(file.getvalue(), URL) == {".zgroup": b"new"}
 
 
-@pytest.mark.parametrize("data", [b"", b"no zip at all", zip_of(MEMBERS)[:-5], zip_of(MEMBERS)[30:]])
+@pytest.mark.parametrize(
+    "data", [b"", b"no zip at all", zip_of(MEMBERS)[:-5], zip_of(MEMBERS)[30:]]
+)
 def test_what_is_no_zip_is_named(data: bytes) -> None:
     """URL, reason, and what to do."""
-    with pytest.raises(IncompleteArrayError, match=r"^s3://b/mp-1\.zarr\.zip is not a readable zip file \(.*Zip the store again"):
+    with pytest.raises(
+        IncompleteArrayError,
+        match=r"^s3://b/mp-1\.zarr\.zip is not a readable zip file \(.*Zip the store again",
+    ):
         unzip(data, URL)
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_flipped_bit_never_is_another_error(compression: int, data: st.DataObject) -> None:
     """Wrong content is caught by the CRC; names and unused fields may differ; nothing but our own errors comes out."""
@@ -72,5 +92,8 @@ def test_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPat
     """What it claims is counted first."""
     monkeypatch.setattr(zipped, "_ROOM_BYTES", 1000)
     data = zip_of({"total/0": bytes(9 * 2**20), "total/1": bytes(9 * 2**20)}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(SchemaError, match=rf"claims {18 * 2**20} bytes unpacked; more than {100 * len(data)} are refused\. Zip the store again"):
+    with pytest.raises(
+        SchemaError,
+        match=rf"claims {18 * 2**20} bytes unpacked; more than {100 * len(data)} are refused\. Zip the store again",
+    ):
         unzip(data, URL)

@@ -1,0 +1,32 @@
+from .cache import open_group as open_group
+from .cache import open_store as open_store
+from .config import CacheConfig as CacheConfig
+from .config import DataConfig as DataConfig
+from .convert import RhoRead as RhoRead
+from .convert import convert_directory as convert_directory
+from .data import ZarrS3Reader as ZarrS3Reader
+from .errors import ConfigError as ConfigError
+from .errors import CorruptEntryError as CorruptEntryError
+from .errors import IncompleteArrayError as IncompleteArrayError
+from .errors import LockTimeoutError as LockTimeoutError
+from .errors import OriginAccessError as OriginAccessError
+from .errors import OriginError as OriginError
+from .errors import OriginNotFoundError as OriginNotFoundError
+from .errors import OriginUnavailableError as OriginUnavailableError
+from .errors import SchemaError as SchemaError
+from .errors import ZarrCacheError as ZarrCacheError
+from .ops import plan_evict as plan_evict
+from .ops import plan_warm as plan_warm
+from .ops import verify as verify
+from .parallel import World as World
+from .registry import get_dataset as get_dataset
+from .registry import load_data as load_data
+from .registry import register_data as register_data
+from .stats import Stats as Stats
+from .train import Lookahead as Lookahead
+from .train import NodeSampler as NodeSampler
+from .train import RhoData as RhoData
+from .train import ZarrDataset as ZarrDataset
+from .train import collate as collate
+
+__version__: str

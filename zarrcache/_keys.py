@@ -1,0 +1,232 @@
+"""What things are called: objects of an origin, entries of a cache, sides of a pair, and the digests that name them. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zarrcache.errors import ConfigError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ROLES",
+    "ArrayKey",
+    "BlockKey",
+    "ObjectInfo",
+    "Role",
+    "check_task_id",
+    "check_task_ids",
+    "file_digest",
+    "is_digest",
+    "shown",
+    "source_digest",
+    "stem_of",
+    "stored_array",
+]
+
+#: Sides of a pair.
+Role = Literal["data", "label"]
+ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
+#: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in every entry header.
+FORMAT_VERSION = 1
+_PERSON = b"zarrcache-v%d" % FORMAT_VERSION
+
+_PER_POINT = " per point"
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 320
+_SHOWN.maxlist = _SHOWN.maxdict = 10
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectInfo:
+    """One object as the origin lists it.
+
+    Attributes
+    ----------
+    key : str
+        Path below the origin's root, with ``/``; never absolute.
+    size_bytes : int
+    etag : str
+        The version: S3's ETag without quotes, or ``mtime_ns-size`` of a local file.
+    modified_s : float
+        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of any digest.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str
+    modified_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayKey:
+    """The full identity of an entry of the array tier.
+
+    Attributes
+    ----------
+    origin : str
+        Where ``url`` is resolved: the S3 endpoint, or ``file``. The same ``s3://bucket/prefix`` on two endpoints is two things.
+    url : str
+        The store, for example ``s3://bucket/prefix/mp-1.zarr``.
+    array : str
+        The array's name in the store, for example ``charge_density_total``; with `` per point`` at its end, the entry holds the array divided
+        by its number of points.
+    """
+
+    origin: str
+    url: str
+    array: str
+
+    @property
+    def source_array(self) -> str:
+        """The array's name in the store."""
+        return self.array.removesuffix(_PER_POINT)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits; the entry's name on disk and in the index."""
+        return _digest("array", self.origin, self.url, self.array)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKey:
+    """The full identity of an entry of the byte tier: one version of one object, or one block of it.
+
+    Attributes
+    ----------
+    origin, url : str
+        As in :class:`ArrayKey`; ``url`` is the origin's root.
+    object : ObjectInfo
+    block : int or None
+        Number of the block; None for the whole object.
+    block_size : int
+        Bytes of a block: with another ``cache.bytes.block_size`` block 1 is another part of the object.
+    """
+
+    origin: str
+    url: str
+    object: ObjectInfo
+    block: int | None = None
+    block_size: int = 0
+
+    @property
+    def path(self) -> str:
+        """The name fsspec's layers know it by: object key, ETag, size, block and its size. :meth:`parse` reads it back."""
+        part = "" if self.block is None else f"{self.block}x{self.block_size}"
+        return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
+
+    @classmethod
+    def parse(cls, origin: str, url: str, path: str) -> BlockKey:
+        """From :attr:`path`. Keys may hold ``#``, ETags do not."""
+        key, etag, size, part = path.rsplit("#", 3)
+        block, _, block_size = part.partition("x")
+        return cls(
+            origin,
+            url,
+            ObjectInfo(key, int(size), etag),
+            int(block) if block else None,
+            int(block_size or 0),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole object, or of the block."""
+        if self.block is None:
+            return self.object.size_bytes
+        return min(self.block_size, self.object.size_bytes - self.block * self.block_size)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits; the entry's name on disk and in the index."""
+        return _digest("object", self.origin, self.url, self.path)
+
+
+def stored_array(array: str, *, is_per_point: object) -> str:
+    """`ArrayKey.array` of a density as training reads it: as it is in the store, or divided by its number of points.
+
+    What training reads is what is stored: dividing 5 MB at each hit took six times as long as the hit.
+
+    Raises
+    ------
+    ConfigError
+        The name has a blank in it, as no array of a density has.
+    """
+    if " " in array:
+        raise ConfigError(
+            f"density_type gives the array {array!r}; its name has no blank. Set it to total or diff."
+        )
+    return array + _PER_POINT if is_per_point else array
+
+
+def is_digest(text: object) -> bool:
+    """Whether ``text`` has the form of a digest. Nothing else that comes from outside becomes part of a file's name."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def file_digest(filename: str) -> str:
+    """32 hex digits for one file of the cache; no two files of its lifetime have one name."""
+    return _digest("file", filename)
+
+
+def source_digest(objects: Iterable[ObjectInfo]) -> str:
+    """Digest of what was listed: key, size and ETag of every object, in any order. Equal digests mean "nothing changed"."""
+    lines = sorted(f"{o.key}\0{o.size_bytes}\0{o.etag}" for o in objects)
+    return _digest("source", *lines)
+
+
+def stem_of(name: str) -> str | None:
+    """Task id of a store's file name (``mp-1.zarr`` or ``mp-1.zarr.zip`` gives ``mp-1``), None for anything else."""
+    for suffix in (".zarr", ".zarr.zip"):
+        if name.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def shown(value: object) -> str:
+    """A value that came from outside as a message shows it: not at length, and in ASCII, where letters that look alike are told apart."""
+    return _SHOWN.repr(value).encode("ascii", "backslashreplace").decode()
+
+
+def check_task_id(task_id: object) -> str:
+    r"""Return ``task_id`` if it is a plain name; refuse anything that could leave its directory.
+
+    Raises
+    ------
+    ConfigError
+        Not a string, empty, with ``/``, ``\`` or ``..``, or starting with a dot.
+    """
+    if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
+        raise ConfigError(
+            f"task id {shown(task_id)} is not a plain name. Letters, digits and ._+=@- are allowed, no '/' and no '..'; correct the map file."
+        )
+    return task_id
+
+
+def check_task_ids(task_ids: Sequence[object]) -> list[str]:
+    """:func:`check_task_id` of each, in a third of the time: maps have 200,000.
+
+    Raises
+    ------
+    ConfigError
+        As `check_task_id`, for the first that is none.
+    """
+    with contextlib.suppress(TypeError):  # not all of them are strings
+        if all(map(_TASK_ID.fullmatch, task_ids)) and ".." not in "\n".join(task_ids):  # type: ignore[arg-type]
+            return list(task_ids)  # type: ignore[arg-type]
+    return [check_task_id(task_id) for task_id in task_ids]
+
+
+def _digest(*parts: str) -> str:
+    # Length-prefixed: ("ab", "c") and ("a", "bc") must not collide.
+    raws = [part.encode() for part in parts]
+    return hashlib.blake2b(
+        b"".join([b"%d:%b" % (len(raw), raw) for raw in raws]), digest_size=16, person=_PERSON
+    ).hexdigest()

@@ -1,0 +1,112 @@
+"""Sizes, durations, shares and counts as people write them: ``200 GiB``, ``5 min``, ``5 %``, ``8``."""
+
+from __future__ import annotations
+
+import operator
+import re
+from fractions import Fraction
+from typing import Any
+
+from zarrcache.errors import ConfigError
+
+__all__ = [
+    "Percent",
+    "bytes_or_percent",
+    "format_bytes",
+    "parse_bytes",
+    "parse_seconds",
+    "whole_number",
+]
+
+_SIZE_UNITS = {"": 1, "b": 1}
+for _i, _letter in enumerate("kmgtp", start=1):
+    _SIZE_UNITS[_letter + "b"] = 1000**_i
+    _SIZE_UNITS[_letter] = _SIZE_UNITS[_letter + "ib"] = 1024**_i
+_TIME_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z%]*)\s*")
+
+
+class Percent(float):
+    """A share of the file system, 0 to 100, written ``5 %``."""
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes of ``200 GiB``, ``1.5 GB``, ``4MiB`` or a plain number. K, M, G and T without ``B`` mean 1024.
+
+    Raises
+    ------
+    ValueError
+        Not a size; the message shows the value and the accepted forms.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _SIZE_UNITS:
+        raise ValueError(
+            f"{value!r} is not a size. Write for example '200 GiB', '500 MB' or a number of bytes."
+        )
+    return int(Fraction(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+def parse_seconds(value: object) -> float:
+    """Seconds of ``60 s``, ``5 min``, ``12 h``, ``30 d`` or a plain number.
+
+    Raises
+    ------
+    ValueError
+        Not a duration; the message shows the value and the accepted forms.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _TIME_UNITS:
+        raise ValueError(
+            f"{value!r} is not a duration. Write for example '60 s', '5 min', '30 d' or a number of seconds."
+        )
+    return float(match[1]) * _TIME_UNITS[match[2].lower()]
+
+
+def format_bytes(n: int) -> str:
+    """``73.1 GiB``; exact below one KiB."""
+    if abs(n) < 1024:
+        return f"{n} B"
+    size = float(n)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if abs(size) < 1023.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} PiB"
+
+
+def bytes_or_percent(value: object) -> int | Percent:
+    """A size, or a share of the file system such as ``5 %``."""
+    if isinstance(value, Percent):
+        return value
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is not None and match[2] == "%":
+        share = float(match[1])
+        if share >= 100:
+            raise ValueError(
+                f"{value!r} would leave no room for the cache. Write for example '5 %'."
+            )
+        return Percent(share)
+    return parse_bytes(value)
+
+
+def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """An argument that has to be one.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    # True is an int to Python; here it is a flag in the place of a number.
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        raise ConfigError(
+            f"{name} is {value!r}; it has to be a whole number from {least}{'' if most is None else f' to {most}'}."
+        )
+    return number

@@ -1,0 +1,30 @@
+"""From the bytes of chunks to an array, and what a charge density is."""
+
+from __future__ import annotations
+
+from zarrcache.arrays._settled import settled_listing
+from zarrcache.arrays.decode import check_metadata, metadata_key
+from zarrcache.arrays.density import (
+    as_density,
+    density_of_group,
+    density_of_objects,
+    metadata_of,
+    per_point,
+)
+from zarrcache.arrays.read import check_sizes, list_array, read_array
+from zarrcache.arrays.zip import unzip
+
+__all__ = [
+    "as_density",
+    "check_metadata",
+    "check_sizes",
+    "density_of_group",
+    "density_of_objects",
+    "list_array",
+    "metadata_key",
+    "metadata_of",
+    "per_point",
+    "read_array",
+    "settled_listing",
+    "unzip",
+]

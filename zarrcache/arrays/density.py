@@ -1,0 +1,157 @@
+"""What a charge density is, and how one is read where the array tier has no part in it: over the byte tier, and from any group of zarr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache.arrays.decode import ArrayDecoder, check_metadata
+from zarrcache.arrays.read import no_such_array
+from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["as_density", "density_of_group", "density_of_objects", "metadata_of", "per_point"]
+
+#: Objects of one store in flight. As many as zarr itself takes through a store at once (``async.concurrency``).
+_THREADS = 10
+#: Up to here a number of points is exact in float32.
+_EXACT_IN_FLOAT32 = 2**24
+
+
+def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
+    """Check that it is 3-D and cast to float32; no copy of what is float32 already.
+
+    Raises
+    ------
+    SchemaError
+    """
+    if array.ndim != 3 or 0 in array.shape:
+        raise SchemaError(
+            f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store again."
+        )
+    return array.astype(np.float32, copy=False)
+
+
+def per_point(
+    values: NDArray[np.float32], *, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Divide by the number of grid points: the bits of the users' ``float32 array /= np.prod(gridsize)``, in ``out`` or an array of its own."""
+    if values.size <= _EXACT_IN_FLOAT32:
+        # numpy divides by an int64 in float64 and rounds; dividing in float32 gives the same bits for a third of the time.
+        return np.divide(values, np.float32(values.size), out=out)
+    return np.divide(
+        values,
+        np.float64(values.size),
+        out=np.empty_like(values) if out is None else out,
+        dtype=np.float64,
+        casting="same_kind",
+    )
+
+
+def density_of_objects(
+    keys: Collection[str], read: Callable[[str], bytes], url: str, name: str
+) -> NDArray[np.float32]:
+    """Decode one array of a store whose objects are read one by one.
+
+    Parameters
+    ----------
+    keys : collection of str
+        Everything in the store.
+    read : callable
+        Contents by key; called from several threads.
+
+    Raises
+    ------
+    SchemaError, IncompleteArrayError
+        As ``readarray.read_array``, in the same words; and whatever ``read`` raises.
+    """
+    prefix = f"{name}/"
+    chosen = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    if not chosen:
+        raise no_such_array(url, name, keys)
+    decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")
+    with ThreadPoolExecutor(min(_THREADS, len(chosen))) as pool:
+        for key, data in zip(chosen, pool.map(lambda key: read(prefix + key), chosen), strict=True):
+            decoder.add(key, data)
+    return as_density(decoder.finish(), url, name)
+
+
+def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.float32]:
+    """Read one array of an open group through zarr itself.
+
+    Raises
+    ------
+    SchemaError
+        The array is absent (those present are named), a group, not 3-D, or not of real numbers.
+    IncompleteArrayError
+        Zarr cannot decode it.
+    """
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+
+    if name not in group:
+        raise SchemaError(
+            f"'{name}' not found in zarr store {where}. Available arrays: {sorted(group.array_keys())}"
+        )
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise SchemaError(f"{where}/{name} is a group; a charge density is an array.")
+    documents = array.metadata.to_buffer_dict(default_buffer_prototype())
+    check_metadata(
+        json.loads(documents[".zarray" if ".zarray" in documents else "zarr.json"].to_bytes()),
+        f"{where}/{name}",
+    )
+    try:
+        values = np.asarray(array[...])
+    except ZarrCacheError:
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as exc:  # zarr wraps what codecs raise in no class of its own
+        raise IncompleteArrayError(
+            f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again."
+        ) from exc
+    return as_density(values, where, name)
+
+
+def metadata_of(group: zarr.Group) -> dict[str, Any]:
+    """Attribute ``metadata`` of a group, merged with ``structure``; both may be JSON strings or JSON itself.
+
+    Raises
+    ------
+    SchemaError
+        One of them is a string that is no JSON, or ``metadata`` is not a mapping.
+    """
+    attributes = group.attrs.asdict()
+    metadata: dict[str, Any] = {}
+    if "metadata" in attributes:
+        decoded = _decoded(attributes["metadata"], f"{group.store_path} attribute 'metadata'")
+        if not isinstance(decoded, dict):
+            raise SchemaError(
+                f"{group.store_path} attribute 'metadata' is {decoded!r}; it has to be a mapping. Convert the store again."
+            )
+        metadata.update(decoded)
+    if "structure" in attributes:
+        metadata["structure"] = _decoded(
+            attributes["structure"], f"{group.store_path} attribute 'structure'"
+        )
+    return metadata
+
+
+def _decoded(value: object, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise SchemaError(f"{where} is not JSON ({exc}). Convert the store again.") from exc

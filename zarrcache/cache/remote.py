@@ -1,0 +1,212 @@
+"""Where else in the cluster an entry may be had, before the origin is asked: the lower layer, then the nodes of ``cache.peers``.
+
+Whatever goes wrong here is logged once and costs a request to the origin, never a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zarrcache._keys import ArrayKey
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.config import CacheConfig
+from zarrcache.disk import CacheDir, Incoming, is_fresh, open_entries
+from zarrcache.errors import ConfigError, CorruptEntryError
+from zarrcache.peers import Peers, Reply
+from zarrcache.stats import Counters
+
+__all__ = ["Neighbours", "Taken", "Turn"]
+
+logger = logging.getLogger(__name__)
+
+_OTHERS_WRITE = 0o002
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """An entry that was had from elsewhere: mapped, if the array tier has stored or lent it, in memory otherwise."""
+
+    array: np.ndarray[Any, np.dtype[Any]]
+    is_stored: bool
+
+
+class Neighbours:
+    """The other places of one config. Safe from any thread or process; pickles as its configuration.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    arrays : ArrayCache
+        Takes what is found.
+    counters : Counters
+        ``lower_hits``, ``peer_hits``, and ``purges`` for what was received and is bad.
+    """
+
+    def __init__(self, config: CacheConfig, arrays: ArrayCache, counters: Counters) -> None:
+        self._config = config
+        self._lower = CacheDir(config.lower).entries if config.lower is not None else None
+        self.peers = Peers(config)
+        self._arrays = arrays
+        self._counters = counters
+
+    def __reduce__(self) -> tuple[type[Neighbours], tuple[CacheConfig, ArrayCache, Counters]]:
+        return type(self), (
+            self._config,
+            self._arrays,
+            self._counters,
+        )  # not the token, nor who was left out
+
+    def __bool__(self) -> bool:
+        return self._lower is not None or bool(self.peers)
+
+    def check(self) -> None:
+        """Say before a run what is wrong with its settings.
+
+        Raises
+        ------
+        ConfigError
+            The token file cannot be used, or anybody may write to the lower layer.
+        """
+        self.peers.check()
+        if self._lower is not None:
+            for path in (self._lower, self._lower.parent):
+                try:
+                    mode = path.stat().st_mode
+                except OSError:  # it is not mounted yet, or not filled: said when it is asked
+                    continue
+                if mode & _OTHERS_WRITE:
+                    raise ConfigError(
+                        f"cache.lower: anybody may write to {path}, entries could be planted. Run: chmod o-w {path}"
+                    )
+
+    @contextlib.contextmanager
+    def turn(self, key: ArrayKey, source: str | None) -> Iterator[Turn]:
+        """One miss. Nothing is asked before :meth:`Turn.take`; at the end the others are told how it went.
+
+        After an exception they are told nothing, and the next of them has the turn: if all were sent to an origin that fails, all would go at once.
+        """
+        turn = Turn(self, key, source)
+        try:
+            yield turn
+        except BaseException:
+            turn.hang_up()
+            raise
+        turn.close()
+
+    def lower_offers(self, digest: str) -> Iterator[tuple[Any, int, str]]:
+        """Entries of the lower layer, as :func:`open_entries`."""
+        if self._lower is None:
+            return
+        try:
+            if not self._lower.is_dir():
+                self._tell(
+                    "lower is not there",
+                    "cache.lower: there is no cache at %s; going on without it",
+                    self._lower.parent.parent,
+                )
+            yield from open_entries(self._lower, digest)
+        except OSError as exc:
+            self._tell(
+                "lower fails",
+                "cache.lower %s cannot be read, going on without it: %s",
+                self._lower,
+                exc,
+            )
+
+    def take(
+        self, stream: Any, nbytes: int, where: str, key: ArrayKey, source: str | None
+    ) -> Taken | None:
+        """Check an entry, store it, map it. None if it is of another source, or has come and is not here: evicted at once, or the disk failed.
+
+        Raises
+        ------
+        CorruptEntryError
+            It is bad; nothing is stored.
+        """
+        incoming = Incoming(stream, nbytes, key, where)
+        if not is_fresh(incoming.header.source, source):
+            return None
+        entry, is_stored = self._arrays.take(incoming)
+        if entry is not None:
+            return Taken(entry.array, is_stored=is_stored)
+        # What was read into a file that is gone cannot be read again; its sender is not to blame.
+        return None if incoming.is_spent else Taken(incoming.read(), is_stored=False)
+
+    def refuse(self, peer: str, exc: CorruptEntryError) -> None:
+        """Count a bad entry, and say so once a peer."""
+        self._counters.add(purges=1)
+        self._tell(
+            f"bad {peer}",
+            "an entry from elsewhere was not taken, looking further (said once for %s): %s",
+            peer,
+            exc,
+        )
+
+    def count(self, **increments: int) -> None:
+        """As `Counters.add`."""
+        self._counters.add(**increments)
+
+    def _tell(self, kind: str, message: str, *args: object) -> None:
+        self.peers.tell("", kind, message, *args)
+
+
+class Turn:
+    """One miss: what others have, and what they are told when it is over. Used in one thread.
+
+    Attributes
+    ----------
+    is_stored : bool
+        To be set when this node has the entry.
+    """
+
+    def __init__(self, neighbours: Neighbours, key: ArrayKey, source: str | None) -> None:
+        self._neighbours, self._key, self._source = neighbours, key, source
+        self._lease: Reply | None = None
+        self.is_stored = False
+
+    def take(self) -> Taken | None:
+        """The entry, from the first place that has a good one; None if the origin is to be asked."""
+        neighbours, digest = self._neighbours, self._key.digest
+        for file, nbytes, path in neighbours.lower_offers(digest):
+            if (taken := self._try(file, nbytes, path, "cache.lower")) is not None:
+                neighbours.count(lower_hits=1)
+                return taken
+        for reply in neighbours.peers.replies(digest, source=self._source):
+            if reply.kind == "lease":
+                self._lease = reply
+                continue
+            try:
+                taken = self._try(
+                    reply, reply.nbytes, f"{reply.peer}/v1/entries/{digest}", reply.peer
+                )
+            finally:
+                reply.close()
+            if taken is not None:
+                neighbours.count(peer_hits=1)
+                return taken
+        return None
+
+    def _try(self, stream: Any, nbytes: int, where: str, peer: str) -> Taken | None:
+        try:
+            taken = self._neighbours.take(stream, nbytes, where, self._key, self._source)
+        except CorruptEntryError as exc:
+            self._neighbours.refuse(peer, exc)
+            return None
+        self.is_stored = taken is not None and taken.is_stored
+        return taken
+
+    def close(self) -> None:
+        """Give the lease back, if there is one, and say whether the entry is stored here."""
+        if self._lease is not None:
+            self._neighbours.peers.end(self._lease, is_stored=self.is_stored)
+
+    def hang_up(self) -> None:
+        """Give the lease back, if there is one, as if this process had died."""
+        if self._lease is not None:
+            self._lease.close()

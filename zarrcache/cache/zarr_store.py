@@ -1,0 +1,310 @@
+"""Zarr stores of an origin, opened through the byte tier: for metadata, crops and other arrays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+import zarr
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    Store,
+    SuffixByteRequest,
+)
+from zarr.core.buffer import Buffer, BufferPrototype
+
+from zarrcache._keys import ObjectInfo
+from zarrcache.arrays import check_sizes, settled_listing, unzip
+from zarrcache.cache.cache import Tiers
+from zarrcache.config import CacheConfig
+from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
+from zarrcache.origin import Origin
+from zarrcache.stats import Counters
+
+__all__ = ["CachedStore", "group_of", "open_group", "open_store", "store_at"]
+
+
+class CachedStore(Store):
+    """A read-only zarr store over one store of an origin, through the byte tier.
+
+    What exists is decided by the listing, never by a failed read: zarr fills what is missing with the fill value without a word, so an
+    object that is listed and cannot be read raises something else.
+
+    Parameters
+    ----------
+    origin : Origin
+    name : str
+        The store below the origin, for example ``mp-1.zarr``.
+    tiers : Tiers
+    relist : bool, optional
+        List it now (True), or take the stored listing if there is one (False). The default follows ``revalidate``: False with ``never``.
+    """
+
+    supports_writes = False
+    supports_deletes = False
+    supports_listing = True
+
+    def __init__(
+        self, origin: Origin, name: str, tiers: Tiers, *, relist: bool | None = None
+    ) -> None:
+        super().__init__(read_only=True)
+        self.origin, self.name, self.tiers = origin, name, tiers
+        self._relist = (
+            relist
+            if relist is not None
+            else tiers.config is None or tiers.config.revalidate != "never"
+        )
+        self._bytes = tiers.bytes(origin)
+        self._listing = threading.Lock()
+        self._was_there = False
+        self._sizes: dict[str, int] | None = None
+        self._objects: dict[str, ObjectInfo] = {}
+        self._members: dict[str, bytes] = {}
+
+    @property
+    def url(self) -> str:
+        return self.origin.url_of(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CachedStore) and (self.origin.identity, self.url) == (
+            other.origin.identity,
+            other.url,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.origin.identity, self.url))
+
+    def __repr__(self) -> str:
+        return f"CachedStore({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        was_there = self._was_there or bool(self._sizes)
+        return {
+            "origin": self.origin,
+            "name": self.name,
+            "tiers": self.tiers,
+            "relist": self._relist,
+            "was_there": was_there,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["origin"], state["name"], state["tiers"], relist=state["relist"])  # type: ignore[misc]
+        self._was_there = state["was_there"]
+
+    def with_read_only(self, read_only: bool = False) -> CachedStore:
+        if not read_only:
+            super().with_read_only(read_only)  # raises NotImplementedError, in zarr's words
+        return type(self)(self.origin, self.name, self.tiers)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        data = await asyncio.to_thread(self._read, key, byte_range)
+        return None if data is None else prototype.buffer.from_bytes(data)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return list(
+            await asyncio.gather(
+                *(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)
+            )
+        )
+
+    async def exists(self, key: str) -> bool:
+        return key in await asyncio.to_thread(self.sizes)
+
+    async def getsize(self, key: str) -> int:
+        sizes = await asyncio.to_thread(self.sizes)
+        if key not in sizes:
+            raise FileNotFoundError(f"{self.url}/{key}")
+        return sizes[key]
+
+    async def list(self) -> AsyncIterator[str]:
+        for key in await asyncio.to_thread(self.sizes):
+            yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        for key in await asyncio.to_thread(self.sizes):
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        base = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
+        names = {
+            key[len(base) :].split("/")[0]: None
+            for key in await asyncio.to_thread(self.sizes)
+            if key.startswith(base)
+        }
+        for name in names:
+            yield name
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise self._read_only_error()
+
+    async def delete(self, key: str) -> None:
+        raise self._read_only_error()
+
+    def _read_only_error(self) -> ValueError:
+        return ValueError(
+            f"{self.url}: store was opened in read-only mode and does not support writing. Write to it with zarr directly."
+        )
+
+    def read(self, key: str) -> bytes:
+        """One whole object that :meth:`sizes` names, as the reader takes them. Safe from any thread."""
+        data = self._read(key, None)
+        if data is None:
+            raise KeyError(f"{self.url}/{key}")
+        return data
+
+    def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        size = self.sizes().get(key)
+        if size is None:
+            return None
+        start, stop = _bounds(byte_range, size)
+        if key in self._members:
+            return self._members[key][start:stop]
+        try:
+            return self._object(self._objects[key], start, stop)
+        except OriginNotFoundError as exc:  # the bucket is gone; as a FileNotFoundError it would look like a chunk that never was
+            raise IncompleteArrayError(
+                f"{self.url}/{key} is listed ({size} bytes) but is gone: {exc}"
+            ) from exc
+        except IncompleteArrayError:
+            self.tiers.forget_listing(
+                self.origin, self.name
+            )  # what opens the store next lists it again
+            raise
+
+    def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        check_sizes([stop - start], self.origin.url_of(obj.key))
+        if self._bytes is not None:
+            return self._bytes.read(obj, start, stop)
+        if (start, stop) == (0, obj.size_bytes):
+            ((_, data),) = self.origin.fetch([obj])
+            return bytes(data)
+        return self.origin.fetch_range(obj, start, stop)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by key of everything in the store; empty if there is no such store. One LIST at first use, or the stored listing."""
+        if self._sizes is None:
+            with self._listing:  # zarr asks from several threads at once
+                if self._sizes is None:
+                    self._sizes = self._open_listing()
+        return self._sizes
+
+    def objects(self) -> dict[str, ObjectInfo]:
+        """What the origin lists, by key below the store; empty for a zip file, which is one object."""
+        self.sizes()
+        return self._objects
+
+    def _open_listing(self) -> dict[str, int]:
+        zipped = self.name.endswith(".zip")
+        prefix = self.name if zipped else f"{self.name}/"
+        stored = None if self._relist else self.tiers.stored_listing(self.origin, self.name)
+        listed = (
+            [ObjectInfo(*row) for row in stored]
+            if stored is not None
+            else settled_listing(lambda: self.origin.list_objects(prefix), self.url)
+        )
+        if self._was_there and not listed:  # an open array would read as its fill value
+            raise IncompleteArrayError(
+                f"{self.url} was there when it was opened and is gone. Open it again when it is back."
+            )
+        if stored is None and listed:
+            self.tiers.store_listing(
+                self.origin,
+                self.name,
+                [(o.key, o.size_bytes, o.etag, o.modified_s) for o in listed],
+            )
+        if zipped and listed:
+            self._members = unzip(self._object(listed[0], 0, listed[0].size_bytes), self.url)
+            return {key: len(data) for key, data in self._members.items()}
+        self._objects = {o.key.removeprefix(prefix): o for o in listed}
+        return {key: o.size_bytes for key, o in self._objects.items()}
+
+
+def _bounds(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:
+    match byte_range:
+        case None:
+            return 0, size
+        case RangeByteRequest(start, end):
+            return min(start, size), min(end, size)
+        case OffsetByteRequest(offset):
+            return min(offset, size), size
+        case SuffixByteRequest(suffix):
+            return max(size - suffix, 0), size
+    raise TypeError(f"Unexpected byte_range, got {byte_range!r}.")
+
+
+def open_store(
+    url: str | os.PathLike[str],
+    *,
+    s3_kwargs: Mapping[str, Any] | None = None,
+    cache: CacheConfig | Mapping[str, Any] | None = None,
+) -> CachedStore:
+    """A read-only zarr store over ``url``, through the byte tier.
+
+    >>> group = zarr.open_group(zarrcache.open_store("s3://bucket/mp-1.zarr", cache={"dir": "/scratch/me"}), mode="r")
+
+    Parameters
+    ----------
+    url : str or path
+        A Zarr store, directory or ``.zip``: ``s3://…`` or local.
+    s3_kwargs : mapping, optional
+        As s3fs takes them.
+    cache : CacheConfig or mapping, optional
+        None: no cache.
+    """
+    tiers = Tiers(CacheConfig.of(cache) if cache is not None else None, Counters())
+    return store_at(url, tiers, s3_kwargs)
+
+
+def store_at(
+    url: str | os.PathLike[str], tiers: Tiers, s3_kwargs: Mapping[str, Any] | None = None
+) -> CachedStore:
+    """As :func:`open_store`, in tiers that exist."""
+    parent, _, name = _clean(url).rpartition("/")
+    if not name or parent.endswith("/"):  # "/" or s3://bucket
+        raise ConfigError(
+            f"{os.fspath(url)!r} names no store. Write s3://bucket/prefix/mp-1.zarr or a path such as /data/mp-1.zarr."
+        )
+    return CachedStore(tiers.origin(parent or "/", s3_kwargs), name, tiers)
+
+
+def open_group(
+    url: str | os.PathLike[str],
+    *,
+    s3_kwargs: Mapping[str, Any] | None = None,
+    cache: CacheConfig | Mapping[str, Any] | None = None,
+) -> zarr.Group:
+    """Open a Zarr group through the byte tier, read-only.
+
+    Parameters
+    ----------
+    url, s3_kwargs, cache
+        As :func:`open_store`.
+
+    Raises
+    ------
+    OriginNotFoundError
+        There is no such store (a ``FileNotFoundError``).
+    """
+    return group_of(open_store(url, s3_kwargs=s3_kwargs, cache=cache))
+
+
+def group_of(store: CachedStore) -> zarr.Group:
+    """The root group of a store."""
+    if not store.sizes():
+        raise OriginNotFoundError(f"{store.url} does not exist or is empty.")
+    return zarr.open_group(store, mode="r")
+
+
+def _clean(url: str | os.PathLike[str]) -> str:
+    text = os.fspath(url)
+    return text.rstrip("/") if "://" in text else os.path.abspath(os.path.expanduser(text))

@@ -1,0 +1,230 @@
+"""What the command line says of plans and reports: strings, no output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from zarrcache._units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from zarrcache.convert import ConvertPlan, ConvertReport
+    from zarrcache.demo import DemoReport
+    from zarrcache.ops import (
+        EpochForecast,
+        Forecast,
+        Status,
+        VerifyReport,
+        WarmEstimate,
+        WarmPlan,
+        WarmReport,
+    )
+
+__all__ = [
+    "convert_plan_words",
+    "convert_words",
+    "count",
+    "demo_rows",
+    "duration",
+    "estimate_words",
+    "plan_lines",
+    "plural",
+    "status_lines",
+    "verify_words",
+    "warm_words",
+]
+
+
+def count(n: int) -> str:
+    """``98 302``."""
+    return f"{n:,}".replace(",", " ")
+
+
+def plural(n: int, noun: str, more: str | None = None) -> str:
+    """``1 entry``, ``37 entries``."""
+    return f"{count(n)} {noun if n == 1 else more or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def estimate_words(plan: WarmPlan, estimate: WarmEstimate) -> str:
+    """What a dry run of ``warm`` found."""
+    densities = plural(plan.trusted + len(plan.densities), "density", "densities")
+    return (
+        f"Would fetch {count(estimate.to_fetch)} of {densities} of {plural(len(plan.task_ids), 'id')} "
+        f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); {count(estimate.fresh)} fresh. "
+        "Dry run: nothing was fetched."
+    )
+
+
+def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
+    """What ``warm`` did, and notes on what it could not do."""
+    fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
+    cost = f"{format_bytes(report.nbytes)}, {plural(report.stats.requests, 'request')}{fresh}"
+    words = f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {duration(report.seconds)}; {count(len(report.failed_ids))} failed."
+    notes = []
+    if plan.trusted and not plan.revalidate:
+        trusted = plural(plan.trusted, "density was", "densities were")
+        notes.append(
+            f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares."
+        )
+    if any(result.is_gone for result in report.failed) and not plan.revalidate:
+        notes.append(
+            "If stores were moved or removed since the last listing of the directories, --revalidate lists them anew."
+        )
+    if report.untried:
+        notes.append(
+            f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are warm, as --limit asked."
+        )
+    if report.stats.cache_errors:
+        times = plural(report.stats.cache_errors, "time")
+        notes.append(
+            f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache doctor` with the same config."
+        )
+    elif report.bypassed:
+        size = _rounded_up(report.needed_bytes + report.beside_bytes)
+        needed = (
+            f"All ids and what else is in the cache take about {size} on disk: raise"
+            if report.needed_bytes
+            else "Raise"
+        )
+        notes.append(
+            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
+            f"training will read the rest from the origin in every epoch. {needed} cache.limit, or make room with `zarrcache evict`."
+        )
+    return words, notes
+
+
+def _rounded_up(nbytes: int) -> str:
+    """As ``format_bytes``, and never less: what is said to be enough has to be."""
+    step = max(1, 1024 ** ((max(1, nbytes).bit_length() - 1) // 10) // 10)
+    while parse_bytes(words := format_bytes(nbytes)) < nbytes:
+        nbytes += step
+    return words
+
+
+def status_lines(state: Status) -> list[str]:
+    """A cache at a glance."""
+    limit = (
+        ""
+        if state.limit_bytes is None
+        else f" of {format_bytes(state.limit_bytes)} ({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
+    )
+    reserve = (
+        "" if state.min_free_bytes is None else f"; min_free {format_bytes(state.min_free_bytes)}"
+    )
+    lines = [
+        f"cache        {state.directory}{'' if state.exists else ' (nothing was cached there yet)'}",
+        f"array tier   {plural(state.array_tier.entries, 'entry', 'entries')}, {format_bytes(state.array_tier.nbytes)}",
+        f"byte tier    {plural(state.byte_tier.entries, 'entry', 'entries')}, {format_bytes(state.byte_tier.nbytes)}",
+        f"volume       {format_bytes(state.volume_bytes)}{limit}",
+        f"file system  {format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}{reserve}",
+    ]
+    if (covered := state.coverage) is not None:
+        present = plural(covered.ids - covered.missing, "id")
+        half = f", {count(covered.half)} half" if covered.half else ""
+        missing = (
+            f"; the map has {count(covered.missing)} more that the origin has not"
+            if covered.missing
+            else ""
+        )
+        lines.append(
+            f"{covered.functional:<12} {count(covered.warm)} of {present} warm ({100 * covered.warm_ratio:.1f} %){half}{missing}"
+        )
+    return lines
+
+
+def verify_words(report: VerifyReport) -> str:
+    """What ``verify`` found."""
+    stale = f", {count(len(report.stale))} stale" if report.stale else ""
+    strays = (
+        f"; removed {plural(len(report.strays), 'file')} that no entry knew"
+        if report.strays
+        else ""
+    )
+    return f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): {count(len(report.corrupt))} corrupt{stale}{strays}."
+
+
+def convert_plan_words(plan: ConvertPlan) -> str:
+    """What a dry run of ``convert`` found."""
+    already = f"; {count(len(plan.skipped))} converted already" if plan.skipped else ""
+    return f"Would convert {plural(len(plan.files), 'file')} ({format_bytes(plan.source_bytes)}) to {plan.dst}{already}. Dry run: nothing was written."
+
+
+def convert_words(dst: str, report: ConvertReport, seconds: float) -> str:
+    """What ``convert`` did."""
+    files = len(report.converted) + len(report.failed)
+    skipped = (
+        f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them again)"
+        if report.skipped
+        else ""
+    )
+    return (
+        f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} ({format_bytes(report.written_bytes)}) "
+        f"in {duration(seconds)}; {count(len(report.failed))} failed{skipped}."
+    )
+
+
+def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
+    """The demo's table, a row for the names of the columns first."""
+    rows: list[tuple[str, ...]] = [
+        ("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio")
+    ]
+    for row in report.rows:
+        ratio = "" if row.hit_ratio is None else f"{100 * row.hit_ratio:.0f} %"
+        rows.append(
+            (
+                row.epoch,
+                f"{row.seconds:.2f}",
+                f"{row.samples_per_s:.1f}",
+                count(row.requests),
+                format_bytes(row.fetched_bytes),
+                ratio,
+            )
+        )
+    return rows
+
+
+def plan_lines(plan: Forecast) -> Iterator[str]:
+    """What ``plan`` expects."""
+    asked = "all" if plan.measured == plan.densities else count(plan.measured)
+    yield (
+        f"Training split: {plural(plan.samples, 'sample')}, {plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
+        f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a cache ({asked} measured)."
+    )
+    share = plan.capacity_bytes / plan.disk_bytes if plan.disk_bytes else 1.0
+    yield (
+        f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds {format_bytes(plan.capacity_bytes)}, "
+        f"{min(1.0, share):.0%} of that. assignment {plan.variant.assignment}, eviction {plan.variant.eviction}."
+    )
+    yield ""
+    for number, epoch in enumerate(plan.epochs[:3], start=1):
+        yield f"epoch {number}: {_epoch_words(epoch, plan.prices.currency)}"
+    yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch_words(plan.total, plan.prices.currency)}"
+    timed = (
+        " The time is what reading takes, not the training."
+        if plan.speed is not None
+        else " --probe measures from here, and adds the time."
+    )
+    yield f"Prices of {plan.prices.dated}, from cache.prices.{timed}"
+    if len(plan.others) > 1:
+        yield ""
+        yield f"Hits in the last half of {plural(len(plan.epochs), 'epoch')}, by assignment and eviction:"
+        for way, ratio in plan.others.items():
+            mark = "  <- this" if way == plan.variant else ""
+            yield f"  {way.assignment:<7} {way.eviction:<22} {ratio:4.0%}{mark}"
+
+
+def _epoch_words(epoch: EpochForecast, currency: str) -> str:
+    words = f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, {format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
+    return words if epoch.seconds is None else f"{words}, {duration(epoch.seconds)}"

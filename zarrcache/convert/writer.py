@@ -1,0 +1,350 @@
+"""One density as a Zarr store: encoded in memory, written as a directory or a zip file. A store is visible only when it is whole.
+
+The layout is the one that ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps ``charge_density_diff``, float32 in small
+chunks, and the attributes ``structure`` and ``metadata``, each a JSON string. The store is made in memory first, so that a
+directory, a zip file and S3 (``storeupload``) get the same bytes, and so that the same density gives the same ETags each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache.disk import is_dead, owner_id
+from zarrcache.errors import ConfigError, SchemaError
+
+__all__ = [
+    "StoreExistsError",
+    "check_layout",
+    "encode_store",
+    "is_document",
+    "publish_store",
+    "store_exists",
+    "sweep_partials",
+    "witness_in",
+    "zipped",
+]
+
+#: Documents by which a reader finds a group or an array, in the order in which they become visible: the group's own last.
+_DOCUMENTS = (".zattrs", ".zarray", "zarr.json", ".zmetadata", ".zgroup")
+_HIDDEN = re.compile(
+    r"\.(?P<final>.+\.zarr(?:\.zip)?)\.(?P<kind>partial|replaced)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)-[0-9a-f]{8}"
+)
+#: A store is written in seconds to minutes; after a day the process of another machine is not coming back to it.
+_ABANDONED_S = 86400.0
+
+
+class StoreExistsError(ConfigError, FileExistsError):
+    """The store is there already and ``overwrite`` was not asked for."""
+
+
+def encode_store(
+    total: NDArray[Any],
+    diff: NDArray[Any] | None,
+    structure: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    *,
+    chunks: Sequence[int] = (16, 16, 16),
+    zarr_format: Literal[2, 3] = 2,
+) -> dict[str, bytes]:
+    """Every object of the store, by key, in the order to publish them: chunks, then array documents, then the group's.
+
+    Parameters
+    ----------
+    total, diff : ndarray, shape (nx, ny, nz)
+        Stored as float32.
+    structure, metadata : mapping
+        Stored as JSON strings.
+    chunks : three ints
+        At most the shape along each axis is used.
+    zarr_format : 2 or 3
+        Compressors are the defaults of the format: Blosc (lz4, shuffle) in 2, Zstandard in 3.
+
+    Raises
+    ------
+    SchemaError
+        An array is not 3-D.
+    ConfigError
+        Chunks or format cannot be.
+    """
+    import numcodecs
+    import zarr
+    import zarr.storage
+
+    check_layout(chunks, zarr_format)
+    objects: dict[str, Any] = {}
+    store = zarr.storage.MemoryStore(store_dict=objects)
+    attributes = {
+        "structure": json.dumps(dict(structure), default=_plain),
+        "metadata": json.dumps(dict(metadata), default=_plain),
+    }
+    group = zarr.create_group(store=store, zarr_format=zarr_format, attributes=attributes)
+    for name, values in (("charge_density_total", total), ("charge_density_diff", diff)):
+        if values is None:
+            continue
+        if values.ndim != 3 or 0 in values.shape:
+            raise SchemaError(f"{name} has the shape {values.shape}; a density is 3-D.")
+        group.create_array(
+            name,
+            data=np.ascontiguousarray(values, dtype="<f4"),
+            chunks=tuple(chunks),
+            compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # zarr says that v3 has no consolidated metadata yet; readers that do not know them pass over them
+        zarr.consolidate_metadata(store)
+    encoded = {key: bytes(value.to_bytes()) for key, value in objects.items()}
+    return {key: encoded[key] for key in sorted(encoded, key=_publishing_order)}
+
+
+def check_layout(chunks: Sequence[object], zarr_format: int) -> None:
+    """Refuse a layout that cannot be.
+
+    Raises
+    ------
+    ConfigError
+        Not three positive chunk sizes, or neither format 2 nor 3.
+    """
+    if zarr_format not in (2, 3):
+        raise ConfigError(f"zarr_format is {zarr_format!r}; Zarr has the formats 2 and 3.")
+    if len(chunks) != 3 or not all(
+        isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in chunks
+    ):
+        raise ConfigError(
+            f"chunks is {chunks!r}; give three positive whole numbers, for example (16, 16, 16)."
+        )
+
+
+def _publishing_order(key: str) -> tuple[int, int, str]:
+    directory, _, name = key.rpartition("/")
+    return (
+        (0, 0, key)
+        if name not in _DOCUMENTS
+        else (1 if directory else 2, _DOCUMENTS.index(name), key)
+    )
+
+
+def is_document(key: str) -> bool:
+    """Whether an object of a store makes something visible; all others are chunks."""
+    return key.rpartition("/")[2] in _DOCUMENTS
+
+
+def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
+    """Write one store to a directory or a zip file, whole or not at all.
+
+    Parameters
+    ----------
+    final : Path
+        ``mp-1.zarr``, or ``mp-1.zarr.zip`` with a single object whose key is empty.
+    objects : mapping
+        Key to bytes, from ``encode_store``.
+    overwrite : bool
+        Replace a store. Anything else at that path is refused.
+
+    Returns
+    -------
+    int
+        Bytes written.
+
+    Raises
+    ------
+    StoreExistsError
+        It is there, and ``overwrite`` is False.
+    ConfigError
+        Something else has the name.
+    OSError
+        The disk did not take it. Nothing is left of it.
+    """
+    _refuse_what_is_there(final, overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(final, "partial")
+    try:
+        _write(partial, objects)
+        _move_into_place(partial, final, overwrite)
+    except BaseException:  # KeyboardInterrupt and SystemExit too
+        _remove(partial)
+        raise
+    return sum(map(len, objects.values()))
+
+
+def store_exists(path: Path) -> bool:
+    """Whether a store is at this local path, as a directory or as a zip file; one that is being written is not there yet."""
+    return path.is_file() if path.name.endswith(".zarr.zip") else _is_store(path)
+
+
+def sweep_partials(directory: Path) -> list[Path]:
+    """Remove what writers left that were killed, and bring back a store that one of them had moved aside. Returns what was dealt with.
+
+    Only names of our own are touched, and only those of dead processes of this machine, or older than a day.
+    """
+    swept = []
+    try:
+        names = [entry.name for entry in os.scandir(directory) if entry.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    machine = owner_id().rsplit(" ", 2)[0]
+    for name in names:
+        match = _HIDDEN.fullmatch(name)
+        if match is None:
+            continue
+        path = directory / name
+        if match["machine"] == _short(machine):
+            gone = is_dead(f"{machine} {match['pid']} {match['start']}")
+        else:
+            try:
+                gone = time.time() - path.lstat().st_mtime > _ABANDONED_S
+            except FileNotFoundError:
+                continue
+        if not gone:
+            continue
+        final = directory / match["final"]
+        if match["kind"] == "replaced" and not os.path.lexists(final):
+            with contextlib.suppress(OSError):  # another sweep was faster
+                os.rename(path, final)
+        else:
+            _remove(path)
+        swept.append(path)
+    return swept
+
+
+@contextlib.contextmanager
+def witness_in(directory: Path) -> Iterator[Path]:
+    """An empty hidden file: who sees it sees this directory, and not one of the same name on another machine's disk. Swept like a partial one.
+
+    Raises
+    ------
+    OSError
+        The directory takes none.
+    """
+    path = _beside(directory / "witness.zarr", "partial")
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values in a structure's site properties, as JSON takes them."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def zipped(objects: Mapping[str, bytes]) -> bytes:
+    """One zip file of all objects, not compressed again. No clock in it: equal densities give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for key, body in objects.items():
+            archive.writestr(zipfile.ZipInfo(key, date_time=(1980, 1, 1, 0, 0, 0)), body)
+    return buffer.getvalue()
+
+
+def _write(root: Path, objects: Mapping[str, bytes]) -> None:
+    if set(objects) == {""}:
+        root.write_bytes(objects[""])
+        return
+    root.mkdir()
+    made = {root}
+    for key, body in objects.items():
+        path = root / key
+        if path.parent not in made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.add(path.parent)
+        path.write_bytes(body)
+
+
+def _beside(final: Path, kind: str) -> Path:
+    """A hidden name of this process alone, in the same directory: a rename across file systems would be a copy."""
+    machine, pid, start = owner_id().rsplit(" ", 2)
+    return final.with_name(
+        f".{final.name}.{kind}-{_short(machine)}-{pid}-{start}-{secrets.token_hex(4)}"
+    )
+
+
+def _short(machine: str) -> str:
+    return hashlib.blake2b(machine.encode(), digest_size=4).hexdigest()
+
+
+def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
+    if not os.path.lexists(final) or (
+        final.is_dir() and not final.is_symlink() and not any(final.iterdir())
+    ):
+        return
+    if not store_exists(final):
+        raise ConfigError(
+            f"{final} is there but is no Zarr store; it is left alone. Move it away or choose another destination."
+        )
+    if not overwrite:
+        raise StoreExistsError(
+            f"{final} is there already. Overwrite it on purpose (--overwrite) or choose another destination."
+        )
+
+
+def _is_store(path: Path) -> bool:
+    return any((path / name).is_file() for name in (".zgroup", ".zarray", "zarr.json"))
+
+
+def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            if final.name.endswith(".zip"):
+                os.link(
+                    partial, final
+                )  # unlike a rename it refuses to replace what another writer has just made
+                os.unlink(partial)
+            else:
+                os.rename(partial, final)  # refuses a directory that is not empty
+        except OSError as exc:
+            if (
+                exc.errno in (errno.EPERM, errno.ENOTSUP) and not final.exists()
+            ):  # a file system without hard links
+                os.rename(partial, final)
+                return
+            if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise StoreExistsError(
+                f"{final} was made by another process meanwhile; it is left as it is."
+            ) from exc
+        return
+    if partial.is_file():
+        os.replace(partial, final)
+        return
+    # No rename replaces a directory that is not empty. If we die between these two, the next run puts the old one back.
+    old = _beside(final, "replaced")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(final, old)
+    try:
+        os.rename(partial, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(old, final)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a directory of our own making, as far as that goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

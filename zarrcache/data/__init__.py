@@ -1,0 +1,21 @@
+"""From a task id to a density: readers, the catalog of materials, splits, lazy sequences."""
+
+from __future__ import annotations
+
+from zarrcache.data.reader import ZarrS3Reader, open_reader
+from zarrcache.data.sequences import Density, SplitSets, split_sets
+from zarrcache.data.splits import Split, hold_out, ids_of, read_map, read_split, split_ids
+
+__all__ = [
+    "Density",
+    "Split",
+    "SplitSets",
+    "ZarrS3Reader",
+    "hold_out",
+    "ids_of",
+    "open_reader",
+    "read_map",
+    "read_split",
+    "split_ids",
+    "split_sets",
+]

@@ -1,0 +1,100 @@
+"""What ``data_split()`` returns: sequences that load a density when they are indexed and hold none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache._keys import Role
+
+__all__ = ["Density", "DensityLoader", "GridSize", "SplitSets", "split_sets"]
+
+GridSize = tuple[int, int, int]
+Density = tuple[NDArray[np.float32], GridSize]
+#: ``(data, label, gs_data, gs_label)``: the first four arguments of ``RhoData``.
+SplitSets = tuple[
+    Sequence[NDArray[np.float32]],
+    Sequence[NDArray[np.float32]],
+    Sequence[GridSize],
+    Sequence[GridSize],
+]
+
+T = TypeVar("T")
+
+
+class DensityLoader(Protocol):
+    """What loads one density: a reader."""
+
+    def load(self, task_id: str, role: Role) -> Density: ...
+
+
+class _Lazy(Sequence[T]):
+    """One value for each task id, made by ``read`` when it is asked for.
+
+    Attributes
+    ----------
+    reader
+        What loads them; ``train_sets[0].reader.stats`` tells how an epoch went.
+    task_ids : tuple of str
+    """
+
+    def __init__(
+        self, reader: DensityLoader, task_ids: Sequence[str], read: Callable[[str], T], what: str
+    ) -> None:
+        self.reader, self.task_ids, self._read, self._what = reader, tuple(task_ids), read, what
+
+    def __len__(self) -> int:
+        return len(self.task_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._read(task_id) for task_id in self.task_ids[index]]
+        return self._read(self.task_ids[index])
+
+    def __repr__(self) -> str:
+        return f"<{self._what} of {len(self)} materials, loaded when indexed>"
+
+
+class _Grids:
+    """Grid sizes seen so far: ``RhoData`` asks for one right after the density, which must not be loaded twice for it."""
+
+    def __init__(self, loader: DensityLoader) -> None:
+        self._loader = loader
+        self._known: dict[tuple[Role, str], GridSize] = {}
+
+    def density(self, role: Role, task_id: str) -> NDArray[np.float32]:
+        values, self._known[role, task_id] = self._loader.load(task_id, role)
+        return values
+
+    def gridsize(self, role: Role, task_id: str) -> GridSize:
+        if (role, task_id) not in self._known:
+            self.density(role, task_id)
+        return self._known[role, task_id]
+
+
+class _Of:
+    """A method of :class:`_Grids` for one role. A class, not a lambda: the sequences are pickled for spawned workers."""
+
+    def __init__(self, method: Callable[[Role, str], Any], role: Role) -> None:
+        self._method, self._role = method, role
+
+    def __call__(self, task_id: str) -> Any:
+        return self._method(self._role, task_id)
+
+
+def split_sets(loader: DensityLoader, task_ids: Sequence[str]) -> SplitSets:
+    """The four lazy sequences of one side of a split."""
+    grids = _Grids(loader)
+    return (
+        _Lazy(loader, task_ids, _Of(grids.density, "data"), "data"),
+        _Lazy(loader, task_ids, _Of(grids.density, "label"), "label"),
+        _Lazy(loader, task_ids, _Of(grids.gridsize, "data"), "gs_data"),
+        _Lazy(loader, task_ids, _Of(grids.gridsize, "label"), "gs_label"),
+    )

@@ -1,0 +1,231 @@
+"""Which materials a run is about: the users' map file, and their split into training, validation and test ids."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import numbers
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zarrcache._keys import check_task_ids, shown
+from zarrcache._limits import read_bounded
+from zarrcache.errors import ConfigError
+
+__all__ = ["Split", "hold_out", "ids_of", "read_map", "read_split", "split_ids"]
+
+#: The map of all 122,689 materials has 2 MB.
+_MAX_BYTES = 128 * 1024**2
+_SPLIT = '{"train": [0, 5, ...], "validation": [...], "test": [...]}'
+
+
+def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """The map file: ``{functional: [task_id, ...]}`` as JSON, perhaps gzipped (found out by its content, not by its name).
+
+    Raises
+    ------
+    ConfigError
+        The file is not there, or is no such map.
+    """
+    document = _read_json(path, "map file", "map_dir", "{functional: [task_id, ...]}")
+    if not isinstance(document, Mapping) or not all(
+        isinstance(ids, list) for ids in document.values()
+    ):
+        raise ConfigError(
+            f"map file {os.fspath(path)} does not hold {{functional: [task_id, ...]}}."
+        )
+    return dict(document)
+
+
+def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: str) -> Any:
+    """A JSON or JSON.gz file."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            raw = read_bounded(file, _MAX_BYTES)
+        if raw[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
+                raw = read_bounded(packed, _MAX_BYTES)
+        return json.loads(raw)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as exc:
+        raise ConfigError(
+            f"{what} {os.fspath(path)} is not JSON ({exc}). It has to hold {content}, as JSON or JSON.gz."
+        ) from exc
+    except OSError as exc:
+        raise ConfigError(
+            f"{what} {os.fspath(path)} cannot be read ({exc.strerror}). Set {setting} to a JSON or JSON.gz file."
+        ) from exc
+
+
+def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
+    """The task ids of one functional, in the map's order.
+
+    Raises
+    ------
+    ConfigError
+        The functional is not in the map (a ``ValueError``; those in the map are named), or an id is not a plain name.
+    """
+    if functional not in mapping:
+        raise ConfigError(
+            f"Functional {functional!r} not found in mapping. Available: {shown(list(mapping))}"
+        )
+    return check_task_ids(mapping[functional])
+
+
+def split_ids(
+    task_ids: Sequence[str], train_fraction: float, random_state: int | None
+) -> tuple[list[str], list[str]]:
+    """Training and test ids: scikit-learn's ``train_test_split``, which depends on the number of ids and the seed alone.
+
+    The same members in the same order as splitting the loaded lists.
+
+    Raises
+    ------
+    ConfigError
+        There are too few ids for the fraction; begins with scikit-learn's own words.
+    """
+    drawn = _draw(len(task_ids), train_fraction, random_state)
+    if drawn is not None:
+        train, test = ([task_ids[place] for place in places] for places in drawn)
+        return train, test
+    from sklearn.model_selection import train_test_split
+
+    try:
+        train, test = train_test_split(
+            list(task_ids), train_size=train_fraction, random_state=random_state
+        )
+    except (ValueError, TypeError) as exc:
+        hint = (
+            "No task id of the functional has both stores."
+            if not task_ids
+            else "Change train_fraction, or give more materials."
+        )
+        raise ConfigError(f"{exc} {hint}") from exc
+    return train, test
+
+
+def _draw(count: int, train_fraction: Any, random_state: Any) -> tuple[list[int], list[int]] | None:
+    """Places that scikit-learn's ``ShuffleSplit`` draws for training and for testing, or None for arguments of which it would speak.
+
+    With it come scipy and two thousand files: 1.5 s of the CPU in every process that trains, more where they lie on a network file system.
+    The draw itself is one permutation by numpy's legacy generator, whose numbers do not change any more (NEP 19).
+    """
+    if type(train_fraction) is float and 0 < train_fraction < 1:
+        kept = math.floor(train_fraction * count)
+    elif type(train_fraction) is int:
+        kept = train_fraction
+    else:
+        return None
+    if not 0 < kept < count or not (
+        random_state is None or (type(random_state) is int and 0 <= random_state < 2**32)
+    ):
+        return None
+    from numpy.random import RandomState, permutation
+
+    places = (
+        permutation(count) if random_state is None else RandomState(random_state).permutation(count)
+    ).tolist()
+    return places[count - kept :], places[: count - kept]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Who is trained on, who is looked at meanwhile, who is kept for the end. No one is in two of them.
+
+    Attributes
+    ----------
+    train, validation, test : tuple of str
+        Task ids.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
+def hold_out(
+    train: Sequence[str], test: Sequence[str], val_frac: float, random_state: int
+) -> Split:
+    """Take a share of the training ids for validation, drawn with ``random_state``; one at the least, unless the share is 0.
+
+    Raises
+    ------
+    ConfigError
+        ``val_frac`` is no share from 0, below 1, or leaves nothing to train on.
+    """
+    share: Any = val_frac
+    if not isinstance(share, numbers.Real) or not 0 <= float(share) < 1:
+        raise ConfigError(
+            f"val_frac is {val_frac!r}; it has to be a number from 0 to below 1: the share of the training samples that is kept for validation."
+        )
+    count = math.ceil(round(float(share) * len(train), 6))  # 0.07 * 100 is a little more than 7
+    if not count:
+        return Split(tuple(train), (), tuple(test))
+    if count == len(train):
+        raise ConfigError(
+            f"val_frac is {val_frac!r} and there are {len(train)} samples to train on: none would be left. Set val_frac to 0."
+        )
+    kept, held = split_ids(train, len(train) - count, random_state)
+    return Split(tuple(kept), tuple(held), tuple(test))
+
+
+def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
+    """A split that was drawn elsewhere: ``{"train": [0, 5, ...], "validation": [...], "test": [...]}``, JSON or JSON.gz.
+
+    Parameters
+    ----------
+    path : path
+        The file. ``val`` is another name for ``validation``; validation and test may be left out.
+    task_ids : sequence of str
+        What the numbers count, from 0: ``ZarrS3Reader.task_ids``.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read or is no such file, a number is out of range, or stands there twice.
+    """
+    document = _read_json(path, "split file", "split_file", _SPLIT)
+    where = f"split file {os.fspath(path)}"
+    known = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+    if (
+        not isinstance(document, Mapping)
+        or not document.keys() <= known.keys()
+        or "train" not in document
+    ):
+        keys = (
+            f"the keys {shown(list(document))}"
+            if isinstance(document, Mapping)
+            else f"a {type(document).__name__}"
+        )
+        raise ConfigError(
+            f"{where} holds {keys}. It has to hold {_SPLIT}; val is another name for validation."
+        )
+    if {"val", "validation"} <= document.keys():
+        raise ConfigError(
+            f"{where} has both val and validation, which are two names for one. Take one of them out."
+        )
+    sides: dict[str, tuple[str, ...]] = {}
+    home: dict[int, str] = {}
+    for key, indices in document.items():
+        if not isinstance(indices, list):
+            raise ConfigError(
+                f"{where}: {key} is a {type(indices).__name__}; it has to be a list of indices, [0, 5, ...]."
+            )
+        for index in indices:
+            if type(index) is not int or not 0 <= index < len(task_ids):
+                raise ConfigError(
+                    f"{where}: {key} holds {index!r}. It has to hold whole numbers from 0 to {len(task_ids) - 1}: positions in the reader's "
+                    f"task_ids, the {len(task_ids)} materials of the map file that have both stores."
+                )
+            if index in home:
+                raise ConfigError(
+                    f"{where}: {index} is in {home[index]} and again in {key}. A sample belongs to one of them, once."
+                )
+            home[index] = key
+        sides[known[key]] = tuple(task_ids[index] for index in indices)
+    return Split(**sides)

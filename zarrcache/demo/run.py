@@ -1,0 +1,280 @@
+"""The whole story on one machine: real or made-up densities, an S3 server, a cold epoch, warm epochs, and one with the server switched off.
+
+Everything is done as a user does it: the converter, ``zarrcache warm`` and a training script, each in its own process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zarrcache._units import format_bytes
+from zarrcache.convert import is_density_name, plan_convert, task_id_of
+from zarrcache.demo.server import DemoServer, running_server
+from zarrcache.demo.synthetic import write_pairs
+from zarrcache.errors import ConfigError, ZarrCacheError
+from zarrcache.origin import make_s3fs
+
+__all__ = ["DemoReport", "Row", "run_demo"]
+
+BUCKET = "densities"
+FUNCTIONAL = "GGA"
+#: Names of directories that say what is in them.
+_ROLES = {
+    "input": "input",
+    "inputs": "input",
+    "data": "input",
+    "label": "label",
+    "labels": "label",
+    "target": "label",
+    "jsongz": "label",
+}
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One epoch. ``requests`` and ``fetched_bytes`` are counted by the S3 server; ``hit_ratio`` is None without a cache."""
+
+    epoch: str
+    seconds: float
+    samples_per_s: float
+    requests: int
+    fetched_bytes: int
+    hit_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """What the demo found.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+    identical : bool
+        Every tensor of every epoch has the bits of a plain zarr read.
+    directory : Path or None
+        Where everything is; None if it was removed.
+    """
+
+    rows: tuple[Row, ...]
+    identical: bool
+    directory: Path | None
+
+    @property
+    def is_good(self) -> bool:
+        """Same bits, and not one request once it was warm."""
+        return self.identical and all(
+            row.requests == 0 for row in self.rows if row.epoch.startswith("warm")
+        )
+
+
+def run_demo(
+    source: Path | None = None,
+    samples: int = 8,
+    *,
+    keep: bool = False,
+    say: Say = lambda line: None,
+) -> DemoReport:
+    """Run it.
+
+    Parameters
+    ----------
+    source : Path, optional
+        Directory with CHGCAR or MP json.gz files; pairs are found by the names of their directories (``input`` or ``data``, ``label`` or
+        ``jsongz``) and by task id. By default pairs are made up.
+    samples : int
+        Pairs at the most; two at the least.
+    keep : bool
+        Leave the directory with sources, configs, cache and logs.
+    say : callable
+        Gets a line for people at each step.
+
+    Raises
+    ------
+    ConfigError
+        Fewer than two pairs; the extra ``demo`` is not installed.
+    ZarrCacheError
+        A step failed; with its words.
+    """
+    if samples < 2:
+        raise ConfigError(
+            f"samples is {samples}; a split into training and test needs 2 at the least."
+        )
+    directory = Path(tempfile.mkdtemp(prefix="zarrcache-demo-"))
+    try:
+        rows, identical = _story(directory, source, samples, say)
+    finally:
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)  # our own, made above
+    return DemoReport(tuple(rows), identical, directory if keep else None)
+
+
+def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[list[Row], bool]:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running_server(home / "server.log"))
+        say(f"S3 server at {server.endpoint_url}")
+        if source is None:
+            task_ids = write_pairs(home / "files", samples)
+            say(f"made up {len(task_ids)} pairs of densities (--source DIR takes your own)")
+        else:
+            task_ids = _collect(source, home / "files", samples)
+            say(f"took {len(task_ids)} pairs of densities from {source}")
+        make_s3fs(server.s3_kwargs).mkdir(BUCKET)
+        task_ids = _convert(home / "files", task_ids, server, say)
+        (home / "map.json").write_text(json.dumps({FUNCTIONAL: task_ids}))
+        cold, warm = (_write_config(home, server, name) for name in ("cold", "warm"))
+
+        plain, expected = _epoch(home, cold, "no cache: zarr + s3fs", server, say, plain=True)
+        rows, same = [plain], True
+        row, digests = _epoch(home, cold, "cold", server, say)
+        rows.append(row)
+        same &= digests == expected
+        _run([sys.executable, "-m", "zarrcache", "warm", str(warm)], home / "warm.log")
+        say(
+            f"zarrcache warm, into another cache directory: {next(_last_lines(home / 'warm.log', 1), '')}"
+        )
+        row, digests = _epoch(home, warm, "warm", server, say)
+        rows.append(row)
+        same &= digests == expected
+    say("S3 server stopped")  # the stack has ended it
+    row, digests = _epoch(home, warm, "warm, S3 switched off", server, say)
+    return [*rows, row], same and digests == expected
+
+
+def _collect(source: Path, files: Path, samples: int) -> list[str]:
+    """Link the files of complete pairs below ``files/input`` and ``files/label``; the task ids, sorted."""
+    if not source.is_dir():
+        raise ConfigError(
+            f"{source} is not a directory. Give one with CHGCAR or json.gz files, or leave --source out."
+        )
+    found: dict[str, dict[str, Path]] = {"input": {}, "label": {}, "": {}}
+    for path in sorted(source.rglob("*")):
+        if not is_density_name(path.name) or not path.is_file():
+            continue
+        named = [_ROLES[part] for part in path.relative_to(source).parts[:-1] if part in _ROLES]
+        with contextlib.suppress(ConfigError):  # a name that gives no task id
+            found[named[-1] if named else ""].setdefault(task_id_of(path), path)
+    unnamed = found.pop("")
+    if not found["input"] and not found["label"]:
+        found = {
+            "input": unnamed,
+            "label": unnamed,
+        }  # one directory of densities: each is its own label
+    task_ids = sorted(found["input"].keys() & found["label"].keys())[:samples]
+    if len(task_ids) < 2:
+        raise ConfigError(
+            f"{source} holds {len(task_ids)} pairs of densities ({len(found['input'])} inputs, {len(found['label'])} labels); the demo needs 2. "
+            "Put the inputs into a directory input/ and the labels into label/, with the same names."
+        )
+    for role, paths in found.items():
+        (files / role).mkdir(parents=True)
+        for task_id in task_ids:
+            path = paths[task_id]
+            # Under its own name, which is the converter's to read, but for a bare CHGCAR, whose directory names it.
+            name = path.name if task_id in path.name else f"{task_id}.{path.name}"
+            (files / role / name).symlink_to(path.resolve())
+    return task_ids
+
+
+def _convert(files: Path, task_ids: list[str], server: DemoServer, say: Say) -> list[str]:
+    """Convert to the server; the task ids of which both files could be."""
+    for role in ("input", "label"):
+        start_s = time.perf_counter()
+        report = plan_convert(
+            files / role, f"s3://{BUCKET}/{role}", s3_kwargs=server.s3_kwargs
+        ).execute()
+        size, seconds = format_bytes(report.written_bytes), time.perf_counter() - start_s
+        say(
+            f"converted {len(report.converted)} files to s3://{BUCKET}/{role} ({size}) in {seconds:.1f} s"
+        )
+        for result in report.converted:
+            for warning in result.warnings:
+                say(f"  {result.path.name}: {warning}")
+        for result in report.failed:
+            say(f"  left out: {result.error}")
+        done = {result.task_id for result in report.converted}
+        task_ids = [task_id for task_id in task_ids if task_id in done]
+    if len(task_ids) < 2:
+        raise ConfigError(
+            f"{len(task_ids)} pairs of densities could be converted; the demo needs 2."
+        )
+    return task_ids
+
+
+def _write_config(home: Path, server: DemoServer, name: str) -> Path:
+    config: dict[str, Any] = {
+        "dataset_name": "zarr_s3_data",
+        "data_dir": f"s3://{BUCKET}/input",
+        "label_dir": f"s3://{BUCKET}/label",
+        "map_dir": str(home / "map.json"),
+        "functional": FUNCTIONAL,
+        "density_type": "total",
+        "normalize_data": True,
+        "train_fraction": 0.8,
+        "random_state": 42,
+        "s3_kwargs": server.s3_kwargs,
+        "cache": {"dir": str(home / f"cache-{name}"), "limit": "4 GiB", "min_free": "200 MB"},
+    }
+    path = home / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def _epoch(
+    home: Path, config: Path, name: str, server: DemoServer, say: Say, *, plain: bool = False
+) -> tuple[Row, list[str]]:
+    """Train one epoch in a process of its own; its row, and the digests of its tensors."""
+    before = server.traffic
+    out = home / "epoch.json"
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "zarrcache.demo.train",
+            str(config),
+            str(out),
+            *(["--plain"] if plain else []),
+        ],
+        home / "train.log",
+    )
+    result = json.loads(out.read_text())
+    traffic = server.traffic - before
+    say(
+        f"epoch, {name}: {result['seconds']:.2f} s, {traffic.requests} S3 requests, loss {result['loss']:.4f}"
+    )
+    row = Row(
+        name,
+        result["seconds"],
+        result["samples"] / result["seconds"],
+        traffic.requests,
+        traffic.sent_bytes,
+        result["hit_ratio"],
+    )
+    return row, result["digests"]
+
+
+def _run(command: list[str], log: Path) -> None:
+    with log.open("ab") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
+        ).returncode
+    if code:
+        last = "\n".join(_last_lines(log))
+        raise ZarrCacheError(f"{' '.join(command[1:4])} ended with {code}:\n{last}")
+
+
+def _last_lines(log: Path, count: int = 20) -> Iterator[str]:
+    yield from log.read_text(errors="replace").splitlines()[-count:]

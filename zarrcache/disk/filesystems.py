@@ -1,0 +1,113 @@
+"""Which file system a directory is on, and whether other nodes share it."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from zarrcache.errors import ConfigError
+
+__all__ = ["can_map_to_write", "file_system_of", "is_network", "refuse_network", "spoken"]
+
+#: The kernel's names for file systems that lie on another machine, and what people call them.
+_NETWORK = {
+    "nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "mmfs": "GPFS", "beegfs": "BeeGFS", "fhgfs": "BeeGFS", "ceph": "CephFS",
+    "cifs": "SMB", "smb3": "SMB", "smbfs": "SMB", "afs": "AFS", "9p": "9p", "virtiofs": "virtiofs", "panfs": "PanFS", "wekafs": "WekaFS",
+    "orangefs": "OrangeFS", "pvfs2": "OrangeFS", "ocfs2": "OCFS2", "gfs2": "GFS2", "ncpfs": "NCP", "coda": "Coda", "vboxsf": "VirtualBox shares",
+}  # fmt: skip
+#: FUSE file systems of this node's own disks. There are far more that reach over the network, under names that nobody can list.
+_LOCAL_FUSE = frozenset(
+    {"fuse-overlayfs", "ntfs-3g", "exfat", "mergerfs", "bindfs", "gocryptfs", "cryfs", "encfs"}
+)
+#: Where a written page of a mapped file takes new room on the disk.
+_COPY_ON_WRITE = frozenset({"btrfs", "bcachefs"})
+_MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) -> str | None:
+    """Type of the file system that holds ``path`` (which need not exist yet), as the kernel names it.
+
+    Parameters
+    ----------
+    path : path
+    mountinfo : Path, optional
+        Another table than this process's own.
+
+    Returns
+    -------
+    str or None
+        For example ``ext4``, ``nfs4``, ``fuse.sshfs``; None where there is no such table (macOS).
+    """
+    real, best = (
+        os.path.realpath(path),
+        ("", ""),
+    )  # first: to look there is what makes an automounter mount it
+    try:
+        lines = (mountinfo or _MOUNTINFO).read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields, kinds = left.split(), right.split()
+        if len(fields) < 5 or not kinds:
+            continue
+        # The kernel writes spaces and the like as octal escapes.
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(
+            best[0]
+        ):
+            best = (point, kinds[0])  # of several at one place the last one is what is seen
+    return best[1] or None
+
+
+def is_network(kind: str | None) -> bool:
+    """Whether a file system of this type lies on another machine, as far as its name tells. Of FUSE all do that are not known not to."""
+    if kind is None:
+        return False
+    family, _, subtype = kind.partition(".")
+    return kind in _NETWORK or (family == "fuse" and subtype not in _LOCAL_FUSE)
+
+
+def can_map_to_write(directory: Path) -> bool:
+    """Whether a file there may be mapped and written through the map, as SQLite does beside its write-ahead log.
+
+    Not over a network, and not on a copy-on-write file system: where a written page needs new room, a full disk or a used-up quota is no error
+    there but SIGBUS, which ends the process (measured on btrfs, tests/faults/test_disk_faults.py).
+    """
+    kind = file_system_of(directory)
+    return kind not in _COPY_ON_WRITE and not is_network(kind)
+
+
+def spoken(kind: str) -> str:
+    """``NFS (nfs4)``; a type that has no other name as the kernel has it."""
+    return f"{_NETWORK[kind]} ({kind})" if _NETWORK.get(kind, kind) != kind else kind
+
+
+def refuse_network(directory: Path, *, is_allowed: bool) -> None:
+    """Refuse a directory on a network file system, unless that is allowed.
+
+    Raises
+    ------
+    ConfigError
+    """
+    kind = file_system_of(directory)
+    if kind is None or not is_network(kind) or is_allowed:
+        return
+    near = _scratch()
+    raise ConfigError(
+        f"cache.dir {directory} is on {spoken(kind)}, a network file system: locks, SQLite and memory maps are slow or unsafe there. "
+        f"Choose a disk of this node{f', for example dir: {near}/zarrcache' if near else ', for example its scratch directory'}. "
+        "If there is none, set cache.allow_network_fs: true (docs/network-file-systems.md says what that costs)."
+    )
+
+
+def _scratch() -> str | None:
+    """A directory for temporary files on a disk of this node; None if none is known."""
+    for name in ("SLURM_TMPDIR", "TMPDIR", "TMP"):
+        path = os.environ.get(name, "")
+        if os.path.isdir(path) and not is_network(file_system_of(path)):
+            return f"${{{name}}}"
+    path = tempfile.gettempdir()
+    return None if is_network(file_system_of(path)) else path

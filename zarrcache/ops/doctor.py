@@ -1,0 +1,305 @@
+"""Is this node fit for the cache: what ``zarrcache doctor`` asks, one question a function."""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from zarrcache._keys import ROLES, ArrayKey, Role
+from zarrcache._units import format_bytes
+from zarrcache.arrays import list_array
+from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
+from zarrcache.data import ids_of, read_map
+from zarrcache.disk import (
+    CACHE_FAULTS,
+    CacheDir,
+    file_system_of,
+    header_of,
+    is_network,
+    map_entry,
+    min_free_bytes,
+    publish,
+    spoken,
+    write_entry,
+)
+from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
+from zarrcache.ops.selection import open_index
+from zarrcache.origin import open_origin
+
+__all__ = ["Finding", "examine"]
+
+Verdict = Literal["ok", "warn", "fail"]
+
+_PACKAGES = (
+    "zarr",
+    "numcodecs",
+    "numpy",
+    "fsspec",
+    "s3fs",
+    "obstore",
+    "diskcache",
+    "filelock",
+    "awscrt",
+    "torch",
+)
+_IN_MEMORY = ("tmpfs", "ramfs")
+#: Objects from this far in the future mean that one of the two clocks is wrong (seconds). S3 refuses requests from 15 minutes on.
+_SKEW_S = 60.0
+_IDS_TRIED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The answer to one question: what was found, and what to do unless it is ``ok``."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]:
+    """Ask everything that ``config`` lets us ask: versions alone without one, the cache directory too with a CacheConfig, the origin too with
+    a DataConfig. Makes the cache directory; leaves nothing else behind.
+
+    Yields
+    ------
+    Finding
+        As soon as each is known.
+    """
+    yield _versions()
+    cache = config.cache if isinstance(config, DataConfig) else config
+    if cache is None and config is not None:
+        yield Finding(
+            "cache",
+            "warn",
+            "the config has no cache block",
+            "Nothing is kept on disk. Add one, as in configs/s3_cached.yaml.",
+        )
+    if cache is not None:
+        directory = CacheDir(cache.dir, cache.shared)
+        writable = _directory(cache)
+        yield writable
+        if writable.verdict != "fail":
+            yield _permissions(directory)
+            yield _file_system(directory.root)
+            yield _space(cache, directory)
+            yield _in_directory("file locks", directory, _locks)
+            yield _in_directory("mmap", directory, _mmap)
+    if isinstance(config, DataConfig):
+        for role in ROLES:
+            yield from _origin(config, role)
+
+
+def _versions() -> Finding:
+    found, absent = [f"python {platform.python_version()}"], []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            absent.append(package)
+    if absent:
+        return Finding(
+            "versions",
+            "fail",
+            f"{', '.join(absent)} not installed ({', '.join(found)})",
+            "Install zarrcache again: pip install zarrcache.",
+        )
+    return Finding("versions", "ok", ", ".join(found))
+
+
+def _directory(cache: CacheConfig) -> Finding:
+    try:
+        index = open_index(cache)
+        entries = sum(count for count, _ in index.totals().values())
+    except ConfigError as exc:
+        return Finding("cache directory", "fail", str(exc))
+    except CACHE_FAULTS as exc:
+        return Finding(
+            "cache directory",
+            "fail",
+            f"{cache.dir} cannot be used ({exc})",
+            "Choose another cache.dir, or delete the directory.",
+        )
+    return Finding("cache directory", "ok", f"{index.dir.root} can be written; {entries} entries")
+
+
+def _permissions(directory: CacheDir) -> Finding:
+    mode = directory.root.stat().st_mode & 0o7777
+    found = f"mode {mode:04o}, shared: {str(directory.shared).lower()}"
+    if not directory.shared and mode & 0o077:
+        return Finding(
+            "permissions",
+            "warn",
+            f"{found}; others may look into it",
+            f"Run chmod 700 {directory.root}, or set cache.shared: true.",
+        )
+    modes = [
+        path.stat().st_mode
+        for path in (directory.root, directory.entries, directory.bytes, directory.locks)
+    ]
+    if directory.shared and (
+        any(m & 0o2070 != 0o2070 for m in modes) or directory.index.stat().st_mode & 0o060 != 0o060
+    ):
+        where = f"{directory.parent if directory.parent.stat().st_mode & 0o070 != 0o070 else directory.root}"
+        command = f"chgrp -R GROUP {where} && chmod -R g+rwX,o-rwx {where} && find {where} -type d -exec chmod g+s {{}} +"
+        return Finding(
+            "permissions",
+            "warn",
+            f"{found}; not all of it can be written by the group",
+            f"Let its owner run `{command}`.",
+        )
+    if directory.shared and mode & 0o002:
+        return Finding(
+            "permissions",
+            "warn",
+            f"{found}; anybody can write",
+            f"Let its owner run chmod -R o-rwx {directory.root}.",
+        )
+    return Finding("permissions", "ok", found)
+
+
+def _file_system(path: Path) -> Finding:
+    kind = file_system_of(path)
+    if kind is None:
+        return Finding(
+            "file system",
+            "warn",
+            "it cannot be found out",
+            "Make sure that cache.dir is on a disk of this node.",
+        )
+    if is_network(
+        kind
+    ):  # and cache.allow_network_fs is set, or the directory would have been refused
+        found = f"{path} is on {spoken(kind)}, a network file system"
+        advice = "It is slow, and fit for the processes of one node only. Choose a disk of this node, for example $SLURM_TMPDIR, if there is one."
+        return Finding("file system", "warn", found, advice)
+    if kind in _IN_MEMORY:
+        return Finding(
+            "file system",
+            "warn",
+            f"{path} is in memory ({kind})",
+            "Entries take memory from the training and are gone after a reboot.",
+        )
+    return Finding("file system", "ok", kind)
+
+
+def _space(cache: CacheConfig, directory: CacheDir) -> Finding:
+    usage = shutil.disk_usage(directory.root)
+    volume, reserve = open_index(cache).volume_bytes(), min_free_bytes(cache.min_free, usage.total)
+    room = max(0, min(cache.limit - volume, usage.free - reserve))
+    found = f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of {format_bytes(cache.limit)}"
+    if volume + usage.free - reserve < cache.limit:
+        reachable = format_bytes(max(0, volume + usage.free - reserve))
+        advice = f"min_free ({format_bytes(reserve)}) stops the cache at {reachable}. Make room, lower cache.limit, or choose a larger disk."
+        return Finding("space", "warn" if room else "fail", found, advice)
+    return Finding("space", "ok", found)
+
+
+def _in_directory(name: str, directory: CacheDir, check: Callable[[Path], Finding]) -> Finding:
+    """A check that needs files of its own, on the file system of the cache."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="doctor-", dir=directory.root) as own:
+            return check(Path(own))
+    except (OSError, ZarrCacheError) as exc:
+        return Finding(
+            name,
+            "fail",
+            f"it does not work in {directory.root} ({exc})",
+            "Choose a disk of this node for cache.dir.",
+        )
+
+
+def _locks(own: Path) -> Finding:
+    with (own / "lock").open("w") as first, (own / "lock").open("w") as second:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Finding("file locks", "ok", "one holder at a time")
+    return Finding(
+        "file locks",
+        "warn",
+        "two holders at once",
+        "Objects may be fetched more than once, nothing worse. Choose a disk of this node for cache.dir.",
+    )
+
+
+def _mmap(own: Path) -> Finding:
+    array = np.arange(4096, dtype="<f4")
+    header = header_of(ArrayKey("file", "doctor", "array"), array, "doctor")
+    publish(
+        own / "entry",
+        lambda file: write_entry(file, header, array),
+        expected_bytes=header.file_bytes,
+    )
+    entry = map_entry(own / "entry")
+    if not entry.is_intact():
+        return Finding(
+            "mmap",
+            "fail",
+            "what is mapped is not what was written",
+            "Choose a disk of this node for cache.dir.",
+        )
+    return Finding("mmap", "ok", "an entry can be written, mapped and read")
+
+
+def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
+    """List one store and read one object of it."""
+    try:
+        url = config.data_dir if role == "data" else config.label_dir
+        fetch = config.cache.fetch if config.cache is not None else FetchConfig()
+        # Two attempts: who asks wants to know soon, and the answer to a third is not another one.
+        origin = open_origin(
+            url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
+        )
+        ids = ids_of(read_map(config.map_dir), config.functional)[:_IDS_TRIED]
+        name = f"{role} at {origin.url}"
+        start_s = time.perf_counter()
+        for task_id in ids:
+            for suffix in (".zarr", ".zarr.zip"):
+                try:
+                    listed = list_array(
+                        origin, f"{task_id}{suffix}", f"charge_density_{config.density_type}"
+                    )
+                except OriginNotFoundError:
+                    continue
+                ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
+                took_ms = 1000 * (time.perf_counter() - start_s)
+                found = f"{task_id}{suffix} lists {len(listed)} objects; one of {memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in all)"
+                yield Finding(name, "ok", found)
+                ahead_s = max(obj.modified_s for obj in listed) - time.time()
+                if ahead_s > _SKEW_S:
+                    advice = "Set this node's clock (chronyc tracking shows it); S3 refuses requests that are 15 minutes off."
+                    yield Finding(
+                        f"clock against {role}",
+                        "warn",
+                        f"{task_id}{suffix} was written {ahead_s:.0f} s in the future",
+                        advice,
+                    )
+                return
+        if not origin.url.startswith("s3://"):
+            origin.list_names()  # an error, with what to do, if there is no such directory; S3 has none that could be missing
+        advice = (
+            f"Check {role}_dir, map_dir and functional; `zarrcache status` counts what is there."
+        )
+        yield Finding(
+            name,
+            "warn",
+            f"it answers, but has no store of the first ids: {', '.join(ids) or 'the map has none'}",
+            advice,
+        )
+    except ZarrCacheError as exc:
+        yield Finding(
+            f"{role} at {config.data_dir if role == 'data' else config.label_dir}", "fail", str(exc)
+        )

@@ -1,0 +1,198 @@
+"""An origin that is a directory, on a local disk or a network file system."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from zarrcache._keys import ObjectInfo
+from zarrcache.config import RetryConfig
+from zarrcache.errors import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginAccessError,
+    OriginError,
+    OriginNotFoundError,
+)
+from zarrcache.origin._retry import RetryPolicy, TransientError
+from zarrcache.stats import Counters
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["LocalOrigin"]
+
+T = TypeVar("T")
+
+#: Links to directories below one store: with two in each of 30 directories there are a billion paths.
+_MAX_LINKS = 1000
+
+#: A network file system's ways to say "try again"; anything else of a disk does not go away by waiting.
+_TRANSIENT = frozenset(
+    {
+        errno.ESTALE,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ETIMEDOUT,
+        errno.EIO,
+        errno.EREMOTEIO,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+    }
+)
+
+
+class LocalOrigin:
+    """A directory. The version of a file is its modification time and size.
+
+    Parameters
+    ----------
+    path : str
+        Made absolute; ``~`` is expanded.
+
+    See Also
+    --------
+    zarrcache.origin._s3.Origin : what the methods promise.
+    """
+
+    identity = "file"
+
+    def __init__(
+        self, path: str, *, retry: RetryConfig = RetryConfig(), counters: Counters | None = None
+    ) -> None:
+        if not path:
+            raise ConfigError(
+                "the path of the data is empty. Give a directory, or s3://bucket/prefix."
+            )
+        self.url = os.path.abspath(os.path.expanduser(path))
+        self._retry = retry
+        self._counters = counters if counters is not None else Counters()
+
+    def __repr__(self) -> str:
+        return f"LocalOrigin({self.url!r})"
+
+    def url_of(self, key: str) -> str:
+        """Absolute path of a key."""
+        return os.path.join(self.url, key)
+
+    def list_names(self) -> list[str]:
+        """Names in the directory, sorted. See ``Origin.list_names``."""
+        return self._tried(lambda: sorted(os.listdir(self.url)), self.url, None)
+
+    def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+        """Every file below ``prefix``. See ``Origin.list_objects``."""
+        path = self.url_of(prefix)
+        found = self._tried(lambda: _list(path, prefix), path, None)
+        if not found and not os.path.isdir(self.url):
+            raise _not_a_directory(self.url)
+        return found
+
+    def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Contents of listed files. See ``Origin.fetch``."""
+        for obj in objects:
+            yield obj, self.fetch_range(obj, 0, obj.size_bytes)
+
+    def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes of a listed file. See ``Origin.fetch_range``."""
+        path = self.url_of(obj.key)
+        data = self._tried(lambda: _read(path, obj, start, stop), path, obj)
+        self._counters.add(fetched_bytes=len(data))
+        return data
+
+    def _tried(self, function: Callable[[], T], path: str, obj: ObjectInfo | None) -> T:
+        def attempt() -> T:
+            self._counters.add(requests=1)
+            try:
+                return function()
+            except OriginError:
+                raise
+            except OSError as exc:
+                raise _error(exc, path, obj) from exc
+
+        return RetryPolicy(self._retry).call(
+            attempt, on_retry=lambda: self._counters.add(retries=1)
+        )
+
+
+def _list(path: str, prefix: str) -> list[ObjectInfo]:
+    try:
+        if not prefix or prefix.endswith("/"):
+            return sorted(_walk(path, prefix))
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [_info(prefix, status)] if stat.S_ISREG(status.st_mode) else []
+
+
+def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterator[ObjectInfo]:
+    links = itertools.count(1) if links is None else links
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir():
+                    if entry.is_symlink() and next(links) > _MAX_LINKS:
+                        raise OriginError(
+                            f"{path} has more than {_MAX_LINKS} symbolic links to directories below it. Remove them."
+                        )
+                    yield from _walk(entry.path, f"{prefix}{entry.name}/", links)
+                    continue
+                status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):  # a FIFO would have us wait for its writer
+                    raise OriginError(f"{entry.path} is neither a file nor a directory. Remove it.")
+                yield _info(prefix + entry.name, status)
+            except FileNotFoundError as exc:
+                if entry.is_symlink():
+                    raise OriginError(
+                        f"{entry.path} is a broken symbolic link. Restore what it points to, or remove it."
+                    ) from exc
+                # Otherwise it was removed since the directory was read, and is no part of the listing.
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(
+        key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size}", status.st_mtime
+    )
+
+
+def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), stop - start, start)
+        while len(data) < stop - start and (
+            more := os.pread(file.fileno(), stop - start - len(data), start + len(data))
+        ):
+            data += more  # one pread ends at 2 GiB
+        # Looked at after the reading: a writer that came in between has changed the time.
+        if len(data) != stop - start or _info(obj.key, os.fstat(file.fileno())).etag != obj.etag:
+            raise IncompleteArrayError(
+                f"{path} was changed after it was listed. Read it again when the writer has finished."
+            )
+    return data
+
+
+def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return OriginAccessError(
+            f"{path} may not be read by this user ({exc.strerror}). Correct its permissions, or run as its owner."
+        )
+    if isinstance(exc, (FileNotFoundError, NotADirectoryError)):
+        if obj is not None:
+            return IncompleteArrayError(
+                f"{path} is listed ({obj.size_bytes} bytes) but is gone. The store is incomplete: convert it again."
+            )
+        return _not_a_directory(path)
+    if exc.errno in _TRANSIENT:
+        return TransientError(path, f"{exc.strerror} (errno {exc.errno})")
+    return OriginError(
+        f"{path} could not be read: {exc.strerror} (errno {exc.errno}). Check the file system."
+    )
+
+
+def _not_a_directory(path: str) -> OriginNotFoundError:
+    return OriginNotFoundError(
+        f"{path} is not a directory of this machine. Check the path, and that its file system is mounted."
+    )

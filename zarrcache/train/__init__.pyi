@@ -1,0 +1,16 @@
+from .belady import Clairvoyant as Clairvoyant
+from .datasets import RhoData as RhoData
+from .datasets import Sample as Sample
+from .datasets import ZarrDataset as ZarrDataset
+from .datasets import collate as collate
+from .datasets import collate_fn as collate_fn
+from .lookahead import Lookahead as Lookahead
+from .multi import Config as Config
+from .multi import Side as Side
+from .multi import SideBySide as SideBySide
+from .multi import Sources as Sources
+from .progress import Course as Course
+from .sampler import NodeSampler as NodeSampler
+from .schedule import Assignment as Assignment
+from .schedule import Schedule as Schedule
+from .schedule import node_of as node_of

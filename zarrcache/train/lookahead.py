@@ -1,0 +1,243 @@
+"""Look-ahead: the order of the samples is known, so the next ones can be there before they are asked for.
+
+>>> sampler = NodeSampler(dataset, seed=42)  # doctest: +SKIP
+>>> with Lookahead(dataset, sampler) as ahead:  # doctest: +SKIP
+...     for epoch in range(50):
+...         sampler.set_epoch(epoch)
+...         ahead.set_epoch(epoch)
+...         for batch in loader:
+...             ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from zarrcache._keys import ROLES
+from zarrcache.errors import ConfigError
+from zarrcache.parallel import Died, Interpreter, World, held_back
+from zarrcache.train.belady import Clairvoyant
+from zarrcache.train.prefetch import prefetch
+from zarrcache.train.progress import Course, Listed, Orders, Scheduled
+
+if TYPE_CHECKING:
+    from zarrcache.data import ZarrS3Reader
+    from zarrcache.train.sampler import NodeSampler
+
+__all__ = ["Lookahead"]
+
+logger = logging.getLogger(__name__)
+
+#: What is in the cache has to fit beside it.
+_SHARE_OF_LIMIT = 4
+#: What a prefetcher may take to end, before it is killed (seconds).
+_END_S = 10.0
+#: How often its end is looked for in another way than by its pipe (seconds).
+_WATCH_S = 1.0
+
+#: A sampler, or what one has drawn: names (or positions) of the samples, a list an epoch.
+Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
+
+
+class Lookahead:
+    """Follow the training of this rank: fetch ahead of it, and let ``eviction: belady`` know what it reads next.
+
+    A process of its own fetches what the sampler will ask for, in its order, and stays ``cache.lookahead`` bytes ahead at the most (of decoded
+    densities, shared out among the ranks of a node; a quarter of ``cache.limit`` at the most). It takes the reader's own path, so an object is
+    fetched once, by whoever comes first. What it fetches is kept like anything that was read. Where there is no room to keep more, it takes the
+    room of its look-ahead from what was stored first, and what it puts there is dropped when it was read.
+
+    Make it on every rank, before the DataLoader's workers start, and after ``sampler.load_state_dict()``. Without a cache, or with
+    ``lookahead: 0`` and no ``eviction: belady``, it does nothing.
+
+    Parameters
+    ----------
+    source : ZarrDataset, RhoData or ZarrS3Reader
+        What is read. Of a reader, the samples are ``split_task_ids()``'s training ids.
+    order : NodeSampler, or sequence of sequences
+        The sampler whose indices the DataLoader gets; or task ids, or positions, a list an epoch from epoch 0 on, as any other sampler has
+        drawn them: with replacement too. Under ``eviction: belady`` such lists are for one rank a node.
+    epoch : int, optional
+        The epoch that comes first. Default: the sampler's, or 0.
+
+    Raises
+    ------
+    ConfigError
+        A reader that is none of ours, an order that names other samples, or lists under ``eviction: belady`` with several ranks on the node.
+    """
+
+    def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:
+        self._reader, names = _read_by(source)
+        self._prefetcher: _Prefetcher | None = None
+        self._is_missing = False
+        config = self._reader.tiers.config
+        if (
+            config is None
+            or not config.arrays.enabled
+            or not (config.lookahead or config.eviction == "belady")
+        ):
+            self._course: Course | None = None
+            return
+        orders = _orders(order, names)
+        self._course = Course(orders, int(getattr(order, "epoch", 0)) if epoch is None else epoch)
+        self._reader.course = self._course
+        if config.eviction == "belady" and isinstance(orders, Listed) and orders.ranks > 1:
+            raise ConfigError(
+                f"cache.eviction is belady, and this node has {orders.ranks} ranks: from its own list none of them knows what the others read. "
+                "Give a NodeSampler, or set cache.eviction to none."
+            )
+        if config.eviction == "belady":
+            self._reader.tiers.foresee(
+                Clairvoyant(self._course, _digests(self._reader, orders.names))
+            )
+        budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
+        if budget:
+            try:
+                with held_back():  # or Ctrl-C could come when it runs, and before anybody knows it
+                    self._prefetcher = _Prefetcher(self._reader, budget)
+            except OSError as exc:
+                self._is_missing = True
+                logger.warning(
+                    "no look-ahead, its process cannot be started (%s): the training goes on without it, and waits for what it reads.",
+                    exc,
+                )
+            except (
+                BaseException
+            ):  # an exception that somebody keeps, as a notebook does, would keep the process
+                self.close()
+                raise
+
+    def __enter__(self) -> Lookahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that fetches ahead; None if there is none."""
+        return self._prefetcher.pid if self._prefetcher is not None else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is read next; call it beside the sampler's."""
+        if self._course is not None:
+            self._course.set_epoch(epoch)
+
+    def check(self) -> bool:
+        """Whether all is well: False if the process has died or could not be started.
+
+        Either is reported by itself, at once, in one warning; training goes on without it.
+        """
+        return not self._is_missing and (self._prefetcher is None or self._prefetcher.check())
+
+    def close(self) -> None:
+        """End the process, and give back what it holds. The training goes on without."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._prefetcher = self._course = self._reader.course = None
+        self._reader.tiers.foresee(None)
+
+
+class _Prefetcher:
+    """The process, as its parent sees it. An interpreter of its own: obstore, in there, must not have been used before a fork."""
+
+    def __init__(self, reader: ZarrS3Reader, budget_bytes: int) -> None:
+        self._is_reported = False
+        self._lock = threading.Lock()
+        work = bytes(ForkingPickler.dumps((reader, budget_bytes)))
+        self._process = Interpreter(prefetch, os.getpid(), work)
+        self.pid = self._process.pid
+        # A thread: that a process has died is to be known when it dies, and not when somebody asks.
+        watch = threading.Thread(
+            target=_attend,
+            args=(weakref.ref(self), self._process, work),
+            daemon=True,
+            name="zarrcache watch",
+        )
+        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no atexit, and would wait for this one for ever.
+        self._end = Finalize(self, _end, (self._process, watch), exitpriority=10)
+        try:
+            watch.start()
+        except RuntimeError as exc:  # what Python makes of a limit of threads
+            self._end()
+            raise OSError(str(exc)) from exc
+
+    def check(self) -> bool:
+        """Whether it lives; the first who finds it dead says so."""
+        with self._lock:
+            if not self._end.still_active() or not self._process.has_ended():
+                return True
+            if not self._is_reported:
+                self._is_reported = True
+                logger.warning(
+                    "the look-ahead process %s has ended (%s): the training goes on without it, and waits for what it reads. If it was killed for "
+                    "lack of memory, lower cache.lookahead; a new Lookahead() starts another.",
+                    self.pid,
+                    Died(self._process.exitcode),
+                )
+        return False
+
+    def close(self) -> None:
+        self._end()
+
+
+def _attend(prefetcher: weakref.ref[_Prefetcher], process: Interpreter, work: bytes) -> None:
+    """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the names of 200,000 stores is larger than a
+    pipe, and the process first imports.
+    """
+    with contextlib.suppress(OSError):  # it has died, or we have hung up
+        process.connection.send_bytes(work)
+    while not process.has_ended(_WATCH_S):
+        pass
+    ours = prefetcher()
+    if ours is not None:
+        ours.check()
+
+
+def _end(process: Interpreter, watch: threading.Thread) -> None:
+    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process.
+    process.hang_up()
+    process.has_ended(_END_S)
+    process.kill()
+    if watch.ident is not None and watch is not threading.current_thread():
+        watch.join()
+    process.close()
+
+
+def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
+    """The reader beneath, and the names of the samples."""
+    reader = next((found for found in (source, getattr(source, "reader", None), getattr(getattr(source, "data", None), "reader", None))
+                   if hasattr(found, "tiers")), None)  # fmt: skip
+    if reader is None:
+        raise ConfigError(
+            f"{type(source).__name__} has no reader of zarrcache. Give a ZarrDataset, a RhoData of get_dataset(), or a ZarrS3Reader."
+        )
+    return reader, tuple(reader.split_task_ids()[0] if reader is source else source.task_ids)
+
+
+def _orders(order: Any, names: tuple[str, ...]) -> Orders:
+    if not hasattr(order, "schedule"):
+        return Listed.of(order, names, ranks=World.here().local_ranks)
+    if order.schedule.names != names:
+        raise ConfigError(
+            "the sampler is of other samples than the dataset. Make it of the same: NodeSampler(dataset)."
+        )
+    return Scheduled(order.schedule, order.world.rank, order.epoch, order.history)
+
+
+def _digests(reader: ZarrS3Reader, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """For `Clairvoyant`: what the entries are called."""
+    return np.array(
+        [[int(reader.key(name, role).digest[:16], 16) for role in ROLES] for name in names],
+        np.uint64,
+    )

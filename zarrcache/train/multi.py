@@ -1,0 +1,173 @@
+"""Several training configs side by side: their readers, their splits, and one dataset over all of them."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import ConcatDataset
+
+from zarrcache._units import whole_number
+from zarrcache.config import DataConfig
+from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, read_split
+from zarrcache.errors import ConfigError
+from zarrcache.train.datasets import ZarrDataset
+
+__all__ = ["Config", "Side", "SideBySide", "Sources"]
+
+Config = str | os.PathLike[str] | DataConfig | Mapping[str, Any]
+Side = Literal["train", "validation", "test"]
+
+
+class Sources:
+    """What one training config reads, or several, each by its name.
+
+    Making it costs no request.
+
+    Parameters
+    ----------
+    config : path, mapping, list or mapping of these
+        A training config as a YAML file or its keys. In a list their names are ``"0"``, ``"1"``, ...; in a mapping its keys.
+    split_file : path or mapping, optional
+        See :func:`zarrcache.data.splits.read_split`. Of several configs a file for each name.
+    val_frac : float
+        Without ``split_file``: see :func:`zarrcache.data.splits.hold_out`.
+    random_seed : int
+
+    Raises
+    ------
+    ConfigError
+        A config cannot be used, or ``split_file`` does not fit.
+
+    Attributes
+    ----------
+    readers : dict of str to ZarrS3Reader
+    """
+
+    def __init__(
+        self, config: Any, *, split_file: Any = None, val_frac: float = 0.0, random_seed: int = 42
+    ) -> None:
+        configs = _configs(config)
+        self._split_files = _split_files(split_file, tuple(configs))
+        self._val_frac = val_frac
+        self._random_seed = whole_number(
+            "random_seed", random_seed, most=2**32 - 1
+        )  # of numpy's legacy generator, as scikit-learn's
+        self._cached = [name for name, one in configs.items() if one.cache is not None]
+        self.readers: dict[str, ZarrS3Reader] = {
+            name: open_reader(one) for name, one in configs.items()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of the configs."""
+        return tuple(self.readers)
+
+    def list_into_cache(self) -> None:
+        """List the origins whose listing a cache keeps, so that other processes of the node find it there."""
+        for name in self._cached:
+            _ = self.readers[name].task_ids
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """The split of each.
+
+        Raises
+        ------
+        ConfigError
+            Too few samples, or a split file that does not fit.
+        OriginError
+            A directory cannot be listed.
+        """
+        return {
+            name: self._split(reader, self._split_files[name])
+            for name, reader in self.readers.items()
+        }
+
+    def _split(self, reader: ZarrS3Reader, path: str | os.PathLike[str] | None) -> Split:
+        if path is not None:
+            return read_split(path, reader.task_ids)
+        return hold_out(*reader.split_task_ids(), self._val_frac, self._random_seed)
+
+    def dataset(self, side: Side, **options: Any) -> ZarrDataset | SideBySide:
+        """One side of the split, of all of them. ``options`` are those of ``ZarrDataset``."""
+        parts = {
+            name: ZarrDataset(reader, getattr(self.splits[name], side), **options)
+            for name, reader in self.readers.items()
+        }
+        return SideBySide(parts) if len(parts) > 1 else next(iter(parts.values()))
+
+
+class SideBySide(ConcatDataset[Any]):
+    """Several datasets as one, each sample with the number of its dataset."""
+
+    def __init__(self, parts: Mapping[str, ZarrDataset]) -> None:
+        super().__init__(parts.values())
+        # With the name: two datasets may have the same material.
+        self.task_ids = tuple(
+            f"{name}/{task_id}" for name, part in parts.items() for task_id in part.task_ids
+        )
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(index)  # type: ignore[no-untyped-call]
+        return {**sample, "dataset": bisect.bisect_right(self.cumulative_sizes, index % len(self))}
+
+
+def _configs(config: Any) -> dict[str, DataConfig]:
+    """Each config by the name of its dataset."""
+    if isinstance(config, Mapping) and not config.keys() & DataConfig.model_fields.keys():
+        named = {str(name): one for name, one in config.items()}
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        named = {str(number): one for number, one in enumerate(config)}
+    else:
+        named = {"0": config}
+    if not named or config is None:
+        raise ConfigError(
+            "config is empty. Give the path of a training config, for example configs/s3_cached.yaml, or several."
+        )
+    return {name: _config(one) for name, one in named.items()}
+
+
+def _config(one: Any) -> DataConfig:
+    found = (
+        DataConfig.from_yaml(Path(one).expanduser())
+        if isinstance(one, (str, os.PathLike))
+        else DataConfig.of(_plain(one))
+    )
+    if found.dataset_name == "chgcar_data":
+        raise ConfigError(
+            "dataset_name is 'chgcar_data': convert the files first (zarrcache convert), ZarrDataModule reads Zarr stores."
+        )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries and lists, of whatever a configuration library hands over in their place."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _split_files(
+    split_file: Any, names: tuple[str, ...]
+) -> dict[str, str | os.PathLike[str] | None]:
+    if split_file is None:
+        return dict.fromkeys(names)
+    if isinstance(split_file, Mapping):
+        files = {str(name): path for name, path in split_file.items()}
+        if files.keys() != set(names):
+            raise ConfigError(
+                f"split_file is for the datasets {sorted(files)}, and config has {sorted(names)}. Give a file for each, by its name."
+            )
+        return files
+    if len(names) > 1:
+        raise ConfigError(
+            f"split_file is {str(split_file)!r}, and there are {len(names)} datasets: give a file for each, {{{names[0]!r}: ..., ...}}."
+        )
+    return {names[0]: split_file}

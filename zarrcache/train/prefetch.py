@@ -1,0 +1,340 @@
+"""The process of a ``Lookahead``: it walks the order ahead of the training, and sees to it that the next densities are there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from zarrcache._keys import ROLES
+from zarrcache.cache import Ring
+from zarrcache.disk import CACHE_FAULTS, LENT, disk_bytes
+from zarrcache.errors import ZarrCacheError
+from zarrcache.train.progress import Course
+
+if TYPE_CHECKING:
+    from zarrcache.data import ZarrS3Reader
+
+__all__ = ["Prefetch", "prefetch"]
+
+logger = logging.getLogger(__name__)
+
+#: Densities at a time, by all ranks of a node: while one waits for its listing, others are fetched and decoded. `tools/bench lookahead` waits
+#: twice as long with 4 and half as long again with 12, on two cores.
+LANES = 8
+#: Of one rank at the least.
+_LEAST_LANES = 2
+#: Of an entry's file, before the values.
+_HEADER_BYTES = 4096
+#: How often it looks where the training is (seconds).
+_LOOK_S = 0.02
+#: Densities that it has in view at the most, however small they are.
+_MOST = 4096
+#: A loan that was not taken this long after the training asked for it will not be.
+_STALE_S = 10.0
+#: After a density that could not be read (seconds). The training will meet the error itself, and tell it.
+_PAUSE_S = 1.0
+#: What fetches in progress may take when the training has ended (seconds). What they leave behind is swept like that of a killed process.
+_END_S = 2.0
+
+
+def prefetch(connection: Connection, parent: int) -> None:
+    """Run in the process: fetch ahead until the other side hangs up, or dies."""
+    try:
+        reader, budget_bytes = connection.recv()
+        ahead = Prefetch(reader, budget_bytes)
+        # A DataLoader's workers are forked with the other end of the pipe, and may outlive the training; the parent's pid tells at once.
+        while not connection.poll(_LOOK_S) and os.getppid() == parent:
+            ahead.step()
+        ahead.close()
+    except (EOFError, OSError):
+        pass  # it has hung up
+    os._exit(0)  # a request that nobody answers would keep the interpreter waiting
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One reading to come, and how many bytes of the budget it holds."""
+
+    epoch: int
+    sample: int
+    role: int
+    nth: int  # how often the sample was read before in its epoch
+    place: int
+    digest: str
+    size: int = 0  # on disk; 0: not known
+    held: int = 0
+    is_coming: bool = False
+    is_waiting: bool = False  # for an earlier reading, which may take the loan that it finds
+    is_over: bool = False
+    over_s: float = 0.0
+    loan: str = ""  # its file
+
+
+class _NotNow(BaseException):
+    """A density is not to be fetched: it does not fit at the moment, or the training was faster."""
+
+
+class Prefetch:
+    """What is in view, in the order of the training: there, or coming. ``step()`` moves on.
+
+    Parameters
+    ----------
+    reader : ZarrS3Reader
+        With a course.
+    budget_bytes : int
+        Of the densities in view, on disk.
+    """
+
+    def __init__(self, reader: ZarrS3Reader, budget_bytes: int) -> None:
+        assert reader.course is not None
+        assert reader.tiers.arrays is not None
+        self._reader = reader
+        self._course: Course = reader.course
+        self._index = reader.tiers.arrays.index
+        self._budget = budget_bytes
+        self._ring = reader.tiers.arrays.ring = Ring(self._index, budget_bytes)
+        self._lock = threading.Lock()
+        self._held = 0
+        self._view: deque[_Item] = deque()
+        self._again: deque[_Item] = deque()  # did not fit
+        self._lent: deque[_Item] = deque()  # asked for, and perhaps not taken yet
+        self._coming: set[str] = set()
+        self._typical: deque[int] = deque(maxlen=64)
+        self._expansion = 1.0
+        self._pause_until_s = 0.0
+        self._is_over = False
+        self._begin_epoch(self._course.epoch)
+        self._work: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[_Item, str]] = queue.SimpleQueue()
+        lanes = max(_LEAST_LANES, LANES // self._course.orders.ranks)
+        self._lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(lanes)]
+        for lane in self._lanes:
+            lane.start()
+        if not self._course.is_shared:
+            self._is_over = True
+            logger.warning(
+                "no look-ahead: this system has no /proc, through which processes find the memory that they share"
+            )
+
+    def step(self) -> None:
+        """See what has come and what was read, then fetch what fits."""
+        try:
+            self._collect()
+            self._retire()
+            if not self._is_over and time.monotonic() >= self._pause_until_s:
+                self._fill()
+        except CACHE_FAULTS as exc:  # the training meets it too, and tells it
+            self._index.reopen(exc)
+            self._pause_until_s = time.monotonic() + _PAUSE_S
+
+    def close(self) -> None:
+        """Take back what is lent."""
+        for _ in self._lanes:
+            self._work.put(None)
+        end_s = time.monotonic() + _END_S
+        for lane in self._lanes:
+            lane.join(max(0.0, end_s - time.monotonic()))
+        with contextlib.suppress(*CACHE_FAULTS):
+            self._ring.close()
+
+    # -- the order -----------------------------------------------------------------------------------------------------------------
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order: list[int] = self._course.orders.of_rank(epoch).tolist()
+        self._place = 0
+        self._seen: dict[int, int] = {}
+
+    def _next(self) -> _Item | None:
+        """The next reading, up to the end of the epoch after the present one."""
+        if self._again:
+            return self._again.popleft()
+        if self._place >= len(ROLES) * len(self._order):
+            if self._epoch > self._course.epoch:
+                return None
+            self._begin_epoch(self._epoch + 1)
+            if not self._order:
+                return None
+        step, role = divmod(self._place, len(ROLES))
+        self._place += 1
+        sample = self._order[step]
+        nth = self._seen.get(sample, 0)
+        if role == len(ROLES) - 1:
+            self._seen[sample] = nth + 1
+        digest = self._reader.key(self._course.orders.names[sample], ROLES[role]).digest
+        return _Item(self._epoch, sample, role, nth, self._place, digest)
+
+    def _is_wanted(self, item: _Item) -> bool:
+        epoch = self._course.epoch
+        return item.epoch in (epoch, epoch + 1) and not self._course.has_begun(
+            item.epoch, item.sample, item.role, item.nth
+        )
+
+    # -- moving on -----------------------------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Take note of what the lanes have done."""
+        while not self._done.empty():
+            item, outcome = self._done.get()
+            item.is_coming = False
+            self._coming.discard(item.digest)
+            if outcome == "not now":
+                with contextlib.suppress(ValueError):  # it is over
+                    self._view.remove(item)
+                self._again.append(item)
+            elif outcome == "failed":
+                self._pause_until_s = time.monotonic() + _PAUSE_S
+            elif (
+                outcome == "bypass" and self._ring.is_refused
+            ):  # the disk is full, and to fetch twice is worse than to wait
+                self._is_over = True
+            elif (
+                outcome == "bypass" and not self._ring.is_open
+            ):  # the cache is in trouble, which may pass
+                self._pause_until_s = time.monotonic() + _PAUSE_S
+            if outcome not in ("hit", "miss") and item.digest not in self._ring:
+                self._hold(item, 0)
+            if item.is_over:
+                self._finish(item)
+
+    def _retire(self) -> None:
+        """Let go of what the training has asked for, or will not ask for any more."""
+        epoch, now_s = self._course.epoch, time.monotonic()
+        if epoch not in (self._epoch, self._epoch - 1):
+            self._begin_epoch(epoch)
+        self._ring.look()
+        view: deque[_Item] = deque()
+        for item in self._view:
+            if not self._is_wanted(item):
+                item.is_over, item.over_s = True, now_s if item.epoch == epoch else -_STALE_S
+                if not item.is_coming:
+                    self._finish(item)
+            elif (
+                item.is_waiting
+                and item.digest not in self._coming
+                and not self._is_lent(item.digest)
+            ):
+                self._again.append(item)
+            else:
+                view.append(item)
+        self._view = view
+        self._again = deque(
+            sorted(filter(self._is_wanted, self._again), key=lambda item: (item.epoch, item.place))
+        )
+        while self._lent and (
+            self._ring.file_of(self._lent[0].digest) != self._lent[0].loan
+            or now_s - self._lent[0].over_s >= _STALE_S
+        ):
+            item = self._lent.popleft()
+            self._ring.drop(item.digest, item.loan)
+
+    def _finish(self, item: _Item) -> None:
+        self._hold(item, 0)
+        if (loan := self._ring.file_of(item.digest)) is not None:
+            item.loan = loan
+            self._lent.append(item)
+
+    def _is_lent(self, digest: str) -> bool:
+        """By us, or for another rank."""
+        return digest in self._ring or self._index.lookup(LENT + digest) is not None
+
+    def _hold(self, item: _Item, nbytes: int) -> bool:
+        """Change what an item holds of the budget. False, and nothing is changed, if there is not so much."""
+        with self._lock:
+            more = nbytes - item.held
+            if more > 0 and self._held + more > self._budget:
+                return False
+            self._held += more
+            item.held = nbytes
+            return True
+
+    def _fill(self) -> None:
+        while len(self._view) < _MOST and len(self._coming) < len(self._lanes):
+            if self._coming and not self._typical:
+                return  # before one size is known, later densities could take the budget that the next one needs
+            if (item := self._next()) is None:
+                return
+            if not self._is_wanted(item):
+                continue
+            stored = self._index.lookup(item.digest)
+            item.is_waiting = stored is None and (
+                item.digest in self._coming or self._is_lent(item.digest)
+            )
+            is_there = stored is not None or item.is_waiting
+            size = (
+                stored.size_bytes
+                if stored is not None
+                else 0
+                if is_there
+                else item.size or self._estimate()
+            )
+            if size > self._budget:
+                continue  # it never fits: the training fetches it
+            if not is_there and not item.size and not self._coming:
+                size = min(
+                    size, max(0, self._budget - self._held)
+                )  # it may fit though its estimate does not; one LIST tells
+            lent = self._ring.held_bytes if self._ring.is_open and not is_there else 0
+            if lent + sum(
+                other.held for other in self._view if other.is_coming
+            ) + size > self._budget or not self._hold(item, size):
+                self._again.appendleft(item)
+                return
+            self._view.append(item)
+            if not is_there:
+                item.is_coming = True
+                self._coming.add(item.digest)
+                self._work.put(item)
+
+    def _estimate(self) -> int:
+        # Twice the mean: where that is not enough, a LIST is for nothing, and after that the size is known.
+        return (
+            min(self._budget, 2 * sum(self._typical) // len(self._typical)) if self._typical else 0
+        )
+
+    # -- in the lanes --------------------------------------------------------------------------------------------------------------
+
+    def _lane(self) -> None:
+        while (item := self._work.get()) is not None:
+            self._done.put((item, self._fetch(item)))
+
+    def _fetch(self, item: _Item) -> str:
+        name, role = self._course.orders.names[item.sample], ROLES[item.role]
+        fetched: list[int] = []
+
+        def reserve(nbytes: int) -> None:
+            """Called with the bytes of the objects, then, while they come, with those of the array."""
+            gone = self._course.has_ended if fetched else self._course.has_begun
+            if gone(item.epoch, item.sample, item.role, item.nth):
+                raise _NotNow
+            item.size = (
+                disk_bytes(nbytes if fetched else int(self._expansion * nbytes)) + _HEADER_BYTES
+            )
+            if not self._hold(item, item.size):
+                raise _NotNow
+            if fetched:
+                self._typical.append(item.size)
+                self._expansion = max(self._expansion, nbytes / max(1, fetched[0]))
+            fetched.append(nbytes)
+
+        try:
+            outcome, _ = self._reader.ensure(name, role, reserve=reserve)
+        except _NotNow:
+            return "not now"
+        except ZarrCacheError as exc:
+            logger.debug("%s (%s) is not fetched ahead: %s", name, role, exc)
+            return "failed"
+        except (
+            Exception
+        ):  # one strange store must not end the look-ahead; the training meets it too
+            logger.warning("%s (%s) could not be fetched ahead", name, role, exc_info=True)
+            return "failed"
+        return outcome
