@@ -23,7 +23,7 @@ __all__ = [
     "check_task_ids",
     "file_digest",
     "is_digest",
-    "shown",
+    "safe_repr",
     "source_digest",
     "stem_of",
     "stored_array",
@@ -190,7 +190,7 @@ def stem_of(name: str) -> str | None:
     return None
 
 
-def shown(value: object) -> str:
+def safe_repr(value: object) -> str:
     """A value that came from outside as a message shows it: not at length, and in ASCII, where letters that look alike are told apart."""
     return _SHOWN.repr(value).encode("ascii", "backslashreplace").decode()
 
@@ -205,7 +205,7 @@ def check_task_id(task_id: object) -> str:
     """
     if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
         raise ConfigError(
-            f"task id {shown(task_id)} is not a plain name. Letters, digits and ._+=@- are allowed, no '/' and no '..'; correct the map file."
+            f"task id {safe_repr(task_id)} is not a plain name. Letters, digits and ._+=@- are allowed, no '/' and no '..'; correct the map file."
         )
     return task_id
 

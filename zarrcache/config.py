@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from zarrcache._keys import shown
+from zarrcache._keys import safe_repr
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.errors import ConfigError
 
@@ -170,7 +170,7 @@ def _peer_url(text: str) -> str:
         port = url.port
     except ValueError:
         raise ValueError(
-            f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
+            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
         ) from None
     if (
         url.scheme != "http"
@@ -182,7 +182,7 @@ def _peer_url(text: str) -> str:
         or url.fragment
     ):
         raise ValueError(
-            f"{shown(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
+            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
         )
     return f"http://{url.netloc.lower()}"
 

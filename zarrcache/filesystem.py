@@ -12,7 +12,7 @@ from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from zarrcache._keys import ObjectInfo, stem_of
-from zarrcache.cache import CachedStore, Tiers
+from zarrcache.cache import Cache, CachedStore
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import Origin
@@ -65,7 +65,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         self._is_s3 = target_protocol.startswith("s3")
         self._options = dict(target_options or {}) if self._is_s3 else None
         self._counters = Counters()
-        self._tiers = Tiers(CacheConfig(**settings), self._counters)
+        self._cache = Cache(CacheConfig(**settings), self._counters)
         self._stores: dict[str, CachedStore] = {}
 
     @property
@@ -125,7 +125,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             )
         origin, obj = found
         first, last, _ = slice(start, end).indices(obj.size_bytes)
-        tier = self._tiers.bytes(origin)
+        tier = self._cache.bytes(origin)
         if tier is not None:
             return tier.read(obj, first, last)
         return origin.fetch_range(obj, first, last)
@@ -137,7 +137,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             raise ValueError(
                 f"zarrcache::{path} is opened through a cache and cannot be written. Open it with its own filesystem."
             )
-        config = self._tiers.config
+        config = self._cache.config
         assert config is not None
         size = self.info(path)["size"]
         return _File(
@@ -192,13 +192,13 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
                 root = "/".join(parts[: i + 1])
                 if root not in self._stores:
                     self._stores[root] = CachedStore(
-                        self._origin("/".join(parts[:i])), part, self._tiers
+                        self._origin("/".join(parts[:i])), part, self._cache
                     )
                 return self._stores[root], "/".join(parts[i + 1 :])
         return None, ""
 
     def _origin(self, directory: str) -> Origin:
-        return self._tiers.origin(
+        return self._cache.origin(
             f"s3://{directory}" if self._is_s3 else directory or "/", self._options
         )
 

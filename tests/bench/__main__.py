@@ -141,7 +141,7 @@ def _run(name: str, rounds: int, quick: bool, parent: Path | None) -> list[Table
         tables: list[Table] = importlib.import_module(BENCHMARKS[name]).run(
             Context(rounds, quick, workdir, SEED)
         )
-    except Exception:
+    except Exception:  # noqa: BLE001 - reported here, with its traceback, and in the exit code
         traceback.print_exc()
         return None
     finally:

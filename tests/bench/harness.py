@@ -26,7 +26,7 @@ __all__ = [
     "interleave",
     "orders",
     "percentile",
-    "shown",
+    "safe_repr",
     "summarise",
 ]
 
@@ -221,7 +221,7 @@ def summarise(rounds: Sequence[Measured], of: str | None = None) -> Summary:
     )
 
 
-def shown(table: Table, summary: Summary) -> tuple[float, float, float]:
+def safe_repr(table: Table, summary: Summary) -> tuple[float, float, float]:
     """Median, P90 and P99 in the table's unit. For rates the percentiles are those of the time: the slow end."""
     values = summary.median, summary.p90, summary.p99
     if table.of is not None:

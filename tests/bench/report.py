@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.bench.harness import TIMES, Bar, Measured, Table, shown, summarise
+from tests.bench.harness import TIMES, Bar, Measured, Table, safe_repr, summarise
 from tests.bench.machine import commit, machine, versions
 from tests.bench.plots import plot
 
@@ -254,7 +254,7 @@ def _markdown_table(table: Table) -> str:
         summary = summarise(rounds, table.of)
         row = [
             competitor,
-            *(_number(value) for value in shown(table, summary)),
+            *(_number(value) for value in safe_repr(table, summary)),
             _relative(table, competitor),
             str(summary.rounds),
         ]

@@ -207,7 +207,7 @@ def _fill(home: Path, count: int, server: BenchServer) -> _Node:
     node = _Node(path, task_ids, rebuild_s)
     reader = node.reader()
     for role in _ROLES:
-        reader.tiers.store_listing(
+        reader.cache.store_listing(
             reader.origin(role), "", {task_id: f"{task_id}.zarr" for task_id in task_ids}
         )
     found = Index(cache).totals()["array"][0]
@@ -222,9 +222,9 @@ def _write(config: Path, part: int, parts: int) -> None:
     """Every ``parts``-th entry, as the array tier writes it."""
     reader = _Node(config, (), 0.0).reader()
     task_ids = json.loads(Path(reader.map_dir).read_text())[FUNCTIONAL]
-    tiers = reader.tiers
-    assert tiers.index is not None
-    root = tiers.index.dir.root
+    cache = reader.cache
+    assert cache.index is not None
+    root = cache.index.dir.root
     directories = [(reader.origin(role).identity, reader.origin(role)) for role in _ROLES]
     array = stored_array("charge_density_total", is_per_point=reader.normalize)
     for number in range(part, len(task_ids), parts):
@@ -233,7 +233,7 @@ def _write(config: Path, part: int, parts: int) -> None:
             values = np.full(_SHAPE, number, "<f4")
             header = header_of(key, values, source=f"{number:032x}")
             file = root / "entries" / key.digest[:2] / f"{key.digest}-{number % 2**32:08x}"
-            tiers.index.dir.make(file.parent)
+            cache.index.dir.make(file.parent)
             publish(
                 file,
                 lambda out, header=header, values=values: write_entry(out, header, values),

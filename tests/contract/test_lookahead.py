@@ -74,10 +74,10 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
     dataset = ZarrDataset(reader)
     sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
     with Lookahead(dataset, sampler) as ahead:
-        assert reader.tiers.index is not None
-        wait_for(lambda: occupied(reader.tiers.index) >= 5 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type]
+        assert reader.cache.index is not None
+        wait_for(lambda: occupied(reader.cache.index) >= 5 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type]
         time.sleep(0.3)  # it would go on now
-        assert occupied(reader.tiers.index) <= 6 * ONE
+        assert occupied(reader.cache.index) <= 6 * ONE
         first = list(steps(dataset, sampler))[:2]
         assert all(
             is_there(reader, task_id, role) for task_id, role in itertools.product(first, ROLES)
@@ -111,7 +111,7 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
         eviction=eviction,
     )
     dataset = ZarrDataset(reader)
-    index, sampler = reader.tiers.index, NodeSampler(dataset, seed=4)
+    index, sampler = reader.cache.index, NodeSampler(dataset, seed=4)
     assert index is not None
     log = RequestLog(s3_server, pairs.bucket)
     with Lookahead(dataset, sampler) as ahead:
@@ -132,7 +132,7 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
                     )
         assert reader._counters.snapshot().misses == 0
         fetched = reader.stats.misses
-        stays = len(list(reader.tiers.arrays.entries()))  # type: ignore[union-attr]
+        stays = len(list(reader.cache.arrays.entries()))  # type: ignore[union-attr]
     assert (
         12 <= stays <= (18 if eviction == "belady" else 16)
     )  # with two listings; belady lends only what is needed last
@@ -181,7 +181,7 @@ def test_workers_of_a_dataloader_are_followed_too(
     dataset = ZarrDataset(reader)
     sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
     with Lookahead(dataset, sampler):
-        wait_for(lambda: occupied(reader.tiers.index) >= 4 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type, union-attr]
+        wait_for(lambda: occupied(reader.cache.index) >= 4 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type, union-attr]
         loader = DataLoader(
             dataset, batch_size=None, sampler=sampler, num_workers=2, multiprocessing_context="fork"
         )
@@ -280,7 +280,7 @@ def test_interrupted_at_its_start_the_process_ends(
     with pytest.raises(KeyboardInterrupt) as kept:
         Lookahead(dataset, sampler)
     assert interpreters() == before
-    assert reader.course is None
+    assert not reader._observers
     assert kept.value.__traceback__ is not None
 
 
@@ -314,7 +314,7 @@ def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
             lambda: is_there(reader, dataset.task_ids[0], "label"), "the prefetcher did not begin"
         )
         time.sleep(0.3)  # it would go on now
-        assert occupied(reader.tiers.index) <= 4 * ONE  # type: ignore[arg-type]
+        assert occupied(reader.cache.index) <= 4 * ONE  # type: ignore[arg-type]
     foreseeing = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, eviction="belady"))
     with pytest.raises(ConfigError, match="this node has 2 ranks"):
         Lookahead(foreseeing, [[0, 1]])

@@ -193,8 +193,8 @@ def test_entry_that_its_holder_has_evicted_is_fetched_again(
     for node in (first, second):
         reader = node.reader()
         reader.load("mp-3", "data")
-        assert reader.tiers.arrays is not None
-        reader.tiers.arrays.drop(reader.key("mp-3", "data"))
+        assert reader.cache.arrays is not None
+        reader.cache.arrays.drop(reader.key("mp-3", "data"))
     log = RequestLog(s3_server, bucket)
     third.reader().load("mp-3", "data")
     assert set(gets(log).values()) == {1}

@@ -98,7 +98,7 @@ def test_no_secret_that_was_found_travels(
         train = reader.data_split()[0]
         for thing in (
             reader,
-            reader.tiers,
+            reader.cache,
             reader.origin("data"),
             ZarrDataset(reader, "all"),
             RhoData(*train),

@@ -149,7 +149,7 @@ def assert_parity(world: World, reader: ZarrS3Reader) -> None:
                 assert gridsize[i] == want.shape
     reader.normalize = True
     for (role, task_id), raw in world.want.items():
-        if reader.tiers.arrays is None and task_id != "mp-v2":
+        if reader.cache.arrays is None and task_id != "mp-v2":
             continue  # dividing comes after everything else; once is enough where each read costs requests
         normalized = raw.copy()
         normalized /= np.prod(raw.shape)

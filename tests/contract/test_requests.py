@@ -249,7 +249,7 @@ def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
     assert log.paths("LIST") == Counter(
         [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)]
     )
-    parent = reader.tiers.counters.snapshot()
+    parent = reader.cache.counters.snapshot()
     assert (parent.requests, parent.misses, parent.hits) == (2, 0, 0)
     assert (reader.stats.misses, reader.stats.hits) == (8, 24)
 

@@ -181,7 +181,7 @@ def test_run_asks_at_the_first_use_of_a_run(place: Place) -> None:
 def test_stale_entry_is_replaced_not_kept_beside(place: Place) -> None:
     """One entry a density, and no more bytes than one version has."""
     reader = place.reader("epoch")
-    index = reader.tiers.index
+    index = reader.cache.index
     assert index is not None
     reader.load("mp-1", "data")
     before = index.totals()["array"], index.volume_bytes()

@@ -18,7 +18,7 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import small_group
 from zarrcache import open_group, open_store
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.cache.zarr_store import CachedStore
 from zarrcache.errors import (
     ConfigError,
@@ -72,8 +72,8 @@ def arguments(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> dict
 
     FEED[url] = feed
     engine = "auto" if kind == "local" else kind
-    tiers = Tiers(settings(tmp_path, revalidate="run", fetch={"engine": engine}), Counters())
-    return {"origin": tiers.origin(url, s3_kwargs), "name": "mp-1.zarr", "tiers": tiers}
+    cache = Cache(settings(tmp_path, revalidate="run", fetch={"engine": engine}), Counters())
+    return {"origin": cache.origin(url, s3_kwargs), "name": "mp-1.zarr", "cache": cache}
 
 
 def no_writes(*_: object) -> None:

@@ -21,10 +21,10 @@ COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in 
 
 def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
     """What the commands do is tested in tests/contract/test_cluster.py and tests/cli/test_slurm.py, over a cluster of two nodes."""
-    shown = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
+    safe_repr = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
     used = {
         (match[1], option)
-        for match in shown
+        for match in safe_repr
         if match
         for option in re.findall(r"--[\w-]+", match[2])
     }

@@ -19,7 +19,7 @@ from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_fil
 from tests.support.smalldisk import small_disk_at
 from tests.support.stores import small_group
 from zarrcache.cache.array_tier import ArrayCache
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.cache.zarr_store import CachedStore
 from zarrcache.stats import Counters, Stats
 
@@ -49,9 +49,9 @@ class Density:
 
     def open(self, **block: Any) -> None:
         """As a new process would."""
-        self.tiers = Tiers(settings(self.tmp_path, **block), Counters())
+        self.cache = Cache(settings(self.tmp_path, **block), Counters())
         self.store = CachedStore(
-            self.tiers.origin(str(self.tmp_path / "data")), "mp-1.zarr", self.tiers
+            self.cache.origin(str(self.tmp_path / "data")), "mp-1.zarr", self.cache
         )
 
     def read(self) -> None:
@@ -66,7 +66,7 @@ class Density:
     @property
     def stats(self) -> Stats:
         """Of both tiers."""
-        return self.tiers.counters.snapshot()
+        return self.cache.counters.snapshot()
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_broken_index_of_a_new_process_loses_no_entry(
 
 def test_directory_deleted_under_a_running_reader_is_made_again(density: Density) -> None:
     """Misses, then hits; with the permissions that it had."""
-    cache = density.tiers.arrays
+    cache = density.cache.arrays
     assert cache is not None
     cache.put(key_of(1), array_of(1), source="s")
     shutil.rmtree(density.tmp_path / "cache")
@@ -267,8 +267,8 @@ def test_directory_deleted_under_a_running_reader_is_made_again(density: Density
     density.read()
     assert cache.put(key_of(1), array_of(1), source="s")
     assert cache.get(key_of(1)) is not None
-    assert density.tiers.index is not None
-    assert density.tiers.index.volume_bytes() == on_disk_bytes(density.tmp_path)
+    assert density.cache.index is not None
+    assert density.cache.index.volume_bytes() == on_disk_bytes(density.tmp_path)
     assert {
         stat.S_IMODE(path.stat().st_mode)
         for path in root_of(density.tmp_path).rglob("*")
@@ -299,7 +299,7 @@ def test_directory_that_cannot_be_used_costs_the_cache_and_nothing_else(
     block(tmp_path)
     density = Density(tmp_path)
     density.read()
-    cache = density.tiers.arrays
+    cache = density.cache.arrays
     assert cache is not None
     assert cache.get(key_of(1)) is None
     assert not cache.put(key_of(1), array_of(1), source="s")
@@ -338,7 +338,7 @@ def test_disk_that_somebody_else_fills_is_passed_by(
 ) -> None:
     """Also the index cannot be written then; the byte tier goes on reading, and all heals when there is room."""
     density = Density(small_disk)
-    density.tiers.index.open()  # type: ignore[union-attr]
+    density.cache.index.open()  # type: ignore[union-attr]
     ballast = small_disk / "cache" / "ballast"
     with ballast.open("wb", buffering=0) as file:
         for size in (65536, 4096, 1):
@@ -348,13 +348,13 @@ def test_disk_that_somebody_else_fills_is_passed_by(
             except OSError:
                 continue
     density.read()
-    assert density.tiers.arrays is not None
-    assert not density.tiers.arrays.put(key_of(1), array_of(1), source="s")
+    assert density.cache.arrays is not None
+    assert not density.cache.arrays.put(key_of(1), array_of(1), source="s")
     assert len({record.getMessage() for record in caplog.records}) <= 6
     os.unlink(ballast)
     density.read()
-    assert density.tiers.arrays.put(key_of(1), array_of(1), source="s")
-    assert density.tiers.arrays.get(key_of(1)) is not None
+    assert density.cache.arrays.put(key_of(1), array_of(1), source="s")
+    assert density.cache.arrays.get(key_of(1)) is not None
     density.open()
     density.read()
     assert density.stats.byte_misses == 0
@@ -379,8 +379,8 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
     try:
         for _ in range(2):
             density.read()
-            assert density.tiers.arrays is not None
-            assert not density.tiers.arrays.put(key_of(1), array_of(1), source="s")
+            assert density.cache.arrays is not None
+            assert not density.cache.arrays.put(key_of(1), array_of(1), source="s")
             density.open()
     finally:
         subprocess.run(["mount", "-o", "remount,rw", small_disk / "cache"], check=True)
@@ -402,8 +402,8 @@ def test_every_file_has_the_promised_permissions(
         density = Density(tmp_path)
         density.open(shared=shared)
         density.read()
-        assert density.tiers.arrays is not None
-        density.tiers.arrays.put(key_of(1), array_of(1), source="s")
+        assert density.cache.arrays is not None
+        density.cache.arrays.put(key_of(1), array_of(1), source="s")
         found = [root_of(tmp_path), *root_of(tmp_path).rglob("*")]
         assert {path.name for path in found} >= {
             "cache.db",
@@ -431,8 +431,8 @@ def test_no_pickle_lies_on_disk(density: Density) -> None:
     """No file is one, and no row of the index holds one."""
     import sqlite3
 
-    assert density.tiers.arrays is not None
-    density.tiers.arrays.put(key_of(1), array_of(1), source="s")
+    assert density.cache.arrays is not None
+    density.cache.arrays.put(key_of(1), array_of(1), source="s")
     connection = sqlite3.connect(root_of(density.tmp_path) / "cache.db")
     rows = connection.execute("SELECT mode, value FROM Cache").fetchall()
     connection.close()
@@ -446,5 +446,5 @@ def is_pickle(raw: bytes) -> bool:
     """Whether all of it is one."""
     try:
         return sum(1 for _ in pickletools.genops(raw)) > 1
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever a parser says to bytes that are none of its own
         return False

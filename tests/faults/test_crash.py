@@ -93,9 +93,9 @@ def use_for_ever(node: LocalNode, began: Event, seed: float, death: dict[str, An
         task_id, role = chance.choice(list(node.values))
         match chance.randrange(8):
             case 0:
-                reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[union-attr, arg-type]
+                reader.cache.arrays.drop(reader.key(task_id, role))  # type: ignore[union-attr, arg-type]
             case 1:
-                plan_evict(reader.tiers.config, everything=True, target_bytes=LIMIT // 2).execute()  # type: ignore[arg-type]
+                plan_evict(reader.cache.config, everything=True, target_bytes=LIMIT // 2).execute()  # type: ignore[arg-type]
             case 2:
                 reader = node.reader(limit=LIMIT, eviction="least-recently-stored")
             case 3:

@@ -93,7 +93,7 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
         assert (after.hits, after.misses, after.cache_errors) == (2 * PAIRS, 0, 0)
         # A run that begins anew believes nothing of it.
         training.epoch(node.reader(verify="always"))
-        verify(node.reader().tiers.config)  # type: ignore[arg-type]
+        verify(node.reader().cache.config)  # type: ignore[arg-type]
         node.check_settled()
         assert [path for path in payload_files(tmp_path) if path.name.endswith(".partial")] == []
 

@@ -53,7 +53,7 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
     """Nobody has to ask; one warning, with what to do; every value is right, and what it had reserved is free again."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, **block)
     dataset = ZarrDataset(reader)
-    index, sampler = reader.tiers.index, NodeSampler(dataset, seed=2)
+    index, sampler = reader.cache.index, NodeSampler(dataset, seed=2)
     assert index is not None
     with Lookahead(dataset, sampler) as ahead:
         assert ahead.pid is not None
@@ -90,7 +90,7 @@ def _train(pairs: Pairs, directory: Path, s3_kwargs: dict[str, Any], pipe: Conne
     """A training whose look-ahead has lent something, with a DataLoader's worker beside it, and that does not go on."""
     reader = pairs.reader(directory, s3_kwargs, **FULL)
     dataset = ZarrDataset(reader)
-    index, sampler = reader.tiers.index, NodeSampler(dataset, seed=2)
+    index, sampler = reader.cache.index, NodeSampler(dataset, seed=2)
     assert index is not None
     ahead = Lookahead(dataset, sampler)
     for number in list(sampler)[:4]:
@@ -138,11 +138,11 @@ def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: is_gone(ahead), "the prefetcher lives on")
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, **FULL)
-    index = reader.tiers.index
+    index = reader.cache.index
     assert index is not None
     assert not index.loans()
     assert index.volume_bytes() == sum(row.size_bytes for row in index.rows())
-    report = verify(reader.tiers.config)  # type: ignore[arg-type]
+    report = verify(reader.cache.config)  # type: ignore[arg-type]
     assert (report.corrupt, report.strays) == ((), ())
     for (task_id, role), values in pairs.values.items():
         assert np.array_equal(reader.load(task_id, role)[0], values.ravel())  # type: ignore[arg-type]

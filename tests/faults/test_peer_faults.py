@@ -34,7 +34,7 @@ from tests.support.roguepeer import (
 )
 from zarrcache import ConfigError, ZarrS3Reader
 from zarrcache._keys import ArrayKey
-from zarrcache.cache.loans import Ring
+from zarrcache.cache.loans import Loans
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.entry import encode_header, header_of
 from zarrcache.peers import client as peers
@@ -147,7 +147,7 @@ def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int 
         0,
         0,
     )
-    own = Path(reader.tiers.config.dir) / "zarrcache-v1"  # type: ignore[union-attr]
+    own = Path(reader.cache.config.dir) / "zarrcache-v1"  # type: ignore[union-attr]
     assert len(list((own / "entries").rglob(f"*{reader.key(TASK, ROLE).digest}*"))) == 1
     again = ZarrS3Reader(
         *(reader.data_dir, reader.label_dir, reader.map_dir),
@@ -253,7 +253,7 @@ def test_entry_that_breaks_off_is_not_kept(
         reader = reader_at(node, tmp_path, peers=[peer.url])
         check(reader, node, purges=1)
     assert list((tmp_path / "own").rglob("*.partial")) == []
-    index = reader.tiers.index
+    index = reader.cache.index
     assert index is not None
     assert index.volume_bytes() == sum(
         -(-p.stat().st_size // 4096) * 4096 for p in (tmp_path / "own").rglob("entries/*/*")
@@ -287,9 +287,9 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
             {"peers": [peer.url]} if place == "peer" else {"lower": node.root.parent}
         )
         reader = reader_at(node, tmp_path, limit=room, **places)
-        arrays = reader.tiers.arrays
+        arrays = reader.cache.arrays
         assert arrays is not None
-        arrays.ring = Ring(arrays.index, room // 2)
+        arrays.loans = Loans(arrays.index, room // 2)
         assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
         assert len(peer.asked) == (place == "peer")
     stats = reader.stats
@@ -300,7 +300,7 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
     training = reader_at(node, tmp_path, limit=room)
     assert np.array_equal(training.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
     assert training.stats.hits == 1
-    arrays.ring.close()
+    arrays.loans.close()
 
 
 def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
@@ -446,7 +446,7 @@ def pair(node: LocalNode, tmp_path: Path) -> Iterator[list[Node]]:
 
 
 def _take_a_lease_and_stop(node: Node, digest: str, pipe: Any) -> None:
-    lease = next(Peers(node.reader().tiers.config).replies(digest, source=None))  # type: ignore[arg-type]
+    lease = next(Peers(node.reader().cache.config).replies(digest, source=None))  # type: ignore[arg-type]
     pipe.send(lease.kind)
     signal.pause()
 
@@ -482,7 +482,7 @@ def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(
     pair: list[Node], node: LocalNode, key: ArrayKey
 ) -> None:
     """After the time that the retries of a fetch may take; here two seconds."""
-    asked = Peers(pair[0].reader().tiers.config).replies(key.digest, source=None)  # type: ignore[arg-type]
+    asked = Peers(pair[0].reader().cache.config).replies(key.digest, source=None)  # type: ignore[arg-type]
     lease = next(asked)
     assert lease.kind == "lease"
     reader = pair[1].reader(retry={"timeout": 2})
@@ -521,8 +521,8 @@ def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
             if s.url == nodes_by_duty(key.digest, [s.url for s in cluster.servers])[0]
         )
         with ThreadPoolExecutor(3) as pool:
-            with contextlib.suppress(OSError), holder.tiers.neighbours.turn(key, None) as turn:
-                assert turn.take() is None
+            with contextlib.suppress(OSError), holder.cache.remote.lookup(key, None) as lookup:
+                assert lookup.take() is None
                 loads = [pool.submit(reader.load, TASK, ROLE) for reader in waiters]  # type: ignore[arg-type]
                 hung_s = time.monotonic() + 60
                 while len(home._server._open) < 4 and time.monotonic() < hung_s:
@@ -541,9 +541,9 @@ def test_neighbours_pickle_as_their_configuration(node: LocalNode, tmp_path: Pat
     token.write_text("x" * 32)
     reader = reader_at(node, tmp_path, peers=["http://127.0.0.1:1"], peer_token_file=token)
     reader.load(TASK, ROLE)
-    neighbours = reader.tiers.neighbours
-    assert neighbours.peers._skipped_until_s
-    raw = pickle.dumps(neighbours)
+    remote = reader.cache.remote
+    assert remote.peers._skipped_until_s
+    raw = pickle.dumps(remote)
     assert b"x" * 32 not in raw
     again = pickle.loads(raw)
     again.check()

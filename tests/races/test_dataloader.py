@@ -101,7 +101,7 @@ def train(
         reader.load(reader.split_task_ids()[1][0], "label")
     had_obstore = "obstore" in sys.modules
     dataset = RhoData(*reader.data_split()[0], data_augmentation=False)
-    before = reader.tiers.counters.snapshot()
+    before = reader.cache.counters.snapshot()
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -111,7 +111,7 @@ def train(
         timeout=DEADLINE_S // 2 if workers else 0,
     )
     epochs = [{i: digest(*pair) for i, pair in enumerate(loader)} for _ in range(2)]
-    own = reader.tiers.counters.snapshot() - before
+    own = reader.cache.counters.snapshot() - before
     del loader  # persistent workers end here
     total = reader.stats - before
     return Outcome(

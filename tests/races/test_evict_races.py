@@ -60,7 +60,7 @@ def read(
 def evict(node: LocalNode, done: Any, seed: int, answers: Any) -> None:
     """Drop one entry, half of the cache or all of it, and verify the rest now and then, until the readers are done."""
     chance, reader, rounds = random.Random(seed), node.reader(), 0
-    config = reader.tiers.config
+    config = reader.cache.config
     assert config is not None
     while not done.is_set():
         match chance.randrange(4):
@@ -70,7 +70,7 @@ def evict(node: LocalNode, done: Any, seed: int, answers: Any) -> None:
                 plan_evict(config, everything=True, target_bytes=40_000).execute()
             case 2:
                 task_id, role = chance.choice(list(node.values))
-                reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[union-attr, arg-type]
+                reader.cache.arrays.drop(reader.key(task_id, role))  # type: ignore[union-attr, arg-type]
             case _:
                 report = verify(config)
                 assert [

@@ -23,7 +23,7 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.stats import Counters, Stats
 
 FORK = get_context("fork")
@@ -153,10 +153,10 @@ def read_object(
 ) -> None:
     """All of one object, and its last bytes, through the byte tier, in several threads."""
     counters = Counters()
-    tiers = Tiers(settings(directory), counters)
-    origin = tiers.origin(url, s3_kwargs)
+    cache = Cache(settings(directory), counters)
+    origin = cache.origin(url, s3_kwargs)
     (obj,) = origin.list_objects("large")
-    cache = tiers.bytes(origin)
+    cache = cache.bytes(origin)
     assert cache is not None
     barrier.wait(HANG_S)
     with ThreadPoolExecutor(threads) as pool:

@@ -144,8 +144,8 @@ def test_a_cold_sample_arrives_right(reader: ZarrS3Reader) -> None:
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset))
     for task_id, role in itertools.product(IDS[:3], ("data", "label")):
-        assert reader.tiers.arrays is not None
-        reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[arg-type]
+        assert reader.cache.arrays is not None
+        reader.cache.arrays.drop(reader.key(task_id, role))  # type: ignore[arg-type]
     for _ in range(2):
         assert_same(list(loader_of(dataset)), wanted)
 
@@ -277,11 +277,11 @@ def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) 
     while (reader.stats - before).hits < 2 * n:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert reader.tiers.arrays is not None
-    reader.tiers.arrays.index.drop(
+    assert reader.cache.arrays is not None
+    reader.cache.arrays.index.drop(
         [
             row.digest
-            for row in reader.tiers.arrays.index.rows("array")
+            for row in reader.cache.arrays.index.rows("array")
             if not row.note.endswith("\n")
         ]
     )
@@ -365,8 +365,8 @@ def test_a_store_that_has_another_grid_by_now_is_read_as_it_is(
     for task_id, role in itertools.product(IDS, ("data", "label")):
         shutil.rmtree(reader.data_dir.parent / role / f"{task_id}.zarr")  # type: ignore[union-attr]
         small_group(f"{role}/{task_id}.zarr", shape=(3, 4, 5), seed=1)
-        assert reader.tiers.arrays is not None
-        reader.tiers.arrays.drop(reader.key(task_id, role))  # type: ignore[arg-type]
+        assert reader.cache.arrays is not None
+        reader.cache.arrays.drop(reader.key(task_id, role))  # type: ignore[arg-type]
     assert {tuple(batch["data"].shape) for batch in arriving} == {(1, 1, 3, 4, 5)}
 
 

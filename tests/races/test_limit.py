@@ -23,7 +23,7 @@ from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_byt
 from tests.support.localnode import LocalNode
 from tests.support.smalldisk import small_disk_at
 from zarrcache.cache.array_tier import ArrayCache
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.disk.index import Index
 from zarrcache.stats import Counters
 
@@ -52,10 +52,10 @@ def write(
 ) -> None:
     """Read and store ``count`` things of both tiers, in an order of one's own."""
     counters = Counters()
-    tiers = Tiers(settings(directory, limit=limit, eviction=eviction), counters)
-    origin = tiers.origin(str(directory / "data"))
+    cache = Cache(settings(directory, limit=limit, eviction=eviction), counters)
+    origin = cache.origin(str(directory / "data"))
     objects = {int(obj.key): obj for obj in origin.list_objects()}
-    arrays, blocks = tiers.arrays, tiers.bytes(origin)
+    arrays, blocks = cache.arrays, cache.bytes(origin)
     assert arrays is not None
     assert blocks is not None
     for number in random.Random(seed).sample(range(items), count):
@@ -69,14 +69,14 @@ def write(
             assert np.array_equal(entry.array, array_of(number, size_of(number)))
     assert (counters.snapshot().purges, counters.snapshot().cache_errors) == (0, 0)
     if is_killed:
-        tiers.index.begin("entries/ab/abcd", limit // 10)  # type: ignore[union-attr]
+        cache.index.begin("entries/ab/abcd", limit // 10)  # type: ignore[union-attr]
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Taken(NamedTuple):
     """Blocks on disk, in bytes: of the files of both tiers, of the index with its log and locks, of the directories."""
 
-    tiers: int
+    cache: int
     log: int
     directories: int
 
@@ -86,7 +86,7 @@ def du(root: Path) -> Taken:
 
     Only what is there when the walk ends: a file that goes and the one that takes its place are never there together.
     """
-    tiers = log = directories = 0
+    cache = log = directories = 0
     for path in [
         os.path.join(parent, name)
         for parent, below, names in os.walk(root)
@@ -99,10 +99,10 @@ def du(root: Path) -> Taken:
         if stat.S_ISDIR(found.st_mode):
             directories += found.st_blocks * 512
         elif os.path.relpath(path, root).split(os.sep)[0] in ("entries", "bytes"):
-            tiers += found.st_blocks * 512
+            cache += found.st_blocks * 512
         else:
             log += found.st_blocks * 512
-    return Taken(tiers, log, directories)
+    return Taken(cache, log, directories)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def test_eight_writers_never_exceed_the_limit_and_fill_it(
         assert [child.exitcode for child in children] == [-signal.SIGKILL] * 2 + [0] * 6
         most_taken = Taken(*(max(part) for part in zip(*samples, strict=True)))
         print(f"{len(samples)} samples, each part at most {most_taken}, the limit {limit}")
-        assert most_taken.tiers <= limit
+        assert most_taken.cache <= limit
         assert most_taken.log <= LOG_BYTES
         assert most_taken.directories <= DIRECTORIES_BYTES
         assert (

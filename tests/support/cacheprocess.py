@@ -178,7 +178,7 @@ class _User:
             return None
 
     def drop(self, task_id: str, role: Any) -> None:
-        self.reader.tiers.arrays.drop(self.reader.key(task_id, role))  # type: ignore[union-attr]
+        self.reader.cache.arrays.drop(self.reader.key(task_id, role))  # type: ignore[union-attr]
 
     def evict(self, how: dict[str, Any]) -> None:
         plan_evict(self.config, everything=True, **how).execute()
@@ -188,12 +188,12 @@ class _User:
 
     def stored(self) -> set[tuple[str, str]]:
         """Which densities have a row."""
-        notes = [row.note.split("\n") for row in self.reader.tiers.index.rows("array")]  # type: ignore[union-attr]
+        notes = [row.note.split("\n") for row in self.reader.cache.index.rows("array")]  # type: ignore[union-attr]
         return {(Path(url).stem, Path(url).parent.name) for _, url, array in notes if array}
 
     def index(self) -> tuple[int, set[str]]:
         """Its sum of sizes, and its files."""
-        index = self.reader.tiers.index
+        index = self.reader.cache.index
         assert index is not None
         return index.volume_bytes(), index.filenames()
 
@@ -211,7 +211,7 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             answer = (None, getattr(user, name)(*args))
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - the tests' process raises it
             answer = (exc, None)
         pipe.send(answer)
         if user.dies_at:

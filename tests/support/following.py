@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 def is_there(reader: ZarrS3Reader, task_id: str, role: Role) -> bool:
     """Whether the next reading of a density asks S3 for nothing."""
-    index = reader.tiers.index
+    index = reader.cache.index
     assert index is not None
     digest = reader.key(task_id, role).digest
     found = index.lookup(digest) or index.lookup(f"-{digest}")

@@ -76,7 +76,7 @@ def _run(
         os.umask(user.umask)
     try:
         result = (True, function(*args))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - it is told to the test
         result = (False, traceback.format_exc())
     answer.send(result)
 

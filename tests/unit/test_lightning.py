@@ -224,7 +224,7 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
     from zarrcache.lightning import _world_of
 
     class Trainer:
-        distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}
+        distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}  # noqa: RUF012
         world_size, num_nodes, node_rank = 4, 2, 1
 
     with pytest.raises(ConfigError, match="rank 1 of 4 is on node 1 of 2, and would be on node 0"):

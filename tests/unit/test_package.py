@@ -80,7 +80,7 @@ def test_public_name_resolves_and_its_module_lists_it(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     """As of any module."""
     with pytest.raises(AttributeError, match="No zarrcache attribute Reader"):
-        zarrcache.Reader
+        zarrcache.Reader  # noqa: B018
 
 
 def test_package_says_that_it_is_typed_and_what_version_it_is() -> None:

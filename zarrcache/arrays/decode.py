@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import Buffer
 
-from zarrcache._keys import shown
+from zarrcache._keys import safe_repr
 from zarrcache._limits import most_bytes
 from zarrcache.arrays import limits as expansion
 from zarrcache.errors import IncompleteArrayError, SchemaError
@@ -277,20 +277,20 @@ def check_metadata(document: object, url: str) -> None:
     name = document.get("dtype", document.get("data_type"))
     if not all(isinstance(n, int) and n >= 0 for n in document["shape"]):
         raise SchemaError(
-            f"{url} gives the shape {shown(document['shape'])}; it has to be a list of lengths."
+            f"{url} gives the shape {safe_repr(document['shape'])}; it has to be a list of lengths."
         )
     if len(document["shape"]) > _MAX_AXES:
         raise SchemaError(f"{url} gives {len(document['shape'])} axes; a charge density is 3-D.")
     chunks = document.get("chunks")
     if isinstance(chunks, list) and 0 in chunks and 0 not in document["shape"]:
         raise SchemaError(
-            f"{url} gives the chunks {shown(chunks)}; each has to have a point at least."
+            f"{url} gives the chunks {safe_repr(chunks)}; each has to have a point at least."
         )  # zarr 3.4 would read the fill value
     try:
         dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
     except (TypeError, ValueError, KeyError, SyntaxError, RecursionError):
         raise SchemaError(
-            f"{url} holds values of type {shown(name)}; a charge density holds real numbers."
+            f"{url} holds values of type {safe_repr(name)}; a charge density holds real numbers."
         ) from None
     if dtype.kind not in _NUMBERS:
         what = {
@@ -301,7 +301,7 @@ def check_metadata(document: object, url: str) -> None:
             "V": "structured",
         }.get(dtype.kind, dtype.kind)
         raise SchemaError(
-            f"{url} holds values of type {shown(name)} ({what}); a charge density holds real numbers."
+            f"{url} holds values of type {safe_repr(name)} ({what}); a charge density holds real numbers."
         )
     claimed, most = _claimed_bytes(document), most_bytes()
     if claimed > most:

@@ -1,6 +1,6 @@
-from .cache import Tiers as Tiers
-from .loans import Ring as Ring
-from .read_through import CachedPath as CachedPath
+from .cache import Cache as Cache
+from .loans import Loans as Loans
+from .read_through import ReadThrough as ReadThrough
 from .read_through import Outcome as Outcome
 from .zarr_store import CachedStore as CachedStore
 from .zarr_store import group_of as group_of

@@ -14,7 +14,7 @@ import numpy as np
 from zarrcache._keys import ArrayKey, file_digest
 from zarrcache._shared_memory import SharedSet
 from zarrcache._units import format_bytes
-from zarrcache.cache.loans import Ring
+from zarrcache.cache.loans import Loans
 from zarrcache.config import CacheConfig
 from zarrcache.disk import (
     CACHE_FAULTS,
@@ -22,7 +22,7 @@ from zarrcache.disk import (
     Admission,
     Entry,
     EntryHeader,
-    Incoming,
+    EntryStream,
     Index,
     Intent,
     Stored,
@@ -83,7 +83,7 @@ class ArrayCache:
         self.index = index or Index(config)
         self._verified = verified or SharedSet()
         #: Where a prefetcher keeps what is not admitted. Not pickled.
-        self.ring: Ring | None = None
+        self.loans: Loans | None = None
         self._told: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,7 +135,7 @@ class ArrayCache:
 
     def _borrowed(self, key: ArrayKey, source: str | None) -> Entry | None:
         """What a prefetcher has lent: read once, and removed."""
-        lent = self.index.lookup(LENT + key.digest) if self.ring is None else None
+        lent = self.index.lookup(LENT + key.digest) if self.loans is None else None
         if lent is None:
             return None
         entry = map_entry(self.index.path_of(lent))
@@ -161,7 +161,7 @@ class ArrayCache:
         header = header_of(key, array, source)
         return self._store(header, lambda file: write_entry(file, header, array))[0] == "stored"
 
-    def take(self, incoming: Incoming) -> tuple[Entry | None, bool]:
+    def take(self, incoming: EntryStream) -> tuple[Entry | None, bool]:
         """Store an entry that comes from elsewhere, as :meth:`put`.
 
         Returns
@@ -204,7 +204,7 @@ class ArrayCache:
             ):  # what is stored under this key is stale: no reason to keep it
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
-                if self.ring is not None and self.ring.lend(key.digest, filename, size_bytes):
+                if self.loans is not None and self.loans.lend(key.digest, filename, size_bytes):
                     self._publish(filename, header, write)
                     return "lent", filename
                 self._tell(

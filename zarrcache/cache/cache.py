@@ -14,17 +14,16 @@ from zarrcache._keys import ArrayKey, Role, stem_of
 from zarrcache._shared_memory import SharedSet
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.byte_tier import ByteCache
-from zarrcache.cache.remote import Neighbours
+from zarrcache.cache.remote import RemoteSources
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
-from zarrcache.disk import CACHE_FAULTS, Index, SingleFlight, array_note
+from zarrcache.disk import CACHE_FAULTS, EvictionPolicy, Index, SingleFlight, array_note
 from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters
-from zarrcache.train import Clairvoyant
 
-__all__ = ["Tiers"]
+__all__ = ["Cache"]
 
 
-class Tiers:
+class Cache:
     """Both tiers of one cache directory over one index: what a reader, a store and the command line share. Pickles without open parts.
 
     Parameters
@@ -34,8 +33,8 @@ class Tiers:
     counters : Counters
     verified : SharedSet, optional
         See `ArrayCache`.
-    clairvoyant : Clairvoyant, optional
-        See :meth:`foresee`.
+    eviction_policy : EvictionPolicy, optional
+        See :meth:`set_eviction_policy`.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Tiers:
         config: CacheConfig | None,
         counters: Counters,
         verified: SharedSet | None = None,
-        clairvoyant: Clairvoyant | None = None,
+        eviction_policy: EvictionPolicy | None = None,
     ) -> None:
         self.config = config
         self.counters = counters
@@ -57,22 +56,22 @@ class Tiers:
         )
         self.arrays = self.listings if config and config.arrays.enabled else None
         self._origins: dict[tuple[str, str], Origin] = {}
-        self.foresee(clairvoyant)
+        self.set_eviction_policy(eviction_policy)
 
     def __reduce__(
         self,
-    ) -> tuple[type[Tiers], tuple[CacheConfig | None, Counters, SharedSet, Clairvoyant | None]]:
+    ) -> tuple[type[Cache], tuple[CacheConfig | None, Counters, SharedSet, EvictionPolicy | None]]:
         return type(self), (
             self.config,
             self.counters,
             self._verified,
-            self.index.clairvoyant if self.index is not None else None,
+            self.index.eviction_policy if self.index is not None else None,
         )
 
-    def foresee(self, clairvoyant: Clairvoyant | None) -> None:
+    def set_eviction_policy(self, eviction_policy: EvictionPolicy | None) -> None:
         """Let victims be chosen by one who knows what is read next; here, and in processes that are started after this."""
         if self.index is not None:
-            self.index.clairvoyant = clairvoyant
+            self.index.eviction_policy = eviction_policy
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
         """The origin at ``url``, with this cache's fetch and retry settings. The same arguments give the same object: it has connections."""
@@ -95,11 +94,11 @@ class Tiers:
         return self._origins[key]
 
     @functools.cached_property
-    def neighbours(self) -> Neighbours:
+    def remote(self) -> RemoteSources:
         """Where else in the cluster entries of the array tier may be had. Only with an array tier."""
         assert self.config is not None
         assert self.arrays is not None
-        return Neighbours(self.config, self.arrays, self.counters)
+        return RemoteSources(self.config, self.arrays, self.counters)
 
     def single_flight(self) -> SingleFlight:
         """The locks of the cache directory. Only with a cache."""

@@ -9,7 +9,7 @@ import threading
 from zarrcache._units import format_bytes
 from zarrcache.disk import Admission, Index, Intent
 
-__all__ = ["Ring"]
+__all__ = ["Loans"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _TRIES = 16
 
 
-class Ring:
+class Loans:
     """Loans of one prefetcher. Safe from any thread of it.
 
     The room is taken when the first entry is refused: if the cache is full, by dropping what was stored first. It is announced in the index as

@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 from zarrcache._keys import ArrayKey, source_digest, stored_array
 from zarrcache._shared_memory import SharedSet
 from zarrcache.arrays import as_density, density_of_objects, list_array, per_point, read_array
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
 from zarrcache.origin import Origin
 
-__all__ = ["CachedPath", "Outcome"]
+__all__ = ["Outcome", "ReadThrough"]
 
 #: How a density was had: from the array tier, from elsewhere and stored, from elsewhere and not admitted.
 Outcome = Literal["hit", "miss", "bypass"]
 
 
 @dataclass(frozen=True, slots=True)
-class CachedPath:
+class ReadThrough:
     """How densities of one kind are read. Cheap to make; safe from any thread or process.
 
     Parameters
     ----------
-    tiers : Tiers
+    cache : Cache
     checked : SharedSet
         Digests of the entries that were compared with the origin in this run.
     array : str
@@ -37,7 +37,7 @@ class CachedPath:
         Divide by the number of grid points.
     """
 
-    tiers: Tiers
+    cache: Cache
     checked: SharedSet
     array: str
     is_per_point: bool
@@ -68,7 +68,7 @@ class CachedPath:
         revalidate : bool
             Ask the origin whether it is fresh, whatever ``cache.revalidate`` says.
         """
-        arrays = self.tiers.arrays
+        arrays = self.cache.arrays
         if arrays is None:
             return self._past_the_array_tier(origin, store, revalidate=revalidate), "bypass"
         key = self.key(origin, store)
@@ -80,9 +80,9 @@ class CachedPath:
         if entry is None:
             if (
                 source is None
-                and self.tiers.neighbours
-                and self.tiers.config is not None
-                and self.tiers.config.revalidate != "never"
+                and self.cache.remote
+                and self.cache.config is not None
+                and self.cache.config.revalidate != "never"
             ):
                 listed = list_array(
                     origin, store, self.array
@@ -94,31 +94,33 @@ class CachedPath:
                 )  # here, not under the lock: nobody else is to wait for our memory
             # The lock of the node first, the lease of the cluster after it: whoever has a lease waits for nobody but the origin.
             with (
-                self.tiers.single_flight().hold(key.digest),
-                self.tiers.neighbours.turn(key, source) as turn,
+                self.cache.single_flight().hold(key.digest),
+                self.cache.remote.lookup(key, source) as lookup,
             ):
                 entry = arrays.get(
                     key, source=source
                 )  # somebody else may have fetched it while we waited
                 if entry is None:
-                    taken = turn.take()
+                    taken = lookup.take()
                     if taken is None:
                         decoded = read_array(
                             origin, store, self.array, listed=listed, reserve=reserve
                         )
                         values = self.as_asked(decoded.array, key.url)
-                        turn.is_stored = arrays.put(key, values, source=decoded.source)
+                        lookup.is_stored = arrays.put(key, values, source=decoded.source)
                         # Mapped, if it is there: memory that the kernel may take back, and that a worker hands over without a copy.
-                        stored = arrays.get(key, source=decoded.source) if turn.is_stored else None
+                        stored = (
+                            arrays.get(key, source=decoded.source) if lookup.is_stored else None
+                        )
                         values = stored.array if stored else values
                     else:
                         values = as_density(taken.array, key.url, self.array)
                     self.checked.add(key.digest)
-                    self.tiers.counters.add(misses=1, bypasses=int(not turn.is_stored))
-                    return values, "miss" if turn.is_stored else "bypass"
+                    self.cache.counters.add(misses=1, bypasses=int(not lookup.is_stored))
+                    return values, "miss" if lookup.is_stored else "bypass"
         if source is not None:
             self.checked.add(key.digest)
-        self.tiers.counters.add(hits=1, served_bytes=entry.array.nbytes)
+        self.cache.counters.add(hits=1, served_bytes=entry.array.nbytes)
         return as_density(entry.array, key.url, self.array), "hit"
 
     def as_asked(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
@@ -134,8 +136,8 @@ class CachedPath:
     def _past_the_array_tier(
         self, origin: Origin, store: str, *, revalidate: bool
     ) -> NDArray[np.float32]:
-        self.tiers.counters.add(misses=1, bypasses=1)
-        config = self.tiers.config
+        self.cache.counters.add(misses=1, bypasses=1)
+        config = self.cache.config
         if config is None or not config.bytes.enabled:
             return self.as_asked(read_array(origin, store, self.array).array, origin.url_of(store))
         key = self.key(origin, store)
@@ -156,7 +158,7 @@ class CachedPath:
     ) -> NDArray[np.float32]:
         from zarrcache.cache.zarr_store import CachedStore
 
-        objects = CachedStore(origin, store, self.tiers, relist=relist)
+        objects = CachedStore(origin, store, self.cache, relist=relist)
         if not objects.sizes():
             raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
         return self.as_asked(
@@ -165,5 +167,5 @@ class CachedPath:
 
     def _is_due(self, key: ArrayKey) -> bool:
         """Whether the origin has to be asked if an entry is still fresh."""
-        revalidate = self.tiers.config.revalidate if self.tiers.config else "never"
+        revalidate = self.cache.config.revalidate if self.cache.config else "never"
         return revalidate == "epoch" or (revalidate == "run" and key.digest not in self.checked)

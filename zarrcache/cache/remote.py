@@ -16,12 +16,12 @@ import numpy as np
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.config import CacheConfig
-from zarrcache.disk import CacheDir, Incoming, is_fresh, open_entries
+from zarrcache.disk import CacheDir, EntryStream, is_fresh, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.peers import Peers, Reply
 from zarrcache.stats import Counters
 
-__all__ = ["Neighbours", "Taken", "Turn"]
+__all__ = ["MissLookup", "RemoteSources", "Taken"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Taken:
     is_stored: bool
 
 
-class Neighbours:
+class RemoteSources:
     """The other places of one config. Safe from any thread or process; pickles as its configuration.
 
     Parameters
@@ -55,7 +55,7 @@ class Neighbours:
         self._arrays = arrays
         self._counters = counters
 
-    def __reduce__(self) -> tuple[type[Neighbours], tuple[CacheConfig, ArrayCache, Counters]]:
+    def __reduce__(self) -> tuple[type[RemoteSources], tuple[CacheConfig, ArrayCache, Counters]]:
         return type(self), (
             self._config,
             self._arrays,
@@ -86,18 +86,18 @@ class Neighbours:
                     )
 
     @contextlib.contextmanager
-    def turn(self, key: ArrayKey, source: str | None) -> Iterator[Turn]:
-        """One miss. Nothing is asked before :meth:`Turn.take`; at the end the others are told how it went.
+    def lookup(self, key: ArrayKey, source: str | None) -> Iterator[MissLookup]:
+        """One miss. Nothing is asked before :meth:`MissLookup.take`; at the end the others are told how it went.
 
         After an exception they are told nothing, and the next of them has the turn: if all were sent to an origin that fails, all would go at once.
         """
-        turn = Turn(self, key, source)
+        lookup = MissLookup(self, key, source)
         try:
-            yield turn
+            yield lookup
         except BaseException:
-            turn.hang_up()
+            lookup.hang_up()
             raise
-        turn.close()
+        lookup.close()
 
     def lower_offers(self, digest: str) -> Iterator[tuple[Any, int, str]]:
         """Entries of the lower layer, as :func:`open_entries`."""
@@ -129,7 +129,7 @@ class Neighbours:
         CorruptEntryError
             It is bad; nothing is stored.
         """
-        incoming = Incoming(stream, nbytes, key, where)
+        incoming = EntryStream(stream, nbytes, key, where)
         if not is_fresh(incoming.header.source, source):
             return None
         entry, is_stored = self._arrays.take(incoming)
@@ -156,7 +156,7 @@ class Neighbours:
         self.peers.tell("", kind, message, *args)
 
 
-class Turn:
+class MissLookup:
     """One miss: what others have, and what they are told when it is over. Used in one thread.
 
     Attributes
@@ -165,19 +165,19 @@ class Turn:
         To be set when this node has the entry.
     """
 
-    def __init__(self, neighbours: Neighbours, key: ArrayKey, source: str | None) -> None:
-        self._neighbours, self._key, self._source = neighbours, key, source
+    def __init__(self, remote: RemoteSources, key: ArrayKey, source: str | None) -> None:
+        self._neighbours, self._key, self._source = remote, key, source
         self._lease: Reply | None = None
         self.is_stored = False
 
     def take(self) -> Taken | None:
         """The entry, from the first place that has a good one; None if the origin is to be asked."""
-        neighbours, digest = self._neighbours, self._key.digest
-        for file, nbytes, path in neighbours.lower_offers(digest):
+        remote, digest = self._neighbours, self._key.digest
+        for file, nbytes, path in remote.lower_offers(digest):
             if (taken := self._try(file, nbytes, path, "cache.lower")) is not None:
-                neighbours.count(lower_hits=1)
+                remote.count(lower_hits=1)
                 return taken
-        for reply in neighbours.peers.replies(digest, source=self._source):
+        for reply in remote.peers.replies(digest, source=self._source):
             if reply.kind == "lease":
                 self._lease = reply
                 continue
@@ -188,7 +188,7 @@ class Turn:
             finally:
                 reply.close()
             if taken is not None:
-                neighbours.count(peer_hits=1)
+                remote.count(peer_hits=1)
                 return taken
         return None
 

@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.arrays import check_sizes, settled_listing, unzip
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.origin import Origin
@@ -40,7 +40,7 @@ class CachedStore(Store):
     origin : Origin
     name : str
         The store below the origin, for example ``mp-1.zarr``.
-    tiers : Tiers
+    cache : Cache
     relist : bool, optional
         List it now (True), or take the stored listing if there is one (False). The default follows ``revalidate``: False with ``never``.
     """
@@ -50,16 +50,16 @@ class CachedStore(Store):
     supports_listing = True
 
     def __init__(
-        self, origin: Origin, name: str, tiers: Tiers, *, relist: bool | None = None
+        self, origin: Origin, name: str, cache: Cache, *, relist: bool | None = None
     ) -> None:
         super().__init__(read_only=True)
-        self.origin, self.name, self.tiers = origin, name, tiers
+        self.origin, self.name, self.cache = origin, name, cache
         self._relist = (
             relist
             if relist is not None
-            else tiers.config is None or tiers.config.revalidate != "never"
+            else cache.config is None or cache.config.revalidate != "never"
         )
-        self._bytes = tiers.bytes(origin)
+        self._bytes = cache.bytes(origin)
         self._listing = threading.Lock()
         self._was_there = False
         self._sizes: dict[str, int] | None = None
@@ -87,19 +87,19 @@ class CachedStore(Store):
         return {
             "origin": self.origin,
             "name": self.name,
-            "tiers": self.tiers,
+            "cache": self.cache,
             "relist": self._relist,
             "was_there": was_there,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["origin"], state["name"], state["tiers"], relist=state["relist"])  # type: ignore[misc]
+        self.__init__(state["origin"], state["name"], state["cache"], relist=state["relist"])  # type: ignore[misc]
         self._was_there = state["was_there"]
 
     def with_read_only(self, read_only: bool = False) -> CachedStore:
         if not read_only:
             super().with_read_only(read_only)  # raises NotImplementedError, in zarr's words
-        return type(self)(self.origin, self.name, self.tiers)
+        return type(self)(self.origin, self.name, self.cache)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -176,7 +176,7 @@ class CachedStore(Store):
                 f"{self.url}/{key} is listed ({size} bytes) but is gone: {exc}"
             ) from exc
         except IncompleteArrayError:
-            self.tiers.forget_listing(
+            self.cache.forget_listing(
                 self.origin, self.name
             )  # what opens the store next lists it again
             raise
@@ -206,7 +206,7 @@ class CachedStore(Store):
     def _open_listing(self) -> dict[str, int]:
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"
-        stored = None if self._relist else self.tiers.stored_listing(self.origin, self.name)
+        stored = None if self._relist else self.cache.stored_listing(self.origin, self.name)
         listed = (
             [ObjectInfo(*row) for row in stored]
             if stored is not None
@@ -217,7 +217,7 @@ class CachedStore(Store):
                 f"{self.url} was there when it was opened and is gone. Open it again when it is back."
             )
         if stored is None and listed:
-            self.tiers.store_listing(
+            self.cache.store_listing(
                 self.origin,
                 self.name,
                 [(o.key, o.size_bytes, o.etag, o.modified_s) for o in listed],
@@ -261,12 +261,12 @@ def open_store(
     cache : CacheConfig or mapping, optional
         None: no cache.
     """
-    tiers = Tiers(CacheConfig.of(cache) if cache is not None else None, Counters())
-    return store_at(url, tiers, s3_kwargs)
+    config = CacheConfig.of(cache) if cache is not None else None
+    return store_at(url, Cache(config, Counters()), s3_kwargs)
 
 
 def store_at(
-    url: str | os.PathLike[str], tiers: Tiers, s3_kwargs: Mapping[str, Any] | None = None
+    url: str | os.PathLike[str], cache: Cache, s3_kwargs: Mapping[str, Any] | None = None
 ) -> CachedStore:
     """As :func:`open_store`, in tiers that exist."""
     parent, _, name = _clean(url).rpartition("/")
@@ -274,7 +274,7 @@ def store_at(
         raise ConfigError(
             f"{os.fspath(url)!r} names no store. Write s3://bucket/prefix/mp-1.zarr or a path such as /data/mp-1.zarr."
         )
-    return CachedStore(tiers.origin(parent or "/", s3_kwargs), name, tiers)
+    return CachedStore(cache.origin(parent or "/", s3_kwargs), name, cache)
 
 
 def open_group(

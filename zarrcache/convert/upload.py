@@ -17,8 +17,8 @@ from zarrcache.convert.writer import StoreExistsError, is_document
 from zarrcache.errors import OriginAccessError, OriginError, OriginUnavailableError
 from zarrcache.origin import (
     SLOWEST_BYTES_PER_S,
-    Asked,
     Received,
+    RequestContext,
     RetryPolicy,
     S3Fault,
     S3fsEngine,
@@ -346,7 +346,8 @@ class S3Destination:
 
     def _error(self, fault: S3Fault, url: str) -> Exception:
         error = to_error(
-            fault, Asked(url, self._bucket, self._options.identity, anon=self._options.anon)
+            fault,
+            RequestContext(url, self._bucket, self._options.identity, anon=self._options.anon),
         )
         if isinstance(error, OriginAccessError) and (
             fault.code == "AccessDenied" or fault.status in (401, 403)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.reader import ZarrS3Reader, open_reader
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import Split, hold_out, ids_of, read_map, read_split, split_ids
 
 __all__ = [
     "Density",
+    "Read",
+    "ReadObserver",
     "Split",
     "SplitSets",
     "ZarrS3Reader",

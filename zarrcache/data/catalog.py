@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zarrcache._keys import Role, stem_of
-from zarrcache.cache import Tiers
+from zarrcache.cache import Cache
 from zarrcache.data.splits import ids_of, read_map
 from zarrcache.origin import Origin
 
-__all__ = ["Materials", "Present"]
+__all__ = ["Catalog", "Present"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +24,20 @@ class Present(NamedTuple):
     missing: tuple[str, ...]
 
 
-class Materials:
+class Catalog:
     """Names of the stores of a pair of directories. Asks the origin when it is asked, once.
 
     Parameters
     ----------
     origins : mapping
         The directory of each role.
-    tiers : Tiers
+    cache : Cache
         Keep the listings, and say by ``revalidate`` whether a stored one will do.
     """
 
-    def __init__(self, origins: Mapping[Role, Origin], tiers: Tiers) -> None:
+    def __init__(self, origins: Mapping[Role, Origin], cache: Cache) -> None:
         self._origins = origins
-        self._tiers = tiers
+        self._cache = cache
         self._names: dict[Role, dict[str, str]] = {}
         self._present: dict[tuple[Path, str], Present] = {}
 
@@ -72,9 +72,9 @@ class Materials:
     def names(self, role: Role) -> dict[str, str]:
         """File name of each store by its task id: ``mp-1.zarr``, or ``mp-1.zarr.zip`` where there is no such directory."""
         if role not in self._names:
-            config = self._tiers.config
+            config = self._cache.config
             stored = (
-                self._tiers.stored_listing(self._origins[role], "")
+                self._cache.stored_listing(self._origins[role], "")
                 if config is not None and config.revalidate == "never"
                 else None
             )
@@ -95,5 +95,5 @@ class Materials:
             stem = stem_of(name)
             if stem is not None:
                 names[stem] = name
-        self._tiers.store_listing(origin, "", names)
+        self._cache.store_listing(origin, "", names)
         return names

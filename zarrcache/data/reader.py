@@ -1,4 +1,4 @@
-"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there ``CachedPath`` goes on.
+"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there ``ReadThrough`` goes on.
 
 What reads densities does not import zarr until a layout needs it: that is 0.1 s of the 0.45 in which the process of look-ahead starts.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from zarrcache._keys import ArrayKey, ObjectInfo, Role, check_task_id, stored_array
 from zarrcache._shared_memory import SharedSet
 from zarrcache.arrays import density_of_group, list_array, metadata_of
-from zarrcache.cache import CachedPath, Outcome, Tiers
+from zarrcache.cache import Cache, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data.catalog import Materials, Present
+from zarrcache.data.catalog import Catalog, Present
+from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import split_ids
 from zarrcache.errors import OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, Stats
-from zarrcache.train import Course
 
 if TYPE_CHECKING:
     import s3fs
@@ -100,18 +100,16 @@ class ZarrS3Reader:
             isinstance(directory, str) for directory in (self.data_dir, self.label_dir)
         )
         self._counters = Counters(shared=True)
-        self._tiers = Tiers(CacheConfig.of(cache) if cache is not None else None, self._counters)
+        self._cache = Cache(CacheConfig.of(cache) if cache is not None else None, self._counters)
         self._origins: dict[Role, Origin] = {
-            "data": self._tiers.origin(str(self.data_dir), self.s3_kwargs),
-            "label": self._tiers.origin(str(self.label_dir), self.s3_kwargs),
+            "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),
+            "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
         }
-        self._materials = Materials(self._origins, self._tiers)
+        self._catalog = Catalog(self._origins, self._cache)
         self._checked = SharedSet()
-        if self._tiers.arrays is not None:
-            self._tiers.neighbours.check()
-        self.course: Course | None = (
-            None  # counts what is asked for, while a Lookahead follows the training
-        )
+        if self._cache.arrays is not None:
+            self._cache.remote.check()
+        self._observers: tuple[ReadObserver, ...] = ()
         if self.use_s3:  # any other scheme was refused above
             _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
 
@@ -124,7 +122,7 @@ class ZarrS3Reader:
         return {name: value for name, value in self.__dict__.items() if name != "s3fs"}
 
     def __repr__(self) -> str:
-        cache = f", cache={str(self._tiers.config.dir)!r}" if self._tiers.config else ""
+        cache = f", cache={str(self._cache.config.dir)!r}" if self._cache.config else ""
         return f"ZarrS3Reader({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, {self.density_type!r}{cache})"
 
     # -- which materials ---------------------------------------------------------------------------------------------------------
@@ -173,10 +171,10 @@ class ZarrS3Reader:
 
     def relist(self) -> None:
         """List both directories at the origin now, and keep the listing for runs without the origin."""
-        self._materials.relist()
+        self._catalog.relist()
 
     def _present(self) -> Present:
-        return self._materials.present(self.map_dir, self.functional)
+        return self._catalog.present(self.map_dir, self.functional)
 
     # -- one density -------------------------------------------------------------------------------------------------------------
 
@@ -204,9 +202,28 @@ class ZarrS3Reader:
         OriginError
             There is no such store, or the origin cannot be reached.
         """
-        with self.course.reading(task_id, role) if self.course is not None else nullcontext():
+        if not self._observers:
             values, _ = self._path.read(self._origins[role], self.store_name(task_id, role))
+            return _flat(values)
+        start_s = time.perf_counter()
+        for observer in self._observers:
+            observer.read_started(task_id, role)
+        values, outcome = self._path.read(self._origins[role], self.store_name(task_id, role))
+        read = Read(task_id, role, outcome, values.nbytes, time.perf_counter() - start_s)
+        for observer in self._observers:
+            observer.read_finished(read)
         return _flat(values)
+
+    def observe(self, observer: ReadObserver) -> None:
+        """Tell ``observer`` of every density that ``load`` reads from now on.
+
+        Call it before DataLoader workers start: they get the observers that the reader has then.
+        """
+        self._observers = (*self._observers, observer)
+
+    def unobserve(self, observer: ReadObserver) -> None:
+        """Tell ``observer`` no more."""
+        self._observers = tuple(one for one in self._observers if one is not observer)
 
     def ensure(
         self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None
@@ -233,8 +250,8 @@ class ZarrS3Reader:
         """
         origin, store = self._origins[role], self.store_name(task_id, role)
         values, outcome = self._path.read(origin, store, revalidate=True, reserve=reserve)
-        if outcome != "hit" and self._tiers.arrays is not None:
-            self._tiers.forget_listing(
+        if outcome != "hit" and self._cache.arrays is not None:
+            self._cache.forget_listing(
                 origin, store
             )  # metadata and crops are to be of the same version
         return outcome, values.nbytes
@@ -250,9 +267,9 @@ class ZarrS3Reader:
     def stored(self) -> dict[Role, dict[str, int]]:
         """Bytes on disk of the densities that are in the array tier, by role and task id. Their stores are those that were listed last."""
         listings = {
-            role: (origin, self._materials.names(role)) for role, origin in self._origins.items()
+            role: (origin, self._catalog.names(role)) for role, origin in self._origins.items()
         }
-        return self._tiers.stored_densities(
+        return self._cache.stored_densities(
             stored_array(self.array, is_per_point=self.normalize), listings
         )
 
@@ -266,9 +283,9 @@ class ZarrS3Reader:
         return self._counters.total()
 
     @property
-    def tiers(self) -> Tiers:
+    def cache(self) -> Cache:
         """The tiers beneath."""
-        return self._tiers
+        return self._cache
 
     @property
     def array(self) -> str:
@@ -276,8 +293,8 @@ class ZarrS3Reader:
         return f"charge_density_{self.density_type}"
 
     @property
-    def _path(self) -> CachedPath:
-        return CachedPath(self._tiers, self._checked, self.array, self.normalize)
+    def _path(self) -> ReadThrough:
+        return ReadThrough(self._cache, self._checked, self.array, self.normalize)
 
     def store_name(self, task_id: str, role: Role) -> str:
         """File name of a store below its directory: ``mp-1.zarr``, or ``mp-1.zarr.zip``.
@@ -289,7 +306,7 @@ class ZarrS3Reader:
         """
         check_task_id(task_id)
         try:
-            return self._materials.names(role)[task_id]
+            return self._catalog.names(role)[task_id]
         except KeyError:
             url = self._origins[role].url_of(f"{task_id}.zarr")
             raise OriginNotFoundError(
@@ -308,7 +325,7 @@ class ZarrS3Reader:
         """
         from zarrcache.cache import group_of, store_at
 
-        return group_of(store_at(zarr_path, self._tiers, self.s3_kwargs))
+        return group_of(store_at(zarr_path, self._cache, self.s3_kwargs))
 
     def read_charge_density(self, zarr_store: zarr.Group) -> Density:
         """The density of an open store; as ``load``, for a group of ``read_zarr_store`` or any other group of zarr.

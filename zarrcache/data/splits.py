@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zarrcache._keys import check_task_ids, shown
+from zarrcache._keys import check_task_ids, safe_repr
 from zarrcache._limits import read_bounded
 from zarrcache.errors import ConfigError
 
@@ -72,7 +72,7 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
     """
     if functional not in mapping:
         raise ConfigError(
-            f"Functional {functional!r} not found in mapping. Available: {shown(list(mapping))}"
+            f"Functional {functional!r} not found in mapping. Available: {safe_repr(list(mapping))}"
         )
     return check_task_ids(mapping[functional])
 
@@ -198,7 +198,7 @@ def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
         or "train" not in document
     ):
         keys = (
-            f"the keys {shown(list(document))}"
+            f"the keys {safe_repr(list(document))}"
             if isinstance(document, Mapping)
             else f"a {type(document).__name__}"
         )

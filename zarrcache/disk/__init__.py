@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zarrcache.disk._database import array_note
 from zarrcache.disk._entry_files import open_entries
-from zarrcache.disk._incoming import Incoming
+from zarrcache.disk._incoming import EntryStream
 from zarrcache.disk._owner import is_dead, owner_id
 from zarrcache.disk._publish import publish, write_all
 from zarrcache.disk.checksums import crc32c
@@ -18,12 +18,13 @@ from zarrcache.disk.entry import (
     read_header,
     write_entry,
 )
-from zarrcache.disk.filesystems import file_system_of, is_network, spoken
+from zarrcache.disk.filesystems import display_name, file_system_of, is_network
 from zarrcache.disk.index import CACHE_FAULTS, LENT, Index, Intent, Row, Stored
 from zarrcache.disk.mmap import Place, is_mapped, map_place, place_of
 from zarrcache.disk.policy import (
     BLOCK_BYTES,
     Admission,
+    EvictionPolicy,
     choose_victims,
     disk_bytes,
     is_fresh,
@@ -39,7 +40,8 @@ __all__ = [
     "CacheDir",
     "Entry",
     "EntryHeader",
-    "Incoming",
+    "EntryStream",
+    "EvictionPolicy",
     "Index",
     "Intent",
     "Place",
@@ -50,6 +52,7 @@ __all__ = [
     "choose_victims",
     "crc32c",
     "disk_bytes",
+    "display_name",
     "file_system_of",
     "header_of",
     "is_dead",
@@ -65,7 +68,6 @@ __all__ = [
     "place_of",
     "publish",
     "read_header",
-    "spoken",
     "write_all",
     "write_entry",
 ]

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zarrcache._keys import ArrayKey, shown
+from zarrcache._keys import ArrayKey, safe_repr
 from zarrcache._limits import most_bytes
 from zarrcache.disk._publish import write_all
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.entry import START_BYTES, EntryHeader, encode_header, parse_header, prefix_bytes
 from zarrcache.errors import CorruptEntryError
 
-__all__ = ["Incoming"]
+__all__ = ["EntryStream"]
 
 _STEP_BYTES = 2**20
 
@@ -24,7 +24,7 @@ class _Stream(Protocol):
     def readinto(self, buffer: Any, /) -> int | None: ...
 
 
-class Incoming:
+class EntryStream:
     """An entry on its way. Its header is read and checked now, its payload once, by :meth:`write` or :meth:`read`.
 
     Parameters
@@ -57,7 +57,7 @@ class Incoming:
         )
         self.header: EntryHeader = parse_header(raw, file_bytes, where)
         if self.header.key != key:
-            raise CorruptEntryError(f"{where} holds {shown(self.header.key)}.")
+            raise CorruptEntryError(f"{where} holds {safe_repr(self.header.key)}.")
         # What is stored once is mapped by every reader: it has to be what they take.
         if self.header.dtype != "<f4" or len(self.header.shape) != 3 or not self.header.nbytes:
             raise CorruptEntryError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zarrcache.errors import ConfigError
 
-__all__ = ["can_map_to_write", "file_system_of", "is_network", "refuse_network", "spoken"]
+__all__ = ["can_map_to_write", "display_name", "file_system_of", "is_network", "refuse_network"]
 
 #: The kernel's names for file systems that lie on another machine, and what people call them.
 _NETWORK = {
@@ -80,7 +80,7 @@ def can_map_to_write(directory: Path) -> bool:
     return kind not in _COPY_ON_WRITE and not is_network(kind)
 
 
-def spoken(kind: str) -> str:
+def display_name(kind: str) -> str:
     """``NFS (nfs4)``; a type that has no other name as the kernel has it."""
     return f"{_NETWORK[kind]} ({kind})" if _NETWORK.get(kind, kind) != kind else kind
 
@@ -97,7 +97,7 @@ def refuse_network(directory: Path, *, is_allowed: bool) -> None:
         return
     near = _scratch()
     raise ConfigError(
-        f"cache.dir {directory} is on {spoken(kind)}, a network file system: locks, SQLite and memory maps are slow or unsafe there. "
+        f"cache.dir {directory} is on {display_name(kind)}, a network file system: locks, SQLite and memory maps are slow or unsafe there. "
         f"Choose a disk of this node{f', for example dir: {near}/zarrcache' if near else ', for example its scratch directory'}. "
         "If there is none, set cache.allow_network_fs: true (docs/network-file-systems.md says what that costs)."
     )

@@ -30,8 +30,7 @@ from zarrcache.disk._owner import is_dead, owner_id
 from zarrcache.disk._publish import PARTIAL_SUFFIX
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.filesystems import can_map_to_write, refuse_network
-from zarrcache.disk.policy import Admission, admit, choose_victims, min_free_bytes
-from zarrcache.train import Clairvoyant
+from zarrcache.disk.policy import Admission, EvictionPolicy, admit, choose_victims, min_free_bytes
 
 __all__ = ["CACHE_FAULTS", "LENT", "Index", "Intent", "Row", "Stored"]
 
@@ -84,7 +83,7 @@ class Index:
         #: Kinds of faults that were logged: once each, whichever tier meets them first.
         self.told: set[str] = set()
         #: Who knows what is needed last; for ``eviction: belady``.
-        self.clairvoyant: Clairvoyant | None = None
+        self.eviction_policy: EvictionPolicy | None = None
         self._config = config
         self.dir = CacheDir(config.dir, config.shared)
         refuse_network(config.dir, is_allowed=config.allow_network_fs)
@@ -332,10 +331,10 @@ class Index:
         if self._config.eviction == "least-recently-stored":
             self.drop_oldest(shortfall)
             return True
-        if self._config.eviction == "none" or self.clairvoyant is None:
+        if self._config.eviction == "none" or self.eviction_policy is None:
             return False
         digest = filename.rpartition("/")[2].partition("-")[0]
-        victims = self.clairvoyant.victims(
+        victims = self.eviction_policy.victims(
             digest,
             shortfall,
             lambda: self._select("SELECT key, size FROM Cache WHERE tag = 'array'", ()),

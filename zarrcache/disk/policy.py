@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from typing import Any, Protocol
 
 from zarrcache._units import Percent
 
-__all__ = ["Admission", "admit", "choose_victims", "disk_bytes", "is_fresh", "min_free_bytes"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Admission",
+    "EvictionPolicy",
+    "admit",
+    "choose_victims",
+    "disk_bytes",
+    "is_fresh",
+    "min_free_bytes",
+]
 
 #: What a file occupies is counted in file-system blocks, so that the sum agrees with ``du``.
 BLOCK_BYTES = 4096
@@ -20,6 +30,28 @@ class Admission(Enum):
     OVER_LIMIT = "the limit is reached"
     TOO_LARGE = "it is larger than the whole limit"
     DISK_FULL = "the file system has less than min_free left"
+
+
+class EvictionPolicy(Protocol):
+    """Chooses which entries make room for a new one once the limit is reached.
+
+    Called in the process that stores, from any of its threads, and pickled to spawned workers.
+    """
+
+    def victims(
+        self, digest: str, needed_bytes: int, stored: Callable[[], Sequence[tuple[Any, ...]]]
+    ) -> list[str]:
+        """Digests of the entries to drop; an empty list leaves the cache as it is (a bypass).
+
+        Parameters
+        ----------
+        digest : str
+            The new entry.
+        needed_bytes : int
+            Bytes that have to be freed on disk.
+        stored : callable
+            Returns ``(digest, size_bytes)`` of every entry of the array tier. Costs one query.
+        """
 
 
 def disk_bytes(nbytes: int) -> int:

@@ -23,13 +23,13 @@ from zarrcache.data import ids_of, read_map
 from zarrcache.disk import (
     CACHE_FAULTS,
     CacheDir,
+    display_name,
     file_system_of,
     header_of,
     is_network,
     map_entry,
     min_free_bytes,
     publish,
-    spoken,
     write_entry,
 )
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
@@ -181,7 +181,7 @@ def _file_system(path: Path) -> Finding:
     if is_network(
         kind
     ):  # and cache.allow_network_fs is set, or the directory would have been refused
-        found = f"{path} is on {spoken(kind)}, a network file system"
+        found = f"{path} is on {display_name(kind)}, a network file system"
         advice = "It is slow, and fit for the processes of one node only. Choose a disk of this node, for example $SLURM_TMPDIR, if there is one."
         return Finding("file system", "warn", found, advice)
     if kind in _IN_MEMORY:

@@ -156,7 +156,7 @@ def plan_training(
         raise ConfigError(
             "nodes, ranks a node, epochs and workers have to be whole numbers from 1."
         )
-    cache = source.tiers.config if isinstance(source, ZarrS3Reader) else source.cache
+    cache = source.cache.config if isinstance(source, ZarrS3Reader) else source.cache
     # Without its cache: a plan is made on a laptop or a login node, and leaves nothing there.
     reader = (
         source
@@ -199,7 +199,7 @@ def plan_training(
     run = _Run(tuple(names), world, seed, table, capacity_bytes, simulated)
     found = run.of(variant)
     listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
-    shown = tuple(
+    safe_repr = tuple(
         _forecast(run, found, epoch, prices, speed, workers, listing if epoch == 0 else 0)
         for epoch in range(simulated)
     )
@@ -220,8 +220,8 @@ def plan_training(
         capacity_bytes=capacity_bytes,
         variant=variant,
         run_epochs=epochs,
-        epochs=shown,
-        total=_total(shown, epochs),
+        epochs=safe_repr,
+        total=_total(safe_repr, epochs),
         others={
             way: _steady(run.of(way)) for way in ways if nodes > 1 or way.assignment == "global"
         },
@@ -330,15 +330,15 @@ def _forecast(
     return EpochForecast(_ratio(nodes), lists + gets, nbytes, dollars, seconds)
 
 
-def _total(shown: Sequence[EpochForecast], epochs: int) -> EpochForecast:
+def _total(safe_repr: Sequence[EpochForecast], epochs: int) -> EpochForecast:
     """The whole run: epochs that were not simulated are like the mean of the last half of those that were."""
-    tail = shown[len(shown) // 2 :]
-    more = epochs - len(shown)
+    tail = safe_repr[len(safe_repr) // 2 :]
+    more = epochs - len(safe_repr)
 
     def add(of: Callable[[EpochForecast], float]) -> float:
-        return sum(map(of, shown)) + more * sum(map(of, tail)) / len(tail)
+        return sum(map(of, safe_repr)) + more * sum(map(of, tail)) / len(tail)
 
-    timed = all(epoch.seconds is not None for epoch in shown)
+    timed = all(epoch.seconds is not None for epoch in safe_repr)
     return EpochForecast(
         add(lambda epoch: epoch.hit_ratio) / epochs,
         round(add(lambda epoch: epoch.requests)),

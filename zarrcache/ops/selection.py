@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from zarrcache._keys import Role, source_digest, stem_of, stored_array
 from zarrcache.arrays import list_array
-from zarrcache.cache import Tiers
+from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ids_of, read_map
 from zarrcache.disk import CACHE_FAULTS, CacheDir, EntryHeader, Index, Row, read_header
@@ -57,9 +57,9 @@ class Scope:
     """
 
     def __init__(self, config: DataConfig, ids: Sequence[str] | None = None) -> None:
-        self.tiers = Tiers(cache_of(config), Counters())
-        assert self.tiers.index is not None
-        self.index = self.tiers.index
+        self.cache = Cache(cache_of(config), Counters())
+        assert self.cache.index is not None
+        self.index = self.cache.index
         self.is_whole = ids is None
         self.ids = list(
             dict.fromkeys(
@@ -67,8 +67,8 @@ class Scope:
             )
         )
         self.origins: dict[Role, Origin] = {
-            "data": self.tiers.origin(config.data_dir, config.s3_kwargs),
-            "label": self.tiers.origin(config.label_dir, config.s3_kwargs),
+            "data": self.cache.origin(config.data_dir, config.s3_kwargs),
+            "label": self.cache.origin(config.label_dir, config.s3_kwargs),
         }
         self._stored_as = stored_array(
             f"charge_density_{config.density_type}", is_per_point=config.normalize_data
@@ -82,13 +82,13 @@ class Scope:
 
     def listing(self, role: Role) -> dict[str, str] | None:
         """As :func:`stored_listing` of one directory."""
-        return stored_listing(self.tiers, self.origins[role])
+        return stored_listing(self.cache, self.origins[role])
 
     def stored(
         self, listings: Mapping[Role, Mapping[str, str] | None]
     ) -> dict[Role, dict[str, int]]:
-        """As :meth:`Tiers.stored_densities`."""
-        return self.tiers.stored_densities(
+        """As :meth:`Cache.stored_densities`."""
+        return self.cache.stored_densities(
             self._stored_as, {role: (self.origins[role], names) for role, names in listings.items()}
         )
 
@@ -150,9 +150,9 @@ class Scope:
         return found
 
 
-def stored_listing(tiers: Tiers, origin: Origin) -> dict[str, str] | None:
+def stored_listing(cache: Cache, origin: Origin) -> dict[str, str] | None:
     """What a directory held when it was last listed, ``{task_id: name}``; None if it never was."""
-    names = tiers.stored_listing(origin, "")
+    names = cache.stored_listing(origin, "")
     return names if isinstance(names, dict) else None
 
 

@@ -110,8 +110,8 @@ class WarmPlan:
     @property
     def cache(self) -> CacheConfig:
         """Settings of the cache that is filled."""
-        assert self.reader.tiers.config is not None
-        return self.reader.tiers.config
+        assert self.reader.cache.config is not None
+        return self.reader.cache.config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
         """List every store that is asked for and compare with what is stored; one LIST a density, nothing is fetched.
@@ -216,7 +216,7 @@ class WarmPlan:
         unstored = [
             origin
             for origin in map(self.reader.origin, self.roles)
-            if stored_listing(self.reader.tiers, origin) is None
+            if stored_listing(self.reader.cache, origin) is None
         ]
         try:
             listings = [
@@ -299,7 +299,7 @@ def plan_warm(
         raise ConfigError("ids and split exclude each other. Give one of them.")
     reader = _reader(source)
     asks = (
-        reader.tiers.config is None or reader.tiers.config.revalidate != "never"
+        reader.cache.config is None or reader.cache.config.revalidate != "never"
         if revalidate is None
         else revalidate
     )
@@ -349,12 +349,12 @@ def plan_warm(
 
 def _are_listed(reader: ZarrS3Reader, task_ids: Sequence[str]) -> bool:
     """Whether the listings that are stored with the entries have all of these ids."""
-    listings = [stored_listing(reader.tiers, reader.origin(role)) for role in ROLES]
+    listings = [stored_listing(reader.cache, reader.origin(role)) for role in ROLES]
     return all(names is not None and names.keys() >= set(task_ids) for names in listings)
 
 
 def _reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
-    cache = source.tiers.config if isinstance(source, ZarrS3Reader) else cache_of(source)
+    cache = source.cache.config if isinstance(source, ZarrS3Reader) else cache_of(source)
     if cache is None:
         raise ConfigError(
             "the reader has no cache, so there is nothing to fill. Give it one: ZarrS3Reader(..., cache={'dir': ...})."
@@ -384,8 +384,8 @@ class _Warmer:
             self._bypassed_in_a_row >= _FULL_AFTER
         ):  # fetching what will not be stored would cost the origin and help nobody
             result, *_ = _look(self._reader, *density)
-            if result.outcome == "bypass" and self._reader.tiers.arrays is not None:
-                self._reader.tiers.arrays.drop(
+            if result.outcome == "bypass" and self._reader.cache.arrays is not None:
+                self._reader.cache.arrays.drop(
                     self._reader.key(*density)
                 )  # old, if it is there: training must not take it for fresh
             return result
@@ -409,8 +409,8 @@ def _look(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, i
     """Whether a density is fresh (``hit``) or not (``bypass``), by one LIST; objects and bytes to fetch if not."""
     try:
         listed = reader.listing(task_id, role)
-        assert reader.tiers.index is not None
-        header = stored_header(reader.tiers.index, reader.key(task_id, role).digest)
+        assert reader.cache.index is not None
+        header = stored_header(reader.cache.index, reader.key(task_id, role).digest)
     except ZarrCacheError as exc:
         return _failure((task_id, role), exc), 0, 0
     if header is not None and header.source == source_digest(listed):

@@ -112,7 +112,7 @@ class ObstoreEngine:
 
     def __init__(self, bucket: str, options: S3Options, region: str, fetch: FetchConfig) -> None:
         # The package first: it imports obstore.store before it is whole itself, and a thread that finds only this one would go on too early.
-        import obstore
+        import obstore  # noqa: F401
         from obstore.store import S3Store
 
         _settle_at_exit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zarrcache.origin._retry import TransientError
-from zarrcache.origin._s3_errors import Asked, S3Fault, to_error
+from zarrcache.origin._s3_errors import RequestContext, S3Fault, to_error
 
 __all__ = ["Renewal"]
 
@@ -26,7 +26,7 @@ class Renewal:
         self._engines = engines
         self._expired: Any = None
 
-    def error(self, fault: S3Fault, asked: Asked, engine: object) -> Exception:
+    def error(self, fault: S3Fault, asked: RequestContext, engine: object) -> Exception:
         """See `to_error`. Of requests that are in flight together, all are to be tried again."""
         if self._engines is None or not fault.is_expired or self._expired not in (None, engine):
             return to_error(fault, asked)

@@ -21,7 +21,7 @@ from zarrcache.origin._concurrent import PAGE_OBJECTS, Page, Received, note
 from zarrcache.origin._local import LocalOrigin
 from zarrcache.origin._renewal import Renewal
 from zarrcache.origin._retry import RetryPolicy, TransientError
-from zarrcache.origin._s3_errors import Asked, S3Fault, to_error
+from zarrcache.origin._s3_errors import RequestContext, S3Fault, to_error
 from zarrcache.origin._s3_options import S3Options, split_s3_url
 from zarrcache.origin._s3fs import make_s3fs
 from zarrcache.stats import Counters
@@ -214,7 +214,7 @@ class S3Origin:
             found: ObjectInfo | None = self._call(
                 lambda: self._engine(full),
                 lambda engine, patience_s: engine.head(full, patience_s=patience_s),
-                self._asked(prefix),
+                self._context(prefix),
             )
             return [] if found is None else [self._relative(found)]
         try:
@@ -266,7 +266,7 @@ class S3Origin:
                     asked.append(full.key)
                     if isinstance(answer, S3Fault):
                         problem: Exception | None = renewal.error(
-                            answer, self._asked(obj.key, obj), engine
+                            answer, self._context(obj.key, obj), engine
                         )
                     elif (problem := self._problem(obj, answer)) is None:
                         del missing[full.key]
@@ -306,7 +306,7 @@ class S3Origin:
                 raise problem
             return bytes(received.body)
 
-        data = self._call(lambda: self._engine(full.key), one, self._asked(obj.key, obj))
+        data = self._call(lambda: self._engine(full.key), one, self._context(obj.key, obj))
         self._counters.add(fetched_bytes=len(data))
         return data
 
@@ -314,7 +314,7 @@ class S3Origin:
         self, open_engine: Callable[[], ObstoreEngine | S3fsEngine], prefix: str, **options: Any
     ) -> Iterator[Page]:
         """Every page of a LIST, each with its own attempts."""
-        asked = self._asked(prefix.removeprefix(self._prefix))
+        asked = self._context(prefix.removeprefix(self._prefix))
         token: str | None = None
         while True:
             more = {**options, "token": token}
@@ -329,7 +329,9 @@ class S3Origin:
             if (token := page.next_token) is None:
                 return
 
-    def _call(self, open_engine: Callable[[], Any], request: Callable[..., T], asked: Asked) -> T:
+    def _call(
+        self, open_engine: Callable[[], Any], request: Callable[..., T], asked: RequestContext
+    ) -> T:
         """One small request under the retry policy. ``request`` takes the engine and ``patience_s``."""
         policy = RetryPolicy(self._retry, self._backoff)
         renewal = self._renewal()
@@ -365,7 +367,7 @@ class S3Origin:
                 self._call(
                     self._s3fs,
                     lambda engine, **patience: engine.bucket_region(**patience),
-                    self._asked(""),
+                    self._context(""),
                 )
                 or "us-east-1"
             )
@@ -398,8 +400,10 @@ class S3Origin:
             self._engines if self._options.key is None and self._retry.attempts > 1 else None
         )
 
-    def _asked(self, key: str, obj: ObjectInfo | None = None) -> Asked:
-        return Asked(self.url_of(key), self._bucket, self.identity, obj, self._options.anon)
+    def _context(self, key: str, obj: ObjectInfo | None = None) -> RequestContext:
+        return RequestContext(
+            self.url_of(key), self._bucket, self.identity, obj, self._options.anon
+        )
 
     def _relative(self, obj: ObjectInfo) -> ObjectInfo:
         return ObjectInfo(obj.key[len(self._prefix) :], obj.size_bytes, obj.etag, obj.modified_s)
@@ -433,7 +437,7 @@ class S3Origin:
                 self._md5 = False
                 return None
         except S3Fault as fault:
-            return to_error(fault, self._asked(obj.key, obj))
+            return to_error(fault, self._context(obj.key, obj))
         return TransientError(url, "the content that arrived does not match its MD5 (ETag)")
 
 

@@ -16,7 +16,7 @@ from zarrcache.errors import (
 )
 from zarrcache.origin._retry import TransientError
 
-__all__ = ["Asked", "S3Fault", "to_error"]
+__all__ = ["RequestContext", "S3Fault", "to_error"]
 
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504, 509})
 #: Fewer requests, please: from everybody, not only from whoever was told.
@@ -114,7 +114,7 @@ class S3Fault(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestContext:
     """What a request was for: the words of its error depend on it.
 
     Attributes
@@ -134,14 +134,14 @@ class Asked:
     anon: bool = False
 
 
-def to_error(fault: S3Fault, asked: Asked) -> Exception:
+def to_error(fault: S3Fault, asked: RequestContext) -> Exception:
     """The exception to raise for ``fault``: ``TransientError`` or a public error; its cause is set."""
     error = _error(fault, asked)
     error.__cause__ = fault.__cause__ or fault
     return error
 
 
-def _error(fault: S3Fault, asked: Asked) -> Exception:
+def _error(fault: S3Fault, asked: RequestContext) -> Exception:
     if fault.code == "NoCredentials":
         return OriginAccessError(f"{asked.url}: {_ACCESS[fault.code]}")
     if fault.code in _ACCESS_CODES or fault.status in (401, 403):
@@ -187,7 +187,7 @@ def _error(fault: S3Fault, asked: Asked) -> Exception:
     )
 
 
-def _what_to_set(fault: S3Fault, asked: Asked) -> str:
+def _what_to_set(fault: S3Fault, asked: RequestContext) -> str:
     code = _ACCESS_ALIASES.get(fault.code, fault.code)
     if code in _ACCESS:
         return _ACCESS[code]

@@ -7,7 +7,7 @@ from zarrcache.parallel._nodes import node_name
 from zarrcache.parallel.dask import open_cluster
 from zarrcache.parallel.pool import Died, Engine, Reserve, cores, spread
 from zarrcache.parallel.process import Interpreter
-from zarrcache.parallel.signals import Terminated, ending_in_order, exit_code, held_back
+from zarrcache.parallel.signals import Terminated, deferred_signals, ending_in_order, exit_code
 from zarrcache.parallel.topology import World
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "Terminated",
     "World",
     "cores",
+    "deferred_signals",
     "ending_in_order",
     "exit_code",
-    "held_back",
     "node_name",
     "open_cluster",
     "run_on_each_node",

@@ -26,7 +26,7 @@ from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.parallel._nodes import in_order, node_name
 from zarrcache.parallel.pool import Died, Reserve, cores
-from zarrcache.parallel.signals import held_back
+from zarrcache.parallel.signals import deferred_signals
 
 __all__ = ["Cluster", "open_cluster"]
 
@@ -132,7 +132,7 @@ def _local(workers: int) -> Iterator[Any]:
     try:
         with contextlib.ExitStack() as stack:
             with (
-                held_back()
+                deferred_signals()
             ):  # a signal to all of a job is for this process, and not for what Dask starts
                 try:
                     cluster = stack.enter_context(_local_cluster(workers))
@@ -269,7 +269,7 @@ class Cluster:
                 outcomes.append(future.result())
             except CancelledError as exc:
                 raise self._gone() from exc
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - items report their failures in their results: this is the cluster's
                 outcomes.append(self._died(exc))
         return outcomes
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from zarrcache.errors import ConfigError
 from zarrcache.parallel._budget import Budget
 from zarrcache.parallel.process import Interpreter
-from zarrcache.parallel.signals import held_back
+from zarrcache.parallel.signals import deferred_signals
 
 __all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
 
@@ -125,7 +125,7 @@ def spread(
                 while queue and len(pool) < most:
                     try:
                         with (
-                            held_back()
+                            deferred_signals()
                         ):  # or Ctrl-C could come when it runs, and before it is noted
                             pool.append(_Worker(1 if last else lanes, work))
                     except OSError as exc:
@@ -263,7 +263,7 @@ def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
         for worker in pool:
             worker.process.has_ended(max(0.0, deadline - time.monotonic()))
     finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait. Nor does a third leave any of them.
-        with held_back():
+        with deferred_signals():
             for worker in pool:
                 worker.process.kill()
                 worker.process.close()
@@ -333,6 +333,6 @@ def _do(desk: _Desk, function: Callable[[Any, Reserve], Any], number: int, item:
         desk.say("result", number, result)
     except _NotWanted:
         return
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the process ends, as it would without threads; the other side finds that out
         traceback.print_exc()
         os._exit(1)

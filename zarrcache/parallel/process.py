@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.spawn import get_executable, get_preparation_data
 from typing import Any
 
-from zarrcache.parallel.signals import held_back
+from zarrcache.parallel.signals import deferred_signals
 
 __all__ = ["Interpreter"]
 
@@ -76,7 +76,7 @@ class Interpreter:
         with (
             contextlib.ExitStack() as undo
         ):  # also after Ctrl-C: a process that nobody knows would be nobody's to end
-            with held_back():  # its mask is what makes the process deaf; whoever has to note more than this holds back for longer
+            with deferred_signals():  # its mask is what makes the process deaf; whoever has to note more than this holds back for longer
                 self.connection, theirs = Pipe()
                 undo.callback(self.connection.close)
                 with theirs:

@@ -3,7 +3,7 @@
 Batch systems send SIGTERM before they preempt a job or when its time is up, and SIGKILL some 30 s later. Python's own answer to it is to
 die at once, which would leave a half-written store and worker processes behind. Handlers are for commands only: nothing is installed by
 importing this, and a training script's signals are its own. Where one of them would lose a process that is just being started, it comes a
-little later (:func:`held_back`).
+little later (:func:`deferred_signals`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["ENDING", "Terminated", "ending_in_order", "exit_code", "held_back"]
+__all__ = ["ENDING", "Terminated", "deferred_signals", "ending_in_order", "exit_code"]
 
 #: What ends a job: a terminal or a batch system may send them to one process of it, or to all at once.
 ENDING: frozenset[int] = frozenset({signal.SIGINT, signal.SIGTERM})
@@ -60,7 +60,7 @@ def ending_in_order() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """In here neither signal raises an exception: that comes at the end. A process that is started in here is deaf to both.
 
     One that comes again, a second later or more, is not held back: whoever presses Ctrl-C twice does not want to wait. What ends the process
@@ -104,12 +104,12 @@ def held_back() -> Iterator[None]:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 is_restored = True
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001 - of a signal that has just come
                 exception = exc
         for number, (_, frame) in held.items():
             try:
                 handlers[number](number, frame)
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001
                 exception = exc
         if exception is not None:
             raise exception

@@ -97,8 +97,8 @@ class EntryServer:
             raise ConfigError(
                 f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Choose another --host or --port."
             ) from exc
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_address[1]}"
+        safe_repr = f"[{host}]" if ":" in host else host
+        self.url = f"http://{safe_repr}:{self._server.server_address[1]}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="zarrcache serve", daemon=True
         )
@@ -188,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         logger.debug("%s %s", self.address_string(), format % args)
 
     def do_GET(self) -> None:
-        digest, words = self._asked("entries")
+        digest, words = self._context("entries")
         if digest is None:
             return
         node, gone = (
@@ -217,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(word.kind, word.node)
 
     def do_POST(self) -> None:
-        digest, words = self._asked("leases")
+        digest, words = self._context("leases")
         if digest is None:
             return
         if self.lease is None or self.lease.digest != digest:
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._end_lease("stored" if words.get("outcome") == "stored" else "given up")
         self._answer("", status=204)
 
-    def _asked(self, kind: str) -> tuple[str | None, dict[str, str]]:
+    def _context(self, kind: str) -> tuple[str | None, dict[str, str]]:
         """Digest and words of a request; no digest if it was refused. No other part of it becomes the name of a file."""
         url = urlsplit(self.path)
         token = self.server.token

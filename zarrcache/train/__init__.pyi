@@ -1,4 +1,4 @@
-from .belady import Clairvoyant as Clairvoyant
+from .belady import BeladyPolicy as BeladyPolicy
 from .datasets import RhoData as RhoData
 from .datasets import Sample as Sample
 from .datasets import ZarrDataset as ZarrDataset
@@ -9,7 +9,7 @@ from .multi import Config as Config
 from .multi import Side as Side
 from .multi import SideBySide as SideBySide
 from .multi import Sources as Sources
-from .progress import Course as Course
+from .progress import ReadProgress as ReadProgress
 from .sampler import NodeSampler as NodeSampler
 from .schedule import Assignment as Assignment
 from .schedule import Schedule as Schedule

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import is_digest
-from zarrcache.train.progress import Course
+from zarrcache.train.progress import ReadProgress
 
-__all__ = ["NEVER", "Clairvoyant", "NextUses"]
+__all__ = ["NEVER", "BeladyPolicy", "NextUses"]
 
 Indices = NDArray[np.int64]
 
@@ -74,26 +74,26 @@ class _Known:
     until_anew: int = 0
 
 
-class Clairvoyant:
+class BeladyPolicy:
     """Chooses victims by what this node reads next. One for each process, for all of its threads; pickles without what it has worked out.
 
     Without a lock, which a process forked meanwhile would wait for: two threads never get the same victim, and at worst one gets the second best.
 
     Parameters
     ----------
-    course : Course
+    progress : Course
     names : array of uint64, shape (samples, 2)
         The first 16 hex digits of the entry of each sample's data and label.
     """
 
-    def __init__(self, course: Course, names: NDArray[np.uint64]) -> None:
-        self._course = course
+    def __init__(self, progress: ReadProgress, names: NDArray[np.uint64]) -> None:
+        self._progress = progress
         self._names = names
         self._place = np.argsort(self._names, axis=None)
         self._known: _Known | None = None
 
-    def __reduce__(self) -> tuple[type[Clairvoyant], tuple[Course, NDArray[np.uint64]]]:
-        return type(self), (self._course, self._names)
+    def __reduce__(self) -> tuple[type[BeladyPolicy], tuple[ReadProgress, NDArray[np.uint64]]]:
+        return type(self), (self._progress, self._names)
 
     def victims(
         self, digest: str, needed_bytes: int, stored: Callable[[], Sequence[tuple[Any, ...]]]
@@ -111,7 +111,7 @@ class Clairvoyant:
             Digests and sizes of what is stored now.
         """
         known = self._now()
-        counts = self._course.counts(known.epoch)
+        counts = self._progress.counts(known.epoch)
         if counts is None or not is_digest(
             digest
         ):  # an epoch has ended just now; the room of a look-ahead has another name
@@ -133,7 +133,9 @@ class Clairvoyant:
                 break
         else:
             # By what was needed last in the epoch that has ended meanwhile, nothing may be chosen for this one.
-            return [digest for _, digest, _ in chosen] if self._course.epoch == known.epoch else []
+            return (
+                [digest for _, digest, _ in chosen] if self._progress.epoch == known.epoch else []
+            )
         known.candidates.extendleft(reversed(chosen))
         return []
 
@@ -141,7 +143,7 @@ class Clairvoyant:
         stored = [
             row for row in rows if is_digest(row[0]) and isinstance(row[1], int)
         ]  # a damaged row must stop nobody
-        counts = self._course.counts(known.epoch)
+        counts = self._progress.counts(known.epoch)
         if counts is None:
             return
         asked_for, had = counts
@@ -181,7 +183,7 @@ class Clairvoyant:
         )
 
     def _now(self) -> _Known:
-        known, epoch, orders = self._known, self._course.epoch, self._course.orders
+        known, epoch, orders = self._known, self._progress.epoch, self._progress.orders
         if known is None or known.epoch != epoch:
             coming = [orders.of_node(epoch + ahead) for ahead in range(orders.epochs_ahead)]
             known = _Known(
@@ -195,7 +197,7 @@ class Clairvoyant:
 
     def _passed(self, known: _Known, asked_for: Indices) -> Indices:
         """Uses in this epoch that are over, shape (samples, 2): counted for this rank, and the others of the node are as far."""
-        if self._course.orders.ranks == 1:
+        if self._progress.orders.ranks == 1:
             return asked_for
         passed = np.bincount(known.order[: self._steps(known, asked_for)], minlength=len(asked_for))
         both = np.repeat(passed[:, None], asked_for.shape[1], axis=1)
@@ -205,5 +207,5 @@ class Clairvoyant:
     def _steps(self, known: _Known, asked_for: Indices) -> int:
         """How much of the node's order is over."""
         return (
-            int(asked_for[known.own].sum()) // int(asked_for.shape[1]) * self._course.orders.ranks
+            int(asked_for[known.own].sum()) // int(asked_for.shape[1]) * self._progress.orders.ranks
         )

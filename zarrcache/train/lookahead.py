@@ -25,10 +25,10 @@ import numpy as np
 
 from zarrcache._keys import ROLES
 from zarrcache.errors import ConfigError
-from zarrcache.parallel import Died, Interpreter, World, held_back
-from zarrcache.train.belady import Clairvoyant
+from zarrcache.parallel import Died, Interpreter, World, deferred_signals
+from zarrcache.train.belady import BeladyPolicy
 from zarrcache.train.prefetch import prefetch
-from zarrcache.train.progress import Course, Listed, Orders, Scheduled
+from zarrcache.train.progress import Listed, Orders, ReadProgress, Scheduled
 
 if TYPE_CHECKING:
     from zarrcache.data import ZarrS3Reader
@@ -80,31 +80,35 @@ class Lookahead:
         self._reader, names = _read_by(source)
         self._prefetcher: _Prefetcher | None = None
         self._is_missing = False
-        config = self._reader.tiers.config
+        config = self._reader.cache.config
         if (
             config is None
             or not config.arrays.enabled
             or not (config.lookahead or config.eviction == "belady")
         ):
-            self._course: Course | None = None
+            self._progress: ReadProgress | None = None
             return
         orders = _orders(order, names)
-        self._course = Course(orders, int(getattr(order, "epoch", 0)) if epoch is None else epoch)
-        self._reader.course = self._course
+        self._progress = ReadProgress(
+            orders, int(getattr(order, "epoch", 0)) if epoch is None else epoch
+        )
+        self._reader.observe(self._progress)
         if config.eviction == "belady" and isinstance(orders, Listed) and orders.ranks > 1:
             raise ConfigError(
                 f"cache.eviction is belady, and this node has {orders.ranks} ranks: from its own list none of them knows what the others read. "
                 "Give a NodeSampler, or set cache.eviction to none."
             )
         if config.eviction == "belady":
-            self._reader.tiers.foresee(
-                Clairvoyant(self._course, _digests(self._reader, orders.names))
+            self._reader.cache.set_eviction_policy(
+                BeladyPolicy(self._progress, _digests(self._reader, orders.names))
             )
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
         if budget:
             try:
-                with held_back():  # or Ctrl-C could come when it runs, and before anybody knows it
-                    self._prefetcher = _Prefetcher(self._reader, budget)
+                with (
+                    deferred_signals()
+                ):  # or Ctrl-C could come when it runs, and before anybody knows it
+                    self._prefetcher = _Prefetcher(self._reader, self._progress, budget)
             except OSError as exc:
                 self._is_missing = True
                 logger.warning(
@@ -130,8 +134,8 @@ class Lookahead:
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is read next; call it beside the sampler's."""
-        if self._course is not None:
-            self._course.set_epoch(epoch)
+        if self._progress is not None:
+            self._progress.set_epoch(epoch)
 
     def check(self) -> bool:
         """Whether all is well: False if the process has died or could not be started.
@@ -144,17 +148,19 @@ class Lookahead:
         """End the process, and give back what it holds. The training goes on without."""
         if self._prefetcher is not None:
             self._prefetcher.close()
-        self._prefetcher = self._course = self._reader.course = None
-        self._reader.tiers.foresee(None)
+        if self._progress is not None:
+            self._reader.unobserve(self._progress)
+        self._prefetcher = self._progress = None
+        self._reader.cache.set_eviction_policy(None)
 
 
 class _Prefetcher:
     """The process, as its parent sees it. An interpreter of its own: obstore, in there, must not have been used before a fork."""
 
-    def __init__(self, reader: ZarrS3Reader, budget_bytes: int) -> None:
+    def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
         self._is_reported = False
         self._lock = threading.Lock()
-        work = bytes(ForkingPickler.dumps((reader, budget_bytes)))
+        work = bytes(ForkingPickler.dumps((reader, progress, budget_bytes)))
         self._process = Interpreter(prefetch, os.getpid(), work)
         self.pid = self._process.pid
         # A thread: that a process has died is to be known when it dies, and not when somebody asks.
@@ -217,7 +223,7 @@ def _end(process: Interpreter, watch: threading.Thread) -> None:
 def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
     """The reader beneath, and the names of the samples."""
     reader = next((found for found in (source, getattr(source, "reader", None), getattr(getattr(source, "data", None), "reader", None))
-                   if hasattr(found, "tiers")), None)  # fmt: skip
+                   if hasattr(found, "cache")), None)  # fmt: skip
     if reader is None:
         raise ConfigError(
             f"{type(source).__name__} has no reader of zarrcache. Give a ZarrDataset, a RhoData of get_dataset(), or a ZarrS3Reader."
@@ -236,7 +242,7 @@ def _orders(order: Any, names: tuple[str, ...]) -> Orders:
 
 
 def _digests(reader: ZarrS3Reader, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """For `Clairvoyant`: what the entries are called."""
+    """For `BeladyPolicy`: what the entries are called."""
     return np.array(
         [[int(reader.key(name, role).digest[:16], 16) for role in ROLES] for name in names],
         np.uint64,

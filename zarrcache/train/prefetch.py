@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from zarrcache._keys import ROLES
-from zarrcache.cache import Ring
+from zarrcache.cache import Loans
 from zarrcache.disk import CACHE_FAULTS, LENT, disk_bytes
 from zarrcache.errors import ZarrCacheError
-from zarrcache.train.progress import Course
+from zarrcache.train.progress import ReadProgress
 
 if TYPE_CHECKING:
     from zarrcache.data import ZarrS3Reader
@@ -48,8 +48,8 @@ _END_S = 2.0
 def prefetch(connection: Connection, parent: int) -> None:
     """Run in the process: fetch ahead until the other side hangs up, or dies."""
     try:
-        reader, budget_bytes = connection.recv()
-        ahead = Prefetch(reader, budget_bytes)
+        reader, progress, budget_bytes = connection.recv()
+        ahead = Prefetch(reader, progress, budget_bytes)
         # A DataLoader's workers are forked with the other end of the pipe, and may outlive the training; the parent's pid tells at once.
         while not connection.poll(_LOOK_S) and os.getppid() == parent:
             ahead.step()
@@ -88,19 +88,19 @@ class Prefetch:
     Parameters
     ----------
     reader : ZarrS3Reader
-        With a course.
+    progress : ReadProgress
+        Orders, and how far the training is.
     budget_bytes : int
         Of the densities in view, on disk.
     """
 
-    def __init__(self, reader: ZarrS3Reader, budget_bytes: int) -> None:
-        assert reader.course is not None
-        assert reader.tiers.arrays is not None
+    def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
+        assert reader.cache.arrays is not None
         self._reader = reader
-        self._course: Course = reader.course
-        self._index = reader.tiers.arrays.index
+        self._progress = progress
+        self._index = reader.cache.arrays.index
         self._budget = budget_bytes
-        self._ring = reader.tiers.arrays.ring = Ring(self._index, budget_bytes)
+        self._loans = reader.cache.arrays.loans = Loans(self._index, budget_bytes)
         self._lock = threading.Lock()
         self._held = 0
         self._view: deque[_Item] = deque()
@@ -111,14 +111,14 @@ class Prefetch:
         self._expansion = 1.0
         self._pause_until_s = 0.0
         self._is_over = False
-        self._begin_epoch(self._course.epoch)
+        self._begin_epoch(self._progress.epoch)
         self._work: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[_Item, str]] = queue.SimpleQueue()
-        lanes = max(_LEAST_LANES, LANES // self._course.orders.ranks)
+        lanes = max(_LEAST_LANES, LANES // self._progress.orders.ranks)
         self._lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(lanes)]
         for lane in self._lanes:
             lane.start()
-        if not self._course.is_shared:
+        if not self._progress.is_shared:
             self._is_over = True
             logger.warning(
                 "no look-ahead: this system has no /proc, through which processes find the memory that they share"
@@ -143,13 +143,13 @@ class Prefetch:
         for lane in self._lanes:
             lane.join(max(0.0, end_s - time.monotonic()))
         with contextlib.suppress(*CACHE_FAULTS):
-            self._ring.close()
+            self._loans.close()
 
     # -- the order -----------------------------------------------------------------------------------------------------------------
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._order: list[int] = self._course.orders.of_rank(epoch).tolist()
+        self._order: list[int] = self._progress.orders.of_rank(epoch).tolist()
         self._place = 0
         self._seen: dict[int, int] = {}
 
@@ -158,7 +158,7 @@ class Prefetch:
         if self._again:
             return self._again.popleft()
         if self._place >= len(ROLES) * len(self._order):
-            if self._epoch > self._course.epoch:
+            if self._epoch > self._progress.epoch:
                 return None
             self._begin_epoch(self._epoch + 1)
             if not self._order:
@@ -169,12 +169,12 @@ class Prefetch:
         nth = self._seen.get(sample, 0)
         if role == len(ROLES) - 1:
             self._seen[sample] = nth + 1
-        digest = self._reader.key(self._course.orders.names[sample], ROLES[role]).digest
+        digest = self._reader.key(self._progress.orders.names[sample], ROLES[role]).digest
         return _Item(self._epoch, sample, role, nth, self._place, digest)
 
     def _is_wanted(self, item: _Item) -> bool:
-        epoch = self._course.epoch
-        return item.epoch in (epoch, epoch + 1) and not self._course.has_begun(
+        epoch = self._progress.epoch
+        return item.epoch in (epoch, epoch + 1) and not self._progress.has_begun(
             item.epoch, item.sample, item.role, item.nth
         )
 
@@ -193,24 +193,24 @@ class Prefetch:
             elif outcome == "failed":
                 self._pause_until_s = time.monotonic() + _PAUSE_S
             elif (
-                outcome == "bypass" and self._ring.is_refused
+                outcome == "bypass" and self._loans.is_refused
             ):  # the disk is full, and to fetch twice is worse than to wait
                 self._is_over = True
             elif (
-                outcome == "bypass" and not self._ring.is_open
+                outcome == "bypass" and not self._loans.is_open
             ):  # the cache is in trouble, which may pass
                 self._pause_until_s = time.monotonic() + _PAUSE_S
-            if outcome not in ("hit", "miss") and item.digest not in self._ring:
+            if outcome not in ("hit", "miss") and item.digest not in self._loans:
                 self._hold(item, 0)
             if item.is_over:
                 self._finish(item)
 
     def _retire(self) -> None:
         """Let go of what the training has asked for, or will not ask for any more."""
-        epoch, now_s = self._course.epoch, time.monotonic()
+        epoch, now_s = self._progress.epoch, time.monotonic()
         if epoch not in (self._epoch, self._epoch - 1):
             self._begin_epoch(epoch)
-        self._ring.look()
+        self._loans.look()
         view: deque[_Item] = deque()
         for item in self._view:
             if not self._is_wanted(item):
@@ -230,21 +230,21 @@ class Prefetch:
             sorted(filter(self._is_wanted, self._again), key=lambda item: (item.epoch, item.place))
         )
         while self._lent and (
-            self._ring.file_of(self._lent[0].digest) != self._lent[0].loan
+            self._loans.file_of(self._lent[0].digest) != self._lent[0].loan
             or now_s - self._lent[0].over_s >= _STALE_S
         ):
             item = self._lent.popleft()
-            self._ring.drop(item.digest, item.loan)
+            self._loans.drop(item.digest, item.loan)
 
     def _finish(self, item: _Item) -> None:
         self._hold(item, 0)
-        if (loan := self._ring.file_of(item.digest)) is not None:
+        if (loan := self._loans.file_of(item.digest)) is not None:
             item.loan = loan
             self._lent.append(item)
 
     def _is_lent(self, digest: str) -> bool:
         """By us, or for another rank."""
-        return digest in self._ring or self._index.lookup(LENT + digest) is not None
+        return digest in self._loans or self._index.lookup(LENT + digest) is not None
 
     def _hold(self, item: _Item, nbytes: int) -> bool:
         """Change what an item holds of the budget. False, and nothing is changed, if there is not so much."""
@@ -282,7 +282,7 @@ class Prefetch:
                 size = min(
                     size, max(0, self._budget - self._held)
                 )  # it may fit though its estimate does not; one LIST tells
-            lent = self._ring.held_bytes if self._ring.is_open and not is_there else 0
+            lent = self._loans.held_bytes if self._loans.is_open and not is_there else 0
             if lent + sum(
                 other.held for other in self._view if other.is_coming
             ) + size > self._budget or not self._hold(item, size):
@@ -307,12 +307,12 @@ class Prefetch:
             self._done.put((item, self._fetch(item)))
 
     def _fetch(self, item: _Item) -> str:
-        name, role = self._course.orders.names[item.sample], ROLES[item.role]
+        name, role = self._progress.orders.names[item.sample], ROLES[item.role]
         fetched: list[int] = []
 
         def reserve(nbytes: int) -> None:
             """Called with the bytes of the objects, then, while they come, with those of the array."""
-            gone = self._course.has_ended if fetched else self._course.has_begun
+            gone = self._progress.has_ended if fetched else self._progress.has_begun
             if gone(item.epoch, item.sample, item.role, item.nth):
                 raise _NotNow
             item.size = (

@@ -10,8 +10,7 @@ import mmap
 import operator
 import reprlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,12 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ROLES
+from zarrcache._keys import ROLES, Role
 from zarrcache._shared_memory import SharedFile
+from zarrcache.data import Read
 from zarrcache.errors import ConfigError
 from zarrcache.train.schedule import Schedule, Segment
 
-__all__ = ["Course", "Listed", "Orders", "Scheduled"]
+__all__ = ["Listed", "Orders", "ReadProgress", "Scheduled"]
 
 Indices = NDArray[np.int64]
 _ROLE = {role: number for number, role in enumerate(ROLES)}
@@ -198,7 +198,7 @@ def _named(one: Any, names: tuple[str, ...], epoch: int) -> str:
     return names[position]
 
 
-class Course:
+class ReadProgress:
     """Orders, and how often each density was asked for in the present epoch. Shared by the processes of one rank, forked or spawned.
 
     A count is wrong by one if two processes ask for one density in the same microsecond. That costs a fetch too many or an eviction too early,
@@ -238,16 +238,17 @@ class Course:
             self._counts[:] = 0
             self._words[2] = epoch
 
-    @contextmanager
-    def reading(self, name: str, role: str) -> Iterator[None]:
-        """Around the reading of a density. One that is no sample is nothing to count."""
-        sample = self._number.get(name)
-        if sample is None:
-            yield
-            return
-        self._counts[0, sample, _ROLE[role]] += 1
-        yield
-        self._counts[1, sample, _ROLE[role]] += 1
+    def read_started(self, task_id: str, role: Role) -> None:
+        """Count a read as asked for. Names outside the training split are ignored."""
+        sample = self._number.get(task_id)
+        if sample is not None:
+            self._counts[0, sample, _ROLE[role]] += 1
+
+    def read_finished(self, read: Read) -> None:
+        """Count a read as done."""
+        sample = self._number.get(read.task_id)
+        if sample is not None:
+            self._counts[1, sample, _ROLE[read.role]] += 1
 
     def has_begun(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
         """Whether the ``nth`` reading (from 0) of a sample in an epoch was asked for, or will not be any more."""

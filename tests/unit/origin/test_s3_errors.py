@@ -12,10 +12,10 @@ from zarrcache.errors import (
     OriginNotFoundError,
 )
 from zarrcache.origin._retry import TransientError
-from zarrcache.origin._s3_errors import Asked, S3Fault, to_error
+from zarrcache.origin._s3_errors import RequestContext, S3Fault, to_error
 
-OBJECT = Asked("s3://b/p/x", "b", "http://gw:9000", ObjectInfo("x", 16384, "e"))
-LISTING = Asked("s3://b/p/", "b", "http://gw:9000")
+OBJECT = RequestContext("s3://b/p/x", "b", "http://gw:9000", ObjectInfo("x", 16384, "e"))
+LISTING = RequestContext("s3://b/p/", "b", "http://gw:9000")
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 509])
@@ -157,7 +157,7 @@ def test_what_went_wrong_below_is_final_unless_it_is_known() -> None:
     ],
 )
 def test_a_fault_has_its_error_and_its_words(
-    fault: S3Fault, asked: Asked, error: type[Exception], words: str
+    fault: S3Fault, asked: RequestContext, error: type[Exception], words: str
 ) -> None:
     """What, where, what to do."""
     raised = to_error(fault, asked)
@@ -176,7 +176,7 @@ def test_the_cause_is_the_library_s_exception_where_there_is_one() -> None:
 
 def test_anon_is_told_from_missing_permissions() -> None:
     """Credentials that are not sent need no permissions."""
-    anon = Asked("s3://b/p/", "b", "http://gw:9000", anon=True)
+    anon = RequestContext("s3://b/p/", "b", "http://gw:9000", anon=True)
     assert "remove anon: true" in str(to_error(S3Fault(403, "AccessDenied", ""), anon))
     assert "requester_pays: true" in str(to_error(S3Fault(403, "AccessDenied", ""), LISTING))
 

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.train.belady import NEVER, Clairvoyant, NextUses
-from zarrcache.train.progress import Course, Listed, Orders, Scheduled
+from zarrcache.data import Read
+from zarrcache.train.belady import NEVER, BeladyPolicy, NextUses
+from zarrcache.train.progress import Listed, Orders, ReadProgress, Scheduled
 from zarrcache.train.schedule import Schedule
 
 COUNTS = (
     Path(
         os.environ.get("ZARRCACHE_TEST_DATA")
-        or Path(__file__).resolve().parents[3] / "shared" / "data"
+        or Path(__file__).resolve().parents[4] / "shared" / "data"
     )
     / "mp/meta/charge3net_probe_counts.csv.gz"
 )
@@ -30,20 +31,20 @@ def digest(name: str, role: str = "data") -> str:
     return hashlib.blake2b(f"{name} {role}".encode(), digest_size=16).hexdigest()
 
 
-def clairvoyant(orders: Orders) -> tuple[Course, Clairvoyant]:
+def eviction_policy(orders: Orders) -> tuple[ReadProgress, BeladyPolicy]:
     """For entries that are called as above."""
-    course = Course(orders)
+    progress = ReadProgress(orders)
     names = [
         [int(digest(name, role)[:16], 16) for role in ("data", "label")] for name in orders.names
     ]
-    return course, Clairvoyant(course, np.array(names, np.uint64))
+    return progress, BeladyPolicy(progress, np.array(names, np.uint64))
 
 
-def read(course: Course, name: str) -> None:
+def read(progress: ReadProgress, name: str) -> None:
     """Both roles."""
     for role in ("data", "label"):
-        with course.reading(name, role):
-            pass
+        progress.read_started(name, role)
+        progress.read_finished(Read(name, role, "hit", 0, 0.0))
 
 
 def test_next_uses_follow_the_order() -> None:
@@ -56,38 +57,40 @@ def test_next_uses_follow_the_order() -> None:
 
 def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() -> None:
     """Neither does a stranger, nor anything for a stranger."""
-    course, chooser = clairvoyant(
+    progress, chooser = eviction_policy(
         Listed(("a", "b", "c", "d"), (("a", "b", "c", "d", "b", "a", "d", "c"),))
     )
     for name in ("a", "b", "c", "d"):
-        read(course, name)
+        read(progress, name)
     stored = [(digest(name), 10) for name in ("b", "a", "c")] + [("f" * 32, 10)]
     assert chooser.victims(digest("d"), 5, lambda: stored) == [digest("c")]
     assert chooser.victims(digest("d"), 15, lambda: stored) == []
     assert chooser.victims("e" * 32, 5, lambda: stored) == []
     assert (
-        chooser.victims("ring", 5, lambda: stored) == []
+        chooser.victims("loans", 5, lambda: stored) == []
     )  # the room of a look-ahead, which has no digest
 
 
 def test_what_is_being_read_stays() -> None:
     """Its reading is counted when it begins; until it has ended, the file must be there."""
-    course, chooser = clairvoyant(Listed(("a", "b", "c"), (("a", "b", "c", "c", "b", "a"),)))
+    progress, chooser = eviction_policy(Listed(("a", "b", "c"), (("a", "b", "c", "c", "b", "a"),)))
     stored = [(digest("a"), 10), (digest("a", "label"), 10), (digest("b"), 10)]
-    with course.reading("a", "data"):
-        assert chooser.victims(digest("c"), 5, lambda: stored) == []
-    read(course, "b")
-    with course.reading("a", "label"):
-        assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
+    progress.read_started("a", "data")
+    assert chooser.victims(digest("c"), 5, lambda: stored) == []
+    progress.read_finished(Read("a", "data", "hit", 0, 0.0))
+    read(progress, "b")
+    progress.read_started("a", "label")
+    assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
+    progress.read_finished(Read("a", "label", "hit", 0, 0.0))
     assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
     assert chooser.victims(digest("c"), 15, lambda: stored) == [digest("a"), digest("a", "label")]
 
 
 def test_a_damaged_row_of_the_index_is_no_victim_and_stops_nobody() -> None:
     """A key that is none, a size that is none: others are there to be chosen."""
-    course, chooser = clairvoyant(Listed(("a", "b", "c"), (("a", "b", "c", "b", "a", "c"),)))
+    progress, chooser = eviction_policy(Listed(("a", "b", "c"), (("a", "b", "c", "b", "a", "c"),)))
     for name in ("a", "b", "c"):
-        read(course, name)
+        read(progress, name)
     stored = [("zz", 10), (digest("a"), "ten"), (b"\xff", 10), (digest("c"), 10)]
     assert chooser.victims(digest("b"), 5, lambda: stored) == [digest("c")]
 
@@ -95,10 +98,10 @@ def test_a_damaged_row_of_the_index_is_no_victim_and_stops_nobody() -> None:
 def test_a_use_of_another_rank_of_the_node_counts_too() -> None:
     """Ranks keep step: what the others read in the steps that are over is not needed for them."""
     schedule = Schedule(tuple(map(str, range(40))), node_of_rank=(0, 0), seed=1)
-    course, chooser = clairvoyant(Scheduled(schedule, rank=0))
+    progress, chooser = eviction_policy(Scheduled(schedule, rank=0))
     own, other = schedule.orders(0)
     for sample in own[:10]:
-        read(course, str(sample))
+        read(progress, str(sample))
     passed, coming = str(other[3]), str(other[12])
     stored = [(digest(coming), 10), (digest(passed), 10)]
     assert chooser.victims(digest(str(own[10])), 5, lambda: stored) == [digest(passed)]
@@ -153,16 +156,16 @@ def offline(reads: list[int], sizes: NDArray[np.int64], capacity: int) -> list[b
 
 
 def ours(orders: Orders, epochs: int, sizes: NDArray[np.int64], capacity: int) -> list[bool]:
-    """Hits of a node that asks `Clairvoyant` when it is full."""
-    course, chooser = clairvoyant(orders)
+    """Hits of a node that asks `BeladyPolicy` when it is full."""
+    progress, chooser = eviction_policy(orders)
     number = {digest(name): sample for sample, name in enumerate(orders.names)}
     stored: dict[str, int] = {}
     hits = []
     for epoch in range(epochs):
-        course.set_epoch(epoch)
+        progress.set_epoch(epoch)
         for sample in orders.of_node(epoch).tolist():
             name = orders.names[sample]
-            read(course, name)
+            read(progress, name)
             hits.append(digest(name) in stored)
             if hits[-1]:
                 continue
@@ -219,10 +222,10 @@ def test_it_chooses_without_looking_at_every_entry_each_time() -> None:
     """The list of what is stored is asked for now and then, not at every entry that has to be stored."""
     samples = 2000
     schedule = Schedule(tuple(f"mp-{n}" for n in range(samples)), node_of_rank=(0, 1), seed=7)
-    course, chooser = clairvoyant(Scheduled(schedule))
+    progress, chooser = eviction_policy(Scheduled(schedule))
     order = schedule.node_order(0, 0).tolist()
     for sample in order[:600]:
-        read(course, f"mp-{sample}")
+        read(progress, f"mp-{sample}")
     stored = [
         (digest(f"mp-{sample}", role), 10) for sample in order[:600] for role in ("data", "label")
     ]

@@ -10,55 +10,55 @@ import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
 from tests.support.stores import small_group
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.stats import Counters
 
 
 def test_same_arguments_give_the_same_origin(tmp_path: Path) -> None:
     """It has connections."""
-    tiers = Tiers(None, Counters())
-    assert tiers.origin(str(tmp_path)) is tiers.origin(str(tmp_path))
-    assert tiers.origin("s3://b/x", {"key": "a", "secret": "b"}) is not tiers.origin(
+    cache = Cache(None, Counters())
+    assert cache.origin(str(tmp_path)) is cache.origin(str(tmp_path))
+    assert cache.origin("s3://b/x", {"key": "a", "secret": "b"}) is not cache.origin(
         "s3://b/x", {"key": "a", "secret": "c"}
     )
 
 
 def test_without_a_cache_there_are_no_tiers(tmp_path: Path) -> None:
     """Listings are asked for each time."""
-    tiers = Tiers(None, Counters())
-    origin = tiers.origin(str(tmp_path))
-    assert (tiers.index, tiers.arrays, tiers.bytes(origin)) == (None, None, None)
-    tiers.store_listing(origin, "mp-1.zarr", {"a": 1})
-    tiers.forget_listing(origin, "mp-1.zarr")
-    assert tiers.stored_listing(origin, "mp-1.zarr") is None
+    cache = Cache(None, Counters())
+    origin = cache.origin(str(tmp_path))
+    assert (cache.index, cache.arrays, cache.bytes(origin)) == (None, None, None)
+    cache.store_listing(origin, "mp-1.zarr", {"a": 1})
+    cache.forget_listing(origin, "mp-1.zarr")
+    assert cache.stored_listing(origin, "mp-1.zarr") is None
 
 
 def test_both_tiers_have_one_limit(tmp_path: Path) -> None:
     """What one has taken the other has not."""
     small_group(tmp_path / "data" / "mp-1.zarr")
-    tiers = Tiers(settings(tmp_path, limit=8192), Counters())
-    assert tiers.arrays is not None
-    assert tiers.arrays.put(key_of(1), array_of(1), source="s")
-    origin = tiers.origin(str(tmp_path / "data"))
-    cache = tiers.bytes(origin)
+    cache = Cache(settings(tmp_path, limit=8192), Counters())
+    assert cache.arrays is not None
+    assert cache.arrays.put(key_of(1), array_of(1), source="s")
+    origin = cache.origin(str(tmp_path / "data"))
+    cache = cache.bytes(origin)
     assert cache is not None
     cache.read(origin.list_objects("mp-1.zarr/")[0])
-    assert tiers.index is not None
-    assert set(tiers.index.totals()) == {"array"}
+    assert cache.index is not None
+    assert set(cache.index.totals()) == {"array"}
 
 
 @pytest.mark.parametrize("arrays", [True, False])
 def test_listing_is_kept_by_origin_and_name(tmp_path: Path, arrays: bool) -> None:
     """Also where arrays are not: without listings no run starts offline."""
-    tiers = Tiers(settings(tmp_path, arrays={"enabled": arrays}), Counters())
-    one, two = tiers.origin(str(tmp_path / "one")), tiers.origin(str(tmp_path / "two"))
-    tiers.store_listing(one, "", {"mp-1": "mp-1.zarr", "ü": 1})
-    again = pickle.loads(pickle.dumps(tiers))
+    cache = Cache(settings(tmp_path, arrays={"enabled": arrays}), Counters())
+    one, two = cache.origin(str(tmp_path / "one")), cache.origin(str(tmp_path / "two"))
+    cache.store_listing(one, "", {"mp-1": "mp-1.zarr", "ü": 1})
+    again = pickle.loads(pickle.dumps(cache))
     assert again.stored_listing(one, "") == {"mp-1": "mp-1.zarr", "ü": 1}
     assert again.stored_listing(one, "mp-1.zarr") is None
     assert again.stored_listing(two, "") is None
     again.forget_listing(one, "")
-    assert tiers.stored_listing(one, "") is None
+    assert cache.stored_listing(one, "") is None
 
 
 def test_unusable_directory_is_no_listing_and_no_error(
@@ -66,23 +66,23 @@ def test_unusable_directory_is_no_listing_and_no_error(
 ) -> None:
     """The origin is asked instead."""
     (tmp_path / "cache").write_text("in the way")
-    tiers = Tiers(settings(tmp_path), Counters())
-    origin = tiers.origin(str(tmp_path))
+    cache = Cache(settings(tmp_path), Counters())
+    origin = cache.origin(str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        tiers.store_listing(origin, "", {})
-        tiers.forget_listing(origin, "")
-        assert tiers.stored_listing(origin, "") is None
-    assert tiers.counters.snapshot().cache_errors == 2
+        cache.store_listing(origin, "", {})
+        cache.forget_listing(origin, "")
+        assert cache.stored_listing(origin, "") is None
+    assert cache.counters.snapshot().cache_errors == 2
 
 
 def test_a_directory_that_is_replaced_under_a_running_job_raises_nothing(tmp_path: Path) -> None:
     """It cannot be ours any more; a listing that should be forgotten there is out of reach, and that is all."""
-    tiers = Tiers(settings(tmp_path), Counters())
-    origin = tiers.origin(str(tmp_path))
-    tiers.store_listing(origin, "mp-1.zarr", {"a": 1})
+    cache = Cache(settings(tmp_path), Counters())
+    origin = cache.origin(str(tmp_path))
+    cache.store_listing(origin, "mp-1.zarr", {"a": 1})
     root = tmp_path / "cache" / "zarrcache-v1"
     root.rename(tmp_path / "elsewhere")
     root.symlink_to(tmp_path / "elsewhere")
-    tiers = Tiers(settings(tmp_path), Counters())
-    tiers.forget_listing(origin, "mp-1.zarr")
-    assert tiers.stored_listing(origin, "mp-1.zarr") is None
+    cache = Cache(settings(tmp_path), Counters())
+    cache.forget_listing(origin, "mp-1.zarr")
+    assert cache.stored_listing(origin, "mp-1.zarr") is None

@@ -11,7 +11,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 
 from tests.support.cachedirs import settings
 from tests.support.stores import small_group
-from zarrcache.cache.cache import Tiers
+from zarrcache.cache.cache import Cache
 from zarrcache.cache.zarr_store import CachedStore, _bounds, open_store
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.stats import Counters
@@ -60,15 +60,15 @@ def test_store_is_its_url_at_its_origin(tmp_path: Path) -> None:
 def test_old_listing_is_an_error_once_and_forgotten(tmp_path: Path) -> None:
     """Versions are never mixed; what is opened next is the present version."""
     small_group(tmp_path / "data" / "mp-1.zarr", seed=1)
-    tiers = Tiers(settings(tmp_path), Counters())
-    origin = tiers.origin(str(tmp_path / "data"))
-    CachedStore(origin, "mp-1.zarr", tiers).sizes()
+    cache = Cache(settings(tmp_path), Counters())
+    origin = cache.origin(str(tmp_path / "data"))
+    CachedStore(origin, "mp-1.zarr", cache).sizes()
     chunk = tmp_path / "data" / "mp-1.zarr" / "charge_density_total" / "0.0.0"
     chunk.write_bytes(b"another length")
-    old = CachedStore(origin, "mp-1.zarr", tiers)
+    old = CachedStore(origin, "mp-1.zarr", cache)
     with pytest.raises(IncompleteArrayError, match="changed after it was listed"):
         old.read("charge_density_total/0.0.0")
     assert (
-        CachedStore(origin, "mp-1.zarr", tiers).read("charge_density_total/0.0.0")
+        CachedStore(origin, "mp-1.zarr", cache).read("charge_density_total/0.0.0")
         == b"another length"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zarrcache.disk import filesystems as mounts
-from zarrcache.disk.filesystems import file_system_of, is_network, refuse_network, spoken
+from zarrcache.disk.filesystems import display_name, file_system_of, is_network, refuse_network
 from zarrcache.errors import ConfigError
 
 #: Lines of real nodes.
@@ -110,7 +110,7 @@ def test_this_machine_has_a_table(tmp_path: Path) -> None:
 )
 def test_types_are_called_as_people_call_them(kind: str, words: str) -> None:
     """With the kernel's name beside."""
-    assert spoken(kind) == words
+    assert display_name(kind) == words
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,9 @@ def test_refusal_names_directory_type_and_a_local_disk(
         refuse_network(Path(path), is_allowed=False)
     kind = file_system_of(path, table)
     assert kind is not None
-    assert f"cache.dir {path} is on {spoken(kind)}, a network file system" in str(caught.value)
+    assert f"cache.dir {path} is on {display_name(kind)}, a network file system" in str(
+        caught.value
+    )
     assert "for example dir: ${TMPDIR}/zarrcache" in str(caught.value)
     assert "cache.allow_network_fs: true" in str(caught.value)
     refuse_network(Path(path), is_allowed=True)

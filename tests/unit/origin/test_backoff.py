@@ -203,7 +203,7 @@ class TestRetries:
     def test_attempts_are_those_at_one_object_where_the_failure_says_so(self) -> None:
         """A pass that was cut short has not attempted everything."""
         turns = 0
-        with pytest.raises(OriginUnavailableError, match=r"\(2 attempts in "):
+        with pytest.raises(OriginUnavailableError, match=r"\(2 attempts in "):  # noqa: PT012 - the loop is what raises
             for attempt in RetryPolicy(RetryConfig(attempts=2, timeout=1000)):
                 turns += 1
                 with attempt:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from zarrcache.parallel.signals import ENDING, Terminated, ending_in_order, held_back
+from zarrcache.parallel.signals import ENDING, Terminated, deferred_signals, ending_in_order
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def _work() -> None:
 
 
 def _interrupted_at_a_start(reached: list[str], number: int = signal.SIGINT) -> None:
-    with held_back():
-        with held_back():
+    with deferred_signals():
+        with deferred_signals():
             _interrupted(number)
             reached.append("inner")
         reached.append("outer")
@@ -85,7 +85,7 @@ def test_a_signal_comes_where_no_other_thread_could_take_it() -> None:
     reached = []
 
     def start() -> None:
-        with held_back():
+        with deferred_signals():
             signal.raise_signal(signal.SIGINT)  # to this thread, that is
             _work()
             reached.append(True)
@@ -96,7 +96,7 @@ def test_a_signal_comes_where_no_other_thread_could_take_it() -> None:
 
 
 def _told_twice(told: list[int]) -> None:
-    with held_back():
+    with deferred_signals():
         for number in ENDING:
             _interrupted(number)
         assert told == []
@@ -123,7 +123,7 @@ def test_of_two_exceptions_one_is_raised() -> None:
 
     def start() -> None:
         try:
-            with held_back():
+            with deferred_signals():
                 for number in ENDING:
                     _interrupted(number)
         finally:
@@ -140,7 +140,7 @@ def test_a_second_one_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     reached = []
 
     def start() -> None:
-        with held_back():
+        with deferred_signals():
             come: Any = signal.getsignal(signal.SIGINT)
             come(signal.SIGINT, None)
             come(signal.SIGINT, None)
@@ -159,7 +159,7 @@ def test_a_second_one_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_handler_that_is_found_in_here_is_no_other_later() -> None:
     """Whoever has taken it for the one to restore loses no signal."""
-    with held_back():
+    with deferred_signals():
         found = signal.getsignal(signal.SIGINT)
     assert callable(found)
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +167,7 @@ def test_a_handler_that_is_found_in_here_is_no_other_later() -> None:
 
 
 def _fail_and_be_interrupted() -> None:
-    with held_back():
+    with deferred_signals():
         _interrupted()
         raise OSError("no processes left")
 
@@ -182,7 +182,7 @@ def test_a_failed_start_and_a_signal_are_both_told() -> None:
 def test_a_process_started_in_here_is_deaf_to_both() -> None:
     """A signal to all of a job is for the one that starts the others."""
     code = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))"
-    with held_back():
+    with deferred_signals():
         deaf = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         ).stdout
@@ -192,7 +192,7 @@ def test_a_process_started_in_here_is_deaf_to_both() -> None:
 
 
 def _started_by_a_thread(code: str) -> str:
-    with held_back():
+    with deferred_signals():
         return subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         ).stdout
@@ -202,7 +202,7 @@ def test_a_child_that_another_thread_forks_meanwhile_hears_them() -> None:
     """A worker of torch, say; nothing would restore its handlers."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()  # the thread is there, with a mask of its own
-        with held_back():
+        with deferred_signals():
             status = pool.submit(_fork_and_interrupt).result()
     assert os.waitstatus_to_exitcode(status) == 7
 

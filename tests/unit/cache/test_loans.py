@@ -19,7 +19,7 @@ from tests.support.cachedirs import (
     settings,
 )
 from zarrcache.cache.array_tier import ArrayCache
-from zarrcache.cache.loans import Ring
+from zarrcache.cache.loans import Loans
 from zarrcache.disk._index_check import damage_of
 from zarrcache.stats import Counters
 
@@ -27,12 +27,12 @@ ONE = array_on_disk(10_000)
 
 
 def caches(
-    directory: Path, entries: int, ring: int, **block: object
+    directory: Path, entries: int, loans: int, **block: object
 ) -> tuple[ArrayCache, ArrayCache]:
     """A training's cache with room for ``entries``, all of it taken, and that of a prefetcher."""
     config = settings(directory, limit=entries * ONE, **block)
     training, prefetcher = ArrayCache(config, Counters()), ArrayCache(config, Counters())
-    prefetcher.ring = Ring(prefetcher.index, ring * ONE)
+    prefetcher.loans = Loans(prefetcher.index, loans * ONE)
     for number in range(entries):
         assert training.put(key_of(number), array_of(number, 10_000), source="s")
     return training, prefetcher
@@ -65,8 +65,8 @@ def test_a_loan_is_read_once_and_is_the_readers_own(tmp_path: Path) -> None:
 def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: Path) -> None:
     """More is refused, until one was taken."""
     training, prefetcher = caches(tmp_path, 10, 3)
-    ring = prefetcher.ring
-    assert ring is not None
+    loans = prefetcher.loans
+    assert loans is not None
     for number in range(20, 25):
         lend(prefetcher, number)
         assert on_disk_bytes(tmp_path) <= training.index.volume_bytes() <= 10 * ONE
@@ -75,13 +75,13 @@ def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: 
         training.put(key_of(30), array_of(30, 10_000), source="s") is False
     )  # the training's own puts get none of the room
     assert training.get(key_of(21)) is not None
-    ring.look()
-    assert ring.held_bytes == 2 * ONE
+    loans.look()
+    assert loans.held_bytes == 2 * ONE
     lend(prefetcher, 26)
     assert key_of(26).digest in training.index.loans()
     assert training.index.volume_bytes() == 10 * ONE
     assert damage_of(training.index._file.select) is None
-    ring.close()
+    loans.close()
     assert training.index.volume_bytes() == on_disk_bytes(tmp_path) == 7 * ONE
 
 
@@ -104,8 +104,8 @@ def test_a_stale_or_damaged_loan_is_a_miss_and_goes(tmp_path: Path) -> None:
 def test_a_loan_that_is_announced_and_not_written_yet_is_a_miss(tmp_path: Path) -> None:
     """Its reader then waits for the lock that the prefetcher holds."""
     training, prefetcher = caches(tmp_path, 10, 3)
-    assert prefetcher.ring is not None
-    assert prefetcher.ring.lend(
+    assert prefetcher.loans is not None
+    assert prefetcher.loans.lend(
         key_of(20).digest, f"entries/{key_of(20).digest[:2]}/{key_of(20).digest}-0000", ONE
     )
     assert training.get(key_of(20)) is None
@@ -115,7 +115,7 @@ def test_a_loan_that_is_announced_and_not_written_yet_is_a_miss(tmp_path: Path) 
 def _lend_and_wait(directory: Path, pipe: object) -> None:
     config = settings(directory, limit=10 * ONE)
     prefetcher = ArrayCache(config, Counters())
-    prefetcher.ring = Ring(prefetcher.index, 3 * ONE)
+    prefetcher.loans = Loans(prefetcher.index, 3 * ONE)
     for number in (20, 21):
         lend(prefetcher, number)
     pipe.send(None)  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ def test_two_prefetchers_of_a_node_never_lend_the_same(tmp_path: Path) -> None:
     """The second is refused: over the first one's row it would leave a file of which nobody knows."""
     training, first = caches(tmp_path, 10, 3)
     second = ArrayCache(settings(tmp_path, limit=10 * ONE), Counters())
-    second.ring = Ring(second.index, 3 * ONE)
+    second.loans = Loans(second.index, 3 * ONE)
     lend(first, 20)
     lend(second, 20)
     lend(second, 21)
@@ -167,10 +167,10 @@ def test_two_prefetchers_of_a_node_never_lend_the_same(tmp_path: Path) -> None:
         entry = training.get(key_of(number), source="s")
         assert entry is not None
         assert np.array_equal(entry.array, array_of(number, 10_000))
-    for ring in (first.ring, second.ring):
-        assert ring is not None
-        ring.look()
-        ring.close()
+    for loans in (first.loans, second.loans):
+        assert loans is not None
+        loans.look()
+        loans.close()
     assert len(payload_files(tmp_path)) == len(stored(training))
 
 
@@ -185,8 +185,8 @@ def test_room_is_made_of_as_many_small_entries_as_it_takes(
     assert (
         prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False
     )  # there is room for half of it
-    assert prefetcher.ring is not None
-    assert prefetcher.ring.is_open
+    assert prefetcher.loans is not None
+    assert prefetcher.loans.is_open
     assert stored(training) == list(range(5, 9))
 
 
