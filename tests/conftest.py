@@ -1,4 +1,6 @@
-"""Fixtures of every test: a real S3 server, small stores, real data where it is, and no settings of the machine."""
+"""Fixtures of every test: a real S3 server, small stores, real data where it is, and no settings of
+the machine.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything that they interrupt."""
+    """A shell that starts the tests in the background has them ignore Ctrl-C, and so would
+    everything that they interrupt.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Take away credentials, profiles, endpoints and caches of whoever runs the tests, for this process and its children."""
+    """Take away credentials, profiles, endpoints and caches of whoever runs the tests, for this
+    process and its children.
+    """
     empty = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
         for name in [
@@ -36,16 +42,17 @@ def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             (empty / name).touch()
             patch.setenv(name, str(empty / name))
-        patch.setenv(
-            "AWS_EC2_METADATA_DISABLED", "true"
-        )  # no credentials must fail at once, not after a look for a metadata service
+        # no credentials must fail at once, not after a look for a metadata service
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_writers() -> Iterator[None]:
-    """Tests read what they have just written. It is listed twice, as for everybody, but nobody waits until it has settled."""
+    """Tests read what they have just written. It is listed twice, as for everybody, but nobody
+    waits until it has settled.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("_settled", "read"):
             patch.setattr(f"zarrcache.arrays.{module}.wait_until", lambda end_s: None)
@@ -54,7 +61,9 @@ def no_waiting_for_writers() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def services_described_once() -> Iterator[None]:
-    """Let the sessions of botocore share what they parse: it is 150 ms of the CPU for each client of s3fs, and tests make hundreds."""
+    """Let the sessions of botocore share what they parse: it is 150 ms of the CPU for each client
+    of s3fs, and tests make hundreds.
+    """
     import botocore.session
 
     create, loaders = botocore.session.create_loader, {}
@@ -71,7 +80,9 @@ def services_described_once() -> Iterator[None]:
 def s3_server(
     tmp_path_factory: pytest.TempPathFactory, no_settings_of_the_machine: None
 ) -> Iterator[S3Server]:
-    """A real S3 server: moto, or the one that ZARRCACHE_TEST_S3 names, with _KEY, _SECRET and, if it keeps one here, its access log in _LOG."""
+    """A real S3 server: moto, or the one that ZARRCACHE_TEST_S3 names, with _KEY, _SECRET and, if
+    it keeps one here, its access log in _LOG.
+    """
     endpoint_url = os.environ.get("ZARRCACHE_TEST_S3")
     if endpoint_url:
         key, secret = (
@@ -104,7 +115,9 @@ def _proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def fault_proxy(_proxy: FaultProxy) -> Iterator[FaultProxy]:
-    """A proxy in front of ``s3_server`` that counts requests and fails as a test tells it: ``s3_server.kwargs_at(fault_proxy.endpoint_url)``."""
+    """A proxy in front of ``s3_server`` that counts requests and fails as a test tells it:
+    ``s3_server.kwargs_at(fault_proxy.endpoint_url)``.
+    """
     _proxy.reset()
     yield _proxy
     _proxy.reset()
@@ -112,7 +125,8 @@ def fault_proxy(_proxy: FaultProxy) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def small_group(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """``small_group("mp-1.zarr", shape=..., zarr_format=3, ...)`` writes a store below ``tmp_path`` and returns its arrays.
+    """``small_group("mp-1.zarr", shape=..., zarr_format=3, ...)`` writes a store below ``tmp_path``
+    and returns its arrays.
 
     An absolute path is taken as it is. See ``tests.support.stores.small_group`` for the layouts.
     """
@@ -128,7 +142,9 @@ def small_group(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 def put_store(
     s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
-    """``put_store("s3://bucket/prefix/mp-1.zarr", shape=..., ...)`` writes a store to S3 and returns its arrays."""
+    """``put_store("s3://bucket/prefix/mp-1.zarr", shape=..., ...)`` writes a store to S3 and
+    returns its arrays.
+    """
 
     def write(url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         local = tmp_path_factory.mktemp("store") / url.rstrip("/").rpartition("/")[2]
@@ -141,10 +157,13 @@ def put_store(
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real charge densities: the directory that ZARRCACHE_TEST_DATA names, or ../shared/data beside the repository."""
+    """Real charge densities: the directory that ZARRCACHE_TEST_DATA names, or ../shared/data beside
+    the repository.
+    """
     path = Path(os.environ.get("ZARRCACHE_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not (path / "mp").is_dir():
         pytest.skip(
-            f"no real densities at {path}; set ZARRCACHE_TEST_DATA to a directory that holds mp/ and vasp/"
+            f"no real densities at {path}; set ZARRCACHE_TEST_DATA to a directory that holds mp/ "
+            "and vasp/"
         )
     return path

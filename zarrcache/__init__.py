@@ -1,4 +1,5 @@
-"""Train from S3 at the speed of the node's own SSD: one Zarr reader for charge densities, two local tiers beneath it.
+"""Train from S3 at the speed of the node's own SSD: one Zarr reader for charge densities, two local
+tiers beneath it.
 
 >>> from zarrcache import ZarrS3Reader
 >>> reader = ZarrS3Reader(
@@ -6,7 +7,8 @@
 ... )  # doctest: +SKIP
 >>> train, test = reader.data_split()  # doctest: +SKIP
 
-Every public name resolves at its first use, so ``import zarrcache`` loads neither torch nor zarr nor an S3 client.
+Every public name resolves at its first use, so ``import zarrcache`` loads neither torch nor zarr
+nor an S3 client.
 """
 
 from __future__ import annotations

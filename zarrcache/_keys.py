@@ -1,4 +1,6 @@
-"""What things are called: objects of an origin, entries of a cache, sides of a pair, and the digests that name them. Pure."""
+"""What things are called: objects of an origin, entries of a cache, sides of a pair, and the
+digests that name them. Pure.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ __all__ = [
 #: Sides of a pair.
 Role = Literal["data", "label"]
 ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
-#: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in every entry header.
+#: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in
+#: every entry header.
 FORMAT_VERSION = 1
 _PERSON = b"zarrcache-v%d" % FORMAT_VERSION
 
@@ -57,7 +60,8 @@ class ObjectInfo:
     etag : str
         The version: S3's ETag without quotes, or ``mtime_ns-size`` of a local file.
     modified_s : float
-        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of any digest.
+        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of any
+        digest.
     """
 
     key: str
@@ -73,12 +77,13 @@ class ArrayKey:
     Attributes
     ----------
     origin : str
-        Where ``url`` is resolved: the S3 endpoint, or ``file``. The same ``s3://bucket/prefix`` on two endpoints is two things.
+        Where ``url`` is resolved: the S3 endpoint, or ``file``. The same ``s3://bucket/prefix`` on
+        two endpoints is two things.
     url : str
         The store, for example ``s3://bucket/prefix/mp-1.zarr``.
     array : str
-        The array's name in the store, for example ``charge_density_total``; with `` per point`` at its end, the entry holds the array divided
-        by its number of points.
+        The array's name in the store, for example ``charge_density_total``; with `` per point`` at
+        its end, the entry holds the array divided by its number of points.
     """
 
     origin: str
@@ -98,7 +103,8 @@ class ArrayKey:
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
-    """The full identity of an entry of the byte tier: one version of one object, or one block of it.
+    """The full identity of an entry of the byte tier: one version of one object, or one block of
+    it.
 
     Attributes
     ----------
@@ -108,7 +114,8 @@ class BlockKey:
     block : int or None
         Number of the block; None for the whole object.
     block_size : int
-        Bytes of a block: with another ``cache.bytes.block_size`` block 1 is another part of the object.
+        Bytes of a block: with another ``cache.bytes.block_size`` block 1 is another part of the
+        object.
     """
 
     origin: str
@@ -119,7 +126,9 @@ class BlockKey:
 
     @property
     def path(self) -> str:
-        """The name fsspec's layers know it by: object key, ETag, size, block and its size. :meth:`parse` reads it back."""
+        """The name fsspec's layers know it by: object key, ETag, size, block and its size.
+        :meth:`parse` reads it back.
+        """
         part = "" if self.block is None else f"{self.block}x{self.block_size}"
         return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
 
@@ -150,9 +159,11 @@ class BlockKey:
 
 
 def stored_array(array: str, *, is_per_point: object) -> str:
-    """`ArrayKey.array` of a density as training reads it: as it is in the store, or divided by its number of points.
+    """`ArrayKey.array` of a density as training reads it: as it is in the store, or divided by its
+    number of points.
 
-    What training reads is what is stored: dividing 5 MB at each hit took six times as long as the hit.
+    What training reads is what is stored: dividing 5 MB at each hit took six times as long as the
+    hit.
 
     Raises
     ------
@@ -161,13 +172,16 @@ def stored_array(array: str, *, is_per_point: object) -> str:
     """
     if " " in array:
         raise ConfigError(
-            f"density_type gives the array {array!r}; its name has no blank. Set it to total or diff."
+            f"density_type gives the array {array!r}; its name has no blank. Set it to total or "
+            "diff."
         )
     return array + _PER_POINT if is_per_point else array
 
 
 def is_digest(text: object) -> bool:
-    """Whether ``text`` has the form of a digest. Nothing else that comes from outside becomes part of a file's name."""
+    """Whether ``text`` has the form of a digest. Nothing else that comes from outside becomes part
+    of a file's name.
+    """
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
@@ -177,13 +191,17 @@ def file_digest(filename: str) -> str:
 
 
 def source_digest(objects: Iterable[ObjectInfo]) -> str:
-    """Digest of what was listed: key, size and ETag of every object, in any order. Equal digests mean "nothing changed"."""
+    """Digest of what was listed: key, size and ETag of every object, in any order. Equal digests
+    mean "nothing changed".
+    """
     lines = sorted(f"{o.key}\0{o.size_bytes}\0{o.etag}" for o in objects)
     return _digest("source", *lines)
 
 
 def stem_of(name: str) -> str | None:
-    """Task id of a store's file name (``mp-1.zarr`` or ``mp-1.zarr.zip`` gives ``mp-1``), None for anything else."""
+    """Task id of a store's file name (``mp-1.zarr`` or ``mp-1.zarr.zip`` gives ``mp-1``), None for
+    anything else.
+    """
     for suffix in (".zarr", ".zarr.zip"):
         if name.endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
@@ -191,7 +209,9 @@ def stem_of(name: str) -> str | None:
 
 
 def safe_repr(value: object) -> str:
-    """A value that came from outside as a message shows it: not at length, and in ASCII, where letters that look alike are told apart."""
+    """A value that came from outside as a message shows it: not at length, and in ASCII, where
+    letters that look alike are told apart.
+    """
     return _SHOWN.repr(value).encode("ascii", "backslashreplace").decode()
 
 
@@ -205,7 +225,8 @@ def check_task_id(task_id: object) -> str:
     """
     if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
         raise ConfigError(
-            f"task id {safe_repr(task_id)} is not a plain name. Letters, digits and ._+=@- are allowed, no '/' and no '..'; correct the map file."
+            f"task id {safe_repr(task_id)} is not a plain name. Letters, digits and ._+=@- are "
+            "allowed, no '/' and no '..'; correct the map file."
         )
     return task_id
 

@@ -9,9 +9,11 @@ __all__ = ["most_bytes", "read_bounded"]
 
 
 def most_bytes() -> int:
-    """What one array may have at the most: half of this machine's memory, and never more than 64 GiB.
+    """What one array may have at the most: half of this machine's memory, and never more than 64
+    GiB.
 
-    The largest of 122,689 densities has 601 MiB. A store that claims more is broken or hostile, and is refused before anything is allocated.
+    The largest of 122,689 densities has 601 MiB. A store that claims more is broken or hostile, and
+    is refused before anything is allocated.
     """
     return min(64 * 1024**3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 

@@ -1,4 +1,6 @@
-"""A file without a name that the processes of one run share: no directory, no sweep, gone with the last of them."""
+"""A file without a name that the processes of one run share: no directory, no sweep, gone with the
+last of them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ os.register_at_fork(after_in_child=_forget_threads)
 
 
 class SharedFile:
-    """Open in this process, inherited by forked children, found again by spawned ones through its address.
+    """Open in this process, inherited by forked children, found again by spawned ones through its
+    address.
 
     Where there is no ``memfd`` or no ``/proc`` (macOS), a spawned child gets a file of its own.
     """
@@ -51,7 +54,8 @@ class SharedFile:
 
     def append(self, data: bytes) -> int:
         """Write at the end; the offset. Safe from any thread and process."""
-        # Not flock: parent and child have one open file, which flock does not tell apart. lockf in turn does not tell threads apart.
+        # Not flock: parent and child have one open file, which flock does not tell apart. lockf in
+        # turn does not tell threads apart.
         with _appending:
             fcntl.lockf(self._fd, fcntl.LOCK_EX)
             try:
@@ -70,14 +74,18 @@ class SharedFile:
         return os.pread(self._fd, max(0, os.fstat(self._fd).st_size - offset), offset)
 
     def map(self, nbytes: int) -> mmap.mmap:
-        """Its first ``nbytes`` as memory that all who have the file share; zeros at first. For a file that nobody appends to."""
+        """Its first ``nbytes`` as memory that all who have the file share; zeros at first. For a
+        file that nobody appends to.
+        """
         if os.fstat(self._fd).st_size < nbytes:
             os.ftruncate(self._fd, nbytes)
         return mmap.mmap(self._fd, nbytes)
 
 
 def _reopen(path: str, name: str) -> SharedFile:
-    """The file at ``path`` if it still is the one named; else a new one: another machine, or a parent that has ended."""
+    """The file at ``path`` if it still is the one named; else a new one: another machine, or a
+    parent that has ended.
+    """
     try:
         if os.readlink(path) == name:
             return SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
@@ -124,8 +132,7 @@ class SharedSet:
                 self._file.append(raw)
 
     def _lock_of_this_process(self) -> threading.Lock:
-        if (
-            self._pid != os.getpid()
-        ):  # a forked child has a lock that some thread of its parent may have held for ever
+        # a forked child has a lock that some thread of its parent may have held for ever
+        if self._pid != os.getpid():
             self._start()
         return self._lock

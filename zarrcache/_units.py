@@ -31,7 +31,8 @@ class Percent(float):
 
 
 def parse_bytes(value: object) -> int:
-    """Bytes of ``200 GiB``, ``1.5 GB``, ``4MiB`` or a plain number. K, M, G and T without ``B`` mean 1024.
+    """Bytes of ``200 GiB``, ``1.5 GB``, ``4MiB`` or a plain number. K, M, G and T without ``B``
+    mean 1024.
 
     Raises
     ------
@@ -61,7 +62,8 @@ def parse_seconds(value: object) -> float:
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2].lower() not in _TIME_UNITS:
         raise ValueError(
-            f"{value!r} is not a duration. Write for example '60 s', '5 min', '30 d' or a number of seconds."
+            f"{value!r} is not a duration. Write for example '60 s', '5 min', '30 d' or a number "
+            "of seconds."
         )
     return float(match[1]) * _TIME_UNITS[match[2].lower()]
 
@@ -107,6 +109,7 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
     # True is an int to Python; here it is a flag in the place of a number.
     if isinstance(value, bool) or number < least or (most is not None and number > most):
         raise ConfigError(
-            f"{name} is {value!r}; it has to be a whole number from {least}{'' if most is None else f' to {most}'}."
+            f"{name} is {value!r}; it has to be a whole number from "
+            f"{least}{'' if most is None else f' to {most}'}."
         )
     return number

@@ -1,7 +1,8 @@
 """Settings: the users' training keys and the ``cache:`` block, checked once, frozen after.
 
-Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``, ``30 d`` or a number of seconds.
-``${VAR}`` and ``${VAR:-default}`` expand in every string. The one environment variable of our own, ``ZARRCACHE_DIR``, overrides ``cache.dir``.
+Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
+``30 d`` or a number of seconds. ``${VAR}`` and ``${VAR:-default}`` expand in every string. The one
+environment variable of our own, ``ZARRCACHE_DIR``, overrides ``cache.dir``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 
 
 def _expand(value: object) -> object:
-    """Replace ``${VAR}`` and ``${VAR:-default}``; a variable that is set to nothing counts as not set, as in the shell."""
+    """Replace ``${VAR}`` and ``${VAR:-default}``; a variable that is set to nothing counts as not
+    set, as in the shell.
+    """
     if isinstance(value, str):
         return _expand_text(value)
     if isinstance(value, Mapping):
@@ -73,7 +76,8 @@ def _expand_text(text: str) -> str:
     found = os.environ.get(match[1])
     if not found and not match[2]:
         raise ConfigError(
-            f"{text!r} names the environment variable {match[1]}, which is not set. Set it or write ${{{match[1]}:-default}}."
+            f"{text!r} names the environment variable {match[1]}, which is not set. Set it or "
+            f"write ${{{match[1]}:-default}}."
         )
     return text[: match.start()] + (found or _expand_text(default)) + _expand_text(text[end:])
 
@@ -103,7 +107,8 @@ class RetryConfig(_Block):
     timeout: Seconds = Field(
         60.0,
         gt=0,
-        description="seconds for all attempts of one fetch together, from the last object that arrived",
+        description="seconds for all attempts of one fetch together, from the last object that "
+        "arrived",
     )
 
 
@@ -117,7 +122,8 @@ class FetchConfig(_Block):
     memory: Bytes = Field(
         512 * 1024**2,
         gt=0,
-        description="bytes of objects and arrays that `zarrcache warm` holds at a time, all processes together",
+        description="bytes of objects and arrays that `zarrcache warm` holds at a time, all "
+        "processes together",
     )
     connect_timeout: Seconds = Field(5.0, gt=0)
     read_timeout: Seconds = Field(
@@ -139,7 +145,9 @@ class ArrayTierConfig(_Block):
 
 
 class PriceConfig(_Block):
-    """What the origin's requests and bytes cost, for ``zarrcache plan``. Defaults are those of S3 Standard in us-east-1 to machines there."""
+    """What the origin's requests and bytes cost, for ``zarrcache plan``. Defaults are those of S3
+    Standard in us-east-1 to machines there.
+    """
 
     currency: str = "USD"
     dated: str = Field("2025-12", description="when these prices were looked up")
@@ -170,7 +178,8 @@ def _peer_url(text: str) -> str:
         port = url.port
     except ValueError:
         raise ValueError(
-            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
+            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example "
+            "http://node1:7070"
         ) from None
     if (
         url.scheme != "http"
@@ -182,7 +191,8 @@ def _peer_url(text: str) -> str:
         or url.fragment
     ):
         raise ValueError(
-            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example http://node1:7070"
+            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example "
+            "http://node1:7070"
         )
     return f"http://{url.netloc.lower()}"
 
@@ -206,7 +216,8 @@ class CacheConfig(_Block):
     lookahead: Bytes = Field(
         2 * 1024**3,
         ge=0,
-        description="bytes that a Lookahead fetches ahead of the training, all ranks of a node together",
+        description="bytes that a Lookahead fetches ahead of the training, all ranks of a node "
+        "together",
     )
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
@@ -238,7 +249,8 @@ class CacheConfig(_Block):
             data["dir"] = override
         elif "dir" not in data:
             raise ConfigError(
-                "cache.dir is missing. Give a directory on the node's own disk, for example dir: ${SLURM_TMPDIR:-/tmp}/zarrcache."
+                "cache.dir is missing. Give a directory on the node's own disk, for example dir: "
+                "${SLURM_TMPDIR:-/tmp}/zarrcache."
             )
         super().__init__(**{k: _expand(v) for k, v in data.items()})
 
@@ -281,7 +293,8 @@ class CacheConfig(_Block):
 
 
 class DataConfig(_Block):
-    """The users' training keys that say where the data is. Other keys of the file belong to the training and are left alone.
+    """The users' training keys that say where the data is. Other keys of the file belong to the
+    training and are left alone.
 
     >>> DataConfig.from_yaml("configs/s3_cached.yaml").functional
     'GGA'
@@ -308,7 +321,8 @@ class DataConfig(_Block):
             )
         except ConfigError:
             raise ConfigError(
-                "s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} or ${NAME:-default}."
+                "s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} "
+                "or ${NAME:-default}."
             ) from None
         for key in data.keys() - type(self).model_fields.keys():
             near = difflib.get_close_matches(
@@ -360,11 +374,13 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as exc:
         raise ConfigError(
-            f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a YAML file, for example configs/s3_cached.yaml."
+            f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a "
+            "YAML file, for example configs/s3_cached.yaml."
         ) from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(
-            f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). Save it as UTF-8."
+            f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). "
+            "Save it as UTF-8."
         ) from exc
     try:
         document = yaml.safe_load(text)
@@ -372,7 +388,8 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
     if not isinstance(document, dict):
         raise ConfigError(
-            f"config file {os.fspath(path)} holds no keys. It has to look like configs/s3_cached.yaml."
+            f"config file {os.fspath(path)} holds no keys. It has to look like "
+            "configs/s3_cached.yaml."
         )
     return document
 
@@ -391,9 +408,8 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         return f"{where} is not a setting. {hint}"
     if error["type"] == "missing":
         return f"{where} is missing."
-    got = (
-        "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"
-    )  # it may be a secret
+    # it may be a secret
+    got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 

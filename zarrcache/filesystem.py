@@ -1,6 +1,7 @@
 """The byte tier as an fsspec filesystem: ``zarrcache::s3://bucket/key``.
 
-Registered through the ``fsspec.specs`` entry point, so that anything which takes an fsspec URL can read through the cache.
+Registered through the ``fsspec.specs`` entry point, so that anything which takes an fsspec URL can
+read through the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     >>> fsspec.open("zarrcache::s3://bucket/mp-1.zarr/.zattrs", s3={"anon": True}, zarrcache={"dir": "/scratch/me"})
     >>> zarr.open_group("zarrcache::s3://bucket/mp-1.zarr", mode="r", storage_options={"s3": {...}, "zarrcache": {"dir": "/scratch/me"}})
 
-    What a path inside a Zarr store is, the store's listing says: one LIST a store, none if the listing is stored already.
+    What a path inside a Zarr store is, the store's listing says: one LIST a store, none if the
+    listing is stored already.
 
     Parameters
     ----------
@@ -36,7 +38,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     target_options : mapping, optional
         ``s3_kwargs``.
     **settings
-        Keys of the ``cache:`` block; without ``dir`` the environment variable ``ZARRCACHE_DIR`` has to be set.
+        Keys of the ``cache:`` block; without ``dir`` the environment variable ``ZARRCACHE_DIR`` has
+        to be set.
 
     Raises
     ------
@@ -56,11 +59,11 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     ) -> None:
         if target_protocol not in ("s3", "s3a", "file", "local"):
             raise ConfigError(
-                f"zarrcache reads s3:// and files, not {target_protocol or 'nothing'}. Write zarrcache::s3://bucket/key."
+                f"zarrcache reads s3:// and files, not {target_protocol or 'nothing'}. Write "
+                "zarrcache::s3://bucket/key."
             )
-        settings.pop(
-            "asynchronous", None
-        )  # zarr says it to every filesystem, and then wraps one that is not
+        # zarr says it to every filesystem, and then wraps one that is not
+        settings.pop("asynchronous", None)
         super().__init__()
         self._is_s3 = target_protocol.startswith("s3")
         self._options = dict(target_options or {}) if self._is_s3 else None
@@ -135,7 +138,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     ) -> _File:
         if mode != "rb":
             raise ValueError(
-                f"zarrcache::{path} is opened through a cache and cannot be written. Open it with its own filesystem."
+                f"zarrcache::{path} is opened through a cache and cannot be written. Open it with "
+                "its own filesystem."
             )
         config = self._cache.config
         assert config is not None
@@ -161,7 +165,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         return (origin, listed[0]) if listed else None
 
     def _children(self, path: str) -> dict[str, ObjectInfo | None]:
-        """Names directly below a directory; None for those that are directories. Empty if there is no such directory."""
+        """Names directly below a directory; None for those that are directories. Empty if there is
+        no such directory.
+        """
         store, key = self._store_of(path)
         if store is not None:
             prefix = f"{key}/" if key else ""
@@ -178,7 +184,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             names = origin.list_names()
         except OriginNotFoundError:
             return {}
-        # One LIST of this level alone: below it may be a hundred thousand stores. What is not a store is asked for one by one.
+        # One LIST of this level alone: below it may be a hundred thousand stores. What is not a
+        # store is asked for one by one.
         return {
             name: None if name.endswith(".zarr") else next(iter(origin.list_objects(name)), None)
             for name in names

@@ -1,4 +1,5 @@
-"""``ZarrDataModule``: train, validation and test loaders for Lightning's ``Trainer``, on one GPU or on many nodes, resumed where they ended.
+"""``ZarrDataModule``: train, validation and test loaders for Lightning's ``Trainer``, on one GPU or
+on many nodes, resumed where they ended.
 
 >>> data = ZarrDataModule("configs/s3_cached.yaml", batch_size=1, train_workers=8, val_workers=2)
 >>> Trainer(devices=8, num_nodes=4, strategy="ddp").fit(model, data, ckpt_path="last")
@@ -38,7 +39,8 @@ try:
     from lightning.pytorch import LightningDataModule
 except ImportError as exc:
     raise ImportError(
-        f"zarrcache.lightning needs Lightning ({exc}). Install it: pip install 'zarrcache[lightning]'"
+        f"zarrcache.lightning needs Lightning ({exc}). Install it: pip install "
+        "'zarrcache[lightning]'"
     ) from exc
 
 __all__ = ["ZarrDataModule"]
@@ -47,28 +49,32 @@ __all__ = ["ZarrDataModule"]
 class ZarrDataModule(LightningDataModule):
     """Densities of one training config, or of several side by side.
 
-    A batch is ``{"data", "label", "index"}`` as ``ZarrDataset`` gives it, lists where grids differ in shape; of several datasets also
-    ``"dataset"``, the number of the one that the sample is of.
+    A batch is ``{"data", "label", "index"}`` as ``ZarrDataset`` gives it, lists where grids differ
+    in shape; of several datasets also ``"dataset"``, the number of the one that the sample is of.
 
     Parameters
     ----------
     config : path, mapping, list or mapping of these
-        The training config (``data_dir``, ``map_dir``, ``cache``, ...), as a YAML file or its keys. ``[a.yaml, b.yaml]`` and
-        ``{"pbe": a.yaml, "scan": b.yaml}`` are several datasets, numbered from 0; ``dataset_names`` has their names.
+        The training config (``data_dir``, ``map_dir``, ``cache``, ...), as a YAML file or its keys.
+        ``[a.yaml, b.yaml]`` and ``{"pbe": a.yaml, "scan": b.yaml}`` are several datasets, numbered
+        from 0; ``dataset_names`` has their names.
     batch_size : int
         Of each rank.
     train_workers, val_workers : int
-        DataLoader workers of each rank; those of the test loader are ``val_workers``. 0: in the training process.
+        DataLoader workers of each rank; those of the test loader are ``val_workers``. 0: in the
+        training process.
     pin_memory : bool
         Where there is a GPU.
     precision : {"f32", "f16", "bf16"}
     augmentation : bool
         Random rotations, of the training samples only.
     split_file : path or mapping, optional
-        JSON of indices into the reader's ``task_ids``: ``{"train": [...], "validation": [...], "test": [...]}``. Of several datasets a file
-        for each name. Default: training and test ids are those of ``train_fraction`` and ``random_state`` of the config.
+        JSON of indices into the reader's ``task_ids``: ``{"train": [...], "validation": [...],
+        "test": [...]}``. Of several datasets a file for each name. Default: training and test ids
+        are those of ``train_fraction`` and ``random_state`` of the config.
     val_frac : float
-        Without ``split_file``: share of the training ids that is kept for validation, one at the least. 0: no validation.
+        Without ``split_file``: share of the training ids that is kept for validation, one at the
+        least. 0: no validation.
     random_seed : int
         Of the choice of the validation ids, and of the order of the training samples.
     assignment : {"global", "node"}
@@ -76,29 +82,34 @@ class ZarrDataModule(LightningDataModule):
     shuffle : bool
         The training samples.
     drop_last : bool
-        Leave out of an epoch what does not make a whole batch on every rank, instead of reading up to one sample a rank twice.
+        Leave out of an epoch what does not make a whole batch on every rank, instead of reading up
+        to one sample a rank twice.
     downsample_data, downsample_label : int
     persistent_workers : bool
         Keep the workers from one epoch to the next.
     multiprocessing_context : str, optional
-        How workers are started: ``fork``, ``forkserver`` or ``spawn``. Default: Python's own; ``spawn`` where that is ``fork`` and one of
-        ``train_workers`` and ``val_workers`` is 0: a process that reads from S3 itself should not fork others that do.
+        How workers are started: ``fork``, ``forkserver`` or ``spawn``. Default: Python's own;
+        ``spawn`` where that is ``fork`` and one of ``train_workers`` and ``val_workers`` is 0: a
+        process that reads from S3 itself should not fork others that do.
 
     Raises
     ------
     ConfigError
-        A config, the split file or an argument cannot be used; ranks that do not agree on the samples; or the sampler was replaced.
+        A config, the split file or an argument cannot be used; ranks that do not agree on the
+        samples; or the sampler was replaced.
 
     Notes
     -----
-    *Order.* `NodeSampler` plans it for all ranks. Lightning leaves it alone, ``use_distributed_sampler`` or not; if anything else replaces
-    it, the epoch does not start.
+    *Order.* `NodeSampler` plans it for all ranks. Lightning leaves it alone,
+    ``use_distributed_sampler`` or not; if anything else replaces it, the epoch does not start.
 
-    *Look-ahead.* With a ``cache`` block each rank has a :class:`~zarrcache.train.lookahead.Lookahead`: a process that fetches what the rank reads next,
+    *Look-ahead.* With a ``cache`` block each rank has a
+    :class:`~zarrcache.train.lookahead.Lookahead`: a process that fetches what the rank reads next,
     ``cache.lookahead`` bytes ahead at the most; 0 switches it off. Not for several datasets.
 
-    *Resume.* A checkpoint holds how many batches of the epoch were trained on. Resumed from it, with as many ranks, nodes and workers as you
-    like and another batch size, the epoch goes on with the samples that are left, each once.
+    *Resume.* A checkpoint holds how many batches of the epoch were trained on. Resumed from it,
+    with as many ranks, nodes and workers as you like and another batch size, the epoch goes on with
+    the samples that are left, each once.
     """
 
     def __init__(
@@ -147,7 +158,8 @@ class ZarrDataModule(LightningDataModule):
         self._begun: int | None = None
         self._loaded: dict[str, Any] = {}
 
-    # -- what there is -----------------------------------------------------------------------------------------------------------
+    # -- what there is
+    # -----------------------------------------------------------------------------------------------------------
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -161,11 +173,15 @@ class ZarrDataModule(LightningDataModule):
 
     @property
     def splits(self) -> Mapping[str, Split]:
-        """Task ids of the training, validation and test samples of each dataset. Lists the origin if that has not been done."""
+        """Task ids of the training, validation and test samples of each dataset. Lists the origin
+        if that has not been done.
+        """
         return self.sources.splits
 
     def prepare_data(self) -> None:
-        """On one process of each node: list the origin, so that the others find the listing in the cache."""
+        """On one process of each node: list the origin, so that the others find the listing in the
+        cache.
+        """
         self.sources.list_into_cache()
 
     def setup(self, stage: str | None = None) -> None:
@@ -179,13 +195,16 @@ class ZarrDataModule(LightningDataModule):
         counts = {name: len(split.train) for name, split in self.splits.items()}
         if self.trainer is None or self.trainer.world_size == 1:
             return
-        # Where a node's stored listing is older than another's, no order is one for both. All ranks find out, so none waits for the others.
+        # Where a node's stored listing is older than another's, no order is one for both. All ranks
+        # find out, so none waits for the others.
         mine = hashlib.blake2b(repr(self.splits).encode(), digest_size=8).hexdigest(), counts
         first = self.trainer.strategy.broadcast(mine)
         if not self.trainer.strategy.reduce_boolean_decision(first == mine, all=True):
             raise ConfigError(
-                f"the ranks do not have the same samples: training samples are {first[1]} on rank 0 and {mine[1]} on rank "
-                f"{self.trainer.global_rank}. Give all nodes the same config, map and split file, and list the origin again: zarrcache warm CONFIG."
+                f"the ranks do not have the same samples: training samples are {first[1]} on rank "
+                f"0 and {mine[1]} on rank "
+                f"{self.trainer.global_rank}. Give all nodes the same config, map and split file, "
+                "and list the origin again: zarrcache warm CONFIG."
             )
 
     def _dataset(self, side: Side) -> ZarrDataset | SideBySide:
@@ -193,14 +212,16 @@ class ZarrDataModule(LightningDataModule):
             side, augmentation=self.augmentation and side == "train", **self._tensors
         )
 
-    # -- loaders -----------------------------------------------------------------------------------------------------------------
+    # -- loaders
+    # -----------------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of this rank. Called after a checkpoint was loaded."""
         dataset = self._dataset("train")
         if not len(dataset):  # Lightning would end the training at once, and well
             raise ConfigError(
-                "there is no sample to train on: the split file has none for train. Give it some, or call trainer.test() only."
+                "there is no sample to train on: the split file has none for train. Give it some, "
+                "or call trainer.test() only."
             )
         sampler = self._sampler(dataset, shuffle=self.shuffle, drop_last=self.drop_last)
         state, self._loaded = self._loaded, {}
@@ -217,11 +238,12 @@ class ZarrDataModule(LightningDataModule):
         return loader
 
     def _look_ahead(self, dataset: ZarrDataset | SideBySide, sampler: NodeSampler) -> None:
-        """Fetch what this rank reads next, as ``cache.lookahead`` and ``cache.eviction`` say. Before the loader starts its workers."""
+        """Fetch what this rank reads next, as ``cache.lookahead`` and ``cache.eviction`` say.
+        Before the loader starts its workers.
+        """
         self._stop_looking_ahead()
-        if isinstance(
-            dataset, ZarrDataset
-        ):  # of several datasets side by side each has a cache of its own, and no order of its own
+        # of several datasets side by side each has a cache of its own, and no order of its own
+        if isinstance(dataset, ZarrDataset):
             self._ahead = Lookahead(dataset, sampler)
 
     def _stop_looking_ahead(self) -> None:
@@ -234,9 +256,11 @@ class ZarrDataModule(LightningDataModule):
         self._stop_looking_ahead()
 
     def _join(self, loader: _TrainLoader, sampler: NodeSampler) -> None:
-        """Take the epoch that Lightning is about to train, and have it count the batches of that from where the epoch stands.
+        """Take the epoch that Lightning is about to train, and have it count the batches of that
+        from where the epoch stands.
 
-        It asks for the first samples before it tells a sampler the epoch: a resumed run would begin with the order of epoch 0.
+        It asks for the first samples before it tells a sampler the epoch: a resumed run would begin
+        with the order of epoch 0.
         """
         assert self.trainer is not None
         epochs, batches = (
@@ -246,14 +270,16 @@ class ZarrDataModule(LightningDataModule):
                 self.trainer.fit_loop.epoch_loop.batch_progress,
             )
         )
-        # Saved after the last batch, before the end of the epoch: Lightning goes on with the next one.
+        # Saved after the last batch, before the end of the epoch: Lightning goes on with the next
+        # one.
         is_over = (
             epochs.ready > epochs.processed
             and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         )
         sampler.set_epoch(epochs.processed + is_over)
         if is_over or sampler.history:
-            # With as many ranks as before and the same batch size that is where its own count stands.
+            # With as many ranks as before and the same batch size that is where its own count
+            # stands.
             shift = (len(loader) if is_over else loader.batches_before) - batches.processed
             for name in ("ready", "started", "processed", "completed"):
                 setattr(batches, name, getattr(batches, name) + shift)
@@ -306,7 +332,8 @@ class ZarrDataModule(LightningDataModule):
             "collate_fn": collate_fn,
         }
 
-    # -- where an epoch stands ---------------------------------------------------------------------------------------------------
+    # -- where an epoch stands
+    # ---------------------------------------------------------------------------------------------------
 
     def _epoch_begins(self, epoch: int) -> None:
         """The training loader is about to ask for the first samples of an epoch."""
@@ -332,14 +359,15 @@ class ZarrDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; takes effect when the training loader is made."""
-        if (
-            self.trainer is None or self.trainer.state.fn == "fit"
-        ):  # a checkpoint is loaded to be tested, too
+        # a checkpoint is loaded to be tested, too
+        if self.trainer is None or self.trainer.state.fn == "fit":
             self._loaded = dict(state_dict)
 
 
 class _Sampler(NodeSampler, DistributedSampler[int]):
-    """A `NodeSampler` that Lightning leaves where it is: what is no ``DistributedSampler`` it would deal out to the ranks a second time."""
+    """A `NodeSampler` that Lightning leaves where it is: what is no ``DistributedSampler`` it would
+    deal out to the ranks a second time.
+    """
 
     def __init__(self, source: ZarrDataset | SideBySide, **settings: Any) -> None:
         super().__init__(source, **settings)
@@ -348,7 +376,9 @@ class _Sampler(NodeSampler, DistributedSampler[int]):
 
 
 class _TrainLoader(DataLoader[Sample]):
-    """torch's loader as Lightning takes a resumable one: its length is that of the whole epoch, and it gives what is left of it."""
+    """torch's loader as Lightning takes a resumable one: its length is that of the whole epoch, and
+    it gives what is left of it.
+    """
 
     on_begin: Callable[[int], None]
 
@@ -363,8 +393,10 @@ class _TrainLoader(DataLoader[Sample]):
         """
         if not isinstance(self.sampler, NodeSampler):
             raise ConfigError(
-                f"the sampler of the training loader was replaced by a {type(self.sampler).__name__}, so the samples would not come in the order "
-                "that was planned for all ranks. Set Trainer(use_distributed_sampler=False), and remove what else changes the data module's loaders."
+                "the sampler of the training loader was replaced by a "
+                f"{type(self.sampler).__name__}, so the samples would not come in the order "
+                "that was planned for all ranks. Set Trainer(use_distributed_sampler=False), and "
+                "remove what else changes the data module's loaders."
             )
         return self.sampler
 
@@ -385,15 +417,16 @@ class _TrainLoader(DataLoader[Sample]):
         )
 
     def __iter__(self) -> Any:
-        if not isinstance(
-            self.sampler, SequentialSampler
-        ):  # Trainer(overfit_batches=...), which says so itself
+        # Trainer(overfit_batches=...), which says so itself
+        if not isinstance(self.sampler, SequentialSampler):
             epoch = self.planned.epoch
             self.on_begin(epoch)
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module's has it all. That there are these two tells Lightning that the epoch is resumed where it ended."""
+        """Nothing: the data module's has it all. That there are these two tells Lightning that the
+        epoch is resumed where it ended.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -417,8 +450,10 @@ def _world_of(trainer: Any) -> World | None:
     world = World.even(rank, ranks, trainer.num_nodes)
     if world.node != trainer.node_rank:
         raise ConfigError(
-            f"rank {rank} of {ranks} is on node {trainer.node_rank} of {trainer.num_nodes}, and would be on node {world.node} if ranks were numbered "
-            "node by node. Start the job with srun --distribution=block, and set Trainer(num_nodes=..., devices=...) to what it has."
+            f"rank {rank} of {ranks} is on node {trainer.node_rank} of {trainer.num_nodes}, and "
+            f"would be on node {world.node} if ranks were numbered "
+            "node by node. Start the job with srun --distribution=block, and set "
+            "Trainer(num_nodes=..., devices=...) to what it has."
         )
     return world
 

@@ -6,7 +6,8 @@ A loader of your own is one line away::
     def load_my_data(cfg):
         return train_sets, test_sets
 
-Importing this module loads neither torch nor zarr; a built-in loader imports what it needs when it is called.
+Importing this module loads neither torch nor zarr; a built-in loader imports what it needs when it
+is called.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _check_name(name: object) -> None:
 
 
 def _is_same(one: Loader, other: Loader) -> bool:
-    """Whether both are one function, or one definition executed again: a notebook cell run twice, a reloaded module."""
+    """Whether both are one function, or one definition executed again: a notebook cell run twice, a
+    reloaded module.
+    """
     return one is other or ("<locals>" not in _name_of(one) and _name_of(one) == _name_of(other))
 
 
@@ -50,8 +53,9 @@ def _name_of(loader: Loader) -> str:
 def register_data(name: str) -> Callable[[_L], _L]:
     """Register a loader under ``name``, the ``dataset_name`` of a config.
 
-    The loader is called with the config, whose keys are attributes, and returns ``(train_sets, test_sets)``. It is given back unchanged, so
-    that it can be called directly and registered under several names.
+    The loader is called with the config, whose keys are attributes, and returns ``(train_sets,
+    test_sets)``. It is given back unchanged, so that it can be called directly and registered under
+    several names.
 
     Raises
     ------
@@ -64,7 +68,8 @@ def register_data(name: str) -> Callable[[_L], _L]:
         taken = _loaders.get(name)
         if taken is not None and not _is_same(taken, loader):
             raise ConfigError(
-                f"dataset_name {name!r} is taken by {_name_of(taken)}. Register {_name_of(loader)} under another name."
+                f"dataset_name {name!r} is taken by {_name_of(taken)}. Register {_name_of(loader)} "
+                "under another name."
             )
         _loaders[name] = loader
         return loader
@@ -80,12 +85,14 @@ def get_dataset(cfg: object) -> Any:
     Parameters
     ----------
     cfg : SimpleNamespace, mapping or DataConfig
-        The training config. Loaders get a mapping as a namespace, anything else as it is. Without ``dataset_name`` it is ``zarr_s3_data``.
+        The training config. Loaders get a mapping as a namespace, anything else as it is. Without
+        ``dataset_name`` it is ``zarr_s3_data``.
 
     Returns
     -------
     (train_sets, test_sets)
-        What the loader returns. Each of the built-in ones' is ``(data, label, gs_data, gs_label)``: the first arguments of ``RhoData``.
+        What the loader returns. Each of the built-in ones' is ``(data, label, gs_data, gs_label)``:
+        the first arguments of ``RhoData``.
 
     Raises
     ------
@@ -100,7 +107,8 @@ def get_dataset(cfg: object) -> Any:
         near = difflib.get_close_matches(str(name), _loaders, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"dataset_name is {name!r}; no loader has that name. {hint}Known: {', '.join(sorted(_loaders))}. "
+            f"dataset_name is {name!r}; no loader has that name. {hint}Known: "
+            f"{', '.join(sorted(_loaders))}. "
             'Your own is registered by @register_data("name") in a module that is imported before.'
         )
     return loader(cfg)
@@ -109,7 +117,8 @@ def get_dataset(cfg: object) -> Any:
 @register_data("mp_zarr_s3_data")
 @register_data("zarr_s3_data")
 def load_data(cfg: object) -> Any:
-    """Densities from Zarr stores, on S3 or in a directory, through the cache if ``cfg`` has a ``cache`` block: ``ZarrS3Reader.data_split()``.
+    """Densities from Zarr stores, on S3 or in a directory, through the cache if ``cfg`` has a
+    ``cache`` block: ``ZarrS3Reader.data_split()``.
 
     Raises
     ------
@@ -121,7 +130,8 @@ def load_data(cfg: object) -> Any:
 
 @register_data("chgcar_data")
 def load_chgcar_data(cfg: object) -> Any:
-    """Densities from Materials Project ``.json.gz`` and CHGCAR files that have not been converted: ``RhoRead.data_split()``.
+    """Densities from Materials Project ``.json.gz`` and CHGCAR files that have not been converted:
+    ``RhoRead.data_split()``.
 
     Raises
     ------

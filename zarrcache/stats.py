@@ -21,11 +21,13 @@ class Stats:
     hits, misses : int
         Array tier: densities served from disk, and densities that were not there.
     bypasses : int
-        Densities read from the origin that were not admitted (limit reached, disk full, tier switched off).
+        Densities read from the origin that were not admitted (limit reached, disk full, tier
+        switched off).
     byte_hits, byte_misses : int
         The same for the byte tier, in objects and blocks.
     purges : int
-        Bad entries dropped (checksum, identity, truncation), and bad ones that were received and not taken.
+        Bad entries dropped (checksum, identity, truncation), and bad ones that were received and
+        not taken.
     cache_errors : int
         Cache faults that became misses or pass-through.
     requests, retries : int
@@ -68,13 +70,14 @@ _SLOT = struct.Struct(f"<{len(_NAMES)}q")
 
 
 class Counters:
-    """Live counters. Safe from any thread; each process counts for itself, and ``total()`` sums over the processes that share a board.
+    """Live counters. Safe from any thread; each process counts for itself, and ``total()`` sums
+    over the processes that share a board.
 
     Parameters
     ----------
     shared : bool
-        Keep a board, a slot for each process: children made by fork or by pickling (DataLoader workers) then appear in ``total()`` of
-        their parent, also after they have ended.
+        Keep a board, a slot for each process: children made by fork or by pickling (DataLoader
+        workers) then appear in ``total()`` of their parent, also after they have ended.
     """
 
     def __init__(self, *, shared: bool = False) -> None:
@@ -82,7 +85,8 @@ class Counters:
         self._start()
 
     def _start(self) -> None:
-        # A forked child has a lock that some thread of its parent may have held for ever, and values that its parent reports.
+        # A forked child has a lock that some thread of its parent may have held for ever, and
+        # values that its parent reports.
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._values = dict.fromkeys(_NAMES, 0)

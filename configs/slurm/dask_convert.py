@@ -1,10 +1,12 @@
-"""Convert the densities of a whole Materials Project snapshot on a Slurm cluster. Run it on a login node; it can be stopped and run again.
+"""Convert the densities of a whole Materials Project snapshot on a Slurm cluster. Run it on a login
+node; it can be stopped and run again.
 
     pip install 'zarrcache[convert,dask]' dask-jobqueue
     python configs/slurm/dask_convert.py /shared/chgcars s3://my-bucket/densities/label --jobs 16
 
-Each Slurm job is a node's worth of Dask workers, one process a core; jobs come and go with the work. Sources have to be on a file system that
-all nodes see; so has the destination if it is a directory.
+Each Slurm job is a node's worth of Dask workers, one process a core; jobs come and go with the
+work. Sources have to be on a file system that all nodes see; so has the destination if it is a
+directory.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def main() -> int:
 
     slurm = SLURMCluster(
         cores=arguments.cores,
-        processes=arguments.cores,  # a process a core: a density is read by Python, one thread at a time
+        # a process a core: a density is read by Python, one thread at a time
+        processes=arguments.cores,
         memory=arguments.memory,
         walltime=arguments.walltime,
         queue=arguments.partition,
@@ -69,7 +72,8 @@ def main() -> int:
         with open_cluster(slurm.scheduler_address) as cluster:
             report = plan.execute(progress, engine=cluster.spread)
     print(
-        f"converted {len(report.converted)}, failed {len(report.failed)}, skipped {len(report.skipped)}",
+        f"converted {len(report.converted)}, failed {len(report.failed)}, skipped "
+        f"{len(report.skipped)}",
         file=sys.stderr,
     )
     return 1 if report.failed else 0

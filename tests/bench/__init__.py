@@ -1,1 +1,3 @@
-"""Benchmarks against the peers: ``tools/bench``, or ``python -m tests.bench``. Not collected by pytest: nothing in the suite depends on time."""
+"""Benchmarks against the peers: ``tools/bench``, or ``python -m tests.bench``. Not collected by
+pytest: nothing in the suite depends on time.
+"""

@@ -1,4 +1,6 @@
-"""The command line of the benchmarks: ``python -m tests.bench [NAME ...]``, which ``tools/bench`` runs in an environment of its own."""
+"""The command line of the benchmarks: ``python -m tests.bench [NAME ...]``, which ``tools/bench``
+runs in an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "docs" / "benchmarks"
 ROUNDS, QUICK_ROUNDS = 15, 3
 
-#: Name to the module whose ``run()`` it is; imported when it is asked for, because each brings peers of its own along.
+#: Name to the module whose ``run()`` it is; imported when it is asked for, because each brings
+#: peers of its own along.
 BENCHMARKS: dict[str, str] = {
     "warm": "tests.bench.warm_epochs",
     "memory": "tests.bench.memory",
@@ -38,7 +41,9 @@ SEED = 20260
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what was asked for. 0: all ran; 1: some failed, with their traceback on standard error; 2: usage."""
+    """Run what was asked for. 0: all ran; 1: some failed, with their traceback on standard error;
+    2: usage.
+    """
     options = _parse(arguments)
     if options.list:
         print("\n".join(BENCHMARKS))
@@ -48,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     names = options.names or list(BENCHMARKS)
     if len(names) > 1:
-        # Each in a process of its own: forks, threads and clients of one must not be what the next one starts from.
+        # Each in a process of its own: forks, threads and clients of one must not be what the next
+        # one starts from.
         failed = [
             name
             for name in names
@@ -102,12 +108,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="smallest sizes, 3 rounds, nothing written unless --out is given: does everything run?",
+        help="smallest sizes, 3 rounds, nothing written unless --out is given: does everything "
+        "run?",
     )
     parser.add_argument(
         "--rounds", type=int, metavar="N", help=f"of each competitor [default: {ROUNDS}]"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for results.json, tables and plots; what other benchmarks left there stays "
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for results.json, tables and "
+                                                                "plots; what other benchmarks left "
+                                                                "there stays "
                         "[default: docs/benchmarks]")  # fmt: skip
     parser.add_argument(
         "--workdir",

@@ -1,6 +1,7 @@
 """The floor of what comes over the network: objects whose keys are known, fetched and forgotten.
 
-It imports as little as it can: ``python -m tests.bench.bare_gets REQUEST`` is measured from the start of its process to its end.
+It imports as little as it can: ``python -m tests.bench.bare_gets REQUEST`` is measured from the
+start of its process to its end.
 """
 
 from __future__ import annotations
@@ -64,9 +65,8 @@ def _main(request: Mapping[str, Any]) -> None:
     first, step = request.get("part", (0, 1))
     keys = json.loads(Path(request["keys"]).read_text())[first::step]
     asyncio.run(get_all(obstore_of(request["s3_kwargs"], request["bucket"]), keys))
-    os._exit(
-        0
-    )  # a thread of obstore that still wakes the loop would abort an interpreter that is going
+    # a thread of obstore that still wakes the loop would abort an interpreter that is going
+    os._exit(0)
 
 
 if __name__ == "__main__":

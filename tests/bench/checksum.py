@@ -29,7 +29,9 @@ READ = "verify: never, and every value read once"
 
 
 def run(context: Context) -> list[Table]:
-    """A hit whose consumer looks at one value of each page, and one whose consumer copies every value: into a batch, or to a GPU."""
+    """A hit whose consumer looks at one value of each page, and one whose consumer copies every
+    value: into a batch, or to a GPU.
+    """
     shape = (48, 48, 48) if context.quick else (108, 108, 108)
     samples = peers.prepare(context.workdir, shape, 2 if context.quick else 12, context.seed)
     peers.warm_reader(samples, context.workdir)
@@ -65,7 +67,8 @@ def _table(
 ) -> Table:
     competitors: dict[str, Round] = {
         NEVER: functools.partial(_round, samples, lambda: readers["never"], consumer),
-        # A reader is one process's view: a new one has checked nothing. It has opened the index, as every process does once.
+        # A reader is one process's view: a new one has checked nothing. It has opened the index, as
+        # every process does once.
         FIRST: functools.partial(
             _round, samples, lambda: _reader(samples, context, "first"), consumer
         ),
@@ -117,7 +120,9 @@ class _Copy:
 
 
 def _reader(samples: peers.Samples, context: Context, verify: str) -> ZarrS3Reader:
-    """A reader of the filled cache that has checked no entry, with its index and the listing of the origin read."""
+    """A reader of the filled cache that has checked no entry, with its index and the listing of the
+    origin read.
+    """
     reader = peers.reader(samples, context.workdir, verify=verify)
     reader.task_ids  # noqa: B018 - the listing is an entry, and always checked
     return reader

@@ -79,9 +79,11 @@ def _table(context: Context, server: BenchServer, pairs: Pairs, workers: int) ->
         raise AssertionError(f"epochs gave the sums {sums}: they did not read the same")
     how = f"{workers} DataLoader workers" if workers else "one process"
     facts = pairs.facts() | {
-        "read": f"ZarrDataset, the training split: 4 of 5 pairs; batch_size=None, num_workers={workers}, forked; one value of each 4 KiB page",
+        "read": "ZarrDataset, the training split: 4 of 5 pairs; batch_size=None, "
+        f"num_workers={workers}, forked; one value of each 4 KiB page",
         "latency, ms a request": 1000 * _LATENCY_S,
-        "a round": "one epoch by a new reader with new connections; the seconds include the start of the workers",
+        "a round": "one epoch by a new reader with new connections; the seconds include the start "
+        "of the workers",
     }
     bar = Bar(_FILLING, _PLAIN, at_most=1.10)
     return Table(
@@ -111,7 +113,8 @@ def _read(epoch: _Epoch) -> tuple[float, int, float]:
         s3_kwargs=epoch.s3_kwargs,
         cache=None if epoch.cache is None else {"dir": epoch.cache, "min_free": 0},
     )
-    # A spawned process would spawn its workers too, and each would import torch in the epoch's time.
+    # A spawned process would spawn its workers too, and each would import torch in the epoch's
+    # time.
     loader = DataLoader(
         ZarrDataset(reader),
         batch_size=None,

@@ -13,7 +13,8 @@ from tests.bench.server import BenchServer, running, serve_from_memory
 __all__ = ["run"]
 
 _BUCKET = "densities"
-#: The median grid of the Materials Project has 1.29 million points; both have 7 chunks of 16 along each axis, 343 in all.
+#: The median grid of the Materials Project has 1.29 million points; both have 7 chunks of 16 along
+#: each axis, 343 in all.
 _SHAPES = [(108, 108, 108), (112, 108, 108), (112, 112, 108), (112, 112, 112)]
 _WARMUP = 2
 _BARRED_MS = 20
@@ -54,9 +55,8 @@ def _table(
     counted: dict[str, Counter[str]] = {}
 
     def competitor(name: str) -> Round:
-        todo = iter(
-            enumerate(pairs.task_ids)
-        )  # every round another store: nobody has it in a cache
+        # every round another store: nobody has it in a cache
+        todo = iter(enumerate(pairs.task_ids))
 
         def round_() -> Measured:
             index, task_id = next(todo)
@@ -83,9 +83,11 @@ def _table(
     )
     facts = {
         "latency, ms a request": latency_ms,
-        "grids": "108x108x108 to 112x112x112 float32, chunks of 16x16x16, Blosc: 343 chunks and .zarray",
+        "grids": "108x108x108 to 112x112x112 float32, chunks of 16x16x16, Blosc: 343 chunks and "
+        ".zarray",
         "a round": "one store that this client has not read before; the server has it in memory",
-        "clients": "a process each, kept for all rounds, its connections open; signed requests, no TLS",
+        "clients": "a process each, kept for all rounds, its connections open; signed requests, no "
+        "TLS",
         "requests": {
             name: " + ".join(f"{n} {op}" for op, n in sorted(ops.items(), reverse=True))
             for name, ops in counted.items()

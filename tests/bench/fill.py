@@ -1,7 +1,7 @@
 """C2: ``zarrcache warm`` against bare GETs of the same objects, and the memory that it takes.
 
-Every competitor is a command, measured from the start of its process to its end: ``python -m zarrcache warm CONFIG``, or
-``python -m tests.bench.bare_gets REQUEST``, which only fetches.
+Every competitor is a command, measured from the start of its process to its end: ``python -m
+zarrcache warm CONFIG``, or ``python -m tests.bench.bare_gets REQUEST``, which only fetches.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class _Origin:
     workdir: Path
 
     def first(self, count: int) -> tuple[str, ...]:
-        """The largest pair and others: one array may exceed the byte budget, so it is in the peak of few pairs as of many."""
+        """The largest pair and others: one array may exceed the byte budget, so it is in the peak
+        of few pairs as of many.
+        """
         largest = max(
             zip(self.pairs.shapes, self.pairs.task_ids, strict=True),
             key=lambda pair: math.prod(pair[0]),
@@ -122,11 +124,16 @@ def _rates(context: Context, origin: _Origin) -> Table:
     rounds = interleave(competitors, min(context.rounds, _MOST_ROUNDS), warmup=0)
     facts = pairs.facts() | {
         "latency, ms a request": 1000 * _LATENCY_S,
-        "a round": "a command from its start to its end, an empty cache; the server has all objects in memory",
-        FLOOR: f"obstore, {IN_FLIGHT} coroutines in one process; the keys are known beforehand, nothing is decoded, checked or written",
-        _TWICE: f"the same in {cores()} processes at once, {IN_FLIGHT} coroutines each: more than the {cores()} cores can serve",
-        _WARM: "every density listed, fetched, checked (MD5), decoded, divided, summed up (CRC-32C) and written; the workers started",
-        "cpu": "time a GET: the client's processes together, the server's one process; all of them share the cores",
+        "a round": "a command from its start to its end, an empty cache; the server has all "
+        "objects in memory",
+        FLOOR: f"obstore, {IN_FLIGHT} coroutines in one process; the keys are known beforehand, "
+        "nothing is decoded, checked or written",
+        _TWICE: f"the same in {cores()} processes at once, {IN_FLIGHT} coroutines each: more than "
+        f"the {cores()} cores can serve",
+        _WARM: "every density listed, fetched, checked (MD5), decoded, divided, summed up "
+        "(CRC-32C) and written; the workers started",
+        "cpu": "time a GET: the client's processes together, the server's one process; all of them "
+        "share the cores",
         "requests": {
             name: " + ".join(f"{n} {op}" for op, n in sorted(ops.items(), reverse=True))
             for name, ops in counted.items()
@@ -164,14 +171,16 @@ def _memory(context: Context, origin: _Origin, few: int, many: int) -> Table:
     competitors: dict[str, Round] = {
         name(*one): functools.partial(measured, *one) for one in wanted
     }
-    rounds = interleave(
-        competitors, 1, warmup=0
-    )  # once each: memory does not depend on what else the machine does
+    # once each: memory does not depend on what else the machine does
+    rounds = interleave(competitors, 1, warmup=0)
     facts = origin.pairs.facts() | {
-        "peak": f"of all processes of the command together, looked at every {_LOOK_S} s: proportional set size; own are its pages that no file "
+        "peak": f"of all processes of the command together, looked at every {_LOOK_S} s: "
+        "proportional set size; own are its pages that no file "
         "has, resident is RSS, where shared pages count in each process",
-        "interpreters": f"of each peak about {1 + cores()} times 60 MiB are Python and its libraries",
-        "fetch.memory": "bytes of objects and arrays that are held at a time, all processes together; the default is 512 MiB",
+        "interpreters": f"of each peak about {1 + cores()} times 60 MiB are Python and its "
+        "libraries",
+        "fetch.memory": "bytes of objects and arrays that are held at a time, all processes "
+        "together; the default is 512 MiB",
         "largest array, MiB": round(
             max(4 * x * y * z for x, y, z in origin.pairs.shapes) / _MIB, 1
         ),
@@ -193,7 +202,8 @@ def _memory(context: Context, origin: _Origin, few: int, many: int) -> Table:
     )
 
 
-# -- commands ------------------------------------------------------------------------------------------------------------------------
+# -- commands
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _config(origin: _Origin, task_ids: Sequence[str], **fetch: int) -> tuple[Path, Path]:
@@ -336,7 +346,8 @@ def _check(origin: _Origin, config: Path) -> None:
                 == values.reshape(-1) / values.size
             ).all():
                 raise AssertionError(
-                    f"zarrcache warm stored other values than were written to {origin.pairs.task_ids[index]} ({role})"
+                    "zarrcache warm stored other values than were written to "
+                    f"{origin.pairs.task_ids[index]} ({role})"
                 )
     if reader.stats.misses:
         raise AssertionError("a density that was warm was read from the origin")

@@ -1,4 +1,6 @@
-"""Pairs of densities with the grid shapes of the Materials Project, in every layout that users keep."""
+"""Pairs of densities with the grid shapes of the Materials Project, in every layout that users
+keep.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,9 @@ _DATA = Path(
 )
 _COUNTS = _DATA / "mp" / "meta" / "charge3net_probe_counts.csv.gz"
 _MOST_BYTES = 64 * 1024**2
-# 80 quantiles of the 122,689 densities of the Materials Project by number of points (the CSV of the charge3net authors): mean 6.7 MiB as
-# float32 (of all: 6.9), median 5.0 MiB (4.9), 99 % 38 MiB (27).
+# 80 quantiles of the 122,689 densities of the Materials Project by number of points (the CSV of the
+# charge3net authors): mean 6.7 MiB as float32 (of all: 6.9), median 5.0 MiB (4.9), 99 % 38 MiB
+# (27).
 _QUANTILES = """
     40 40 96, 60 56 60, 60 60 64, 64 64 64, 80 64 60, 48 80 96, 72 72 72, 72 72 72, 64 64 96, 96 96 48, 60 60 140, 80 80 80, 80 80 80,
     64 64 128, 60 60 160, 84 84 84, 80 96 80, 72 72 128, 80 80 108, 72 84 120, 60 112 112, 48 128 128, 80 80 128, 80 84 128, 96 96 96,
@@ -63,7 +66,8 @@ _QUANTILES = """
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Stores that ``write_pairs`` wrote, at ``directory/{input,label}/<task_id>.zarr[.zip]``, with ``directory/map.json.gz``.
+    """Stores that ``write_pairs`` wrote, at ``directory/{input,label}/<task_id>.zarr[.zip]``, with
+    ``directory/map.json.gz``.
 
     Attributes
     ----------
@@ -106,8 +110,9 @@ class Pairs:
 def mp_grids(n: int, seed: int) -> list[Shape]:
     """``n`` grid shapes as the Materials Project has them, drawn at random.
 
-    From the CSV of all 122,689 where it is (below the directory that ZARRCACHE_TEST_DATA names, or beside the repository), else from 80 of
-    its quantiles. The one in a thousand above 64 MiB is left out, so that a run's size does not hang on one draw.
+    From the CSV of all 122,689 where it is (below the directory that ZARRCACHE_TEST_DATA names, or
+    beside the repository), else from 80 of its quantiles. The one in a thousand above 64 MiB is
+    left out, so that a run's size does not hang on one draw.
     """
     known = _all_grids()
     return [
@@ -154,7 +159,8 @@ def write_pairs(
     seed: int = 0,
     workers: int | None = None,
 ) -> Pairs:
-    """Write a pair of stores for each shape, and the map. A 96**3 pair takes about half a second of one core.
+    """Write a pair of stores for each shape, and the map. A 96**3 pair takes about half a second of
+    one core.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 """How things are measured: rounds of interleaved competitors, and what is said of them.
 
-A figure counts as a ratio of two competitors of one run. They take turns, in an order that moves on by one each round, so that what else the
-machine does, and what one leaves behind in the page cache, falls on all of them alike.
+A figure counts as a ratio of two competitors of one run. They take turns, in an order that moves on
+by one each round, so that what else the machine does, and what one leaves behind in the page cache,
+falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Measured:
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, of: str | None = None) -> float:
-        """Seconds per item, or the figure named ``of``: one of ``extra``, or ``requests`` or ``nbytes``."""
+        """Seconds per item, or the figure named ``of``: one of ``extra``, or ``requests`` or
+        ``nbytes``.
+        """
         if of is None:
             return self.seconds / self.items
         counted = {"requests": self.requests, "nbytes": self.nbytes}.get(of)
@@ -74,9 +77,11 @@ class Bar:
     ----------
     competitor : str
     reference : str, optional
-        None: the goal is the figure itself, in seconds per item or the unit of ``of``; counts and the few times that are promised as such.
+        None: the goal is the figure itself, in seconds per item or the unit of ``of``; counts and
+        the few times that are promised as such.
     at_least : float, optional
-        For rates: how many times the reference's rate. With ``of``: how many times the reference's figure.
+        For rates: how many times the reference's rate. With ``of``: how many times the reference's
+        figure.
     at_most : float, optional
         For times (or the figure ``of``): how many times the reference's.
     of : str, optional
@@ -120,7 +125,8 @@ class Table:
     missing : mapping
         Competitor to the reason why it did not run.
     of : str, optional
-        The figure of ``Measured.extra`` that the table shows; by default seconds per item, in ``unit``.
+        The figure of ``Measured.extra`` that the table shows; by default seconds per item, in
+        ``unit``.
     """
 
     name: str
@@ -170,7 +176,8 @@ def interleave(
     """
     found: dict[str, list[Measured]] = {name: [] for name in competitors}
     gc.collect()
-    gc.freeze()  # what is imported stays: to look through it before every round takes longer than most rounds
+    # what is imported stays: to look through it before every round takes longer than most rounds
+    gc.freeze()
     try:
         for number, order in enumerate(orders(list(competitors), warmup + rounds)):
             for name in order:
@@ -205,7 +212,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Median, P90 and P99 of rounds. For rates they are those of the time: a P90 is slower than the median."""
+    """Median, P90 and P99 of rounds. For rates they are those of the time: a P90 is slower than the
+    median.
+    """
 
     median: float
     p90: float
@@ -222,7 +231,9 @@ def summarise(rounds: Sequence[Measured], of: str | None = None) -> Summary:
 
 
 def safe_repr(table: Table, summary: Summary) -> tuple[float, float, float]:
-    """Median, P90 and P99 in the table's unit. For rates the percentiles are those of the time: the slow end."""
+    """Median, P90 and P99 in the table's unit. For rates the percentiles are those of the time: the
+    slow end.
+    """
     values = summary.median, summary.p90, summary.p99
     if table.of is not None:
         return values

@@ -1,4 +1,6 @@
-"""What a density costs in each layout: requests, bytes and time, cold through zarrcache and through zarr over s3fs, and warm."""
+"""What a density costs in each layout: requests, bytes and time, cold through zarrcache and through
+zarr over s3fs, and warm.
+"""
 
 from __future__ import annotations
 
@@ -100,12 +102,14 @@ def _table(
         )
     facts = {
         "latency, ms a request": 1000 * _LATENCY_S,
-        "grid": "108×108×108 float32, 4.8 MiB; compressors: the defaults of the format, Blosc (LZ4, shuffle) in 2, Zstandard in 3",
+        "grid": "108×108×108 float32, 4.8 MiB; compressors: the defaults of the format, Blosc "
+        "(LZ4, shuffle) in 2, Zstandard in 3",
         "requests": counted,
     }
     if peer.startswith("zarrcache"):
         facts["a round"] = (
-            "a store that was never read, through an empty cache; warm, ms: the same store again, from the cache, checked"
+            "a store that was never read, through an empty cache; warm, ms: the same store again, "
+            "from the cache, checked"
         )
     return Table(
         name, f"one density by its layout, cold, {peer}", "ms", next(iter(kinds)), rounds, facts

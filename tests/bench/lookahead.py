@@ -25,11 +25,11 @@ __all__ = ["run"]
 
 _BUCKET = "densities"
 _LATENCY_S, _STEP_S = 0.02, 0.05
-# Of 64**3 points. A training that takes a pair every 50 ms would ask for 17,000 chunks of 16**3 a second, at 20 ms each: 340 requests in flight
-# and the CPU of three cores, in any client.
+# Of 64**3 points. A training that takes a pair every 50 ms would ask for 17,000 chunks of 16**3 a
+# second, at 20 ms each: 340 requests in flight and the CPU of three cores, in any client.
 _CHUNK = 64
-# Densities of the Materials Project that two cores can carry beside the training and the server: a pair of 13 MiB, its mean, is 57 ms of CPU,
-# and the memory for 265 MiB a second of new files.
+# Densities of the Materials Project that two cores can carry beside the training and the server: a
+# pair of 13 MiB, its mean, is 57 ms of CPU, and the memory for 265 MiB a second of new files.
 _MOST_BYTES = 4 * 2**20
 _MOST_ROUNDS = 3  # two minutes each
 # Names of a pair: the epoch is 768 steps. What its start costs, a second, is in it.
@@ -69,7 +69,9 @@ class _Epoch:
 
 @dataclass(frozen=True, slots=True)
 class _Waited:
-    """Seconds until each sample came, and the sum of the values that were looked at in the steps that every competitor takes."""
+    """Seconds until each sample came, and the sum of the values that were looked at in the steps
+    that every competitor takes.
+    """
 
     seconds: list[float]
     total: float
@@ -135,12 +137,15 @@ def run(context: Context) -> list[Table]:
     facts = pairs.facts() | {
         "chunks": f"{_CHUNK}³",
         "ids": f"{len(task_ids)}: each pair under {_NAMES} names, in objects of its own",
-        "read": "ZarrDataset in a NodeSampler's order, the training split: 4 of 5 pairs; batch_size=None, workers forked; a value of each 4 KiB page",
+        "read": "ZarrDataset in a NodeSampler's order, the training split: 4 of 5 pairs; "
+        "batch_size=None, workers forked; a value of each 4 KiB page",
         "a step": f"{1000 * _STEP_S:.0f} ms, in which the training process sleeps",
         "latency, ms a request": 1000 * _LATENCY_S,
-        "a round": f"a run's first epoch, an empty cache; waiting from the loop's start on; without look-ahead {_STEPS_ALONE} steps of it",
+        "a round": "a run's first epoch, an empty cache; waiting from the loop's start on; "
+        f"without look-ahead {_STEPS_ALONE} steps of it",
         "lookahead": _BUDGET,
-        "after 20": f"without the first {_SKIPPED} steps: until the look-ahead's process has started, the training fetches by itself",
+        "after 20": f"without the first {_SKIPPED} steps: until the look-ahead's process has "
+        "started, the training fetches by itself",
     }
     bars = [
         Bar(name, None, at_most=5.0, of=of)
@@ -151,7 +156,9 @@ def run(context: Context) -> list[Table]:
 
 
 def _under_other_names(root: Path, pairs: Pairs) -> list[str]:
-    """Make the epoch longer without making more densities: every store is there ``_NAMES`` times. All task ids, which the map has too."""
+    """Make the epoch longer without making more densities: every store is there ``_NAMES`` times.
+    All task ids, which the map has too.
+    """
     found = [
         f"{task_id}-{number}" if number else task_id
         for number in range(_NAMES)
@@ -190,7 +197,8 @@ def _train(epoch: _Epoch) -> _Waited:
     )
     dataset = ZarrDataset(reader)
     sampler = NodeSampler(dataset, seed=1)
-    # A spawned process would spawn its workers too, and each would import torch in the epoch's time.
+    # A spawned process would spawn its workers too, and each would import torch in the epoch's
+    # time.
     context = "fork" if epoch.workers else None
     waited, total = [], 0.0
     with Lookahead(dataset, sampler):

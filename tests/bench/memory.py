@@ -1,8 +1,9 @@
 """W3: the memory that DataLoader workers add, and what of it is the arrays'.
 
-Each figure is taken in a process of its own: ``python -m tests.bench.memory REQUEST``, which starts the workers and looks into ``/proc``.
-File pages are the page cache's: they are shared by all processes and go when memory is short. What is left, a process's own pages and those
-of shared memory, is what a node runs out of.
+Each figure is taken in a process of its own: ``python -m tests.bench.memory REQUEST``, which starts
+the workers and looks into ``/proc``. File pages are the page cache's: they are shared by all
+processes and go when memory is short. What is left, a process's own pages and those of shared
+memory, is what a node runs out of.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ WORKERS = 4
 INTERPRETER = "one interpreter with its imports"
 _COMPUTES_S = 0.2
 _MIB = 1024**2
-#: How paths of shared memory start; torch's is in a file without a name, "/dev/shm/torch_… (deleted)".
+#: How paths of shared memory start; torch's is in a file without a name, "/dev/shm/torch_…
+#: (deleted)".
 _SHARED = ("/dev/shm/", "/dev/zero", "/memfd:", "/SYSV")
 
 
 def run(context: Context) -> list[Table]:
-    """Four workers against none, over 200 samples; and those processes during 200 samples against before the first."""
+    """Four workers against none, over 200 samples; and those processes during 200 samples against
+    before the first.
+    """
     if not Path("/proc/self/smaps").exists():
         why = "no /proc/PID/smaps here"
         return [
@@ -89,13 +93,19 @@ def run(context: Context) -> list[Table]:
                 "samples": count,
                 "page cache": "warm",
                 "loader": f"DataLoader(batch_size=1, num_workers={WORKERS}), default_collate",
-                "looked at": f"8 times an epoch, after {_COMPUTES_S} s in which the workers could fill their queues",
-                "added": f"(proportional set size of all processes with {WORKERS} workers, less that with none) / {WORKERS}, the highest of the "
-                "epoch, without file pages; of file pages: libraries, and entries that are mapped at that instant",
-                "growth": "without file pages, all processes together: the highest of the epoch less that before the first sample. After a fork "
-                "this is mostly the interpreter's pages, which become each process's own when they are written to",
+                "looked at": f"8 times an epoch, after {_COMPUTES_S} s in which the workers could "
+                "fill their queues",
+                "added": f"(proportional set size of all processes with {WORKERS} workers, less "
+                f"that with none) / {WORKERS}, the highest of the "
+                "epoch, without file pages; of file pages: libraries, and entries that are mapped "
+                "at that instant",
+                "growth": "without file pages, all processes together: the highest of the epoch "
+                "less that before the first sample. After a fork "
+                "this is mostly the interpreter's pages, which become each process's own when they "
+                "are written to",
                 "shared memory": "of the growth, shared memory, through which torch sends arrays",
-                "worker own": "private pages of one worker that are no file pages, after the last sample (USS); resident is its RSS",
+                "worker own": "private pages of one worker that are no file pages, after the last "
+                "sample (USS); resident is its RSS",
             },
             [
                 *(
@@ -157,7 +167,8 @@ def _child(request: Mapping[str, Any]) -> Any:
     return json.loads(done.stdout)
 
 
-# -- what /proc says ---------------------------------------------------------------------------------------------------------------
+# -- what /proc says
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +178,8 @@ class Memory:
     Attributes
     ----------
     own_bytes, file_bytes : int
-        Proportional set size: anonymous pages (those of private file maps that were written among them) and shared memory; file pages.
+        Proportional set size: anonymous pages (those of private file maps that were written among
+        them) and shared memory; file pages.
     shared_bytes : int
         Of ``own_bytes``, shared memory: what torch sends tensors through, on its way or mapped.
     private_own_bytes : int
@@ -198,7 +210,8 @@ def memory_of(pids: Iterable[int]) -> Memory:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             memory, mapped = parse_smaps(Path(f"/proc/{pid}/smaps").read_text())
             total += memory
-            # What a worker has sent and nobody has fetched yet is mapped nowhere; the worker holds it open.
+            # What a worker has sent and nobody has fetched yet is mapped nowhere; the worker holds
+            # it open.
             shared |= {**_open_shared_memory(pid), **mapped}
     nbytes = sum(shared.values())
     return total + Memory(own_bytes=nbytes, shared_bytes=nbytes)
@@ -215,7 +228,9 @@ def _open_shared_memory(pid: int) -> dict[str, int]:
 
 
 def parse_smaps(text: str) -> tuple[Memory, dict[str, int]]:
-    """From ``/proc/PID/smaps``: memory without that of shared memory, and the bytes of each piece of shared memory by inode."""
+    """From ``/proc/PID/smaps``: memory without that of shared memory, and the bytes of each piece
+    of shared memory by inode.
+    """
     total, shared = Memory(), dict[str, int]()
     fields: dict[str, int] = {}
     path = inode = ""
@@ -226,7 +241,8 @@ def parse_smaps(text: str) -> tuple[Memory, dict[str, int]]:
         elif line == "end" or "-" in line.partition(" ")[0]:  # the addresses of the next map
             if fields:
                 private = fields["Private_Clean"] + fields["Private_Dirty"]
-                # Of a private file map, "Anonymous" are the pages that were written to, and so are no longer the file's.
+                # Of a private file map, "Anonymous" are the pages that were written to, and so are
+                # no longer the file's.
                 is_file = path.startswith("/")
                 own = min(fields["Anonymous"], fields["Pss"]) if is_file else fields["Pss"]
                 if path.startswith(_SHARED):
@@ -244,11 +260,14 @@ def parse_smaps(text: str) -> tuple[Memory, dict[str, int]]:
     return total, shared
 
 
-# -- the process that is looked into ------------------------------------------------------------------------------------------------
+# -- the process that is looked into
+# ------------------------------------------------------------------------------------------------
 
 
 class _Gated(Dataset[Any]):
-    """A dataset whose workers say that they are there, and wait for the word before they read their first sample."""
+    """A dataset whose workers say that they are there, and wait for the word before they read their
+    first sample.
+    """
 
     def __init__(self, dataset: Dataset[Any], gate: Any, arrived: Any) -> None:
         self._dataset, self._gate, self._arrived = dataset, gate, arrived
@@ -263,9 +282,8 @@ class _Gated(Dataset[Any]):
 
 
 def _look(request: Mapping[str, Any]) -> dict[str, Any]:
-    warnings.filterwarnings(
-        "ignore", message="This DataLoader will create"
-    )  # more workers than cores, on purpose
+    # more workers than cores, on purpose
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     start_s = time.perf_counter()
     own = [multiprocessing.current_process().pid or 0]
     if request["peer"] is None:
@@ -301,9 +319,8 @@ def _look(request: Mapping[str, Any]) -> dict[str, Any]:
     for number in range(1, count + 1):
         peers.touch(next(batches))
         if number % (count // 8) == 0:
-            time.sleep(
-                _COMPUTES_S
-            )  # a network would compute meanwhile, and the workers fill their queues
+            # a network would compute meanwhile, and the workers fill their queues
+            time.sleep(_COMPUTES_S)
             now = memory_of([*own, *there])
             highest = Memory(*map(max, asdict(highest).values(), asdict(now).values()))
     return {

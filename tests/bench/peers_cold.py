@@ -1,6 +1,8 @@
-"""Ways to read one density from S3 that nobody has read before, each in a process of its own whose connections stay open.
+"""Ways to read one density from S3 that nobody has read before, each in a process of its own whose
+connections stay open.
 
-``Client`` starts the process and measures in it. What a peer imports is imported there, so that a client that is not installed is only that.
+``Client`` starts the process and measures in it. What a peer imports is imported there, so that a
+client that is not installed is only that.
 """
 
 from __future__ import annotations
@@ -112,9 +114,8 @@ def _zarr_s3fs(place: Place) -> Read:
 def _zarr_simplecache(place: Place) -> Read:
     import zarr
 
-    warnings.filterwarnings(
-        "ignore", message=".*asynchronous=True", category=UserWarning
-    )  # there is no asynchronous simplecache
+    # there is no asynchronous simplecache
+    warnings.filterwarnings("ignore", message=".*asynchronous=True", category=UserWarning)
     options = {"s3": place.s3_kwargs, "simplecache": {"cache_storage": os.fspath(place.scratch)}}
 
     def read(store: str) -> Density:
@@ -256,9 +257,8 @@ class Client:
     """
 
     def __init__(self, name: str, place: Place) -> None:
-        spawn = multiprocessing.get_context(
-            "spawn"
-        )  # a forked child could not use obstore after its parent did
+        # a forked child could not use obstore after its parent did
+        spawn = multiprocessing.get_context("spawn")
         self._mine, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(name, place, theirs), daemon=True)
         self._process.start()
@@ -291,7 +291,9 @@ class Client:
 
 @contextlib.contextmanager
 def clients(wanted: Mapping[str, tuple[str, Place]]) -> Iterator[dict[str, Client]]:
-    """Clients by name, each a peer at a place, all started and all ended; each has an empty directory of its own below the place's scratch."""
+    """Clients by name, each a peer at a place, all started and all ended; each has an empty
+    directory of its own below the place's scratch.
+    """
     started: dict[str, Client] = {}
     try:
         for name, (peer, place) in wanted.items():
@@ -321,7 +323,9 @@ def installed(names: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def hush() -> None:
-    """Call last in a process: s3fs has pages to say at its end about connections that were kept open."""
+    """Call last in a process: s3fs has pages to say at its end about connections that were kept
+    open.
+    """
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
 

@@ -1,6 +1,8 @@
-"""The competitors that read what is on the local disk already: one small dataset each, all of the same pairs.
+"""The competitors that read what is on the local disk already: one small dataset each, all of the
+same pairs.
 
-A peer is imported when it is asked for; one that is not installed, or does not work here, is named in the table with the reason.
+A peer is imported when it is asked for; one that is not installed, or does not work here, is named
+in the table with the reason.
 """
 
 from __future__ import annotations
@@ -119,7 +121,9 @@ class _Pairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class _Kept:
-    """``open_(index, role)`` called once a process: the best case for those who have handles that are worth keeping."""
+    """``open_(index, role)`` called once a process: the best case for those who have handles that
+    are worth keeping.
+    """
 
     def __init__(self, open_: Callable[[int, str], Any], read: Callable[[Any], Any]) -> None:
         self._open, self._read = open_, read
@@ -132,7 +136,8 @@ class _Kept:
         return self._read(self._handles[key])
 
 
-# -- files of numpy ----------------------------------------------------------------------------------------------------------------
+# -- files of numpy
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _npy(samples: Samples, directory: Path) -> Path:
@@ -160,7 +165,8 @@ def np_mmap(samples: Samples, directory: Path) -> Dataset[Any]:
     )
 
 
-# -- zarr --------------------------------------------------------------------------------------------------------------------------
+# -- zarr
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def zarr_local(samples: Samples, directory: Path) -> Dataset[Any]:
@@ -206,14 +212,16 @@ def zarr_simplecache(samples: Samples, directory: Path) -> Dataset[Any]:
     return by_role(samples, _Kept(open_, lambda array: array[...]))
 
 
-# -- TensorStore -------------------------------------------------------------------------------------------------------------------
+# -- TensorStore
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def tensorstore_local(samples: Samples, directory: Path, *, pool_bytes: int = 0) -> Dataset[Any]:
     """TensorStore's zarr driver over the local stores; with a pool, decoded chunks stay in memory."""
 
     def open_(index: int, role: str) -> Any:
-        import tensorstore as ts  # here, and so in the process that reads: it does not survive a fork
+        # here, and so in the process that reads: it does not survive a fork
+        import tensorstore as ts
 
         spec = {
             "driver": "zarr",
@@ -235,11 +243,14 @@ def tensorstore_pool(samples: Samples, directory: Path) -> Dataset[Any]:
     return tensorstore_local(samples, directory, pool_bytes=2 * samples.pairs.decoded_bytes)
 
 
-# -- formats of their own ----------------------------------------------------------------------------------------------------------
+# -- formats of their own
+# ----------------------------------------------------------------------------------------------------------
 
 
 def litdata(samples: Samples, directory: Path, *, length: int | None = None) -> Any:
-    """LitData's chunks of 64 MB, tensors serialized by itself. ``length``: that many samples, ours over and over."""
+    """LitData's chunks of 64 MB, tensors serialized by itself. ``length``: that many samples, ours
+    over and over.
+    """
     from litdata import StreamingDataset
     from litdata.streaming.cache import Cache
 
@@ -276,7 +287,8 @@ class _ByIndex(Dataset[Any]):
 
 def mosaic(samples: Samples, directory: Path, *, length: int | None = None) -> Any:
     """Mosaic Streaming's MDS shards, not compressed."""
-    # The package imports its datasets of pictures, and with them torchvision, whose wheel from PyPI does not load beside a CPU build of torch.
+    # The package imports its datasets of pictures, and with them torchvision, whose wheel from PyPI
+    # does not load beside a CPU build of torch.
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
     from streaming import MDSWriter, StreamingDataset
 
@@ -290,7 +302,8 @@ def mosaic(samples: Samples, directory: Path, *, length: int | None = None) -> A
     return StreamingDataset(local=str(home), batch_size=1, shuffle=False)
 
 
-# -- zarrcache ---------------------------------------------------------------------------------------------------------------------
+# -- zarrcache
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def reader(
@@ -370,7 +383,8 @@ def available(build: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], d
             if name.startswith(("zarrcache", "np.")):
                 raise
             missing[name] = (
-                f"does not work here: {type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
+                f"does not work here: {type(exc).__name__}: "
+                f"{str(exc).splitlines()[0] if str(exc) else ''}"
             )
     return built, missing
 

@@ -10,7 +10,9 @@ __all__ = ["plot"]
 
 
 def plot(table: Table, path: Path) -> None:
-    """``path.png`` and ``path.svg``: a bar for each median, a dot for each round; logarithmic where they differ much."""
+    """``path.png`` and ``path.svg``: a bar for each median, a dot for each round; logarithmic where
+    they differ much.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

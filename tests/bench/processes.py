@@ -73,8 +73,10 @@ def run(context: Context) -> list[Table]:
                 f"{MANY} processes to one": ", ".join(
                     f"{peer} {_gain(rounds, peer):.2f}" for peer in counts
                 ),
-                "cpu": "CPU time a sample of all processes: what it would take if no other process of the machine ran",
-                "commits": "transactions that wrote to the index during the round: PRAGMA data_version of a connection of its own",
+                "cpu": "CPU time a sample of all processes: what it would take if no other process "
+                "of the machine ran",
+                "commits": "transactions that wrote to the index during the round: PRAGMA "
+                "data_version of a connection of its own",
                 "locks": _under_strace(request, context.workdir),
             },
             bars,
@@ -109,16 +111,16 @@ def _data_version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA data_version").fetchone()[0])
 
 
-# -- the readers -------------------------------------------------------------------------------------------------------------------
+# -- the readers
+# -------------------------------------------------------------------------------------------------------------------
 
 
 class Readers:
     """Processes that have opened everything and read when they are told to."""
 
     def __init__(self, request: Mapping[str, Any], processes: int) -> None:
-        context = multiprocessing.get_context(
-            "forkserver"
-        )  # imports once, and nothing is open when it forks
+        # imports once, and nothing is open when it forks
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.bench.processes"])
         self._pipes: list[Connection] = []
         self._processes = []
@@ -140,7 +142,9 @@ class Readers:
             process.join(30)
 
     def read(self, peer: str, processes: int, count: int) -> tuple[float, float]:
-        """``processes`` of them read ``count`` pairs each, at once; the seconds from the first start to the last end, and of CPU time."""
+        """``processes`` of them read ``count`` pairs each, at once; the seconds from the first
+        start to the last end, and of CPU time.
+        """
         chosen = self._pipes[:processes]
         for pipe in chosen:  # all have opened this peer, and none is at it, before the clock starts
             pipe.send((peer, 1, 0.0))
@@ -191,7 +195,9 @@ def _serve(request: dict[str, Any], pipe: Connection) -> None:
 
 
 class _Counting(Dataset[Any]):
-    """Work without memory or files: what eight processes gain on the cores that are free at this moment."""
+    """Work without memory or files: what eight processes gain on the cores that are free at this
+    moment.
+    """
 
     def __len__(self) -> int:
         return 1
@@ -217,14 +223,17 @@ def _fill_diskcache(samples: peers.Samples, home: Path) -> None:
 
 
 def _diskcache(samples: peers.Samples, home: Path) -> Dataset[Any]:
-    """What is at hand for a cache of arrays on disk with a limit: every hit writes when it was used."""
+    """What is at hand for a cache of arrays on disk with a limit: every hit writes when it was
+    used.
+    """
     import diskcache
 
     cache = diskcache.Cache(str(home / "diskcache"))
     return peers.by_role(samples, lambda index, role: cache[f"{index}-{role}"])
 
 
-# -- locks -------------------------------------------------------------------------------------------------------------------------
+# -- locks
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 class Locks:
@@ -292,8 +301,10 @@ def _under_strace(request: Mapping[str, Any], workdir: Path) -> str:
     with out.open(errors="replace") as file:
         locks = locks_of(file)
     return (
-        f"strace of {MANY} processes reading {count} pairs each, the index open: {locks.writes} writes to the index or its log, {locks.exclusive} "
-        f"exclusive locks, {locks.shared} shared locks, {locks.refused} of them refused or waited for"
+        f"strace of {MANY} processes reading {count} pairs each, the index open: {locks.writes} "
+        f"writes to the index or its log, {locks.exclusive} "
+        f"exclusive locks, {locks.shared} shared locks, {locks.refused} of them refused or waited "
+        "for"
     )
 
 

@@ -1,4 +1,6 @@
-"""Tables to JSON, Markdown and plots. Everything that is shown is computed from the rounds in the JSON, so it can be shown again."""
+"""Tables to JSON, Markdown and plots. Everything that is shown is computed from the rounds in the
+JSON, so it can be shown again.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,14 @@ FORMAT = 1
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-# -- JSON --------------------------------------------------------------------------------------------------------------------------
+# -- JSON
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def document(tables: Iterable[Table], *, quick: bool, workdir: Path) -> Document:
-    """Tables with all of their rounds and where they come from: versions, machine, day. No host name, no paths."""
+    """Tables with all of their rounds and where they come from: versions, machine, day. No host
+    name, no paths.
+    """
     run = {
         "date": datetime.date.today().isoformat(),
         "quick": quick,
@@ -89,13 +94,16 @@ def load(path: Path) -> Document:
     found: Document = json.loads(path.read_text())
     if found.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has the format {found.get('format')!r}, this is {FORMAT}. Delete it and run tools/bench again."
+            f"{path} has the format {found.get('format')!r}, this is {FORMAT}. Delete it and run "
+            "tools/bench again."
         )
     return found
 
 
 def merge(old: Document, new: Document) -> Document:
-    """``old`` with the tables of ``new`` in the place of its own; the others stay as they were measured."""
+    """``old`` with the tables of ``new`` in the place of its own; the others stay as they were
+    measured.
+    """
     return {"format": FORMAT, "tables": dict(sorted({**old["tables"], **new["tables"]}.items()))}
 
 
@@ -119,7 +127,8 @@ def save(new: Document, out: Path) -> None:
     (out / "results.md").write_text(text)
 
 
-# -- judging -----------------------------------------------------------------------------------------------------------------------
+# -- judging
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 class Verdict:
@@ -190,11 +199,14 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan if a == 0 else math.inf
 
 
-# -- Markdown ----------------------------------------------------------------------------------------------------------------------
+# -- Markdown
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def markdown(document: Mapping[str, Any], *, plots: Iterable[str] = ()) -> str:
-    """Every table with its facts, bars, and what did not run. ``plots``: names whose plot lies beside."""
+    """Every table with its facts, bars, and what did not run. ``plots``: names whose plot lies
+    beside.
+    """
     parts = []
     with_plot = set(plots)
     for name, table in tables_of(document).items():
@@ -302,9 +314,11 @@ def _relative(table: Table, competitor: str) -> str:
 def _conditions(run: Mapping[str, Any]) -> dict[str, object]:
     about = run["machine"]
     return {
-        "machine": f"{about['cores']} cores, {about['cpu']}, {about['memory_gib']} GiB, kernel {about['kernel']}, {about['filesystem']}",
+        "machine": f"{about['cores']} cores, {about['cpu']}, {about['memory_gib']} GiB, kernel "
+        f"{about['kernel']}, {about['filesystem']}",
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        "run": f"{run['date']}, commit {run['commit']}{', quick: smallest sizes, no figure to quote' if run['quick'] else ''}; "
+        "run": f"{run['date']}, commit "
+        f"{run['commit']}{', quick: smallest sizes, no figure to quote' if run['quick'] else ''}; "
         "rounds of the competitors interleaved; P90 and P99 of the time of a round",
     }
 
@@ -358,7 +372,8 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-# -- README ------------------------------------------------------------------------------------------------------------------------
+# -- README
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def readme_block(document: Mapping[str, Any]) -> str:
@@ -406,8 +421,10 @@ def readme_block(document: Mapping[str, Any]) -> str:
             ),
             "",
             (
-                f"Medians of rounds in turns, {about['cores']} cores ({about['cpu']}), {about['filesystem']}, {' to '.join(dates)}. "
-                "All rounds, P90, P99, sizes, requests, versions: [docs/benchmarks/results.md](docs/benchmarks/results.md)."
+                f"Medians of rounds in turns, {about['cores']} cores ({about['cpu']}), "
+                f"{about['filesystem']}, {' to '.join(dates)}. "
+                "All rounds, P90, P99, sizes, requests, versions: "
+                "[docs/benchmarks/results.md](docs/benchmarks/results.md)."
             ),
         ]
     )
@@ -456,7 +473,8 @@ def with_block(readme: str, block: str) -> str:
         or readme.index(BEGIN) > readme.index(END)
     ):
         raise ValueError(
-            f"README.md needs the line {BEGIN} and after it the line {END}, once each; the table goes between them."
+            f"README.md needs the line {BEGIN} and after it the line {END}, once each; the table "
+            "goes between them."
         )
     head, _, rest = readme.partition(BEGIN)
     return f"{head}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"

@@ -1,7 +1,9 @@
-"""S1: what a cache of very many entries costs: opening it, a hit, ``status``, ``warm`` when all is warm.
+"""S1: what a cache of very many entries costs: opening it, a hit, ``status``, ``warm`` when all is
+warm.
 
-The entries are small, their number is not: files of the real format, each with its own name and identity, in an index that zarrcache rebuilds
-from them by itself, as it does after the index was lost.
+The entries are small, their number is not: files of the real format, each with its own name and
+identity, in an index that zarrcache rebuilds from them by itself, as it does after the index was
+lost.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ class _Node:
 
 
 def run(context: Context) -> list[Table]:
-    """A cache of few entries and one of many; commands and calls in processes of their own, hits in this one."""
+    """A cache of few entries and one of many; commands and calls in processes of their own, hits in
+    this one.
+    """
     few, many = (_HITS, 4_000) if context.quick else (_HITS, 400_000)
     (context.workdir / "s3" / "densities").mkdir(parents=True)
     with running(context.workdir / "s3") as server:
@@ -82,13 +86,11 @@ def _hits(context: Context, few: _Node, many: _Node) -> Table:
 
     def round_(node: _Node) -> Measured:
         reader, rng = node.reader(), random.Random(next(seeds))
-        reader.load(
-            node.task_ids[0], _ROLES[0]
-        )  # opens the index and reads the listings, as the first one of a run does
+        # opens the index and reads the listings, as the first one of a run does
+        reader.load(node.task_ids[0], _ROLES[0])
         spans = []
-        for number in rng.sample(
-            range(node.entries), _HITS
-        ):  # each once: the first use of a run, with its checksum
+        # each once: the first use of a run, with its checksum
+        for number in rng.sample(range(node.entries), _HITS):
             task_id, role = node.task_ids[number // 2], _ROLES[number % 2]
             start_s = time.perf_counter()
             reader.load(task_id, role)
@@ -105,7 +107,8 @@ def _hits(context: Context, few: _Node, many: _Node) -> Table:
     }
     rounds = interleave(competitors, context.rounds, warmup=2)
     facts = _facts(many) | {
-        "a round": f"the median of {_HITS} first hits at random, checksums included, by a new reader with a new connection to the index",
+        "a round": f"the median of {_HITS} first hits at random, checksums included, by a new "
+        "reader with a new connection to the index",
         "page cache": "warm as far as the memory goes: the files were written before",
     }
     bar = Bar(_entries(many), _entries(few), at_most=1.2)
@@ -143,9 +146,11 @@ def _whole(context: Context, server: BenchServer, few: _Node, many: _Node) -> Ta
             competitors[f"{words}, {_entries(node)}"] = functools.partial(round_, node, what)
     rounds = interleave(competitors, min(context.rounds, _LEAST_ROUNDS))
     facts = _facts(many) | {
-        "measured": "opening and plan_warm: the call alone, in a new process that has imported zarrcache; status and warm: the command, from the "
+        "measured": "opening and plan_warm: the call alone, in a new process that has imported "
+        "zarrcache; status and warm: the command, from the "
         "start of its process to its end (0.3 s of it are Python's start and the imports)",
-        "the config": f"{len(many.task_ids):,} ids; revalidate: never; the listings of both directories are stored",
+        "the config": f"{len(many.task_ids):,} ids; revalidate: never; the listings of both "
+        "directories are stored",
         "requests": "counted by the S3 server that the config names",
         "rebuilding a lost index": f"{many.rebuild_s:.0f} s for {many.entries:,} entries, once",
     }
@@ -173,12 +178,14 @@ def _entries(node: _Node) -> str:
 
 def _facts(node: _Node) -> dict[str, object]:
     return {
-        "entries": f"arrays of {'×'.join(map(str, _SHAPE))} float32, two for each task id, a file each",
+        "entries": f"arrays of {'×'.join(map(str, _SHAPE))} float32, two for each task id, a file "
+        "each",
         "bytes on disk": f"{node.entries * 8192:,}",
     }
 
 
-# -- making it -------------------------------------------------------------------------------------------------------------------------
+# -- making it
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def _fill(home: Path, count: int, server: BenchServer) -> _Node:
@@ -241,7 +248,8 @@ def _write(config: Path, part: int, parts: int) -> None:
             )
 
 
-# -- in a process of its own -------------------------------------------------------------------------------------------------------------
+# -- in a process of its own
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _open(config: DataConfig) -> None:

@@ -1,11 +1,14 @@
-"""An S3 server that is not the bottleneck: one asyncio process that serves a directory, with a latency for each request and a request log.
+"""An S3 server that is not the bottleneck: one asyncio process that serves a directory, with a
+latency for each request and a request log.
 
-It knows what readers need: LIST v2, GET with ranges, HEAD, ``If-Match``, and the two questions about a bucket. Signatures are not looked at,
-nothing can be written. ETags are MD5 sums. Contents, sums and listings are kept in memory from the first request on and are looked at again when
-a modification time says so; so files may be replaced while it runs, as ``os.replace`` does it, but not rewritten in place.
+It knows what readers need: LIST v2, GET with ranges, HEAD, ``If-Match``, and the two questions
+about a bucket. Signatures are not looked at, nothing can be written. ETags are MD5 sums. Contents,
+sums and listings are kept in memory from the first request on and are looked at again when a
+modification time says so; so files may be replaced while it runs, as ``os.replace`` does it, but
+not rewritten in place.
 
-``BenchServer`` is a handle: small, picklable, usable from any process. The process behind it ends with its standard input, which the kernel
-closes when the benchmark is killed.
+``BenchServer`` is a handle: small, picklable, usable from any process. The process behind it ends
+with its standard input, which the kernel closes when the benchmark is killed.
 """
 
 from __future__ import annotations
@@ -48,11 +51,9 @@ _STATUS = {
     400: "Bad Request",
     404: "Not Found",
     405: "Method Not Allowed",
-} | {
-    412: "Precondition Failed",
-    416: "Range Not Satisfiable",
-}
-#: No bucket has this name: what is below it is for the benchmark, not for S3 clients, and is neither logged nor delayed.
+} | {412: "Precondition Failed", 416: "Range Not Satisfiable"}
+#: No bucket has this name: what is below it is for the benchmark, not for S3 clients, and is
+#: neither logged nor delayed.
 _CONTROL = "/-/"
 
 
@@ -63,7 +64,8 @@ class Request:
     Attributes
     ----------
     op : str
-        ``LIST``, ``GET``, ``HEAD``, ``BUCKET`` (a question about the bucket), or the HTTP method of anything else.
+        ``LIST``, ``GET``, ``HEAD``, ``BUCKET`` (a question about the bucket), or the HTTP method of
+        anything else.
     bucket, key : str
         Of a LIST the prefix.
     status : int
@@ -139,7 +141,8 @@ def running(
     latency_s : float
         From a request's arrival to the answer's first byte, for every request.
     bandwidth_bytes_s : float, optional
-        Of all answers together, as a network card has it: each body is sent when the cap lets its last byte through.
+        Of all answers together, as a network card has it: each body is sent when the cap lets its
+        last byte through.
     """
     command = [
         sys.executable,
@@ -192,12 +195,15 @@ def serve_from_memory(server: BenchServer, bucket: str, prefixes: Iterable[str])
 _TOKEN = re.compile(rb"<NextContinuationToken>([^<]*)<")
 
 
-# -- the server's process ----------------------------------------------------------------------------------------------------------------
+# -- the server's process
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class _Object:
-    """A file as S3 shows it. ``answer`` is the whole 200, head and body; empty for an object that is not kept in memory."""
+    """A file as S3 shows it. ``answer`` is the whole 200, head and body; empty for an object that
+    is not kept in memory.
+    """
 
     path: str
     size: int
@@ -236,9 +242,8 @@ class _Bucket:
         self._objects: dict[str, _Object] = {}
         self._listings: dict[tuple[str, bool], _Listing] = {}
         self._kept_bytes = 0
-        self._linked: dict[
-            tuple[int, int], _Object
-        ] = {}  # by device and inode: other names of it share its body
+        # by device and inode: other names of it share its body
+        self._linked: dict[tuple[int, int], _Object] = {}
 
     def has(self, bucket: str) -> bool:
         return bool(bucket) and os.path.isdir(os.path.join(self._root, bucket))
@@ -364,7 +369,8 @@ class _Bucket:
             f"<NextContinuationToken>{quote(last, safe='')}</NextContinuationToken>" if more else ""
         )
         return (
-            f'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult {_XMLNS}><Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix>'
+            '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult '
+            f"{_XMLNS}><Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix>"
             f"<Delimiter>{escape(delimiter)}</Delimiter><MaxKeys>{limit}</MaxKeys><KeyCount>{len(objects) + len(prefixes)}</KeyCount>"
             f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{''.join(objects)}{''.join(prefixes)}</ListBucketResult>"
         ).encode()
@@ -388,7 +394,8 @@ _REGION = "x-amz-bucket-region: us-east-1\r\n"
 
 def _error(status: int, code: str, resource: str, *, head: bool = False) -> tuple[int, bytes, int]:
     body = (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{code} at the benchmark\'s server</Message>'
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{code} at the '
+        "benchmark's server</Message>"
         f"<Resource>{escape(resource)}</Resource><RequestId>0</RequestId></Error>"
     ).encode()
     return status, _answer(status, _XML + _REGION, body, head=head), 0 if head else len(body)
@@ -496,7 +503,8 @@ class _Server:
                 "BUCKET",
                 "",
                 _document(
-                    f"<ListAllMyBucketsResult {_XMLNS}><Buckets>{rows}</Buckets></ListAllMyBucketsResult>".encode()
+                    "<ListAllMyBucketsResult "
+                    f"{_XMLNS}><Buckets>{rows}</Buckets></ListAllMyBucketsResult>".encode()
                 ),
             )
         prefix = query.get("prefix", [""])[0]
@@ -615,7 +623,9 @@ def _main() -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--bandwidth", type=float, default=0.0)
     arguments = parser.parse_args()
-    gc.disable()  # everything here is kept or acyclic, and a collection over a million log rows is a pause that a client would be blamed for
+    # everything here is kept or acyclic, and a collection over a million log rows is a pause that a
+    # client would be blamed for
+    gc.disable()
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()

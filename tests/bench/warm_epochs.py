@@ -21,10 +21,12 @@ __all__ = ["run"]
 CONSUMER = "one value of each 4 KiB page of both arrays is read"
 PAGE_CACHE = "warm: every file was read in the warm-up round, nothing is evicted between rounds"
 ITERATED = (
-    "iterated, as their datasets are made for; as many samples on disk as a round reads, or whole epochs. Mosaic Streaming 0.10.0 is the newest "
+    "iterated, as their datasets are made for; as many samples on disk as a round reads, or whole "
+    "epochs. Mosaic Streaming 0.10.0 is the newest "
     "that takes numpy 2.2 or later; 0.13.0, tried apart, reads at the same rate"
 )
-#: Those that decode every chunk in every epoch: a round of all samples would take most of the run's time.
+#: Those that decode every chunk in every epoch: a round of all samples would take most of the run's
+#: time.
 SLOW = ("zarr", "zarr CacheStore", "zarr simplecache", "TensorStore", "TensorStore, cache pool")
 #: What tells nothing more when every sample is copied.
 NOT_COPIED = (
@@ -37,7 +39,9 @@ WORKERS = 2
 
 
 def run(context: Context) -> list[Table]:
-    """W2 first: its workers are forked, and zarr and TensorStore must not have been used before that in this process."""
+    """W2 first: its workers are forked, and zarr and TensorStore must not have been used before
+    that in this process.
+    """
     warnings.filterwarnings("ignore", message=".*not writable.*")  # Mosaic's arrays
     shapes = (
         {"5 MiB": (80, 128, 128)}
@@ -64,7 +68,8 @@ def run(context: Context) -> list[Table]:
     ]
 
 
-# -- W1 ----------------------------------------------------------------------------------------------------------------------------
+# -- W1
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _in_one_process(
@@ -84,7 +89,8 @@ def _in_one_process(
         {
             **_facts(samples),
             "loader": "DataLoader(batch_size=None, num_workers=0)",
-            "LitData, by index": "its chunks stay mapped between epochs; writing to such a tensor ends the process (SIGSEGV)",
+            "LitData, by index": "its chunks stay mapped between epochs; writing to such a tensor "
+            "ends the process (SIGSEGV)",
         },
         [
             Bar(name, floor, at_least=0.90)
@@ -123,7 +129,8 @@ def _epochs(
 ) -> tuple[dict[str, list[Measured]], dict[str, str]]:
     def loader(name: str, count: int) -> DataLoader[Any]:
         dataset = datasets[name]
-        # A dataset that is iterated brings its own order; the others are read by position, some over and over.
+        # A dataset that is iterated brings its own order; the others are read by position, some
+        # over and over.
         sampler = (
             None if isinstance(dataset, IterableDataset) else list(peers.cycle(len(dataset), count))
         )
@@ -168,7 +175,8 @@ def _facts(samples: peers.Samples) -> dict[str, object]:
     }
 
 
-# -- W2 ----------------------------------------------------------------------------------------------------------------------------
+# -- W2
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _through_workers(context: Context, size: str, shape: tuple[int, int, int]) -> Table:
@@ -235,7 +243,8 @@ def _through_workers(context: Context, size: str, shape: tuple[int, int, int]) -
         {
             **_facts(samples),
             "loader": f"DataLoader(batch_size=1, num_workers={WORKERS}), fork",
-            "steady state": f"samples {skip + 1} to {length} of a new iterator; the values are read by the training process",
+            "steady state": f"samples {skip + 1} to {length} of a new iterator; the values are "
+            "read by the training process",
         },
         [
             Bar(f"zarrcache {name}", "np.load", at_least=3.0)

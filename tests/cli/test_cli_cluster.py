@@ -83,7 +83,9 @@ def test_serve_says_where_gives_entries_and_ends_when_it_is_told(
 
 
 def test_serve_refuses_what_would_give_the_cache_to_anybody(config: Path, tmp_path: Path) -> None:
-    """Exit 2: no token on an address of the network, a token file that others may read, a config without a cache."""
+    """Exit 2: no token on an address of the network, a token file that others may read, a config
+    without a cache.
+    """
     (tmp_path / "open").write_text("k" * 40)
     (tmp_path / "open").chmod(0o644)
     for arguments, words in (

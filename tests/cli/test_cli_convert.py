@@ -44,7 +44,9 @@ def test_convert_names_what_fails_and_skips_what_is_there(files: Path, tmp_path:
 def test_convert_uploads_with_the_settings_of_a_training_config(
     files: Path, tmp_path: Path, s3_server: S3Server, bucket: str
 ) -> None:
-    """``s3_kwargs`` come from the config, or from --s3-kwargs and --endpoint-url, which override it."""
+    """``s3_kwargs`` come from the config, or from --s3-kwargs and --endpoint-url, which override
+    it.
+    """
     config = write_config(tmp_path, s3_kwargs=s3_server.kwargs_at("http://127.0.0.1:9"))
     options = (
         "--config",

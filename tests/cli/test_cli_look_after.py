@@ -35,7 +35,8 @@ def test_evict_shows_asks_and_drops(config: Path, tmp_path: Path) -> None:
     assert (alone.code, alone.out) == (2, "")
     assert (
         alone.err
-        == f"error: about to evict {what}, and nobody is there to be asked. Add --yes to do it, or --dry-run to look.\n"
+        == f"error: about to evict {what}, and nobody is there to be asked. Add --yes to do it, or "
+        "--dry-run to look.\n"
     )
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 6
     assert zarrcache("evict", config, "--ids", "/dev/null").code == 2
@@ -91,8 +92,8 @@ def test_status_says_how_full_and_how_warm(config: Path, tmp_path: Path) -> None
     done = zarrcache("status", config)
     assert done.code == 0
     assert (
-        f"cache        {tmp_path}/cache\narray tier   6 entries, 48.0 KiB\nbyte tier    0 entries, 0 B\n"
-        in done.out
+        f"cache        {tmp_path}/cache\narray tier   6 entries, 48.0 KiB\nbyte tier    0 entries, "
+        "0 B\n" in done.out
     )
     assert "volume       48.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
     assert (
@@ -133,7 +134,9 @@ def test_verify_finds_a_flipped_bit_and_drops_it(config: Path, tmp_path: Path) -
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do(config: Path, tmp_path: Path) -> None:
-    """Fit: exit 0. A directory that cannot be used and an origin that is not there: exit 1, and JSON has the same."""
+    """Fit: exit 0. A directory that cannot be used and an origin that is not there: exit 1, and
+    JSON has the same.
+    """
     done = zarrcache("doctor", config)
     assert done.code == 0, done.out
     assert (

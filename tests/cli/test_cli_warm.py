@@ -1,4 +1,6 @@
-"""``zarrcache warm`` as users run it, against a real S3 server; every request is counted by the proxy in front of it."""
+"""``zarrcache warm`` as users run it, against a real S3 server; every request is counted by the
+proxy in front of it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from zarrcache.data.reader import open_reader
 
 @pytest.fixture
 def uploaded(tmp_path: Path, s3_server: S3Server, bucket: str) -> str:
-    """Three pairs on S3, and an id without stores; the URL above them. ``tmp_path`` has the same stores and the map."""
+    """Three pairs on S3, and an id without stores; the URL above them. ``tmp_path`` has the same
+    stores and the map.
+    """
     write_pairs(tmp_path, 3)
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
@@ -38,7 +42,9 @@ def config(tmp_path: Path, uploaded: str, s3_server: S3Server, fault_proxy: Faul
 def test_after_warm_everything_works_with_the_server_switched_off(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """A dry run fetches nothing; warm fetches each object once; then split, values, status and evict need no server."""
+    """A dry run fetches nothing; warm fetches each object once; then split, values, status and
+    evict need no server.
+    """
     dry = zarrcache("warm", config, "--dry-run")
     assert dry.code == 0, dry.err
     assert dry.out.startswith("Would fetch 6 of 6 densities of 3 ids (")
@@ -85,8 +91,8 @@ def test_running_it_again_makes_no_request(
     assert again.out.startswith("Warmed 3 of 3 ids (")
     assert "3 fresh already" in again.out
     assert (
-        "6 densities were in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares."
-        in again.err
+        "6 densities were in the cache already, and not compared with the origin "
+        "(cache.revalidate: never); --revalidate compares." in again.err
     )
     assert (
         "0 of 6 densities of 3 ids (0 B, 0 requests); 6 fresh."
@@ -116,9 +122,8 @@ def test_two_processes_fetch_each_object_once(config: Path, fault_proxy: FaultPr
     done = zarrcache("warm", config, "--workers", "2", "--json")
     assert (done.code, done.document["warm"]) == (0, 3), done.err
     assert fault_proxy.repeats() == 0
-    assert (
-        done.document["stats"]["requests"] == fault_proxy.count() - 2
-    )  # the directories are listed before
+    # the directories are listed before
+    assert done.document["stats"]["requests"] == fault_proxy.count() - 2
 
 
 def test_a_store_that_fails_is_named_and_the_rest_is_warm(
@@ -158,14 +163,16 @@ def _ids(directory: Path, *names: str) -> Path:
 def test_an_origin_that_fails_altogether_ends_it_with_one_error(
     config: Path, fault_proxy: FaultProxy
 ) -> None:
-    """Not an error for each density when none can be read; one when the directories cannot be listed."""
+    """Not an error for each density when none can be read; one when the directories cannot be
+    listed.
+    """
     fault_proxy.rules(Rule(op="GET", then="503"))
     done = zarrcache("warm", config, "--workers", "1")
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\nerror: ") == 1
     assert (
-        "the origin stopped answering, 4 densities in a row failed. 0 of 6 are warm; run the same again to go on."
-        in done.err
+        "the origin stopped answering, 4 densities in a row failed. 0 of 6 are warm; run the same "
+        "again to go on." in done.err
     )
     fault_proxy.down()
     done = zarrcache("warm", config)
@@ -200,8 +207,8 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     assert done.out.startswith("Warmed 2 of 3 ids (")
     assert "1 id did not fit: cache.limit (48.0 KiB) or cache.min_free is reached" in done.err
     assert (
-        "All ids and what else is in the cache take about 64.0 KiB on disk: raise cache.limit, or make room with `zarrcache evict`."
-        in done.err
+        "All ids and what else is in the cache take about 64.0 KiB on disk: raise cache.limit, or "
+        "make room with `zarrcache evict`." in done.err
     )
 
 
@@ -236,13 +243,15 @@ def test_a_wrong_option_is_exit_2_with_words(
 
 
 def test_a_cache_directory_that_cannot_be_used_is_exit_2(config: Path, tmp_path: Path) -> None:
-    """Training would go on without; warm says so. The same words from ZARRCACHE_DIR, which overrides the config."""
+    """Training would go on without; warm says so. The same words from ZARRCACHE_DIR, which
+    overrides the config.
+    """
     (tmp_path / "file").touch()
     done = zarrcache("warm", config, env={"ZARRCACHE_DIR": str(tmp_path / "file" / "cache")})
     assert done.code == 2
     assert (
-        f"error: cache.dir {tmp_path}/file/cache cannot be used (Not a directory). Choose a directory on this node's own disk"
-        in done.err
+        f"error: cache.dir {tmp_path}/file/cache cannot be used (Not a directory). Choose a "
+        "directory on this node's own disk" in done.err
     )
 
 

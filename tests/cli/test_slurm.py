@@ -1,4 +1,6 @@
-"""``configs/slurm``: the scripts as users submit them, with real commands on real stores; only ``srun`` is not Slurm's."""
+"""``configs/slurm``: the scripts as users submit them, with real commands on real stores; only
+``srun`` is not Slurm's.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 EXAMPLE = ROOT / "configs" / "slurm" / "dask_convert.py"
 HANG_S = 120.0
 
-#: Reads everything and notes what it cost, saves when it is told to end, and ends with the code that it was given.
+#: Reads everything and notes what it cost, saves when it is told to end, and ends with the code
+#: that it was given.
 TRAINING = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -53,7 +56,9 @@ sys.exit(code)
 
 
 class Job:
-    """The environment of a job on two nodes: ``srun`` and ``scontrol`` on the path, a scratch directory, a training config, a training."""
+    """The environment of a job on two nodes: ``srun`` and ``scontrol`` on the path, a scratch
+    directory, a training config, a training.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.scratch, self.out, self.training = (
@@ -197,7 +202,9 @@ def in_step(node: int, **more: str) -> Mapping[str, str]:
 
 
 def test_under_srun_a_node_warms_its_share_once(tmp_path: Path) -> None:
-    """Of training set and test set each, as NodeSampler cuts them. A second process of the node leaves it to the first."""
+    """Of training set and test set each, as NodeSampler cuts them. A second process of the node
+    leaves it to the first.
+    """
     write_pairs(tmp_path, 9)
     config = write_config(tmp_path)
     done = zarrcache(
@@ -234,7 +241,10 @@ def test_under_srun_a_node_warms_its_share_once(tmp_path: Path) -> None:
     [
         (
             ("--each-node",),
-            "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm CONFIG --each-node`",
+            (
+                "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm "
+                "CONFIG --each-node`"
+            ),
         ),
         (
             ("--assignment", "node"),
@@ -245,7 +255,9 @@ def test_under_srun_a_node_warms_its_share_once(tmp_path: Path) -> None:
 def test_options_that_would_warm_one_node_of_many_are_refused(
     tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
-    """In a batch script outside of srun Slurm's variables are those of node 0; the others would stay cold."""
+    """In a batch script outside of srun Slurm's variables are those of node 0; the others would
+    stay cold.
+    """
     config = write_config(tmp_path)
     done = zarrcache(
         "warm",

@@ -1,4 +1,6 @@
-"""Work over a real Dask cluster: two workers behind sockets, which are two nodes with a cache each, and one that is killed."""
+"""Work over a real Dask cluster: two workers behind sockets, which are two nodes with a cache each,
+and one that is killed.
+"""
 
 from __future__ import annotations
 
@@ -128,13 +130,15 @@ def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(
     """A bug, or packages that are missing there; and another version of this one."""
     with pytest.raises(
         ConfigError,
-        match=r"cannot do this: ValueError: number \d\. Every worker needs the same zarrcache as this machine",
+        match=r"cannot do this: ValueError: number \d\. Every worker needs the same zarrcache as "
+        r"this machine",
     ):
         list(connected.spread(daskcluster.fail, range(3)))
     monkeypatch.setattr(cluster, "__version__", "0.0.1")
     with pytest.raises(
         ConfigError,
-        match=r"on node\d+ has zarrcache [\d.]+.*, and this machine 0\.0\.1\. Install the same on both",
+        match=r"on node\d+ has zarrcache [\d.]+.*, and this machine 0\.0\.1\. Install the same on "
+        r"both",
     ):
         list(connected.spread(daskcluster.double, range(3)))
 
@@ -151,7 +155,9 @@ def source(tmp_path: Path) -> Path:
 def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(
     connected: Cluster, running: RunningCluster, source: Path, tmp_path: Path
 ) -> None:
-    """One task a material, from Python and from the command line; the second run finds nothing to do but the file that failed."""
+    """One task a material, from Python and from the command line; the second run finds nothing to
+    do but the file that failed.
+    """
     seen: list[ConvertResult] = []
     here = plan_convert(source, tmp_path / "here", workers=1).execute()
     there = plan_convert(source, tmp_path / "there").execute(seen.append, engine=connected.spread)
@@ -186,9 +192,8 @@ def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(
 
     report = plan_convert(source, tmp_path / "there").execute(kill_one, engine=connected.spread)
     plan_convert(source, tmp_path / "here", workers=1).execute()
-    assert (
-        len(report.converted) + len(report.skipped) == 6
-    )  # skipped: the worker had finished it and died before it said so
+    # skipped: the worker had finished it and died before it said so
+    assert len(report.converted) + len(report.skipped) == 6
     assert [result.task_id for result in report.failed] == ["bad-1"]
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
@@ -298,7 +303,9 @@ def config(tmp_path: Path, home: Path) -> Path:
 def test_each_node_warms_what_it_is_assigned_and_no_more(
     running: RunningCluster, config: Path, home: Path
 ) -> None:
-    """Its share of the training set and its share of the test set, as NodeSampler cuts them; a line for each node."""
+    """Its share of the training set and its share of the test set, as NodeSampler cuts them; a line
+    for each node.
+    """
     done = zarrcache("warm", config, "--dask", running.file, "--each-node", "--assignment", "node")
     assert done.code == 0, done.err
     for number, node in enumerate(NODES):  # node2 before node10, as Slurm counts
@@ -372,7 +379,9 @@ def test_warm_over_workers_of_this_machine_is_what_it_is_without(
 
 
 def test_errors_are_told_in_words_though_dask_is_there(running: RunningCluster) -> None:
-    """What Dask does to exceptions when it is imported must not reach ours: a cause with a lock in it has no pickle."""
+    """What Dask does to exceptions when it is imported must not reach ours: a cause with a lock in
+    it has no pickle.
+    """
     with open_cluster(running.address):
         error = OriginUnavailableError("s3://b/mp-1.zarr could not be read")
         error.__cause__ = OSError(threading.RLock())

@@ -1,4 +1,6 @@
-"""Conversions to S3: the same bytes as to a directory, visible when whole, and a clear word when the server refuses."""
+"""Conversions to S3: the same bytes as to a directory, visible when whole, and a clear word when
+the server refuses.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_s3_gets_the_bytes_that_a_directory_gets(
     as_zip: bool,
     workers: int,
 ) -> None:
-    """Object for object, in both formats, as trees and as zip files; zarr reads the file's values out of a copy."""
+    """Object for object, in both formats, as trees and as zip files; zarr reads the file's values
+    out of a copy.
+    """
     options: dict[str, Any] = {"zarr_format": zarr_format, "zip": as_zip}
     report = convert_directory(
         source,
@@ -150,16 +154,17 @@ def test_a_neighbour_whose_name_begins_alike_is_not_touched(
 def test_the_documents_that_make_a_store_visible_are_sent_last(
     s3_server: S3Server, bucket: str, proxy: FaultProxy
 ) -> None:
-    """Chunks in any order, then the array's documents, then the group's: the order of arrival at the server says so."""
+    """Chunks in any order, then the array's documents, then the group's: the order of arrival at
+    the server says so.
+    """
     destination = S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url))
     destination.upload("mp-1.zarr", _small_store())
     destination.upload("mp-1.zarr", _small_store(), overwrite=True)
     sent = [(seen.op, is_document(seen.path)) for seen in proxy.seen("PUT|DELETE")]
     first, takedown, second = ([d for _, d in part] for part in _runs(sent))
     assert first == second == sorted(first)
-    assert takedown == sorted(
-        takedown, reverse=True
-    )  # the other way round: nobody reads half of the old one
+    # the other way round: nobody reads half of the old one
+    assert takedown == sorted(takedown, reverse=True)
     puts = [seen.path for seen in proxy.seen("PUT")]
     assert puts[-1].endswith("mp-1.zarr/.zgroup")
 
@@ -221,11 +226,14 @@ def test_a_server_that_stops_taking_objects_gets_what_it_took_removed(
 def test_credentials_that_may_not_write_end_the_run_at_once(
     s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy, workers: int
 ) -> None:
-    """A thousand files would fail alike; the error names the store and the permissions that are needed."""
+    """A thousand files would fail alike; the error names the store and the permissions that are
+    needed.
+    """
     proxy.rules(Rule(then="403", op="PUT"))
     with pytest.raises(
         OriginAccessError,
-        match=rf"s3://{bucket}/label/.*\.zarr: writing was refused: .*403.*s3:PutObject.*'{bucket}'",
+        match=rf"s3://{bucket}/label/.*\.zarr: writing was refused: "
+        rf".*403.*s3:PutObject.*'{bucket}'",
     ):
         convert_directory(
             source,

@@ -1,4 +1,6 @@
-"""Credentials, as a server that checks them answers: refused by name, at once, and never taken for a store that is not there."""
+"""Credentials, as a server that checks them answers: refused by name, at once, and never taken for
+a store that is not there.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,9 @@ def test_a_public_bucket_is_read_without_credentials(
 def test_a_chunk_that_may_not_be_read_is_an_error_and_no_fill_value(
     url: str, engine: str, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """The bucket may be listed, one object of it not be read: named, and nothing of the store is kept."""
+    """The bucket may be listed, one object of it not be read: named, and nothing of the store is
+    kept.
+    """
     denied = f"{bucket}/data/mp-0.zarr/charge_density_total/*"
     statement = {
         "Effect": "Deny",

@@ -1,4 +1,6 @@
-"""Training with Lightning over several ranks and nodes: in the planned order, each object fetched once, killed at any step and resumed."""
+"""Training with Lightning over several ranks and nodes: in the planned order, each object fetched
+once, killed at any step and resumed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ IDS = [f"mp-{number}" for number in range(10)]
 TRAINED, TESTED = split_ids(IDS, 8, 42)
 EPOCHS = 3
 EVERY_SECOND = {"every_n_train_steps": 2}
-#: A store that was written within two seconds is listed once more after it was read: it may still be being written.
+#: A store that was written within two seconds is listed once more after it was read: it may still
+#: be being written.
 SETTLED_S = 2.1
 
 
@@ -93,7 +96,9 @@ def options(config: str, **changes: Any) -> dict[str, Any]:
 
 
 def effective(first: Job, second: Job) -> list[Step]:
-    """What the weights have seen: the killed run until its last checkpoint, and the one that went on from there."""
+    """What the weights have seen: the killed run until its last checkpoint, and the one that went
+    on from there.
+    """
     return [step for step in first.steps if step.step < second.resumed_at] + second.steps
 
 
@@ -132,8 +137,9 @@ def objects(server: S3Server, bucket: str, task_id: str) -> list[str]:
 def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
     stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Three epochs on two nodes with a cache each; all are killed after the first epoch and resumed. In the whole cluster each object is
-    fetched once, the second and third epoch ask for nothing, and the losses are those of a run without any cache, bit for bit.
+    """Three epochs on two nodes with a cache each; all are killed after the first epoch and
+    resumed. In the whole cluster each object is fetched once, the second and third epoch ask for
+    nothing, and the losses are those of a run without any cache, bit for bit.
     """
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server), assignment="node")
     caches = (tmp_path / "node0", tmp_path / "node1")
@@ -190,7 +196,9 @@ def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
 def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(
     stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Two nodes with two ranks each: never twice on a node, whichever of its ranks and workers come first. Lightning keeps the sampler."""
+    """Two nodes with two ranks each: never twice on a node, whichever of its ranks and workers come
+    first. Lightning keeps the sampler.
+    """
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server))
     log = RequestLog(s3_server, bucket)
     job = Job(
@@ -246,7 +254,9 @@ def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_
     die_at: int | None,
     assignment: str,
 ) -> None:
-    """SIGKILL in the middle of a step; what was trained on after the last checkpoint is trained on again, nothing else."""
+    """SIGKILL in the middle of a step; what was trained on after the last checkpoint is trained on
+    again, nothing else.
+    """
     data = options(config(tmp_path / "train.yaml", stores, str(stores)), assignment=assignment)
     every = 1 if sum(before) > 1 else 3
     die_at = random.randrange(1, EPOCHS * 8 // sum(before)) if die_at is None else die_at
@@ -274,7 +284,8 @@ def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_
         after_it = names([step for step in resumed.steps if step.epoch == epoch])
         assert len(before_it) == len(set(before_it))
         assert set(before_it) | set(after_it) == set(TRAINED), (die_at, epoch)
-        # Where the rest is no multiple of the ranks, the last step repeats as many samples as it takes.
+        # Where the rest is no multiple of the ranks, the last step repeats as many samples as it
+        # takes.
         left = len(TRAINED) - len(before_it)
         assert len(after_it) == -(-left // ranks) * ranks, (die_at, epoch)
         assert not set(before_it) & set(after_it) or left % ranks, (die_at, epoch)
@@ -356,7 +367,9 @@ def test_ranks_that_see_different_samples_all_stop_at_the_start(
 
 
 def test_overfitting_reads_the_first_batches_in_every_epoch(stores: Path, tmp_path: Path) -> None:
-    """What ``Trainer(overfit_batches=...)`` is for; Lightning takes another sampler then, and says so."""
+    """What ``Trainer(overfit_batches=...)`` is for; Lightning takes another sampler then, and says
+    so.
+    """
     settings = options(config(tmp_path / "train.yaml", stores, str(stores)))
     job = Job(tmp_path / "run", settings, epochs=2, trainer={"overfit_batches": 3})
     run(job)

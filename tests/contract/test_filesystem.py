@@ -33,7 +33,9 @@ def options(s3_server: S3Server, tmp_path: Path) -> dict[str, Any]:
 def test_a_file_is_read_through_the_cache(
     s3_server: S3Server, bucket: str, options: dict[str, Any]
 ) -> None:
-    """Whole, in part, and line by line it is what was put; the second read asks S3 for nothing but whether it has changed."""
+    """Whole, in part, and line by line it is what was put; the second read asks S3 for nothing but
+    whether it has changed.
+    """
     s3_server.put(f"s3://{bucket}/a/x.bin", BODY)
     url = f"zarrcache::s3://{bucket}/a/x.bin"
     with fsspec.open(url, **options) as file:
@@ -87,7 +89,9 @@ def test_listing_looks_like_any_filesystem(
 def test_zarr_opens_the_url_and_again_without_s3(
     tmp_path: Path, layout: dict[str, Any], small_group: Callable[..., Any]
 ) -> None:
-    """``zarr.open_group("zarrcache::…")`` equals a plain read, and a second process needs no server."""
+    """``zarr.open_group("zarrcache::…")`` equals a plain read, and a second process needs no
+    server.
+    """
     small_group("mp-1.zarr", **layout)
     expected = plain_read(tmp_path / "mp-1.zarr")
     cache = {"dir": str(tmp_path / "cache")}

@@ -138,13 +138,14 @@ def test_a_run_does_what_the_plan_says(
 def test_longer_runs_and_other_ways_are_extrapolated(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifty epochs go on as the last ones that were simulated; a table tells what the other choices come to."""
+    """Fifty epochs go on as the last ones that were simulated; a table tells what the other choices
+    come to.
+    """
     half = plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
     reader = open_reader(config)
     simulated = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
-    monkeypatch.setattr(
-        "zarrcache.ops.forecast.SIMULATED", 24 * 25
-    )  # as if the 24 samples were thousands
+    # as if the 24 samples were thousands
+    monkeypatch.setattr("zarrcache.ops.forecast.SIMULATED", 24 * 25)
     plan = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
     assert (plan.ranks, plan.run_epochs, len(plan.epochs)) == (4, 50, 25)
     assert (plan.total.requests, plan.total.dollars) == pytest.approx(
@@ -162,7 +163,9 @@ def test_longer_runs_and_other_ways_are_extrapolated(
 def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
     config: dict[str, Any],
 ) -> None:
-    """Room for everything: what a node has read once it hits, so of n nodes the share ((n - 1) / n)**k is missed after k epochs."""
+    """Room for everything: what a node has read once it hits, so of n nodes the share ((n - 1) /
+    n)**k is missed after k epochs.
+    """
     nodes = 8
     plan = plan_training(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=50)
     expected = [1 - (1 - 1 / nodes) ** epoch for epoch in range(50)]

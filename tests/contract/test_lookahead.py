@@ -1,4 +1,6 @@
-"""Look-ahead: the next densities are there before they are asked for, every object is fetched once, and the disk holds no more than it may."""
+"""Look-ahead: the next densities are there before they are asked for, every object is fetched once,
+and the disk holds no more than it may.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def gets(log: RequestLog) -> Counter[int]:
 def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Never more than the budget ahead; into the next epoch as well, for which nothing is left to do."""
+    """Never more than the budget ahead; into the next epoch as well, for which nothing is left to
+    do.
+    """
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
     sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
@@ -133,12 +137,10 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
         assert reader._counters.snapshot().misses == 0
         fetched = reader.stats.misses
         stays = len(list(reader.cache.arrays.entries()))  # type: ignore[union-attr]
-    assert (
-        12 <= stays <= (18 if eviction == "belady" else 16)
-    )  # with two listings; belady lends only what is needed last
-    assert (
-        fetched <= 24 + 2 * (24 - 12) + 4
-    )  # those that stay are fetched once, the others in each epoch; and what is ahead at the end
+    # with two listings; belady lends only what is needed last
+    assert 12 <= stays <= (18 if eviction == "belady" else 16)
+    # those that stay are fetched once, the others in each epoch; and what is ahead at the end
+    assert fetched <= 24 + 2 * (24 - 12) + 4
     assert sum(log.paths("GET").values()) <= pairs.objects * (fetched + 4)
     assert not index.loans()
     assert index.volume_bytes() <= 16 * ONE + LISTINGS
@@ -147,7 +149,9 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
 def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """As when samples are drawn with replacement: the first reading takes the loan that the second would have found."""
+    """As when samples are drawn with replacement: the first reading takes the loan that the second
+    would have found.
+    """
     reader = pairs.reader(
         tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE
     )
@@ -176,7 +180,9 @@ def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(
 def test_workers_of_a_dataloader_are_followed_too(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """What they ask for makes room for more, or the prefetcher would stop at its budget; whoever is faster, one fetches."""
+    """What they ask for makes room for more, or the prefetcher would stop at its budget; whoever is
+    faster, one fetches.
+    """
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
     sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
@@ -261,7 +267,9 @@ def test_a_process_that_cannot_be_started_is_one_warning(
 def test_interrupted_at_its_start_the_process_ends(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where somebody keeps the exception, as a notebook does: it would fetch beside the next one."""
+    """Also where somebody keeps the exception, as a notebook does: it would fetch beside the next
+    one.
+    """
     dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
     reader, sampler, start, before = (
         dataset.reader,
@@ -303,7 +311,9 @@ def test_where_there_is_nothing_to_do_no_process_is_started(
 def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks here, as torchrun says: each has half; what the other reads is in no list of this one."""
+    """Two ranks here, as torchrun says: each has half; what the other reads is in no list of this
+    one.
+    """
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
@@ -339,7 +349,9 @@ def test_an_order_that_was_drawn_with_replacement_is_followed(
 def test_four_nodes_that_have_room_for_a_quarter_hit_as_often_as_the_future_allows(
     s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A global shuffle through four caches with ``eviction: belady``: 95 % of the hits of offline Belady, counted at the server too."""
+    """A global shuffle through four caches with ``eviction: belady``: 95 % of the hits of offline
+    Belady, counted at the server too.
+    """
     count, epochs, room = 49, 8, 24
     many = put_pairs(s3_server, tmp_path_factory.mktemp("many"), count)
     hits = best = 0
@@ -433,7 +445,9 @@ def _run_program(
 def test_a_users_program_is_not_run_once_more(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str, imports: int
 ) -> None:
-    """A training script need not guard its main part, and what it imports (Lightning: 5 s) delays nothing; unless its classes are needed."""
+    """A training script need not guard its main part, and what it imports (Lightning: 5 s) delays
+    nothing; unless its classes are needed.
+    """
     done = _run_program(pairs, s3_server, tmp_path, program)
     assert done.stderr == ""
     assert done.stdout.split("\n") == [*["imported"] * imports, "ahead True", ""]

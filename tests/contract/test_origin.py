@@ -72,9 +72,8 @@ class Place:
         path = Path(self.url, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
-        os.utime(
-            path, ns=(0, time.time_ns())
-        )  # the kernel's own clock for files stands still for milliseconds
+        # the kernel's own clock for files stands still for milliseconds
+        os.utime(path, ns=(0, time.time_ns()))
 
     def put_many(self, bodies: dict[str, bytes]) -> dict[str, bytes]:
         for key, body in bodies.items():
@@ -156,7 +155,9 @@ def fetched(origin: Origin, objects: list[ObjectInfo]) -> dict[str, bytes]:
 
 
 def version(obj: ObjectInfo) -> tuple[str, int, str]:
-    """What says whether an object changed; some servers show its time with fractions in a LIST and without in a HEAD."""
+    """What says whether an object changed; some servers show its time with fractions in a LIST and
+    without in a HEAD.
+    """
     return obj.key, obj.size_bytes, obj.etag
 
 

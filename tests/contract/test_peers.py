@@ -1,4 +1,6 @@
-"""Once per cluster: nodes that miss the same density at the same moment make one fetch of it, counted at the S3 server."""
+"""Once per cluster: nodes that miss the same density at the same moment make one fetch of it,
+counted at the S3 server.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def objects(server: S3Server, bucket: str) -> set[str]:
 def read_all(
     node: Node, seed: int | None, barrier: Any, answers: Any, block: dict[str, Any]
 ) -> None:
-    """One process on one node: everything, in an order of its own or in that of all others, when all are ready."""
+    """One process on one node: everything, in an order of its own or in that of all others, when
+    all are ready.
+    """
     reader = node.reader(**block)
     assert reader.task_ids == IDS
     order = (
@@ -144,7 +148,9 @@ def test_without_peers_each_node_fetches_for_itself(
 def test_node_that_comes_later_asks_s3_for_no_object(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:
-    """The others have everything, whether they know it from a lease or were warm before they were served; nothing of the home's memory is needed."""
+    """The others have everything, whether they know it from a lease or were warm before they were
+    served; nothing of the home's memory is needed.
+    """
     bucket, _, values = uploaded
     first, *_, last = cluster.nodes
     for task_id, role in STORES:

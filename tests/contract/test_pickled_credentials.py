@@ -1,4 +1,6 @@
-"""What goes to workers as a pickle holds no secret that was found in a profile or the environment; each process finds it there anew."""
+"""What goes to workers as a pickle holds no secret that was found in a profile or the environment;
+each process finds it there anew.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def secrets(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Secrets:
-    """Credentials that the server takes: of its own, or, if it takes any, of names that occur nowhere else."""
+    """Credentials that the server takes: of its own, or, if it takes any, of names that occur
+    nowhere else.
+    """
     key, secret = ("A-KEY-OF-THIS-TEST", "a-secret-of-this-test")
     if s3_server.checks_credentials:
         key, secret = s3_server.key, s3_server.secret
@@ -86,7 +90,9 @@ def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Any:
 def test_no_secret_that_was_found_travels(
     reader_of: Any, secrets: Secrets, bucket: str, tmp_path: Path, engine: str
 ) -> None:
-    """Reader, datasets, caches and origins, before their clients are opened and after; what comes out of the pickle reads all the same."""
+    """Reader, datasets, caches and origins, before their clients are opened and after; what comes
+    out of the pickle reads all the same.
+    """
     reader = reader_of(secrets.s3_kwargs, engine)
     origin = open_origin(f"s3://{bucket}/data", s3_kwargs=secrets.s3_kwargs)
     for used in (False, True):
@@ -116,7 +122,9 @@ def test_no_secret_that_was_found_travels(
 def test_a_secret_that_was_given_travels_and_is_shown_nowhere(
     reader_of: Any, s3_server: S3Server
 ) -> None:
-    """It has to: the worker could find it nowhere else. A pickle of such a reader is not for disks; no ``repr`` has it."""
+    """It has to: the worker could find it nowhere else. A pickle of such a reader is not for disks;
+    no ``repr`` has it.
+    """
     secret = s3_server.secret if s3_server.checks_credentials else "a-secret-of-this-test"
     key = s3_server.key if s3_server.checks_credentials else "A-KEY-OF-THIS-TEST"
     reader = reader_of(

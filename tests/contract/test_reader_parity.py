@@ -1,4 +1,6 @@
-"""Promise 1: cached, uncached, cold, warm, half warm and offline give the bits, the split and the order of a plain zarr read."""
+"""Promise 1: cached, uncached, cold, warm, half warm and offline give the bits, the split and the
+order of a plain zarr read.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def sparse(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def awkward(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Not-a-number, infinities, minus zero and the smallest numbers: equal bits, not just equal numbers."""
+    """Not-a-number, infinities, minus zero and the smallest numbers: equal bits, not just equal
+    numbers.
+    """
     values = random_density(shape, seed=99)
     values.flat[:6] = [np.nan, np.inf, -np.inf, -0.0, 1e-45, np.finfo(np.float32).max]
     return values
@@ -132,7 +136,9 @@ def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 
 def assert_parity(world: World, reader: ZarrS3Reader) -> None:
-    """The split is scikit-learn's, in its order, and every array of it is zarr's own; with and without ``normalize``."""
+    """The split is scikit-learn's, in its order, and every array of it is zarr's own; with and
+    without ``normalize``.
+    """
     from sklearn.model_selection import train_test_split
 
     wanted_split = train_test_split(world.ids, train_size=0.7, random_state=42)
@@ -150,7 +156,8 @@ def assert_parity(world: World, reader: ZarrS3Reader) -> None:
     reader.normalize = True
     for (role, task_id), raw in world.want.items():
         if reader.cache.arrays is None and task_id != "mp-v2":
-            continue  # dividing comes after everything else; once is enough where each read costs requests
+            # dividing comes after everything else; once is enough where each read costs requests
+            continue
         normalized = raw.copy()
         normalized /= np.prod(raw.shape)
         assert same_bits(reader.load(task_id, role)[0], normalized.ravel()), (role, task_id)  # type: ignore[arg-type]
@@ -171,10 +178,8 @@ class TestEveryState:
         """The first pass fills the array tier, the second and a new reader's come from it."""
         reader = world.reader(place, {"dir": tmp_path})
         assert_parity(world, reader)
-        assert (reader.stats.misses, reader.stats.hits) == (
-            4 * len(IDS),
-            0,
-        )  # as they are, and divided: an entry each
+        # as they are, and divided: an entry each
+        assert (reader.stats.misses, reader.stats.hits) == (4 * len(IDS), 0)
         again = world.reader(place, {"dir": tmp_path})
         assert_parity(world, again)
         assert (again.stats.misses, again.stats.requests) == (0, 0)
@@ -196,7 +201,9 @@ class TestEveryState:
     def test_reads_of_a_directory_through_the_byte_tier_are_plain_reads(
         self, world: World, tmp_path: Path
     ) -> None:
-        """Without the array tier zarr itself decodes, over cached objects; cold and warm. The offline test below does it for S3."""
+        """Without the array tier zarr itself decodes, over cached objects; cold and warm. The
+        offline test below does it for S3.
+        """
         place, settings = "local", {"dir": tmp_path, "arrays": {"enabled": False}}
         assert_parity(world, world.reader(place, settings))
         warm = world.reader(place, settings)
@@ -223,7 +230,9 @@ class TestEveryState:
 def test_offline_reads_are_plain_reads(
     world: World, fault_proxy: FaultProxy, tmp_path: Path, engine: str, tier: str
 ) -> None:
-    """A new reader, with connections refused: the split, the order and every array, from either tier."""
+    """A new reader, with connections refused: the split, the order and every array, from either
+    tier.
+    """
     settings = {"dir": tmp_path / "cache", "arrays": {"enabled": tier == "arrays"}}
     online = replace(world, endpoint_url=fault_proxy.endpoint_url)
     assert_parity(online, online.reader(engine, settings))
@@ -243,7 +252,9 @@ def test_offline_reads_are_plain_reads_when_the_server_is_gone(tmp_path: Path) -
 
 
 def test_large_densities_are_divided_as_numpy_divides_them(tmp_path: Path) -> None:
-    """Beyond 2^24 points float32 does not hold every number of points; the users' division rounds the quotient only."""
+    """Beyond 2^24 points float32 does not hold every number of points; the users' division rounds
+    the quotient only.
+    """
     values = np.random.default_rng(0).random((255, 257, 257), dtype=np.float32)
     assert values.size > 2**24
     assert int(np.float32(values.size)) != values.size

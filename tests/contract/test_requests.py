@@ -1,4 +1,6 @@
-"""Promises 2 and 3, counted at the server: warm means zero requests, and every object is fetched once per node."""
+"""Promises 2 and 3, counted at the server: warm means zero requests, and every object is fetched
+once per node.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from zarrcache import RhoData, ZarrS3Reader
 IDS = ["mp-0", "mp-1", "mp-2", "mp-3"]
 ROLES = ("data", "label")
 ARRAY = "charge_density_total"
-#: A store that was written within two seconds is listed once more after it was read: it may still be being written.
+#: A store that was written within two seconds is listed once more after it was read: it may still
+#: be being written.
 SETTLED_S = 2.1
 
 
@@ -86,7 +89,9 @@ def expected_gets(server: S3Server, bucket: str, ids: list[str]) -> Counter[str]
 
 
 def read_all(reader: ZarrS3Reader) -> float:
-    """One pass over both sides of the split, as an epoch and a validation read it; a sum over everything."""
+    """One pass over both sides of the split, as an epoch and a validation read it; a sum over
+    everything.
+    """
     return sum(
         float(values.sum())
         for sets in reader.data_split()
@@ -227,9 +232,8 @@ def test_eight_cold_processes_fetch_every_object_once(node: Node, s3_server: S3S
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create 4 worker processes"
-)  # on a machine with fewer cores
+# on a machine with fewer cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
     node: Node, s3_server: S3Server
 ) -> None:

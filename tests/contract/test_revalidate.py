@@ -1,4 +1,6 @@
-"""Freshness: ``never`` trusts what is warm, ``run`` asks once a run, ``epoch`` at each reading; and versions are never mixed."""
+"""Freshness: ``never`` trusts what is warm, ``run`` asks once a run, ``epoch`` at each reading; and
+versions are never mixed.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,9 @@ class TestOverwrittenOrigin:
     def test_never_gives_what_is_warm_until_it_is_warmed_again(
         self, place: Place, arrays: bool
     ) -> None:
-        """Also in a new process. ``ensure``, which warming calls, fetches the present version into the tier."""
+        """Also in a new process. ``ensure``, which warming calls, fetches the present version into
+        the tier.
+        """
         old, _ = place.reader("never", arrays=arrays).load("mp-1", "data")
         old = old.copy()
         new = place.write("data", "mp-1", seed=9)
@@ -160,7 +164,9 @@ class TestOverwrittenOrigin:
 
 
 def test_store_that_was_overwritten_while_half_of_it_was_warm_is_read_anew(place: Place) -> None:
-    """The byte tier has the listing and the metadata of the old version; its chunks are gone for good."""
+    """The byte tier has the listing and the metadata of the old version; its chunks are gone for
+    good.
+    """
     reader = place.reader("never", arrays=False)
     reader.get_metadata(reader.read_zarr_store(f"{place.url}/data/mp-1.zarr"))
     new = place.write("data", "mp-1", seed=9)
@@ -205,7 +211,9 @@ def test_array_of_the_old_version_stays_whole_in_the_hands_of_its_user(place: Pl
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
-    """Pairs stay pairs: a new grid of both in one epoch, through workers, with sizes that belong to it."""
+    """Pairs stay pairs: a new grid of both in one epoch, through workers, with sizes that belong to
+    it.
+    """
     for role in ROLES:
         place.write(role, "mp-1", seed=3)
     sets = place.reader("epoch").data_split()
@@ -231,7 +239,9 @@ def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
 def test_asking_costs_one_list_a_store(
     s3_place: Place, s3_server: S3Server, revalidate: str, asked: int, arrays: bool
 ) -> None:
-    """Over three epochs with workers that are forked anew for each; nothing that is fresh is fetched. From either tier."""
+    """Over three epochs with workers that are forked anew for each; nothing that is fresh is
+    fetched. From either tier.
+    """
     for role, task_id in itertools.product(ROLES, IDS):
         s3_place.reader("never", arrays=arrays).load(task_id, role)  # type: ignore[arg-type]
     time.sleep(2.1)  # a store that was just written is listed twice
@@ -266,7 +276,9 @@ def test_origin_that_cannot_be_asked_is_an_error(
 
 
 def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    """A store that is gone is missing, one that is new is there; ``never`` keeps the split it began with."""
+    """A store that is gone is missing, one that is new is there; ``never`` keeps the split it began
+    with.
+    """
     assert place.reader("never").task_ids == IDS
     (place.root / "map.json").write_text(json.dumps({"GGA": [*IDS, "mp-3"]}))
     for role in ROLES:
@@ -280,7 +292,9 @@ def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptu
 def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_read(
     s3_place: Place, fault_proxy: FaultProxy
 ) -> None:
-    """The origin lists a new version and then refuses it: the next load asks again, and does not take the old entry for a hit."""
+    """The origin lists a new version and then refuses it: the next load asks again, and does not
+    take the old entry for a hit.
+    """
     endpoint_url = fault_proxy.endpoint_url
     s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")
     new = s3_place.write("data", "mp-1", seed=9)

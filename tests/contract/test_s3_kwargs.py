@@ -1,6 +1,7 @@
 """``s3_kwargs`` mean to both engines what they mean to s3fs: judged by the requests that arrive.
 
-moto takes any credentials, so the names of keys are made up there; a server that checks gets its own, and what it answers proves the signatures.
+moto takes any credentials, so the names of keys are made up there; a server that checks gets its
+own, and what it answers proves the signatures.
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ def test_a_token_is_sent(fault_proxy: FaultProxy, url: str, known: Known) -> Non
 def test_anon_sends_no_authorization(
     fault_proxy: FaultProxy, url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with credentials in the environment; listing needs a policy that this server does not have, so only GET is compared."""
+    """Also with credentials in the environment; listing needs a policy that this server does not
+    have, so only GET is compared.
+    """
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "NOT_WANTED")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-wanted")
     [obj] = open_origin(url, s3_kwargs=s3_server.s3_kwargs).list_objects()
@@ -318,7 +321,9 @@ def signs_buckets_as_the_server_does(server: S3Server, url: str) -> bool:
 def test_an_older_signature_goes_through_s3fs(
     fault_proxy: FaultProxy, s3_server: S3Server, url: str, known: Known
 ) -> None:
-    """Engine auto takes the one that can do it. Ceph refuses what botocore signs this way for a bucket, so it is for others to say."""
+    """Engine auto takes the one that can do it. Ceph refuses what botocore signs this way for a
+    bucket, so it is for others to say.
+    """
     if s3_server.checks_credentials and not signs_buckets_as_the_server_does(s3_server, url):
         pytest.skip(
             "botocore itself is refused by this server when it lists with the older signature"
@@ -375,7 +380,9 @@ def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
 def test_certificates_are_checked_unless_one_says_otherwise(
     engine: str, tls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """client_kwargs.verify: a file of one's own CA, or False; or AWS_CA_BUNDLE. An unknown certificate is final and says what to set."""
+    """client_kwargs.verify: a file of one's own CA, or False; or AWS_CA_BUNDLE. An unknown
+    certificate is final and says what to set.
+    """
     endpoint_url, ca = tls
 
     def ask(**client: Any) -> None:
@@ -387,7 +394,8 @@ def test_certificates_are_checked_unless_one_says_otherwise(
 
     with pytest.raises(
         OriginError,
-        match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in s3_kwargs",
+        match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in "
+        "s3_kwargs",
     ) as caught:
         ask()
     assert type(caught.value) is OriginError

@@ -1,4 +1,6 @@
-"""Stores that are overwritten between two epochs: no stale reading, one LIST each, and only those are fetched again. Counted at the server."""
+"""Stores that are overwritten between two epochs: no stale reading, one LIST each, and only those
+are fetched again. Counted at the server.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def stores(s3_server: S3Server, bucket: str, tmp_path: Path) -> Callable[[int], 
 def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(
     stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]
 ) -> None:
-    """With ``revalidate: epoch``: one LIST a density in each epoch. ``never`` asks nothing and reads what it has, until it is warmed."""
+    """With ``revalidate: epoch``: one LIST a density in each epoch. ``never`` asks nothing and
+    reads what it has, until it is warmed.
+    """
     n, n_changed = size
     bucket = stores(n)
     epochs = bucket.reader("epoch")
@@ -149,7 +153,9 @@ def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(
 def test_warming_with_revalidate_does_the_same(
     stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]
 ) -> None:
-    """``zarrcache warm --revalidate``: one LIST a density and one a directory; afterwards ``never`` reads the present version, without a request."""
+    """``zarrcache warm --revalidate``: one LIST a density and one a directory; afterwards ``never``
+    reads the present version, without a request.
+    """
     n, n_changed = size
     bucket = stores(n)
     assert plan_warm(bucket.reader("never"), workers=1).execute().failed == ()

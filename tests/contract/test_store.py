@@ -1,4 +1,6 @@
-"""Zarr's own contract of a store, over a directory and over S3 through both engines; and what a store must never do."""
+"""Zarr's own contract of a store, over a directory and over S3 through both engines; and what a
+store must never do.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ KINDS = ["local", "obstore", "s3fs"]
 
 
 class FedStore(CachedStore):
-    """The store under test, with a door for the tests' set-up: what is set goes to the origin, past the store."""
+    """The store under test, with a door for the tests' set-up: what is set goes to the origin, past
+    the store.
+    """
 
     async def set(self, key: str, value: Buffer) -> None:
         FEED[self.origin.url](f"{self.name}/{key}", value.to_bytes())
@@ -122,7 +126,8 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
         for write in (store.set("foo", cpu.Buffer.from_bytes(b"bar")), store.delete("foo")):
             with pytest.raises(
                 ValueError,
-                match=r"mp-1\.zarr: store was opened in read-only mode and does not support writing",
+                match=r"mp-1\.zarr: store was opened in read-only mode and does not support "
+                r"writing",
             ):
                 await write
 
@@ -144,7 +149,8 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
     test_clear = no_writes
 
 
-# -- both engines, one server -----------------------------------------------------------------------------------------------------------
+# -- both engines, one server
+# -----------------------------------------------------------------------------------------------------------
 
 SHARDED: dict[str, Any] = {
     "shape": (64, 64, 64),
@@ -198,7 +204,9 @@ def on_s3(
 def test_crop_of_a_sharded_store_fetches_the_blocks_it_touches_once(
     on_s3: Callable[..., OnS3],
 ) -> None:
-    """A MiB in one object: the index at its end and the block of the chunk; again, and by another reader, nothing."""
+    """A MiB in one object: the index at its end and the block of the chunk; again, and by another
+    reader, nothing.
+    """
     store = on_s3(**SHARDED)
     time.sleep(2.1)  # what was written just now is listed twice
     log = RequestLog(store.server, store.bucket)
@@ -229,7 +237,9 @@ def test_second_read_of_a_group_makes_no_request(on_s3: Callable[..., OnS3]) -> 
 
 
 def test_listed_object_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3]) -> None:
-    """Zarr would fill in what raises FileNotFoundError, without a word. The next opening lists again, and then it is missing."""
+    """Zarr would fill in what raises FileNotFoundError, without a word. The next opening lists
+    again, and then it is missing.
+    """
     store = on_s3(chunks=(4, 4, 4))
     array = store.open()
     store.server.delete(f"{store.url}/charge_density_total/1.1.1")
@@ -290,7 +300,8 @@ def test_stored_listing_and_objects_open_without_the_server(tmp_path: Path) -> N
         )
 
 
-# -- a directory ------------------------------------------------------------------------------------------------------------------------
+# -- a directory
+# ------------------------------------------------------------------------------------------------------------------------
 
 LAYOUTS: list[dict[str, Any]] = [
     {},

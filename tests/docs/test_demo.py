@@ -36,11 +36,14 @@ def _check(*arguments: str) -> None:
 
 
 def test_the_demo_trains_on_real_densities_with_the_server_switched_off(real_data: Path) -> None:
-    """Pairs are found by the names of their directories; equal bits in every epoch, no request once warm."""
+    """Pairs are found by the names of their directories; equal bits in every epoch, no request once
+    warm.
+    """
     _check("--source", str(real_data / "mp"))
 
 
-@pytest.mark.slow  # the same with densities of its own, which test_readme.py converts, warms and trains on as well
+# the same with densities of its own, which test_readme.py converts, warms and trains on as well
+@pytest.mark.slow
 def test_the_demo_makes_up_densities() -> None:
     """Nothing is downloaded."""
     _check()

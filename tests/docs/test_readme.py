@@ -40,8 +40,10 @@ BLOCKS = [
 ]
 #: What is not run here, and what runs it instead.
 ELSEWHERE = {
-    "tools/demo\ntools/test\n": "tools/demo is what tests/docs/test_demo.py runs; tools/test is what runs this",
-    "pip install '.[convert]'\n": "tools/_venv.sh installs the extra; test_extras_exist looks for it",
+    "tools/demo\ntools/test\n": "tools/demo is what tests/docs/test_demo.py runs; tools/test is "
+    "what runs this",
+    "pip install "
+    "'.[convert]'\n": "tools/_venv.sh installs the extra; test_extras_exist looks for it",
 }
 COMMANDS = [b for b in BLOCKS if b.language == "bash" and b.text not in ELSEWHERE]
 SCRIPTS = [b for b in BLOCKS if b.language == "python"]
@@ -83,12 +85,15 @@ def _run(command: list[str], home: Path, server: S3Server) -> subprocess.Complet
 def test_every_block_and_command_of_the_readme_works_in_its_order(
     home: Path, s3_server: S3Server
 ) -> None:
-    """Convert, warm, status, train, crops, a loader of one's own: top to bottom, as a reader does it."""
+    """Convert, warm, status, train, crops, a loader of one's own: top to bottom, as a reader does
+    it.
+    """
     for block in BLOCKS:
         if block in COMMANDS:
             _run(["bash", "-euo", "pipefail", "-c", block.text], home, s3_server)
         elif block in SCRIPTS:
-            # Below a function's guard, as a script has to be whose DataLoader starts processes; here they are forked.
+            # Below a function's guard, as a script has to be whose DataLoader starts processes;
+            # here they are forked.
             script = home / f"block_{block.number}.py"
             script.write_text(block.text)
             _run([sys.executable, str(script)], home, s3_server)

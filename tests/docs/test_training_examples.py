@@ -155,7 +155,9 @@ def slurm(nodes: int) -> list[dict[str, str]]:
 
 
 def state_of(home: Path) -> tuple[str, int, list[Any]]:
-    """What the last checkpoint says of the data: how it is shared out, which epoch is next, what was read of it."""
+    """What the last checkpoint says of the data: how it is shared out, which epoch is next, what
+    was read of it.
+    """
     state = torch.load(home / "checkpoints" / "last.ckpt", weights_only=False)["ZarrDataModule"]
     return state["assignment"], state["epoch"], state["history"]
 
@@ -181,7 +183,9 @@ def test_one_node_with_several_gpus(home: Path, s3_server: S3Server) -> None:
 
 
 def test_several_nodes_under_slurm(home: Path, s3_server: S3Server) -> None:
-    """The job script starts the training by srun; what srun starts finds its rank and node, and each node has its own share."""
+    """The job script starts the training by srun; what srun starts finds its rank and node, and
+    each node has its own share.
+    """
     bin_directory = home / "bin"
     bin_directory.mkdir()
     (bin_directory / "srun").write_text('#!/bin/bash\necho "$ZARRCACHE_DIR: $*" > srun.log\n')

@@ -1,4 +1,6 @@
-"""A cache directory that breaks in every way: the reader goes on, the fault is counted and told once, and nothing wrong is served."""
+"""A cache directory that breaks in every way: the reader goes on, the fault is counted and told
+once, and nothing wrong is served.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def density(tmp_path: Path) -> Density:
     return density
 
 
-# -- bad entries --------------------------------------------------------------------------------------------------------------------
+# -- bad entries
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -167,7 +170,8 @@ def test_swapped_objects_are_told_by_their_checksums(density: Density) -> None:
     assert density.stats.purges == 2
 
 
-# -- a bad index --------------------------------------------------------------------------------------------------------------------
+# -- a bad index
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def garbage(index: Path) -> None:
@@ -213,7 +217,9 @@ def settle(tmp_path: Path) -> None:
 def test_broken_index_heals_and_knows_its_entries_again(
     tmp_path: Path, damage: Callable[[Path], None], open_already: bool
 ) -> None:
-    """Hits again after at most a few misses; the volume is what lies on disk; nothing is lost that was whole."""
+    """Hits again after at most a few misses; the volume is what lies on disk; nothing is lost that
+    was whole.
+    """
     cache = make(tmp_path)
     for number in range(8):
         cache.put(key_of(number), array_of(number), source="s")
@@ -254,7 +260,8 @@ def test_broken_index_of_a_new_process_loses_no_entry(
     assert counted(cache) == Stats()
 
 
-# -- a bad directory ----------------------------------------------------------------------------------------------------------------
+# -- a bad directory
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_directory_deleted_under_a_running_reader_is_made_again(density: Density) -> None:
@@ -317,7 +324,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_is_passed_by_and_used_again_when_there_is_room(small_disk: Path) -> None:
-    """The limit allows more than the disk has; what does not fit leaves nothing behind, and what is there stays readable."""
+    """The limit allows more than the disk has; what does not fit leaves nothing behind, and what is
+    there stays readable.
+    """
     cache = make(small_disk)
     stored = [cache.put(key_of(n), array_of(n, 60_000), source="s") for n in range(30)]
     assert stored[0]
@@ -336,7 +345,9 @@ def test_full_disk_is_passed_by_and_used_again_when_there_is_room(small_disk: Pa
 def test_disk_that_somebody_else_fills_is_passed_by(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also the index cannot be written then; the byte tier goes on reading, and all heals when there is room."""
+    """Also the index cannot be written then; the byte tier goes on reading, and all heals when
+    there is room.
+    """
     density = Density(small_disk)
     density.cache.index.open()  # type: ignore[union-attr]
     ballast = small_disk / "cache" / "ballast"
@@ -363,9 +374,8 @@ def test_disk_that_somebody_else_fills_is_passed_by(
 def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> None:
     """Remounted read-only, as ext4 does by itself after an error."""
     density = Density(small_disk)
-    filler = get_context("fork").Process(
-        target=density.read
-    )  # not here: a file that is open for writing forbids it
+    # not here: a file that is open for writing forbids it
+    filler = get_context("fork").Process(target=density.read)
     filler.start()
     filler.join()
     made = subprocess.run(
@@ -386,7 +396,8 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
         subprocess.run(["mount", "-o", "remount,rw", small_disk / "cache"], check=True)
 
 
-# -- manners --------------------------------------------------------------------------------------------------------------------------
+# -- manners
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -396,7 +407,9 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
 def test_every_file_has_the_promised_permissions(
     tmp_path: Path, shared: bool, dirs: int, files: int, entries: int
 ) -> None:
-    """Entries, objects, locks, and the index with its log. Nobody alters an entry, so nobody else has to be able to."""
+    """Entries, objects, locks, and the index with its log. Nobody alters an entry, so nobody else
+    has to be able to.
+    """
     before = os.umask(0o027)
     try:
         density = Density(tmp_path)

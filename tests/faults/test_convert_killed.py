@@ -1,4 +1,6 @@
-"""A conversion that is killed or interrupted, at any moment, leaves whole stores and no others; the next run completes it."""
+"""A conversion that is killed or interrupted, at any moment, leaves whole stores and no others; the
+next run completes it.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,9 @@ def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(
 def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, workers: int
 ) -> None:
-    """The terminal sends it to all of them at once. Only the program itself has something to say, and nothing hidden is left."""
+    """The terminal sends it to all of them at once. Only the program itself has something to say,
+    and nothing hidden is left.
+    """
     out = tmp_path / "out"
     with _converting(tmp_path, source, out, workers=workers) as process:
         until(lambda: _partials(out), process, "store half written")
@@ -159,7 +163,8 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(
         assert process.returncode == -signal.SIGINT
         wait_for_all(process)
     assert "SpawnProcess" not in stderr
-    # On a busy machine a process is killed while it still imports, and Python's resource tracker says that it has tidied up behind it.
+    # On a busy machine a process is killed while it still imports, and Python's resource tracker
+    # says that it has tidied up behind it.
     assert stderr.partition(_TIDIED)[0].rstrip().endswith("KeyboardInterrupt")
     assert [path for path in out.iterdir() if path.name.startswith(".")] == []
     convert_directory(source, out, **TO_COMPLETE)
@@ -196,7 +201,9 @@ TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interr
 def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, sent: tuple[signal.Signals, int, str], workers: int, to_all: bool
 ) -> None:
-    """SIGTERM comes from a batch system, to one process or to all; one line, a code of its own, nobody and nothing hidden is left."""
+    """SIGTERM comes from a batch system, to one process or to all; one line, a code of its own,
+    nobody and nothing hidden is left.
+    """
     number, code, word = sent
     out = tmp_path / "out"
     with _command(source, out, "--workers", workers, "--chunks", 4) as process:
@@ -247,7 +254,9 @@ def _stopped_in_a_store(out: Path) -> bool:
 
 
 def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_path: Path) -> None:
-    """Only the program got the signal: its processes finish their store, find nobody to tell, and go."""
+    """Only the program got the signal: its processes finish their store, find nobody to tell, and
+    go.
+    """
     out = tmp_path / "out"
     with _converting(tmp_path, source, out) as process:
         until(lambda: _partials(out), process, "store half written")
@@ -264,7 +273,9 @@ def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_pat
 def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(
     s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
 ) -> None:
-    """Chunks without the documents are no store. The next run completes it and leaves no stray object."""
+    """Chunks without the documents are no store. The next run completes it and leaves no stray
+    object.
+    """
     url = f"s3://{bucket}/label"
     with running_proxy(s3_server.endpoint_url) as proxy:
         proxy.rules(Rule(("ok",) * 3, then="hang", op="PUT"))
@@ -312,7 +323,9 @@ def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(
 def test_ctrl_c_takes_back_what_was_on_its_way_too(
     s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
 ) -> None:
-    """A server may take an object long after its client has gone. A chunk that came last would be an object of no store, for ever."""
+    """A server may take an object long after its client has gone. A chunk that came last would be
+    an object of no store, for ever.
+    """
     url = f"s3://{bucket}/label"
     with running_proxy(s3_server.endpoint_url) as proxy:
         proxy.rules(Rule(op="PUT", latency_s=1.0))

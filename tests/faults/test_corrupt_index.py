@@ -1,4 +1,6 @@
-"""Damage at random places of the index: no value is wrong, no run stops, nothing is fetched again, and what lies on disk is known again."""
+"""Damage at random places of the index: no value is wrong, no run stops, nothing is fetched again,
+and what lies on disk is known again.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def keep(node: LocalNode) -> Callable[[], None]:
 def test_damaged_index_heals_and_no_run_notices(
     node: LocalNode, caplog: pytest.LogCaptureFixture, mode: Any, count: int, seed: int | None
 ) -> None:
-    """A bit anywhere, or a lost end. What SQLite notices, and what only a row's checksum shows: set aside with one line, rebuilt from the files."""
+    """A bit anywhere, or a lost end. What SQLite notices, and what only a row's checksum shows: set
+    aside with one line, rebuilt from the files.
+    """
     chance = chance_of(seed)
     restore, healed = keep(node), 0
     for _ in range(count):
@@ -97,7 +101,8 @@ def test_damaged_index_heals_and_no_run_notices(
             reader = node.reader(verify=mode)
             node.read(reader)
             assert reader.stats.purges == 0, done
-            # A key that was changed inside SQLite's own lists is found by a look at the whole only, which `first` does not take.
+            # A key that was changed inside SQLite's own lists is found by a look at the whole only,
+            # which `first` does not take.
             assert reader.stats.misses == 0 or (mode, number) == ("first", 0), done
         told = [
             record.getMessage()
@@ -118,7 +123,9 @@ def test_damaged_index_heals_and_no_run_notices(
 def test_damaged_log_of_a_killed_process_costs_entries_and_nothing_else(
     killed: LocalNode, count: int, seed: int | None
 ) -> None:
-    """SQLite ends at the first page whose checksum is wrong; files that are in no row then are no hits, and ``verify`` removes them."""
+    """SQLite ends at the first page whose checksum is wrong; files that are in no row then are no
+    hits, and ``verify`` removes them.
+    """
     chance = chance_of(seed)
     restore, lost = keep(killed), 0
     for _ in range(count):
@@ -138,7 +145,9 @@ def test_damaged_log_of_a_killed_process_costs_entries_and_nothing_else(
 def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(
     node: LocalNode, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By somebody who makes room. The byte tier's files do not say what they are: they are removed, and only those are fetched again."""
+    """By somebody who makes room. The byte tier's files do not say what they are: they are removed,
+    and only those are fetched again.
+    """
     (node.root / "cache.db").unlink()
     reader = node.reader()
     for task_id, role in node.values:

@@ -1,4 +1,6 @@
-"""Damage at random places of entries and objects: nothing wrong is ever served, all of it is found, and all of it is fetched again."""
+"""Damage at random places of entries and objects: nothing wrong is ever served, all of it is found,
+and all of it is fetched again.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from zarrcache.stats import Counters
 
 
 def damages(default: int, slow: int) -> Any:
-    """Parameters ``count, seed``: hundreds that are the same each time, and thousands that are others each time."""
+    """Parameters ``count, seed``: hundreds that are the same each time, and thousands that are
+    others each time.
+    """
     return pytest.mark.parametrize(
         ("count", "seed"),
         [
@@ -41,7 +45,9 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 def test_every_damaged_array_is_found_purged_and_stored_again(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """A bit anywhere in the file, in the header and its padding too, or a lost end: one purge each, and a hit after the next put."""
+    """A bit anywhere in the file, in the header and its padding too, or a lost end: one purge each,
+    and a hit after the next put.
+    """
     chance = chance_of(seed)
     cache = ArrayCache(settings(tmp_path, verify="always"), Counters())
     for name in range(6):
@@ -67,7 +73,9 @@ def test_every_damaged_array_is_found_purged_and_stored_again(
 def test_every_damaged_object_is_found_purged_and_fetched_again(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """Whole objects and blocks of large ones; each costs one request, which is counted, and the reader gets the origin's bytes."""
+    """Whole objects and blocks of large ones; each costs one request, which is counted, and the
+    reader gets the origin's bytes.
+    """
     chance = chance_of(seed)
     (tmp_path / "data").mkdir()
     sizes = {"a": 1, "b": 100, "c": 5000, "large": 200_000}
@@ -100,13 +108,16 @@ def test_every_damaged_object_is_found_purged_and_fetched_again(
     assert cache._index.volume_bytes() == on_disk_bytes(tmp_path)
 
 
-# -- what a training run sees -------------------------------------------------------------------------------------------------------
+# -- what a training run sees
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("verify", ["first", "always"])
 def test_a_run_over_damaged_entries_reads_what_the_origin_has(tmp_path: Path, verify: str) -> None:
-    """All of both tiers is damaged; each entry is purged and fetched at its first use, once, and the next run has hits only."""
+    """All of both tiers is damaged; each entry is purged and fetched at its first use, once, and
+    the next run has hits only.
+    """
     node, chance = LocalNode(tmp_path), chance_of(5)
     node.read(node.reader())
     for _ in range(4):

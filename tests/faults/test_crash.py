@@ -1,7 +1,8 @@
-"""Processes that fetch, decode, publish, index, evict and convert, killed at random: what is left is whole, and nobody has to clean up.
+"""Processes that fetch, decode, publish, index, evict and convert, killed at random: what is left
+is whole, and nobody has to clean up.
 
-A process is killed by a clock, which finds it anywhere, or by itself before its n-th step at the file system, which finds the moments
-between two steps that a clock misses.
+A process is killed by a clock, which finds it anywhere, or by itself before its n-th step at the
+file system, which finds the moments between two steps that a clock misses.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def kills(default: int, slow: int) -> Any:
-    """Parameters ``count, seed``: a few that are the same each time, and hundreds that are others each time."""
+    """Parameters ``count, seed``: a few that are the same each time, and hundreds that are others
+    each time.
+    """
     return pytest.mark.parametrize(
         ("count", "seed"),
         [
@@ -56,10 +59,11 @@ def kills(default: int, slow: int) -> Any:
 
 
 def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
-    """A random time after it began, if it has not died by itself. Anything else than a kill is an error of the child."""
-    assert began.wait(
-        HANG_S
-    )  # not from its start on: on a busy machine none would come so far that it leaves anything
+    """A random time after it began, if it has not died by itself. Anything else than a kill is an
+    error of the child.
+    """
+    # not from its start on: on a busy machine none would come so far that it leaves anything
+    assert began.wait(HANG_S)
     child.join(0.02 + 0.2 * chance.random())
     child.kill()
     child.join(HANG_S)
@@ -77,7 +81,8 @@ def a_death(chance: random.Random) -> dict[str, Any] | None:
     )
 
 
-# -- the cache ----------------------------------------------------------------------------------------------------------------------
+# -- the cache
+# ----------------------------------------------------------------------------------------------------------------------
 
 LIMIT = 40 * 4096
 
@@ -116,7 +121,9 @@ def use_for_ever(node: LocalNode, began: Event, seed: float, death: dict[str, An
 def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """Two at a time: the one that lives on is not disturbed, and when both are dead the next open leaves what the index says and no more."""
+    """Two at a time: the one that lives on is not disturbed, and when both are dead the next open
+    leaves what the index says and no more.
+    """
     node, chance = LocalNode(tmp_path, 4, shape=(14, 10, 8)), chance_of(seed)
     left_over = 0
     for _ in range(count // 2):
@@ -146,7 +153,8 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(
     assert left_over  # else nobody was killed in the middle of anything
 
 
-# -- converting ---------------------------------------------------------------------------------------------------------------------
+# -- converting
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def convert_for_ever(
@@ -195,7 +203,8 @@ def test_killed_while_it_converts_every_store_is_one_version_or_the_other(
     assert left_over
 
 
-# -- zarrcache warm -----------------------------------------------------------------------------------------------------------------
+# -- zarrcache warm
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def warm(config: DataConfig) -> None:
@@ -207,7 +216,9 @@ def warm(config: DataConfig) -> None:
 def test_killed_warm_fetches_again_only_what_was_in_flight(
     tmp_path: Path, s3_server: S3Server, bucket: str, count: int, seed: int | None
 ) -> None:
-    """Counted at the server, after kills at random requests: nothing that was stored is asked for again, and in the end all of it is there."""
+    """Counted at the server, after kills at random requests: nothing that was stored is asked for
+    again, and in the end all of it is there.
+    """
     chance, values = chance_of(seed), write_pairs(tmp_path, 5, shape=(8, 8, 6))
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
@@ -256,11 +267,14 @@ def test_killed_warm_fetches_again_only_what_was_in_flight(
     assert reader.stats.requests == 0
 
 
-# -- starting again -----------------------------------------------------------------------------------------------------------------
+# -- starting again
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def count_opening(directory: Path) -> dict[str, int]:
-    """Open an index that lies there; how often which step at the file system was taken, and the instructions of SQLite's machine."""
+    """Open an index that lies there; how often which step at the file system was taken, and the
+    instructions of SQLite's machine.
+    """
     counts: Counter[str] = Counter()
     connect = sqlite3.connect
 
@@ -280,7 +294,9 @@ def count_opening(directory: Path) -> dict[str, int]:
 
 
 def test_opening_after_a_kill_costs_the_same_with_10_and_with_3000_entries(tmp_path: Path) -> None:
-    """Steps are counted, not time: files opened, directories listed, instructions of SQLite. Two files of a dead writer are removed each time."""
+    """Steps are counted, not time: files opened, directories listed, instructions of SQLite. Two
+    files of a dead writer are removed each time.
+    """
     found = []
     for number in (10, 3000):
         directory = tmp_path / str(number)

@@ -1,4 +1,6 @@
-"""A running training whose disk fills, runs out of inodes or quota, fails, or loses the cache: every batch is right, one line each, and it heals."""
+"""A running training whose disk fills, runs out of inodes or quota, fails, or loses the cache:
+every batch is right, one line each, and it heals.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
     fault: Callable[[Path], AbstractContextManager[Disk]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Two epochs beside the fault: nothing more is stored, one line says so. After it everything is stored, and the next epoch only has hits."""
+    """Two epochs beside the fault: nothing more is stored, one line says so. After it everything is
+    stored, and the next epoch only has hits.
+    """
     node = LocalNode(tmp_path, PAIRS, shape=(14, 10, 8))
     with fault(tmp_path / "cache") as disk:
         training = Training(node)
@@ -112,7 +116,9 @@ def hits_and_faults(directory: Path, disk: Disk) -> list[tuple[bool, int]]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_bad_sector_beneath_an_entry_is_a_miss_and_no_bus_error(tmp_path: Path) -> None:
-    """Its header can be read and its values cannot: found when its checksum is compared, which is before anybody uses them."""
+    """Its header can be read and its values cannot: found when its checksum is compared, which is
+    before anybody uses them.
+    """
     with failing_disk(tmp_path / "cache") as disk:
         assert as_user(None, hits_and_faults, tmp_path, disk) == [(True, 0), (False, 1), (True, 1)]
 

@@ -1,4 +1,6 @@
-"""Credentials that expire in the middle of a run. They come from a process that the AWS config names, as on many clusters; both engines."""
+"""Credentials that expire in the middle of a run. They come from a process that the AWS config
+names, as on many clusters; both engines.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def opened(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Origin, Issuer]]:
-    """``opened(lives_s, **s3_kwargs)``: an origin of four objects whose credentials come from a process."""
+    """``opened(lives_s, **s3_kwargs)``: an origin of four objects whose credentials come from a
+    process.
+    """
     client = s3_server.client()
     for key, body in BODIES.items():
         client.put_object(Bucket=bucket, Key=f"data/{key}", Body=body)
@@ -108,7 +112,9 @@ def test_short_lived_credentials_are_renewed_before_they_expire(
 def test_credentials_that_the_server_ends_early_are_asked_for_anew(
     opened: Callable[..., Any], fault_proxy: FaultProxy, answer: str
 ) -> None:
-    """They had an hour to go by the clock. What was in flight is tried again with new ones, which serve for the rest of the run."""
+    """They had an hour to go by the clock. What was in flight is tried again with new ones, which
+    serve for the rest of the run.
+    """
     origin, issuer = opened(lives_s=3600)
     objects = origin.list_objects("mp-1.zarr/")
     before = issuer.issued

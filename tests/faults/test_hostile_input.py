@@ -1,6 +1,8 @@
-"""Stores, zips, maps and files that were made to do harm: refused with an error that names them, at little memory, with nothing written.
+"""Stores, zips, maps and files that were made to do harm: refused with an error that names them, at
+little memory, with nothing written.
 
-The bombs are real: what they claim they hold, so that a reader that believes them is caught by its memory.
+The bombs are real: what they claim they hold, so that a reader that believes them is caught by its
+memory.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 ARRAY = "charge_density_total"
-#: What a refused read may take: the buffers of a chunk, an exception, a module that is imported late.
+#: What a refused read may take: the buffers of a chunk, an exception, a module that is imported
+#: late.
 SMALL = 96 * MIB
 #: What the bombs hold.
 LARGE = 768 * MIB
@@ -73,7 +76,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-# -- chunks that unpack to gigabytes ------------------------------------------------------------------------------------------------
+# -- chunks that unpack to gigabytes
+# ------------------------------------------------------------------------------------------------
 
 
 def _deflated(wbits: int) -> bytes:
@@ -85,7 +89,9 @@ def _deflated(wbits: int) -> bytes:
 
 
 def zstd_bomb(*, tells: bool, frames: int = 1) -> bytes:
-    """Blocks that repeat one byte 128 KiB long, in frames that tell their size or do not (RFC 8878)."""
+    """Blocks that repeat one byte 128 KiB long, in frames that tell their size or do not (RFC
+    8878).
+    """
     count = LARGE // frames // (128 * 1024)
     blocks = [
         ((128 * 1024) << 3 | 1 << 1 | (i == count - 1)).to_bytes(3, "little") + b"\0"
@@ -154,7 +160,9 @@ def first_chunk(store: Path) -> Path:
 
 
 def in_shard(bomb: bytes, count: int) -> bytes:
-    """A shard whose first chunk is the bomb; the others are not written. An index at the end, with its checksum."""
+    """A shard whose first chunk is the bomb; the others are not written. An index at the end, with
+    its checksum.
+    """
     import google_crc32c
 
     index = struct.pack("<2Q", 0, len(bomb)) + b"\xff" * 16 * (count - 1)
@@ -407,7 +415,8 @@ def test_object_that_is_listed_as_larger_than_memory_is_not_fetched(tmp_path: Pa
     assert peak < SMALL
 
 
-# -- zip files ----------------------------------------------------------------------------------------------------------------------
+# -- zip files
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def zip_bomb(path: Path, **layout: Any) -> zipfile.ZipFile:
@@ -514,7 +523,8 @@ def test_zip_within_a_zip_stays_closed(tmp_path: Path) -> None:
     assert peak < SMALL
 
 
-# -- the map file -------------------------------------------------------------------------------------------------------------------
+# -- the map file
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def read_ids(path: Path, functional: str = "GGA") -> str:
@@ -590,7 +600,9 @@ HOSTILE = {
 def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(
     tmp_path: Path, task_id: str
 ) -> None:
-    """Shown in ASCII, so that what looks alike is told apart; and cut, so that a log is not flooded."""
+    """Shown in ASCII, so that what looks alike is told apart; and cut, so that a log is not
+    flooded.
+    """
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", task_id]}))
     words = read_ids(tmp_path / "map.json")
     assert "is not a plain name" in words
@@ -622,7 +634,8 @@ def test_map_that_never_ends_is_refused() -> None:
     assert peak < 300 * MIB
 
 
-# -- the origin's directory ---------------------------------------------------------------------------------------------------------
+# -- the origin's directory
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_fifo_in_a_store_hangs_nobody(tmp_path: Path) -> None:
@@ -662,7 +675,8 @@ def test_links_that_branch_end(tmp_path: Path) -> None:
     assert peak < SMALL
 
 
-# -- files to be converted ----------------------------------------------------------------------------------------------------------
+# -- files to be converted
+# ----------------------------------------------------------------------------------------------------------
 
 
 CHGCAR = b"Si\n1.0\n1 0 0\n0 1 0\n0 0 1\nSi\n1\nDirect\n0 0 0\n\n"
@@ -713,7 +727,9 @@ def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, nam
 def test_object_in_a_file_is_neither_imported_nor_made(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pymatgen's JSON may name a module, which is imported from wherever Python finds it: beside the data, if that is where it runs."""
+    """Pymatgen's JSON may name a module, which is imported from wherever Python finds it: beside
+    the data, if that is where it runs.
+    """
     pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / "evil.py").write_text(
         f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass X:\n    pass\n"

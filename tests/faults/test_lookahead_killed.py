@@ -1,4 +1,6 @@
-"""A look-ahead that is killed stops nobody, and one whose training is killed does not stay behind; what it held is reclaimed."""
+"""A look-ahead that is killed stops nobody, and one whose training is killed does not stay behind;
+what it held is reclaimed.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
     caplog: pytest.LogCaptureFixture,
     block: dict[str, Any],
 ) -> None:
-    """Nobody has to ask; one warning, with what to do; every value is right, and what it had reserved is free again."""
+    """Nobody has to ask; one warning, with what to do; every value is right, and what it had
+    reserved is free again.
+    """
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, **block)
     dataset = ZarrDataset(reader)
     index, sampler = reader.cache.index, NodeSampler(dataset, seed=2)
@@ -87,7 +91,9 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
 
 
 def _train(pairs: Pairs, directory: Path, s3_kwargs: dict[str, Any], pipe: Connection) -> None:
-    """A training whose look-ahead has lent something, with a DataLoader's worker beside it, and that does not go on."""
+    """A training whose look-ahead has lent something, with a DataLoader's worker beside it, and
+    that does not go on.
+    """
     reader = pairs.reader(directory, s3_kwargs, **FULL)
     dataset = ZarrDataset(reader)
     index, sampler = reader.cache.index, NodeSampler(dataset, seed=2)
@@ -131,7 +137,9 @@ def training(pairs: Pairs, directory: Path, server: S3Server) -> Iterator[tuple[
 def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, both: bool
 ) -> None:
-    """Although a worker of the DataLoader lives on for a while; what both of them held, the next run takes back."""
+    """Although a worker of the DataLoader lives on for a while; what both of them held, the next
+    run takes back.
+    """
     with training(pairs, tmp_path, s3_server) as (pid, ahead):
         if both:
             os.kill(ahead, signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""The commands' own looks at a cache whose index is damaged or whose entries were tampered with: they heal it, or say what is wrong."""
+"""The commands' own looks at a cache whose index is damaged or whose entries were tampered with:
+they heal it, or say what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ LOOKS: dict[str, Callable[[Index], Any]] = {
 def test_a_damaged_page_is_healed_by_whoever_looks(
     tmp_path: Path, root: Path, look: Callable[[Index], Any]
 ) -> None:
-    """Each page in turn is overwritten: status, warm, evict and verify begin with one of these looks, and none of them may end there."""
+    """Each page in turn is overwritten: status, warm, evict and verify begin with one of these
+    looks, and none of them may end there.
+    """
     whole = (root / "cache.db").read_bytes()
     for page in range(1, len(whole) // 4096):
         copy = tmp_path / f"{page}"
@@ -61,7 +65,9 @@ def test_a_damaged_page_is_healed_by_whoever_looks(
 def test_a_directory_in_place_of_an_entry_costs_its_own_bytes_and_nothing_else(
     tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It cannot be unlinked. The cache opens all the same, now and for those who come after the process that met it."""
+    """It cannot be unlinked. The cache opens all the same, now and for those who come after the
+    process that met it.
+    """
     victim = next(path for path in sorted((root / "entries").glob("*/*")))
     victim.unlink()
     victim.mkdir()

@@ -1,4 +1,6 @@
-"""A cache directory on a network file system: refused before the run starts, or used without SQLite's write-ahead log."""
+"""A cache directory on a network file system: refused before the run starts, or used without
+SQLite's write-ahead log.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,15 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
 def network(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The real mount; and, where nobody may mount, a directory that the kernel's table is made to call NFS."""
+    """The real mount; and, where nobody may mount, a directory that the kernel's table is made to
+    call NFS.
+    """
     if request.param == "mounted":
         return request.getfixturevalue("mounted")  # type: ignore[no-any-return]
     table = tmp_path / "mountinfo"
     table.write_text(
-        f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path)}/net rw - nfs4 server:/net rw\n"
+        f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path)}/net rw - nfs4 "
+        "server:/net rw\n"
     )
     monkeypatch.setattr(mounts, "_MOUNTINFO", table)
     (tmp_path / "net").mkdir()
@@ -70,13 +75,16 @@ def journal_of(path: Path) -> str:
     return {1: "rollback", 2: "wal"}[path.read_bytes()[18]]
 
 
-# -- refused ------------------------------------------------------------------------------------------------------------------------
+# -- refused
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
     network: Path, tmp_path: Path
 ) -> None:
-    """When the reader is made, before a request: a setting that cannot be, not a fault that training rides out."""
+    """When the reader is made, before a request: a setting that cannot be, not a fault that
+    training rides out.
+    """
     write_pairs(tmp_path, 2)
     cache = {"dir": str(network / "cache"), "min_free": 0}
     where = {
@@ -94,7 +102,8 @@ def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
     ):
         with pytest.raises(
             ConfigError,
-            match=r"a network file system: locks, SQLite and memory maps .* Choose a disk of this node",
+            match=r"a network file system: locks, SQLite and memory maps .* Choose a disk of this "
+            r"node",
         ) as caught:
             use()
         assert f"cache.dir {network / 'cache'} is on " in str(caught.value)
@@ -131,13 +140,16 @@ def test_commands_refuse_with_exit_code_2(mounted: Path, tmp_path: Path) -> None
         assert "fuse.sshfs, a network file system" in run.err
 
 
-# -- allowed ------------------------------------------------------------------------------------------------------------------------
+# -- allowed
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(
     network: Path, tmp_path: Path
 ) -> None:
-    """The same values; a second reader has hits alone; at no time is there a log or its shared memory."""
+    """The same values; a second reader has hits alone; at no time is there a log or its shared
+    memory.
+    """
     values = write_pairs(tmp_path, 3)
     config = DataConfig.from_yaml(
         write_config(tmp_path, dir=str(network / "cache"), allow_network_fs=True)
@@ -159,7 +171,9 @@ def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(
 
 
 def test_on_a_disk_of_the_node_the_key_changes_nothing(tmp_path: Path) -> None:
-    """What decides is the file system: the same config serves a cluster where some nodes have a disk."""
+    """What decides is the file system: the same config serves a cluster where some nodes have a
+    disk.
+    """
     index = Index(CacheConfig(dir=tmp_path / "cache", allow_network_fs=True))
     index.open()
     assert journal_of(tmp_path / "cache" / "zarrcache-v1" / "cache.db") == "wal"
@@ -169,7 +183,9 @@ def test_on_a_disk_of_the_node_the_key_changes_nothing(tmp_path: Path) -> None:
 def test_an_index_with_a_write_ahead_log_is_changed_over_and_keeps_its_entries(
     mounted: Path, tmp_path: Path
 ) -> None:
-    """Made by a version that did not know, or on a disk and copied; what lay in the log only is not lost. And back."""
+    """Made by a version that did not know, or on a disk and copied; what lay in the log only is not
+    lost. And back.
+    """
     local = ArrayCache(CacheConfig(dir=tmp_path / "disk" / "cache", min_free=0), Counters())
     for number in range(20):
         assert local.put(key_of(number), array_of(number), source="s")
@@ -196,7 +212,8 @@ def test_a_killed_writer_is_undone_by_whoever_looks_next(network: Path) -> None:
     code = (
         "import os, signal, sqlite3, sys\n"
         "c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
-        "c.execute('PRAGMA cache_size = 1')\n"  # so that changed pages are written before the end of the transaction
+        # so that changed pages are written before the end of the transaction
+        "c.execute('PRAGMA cache_size = 1')\n"
         "c.execute('BEGIN IMMEDIATE')\n"
         "c.execute('DELETE FROM Cache')\n"
         "insert = 'INSERT INTO Cache (key, raw, tag, size, value) VALUES (?, 1, ?, 1, ?)'\n"
@@ -245,7 +262,9 @@ def test_four_processes_write_there_at_once(mounted: Path) -> None:
 
 
 def test_the_index_opens_beside_a_busy_writer(network: Path) -> None:
-    """Readers and writers exclude each other there, and a look at the wrong moment must wait, not fail."""
+    """Readers and writers exclude each other there, and a look at the wrong moment must wait, not
+    fail.
+    """
     Index(allowed(network)).open()
     code = (
         "import sqlite3, sys, time\n"

@@ -1,4 +1,6 @@
-"""The words of an error: what, where, what to do. The same class and the same words from both engines, and never a secret."""
+"""The words of an error: what, where, what to do. The same class and the same words from both
+engines, and never a secret.
+"""
 
 from __future__ import annotations
 
@@ -89,19 +91,31 @@ def test_without_credentials_the_error_says_where_they_may_stand(
     [
         (
             "403:InvalidAccessKeyId",
-            "access refused: InvalidAccessKeyId (403): Scripted InvalidAccessKeyId. Check that the access key belongs",
+            (
+                "access refused: InvalidAccessKeyId (403): Scripted InvalidAccessKeyId. Check that the "
+                "access key belongs"
+            ),
         ),
         (
             "403:SignatureDoesNotMatch",
-            "access refused: SignatureDoesNotMatch (403): Scripted SignatureDoesNotMatch. Check the secret key",
+            (
+                "access refused: SignatureDoesNotMatch (403): Scripted SignatureDoesNotMatch. Check "
+                "the secret key"
+            ),
         ),
         (
             "403:AccessDenied",
-            "access refused: AccessDenied (403): Scripted AccessDenied. These credentials may not read it: they need s3:ListBucket",
+            (
+                "access refused: AccessDenied (403): Scripted AccessDenied. These credentials may not "
+                "read it: they need s3:ListBucket"
+            ),
         ),
         (
             "400:ExpiredToken",
-            "access refused: ExpiredToken (400): Scripted ExpiredToken. The session token has expired: log in again",
+            (
+                "access refused: ExpiredToken (400): Scripted ExpiredToken. The session token has "
+                "expired: log in again"
+            ),
         ),
         ("403:RequestTimeTooSkewed", "Set the clock of this machine."),
     ],
@@ -129,8 +143,8 @@ def test_a_403_without_a_body_is_an_access_error_too(
     del ASK["HEAD"]
     assert type(error) is OriginAccessError
     assert (
-        "s3://densities/data/mp-1.zarr.zip: access refused: (403). These credentials may not read it"
-        in str(error)
+        "s3://densities/data/mp-1.zarr.zip: access refused: (403). These credentials may not read "
+        "it" in str(error)
     )
 
 
@@ -152,7 +166,8 @@ def test_no_such_bucket_names_bucket_and_endpoint(
     assert type(error) is OriginNotFoundError
     assert isinstance(error, FileNotFoundError)
     assert str(error) == (
-        f"{WHERE[op]}: there is no bucket 'densities' at {fault_proxy.endpoint_url}. Check the bucket's name and endpoint_url in s3_kwargs."
+        f"{WHERE[op]}: there is no bucket 'densities' at {fault_proxy.endpoint_url}. Check the "
+        "bucket's name and endpoint_url in s3_kwargs."
     )
 
 
@@ -182,8 +197,8 @@ def test_a_missing_profile_is_named(fault_proxy: FaultProxy) -> None:
     error = failure("LIST", profile="laboratory", endpoint_url=fault_proxy.endpoint_url)
     assert type(error) is OriginAccessError
     assert (
-        "ProfileNotFound: The config profile (laboratory) could not be found. Set profile in s3_kwargs"
-        in str(error)
+        "ProfileNotFound: The config profile (laboratory) could not be found. Set profile in "
+        "s3_kwargs" in str(error)
     )
 
 
@@ -272,7 +287,8 @@ def test_options_that_s3fs_does_not_know_are_config_errors(
         ASK[op](origin)
     with pytest.raises(
         ConfigError,
-        match=r"cache.fetch.engine is obstore, which cannot do .* of s3_kwargs. Remove them, or set engine: auto.",
+        match=r"cache.fetch.engine is obstore, which cannot do .* of s3_kwargs. Remove them, or "
+        r"set engine: auto.",
     ):
         open_origin(
             "s3://densities/data",
@@ -304,7 +320,8 @@ def test_another_scheme_is_refused_with_the_ones_there_are(url: str) -> None:
     """Not taken for a directory of that name."""
     with pytest.raises(
         ConfigError,
-        match=r"is of scheme \w+://, which is not supported. Write s3://bucket/prefix, a path, or file:///path.",
+        match=r"is of scheme \w+://, which is not supported. Write s3://bucket/prefix, a path, or "
+        r"file:///path.",
     ):
         open_origin(url)
 
@@ -324,7 +341,9 @@ def test_an_url_without_a_bucket_is_refused(url: str, words: str) -> None:
 
 
 def test_a_directory_that_may_not_be_read_is_an_access_error(tmp_path: Path) -> None:
-    """And a file in the way of a directory is not found; no error of the file system is taken for an absent store."""
+    """And a file in the way of a directory is not found; no error of the file system is taken for
+    an absent store.
+    """
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(OriginError, match="could not be read: Too many levels of symbolic links"):
@@ -341,7 +360,8 @@ def test_a_root_that_vanished_is_not_an_absent_store(tmp_path: Path) -> None:
     """A file system that is not mounted any more must not look like a data set without this store."""
     with pytest.raises(
         OriginNotFoundError,
-        match=r"is not a directory of this machine. Check the path, and that its file system is mounted",
+        match=r"is not a directory of this machine. Check the path, and that its file system is "
+        r"mounted",
     ):
         open_origin(tmp_path / "unmounted").list_objects("mp-1.zarr/")
     with pytest.raises(OriginNotFoundError, match="is not a directory of this machine"):

@@ -1,4 +1,6 @@
-"""The network and the server fail: what is tried again, how often, for how long, and what it leaves behind. Both engines."""
+"""The network and the server fail: what is tried again, how often, for how long, and what it leaves
+behind. Both engines.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def url(s3_server: S3Server, plain_client: Any) -> str:
 def opened(
     request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: FaultProxy, url: str
 ) -> Callable[..., Origin]:
-    """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin through the proxy."""
+    """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin through
+    the proxy.
+    """
 
     def make(
         attempts: int = 3, timeout: float = 20.0, counters: Counters | None = None, **fetch: Any
@@ -127,7 +131,9 @@ def methods(op: str) -> str:
 
 
 def sendings(origin: Any, fault: str) -> int:
-    """How often one attempt is sent: aiohttp repeats a request whose connection is cut before the answer begins, once."""
+    """How often one attempt is sent: aiohttp repeats a request whose connection is cut before the
+    answer begins, once.
+    """
     return 2 if fault == "reset" and type(origin._engine()).__name__ == "S3fsEngine" else 1
 
 
@@ -177,9 +183,8 @@ class TestTransient:
     ) -> None:
         """The answer is the same as without it, and the counters say what the server saw."""
         counters = Counters()
-        origin = opened(
-            counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0
-        )  # a busy machine is no fault
+        # a busy machine is no fault
+        origin = opened(counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0)
         sent = sendings(origin, fault)
         fault_proxy.rules(Rule((fault,) * sent, op=methods(op), key="/0$" if op == "GET" else ""))
         assert ASK[op](origin, listed) == expected(op, listed)
@@ -244,7 +249,9 @@ class TestTransient:
         plain_client: Any,
         url: str,
     ) -> None:
-        """With a key of KMS it only looks like one; that is asked once, and then left alone for the whole origin."""
+        """With a key of KMS it only looks like one; that is asked once, and then left alone for the
+        whole origin.
+        """
         bucket = url.split("/")[2]
         for key in ("kms/1", "kms/2"):
             encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "tests"}
@@ -307,12 +314,14 @@ class TestPermanent:
         op: str,
         fault: str,
     ) -> None:
-        """Nothing below retries: three attempts are three requests, and the error names URL, attempts and last cause."""
+        """Nothing below retries: three attempts are three requests, and the error names URL,
+        attempts and last cause.
+        """
         counters = Counters()
         origin = opened(counters=counters, read_timeout=1.5 if fault == "hang" else 20.0)
-        if (
-            fault == "hang"
-        ):  # on a busy machine the time would be over before a client that is new has sent its first request
+        # on a busy machine the time would be over before a client that is new has sent its first
+        # request
+        if fault == "hang":
             ASK[op](origin, listed[:1])
         before, begun = counters.snapshot(), fault_proxy.count()
         fault_proxy.rules(Rule(then=fault))
@@ -372,7 +381,9 @@ class TestPermanent:
     def test_the_time_bound_ends_it_before_the_attempts(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """A server that hangs is given up after cache.retry.timeout, however many attempts are left."""
+        """A server that hangs is given up after cache.retry.timeout, however many attempts are
+        left.
+        """
         fault_proxy.rules(Rule(then="hang"))
         with pytest.raises(OriginUnavailableError, match="Timeout"):
             ASK["GET"](opened(attempts=100, timeout=1.0, read_timeout=0.3), listed)
@@ -435,7 +446,9 @@ class TestPermanent:
     def test_a_final_answer_ends_the_whole_fetch(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Requests that still hang are cancelled, or end within QUICK_S; nobody waits for their time-out."""
+        """Requests that still hang are cancelled, or end within QUICK_S; nobody waits for their
+        time-out.
+        """
         fault_proxy.rules(Rule(then="403", op="GET", key="/1$"), Rule(then="hang", op="GET"))
         with pytest.raises(OriginAccessError):
             ASK["GET"](opened(read_timeout=300.0, timeout=300.0), listed)
@@ -443,7 +456,9 @@ class TestPermanent:
 
 
 class TestLate:
-    """obstore asks for small objects in threads, which nobody can interrupt: each request is short, and asked again patiently if it was too short."""
+    """obstore asks for small objects in threads, which nobody can interrupt: each request is short,
+    and asked again patiently if it was too short.
+    """
 
     @pytest.fixture
     def late(
@@ -479,7 +494,9 @@ class TestLate:
     def test_a_slow_server_is_not_hurried(
         self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Where many are late, they are waited for from then on: everything is asked for twice once, and never again."""
+        """Where many are late, they are waited for from then on: everything is asked for twice
+        once, and never again.
+        """
         fault_proxy.rules(Rule(op="GET", latency_s=0.6))
         origin = late()
         for asked in (8, 12):
@@ -505,7 +522,9 @@ class TestCancel:
     def test_closing_the_iterator_cancels_what_is_in_flight(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """The proxy sees the client hang up long before any time-out: at once, or after QUICK_S at the most."""
+        """The proxy sees the client hang up long before any time-out: at once, or after QUICK_S at
+        the most.
+        """
         fault_proxy.rules(Rule(("ok",), then="hang", op="GET"))
         origin = opened(read_timeout=300.0, timeout=300.0)
         answers: Any = origin.fetch(listed)
@@ -548,7 +567,9 @@ class TestCancel:
     def test_a_slow_consumer_does_not_use_up_the_time_bound(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Decoding takes longer than cache.retry.timeout here; the fault after it is retried all the same."""
+        """Decoding takes longer than cache.retry.timeout here; the fault after it is retried all
+        the same.
+        """
         fault_proxy.rules(Rule(("ok", "503"), op="GET"))
         got = {}
         for obj, body in opened(timeout=0.3, concurrency=1).fetch(listed):

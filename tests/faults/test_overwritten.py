@@ -1,4 +1,6 @@
-"""Whole stores are overwritten while they are read: every array is one version, whole, or an error that says that somebody is writing."""
+"""Whole stores are overwritten while they are read: every array is one version, whole, or an error
+that says that somebody is writing.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def version_of(values: NDArray[np.float32]) -> int | None:
 
 @dataclass
 class Writer:
-    """Overwrites stores with one version after the other, in a thread, and knows which one was whole when."""
+    """Overwrites stores with one version after the other, in a thread, and knows which one was
+    whole when.
+    """
 
     server: S3Server
     url: str
@@ -125,7 +129,9 @@ def test_writer_that_stops_to_think_is_waited_for(
     arrays: bool,
     is_new: bool,
 ) -> None:
-    """It has written half a store and goes on after longer than a reading takes. Neither halves of two versions nor zeros, in either tier."""
+    """It has written half a store and goes on after longer than a reading takes. Neither halves of
+    two versions nor zeros, in either tier.
+    """
     (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
     writer.put("mp-1.zarr", 0, gaps=False)
     cache = {
@@ -146,9 +152,8 @@ def test_writer_that_stops_to_think_is_waited_for(
         cache=cache,
     )
     assert reader.task_ids == ["mp-1"]
-    reader.origin("data").list_objects(
-        "mp-2.zarr/"
-    )  # its client is open; the next request is quick
+    # its client is open; the next request is quick
+    reader.origin("data").list_objects("mp-2.zarr/")
     fault_proxy.reset()
     if is_new:
         for key in writer.versions[0]:
@@ -181,7 +186,9 @@ def test_writer_that_stops_to_think_is_waited_for(
 def hammer(
     writer: Writer, *, n_stores: int, n_readers: int, seconds: float, rest_s: float
 ) -> tuple[int, int]:
-    """Read stores cold through both engines while they are overwritten; how many readings were whole, and how many refused."""
+    """Read stores cold through both engines while they are overwritten; how many readings were
+    whole, and how many refused.
+    """
     stores = [f"mp-{i}.zarr" for i in range(n_stores)]
     for store in stores:
         writer.put(store, 0, gaps=False)
@@ -203,7 +210,8 @@ def hammer(
                     str(exc)
                 )
                 continue
-            # Versions come round again after eight of them; meanwhile at most the next one is begun.
+            # Versions come round again after eight of them; meanwhile at most the next one is
+            # begun.
             newer = range(at_least, writer.newest[store] + 2)
             (whole if found in {n % N_VERSIONS for n in newer} else wrong).append(
                 (store, found, at_least)
@@ -239,7 +247,9 @@ def test_readings_under_a_writer_are_of_one_version_for_two_minutes(writer: Writ
 def test_another_version_is_refused_by_the_server(
     s3_server: S3Server, fault_proxy: FaultProxy, bucket: str, engine: Any
 ) -> None:
-    """Each GET, of a whole object and of a range, asks for the listed version and no other: not even its bytes travel."""
+    """Each GET, of a whole object and of a range, asks for the listed version and no other: not
+    even its bytes travel.
+    """
     url = f"s3://{bucket}/data"
     s3_server.put(f"{url}/mp-1.zarr/0", b"0123456789")
     origin = open_origin(

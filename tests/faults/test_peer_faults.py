@@ -1,4 +1,6 @@
-"""Peers and lower layers that are dead, slow, damaged or hostile: each sample is right, each trouble is said once, nothing bad is kept."""
+"""Peers and lower layers that are dead, slow, damaged or hostile: each sample is right, each
+trouble is said once, nothing bad is kept.
+"""
 
 from __future__ import annotations
 
@@ -248,7 +250,9 @@ CUT: dict[str, Callable[[bytes], Answer]] = {
 def test_entry_that_breaks_off_is_not_kept(
     node: LocalNode, good: bytes, tmp_path: Path, how: str
 ) -> None:
-    """A peer that dies in the middle of a body; no partial file stays, and no room is reserved for one."""
+    """A peer that dies in the middle of a body; no partial file stays, and no room is reserved for
+    one.
+    """
     with running_peer(CUT[how](good)) as peer:
         reader = reader_at(node, tmp_path, peers=[peer.url])
         check(reader, node, purges=1)
@@ -278,7 +282,9 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
     place: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A prefetcher with a full cache: the payload is in the loan, and nothing is fetched a second time."""
+    """A prefetcher with a full cache: the payload is in the loan, and nothing is fetched a second
+    time.
+    """
     room = 2 * -(-len(good) // 4096) * 4096
     for task_id in ("mp-0", "mp-2"):
         reader_at(node, tmp_path, limit=room).load(task_id, ROLE)
@@ -306,7 +312,9 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
 def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kernel ends the file after half of its values; the error is the cache's, and the origin is asked."""
+    """The kernel ends the file after half of its values; the error is the cache's, and the origin
+    is asked.
+    """
     big = LocalNode(tmp_path / "big", 2, shape=(128, 128, 64), chunks=(64, 64, 64))
     full = big.reader()
     full.load(TASK, ROLE)
@@ -424,7 +432,9 @@ def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(
 def test_lower_layer_that_is_not_there_is_said_once(
     node: LocalNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not mounted on this node, perhaps. And one that anybody may write to is refused before the run."""
+    """Not mounted on this node, perhaps. And one that anybody may write to is refused before the
+    run.
+    """
     reader = reader_at(node, tmp_path, lower=tmp_path / "lower")
     for task_id in ("mp-0", "mp-1", "mp-2"):
         reader.load(task_id, ROLE)
@@ -435,7 +445,8 @@ def test_lower_layer_that_is_not_there_is_said_once(
         reader_at(node, tmp_path / "other", lower=tmp_path / "lower")
 
 
-# -- leases ----------------------------------------------------------------------------------------------------------------------
+# -- leases
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

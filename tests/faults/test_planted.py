@@ -1,4 +1,6 @@
-"""What somebody who can write to the cache directory puts there: nothing of it is executed, nothing outside is touched, no job stops."""
+"""What somebody who can write to the cache directory puts there: nothing of it is executed, nothing
+outside is touched, no job stops.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Mark:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:
-    """A directory with a file that has nothing to do with the cache; as it was, when the test is over."""
+    """A directory with a file that has nothing to do with the cache; as it was, when the test is
+    over.
+    """
     directory = tmp_path / "home"
     directory.mkdir()
     thesis = directory / "thesis"
@@ -71,9 +75,8 @@ def use(tmp_path: Path, **block: Any) -> int:
             assert np.array_equal(entry.array, array_of(number))
             found += 1
     cache.put(key_of("other"), array_of(9), source="s")
-    with contextlib.suppress(
-        *CACHE_FAULTS
-    ):  # the reader that asks for it counts a fault and goes on
+    # the reader that asks for it counts a fault and goes on
+    with contextlib.suppress(*CACHE_FAULTS):
         cache.drop(key_of("other"))
     cache.index._file.close_before_fork()
     return found
@@ -116,7 +119,8 @@ def insert(
     """A row with (size, mode, filename, value)."""
     with index_of(root) as connection:
         connection.execute(
-            "INSERT OR REPLACE INTO Cache (key, raw, store_time, tag, size, mode, filename, value) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO Cache (key, raw, store_time, tag, size, mode, filename, value) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (key, raw, stored_s, tag, *row),
         )
 
@@ -248,7 +252,9 @@ def test_settings_that_were_planted_are_set_aside_with_their_index(
 def test_a_link_in_place_of_a_directory_leads_nobody_out(
     tmp_path: Path, root: Path, victim: Path, tier: str
 ) -> None:
-    """``verify`` removes what no row names, and so does the rebuilding of an index: what lies behind a link is not theirs."""
+    """``verify`` removes what no row names, and so does the rebuilding of an index: what lies
+    behind a link is not theirs.
+    """
     for name in ("00", "ab", "zz"):
         with contextlib.suppress(FileExistsError):
             (root / tier / name).symlink_to(victim)

@@ -1,4 +1,6 @@
-"""Two users of one node and one directory: both read and write, and neither makes the other's job crash. And one who is not of the group."""
+"""Two users of one node and one directory: both read and write, and neither makes the other's job
+crash. And one who is not of the group.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Everything that is imported at its first use: other users may not be able to read this interpreter's files."""
+    """Everything that is imported at its first use: other users may not be able to read this
+    interpreter's files.
+    """
     directory = tmp_path_factory.mktemp("imported")
     write_pairs(directory, 2)
     for arrays in (True, False):
@@ -50,7 +54,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """``data``, ``label`` and ``map.json`` that all may read; ``team``, which belongs to the group; ``tmp``, where anybody may write."""
+    """``data``, ``label`` and ``map.json`` that all may read; ``team``, which belongs to the group;
+    ``tmp``, where anybody may write.
+    """
     with open_to_all() as path:
         write_pairs(path, 3)
         (path / "team").mkdir()
@@ -126,7 +132,8 @@ def put_and_get(config: dict[str, Any], put: range, get: range) -> tuple[int, in
     return found, cache._counters.snapshot().cache_errors
 
 
-# -- the group's cache --------------------------------------------------------------------------------------------------------------
+# -- the group's cache
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("first", "second"), [(ALICE, BOB), (BOB, ALICE)])
@@ -134,7 +141,9 @@ def put_and_get(config: dict[str, Any], put: range, get: range) -> tuple[int, in
 def test_what_one_has_read_is_a_hit_for_the_other(
     place: Path, first: User, second: User, arrays: bool
 ) -> None:
-    """Whoever was first, whatever the umasks (0077 and 0022) and the users' own groups are; through both tiers."""
+    """Whoever was first, whatever the umasks (0077 and 0022) and the users' own groups are; through
+    both tiers.
+    """
     cache = shared(place, arrays={"enabled": arrays})
     assert as_user(first, train, place, cache)["cache_errors"] == 0
     counted = as_user(second, train, place, cache)
@@ -161,7 +170,9 @@ def _log_is_open(config: dict[str, Any]) -> list[str]:
 
 
 def test_the_log_that_one_makes_can_be_written_by_the_other(place: Path) -> None:
-    """SQLite makes it anew whenever nobody had the index open: with the permissions of the index, not of the umask."""
+    """SQLite makes it anew whenever nobody had the index open: with the permissions of the index,
+    not of the umask.
+    """
     for user in (ALICE, BOB, ALICE):
         assert as_user(user, _log_is_open, shared(place)) == [
             "cache.db",
@@ -220,14 +231,18 @@ def _alter(path: Path) -> str:
 
 
 def test_no_user_can_truncate_an_entry_that_another_has_mapped(place: Path) -> None:
-    """It would be killed by SIGBUS: an entry is replaced or dropped, and whoever has mapped it keeps it."""
+    """It would be killed by SIGBUS: an entry is replaced or dropped, and whoever has mapped it
+    keeps it.
+    """
     as_user(ALICE, put_and_get, shared(place), range(1), range(0))
     (entry,) = (path for path in (root_of(place) / "entries").rglob("*") if path.is_file())
     assert as_user(BOB, _alter, entry) == "PermissionError"
 
 
 def test_a_broken_index_is_set_aside_by_either_and_both_go_on(place: Path) -> None:
-    """It belongs to the one; the other replaces it with its own, with all entries, while the first still runs."""
+    """It belongs to the one; the other replaces it with its own, with all entries, while the first
+    still runs.
+    """
     as_user(ALICE, put_and_get, shared(place), range(5), range(0))
     (root_of(place) / "cache.db-wal").unlink()  # with it SQLite would heal the damage
     with (root_of(place) / "cache.db").open("r+b") as file:
@@ -239,7 +254,9 @@ def test_a_broken_index_is_set_aside_by_either_and_both_go_on(place: Path) -> No
 
 
 def test_doctor_says_how_a_private_cache_becomes_the_groups(place: Path) -> None:
-    """Who changes ``shared`` only, keeps the others out; what doctor tells to run lets them in, and what is warm stays warm."""
+    """Who changes ``shared`` only, keeps the others out; what doctor tells to run lets them in, and
+    what is warm stays warm.
+    """
     as_user(ALICE, train, place, shared(place, shared=False))
     assert as_user(BOB, train, place, shared(place))["hits"] == 0
     assert as_user(ALICE, train, place, shared(place))["hits"] == 6
@@ -289,11 +306,14 @@ def _lose_permission(place: Path) -> list[tuple[int, int]]:
 
 
 def test_permission_lost_under_a_running_job_costs_hits_and_no_sample(place: Path) -> None:
-    """Taken away altogether, then to write, then given back: the same job goes on, and has hits again."""
+    """Taken away altogether, then to write, then given back: the same job goes on, and has hits
+    again.
+    """
     assert as_user(BOB, _lose_permission, place) == [(0, 6), (0, 12), (6, 12), (12, 12)]
 
 
-# -- those who are not meant --------------------------------------------------------------------------------------------------------
+# -- those who are not meant
+# --------------------------------------------------------------------------------------------------------
 
 
 def _refusal(config: dict[str, Any]) -> str:
@@ -315,7 +335,9 @@ def _train_with_warnings(place: Path, config: dict[str, Any]) -> tuple[dict[str,
 
 
 def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> None:
-    """0700. The second user's commands say whose it is; its training reads past the cache, with one line."""
+    """0700. The second user's commands say whose it is; its training reads past the cache, with one
+    line.
+    """
     cache = {"dir": str(place / "tmp" / "cache"), "min_free": 0}
     as_user(ALICE, train, place, cache)
     root = place / "tmp" / "cache" / "zarrcache-v1"
@@ -324,8 +346,8 @@ def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> N
     words = as_user(BOB, _refusal, cache)
     assert f"cache.dir {place}/tmp/cache" in words
     assert (
-        f"cannot be written by this user (it belongs to user {ALICE.uid} and group {ALICE.uid}, mode 0700)"
-        in words
+        f"cannot be written by this user (it belongs to user {ALICE.uid} and group {ALICE.uid}, "
+        "mode 0700)" in words
     )
     assert "Choose a directory of your own" in words
     counted, said = as_user(BOB, _train_with_warnings, place, cache)

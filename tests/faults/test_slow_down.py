@@ -20,7 +20,8 @@ from zarrcache.origin._s3 import Origin, open_origin
 from zarrcache.stats import Counters
 
 PAUSE_S = 4.0
-#: A neighbour looks every 0.1 s, and its last request has to arrive; the rest is for a machine that is busy.
+#: A neighbour looks every 0.1 s, and its last request has to arrive; the rest is for a machine that
+#: is busy.
 HEARD_S = 1.5
 EARLY_S = 0.2
 DEADLINE_S = 60.0
@@ -101,9 +102,8 @@ def test_one_of_four_processes_is_told_and_all_pause(
         process.start()
     try:
         wait_until(lambda: fault_proxy.count("GET") > 30)
-        fault_proxy.rules(
-            Rule(("503",), op="GET", key="/0$")
-        )  # nobody but this process asks for it
+        # nobody but this process asks for it
+        fault_proxy.rules(Rule(("503",), op="GET", key="/0$"))
         one = opened(url, s3_server, fault_proxy, tmp_path)
         [(_, body)] = one.fetch(one.list_objects("mp-1.zarr/")[:1])
         assert bytes(memoryview(body)) == bytes(100)
@@ -160,7 +160,9 @@ def test_pauses_use_up_no_attempts(
     engine: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each object is refused once, so a pass is cut short again and again; with two attempts everything arrives all the same."""
+    """Each object is refused once, so a pass is cut short again and again; with two attempts
+    everything arrives all the same.
+    """
     counters = Counters()
     origin = opened(
         url,

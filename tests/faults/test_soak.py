@@ -1,4 +1,6 @@
-"""Soak: of every 20 requests one fails, by seeded dice and in every way that a network and a server have. Nothing is wrong and nothing is lost."""
+"""Soak: of every 20 requests one fails, by seeded dice and in every way that a network and a server
+have. Nothing is wrong and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from zarrcache.origin import _retry as retry
 
 ARRAY = "charge_density_total"
 SHARE = 0.05
-#: Whatever may happen to an object on its way; ``corrupt`` is one flipped bit, ``short`` half a body with a length that matches.
+#: Whatever may happen to an object on its way; ``corrupt`` is one flipped bit, ``short`` half a
+#: body with a length that matches.
 OBJECT_FAULTS = (
     "reset",
     "reset_body",
@@ -97,7 +100,8 @@ def soak(
             if not np.array_equal(values.reshape(gridsize), densities[task_id]):
                 wrong.append(task_id)
     assert wrong == []
-    # The second detector: what was stored is what was uploaded, in a reader that has no origin to ask.
+    # The second detector: what was stored is what was uploaded, in a reader that has no origin to
+    # ask.
     proxy.down()
     again = ZarrS3Reader(
         url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache
@@ -112,7 +116,8 @@ def soak(
     )
     asked = Counter(s.path for s in seen)
     assert len(asked) == N_OBJECTS * len(densities)
-    # aiohttp sends a request whose connection is cut before the answer once more by itself; obstore is asked again for what is late.
+    # aiohttp sends a request whose connection is cut before the answer once more by itself; obstore
+    # is asked again for what is late.
     assert max(asked.values()) <= 2 * ATTEMPTS
     assert len(seen) >= len(asked) + faults.total()
     return faults + Counter(
@@ -145,12 +150,15 @@ def test_every_sample_survives_a_bad_network(
 def test_two_hundred_stores_survive_a_bad_network(
     s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, bucket: str
 ) -> None:
-    """1,800 objects through each engine, with the waits and pauses of a run; each kind of fault happens."""
+    """1,800 objects through each engine, with the waits and pauses of a run; each kind of fault
+    happens.
+    """
     densities: dict[str, Any] = {}
     upload(s3_server, bucket, tmp_path, 200, densities)
     for engine in ("obstore", "s3fs"):
         faults = soak(s3_server, fault_proxy, bucket, tmp_path, densities, engine, threads=8)
         print(
-            f"{engine}: {faults.total()} faults, 0 wrong, 0 failed of {len(densities)}: {dict(sorted(faults.items()))}"
+            f"{engine}: {faults.total()} faults, 0 wrong, 0 failed of {len(densities)}: "
+            f"{dict(sorted(faults.items()))}"
         )
         assert len(faults) >= len(OBJECT_FAULTS)

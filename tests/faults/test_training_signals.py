@@ -1,4 +1,6 @@
-"""A training script over a DataLoader with workers that is told to end: within seconds, nobody is left, and the next run begins warm."""
+"""A training script over a DataLoader with workers that is told to end: within seconds, nobody is
+left, and the next run begins warm.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import DataConfig
 from zarrcache.data.reader import open_reader
 
-#: What is in a README's loop, and no more: no handler of any signal. Persistent workers, because torch's look for a parent that has gone begins when
-#: a worker has started: one whose parent is killed before that waits for ever, whatever its dataset is.
+#: What is in a README's loop, and no more: no handler of any signal. Persistent workers, because
+#: torch's look for a parent that has gone begins when a worker has started: one whose parent is
+#: killed before that waits for ever, whatever its dataset is.
 SCRIPT = """
 import sys, warnings
 from torch.utils.data import DataLoader
@@ -48,9 +51,8 @@ def training(
     """The script in a process group of its own, as a terminal or a batch system starts it."""
     script = tmp_path / "train.py"
     script.write_text(text)
-    with (tmp_path / "out").open(
-        "w"
-    ) as out:  # no pipe: it would fill, and the script would wait for us
+    # no pipe: it would fill, and the script would wait for us
+    with (tmp_path / "out").open("w") as out:
         command = [sys.executable, str(script), str(config), method]
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -87,7 +89,9 @@ WAYS = [
 def test_a_training_ends_with_all_its_workers(
     tmp_path: Path, number: signal.Signals, to_all: bool, method: str
 ) -> None:
-    """By Python's own answer to the signal: one traceback of Ctrl-C, none of a worker; the exit code is the signal's; nothing is half written."""
+    """By Python's own answer to the signal: one traceback of Ctrl-C, none of a worker; the exit
+    code is the signal's; nothing is half written.
+    """
     node = LocalNode(tmp_path, 4)
     config = write_config(tmp_path)
     with training(tmp_path, config, method) as process:
@@ -121,7 +125,9 @@ def test_a_training_that_waits_for_a_silent_server_ends_too(
     number: signal.Signals,
     to_all: bool,
 ) -> None:
-    """Its workers are in the middle of a fetch that gets no answer. Those that nobody tells go on for ``cache.retry.timeout`` at the most."""
+    """Its workers are in the middle of a fetch that gets no answer. Those that nobody tells go on
+    for ``cache.retry.timeout`` at the most.
+    """
     write_pairs(tmp_path, 4)
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
@@ -158,7 +164,9 @@ if __name__ == "__main__":
 def test_workers_of_a_data_module_whose_training_is_killed_end_by_themselves(
     tmp_path: Path,
 ) -> None:
-    """SIGKILL, of which nobody is told: a worker finds that its parent has changed, which that of a fork server would never do."""
+    """SIGKILL, of which nobody is told: a worker finds that its parent has changed, which that of a
+    fork server would never do.
+    """
     pytest.importorskip("lightning", reason="the extra lightning is not installed")
     LocalNode(tmp_path, 4)
     with training(tmp_path, write_config(tmp_path), "", MODULE) as process:

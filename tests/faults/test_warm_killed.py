@@ -1,4 +1,6 @@
-"""``zarrcache warm`` stopped in the middle, by Ctrl-C or for good: the next run goes on where it was, and no entry is torn."""
+"""``zarrcache warm`` stopped in the middle, by Ctrl-C or for good: the next run goes on where it
+was, and no entry is torn.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ Stuck = Callable[[int], "subprocess.Popen[str]"]
 
 @pytest.fixture
 def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
-    """``stuck(workers)`` is a running ``warm`` that has stored all but two of the pairs and waits for a silent server wherever it can."""
+    """``stuck(workers)`` is a running ``warm`` that has stored all but two of the pairs and waits
+    for a silent server wherever it can.
+    """
     with contextlib.ExitStack() as stack:
 
         def run(workers: int) -> subprocess.Popen[str]:
@@ -160,7 +164,9 @@ def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
     pairs: int,
     workers: int,
 ) -> None:
-    """Although the server is silent; one line says how to go on, and the exit code which signal it was. No process stays, no traceback."""
+    """Although the server is silent; one line says how to go on, and the exit code which signal it
+    was. No process stays, no traceback.
+    """
     number, code, word = sent
     process = stuck(workers)
     sent_s = time.monotonic()
@@ -180,13 +186,14 @@ def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
 def test_ctrl_c_ends_the_workers_too(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int
 ) -> None:
-    """A terminal sends it to every process of the job; the workers finish what they have, here with an error, and nobody reports it."""
+    """A terminal sends it to every process of the job; the workers finish what they have, here with
+    an error, and nobody reports it.
+    """
     process = stuck(2)
     os.killpg(process.pid, signal.SIGINT)
     fault_proxy.down()
-    out, err = process.communicate(
-        timeout=60
-    )  # returns when the workers too have closed their output
+    # returns when the workers too have closed their output
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert (
         err.splitlines()[-1]
@@ -199,7 +206,9 @@ def test_ctrl_c_ends_the_workers_too(
 def test_workers_end_when_their_parent_is_killed(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int
 ) -> None:
-    """Only the parent gets the signal, as from the out-of-memory killer; once the server gives them an answer the workers find out and end."""
+    """Only the parent gets the signal, as from the out-of-memory killer; once the server gives them
+    an answer the workers find out and end.
+    """
     process = stuck(2)
     process.kill()
     fault_proxy.down()

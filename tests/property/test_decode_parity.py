@@ -1,4 +1,6 @@
-"""Whatever zarr can write, this package reads as zarr does: bit for bit, or it says that it is no density."""
+"""Whatever zarr can write, this package reads as zarr does: bit for bit, or it says that it is no
+density.
+"""
 
 from __future__ import annotations
 
@@ -114,9 +116,8 @@ def stores(draw: st.DrawFn) -> dict[str, Any]:
 def write(path: Path, store: dict[str, Any]) -> None:
     """With zarr alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # consolidated metadata and some codecs are no part of the v3 specification
+        # consolidated metadata and some codecs are no part of the v3 specification
+        warnings.simplefilter("ignore")
         group = zarr.create_group(
             store=zarr.storage.LocalStore(path), zarr_format=store["zarr_format"], overwrite=True
         )
@@ -159,7 +160,9 @@ def monkeypatch_module() -> Any:
 @LAX
 @given(store=stores())
 def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any]) -> None:
-    """Any shape, chunking, codec, filter, order, byte order, fill value, separator; missing chunks; sharded, consolidated or not."""
+    """Any shape, chunking, codec, filter, order, byte order, fill value, separator; missing chunks;
+    sharded, consolidated or not.
+    """
     shutil.rmtree(tmp_path / "mp-1.zarr", ignore_errors=True)
     write(tmp_path / "mp-1.zarr", store)
     decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
@@ -172,7 +175,9 @@ def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any
 def test_damaged_store_gives_values_or_an_error_of_ours(
     tmp_path: Path, store: dict[str, Any], data: st.DataObject
 ) -> None:
-    """One flipped bit, or a cut, in any object: never an exception that nobody catches, never memory that was not written."""
+    """One flipped bit, or a cut, in any object: never an exception that nobody catches, never
+    memory that was not written.
+    """
     path = tmp_path / "mp-1.zarr"
     shutil.rmtree(path, ignore_errors=True)
     write(path, store)
@@ -184,9 +189,8 @@ def test_damaged_store_gives_values_or_an_error_of_ours(
         del raw[data.draw(st.integers(0, len(raw))) :]
     victim.write_bytes(raw)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a damaged number may overflow, a damaged name may be a deprecated one
+        # a damaged number may overflow, a damaged name may be a deprecated one
+        warnings.simplefilter("ignore")
         try:
             read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
         except (IncompleteArrayError, SchemaError):
@@ -257,7 +261,9 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    """By one of our two errors, with the URL in it; nothing is allocated and no code of the data is run."""
+    """By one of our two errors, with the URL in it; nothing is allocated and no code of the data is
+    run.
+    """
     (tmp_path / "mp-1.zarr" / "rho").mkdir(parents=True)
     (tmp_path / "mp-1.zarr" / "rho" / ".zarray").write_text(json.dumps({**GOOD_V2, **change}))
     for number in (0, 1):

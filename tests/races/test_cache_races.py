@@ -1,4 +1,6 @@
-"""Many processes over one cache directory, and processes that are killed: what the promises say holds at every instant."""
+"""Many processes over one cache directory, and processes that are killed: what the promises say
+holds at every instant.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def run(children: list[BaseProcess]) -> None:
     assert [child.exitcode for child in children] == [0] * len(children)
 
 
-# -- one fetcher ----------------------------------------------------------------------------------------------------------------
+# -- one fetcher
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
@@ -65,7 +68,8 @@ def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
                 marker = tmp_path / f"inside-{number}"
                 os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                 if cache.get(key) is None:
-                    # The second: one byte a fetch, appended; it would also show a fetch that came after the first had ended.
+                    # The second: one byte a fetch, appended; it would also show a fetch that came
+                    # after the first had ended.
                     with (tmp_path / f"fetched-{number}").open("ab") as file:
                         file.write(b"x")
                     assert cache.put(key, array_of(number), source="s")
@@ -76,7 +80,9 @@ def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
 
 
 def test_eight_processes_on_one_key_fetch_once(tmp_path: Path) -> None:
-    """Eight keys in the same order, so that all meet at each; two detectors that know nothing of each other."""
+    """Eight keys in the same order, so that all meet at each; two detectors that know nothing of
+    each other.
+    """
     start = SPAWN.Event()
     children = [SPAWN.Process(target=_fetch_once, args=(tmp_path, start, 8)) for _ in range(8)]
     threading.Timer(2.0, start.set).start()
@@ -106,7 +112,8 @@ def test_killed_holder_lets_the_next_one_go_on(tmp_path: Path) -> None:
     holder.join(HANG_S)
 
 
-# -- evicted -----------------------------------------------------------------------------------------------------------------------
+# -- evicted
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
@@ -128,7 +135,8 @@ def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
     assert reader._counters.snapshot().cache_errors == 0
 
 
-# -- killed -------------------------------------------------------------------------------------------------------------------------
+# -- killed
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,8 @@ def _die_while_rebuilding(tmp_path: Path) -> None:
     Index(settings(tmp_path)).open()
 
 
-# -- fork ---------------------------------------------------------------------------------------------------------------------------
+# -- fork
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def _get_and_put(cache: ArrayCache, number: int) -> None:
@@ -206,7 +215,9 @@ def _get_and_put(cache: ArrayCache, number: int) -> None:
 def test_forked_children_use_an_index_that_is_open_in_their_parent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As DataLoader workers do, epoch after epoch; parent and children write at once, and the file stays sound."""
+    """As DataLoader workers do, epoch after epoch; parent and children write at once, and the file
+    stays sound.
+    """
     caplog.set_level(logging.WARNING)
     cache = cache_at(tmp_path)
     for number in (0, 1):
@@ -229,7 +240,9 @@ def test_forked_children_use_an_index_that_is_open_in_their_parent(
 
 
 def test_fork_while_threads_read_and_write_gives_a_child_that_works(tmp_path: Path) -> None:
-    """SQLite's mutexes are the process's: a child forked while a thread held one would wait for it for ever."""
+    """SQLite's mutexes are the process's: a child forked while a thread held one would wait for it
+    for ever.
+    """
     cache = cache_at(tmp_path)
     for number in (0, 1):
         cache.put(key_of(number), array_of(number), source="s")

@@ -1,4 +1,6 @@
-"""The reader under torch's DataLoader: however the workers are started, whatever the parent did before, and when something fails."""
+"""The reader under torch's DataLoader: however the workers are started, whatever the parent did
+before, and when something fails.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one job went: digests of what each epoch delivered, by position; the node's counters and the parent's own."""
+    """How one job went: digests of what each epoch delivered, by position; the node's counters and
+    the parent's own.
+    """
 
     epochs: list[dict[int, str]]
     hits: int
@@ -90,7 +94,8 @@ def train(
     workers: int | None = None,
     engine: str = "auto",
 ) -> Outcome:
-    """Two epochs over the training set with ``workers``: by default two that are forked, or one that is an interpreter of its own.
+    """Two epochs over the training set with ``workers``: by default two that are forked, or one
+    that is an interpreter of its own.
 
     ``used``: the parent reads a sample first, which opens its clients.
     """
@@ -180,7 +185,9 @@ def wanted(job: Job) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
-    """What came out of every way, in a process that begins without obstore: this one has it from other tests."""
+    """What came out of every way, in a process that begins without obstore: this one has it from
+    other tests.
+    """
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(train_in_every_way, job).result(DEADLINE_S)
 
@@ -189,7 +196,9 @@ def outcomes(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
 def test_forked_workers_deliver_the_plain_tensors(
     outcomes: dict[Any, Outcome], wanted: list[str], used: bool
 ) -> None:
-    """Also when the parent has used obstore, which does not survive a fork; cold epoch and warm epoch; persistent in the second case."""
+    """Also when the parent has used obstore, which does not survive a fork; cold epoch and warm
+    epoch; persistent in the second case.
+    """
     outcome = outcomes["fork", used, used]
     assert outcome.had_obstore == used
     assert outcome.epochs == [dict(enumerate(wanted))] * 2
@@ -216,7 +225,9 @@ def test_fresh_workers_deliver_the_plain_tensors(
 def test_parents_stats_count_what_the_workers_read(
     outcomes: dict[Any, Outcome], wanted: list[str], way: Any
 ) -> None:
-    """First epoch misses, second epoch hits; none of them in the parent, and after the workers have ended."""
+    """First epoch misses, second epoch hits; none of them in the parent, and after the workers have
+    ended.
+    """
     outcome = outcomes[way]
     assert (outcome.misses, outcome.hits, outcome.parent_reads) == (
         2 * len(wanted),
@@ -231,7 +242,8 @@ WAYS = [
     for method in ("fork", "spawn", "forkserver")
     if workers or method == "fork"
 ]
-#: Of each kind one, beside those above: without workers, and forked from a process in which the engine that it was told to use is open.
+#: Of each kind one, beside those above: without workers, and forked from a process in which the
+#: engine that it was told to use is open.
 SOME = [("s3fs", True, "fork", 0), ("obstore", True, "fork", 2)]
 ALL = [
     (engine, used, *way) for engine in ("obstore", "s3fs") for used in (False, True) for way in WAYS
@@ -250,7 +262,9 @@ ALL = [
 def test_workers_started_in_any_way_deliver_the_plain_tensors(
     job: Job, wanted: list[str], tmp_path: Path, way: tuple[str, bool, str, int]
 ) -> None:
-    """Cold and warm, from a process that has used S3 or not, by either engine; no one waits for ever."""
+    """Cold and warm, from a process that has used S3 or not, by either engine; no one waits for
+    ever.
+    """
     engine, used, method, workers = way
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         start_s = time.monotonic()
@@ -275,7 +289,9 @@ def test_parent_that_only_iterates_never_loads_obstore(outcomes: dict[Any, Outco
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank of two saw: the split, the ids of its share in order, what it got of each, and its weights at the end."""
+    """What one rank of two saw: the split, the ids of its share in order, what it got of each, and
+    its weights at the end.
+    """
 
     split: list[str]
     ids: list[str]
@@ -300,7 +316,9 @@ def step(model: torch.nn.Module, samples: Sequence[Any]) -> torch.Tensor:
 
 
 def run_rank(job: Job, rank: int) -> Rank:
-    """An epoch of distributed training over gloo: a step for each sample of this rank's share, with gradients averaged over both."""
+    """An epoch of distributed training over gloo: a step for each sample of this rank's share, with
+    gradients averaged over both.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     wait = timedelta(seconds=DEADLINE_S)
     torch.distributed.init_process_group(
@@ -332,7 +350,9 @@ def run_rank(job: Job, rank: int) -> Rank:
 def test_two_ranks_train_as_one_and_fetch_every_object_once(
     job: Job, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice, and the weights of a single process."""
+    """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice,
+    and the weights of a single process.
+    """
     job = replace(job, cache_dir=tmp_path)
     log = RequestLog(s3_server, job.bucket)
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -349,9 +369,8 @@ def test_two_ranks_train_as_one_and_fetch_every_object_once(
         for i in IDS
         for key in s3_server.keys(f"s3://{job.bucket}/{r}/{i}.zarr/charge_density_total/")
     ]
-    assert len(log.paths("GET")) == sum(
-        not key.endswith("/.zattrs") for key in stored
-    )  # attributes say nothing of the values
+    # attributes say nothing of the values
+    assert len(log.paths("GET")) == sum(not key.endswith("/.zattrs") for key in stored)
     dataset = ZarrDataset(job.reader(), "all")
     samples = {sample["index"]: sample for sample in map(dataset.__getitem__, range(len(IDS)))}
     for task_id, got in zip(one.ids + other.ids, one.digests + other.digests, strict=True):
@@ -407,15 +426,17 @@ def test_missing_array_in_a_worker_is_told_in_the_parent(
         first_of_a_worker(dataset)
     url = f"s3://{bucket}/data/{dataset.task_ids[0]}.zarr"
     assert (
-        f"'charge_density_total' not found in zarr store {url}. Available arrays: ['charge_density_diff']"
-        in str(caught.value)
+        f"'charge_density_total' not found in zarr store {url}. Available arrays: "
+        "['charge_density_diff']" in str(caught.value)
     )
 
 
 def test_origin_that_is_gone_is_told_in_the_parent(
     job: Job, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """A sample that cannot be had is an error, never a sample less; it names the URL and the attempts."""
+    """A sample that cannot be had is an error, never a sample less; it names the URL and the
+    attempts.
+    """
     job = replace(job, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), cache_dir=tmp_path)
     dataset = ZarrDataset(job.reader(retry={"attempts": 2, "timeout": "20 s"}), "all")
     fault_proxy.down()

@@ -1,4 +1,6 @@
-"""Readers of everything beside processes that drop everything: no error, no wrong value, and the index says what lies there."""
+"""Readers of everything beside processes that drop everything: no error, no wrong value, and the
+index says what lies there.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def read(
     node: LocalNode, reads: int, seconds: float, seed: int, block: dict[str, Any], answers: Any
 ) -> None:
-    """Read densities, crops and attributes at random, in two threads of one reader. What is mapped is kept for a while, and stays what it was.
+    """Read densities, crops and attributes at random, in two threads of one reader. What is mapped
+    is kept for a while, and stays what it was.
 
     So many in each thread, and for so long.
     """
@@ -58,7 +61,9 @@ def read(
 
 
 def evict(node: LocalNode, done: Any, seed: int, answers: Any) -> None:
-    """Drop one entry, half of the cache or all of it, and verify the rest now and then, until the readers are done."""
+    """Drop one entry, half of the cache or all of it, and verify the rest now and then, until the
+    readers are done.
+    """
     chance, reader, rounds = random.Random(seed), node.reader(), 0
     config = reader.cache.config
     assert config is not None

@@ -1,4 +1,6 @@
-"""Many processes and threads that want the same things at once: each object crosses the network once, and nobody waits for the dead."""
+"""Many processes and threads that want the same things at once: each object crosses the network
+once, and nobody waits for the dead.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,8 @@ def finish(children: list[BaseProcess]) -> None:
     assert [child.exitcode for child in children] == [0] * len(children)
 
 
-# -- once per node ------------------------------------------------------------------------------------------------------------------
+# -- once per node
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def read_with_threads(node: Node, threads: int, barrier: Any, answers: Any) -> None:
@@ -114,7 +117,9 @@ def read_with_threads(node: Node, threads: int, barrier: Any, answers: Any) -> N
 def test_every_object_is_fetched_once_whoever_wants_it(
     tmp_path: Path, s3_server: S3Server, bucket: str, processes: int, threads: int, pairs: int
 ) -> None:
-    """Cold, all at one moment, each in an order of its own. The server's log and the readers' own counters agree on it."""
+    """Cold, all at one moment, each in an order of its own. The server's log and the readers' own
+    counters agree on it.
+    """
     node = node_of(tmp_path, s3_server, bucket, pairs)
     assert node.reader().task_ids
     wanted = {
@@ -187,7 +192,8 @@ def test_24_readers_of_one_object_of_32_mib_fetch_it_once(
     assert (stats.byte_misses + stats.byte_hits, stats.purges, stats.cache_errors) == (24 + 8, 0, 0)
 
 
-# -- a fetcher that dies ------------------------------------------------------------------------------------------------------------
+# -- a fetcher that dies
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_one(node: Node, reached: Any, answers: Any) -> None:
@@ -202,7 +208,9 @@ def read_one(node: Node, reached: Any, answers: Any) -> None:
 def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(
     tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy
 ) -> None:
-    """The server keeps it waiting, so the others wait for it; its death lets one of them fetch, and only one."""
+    """The server keeps it waiting, so the others wait for it; its death lets one of them fetch, and
+    only one.
+    """
     node = node_of(tmp_path, s3_server, bucket, 1, fault_proxy.endpoint_url)
     assert node.reader().task_ids
     fault_proxy.rules(Rule(op="GET", then="hang"))

@@ -52,7 +52,9 @@ def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
 
 
 def is_over_the_cache(tensor: torch.Tensor) -> bool:
-    """Whether this process's memory beneath a tensor is a file of the cache: the kernel's own table."""
+    """Whether this process's memory beneath a tensor is a file of the cache: the kernel's own
+    table.
+    """
     with open("/proc/self/maps") as maps:
         for line in maps:
             fields = line.split()
@@ -167,9 +169,8 @@ def test_turned_downsampled_and_cast_samples_arrive_right(
     dataset = ZarrDataset(reader, "all", seed=5, **settings)
     torch.manual_seed(11)
     through = list(loader_of(dataset, num_workers=1))
-    if (
-        "augmentation" in settings
-    ):  # turned in the worker, by torch's seed of it: some turn of the right grid
+    # turned in the worker, by torch's seed of it: some turn of the right grid
+    if "augmentation" in settings:
         plain = ZarrDataset(reader, "all")
         for got, wanted in zip(through, pairs_of(plain), strict=True):
             turned = [
@@ -270,7 +271,9 @@ def test_an_entry_evicted_on_its_way_is_read_again(
 
 
 def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) -> list[Any]:
-    """All samples of a loader that reads ahead, when everything was evicted before the first one is looked at."""
+    """All samples of a loader that reads ahead, when everything was evicted before the first one is
+    looked at.
+    """
     before = reader.stats
     arriving = iter(loader)
     deadline = time.monotonic() + DEADLINE_S
@@ -315,7 +318,9 @@ def test_a_changed_copy_of_a_dataset_is_never_read_instead(
 
 
 class Lazy(Dataset[Any]):
-    """Makes its dataset when it is first asked, in the worker, as many wrappers do; or reads a changed copy of it there."""
+    """Makes its dataset when it is first asked, in the worker, as many wrappers do; or reads a
+    changed copy of it there.
+    """
 
     def __init__(self, reader: ZarrS3Reader, dataset: Any = None) -> None:
         self.reader, self.dataset, self.mine = reader, dataset, None

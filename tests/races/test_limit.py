@@ -1,4 +1,6 @@
-"""The limit is a limit: bytes on disk, sampled all the while, whoever writes, however large, and whoever is killed."""
+"""The limit is a limit: bytes on disk, sampled all the while, whoever writes, however large, and
+whoever is killed.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,11 @@ HANG_S = 300
 #: Mixed sizes, the largest a fortieth of the limit; six take this much on disk.
 SIZES = [100, 3000, 5000, 9000, 13_000, 20_000]
 SIX_BYTES = 88 * 1024
-#: What the index of so few entries, its log and the locks may take beside the limit (docs/reliability.md).
+#: What the index of so few entries, its log and the locks may take beside the limit
+#: (docs/reliability.md).
 LOG_BYTES = 4 * 2**20
-#: ... and the directories: 256 a tier, the two above them, the locks' and the root; a block each while they hold few names.
+#: ... and the directories: 256 a tier, the two above them, the locks' and the root; a block each
+#: while they hold few names.
 DIRECTORIES_BYTES = (2 * 257 + 2) * 4096
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -74,7 +78,9 @@ def write(
 
 
 class Taken(NamedTuple):
-    """Blocks on disk, in bytes: of the files of both tiers, of the index with its log and locks, of the directories."""
+    """Blocks on disk, in bytes: of the files of both tiers, of the index with its log and locks, of
+    the directories.
+    """
 
     cache: int
     log: int
@@ -84,7 +90,8 @@ class Taken(NamedTuple):
 def du(root: Path) -> Taken:
     """What lies there.
 
-    Only what is there when the walk ends: a file that goes and the one that takes its place are never there together.
+    Only what is there when the walk ends: a file that goes and the one that takes its place are
+    never there together.
     """
     cache = log = directories = 0
     for path in [
@@ -134,15 +141,16 @@ def sampled(root: Path) -> Iterator[list[Taken]]:
 def test_eight_writers_never_exceed_the_limit_and_fill_it(
     tmp_path: Path, eviction: str, items: int, restarts: int
 ) -> None:
-    """Both tiers, mixed sizes, three times what fits; two of eight die with room reserved. Full, it holds at least 97 % of the limit."""
+    """Both tiers, mixed sizes, three times what fits; two of eight die with room reserved. Full, it
+    holds at least 97 % of the limit.
+    """
     limit = items // 6 * SIX_BYTES // 3
     (tmp_path / "data").mkdir()
     for number in range(0, items, 3):
         (tmp_path / "data" / str(number)).write_bytes(array_of(number, size_of(number)).tobytes())
     for restart in range(restarts):
-        most = (
-            items if eviction == "none" else items // 2
-        )  # once it is full, nothing or everything goes on
+        # once it is full, nothing or everything goes on
+        most = items if eviction == "none" else items // 2
         jobs = [(8 * restart + n, most // 8 if n < 2 else most, n < 2) for n in range(8)]
         children = [
             FORK.Process(target=write, args=(tmp_path, limit, eviction, items, *job))
@@ -211,7 +219,9 @@ def put_many(directory: Path, numbers: range) -> int:
 
 
 def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -> None:
-    """Of 16 MiB, 3 are to stay free. Whenever room was given away there was enough, but for what the others wrote since; deleted, it is used."""
+    """Of 16 MiB, 3 are to stay free. Whenever room was given away there was enough, but for what
+    the others wrote since; deleted, it is used.
+    """
     with small_disk_at(tmp_path / "cache", "16m") as disk:
         index, ballast = Index(settings(tmp_path)), disk / "ballast"
         index.open()

@@ -1,4 +1,6 @@
-"""The main job on real input: VASP densities converted, put on S3, and trained on from the cache, held to pymatgen's own arrays."""
+"""The main job on real input: VASP densities converted, put on S3, and trained on from the cache,
+held to pymatgen's own arrays.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ def test_real_pairs_train_for_two_epochs_the_second_without_a_server(
 def test_real_densities_hold_whole_numbers_of_electrons(
     trained_on: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """With ``normalize`` a converged density sums up to its valence electrons: the labels are densities, and of the right scale."""
+    """With ``normalize`` a converged density sums up to its valence electrons: the labels are
+    densities, and of the right scale.
+    """
     train, test = get_dataset(SimpleNamespace(**vars(trained_on)))
     for label in (*train[1], *test[1]):
         electrons = float(label.sum(dtype=np.float64))

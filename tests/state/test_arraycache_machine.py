@@ -34,7 +34,8 @@ SIZES = st.sampled_from([0, 1, 1000, 4096, 4097, 9000, LIMIT])
 class ArrayCacheMachine(RuleBasedStateMachine):
     """Two instances over one directory stand for two processes.
 
-    The model knows the newest value and source of each key and which entries were damaged; it shares no helper with the code.
+    The model knows the newest value and source of each key and which entries were damaged; it
+    shares no helper with the code.
     """
 
     eviction = "none"
@@ -63,7 +64,8 @@ class ArrayCacheMachine(RuleBasedStateMachine):
         if admitted:
             self.values[number] = value, source
             self.damaged.discard(number)
-        else:  # whatever was stored may have been dropped for it, but is not replaced by anything else
+        else:
+            # whatever was stored may have been dropped for it, but is not replaced by anything else
             assert self.eviction == "none" or array_on_disk(nbytes) > LIMIT
 
     @rule(which=st.integers(0, 1), number=KEYS)

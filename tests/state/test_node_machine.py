@@ -1,6 +1,8 @@
-"""Two processes over one cache against a model: whatever is read, dropped, written again, damaged, killed or lost, no value is wrong.
+"""Two processes over one cache against a model: whatever is read, dropped, written again, damaged,
+killed or lost, no value is wrong.
 
-The model is a dictionary of versions. It shares no helper with the code; the processes are driven over pipes (tests/support/cacheprocess.py).
+The model is a dictionary of versions. It shares no helper with the code; the processes are driven
+over pipes (tests/support/cacheprocess.py).
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 _templates: dict[tuple[tuple[str, str], int], tuple[Path, NDArray[Any]]] = {}
 _processes: list[CacheProcess] = []
-#: Where the node is, each time the same: digests, and with them which file a choice falls on, have the directory's name in them. Else what
-#: fails once might not fail when hypothesis repeats it.
+#: Where the node is, each time the same: digests, and with them which file a choice falls on, have
+#: the directory's name in them. Else what fails once might not fail when hypothesis repeats it.
 _node: list[Path] = []
 
 
@@ -101,16 +103,18 @@ class NodeMachine(RuleBasedStateMachine):
             self._do(which, "clock", 0.0)
 
     def teardown(self) -> None:
-        if isinstance(
-            error := sys.exc_info()[1], (Exception, pytest.fail.Exception)
-        ):  # hypothesis tells it only if it comes again
+        # hypothesis tells it only if it comes again
+        if isinstance(error := sys.exc_info()[1], (Exception, pytest.fail.Exception)):
             traceback.print_exception(error)
         shutil.rmtree(self.directory)
 
-    # -- the world --------------------------------------------------------------------------------------------------------------
+    # -- the world
+    # --------------------------------------------------------------------------------------------------------------
 
     def _write(self, key: tuple[str, str]) -> None:
-        """The origin's present version, with a time of its own; long ago, or it would be listed twice."""
+        """The origin's present version, with a time of its own; long ago, or it would be listed
+        twice.
+        """
         source, _ = _templates[key, self.versions[key] % VERSIONS]
         target = self.directory / key[1] / f"{key[0]}.zarr"
         shutil.rmtree(target, ignore_errors=True)
@@ -137,7 +141,8 @@ class NodeMachine(RuleBasedStateMachine):
         _processes[which].kill()
         self.reopen(which, self.blocks[which])
 
-    # -- what processes do ------------------------------------------------------------------------------------------------------
+    # -- what processes do
+    # ------------------------------------------------------------------------------------------------------
 
     @rule(which=WHICH, key=KEY)
     def load(self, which: int, key: tuple[str, str]) -> None:
@@ -198,13 +203,13 @@ class NodeMachine(RuleBasedStateMachine):
     def verify(self, which: int) -> None:
         self._do(which, "verify")
         self.is_damaged = False
-        for process in range(
-            2
-        ):  # the index may be another file now, which a process notices when it writes
+        # the index may be another file now, which a process notices when it writes
+        for process in range(2):
             self.reopen(process, self.blocks[process])
             self._known(process)
 
-    # -- what happens to them ---------------------------------------------------------------------------------------------------
+    # -- what happens to them
+    # ---------------------------------------------------------------------------------------------------
 
     @rule(key=KEY)
     def overwrite_origin(self, key: tuple[str, str]) -> None:
@@ -231,7 +236,9 @@ class NodeMachine(RuleBasedStateMachine):
 
     @rule(choice=SEED, delete=st.booleans())
     def corrupt(self, choice: int, delete: bool) -> None:
-        """A file of either tier. Whoever has checked it once in its run does not look again, so both runs begin anew."""
+        """A file of either tier. Whoever has checked it once in its run does not look again, so
+        both runs begin anew.
+        """
         files = payload_files(self.directory)
         if files:
             self.is_damaged = True
@@ -261,7 +268,8 @@ class NodeMachine(RuleBasedStateMachine):
             for which in range(2):
                 self.reopen(which, self.blocks[which])
 
-    # -- what holds at any time -------------------------------------------------------------------------------------------------
+    # -- what holds at any time
+    # -------------------------------------------------------------------------------------------------
 
     @invariant()
     def what_lies_there_is_what_the_index_says(self) -> None:
@@ -280,8 +288,9 @@ class NodeMachine(RuleBasedStateMachine):
             assert [self._do(which, "faults") for which in range(2)] == [(0, 0)] * 2
 
 
-# Not the 300 s of other tests: that is within reach of a busy machine, and a test that is stopped in the middle looks to hypothesis like a
-# failure that does not come again ("The second run drew more data"). A hang is told after two minutes, by the process that does not answer.
+# Not the 300 s of other tests: that is within reach of a busy machine, and a test that is stopped
+# in the middle looks to hypothesis like a failure that does not come again ("The second run drew
+# more data"). A hang is told after two minutes, by the process that does not answer.
 @pytest.mark.timeout(3600)
 class TestNode(NodeMachine.TestCase):  # type: ignore[name-defined, misc]
     """Ten lives of a node."""

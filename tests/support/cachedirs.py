@@ -1,4 +1,6 @@
-"""Cache directories for tests: small settings, keys by number, and what really lies on disk, counted without the package's help."""
+"""Cache directories for tests: small settings, keys by number, and what really lies on disk,
+counted without the package's help.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def payload_files(directory: Path) -> list[Path]:
 
 
 def on_disk_bytes(directory: Path) -> int:
-    """What the files of both tiers occupy. A file that vanishes while they are counted counts nothing."""
+    """What the files of both tiers occupy. A file that vanishes while they are counted counts
+    nothing.
+    """
     total = 0
     for path in payload_files(directory):
         try:

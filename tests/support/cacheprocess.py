@@ -1,4 +1,6 @@
-"""A process that uses a cache as it is told over a pipe, with a clock of its own, and that can be killed before any step at the file system."""
+"""A process that uses a cache as it is told over a pipe, with a clock of its own, and that can be
+killed before any step at the file system.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +66,13 @@ class Killed(Exception):
 
 
 def die_at_step(number: int, *, writes: bool = False) -> None:
-    """Have this process killed before its ``number``-th step: a call that changes a file, or a statement to SQLite, in any thread.
+    """Have this process killed before its ``number``-th step: a call that changes a file, or a
+    statement to SQLite, in any thread.
 
-    Not by audit events (`STEPS`): these tell of files that are opened, not of what is written into them, and nearly all that a crash can
-    leave half done lies between the first write into a file and the statement that makes it known. With ``writes`` only the writes count:
-    then there is something left.
+    Not by audit events (`STEPS`): these tell of files that are opened, not of what is written into
+    them, and nearly all that a crash can leave half done lies between the first write into a file
+    and the statement that makes it known. With ``writes`` only the writes count: then there is
+    something left.
     """
     left, names = [number], _WRITES if writes else _WRITES | _CHANGES
 
@@ -94,7 +98,9 @@ def die_at_step(number: int, *, writes: bool = False) -> None:
 
 
 class CacheProcess:
-    """``process.do("load", "mp-1", "data")`` has it call `_User.load`; after a kill it is a new process."""
+    """``process.do("load", "mp-1", "data")`` has it call `_User.load`; after a kill it is a new
+    process.
+    """
 
     def __init__(self) -> None:
         self._start()
@@ -115,7 +121,9 @@ class CacheProcess:
         except EOFError:
             self.kill()
             raise Killed(name) from None
-        except BaseException:  # also when a test is stopped from outside: the answer that is still to come must not be taken for the next one's
+        except BaseException:
+            # also when a test is stopped from outside: the answer that is still to come must not be
+            # taken for the next one's
             self.kill()
             raise
         if error is not None:
@@ -135,7 +143,9 @@ class CacheProcess:
 
 
 async def _others() -> None:
-    """Wait for what zarr has asked for beside the request that failed: it goes on, and changes the cache that the test looks at next."""
+    """Wait for what zarr has asked for beside the request that failed: it goes on, and changes the
+    cache that the test looks at next.
+    """
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
         _, late = await asyncio.wait(others, timeout=_HANG_S)
         assert not late

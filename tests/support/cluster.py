@@ -1,4 +1,6 @@
-"""Several nodes of one cluster on this machine: cache directories of their own, each served, and one S3 server beneath."""
+"""Several nodes of one cluster on this machine: cache directories of their own, each served, and
+one S3 server beneath.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def start_cluster(
     token_file: Path | None = None,
     **block: Any,
 ) -> Iterator[Cluster]:
-    """``count`` nodes with empty caches below ``directory``, for the stores and the map that are at ``url`` and in ``root``."""
+    """``count`` nodes with empty caches below ``directory``, for the stores and the map that are at
+    ``url`` and in ``root``.
+    """
     token = token_file.read_text().strip() if token_file is not None else None
     dirs = [directory / f"node{n}" for n in range(count)]
     servers = [EntryServer(path, token=token) for path in dirs]

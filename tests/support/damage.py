@@ -1,4 +1,6 @@
-"""Damage to files of a cache, as disks and power failures make it: one bit, or a lost end. Chosen by a seed that a failing test prints."""
+"""Damage to files of a cache, as disks and power failures make it: one bit, or a lost end. Chosen
+by a seed that a failing test prints.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,18 @@ __all__ = ["chance_of", "damage"]
 
 
 def chance_of(seed: int | None) -> random.Random:
-    """Random choices of a test: repeatable with a seed, others each time without one. The seed is in the test's output."""
+    """Random choices of a test: repeatable with a seed, others each time without one. The seed is
+    in the test's output.
+    """
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
     print(f"seed {seed}")
     return random.Random(seed)
 
 
 def damage(path: Path, chance: random.Random) -> str:
-    """Flip one bit anywhere in a file, or, once in eight, cut it anywhere; what was done. The inode is a new one: maps of the old one stay."""
+    """Flip one bit anywhere in a file, or, once in eight, cut it anywhere; what was done. The inode
+    is a new one: maps of the old one stay.
+    """
     raw = bytearray(path.read_bytes())
     if chance.random() < 0.125:
         length = chance.randrange(len(raw))

@@ -1,4 +1,6 @@
-"""A real Dask cluster for tests: a scheduler and workers, each a process of its own, on 127.0.0.1; and what the tests have them do."""
+"""A real Dask cluster for tests: a scheduler and workers, each a process of its own, on 127.0.0.1;
+and what the tests have them do.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ __all__ = ["RunningCluster", "die_of_seven", "double", "fail", "note", "running_
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_S = 120.0
-#: One worker that dies over a task is enough for the scheduler to give it up, so that tests need few deaths; and the others do not ask the
-#: dead one for half a minute.
+#: One worker that dies over a task is enough for the scheduler to give it up, so that tests need
+#: few deaths; and the others do not ask the dead one for half a minute.
 _SETTINGS = {
     "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s",
@@ -103,7 +105,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def running_cluster(
     directory: Path, nodes: Mapping[str, Mapping[str, str]]
 ) -> Iterator[RunningCluster]:
-    """A cluster with a worker on each node: names, and the environment there. All are of course on this machine."""
+    """A cluster with a worker on each node: names, and the environment there. All are of course on
+    this machine.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as processes:
         cluster = RunningCluster(directory, processes)
@@ -112,7 +116,8 @@ def running_cluster(
         yield cluster
 
 
-# -- in a worker -----------------------------------------------------------------------------------------------------------------------
+# -- in a worker
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def double(n: int, reserve: Reserve) -> int:
@@ -133,7 +138,9 @@ def fail(n: int, reserve: Reserve) -> int:
 
 
 def note(directory: str, reserve: Reserve) -> None:
-    """Say that it began, go on until told, say that it ended; after ``see:`` only wait until somebody has begun."""
+    """Say that it began, go on until told, say that it ended; after ``see:`` only wait until
+    somebody has begun.
+    """
     deadline = time.monotonic() + _START_S
     if directory.startswith("see:"):
         while not list(Path(directory[4:]).glob("*.begun")) and time.monotonic() < deadline:

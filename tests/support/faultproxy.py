@@ -1,6 +1,8 @@
-"""A proxy in front of the S3 server that counts what passes, remembers it, and fails as it is told. In a process of its own.
+"""A proxy in front of the S3 server that counts what passes, remembers it, and fails as it is told.
+In a process of its own.
 
-It keeps the Host header, so a request that is signed for the proxy's address is valid behind it. What it does is in ``faultproxy_server``.
+It keeps the Host header, so a request that is signed for the proxy's address is valid behind it.
+What it does is in ``faultproxy_server``.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ class Rule:
     Attributes
     ----------
     faults : tuple of str
-        Used up in order, one a request: ``ok``; ``503``, ``403`` or any other status, with S3's XML (``403:ExpiredToken`` sets its code);
-        ``reset`` before the first byte, ``reset_body`` after half a body; ``truncate`` (half a body, then the end of the connection),
-        ``short`` (half a body, announced as whole), ``corrupt`` (one bit is flipped); ``stall`` (half a body, then silence), ``hang``
-        (silence). Silence lasts until the client hangs up.
+        Used up in order, one a request: ``ok``; ``503``, ``403`` or any other status, with S3's XML
+        (``403:ExpiredToken`` sets its code); ``reset`` before the first byte, ``reset_body`` after
+        half a body; ``truncate`` (half a body, then the end of the connection), ``short`` (half a
+        body, announced as whole), ``corrupt`` (one bit is flipped); ``stall`` (half a body, then
+        silence), ``hang`` (silence). Silence lasts until the client hangs up.
     then : str
         The fault of every later request.
     op : str
-        ``GET``, ``HEAD``, ``LIST``, ``META`` (of a bucket), ``PUT``, ``POST``, ``DELETE``; several with ``|``; empty matches all.
+        ``GET``, ``HEAD``, ``LIST``, ``META`` (of a bucket), ``PUT``, ``POST``, ``DELETE``; several
+        with ``|``; empty matches all.
     key : str
         Regular expression, searched in ``/bucket/key``, or in ``/bucket/prefix`` of a LIST.
     per_object : bool
@@ -47,8 +51,9 @@ class Rule:
     signed_with : str
         Regular expression, searched in the ``Authorization`` header.
     dice : float
-        Share of the requests, by seeded dice, to which ``faults`` happen, any of them as likely as another; to the others, ``then``. The throw
-        depends on the request and on how often it came, and not on the order of arrival: the same requests meet the same faults in every run.
+        Share of the requests, by seeded dice, to which ``faults`` happen, any of them as likely as
+        another; to the others, ``then``. The throw depends on the request and on how often it came,
+        and not on the order of arrival: the same requests meet the same faults in every run.
     seed : int
         Of the dice.
     """
@@ -66,7 +71,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Seen:
-    """One request as the proxy saw it. ``outcome`` is the status that was sent, or the fault; ``time_s`` when it came, ``time.time()``."""
+    """One request as the proxy saw it. ``outcome`` is the status that was sent, or the fault;
+    ``time_s`` when it came, ``time.time()``.
+    """
 
     op: str
     path: str
@@ -130,7 +137,8 @@ class FaultProxy:
         while (now := self.in_flight()) != n:
             if time.monotonic() > end:
                 raise AssertionError(
-                    f"{now} requests are in flight at the proxy after {deadline_s:.0f} s, expected {n}"
+                    f"{now} requests are in flight at the proxy after {deadline_s:.0f} s, expected "
+                    f"{n}"
                 )
             time.sleep(0.01)
 

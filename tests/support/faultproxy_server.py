@@ -1,6 +1,8 @@
-"""The process of ``faultproxy``: ``python faultproxy_server.py http://host:port`` prints the proxy's and its admin's address, and serves.
+"""The process of ``faultproxy``: ``python faultproxy_server.py http://host:port`` prints the
+proxy's and its admin's address, and serves.
 
-One thread a connection, one request to the server behind for each that is let through; nothing is retried and nothing is kept.
+One thread a connection, one request to the server behind for each that is let through; nothing is
+retried and nothing is kept.
 """
 
 from __future__ import annotations
@@ -63,9 +65,8 @@ class _Server(ThreadingHTTPServer):
         self.open.discard(request)
         with contextlib.suppress(OSError):
             if struct.unpack("ii", request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))[0]:
-                self.close_request(
-                    request
-                )  # without a shutdown first, so that the peer gets a reset
+                # without a shutdown first, so that the peer gets a reset
+                self.close_request(request)
                 return
         super().shutdown_request(request)
 
@@ -84,7 +85,8 @@ class _State:
     def __init__(self, upstream: str) -> None:
         self.upstream = (str(urlsplit(upstream).hostname), int(urlsplit(upstream).port or 80))
         self.lock = threading.Lock()
-        # Bound and never listening: the port is ours while the proxy is down, and connecting to it is refused.
+        # Bound and never listening: the port is ours while the proxy is down, and connecting to it
+        # is refused.
         self.holder = socket.socket()
         self.holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.holder.bind(("127.0.0.1", 0))
@@ -97,9 +99,8 @@ class _State:
             self.rules: list[dict[str, Any]] = []
             self.used: collections.Counter[tuple[int, str]] = collections.Counter()
             self.seen: list[dict[str, Any]] = []
-            self.flying: set[int] = (
-                set()
-            )  # by id, so that a straggler from before the last reset is not counted off
+            # by id, so that a straggler from before the last reset is not counted off
+            self.flying: set[int] = set()
             self.peak = 0
 
     def listen(self) -> None:
@@ -146,7 +147,8 @@ class _State:
                 if rule["dice"]:
                     # Without the bucket, whose name is another one in each run.
                     thrown = random.Random(
-                        f"{rule['seed']} {op} {path.strip('/').partition('/')[2]} {asked_range} {turn}"
+                        f"{rule['seed']} {op} {path.strip('/').partition('/')[2]} {asked_range} "
+                        f"{turn}"
                     )
                     return (
                         seen,
@@ -254,15 +256,20 @@ class _Proxy(BaseHTTPRequestHandler):
             raise ValueError(f"unknown fault {fault!r}")
 
     def _landed(self, seen: dict[str, Any]) -> None:
-        """Not in flight any more. Said before the last byte goes out: the client may have sent its next request by the time it is out."""
+        """Not in flight any more. Said before the last byte goes out: the client may have sent its
+        next request by the time it is out.
+        """
         with self.server.state.lock:
             self.server.state.flying.discard(id(seen))
 
     def _send_error_xml(self, status: int, code: str) -> None:
-        """S3's answer, with what a real one tells about the request; a status without a code is a load balancer's page."""
+        """S3's answer, with what a real one tells about the request; a status without a code is a
+        load balancer's page.
+        """
         if code:
             xml = (
-                f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>Scripted {code}.</Message>'
+                '<?xml version="1.0" '
+                f'encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>Scripted {code}.</Message>'
                 f"<AWSAccessKeyId>{self.headers.get('Authorization', '')}</AWSAccessKeyId><RequestId>0</RequestId></Error>"
             ).encode()
         else:

@@ -1,4 +1,6 @@
-"""A training that a prefetcher runs ahead of, step by step: small pairs on S3, and what to wait for instead of sleeping."""
+"""A training that a prefetcher runs ahead of, step by step: small pairs on S3, and what to wait for
+instead of sleeping.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,8 @@ def is_there(reader: ZarrS3Reader, task_id: str, role: Role) -> bool:
 def occupied(index: Index) -> int:
     """Bytes of the files of densities, those being written too; listings are left out.
 
-    The least of three walks: a walk is no instant, and may meet both a file that goes and the one that takes its room after that.
+    The least of three walks: a walk is no instant, and may meet both a file that goes and the one
+    that takes its room after that.
     """
     return min(_walk(index) for _ in range(3))
 

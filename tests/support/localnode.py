@@ -1,4 +1,6 @@
-"""One node as a training run finds it: pairs of densities in a directory, written long ago, and a cache. Small, and usable from any process."""
+"""One node as a training run finds it: pairs of densities in a directory, written long ago, and a
+cache. Small, and usable from any process.
+"""
 
 from __future__ import annotations
 

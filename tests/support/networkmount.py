@@ -1,8 +1,10 @@
-"""A directory mounted under the name of a network file system: a FUSE server that hands everything on to a directory on disk.
+"""A directory mounted under the name of a network file system: a FUSE server that hands everything
+on to a directory on disk.
 
-The kernel then lists it as ``fuse.sshfs`` (or what the test asks for), and locks, renames, maps and permissions are the kernel's own.
-It speaks the kernel's protocol itself (``/dev/fuse``), so that no package is needed; it needs root. The server is a process of its own,
-which ends, and unmounts, when its standard input does.
+The kernel then lists it as ``fuse.sshfs`` (or what the test asks for), and locks, renames, maps and
+permissions are the kernel's own. It speaks the kernel's protocol itself (``/dev/fuse``), so that no
+package is needed; it needs root. The server is a process of its own, which ends, and unmounts, when
+its standard input does.
 """
 
 from __future__ import annotations
@@ -61,9 +63,8 @@ class _Server:
         self._fuse = fuse
         root = os.open(disk, os.O_PATH | os.O_DIRECTORY)
         self._nodes = {1: root}
-        self._numbers = {
-            self._identity(root): 1
-        }  # locks belong to a node: one file has to be one node
+        # locks belong to a node: one file has to be one node
+        self._numbers = {self._identity(root): 1}
         self._lookups = {1: 1}
         self._next = 2
 

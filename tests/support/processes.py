@@ -1,5 +1,5 @@
-"""Processes that a test sees from outside: those of a job (one process group, which a batch system starts, signals and waits for together), and
-those that work for this process.
+"""Processes that a test sees from outside: those of a job (one process group, which a batch system
+starts, signals and waits for together), and those that work for this process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ HANG_S = 60.0
 
 def members(group: int) -> list[int]:
     """Processes of a group that still run."""
-    # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container perhaps nobody does.
+    # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container
+    # perhaps nobody does.
     return [pid for pid, _, its_group in _running() if its_group == group]
 
 
@@ -57,7 +58,9 @@ def until(condition: Callable[[], object], process: subprocess.Popen[Any], what:
 
 
 def wait_for_all(process: subprocess.Popen[Any]) -> None:
-    """Return when no process of the job is left: a signal is sent at once, but a process dies when it gets to it."""
+    """Return when no process of the job is left: a signal is sent at once, but a process dies when
+    it gets to it.
+    """
     deadline = time.monotonic() + HANG_S
     while left := members(process.pid):
         assert time.monotonic() < deadline, f"processes of the job are still there: {left}"

@@ -1,6 +1,8 @@
-"""The ranks of a training job under Lightning: real processes, gloo between them, killed and resumed as a scheduler does it.
+"""The ranks of a training job under Lightning: real processes, gloo between them, killed and
+resumed as a scheduler does it.
 
-They are forked from a server that has imported Lightning once, because the import takes longer than a toy epoch.
+They are forked from a server that has imported Lightning once, because the import takes longer than
+a toy epoch.
 """
 
 from __future__ import annotations
@@ -150,9 +152,8 @@ def _rank(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    set_start_method(
-        "fork", force=True
-    )  # of a process that a user starts; this one would start another server
+    # of a process that a user starts; this one would start another server
+    set_start_method("fork", force=True)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     target(*args)
 

@@ -20,13 +20,16 @@ __all__ = ["Request", "RequestLog"]
 
 _DEADLINE_S = 60.0
 _MARK = "mark-of-the-request-log-"
-#: moto colours every answer that is not 200: ranges (206) and errors too have to be counted. A gateway's line has more to its left and right.
+#: moto colours every answer that is not 200: ranges (206) and errors too have to be counted. A
+#: gateway's line has more to its left and right.
 _LINE = re.compile(r'"(?:\x1b\[\d+m)*([A-Z]+) (\S+) HTTP/[0-9.]+(?:\x1b\[0m)?" (\d{3})')
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request. ``op`` is ``LIST`` or the HTTP method; ``path`` is ``bucket/key``, of a LIST ``bucket/prefix``."""
+    """One request. ``op`` is ``LIST`` or the HTTP method; ``path`` is ``bucket/key``, of a LIST
+    ``bucket/prefix``.
+    """
 
     op: str
     path: str
@@ -39,7 +42,8 @@ class RequestLog:
     Parameters
     ----------
     server : S3Server
-        Without a log (a server that ZARRCACHE_TEST_S3 names, without ZARRCACHE_TEST_S3_LOG) the test is skipped.
+        Without a log (a server that ZARRCACHE_TEST_S3 names, without ZARRCACHE_TEST_S3_LOG) the
+        test is skipped.
     bucket : str
         Others' requests are left out.
     """
@@ -52,9 +56,11 @@ class RequestLog:
         self._start = self.settle()
 
     def settle(self) -> int:
-        """Wait until what was asked so far has been written down, that of clients which were killed too; the size of the log then.
+        """Wait until what was asked so far has been written down, that of clients which were killed
+        too; the size of the log then.
 
-        A server writes a line when it has answered, and some do it in a thread of its own: a request of ours comes last.
+        A server writes a line when it has answered, and some do it in a thread of its own: a
+        request of ours comes last.
         """
         mark, end, lines = _MARK + uuid.uuid4().hex, time.monotonic() + _DEADLINE_S, -1
         client = _client_of(self._server)
@@ -67,12 +73,15 @@ class RequestLog:
             lines = text.count(f"/{self._bucket}")
             if time.monotonic() > end:
                 raise AssertionError(
-                    f"{self._log} has no line for a request that was answered {_DEADLINE_S:.0f} s ago"
+                    f"{self._log} has no line for a request that was answered {_DEADLINE_S:.0f} s "
+                    "ago"
                 )
             time.sleep(0.02)
 
     def seen(self, op: str = "", *, settled: bool = True) -> list[Request]:
-        """In the order in which they were answered. Without ``settled`` the last ones may not be there yet."""
+        """In the order in which they were answered. Without ``settled`` the last ones may not be
+        there yet.
+        """
         if settled:
             self.settle()
         requests = [

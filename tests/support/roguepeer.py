@@ -36,7 +36,9 @@ class RoguePeer:
 def entry_answer(
     raw: bytes, *, claims: int | None = None, sends: int | None = None, reset: bool = False
 ) -> Answer:
-    """200 with an entry; with another length than it has, or cut off after ``sends`` bytes, politely or by a reset."""
+    """200 with an entry; with another length than it has, or cut off after ``sends`` bytes,
+    politely or by a reset.
+    """
 
     def answer(connection: socket.socket) -> None:
         length = len(raw) if claims is None else claims
@@ -67,7 +69,9 @@ def trickling(raw: bytes) -> Answer:
 
 
 def trickling_head(raw: bytes) -> Answer:
-    """Sends a header of 500 bytes one at a time, each within the timeout of a recv, and then a good entry."""
+    """Sends a header of 500 bytes one at a time, each within the timeout of a recv, and then a good
+    entry.
+    """
 
     def answer(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")

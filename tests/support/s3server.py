@@ -1,7 +1,9 @@
-"""A real S3 server for the tests: moto's threaded server in a process of its own, on 127.0.0.1 and a free port.
+"""A real S3 server for the tests: moto's threaded server in a process of its own, on 127.0.0.1 and
+a free port.
 
-``S3Server`` is a handle: small, picklable, usable from any process. The process behind it is started by ``running_server`` and ends
-with it, and also when the test process is killed: it watches its standard input, which the kernel closes.
+``S3Server`` is a handle: small, picklable, usable from any process. The process behind it is
+started by ``running_server`` and ends with it, and also when the test process is killed: it watches
+its standard input, which the kernel closes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class S3Server:
     key, secret : str
         Credentials that the server takes.
     log : Path or None
-        One line a request, as the server saw it; None for a server that was not started here and keeps none that can be read.
+        One line a request, as the server saw it; None for a server that was not started here and
+        keeps none that can be read.
     checks_credentials : bool
         moto takes whatever it is given.
     """
@@ -65,11 +68,15 @@ class S3Server:
         return {**self.s3_kwargs, "endpoint_url": endpoint_url}
 
     def client(self) -> Any:
-        """A boto3 client. Tests set up and look around with it, because it leaves fsspec's and obstore's threads alone."""
+        """A boto3 client. Tests set up and look around with it, because it leaves fsspec's and
+        obstore's threads alone.
+        """
         return _client(self, os.getpid())
 
     def fs(self) -> Any:
-        """An s3fs filesystem of its own: no instance and no listing is shared with the code under test."""
+        """An s3fs filesystem of its own: no instance and no listing is shared with the code under
+        test.
+        """
         import s3fs
 
         return s3fs.S3FileSystem(
@@ -142,8 +149,11 @@ def _split(url: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def running_server(log: Path, environment: Mapping[str, str] | None = None) -> Iterator[S3Server]:
-    """Start a server, yield its handle, stop it. Its address is free again at once, so a test may stop it to be offline."""
-    # A new session: Ctrl-C in the terminal reaches the tests first, and they stop the server when they are done with it.
+    """Start a server, yield its handle, stop it. Its address is free again at once, so a test may
+    stop it to be offline.
+    """
+    # A new session: Ctrl-C in the terminal reaches the tests first, and they stop the server when
+    # they are done with it.
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", __file__],
@@ -177,7 +187,8 @@ def _first_line(process: subprocess.Popen[bytes]) -> str:
         line = process.stdout.readline().decode().strip() if selector.select(_START_S) else ""
     if not line.startswith("http://"):
         raise RuntimeError(
-            f"the S3 server did not start within {_START_S:.0f} s; install it with: pip install -e '.[demo]'"
+            f"the S3 server did not start within {_START_S:.0f} s; install it with: pip install -e "
+            "'.[demo]'"
         )
     return line
 
@@ -187,7 +198,8 @@ def _serve() -> None:
     from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
-    # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180 directories, at every request.
+    # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180
+    # directories, at every request.
     MotoRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
     MotoRequestHandler.disable_nagle_algorithm = (
         True  # head and body are two packets: the second would wait for the first one's ACK

@@ -1,4 +1,6 @@
-"""Small file systems of a test's own, mounted by root, and what happens to disks; elsewhere the test is skipped."""
+"""Small file systems of a test's own, mounted by root, and what happens to disks; elsewhere the
+test is skipped.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def _mounted(mount: Path, *arguments: object) -> Iterator[None]:
     made = _run("mount", *arguments, mount)
     if made.returncode != 0:
         pytest.skip(
-            f"a small file system cannot be mounted here ({made.stderr.strip() or 'mount failed'}); root may"
+            "a small file system cannot be mounted here "
+            f"({made.stderr.strip() or 'mount failed'}); root may"
         )
     try:
         yield
@@ -90,7 +93,9 @@ def no_inodes_disk(mount: Path) -> Iterator[Disk]:
 
 @contextmanager
 def quota_disk(mount: Path) -> Iterator[Disk]:
-    """EDQUOT: the quota of a btrfs subvolume, which counts root's bytes too. (That of ext4 needs a kernel with its format.)"""
+    """EDQUOT: the quota of a btrfs subvolume, which counts root's bytes too. (That of ext4 needs a
+    kernel with its format.)
+    """
     if shutil.which("mkfs.btrfs") is None:
         pytest.skip("mkfs.btrfs is not here (package btrfs-progs)")
     image = mount.with_name("image")
@@ -107,7 +112,8 @@ def quota_disk(mount: Path) -> Iterator[Disk]:
 def failing_disk(mount: Path) -> Iterator[Disk]:
     """EIO: the device beneath an ext4 ends after 64 KiB, for reading and writing.
 
-    The kernel forgets what it has in memory of the files below a directory, or all but their first bytes; ``begin`` is told which.
+    The kernel forgets what it has in memory of the files below a directory, or all but their first
+    bytes; ``begin`` is told which.
     """
     image = mount.with_name("image")
     image.touch()
@@ -133,7 +139,9 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
 
 
 def _shorten(device: str, nbytes: int) -> None:
-    """Have a loop device end after so many bytes (0: at its file's end): ``lo_sizelimit`` of ``struct loop_info64``, LOOP_{GET,SET}_STATUS64."""
+    """Have a loop device end after so many bytes (0: at its file's end): ``lo_sizelimit`` of
+    ``struct loop_info64``, LOOP_{GET,SET}_STATUS64.
+    """
     fd = os.open(device, os.O_RDWR)
     try:
         info = bytearray(232)

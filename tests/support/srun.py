@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""In place of Slurm's ``srun`` and ``scontrol``, for tests: the job's nodes are this machine, several times, each with a disk of its own.
+"""In place of Slurm's ``srun`` and ``scontrol``, for tests: the job's nodes are this machine,
+several times, each with a disk of its own.
 
-As ``srun [--ntasks=N] [--ntasks-per-node=N] COMMAND...`` it starts the command once a task with the variables that the real one sets, passes
-SIGTERM on, and ends with the largest exit code. What lies below ``SLURM_TMPDIR`` is elsewhere on each node.
+As ``srun [--ntasks=N] [--ntasks-per-node=N] COMMAND...`` it starts the command once a task with the
+variables that the real one sets, passes SIGTERM on, and ends with the largest exit code. What lies
+below ``SLURM_TMPDIR`` is elsewhere on each node.
 """
 
 from __future__ import annotations

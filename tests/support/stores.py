@@ -1,4 +1,6 @@
-"""Writers of small Zarr stores in every layout that users have. They use zarr alone, so they are an oracle for the package."""
+"""Writers of small Zarr stores in every layout that users have. They use zarr alone, so they are an
+oracle for the package.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ STRUCTURE: dict[str, Any] = {
 def random_density(
     shape: tuple[int, ...], dtype: DTypeLike = "float32", seed: int = 0
 ) -> NDArray[Any]:
-    """Positive random numbers; no two cells are alike, so a swapped chunk or axis never goes unseen."""
+    """Positive random numbers; no two cells are alike, so a swapped chunk or axis never goes
+    unseen.
+    """
     values = (
         np.random.default_rng(seed).random(shape)
         + np.arange(int(np.prod(shape)), dtype="float64").reshape(shape) * 1e-3
@@ -71,17 +75,19 @@ def small_group(
     Parameters
     ----------
     path : Path
-        The store, for example ``tmp_path / "mp-1.zarr"``; with ``as_zip`` the file, for example ``tmp_path / "mp-1.zarr.zip"``.
+        The store, for example ``tmp_path / "mp-1.zarr"``; with ``as_zip`` the file, for example
+        ``tmp_path / "mp-1.zarr.zip"``.
     arrays : mapping, optional
-        Name to values. The default is a random ``charge_density_total`` of ``shape``, with ``diff`` also ``charge_density_diff``.
+        Name to values. The default is a random ``charge_density_total`` of ``shape``, with ``diff``
+        also ``charge_density_diff``.
     chunks : tuple, optional
-        Default: such that even a tiny array has several chunks, and cut ones at the edge; two along each axis that is longer than 4, and with
-        ``shards`` 4 cells along each.
+        Default: such that even a tiny array has several chunks, and cut ones at the edge; two along
+        each axis that is longer than 4, and with ``shards`` 4 cells along each.
     shards : tuple, optional
         Zarr v3 only; multiples of ``chunks``.
     metadata, attrs : mapping, optional
-        ``metadata`` is added to the attributes as the users' converter does it: ``structure`` and ``metadata`` as JSON strings.
-        ``attrs`` replaces them all.
+        ``metadata`` is added to the attributes as the users' converter does it: ``structure`` and
+        ``metadata`` as JSON strings. ``attrs`` replaces them all.
     **create
         Goes to ``Group.create_array``, for example ``compressors=``, ``filters=``.
     """
@@ -98,7 +104,8 @@ def small_group(
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        # zarr says that consolidated metadata is no part of v3, and that a zip holds two copies of a rewritten file; both are meant here.
+        # zarr says that consolidated metadata is no part of v3, and that a zip holds two copies of
+        # a rewritten file; both are meant here.
         warnings.simplefilter("ignore")
         store: Any = (
             zarr.storage.ZipStore(path, mode="w", compression=zipfile.ZIP_STORED)

@@ -1,4 +1,6 @@
-"""The training of a rank of ``tests.support.ranks``: a toy network under Lightning, whose import takes seconds."""
+"""The training of a rank of ``tests.support.ranks``: a toy network under Lightning, whose import
+takes seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Small data sets with a training config, and the command line as its users run it: in a process of its own."""
+"""Small data sets with a training config, and the command line as its users run it: in a process of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def command(*args: object) -> list[str]:
 
 
 def zarrcache(*args: object, answer: str | None = None, env: dict[str, str] | None = None) -> Run:
-    """Run ``zarrcache ARGS`` to its end. Nobody is at the keyboard; ``answer`` comes through a pipe."""
+    """Run ``zarrcache ARGS`` to its end. Nobody is at the keyboard; ``answer`` comes through a
+    pipe.
+    """
     done = subprocess.run(
         command(*args),
         capture_output=True,
@@ -66,7 +70,9 @@ def start(*args: object) -> subprocess.Popen[str]:
 
 
 def write_pairs(directory: Path, count: int, **layout: Any) -> dict[tuple[str, str], NDArray[Any]]:
-    """Stores ``data/mp-N.zarr`` and ``label/mp-N.zarr`` and ``map.json``, which has one more id, ``mp-absent``; what is in them."""
+    """Stores ``data/mp-N.zarr`` and ``label/mp-N.zarr`` and ``map.json``, which has one more id,
+    ``mp-absent``; what is in them.
+    """
     values = {}
     for role in ("data", "label"):
         for number in range(count):
@@ -89,7 +95,9 @@ def write_config(
     name: str = "train.yaml",
     **cache: Any,
 ) -> Path:
-    """A training config over the stores below ``root`` (default: ``directory``) with a cache in ``directory/cache``."""
+    """A training config over the stores below ``root`` (default: ``directory``) with a cache in
+    ``directory/cache``.
+    """
     root = directory if root is None else root
     document = {
         "data_dir": f"{root}/data",

@@ -17,7 +17,8 @@ from typing import Any
 __all__ = ["ALICE", "BOB", "CAROL", "TEAM", "User", "as_user", "open_to_all", "start_as"]
 
 _ENDS_S = 120.0
-#: A group that ALICE and BOB are in, beside each one's own. No such user or group exists: the numbers are all that counts.
+#: A group that ALICE and BOB are in, beside each one's own. No such user or group exists: the
+#: numbers are all that counts.
 TEAM = 51000
 
 
@@ -36,7 +37,8 @@ CAROL = User(51003)
 
 
 def as_user(user: User | None, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` as ``user`` (None: as it is); what it returns, or an AssertionError with its traceback.
+    """``function(*args)`` as ``user`` (None: as it is); what it returns, or an AssertionError with
+    its traceback.
 
     Modules have to be imported before: the interpreter may lie where the user cannot read.
     """
@@ -83,7 +85,9 @@ def _run(
 
 @contextlib.contextmanager
 def open_to_all() -> Iterator[Path]:
-    """A directory that every user can enter (pytest's own are root's alone), and nobody but root can write."""
+    """A directory that every user can enter (pytest's own are root's alone), and nobody but root
+    can write.
+    """
     path = Path(tempfile.mkdtemp(prefix="zarrcache-users-"))
     path.chmod(0o755)
     try:

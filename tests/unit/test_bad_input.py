@@ -1,4 +1,6 @@
-"""Bad input gets a clear error that names what is wrong, where, and what to do; and nothing is lost in silence."""
+"""Bad input gets a clear error that names what is wrong, where, and what to do; and nothing is lost
+in silence.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,8 @@ class TestMap:
         """In scikit-learn's words, and in ours."""
         with pytest.raises(
             ConfigError,
-            match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional has both stores",
+            match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional "
+            r"has both stores",
         ):
             reader_of(data, functional="SCAN").data_split()
 
@@ -200,7 +203,8 @@ class TestArray:
         """It is a missing array."""
         with pytest.raises(
             SchemaError,
-            match=rf"'charge_density_{re.escape(density_type)}' not found .*\['charge_density_total'\]",
+            match=rf"'charge_density_{re.escape(density_type)}' not found "
+            r".*\['charge_density_total'\]",
         ):
             reader_of(data, cache, density_type=density_type).load("mp-1", "data")
 
@@ -236,14 +240,15 @@ class TestArray:
         ],
     )
     @pytest.mark.parametrize("zarr_format", [2, 3])
-    @pytest.mark.filterwarnings(
-        "ignore::UserWarning"
-    )  # zarr: some of these types have no specification in v3
+    # zarr: some of these types have no specification in v3
+    @pytest.mark.filterwarnings("ignore::UserWarning")
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     def test_array_of_something_else_than_real_numbers_says_of_what(
         self, data: Path, cache: Any, values: Any, v2: str, v3: str, zarr_format: Any
     ) -> None:
-        """A complex density would lose its imaginary part in silence. The type is shown as the metadata has it."""
+        """A complex density would lose its imaginary part in silence. The type is shown as the
+        metadata has it.
+        """
         fill_value = None if values.dtype.kind in "VM" else np.zeros((), values.dtype)[()]
         replace_store(
             data / "data" / "mp-1.zarr",

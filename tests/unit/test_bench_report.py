@@ -1,4 +1,6 @@
-"""What the benchmarks make of their rounds: order, percentiles, ratios, goals, merging, the README's table. Nothing is measured here."""
+"""What the benchmarks make of their rounds: order, percentiles, ratios, goals, merging, the
+README's table. Nothing is measured here.
+"""
 
 from __future__ import annotations
 
@@ -109,13 +111,17 @@ def test_percentiles_of_a_rate_are_the_slow_end() -> None:
     ],
 )
 def test_goals_are_ratios_of_medians(bar: Bar, ratio: float | None, reached: bool | None) -> None:
-    """``at_least`` compares rates, ``at_most`` times; without a reference it is the figure itself; who did not run reached nothing."""
+    """``at_least`` compares rates, ``at_most`` times; without a reference it is the figure itself;
+    who did not run reached nothing.
+    """
     (verdict,) = report.judge(_table(bars=[bar]))
     assert (verdict.ratio, verdict.is_reached) == (ratio, reached)
 
 
 def test_goals_of_other_figures() -> None:
-    """Memory, and requests that have to be an exact number; a reference of nothing is no division by zero."""
+    """Memory, and requests that have to be an exact number; a reference of nothing is no division
+    by zero.
+    """
     found = {
         "floor": _rounds(1.0, own_mib=100.0, grown_mib=0.0),
         "zarrcache": [Measured(1.0, requests=345, extra={"own_mib": 110.0, "grown_mib": 1.0})],
@@ -156,7 +162,9 @@ def test_a_table_survives_json() -> None:
 
 
 def test_markdown_says_everything_that_belongs_to_a_figure() -> None:
-    """Median, P90, P99, ratio, requests, bytes, rounds, goals, what did not run, conditions, versions."""
+    """Median, P90, P99, ratio, requests, bytes, rounds, goals, what did not run, conditions,
+    versions.
+    """
     found = {
         "floor": _rounds(1.0, 2.0, 4.0, items=10),
         "zarrcache": [Measured(5.0, 10, requests=344, nbytes=5_000_000, extra={"cpu_ms": 2.5})],

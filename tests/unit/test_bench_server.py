@@ -1,4 +1,6 @@
-"""The S3 server of the benchmarks answers as S3 does: otherwise its requests, bytes and seconds would be of something else."""
+"""The S3 server of the benchmarks answers as S3 does: otherwise its requests, bytes and seconds
+would be of something else.
+"""
 
 from __future__ import annotations
 

@@ -161,7 +161,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)$"),
     (
         {"peers": ["node1"]},
-        r"^cache\.peers: 'node1' is not the address of a peer\. Write http://host:port, for example http://node1:7070 \(got",
+        (
+            r"^cache\.peers: 'node1' is not the address of a peer\. Write http://host:port, for "
+            r"example http://node1:7070 \(got"
+        ),
     ),
     (
         {"peers": ["https://node1:7070"]},
@@ -226,7 +229,9 @@ def test_environment_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peers_are_a_list_or_what_a_job_script_has_put_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each once, in any case and with or without a slash at the end; a variable that is empty or not set is no peer."""
+    """Each once, in any case and with or without a slash at the end; a variable that is empty or
+    not set is no peer.
+    """
     two = ("http://node1:7070", "http://node2:7070")
     for written in (
         ["http://node1:7070", "http://node2:7070/", "http://NODE1:7070"],

@@ -60,7 +60,9 @@ def test_config_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_is_a_setting_with_its_default_right_above_it(name: str) -> None:
-    """A key that nothing reads, a key without a comment, and a default that is not the real one all fail."""
+    """A key that nothing reads, a key without a comment, and a default that is not the real one all
+    fail.
+    """
     keys = documented(CONFIGS / name)
     assert len(keys) >= 9
     for path, comment in keys.items():
@@ -112,7 +114,9 @@ def test_cached_config_shows_the_defaults() -> None:
 
 
 def test_cache_directory_is_the_jobs_scratch_or_tmp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a Slurm job the cache is on the job's scratch disk, elsewhere in /tmp, and ZARRCACHE_DIR overrides both."""
+    """In a Slurm job the cache is on the job's scratch disk, elsewhere in /tmp, and ZARRCACHE_DIR
+    overrides both.
+    """
     monkeypatch.delenv("SLURM_TMPDIR", raising=False)
     assert CacheConfig.from_yaml(CONFIGS / "s3_cached.yaml").dir == Path("/tmp/zarrcache")
     monkeypatch.setenv("SLURM_TMPDIR", "/scratch/job")

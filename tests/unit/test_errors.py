@@ -78,5 +78,7 @@ def _fail() -> None:
 
 
 def test_incomplete_array_is_not_what_zarr_takes_for_a_missing_chunk() -> None:
-    """Zarr fills what raises FileNotFoundError, IsADirectoryError or NotADirectoryError with the fill value."""
+    """Zarr fills what raises FileNotFoundError, IsADirectoryError or NotADirectoryError with the
+    fill value.
+    """
     assert not issubclass(errors.IncompleteArrayError, OSError)

@@ -26,7 +26,9 @@ OBJECT = ObjectInfo(
 
 
 def test_digests_are_frozen() -> None:
-    """Another digest for the same thing would make every entry on every disk a miss: that is a new FORMAT_VERSION."""
+    """Another digest for the same thing would make every entry on every disk a miss: that is a new
+    FORMAT_VERSION.
+    """
     assert KEY.digest == "97b3d87633da3a8cf3d369d9964a650f"
     assert source_digest([OBJECT]) == "31fcf2fb78e78e3ea834ade5ea9c542c"
     assert BlockKey("o", "u", OBJECT).digest == "350cc9471729be533b71b47444166dee"
@@ -83,7 +85,9 @@ def test_block_path_reads_back_as_itself(key: str, etag: str, size: int, block: 
 
 
 def test_source_digest_ignores_order_and_clock() -> None:
-    """Equal digests mean "nothing changed", whatever order the listing has and whatever the clock says."""
+    """Equal digests mean "nothing changed", whatever order the listing has and whatever the clock
+    says.
+    """
     other = ObjectInfo("mp-1.zarr/.zarray", 300, "e")
     assert source_digest([OBJECT, other]) == source_digest(
         [other, replace(OBJECT, modified_s=99.0)]

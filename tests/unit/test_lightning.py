@@ -1,4 +1,6 @@
-"""``ZarrDataModule`` without a trainer: its splits, its loaders, what it refuses. With one: tests/contract/test_distributed_training.py."""
+"""``ZarrDataModule`` without a trainer: its splits, its loaders, what it refuses. With one:
+tests/contract/test_distributed_training.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:  # its import takes seconds, in every process that collects th
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fork.*:DeprecationWarning",
-    "ignore:hydra.utils.instantiate:UserWarning",  # 1.4 would have the call say which targets it trusts; 1.3 has no such thing
+    # 1.4 would have the call say which targets it trusts; 1.3 has no such thing
+    "ignore:hydra.utils.instantiate:UserWarning",
 )
 
 
@@ -58,7 +61,9 @@ made: list[ZarrDataModule] = []
 
 @pytest.fixture(autouse=True)
 def torn_down() -> Iterator[None]:
-    """Their look-ahead has ended before another test of this process looks for processes that were left."""
+    """Their look-ahead has ended before another test of this process looks for processes that were
+    left.
+    """
     yield
     while made:
         made.pop().teardown()
@@ -111,7 +116,9 @@ def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
 def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
     config: str,
 ) -> None:
-    """Chosen by the seed alone; nobody is in two of them; without a share there is no validation loader."""
+    """Chosen by the seed alone; nobody is in two of them; without a share there is no validation
+    loader.
+    """
     data = module(config, val_frac=0.4)
     train, validation, test = sides(data)
     configs_train, configs_test = data.readers["0"].split_task_ids()
@@ -203,7 +210,9 @@ def test_a_sampler_that_was_replaced_stops_the_epoch_before_it_begins(config: st
 def test_a_process_that_reads_from_s3_itself_forks_no_readers(
     config: str, train_workers: int, val_workers: int, method: str | None
 ) -> None:
-    """What is forked from a process that used obstore would read more slowly; where Python forks at all."""
+    """What is forked from a process that used obstore would read more slowly; where Python forks at
+    all.
+    """
     if torch.multiprocessing.get_start_method() != "fork":
         pytest.skip("this Python does not fork")
     data = module(config, train_workers=train_workers, val_workers=val_workers)

@@ -1,4 +1,5 @@
-"""The package as a whole: what an import costs, which names are public, that every module is documented.
+"""The package as a whole: what an import costs, which names are public, that every module is
+documented.
 
 The walls between rooms are contracts of import-linter in ``pyproject.toml``.
 """

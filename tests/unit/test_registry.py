@@ -115,7 +115,9 @@ def test_loaders_of_one_factory_are_different_loaders() -> None:
 
 
 def test_same_loader_may_be_registered_again() -> None:
-    """The function itself, and its definition executed again: a notebook cell run twice, a module reloaded."""
+    """The function itself, and its definition executed again: a notebook cell run twice, a module
+    reloaded.
+    """
     namespace: dict[str, Any] = {"register_data": register_data, "__name__": "notebook"}
     cell = "@register_data('mine')\ndef load(cfg):\n    return {}\n"
     exec(cell.format(1), namespace)

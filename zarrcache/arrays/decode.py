@@ -1,8 +1,9 @@
 """From the objects of one Zarr array to a numpy array, while they arrive.
 
-Plain arrays (regular grid, C order, at most one of the usual codecs, no filters, no shards) are decoded here: 343 blosc chunks take
-16 ms this way and 109 ms through zarr's pipeline, which spends the rest on scheduling.  Everything else goes through zarr itself.
-``tests/unit/test_decode.py`` holds the two to the same values for any shape, chunking and codec.
+Plain arrays (regular grid, C order, at most one of the usual codecs, no filters, no shards) are
+decoded here: 343 blosc chunks take 16 ms this way and 109 ms through zarr's pipeline, which spends
+the rest on scheduling.  Everything else goes through zarr itself. ``tests/unit/test_decode.py``
+holds the two to the same values for any shape, chunking and codec.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ __all__ = ["DECODE_ERRORS", "ArrayDecoder", "check_metadata", "metadata_key"]
 
 #: Of the document that describes an array; parsed it takes twenty times as much.
 _MAX_DOCUMENT_BYTES = 4 * 1024**2
-#: A chunk may be larger than its array, for example if all stores have the same chunks; but not by any factor.
+#: A chunk may be larger than its array, for example if all stores have the same chunks; but not by
+#: any factor.
 _MAX_CHUNK_BYTES = 1024**3
-#: What codecs raise over damaged data: numcodecs' own RuntimeError, wrong lengths ValueError, gzip and bz2 OSError or EOFError; zlib and
-#: lzma have an Exception of their own; a damaged zstd frame may ask for more memory than there is.
+#: What codecs raise over damaged data: numcodecs' own RuntimeError, wrong lengths ValueError, gzip
+#: and bz2 OSError or EOFError; zlib and lzma have an Exception of their own; a damaged zstd frame
+#: may ask for more memory than there is.
 DECODE_ERRORS = (
     RuntimeError,
     ValueError,
@@ -48,7 +51,8 @@ _NONSENSE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionE
 _NUMBERS = "biuf"
 _MAX_AXES = 32
 _CHUNK_KEY = re.compile(r"(?:^|[/.])[0-9]+$|^c$")
-#: Codecs of numcodecs that make objects, not numbers: one runs code from the data, the others take their sizes from it.
+#: Codecs of numcodecs that make objects, not numbers: one runs code from the data, the others take
+#: their sizes from it.
 _OBJECT_CODECS = frozenset(
     {"pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"}
 )
@@ -70,7 +74,9 @@ class _Plain:
 
 
 def metadata_key(keys: Collection[str]) -> str | None:
-    """The key of the document that describes the array: ``zarr.json`` (v3) before ``.zarray`` (v2), as zarr looks for them."""
+    """The key of the document that describes the array: ``zarr.json`` (v3) before ``.zarray`` (v2),
+    as zarr looks for them.
+    """
     return next((name for name in ("zarr.json", ".zarray") if name in keys), None)
 
 
@@ -80,7 +86,8 @@ class ArrayDecoder:
     Parameters
     ----------
     keys : collection of str
-        What the origin lists below the array, relative to it. A grid chunk that is not listed has the fill value.
+        What the origin lists below the array, relative to it. A grid chunk that is not listed has
+        the fill value.
     url_of : callable
         Full URL of a key, for messages.
     reserve : callable, optional
@@ -99,9 +106,8 @@ class ArrayDecoder:
         self._metadata_key = metadata_key(keys)
         self._document: dict[str, Any] | None = None
         self._plain: _Plain | None = None
-        self._starts: dict[
-            str, tuple[int, ...]
-        ] = {}  # of each listed chunk of the grid: its first point along each axis
+        # of each listed chunk of the grid: its first point along each axis
+        self._starts: dict[str, tuple[int, ...]] = {}
         self._out: np.ndarray[Any, np.dtype[Any]] | None = None
         self._kept: dict[str, Buffer] = {}
 
@@ -142,7 +148,8 @@ class ArrayDecoder:
         raw = memoryview(data)
         if raw.nbytes > _MAX_DOCUMENT_BYTES:
             raise SchemaError(
-                f"{url} has {raw.nbytes} bytes, too many for the description of an array; convert the store again."
+                f"{url} has {raw.nbytes} bytes, too many for the description of an array; convert "
+                "the store again."
             )
         try:
             document = json.loads(bytes(raw))
@@ -171,7 +178,8 @@ class ArrayDecoder:
             key: starts for key in self._keys if (starts := _starts_of(key, plain)) is not None
         }
         dtype = plain.dtype.newbyteorder("=")
-        # The fill value is only written where a chunk is missing: touching 5 MB of fresh memory costs as much as decoding it.
+        # The fill value is only written where a chunk is missing: touching 5 MB of fresh memory
+        # costs as much as decoding it.
         self._out = (
             np.empty(plain.shape, dtype)
             if len(self._starts) == math.prod(grid)
@@ -193,7 +201,8 @@ class ArrayDecoder:
             chunk = np.frombuffer(raw, plain.dtype).reshape(plain.chunks)
         except DECODE_ERRORS as exc:
             raise IncompleteArrayError(
-                f"{self._url_of(key)} cannot be decoded ({exc}). The object is damaged at the origin: convert the store again."
+                f"{self._url_of(key)} cannot be decoded ({exc}). The object is damaged at the "
+                "origin: convert the store again."
             ) from exc
         target = out[
             tuple([slice(start, start + n) for start, n in zip(starts, plain.chunks, strict=True)])
@@ -221,12 +230,11 @@ class ArrayDecoder:
                 zarr_format=3 if self._metadata_key == "zarr.json" else 2,
             )
             values = np.asarray(array[...])
-        except (
-            *DECODE_ERRORS,
-            *_NONSENSE,
-        ) as exc:  # zarr wraps what codecs raise in no class of its own
+        except (*DECODE_ERRORS, *_NONSENSE) as exc:
+            # zarr wraps what codecs raise in no class of its own
             raise IncompleteArrayError(
-                f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again."
+                f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). "
+                "Convert the store again."
             ) from exc
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
@@ -243,7 +251,8 @@ class ArrayDecoder:
             if "codecs" in document:
                 expansion.check_chunk(document["codecs"], data, shape, itemsize)
             elif document.get("compressor") is not None:
-                # Filters may come after it, which make other numbers of them: none of more than 16 bytes.
+                # Filters may come after it, which make other numbers of them: none of more than 16
+                # bytes.
                 expansion.check(
                     expansion.numcodec(document["compressor"]),
                     data,
@@ -266,7 +275,8 @@ def _starts_of(key: str, plain: _Plain) -> tuple[int, ...] | None:
 
 
 def check_metadata(document: object, url: str) -> None:
-    """Refuse an array that must not be decoded: not numbers, larger than memory, or with a codec that runs code.
+    """Refuse an array that must not be decoded: not numbers, larger than memory, or with a codec
+    that runs code.
 
     Raises
     ------
@@ -283,9 +293,10 @@ def check_metadata(document: object, url: str) -> None:
         raise SchemaError(f"{url} gives {len(document['shape'])} axes; a charge density is 3-D.")
     chunks = document.get("chunks")
     if isinstance(chunks, list) and 0 in chunks and 0 not in document["shape"]:
+        # zarr 3.4 would read the fill value
         raise SchemaError(
             f"{url} gives the chunks {safe_repr(chunks)}; each has to have a point at least."
-        )  # zarr 3.4 would read the fill value
+        )
     try:
         dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
     except (TypeError, ValueError, KeyError, SyntaxError, RecursionError):
@@ -301,19 +312,22 @@ def check_metadata(document: object, url: str) -> None:
             "V": "structured",
         }.get(dtype.kind, dtype.kind)
         raise SchemaError(
-            f"{url} holds values of type {safe_repr(name)} ({what}); a charge density holds real numbers."
+            f"{url} holds values of type {safe_repr(name)} ({what}); a charge density holds real "
+            "numbers."
         )
     claimed, most = _claimed_bytes(document), most_bytes()
     if claimed > most:
         raise SchemaError(
-            f"{url} claims {claimed} bytes (shape {document['shape']}); more than {most} are refused on this machine."
+            f"{url} claims {claimed} bytes (shape {document['shape']}); more than {most} are "
+            "refused on this machine."
         )
     chunk = _chunk_shape(document)
     if chunk is not None and (nbytes := math.prod(chunk) * dtype.itemsize) > max(
         claimed, _MAX_CHUNK_BYTES
     ):
         raise SchemaError(
-            f"{url} claims chunks of {nbytes} bytes (shape {chunk}), larger than the array of {claimed}; they are refused."
+            f"{url} claims chunks of {nbytes} bytes (shape {chunk}), larger than the array of "
+            f"{claimed}; they are refused."
         )
     try:
         used = {
@@ -324,7 +338,8 @@ def check_metadata(document: object, url: str) -> None:
         raise SchemaError(f"{url} is nested too deeply; convert the store again.") from None
     if used & _OBJECT_CODECS:
         raise SchemaError(
-            f"{url} uses the codec {', '.join(used & _OBJECT_CODECS)}, which makes objects of the data; it is refused."
+            f"{url} uses the codec {', '.join(used & _OBJECT_CODECS)}, which makes objects of the "
+            "data; it is refused."
         )
 
 

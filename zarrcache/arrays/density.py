@@ -1,4 +1,6 @@
-"""What a charge density is, and how one is read where the array tier has no part in it: over the byte tier, and from any group of zarr."""
+"""What a charge density is, and how one is read where the array tier has no part in it: over the
+byte tier, and from any group of zarr.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["as_density", "density_of_group", "density_of_objects", "metadata_of", "per_point"]
 
-#: Objects of one store in flight. As many as zarr itself takes through a store at once (``async.concurrency``).
+#: Objects of one store in flight. As many as zarr itself takes through a store at once
+#: (``async.concurrency``).
 _THREADS = 10
 #: Up to here a number of points is exact in float32.
 _EXACT_IN_FLOAT32 = 2**24
@@ -34,7 +37,8 @@ def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
     """
     if array.ndim != 3 or 0 in array.shape:
         raise SchemaError(
-            f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store again."
+            f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store "
+            "again."
         )
     return array.astype(np.float32, copy=False)
 
@@ -42,9 +46,12 @@ def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
 def per_point(
     values: NDArray[np.float32], *, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Divide by the number of grid points: the bits of the users' ``float32 array /= np.prod(gridsize)``, in ``out`` or an array of its own."""
+    """Divide by the number of grid points: the bits of the users' ``float32 array /=
+    np.prod(gridsize)``, in ``out`` or an array of its own.
+    """
     if values.size <= _EXACT_IN_FLOAT32:
-        # numpy divides by an int64 in float64 and rounds; dividing in float32 gives the same bits for a third of the time.
+        # numpy divides by an int64 in float64 and rounds; dividing in float32 gives the same bits
+        # for a third of the time.
         return np.divide(values, np.float32(values.size), out=out)
     return np.divide(
         values,
@@ -98,7 +105,8 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
 
     if name not in group:
         raise SchemaError(
-            f"'{name}' not found in zarr store {where}. Available arrays: {sorted(group.array_keys())}"
+            f"'{name}' not found in zarr store {where}. Available arrays: "
+            f"{sorted(group.array_keys())}"
         )
     array = group[name]
     if not isinstance(array, zarr.Array):
@@ -112,20 +120,18 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
         values = np.asarray(array[...])
     except ZarrCacheError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-    ) as exc:  # zarr wraps what codecs raise in no class of its own
+    except (RuntimeError, ValueError, TypeError, KeyError) as exc:
+        # zarr wraps what codecs raise in no class of its own
         raise IncompleteArrayError(
-            f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the store again."
+            f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the "
+            "store again."
         ) from exc
     return as_density(values, where, name)
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:
-    """Attribute ``metadata`` of a group, merged with ``structure``; both may be JSON strings or JSON itself.
+    """Attribute ``metadata`` of a group, merged with ``structure``; both may be JSON strings or
+    JSON itself.
 
     Raises
     ------
@@ -138,7 +144,8 @@ def metadata_of(group: zarr.Group) -> dict[str, Any]:
         decoded = _decoded(attributes["metadata"], f"{group.store_path} attribute 'metadata'")
         if not isinstance(decoded, dict):
             raise SchemaError(
-                f"{group.store_path} attribute 'metadata' is {decoded!r}; it has to be a mapping. Convert the store again."
+                f"{group.store_path} attribute 'metadata' is {decoded!r}; it has to be a mapping. "
+                "Convert the store again."
             )
         metadata.update(decoded)
     if "structure" in attributes:

@@ -1,8 +1,10 @@
-"""How far compressed data unpacks, found out before it does: a chunk of a few bytes may claim, or be, gigabytes.
+"""How far compressed data unpacks, found out before it does: a chunk of a few bytes may claim, or
+be, gigabytes.
 
-The bytes that a chunk has to give are known from the metadata.  Codecs are no help: numcodecs allocates what a header claims, and
-unpacks streams to their end.  blosc, zstd and lz4 say in their headers how far they go, and are held to it by their libraries; streams
-(gzip, zlib, bz2, lzma) are read no further than one byte past what is due.
+The bytes that a chunk has to give are known from the metadata.  Codecs are no help: numcodecs
+allocates what a header claims, and unpacks streams to their end.  blosc, zstd and lz4 say in their
+headers how far they go, and are held to it by their libraries; streams (gzip, zlib, bz2, lzma) are
+read no further than one byte past what is due.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from zarrcache._limits import read_bounded
 
 __all__ = ["V3_CODECS", "check", "check_chunk", "decode", "numcodec"]
 
-#: zstd's largest block, and what a frame that does not tell its size may unpack to beyond what is due.
+#: zstd's largest block, and what a frame that does not tell its size may unpack to beyond what is
+#: due.
 _ZSTD_BLOCK, _ZSTD_SLACK = 128 * 1024, 32 * 1024**2
 #: zarr v3's names of codecs that numcodecs has under another one.
 V3_CODECS = {"zstd": "zstd", "gzip": "gzip", "blosc": "blosc", "numcodecs.zlib": "zlib"}
@@ -54,7 +57,9 @@ def decode(codec: Any, data: Buffer, nbytes: int) -> Any:
 
 
 def check(codec: Any, data: Buffer, nbytes: int) -> None:
-    """As :func:`decode`, without the result. Of codecs that are none of the usual nothing is known, and they pass."""
+    """As :func:`decode`, without the result. Of codecs that are none of the usual nothing is known,
+    and they pass.
+    """
     kind = codec.codec_id
     if kind in _STREAMS:  # there is no other way to know
         _STREAMS[kind](codec, data, nbytes)
@@ -67,7 +72,8 @@ def check(codec: Any, data: Buffer, nbytes: int) -> None:
 def check_chunk(
     codecs: Sequence[Mapping[str, Any]], data: Buffer, shape: Sequence[int], itemsize: int
 ) -> None:
-    """Raise ValueError if a chunk of zarr v3, or a part of a shard, would unpack to more than its shape and a little.
+    """Raise ValueError if a chunk of zarr v3, or a part of a shard, would unpack to more than its
+    shape and a little.
 
     Parameters
     ----------
@@ -103,7 +109,9 @@ def check_chunk(
 
 
 def _parts_of(data: Buffer, settings: Mapping[str, Any], count: int) -> list[memoryview]:
-    """The chunks in a shard, by its index: (offset, length) of each as 64-bit numbers, and a checksum."""
+    """The chunks in a shard, by its index: (offset, length) of each as 64-bit numbers, and a
+    checksum.
+    """
     if not {str(codec.get("name")) for codec in settings["index_codecs"]} <= {"bytes", "crc32c"}:
         raise ValueError("the index of its shards has codecs that zarr does not write")
     view, checksum = (
@@ -168,7 +176,9 @@ def _lz4(view: memoryview, nbytes: int) -> int:
 
 
 def _zstd(view: memoryview, nbytes: int) -> int:
-    """Of all frames: what they say, or their whole blocks if they do not and it is much more than is due (RFC 8878, section 3.1)."""
+    """Of all frames: what they say, or their whole blocks if they do not and it is much more than
+    is due (RFC 8878, section 3.1).
+    """
     told, untold, at = 0, 0, 0
     while at + 6 <= len(view):
         magic = int.from_bytes(view[at : at + 4], "little")

@@ -1,4 +1,5 @@
-"""One array read whole: everything fetched at once, decoded while it arrives, checked against the listing.
+"""One array read whole: everything fetched at once, decoded while it arrives, checked against the
+listing.
 
 The densities of a training run take this way on a miss.
 """
@@ -50,7 +51,8 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
     prefix = f"{store}/{array}/"
-    # Attributes of the array say nothing of its values: not worth a request, and no reason to fetch the values again.
+    # Attributes of the array say nothing of its values: not worth a request, and no reason to fetch
+    # the values again.
     listed = [o for o in origin.list_objects(prefix) if o.key != f"{prefix}.zattrs"]
     if not listed:
         everything = origin.list_objects(f"{store}/")
@@ -72,8 +74,9 @@ def read_array(
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET an object.
 
-    Never a mixture of two versions: each object has to be the version that was listed, and a store that was written a moment ago has to be
-    listed the same until two seconds after its newest object (see ``settled``). Who reads right behind a writer waits that long.
+    Never a mixture of two versions: each object has to be the version that was listed, and a store
+    that was written a moment ago has to be listed the same until two seconds after its newest
+    object (see ``settled``). Who reads right behind a writer waits that long.
 
     Parameters
     ----------
@@ -106,7 +109,8 @@ def read_array(
             if not pause_s or source_digest(list_array(origin, store, array)) == source:
                 return Decoded(values, source)
         except IncompleteArrayError:
-            # Gone or changed since the listing, or damaged? Only in the first case the listing is another one now.
+            # Gone or changed since the listing, or damaged? Only in the first case the listing is
+            # another one now.
             if source_digest(list_array(origin, store, array)) == source:
                 raise
         reserve = None  # what is read again takes the place of what was read
@@ -116,7 +120,8 @@ def read_array(
         time.sleep(wait_s)
         listed = None
     raise IncompleteArrayError(
-        f"{origin.url_of(store)} kept changing while it was read. Wait until its writer has finished."
+        f"{origin.url_of(store)} kept changing while it was read. Wait until its writer has "
+        "finished."
     )
 
 
@@ -171,12 +176,15 @@ def check_sizes(sizes: Collection[int], url: str) -> None:
     """
     if sum(sizes) > most_bytes():
         raise SchemaError(
-            f"{url} lists objects of {sum(sizes)} bytes, the largest of {max(sizes)}; more than {most_bytes()} are refused."
+            f"{url} lists objects of {sum(sizes)} bytes, the largest of {max(sizes)}; more than "
+            f"{most_bytes()} are refused."
         )
 
 
 def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
-    """The error for an array that a store with these keys does not have; it names those that it has."""
+    """The error for an array that a store with these keys does not have; it names those that it
+    has.
+    """
     present = sorted(
         {
             key.split("/")[0]

@@ -55,19 +55,23 @@ class EntryInfo:
 
 
 class ArrayCache:
-    """Entries by :class:`~zarrcache._keys.ArrayKey`. Safe from any thread or process; pickles as its configuration.
+    """Entries by :class:`~zarrcache._keys.ArrayKey`. Safe from any thread or process; pickles as
+    its configuration.
 
-    A fault of the cache (full disk, broken index, deleted directory) is a miss or a pass-through, counted, and logged once a kind.
+    A fault of the cache (full disk, broken index, deleted directory) is a miss or a pass-through,
+    counted, and logged once a kind.
 
     Parameters
     ----------
     config : CacheConfig
     counters : Counters
-        ``purges`` and ``cache_errors`` are counted here; hits and misses by the reader, which knows how a read ended.
+        ``purges`` and ``cache_errors`` are counted here; hits and misses by the reader, which knows
+        how a read ended.
     index : Index, optional
         Shared with the byte tier.
     verified : SharedSet, optional
-        Entries whose checksum some process of this run has found right; with ``verify: first`` they are not read through again.
+        Entries whose checksum some process of this run has found right; with ``verify: first`` they
+        are not read through again.
     """
 
     def __init__(
@@ -96,7 +100,8 @@ class ArrayCache:
         ----------
         key : ArrayKey
         source : str, optional
-            What the origin lists now (:func:`zarrcache._keys.source_digest`); an entry of anything else is stale: dropped, and a miss.
+            What the origin lists now (:func:`zarrcache._keys.source_digest`); an entry of anything
+            else is stale: dropped, and a miss.
         """
         stored: Stored | None = None
         try:
@@ -118,7 +123,8 @@ class ArrayCache:
             )
             return None
         if not is_fresh(entry.header.source, source):
-            # Dropped at once: whatever becomes of the fetch that follows, nobody may be given this one again.
+            # Dropped at once: whatever becomes of the fetch that follows, nobody may be given this
+            # one again.
             self._drop(key, stored.filename)
             return None
         if self._is_checked_now(key, stored.filename):
@@ -144,7 +150,8 @@ class ArrayCache:
             and is_fresh(entry.header.source, source)
             and (self._config.verify == "never" or entry.is_intact())
         )
-        # A copy: the file's room is for the next loan, and a mapped file keeps it. It also reaches a training process that would come too late.
+        # A copy: the file's room is for the next loan, and a mapped file keeps it. It also reaches
+        # a training process that would come too late.
         taken = Entry(entry.header, entry.array.copy()) if is_right else None
         self.index.give_back(key.digest, lent.filename)
         return taken
@@ -156,7 +163,9 @@ class ArrayCache:
         return self._config.verify == "first" and file_digest(filename) not in self._verified
 
     def put(self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str) -> bool:
-        """Store a decoded array. False if it was not admitted or the cache failed: the caller has the array anyway."""
+        """Store a decoded array. False if it was not admitted or the cache failed: the caller has
+        the array anyway.
+        """
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         header = header_of(key, array, source)
         return self._store(header, lambda file: write_entry(file, header, array))[0] == "stored"
@@ -167,7 +176,8 @@ class ArrayCache:
         Returns
         -------
         Entry or None
-            Mapped, if it was stored or lent. None: ``incoming.is_spent`` says whether it can still be read.
+            Mapped, if it was stored or lent. None: ``incoming.is_spent`` says whether it can still
+            be read.
         bool
             Whether it was stored.
 
@@ -199,9 +209,8 @@ class ArrayCache:
         try:
             size_bytes = disk_bytes(header.file_bytes)
             outcome = self.index.begin(filename, size_bytes)
-            if outcome is Admission.OVER_LIMIT and self.index.drop(
-                [key.digest]
-            ):  # what is stored under this key is stale: no reason to keep it
+            # what is stored under this key is stale: no reason to keep it
+            if outcome is Admission.OVER_LIMIT and self.index.drop([key.digest]):
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
                 if self.loans is not None and self.loans.lend(key.digest, filename, size_bytes):
@@ -223,9 +232,8 @@ class ArrayCache:
             self._fault("write", key, exc)
             return "failed", filename
         finally:
-            if (
-                intent is not None
-            ):  # also after Ctrl-C: room that nobody will use must not stay reserved
+            # also after Ctrl-C: room that nobody will use must not stay reserved
+            if intent is not None:
                 self._abort(intent)
         return "stored", filename
 

@@ -1,14 +1,17 @@
-"""The byte tier: objects, and blocks of large objects, exactly as the origin stores them. Made of fsspec parts.
+"""The byte tier: objects, and blocks of large objects, exactly as the origin stores them. Made of
+fsspec parts.
 
 ::
 
     ByteCache.read ─> fsspec simplecache ─ hit: the local file
-                          └ miss ─> PublishingFileSystem.get_file ─> single flight ─> origin ─> checks ─> publish + index row
+                          └ miss ─> PublishingFileSystem.get_file ─> single flight ─> origin ─>
+                          checks ─> publish + index row
 
-Under zarr v3 only simplecache caches at all (filecache fetches every time, blockcache stores nothing and serves zeros for ever after
-one failed fetch), and it trusts any file that bears the right name.  So what lies beneath it publishes: one fetcher, size and checksum
-against the listing, then a rename.  A range of a large object is cached as *blocks* that take the same path, not by blockcache.
-The version (ETag) is part of the name: a changed object is another entry.
+Under zarr v3 only simplecache caches at all (filecache fetches every time, blockcache stores
+nothing and serves zeros for ever after one failed fetch), and it trusts any file that bears the
+right name.  So what lies beneath it publishes: one fetcher, size and checksum against the listing,
+then a rename.  A range of a large object is cached as *blocks* that take the same path, not by
+blockcache. The version (ETag) is part of the name: a changed object is another entry.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ TIER = "object"
 
 
 class _NotStored(Exception):
-    """simplecache can only give what lies on disk; bytes that are not there come up through it as this. Never leaves the module.
+    """simplecache can only give what lies on disk; bytes that are not there come up through it as
+    this. Never leaves the module.
 
     Its cause is the fault of the cache; without one they were not admitted.
     """
@@ -80,7 +84,8 @@ class _DigestMapper(AbstractCacheMapper):  # type: ignore[misc]
 
 
 class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """What simplecache calls its target: names are :attr:`BlockKey.path`, and ``get_file`` publishes or stores nothing.
+    """What simplecache calls its target: names are :attr:`BlockKey.path`, and ``get_file``
+    publishes or stores nothing.
 
     Parameters
     ----------
@@ -104,9 +109,9 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
         """Fetch one object or block and publish it as ``lpath``, the file simplecache looks for."""
         key = BlockKey.parse(self._origin.identity, self._origin.url, rpath)
         with self._flight.hold(key.digest):
-            if not os.path.exists(
-                lpath
-            ):  # somebody else published it while we waited; names carry the version, so it is the right one
+            # somebody else published it while we waited; names carry the version, so it is the
+            # right one
+            if not os.path.exists(lpath):
                 self._publish(key, lpath)
 
     def _publish(self, key: BlockKey, lpath: str) -> None:
@@ -116,9 +121,8 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
         intent: Intent | None = None
         try:
             outcome = self._index.begin(filename, disk_bytes(len(data)))
-            if outcome is Admission.OVER_LIMIT and self._index.drop(
-                [key.digest]
-            ):  # the row of a file that somebody deleted
+            # the row of a file that somebody deleted
+            if outcome is Admission.OVER_LIMIT and self._index.drop([key.digest]):
                 outcome = self._index.begin(filename, disk_bytes(len(data)))
             if isinstance(outcome, Admission):
                 raise _NotStored(data)
@@ -137,12 +141,10 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
         except CACHE_FAULTS as exc:
             raise _NotStored(data) from exc
         finally:
-            if (
-                intent is not None
-            ):  # also after Ctrl-C: room that nobody will use must not stay reserved
-                with contextlib.suppress(
-                    *CACHE_FAULTS
-                ):  # the next process that opens the index sweeps it
+            # also after Ctrl-C: room that nobody will use must not stay reserved
+            if intent is not None:
+                # the next process that opens the index sweeps it
+                with contextlib.suppress(*CACHE_FAULTS):
                     self._index.abort(intent)
 
 
@@ -156,7 +158,8 @@ def _from_origin(origin: Origin, key: BlockKey) -> bytes:
 
 
 class ByteCache:
-    """Reads of one origin's objects through the byte tier. Safe from any thread or process; pickles without its open parts.
+    """Reads of one origin's objects through the byte tier. Safe from any thread or process; pickles
+    without its open parts.
 
     Parameters
     ----------
@@ -186,7 +189,8 @@ class ByteCache:
     def read(self, obj: ObjectInfo, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes ``start`` to ``stop`` of an object, from disk if they are there.
 
-        Objects up to ``cache.bytes.block_size`` are cached whole, and so is what is read whole; ranges of larger ones as blocks.
+        Objects up to ``cache.bytes.block_size`` are cached whole, and so is what is read whole;
+        ranges of larger ones as blocks.
 
         Raises
         ------
@@ -199,9 +203,8 @@ class ByteCache:
         whole = BlockKey(self._origin.identity, self._origin.url, obj)
         if obj.size_bytes <= block_size or (start, stop) == (0, obj.size_bytes):
             return self._entry(whole)[start:stop]
-        if os.path.exists(
-            self._index.dir.bytes / whole.digest[:2] / whole.digest
-        ):  # somebody has read it whole: not once more in blocks
+        # somebody has read it whole: not once more in blocks
+        if os.path.exists(self._index.dir.bytes / whole.digest[:2] / whole.digest):
             return self._entry(whole)[start:stop]
         return b"".join(self._blocks(obj, start, stop, block_size))
 
@@ -219,7 +222,9 @@ class ByteCache:
             local = self._index.dir.bytes / key.digest[:2] / key.digest
             hit = local.exists()
             if not hit and not self._index.dir.bytes.is_dir():
-                self._fs = None  # deleted under us; simplecache would make it again, with permissions that are not ours
+                # deleted under us; simplecache would make it again, with permissions that are not
+                # ours
+                self._fs = None
                 self._index.reopen()
             data = self._read_file(key)
             if hit and not self._is_intact(key, data):
@@ -247,16 +252,17 @@ class ByteCache:
         """The file, fetched if it is not there. FileNotFoundError: it was evicted meanwhile."""
         try:
             data: bytes = self._simplecache().cat_file(key.path)
-        except (
-            TypeError
-        ) as exc:  # simplecache looks twice, and opens what the second look gave: None
+        except TypeError as exc:
+            # simplecache looks twice, and opens what the second look gave: None
             if "NoneType" not in str(exc):
                 raise
             raise FileNotFoundError(key.path) from exc
         return data
 
     def _is_intact(self, key: BlockKey, data: bytes) -> bool:
-        """Compare with the length, and with the checksum in the index. A file that no row knows is not trusted."""
+        """Compare with the length, and with the checksum in the index. A file that no row knows is
+        not trusted.
+        """
         if len(data) != key.nbytes:
             return False
         if self._config.verify == "never" or (
@@ -270,16 +276,17 @@ class ByteCache:
         return True
 
     def _purge(self, key: BlockKey, local: Path) -> bool:
-        """Drop a bad entry. False if it was not bad: its publisher commits the row after the file, and holds the flight until then."""
+        """Drop a bad entry. False if it was not bad: its publisher commits the row after the file,
+        and holds the flight until then.
+        """
         with self._flight.hold(key.digest):
             try:
                 if self._is_intact(key, local.read_bytes()):
                     return False
             except FileNotFoundError:  # evicted meanwhile
                 return True
-            is_evicted = (
-                self._index.lookup(key.digest) is None
-            )  # its row is dropped, its file about to be
+            # its row is dropped, its file about to be
+            is_evicted = self._index.lookup(key.digest) is None
             self._index.drop([key.digest])
             local.unlink(missing_ok=True)
         if is_evicted:

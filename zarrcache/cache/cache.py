@@ -1,4 +1,6 @@
-"""Both tiers of one cache directory, over one index: what a reader, a store and the command line share."""
+"""Both tiers of one cache directory, over one index: what a reader, a store and the command line
+share.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ __all__ = ["Cache"]
 
 
 class Cache:
-    """Both tiers of one cache directory over one index: what a reader, a store and the command line share. Pickles without open parts.
+    """Both tiers of one cache directory over one index: what a reader, a store and the command line
+    share. Pickles without open parts.
 
     Parameters
     ----------
@@ -69,12 +72,16 @@ class Cache:
         )
 
     def set_eviction_policy(self, eviction_policy: EvictionPolicy | None) -> None:
-        """Let victims be chosen by one who knows what is read next; here, and in processes that are started after this."""
+        """Let victims be chosen by one who knows what is read next; here, and in processes that are
+        started after this.
+        """
         if self.index is not None:
             self.index.eviction_policy = eviction_policy
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
-        """The origin at ``url``, with this cache's fetch and retry settings. The same arguments give the same object: it has connections."""
+        """The origin at ``url``, with this cache's fetch and retry settings. The same arguments
+        give the same object: it has connections.
+        """
         key = (url, repr(s3_kwargs))
         if key not in self._origins:
             fetch, retry = (
@@ -118,7 +125,9 @@ class Cache:
         return ByteCache(origin, self.config, self.counters, self.index)
 
     def stored_listing(self, origin: Origin, name: str) -> Any | None:
-        """What :meth:`store_listing` stored, or None. A listing is an entry like any other: checked, counted, evicted."""
+        """What :meth:`store_listing` stored, or None. A listing is an entry like any other:
+        checked, counted, evicted.
+        """
         entry = self.listings.get(_listing_key(origin, name)) if self.listings else None
         return None if entry is None else json.loads(entry.array.tobytes())
 
@@ -131,15 +140,16 @@ class Cache:
     def stored_densities(
         self, array: str, listings: Mapping[Role, tuple[Origin, Mapping[str, str] | None]]
     ) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of one array of each store, as far as the array tier has it, by role and task id.
+        """Bytes on disk of one array of each store, as far as the array tier has it, by role and
+        task id.
 
         Parameters
         ----------
         array : str
             As in `ArrayKey`.
         listings : mapping
-            The directory of each role and what it lists: which of ``mp-1.zarr`` and ``mp-1.zarr.zip`` is read. None: it was never listed,
-            either may be.
+            The directory of each role and what it lists: which of ``mp-1.zarr`` and
+            ``mp-1.zarr.zip`` is read. None: it was never listed, either may be.
         """
         if self.index is None:
             return {role: {} for role in listings}

@@ -1,4 +1,6 @@
-"""Look-ahead on a full disk: entries that are lent to the training, each to be read once, in room that is reserved for them."""
+"""Look-ahead on a full disk: entries that are lent to the training, each to be read once, in room
+that is reserved for them.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,18 @@ __all__ = ["Loans"]
 
 logger = logging.getLogger(__name__)
 
-#: How often room is made for the loans: others, the lanes beside this one first, may store something in it before it is reserved.
+#: How often room is made for the loans: others, the lanes beside this one first, may store
+#: something in it before it is reserved.
 _TRIES = 16
 
 
 class Loans:
     """Loans of one prefetcher. Safe from any thread of it.
 
-    The room is taken when the first entry is refused: if the cache is full, by dropping what was stored first. It is announced in the index as
-    one file that never comes, so it counts against ``cache.limit``, and loans themselves count nothing. Whatever becomes of this process, the
-    index knows what to remove.
+    The room is taken when the first entry is refused: if the cache is full, by dropping what was
+    stored first. It is announced in the index as one file that never comes, so it counts against
+    ``cache.limit``, and loans themselves count nothing. Whatever becomes of this process, the index
+    knows what to remove.
 
     Parameters
     ----------
@@ -64,7 +68,9 @@ class Loans:
             return sum(size for _, size in self._loans.values())
 
     def lend(self, digest: str, filename: str, size_bytes: int) -> bool:
-        """Announce a loan, whose file is to be written next. False if there is no room for it, or another rank has lent the same."""
+        """Announce a loan, whose file is to be written next. False if there is no room for it, or
+        another rank has lent the same.
+        """
         with self._lock:
             if self._room is None:
                 self._room = self._reserve()
@@ -90,7 +96,9 @@ class Loans:
                 }
 
     def drop(self, digest: str, filename: str) -> None:
-        """Take a loan back that nobody will ask for; not one that has followed it under the same name."""
+        """Take a loan back that nobody will ask for; not one that has followed it under the same
+        name.
+        """
         with self._lock:
             if self.file_of(digest) == filename:
                 del self._loans[digest]
@@ -108,9 +116,8 @@ class Loans:
     def _reserve(self) -> Intent | Admission:
         name = f"entries/ring-{secrets.token_hex(4)}"
         outcome = self._index.begin(name, self.most_bytes)
-        if outcome is Admission.DISK_FULL and self._index.drop_oldest(
-            self.most_bytes
-        ):  # once: it is others who fill this disk
+        # once: it is others who fill this disk
+        if outcome is Admission.DISK_FULL and self._index.drop_oldest(self.most_bytes):
             outcome = self._index.begin(name, self.most_bytes)
         for _ in range(_TRIES):
             if outcome is not Admission.OVER_LIMIT:

@@ -1,4 +1,6 @@
-"""The one cached path from a store to its density: array tier, single flight, what other places of the cluster have, origin."""
+"""The one cached path from a store to its density: array tier, single flight, what other places of
+the cluster have, origin.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from zarrcache.origin import Origin
 
 __all__ = ["Outcome", "ReadThrough"]
 
-#: How a density was had: from the array tier, from elsewhere and stored, from elsewhere and not admitted.
+#: How a density was had: from the array tier, from elsewhere and stored, from elsewhere and not
+#: admitted.
 Outcome = Literal["hit", "miss", "bypass"]
 
 
@@ -58,7 +61,8 @@ class ReadThrough:
         revalidate: bool = False,
         reserve: Callable[[int], object] | None = None,
     ) -> tuple[NDArray[np.float32], Outcome]:
-        """One density, shape (nx, ny, nz), and how it was had. Errors and ``reserve`` as in ``ZarrS3Reader.load`` and ``ensure``.
+        """One density, shape (nx, ny, nz), and how it was had. Errors and ``reserve`` as in
+        ``ZarrS3Reader.load`` and ``ensure``.
 
         Parameters
         ----------
@@ -84,22 +88,20 @@ class ReadThrough:
                 and self.cache.config is not None
                 and self.cache.config.revalidate != "never"
             ):
-                listed = list_array(
-                    origin, store, self.array
-                )  # it was compared with the origin, and evicted: others may have an older one
+                # it was compared with the origin, and evicted: others may have an older one
+                listed = list_array(origin, store, self.array)
                 source = source_digest(listed)
             if reserve is not None and listed is not None:
-                reserve(
-                    sum(o.size_bytes for o in listed)
-                )  # here, not under the lock: nobody else is to wait for our memory
-            # The lock of the node first, the lease of the cluster after it: whoever has a lease waits for nobody but the origin.
+                # here, not under the lock: nobody else is to wait for our memory
+                reserve(sum(o.size_bytes for o in listed))
+            # The lock of the node first, the lease of the cluster after it: whoever has a lease
+            # waits for nobody but the origin.
             with (
                 self.cache.single_flight().hold(key.digest),
                 self.cache.remote.lookup(key, source) as lookup,
             ):
-                entry = arrays.get(
-                    key, source=source
-                )  # somebody else may have fetched it while we waited
+                # somebody else may have fetched it while we waited
+                entry = arrays.get(key, source=source)
                 if entry is None:
                     taken = lookup.take()
                     if taken is None:
@@ -108,7 +110,8 @@ class ReadThrough:
                         )
                         values = self.as_asked(decoded.array, key.url)
                         lookup.is_stored = arrays.put(key, values, source=decoded.source)
-                        # Mapped, if it is there: memory that the kernel may take back, and that a worker hands over without a copy.
+                        # Mapped, if it is there: memory that the kernel may take back, and that a
+                        # worker hands over without a copy.
                         stored = (
                             arrays.get(key, source=decoded.source) if lookup.is_stored else None
                         )
@@ -126,7 +129,8 @@ class ReadThrough:
     def as_asked(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
         """What is handed out, and what is stored, of an array as the origin has it."""
         values = as_density(array, url, self.array)
-        # In place: these are fresh from the origin, and another array of their size is as much work again, for the pages it takes.
+        # In place: these are fresh from the origin, and another array of their size is as much work
+        # again, for the pages it takes.
         return (
             per_point(values, out=values if values.flags.writeable else None)
             if self.is_per_point
@@ -147,9 +151,8 @@ class ReadThrough:
         except IncompleteArrayError:
             if relist:
                 raise
-            values = self._through_the_byte_tier(
-                origin, store, relist=True
-            )  # the stored listing may be older than the store
+            # the stored listing may be older than the store
+            values = self._through_the_byte_tier(origin, store, relist=True)
         self.checked.add(key.digest)
         return values
 

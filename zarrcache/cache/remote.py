@@ -1,4 +1,5 @@
-"""Where else in the cluster an entry may be had, before the origin is asked: the lower layer, then the nodes of ``cache.peers``.
+"""Where else in the cluster an entry may be had, before the origin is asked: the lower layer, then
+the nodes of ``cache.peers``.
 
 Whatever goes wrong here is logged once and costs a request to the origin, never a sample.
 """
@@ -30,14 +31,17 @@ _OTHERS_WRITE = 0o002
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An entry that was had from elsewhere: mapped, if the array tier has stored or lent it, in memory otherwise."""
+    """An entry that was had from elsewhere: mapped, if the array tier has stored or lent it, in
+    memory otherwise.
+    """
 
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
 
 
 class RemoteSources:
-    """The other places of one config. Safe from any thread or process; pickles as its configuration.
+    """The other places of one config. Safe from any thread or process; pickles as its
+    configuration.
 
     Parameters
     ----------
@@ -56,11 +60,8 @@ class RemoteSources:
         self._counters = counters
 
     def __reduce__(self) -> tuple[type[RemoteSources], tuple[CacheConfig, ArrayCache, Counters]]:
-        return type(self), (
-            self._config,
-            self._arrays,
-            self._counters,
-        )  # not the token, nor who was left out
+        # not the token, nor who was left out
+        return type(self), (self._config, self._arrays, self._counters)
 
     def __bool__(self) -> bool:
         return self._lower is not None or bool(self.peers)
@@ -82,14 +83,17 @@ class RemoteSources:
                     continue
                 if mode & _OTHERS_WRITE:
                     raise ConfigError(
-                        f"cache.lower: anybody may write to {path}, entries could be planted. Run: chmod o-w {path}"
+                        f"cache.lower: anybody may write to {path}, entries could be planted. Run: "
+                        f"chmod o-w {path}"
                     )
 
     @contextlib.contextmanager
     def lookup(self, key: ArrayKey, source: str | None) -> Iterator[MissLookup]:
-        """One miss. Nothing is asked before :meth:`MissLookup.take`; at the end the others are told how it went.
+        """One miss. Nothing is asked before :meth:`MissLookup.take`; at the end the others are told
+        how it went.
 
-        After an exception they are told nothing, and the next of them has the turn: if all were sent to an origin that fails, all would go at once.
+        After an exception they are told nothing, and the next of them has the turn: if all were
+        sent to an origin that fails, all would go at once.
         """
         lookup = MissLookup(self, key, source)
         try:
@@ -122,7 +126,8 @@ class RemoteSources:
     def take(
         self, stream: Any, nbytes: int, where: str, key: ArrayKey, source: str | None
     ) -> Taken | None:
-        """Check an entry, store it, map it. None if it is of another source, or has come and is not here: evicted at once, or the disk failed.
+        """Check an entry, store it, map it. None if it is of another source, or has come and is not
+        here: evicted at once, or the disk failed.
 
         Raises
         ------

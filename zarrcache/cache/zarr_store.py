@@ -32,8 +32,9 @@ __all__ = ["CachedStore", "group_of", "open_group", "open_store", "store_at"]
 class CachedStore(Store):
     """A read-only zarr store over one store of an origin, through the byte tier.
 
-    What exists is decided by the listing, never by a failed read: zarr fills what is missing with the fill value without a word, so an
-    object that is listed and cannot be read raises something else.
+    What exists is decided by the listing, never by a failed read: zarr fills what is missing with
+    the fill value without a word, so an object that is listed and cannot be read raises something
+    else.
 
     Parameters
     ----------
@@ -42,7 +43,8 @@ class CachedStore(Store):
         The store below the origin, for example ``mp-1.zarr``.
     cache : Cache
     relist : bool, optional
-        List it now (True), or take the stored listing if there is one (False). The default follows ``revalidate``: False with ``never``.
+        List it now (True), or take the stored listing if there is one (False). The default follows
+        ``revalidate``: False with ``never``.
     """
 
     supports_writes = False
@@ -152,11 +154,14 @@ class CachedStore(Store):
 
     def _read_only_error(self) -> ValueError:
         return ValueError(
-            f"{self.url}: store was opened in read-only mode and does not support writing. Write to it with zarr directly."
+            f"{self.url}: store was opened in read-only mode and does not support writing. Write "
+            "to it with zarr directly."
         )
 
     def read(self, key: str) -> bytes:
-        """One whole object that :meth:`sizes` names, as the reader takes them. Safe from any thread."""
+        """One whole object that :meth:`sizes` names, as the reader takes them. Safe from any
+        thread.
+        """
         data = self._read(key, None)
         if data is None:
             raise KeyError(f"{self.url}/{key}")
@@ -171,14 +176,14 @@ class CachedStore(Store):
             return self._members[key][start:stop]
         try:
             return self._object(self._objects[key], start, stop)
-        except OriginNotFoundError as exc:  # the bucket is gone; as a FileNotFoundError it would look like a chunk that never was
+        except OriginNotFoundError as exc:
+            # the bucket is gone; as a FileNotFoundError it would look like a chunk that never was
             raise IncompleteArrayError(
                 f"{self.url}/{key} is listed ({size} bytes) but is gone: {exc}"
             ) from exc
         except IncompleteArrayError:
-            self.cache.forget_listing(
-                self.origin, self.name
-            )  # what opens the store next lists it again
+            # what opens the store next lists it again
+            self.cache.forget_listing(self.origin, self.name)
             raise
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
@@ -191,7 +196,9 @@ class CachedStore(Store):
         return self.origin.fetch_range(obj, start, stop)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by key of everything in the store; empty if there is no such store. One LIST at first use, or the stored listing."""
+        """Bytes by key of everything in the store; empty if there is no such store. One LIST at
+        first use, or the stored listing.
+        """
         if self._sizes is None:
             with self._listing:  # zarr asks from several threads at once
                 if self._sizes is None:
@@ -214,7 +221,8 @@ class CachedStore(Store):
         )
         if self._was_there and not listed:  # an open array would read as its fill value
             raise IncompleteArrayError(
-                f"{self.url} was there when it was opened and is gone. Open it again when it is back."
+                f"{self.url} was there when it was opened and is gone. Open it again when it is "
+                "back."
             )
         if stored is None and listed:
             self.cache.store_listing(
@@ -272,7 +280,8 @@ def store_at(
     parent, _, name = _clean(url).rpartition("/")
     if not name or parent.endswith("/"):  # "/" or s3://bucket
         raise ConfigError(
-            f"{os.fspath(url)!r} names no store. Write s3://bucket/prefix/mp-1.zarr or a path such as /data/mp-1.zarr."
+            f"{os.fspath(url)!r} names no store. Write s3://bucket/prefix/mp-1.zarr or a path such "
+            "as /data/mp-1.zarr."
         )
     return CachedStore(cache.origin(parent or "/", s3_kwargs), name, cache)
 

@@ -91,7 +91,8 @@ def evict(
         if not yes:
             if not sys.stdin.isatty():
                 raise ConfigError(
-                    f"about to evict {what}, and nobody is there to be asked. Add --yes to do it, or --dry-run to look."
+                    f"about to evict {what}, and nobody is there to be asked. Add --yes to do it, "
+                    "or --dry-run to look."
                 )
             if not typer.confirm(f"About to evict {what}. Proceed?", err=True):
                 say("Nothing was evicted.")

@@ -68,7 +68,8 @@ def plan(
 ) -> int:
     """Forecast a run: requests, bytes, cost, hits.
 
-    For CONFIG's training split. Lists up to 1,000 densities at the origin; caches nothing. Prices are those of cache.prices.
+    For CONFIG's training split. Lists up to 1,000 densities at the origin; caches nothing. Prices
+    are those of cache.prices.
     """
     from zarrcache.cli.format import plan_lines
     from zarrcache.cli.progress import Meter
@@ -118,7 +119,8 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="file of mode 0600 with the word that clients have to show [default: CONFIG's cache.peer_token_file]",
+            help="file of mode 0600 with the word that clients have to show [default: CONFIG's "
+            "cache.peer_token_file]",
             show_default=False,
         ),
     ] = None,
@@ -126,7 +128,8 @@ def serve(
 ) -> int:
     """Let other nodes read this node's cache.
 
-    Entries of the array tier, over HTTP, to whoever has the token; nothing is written. Ends on SIGTERM and Ctrl-C.
+    Entries of the array tier, over HTTP, to whoever has the token; nothing is written. Ends on
+    SIGTERM and Ctrl-C.
     """
     from zarrcache.ops import cache_of
     from zarrcache.peers import EntryServer, read_token

@@ -51,7 +51,8 @@ def demo(
 ) -> int:
     """Run the whole story on this machine.
 
-    In under two minutes: embedded S3 server, conversion, a cold epoch, warm epochs, one with S3 switched off.
+    In under two minutes: embedded S3 server, conversion, a cold epoch, warm epochs, one with S3
+    switched off.
     """
     from zarrcache.cli.format import demo_rows
     from zarrcache.cli.progress import show_table
@@ -79,7 +80,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="CHGCAR or Materials Project json file, plain or compressed, or a directory of them",
+            help="CHGCAR or Materials Project json file, plain or compressed, or a directory of "
+            "them",
         ),
     ],
     dst: Annotated[
@@ -196,7 +198,9 @@ def convert(
                 meter.advance(failed=result.error is not None)
 
             report = plan.execute(progress, engine=engine)
-    except BaseException:  # Ctrl-C too: the next run skips what is converted, and would not say again what looks wrong with it
+    except BaseException:
+        # Ctrl-C too: the next run skips what is converted, and would not say again what looks wrong
+        # with it
         _what_is_wrong(sorted(done, key=lambda result: result.path))
         raise
     _what_is_wrong((*report.converted, *report.failed))
@@ -226,7 +230,8 @@ def warm(
         bool,
         typer.Option(
             "--revalidate",
-            help="list the directories anew, and compare what is in the cache with the origin, by one LIST each "
+            help="list the directories anew, and compare what is in the cache with the origin, by "
+            "one LIST each "
             "[default: unless cache.revalidate is never]",
             show_default=False,
         ),
@@ -254,13 +259,15 @@ def warm(
         bool,
         typer.Option(
             "--each-node",
-            help="fill the cache of every node, once: under `srun --ntasks-per-node=1`, or of every host of --dask",
+            help="fill the cache of every node, once: under `srun --ntasks-per-node=1`, or of "
+            "every host of --dask",
         ),
     ] = False,
     assignment: Annotated[
         Literal["global", "node"] | None,
         typer.Option(
-            help="with --each-node, what of CONFIG: all of it, or what NodeSampler assigns to the node [default: global]",
+            help="with --each-node, what of CONFIG: all of it, or what NodeSampler assigns to the "
+            "node [default: global]",
             show_default=False,
         ),
     ] = None,
@@ -271,7 +278,8 @@ def warm(
 ) -> int:
     """Fill the cache with every density of CONFIG.
 
-    Safe to stop and run again: only what is missing is fetched, and with --revalidate what the origin has changed.
+    Safe to stop and run again: only what is missing is fetched, and with --revalidate what the
+    origin has changed.
     """
     from zarrcache.cli.format import estimate_words, warm_words
     from zarrcache.cli.progress import Meter

@@ -20,7 +20,9 @@ __all__ = ["engine_of", "on_each_node"]
 def engine_of(
     dask: str | None, workers: int | None, *, only_here: bool = False
 ) -> Iterator[Engine | None]:
-    """The engine of ``--dask``; None without it. ``only_here``: its workers have to be on this node, whose cache they fill."""
+    """The engine of ``--dask``; None without it. ``only_here``: its workers have to be on this
+    node, whose cache they fill.
+    """
     if dask is None:
         yield None
         return
@@ -29,7 +31,9 @@ def engine_of(
     with open_cluster(dask, workers=workers) as cluster:
         if only_here and (elsewhere := [node for node in cluster.nodes() if node != node_name()]):
             raise ConfigError(
-                f"workers of {dask} are on {', '.join(elsewhere[:3])}{' and others' if elsewhere[3:] else ''}, and each node has a cache of its own; "
+                f"workers of {dask} are on "
+                f"{', '.join(elsewhere[:3])}{' and others' if elsewhere[3:] else ''}, and each "
+                "node has a cache of its own; "
                 f"this is {node_name()}. Add --each-node to fill them all."
             )
         yield cluster.spread
@@ -43,7 +47,9 @@ def on_each_node(
     *,
     as_json: bool,
 ) -> int:
-    """Run a command with ``--each-node`` on every node of a Dask cluster; a line for each. Options without a value are left out."""
+    """Run a command with ``--each-node`` on every node of a Dask cluster; a line for each. Options
+    without a value are left out.
+    """
     from zarrcache.parallel import open_cluster, run_on_each_node
 
     arguments = [

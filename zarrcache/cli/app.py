@@ -1,4 +1,5 @@
-"""The command line's frame: the app, exit codes, and the only ``print``. Data on stdout, talk and prompts on stderr.
+"""The command line's frame: the app, exit codes, and the only ``print``. Data on stdout, talk and
+prompts on stderr.
 
 Exit 0 done, 1 some failed, 2 usage or settings, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -23,7 +24,8 @@ __all__ = ["app", "failures", "guarded", "guarded_look", "say", "show", "show_js
 
 app = typer.Typer(
     name="zarrcache",
-    help="Train from S3 at the speed of the node's own SSD: convert, cache and look after charge densities in Zarr stores.",
+    help="Train from S3 at the speed of the node's own SSD: convert, cache and look after charge "
+    "densities in Zarr stores.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain help: it needs no rich, and can be searched
@@ -36,7 +38,9 @@ _settings = {"debug": False}
 
 
 def guarded(command: Callable[..., int | None], *, goes_on: bool = True) -> Callable[..., None]:
-    """Exit codes and words for what may end a command early. ``goes_on``: what it finished stays, and the next run need not do it again."""
+    """Exit codes and words for what may end a command early. ``goes_on``: what it finished stays,
+    and the next run need not do it again.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

@@ -61,8 +61,10 @@ def estimate_words(plan: WarmPlan, estimate: WarmEstimate) -> str:
     """What a dry run of ``warm`` found."""
     densities = plural(plan.trusted + len(plan.densities), "density", "densities")
     return (
-        f"Would fetch {count(estimate.to_fetch)} of {densities} of {plural(len(plan.task_ids), 'id')} "
-        f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); {count(estimate.fresh)} fresh. "
+        f"Would fetch {count(estimate.to_fetch)} of {densities} of "
+        f"{plural(len(plan.task_ids), 'id')} "
+        f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); "
+        f"{count(estimate.fresh)} fresh. "
         "Dry run: nothing was fetched."
     )
 
@@ -76,20 +78,24 @@ def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
     if plan.trusted and not plan.revalidate:
         trusted = plural(plan.trusted, "density was", "densities were")
         notes.append(
-            f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: never); --revalidate compares."
+            f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: "
+            "never); --revalidate compares."
         )
     if any(result.is_gone for result in report.failed) and not plan.revalidate:
         notes.append(
-            "If stores were moved or removed since the last listing of the directories, --revalidate lists them anew."
+            "If stores were moved or removed since the last listing of the directories, "
+            "--revalidate lists them anew."
         )
     if report.untried:
         notes.append(
-            f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are warm, as --limit asked."
+            f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are "
+            "warm, as --limit asked."
         )
     if report.stats.cache_errors:
         times = plural(report.stats.cache_errors, "time")
         notes.append(
-            f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache doctor` with the same config."
+            f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache "
+            "doctor` with the same config."
         )
     elif report.bypassed:
         size = _rounded_up(report.needed_bytes + report.beside_bytes)
@@ -99,8 +105,10 @@ def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
             else "Raise"
         )
         notes.append(
-            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
-            f"training will read the rest from the origin in every epoch. {needed} cache.limit, or make room with `zarrcache evict`."
+            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
+            f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
+            f"training will read the rest from the origin in every epoch. {needed} cache.limit, or "
+            "make room with `zarrcache evict`."
         )
     return words, notes
 
@@ -118,17 +126,30 @@ def status_lines(state: Status) -> list[str]:
     limit = (
         ""
         if state.limit_bytes is None
-        else f" of {format_bytes(state.limit_bytes)} ({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
+        else f" of {format_bytes(state.limit_bytes)} "
+        f"({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
     )
     reserve = (
         "" if state.min_free_bytes is None else f"; min_free {format_bytes(state.min_free_bytes)}"
     )
     lines = [
-        f"cache        {state.directory}{'' if state.exists else ' (nothing was cached there yet)'}",
-        f"array tier   {plural(state.array_tier.entries, 'entry', 'entries')}, {format_bytes(state.array_tier.nbytes)}",
-        f"byte tier    {plural(state.byte_tier.entries, 'entry', 'entries')}, {format_bytes(state.byte_tier.nbytes)}",
+        (
+            "cache        "
+            f"{state.directory}{'' if state.exists else ' (nothing was cached there yet)'}"
+        ),
+        (
+            f"array tier   {plural(state.array_tier.entries, 'entry', 'entries')}, "
+            f"{format_bytes(state.array_tier.nbytes)}"
+        ),
+        (
+            f"byte tier    {plural(state.byte_tier.entries, 'entry', 'entries')}, "
+            f"{format_bytes(state.byte_tier.nbytes)}"
+        ),
         f"volume       {format_bytes(state.volume_bytes)}{limit}",
-        f"file system  {format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}{reserve}",
+        (
+            f"file system  {format_bytes(state.free_bytes)} free of "
+            f"{format_bytes(state.disk_bytes)}{reserve}"
+        ),
     ]
     if (covered := state.coverage) is not None:
         present = plural(covered.ids - covered.missing, "id")
@@ -139,7 +160,8 @@ def status_lines(state: Status) -> list[str]:
             else ""
         )
         lines.append(
-            f"{covered.functional:<12} {count(covered.warm)} of {present} warm ({100 * covered.warm_ratio:.1f} %){half}{missing}"
+            f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
+            f"({100 * covered.warm_ratio:.1f} %){half}{missing}"
         )
     return lines
 
@@ -165,12 +187,14 @@ def convert_words(dst: str, report: ConvertReport, seconds: float) -> str:
     """What ``convert`` did."""
     files = len(report.converted) + len(report.failed)
     skipped = (
-        f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them again)"
+        f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them "
+        "again)"
         if report.skipped
         else ""
     )
     return (
-        f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} ({format_bytes(report.written_bytes)}) "
+        f"Converted {count(len(report.converted))} of {plural(files, 'file')} to {dst} "
+        f"({format_bytes(report.written_bytes)}) "
         f"in {duration(seconds)}; {count(len(report.failed))} failed{skipped}."
     )
 
@@ -199,13 +223,17 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
     """What ``plan`` expects."""
     asked = "all" if plan.measured == plan.densities else count(plan.measured)
     yield (
-        f"Training split: {plural(plan.samples, 'sample')}, {plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
-        f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a cache ({asked} measured)."
+        f"Training split: {plural(plan.samples, 'sample')}, "
+        f"{plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
+        f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a "
+        f"cache ({asked} measured)."
     )
     share = plan.capacity_bytes / plan.disk_bytes if plan.disk_bytes else 1.0
     yield (
-        f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds {format_bytes(plan.capacity_bytes)}, "
-        f"{min(1.0, share):.0%} of that. assignment {plan.variant.assignment}, eviction {plan.variant.eviction}."
+        f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds "
+        f"{format_bytes(plan.capacity_bytes)}, "
+        f"{min(1.0, share):.0%} of that. assignment {plan.variant.assignment}, eviction "
+        f"{plan.variant.eviction}."
     )
     yield ""
     for number, epoch in enumerate(plan.epochs[:3], start=1):

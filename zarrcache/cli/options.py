@@ -1,4 +1,6 @@
-"""What commands of the command line have in common: their options, and what files and values given there mean."""
+"""What commands of the command line have in common: their options, and what files and values given
+there mean.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,8 @@ Dask = Annotated[
     typer.Option(
         "--dask",
         metavar="SCHEDULER",
-        help="have a Dask cluster do it: address (tcp://host:8786) or file of its scheduler, or `local` [default: processes of this machine]",
+        help="have a Dask cluster do it: address (tcp://host:8786) or file of its scheduler, or "
+        "`local` [default: processes of this machine]",
         show_default=False,
     ),
 ]
@@ -99,7 +102,8 @@ def data_config(path: Path, *, needs_cache: bool = True) -> DataConfig:
     config = DataConfig.from_yaml(path)
     if needs_cache and config.cache is None:
         raise ConfigError(
-            f"{path} has no cache block. Add one, as in configs/s3_cached.yaml: cache: {{dir: /local/disk/zarrcache, limit: 200 GiB}}."
+            f"{path} has no cache block. Add one, as in configs/s3_cached.yaml: cache: {{dir: "
+            f"/local/disk/zarrcache, limit: 200 GiB}}."
         )
     return config
 
@@ -123,7 +127,9 @@ def where(
 
 
 def read_ids(path: Path | None) -> list[str] | None:
-    """Task ids of a file: a JSON list, or one a line; empty lines and what follows a # do not count."""
+    """Task ids of a file: a JSON list, or one a line; empty lines and what follows a # do not
+    count.
+    """
     if path is None:
         return None
     try:
@@ -135,7 +141,8 @@ def read_ids(path: Path | None) -> list[str] | None:
         )
     except (OSError, ValueError) as exc:
         raise ConfigError(
-            f"--ids {path} cannot be read ({exc}). It has to hold one task id a line, or a JSON list of them."
+            f"--ids {path} cannot be read ({exc}). It has to hold one task id a line, or a JSON "
+            "list of them."
         ) from exc
     ids = [task_id for task_id in found if task_id]
     if not ids:

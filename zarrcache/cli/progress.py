@@ -1,4 +1,6 @@
-"""How things are shown to people: progress, log lines, tables. The only import of rich, and only where it is needed."""
+"""How things are shown to people: progress, log lines, tables. The only import of rich, and only
+where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _LINE_EVERY_S = 10.0
 
 
 class StderrHandler(logging.Handler):
-    """Log lines among the progress: written to whatever ``sys.stderr`` is now, which a live display replaces."""
+    """Log lines among the progress: written to whatever ``sys.stderr`` is now, which a live display
+    replaces.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
@@ -106,7 +110,9 @@ class Meter:
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout. The first row names the columns; the first column is words, the others are numbers."""
+    """A table on stdout. The first row names the columns; the first column is words, the others are
+    numbers.
+    """
     from rich.console import Console
     from rich.table import Table
 

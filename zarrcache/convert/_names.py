@@ -1,4 +1,6 @@
-"""Which files are charge densities, and which material each one is: by their names alone, nothing is opened."""
+"""Which files are charge densities, and which material each one is: by their names alone, nothing
+is opened.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ _VASP_NAME = re.compile(
     r"CHGCAR(?:\.vasp)?|(?P<before>.+)[._-]CHGCAR(?:\.vasp)?|CHGCAR[._-](?P<after>[A-Za-z0-9-]+)",
     re.IGNORECASE,
 )
-_BARE_VASP_NAME = re.compile(
-    r"[A-Z]{3,8}[0-9]?|CHGCAR\.vasp"
-)  # CHG, LOCPOT, AECCAR2: the directory says which material
+# CHG, LOCPOT, AECCAR2: the directory says which material
+_BARE_VASP_NAME = re.compile(r"[A-Z]{3,8}[0-9]?|CHGCAR\.vasp")
 
 
 def task_id_of(path: Path) -> str:
     """Task id of a source file.
 
-    ``mp-1.CHGCAR``, ``mp-1_CHGCAR.gz``, ``CHGCAR_mp-1`` and ``mp-1.json.gz`` give ``mp-1``; a plain ``CHGCAR`` gives its directory's name.
+    ``mp-1.CHGCAR``, ``mp-1_CHGCAR.gz``, ``CHGCAR_mp-1`` and ``mp-1.json.gz`` give ``mp-1``; a plain
+    ``CHGCAR`` gives its directory's name.
 
     Raises
     ------
@@ -45,12 +47,15 @@ def task_id_of(path: Path) -> str:
         return check_task_id(found)
     except ConfigError:
         raise ConfigError(
-            f"{path} gives the task id {found!r}, which is not a plain name of letters, digits and ._+=@-. Rename the file."
+            f"{path} gives the task id {found!r}, which is not a plain name of letters, digits and "
+            "._+=@-. Rename the file."
         ) from None
 
 
 def is_density_name(name: str) -> bool:
-    """Whether a file of this name is converted when no pattern is given: a CHGCAR or a JSON file, perhaps compressed."""
+    """Whether a file of this name is converted when no pattern is given: a CHGCAR or a JSON file,
+    perhaps compressed.
+    """
     return not name.startswith(".") and (
         is_json_name(name) or _VASP_NAME.fullmatch(_COMPRESSED.sub("", name)) is not None
     )
@@ -64,8 +69,8 @@ def is_json_name(name: str) -> bool:
 def find_files(src: Path, pattern: str | None = None) -> list[Path]:
     """Source files below ``src``, sorted by name; ``src`` itself if it is a file.
 
-    Without a pattern: every CHGCAR and JSON file in the directory, and a file named CHGCAR in each directory in it. With a pattern:
-    whatever ``Path.glob`` finds.
+    Without a pattern: every CHGCAR and JSON file in the directory, and a file named CHGCAR in each
+    directory in it. With a pattern: whatever ``Path.glob`` finds.
 
     Raises
     ------
@@ -92,7 +97,8 @@ def find_files(src: Path, pattern: str | None = None) -> list[Path]:
         )
     except (ValueError, NotImplementedError) as exc:
         raise ConfigError(
-            f"pattern {pattern!r} cannot be used ({exc}). Write for example '*.json.gz' or '**/CHGCAR'."
+            f"pattern {pattern!r} cannot be used ({exc}). Write for example '*.json.gz' or "
+            "'**/CHGCAR'."
         ) from exc
     if not files:
         hint = (
@@ -101,7 +107,8 @@ def find_files(src: Path, pattern: str | None = None) -> list[Path]:
             else "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
         )
         raise ConfigError(
-            f"No densities in {src}: {hint}. Rename them, or choose them with a pattern, for example '*.json.gz' or '**/CHGCAR'."
+            f"No densities in {src}: {hint}. Rename them, or choose them with a pattern, for "
+            "example '*.json.gz' or '**/CHGCAR'."
         )
     _refuse_twins(files)
     return files
@@ -116,6 +123,7 @@ def _refuse_twins(files: Sequence[Path]) -> None:
             continue  # it fails on its own, by name, when its turn comes
         if task_id in seen:
             raise ConfigError(
-                f"{seen[task_id]} and {path} are both {task_id}. Move one of them away, or choose one with a pattern."
+                f"{seen[task_id]} and {path} are both {task_id}. Move one of them away, or choose "
+                "one with a pattern."
             )
         seen[task_id] = path

@@ -1,6 +1,8 @@
-"""Read charge densities from the files that VASP and the Materials Project write, and say what looks wrong with them.
+"""Read charge densities from the files that VASP and the Materials Project write, and say what
+looks wrong with them.
 
-pymatgen and monty are imported at the first read, not before: only people who convert need them (``pip install 'zarrcache[convert]'``).
+pymatgen and monty are imported at the first read, not before: only people who convert need them
+(``pip install 'zarrcache[convert]'``).
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from zarrcache.errors import ConfigError, SchemaError
 __all__ = ["ChargeDensity", "check_blocks", "read_density"]
 
 _GRID_LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+(\d+)[ \t]+(\d+)[ \t]*\r?$", re.MULTILINE)
-# Fortran drops the E of a three-digit exponent: 0.12345678901-100. Not at "-100.5", which is the next of two columns that touch.
+# Fortran drops the E of a three-digit exponent: 0.12345678901-100. Not at "-100.5", which is the
+# next of two columns that touch.
 _BARE_EXPONENT = re.compile(rb"(?<=\d)([+-]\d{3})(?![\d.])")
 _READ_BYTES = 1 << 22
 _LINE_BYTES = 1 << 20
 #: What may come of a compressed file: so many times its size, and this in any case.
 _MAX_RATIO, _ROOM_BYTES = 100, 64 * 1024**2
-#: How far ``mean(total)`` may be from a whole number. 36 of 36 labels of the Materials Project are within 1e-4 of one.
+#: How far ``mean(total)`` may be from a whole number. 36 of 36 labels of the Materials Project are
+#: within 1e-4 of one.
 _ELECTRON_TOLERANCE = 1e-3
 
 
@@ -45,7 +49,8 @@ class ChargeDensity:
     task_id : str
     source : Path
     total : ndarray, shape (nx, ny, nz), float32, C order
-        CHGCAR convention: electrons per volume times the volume of the cell, so ``total.mean()`` is the number of valence electrons.
+        CHGCAR convention: electrons per volume times the volume of the cell, so ``total.mean()`` is
+        the number of valence electrons.
     diff : ndarray or None
         The spin density, spin up minus spin down, where the file has one and it was asked for.
     structure : dict
@@ -99,11 +104,13 @@ def read_density(path: Path, *, diff: bool = False, strict: bool = True) -> Char
     Parameters
     ----------
     path : Path
-        A CHGCAR in VASP's text, or JSON as the Materials Project writes it; either may be compressed.
+        A CHGCAR in VASP's text, or JSON as the Materials Project writes it; either may be
+        compressed.
     diff : bool
         Also the spin density, if there is one.
     strict : bool
-        Look for what is wrong with a charge density. False for other volumetric data, for example an ELFCAR.
+        Look for what is wrong with a charge density. False for other volumetric data, for example
+        an ELFCAR.
 
     Raises
     ------
@@ -123,7 +130,8 @@ def read_density(path: Path, *, diff: bool = False, strict: bool = True) -> Char
     arrays = {block: _as_float32(path, block, values) for block, values in wanted.items()}
     if "diff" in arrays and arrays["diff"].shape != arrays["total"].shape:
         raise SchemaError(
-            f"{path}: total has the grid {arrays['total'].shape}, diff has {arrays['diff'].shape}. Get the file again."
+            f"{path}: total has the grid {arrays['total'].shape}, diff has {arrays['diff'].shape}. "
+            "Get the file again."
         )
     notes = list(parsed.notes)
     if strict:
@@ -167,20 +175,24 @@ def check_blocks(
     nearest = round(electrons)
     if electrons < 0:
         notes.append(
-            f"mean(total) is {electrons:.4f}, which cannot be a number of electrons: this looks like a potential (LOCPOT), not a density."
+            f"mean(total) is {electrons:.4f}, which cannot be a number of electrons: this looks "
+            "like a potential (LOCPOT), not a density."
         )
     elif electrons < 0.9 * atoms:
         notes.append(
-            f"mean(total) is {electrons:.4g} electrons for {atoms} atoms: not VASP's convention (density times cell volume); "
+            f"mean(total) is {electrons:.4g} electrons for {atoms} atoms: not VASP's convention "
+            "(density times cell volume); "
             "perhaps it is divided by the volume or by the number of grid points already."
         )
     elif electrons > 1.01 * protons + 1:
         notes.append(
-            f"mean(total) is {electrons:.4f} electrons, more than the {protons:g} protons of the structure."
+            f"mean(total) is {electrons:.4f} electrons, more than the {protons:g} protons of the "
+            "structure."
         )
     elif abs(electrons - nearest) > max(_ELECTRON_TOLERANCE, 1e-6 * electrons):
         notes.append(
-            f"mean(total) is {electrons:.4f}, not a whole number of electrons: regridded, charged, or not a CHGCAR."
+            f"mean(total) is {electrons:.4f}, not a whole number of electrons: regridded, charged, "
+            "or not a CHGCAR."
         )
     if "diff_x" in blocks:
         others = ", ".join(name for name in blocks if name not in ("total", "diff"))
@@ -189,13 +201,16 @@ def check_blocks(
         moment = float(blocks["diff"].mean())
         if math.isfinite(moment) and abs(moment) > abs(electrons) + _ELECTRON_TOLERANCE:
             notes.append(
-                f"mean(diff) is {moment:.4f}, more than all {electrons:.4f} electrons: the spin density looks wrong."
+                f"mean(diff) is {moment:.4f}, more than all {electrons:.4f} electrons: the spin "
+                "density looks wrong."
             )
     return notes
 
 
 def _parse(path: Path, read: Any) -> _Parsed:
-    """Run one reader; whatever a third-party parser trips over becomes one error that names the file."""
+    """Run one reader; whatever a third-party parser trips over becomes one error that names the
+    file.
+    """
     with python_warnings.catch_warnings(record=True) as caught:
         python_warnings.simplefilter("always")
         try:
@@ -206,17 +221,20 @@ def _parse(path: Path, read: Any) -> _Parsed:
             if exc.errno is not None:
                 raise
             raise SchemaError(
-                f"{path} cannot be unpacked ({exc}). It is cut short or not what its name says; get it again."
+                f"{path} cannot be unpacked ({exc}). It is cut short or not what its name says; "
+                "get it again."
             ) from exc
         except Exception as exc:
             raise SchemaError(
-                f"{path} cannot be read as a charge density ({_cause(exc)}). Check that it is a whole CHGCAR or MP JSON file."
+                f"{path} cannot be read as a charge density ({_cause(exc)}). Check that it is a "
+                "whole CHGCAR or MP JSON file."
             ) from exc
     if "total" not in parsed.blocks:
         raise SchemaError(
             f"{path} holds no total density (blocks: {', '.join(parsed.blocks) or 'none'})."
         )
-    # pymatgen warns where it had to guess, for example the elements of a VASP 4 file. People who train on the structure have to know.
+    # pymatgen warns where it had to guess, for example the elements of a VASP 4 file. People who
+    # train on the structure have to know.
     guesses = {
         str(w.message).splitlines()[0]
         for w in caught
@@ -237,10 +255,12 @@ def _read_text(path: Path) -> _Parsed:
         bare_exponents, headers, whole = _looked_through(file, path)
     if not headers:
         raise SchemaError(
-            f"{path} is no CHGCAR, or is cut short: no line below a blank one gives the size of a grid as three whole numbers."
+            f"{path} is no CHGCAR, or is cut short: no line below a blank one gives the size of a "
+            "grid as three whole numbers."
         )
     if bare_exponents:
-        # pymatgen takes 0.1-100 for two numbers and moves every later value by one place, without a word.
+        # pymatgen takes 0.1-100 for two numbers and moves every later value by one place, without a
+        # word.
         with tempfile.TemporaryDirectory(prefix="zarrcache-") as scratch:
             repaired = Path(scratch) / "CHGCAR"
             with zopen(path, "rb") as file, repaired.open("wb") as out:
@@ -252,7 +272,8 @@ def _read_text(path: Path) -> _Parsed:
     parsed = _Parsed(dict(blocks), poscar.structure)
     if headers not in (1, 2, 4):
         parsed.notes.append(
-            f"has {headers} grids; VASP writes 1, 2 (spin) or 4 (non-collinear). It may be cut short; only the first is used."
+            f"has {headers} grids; VASP writes 1, 2 (spin) or 4 (non-collinear). It may be cut "
+            "short; only the first is used."
         )
     if not whole:
         parsed.notes.append("does not end with a line end: its last number may be cut short.")
@@ -260,7 +281,8 @@ def _read_text(path: Path) -> _Parsed:
 
 
 def _looked_through(file: Any, path: Path) -> tuple[bool, int, bool]:
-    """Read a file once from end to end, before pymatgen does, which believes what it is told and keeps lines of any length.
+    """Read a file once from end to end, before pymatgen does, which believes what it is told and
+    keeps lines of any length.
 
     Returns
     -------
@@ -272,9 +294,8 @@ def _looked_through(file: Any, path: Path) -> tuple[bool, int, bool]:
         Whether it ends with a line end.
     """
     head = [_line(file, path)]  # the title may be blank
-    while (
-        line := _line(file, path)
-    ).strip():  # up to the blank line below the atoms, where the grids begin
+    # up to the blank line below the atoms, where the grids begin
+    while (line := _line(file, path)).strip():
         head.append(line)
     counts = next(
         (
@@ -286,21 +307,24 @@ def _looked_through(file: Any, path: Path) -> tuple[bool, int, bool]:
     )
     if sum(map(int, counts)) > len(head):
         raise SchemaError(
-            f"{path} announces {sum(map(int, counts))} atoms and has {len(head)} lines for them. Get the file again."
+            f"{path} announces {sum(map(int, counts))} atoms and has {len(head)} lines for them. "
+            "Get the file again."
         )
     rest = _line(file, path)
     grid = _GRID_LINE.match(rest)
     points = math.prod(map(int, grid.groups())) if grid else 0
     if 8 * points > most_bytes():
         raise SchemaError(
-            f"{path} announces a grid of {points} points, which this machine has no memory for. Get the file again."
+            f"{path} announces a grid of {points} points, which this machine has no memory for. "
+            "Get the file again."
         )
     bare_exponents, headers, total, most = False, 0, 0, _most_bytes_of(path)
     while block := file.read(_READ_BYTES):
         total += len(block)
         if total > most:
             raise SchemaError(
-                f"{path} unpacks to more than {most} bytes of text, far more than a density of its size. Get the file again."
+                f"{path} unpacks to more than {most} bytes of text, far more than a density of its "
+                "size. Get the file again."
             )
         rest += block
         end = rest.rfind(b"\n") + 1
@@ -311,7 +335,8 @@ def _looked_through(file: Any, path: Path) -> tuple[bool, int, bool]:
         headers += sum(1 for _ in _GRID_LINE.finditer(text))
     if 2 * points > total + len(rest):
         raise SchemaError(
-            f"{path} announces a grid of {points} points and ends after {total} bytes. It is cut short; get it again."
+            f"{path} announces a grid of {points} points and ends after {total} bytes. It is cut "
+            "short; get it again."
         )
     return (
         bare_exponents or _BARE_EXPONENT.search(rest) is not None,
@@ -329,7 +354,8 @@ def _line(file: Any, path: Path) -> bytes:
 
 def _endless(path: Path) -> SchemaError:
     return SchemaError(
-        f"{path} has a line of more than {_LINE_BYTES} bytes; VASP writes a hundred. Get the file again."
+        f"{path} has a line of more than {_LINE_BYTES} bytes; VASP writes a hundred. Get the file "
+        "again."
     )
 
 
@@ -351,9 +377,11 @@ def _read_json(path: Path) -> _Parsed:
     )
     if density is None:
         raise SchemaError(
-            f"{path} is JSON without a charge density (keys: {', '.join(map(str, list(payload)[:8])) or 'none'})."
+            f"{path} is JSON without a charge density (keys: "
+            f"{', '.join(map(str, list(payload)[:8])) or 'none'})."
         )
-    # Only what is stored is decoded: the augmentation occupancies of a Chgcar object are left alone.
+    # Only what is stored is decoded: the augmentation occupancies of a Chgcar object are left
+    # alone.
     structure = density["poscar"]["structure"] if "poscar" in density else density["structure"]
     blocks = {str(name): _decoded(values) for name, values in density["data"].items()}
     task_id, notes = payload.get("task_id"), _without_objects(structure)
@@ -366,7 +394,8 @@ def _read_json(path: Path) -> _Parsed:
 
 
 def _without_objects(structure: dict[str, Any]) -> list[str]:
-    """Take out properties that are objects of Python: monty would import the module that they name, whatever that is, and make one of its class.
+    """Take out properties that are objects of Python: monty would import the module that they name,
+    whatever that is, and make one of its class.
 
     Returns
     -------
@@ -383,7 +412,10 @@ def _without_objects(structure: dict[str, Any]) -> list[str]:
             removed.add(str(name))
     return (
         [
-            f"has properties that are objects of Python ({', '.join(sorted(removed))}): they are left out."
+            (
+                f"has properties that are objects of Python ({', '.join(sorted(removed))}): they are "
+                "left out."
+            )
         ]
         if removed
         else []
@@ -403,7 +435,9 @@ def _protons(structure: Any) -> float:
 
 
 def _decoded(values: object) -> NDArray[np.float64]:
-    """An array from nested lists, or from monty's ``{"@class": "array", "dtype": ..., "data": ...}``."""
+    """An array from nested lists, or from monty's ``{"@class": "array", "dtype": ..., "data":
+    ...}``.
+    """
     return np.asarray(values["data"] if isinstance(values, Mapping) else values, dtype=np.float64)
 
 
@@ -417,7 +451,8 @@ def _as_float32(path: Path, block: str, values: NDArray[np.float64]) -> NDArray[
     bad = single.size - int(np.count_nonzero(np.isfinite(single)))
     if bad:
         raise SchemaError(
-            f"{path}: {bad} of {single.size} values of {block} are NaN or infinite. Run the calculation again or get the file again."
+            f"{path}: {bad} of {single.size} values of {block} are NaN or infinite. Run the "
+            "calculation again or get the file again."
         )
     return single
 
@@ -430,7 +465,8 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         raise ConfigError(
-            f"Reading CHGCAR and MP files needs pymatgen ({exc}). Install it: pip install 'zarrcache[convert]'"
+            f"Reading CHGCAR and MP files needs pymatgen ({exc}). Install it: pip install "
+            "'zarrcache[convert]'"
         ) from exc
 
 

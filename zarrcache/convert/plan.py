@@ -1,4 +1,5 @@
-"""CHGCAR and Materials Project files to Zarr stores, many at a time: look what there is to do, then do it.
+"""CHGCAR and Materials Project files to Zarr stores, many at a time: look what there is to do, then
+do it.
 
 >>> plan = plan_convert("chgcars/", "s3://bucket/label")  # doctest: +SKIP
 >>> report = plan.execute()  # doctest: +SKIP
@@ -40,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: A process takes 2 s to start and import pymatgen, in which another one converts about this much.
 BYTES_PER_WORKER = 8 * 1024**2
-#: How long a process may go on with its store after Ctrl-C. One that takes longer is killed, and its store is for the next run.
+#: How long a process may go on with its store after Ctrl-C. One that takes longer is killed, and
+#: its store is for the next run.
 _STOP_S = 3.0
 
 
@@ -122,21 +124,25 @@ class ConvertPlan:
     ) -> ConvertReport:
         """Convert.
 
-        A file that cannot be read is named in the report, and the others go on. Every store appears whole or not at all: interrupted
-        (Ctrl-C) or killed, run the same again and it goes on from there.
+        A file that cannot be read is named in the report, and the others go on. Every store appears
+        whole or not at all: interrupted (Ctrl-C) or killed, run the same again and it goes on from
+        there.
 
         Parameters
         ----------
         progress : callable, optional
-            Called here, in this process, with each result as it comes; not for the files that the plan skips.
+            Called here, in this process, with each result as it comes; not for the files that the
+            plan skips.
         engine : Engine, optional
-            What does the work, for example ``cluster.spread`` of :func:`zarrcache.parallel.dask.open_cluster`; it has to see the same files.
-            Default: ``workers`` processes of this machine.
+            What does the work, for example ``cluster.spread`` of
+            :func:`zarrcache.parallel.dask.open_cluster`; it has to see the same files. Default:
+            ``workers`` processes of this machine.
 
         Raises
         ------
         ConfigError
-            A directory cannot be made there, processes cannot start, or another machine does not see the same files.
+            A directory cannot be made there, processes cannot start, or another machine does not
+            see the same files.
         OriginError
             The destination takes no more: disk full, refused, no answer. What is finished stays.
         """
@@ -145,7 +151,8 @@ class ConvertPlan:
                 os.makedirs(self.dst, exist_ok=True)
             except OSError as exc:
                 raise ConfigError(
-                    f"{self.dst} cannot be made a directory ({exc.strerror}). Choose another destination."
+                    f"{self.dst} cannot be made a directory ({exc.strerror}). Choose another "
+                    "destination."
                 ) from exc
             for path in sweep_partials(Path(self.dst)):
                 logger.info("swept what a killed process left: %s", path)
@@ -224,7 +231,8 @@ def plan_convert(
     Parameters
     ----------
     src : str or path
-        A density file, or a directory of them: ``mp-1.CHGCAR``, ``CHGCAR_mp-1``, ``mp-1/CHGCAR``, ``mp-1.json``; each perhaps compressed.
+        A density file, or a directory of them: ``mp-1.CHGCAR``, ``CHGCAR_mp-1``, ``mp-1/CHGCAR``,
+        ``mp-1.json``; each perhaps compressed.
     dst : str or path
         Directory or ``s3://bucket/prefix``; the stores get the names ``<task_id>.zarr``.
     pattern : str, optional
@@ -257,13 +265,15 @@ def plan_convert(
         target = target.rstrip("/")
     elif "://" in target:
         raise ConfigError(
-            f"{target!r} is of a scheme that is not supported. Write s3://bucket/prefix or a directory."
+            f"{target!r} is of a scheme that is not supported. Write s3://bucket/prefix or a "
+            "directory."
         )
     else:
         target = os.path.abspath(os.path.expanduser(target))
     if target.endswith((".zarr", ".zarr.zip")):
         raise ConfigError(
-            f"{target} is the name of a store. Give the directory that the stores are to go to; their names are made from the files' names."
+            f"{target} is the name of a store. Give the directory that the stores are to go to; "
+            "their names are made from the files' names."
         )
     if not _is_s3(target) and os.path.lexists(target) and not os.path.isdir(target):
         raise ConfigError(
@@ -293,7 +303,8 @@ def convert_directory(
     engine: Engine | None = None,
     **options: Any,
 ) -> ConvertReport:
-    """Convert a file or a directory of files: ``plan_convert(src, dst, **options).execute(progress, engine=engine)``.
+    """Convert a file or a directory of files: ``plan_convert(src, dst, **options).execute(progress,
+    engine=engine)``.
 
     >>> report = convert_directory("chgcars/", "s3://bucket/label", diff=True)  # doctest: +SKIP
     >>> for result in report.failed:  # doctest: +SKIP
@@ -304,7 +315,9 @@ def convert_directory(
 
 @dataclass
 class _Converter:
-    """Converts one file after the other. Picklable; a client is opened where it is first used, and stays there."""
+    """Converts one file after the other. Picklable; a client is opened where it is first used, and
+    stays there.
+    """
 
     dst: str
     chunks: tuple[int, ...]
@@ -318,7 +331,9 @@ class _Converter:
     def __call__(
         self, path: Path, reserve: Reserve | None = None
     ) -> ConvertResult | ZarrCacheError:
-        """Convert one file. An error of the file is in the result; an error that the next file would meet too is returned as it is."""
+        """Convert one file. An error of the file is in the result; an error that the next file
+        would meet too is returned as it is.
+        """
         try:
             task_id = task_id_of(path)
             density = read_density(path, diff=self.diff, strict=self.strict)
@@ -334,13 +349,13 @@ class _Converter:
                 objects = {"": zipped(objects)}
         except (ZarrCacheError, OSError) as exc:
             return self.result(path, error=str(exc))
-        except (
-            Exception
-        ) as exc:  # a file can make pymatgen stumble in any way; the other files are not to blame
+        except Exception as exc:
+            # a file can make pymatgen stumble in any way; the other files are not to blame
             logger.warning("%s could not be converted", path, exc_info=True)
             return self.result(
                 path,
-                error=f"{path} could not be converted: {type(exc).__name__}: {exc}. Please report this with the file.",
+                error=f"{path} could not be converted: {type(exc).__name__}: {exc}. Please report "
+                "this with the file.",
             )
         target = f"{self.dst}/{task_id}{self.suffix}"
         try:
@@ -358,7 +373,8 @@ class _Converter:
             return exc
         except OSError as exc:
             return OriginError(
-                f"{target} could not be written: {exc.strerror}. Make room or choose another destination; what is finished stays."
+                f"{target} could not be written: {exc.strerror}. Make room or choose another "
+                "destination; what is finished stays."
             )
         return self.result(path, written_bytes=written, warnings=density.warnings)
 
@@ -370,7 +386,9 @@ class _Converter:
         )
 
     def name_of(self, path: Path) -> str:
-        """Name of the store of ``path``; empty if the file's name gives none, which is its error when its turn comes."""
+        """Name of the store of ``path``; empty if the file's name gives none, which is its error
+        when its turn comes.
+        """
         try:
             return task_id_of(path) + self.suffix
         except ConfigError:
@@ -392,8 +410,10 @@ class _Converter:
             found = {name for name in names | twins if store_exists(Path(self.dst, name))}
         if both := sorted(found & twins):
             raise ConfigError(
-                f"{self.dst} holds {len(both)} of these stores as {other} ({', '.join(both[:3])}); with {self.suffix} beside it a reader would not "
-                f"know which to take. Remove them, choose another destination, or convert {'without' if self.zip else 'with'} zip."
+                f"{self.dst} holds {len(both)} of these stores as {other} ({', '.join(both[:3])}); "
+                f"with {self.suffix} beside it a reader would not "
+                "know which to take. Remove them, choose another destination, or convert "
+                f"{'without' if self.zip else 'with'} zip."
             )
         return found
 
@@ -416,8 +436,8 @@ class _Converter:
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """The converter on another machine. It has to see the files of this one: else thousands would fail one by one, or the stores would be
-    written to a disk of its own.
+    """The converter on another machine. It has to see the files of this one: else thousands would
+    fail one by one, or the stores would be written to a disk of its own.
     """
 
     convert: _Converter
@@ -430,7 +450,8 @@ class _Elsewhere:
         for needed, name in ((self.root, self.root), (self.witness, self.convert.dst)):
             if needed is not None and not needed.exists():
                 return ConfigError(
-                    f"{node_name()} does not see {name} of this machine. Sources and destination have to be on a file system that all machines "
+                    f"{node_name()} does not see {name} of this machine. Sources and destination "
+                    "have to be on a file system that all machines "
                     "of the cluster share; stores may also go to S3."
                 )
         return self.convert(path, reserve)

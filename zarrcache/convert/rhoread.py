@@ -1,4 +1,6 @@
-"""``RhoRead``: the reader for people who have not converted yet. It parses a text or JSON file at every access."""
+"""``RhoRead``: the reader for people who have not converted yet. It parses a text or JSON file at
+every access.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,26 @@ logger = logging.getLogger(__name__)
 
 
 class RhoRead:
-    """Pairs of charge densities (input and label) from CHGCAR and Materials Project files in two directories.
+    """Pairs of charge densities (input and label) from CHGCAR and Materials Project files in two
+    directories.
 
     >>> reader = RhoRead("chgcars/input", "chgcars/label", "map.json.gz", "GGA", True, 0.8)
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    The values, the split and its order are those of ``ZarrS3Reader`` over the same files converted. A read takes 0.1 to several seconds where
-    a converted and cached one takes a millisecond, so for more than one epoch convert first: ``zarrcache convert``.
+    The values, the split and its order are those of ``ZarrS3Reader`` over the same files converted.
+    A read takes 0.1 to several seconds where a converted and cached one takes a millisecond, so for
+    more than one epoch convert first: ``zarrcache convert``.
 
     Parameters
     ----------
     data_dir, label_dir : str or Path
-        Directories with one file a material: ``mp-1.json.gz``, ``mp-1.json``, ``mp-1.CHGCAR``, ``mp-1/CHGCAR``; each perhaps compressed.
+        Directories with one file a material: ``mp-1.json.gz``, ``mp-1.json``, ``mp-1.CHGCAR``,
+        ``mp-1/CHGCAR``; each perhaps compressed.
     map_dir, functional, normalize, train_fraction, random_state, density_type
         As in ``ZarrS3Reader``.
     s3_kwargs, cache
-        Only so that it can stand where ``ZarrS3Reader`` stood: the files are local, and nothing is cached.
+        Only so that it can stand where ``ZarrS3Reader`` stood: the files are local, and nothing is
+        cached.
 
     Raises
     ------
@@ -73,7 +79,8 @@ class RhoRead:
         self._told: set[Path] = set()
         if cache is not None:
             logger.warning(
-                "cache is set, but json.gz and CHGCAR files are parsed anew each time. Convert them: zarrcache convert %s DST",
+                "cache is set, but json.gz and CHGCAR files are parsed anew each time. Convert "
+                "them: zarrcache convert %s DST",
                 self.data_dir,
             )
 
@@ -87,7 +94,8 @@ class RhoRead:
         Raises
         ------
         ConfigError
-            The map file cannot be read, the functional is not in it, a directory is not there, or has two files of one id.
+            The map file cannot be read, the functional is not in it, a directory is not there, or
+            has two files of one id.
         """
         return list(self._find()[0])
 
@@ -98,7 +106,9 @@ class RhoRead:
 
     @property
     def stats(self) -> Stats:
-        """All 0: nothing is cached, and no origin is asked. So a script that prints those of ``ZarrS3Reader`` runs here too."""
+        """All 0: nothing is cached, and no origin is asked. So a script that prints those of
+        ``ZarrS3Reader`` runs here too.
+        """
         return Stats()
 
     def split_task_ids(self) -> tuple[list[str], list[str]]:
@@ -106,7 +116,8 @@ class RhoRead:
         return split_ids(self._find()[0], self.tf, self.rs)
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
-        """Training and test sets, each ``(data, label, gs_data, gs_label)``: sequences that read a file when they are indexed.
+        """Training and test sets, each ``(data, label, gs_data, gs_label)``: sequences that read a
+        file when they are indexed.
 
         Raises
         ------
@@ -127,7 +138,8 @@ class RhoRead:
         Returns
         -------
         values : ndarray, shape (nx*ny*nz,), float32, C order
-            As ``ZarrS3Reader.load``: density times cell volume, in electrons; with ``normalize`` divided by the number of grid points.
+            As ``ZarrS3Reader.load``: density times cell volume, in electrons; with ``normalize``
+            divided by the number of grid points.
         gridsize : (nx, ny, nz)
 
         Raises
@@ -141,14 +153,16 @@ class RhoRead:
         if task_id not in files:
             directory = self.data_dir if role == "data" else self.label_dir
             raise OriginNotFoundError(
-                f"{directory} has no file of {task_id}. It would be {task_id}.json.gz or {task_id}.CHGCAR, for example."
+                f"{directory} has no file of {task_id}. It would be {task_id}.json.gz or "
+                f"{task_id}.CHGCAR, for example."
             )
         path = files[task_id]
         density = read_density(path, diff=self.density_type == "diff")
         values = {"total": density.total, "diff": density.diff}.get(self.density_type)
         if values is None:
             raise SchemaError(
-                f"{path} has no {self.density_type} density. It has: {', '.join(density.blocks)}. Set density_type to total or diff."
+                f"{path} has no {self.density_type} density. It has: {', '.join(density.blocks)}. "
+                "Set density_type to total or diff."
             )
         if density.warnings and path not in self._told:
             self._told.add(path)
@@ -197,6 +211,7 @@ def _directory(value: str | os.PathLike[str]) -> Path:
     text = os.fspath(value)
     if "://" in text.removeprefix("file://"):
         raise ConfigError(
-            f"{text} is not a directory of this machine. Convert the files to Zarr (zarrcache convert) and use zarr_s3_data, or copy them here."
+            f"{text} is not a directory of this machine. Convert the files to Zarr (zarrcache "
+            "convert) and use zarr_s3_data, or copy them here."
         )
     return Path(text.removeprefix("file://")).expanduser()

@@ -1,4 +1,6 @@
-"""Upload stores to S3. Chunks first, the documents that make a store visible last: a reader finds all of it or none."""
+"""Upload stores to S3. Chunks first, the documents that make a store visible last: a reader finds
+all of it or none.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ T = TypeVar("T")
 Answers = Iterator[tuple[ObjectInfo, Received | S3Fault | None]]
 
 CONCURRENCY = 32  # PUTs of one store in flight; several processes write at once
-#: After Ctrl-C or an error, what is on its way may take this long to arrive and be removed (seconds).
+#: After Ctrl-C or an error, what is on its way may take this long to arrive and be removed
+#: (seconds).
 _SETTLE_S = 5.0
 ROOT_DOCUMENTS = (".zgroup", "zarr.json")
 
@@ -50,7 +53,9 @@ class _Writer(S3fsEngine):
         self._puts: set[asyncio.Task[Any]] = set()
 
     def put_many(self, bodies: Mapping[str, bytes], *, patience_s: float) -> Answers:
-        """One PUT for each key; see ``pump``. A silent server is given up after ``patience_s`` plus what a very slow line needs."""
+        """One PUT for each key; see ``pump``. A silent server is given up after ``patience_s`` plus
+        what a very slow line needs.
+        """
         has_ended = False
 
         async def put(obj: ObjectInfo) -> Received:
@@ -65,7 +70,8 @@ class _Writer(S3fsEngine):
             request = asyncio.get_running_loop().create_task(sent)
             self._puts.add(request)
             request.add_done_callback(self._landed)
-            # What has been sent is not cancelled with the rest: the server may take it all the same, after we have looked for what to remove.
+            # What has been sent is not cancelled with the rest: the server may take it all the
+            # same, after we have looked for what to remove.
             answer = await asyncio.shield(request)
             return Received(b"", answer.get("ETag", ""))
 
@@ -94,7 +100,9 @@ class _Writer(S3fsEngine):
             request.exception()  # heard; or asyncio would complain of those that nobody waited for
 
     def delete_many(self, keys: Collection[str], *, patience_s: float) -> Answers:
-        """One DELETE for each key. Not DeleteObjects, which answers 200 for keys that it could not delete, and which not every server has."""
+        """One DELETE for each key. Not DeleteObjects, which answers 200 for keys that it could not
+        delete, and which not every server has.
+        """
 
         async def delete(obj: ObjectInfo) -> Received:
             await self._call("delete_object", patience_s, Key=obj.key)
@@ -118,7 +126,8 @@ class _Writer(S3fsEngine):
 
 
 class S3Destination:
-    """A prefix on S3 that stores are written to. One object belongs to one process; making it costs no request.
+    """A prefix on S3 that stores are written to. One object belongs to one process; making it costs
+    no request.
 
     Parameters
     ----------
@@ -144,7 +153,8 @@ class S3Destination:
         self._engine = _Writer(self._bucket, self._options, self._fetch)
 
     def names(self) -> set[str]:
-        """Names directly below the prefix, those of unfinished stores too. The first request shows whether bucket and credentials are right.
+        """Names directly below the prefix, those of unfinished stores too. The first request shows
+        whether bucket and credentials are right.
 
         Raises
         ------
@@ -167,7 +177,9 @@ class S3Destination:
                 return found - {""}
 
     def finished(self, names: Collection[str]) -> set[str]:
-        """Which of these stores, ``mp-1.zarr`` or ``mp-1.zarr.zip``, are there and whole. One request each, two for Zarr v3 or an unfinished one."""
+        """Which of these stores, ``mp-1.zarr`` or ``mp-1.zarr.zip``, are there and whole. One
+        request each, two for Zarr v3 or an unfinished one.
+        """
         found: set[str] = set()
         zips = [name for name in names if name.endswith(".zip")]
         trees = [name for name in names if not name.endswith(".zip")]
@@ -195,7 +207,8 @@ class S3Destination:
         objects : mapping
             Key below the store to bytes, in the order to publish them.
         overwrite : bool
-            Take an old store away first: its documents before its chunks, so that nobody reads a mixture.
+            Take an old store away first: its documents before its chunks, so that nobody reads a
+            mixture.
 
         Returns
         -------
@@ -212,20 +225,21 @@ class S3Destination:
         url = f"{self.url}/{name}"
         if not overwrite and self.finished([name]):
             raise StoreExistsError(
-                f"{url} is there already. Overwrite it on purpose (--overwrite) or choose another destination."
+                f"{url} is there already. Overwrite it on purpose (--overwrite) or choose another "
+                "destination."
             )
         bodies = {
             f"{self._key(name)}/{key}" if key else self._key(name): body
             for key, body in objects.items()
         }
         if name.endswith(".zip"):
-            self._put(
-                url, bodies
-            )  # one PUT replaces an object at once: there is nothing to take away before or after
+            # one PUT replaces an object at once: there is nothing to take away before or after
+            self._put(url, bodies)
             return sum(map(len, bodies.values()))
         touched = False
         try:
-            # What is below the store without belonging to it: the old store, or the chunks that a killed process left.
+            # What is below the store without belonging to it: the old store, or the chunks that a
+            # killed process left.
             old = self._list(name)
             for keys in (
                 sorted(filter(is_document, old), key=lambda key: key.count("/")),
@@ -261,7 +275,8 @@ class S3Destination:
                     )
         except OriginError as exc:
             logger.warning(
-                "objects of an unfinished store stay behind, the next conversion of it removes them: %s (%s)",
+                "objects of an unfinished store stay behind, the next conversion of it removes "
+                "them: %s (%s)",
                 url,
                 exc,
             )
@@ -315,7 +330,9 @@ class S3Destination:
         send: Callable[..., Answers],
         retry: RetryConfig | None = None,
     ) -> dict[str, Received]:
-        """One request for every key, in passes over what has failed. ``send`` takes keys and ``patience_s``."""
+        """One request for every key, in passes over what has failed. ``send`` takes keys and
+        ``patience_s``.
+        """
         answers: dict[str, Received] = {}
         missing = list(keys)
         policy = RetryPolicy(retry or self._retry)
@@ -353,7 +370,8 @@ class S3Destination:
             fault.code == "AccessDenied" or fault.status in (401, 403)
         ):
             error = OriginAccessError(
-                f"{url}: writing was refused: {fault}. Converting needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject "
+                f"{url}: writing was refused: {fault}. Converting needs s3:ListBucket, "
+                "s3:GetObject, s3:PutObject and s3:DeleteObject "
                 f"on bucket {self._bucket!r}. Set other credentials (key and secret, or profile)."
             )
         error.__cause__ = fault
@@ -362,6 +380,8 @@ class S3Destination:
 
 def _unavailable(url: str, exc: OriginUnavailableError, attempts: int) -> OriginUnavailableError:
     return OriginUnavailableError(
-        f"{url} could not be written: {exc.__cause__} ({attempts} {'attempt' if attempts == 1 else 'attempts'}). "
-        "Check that the server runs and is reachable, then convert again: finished stores are skipped."
+        f"{url} could not be written: {exc.__cause__} ({attempts} "
+        f"{'attempt' if attempts == 1 else 'attempts'}). "
+        "Check that the server runs and is reachable, then convert again: finished stores are "
+        "skipped."
     )

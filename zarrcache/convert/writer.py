@@ -1,8 +1,10 @@
-"""One density as a Zarr store: encoded in memory, written as a directory or a zip file. A store is visible only when it is whole.
+"""One density as a Zarr store: encoded in memory, written as a directory or a zip file. A store is
+visible only when it is whole.
 
-The layout is the one that ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps ``charge_density_diff``, float32 in small
-chunks, and the attributes ``structure`` and ``metadata``, each a JSON string. The store is made in memory first, so that a
-directory, a zip file and S3 (``storeupload``) get the same bytes, and so that the same density gives the same ETags each time.
+The layout is the one that ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps
+``charge_density_diff``, float32 in small chunks, and the attributes ``structure`` and ``metadata``,
+each a JSON string. The store is made in memory first, so that a directory, a zip file and S3
+(``storeupload``) get the same bytes, and so that the same density gives the same ETags each time.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ __all__ = [
     "zipped",
 ]
 
-#: Documents by which a reader finds a group or an array, in the order in which they become visible: the group's own last.
+#: Documents by which a reader finds a group or an array, in the order in which they become visible:
+#: the group's own last.
 _DOCUMENTS = (".zattrs", ".zarray", "zarr.json", ".zmetadata", ".zgroup")
 _HIDDEN = re.compile(
     r"\.(?P<final>.+\.zarr(?:\.zip)?)\.(?P<kind>partial|replaced)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)-[0-9a-f]{8}"
 )
-#: A store is written in seconds to minutes; after a day the process of another machine is not coming back to it.
+#: A store is written in seconds to minutes; after a day the process of another machine is not
+#: coming back to it.
 _ABANDONED_S = 86400.0
 
 
@@ -63,7 +67,8 @@ def encode_store(
     chunks: Sequence[int] = (16, 16, 16),
     zarr_format: Literal[2, 3] = 2,
 ) -> dict[str, bytes]:
-    """Every object of the store, by key, in the order to publish them: chunks, then array documents, then the group's.
+    """Every object of the store, by key, in the order to publish them: chunks, then array
+    documents, then the group's.
 
     Parameters
     ----------
@@ -107,9 +112,9 @@ def encode_store(
             compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
         )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # zarr says that v3 has no consolidated metadata yet; readers that do not know them pass over them
+        # zarr says that v3 has no consolidated metadata yet; readers that do not know them pass
+        # over them
+        warnings.simplefilter("ignore")
         zarr.consolidate_metadata(store)
     encoded = {key: bytes(value.to_bytes()) for key, value in objects.items()}
     return {key: encoded[key] for key in sorted(encoded, key=_publishing_order)}
@@ -186,14 +191,18 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
 
 
 def store_exists(path: Path) -> bool:
-    """Whether a store is at this local path, as a directory or as a zip file; one that is being written is not there yet."""
+    """Whether a store is at this local path, as a directory or as a zip file; one that is being
+    written is not there yet.
+    """
     return path.is_file() if path.name.endswith(".zarr.zip") else _is_store(path)
 
 
 def sweep_partials(directory: Path) -> list[Path]:
-    """Remove what writers left that were killed, and bring back a store that one of them had moved aside. Returns what was dealt with.
+    """Remove what writers left that were killed, and bring back a store that one of them had moved
+    aside. Returns what was dealt with.
 
-    Only names of our own are touched, and only those of dead processes of this machine, or older than a day.
+    Only names of our own are touched, and only those of dead processes of this machine, or older
+    than a day.
     """
     swept = []
     try:
@@ -227,7 +236,8 @@ def sweep_partials(directory: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def witness_in(directory: Path) -> Iterator[Path]:
-    """An empty hidden file: who sees it sees this directory, and not one of the same name on another machine's disk. Swept like a partial one.
+    """An empty hidden file: who sees it sees this directory, and not one of the same name on
+    another machine's disk. Swept like a partial one.
 
     Raises
     ------
@@ -250,7 +260,9 @@ def _plain(value: Any) -> Any:
 
 
 def zipped(objects: Mapping[str, bytes]) -> bytes:
-    """One zip file of all objects, not compressed again. No clock in it: equal densities give equal bytes."""
+    """One zip file of all objects, not compressed again. No clock in it: equal densities give equal
+    bytes.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for key, body in objects.items():
@@ -273,7 +285,9 @@ def _write(root: Path, objects: Mapping[str, bytes]) -> None:
 
 
 def _beside(final: Path, kind: str) -> Path:
-    """A hidden name of this process alone, in the same directory: a rename across file systems would be a copy."""
+    """A hidden name of this process alone, in the same directory: a rename across file systems
+    would be a copy.
+    """
     machine, pid, start = owner_id().rsplit(" ", 2)
     return final.with_name(
         f".{final.name}.{kind}-{_short(machine)}-{pid}-{start}-{secrets.token_hex(4)}"
@@ -291,11 +305,13 @@ def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
         return
     if not store_exists(final):
         raise ConfigError(
-            f"{final} is there but is no Zarr store; it is left alone. Move it away or choose another destination."
+            f"{final} is there but is no Zarr store; it is left alone. Move it away or choose "
+            "another destination."
         )
     if not overwrite:
         raise StoreExistsError(
-            f"{final} is there already. Overwrite it on purpose (--overwrite) or choose another destination."
+            f"{final} is there already. Overwrite it on purpose (--overwrite) or choose another "
+            "destination."
         )
 
 
@@ -307,16 +323,14 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
     if not overwrite:
         try:
             if final.name.endswith(".zip"):
-                os.link(
-                    partial, final
-                )  # unlike a rename it refuses to replace what another writer has just made
+                # unlike a rename it refuses to replace what another writer has just made
+                os.link(partial, final)
                 os.unlink(partial)
             else:
                 os.rename(partial, final)  # refuses a directory that is not empty
         except OSError as exc:
-            if (
-                exc.errno in (errno.EPERM, errno.ENOTSUP) and not final.exists()
-            ):  # a file system without hard links
+            # a file system without hard links
+            if exc.errno in (errno.EPERM, errno.ENOTSUP) and not final.exists():
                 os.rename(partial, final)
                 return
             if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -328,7 +342,8 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
     if partial.is_file():
         os.replace(partial, final)
         return
-    # No rename replaces a directory that is not empty. If we die between these two, the next run puts the old one back.
+    # No rename replaces a directory that is not empty. If we die between these two, the next run
+    # puts the old one back.
     old = _beside(final, "replaced")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class Present(NamedTuple):
-    """Ids of one functional that both directories have, in the map's order, and those that one of them lacks."""
+    """Ids of one functional that both directories have, in the map's order, and those that one of
+    them lacks.
+    """
 
     ids: tuple[str, ...]
     missing: tuple[str, ...]
@@ -70,7 +72,9 @@ class Catalog:
         return self._present[key]
 
     def names(self, role: Role) -> dict[str, str]:
-        """File name of each store by its task id: ``mp-1.zarr``, or ``mp-1.zarr.zip`` where there is no such directory."""
+        """File name of each store by its task id: ``mp-1.zarr``, or ``mp-1.zarr.zip`` where there
+        is no such directory.
+        """
         if role not in self._names:
             config = self._cache.config
             stored = (
@@ -89,9 +93,8 @@ class Catalog:
     def _list(self, role: Role) -> dict[str, str]:
         origin = self._origins[role]
         names: dict[str, str] = {}
-        for name in sorted(
-            origin.list_names(), reverse=True
-        ):  # so that mp-1.zarr comes after mp-1.zarr.zip and wins
+        # so that mp-1.zarr comes after mp-1.zarr.zip and wins
+        for name in sorted(origin.list_names(), reverse=True):
             stem = stem_of(name)
             if stem is not None:
                 names[stem] = name

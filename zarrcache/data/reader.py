@@ -1,6 +1,8 @@
-"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there ``ReadThrough`` goes on.
+"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there
+``ReadThrough`` goes on.
 
-What reads densities does not import zarr until a layout needs it: that is 0.1 s of the 0.45 in which the process of look-ahead starts.
+What reads densities does not import zarr until a layout needs it: that is 0.1 s of the 0.45 in
+which the process of look-ahead starts.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ __all__ = ["ZarrS3Reader", "open_reader"]
 
 
 class ZarrS3Reader:
-    """Pairs of charge densities (input and label) from Zarr stores, ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``.
+    """Pairs of charge densities (input and label) from Zarr stores, ``{data_dir}/{task_id}.zarr``
+    or ``.zarr.zip``.
 
     >>> reader = ZarrS3Reader("s3://b/input", "s3://b/label", "map.json.gz", "GGA", True, 0.8, cache={"dir": "/scratch/me"})
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
@@ -111,11 +114,14 @@ class ZarrS3Reader:
             self._cache.remote.check()
         self._observers: tuple[ReadObserver, ...] = ()
         if self.use_s3:  # any other scheme was refused above
-            _ = self.s3fs  # at once, as the users' reader does: wrong arguments show here, and no request is made
+            # at once, as the users' reader does: wrong arguments show here, and no request is made
+            _ = self.s3fs
 
     @functools.cached_property
     def s3fs(self) -> s3fs.S3FileSystem:
-        """The filesystem of ``s3_kwargs``, for work of your own; zarrcache itself opens its clients in each process anew."""
+        """The filesystem of ``s3_kwargs``, for work of your own; zarrcache itself opens its clients
+        in each process anew.
+        """
         return make_s3fs(self.s3_kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,13 +131,15 @@ class ZarrS3Reader:
         cache = f", cache={str(self._cache.config.dir)!r}" if self._cache.config else ""
         return f"ZarrS3Reader({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, {self.density_type!r}{cache})"
 
-    # -- which materials ---------------------------------------------------------------------------------------------------------
+    # -- which materials
+    # ---------------------------------------------------------------------------------------------------------
 
     @property
     def task_ids(self) -> list[str]:
         """Ids of the functional that both directories have, in the map's order.
 
-        One LIST per directory and 1,000 stores, the first time; with ``revalidate: never`` the listing that is stored with the entries.
+        One LIST per directory and 1,000 stores, the first time; with ``revalidate: never`` the
+        listing that is stored with the entries.
 
         Raises
         ------
@@ -144,7 +152,9 @@ class ZarrS3Reader:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Ids of the functional whose input or label the origin does not have. They are left out of the split."""
+        """Ids of the functional whose input or label the origin does not have. They are left out of
+        the split.
+        """
         return self._present().missing
 
     def split_task_ids(self) -> tuple[list[str], list[str]]:
@@ -157,7 +167,8 @@ class ZarrS3Reader:
         Returns
         -------
         (train, test)
-            Each ``(data, label, gs_data, gs_label)``: sequences that load on indexing, flat float32 arrays and grid sizes.
+            Each ``(data, label, gs_data, gs_label)``: sequences that load on indexing, flat float32
+            arrays and grid sizes.
 
         Raises
         ------
@@ -170,13 +181,16 @@ class ZarrS3Reader:
         return split_sets(self, train), split_sets(self, test)
 
     def relist(self) -> None:
-        """List both directories at the origin now, and keep the listing for runs without the origin."""
+        """List both directories at the origin now, and keep the listing for runs without the
+        origin.
+        """
         self._catalog.relist()
 
     def _present(self) -> Present:
         return self._catalog.present(self.map_dir, self.functional)
 
-    # -- one density -------------------------------------------------------------------------------------------------------------
+    # -- one density
+    # -------------------------------------------------------------------------------------------------------------
 
     def load(self, task_id: str, role: Role) -> Density:
         """Load one charge density, from the array tier if it is there.
@@ -189,8 +203,9 @@ class ZarrS3Reader:
         Returns
         -------
         values : ndarray, shape (nx*ny*nz,), float32, C order
-            Writable and the caller's own. CHGCAR convention: density times cell volume, in electrons, so ``values.mean()`` is the number of
-            valence electrons; with ``normalize`` it is ``values.sum()`` (VASP wiki, CHGCAR).
+            Writable and the caller's own. CHGCAR convention: density times cell volume, in
+            electrons, so ``values.mean()`` is the number of valence electrons; with ``normalize``
+            it is ``values.sum()`` (VASP wiki, CHGCAR).
         gridsize : (nx, ny, nz)
 
         Raises
@@ -228,14 +243,16 @@ class ZarrS3Reader:
     def ensure(
         self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None
     ) -> tuple[Outcome, int]:
-        """Have the origin's present version of one density in the array tier; what ``zarrcache warm`` does for each.
+        """Have the origin's present version of one density in the array tier; what ``zarrcache
+        warm`` does for each.
 
         Parameters
         ----------
         task_id : str
         role : {"data", "label"}
         reserve : callable, optional
-            Called with bytes before they are taken: those of the objects, then those of the array. It may wait.
+            Called with bytes before they are taken: those of the objects, then those of the array.
+            It may wait.
 
         Returns
         -------
@@ -251,9 +268,8 @@ class ZarrS3Reader:
         origin, store = self._origins[role], self.store_name(task_id, role)
         values, outcome = self._path.read(origin, store, revalidate=True, reserve=reserve)
         if outcome != "hit" and self._cache.arrays is not None:
-            self._cache.forget_listing(
-                origin, store
-            )  # metadata and crops are to be of the same version
+            # metadata and crops are to be of the same version
+            self._cache.forget_listing(origin, store)
         return outcome, values.nbytes
 
     def key(self, task_id: str, role: Role) -> ArrayKey:
@@ -265,7 +281,9 @@ class ZarrS3Reader:
         return self._origins[role]
 
     def stored(self) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of the densities that are in the array tier, by role and task id. Their stores are those that were listed last."""
+        """Bytes on disk of the densities that are in the array tier, by role and task id. Their
+        stores are those that were listed last.
+        """
         listings = {
             role: (origin, self._catalog.names(role)) for role, origin in self._origins.items()
         }
@@ -310,10 +328,12 @@ class ZarrS3Reader:
         except KeyError:
             url = self._origins[role].url_of(f"{task_id}.zarr")
             raise OriginNotFoundError(
-                f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to list the origin again."
+                f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to "
+                "list the origin again."
             ) from None
 
-    # -- the users' methods on groups --------------------------------------------------------------------------------------------
+    # -- the users' methods on groups
+    # --------------------------------------------------------------------------------------------
 
     def read_zarr_store(self, zarr_path: str | os.PathLike[str]) -> zarr.Group:
         """Open a store, read-only, through the byte tier. Nothing but its metadata is loaded.
@@ -328,12 +348,14 @@ class ZarrS3Reader:
         return group_of(store_at(zarr_path, self._cache, self.s3_kwargs))
 
     def read_charge_density(self, zarr_store: zarr.Group) -> Density:
-        """The density of an open store; as ``load``, for a group of ``read_zarr_store`` or any other group of zarr.
+        """The density of an open store; as ``load``, for a group of ``read_zarr_store`` or any
+        other group of zarr.
 
         Raises
         ------
         SchemaError
-            A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real numbers.
+            A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real
+            numbers.
         """
         from zarrcache.cache import CachedStore
 
@@ -344,7 +366,9 @@ class ZarrS3Reader:
         return _flat(self._path.as_asked(density_of_group(zarr_store, self.array, where), where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
-        """What the store says of itself: attribute ``metadata``, merged with ``structure``; both may be JSON strings or JSON itself."""
+        """What the store says of itself: attribute ``metadata``, merged with ``structure``; both
+        may be JSON strings or JSON itself.
+        """
         return metadata_of(zarr_store)
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:

@@ -63,7 +63,9 @@ class _Lazy(Sequence[T]):
 
 
 class _Grids:
-    """Grid sizes seen so far: ``RhoData`` asks for one right after the density, which must not be loaded twice for it."""
+    """Grid sizes seen so far: ``RhoData`` asks for one right after the density, which must not be
+    loaded twice for it.
+    """
 
     def __init__(self, loader: DensityLoader) -> None:
         self._loader = loader
@@ -80,7 +82,9 @@ class _Grids:
 
 
 class _Of:
-    """A method of :class:`_Grids` for one role. A class, not a lambda: the sequences are pickled for spawned workers."""
+    """A method of :class:`_Grids` for one role. A class, not a lambda: the sequences are pickled
+    for spawned workers.
+    """
 
     def __init__(self, method: Callable[[Role, str], Any], role: Role) -> None:
         self._method, self._role = method, role

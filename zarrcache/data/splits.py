@@ -1,4 +1,6 @@
-"""Which materials a run is about: the users' map file, and their split into training, validation and test ids."""
+"""Which materials a run is about: the users' map file, and their split into training, validation
+and test ids.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ _SPLIT = '{"train": [0, 5, ...], "validation": [...], "test": [...]}'
 
 
 def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """The map file: ``{functional: [task_id, ...]}`` as JSON, perhaps gzipped (found out by its content, not by its name).
+    """The map file: ``{functional: [task_id, ...]}`` as JSON, perhaps gzipped (found out by its
+    content, not by its name).
 
     Raises
     ------
@@ -54,11 +57,13 @@ def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: s
         return json.loads(raw)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as exc:
         raise ConfigError(
-            f"{what} {os.fspath(path)} is not JSON ({exc}). It has to hold {content}, as JSON or JSON.gz."
+            f"{what} {os.fspath(path)} is not JSON ({exc}). It has to hold {content}, as JSON or "
+            "JSON.gz."
         ) from exc
     except OSError as exc:
         raise ConfigError(
-            f"{what} {os.fspath(path)} cannot be read ({exc.strerror}). Set {setting} to a JSON or JSON.gz file."
+            f"{what} {os.fspath(path)} cannot be read ({exc.strerror}). Set {setting} to a JSON or "
+            "JSON.gz file."
         ) from exc
 
 
@@ -68,7 +73,8 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
     Raises
     ------
     ConfigError
-        The functional is not in the map (a ``ValueError``; those in the map are named), or an id is not a plain name.
+        The functional is not in the map (a ``ValueError``; those in the map are named), or an id is
+        not a plain name.
     """
     if functional not in mapping:
         raise ConfigError(
@@ -80,7 +86,8 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
 def split_ids(
     task_ids: Sequence[str], train_fraction: float, random_state: int | None
 ) -> tuple[list[str], list[str]]:
-    """Training and test ids: scikit-learn's ``train_test_split``, which depends on the number of ids and the seed alone.
+    """Training and test ids: scikit-learn's ``train_test_split``, which depends on the number of
+    ids and the seed alone.
 
     The same members in the same order as splitting the loaded lists.
 
@@ -110,10 +117,12 @@ def split_ids(
 
 
 def _draw(count: int, train_fraction: Any, random_state: Any) -> tuple[list[int], list[int]] | None:
-    """Places that scikit-learn's ``ShuffleSplit`` draws for training and for testing, or None for arguments of which it would speak.
+    """Places that scikit-learn's ``ShuffleSplit`` draws for training and for testing, or None for
+    arguments of which it would speak.
 
-    With it come scipy and two thousand files: 1.5 s of the CPU in every process that trains, more where they lie on a network file system.
-    The draw itself is one permutation by numpy's legacy generator, whose numbers do not change any more (NEP 19).
+    With it come scipy and two thousand files: 1.5 s of the CPU in every process that trains, more
+    where they lie on a network file system. The draw itself is one permutation by numpy's legacy
+    generator, whose numbers do not change any more (NEP 19).
     """
     if type(train_fraction) is float and 0 < train_fraction < 1:
         kept = math.floor(train_fraction * count)
@@ -135,7 +144,8 @@ def _draw(count: int, train_fraction: Any, random_state: Any) -> tuple[list[int]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Who is trained on, who is looked at meanwhile, who is kept for the end. No one is in two of them.
+    """Who is trained on, who is looked at meanwhile, who is kept for the end. No one is in two of
+    them.
 
     Attributes
     ----------
@@ -151,7 +161,8 @@ class Split:
 def hold_out(
     train: Sequence[str], test: Sequence[str], val_frac: float, random_state: int
 ) -> Split:
-    """Take a share of the training ids for validation, drawn with ``random_state``; one at the least, unless the share is 0.
+    """Take a share of the training ids for validation, drawn with ``random_state``; one at the
+    least, unless the share is 0.
 
     Raises
     ------
@@ -161,21 +172,24 @@ def hold_out(
     share: Any = val_frac
     if not isinstance(share, numbers.Real) or not 0 <= float(share) < 1:
         raise ConfigError(
-            f"val_frac is {val_frac!r}; it has to be a number from 0 to below 1: the share of the training samples that is kept for validation."
+            f"val_frac is {val_frac!r}; it has to be a number from 0 to below 1: the share of the "
+            "training samples that is kept for validation."
         )
     count = math.ceil(round(float(share) * len(train), 6))  # 0.07 * 100 is a little more than 7
     if not count:
         return Split(tuple(train), (), tuple(test))
     if count == len(train):
         raise ConfigError(
-            f"val_frac is {val_frac!r} and there are {len(train)} samples to train on: none would be left. Set val_frac to 0."
+            f"val_frac is {val_frac!r} and there are {len(train)} samples to train on: none would "
+            "be left. Set val_frac to 0."
         )
     kept, held = split_ids(train, len(train) - count, random_state)
     return Split(tuple(kept), tuple(held), tuple(test))
 
 
 def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
-    """A split that was drawn elsewhere: ``{"train": [0, 5, ...], "validation": [...], "test": [...]}``, JSON or JSON.gz.
+    """A split that was drawn elsewhere: ``{"train": [0, 5, ...], "validation": [...], "test":
+    [...]}``, JSON or JSON.gz.
 
     Parameters
     ----------
@@ -207,24 +221,29 @@ def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
         )
     if {"val", "validation"} <= document.keys():
         raise ConfigError(
-            f"{where} has both val and validation, which are two names for one. Take one of them out."
+            f"{where} has both val and validation, which are two names for one. Take one of them "
+            "out."
         )
     sides: dict[str, tuple[str, ...]] = {}
     home: dict[int, str] = {}
     for key, indices in document.items():
         if not isinstance(indices, list):
             raise ConfigError(
-                f"{where}: {key} is a {type(indices).__name__}; it has to be a list of indices, [0, 5, ...]."
+                f"{where}: {key} is a {type(indices).__name__}; it has to be a list of indices, "
+                "[0, 5, ...]."
             )
         for index in indices:
             if type(index) is not int or not 0 <= index < len(task_ids):
                 raise ConfigError(
-                    f"{where}: {key} holds {index!r}. It has to hold whole numbers from 0 to {len(task_ids) - 1}: positions in the reader's "
-                    f"task_ids, the {len(task_ids)} materials of the map file that have both stores."
+                    f"{where}: {key} holds {index!r}. It has to hold whole numbers from 0 to "
+                    f"{len(task_ids) - 1}: positions in the reader's "
+                    f"task_ids, the {len(task_ids)} materials of the map file that have both "
+                    "stores."
                 )
             if index in home:
                 raise ConfigError(
-                    f"{where}: {index} is in {home[index]} and again in {key}. A sample belongs to one of them, once."
+                    f"{where}: {index} is in {home[index]} and again in {key}. A sample belongs to "
+                    "one of them, once."
                 )
             home[index] = key
         sides[known[key]] = tuple(task_ids[index] for index in indices)

@@ -1,6 +1,8 @@
-"""The whole story on one machine: real or made-up densities, an S3 server, a cold epoch, warm epochs, and one with the server switched off.
+"""The whole story on one machine: real or made-up densities, an S3 server, a cold epoch, warm
+epochs, and one with the server switched off.
 
-Everything is done as a user does it: the converter, ``zarrcache warm`` and a training script, each in its own process.
+Everything is done as a user does it: the converter, ``zarrcache warm`` and a training script, each
+in its own process.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One epoch. ``requests`` and ``fetched_bytes`` are counted by the S3 server; ``hit_ratio`` is None without a cache."""
+    """One epoch. ``requests`` and ``fetched_bytes`` are counted by the S3 server; ``hit_ratio`` is
+    None without a cache.
+    """
 
     epoch: str
     seconds: float
@@ -93,8 +97,9 @@ def run_demo(
     Parameters
     ----------
     source : Path, optional
-        Directory with CHGCAR or MP json.gz files; pairs are found by the names of their directories (``input`` or ``data``, ``label`` or
-        ``jsongz``) and by task id. By default pairs are made up.
+        Directory with CHGCAR or MP json.gz files; pairs are found by the names of their directories
+        (``input`` or ``data``, ``label`` or ``jsongz``) and by task id. By default pairs are made
+        up.
     samples : int
         Pairs at the most; two at the least.
     keep : bool
@@ -144,7 +149,8 @@ def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[lis
         same &= digests == expected
         _run([sys.executable, "-m", "zarrcache", "warm", str(warm)], home / "warm.log")
         say(
-            f"zarrcache warm, into another cache directory: {next(_last_lines(home / 'warm.log', 1), '')}"
+            "zarrcache warm, into another cache directory: "
+            f"{next(_last_lines(home / 'warm.log', 1), '')}"
         )
         row, digests = _epoch(home, warm, "warm", server, say)
         rows.append(row)
@@ -155,10 +161,13 @@ def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[lis
 
 
 def _collect(source: Path, files: Path, samples: int) -> list[str]:
-    """Link the files of complete pairs below ``files/input`` and ``files/label``; the task ids, sorted."""
+    """Link the files of complete pairs below ``files/input`` and ``files/label``; the task ids,
+    sorted.
+    """
     if not source.is_dir():
         raise ConfigError(
-            f"{source} is not a directory. Give one with CHGCAR or json.gz files, or leave --source out."
+            f"{source} is not a directory. Give one with CHGCAR or json.gz files, or leave "
+            "--source out."
         )
     found: dict[str, dict[str, Path]] = {"input": {}, "label": {}, "": {}}
     for path in sorted(source.rglob("*")):
@@ -169,21 +178,22 @@ def _collect(source: Path, files: Path, samples: int) -> list[str]:
             found[named[-1] if named else ""].setdefault(task_id_of(path), path)
     unnamed = found.pop("")
     if not found["input"] and not found["label"]:
-        found = {
-            "input": unnamed,
-            "label": unnamed,
-        }  # one directory of densities: each is its own label
+        # one directory of densities: each is its own label
+        found = {"input": unnamed, "label": unnamed}
     task_ids = sorted(found["input"].keys() & found["label"].keys())[:samples]
     if len(task_ids) < 2:
         raise ConfigError(
-            f"{source} holds {len(task_ids)} pairs of densities ({len(found['input'])} inputs, {len(found['label'])} labels); the demo needs 2. "
-            "Put the inputs into a directory input/ and the labels into label/, with the same names."
+            f"{source} holds {len(task_ids)} pairs of densities ({len(found['input'])} inputs, "
+            f"{len(found['label'])} labels); the demo needs 2. "
+            "Put the inputs into a directory input/ and the labels into label/, with the same "
+            "names."
         )
     for role, paths in found.items():
         (files / role).mkdir(parents=True)
         for task_id in task_ids:
             path = paths[task_id]
-            # Under its own name, which is the converter's to read, but for a bare CHGCAR, whose directory names it.
+            # Under its own name, which is the converter's to read, but for a bare CHGCAR, whose
+            # directory names it.
             name = path.name if task_id in path.name else f"{task_id}.{path.name}"
             (files / role / name).symlink_to(path.resolve())
     return task_ids
@@ -198,7 +208,8 @@ def _convert(files: Path, task_ids: list[str], server: DemoServer, say: Say) -> 
         ).execute()
         size, seconds = format_bytes(report.written_bytes), time.perf_counter() - start_s
         say(
-            f"converted {len(report.converted)} files to s3://{BUCKET}/{role} ({size}) in {seconds:.1f} s"
+            f"converted {len(report.converted)} files to s3://{BUCKET}/{role} ({size}) in "
+            f"{seconds:.1f} s"
         )
         for result in report.converted:
             for warning in result.warnings:
@@ -253,7 +264,8 @@ def _epoch(
     result = json.loads(out.read_text())
     traffic = server.traffic - before
     say(
-        f"epoch, {name}: {result['seconds']:.2f} s, {traffic.requests} S3 requests, loss {result['loss']:.4f}"
+        f"epoch, {name}: {result['seconds']:.2f} s, {traffic.requests} S3 requests, loss "
+        f"{result['loss']:.4f}"
     )
     row = Row(
         name,

@@ -1,6 +1,8 @@
-"""The demo's S3 server: moto's threaded server in a process of its own, on 127.0.0.1 and a free port, with a log of what it was asked.
+"""The demo's S3 server: moto's threaded server in a process of its own, on 127.0.0.1 and a free
+port, with a log of what it was asked.
 
-The only import of moto. ``python -m zarrcache.demo.server LOG`` is the process; :func:`running_server` starts and ends it.
+The only import of moto. ``python -m zarrcache.demo.server LOG`` is the process;
+:func:`running_server` starts and ends it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class DemoServer:
 
     @property
     def s3_kwargs(self) -> dict[str, Any]:
-        """As ``s3fs.S3FileSystem`` takes them. The server checks no credentials, but clients want some."""
+        """As ``s3fs.S3FileSystem`` takes them. The server checks no credentials, but clients want
+        some.
+        """
         return {"key": "demo", "secret": "demo", "endpoint_url": self.endpoint_url}
 
     @property
@@ -55,7 +59,8 @@ class DemoServer:
 
 @contextlib.contextmanager
 def running_server(log: Path) -> Iterator[DemoServer]:
-    """Start a server, stop it at the end. It also ends when this process is killed: it watches its standard input.
+    """Start a server, stop it at the end. It also ends when this process is killed: it watches its
+    standard input.
 
     Raises
     ------
@@ -83,7 +88,8 @@ def running_server(log: Path) -> Iterator[DemoServer]:
         if not line.startswith("http://"):
             last = (errors.read_text().strip().splitlines() or ["no message"])[-1]
             raise ConfigError(
-                f"the demo's S3 server did not start ({last}). Install it with: pip install 'zarrcache[demo]'"
+                f"the demo's S3 server did not start ({last}). Install it with: pip install "
+                "'zarrcache[demo]'"
             )
         yield DemoServer(line, log)
     finally:
@@ -104,7 +110,8 @@ def serve(log: Path) -> None:
         def log_request(self, *args: object) -> None:
             """Nothing: requests are logged below, with their size."""
 
-    # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180 directories, at every request.
+    # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180
+    # directories, at every request.
     app = create_backend_app("s3")
     file = log.open("a", buffering=1)
 
@@ -113,7 +120,8 @@ def serve(log: Path) -> None:
             size = next((value for name, value in headers if name.lower() == "content-length"), "0")
             sent = 0 if environ["REQUEST_METHOD"] == "HEAD" else int(size)
             file.write(
-                f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {status.partition(' ')[0]} {sent}\n"
+                f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {status.partition(' ')[0]} "
+                f"{sent}\n"
             )
             return start_response(status, headers, *rest)
 

@@ -1,8 +1,10 @@
-"""Charge densities made up for the demo: pairs of a crude and a converged one, seeded, with no download and numpy alone.
+"""Charge densities made up for the demo: pairs of a crude and a converged one, seeded, with no
+download and numpy alone.
 
-The crude density is what VASP starts from, a superposition of neutral atoms; in the converged one the atoms have drawn closer and have given
-charge to their more electronegative neighbours. Both are summed in reciprocal space, where an atom's form factor times its structure factor is
-exactly the sum over all of its periodic images, and where the number of electrons is one coefficient.
+The crude density is what VASP starts from, a superposition of neutral atoms; in the converged one
+the atoms have drawn closer and have given charge to their more electronegative neighbours. Both are
+summed in reciprocal space, where an atom's form factor times its structure factor is exactly the
+sum over all of its periodic images, and where the number of electrons is one coefficient.
 """
 
 from __future__ import annotations
@@ -37,19 +39,8 @@ _ELEMENTS = {
     "Sr": (10, 1.00, 0.95),
     "Ti": (12, 0.70, 1.54),
 }
-_AXES = (
-    24,
-    28,
-    30,
-    32,
-    36,
-    40,
-    42,
-    48,
-    54,
-    56,
-    60,
-)  # what VASP's FFT likes: factors 2, 3, 5 and 7 only
+# what VASP's FFT likes: factors 2, 3, 5 and 7 only
+_AXES = (24, 28, 30, 32, 36, 40, 42, 48, 54, 56, 60)
 _POINTS_PER_ANGSTROM = 9.0  # half of VASP's fine grid at ENCUT = 700 eV
 _VOLUME_PER_ATOM = 20.0  # cubic angstrom; the median of the Materials Project is 22
 _SMEARING = 0.14  # angstrom; a PAW density has no cusp at the nucleus
@@ -64,7 +55,8 @@ class SyntheticPair:
     task_id : str
         ``syn-<seed>-<index>``.
     data, label : ndarray, shape (nx, ny, nz), float64
-        Crude and converged, as VASP writes them: ``mean()`` is the number of valence electrons, the same in both.
+        Crude and converged, as VASP writes them: ``mean()`` is the number of valence electrons, the
+        same in both.
     structure : dict
         As ``pymatgen.core.Structure.as_dict()`` gives it.
     electrons : int
@@ -85,7 +77,8 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
     seed, index : int
         From 0.
     shape : (nx, ny, nz), optional
-        The grid; by default one like the real ones: mixed, every third cubic, 24 to 60 points along an axis.
+        The grid; by default one like the real ones: mixed, every third cubic, 24 to 60 points along
+        an axis.
     """
     rng = np.random.default_rng([seed, index])
     grid = _draw_shape(rng) if shape is None else shape
@@ -93,9 +86,8 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
     symbols, positions = _draw_atoms(rng, lattice)
     valence = np.array([_ELEMENTS[symbol][0] for symbol in symbols], dtype=np.float64)
     affinity = np.array([_ELEMENTS[symbol][2] for symbol in symbols])
-    transfer = 0.2 * (
-        affinity - affinity.mean()
-    )  # sums to zero; less than one electron, so nobody gives more than it has
+    # sums to zero; less than one electron, so nobody gives more than it has
+    transfer = 0.2 * (affinity - affinity.mean())
     shrink = rng.uniform(0.86, 0.95)
     squared, indices = _reciprocal(lattice, grid)
     crude = np.zeros(squared.shape, dtype=np.complex128)
@@ -113,7 +105,8 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
     data, label = (
         np.fft.irfftn(f, s=grid, axes=(0, 1, 2), norm="forward") for f in (crude, converged)
     )
-    # Real pairs differ by 6 to 21 % (mean absolute difference over the mean). Scaling the difference keeps the electrons.
+    # Real pairs differ by 6 to 21 % (mean absolute difference over the mean). Scaling the
+    # difference keeps the electrons.
     wanted = float(np.clip(np.exp(rng.normal(np.log(0.13), 0.3)), 0.05, 0.25))
     label = data + (label - data) * min(
         1.0, wanted * np.abs(label).sum() / np.abs(label - data).sum()
@@ -130,7 +123,8 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
 def write_pairs(
     directory: Path, n: int, seed: int = 0, *, form: Literal["chgcar", "json.gz"] = "chgcar"
 ) -> list[str]:
-    """Write ``n`` pairs to ``directory/input`` and ``directory/label`` in the form of VASP or of the Materials Project.
+    """Write ``n`` pairs to ``directory/input`` and ``directory/label`` in the form of VASP or of
+    the Materials Project.
 
     Returns
     -------
@@ -173,7 +167,9 @@ def _draw_lattice(rng: np.random.Generator, shape: tuple[int, int, int]) -> Grid
 
 
 def _draw_atoms(rng: np.random.Generator, lattice: Grid) -> tuple[list[str], Grid]:
-    """Elements, grouped, and fractional positions that keep their distance as long as that can be had."""
+    """Elements, grouped, and fractional positions that keep their distance as long as that can be
+    had.
+    """
     atoms = max(1, round(float(np.linalg.det(lattice)) / _VOLUME_PER_ATOM))
     kinds = rng.choice(sorted(_ELEMENTS), size=min(atoms, int(rng.integers(1, 4))), replace=False)
     symbols = sorted(str(kinds[i % len(kinds)]) for i in range(atoms))
@@ -188,7 +184,9 @@ def _draw_atoms(rng: np.random.Generator, lattice: Grid) -> tuple[list[str], Gri
 
 
 def _reciprocal(lattice: Grid, shape: tuple[int, int, int]) -> tuple[Grid, list[Grid]]:
-    """``|G|**2`` in 1/angstrom**2 on the half grid of ``rfftn``, and the Miller indices along each axis."""
+    """``|G|**2`` in 1/angstrom**2 on the half grid of ``rfftn``, and the Miller indices along each
+    axis.
+    """
     indices = [
         np.fft.fftfreq(shape[0], 1 / shape[0]),
         np.fft.fftfreq(shape[1], 1 / shape[1]),

@@ -1,6 +1,8 @@
-"""One epoch of a small 3-D network, in a process of its own: ``python -m zarrcache.demo.train CONFIG OUT [--plain]``.
+"""One epoch of a small 3-D network, in a process of its own: ``python -m zarrcache.demo.train
+CONFIG OUT [--plain]``.
 
-Also an example of a training script: the lines between the two rulers are all that zarrcache asks for.
+Also an example of a training script: the lines between the two rulers are all that zarrcache asks
+for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def epoch(config: dict[str, Any], state: Path, *, plain: bool) -> dict[str, Any]
     Returns
     -------
     dict
-        ``seconds``, ``samples``, ``loss``, ``hit_ratio`` (None for a plain read), and ``digests``: BLAKE2b of each sample's tensors.
+        ``seconds``, ``samples``, ``loss``, ``hit_ratio`` (None for a plain read), and ``digests``:
+        BLAKE2b of each sample's tensors.
     """
     torch.manual_seed(0)
     network = torch.nn.Sequential(
@@ -68,7 +71,9 @@ def epoch(config: dict[str, Any], state: Path, *, plain: bool) -> dict[str, Any]
         guess = crude / mean + network(crude / mean)
         loss = torch.nn.functional.l1_loss(guess, converged / mean)
         loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():  # gradient descent by hand: torch.optim imports torch's compiler, which takes longer than this epoch
+        # gradient descent by hand: torch.optim imports torch's compiler, which takes longer than
+        # this epoch
+        with torch.no_grad():
             for parameter in network.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(LEARNING_RATE * parameter.grad)
@@ -88,7 +93,9 @@ def epoch(config: dict[str, Any], state: Path, *, plain: bool) -> dict[str, Any]
 
 
 class PlainZarr(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The same samples in the same order through zarr and s3fs alone: nothing of zarrcache between S3 and the tensor."""
+    """The same samples in the same order through zarr and s3fs alone: nothing of zarrcache between
+    S3 and the tensor.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config

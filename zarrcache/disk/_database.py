@@ -1,8 +1,10 @@
-"""The file of the index, ``cache.db``: opened for each process anew, set aside when it is broken, rebuilt from the entries.
+"""The file of the index, ``cache.db``: opened for each process anew, set aside when it is broken,
+rebuilt from the entries.
 
-diskcache gives an SQLite table that survives ``kill -9``, forks and eight processes at once, with the sum of all sizes kept by
-triggers.  What it does with files must not happen here (measured): it pickles values, leaves partial files on a full disk, culls ten
-entries at a time, and unlinks before it commits.  So :class:`EntryDisk` stores no value at all, only where the file is.
+diskcache gives an SQLite table that survives ``kill -9``, forks and eight processes at once, with
+the sum of all sizes kept by triggers.  What it does with files must not happen here (measured): it
+pickles values, leaves partial files on a full disk, culls ten entries at a time, and unlinks before
+it commits.  So :class:`EntryDisk` stores no value at all, only where the file is.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 Table: TypeAlias = diskcache.Cache
 
-#: What a broken cache raises; ConfigError of a directory that was replaced or closed to us under a running job. Each becomes a miss or a
-#: pass-through, never an error of the reader.
+#: What a broken cache raises; ConfigError of a directory that was replaced or closed to us under a
+#: running job. Each becomes a miss or a pass-through, never an error of the reader.
 CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, ConfigError)
 
 _BUSY_S = 60  # how long to wait for other processes
@@ -46,7 +48,9 @@ _BUSY_S = 60  # how long to wait for other processes
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the index keeps of one file: path below the cache's root, bytes on disk, and a note that belongs to the tier."""
+    """What the index keeps of one file: path below the cache's root, bytes on disk, and a note that
+    belongs to the tier.
+    """
 
     filename: str
     size_bytes: int
@@ -78,18 +82,22 @@ class EntryDisk(diskcache.Disk):  # type: ignore[misc]
         return Stored(filename, int(size), note)
 
     def remove(self, file_path: str) -> None:
-        """Nothing: a file is unlinked after its row's transaction is committed, and diskcache would do it before."""
+        """Nothing: a file is unlinked after its row's transaction is committed, and diskcache would
+        do it before.
+        """
 
 
 class IndexFile:
-    """One ``cache.db`` and this process's connections to it. Safe from any thread; a forked child opens its own.
+    """One ``cache.db`` and this process's connections to it. Safe from any thread; a forked child
+    opens its own.
 
     Parameters
     ----------
     directory : CacheDir
     has_log : bool
-        With SQLite's write-ahead log, beside which lies memory that is shared by a map. Other nodes do not see it, and on a copy-on-write disk
-        that is full, writing there ends the process (:func:`~zarrcache.disk.filesystems.can_map_to_write`).
+        With SQLite's write-ahead log, beside which lies memory that is shared by a map. Other nodes
+        do not see it, and on a copy-on-write disk that is full, writing there ends the process
+        (:func:`~zarrcache.disk.filesystems.can_map_to_write`).
     is_checked : bool
         Look at the whole of it each time it is opened.
     """
@@ -107,7 +115,9 @@ class IndexFile:
 
     @property
     def table(self) -> Table | None:
-        """The open table of this process; None before :meth:`open`, and in a child that was forked after it."""
+        """The open table of this process; None before :meth:`open`, and in a child that was forked
+        after it.
+        """
         opened = self._opened
         return opened.table if opened is not None and opened.pid == os.getpid() else None
 
@@ -123,15 +133,17 @@ class IndexFile:
         """
         self.forget()
         self._dir.ensure()
-        # One at a time: each open writes diskcache's settings, and a broken index is set aside and rebuilt by one process only.
-        # Two threads that come here together both open, one after the other, and one of the two stays.
+        # One at a time: each open writes diskcache's settings, and a broken index is set aside and
+        # rebuilt by one process only. Two threads that come here together both open, one after the
+        # other, and one of the two stays.
         with SingleFlight(
             self._dir.locks, timeout_s=60.0, mode=self._dir.written_mode, name="open"
         ).hold("0" * 8):
             with no_fork():
                 table, broken = self._connect_or_replace()
             with no_fork(table):
-                # A new file does not know what lies there: the old one was deleted, emptied or broken, or its rebuilding was killed.
+                # A new file does not know what lies there: the old one was deleted, emptied or
+                # broken, or its rebuilding was killed.
                 if self.select("PRAGMA user_version") != [(FORMAT_VERSION,)]:
                     kept, removed = self._rebuild(table)
                     self.select(f"PRAGMA application_id = {schema_id(self.select)}")
@@ -146,7 +158,8 @@ class IndexFile:
     def forget(self, after: BaseException | None = None) -> None:
         """Have the file opened anew, if ``after`` is nothing or an error that this can heal.
 
-        After a damaged database the next open looks at the whole file; after a directory that is gone it makes a new one.
+        After a damaged database the next open looks at the whole file; after a directory that is
+        gone it makes a new one.
         """
         if after is not None and is_damage(after):
             self._is_suspect = True
@@ -157,7 +170,9 @@ class IndexFile:
         self._opened = None
 
     def forget_if_replaced(self) -> None:
-        """What is written to a file that lost its name is lost: the directory was deleted, or another process replaced a broken index."""
+        """What is written to a file that lost its name is lost: the directory was deleted, or
+        another process replaced a broken index.
+        """
         if self._opened is not None and self._opened.identity != _identity(self._dir.index):
             self.forget()
 
@@ -172,7 +187,9 @@ class IndexFile:
                 with table.transact():
                     yield table
             except (sqlite3.Error, UnicodeDecodeError):
-                table.close()  # a COMMIT that fails (disk full) leaves its transaction open; the next call connects again
+                # a COMMIT that fails (disk full) leaves its transaction open; the next call
+                # connects again
+                table.close()
                 raise
         self._log.keep()
 
@@ -181,7 +198,8 @@ class IndexFile:
     ) -> list[tuple[Any, ...]]:
         """Rows of a query that diskcache has no method for, over a connection of its own."""
         with no_fork():
-            # Not mode=ro: whoever comes first after a killed process has to undo or to finish what it left (tests/faults/test_crash.py).
+            # Not mode=ro: whoever comes first after a killed process has to undo or to finish what
+            # it left (tests/faults/test_crash.py).
             connection = sqlite3.connect(
                 f"{self._dir.index.as_uri()}?mode=rw", uri=True, timeout=wait_s
             )
@@ -191,7 +209,9 @@ class IndexFile:
                 connection.close()
 
     def close_before_fork(self) -> None:
-        """Close this thread's connection: what a child inherits believes in locks that it does not hold."""
+        """Close this thread's connection: what a child inherits believes in locks that it does not
+        hold.
+        """
         if (table := self.table) is not None:
             table.close()
 
@@ -219,9 +239,8 @@ class IndexFile:
         return table, broken
 
     def _connect(self) -> Table:
-        self._dir.touch(
-            self._dir.index
-        )  # SQLite gives its log and journal the permissions of the file that it finds
+        # SQLite gives its log and journal the permissions of the file that it finds
+        self._dir.touch(self._dir.index)
         self._check_settings()
         deadline_s = time.monotonic() + _BUSY_S
         while True:
@@ -235,18 +254,21 @@ class IndexFile:
                     statistics=0,
                     size_limit=2**62,
                     sqlite_mmap_size=0,  # a mapped file that somebody truncates kills the process
-                    # Said each time: diskcache keeps it in the file, and a file may have been copied from the other kind of disk.
-                    # Not TRUNCATE: a reader would have to look into the journal each time.
+                    # Said each time: diskcache keeps it in the file, and a file may have been
+                    # copied from the other kind of disk. Not TRUNCATE: a reader would have to look
+                    # into the journal each time.
                     sqlite_journal_mode="wal" if self._has_log else "delete",
                 )
             except sqlite3.OperationalError as exc:
-                # One of its statements does not wait for others (drop_tag_index), which matters where there is no write-ahead log.
+                # One of its statements does not wait for others (drop_tag_index), which matters
+                # where there is no write-ahead log.
                 if "locked" not in str(exc) or time.monotonic() > deadline_s:
                     raise
                 time.sleep(0.01)
 
     def _check_settings(self) -> None:
-        """Refuse settings that nobody here has written: diskcache makes pragmas, arguments and attributes of them.
+        """Refuse settings that nobody here has written: diskcache makes pragmas, arguments and
+        attributes of them.
 
         Raises
         ------
@@ -272,7 +294,8 @@ class IndexFile:
             )
 
     def _rebuild(self, table: Table) -> tuple[int, int]:
-        """Fill an empty index from the files of the array tier; they say themselves what they are. Byte-tier files are fetched again.
+        """Fill an empty index from the files of the array tier; they say themselves what they are.
+        Byte-tier files are fetched again.
 
         Returns the entries kept and the files removed.
         """
@@ -326,8 +349,9 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 _alive: WeakSet[IndexFile] = WeakSet()
-#: Tables that are used no more. Never finalised, for that closes connections: those of a parent, whose locks and log they share, or
-#: those of other threads, at a moment when a child may be forked. There are few: after a fork, a deleted directory, a broken index.
+#: Tables that are used no more. Never finalised, for that closes connections: those of a parent,
+#: whose locks and log they share, or those of other threads, at a moment when a child may be
+#: forked. There are few: after a fork, a deleted directory, a broken index.
 _kept: list[Table] = []
 
 
@@ -338,8 +362,9 @@ _FORK_WAIT_S = 90.0
 class _ForkGate:
     """Threads inside SQLite, and a fork that waits until there are none.
 
-    SQLite has mutexes for the whole process. A child that is forked while another thread holds one waits for it for ever, in its first
-    ``connect`` (measured: 1 child in 12 beside three reading threads), and with it whoever waits for the child's lock.
+    SQLite has mutexes for the whole process. A child that is forked while another thread holds one
+    waits for it for ever, in its first ``connect`` (measured: 1 child in 12 beside three reading
+    threads), and with it whoever waits for the child's lock.
     """
 
     def __init__(self) -> None:
@@ -350,9 +375,8 @@ class _ForkGate:
     def enter(self) -> None:
         me = threading.get_ident()
         with self._changed:
-            while (
-                self._is_forking and me not in self._inside
-            ):  # who is inside already must not wait for a fork that waits for him
+            # who is inside already must not wait for a fork that waits for him
+            while self._is_forking and me not in self._inside:
                 self._changed.wait()
             self._inside[me] = self._inside.get(me, 0) + 1
 
@@ -383,7 +407,8 @@ class _ForkGate:
                     and time.monotonic() >= deadline_s
                 ):
                     logger.warning(
-                        "a child is forked while a thread has been inside the index for %.0f s; the child may hang",
+                        "a child is forked while a thread has been inside the index for %.0f s; "
+                        "the child may hang",
                         _FORK_WAIT_S,
                     )
                     break
@@ -399,10 +424,12 @@ _gate = _ForkGate()
 
 @contextlib.contextmanager
 def no_fork(table: Table | None = None) -> Iterator[None]:
-    """No child is forked while a thread is in here. Around everything that calls SQLite; may be nested.
+    """No child is forked while a thread is in here. Around everything that calls SQLite; may be
+    nested.
 
-    Threads other than the main one leave no connection of ``table`` behind: it would be closed when the thread ends, outside of here.
-    That costs them 0.3 ms a look-up; the main thread, which is where DataLoader workers read, keeps its own and takes 8 us.
+    Threads other than the main one leave no connection of ``table`` behind: it would be closed when
+    the thread ends, outside of here. That costs them 0.3 ms a look-up; the main thread, which is
+    where DataLoader workers read, keeps its own and takes 8 us.
     """
     gate = _gate
     try:

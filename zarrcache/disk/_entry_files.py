@@ -1,6 +1,8 @@
-"""Entries of a cache that is only read, found by their digest in the names of the files: no index, no SQLite, no lock, nothing written.
+"""Entries of a cache that is only read, found by their digest in the names of the files: no index,
+no SQLite, no lock, nothing written.
 
-A miss lists one of 256 directories: 1 ms for a cache of 400,000 entries on a local disk. Such a cache may lie on a network file system.
+A miss lists one of 256 directories: 1 ms for a cache of 400,000 entries on a local disk. Such a
+cache may lie on a network file system.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ __all__ = ["open_entries"]
 
 
 def open_entries(entries: Path, digest: str) -> Iterator[tuple[FileIO, int, str]]:
-    """The files that bear the name of one entry, newest first: open, with their length and path. What is in them has not been looked at.
+    """The files that bear the name of one entry, newest first: open, with their length and path.
+    What is in them has not been looked at.
 
-    There is one, as a rule; two while one replaces the other. Each is closed when the next is asked for. Symbolic links and what is no file
-    are passed over.
+    There is one, as a rule; two while one replaces the other. Each is closed when the next is asked
+    for. Symbolic links and what is no file are passed over.
 
     Parameters
     ----------

@@ -1,4 +1,6 @@
-"""An entry that comes from elsewhere: the lower layer, another node. Nothing of it is believed that is not checked."""
+"""An entry that comes from elsewhere: the lower layer, another node. Nothing of it is believed that
+is not checked.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class _Stream(Protocol):
 
 
 class EntryStream:
-    """An entry on its way. Its header is read and checked now, its payload once, by :meth:`write` or :meth:`read`.
+    """An entry on its way. Its header is read and checked now, its payload once, by :meth:`write`
+    or :meth:`read`.
 
     Parameters
     ----------
@@ -45,8 +48,9 @@ class EntryStream:
     Raises
     ------
     CorruptEntryError
-        It is not an entry as this version writes it, is of another key, is no density of float32, does not have the length that its header
-        says, or is larger than any array (:func:`zarrcache.arrays.limits.most_bytes`).
+        It is not an entry as this version writes it, is of another key, is no density of float32,
+        does not have the length that its header says, or is larger than any array
+        (:func:`zarrcache.arrays.limits.most_bytes`).
     """
 
     def __init__(self, stream: _Stream, file_bytes: int, key: ArrayKey, where: str) -> None:
@@ -61,7 +65,8 @@ class EntryStream:
         # What is stored once is mapped by every reader: it has to be what they take.
         if self.header.dtype != "<f4" or len(self.header.shape) != 3 or not self.header.nbytes:
             raise CorruptEntryError(
-                f"{where} holds {self.header.dtype} of shape {self.header.shape}, which is no density."
+                f"{where} holds {self.header.dtype} of shape {self.header.shape}, which is no "
+                "density."
             )
         if raw != encode_header(self.header) or self.header.nbytes > most_bytes():
             raise CorruptEntryError(f"{where} has a header that zarrcache does not write.")

@@ -1,7 +1,8 @@
-"""What SQLite does not notice: a checksum in every row of the index, a look at the whole of it, and which of its errors mean damage.
+"""What SQLite does not notice: a checksum in every row of the index, a look at the whole of it, and
+which of its errors mean damage.
 
-Of 600 single bits and lost ends in an index of 24 entries, SQLite itself noticed one in six. Most others hit free space; one in twenty
-made it forget or misplace a file, for good and without a word.
+Of 600 single bits and lost ends in an index of 24 entries, SQLite itself noticed one in six. Most
+others hit free space; one in twenty made it forget or misplace a file, for good and without a word.
 """
 
 from __future__ import annotations
@@ -16,25 +17,31 @@ from zarrcache.disk.directory import is_entry_name
 
 __all__ = ["damage_of", "is_damage", "is_right_row", "row_mode", "row_of", "schema_id", "volume_of"]
 
-#: Of every row that is ours; outside diskcache's own modes 0 to 4, so a planted row with its pickle mode is not read.
+#: Of every row that is ours; outside diskcache's own modes 0 to 4, so a planted row with its pickle
+#: mode is not read.
 _MODE_FILE = 16
 _MODE_BITS = 8  # the checksum lies above
 _VALUE = re.compile(r"(0|[1-9][0-9]{0,17}) .*", re.DOTALL)
 _PAGE = 10_000  # rows in memory at a time
 
-#: PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL, NOLFS, AUTH: not the file is bad, but its surroundings.
+#: PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL, NOLFS, AUTH: not
+#: the file is bad, but its surroundings.
 _SURROUNDINGS = frozenset({3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23})
 
 Select = Callable[..., list[tuple[Any, ...]]]
 
 
 def row_mode(filename: str, value: str) -> int:
-    """What diskcache's column ``mode`` holds: the kind of the row, and a checksum of what the row says."""
+    """What diskcache's column ``mode`` holds: the kind of the row, and a checksum of what the row
+    says.
+    """
     return crc32c(f"{filename}\n{value}".encode()) << _MODE_BITS | _MODE_FILE
 
 
 def is_right_row(mode: object, filename: object, value: object) -> bool:
-    """Whether a row is one of ours, as it was written. No other is read, and no file is deleted because of it."""
+    """Whether a row is one of ours, as it was written. No other is read, and no file is deleted
+    because of it.
+    """
     if not isinstance(filename, str) or not isinstance(value, str):
         return False
     return (
@@ -45,21 +52,23 @@ def is_right_row(mode: object, filename: object, value: object) -> bool:
 
 
 def is_damage(exc: BaseException) -> bool:
-    """Whether an error of SQLite says that the file is bad, and not that it is busy, full or out of reach."""
-    if isinstance(
-        exc, UnicodeDecodeError
-    ):  # of an error's own text, which repeats what is in the file
+    """Whether an error of SQLite says that the file is bad, and not that it is busy, full or out of
+    reach.
+    """
+    # of an error's own text, which repeats what is in the file
+    if isinstance(exc, UnicodeDecodeError):
         return True
-    code = getattr(
-        exc, "sqlite_errorcode", None
-    )  # none: raised by Python, of a column that is no text
+    # none: raised by Python, of a column that is no text
+    code = getattr(exc, "sqlite_errorcode", None)
     return isinstance(exc, sqlite3.DatabaseError) and (
         code is None or code & 0xFF not in _SURROUNDINGS
     )
 
 
 def schema_id(select: Select) -> int:
-    """A checksum of the definitions of all tables and triggers, 0 to 2**31. A changed letter may well be other SQL."""
+    """A checksum of the definitions of all tables and triggers, 0 to 2**31. A changed letter may
+    well be other SQL.
+    """
     return crc32c(repr(select("SELECT name, sql FROM sqlite_master ORDER BY name")).encode()) >> 1
 
 
@@ -105,7 +114,8 @@ def damage_of(select: Select) -> str | None:
 
 
 def row_of(table: Any, digest: str) -> Any:
-    """The row of an entry, or of a loan, whose key has a mark before the digest; None if there is none.
+    """The row of an entry, or of a loan, whose key has a mark before the digest; None if there is
+    none.
 
     Raises
     ------

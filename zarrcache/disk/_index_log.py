@@ -1,8 +1,10 @@
 """The index's write-ahead log, kept short.
 
-SQLite writes a log until it can begin it anew, and that is when nobody reads or writes.  Beside eight busy processes the moment never came
-(20 MiB after 20 s), so every writer looks for it above one size; and since it is a lottery which of eight gets in, above another size
-none of them writes on before one has.  So the log has 3 MiB and what the transactions under way add to it (tests/races/test_limit.py).
+SQLite writes a log until it can begin it anew, and that is when nobody reads or writes.  Beside
+eight busy processes the moment never came (20 MiB after 20 s), so every writer looks for it above
+one size; and since it is a lottery which of eight gets in, above another size none of them writes
+on before one has.  So the log has 3 MiB and what the transactions under way add to it
+(tests/races/test_limit.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ __all__ = ["LOG_MOST_BYTES", "ShortLog"]
 _LOG_BYTES = 2 * 2**20
 #: From here on nobody writes before that is done.
 LOG_MOST_BYTES = 3 * 2**20
-#: ... for so long, and once in so many seconds: a process that was stopped while it reads must not hold up the others.
+#: ... for so long, and once in so many seconds: a process that was stopped while it reads must not
+#: hold up the others.
 _WAIT_S, _WAIT_EVERY_S = 5.0, 60.0
 
 
@@ -32,7 +35,8 @@ class ShortLog:
     path : str
         Of the log.
     checkpoint : callable
-        Runs a statement over a connection of its own, and waits for others a tenth of a second at the most.
+        Runs a statement over a connection of its own, and waits for others a tenth of a second at
+        the most.
     """
 
     def __init__(self, path: str, checkpoint: Select) -> None:
@@ -41,7 +45,9 @@ class ShortLog:
         self._waited_s = -_WAIT_EVERY_S
 
     def keep(self) -> None:
-        """Begin it anew if it is long. Call after a transaction, outside of it. What goes wrong is left to whoever comes next."""
+        """Begin it anew if it is long. Call after a transaction, outside of it. What goes wrong is
+        left to whoever comes next.
+        """
         start_s = time.monotonic()
         with contextlib.suppress(OSError, sqlite3.Error):  # no log, on a network file system
             while (size := os.stat(self._path).st_size) > _LOG_BYTES:

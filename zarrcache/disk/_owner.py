@@ -1,4 +1,6 @@
-"""Who is writing: the identity of a process that outlives its pid, so that the files of a dead one can be told apart."""
+"""Who is writing: the identity of a process that outlives its pid, so that the files of a dead one
+can be told apart.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ __all__ = ["is_dead", "owner_id"]
 
 
 def owner_id() -> str:
-    """Host, boot, pid namespace, pid and start time of this process. Cached per process, right after a fork too."""
+    """Host, boot, pid namespace, pid and start time of this process. Cached per process, right
+    after a fork too.
+    """
     return _owner_of(os.getpid())
 
 
@@ -23,7 +27,8 @@ def _owner_of(pid: int) -> str:
 def is_dead(owner: str, age_s: float = 0.0) -> bool:
     """Whether ``owner``, which was alive ``age_s`` ago, is gone.
 
-    A process of another machine or container cannot be seen: it counts as alive for a day, and as gone at once if it ran here before a reboot.
+    A process of another machine or container cannot be seen: it counts as alive for a day, and as
+    gone at once if it ran here before a reboot.
     """
     machine, _, process = owner.partition(" ")
     pid, _, started = process.partition(" ")
@@ -39,13 +44,15 @@ def is_dead(owner: str, age_s: float = 0.0) -> bool:
 
 
 _UNSEEN_S = 86400.0
-#: Start time of a process that exists and does not show it (no /proc, or another user's where they are hidden).
+#: Start time of a process that exists and does not show it (no /proc, or another user's where they
+#: are hidden).
 _ALIVE = "alive"
 
 
 @functools.cache
 def _machine() -> str:
-    # The boot id makes a reboot kill everybody; the pid namespace keeps two containers on one scratch disk from judging each other.
+    # The boot id makes a reboot kill everybody; the pid namespace keeps two containers on one
+    # scratch disk from judging each other.
     parts = [socket.gethostname().replace(" ", "_")]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
@@ -58,7 +65,9 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks since boot at which ``pid`` started; ``gone`` if it does not exist. A reused pid has another start time."""
+    """Clock ticks since boot at which ``pid`` started; ``gone`` if it does not exist. A reused pid
+    has another start time.
+    """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

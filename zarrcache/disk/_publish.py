@@ -23,11 +23,13 @@ def publish(
     expected_bytes: int | None = None,
     mode: int = 0o600,
 ) -> int:
-    """Write beside ``final``, check, then rename. Safe from any thread or process; the last writer of one name wins.
+    """Write beside ``final``, check, then rename. Safe from any thread or process; the last writer
+    of one name wins.
 
-    The partial file lies in the same directory (a rename across file systems is a copy), has a name of its own (two writers of one
-    name must not write into each other) and is checked before the rename: whatever bears the final name is whole.
-    Nothing is synced: after a power failure the checksum in the header finds a torn entry, and a cache may lose entries.
+    The partial file lies in the same directory (a rename across file systems is a copy), has a name
+    of its own (two writers of one name must not write into each other) and is checked before the
+    rename: whatever bears the final name is whole. Nothing is synced: after a power failure the
+    checksum in the header finds a torn entry, and a cache may lose entries.
 
     Parameters
     ----------
@@ -63,7 +65,8 @@ def publish(
             written = file.tell()
         if expected_bytes is not None and written != expected_bytes:
             raise IncompleteArrayError(
-                f"{final.name}: {written} bytes written where {expected_bytes} were announced; not published."
+                f"{final.name}: {written} bytes written where {expected_bytes} were announced; not "
+                "published."
             )
         os.replace(partial, final)
     except BaseException:  # KeyboardInterrupt too: nothing of ours may stay behind
@@ -74,6 +77,8 @@ def publish(
 
 
 def write_all(file: FileIO, buffer: memoryview) -> None:
-    """Write a whole buffer to an unbuffered file; ``FileIO.write`` may stop early (2 GiB at a time on Linux)."""
+    """Write a whole buffer to an unbuffered file; ``FileIO.write`` may stop early (2 GiB at a time
+    on Linux).
+    """
     while buffer.nbytes:
         buffer = buffer[file.write(buffer) :]

@@ -1,4 +1,5 @@
-"""Where things lie on disk, and with which permissions. Only ``<dir>/zarrcache-v1/`` is ever written or deleted.
+"""Where things lie on disk, and with which permissions. Only ``<dir>/zarrcache-v1/`` is ever
+written or deleted.
 
 ::
 
@@ -9,9 +10,10 @@
         bytes/ab/…        byte tier: one file an object or block, exactly the origin's bytes
         locks/…           single flight
 
-With ``shared`` the members of one Unix group work on one directory. What they all write in place (index, locks) is 0660. Entries are 0640:
-each may be read, replaced and dropped by the others, for which the directories' permissions count, but not be altered, and above all not be
-truncated, which would kill whoever has it mapped.
+With ``shared`` the members of one Unix group work on one directory. What they all write in place
+(index, locks) is 0660. Entries are 0640: each may be read, replaced and dropped by the others, for
+which the directories' permissions count, but not be altered, and above all not be truncated, which
+would kill whoever has it mapped.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _OTHERS_WRITE = 0o002
 
 
 def is_entry_name(name: object) -> bool:
-    """Whether ``name`` (a path below :attr:`CacheDir.root`) can be a file of one of the tiers. No other is deleted, whatever the index says."""
+    """Whether ``name`` (a path below :attr:`CacheDir.root`) can be a file of one of the tiers. No
+    other is deleted, whatever the index says.
+    """
     return isinstance(name, str) and _ENTRY_NAME.fullmatch(name) is not None
 
 
@@ -97,8 +101,8 @@ class CacheDir:
         Raises
         ------
         ConfigError
-            A directory is a symbolic link or can be written by strangers, or the index is no file: entries could be planted or redirected.
-            Or this user may not write there.
+            A directory is a symbolic link or can be written by strangers, or the index is no file:
+            entries could be planted or redirected. Or this user may not write there.
         OSError
             It cannot be created.
         """
@@ -108,22 +112,25 @@ class CacheDir:
                 self.make(path)
             self.touch(self.root / "CACHEDIR.TAG", _TAG)
             with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISREG(
-                    os.lstat(self.index).st_mode
-                ):  # SQLite would follow a link, and write where it leads
+                # SQLite would follow a link, and write where it leads
+                if not stat.S_ISREG(os.lstat(self.index).st_mode):
                     raise ConfigError(
-                        f"{self.index} is not a regular file. Somebody put it there: remove it, or choose another cache.dir."
+                        f"{self.index} is not a regular file. Somebody put it there: remove it, or "
+                        "choose another cache.dir."
                     )
         except PermissionError as exc:
             raise ConfigError(self._no_entry(Path(exc.filename or self.root))) from exc
 
     def make(self, path: Path) -> None:
-        """Create one directory below :attr:`root` (or root itself) with the right mode, or check the one that is there."""
+        """Create one directory below :attr:`root` (or root itself) with the right mode, or check
+        the one that is there.
+        """
         if os.path.lexists(path):
             self._check(path)
             return
-        # mkdir's mode is cut by the umask and drops setgid. Another user may be about to write here: below root (where nobody minds another
-        # name) the directory appears with the right mode. An empty one, just made by somebody else, is replaced by its like.
+        # mkdir's mode is cut by the umask and drops setgid. Another user may be about to write
+        # here: below root (where nobody minds another name) the directory appears with the right
+        # mode. An empty one, just made by somebody else, is replaced by its like.
         made = (
             path
             if path == self.root
@@ -155,7 +162,9 @@ class CacheDir:
                 os.close(fd)
 
     def files(self) -> Iterator[Path]:
-        """Every file of both tiers. A link in the place of a directory is not followed: what is found here may be deleted."""
+        """Every file of both tiers. A link in the place of a directory is not followed: what is
+        found here may be deleted.
+        """
         for tier in (self.entries, self.bytes):
             with (
                 contextlib.suppress(FileNotFoundError, NotADirectoryError),
@@ -203,7 +212,8 @@ class CacheDir:
         found = os.stat(self.parent)
         if found.st_uid not in (os.getuid(), 0) and found.st_mode & _OTHERS_WRITE:
             raise ConfigError(
-                f"cache.dir {self.parent} belongs to user {found.st_uid}, and anybody may write there: entries could be planted. "
+                f"cache.dir {self.parent} belongs to user {found.st_uid}, and anybody may write "
+                "there: entries could be planted. "
                 "Choose a directory of your own."
             )
 
@@ -211,25 +221,28 @@ class CacheDir:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
             raise ConfigError(
-                f"{path} is not a directory{' but a symbolic link' if stat.S_ISLNK(found.st_mode) else ''}. Remove it or choose another cache.dir."
+                f"{path} is not a "
+                f"directory{' but a symbolic link' if stat.S_ISLNK(found.st_mode) else ''}. Remove "
+                "it or choose another cache.dir."
             )
         if found.st_uid not in (os.getuid(), 0):
             if not self.shared:
                 raise ConfigError(
-                    f"{path} belongs to user {found.st_uid}. Choose another cache.dir, or set cache.shared: true for both users."
+                    f"{path} belongs to user {found.st_uid}. Choose another cache.dir, or set "
+                    "cache.shared: true for both users."
                 )
             if found.st_mode & _OTHERS_WRITE:
                 raise ConfigError(
-                    f"{path} belongs to user {found.st_uid}, and anybody may write there: entries could be planted. Choose another cache.dir."
+                    f"{path} belongs to user {found.st_uid}, and anybody may write there: entries "
+                    "could be planted. Choose another cache.dir."
                 )
         elif (
             self.shared
             and found.st_uid == os.getuid()
             and stat.S_IMODE(found.st_mode) & self.dir_mode != self.dir_mode
         ):
-            with contextlib.suppress(
-                OSError
-            ):  # made while the cache was private, or its maker was killed too early
+            # made while the cache was private, or its maker was killed too early
+            with contextlib.suppress(OSError):
                 os.chmod(path, self.dir_mode)
 
     def _no_entry(self, path: Path) -> str:
@@ -241,8 +254,10 @@ class CacheDir:
                 if not self.shared:
                     return f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}). Choose a directory of your own."
                 return (
-                    f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}; this user is {os.getuid()} of groups "
-                    f"{sorted({os.getgid(), *os.getgroups()})}). Be made a member of that group, or let its owner run chgrp and chmod 2770, "
+                    f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}; "
+                    f"this user is {os.getuid()} of groups "
+                    f"{sorted({os.getgid(), *os.getgroups()})}). Be made a member of that group, "
+                    "or let its owner run chgrp and chmod 2770, "
                     "or choose another cache.dir."
                 )
         return f"cache.dir {self.parent} cannot be written by this user. Choose another."

@@ -3,14 +3,14 @@
 ::
 
     offset 0     8 bytes   magic b"zarrcach"
-           8     u32       FORMAT_VERSION
-           12    u32       length of the JSON that follows
-           16    u32       CRC-32C of the JSON
-           20    JSON      identity (origin, url, array), source, dtype, shape, nbytes, crc32c of the payload
-           n*4096          payload: C order, little endian, page-aligned so that it can be mapped
+           8     u32       FORMAT_VERSION 12    u32       length of the JSON that follows 16    u32
+           CRC-32C of the JSON 20    JSON      identity (origin, url, array), source, dtype, shape,
+           nbytes, crc32c of the payload n*4096          payload: C order, little endian,
+           page-aligned so that it can be mapped
 
-All integers are little endian. The header repeats the entry's full identity, so that a file under the wrong name is a miss, and the
-index can be rebuilt from the files alone. ``tests/golden/entry_v1.bin`` freezes the bytes: another format is another FORMAT_VERSION.
+All integers are little endian. The header repeats the entry's full identity, so that a file under
+the wrong name is a miss, and the index can be rebuilt from the files alone.
+``tests/golden/entry_v1.bin`` freezes the bytes: another format is another FORMAT_VERSION.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class EntryHeader:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A mapped entry. ``array`` is writable and private: what a reader writes never reaches the file."""
+    """A mapped entry. ``array`` is writable and private: what a reader writes never reaches the
+    file.
+    """
 
     header: EntryHeader
     array: np.ndarray[Any, np.dtype[Any]]
@@ -140,8 +142,8 @@ def encode_header(header: EntryHeader) -> bytes:
 
 def write_entry(file: FileIO, header: EntryHeader, array: np.ndarray[Any, np.dtype[Any]]) -> None:
     """Write header and payload to an unbuffered file."""
-    # In one call: the kernel then keeps 5 MB in pages of up to 2 MiB, and whoever maps the file faults 5 times, after two calls 10 times, after
-    # small ones 77 times (Linux 6.18, ext4).
+    # In one call: the kernel then keeps 5 MB in pages of up to 2 MiB, and whoever maps the file
+    # faults 5 times, after two calls 10 times, after small ones 77 times (Linux 6.18, ext4).
     head, payload = (
         memoryview(encode_header(header)),
         memoryview(array.reshape(-1).view(np.uint8).data if array.nbytes else b""),
@@ -169,12 +171,14 @@ def read_header(path: str | os.PathLike[str]) -> EntryHeader:
 
 
 def map_entry(path: str | os.PathLike[str]) -> Entry:
-    """Map an entry copy-on-write: no copy, no open file left behind, safe while the file is unlinked.
+    """Map an entry copy-on-write: no copy, no open file left behind, safe while the file is
+    unlinked.
 
     Raises
     ------
     CorruptEntryError
-        Not an entry of this version, or not whole. The payload itself is not read: see :meth:`Entry.is_intact`.
+        Not an entry of this version, or not whole. The payload itself is not read: see
+        :meth:`Entry.is_intact`.
     OSError
         The file is gone or cannot be read.
     """
@@ -190,7 +194,8 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
 
 
 def prefix_bytes(start: bytes, where: str) -> int:
-    """Bytes that the header of an entry takes, told by its first :data:`START_BYTES`. ``where`` is for messages.
+    """Bytes that the header of an entry takes, told by its first :data:`START_BYTES`. ``where`` is
+    for messages.
 
     Raises
     ------
@@ -246,7 +251,8 @@ def parse_header(
     text = raw[_PREFIX.size : end]
     if len(text) != length or crc32c(text) != crc:
         raise corrupt("header checksum does not match")
-    # The checksum holds, so this is what encode_header wrote; a planted file with a right checksum may still say anything.
+    # The checksum holds, so this is what encode_header wrote; a planted file with a right checksum
+    # may still say anything.
     try:
         fields = json.loads(text.decode())
         if not all(

@@ -17,7 +17,8 @@ _NETWORK = {
     "cifs": "SMB", "smb3": "SMB", "smbfs": "SMB", "afs": "AFS", "9p": "9p", "virtiofs": "virtiofs", "panfs": "PanFS", "wekafs": "WekaFS",
     "orangefs": "OrangeFS", "pvfs2": "OrangeFS", "ocfs2": "OCFS2", "gfs2": "GFS2", "ncpfs": "NCP", "coda": "Coda", "vboxsf": "VirtualBox shares",
 }  # fmt: skip
-#: FUSE file systems of this node's own disks. There are far more that reach over the network, under names that nobody can list.
+#: FUSE file systems of this node's own disks. There are far more that reach over the network, under
+#: names that nobody can list.
 _LOCAL_FUSE = frozenset(
     {"fuse-overlayfs", "ntfs-3g", "exfat", "mergerfs", "bindfs", "gocryptfs", "cryfs", "encfs"}
 )
@@ -27,7 +28,8 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
 def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) -> str | None:
-    """Type of the file system that holds ``path`` (which need not exist yet), as the kernel names it.
+    """Type of the file system that holds ``path`` (which need not exist yet), as the kernel names
+    it.
 
     Parameters
     ----------
@@ -40,10 +42,8 @@ def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) 
     str or None
         For example ``ext4``, ``nfs4``, ``fuse.sshfs``; None where there is no such table (macOS).
     """
-    real, best = (
-        os.path.realpath(path),
-        ("", ""),
-    )  # first: to look there is what makes an automounter mount it
+    # first: to look there is what makes an automounter mount it
+    real, best = (os.path.realpath(path), ("", ""))
     try:
         lines = (mountinfo or _MOUNTINFO).read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -63,7 +63,9 @@ def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) 
 
 
 def is_network(kind: str | None) -> bool:
-    """Whether a file system of this type lies on another machine, as far as its name tells. Of FUSE all do that are not known not to."""
+    """Whether a file system of this type lies on another machine, as far as its name tells. Of FUSE
+    all do that are not known not to.
+    """
     if kind is None:
         return False
     family, _, subtype = kind.partition(".")
@@ -71,10 +73,12 @@ def is_network(kind: str | None) -> bool:
 
 
 def can_map_to_write(directory: Path) -> bool:
-    """Whether a file there may be mapped and written through the map, as SQLite does beside its write-ahead log.
+    """Whether a file there may be mapped and written through the map, as SQLite does beside its
+    write-ahead log.
 
-    Not over a network, and not on a copy-on-write file system: where a written page needs new room, a full disk or a used-up quota is no error
-    there but SIGBUS, which ends the process (measured on btrfs, tests/faults/test_disk_faults.py).
+    Not over a network, and not on a copy-on-write file system: where a written page needs new room,
+    a full disk or a used-up quota is no error there but SIGBUS, which ends the process (measured on
+    btrfs, tests/faults/test_disk_faults.py).
     """
     kind = file_system_of(directory)
     return kind not in _COPY_ON_WRITE and not is_network(kind)
@@ -97,9 +101,12 @@ def refuse_network(directory: Path, *, is_allowed: bool) -> None:
         return
     near = _scratch()
     raise ConfigError(
-        f"cache.dir {directory} is on {display_name(kind)}, a network file system: locks, SQLite and memory maps are slow or unsafe there. "
-        f"Choose a disk of this node{f', for example dir: {near}/zarrcache' if near else ', for example its scratch directory'}. "
-        "If there is none, set cache.allow_network_fs: true (docs/network-file-systems.md says what that costs)."
+        f"cache.dir {directory} is on {display_name(kind)}, a network file system: locks, SQLite "
+        "and memory maps are slow or unsafe there. "
+        "Choose a disk of this "
+        f"node{f', for example dir: {near}/zarrcache' if near else ', for example its scratch directory'}. "
+        "If there is none, set cache.allow_network_fs: true (docs/network-file-systems.md says "
+        "what that costs)."
     )
 
 

@@ -1,12 +1,16 @@
 """The one list of what lies on disk, for both tiers.
 
-Every file is announced before it exists and forgotten after it is gone.  A row whose key starts with ``+`` is an *intent*: "the file
-named here is being written, or being deleted, by this owner".  Its size counts.  Hence
+Every file is announced before it exists and forgotten after it is gone.  A row whose key starts
+with ``+`` is an *intent*: "the file named here is being written, or being deleted, by this owner".
+Its size counts.  Hence
 
-* the limit holds at every instant, across processes: room is reserved in a transaction before the first byte is written;
-* after a crash the intents of dead owners name exactly the files to unlink: opening costs nothing that grows with the entries.
+* the limit holds at every instant, across processes: room is reserved in a transaction before the
+  first byte is written;
+* after a crash the intents of dead owners name exactly the files to unlink: opening costs nothing
+  that grows with the entries.
 
-A row whose key is ``-`` and a digest is a *loan*: read once, and removed by its reader, in room that its owner, a prefetcher, has reserved.
+A row whose key is ``-`` and a digest is a *loan*: read once, and removed by its reader, in room
+that its owner, a prefetcher, has reserved.
 """
 
 from __future__ import annotations
@@ -68,15 +72,17 @@ class Intent:
 
 
 class Index:
-    """Rows of one cache directory. Opens at first use; safe from any thread or process; pickles as its configuration.
+    """Rows of one cache directory. Opens at first use; safe from any thread or process; pickles as
+    its configuration.
 
     Methods raise what :data:`CACHE_FAULTS` names; callers turn that into a miss.
 
     Raises
     ------
     ConfigError
-        ``cache.dir`` is on a network file system, and ``cache.allow_network_fs`` is not set. Told before a run starts: it is no fault that
-        comes and goes, and a run without its cache would be slow from the first epoch to the last.
+        ``cache.dir`` is on a network file system, and ``cache.allow_network_fs`` is not set. Told
+        before a run starts: it is no fault that comes and goes, and a run without its cache would
+        be slow from the first epoch to the last.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -95,7 +101,8 @@ class Index:
     def __reduce__(self) -> tuple[type[Index], tuple[CacheConfig]]:
         return type(self), (self._config,)
 
-    # -- reading ---------------------------------------------------------------------------------------------------------------
+    # -- reading
+    # ---------------------------------------------------------------------------------------------------------------
 
     def lookup(self, digest: str) -> Stored | None:
         """One SELECT, no write."""
@@ -119,7 +126,9 @@ class Index:
         return self._healing(ask)
 
     def rows(self, tier: str | None = None) -> Iterator[Row]:
-        """Every entry, oldest first. One that is replaced meanwhile may come twice, as what it was and as what it is."""
+        """Every entry, oldest first. One that is replaced meanwhile may come twice, as what it was
+        and as what it is.
+        """
         where, columns = (
             "tag = ?" if tier else "tag != ?",
             "rowid, key, tag, size, store_time, mode, filename, value",
@@ -132,7 +141,8 @@ class Index:
             functools.partial(self._select, query, (last, tier or _INTENT))
         ):
             for _, key, tag, size, stored_s, mode, filename, value in page:
-                # A damaged or planted row is left to the next look at the whole index: it must stop nobody.
+                # A damaged or planted row is left to the next look at the whole index: it must stop
+                # nobody.
                 if (
                     is_right_row(mode, filename, value)
                     and isinstance(size, int)
@@ -152,19 +162,25 @@ class Index:
         return {tag: (count, size) for tag, count, size in rows}
 
     def entry_sizes(self, prefixes: Sequence[str], suffix: str) -> list[dict[str, int]]:
-        """Bytes on disk of the entries of the array tier whose notes begin and end so, by what stands in between; a dictionary a prefix.
+        """Bytes on disk of the entries of the array tier whose notes begin and end so, by what
+        stands in between; a dictionary a prefix.
 
-        One pass over the table for each, and one over the directories: what a cleaner of the disk has taken is not there, whatever the table says.
+        One pass over the table for each, and one over the directories: what a cleaner of the disk
+        has taken is not there, whatever the table says.
         """
-        # As many files as rows: all are there, unless a cleaner took as many as killed processes have left. Names take 0.7 s more for 400,000.
+        # As many files as rows: all are there, unless a cleaner took as many as killed processes
+        # have left. Names take 0.7 s more for 400,000.
         ((count,),) = self._healing(
             lambda: self._select("SELECT COUNT(*) FROM Cache WHERE tag = 'array'", ())
         )
         there = None if self.dir.count_entries() == count else self.dir.entry_names()
-        # A value is the size, a blank and the note; the size has no blank. It is cut here: SQLite counts characters from the start each time.
+        # A value is the size, a blank and the note; the size has no blank. It is cut here: SQLite
+        # counts characters from the start each time.
         query = (
-            f"SELECT value, size, {'NULL' if there is None else 'filename'} FROM Cache WHERE tag = 'array' "
-            "AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? AND typeof(value) = 'text' AND typeof(filename) = 'text'"
+            f"SELECT value, size, {'NULL' if there is None else 'filename'} FROM Cache WHERE tag = "
+            "'array' "
+            "AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? AND typeof(value) = "
+            "'text' AND typeof(filename) = 'text'"
         )
         sizes, end = [], len(suffix)
         for prefix in prefixes:
@@ -181,29 +197,33 @@ class Index:
         return sizes
 
     def filenames(self) -> set[str]:
-        """Files of all entries, and those that are being written or deleted; paths below the cache's root."""
+        """Files of all entries, and those that are being written or deleted; paths below the
+        cache's root.
+        """
         return {
             filename
             for (filename,) in self._healing(lambda: self._select("SELECT filename FROM Cache", ()))
         }
 
-    # -- writing ---------------------------------------------------------------------------------------------------------------
+    # -- writing
+    # ---------------------------------------------------------------------------------------------------------------
 
     def begin(self, filename: str, size_bytes: int) -> Intent | Admission:
         """Reserve room for a file of ``size_bytes`` (on disk), or say why not."""
         refusal = self._reserve(filename, size_bytes)
         if refusal is Admission.OVER_LIMIT and self.sweep():
             refusal = self._reserve(filename, size_bytes)
-        for _ in range(
-            8
-        ):  # others may take the room that was made; after that the entry is a bypass
+        # others may take the room that was made; after that the entry is a bypass
+        for _ in range(8):
             if refusal is not Admission.OVER_LIMIT or not self._make_room(filename, size_bytes):
                 break
             refusal = self._reserve(filename, size_bytes)
         return refusal
 
     def commit(self, intent: Intent, digest: str, tier: str, note: str) -> None:
-        """Make the file that ``intent`` announced visible as ``digest``. What it replaces is unlinked after that."""
+        """Make the file that ``intent`` announced visible as ``digest``. What it replaces is
+        unlinked after that.
+        """
         with self._transaction() as table:
             doomed = self._doom(table, digest, keep=intent.filename)
             table.set(digest, Stored(intent.filename, intent.size_bytes, note), tag=tier)
@@ -215,13 +235,15 @@ class Index:
         self._finish([intent])
 
     def drop(self, digests: Sequence[str], *, filename: str | None = None) -> int:
-        """Drop entries: the rows in one transaction, then the files. A reader that has one mapped keeps it.
+        """Drop entries: the rows in one transaction, then the files. A reader that has one mapped
+        keeps it.
 
         Parameters
         ----------
         digests : sequence of str
         filename : str, optional
-            Drop only if the entry still is this file: the reader that found a bad entry must not drop the good one that replaced it.
+            Drop only if the entry still is this file: the reader that found a bad entry must not
+            drop the good one that replaced it.
 
         Returns
         -------
@@ -239,9 +261,11 @@ class Index:
         return freed
 
     def lend(self, digest: str, filename: str) -> bool:
-        """Announce a loan, in room that is reserved already, before its file is written. Found by ``lookup(LENT + digest)``.
+        """Announce a loan, in room that is reserved already, before its file is written. Found by
+        ``lookup(LENT + digest)``.
 
-        False if another rank of the node has lent it: of two rows under one name the first would be lost, and its file with it.
+        False if another rank of the node has lent it: of two rows under one name the first would be
+        lost, and its file with it.
         """
         with self._transaction() as table:
             if is_free := row_of(table, LENT + digest) is None:
@@ -258,16 +282,20 @@ class Index:
         }
 
     def give_back(self, digest: str, filename: str) -> None:
-        """Remove a loan. The file goes first: when the row is gone, its owner takes the room for free."""
+        """Remove a loan. The file goes first: when the row is gone, its owner takes the room for
+        free.
+        """
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.dir.root / filename)
         self.drop([LENT + digest], filename=filename)
 
     def sweep(self) -> int:
         """Unlink what dead owners were writing or deleting. Returns the number of files."""
-        # By the range of their keys, not by tag: there is an index over the keys, and a full cache asks this at every put.
+        # By the range of their keys, not by tag: there is an index over the keys, and a full cache
+        # asks this at every put.
         rows = self._select(
-            "SELECT key, filename, size, mode, value, store_time FROM Cache WHERE key >= ? AND key < ?",
+            "SELECT key, filename, size, mode, value, store_time FROM Cache WHERE key >= ? AND key "
+            "< ?",
             _ANNOUNCED,
         )
         now_s = time.time()
@@ -283,7 +311,9 @@ class Index:
         return len(dead)
 
     def _remove_partials(self, filename: str, owner: str) -> None:
-        """Unlink what a dead writer left unfinished. Only here: a living one removes its own, and to look for it is to list a directory."""
+        """Unlink what a dead writer left unfinished. Only here: a living one removes its own, and
+        to look for it is to list a directory.
+        """
         path, pid = self.dir.root / filename, owner.partition(" ")[2].partition(" ")[0]
         for partial in path.parent.glob(f".{path.name}.{pid}-*{PARTIAL_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
@@ -311,8 +341,8 @@ class Index:
 
     def drop_oldest(self, needed_bytes: int) -> int:
         """Drop what was stored first. Returns the bytes freed."""
-        # rowid order is the order of storing: a replaced entry gets a new row.
-        # Listings, whose notes end with a line end, stay: they are small, and without them no run starts offline.
+        # rowid order is the order of storing: a replaced entry gets a new row. Listings, whose
+        # notes end with a line end, stay: they are small, and without them no run starts offline.
         query = "SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?"
         # One or two will do, as a rule; 10,000 rows would be 8 ms at every put. -1: all of them.
         for most in (_FEW, _PAGE, -1):
@@ -350,9 +380,8 @@ class Index:
         if old is None or (only is not None and old.filename != only):
             return []
         table.delete(digest)
-        if (
-            old.filename == keep
-        ):  # the byte tier publishes under one name: the new file has replaced the old one already
+        # the byte tier publishes under one name: the new file has replaced the old one already
+        if old.filename == keep:
             return []
         intent = Intent(f"+{secrets.token_hex(8)}", old.filename, old.size_bytes)
         table.set(intent.key, Stored(old.filename, old.size_bytes, owner_id()), tag=_INTENT)
@@ -369,13 +398,16 @@ class Index:
             with no_fork(table):
                 entry = row_of(table, path.name.partition("-")[0])
             if entry is not None and entry.filename == intent.filename:
-                continue  # the byte tier has one name for an object: somebody has published it again meanwhile
+                # the byte tier has one name for an object: somebody has published it again
+                # meanwhile
+                continue
             try:
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as exc:
-                # A directory was planted, or the file is another user's. Its intent stays, and its bytes count; the others are not to blame.
+                # A directory was planted, or the file is another user's. Its intent stays, and its
+                # bytes count; the others are not to blame.
                 kept.add(intent.key)
                 if "unlink" not in self.told:
                     self.told.add("unlink")
@@ -389,10 +421,12 @@ class Index:
                 if intent.key not in kept:
                     table.delete(intent.key)
 
-    # -- opening ---------------------------------------------------------------------------------------------------------------
+    # -- opening
+    # ---------------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Open now: create the directory, sweep after the dead. Everything else does it by itself at first use.
+        """Open now: create the directory, sweep after the dead. Everything else does it by itself
+        at first use.
 
         Raises
         ------
@@ -404,7 +438,9 @@ class Index:
         self._table()
 
     def reopen(self, after: BaseException | None = None) -> None:
-        """Open anew at the next use, if ``after`` is nothing or an error that this can heal (damaged index, deleted directory)."""
+        """Open anew at the next use, if ``after`` is nothing or an error that this can heal
+        (damaged index, deleted directory).
+        """
         self._file.forget(after)
 
     def _table(self) -> Table:
@@ -421,7 +457,9 @@ class Index:
         return table
 
     def _healing(self, ask: Callable[[], T]) -> T:
-        """``ask()``, and once more over a rebuilt index if the one that there is turns out to be damaged. Not inside a transaction."""
+        """``ask()``, and once more over a rebuilt index if the one that there is turns out to be
+        damaged. Not inside a transaction.
+        """
         try:
             return ask()
         except CACHE_FAULTS as exc:

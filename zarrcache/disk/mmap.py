@@ -1,8 +1,11 @@
-"""Files mapped copy-on-write: mapped, found again beneath an array, mapped a second time by another process.
+"""Files mapped copy-on-write: mapped, found again beneath an array, mapped a second time by another
+process.
 
-A map is private: what a reader writes never reaches the file.  A page that was written is a copy of the process's own from then on,
-and ``/proc/self/pagemap`` tells it apart from the file's (Linux: Documentation/admin-guide/mm/pagemap.rst, bit 61).  So a process knows
-whether an array still is what the file holds, however it may have been written: by numpy, by torch, in place, through ``ctypes``.
+A map is private: what a reader writes never reaches the file.  A page that was written is a copy of
+the process's own from then on, and ``/proc/self/pagemap`` tells it apart from the file's (Linux:
+Documentation/admin-guide/mm/pagemap.rst, bit 61).  So a process knows whether an array still is
+what the file holds, however it may have been written: by numpy, by torch, in place, through
+``ctypes``.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Place:
 def open_regular(
     path: str | os.PathLike[str], *, dir_fd: int | None = None
 ) -> tuple[int, os.stat_result]:
-    """Open a file to read, ``path`` counting from the directory ``dir_fd`` if it is given. The caller closes the descriptor.
+    """Open a file to read, ``path`` counting from the directory ``dir_fd`` if it is given. The
+    caller closes the descriptor.
 
     Raises
     ------
@@ -57,7 +61,8 @@ def open_regular(
     OSError
         The file is gone or cannot be read; a symbolic link is refused.
     """
-    # O_NOFOLLOW: a symbolic link in place of an entry was planted. O_NONBLOCK: a planted FIFO must not hang us.
+    # O_NOFOLLOW: a symbolic link in place of an entry was planted. O_NONBLOCK: a planted FIFO must
+    # not hang us.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
@@ -76,7 +81,8 @@ def map_file(
 ) -> np.ndarray[Any, Any]:
     """Map a file from its start to its end, and an array over what lies from ``offset`` to the end.
 
-    The array is writable and private. It needs no open file, and stays good while the file is unlinked.
+    The array is writable and private. It needs no open file, and stays good while the file is
+    unlinked.
 
     Raises
     ------
@@ -114,7 +120,8 @@ def map_place(place: Place, dtype: str, shape: tuple[int, ...]) -> np.ndarray[An
 def place_of(array: np.ndarray[Any, Any]) -> Place | None:
     """Where a C-contiguous array that was mapped here lies on disk.
 
-    None if it does not, if something has been written to it since (or to its first or last page), or if this system cannot tell.
+    None if it does not, if something has been written to it since (or to its first or last page),
+    or if this system cannot tell.
     """
     mapping = _beneath(array)
     if mapping is None or not array.flags.c_contiguous or not array.nbytes:
@@ -127,7 +134,8 @@ def place_of(array: np.ndarray[Any, Any]) -> Place | None:
 
 
 def read_in(array: np.ndarray[Any, Any]) -> None:
-    """Have the kernel read all pages of a mapped array, so that a disk that cannot is an error and not SIGBUS at the first touch.
+    """Have the kernel read all pages of a mapped array, so that a disk that cannot is an error and
+    not SIGBUS at the first touch.
 
     On an older kernel (before Linux 5.14) and elsewhere it does nothing.
 
@@ -196,10 +204,12 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Mapping:
-    """A private, writable map of one file, as numpy's array interface; unmapped when the last array over it is gone.
+    """A private, writable map of one file, as numpy's array interface; unmapped when the last array
+    over it is gone.
 
-    Python's ``mmap`` keeps a duplicate of the file descriptor as long as the map lives (until 3.13's ``trackfd=False``): a user who
-    keeps a list of a few thousand densities, as the original reader does, would run out of descriptors.
+    Python's ``mmap`` keeps a duplicate of the file descriptor as long as the map lives (until
+    3.13's ``trackfd=False``): a user who keeps a list of a few thousand densities, as the original
+    reader does, would run out of descriptors.
     """
 
     __slots__ = ("__array_interface__", "address", "place")

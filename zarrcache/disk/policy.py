@@ -1,4 +1,6 @@
-"""Decisions, without I/O: may this entry be written, which entries make room, is this entry still the origin's."""
+"""Decisions, without I/O: may this entry be written, which entries make room, is this entry still
+the origin's.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,9 @@ def admit(
 ) -> Admission:
     """May ``size_bytes`` more be written?
 
-    Admit-until-full is the default policy because every epoch reads every sample once in a fresh order: then no policy beats
-    cache/dataset, and LRU, which evicts what the rest of the epoch still needs, reaches 15 % where this reaches 50 %.
+    Admit-until-full is the default policy because every epoch reads every sample once in a fresh
+    order: then no policy beats cache/dataset, and LRU, which evicts what the rest of the epoch
+    still needs, reaches 15 % where this reaches 50 %.
     """
     if size_bytes > limit_bytes:
         return Admission.TOO_LARGE
@@ -82,7 +85,9 @@ def admit(
 
 
 def choose_victims(oldest_first: Iterable[tuple[str, int]], needed_bytes: int) -> list[str]:
-    """Names from ``(name, size_bytes)`` whose sizes add up to ``needed_bytes``, oldest first; all of them if they do not suffice."""
+    """Names from ``(name, size_bytes)`` whose sizes add up to ``needed_bytes``, oldest first; all
+    of them if they do not suffice.
+    """
     victims: list[str] = []
     freed = 0
     for name, size_bytes in oldest_first:

@@ -1,4 +1,6 @@
-"""Single flight: of all threads and processes of a node that want one thing, one fetches it and the others wait."""
+"""Single flight: of all threads and processes of a node that want one thing, one fetches it and the
+others wait.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ __all__ = ["SingleFlight"]
 
 logger = logging.getLogger(__name__)
 
-#: Lock files at the most. Names share them by digest: one file a name would leave 200,000 empty files behind, and a lock file
-#: cannot be removed safely while others wait on its inode. 32 holders at once meet by chance in about one moment of eight; they
-#: then wait for each other, which costs time and is never wrong, because nobody holds two locks.
+#: Lock files at the most. Names share them by digest: one file a name would leave 200,000 empty
+#: files behind, and a lock file cannot be removed safely while others wait on its inode. 32 holders
+#: at once meet by chance in about one moment of eight; they then wait for each other, which costs
+#: time and is never wrong, because nobody holds two locks.
 STRIPES = 4096
 #: A waiter looks this often (seconds); flock has no timeout of its own.
 _POLL_S = 0.02
@@ -27,7 +30,8 @@ _POLL_S = 0.02
 class SingleFlight:
     """One fetcher per name in the process and across the processes of a node.
 
-    The kernel gives a lock back when its holder dies, however it dies, so a killed fetcher is followed by the next waiter at once.
+    The kernel gives a lock back when its holder dies, however it dies, so a killed fetcher is
+    followed by the next waiter at once.
 
     Parameters
     ----------
@@ -60,30 +64,29 @@ class SingleFlight:
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[bool]:
-        """Hold ``digest`` (hex). Yields False when the lock cannot be had: then the work is done anyway.
+        """Hold ``digest`` (hex). Yields False when the lock cannot be had: then the work is done
+        anyway.
 
-        A broken or timed-out lock costs duplicated bandwidth, never data: entries are published atomically. So it is logged once
-        and does not stop a training run.
+        A broken or timed-out lock costs duplicated bandwidth, never data: entries are published
+        atomically. So it is logged once and does not stop a training run.
         """
         path = self._directory / f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
         lock = FileLock(path, mode=self._mode, poll_interval=_POLL_S)
         try:
-            os.stat(
-                self._directory
-            )  # FileLock would make the directory, with permissions that are not ours
+            # FileLock would make the directory, with permissions that are not ours
+            os.stat(self._directory)
             lock.acquire(timeout=self._timeout_s)
         except Timeout:
             self._warn(
                 LockTimeoutError(
-                    f"{path} was not free within {self._timeout_s:.0f} s; going on without it. Look for a stopped process of the same job."
+                    f"{path} was not free within {self._timeout_s:.0f} s; going on without it. "
+                    "Look for a stopped process of the same job."
                 )
             )
             yield False
             return
-        except (
-            OSError,
-            NotImplementedError,
-        ) as exc:  # NotImplementedError: older filelock, on a file system without flock
+        except (OSError, NotImplementedError) as exc:
+            # NotImplementedError: older filelock, on a file system without flock
             self._warn(exc)
             yield False
             return

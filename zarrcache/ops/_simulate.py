@@ -1,6 +1,8 @@
-"""What a cache of some size would hit, without reading anything: policies over the orders in which densities are read.
+"""What a cache of some size would hit, without reading anything: policies over the orders in which
+densities are read.
 
-Epochs are permutations, so what counts is how an order of one epoch relates to the next: which samples a node sees again, and when.
+Epochs are permutations, so what counts is how an order of one epoch relates to the next: which
+samples a node sees again, and when.
 """
 
 from __future__ import annotations
@@ -55,9 +57,10 @@ def simulate(
     capacity : int
         Bytes of the cache.
     policy : {"none", "least-recently-stored", "least-recently-used", "belady"}
-        ``none`` admits until it is full. ``belady`` knows all of ``epochs``: what is needed last goes first, and what is needed later than
-        everything that is there is not admitted (L. A. Belady, IBM Systems Journal 5, 78 (1966)); sizes are not weighed.
-        ``least-recently-used`` is here to compare with; the cache does not have it.
+        ``none`` admits until it is full. ``belady`` knows all of ``epochs``: what is needed last
+        goes first, and what is needed later than everything that is there is not admitted (L. A.
+        Belady, IBM Systems Journal 5, 78 (1966)); sizes are not weighed. ``least-recently-used`` is
+        here to compare with; the cache does not have it.
     """
     if policy not in POLICIES:
         raise ConfigError(
@@ -118,9 +121,8 @@ def _belady(sizes: NDArray[np.int64], capacity: int, epochs: Sequence[Indices]) 
     every = np.concatenate([*epochs, np.empty(0, np.int64)])
     next_use = _next_uses(every, len(sizes))
     stored: dict[int, int] = {}  # when it is needed next
-    latest: list[
-        tuple[int, int]
-    ] = []  # (-next use, index); an index is there again after each use, and only its newest counts
+    # (-next use, index); an index is there again after each use, and only its newest counts
+    latest: list[tuple[int, int]] = []
     free, now = capacity, 0
 
     def run(reads: Indices) -> NDArray[np.bool_]:

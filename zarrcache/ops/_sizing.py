@@ -1,4 +1,6 @@
-"""How large the densities of a data set are, at the origin and in the cache: asked of a few, said of all."""
+"""How large the densities of a data set are, at the origin and in the cache: asked of a few, said
+of all.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,13 @@ class DensitySize:
     Attributes
     ----------
     lists, gets : int
-        Requests that a cold read takes; the HEAD of a zipped store counts with the GETs, as it does in the bill.
+        Requests that a cold read takes; the HEAD of a zipped store counts with the GETs, as it does
+        in the bill.
     stored_bytes : int
         At the origin.
     disk_bytes : int
-        Of its entry in the array tier: decoded, with the header's page, in blocks of the file system.
+        Of its entry in the array tier: decoded, with the header's page, in blocks of the file
+        system.
     """
 
     lists: int
@@ -69,7 +73,8 @@ def measure_sizes(
     densities: Sequence[tuple[str, Role]],
     progress: Callable[[int, int], object] | None = None,
 ) -> list[DensitySize]:
-    """Ask the origin: one LIST and one small GET each (a zipped store is fetched whole). Nothing is kept.
+    """Ask the origin: one LIST and one small GET each (a zipped store is fetched whole). Nothing is
+    kept.
 
     Raises
     ------
@@ -86,7 +91,9 @@ def measure_sizes(
 
 
 def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -> Speed:
-    """Read a few densities past the cache, one after the other. The first only warms the connections."""
+    """Read a few densities past the cache, one after the other. The first only warms the
+    connections.
+    """
     latencies, seconds, nbytes = [], [], 0
     for number, (task_id, role) in enumerate(densities):
         start_s = time.perf_counter()
@@ -131,7 +138,8 @@ def _document(
     url = origin.url_of(f"{prefix}{name or '.zarray'}")
     if name is None:
         raise IncompleteArrayError(
-            f"{url} does not exist, though there are chunks. The store is incomplete: convert it again."
+            f"{url} does not exist, though there are chunks. The store is incomplete: convert it "
+            "again."
         )
     ((_, data),) = origin.fetch([by_name[name]])
     try:

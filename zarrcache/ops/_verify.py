@@ -33,7 +33,8 @@ class VerifyReport:
     entries, nbytes : int
         Looked at: number and bytes on disk.
     corrupt : tuple of Problem
-        Did not match their checksum or identity, or had lost their file. Dropped; they will be fetched again.
+        Did not match their checksum or identity, or had lost their file. Dropped; they will be
+        fetched again.
     stale : tuple of Problem
         The origin has something else now. Dropped. Empty without ``against_origin``.
     strays : tuple of str
@@ -67,14 +68,16 @@ def verify(
     ----------
     config : DataConfig or CacheConfig
     against_origin : bool
-        Also list the stores of the config's ids, and drop entries that are not of the version that the origin has now.
+        Also list the stores of the config's ids, and drop entries that are not of the version that
+        the origin has now.
     progress : callable, optional
         Called with bytes looked at and bytes in all.
 
     Raises
     ------
     ConfigError
-        ``against_origin`` without a training config, no cache block, a cache directory that cannot be used.
+        ``against_origin`` without a training config, no cache block, a cache directory that cannot
+        be used.
     OriginError
         ``against_origin``, and the origin cannot be asked.
     """
@@ -83,9 +86,8 @@ def verify(
             "against_origin needs a training config, which says how to reach the origin."
         )
     cache = cache_of(config)
-    index = existing_index(
-        cache.model_copy(update={"verify": "always"})
-    )  # the index is looked at as a whole, too
+    # the index is looked at as a whole, too
+    index = existing_index(cache.model_copy(update={"verify": "always"}))
     if index is None:
         return VerifyReport(cache.dir, 0, 0, (), (), ())
     index.sweep()
@@ -138,7 +140,8 @@ def _problem(row: Row, why: str) -> Problem:
 
 def _remove_strays(index: Index) -> tuple[str, ...]:
     """Unlink files that neither an entry nor an intent names."""
-    # Files first, rows after: whatever is written is announced before it exists, so a file that was seen and has no row is nobody's.
+    # Files first, rows after: whatever is written is announced before it exists, so a file that was
+    # seen and has no row is nobody's.
     found = list(index.dir.files())
     known = index.filenames()
     strays = [

@@ -47,7 +47,9 @@ class WarmResult:
 
 @dataclass(frozen=True, slots=True)
 class WarmEstimate:
-    """What a plan would fetch, by listing only: densities that are fresh, those that are not, and their requests and bytes at the origin."""
+    """What a plan would fetch, by listing only: densities that are fresh, those that are not, and
+    their requests and bytes at the origin.
+    """
 
     fresh: int
     to_fetch: int
@@ -74,12 +76,15 @@ class WarmReport:
         Ids left when ``limit_bytes`` was reached.
     failed : tuple of WarmResult
     nbytes, disk_bytes : int
-        Decoded bytes that are warm, and what they take on disk. Of those that were not asked for, the first is rounded up to a page.
+        Decoded bytes that are warm, and what they take on disk. Of those that were not asked for,
+        the first is rounded up to a page.
     needed_bytes : int
-        What all ids would take on disk. If some did not fit, the origin was asked how large they are (of many, of some: then rather more);
-        else by the mean of those whose size is known. 0 if that is none.
+        What all ids would take on disk. If some did not fit, the origin was asked how large they
+        are (of many, of some: then rather more); else by the mean of those whose size is known. 0
+        if that is none.
     beside_bytes : int
-        What the cache holds beside them: listings, entries of others. Looked at only if some did not fit.
+        What the cache holds beside them: listings, entries of others. Looked at only if some did
+        not fit.
     stats : Stats
         What it cost; ``stats.cache_errors`` is not 0 if the cache itself failed.
     seconds : float
@@ -100,7 +105,9 @@ class WarmReport:
 
     @property
     def is_good(self) -> bool:
-        """Nothing failed, at the origin or in the cache. Ids that did not fit are no failure: the limit is what was asked for."""
+        """Nothing failed, at the origin or in the cache. Ids that did not fit are no failure: the
+        limit is what was asked for.
+        """
         return not self.failed and not self.stats.cache_errors
 
     @property
@@ -123,7 +130,8 @@ class Tally:
     asked : sequence of (task_id, role)
         Those of them that results will come for; the others are in the cache.
     stored : callable
-        Bytes on disk of what is in the cache, by role and task id. Asked at the beginning and at the end.
+        Bytes on disk of what is in the cache, by role and task id. Asked at the beginning and at
+        the end.
     """
 
     def __init__(
@@ -164,7 +172,9 @@ class Tally:
             self.nbytes += result.nbytes
 
     def unsized(self, most: int) -> list[tuple[str, Role]]:
-        """If some did not fit, densities whose size is not known: all, or ``most`` of them, from everywhere in the list."""
+        """If some did not fit, densities whose size is not known: all, or ``most`` of them, from
+        everywhere in the list.
+        """
         if not (self._outcomes == _BYPASS).any():
             return []
         cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
@@ -190,7 +200,8 @@ class Tally:
         volume : callable, optional
             Bytes of the whole cache; called if some did not fit.
         """
-        # What is said to be warm was looked at last: with ``eviction: least-recently-stored``, or beside another run, early entries may be gone.
+        # What is said to be warm was looked at last: with ``eviction: least-recently-stored``, or
+        # beside another run, early entries may be gone.
         on_disk = self._on_disk()
         self._outcomes[self._is_warm() & (on_disk == 0)] = _BYPASS
         is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
@@ -214,14 +225,14 @@ class Tally:
 
     def _needed_bytes(self, measured: Sequence[int]) -> int:
         known = self._nbytes[self._nbytes > 0]
-        sizes = (
-            -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
-        )  # the payload, and a page for the header
+        # the payload, and a page for the header
+        sizes = -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
         sample = np.array(measured, np.int64) if len(measured) else sizes
         rest = self._outcomes.size - len(sizes)
         if not rest or not len(sample):
             return int(sizes.sum())
-        # Of a sample the mean and two standard errors: a limit that is a little too large costs nothing, one that is too small another run.
+        # Of a sample the mean and two standard errors: a limit that is a little too large costs
+        # nothing, one that is too small another run.
         margin = (
             2 * float(sample.std()) * rest / len(sample) ** 0.5 if 0 < len(measured) < rest else 0.0
         )

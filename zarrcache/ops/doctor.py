@@ -53,7 +53,8 @@ _PACKAGES = (
     "torch",
 )
 _IN_MEMORY = ("tmpfs", "ramfs")
-#: Objects from this far in the future mean that one of the two clocks is wrong (seconds). S3 refuses requests from 15 minutes on.
+#: Objects from this far in the future mean that one of the two clocks is wrong (seconds). S3
+#: refuses requests from 15 minutes on.
 _SKEW_S = 60.0
 _IDS_TRIED = 5
 
@@ -69,8 +70,9 @@ class Finding:
 
 
 def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]:
-    """Ask everything that ``config`` lets us ask: versions alone without one, the cache directory too with a CacheConfig, the origin too with
-    a DataConfig. Makes the cache directory; leaves nothing else behind.
+    """Ask everything that ``config`` lets us ask: versions alone without one, the cache directory
+    too with a CacheConfig, the origin too with a DataConfig. Makes the cache directory; leaves
+    nothing else behind.
 
     Yields
     ------
@@ -178,9 +180,8 @@ def _file_system(path: Path) -> Finding:
             "it cannot be found out",
             "Make sure that cache.dir is on a disk of this node.",
         )
-    if is_network(
-        kind
-    ):  # and cache.allow_network_fs is set, or the directory would have been refused
+    # and cache.allow_network_fs is set, or the directory would have been refused
+    if is_network(kind):
         found = f"{path} is on {display_name(kind)}, a network file system"
         advice = "It is slow, and fit for the processes of one node only. Choose a disk of this node, for example $SLURM_TMPDIR, if there is one."
         return Finding("file system", "warn", found, advice)
@@ -231,7 +232,8 @@ def _locks(own: Path) -> Finding:
         "file locks",
         "warn",
         "two holders at once",
-        "Objects may be fetched more than once, nothing worse. Choose a disk of this node for cache.dir.",
+        "Objects may be fetched more than once, nothing worse. Choose a disk of this node for "
+        "cache.dir.",
     )
 
 
@@ -289,14 +291,17 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                     )
                 return
         if not origin.url.startswith("s3://"):
-            origin.list_names()  # an error, with what to do, if there is no such directory; S3 has none that could be missing
+            # an error, with what to do, if there is no such directory; S3 has none that could be
+            # missing
+            origin.list_names()
         advice = (
             f"Check {role}_dir, map_dir and functional; `zarrcache status` counts what is there."
         )
         yield Finding(
             name,
             "warn",
-            f"it answers, but has no store of the first ids: {', '.join(ids) or 'the map has none'}",
+            "it answers, but has no store of the first ids: "
+            f"{', '.join(ids) or 'the map has none'}",
             advice,
         )
     except ZarrCacheError as exc:

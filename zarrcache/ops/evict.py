@@ -71,7 +71,8 @@ def plan_evict(
     stale: bool = False,
     everything: bool = False,
 ) -> EvictPlan:
-    """Choose entries: those of the config's ids, or all; then, of these, what every other argument agrees to.
+    """Choose entries: those of the config's ids, or all; then, of these, what every other argument
+    agrees to.
 
     Parameters
     ----------
@@ -120,7 +121,8 @@ def plan_evict(
             if scope.store_of(row) is not None or (scope.is_whole and scope.is_directory(row))
         ]
     if narrowed:
-        # A stored listing is a few bytes, and without it no run starts offline: it goes with the whole only.
+        # A stored listing is a few bytes, and without it no run starts offline: it goes with the
+        # whole only.
         rows = [row for row in rows if not is_listing(row)]
     if older_than_s is not None:
         rows = [row for row in rows if time.time() - row.stored_s >= older_than_s]

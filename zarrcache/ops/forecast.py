@@ -1,4 +1,6 @@
-"""What a training run will ask of S3, hit in its caches, cost and take: what ``zarrcache plan`` says, before anything is booked."""
+"""What a training run will ask of S3, hit in its caches, cost and take: what ``zarrcache plan``
+says, before anything is booked.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,15 @@ from zarrcache.train import Assignment, Schedule
 
 __all__ = ["EpochForecast", "Forecast", "Variant", "plan_training"]
 
-#: Densities that are asked for their size, unless there are fewer. The mean of 122,689 densities is then right within 3 % (one sigma).
+#: Densities that are asked for their size, unless there are fewer. The mean of 122,689 densities is
+#: then right within 3 % (one sigma).
 SAMPLED = 1000
-#: Samples times epochs that are simulated; with more samples, so many stand for all. Hit rates do not depend on the number.
+#: Samples times epochs that are simulated; with more samples, so many stand for all. Hit rates do
+#: not depend on the number.
 SIMULATED = 240_000
-#: Epochs that are simulated at the least, if the run has so many, and for each node. A node of eight has not come across a third of the samples
-#: after eight epochs of a global shuffle, and one in 3,000 after eight times as many. Later epochs are like the last half of these.
+#: Epochs that are simulated at the least, if the run has so many, and for each node. A node of
+#: eight has not come across a third of the samples after eight epochs of a global shuffle, and one
+#: in 3,000 after eight times as many. Later epochs are like the last half of these.
 EPOCHS, EPOCHS_A_NODE = 12, 8
 _PROBED = 9
 _GIB = 1024**3
@@ -121,7 +126,8 @@ def plan_training(
     prices: PriceConfig | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Forecast:
-    """Forecast the training split of a config. Nothing is cached; the directories are listed, and up to 1,000 densities asked for their size.
+    """Forecast the training split of a config. Nothing is cached; the directories are listed, and
+    up to 1,000 densities asked for their size.
 
     Parameters
     ----------
@@ -137,7 +143,8 @@ def plan_training(
         Of the whole run.
     seed : int
     workers : int
-        Processes that read at the same time on a node, DataLoader workers of all ranks; for the seconds.
+        Processes that read at the same time on a node, DataLoader workers of all ranks; for the
+        seconds.
     probe : bool
         Read a few densities past the cache, to measure latency and bandwidth from here.
     prices : PriceConfig, optional
@@ -166,7 +173,8 @@ def plan_training(
     if capacity_bytes is None:
         if cache is None:
             raise ConfigError(
-                "the config has no cache block, so its capacity has to be said: --capacity '200 GiB'."
+                "the config has no cache block, so its capacity has to be said: --capacity '200 "
+                "GiB'."
             )
         capacity_bytes = cache.limit
     variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
@@ -174,7 +182,8 @@ def plan_training(
     names, _ = reader.split_task_ids()
     if nodes * ranks_per_node > len(names):
         raise ConfigError(
-            f"{nodes * ranks_per_node} ranks are more than the {len(names)} samples of the training split: some would read nothing of their own."
+            f"{nodes * ranks_per_node} ranks are more than the {len(names)} samples of the "
+            "training split: some would read nothing of their own."
         )
     roles = (
         ROLES[:1]
@@ -185,7 +194,8 @@ def plan_training(
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(densities), min(SAMPLED, len(densities)), replace=False))
     sizes = measure_sizes(reader, [densities[place] for place in chosen], progress)
-    # Each density that was not asked for gets the size of one that was: the spread counts, not the mean alone.
+    # Each density that was not asked for gets the size of one that was: the spread counts, not the
+    # mean alone.
     taken = generator.integers(len(sizes), size=len(densities))
     taken[chosen] = np.arange(len(sizes))
     table = _Table.of(sizes, taken, len(roles))
@@ -193,9 +203,8 @@ def plan_training(
     speed = (
         measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
     )
-    simulated = min(
-        epochs, max(EPOCHS, EPOCHS_A_NODE * nodes, SIMULATED // len(names))
-    )  # of few samples all: one epoch of them says little
+    # of few samples all: one epoch of them says little
+    simulated = min(epochs, max(EPOCHS, EPOCHS_A_NODE * nodes, SIMULATED // len(names)))
     run = _Run(tuple(names), world, seed, table, capacity_bytes, simulated)
     found = run.of(variant)
     listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
@@ -286,7 +295,9 @@ class _Run:
         return self._found[variant]
 
     def _orders(self, assignment: Assignment) -> list[list[NDArray[np.int64]]]:
-        """What each node reads in each epoch, densities by their row. Made once an epoch for all nodes, and kept for the other policies."""
+        """What each node reads in each epoch, densities by their row. Made once an epoch for all
+        nodes, and kept for the other policies.
+        """
         if assignment not in self._known:
             schedule, roles = (
                 Schedule(
@@ -324,14 +335,17 @@ def _forecast(
     )
     seconds = None
     if speed is not None:
-        # The same process asks, decodes and stores, so processes add up, until all of them together fill the line that one could not.
+        # The same process asks, decodes and stores, so processes add up, until all of them together
+        # fill the line that one could not.
         slowest = max(len(node.missed) for node in nodes) * run.scale
         seconds = slowest * speed.density_s / workers
     return EpochForecast(_ratio(nodes), lists + gets, nbytes, dollars, seconds)
 
 
 def _total(safe_repr: Sequence[EpochForecast], epochs: int) -> EpochForecast:
-    """The whole run: epochs that were not simulated are like the mean of the last half of those that were."""
+    """The whole run: epochs that were not simulated are like the mean of the last half of those
+    that were.
+    """
     tail = safe_repr[len(safe_repr) // 2 :]
     more = epochs - len(safe_repr)
 

@@ -1,4 +1,6 @@
-"""Which entries of a cache belong to a training config, and which of them the origin has changed since."""
+"""Which entries of a cache belong to a training config, and which of them the origin has changed
+since.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,14 @@ __all__ = [
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: LISTs in flight. A listing is one small request whose time is all waiting; 32 keep one core busy at 20 ms.
+#: LISTs in flight. A listing is one small request whose time is all waiting; 32 keep one core busy
+#: at 20 ms.
 LISTERS = 32
 
 
 class Scope:
-    """The stores of a training config's ids, in any version, whether the origin has them or not. Making one costs no request.
+    """The stores of a training config's ids, in any version, whether the origin has them or not.
+    Making one costs no request.
 
     Parameters
     ----------
@@ -74,7 +78,8 @@ class Scope:
             f"charge_density_{config.density_type}", is_per_point=config.normalize_data
         )
         self.known = frozenset(self.ids)
-        #: Origins by endpoint and the URL that the stores' names follow; one if both directories are the same.
+        #: Origins by endpoint and the URL that the stores' names follow; one if both directories
+        #: are the same.
         self._roots = {
             (origin.identity, origin.url_of("")): origin for origin in self.origins.values()
         }
@@ -112,7 +117,8 @@ class Scope:
     def stale(
         self, rows: Sequence[Row], progress: Callable[[int], object] | None = None
     ) -> list[Row]:
-        """Of these entries, those of the array tier that do not hold what the origin lists now. One LIST each.
+        """Of these entries, those of the array tier that do not hold what the origin lists now. One
+        LIST each.
 
         Raises
         ------
@@ -157,7 +163,9 @@ def stored_listing(cache: Cache, origin: Origin) -> dict[str, str] | None:
 
 
 def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
-    """``ask(item)`` of each, in order, many at a time. Close it: what is not asked by then will not be (an error, Ctrl-C)."""
+    """``ask(item)`` of each, in order, many at a time. Close it: what is not asked by then will not
+    be (an error, Ctrl-C).
+    """
     with ThreadPoolExecutor(LISTERS) as pool:
         try:
             yield from pool.map(ask, items)
@@ -166,18 +174,24 @@ def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
 
 
 def origin_and_url(row: Row) -> tuple[str, str]:
-    """Where an entry comes from: the endpoint, and the URL of its store (array tier) or object (byte tier)."""
+    """Where an entry comes from: the endpoint, and the URL of its store (array tier) or object
+    (byte tier).
+    """
     fields = f"{row.note}\n\n".split("\n")  # a planted row may have too few
     return (fields[0], fields[1]) if row.tier == "array" else (fields[1], fields[2])
 
 
 def is_listing(row: Row) -> bool:
-    """Whether an entry is a stored listing, which lies in the array tier under the name of no array."""
+    """Whether an entry is a stored listing, which lies in the array tier under the name of no
+    array.
+    """
     return row.tier == "array" and row.note.endswith("\n")
 
 
 def stored_header(index: Index, digest: str) -> EntryHeader | None:
-    """What an entry of the array tier says of itself; None if it is not there or cannot be read. The payload is not read."""
+    """What an entry of the array tier says of itself; None if it is not there or cannot be read.
+    The payload is not read.
+    """
     try:
         stored = index.lookup(digest)
         header = read_header(index.dir.root / stored.filename) if stored is not None else None
@@ -198,12 +212,14 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
         return config
     if config.dataset_name == "chgcar_data":
         raise ConfigError(
-            "dataset_name is chgcar_data: files that are not converted are not cached. Run zarrcache convert, then set dataset_name: zarr_s3_data "
+            "dataset_name is chgcar_data: files that are not converted are not cached. Run "
+            "zarrcache convert, then set dataset_name: zarr_s3_data "
             "and the directories of the stores."
         )
     if config.cache is None:
         raise ConfigError(
-            "the config has no cache block, so there is nothing to fill or to look at. Add one, as in configs/s3_cached.yaml."
+            "the config has no cache block, so there is nothing to fill or to look at. Add one, as "
+            "in configs/s3_cached.yaml."
         )
     return config.cache
 
@@ -213,12 +229,12 @@ def cache_at(directory: Path) -> CacheConfig:
     directory = Path(directory).expanduser().absolute()
     root = CacheDir(directory).root
     try:
-        shared = bool(
-            root.stat().st_mode & 0o020
-        )  # a directory of several users has to stay one, or their files are refused
+        # a directory of several users has to stay one, or their files are refused
+        shared = bool(root.stat().st_mode & 0o020)
     except OSError:
         shared = False
-    # By model_copy: the directory was given by hand, so ZARRCACHE_DIR does not override it. A cache on a network file system may be looked at.
+    # By model_copy: the directory was given by hand, so ZARRCACHE_DIR does not override it. A cache
+    # on a network file system may be looked at.
     return CacheConfig(dir=directory, shared=shared, allow_network_fs=True).model_copy(
         update={"dir": directory}
     )
@@ -230,7 +246,8 @@ def open_index(config: CacheConfig) -> Index:
     Raises
     ------
     ConfigError
-        The directory cannot be used. A training run would go on without a cache; who was told to fill one must not.
+        The directory cannot be used. A training run would go on without a cache; who was told to
+        fill one must not.
     """
     index = Index(config)
     try:
@@ -240,7 +257,8 @@ def open_index(config: CacheConfig) -> Index:
     except CACHE_FAULTS as exc:
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise ConfigError(
-            f"cache.dir {config.dir} cannot be used ({why}). Choose a directory on this node's own disk that you may write."
+            f"cache.dir {config.dir} cannot be used ({why}). Choose a directory on this node's own "
+            "disk that you may write."
         ) from exc
     return index
 

@@ -1,4 +1,6 @@
-"""How full a cache is, and how much of a training config is warm, without asking the origin: what ``zarrcache status`` shows."""
+"""How full a cache is, and how much of a training config is warm, without asking the origin: what
+``zarrcache status`` shows.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,8 @@ def _coverage(config: DataConfig, *, is_there: bool) -> Coverage:
     listings = {role: scope.listing(role) for role in ROLES}
     present = scope.known.intersection(*(names for names in listings.values() if names is not None))
     stored = scope.stored(listings)
-    # What is there and is not listed is rare, and without it no name of 200,000 has to be looked up for its size.
+    # What is there and is not listed is rare, and without it no name of 200,000 has to be looked up
+    # for its size.
     there = {
         role: sizes
         if sizes.keys() <= present

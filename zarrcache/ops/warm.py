@@ -47,15 +47,19 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "test", "all"]
 Density = tuple[str, Role]
 
-#: Processes, not threads: one process decodes and asks for about 2,000 objects a second, whatever the number of its threads, because all
-#: of it happens under one interpreter lock. Starting one costs 0.6 s.
+#: Processes, not threads: one process decodes and asks for about 2,000 objects a second, whatever
+#: the number of its threads, because all of it happens under one interpreter lock. Starting one
+#: costs 0.6 s.
 MOST_WORKERS = 8
 DENSITIES_PER_WORKER = 16
-#: Densities at a time in each process: while one waits for its listing, or for its last objects, another is fetched and decoded.
+#: Densities at a time in each process: while one waits for its listing, or for its last objects,
+#: another is fetched and decoded.
 LANES = 3
-#: Densities in a row that did not fit, after which a process only looks whether the others are fresh and fetches no more.
+#: Densities in a row that did not fit, after which a process only looks whether the others are
+#: fresh and fetches no more.
 _FULL_AFTER = 3
-#: Densities that did not fit and were not read, whose size the origin is asked for at the end: one LIST and one small GET each.
+#: Densities that did not fit and were not read, whose size the origin is asked for at the end: one
+#: LIST and one small GET each.
 _MEASURED = 256
 #: Of zipped stores fewer: they have to be fetched whole.
 _MEASURED_ZIPPED = 16
@@ -71,9 +75,11 @@ class WarmPlan:
     ----------
     task_ids : tuple of str
     missing : tuple of str
-        Ids of the map whose input or label the origin does not have; they are left out, as in training.
+        Ids of the map whose input or label the origin does not have; they are left out, as in
+        training.
     densities : tuple of (task_id, role)
-        What the origin is asked for: all, or without ``revalidate`` those that are not in the cache.
+        What the origin is asked for: all, or without ``revalidate`` those that are not in the
+        cache.
     roles : tuple of {"data", "label"}
         One where input and label are the same directory.
     revalidate : bool
@@ -114,7 +120,8 @@ class WarmPlan:
         return self.reader.cache.config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
-        """List every store that is asked for and compare with what is stored; one LIST a density, nothing is fetched.
+        """List every store that is asked for and compare with what is stored; one LIST a density,
+        nothing is fetched.
 
         Parameters
         ----------
@@ -149,15 +156,16 @@ class WarmPlan:
     ) -> WarmReport:
         """Fetch what is not fresh.
 
-        A density that cannot be read is named in the report, and the others go on. Interrupted (Ctrl-C) or killed, run the same again:
-        what is stored is not fetched again.
+        A density that cannot be read is named in the report, and the others go on. Interrupted
+        (Ctrl-C) or killed, run the same again: what is stored is not fetched again.
 
         Parameters
         ----------
         progress : callable, optional
             Called here, in this process, with each result as it comes.
         engine : Engine, optional
-            What does the work, with processes of this machine: the cache is here. Default: ``workers`` processes.
+            What does the work, with processes of this machine: the cache is here. Default:
+            ``workers`` processes.
 
         Raises
         ------
@@ -177,7 +185,8 @@ class WarmPlan:
                 down = down + 1 if result.is_down else 0
                 if down >= max(4, 2 * self.workers * self.lanes):
                     raise OriginError(
-                        f"the origin stopped answering, {down} densities in a row failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} "
+                        f"the origin stopped answering, {down} densities in a row failed. "
+                        f"{tally.warm} of {len(self.task_ids) * len(self.roles)} "
                         f"are warm; run the same again to go on. The last error: {result.error}"
                     )
         index = open_index(self.cache)  # an error in words, if it has gone
@@ -191,7 +200,9 @@ class WarmPlan:
         )
 
     def _measured(self, tally: Tally) -> list[int]:
-        """Bytes that densities which did not fit would take on disk; without those that the origin does not tell."""
+        """Bytes that densities which did not fit would take on disk; without those that the origin
+        does not tell.
+        """
 
         def size(density: Density) -> int:
             try:
@@ -264,9 +275,10 @@ def plan_warm(
 ) -> WarmPlan:
     """Find out which densities the origin has to be asked for.
 
-    With ``cache.revalidate: never`` what is in the cache is taken for fresh, as in training, and the directories are listed only if the
-    listing that is stored with the entries lacks an id. On a warm node that is no request. Otherwise both directories are listed anew, and
-    every density will be compared with the origin.
+    With ``cache.revalidate: never`` what is in the cache is taken for fresh, as in training, and
+    the directories are listed only if the listing that is stored with the entries lacks an id. On a
+    warm node that is no request. Otherwise both directories are listed anew, and every density will
+    be compared with the origin.
 
     Parameters
     ----------
@@ -275,21 +287,26 @@ def plan_warm(
     split : {"train", "test", "all"}
         Which ids of the config.
     ids : iterable of str, optional
-        These ids instead, whether or not the map has them; one that the origin does not have will be a failure.
+        These ids instead, whether or not the map has them; one that the origin does not have will
+        be a failure.
     revalidate : bool, optional
-        List the directories, and compare what is in the cache with the origin. Default: not with ``cache.revalidate: never``.
+        List the directories, and compare what is in the cache with the origin. Default: not with
+        ``cache.revalidate: never``.
     workers : int, optional
-        Processes; with 1, this one, one density after the other. Default: one a core that this process may use and 16 densities that are asked
-        for, at least 2 if there are more than 16, 8 at the most.
+        Processes; with 1, this one, one density after the other. Default: one a core that this
+        process may use and 16 densities that are asked for, at least 2 if there are more than 16, 8
+        at the most.
     limit_bytes : int, optional
         Stop when this many decoded bytes are warm.
     world : World, optional
-        Only what belongs to this node, as ``NodeSampler(assignment="node")`` reads it: of the training set its share, and so of the test set.
+        Only what belongs to this node, as ``NodeSampler(assignment="node")`` reads it: of the
+        training set its share, and so of the test set.
 
     Raises
     ------
     ConfigError
-        No cache block, the array tier is switched off, a cache directory that cannot be used, an id that is not a plain name.
+        No cache block, the array tier is switched off, a cache directory that cannot be used, an id
+        that is not a plain name.
     OriginError
         A directory cannot be listed.
     """
@@ -313,7 +330,8 @@ def plan_warm(
     if ids is None:
         wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
     if world is not None:
-        # A share is a share of what is shuffled together: cut from all ids at once it would be another one.
+        # A share is a share of what is shuffled together: cut from all ids at once it would be
+        # another one.
         parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)
         own = {
             task_id
@@ -357,16 +375,19 @@ def _reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
     cache = source.cache.config if isinstance(source, ZarrS3Reader) else cache_of(source)
     if cache is None:
         raise ConfigError(
-            "the reader has no cache, so there is nothing to fill. Give it one: ZarrS3Reader(..., cache={'dir': ...})."
+            "the reader has no cache, so there is nothing to fill. Give it one: ZarrS3Reader(..., "
+            "cache={'dir': ...})."
         )
     if not cache.arrays.enabled:
         raise ConfigError(
-            "cache.arrays.enabled is false, and the array tier is what warm fills. Enable it; the byte tier fills by itself."
+            "cache.arrays.enabled is false, and the array tier is what warm fills. Enable it; the "
+            "byte tier fills by itself."
         )
     open_index(cache)
     if isinstance(source, ZarrS3Reader):
         return source
-    # What is stored already is compared with the listing, not read: `zarrcache verify` reads it, and so does training at its first use.
+    # What is stored already is compared with the listing, not read: `zarrcache verify` reads it,
+    # and so does training at its first use.
     return open_reader(
         source.model_copy(update={"cache": cache.model_copy(update={"verify": "never"})})
     )
@@ -380,23 +401,20 @@ class _Warmer:
         self._bypassed_in_a_row = 0
 
     def __call__(self, density: Density, reserve: Reserve | None = None) -> WarmResult:
-        if (
-            self._bypassed_in_a_row >= _FULL_AFTER
-        ):  # fetching what will not be stored would cost the origin and help nobody
+        # fetching what will not be stored would cost the origin and help nobody
+        if self._bypassed_in_a_row >= _FULL_AFTER:
             result, *_ = _look(self._reader, *density)
             if result.outcome == "bypass" and self._reader.cache.arrays is not None:
-                self._reader.cache.arrays.drop(
-                    self._reader.key(*density)
-                )  # old, if it is there: training must not take it for fresh
+                # old, if it is there: training must not take it for fresh
+                self._reader.cache.arrays.drop(self._reader.key(*density))
             return result
         task_id, role = density
         try:
             outcome, nbytes = self._reader.ensure(task_id, role, reserve=reserve)
         except ZarrCacheError as exc:
             return _failure(density, exc)
-        except (
-            Exception
-        ) as exc:  # one strange store must not end a run of hours; the others are not to blame
+        except Exception as exc:
+            # one strange store must not end a run of hours; the others are not to blame
             logger.warning("%s (%s) could not be read", task_id, role, exc_info=True)
             error = f"{task_id} ({role}) could not be read: {type(exc).__name__}: {exc}. Please report this with the store."
             return WarmResult(task_id, role, "failed", error=error)
@@ -406,7 +424,9 @@ class _Warmer:
 
 
 def _look(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, int, int]:
-    """Whether a density is fresh (``hit``) or not (``bypass``), by one LIST; objects and bytes to fetch if not."""
+    """Whether a density is fresh (``hit``) or not (``bypass``), by one LIST; objects and bytes to
+    fetch if not.
+    """
     try:
         listed = reader.listing(task_id, role)
         assert reader.cache.index is not None

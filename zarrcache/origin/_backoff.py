@@ -1,8 +1,10 @@
-"""A server that says "slow down" says it to the whole node: until when nobody here asks it for anything.
+"""A server that says "slow down" says it to the whole node: until when nobody here asks it for
+anything.
 
-S3 counts the requests of all processes together.  If only the one that was told pauses, the others keep the server busy, and it is told again
-and again until its attempts are used up.  So the pause is written where every process of the node looks, in the cache's directory, and without
-such a directory it holds for all threads and tasks of the process.
+S3 counts the requests of all processes together.  If only the one that was told pauses, the others
+keep the server busy, and it is told again and again until its attempts are used up.  So the pause
+is written where every process of the node looks, in the cache's directory, and without such a
+directory it holds for all threads and tasks of the process.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ logger = logging.getLogger(__name__)
 #: Seconds of a pause, doubled each time that it was of no use.
 FIRST_S = 1.0
 LONGEST_S = 20.0
-#: A pause was of use when the server has given this many answers since; the next one is short again.
+#: A pause was of use when the server has given this many answers since; the next one is short
+#: again.
 _RECOVERED = 10
 #: What happened this long ago says nothing about now.
 _FORGET_S = 60.0
-#: A process that is busy asking looks this often (seconds) whether another one was told; one stat, 2 us.
+#: A process that is busy asking looks this often (seconds) whether another one was told; one stat,
+#: 2 us.
 _LOOK_S = 0.1
 
 
 @dataclass(slots=True)
 class _Told:
-    """What a server told this process. Replaced and never altered but for the count, so that threads need no lock, which a fork could lose."""
+    """What a server told this process. Replaced and never altered but for the count, so that
+    threads need no lock, which a fork could lose.
+    """
 
     until_s: float = 0.0  # time.monotonic()
     length_s: float = 0.0
@@ -44,15 +50,17 @@ _told: dict[str, _Told] = {}
 
 
 class Backoff:
-    """Pauses of all requests to one endpoint. Cheap to make, picklable, safe from any thread and process and on both sides of a fork.
+    """Pauses of all requests to one endpoint. Cheap to make, picklable, safe from any thread and
+    process and on both sides of a fork.
 
     Parameters
     ----------
     endpoint : str
         ``Origin.identity``.
     directory : Path, optional
-        Of the node's processes; has to exist. A pause is one empty file in it, modified at the pause's end and accessed at its beginning: it can
-        be set and seen in one step, and there is nothing in it to be torn or planted. A time further off than ``LONGEST_S`` is not believed.
+        Of the node's processes; has to exist. A pause is one empty file in it, modified at the
+        pause's end and accessed at its beginning: it can be set and seen in one step, and there is
+        nothing in it to be torn or planted. A time further off than ``LONGEST_S`` is not believed.
     """
 
     def __init__(self, endpoint: str, directory: Path | None = None) -> None:
@@ -81,7 +89,9 @@ class Backoff:
         return remaining_s
 
     def told(self) -> None:
-        """The server has just said that it has too many requests: begin a pause. What was in flight when one began prolongs nothing."""
+        """The server has just said that it has too many requests: begin a pause. What was in flight
+        when one began prolongs nothing.
+        """
         if self.remaining_s():
             return
         now_s = time.monotonic()
@@ -103,7 +113,9 @@ class Backoff:
             told.served += 1
 
     def _stored(self) -> tuple[float, float] | None:
-        """What is left of a pause that any process of the node began, and its whole length; None if there is none."""
+        """What is left of a pause that any process of the node began, and its whole length; None if
+        there is none.
+        """
         assert self._path is not None
         try:
             found = os.lstat(self._path)

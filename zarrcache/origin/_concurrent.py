@@ -1,4 +1,6 @@
-"""Many requests in flight, on the I/O loop or in threads, answers handed over one by one to the calling thread as they arrive."""
+"""Many requests in flight, on the I/O loop or in threads, answers handed over one by one to the
+calling thread as they arrive.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ __all__ = [
     "run",
 ]
 
-#: Slowest transfer of one object that is not given up. With the read timeout it bounds a server that sends a byte now and then.
+#: Slowest transfer of one object that is not given up. With the read timeout it bounds a server
+#: that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
 
@@ -47,7 +50,9 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """An answer to a LIST: objects and common prefixes with their full keys, and the token of the next page (None on the last)."""
+    """An answer to a LIST: objects and common prefixes with their full keys, and the token of the
+    next page (None on the last).
+    """
 
     objects: list[ObjectInfo]
     prefixes: list[str]
@@ -55,7 +60,9 @@ class Page:
 
 
 def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Result of ``coroutine``, run on ``loop`` in its own thread; it is cancelled if the waiting is interrupted."""
+    """Result of ``coroutine``, run on ``loop`` in its own thread; it is cancelled if the waiting is
+    interrupted.
+    """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
         return future.result()
@@ -88,10 +95,11 @@ def pump(
 ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
     """One request for each object, ``concurrency`` at a time, answers in the order of arrival.
 
-    When as many requests in a row as there are in flight have failed and may be tried again, the server is taken to be down: the rest is
-    not asked for in this pass and comes back as None.  A store of 2,000 objects then costs a dead server 64 requests a pass, not 2,000,
-    and a hanging one a single ``read_timeout``.  The same when ``backoff`` begins a pause, whoever was told to: nobody waits in here, where
-    nothing can interrupt it.
+    When as many requests in a row as there are in flight have failed and may be tried again, the
+    server is taken to be down: the rest is not asked for in this pass and comes back as None.  A
+    store of 2,000 objects then costs a dead server 64 requests a pass, not 2,000, and a hanging one
+    a single ``read_timeout``.  The same when ``backoff`` begins a pause, whoever was told to:
+    nobody waits in here, where nothing can interrupt it.
 
     A consumer that stops early (``close()``) cancels what is in flight.
     """
@@ -123,9 +131,8 @@ def pump(
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(objects))):
                     group.create_task(worker())
-        except (
-            BaseExceptionGroup
-        ) as exc:  # a fault of ours, not of the server: the caller has to see it
+        except BaseExceptionGroup as exc:
+            # a fault of ours, not of the server: the caller has to see it
             arrived.put(exc.exceptions[0])
         finally:
             arrived.put(None)
@@ -149,8 +156,9 @@ def pump_threads(
 ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
     """As ``pump``, for a ``get`` that blocks: ``concurrency`` threads of ``pool`` are in one each.
 
-    What is in flight when a consumer stops early cannot be cancelled: it ends by itself, unheard. So ``get`` has to end soon.
-    Where no thread may be started any more, the calling thread does what is to be done.
+    What is in flight when a consumer stops early cannot be cancelled: it ends by itself, unheard.
+    So ``get`` has to end soon. Where no thread may be started any more, the calling thread does
+    what is to be done.
     """
     arrived: queue.SimpleQueue[
         tuple[ObjectInfo, Received | S3Fault | None] | BaseException | None
@@ -185,9 +193,8 @@ def pump_threads(
 
     try:
         workers = 0
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the interpreter is going, or this user has as many threads as are allowed
+        # the interpreter is going, or this user has as many threads as are allowed
+        with contextlib.suppress(RuntimeError):
             while workers < min(concurrency, len(objects)):
                 # A fault of ours, not of the server, ends a worker: the caller has to see it.
                 pool.submit(worker).add_done_callback(lambda ended: arrived.put(ended.exception()))

@@ -28,10 +28,12 @@ __all__ = ["LocalOrigin"]
 
 T = TypeVar("T")
 
-#: Links to directories below one store: with two in each of 30 directories there are a billion paths.
+#: Links to directories below one store: with two in each of 30 directories there are a billion
+#: paths.
 _MAX_LINKS = 1000
 
-#: A network file system's ways to say "try again"; anything else of a disk does not go away by waiting.
+#: A network file system's ways to say "try again"; anything else of a disk does not go away by
+#: waiting.
 _TRANSIENT = frozenset(
     {
         errno.ESTALE,
@@ -137,7 +139,8 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
                 if entry.is_dir():
                     if entry.is_symlink() and next(links) > _MAX_LINKS:
                         raise OriginError(
-                            f"{path} has more than {_MAX_LINKS} symbolic links to directories below it. Remove them."
+                            f"{path} has more than {_MAX_LINKS} symbolic links to directories "
+                            "below it. Remove them."
                         )
                     yield from _walk(entry.path, f"{prefix}{entry.name}/", links)
                     continue
@@ -148,9 +151,11 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
             except FileNotFoundError as exc:
                 if entry.is_symlink():
                     raise OriginError(
-                        f"{entry.path} is a broken symbolic link. Restore what it points to, or remove it."
+                        f"{entry.path} is a broken symbolic link. Restore what it points to, or "
+                        "remove it."
                     ) from exc
-                # Otherwise it was removed since the directory was read, and is no part of the listing.
+                # Otherwise it was removed since the directory was read, and is no part of the
+                # listing.
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:
@@ -169,7 +174,8 @@ def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
         # Looked at after the reading: a writer that came in between has changed the time.
         if len(data) != stop - start or _info(obj.key, os.fstat(file.fileno())).etag != obj.etag:
             raise IncompleteArrayError(
-                f"{path} was changed after it was listed. Read it again when the writer has finished."
+                f"{path} was changed after it was listed. Read it again when the writer has "
+                "finished."
             )
     return data
 
@@ -177,12 +183,14 @@ def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
 def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
     if exc.errno in (errno.EACCES, errno.EPERM):
         return OriginAccessError(
-            f"{path} may not be read by this user ({exc.strerror}). Correct its permissions, or run as its owner."
+            f"{path} may not be read by this user ({exc.strerror}). Correct its permissions, or "
+            "run as its owner."
         )
     if isinstance(exc, (FileNotFoundError, NotADirectoryError)):
         if obj is not None:
             return IncompleteArrayError(
-                f"{path} is listed ({obj.size_bytes} bytes) but is gone. The store is incomplete: convert it again."
+                f"{path} is listed ({obj.size_bytes} bytes) but is gone. The store is incomplete: "
+                "convert it again."
             )
         return _not_a_directory(path)
     if exc.errno in _TRANSIENT:
@@ -194,5 +202,6 @@ def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
 
 def _not_a_directory(path: str) -> OriginNotFoundError:
     return OriginNotFoundError(
-        f"{path} is not a directory of this machine. Check the path, and that its file system is mounted."
+        f"{path} is not a directory of this machine. Check the path, and that its file system is "
+        "mounted."
     )

@@ -1,6 +1,7 @@
 """S3 through obstore: the fast engine. The only import of obstore.
 
-obstore's threads do not survive a fork: a child whose parent has used it hangs or aborts at its first request.  ``is_usable`` knows.
+obstore's threads do not survive a fork: a child whose parent has used it hangs or aborts at its
+first request.  ``is_usable`` knows.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ if TYPE_CHECKING:
 
 __all__ = ["CannotNameError", "ObstoreEngine", "can_name", "is_usable"]
 
-#: botocore renews credentials that have less than 10 minutes left; asking it every few minutes is enough.
+#: botocore renews credentials that have less than 10 minutes left; asking it every few minutes is
+#: enough.
 CREDENTIALS_TTL = timedelta(minutes=10)
 
-#: A small object is asked for in a thread of its own, which costs a third of the CPU of a coroutine, but which nothing can interrupt. So the
-#: request may take this long and no longer: S3's own advice for requests below 512 KB is to ask again after 2 seconds.
+#: A small object is asked for in a thread of its own, which costs a third of the CPU of a
+#: coroutine, but which nothing can interrupt. So the request may take this long and no longer: S3's
+#: own advice for requests below 512 KB is to ask again after 2 seconds.
 QUICK_S = 2.0
 QUICK_BYTES = 512 * 1024
-#: Where more than this share is late, the line is slow and not the odd request: for a while nothing is tried the quick way.
+#: Where more than this share is late, the line is slow and not the odd request: for a while nothing
+#: is tried the quick way.
 _LATE_SHARE = 0.05
 _PATIENT_S = 60.0
 
@@ -65,16 +69,20 @@ _EXIT_WAIT_S = 0.05
 
 @functools.cache
 def _settle_at_exit() -> None:
-    """Let obstore's threads finish waking the loop before the interpreter goes: one that asks for it later aborts the process.
+    """Let obstore's threads finish waking the loop before the interpreter goes: one that asks for
+    it later aborts the process.
 
-    Measured: 7 of 60 scripts that ended right after a LIST died with SIGABRT, their work done; none with this pause.
+    Measured: 7 of 60 scripts that ended right after a LIST died with SIGABRT, their work done; none
+    with this pause.
     """
     atexit.register(time.sleep, _EXIT_WAIT_S)
 
 
 @functools.cache
 def _threads() -> Executor:
-    """Threads for quick requests, started as they are needed. They are joined before the interpreter goes."""
+    """Threads for quick requests, started as they are needed. They are joined before the
+    interpreter goes.
+    """
     return ThreadPoolExecutor(1024, thread_name_prefix="zarrcache-get")
 
 
@@ -87,14 +95,18 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class CannotNameError(Exception):
-    """The listing holds names that obstore refuses or returns changed. Internal: such a listing goes through s3fs."""
+    """The listing holds names that obstore refuses or returns changed. Internal: such a listing
+    goes through s3fs.
+    """
 
 
 _UNNAMEABLE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 
 
 def can_name(path: str) -> bool:
-    """Whether obstore takes this key, or this prefix with its slash at the end, as it is: no empty segment, no dots alone, no control characters."""
+    """Whether obstore takes this key, or this prefix with its slash at the end, as it is: no empty
+    segment, no dots alone, no control characters.
+    """
     return not path or _UNNAMEABLE.search(path.removesuffix("/")) is None
 
 
@@ -111,7 +123,8 @@ class ObstoreEngine:
     """
 
     def __init__(self, bucket: str, options: S3Options, region: str, fetch: FetchConfig) -> None:
-        # The package first: it imports obstore.store before it is whole itself, and a thread that finds only this one would go on too early.
+        # The package first: it imports obstore.store before it is whole itself, and a thread that
+        # finds only this one would go on too early.
         import obstore  # noqa: F401
         from obstore.store import S3Store
 
@@ -124,7 +137,8 @@ class ObstoreEngine:
             return S3Store(
                 bucket,
                 config={
-                    # Every setting that obstore would otherwise take from the environment, by other rules than botocore.
+                    # Every setting that obstore would otherwise take from the environment, by other
+                    # rules than botocore.
                     "endpoint": endpoint,
                     "aws_endpoint_url_s3": endpoint,
                     "region": region,
@@ -152,7 +166,8 @@ class ObstoreEngine:
         """
         found = run(get_loop(), self._list(prefix, patience_s))
         if not all(o.size_bytes for o in found):
-            # Perhaps the marker of a directory: obstore takes the slash off its name, and it cannot be told from an empty object any more.
+            # Perhaps the marker of a directory: obstore takes the slash off its name, and it cannot
+            # be told from an empty object any more.
             raise CannotNameError(prefix)
         return Page(found, [], None)
 
@@ -163,9 +178,11 @@ class ObstoreEngine:
     def get_many(
         self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
     ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
-        """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up.
+        """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is
+        given up.
 
-        A small object whose answer is late comes twice: as a time-out, and as what a second, patient request brought.
+        A small object whose answer is late comes twice: as a time-out, and as what a second,
+        patient request brought.
         """
         may_be_quick = patience_s >= self._quick_s and time.monotonic() >= self._patient_until_s
         if may_be_quick and all(obj.size_bytes <= QUICK_BYTES for obj in objects):
@@ -264,7 +281,9 @@ def _options(obj: ObjectInfo, part: tuple[int, int] | None = None) -> GetOptions
 
 
 class _Credentials:
-    """obstore's credential provider: the credentials of ``s3_kwargs``, or botocore's chain (profile, environment, SSO, instance, ...)."""
+    """obstore's credential provider: the credentials of ``s3_kwargs``, or botocore's chain
+    (profile, environment, SSO, instance, ...).
+    """
 
     def __init__(self, options: S3Options) -> None:
         self._options = options
@@ -272,7 +291,8 @@ class _Credentials:
 
     def __call__(self) -> S3Credential:
         if self._options.key is not None and self._options.secret is not None:
-            # Through the provider as well: given as settings, obstore would add a session token that it finds in the environment.
+            # Through the provider as well: given as settings, obstore would add a session token
+            # that it finds in the environment.
             return {
                 "access_key_id": self._options.key,
                 "secret_access_key": self._options.secret,
@@ -288,7 +308,8 @@ class _Credentials:
         if self._chain is None:
             raise LookupError("NoCredentials")
         frozen = self._chain.get_frozen_credentials()  # renews what is about to expire
-        # What lives shorter than that is asked for before each request, as botocore does it; obstore sees to it that it is not more often.
+        # What lives shorter than that is asked for before each request, as botocore does it;
+        # obstore sees to it that it is not more often.
         is_short = isinstance(self._chain, RefreshableCredentials) and self._chain.refresh_needed(
             CREDENTIALS_TTL.total_seconds()
         )
@@ -321,7 +342,8 @@ def _client_options(
         "allow_http": endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=fetch.connect_timeout),
         "read_timeout": timedelta(seconds=fetch.read_timeout),
-        # The default of 30 s for a whole request would cut large objects on a slow line; silence is bounded above, slowness in _get.
+        # The default of 30 s for a whole request would cut large objects on a slow line; silence is
+        # bounded above, slowness in _get.
         "timeout": timedelta(days=1) if quick_s is None else timedelta(seconds=quick_s),
     }
     if options.verify is False:
@@ -348,7 +370,9 @@ _OS_MESSAGE = re.compile(r'(?:message|error): "(?:failed to lookup address infor
 
 
 def _fault(exc: Exception) -> S3Fault:
-    """Obstore says everything in the message: one line, then a dump of the error that it comes from."""
+    """Obstore says everything in the message: one line, then a dump of the error that it comes
+    from.
+    """
     line, _, dump = str(exc).partition("\n\nDebug source:")
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:

@@ -11,10 +11,11 @@ __all__ = ["Renewal"]
 
 
 class Renewal:
-    """What to raise for a fault in the course of one operation: credentials that the server calls expired are asked for anew, once.
+    """What to raise for a fault in the course of one operation: credentials that the server calls
+    expired are asked for anew, once.
 
-    Whoever gave them (a process, SSO, the instance) renews them by the clock; a server may revoke them earlier.  A new engine begins with a
-    new session, and so with new credentials.
+    Whoever gave them (a process, SSO, the instance) renews them by the clock; a server may revoke
+    them earlier.  A new engine begins with a new session, and so with new credentials.
 
     Parameters
     ----------

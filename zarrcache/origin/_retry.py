@@ -1,7 +1,9 @@
-"""The one retry policy: which failures are tried again, how often, for how long. The only import of tenacity.
+"""The one retry policy: which failures are tried again, how often, for how long. The only import of
+tenacity.
 
-Every layer below has its own retries switched off, for they multiply: a server that answers 503 for ever costs s3fs with its defaults
-25 requests and over 30 s for one object, and the same through this policy ``attempts`` requests.
+Every layer below has its own retries switched off, for they multiply: a server that answers 503 for
+ever costs s3fs with its defaults 25 requests and over 30 s for one object, and the same through
+this policy ``attempts`` requests.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ _random = random.SystemRandom()
 
 
 class TransientError(Exception):
-    """An attempt at ``url`` failed in a way the next one may not. Internal: users see ``OriginUnavailableError`` once the bounds are used up.
+    """An attempt at ``url`` failed in a way the next one may not. Internal: users see
+    ``OriginUnavailableError`` once the bounds are used up.
 
     Attributes
     ----------
     attempt : int
-        How many attempts at ``url`` there have been, where one turn of the policy does not attempt everything; 0: as many as turns.
+        How many attempts at ``url`` there have been, where one turn of the policy does not attempt
+        everything; 0: as many as turns.
     """
 
     def __init__(self, url: str, cause: str, *, attempt: int = 0) -> None:
@@ -53,9 +57,10 @@ def is_transient(exc: BaseException) -> bool:
 class RetryPolicy:
     """Attempts at one thing, bounded by their number and by time.
 
-    Before attempt ``n + 1`` it waits a random time between 0 and ``min(0.5 s * 2**(n - 1), 20 s)`` (exponential backoff with full jitter:
-    processes that failed together do not return together), and as long as the node pauses.  It gives up when ``attempts`` are used, or when
-    the next attempt would start more than ``timeout`` seconds after the last progress.
+    Before attempt ``n + 1`` it waits a random time between 0 and ``min(0.5 s * 2**(n - 1), 20 s)``
+    (exponential backoff with full jitter: processes that failed together do not return together),
+    and as long as the node pauses.  It gives up when ``attempts`` are used, or when the next
+    attempt would start more than ``timeout`` seconds after the last progress.
 
     One policy object is used once, in one thread::
 
@@ -65,7 +70,8 @@ class RetryPolicy:
             if failure is None:
                 break
             with attempt:
-                raise failure        # a TransientError waits and goes on, anything else is raised by the next turn of the loop
+                raise failure        # a TransientError waits and goes on, anything else is raised
+                by the next turn of the loop
 
     Parameters
     ----------
@@ -85,7 +91,9 @@ class RetryPolicy:
         self._start_s = self._progress_s = time.monotonic()
 
     def progress(self) -> None:
-        """Something arrived: the time bound starts anew. A slow line that works is not given up, a dead one is."""
+        """Something arrived: the time bound starts anew. A slow line that works is not given up, a
+        dead one is.
+        """
         self._progress_s = time.monotonic()
 
     @property
@@ -94,7 +102,8 @@ class RetryPolicy:
         return max(0.0, self._progress_s + self._config.timeout - time.monotonic())
 
     def wait_for_turn(self, url: str) -> None:
-        """Wait until the node may send requests again. Call before one that is no second attempt too: somebody else may have been told.
+        """Wait until the node may send requests again. Call before one that is no second attempt
+        too: somebody else may have been told.
 
         Raises
         ------
@@ -124,13 +133,17 @@ class RetryPolicy:
             attempts = failure.attempt or exc.last_attempt.attempt_number
             raise OriginUnavailableError(
                 f"{failure.url} could not be read: {failure} "
-                f"({attempts} {'attempt' if attempts == 1 else 'attempts'} in {time.monotonic() - self._start_s:.1f} s). "
-                "Check that the server runs and is reachable from this node; for a slow or busy server raise cache.retry.attempts "
+                f"({attempts} {'attempt' if attempts == 1 else 'attempts'} in "
+                f"{time.monotonic() - self._start_s:.1f} s). "
+                "Check that the server runs and is reachable from this node; for a slow or busy "
+                "server raise cache.retry.attempts "
                 "or cache.retry.timeout."
             ) from (failure.__cause__ or failure)
 
     def call(self, function: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None) -> T:
-        """``function()``, tried again while it raises ``TransientError``; ``on_retry`` is called before each attempt but the first."""
+        """``function()``, tried again while it raises ``TransientError``; ``on_retry`` is called
+        before each attempt but the first.
+        """
         result: list[T] = []
         for number, attempt in enumerate(self):
             if number:
@@ -146,14 +159,17 @@ class RetryPolicy:
         return _attempt(state) >= self._config.attempts or state.upcoming_sleep >= self.remaining_s
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
-        # Not from the shared generator: a blip of the network must not change a seeded training run.
+        # Not from the shared generator: a blip of the network must not change a seeded training
+        # run.
         return max(
             self._pause_s(),
             _random.uniform(0.0, min(FIRST_WAIT_S * 2.0 ** (_attempt(state) - 1), LONGEST_WAIT_S)),
         )
 
     def _pause_s(self) -> float:
-        """What is left of a pause of the node, and a little more, other for each: those who waited together do not return together."""
+        """What is left of a pause of the node, and a little more, other for each: those who waited
+        together do not return together.
+        """
         pause_s = 0.0 if self._backoff is None else self._backoff.remaining_s()
         return pause_s + _random.uniform(0.0, FIRST_WAIT_S) if pause_s else 0.0
 

@@ -42,13 +42,15 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 class Origin(Protocol):
     """A place with stores below it.
 
-    An origin is cheap to make, makes no request until it is asked for something, can be pickled, and may be used from any thread and on
-    both sides of a fork: clients are opened when they are needed, one set for each process, and never cross over.
+    An origin is cheap to make, makes no request until it is asked for something, can be pickled,
+    and may be used from any thread and on both sides of a fork: clients are opened when they are
+    needed, one set for each process, and never cross over.
 
     Attributes
     ----------
     url : str
-        The root: ``s3://bucket/prefix`` as it was written, or the absolute path of a directory; no slash at the end.
+        The root: ``s3://bucket/prefix`` as it was written, or the absolute path of a directory; no
+        slash at the end.
     identity : str
         Where ``url`` is resolved: ``file``, or the S3 endpoint. For ``ArrayKey.origin``.
     """
@@ -68,16 +70,19 @@ class Origin(Protocol):
         """
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
-        """Every object below ``prefix``, keys relative to the root, sorted by key; ``[]`` if there is none.
+        """Every object below ``prefix``, keys relative to the root, sorted by key; ``[]`` if there
+        is none.
 
-        A prefix ends with ``/`` (``"mp-1.zarr/"``) or is empty; anything else is the key of one object (``"mp-1.zarr.zip"``).
+        A prefix ends with ``/`` (``"mp-1.zarr/"``) or is empty; anything else is the key of one
+        object (``"mp-1.zarr.zip"``).
         """
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects, each as soon as it is there, in any order.
 
-        Every content is checked against the listing before it is handed over: version, size, and MD5 where the ETag is one.
-        Requests are in flight while the consumer works on what it has got.
+        Every content is checked against the listing before it is handed over: version, size, and
+        MD5 where the ETag is one. Requests are in flight while the consumer works on what it has
+        got.
 
         Raises
         ------
@@ -87,7 +92,9 @@ class Origin(Protocol):
         """
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop`` (exclusive) of a listed object, of the listed version. Raises like ``fetch``."""
+        """Bytes ``start`` to ``stop`` (exclusive) of a listed object, of the listed version. Raises
+        like ``fetch``.
+        """
 
     def url_of(self, key: str) -> str:
         """Full URL or path of a key."""
@@ -107,7 +114,8 @@ def open_origin(
     Parameters
     ----------
     node_dir : Path, optional
-        A directory of the node's processes, in which they tell each other to slow down; without, those of this process do. See `Backoff`.
+        A directory of the node's processes, in which they tell each other to slow down; without,
+        those of this process do. See `Backoff`.
 
     Raises
     ------
@@ -130,15 +138,16 @@ def open_origin(
             node_dir=node_dir,
         )
     raise ConfigError(
-        f"{text!r} is of scheme {scheme}://, which is not supported. Write s3://bucket/prefix, a path, or file:///path."
+        f"{text!r} is of scheme {scheme}://, which is not supported. Write s3://bucket/prefix, a "
+        "path, or file:///path."
     )
 
 
 class S3Origin:
     """A prefix of a bucket.
 
-    Objects come through obstore; directories are listed through s3fs, so that the process which forks DataLoader workers does not touch
-    obstore and the workers may use it.
+    Objects come through obstore; directories are listed through s3fs, so that the process which
+    forks DataLoader workers does not touch obstore and the workers may use it.
 
     Parameters
     ----------
@@ -168,7 +177,9 @@ class S3Origin:
         self._options = S3Options.of(s3_kwargs)
         if fetch.engine == "obstore" and self._options.only_s3fs:
             raise ConfigError(
-                f"cache.fetch.engine is obstore, which cannot do {', '.join(self._options.only_s3fs)} of s3_kwargs. Remove them, or set engine: auto."
+                "cache.fetch.engine is obstore, which cannot do "
+                f"{', '.join(self._options.only_s3fs)} of s3_kwargs. Remove them, or set engine: "
+                "auto."
             )
         self._fetch = fetch
         self._retry = retry
@@ -203,7 +214,8 @@ class S3Origin:
         names.discard("")  # a marker object of the "directory" itself
         if not names:
             raise OriginNotFoundError(
-                f"{self.url}: there is nothing below this prefix at {self.identity}. Check the URL and endpoint_url in s3_kwargs."
+                f"{self.url}: there is nothing below this prefix at {self.identity}. Check the URL "
+                "and endpoint_url in s3_kwargs."
             )
         return sorted(names)
 
@@ -231,11 +243,12 @@ class S3Origin:
         renewal = self._renewal()
         for attempt in policy:
             failure: TransientError | None = None
-            while (
-                missing and failure is None
-            ):  # a pass that a pause of the node has cut short is no attempt
+            # a pass that a pause of the node has cut short is no attempt
+            while missing and failure is None:
                 failure = yield from self._pass(missing, attempts, policy, renewal)
-            if not missing:  # there may have been failures all the same: an engine may ask again by itself for what was late
+            # there may have been failures all the same: an engine may ask again by itself for what
+            # was late
+            if not missing:
                 return
             with attempt:
                 assert failure is not None
@@ -248,7 +261,9 @@ class S3Origin:
         policy: RetryPolicy,
         renewal: Renewal,
     ) -> Generator[tuple[ObjectInfo, Buffer], None, TransientError | None]:
-        """Ask for all that is missing, and take off what comes. Returns the failure of what has had most attempts, None if nothing failed."""
+        """Ask for all that is missing, and take off what comes. Returns the failure of what has had
+        most attempts, None if nothing failed.
+        """
         failure: TransientError | None = None
         asked: list[str] = []
         nbytes = 0
@@ -288,9 +303,8 @@ class S3Origin:
             # Once a pass: each time the counters are written to the board that the processes share.
             retries = len(asked) - len(set(asked) - attempts.keys())
             self._counters.add(requests=len(asked), retries=retries, fetched_bytes=nbytes)
-            attempts.update(
-                set(asked)
-            )  # what was late and asked for again in this pass has had one
+            # what was late and asked for again in this pass has had one
+            attempts.update(set(asked))
         return failure
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
@@ -332,7 +346,9 @@ class S3Origin:
     def _call(
         self, open_engine: Callable[[], Any], request: Callable[..., T], asked: RequestContext
     ) -> T:
-        """One small request under the retry policy. ``request`` takes the engine and ``patience_s``."""
+        """One small request under the retry policy. ``request`` takes the engine and
+        ``patience_s``.
+        """
         policy = RetryPolicy(self._retry, self._backoff)
         renewal = self._renewal()
 
@@ -389,9 +405,8 @@ class S3Origin:
         key = (os.getpid(), name)
         engine = self._engines.get(key)
         if engine is None:
-            engine = self._engines.setdefault(
-                key, make()
-            )  # of two threads that come here together, one engine wins
+            # of two threads that come here together, one engine wins
+            engine = self._engines.setdefault(key, make())
         return engine
 
     def _renewal(self) -> Renewal:
@@ -411,11 +426,14 @@ class S3Origin:
     def _problem(
         self, obj: ObjectInfo, received: Received, *, part: int | None = None
     ) -> Exception | None:
-        """What is wrong with a body, None if it is what the listing promised. The version, then the length, then the MD5."""
+        """What is wrong with a body, None if it is what the listing promised. The version, then the
+        length, then the MD5.
+        """
         url = self.url_of(obj.key)
         if received.etag and received.etag != obj.etag:
             return IncompleteArrayError(
-                f"{url} was changed while it was being read. Read it again when the writer has finished."
+                f"{url} was changed while it was being read. Read it again when the writer has "
+                "finished."
             )
         length, expected = (
             memoryview(received.body).nbytes,
@@ -427,8 +445,8 @@ class S3Origin:
             return None
         if hashlib.md5(received.body, usedforsecurity=False).hexdigest() == obj.etag:
             return None
-        # With a key of KMS or of the customer the ETag looks like an MD5 and is none. Only asked for when one does not match.
-        # Not tried again here: the whole attempt is.
+        # With a key of KMS or of the customer the ETag looks like an MD5 and is none. Only asked
+        # for when one does not match. Not tried again here: the whole attempt is.
         self._counters.add(requests=1)
         try:
             if self._s3fs().is_md5_hidden(

@@ -1,6 +1,7 @@
 """What S3 answered when it did not deliver, and the words for it.
 
-Both engines reduce their library's exceptions to an ``S3Fault``; ``to_error`` is the one place that decides what it means and what to do.
+Both engines reduce their library's exceptions to an ``S3Fault``; ``to_error`` is the one place that
+decides what it means and what to do.
 """
 
 from __future__ import annotations
@@ -22,21 +23,26 @@ _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504, 509})
 #: Fewer requests, please: from everybody, not only from whoever was told.
 _SLOW_DOWN_STATUS = frozenset({429, 503, 509})
 _SLOW_DOWN_CODES = frozenset(
-    "SlowDown Throttling ThrottlingException RequestLimitExceeded BandwidthLimitExceeded TooManyRequests ServiceUnavailable".split()
+    "SlowDown Throttling ThrottlingException RequestLimitExceeded BandwidthLimitExceeded "
+    "TooManyRequests ServiceUnavailable".split()
 )
 _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
-    "InternalError OperationAborted RequestTimeout RequestTimeoutException PriorRequestNotComplete".split()
+    "InternalError OperationAborted RequestTimeout RequestTimeoutException "
+    "PriorRequestNotComplete".split()
 )
 
 _ACCESS = {
     "NoCredentials": (
-        "no credentials were found. Set key and secret or profile in s3_kwargs, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "no credentials were found. Set key and secret or profile in s3_kwargs, or "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "or AWS_PROFILE; for a public bucket set anon: true in s3_kwargs."
     ),
-    "ProfileNotFound": "Set profile in s3_kwargs (or AWS_PROFILE) to one of those in ~/.aws/config and ~/.aws/credentials.",
+    "ProfileNotFound": "Set profile in s3_kwargs (or AWS_PROFILE) to one of those in ~/.aws/config "
+    "and ~/.aws/credentials.",
     "InvalidAccessKeyId": "Check that the access key belongs to this endpoint_url.",
     "SignatureDoesNotMatch": "Check the secret key, and that it belongs to the access key.",
-    "ExpiredToken": "The session token has expired: log in again (aws sso login), or renew key, secret and token.",
+    "ExpiredToken": "The session token has expired: log in again (aws sso login), or renew key, "
+    "secret and token.",
     "RequestTimeTooSkewed": "Set the clock of this machine.",
     "InvalidObjectState": "The object is archived (Glacier): restore it first.",
 }
@@ -70,8 +76,8 @@ class S3Fault(Exception):
     status : int or None
         HTTP status; None if there was no answer.
     code : str
-        S3's error code, or a name of ours for what is no answer of S3 (``NoCredentials``, ``Certificate``, ``Connection``,
-        ``Timeout``, ``ShortBody``).
+        S3's error code, or a name of ours for what is no answer of S3 (``NoCredentials``,
+        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody``).
     detail : str
         One line for people.
     """
@@ -152,22 +158,26 @@ def _error(fault: S3Fault, asked: RequestContext) -> Exception:
         )
     if fault.code == "NoSuchBucket":
         return OriginNotFoundError(
-            f"{asked.url}: there is no bucket {asked.bucket!r} at {asked.endpoint}. Check the bucket's name and endpoint_url in s3_kwargs."
+            f"{asked.url}: there is no bucket {asked.bucket!r} at {asked.endpoint}. Check the "
+            "bucket's name and endpoint_url in s3_kwargs."
         )
     if fault.is_transient:
         return TransientError(asked.url, str(fault))
     if fault.code == "Certificate":
         return OriginError(
             f"{asked.url}: the certificate of {asked.endpoint} is not trusted. "
-            "Name the file of its CA in s3_kwargs (client_kwargs: {verify: /path/ca.pem}) or in AWS_CA_BUNDLE."
+            "Name the file of its CA in s3_kwargs (client_kwargs: {verify: /path/ca.pem}) or in "
+            "AWS_CA_BUNDLE."
         )
     if asked.obj is not None and fault.status in (404, 412, 416):
         if fault.status == 404:
             return IncompleteArrayError(
-                f"{asked.url} is listed ({asked.obj.size_bytes} bytes) but returned 404. The store is incomplete: convert it again."
+                f"{asked.url} is listed ({asked.obj.size_bytes} bytes) but returned 404. The store "
+                "is incomplete: convert it again."
             )
         return IncompleteArrayError(
-            f"{asked.url} was changed while it was being read. Read it again when the writer has finished."
+            f"{asked.url} was changed while it was being read. Read it again when the writer has "
+            "finished."
         )
     if fault.status in (301, 307) or fault.code in (
         "PermanentRedirect",
@@ -183,7 +193,8 @@ def _error(fault: S3Fault, asked: RequestContext) -> Exception:
             f"{asked.url}: the request could not be made: {fault}. Check s3_kwargs and the URL."
         )
     return OriginError(
-        f"{asked.url}: {asked.endpoint} refused the request: {fault}. Check endpoint_url and the URL."
+        f"{asked.url}: {asked.endpoint} refused the request: {fault}. Check endpoint_url and the "
+        "URL."
     )
 
 
@@ -194,6 +205,8 @@ def _what_to_set(fault: S3Fault, asked: RequestContext) -> str:
     if asked.anon:
         return "The bucket is not public: remove anon: true from s3_kwargs and give credentials (key and secret, or profile)."
     return (
-        f"These credentials may not read it: they need s3:ListBucket and s3:GetObject on bucket {asked.bucket!r}. "
-        "Set other ones in s3_kwargs (key and secret, or profile); if the bucket is requester-pays set requester_pays: true."
+        "These credentials may not read it: they need s3:ListBucket and s3:GetObject on bucket "
+        f"{asked.bucket!r}. "
+        "Set other ones in s3_kwargs (key and secret, or profile); if the bucket is requester-pays "
+        "set requester_pays: true."
     )

@@ -1,4 +1,6 @@
-"""``s3_kwargs``, written as for ``s3fs.S3FileSystem``, read once for both engines. Nothing here opens a connection."""
+"""``s3_kwargs``, written as for ``s3fs.S3FileSystem``, read once for both engines. Nothing here
+opens a connection.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from zarrcache.errors import ConfigError
 
 __all__ = ["AWS_ENDPOINT", "S3Options", "configured_endpoint", "split_s3_url"]
 
-#: Identity of an origin without ``endpoint_url``. Bucket names are unique over all regions, so the region is not part of it.
+#: Identity of an origin without ``endpoint_url``. Bucket names are unique over all regions, so the
+#: region is not part of it.
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 _ALIASES = {"username": "key", "password": "secret"}
@@ -24,12 +27,14 @@ _CLIENT_ALIASES = {
 }
 #: What s3fs does with these has no effect on reading whole objects.
 _IRRELEVANT = frozenset(
-    "default_block_size default_fill_cache default_cache_type max_concurrency fixed_upload_size local_expiry_check "
+    "default_block_size default_fill_cache default_cache_type max_concurrency fixed_upload_size "
+    "local_expiry_check "
     "use_listings_cache listings_expiry_time max_paths skip_instance_cache".split()
 )
 _READ_HERE = (
     frozenset(
-        "anon key secret token profile endpoint_url use_ssl requester_pays client_kwargs config_kwargs".split()
+        "anon key secret token profile endpoint_url use_ssl requester_pays client_kwargs "
+        "config_kwargs".split()
     )
     | _ALIASES.keys()
 )
@@ -42,7 +47,8 @@ _KNOWN = (
 )
 #: botocore settings that obstore has no need of, or that are set by ``cache.fetch``.
 _IRRELEVANT_CONFIG = frozenset(
-    "retries max_pool_connections connect_timeout read_timeout tcp_keepalive user_agent user_agent_extra user_agent_appid "
+    "retries max_pool_connections connect_timeout read_timeout tcp_keepalive user_agent "
+    "user_agent_extra user_agent_appid "
     "request_checksum_calculation response_checksum_validation parameter_validation".split()
 )
 
@@ -95,7 +101,8 @@ class S3Options:
         Raises
         ------
         ConfigError
-            A key that is a misspelling of a known one, a value of the wrong type, a key without its secret, a certificate file that is not there.
+            A key that is a misspelling of a known one, a value of the wrong type, a key without its
+            secret, a certificate file that is not there.
         """
         given = dict(s3_kwargs or {})
         for name in given.keys() - _KNOWN:
@@ -135,7 +142,8 @@ class S3Options:
             verify = environ.get("AWS_CA_BUNDLE") or True
         if isinstance(verify, str) and not os.access(verify, os.R_OK):
             raise ConfigError(
-                f"the certificate file {verify} cannot be read. Correct client_kwargs.verify in s3_kwargs, or AWS_CA_BUNDLE."
+                f"the certificate file {verify} cannot be read. Correct client_kwargs.verify in "
+                "s3_kwargs, or AWS_CA_BUNDLE."
             )
         style = _mapping(config, "s3").get("addressing_style")
         return cls(
@@ -156,7 +164,9 @@ class S3Options:
 
 
 def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The endpoint that botocore would take from the environment or from the user's AWS config file, None if there is none."""
+    """The endpoint that botocore would take from the environment or from the user's AWS config
+    file, None if there is none.
+    """
     if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return None
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
@@ -171,7 +181,9 @@ def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.env
 
 
 def configured_region(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The region that botocore would sign for, from the environment or from the user's AWS config file, None if there is none."""
+    """The region that botocore would sign for, from the environment or from the user's AWS config
+    file, None if there is none.
+    """
     return environ.get("AWS_DEFAULT_REGION") or _configured(profile, environ)[1].get("region")
 
 
@@ -182,7 +194,8 @@ def _configured(
     path = os.path.expanduser(environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
     if not os.path.isfile(path):
         return {}, {}
-    # botocore's own parser: the file nests ("s3 =\n  endpoint_url = ..."). Imported here since it costs 30 ms and most have no such file.
+    # botocore's own parser: the file nests ("s3 =\n  endpoint_url = ..."). Imported here since it
+    # costs 30 ms and most have no such file.
     from botocore.configloader import load_config
     from botocore.exceptions import BotoCoreError
 
@@ -190,7 +203,8 @@ def _configured(
         config = load_config(path)
     except BotoCoreError as exc:
         raise ConfigError(
-            f"the AWS config file {path} cannot be read: {exc}. Correct it, or name another one in AWS_CONFIG_FILE."
+            f"the AWS config file {path} cannot be read: {exc}. Correct it, or name another one in "
+            "AWS_CONFIG_FILE."
         ) from exc
     name = profile or environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
     return config, config.get("profiles", {}).get(name, {})
@@ -208,7 +222,8 @@ def split_s3_url(url: str) -> tuple[str, str]:
     bucket, _, prefix = rest.partition("/")
     if bucket.startswith("arn:"):
         raise ConfigError(
-            f"{url} names an access point by its ARN. Write its alias instead: s3://<alias>/prefix (aws s3control list-access-points shows it)."
+            f"{url} names an access point by its ARN. Write its alias instead: s3://<alias>/prefix "
+            "(aws s3control list-access-points shows it)."
         )
     if not bucket:
         raise ConfigError(f"{url!r} names no bucket. Write s3://bucket/prefix.")
@@ -221,7 +236,8 @@ def _mapping(source: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise ConfigError(
-            f"{name} in s3_kwargs is a {type(value).__name__}; it has to be a mapping of keys and values."
+            f"{name} in s3_kwargs is a {type(value).__name__}; it has to be a mapping of keys and "
+            "values."
         )
     return dict(value)
 
@@ -235,7 +251,8 @@ def _endpoint(value: Any) -> str | None:
         )
     if "@" in urlsplit(value).netloc:
         raise ConfigError(
-            "s3_kwargs.endpoint_url holds a user name. Give it as key and secret: endpoint_url is shown in messages and kept on disk."
+            "s3_kwargs.endpoint_url holds a user name. Give it as key and secret: endpoint_url is "
+            "shown in messages and kept on disk."
         )
     return value.rstrip("/")
 

@@ -1,4 +1,6 @@
-"""S3 through s3fs: the engine for whatever obstore cannot do, for forked children, and for listing directories. The only import of s3fs."""
+"""S3 through s3fs: the engine for whatever obstore cannot do, for forked children, and for listing
+directories. The only import of s3fs.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +26,25 @@ __all__ = ["S3fsEngine", "make_s3fs"]
 
 
 def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
-    """``s3fs.S3FileSystem(**s3_kwargs)``, exactly as one would write it: with s3fs's own time-outs and retries."""
+    """``s3fs.S3FileSystem(**s3_kwargs)``, exactly as one would write it: with s3fs's own time-outs
+    and retries.
+    """
     import s3fs
 
     try:
         return s3fs.S3FileSystem(**dict(s3_kwargs or {}))
     except (TypeError, KeyError, ValueError) as exc:
         raise ConfigError(
-            f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of s3fs.S3FileSystem."
+            f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of "
+            "s3fs.S3FileSystem."
         ) from exc
 
 
 class S3fsEngine:
     """Requests to one bucket. One object belongs to one process. It retries nothing.
 
-    One layer below does, out of reach: aiohttp sends a GET or HEAD once more, at once, when its connection is cut before the answer begins.
+    One layer below does, out of reach: aiohttp sends a GET or HEAD once more, at once, when its
+    connection is cut before the answer begins.
 
     Parameters
     ----------
@@ -59,7 +65,8 @@ class S3fsEngine:
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "max_pool_connections": fetch.concurrency,
         }
-        # An instance of our own: s3fs shares instances by their arguments, and these settings must not reach anybody else's.
+        # An instance of our own: s3fs shares instances by their arguments, and these settings must
+        # not reach anybody else's.
         kwargs = {
             **options.kwargs,
             "config_kwargs": config,
@@ -106,7 +113,9 @@ class S3fsEngine:
         )
 
     def is_md5_hidden(self, key: str, *, patience_s: float) -> bool:
-        """Whether the object is encrypted with a key of KMS or of the customer: then its ETag is no MD5 of what one reads."""
+        """Whether the object is encrypted with a key of KMS or of the customer: then its ETag is no
+        MD5 of what one reads.
+        """
         answer = run(get_loop(), self._call("head_object", patience_s, Key=key))
         return (
             str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
@@ -123,9 +132,8 @@ class S3fsEngine:
                 if fault.__cause__ is not None
                 else {}
             )
-            if (
-                fault.status != 403 or not answer
-            ):  # S3 names the region even to those who may not enter
+            # S3 names the region even to those who may not enter
+            if fault.status != 403 or not answer:
                 raise
         region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get(
             "x-amz-bucket-region"
@@ -135,7 +143,9 @@ class S3fsEngine:
     def get_many(
         self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
     ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
-        """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is given up."""
+        """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is
+        given up.
+        """
         return pump(
             get_loop(),
             lambda obj: self._get(obj, None, patience_s),
@@ -170,13 +180,15 @@ class S3fsEngine:
             raise _fault(exc) from exc
 
     async def _open(self) -> None:
-        # Before the time-out starts: a client takes 0.3 s of CPU. Under a lock: s3fs would make one for each of the first requests.
+        # Before the time-out starts: a client takes 0.3 s of CPU. Under a lock: s3fs would make one
+        # for each of the first requests.
         async with self._opening:
             try:
                 await self._fs.set_session()
             except (TypeError, ValueError) as exc:
                 raise ConfigError(
-                    f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of s3fs.S3FileSystem."
+                    f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of "
+                    "s3fs.S3FileSystem."
                 ) from exc
             except Exception as exc:
                 raise _fault(exc) from exc
@@ -232,7 +244,9 @@ def _fault(exc: BaseException) -> S3Fault:
 
 
 def _reason(exc: BaseException) -> str:
-    """What the operating system said, further down the chain; botocore says the URL, which the error has anyway."""
+    """What the operating system said, further down the chain; botocore says the URL, which the
+    error has anyway.
+    """
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno and cause.strerror:

@@ -8,10 +8,12 @@ __all__ = ["Budget"]
 class Budget:
     """A number of bytes, shared by readers that say what they need when they know it.
 
-    A reader knows the size of what it fetches first, and the size of the array only when it has read the array's metadata. So it asks twice,
-    and holds the first part while it waits for the second. Who asks for more than there is waits until others have finished; when all who
-    hold something wait, none ever would, and the one that began first gets what it asks for. Therefore never more is held than the budget
-    and one array, and an array that is larger than the budget is read when the others are done.
+    A reader knows the size of what it fetches first, and the size of the array only when it has
+    read the array's metadata. So it asks twice, and holds the first part while it waits for the
+    second. Who asks for more than there is waits until others have finished; when all who hold
+    something wait, none ever would, and the one that began first gets what it asks for. Therefore
+    never more is held than the budget and one array, and an array that is larger than the budget is
+    read when the others are done.
 
     Parameters
     ----------
@@ -29,7 +31,9 @@ class Budget:
         return sum(self._held.values())
 
     def ask(self, reader: int, nbytes: int) -> list[int]:
-        """``reader`` (by number, the first that began is the smallest) needs ``nbytes`` more. Returns who may go on, perhaps itself."""
+        """``reader`` (by number, the first that began is the smallest) needs ``nbytes`` more.
+        Returns who may go on, perhaps itself.
+        """
         self._waiting[reader] = nbytes
         return self._granted()
 
@@ -53,7 +57,8 @@ class Budget:
         for reader in begun:
             if self._waiting[reader] <= free:
                 return reader
-        if begun:  # who has begun goes before who has not: a large array would wait for ever behind small ones
+        # who has begun goes before who has not: a large array would wait for ever behind small ones
+        if begun:
             return begun[0] if len(begun) == len(self._held) else None
         first = min(self._waiting, default=None)
         return (

@@ -1,4 +1,6 @@
-"""Every node of a job fills its own cache, once: started there by ``srun``, or from here over the workers of a Dask cluster."""
+"""Every node of a job fills its own cache, once: started there by ``srun``, or from here over the
+workers of a Dask cluster.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,12 @@ def this_node() -> World:
     ConfigError
         Neither started it; then nobody starts it on the other nodes.
     """
-    # The batch script of a job, outside of srun, has Slurm's other variables as well: it would be node 0 of so many, and the others stay cold.
+    # The batch script of a job, outside of srun, has Slurm's other variables as well: it would be
+    # node 0 of so many, and the others stay cold.
     if not ("SLURM_STEP_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()):
         raise ConfigError(
-            "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm CONFIG --each-node` in a Slurm job does that, "
+            "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm "
+            "CONFIG --each-node` in a Slurm job does that, "
             "and --dask SCHEDULER over a Dask cluster."
         )
     return World.of_environment(os.environ)
@@ -82,10 +86,12 @@ class NodeOutcome:
 def run_on_each_node(
     cluster: Cluster, arguments: Sequence[str], told: Callable[[str, str], object]
 ) -> Generator[NodeOutcome]:
-    """Run ``zarrcache ARGUMENTS`` once on each node that has workers by now, in this directory, and collect the JSON that it writes.
+    """Run ``zarrcache ARGUMENTS`` once on each node that has workers by now, in this directory, and
+    collect the JSON that it writes.
 
-    It runs beside the worker, not within: it may use all cores of the node, and whatever it does, the worker lives. It finds its place among
-    the nodes in the variables of torchrun; nodes are numbered in the order of their names, as Slurm does it.
+    It runs beside the worker, not within: it may use all cores of the node, and whatever it does,
+    the worker lives. It finds its place among the nodes in the variables of torchrun; nodes are
+    numbered in the order of their names, as Slurm does it.
 
     Parameters
     ----------
@@ -133,10 +139,12 @@ def _once_a_node(
     orders: Mapping[str, T],
     told: Callable[[str, str], object],
 ) -> Generator[tuple[str, R | Died]]:
-    """``(node, function(order, tell, is_wanted))`` for each node, in the order in which they are ready; each in one worker of that node.
+    """``(node, function(order, tell, is_wanted))`` for each node, in the order in which they are
+    ready; each in one worker of that node.
 
-    A node whose worker dies over it is tried once more, by another of its workers, or by the next one that it gets. Closing the
-    iterator, or an exception at its caller (Ctrl-C too), makes ``is_wanted()`` false, and waits a while for those that run.
+    A node whose worker dies over it is tried once more, by another of its workers, or by the next
+    one that it gets. Closing the iterator, or an exception at its caller (Ctrl-C too), makes
+    ``is_wanted()`` false, and waits a while for those that run.
 
     Parameters
     ----------
@@ -193,7 +201,9 @@ def _once_a_node(
 
 
 def _ended(cluster: Cluster, running: Mapping[Any, tuple[str, str]]) -> list[Any]:
-    """Those that are done, or whose worker is gone (Dask would wait for that very one to come back), after a while."""
+    """Those that are done, or whose worker is gone (Dask would wait for that very one to come
+    back), after a while.
+    """
     from distributed import wait
 
     if not running:
@@ -205,7 +215,8 @@ def _ended(cluster: Cluster, running: Mapping[Any, tuple[str, str]]) -> list[Any
     return [future for future, (_, where) in running.items() if future.done() or where not in alive]
 
 
-# -- in a worker ----------------------------------------------------------------------------------------------------------------------
+# -- in a worker
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _do_here(
@@ -230,13 +241,11 @@ def _run(
     order: _Order, tell: Callable[[str], None], is_wanted: Callable[[], bool]
 ) -> tuple[int, str, list[str]]:
     """In a worker: exit code, standard output, and the last lines of standard error."""
+    # which go before those of the job that the worker runs in
     process = subprocess.Popen(
         [sys.executable, "-m", "zarrcache", *order.arguments],
         cwd=order.directory if os.path.isdir(order.directory) else None,
-        env={
-            **os.environ,
-            **order.environment,
-        },  # which go before those of the job that the worker runs in
+        env={**os.environ, **order.environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,4 +1,5 @@
-"""Work spread over the machines of a Dask cluster. The only import of Dask (``pip install 'zarrcache[dask]'``), and only where it is needed.
+"""Work spread over the machines of a Dask cluster. The only import of Dask (``pip install
+'zarrcache[dask]'``), and only where it is needed.
 
 >>> with open_cluster("tcp://login1:8786") as cluster:  # doctest: +SKIP
 ...     plan_convert("chgcars/", "s3://bucket/label").execute(engine=cluster.spread)
@@ -35,9 +36,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Seconds for a scheduler to answer, and for workers to appear before it is said that there are none.
+#: Seconds for a scheduler to answer, and for workers to appear before it is said that there are
+#: none.
 _CONNECT_S = 5.0
-#: Items on the scheduler for each thread of the cluster: enough that none waits for us, few enough that 314,000 are nothing to the scheduler.
+#: Items on the scheduler for each thread of the cluster: enough that none waits for us, few enough
+#: that 314,000 are nothing to the scheduler.
 _AHEAD = 4
 #: And at least so many, from which a cluster that scales by its load sees that there is work.
 _LEAST_AHEAD = 200
@@ -54,7 +57,8 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
     Parameters
     ----------
     scheduler : str
-        Address (``tcp://host:8786``, ``host:8786``) or scheduler file of a cluster that runs, which goes on to run; or ``local``.
+        Address (``tcp://host:8786``, ``host:8786``) or scheduler file of a cluster that runs, which
+        goes on to run; or ``local``.
     workers : int, optional
         Processes of ``local``. Default: one a core that this process may use.
 
@@ -72,7 +76,8 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
     _pickle_errors_as_words()
     if workers is not None and (workers < 1 or scheduler != "local"):
         raise ConfigError(
-            f"workers is {workers!r} and Dask {scheduler!r}: only `local` starts workers, one or more; a cluster has those it has."
+            f"workers is {workers!r} and Dask {scheduler!r}: only `local` starts workers, one or "
+            "more; a cluster has those it has."
         )
     with contextlib.ExitStack() as stack:
         try:
@@ -86,16 +91,19 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
             if isinstance(exc, ZarrCacheError):
                 raise
             raise ConfigError(
-                f"no Dask scheduler answers at {scheduler} ({str(exc) or type(exc).__name__}). Start one (`dask scheduler`) and give its address, "
-                "tcp://host:8786, or its scheduler file, or write `local` for processes of this machine."
+                f"no Dask scheduler answers at {scheduler} ({str(exc) or type(exc).__name__}). "
+                "Start one (`dask scheduler`) and give its address, "
+                "tcp://host:8786, or its scheduler file, or write `local` for processes of this "
+                "machine."
             ) from exc
         stack.callback(client.close, _CONNECT_S)
         yield Cluster(scheduler, client)
 
 
 def _pickle_errors_as_words() -> None:
-    """Our errors go from process to process as one string. distributed, when it is imported, has every exception that there is pickle its causes
-    as well (tblib), and a lock somewhere in botocore's does not: the error that was to be told would become a TypeError.
+    """Our errors go from process to process as one string. distributed, when it is imported, has
+    every exception that there is pickle its causes as well (tblib), and a lock somewhere in
+    botocore's does not: the error that was to be told would become a TypeError.
     """
     for kind in (ZarrCacheError, *_kinds_of(ZarrCacheError)):
         if kind in copyreg.dispatch_table:
@@ -109,7 +117,9 @@ def _kinds_of(kind: type[ZarrCacheError]) -> Iterator[type[ZarrCacheError]]:
 
 
 def _address(scheduler: str) -> str:
-    """What an address or a scheduler file says. Raises OSError, ValueError, KeyError or TypeError where it says nothing."""
+    """What an address or a scheduler file says. Raises OSError, ValueError, KeyError or TypeError
+    where it says nothing.
+    """
     from distributed.comm.addressing import get_address_host_port
 
     address: str = (
@@ -117,9 +127,8 @@ def _address(scheduler: str) -> str:
         if os.path.isfile(scheduler)
         else scheduler
     )
-    get_address_host_port(
-        address
-    )  # here, because a client that was never connected cannot be closed
+    # here, because a client that was never connected cannot be closed
+    get_address_host_port(address)
     return address
 
 
@@ -131,14 +140,14 @@ def _local(workers: int) -> Iterator[Any]:
     log.setLevel(logging.CRITICAL)  # what matters of it is said here, in words
     try:
         with contextlib.ExitStack() as stack:
-            with (
-                deferred_signals()
-            ):  # a signal to all of a job is for this process, and not for what Dask starts
+            # a signal to all of a job is for this process, and not for what Dask starts
+            with deferred_signals():
                 try:
                     cluster = stack.enter_context(_local_cluster(workers))
                 except (OSError, RuntimeError) as exc:
                     raise ConfigError(
-                        f"Dask cannot start processes here ({exc}). If a script of yours calls this, put the call below `if __name__ == '__main__':`."
+                        f"Dask cannot start processes here ({exc}). If a script of yours calls "
+                        "this, put the call below `if __name__ == '__main__':`."
                     ) from exc
             yield cluster
     finally:
@@ -149,7 +158,8 @@ def _local_cluster(workers: int) -> Any:
     import dask
     import distributed
 
-    # Locks that are made in there (numcodecs makes one) then have no name in the system, and none is called leaked where a worker is killed.
+    # Locks that are made in there (numcodecs makes one) then have no name in the system, and none
+    # is called leaked where a worker is killed.
     unnamed_locks = "import multiprocessing; multiprocessing.set_start_method('fork', force=True)"
     return distributed.LocalCluster(
         n_workers=workers,
@@ -165,7 +175,9 @@ def _local_cluster(workers: int) -> Any:
 
 @dataclass(frozen=True)
 class _Work:
-    """A function on its way to the workers. Sent once to each of them, as what every item depends on; Dask makes it anew where it is lost."""
+    """A function on its way to the workers. Sent once to each of them, as what every item depends
+    on; Dask makes it anew where it is lost.
+    """
 
     version: str
     pickled: bytes = field(repr=False)  # not in the logs of a worker: it may hold credentials
@@ -189,12 +201,15 @@ class Cluster:
     def spread(
         self, function: Callable[[T, Reserve], R], items: Sequence[T]
     ) -> Generator[tuple[T, R | Died]]:
-        """As :func:`zarrcache.parallel.pool.spread`, an engine: ``(item, function(item, reserve))`` in the order in which they are ready.
+        """As :func:`zarrcache.parallel.pool.spread`, an engine: ``(item, function(item, reserve))``
+        in the order in which they are ready.
 
-        A few items a thread are on the scheduler at a time; workers that join get some. An item whose worker died is tried elsewhere, as
-        often as the scheduler allows (``allowed-failures``), and then once more after all others, alone in the cluster. Memory is not
-        reserved: what the workers hold together is bounded by their threads. Closing the iterator, or an exception at its caller (Ctrl-C
-        too), takes back what has not begun, and waits a while for what has.
+        A few items a thread are on the scheduler at a time; workers that join get some. An item
+        whose worker died is tried elsewhere, as often as the scheduler allows
+        (``allowed-failures``), and then once more after all others, alone in the cluster. Memory is
+        not reserved: what the workers hold together is bounded by their threads. Closing the
+        iterator, or an exception at its caller (Ctrl-C too), takes back what has not begun, and
+        waits a while for what has.
 
         Raises
         ------
@@ -225,7 +240,9 @@ class Cluster:
     def _rounds(
         self, work: Any, name: str, queue: deque[T], running: dict[Any, T], orphans: deque[T] | None
     ) -> Generator[tuple[T, Any]]:
-        """Results of a queue. Items that died go to ``orphans``; without one they are tried one at a time, and given up."""
+        """Results of a queue. Items that died go to ``orphans``; without one they are tried one at
+        a time, and given up.
+        """
         from distributed import as_completed
 
         arriving = as_completed(loop=self.client.loop)
@@ -248,10 +265,13 @@ class Cluster:
             ready = []
             for future, outcome in zip(batch, self.outcomes(batch), strict=True):
                 item = running.pop(future)
-                future.release()  # at once: of a result that is still held Dask makes another one when its worker dies
+                # at once: of a result that is still held Dask makes another one when its worker
+                # dies
+                future.release()
                 if isinstance(outcome, Died) and orphans is not None:
                     logger.warning(
-                        "a worker of %s died over %s, or beside it; it is tried again alone, after all others",
+                        "a worker of %s died over %s, or beside it; it is tried again alone, after "
+                        "all others",
                         self.name,
                         item,
                     )
@@ -281,13 +301,15 @@ class Cluster:
         if isinstance(exc, ZarrCacheError):
             raise exc
         raise ConfigError(
-            f"a worker of {self.name} cannot do this: {type(exc).__name__}: {exc}. Every worker needs the same zarrcache as this machine "
+            f"a worker of {self.name} cannot do this: {type(exc).__name__}: {exc}. Every worker "
+            "needs the same zarrcache as this machine "
             f"({__version__}), with the same extras."
         ) from exc
 
     def _gone(self) -> ZarrCacheError:
         return ZarrCacheError(
-            f"the Dask scheduler {self.name} has gone. What is finished stays; start it and run the same again to go on."
+            f"the Dask scheduler {self.name} has gone. What is finished stays; start it and run "
+            "the same again to go on."
         )
 
     def _send(self, work: _Work, name: str) -> Any:
@@ -300,7 +322,8 @@ class Cluster:
                 wait(future, timeout=_CONNECT_S)
             except TimeoutError:
                 logger.warning(
-                    "waiting for a worker of %s; its workers may still be in the queue of the batch system",
+                    "waiting for a worker of %s; its workers may still be in the queue of the "
+                    "batch system",
                     self.name,
                 )
                 wait(future)
@@ -319,7 +342,9 @@ class Cluster:
         return self._threads
 
     def take_back(self, running: Mapping[Any, object], name: str) -> None:
-        """Cancel what has not begun, and wait a while for what has. Keys are pairs that begin with ``name``."""
+        """Cancel what has not begun, and wait a while for what has. Keys are pairs that begin with
+        ``name``.
+        """
         try:
             self.client.cancel(list(running), force=True)
             deadline = time.monotonic() + _STOP_S
@@ -336,10 +361,12 @@ class Cluster:
             return True
         return any(self.client.run(_is_busy, name=name, on_error="ignore").values())
 
-    # -- the machines ------------------------------------------------------------------------------------------------------------
+    # -- the machines
+    # ------------------------------------------------------------------------------------------------------------
 
     def nodes(self) -> dict[str, list[str]]:
-        """The machines that have workers by now, in the order in which Slurm counts, and the addresses of those workers.
+        """The machines that have workers by now, in the order in which Slurm counts, and the
+        addresses of those workers.
 
         Raises
         ------
@@ -349,7 +376,8 @@ class Cluster:
         found = self.places()
         if not found:
             raise ConfigError(
-                f"{self.name} has no workers. Start some (`dask worker`, or scale the cluster) and run the same again."
+                f"{self.name} has no workers. Start some (`dask worker`, or scale the cluster) and "
+                "run the same again."
             )
         return {node: found[node] for node in in_order(found)}
 
@@ -361,7 +389,8 @@ class Cluster:
         return found
 
 
-# -- in a worker ------------------------------------------------------------------------------------------------------------------------
+# -- in a worker
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _carry(work: _Work) -> _Work:
@@ -378,7 +407,8 @@ def _function_of(work: _Work) -> Callable[[Any, Reserve], Any]:
     """Unpickled once in each process: it keeps connections open."""
     if work.version != __version__:
         raise ConfigError(
-            f"the Dask worker on {node_name()} has zarrcache {__version__}, and this machine {work.version}. Install the same on both."
+            f"the Dask worker on {node_name()} has zarrcache {__version__}, and this machine "
+            f"{work.version}. Install the same on both."
         )
     function: Callable[[Any, Reserve], Any] = ForkingPickler.loads(work.pickled)
     return function

@@ -1,6 +1,8 @@
-"""Work spread over processes of its own, where a killed process costs the items it worked on at the most.
+"""Work spread over processes of its own, where a killed process costs the items it worked on at the
+most.
 
-Not ``concurrent.futures.ProcessPoolExecutor``: when one of its processes is killed it gives up all items and cannot say which one was to blame.
+Not ``concurrent.futures.ProcessPoolExecutor``: when one of its processes is killed it gives up all
+items and cannot say which one was to blame.
 """
 
 from __future__ import annotations
@@ -32,20 +34,26 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: What an item calls before it takes so many bytes of memory. It waits until they are to be had; they are given back with the result.
+#: What an item calls before it takes so many bytes of memory. It waits until they are to be had;
+#: they are given back with the result.
 Reserve: TypeAlias = Callable[[int], None]
 
 
 class Engine(Protocol):
-    """What spreads work: over processes of this machine (:func:`spread`), or over a cluster (:meth:`zarrcache.parallel.dask.Cluster.spread`)."""
+    """What spreads work: over processes of this machine (:func:`spread`), or over a cluster
+    (:meth:`zarrcache.parallel.dask.Cluster.spread`).
+    """
 
     def __call__(
         self, function: Callable[[T, Reserve], R], items: Sequence[T], /
     ) -> Generator[tuple[T, R | Died]]:
-        """``(item, function(item, reserve))`` for every item, in the order in which they are ready. Function, items and results pickle."""
+        """``(item, function(item, reserve))`` for every item, in the order in which they are ready.
+        Function, items and results pickle.
+        """
 
 
-#: How long a process may go on with its items when nobody wants the rest any more. One that takes longer is killed.
+#: How long a process may go on with its items when nobody wants the rest any more. One that takes
+#: longer is killed.
 _STOP_S = 10.0
 
 
@@ -90,15 +98,17 @@ def spread(
 ) -> Generator[tuple[T, R | Died]]:
     """``(item, function(item, reserve))`` for every item, in the order in which they are ready.
 
-    The processes are interpreters of their own, not forked, so no client and no lock of the caller gets into them. The items of a process that
-    dies are tried once more, after all others and each alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the
-    processes: each finishes its items and goes, and is killed if it has not gone in time.
+    The processes are interpreters of their own, not forked, so no client and no lock of the caller
+    gets into them. The items of a process that dies are tried once more, after all others and each
+    alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes:
+    each finishes its items and goes, and is killed if it has not gone in time.
 
     Parameters
     ----------
     function : callable
-        It has to be picklable, like items and results, and to report its failures in its result. The program's main module is run again in the
-        processes only if the function refers to it; otherwise items must not be instances of classes that are defined there.
+        It has to be picklable, like items and results, and to report its failures in its result.
+        The program's main module is run again in the processes only if the function refers to it;
+        otherwise items must not be instances of classes that are defined there.
     workers : int
         Processes.
     lanes : int
@@ -124,14 +134,14 @@ def spread(
             while queue or pool:
                 while queue and len(pool) < most:
                     try:
-                        with (
-                            deferred_signals()
-                        ):  # or Ctrl-C could come when it runs, and before it is noted
+                        # or Ctrl-C could come when it runs, and before it is noted
+                        with deferred_signals():
                             pool.append(_Worker(1 if last else lanes, work))
                     except OSError as exc:
                         if not pool:
                             raise ConfigError(
-                                f"No worker process can be started ({exc}). Raise the limit (ulimit -n, ulimit -u)."
+                                f"No worker process can be started ({exc}). Raise the limit "
+                                "(ulimit -n, ulimit -u)."
                             ) from exc
                         most = len(pool)
                         logger.warning(
@@ -151,8 +161,10 @@ def spread(
                         exitcode = worker.end()
                         if not can_start:
                             raise ConfigError(
-                                f"A worker process ended before it could begin (exit code {exitcode}); its last words are above. If a script "
-                                "of yours calls this, put the call below `if __name__ == '__main__':`, or use workers=1."
+                                "A worker process ended before it could begin (exit code "
+                                f"{exitcode}); its last words are above. If a script "
+                                "of yours calls this, put the call below `if __name__ == "
+                                "'__main__':`, or use workers=1."
                             ) from None
                         for lost, item in worker.items.items():
                             budget.release(lost)
@@ -171,7 +183,8 @@ def spread(
                     done = [worker.items.pop(number)] if kind == "result" else []
                     if done:
                         budget.release(number)
-                    # The next items go out before the caller works on this result. A process for orphans gets a single one.
+                    # The next items go out before the caller works on this result. A process for
+                    # orphans gets a single one.
                     while queue and not last and len(worker.items) < lanes:
                         worker.assign(*queue.popleft())
                     if not worker.items:
@@ -200,8 +213,8 @@ class _Worker(Generic[T, R]):
             self._say(("item", number, item))
 
     def begin(self) -> None:
-        """Tell it what to do with its items. Not before it reads: a reader with the names of 200,000 stores is larger than a pipe, and others
-        start meanwhile.
+        """Tell it what to do with its items. Not before it reads: a reader with the names of
+        200,000 stores is larger than a pipe, and others start meanwhile.
         """
         self._has_begun = True
         with contextlib.suppress(OSError):
@@ -218,7 +231,9 @@ class _Worker(Generic[T, R]):
             self.connection.send(message)
 
     def receive(self) -> _Message:
-        """``start``, ``ready``, then ``reserve`` and ``result``. Raises EOFError or OSError if the process is gone."""
+        """``start``, ``ready``, then ``reserve`` and ``result``. Raises EOFError or OSError if the
+        process is gone.
+        """
         message: _Message = self.connection.recv()
         return message
 
@@ -235,7 +250,9 @@ _Message: TypeAlias = tuple[str, int, Any]
 
 
 class _Shared:
-    """The budget of all processes. It is kept here, where a dead one's part can be given back; each asks through its pipe."""
+    """The budget of all processes. It is kept here, where a dead one's part can be given back; each
+    asks through its pipe.
+    """
 
     def __init__(self, budget_bytes: int | None, pool: Sequence[_Worker[Any, Any]]) -> None:
         self._budget = None if budget_bytes is None else Budget(budget_bytes)
@@ -255,21 +272,25 @@ class _Shared:
 
 
 def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
-    # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on stderr, and half a store to take back.
+    # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on
+    # stderr, and half a store to take back.
     try:
         for worker in pool:
             worker.process.hang_up()
         deadline = time.monotonic() + stop_s
         for worker in pool:
             worker.process.has_ended(max(0.0, deadline - time.monotonic()))
-    finally:  # after a second Ctrl-C too: whoever presses it twice does not want to wait. Nor does a third leave any of them.
+    finally:
+        # after a second Ctrl-C too: whoever presses it twice does not want to wait. Nor does a
+        # third leave any of them.
         with deferred_signals():
             for worker in pool:
                 worker.process.kill()
                 worker.process.close()
 
 
-# -- in the process --------------------------------------------------------------------------------------------------------------------
+# -- in the process
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _serve(connection: Connection, lanes: int) -> None:
@@ -288,8 +309,9 @@ def _serve(connection: Connection, lanes: int) -> None:
                 desk.granted(number)
     except (EOFError, OSError):
         desk.close()
-        # Items that have begun are waited for here, before the interpreter begins to end: from then on no executor in it takes work, and zarr,
-        # whose chunks go through one, would fail in the middle of a store, with a traceback for each.
+        # Items that have begun are waited for here, before the interpreter begins to end: from then
+        # on no executor in it takes work, and zarr, whose chunks go through one, would fail in the
+        # middle of a store, with a traceback for each.
         pool.shutdown(cancel_futures=True)
 
 

@@ -1,8 +1,9 @@
 """A Python process of its own, with nothing in it that this one has opened, locked or imported.
 
-Not a process that multiprocessing spawns: that one first runs the program's main module again, with all that it imports. Work would wait for it
-(5 s if it imports Lightning), and a program without ``if __name__ == "__main__"`` would begin anew. A process of this module runs the main module
-only for work that refers to something in it.
+Not a process that multiprocessing spawns: that one first runs the program's main module again, with
+all that it imports. Work would wait for it (5 s if it imports Lightning), and a program without
+``if __name__ == "__main__"`` would begin anew. A process of this module runs the main module only
+for work that refers to something in it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from zarrcache.parallel.signals import deferred_signals
 
 __all__ = ["Interpreter"]
 
-#: What it imports of ours is found where this process finds it, so the settings come first. As in a process that multiprocessing spawns, a main
-#: module that starts processes while it is imported for one raises a RuntimeError: it would start them without end.
+#: What it imports of ours is found where this process finds it, so the settings come first. As in a
+#: process that multiprocessing spawns, a main module that starts processes while it is imported for
+#: one raises a RuntimeError: it would start them without end.
 _PROGRAM = """
 from multiprocessing.connection import Connection
 from multiprocessing.process import current_process
@@ -37,15 +39,17 @@ from {module} import {function}
 {function}(connection, {argument})
 """
 
-#: The main module in a pickle: `__main__`, or `__mp_main__` in a process that multiprocessing has spawned. With the opcodes before them: a
-#: directory may be called `domain__pbe`.
+#: The main module in a pickle: `__main__`, or `__mp_main__` in a process that multiprocessing has
+#: spawned. With the opcodes before them: a directory may be called `domain__pbe`.
 _MAIN = (b"\x8c\x08__main__", b"\x8c\x0b__mp_main__", b"c__main__\n", b"c__mp_main__\n")
 
 
 class Interpreter:
-    """``function(connection, argument)`` in a process of its own, deaf to Ctrl-C in the terminal and to a SIGTERM to all of a job.
+    """``function(connection, argument)`` in a process of its own, deaf to Ctrl-C in the terminal
+    and to a SIGTERM to all of a job.
 
-    Whoever starts it ends it, in order: it is to end when this side hangs up. When this process dies, that happens by itself.
+    Whoever starts it ends it, in order: it is to end when this side hangs up. When this process
+    dies, that happens by itself.
 
     Parameters
     ----------
@@ -73,16 +77,16 @@ class Interpreter:
         self, function: Callable[[Connection, int], None], argument: int, work: bytes
     ) -> None:
         settings = _settings(work)
-        with (
-            contextlib.ExitStack() as undo
-        ):  # also after Ctrl-C: a process that nobody knows would be nobody's to end
-            with deferred_signals():  # its mask is what makes the process deaf; whoever has to note more than this holds back for longer
+        # also after Ctrl-C: a process that nobody knows would be nobody's to end
+        with contextlib.ExitStack() as undo:
+            # its mask is what makes the process deaf; whoever has to note more than this holds back
+            # for longer
+            with deferred_signals():
                 self.connection, theirs = Pipe()
                 undo.callback(self.connection.close)
                 with theirs:
-                    self._sentinel, alive = Pipe(
-                        duplex=False
-                    )  # ends with the process, which has the other end
+                    # ends with the process, which has the other end
+                    self._sentinel, alive = Pipe(duplex=False)
                     undo.callback(self._sentinel.close)
                     with alive:
                         program = _PROGRAM.format(
@@ -100,7 +104,8 @@ class Interpreter:
 
     def has_ended(self, within_s: float = 0.0) -> bool:
         """Whether the process is gone, after so many seconds at the most."""
-        # The second, because a process that another thread has forked in that moment may have taken the sentinel's other end along.
+        # The second, because a process that another thread has forked in that moment may have taken
+        # the sentinel's other end along.
         return bool(wait([self._sentinel], within_s)) or self._process.poll() is not None
 
     @property
@@ -109,9 +114,12 @@ class Interpreter:
         return self._process.wait()
 
     def hang_up(self) -> None:
-        """Say that nothing more will come, and that nothing is read any more. Whoever is writing to the process has an OSError."""
-        # Shut down and not closed: processes that were forked meanwhile have a copy, which would keep the stream open; and a thread that is about
-        # to write must not find somebody's new file under the same number.
+        """Say that nothing more will come, and that nothing is read any more. Whoever is writing to
+        the process has an OSError.
+        """
+        # Shut down and not closed: processes that were forked meanwhile have a copy, which would
+        # keep the stream open; and a thread that is about to write must not find somebody's new
+        # file under the same number.
         with contextlib.suppress(OSError):
             ours = socket.socket(fileno=self.connection.fileno())
             try:
@@ -132,14 +140,16 @@ class Interpreter:
 
 def _started(program: str, descriptors: tuple[int, int]) -> subprocess.Popen[bytes]:
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # -W, -X, -O: multiprocessing passes them on by this too
-    # -P: until it has this process's path it imports nothing from the working directory, where a `socket.py` may lie.
+    # -P: until it has this process's path it imports nothing from the working directory, where a
+    # `socket.py` may lie.
     command = [get_executable(), *flags, "-P", "-c", program]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
 
 
 def _settings(work: bytes) -> dict[str, Any]:
-    """What multiprocessing tells a spawned process of this one, without a key that it needs not. With the start method "fork", locks that are made
-    in there (numcodecs makes one) have no name in the system, so none is left behind when it is killed.
+    """What multiprocessing tells a spawned process of this one, without a key that it needs not.
+    With the start method "fork", locks that are made in there (numcodecs makes one) have no name in
+    the system, so none is left behind when it is killed.
     """
     left_out = (
         {"authkey"}

@@ -1,9 +1,11 @@
-"""SIGTERM ends a command as Ctrl-C does: in order, within seconds, with an exit code that says which of the two it was.
+"""SIGTERM ends a command as Ctrl-C does: in order, within seconds, with an exit code that says
+which of the two it was.
 
-Batch systems send SIGTERM before they preempt a job or when its time is up, and SIGKILL some 30 s later. Python's own answer to it is to
-die at once, which would leave a half-written store and worker processes behind. Handlers are for commands only: nothing is installed by
-importing this, and a training script's signals are its own. Where one of them would lose a process that is just being started, it comes a
-little later (:func:`deferred_signals`).
+Batch systems send SIGTERM before they preempt a job or when its time is up, and SIGKILL some 30 s
+later. Python's own answer to it is to die at once, which would leave a half-written store and
+worker processes behind. Handlers are for commands only: nothing is installed by importing this, and
+a training script's signals are its own. Where one of them would lose a process that is just being
+started, it comes a little later (:func:`deferred_signals`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from types import FrameType
 
 __all__ = ["ENDING", "Terminated", "deferred_signals", "ending_in_order", "exit_code"]
 
-#: What ends a job: a terminal or a batch system may send them to one process of it, or to all at once.
+#: What ends a job: a terminal or a batch system may send them to one process of it, or to all at
+#: once.
 ENDING: frozenset[int] = frozenset({signal.SIGINT, signal.SIGTERM})
 
 #: How long a signal may be held back before a second one of its kind comes through.
@@ -36,7 +39,9 @@ def exit_code(exc: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def ending_in_order() -> Iterator[None]:
-    """In here SIGTERM raises :class:`Terminated` in the main thread. Elsewhere, and where somebody handles it already, nothing is changed."""
+    """In here SIGTERM raises :class:`Terminated` in the main thread. Elsewhere, and where somebody
+    handles it already, nothing is changed.
+    """
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -61,13 +66,15 @@ def ending_in_order() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """In here neither signal raises an exception: that comes at the end. A process that is started in here is deaf to both.
+    """In here neither signal raises an exception: that comes at the end. A process that is started
+    in here is deaf to both.
 
-    One that comes again, a second later or more, is not held back: whoever presses Ctrl-C twice does not want to wait. What ends the process
-    without a handler of Python's goes on to do so.
+    One that comes again, a second later or more, is not held back: whoever presses Ctrl-C twice
+    does not want to wait. What ends the process without a handler of Python's goes on to do so.
     """
-    # The mask is what a process inherits. It is not enough: the system gives the signal to another thread then, and Python runs the handler, which
-    # raises KeyboardInterrupt, in the main thread all the same. Only that one may change handlers.
+    # The mask is what a process inherits. It is not enough: the system gives the signal to another
+    # thread then, and Python runs the handler, which raises KeyboardInterrupt, in the main thread
+    # all the same. Only that one may change handlers.
     is_main = threading.current_thread() is threading.main_thread()
     handlers = {
         number: handler
@@ -78,9 +85,8 @@ def deferred_signals() -> Iterator[None]:
     mine, is_over = os.getpid(), False
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if (
-            not is_over and os.getpid() == mine
-        ):  # not in a child that another thread has forked meanwhile
+        # not in a child that another thread has forked meanwhile
+        if not is_over and os.getpid() == mine:
             until_s, _ = held.setdefault(number, (time.monotonic() + _PATIENCE_S, frame))
             if time.monotonic() < until_s:
                 return
@@ -93,13 +99,13 @@ def deferred_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         yield
     finally:
-        # One exception at the most, and when all is as it was: a second one would interrupt the clean-up that the first one has begun.
+        # One exception at the most, and when all is as it was: a second one would interrupt the
+        # clean-up that the first one has begun.
         exception, is_restored = None, False
         while not is_restored:
             try:
-                signal.pthread_sigmask(
-                    signal.SIG_SETMASK, before
-                )  # those that the system has kept are held by us before this returns
+                # those that the system has kept are held by us before this returns
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 is_over = True
                 for number, handler in handlers.items():
                     signal.signal(number, handler)

@@ -1,4 +1,6 @@
-"""Which process of a distributed job this is, and which processes share its node: from the variables of torchrun or Slurm."""
+"""Which process of a distributed job this is, and which processes share its node: from the
+variables of torchrun or Slurm.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,13 @@ class World:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < len(self.node_of_rank):
             raise ConfigError(
-                f"rank {self.rank} of a job of {len(self.node_of_rank)} processes: ranks count from 0."
+                f"rank {self.rank} of a job of {len(self.node_of_rank)} processes: ranks count "
+                "from 0."
             )
         if set(self.node_of_rank) != set(range(self.nodes)):
             raise ConfigError(
-                f"the nodes of the ranks are {self.node_of_rank}; they have to be numbered from 0, each with a rank."
+                f"the nodes of the ranks are {self.node_of_rank}; they have to be numbered from 0, "
+                "each with a rank."
             )
 
     @property
@@ -72,7 +76,8 @@ class World:
 
     @classmethod
     def even(cls, rank: int, ranks: int, nodes: int = 1) -> World:
-        """As many processes on each node, numbered node by node, which is how torchrun and Lightning start them.
+        """As many processes on each node, numbered node by node, which is how torchrun and
+        Lightning start them.
 
         Raises
         ------
@@ -81,13 +86,16 @@ class World:
         """
         if nodes < 1 or ranks < 1 or ranks % nodes:
             raise ConfigError(
-                f"{ranks} processes cannot be shared out evenly over {nodes} nodes. Give a World with the node of each rank."
+                f"{ranks} processes cannot be shared out evenly over {nodes} nodes. Give a World "
+                "with the node of each rank."
             )
         return cls(rank, tuple(number // (ranks // nodes) for number in range(ranks)))
 
     @classmethod
     def here(cls) -> World:
-        """Where this process is: by torch.distributed, where it is in use, and the variables of torchrun or Slurm."""
+        """Where this process is: by torch.distributed, where it is in use, and the variables of
+        torchrun or Slurm.
+        """
         torch = sys.modules.get("torch")  # whoever uses torch.distributed has imported it
         if (
             torch is not None
@@ -105,7 +113,8 @@ class World:
     def of_environment(
         cls, environ: Mapping[str, str], *, rank: int | None = None, ranks: int | None = None
     ) -> World:
-        """What torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``) or Slurm (``SLURM_PROCID``, ``SLURM_TASKS_PER_NODE``) say.
+        """What torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``) or Slurm
+        (``SLURM_PROCID``, ``SLURM_TASKS_PER_NODE``) say.
 
         Without either it is one process on one node.
 
@@ -114,8 +123,9 @@ class World:
         environ : mapping
             ``os.environ``.
         rank, ranks : int, optional
-            As torch.distributed has them; they are right where the variables are not. If the variables are of another number of processes
-            (``python train.py`` within a Slurm job), all are taken to be on this node.
+            As torch.distributed has them; they are right where the variables are not. If the
+            variables are of another number of processes (``python train.py`` within a Slurm job),
+            all are taken to be on this node.
 
         Raises
         ------
@@ -144,7 +154,8 @@ class World:
         local = _number(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else ranks
         if local < 1 or ranks % local:
             raise ConfigError(
-                f"WORLD_SIZE is {ranks} and LOCAL_WORLD_SIZE {local}: nodes of unequal size. Give NodeSampler a World."
+                f"WORLD_SIZE is {ranks} and LOCAL_WORLD_SIZE {local}: nodes of unequal size. Give "
+                "NodeSampler a World."
             )
         return cls.even(_number(environ, "RANK"), ranks, ranks // local)
 
@@ -167,16 +178,19 @@ class World:
         world = cls(rank, tuple(node for node, count in enumerate(counts) for _ in range(count)))
         node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else world.node
         if world.ranks != ranks or world.node != node:
-            # srun --distribution=cyclic deals the ranks out; nothing in one process's variables says which rank is where.
+            # srun --distribution=cyclic deals the ranks out; nothing in one process's variables
+            # says which rank is where.
             raise ConfigError(
-                f"Slurm says that process {rank} of {ranks} is on node {node}, and {text} processes a node. Start the job with "
+                f"Slurm says that process {rank} of {ranks} is on node {node}, and {text} "
+                "processes a node. Start the job with "
                 "srun --distribution=block, or give NodeSampler a World."
             )
         return world
 
 
 def _is_shell(environ: Mapping[str, str]) -> bool:
-    # `srun --pty bash` is a step of its own, in which a training is one process. A batch script outside of srun is none: no SLURM_STEP_ID.
+    # `srun --pty bash` is a step of its own, in which a training is one process. A batch script
+    # outside of srun is none: no SLURM_STEP_ID.
     return environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 

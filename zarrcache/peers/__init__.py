@@ -6,9 +6,4 @@ from zarrcache.peers._token import read_token
 from zarrcache.peers.client import Peers, Reply
 from zarrcache.peers.server import EntryServer
 
-__all__ = [
-    "EntryServer",
-    "Peers",
-    "Reply",
-    "read_token",
-]
+__all__ = ["EntryServer", "Peers", "Reply", "read_token"]

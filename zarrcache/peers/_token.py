@@ -1,4 +1,6 @@
-"""The word that nodes of one cluster show each other: read from a file that its owner alone can read, never from a config or a command line."""
+"""The word that nodes of one cluster show each other: read from a file that its owner alone can
+read, never from a config or a command line.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def read_token(path: Path) -> str:
     Raises
     ------
     ConfigError
-        The file cannot be read, may be read by others, or does not hold one word of 16 to 512 printable characters. The word is not shown.
+        The file cannot be read, may be read by others, or does not hold one word of 16 to 512
+        printable characters. The word is not shown.
     """
     try:
         with path.open("rb") as file:
@@ -33,7 +36,8 @@ def read_token(path: Path) -> str:
                 or found.st_uid not in (os.getuid(), 0)
             ):
                 raise ConfigError(
-                    f"token file {path} has to be a file of this user that nobody else may read; it belongs to user {found.st_uid} and has mode "
+                    f"token file {path} has to be a file of this user that nobody else may read; "
+                    f"it belongs to user {found.st_uid} and has mode "
                     f"{stat.S_IMODE(found.st_mode):04o}. Run: chmod 600 {path}"
                 )
             raw = file.read(1024)

@@ -1,7 +1,8 @@
-"""Asking other nodes for an entry. A node that fails is left out for a while; nothing here is tried twice, and nothing raises.
+"""Asking other nodes for an entry. A node that fails is left out for a while; nothing here is tried
+twice, and nothing raises.
 
-One connection a question. The one over which a lease was given stays open until the lease ends: if this process is killed, the kernel closes
-it, and the home sends the next node.
+One connection a question. The one over which a lease was given stays open until the lease ends: if
+this process is killed, the kernel closes it, and the home sends the next node.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _READ_S = 10.0  # for a whole answer up to its body, and for each part of a body
 WAIT_S = 5.0
 #: A node that failed is not asked again for so long.
 _SKIP_S = 60.0
-#: Asking around ends after this time, entries that are on their way not included: a cluster of dead nodes must not hold up every miss.
+#: Asking around ends after this time, entries that are on their way not included: a cluster of dead
+#: nodes must not hold up every miss.
 _LOOK_S = 5.0
 #: The slowest transfer that is worth waiting for: S3 is about as fast.
 _SLOWEST_BYTES_PER_S = 2**20
@@ -48,7 +50,9 @@ _PART_BYTES = 2**18
 
 @dataclass(slots=True)
 class Reply:
-    """An answer. ``entry``: its bytes are next, ``nbytes`` of them, by :meth:`readinto`; the other kinds are those of `leases.Word`, or ``none``."""
+    """An answer. ``entry``: its bytes are next, ``nbytes`` of them, by :meth:`readinto`; the other
+    kinds are those of `leases.Word`, or ``none``.
+    """
 
     kind: Literal["entry", "at", "lease", "busy", "alone", "none", "failed"]
     peer: str
@@ -70,7 +74,8 @@ class Reply:
         assert self.body is not None
         if time.monotonic() > self.until_s:
             raise TimeoutError(f"slower than {_SLOWEST_BYTES_PER_S // 2**20} MiB/s")
-        # Not its own readinto(): that stays inside until the buffer is full, however slowly the bytes come.
+        # Not its own readinto(): that stays inside until the buffer is full, however slowly the
+        # bytes come.
         part = self.body.read1(min(len(buffer), _PART_BYTES))
         buffer[: len(part)] = part
         return len(part)
@@ -114,10 +119,11 @@ class Peers:
             self._token = read_token(self._token_file)
 
     def replies(self, digest: str, *, source: str | None) -> Iterator[Reply]:
-        """Entries (``entry``, each to be checked, and closed) from one node after the other, and before them the ``lease``, if this node is given it.
+        """Entries (``entry``, each to be checked, and closed) from one node after the other, and
+        before them the ``lease``, if this node is given it.
 
-        The home of an entry, the first of its nodes that answers, is asked to wait for the one that is fetching it, if there is one; for at
-        most the time that the retries of a fetch may take.
+        The home of an entry, the first of its nodes that answers, is asked to wait for the one that
+        is fetching it, if there is one; for at most the time that the retries of a fetch may take.
 
         Parameters
         ----------
@@ -222,12 +228,8 @@ class Peers:
             if reply.kind in ("entry", "lease"):
                 reply.connection, keep = connection, True
             return reply
-        except (
-            OSError,
-            http.client.HTTPException,
-            ValueError,
-            RuntimeError,
-        ) as exc:  # RuntimeError: no thread for the deadline
+        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as exc:
+            # RuntimeError: no thread for the deadline
             self._skip(peer, str(exc) or type(exc).__name__)
             return Reply("failed", peer, digest)
         finally:
@@ -283,12 +285,14 @@ class Peers:
 
 @contextlib.contextmanager
 def _hung_up_after(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
-    """What is asked inside has so long for its whole answer: the timeout of a socket is for each part, and a part may be one byte.
+    """What is asked inside has so long for its whole answer: the timeout of a socket is for each
+    part, and a part may be one byte.
 
     Raises
     ------
     TimeoutError
-        It took longer. What was had inside is not to be used: http.client takes the end of a connection for the end of a header.
+        It took longer. What was had inside is not to be used: http.client takes the end of a
+        connection for the end of a header.
     """
     sock = connection.sock
     if sock is None:
@@ -317,9 +321,11 @@ def _hung_up_after(seconds: float, connection: http.client.HTTPConnection) -> It
 
 
 def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
-    """The nodes in the order in which they are in charge of an entry; the first is its home. Every node of one list finds the same order.
+    """The nodes in the order in which they are in charge of an entry; the first is its home. Every
+    node of one list finds the same order.
 
-    Rendezvous hashing: each node is home of an equal share, and one that comes or goes changes the home of its own share alone.
+    Rendezvous hashing: each node is home of an equal share, and one that comes or goes changes the
+    home of its own share alone.
     """
     return sorted(
         set(nodes),

@@ -1,7 +1,9 @@
-"""Who fetches what, and who has it: what a node remembers of the entries that it is home of. In memory only; it may forget.
+"""Who fetches what, and who has it: what a node remembers of the entries that it is home of. In
+memory only; it may forget.
 
-Of the nodes that miss an entry at one moment the first gets a *lease*: it fetches the entry from the origin, and the others wait until it
-has. A lease ends when its holder says so, when its holder dies or fails, or after :data:`LEASE_S`. What is forgotten or goes wrong costs bandwidth.
+Of the nodes that miss an entry at one moment the first gets a *lease*: it fetches the entry from
+the origin, and the others wait until it has. A lease ends when its holder says so, when its holder
+dies or fails, or after :data:`LEASE_S`. What is forgotten or goes wrong costs bandwidth.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from typing import Literal
 
 __all__ = ["LEASE_S", "Lease", "Leases", "Word"]
 
-#: Seconds that a fetch may take until somebody else is sent: twice what the retries of one fetch may take by default (``cache.retry.timeout``).
+#: Seconds that a fetch may take until somebody else is sent: twice what the retries of one fetch
+#: may take by default (``cache.retry.timeout``).
 LEASE_S = 120.0
 #: Entries whose holders are remembered: about 100 MB.
 _MOST = 500_000
 
-#: ``lease``: fetch it, and say how it ended. ``at``: that node has it. ``busy``: it is still being fetched, ask again.
-#: ``alone``: whoever fetched it could not keep it, so there is nobody to wait for.
+#: ``lease``: fetch it, and say how it ended. ``at``: that node has it. ``busy``: it is still being
+#: fetched, ask again. ``alone``: whoever fetched it could not keep it, so there is nobody to wait
+#: for.
 Kind = Literal["lease", "at", "busy", "alone"]
 
 
@@ -103,8 +107,9 @@ class Leases:
         ----------
         lease : Lease
         outcome : str
-            ``stored``: those who wait are told where. ``given up``: it was fetched and cannot be kept, so each of them fetches it alone.
-            ``lost``: the holder is gone, or its fetch failed; one of them has the next lease, and the others wait on.
+            ``stored``: those who wait are told where. ``given up``: it was fetched and cannot be
+            kept, so each of them fetches it alone. ``lost``: the holder is gone, or its fetch
+            failed; one of them has the next lease, and the others wait on.
         """
         with self._lock:
             if self._running.get(lease.digest) is lease:

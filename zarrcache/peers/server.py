@@ -1,16 +1,19 @@
-"""Entries of this node's cache for other nodes, over HTTP: what ``zarrcache serve`` does. It only reads, and finds entries by digest alone.
+"""Entries of this node's cache for other nodes, over HTTP: what ``zarrcache serve`` does. It only
+reads, and finds entries by digest alone.
 
 ::
 
-    GET  /v1/entries/DIGEST?source=…&node=…&wait=…&gone=…     200 and the entry, byte for byte as it is on disk; or no body and
+    GET  /v1/entries/DIGEST?source=…&node=…&wait=…&gone=…     200 and the entry, byte for byte as it
+    is on disk; or no body and
              Zarrcache-Answer: none     (404) it is not here
-                               at       (303) the node in Location has it
-                               lease    (404) fetch it from the origin, keep this connection, and say how it ended:
+                               at       (303) the node in Location has it lease    (404) fetch it
+                               from the origin, keep this connection, and say how it ended:
     POST /v1/leases/DIGEST?outcome=stored|given-up             204
-                               busy     (202) a node is fetching it: ask again
-                               alone    (404) it cannot be kept by whoever fetched it: fetch it for yourself
+                               busy     (202) a node is fetching it: ask again alone    (404) it
+                               cannot be kept by whoever fetched it: fetch it for yourself
 
-Only who gives its own address as ``node`` is made to wait, for ``wait`` seconds at the most, and is given leases.
+Only who gives its own address as ``node`` is made to wait, for ``wait`` seconds at the most, and is
+given leases.
 """
 
 from __future__ import annotations
@@ -41,19 +44,23 @@ __all__ = ["EntryServer"]
 
 logger = logging.getLogger(__name__)
 
-#: Connections at a time. Each has a thread; whoever comes beyond them is told so at once, and goes to the origin.
+#: Connections at a time. Each has a thread; whoever comes beyond them is told so at once, and goes
+#: to the origin.
 _MOST_CONNECTIONS = 256
-#: Seconds for each part of a request to come, and of an answer to go. A client that is slower is hung up on. One that sends a byte in that
-#: time keeps its connection: it could as well open another one, and more than :data:`_MOST_CONNECTIONS` it does not get.
+#: Seconds for each part of a request to come, and of an answer to go. A client that is slower is
+#: hung up on. One that sends a byte in that time keeps its connection: it could as well open
+#: another one, and more than :data:`_MOST_CONNECTIONS` it does not get.
 _IDLE_S = 10.0
 _NODE = re.compile(r"http://[A-Za-z0-9._:\[\]-]{1,255}")
-#: Seconds without a word, between two questions, and how many, after which the kernel takes a node for dead that holds a lease.
+#: Seconds without a word, between two questions, and how many, after which the kernel takes a node
+#: for dead that holds a lease.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _STATUS = {"none": 404, "at": 303, "lease": 404, "busy": 202, "alone": 404}
 
 
 class EntryServer:
-    """Serves the array tier of one cache directory, which need not exist yet. A context manager: it listens when it is made, answers inside.
+    """Serves the array tier of one cache directory, which need not exist yet. A context manager: it
+    listens when it is made, answers inside.
 
     Parameters
     ----------
@@ -74,7 +81,8 @@ class EntryServer:
     Raises
     ------
     ConfigError
-        The address cannot be listened on, or others than this machine could reach it and there is no token.
+        The address cannot be listened on, or others than this machine could reach it and there is
+        no token.
     """
 
     def __init__(
@@ -89,13 +97,15 @@ class EntryServer:
                 and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
             ):
                 raise ConfigError(
-                    f"{host} can be reached by other machines, and there is no token: anybody could read the cache. Give --token-file FILE, or set "
+                    f"{host} can be reached by other machines, and there is no token: anybody "
+                    "could read the cache. Give --token-file FILE, or set "
                     "cache.peer_token_file, or listen on 127.0.0.1."
                 )
             self._server = _Server(family, address, CacheDir(directory).entries, token)
         except OSError as exc:
             raise ConfigError(
-                f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Choose another --host or --port."
+                f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Choose another "
+                "--host or --port."
             ) from exc
         safe_repr = f"[{host}]" if ":" in host else host
         self.url = f"http://{safe_repr}:{self._server.server_address[1]}"
@@ -108,7 +118,9 @@ class EntryServer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Stop within a second. What is on its way is cut off; clients see that it is short, and look elsewhere."""
+        """Stop within a second. What is on its way is cut off; clients see that it is short, and
+        look elsewhere.
+        """
         self._server.shutdown()
         self._server.server_close()
         self._server.hang_up()
@@ -135,7 +147,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if not self._free.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 request.send(
-                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: "
+                    b"close\r\n\r\n"
                 )
             self.shutdown_request(request)
             return
@@ -201,15 +214,13 @@ class _Handler(BaseHTTPRequestHandler):
             holder = self.server.leases.holder(digest)
             self._answer("at" if holder else "none", holder or "")
             return
-        self._end_lease(
-            "lost"
-        )  # who asks again over the same connection has not fetched what it was given
+        # who asks again over the same connection has not fetched what it was given
+        self._end_lease("lost")
         word = self.server.leases.ask(
             digest, node, wait_s=_wait_s(words.get("wait", "")), gone=gone
         )
-        if word.kind == "at" and self._send_entry(
-            digest, words.get("source")
-        ):  # by a process of this node
+        # by a process of this node
+        if word.kind == "at" and self._send_entry(digest, words.get("source")):
             return
         if word.lease is not None:
             self.lease = word.lease
@@ -227,7 +238,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("", status=204)
 
     def _context(self, kind: str) -> tuple[str | None, dict[str, str]]:
-        """Digest and words of a request; no digest if it was refused. No other part of it becomes the name of a file."""
+        """Digest and words of a request; no digest if it was refused. No other part of it becomes
+        the name of a file.
+        """
         url = urlsplit(self.path)
         token = self.server.token
         if token is not None and not hmac.compare_digest(

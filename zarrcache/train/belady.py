@@ -1,7 +1,9 @@
-"""Belady's choice: of what is stored, drop what is needed last, and store nothing that is needed later than all of it.
+"""Belady's choice: of what is stored, drop what is needed last, and store nothing that is needed
+later than all of it.
 
-With random orders known beforehand that is the most that a cache can do: 4 nodes that each have room for a quarter of the data hit 54 to 56 %
-of a global shuffle, where admit-until-full hits 25 % and LRU 14 %.
+With random orders known beforehand that is the most that a cache can do: 4 nodes that each have
+room for a quarter of the data hit 54 to 56 % of a global shuffle, where admit-until-full hits 25 %
+and LRU 14 %.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ Indices = NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
 #: What is stored is looked at anew when there was no room for one sixty-fourth of its number.
 _SHARE = 64
-#: Samples that were read last, and stay: what the workers of a DataLoader have ahead of the training.
+#: Samples that were read last, and stay: what the workers of a DataLoader have ahead of the
+#: training.
 _GRACE = 64
 
 
@@ -68,16 +71,17 @@ class _Known:
     uses: NextUses
     order: Indices  # of the node, this epoch
     own: Indices  # samples of this rank
-    candidates: deque[tuple[int, str, int]] = field(
-        default_factory=deque
-    )  # next use, digest, bytes; last first
+    # next use, digest, bytes; last first
+    candidates: deque[tuple[int, str, int]] = field(default_factory=deque)
     until_anew: int = 0
 
 
 class BeladyPolicy:
-    """Chooses victims by what this node reads next. One for each process, for all of its threads; pickles without what it has worked out.
+    """Chooses victims by what this node reads next. One for each process, for all of its threads;
+    pickles without what it has worked out.
 
-    Without a lock, which a process forked meanwhile would wait for: two threads never get the same victim, and at worst one gets the second best.
+    Without a lock, which a process forked meanwhile would wait for: two threads never get the same
+    victim, and at worst one gets the second best.
 
     Parameters
     ----------
@@ -98,9 +102,11 @@ class BeladyPolicy:
     def victims(
         self, digest: str, needed_bytes: int, stored: Callable[[], Sequence[tuple[Any, ...]]]
     ) -> list[str]:
-        """Entries that make room for a new one; none if all of those that would have to go are needed before it.
+        """Entries that make room for a new one; none if all of those that would have to go are
+        needed before it.
 
-        Entries that are no samples of the course are no victims, and are themselves never worth one.
+        Entries that are no samples of the course are no victims, and are themselves never worth
+        one.
 
         Parameters
         ----------
@@ -112,9 +118,8 @@ class BeladyPolicy:
         """
         known = self._now()
         counts = self._progress.counts(known.epoch)
-        if counts is None or not is_digest(
-            digest
-        ):  # an epoch has ended just now; the room of a look-ahead has another name
+        # an epoch has ended just now; the room of a look-ahead has another name
+        if counts is None or not is_digest(digest):
             return []
         own = int(self._next_uses(known, counts[0], *self._found([digest]))[0])
         if own < 0:
@@ -128,11 +133,13 @@ class BeladyPolicy:
                 chosen.append(known.candidates.popleft())
             except IndexError:
                 break
-            # A use that is over meanwhile only moves the next one further away: what was needed later than `own` still is.
+            # A use that is over meanwhile only moves the next one further away: what was needed
+            # later than `own` still is.
             if chosen[-1][0] <= own:
                 break
         else:
-            # By what was needed last in the epoch that has ended meanwhile, nothing may be chosen for this one.
+            # By what was needed last in the epoch that has ended meanwhile, nothing may be chosen
+            # for this one.
             return (
                 [digest for _, digest, _ in chosen] if self._progress.epoch == known.epoch else []
             )
@@ -140,9 +147,8 @@ class BeladyPolicy:
         return []
 
     def _look(self, known: _Known, rows: Sequence[tuple[Any, ...]]) -> None:
-        stored = [
-            row for row in rows if is_digest(row[0]) and isinstance(row[1], int)
-        ]  # a damaged row must stop nobody
+        # a damaged row must stop nobody
+        stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]
         counts = self._progress.counts(known.epoch)
         if counts is None:
             return
@@ -196,7 +202,9 @@ class BeladyPolicy:
         return known
 
     def _passed(self, known: _Known, asked_for: Indices) -> Indices:
-        """Uses in this epoch that are over, shape (samples, 2): counted for this rank, and the others of the node are as far."""
+        """Uses in this epoch that are over, shape (samples, 2): counted for this rank, and the
+        others of the node are as far.
+        """
         if self._progress.orders.ranks == 1:
             return asked_for
         passed = np.bincount(known.order[: self._steps(known, asked_for)], minlength=len(asked_for))

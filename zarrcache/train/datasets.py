@@ -1,4 +1,6 @@
-"""The torch datasets: ``RhoData`` over four sequences, ``ZarrDataset`` over a reader, and the collate function for mixed grids."""
+"""The torch datasets: ``RhoData`` over four sequences, ``ZarrDataset`` over a reader, and the
+collate function for mixed grids.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Indexable(Protocol[_T_co]):
-    """What ``RhoData`` needs of a sequence: a length and access by position. A list has it, and so have the lazy ones of ``data_split()``."""
+    """What ``RhoData`` needs of a sequence: a length and access by position. A list has it, and so
+    have the lazy ones of ``data_split()``.
+    """
 
     def __len__(self) -> int: ...
 
@@ -82,13 +86,14 @@ class _Pairs(Sender):
 
 
 class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pairs of densities for training: ``(data, label)``, each float32 of shape ``(1, nx, ny, nz)``.
+    """Pairs of densities for training: ``(data, label)``, each float32 of shape ``(1, nx, ny,
+    nz)``.
 
     >>> train_sets, test_sets = get_dataset(cfg)
     >>> train_data = RhoData(*train_sets, downsample_data=2, downsample_label=1, data_augmentation=True)
 
-    An item is read when it is indexed, by one access to each of the four sequences; the lazy sequences of ``data_split()`` therefore
-    keep no density in memory.
+    An item is read when it is indexed, by one access to each of the four sequences; the lazy
+    sequences of ``data_split()`` therefore keep no density in memory.
 
     Parameters
     ----------
@@ -97,13 +102,14 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     gs_data, gs_label : sequence of (nx, ny, nz)
         Their grid sizes.
     downsample_data, downsample_label : int
-        Every how many points along each axis to take of the data and of the label, after **both** were cropped to a multiple of
-        ``downsample_data``.
+        Every how many points along each axis to take of the data and of the label, after **both**
+        were cropped to a multiple of ``downsample_data``.
     data_augmentation : bool
-        Turn each pair, before downsampling, by a random number of quarter turns about a random axis: none with 10 %, one, two and three
-        with 30 % each. Data and label turn alike.
+        Turn each pair, before downsampling, by a random number of quarter turns about a random
+        axis: none with 10 %, one, two and three with 30 % each. Data and label turn alike.
     seed : int, optional
-        See Notes. The default follows torch: ``torch.manual_seed`` makes it reproducible, without it every run is different.
+        See Notes. The default follows torch: ``torch.manual_seed`` makes it reproducible, without
+        it every run is different.
 
     Raises
     ------
@@ -112,17 +118,22 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Notes
     -----
-    *Memory.* A density that a lazy sequence hands out is used where it is: a tensor of an undivided, unturned grid is the memory-mapped
-    file itself, copy-on-write. One copy is made of what is turned or downsampled, and of arrays that a list, a tuple or a numpy array
-    holds, so that work on a tensor in place never changes your list.
+    *Memory.* A density that a lazy sequence hands out is used where it is: a tensor of an
+    undivided, unturned grid is the memory-mapped file itself, copy-on-write. One copy is made of
+    what is turned or downsampled, and of arrays that a list, a tuple or a numpy array holds, so
+    that work on a tensor in place never changes your list.
 
-    *Randomness.* The rotation is a function of the seed, the position of the sample, the number of samples that this process has drawn, and,
-    in a DataLoader worker, the seed that torch gave to the worker. So
+    *Randomness.* The rotation is a function of the seed, the position of the sample, the number of
+    samples that this process has drawn, and, in a DataLoader worker, the seed that torch gave to
+    the worker. So
 
-    * in the main process (``num_workers=0``) the same ``seed`` gives the same rotations in the same order, and every epoch goes on to new ones;
-    * workers differ from each other, and every epoch is new, under fork and spawn, with persistent workers or without;
-    * with workers a run repeats if torch repeats: give the DataLoader ``generator=torch.Generator().manual_seed(...)`` or call
-      ``torch.manual_seed``, and keep ``num_workers``; ``shuffle=True`` asks for the same;
+    * in the main process (``num_workers=0``) the same ``seed`` gives the same rotations in the same
+      order, and every epoch goes on to new ones;
+    * workers differ from each other, and every epoch is new, under fork and spawn, with persistent
+      workers or without;
+    * with workers a run repeats if torch repeats: give the DataLoader
+      ``generator=torch.Generator().manual_seed(...)`` or call ``torch.manual_seed``, and keep
+      ``num_workers``; ``shuffle=True`` asks for the same;
     * ranks of a distributed run that share a seed read different samples and turn them differently.
     """
 
@@ -141,7 +152,8 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         lengths = len(data), len(label), len(gs_data), len(gs_label)
         if len(set(lengths)) != 1:
             raise ConfigError(
-                f"data, label, gs_data and gs_label have {lengths} elements. They have to be of one length, one element a sample."
+                f"data, label, gs_data and gs_label have {lengths} elements. They have to be of "
+                "one length, one element a sample."
             )
         self.data = data
         self.label = label
@@ -155,7 +167,9 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     @property
     def task_ids(self) -> tuple[str, ...]:
-        """Names of the samples: task ids, where the sequences are those of ``data_split()``; else their positions."""
+        """Names of the samples: task ids, where the sequences are those of ``data_split()``; else
+        their positions.
+        """
         names: Sequence[str] = getattr(self.data, "task_ids", None) or [
             str(i) for i in range(len(self))
         ]
@@ -184,22 +198,26 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class ZarrDataset(_Pairs, Dataset[Sample]):
-    """A split of a reader, read in ``__getitem__`` through the cache: ``{"data", "label", "index"}``.
+    """A split of a reader, read in ``__getitem__`` through the cache: ``{"data", "label",
+    "index"}``.
 
     >>> train = ZarrDataset(ZarrS3Reader(...), "train", augmentation=True)
     >>> loader = DataLoader(train, batch_size=4, shuffle=True, num_workers=8, collate_fn=collate_fn)
 
-    ``data`` and ``label`` are tensors of shape ``(1, nx, ny, nz)``, ``index`` is the task id. Downsampling, augmentation and ``seed`` are those
-    of `RhoData`.
+    ``data`` and ``label`` are tensors of shape ``(1, nx, ny, nz)``, ``index`` is the task id.
+    Downsampling, augmentation and ``seed`` are those of `RhoData`.
 
     Parameters
     ----------
     reader : ZarrS3Reader
-        Or anything with its ``split_task_ids()`` and ``load()``. It has to be picklable for DataLoader workers that are spawned.
+        Or anything with its ``split_task_ids()`` and ``load()``. It has to be picklable for
+        DataLoader workers that are spawned.
     split : {"train", "test", "all"} or sequence of str
-        ``all`` is the training ids followed by the test ids. Or the task ids themselves, for a split of your own.
+        ``all`` is the training ids followed by the test ids. Or the task ids themselves, for a
+        split of your own.
     precision : {"f32", "f16", "bf16"}
-        float32, float16 or bfloat16. float16 holds numbers up to 65504, which a density that is not normalized can exceed.
+        float32, float16 or bfloat16. float16 holds numbers up to 65504, which a density that is not
+        normalized can exceed.
     augmentation : bool
     downsample_data, downsample_label : int
     seed : int, optional
@@ -207,8 +225,8 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
     Raises
     ------
     ConfigError
-        Unknown split or precision; and whatever ``split_task_ids()`` raises, which is called here, once, and not in every worker. With ids
-        it is not called.
+        Unknown split or precision; and whatever ``split_task_ids()`` raises, which is called here,
+        once, and not in every worker. With ids it is not called.
     """
 
     def __init__(
@@ -269,9 +287,11 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
 def collate_fn(batch: Sequence[Any]) -> Any:
     """Collate samples; where grids differ in shape, give lists.
 
-    Samples of one shape become what ``default_collate`` makes of them. Otherwise every field of the batch is the list of the samples'
-    values: ``{"data": [...], "label": [...], "index": [...]}`` for dictionaries, ``[[...], [...]]`` for tuples. Always all of them: a model
-    that finds a list in ``data`` finds one in ``label``. The shapes decide; an error of ``default_collate`` is an error.
+    Samples of one shape become what ``default_collate`` makes of them. Otherwise every field of the
+    batch is the list of the samples' values: ``{"data": [...], "label": [...], "index": [...]}``
+    for dictionaries, ``[[...], [...]]`` for tuples. Always all of them: a model that finds a list
+    in ``data`` finds one in ``label``. The shapes decide; an error of ``default_collate`` is an
+    error.
     """
     first = batch[0]
     shapes = _shapes(first)
@@ -332,20 +352,25 @@ class _PairToTensors:
         """The numbers that set this process's draws apart from those of other processes and epochs."""
         worker = get_worker_info()
         if worker is not None:
-            # torch draws it anew for every worker and, unless the workers are persistent, every epoch.
+            # torch draws it anew for every worker and, unless the workers are persistent, every
+            # epoch.
             return (self.seed or 0, worker.seed)
-        # The initial seed is that of torch.manual_seed, or random. Asking for it uses up no random state.
+        # The initial seed is that of torch.manual_seed, or random. Asking for it uses up no random
+        # state.
         return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
 
     def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
         grid = downsample(whole, self._step(field), multiple=self.downsample_data)
         if grid.size == 0:
             raise SchemaError(
-                f"{name}: a grid of {_times(whole.shape[-3:])} points has none left when it is cropped to a multiple of "
-                f"downsample_data={self.downsample_data}. Use a smaller factor, or leave the sample out of the map."
+                f"{name}: a grid of {_times(whole.shape[-3:])} points has none left when it is "
+                "cropped to a multiple of "
+                f"downsample_data={self.downsample_data}. Use a smaller factor, or leave the "
+                "sample out of the map."
             )
-        # torch knows no negative strides, a worker that sends a strided tensor sends all the memory beneath it, and a network would gather
-        # such a view anyway, in the training process: gather it here.
+        # torch knows no negative strides, a worker that sends a strided tensor sends all the memory
+        # beneath it, and a network would gather such a view anyway, in the training process: gather
+        # it here.
         if not (grid.flags.c_contiguous and grid.flags.writeable):
             grid = np.array(grid, order="C")
         tensor = torch.from_numpy(grid)
@@ -355,7 +380,8 @@ class _PairToTensors:
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
-    """``values`` as a float32 grid ``(1, nx, ny, nz)``: a view, read-only if somebody else holds the array.
+    """``values`` as a float32 grid ``(1, nx, ny, nz)``: a view, read-only if somebody else holds
+    the array.
 
     Raises
     ------
@@ -366,7 +392,8 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     shape = tuple(int(n) for n in gridsize)
     if len(shape) != 3 or flat.size != math.prod(shape):
         raise SchemaError(
-            f"{name} has {flat.size} values and grid size {_times(shape)}. The product of three sizes has to be the number of values."
+            f"{name} has {flat.size} values and grid size {_times(shape)}. The product of three "
+            "sizes has to be the number of values."
         )
     grid = flat.reshape(1, *shape)
     if held:
@@ -375,7 +402,9 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
 
 
 def _holds_arrays(sequence: object) -> bool:
-    """Whether ``sequence`` gives the same array at every access, so that a tensor over it would share memory with it."""
+    """Whether ``sequence`` gives the same array at every access, so that a tensor over it would
+    share memory with it.
+    """
     return isinstance(sequence, (list, tuple, np.ndarray))
 
 

@@ -1,4 +1,5 @@
-"""Look-ahead: the order of the samples is known, so the next ones can be there before they are asked for.
+"""Look-ahead: the order of the samples is known, so the next ones can be there before they are
+asked for.
 
 >>> sampler = NodeSampler(dataset, seed=42)  # doctest: +SKIP
 >>> with Lookahead(dataset, sampler) as ahead:  # doctest: +SKIP
@@ -50,30 +51,36 @@ Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[in
 
 
 class Lookahead:
-    """Follow the training of this rank: fetch ahead of it, and let ``eviction: belady`` know what it reads next.
+    """Follow the training of this rank: fetch ahead of it, and let ``eviction: belady`` know what
+    it reads next.
 
-    A process of its own fetches what the sampler will ask for, in its order, and stays ``cache.lookahead`` bytes ahead at the most (of decoded
-    densities, shared out among the ranks of a node; a quarter of ``cache.limit`` at the most). It takes the reader's own path, so an object is
-    fetched once, by whoever comes first. What it fetches is kept like anything that was read. Where there is no room to keep more, it takes the
-    room of its look-ahead from what was stored first, and what it puts there is dropped when it was read.
+    A process of its own fetches what the sampler will ask for, in its order, and stays
+    ``cache.lookahead`` bytes ahead at the most (of decoded densities, shared out among the ranks of
+    a node; a quarter of ``cache.limit`` at the most). It takes the reader's own path, so an object
+    is fetched once, by whoever comes first. What it fetches is kept like anything that was read.
+    Where there is no room to keep more, it takes the room of its look-ahead from what was stored
+    first, and what it puts there is dropped when it was read.
 
-    Make it on every rank, before the DataLoader's workers start, and after ``sampler.load_state_dict()``. Without a cache, or with
-    ``lookahead: 0`` and no ``eviction: belady``, it does nothing.
+    Make it on every rank, before the DataLoader's workers start, and after
+    ``sampler.load_state_dict()``. Without a cache, or with ``lookahead: 0`` and no ``eviction:
+    belady``, it does nothing.
 
     Parameters
     ----------
     source : ZarrDataset, RhoData or ZarrS3Reader
         What is read. Of a reader, the samples are ``split_task_ids()``'s training ids.
     order : NodeSampler, or sequence of sequences
-        The sampler whose indices the DataLoader gets; or task ids, or positions, a list an epoch from epoch 0 on, as any other sampler has
-        drawn them: with replacement too. Under ``eviction: belady`` such lists are for one rank a node.
+        The sampler whose indices the DataLoader gets; or task ids, or positions, a list an epoch
+        from epoch 0 on, as any other sampler has drawn them: with replacement too. Under
+        ``eviction: belady`` such lists are for one rank a node.
     epoch : int, optional
         The epoch that comes first. Default: the sampler's, or 0.
 
     Raises
     ------
     ConfigError
-        A reader that is none of ours, an order that names other samples, or lists under ``eviction: belady`` with several ranks on the node.
+        A reader that is none of ours, an order that names other samples, or lists under ``eviction:
+        belady`` with several ranks on the node.
     """
 
     def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:
@@ -95,7 +102,8 @@ class Lookahead:
         self._reader.observe(self._progress)
         if config.eviction == "belady" and isinstance(orders, Listed) and orders.ranks > 1:
             raise ConfigError(
-                f"cache.eviction is belady, and this node has {orders.ranks} ranks: from its own list none of them knows what the others read. "
+                f"cache.eviction is belady, and this node has {orders.ranks} ranks: from its own "
+                "list none of them knows what the others read. "
                 "Give a NodeSampler, or set cache.eviction to none."
             )
         if config.eviction == "belady":
@@ -105,19 +113,18 @@ class Lookahead:
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
         if budget:
             try:
-                with (
-                    deferred_signals()
-                ):  # or Ctrl-C could come when it runs, and before anybody knows it
+                # or Ctrl-C could come when it runs, and before anybody knows it
+                with deferred_signals():
                     self._prefetcher = _Prefetcher(self._reader, self._progress, budget)
             except OSError as exc:
                 self._is_missing = True
                 logger.warning(
-                    "no look-ahead, its process cannot be started (%s): the training goes on without it, and waits for what it reads.",
+                    "no look-ahead, its process cannot be started (%s): the training goes on "
+                    "without it, and waits for what it reads.",
                     exc,
                 )
-            except (
-                BaseException
-            ):  # an exception that somebody keeps, as a notebook does, would keep the process
+            except BaseException:
+                # an exception that somebody keeps, as a notebook does, would keep the process
                 self.close()
                 raise
 
@@ -155,7 +162,9 @@ class Lookahead:
 
 
 class _Prefetcher:
-    """The process, as its parent sees it. An interpreter of its own: obstore, in there, must not have been used before a fork."""
+    """The process, as its parent sees it. An interpreter of its own: obstore, in there, must not
+    have been used before a fork.
+    """
 
     def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
         self._is_reported = False
@@ -170,7 +179,8 @@ class _Prefetcher:
             daemon=True,
             name="zarrcache watch",
         )
-        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no atexit, and would wait for this one for ever.
+        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no
+        # atexit, and would wait for this one for ever.
         self._end = Finalize(self, _end, (self._process, watch), exitpriority=10)
         try:
             watch.start()
@@ -186,7 +196,8 @@ class _Prefetcher:
             if not self._is_reported:
                 self._is_reported = True
                 logger.warning(
-                    "the look-ahead process %s has ended (%s): the training goes on without it, and waits for what it reads. If it was killed for "
+                    "the look-ahead process %s has ended (%s): the training goes on without it, "
+                    "and waits for what it reads. If it was killed for "
                     "lack of memory, lower cache.lookahead; a new Lookahead() starts another.",
                     self.pid,
                     Died(self._process.exitcode),
@@ -198,8 +209,8 @@ class _Prefetcher:
 
 
 def _attend(prefetcher: weakref.ref[_Prefetcher], process: Interpreter, work: bytes) -> None:
-    """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the names of 200,000 stores is larger than a
-    pipe, and the process first imports.
+    """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the
+    names of 200,000 stores is larger than a pipe, and the process first imports.
     """
     with contextlib.suppress(OSError):  # it has died, or we have hung up
         process.connection.send_bytes(work)
@@ -226,7 +237,8 @@ def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
                    if hasattr(found, "cache")), None)  # fmt: skip
     if reader is None:
         raise ConfigError(
-            f"{type(source).__name__} has no reader of zarrcache. Give a ZarrDataset, a RhoData of get_dataset(), or a ZarrS3Reader."
+            f"{type(source).__name__} has no reader of zarrcache. Give a ZarrDataset, a RhoData of "
+            "get_dataset(), or a ZarrS3Reader."
         )
     return reader, tuple(reader.split_task_ids()[0] if reader is source else source.task_ids)
 
@@ -236,7 +248,8 @@ def _orders(order: Any, names: tuple[str, ...]) -> Orders:
         return Listed.of(order, names, ranks=World.here().local_ranks)
     if order.schedule.names != names:
         raise ConfigError(
-            "the sampler is of other samples than the dataset. Make it of the same: NodeSampler(dataset)."
+            "the sampler is of other samples than the dataset. Make it of the same: "
+            "NodeSampler(dataset)."
         )
     return Scheduled(order.schedule, order.world.rank, order.epoch, order.history)
 

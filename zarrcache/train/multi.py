@@ -1,4 +1,6 @@
-"""Several training configs side by side: their readers, their splits, and one dataset over all of them."""
+"""Several training configs side by side: their readers, their splits, and one dataset over all of
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Sources:
     Parameters
     ----------
     config : path, mapping, list or mapping of these
-        A training config as a YAML file or its keys. In a list their names are ``"0"``, ``"1"``, ...; in a mapping its keys.
+        A training config as a YAML file or its keys. In a list their names are ``"0"``, ``"1"``,
+        ...; in a mapping its keys.
     split_file : path or mapping, optional
         See :func:`zarrcache.data.splits.read_split`. Of several configs a file for each name.
     val_frac : float
@@ -54,9 +57,8 @@ class Sources:
         configs = _configs(config)
         self._split_files = _split_files(split_file, tuple(configs))
         self._val_frac = val_frac
-        self._random_seed = whole_number(
-            "random_seed", random_seed, most=2**32 - 1
-        )  # of numpy's legacy generator, as scikit-learn's
+        # of numpy's legacy generator, as scikit-learn's
+        self._random_seed = whole_number("random_seed", random_seed, most=2**32 - 1)
         self._cached = [name for name, one in configs.items() if one.cache is not None]
         self.readers: dict[str, ZarrS3Reader] = {
             name: open_reader(one) for name, one in configs.items()
@@ -68,7 +70,9 @@ class Sources:
         return tuple(self.readers)
 
     def list_into_cache(self) -> None:
-        """List the origins whose listing a cache keeps, so that other processes of the node find it there."""
+        """List the origins whose listing a cache keeps, so that other processes of the node find it
+        there.
+        """
         for name in self._cached:
             _ = self.readers[name].task_ids
 
@@ -127,7 +131,8 @@ def _configs(config: Any) -> dict[str, DataConfig]:
         named = {"0": config}
     if not named or config is None:
         raise ConfigError(
-            "config is empty. Give the path of a training config, for example configs/s3_cached.yaml, or several."
+            "config is empty. Give the path of a training config, for example "
+            "configs/s3_cached.yaml, or several."
         )
     return {name: _config(one) for name, one in named.items()}
 
@@ -140,7 +145,8 @@ def _config(one: Any) -> DataConfig:
     )
     if found.dataset_name == "chgcar_data":
         raise ConfigError(
-            "dataset_name is 'chgcar_data': convert the files first (zarrcache convert), ZarrDataModule reads Zarr stores."
+            "dataset_name is 'chgcar_data': convert the files first (zarrcache convert), "
+            "ZarrDataModule reads Zarr stores."
         )
     return found
 
@@ -163,11 +169,13 @@ def _split_files(
         files = {str(name): path for name, path in split_file.items()}
         if files.keys() != set(names):
             raise ConfigError(
-                f"split_file is for the datasets {sorted(files)}, and config has {sorted(names)}. Give a file for each, by its name."
+                f"split_file is for the datasets {sorted(files)}, and config has {sorted(names)}. "
+                "Give a file for each, by its name."
             )
         return files
     if len(names) > 1:
         raise ConfigError(
-            f"split_file is {str(split_file)!r}, and there are {len(names)} datasets: give a file for each, {{{names[0]!r}: ..., ...}}."
+            f"split_file is {str(split_file)!r}, and there are {len(names)} datasets: give a file "
+            f"for each, {{{names[0]!r}: ..., ...}}."
         )
     return {names[0]: split_file}

@@ -1,4 +1,6 @@
-"""The process of a ``Lookahead``: it walks the order ahead of the training, and sees to it that the next densities are there."""
+"""The process of a ``Lookahead``: it walks the order ahead of the training, and sees to it that the
+next densities are there.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ __all__ = ["Prefetch", "prefetch"]
 
 logger = logging.getLogger(__name__)
 
-#: Densities at a time, by all ranks of a node: while one waits for its listing, others are fetched and decoded. `tools/bench lookahead` waits
-#: twice as long with 4 and half as long again with 12, on two cores.
+#: Densities at a time, by all ranks of a node: while one waits for its listing, others are fetched
+#: and decoded. `tools/bench lookahead` waits twice as long with 4 and half as long again with 12,
+#: on two cores.
 LANES = 8
 #: Of one rank at the least.
 _LEAST_LANES = 2
@@ -39,9 +42,11 @@ _LOOK_S = 0.02
 _MOST = 4096
 #: A loan that was not taken this long after the training asked for it will not be.
 _STALE_S = 10.0
-#: After a density that could not be read (seconds). The training will meet the error itself, and tell it.
+#: After a density that could not be read (seconds). The training will meet the error itself, and
+#: tell it.
 _PAUSE_S = 1.0
-#: What fetches in progress may take when the training has ended (seconds). What they leave behind is swept like that of a killed process.
+#: What fetches in progress may take when the training has ended (seconds). What they leave behind
+#: is swept like that of a killed process.
 _END_S = 2.0
 
 
@@ -50,7 +55,8 @@ def prefetch(connection: Connection, parent: int) -> None:
     try:
         reader, progress, budget_bytes = connection.recv()
         ahead = Prefetch(reader, progress, budget_bytes)
-        # A DataLoader's workers are forked with the other end of the pipe, and may outlive the training; the parent's pid tells at once.
+        # A DataLoader's workers are forked with the other end of the pipe, and may outlive the
+        # training; the parent's pid tells at once.
         while not connection.poll(_LOOK_S) and os.getppid() == parent:
             ahead.step()
         ahead.close()
@@ -121,7 +127,8 @@ class Prefetch:
         if not self._progress.is_shared:
             self._is_over = True
             logger.warning(
-                "no look-ahead: this system has no /proc, through which processes find the memory that they share"
+                "no look-ahead: this system has no /proc, through which processes find the memory "
+                "that they share"
             )
 
     def step(self) -> None:
@@ -145,7 +152,8 @@ class Prefetch:
         with contextlib.suppress(*CACHE_FAULTS):
             self._loans.close()
 
-    # -- the order -----------------------------------------------------------------------------------------------------------------
+    # -- the order
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -178,7 +186,8 @@ class Prefetch:
             item.epoch, item.sample, item.role, item.nth
         )
 
-    # -- moving on -----------------------------------------------------------------------------------------------------------------
+    # -- moving on
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
         """Take note of what the lanes have done."""
@@ -192,13 +201,11 @@ class Prefetch:
                 self._again.append(item)
             elif outcome == "failed":
                 self._pause_until_s = time.monotonic() + _PAUSE_S
-            elif (
-                outcome == "bypass" and self._loans.is_refused
-            ):  # the disk is full, and to fetch twice is worse than to wait
+            elif outcome == "bypass" and self._loans.is_refused:
+                # the disk is full, and to fetch twice is worse than to wait
                 self._is_over = True
-            elif (
-                outcome == "bypass" and not self._loans.is_open
-            ):  # the cache is in trouble, which may pass
+            elif outcome == "bypass" and not self._loans.is_open:
+                # the cache is in trouble, which may pass
                 self._pause_until_s = time.monotonic() + _PAUSE_S
             if outcome not in ("hit", "miss") and item.digest not in self._loans:
                 self._hold(item, 0)
@@ -247,7 +254,9 @@ class Prefetch:
         return digest in self._loans or self._index.lookup(LENT + digest) is not None
 
     def _hold(self, item: _Item, nbytes: int) -> bool:
-        """Change what an item holds of the budget. False, and nothing is changed, if there is not so much."""
+        """Change what an item holds of the budget. False, and nothing is changed, if there is not
+        so much.
+        """
         with self._lock:
             more = nbytes - item.held
             if more > 0 and self._held + more > self._budget:
@@ -259,7 +268,9 @@ class Prefetch:
     def _fill(self) -> None:
         while len(self._view) < _MOST and len(self._coming) < len(self._lanes):
             if self._coming and not self._typical:
-                return  # before one size is known, later densities could take the budget that the next one needs
+                # before one size is known, later densities could take the budget that the next one
+                # needs
+                return
             if (item := self._next()) is None:
                 return
             if not self._is_wanted(item):
@@ -279,9 +290,8 @@ class Prefetch:
             if size > self._budget:
                 continue  # it never fits: the training fetches it
             if not is_there and not item.size and not self._coming:
-                size = min(
-                    size, max(0, self._budget - self._held)
-                )  # it may fit though its estimate does not; one LIST tells
+                # it may fit though its estimate does not; one LIST tells
+                size = min(size, max(0, self._budget - self._held))
             lent = self._loans.held_bytes if self._loans.is_open and not is_there else 0
             if lent + sum(
                 other.held for other in self._view if other.is_coming
@@ -295,12 +305,14 @@ class Prefetch:
                 self._work.put(item)
 
     def _estimate(self) -> int:
-        # Twice the mean: where that is not enough, a LIST is for nothing, and after that the size is known.
+        # Twice the mean: where that is not enough, a LIST is for nothing, and after that the size
+        # is known.
         return (
             min(self._budget, 2 * sum(self._typical) // len(self._typical)) if self._typical else 0
         )
 
-    # -- in the lanes --------------------------------------------------------------------------------------------------------------
+    # -- in the lanes
+    # --------------------------------------------------------------------------------------------------------------
 
     def _lane(self) -> None:
         while (item := self._work.get()) is not None:
@@ -332,9 +344,8 @@ class Prefetch:
         except ZarrCacheError as exc:
             logger.debug("%s (%s) is not fetched ahead: %s", name, role, exc)
             return "failed"
-        except (
-            Exception
-        ):  # one strange store must not end the look-ahead; the training meets it too
+        except Exception:
+            # one strange store must not end the look-ahead; the training meets it too
             logger.warning("%s (%s) could not be fetched ahead", name, role, exc_info=True)
             return "failed"
         return outcome

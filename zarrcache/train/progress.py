@@ -1,7 +1,9 @@
-"""What a rank reads next, and how far it is: known to every process of the rank, so that the cache need not guess.
+"""What a rank reads next, and how far it is: known to every process of the rank, so that the cache
+need not guess.
 
-The orders come from a sampler's seeds, or from lists. How far the training is, is counted where densities are read, in memory that the
-rank's processes share: DataLoader workers count, a prefetcher looks.
+The orders come from a sampler's seeds, or from lists. How far the training is, is counted where
+densities are read, in memory that the rank's processes share: DataLoader workers count, a
+prefetcher looks.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _ROLE = {role: number for number, role in enumerate(ROLES)}
 
 
 class Orders(Protocol):
-    """What is read in each epoch, as positions in ``names``; empty after the last epoch that is known.
+    """What is read in each epoch, as positions in ``names``; empty after the last epoch that is
+    known.
 
     Attributes
     ----------
@@ -39,7 +42,8 @@ class Orders(Protocol):
     ranks : int
         Ranks of this node, which keep step.
     epochs_ahead : int
-        How many epochs are worth looking at, the present one included, to tell which samples are needed last.
+        How many epochs are worth looking at, the present one included, to tell which samples are
+        needed last.
     """
 
     @property
@@ -88,8 +92,9 @@ class Scheduled:
 
     @property
     def epochs_ahead(self) -> int:
-        # A node of four comes back to a sample after four epochs, on average. Of what offline Belady hits, two epochs ahead reach 75 %,
-        # three 92 %, four 99.5 % and five all (4 nodes, room for a quarter; tests/unit/test_clairvoyant.py).
+        # A node of four comes back to a sample after four epochs, on average. Of what offline
+        # Belady hits, two epochs ahead reach 75 %, three 92 %, four 99.5 % and five all (4 nodes,
+        # room for a quarter; tests/unit/test_clairvoyant.py).
         return 1 + max(self.schedule.node_of_rank) + 1
 
     def of_rank(self, epoch: int) -> Indices:
@@ -145,7 +150,8 @@ class Listed:
         lists = None if epochs is None else [_listed(epoch) for epoch in epochs]
         if lists is None or None in lists:
             raise ConfigError(
-                f"order is {reprlib.repr(order)}; give a NodeSampler, or a list of task ids or positions for each epoch (of one epoch: [positions])."
+                f"order is {reprlib.repr(order)}; give a NodeSampler, or a list of task ids or "
+                "positions for each epoch (of one epoch: [positions])."
             )
         return cls(
             names,
@@ -172,7 +178,9 @@ class Listed:
 
 
 def _listed(values: Any) -> list[Any] | None:
-    """None of what is no sequence: a sampler of torch would draw anew, and a batch sampler's batches are no epochs."""
+    """None of what is no sequence: a sampler of torch would draw anew, and a batch sampler's
+    batches are no epochs.
+    """
     if isinstance(values, (str, bytes, Mapping)) or not (
         hasattr(values, "__len__") and hasattr(values, "__getitem__")
     ):
@@ -192,17 +200,19 @@ def _named(one: Any, names: tuple[str, ...], epoch: int) -> str:
         position = -1
     if not 0 <= position < len(names):
         raise ConfigError(
-            f"the order has {reprlib.repr(one)} in epoch {epoch}, and there are {len(names)} samples: give names of dataset.task_ids, or positions "
+            f"the order has {reprlib.repr(one)} in epoch {epoch}, and there are {len(names)} "
+            "samples: give names of dataset.task_ids, or positions "
             f"from 0 to {len(names) - 1}."
         )
     return names[position]
 
 
 class ReadProgress:
-    """Orders, and how often each density was asked for in the present epoch. Shared by the processes of one rank, forked or spawned.
+    """Orders, and how often each density was asked for in the present epoch. Shared by the
+    processes of one rank, forked or spawned.
 
-    A count is wrong by one if two processes ask for one density in the same microsecond. That costs a fetch too many or an eviction too early,
-    never data.
+    A count is wrong by one if two processes ask for one density in the same microsecond. That costs
+    a fetch too many or an eviction too early, never data.
 
     Parameters
     ----------
@@ -227,7 +237,9 @@ class ReadProgress:
 
     @property
     def is_shared(self) -> bool:
-        """Whether this process sees what the others count. Not if it was spawned where there is no ``/proc``."""
+        """Whether this process sees what the others count. Not if it was spawned where there is no
+        ``/proc``.
+        """
         return int(self._words[1]) == self._token
 
     def set_epoch(self, epoch: int) -> None:
@@ -251,7 +263,9 @@ class ReadProgress:
             self._counts[1, sample, _ROLE[read.role]] += 1
 
     def has_begun(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
-        """Whether the ``nth`` reading (from 0) of a sample in an epoch was asked for, or will not be any more."""
+        """Whether the ``nth`` reading (from 0) of a sample in an epoch was asked for, or will not
+        be any more.
+        """
         return self._is_counted(0, epoch, sample, role, nth)
 
     def has_ended(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
@@ -265,7 +279,9 @@ class ReadProgress:
         )
 
     def counts(self, epoch: int) -> Indices | None:
-        """How often each sample was asked for and had in an epoch, shape (2, samples, 2): data, label. None if another one is being read."""
+        """How often each sample was asked for and had in an epoch, shape (2, samples, 2): data,
+        label. None if another one is being read.
+        """
         if self._words[2] != epoch:
             return None
         counts: Indices = self._counts.astype(np.int64)

@@ -19,7 +19,8 @@ __all__ = ["NodeSampler"]
 
 
 class NodeSampler(Sampler[int]):
-    """Indices of this rank. Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``; Lightning does it by itself.
+    """Indices of this rank. Call ``set_epoch`` before each epoch, as with torch's
+    ``DistributedSampler``; Lightning does it by itself.
 
     >>> sampler = NodeSampler(dataset, assignment="node", seed=42)
     >>> loader = DataLoader(dataset, batch_size=1, sampler=sampler, num_workers=8)
@@ -27,16 +28,19 @@ class NodeSampler(Sampler[int]):
     Parameters
     ----------
     source : Dataset or sequence of str
-        With ``task_ids`` (``ZarrDataset``, ``RhoData``), or a list of names; of anything else with a length the positions are the names.
+        With ``task_ids`` (``ZarrDataset``, ``RhoData``), or a list of names; of anything else with
+        a length the positions are the names.
     assignment : {"global", "node"}
-        ``global``: a fresh shuffle over all samples in each epoch. ``node``: a sample belongs to one node and is shuffled within it, so each
-        node's cache needs room for its share only; :mod:`zarrcache.train.schedule` tells what that does to the shuffling. With one node both
+        ``global``: a fresh shuffle over all samples in each epoch. ``node``: a sample belongs to
+        one node and is shuffled within it, so each node's cache needs room for its share only;
+        :mod:`zarrcache.train.schedule` tells what that does to the shuffling. With one node both
         are the same.
     seed : int
         The same on all ranks.
     shuffle : bool
     drop_last : bool
-        Leave up to one sample a rank out, instead of reading up to one a rank twice, where the samples cannot be shared out evenly.
+        Leave up to one sample a rank out, instead of reading up to one a rank twice, where the
+        samples cannot be shared out evenly.
     world : World, optional
         Ranks and their nodes. Default: what torch.distributed, torchrun or Slurm say.
     nbytes : sequence of int, optional
@@ -52,14 +56,18 @@ class NodeSampler(Sampler[int]):
     Raises
     ------
     ConfigError
-        An unknown assignment, a seed that is no whole number from 0, or variables of the job that contradict each other.
+        An unknown assignment, a seed that is no whole number from 0, or variables of the job that
+        contradict each other.
 
     Notes
     -----
-    *Resume.* ``state_dict()`` says which samples the ranks have taken; after ``load_state_dict()`` the rest of the epoch is shared out among
-    the ranks that there are now, be they more or fewer than before. DataLoader workers are given indices ahead of the training, so tell how
-    far the training got: ``sampler.state_dict(taken=batches * batch_size)``. ``zarrcache.lightning.ZarrDataModule`` does that by itself, and so
-    does torchdata's ``StatefulDataLoader`` as long as the number of workers stays: its own state is that of each worker.
+    *Resume.* ``state_dict()`` says which samples the ranks have taken; after ``load_state_dict()``
+    the rest of the epoch is shared out among the ranks that there are now, be they more or fewer
+    than before. DataLoader workers are given indices ahead of the training, so tell how far the
+    training got: ``sampler.state_dict(taken=batches * batch_size)``.
+    ``zarrcache.lightning.ZarrDataModule`` does that by itself, and so does torchdata's
+    ``StatefulDataLoader`` as long as the number of workers stays: its own state is that of each
+    worker.
     """
 
     def __init__(
@@ -88,7 +96,8 @@ class NodeSampler(Sampler[int]):
         self._yielded = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch. What ``load_state_dict`` left of an epoch stays if it is this one.
+        """Take the order of another epoch. What ``load_state_dict`` left of an epoch stays if it is
+        this one.
 
         Raises
         ------
@@ -119,8 +128,9 @@ class NodeSampler(Sampler[int]):
         Parameters
         ----------
         taken : int, optional
-            Samples that this rank has trained on since the epoch was begun or resumed. Default: those that were asked for, which is more if
-            a DataLoader with workers asks ahead. As many as there are, or more, end the epoch.
+            Samples that this rank has trained on since the epoch was begun or resumed. Default:
+            those that were asked for, which is more if a DataLoader with workers asks ahead. As
+            many as there are, or more, end the epoch.
 
         Raises
         ------
@@ -147,7 +157,8 @@ class NodeSampler(Sampler[int]):
         Raises
         ------
         ConfigError
-            The state is of other samples, another seed or another assignment: the rest of that epoch is not known here. Or it is no state.
+            The state is of other samples, another seed or another assignment: the rest of that
+            epoch is not known here. Or it is no state.
         """
         if not isinstance(state, Mapping):
             raise _no_state(f"it is {reprlib.repr(state)}")
@@ -158,8 +169,10 @@ class NodeSampler(Sampler[int]):
             if state.get(name) != here:
                 hint = " (hashes of the names): data, split (random_seed or split_file) and functional have to be those of the run that saved it"
                 raise ConfigError(
-                    f"the sampler's state has {name} {state.get(name)!r}, and this sampler has {here!r}{hint if name == 'samples' else ''}. "
-                    "Resume with the data, seed and assignment that the job was begun with, or begin the epoch anew without load_state_dict()."
+                    f"the sampler's state has {name} {state.get(name)!r}, and this sampler has "
+                    f"{here!r}{hint if name == 'samples' else ''}. "
+                    "Resume with the data, seed and assignment that the job was begun with, or "
+                    "begin the epoch anew without load_state_dict()."
                 )
         if not _is_whole(state["epoch"]):
             raise _no_state(f"its epoch is {state['epoch']!r}; it has to be a whole number from 0")
@@ -188,9 +201,8 @@ class NodeSampler(Sampler[int]):
 
 def _names(source: Sized) -> tuple[str, ...]:
     names = getattr(source, "task_ids", source)
-    if isinstance(names, (list, tuple)) and all(
-        isinstance(name, str) for name in names
-    ):  # no lazy sequence: to look at it would load it
+    # no lazy sequence: to look at it would load it
+    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         return tuple(names)
     return tuple(map(str, range(len(source))))
 
@@ -204,7 +216,8 @@ def _is_whole(value: Any) -> bool:
 
 def _no_state(wrong: str) -> ConfigError:
     return ConfigError(
-        f"the sampler's state is none of a NodeSampler: {wrong}. Give what state_dict() returned, or begin the epoch anew without load_state_dict()."
+        f"the sampler's state is none of a NodeSampler: {wrong}. Give what state_dict() returned, "
+        "or begin the epoch anew without load_state_dict()."
     )
 
 
@@ -228,19 +241,19 @@ def _history(segments: Any, schedule: Schedule) -> tuple[Segment, ...]:
             or set(nodes) != set(range(len(set(nodes))))
         ):
             raise _no_state(
-                f"node_of_rank of {where} is {reprlib.repr(nodes)}; it has to be the node of each rank, numbered from 0 without a gap"
+                f"node_of_rank of {where} is {reprlib.repr(nodes)}; it has to be the node of each "
+                "rank, numbered from 0 without a gap"
             )
         if not _is_whole(taken):
             raise _no_state(f"taken of {where} is {taken!r}; it has to be a whole number from 0")
         each = left // len(nodes) if schedule.drop_last else -(-left // len(nodes))
-        if (
-            taken and taken >= each
-        ):  # the state of an epoch that has ended is the next one's, without a history
+        # the state of an epoch that has ended is the next one's, without a history
+        if taken and taken >= each:
             raise _no_state(
-                f"taken of {where} is {taken}, and each of its {len(nodes)} ranks had {each} samples to read, the last of which ends it"
+                f"taken of {where} is {taken}, and each of its {len(nodes)} ranks had {each} "
+                "samples to read, the last of which ends it"
             )
         history.append(Segment(tuple(map(operator.index, nodes)), operator.index(taken)))
-        left -= len(nodes) * operator.index(
-            taken
-        )  # none twice: only the last sample of a rank may be one that another has
+        # none twice: only the last sample of a rank may be one that another has
+        left -= len(nodes) * operator.index(taken)
     return tuple(history)

@@ -1,14 +1,17 @@
-"""Which rank reads which sample, in each epoch: a function of the seed, so that every process knows the past and the future of all.
+"""Which rank reads which sample, in each epoch: a function of the seed, so that every process knows
+the past and the future of all.
 
 Two ways to share an epoch out:
 
 ``global``
-    One shuffle over all samples, dealt out to the ranks. A node sees other samples in each epoch, so a cache that holds a share of the data
-    has a sample with the probability of that share.
+    One shuffle over all samples, dealt out to the ranks. A node sees other samples in each epoch,
+    so a cache that holds a share of the data has a sample with the probability of that share.
 ``node``
-    A sample belongs to one node for good and is shuffled within it. Each node needs room for its own share only, and from the second epoch
-    on nothing is read from the origin. The price: a batch that all nodes make together holds as many samples of each node's share, and two
-    samples of one node never meet on two nodes. Shares are drawn by a hash of the name, so that a share looks like the whole.
+    A sample belongs to one node for good and is shuffled within it. Each node needs room for its
+    own share only, and from the second epoch on nothing is read from the origin. The price: a batch
+    that all nodes make together holds as many samples of each node's share, and two samples of one
+    node never meet on two nodes. Shares are drawn by a hash of the name, so that a share looks like
+    the whole.
 
 With one node both are the same.
 """
@@ -55,7 +58,8 @@ class Schedule:
     Attributes
     ----------
     names : tuple of str
-        Of the samples: task ids. Which node a sample belongs to depends on its name, not on its position.
+        Of the samples: task ids. Which node a sample belongs to depends on its name, not on its
+        position.
     assignment : {"global", "node"}
     node_of_rank : tuple of int
         The node of each rank.
@@ -63,8 +67,8 @@ class Schedule:
     shuffle : bool
         False: in the order of the names, shared out all the same.
     drop_last : bool
-        Ranks get equal counts: by reading up to one sample a rank twice, or, with this, by leaving up to that many out. As torch's
-        ``DistributedSampler`` does.
+        Ranks get equal counts: by reading up to one sample a rank twice, or, with this, by leaving
+        up to that many out. As torch's ``DistributedSampler`` does.
     nbytes : tuple of int, optional
         Sizes of the samples: shares of the nodes are balanced by bytes then, not only by number.
     """
@@ -99,7 +103,8 @@ class Schedule:
         ----------
         epoch : int
         history : sequence of Segment
-            What earlier starts of the job have read of this epoch: the rest is shared out anew, among however many ranks there are now.
+            What earlier starts of the job have read of this epoch: the rest is shared out anew,
+            among however many ranks there are now.
 
         Returns
         -------
@@ -157,7 +162,8 @@ class Schedule:
         ):
             if self.shuffle:
                 share = np.random.default_rng([self.seed, epoch, number, start]).permutation(share)
-            # Repeated from its beginning, as torch does; where there are more ranks than samples, from the beginning of all.
+            # Repeated from its beginning, as torch does; where there are more ranks than samples,
+            # from the beginning of all.
             order = np.resize(share if len(share) else left, len(members) * each)
             for place, rank in enumerate(members):
                 orders[rank] = order[place :: len(members)]
@@ -167,10 +173,11 @@ class Schedule:
 def node_of(
     names: Sequence[str], nodes: int | Sequence[int], *, nbytes: Sequence[int] | None = None
 ) -> Indices:
-    """The node that each sample belongs to; the same in every process, and whatever the order of the names.
+    """The node that each sample belongs to; the same in every process, and whatever the order of
+    the names.
 
-    Samples are put in the order of a hash of their names, which is cut into equal parts: shares differ by one sample at the most, and if
-    samples are added, few change their node.
+    Samples are put in the order of a hash of their names, which is cut into equal parts: shares
+    differ by one sample at the most, and if samples are added, few change their node.
 
     Parameters
     ----------
@@ -178,7 +185,8 @@ def node_of(
     nodes : int or sequence of int
         How many nodes, or the weight (number of ranks) of each.
     nbytes : sequence of int, optional
-        Balance the bytes as well: the largest come first, each to the node that has least for its weight and has not its number yet.
+        Balance the bytes as well: the largest come first, each to the node that has least for its
+        weight and has not its number yet.
 
     Returns
     -------
@@ -210,8 +218,9 @@ def node_of(
 
 
 def _quotas(count: int, weights: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``count`` in parts proportional to ``weights``. None is larger than its weight times the samples of a rank, rounded up, nor smaller than that
-    rounded down: no rank reads twice what another one could read once.
+    """``count`` in parts proportional to ``weights``. None is larger than its weight times the
+    samples of a rank, rounded up, nor smaller than that rounded down: no rank reads twice what
+    another one could read once.
     """
     ends: NDArray[np.int64] = np.concatenate(([0], np.cumsum(weights))) * count // weights.sum()
     return np.diff(ends)
@@ -220,8 +229,9 @@ def _quotas(count: int, weights: NDArray[np.int64]) -> NDArray[np.int64]:
 def _shares(left: Indices, owners: Indices, weights: Sequence[int]) -> list[Indices]:
     """Cut what is left of an epoch by its owners, and even that out.
 
-    As long as a job goes on with the same nodes nothing has to be evened out. After a change of their number a few samples have to be read by
-    a node that does not own them, so that all ranks end together.
+    As long as a job goes on with the same nodes nothing has to be evened out. After a change of
+    their number a few samples have to be read by a node that does not own them, so that all ranks
+    end together.
     """
     quotas = _quotas(len(left), np.asarray(weights, np.int64))
     own = [left[owners == number] for number in range(len(weights))]

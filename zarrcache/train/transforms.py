@@ -1,6 +1,8 @@
-"""Quarter turns and downsampling of density grids, as views of numpy arrays. Pure: no torch, no state.
+"""Quarter turns and downsampling of density grids, as views of numpy arrays. Pure: no torch, no
+state.
 
-The law is the users' own: an axis of three with equal chance, then no turn with 10 %, one, two and three quarter turns with 30 % each.
+The law is the users' own: an axis of three with equal chance, then no turn with 10 %, one, two and
+three quarter turns with 30 % each.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ class Rotation:
 
 
 def draw_rotation(*key: int) -> Rotation:
-    """Draw the rotation that belongs to ``key``: whole numbers from 0, the same key gives the same rotation on every machine.
+    """Draw the rotation that belongs to ``key``: whole numbers from 0, the same key gives the same
+    rotation on every machine.
 
-    A function of a key instead of a generator with a state: nothing has to be carried through fork, spawn and pickle, and samples that
-    are read by different processes with the same seed do not turn in step.
+    A function of a key instead of a generator with a state: nothing has to be carried through fork,
+    spawn and pickle, and samples that are read by different processes with the same seed do not
+    turn in step.
     """
     rng = np.random.default_rng(key)
     axis = rng.integers(3)
@@ -49,7 +53,9 @@ def draw_rotation(*key: int) -> Rotation:
 
 
 def rotate(grid: Grid, rotation: Rotation) -> Grid:
-    """Turn the last three axes of ``grid``. A view; ``numpy.rot90`` with ``k=-turns`` about the same axis gives the same values."""
+    """Turn the last three axes of ``grid``. A view; ``numpy.rot90`` with ``k=-turns`` about the
+    same axis gives the same values.
+    """
     first, second = _PLANES[rotation.axis]
     if rotation.turns % 2:
         grid = grid.swapaxes(first, second)
@@ -60,9 +66,11 @@ def rotate(grid: Grid, rotation: Rotation) -> Grid:
 
 
 def downsample(grid: Grid, step: int, *, multiple: int) -> Grid:
-    """Crop each of the last three axes to a multiple of ``multiple`` from its start, then take every ``step``-th point. A view.
+    """Crop each of the last three axes to a multiple of ``multiple`` from its start, then take
+    every ``step``-th point. A view.
 
-    Data and label of a pair are both cropped to a multiple of the data's factor, so that their grids stay matched.
+    Data and label of a pair are both cropped to a multiple of the data's factor, so that their
+    grids stay matched.
     """
     nx, ny, nz = (n // multiple * multiple for n in grid.shape[-3:])
     return grid[..., :nx:step, :ny:step, :nz:step]

@@ -1,8 +1,9 @@
 """From a DataLoader worker to the training process: where an entry lies, instead of its values.
 
-torch sends a tensor through shared memory, at about 1 GB/s a worker: two pairs of 8 MiB arrays take longer than everything else that
-happens to a warm sample.  What a worker has mapped, the training process can map as well, and it takes 0.1 ms whatever the size.
-docs/performance.md has the figures, and what was tried.
+torch sends a tensor through shared memory, at about 1 GB/s a worker: two pairs of 8 MiB arrays take
+longer than everything else that happens to a warm sample.  What a worker has mapped, the training
+process can map as well, and it takes 0.1 ms whatever the size. docs/performance.md has the figures,
+and what was tried.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 class Sender(ABC):
-    """A dataset whose samples are handed over. ``super().__init__()`` gives it the name by which the training process finds it again.
+    """A dataset whose samples are handed over. ``super().__init__()`` gives it the name by which
+    the training process finds it again.
 
-    The name belongs to one object in each process, and travels with it to the workers that the process starts. A second one in a process, a
-    copy, gets a name of its own: it may have been given other samples.
+    The name belongs to one object in each process, and travels with it to the workers that the
+    process starts. A second one in a process, a copy, gets a name of its own: it may have been
+    given other samples.
     """
 
     def __init__(self) -> None:
@@ -58,13 +61,14 @@ class Sender(ABC):
     def sent(
         self, tensor: torch.Tensor, grid: NDArray[np.float32], index: int, field: int
     ) -> torch.Tensor:
-        """``tensor`` over ``grid``; if ``grid`` is mapped and the training process waits for it, ready to be handed over."""
+        """``tensor`` over ``grid``; if ``grid`` is mapped and the training process waits for it,
+        ready to be handed over.
+        """
         if tensor.dtype is not torch.float32 or get_worker_info() is None or not is_mapped(grid):
             return tensor
         parent = multiprocessing.parent_process()
-        if (
-            parent is None or parent.pid not in self._known_in
-        ):  # made or copied in the worker: the training process could not read it again
+        # made or copied in the worker: the training process could not read it again
+        if parent is None or parent.pid not in self._known_in:
             return tensor
         return MappedTensor.over(tensor, grid, (self._name, index, field))
 
@@ -73,9 +77,11 @@ _senders: WeakValueDictionary[str, Sender] = WeakValueDictionary()
 
 
 class MappedTensor(torch.Tensor):
-    """A tensor over a mapped entry, on its way out of a worker. Everything that is computed from it is a plain tensor.
+    """A tensor over a mapped entry, on its way out of a worker. Everything that is computed from it
+    is a plain tensor.
 
-    What was written in place is sent as torch sends any tensor: :func:`zarrcache.disk.mmap.place_of` knows.
+    What was written in place is sent as torch sends any tensor:
+    :func:`zarrcache.disk.mmap.place_of` knows.
     """
 
     grid: NDArray[np.float32]
@@ -136,12 +142,14 @@ def _arrive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) 
     try:
         return torch.from_numpy(map_place(place, "<f4", shape))
     except OSError as exc:
-        # Evicted or replaced between the worker and here. The sample is read once more, through the cache.
+        # Evicted or replaced between the worker and here. The sample is read once more, through the
+        # cache.
         name, index, field = sample
         sender = _senders.get(name)
         if sender is None:
             raise FileNotFoundError(
-                f"{place.path}, which a DataLoader worker sent, is not there any more, and neither is the dataset that could read it again. "
+                f"{place.path}, which a DataLoader worker sent, is not there any more, and neither "
+                "is the dataset that could read it again. "
                 "Keep the dataset as long as its loader."
             ) from exc
         logger.info(
@@ -155,7 +163,9 @@ def _arrive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) 
 
 
 def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    """A batch of one stays where it is; a larger one is written once, into shared memory, as torch does it."""
+    """A batch of one stays where it is; a larger one is written once, into shared memory, as torch
+    does it.
+    """
     first = batch[0]
     if len(batch) == 1 and isinstance(first, MappedTensor):
         return MappedTensor.over(first.plain().unsqueeze(0), first.grid, first.sample)
@@ -167,5 +177,6 @@ def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> to
 
 
 ForkingPickler.register(MappedTensor, _reduce)
-# What torch's default_collate looks into for types that it does not know: how to extend it, by its own documentation.
+# What torch's default_collate looks into for types that it does not know: how to extend it, by its
+# own documentation.
 default_collate_fn_map[MappedTensor] = _collate

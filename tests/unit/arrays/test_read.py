@@ -98,7 +98,8 @@ def test_missing_array_names_those_that_are_there(
         read_array(LocalOrigin(str(tmp_path)), store, "charge_density_spin")
     url = tmp_path / store
     assert str(caught.value) == (
-        f"'charge_density_spin' not found in zarr store {url}. Available arrays: ['charge_density_diff', 'charge_density_total']"
+        f"'charge_density_spin' not found in zarr store {url}. Available arrays: "
+        "['charge_density_diff', 'charge_density_total']"
     )
 
 

@@ -78,7 +78,9 @@ def test_what_is_no_zip_is_named(data: bytes) -> None:
 )
 @given(data=st.data())
 def test_flipped_bit_never_is_another_error(compression: int, data: st.DataObject) -> None:
-    """Wrong content is caught by the CRC; names and unused fields may differ; nothing but our own errors comes out."""
+    """Wrong content is caught by the CRC; names and unused fields may differ; nothing but our own
+    errors comes out.
+    """
     raw = bytearray(zip_of(MEMBERS, compression))
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
@@ -94,6 +96,7 @@ def test_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPat
     data = zip_of({"total/0": bytes(9 * 2**20), "total/1": bytes(9 * 2**20)}, zipfile.ZIP_DEFLATED)
     with pytest.raises(
         SchemaError,
-        match=rf"claims {18 * 2**20} bytes unpacked; more than {100 * len(data)} are refused\. Zip the store again",
+        match=rf"claims {18 * 2**20} bytes unpacked; more than {100 * len(data)} are refused\. Zip "
+        r"the store again",
     ):
         unzip(data, URL)

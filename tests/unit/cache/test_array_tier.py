@@ -69,7 +69,9 @@ def test_any_memory_layout_is_stored_in_c_order(tmp_path: Path, array: Any) -> N
 
 
 def test_entry_of_another_source_is_stale(tmp_path: Path) -> None:
-    """A miss, and for those who do not ask the origin from then on: what was seen to be old is not given out again."""
+    """A miss, and for those who do not ask the origin from then on: what was seen to be old is not
+    given out again.
+    """
     cache = make(tmp_path)
     cache.put(key_of(1), array_of(1), source="old")
     assert cache.get(key_of(1), source="old") is not None
@@ -113,7 +115,8 @@ def test_full_cache_says_so_once_and_takes_no_more(
     (record,) = caplog.records
     assert (
         record.getMessage()
-        == "not cached, read from the origin in every epoch: /data/mp-2.zarr (1000 B): the limit is reached"
+        == "not cached, read from the origin in every epoch: /data/mp-2.zarr (1000 B): the limit "
+        "is reached"
     )
     assert counted(cache) == Stats()
 

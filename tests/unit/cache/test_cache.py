@@ -76,7 +76,9 @@ def test_unusable_directory_is_no_listing_and_no_error(
 
 
 def test_a_directory_that_is_replaced_under_a_running_job_raises_nothing(tmp_path: Path) -> None:
-    """It cannot be ours any more; a listing that should be forgotten there is out of reach, and that is all."""
+    """It cannot be ours any more; a listing that should be forgotten there is out of reach, and
+    that is all.
+    """
     cache = Cache(settings(tmp_path), Counters())
     origin = cache.origin(str(tmp_path))
     cache.store_listing(origin, "mp-1.zarr", {"a": 1})

@@ -71,9 +71,8 @@ def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: 
         lend(prefetcher, number)
         assert on_disk_bytes(tmp_path) <= training.index.volume_bytes() <= 10 * ONE
     assert training.index.loans() == {key_of(number).digest for number in (20, 21, 22)}
-    assert (
-        training.put(key_of(30), array_of(30, 10_000), source="s") is False
-    )  # the training's own puts get none of the room
+    # the training's own puts get none of the room
+    assert training.put(key_of(30), array_of(30, 10_000), source="s") is False
     assert training.get(key_of(21)) is not None
     loans.look()
     assert loans.held_bytes == 2 * ONE
@@ -182,9 +181,8 @@ def test_room_is_made_of_as_many_small_entries_as_it_takes(
     monkeypatch.setattr("zarrcache.disk.index._PAGE", 3)
     training, prefetcher = caches(tmp_path, 10, 6)
     training.index.drop([key_of(9).digest])
-    assert (
-        prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False
-    )  # there is room for half of it
+    # there is room for half of it
+    assert prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False
     assert prefetcher.loans is not None
     assert prefetcher.loans.is_open
     assert stored(training) == list(range(5, 9))
@@ -193,7 +191,9 @@ def test_room_is_made_of_as_many_small_entries_as_it_takes(
 def test_room_that_others_take_while_it_is_made_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another lane, or the training, stores what it has just fetched: this is no reason to be without look-ahead for the rest of the run."""
+    """Another lane, or the training, stores what it has just fetched: this is no reason to be
+    without look-ahead for the rest of the run.
+    """
     training, prefetcher = caches(tmp_path, 10, 3)
     drop, others = prefetcher.index.drop_oldest, iter((30, 31))
 

@@ -39,7 +39,9 @@ def test_numbers_are_grouped_and_nouns_agree() -> None:
 def test_without_a_terminal_progress_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every ten seconds, not for each density; with bytes, rate, failures and what is left, on stderr."""
+    """Every ten seconds, not for each density; with bytes, rate, failures and what is left, on
+    stderr.
+    """
     now = [100.0]
     monkeypatch.setattr("zarrcache.cli.progress.time.monotonic", lambda: now[0])
     with Meter("Warming", "densities", 2408, lambda: 50 * 1024**2) as meter:

@@ -86,7 +86,9 @@ def test_a_spin_density_comes_only_when_asked_for(real_data: Path) -> None:
 def test_of_a_non_collinear_density_the_total_is_kept_and_the_rest_is_named(
     real_data: Path,
 ) -> None:
-    """``diff`` of pymatgen would be a signed projection of the vectors: not a spin density that one can train on."""
+    """``diff`` of pymatgen would be a signed projection of the vectors: not a spin density that one
+    can train on.
+    """
     density = read_density(real_data / "vasp" / "NO_soi_CHGCAR.gz", diff=True)
     assert density.diff is None
     assert any(
@@ -183,7 +185,9 @@ def test_what_is_named_packed_and_is_not_is_refused(chgcar: Path) -> None:
 
 
 def test_an_exponent_without_its_letter_is_one_number(chgcar: Path) -> None:
-    """Fortran writes 0.1-100 for 0.1E-100; pymatgen takes it for two numbers and moves every later value by one place."""
+    """Fortran writes 0.1-100 for 0.1E-100; pymatgen takes it for two numbers and moves every later
+    value by one place.
+    """
     expected = read_density(chgcar).total.copy()
     lines = chgcar.read_bytes().splitlines(keepends=True)
     row = next(i for i, line in enumerate(lines) if line.strip() == b"8    6   10") + 1
@@ -314,7 +318,9 @@ def test_more_spin_than_electrons_is_told() -> None:
 
 
 def test_the_pair_that_is_bad_on_purpose_reads_without_a_complaint(real_data: Path) -> None:
-    """Each of its files is a density; that they do not belong together cannot be seen in one of them."""
+    """Each of its files is a density; that they do not belong together cannot be seen in one of
+    them.
+    """
     data, label = (
         read_density(real_data / "mp" / "half" / role / "mp-2375532.CHGCAR")
         for role in ("input", "label")

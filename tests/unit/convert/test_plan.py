@@ -1,4 +1,6 @@
-"""Conversions of directories: what is planned is done, what fails is named, what is there is skipped."""
+"""Conversions of directories: what is planned is done, what fails is named, what is there is
+skipped.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def _attributes(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_directory_becomes_one_store_a_file(source: Path, tmp_path: Path, workers: int) -> None:
-    """In this process and in two others: every value as the file has it, attributes as the users' reader wants them."""
+    """In this process and in two others: every value as the file has it, attributes as the users'
+    reader wants them.
+    """
     seen: list[ConvertResult] = []
     report = convert_directory(source, tmp_path / "out", workers=workers, progress=seen.append)
     assert [result.task_id for result in report.converted] == IDS
@@ -74,7 +78,9 @@ def test_a_directory_becomes_one_store_a_file(source: Path, tmp_path: Path, work
 def test_real_files_of_every_kind_keep_their_values(
     real_data: Path, tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool
 ) -> None:
-    """Pymatgen's values in float32, total and spin, in both formats, as directories and as zip files."""
+    """Pymatgen's values in float32, total and spin, in both formats, as directories and as zip
+    files.
+    """
     from pymatgen.io.vasp.outputs import Chgcar
 
     report = convert_directory(
@@ -203,7 +209,8 @@ def test_a_script_converts_without_a_guard(source: Path, tmp_path: Path) -> None
     """In two processes, which do not begin the script anew."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"from zarrcache import convert_directory\nprint(len(convert_directory({str(source)!r}, 'out', workers=2).converted))\n"
+        f"from zarrcache import convert_directory\nprint(len(convert_directory({str(source)!r}, "
+        "'out', workers=2).converted))\n"
     )
     done = subprocess.run(
         [sys.executable, script],
@@ -239,8 +246,8 @@ def test_a_file_that_kills_every_process_is_named(source: Path, tmp_path: Path) 
     (failed,) = report.failed
     assert failed.error is not None
     assert (
-        f"{failed.path}: the process that converted it was ended by SIGKILL, perhaps for lack of memory"
-        in failed.error
+        f"{failed.path}: the process that converted it was ended by SIGKILL, perhaps for lack of "
+        "memory" in failed.error
     )
 
 
@@ -251,7 +258,8 @@ def test_leftovers_of_killed_runs_are_swept_first(source: Path, tmp_path: Path) 
 
     code = (
         "import os, signal, sys, pathlib; from zarrcache.convert import writer as s\n"
-        "p = s._beside(pathlib.Path(sys.argv[1]), 'partial'); p.mkdir(parents=True); (p / 'big').write_bytes(b'x'); os.kill(os.getpid(), 9)"
+        "p = s._beside(pathlib.Path(sys.argv[1]), 'partial'); p.mkdir(parents=True); (p / "
+        "'big').write_bytes(b'x'); os.kill(os.getpid(), 9)"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "out" / f"{IDS[0]}.zarr")], check=False
@@ -345,7 +353,9 @@ def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:
 def test_another_machine_that_does_not_see_the_same_files_ends_the_run(
     source: Path, tmp_path: Path, unseen: str
 ) -> None:
-    """A destination of the same name on a disk of its own would take the stores, and nobody would find them."""
+    """A destination of the same name on a disk of its own would take the stores, and nobody would
+    find them.
+    """
 
     def elsewhere(function: Any, items: Any) -> Any:
         (tmp_path / unseen).rename(tmp_path / "not there")
@@ -356,7 +366,8 @@ def test_another_machine_that_does_not_see_the_same_files_ends_the_run(
 
     with pytest.raises(
         ConfigError,
-        match=rf"does not see {tmp_path / unseen}[\w/]* of this machine\. Sources and destination have to be",
+        match=rf"does not see {tmp_path / unseen}[\w/]* of this machine\. Sources and destination "
+        r"have to be",
     ):
         plan_convert(source, tmp_path / "out").execute(engine=elsewhere)
     assert not list((tmp_path / "out").glob("*"))

@@ -88,7 +88,9 @@ def test_zarr_reads_back_what_was_written(
 def test_the_users_chunks_are_16_cubed_and_edges_are_cut(
     tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool
 ) -> None:
-    """A grid smaller than a chunk along one axis has a chunk of its own size there, in every layout of the users."""
+    """A grid smaller than a chunk along one axis has a chunk of its own size there, in every layout
+    of the users.
+    """
     total = random_density((20, 17, 6))
     path = _write(tmp_path, total, as_zip=as_zip, zarr_format=zarr_format, chunks=(16, 16, 16))
     assert np.array_equal(plain_read(path), total)
@@ -97,7 +99,9 @@ def test_the_users_chunks_are_16_cubed_and_edges_are_cut(
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_equal_densities_give_equal_bytes(zarr_format: Literal[2, 3]) -> None:
-    """So that a conversion done again does not make caches fetch again: ETags are sums of the bytes."""
+    """So that a conversion done again does not make caches fetch again: ETags are sums of the
+    bytes.
+    """
     one, other = (
         encode_store(TOTAL, DIFF, STRUCTURE, METADATA, zarr_format=zarr_format) for _ in range(2)
     )
@@ -238,7 +242,9 @@ def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(
 
 
 def test_a_store_that_a_killed_writer_had_moved_aside_comes_back(tmp_path: Path) -> None:
-    """It died between the two renames of an overwrite. If the new one is there already, the old one goes."""
+    """It died between the two renames of an overwrite. If the new one is there already, the old one
+    goes.
+    """
     dead = _dead_owner()
     _hidden(tmp_path / "mp-1.zarr", "replaced", dead)
     _hidden(tmp_path / "mp-2.zarr", "replaced", dead)

@@ -1,4 +1,6 @@
-"""The users' reader: its attributes, its methods on groups, which materials it finds, and whose the arrays are."""
+"""The users' reader: its attributes, its methods on groups, which materials it finds, and whose the
+arrays are.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ IDS = [f"mp-{i}" for i in range(5)]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], Arrays]]:
-    """Five materials with input and label below ``data`` and ``label``, a map of them, and what is in them."""
+    """Five materials with input and label below ``data`` and ``label``, a map of them, and what is
+    in them.
+    """
     root = tmp_path_factory.mktemp("written")
     (root / "map.json").write_text(
         json.dumps({"GGA": IDS, "SCAN": ["mp-4", "mp-77", "mp-0", "mp-78"]})
@@ -158,7 +162,9 @@ class TestMaking:
     def test_reader_pickles(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader], used: bool
     ) -> None:
-        """Spawned workers and job schedulers get a copy, before and after it was used; it goes on counting for its parent."""
+        """Spawned workers and job schedulers get a copy, before and after it was used; it goes on
+        counting for its parent.
+        """
         reader = reader_of(cache=True)
         if used:
             reader.load("mp-2", "label")
@@ -231,7 +237,8 @@ class TestWhichMaterials:
             assert reader.missing == tuple(ids[5:])
         (record,) = caplog.records
         assert record.getMessage() == (
-            f"7 of 12 task ids of GGA have no store in {tmp_path}/data or {tmp_path}/label and are left out: mp-90, mp-91, mp-92, mp-93, mp-94, …"
+            f"7 of 12 task ids of GGA have no store in {tmp_path}/data or {tmp_path}/label and are "
+            "left out: mp-90, mp-91, mp-92, mp-93, mp-94, …"
         )
         assert len(train[0]) + len(test[0]) == 5
 
@@ -241,7 +248,9 @@ class TestWhichMaterials:
         reader_of: Callable[..., ZarrS3Reader],
         small_group: Callable[..., Arrays],
     ) -> None:
-        """People zip a store and forget to delete it; the one that can be rewritten in part is the newer one."""
+        """People zip a store and forget to delete it; the one that can be rewritten in part is the
+        newer one.
+        """
         small_group("data/mp-0.zarr.zip", shape=(3, 3, 3), as_zip=True)
         only_zip = small_group("data/mp-77.zarr.zip", shape=(3, 3, 3), as_zip=True, seed=77)[
             "charge_density_total"
@@ -268,7 +277,9 @@ class TestWhichMaterials:
         reader_of: Callable[..., ZarrS3Reader],
         small_group: Callable[..., Arrays],
     ) -> None:
-        """With ``revalidate: never`` a run keeps the listing it has, so its split never moves under it; warming refreshes it."""
+        """With ``revalidate: never`` a run keeps the listing it has, so its split never moves under
+        it; warming refreshes it.
+        """
         assert reader_of(cache=True, functional="SCAN").task_ids == ["mp-4", "mp-0"]
         for role in ("data", "label"):
             small_group(f"{role}/mp-77.zarr", shape=(3, 3, 3))
@@ -353,7 +364,9 @@ class TestOneDensity:
     def test_normalize_can_be_changed_on_a_reader(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
-        """What training reads is what is stored: an entry for each of the two, and a hit divides nothing."""
+        """What training reads is what is stored: an entry for each of the two, and a hit divides
+        nothing.
+        """
         reader = reader_of(cache=True)
         raw = stores["data", "mp-0"]["charge_density_total"].ravel()
         for _ in range(2):
@@ -387,7 +400,9 @@ class TestOneDensity:
     def test_warm_hits_hold_no_descriptor_and_copy_nothing(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
-        """Users that keep thousands of densities, as the original reader does, must not run out of either."""
+        """Users that keep thousands of densities, as the original reader does, must not run out of
+        either.
+        """
         reader = reader_of(cache=True)
         reader.load("mp-0", "data")
         reader.load("mp-0", "data")

@@ -73,7 +73,9 @@ def test_grid_size_alone_loads_the_density_once() -> None:
 
 
 def test_sequences_hold_no_density() -> None:
-    """After a whole pass every array is gone as soon as its user lets go of it, and the next pass loads it again."""
+    """After a whole pass every array is gone as soon as its user lets go of it, and the next pass
+    loads it again.
+    """
     loader = Loader()
     sets = split_sets(loader, IDS)
     for sequence in sets:

@@ -60,7 +60,9 @@ def test_ids_keep_the_order_of_the_map() -> None:
 def test_split_is_the_one_of_the_loaded_lists(
     n: int, train_fraction: float, random_state: int
 ) -> None:
-    """The users split four lists of loaded arrays; the ids come out with the same members in the same order."""
+    """The users split four lists of loaded arrays; the ids come out with the same members in the
+    same order.
+    """
     ids = [f"mp-{i}" for i in np.random.default_rng(n).permutation(n)]
     arrays = [np.full(3, i) for i in range(n)]
     sizes = [(i, i, i) for i in range(n)]
@@ -79,7 +81,9 @@ def test_split_is_the_one_of_the_loaded_lists(
     ids=["none", "numpy", "generator", "int"],
 )
 def test_any_seed_of_scikit_learn_draws_what_it_draws(random_state: Any) -> None:
-    """Without one, from numpy's own generator; sizes that a fraction hits just so, or misses by a rounding."""
+    """Without one, from numpy's own generator; sizes that a fraction hits just so, or misses by a
+    rounding.
+    """
     for n in range(2, 60):
         for train_fraction in (0.07, 0.29, 0.57, 0.7, 1 / 3, 0.999, np.float64(0.5), n // 2, n - 1):
             ids = [str(number) for number in range(n)]

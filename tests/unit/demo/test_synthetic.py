@@ -16,7 +16,9 @@ pytest.importorskip("pymatgen.core", reason="needs the extra 'convert'")
 
 @pytest.mark.parametrize("index", range(8))
 def test_a_pair_looks_like_a_calculation(index: int) -> None:
-    """Both densities hold every valence electron, are positive but for ripples, and differ as real pairs do."""
+    """Both densities hold every valence electron, are positive but for ripples, and differ as real
+    pairs do.
+    """
     pair = make_pair(0, index)
     assert pair.data.shape == pair.label.shape
     for values in (pair.data, pair.label):
@@ -37,7 +39,9 @@ def test_a_pair_depends_on_seed_and_index_alone() -> None:
 
 
 def test_grids_are_mixed() -> None:
-    """Different shapes come, cubic ones among them: batches of one sample each are what real data needs."""
+    """Different shapes come, cubic ones among them: batches of one sample each are what real data
+    needs.
+    """
     shapes = {make_pair(0, index).data.shape for index in range(16)}
     assert len(shapes) >= 8
     assert any(len(set(shape)) == 1 for shape in shapes)
@@ -59,7 +63,9 @@ def test_the_structure_is_one_of_pymatgen() -> None:
 def test_written_pairs_are_read_by_the_converter_without_a_complaint(
     tmp_path: Path, form: str
 ) -> None:
-    """The files are what VASP and the Materials Project write, to the last digit that float32 keeps."""
+    """The files are what VASP and the Materials Project write, to the last digit that float32
+    keeps.
+    """
     task_ids = write_pairs(tmp_path, 2, seed=1, form=form)  # type: ignore[arg-type]
     assert task_ids == ["syn-1-0000", "syn-1-0001"]
     for index, task_id in enumerate(task_ids):

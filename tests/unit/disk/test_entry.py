@@ -68,7 +68,9 @@ def test_any_array_comes_back_bit_for_bit(
 def test_a_write_that_stops_early_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
-    """The kernel takes 2 GiB at a time, and less when the disk is nearly full: inside the header, at its end, inside the array."""
+    """The kernel takes 2 GiB at a time, and less when the disk is nearly full: inside the header,
+    at its end, inside the array.
+    """
 
     def writev(fd: int, parts: list[memoryview]) -> int:
         return os.write(fd, b"".join(parts)[:written])

@@ -1,4 +1,6 @@
-"""Which file system a directory is on: the kernel's table read as the kernel writes it, and which types other nodes share."""
+"""Which file system a directory is on: the kernel's table read as the kernel writes it, and which
+types other nodes share.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def table(tmp_path: Path) -> Path:
 def test_the_innermost_mount_tells_the_type(
     table: Path, path: str, kind: str, network: bool
 ) -> None:
-    """Of a path that need not exist; a mount over another, a space in a name, a path that only begins like a mount point."""
+    """Of a path that need not exist; a mount over another, a space in a name, a path that only
+    begins like a mount point.
+    """
     assert file_system_of(path, table) == kind
     assert is_network(kind) is network
 
@@ -80,7 +84,8 @@ def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "near").symlink_to(tmp_path / "far")
     table = tmp_path / "mountinfo"
     table.write_text(
-        f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path / 'far')} rw - lustre mds:/x rw\n"
+        f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path / 'far')} rw - "
+        "lustre mds:/x rw\n"
     )
     assert file_system_of(tmp_path / "near" / "cache", table) == "lustre"
 
@@ -119,7 +124,9 @@ def test_types_are_called_as_people_call_them(kind: str, words: str) -> None:
 def test_refusal_names_directory_type_and_a_local_disk(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """A scratch directory of the job first; a variable that leads to the network as well is not offered."""
+    """A scratch directory of the job first; a variable that leads to the network as well is not
+    offered.
+    """
     monkeypatch.setattr(mounts, "_MOUNTINFO", table)
     monkeypatch.setenv("SLURM_TMPDIR", "/gpfs/nowhere")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

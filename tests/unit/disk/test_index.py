@@ -96,7 +96,9 @@ def test_entries_are_listed_oldest_first_by_tier(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_deleted", [True, False])
 def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path, is_deleted: bool) -> None:
-    """Of one tier; what only holds the beginning somewhere, or is shorter than both parts, is another's. A file that is gone has none."""
+    """Of one tier; what only holds the beginning somewhere, or is shorter than both parts, is
+    another's. A file that is gone has none.
+    """
     index = make(tmp_path)
     for digest, note, tier in (
         ("a1", "file\n/d/mp-1.zarr\ntotal", "array"),
@@ -228,9 +230,8 @@ def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
     path = leave_behind(index, "entries/ab/abcd")
     partial = path.with_name(".abcd.4-ff.partial")
     partial.write_bytes(b"half")
-    bystanders = [
-        path.with_name(name) for name in ("abce", ".abcd.5-ff.partial")
-    ]  # the second: a living writer of the same object
+    # the second: a living writer of the same object
+    bystanders = [path.with_name(name) for name in ("abce", ".abcd.5-ff.partial")]
     for bystander in bystanders:
         bystander.write_bytes(b"other")
     again = make(tmp_path)
@@ -274,7 +275,8 @@ def test_planted_row_of_diskcache_is_not_read(tmp_path: Path, mode: int) -> None
     payload = pickle.dumps(_Bomb())
     sql(
         index,
-        "INSERT INTO Cache(key, raw, store_time, tag, size, mode, filename, value) VALUES ('evil', 1, 0, 'array', 1, ?, NULL, ?)",
+        "INSERT INTO Cache(key, raw, store_time, tag, size, mode, filename, value) VALUES ('evil', "
+        "1, 0, 'array', 1, ?, NULL, ?)",
         mode,
         payload,
     )
@@ -366,7 +368,9 @@ def test_opening_twice_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_a_fork_does_not_wait_for_what_an_interrupted_thread_left() -> None:
-    """Ctrl-C may come between the gate's own lines; the main thread, which forks, is then not inside at all."""
+    """Ctrl-C may come between the gate's own lines; the main thread, which forks, is then not
+    inside at all.
+    """
     gate = _ForkGate()
     gate.enter()  # and never leaves
     gate.close()

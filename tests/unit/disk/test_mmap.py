@@ -1,4 +1,6 @@
-"""Files mapped copy-on-write: where an array lies, and whether anything was written to it, whatever wrote it."""
+"""Files mapped copy-on-write: where an array lies, and whether anything was written to it, whatever
+wrote it.
+"""
 
 from __future__ import annotations
 

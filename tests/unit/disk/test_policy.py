@@ -71,7 +71,9 @@ def test_entry_is_trusted_when_nobody_asked_the_origin() -> None:
 
 
 def test_every_node_finds_the_same_home_and_each_is_home_of_its_share() -> None:
-    """Whatever the order of its list; with 1,000 entries and four nodes a share is 250, give or take 60 (four standard deviations)."""
+    """Whatever the order of its list; with 1,000 entries and four nodes a share is 250, give or
+    take 60 (four standard deviations).
+    """
     nodes = [f"http://node{n}:7070" for n in range(4)]
     homes = [nodes_by_duty(f"{n:032x}", nodes)[0] for n in range(1000)]
     assert homes == [

@@ -36,7 +36,9 @@ def stores(rows: tuple[Row, ...], tmp_path: Path) -> set[str]:
 
 
 def test_a_config_alone_means_all_entries_of_its_ids(warm: DataConfig, tmp_path: Path) -> None:
-    """Arrays, objects of the byte tier and listings; then nothing is left, in the index and on disk."""
+    """Arrays, objects of the byte tier and listings; then nothing is left, in the index and on
+    disk.
+    """
     plan = plan_evict(warm)
     assert stores(plan.entries, tmp_path) == {
         f"{role}/mp-{n}" for role in ("data", "label") for n in range(3)
@@ -81,7 +83,9 @@ def test_entries_of_another_config_stay(warm: DataConfig, tmp_path: Path) -> Non
 def test_age_chooses_what_was_stored_long_ago(
     warm: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is an hour old; in a week everything is, but for the listings, without which no run starts offline."""
+    """Nothing is an hour old; in a week everything is, but for the listings, without which no run
+    starts offline.
+    """
     assert plan_evict(warm, older_than_s=3600).entries == ()
     import time
 

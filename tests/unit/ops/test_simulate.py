@@ -1,4 +1,6 @@
-"""Simulated caches against slow ones that are written down as their names say, and the figures that the documents give."""
+"""Simulated caches against slow ones that are written down as their names say, and the figures that
+the documents give.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_it_hits_what_the_policy_hits(
 @settings(deadline=None)
 @given(epochs=EPOCHS, capacity=st.integers(0, 6))
 def test_belady_hits_as_often_as_can_be(epochs: list[list[int]], capacity: int) -> None:
-    """With equal sizes, where ties do not matter: as often as the slow one, and no policy more often."""
+    """With equal sizes, where ties do not matter: as often as the slow one, and no policy more
+    often.
+    """
     arrays = [np.array(epoch, np.int64) for epoch in epochs]
     best = sum(epoch.hits for epoch in simulate(arrays, [1] * 10, capacity, "belady"))
     assert best == sum(slow(epochs, [1] * 10, capacity, "belady"))
@@ -92,7 +96,9 @@ def test_belady_hits_as_often_as_can_be(epochs: list[list[int]], capacity: int) 
 def test_four_nodes_with_room_for_a_quarter_each(
     assignment: Any, policy: Policy, percent: int
 ) -> None:
-    """docs/training.md gives these; sizes spread as those of the Materials Project do (sigma of the logarithm 0.8)."""
+    """docs/training.md gives these; sizes spread as those of the Materials Project do (sigma of the
+    logarithm 0.8).
+    """
     count = 4000
     sizes = (1.3e6 * np.random.default_rng(0).lognormal(0, 0.8, count)).astype(int).tolist()
     schedule = Schedule(

@@ -120,7 +120,9 @@ def test_an_id_that_the_map_has_twice_is_one_id(config: DataConfig, tmp_path: Pa
 def test_an_entry_of_the_store_that_is_not_read_is_not_warm(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Where the origin now has a directory in place of a zip file, the directory is read; before anything was listed either would do."""
+    """Where the origin now has a directory in place of a zip file, the directory is read; before
+    anything was listed either would do.
+    """
     os.rename(tmp_path / "data" / "mp-0.zarr", tmp_path / "mp-0.zarr")
     small_group(tmp_path / "data" / "mp-0.zarr.zip", shape=(6, 5, 4), as_zip=True)
     plan_warm(config).execute()

@@ -55,7 +55,9 @@ def test_a_good_cache_has_nothing_to_report(warm: DataConfig, tmp_path: Path) ->
 def test_one_flipped_bit_is_found_and_the_entry_dropped(
     warm: DataConfig, tmp_path: Path, tier: str, offset: int, words: str
 ) -> None:
-    """In a payload, a header or an object; the file is gone afterwards, and a second look finds nothing."""
+    """In a payload, a header or an object; the file is gone afterwards, and a second look finds
+    nothing.
+    """
     victim = files(tmp_path, tier)[0]
     flip(victim, offset)
     report = verify(warm)
@@ -68,7 +70,9 @@ def test_one_flipped_bit_is_found_and_the_entry_dropped(
 
 
 def test_a_swapped_file_is_found(warm: DataConfig, tmp_path: Path) -> None:
-    """A whole entry of another density under this one's name has a good checksum and another identity."""
+    """A whole entry of another density under this one's name has a good checksum and another
+    identity.
+    """
     one, other = [path for path in files(tmp_path, "entries") if path.stat().st_size > 4096 + 400][
         :2
     ]
@@ -81,7 +85,9 @@ def test_a_swapped_file_is_found(warm: DataConfig, tmp_path: Path) -> None:
 def test_entries_without_files_and_files_without_entries_go(
     warm: DataConfig, tmp_path: Path
 ) -> None:
-    """A lost file is reported as damage, a stray file as found; the file of a writer at work would be announced, and stays."""
+    """A lost file is reported as damage, a stray file as found; the file of a writer at work would
+    be announced, and stays.
+    """
     lost = files(tmp_path, "entries")[0]
     lost.unlink()
     stray = lost.with_name("0123456789abcdef")

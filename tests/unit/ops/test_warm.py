@@ -1,4 +1,6 @@
-"""``plan_warm``: what is fetched, what is skipped, what is said of the rest. Over directories; S3 is in tests/cli."""
+"""``plan_warm``: what is fetched, what is skipped, what is said of the rest. Over directories; S3
+is in tests/cli.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def settings(config: DataConfig, **cache: object) -> DataConfig:
 def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Requests are one LIST a density and one GET an object; the ids of the map that have no store are named."""
+    """Requests are one LIST a density and one GET an object; the ids of the map that have no store
+    are named.
+    """
     plan = plan_warm(config)
     assert plan.task_ids == ("mp-0", "mp-1", "mp-2", "mp-3")
     assert plan.missing == ("mp-absent",)
@@ -63,7 +67,9 @@ def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
 def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(
     config: DataConfig, cache: dict[str, object]
 ) -> None:
-    """The second run, if it is to ask the origin, lists the directories and each density once, and reads no object."""
+    """The second run, if it is to ask the origin, lists the directories and each density once, and
+    reads no object.
+    """
     config, revalidate = settings(config, **cache), None if cache else True
     report = plan_warm(config).execute()
     assert (report.ids, report.warm, report.fresh, report.failed, report.bypassed) == (
@@ -90,7 +96,9 @@ def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(
 def test_what_is_warm_costs_no_request_with_revalidate_never(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Planned, estimated and executed without the origin; what is missing is fetched, and nothing else is asked for."""
+    """Planned, estimated and executed without the origin; what is missing is fetched, and nothing
+    else is asked for.
+    """
     write_map(tmp_path, 4)
     plan_warm(config).execute()
     for role in ("data", "label"):
@@ -157,7 +165,9 @@ def test_what_was_trusted_and_is_gone_by_the_end_is_not_said_to_be_warm(config: 
 def test_an_id_that_the_stored_listing_lacks_is_looked_for(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """In the map, or given by name: it may have been uploaded since. That lists the directories, and asks for nothing that is warm."""
+    """In the map, or given by name: it may have been uploaded since. That lists the directories,
+    and asks for nothing that is warm.
+    """
     write_map(tmp_path, 4)
     plan_warm(config).execute()
     write_pairs(tmp_path, 5)
@@ -194,7 +204,9 @@ def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(
 
 
 def test_what_the_origin_changed_is_fetched_again(config: DataConfig, tmp_path: Path) -> None:
-    """Only the one store, and a reader that trusts its cache sees the new values. Without being told to ask, nobody notices."""
+    """Only the one store, and a reader that trusts its cache sees the new values. Without being
+    told to ask, nobody notices.
+    """
     plan_warm(config).execute()
     new = small_group(tmp_path / "label" / "mp-2.zarr", shape=(6, 5, 4), seed=77)[
         "charge_density_total"
@@ -283,8 +295,8 @@ def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: 
         in warm_words(plan, report)[1][0]
     )
     assert (
-        "is reached, and training will read the rest from the origin in every epoch. Raise cache.limit"
-        in (warm_words(plan, replace(report, needed_bytes=0))[1][0])
+        "is reached, and training will read the rest from the origin in every epoch. Raise "
+        "cache.limit" in (warm_words(plan, replace(report, needed_bytes=0))[1][0])
     )
 
 
@@ -336,7 +348,9 @@ def test_of_many_that_did_not_fit_some_are_measured(
 
 
 def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
-    """With ``least-recently-stored`` and too small a limit, late entries push out early ones; the report agrees with the disk."""
+    """With ``least-recently-stored`` and too small a limit, late entries push out early ones; the
+    report agrees with the disk.
+    """
     write_pairs(tmp_path, 5)
     config = DataConfig.from_yaml(
         write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored")

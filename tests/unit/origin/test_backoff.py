@@ -134,9 +134,8 @@ def test_a_link_in_the_place_of_the_file_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither to read nor to write."""
-    Backoff(
-        ENDPOINT, tmp_path / "x"
-    ).told()  # the directory is not there: this process pauses all the same
+    # the directory is not there: this process pauses all the same
+    Backoff(ENDPOINT, tmp_path / "x").told()
     assert Backoff(ENDPOINT, tmp_path / "x").remaining_s() == pytest.approx(FIRST_S)
     other_process(monkeypatch)
     Backoff(ENDPOINT, tmp_path).told()

@@ -1,4 +1,6 @@
-"""Requests in flight on a loop's thread or in threads, answers in the calling thread. The requests are functions of the tests' own."""
+"""Requests in flight on a loop's thread or in threads, answers in the calling thread. The requests
+are functions of the tests' own.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_a_fault_is_an_answer(loop: asyncio.AbstractEventLoop) -> None:
 def test_a_server_that_is_down_is_not_asked_for_the_rest(
     loop: asyncio.AbstractEventLoop, status: int, asked: int
 ) -> None:
-    """As many transient faults in a row as are in flight end the pass; the rest comes back unasked. A final fault says nothing of the others."""
+    """As many transient faults in a row as are in flight end the pass; the rest comes back unasked.
+    A final fault says nothing of the others.
+    """
     requests = []
 
     async def get(obj: ObjectInfo) -> Received:

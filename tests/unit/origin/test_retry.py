@@ -31,7 +31,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock of the test's own in place of ``time``, and the longest wait of each draw in place of chance."""
+    """A clock of the test's own in place of ``time``, and the longest wait of each draw in place of
+    chance.
+    """
     clock = Clock()
     monkeypatch.setattr(retry, "time", clock)
     monkeypatch.setattr(retry._random, "uniform", lambda low, high: high)
@@ -100,7 +102,8 @@ def test_used_up_attempts_name_url_number_and_last_cause(
     with pytest.raises(OriginUnavailableError) as caught:
         RetryPolicy(RetryConfig(attempts=attempts)).call(failing(99))
     assert str(caught.value).startswith(
-        f"s3://b/x could not be read: SlowDown (503) #{attempts} {words}. Check that the server runs"
+        f"s3://b/x could not be read: SlowDown (503) #{attempts} {words}. Check that the server "
+        "runs"
     )
     assert "cache.retry.attempts or cache.retry.timeout" in str(caught.value)
 
@@ -131,7 +134,9 @@ def test_other_errors_pass_at_once(clock: Clock) -> None:
 
 
 def test_the_time_bound_counts_the_wait_that_would_come(clock: Clock) -> None:
-    """Attempts at 0, 0.5 and 1.5 s; the next would start at 3.5 s, after the bound: nobody sleeps only to give up."""
+    """Attempts at 0, 0.5 and 1.5 s; the next would start at 3.5 s, after the bound: nobody sleeps
+    only to give up.
+    """
     with pytest.raises(OriginUnavailableError, match=re.escape("(3 attempts in 1.5 s)")):
         RetryPolicy(RetryConfig(attempts=100, timeout=3.0)).call(failing(99))
     assert clock.now_s == 1001.5

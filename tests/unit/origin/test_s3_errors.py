@@ -62,7 +62,8 @@ def test_what_went_wrong_below_is_final_unless_it_is_known() -> None:
     assert type(error) is OriginError
     assert (
         str(error)
-        == "s3://b/p/x: the request could not be made: KeyError: 'ETag'. Check s3_kwargs and the URL."
+        == "s3://b/p/x: the request could not be made: KeyError: 'ETag'. Check s3_kwargs and the "
+        "URL."
     )
 
 

@@ -59,7 +59,9 @@ def test_nothing_given_is_aws() -> None:
 
 
 def test_an_endpoint_of_one_s_own_signs_for_us_east_1() -> None:
-    """Unless something says otherwise, as with botocore; the slash at the end is no part of its identity."""
+    """Unless something says otherwise, as with botocore; the slash at the end is no part of its
+    identity.
+    """
     read = options(endpoint_url="http://gw:9000/")
     assert (read.region, read.identity) == ("us-east-1", "http://gw:9000")
     assert (

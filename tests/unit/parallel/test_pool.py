@@ -59,7 +59,9 @@ def _work_until_told(directory: str, reserve: Reserve) -> None:
 
 
 def _work_through_a_pool(directory: str, reserve: Reserve) -> None:
-    """As zarr does it: a part of the work is given to threads when the process has been told to stop."""
+    """As zarr does it: a part of the work is given to threads when the process has been told to
+    stop.
+    """
     _work_until_told(directory, reserve)
     if not directory.startswith("see:"):
         with ThreadPoolExecutor(1) as pool:
@@ -75,7 +77,9 @@ def _meet(directory: str, reserve: Reserve) -> int:
 
 
 def _hold(need: tuple[int, str], reserve: Reserve) -> int:
-    """Take memory in two parts, and note at each moment what all hold together; two or three hold some at once."""
+    """Take memory in two parts, and note at each moment what all hold together; two or three hold
+    some at once.
+    """
     nbytes, directory = need
     mine = Path(directory, secrets.token_hex(8))
     for held in (nbytes // 4, nbytes):
@@ -269,7 +273,9 @@ def test_where_few_processes_can_be_started_these_do_it(caplog: pytest.LogCaptur
 def test_interrupted_while_a_process_starts_nothing_of_it_stays(
     kill: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C between the start and its settings: the signal goes to whichever thread does not hold it back."""
+    """Ctrl-C between the start and its settings: the signal goes to whichever thread does not hold
+    it back.
+    """
     executable, until_told = tmp_path / "python", threading.Event()
     executable.write_text(f'#!/bin/sh\n{kill}\nsleep 0.2\nexec {sys.executable} "$@"\n')
     executable.chmod(0o755)
@@ -317,7 +323,9 @@ def _told_later(directory: Path) -> None:
 def test_what_a_process_finishes_may_still_use_threads(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its interpreter has not begun to end: from then on no executor would take work, and a store would fail in its middle."""
+    """Its interpreter has not begun to end: from then on no executor would take work, and a store
+    would fail in its middle.
+    """
     outcomes = spread(_work_through_a_pool, [f"see:{tmp_path}", str(tmp_path), str(tmp_path)], 3)
     assert next(outcomes) == (f"see:{tmp_path}", None)
     threading.Thread(target=_told_later, args=(tmp_path,)).start()

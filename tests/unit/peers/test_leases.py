@@ -54,7 +54,9 @@ def test_who_stored_it_is_named_until_it_is_gone_there() -> None:
     [("stored", ["at"] * 7), ("given up", ["alone"] * 7), ("lost", ["busy"] * 6 + ["lease"])],
 )
 def test_end_of_a_lease_is_told_to_all_who_wait(outcome: str, kinds: list[str]) -> None:
-    """Stored: where. Given up: each for itself. Lost, or failed: one of them is next, and the others wait on."""
+    """Stored: where. Given up: each for itself. Lost, or failed: one of them is next, and the
+    others wait on.
+    """
     leases = Leases()
     lease = ask(leases, "a").lease
     assert lease is not None

@@ -1,4 +1,6 @@
-"""What a node serves, and to whom: entries by their digest to who has the token, and nothing else to anybody."""
+"""What a node serves, and to whom: entries by their digest to who has the token, and nothing else
+to anybody.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,8 @@ def test_lease_is_of_the_connection_that_got_it(server: EntryServer) -> None:
         ("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30
     ) as connection:
         connection.sendall(
-            f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+            f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nAuthorization: Bearer "
+            f"{TOKEN}\r\n\r\n".encode()
         )
         assert b"Zarrcache-Answer: lease" in connection.recv(65536)
         assert request(server, f"POST /v1/leases/{digest}?outcome=stored")[0] == 409
@@ -168,7 +171,8 @@ def test_lease_is_of_the_connection_that_got_it(server: EntryServer) -> None:
         )
         assert request(server, f"GET /v1/entries/{digest}")[1]["zarrcache-answer"] == "none"
         connection.sendall(
-            f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+            f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nAuthorization: Bearer "
+            f"{TOKEN}\r\n\r\n".encode()
         )
         assert b" 204 " in connection.recv(65536)
     status, headers, _ = request(server, f"GET /v1/entries/{digest}?node=http://127.0.0.1:2")

@@ -50,7 +50,8 @@ def test_file_without_a_usable_word_is_refused(tmp_path: Path, content: str | by
     """It is not shown, and the message tells how to make one."""
     with pytest.raises(
         ConfigError,
-        match=r"does not hold one word of 16 to 512 printable characters\. Make one with: .*openssl rand",
+        match=r"does not hold one word of 16 to 512 printable characters\. Make one with: "
+        r".*openssl rand",
     ) as caught:
         read_token(written(tmp_path / "token", content))
     assert not content or str(content) not in str(caught.value)

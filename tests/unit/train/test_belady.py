@@ -66,9 +66,8 @@ def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() ->
     assert chooser.victims(digest("d"), 5, lambda: stored) == [digest("c")]
     assert chooser.victims(digest("d"), 15, lambda: stored) == []
     assert chooser.victims("e" * 32, 5, lambda: stored) == []
-    assert (
-        chooser.victims("loans", 5, lambda: stored) == []
-    )  # the room of a look-ahead, which has no digest
+    # the room of a look-ahead, which has no digest
+    assert chooser.victims("loans", 5, lambda: stored) == []
 
 
 def test_what_is_being_read_stays() -> None:
@@ -107,7 +106,8 @@ def test_a_use_of_another_rank_of_the_node_counts_too() -> None:
     assert chooser.victims(digest(str(own[10])), 5, lambda: stored) == [digest(passed)]
 
 
-# -- hit rates ---------------------------------------------------------------------------------------------------------------------
+# -- hit rates
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def sizes_of(samples: int) -> NDArray[np.int64]:
@@ -124,7 +124,9 @@ def sizes_of(samples: int) -> NDArray[np.int64]:
 
 
 def offline(reads: list[int], sizes: NDArray[np.int64], capacity: int) -> list[bool]:
-    """Hits of Belady with all of the future, one read after the other, by looking forward each time."""
+    """Hits of Belady with all of the future, one read after the other, by looking forward each
+    time.
+    """
     when: dict[int, list[int]] = {}
     for position, sample in enumerate(reads):
         when.setdefault(sample, []).append(position)
@@ -185,7 +187,8 @@ def ours(orders: Orders, epochs: int, sizes: NDArray[np.int64], capacity: int) -
 
 
 def test_a_node_of_four_hits_as_often_as_if_it_knew_everything() -> None:
-    """Global shuffle, room for a quarter: at least 95 % of the hits of offline Belady, and twice those of admit-until-full.
+    """Global shuffle, room for a quarter: at least 95 % of the hits of offline Belady, and twice
+    those of admit-until-full.
 
     The last five epochs are left out, of which the oracle knows the end.
     """
@@ -205,7 +208,9 @@ def test_a_node_of_four_hits_as_often_as_if_it_knew_everything() -> None:
 
 
 def test_drawn_with_replacement_it_is_as_good() -> None:
-    """Any order that is known beforehand will do; some samples come several times an epoch, most not at all."""
+    """Any order that is known beforehand will do; some samples come several times an epoch, most
+    not at all.
+    """
     samples, epochs = 300, 6
     sizes = sizes_of(samples)
     rng = np.random.default_rng(5)
@@ -219,7 +224,9 @@ def test_drawn_with_replacement_it_is_as_good() -> None:
 
 
 def test_it_chooses_without_looking_at_every_entry_each_time() -> None:
-    """The list of what is stored is asked for now and then, not at every entry that has to be stored."""
+    """The list of what is stored is asked for now and then, not at every entry that has to be
+    stored.
+    """
     samples = 2000
     schedule = Schedule(tuple(f"mp-{n}" for n in range(samples)), node_of_rank=(0, 1), seed=7)
     progress, chooser = eviction_policy(Scheduled(schedule))

@@ -24,7 +24,8 @@ from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Read
 from zarrcache.train.datasets import collate_fn
 
 Grid = NDArray[np.float32]
-#: Grid sizes of data and label; no two axes of a grid are alike, so a turn that goes wrong shows in the shape.
+#: Grid sizes of data and label; no two axes of a grid are alike, so a turn that goes wrong shows in
+#: the shape.
 SIZES = [((4, 5, 6), (8, 10, 12)), ((7, 4, 9), (7, 4, 9)), ((5, 11, 4), (10, 22, 8))]
 #: Chi-square with nine degrees of freedom is above this in one of ten thousand fair experiments.
 CHI_SQUARE_LIMIT = 33.7
@@ -51,7 +52,9 @@ def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
 
 
 def turns_of(grid: Grid) -> dict[bytes, tuple[int, int] | None]:
-    """Every way ``grid`` can be turned, by its bytes: (axis, quarter turns), None for the identity. ``numpy.rot90`` is the oracle."""
+    """Every way ``grid`` can be turned, by its bytes: (axis, quarter turns), None for the identity.
+    ``numpy.rot90`` is the oracle.
+    """
     found: dict[bytes, tuple[int, int] | None] = {grid.tobytes(): None}
     for axis, plane in enumerate(((1, 2), (0, 2), (0, 1))):
         for turns in (1, 2, 3):
@@ -61,7 +64,9 @@ def turns_of(grid: Grid) -> dict[bytes, tuple[int, int] | None]:
 
 
 def drawn(dataset: Any, n: int) -> list[tuple[int, int] | None]:
-    """The turns of ``n`` readings of sample 0, whose data and label are the same grid; that both turned alike is checked on the way."""
+    """The turns of ``n`` readings of sample 0, whose data and label are the same grid; that both
+    turned alike is checked on the way.
+    """
     known = turns_of(random_density((3, 4, 5)))
     found = []
     for _ in range(n):
@@ -119,7 +124,9 @@ class TestRhoData:
 
     @pytest.mark.parametrize("step", [1, 2, 3])
     def test_turning_comes_before_downsampling(self, lists: Any, step: int) -> None:
-        """The points that a turned grid keeps are not the turned points that the grid would keep: 7 is odd, and cut at its end."""
+        """The points that a turned grid keeps are not the turned points that the grid would keep: 7
+        is odd, and cut at its end.
+        """
         dataset = RhoData(*lists, downsample_data=step, data_augmentation=True, seed=3)
         grid = lists[0][1].reshape(SIZES[1][0])
         wanted = set()
@@ -195,7 +202,9 @@ class TestRhoData:
         assert reader.stats.misses + reader.stats.hits == 2
 
     def test_positions_are_those_of_a_list(self, lists: Any) -> None:
-        """From the end, by numpy and torch integers; beyond it is an IndexError, which ends a ``for`` loop."""
+        """From the end, by numpy and torch integers; beyond it is an IndexError, which ends a
+        ``for`` loop.
+        """
         dataset = RhoData(*lists, data_augmentation=False)
         assert torch.equal(dataset[-1][0], dataset[2][0])
         assert torch.equal(dataset[np.int64(1)][0], dataset[torch.tensor(1)][0])
@@ -239,7 +248,9 @@ class TestAugmentation:
     """Which turns are drawn, and when a run repeats."""
 
     def test_turns_have_the_users_chances(self) -> None:
-        """Identity 10 %, and each axis and number of quarter turns 10 %: one, two and three turns 30 % each."""
+        """Identity 10 %, and each axis and number of quarter turns 10 %: one, two and three turns
+        30 % each.
+        """
         n = 3000
         counts = Counter(drawn(one_sample(seed=0), n))
         keys = [None, *itertools.product(range(3), (1, 2, 3))]

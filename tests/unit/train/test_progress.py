@@ -60,7 +60,9 @@ def test_an_order_is_of_names_or_positions(order: Any) -> None:
      [RandomSampler(NAMES)], BatchSampler(RandomSampler(NAMES), 2, False)],
 )  # fmt: skip
 def test_what_is_no_list_for_each_epoch_is_refused(order: Any) -> None:
-    """A batch sampler's batches are no epochs; a sampler of torch draws anew when it is asked again."""
+    """A batch sampler's batches are no epochs; a sampler of torch draws anew when it is asked
+    again.
+    """
     with pytest.raises(
         ConfigError,
         match=r"^order is .*give a NodeSampler, or a list of task ids or positions for each epoch",
@@ -81,7 +83,9 @@ def test_a_position_of_no_sample_is_named(position: Any, said: str) -> None:
 
 
 def test_a_schedule_has_the_ranks_own_order_and_its_nodes() -> None:
-    """With what was read before a restart, in that epoch only; as far ahead as there are nodes, and one."""
+    """With what was read before a restart, in that epoch only; as far ahead as there are nodes, and
+    one.
+    """
     schedule = Schedule(tuple(f"mp-{n}" for n in range(24)), node_of_rank=(0, 1, 1), seed=3)
     orders = Scheduled(schedule, rank=2, epoch=4, history=(Segment((0, 1, 1), 2),))
     assert (orders.node, orders.ranks, orders.epochs_ahead) == (1, 2, 3)
@@ -91,7 +95,9 @@ def test_a_schedule_has_the_ranks_own_order_and_its_nodes() -> None:
 
 
 def test_readings_are_counted_by_sample_role_and_epoch() -> None:
-    """A second reading of a sample is another one; an epoch that is over has been read, one to come has not."""
+    """A second reading of a sample is another one; an epoch that is over has been read, one to come
+    has not.
+    """
     progress = listed(("mp-0", "mp-0"))
     read(progress, "mp-0", "label")
     read(progress, "mp-7")  # of the validation set
@@ -117,7 +123,9 @@ def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
 
 
 def test_while_an_epoch_changes_the_counts_are_of_neither() -> None:
-    """Who looks in between must not take what was read of the old epoch for what was read of the new one, or the other way round."""
+    """Who looks in between must not take what was read of the old epoch for what was read of the
+    new one, or the other way round.
+    """
     progress = listed(("mp-0",), ("mp-0",))
     read(progress, "mp-0")
     progress._words[0] = 1  # as far as set_epoch(1) when its process is suspended

@@ -71,7 +71,9 @@ def test_an_epoch_is_every_sample_once(
 def test_a_job_that_is_started_anew_reads_the_rest_of_the_epoch(
     count: int, assignment: Any, worlds: list[tuple[int, ...]], taken: list[int]
 ) -> None:
-    """With other ranks and nodes each time: no sample is lost, and none is read twice but to even out the last start."""
+    """With other ranks and nodes each time: no sample is lost, and none is read twice but to even
+    out the last start.
+    """
     seen: Counter[int] = Counter()
     history: tuple[Segment, ...] = ()
     for world, some in zip(worlds[:-1], taken, strict=False):

@@ -1,4 +1,6 @@
-"""The law of rotation and the arithmetic of downsampling, against oracles that share nothing with them."""
+"""The law of rotation and the arithmetic of downsampling, against oracles that share nothing with
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def grid(*shape: int) -> NDArray[np.float32]:
 
 
 def chi_square(outcomes: list[Rotation]) -> float:
-    """How far outcomes are from 10 % for the identity and for each of the nine turns (three axes, one to three quarters)."""
+    """How far outcomes are from 10 % for the identity and for each of the nine turns (three axes,
+    one to three quarters).
+    """
     counts = Counter(
         (rotation.axis, rotation.turns) if rotation.turns else None for rotation in outcomes
     )
@@ -94,7 +98,9 @@ def test_the_statistics_can_fail() -> None:
 
 
 def test_draws_of_neighbouring_keys_are_independent() -> None:
-    """Sample 5 does not turn as sample 6 does, nor epoch 1 as epoch 2: about one pair of ten agrees, as chance has it."""
+    """Sample 5 does not turn as sample 6 does, nor epoch 1 as epoch 2: about one pair of ten
+    agrees, as chance has it.
+    """
     for i in range(4):
         one = [draw_rotation(*(n if j == i else 3 for j in range(4))) for n in range(2000)]
         same = sum(a == b or a.turns == b.turns == 0 for a, b in itertools.pairwise(one))
