@@ -17,5 +17,10 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ = [*__all__, "__version__"]
+# The public names are listed in __init__.pyi, once; each is imported at its first use.
+__getattr__, _dir, _names = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [*_names, "__version__"]
+
+
+def __dir__() -> list[str]:
+    return [*_dir(), "__version__"]

@@ -2,15 +2,16 @@
 
 ::
 
-    ZarrCacheError(Exception)                 one string: what, where (full URL), what to do ├──
-    ConfigError (+ ValueError)            a setting, a command-line value, a map file ├──
-    SchemaError (+ ValueError)            array absent, wrong dtype, not 3-D, larger than allowed
-    ├── OriginError (+ OSError) │   ├── OriginNotFoundError (+ FileNotFoundError)   a whole store,
-    bucket or directory │   ├── OriginAccessError (+ PermissionError)       never retried │   └──
-    OriginUnavailableError (+ ConnectionError)  transient, attempts used up ├── IncompleteArrayError
-    a listed object is gone or has the wrong size or content ├── CorruptEntryError
-    raised by verify only; on the read path it is a purge and a miss └── LockTimeoutError (+
-    TimeoutError)     names the lock file and the seconds waited
+    ZarrCacheError(Exception)                       one string: what, where (full URL), what to do
+    ├── ConfigError (+ ValueError)                  a setting, a command-line value, a map file
+    ├── SchemaError (+ ValueError)                  array absent, wrong dtype, not 3-D, too large
+    ├── OriginError (+ OSError)
+    │   ├── OriginNotFoundError (+ FileNotFoundError)   a whole store, bucket or directory
+    │   ├── OriginAccessError (+ PermissionError)       never retried
+    │   └── OriginUnavailableError (+ ConnectionError)  transient, attempts used up
+    ├── IncompleteArrayError                        a listed object is gone or was changed
+    ├── CorruptEntryError                           by verify; elsewhere a purge and a miss
+    └── LockTimeoutError (+ TimeoutError)           names the lock file and the seconds waited
 
 Two of these choices keep wrong numbers out of a training run:
 

@@ -47,7 +47,7 @@ def save(*_):
     sys.exit(code)
 
 signal.signal(signal.SIGTERM, save)
-notes = {"misses": reader.stats.misses, "dir": str(reader.tiers.config.dir), "master": os.environ["MASTER_ADDR"]}
+notes = {"misses": reader.stats.misses, "dir": str(reader.cache.config.dir), "master": os.environ["MASTER_ADDR"]}
 (out / f".{os.environ['SLURM_PROCID']}").write_text(json.dumps(notes))
 (out / f".{os.environ['SLURM_PROCID']}").rename(out / f"rank-{os.environ['SLURM_PROCID']}.json")
 time.sleep(int(sys.argv[4]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,13 +40,6 @@ class Reader:
 
     def data_split(self) -> tuple[str, str]:
         return "train", "test"
-
-
-def module_with(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
-    """Put a module in the place of one that reads files."""
-    module = ModuleType(name)
-    module.__dict__.update(members)
-    monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_own_loader_is_registered_in_one_line() -> None:
@@ -153,7 +146,7 @@ def test_zarr_loader_hands_the_users_keys_to_the_reader(
     name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under both names, and without one; what is not given has the users' default."""
-    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
+    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     assert get_dataset(KEYS if name is None else {**KEYS, "dataset_name": name, "epochs": 2}) == (
         "train",
         "test",
@@ -176,7 +169,7 @@ def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The block is checked before the reader sees it; a DataConfig goes through as it is."""
-    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
+    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     keys = {
         **KEYS,
         "normalize_data": False,
@@ -198,21 +191,21 @@ def test_misspelt_cache_key_is_named_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The nearest setting is in the message."""
-    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
+    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     with pytest.raises(ConfigError, match=r"limti is not a setting. Did you mean 'limit'"):
         get_dataset({**KEYS, "cache": {"dir": "/scratch", "limti": "1 GiB"}})
 
 
 def test_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config without ``functional`` says so."""
-    module_with(monkeypatch, "zarrcache.data.reader", ZarrS3Reader=Reader)
+    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     with pytest.raises(ConfigError, match="functional is missing"):
         get_dataset({key: value for key, value in KEYS.items() if key != "functional"})
 
 
 def test_chgcar_loader_hands_the_users_keys_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same keys serve the reader of files that are not converted."""
-    module_with(monkeypatch, "zarrcache.convert.rhoread", RhoRead=Reader)
+    monkeypatch.setattr("zarrcache.convert.RhoRead", Reader)
     assert get_dataset({**KEYS, "dataset_name": "chgcar_data"}) == ("train", "test")
     assert Reader.given["normalize"] is True
     assert load_chgcar_data(SimpleNamespace(**KEYS)) == ("train", "test")

@@ -4,8 +4,8 @@ fsspec parts.
 ::
 
     ByteCache.read ─> fsspec simplecache ─ hit: the local file
-                          └ miss ─> PublishingFileSystem.get_file ─> single flight ─> origin ─>
-                          checks ─> publish + index row
+                          └ miss ─> PublishingFileSystem.get_file ─> single flight ─> origin
+                                      ─> checks ─> publish + index row
 
 Under zarr v3 only simplecache caches at all (filecache fetches every time, blockcache stores
 nothing and serves zeros for ever after one failed fetch), and it trusts any file that bears the

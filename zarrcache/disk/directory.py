@@ -1,19 +1,18 @@
-"""Where things lie on disk, and with which permissions. Only ``<dir>/zarrcache-v1/`` is ever
-written or deleted.
+"""Paths and permissions below a cache directory.
 
-::
+Only ``<dir>/zarrcache-v1/`` is ever written or deleted::
 
     <dir>/zarrcache-v1/
         CACHEDIR.TAG      backup programs skip the directory (bford.info/cachedir)
         cache.db          the index (SQLite through diskcache)
-        entries/ab/…      array tier: one file an entry, header page + raw array
-        bytes/ab/…        byte tier: one file an object or block, exactly the origin's bytes
+        entries/ab/…      array tier: one file per entry, header page + raw array
+        bytes/ab/…        byte tier: one file per object or block, exactly the origin's bytes
         locks/…           single flight
 
 With ``shared`` the members of one Unix group work on one directory. What they all write in place
-(index, locks) is 0660. Entries are 0640: each may be read, replaced and dropped by the others, for
-which the directories' permissions count, but not be altered, and above all not be truncated, which
-would kill whoever has it mapped.
+(index, locks) is 0660. Entries are 0640: the other members may read, replace and drop them (the
+directories' permissions decide that), but not alter them, and above all not truncate them, which
+would kill every process that has one mapped.
 """
 
 from __future__ import annotations

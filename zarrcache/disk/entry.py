@@ -3,10 +3,12 @@
 ::
 
     offset 0     8 bytes   magic b"zarrcach"
-           8     u32       FORMAT_VERSION 12    u32       length of the JSON that follows 16    u32
-           CRC-32C of the JSON 20    JSON      identity (origin, url, array), source, dtype, shape,
-           nbytes, crc32c of the payload n*4096          payload: C order, little endian,
-           page-aligned so that it can be mapped
+           8     u32       FORMAT_VERSION
+           12    u32       length of the JSON that follows
+           16    u32       CRC-32C of the JSON
+           20    JSON      identity (origin, url, array), source, dtype, shape, nbytes,
+                           crc32c of the payload
+           n*4096          payload: C order, little endian, page-aligned so that it can be mapped
 
 All integers are little endian. The header repeats the entry's full identity, so that a file under
 the wrong name is a miss, and the index can be rebuilt from the files alone.

@@ -1,19 +1,20 @@
-"""Entries of this node's cache for other nodes, over HTTP: what ``zarrcache serve`` does. It only
-reads, and finds entries by digest alone.
+"""Serve entries of this node's cache to other nodes over HTTP, read-only and by digest alone.
 
 ::
 
-    GET  /v1/entries/DIGEST?source=…&node=…&wait=…&gone=…     200 and the entry, byte for byte as it
-    is on disk; or no body and
-             Zarrcache-Answer: none     (404) it is not here
-                               at       (303) the node in Location has it lease    (404) fetch it
-                               from the origin, keep this connection, and say how it ended:
-    POST /v1/leases/DIGEST?outcome=stored|given-up             204
-                               busy     (202) a node is fetching it: ask again alone    (404) it
-                               cannot be kept by whoever fetched it: fetch it for yourself
+    GET  /v1/entries/DIGEST?source=…&node=…&wait=…&gone=…
+         200                            the entry, byte for byte as it lies on disk
+         no body, and Zarrcache-Answer:
+             none   (404)  not here
+             at     (303)  the node in Location has it
+             lease  (404)  fetch it from the origin, keep this connection, report the outcome
+             busy   (202)  a node is fetching it: ask again
+             alone  (404)  its fetcher could not store it: fetch it for yourself
+    POST /v1/leases/DIGEST?outcome=stored|given-up
+         204
 
-Only who gives its own address as ``node`` is made to wait, for ``wait`` seconds at the most, and is
-given leases.
+Only a client that gives its own address as ``node`` waits (at most ``wait`` seconds) and is
+granted leases.
 """
 
 from __future__ import annotations

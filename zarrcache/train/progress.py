@@ -94,7 +94,7 @@ class Scheduled:
     def epochs_ahead(self) -> int:
         # A node of four comes back to a sample after four epochs, on average. Of what offline
         # Belady hits, two epochs ahead reach 75 %, three 92 %, four 99.5 % and five all (4 nodes,
-        # room for a quarter; tests/unit/test_clairvoyant.py).
+        # room for a quarter; tests/unit/train/test_belady.py).
         return 1 + max(self.schedule.node_of_rank) + 1
 
     def of_rank(self, epoch: int) -> Indices:

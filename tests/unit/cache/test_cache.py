@@ -40,9 +40,9 @@ def test_both_tiers_have_one_limit(tmp_path: Path) -> None:
     assert cache.arrays is not None
     assert cache.arrays.put(key_of(1), array_of(1), source="s")
     origin = cache.origin(str(tmp_path / "data"))
-    cache = cache.bytes(origin)
-    assert cache is not None
-    cache.read(origin.list_objects("mp-1.zarr/")[0])
+    tier = cache.bytes(origin)
+    assert tier is not None
+    tier.read(origin.list_objects("mp-1.zarr/")[0])
     assert cache.index is not None
     assert set(cache.index.totals()) == {"array"}
 
