@@ -1,5 +1,5 @@
 """``ZarrDataModule`` without a trainer: its splits, its loaders, what it refuses. With one:
-tests/contract/test_distributed_training.py.
+tests/processes/test_distributed_training.py.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class IndexFile:
         """Rows of a query that diskcache has no method for, over a connection of its own."""
         with no_fork():
             # Not mode=ro: whoever comes first after a killed process has to undo or to finish what
-            # it left (tests/faults/test_crash.py).
+            # it left (tests/processes/test_crash.py).
             connection = sqlite3.connect(
                 f"{self._dir.index.as_uri()}?mode=rw", uri=True, timeout=wait_s
             )

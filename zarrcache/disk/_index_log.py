@@ -4,7 +4,7 @@ SQLite writes a log until it can begin it anew, and that is when nobody reads or
 eight busy processes the moment never came (20 MiB after 20 s), so every writer looks for it above
 one size; and since it is a lottery which of eight gets in, above another size none of them writes
 on before one has.  So the log has 3 MiB and what the transactions under way add to it
-(tests/races/test_limit.py).
+(tests/processes/test_limit.py).
 """
 
 from __future__ import annotations
