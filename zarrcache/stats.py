@@ -1,15 +1,17 @@
-"""Counters: what a run did, merged over the processes of a node."""
+"""Counters of a run, merged over the processes of a node, and warnings that are logged once."""
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 
 from zarrcache._shared_memory import SharedFile
 
-__all__ = ["Counters", "Stats"]
+__all__ = ["Counters", "LogOnce", "Stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +126,28 @@ class Counters:
     def __setstate__(self, state: dict[str, SharedFile | None]) -> None:
         self._board = state["board"]
         self._start()
+
+
+class LogOnce:
+    """Warn once per kind of trouble: a full disk must not write a log line per sample.
+
+    One object per owner (an index, a reader, the peers of a config). Safe from any thread; two
+    threads that meet the same trouble at the same moment may both log it. A copy in another process
+    starts with nothing logged: each process writes its own log.
+    """
+
+    def __init__(self) -> None:
+        self._logged: set[Hashable] = set()
+
+    def __bool__(self) -> bool:
+        """Whether anything was logged."""
+        return bool(self._logged)
+
+    def __reduce__(self) -> tuple[type[LogOnce], tuple[()]]:
+        return type(self), ()
+
+    def warning(self, kind: Hashable, logger: logging.Logger, message: str, *args: object) -> None:
+        """``logger.warning(message, *args)``, unless trouble of this ``kind`` was logged before."""
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.warning(message, *args, stacklevel=2)

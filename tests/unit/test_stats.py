@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import threading
@@ -10,7 +11,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from zarrcache.stats import Counters, Stats
+from zarrcache.stats import Counters, LogOnce, Stats
 
 
 def test_snapshots_add_and_subtract() -> None:
@@ -135,3 +136,27 @@ def test_board_needs_no_file_and_leaks_no_descriptor() -> None:
     for _ in range(1000):
         Counters(shared=True).add(hits=1)
     assert before == 0 or len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_a_kind_of_trouble_is_logged_once_per_owner(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("a room")
+    first, second = LogOnce(), LogOnce()
+    for n in range(3):
+        first.warning("OSError", logger, "write %d failed", n)
+    first.warning(("OSError", "peer"), logger, "another kind")
+    second.warning("OSError", logger, "another owner")
+    assert [record.getMessage() for record in caplog.records] == [
+        "write 0 failed",
+        "another kind",
+        "another owner",
+    ]
+    assert {(record.name, record.filename) for record in caplog.records} == {
+        ("a room", "test_stats.py")
+    }
+
+
+def test_a_copy_in_another_process_has_logged_nothing() -> None:
+    log_once = LogOnce()
+    log_once.warning("OSError", logging.getLogger("a room"), "failed")
+    assert log_once
+    assert not pickle.loads(pickle.dumps(log_once))

@@ -35,7 +35,7 @@ from zarrcache.disk import (
     write_entry,
 )
 from zarrcache.errors import CorruptEntryError
-from zarrcache.stats import Counters
+from zarrcache.stats import Counters, LogOnce
 
 __all__ = ["ArrayCache", "EntryInfo"]
 
@@ -88,7 +88,7 @@ class ArrayCache:
         self._verified = verified or SharedSet()
         #: Where a prefetcher keeps what is not admitted. Not pickled.
         self.loans: Loans | None = None
-        self._told: set[str] = set()
+        self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self._config, self._counters, self._verified)
@@ -216,8 +216,9 @@ class ArrayCache:
                 if self.loans is not None and self.loans.lend(key.digest, filename, size_bytes):
                     self._publish(filename, header, write)
                     return "lent", filename
-                self._tell(
+                self._log_once.warning(
                     outcome.name,
+                    logger,
                     "not cached, read from the origin in every epoch: %s (%s): %s",
                     key.url,
                     format_bytes(header.nbytes),
@@ -279,16 +280,14 @@ class ArrayCache:
     def _fault(self, verb: str, key: ArrayKey, exc: BaseException) -> None:
         self._counters.add(cache_errors=1)
         self.index.reopen(exc)
-        kind = type(exc).__name__
-        if kind not in self.index.told:  # a full disk must not write a line a sample
-            self.index.told.add(kind)
-            logger.warning("cache %s failed, serving %s from the origin: %s", verb, key.url, exc)
-
-    def _tell(self, kind: str, message: str, *args: object) -> None:
-        """Warn once a kind and process: a full disk must not write a line a sample."""
-        if kind not in self._told:
-            self._told.add(kind)
-            logger.warning(message, *args)
+        self.index.log_once.warning(
+            type(exc).__name__,
+            logger,
+            "cache %s failed, serving %s from the origin: %s",
+            verb,
+            key.url,
+            exc,
+        )
 
 
 def _unpickled(config: CacheConfig, counters: Counters, verified: SharedSet) -> ArrayCache:

@@ -180,7 +180,7 @@ class ByteCache:
             index.dir.locks,
             timeout_s=2 * config.retry.timeout,
             mode=index.dir.written_mode,
-            told=index.told,
+            log_once=index.log_once,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -301,15 +301,14 @@ class ByteCache:
     def _fault(self, verb: str, key: BlockKey, exc: BaseException) -> None:
         self._counters.add(cache_errors=1)
         self._index.reopen(exc)
-        kind = type(exc).__name__
-        if kind not in self._index.told:  # a full disk must not write a line an object
-            self._index.told.add(kind)
-            logger.warning(
-                "cache %s failed, serving %s from the origin: %s",
-                verb,
-                self._origin.url_of(key.object.key),
-                exc,
-            )
+        self._index.log_once.warning(
+            type(exc).__name__,
+            logger,
+            "cache %s failed, serving %s from the origin: %s",
+            verb,
+            self._origin.url_of(key.object.key),
+            exc,
+        )
 
     def _simplecache(self) -> SimpleCacheFileSystem:
         if self._fs is None:

@@ -115,7 +115,7 @@ class Cache:
             self.index.dir.locks,
             timeout_s=2 * self.config.retry.timeout,
             mode=self.index.dir.written_mode,
-            told=self.index.told,
+            log_once=self.index.log_once,
         )
 
     def bytes(self, origin: Origin) -> ByteCache | None:

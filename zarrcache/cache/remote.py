@@ -20,7 +20,7 @@ from zarrcache.config import CacheConfig
 from zarrcache.disk import CacheDir, EntryStream, is_fresh, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.peers import Peers, Reply
-from zarrcache.stats import Counters
+from zarrcache.stats import Counters, LogOnce
 
 __all__ = ["MissLookup", "RemoteSources", "Taken"]
 
@@ -58,6 +58,7 @@ class RemoteSources:
         self.peers = Peers(config)
         self._arrays = arrays
         self._counters = counters
+        self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[type[RemoteSources], tuple[CacheConfig, ArrayCache, Counters]]:
         # not the token, nor who was left out
@@ -109,15 +110,17 @@ class RemoteSources:
             return
         try:
             if not self._lower.is_dir():
-                self._tell(
+                self._log_once.warning(
                     "lower is not there",
+                    logger,
                     "cache.lower: there is no cache at %s; going on without it",
                     self._lower.parent.parent,
                 )
             yield from open_entries(self._lower, digest)
         except OSError as exc:
-            self._tell(
+            self._log_once.warning(
                 "lower fails",
+                logger,
                 "cache.lower %s cannot be read, going on without it: %s",
                 self._lower,
                 exc,
@@ -146,8 +149,9 @@ class RemoteSources:
     def refuse(self, peer: str, exc: CorruptEntryError) -> None:
         """Count a bad entry, and say so once a peer."""
         self._counters.add(purges=1)
-        self._tell(
-            f"bad {peer}",
+        self._log_once.warning(
+            ("bad entry", peer),
+            logger,
             "an entry from elsewhere was not taken, looking further (said once for %s): %s",
             peer,
             exc,
@@ -156,9 +160,6 @@ class RemoteSources:
     def count(self, **increments: int) -> None:
         """As `Counters.add`."""
         self._counters.add(**increments)
-
-    def _tell(self, kind: str, message: str, *args: object) -> None:
-        self.peers.tell("", kind, message, *args)
 
 
 class MissLookup:

@@ -17,7 +17,7 @@ from zarrcache.convert._names import find_files, task_id_of
 from zarrcache.convert.chgcar import read_density
 from zarrcache.data import Density, SplitSets, ids_of, read_map, split_ids, split_sets
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
-from zarrcache.stats import Stats
+from zarrcache.stats import LogOnce, Stats
 
 __all__ = ["RhoRead"]
 
@@ -76,7 +76,7 @@ class RhoRead:
         self.density_type = density_type
         self._files: dict[Role, dict[str, Path]] = {}
         self._present: tuple[list[str], tuple[str, ...]] | None = None
-        self._told: set[Path] = set()
+        self._log_once = LogOnce()
         if cache is not None:
             logger.warning(
                 "cache is set, but json.gz and CHGCAR files are parsed anew each time. Convert "
@@ -164,9 +164,8 @@ class RhoRead:
                 f"{path} has no {self.density_type} density. It has: {', '.join(density.blocks)}. "
                 "Set density_type to total or diff."
             )
-        if density.warnings and path not in self._told:
-            self._told.add(path)
-            logger.warning("%s %s", path, " ".join(density.warnings))
+        if density.warnings:
+            self._log_once.warning(path, logger, "%s %s", path, " ".join(density.warnings))
         nx, ny, nz = values.shape
         if self.normalize:
             values = per_point(values)

@@ -35,6 +35,7 @@ from zarrcache.disk._publish import PARTIAL_SUFFIX
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.filesystems import can_map_to_write, refuse_network
 from zarrcache.disk.policy import Admission, EvictionPolicy, admit, choose_victims, min_free_bytes
+from zarrcache.stats import LogOnce
 
 __all__ = ["CACHE_FAULTS", "LENT", "Index", "Intent", "Row", "Stored"]
 
@@ -86,8 +87,8 @@ class Index:
     """
 
     def __init__(self, config: CacheConfig) -> None:
-        #: Kinds of faults that were logged: once each, whichever tier meets them first.
-        self.told: set[str] = set()
+        #: Cache faults, whichever tier meets them first.
+        self.log_once = LogOnce()
         #: Who knows what is needed last; for ``eviction: belady``.
         self.eviction_policy: EvictionPolicy | None = None
         self._config = config
@@ -409,13 +410,13 @@ class Index:
                 # A directory was planted, or the file is another user's. Its intent stays, and its
                 # bytes count; the others are not to blame.
                 kept.add(intent.key)
-                if "unlink" not in self.told:
-                    self.told.add("unlink")
-                    logger.warning(
-                        "%s cannot be removed (%s) and goes on to count; remove it by hand",
-                        path,
-                        exc.strerror or exc,
-                    )
+                self.log_once.warning(
+                    "unlink",
+                    logger,
+                    "%s cannot be removed (%s) and goes on to count; remove it by hand",
+                    path,
+                    exc.strerror or exc,
+                )
         with self._transaction() as table:
             for intent in intents:
                 if intent.key not in kept:

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from zarrcache.errors import LockTimeoutError
+from zarrcache.stats import LogOnce
 
 __all__ = ["SingleFlight"]
 
@@ -43,8 +44,9 @@ class SingleFlight:
         Permissions of the lock files.
     name : str
         What the locks are for: those of another name are never waited for.
-    told : set of str, optional
-        Faults of the same cache that were logged. With any of them, this one is no news.
+    log_once : LogOnce, optional
+        Of the cache that the locks belong to. If it has logged any trouble, a failing lock is one
+        more consequence of it and is not logged.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class SingleFlight:
         timeout_s: float,
         mode: int = 0o600,
         name: str = "flight",
-        told: set[str] | None = None,
+        log_once: LogOnce | None = None,
     ) -> None:
         self._directory = directory
         self._name = name
         self._timeout_s = timeout_s
         self._mode = mode
-        self._told: set[str] = set() if told is None else told
+        self._log_once = LogOnce() if log_once is None else log_once
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[bool]:
@@ -96,6 +98,10 @@ class SingleFlight:
             lock.release()
 
     def _warn(self, exc: Exception) -> None:
-        if not self._told:
-            self._told.add("single flight")
-            logger.warning("single flight is off, objects may be fetched more than once: %s", exc)
+        if not self._log_once:
+            self._log_once.warning(
+                "single flight",
+                logger,
+                "single flight is off, objects may be fetched more than once: %s",
+                exc,
+            )

@@ -23,6 +23,7 @@ from zarrcache._limits import most_bytes
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError
 from zarrcache.peers._token import read_token
+from zarrcache.stats import LogOnce
 
 __all__ = ["ANSWER", "WAIT_S", "Peers", "Reply", "nodes_by_duty"]
 
@@ -108,7 +109,7 @@ class Peers:
         self._patience_s = config.retry.timeout
         self._token: str | None = None
         self._skipped_until_s: dict[str, float] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._log_once = LogOnce()
 
     def __bool__(self) -> bool:
         return bool(self._nodes)
@@ -178,12 +179,6 @@ class Peers:
             )
         finally:
             lease.close()
-
-    def tell(self, peer: str, kind: str, message: str, *args: object) -> None:
-        """Warn once a peer and kind of trouble."""
-        if (peer, kind) not in self._told:
-            self._told.add((peer, kind))
-            logger.warning(message, *args)
 
     def _of_home(self, home: str, digest: str, source: str | None) -> Iterator[Reply]:
         until_s = time.monotonic() + self._patience_s
@@ -265,9 +260,9 @@ class Peers:
 
     def _skip(self, peer: str, why: str) -> None:
         self._skipped_until_s[peer] = time.monotonic() + _SKIP_S
-        self.tell(
-            peer,
-            "failed",
+        self._log_once.warning(
+            ("failed", peer),
+            logger,
             "peer %s is left out for %d s, and each time that it fails again: %s",
             peer,
             _SKIP_S,
@@ -279,7 +274,7 @@ class Peers:
             try:
                 self._token = read_token(self._token_file)
             except ConfigError as exc:  # the file has gone during the run; the peers refuse us then
-                self.tell("", "token", "%s", exc)
+                self._log_once.warning("token", logger, "%s", exc)
         return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
 
 
