@@ -54,8 +54,7 @@ def no_waiting_for_writers() -> Iterator[None]:
     waits until it has settled.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("_settled", "read"):
-            patch.setattr(f"zarrcache.arrays.{module}.wait_until", lambda end_s: None)
+        patch.setattr("zarrcache.arrays.read.wait_until", lambda end_s: None)
         yield
 
 

@@ -28,5 +28,5 @@ def read_bounded(file: Any, nbytes: int) -> bytes:
     """
     data: bytes = file.read(nbytes + 1)
     if len(data) > nbytes:
-        raise ValueError(f"it unpacks to more than {nbytes} bytes")
+        raise ValueError(f"it decompresses to more than {nbytes} bytes")
     return data

@@ -457,7 +457,8 @@ def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
         patch_sizes(tmp_path / "mp-1.zarr.zip", f"{ARRAY}/bomb", 100)
     words, peak = peak_of(read, tmp_path, "mp-1.zarr.zip")
     assert str(tmp_path / "mp-1.zarr.zip") in words
-    assert words.startswith("SchemaError" if claims == "what it holds" else "IncompleteArrayError")
+    is_read = method == "deflate" and claims == "little"
+    assert words.startswith("IncompleteArrayError" if is_read else "SchemaError")
     assert "Zip the store again" in words
     assert peak < SMALL
 

@@ -21,8 +21,7 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from zarrcache import ZarrS3Reader
-from zarrcache.arrays import _settled as settled
-from zarrcache.arrays import read as readarray
+from zarrcache.arrays import read as reading
 from zarrcache.arrays.read import read_array
 from zarrcache.config import FetchConfig
 from zarrcache.errors import IncompleteArrayError
@@ -33,14 +32,13 @@ SHAPE = (8, 8, 8)
 STEP = 1000
 N_VERSIONS = 8
 ENGINES = ("obstore", "s3fs")
-_REALLY_WAIT = settled.wait_until
+_REALLY_WAIT = reading.wait_until
 
 
 @pytest.fixture(autouse=True)
 def really_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests read behind their own writer and do not wait; here it is the point."""
-    for module in (settled, readarray):
-        monkeypatch.setattr(module, "wait_until", _REALLY_WAIT)
+    monkeypatch.setattr(reading, "wait_until", _REALLY_WAIT)
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def same_bits(ours: NDArray[Any], zarrs: NDArray[Any]) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def settled(monkeypatch_module: pytest.MonkeyPatch) -> None:
     """Stores that were written just now are listed twice; here nobody is writing any more."""
-    monkeypatch_module.setattr("zarrcache.arrays._settled._SETTLED_S", 0.0)
+    monkeypatch_module.setattr("zarrcache.arrays.read._STABLE_S", 0.0)
 
 
 @pytest.fixture(scope="module")

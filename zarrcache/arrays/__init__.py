@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from zarrcache.arrays._settled import settled_listing
 from zarrcache.arrays.decode import check_metadata, metadata_key
 from zarrcache.arrays.density import (
     as_density,
@@ -11,7 +10,7 @@ from zarrcache.arrays.density import (
     metadata_of,
     per_point,
 )
-from zarrcache.arrays.read import check_sizes, list_array, read_array
+from zarrcache.arrays.read import check_sizes, list_array, read_array, stable_listing
 from zarrcache.arrays.zip import unzip
 
 __all__ = [
@@ -25,6 +24,6 @@ __all__ = [
     "metadata_of",
     "per_point",
     "read_array",
-    "settled_listing",
+    "stable_listing",
     "unzip",
 ]

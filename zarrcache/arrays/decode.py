@@ -1,9 +1,9 @@
-"""From the objects of one Zarr array to a numpy array, while they arrive.
+"""Decode the objects of one Zarr array into a numpy array as they arrive.
 
-Plain arrays (regular grid, C order, at most one of the usual codecs, no filters, no shards) are
-decoded here: 343 blosc chunks take 16 ms this way and 109 ms through zarr's pipeline, which spends
-the rest on scheduling.  Everything else goes through zarr itself. ``tests/unit/test_decode.py``
-holds the two to the same values for any shape, chunking and codec.
+Plain arrays (regular grid, C order, at most one compressor, no filters, no shards) are decoded
+here: 343 blosc chunks take 16 ms this way and 109 ms through zarr's pipeline, which spends the rest
+on scheduling. Everything else goes through zarr itself. ``tests/property/test_decode_parity.py``
+compares the two for any shape, chunking and codec.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import lzma
 import math
 import operator
 import re
+import struct
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,19 +24,24 @@ from typing_extensions import Buffer
 
 from zarrcache._keys import safe_repr
 from zarrcache._limits import most_bytes
-from zarrcache.arrays import limits as expansion
+from zarrcache.arrays import limits
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
-__all__ = ["DECODE_ERRORS", "ArrayDecoder", "check_metadata", "metadata_key"]
+__all__ = ["DECODE_ERRORS", "V3_CODECS", "ArrayDecoder", "check_metadata", "metadata_key"]
 
-#: Of the document that describes an array; parsed it takes twenty times as much.
+#: Compressors of zarr v3 that are decoded here, and what numcodecs calls them. A chunk of any other
+#: is decoded by zarr. To add one, register it with numcodecs, name it here, and give its limit in
+#: ``limits.CLAIMED_BYTES`` or ``limits.STREAMS``; v2 has numcodecs ids and needs no entry here.
+V3_CODECS = {"zstd": "zstd", "gzip": "gzip", "blosc": "blosc", "numcodecs.zlib": "zlib"}
+_SHARDS = "sharding_indexed"
+_NOT_WRITTEN = 2**64 - 1
+#: Largest document that describes an array; parsed it takes twenty times the memory.
 _MAX_DOCUMENT_BYTES = 4 * 1024**2
-#: A chunk may be larger than its array, for example if all stores have the same chunks; but not by
-#: any factor.
+#: A chunk may be larger than its array (all stores may have the same chunks), up to this.
 _MAX_CHUNK_BYTES = 1024**3
-#: What codecs raise over damaged data: numcodecs' own RuntimeError, wrong lengths ValueError, gzip
-#: and bz2 OSError or EOFError; zlib and lzma have an Exception of their own; a damaged zstd frame
-#: may ask for more memory than there is.
+#: What codecs raise over damaged data: numcodecs RuntimeError, a wrong length ValueError, gzip and
+#: bz2 OSError or EOFError, zlib and lzma their own classes, and MemoryError a zstd frame whose
+#: damaged header claims more memory than there is.
 DECODE_ERRORS = (
     RuntimeError,
     ValueError,
@@ -45,14 +51,14 @@ DECODE_ERRORS = (
     zlib.error,
     lzma.LZMAError,
 )
-#: What comes of metadata with parts of the wrong type, or without them.
+#: What metadata with parts missing or of the wrong type leads to.
 _NONSENSE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 _NUMBERS = "biuf"
 _MAX_AXES = 32
 _CHUNK_KEY = re.compile(r"(?:^|[/.])[0-9]+$|^c$")
-#: Codecs of numcodecs that make objects, not numbers: one runs code from the data, the others take
-#: their sizes from it.
+#: Codecs of numcodecs that make objects instead of numbers: pickle runs code from the data, the
+#: others take their sizes from it.
 _OBJECT_CODECS = frozenset(
     {"pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"}
 )
@@ -61,7 +67,7 @@ _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
-    """Layout of an array that is decoded here."""
+    """Layout of a plain array."""
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -74,24 +80,22 @@ class _Plain:
 
 
 def metadata_key(keys: Collection[str]) -> str | None:
-    """The key of the document that describes the array: ``zarr.json`` (v3) before ``.zarray`` (v2),
-    as zarr looks for them.
-    """
+    """Key of the array's metadata document: ``zarr.json`` (v3) before ``.zarray`` (v2), as in zarr."""
     return next((name for name in ("zarr.json", ".zarray") if name in keys), None)
 
 
 class ArrayDecoder:
-    """Collects the objects of one array and decodes what it can at once.
+    """Collect the objects of one array, and decode each chunk as soon as the metadata is known.
 
     Parameters
     ----------
     keys : collection of str
-        What the origin lists below the array, relative to it. A grid chunk that is not listed has
-        the fill value.
+        Everything the origin lists below the array, relative to it. A chunk of the grid that is
+        not listed has the fill value.
     url_of : callable
         Full URL of a key, for messages.
     reserve : callable, optional
-        Called with the bytes of the array before they are taken. It may wait.
+        Called with the array's size in bytes before that memory is allocated. It may wait.
     """
 
     def __init__(
@@ -106,18 +110,18 @@ class ArrayDecoder:
         self._metadata_key = metadata_key(keys)
         self._document: dict[str, Any] | None = None
         self._plain: _Plain | None = None
-        # of each listed chunk of the grid: its first point along each axis
+        # First point along each axis of every listed chunk of the grid.
         self._starts: dict[str, tuple[int, ...]] = {}
         self._out: np.ndarray[Any, np.dtype[Any]] | None = None
         self._kept: dict[str, Buffer] = {}
 
     def add(self, key: str, data: Buffer) -> None:
-        """Take one object.
+        """Add one object.
 
         Raises
         ------
         SchemaError
-            The metadata describes an array that is not supported.
+            The metadata describes an unsupported array.
         IncompleteArrayError
             A chunk cannot be decoded.
         """
@@ -134,7 +138,7 @@ class ArrayDecoder:
             self._kept[key] = data
 
     def finish(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The whole array, C order, native byte order. Call after every listed key was added."""
+        """Return the whole array, C order, native byte order. Call after adding every listed key."""
         if self._document is None:
             raise SchemaError(
                 f"{self._url_of('')} holds neither .zarray nor zarr.json; it is not a Zarr array."
@@ -178,7 +182,7 @@ class ArrayDecoder:
             key: starts for key in self._keys if (starts := _starts_of(key, plain)) is not None
         }
         dtype = plain.dtype.newbyteorder("=")
-        # The fill value is only written where a chunk is missing: touching 5 MB of fresh memory
+        # Write the fill value only where chunks are missing: first touching 5 MB of fresh memory
         # costs as much as decoding it.
         self._out = (
             np.empty(plain.shape, dtype)
@@ -194,9 +198,7 @@ class ArrayDecoder:
         assert out is not None
         try:
             raw: Any = (
-                data
-                if plain.codec is None
-                else expansion.decode(plain.codec, data, plain.chunk_bytes)
+                data if plain.codec is None else limits.decode(plain.codec, data, plain.chunk_bytes)
             )
             chunk = np.frombuffer(raw, plain.dtype).reshape(plain.chunks)
         except DECODE_ERRORS as exc:
@@ -231,7 +233,7 @@ class ArrayDecoder:
             )
             values = np.asarray(array[...])
         except (*DECODE_ERRORS, *_NONSENSE) as exc:
-            # zarr wraps what codecs raise in no class of its own
+            # zarr has no class of its own for errors of codecs.
             raise IncompleteArrayError(
                 f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). "
                 "Convert the store again."
@@ -239,7 +241,7 @@ class ArrayDecoder:
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
     def _check_expansion(self) -> None:
-        """Zarr unpacks whatever it is given: look first at how far each chunk goes."""
+        """Check every chunk's decompressed size: zarr itself has no limit."""
         document = self._document
         assert document is not None
         shape, itemsize = _chunk_shape(document), _dtype_of(document).itemsize
@@ -249,19 +251,81 @@ class ArrayDecoder:
             if key == self._metadata_key or not _CHUNK_KEY.search(key):
                 continue
             if "codecs" in document:
-                expansion.check_chunk(document["codecs"], data, shape, itemsize)
+                _check_chunk(document["codecs"], data, shape, itemsize)
             elif document.get("compressor") is not None:
-                # Filters may come after it, which make other numbers of them: none of more than 16
-                # bytes.
-                expansion.check(
-                    expansion.numcodec(document["compressor"]),
+                # Filters run after it and may change the item size, to 16 bytes at most.
+                limits.check(
+                    limits.numcodec(document["compressor"]),
                     data,
                     math.prod(shape) * max(itemsize, 16),
                 )
 
 
+def _check_chunk(
+    codecs: Sequence[Mapping[str, Any]], data: Buffer, shape: Sequence[int], itemsize: int
+) -> None:
+    """Raise ValueError if a v3 chunk, or a chunk in a shard, decompresses to more than its shape.
+
+    Parameters
+    ----------
+    codecs : sequence of mapping
+        As in ``zarr.json``; decoding starts with the last.
+    data : buffer
+    shape : sequence of int
+    itemsize : int
+    """
+    due = math.prod(shape) * itemsize
+    rest = [dict(codec) for codec in codecs]
+    while rest:
+        codec = rest.pop()
+        name = str(codec.get("name"))
+        if name == _SHARDS:
+            settings = codec["configuration"]
+            inner = settings["chunk_shape"]
+            for part in _parts_of(
+                data, settings, math.prod(-(-n // c) for n, c in zip(shape, inner, strict=True))
+            ):
+                _check_chunk(settings["codecs"], part, inner, itemsize)
+            return
+        if name == "crc32c":
+            data = memoryview(data).cast("B")[:-4]
+        elif name in V3_CODECS:
+            packed = limits.numcodec({"id": V3_CODECS[name]})
+            if not any(str(inner.get("name")) in V3_CODECS for inner in rest):
+                limits.check(packed, data, due)
+                return
+            # Another compressor follows, whose input this is: decompress, with room for its overhead.
+            data = limits.decode(packed, data, due + due // 8 + 1024)
+        else:
+            return
+
+
+def _parts_of(data: Buffer, settings: Mapping[str, Any], count: int) -> list[memoryview]:
+    """Slice the chunks of a shard by its index: 64-bit (offset, length) of each, and a checksum."""
+    if not {str(codec.get("name")) for codec in settings["index_codecs"]} <= {"bytes", "crc32c"}:
+        raise ValueError("its shard index has codecs that zarr does not write")
+    view, checksum = (
+        memoryview(data).cast("B"),
+        4 * any(codec.get("name") == "crc32c" for codec in settings["index_codecs"]),
+    )
+    big = any(
+        (codec.get("configuration") or {}).get("endian") == "big"
+        for codec in settings["index_codecs"]
+    )
+    length = 16 * count
+    if len(view) < length + checksum:
+        raise ValueError(f"a shard of {len(view)} bytes cannot hold an index of {length}")
+    start = 0 if settings.get("index_location") == "start" else len(view) - length - checksum
+    numbers = struct.unpack(f"{'>' if big else '<'}{2 * count}Q", view[start : start + length])
+    return [
+        view[at : at + size]
+        for at, size in zip(numbers[::2], numbers[1::2], strict=True)
+        if (at, size) != (_NOT_WRITTEN, _NOT_WRITTEN)
+    ]
+
+
 def _starts_of(key: str, plain: _Plain) -> tuple[int, ...] | None:
-    """First point of a chunk along each axis, None for a key that is no chunk of the grid."""
+    """First point of a chunk along each axis; None if the key is not a chunk of the grid."""
     match = plain.chunk_key.fullmatch(key)
     if match is None:
         return None
@@ -275,8 +339,7 @@ def _starts_of(key: str, plain: _Plain) -> tuple[int, ...] | None:
 
 
 def check_metadata(document: object, url: str) -> None:
-    """Refuse an array that must not be decoded: not numbers, larger than memory, or with a codec
-    that runs code.
+    """Refuse an array that is not of numbers, exceeds memory, or has a codec that runs code.
 
     Raises
     ------
@@ -293,10 +356,8 @@ def check_metadata(document: object, url: str) -> None:
         raise SchemaError(f"{url} gives {len(document['shape'])} axes; a charge density is 3-D.")
     chunks = document.get("chunks")
     if isinstance(chunks, list) and 0 in chunks and 0 not in document["shape"]:
-        # zarr 3.4 would read the fill value
-        raise SchemaError(
-            f"{url} gives the chunks {safe_repr(chunks)}; each has to have a point at least."
-        )
+        # zarr 3.4 would read the fill value instead of failing.
+        raise SchemaError(f"{url} gives the chunks {safe_repr(chunks)}; each must be at least 1.")
     try:
         dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
     except (TypeError, ValueError, KeyError, SyntaxError, RecursionError):
@@ -344,7 +405,7 @@ def check_metadata(document: object, url: str) -> None:
 
 
 def _claimed_bytes(document: Mapping[str, Any]) -> int:
-    """Bytes of the decoded array, by metadata whose shape and type make sense."""
+    """Bytes of the decoded array, from metadata with a valid shape and type."""
     nbytes: int = math.prod(document["shape"]) * _dtype_of(document).itemsize
     return nbytes
 
@@ -355,7 +416,7 @@ def _dtype_of(document: Mapping[str, Any]) -> np.dtype[Any]:
 
 
 def _chunk_shape(document: Mapping[str, Any]) -> list[int] | None:
-    """Points of a chunk (or shard) along each axis; None if they are not a list of numbers."""
+    """Points per chunk (or shard) along each axis; None if the metadata has no such list."""
     grid = document.get("chunk_grid")
     settings = grid.get("configuration") if isinstance(grid, dict) else None
     chunks = (
@@ -373,7 +434,7 @@ def _chunk_shape(document: Mapping[str, Any]) -> list[int] | None:
 
 
 def _codecs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every codec of an array, those inside shards too. An attribute may have any name."""
+    """Every codec of an array, those inside shards included."""
     found: list[dict[str, Any]] = []
 
     def walk(value: Any) -> None:
@@ -392,7 +453,7 @@ def _codecs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fill(value: object, dtype: np.dtype[Any]) -> int | float | bool | None:
-    """A fill value as a number; None where only zarr knows what it means."""
+    """Convert a fill value to a number; None if only zarr can interpret it."""
     if value is None:
         return 0
     if isinstance(value, str):
@@ -447,7 +508,7 @@ def _plain_v2(document: dict[str, Any]) -> _Plain | None:
         document.get("chunks", ()),
         np.dtype(document["dtype"]),
         document.get("fill_value"),
-        None if document.get("compressor") is None else expansion.numcodec(document["compressor"]),
+        None if document.get("compressor") is None else limits.numcodec(document["compressor"]),
         "",
         document.get("dimension_separator", "."),
     )
@@ -467,7 +528,7 @@ def _plain_v3(document: dict[str, Any]) -> _Plain | None:
     ):
         return None
     if codecs[0].get("name") != "bytes" or (
-        len(codecs) == 2 and codecs[1].get("name") not in expansion.V3_CODECS
+        len(codecs) == 2 and codecs[1].get("name") not in V3_CODECS
     ):
         return None
     endian = codecs[0].get("configuration", {}).get("endian", "little")
@@ -477,7 +538,7 @@ def _plain_v3(document: dict[str, Any]) -> _Plain | None:
     codec = None
     if len(codecs) == 2:
         # Decoding needs no parameters: blosc, zstd and gzip frames describe themselves.
-        codec = expansion.numcodec({"id": expansion.V3_CODECS[codecs[1]["name"]]})
+        codec = limits.numcodec({"id": V3_CODECS[codecs[1]["name"]]})
     return _layout(
         document["shape"],
         grid["configuration"]["chunk_shape"],

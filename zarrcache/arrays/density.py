@@ -1,6 +1,4 @@
-"""What a charge density is, and how one is read where the array tier has no part in it: over the
-byte tier, and from any group of zarr.
-"""
+"""Check and scale a charge density, and read one past the array tier or from any zarr group."""
 
 from __future__ import annotations
 
@@ -21,15 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["as_density", "density_of_group", "density_of_objects", "metadata_of", "per_point"]
 
-#: Objects of one store in flight. As many as zarr itself takes through a store at once
-#: (``async.concurrency``).
+#: Objects of one store in flight: zarr's own default (``async.concurrency``).
 _THREADS = 10
-#: Up to here a number of points is exact in float32.
+#: Largest number of points that float32 represents exactly.
 _EXACT_IN_FLOAT32 = 2**24
 
 
 def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
-    """Check that it is 3-D and cast to float32; no copy of what is float32 already.
+    """Check that an array is 3-D and cast it to float32, without a copy if it is float32.
 
     Raises
     ------
@@ -46,12 +43,13 @@ def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
 def per_point(
     values: NDArray[np.float32], *, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Divide by the number of grid points: the bits of the users' ``float32 array /=
-    np.prod(gridsize)``, in ``out`` or an array of its own.
+    """Divide by the number of grid points, in ``out`` or a new array.
+
+    Bit-equal to ``values /= np.prod(gridsize)`` of a float32 array.
     """
     if values.size <= _EXACT_IN_FLOAT32:
-        # numpy divides by an int64 in float64 and rounds; dividing in float32 gives the same bits
-        # for a third of the time.
+        # numpy divides float32 by int64 in float64 and rounds; float32 division gives the same
+        # bits in a third of the time.
         return np.divide(values, np.float32(values.size), out=out)
     return np.divide(
         values,
@@ -65,19 +63,19 @@ def per_point(
 def density_of_objects(
     keys: Collection[str], read: Callable[[str], bytes], url: str, name: str
 ) -> NDArray[np.float32]:
-    """Decode one array of a store whose objects are read one by one.
+    """Decode one array of a store from single objects.
 
     Parameters
     ----------
     keys : collection of str
         Everything in the store.
     read : callable
-        Contents by key; called from several threads.
+        Returns the content of a key; called from several threads.
 
     Raises
     ------
     SchemaError, IncompleteArrayError
-        As ``readarray.read_array``, in the same words; and whatever ``read`` raises.
+        As ``read_array``, with the same messages; and whatever ``read`` raises.
     """
     prefix = f"{name}/"
     chosen = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
@@ -121,7 +119,7 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
     except ZarrCacheError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError) as exc:
-        # zarr wraps what codecs raise in no class of its own
+        # zarr has no class of its own for errors of codecs.
         raise IncompleteArrayError(
             f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the "
             "store again."
@@ -130,13 +128,12 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:
-    """Attribute ``metadata`` of a group, merged with ``structure``; both may be JSON strings or
-    JSON itself.
+    """Merge the attributes ``metadata`` and ``structure`` of a group; either may be a JSON string.
 
     Raises
     ------
     SchemaError
-        One of them is a string that is no JSON, or ``metadata`` is not a mapping.
+        One is a string that is not JSON, or ``metadata`` is not a mapping.
     """
     attributes = group.attrs.asdict()
     metadata: dict[str, Any] = {}

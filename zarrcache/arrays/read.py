@@ -1,7 +1,12 @@
-"""One array read whole: everything fetched at once, decoded while it arrives, checked against the
-listing.
+"""Read one whole array: 1 LIST, all GETs at once, decoded as they arrive, checked by the listing.
 
-The densities of a training run take this way on a miss.
+Every density that the array tier does not have is read here.
+
+S3 has no snapshots. The objects are guaranteed to be the listed versions, but a listing in the
+middle of an overwrite names new objects beside old ones, and one in the middle of a first upload
+lacks some. A store written a moment ago must therefore list the same until its newest object is
+two seconds old (S3 dates in whole seconds, so the real margin may be one second). A writer that
+pauses for longer than that between two objects cannot be told from one that has finished.
 """
 
 from __future__ import annotations
@@ -16,15 +21,23 @@ import numpy as np
 
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache._limits import most_bytes
-from zarrcache.arrays._settled import REWRITE_WAITS_S, unsettled_s, wait_until
 from zarrcache.arrays.decode import ArrayDecoder
 from zarrcache.arrays.zip import unzip
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.origin import Origin
 
-__all__ = ["Decoded", "check_sizes", "list_array", "no_such_array", "read_array"]
+__all__ = ["Decoded", "check_sizes", "list_array", "no_such_array", "read_array", "stable_listing"]
 
 logger = logging.getLogger(__name__)
+
+#: A store whose newest object is older than this counts as written.
+_STABLE_S = 2.0
+#: Objects whose ages differ by more than _SPREAD_S, the newest younger than _RECENT_S, look like a
+#: store that is being overwritten, even if the server's clock is not ours.
+_SPREAD_S = 5.0
+_RECENT_S = 60.0
+#: Pauses before a store that changed while it was read is listed again.
+RELIST_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +49,7 @@ class Decoded:
 
 
 def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
-    """The objects that an array is decoded from, or the one object of a zipped store: one LIST.
+    """List the objects of an array, or the one object of a zipped store: one LIST.
 
     Raises
     ------
@@ -51,16 +64,14 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
     prefix = f"{store}/{array}/"
-    # Attributes of the array say nothing of its values: not worth a request, and no reason to fetch
-    # the values again.
+    # The array's attributes do not affect its values: not worth a request, nor a reason to refetch.
     listed = [o for o in origin.list_objects(prefix) if o.key != f"{prefix}.zattrs"]
     if not listed:
         everything = origin.list_objects(f"{store}/")
         if not everything:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
-        raise no_such_array(
-            origin.url_of(store), array, (o.key.removeprefix(f"{store}/") for o in everything)
-        )
+        keys = (o.key.removeprefix(f"{store}/") for o in everything)
+        raise no_such_array(origin.url_of(store), array, keys)
     return listed
 
 
@@ -72,11 +83,11 @@ def read_array(
     listed: list[ObjectInfo] | None = None,
     reserve: Callable[[int], object] | None = None,
 ) -> Decoded:
-    """Fetch and decode one whole array: 1 LIST and 1 GET an object.
+    """Fetch and decode one whole array: 1 LIST and 1 GET per object.
 
-    Never a mixture of two versions: each object has to be the version that was listed, and a store
-    that was written a moment ago has to be listed the same until two seconds after its newest
-    object (see ``settled``). Who reads right behind a writer waits that long.
+    The result is never a mixture of two versions: each object must be the listed version, and a
+    store written a moment ago must list the same until it is two seconds old, so a reader right
+    behind a writer waits that long.
 
     Parameters
     ----------
@@ -85,43 +96,83 @@ def read_array(
         Name below the origin, for example ``mp-1.zarr`` or ``mp-1.zarr.zip``.
     array : str
     listed : list of ObjectInfo, optional
-        From :func:`list_array`, if it was just called.
+        The result of :func:`list_array`, if it was called just now.
     reserve : callable, optional
-        Called once with the array's bytes, before they are taken. It may wait.
+        Called once with the array's size in bytes before that memory is allocated. It may wait.
 
     Raises
     ------
     OriginNotFoundError, SchemaError
-        As :func:`list_array`; also for an array that does not hold real numbers.
+        As :func:`list_array`; ``SchemaError`` also for an array that is not of real numbers.
     IncompleteArrayError
         A listed object is gone or damaged, or the store keeps changing.
     OriginError
         The origin cannot be reached.
     """
-    for wait_s in (*REWRITE_WAITS_S, None):
+    for wait_s in (*RELIST_WAITS_S, None):
         listed = listed if listed is not None else list_array(origin, store, array)
-        source, pause_s = source_digest(listed), unsettled_s(listed)
-        settled_s = time.monotonic() + pause_s
+        source, pause_s = source_digest(listed), unstable_s(listed)
+        stable_at_s = time.monotonic() + pause_s
         try:
             values = _fetch_and_decode(origin, store, array, listed, reserve)
             if pause_s:
-                wait_until(settled_s)
+                wait_until(stable_at_s)
             if not pause_s or source_digest(list_array(origin, store, array)) == source:
                 return Decoded(values, source)
         except IncompleteArrayError:
-            # Gone or changed since the listing, or damaged? Only in the first case the listing is
-            # another one now.
+            # Changed since it was listed, or damaged? Only a change shows in a new listing.
             if source_digest(list_array(origin, store, array)) == source:
                 raise
-        reserve = None  # what is read again takes the place of what was read
+        reserve = None  # the memory of the next try replaces that of this one
         if wait_s is None:
             break
         logger.info("%s is being written; listing it again in %.1f s", origin.url_of(store), wait_s)
         time.sleep(wait_s)
         listed = None
-    raise IncompleteArrayError(
-        f"{origin.url_of(store)} kept changing while it was read. Wait until its writer has "
-        "finished."
+    raise _kept_changing(origin.url_of(store))
+
+
+def stable_listing(list_store: Callable[[], list[ObjectInfo]], url: str) -> list[ObjectInfo]:
+    """Call ``list_store`` until its result is stable, and return that.
+
+    Raises
+    ------
+    IncompleteArrayError
+        The store keeps changing for longer than about ten seconds.
+    """
+    listed = list_store()
+    for _ in range(len(RELIST_WAITS_S) + 1):
+        pause_s = unstable_s(listed)
+        if not pause_s:
+            return listed
+        wait_until(time.monotonic() + pause_s)
+        before, listed = listed, list_store()
+        if source_digest(listed) == source_digest(before):
+            return listed
+        logger.info("%s is being written; waiting", url)
+    raise _kept_changing(url)
+
+
+def unstable_s(listed: Collection[ObjectInfo]) -> float:
+    """Seconds for which a listing must stay the same before it is trusted; 0.0 if it is now."""
+    now_s = time.time()
+    ages = [now_s - o.modified_s for o in listed if o.modified_s]
+    if not ages:
+        return 0.0
+    if min(ages) < _STABLE_S:
+        # Ages are negative if the server's clock is ahead.
+        return min(_STABLE_S, _STABLE_S - min(ages))
+    return _STABLE_S if min(ages) < _RECENT_S and max(ages) - min(ages) > _SPREAD_S else 0.0
+
+
+def wait_until(end_s: float) -> None:
+    """Sleep until ``time.monotonic()`` is ``end_s``."""
+    time.sleep(max(0.0, end_s - time.monotonic()))
+
+
+def _kept_changing(url: str) -> IncompleteArrayError:
+    return IncompleteArrayError(
+        f"{url} kept changing while it was read. Wait until its writer has finished."
     )
 
 
@@ -132,28 +183,25 @@ def _fetch_and_decode(
     listed: list[ObjectInfo],
     reserve: Callable[[int], object] | None,
 ) -> np.ndarray[Any, np.dtype[Any]]:
-    check_sizes(
-        [o.size_bytes for o in listed],
-        origin.url_of(store if store.endswith(".zip") else f"{store}/{array}"),
-    )
     if store.endswith(".zip"):
+        url = origin.url_of(store)
+        check_sizes([o.size_bytes for o in listed], url)
         ((_, data),) = origin.fetch(listed)
-        return _decode_members(
-            origin.url_of(store), array, unzip(data, origin.url_of(store), f"{array}/"), reserve
-        )
+        return _decode_members(url, array, unzip(data, url, f"{array}/"), reserve)
+    check_sizes([o.size_bytes for o in listed], origin.url_of(f"{store}/{array}"))
     prefix = f"{store}/{array}/"
-    decoder = ArrayDecoder(
-        [o.key.removeprefix(prefix) for o in listed],
-        lambda key: origin.url_of(prefix + key),
-        reserve,
-    )
+    keys = [o.key.removeprefix(prefix) for o in listed]
+    decoder = ArrayDecoder(keys, lambda key: origin.url_of(prefix + key), reserve)
     for obj, data in origin.fetch(listed):
         decoder.add(obj.key.removeprefix(prefix), data)
     return decoder.finish()
 
 
 def _decode_members(
-    url: str, array: str, members: dict[str, bytes], reserve: Callable[[int], object] | None
+    url: str,
+    array: str,
+    members: dict[str, bytes],
+    reserve: Callable[[int], object] | None,
 ) -> np.ndarray[Any, np.dtype[Any]]:
     prefix = f"{array}/"
     chosen = {
@@ -168,7 +216,7 @@ def _decode_members(
 
 
 def check_sizes(sizes: Collection[int], url: str) -> None:
-    """Refuse objects that together are larger than any array, before they are fetched.
+    """Refuse objects that together exceed any array, before they are fetched.
 
     Raises
     ------
@@ -182,9 +230,7 @@ def check_sizes(sizes: Collection[int], url: str) -> None:
 
 
 def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
-    """The error for an array that a store with these keys does not have; it names those that it
-    has.
-    """
+    """Make the error for a store with these keys that lacks ``array``; it names those it has."""
     present = sorted(
         {
             key.split("/")[0]

@@ -19,7 +19,7 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.arrays import check_sizes, settled_listing, unzip
+from zarrcache.arrays import check_sizes, stable_listing, unzip
 from zarrcache.cache.cache import Cache
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
@@ -217,7 +217,7 @@ class CachedStore(Store):
         listed = (
             [ObjectInfo(*row) for row in stored]
             if stored is not None
-            else settled_listing(lambda: self.origin.list_objects(prefix), self.url)
+            else stable_listing(lambda: self.origin.list_objects(prefix), self.url)
         )
         if self._was_there and not listed:  # an open array would read as its fill value
             raise IncompleteArrayError(

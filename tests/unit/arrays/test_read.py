@@ -15,8 +15,7 @@ from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache.arrays import _settled as settled
-from zarrcache.arrays.read import list_array, read_array
+from zarrcache.arrays.read import RELIST_WAITS_S, list_array, read_array
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters
@@ -184,7 +183,7 @@ def test_store_that_never_comes_to_rest_is_an_error(tmp_path: Path, naps: list[f
         match=f"{STORE} kept changing while it was read. Wait until its writer has finished",
     ):
         read_array(origin, STORE, NAME)
-    assert naps == list(settled.REWRITE_WAITS_S)
+    assert naps == list(RELIST_WAITS_S)
     assert len(origin.hooks) == 8 - 5
 
 

@@ -32,9 +32,7 @@ def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
         return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("root", ["", "mp-1.zarr/", "a/b/"])
 def test_members_are_found_below_any_root(compression: int, root: str) -> None:
     """Zipping the directory itself, as people do, puts everything below its name."""
@@ -43,6 +41,17 @@ def test_members_are_found_below_any_root(compression: int, root: str) -> None:
         compression,
     )
     assert unzip(data, URL) == MEMBERS
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compression_methods_are_refused_in_words(compression: int) -> None:
+    """The message names the member, its method and the remedy."""
+    with pytest.raises(
+        SchemaError,
+        match=rf"^{URL} member total/\.zarray uses zip method {compression}; only stored and "
+        r"deflated members are read\. Zip the store again, uncompressed",
+    ):
+        unzip(zip_of(MEMBERS, compression), URL, "total/")
 
 
 def test_only_what_is_asked_for_is_unpacked() -> None:
@@ -70,9 +79,7 @@ def test_what_is_no_zip_is_named(data: bytes) -> None:
         unzip(data, URL)
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
