@@ -17,7 +17,7 @@ from tests.support.faultproxy import FaultProxy, Rule, running_proxy
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import plain_read
 from zarrcache.config import RetryConfig
-from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.density import read_density
 from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.convert.upload import S3Destination
 from zarrcache.convert.writer import StoreExistsError, encode_store, is_document

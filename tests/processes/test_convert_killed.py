@@ -24,7 +24,7 @@ from tests.support.processes import HANG_S, end_all, until, wait_for_all
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read
 from tests.support.training import start
-from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.density import read_density
 from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.convert.writer import is_document
 from zarrcache.demo.synthetic import write_pairs

@@ -1,5 +1,10 @@
-from ._names import is_density_name as is_density_name
-from ._names import task_id_of as task_id_of
+from .chgcar import RawDensity as RawDensity
+from .density import ChargeDensity as ChargeDensity
+from .density import read_density as read_density
+from .formats import InputFormat as InputFormat
+from .formats import is_density_name as is_density_name
+from .formats import register_format as register_format
+from .formats import task_id_of as task_id_of
 from .plan import ConvertPlan as ConvertPlan
 from .plan import ConvertReport as ConvertReport
 from .plan import ConvertResult as ConvertResult

@@ -1,5 +1,4 @@
-"""CHGCAR and Materials Project files to Zarr stores, many at a time: look what there is to do, then
-do it.
+"""Convert many density files to Zarr stores: plan first, then execute.
 
 >>> plan = plan_convert("chgcars/", "s3://bucket/label")  # doctest: +SKIP
 >>> report = plan.execute()  # doctest: +SKIP
@@ -16,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zarrcache.convert._names import find_files, task_id_of
-from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.density import read_density
+from zarrcache.convert.formats import InputFormat, find_files, registered_formats, task_id_of
 from zarrcache.convert.writer import (
     StoreExistsError,
     check_layout,
@@ -39,16 +38,16 @@ __all__ = ["ConvertPlan", "ConvertReport", "ConvertResult", "convert_directory",
 
 logger = logging.getLogger(__name__)
 
-#: A process takes 2 s to start and import pymatgen, in which another one converts about this much.
+#: Bytes that one process converts while another starts and imports pymatgen (2 s).
 BYTES_PER_WORKER = 8 * 1024**2
-#: How long a process may go on with its store after Ctrl-C. One that takes longer is killed, and
-#: its store is for the next run.
+#: Seconds that a process may go on with its store after Ctrl-C; then it is killed, and the next run
+#: converts that store.
 _STOP_S = 3.0
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What became of one file.
+    """Outcome for one file.
 
     Attributes
     ----------
@@ -59,11 +58,11 @@ class ConvertResult:
         Path or URL of the store; empty without a task id.
     written_bytes : int
     warnings : tuple of str
-        What looks wrong with the density; the store was written all the same.
+        What looks wrong with the density; the store was written nevertheless.
     error : str or None
         Why there is no store.
     skipped : bool
-        The store was there already.
+        The store existed already.
     """
 
     path: Path
@@ -77,7 +76,7 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What became of all files, each list in the order of the files' names."""
+    """Outcomes for all files, each list in the order of the file names."""
 
     converted: tuple[ConvertResult, ...]
     skipped: tuple[ConvertResult, ...]
@@ -91,12 +90,12 @@ class ConvertReport:
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """What a conversion will do. Making it wrote nothing.
+    """What a conversion will do. Planning writes nothing.
 
     Attributes
     ----------
     dst : str
-        Directory or ``s3://`` URL that the stores go to.
+        Directory or ``s3://`` URL of the stores.
     files : tuple of Path
         To convert.
     skipped : tuple of Path
@@ -113,7 +112,7 @@ class ConvertPlan:
 
     @property
     def source_bytes(self) -> int:
-        """Size of the files to convert, as they are on disk."""
+        """Size on disk of the files to convert."""
         return sum(path.stat().st_size for path in self.files)
 
     def execute(
@@ -124,27 +123,25 @@ class ConvertPlan:
     ) -> ConvertReport:
         """Convert.
 
-        A file that cannot be read is named in the report, and the others go on. Every store appears
-        whole or not at all: interrupted (Ctrl-C) or killed, run the same again and it goes on from
-        there.
+        A file that cannot be read is named in the report, and the others are converted. Every store
+        appears whole or not at all: after an interruption (Ctrl-C, kill) the same call resumes.
 
         Parameters
         ----------
         progress : callable, optional
-            Called here, in this process, with each result as it comes; not for the files that the
-            plan skips.
+            Called in this process with each result as it comes; not for files that the plan skips.
         engine : Engine, optional
-            What does the work, for example ``cluster.spread`` of
-            :func:`zarrcache.parallel.dask.open_cluster`; it has to see the same files. Default:
-            ``workers`` processes of this machine.
+            Distributes the work, for example ``cluster.spread`` of
+            :func:`zarrcache.parallel.open_cluster`; its machines must see the same files.
+            Default: ``workers`` processes of this machine.
 
         Raises
         ------
         ConfigError
-            A directory cannot be made there, processes cannot start, or another machine does not
-            see the same files.
+            The directory cannot be made, processes cannot start, or a machine does not see the same
+            files.
         OriginError
-            The destination takes no more: disk full, refused, no answer. What is finished stays.
+            The destination fails: disk full, refused, no answer. Finished stores stay.
         """
         if not _is_s3(self.dst):
             try:
@@ -155,7 +152,7 @@ class ConvertPlan:
                     "destination."
                 ) from exc
             for path in sweep_partials(Path(self.dst)):
-                logger.info("swept what a killed process left: %s", path)
+                logger.info("removed what a killed process left: %s", path)
         results = {}
         with closing(self._outcomes(engine)) as outcomes:
             for path, outcome in outcomes:
@@ -203,13 +200,16 @@ class ConvertPlan:
                     )
                 for path, outcome in outcomes:
                     if isinstance(outcome, Died):
-                        error = f"{path}: the process that converted it was ended by {outcome}; a second one too. Convert it alone, with more memory."
+                        error = (
+                            f"{path}: two worker processes died while converting it ({outcome}). "
+                            "Convert it alone, with more memory."
+                        )
                         yield path, self._convert.result(path, error=error)
                     else:
                         yield path, outcome
         finally:
             if not _is_s3(self.dst):
-                sweep_partials(Path(self.dst))  # of a process that did not finish in time
+                sweep_partials(Path(self.dst))  # left by a process killed after _STOP_S
 
 
 def plan_convert(
@@ -226,66 +226,72 @@ def plan_convert(
     s3_kwargs: Mapping[str, Any] | None = None,
     strict: bool = True,
 ) -> ConvertPlan:
-    """Look what there is to convert, and what is converted already.
+    """Find what there is to convert, and what is converted already.
 
     Parameters
     ----------
     src : str or path
         A density file, or a directory of them: ``mp-1.CHGCAR``, ``CHGCAR_mp-1``, ``mp-1/CHGCAR``,
-        ``mp-1.json``; each perhaps compressed.
+        ``mp-1.json``, and the formats of ``register_format``; each perhaps compressed.
     dst : str or path
-        Directory or ``s3://bucket/prefix``; the stores get the names ``<task_id>.zarr``.
+        Directory or ``s3://bucket/prefix``; the stores are named ``<task_id>.zarr``.
     pattern : str, optional
-        Which files below ``src``, as ``Path.glob`` takes it: ``"**/CHGCAR"``.
+        Pattern of ``Path.glob`` below ``src``, for example ``"**/CHGCAR"``.
     workers : int, optional
-        Processes. Default: one a core that this process may use, and one for 8 MiB of files.
+        Processes. Default: min(usable cores, source size / 8 MiB).
     chunks : int or three ints
     zip : bool
         ``<task_id>.zarr.zip``: one file, one request.
     zarr_format : 2 or 3
     diff : bool
-        Also the spin density where there is one.
+        Also convert the spin density, where there is one.
     overwrite : bool
-        Convert again what is there.
+        Convert again what exists already.
     s3_kwargs : mapping, optional
         As for ``s3fs.S3FileSystem``.
     strict : bool
-        Look for what is wrong with a charge density. False for other volumetric data.
+        Check each file as a charge density. False for other volumetric data.
 
     Raises
     ------
     ConfigError
-        No such files, two of the same task id, a destination or a setting that cannot be used.
+        No such files, two with the same task id, or an unusable destination or setting.
     OriginError
-        The bucket is not there or does not let us in.
+        The bucket does not exist, or access is denied.
     """
     target = os.fspath(dst).removeprefix("file://")
     if _is_s3(target):
-        split_s3_url(target)  # refuses what names no bucket
+        split_s3_url(target)  # refuses a URL without a bucket
         target = target.rstrip("/")
     elif "://" in target:
         raise ConfigError(
-            f"{target!r} is of a scheme that is not supported. Write s3://bucket/prefix or a "
+            f"{target!r} has a URL scheme that is not supported. Write s3://bucket/prefix or a "
             "directory."
         )
     else:
         target = os.path.abspath(os.path.expanduser(target))
     if target.endswith((".zarr", ".zarr.zip")):
         raise ConfigError(
-            f"{target} is the name of a store. Give the directory that the stores are to go to; "
-            "their names are made from the files' names."
+            f"{target} is the name of a store. Give the directory for the stores; they are named "
+            "after the files."
         )
     if not _is_s3(target) and os.path.lexists(target) and not os.path.isdir(target):
-        raise ConfigError(
-            f"{target} is not a directory. Give the directory that the stores are to go to."
-        )
+        raise ConfigError(f"{target} is not a directory. Give the directory for the stores.")
     sizes: tuple[int, ...] = (chunks,) * 3 if isinstance(chunks, int) else tuple(chunks)
     check_layout(sizes, zarr_format)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers!r}; it has to be a whole number from 1.")
     files = find_files(Path(src).expanduser().absolute(), pattern)
     convert = _Converter(
-        target, sizes, zip, zarr_format, diff, overwrite, dict(s3_kwargs or {}), strict
+        target,
+        sizes,
+        zip,
+        zarr_format,
+        diff,
+        overwrite,
+        dict(s3_kwargs or {}),
+        strict,
+        registered_formats(),
     )
     names = {path: convert.name_of(path) for path in files}
     present = convert.present(set(names.values()) - {""})
@@ -303,8 +309,7 @@ def convert_directory(
     engine: Engine | None = None,
     **options: Any,
 ) -> ConvertReport:
-    """Convert a file or a directory of files: ``plan_convert(src, dst, **options).execute(progress,
-    engine=engine)``.
+    """Convert a file or a directory of files: :func:`plan_convert`, then execute.
 
     >>> report = convert_directory("chgcars/", "s3://bucket/label", diff=True)  # doctest: +SKIP
     >>> for result in report.failed:  # doctest: +SKIP
@@ -315,9 +320,7 @@ def convert_directory(
 
 @dataclass
 class _Converter:
-    """Converts one file after the other. Picklable; a client is opened where it is first used, and
-    stays there.
-    """
+    """Convert one file per call. Picklable; each process opens its own S3 client at first use."""
 
     dst: str
     chunks: tuple[int, ...]
@@ -327,16 +330,17 @@ class _Converter:
     overwrite: bool
     s3_kwargs: dict[str, Any] = field(repr=False)
     strict: bool
+    formats: tuple[InputFormat, ...]
 
     def __call__(
         self, path: Path, reserve: Reserve | None = None
     ) -> ConvertResult | ZarrCacheError:
-        """Convert one file. An error of the file is in the result; an error that the next file
-        would meet too is returned as it is.
+        """Convert one file. An error of the file is in the result; an error of the destination,
+        which the next file would meet too, is returned itself.
         """
         try:
-            task_id = task_id_of(path)
-            density = read_density(path, diff=self.diff, strict=self.strict)
+            task_id = task_id_of(path, self.formats)
+            density = read_density(path, diff=self.diff, strict=self.strict, formats=self.formats)
             objects = encode_store(
                 density.total,
                 density.diff,
@@ -350,7 +354,7 @@ class _Converter:
         except (ZarrCacheError, OSError) as exc:
             return self.result(path, error=str(exc))
         except Exception as exc:
-            # a file can make pymatgen stumble in any way; the other files are not to blame
+            # A file can make a parser fail in any way; the other files are still converted.
             logger.warning("%s could not be converted", path, exc_info=True)
             return self.result(
                 path,
@@ -365,7 +369,7 @@ class _Converter:
                 )
             else:
                 written = publish_store(Path(target), objects, overwrite=self.overwrite)
-        except StoreExistsError:  # another process was faster
+        except StoreExistsError:  # another process wrote it meanwhile
             return self.result(path, skipped=True)
         except ConfigError as exc:
             return self.result(path, error=str(exc))
@@ -374,7 +378,7 @@ class _Converter:
         except OSError as exc:
             return OriginError(
                 f"{target} could not be written: {exc.strerror}. Make room or choose another "
-                "destination; what is finished stays."
+                "destination; finished stores stay."
             )
         return self.result(path, written_bytes=written, warnings=density.warnings)
 
@@ -386,11 +390,9 @@ class _Converter:
         )
 
     def name_of(self, path: Path) -> str:
-        """Name of the store of ``path``; empty if the file's name gives none, which is its error
-        when its turn comes.
-        """
+        """Store name of ``path``; empty if the file name gives none (an error of that file)."""
         try:
-            return task_id_of(path) + self.suffix
+            return task_id_of(path, self.formats) + self.suffix
         except ConfigError:
             return ""
 
@@ -400,7 +402,7 @@ class _Converter:
         Raises
         ------
         ConfigError
-            Some are there in the other form: readers would go on to read the old one.
+            Some exist in the other form, which readers would go on reading.
         """
         other = ".zarr" if self.zip else ".zarr.zip"
         twins = {name.removesuffix(self.suffix) + other for name in names}
@@ -411,9 +413,8 @@ class _Converter:
         if both := sorted(found & twins):
             raise ConfigError(
                 f"{self.dst} holds {len(both)} of these stores as {other} ({', '.join(both[:3])}); "
-                f"with {self.suffix} beside it a reader would not "
-                "know which to take. Remove them, choose another destination, or convert "
-                f"{'without' if self.zip else 'with'} zip."
+                f"beside a {self.suffix} it is ambiguous which one is read. Remove them, choose "
+                f"another destination, or convert {'without' if self.zip else 'with'} zip."
             )
         return found
 
@@ -423,7 +424,7 @@ class _Converter:
 
     @functools.cached_property
     def _destination(self) -> S3Destination | None:
-        """Of this process: neither a pickle nor a fork takes it along."""
+        """The S3 client of this process; not pickled."""
         if not _is_s3(self.dst):
             return None
         from zarrcache.convert.upload import S3Destination
@@ -436,8 +437,9 @@ class _Converter:
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """The converter on another machine. It has to see the files of this one: else thousands would
-    fail one by one, or the stores would be written to a disk of its own.
+    """The converter on another machine; checks first that it sees the same files.
+
+    Otherwise thousands of files would fail one by one, or stores be written to a local disk.
     """
 
     convert: _Converter
@@ -450,9 +452,8 @@ class _Elsewhere:
         for needed, name in ((self.root, self.root), (self.witness, self.convert.dst)):
             if needed is not None and not needed.exists():
                 return ConfigError(
-                    f"{node_name()} does not see {name} of this machine. Sources and destination "
-                    "have to be on a file system that all machines "
-                    "of the cluster share; stores may also go to S3."
+                    f"{node_name()} does not see {name}. Sources and destination must be on a file "
+                    "system that all machines of the cluster share; stores may also go to S3."
                 )
         return self.convert(path, reserve)
 

@@ -1,6 +1,4 @@
-"""``RhoRead``: the reader for people who have not converted yet. It parses a text or JSON file at
-every access.
-"""
+"""``RhoRead``: read CHGCAR and Materials Project files directly, parsing a file at every access."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from typing import Any
 from zarrcache._keys import Role
 from zarrcache.arrays import per_point
 from zarrcache.config import CacheConfig
-from zarrcache.convert._names import find_files, task_id_of
-from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.density import read_density
+from zarrcache.convert.formats import find_files, task_id_of
 from zarrcache.data import Density, SplitSets, ids_of, read_map, split_ids, split_sets
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
 from zarrcache.stats import LogOnce, Stats
@@ -25,8 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class RhoRead:
-    """Pairs of charge densities (input and label) from CHGCAR and Materials Project files in two
-    directories.
+    """Read pairs of charge densities from CHGCAR and Materials Project files in two directories.
 
     >>> reader = RhoRead("chgcars/input", "chgcars/label", "map.json.gz", "GGA", True, 0.8)
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
@@ -38,13 +35,13 @@ class RhoRead:
     Parameters
     ----------
     data_dir, label_dir : str or Path
-        Directories with one file a material: ``mp-1.json.gz``, ``mp-1.json``, ``mp-1.CHGCAR``,
+        Directories with one file per material: ``mp-1.json.gz``, ``mp-1.json``, ``mp-1.CHGCAR``,
         ``mp-1/CHGCAR``; each perhaps compressed.
     map_dir, functional, normalize, train_fraction, random_state, density_type
         As in ``ZarrS3Reader``.
     s3_kwargs, cache
-        Only so that it can stand where ``ZarrS3Reader`` stood: the files are local, and nothing is
-        cached.
+        Accepted so that it can replace ``ZarrS3Reader``, and ignored: the files are local, and
+        nothing is cached.
 
     Raises
     ------
@@ -79,13 +76,16 @@ class RhoRead:
         self._log_once = LogOnce()
         if cache is not None:
             logger.warning(
-                "cache is set, but json.gz and CHGCAR files are parsed anew each time. Convert "
+                "cache is set, but json.gz and CHGCAR files are parsed at every read. Convert "
                 "them: zarrcache convert %s DST",
                 self.data_dir,
             )
 
     def __repr__(self) -> str:
-        return f"RhoRead({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, {self.density_type!r})"
+        return (
+            f"RhoRead({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, "
+            f"{self.density_type!r})"
+        )
 
     @property
     def task_ids(self) -> list[str]:
@@ -101,14 +101,12 @@ class RhoRead:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Ids of the functional without an input or a label file. They are left out of the split."""
+        """Ids of the functional without an input or a label file. Left out of the split."""
         return self._find()[1]
 
     @property
     def stats(self) -> Stats:
-        """All 0: nothing is cached, and no origin is asked. So a script that prints those of
-        ``ZarrS3Reader`` runs here too.
-        """
+        """All 0, for scripts that print the statistics of ``ZarrS3Reader``."""
         return Stats()
 
     def split_task_ids(self) -> tuple[list[str], list[str]]:
@@ -116,8 +114,9 @@ class RhoRead:
         return split_ids(self._find()[0], self.tf, self.rs)
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
-        """Training and test sets, each ``(data, label, gs_data, gs_label)``: sequences that read a
-        file when they are indexed.
+        """Training and test sets, each ``(data, label, gs_data, gs_label)``.
+
+        They are sequences that read a file when they are indexed.
 
         Raises
         ------
@@ -147,7 +146,7 @@ class RhoRead:
         OriginNotFoundError
             There is no such file.
         SchemaError
-            It is no charge density, or has no ``density_type``.
+            It is not a charge density, or lacks ``density_type``.
         """
         files = self._files_of(role)
         if task_id not in files:
@@ -181,9 +180,9 @@ class RhoRead:
             )
             if missing:
                 first = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-                told = "%d of %d task ids of %s have no file in %s or %s and are left out: %s"
+                message = "%d of %d task ids of %s have no file in %s or %s and are left out: %s"
                 logger.warning(
-                    told,
+                    message,
                     len(missing),
                     len(wanted),
                     self.functional,
@@ -200,7 +199,7 @@ class RhoRead:
             for path in find_files(self.data_dir if role == "data" else self.label_dir):
                 try:
                     files[task_id_of(path)] = path
-                except ConfigError as exc:  # a name that no map can ask for
+                except ConfigError as exc:  # not a valid task id, so no map contains it
                     logger.debug("%s", exc)
             self._files[role] = files
         return self._files[role]

@@ -1,10 +1,9 @@
-"""One density as a Zarr store: encoded in memory, written as a directory or a zip file. A store is
-visible only when it is whole.
+"""Encode one density as a Zarr store in memory, and publish it as a directory or a zip file.
 
-The layout is the one that ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps
+The layout is what ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps
 ``charge_density_diff``, float32 in small chunks, and the attributes ``structure`` and ``metadata``,
-each a JSON string. The store is made in memory first, so that a directory, a zip file and S3
-(``storeupload``) get the same bytes, and so that the same density gives the same ETags each time.
+each a JSON string. Encoding in memory gives a directory, a zip file and S3 (``upload``) the same
+bytes, and equal densities equal ETags. A store becomes visible only when it is whole.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ __all__ = [
     "zipped",
 ]
 
-#: Documents by which a reader finds a group or an array, in the order in which they become visible:
-#: the group's own last.
+#: Documents by which a reader finds a group or an array, in the order of publishing: the group's
+#: own last.
 _DOCUMENTS = (".zattrs", ".zarray", "zarr.json", ".zmetadata", ".zgroup")
 _HIDDEN = re.compile(
     r"\.(?P<final>.+\.zarr(?:\.zip)?)\.(?P<kind>partial|replaced)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)-[0-9a-f]{8}"
@@ -55,7 +54,7 @@ _ABANDONED_S = 86400.0
 
 
 class StoreExistsError(ConfigError, FileExistsError):
-    """The store is there already and ``overwrite`` was not asked for."""
+    """The store exists, and ``overwrite`` is False."""
 
 
 def encode_store(
@@ -67,8 +66,7 @@ def encode_store(
     chunks: Sequence[int] = (16, 16, 16),
     zarr_format: Literal[2, 3] = 2,
 ) -> dict[str, bytes]:
-    """Every object of the store, by key, in the order to publish them: chunks, then array
-    documents, then the group's.
+    """Encode a store: its objects by key, in the order to publish them (chunks first, group last).
 
     Parameters
     ----------
@@ -77,7 +75,7 @@ def encode_store(
     structure, metadata : mapping
         Stored as JSON strings.
     chunks : three ints
-        At most the shape along each axis is used.
+        Chunk size along each axis; clipped to the shape.
     zarr_format : 2 or 3
         Compressors are the defaults of the format: Blosc (lz4, shuffle) in 2, Zstandard in 3.
 
@@ -86,7 +84,7 @@ def encode_store(
     SchemaError
         An array is not 3-D.
     ConfigError
-        Chunks or format cannot be.
+        Invalid chunks or format.
     """
     import numcodecs
     import zarr
@@ -112,8 +110,7 @@ def encode_store(
             compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
         )
     with warnings.catch_warnings():
-        # zarr says that v3 has no consolidated metadata yet; readers that do not know them pass
-        # over them
+        # zarr warns that v3 does not specify consolidated metadata yet; readers may ignore it.
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(store)
     encoded = {key: bytes(value.to_bytes()) for key, value in objects.items()}
@@ -121,7 +118,7 @@ def encode_store(
 
 
 def check_layout(chunks: Sequence[object], zarr_format: int) -> None:
-    """Refuse a layout that cannot be.
+    """Refuse an invalid layout.
 
     Raises
     ------
@@ -148,7 +145,7 @@ def _publishing_order(key: str) -> tuple[int, int, str]:
 
 
 def is_document(key: str) -> bool:
-    """Whether an object of a store makes something visible; all others are chunks."""
+    """Whether an object makes a group or an array visible; all others are chunks."""
     return key.rpartition("/")[2] in _DOCUMENTS
 
 
@@ -172,11 +169,11 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
     Raises
     ------
     StoreExistsError
-        It is there, and ``overwrite`` is False.
+        It exists, and ``overwrite`` is False.
     ConfigError
-        Something else has the name.
+        Something else has this name.
     OSError
-        The disk did not take it. Nothing is left of it.
+        Writing failed; nothing of the store is left.
     """
     _refuse_what_is_there(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +188,7 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
 
 
 def store_exists(path: Path) -> bool:
-    """Whether a store is at this local path, as a directory or as a zip file; one that is being
-    written is not there yet.
-    """
+    """Whether a whole store is at this local path, as a directory or a zip file."""
     return path.is_file() if path.name.endswith(".zarr.zip") else _is_store(path)
 
 
@@ -253,16 +248,14 @@ def witness_in(directory: Path) -> Iterator[Path]:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy values in a structure's site properties, as JSON takes them."""
+    """Convert NumPy values in a structure's site properties for JSON."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def zipped(objects: Mapping[str, bytes]) -> bytes:
-    """One zip file of all objects, not compressed again. No clock in it: equal densities give equal
-    bytes.
-    """
+    """Pack all objects into one uncompressed zip file, without dates: equal stores, equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for key, body in objects.items():
@@ -285,9 +278,7 @@ def _write(root: Path, objects: Mapping[str, bytes]) -> None:
 
 
 def _beside(final: Path, kind: str) -> Path:
-    """A hidden name of this process alone, in the same directory: a rename across file systems
-    would be a copy.
-    """
+    """A hidden name unique to this process, in the same directory so that a rename is atomic."""
     machine, pid, start = owner_id().rsplit(" ", 2)
     return final.with_name(
         f".{final.name}.{kind}-{_short(machine)}-{pid}-{start}-{secrets.token_hex(4)}"
@@ -305,13 +296,12 @@ def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
         return
     if not store_exists(final):
         raise ConfigError(
-            f"{final} is there but is no Zarr store; it is left alone. Move it away or choose "
+            f"{final} exists but is not a Zarr store; it is left alone. Move it away or choose "
             "another destination."
         )
     if not overwrite:
         raise StoreExistsError(
-            f"{final} is there already. Overwrite it on purpose (--overwrite) or choose another "
-            "destination."
+            f"{final} exists already. Overwrite it (--overwrite) or choose another destination."
         )
 
 
@@ -323,27 +313,27 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
     if not overwrite:
         try:
             if final.name.endswith(".zip"):
-                # unlike a rename it refuses to replace what another writer has just made
+                # Unlike a rename, a link never replaces what another writer has just made.
                 os.link(partial, final)
                 os.unlink(partial)
             else:
                 os.rename(partial, final)  # refuses a directory that is not empty
         except OSError as exc:
-            # a file system without hard links
+            # The file system has no hard links.
             if exc.errno in (errno.EPERM, errno.ENOTSUP) and not final.exists():
                 os.rename(partial, final)
                 return
             if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise StoreExistsError(
-                f"{final} was made by another process meanwhile; it is left as it is."
+                f"{final} was written by another process meanwhile; it is left alone."
             ) from exc
         return
     if partial.is_file():
         os.replace(partial, final)
         return
-    # No rename replaces a directory that is not empty. If we die between these two, the next run
-    # puts the old one back.
+    # A rename cannot replace a directory that is not empty. After a crash between the two renames
+    # the next run restores the old store.
     old = _beside(final, "replaced")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
@@ -357,7 +347,7 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a directory of our own making, as far as that goes."""
+    """Remove a file, a link or a directory that this module made; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""Densities of real and of damaged files: pymatgen's values, and a word about whatever looks wrong."""
+"""Densities of real and damaged files: pymatgen's values, and a warning for what looks wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.stores import STRUCTURE
-from zarrcache.convert.chgcar import check_blocks, read_density
+from zarrcache.convert.density import check_blocks, read_density
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import SchemaError
 
@@ -155,7 +155,8 @@ def test_a_text_without_a_grid_is_no_chgcar(tmp_path: Path, text: str) -> None:
     """Said in words; pymatgen trips over it with an IndexError."""
     (tmp_path / "mp-1.CHGCAR").write_text(text)
     with pytest.raises(
-        SchemaError, match=r"mp-1\.CHGCAR is no CHGCAR, or is cut short: no line .* size of a grid"
+        SchemaError,
+        match=r"mp-1\.CHGCAR is not a CHGCAR, or is cut short: no line .* size of a grid",
     ):
         read_density(tmp_path / "mp-1.CHGCAR")
 
@@ -180,7 +181,7 @@ def test_what_is_named_packed_and_is_not_is_refused(chgcar: Path) -> None:
     """Plain text under the name of a gzip file."""
     packed = chgcar.with_name(chgcar.name + ".gz")
     packed.write_bytes(chgcar.read_bytes())
-    with pytest.raises(SchemaError, match=r"cannot be unpacked.*not what its name says"):
+    with pytest.raises(SchemaError, match=r"cannot be decompressed.*not what its name says"):
         read_density(packed)
 
 

@@ -159,7 +159,7 @@ def test_what_is_no_store_is_never_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "mp-1.zarr" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(ConfigError, match=r"is no Zarr store; it is left alone"):
+    with pytest.raises(ConfigError, match=r"is not a Zarr store; it is left alone"):
         _write(tmp_path, overwrite=True)
     assert mine.read_text() == "mine"
 
@@ -194,14 +194,14 @@ def test_a_disk_that_takes_no_more_leaves_things_as_they_were(
     assert all(np.array_equal(plain_read(tmp_path / name), TOTAL) for name in names)
 
 
-def test_of_two_writers_one_wins_and_the_other_is_told(
+def test_of_two_writers_one_wins_and_the_other_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both looked, and neither saw the other: the rename decides."""
     monkeypatch.setattr(
         storewriter, "_refuse_what_is_there", lambda *_: small_group(tmp_path / "mp-1.zarr")
     )
-    with pytest.raises(StoreExistsError, match="made by another process meanwhile"):
+    with pytest.raises(StoreExistsError, match="written by another process meanwhile"):
         _write(tmp_path)
     assert np.array_equal(plain_read(tmp_path / "mp-1.zarr"), random_density((12, 10, 8)))
     assert [p.name for p in tmp_path.iterdir()] == ["mp-1.zarr"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zarrcache.convert.chgcar import read_density
+from zarrcache.convert.density import read_density
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import ConfigError
 

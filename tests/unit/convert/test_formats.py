@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
+from pymatgen.core.lattice import Lattice
+from pymatgen.core.structure import Structure
 
-from zarrcache.convert._names import find_files, is_density_name, task_id_of
+from zarrcache.convert import InputFormat, RawDensity, formats, plan_convert, register_format
+from zarrcache.convert.formats import find_files, is_density_name, task_id_of
 from zarrcache.errors import ConfigError
+
+
+def read_npz(path: Path) -> RawDensity:
+    """A reader as another package would write it."""
+    with np.load(path) as file:
+        return RawDensity({"total": file["total"]}, Structure(Lattice.cubic(3), ["H"], [[0, 0, 0]]))
 
 
 @pytest.mark.parametrize(
@@ -131,3 +142,33 @@ def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     """Rather than an empty conversion."""
     with pytest.raises(ConfigError, match=r"gone is not there"):
         find_files(tmp_path / "gone")
+
+
+def test_a_registered_format_is_found_named_read_and_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two arrays of a ``.npz`` become a density, in worker processes too."""
+    monkeypatch.setattr(formats, "_formats", list(formats._formats))
+    register_format(InputFormat("npz", r"(.+)\.npz", read_npz))
+    register_format(InputFormat("npz", r"(.+)\.npz", read_npz))
+    values = np.arange(2 * 8 * 64, dtype=float).reshape(2, 8, 8, 8)
+    for number, total in enumerate(values):
+        np.savez(tmp_path / f"mp-{number}.npz", total=total)
+    assert [p.name for p in find_files(tmp_path)] == ["mp-0.npz", "mp-1.npz"]
+    report = plan_convert(tmp_path, tmp_path / "out", workers=2, strict=False).execute()
+    assert not report.failed
+    for number, total in enumerate(values):
+        stored = zarr.open_array(tmp_path / f"out/mp-{number}.zarr/charge_density_total")[...]
+        assert np.array_equal(stored, total.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "words"),
+    [
+        (InputFormat("vasp", r"(.+)\.xyz", print), "'vasp' is registered already"),
+        (InputFormat("cube", "(", print), "of format 'cube'"),
+    ],
+)
+def test_a_format_that_cannot_be_used_is_refused(fmt: InputFormat, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        register_format(fmt)

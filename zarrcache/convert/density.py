@@ -1,0 +1,246 @@
+"""Read one charge density from any input format, check it, and say what looks wrong with it."""
+
+from __future__ import annotations
+
+import math
+import warnings as python_warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache.convert.chgcar import RawDensity, pymatgen_version
+from zarrcache.convert.formats import InputFormat, format_of, task_id_of
+from zarrcache.errors import ConfigError, SchemaError
+
+__all__ = ["ChargeDensity", "check_blocks", "read_density"]
+
+#: Largest distance of ``mean(total)`` from a whole number. 36 of 36 labels of the Materials Project
+#: are within 1e-4.
+_ELECTRON_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class ChargeDensity:
+    """One density as its file has it, cast to float32.
+
+    Attributes
+    ----------
+    task_id : str
+    source : Path
+    total : ndarray, shape (nx, ny, nz), float32, C order
+        CHGCAR convention: electrons per volume times the volume of the cell, so ``total.mean()`` is
+        the number of valence electrons.
+    diff : ndarray or None
+        The spin density, spin up minus spin down, where the file has one and ``diff`` was set.
+    structure : dict
+        ``pymatgen.core.Structure.as_dict()``.
+    formula : str
+    electrons : float
+        ``mean(total)`` in float64.
+    blocks : tuple of str
+        Names of all grids in the file, for example ``("total", "diff")``.
+    pymatgen_version : str
+    warnings : tuple of str
+        What looks wrong, one sentence each; empty for a plain density.
+    """
+
+    task_id: str
+    source: Path
+    total: NDArray[np.float32]
+    diff: NDArray[np.float32] | None
+    structure: dict[str, Any]
+    formula: str
+    electrons: float
+    blocks: tuple[str, ...]
+    pymatgen_version: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The attribute ``metadata`` of the store."""
+        return {
+            "task_id": self.task_id,
+            "pymatgen_version": self.pymatgen_version,
+            "formula": self.formula,
+            "electrons": round(self.electrons, 6),
+            "source": self.source.name,
+        }
+
+
+def read_density(
+    path: Path,
+    *,
+    diff: bool = False,
+    strict: bool = True,
+    formats: Sequence[InputFormat] | None = None,
+) -> ChargeDensity:
+    """Read and check one density.
+
+    Parameters
+    ----------
+    path : Path
+        Of any input format, perhaps compressed; an unknown name is read as VASP's text.
+    diff : bool
+        Also read the spin density, if there is one.
+    strict : bool
+        Check it as a charge density. False for other volumetric data, for example an ELFCAR.
+    formats : sequence of InputFormat, optional
+        Default: those that are registered in this process.
+
+    Raises
+    ------
+    SchemaError
+        Not a volumetric file, cut short, not 3-D, or with NaN or infinity.
+    ConfigError
+        pymatgen is not installed.
+    OSError
+        The file cannot be opened.
+    """
+    task_id = task_id_of(path, formats)
+    parsed = _parse(path, format_of(path.name, formats).read)
+    wanted = {"total": parsed.blocks["total"]}
+    collinear = "diff" in parsed.blocks and "diff_x" not in parsed.blocks
+    if diff and collinear:
+        wanted["diff"] = parsed.blocks["diff"]
+    arrays = {block: _as_float32(path, block, values) for block, values in wanted.items()}
+    if "diff" in arrays and arrays["diff"].shape != arrays["total"].shape:
+        raise SchemaError(
+            f"{path}: total has the grid {arrays['total'].shape}, diff has {arrays['diff'].shape}. "
+            "Get the file again."
+        )
+    notes = list(parsed.notes)
+    if strict:
+        notes += check_blocks(parsed.blocks, _protons(parsed.structure), len(parsed.structure))
+        if diff and "diff" not in parsed.blocks:
+            notes.append("has no spin density (one block): only charge_density_total is written.")
+    if parsed.task_id not in (None, task_id):
+        notes.append(
+            f"calls itself {parsed.task_id} inside; it is stored under its file name, {task_id}."
+        )
+    return ChargeDensity(
+        task_id=task_id,
+        source=path,
+        total=arrays["total"],
+        diff=arrays.get("diff"),
+        structure=parsed.structure.as_dict(),
+        formula=str(parsed.structure.composition.formula),
+        electrons=float(parsed.blocks["total"].mean()),
+        blocks=tuple(parsed.blocks),
+        pymatgen_version=pymatgen_version(),
+        warnings=tuple(notes),
+    )
+
+
+def check_blocks(
+    blocks: Mapping[str, NDArray[np.float64]], protons: float, atoms: int
+) -> list[str]:
+    """List what looks wrong with the numbers of a charge density, one sentence each.
+
+    Parameters
+    ----------
+    blocks : mapping
+        ``total`` and perhaps ``diff``, ``diff_x``, ...
+    protons : float
+        Sum of the atomic numbers, an upper bound of the valence electrons.
+    atoms : int
+        Number of atoms; each contributes at least one valence electron.
+    """
+    notes = []
+    electrons = float(blocks["total"].mean())
+    nearest = round(electrons)
+    if electrons < 0:
+        notes.append(
+            f"mean(total) is {electrons:.4f}, which cannot be a number of electrons: this looks "
+            "like a potential (LOCPOT), not a density."
+        )
+    elif electrons < 0.9 * atoms:
+        notes.append(
+            f"mean(total) is {electrons:.4g} electrons for {atoms} atoms: not VASP's convention "
+            "(density times cell volume); "
+            "perhaps it is divided by the volume or by the number of grid points already."
+        )
+    elif electrons > 1.01 * protons + 1:
+        notes.append(
+            f"mean(total) is {electrons:.4f} electrons, more than the {protons:g} protons of the "
+            "structure."
+        )
+    elif abs(electrons - nearest) > max(_ELECTRON_TOLERANCE, 1e-6 * electrons):
+        notes.append(
+            f"mean(total) is {electrons:.4f}, not a whole number of electrons: regridded, charged, "
+            "or not a CHGCAR."
+        )
+    if "diff_x" in blocks:
+        others = ", ".join(name for name in blocks if name not in ("total", "diff"))
+        notes.append(f"is non-collinear: {others} are not written, only charge_density_total is.")
+    elif "diff" in blocks:
+        moment = float(blocks["diff"].mean())
+        if math.isfinite(moment) and abs(moment) > abs(electrons) + _ELECTRON_TOLERANCE:
+            notes.append(
+                f"mean(diff) is {moment:.4f}, more than all {electrons:.4f} electrons: the spin "
+                "density looks wrong."
+            )
+    return notes
+
+
+def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
+    """Run a parser; any error of it becomes a SchemaError that names the file."""
+    with python_warnings.catch_warnings(record=True) as caught:
+        python_warnings.simplefilter("always")
+        try:
+            parsed = read(path)
+        except (ConfigError, SchemaError):
+            raise
+        except OSError as exc:
+            if exc.errno is not None:
+                raise
+            raise SchemaError(
+                f"{path} cannot be decompressed ({exc}). It is cut short or not what its name "
+                "says; get it again."
+            ) from exc
+        except Exception as exc:
+            raise SchemaError(
+                f"{path} cannot be read as a charge density ({_cause(exc)}). Check that it is a "
+                "whole CHGCAR or MP JSON file."
+            ) from exc
+    if "total" not in parsed.blocks:
+        raise SchemaError(
+            f"{path} holds no total density (blocks: {', '.join(parsed.blocks) or 'none'})."
+        )
+    # pymatgen warns where it guesses, for example the elements of a VASP 4 file, which matters to
+    # those who train on the structure.
+    guesses = {
+        str(w.message).splitlines()[0]
+        for w in caught
+        if not issubclass(w.category, (DeprecationWarning, PendingDeprecationWarning))
+    }
+    parsed.notes += [f"pymatgen says: {guess}" for guess in sorted(guesses)]
+    return parsed
+
+
+def _cause(exc: Exception) -> str:
+    text = str(exc).splitlines()[0] if str(exc) else ""
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def _protons(structure: Any) -> float:
+    return float(sum(element.Z * amount for element, amount in structure.composition.items()))
+
+
+def _as_float32(path: Path, block: str, values: NDArray[np.float64]) -> NDArray[np.float32]:
+    if values.ndim != 3 or 0 in values.shape:
+        raise SchemaError(
+            f"{path}: {block} has the shape {values.shape}; a density is 3-D. Get the file again."
+        )
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values, dtype=np.float32)
+    bad = single.size - int(np.count_nonzero(np.isfinite(single)))
+    if bad:
+        raise SchemaError(
+            f"{path}: {bad} of {single.size} values of {block} are NaN or infinite. Run the "
+            "calculation again or get the file again."
+        )
+    return single
