@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.support import readers
 from tests.support.faultproxy import FaultProxy, running_proxy
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import small_group as _small_group
+from zarrcache import ZarrS3Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,6 +137,15 @@ def small_group(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return _small_group(tmp_path / path, *args, **kwargs)
 
     return write
+
+
+@pytest.fixture
+def make_reader(tmp_path: Path) -> Callable[..., ZarrS3Reader]:
+    """``make_reader(cache={}, normalize=True, ...)`` reads the stores and the map in ``tmp_path``.
+
+    See ``tests.support.readers.make_reader`` for the defaults.
+    """
+    return functools.partial(readers.make_reader, tmp_path)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.faultproxy import FaultProxy
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
@@ -152,11 +153,8 @@ def test_a_chunk_that_may_not_be_read_is_an_error_and_no_fill_value(
 
 def reader_of(url: str, tmp_path: Path, engine: str, s3_kwargs: dict[str, Any]) -> ZarrS3Reader:
     """As a training run makes it."""
-    cache = {"dir": tmp_path / "cache", "min_free": 0, "fetch": {"engine": engine}}
-    label = url.removesuffix("data") + "label"
-    return ZarrS3Reader(
-        url, label, tmp_path / "map.json", "GGA", False, 0.5, s3_kwargs=s3_kwargs, cache=cache
-    )
+    cache = {"fetch": {"engine": engine}}
+    return make_reader(tmp_path, url.removesuffix("/data"), s3_kwargs=s3_kwargs, cache=cache)
 
 
 def test_wrong_credentials_shrink_no_split_and_leave_nothing_behind(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read, small_group
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader
@@ -68,20 +69,8 @@ def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Any:
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0", "mp-1"]}))
 
     def make(s3_kwargs: dict[str, Any], engine: str) -> ZarrS3Reader:
-        url, cache = (
-            f"s3://{bucket}",
-            {"dir": tmp_path / engine, "min_free": 0, "fetch": {"engine": engine}},
-        )
-        return ZarrS3Reader(
-            f"{url}/data",
-            f"{url}/label",
-            tmp_path / "map.json",
-            "GGA",
-            False,
-            0.5,
-            s3_kwargs=s3_kwargs,
-            cache=cache,
-        )
+        cache = {"dir": tmp_path / engine, "fetch": {"engine": engine}}
+        return make_reader(tmp_path, f"s3://{bucket}", s3_kwargs=s3_kwargs, cache=cache)
 
     return make
 

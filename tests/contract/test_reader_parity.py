@@ -17,6 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from tests.support.faultproxy import FaultProxy
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import plain_read, random_density, small_group
 from zarrcache import ZarrS3Reader
@@ -97,16 +98,11 @@ class World:
         arguments: dict[str, Any] = {
             "data_dir": f"{where.get(data, f's3://{self.bucket}')}/data",
             "label_dir": f"{where.get(label or data, f's3://{self.bucket}')}/label",
-            "map_dir": self.root / "map.json",
-            "functional": "GGA",
-            "normalize": False,
             "train_fraction": 0.7,
             "s3_kwargs": self.server.kwargs_at(self.endpoint_url),
         }
-        settings = (
-            {"fetch": {"engine": engine}, "min_free": 0, **cache} if cache is not None else None
-        )
-        return ZarrS3Reader(**arguments | changes, cache=settings)
+        settings = {"fetch": {"engine": engine}, **cache} if cache is not None else None
+        return make_reader(self.root, **arguments | changes, cache=settings)
 
 
 def build(root: Path, server: S3Server, layouts: Collection[str] = tuple(LAYOUTS)) -> World:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
+from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
@@ -42,20 +43,8 @@ class Node:
     cache: dict[str, Any]
 
     def reader(self, **changes: Any) -> ZarrS3Reader:
-        url = f"s3://{self.bucket}"
-        arguments = {
-            "data_dir": f"{url}/data",
-            "label_dir": f"{url}/label",
-            "map_dir": self.map_path,
-            "functional": "GGA",
-        }
-        options = {
-            "normalize": True,
-            "train_fraction": 0.5,
-            "s3_kwargs": self.s3_kwargs,
-            "cache": self.cache,
-        }
-        return ZarrS3Reader(**arguments | options | changes)
+        arguments = {"normalize": True, "s3_kwargs": self.s3_kwargs, "cache": self.cache}
+        return make_reader(self.map_path.parent, f"s3://{self.bucket}", **arguments | changes)
 
 
 @pytest.fixture(scope="module")

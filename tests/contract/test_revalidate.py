@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
@@ -49,26 +50,15 @@ class Place:
     def reader(
         self, revalidate: str, *, arrays: bool = True, endpoint_url: str = ""
     ) -> ZarrS3Reader:
+        kwargs = (
+            self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
+        )
         cache = {
-            "dir": self.root / "cache",
-            "min_free": 0,
             "revalidate": revalidate,
             "arrays": {"enabled": arrays},
             "retry": {"attempts": 1},
         }
-        kwargs = (
-            self.server.kwargs_at(endpoint_url or self.server.endpoint_url) if self.server else None
-        )
-        return ZarrS3Reader(
-            f"{self.url}/data",
-            f"{self.url}/label",
-            self.root / "map.json",
-            "GGA",
-            False,
-            1,
-            s3_kwargs=kwargs,
-            cache=cache,
-        )
+        return make_reader(self.root, self.url, train_fraction=1, s3_kwargs=kwargs, cache=cache)
 
     def write(
         self, role: str, task_id: str, seed: int, shape: tuple[int, int, int] = (6, 5, 7)

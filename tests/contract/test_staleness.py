@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import random_density, small_group
@@ -72,17 +73,12 @@ class Bucket:
 
     def reader(self, revalidate: str) -> ZarrS3Reader:
         (self.root / "map.json").write_text(json.dumps({"GGA": self.ids}))
-        cache = {"dir": self.root / "cache", "min_free": 0, "revalidate": revalidate}
-        url, kwargs = f"s3://{self.name}", self.server.s3_kwargs
-        return ZarrS3Reader(
-            f"{url}/data",
-            f"{url}/label",
-            self.root / "map.json",
-            "GGA",
-            False,
-            1,
-            s3_kwargs=kwargs,
-            cache=cache,
+        return make_reader(
+            self.root,
+            f"s3://{self.name}",
+            train_fraction=1,
+            s3_kwargs=self.server.s3_kwargs,
+            cache={"revalidate": revalidate},
         )
 
     def stale(self, reader: ZarrS3Reader) -> list[tuple[str, str]]:

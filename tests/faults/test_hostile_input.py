@@ -28,10 +28,10 @@ import pytest
 import zarr
 
 from tests.support.memory import MIB, peak_of
+from tests.support.readers import make_reader
 from tests.support.stores import STRUCTURE, plain_read, random_density, small_group
-from zarrcache import ConfigError, SchemaError, ZarrCacheError, ZarrS3Reader
+from zarrcache import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.arrays.read import read_array
-from zarrcache.config import CacheConfig
 from zarrcache.convert.density import read_density
 from zarrcache.convert.plan import plan_convert
 from zarrcache.data.splits import ids_of, read_map
@@ -295,16 +295,7 @@ def test_reader_refuses_what_claims_terabytes_and_reads_the_others(
         small_group(tmp_path / role / f"mp-{number}.zarr", shape=(5, 6, 7), seed=number)
     described(tmp_path / "data" / "mp-1.zarr", claim_10_tb)
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-2"]}))
-    config = None if cache is None else CacheConfig(dir=tmp_path / "cache", min_free=0, **cache)
-    reader = ZarrS3Reader(
-        tmp_path / "data",
-        tmp_path / "label",
-        tmp_path / "map.json",
-        "GGA",
-        False,
-        0.5,
-        cache=config,
-    )
+    reader = make_reader(tmp_path, cache=cache)
     for _ in range(2):
         with pytest.raises(SchemaError, match=r"mp-1\.zarr.*claims 9999805300992 bytes"):
             reader.load("mp-1", "data")

@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache import ZarrS3Reader
 from zarrcache.arrays import read as reading
 from zarrcache.arrays.read import read_array
 from zarrcache.config import FetchConfig
@@ -132,22 +132,13 @@ def test_writer_that_stops_to_think_is_waited_for(
     """
     (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
     writer.put("mp-1.zarr", 0, gaps=False)
-    cache = {
-        "dir": tmp_path / "cache",
-        "min_free": 0,
-        "arrays": {"enabled": arrays},
-        "fetch": {"engine": engine},
-    }
-    kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
-    reader = ZarrS3Reader(
-        writer.url,
-        writer.url,
-        tmp_path / "map.json",
-        "GGA",
-        False,
-        1,
-        s3_kwargs=kwargs,
-        cache=cache,
+    reader = make_reader(
+        tmp_path,
+        data_dir=writer.url,
+        label_dir=writer.url,
+        train_fraction=1,
+        s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url),
+        cache={"arrays": {"enabled": arrays}, "fetch": {"engine": engine}},
     )
     assert reader.task_ids == ["mp-1"]
     # its client is open; the next request is quick

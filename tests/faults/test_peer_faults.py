@@ -25,6 +25,7 @@ import pytest
 
 from tests.support.cluster import Node, start_cluster
 from tests.support.localnode import LocalNode
+from tests.support.readers import make_reader
 from tests.support.roguepeer import (
     Answer,
     claiming,
@@ -68,10 +69,7 @@ def good(node: LocalNode, key: ArrayKey) -> bytes:
 
 def reader_at(node: LocalNode, directory: Path, **block: Any) -> ZarrS3Reader:
     """A node with an empty cache of its own."""
-    where = (node.directory / "data", node.directory / "label", node.directory / "map.json")
-    return ZarrS3Reader(
-        *where, "GGA", False, 0.5, cache={"dir": directory / "own", "min_free": 0, **block}
-    )
+    return make_reader(node.directory, cache={"dir": directory / "own", **block})
 
 
 def flipped(raw: bytes, byte: int) -> bytes:
@@ -151,13 +149,7 @@ def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int 
     )
     own = Path(reader.cache.config.dir) / "zarrcache-v1"  # type: ignore[union-attr]
     assert len(list((own / "entries").rglob(f"*{reader.key(TASK, ROLE).digest}*"))) == 1
-    again = ZarrS3Reader(
-        *(reader.data_dir, reader.label_dir, reader.map_dir),
-        "GGA",
-        False,
-        0.5,
-        cache={"dir": own.parent, "min_free": 0},
-    )
+    again = make_reader(node.directory, cache={"dir": own.parent})
     assert np.array_equal(again.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
     assert (again.stats.hits, again.stats.purges) == (1, 0)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import random_density, small_group
-from zarrcache import ZarrS3Reader
 from zarrcache.origin import _backoff as backoff
 from zarrcache.origin import _retry as retry
 
@@ -75,17 +75,19 @@ def soak(
 ) -> Counter[str]:
     """Read every store cold through the faults; how often each fault happened."""
     (root / "map.json").write_text(json.dumps({"GGA": sorted(densities)}))
-    fetch = {"engine": engine, "read_timeout": 1.5, "connect_timeout": 5.0}
-    cache = {
-        "dir": root / f"cache-{engine}",
-        "min_free": 0,
-        "retry": {"attempts": ATTEMPTS},
-        "fetch": fetch,
+    url = f"s3://{bucket}/data"
+    arguments: dict[str, Any] = {
+        "data_dir": url,
+        "label_dir": url,
+        "train_fraction": 1,
+        "s3_kwargs": server.kwargs_at(proxy.endpoint_url),
+        "cache": {
+            "dir": root / f"cache-{engine}",
+            "retry": {"attempts": ATTEMPTS},
+            "fetch": {"engine": engine, "read_timeout": 1.5, "connect_timeout": 5.0},
+        },
     }
-    url, kwargs = f"s3://{bucket}/data", server.kwargs_at(proxy.endpoint_url)
-    reader = ZarrS3Reader(
-        url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache
-    )
+    reader = make_reader(root, **arguments)
     assert len(reader.task_ids) == len(densities)
     proxy.reset()
     proxy.rules(
@@ -103,9 +105,7 @@ def soak(
     # The second detector: what was stored is what was uploaded, in a reader that has no origin to
     # ask.
     proxy.down()
-    again = ZarrS3Reader(
-        url, url, root / "map.json", "GGA", False, 1, s3_kwargs=kwargs, cache=cache
-    )
+    again = make_reader(root, **arguments)
     assert all(np.array_equal(again.load(i, "data")[0], densities[i].ravel()) for i in densities)
     assert again.stats.requests == 0
     proxy.up()

@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.support.faultproxy import FaultProxy
+from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read, small_group
@@ -49,17 +50,13 @@ class Job:
     cache_dir: Path
 
     def reader(self, **cache: Any) -> ZarrS3Reader:
-        url = f"s3://{self.bucket}"
-        settings = {"dir": self.cache_dir, "min_free": 0, **cache}
-        return ZarrS3Reader(
-            f"{url}/data",
-            f"{url}/label",
-            self.map_path,
-            "GGA",
-            True,
-            4,
+        return make_reader(
+            self.map_path.parent,
+            f"s3://{self.bucket}",
+            normalize=True,
+            train_fraction=4,
             s3_kwargs=self.s3_kwargs,
-            cache=settings,
+            cache={"dir": self.cache_dir, **cache},
         )
 
 

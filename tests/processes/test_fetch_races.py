@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from tests.support.cachedirs import array_of, settings
 from tests.support.faultproxy import FaultProxy, Rule
+from tests.support.readers import make_reader
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
@@ -46,17 +47,11 @@ class Node:
     values: dict[tuple[str, str], NDArray[Any]]
 
     def reader(self) -> ZarrS3Reader:
-        url = f"s3://{self.bucket}"
-        cache = settings(self.directory, retry={"attempts": 2})
-        return ZarrS3Reader(
-            f"{url}/data",
-            f"{url}/label",
-            self.directory / "map.json",
-            "GGA",
-            False,
-            0.5,
+        return make_reader(
+            self.directory,
+            f"s3://{self.bucket}",
             s3_kwargs=self.s3_kwargs,
-            cache=cache,
+            cache={"retry": {"attempts": 2}},
         )
 
     def read(self, reader: ZarrS3Reader, chance: np.random.Generator) -> None:

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of
+from tests.support.readers import make_reader
 from tests.support.stores import plain_read
 from tests.support.training import write_pairs
 from tests.support.users import ALICE, BOB, CAROL, TEAM, User, as_user, open_to_all, start_as
-from zarrcache import CacheConfig, ConfigError, ZarrS3Reader
+from zarrcache import CacheConfig, ConfigError
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.ops._verify import verify
 from zarrcache.ops.doctor import examine
@@ -69,9 +70,7 @@ def place() -> Iterator[Path]:
 
 def train(place: Path, cache: dict[str, Any]) -> dict[str, int]:
     """Read every density, as a training run does, and compare; what was counted."""
-    reader = ZarrS3Reader(
-        place / "data", place / "label", place / "map.json", "GGA", False, 0.5, cache=cache
-    )
+    reader = make_reader(place, cache=cache)
     for task_id in reader.task_ids:
         for role in ("data", "label"):
             assert np.array_equal(
@@ -287,10 +286,7 @@ def test_a_directory_whose_maker_was_killed_too_early_is_healed_by_its_owner(pla
 
 
 def _lose_permission(place: Path) -> list[tuple[int, int]]:
-    cache = {"dir": str(place / "tmp" / "cache"), "min_free": 0}
-    reader = ZarrS3Reader(
-        place / "data", place / "label", place / "map.json", "GGA", False, 0.5, cache=cache
-    )
+    reader = make_reader(place, cache={"dir": str(place / "tmp" / "cache")})
     root, counted = place / "tmp" / "cache" / "zarrcache-v1", []
     for mode in (0o700, 0o000, 0o500, 0o700):
         if root.exists():

@@ -37,15 +37,14 @@ SHAPES = [(8 + i // 2, 9, 10) for i in range(6)]
 
 
 @pytest.fixture
-def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
+def reader(
+    tmp_path: Path, small_group: Callable[..., Any], make_reader: Callable[..., ZarrS3Reader]
+) -> ZarrS3Reader:
     """Six materials, warm."""
     for role, i in itertools.product(("data", "label"), range(6)):
         small_group(f"{role}/{IDS[i]}.zarr", shape=SHAPES[i], seed=i + 10 * (role == "label"))
     (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS}))
-    cache = {"dir": tmp_path / "cache", "min_free": 0}
-    made = ZarrS3Reader(
-        tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 4, cache=cache
-    )
+    made = make_reader(cache={}, train_fraction=4)
     for task_id, role in itertools.product(IDS, ("data", "label")):
         made.ensure(task_id, role)  # type: ignore[arg-type]
     return made

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from zarr.core.sync import sync
 
-from zarrcache import IncompleteArrayError, ZarrS3Reader, plan_evict, verify
-from zarrcache.config import CacheConfig
+from tests.support.cachedirs import settings
+from tests.support.readers import make_reader
+from zarrcache import IncompleteArrayError, plan_evict, verify
 
 __all__ = ["STEPS", "CacheProcess", "Killed", "die_at_step"]
 
@@ -160,9 +161,8 @@ class _User:
     def open(self, directory: Path, block: dict[str, Any]) -> None:
         """A new run over ``directory``."""
         self.directory = directory
-        self.config = CacheConfig(dir=directory / "cache", min_free=0, **block)
-        where = (directory / "data", directory / "label", directory / "map.json")
-        self.reader = ZarrS3Reader(*where, "GGA", False, 0.5, cache=self.config)
+        self.config = settings(directory, **block)
+        self.reader = make_reader(directory, cache=self.config)
 
     def clock(self, offset_s: float) -> None:
         """Everything here takes this for the time."""

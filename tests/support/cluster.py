@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.readers import make_reader
 from zarrcache import ZarrS3Reader
 from zarrcache.peers.server import EntryServer
 
@@ -31,9 +32,8 @@ class Node:
 
     def reader(self, **block: Any) -> ZarrS3Reader:
         """As a new run on the node makes it."""
-        where = (f"{self.url}/data", f"{self.url}/label", self.root / "map.json")
-        return ZarrS3Reader(
-            *where, "GGA", False, 0.5, s3_kwargs=self.s3_kwargs, cache={**self.cache, **block}
+        return make_reader(
+            self.root, self.url, s3_kwargs=self.s3_kwargs, cache={**self.cache, **block}
         )
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.cachedirs import array_on_disk
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
@@ -38,18 +39,13 @@ class Pairs:
 
     def reader(self, directory: Path, s3_kwargs: dict[str, Any], **block: Any) -> ZarrS3Reader:
         """Of a node whose cache is in ``directory``. All pairs are training samples but one."""
-        url = f"s3://{self.bucket}"
-        cache = {"dir": directory / "cache", "min_free": 0, **block}
-        count = len(self.values) // 2
-        return ZarrS3Reader(
-            f"{url}/data",
-            f"{url}/label",
-            self.map_path,
-            "GGA",
-            False,
-            count - 1,
+        return make_reader(
+            directory,
+            f"s3://{self.bucket}",
+            map_dir=self.map_path,
+            train_fraction=len(self.values) // 2 - 1,
             s3_kwargs=s3_kwargs,
-            cache=cache,
+            cache=block,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.cachedirs import on_disk_bytes, payload_files, settings
+from tests.support.readers import make_reader
 from tests.support.training import write_pairs
 from zarrcache import ZarrS3Reader
 from zarrcache.disk.index import Index
@@ -40,14 +41,7 @@ class LocalNode:
 
     def reader(self, **block: Any) -> ZarrS3Reader:
         """As a new run makes it."""
-        directories = (
-            self.directory / "data",
-            self.directory / "label",
-            self.directory / "map.json",
-        )
-        return ZarrS3Reader(
-            *directories, "GGA", False, 0.5, cache=settings(self.directory, **block)
-        )
+        return make_reader(self.directory, cache=block)
 
     def read(self, reader: ZarrS3Reader) -> None:
         """Read everything, through both tiers. All of it is right."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zarrcache import ZarrS3Reader
 from zarrcache.convert.plan import convert_directory
 from zarrcache.convert.rhoread import RhoRead
 from zarrcache.demo.synthetic import make_pair, write_pairs
@@ -37,16 +39,14 @@ def _reader(pairs: Path, **options: Any) -> RhoRead:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_it_gives_what_the_zarr_reader_gives_after_conversion(
-    pairs: Path, tmp_path: Path, normalize: bool
+    pairs: Path, tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], normalize: bool
 ) -> None:
     """The same ids in the same order, the same bits."""
-    from zarrcache.data.reader import ZarrS3Reader
-
     for role in ("input", "label"):
         convert_directory(pairs / role, tmp_path / role, workers=1)
     before = _reader(pairs, normalize=normalize)
-    after = ZarrS3Reader(
-        tmp_path / "input", tmp_path / "label", pairs / "map.json", "GGA", normalize, 0.5
+    after = make_reader(
+        data_dir=tmp_path / "input", map_dir=pairs / "map.json", normalize=normalize
     )
     assert before.task_ids == after.task_ids
     assert before.missing == after.missing

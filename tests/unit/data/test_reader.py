@@ -60,22 +60,11 @@ def stores(
 
 
 @pytest.fixture
-def reader_of(tmp_path: Path) -> Callable[..., ZarrS3Reader]:
+def reader_of(make_reader: Callable[..., ZarrS3Reader]) -> Callable[..., ZarrS3Reader]:
     """``reader_of(cache=True, functional=...)`` makes a reader of ``stores``."""
 
     def make(*, cache: bool = False, **changes: Any) -> ZarrS3Reader:
-        arguments = {
-            "data_dir": tmp_path / "data",
-            "label_dir": tmp_path / "label",
-            "map_dir": tmp_path / "map.json",
-            "functional": "GGA",
-            "normalize": False,
-            "train_fraction": 0.6,
-        }
-        return ZarrS3Reader(
-            **arguments | changes,
-            cache={"dir": tmp_path / "cache", "min_free": 0} if cache else None,
-        )
+        return make_reader(cache={} if cache else None, **{"train_fraction": 0.6, **changes})
 
     return make
 

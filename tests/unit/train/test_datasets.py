@@ -40,15 +40,14 @@ def lists() -> tuple[list[Grid], list[Grid], list[tuple[int, ...]], list[tuple[i
 
 
 @pytest.fixture
-def reader(tmp_path: Path, small_group: Callable[..., Any]) -> ZarrS3Reader:
+def reader(
+    tmp_path: Path, small_group: Callable[..., Any], make_reader: Callable[..., ZarrS3Reader]
+) -> ZarrS3Reader:
     """Six materials of different grids, cached."""
     for role, i in itertools.product(("data", "label"), range(6)):
         small_group(f"{role}/mp-{i}.zarr", shape=(4 + i, 5, 6), seed=i + 10 * (role == "label"))
     (tmp_path / "map.json").write_text(json.dumps({"GGA": [f"mp-{i}" for i in range(6)]}))
-    cache = {"dir": tmp_path / "cache", "min_free": 0}
-    return ZarrS3Reader(
-        tmp_path / "data", tmp_path / "label", tmp_path / "map.json", "GGA", False, 0.5, cache=cache
-    )
+    return make_reader(cache={})
 
 
 def turns_of(grid: Grid) -> dict[bytes, tuple[int, int] | None]:
