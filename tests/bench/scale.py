@@ -209,7 +209,7 @@ def _fill(home: Path, count: int, server: BenchServer) -> _Node:
     with ProcessPoolExecutor(cores(), get_context("spawn")) as pool:
         list(pool.map(_write, [path] * parts, range(parts), [parts] * parts))
     start_s = time.perf_counter()
-    open_index(cache)
+    open_index(Index(cache))
     rebuild_s = time.perf_counter() - start_s
     node = _Node(path, task_ids, rebuild_s)
     reader = node.reader()

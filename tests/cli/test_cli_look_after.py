@@ -77,7 +77,7 @@ def test_evict_needs_to_know_which(config: Path, tmp_path: Path) -> None:
         ((), "which cache? Give a training config, or --dir"),
         (
             ("--dir", tmp_path / "cache"),
-            "which entries? Give a training config for those of its ids, or --all",
+            "No entries are selected. Pass a training config to select those of its ids, or --all",
         ),
         ((config, "--dir", tmp_path), "CONFIG and --dir exclude each other"),
         ((config, "--older-than", "old"), "'old' is not a duration. Write for example '60 s'"),
@@ -140,7 +140,7 @@ def test_doctor_says_what_is_wrong_and_what_to_do(config: Path, tmp_path: Path) 
     done = zarrcache("doctor", config)
     assert done.code == 0, done.out
     assert (
-        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 can be written; 6 entries\n"
+        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 6 entries\n"
         in done.out
     )
     assert "ok    file locks: one holder at a time\n" in done.out

@@ -171,8 +171,8 @@ def test_an_origin_that_fails_altogether_ends_it_with_one_error(
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\nerror: ") == 1
     assert (
-        "the origin stopped answering, 4 densities in a row failed. 0 of 6 are warm; run the same "
-        "again to go on." in done.err
+        "The origin stopped answering: 4 densities in a row failed. 0 of 6 densities are warm; run "
+        "the same command again to continue." in done.err
     )
     fault_proxy.down()
     done = zarrcache("warm", config)
@@ -251,7 +251,7 @@ def test_a_cache_directory_that_cannot_be_used_is_exit_2(config: Path, tmp_path:
     assert done.code == 2
     assert (
         f"error: cache.dir {tmp_path}/file/cache cannot be used (Not a directory). Choose a "
-        "directory on this node's own disk" in done.err
+        "directory on a local disk of this node" in done.err
     )
 
 

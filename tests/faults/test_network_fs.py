@@ -98,7 +98,7 @@ def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
         lambda: get_dataset({**where, "cache": cache}),
         lambda: open_store(tmp_path / "data" / "mp-0.zarr", cache=cache),
         lambda: Index(CacheConfig.of(cache)),
-        lambda: open_index(CacheConfig.of(cache)),
+        lambda: open_index(Index(CacheConfig.of(cache))),
     ):
         with pytest.raises(
             ConfigError,
@@ -302,7 +302,7 @@ def test_doctor_warns_of_an_allowed_one_and_a_directory_given_by_hand_may_be_loo
         for name, finding in found.items()
         if name in ("cache directory", "file locks", "mmap")
     } == {"ok"}
-    assert open_index(cache_at(network / "cache")).totals() == {"array": (10, 10 * 8192)}
+    assert open_index(Index(cache_at(network / "cache"))).totals() == {"array": (10, 10 * 8192)}
 
 
 def test_setting_survives_pickling_to_a_worker(network: Path) -> None:

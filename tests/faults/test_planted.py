@@ -20,11 +20,12 @@ from tests.support.cachedirs import array_of, key_of, settings
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.disk._database import CACHE_FAULTS, EntryDisk, Stored
 from zarrcache.disk._owner import owner_id
+from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError
-from zarrcache.ops._verify import verify
 from zarrcache.ops.evict import plan_evict
 from zarrcache.ops.selection import open_index
-from zarrcache.ops.status import look
+from zarrcache.ops.status import read_status
+from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
 
 NUMBERS = range(4)
@@ -87,11 +88,11 @@ def everything(tmp_path: Path) -> None:
     use(tmp_path)
     use(tmp_path, eviction="least-recently-stored", limit=5 * 8192)
     config = settings(tmp_path)
-    look(config)
+    read_status(config)
     verify(config)
-    look(config)
+    read_status(config)
     plan_evict(config, everything=True).execute()
-    open_index(config).sweep()
+    open_index(Index(config)).sweep()
     use(tmp_path)
     assert use(tmp_path) == len(NUMBERS)
 
@@ -314,4 +315,4 @@ def test_a_link_in_place_of_the_index_costs_the_cache_and_no_sample(
     assert use(tmp_path) == 0
     assert caplog.text.count("is not a regular file") == 1
     with pytest.raises(ConfigError, match="is not a regular file"):
-        open_index(settings(tmp_path))
+        open_index(Index(settings(tmp_path)))

@@ -23,11 +23,12 @@ from tests.support.training import write_pairs
 from tests.support.users import ALICE, BOB, CAROL, TEAM, User, as_user, open_to_all, start_as
 from zarrcache import CacheConfig, ConfigError
 from zarrcache.cache.array_tier import ArrayCache
-from zarrcache.ops._verify import verify
+from zarrcache.disk.index import Index
 from zarrcache.ops.doctor import examine
 from zarrcache.ops.evict import plan_evict
 from zarrcache.ops.selection import open_index
-from zarrcache.ops.status import look
+from zarrcache.ops.status import read_status
+from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
@@ -199,7 +200,7 @@ def test_both_write_replace_and_drop_the_same_entries_at_once(place: Path) -> No
         for user, start in ((ALICE, 0), (BOB, 10), (ALICE, 5), (BOB, 15))
     ]
     assert [job() for job in jobs] == [0, 0, 0, 0]
-    index = open_index(CacheConfig(**shared(place)))
+    index = open_index(Index(CacheConfig(**shared(place))))
     files = [path for path in (root_of(place) / "entries").rglob("*") if path.is_file()]
     assert index.volume_bytes() == sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
 
@@ -314,7 +315,7 @@ def test_permission_lost_under_a_running_job_costs_hits_and_no_sample(place: Pat
 
 def _refusal(config: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
-        open_index(CacheConfig(**config))
+        open_index(Index(CacheConfig(**config)))
     return str(caught.value)
 
 
@@ -401,7 +402,7 @@ def test_a_directory_that_a_stranger_made_open_to_all_is_refused(
 def test_status_and_doctor_of_the_other_user_work(place: Path) -> None:
     """Nobody is told to change permissions that are right."""
     as_user(ALICE, train, place, shared(place))
-    state = as_user(BOB, lambda: look(CacheConfig(**shared(place))))
+    state = as_user(BOB, lambda: read_status(CacheConfig(**shared(place))))
     assert state.array_tier.entries == 8  # with two listings
     findings = as_user(
         BOB, lambda: {f.name: f.verdict for f in examine(CacheConfig(**shared(place)))}

@@ -22,8 +22,8 @@ from tests.support.s3server import S3Server
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, verify
 from zarrcache.data.reader import open_reader
-from zarrcache.ops.status import look
-from zarrcache.ops.warm import LANES
+from zarrcache.ops.status import read_status
+from zarrcache.ops.warm import THREADS
 
 OBJECTS = 9  # of one density: eight chunks and their description
 
@@ -64,7 +64,7 @@ def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
 
         def run(workers: int) -> subprocess.Popen[str]:
             last = f"/mp-({pairs - 2}|{pairs - 1}).zarr/"
-            waiting = OBJECTS * min(4, workers * (1 if pairs == 4 else LANES))
+            waiting = OBJECTS * min(4, workers * (1 if pairs == 4 else THREADS))
             fault_proxy.rules(Rule(op="GET", key=last.replace(".", r"\."), then="hang"))
             process = start("warm", config, "--workers", workers)
             stack.callback(_kill_all, process)
@@ -78,7 +78,7 @@ def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
                 assert time.monotonic() < end, "the workers did not come to the stores that hang"
                 time.sleep(0.02)
             fault_proxy.wait_in_flight(waiting)
-            while (coverage := look(DataConfig.from_yaml(config)).coverage) is None or (
+            while (coverage := read_status(DataConfig.from_yaml(config)).coverage) is None or (
                 coverage.warm,
                 coverage.half,
             ) != (pairs - 2, 0):
@@ -98,7 +98,7 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
 def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None:
     """Run ``warm`` again: it fetches only the rest, everything is whole and nothing is left over."""
     reader = open_reader(DataConfig.from_yaml(config))
-    before = look(DataConfig.from_yaml(config))
+    before = read_status(DataConfig.from_yaml(config))
     assert before.coverage is not None
     assert (before.coverage.warm, before.coverage.half) == (pairs - 2, 0)
     proxy.reset()
@@ -108,7 +108,7 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
     assert proxy.count("GET") == 4 * OBJECTS
     report = verify(DataConfig.from_yaml(config))
     assert (report.corrupt, report.strays, report.entries) == ((), (), 2 * pairs + 2)
-    state = look(DataConfig.from_yaml(config))
+    state = read_status(DataConfig.from_yaml(config))
     assert state.volume_bytes == state.array_tier.nbytes  # nothing is reserved for the dead
     before_s3 = proxy.count()
     for (task_id, role), values in write_pairs(

@@ -112,10 +112,10 @@ def status(config: MaybeConfig = None, directory: Directory = None, as_json: Jso
     Asks the origin nothing; works offline.
     """
     from zarrcache.cli.format import status_lines
-    from zarrcache.ops import look
+    from zarrcache.ops import read_status
 
     source = where(config, directory)
-    state = look(source, has_settings=config is not None)
+    state = read_status(source, has_settings=config is not None)
     if as_json:
         show_json(asdict(state))
         return 0
@@ -144,12 +144,14 @@ def verify(
 
     It will be fetched again. Exit 1 if there was any. Safe while trainings run.
     """
+    from zarrcache import ops
     from zarrcache.cli.format import verify_words
     from zarrcache.cli.progress import Meter
-    from zarrcache.ops import verify as run
 
     with Meter("Verifying", "", 1) as meter:
-        report = run(where(config, directory), against_origin=against_origin, progress=meter.reach)
+        report = ops.verify(
+            where(config, directory), against_origin=against_origin, progress=meter.reach
+        )
     failures(
         (f"{problem.file} ({problem.url}): {problem.why}" for problem in report.corrupt),
         verdict="corrupt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,18 +77,34 @@ class Catalog:
         """
         if role not in self._names:
             config = self._cache.config
-            stored = (
-                self._cache.stored_listing(self._origins[role], "")
-                if config is not None and config.revalidate == "never"
-                else None
-            )
-            self._names[role] = stored if isinstance(stored, dict) else self._list(role)
+            is_trusted = config is not None and config.revalidate == "never"
+            stored = self._stored(role) if is_trusted else None
+            self._names[role] = self._list(role) if stored is None else stored
         return self._names[role]
 
     def relist(self) -> None:
         """List both directories at the origin now, and keep the listings."""
         self._present.clear()
         self._names = {role: self._list(role) for role in self._origins}
+
+    def relist_unless_known(self, task_ids: Iterable[str]) -> None:
+        """List both directories, unless the stored listings name a store for each of
+        ``task_ids``; these listings are then used as they are.
+        """
+        wanted = set(task_ids)
+        known: dict[Role, dict[str, str]] = {}
+        for role in self._origins:
+            names = self._stored(role)
+            if names is None or not names.keys() >= wanted:
+                self.relist()
+                return
+            known[role] = names
+        self._present.clear()
+        self._names = known
+
+    def _stored(self, role: Role) -> dict[str, str] | None:
+        names = self._cache.stored_listing(self._origins[role], "")
+        return names if isinstance(names, dict) else None
 
     def _list(self, role: Role) -> dict[str, str]:
         origin = self._origins[role]

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ArrayKey, ObjectInfo, Role, check_task_id, stored_array
+from zarrcache._keys import ROLES, ArrayKey, ObjectInfo, Role, check_task_id, stored_array
 from zarrcache._shared_memory import SharedSet
 from zarrcache.arrays import density_of_group, list_array, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
@@ -186,6 +186,10 @@ class ZarrS3Reader:
         """
         self._catalog.relist()
 
+    def relist_unless_known(self, task_ids: Iterable[str]) -> None:
+        """As ``relist``, unless the listings stored with the entries name all of ``task_ids``."""
+        self._catalog.relist_unless_known(task_ids)
+
     def _present(self) -> Present:
         return self._catalog.present(self.map_dir, self.functional)
 
@@ -279,6 +283,17 @@ class ZarrS3Reader:
     def origin(self, role: Role) -> Origin:
         """The directory of one role."""
         return self._origins[role]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """``("data", "label")``, or ``("data",)`` where both are the same directory."""
+        data, label = (self._origins[role] for role in ROLES)
+        same = (data.identity, data.url_of("")) == (label.identity, label.url_of(""))
+        return ROLES[:1] if same else ROLES
+
+    def store_names(self, role: Role) -> Mapping[str, str]:
+        """File name of each store of one directory by its task id, as listed last."""
+        return self._catalog.names(role)
 
     def stored(self) -> dict[Role, dict[str, int]]:
         """Bytes on disk of the densities that are in the array tier, by role and task id. Their

@@ -1,4 +1,4 @@
-"""What the commands do: plans first, then their execution.
+"""The commands as functions: warm, evict, verify, status, doctor, plan.
 
 The public names are listed in ``__init__.pyi``; each is imported at its first use.
 """

@@ -1,7 +1,3 @@
-from ._verify import VerifyReport as VerifyReport
-from ._verify import verify as verify
-from ._warm_report import WarmEstimate as WarmEstimate
-from ._warm_report import WarmReport as WarmReport
 from .doctor import examine as examine
 from .evict import plan_evict as plan_evict
 from .forecast import EpochForecast as EpochForecast
@@ -10,6 +6,10 @@ from .forecast import plan_training as plan_training
 from .selection import cache_at as cache_at
 from .selection import cache_of as cache_of
 from .status import Status as Status
-from .status import look as look
+from .status import read_status as read_status
+from .verify import VerifyReport as VerifyReport
+from .verify import verify as verify
+from .warm import WarmEstimate as WarmEstimate
 from .warm import WarmPlan as WarmPlan
+from .warm import WarmReport as WarmReport
 from .warm import plan_warm as plan_warm

@@ -1,4 +1,4 @@
-"""Is this node fit for the cache: what ``zarrcache doctor`` asks, one question a function."""
+"""Check a node for use with the cache, one check per function (``zarrcache doctor``)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from zarrcache.data import ids_of, read_map
 from zarrcache.disk import (
     CACHE_FAULTS,
     CacheDir,
+    Index,
     display_name,
     file_system_of,
     header_of,
@@ -53,15 +54,15 @@ _PACKAGES = (
     "torch",
 )
 _IN_MEMORY = ("tmpfs", "ramfs")
-#: Objects from this far in the future mean that one of the two clocks is wrong (seconds). S3
-#: refuses requests from 15 minutes on.
+#: Seconds. An object with a later modification time than this from now means that a clock is wrong.
+#: S3 refuses requests that are 15 minutes off.
 _SKEW_S = 60.0
 _IDS_TRIED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The answer to one question: what was found, and what to do unless it is ``ok``."""
+    """The result of one check, and what to do unless it is ``ok``."""
 
     name: str
     verdict: Verdict
@@ -70,14 +71,13 @@ class Finding:
 
 
 def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]:
-    """Ask everything that ``config`` lets us ask: versions alone without one, the cache directory
-    too with a CacheConfig, the origin too with a DataConfig. Makes the cache directory; leaves
-    nothing else behind.
+    """Run every check that ``config`` allows: versions without one, also the cache directory with a
+    CacheConfig, also the origin with a DataConfig. Creates the cache directory and nothing else.
 
     Yields
     ------
     Finding
-        As soon as each is known.
+        As soon as each check is done.
     """
     yield _versions()
     cache = config.cache if isinstance(config, DataConfig) else config
@@ -86,18 +86,10 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
             "cache",
             "warn",
             "the config has no cache block",
-            "Nothing is kept on disk. Add one, as in configs/s3_cached.yaml.",
+            "Nothing is cached. Add one, as in configs/s3_cached.yaml.",
         )
     if cache is not None:
-        directory = CacheDir(cache.dir, cache.shared)
-        writable = _directory(cache)
-        yield writable
-        if writable.verdict != "fail":
-            yield _permissions(directory)
-            yield _file_system(directory.root)
-            yield _space(cache, directory)
-            yield _in_directory("file locks", directory, _locks)
-            yield _in_directory("mmap", directory, _mmap)
+        yield from _cache(cache)
     if isinstance(config, DataConfig):
         for role in ROLES:
             yield from _origin(config, role)
@@ -120,20 +112,24 @@ def _versions() -> Finding:
     return Finding("versions", "ok", ", ".join(found))
 
 
-def _directory(cache: CacheConfig) -> Finding:
+def _cache(cache: CacheConfig) -> Iterator[Finding]:
+    name = "cache directory"
     try:
-        index = open_index(cache)
+        index = open_index(Index(cache))
         entries = sum(count for count, _ in index.totals().values())
     except ConfigError as exc:
-        return Finding("cache directory", "fail", str(exc))
+        yield Finding(name, "fail", str(exc))
+        return
     except CACHE_FAULTS as exc:
-        return Finding(
-            "cache directory",
-            "fail",
-            f"{cache.dir} cannot be used ({exc})",
-            "Choose another cache.dir, or delete the directory.",
-        )
-    return Finding("cache directory", "ok", f"{index.dir.root} can be written; {entries} entries")
+        advice = "Choose another cache.dir, or delete the directory."
+        yield Finding(name, "fail", f"{cache.dir} cannot be used ({exc})", advice)
+        return
+    yield Finding(name, "ok", f"{index.dir.root} is writable; {entries} entries")
+    yield _permissions(index.dir)
+    yield _file_system(index.dir.root)
+    yield _space(cache, index)
+    yield _in_directory("file locks", index.dir, _locks)
+    yield _in_directory("mmap", index.dir, _mmap)
 
 
 def _permissions(directory: CacheDir) -> Finding:
@@ -143,7 +139,7 @@ def _permissions(directory: CacheDir) -> Finding:
         return Finding(
             "permissions",
             "warn",
-            f"{found}; others may look into it",
+            f"{found}; other users can read it",
             f"Run chmod 700 {directory.root}, or set cache.shared: true.",
         )
     modes = [
@@ -158,15 +154,15 @@ def _permissions(directory: CacheDir) -> Finding:
         return Finding(
             "permissions",
             "warn",
-            f"{found}; not all of it can be written by the group",
-            f"Let its owner run `{command}`.",
+            f"{found}; parts of it are not writable by the group",
+            f"Ask its owner to run `{command}`.",
         )
     if directory.shared and mode & 0o002:
         return Finding(
             "permissions",
             "warn",
-            f"{found}; anybody can write",
-            f"Let its owner run chmod -R o-rwx {directory.root}.",
+            f"{found}; every user can write to it",
+            f"Ask its owner to run chmod -R o-rwx {directory.root}.",
         )
     return Finding("permissions", "ok", found)
 
@@ -177,38 +173,47 @@ def _file_system(path: Path) -> Finding:
         return Finding(
             "file system",
             "warn",
-            "it cannot be found out",
-            "Make sure that cache.dir is on a disk of this node.",
+            "unknown",
+            "Make sure that cache.dir is on a local disk of this node.",
         )
-    # and cache.allow_network_fs is set, or the directory would have been refused
+    # Only with cache.allow_network_fs: otherwise the directory was refused above.
     if is_network(kind):
         found = f"{path} is on {display_name(kind)}, a network file system"
-        advice = "It is slow, and fit for the processes of one node only. Choose a disk of this node, for example $SLURM_TMPDIR, if there is one."
+        advice = (
+            "It is slow, and only processes of one node may use it. Choose a local disk of this "
+            "node if there is one, for example $SLURM_TMPDIR."
+        )
         return Finding("file system", "warn", found, advice)
     if kind in _IN_MEMORY:
         return Finding(
             "file system",
             "warn",
             f"{path} is in memory ({kind})",
-            "Entries take memory from the training and are gone after a reboot.",
+            "Entries use memory that training needs, and are lost at a reboot.",
         )
     return Finding("file system", "ok", kind)
 
 
-def _space(cache: CacheConfig, directory: CacheDir) -> Finding:
-    usage = shutil.disk_usage(directory.root)
-    volume, reserve = open_index(cache).volume_bytes(), min_free_bytes(cache.min_free, usage.total)
+def _space(cache: CacheConfig, index: Index) -> Finding:
+    usage = shutil.disk_usage(index.dir.root)
+    volume, reserve = index.volume_bytes(), min_free_bytes(cache.min_free, usage.total)
     room = max(0, min(cache.limit - volume, usage.free - reserve))
-    found = f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of {format_bytes(cache.limit)}"
+    found = (
+        f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of "
+        f"{format_bytes(cache.limit)}"
+    )
     if volume + usage.free - reserve < cache.limit:
         reachable = format_bytes(max(0, volume + usage.free - reserve))
-        advice = f"min_free ({format_bytes(reserve)}) stops the cache at {reachable}. Make room, lower cache.limit, or choose a larger disk."
+        advice = (
+            f"min_free ({format_bytes(reserve)}) stops the cache at {reachable}. Free space, lower "
+            "cache.limit, or choose a larger disk."
+        )
         return Finding("space", "warn" if room else "fail", found, advice)
     return Finding("space", "ok", found)
 
 
 def _in_directory(name: str, directory: CacheDir, check: Callable[[Path], Finding]) -> Finding:
-    """A check that needs files of its own, on the file system of the cache."""
+    """Run a check in a temporary directory on the file system of the cache."""
     try:
         with tempfile.TemporaryDirectory(prefix="doctor-", dir=directory.root) as own:
             return check(Path(own))
@@ -216,8 +221,8 @@ def _in_directory(name: str, directory: CacheDir, check: Callable[[Path], Findin
         return Finding(
             name,
             "fail",
-            f"it does not work in {directory.root} ({exc})",
-            "Choose a disk of this node for cache.dir.",
+            f"not usable in {directory.root} ({exc})",
+            "Choose a local disk of this node for cache.dir.",
         )
 
 
@@ -232,8 +237,8 @@ def _locks(own: Path) -> Finding:
         "file locks",
         "warn",
         "two holders at once",
-        "Objects may be fetched more than once, nothing worse. Choose a disk of this node for "
-        "cache.dir.",
+        "Objects may be fetched more than once; results stay correct. Choose a local disk of this "
+        "node for cache.dir.",
     )
 
 
@@ -250,8 +255,8 @@ def _mmap(own: Path) -> Finding:
         return Finding(
             "mmap",
             "fail",
-            "what is mapped is not what was written",
-            "Choose a disk of this node for cache.dir.",
+            "mapped data differs from what was written",
+            "Choose a local disk of this node for cache.dir.",
         )
     return Finding("mmap", "ok", "an entry can be written, mapped and read")
 
@@ -261,7 +266,7 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
     try:
         url = config.data_dir if role == "data" else config.label_dir
         fetch = config.cache.fetch if config.cache is not None else FetchConfig()
-        # Two attempts: who asks wants to know soon, and the answer to a third is not another one.
+        # Two attempts: a quick answer is worth more here than a third attempt.
         origin = open_origin(
             url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
         )
@@ -278,11 +283,17 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                     continue
                 ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
                 took_ms = 1000 * (time.perf_counter() - start_s)
-                found = f"{task_id}{suffix} lists {len(listed)} objects; one of {memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in all)"
+                found = (
+                    f"{task_id}{suffix} lists {len(listed)} objects; one of "
+                    f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
+                )
                 yield Finding(name, "ok", found)
                 ahead_s = max(obj.modified_s for obj in listed) - time.time()
                 if ahead_s > _SKEW_S:
-                    advice = "Set this node's clock (chronyc tracking shows it); S3 refuses requests that are 15 minutes off."
+                    advice = (
+                        "Set this node's clock (chronyc tracking shows it); S3 refuses requests "
+                        "that are 15 minutes off."
+                    )
                     yield Finding(
                         f"clock against {role}",
                         "warn",
@@ -291,17 +302,16 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                     )
                 return
         if not origin.url.startswith("s3://"):
-            # an error, with what to do, if there is no such directory; S3 has none that could be
-            # missing
+            # Raises if the directory does not exist. On S3 a prefix cannot be missing.
             origin.list_names()
         advice = (
-            f"Check {role}_dir, map_dir and functional; `zarrcache status` counts what is there."
+            f"Check {role}_dir, map_dir and functional; `zarrcache status` counts the ids found."
         )
         yield Finding(
             name,
             "warn",
             "it answers, but has no store of the first ids: "
-            f"{', '.join(ids) or 'the map has none'}",
+            f"{', '.join(ids) or 'the map is empty'}",
             advice,
         )
     except ZarrCacheError as exc:

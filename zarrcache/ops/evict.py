@@ -1,4 +1,4 @@
-"""Drop good entries to make room: what ``zarrcache evict`` does."""
+"""Choose and drop good entries to make room (``zarrcache evict``)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import Index, Row, choose_victims
 from zarrcache.errors import ConfigError
-from zarrcache.ops.selection import Scope, cache_of, existing_index, is_listing
+from zarrcache.ops.selection import is_listing, open_if_present, select
 
 __all__ = ["EvictPlan", "plan_evict"]
 
-_STEP = 500  # entries dropped between two calls of progress
+_STEP = 500  # entries dropped between two progress calls
 
 
 @dataclass(frozen=True)
 class EvictPlan:
-    """What is to be dropped. Making it dropped nothing.
+    """Entries to drop. Making the plan drops nothing.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class EvictPlan:
 
     entries: tuple[Row, ...]
     directory: Path
-    _index: Index | None = field(repr=False)
+    index: Index | None = field(repr=False)
 
     @property
     def disk_bytes(self) -> int:
@@ -39,7 +39,7 @@ class EvictPlan:
         return sum(row.size_bytes for row in self.entries)
 
     def execute(self, progress: Callable[[int], object] | None = None) -> int:
-        """Drop them. A reader that has one open keeps it; one that comes later fetches it again.
+        """Drop the entries. A process that has one mapped keeps it; a later read is a miss.
 
         Parameters
         ----------
@@ -51,14 +51,14 @@ class EvictPlan:
         int
             Bytes freed on disk.
         """
-        if self._index is None:
+        if self.index is None:
             return 0
         freed = 0
         for start in range(0, len(self.entries), _STEP):
-            freed += self._index.drop([row.digest for row in self.entries[start : start + _STEP]])
+            freed += self.index.drop([row.digest for row in self.entries[start : start + _STEP]])
             if progress is not None:
                 progress(min(start + _STEP, len(self.entries)))
-        self._index.sweep()
+        self.index.sweep()
         return freed
 
 
@@ -71,69 +71,65 @@ def plan_evict(
     stale: bool = False,
     everything: bool = False,
 ) -> EvictPlan:
-    """Choose entries: those of the config's ids, or all; then, of these, what every other argument
-    agrees to.
+    """Choose the entries of the config's ids, or all; every further argument narrows the choice.
 
     Parameters
     ----------
     config : DataConfig or CacheConfig
-        A CacheConfig only says where the cache is: then ``everything`` is needed.
+        A CacheConfig names the cache but no ids; it needs ``everything``.
     ids : sequence of str, optional
         Only the stores of these task ids.
     older_than_s : float, optional
-        Only what was stored this long ago.
+        Only entries stored at least this many seconds ago.
     target_bytes : int, optional
-        Only the oldest, as many as it takes to bring the whole cache down to this size.
+        Only the oldest, until the whole cache takes at most this many bytes on disk.
     stale : bool
-        Only stores that the origin has changed or no longer has; one LIST for each entry.
+        Only entries of stores that changed or are gone at the origin; one LIST per entry.
     everything : bool
-        Entries of other configs in the same directory too.
+        Also entries of other configs in the same cache directory.
 
     Raises
     ------
     ConfigError
-        Arguments that do not go together, no cache block, a cache directory that cannot be used.
+        The arguments exclude each other, there is no cache block, or the cache directory cannot
+        be used.
     OriginError
-        ``stale``, and the origin cannot be asked.
+        With ``stale``: the origin cannot be asked.
     """
-    if not isinstance(config, DataConfig) and (not everything or stale):
-        raise ConfigError(
-            "which entries? Give a training config for those of its ids"
-            + (
-                ", for only with one the origin can be asked what is stale."
-                if stale
-                else ", or --all for all of the directory."
+    if not isinstance(config, DataConfig):
+        if stale:
+            raise ConfigError(
+                "Only a training config says how to ask the origin what is stale. Pass CONFIG."
             )
-        )
+        if not everything:
+            raise ConfigError(
+                "No entries are selected. Pass a training config to select those of its ids, or "
+                "--all to select the whole cache."
+            )
     if everything and ids is not None:
         raise ConfigError("ids and all exclude each other. Give one of them.")
-    scope = Scope(config, ids) if isinstance(config, DataConfig) else None
-    cache = cache_of(config)
-    index = existing_index(cache)
-    if index is None:
-        return EvictPlan((), cache.dir, None)
+    selection, index = select(config, ids)
+    if not open_if_present(index):
+        return EvictPlan((), index.dir.parent, None)
     rows = list(index.rows())
-    narrowed = stale or older_than_s is not None or target_bytes is not None
-    if scope is not None and not everything:
+    if selection is not None and not everything:
         rows = [
             row
             for row in rows
-            if scope.store_of(row) is not None or (scope.is_whole and scope.is_directory(row))
+            if selection.store_of(row) is not None
+            or (selection.is_whole and selection.is_directory(row))
         ]
-    if narrowed:
-        # A stored listing is a few bytes, and without it no run starts offline: it goes with the
-        # whole only.
+    if stale or older_than_s is not None or target_bytes is not None:
+        # A stored listing takes few bytes, and without it no training starts offline: it is
+        # dropped only together with everything else.
         rows = [row for row in rows if not is_listing(row)]
     if older_than_s is not None:
         rows = [row for row in rows if time.time() - row.stored_s >= older_than_s]
-    if stale and scope is not None:
-        changed = {scope.store_of(row) for row in scope.stale(rows)}
-        rows = [row for row in rows if scope.store_of(row) in changed]
+    if stale and selection is not None:
+        changed = {selection.store_of(row) for row in selection.stale(rows)}
+        rows = [row for row in rows if selection.store_of(row) in changed]
     if target_bytes is not None:
-        victims = set(
-            choose_victims(
-                ((row.digest, row.size_bytes) for row in rows), index.volume_bytes() - target_bytes
-            )
-        )
+        sizes = ((row.digest, row.size_bytes) for row in rows)
+        victims = set(choose_victims(sizes, index.volume_bytes() - target_bytes))
         rows = [row for row in rows if row.digest in victims]
-    return EvictPlan(tuple(rows), cache.dir, index)
+    return EvictPlan(tuple(rows), index.dir.parent, index)

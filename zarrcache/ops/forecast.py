@@ -1,6 +1,4 @@
-"""What a training run will ask of S3, hit in its caches, cost and take: what ``zarrcache plan``
-says, before anything is booked.
-"""
+"""Forecast a training run: requests, bytes, cost, hit ratio, seconds (``zarrcache plan``)."""
 
 from __future__ import annotations
 
@@ -10,34 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ROLES, Role
+from zarrcache._keys import Role
 from zarrcache.config import DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError
-from zarrcache.ops._simulate import Epoch, Policy, simulate
-from zarrcache.ops._sizing import DensitySize, Speed, measure_sizes, measure_speed
+from zarrcache.ops.simulate import Epoch, Policy, simulate
+from zarrcache.ops.sizes import DensitySize, Speed, measure_sizes, measure_speed
 from zarrcache.origin import PAGE_OBJECTS
 from zarrcache.train import Assignment, Schedule
 
 __all__ = ["EpochForecast", "Forecast", "Variant", "plan_training"]
 
-#: Densities that are asked for their size, unless there are fewer. The mean of 122,689 densities is
-#: then right within 3 % (one sigma).
+#: Densities whose size is measured at the origin. The mean over 122,689 densities then has a
+#: standard error of 3 %.
 SAMPLED = 1000
-#: Samples times epochs that are simulated; with more samples, so many stand for all. Hit rates do
+#: Samples times epochs to simulate. With more samples, a subset stands for all: the hit ratio does
 #: not depend on the number.
 SIMULATED = 240_000
-#: Epochs that are simulated at the least, if the run has so many, and for each node. A node of
-#: eight has not come across a third of the samples after eight epochs of a global shuffle, and one
-#: in 3,000 after eight times as many. Later epochs are like the last half of these.
-EPOCHS, EPOCHS_A_NODE = 12, 8
+#: Minimum of epochs to simulate, in total and per node, if the run has as many. After eight epochs
+#: of a global shuffle a node of eight has not yet read a third of the samples; after 64 epochs, one
+#: in 3,000. Later epochs are taken to be like the last half of these.
+EPOCHS, EPOCHS_PER_NODE = 12, 8
 _PROBED = 9
 _GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a run shares out its samples and what its caches do when they are full."""
+    """How samples are assigned to nodes, and what a full cache does."""
 
     assignment: Assignment
     eviction: Policy
@@ -50,12 +48,13 @@ class EpochForecast:
     Attributes
     ----------
     hit_ratio : float
-        Densities that come from a cache, 0 to 1.
+        Reads served by a cache, 0 to 1.
     requests, nbytes : int
-        To the origin.
+        Requests to the origin and bytes from it.
     dollars : float
+        In ``prices.currency``.
     seconds : float or None
-        Reading alone, on the slowest node; None without a probe.
+        Reading alone, on the slowest node; None without ``probe``.
     """
 
     hit_ratio: float
@@ -67,30 +66,34 @@ class EpochForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is to be expected.
+    """The forecast of a run.
 
     Attributes
     ----------
     samples : int
     densities : int
-        Two a sample, or one where input and label are one directory.
+        Two per sample, or one where input and label are the same directory.
     measured : int
-        Densities whose size was asked for; the others are taken to be like them.
+        Densities whose size was measured; the others are drawn from their distribution.
     gets : float
-        Objects of a density, mean.
+        Mean number of objects per density.
     stored_bytes, disk_bytes : int
-        Of all densities, at the origin and in a cache that holds all.
+        Of all densities, at the origin and in a cache that holds them all.
     nodes, ranks : int
     capacity_bytes : int
         Of the cache of one node.
     variant : Variant
+    run_epochs : int
+        Epochs of the whole run.
     epochs : tuple of EpochForecast
-        The first ones, one by one; the last of them stands for all that follow.
+        The simulated epochs; later ones are taken to be like the last half of them.
     total : EpochForecast
         Of the whole run.
     others : dict of Variant to float
-        Hit ratio that every other way comes to, after the first epochs.
+        Hit ratio of every variant in the last half of the simulated epochs.
+    prices : PriceConfig
     speed : Speed or None
+        None without ``probe``.
     """
 
     samples: int
@@ -126,8 +129,9 @@ def plan_training(
     prices: PriceConfig | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Forecast:
-    """Forecast the training split of a config. Nothing is cached; the directories are listed, and
-    up to 1,000 densities asked for their size.
+    """Forecast the training split of a config.
+
+    Lists the directories and measures up to 1,000 densities at the origin. Caches nothing.
 
     Parameters
     ----------
@@ -136,35 +140,33 @@ def plan_training(
     capacity_bytes : int, optional
         Of the cache of each node. Default: ``cache.limit``.
     assignment : {"global", "node"}
-        As of :class:`~zarrcache.train.sampler.NodeSampler`.
+        As in ``NodeSampler``.
     eviction : {"none", "least-recently-stored", "belady"}, optional
         Default: ``cache.eviction``.
     epochs : int
         Of the whole run.
     seed : int
+        Of the order of samples.
     workers : int
-        Processes that read at the same time on a node, DataLoader workers of all ranks; for the
-        seconds.
+        Concurrent readers per node (DataLoader workers of all ranks); used only for ``seconds``.
     probe : bool
-        Read a few densities past the cache, to measure latency and bandwidth from here.
+        Read a few densities past the cache to measure latency and bandwidth.
     prices : PriceConfig, optional
         Default: ``cache.prices``.
     progress : callable, optional
-        Called with the number of densities that have been asked for, and how many will be.
+        Called with the number of densities measured so far and to measure.
 
     Raises
     ------
     ConfigError
-        Numbers that cannot be, no cache block and no capacity.
+        A number is out of range, or there is neither a cache block nor a capacity.
     OriginError
-        The origin cannot be asked.
+        The origin cannot be read.
     """
     if min(nodes, ranks_per_node, epochs, workers) < 1:
-        raise ConfigError(
-            "nodes, ranks a node, epochs and workers have to be whole numbers from 1."
-        )
+        raise ConfigError("nodes, ranks_per_node, epochs and workers must be whole numbers from 1.")
     cache = source.cache.config if isinstance(source, ZarrS3Reader) else source.cache
-    # Without its cache: a plan is made on a laptop or a login node, and leaves nothing there.
+    # Without a cache: a forecast is made on a laptop or login node and must leave no files there.
     reader = (
         source
         if isinstance(source, ZarrS3Reader)
@@ -173,8 +175,8 @@ def plan_training(
     if capacity_bytes is None:
         if cache is None:
             raise ConfigError(
-                "the config has no cache block, so its capacity has to be said: --capacity '200 "
-                "GiB'."
+                "The config has no cache block, so the capacity is unknown. Pass one: --capacity "
+                "'200 GiB'."
             )
         capacity_bytes = cache.limit
     variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
@@ -183,19 +185,15 @@ def plan_training(
     if nodes * ranks_per_node > len(names):
         raise ConfigError(
             f"{nodes * ranks_per_node} ranks are more than the {len(names)} samples of the "
-            "training split: some would read nothing of their own."
+            "training split, so some ranks would have none. Use fewer nodes or ranks."
         )
-    roles = (
-        ROLES[:1]
-        if reader.origin("data").url_of("") == reader.origin("label").url_of("")
-        else ROLES
-    )
+    roles = reader.roles
     densities: list[tuple[str, Role]] = [(name, role) for name in names for role in roles]
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(densities), min(SAMPLED, len(densities)), replace=False))
     sizes = measure_sizes(reader, [densities[place] for place in chosen], progress)
-    # Each density that was not asked for gets the size of one that was: the spread counts, not the
-    # mean alone.
+    # Each density that was not measured gets the size of one that was: the distribution matters,
+    # not only the mean.
     taken = generator.integers(len(sizes), size=len(densities))
     taken[chosen] = np.arange(len(sizes))
     table = _Table.of(sizes, taken, len(roles))
@@ -203,16 +201,16 @@ def plan_training(
     speed = (
         measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
     )
-    # of few samples all: one epoch of them says little
-    simulated = min(epochs, max(EPOCHS, EPOCHS_A_NODE * nodes, SIMULATED // len(names)))
+    # With few samples more epochs are simulated: one epoch of few samples is noisy.
+    simulated = min(epochs, max(EPOCHS, EPOCHS_PER_NODE * nodes, SIMULATED // len(names)))
     run = _Run(tuple(names), world, seed, table, capacity_bytes, simulated)
     found = run.of(variant)
     listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
-    safe_repr = tuple(
+    forecasts = tuple(
         _forecast(run, found, epoch, prices, speed, workers, listing if epoch == 0 else 0)
         for epoch in range(simulated)
     )
-    ways = [
+    variants = [
         Variant(one, two)
         for one in ("global", "node")
         for two in ("none", "least-recently-stored", "least-recently-used", "belady")
@@ -229,10 +227,12 @@ def plan_training(
         capacity_bytes=capacity_bytes,
         variant=variant,
         run_epochs=epochs,
-        epochs=safe_repr,
-        total=_total(safe_repr, epochs),
+        epochs=forecasts,
+        total=_total(forecasts, epochs),
         others={
-            way: _steady(run.of(way)) for way in ways if nodes > 1 or way.assignment == "global"
+            other: _steady(run.of(other))
+            for other in variants
+            if nodes > 1 or other.assignment == "global"
         },
         prices=prices,
         speed=speed,
@@ -241,7 +241,7 @@ def plan_training(
 
 @dataclass(frozen=True)
 class _Table:
-    """Figures of every density of every sample, one row a density."""
+    """Requests and bytes of every density, one row per density."""
 
     lists: NDArray[np.int64]
     gets: NDArray[np.int64]
@@ -259,7 +259,7 @@ class _Table:
 
 
 class _Run:
-    """Simulations of one run, of as many samples as it takes."""
+    """Simulations of one run, over a subset of its samples if there are many."""
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class _Run:
             epochs,
         )
         self.rows = len(self._names) * table.roles
-        #: What the figures of the simulated ones have to be multiplied by.
+        #: Samples per simulated sample.
         self.scale = len(names) / len(self._names)
         self.table = table
         self._capacity = int(capacity * table.disk[: self.rows].sum() / table.disk.sum())
@@ -285,7 +285,7 @@ class _Run:
         self._known: dict[Assignment, list[list[NDArray[np.int64]]]] = {}
 
     def of(self, variant: Variant) -> list[list[Epoch]]:
-        """Epochs of each node."""
+        """Simulated epochs of each node."""
         if variant not in self._found:
             orders, sizes = self._orders(variant.assignment), self.table.disk[: self.rows].tolist()
             self._found[variant] = [
@@ -295,8 +295,8 @@ class _Run:
         return self._found[variant]
 
     def _orders(self, assignment: Assignment) -> list[list[NDArray[np.int64]]]:
-        """What each node reads in each epoch, densities by their row. Made once an epoch for all
-        nodes, and kept for the other policies.
+        """Rows of the densities that each node reads, by epoch and node. Computed once per
+        assignment and reused for every policy.
         """
         if assignment not in self._known:
             schedule, roles = (
@@ -335,24 +335,22 @@ def _forecast(
     )
     seconds = None
     if speed is not None:
-        # The same process asks, decodes and stores, so processes add up, until all of them together
-        # fill the line that one could not.
+        # Linear in workers: each process fetches, decodes and stores by itself. Too optimistic
+        # once they saturate the network together.
         slowest = max(len(node.missed) for node in nodes) * run.scale
         seconds = slowest * speed.density_s / workers
     return EpochForecast(_ratio(nodes), lists + gets, nbytes, dollars, seconds)
 
 
-def _total(safe_repr: Sequence[EpochForecast], epochs: int) -> EpochForecast:
-    """The whole run: epochs that were not simulated are like the mean of the last half of those
-    that were.
-    """
-    tail = safe_repr[len(safe_repr) // 2 :]
-    more = epochs - len(safe_repr)
+def _total(forecasts: Sequence[EpochForecast], epochs: int) -> EpochForecast:
+    """The whole run; epochs that were not simulated count as the mean of the last simulated half."""
+    tail = forecasts[len(forecasts) // 2 :]
+    more = epochs - len(forecasts)
 
     def add(of: Callable[[EpochForecast], float]) -> float:
-        return sum(map(of, safe_repr)) + more * sum(map(of, tail)) / len(tail)
+        return sum(map(of, forecasts)) + more * sum(map(of, tail)) / len(tail)
 
-    timed = all(epoch.seconds is not None for epoch in safe_repr)
+    timed = all(epoch.seconds is not None for epoch in forecasts)
     return EpochForecast(
         add(lambda epoch: epoch.hit_ratio) / epochs,
         round(add(lambda epoch: epoch.requests)),
@@ -368,7 +366,7 @@ def _ratio(nodes: Sequence[Epoch]) -> float:
 
 
 def _steady(found: list[list[Epoch]]) -> float:
-    """Hit ratio of the last half of the epochs."""
+    """Hit ratio in the last half of the simulated epochs."""
     epochs = len(found[0])
     return float(
         np.mean([_ratio([node[epoch] for node in found]) for epoch in range(epochs // 2, epochs)])

@@ -1,5 +1,6 @@
-"""Which entries of a cache belong to a training config, and which of them the origin has changed
-since.
+"""Which entries of a cache belong to a training config, and which are stale at the origin.
+
+Also what every maintenance command needs first: the settings and the opened index of a cache.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from zarrcache._keys import Role, source_digest, stem_of, stored_array
+from zarrcache._keys import ROLES, Role, source_digest, stem_of, stored_array
 from zarrcache.arrays import list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
@@ -21,29 +22,30 @@ from zarrcache.origin import Origin
 from zarrcache.stats import Counters
 
 __all__ = [
-    "Scope",
+    "Selection",
     "cache_at",
     "cache_of",
     "concurrently",
-    "existing_index",
     "is_listing",
+    "open_if_present",
     "open_index",
     "origin_and_url",
+    "select",
     "stored_header",
-    "stored_listing",
 ]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: LISTs in flight. A listing is one small request whose time is all waiting; 32 keep one core busy
-#: at 20 ms.
+#: LISTs in flight. A listing is one small request that mostly waits; 32 of them keep one core busy
+#: at a latency of 20 ms.
 LISTERS = 32
 
 
-class Scope:
-    """The stores of a training config's ids, in any version, whether the origin has them or not.
-    Making one costs no request.
+class Selection:
+    """The stores of a training config's ids, of any version, whether or not the origin has them.
+
+    Making one makes no request.
 
     Parameters
     ----------
@@ -54,59 +56,64 @@ class Scope:
 
     Attributes
     ----------
+    ids : list of str
+        Each once.
     is_whole : bool
-        All ids, not only some.
-    is_one_directory : bool
-        Input and label are the same stores.
+        All ids of the map are selected.
+    index : Index
+        Of the config's cache; not opened yet.
     """
 
     def __init__(self, config: DataConfig, ids: Sequence[str] | None = None) -> None:
-        self.cache = Cache(cache_of(config), Counters())
-        assert self.cache.index is not None
-        self.index = self.cache.index
+        self._cache = Cache(cache_of(config), Counters())
+        assert self._cache.index is not None
+        self.index = self._cache.index
         self.is_whole = ids is None
-        self.ids = list(
-            dict.fromkeys(
-                ids if ids is not None else ids_of(read_map(config.map_dir), config.functional)
-            )
-        )
-        self.origins: dict[Role, Origin] = {
-            "data": self.cache.origin(config.data_dir, config.s3_kwargs),
-            "label": self.cache.origin(config.label_dir, config.s3_kwargs),
+        if ids is None:
+            ids = ids_of(read_map(config.map_dir), config.functional)
+        self.ids = list(dict.fromkeys(ids))
+        self._known = frozenset(self.ids)
+        self._origins: dict[Role, Origin] = {
+            "data": self._cache.origin(config.data_dir, config.s3_kwargs),
+            "label": self._cache.origin(config.label_dir, config.s3_kwargs),
         }
-        self._stored_as = stored_array(
+        self._array = stored_array(
             f"charge_density_{config.density_type}", is_per_point=config.normalize_data
         )
-        self.known = frozenset(self.ids)
-        #: Origins by endpoint and the URL that the stores' names follow; one if both directories
-        #: are the same.
+        #: Origins by endpoint and URL prefix of their stores; one if both directories are the same.
         self._roots = {
-            (origin.identity, origin.url_of("")): origin for origin in self.origins.values()
+            (origin.identity, origin.url_of("")): origin for origin in self._origins.values()
         }
-        self.is_one_directory = len(self._roots) == 1
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """``("data", "label")``, or ``("data",)`` where both are the same directory."""
+        return ROLES[: len(self._roots)]
 
     def listing(self, role: Role) -> dict[str, str] | None:
-        """As :func:`stored_listing` of one directory."""
-        return stored_listing(self.cache, self.origins[role])
+        """Names of the stores by task id, as the origin listed them last; None if it never did."""
+        names = self._cache.stored_listing(self._origins[role], "")
+        return names if isinstance(names, dict) else None
 
     def stored(
         self, listings: Mapping[Role, Mapping[str, str] | None]
     ) -> dict[Role, dict[str, int]]:
         """As :meth:`Cache.stored_densities`."""
-        return self.cache.stored_densities(
-            self._stored_as, {role: (self.origins[role], names) for role, names in listings.items()}
+        return self._cache.stored_densities(
+            self._array, {role: (self._origins[role], names) for role, names in listings.items()}
         )
 
     def store_of(self, row: Row) -> tuple[Origin, str] | None:
-        """Origin and name of the config's store that an entry comes from; None if it is another's."""
+        """Origin and name of the selected store that an entry is from; None if it is from
+        another.
+        """
         endpoint, url = origin_and_url(row)
         for (identity, root), origin in self._roots.items():
             if endpoint == identity and url.startswith(root):
-                # The URL of an object goes on below its store.
-                store = (
-                    url[len(root) :] if row.tier == "array" else url[len(root) :].partition("/")[0]
-                )
-                if stem_of(store) in self.known:
+                store = url[len(root) :]
+                if row.tier != "array":  # the URL of an object continues below its store
+                    store = store.partition("/")[0]
+                if stem_of(store) in self._known:
                     return origin, store
         return None
 
@@ -117,38 +124,37 @@ class Scope:
     def stale(
         self, rows: Sequence[Row], progress: Callable[[int], object] | None = None
     ) -> list[Row]:
-        """Of these entries, those of the array tier that do not hold what the origin lists now. One
-        LIST each.
+        """Of these entries, those of the array tier that differ from the origin's present version.
+
+        One LIST each. A store that the origin no longer has is stale.
 
         Raises
         ------
         OriginError
-            The origin cannot be asked. A store that is gone there is stale.
+            The origin cannot be asked.
         """
-        asked = [
-            row
-            for row in rows
-            if row.tier == "array" and not is_listing(row) and self.store_of(row) is not None
-        ]
+        candidates = []
+        for row in rows:
+            if row.tier == "array" and not is_listing(row):
+                store = self.store_of(row)
+                if store is not None:
+                    candidates.append((row, *store))
 
-        def is_stale(row: Row) -> bool:
-            found = self.store_of(row)
+        def is_stale(candidate: tuple[Row, Origin, str]) -> bool:
+            row, origin, store = candidate
             header = stored_header(self.index, row.digest)
-            assert found is not None
-            origin, store = found
             if header is None:
-                return False  # gone meanwhile, or damaged: not what was asked
+                return False  # evicted meanwhile, or damaged, which is another question
             try:
-                return (
-                    source_digest(list_array(origin, store, header.key.source_array))
-                    != header.source
-                )
+                listed = list_array(origin, store, header.key.source_array)
             except (OriginNotFoundError, SchemaError):
                 return True
+            return source_digest(listed) != header.source
 
         found = []
-        with closing(concurrently(is_stale, asked)) as answers:
-            for done, (row, stale) in enumerate(zip(asked, answers, strict=True), start=1):
+        with closing(concurrently(is_stale, candidates)) as answers:
+            pairs = zip(candidates, answers, strict=True)
+            for done, ((row, *_), stale) in enumerate(pairs, start=1):
                 if stale:
                     found.append(row)
                 if progress is not None:
@@ -156,15 +162,21 @@ class Scope:
         return found
 
 
-def stored_listing(cache: Cache, origin: Origin) -> dict[str, str] | None:
-    """What a directory held when it was last listed, ``{task_id: name}``; None if it never was."""
-    names = cache.stored_listing(origin, "")
-    return names if isinstance(names, dict) else None
+def select(
+    config: DataConfig | CacheConfig, ids: Sequence[str] | None = None
+) -> tuple[Selection | None, Index]:
+    """The selection of a training config and the index of its cache; a CacheConfig selects
+    nothing. The index is not opened yet.
+    """
+    if isinstance(config, DataConfig):
+        selection = Selection(config, ids)
+        return selection, selection.index
+    return None, Index(config)
 
 
 def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
-    """``ask(item)`` of each, in order, many at a time. Close it: what is not asked by then will not
-    be (an error, Ctrl-C).
+    """``ask(item)`` of each item, in order, many at a time. Closing the generator (after an error
+    or Ctrl-C) cancels those that have not started.
     """
     with ThreadPoolExecutor(LISTERS) as pool:
         try:
@@ -174,23 +186,19 @@ def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
 
 
 def origin_and_url(row: Row) -> tuple[str, str]:
-    """Where an entry comes from: the endpoint, and the URL of its store (array tier) or object
-    (byte tier).
-    """
-    fields = f"{row.note}\n\n".split("\n")  # a planted row may have too few
+    """Endpoint and URL of an entry's store (array tier) or object (byte tier)."""
+    fields = f"{row.note}\n\n".split("\n")  # a planted row may have too few fields
     return (fields[0], fields[1]) if row.tier == "array" else (fields[1], fields[2])
 
 
 def is_listing(row: Row) -> bool:
-    """Whether an entry is a stored listing, which lies in the array tier under the name of no
-    array.
-    """
+    """Whether an entry is a stored listing: in the array tier, with an empty array name."""
     return row.tier == "array" and row.note.endswith("\n")
 
 
 def stored_header(index: Index, digest: str) -> EntryHeader | None:
-    """What an entry of the array tier says of itself; None if it is not there or cannot be read.
-    The payload is not read.
+    """The header of an entry of the array tier, without its payload; None if the entry is absent
+    or cannot be read.
     """
     try:
         stored = index.lookup(digest)
@@ -201,55 +209,50 @@ def stored_header(index: Index, digest: str) -> EntryHeader | None:
 
 
 def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
-    """The cache block.
+    """The cache block of a config.
 
     Raises
     ------
     ConfigError
-        There is none, or the config reads files that no cache keeps.
+        There is none, or the config reads files that are not cached.
     """
     if isinstance(config, CacheConfig):
         return config
     if config.dataset_name == "chgcar_data":
         raise ConfigError(
-            "dataset_name is chgcar_data: files that are not converted are not cached. Run "
-            "zarrcache convert, then set dataset_name: zarr_s3_data "
-            "and the directories of the stores."
+            "dataset_name is chgcar_data, and unconverted files are not cached. Run `zarrcache "
+            "convert`, then set dataset_name: zarr_s3_data and data_dir, label_dir to the "
+            "directories of the stores."
         )
     if config.cache is None:
-        raise ConfigError(
-            "the config has no cache block, so there is nothing to fill or to look at. Add one, as "
-            "in configs/s3_cached.yaml."
-        )
+        raise ConfigError("The config has no cache block. Add one, as in configs/s3_cached.yaml.")
     return config.cache
 
 
 def cache_at(directory: Path) -> CacheConfig:
-    """Settings for looking at the cache in ``directory``, whose own settings are not known."""
+    """Settings to maintain the cache in ``directory``, whose own settings are unknown."""
     directory = Path(directory).expanduser().absolute()
     root = CacheDir(directory).root
     try:
-        # a directory of several users has to stay one, or their files are refused
+        # A shared directory has to be opened as one, or the other users' files are refused.
         shared = bool(root.stat().st_mode & 0o020)
     except OSError:
         shared = False
-    # By model_copy: the directory was given by hand, so ZARRCACHE_DIR does not override it. A cache
-    # on a network file system may be looked at.
-    return CacheConfig(dir=directory, shared=shared, allow_network_fs=True).model_copy(
-        update={"dir": directory}
-    )
+    # dir by model_copy: it was given explicitly, so ZARRCACHE_DIR must not override it.
+    # allow_network_fs: a cache on a network file system may be looked at and emptied.
+    config = CacheConfig(dir=directory, shared=shared, allow_network_fs=True)
+    return config.model_copy(update={"dir": directory})
 
 
-def open_index(config: CacheConfig) -> Index:
-    """The index of a cache; its directory is made if it is not there.
+def open_index(index: Index) -> Index:
+    """Open an index now; create its directory if it is absent.
 
     Raises
     ------
     ConfigError
-        The directory cannot be used. A training run would go on without a cache; who was told to
-        fill one must not.
+        The directory cannot be used. Training would continue without a cache; a command whose
+        purpose is the cache must not.
     """
-    index = Index(config)
     try:
         index.open()
     except ConfigError:
@@ -257,12 +260,15 @@ def open_index(config: CacheConfig) -> Index:
     except CACHE_FAULTS as exc:
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise ConfigError(
-            f"cache.dir {config.dir} cannot be used ({why}). Choose a directory on this node's own "
-            "disk that you may write."
+            f"cache.dir {index.dir.parent} cannot be used ({why}). Choose a directory on a local "
+            "disk of this node that you may write to."
         ) from exc
     return index
 
 
-def existing_index(config: CacheConfig) -> Index | None:
-    """As :func:`open_index`; None, and nothing is made, where there is no cache."""
-    return open_index(config) if CacheDir(config.dir, config.shared).root.is_dir() else None
+def open_if_present(index: Index) -> bool:
+    """As :func:`open_index` where there is a cache; otherwise False, and nothing is created."""
+    is_present = index.dir.root.is_dir()
+    if is_present:
+        open_index(index)
+    return is_present

@@ -1,5 +1,5 @@
-"""How full a cache is, and how much of a training config is warm, without asking the origin: what
-``zarrcache status`` shows.
+"""Entries, bytes and limits of a cache, and how much of a training config is warm, without any
+request (``zarrcache status``).
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from zarrcache._keys import ROLES
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import min_free_bytes
-from zarrcache.ops.selection import Scope, cache_of, existing_index
+from zarrcache.ops.selection import Selection, cache_of, open_if_present, select
 
-__all__ = ["Coverage", "Status", "Tier", "look"]
+__all__ = ["Coverage", "Status", "Tier", "read_status"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,11 @@ class Coverage:
     missing : int
         Ids among them that the origin did not have when it was last listed; 0 if it never was.
     warm, half : int
-        Ids of which both densities are there, and of which one is.
+        Ids with both densities cached, and with one of the two.
     nbytes : int
         Bytes on disk of these densities.
     is_listed : bool
-        The origin's directories were listed before, so that a run can start without it.
+        Listings of both directories are stored, so that training starts without the origin.
     """
 
     functional: str
@@ -54,7 +53,7 @@ class Coverage:
 
     @property
     def is_complete(self) -> bool:
-        """A run of the config needs nothing from the origin."""
+        """Training with this config makes no request."""
         return self.is_listed and self.warm == self.ids - self.missing
 
     @property
@@ -74,9 +73,9 @@ class Status:
     exists : bool
     array_tier, byte_tier : Tier
     volume_bytes : int
-        Of both tiers, with what is being written or deleted right now.
+        Of both tiers, including files that are being written or deleted.
     limit_bytes, min_free_bytes : int or None
-        As configured; None if only the directory was given.
+        As configured; None if only the directory is known.
     free_bytes, disk_bytes : int
         Of the file system.
     coverage : Coverage or None
@@ -95,70 +94,67 @@ class Status:
     coverage: Coverage | None
 
 
-def look(config: DataConfig | CacheConfig, *, has_settings: bool = True) -> Status:
-    """Look at a cache. Makes no request and, where there is no cache, no directory.
+def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) -> Status:
+    """Read the state of a cache. Makes no request, and no directory where there is no cache.
 
     Parameters
     ----------
     config : DataConfig or CacheConfig
     has_settings : bool
-        False if only the directory is known and limits are defaults that say nothing.
+        False if only the directory is known, so that the limits in ``config`` are mere defaults.
 
     Raises
     ------
     ConfigError
-        No cache block, a cache directory that cannot be used, a map file that cannot be read.
+        There is no cache block, the cache directory cannot be used, or the map file cannot be
+        read.
     """
     cache = cache_of(config)
-    index = existing_index(cache)
+    selection, index = select(config)
+    exists = open_if_present(index)
     usage = shutil.disk_usage(_nearest(cache.dir))
-    totals = index.totals() if index is not None else {}
+    totals = index.totals() if exists else {}
     return Status(
         directory=cache.dir,
-        exists=index is not None,
+        exists=exists,
         array_tier=Tier(*totals.get("array", (0, 0))),
         byte_tier=Tier(*totals.get("object", (0, 0))),
-        volume_bytes=index.volume_bytes() if index is not None else 0,
+        volume_bytes=index.volume_bytes() if exists else 0,
         limit_bytes=cache.limit if has_settings else None,
         min_free_bytes=min_free_bytes(cache.min_free, usage.total) if has_settings else None,
         free_bytes=usage.free,
         disk_bytes=usage.total,
-        coverage=_coverage(config, is_there=index is not None)
-        if isinstance(config, DataConfig)
+        coverage=_coverage(config.functional, selection, exists=exists)
+        if isinstance(config, DataConfig) and selection is not None
         else None,
     )
 
 
-def _coverage(config: DataConfig, *, is_there: bool) -> Coverage:
-    scope = Scope(config)
-    if not is_there:
-        return Coverage(config.functional, len(scope.ids), 0, 0, 0, 0, is_listed=False)
-    listings = {role: scope.listing(role) for role in ROLES}
-    present = scope.known.intersection(*(names for names in listings.values() if names is not None))
-    stored = scope.stored(listings)
-    # What is there and is not listed is rare, and without it no name of 200,000 has to be looked up
-    # for its size.
-    there = {
-        role: sizes
-        if sizes.keys() <= present
-        else {name: sizes[name] for name in sizes.keys() & present}
-        for role, sizes in stored.items()
-    }
-    data, label = (there[role].keys() for role in ROLES)
+def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverage:
+    if not exists:
+        return Coverage(functional, len(selection.ids), 0, 0, 0, 0, is_listed=False)
+    listings = {role: selection.listing(role) for role in selection.roles}
+    listed = [names for names in listings.values() if names is not None]
+    present = set(selection.ids).intersection(*listed)
+    cached = [
+        # Entries that are not present are rare; mostly no name of 200,000 needs a look-up.
+        sizes if sizes.keys() <= present else {name: sizes[name] for name in sizes.keys() & present}
+        for sizes in selection.stored(listings).values()
+    ]
+    both, either = cached[0].keys() & cached[-1].keys(), cached[0].keys() | cached[-1].keys()
     return Coverage(
-        functional=config.functional,
-        ids=len(scope.ids),
-        missing=len(scope.ids) - len(present),
-        warm=len(data & label),
-        half=len(data ^ label),
-        nbytes=sum(there["data"].values())
-        + (0 if scope.is_one_directory else sum(there["label"].values())),
-        is_listed=None not in listings.values(),
+        functional=functional,
+        ids=len(selection.ids),
+        missing=len(selection.ids) - len(present),
+        warm=len(both),
+        half=len(either) - len(both),
+        nbytes=sum(sum(sizes.values()) for sizes in cached),
+        is_listed=len(listed) == len(listings),
     )
 
 
 def _nearest(path: Path) -> Path:
-    """The first directory upwards that exists."""
+    """The path itself or its nearest ancestor that is an existing directory."""
     while not os.path.isdir(path):
         path = path.parent
     return path

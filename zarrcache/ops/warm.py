@@ -1,4 +1,4 @@
-"""Fill the cache ahead: what ``zarrcache warm`` does.
+"""Fill the array tier before a training: plan, estimate, execute, report (``zarrcache warm``).
 
 >>> plan = plan_warm(DataConfig.from_yaml("configs/s3_cached.yaml"))  # doctest: +SKIP
 >>> report = plan.execute()  # doctest: +SKIP
@@ -11,15 +11,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from zarrcache._keys import ROLES, Role, check_task_ids, source_digest, stem_of
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache._keys import Role, check_task_ids, source_digest
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, ids_of, open_reader, read_map
-from zarrcache.disk import BLOCK_BYTES, disk_bytes
+from zarrcache.disk import BLOCK_BYTES, Index, disk_bytes
 from zarrcache.errors import (
     ConfigError,
     OriginAccessError,
@@ -28,66 +31,174 @@ from zarrcache.errors import (
     OriginUnavailableError,
     ZarrCacheError,
 )
-from zarrcache.ops._sizing import measure_size
-from zarrcache.ops._warm_report import Tally, WarmEstimate, WarmReport, WarmResult
-from zarrcache.ops.selection import (
-    cache_of,
-    concurrently,
-    open_index,
-    stored_header,
-    stored_listing,
-)
+from zarrcache.ops.selection import cache_of, concurrently, open_index, stored_header
+from zarrcache.ops.sizes import measure_size
 from zarrcache.parallel import Died, Engine, Reserve, World, cores, spread
+from zarrcache.stats import Stats
 from zarrcache.train import node_of
 
-__all__ = ["Density", "Split", "WarmPlan", "plan_warm"]
+__all__ = [
+    "Density",
+    "Split",
+    "WarmEstimate",
+    "WarmPlan",
+    "WarmReport",
+    "WarmResult",
+    "plan_warm",
+]
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test", "all"]
 Density = tuple[str, Role]
+Outcome = Literal["hit", "miss", "bypass", "failed"]
 
-#: Processes, not threads: one process decodes and asks for about 2,000 objects a second, whatever
-#: the number of its threads, because all of it happens under one interpreter lock. Starting one
-#: costs 0.6 s.
-MOST_WORKERS = 8
+#: Processes, not threads: fetching and decoding run under one interpreter lock, which limits a
+#: process to about 2,000 objects per second with any number of threads. A process starts in 0.6 s.
+MAX_WORKERS = 8
 DENSITIES_PER_WORKER = 16
-#: Densities at a time in each process: while one waits for its listing, or for its last objects,
-#: another is fetched and decoded.
-LANES = 3
-#: Densities in a row that did not fit, after which a process only looks whether the others are
-#: fresh and fetches no more.
+#: Densities in flight per process: while one waits for its listing or its last objects, another
+#: is fetched and decoded.
+THREADS = 3
+#: After this many consecutive densities that were not admitted, a process only compares the
+#: remaining ones with the origin and fetches no more.
 _FULL_AFTER = 3
-#: Densities that did not fit and were not read, whose size the origin is asked for at the end: one
-#: LIST and one small GET each.
+#: Upper bound on unread densities whose size is asked at the end: one LIST and one small GET each.
 _MEASURED = 256
-#: Of zipped stores fewer: they have to be fetched whole.
+#: The same for zipped stores, which have to be fetched whole.
 _MEASURED_ZIPPED = 16
-#: How long a process may go on after Ctrl-C. What it had not finished is fetched by the next run.
+#: Seconds a worker process may go on after Ctrl-C. The next run fetches what it did not finish.
 _STOP_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class WarmResult:
+    """The outcome of one density.
+
+    Attributes
+    ----------
+    task_id : str
+    role : {"data", "label"}
+    outcome : {"hit", "miss", "bypass", "failed"}
+        Stored and fresh, fetched and stored, not admitted, or not readable.
+    nbytes : int
+        Size of the decoded density; 0 if it was not read.
+    error : str
+        Message of the error, if it failed.
+    is_down : bool
+        Failed with an error that affects every request: the origin is unavailable or denies access.
+    is_gone : bool
+        Failed because the store does not exist.
+    """
+
+    task_id: str
+    role: Role
+    outcome: Outcome
+    nbytes: int = 0
+    error: str = ""
+    is_down: bool = False
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WarmEstimate:
+    """What a plan would fetch, from listings alone.
+
+    Attributes
+    ----------
+    fresh, to_fetch : int
+        Densities.
+    requests, fetch_bytes : int
+        Requests and stored bytes at the origin.
+    failed : tuple of WarmResult
+    """
+
+    fresh: int
+    to_fetch: int
+    requests: int
+    fetch_bytes: int
+    failed: tuple[WarmResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReport:
+    """The outcome of all ids.
+
+    Attributes
+    ----------
+    ids : int
+        Task ids of the plan.
+    warm : int
+        Ids whose input and label are both cached, in the origin's present version.
+    fresh : int
+        Ids among them that were cached before the run.
+    bypassed : tuple of str
+        Ids that were not admitted, or evicted again before the end of the run.
+    untried : int
+        Ids left when ``limit_bytes`` was reached.
+    failed : tuple of WarmResult
+    nbytes, disk_bytes : int
+        Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
+        is known to a multiple of 4096 bytes only, rounded up.
+    needed_bytes : int
+        Bytes on disk that all ids need. Exact if every size is known; otherwise extrapolated from
+        up to 256 densities measured at the origin, plus two standard errors; 0 if no size is known.
+    beside_bytes : int
+        Bytes on disk of everything else in the cache: listings, entries of other configs. Computed
+        only if something was not admitted.
+    stats : Stats
+        Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
+    seconds : float
+    """
+
+    ids: int
+    warm: int
+    fresh: int
+    bypassed: tuple[str, ...]
+    untried: int
+    failed: tuple[WarmResult, ...]
+    nbytes: int
+    disk_bytes: int
+    needed_bytes: int
+    beside_bytes: int
+    stats: Stats
+    seconds: float
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing failed at the origin or in the cache. Bypassed ids are no failure: the limit is
+        the user's choice.
+        """
+        return not self.failed and not self.stats.cache_errors
+
+    @property
+    def failed_ids(self) -> tuple[str, ...]:
+        """Ids with at least one failed density, each once."""
+        return tuple(dict.fromkeys(result.task_id for result in self.failed))
 
 
 @dataclass(frozen=True)
 class WarmPlan:
-    """What is to be warm. Making it fetched nothing.
+    """Which densities to make warm. Making the plan fetches no object.
 
     Attributes
     ----------
     task_ids : tuple of str
     missing : tuple of str
-        Ids of the map whose input or label the origin does not have; they are left out, as in
-        training.
+        Ids of the map without input or label at the origin; left out, as in training.
     densities : tuple of (task_id, role)
-        What the origin is asked for: all, or without ``revalidate`` those that are not in the
-        cache.
+        Those to fetch or to compare with the origin: all, or without ``revalidate`` those that
+        are not cached.
     roles : tuple of {"data", "label"}
-        One where input and label are the same directory.
+        ``("data",)`` where input and label are the same directory.
     revalidate : bool
-        What is in the cache is compared with the origin.
+        Cached densities are compared with the origin.
     workers : int
-        Processes; 1 is this process itself, one density after the other.
+        Processes; 1 is the calling process, one density at a time.
     limit_bytes : int or None
         Stop when this many decoded bytes are warm.
+    stored : mapping
+        Bytes on disk of the cached densities that are trusted, by role and task id.
     """
 
     task_ids: tuple[str, ...]
@@ -98,55 +209,46 @@ class WarmPlan:
     workers: int
     limit_bytes: int | None
     reader: ZarrS3Reader = field(repr=False)
+    stored: Mapping[Role, Mapping[str, int]] = field(repr=False)
 
     @property
     def trusted(self) -> int:
-        """Densities that are in the cache and are not asked for."""
+        """Densities that are cached and taken for fresh without asking the origin."""
         return len(self.task_ids) * len(self.roles) - len(self.densities)
 
     @property
-    def lanes(self) -> int:
-        """Densities at a time in each process."""
-        return (
-            LANES
-            if self.workers > 1 and len(self.densities) > DENSITIES_PER_WORKER * self.workers
-            else 1
-        )
+    def threads(self) -> int:
+        """Densities in flight per process."""
+        is_long = len(self.densities) > DENSITIES_PER_WORKER * self.workers
+        return THREADS if self.workers > 1 and is_long else 1
 
     @property
     def cache(self) -> CacheConfig:
-        """Settings of the cache that is filled."""
+        """Settings of the cache to fill."""
         assert self.reader.cache.config is not None
         return self.reader.cache.config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
-        """List every store that is asked for and compare with what is stored; one LIST a density,
-        nothing is fetched.
+        """Compare every density of the plan with the origin: one LIST each, no object is fetched.
 
         Parameters
         ----------
         progress : callable, optional
-            Called with the number of densities looked at so far.
+            Called with the number of densities compared so far.
         """
         fresh, requests, fetch_bytes = self.trusted, len(self.densities), 0
         failed = []
-        with closing(
-            concurrently(lambda density: _look(self.reader, *density), self.densities)
-        ) as looked:
-            for done, (result, objects, nbytes) in enumerate(looked, start=1):
+        answers = concurrently(lambda density: _compare(self.reader, *density), self.densities)
+        with closing(answers):
+            for done, (result, objects, nbytes) in enumerate(answers, start=1):
                 requests += objects
                 fetch_bytes += nbytes
                 fresh += result.outcome == "hit"
                 failed += [result] if result.outcome == "failed" else []
                 if progress is not None:
                     progress(done)
-        return WarmEstimate(
-            fresh,
-            self.trusted + len(self.densities) - fresh - len(failed),
-            requests,
-            fetch_bytes,
-            tuple(failed),
-        )
+        to_fetch = self.trusted + len(self.densities) - fresh - len(failed)
+        return WarmEstimate(fresh, to_fetch, requests, fetch_bytes, tuple(failed))
 
     def execute(
         self,
@@ -156,52 +258,57 @@ class WarmPlan:
     ) -> WarmReport:
         """Fetch what is not fresh.
 
-        A density that cannot be read is named in the report, and the others go on. Interrupted
-        (Ctrl-C) or killed, run the same again: what is stored is not fetched again.
+        A density that cannot be read is named in the report; the others are fetched all the same.
+        After an interruption (Ctrl-C, kill), run the same plan again: stored densities are not
+        fetched a second time.
 
         Parameters
         ----------
         progress : callable, optional
-            Called here, in this process, with each result as it comes.
+            Called in this process with each result as it arrives.
         engine : Engine, optional
-            What does the work, with processes of this machine: the cache is here. Default:
-            ``workers`` processes.
+            Runs the work in processes of this machine, where the cache is. Default: ``workers``
+            processes.
 
         Raises
         ------
         OriginError
-            Everything fails: the origin is down, or no longer lets us in.
+            Many consecutive densities failed: the origin is unavailable or denies access.
+        ConfigError
+            The cache directory became unusable during the run.
         """
         start_s, before = time.monotonic(), self.reader.stats
-        tally = Tally(self.task_ids, self.roles, self.densities, self.reader.stored)
-        most_bytes = sys.maxsize if self.limit_bytes is None else self.limit_bytes
+        tally = _Tally(self)
+        target_bytes = sys.maxsize if self.limit_bytes is None else self.limit_bytes
         down = 0
-        with closing(self._results(engine)) as arriving:
-            # Looked at before a result is waited for: what was trusted may be enough.
-            while tally.nbytes < most_bytes and (result := next(arriving, None)) is not None:
+        with closing(self._results(engine)) as results:
+            # Compare with the target before waiting for a result: trusted densities may suffice.
+            while tally.nbytes < target_bytes and (result := next(results, None)) is not None:
                 tally.add(result)
                 if progress is not None:
                     progress(result)
                 down = down + 1 if result.is_down else 0
-                if down >= max(4, 2 * self.workers * self.lanes):
+                if down >= max(4, 2 * self.workers * self.threads):
                     raise OriginError(
-                        f"the origin stopped answering, {down} densities in a row failed. "
-                        f"{tally.warm} of {len(self.task_ids) * len(self.roles)} "
-                        f"are warm; run the same again to go on. The last error: {result.error}"
+                        f"The origin stopped answering: {down} densities in a row failed. "
+                        f"{tally.warm} of {len(self.task_ids) * len(self.roles)} densities are "
+                        "warm; run the same command again to continue. "
+                        f"The last error: {result.error}"
                     )
-        index = open_index(self.cache)  # an error in words, if it has gone
-        measured = self._measured(tally)
+        index = open_index(_index(self.reader))  # ConfigError if the directory has gone
+        sizes = self._measured(tally)
         seconds = time.monotonic() - start_s
         return tally.report(
             self.reader.stats - before,
             seconds,
-            measured,
-            lambda: index.volume_bytes() + self._unstored_bytes(),
+            self.reader.stored(),
+            sizes,
+            lambda: index.volume_bytes() + self._unstored_listings_bytes(),
         )
 
-    def _measured(self, tally: Tally) -> list[int]:
-        """Bytes that densities which did not fit would take on disk; without those that the origin
-        does not tell.
+    def _measured(self, tally: _Tally) -> list[int]:
+        """Bytes on disk of densities that were not admitted and not read, as far as the origin
+        answers.
         """
 
         def size(density: Density) -> int:
@@ -210,54 +317,45 @@ class WarmPlan:
             except ZarrCacheError:
                 return 0
 
-        asked = tally.unsized(_MEASURED)
-        if any(self._is_zipped(density) for density in asked):
-            asked = tally.unsized(_MEASURED_ZIPPED)
-        with closing(concurrently(size, asked)) as sizes:
-            return [found for found in sizes if found]
+        unsized = tally.unsized(_MEASURED)
+        if any(self._is_zipped(density) for density in unsized):
+            unsized = tally.unsized(_MEASURED_ZIPPED)
+        with closing(concurrently(size, unsized)) as sizes:
+            return [nbytes for nbytes in sizes if nbytes]
 
     def _is_zipped(self, density: Density) -> bool:
-        try:
-            return self.reader.store_name(*density).endswith(".zip")
-        except OriginNotFoundError:
-            return False
+        task_id, role = density
+        return self.reader.store_names(role).get(task_id, "").endswith(".zip")
 
-    def _unstored_bytes(self) -> int:
-        """What the listings of the directories take on disk, if they too did not fit."""
-        unstored = [
-            origin
-            for origin in map(self.reader.origin, self.roles)
-            if stored_listing(self.reader.cache, origin) is None
-        ]
-        try:
-            listings = [
-                {stem: name for name in origin.list_names() if (stem := stem_of(name)) is not None}
-                for origin in unstored
-            ]
-        except OriginError:  # what was done is to be told all the same
-            return 0
-        return sum(
-            BLOCK_BYTES + disk_bytes(len(json.dumps(names, separators=(",", ":"))))
-            for names in listings
-        )
+    def _unstored_listings_bytes(self) -> int:
+        """Bytes on disk that the directories' listings need, if they were not admitted either."""
+        nbytes = 0
+        for role in self.roles:
+            if self.reader.cache.stored_listing(self.reader.origin(role), "") is None:
+                names = json.dumps(self.reader.store_names(role), separators=(",", ":"))
+                nbytes += BLOCK_BYTES + disk_bytes(len(names))
+        return nbytes
 
     def _results(self, engine: Engine | None) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
         if engine is None and self.workers == 1:
-            for density in self.densities:
-                yield warmer(density)
+            yield from map(warmer, self.densities)
             return
-        here = functools.partial(
-            spread,
-            workers=self.workers,
-            lanes=self.lanes,
-            budget_bytes=self.cache.fetch.memory,
-            stop_s=_STOP_S,
-        )
-        with closing((engine or here)(warmer, self.densities)) as outcomes:
+        if engine is None:
+            engine = functools.partial(
+                spread,
+                workers=self.workers,
+                lanes=self.threads,
+                budget_bytes=self.cache.fetch.memory,
+                stop_s=_STOP_S,
+            )
+        with closing(engine(warmer, self.densities)) as outcomes:
             for (task_id, role), outcome in outcomes:
                 if isinstance(outcome, Died):
-                    error = f"{task_id} ({role}): the process that read it was ended by {outcome}; a second one too. Run again with fewer workers."
+                    error = (
+                        f"{task_id} ({role}): two worker processes died while reading it "
+                        f"({outcome}). Retry with fewer --workers."
+                    )
                     yield WarmResult(task_id, role, "failed", error=error)
                 else:
                     yield outcome
@@ -273,12 +371,11 @@ def plan_warm(
     limit_bytes: int | None = None,
     world: World | None = None,
 ) -> WarmPlan:
-    """Find out which densities the origin has to be asked for.
+    """Find the densities that have to be fetched or compared with the origin.
 
-    With ``cache.revalidate: never`` what is in the cache is taken for fresh, as in training, and
-    the directories are listed only if the listing that is stored with the entries lacks an id. On a
-    warm node that is no request. Otherwise both directories are listed anew, and every density will
-    be compared with the origin.
+    With ``cache.revalidate: never`` cached densities are taken for fresh, as in training, and the
+    directories are listed only if their stored listings lack an id: no request on a warm node.
+    Otherwise both directories are listed, and every density will be compared with the origin.
 
     Parameters
     ----------
@@ -287,51 +384,48 @@ def plan_warm(
     split : {"train", "test", "all"}
         Which ids of the config.
     ids : iterable of str, optional
-        These ids instead, whether or not the map has them; one that the origin does not have will
-        be a failure.
+        These ids instead, whether or not the map has them. An id that the origin does not have is
+        a failure of the run.
     revalidate : bool, optional
-        List the directories, and compare what is in the cache with the origin. Default: not with
-        ``cache.revalidate: never``.
+        List the directories and compare cached densities with the origin. Default: False with
+        ``cache.revalidate: never``, else True.
     workers : int, optional
-        Processes; with 1, this one, one density after the other. Default: one a core that this
-        process may use and 16 densities that are asked for, at least 2 if there are more than 16, 8
-        at the most.
+        Processes; 1 is the calling process, one density at a time.
+        Default: min(max(2, cores), 8, densities / 16).
     limit_bytes : int, optional
         Stop when this many decoded bytes are warm.
     world : World, optional
-        Only what belongs to this node, as ``NodeSampler(assignment="node")`` reads it: of the
-        training set its share, and so of the test set.
+        Only this node's share, as ``NodeSampler(assignment="node")`` reads it, of the training set
+        and of the test set.
 
     Raises
     ------
     ConfigError
-        No cache block, the array tier is switched off, a cache directory that cannot be used, an id
-        that is not a plain name.
+        There is no cache block, the array tier is disabled, the cache directory cannot be used, or
+        an id is not a plain name.
     OriginError
         A directory cannot be listed.
     """
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers!r}; it has to be a whole number from 1.")
+        raise ConfigError(f"workers is {workers!r}; it must be a whole number from 1.")
     if ids is not None and split != "all":
         raise ConfigError("ids and split exclude each other. Give one of them.")
-    reader = _reader(source)
-    asks = (
-        reader.cache.config is None or reader.cache.config.revalidate != "never"
-        if revalidate is None
-        else revalidate
-    )
-    wanted = (
-        ids_of(read_map(reader.map_dir), reader.functional)
-        if ids is None
-        else check_task_ids(list(ids))
-    )
-    if asks or not _are_listed(reader, wanted):
+    reader = _open_reader(source)
+    asks = reader.cache.config is None or reader.cache.config.revalidate != "never"
+    if revalidate is not None:
+        asks = revalidate
+    if ids is None:
+        wanted = ids_of(read_map(reader.map_dir), reader.functional)
+    else:
+        wanted = check_task_ids(list(ids))
+    if asks:
         reader.relist()
+    else:
+        reader.relist_unless_known(wanted)
     if ids is None:
         wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
     if world is not None:
-        # A share is a share of what is shuffled together: cut from all ids at once it would be
-        # another one.
+        # The sampler deals each split out by itself: a share of all ids at once would differ.
         parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)
         own = {
             task_id
@@ -340,21 +434,17 @@ def plan_warm(
             if node == world.node
         }
         wanted = [task_id for task_id in wanted if task_id in own]
-    chosen = tuple(dict.fromkeys(wanted))
-    # Asked for once where it is input and label.
-    roles = (
-        ROLES[:1]
-        if reader.origin("data").url_of("") == reader.origin("label").url_of("")
-        else ROLES
-    )
-    there: Mapping[Role, Container[str]] = dict.fromkeys(roles, ()) if asks else reader.stored()
+    task_ids = tuple(dict.fromkeys(wanted))
+    roles = reader.roles
+    stored: Mapping[Role, Mapping[str, int]]
+    stored = {role: {} for role in roles} if asks else reader.stored()
     densities = tuple(
-        (task_id, role) for task_id in chosen for role in roles if task_id not in there[role]
+        (task_id, role) for task_id in task_ids for role in roles if task_id not in stored[role]
     )
-    # Two on a machine of one core as well: a worker waits more than it computes.
-    enough = min(MOST_WORKERS, max(2, cores()), -(-len(densities) // DENSITIES_PER_WORKER))
+    # At least two, also on one core: a worker waits more than it computes.
+    enough = min(MAX_WORKERS, max(2, cores()), -(-len(densities) // DENSITIES_PER_WORKER))
     return WarmPlan(
-        task_ids=chosen,
+        task_ids=task_ids,
         missing=reader.missing if ids is None else (),
         densities=densities,
         roles=roles,
@@ -362,51 +452,53 @@ def plan_warm(
         workers=max(1, min(workers or enough, len(densities))),
         limit_bytes=limit_bytes,
         reader=reader,
+        stored=stored,
     )
 
 
-def _are_listed(reader: ZarrS3Reader, task_ids: Sequence[str]) -> bool:
-    """Whether the listings that are stored with the entries have all of these ids."""
-    listings = [stored_listing(reader.cache, reader.origin(role)) for role in ROLES]
-    return all(names is not None and names.keys() >= set(task_ids) for names in listings)
-
-
-def _reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
+def _open_reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
+    """The reader of a config, with its cache directory opened."""
     cache = source.cache.config if isinstance(source, ZarrS3Reader) else cache_of(source)
     if cache is None:
         raise ConfigError(
-            "the reader has no cache, so there is nothing to fill. Give it one: ZarrS3Reader(..., "
-            "cache={'dir': ...})."
+            "The reader has no cache, so there is nothing to fill. Pass one: "
+            "ZarrS3Reader(..., cache={'dir': ...})."
         )
     if not cache.arrays.enabled:
         raise ConfigError(
-            "cache.arrays.enabled is false, and the array tier is what warm fills. Enable it; the "
-            "byte tier fills by itself."
+            "cache.arrays.enabled is false, but warm fills the array tier. Set it to true; the "
+            "byte tier fills by itself during training."
         )
-    open_index(cache)
     if isinstance(source, ZarrS3Reader):
-        return source
-    # What is stored already is compared with the listing, not read: `zarrcache verify` reads it,
-    # and so does training at its first use.
-    return open_reader(
-        source.model_copy(update={"cache": cache.model_copy(update={"verify": "never"})})
-    )
+        reader = source
+    else:
+        # Entries are compared with the origin's listing, not read: their checksums are left to
+        # `zarrcache verify`, and to training at the first use.
+        unverified = cache.model_copy(update={"verify": "never"})
+        reader = open_reader(source.model_copy(update={"cache": unverified}))
+    open_index(_index(reader))
+    return reader
+
+
+def _index(reader: ZarrS3Reader) -> Index:
+    assert reader.cache.index is not None  # a plan's reader has a cache
+    return reader.cache.index
 
 
 class _Warmer:
-    """Warms densities. Picklable; each process has its own, for all its threads."""
+    """Makes one density at a time warm. Picklable; each process has one, shared by its threads."""
 
     def __init__(self, reader: ZarrS3Reader) -> None:
         self._reader = reader
         self._bypassed_in_a_row = 0
 
     def __call__(self, density: Density, reserve: Reserve | None = None) -> WarmResult:
-        # fetching what will not be stored would cost the origin and help nobody
+        # Once the cache is full, fetching would cost requests and store nothing.
         if self._bypassed_in_a_row >= _FULL_AFTER:
-            result, *_ = _look(self._reader, *density)
-            if result.outcome == "bypass" and self._reader.cache.arrays is not None:
-                # old, if it is there: training must not take it for fresh
-                self._reader.cache.arrays.drop(self._reader.key(*density))
+            result, *_ = _compare(self._reader, *density)
+            if result.outcome == "bypass":
+                # An entry that is stale must not be read as fresh by training.
+                _index(self._reader).drop([self._reader.key(*density).digest])
             return result
         task_id, role = density
         try:
@@ -414,33 +506,160 @@ class _Warmer:
         except ZarrCacheError as exc:
             return _failure(density, exc)
         except Exception as exc:
-            # one strange store must not end a run of hours; the others are not to blame
+            # One unexpected store must not end a run of hours.
             logger.warning("%s (%s) could not be read", task_id, role, exc_info=True)
-            error = f"{task_id} ({role}) could not be read: {type(exc).__name__}: {exc}. Please report this with the store."
+            error = (
+                f"{task_id} ({role}) could not be read: {type(exc).__name__}: {exc}. "
+                "Please report this with the store."
+            )
             return WarmResult(task_id, role, "failed", error=error)
         if outcome != "hit":
             self._bypassed_in_a_row = self._bypassed_in_a_row + 1 if outcome == "bypass" else 0
         return WarmResult(task_id, role, outcome, nbytes)
 
 
-def _look(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, int, int]:
-    """Whether a density is fresh (``hit``) or not (``bypass``), by one LIST; objects and bytes to
-    fetch if not.
+def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, int, int]:
+    """Compare one density with the origin, by one LIST.
+
+    Returns
+    -------
+    result : WarmResult
+        ``hit`` if it is fresh, else ``bypass``, or ``failed``.
+    objects, nbytes : int
+        To fetch; 0 if it is fresh.
     """
     try:
         listed = reader.listing(task_id, role)
-        assert reader.cache.index is not None
-        header = stored_header(reader.cache.index, reader.key(task_id, role).digest)
     except ZarrCacheError as exc:
         return _failure((task_id, role), exc), 0, 0
+    header = stored_header(_index(reader), reader.key(task_id, role).digest)
     if header is not None and header.source == source_digest(listed):
         return WarmResult(task_id, role, "hit", header.nbytes), 0, 0
     return WarmResult(task_id, role, "bypass"), len(listed), sum(obj.size_bytes for obj in listed)
 
 
 def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
-    is_down, is_gone = (
-        isinstance(exc, (OriginUnavailableError, OriginAccessError)),
-        isinstance(exc, OriginNotFoundError),
+    return WarmResult(
+        *density,
+        "failed",
+        error=str(exc),
+        is_down=isinstance(exc, (OriginUnavailableError, OriginAccessError)),
+        is_gone=isinstance(exc, OriginNotFoundError),
     )
-    return WarmResult(*density, "failed", error=str(exc), is_down=is_down, is_gone=is_gone)
+
+
+_OUTCOMES = ("untried", "hit", "miss", "bypass", "failed")
+_UNTRIED, _HIT, _MISS, _BYPASS, _FAILED = range(5)
+
+
+class _Tally:
+    """Outcome and size of each density of a plan. Nine bytes per density: there may be 400,000."""
+
+    def __init__(self, plan: WarmPlan) -> None:
+        self._task_ids, self._roles = plan.task_ids, plan.roles
+        self._row = {task_id: number for number, task_id in enumerate(plan.task_ids)}
+        self._column = {role: number for number, role in enumerate(plan.roles)}
+        self._outcomes = np.full((len(self._task_ids), len(self._roles)), _HIT, np.uint8)
+        for task_id, role in plan.densities:
+            self._outcomes[self._row[task_id], self._column[role]] = _UNTRIED
+        self._nbytes = np.zeros(self._outcomes.shape, np.int64)
+        if plan.trusted > 0:
+            payload = np.maximum(self._on_disk(plan.stored) - BLOCK_BYTES, 0)
+            self._nbytes = np.where(self._outcomes == _HIT, payload, 0)
+        self._failed: dict[tuple[int, int], WarmResult] = {}
+        #: Decoded bytes that are warm.
+        self.nbytes = int(self._nbytes.sum())
+
+    @property
+    def warm(self) -> int:
+        """Densities that are warm."""
+        return int(self._is_warm().sum())
+
+    def add(self, result: WarmResult) -> None:
+        """Record one result."""
+        at = self._row[result.task_id], self._column[result.role]
+        self._outcomes[at] = _OUTCOMES.index(result.outcome)
+        self._nbytes[at] = result.nbytes
+        if result.outcome == "failed":
+            self._failed[at] = result
+        if result.outcome in ("hit", "miss"):
+            self.nbytes += result.nbytes
+
+    def unsized(self, most: int) -> list[Density]:
+        """If something was not admitted: the densities of unknown size, or ``most`` of them,
+        evenly spaced.
+        """
+        if not (self._outcomes == _BYPASS).any():
+            return []
+        cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
+        if len(cells) > most:
+            cells = cells[np.linspace(0, len(cells) - 1, most).astype(np.int64)]
+        return [(self._task_ids[row], self._roles[column]) for row, column in cells]
+
+    def report(
+        self,
+        stats: Stats,
+        seconds: float,
+        stored: Mapping[Role, Mapping[str, int]],
+        measured: Collection[int],
+        volume: Callable[[], int],
+    ) -> WarmReport:
+        """Sum up.
+
+        Parameters
+        ----------
+        stats, seconds
+            Of the whole run.
+        stored : mapping
+            Bytes on disk of the cached densities at the end of the run, by role and task id.
+        measured : collection of int
+            Bytes on disk that the densities of :meth:`unsized` would need.
+        volume : callable
+            Bytes on disk of the whole cache; called only if something was not admitted.
+        """
+        # With ``eviction: least-recently-stored``, or beside another run, entries may be gone
+        # before the end: the report has to agree with the disk.
+        on_disk = self._on_disk(stored)
+        self._outcomes[self._is_warm() & (on_disk == 0)] = _BYPASS
+        is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
+        is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
+        beside_bytes = max(0, volume() - int(on_disk.sum())) if is_bypassed.any() else 0
+        return WarmReport(
+            ids=len(self._task_ids),
+            warm=int(is_warm.all(axis=1).sum()),
+            fresh=int((self._outcomes == _HIT).all(axis=1).sum()),
+            bypassed=tuple(self._task_ids[row] for row in np.flatnonzero(is_bypassed)),
+            untried=int((~is_tried).sum()),
+            failed=tuple(result for _, result in sorted(self._failed.items())),
+            nbytes=int(self._nbytes[is_warm].sum()),
+            disk_bytes=int(on_disk[is_warm].sum()),
+            needed_bytes=self._needed_bytes(np.array(measured, np.int64)),
+            beside_bytes=beside_bytes,
+            stats=stats,
+            seconds=seconds,
+        )
+
+    def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
+        """Bytes on disk of all densities; those of unknown size as the mean of ``measured``, or of
+        the known ones.
+        """
+        known = self._nbytes[self._nbytes > 0]
+        sizes = -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES  # payload, and a header page
+        sample = measured if len(measured) else sizes
+        rest = self._outcomes.size - len(sizes)
+        if not rest or not len(sample):
+            return int(sizes.sum())
+        # The mean plus two standard errors: a limit that is slightly too large costs nothing, one
+        # that is too small costs another run.
+        is_sampled = 0 < len(measured) < rest
+        margin = 2 * float(sample.std()) * rest / len(sample) ** 0.5 if is_sampled else 0.0
+        return int(sizes.sum()) + -(-int(sample.sum()) * rest // len(sample)) + int(margin)
+
+    def _is_warm(self) -> NDArray[np.bool_]:
+        return np.isin(self._outcomes, (_HIT, _MISS))
+
+    def _on_disk(self, stored: Mapping[Role, Mapping[str, int]]) -> NDArray[np.int64]:
+        """Bytes on disk of each density; 0 where it is not cached."""
+        columns: Sequence[Mapping[str, int]] = [stored[role] for role in self._roles]
+        rows = [[sizes.get(task_id, 0) for sizes in columns] for task_id in self._task_ids]
+        return np.array(rows, np.int64).reshape(self._outcomes.shape)

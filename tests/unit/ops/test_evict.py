@@ -151,9 +151,9 @@ def test_an_entry_that_is_in_use_stays_readable(warm: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "which entries"),
+        ({}, "No entries are selected"),
         ({"stale": True, "everything": True}, "what is stale"),
-        ({"older_than_s": 1.0}, "which entries"),
+        ({"older_than_s": 1.0}, "No entries are selected"),
     ],
 )
 def test_a_directory_alone_needs_everything(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarrcache.errors import ConfigError
-from zarrcache.ops._simulate import POLICIES, Policy, simulate
+from zarrcache.ops.simulate import POLICIES, Policy, simulate
 from zarrcache.train.schedule import Schedule
 
 EPOCHS = st.lists(st.lists(st.integers(0, 9), max_size=14), min_size=1, max_size=4)

@@ -1,4 +1,4 @@
-"""``status.look``: numbers that agree with the disk, and no request."""
+"""``read_status``: numbers that agree with the disk, and no request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
 from zarrcache.data.reader import open_reader
 from zarrcache.ops.selection import cache_at, is_listing
-from zarrcache.ops.status import look
+from zarrcache.ops.status import read_status
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_where_nothing_was_cached_it_says_so_and_makes_nothing(
     config: DataConfig, tmp_path: Path
 ) -> None:
     """No directory, no entries, nothing warm."""
-    state = look(config)
+    state = read_status(config)
     assert (state.exists, state.volume_bytes, state.limit_bytes) == (False, 0, 1024**2)
     assert state.coverage is not None
     assert (state.coverage.ids, state.coverage.warm, state.coverage.is_listed) == (5, 0, False)
@@ -41,11 +41,11 @@ def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path
         row.digest for row in plan_evict(config, ids=["mp-2"]).entries if "/label/" in row.note
     ]
     plan = plan_evict(config)
-    assert plan._index is not None
-    plan._index.drop(label)
+    assert plan.index is not None
+    plan.index.drop(label)
     for role in ("data", "label"):
         os.rename(tmp_path / role, tmp_path / f"{role}-gone")
-    state = look(config)
+    state = read_status(config)
     files = list((tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"))
     assert state.array_tier.entries == len(files)
     assert (
@@ -70,7 +70,7 @@ def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path
 def test_all_warm_is_complete(config: DataConfig) -> None:
     """Ids that the origin does not have do not count."""
     plan_warm(config).execute()
-    covered = look(config).coverage
+    covered = read_status(config).coverage
     assert covered is not None
     assert covered.is_complete
     assert covered.warm_ratio == 1.0
@@ -79,9 +79,9 @@ def test_all_warm_is_complete(config: DataConfig) -> None:
 def test_a_directory_alone_has_no_limit_to_show(config: DataConfig, tmp_path: Path) -> None:
     """What is on disk is known, what was configured is not."""
     plan_warm(config).execute()
-    state = look(cache_at(tmp_path / "cache"), has_settings=False)
+    state = read_status(cache_at(tmp_path / "cache"), has_settings=False)
     assert (state.limit_bytes, state.min_free_bytes, state.coverage) == (None, None, None)
-    assert state.array_tier == look(config).array_tier
+    assert state.array_tier == read_status(config).array_tier
 
 
 def test_the_directory_given_by_hand_is_the_one_that_is_looked_at(
@@ -90,20 +90,20 @@ def test_the_directory_given_by_hand_is_the_one_that_is_looked_at(
     """ZARRCACHE_DIR overrides a config, not a hand."""
     plan_warm(config).execute()
     monkeypatch.setenv("ZARRCACHE_DIR", str(tmp_path / "elsewhere"))
-    assert look(cache_at(tmp_path / "cache")).exists
+    assert read_status(cache_at(tmp_path / "cache")).exists
 
 
 def test_a_config_without_cache_is_refused(config: DataConfig) -> None:
     """With the words that say what to add."""
     with pytest.raises(ConfigError, match=r"no cache block.*configs/s3_cached\.yaml"):
-        look(config.model_copy(update={"cache": None}))
+        read_status(config.model_copy(update={"cache": None}))
 
 
 def test_one_directory_for_input_and_label_is_counted_once(config: DataConfig) -> None:
     """An id is warm as soon as its only density is there, and its bytes are on disk once."""
     same = config.model_copy(update={"label_dir": config.data_dir})
     plan_warm(same).execute()
-    covered = look(same).coverage
+    covered = read_status(same).coverage
     assert covered is not None
     assert (covered.warm, covered.half, covered.nbytes) == (4, 0, 4 * 8192)
 
@@ -112,7 +112,7 @@ def test_an_id_that_the_map_has_twice_is_one_id(config: DataConfig, tmp_path: Pa
     """As it is one entry in the cache."""
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-0", "mp-1"]}))
     plan_warm(config).execute()
-    covered = look(config).coverage
+    covered = read_status(config).coverage
     assert covered is not None
     assert (covered.ids, covered.warm, covered.is_complete) == (2, 2, True)
 
@@ -128,18 +128,18 @@ def test_an_entry_of_the_store_that_is_not_read_is_not_warm(
     plan_warm(config).execute()
     os.rename(tmp_path / "mp-0.zarr", tmp_path / "data" / "mp-0.zarr")
     open_reader(config).relist()
-    covered = look(config).coverage
+    covered = read_status(config).coverage
     assert covered is not None
     assert (covered.warm, covered.half) == (3, 1)
-    index = plan_evict(config, ids=[])._index
+    index = plan_evict(config, ids=[]).index
     assert index is not None
     index.drop([row.digest for row in index.rows() if is_listing(row)])
-    covered = look(config).coverage
+    covered = read_status(config).coverage
     assert covered is not None
     assert (covered.ids, covered.missing, covered.warm, covered.is_listed) == (5, 0, 4, False)
 
 
 def test_a_config_of_files_that_are_not_converted_is_told_what_to_do(config: DataConfig) -> None:
     """Not that all of its ids are missing."""
-    with pytest.raises(ConfigError, match="files that are not converted are not cached"):
-        look(config.model_copy(update={"dataset_name": "chgcar_data"}))
+    with pytest.raises(ConfigError, match="unconverted files are not cached"):
+        read_status(config.model_copy(update={"dataset_name": "chgcar_data"}))

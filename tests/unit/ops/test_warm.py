@@ -19,7 +19,7 @@ from zarrcache._units import parse_bytes
 from zarrcache.cli.format import warm_words
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
-from zarrcache.ops.status import look
+from zarrcache.ops.status import read_status
 from zarrcache.parallel import pool as workpool
 
 
@@ -124,7 +124,7 @@ def test_what_is_warm_costs_no_request_with_revalidate_never(
     for role in ("data", "label"):
         (tmp_path / f"{role}-gone").rename(tmp_path / role)
     (entry,) = [row for row in plan_evict(config, ids=["mp-1"]).entries if "/label/" in row.note]
-    index = plan_evict(config)._index
+    index = plan_evict(config).index
     assert index is not None
     index.drop([entry.digest])
     plan = plan_warm(config)
@@ -142,13 +142,13 @@ def test_files_that_somebody_deleted_are_fetched_again(config: DataConfig, reval
     for path in config.cache.dir.glob("zarrcache-v1/entries/*/*"):
         if read_header(path).key.array:  # the listings stay
             path.unlink()
-    coverage = look(config).coverage
+    coverage = read_status(config).coverage
     assert coverage is not None
     assert coverage.warm == 0
     report = plan_warm(config).execute()
     assert (report.warm, report.fresh) == (report.ids, 0)
     assert report.stats.misses == 2 * report.ids
-    coverage = look(config).coverage
+    coverage = read_status(config).coverage
     assert coverage is not None
     assert coverage.is_complete
 
@@ -356,7 +356,7 @@ def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
         write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored")
     )
     report = plan_warm(config, workers=1).execute()
-    covered = look(config).coverage
+    covered = read_status(config).coverage
     assert covered is not None
     assert 1 <= report.warm == covered.warm <= 3
     assert report.warm + len(report.bypassed) == 5
@@ -415,7 +415,7 @@ def test_a_cache_that_cannot_be_filled_is_refused(config: DataConfig, tmp_path: 
         plan_warm(
             settings(config, arrays=config.cache.arrays.model_copy(update={"enabled": False}))
         )
-    with pytest.raises(ConfigError, match="the reader has no cache"):
+    with pytest.raises(ConfigError, match="The reader has no cache"):
         plan_warm(ZarrS3Reader(config.data_dir, config.label_dir, config.map_dir, "GGA", True, 0.5))
     with pytest.raises(ConfigError, match="whole number from 1"):
         plan_warm(config, workers=0)

@@ -1,8 +1,7 @@
-"""What a cache of some size would hit, without reading anything: policies over the orders in which
-densities are read.
+"""Simulate the hits of a cache of a given size under each eviction policy, from read orders alone.
 
-Epochs are permutations, so what counts is how an order of one epoch relates to the next: which
-samples a node sees again, and when.
+Each epoch is a permutation of the samples, so the hit ratio depends only on which samples a node
+reads again in later epochs, and when.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ __all__ = ["POLICIES", "Epoch", "Policy", "simulate"]
 Policy = Literal["none", "least-recently-stored", "least-recently-used", "belady"]
 Indices = NDArray[np.int64]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-#: Whether each of one epoch's reads is a hit, given the reads.
+#: Runs one epoch: from its reads, whether each of them is a hit.
 _Run = Callable[[Indices], NDArray[np.bool_]]
 
 
@@ -35,7 +34,7 @@ class Epoch:
     ----------
     reads, hits : int
     missed : ndarray of int64
-        What was read from the origin, in order.
+        Densities read from the origin, in order.
     """
 
     reads: int
@@ -46,25 +45,26 @@ class Epoch:
 def simulate(
     epochs: Sequence[Indices], sizes: Sequence[int], capacity: int, policy: Policy
 ) -> list[Epoch]:
-    """Read epoch after epoch through an empty cache.
+    """Simulate consecutive epochs through a cache that is empty at first.
 
     Parameters
     ----------
     epochs : sequence of ndarray
-        What is read in each epoch, as positions in ``sizes``.
+        Reads of each epoch, as positions in ``sizes``.
     sizes : sequence of int
-        Bytes on disk.
+        Bytes on disk of each density.
     capacity : int
         Bytes of the cache.
     policy : {"none", "least-recently-stored", "least-recently-used", "belady"}
-        ``none`` admits until it is full. ``belady`` knows all of ``epochs``: what is needed last
-        goes first, and what is needed later than everything that is there is not admitted (L. A.
-        Belady, IBM Systems Journal 5, 78 (1966)); sizes are not weighed. ``least-recently-used`` is
-        here to compare with; the cache does not have it.
+        ``none`` admits until the cache is full. ``belady`` knows all of ``epochs``: it evicts the
+        entry whose next use is furthest away, and does not admit a density whose next use is
+        further away than those of all entries (L. A. Belady, IBM Systems Journal 5, 78 (1966));
+        sizes are not weighed. ``least-recently-used`` is for comparison; the cache does not offer
+        it.
     """
     if policy not in POLICIES:
         raise ConfigError(
-            f"policy is {policy!r}; it has to be one of {', '.join(map(repr, POLICIES))}."
+            f"policy is {policy!r}; it must be one of {', '.join(map(repr, POLICIES))}."
         )
     run = _RUNS[policy](np.asarray(sizes, np.int64), capacity, epochs)
     found = []
@@ -94,7 +94,7 @@ def _admit_until_full(sizes: NDArray[np.int64], capacity: int, _: Sequence[Indic
 
 
 def _oldest_out(sizes: NDArray[np.int64], capacity: int, *, touched: bool) -> _Run:
-    """First in, first out; with ``touched`` by the last use instead."""
+    """Evict the entry stored first; with ``touched``, the one used least recently."""
     stored: OrderedDict[int, int] = OrderedDict()
     free = capacity
 
@@ -120,8 +120,8 @@ def _oldest_out(sizes: NDArray[np.int64], capacity: int, *, touched: bool) -> _R
 def _belady(sizes: NDArray[np.int64], capacity: int, epochs: Sequence[Indices]) -> _Run:
     every = np.concatenate([*epochs, np.empty(0, np.int64)])
     next_use = _next_uses(every, len(sizes))
-    stored: dict[int, int] = {}  # when it is needed next
-    # (-next use, index); an index is there again after each use, and only its newest counts
+    stored: dict[int, int] = {}  # index -> next use
+    # (-next use, index); each use pushes a new item, and items that differ from `stored` are stale
     latest: list[tuple[int, int]] = []
     free, now = capacity, 0
 
@@ -147,7 +147,7 @@ def _belady(sizes: NDArray[np.int64], capacity: int, epochs: Sequence[Indices]) 
                 stored[index] = following
                 heapq.heappush(latest, (-following, index))
                 free -= size
-            else:  # not all of it fits however many go: they stay
+            else:  # does not fit even so: keep the victims
                 for when, victim in dropped:
                     stored[victim] = -when
                     free -= int(sizes[victim])
@@ -158,7 +158,7 @@ def _belady(sizes: NDArray[np.int64], capacity: int, epochs: Sequence[Indices]) 
 
 
 def _next_uses(reads: Indices, count: int) -> Indices:
-    """For each read, when the same is read again; beyond the end if never."""
+    """Position of the next read of the same density, for each read; beyond the end if none."""
     last = np.full(count, len(reads) + 1, np.int64)
     following = np.empty(len(reads), np.int64)
     for place in range(len(reads) - 1, -1, -1):

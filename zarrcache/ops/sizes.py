@@ -1,6 +1,4 @@
-"""How large the densities of a data set are, at the origin and in the cache: asked of a few, said
-of all.
-"""
+"""Measure densities at the origin: objects, bytes, size of the cached entry, speed of a cold read."""
 
 from __future__ import annotations
 
@@ -31,13 +29,11 @@ class DensitySize:
     Attributes
     ----------
     lists, gets : int
-        Requests that a cold read takes; the HEAD of a zipped store counts with the GETs, as it does
-        in the bill.
+        Requests of a cold read. The HEAD of a zipped store counts as a GET, as in the bill.
     stored_bytes : int
         At the origin.
     disk_bytes : int
-        Of its entry in the array tier: decoded, with the header's page, in blocks of the file
-        system.
+        Of its entry in the array tier: decoded, with the header page, in whole file system blocks.
     """
 
     lists: int
@@ -48,7 +44,7 @@ class DensitySize:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a cold read takes from here, now.
+    """Cold reads from this machine at this time.
 
     Attributes
     ----------
@@ -57,7 +53,7 @@ class Speed:
     density_s : float
         Median of one density, fetched and decoded by one process.
     bytes_per_s : float
-        Stored bytes of these densities over the time they took.
+        Stored bytes of the densities over the seconds they took.
     densities : int
         How many were read.
     """
@@ -73,14 +69,7 @@ def measure_sizes(
     densities: Sequence[tuple[str, Role]],
     progress: Callable[[int, int], object] | None = None,
 ) -> list[DensitySize]:
-    """Ask the origin: one LIST and one small GET each (a zipped store is fetched whole). Nothing is
-    kept.
-
-    Raises
-    ------
-    OriginError, SchemaError, IncompleteArrayError
-        A density cannot be read: a plan without it would be wrong.
-    """
+    """Measure each density as :func:`measure_size` does, many at a time."""
     found = []
     with closing(concurrently(lambda density: measure_size(reader, *density), densities)) as sizes:
         for done, size in enumerate(sizes, start=1):
@@ -90,56 +79,53 @@ def measure_sizes(
     return found
 
 
-def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -> Speed:
-    """Read a few densities past the cache, one after the other. The first only warms the
-    connections.
+def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
+    """Measure one density by one LIST and one small GET; a zipped store is fetched whole. Nothing
+    is cached.
+
+    Raises
+    ------
+    OriginError, SchemaError, IncompleteArrayError
+        The density cannot be read.
     """
+    origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
+    listed = list_array(origin, store, array)
+    stored_bytes = sum(obj.size_bytes for obj in listed)
+    if store.endswith(".zip"):
+        shape = read_array(origin, store, array, listed=listed).array.shape
+        return DensitySize(0, 2, stored_bytes, _entry_bytes(math.prod(shape)))
+    points = math.prod(_shape(reader, store, role, listed))
+    lists = -(-len(listed) // PAGE_OBJECTS)
+    return DensitySize(lists, len(listed), stored_bytes, _entry_bytes(points))
+
+
+def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -> Speed:
+    """Read a few densities past the cache, one at a time. The first only opens the connections."""
     latencies, seconds, nbytes = [], [], 0
     for number, (task_id, role) in enumerate(densities):
         start_s = time.perf_counter()
         listed = reader.listing(task_id, role)
         listed_s = time.perf_counter()
-        read_array(
-            reader.origin(role), reader.store_name(task_id, role), reader.array, listed=listed
-        )
+        origin, store = reader.origin(role), reader.store_name(task_id, role)
+        read_array(origin, store, reader.array, listed=listed)
         if number or len(densities) == 1:
             latencies.append(listed_s - start_s)
             seconds.append(time.perf_counter() - start_s)
             nbytes += sum(obj.size_bytes for obj in listed)
-    return Speed(
-        float(np.median(latencies)), float(np.median(seconds)), nbytes / sum(seconds), len(seconds)
-    )
+    rate = nbytes / sum(seconds)
+    return Speed(float(np.median(latencies)), float(np.median(seconds)), rate, len(seconds))
 
 
-def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
-    """Of one density; as :func:`measure_sizes`."""
-    origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
-    listed = list_array(origin, store, array)
-    stored_bytes = sum(obj.size_bytes for obj in listed)
-    if store.endswith(".zip"):
-        points = math.prod(read_array(origin, store, array, listed=listed).array.shape)
-        return DensitySize(0, 2, stored_bytes, _entry_bytes(points))
-    document = _document(reader, store, role, listed)
-    return DensitySize(
-        -(-len(listed) // PAGE_OBJECTS),
-        len(listed),
-        stored_bytes,
-        _entry_bytes(math.prod(document)),
-    )
-
-
-def _document(
-    reader: ZarrS3Reader, store: str, role: Role, listed: Sequence[ObjectInfo]
-) -> list[int]:
-    """The shape that an array's metadata gives."""
+def _shape(reader: ZarrS3Reader, store: str, role: Role, listed: Sequence[ObjectInfo]) -> list[int]:
+    """The shape that the array's metadata object gives."""
     origin, prefix = reader.origin(role), f"{store}/{reader.array}/"
     by_name = {obj.key.removeprefix(prefix): obj for obj in listed}
     name = metadata_key(by_name)
     url = origin.url_of(f"{prefix}{name or '.zarray'}")
     if name is None:
         raise IncompleteArrayError(
-            f"{url} does not exist, though there are chunks. The store is incomplete: convert it "
-            "again."
+            f"{url} does not exist, but chunks of the array do. The store is incomplete: convert "
+            "it again."
         )
     ((_, data),) = origin.fetch([by_name[name]])
     try:
@@ -152,4 +138,4 @@ def _document(
 
 
 def _entry_bytes(points: int) -> int:
-    return BLOCK_BYTES + disk_bytes(4 * points)  # one page of header; values are float32
+    return BLOCK_BYTES + disk_bytes(4 * points)  # a header page; values are float32

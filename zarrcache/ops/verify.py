@@ -1,4 +1,4 @@
-"""Read every entry and drop what is bad: what ``zarrcache verify`` does."""
+"""Check every entry against its checksum and identity; drop bad ones (``zarrcache verify``)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import Index, Row, array_note, crc32c, disk_bytes, map_entry
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.ops.selection import Scope, cache_of, existing_index, origin_and_url
+from zarrcache.ops.selection import cache_of, open_if_present, origin_and_url, select
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An entry that was dropped: its file, the URL that it is from, and what was wrong with it."""
+    """A dropped entry: its file, the URL of its source, and why it was dropped."""
 
     file: str
     url: str
@@ -25,20 +25,21 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found.
+    """The result of a check.
 
     Attributes
     ----------
     directory : Path
     entries, nbytes : int
-        Looked at: number and bytes on disk.
+        Number of entries checked, and their bytes on disk.
     corrupt : tuple of Problem
-        Did not match their checksum or identity, or had lost their file. Dropped; they will be
-        fetched again.
+        Entries that do not match their checksum or identity, or have no file. Dropped; the next
+        read fetches them again.
     stale : tuple of Problem
-        The origin has something else now. Dropped. Empty without ``against_origin``.
+        Entries that differ from the origin's present version. Dropped. Empty without
+        ``against_origin``.
     strays : tuple of str
-        Files that no entry knew. Removed.
+        Files without an entry. Removed.
     """
 
     directory: Path
@@ -50,7 +51,7 @@ class VerifyReport:
 
     @property
     def is_good(self) -> bool:
-        """Nothing was corrupt."""
+        """No entry was corrupt."""
         return not self.corrupt
 
 
@@ -60,45 +61,48 @@ def verify(
     against_origin: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> VerifyReport:
-    """Read every entry of both tiers, and drop what is not what it says.
+    """Read every entry of both tiers and drop those that are corrupt.
 
-    Safe while others read and write the cache: they see a miss where an entry was dropped.
+    Safe while other processes use the cache: a dropped entry is a miss for them.
 
     Parameters
     ----------
     config : DataConfig or CacheConfig
     against_origin : bool
-        Also list the stores of the config's ids, and drop entries that are not of the version that
-        the origin has now.
+        Also list the stores of the config's ids at the origin, one LIST per entry, and drop
+        entries of older versions.
     progress : callable, optional
-        Called with bytes looked at and bytes in all.
+        Called with the bytes checked so far and the bytes to check.
 
     Raises
     ------
     ConfigError
-        ``against_origin`` without a training config, no cache block, a cache directory that cannot
-        be used.
+        ``against_origin`` without a training config, no cache block, or a cache directory that
+        cannot be used.
     OriginError
-        ``against_origin``, and the origin cannot be asked.
+        With ``against_origin``: the origin cannot be asked.
     """
     if against_origin and not isinstance(config, DataConfig):
         raise ConfigError(
             "against_origin needs a training config, which says how to reach the origin."
         )
-    cache = cache_of(config)
-    # the index is looked at as a whole, too
-    index = existing_index(cache.model_copy(update={"verify": "always"}))
-    if index is None:
-        return VerifyReport(cache.dir, 0, 0, (), (), ())
+    # verify: always, so that opening the index checks the whole index file as well
+    always = cache_of(config).model_copy(update={"verify": "always"})
+    if isinstance(config, DataConfig) and against_origin:
+        selection, index = select(config.model_copy(update={"cache": always}))
+    else:
+        selection, index = select(always)
+    if not open_if_present(index):
+        return VerifyReport(index.dir.parent, 0, 0, (), (), ())
     index.sweep()
     rows = list(index.rows())
-    in_all = sum(row.size_bytes for row in rows)
-    corrupt, good, looked_at = [], [], 0
+    total_bytes = sum(row.size_bytes for row in rows)
+    corrupt, good, checked_bytes = [], [], 0
     for row in rows:
         try:
             _check(row, index.dir.root / row.filename)
         except FileNotFoundError:
-            # Evicted since the rows were read? Then there is nothing left to drop.
+            # If it was evicted after the rows were read, there is no row left to drop.
             if index.drop([row.digest], filename=row.filename):
                 corrupt.append(_problem(row, "its file is gone"))
         except (CorruptEntryError, OSError) as exc:
@@ -106,21 +110,26 @@ def verify(
             corrupt.append(_problem(row, str(exc)))
         else:
             good.append(row)
-        looked_at += row.size_bytes
+        checked_bytes += row.size_bytes
         if progress is not None:
-            progress(looked_at, in_all)
+            progress(checked_bytes, total_bytes)
     stale = []
-    if against_origin and isinstance(config, DataConfig):
-        for row in Scope(config).stale(good):
+    if selection is not None:
+        for row in selection.stale(good):
             index.drop([row.digest], filename=row.filename)
             stale.append(_problem(row, "the origin has another version"))
     return VerifyReport(
-        cache.dir, len(rows), in_all, tuple(corrupt), tuple(stale), _remove_strays(index)
+        directory=index.dir.parent,
+        entries=len(rows),
+        nbytes=total_bytes,
+        corrupt=tuple(corrupt),
+        stale=tuple(stale),
+        strays=_remove_strays(index),
     )
 
 
 def _check(row: Row, path: Path) -> None:
-    """Compare one file with what the index and its own header say of it."""
+    """Compare one file with its index row and its own header."""
     if row.tier == "array":
         entry = map_entry(path)
         key = entry.header.key
@@ -140,8 +149,8 @@ def _problem(row: Row, why: str) -> Problem:
 
 def _remove_strays(index: Index) -> tuple[str, ...]:
     """Unlink files that neither an entry nor an intent names."""
-    # Files first, rows after: whatever is written is announced before it exists, so a file that was
-    # seen and has no row is nobody's.
+    # Files first, rows after: every file is announced before it exists, so a file that was seen
+    # and has no row belongs to no process.
     found = list(index.dir.files())
     known = index.filenames()
     strays = [
@@ -156,6 +165,6 @@ def _remove_strays(index: Index) -> tuple[str, ...]:
 
 
 def _is_partial_of(path: Path, known: set[str], root: Path) -> bool:
-    """Whether a file is being written under an announced name: ``.NAME.PID-RANDOM.partial``."""
+    """Whether a file is being written under an announced name, as ``.NAME.PID-RANDOM.partial``."""
     name = path.name.removeprefix(".").rpartition(".")[0].rpartition(".")[0]
     return path.name.startswith(".") and f"{path.with_name(name).relative_to(root)}" in known
