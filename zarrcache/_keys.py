@@ -1,6 +1,4 @@
-"""What things are called: objects of an origin, entries of a cache, sides of a pair, and the
-digests that name them. Pure.
-"""
+"""Names and digests of objects, cache entries, task ids and roles. Pure."""
 
 from __future__ import annotations
 
@@ -31,19 +29,18 @@ __all__ = [
     "stored_array",
 ]
 
-#: Sides of a pair.
+#: The two sides of a sample: input and label.
 Role = Literal["data", "label"]
 ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
-#: Version of everything below ``<dir>/zarrcache-v1/``. It is in the path, in every digest and in
-#: every entry header.
+#: Version of everything below ``<dir>/zarrcache-v1/``: in the path, in every digest and header.
 FORMAT_VERSION = 1
 _PERSON = b"zarrcache-v%d" % FORMAT_VERSION
 
 _PER_POINT = " per point"
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 320
-_SHOWN.maxlist = _SHOWN.maxdict = 10
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 320
+_REPR.maxlist = _REPR.maxdict = 10
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}")
 
@@ -60,8 +57,7 @@ class ObjectInfo:
     etag : str
         The version: S3's ETag without quotes, or ``mtime_ns-size`` of a local file.
     modified_s : float
-        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of any
-        digest.
+        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. In no digest.
     """
 
     key: str
@@ -78,7 +74,7 @@ class ArrayKey:
     ----------
     origin : str
         Where ``url`` is resolved: the S3 endpoint, or ``file``. The same ``s3://bucket/prefix`` on
-        two endpoints is two things.
+        two endpoints has two identities.
     url : str
         The store, for example ``s3://bucket/prefix/mp-1.zarr``.
     array : str
@@ -103,8 +99,7 @@ class ArrayKey:
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
-    """The full identity of an entry of the byte tier: one version of one object, or one block of
-    it.
+    """The full identity of an entry of the byte tier: a version of an object, or a block of it.
 
     Attributes
     ----------
@@ -114,8 +109,7 @@ class BlockKey:
     block : int or None
         Number of the block; None for the whole object.
     block_size : int
-        Bytes of a block: with another ``cache.bytes.block_size`` block 1 is another part of the
-        object.
+        Bytes per block. Part of the identity: another block size makes block 1 another range.
     """
 
     origin: str
@@ -126,15 +120,13 @@ class BlockKey:
 
     @property
     def path(self) -> str:
-        """The name fsspec's layers know it by: object key, ETag, size, block and its size.
-        :meth:`parse` reads it back.
-        """
+        """Name for fsspec: object key, ETag, size, block and block size; read by :meth:`parse`."""
         part = "" if self.block is None else f"{self.block}x{self.block_size}"
         return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
 
     @classmethod
     def parse(cls, origin: str, url: str, path: str) -> BlockKey:
-        """From :attr:`path`. Keys may hold ``#``, ETags do not."""
+        """Parse :attr:`path`. Keys may contain ``#``, ETags do not."""
         key, etag, size, part = path.rsplit("#", 3)
         block, _, block_size = part.partition("x")
         return cls(
@@ -159,49 +151,44 @@ class BlockKey:
 
 
 def stored_array(array: str, *, is_per_point: object) -> str:
-    """`ArrayKey.array` of a density as training reads it: as it is in the store, or divided by its
-    number of points.
+    """`ArrayKey.array` of a density: as in the store, or divided by its number of points.
 
-    What training reads is what is stored: dividing 5 MB at each hit took six times as long as the
-    hit.
+    Entries hold the divided values, because dividing 5 MB takes six times as long as the hit.
 
     Raises
     ------
     ConfigError
-        The name has a blank in it, as no array of a density has.
+        The name contains a blank.
     """
     if " " in array:
         raise ConfigError(
-            f"density_type gives the array {array!r}; its name has no blank. Set it to total or "
-            "diff."
+            f"density_type gives the array {array!r}; which contains a blank. Set it to total "
+            "or diff."
         )
     return array + _PER_POINT if is_per_point else array
 
 
 def is_digest(text: object) -> bool:
-    """Whether ``text`` has the form of a digest. Nothing else that comes from outside becomes part
-    of a file's name.
-    """
+    """Whether ``text`` is a digest. No other outside input becomes part of a file name."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def file_digest(filename: str) -> str:
-    """32 hex digits for one file of the cache; no two files of its lifetime have one name."""
+    """32 hex digits for one file of the cache, whose names are never reused."""
     return _digest("file", filename)
 
 
 def source_digest(objects: Iterable[ObjectInfo]) -> str:
-    """Digest of what was listed: key, size and ETag of every object, in any order. Equal digests
-    mean "nothing changed".
+    """Digest of a listing: key, size and ETag of every object, in any order.
+
+    Equal digests mean that nothing has changed.
     """
     lines = sorted(f"{o.key}\0{o.size_bytes}\0{o.etag}" for o in objects)
     return _digest("source", *lines)
 
 
 def stem_of(name: str) -> str | None:
-    """Task id of a store's file name (``mp-1.zarr`` or ``mp-1.zarr.zip`` gives ``mp-1``), None for
-    anything else.
-    """
+    """Task id of a store's name: ``mp-1`` of ``mp-1.zarr`` and ``mp-1.zarr.zip``, else None."""
     for suffix in (".zarr", ".zarr.zip"):
         if name.endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
@@ -209,10 +196,8 @@ def stem_of(name: str) -> str | None:
 
 
 def safe_repr(value: object) -> str:
-    """A value that came from outside as a message shows it: not at length, and in ASCII, where
-    letters that look alike are told apart.
-    """
-    return _SHOWN.repr(value).encode("ascii", "backslashreplace").decode()
+    """``repr`` of outside input for messages: shortened, and in ASCII against look-alike letters."""
+    return _REPR.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 def check_task_id(task_id: object) -> str:
@@ -232,12 +217,12 @@ def check_task_id(task_id: object) -> str:
 
 
 def check_task_ids(task_ids: Sequence[object]) -> list[str]:
-    """:func:`check_task_id` of each, in a third of the time: maps have 200,000.
+    """Apply :func:`check_task_id` to each, in a third of the time: maps have 200,000 ids.
 
     Raises
     ------
     ConfigError
-        As `check_task_id`, for the first that is none.
+        As `check_task_id`, for the first invalid id.
     """
     with contextlib.suppress(TypeError):  # not all of them are strings
         if all(map(_TASK_ID.fullmatch, task_ids)) and ".." not in "\n".join(task_ids):  # type: ignore[arg-type]

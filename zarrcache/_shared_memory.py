@@ -1,6 +1,4 @@
-"""A file without a name that the processes of one run share: no directory, no sweep, gone with the
-last of them.
-"""
+"""Memory that the processes of one run share: an unnamed file, gone with the last process."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ _appending = threading.Lock()
 
 
 def _forget_threads() -> None:
-    """In a forked child: the thread that held the lock is not here."""
+    """Replace the lock in a forked child, where the thread that held it does not exist."""
     global _appending
     _appending = threading.Lock()
 
@@ -27,10 +25,9 @@ os.register_at_fork(after_in_child=_forget_threads)
 
 
 class SharedFile:
-    """Open in this process, inherited by forked children, found again by spawned ones through its
-    address.
+    """An unnamed file: inherited by forked children, reopened by spawned ones through ``/proc``.
 
-    Where there is no ``memfd`` or no ``/proc`` (macOS), a spawned child gets a file of its own.
+    Without ``memfd`` or ``/proc`` (macOS) a spawned child gets its own, empty file.
     """
 
     def __init__(self, fd: int) -> None:
@@ -39,7 +36,7 @@ class SharedFile:
 
     @classmethod
     def new(cls) -> SharedFile:
-        """An empty file."""
+        """Make an empty file."""
         if hasattr(os, "memfd_create"):
             return cls(os.memfd_create(f"zarrcache-{secrets.token_hex(8)}", os.MFD_CLOEXEC))
         with tempfile.TemporaryFile() as file:
@@ -53,9 +50,9 @@ class SharedFile:
             return SharedFile.new, ()
 
     def append(self, data: bytes) -> int:
-        """Write at the end; the offset. Safe from any thread and process."""
-        # Not flock: parent and child have one open file, which flock does not tell apart. lockf in
-        # turn does not tell threads apart.
+        """Write at the end and return the offset. Safe from any thread and process."""
+        # Not flock: parent and child share one open file description, which flock treats as one
+        # owner. lockf in turn treats all threads of a process as one, hence the second lock.
         with _appending:
             fcntl.lockf(self._fd, fcntl.LOCK_EX)
             try:
@@ -66,16 +63,16 @@ class SharedFile:
         return offset
 
     def write(self, offset: int, data: bytes) -> None:
-        """Replace what was appended at ``offset``."""
+        """Overwrite the bytes at ``offset``."""
         os.pwrite(self._fd, data, offset)
 
     def read(self, offset: int = 0) -> bytes:
-        """Everything from ``offset`` on."""
+        """Read from ``offset`` to the end."""
         return os.pread(self._fd, max(0, os.fstat(self._fd).st_size - offset), offset)
 
     def map(self, nbytes: int) -> mmap.mmap:
-        """Its first ``nbytes`` as memory that all who have the file share; zeros at first. For a
-        file that nobody appends to.
+        """Map the first ``nbytes``, initially zeros, as shared memory. Not for a file that is
+        appended to.
         """
         if os.fstat(self._fd).st_size < nbytes:
             os.ftruncate(self._fd, nbytes)
@@ -83,8 +80,8 @@ class SharedFile:
 
 
 def _reopen(path: str, name: str) -> SharedFile:
-    """The file at ``path`` if it still is the one named; else a new one: another machine, or a
-    parent that has ended.
+    """Open ``path`` if it still is that file; a new one on another machine or after the parent
+    has ended.
     """
     try:
         if os.readlink(path) == name:
@@ -95,7 +92,7 @@ def _reopen(path: str, name: str) -> SharedFile:
 
 
 class SharedSet:
-    """Digests of 32 hex digits that any process of the run has added. Safe from any thread."""
+    """A set of digests (32 hex digits) shared by the processes of a run. Safe from any thread."""
 
     def __init__(self) -> None:
         self._file = SharedFile.new()
@@ -124,7 +121,7 @@ class SharedSet:
             return raw in self._known
 
     def add(self, digest: str) -> None:
-        """Add, for every process that has the set."""
+        """Add a digest, for every process that shares the set."""
         raw = bytes.fromhex(digest)
         with self._lock_of_this_process():
             if raw not in self._known:
@@ -132,7 +129,7 @@ class SharedSet:
                 self._file.append(raw)
 
     def _lock_of_this_process(self) -> threading.Lock:
-        # a forked child has a lock that some thread of its parent may have held for ever
+        # In a forked child the lock may be held by a thread that exists only in the parent.
         if self._pid != os.getpid():
             self._start()
         return self._lock

@@ -1,4 +1,4 @@
-"""Sizes, durations, shares and counts as people write them: ``200 GiB``, ``5 min``, ``5 %``, ``8``."""
+"""Parse and format sizes, durations, shares and counts: ``200 GiB``, ``5 min``, ``5 %``, ``8``."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class Percent(float):
 
 
 def parse_bytes(value: object) -> int:
-    """Bytes of ``200 GiB``, ``1.5 GB``, ``4MiB`` or a plain number. K, M, G and T without ``B``
-    mean 1024.
+    """Bytes of ``200 GiB``, ``1.5 GB``, ``4MiB`` or a plain number; K, M, G, T alone are binary.
 
     Raises
     ------
@@ -69,7 +68,7 @@ def parse_seconds(value: object) -> float:
 
 
 def format_bytes(n: int) -> str:
-    """``73.1 GiB``; exact below one KiB."""
+    """Format bytes as ``73.1 GiB``; exact below one KiB."""
     if abs(n) < 1024:
         return f"{n} B"
     size = float(n)
@@ -81,7 +80,7 @@ def format_bytes(n: int) -> str:
 
 
 def bytes_or_percent(value: object) -> int | Percent:
-    """A size, or a share of the file system such as ``5 %``."""
+    """Parse a size, or a share of the file system such as ``5 %``."""
     if isinstance(value, Percent):
         return value
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
@@ -96,7 +95,7 @@ def bytes_or_percent(value: object) -> int | Percent:
 
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
-    """An argument that has to be one.
+    """Return an integer argument within bounds.
 
     Raises
     ------
@@ -106,7 +105,7 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
         number = operator.index(value)
     except TypeError:
         number = least - 1
-    # True is an int to Python; here it is a flag in the place of a number.
+    # bool is an int to Python; here it is a mistake.
     if isinstance(value, bool) or number < least or (most is not None and number > most):
         raise ConfigError(
             f"{name} is {value!r}; it has to be a whole number from "

@@ -1,4 +1,4 @@
-"""Settings: the users' training keys and the ``cache:`` block, checked once, frozen after.
+"""Settings: the users' training keys and the ``cache:`` block, validated once, then frozen.
 
 Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
 ``30 d`` or a number of seconds. ``${VAR}`` and ``${VAR:-default}`` expand in every string. The one
@@ -48,9 +48,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 
 
 def _expand(value: object) -> object:
-    """Replace ``${VAR}`` and ``${VAR:-default}``; a variable that is set to nothing counts as not
-    set, as in the shell.
-    """
+    """Expand ``${VAR}`` and ``${VAR:-default}``; as in the shell, empty counts as unset."""
     if isinstance(value, str):
         return _expand_text(value)
     if isinstance(value, Mapping):
@@ -71,7 +69,7 @@ def _expand_text(text: str) -> str:
     default = text[match.end() : end - 1]
     if depth or (default and not match[2]):
         raise ConfigError(
-            f"{text!r} holds a ${{ that is no variable. Write ${{NAME}} or ${{NAME:-default}}."
+            f"{text!r} holds a ${{ that is not a variable. Write ${{NAME}} or ${{NAME:-default}}."
         )
     found = os.environ.get(match[1])
     if not found and not match[2]:
@@ -87,7 +85,7 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 
 
 class _Block(BaseModel):
-    """A frozen block of settings whose every problem is one ConfigError that names the key."""
+    """A frozen block of settings; invalid values raise one ConfigError that names every key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -99,16 +97,15 @@ class _Block(BaseModel):
 
 
 class RetryConfig(_Block):
-    """How long a transient error is worth trying again."""
+    """How often and how long a transient error is retried."""
 
     attempts: int = Field(
-        5, ge=1, le=100, description="requests for one object at the most, the first included"
+        5, ge=1, le=100, description="most requests per object, the first one included"
     )
     timeout: Seconds = Field(
         60.0,
         gt=0,
-        description="seconds for all attempts of one fetch together, from the last object that "
-        "arrived",
+        description="seconds for all attempts of one fetch, since the last object arrived",
     )
 
 
@@ -117,13 +114,13 @@ class FetchConfig(_Block):
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
     concurrency: int = Field(
-        64, ge=1, le=1024, description="requests in flight for each density that is being read"
+        64, ge=1, le=1024, description="requests in flight per density being read"
     )
     memory: Bytes = Field(
         512 * 1024**2,
         gt=0,
-        description="bytes of objects and arrays that `zarrcache warm` holds at a time, all "
-        "processes together",
+        description="bytes of objects and arrays that `zarrcache warm` holds at once, summed over "
+        "its processes",
     )
     connect_timeout: Seconds = Field(5.0, gt=0)
     read_timeout: Seconds = Field(
@@ -132,7 +129,7 @@ class FetchConfig(_Block):
 
 
 class ByteTierConfig(_Block):
-    """The byte tier: objects, and blocks of large objects, as the origin stores them."""
+    """The byte tier: objects, and blocks of large objects, exactly as the origin stores them."""
 
     enabled: bool = True
     block_size: Bytes = Field(4 * 1024**2, ge=64 * 1024)
@@ -145,24 +142,25 @@ class ArrayTierConfig(_Block):
 
 
 class PriceConfig(_Block):
-    """What the origin's requests and bytes cost, for ``zarrcache plan``. Defaults are those of S3
-    Standard in us-east-1 to machines there.
+    """Prices of the origin's requests and bytes, for ``zarrcache plan``.
+
+    The defaults are those of S3 Standard in us-east-1, read from the same region.
     """
 
     currency: str = "USD"
-    dated: str = Field("2025-12", description="when these prices were looked up")
+    dated: str = Field("2025-12", description="month of these prices")
     list_per_1000: float = Field(0.005, ge=0, description="1,000 LIST requests")
     get_per_1000: float = Field(0.0004, ge=0, description="1,000 GET or HEAD requests")
-    transfer_per_gib: float = Field(0.0, ge=0, description="one GiB to where the training runs")
+    transfer_per_gib: float = Field(0.0, ge=0, description="one GiB to the training nodes")
 
 
 def _or_none(value: object) -> object:
-    """Nothing, or a variable that expanded to nothing."""
+    """None for an empty string, for example of an empty variable."""
     return None if value == "" else value
 
 
 def _listed(value: object) -> object:
-    """A list, or a string that a job script has made: names with commas or blanks between them."""
+    """A list, or a string of a job script with names separated by commas or blanks."""
     return (
         tuple(value.replace(",", " ").split())
         if isinstance(value, str)
@@ -216,8 +214,7 @@ class CacheConfig(_Block):
     lookahead: Bytes = Field(
         2 * 1024**3,
         ge=0,
-        description="bytes that a Lookahead fetches ahead of the training, all ranks of a node "
-        "together",
+        description="bytes that Lookahead fetches ahead, summed over the ranks of a node",
     )
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
@@ -228,19 +225,19 @@ class CacheConfig(_Block):
     prices: PriceConfig = PriceConfig()
     shared: bool = False
     lower: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
-        None, description="cache.dir of another cache, only read: asked before peers"
+        None, description="cache.dir of another cache: read-only, tried before the peers"
     )
     peers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (), description="http://host:port of nodes that run zarrcache serve"
     )
     advertise: Annotated[str | None, BeforeValidator(_or_none)] = Field(
-        None, description="this node's own http://host:port, as its peers name it"
+        None, description="this node's own http://host:port, as listed by its peers"
     )
     peer_token_file: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
-        None, description="file with the word that peers ask for"
+        None, description="file with the token shared by the peers"
     )
     allow_network_fs: bool = Field(
-        False, description="keep the cache on NFS, Lustre and the like, without SQLite's WAL"
+        False, description="allow NFS, Lustre and similar file systems, without SQLite's WAL"
     )
 
     def __init__(self, **data: Any) -> None:
@@ -273,28 +270,27 @@ class CacheConfig(_Block):
     def _is_not_below_itself(self) -> CacheConfig:
         if self.lower == self.dir:
             raise ValueError(
-                "cache.lower is cache.dir itself; give the directory of another cache, or none"
+                "cache.lower is cache.dir itself; give the directory of another cache, or remove it"
             )
         return self
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> CacheConfig:
-        """Read the ``cache:`` block of a training config, or a file that is such a block."""
+        """Read the ``cache:`` block of a training config, or a file that is only that block."""
         document = _read_yaml(path)
         block = document.get("cache", document)
         return cls.of(block)
 
     @classmethod
     def of(cls, value: CacheConfig | Mapping[str, Any]) -> CacheConfig:
-        """A config as it is, or a mapping (or namespace) checked into one."""
+        """Return a config unchanged, or make one of a mapping or namespace."""
         if isinstance(value, cls):
             return value
         return cls(**_as_dict(value, "cache"))
 
 
 class DataConfig(_Block):
-    """The users' training keys that say where the data is. Other keys of the file belong to the
-    training and are left alone.
+    """The keys of a training config that describe the data. Other keys are ignored.
 
     >>> DataConfig.from_yaml("configs/s3_cached.yaml").functional
     'GGA'
@@ -321,14 +317,14 @@ class DataConfig(_Block):
             )
         except ConfigError:
             raise ConfigError(
-                "s3_kwargs holds a ${ that is no variable, or one that is not set. Write ${NAME} "
-                "or ${NAME:-default}."
+                "s3_kwargs holds a ${ that is not a variable, or one that is not set. Write "
+                "${NAME} or ${NAME:-default}."
             ) from None
         for key in data.keys() - type(self).model_fields.keys():
             near = difflib.get_close_matches(
                 key, type(self).model_fields.keys() - data.keys(), n=1, cutoff=0.8
             )
-            if near:  # it may be a key of the training's own: only said
+            if near:  # only a warning: it may be one of the training's own keys
                 logger.warning(
                     "the config has the key %r; if it is meant for zarrcache, did you mean %r?",
                     key,
@@ -355,7 +351,7 @@ class DataConfig(_Block):
 
     @classmethod
     def of(cls, cfg: object) -> DataConfig:
-        """From a SimpleNamespace, a mapping, or a DataConfig as it is."""
+        """Return a DataConfig unchanged, or make one of a mapping or namespace."""
         if isinstance(cfg, cls):
             return cfg
         return cls(**_as_dict(cfg, "cfg"))
@@ -366,7 +362,7 @@ def _as_dict(value: object, name: str) -> dict[str, Any]:
         return {str(k): v for k, v in value.items()}
     if hasattr(value, "__dict__") and not isinstance(value, type):
         return dict(vars(value))
-    raise ConfigError(f"{name} is {value!r}; it has to be a mapping of keys and values.")
+    raise ConfigError(f"{name} is {value!r}; it must be a mapping of keys to values.")
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -388,18 +384,18 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
     if not isinstance(document, dict):
         raise ConfigError(
-            f"config file {os.fspath(path)} holds no keys. It has to look like "
-            "configs/s3_cached.yaml."
+            f"config file {os.fspath(path)} holds no keys. See configs/s3_cached.yaml "
+            "for an example."
         )
     return document
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    """One line for one problem: the key, what is wrong, what to write."""
+    """One line per problem: the key, what is wrong, what to write."""
     prefix = "cache." if issubclass(model, CacheConfig) else ""
     where = prefix + ".".join(str(part) for part in error["loc"])
     inner = error.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):  # a nested block has explained itself
+    if isinstance(inner, ConfigError):  # raised by a nested block, with its own words
         return "\n".join(f"{where}.{line}" for line in str(inner).splitlines())
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])
@@ -408,7 +404,7 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         return f"{where} is not a setting. {hint}"
     if error["type"] == "missing":
         return f"{where} is missing."
-    # it may be a secret
+    # s3_kwargs may hold secrets.
     got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
 

@@ -15,11 +15,11 @@
 
 Two of these choices keep wrong numbers out of a training run:
 
-* ``IncompleteArrayError`` is not an ``OSError``.  zarr turns ``FileNotFoundError`` from a store
-  into "missing chunk" and fills it with the fill value, without a word.  A listed object that
-  cannot be read must never look like that.
-* Every error takes exactly one string.  A DataLoader worker's exception is rebuilt in the parent as
-  ``type(exc)(message)``; an error with two arguments fails there and hides its cause.
+* ``IncompleteArrayError`` is not an ``OSError``. zarr takes a ``FileNotFoundError`` from a store
+  for a chunk that was never written and returns the fill value without a warning. A listed object
+  that cannot be read must not look like that.
+* Every error takes exactly one string. DataLoader rebuilds a worker's exception as
+  ``type(exc)(message)``; with two arguments that fails and hides the cause.
 """
 
 from __future__ import annotations
@@ -44,52 +44,41 @@ class ZarrCacheError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
 
-    # OSError.__str__ shows "[Errno None] None" for a subclass that is built from one string on some
-    # paths; the message is all there is.
+    # OSError.__str__ may show "[Errno None] None" for a subclass made from one string.
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class ConfigError(ZarrCacheError, ValueError):
-    """A setting that cannot be used: unknown key, unparsable size, unusable directory, bad map
-    file.
-    """
+    """An invalid setting: unknown key, unparsable size, unusable directory, bad map file."""
 
 
 class SchemaError(ZarrCacheError, ValueError):
-    """The store is readable but does not hold the array that was asked for."""
+    """The store is readable but does not have the requested array, or not as a density."""
 
 
 class OriginError(ZarrCacheError, OSError):
-    """The origin (S3, or the directory the data comes from) did not deliver."""
+    """The origin (S3, or the directory of the data) failed."""
 
 
 class OriginNotFoundError(OriginError, FileNotFoundError):
-    """The origin answered: there is no such store, bucket or directory. Never raised inside zarr's
-    read path.
-    """
+    """The store, bucket or directory does not exist. Never raised inside zarr's read path."""
 
 
 class OriginAccessError(OriginError, PermissionError):
-    """The origin answered: not with these credentials. Never retried."""
+    """The credentials do not allow it. Never retried."""
 
 
 class OriginUnavailableError(OriginError, ConnectionError):
-    """The origin did not answer, or answered "try later", until the attempts or the time were used
-    up.
-    """
+    """Transient errors used up all attempts, or the time for them."""
 
 
 class IncompleteArrayError(ZarrCacheError):
-    """A listed object is gone, changed, or does not match its listing. Nothing of the array is
-    cached.
-    """
+    """A listed object is gone, changed or damaged. Nothing of the array is cached."""
 
 
 class CorruptEntryError(ZarrCacheError):
-    """A cache entry does not match its checksum or identity. Raised by ``verify``; elsewhere it is
-    a purge and a miss.
-    """
+    """A cache entry does not match its checksum or identity. Raised by ``verify`` alone."""
 
 
 class LockTimeoutError(ZarrCacheError, TimeoutError):

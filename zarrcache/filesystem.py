@@ -1,7 +1,7 @@
 """The byte tier as an fsspec filesystem: ``zarrcache::s3://bucket/key``.
 
-Registered through the ``fsspec.specs`` entry point, so that anything which takes an fsspec URL can
-read through the cache.
+Registered through the ``fsspec.specs`` entry point: whatever takes an fsspec URL reads through the
+cache.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ __all__ = ["ZarrCacheFileSystem"]
 
 
 class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
-    """Read-only files of S3 or of a directory, through the byte tier.
+    """Read files of S3 or of a directory through the byte tier. Read-only.
 
-    >>> fsspec.open("zarrcache::s3://bucket/mp-1.zarr/.zattrs", s3={"anon": True}, zarrcache={"dir": "/scratch/me"})
-    >>> zarr.open_group("zarrcache::s3://bucket/mp-1.zarr", mode="r", storage_options={"s3": {...}, "zarrcache": {"dir": "/scratch/me"}})
+    >>> url = "zarrcache::s3://bucket/mp-1.zarr"
+    >>> options = {"s3": {"anon": True}, "zarrcache": {"dir": "/scratch/me"}}
+    >>> fsspec.open(f"{url}/.zattrs", **options)
+    >>> zarr.open_group(url, mode="r", storage_options=options)
 
-    What a path inside a Zarr store is, the store's listing says: one LIST a store, none if the
-    listing is stored already.
+    Paths inside a Zarr store are resolved by the store's listing: one LIST per store, and none if
+    that listing is cached.
 
     Parameters
     ----------
@@ -38,17 +40,16 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     target_options : mapping, optional
         ``s3_kwargs``.
     **settings
-        Keys of the ``cache:`` block; without ``dir`` the environment variable ``ZARRCACHE_DIR`` has
-        to be set.
+        Keys of the ``cache:`` block. Without ``dir``, ``ZARRCACHE_DIR`` must be set.
 
     Raises
     ------
     ConfigError
-        Another protocol, or settings that cannot be used.
+        Another protocol, or invalid settings.
     """
 
     protocol: ClassVar[str] = "zarrcache"
-    cachable = True  # equal arguments, one instance: one listing a store and one set of connections
+    cachable = True  # equal arguments share one instance, its listings and its connections
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
                 f"zarrcache reads s3:// and files, not {target_protocol or 'nothing'}. Write "
                 "zarrcache::s3://bucket/key."
             )
-        # zarr says it to every filesystem, and then wraps one that is not
+        # zarr passes it to every filesystem, and wraps one that is not asynchronous.
         settings.pop("asynchronous", None)
         super().__init__()
         self._is_s3 = target_protocol.startswith("s3")
@@ -73,7 +74,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
 
     @property
     def stats(self) -> Stats:
-        """What was read so far, in this process."""
+        """Counters of what this process has read."""
         return self._counters.snapshot()
 
     @classmethod
@@ -85,7 +86,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         )
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """What is directly below a directory; of a file, itself."""
+        """List a directory; a file lists itself."""
         below = ("" if self._is_s3 else "/") + f"{path.strip('/')}/"
         found = {}
         for name, obj in self._children(path).items():
@@ -99,7 +100,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         return list(found.values()) if detail else list(found)
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """Name, size in bytes, type, and ETag.
+        """Name, size in bytes, type and ETag.
 
         Raises
         ------
@@ -115,7 +116,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
     ) -> bytes:
-        """Bytes of a file, or of a part of it; negative positions count from the end.
+        """Read a file or a range of it; negative positions count from the end.
 
         Raises
         ------
@@ -138,8 +139,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     ) -> _File:
         if mode != "rb":
             raise ValueError(
-                f"zarrcache::{path} is opened through a cache and cannot be written. Open it with "
-                "its own filesystem."
+                f"zarrcache::{path} is read-only. To write, open it with its own filesystem."
             )
         config = self._cache.config
         assert config is not None
@@ -154,7 +154,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         )
 
     def _find(self, path: str) -> tuple[Origin, ObjectInfo] | None:
-        """A file: the origin to read it from, and what is listed of it."""
+        """Origin and listed object of a file; None if there is no such file."""
         store, key = self._store_of(path)
         if store is not None:
             obj = store.objects().get(key)
@@ -165,9 +165,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         return (origin, listed[0]) if listed else None
 
     def _children(self, path: str) -> dict[str, ObjectInfo | None]:
-        """Names directly below a directory; None for those that are directories. Empty if there is
-        no such directory.
-        """
+        """Objects directly below a directory by name, None for subdirectories; ``{}`` if absent."""
         store, key = self._store_of(path)
         if store is not None:
             prefix = f"{key}/" if key else ""
@@ -184,15 +182,15 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             names = origin.list_names()
         except OriginNotFoundError:
             return {}
-        # One LIST of this level alone: below it may be a hundred thousand stores. What is not a
-        # store is asked for one by one.
+        # One LIST of this level alone: there may be 100,000 stores below it. Names that are not
+        # stores are looked up one by one.
         return {
             name: None if name.endswith(".zarr") else next(iter(origin.list_objects(name)), None)
             for name in names
         }
 
     def _store_of(self, path: str) -> tuple[CachedStore | None, str]:
-        """The Zarr store (a directory ``*.zarr``) that a path is in, and the key in it."""
+        """The Zarr store (a directory ``*.zarr``) that contains a path, and the key in it."""
         parts = path.split("/")
         for i, part in enumerate(parts):
             if part.endswith(".zarr") and stem_of(part) is not None:

@@ -21,23 +21,22 @@ class Stats:
     Attributes
     ----------
     hits, misses : int
-        Array tier: densities served from disk, and densities that were not there.
+        Array tier: densities served from disk, and densities that had to be fetched.
     bypasses : int
         Densities read from the origin that were not admitted (limit reached, disk full, tier
         switched off).
     byte_hits, byte_misses : int
         The same for the byte tier, in objects and blocks.
     purges : int
-        Bad entries dropped (checksum, identity, truncation), and bad ones that were received and
-        not taken.
+        Bad entries dropped (checksum, identity, truncation), and bad ones received and refused.
     cache_errors : int
-        Cache faults that became misses or pass-through.
+        Cache errors that became misses or pass-through.
     requests, retries : int
         Requests sent to the origin, and those among them that repeat a failed one.
     fetched_bytes, served_bytes : int
         Bytes from the origin, and bytes served from disk.
     lower_hits, peer_hits : int
-        Misses that the lower layer or another node had, so that the origin was not asked for them.
+        Misses served by the lower layer or by another node instead of the origin.
     """
 
     hits: int = 0
@@ -72,14 +71,13 @@ _SLOT = struct.Struct(f"<{len(_NAMES)}q")
 
 
 class Counters:
-    """Live counters. Safe from any thread; each process counts for itself, and ``total()`` sums
-    over the processes that share a board.
+    """Live counters. Safe from any thread; ``total()`` sums over the processes that share a board.
 
     Parameters
     ----------
     shared : bool
-        Keep a board, a slot for each process: children made by fork or by pickling (DataLoader
-        workers) then appear in ``total()`` of their parent, also after they have ended.
+        Keep a board with one slot per process: children made by fork or by pickling (DataLoader
+        workers) then count in ``total()`` of their parent, also after they have ended.
     """
 
     def __init__(self, *, shared: bool = False) -> None:
@@ -87,8 +85,8 @@ class Counters:
         self._start()
 
     def _start(self) -> None:
-        # A forked child has a lock that some thread of its parent may have held for ever, and
-        # values that its parent reports.
+        # A forked child starts at 0: its parent reports the inherited values, and the inherited
+        # lock may be held by a thread that exists only in the parent.
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._values = dict.fromkeys(_NAMES, 0)
@@ -114,7 +112,7 @@ class Counters:
             return Stats(**self._values)
 
     def total(self) -> Stats:
-        """Counters of this process and of all that share its board."""
+        """Counters summed over this process and all that share its board."""
         if self._board is None:
             return self.snapshot()
         slots = list(_SLOT.iter_unpack(self._board.read()))

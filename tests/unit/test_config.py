@@ -269,8 +269,8 @@ def test_peers_are_a_list_or_what_a_job_script_has_put_together(
     ("text", "words"),
     [
         ("${UNSET}/zc", "UNSET, which is not set"),
-        ("${UNSET:-/tmp", "no variable"),
-        ("${UNSET-x}", "no variable"),
+        ("${UNSET:-/tmp", "not a variable"),
+        ("${UNSET-x}", "not a variable"),
     ],
 )
 def test_variable_that_is_not_set_is_named(
@@ -316,7 +316,7 @@ def test_config_is_taken_as_it_is_or_made_of_a_mapping_or_namespace(tmp_path: Pa
     assert (
         CacheConfig.of({"dir": tmp_path}) == CacheConfig.of(SimpleNamespace(dir=tmp_path)) == config
     )
-    with pytest.raises(ConfigError, match="cache is None; it has to be a mapping"):
+    with pytest.raises(ConfigError, match="cache is None; it must be a mapping"):
         CacheConfig.of(None)  # type: ignore[arg-type]
 
 
