@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import zarr
 
+from tests.support.readers import make_reader
 from tests.support.stores import plain_read, random_density, small_group
 from zarrcache import (
     ConfigError,
@@ -27,7 +28,6 @@ from zarrcache import (
     OriginNotFoundError,
     RhoData,
     SchemaError,
-    ZarrS3Reader,
     get_dataset,
 )
 
@@ -50,28 +50,19 @@ def data(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path, dirs_exist_ok=True))
 
 
-@pytest.fixture(params=["no cache", "array tier", "byte tier"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any] | None:
-    """The three ways that a density is read, which all have to complain alike."""
-    settings = {
-        "dir": tmp_path / "cache",
-        "min_free": 0,
-        "arrays": {"enabled": request.param == "array tier"},
-    }
-    return None if request.param == "no cache" else settings
+@pytest.fixture
+def cache() -> dict[str, Any]:
+    """A cache with its defaults: densities are read through the array tier."""
+    return {}
 
 
-def reader_of(root: Path, cache: dict[str, Any] | None = None, **changes: Any) -> ZarrS3Reader:
-    """A reader of ``data``."""
-    arguments = {
-        "data_dir": root / "data",
-        "label_dir": root / "label",
-        "map_dir": root / "map.json",
-        "functional": "GGA",
-    }
-    return ZarrS3Reader(
-        **arguments | {"normalize": False, "train_fraction": 0.5} | changes, cache=cache
-    )
+@pytest.fixture(
+    params=[None, {"arrays": {"enabled": True}}, {"arrays": {"enabled": False}}],
+    ids=["no cache", "array tier", "byte tier"],
+)
+def any_cache(request: pytest.FixtureRequest) -> Any:
+    """For one test of each kind of error: the three ways that a density is read."""
+    return request.param
 
 
 def replace_store(path: Path, arrays: dict[str, Any], **layout: Any) -> None:
@@ -91,7 +82,7 @@ class TestMap:
                 "Functional 'PBE' not found in mapping. Available: ['GGA', 'SCAN', 'r2SCAN']"
             ),
         ) as caught:
-            reader_of(data, functional="PBE").data_split()
+            make_reader(data, functional="PBE").data_split()
         assert isinstance(caught.value, ConfigError)
 
     def test_functional_without_ids_says_that_nothing_can_be_split(self, data: Path) -> None:
@@ -101,7 +92,7 @@ class TestMap:
             match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional "
             r"has both stores",
         ):
-            reader_of(data, functional="SCAN").data_split()
+            make_reader(data, functional="SCAN").data_split()
 
     def test_functional_whose_stores_are_all_missing_names_them(
         self, data: Path, caplog: pytest.LogCaptureFixture
@@ -111,7 +102,7 @@ class TestMap:
             caplog.at_level(logging.WARNING),
             pytest.raises(ConfigError, match="No task id of the functional has both stores"),
         ):
-            reader_of(data, functional="r2SCAN").data_split()
+            make_reader(data, functional="r2SCAN").data_split()
         assert "1 of 1 task ids of r2SCAN have no store" in caplog.text
         assert caplog.text.rstrip().endswith("mp-9")
 
@@ -136,7 +127,7 @@ class TestMap:
         """Broken JSON, broken gzip, and JSON of something else."""
         (data / "map.json").write_bytes(content)
         with pytest.raises(ConfigError) as caught:
-            reader_of(data).data_split()
+            make_reader(data).data_split()
         assert str(data / "map.json") in str(caught.value)
         assert words in str(caught.value)
         assert "{functional: [task_id, ...]}" in str(caught.value)
@@ -147,7 +138,7 @@ class TestMap:
         with pytest.raises(
             ConfigError, match=rf"{re.escape(str(data / name))} cannot be read \(.+\)\. Set map_dir"
         ):
-            reader_of(data, map_dir=data / name).data_split()
+            make_reader(data, map_dir=data / name).data_split()
 
     @pytest.mark.parametrize(
         "task_id",
@@ -173,8 +164,8 @@ class TestMap:
         """In the map, and in a call; before any path is made of it."""
         (data / "map.json").write_text(json.dumps({"GGA": [*IDS, task_id]}))
         for use in (
-            lambda: reader_of(data).data_split(),
-            lambda: reader_of(data).load(task_id, "data"),
+            lambda: make_reader(data).data_split(),
+            lambda: make_reader(data).load(task_id, "data"),
         ):
             with pytest.raises(ConfigError, match="is not a plain name") as caught:
                 use()
@@ -184,14 +175,14 @@ class TestMap:
 class TestArray:
     """Stores that can be read and do not hold a density."""
 
-    def test_missing_array_names_those_that_are_there(self, data: Path, cache: Any) -> None:
+    def test_missing_array_names_those_that_are_there(self, data: Path, any_cache: Any) -> None:
         """And the store. A ``ValueError``, in the users' words."""
         replace_store(
             data / "data" / "mp-1.zarr",
             {"rho": random_density((2, 2, 2)), "charge_density_diff": random_density((2, 2, 2))},
         )
         with pytest.raises(SchemaError) as caught:
-            reader_of(data, cache).load("mp-1", "data")
+            make_reader(data, cache=any_cache).load("mp-1", "data")
         expected = f"'charge_density_total' not found in zarr store {data}/data/mp-1.zarr. Available arrays: ['charge_density_diff', 'rho']"
         assert str(caught.value) == expected
         assert isinstance(caught.value, ValueError)
@@ -206,7 +197,7 @@ class TestArray:
             match=rf"'charge_density_{re.escape(density_type)}' not found "
             r".*\['charge_density_total'\]",
         ):
-            reader_of(data, cache, density_type=density_type).load("mp-1", "data")
+            make_reader(data, cache=cache, density_type=density_type).load("mp-1", "data")
 
     @pytest.mark.parametrize("shape", [(6, 7), (210,), (1, 5, 6, 7), (5, 0, 7)])
     @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -220,7 +211,7 @@ class TestArray:
             zarr_format=zarr_format,
         )
         with pytest.raises(SchemaError) as caught:
-            reader_of(data, cache).load("mp-1", "data")
+            make_reader(data, cache=cache).load("mp-1", "data")
         assert str(shape) in str(caught.value)
         assert "3-D" in str(caught.value)
         assert f"{data}/data/mp-1.zarr" in str(caught.value)
@@ -257,7 +248,7 @@ class TestArray:
             fill_value=fill_value,
         )
         with pytest.raises(SchemaError) as caught:
-            reader_of(data, cache).load("mp-1", "data")
+            make_reader(data, cache=cache).load("mp-1", "data")
         assert "a charge density holds real numbers" in str(caught.value)
         assert (v2 if zarr_format == 2 else v3) in str(caught.value)
         assert f"{data}/data/mp-1.zarr/charge_density_total" in str(caught.value)
@@ -272,11 +263,11 @@ class TestArray:
         path = data / "data" / "mp-1.zarr"
         replace_store(path, {"charge_density_total": values}, zarr_format=zarr_format)
         for _ in range(2):
-            got, gridsize = reader_of(data, cache).load("mp-1", "data")
+            got, gridsize = make_reader(data, cache=cache).load("mp-1", "data")
             assert (got.dtype, gridsize) == (np.float32, (5, 6, 7))
             np.testing.assert_array_equal(got, np.array(plain_read(path), dtype=np.float32).ravel())
 
-    def test_group_in_the_place_of_the_array_is_told(self, data: Path, cache: Any) -> None:
+    def test_group_in_the_place_of_the_array_is_told(self, data: Path, any_cache: Any) -> None:
         """Somebody wrote one level too deep."""
         path = data / "data" / "mp-1.zarr"
         shutil.rmtree(path)
@@ -284,7 +275,7 @@ class TestArray:
             "charge_density_total/0", data=random_density((2, 2, 2))
         )
         with pytest.raises(SchemaError, match="charge_density_total"):
-            reader_of(data, cache).load("mp-1", "data")
+            make_reader(data, cache=any_cache).load("mp-1", "data")
 
 
 class TestDamage:
@@ -292,7 +283,7 @@ class TestDamage:
 
     def one_bad(self, data: Path, cache: Any, error: type[Exception], words: str) -> None:
         """``mp-1`` raises, twice, with its path; ``mp-2`` is read; no sample of the split vanishes."""
-        reader = reader_of(data, cache)
+        reader = make_reader(data, cache=cache)
         for _ in range(2):
             with pytest.raises(error, match=words) as caught:
                 reader.load("mp-1", "data")
@@ -320,17 +311,19 @@ class TestDamage:
         )
 
     @pytest.mark.parametrize("keep", [0, 1, 40])
-    def test_truncated_array_metadata(self, data: Path, cache: Any, keep: int) -> None:
+    def test_truncated_array_metadata(self, data: Path, any_cache: Any, keep: int) -> None:
         """An upload that was cut."""
         path = data / "data" / "mp-1.zarr" / "charge_density_total" / ".zarray"
         path.write_bytes(path.read_bytes()[:keep])
-        self.one_bad(data, cache, SchemaError, r"\.zarray is not JSON .* convert the store again")
+        self.one_bad(
+            data, any_cache, SchemaError, r"\.zarray is not JSON .* convert the store again"
+        )
 
-    def test_truncated_chunk(self, data: Path, cache: Any) -> None:
+    def test_truncated_chunk(self, data: Path, any_cache: Any) -> None:
         """A chunk that was cut."""
         path = data / "data" / "mp-1.zarr" / "charge_density_total" / "0.1.0"
         path.write_bytes(path.read_bytes()[:20])
-        self.one_bad(data, cache, IncompleteArrayError, r"0\.1\.0.*onvert the store again")
+        self.one_bad(data, any_cache, IncompleteArrayError, r"0\.1\.0.*onvert the store again")
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\0" * 500])
     def test_unreadable_zip(self, data: Path, cache: Any, content: bytes) -> None:
@@ -341,14 +334,14 @@ class TestDamage:
             data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file"
         )
 
-    def test_zip_that_was_cut(self, data: Path, cache: Any) -> None:
+    def test_zip_that_was_cut(self, data: Path, any_cache: Any) -> None:
         """Half of an upload."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         path = data / "data" / "mp-1.zarr.zip"
         small_group(path, as_zip=True)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         self.one_bad(
-            data, cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file"
+            data, any_cache, IncompleteArrayError, r"mp-1\.zarr\.zip is not a readable zip file"
         )
 
     def test_zip_without_the_array(self, data: Path, cache: Any) -> None:
@@ -364,11 +357,11 @@ class TestDamage:
             r"'charge_density_total' not found in zarr store .*mp-1\.zarr\.zip.*\[\]",
         )
 
-    def test_empty_directory(self, data: Path, cache: Any) -> None:
+    def test_empty_directory(self, data: Path, any_cache: Any) -> None:
         """``mkdir`` and then nothing."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         (data / "data" / "mp-1.zarr").mkdir()
-        self.one_bad(data, cache, OriginNotFoundError, "does not exist or is empty")
+        self.one_bad(data, any_cache, OriginNotFoundError, "does not exist or is empty")
 
     def test_attributes_that_are_not_json(self, data: Path, cache: Any) -> None:
         """Named with the attribute; the density can still be read."""
@@ -377,7 +370,7 @@ class TestDamage:
             {"charge_density_total": random_density((2, 2, 2))},
             attrs={"metadata": "{half", "structure": "{}"},
         )
-        reader = reader_of(data, cache)
+        reader = make_reader(data, cache=cache)
         group = reader.read_zarr_store(data / "data" / "mp-1.zarr")
         with pytest.raises(SchemaError, match="attribute 'metadata' is not JSON"):
             reader.get_metadata(group)
@@ -389,19 +382,19 @@ class TestPlace:
 
     @pytest.mark.parametrize("role", ["data", "label"])
     def test_directory_that_does_not_exist_is_named(
-        self, data: Path, cache: Any, role: str
+        self, data: Path, any_cache: Any, role: str
     ) -> None:
         """Not "all your stores are missing"."""
         with pytest.raises(
             OriginNotFoundError,
             match=rf"{data}/nowhere is not a directory of this machine. Check the path",
         ):
-            reader_of(data, cache, **{f"{role}_dir": data / "nowhere"}).data_split()
+            make_reader(data, cache=any_cache, **{f"{role}_dir": data / "nowhere"}).data_split()
 
     def test_file_in_the_place_of_a_directory_is_named(self, data: Path, cache: Any) -> None:
         """A path with one part too many."""
         with pytest.raises(OriginError, match=rf"{data}/map.json"):
-            reader_of(data, cache, label_dir=data / "map.json").data_split()
+            make_reader(data, cache=cache, label_dir=data / "map.json").data_split()
 
     def test_other_schemes_are_refused_with_those_that_work(self, data: Path) -> None:
         """Google's and the web's look alike."""
@@ -409,24 +402,24 @@ class TestPlace:
             with pytest.raises(
                 ConfigError, match=r"is not supported\. Write s3://bucket/prefix, a path"
             ):
-                reader_of(data, data_dir=url)
+                make_reader(data, data_dir=url)
 
     def test_store_missing_on_one_side_is_left_out_and_told(
         self, data: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """One warning; ``missing`` has the id."""
         shutil.rmtree(data / "label" / "mp-2.zarr")
-        reader = reader_of(data)
+        reader = make_reader(data)
         train, test = reader.data_split()
         assert len(train[0]) + len(test[0]) == 2
         assert reader.missing == ("mp-2",)
         assert caplog.text.count("are left out: mp-2") == 1
 
     def test_store_that_goes_away_later_is_an_error_not_a_sample_less(
-        self, data: Path, cache: Any
+        self, data: Path, any_cache: Any
     ) -> None:
         """The split is made; the sample is in it."""
-        reader = reader_of(data, cache)
+        reader = make_reader(data, cache=any_cache)
         (train, _), _ = (sets[:2] for sets in reader.data_split())
         first = reader.split_task_ids()[0][0]
         shutil.rmtree(data / "data" / f"{first}.zarr")
@@ -477,9 +470,9 @@ class TestPlace:
         assert train[0].reader.stats.cache_errors > 0
 
 
-def test_good_data_passes_everything_above(data: Path, cache: Any) -> None:
+def test_good_data_passes_everything_above(data: Path, any_cache: Any) -> None:
     """The fixture itself is not what is refused."""
-    reader = reader_of(data, cache)
+    reader = make_reader(data, cache=any_cache)
     for task_id in IDS:
         np.testing.assert_array_equal(
             reader.load(task_id, "label")[0], plain_read(data / "label" / f"{task_id}.zarr").ravel()
