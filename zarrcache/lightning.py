@@ -4,7 +4,7 @@ on many nodes, resumed where they ended.
 >>> data = ZarrDataModule("configs/s3_cached.yaml", batch_size=1, train_workers=8, val_workers=2)
 >>> Trainer(devices=8, num_nodes=4, strategy="ddp").fit(model, data, ckpt_path="last")
 
-Needs the extra ``lightning``. docs/training.md has whole training scripts.
+Needs the extra ``lightning``. docs/guides/training.md has whole training scripts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/cluster.md: its Python runs, its commands have the options that they are shown with, its
+"""docs/guides/cluster.md: its Python runs, its commands have the options that it shows, its
 files are there.
 """
 
@@ -16,7 +16,7 @@ from tests.support.training import zarrcache
 from zarrcache.demo.synthetic import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
+PAGE = (ROOT / "docs" / "guides" / "cluster.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
 

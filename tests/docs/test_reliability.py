@@ -1,4 +1,4 @@
-"""docs/reliability.md and SECURITY.md name tests that are there."""
+"""docs/explanation/reliability.md and SECURITY.md name tests that are there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("page", ["docs/reliability.md", "SECURITY.md"])
+@pytest.mark.parametrize("page", ["docs/explanation/reliability.md", "SECURITY.md"])
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     """File and function."""
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / page).read_text())

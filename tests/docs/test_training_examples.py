@@ -1,4 +1,4 @@
-"""The scripts of docs/training.md are run, with fewer and smaller everything."""
+"""The scripts of docs/guides/training.md are run, with fewer and smaller everything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = (ROOT / "docs" / "training.md").read_text()
+DOCUMENT = (ROOT / "docs" / "guides" / "training.md").read_text()
 FILES = {
     m[2]: m[3]
     for m in re.finditer(r"^```(\w+) (\S+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)

@@ -37,7 +37,7 @@ HANG_S = 300
 SIZES = [100, 3000, 5000, 9000, 13_000, 20_000]
 SIX_BYTES = 88 * 1024
 #: What the index of so few entries, its log and the locks may take beside the limit
-#: (docs/reliability.md).
+#: (docs/explanation/reliability.md).
 LOG_BYTES = 4 * 2**20
 #: ... and the directories: 256 a tier, the two above them, the locks' and the root; a block each
 #: while they hold few names.

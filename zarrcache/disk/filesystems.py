@@ -105,7 +105,7 @@ def refuse_network(directory: Path, *, is_allowed: bool) -> None:
         "and memory maps are slow or unsafe there. "
         "Choose a disk of this "
         f"node{f', for example dir: {near}/zarrcache' if near else ', for example its scratch directory'}. "
-        "If there is none, set cache.allow_network_fs: true (docs/network-file-systems.md says "
+        "If there is none, set cache.allow_network_fs: true (docs/guides/network-file-systems.md says "
         "what that costs)."
     )
 

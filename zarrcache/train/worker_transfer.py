@@ -2,7 +2,7 @@
 
 torch sends a tensor through shared memory, at about 1 GB/s a worker: two pairs of 8 MiB arrays take
 longer than everything else that happens to a warm sample.  What a worker has mapped, the training
-process can map as well, and it takes 0.1 ms whatever the size. docs/performance.md has the figures,
+process can map as well, and it takes 0.1 ms whatever the size. docs/explanation/performance.md has the figures,
 and what was tried.
 """
 

@@ -96,7 +96,7 @@ def test_belady_hits_as_often_as_can_be(epochs: list[list[int]], capacity: int) 
 def test_four_nodes_with_room_for_a_quarter_each(
     assignment: Any, policy: Policy, percent: int
 ) -> None:
-    """docs/training.md gives these; sizes spread as those of the Materials Project do (sigma of the
+    """docs/guides/training.md gives these; sizes spread as those of the Materials Project do (sigma of the
     logarithm 0.8).
     """
     count = 4000
