@@ -43,7 +43,7 @@ def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
 
 def test_every_file_of_the_page_is_there() -> None:
     """Links, and what its commands run."""
-    links = {name.removeprefix("../") for name in re.findall(r"\]\(([\w./-]+)\)", PAGE)}
+    links = {name.removeprefix("../../") for name in re.findall(r"\]\(([\w./-]+)\)", PAGE)}
     named = links | {
         word for line in COMMANDS for word in line.split() if word.startswith("configs/")
     }
