@@ -15,7 +15,7 @@ import pytest
 
 from tests.bench.server import BenchServer, Request, running
 from zarrcache.config import FetchConfig
-from zarrcache.origin._s3 import open_origin
+from zarrcache.origin import open_origin
 
 BODIES = {f"data/mp-1.zarr/{i}": bytes([i]) * (i + 1) for i in range(5)} | {
     "data/mp-2.zarr.zip": b"0123456789",

@@ -19,7 +19,7 @@ from zarrcache import ZarrS3Reader
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import OriginAccessError
-from zarrcache.origin._s3 import Origin, open_origin
+from zarrcache.origin import Origin, open_origin
 
 LISTED = ObjectInfo("mp-0.zarr/.zgroup", 20, "x")
 ASK = {

@@ -23,7 +23,7 @@ from tests.support.s3server import S3Server
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
-from zarrcache.origin._s3 import Origin, open_origin
+from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters
 
 ODD_KEYS = [
@@ -546,7 +546,7 @@ class TestProcessesAndThreads:
 
 
 def _engine_used(origin: Any) -> str:
-    return type(origin._engine()).__name__
+    return type(origin._bucket.engine()).__name__
 
 
 def _engine_of_child(origin: Origin, connection: Any) -> None:

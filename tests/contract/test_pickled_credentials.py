@@ -17,7 +17,7 @@ from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read, small_group
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader
-from zarrcache.origin._s3 import open_origin
+from zarrcache.origin import open_origin
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tests.support.faultproxy import FaultProxy
 from tests.support.s3server import S3Server
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import OriginError, OriginNotFoundError
-from zarrcache.origin._s3 import make_s3fs, open_origin
+from zarrcache.origin import make_s3fs, open_origin
 
 #: For servers that never get to look at them.
 CREDENTIALS = {"key": "THEKEY", "secret": "the-secret"}

@@ -35,7 +35,7 @@ from zarrcache.arrays.read import read_array
 from zarrcache.convert.density import read_density
 from zarrcache.convert.plan import plan_convert
 from zarrcache.data.splits import ids_of, read_map
-from zarrcache.origin._s3 import open_origin
+from zarrcache.origin import open_origin
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc"

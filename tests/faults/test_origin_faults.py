@@ -25,10 +25,9 @@ from zarrcache.errors import (
     OriginNotFoundError,
     OriginUnavailableError,
 )
-from zarrcache.origin import _backoff as backoff
+from zarrcache.origin import Origin, open_origin
 from zarrcache.origin import _obstore as engine_obstore
 from zarrcache.origin import _retry as retry
-from zarrcache.origin._s3 import Origin, open_origin
 from zarrcache.stats import Counters
 
 BODIES = {f"mp-1.zarr/{i}": random.Random(i).randbytes(2000 + i) for i in range(4)}
@@ -49,8 +48,8 @@ ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other at once, and no pause outlasts its test."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(backoff, "FIRST_S", 0.02)
-    monkeypatch.setattr(backoff, "_told", {})
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retry, "_pauses", {})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +133,7 @@ def sendings(origin: Any, fault: str) -> int:
     """How often one attempt is sent: aiohttp repeats a request whose connection is cut before the
     answer begins, once.
     """
-    return 2 if fault == "reset" and type(origin._engine()).__name__ == "S3fsEngine" else 1
+    return 2 if fault == "reset" and type(origin._bucket.engine()).__name__ == "S3fsEngine" else 1
 
 
 class TestTransient:
@@ -278,7 +277,9 @@ class TestTransient:
         """One line an attempt, on the package's logger."""
         fault_proxy.rules(Rule(("503", "500"), op="LIST"))
         ASK["LIST"](opened(), listed)
-        lines = [r.getMessage() for r in caplog.records if r.name == "zarrcache.origin._retry"]
+        lines = [
+            r.getMessage() for r in caplog.records if r.getMessage().startswith("origin.retry ")
+        ]
         assert [line.split(" wait_s=")[0] for line in lines] == [
             "origin.retry attempt=2",
             "origin.retry attempt=3",

@@ -25,7 +25,7 @@ from zarrcache.arrays import read as reading
 from zarrcache.arrays.read import read_array
 from zarrcache.config import FetchConfig
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin._s3 import open_origin
+from zarrcache.origin import open_origin
 
 ARRAY = "charge_density_total"
 SHAPE = (8, 8, 8)

@@ -17,7 +17,6 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import random_density, small_group
-from zarrcache.origin import _backoff as backoff
 from zarrcache.origin import _retry as retry
 
 ARRAY = "charge_density_total"
@@ -136,8 +135,8 @@ def test_every_sample_survives_a_bad_network(
 ) -> None:
     """24 stores, 216 objects; the waits are short, the bounds are those of a run."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
-    monkeypatch.setattr(backoff, "FIRST_S", 0.05)
-    monkeypatch.setattr(backoff, "_told", {})
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(retry, "_pauses", {})
     densities: dict[str, Any] = {}
     upload(s3_server, bucket, tmp_path, 24, densities)
     faults = soak(s3_server, fault_proxy, bucket, tmp_path, densities, engine, threads=4)

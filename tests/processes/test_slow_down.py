@@ -15,8 +15,8 @@ import pytest
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.origin import _backoff as backoff
-from zarrcache.origin._s3 import Origin, open_origin
+from zarrcache.origin import Origin, open_origin
+from zarrcache.origin import _retry as retry
 from zarrcache.stats import Counters
 
 PAUSE_S = 4.0
@@ -31,8 +31,8 @@ N = 12
 @pytest.fixture(autouse=True)
 def one_long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long enough to be told from a busy machine."""
-    monkeypatch.setattr(backoff, "FIRST_S", PAUSE_S)
-    monkeypatch.setattr(backoff, "_told", {})
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", PAUSE_S)
+    monkeypatch.setattr(retry, "_pauses", {})
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_without_a_directory_all_threads_of_the_process_pause(
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pauses that do not keep a test."""
-    monkeypatch.setattr(backoff, "FIRST_S", 0.05)
-    monkeypatch.setattr(backoff, "LONGEST_S", 0.4)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.4)
     return
 
 
@@ -174,11 +174,7 @@ def test_pauses_use_up_no_attempts(
     )
     objects = origin.list_objects("mp-1.zarr/")
     fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
-    with caplog.at_level(logging.WARNING, "zarrcache.origin._backoff"):
+    with caplog.at_level(logging.WARNING, "zarrcache.origin._retry"):
         assert len({obj.key: body for obj, body in origin.fetch(objects)}) == N
     assert (fault_proxy.count("GET"), counters.snapshot().retries) == (2 * N, N)
-    assert [
-        r.getMessage().split(" wait_s")[0]
-        for r in caplog.records
-        if r.name == "zarrcache.origin._backoff"
-    ]
+    assert [r for r in caplog.records if r.getMessage().startswith("origin.slow_down wait_s=")]

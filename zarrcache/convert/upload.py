@@ -1,133 +1,39 @@
-"""Upload stores to S3. Chunks first, the documents that make a store visible last: a reader finds
-all of it or none.
+"""Upload stores to S3: chunks first, the documents that make a store visible last, so that a reader
+finds a whole store or none.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from typing import Any
 
 from fsspec.asyn import get_loop
 
-from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.convert.writer import StoreExistsError, is_document
-from zarrcache.errors import OriginAccessError, OriginError, OriginUnavailableError
-from zarrcache.origin import (
-    SLOWEST_BYTES_PER_S,
-    Received,
-    RequestContext,
-    RetryPolicy,
-    S3Fault,
-    S3fsEngine,
-    S3Options,
-    TransientError,
-    pump,
-    split_s3_url,
-    to_error,
-)
+from zarrcache.errors import OriginError
+from zarrcache.origin import ObjectInfo, Received, S3Bucket, split_s3_url
 
 __all__ = ["S3Destination"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Answers = Iterator[tuple[ObjectInfo, Received | S3Fault | None]]
-
-CONCURRENCY = 32  # PUTs of one store in flight; several processes write at once
-#: After Ctrl-C or an error, what is on its way may take this long to arrive and be removed
-#: (seconds).
+CONCURRENCY = 32  # PUTs of one store in flight; several processes write at the same time
+#: After Ctrl-C or an error, seconds for requests in flight to end, before what they wrote is
+#: removed.
 _SETTLE_S = 5.0
+_CLEAN_UP_RETRY = RetryConfig(attempts=2, timeout=5)
 ROOT_DOCUMENTS = (".zgroup", "zarr.json")
 
 
-class _Writer(S3fsEngine):
-    """The s3fs engine, which reads, with the requests that write. Retries nothing."""
-
-    def __init__(self, bucket: str, options: S3Options, fetch: FetchConfig) -> None:
-        super().__init__(bucket, options, fetch)
-        self._puts: set[asyncio.Task[Any]] = set()
-
-    def put_many(self, bodies: Mapping[str, bytes], *, patience_s: float) -> Answers:
-        """One PUT for each key; see ``pump``. A silent server is given up after ``patience_s`` plus
-        what a very slow line needs.
-        """
-        has_ended = False
-
-        async def put(obj: ObjectInfo) -> Received:
-            if has_ended:
-                raise asyncio.CancelledError
-            sent = self._call(
-                "put_object",
-                patience_s + obj.size_bytes / SLOWEST_BYTES_PER_S,
-                Key=obj.key,
-                Body=bodies[obj.key],
-            )
-            request = asyncio.get_running_loop().create_task(sent)
-            self._puts.add(request)
-            request.add_done_callback(self._landed)
-            # What has been sent is not cancelled with the rest: the server may take it all the
-            # same, after we have looked for what to remove.
-            answer = await asyncio.shield(request)
-            return Received(b"", answer.get("ETag", ""))
-
-        try:
-            yield from pump(
-                get_loop(),
-                put,
-                [ObjectInfo(key, len(body), "") for key, body in bodies.items()],
-                CONCURRENCY,
-            )
-        finally:
-            has_ended = True
-
-    def settle(self, patience_s: float) -> None:
-        """Wait for what is on its way when a ``put_many`` was stopped, ``patience_s`` at the most."""
-
-        async def landed() -> None:
-            if self._puts:
-                await asyncio.wait(self._puts, timeout=patience_s)
-
-        asyncio.run_coroutine_threadsafe(landed(), get_loop()).result()
-
-    def _landed(self, request: asyncio.Task[Any]) -> None:
-        self._puts.discard(request)
-        if not request.cancelled():
-            request.exception()  # heard; or asyncio would complain of those that nobody waited for
-
-    def delete_many(self, keys: Collection[str], *, patience_s: float) -> Answers:
-        """One DELETE for each key. Not DeleteObjects, which answers 200 for keys that it could not
-        delete, and which not every server has.
-        """
-
-        async def delete(obj: ObjectInfo) -> Received:
-            await self._call("delete_object", patience_s, Key=obj.key)
-            return Received(b"", "")
-
-        return pump(get_loop(), delete, [ObjectInfo(key, 0, "") for key in keys], CONCURRENCY)
-
-    def head_many(self, keys: Collection[str], *, patience_s: float) -> Answers:
-        """One HEAD for each key; the ETag of what is not there is empty."""
-
-        async def head(obj: ObjectInfo) -> Received:
-            try:
-                answer = await self._call("head_object", patience_s, Key=obj.key)
-            except S3Fault as fault:
-                if fault.status == 404 and fault.code != "NoSuchBucket":
-                    return Received(b"", "")
-                raise
-            return Received(b"", answer["ETag"])
-
-        return pump(get_loop(), head, [ObjectInfo(key, 0, "") for key in keys], CONCURRENCY)
-
-
 class S3Destination:
-    """A prefix on S3 that stores are written to. One object belongs to one process; making it costs
-    no request.
+    """A prefix on S3 that stores are written to. One object per process; making it costs no
+    request.
+
+    Stores are written through obstore if possible. What is planned in the process that starts the
+    others (names, finished stores) goes through s3fs, so that a later fork may use obstore.
 
     Parameters
     ----------
@@ -146,11 +52,15 @@ class S3Destination:
         retry: RetryConfig | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self._bucket, self._prefix = split_s3_url(self.url)
-        self._options = S3Options.of(s3_kwargs)
-        self._retry = retry or RetryConfig()
-        self._fetch = FetchConfig(concurrency=CONCURRENCY)
-        self._engine = _Writer(self._bucket, self._options, self._fetch)
+        name, self._prefix = split_s3_url(self.url)
+        self._bucket = S3Bucket(
+            name,
+            s3_kwargs,
+            fetch=FetchConfig(concurrency=CONCURRENCY),
+            retry=retry or RetryConfig(),
+            writes=True,
+        )
+        self._in_flight: set[asyncio.Task[Received]] = set()
 
     def names(self) -> set[str]:
         """Names directly below the prefix, those of unfinished stores too. The first request shows
@@ -159,42 +69,34 @@ class S3Destination:
         Raises
         ------
         OriginError
-            No such bucket, no access, no answer.
+            There is no such bucket, no access, or no answer.
         """
         below = f"{self._prefix}/" if self._prefix else ""
         found: set[str] = set()
-        token: str | None = None
-        while True:
-            page = self._once(
-                self.url,
-                functools.partial(self._engine.list_page, below, delimiter="/", token=token),
-            )
-            found.update(
-                key.removeprefix(below).rstrip("/")
-                for key in (*page.prefixes, *(obj.key for obj in page.objects))
-            )
-            if (token := page.next_token) is None:
-                return found - {""}
+        for page in self._bucket.pages(below, self._bucket.context(self.url), delimiter="/"):
+            for key in (*page.prefixes, *(obj.key for obj in page.objects)):
+                found.add(key.removeprefix(below).rstrip("/"))
+        return found - {""}
 
     def finished(self, names: Collection[str]) -> set[str]:
-        """Which of these stores, ``mp-1.zarr`` or ``mp-1.zarr.zip``, are there and whole. One
-        request each, two for Zarr v3 or an unfinished one.
+        """Those of these stores, ``mp-1.zarr`` or ``mp-1.zarr.zip``, that exist and are whole: one
+        HEAD each, two for a store that is unfinished or of Zarr format 3.
         """
+        return self._finished(names, self._bucket.s3fs)
+
+    def _finished(self, names: Collection[str], open_engine: Callable[[], Any]) -> set[str]:
         found: set[str] = set()
-        zips = [name for name in names if name.endswith(".zip")]
-        trees = [name for name in names if not name.endswith(".zip")]
-        for document, asked in (
-            ("", zips),
-            *((f"/{document}", trees) for document in ROOT_DOCUMENTS),
-        ):
-            name_of = {self._key(name) + document: name for name in asked if name not in found}
-            found.update(
-                name_of[key]
-                for key, answer in self._all(
-                    self.url, list(name_of), self._engine.head_many
-                ).items()
-                if answer.etag
+        zips = {name for name in names if name.endswith(".zip")}
+        trees = set(names) - zips
+        for document, stores in (("", zips), *((f"/{name}", trees) for name in ROOT_DOCUMENTS)):
+            name_of = {self._key(name) + document: name for name in stores - found}
+            answers = self._bucket.call_all(
+                _head,
+                [ObjectInfo(key, 0, "") for key in name_of],
+                self._bucket.context(self.url),
+                open_engine=open_engine,
             )
+            found.update(name_of[key] for key, answer in answers.items() if answer.etag)
         return found
 
     def upload(self, name: str, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
@@ -205,9 +107,9 @@ class S3Destination:
         name : str
             ``mp-1.zarr``, or ``mp-1.zarr.zip`` with a single object whose key is empty.
         objects : mapping
-            Key below the store to bytes, in the order to publish them.
+            Key below the store to bytes, in the order in which to publish the documents.
         overwrite : bool
-            Take an old store away first: its documents before its chunks, so that nobody reads a
+            Remove an old store first: its documents before its chunks, so that no reader gets a
             mixture.
 
         Returns
@@ -218,66 +120,50 @@ class S3Destination:
         Raises
         ------
         StoreExistsError
-            It is there, and ``overwrite`` is False.
+            The store exists, and ``overwrite`` is False.
         OriginError
-            S3 did not take it; what was uploaded is removed again, as far as the server lets us.
+            S3 did not accept an object; what was uploaded is removed again, if the server lets it.
         """
-        url = f"{self.url}/{name}"
-        if not overwrite and self.finished([name]):
+        root = self._key(name)
+        if not overwrite and self._finished([name], lambda: self._bucket.engine(root)):
             raise StoreExistsError(
-                f"{url} is there already. Overwrite it on purpose (--overwrite) or choose another "
-                "destination."
+                f"{self.url}/{name} is there already. Overwrite it on purpose (--overwrite) or "
+                "choose another destination."
             )
-        bodies = {
-            f"{self._key(name)}/{key}" if key else self._key(name): body
-            for key, body in objects.items()
-        }
+        bodies = {f"{root}/{key}" if key else root: body for key, body in objects.items()}
         if name.endswith(".zip"):
-            # one PUT replaces an object at once: there is nothing to take away before or after
-            self._put(url, bodies)
+            self._put(name, bodies)  # one PUT replaces an object atomically
             return sum(map(len, bodies.values()))
-        touched = False
+        has_changed = False
         try:
-            # What is below the store without belonging to it: the old store, or the chunks that a
-            # killed process left.
+            # The old store, or chunks that a killed process left.
             old = self._list(name)
-            for keys in (
-                sorted(filter(is_document, old), key=lambda key: key.count("/")),
-                [key for key in old if not is_document(key)],
-            ):
-                touched = touched or bool(keys)
-                self._all(url, keys, self._engine.delete_many)
-            touched = True
-            self._put(url, {key: body for key, body in bodies.items() if not is_document(key)})
-            for key in filter(is_document, bodies):  # one after the other: the order is the point
-                self._put(url, {key: bodies[key]})
+            has_changed = bool(old)
+            self._delete(name, old)
+            has_changed = True
+            self._put(name, {key: body for key, body in bodies.items() if not is_document(key)})
+            for key in filter(is_document, bodies):  # in this order: the last one shows the store
+                self._put(name, {key: bodies[key]})
         except BaseException:  # KeyboardInterrupt and SystemExit too
-            if touched:
-                self._take_back(name)
+            if has_changed:
+                self._remove_unfinished(name)
             raise
         return sum(map(len, bodies.values()))
 
-    def _take_back(self, name: str) -> None:
-        url = f"{self.url}/{name}"
-        self._engine.settle(_SETTLE_S)
+    def _remove_unfinished(self, name: str) -> None:
         try:
-            # Again until nothing is listed: one that has got no answer may still arrive.
+            self._settle()
+            # Until nothing is listed: a PUT without an answer may still arrive.
             for _ in range(5):
                 keys = self._list(name)
                 if not keys:
                     break
-                for part in (
-                    list(filter(is_document, keys)),
-                    [key for key in keys if not is_document(key)],
-                ):
-                    self._all(
-                        url, part, self._engine.delete_many, RetryConfig(attempts=2, timeout=5)
-                    )
+                self._delete(name, keys, _CLEAN_UP_RETRY)
         except OriginError as exc:
             logger.warning(
                 "objects of an unfinished store stay behind, the next conversion of it removes "
                 "them: %s (%s)",
-                url,
+                f"{self.url}/{name}",
                 exc,
             )
 
@@ -285,103 +171,64 @@ class S3Destination:
         return f"{self._prefix}/{name}" if self._prefix else name
 
     def _list(self, name: str) -> list[str]:
-        keys: list[str] = []
-        token: str | None = None
-        while True:
-            page = self._once(
-                f"{self.url}/{name}",
-                functools.partial(self._engine.list_page, f"{self._key(name)}/", token=token),
-            )
-            keys += [obj.key for obj in page.objects]
-            if (token := page.next_token) is None:
-                return keys
+        found = self._bucket.list_objects(
+            f"{self._key(name)}/", self._bucket.context(f"{self.url}/{name}")
+        )
+        return [obj.key for obj in found]
 
-    def _put(self, url: str, bodies: Mapping[str, bytes]) -> None:
-        self._all(
-            url,
-            list(bodies),
-            lambda keys, patience_s: self._engine.put_many(
-                {key: bodies[key] for key in keys}, patience_s=patience_s
-            ),
+    def _put(self, name: str, bodies: Mapping[str, bytes]) -> None:
+        """One PUT for each object, repeated until all are written."""
+
+        async def put(engine: Any, obj: ObjectInfo, patience_s: float) -> Received:
+            return await self._shielded(engine.put(obj.key, bodies[obj.key], patience_s=patience_s))
+
+        self._bucket.call_all(
+            put,
+            [ObjectInfo(key, len(body), "") for key, body in bodies.items()],
+            self._bucket.context(f"{self.url}/{name}"),
+            open_engine=lambda: self._bucket.engine(*bodies),
         )
 
-    def _once(self, url: str, request: Callable[..., T]) -> T:
-        """One request under the retry policy. ``request`` takes ``patience_s``."""
-        policy = RetryPolicy(self._retry)
-        attempts = 0
+    def _delete(self, name: str, keys: Collection[str], retry: RetryConfig | None = None) -> None:
+        """One DELETE for each object, documents before chunks and those nearest the root first.
 
-        def attempt() -> T:
-            nonlocal attempts
-            attempts += 1
-            try:
-                return request(patience_s=min(self._fetch.read_timeout, policy.remaining_s))
-            except S3Fault as fault:
-                raise self._error(fault, url) from fault
-
-        try:
-            return policy.call(attempt)
-        except OriginUnavailableError as exc:
-            raise _unavailable(url, exc, attempts) from exc.__cause__
-
-    def _all(
-        self,
-        url: str,
-        keys: Collection[str],
-        send: Callable[..., Answers],
-        retry: RetryConfig | None = None,
-    ) -> dict[str, Received]:
-        """One request for every key, in passes over what has failed. ``send`` takes keys and
-        ``patience_s``.
+        Through s3fs: obstore sends DeleteObjects.
         """
-        answers: dict[str, Received] = {}
-        missing = list(keys)
-        policy = RetryPolicy(retry or self._retry)
-        attempts = 0
-        try:
-            for attempt in policy:
-                attempts += 1
-                failure: Exception | None = None
-                with contextlib.closing(
-                    send(missing, patience_s=min(self._fetch.read_timeout, policy.remaining_s))
-                ) as arrived:  # type: ignore[type-var]
-                    for obj, answer in arrived:
-                        if isinstance(answer, Received):
-                            answers[obj.key] = answer
-                            policy.progress()
-                        elif answer is not None:
-                            failure = self._error(answer, url)
-                            if not isinstance(failure, TransientError):
-                                raise failure
-                if failure is None:
-                    break
-                missing = [key for key in missing if key not in answers]
-                with attempt:
-                    raise failure
-        except OriginUnavailableError as exc:
-            raise _unavailable(url, exc, attempts) from exc.__cause__
-        return answers
-
-    def _error(self, fault: S3Fault, url: str) -> Exception:
-        error = to_error(
-            fault,
-            RequestContext(url, self._bucket, self._options.identity, anon=self._options.anon),
-        )
-        if isinstance(error, OriginAccessError) and (
-            fault.code == "AccessDenied" or fault.status in (401, 403)
-        ):
-            error = OriginAccessError(
-                f"{url}: writing was refused: {fault}. Converting needs s3:ListBucket, "
-                "s3:GetObject, s3:PutObject and s3:DeleteObject "
-                f"on bucket {self._bucket!r}. Set other credentials (key and secret, or profile)."
+        documents = sorted(filter(is_document, keys), key=lambda key: key.count("/"))
+        for part in (documents, [key for key in keys if not is_document(key)]):
+            self._bucket.call_all(
+                lambda engine, obj, s: engine.delete(obj.key, patience_s=s),
+                [ObjectInfo(key, 0, "") for key in part],
+                self._bucket.context(f"{self.url}/{name}"),
+                open_engine=self._bucket.s3fs,
+                retry=retry,
             )
-        error.__cause__ = fault
-        return error
+
+    async def _shielded(self, request: Coroutine[Any, Any, Received]) -> Received:
+        """Result of a PUT, which is not cancelled with the upload: the server may accept a
+        cancelled one after the clean-up has listed what to remove.
+        """
+        task = asyncio.get_running_loop().create_task(request)
+        self._in_flight.add(task)
+        task.add_done_callback(self._has_ended)
+        return await asyncio.shield(task)
+
+    def _has_ended(self, task: asyncio.Task[Received]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved, or asyncio would log it if the upload was stopped
+
+    def _settle(self) -> None:
+        """Wait for the PUTs that are in flight, at most ``_SETTLE_S`` seconds."""
+
+        async def settle() -> None:
+            if self._in_flight:
+                await asyncio.wait(self._in_flight, timeout=_SETTLE_S)
+
+        asyncio.run_coroutine_threadsafe(settle(), get_loop()).result()
 
 
-def _unavailable(url: str, exc: OriginUnavailableError, attempts: int) -> OriginUnavailableError:
-    return OriginUnavailableError(
-        f"{url} could not be written: {exc.__cause__} ({attempts} "
-        f"{'attempt' if attempts == 1 else 'attempts'}). "
-        "Check that the server runs and is reachable, then convert again: finished stores are "
-        "skipped."
-    )
+async def _head(engine: Any, obj: ObjectInfo, patience_s: float) -> Received:
+    """One HEAD; the ETag of an object that does not exist is empty."""
+    found = await engine.head(obj.key, patience_s=patience_s)
+    return Received(b"", found.etag if found is not None else "")

@@ -1,28 +1,26 @@
-"""Where data comes from: S3 or a directory, listed and fetched under one retry policy."""
+"""Where data comes from: S3 or a directory, listed and fetched under one retry policy.
+
+Origins for other storage implement `Origin` and are added with `register_origin`.
+"""
 
 from __future__ import annotations
 
-from zarrcache.origin._concurrent import PAGE_OBJECTS, SLOWEST_BYTES_PER_S, Received, pump
-from zarrcache.origin._retry import RetryPolicy, TransientError
-from zarrcache.origin._s3 import Origin, open_origin
-from zarrcache.origin._s3_errors import RequestContext, S3Fault, to_error
-from zarrcache.origin._s3_options import S3Options, split_s3_url
-from zarrcache.origin._s3fs import S3fsEngine, make_s3fs
+from zarrcache._keys import ObjectInfo
+from zarrcache.origin._concurrent import PAGE_OBJECTS, Received
+from zarrcache.origin._origin import Origin, OriginFactory, open_origin, register_origin
+from zarrcache.origin._s3 import S3Bucket
+from zarrcache.origin._s3_options import split_s3_url
+from zarrcache.origin._s3fs import make_s3fs
 
 __all__ = [
     "PAGE_OBJECTS",
-    "SLOWEST_BYTES_PER_S",
+    "ObjectInfo",
     "Origin",
+    "OriginFactory",
     "Received",
-    "RequestContext",
-    "RetryPolicy",
-    "S3Fault",
-    "S3Options",
-    "S3fsEngine",
-    "TransientError",
+    "S3Bucket",
     "make_s3fs",
     "open_origin",
-    "pump",
+    "register_origin",
     "split_s3_url",
-    "to_error",
 ]

@@ -1,6 +1,4 @@
-"""Many requests in flight, on the I/O loop or in threads, answers handed over one by one to the
-calling thread as they arrive.
-"""
+"""Make many requests at once, on an event loop or in threads; yield the answers as they arrive."""
 
 from __future__ import annotations
 
@@ -10,13 +8,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.origin._backoff import Backoff
-from zarrcache.origin._s3_errors import S3Fault
+from zarrcache.origin._retry import Backoff
+from zarrcache.origin._s3_errors import S3Error
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -24,16 +22,15 @@ if TYPE_CHECKING:
 __all__ = [
     "PAGE_OBJECTS",
     "SLOWEST_BYTES_PER_S",
+    "Answers",
     "Page",
     "Received",
-    "note",
-    "pump",
-    "pump_threads",
+    "concurrent_requests",
     "run",
 ]
 
-#: Slowest transfer of one object that is not given up. With the read timeout it bounds a server
-#: that sends a byte now and then.
+#: Slowest transfer of one object that is not given up, in bytes per second. Together with the read
+#: timeout it bounds a server that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
 
@@ -42,7 +39,9 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Received:
-    """The body of one object and the version that the server says it is."""
+    """Answer to a request for one object: its body, empty for other requests than GET, and the
+    ETag of the version.
+    """
 
     body: Buffer
     etag: str
@@ -50,8 +49,8 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """An answer to a LIST: objects and common prefixes with their full keys, and the token of the
-    next page (None on the last).
+    """Answer to a LIST: objects and common prefixes with their full keys, and the token of the next
+    page (None on the last).
     """
 
     objects: list[ObjectInfo]
@@ -59,9 +58,14 @@ class Page:
     next_token: str | None
 
 
+#: Objects with what came for them: the answer, the error, or None for an object that was not
+#: requested, because the server is down or the node pauses.
+Answers = Generator[tuple[ObjectInfo, Received | S3Error | None]]
+
+
 def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Result of ``coroutine``, run on ``loop`` in its own thread; it is cancelled if the waiting is
-    interrupted.
+    """Result of ``coroutine``, run on ``loop`` in another thread; an exception in the calling
+    thread (Ctrl-C) cancels it.
     """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
@@ -71,141 +75,111 @@ def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T
         raise
 
 
-def _is_paused(backoff: Backoff | None) -> bool:
-    """Whether nothing is to be asked now."""
-    return backoff is not None and backoff.remaining_s() > 0.0
-
-
-def note(answer: object, backoff: Backoff | None) -> None:
-    """Tell ``backoff`` what came: an ``S3Fault``, or anything else for an answer that was one."""
-    if backoff is None:
-        return
-    if not isinstance(answer, S3Fault):
-        backoff.served()
-    elif answer.is_slow_down:
-        backoff.told()
-
-
-def pump(
-    loop: asyncio.AbstractEventLoop,
-    get: Callable[[ObjectInfo], Awaitable[Received]],
+def concurrent_requests(
+    where: asyncio.AbstractEventLoop | Executor,
+    request: Callable[[ObjectInfo], Awaitable[Received]],
     objects: Sequence[ObjectInfo],
     concurrency: int,
     backoff: Backoff | None = None,
-) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
-    """One request for each object, ``concurrency`` at a time, answers in the order of arrival.
+) -> Answers:
+    """Make one request for each object, ``concurrency`` at a time; answers in order of arrival.
 
-    When as many requests in a row as there are in flight have failed and may be tried again, the
-    server is taken to be down: the rest is not asked for in this pass and comes back as None.  A
-    store of 2,000 objects then costs a dead server 64 requests a pass, not 2,000, and a hanging one
-    a single ``read_timeout``.  The same when ``backoff`` begins a pause, whoever was told to:
-    nobody waits in here, where nothing can interrupt it.
+    When as many requests in a row as may be in flight have failed with transient errors, the server
+    is taken to be down: the remaining objects are not requested in this pass and come back with
+    None. A store of 2,000 objects then costs a dead server 64 requests per pass instead of 2,000,
+    and a hanging server a single ``read_timeout``. The same happens when the node begins a pause:
+    the caller waits for its end, where Ctrl-C can interrupt it.
 
-    A consumer that stops early (``close()``) cancels what is in flight.
+    A consumer that stops early (``close()``) ends the requests that wait. Those in flight are
+    cancelled on an event loop; in threads they cannot be, so there ``request`` has to be short.
+
+    Parameters
+    ----------
+    where : event loop or executor
+        What runs the requests. The loop runs in another thread. With an executor, each of
+        ``concurrency`` threads makes one request at a time, and ``request`` blocks instead of
+        awaiting; if no thread can be started, the calling thread makes them all.
+    request : coroutine function
+        Raises ``S3Error``. Any other exception is raised to the consumer.
+    backoff : Backoff, optional
+        Pauses of the node: they are obeyed, and begun by answers that ask for fewer requests.
     """
-    arrived: queue.SimpleQueue[
-        tuple[ObjectInfo, Received | S3Fault | None] | BaseException | None
-    ] = queue.SimpleQueue()
-    todo = iter(objects)
-    failed_in_a_row = 0
-
-    async def worker() -> None:
-        nonlocal failed_in_a_row
-        for obj in todo:
-            if failed_in_a_row >= concurrency or _is_paused(backoff):
-                arrived.put((obj, None))
-                continue
-            answer: Received | S3Fault
-            try:
-                answer = await get(obj)
-            except S3Fault as fault:
-                answer = fault
-            failed_in_a_row = (
-                failed_in_a_row + 1 if isinstance(answer, S3Fault) and answer.is_transient else 0
-            )
-            note(answer, backoff)
-            arrived.put((obj, answer))
-
-    async def all_workers() -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, len(objects))):
-                    group.create_task(worker())
-        except BaseExceptionGroup as exc:
-            # a fault of ours, not of the server: the caller has to see it
-            arrived.put(exc.exceptions[0])
-        finally:
-            arrived.put(None)
-
-    future = asyncio.run_coroutine_threadsafe(all_workers(), loop)
-    try:
-        while (item := arrived.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        future.cancel()
-
-
-def pump_threads(
-    pool: Executor,
-    get: Callable[[ObjectInfo], Received],
-    objects: Sequence[ObjectInfo],
-    concurrency: int,
-    backoff: Backoff | None = None,
-) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
-    """As ``pump``, for a ``get`` that blocks: ``concurrency`` threads of ``pool`` are in one each.
-
-    What is in flight when a consumer stops early cannot be cancelled: it ends by itself, unheard.
-    So ``get`` has to end soon. Where no thread may be started any more, the calling thread does
-    what is to be done.
-    """
-    arrived: queue.SimpleQueue[
-        tuple[ObjectInfo, Received | S3Fault | None] | BaseException | None
-    ] = queue.SimpleQueue()
-    todo = deque(objects)
+    waiting = deque(objects)
+    arrived: queue.SimpleQueue[tuple[ObjectInfo, Received | S3Error | None] | BaseException] = (
+        queue.SimpleQueue()
+    )
     failed_in_a_row = 0
     counting = threading.Lock()
 
-    def worker() -> None:
+    async def requests() -> None:
+        """One request after the other, until none waits."""
         nonlocal failed_in_a_row
-        while todo:
+        while waiting:
             try:
-                obj = todo.popleft()
-            except IndexError:  # another thread was quicker
+                obj = waiting.popleft()
+            except IndexError:  # another thread was faster
                 return
-            if failed_in_a_row >= concurrency or _is_paused(backoff):
+            if failed_in_a_row >= concurrency or (backoff is not None and backoff.remaining_s()):
                 arrived.put((obj, None))
                 continue
-            answer: Received | S3Fault
+            answer: Received | S3Error
             try:
-                answer = get(obj)
-            except S3Fault as fault:
-                answer = fault
+                answer = await request(obj)
+            except S3Error as error:
+                answer = error
+            except BaseException as exc:
+                arrived.put(exc)
+                raise
             with counting:
-                failed_in_a_row = (
-                    failed_in_a_row + 1
-                    if isinstance(answer, S3Fault) and answer.is_transient
-                    else 0
-                )
-            note(answer, backoff)
+                is_failure = isinstance(answer, S3Error) and answer.is_transient
+                failed_in_a_row = failed_in_a_row + 1 if is_failure else 0
+            if backoff is not None:
+                backoff.note(answer if isinstance(answer, S3Error) else None)
             arrived.put((obj, answer))
 
+    started: list[Future[Any]] = []
     try:
-        workers = 0
-        # the interpreter is going, or this user has as many threads as are allowed
-        with contextlib.suppress(RuntimeError):
-            while workers < min(concurrency, len(objects)):
-                # A fault of ours, not of the server, ends a worker: the caller has to see it.
-                pool.submit(worker).add_done_callback(lambda ended: arrived.put(ended.exception()))
-                workers += 1
-        if not workers:
-            worker()
+        started += _start(where, requests, min(concurrency, len(objects)))
         for _ in objects:
-            while (item := arrived.get()) is None:
-                pass
+            item = arrived.get()
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        todo.clear()
+        waiting.clear()
+        for future in started:
+            future.cancel()
+
+
+def _start(
+    where: asyncio.AbstractEventLoop | Executor,
+    requests: Callable[[], Coroutine[Any, Any, None]],
+    n: int,
+) -> list[Future[Any]]:
+    """Run ``requests`` ``n`` times at once."""
+    if not n:
+        return []
+    if not isinstance(where, Executor):
+
+        async def together() -> None:
+            await asyncio.gather(*(requests() for _ in range(n)), return_exceptions=True)
+
+        return [asyncio.run_coroutine_threadsafe(together(), where)]
+    started: list[Future[Any]] = []
+    # RuntimeError: the interpreter is ending, or this user's limit of threads is reached.
+    with contextlib.suppress(RuntimeError):
+        while len(started) < n:
+            started.append(where.submit(_run_without_waiting, requests))
+    if not started:
+        _run_without_waiting(requests)
+    return started
+
+
+def _run_without_waiting(requests: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine whose requests block, in this thread: if none of them waits in an await, it
+    ends at its first step.
+    """
+    coroutine = requests()
+    with contextlib.suppress(StopIteration):
+        coroutine.send(None)
+        coroutine.throw(RuntimeError("a request in a thread has to block instead of awaiting"))

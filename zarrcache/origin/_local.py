@@ -1,4 +1,4 @@
-"""An origin that is a directory, on a local disk or a network file system."""
+"""Stores in a directory, on a local disk or a network file system."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ __all__ = ["LocalOrigin"]
 
 T = TypeVar("T")
 
-#: Links to directories below one store: with two in each of 30 directories there are a billion
-#: paths.
+#: Links to directories below one store that are followed: two in each of 30 nested directories make
+#: a billion paths.
 _MAX_LINKS = 1000
 
-#: A network file system's ways to say "try again"; anything else of a disk does not go away by
-#: waiting.
+#: Errors of a network file system that may go away; other errors of a disk do not.
 _TRANSIENT = frozenset(
     {
         errno.ESTALE,
@@ -59,7 +58,7 @@ class LocalOrigin:
 
     See Also
     --------
-    zarrcache.origin._s3.Origin : what the methods promise.
+    Origin : contract of the methods.
     """
 
     identity = "file"
@@ -84,12 +83,12 @@ class LocalOrigin:
 
     def list_names(self) -> list[str]:
         """Names in the directory, sorted. See ``Origin.list_names``."""
-        return self._tried(lambda: sorted(os.listdir(self.url)), self.url, None)
+        return self._with_retries(lambda: sorted(os.listdir(self.url)), self.url, None)
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """Every file below ``prefix``. See ``Origin.list_objects``."""
         path = self.url_of(prefix)
-        found = self._tried(lambda: _list(path, prefix), path, None)
+        found = self._with_retries(lambda: _list(path, prefix), path, None)
         if not found and not os.path.isdir(self.url):
             raise _not_a_directory(self.url)
         return found
@@ -102,12 +101,12 @@ class LocalOrigin:
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed file. See ``Origin.fetch_range``."""
         path = self.url_of(obj.key)
-        data = self._tried(lambda: _read(path, obj, start, stop), path, obj)
+        data = self._with_retries(lambda: _read(path, obj, start, stop), path, obj)
         self._counters.add(fetched_bytes=len(data))
         return data
 
-    def _tried(self, function: Callable[[], T], path: str, obj: ObjectInfo | None) -> T:
-        def attempt() -> T:
+    def _with_retries(self, function: Callable[[], T], path: str, obj: ObjectInfo | None) -> T:
+        def attempt(_remaining_s: float) -> T:
             self._counters.add(requests=1)
             try:
                 return function()
@@ -117,7 +116,7 @@ class LocalOrigin:
                 raise _error(exc, path, obj) from exc
 
         return RetryPolicy(self._retry).call(
-            attempt, on_retry=lambda: self._counters.add(retries=1)
+            attempt, path, on_retry=lambda: self._counters.add(retries=1)
         )
 
 
@@ -145,7 +144,7 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
                     yield from _walk(entry.path, f"{prefix}{entry.name}/", links)
                     continue
                 status = entry.stat()
-                if not stat.S_ISREG(status.st_mode):  # a FIFO would have us wait for its writer
+                if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for its writer
                     raise OriginError(f"{entry.path} is neither a file nor a directory. Remove it.")
                 yield _info(prefix + entry.name, status)
             except FileNotFoundError as exc:
@@ -154,8 +153,7 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
                         f"{entry.path} is a broken symbolic link. Restore what it points to, or "
                         "remove it."
                     ) from exc
-                # Otherwise it was removed since the directory was read, and is no part of the
-                # listing.
+                # Otherwise it was removed after the directory was read: it is not listed.
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:
@@ -171,7 +169,7 @@ def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
             more := os.pread(file.fileno(), stop - start - len(data), start + len(data))
         ):
             data += more  # one pread ends at 2 GiB
-        # Looked at after the reading: a writer that came in between has changed the time.
+        # The version after reading: a writer in between has changed the modification time.
         if len(data) != stop - start or _info(obj.key, os.fstat(file.fileno())).etag != obj.etag:
             raise IncompleteArrayError(
                 f"{path} was changed after it was listed. Read it again when the writer has "

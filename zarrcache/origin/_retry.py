@@ -1,46 +1,67 @@
-"""The one retry policy: which failures are tried again, how often, for how long. The only import of
-tenacity.
+"""Retry requests that fail with a transient error: how often, how long, and when the node pauses.
 
-Every layer below has its own retries switched off, for they multiply: a server that answers 503 for
-ever costs s3fs with its defaults 25 requests and over 30 s for one object, and the same through
-this policy ``attempts`` requests.
+The only importer of tenacity. Retries are switched off in every library below, because they
+multiply: against a server that always answers 503, s3fs with its defaults sends 25 requests in more
+than 30 s for one object; with this policy it sends ``attempts``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import tenacity
 
+from zarrcache._keys import ObjectInfo
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
-from zarrcache.origin._backoff import Backoff
+from zarrcache.stats import Counters
 
-__all__ = ["RetryPolicy", "TransientError", "is_transient"]
+__all__ = ["Backoff", "RetryPolicy", "TransientError", "is_transient"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+A = TypeVar("A")
 
+#: Longest wait before the second attempt, in seconds. It doubles with each attempt.
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 20.0
+#: Length of a node's first pause, in seconds. It doubles while the server stays overloaded.
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 20.0
+#: After this many answers the server has recovered, and the next pause is short again.
+_RECOVERED = 10
+#: A pause that ended longer ago than this, in seconds, says nothing about the server's load now.
+_FORGET_S = 60.0
+#: Interval, in seconds, at which a process checks for a pause set by another one: one lstat, 2 us.
+_LOOK_S = 0.1
+
+_PAUSED = "SlowDown: the server has asked this node for fewer requests"
+
+# Not the shared generator: a network failure must not change the numbers of a seeded training run.
 _random = random.SystemRandom()
 
 
 class TransientError(Exception):
-    """An attempt at ``url`` failed in a way the next one may not. Internal: users see
-    ``OriginUnavailableError`` once the bounds are used up.
+    """An attempt at ``url`` failed, and the next one may succeed.
+
+    Internal: users see ``OriginUnavailableError`` when the attempts or the time are used up.
 
     Attributes
     ----------
     attempt : int
-        How many attempts at ``url`` there have been, where one turn of the policy does not attempt
-        everything; 0: as many as turns.
+        Attempts made at ``url`` so far; 0 if that is the number of the policy's rounds.
     """
 
     def __init__(self, url: str, cause: str, *, attempt: int = 0) -> None:
@@ -49,81 +70,309 @@ class TransientError(Exception):
         self.attempt = attempt
 
 
+class Overload(Protocol):
+    """An error that knows whether the server asks for fewer requests."""
+
+    @property
+    def is_slow_down(self) -> bool: ...
+
+
 def is_transient(exc: BaseException) -> bool:
     """Whether another attempt may succeed."""
     return isinstance(exc, TransientError)
 
 
+@dataclass(slots=True)
+class _Pause:
+    """The last pause of this process. Replaced, never changed except for ``served``: no lock, which
+    a fork could leave locked.
+    """
+
+    until_s: float  # time.monotonic()
+    length_s: float
+    served: int = 0  # answers since
+
+
+#: The last pause per endpoint: all readers of a process share it.
+_pauses: dict[str, _Pause] = {}
+
+
+class Backoff:
+    """Pauses of all requests to one endpoint, on the whole node.
+
+    S3 counts the requests of all processes together. If only the process that got SlowDown paused,
+    the others would keep the server overloaded until the attempts of all are used up. With
+    ``directory``, all processes of the node that use it pause; without it, the threads of this one.
+
+    Cheap to make and picklable. Safe from any thread and process, and on both sides of a fork.
+
+    Parameters
+    ----------
+    endpoint : str
+        ``Origin.identity``.
+    directory : Path, optional
+        An existing directory that the node's processes share. A pause is an empty file in it whose
+        modification time is the end of the pause and whose access time is its beginning: setting
+        and reading it is one system call, and there is no content to tear or forge. An end that is
+        more than ``LONGEST_PAUSE_S`` ahead is ignored.
+    """
+
+    def __init__(self, endpoint: str, directory: Path | None = None) -> None:
+        self._endpoint = endpoint
+        self._path = (
+            None
+            if directory is None
+            else directory / f"slowdown-{hashlib.sha256(endpoint.encode()).hexdigest()[:16]}"
+        )
+        self._look_s = 0.0
+
+    def remaining_s(self) -> float:
+        """Seconds until the next request may be sent; 0.0 without a pause."""
+        now_s = time.monotonic()
+        pause = _pauses.get(self._endpoint)
+        if pause is not None and now_s < pause.until_s:
+            return pause.until_s - now_s
+        if self._path is None or now_s < self._look_s:
+            return 0.0
+        self._look_s = now_s + _LOOK_S
+        stored = self._stored()
+        if stored is None:
+            return 0.0
+        remaining_s, length_s = stored
+        _pauses[self._endpoint] = _Pause(now_s + remaining_s, length_s)
+        return remaining_s
+
+    def slow_down(self) -> None:
+        """Begin a pause, because the server has answered that it gets too many requests.
+
+        During a pause this has no effect: the requests that were in flight when it began get the
+        same answer.
+        """
+        if self.remaining_s():
+            return
+        now_s = time.monotonic()
+        last = _pauses.get(self._endpoint)
+        length_s = FIRST_PAUSE_S
+        if last is not None and last.served < _RECOVERED and now_s - last.until_s <= _FORGET_S:
+            length_s = min(2 * last.length_s, LONGEST_PAUSE_S)
+        _pauses[self._endpoint] = _Pause(now_s + length_s, length_s)
+        logger.warning("origin.slow_down wait_s=%.1f endpoint=%s", length_s, self._endpoint)
+        if self._path is not None:
+            try:
+                self._store(length_s)
+            except OSError as exc:  # full disk, or the directory is gone: only this process pauses
+                logger.info("cannot pause the other processes of this node: %s", exc)
+
+    def served(self) -> None:
+        """Count an answer of the server towards its recovery."""
+        pause = _pauses.get(self._endpoint)
+        if pause is not None:
+            pause.served += 1
+
+    def note(self, error: Overload | None) -> None:
+        """Take notice of the end of a request: an error of the server, or None for an answer."""
+        if error is None:
+            self.served()
+        elif error.is_slow_down:
+            self.slow_down()
+
+    def _stored(self) -> tuple[float, float] | None:
+        """Remaining and total length of the node's pause in seconds, None without one."""
+        assert self._path is not None
+        try:
+            status = os.lstat(self._path)
+        except OSError:
+            return None
+        remaining_s = status.st_mtime - time.time()
+        if not 0.0 < remaining_s <= LONGEST_PAUSE_S:
+            return None
+        length_s = status.st_mtime - status.st_atime
+        return remaining_s, min(max(length_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+
+    def _store(self, length_s: float) -> None:
+        assert self._path is not None
+        now_s = time.time()
+        times = (now_s, now_s + length_s)
+        try:
+            os.utime(self._path, times, follow_symlinks=False)
+            return
+        except FileNotFoundError:
+            pass
+        except PermissionError:  # another user of a shared directory set the last pause
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+        with contextlib.suppress(FileExistsError):  # another process sets the same pause right now
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.utime(fd, times)
+            finally:
+                os.close(fd)
+
+
 class RetryPolicy:
-    """Attempts at one thing, bounded by their number and by time.
+    """Attempts at one operation, bounded by their number and by time.
 
     Before attempt ``n + 1`` it waits a random time between 0 and ``min(0.5 s * 2**(n - 1), 20 s)``
     (exponential backoff with full jitter: processes that failed together do not return together),
-    and as long as the node pauses.  It gives up when ``attempts`` are used, or when the next
-    attempt would start more than ``timeout`` seconds after the last progress.
+    and at least until the node's pause is over. It gives up when ``attempts`` are used, or when the
+    next attempt would start more than ``timeout`` seconds after the last progress.
 
-    One policy object is used once, in one thread::
-
-        policy = RetryPolicy(config)
-        for attempt in policy:
-            failure = one_pass()
-            if failure is None:
-                break
-            with attempt:
-                raise failure        # a TransientError waits and goes on, anything else is raised
-                by the next turn of the loop
+    A policy object is used for one operation, in one thread: `call` for one request, `call_all` for
+    many, or as an iterator of attempts.
 
     Parameters
     ----------
     config : RetryConfig
     backoff : Backoff, optional
         Pauses of the whole node.
+    verb, advice : str
+        Words of the error: what could not be done, and what to do about it.
 
     Raises
     ------
     OriginUnavailableError
-        The bounds are used up; ``from`` the last cause.
+        The attempts or the time are used up; ``from`` the last cause.
     """
 
-    def __init__(self, config: RetryConfig, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self,
+        config: RetryConfig,
+        backoff: Backoff | None = None,
+        *,
+        verb: str = "read",
+        advice: str = "Check that the server runs and is reachable from this node; for a slow or "
+        "busy server raise cache.retry.attempts or cache.retry.timeout.",
+    ) -> None:
         self._config = config
         self._backoff = backoff
+        self._verb = verb
+        self._advice = advice
         self._start_s = self._progress_s = time.monotonic()
 
-    def progress(self) -> None:
-        """Something arrived: the time bound starts anew. A slow line that works is not given up, a
-        dead one is.
+    def call(
+        self,
+        function: Callable[[float], T],
+        url: str,
+        *,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> T:
+        """Call ``function`` until it does not raise ``TransientError``.
+
+        Parameters
+        ----------
+        function : callable
+            Takes the seconds that are left.
+        url : str
+            What the request is for, if a pause of the node outlasts the time bound.
+        on_retry : callable
+            Called before each attempt but the first.
         """
+        result: list[T] = []
+        for number, attempt in enumerate(self):
+            if number:
+                on_retry()
+            with attempt:
+                if not self._wait_for_pause():
+                    raise TransientError(url, _PAUSED)
+                result.append(function(self.remaining_s))
+            if result:
+                break
+        return result[0]
+
+    def call_all(
+        self,
+        objects: Iterable[ObjectInfo],
+        send: Callable[[list[ObjectInfo], float], Generator[tuple[ObjectInfo, A | None]]],
+        accept: Callable[[ObjectInfo, A], T | Exception],
+        *,
+        url_of: Callable[[ObjectInfo], str],
+        counters: Counters | None = None,
+    ) -> Iterator[T]:
+        """Request every object, and request again what failed with ``TransientError``.
+
+        One pass requests all objects that are missing. A pass that a pause of the node cuts short
+        without a failure is no attempt, and each object has its own number of attempts.
+
+        Parameters
+        ----------
+        objects : iterable of ObjectInfo
+            With distinct keys.
+        send : callable
+            Takes the missing objects and the seconds that are left; sends one request for each and
+            yields the answers. An object may be answered twice; None means that it was not
+            requested in this pass.
+        accept : callable
+            Takes an object and its answer; returns the result to yield, or the error: a
+            ``TransientError`` to request the object again, any other exception to raise.
+        url_of : callable
+            URL of an object.
+        counters : Counters, optional
+            Where requests, retries, and fetched bytes (sizes of the objects) are counted.
+        """
+        missing = {obj.key: obj for obj in objects}
+        attempts: Counter[str] = Counter()
+
+        def one_pass() -> Generator[T, None, TransientError | None]:
+            failure: TransientError | None = None
+            answered: list[str] = []
+            nbytes = 0
+            if not self._wait_for_pause():
+                return TransientError(url_of(next(iter(missing.values()))), _PAUSED)
+            try:
+                with contextlib.closing(send(list(missing.values()), self.remaining_s)) as answers:
+                    for obj, answer in answers:
+                        if answer is None:
+                            continue
+                        answered.append(obj.key)
+                        result = accept(obj, answer)
+                        if isinstance(result, TransientError):
+                            result.attempt = attempts[obj.key] + 1
+                            if failure is None or result.attempt > failure.attempt:
+                                failure = result
+                        elif isinstance(result, Exception):
+                            raise result
+                        else:
+                            del missing[obj.key]
+                            nbytes += obj.size_bytes
+                            yield result
+                            self.progress()
+            finally:
+                # Once per pass: the counters of a node are in shared memory.
+                if counters is not None:
+                    repeated = len(answered) - len(set(answered) - attempts.keys())
+                    counters.add(requests=len(answered), retries=repeated, fetched_bytes=nbytes)
+                # An object that was late and requested twice in this pass has had one attempt.
+                attempts.update(set(answered))
+            return failure
+
+        for attempt in self:
+            failure = None
+            while missing and failure is None:
+                failure = yield from one_pass()
+            # A failure may remain of an object that an engine has requested twice in one pass.
+            if not missing:
+                return
+            with attempt:
+                assert failure is not None
+                raise failure
+
+    def progress(self) -> None:
+        """Restart the time bound: a slow line that delivers is not given up."""
         self._progress_s = time.monotonic()
 
     @property
     def remaining_s(self) -> float:
-        """Seconds until the time bound, 0.0 at the least."""
+        """Seconds until the time bound, at least 0.0."""
         return max(0.0, self._progress_s + self._config.timeout - time.monotonic())
 
-    def wait_for_turn(self, url: str) -> None:
-        """Wait until the node may send requests again. Call before one that is no second attempt
-        too: somebody else may have been told.
-
-        Raises
-        ------
-        TransientError
-            That is not before the time bound.
-        """
-        while (pause_s := self._pause_s()) > 0.0:
-            if pause_s >= self.remaining_s:
-                raise TransientError(
-                    url, "SlowDown: the server has asked this node for fewer requests"
-                )
-            time.sleep(pause_s)
-
     def __iter__(self) -> Iterator[AbstractContextManager[object]]:
+        """Attempts: context managers that catch a ``TransientError`` if another one follows."""
         retrying = tenacity.Retrying(
             sleep=lambda seconds: time.sleep(seconds),
             stop=self._is_used_up,
             wait=self._wait_s,
             retry=tenacity.retry_if_exception(is_transient),
-            before_sleep=self._log,
+            before_sleep=_log,
         )
         try:
             yield from retrying
@@ -132,60 +381,49 @@ class RetryPolicy:
             assert isinstance(failure, TransientError)
             attempts = failure.attempt or exc.last_attempt.attempt_number
             raise OriginUnavailableError(
-                f"{failure.url} could not be read: {failure} "
+                f"{failure.url} could not be {self._verb}: {failure} "
                 f"({attempts} {'attempt' if attempts == 1 else 'attempts'} in "
-                f"{time.monotonic() - self._start_s:.1f} s). "
-                "Check that the server runs and is reachable from this node; for a slow or busy "
-                "server raise cache.retry.attempts "
-                "or cache.retry.timeout."
+                f"{time.monotonic() - self._start_s:.1f} s). {self._advice}"
             ) from (failure.__cause__ or failure)
 
-    def call(self, function: Callable[[], T], *, on_retry: Callable[[], None] = lambda: None) -> T:
-        """``function()``, tried again while it raises ``TransientError``; ``on_retry`` is called
-        before each attempt but the first.
+    def _wait_for_pause(self) -> bool:
+        """Wait until the node may send requests again, before a first attempt too: another process
+        may have begun the pause. False, at once, if the pause outlasts the time bound.
         """
-        result: list[T] = []
-        for number, attempt in enumerate(self):
-            if number:
-                on_retry()
-            with attempt:
-                result.append(function())
-            if result:
-                break
-        return result[0]
-
-    def _is_used_up(self, state: tenacity.RetryCallState) -> bool:
-        # The coming wait counts: sleeping only to give up afterwards helps nobody.
-        return _attempt(state) >= self._config.attempts or state.upcoming_sleep >= self.remaining_s
-
-    def _wait_s(self, state: tenacity.RetryCallState) -> float:
-        # Not from the shared generator: a blip of the network must not change a seeded training
-        # run.
-        return max(
-            self._pause_s(),
-            _random.uniform(0.0, min(FIRST_WAIT_S * 2.0 ** (_attempt(state) - 1), LONGEST_WAIT_S)),
-        )
+        while (pause_s := self._pause_s()) > 0.0:
+            if pause_s >= self.remaining_s:
+                return False
+            time.sleep(pause_s)
+        return True
 
     def _pause_s(self) -> float:
-        """What is left of a pause of the node, and a little more, other for each: those who waited
-        together do not return together.
+        """Seconds left of the node's pause plus a random time: processes that wait together do not
+        return together.
         """
         pause_s = 0.0 if self._backoff is None else self._backoff.remaining_s()
         return pause_s + _random.uniform(0.0, FIRST_WAIT_S) if pause_s else 0.0
 
-    def _log(self, state: tenacity.RetryCallState) -> None:
-        failure = state.outcome.exception() if state.outcome is not None else None
-        url = getattr(failure, "url", "")
-        logger.warning(
-            "origin.retry attempt=%d wait_s=%.2f url=%s cause=%s",
-            _attempt(state) + 1,
-            state.upcoming_sleep,
-            url,
-            failure,
-        )
+    def _is_used_up(self, state: tenacity.RetryCallState) -> bool:
+        # Includes the coming wait: sleeping only to give up afterwards would be of no use.
+        return _attempt(state) >= self._config.attempts or state.upcoming_sleep >= self.remaining_s
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        longest_s = min(FIRST_WAIT_S * 2 ** (_attempt(state) - 1), LONGEST_WAIT_S)
+        return max(self._pause_s(), _random.uniform(0.0, longest_s))
+
+
+def _log(state: tenacity.RetryCallState) -> None:
+    failure = state.outcome.exception() if state.outcome is not None else None
+    logger.warning(
+        "origin.retry attempt=%d wait_s=%.2f url=%s cause=%s",
+        _attempt(state) + 1,
+        state.upcoming_sleep,
+        getattr(failure, "url", ""),
+        failure,
+    )
 
 
 def _attempt(state: tenacity.RetryCallState) -> int:
-    """How many attempts there have been at what has just failed."""
+    """Attempts made at what has just failed."""
     failure = state.outcome.exception() if state.outcome is not None else None
     return getattr(failure, "attempt", 0) or state.attempt_number

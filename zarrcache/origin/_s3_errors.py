@@ -1,7 +1,7 @@
-"""What S3 answered when it did not deliver, and the words for it.
+"""What an S3 error answer means, and the exception and message that users get for it.
 
-Both engines reduce their library's exceptions to an ``S3Fault``; ``to_error`` is the one place that
-decides what it means and what to do.
+Both engines reduce the exceptions of their library to an ``S3Error``; ``to_error`` alone decides
+whether the request is worth repeating and what the message says.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from zarrcache.errors import (
 )
 from zarrcache.origin._retry import TransientError
 
-__all__ = ["RequestContext", "S3Fault", "to_error"]
+__all__ = ["RequestContext", "S3Error", "changed", "to_error"]
 
-_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504, 509})
-#: Fewer requests, please: from everybody, not only from whoever was told.
+# To retry another answer, add its code or status here; to pause the whole node as well, to the
+# first two sets.
 _SLOW_DOWN_STATUS = frozenset({429, 503, 509})
 _SLOW_DOWN_CODES = frozenset(
     "SlowDown Throttling ThrottlingException RequestLimitExceeded BandwidthLimitExceeded "
     "TooManyRequests ServiceUnavailable".split()
 )
+_TRANSIENT_STATUS = _SLOW_DOWN_STATUS | {408, 500, 502, 504}
 _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "InternalError OperationAborted RequestTimeout RequestTimeoutException "
     "PriorRequestNotComplete".split()
 )
+#: Without an answer of the server, under our own names.
+_TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody"})
 
 _ACCESS = {
     "NoCredentials": (
@@ -68,18 +71,18 @@ _ACCESS_CODES = (
 
 
 @dataclass
-class S3Fault(Exception):
-    """One request that failed, without the library it failed in. Internal to the origin.
+class S3Error(Exception):
+    """A failed request, independent of the library that made it. Internal to the room.
 
     Attributes
     ----------
     status : int or None
-        HTTP status; None if there was no answer.
+        HTTP status; None without an answer.
     code : str
-        S3's error code, or a name of ours for what is no answer of S3 (``NoCredentials``,
+        S3's error code, or our own name for a failure without an answer of S3 (``NoCredentials``,
         ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody``).
     detail : str
-        One line for people.
+        One line for the message.
     """
 
     status: int | None
@@ -91,46 +94,47 @@ class S3Fault(Exception):
 
     @property
     def is_transient(self) -> bool:
-        """No answer, half an answer, or "try later"."""
-        return self.code in _TRANSIENT_CODES or (
-            self.status in _TRANSIENT_STATUS
-            if self.status is not None
-            else self.code in ("Connection", "Timeout", "ShortBody")
-        )
+        """No answer, an incomplete answer, or "try later"."""
+        if self.status is None and self.code in _TRANSIENT_FAILURES:
+            return True
+        return self.code in _TRANSIENT_CODES or self.status in _TRANSIENT_STATUS
 
     @property
     def is_slow_down(self) -> bool:
-        """The server has too many requests."""
+        """The server gets too many requests."""
         return self.code in _SLOW_DOWN_CODES or self.status in _SLOW_DOWN_STATUS
 
     @property
     def is_expired(self) -> bool:
-        """The credentials were good once; whoever gave them may have new ones."""
+        """The server says that the credentials have expired; there may be new ones."""
         return (
             self.status is not None and _ACCESS_ALIASES.get(self.code, self.code) == "ExpiredToken"
         )
 
     def __str__(self) -> str:
-        what = " ".join(
+        answer = " ".join(
             part
             for part in (self.code, f"({self.status})" if self.status is not None else "")
             if part
         )
-        return f"{what}: {self.detail}" if self.detail else what
+        return f"{answer}: {self.detail}" if self.detail else answer
 
 
 @dataclass(frozen=True)
 class RequestContext:
-    """What a request was for: the words of its error depend on it.
+    """What a request was for, as its error message needs it.
 
     Attributes
     ----------
     url : str
-        Full URL of the object or prefix.
-    bucket : str
+        Full URL of the object, prefix or store.
+    bucket, endpoint : str
     obj : ObjectInfo or None
-        The listed object; None for a listing.
+        The listed object that is read; None for other requests.
     anon : bool
+        The request is not signed.
+    writes : bool
+        The request is part of an upload.
     """
 
     url: str
@@ -138,75 +142,86 @@ class RequestContext:
     endpoint: str
     obj: ObjectInfo | None = None
     anon: bool = False
+    writes: bool = False
 
 
-def to_error(fault: S3Fault, asked: RequestContext) -> Exception:
-    """The exception to raise for ``fault``: ``TransientError`` or a public error; its cause is set."""
-    error = _error(fault, asked)
-    error.__cause__ = fault.__cause__ or fault
-    return error
+def to_error(error: S3Error, context: RequestContext) -> Exception:
+    """The exception to raise for ``error``: ``TransientError`` or a public one, its cause set."""
+    raised = _error(error, context)
+    raised.__cause__ = error.__cause__ or error
+    return raised
 
 
-def _error(fault: S3Fault, asked: RequestContext) -> Exception:
-    if fault.code == "NoCredentials":
-        return OriginAccessError(f"{asked.url}: {_ACCESS[fault.code]}")
-    if fault.code in _ACCESS_CODES or fault.status in (401, 403):
-        return OriginAccessError(
-            f"{asked.url}: access refused: {fault}. {_what_to_set(fault, asked)}".replace(
-                ".. ", ". "
-            )
-        )
-    if fault.code == "NoSuchBucket":
+def changed(url: str) -> IncompleteArrayError:
+    """The error for an object that is not the listed version any more."""
+    return IncompleteArrayError(
+        f"{url} was changed while it was being read. Read it again when the writer has finished."
+    )
+
+
+def _error(error: S3Error, context: RequestContext) -> Exception:
+    url, bucket, endpoint = context.url, context.bucket, context.endpoint
+    if error.code == "NoCredentials":
+        return OriginAccessError(f"{url}: {_ACCESS[error.code]}")
+    if error.code in _ACCESS_CODES or error.status in (401, 403):
+        return OriginAccessError(_refused(error, context))
+    if error.code == "NoSuchBucket":
         return OriginNotFoundError(
-            f"{asked.url}: there is no bucket {asked.bucket!r} at {asked.endpoint}. Check the "
-            "bucket's name and endpoint_url in s3_kwargs."
+            f"{url}: there is no bucket {bucket!r} at {endpoint}. Check the bucket's name and "
+            "endpoint_url in s3_kwargs."
         )
-    if fault.is_transient:
-        return TransientError(asked.url, str(fault))
-    if fault.code == "Certificate":
+    if error.is_transient:
+        return TransientError(url, str(error))
+    if error.code == "Certificate":
         return OriginError(
-            f"{asked.url}: the certificate of {asked.endpoint} is not trusted. "
-            "Name the file of its CA in s3_kwargs (client_kwargs: {verify: /path/ca.pem}) or in "
-            "AWS_CA_BUNDLE."
+            f"{url}: the certificate of {endpoint} is not trusted. Name the file of its CA in "
+            "s3_kwargs (client_kwargs: {verify: /path/ca.pem}) or in AWS_CA_BUNDLE."
         )
-    if asked.obj is not None and fault.status in (404, 412, 416):
-        if fault.status == 404:
-            return IncompleteArrayError(
-                f"{asked.url} is listed ({asked.obj.size_bytes} bytes) but returned 404. The store "
-                "is incomplete: convert it again."
-            )
+    if context.obj is not None and error.status == 404:
         return IncompleteArrayError(
-            f"{asked.url} was changed while it was being read. Read it again when the writer has "
-            "finished."
+            f"{url} is listed ({context.obj.size_bytes} bytes) but returned 404. The store is "
+            "incomplete: convert it again."
         )
-    if fault.status in (301, 307) or fault.code in (
+    if context.obj is not None and error.status in (412, 416):
+        return changed(url)
+    if error.status in (301, 307) or error.code in (
         "PermanentRedirect",
         "AuthorizationHeaderMalformed",
         "IllegalLocationConstraintException",
     ):
         return OriginError(
-            f"{asked.url}: bucket {asked.bucket!r} is in another region: {str(fault).rstrip('.')}. "
+            f"{url}: bucket {bucket!r} is in another region: {str(error).rstrip('.')}. "
             "Set client_kwargs: {region_name: ...} in s3_kwargs to the bucket's region."
         )
-    if fault.status is None:
+    if error.status is None:
         return OriginError(
-            f"{asked.url}: the request could not be made: {fault}. Check s3_kwargs and the URL."
+            f"{url}: the request could not be made: {error}. Check s3_kwargs and the URL."
         )
     return OriginError(
-        f"{asked.url}: {asked.endpoint} refused the request: {fault}. Check endpoint_url and the "
-        "URL."
+        f"{url}: {endpoint} refused the request: {error}. Check endpoint_url and the URL."
     )
 
 
-def _what_to_set(fault: S3Fault, asked: RequestContext) -> str:
-    code = _ACCESS_ALIASES.get(fault.code, fault.code)
+def _refused(error: S3Error, context: RequestContext) -> str:
+    answer = str(error).removesuffix(".")
+    if context.writes and (error.code == "AccessDenied" or error.status in (401, 403)):
+        return (
+            f"{context.url}: writing was refused: {answer}. Converting needs s3:ListBucket, "
+            "s3:GetObject, s3:PutObject and s3:DeleteObject "
+            f"on bucket {context.bucket!r}. Set other credentials (key and secret, or profile)."
+        )
+    code = _ACCESS_ALIASES.get(error.code, error.code)
     if code in _ACCESS:
-        return _ACCESS[code]
-    if asked.anon:
-        return "The bucket is not public: remove anon: true from s3_kwargs and give credentials (key and secret, or profile)."
-    return (
-        "These credentials may not read it: they need s3:ListBucket and s3:GetObject on bucket "
-        f"{asked.bucket!r}. "
-        "Set other ones in s3_kwargs (key and secret, or profile); if the bucket is requester-pays "
-        "set requester_pays: true."
-    )
+        advice = _ACCESS[code]
+    elif context.anon:
+        advice = (
+            "The bucket is not public: remove anon: true from s3_kwargs and give credentials (key "
+            "and secret, or profile)."
+        )
+    else:
+        advice = (
+            "These credentials may not read it: they need s3:ListBucket and s3:GetObject on bucket "
+            f"{context.bucket!r}. Set other ones in s3_kwargs (key and secret, or profile); if the "
+            "bucket is requester-pays set requester_pays: true."
+        )
+    return f"{context.url}: access refused: {answer}. {advice}"

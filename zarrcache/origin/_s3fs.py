@@ -1,12 +1,12 @@
-"""S3 through s3fs: the engine for whatever obstore cannot do, for forked children, and for listing
-directories. The only import of s3fs.
+"""Requests to S3 through s3fs: for options that obstore does not have, in forked children, for
+listing directories, and for deleting. The only importer of s3fs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fsspec.asyn import get_loop
@@ -14,9 +14,15 @@ from fsspec.asyn import get_loop
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import ConfigError
-from zarrcache.origin._backoff import Backoff
-from zarrcache.origin._concurrent import SLOWEST_BYTES_PER_S, Page, Received, pump, run
-from zarrcache.origin._s3_errors import S3Fault
+from zarrcache.origin._concurrent import (
+    SLOWEST_BYTES_PER_S,
+    Answers,
+    Page,
+    Received,
+    concurrent_requests,
+)
+from zarrcache.origin._retry import Backoff
+from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options
 
 if TYPE_CHECKING:
@@ -26,8 +32,11 @@ __all__ = ["S3fsEngine", "make_s3fs"]
 
 
 def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
-    """``s3fs.S3FileSystem(**s3_kwargs)``, exactly as one would write it: with s3fs's own time-outs
-    and retries.
+    """``s3fs.S3FileSystem(**s3_kwargs)``, with s3fs's own timeouts and retries.
+
+    Raises
+    ------
+    ConfigError
     """
     import s3fs
 
@@ -41,10 +50,10 @@ def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
 
 
 class S3fsEngine:
-    """Requests to one bucket. One object belongs to one process. It retries nothing.
+    """Requests to one bucket, each a coroutine for fsspec's event loop. One object per process.
 
-    One layer below does, out of reach: aiohttp sends a GET or HEAD once more, at once, when its
-    connection is cut before the answer begins.
+    It retries nothing. One layer below does, out of reach: aiohttp repeats a GET or HEAD once, at
+    once, if its connection is closed before the answer begins.
 
     Parameters
     ----------
@@ -66,7 +75,7 @@ class S3fsEngine:
             "max_pool_connections": fetch.concurrency,
         }
         # An instance of our own: s3fs shares instances by their arguments, and these settings must
-        # not reach anybody else's.
+        # not reach another user's.
         kwargs = {
             **options.kwargs,
             "config_kwargs": config,
@@ -79,14 +88,13 @@ class S3fsEngine:
         self._fs.retries = 1
         self._opening = asyncio.Lock()
 
-    def list_page(
+    async def list_page(
         self, prefix: str, *, patience_s: float, token: str | None = None, delimiter: str = ""
     ) -> Page:
         """One LIST."""
         more = {"ContinuationToken": token} if token else {}
-        answer = run(
-            get_loop(),
-            self._call("list_objects_v2", patience_s, Prefix=prefix, Delimiter=delimiter, **more),
+        answer = await self._call(
+            "list_objects_v2", patience_s, Prefix=prefix, Delimiter=delimiter, **more
         )
         return Page(
             [
@@ -97,12 +105,12 @@ class S3fsEngine:
             answer["NextContinuationToken"] if answer.get("IsTruncated") else None,
         )
 
-    def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
-        """One object as a HEAD shows it, None if there is none."""
+    async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
+        """One object as a HEAD shows it, None if it does not exist."""
         try:
-            answer = run(get_loop(), self._call("head_object", patience_s, Key=key))
-        except S3Fault as fault:
-            if fault.status == 404 and fault.code != "NoSuchBucket":
+            answer = await self._call("head_object", patience_s, Key=key)
+        except S3Error as error:
+            if error.status == 404 and error.code != "NoSuchBucket":
                 return None
             raise
         return ObjectInfo(
@@ -112,28 +120,28 @@ class S3fsEngine:
             answer["LastModified"].timestamp(),
         )
 
-    def is_md5_hidden(self, key: str, *, patience_s: float) -> bool:
-        """Whether the object is encrypted with a key of KMS or of the customer: then its ETag is no
-        MD5 of what one reads.
+    async def is_md5_hidden(self, key: str, *, patience_s: float) -> bool:
+        """Whether the object is encrypted with a KMS key or the customer's own key: then its ETag
+        is not the MD5 of its content.
         """
-        answer = run(get_loop(), self._call("head_object", patience_s, Key=key))
+        answer = await self._call("head_object", patience_s, Key=key)
         return (
             str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
             or "SSECustomerAlgorithm" in answer
         )
 
-    def bucket_region(self, *, patience_s: float) -> str | None:
-        """The bucket's region, None if the server does not say."""
+    async def bucket_region(self, *, patience_s: float) -> str | None:
+        """The bucket's region, None if the server does not name it."""
         try:
-            answer = run(get_loop(), self._call("head_bucket", patience_s))
-        except S3Fault as fault:
+            answer = await self._call("head_bucket", patience_s)
+        except S3Error as error:
             answer = (
-                getattr(fault.__cause__.__cause__, "response", {})
-                if fault.__cause__ is not None
+                getattr(error.__cause__.__cause__, "response", {})
+                if error.__cause__ is not None
                 else {}
             )
-            # S3 names the region even to those who may not enter
-            if fault.status != 403 or not answer:
+            # S3 names the region in refusals too
+            if error.status != 403 or not answer:
                 raise
         region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get(
             "x-amz-bucket-region"
@@ -142,25 +150,20 @@ class S3fsEngine:
 
     def get_many(
         self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
-    ) -> Generator[tuple[ObjectInfo, Received | S3Fault | None]]:
-        """One GET for each object; see ``pump``. A request that is silent for ``patience_s`` is
-        given up.
-        """
-        return pump(
+    ) -> Answers:
+        """One GET for each object. A request that is silent for ``patience_s`` is given up."""
+        return concurrent_requests(
             get_loop(),
-            lambda obj: self._get(obj, None, patience_s),
+            lambda obj: self.get(obj, patience_s=patience_s),
             objects,
             self._fetch.concurrency,
             backoff,
         )
 
-    def get_range(self, obj: ObjectInfo, start: int, stop: int, *, patience_s: float) -> Received:
-        """Bytes ``start`` to ``stop`` (exclusive) of one object."""
-        return run(get_loop(), self._get(obj, (start, stop), patience_s))
-
-    async def _get(
-        self, obj: ObjectInfo, part: tuple[int, int] | None, patience_s: float
+    async def get(
+        self, obj: ObjectInfo, part: tuple[int, int] | None = None, *, patience_s: float
     ) -> Received:
+        """One object, or ``part`` of it: from the first byte to the second, exclusive."""
         size = obj.size_bytes if part is None else part[1] - part[0]
         more = {"IfMatch": f'"{obj.etag}"'} if obj.etag else {}
         if part is not None:
@@ -170,18 +173,34 @@ class S3fsEngine:
             async with asyncio.timeout(
                 min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S
             ):
-                # Not fs._cat_file: that sends a HEAD before each GET.
+                # Not fs._cat_file, which sends a HEAD before each GET.
                 answer = await self._fs._call_s3(
                     "get_object", Bucket=self._bucket, Key=obj.key, **more
                 )
                 async with answer["Body"] as body:
                     return Received(await body.read(), answer["ETag"].strip('"'))
         except Exception as exc:
-            raise _fault(exc) from exc
+            raise _s3_error(exc) from exc
+
+    async def put(self, key: str, body: bytes, *, patience_s: float) -> Received:
+        """Write one object in a single request."""
+        answer = await self._call(
+            "put_object", patience_s + len(body) / SLOWEST_BYTES_PER_S, Key=key, Body=body
+        )
+        return Received(b"", answer.get("ETag", ""))
+
+    async def delete(self, key: str, *, patience_s: float) -> Received:
+        """Delete one object, if it exists.
+
+        Not by DeleteObjects, which answers 200 for keys that it could not delete, and which some
+        servers do not have.
+        """
+        await self._call("delete_object", patience_s, Key=key)
+        return Received(b"", "")
 
     async def _open(self) -> None:
-        # Before the time-out starts: a client takes 0.3 s of CPU. Under a lock: s3fs would make one
-        # for each of the first requests.
+        # Before the timeout starts, because a client takes 0.3 s of CPU. Under a lock, because s3fs
+        # would make one for each of the first requests.
         async with self._opening:
             try:
                 await self._fs.set_session()
@@ -191,7 +210,7 @@ class S3fsEngine:
                     "s3fs.S3FileSystem."
                 ) from exc
             except Exception as exc:
-                raise _fault(exc) from exc
+                raise _s3_error(exc) from exc
 
     async def _call(self, method: str, patience_s: float, **kwargs: Any) -> Any:
         await self._open()
@@ -199,11 +218,13 @@ class S3fsEngine:
             async with asyncio.timeout(patience_s):
                 return await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
         except Exception as exc:
-            raise _fault(exc) from exc
+            raise _s3_error(exc) from exc
 
 
-def _fault(exc: BaseException) -> S3Fault:
-    """s3fs turns botocore's ClientError into builtin errors and keeps it as the cause."""
+def _s3_error(exc: BaseException) -> S3Error:
+    """Reduce an exception: s3fs turns botocore's ClientError into a builtin one and keeps it as the
+    cause.
+    """
     from aiohttp import ClientError as HttpError
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
@@ -213,19 +234,19 @@ def _fault(exc: BaseException) -> S3Fault:
         if isinstance(response, dict) and "Error" in response:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response["Error"].get("Code", ""))
-            if code.isdigit():  # an answer without a body: botocore makes words of the status
-                return S3Fault(status or int(code), "", "")
-            return S3Fault(status, code, str(response["Error"].get("Message") or ""))
+            if code.isdigit():  # an answer without a body: botocore puts the status here
+                return S3Error(status or int(code), "", "")
+            return S3Error(status, code, str(response["Error"].get("Message") or ""))
     if isinstance(exc, (boto.NoCredentialsError, boto.PartialCredentialsError)):
-        return S3Fault(None, "NoCredentials", "")
+        return S3Error(None, "NoCredentials", "")
     if isinstance(exc, boto.ProfileNotFound):
-        return S3Fault(None, "ProfileNotFound", str(exc))
+        return S3Error(None, "ProfileNotFound", str(exc))
     if isinstance(
         exc, (boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError, boto.TokenRetrievalError)
     ):
-        return S3Fault(None, "UnauthorizedSSOToken", str(exc))
+        return S3Error(None, "UnauthorizedSSOToken", str(exc))
     if isinstance(exc, (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError)):
-        return S3Fault(None, "Timeout", "no answer in time")
+        return S3Error(None, "Timeout", "no answer in time")
     cut = (
         boto.ConnectionClosedError,
         boto.IncompleteReadError,
@@ -233,20 +254,18 @@ def _fault(exc: BaseException) -> S3Fault:
         boto.FlexibleChecksumError,
     )
     if isinstance(exc, cut) or "ContentLengthError" in repr(exc):
-        return S3Fault(None, "ShortBody", "the connection closed in the middle of an answer")
+        return S3Error(None, "ShortBody", "the connection closed in the middle of an answer")
     if "CERTIFICATE_VERIFY_FAILED" in str(exc):
-        return S3Fault(None, "Certificate", "")
+        return S3Error(None, "Certificate", "")
     if isinstance(
         exc, (boto.HTTPClientError, boto.ConnectionError, ResponseParserError, HttpError, OSError)
     ):
-        return S3Fault(None, "Connection", _reason(exc))
-    return S3Fault(None, type(exc).__name__, str(exc))
+        return S3Error(None, "Connection", _reason(exc))
+    return S3Error(None, type(exc).__name__, str(exc))
 
 
 def _reason(exc: BaseException) -> str:
-    """What the operating system said, further down the chain; botocore says the URL, which the
-    error has anyway.
-    """
+    """The operating system's message, from further down the chain; botocore's repeats the URL."""
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno and cause.strerror:

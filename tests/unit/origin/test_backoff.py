@@ -1,4 +1,4 @@
-"""Pauses of the whole node: how long, who hears of them, and what cannot make one."""
+"""Pauses of the whole node: their length, which processes obey them, and what is ignored."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import pytest
 
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
-from zarrcache.origin import _backoff as backoff
-from zarrcache.origin._backoff import FIRST_S, LONGEST_S, Backoff
-from zarrcache.origin._retry import RetryPolicy, TransientError
+from zarrcache.origin import _retry as retry
+from zarrcache.origin._retry import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    Backoff,
+    RetryPolicy,
+    TransientError,
+)
 
 ENDPOINT = "https://s3.example"
 
 
 class Clock:
-    """Both clocks of the process, which move when they are told to."""
+    """Both clocks of the process; they advance only in ``sleep`` and by assignment."""
 
     def __init__(self) -> None:
         self.now_s = 1_000_000.0
@@ -32,53 +37,50 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Nothing was told to this process so far."""
+    """A process without pauses so far, on a clock of its own."""
     clock = Clock()
     monkeypatch.setattr(time, "time", lambda: clock.now_s)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now_s - 900_000.0)
     monkeypatch.setattr(time, "sleep", clock.sleep)
-    monkeypatch.setattr(backoff, "_told", {})
+    monkeypatch.setattr(retry, "_pauses", {})
     return clock
 
 
 def other_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what this one was told."""
-    monkeypatch.setattr(backoff, "_told", {})
+    """Forget the pauses of this process, as another one would not know them."""
+    monkeypatch.setattr(retry, "_pauses", {})
 
 
-def test_without_a_directory_the_whole_process_pauses() -> None:
-    """Each origin of the endpoint, and no other endpoint."""
-    Backoff(ENDPOINT).told()
-    assert Backoff(ENDPOINT).remaining_s() == pytest.approx(FIRST_S)
+def test_without_a_directory_all_origins_of_the_endpoint_in_this_process_pause() -> None:
+    Backoff(ENDPOINT).slow_down()
+    assert Backoff(ENDPOINT).remaining_s() == pytest.approx(FIRST_PAUSE_S)
     assert Backoff("https://elsewhere").remaining_s() == 0.0
 
 
 def test_a_pause_ends(clock: Clock) -> None:
-    """By itself."""
-    Backoff(ENDPOINT).told()
-    clock.now_s += FIRST_S
+    Backoff(ENDPOINT).slow_down()
+    clock.now_s += FIRST_PAUSE_S
     assert Backoff(ENDPOINT).remaining_s() == 0.0
 
 
-def test_what_was_in_flight_when_a_pause_began_does_not_prolong_it(clock: Clock) -> None:
-    """64 requests are told at once."""
+def test_answers_to_requests_in_flight_do_not_prolong_a_pause(clock: Clock) -> None:
     for _ in range(64):
-        Backoff(ENDPOINT).told()
+        Backoff(ENDPOINT).slow_down()
         clock.now_s += 0.001
-    assert Backoff(ENDPOINT).remaining_s() < FIRST_S
+    assert Backoff(ENDPOINT).remaining_s() < FIRST_PAUSE_S
 
 
-def test_pauses_that_are_of_no_use_grow_to_a_bound(clock: Clock) -> None:
-    """And are short again when the server has delivered, or has been left alone for a while."""
+def test_pauses_double_up_to_a_limit_while_the_server_stays_overloaded(clock: Clock) -> None:
+    """They are short again after ten answers, or after a minute without a pause."""
     one = Backoff(ENDPOINT)
 
     def next_pause() -> float:
-        one.told()
+        one.slow_down()
         pause_s = one.remaining_s()
         clock.now_s += pause_s
         return round(pause_s, 6)
 
-    assert [next_pause() for _ in range(7)] == [1, 2, 4, 8, 16, LONGEST_S, LONGEST_S]
+    assert [next_pause() for _ in range(7)] == [1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
     for _ in range(10):
         one.served()
     assert [next_pause(), next_pause()] == [1, 2]
@@ -89,23 +91,22 @@ def test_pauses_that_are_of_no_use_grow_to_a_bound(clock: Clock) -> None:
 def test_other_processes_of_the_node_pause_as_long(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They see it in the directory; and what they are told next is longer for all."""
+    """They find it in the directory, and the next pause that one of them begins is longer."""
     one, two = Backoff(ENDPOINT, tmp_path), Backoff(ENDPOINT, tmp_path)
-    one.told()
+    one.slow_down()
     other_process(monkeypatch)
-    assert two.remaining_s() == pytest.approx(FIRST_S, abs=0.01)
-    clock.now_s += FIRST_S
+    assert two.remaining_s() == pytest.approx(FIRST_PAUSE_S, abs=0.01)
+    clock.now_s += FIRST_PAUSE_S
     assert two.remaining_s() == 0.0
-    two.told()
+    two.slow_down()
     other_process(monkeypatch)
-    assert Backoff(ENDPOINT, tmp_path).remaining_s() == pytest.approx(2 * FIRST_S, abs=0.01)
+    assert Backoff(ENDPOINT, tmp_path).remaining_s() == pytest.approx(2 * FIRST_PAUSE_S, abs=0.01)
     assert Backoff("https://elsewhere", tmp_path).remaining_s() == 0.0
 
 
-def test_the_directory_is_looked_at_now_and_then(
+def test_the_directory_is_read_at_most_ten_times_per_second(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not for each of a thousand requests a second."""
     looked: list[object] = []
     lstat = os.lstat
     monkeypatch.setattr(
@@ -118,27 +119,26 @@ def test_the_directory_is_looked_at_now_and_then(
     assert len(looked) <= 11
 
 
-@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, LONGEST_S + 1, 86400.0])
-def test_a_time_that_cannot_be_is_no_pause(
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, LONGEST_PAUSE_S + 1, 86400.0])
+def test_an_implausible_end_of_a_pause_is_ignored(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, ahead_s: float
 ) -> None:
-    """A clock that was set, a file that was copied or tampered with."""
-    Backoff(ENDPOINT, tmp_path).told()
+    """The clock was set, or the file was copied or tampered with."""
+    Backoff(ENDPOINT, tmp_path).slow_down()
     [file] = tmp_path.iterdir()
     os.utime(file, (clock.now_s, clock.now_s + ahead_s))
     other_process(monkeypatch)
     assert Backoff(ENDPOINT, tmp_path).remaining_s() == 0.0
 
 
-def test_a_link_in_the_place_of_the_file_is_not_followed(
+def test_a_symbolic_link_instead_of_the_file_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither to read nor to write."""
-    # the directory is not there: this process pauses all the same
-    Backoff(ENDPOINT, tmp_path / "x").told()
-    assert Backoff(ENDPOINT, tmp_path / "x").remaining_s() == pytest.approx(FIRST_S)
+    # without the directory, this process pauses
+    Backoff(ENDPOINT, tmp_path / "x").slow_down()
+    assert Backoff(ENDPOINT, tmp_path / "x").remaining_s() == pytest.approx(FIRST_PAUSE_S)
     other_process(monkeypatch)
-    Backoff(ENDPOINT, tmp_path).told()
+    Backoff(ENDPOINT, tmp_path).slow_down()
     [file] = tmp_path.iterdir()
     file.unlink()
     victim = tmp_path / "victim"
@@ -146,63 +146,57 @@ def test_a_link_in_the_place_of_the_file_is_not_followed(
     before = victim.stat()
     file.symlink_to(victim)
     other_process(monkeypatch)
-    Backoff(ENDPOINT, tmp_path).told()
+    Backoff(ENDPOINT, tmp_path).slow_down()
     assert (victim.stat().st_mtime_ns, victim.stat().st_size) == (before.st_mtime_ns, 0)
 
 
 def test_a_backoff_pickles_and_leaves_one_empty_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it was told."""
     one = pickle.loads(pickle.dumps(Backoff(ENDPOINT, tmp_path)))
     for _ in range(3):
-        one.told()
+        one.slow_down()
         other_process(monkeypatch)
     [file] = tmp_path.iterdir()
     assert file.stat().st_size == 0
 
 
 class TestRetries:
-    """The one layer that waits."""
-
     def test_a_retry_waits_for_the_end_of_the_pause(self, clock: Clock) -> None:
-        """Whatever its own wait would be."""
         one = Backoff(ENDPOINT)
         calls: list[float] = []
 
-        def refused_once() -> None:
+        def refused_once(_: float) -> None:
             calls.append(clock.now_s)
             if len(calls) == 1:
-                one.told()
+                one.slow_down()
                 raise TransientError("s3://b/k", "SlowDown")
 
-        RetryPolicy(RetryConfig(), one).call(refused_once)
-        assert calls[1] - calls[0] >= FIRST_S
+        RetryPolicy(RetryConfig(), one).call(refused_once, "s3://b/k")
+        assert calls[1] - calls[0] >= FIRST_PAUSE_S
 
-    def test_who_was_not_told_waits_before_the_first_attempt(self, clock: Clock) -> None:
-        """That is no attempt."""
+    def test_a_first_attempt_waits_for_the_end_of_the_pause(self, clock: Clock) -> None:
         one = Backoff(ENDPOINT)
-        one.told()
+        one.slow_down()
         policy, before_s = RetryPolicy(RetryConfig(attempts=1), one), clock.now_s
-        policy.wait_for_turn("s3://b/k")
-        assert clock.now_s - before_s >= FIRST_S
+        assert policy.call(lambda _: clock.now_s, "s3://b/k") - before_s >= FIRST_PAUSE_S
 
     def test_the_time_bound_holds_for_pauses_too(self, clock: Clock) -> None:
-        """Nobody sleeps only to give up."""
         one = Backoff(ENDPOINT)
-        one.told()
+        one.slow_down()
         policy, before_s = RetryPolicy(RetryConfig(timeout=0.5), one), clock.now_s
+        calls: list[float] = []
         with pytest.raises(
             OriginUnavailableError,
             match="SlowDown: the server has asked this node for fewer requests",
         ):
-            policy.call(lambda: policy.wait_for_turn("s3://b/k"))
-        assert clock.now_s == before_s
+            policy.call(calls.append, "s3://b/k")
+        assert (clock.now_s, calls) == (before_s, [])
 
-    def test_attempts_are_those_at_one_object_where_the_failure_says_so(self) -> None:
-        """A pass that was cut short has not attempted everything."""
+    def test_attempts_at_one_object_count_if_the_failure_has_their_number(self) -> None:
+        """A pass that was cut short has not attempted every object."""
         turns = 0
-        with pytest.raises(OriginUnavailableError, match=r"\(2 attempts in "):  # noqa: PT012 - the loop is what raises
+        with pytest.raises(OriginUnavailableError, match=r"\(2 attempts in "):  # noqa: PT012 - the loop raises
             for attempt in RetryPolicy(RetryConfig(attempts=2, timeout=1000)):
                 turns += 1
                 with attempt:

@@ -1,19 +1,24 @@
-"""Requests in flight on a loop's thread or in threads, answers in the calling thread. The requests
-are functions of the tests' own.
-"""
+"""Concurrent requests, on an event loop and in threads. The requests are functions of the tests."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.origin._concurrent import Received, pump, pump_threads, run
-from zarrcache.origin._s3_errors import S3Fault
+from zarrcache.origin import _retry as retry
+from zarrcache.origin._concurrent import Answers, Received, concurrent_requests, run
+from zarrcache.origin._retry import Backoff
+from zarrcache.origin._s3_errors import S3Error
+
+Where = asyncio.AbstractEventLoop | Executor
+DEADLINE_S = 20.0
 
 
 @pytest.fixture
@@ -28,56 +33,75 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    """Threads for requests that block."""
+    with ThreadPoolExecutor(100) as pool:
+        yield pool
+
+
+@pytest.fixture(params=["loop", "pool"])
+def where(request: pytest.FixtureRequest) -> Where:
+    """An event loop and a pool of threads in turn."""
+    where: Where = request.getfixturevalue(request.param)
+    return where
+
+
 def some_objects(n: int) -> list[ObjectInfo]:
     """Numbered objects."""
     return [ObjectInfo(str(i), i, "e") for i in range(n)]
 
 
-def test_every_object_comes_once(loop: asyncio.AbstractEventLoop) -> None:
-    """With its own answer, whatever the concurrency."""
+def make(
+    where: Where, get: Callable[[ObjectInfo], Received], n_objects: int, concurrency: int
+) -> Answers:
+    """Requests that call ``get``. On a loop they let the others run first."""
 
-    async def get(obj: ObjectInfo) -> Received:
-        await asyncio.sleep(0)
-        return Received(obj.key.encode(), "e")
+    async def request(obj: ObjectInfo) -> Received:
+        if not isinstance(where, Executor):
+            await asyncio.sleep(0)
+        return get(obj)
 
-    for concurrency in (1, 3, 100):
-        answers = {
-            obj.key: answer.body
-            for obj, answer in pump(loop, get, some_objects(20), concurrency)
-            if isinstance(answer, Received)
-        }
-        assert answers == {str(i): str(i).encode() for i in range(20)}
+    return concurrent_requests(where, request, some_objects(n_objects), concurrency)
 
 
-def test_nothing_asked_ends_at_once(loop: asyncio.AbstractEventLoop) -> None:
-    """No worker is started for no object."""
+def answered(_: ObjectInfo) -> Received:
+    """A server that works."""
+    return Received(b"", "e")
 
-    async def get(obj: ObjectInfo) -> Received:
-        raise AssertionError
 
-    assert list(pump(loop, get, [], 4)) == []
+@pytest.mark.parametrize("concurrency", [1, 3, 100])
+def test_every_object_comes_once_with_its_own_answer(where: Where, concurrency: int) -> None:
+    answers = list(make(where, lambda obj: Received(obj.key.encode(), "e"), 20, concurrency))
+    assert sorted(obj.size_bytes for obj, _ in answers) == list(range(20))
+    assert all(answer == Received(obj.key.encode(), "e") for obj, answer in answers)
+
+
+def test_without_objects_it_ends_at_once(where: Where) -> None:
+    assert list(make(where, answered, 0, 4)) == []
 
 
 def test_answers_come_in_the_order_of_arrival(loop: asyncio.AbstractEventLoop) -> None:
-    """The first object does not hold up the others."""
+    """The first object does not delay the others."""
     gate = asyncio.Event()
 
-    async def get(obj: ObjectInfo) -> Received:
+    async def request(obj: ObjectInfo) -> Received:
         if obj.key == "0":
             await gate.wait()
         if obj.key == "3":
             gate.set()
         return Received(b"", "e")
 
-    keys = [obj.key for obj, _ in pump(loop, get, some_objects(4), 2)]
+    keys = [obj.key for obj, _ in concurrent_requests(loop, request, some_objects(4), 2)]
     assert keys[-1] == "0"
 
 
-def test_no_more_are_in_flight_than_asked_for(loop: asyncio.AbstractEventLoop) -> None:
-    """And no fewer, while there is work."""
+def test_on_a_loop_as_many_requests_are_in_flight_as_allowed(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
     now = peak = 0
 
-    async def get(obj: ObjectInfo) -> Received:
+    async def request(obj: ObjectInfo) -> Received:
         nonlocal now, peak
         now += 1
         peak = max(peak, now)
@@ -85,58 +109,68 @@ def test_no_more_are_in_flight_than_asked_for(loop: asyncio.AbstractEventLoop) -
         now -= 1
         return Received(b"", "e")
 
-    assert len(list(pump(loop, get, some_objects(50), 7))) == 50
+    assert len(list(concurrent_requests(loop, request, some_objects(50), 7))) == 50
     assert peak == 7
 
 
-def test_a_fault_is_an_answer(loop: asyncio.AbstractEventLoop) -> None:
-    """The others come all the same."""
+def test_in_threads_as_many_requests_are_in_flight_as_allowed(pool: Executor) -> None:
+    """All of them meet at the barrier."""
+    together = threading.Barrier(5)
 
-    async def get(obj: ObjectInfo) -> Received:
-        if obj.key == "1":
-            raise S3Fault(403, "AccessDenied", "")
+    def get(obj: ObjectInfo) -> Received:
+        together.wait(DEADLINE_S)
         return Received(b"", "e")
 
-    answers = {obj.key: answer for obj, answer in pump(loop, get, some_objects(4), 2)}
-    assert isinstance(answers["1"], S3Fault)
+    assert len(list(make(pool, get, 20, 5))) == 20
+    assert together.n_waiting == 0
+
+
+def test_an_s3_error_is_the_answer_to_its_own_object(where: Where) -> None:
+    def get(obj: ObjectInfo) -> Received:
+        if obj.key == "1":
+            raise S3Error(403, "AccessDenied", "")
+        return Received(b"", "e")
+
+    answers = {obj.key: answer for obj, answer in make(where, get, 4, 2)}
+    assert isinstance(answers["1"], S3Error)
     assert sum(isinstance(answer, Received) for answer in answers.values()) == 3
 
 
-@pytest.mark.parametrize(("status", "asked"), [(503, 4), (403, 20)])
-def test_a_server_that_is_down_is_not_asked_for_the_rest(
-    loop: asyncio.AbstractEventLoop, status: int, asked: int
+@pytest.mark.parametrize(("status", "expected"), [(503, 4), (403, 20)])
+def test_a_server_that_is_down_gets_no_more_requests(
+    where: Where, status: int, expected: int
 ) -> None:
-    """As many transient faults in a row as are in flight end the pass; the rest comes back unasked.
-    A final fault says nothing of the others.
+    """As many transient errors in a row as may be in flight end the pass; the other objects come
+    back unrequested. A final error says nothing about the other objects.
     """
     requests = []
 
-    async def get(obj: ObjectInfo) -> Received:
+    def get(obj: ObjectInfo) -> Received:
         requests.append(obj.key)
-        raise S3Fault(status, "", "")
+        raise S3Error(status, "", "")
 
-    answers = [answer for _, answer in pump(loop, get, some_objects(20), 4)]
-    assert len(requests) == asked
+    answers = [answer for _, answer in make(where, get, 20, 4)]
+    # those in flight when the last of the failures arrives
+    assert expected <= len(requests) <= expected + 3
     assert len(answers) == 20
-    assert answers.count(None) == 20 - asked
+    assert answers.count(None) == 20 - len(requests)
 
 
-def test_a_success_in_between_keeps_the_pass_going(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_success_in_between_keeps_the_pass_going(where: Where) -> None:
     """Every second request fails: the server is busy, not down."""
 
-    async def get(obj: ObjectInfo) -> Received:
+    def get(obj: ObjectInfo) -> Received:
         if int(obj.key) % 2:
-            raise S3Fault(503, "SlowDown", "")
+            raise S3Error(503, "SlowDown", "")
         return Received(b"", "e")
 
-    assert [answer for _, answer in pump(loop, get, some_objects(30), 2)].count(None) == 0
+    assert [answer for _, answer in make(where, get, 30, 2)].count(None) == 0
 
 
-def test_closing_cancels_what_is_in_flight(loop: asyncio.AbstractEventLoop) -> None:
-    """And waits for nothing."""
+def test_closing_cancels_requests_in_flight_on_a_loop(loop: asyncio.AbstractEventLoop) -> None:
     cancelled = threading.Semaphore(0)
 
-    async def get(obj: ObjectInfo) -> Received:
+    async def request(obj: ObjectInfo) -> Received:
         if obj.key == "0":
             return Received(b"", "e")
         try:
@@ -146,135 +180,46 @@ def test_closing_cancels_what_is_in_flight(loop: asyncio.AbstractEventLoop) -> N
             raise
         raise AssertionError
 
-    answers = pump(loop, get, some_objects(10), 4)
+    answers = concurrent_requests(loop, request, some_objects(10), 4)
     assert next(answers)[0].key == "0"
     answers.close()
-    assert all(cancelled.acquire(timeout=20) for _ in range(4))
+    assert all(cancelled.acquire(timeout=DEADLINE_S) for _ in range(4))
 
 
-def test_an_error_of_ours_reaches_the_caller(loop: asyncio.AbstractEventLoop) -> None:
-    """It is not taken for a fault of the server, and nothing hangs."""
-
-    async def get(obj: ObjectInfo) -> Received:
-        if obj.key == "2":
-            raise ZeroDivisionError("ours")
-        await asyncio.sleep(0)
-        return Received(b"", "e")
-
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        list(pump(loop, get, some_objects(5), 3))
-
-
-def test_run_returns_the_result_or_raises(loop: asyncio.AbstractEventLoop) -> None:
-    """In the calling thread."""
-
-    async def fail() -> None:
-        raise ZeroDivisionError("ours")
-
-    assert run(loop, asyncio.sleep(0, "done")) == "done"
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        run(loop, fail())
-
-
-@pytest.fixture
-def pool() -> Iterator[Executor]:
-    """Threads for requests that block."""
-    with ThreadPoolExecutor(100) as pool:
-        yield pool
-
-
-@pytest.mark.parametrize("concurrency", [1, 3, 100])
-def test_threads_bring_every_object_once(pool: Executor, concurrency: int) -> None:
-    """With its own answer, whatever the concurrency; faults are answers."""
-
-    def get(obj: ObjectInfo) -> Received:
-        if obj.key == "7":
-            raise S3Fault(403, "AccessDenied", "")
-        return Received(obj.key.encode(), "e")
-
-    answers = list(pump_threads(pool, get, some_objects(20), concurrency))
-    assert sorted(obj.size_bytes for obj, _ in answers) == list(range(20))
-    assert all(
-        isinstance(answer, S3Fault) if obj.key == "7" else answer == Received(obj.key.encode(), "e")
-        for obj, answer in answers
-    )
-    assert list(pump_threads(pool, get, [], concurrency)) == []
-
-
-def test_no_more_threads_are_in_a_request_than_asked_for(pool: Executor) -> None:
-    """And no fewer: all of them meet at the barrier."""
-    together = threading.Barrier(5)
-
-    def get(obj: ObjectInfo) -> Received:
-        together.wait(20)
-        return Received(b"", "e")
-
-    assert len(list(pump_threads(pool, get, some_objects(20), 5))) == 20
-    assert together.n_waiting == 0
-
-
-@pytest.mark.parametrize(("status", "asked"), [(503, 4), (403, 20)])
-def test_threads_do_not_ask_a_server_that_is_down_for_the_rest(
-    pool: Executor, status: int, asked: int
-) -> None:
-    """As ``pump``; what was in flight when the last of the failures came may be asked for besides."""
-    requests = []
-
-    def get(obj: ObjectInfo) -> Received:
-        requests.append(obj.key)
-        raise S3Fault(status, "", "")
-
-    answers = [answer for _, answer in pump_threads(pool, get, some_objects(20), 4)]
-    assert asked <= len(requests) <= asked + 3
-    assert answers.count(None) == 20 - len(requests)
-
-
-def test_a_success_in_between_keeps_the_threads_going(pool: Executor) -> None:
-    """Every second request fails: the server is busy, not down."""
-
-    def get(obj: ObjectInfo) -> Received:
-        if int(obj.key) % 2:
-            raise S3Fault(503, "SlowDown", "")
-        return Received(b"", "e")
-
-    assert [answer for _, answer in pump_threads(pool, get, some_objects(30), 2)].count(None) == 0
-
-
-def test_closing_leaves_what_is_in_flight_and_asks_for_no_more(pool: Executor) -> None:
-    """Nobody waits for the requests that hang."""
+def test_closing_leaves_requests_in_flight_in_threads_and_starts_no_more(pool: Executor) -> None:
     gate, hanging, requests = threading.Event(), threading.Semaphore(0), []
 
     def get(obj: ObjectInfo) -> Received:
         requests.append(obj.key)
         if obj.key != "0":
             hanging.release()
-            gate.wait(20)
+            gate.wait(DEADLINE_S)
         return Received(b"", "e")
 
-    answers = pump_threads(pool, get, some_objects(50), 4)
+    answers = make(pool, get, 50, 4)
     assert next(answers)[0].key == "0"
-    assert all(hanging.acquire(timeout=20) for _ in range(4))
+    assert all(hanging.acquire(timeout=DEADLINE_S) for _ in range(4))
     answers.close()
     gate.set()
     pool.shutdown()
     assert len(requests) == 5
 
 
-def test_an_error_of_ours_in_a_thread_reaches_the_caller(pool: Executor) -> None:
-    """It is not taken for a fault of the server, and nothing hangs."""
+@pytest.mark.parametrize("concurrency", [1, 3, 10])
+def test_an_error_of_our_own_reaches_the_consumer(where: Where, concurrency: int) -> None:
+    """It is not taken for an error of the server, and nothing hangs."""
 
     def get(obj: ObjectInfo) -> Received:
         if obj.key == "2":
             raise ZeroDivisionError("ours")
         return Received(b"", "e")
 
-    for concurrency in (1, 3, 10):
-        with pytest.raises(ZeroDivisionError, match="ours"):
-            list(pump_threads(pool, get, some_objects(5), concurrency))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        list(make(where, get, 5, concurrency))
 
 
-def test_without_threads_the_caller_does_it(pool: Executor) -> None:
-    """At the end of the interpreter, and where a limit of processes is reached, a pool refuses."""
+def test_without_threads_the_calling_thread_makes_the_requests(pool: Executor) -> None:
+    """A pool refuses at the end of the interpreter, and at the limit of processes."""
     pool.shutdown()
     threads = set()
 
@@ -282,5 +227,68 @@ def test_without_threads_the_caller_does_it(pool: Executor) -> None:
         threads.add(threading.current_thread())
         return Received(b"", "e")
 
-    assert len(list(pump_threads(pool, get, some_objects(5), 3))) == 5
+    assert len(list(make(pool, get, 5, 3))) == 5
     assert threads == {threading.current_thread()}
+
+
+def test_a_request_in_a_thread_that_awaits_is_an_error_and_does_not_hang(pool: Executor) -> None:
+    async def request(obj: ObjectInfo) -> Received:
+        await asyncio.sleep(0)
+        return Received(b"", "e")
+
+    with pytest.raises(RuntimeError, match="has to block instead of awaiting"):
+        list(concurrent_requests(pool, request, some_objects(3), 2))
+
+
+def test_during_a_pause_of_the_node_nothing_is_requested(where: Where) -> None:
+    """The consumer gets every object back at once: waiting is for the caller of the loop."""
+    backoff = Backoff(uuid.uuid4().hex)
+    backoff.slow_down()
+
+    async def request(obj: ObjectInfo) -> Received:
+        raise AssertionError
+
+    answers = list(concurrent_requests(where, request, some_objects(5), 2, backoff))
+    assert [answer for _, answer in answers] == [None] * 5
+
+
+def test_an_answer_that_asks_for_fewer_requests_begins_a_pause_of_the_node(where: Where) -> None:
+    backoff = Backoff(uuid.uuid4().hex)
+
+    async def request(obj: ObjectInfo) -> Received:
+        if obj.key == "1":
+            raise S3Error(503, "SlowDown", "")
+        return Received(b"", "e")
+
+    answers = list(concurrent_requests(where, request, some_objects(4), 1, backoff))
+    assert [type(answer) for _, answer in answers] == [Received, S3Error, type(None), type(None)]
+    assert backoff.remaining_s() > 0.0
+
+
+def test_answers_count_as_recovery_of_the_server(
+    where: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them the next pause would be twice as long."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+    backoff = Backoff(uuid.uuid4().hex)
+    backoff.slow_down()
+    while backoff.remaining_s():
+        time.sleep(0.01)
+
+    async def request(obj: ObjectInfo) -> Received:
+        return Received(b"", "e")
+
+    assert len(list(concurrent_requests(where, request, some_objects(10), 4, backoff))) == 10
+    backoff.slow_down()
+    assert backoff.remaining_s() <= 0.01
+
+
+def test_run_returns_the_result_or_raises_in_the_calling_thread(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError("ours")
+
+    assert run(loop, asyncio.sleep(0, "done")) == "done"
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run(loop, fail())

@@ -1,4 +1,4 @@
-"""The one retry policy, without a network: how often, how long, what is raised, what is logged."""
+"""The retry policy, without a network: number of attempts, waits, errors, log lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from zarrcache.errors import OriginAccessError, OriginUnavailableError
 from zarrcache.origin import _retry as retry
 from zarrcache.origin._retry import RetryPolicy, TransientError, is_transient
 
+URL = "s3://b/x"
+
 
 class Clock:
-    """Time that passes only when somebody waits or works."""
+    """Time that passes only in ``sleep`` and by assignment."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -31,20 +33,18 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock of the test's own in place of ``time``, and the longest wait of each draw in place of
-    chance.
-    """
+    """A clock of the test's own instead of ``time``; waits are the longest possible."""
     clock = Clock()
     monkeypatch.setattr(retry, "time", clock)
     monkeypatch.setattr(retry._random, "uniform", lambda low, high: high)
     return clock
 
 
-def failing(times: int, cause: str = "SlowDown (503)") -> Callable[[], str]:
-    """A function that fails ``times`` times, then says how often it was called."""
+def failing(times: int, cause: str = "SlowDown (503)") -> Callable[[float], str]:
+    """A function that fails ``times`` times, then returns how often it was called."""
     calls = []
 
-    def function() -> str:
+    def function(_remaining_s: float) -> str:
         calls.append(1)
         if len(calls) <= times:
             raise TransientError("s3://b/x", f"{cause} #{len(calls)}")
@@ -53,9 +53,8 @@ def failing(times: int, cause: str = "SlowDown (503)") -> Callable[[], str]:
     return function
 
 
-def test_what_succeeds_is_called_once_and_waits_for_nothing(clock: Clock) -> None:
-    """No cost on the good path."""
-    assert RetryPolicy(RetryConfig()).call(failing(0)) == "call 1"
+def test_a_success_is_called_once_and_does_not_wait(clock: Clock) -> None:
+    assert RetryPolicy(RetryConfig()).call(failing(0), URL) == "call 1"
     assert clock.waits_s == []
 
 
@@ -63,31 +62,31 @@ def test_transient_failures_are_tried_again_and_counted(clock: Clock) -> None:
     """``on_retry`` is called before each attempt but the first."""
     retries: list[int] = []
     assert (
-        RetryPolicy(RetryConfig(attempts=5)).call(failing(3), on_retry=lambda: retries.append(1))
+        RetryPolicy(RetryConfig(attempts=5)).call(
+            failing(3), URL, on_retry=lambda: retries.append(1)
+        )
         == "call 4"
     )
     assert len(retries) == 3
 
 
 def test_a_result_of_none_is_a_result(clock: Clock) -> None:
-    """It is not taken for a failure."""
-    assert RetryPolicy(RetryConfig()).call(lambda: None) is None
+    assert RetryPolicy(RetryConfig()).call(lambda _: None, URL) is None
 
 
 def test_waits_double_up_to_a_limit(clock: Clock) -> None:
-    """Longest wait before each attempt: 0.5 s, doubled each time, 20 s at the most."""
-    RetryPolicy(RetryConfig(attempts=9, timeout=1000)).call(failing(8))
+    RetryPolicy(RetryConfig(attempts=9, timeout=1000)).call(failing(8), URL)
     assert clock.waits_s == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 20.0]
 
 
 def test_waits_are_drawn_from_zero_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full jitter: processes that failed together do not come back together."""
+    """Full jitter: processes that failed together do not return together."""
     clock, drawn = Clock(), []
     monkeypatch.setattr(retry, "time", clock)
     monkeypatch.setattr(
         retry._random, "uniform", lambda low, high: drawn.append((low, high)) or 0.25
     )
-    RetryPolicy(RetryConfig(attempts=3)).call(failing(2))
+    RetryPolicy(RetryConfig(attempts=3)).call(failing(2), URL)
     assert drawn == [(0.0, 0.5), (0.0, 1.0)]
     assert clock.waits_s == [0.25, 0.25]
 
@@ -98,9 +97,8 @@ def test_waits_are_drawn_from_zero_to_the_longest(monkeypatch: pytest.MonkeyPatc
 def test_used_up_attempts_name_url_number_and_last_cause(
     clock: Clock, attempts: int, words: str
 ) -> None:
-    """And what to do."""
     with pytest.raises(OriginUnavailableError) as caught:
-        RetryPolicy(RetryConfig(attempts=attempts)).call(failing(99))
+        RetryPolicy(RetryConfig(attempts=attempts)).call(failing(99), URL)
     assert str(caught.value).startswith(
         f"s3://b/x could not be read: SlowDown (503) #{attempts} {words}. Check that the server "
         "runs"
@@ -109,52 +107,46 @@ def test_used_up_attempts_name_url_number_and_last_cause(
 
 
 def test_the_error_comes_from_the_cause_of_the_last_failure(clock: Clock) -> None:
-    """The library's own exception is in the traceback."""
     library = OSError("socket")
 
-    def function() -> None:
+    def function(_: float) -> None:
         raise TransientError("s3://b/x", "Connection") from library
 
     with pytest.raises(OriginUnavailableError) as caught:
-        RetryPolicy(RetryConfig(attempts=2)).call(function)
+        RetryPolicy(RetryConfig(attempts=2)).call(function, URL)
     assert caught.value.__cause__ is library
 
 
-def test_other_errors_pass_at_once(clock: Clock) -> None:
-    """A refusal is final."""
+def test_an_error_that_is_not_transient_is_raised_at_once(clock: Clock) -> None:
     calls = []
 
-    def function() -> None:
+    def function(_: float) -> None:
         calls.append(1)
         raise OriginAccessError("no")
 
     with pytest.raises(OriginAccessError, match="no"):
-        RetryPolicy(RetryConfig()).call(function)
+        RetryPolicy(RetryConfig()).call(function, URL)
     assert (len(calls), clock.waits_s) == (1, [])
 
 
-def test_the_time_bound_counts_the_wait_that_would_come(clock: Clock) -> None:
-    """Attempts at 0, 0.5 and 1.5 s; the next would start at 3.5 s, after the bound: nobody sleeps
-    only to give up.
-    """
+def test_the_time_bound_includes_the_next_wait(clock: Clock) -> None:
+    """Attempts at 0, 0.5 and 1.5 s; the next would start at 3.5 s, after the bound."""
     with pytest.raises(OriginUnavailableError, match=re.escape("(3 attempts in 1.5 s)")):
-        RetryPolicy(RetryConfig(attempts=100, timeout=3.0)).call(failing(99))
+        RetryPolicy(RetryConfig(attempts=100, timeout=3.0)).call(failing(99), URL)
     assert clock.now_s == 1001.5
 
 
-def test_the_time_of_the_attempts_counts(clock: Clock) -> None:
-    """A server that hangs uses the bound up, too."""
+def test_the_time_bound_includes_the_attempts_themselves(clock: Clock) -> None:
 
-    def hang() -> None:
+    def hang(_: float) -> None:
         clock.now_s += 15
         raise TransientError("s3://b/x", "Timeout")
 
     with pytest.raises(OriginUnavailableError, match=re.escape("(4 attempts in 63.5 s)")):
-        RetryPolicy(RetryConfig(attempts=100, timeout=60)).call(hang)
+        RetryPolicy(RetryConfig(attempts=100, timeout=60)).call(hang, URL)
 
 
-def test_progress_starts_the_time_bound_anew(clock: Clock) -> None:
-    """A slow line that works is not given up; the number of attempts is not forgiven."""
+def test_progress_restarts_the_time_bound_but_not_the_attempts(clock: Clock) -> None:
     policy = RetryPolicy(RetryConfig(attempts=4, timeout=10))
     passes = []
 
@@ -171,8 +163,8 @@ def test_progress_starts_the_time_bound_anew(clock: Clock) -> None:
     assert len(passes) == 4
 
 
-def test_remaining_time_ends_at_zero(clock: Clock) -> None:
-    """It is a time-out of requests, which must not be negative."""
+def test_remaining_time_is_never_negative(clock: Clock) -> None:
+    """It is used as a timeout of requests."""
     policy = RetryPolicy(RetryConfig(timeout=10))
     assert policy.remaining_s == 10
     clock.now_s += 4
@@ -184,9 +176,8 @@ def test_remaining_time_ends_at_zero(clock: Clock) -> None:
 def test_each_wait_is_one_log_line_with_fields(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Attempt to come, wait, URL, cause."""
     with caplog.at_level(logging.WARNING, "zarrcache.origin._retry"):
-        RetryPolicy(RetryConfig(attempts=3)).call(failing(2))
+        RetryPolicy(RetryConfig(attempts=3)).call(failing(2), URL)
     assert [record.getMessage() for record in caplog.records] == [
         "origin.retry attempt=2 wait_s=0.50 url=s3://b/x cause=SlowDown (503) #1",
         "origin.retry attempt=3 wait_s=1.00 url=s3://b/x cause=SlowDown (503) #2",
@@ -194,7 +185,6 @@ def test_each_wait_is_one_log_line_with_fields(
 
 
 def test_only_transient_errors_are_transient() -> None:
-    """Not every OSError is one."""
     assert is_transient(TransientError("u", "c"))
     assert not is_transient(ConnectionError())
     assert not is_transient(OriginUnavailableError("used up"))

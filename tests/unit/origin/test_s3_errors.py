@@ -1,4 +1,4 @@
-"""What an answer of S3 means, and its words."""
+"""What an error answer of S3 means, and the message that users get."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from zarrcache.errors import (
     OriginNotFoundError,
 )
 from zarrcache.origin._retry import TransientError
-from zarrcache.origin._s3_errors import RequestContext, S3Fault, to_error
+from zarrcache.origin._s3_errors import RequestContext, S3Error, to_error
 
 OBJECT = RequestContext("s3://b/p/x", "b", "http://gw:9000", ObjectInfo("x", 16384, "e"))
 LISTING = RequestContext("s3://b/p/", "b", "http://gw:9000")
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 509])
-def test_try_later_is_transient_whatever_the_code(status: int) -> None:
-    """A load balancer sends no code."""
-    assert S3Fault(status, "", "").is_transient
-    assert type(to_error(S3Fault(status, "", ""), OBJECT)) is TransientError
+def test_a_status_that_means_try_later_is_transient_without_a_code(status: int) -> None:
+    """Load balancers send no code."""
+    assert S3Error(status, "", "").is_transient
+    assert type(to_error(S3Error(status, "", ""), OBJECT)) is TransientError
 
 
 @pytest.mark.parametrize(
@@ -36,29 +36,45 @@ def test_try_later_is_transient_whatever_the_code(status: int) -> None:
         "ServiceUnavailable",
     ],
 )
-def test_codes_that_mean_try_later_are_transient_whatever_the_status(code: str) -> None:
+def test_a_code_that_means_try_later_is_transient_with_any_status(code: str) -> None:
     """RequestTimeout comes as 400, OperationAborted as 409."""
-    assert type(to_error(S3Fault(400, code, ""), LISTING)) is TransientError
+    assert type(to_error(S3Error(400, code, ""), LISTING)) is TransientError
+
+
+@pytest.mark.parametrize(
+    ("error", "is_slow_down"),
+    [
+        (S3Error(503, "", ""), True),
+        (S3Error(429, "", ""), True),
+        (S3Error(200, "SlowDown", ""), True),
+        (S3Error(400, "ThrottlingException", ""), True),
+        (S3Error(500, "InternalError", ""), False),
+        (S3Error(None, "Timeout", ""), False),
+    ],
+)
+def test_the_code_or_the_status_alone_asks_for_fewer_requests(
+    error: S3Error, is_slow_down: bool
+) -> None:
+    """S3 sends SlowDown with status 200 within a body, a load balancer 503 without a code."""
+    assert error.is_slow_down is is_slow_down
 
 
 @pytest.mark.parametrize("code", ["Connection", "Timeout", "ShortBody"])
 def test_no_answer_is_transient(code: str) -> None:
-    """Names of ours."""
-    assert type(to_error(S3Fault(None, code, "x"), OBJECT)) is TransientError
+    assert type(to_error(S3Error(None, code, "x"), OBJECT)) is TransientError
 
 
 @pytest.mark.parametrize(
     "status", [200, 301, 307, 400, 401, 403, 404, 405, 409, 411, 412, 416, 501]
 )
 def test_every_other_status_is_final(status: int) -> None:
-    """Also with a body that could not be read."""
-    assert not S3Fault(status, "", "").is_transient
-    assert not isinstance(to_error(S3Fault(status, "", ""), LISTING), TransientError)
+    assert not S3Error(status, "", "").is_transient
+    assert not isinstance(to_error(S3Error(status, "", ""), LISTING), TransientError)
 
 
-def test_what_went_wrong_below_is_final_unless_it_is_known() -> None:
-    """A fault of ours or of a library must show, not be tried five times."""
-    error = to_error(S3Fault(None, "KeyError", "'ETag'"), OBJECT)
+def test_an_unknown_failure_below_is_final() -> None:
+    """A bug here or in a library has to show at once, not after five attempts."""
+    error = to_error(S3Error(None, "KeyError", "'ETag'"), OBJECT)
     assert type(error) is OriginError
     assert (
         str(error)
@@ -68,129 +84,135 @@ def test_what_went_wrong_below_is_final_unless_it_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "asked", "error", "words"),
+    ("error", "context", "expected", "words"),
     [
         (
-            S3Fault(404, "NoSuchKey", ""),
+            S3Error(404, "NoSuchKey", ""),
             OBJECT,
             IncompleteArrayError,
             "s3://b/p/x is listed (16384 bytes) but returned 404. The store is incomplete",
         ),
         (
-            S3Fault(404, "", ""),
+            S3Error(404, "", ""),
             OBJECT,
             IncompleteArrayError,
             "is listed (16384 bytes) but returned 404",
         ),
         (
-            S3Fault(412, "PreconditionFailed", ""),
+            S3Error(412, "PreconditionFailed", ""),
             OBJECT,
             IncompleteArrayError,
             "was changed while it was being read. Read it again",
         ),
         (
-            S3Fault(416, "InvalidRange", ""),
+            S3Error(416, "InvalidRange", ""),
             OBJECT,
             IncompleteArrayError,
             "was changed while it was being read",
         ),
         (
-            S3Fault(404, "NoSuchBucket", ""),
+            S3Error(404, "NoSuchBucket", ""),
             OBJECT,
             OriginNotFoundError,
             "there is no bucket 'b' at http://gw:9000",
         ),
         (
-            S3Fault(404, "NoSuchKey", "m"),
+            S3Error(404, "NoSuchKey", "m"),
             LISTING,
             OriginError,
             "s3://b/p/: http://gw:9000 refused the request: NoSuchKey (404): m",
         ),
         (
-            S3Fault(403, "", ""),
+            S3Error(403, "", ""),
             LISTING,
             OriginAccessError,
             "s3://b/p/: access refused: (403). These credentials may not read it",
         ),
-        (S3Fault(401, "", ""), LISTING, OriginAccessError, "access refused: (401)."),
+        (S3Error(401, "", ""), LISTING, OriginAccessError, "access refused: (401)."),
         (
-            S3Fault(None, "NoCredentials", ""),
+            S3Error(None, "NoCredentials", ""),
             LISTING,
             OriginAccessError,
             "s3://b/p/: no credentials were found. Set key and secret",
         ),
         (
-            S3Fault(400, "TokenRefreshRequired", "m"),
+            S3Error(400, "TokenRefreshRequired", "m"),
             LISTING,
             OriginAccessError,
             "The session token has expired: log in again",
         ),
         (
-            S3Fault(None, "UnauthorizedSSOToken", "m"),
+            S3Error(None, "UnauthorizedSSOToken", "m"),
             LISTING,
             OriginAccessError,
             "The session token has expired: log in again (aws sso login)",
         ),
         (
-            S3Fault(403, "InvalidObjectState", "m"),
+            S3Error(403, "InvalidObjectState", "m"),
             OBJECT,
             OriginAccessError,
             "The object is archived (Glacier): restore it first.",
         ),
         (
-            S3Fault(403, "RequestExpired", "m"),
+            S3Error(403, "RequestExpired", "m"),
             OBJECT,
             OriginAccessError,
             "Set the clock of this machine.",
         ),
         (
-            S3Fault(301, "PermanentRedirect", "Moved."),
+            S3Error(301, "PermanentRedirect", "Moved."),
             LISTING,
             OriginError,
             "is in another region: PermanentRedirect (301): Moved. Set client_kwargs",
         ),
         (
-            S3Fault(None, "Certificate", ""),
+            S3Error(None, "Certificate", ""),
             LISTING,
             OriginError,
             "the certificate of http://gw:9000 is not trusted. Name the file of its CA",
         ),
     ],
 )
-def test_a_fault_has_its_error_and_its_words(
-    fault: S3Fault, asked: RequestContext, error: type[Exception], words: str
+def test_an_s3_error_becomes_its_exception_and_message(
+    error: S3Error, context: RequestContext, expected: type[Exception], words: str
 ) -> None:
-    """What, where, what to do."""
-    raised = to_error(fault, asked)
-    assert type(raised) is error
+    raised = to_error(error, context)
+    assert type(raised) is expected
     assert words in str(raised)
     assert ".." not in str(raised).replace("...", "")
-    assert raised.__cause__ is fault
+    assert raised.__cause__ is error
 
 
 def test_the_cause_is_the_library_s_exception_where_there_is_one() -> None:
-    """S3Fault itself is ours and says no more than the message."""
-    fault, library = S3Fault(403, "", ""), OSError("from below")
-    fault.__cause__ = library
-    assert to_error(fault, LISTING).__cause__ is library
+    error, library = S3Error(403, "", ""), OSError("from below")
+    error.__cause__ = library
+    assert to_error(error, LISTING).__cause__ is library
 
 
-def test_anon_is_told_from_missing_permissions() -> None:
-    """Credentials that are not sent need no permissions."""
+def test_a_refused_upload_names_the_permissions_that_writing_needs() -> None:
+    upload = RequestContext("s3://b/p/mp-1.zarr", "b", "http://gw:9000", writes=True)
+    refused = to_error(S3Error(403, "AccessDenied", "Access Denied."), upload)
+    assert type(refused) is OriginAccessError
+    assert str(refused).startswith(
+        "s3://b/p/mp-1.zarr: writing was refused: AccessDenied (403): Access Denied. Converting "
+        "needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject on bucket 'b'."
+    )
+
+
+def test_the_advice_for_anon_is_not_about_permissions() -> None:
     anon = RequestContext("s3://b/p/", "b", "http://gw:9000", anon=True)
-    assert "remove anon: true" in str(to_error(S3Fault(403, "AccessDenied", ""), anon))
-    assert "requester_pays: true" in str(to_error(S3Fault(403, "AccessDenied", ""), LISTING))
+    assert "remove anon: true" in str(to_error(S3Error(403, "AccessDenied", ""), anon))
+    assert "requester_pays: true" in str(to_error(S3Error(403, "AccessDenied", ""), LISTING))
 
 
 @pytest.mark.parametrize(
-    ("fault", "text"),
+    ("error", "text"),
     [
-        (S3Fault(503, "SlowDown", "Reduce."), "SlowDown (503): Reduce."),
-        (S3Fault(502, "", ""), "(502)"),
-        (S3Fault(None, "Timeout", "no answer in time"), "Timeout: no answer in time"),
-        (S3Fault(403, "AccessDenied", ""), "AccessDenied (403)"),
+        (S3Error(503, "SlowDown", "Reduce."), "SlowDown (503): Reduce."),
+        (S3Error(502, "", ""), "(502)"),
+        (S3Error(None, "Timeout", "no answer in time"), "Timeout: no answer in time"),
+        (S3Error(403, "AccessDenied", ""), "AccessDenied (403)"),
     ],
 )
-def test_a_fault_in_a_sentence(fault: S3Fault, text: str) -> None:
-    """Code, status, detail, whichever there are."""
-    assert str(fault) == text
+def test_an_s3_error_in_a_message(error: S3Error, text: str) -> None:
+    assert str(error) == text
