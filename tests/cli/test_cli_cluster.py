@@ -1,4 +1,4 @@
-"""``serve`` as users run it: in a process of its own that is told to end."""
+"""``zarrcache serve`` in its own process, stopped by a signal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zarrcache.data.reader import open_reader
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Two pairs, warm, and a token."""
+    """Two pairs, warm, and a token file."""
     write_pairs(tmp_path, 2)
     (tmp_path / "token").touch(0o600)
     (tmp_path / "token").write_text("k" * 40)
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def first_document(process: subprocess.Popen[str]) -> Any:
-    """The JSON that it prints when it is ready."""
+    """The JSON document that the server prints when it is ready."""
     assert process.stdout is not None
     text = ""
     for line in process.stdout:
@@ -41,10 +41,10 @@ def first_document(process: subprocess.Popen[str]) -> Any:
 
 
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT])
-def test_serve_says_where_gives_entries_and_ends_when_it_is_told(
+def test_serve_prints_its_url_serves_entries_and_exits_0_on_a_signal(
     config: Path, tmp_path: Path, ends: signal.Signals
 ) -> None:
-    """Exit 0, while a client is connected and waits."""
+    """While another client is connected and waits."""
     waiting = http.client.HTTPConnection("127.0.0.1")
     process = start("serve", config, "--port", "0", "--token-file", tmp_path / "token", "--json")
     try:
@@ -82,10 +82,8 @@ def test_serve_says_where_gives_entries_and_ends_when_it_is_told(
         process.wait()
 
 
-def test_serve_refuses_what_would_give_the_cache_to_anybody(config: Path, tmp_path: Path) -> None:
-    """Exit 2: no token on an address of the network, a token file that others may read, a config
-    without a cache.
-    """
+def test_serve_refuses_unsafe_settings_with_exit_2(config: Path, tmp_path: Path) -> None:
+    """No token on a public address, a token file that others can read, a missing token file."""
     (tmp_path / "open").write_text("k" * 40)
     (tmp_path / "open").chmod(0o644)
     for arguments, words in (

@@ -1,4 +1,4 @@
-"""``zarrcache convert`` as users run it."""
+"""``zarrcache convert`` as a command."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from zarrcache.demo.synthetic import write_pairs
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Two densities, and a file that is none."""
+    """Two densities, and a file that is not a density."""
     write_pairs(tmp_path / "files", 2)
     (tmp_path / "files" / "input" / "CHGCAR_mp-9").write_text("not a density\n")
     return tmp_path / "files" / "input"
 
 
-def test_convert_names_what_fails_and_skips_what_is_there(files: Path, tmp_path: Path) -> None:
-    """Dry run 0, one bad file 1; the second time nothing but the bad file is tried."""
+def test_convert_reports_failures_and_skips_converted_files(files: Path, tmp_path: Path) -> None:
+    """Exit 0 for a dry run, 1 with a bad file; a second run tries only the bad file."""
     dry = zarrcache("convert", files, tmp_path / "out", "--dry-run")
     assert (dry.code, dry.out.startswith("Would convert 3 files (")) == (0, True)
     assert dry.out.endswith("Dry run: nothing was written.\n")
@@ -44,9 +44,7 @@ def test_convert_names_what_fails_and_skips_what_is_there(files: Path, tmp_path:
 def test_convert_uploads_with_the_settings_of_a_training_config(
     files: Path, tmp_path: Path, s3_server: S3Server, bucket: str
 ) -> None:
-    """``s3_kwargs`` come from the config, or from --s3-kwargs and --endpoint-url, which override
-    it.
-    """
+    """``--s3-kwargs`` and ``--endpoint-url`` override ``s3_kwargs`` of the config."""
     config = write_config(tmp_path, s3_kwargs=s3_server.kwargs_at("http://127.0.0.1:9"))
     options = (
         "--config",
@@ -70,10 +68,10 @@ def test_convert_uploads_with_the_settings_of_a_training_config(
     [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_it_says_what_was_wrong_so_far(
+def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int
 ) -> None:
-    """The next run skips what is converted: what looks wrong with it would never be said."""
+    """The next run skips converted files and would not repeat their warnings."""
     source, out = tmp_path / "input", tmp_path / "out"
     write_pairs(tmp_path, 16)
     first, *others = sorted(source.iterdir())
@@ -85,7 +83,7 @@ def test_interrupted_it_says_what_was_wrong_so_far(
     (source / "b.CHGCAR").write_text("not a density\n")
     process = start("convert", source, out, "--workers", workers, "--chunks", 4)
     try:
-        # One more than may be finished and not yet told.
+        # One more than can be finished without its result having arrived.
         until(
             lambda: (
                 (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1
@@ -103,7 +101,7 @@ def test_interrupted_it_says_what_was_wrong_so_far(
     assert f"failed: {source}/b.CHGCAR " in err
     assert (
         err.splitlines()[-1]
-        == f"{word}. What is finished stays; run the same command again to go on."
+        == f"{word}. What is finished stays; run the same command again to continue."
     )
     assert len(list(out.glob("*.zarr"))) < len(others)
 
@@ -111,16 +109,18 @@ def test_interrupted_it_says_what_was_wrong_so_far(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--chunks", "sixteen"), "error: --chunks 'sixteen' is not a number of grid points"),
+        (
+            ("--chunks", "sixteen"),
+            "error: --chunks 'sixteen' is not one or three numbers of grid points",
+        ),
         (("--s3-kwargs", "anon"), "error: --s3-kwargs is not JSON"),
         (("--s3-kwargs", "[]"), "error: --s3-kwargs is not a JSON object"),
         (("--zarr-format", "4"), "Invalid value for '--zarr-format'"),
     ],
 )
-def test_a_wrong_option_of_convert_is_exit_2_with_words(
+def test_a_wrong_option_of_convert_is_exit_2_and_writes_nothing(
     files: Path, tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
-    """And nothing is written."""
     done = zarrcache("convert", files, tmp_path / "out", *options)
     assert done.code == 2
     assert words in done.err

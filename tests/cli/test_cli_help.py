@@ -1,4 +1,4 @@
-"""Every command has help with units and defaults, and it is there at once."""
+"""Help pages: complete, with units and defaults, and fast."""
 
 from __future__ import annotations
 
@@ -74,15 +74,13 @@ COMMANDS = {
 }
 
 
-def test_every_command_is_listed() -> None:
-    """In the order in which one meets them."""
+def test_commands_are_listed_in_the_order_of_use() -> None:
     listed = zarrcache("--help").out.partition("Commands:")[2]
     assert [line.split()[0] for line in listed.strip().splitlines()] == list(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_has_help(name: str) -> None:
-    """With its unit or form, and its default."""
+def test_every_option_has_help_with_unit_and_default(name: str) -> None:
     done = zarrcache(name, "--help")
     assert done.code == 0
     for words in COMMANDS[name]:
@@ -95,10 +93,27 @@ def test_every_option_has_help(name: str) -> None:
     assert [line for line in options if len(line.split("  ")) < 2 and not line.endswith(" ")] == []
 
 
-def test_help_and_version_load_nothing_heavy() -> None:
-    """Neither torch nor zarr nor an S3 client, for a help page."""
-    script = "import sys; sys.argv = ['zarrcache', '--help']\ntry:\n    from zarrcache.cli import main; main()\nexcept SystemExit: pass\n"
-    script += "print(sorted({'torch', 'zarr', 's3fs', 'obstore', 'sklearn', 'numpy', 'pydantic', 'rich', 'diskcache'} & set(sys.modules)))"
+def test_help_and_version_import_no_heavy_library() -> None:
+    heavy = {
+        "torch",
+        "zarr",
+        "s3fs",
+        "obstore",
+        "sklearn",
+        "numpy",
+        "pydantic",
+        "rich",
+        "diskcache",
+    }
+    script = f"""
+import sys
+from zarrcache.cli import main
+sys.argv = ["zarrcache", "--help"]
+try:
+    main()
+except SystemExit:
+    print(sorted({heavy} & set(sys.modules)))
+"""
     out = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
@@ -106,16 +121,14 @@ def test_help_and_version_load_nothing_heavy() -> None:
     assert zarrcache("--version").out == f"{__version__}\n"
 
 
-def test_no_command_and_an_unknown_one_are_exit_2() -> None:
-    """With the way to help."""
+def test_no_command_or_an_unknown_one_is_exit_2_with_usage() -> None:
     for arguments in ((), ("wram",)):
         done = zarrcache(*arguments)
         assert done.code == 2
         assert "Usage:" in done.out + done.err
 
 
-def test_the_scripts_in_tools_are_doors_to_the_same_commands() -> None:
-    """Run as ``python tools/warm.py``."""
+def test_the_scripts_in_tools_run_the_same_commands() -> None:
     tools = Path(__file__).resolve().parents[2] / "tools"
     for script, words in (
         ("warm.py", "--split"),

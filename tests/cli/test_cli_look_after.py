@@ -1,4 +1,4 @@
-"""``evict``, ``status``, ``verify`` and ``doctor`` as users run them, over a directory."""
+"""``evict``, ``status``, ``verify`` and ``doctor`` as commands, over a local directory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from zarrcache import DataConfig, plan_warm
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Two pairs, warm: four densities and two listings, a page of header and one of values each."""
+    """Two pairs, warm: four densities and two listings, each one header page and one data page."""
     write_pairs(tmp_path, 2)
     path = write_config(tmp_path)
     plan_warm(DataConfig.from_yaml(path)).execute()
     return path
 
 
-def test_evict_shows_asks_and_drops(config: Path, tmp_path: Path) -> None:
-    """Dry run, nobody to ask, --yes, nothing left: exit 0, 2, 0, 0; data on stdout, talk on stderr."""
+def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_path: Path) -> None:
+    """Dry run, no terminal, --yes, nothing left: exit 0, 2, 0, 0."""
     what = f"6 entries (48.0 KiB) from {tmp_path}/cache"
     dry = zarrcache("evict", config, "--dry-run")
     assert (dry.code, dry.out) == (0, f"Would evict {what}. Dry run: nothing was evicted.\n")
@@ -35,8 +35,8 @@ def test_evict_shows_asks_and_drops(config: Path, tmp_path: Path) -> None:
     assert (alone.code, alone.out) == (2, "")
     assert (
         alone.err
-        == f"error: about to evict {what}, and nobody is there to be asked. Add --yes to do it, or "
-        "--dry-run to look.\n"
+        == f"error: About to evict {what}, but there is no terminal to ask for confirmation. Pass "
+        "--yes to evict, or --dry-run to look.\n"
     )
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 6
     assert zarrcache("evict", config, "--ids", "/dev/null").code == 2
@@ -53,8 +53,9 @@ def test_evict_shows_asks_and_drops(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [(b"n\n", 1, 6), (b"y\n", 0, 0)])
-def test_evict_asks_at_a_terminal(config: Path, answer: bytes, code: int, left: int) -> None:
-    """The default is no."""
+def test_evict_asks_for_confirmation_at_a_terminal(
+    config: Path, answer: bytes, code: int, left: int
+) -> None:
     keyboard, terminal = pty.openpty()
     try:
         with subprocess.Popen(
@@ -71,10 +72,9 @@ def test_evict_asks_at_a_terminal(config: Path, answer: bytes, code: int, left: 
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == left
 
 
-def test_evict_needs_to_know_which(config: Path, tmp_path: Path) -> None:
-    """Neither config nor directory, a directory without --all, a time that is none."""
+def test_evict_without_a_selection_is_exit_2(config: Path, tmp_path: Path) -> None:
     for arguments, words in [
-        ((), "which cache? Give a training config, or --dir"),
+        ((), "No cache given. Pass CONFIG or --dir DIR."),
         (
             ("--dir", tmp_path / "cache"),
             "No entries are selected. Pass a training config to select those of its ids, or --all",
@@ -87,8 +87,8 @@ def test_evict_needs_to_know_which(config: Path, tmp_path: Path) -> None:
         assert words in done.err
 
 
-def test_status_says_how_full_and_how_warm(config: Path, tmp_path: Path) -> None:
-    """In words and as JSON; a config of which nothing is warm is told what to run."""
+def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) -> None:
+    """For a config with nothing warm it names the command to run."""
     done = zarrcache("status", config)
     assert done.code == 0
     assert (
@@ -96,21 +96,18 @@ def test_status_says_how_full_and_how_warm(config: Path, tmp_path: Path) -> None
         "0 B\n" in done.out
     )
     assert "volume       48.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
-    assert (
-        "GGA          2 of 2 ids warm (100.0 %); the map has 1 more that the origin has not\n"
-        in done.out
-    )
+    assert "GGA          2 of 2 ids warm (100.0 %); 1 more id in the map has no store\n" in done.out
     assert done.err == ""
     cold = write_config(tmp_path, name="cold.yaml", dir=str(tmp_path / "other"))
     done = zarrcache("status", cold)
-    assert "(nothing was cached there yet)" in done.out
+    assert "(nothing is cached there yet)" in done.out
     assert done.err == f"Run `zarrcache warm {cold}` to fill the cache.\n"
     done = zarrcache("status", env={"ZARRCACHE_DIR": str(tmp_path / "cache")})
     assert "array tier   6 entries, 48.0 KiB" in done.out
 
 
-def test_verify_finds_a_flipped_bit_and_drops_it(config: Path, tmp_path: Path) -> None:
-    """Exit 1 and the file's name; the next warm fetches that one density, and then all is well."""
+def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) -> None:
+    """Exit 1 and the file name; the next warm fetches that one density."""
     victim = max(
         (tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"),
         key=lambda path: path.stat().st_size,
@@ -133,15 +130,11 @@ def test_verify_finds_a_flipped_bit_and_drops_it(config: Path, tmp_path: Path) -
     ) == (0, 6, [], [])
 
 
-def test_doctor_says_what_is_wrong_and_what_to_do(config: Path, tmp_path: Path) -> None:
-    """Fit: exit 0. A directory that cannot be used and an origin that is not there: exit 1, and
-    JSON has the same.
-    """
+def test_doctor_reports_each_check_and_exits_1_if_one_fails(config: Path, tmp_path: Path) -> None:
     done = zarrcache("doctor", config)
     assert done.code == 0, done.out
     assert (
-        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 6 entries\n"
-        in done.out
+        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 6 entries\n" in done.out
     )
     assert "ok    file locks: one holder at a time\n" in done.out
     assert "ok    mmap: an entry can be written, mapped and read\n" in done.out
@@ -167,13 +160,13 @@ def test_doctor_says_what_is_wrong_and_what_to_do(config: Path, tmp_path: Path) 
     [
         ("plan", "Interrupted."),
         ("status", "Interrupted."),
-        ("warm", "Interrupted. What is finished stays; run the same command again to go on."),
+        ("warm", "Interrupted. What is finished stays; run the same command again to continue."),
     ],
 )
-def test_ctrl_c_says_that_something_stays_only_where_something_does(
+def test_ctrl_c_mentions_finished_work_only_for_resumable_commands(
     tmp_path: Path, command: str, words: str
 ) -> None:
-    """Here while it reads a config that somebody is still writing."""
+    """Interrupted while the config is read from a pipe."""
     pipe = tmp_path / "train.yaml"
     os.mkfifo(pipe)
     process = start(command, pipe)
@@ -183,7 +176,7 @@ def test_ctrl_c_says_that_something_stays_only_where_something_does(
         while writer is None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
-            with contextlib.suppress(OSError):  # nobody reads yet
+            with contextlib.suppress(OSError):  # no reader has opened it yet
                 writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             time.sleep(0.001)
         process.send_signal(signal.SIGINT)

@@ -1,6 +1,4 @@
-"""``zarrcache warm`` as users run it, against a real S3 server; every request is counted by the
-proxy in front of it.
-"""
+"""``zarrcache warm`` as a command, against an S3 server behind a proxy that counts requests."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from zarrcache.data.reader import open_reader
 
 @pytest.fixture
 def uploaded(tmp_path: Path, s3_server: S3Server, bucket: str) -> str:
-    """Three pairs on S3, and an id without stores; the URL above them. ``tmp_path`` has the same
-    stores and the map.
+    """URL above three pairs on S3, and an id without stores. ``tmp_path`` has the same stores and
+    the map.
     """
     write_pairs(tmp_path, 3)
     for role in ("data", "label"):
@@ -30,7 +28,7 @@ def uploaded(tmp_path: Path, s3_server: S3Server, bucket: str) -> str:
 
 @pytest.fixture
 def config(tmp_path: Path, uploaded: str, s3_server: S3Server, fault_proxy: FaultProxy) -> Path:
-    """Its training config; requests go through the proxy."""
+    """The training config; requests go through the proxy."""
     return write_config(
         tmp_path,
         uploaded,
@@ -80,10 +78,10 @@ def test_after_warm_everything_works_with_the_server_switched_off(
     )
 
 
-def test_running_it_again_makes_no_request(
+def test_warming_again_makes_no_request(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """With ``revalidate: never`` and ids that are all listed; what that means is said."""
+    """With ``revalidate: never`` and a listing that has every id."""
     (tmp_path / "map.json").write_text('{"GGA": ["mp-0", "mp-1", "mp-2"]}')
     assert zarrcache("warm", config).code == 0
     before = fault_proxy.count()
@@ -92,7 +90,7 @@ def test_running_it_again_makes_no_request(
     assert "3 fresh already" in again.out
     assert (
         "6 densities were in the cache already, and not compared with the origin "
-        "(cache.revalidate: never); --revalidate compares." in again.err
+        "(cache.revalidate: never). Pass --revalidate to compare." in again.err
     )
     assert (
         "0 of 6 densities of 3 ids (0 B, 0 requests); 6 fresh."
@@ -101,8 +99,8 @@ def test_running_it_again_makes_no_request(
     assert fault_proxy.count() == before
 
 
-def test_told_to_ask_it_makes_only_lists(config: Path, fault_proxy: FaultProxy) -> None:
-    """Two directories and six densities; not one object."""
+def test_revalidate_makes_only_lists(config: Path, fault_proxy: FaultProxy) -> None:
+    """One per directory and one per density."""
     assert zarrcache("warm", config).code == 0
     before = fault_proxy.count()
     again = zarrcache("warm", config, "--revalidate", "--json")
@@ -118,18 +116,18 @@ def test_told_to_ask_it_makes_only_lists(config: Path, fault_proxy: FaultProxy) 
 
 
 def test_two_processes_fetch_each_object_once(config: Path, fault_proxy: FaultProxy) -> None:
-    """And the report counts what both did."""
+    """The report counts the requests of both."""
     done = zarrcache("warm", config, "--workers", "2", "--json")
     assert (done.code, done.document["warm"]) == (0, 3), done.err
     assert fault_proxy.repeats() == 0
-    # the directories are listed before
+    # without the LISTs of the directories, which plan_warm makes
     assert done.document["stats"]["requests"] == fault_proxy.count() - 2
 
 
-def test_a_store_that_fails_is_named_and_the_rest_is_warm(
+def test_a_failing_store_is_exit_1_and_the_others_are_warm(
     config: Path, fault_proxy: FaultProxy
 ) -> None:
-    """Exit 1, with the URL and the cause; the next run gets the rest."""
+    """With URL and cause; the next run fetches the rest."""
     fault_proxy.rules(Rule(op="GET", key=r"label/mp-1\.zarr", then="503"))
     done = zarrcache("warm", config)
     assert done.code == 1
@@ -142,17 +140,16 @@ def test_a_store_that_fails_is_named_and_the_rest_is_warm(
 
 
 @pytest.mark.parametrize(("gone", "is_said"), [("", True), ("/charge_density_total", False)])
-def test_to_list_anew_is_advised_where_a_store_is_gone_and_not_where_it_lacks_the_array(
+def test_revalidate_is_advised_if_a_store_is_gone_but_not_if_its_array_is(
     tmp_path: Path, gone: str, is_said: bool
 ) -> None:
-    """A new listing does not bring an array."""
     write_pairs(tmp_path, 3)
     config = write_config(tmp_path)
     assert zarrcache("warm", config, "--ids", _ids(tmp_path, "mp-0")).code == 0
     shutil.rmtree(tmp_path / "label" / f"mp-1.zarr{gone}")
     done = zarrcache("warm", config, "--ids", _ids(tmp_path, "mp-0", "mp-1"))
     assert (done.code, "failed: mp-1 (label): " in done.err) == (1, True), done.err
-    assert ("--revalidate lists them anew" in done.err) == is_said
+    assert ("pass --revalidate to list them again" in done.err) == is_said
 
 
 def _ids(directory: Path, *names: str) -> Path:
@@ -160,12 +157,10 @@ def _ids(directory: Path, *names: str) -> Path:
     return directory / "ids.txt"
 
 
-def test_an_origin_that_fails_altogether_ends_it_with_one_error(
+def test_an_origin_that_is_down_ends_warm_with_one_error(
     config: Path, fault_proxy: FaultProxy
 ) -> None:
-    """Not an error for each density when none can be read; one when the directories cannot be
-    listed.
-    """
+    """Whether every density fails or the directories cannot be listed."""
     fault_proxy.rules(Rule(op="GET", then="503"))
     done = zarrcache("warm", config, "--workers", "1")
     assert (done.code, done.out) == (1, "")
@@ -180,8 +175,9 @@ def test_an_origin_that_fails_altogether_ends_it_with_one_error(
     assert done.err.startswith("error: s3://")
 
 
-def test_wrong_credentials_are_one_error(config: Path, fault_proxy: FaultProxy) -> None:
-    """No retry, no traceback."""
+def test_wrong_credentials_are_one_error_without_retry(
+    config: Path, fault_proxy: FaultProxy
+) -> None:
     fault_proxy.rules(Rule(then="403"))
     done = zarrcache("warm", config)
     assert done.code == 1
@@ -190,7 +186,7 @@ def test_wrong_credentials_are_one_error(config: Path, fault_proxy: FaultProxy) 
     assert fault_proxy.count() == 1
 
 
-def test_what_does_not_fit_is_said_with_what_to_do(
+def test_ids_that_do_not_fit_are_counted_and_a_limit_is_advised(
     config: Path, tmp_path: Path, uploaded: str, s3_server: S3Server
 ) -> None:
     """Room for the listings and two pairs."""
@@ -207,17 +203,18 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     assert done.out.startswith("Warmed 2 of 3 ids (")
     assert "1 id did not fit: cache.limit (48.0 KiB) or cache.min_free is reached" in done.err
     assert (
-        "All ids and what else is in the cache take about 64.0 KiB on disk: raise cache.limit, or "
-        "make room with `zarrcache evict`." in done.err
+        "All ids and the other entries of the cache need about 64.0 KiB on disk: raise "
+        "cache.limit, or "
+        "free space with `zarrcache evict`." in done.err
     )
 
 
-def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:
-    """One id a line with remarks, or a JSON list; --limit stops when so much is warm."""
+def test_ids_come_from_a_file_and_limit_stops_early(config: Path, tmp_path: Path) -> None:
+    """One id per line with comments, or a JSON list."""
     (tmp_path / "ids.txt").write_text("# first try\nmp-2\n\nmp-0  # and this\n")
     done = zarrcache("warm", config, "--ids", tmp_path / "ids.txt", "--limit", "500 B")
     assert done.out.startswith("Warmed 1 of 2 ids (")
-    assert "1 id left out: 500 B are warm, as --limit asked." in done.err
+    assert "1 id left out: --limit (500 B) is reached." in done.err
     (tmp_path / "ids.json").write_text('["mp-2"]')
     assert (
         zarrcache("warm", config, "--ids", tmp_path / "ids.json", "--json").document["fresh"] == 1
@@ -233,19 +230,16 @@ def test_ids_from_a_file_and_a_limit(config: Path, tmp_path: Path) -> None:
         (("--ids", "/no/such/file"), "error: --ids /no/such/file cannot be read"),
     ],
 )
-def test_a_wrong_option_is_exit_2_with_words(
+def test_a_wrong_option_is_exit_2_before_any_request(
     config: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    """Before anything is asked of the origin."""
     done = zarrcache("warm", config, *arguments)
     assert (done.code, done.out) == (2, "")
     assert words in done.err
 
 
-def test_a_cache_directory_that_cannot_be_used_is_exit_2(config: Path, tmp_path: Path) -> None:
-    """Training would go on without; warm says so. The same words from ZARRCACHE_DIR, which
-    overrides the config.
-    """
+def test_an_unusable_cache_directory_is_exit_2(config: Path, tmp_path: Path) -> None:
+    """Training would continue without a cache. ZARRCACHE_DIR overrides the config."""
     (tmp_path / "file").touch()
     done = zarrcache("warm", config, env={"ZARRCACHE_DIR": str(tmp_path / "file" / "cache")})
     assert done.code == 2
@@ -255,8 +249,8 @@ def test_a_cache_directory_that_cannot_be_used_is_exit_2(config: Path, tmp_path:
     )
 
 
-def test_a_config_without_cache_says_which_block_to_add(tmp_path: Path) -> None:
-    """And a config that is not there, or misspelt, says what it is about; --debug shows where."""
+def test_a_config_without_cache_block_is_exit_2(tmp_path: Path) -> None:
+    """A misspelt key is named; --debug prints the traceback."""
     write_pairs(tmp_path, 1)
     path = write_config(tmp_path)
     text = path.read_text()

@@ -1,5 +1,5 @@
-"""``configs/slurm``: the scripts as users submit them, with real commands on real stores; only
-``srun`` is not Slurm's.
+"""``configs/slurm``: the scripts as users submit them, with real commands and stores and a fake
+``srun``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 EXAMPLE = ROOT / "configs" / "slurm" / "dask_convert.py"
 HANG_S = 120.0
 
-#: Reads everything and notes what it cost, saves when it is told to end, and ends with the code
-#: that it was given.
+#: Reads everything, writes down its misses, saves on SIGTERM, and exits with the given code.
 TRAINING = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -47,7 +46,8 @@ def save(*_):
     sys.exit(code)
 
 signal.signal(signal.SIGTERM, save)
-notes = {"misses": reader.stats.misses, "dir": str(reader.cache.config.dir), "master": os.environ["MASTER_ADDR"]}
+directory, master = str(reader.cache.config.dir), os.environ["MASTER_ADDR"]
+notes = {"misses": reader.stats.misses, "dir": directory, "master": master}
 (out / f".{os.environ['SLURM_PROCID']}").write_text(json.dumps(notes))
 (out / f".{os.environ['SLURM_PROCID']}").rename(out / f"rank-{os.environ['SLURM_PROCID']}.json")
 time.sleep(int(sys.argv[4]))
@@ -57,7 +57,7 @@ sys.exit(code)
 
 class Job:
     """The environment of a job on two nodes: ``srun`` and ``scontrol`` on the path, a scratch
-    directory, a training config, a training.
+    directory, a training config, a training script.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -94,7 +94,7 @@ class Job:
         self.training.write_text(TRAINING)
 
     def submit(self, *command: object) -> subprocess.Popen[str]:
-        """The batch script, in a session of its own."""
+        """Start the batch script in its own session."""
         return subprocess.Popen(
             ["bash", SCRIPT, *map(str, command)],
             env=self.environment,
@@ -105,28 +105,26 @@ class Job:
         )
 
     def train(self, code: int, seconds: int) -> subprocess.Popen[str]:
-        """The script with the training."""
+        """The training script."""
         return self.submit(
             self.config, sys.executable, self.training, self.config, self.out, code, seconds
         )
 
     def notes(self) -> list[dict[str, Any]]:
-        """What the ranks have written, in the order of the ranks."""
+        """What each rank wrote, in the order of ranks."""
         return [json.loads(path.read_text()) for path in sorted(self.out.glob("rank-*.json"))]
 
     def left(self) -> list[Path]:
-        """What lies on the disks of the nodes."""
+        """Files left on the disks of the nodes."""
         return [path for node in self.scratch.iterdir() for path in node.iterdir()]
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """A job that may be submitted."""
     return Job(tmp_path)
 
 
-def test_the_script_is_as_shellcheck_wants_it() -> None:
-    """In all its severities."""
+def test_shellcheck_accepts_the_scripts() -> None:
     shellcheck = shutil.which(
         "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     )
@@ -138,8 +136,8 @@ def test_the_script_is_as_shellcheck_wants_it() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_every_node_is_warm_the_training_runs_and_nothing_is_left(job: Job) -> None:
-    """The exit code is the training's; it found everything in the cache of its node."""
+def test_a_job_warms_every_node_trains_and_leaves_no_files(job: Job) -> None:
+    """The exit code is that of the training, which makes no request."""
     out, err = (process := job.train(7, 0)).communicate(timeout=HANG_S)
     assert process.returncode == 7, err
     for node in ("node0", "node1"):
@@ -153,8 +151,8 @@ def test_every_node_is_warm_the_training_runs_and_nothing_is_left(job: Job) -> N
     assert job.left() == []
 
 
-def test_sigterm_reaches_the_training_which_may_save_and_the_caches_are_emptied(job: Job) -> None:
-    """As Slurm sends it a minute before the time is up: to the batch script alone."""
+def test_sigterm_reaches_the_training_and_the_caches_are_removed(job: Job) -> None:
+    """Slurm sends it to the batch script alone, a minute before the time limit."""
     process = job.train(143, 300)
     try:
         deadline = time.monotonic() + HANG_S
@@ -173,8 +171,7 @@ def test_sigterm_reaches_the_training_which_may_save_and_the_caches_are_emptied(
     assert job.left() == []
 
 
-def test_a_config_that_is_wrong_ends_the_job_before_the_training(job: Job) -> None:
-    """And a command line that is."""
+def test_a_wrong_config_or_command_line_ends_the_job_before_the_training(job: Job) -> None:
     out, err = (
         process := job.submit(job.out / "no.yaml", "touch", job.out / "trained")
     ).communicate(timeout=HANG_S)
@@ -187,7 +184,7 @@ def test_a_config_that_is_wrong_ends_the_job_before_the_training(job: Job) -> No
 
 
 def in_step(node: int, **more: str) -> Mapping[str, str]:
-    """Variables of a step's task, as ``srun --ntasks-per-node=1`` sets them on three nodes."""
+    """Environment of one task of ``srun --ntasks-per-node=1`` on three nodes."""
     variables = {
         "NODEID": str(node),
         "PROCID": str(node),
@@ -201,10 +198,8 @@ def in_step(node: int, **more: str) -> Mapping[str, str]:
     }
 
 
-def test_under_srun_a_node_warms_its_share_once(tmp_path: Path) -> None:
-    """Of training set and test set each, as NodeSampler cuts them. A second process of the node
-    leaves it to the first.
-    """
+def test_under_srun_one_process_per_node_warms_its_share(tmp_path: Path) -> None:
+    """The share of the training set and of the test set, as NodeSampler assigns them."""
     write_pairs(tmp_path, 9)
     config = write_config(tmp_path)
     done = zarrcache(
@@ -242,22 +237,21 @@ def test_under_srun_a_node_warms_its_share_once(tmp_path: Path) -> None:
         (
             ("--each-node",),
             (
-                "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm "
+                "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache "
+                "warm "
                 "CONFIG --each-node`"
             ),
         ),
         (
             ("--assignment", "node"),
-            "--assignment says what each node of several warms. Add --each-node.",
+            "--assignment is only for several nodes. Add --each-node.",
         ),
     ],
 )
 def test_options_that_would_warm_one_node_of_many_are_refused(
     tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
-    """In a batch script outside of srun Slurm's variables are those of node 0; the others would
-    stay cold.
-    """
+    """In a batch script outside of srun, Slurm's variables are those of node 0."""
     config = write_config(tmp_path)
     done = zarrcache(
         "warm",
@@ -269,8 +263,7 @@ def test_options_that_would_warm_one_node_of_many_are_refused(
     assert words in done.err
 
 
-def test_the_example_of_dask_jobqueue_compiles_and_has_help_without_it(tmp_path: Path) -> None:
-    """It is no dependency; the example imports it when it runs."""
+def test_the_dask_jobqueue_example_has_help_without_the_library(tmp_path: Path) -> None:
     py_compile.compile(str(EXAMPLE), str(tmp_path / "example.pyc"), doraise=True)
     done = subprocess.run(
         [sys.executable, "-S", EXAMPLE, "--help"], capture_output=True, text=True, timeout=HANG_S
@@ -280,8 +273,8 @@ def test_the_example_of_dask_jobqueue_compiles_and_has_help_without_it(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_example_of_dask_jobqueue_converts(tmp_path: Path) -> None:
-    """With processes of this machine in place of Slurm jobs; run again, it has nothing to do."""
+def test_the_dask_jobqueue_example_converts(tmp_path: Path) -> None:
+    """With local processes instead of Slurm jobs; a second run has nothing to do."""
     from zarrcache.demo.synthetic import write_pairs as write_densities
 
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")

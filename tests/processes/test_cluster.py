@@ -23,7 +23,7 @@ from tests.support import daskcluster
 from tests.support.daskcluster import RunningCluster, running_cluster
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig
-from zarrcache.cli._nodes import engine_of
+from zarrcache.cli.options import open_engine
 from zarrcache.convert.plan import ConvertResult, plan_convert
 from zarrcache.data.reader import open_reader
 from zarrcache.demo.synthetic import write_pairs as write_densities
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
     assert process.returncode == 130
     assert (
         err.splitlines()[-1]
-        == "Interrupted. What is finished stays; run the same command again to go on."
+        == "Interrupted. What is finished stays; run the same command again to continue."
     ), err
     assert "Traceback" not in err
     assert list(tmp_path.glob("out/.*")) == []
@@ -358,8 +358,14 @@ def test_workers_of_other_nodes_do_not_fill_this_nodes_cache(
 ) -> None:
     """Each would fill its own with a random part: --each-node is what is meant."""
     monkeypatch.setenv("SLURMD_NODENAME", "node2")
-    words = r"workers of tcp://[\d.:]+ are on node10, and each node has a cache of its own; this is node2\. Add --each-node"
-    with pytest.raises(ConfigError, match=words), engine_of(running.address, None, only_here=True):
+    words = (
+        r"Workers of tcp://[\d.:]+ run on node10, and each node has its own cache; this node is "
+        r"node2\. Add --each-node"
+    )
+    with (
+        pytest.raises(ConfigError, match=words),
+        open_engine(running.address, None, only_here=True),
+    ):
         pass
 
 

@@ -181,7 +181,7 @@ def _command(source: Path, dst: object, *options: object) -> Iterator[subprocess
         end_all(process)
 
 
-GO_ON = "What is finished stays; run the same command again to go on."
+GO_ON = "What is finished stays; run the same command again to continue."
 
 
 TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interrupted")

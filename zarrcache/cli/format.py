@@ -1,4 +1,4 @@
-"""What the command line says of plans and reports: strings, no output."""
+"""Format plans and reports as text. Returns strings; prints nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         EpochForecast,
         Forecast,
         Status,
+        Tier,
         VerifyReport,
         WarmEstimate,
         WarmPlan,
@@ -21,17 +22,18 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "convert_plan_words",
-    "convert_words",
     "count",
     "demo_rows",
     "duration",
-    "estimate_words",
+    "format_conversion",
+    "format_convert_plan",
+    "format_verification",
+    "format_warm_estimate",
+    "format_warm_report",
     "plan_lines",
     "plural",
     "status_lines",
-    "verify_words",
-    "warm_words",
+    "warm_notes",
 ]
 
 
@@ -57,8 +59,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def estimate_words(plan: WarmPlan, estimate: WarmEstimate) -> str:
-    """What a dry run of ``warm`` found."""
+def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
+    """One line for ``warm --dry-run``."""
     densities = plural(plan.trusted + len(plan.densities), "density", "densities")
     return (
         f"Would fetch {count(estimate.to_fetch)} of {densities} of "
@@ -69,28 +71,33 @@ def estimate_words(plan: WarmPlan, estimate: WarmEstimate) -> str:
     )
 
 
-def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
-    """What ``warm`` did, and notes on what it could not do."""
+def format_warm_report(report: WarmReport) -> str:
+    """One line for ``warm``."""
     fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
     cost = f"{format_bytes(report.nbytes)}, {plural(report.stats.requests, 'request')}{fresh}"
-    words = f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {duration(report.seconds)}; {count(len(report.failed_ids))} failed."
+    return (
+        f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in "
+        f"{duration(report.seconds)}; {count(len(report.failed_ids))} failed."
+    )
+
+
+def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
+    """What the user should know or do after ``warm``, one note per line."""
     notes = []
     if plan.trusted and not plan.revalidate:
         trusted = plural(plan.trusted, "density was", "densities were")
         notes.append(
             f"{trusted} in the cache already, and not compared with the origin (cache.revalidate: "
-            "never); --revalidate compares."
+            "never). Pass --revalidate to compare."
         )
     if any(result.is_gone for result in report.failed) and not plan.revalidate:
         notes.append(
-            "If stores were moved or removed since the last listing of the directories, "
-            "--revalidate lists them anew."
+            "If stores were moved or removed since the directories were last listed, pass "
+            "--revalidate to list them again."
         )
     if report.untried:
-        notes.append(
-            f"{plural(report.untried, 'id')} left out: {format_bytes(plan.limit_bytes or 0)} are "
-            "warm, as --limit asked."
-        )
+        limit = format_bytes(plan.limit_bytes or 0)
+        notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")
     if report.stats.cache_errors:
         times = plural(report.stats.cache_errors, "time")
         notes.append(
@@ -100,65 +107,50 @@ def warm_words(plan: WarmPlan, report: WarmReport) -> tuple[str, list[str]]:
     elif report.bypassed:
         size = _rounded_up(report.needed_bytes + report.beside_bytes)
         needed = (
-            f"All ids and what else is in the cache take about {size} on disk: raise"
+            f"All ids and the other entries of the cache need about {size} on disk: raise"
             if report.needed_bytes
             else "Raise"
         )
         notes.append(
             f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
-            f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and "
-            f"training will read the rest from the origin in every epoch. {needed} cache.limit, or "
-            "make room with `zarrcache evict`."
+            f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will "
+            f"read them from the origin in every epoch. {needed} cache.limit, or free space with "
+            "`zarrcache evict`."
         )
-    return words, notes
+    return notes
 
 
 def _rounded_up(nbytes: int) -> str:
-    """As ``format_bytes``, and never less: what is said to be enough has to be."""
+    """As ``format_bytes``, but never rounded down: the size is advice for ``cache.limit``."""
     step = max(1, 1024 ** ((max(1, nbytes).bit_length() - 1) // 10) // 10)
-    while parse_bytes(words := format_bytes(nbytes)) < nbytes:
+    while parse_bytes(text := format_bytes(nbytes)) < nbytes:
         nbytes += step
-    return words
+    return text
 
 
 def status_lines(state: Status) -> list[str]:
-    """A cache at a glance."""
-    limit = (
-        ""
-        if state.limit_bytes is None
-        else f" of {format_bytes(state.limit_bytes)} "
-        f"({100 * state.volume_bytes / state.limit_bytes:.1f} %)"
-    )
-    reserve = (
-        "" if state.min_free_bytes is None else f"; min_free {format_bytes(state.min_free_bytes)}"
-    )
+    """Lines for ``status``."""
+    limit = reserve = ""
+    if state.limit_bytes is not None:
+        percent = 100 * state.volume_bytes / state.limit_bytes
+        limit = f" of {format_bytes(state.limit_bytes)} ({percent:.1f} %)"
+    if state.min_free_bytes is not None:
+        reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
+    free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"
     lines = [
-        (
-            "cache        "
-            f"{state.directory}{'' if state.exists else ' (nothing was cached there yet)'}"
-        ),
-        (
-            f"array tier   {plural(state.array_tier.entries, 'entry', 'entries')}, "
-            f"{format_bytes(state.array_tier.nbytes)}"
-        ),
-        (
-            f"byte tier    {plural(state.byte_tier.entries, 'entry', 'entries')}, "
-            f"{format_bytes(state.byte_tier.nbytes)}"
-        ),
+        f"cache        {state.directory}{'' if state.exists else ' (nothing is cached there yet)'}",
+        f"array tier   {_entries(state.array_tier)}",
+        f"byte tier    {_entries(state.byte_tier)}",
         f"volume       {format_bytes(state.volume_bytes)}{limit}",
-        (
-            f"file system  {format_bytes(state.free_bytes)} free of "
-            f"{format_bytes(state.disk_bytes)}{reserve}"
-        ),
+        f"file system  {free}{reserve}",
     ]
     if (covered := state.coverage) is not None:
         present = plural(covered.ids - covered.missing, "id")
         half = f", {count(covered.half)} half" if covered.half else ""
-        missing = (
-            f"; the map has {count(covered.missing)} more that the origin has not"
-            if covered.missing
-            else ""
-        )
+        missing = ""
+        if covered.missing:
+            verb = "has" if covered.missing == 1 else "have"
+            missing = f"; {plural(covered.missing, 'more id')} in the map {verb} no store"
         lines.append(
             f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
             f"({100 * covered.warm_ratio:.1f} %){half}{missing}"
@@ -166,25 +158,33 @@ def status_lines(state: Status) -> list[str]:
     return lines
 
 
-def verify_words(report: VerifyReport) -> str:
-    """What ``verify`` found."""
+def _entries(tier: Tier) -> str:
+    return f"{plural(tier.entries, 'entry', 'entries')}, {format_bytes(tier.nbytes)}"
+
+
+def format_verification(report: VerifyReport) -> str:
+    """One line for ``verify``."""
     stale = f", {count(len(report.stale))} stale" if report.stale else ""
-    strays = (
-        f"; removed {plural(len(report.strays), 'file')} that no entry knew"
-        if report.strays
-        else ""
+    strays = ""
+    if report.strays:
+        strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
+    return (
+        f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
+        f"{count(len(report.corrupt))} corrupt{stale}{strays}."
     )
-    return f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): {count(len(report.corrupt))} corrupt{stale}{strays}."
 
 
-def convert_plan_words(plan: ConvertPlan) -> str:
-    """What a dry run of ``convert`` found."""
+def format_convert_plan(plan: ConvertPlan) -> str:
+    """One line for ``convert --dry-run``."""
     already = f"; {count(len(plan.skipped))} converted already" if plan.skipped else ""
-    return f"Would convert {plural(len(plan.files), 'file')} ({format_bytes(plan.source_bytes)}) to {plan.dst}{already}. Dry run: nothing was written."
+    return (
+        f"Would convert {plural(len(plan.files), 'file')} ({format_bytes(plan.source_bytes)}) to "
+        f"{plan.dst}{already}. Dry run: nothing was written."
+    )
 
 
-def convert_words(dst: str, report: ConvertReport, seconds: float) -> str:
-    """What ``convert`` did."""
+def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:
+    """One line for ``convert``."""
     files = len(report.converted) + len(report.failed)
     skipped = (
         f", {count(len(report.skipped))} skipped (converted already; --overwrite converts them "
@@ -200,7 +200,7 @@ def convert_words(dst: str, report: ConvertReport, seconds: float) -> str:
 
 
 def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
-    """The demo's table, a row for the names of the columns first."""
+    """The table of ``demo``; its first row names the columns."""
     rows: list[tuple[str, ...]] = [
         ("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio")
     ]
@@ -220,7 +220,7 @@ def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
 
 
 def plan_lines(plan: Forecast) -> Iterator[str]:
-    """What ``plan`` expects."""
+    """Lines for ``plan``."""
     asked = "all" if plan.measured == plan.densities else count(plan.measured)
     yield (
         f"Training split: {plural(plan.samples, 'sample')}, "
@@ -232,27 +232,33 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
     yield (
         f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds "
         f"{format_bytes(plan.capacity_bytes)}, "
-        f"{min(1.0, share):.0%} of that. assignment {plan.variant.assignment}, eviction "
+        f"{min(1.0, share):.0%} of that; assignment {plan.variant.assignment}, eviction "
         f"{plan.variant.eviction}."
     )
     yield ""
     for number, epoch in enumerate(plan.epochs[:3], start=1):
-        yield f"epoch {number}: {_epoch_words(epoch, plan.prices.currency)}"
-    yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch_words(plan.total, plan.prices.currency)}"
+        yield f"epoch {number}: {_epoch(epoch, plan.prices.currency)}"
+    yield f"{plural(plan.run_epochs, 'epoch')}: {_epoch(plan.total, plan.prices.currency)}"
     timed = (
-        " The time is what reading takes, not the training."
+        " The time is that of reading alone, without training."
         if plan.speed is not None
-        else " --probe measures from here, and adds the time."
+        else " Pass --probe to estimate the time as well."
     )
     yield f"Prices of {plan.prices.dated}, from cache.prices.{timed}"
     if len(plan.others) > 1:
         yield ""
-        yield f"Hits in the last half of {plural(len(plan.epochs), 'epoch')}, by assignment and eviction:"
+        yield (
+            f"Hits in the last half of {plural(len(plan.epochs), 'epoch')}, by assignment and "
+            "eviction:"
+        )
         for way, ratio in plan.others.items():
             mark = "  <- this" if way == plan.variant else ""
             yield f"  {way.assignment:<7} {way.eviction:<22} {ratio:4.0%}{mark}"
 
 
-def _epoch_words(epoch: EpochForecast, currency: str) -> str:
-    words = f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, {format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
-    return words if epoch.seconds is None else f"{words}, {duration(epoch.seconds)}"
+def _epoch(epoch: EpochForecast, currency: str) -> str:
+    text = (
+        f"{epoch.hit_ratio:.1%} hits, {plural(epoch.requests, 'request')}, "
+        f"{format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
+    )
+    return text if epoch.seconds is None else f"{text}, {duration(epoch.seconds)}"

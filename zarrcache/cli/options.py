@@ -1,20 +1,22 @@
-"""What commands of the command line have in common: their options, and what files and values given
-there mean.
-"""
+"""Options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zarrcache.errors import ConfigError
+from zarrcache.parallel import node_name
 
 if TYPE_CHECKING:
     from zarrcache.config import CacheConfig, DataConfig
+    from zarrcache.parallel import Engine
 
 __all__ = [
     "Config",
@@ -23,19 +25,20 @@ __all__ = [
     "DryRun",
     "Ids",
     "Json",
-    "MaybeConfig",
+    "OptionalConfig",
+    "cache_source",
     "chunk_sizes",
     "data_config",
+    "open_engine",
     "read_ids",
     "s3_options",
     "seconds",
     "size",
-    "where",
 ]
 
 
 def size(text: str) -> int:
-    """A size such as ``50 GiB``, in bytes."""
+    """Parse a size such as ``50 GiB`` to bytes."""
     from zarrcache._units import parse_bytes
 
     try:
@@ -45,7 +48,7 @@ def size(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A time such as ``30d``, in seconds."""
+    """Parse a duration such as ``30d`` to seconds."""
     from zarrcache._units import parse_seconds
 
     try:
@@ -61,16 +64,17 @@ Config = Annotated[
         help="training config (YAML) with a cache block, as configs/s3_cached.yaml",
     ),
 ]
-MaybeConfig = Annotated[
+OptionalConfig = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG]", help="training config (YAML), as configs/s3_cached.yaml"),
+    typer.Argument(metavar="CONFIG", help="training config (YAML), as configs/s3_cached.yaml"),
 ]
 Directory = Annotated[
     Path | None,
     typer.Option(
         "--dir",
         metavar="DIR",
-        help="the cache in this directory (a cache.dir), instead of CONFIG's",
+        help="cache directory to use instead of CONFIG's [default without CONFIG: ZARRCACHE_DIR]",
+        show_default=False,
     ),
 ]
 Ids = Annotated[
@@ -78,25 +82,27 @@ Ids = Annotated[
     typer.Option(
         "--ids",
         metavar="FILE",
-        help="only these task ids: one a line, or a JSON list [default: all of CONFIG]",
+        help="only these task ids: a file with one per line, or a JSON list [default: all of "
+        "CONFIG]",
+        show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of words")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 Dask = Annotated[
     str | None,
     typer.Option(
         "--dask",
         metavar="SCHEDULER",
-        help="have a Dask cluster do it: address (tcp://host:8786) or file of its scheduler, or "
+        help="run on a Dask cluster: address (tcp://host:8786) or file of its scheduler, or "
         "`local` [default: processes of this machine]",
         show_default=False,
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="only print what would be done")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done; do nothing")]
 
 
 def data_config(path: Path, *, needs_cache: bool = True) -> DataConfig:
-    """The training config in a file."""
+    """Read a training config."""
     from zarrcache.config import DataConfig
 
     config = DataConfig.from_yaml(path)
@@ -108,10 +114,10 @@ def data_config(path: Path, *, needs_cache: bool = True) -> DataConfig:
     return config
 
 
-def where(
+def cache_source(
     config: Path | None, directory: Path | None, *, needs_cache: bool = True
 ) -> DataConfig | CacheConfig:
-    """The cache that a command is about."""
+    """The training config or cache that CONFIG or --dir names."""
     from zarrcache.ops import cache_at
 
     if config is not None and directory is not None:
@@ -120,28 +126,23 @@ def where(
         return data_config(config, needs_cache=needs_cache)
     found = directory or os.environ.get("ZARRCACHE_DIR")
     if not found:
-        raise ConfigError(
-            "which cache? Give a training config, or --dir with the directory of a cache."
-        )
+        raise ConfigError("No cache given. Pass CONFIG or --dir DIR.")
     return cache_at(Path(found))
 
 
 def read_ids(path: Path | None) -> list[str] | None:
-    """Task ids of a file: a JSON list, or one a line; empty lines and what follows a # do not
-    count.
-    """
+    """Read task ids from a JSON list, or from lines; blank lines and ``#`` comments are skipped."""
     if path is None:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        found = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [line.partition("#")[0].strip() for line in text.splitlines()]
-        )
+        if text.lstrip().startswith("["):
+            found = json.loads(text)
+        else:
+            found = [line.partition("#")[0].strip() for line in text.splitlines()]
     except (OSError, ValueError) as exc:
         raise ConfigError(
-            f"--ids {path} cannot be read ({exc}). It has to hold one task id a line, or a JSON "
+            f"--ids {path} cannot be read ({exc}). It must hold one task id per line, or a JSON "
             "list of them."
         ) from exc
     ids = [task_id for task_id in found if task_id]
@@ -151,12 +152,12 @@ def read_ids(path: Path | None) -> list[str] | None:
 
 
 def chunk_sizes(text: str) -> int | list[int]:
-    """``16`` or ``16,16,8``."""
+    """Parse ``16`` or ``16,16,8``."""
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--chunks {text!r} is not a number of grid points, or three: 16, or 16,16,8."
+            f"--chunks {text!r} is not one or three numbers of grid points: 16, or 16,16,8."
         ) from None
     return sizes[0] if len(sizes) == 1 else sizes
 
@@ -169,21 +170,43 @@ def s3_options(
     profile: str | None,
     anon: bool,
 ) -> dict[str, Any]:
-    """``s3_kwargs`` of a config, overridden by those of the command line."""
-    merged: dict[str, Any] = (
-        dict(data_config(config, needs_cache=False).s3_kwargs or {}) if config is not None else {}
-    )
+    """``s3_kwargs`` of a config, overridden by the options of the command line."""
+    merged: dict[str, Any] = {}
+    if config is not None:
+        merged |= data_config(config, needs_cache=False).s3_kwargs or {}
     if text is not None:
+        example = 'Write for example \'{"profile": "me"}\'.'
         try:
             given = json.loads(text)
         except ValueError as exc:
-            raise ConfigError(
-                f'--s3-kwargs is not JSON ({exc}). Write for example \'{{"profile": "me"}}\'.'
-            ) from exc
+            raise ConfigError(f"--s3-kwargs is not JSON ({exc}). {example}") from exc
         if not isinstance(given, dict):
-            raise ConfigError(
-                '--s3-kwargs is not a JSON object. Write for example \'{"profile": "me"}\'.'
-            )
+            raise ConfigError(f"--s3-kwargs is not a JSON object. {example}")
         merged |= given
     options = {"endpoint_url": endpoint_url, "profile": profile, "anon": anon or None}
     return merged | {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def open_engine(
+    dask: str | None, workers: int | None, *, only_here: bool = False
+) -> Iterator[Engine | None]:
+    """The engine of ``--dask``; None without it.
+
+    With ``only_here`` a cluster with workers on other nodes is refused: they would fill the caches
+    of those nodes.
+    """
+    if dask is None:
+        yield None
+        return
+    from zarrcache.parallel import open_cluster
+
+    with open_cluster(dask, workers=workers) as cluster:
+        others = [node for node in cluster.nodes() if node != node_name()]
+        if only_here and others:
+            raise ConfigError(
+                f"Workers of {dask} run on {', '.join(others[:3])}"
+                f"{' and others' if others[3:] else ''}, and each node has its own cache; this "
+                f"node is {node_name()}. Add --each-node to fill the caches of all nodes."
+            )
+        yield cluster.spread

@@ -1,6 +1,4 @@
-"""How things are shown to people: progress, log lines, tables. The only import of rich, and only
-where it is needed.
-"""
+"""Progress, log lines and tables in the terminal; imports rich only when it is needed."""
 
 from __future__ import annotations
 
@@ -19,32 +17,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Meter", "StderrHandler", "show_table"]
 
-#: Seconds between two lines of progress where nobody watches: a log of an hour stays a page.
+#: Seconds between two progress lines without a terminal: the log of an hour fits a few pages.
 _LINE_EVERY_S = 10.0
 
 
 class StderrHandler(logging.Handler):
-    """Log lines among the progress: written to whatever ``sys.stderr`` is now, which a live display
-    replaces.
-    """
+    """Write log lines to the present ``sys.stderr``, which rich replaces while a bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
 
 
 class Meter:
-    """Progress on stderr: a bar where somebody watches, else a line now and then.
+    """Progress on stderr: a bar on a terminal, otherwise a line every 10 seconds.
 
     Parameters
     ----------
     verb : str
         For example ``Warming``.
     noun : str
-        What is counted, in the plural.
-        Empty: bytes are counted.
+        Plural of the things counted, for example ``densities``. Empty: the count is in bytes.
     total : int
     fetched : callable, optional
-        Bytes that came from the origin so far; shown with their rate.
+        Returns the bytes fetched from the origin so far; shown with their rate.
     """
 
     def __init__(
@@ -63,13 +58,13 @@ class Meter:
             columns = (
                 TextColumn(self._verb),
                 BarColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[text]}"),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
             )
             progress = Progress(*columns, console=Console(stderr=True), transient=True)
             progress.start()
-            self._bar = progress, progress.add_task("", total=self._total, words=self._words())
+            self._bar = progress, progress.add_task("", total=self._total, text=self._text())
         return self
 
     def __exit__(
@@ -82,36 +77,37 @@ class Meter:
             self._bar[0].stop()
 
     def advance(self, *, failed: bool = False) -> None:
-        """One more is done."""
+        """Count one more."""
         self._failed += failed
         self.reach(self._done + 1)
 
     def reach(self, done: int, total: int | None = None) -> None:
-        """So many are done, of so many if that is known only now."""
+        """Set the count, and the total if it was unknown before."""
         self._done, self._total = done, self._total if total is None else total
         if self._bar is not None:
             progress, task = self._bar
-            progress.update(task, completed=done, total=self._total, words=self._words())
+            progress.update(task, completed=done, total=self._total, text=self._text())
         elif time.monotonic() - self._line_s >= _LINE_EVERY_S:
             self._line_s = time.monotonic()
             left_s = (self._line_s - self._start_s) * (self._total - done) / max(1, done)
-            sys.stderr.write(f"{self._verb}: {self._words()}, {duration(left_s)} left\n")
+            sys.stderr.write(f"{self._verb}: {self._text()}, {duration(left_s)} left\n")
             sys.stderr.flush()
 
-    def _words(self) -> str:
+    def _text(self) -> str:
         seconds = max(1e-3, time.monotonic() - self._start_s)
         if not self._noun:
-            return f"{format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(int(self._done / seconds))}/s"
-        words = f"{count(self._done)} of {count(self._total)} {self._noun}"
+            rate = format_bytes(int(self._done / seconds))
+            return f"{format_bytes(self._done)} of {format_bytes(self._total)}, {rate}/s"
+        text = f"{count(self._done)} of {count(self._total)} {self._noun}"
         if self._fetched is not None:
             fetched = self._fetched()
-            words += f", {format_bytes(fetched)}, {format_bytes(int(fetched / seconds))}/s"
-        return words + (f", {count(self._failed)} failed" if self._failed else "")
+            text += f", {format_bytes(fetched)}, {format_bytes(int(fetched / seconds))}/s"
+        return text + (f", {count(self._failed)} failed" if self._failed else "")
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout. The first row names the columns; the first column is words, the others are
-    numbers.
+    """Print a table on stdout. The first row names the columns; the first column holds text, the
+    others hold numbers.
     """
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""The whole story on one machine, with its own S3 server.
+"""A complete example on one machine, with its own S3 server.
 
 The public names are listed in ``__init__.pyi``; each is imported at its first use.
 """

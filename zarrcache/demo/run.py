@@ -1,8 +1,8 @@
-"""The whole story on one machine: real or made-up densities, an S3 server, a cold epoch, warm
-epochs, and one with the server switched off.
+"""Run the demo: convert densities to an S3 server, train a cold epoch, warm epochs, and one with
+the server switched off.
 
-Everything is done as a user does it: the converter, ``zarrcache warm`` and a training script, each
-in its own process.
+Every step is what a user does: the converter, ``zarrcache warm``, and a training script in its own
+process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ __all__ = ["DemoReport", "Row", "run_demo"]
 
 BUCKET = "densities"
 FUNCTIONAL = "GGA"
-#: Names of directories that say what is in them.
+#: Directory names that tell inputs from labels.
 _ROLES = {
     "input": "input",
     "inputs": "input",
@@ -48,8 +48,8 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One epoch. ``requests`` and ``fetched_bytes`` are counted by the S3 server; ``hit_ratio`` is
-    None without a cache.
+    """One epoch. The S3 server counts ``requests`` and ``fetched_bytes``; ``hit_ratio`` is None
+    without a cache.
     """
 
     epoch: str
@@ -62,15 +62,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What the demo found.
+    """The result of the demo.
 
     Attributes
     ----------
     rows : tuple of Row
     identical : bool
-        Every tensor of every epoch has the bits of a plain zarr read.
+        Every tensor of every epoch is bit-identical to a plain zarr read.
     directory : Path or None
-        Where everything is; None if it was removed.
+        With sources, configs, caches and logs; None if it was removed.
     """
 
     rows: tuple[Row, ...]
@@ -79,7 +79,7 @@ class DemoReport:
 
     @property
     def is_good(self) -> bool:
-        """Same bits, and not one request once it was warm."""
+        """Identical tensors, and no request in warm epochs."""
         return self.identical and all(
             row.requests == 0 for row in self.rows if row.epoch.startswith("warm")
         )
@@ -92,48 +92,45 @@ def run_demo(
     keep: bool = False,
     say: Say = lambda line: None,
 ) -> DemoReport:
-    """Run it.
+    """Run the demo.
 
     Parameters
     ----------
     source : Path, optional
-        Directory with CHGCAR or MP json.gz files; pairs are found by the names of their directories
-        (``input`` or ``data``, ``label`` or ``jsongz``) and by task id. By default pairs are made
-        up.
+        Directory with CHGCAR or Materials Project json.gz files. Pairs are matched by directory
+        name (``input`` or ``data``, ``label`` or ``jsongz``) and task id. Default: synthetic pairs.
     samples : int
-        Pairs at the most; two at the least.
+        Maximum number of pairs, from 2.
     keep : bool
-        Leave the directory with sources, configs, cache and logs.
+        Keep the directory with sources, configs, caches and logs.
     say : callable
-        Gets a line for people at each step.
+        Called with a line of text after each step.
 
     Raises
     ------
     ConfigError
-        Fewer than two pairs; the extra ``demo`` is not installed.
+        There are fewer than two pairs, or the extra ``demo`` is not installed.
     ZarrCacheError
-        A step failed; with its words.
+        A step failed; the message has the last lines of its log.
     """
     if samples < 2:
-        raise ConfigError(
-            f"samples is {samples}; a split into training and test needs 2 at the least."
-        )
+        raise ConfigError(f"samples is {samples}; a split into training and test needs at least 2.")
     directory = Path(tempfile.mkdtemp(prefix="zarrcache-demo-"))
     try:
-        rows, identical = _story(directory, source, samples, say)
+        rows, identical = _run_all(directory, source, samples, say)
     finally:
         if not keep:
-            shutil.rmtree(directory, ignore_errors=True)  # our own, made above
+            shutil.rmtree(directory, ignore_errors=True)  # the temporary directory made above
     return DemoReport(tuple(rows), identical, directory if keep else None)
 
 
-def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[list[Row], bool]:
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_server(home / "server.log"))
+def _run_all(home: Path, source: Path | None, samples: int, say: Say) -> tuple[list[Row], bool]:
+    """Rows of the epochs, and whether all their tensors are identical to a plain read."""
+    with running_server() as server:
         say(f"S3 server at {server.endpoint_url}")
         if source is None:
             task_ids = write_pairs(home / "files", samples)
-            say(f"made up {len(task_ids)} pairs of densities (--source DIR takes your own)")
+            say(f"made {len(task_ids)} synthetic pairs of densities (--source DIR takes your own)")
         else:
             task_ids = _collect(source, home / "files", samples)
             say(f"took {len(task_ids)} pairs of densities from {source}")
@@ -142,27 +139,21 @@ def _story(home: Path, source: Path | None, samples: int, say: Say) -> tuple[lis
         (home / "map.json").write_text(json.dumps({FUNCTIONAL: task_ids}))
         cold, warm = (_write_config(home, server, name) for name in ("cold", "warm"))
 
-        plain, expected = _epoch(home, cold, "no cache: zarr + s3fs", server, say, plain=True)
-        rows, same = [plain], True
-        row, digests = _epoch(home, cold, "cold", server, say)
-        rows.append(row)
-        same &= digests == expected
+        plain = _epoch(home, cold, "no cache: zarr + s3fs", server, say, plain=True)
+        first = _epoch(home, cold, "cold", server, say)
         _run([sys.executable, "-m", "zarrcache", "warm", str(warm)], home / "warm.log")
-        say(
-            "zarrcache warm, into another cache directory: "
-            f"{next(_last_lines(home / 'warm.log', 1), '')}"
-        )
-        row, digests = _epoch(home, warm, "warm", server, say)
-        rows.append(row)
-        same &= digests == expected
-    say("S3 server stopped")  # the stack has ended it
-    row, digests = _epoch(home, warm, "warm, S3 switched off", server, say)
-    return [*rows, row], same and digests == expected
+        done = _last_lines(home / "warm.log", 1)
+        say(f"zarrcache warm, into another cache directory: {done}")
+        second = _epoch(home, warm, "warm", server, say)
+    say("S3 server stopped")
+    offline = _epoch(home, warm, "warm, S3 switched off", server, say)
+    epochs = (plain, first, second, offline)
+    return [row for row, _ in epochs], all(digests == plain[1] for _, digests in epochs)
 
 
 def _collect(source: Path, files: Path, samples: int) -> list[str]:
-    """Link the files of complete pairs below ``files/input`` and ``files/label``; the task ids,
-    sorted.
+    """Link the files of complete pairs below ``files/input`` and ``files/label``; return the task
+    ids, sorted.
     """
     if not source.is_dir():
         raise ConfigError(
@@ -174,33 +165,31 @@ def _collect(source: Path, files: Path, samples: int) -> list[str]:
         if not is_density_name(path.name) or not path.is_file():
             continue
         named = [_ROLES[part] for part in path.relative_to(source).parts[:-1] if part in _ROLES]
-        with contextlib.suppress(ConfigError):  # a name that gives no task id
+        with contextlib.suppress(ConfigError):  # no task id in the name
             found[named[-1] if named else ""].setdefault(task_id_of(path), path)
     unnamed = found.pop("")
     if not found["input"] and not found["label"]:
-        # one directory of densities: each is its own label
+        # A single directory of densities: each is its own label.
         found = {"input": unnamed, "label": unnamed}
     task_ids = sorted(found["input"].keys() & found["label"].keys())[:samples]
     if len(task_ids) < 2:
         raise ConfigError(
             f"{source} holds {len(task_ids)} pairs of densities ({len(found['input'])} inputs, "
-            f"{len(found['label'])} labels); the demo needs 2. "
-            "Put the inputs into a directory input/ and the labels into label/, with the same "
-            "names."
+            f"{len(found['label'])} labels); the demo needs 2. Put the inputs into a directory "
+            "input/ and the labels into label/, with the same names."
         )
     for role, paths in found.items():
         (files / role).mkdir(parents=True)
         for task_id in task_ids:
             path = paths[task_id]
-            # Under its own name, which is the converter's to read, but for a bare CHGCAR, whose
-            # directory names it.
+            # The converter reads the task id from the name; a bare CHGCAR has it in the directory.
             name = path.name if task_id in path.name else f"{task_id}.{path.name}"
             (files / role / name).symlink_to(path.resolve())
     return task_ids
 
 
 def _convert(files: Path, task_ids: list[str], server: DemoServer, say: Say) -> list[str]:
-    """Convert to the server; the task ids of which both files could be."""
+    """Convert to the server; return the task ids whose two files were converted."""
     for role in ("input", "label"):
         start_s = time.perf_counter()
         report = plan_convert(
@@ -247,20 +236,11 @@ def _write_config(home: Path, server: DemoServer, name: str) -> Path:
 def _epoch(
     home: Path, config: Path, name: str, server: DemoServer, say: Say, *, plain: bool = False
 ) -> tuple[Row, list[str]]:
-    """Train one epoch in a process of its own; its row, and the digests of its tensors."""
+    """Train one epoch in its own process; return its row and the digests of its tensors."""
     before = server.traffic
     out = home / "epoch.json"
-    _run(
-        [
-            sys.executable,
-            "-m",
-            "zarrcache.demo.train",
-            str(config),
-            str(out),
-            *(["--plain"] if plain else []),
-        ],
-        home / "train.log",
-    )
+    command = [sys.executable, "-m", "zarrcache.demo.train", str(config), str(out)]
+    _run([*command, "--plain"] if plain else command, home / "train.log")
     result = json.loads(out.read_text())
     traffic = server.traffic - before
     say(
@@ -284,9 +264,8 @@ def _run(command: list[str], log: Path) -> None:
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
         ).returncode
     if code:
-        last = "\n".join(_last_lines(log))
-        raise ZarrCacheError(f"{' '.join(command[1:4])} ended with {code}:\n{last}")
+        raise ZarrCacheError(f"{' '.join(command[1:4])} ended with {code}:\n{_last_lines(log, 20)}")
 
 
-def _last_lines(log: Path, count: int = 20) -> Iterator[str]:
-    yield from log.read_text(errors="replace").splitlines()[-count:]
+def _last_lines(log: Path, count: int) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])

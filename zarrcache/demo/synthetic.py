@@ -1,10 +1,9 @@
-"""Charge densities made up for the demo: pairs of a crude and a converged one, seeded, with no
-download and numpy alone.
+"""Synthetic pairs of a crude and a converged charge density, reproducible from a seed.
 
-The crude density is what VASP starts from, a superposition of neutral atoms; in the converged one
-the atoms have drawn closer and have given charge to their more electronegative neighbours. Both are
-summed in reciprocal space, where an atom's form factor times its structure factor is exactly the
-sum over all of its periodic images, and where the number of electrons is one coefficient.
+The crude density is what VASP starts from, a superposition of neutral atoms. In the converged one
+the atoms are contracted and some charge is transferred to the more electronegative ones. Both are
+summed in reciprocal space, where form factor times structure factor is exactly the sum over all
+periodic images of an atom, and the number of electrons is the coefficient at G = 0.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _ELEMENTS = {
     "Sr": (10, 1.00, 0.95),
     "Ti": (12, 0.70, 1.54),
 }
-# what VASP's FFT likes: factors 2, 3, 5 and 7 only
+# Sizes that VASP's FFT accepts: factors 2, 3, 5 and 7 only.
 _AXES = (24, 28, 30, 32, 36, 40, 42, 48, 54, 56, 60)
 _POINTS_PER_ANGSTROM = 9.0  # half of VASP's fine grid at ENCUT = 700 eV
 _VOLUME_PER_ATOM = 20.0  # cubic angstrom; the median of the Materials Project is 22
@@ -55,11 +54,12 @@ class SyntheticPair:
     task_id : str
         ``syn-<seed>-<index>``.
     data, label : ndarray, shape (nx, ny, nz), float64
-        Crude and converged, as VASP writes them: ``mean()`` is the number of valence electrons, the
-        same in both.
+        Crude and converged, in the CHGCAR convention: ``mean()`` is the number of valence
+        electrons, the same in both.
     structure : dict
-        As ``pymatgen.core.Structure.as_dict()`` gives it.
+        As from ``pymatgen.core.Structure.as_dict()``.
     electrons : int
+        Number of valence electrons.
     """
 
     task_id: str
@@ -70,15 +70,14 @@ class SyntheticPair:
 
 
 def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = None) -> SyntheticPair:
-    """Make pair ``index`` of ``seed``. It depends on these two numbers alone.
+    """Make pair ``index`` of ``seed``; the same pair for the same two numbers.
 
     Parameters
     ----------
     seed, index : int
         From 0.
     shape : (nx, ny, nz), optional
-        The grid; by default one like the real ones: mixed, every third cubic, 24 to 60 points along
-        an axis.
+        The grid. Default: drawn like real ones, 24 to 60 points per axis, every third cubic.
     """
     rng = np.random.default_rng([seed, index])
     grid = _draw_shape(rng) if shape is None else shape
@@ -86,7 +85,7 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
     symbols, positions = _draw_atoms(rng, lattice)
     valence = np.array([_ELEMENTS[symbol][0] for symbol in symbols], dtype=np.float64)
     affinity = np.array([_ELEMENTS[symbol][2] for symbol in symbols])
-    # sums to zero; less than one electron, so nobody gives more than it has
+    # Electrons gained per atom: sums to zero, and is less than one, so no atom becomes negative.
     transfer = 0.2 * (affinity - affinity.mean())
     shrink = rng.uniform(0.86, 0.95)
     squared, indices = _reciprocal(lattice, grid)
@@ -106,7 +105,7 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
         np.fft.irfftn(f, s=grid, axes=(0, 1, 2), norm="forward") for f in (crude, converged)
     )
     # Real pairs differ by 6 to 21 % (mean absolute difference over the mean). Scaling the
-    # difference keeps the electrons.
+    # difference conserves the electrons.
     wanted = float(np.clip(np.exp(rng.normal(np.log(0.13), 0.3)), 0.05, 0.25))
     label = data + (label - data) * min(
         1.0, wanted * np.abs(label).sum() / np.abs(label - data).sum()
@@ -123,7 +122,7 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
 def write_pairs(
     directory: Path, n: int, seed: int = 0, *, form: Literal["chgcar", "json.gz"] = "chgcar"
 ) -> list[str]:
-    """Write ``n`` pairs to ``directory/input`` and ``directory/label`` in the form of VASP or of
+    """Write ``n`` pairs to ``directory/input`` and ``directory/label``, in the format of VASP or of
     the Materials Project.
 
     Returns
@@ -132,7 +131,7 @@ def write_pairs(
         The task ids; the files are ``<task_id>.CHGCAR`` or ``<task_id>.json.gz``.
     """
     if form not in ("chgcar", "json.gz"):
-        raise ConfigError(f"form is {form!r}; it has to be 'chgcar' or 'json.gz'.")
+        raise ConfigError(f"form is {form!r}; it must be 'chgcar' or 'json.gz'.")
     task_ids = []
     for index in range(n):
         pair = make_pair(seed, index)
@@ -155,7 +154,7 @@ def _draw_shape(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def _draw_lattice(rng: np.random.Generator, shape: tuple[int, int, int]) -> Grid:
-    """Rows are the vectors, in angstrom, rounded as a CHGCAR has them."""
+    """Lattice vectors as rows, in angstrom, rounded to the precision of a CHGCAR."""
     a, b, c = (n / _POINTS_PER_ANGSTROM for n in shape)
     kind = rng.choice(["orthorhombic", "hexagonal", "monoclinic"], p=[0.6, 0.2, 0.2])
     if kind == "hexagonal":
@@ -167,9 +166,7 @@ def _draw_lattice(rng: np.random.Generator, shape: tuple[int, int, int]) -> Grid
 
 
 def _draw_atoms(rng: np.random.Generator, lattice: Grid) -> tuple[list[str], Grid]:
-    """Elements, grouped, and fractional positions that keep their distance as long as that can be
-    had.
-    """
+    """Elements, sorted, and fractional positions, each the most distant of 24 random candidates."""
     atoms = max(1, round(float(np.linalg.det(lattice)) / _VOLUME_PER_ATOM))
     kinds = rng.choice(sorted(_ELEMENTS), size=min(atoms, int(rng.integers(1, 4))), replace=False)
     symbols = sorted(str(kinds[i % len(kinds)]) for i in range(atoms))

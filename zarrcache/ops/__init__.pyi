@@ -6,6 +6,7 @@ from .forecast import plan_training as plan_training
 from .selection import cache_at as cache_at
 from .selection import cache_of as cache_of
 from .status import Status as Status
+from .status import Tier as Tier
 from .status import read_status as read_status
 from .verify import VerifyReport as VerifyReport
 from .verify import verify as verify

@@ -149,8 +149,12 @@ def _permissions(directory: CacheDir) -> Finding:
     if directory.shared and (
         any(m & 0o2070 != 0o2070 for m in modes) or directory.index.stat().st_mode & 0o060 != 0o060
     ):
-        where = f"{directory.parent if directory.parent.stat().st_mode & 0o070 != 0o070 else directory.root}"
-        command = f"chgrp -R GROUP {where} && chmod -R g+rwX,o-rwx {where} && find {where} -type d -exec chmod g+s {{}} +"
+        is_open = directory.parent.stat().st_mode & 0o070 == 0o070
+        where = directory.root if is_open else directory.parent
+        command = (
+            f"chgrp -R GROUP {where} && chmod -R g+rwX,o-rwx {where} && find {where} -type d "
+            "-exec chmod g+s {} +"
+        )
         return Finding(
             "permissions",
             "warn",

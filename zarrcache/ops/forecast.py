@@ -343,7 +343,7 @@ def _forecast(
 
 
 def _total(forecasts: Sequence[EpochForecast], epochs: int) -> EpochForecast:
-    """The whole run; epochs that were not simulated count as the mean of the last simulated half."""
+    """The whole run; an epoch that was not simulated counts as the mean of the last half."""
     tail = forecasts[len(forecasts) // 2 :]
     more = epochs - len(forecasts)
 

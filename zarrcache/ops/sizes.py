@@ -1,4 +1,4 @@
-"""Measure densities at the origin: objects, bytes, size of the cached entry, speed of a cold read."""
+"""Measure densities at the origin: requests, bytes, size of the entry, speed of a cold read."""
 
 from __future__ import annotations
 

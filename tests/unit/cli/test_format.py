@@ -1,4 +1,4 @@
-"""How numbers, times and plurals are written for people, and progress where nobody watches."""
+"""Numbers, durations, plurals, and progress without a terminal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from zarrcache.cli.progress import Meter
         (11100, "3 h 05 min"),
     ],
 )
-def test_durations_have_two_units_at_the_most(seconds: float, words: str) -> None:
-    """Rounded where a second does not matter any more."""
+def test_durations_have_at_most_two_units(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
 def test_numbers_are_grouped_and_nouns_agree() -> None:
-    """As in the reports."""
     assert (count(7), count(98302), count(1234567)) == ("7", "98 302", "1 234 567")
     assert (plural(1, "entry", "entries"), plural(1204, "id"), plural(0, "id")) == (
         "1 entry",
@@ -36,12 +34,10 @@ def test_numbers_are_grouped_and_nouns_agree() -> None:
     )
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every ten seconds, not for each density; with bytes, rate, failures and what is left, on
-    stderr.
-    """
+    """With bytes, rate, failures and remaining time, on stderr."""
     now = [100.0]
     monkeypatch.setattr("zarrcache.cli.progress.time.monotonic", lambda: now[0])
     with Meter("Warming", "densities", 2408, lambda: 50 * 1024**2) as meter:
@@ -59,10 +55,9 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     )
 
 
-def test_progress_in_bytes_learns_its_total_on_the_way(
+def test_progress_in_bytes_accepts_its_total_later(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As ``verify`` does."""
     now = [100.0]
     monkeypatch.setattr("zarrcache.cli.progress.time.monotonic", lambda: now[0])
     with Meter("Verifying", "", 1) as meter:

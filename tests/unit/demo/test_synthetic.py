@@ -1,4 +1,4 @@
-"""What the demo trains on where there are no real densities."""
+"""Synthetic densities resemble real ones and are read by the converter and pymatgen."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ pytest.importorskip("pymatgen.core", reason="needs the extra 'convert'")
 
 
 @pytest.mark.parametrize("index", range(8))
-def test_a_pair_looks_like_a_calculation(index: int) -> None:
-    """Both densities hold every valence electron, are positive but for ripples, and differ as real
-    pairs do.
+def test_a_pair_resembles_a_calculation(index: int) -> None:
+    """Both densities hold every valence electron, are positive except for ripples, and differ as
+    much as real pairs.
     """
     pair = make_pair(0, index)
     assert pair.data.shape == pair.label.shape
@@ -29,7 +29,6 @@ def test_a_pair_looks_like_a_calculation(index: int) -> None:
 
 
 def test_a_pair_depends_on_seed_and_index_alone() -> None:
-    """Made alone or after others it is the same; another seed or index makes another one."""
     again = make_pair(3, 1)
     make_pair(3, 0)
     assert np.array_equal(make_pair(3, 1).label, again.label)
@@ -38,18 +37,14 @@ def test_a_pair_depends_on_seed_and_index_alone() -> None:
     assert make_pair(4, 1).structure != again.structure
 
 
-def test_grids_are_mixed() -> None:
-    """Different shapes come, cubic ones among them: batches of one sample each are what real data
-    needs.
-    """
+def test_grids_differ_in_shape_and_some_are_cubic() -> None:
     shapes = {make_pair(0, index).data.shape for index in range(16)}
     assert len(shapes) >= 8
     assert any(len(set(shape)) == 1 for shape in shapes)
     assert all(24 <= n <= 60 for shape in shapes for n in shape)
 
 
-def test_the_structure_is_one_of_pymatgen() -> None:
-    """It survives pymatgen's own round trip, and its protons are more than the valence electrons."""
+def test_the_structure_survives_the_round_trip_of_pymatgen() -> None:
     from pymatgen.core import Structure
 
     pair = make_pair(5, 2)
@@ -60,12 +55,8 @@ def test_the_structure_is_one_of_pymatgen() -> None:
 
 
 @pytest.mark.parametrize("form", ["chgcar", "json.gz"])
-def test_written_pairs_are_read_by_the_converter_without_a_complaint(
-    tmp_path: Path, form: str
-) -> None:
-    """The files are what VASP and the Materials Project write, to the last digit that float32
-    keeps.
-    """
+def test_the_converter_reads_written_pairs_without_a_warning(tmp_path: Path, form: str) -> None:
+    """To the last digit of float32."""
     task_ids = write_pairs(tmp_path, 2, seed=1, form=form)  # type: ignore[arg-type]
     assert task_ids == ["syn-1-0000", "syn-1-0001"]
     for index, task_id in enumerate(task_ids):
@@ -81,8 +72,7 @@ def test_written_pairs_are_read_by_the_converter_without_a_complaint(
             ]
 
 
-def test_the_text_is_what_pymatgen_reads(tmp_path: Path) -> None:
-    """The reader of pymatgen is the oracle: same grid, same order of the axes."""
+def test_pymatgen_reads_the_same_grid_from_the_text(tmp_path: Path) -> None:
     from pymatgen.io.vasp.outputs import Chgcar
 
     (task_id,) = write_pairs(tmp_path, 1, seed=8)
@@ -91,6 +81,5 @@ def test_the_text_is_what_pymatgen_reads(tmp_path: Path) -> None:
 
 
 def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
-    """The message names the two that there are."""
     with pytest.raises(ConfigError, match=r"'cube'.*'chgcar' or 'json\.gz'"):
         write_pairs(tmp_path, 1, form="cube")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``doctor``: each question answered on this machine, and the words of those that fail."""
+"""``doctor``: every check on this machine, and the messages of failed ones."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from zarrcache.ops.doctor import Finding, examine
 
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
-    """Two pairs and a cache directory."""
     write_pairs(tmp_path, 2)
     return DataConfig.from_yaml(write_config(tmp_path))
 
 
 def findings(config: object) -> dict[str, Finding]:
-    """By name."""
+    """Findings by name."""
     return {finding.name: finding for finding in examine(config)}  # type: ignore[arg-type]
 
 
-def test_a_fit_node_fails_nothing(config: DataConfig, tmp_path: Path) -> None:
-    """Every question is asked, and nothing is left behind but the cache directory itself."""
+def test_a_healthy_node_passes_every_check(config: DataConfig, tmp_path: Path) -> None:
+    """Only the cache directory is left behind."""
     found = findings(config)
     assert {
         "versions",
@@ -47,17 +46,14 @@ def test_a_fit_node_fails_nothing(config: DataConfig, tmp_path: Path) -> None:
     }
 
 
-def test_without_a_config_only_versions_are_known() -> None:
-    """Each with its number."""
+def test_without_a_config_only_versions_are_checked() -> None:
     found = findings(None)
     assert list(found) == ["versions"]
     assert "zarr 3." in found["versions"].found
 
 
-def test_a_directory_that_cannot_be_used_fails_with_its_path(
-    config: DataConfig, tmp_path: Path
-) -> None:
-    """Nothing below it is asked any more; the origin still is."""
+def test_an_unusable_directory_fails_with_its_path(config: DataConfig, tmp_path: Path) -> None:
+    """Checks within it are skipped; the origin is still checked."""
     assert config.cache is not None
     (tmp_path / "file").touch()
     found = findings(
@@ -71,8 +67,7 @@ def test_a_directory_that_cannot_be_used_fails_with_its_path(
     assert found[f"label at {tmp_path / 'label'}"].verdict == "ok"
 
 
-def test_a_limit_that_the_disk_cannot_hold_is_a_warning(config: DataConfig) -> None:
-    """With the size at which min_free will stop it."""
+def test_a_limit_beyond_the_disk_is_a_warning(config: DataConfig) -> None:
     assert config.cache is not None
     found = findings(
         config.model_copy(update={"cache": config.cache.model_copy(update={"limit": 2**60})})
@@ -81,8 +76,7 @@ def test_a_limit_that_the_disk_cannot_hold_is_a_warning(config: DataConfig) -> N
     assert "lower cache.limit" in found.advice
 
 
-def test_a_cache_open_to_others_is_a_warning(config: DataConfig, tmp_path: Path) -> None:
-    """Entries are the user's data."""
+def test_a_cache_readable_by_others_is_a_warning(config: DataConfig, tmp_path: Path) -> None:
     findings(config)
     (tmp_path / "cache" / "zarrcache-v1").chmod(0o755)
     assert "chmod 700" in findings(config)["permissions"].advice
@@ -91,7 +85,6 @@ def test_a_cache_open_to_others_is_a_warning(config: DataConfig, tmp_path: Path)
 def test_an_origin_without_the_ids_is_a_warning_and_an_unknown_functional_fails(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """It answers, and has something else."""
     (tmp_path / "empty").mkdir()
     found = findings(config.model_copy(update={"data_dir": str(tmp_path / "empty")}))[
         f"data at {tmp_path / 'empty'}"
@@ -110,19 +103,17 @@ def test_an_origin_without_the_ids_is_a_warning_and_an_unknown_functional_fails(
     assert (found.verdict, "Available: ['GGA']" in found.found) == ("fail", True)
 
 
-def test_a_config_without_cache_is_told_and_its_origin_asked(
+def test_a_config_without_cache_is_a_warning_and_its_origin_is_checked(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Nothing is kept on disk; the data is read all the same."""
     found = findings(config.model_copy(update={"cache": None}))
     assert found["cache"].verdict == "warn"
     assert found[f"data at {tmp_path / 'data'}"].verdict == "ok"
 
 
-def test_a_clock_that_is_behind_the_origin_shows(
+def test_a_clock_behind_the_origin_is_a_warning(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Objects written in the future."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600)
     assert "in the future" in findings(config)["clock against data"].found
@@ -132,10 +123,9 @@ def test_a_clock_that_is_behind_the_origin_shows(
     ("kind", "words"),
     [("nfs4", "NFS"), ("lustre", "Lustre"), ("gpfs", "GPFS"), ("tmpfs", "in memory")],
 )
-def test_a_file_system_that_is_not_a_disk_of_the_node_is_a_warning(
+def test_a_network_or_memory_file_system_is_a_warning(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch, kind: str, words: str
 ) -> None:
-    """By its name, with what to do."""
     import zarrcache.ops.doctor
 
     monkeypatch.setattr(zarrcache.ops.doctor, "file_system_of", lambda path: kind)

@@ -1,4 +1,4 @@
-"""``plan_evict``: which entries are chosen, and that nothing else goes."""
+"""``plan_evict`` chooses the right entries and drops nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENTRY = 8192  # bytes on disk of one of these densities: a page of header and a 
 
 @pytest.fixture
 def warm(tmp_path: Path) -> DataConfig:
-    """Three pairs, warm; and metadata of one store in the byte tier."""
+    """Three pairs, warm, and metadata of one store in the byte tier."""
     write_pairs(tmp_path, 3)
     config = DataConfig.from_yaml(write_config(tmp_path))
     plan_warm(config).execute()
@@ -28,17 +28,15 @@ def warm(tmp_path: Path) -> DataConfig:
 
 
 def stores(rows: tuple[Row, ...], tmp_path: Path) -> set[str]:
-    """Stores that arrays are from, ``role/task_id``."""
+    """Stores of array entries, as ``role/task_id``."""
     urls = [row.note.split("\n") for row in rows if row.tier == "array"]
     return {
         url.removeprefix(f"{tmp_path}/").removesuffix(".zarr") for _, url, array in urls if array
     }
 
 
-def test_a_config_alone_means_all_entries_of_its_ids(warm: DataConfig, tmp_path: Path) -> None:
-    """Arrays, objects of the byte tier and listings; then nothing is left, in the index and on
-    disk.
-    """
+def test_a_config_alone_selects_all_entries_of_its_ids(warm: DataConfig, tmp_path: Path) -> None:
+    """Arrays, objects of the byte tier and listings; afterwards index and disk are empty."""
     plan = plan_evict(warm)
     assert stores(plan.entries, tmp_path) == {
         f"{role}/mp-{n}" for role in ("data", "label") for n in range(3)
@@ -53,12 +51,11 @@ def test_a_config_alone_means_all_entries_of_its_ids(warm: DataConfig, tmp_path:
 
 
 def test_a_plan_drops_nothing(warm: DataConfig) -> None:
-    """Planning twice gives the same entries."""
     assert plan_evict(warm).entries == plan_evict(warm).entries != ()
 
 
-def test_ids_choose_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path) -> None:
-    """The store whose metadata was read goes with its objects; the listings stay."""
+def test_ids_select_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path) -> None:
+    """Listings are not selected."""
     plan = plan_evict(warm, ids=["mp-1", "mp-unheard-of"])
     assert stores(plan.entries, tmp_path) == {"data/mp-1", "label/mp-1"}
     assert any(row.tier == "object" for row in plan.entries)
@@ -69,7 +66,7 @@ def test_ids_choose_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path)
 
 
 def test_entries_of_another_config_stay(warm: DataConfig, tmp_path: Path) -> None:
-    """Two data sets in one cache directory do not see each other; ``everything`` takes both."""
+    """Only ``everything`` selects both."""
     other_root = tmp_path / "other"
     other_root.mkdir()
     write_pairs(other_root, 2)
@@ -80,12 +77,10 @@ def test_entries_of_another_config_stay(warm: DataConfig, tmp_path: Path) -> Non
     assert len(plan_evict(other, everything=True).entries) == len(plan_evict(other).entries)
 
 
-def test_age_chooses_what_was_stored_long_ago(
+def test_older_than_selects_old_entries_but_no_listings(
     warm: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is an hour old; in a week everything is, but for the listings, without which no run
-    starts offline.
-    """
+    """Without a listing no training starts offline."""
     assert plan_evict(warm, older_than_s=3600).entries == ()
     import time
 
@@ -99,18 +94,18 @@ def test_age_chooses_what_was_stored_long_ago(
     assert open_reader(warm).task_ids == ["mp-0", "mp-1", "mp-2"]
 
 
-def test_a_target_takes_the_oldest_until_the_cache_is_that_small(
+def test_a_target_selects_the_oldest_and_no_more_than_needed(
     warm: DataConfig, tmp_path: Path
 ) -> None:
-    """The first stored goes first, and no more than needed."""
     volume = plan_evict(warm, everything=True).disk_bytes
     plan = plan_evict(warm, target_bytes=volume - 2 * ENTRY)
     assert stores(plan.entries, tmp_path) == {"data/mp-0", "label/mp-0"}
     assert plan_evict(warm, target_bytes=volume).entries == ()
 
 
-def test_stale_means_changed_or_gone_at_the_origin(warm: DataConfig, tmp_path: Path) -> None:
-    """A store that was converted again and one that was removed; the others stay."""
+def test_stale_selects_stores_that_changed_or_are_gone_at_the_origin(
+    warm: DataConfig, tmp_path: Path
+) -> None:
     assert plan_evict(warm, stale=True).entries == ()
     small_group(tmp_path / "data" / "mp-1.zarr", shape=(6, 5, 4), seed=5)
     os.rename(tmp_path / "label" / "mp-2.zarr", tmp_path / "removed.zarr")
@@ -118,8 +113,7 @@ def test_stale_means_changed_or_gone_at_the_origin(warm: DataConfig, tmp_path: P
     assert stores(plan.entries, tmp_path) == {"data/mp-1", "label/mp-2"}
 
 
-def test_a_directory_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
-    """Nothing is dropped, nothing is made."""
+def test_a_directory_without_a_cache_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     plan = plan_evict(cache_at(tmp_path / "mine"), everything=True)
@@ -127,18 +121,17 @@ def test_a_directory_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_everything_touches_only_the_cache_in_the_directory(
+def test_everything_leaves_other_files_of_the_directory_alone(
     warm: DataConfig, tmp_path: Path
 ) -> None:
-    """Files of the user beside ``zarrcache-v1`` stay."""
     (tmp_path / "cache" / "thesis.tex").touch()
     plan_evict(cache_at(tmp_path / "cache"), everything=True).execute()
     assert (tmp_path / "cache" / "thesis.tex").exists()
     assert plan_evict(warm, everything=True).entries == ()
 
 
-def test_an_entry_that_is_in_use_stays_readable(warm: DataConfig) -> None:
-    """Who has it mapped keeps it; the next read is a miss."""
+def test_a_mapped_entry_stays_readable_after_eviction(warm: DataConfig) -> None:
+    """The next read is a miss."""
     reader = open_reader(warm)
     values, _ = reader.load("mp-0", "data")
     before = values.copy()
@@ -159,12 +152,10 @@ def test_an_entry_that_is_in_use_stays_readable(warm: DataConfig) -> None:
 def test_a_directory_alone_needs_everything(
     tmp_path: Path, arguments: dict[str, object], words: str
 ) -> None:
-    """Without a training config nobody knows which entries are meant, or how to reach the origin."""
     with pytest.raises(ConfigError, match=words):
         plan_evict(cache_at(tmp_path), **arguments)  # type: ignore[arg-type]
 
 
 def test_ids_and_everything_exclude_each_other(warm: DataConfig) -> None:
-    """One of them."""
     with pytest.raises(ConfigError, match="exclude each other"):
         plan_evict(warm, ids=["mp-1"], everything=True)

@@ -1,5 +1,5 @@
-"""Simulated caches against slow ones that are written down as their names say, and the figures that
-the documents give.
+"""Simulated caches against a slow, literal implementation of each policy, and the figures quoted in
+docs/guides/training.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES = st.lists(st.integers(1, 9), min_size=10, max_size=10)
 
 
 def slow(epochs: list[list[int]], sizes: list[int], capacity: int, policy: Policy) -> list[int]:
-    """Hits of each epoch, by looking at everything each time."""
+    """Hits of each epoch, by a full search at each read."""
     every = [index for epoch in epochs for index in epoch]
     stored: list[int] = []  # the next to go comes first
     hits, now = [0] * len(epochs), 0
@@ -55,10 +55,10 @@ def slow(epochs: list[list[int]], sizes: list[int], capacity: int, policy: Polic
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "belady"])
 @settings(deadline=None)
 @given(epochs=EPOCHS, sizes=SIZES, capacity=st.integers(0, 40))
-def test_it_hits_what_the_policy_hits(
+def test_hits_equal_those_of_the_literal_policy(
     policy: Policy, epochs: list[list[int]], sizes: list[int], capacity: int
 ) -> None:
-    """Any order, also with repeats; any sizes, also such as never fit."""
+    """For any order, also with repeats, and any sizes, also larger than the cache."""
     found = simulate([np.array(epoch, np.int64) for epoch in epochs], sizes, capacity, policy)
     assert [epoch.hits for epoch in found] == slow(epochs, sizes, capacity, policy)
     assert (
@@ -70,10 +70,8 @@ def test_it_hits_what_the_policy_hits(
 
 @settings(deadline=None)
 @given(epochs=EPOCHS, capacity=st.integers(0, 6))
-def test_belady_hits_as_often_as_can_be(epochs: list[list[int]], capacity: int) -> None:
-    """With equal sizes, where ties do not matter: as often as the slow one, and no policy more
-    often.
-    """
+def test_belady_has_the_most_hits_of_all_policies(epochs: list[list[int]], capacity: int) -> None:
+    """With equal sizes, where ties do not matter."""
     arrays = [np.array(epoch, np.int64) for epoch in epochs]
     best = sum(epoch.hits for epoch in simulate(arrays, [1] * 10, capacity, "belady"))
     assert best == sum(slow(epochs, [1] * 10, capacity, "belady"))
@@ -96,9 +94,7 @@ def test_belady_hits_as_often_as_can_be(epochs: list[list[int]], capacity: int) 
 def test_four_nodes_with_room_for_a_quarter_each(
     assignment: Any, policy: Policy, percent: int
 ) -> None:
-    """docs/guides/training.md gives these; sizes spread as those of the Materials Project do (sigma of the
-    logarithm 0.8).
-    """
+    """As in docs/guides/training.md; sizes are log-normal with sigma 0.8, as in the Materials Project."""
     count = 4000
     sizes = (1.3e6 * np.random.default_rng(0).lognormal(0, 0.8, count)).astype(int).tolist()
     schedule = Schedule(
@@ -119,7 +115,6 @@ def test_four_nodes_with_room_for_a_quarter_each(
     assert 100 * ratio == pytest.approx(percent, abs=3)
 
 
-def test_a_policy_that_is_none_is_refused() -> None:
-    """By name."""
+def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="'least-recently-stored'"):
         simulate([], [], 1, "lru")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``read_status``: numbers that agree with the disk, and no request."""
+"""``read_status`` agrees with the disk and makes no request."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig.from_yaml(write_config(tmp_path, limit="1 MiB"))
 
 
-def test_where_nothing_was_cached_it_says_so_and_makes_nothing(
-    config: DataConfig, tmp_path: Path
-) -> None:
-    """No directory, no entries, nothing warm."""
+def test_an_absent_cache_is_reported_and_not_created(config: DataConfig, tmp_path: Path) -> None:
     state = read_status(config)
     assert (state.exists, state.volume_bytes, state.limit_bytes) == (False, 0, 1024**2)
     assert state.coverage is not None
@@ -34,8 +31,8 @@ def test_where_nothing_was_cached_it_says_so_and_makes_nothing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path: Path) -> None:
-    """With the origin gone; an id of which one density is there is half."""
+def test_warm_ids_are_counted_without_the_origin(config: DataConfig, tmp_path: Path) -> None:
+    """An id with one of its densities cached is half warm."""
     plan_warm(config, ids=["mp-0", "mp-1", "mp-2"]).execute()
     label = [
         row.digest for row in plan_evict(config, ids=["mp-2"]).entries if "/label/" in row.note
@@ -67,8 +64,7 @@ def test_what_is_warm_is_counted_without_the_origin(config: DataConfig, tmp_path
     assert not covered.is_complete
 
 
-def test_all_warm_is_complete(config: DataConfig) -> None:
-    """Ids that the origin does not have do not count."""
+def test_coverage_is_complete_when_every_present_id_is_warm(config: DataConfig) -> None:
     plan_warm(config).execute()
     covered = read_status(config).coverage
     assert covered is not None
@@ -76,31 +72,27 @@ def test_all_warm_is_complete(config: DataConfig) -> None:
     assert covered.warm_ratio == 1.0
 
 
-def test_a_directory_alone_has_no_limit_to_show(config: DataConfig, tmp_path: Path) -> None:
-    """What is on disk is known, what was configured is not."""
+def test_a_directory_alone_has_no_limit(config: DataConfig, tmp_path: Path) -> None:
     plan_warm(config).execute()
     state = read_status(cache_at(tmp_path / "cache"), has_settings=False)
     assert (state.limit_bytes, state.min_free_bytes, state.coverage) == (None, None, None)
     assert state.array_tier == read_status(config).array_tier
 
 
-def test_the_directory_given_by_hand_is_the_one_that_is_looked_at(
+def test_zarrcache_dir_does_not_override_an_explicit_directory(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ZARRCACHE_DIR overrides a config, not a hand."""
     plan_warm(config).execute()
     monkeypatch.setenv("ZARRCACHE_DIR", str(tmp_path / "elsewhere"))
     assert read_status(cache_at(tmp_path / "cache")).exists
 
 
 def test_a_config_without_cache_is_refused(config: DataConfig) -> None:
-    """With the words that say what to add."""
     with pytest.raises(ConfigError, match=r"no cache block.*configs/s3_cached\.yaml"):
         read_status(config.model_copy(update={"cache": None}))
 
 
 def test_one_directory_for_input_and_label_is_counted_once(config: DataConfig) -> None:
-    """An id is warm as soon as its only density is there, and its bytes are on disk once."""
     same = config.model_copy(update={"label_dir": config.data_dir})
     plan_warm(same).execute()
     covered = read_status(same).coverage
@@ -108,8 +100,7 @@ def test_one_directory_for_input_and_label_is_counted_once(config: DataConfig) -
     assert (covered.warm, covered.half, covered.nbytes) == (4, 0, 4 * 8192)
 
 
-def test_an_id_that_the_map_has_twice_is_one_id(config: DataConfig, tmp_path: Path) -> None:
-    """As it is one entry in the cache."""
+def test_an_id_listed_twice_in_the_map_is_one_id(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-0", "mp-1"]}))
     plan_warm(config).execute()
     covered = read_status(config).coverage
@@ -117,11 +108,11 @@ def test_an_id_that_the_map_has_twice_is_one_id(config: DataConfig, tmp_path: Pa
     assert (covered.ids, covered.warm, covered.is_complete) == (2, 2, True)
 
 
-def test_an_entry_of_the_store_that_is_not_read_is_not_warm(
+def test_an_entry_of_the_store_that_is_no_longer_read_is_not_warm(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Where the origin now has a directory in place of a zip file, the directory is read; before
-    anything was listed either would do.
+    """The origin has a directory now where it had a zip file, and the directory is read. Without a
+    listing either counts.
     """
     os.rename(tmp_path / "data" / "mp-0.zarr", tmp_path / "mp-0.zarr")
     small_group(tmp_path / "data" / "mp-0.zarr.zip", shape=(6, 5, 4), as_zip=True)
@@ -139,7 +130,6 @@ def test_an_entry_of_the_store_that_is_not_read_is_not_warm(
     assert (covered.ids, covered.missing, covered.warm, covered.is_listed) == (5, 0, 4, False)
 
 
-def test_a_config_of_files_that_are_not_converted_is_told_what_to_do(config: DataConfig) -> None:
-    """Not that all of its ids are missing."""
+def test_a_config_of_unconverted_files_is_refused_with_advice(config: DataConfig) -> None:
     with pytest.raises(ConfigError, match="unconverted files are not cached"):
         read_status(config.model_copy(update={"dataset_name": "chgcar_data"}))

@@ -1,4 +1,4 @@
-"""``verify``: what is bad is found, named and dropped; what is good stays."""
+"""``verify`` finds, names and drops bad entries, and keeps good ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def warm(tmp_path: Path) -> DataConfig:
 
 
 def files(tmp_path: Path, tier: str) -> list[Path]:
-    """Files of a tier, the largest payload first."""
+    """Files of a tier, the largest first."""
     return sorted(
         (tmp_path / "cache" / "zarrcache-v1" / tier).glob("*/*"),
         key=lambda path: -path.stat().st_size,
@@ -32,14 +32,13 @@ def files(tmp_path: Path, tier: str) -> list[Path]:
 
 
 def flip(path: Path, offset: int) -> None:
-    """Change one bit."""
+    """Flip one bit."""
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 4
     path.write_bytes(raw)
 
 
-def test_a_good_cache_has_nothing_to_report(warm: DataConfig, tmp_path: Path) -> None:
-    """Every entry of both tiers is read; nothing is dropped."""
+def test_an_intact_cache_has_no_problems(warm: DataConfig, tmp_path: Path) -> None:
     seen = []
     report = verify(warm, progress=lambda done, total: seen.append((done, total)))
     count = len(files(tmp_path, "entries")) + len(files(tmp_path, "bytes"))
@@ -52,12 +51,10 @@ def test_a_good_cache_has_nothing_to_report(warm: DataConfig, tmp_path: Path) ->
     ("tier", "offset", "words"),
     [("entries", -1, "checksum"), ("entries", 30, "header checksum"), ("bytes", 0, "checksum")],
 )
-def test_one_flipped_bit_is_found_and_the_entry_dropped(
+def test_an_entry_with_a_flipped_bit_is_dropped(
     warm: DataConfig, tmp_path: Path, tier: str, offset: int, words: str
 ) -> None:
-    """In a payload, a header or an object; the file is gone afterwards, and a second look finds
-    nothing.
-    """
+    """In a payload, a header or an object. A second run finds nothing."""
     victim = files(tmp_path, tier)[0]
     flip(victim, offset)
     report = verify(warm)
@@ -70,9 +67,7 @@ def test_one_flipped_bit_is_found_and_the_entry_dropped(
 
 
 def test_a_swapped_file_is_found(warm: DataConfig, tmp_path: Path) -> None:
-    """A whole entry of another density under this one's name has a good checksum and another
-    identity.
-    """
+    """An entry of another density under this name has a good checksum but another identity."""
     one, other = [path for path in files(tmp_path, "entries") if path.stat().st_size > 4096 + 400][
         :2
     ]
@@ -82,16 +77,14 @@ def test_a_swapped_file_is_found(warm: DataConfig, tmp_path: Path) -> None:
     assert "it holds" in report.corrupt[0].why
 
 
-def test_entries_without_files_and_files_without_entries_go(
+def test_entries_without_files_and_files_without_entries_are_removed(
     warm: DataConfig, tmp_path: Path
 ) -> None:
-    """A lost file is reported as damage, a stray file as found; the file of a writer at work would
-    be announced, and stays.
-    """
+    """The file of a running writer is announced, and stays."""
     lost = files(tmp_path, "entries")[0]
     lost.unlink()
     stray = lost.with_name("0123456789abcdef")
-    stray.write_bytes(b"left by somebody")
+    stray.write_bytes(b"no entry has this name")
     report = verify(warm)
     assert [problem.why for problem in report.corrupt] == ["its file is gone"]
     assert report.strays == (f"{stray.relative_to(tmp_path / 'cache' / 'zarrcache-v1')}",)
@@ -99,8 +92,7 @@ def test_entries_without_files_and_files_without_entries_go(
     assert verify(warm).strays == ()
 
 
-def test_against_the_origin_what_is_stale_goes(warm: DataConfig, tmp_path: Path) -> None:
-    """A store that was written again is dropped; that is no damage."""
+def test_against_origin_drops_stale_entries(warm: DataConfig, tmp_path: Path) -> None:
     small_group(tmp_path / "label" / "mp-0.zarr", shape=(6, 5, 4), seed=9)
     assert verify(warm).stale == ()
     report = verify(warm, against_origin=True)
@@ -109,13 +101,11 @@ def test_against_the_origin_what_is_stale_goes(warm: DataConfig, tmp_path: Path)
     assert verify(warm, against_origin=True).stale == ()
 
 
-def test_the_origin_cannot_be_asked_without_a_config(tmp_path: Path) -> None:
-    """A directory does not say how to reach it."""
+def test_against_origin_needs_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a training config"):
         verify(cache_at(tmp_path), against_origin=True)
 
 
-def test_where_no_cache_is_none_is_made(tmp_path: Path) -> None:
-    """Nothing to read."""
+def test_an_absent_cache_is_not_created(tmp_path: Path) -> None:
     assert verify(cache_at(tmp_path / "nothing")).entries == 0
     assert not (tmp_path / "nothing").exists()

@@ -1,6 +1,4 @@
-"""``plan_warm``: what is fetched, what is skipped, what is said of the rest. Over directories; S3
-is in tests/cli.
-"""
+"""``plan_warm``: what is fetched, skipped and reported, over local directories."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
 from zarrcache._units import parse_bytes
-from zarrcache.cli.format import warm_words
+from zarrcache.cli.format import warm_notes
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
 from zarrcache.ops.status import read_status
@@ -31,7 +29,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def write_map(directory: Path, count: int) -> None:
-    """A map of ids that all have stores."""
+    """Write a map of ids that all have stores."""
     (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(count)]}))
 
 
@@ -44,9 +42,7 @@ def settings(config: DataConfig, **cache: object) -> DataConfig:
 def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Requests are one LIST a density and one GET an object; the ids of the map that have no store
-    are named.
-    """
+    """One LIST per density and one GET per object."""
     plan = plan_warm(config)
     assert plan.task_ids == ("mp-0", "mp-1", "mp-2", "mp-3")
     assert plan.missing == ("mp-absent",)
@@ -64,12 +60,8 @@ def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
 
 
 @pytest.mark.parametrize("cache", [{"revalidate": "run"}, {"revalidate": "epoch"}, {}])
-def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(
-    config: DataConfig, cache: dict[str, object]
-) -> None:
-    """The second run, if it is to ask the origin, lists the directories and each density once, and
-    reads no object.
-    """
+def test_a_second_run_fetches_nothing(config: DataConfig, cache: dict[str, object]) -> None:
+    """If it revalidates, it lists the directories and each density once."""
     config, revalidate = settings(config, **cache), None if cache else True
     report = plan_warm(config).execute()
     assert (report.ids, report.warm, report.fresh, report.failed, report.bypassed) == (
@@ -93,12 +85,10 @@ def test_executing_makes_everything_warm_and_a_second_time_fetches_nothing(
     )
 
 
-def test_what_is_warm_costs_no_request_with_revalidate_never(
+def test_warm_densities_cost_no_request_with_revalidate_never(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Planned, estimated and executed without the origin; what is missing is fetched, and nothing
-    else is asked for.
-    """
+    """Planned, estimated and executed without the origin; only missing densities are fetched."""
     write_map(tmp_path, 4)
     plan_warm(config).execute()
     for role in ("data", "label"):
@@ -134,8 +124,8 @@ def test_what_is_warm_costs_no_request_with_revalidate_never(
 
 
 @pytest.mark.parametrize("revalidate", ["never", "run"])
-def test_files_that_somebody_deleted_are_fetched_again(config: DataConfig, revalidate: str) -> None:
-    """A cleaner of the scratch disk takes old files and leaves the index, which says what was."""
+def test_deleted_entry_files_are_fetched_again(config: DataConfig, revalidate: str) -> None:
+    """A cleaner of the scratch disk removes old files and leaves the index."""
     config = settings(config, revalidate=revalidate)
     plan_warm(config).execute()
     assert config.cache is not None
@@ -153,8 +143,9 @@ def test_files_that_somebody_deleted_are_fetched_again(config: DataConfig, reval
     assert coverage.is_complete
 
 
-def test_what_was_trusted_and_is_gone_by_the_end_is_not_said_to_be_warm(config: DataConfig) -> None:
-    """The report agrees with the disk, here too."""
+def test_a_trusted_density_that_is_gone_at_the_end_is_not_reported_as_warm(
+    config: DataConfig,
+) -> None:
     plan_warm(config).execute()
     plan = plan_warm(config)
     plan_evict(config, ids=["mp-1"]).execute()
@@ -162,12 +153,10 @@ def test_what_was_trusted_and_is_gone_by_the_end_is_not_said_to_be_warm(config: 
     assert (report.warm, report.bypassed, report.untried) == (3, ("mp-1",), 0)
 
 
-def test_an_id_that_the_stored_listing_lacks_is_looked_for(
+def test_an_id_that_the_stored_listing_lacks_makes_it_list_again(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """In the map, or given by name: it may have been uploaded since. That lists the directories,
-    and asks for nothing that is warm.
-    """
+    """It may be new. Warm densities are not compared."""
     write_map(tmp_path, 4)
     plan_warm(config).execute()
     write_pairs(tmp_path, 5)
@@ -184,10 +173,9 @@ def test_an_id_that_the_stored_listing_lacks_is_looked_for(
     assert plan.execute().warm == 2
 
 
-def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(
+def test_one_directory_for_input_and_label_is_listed_and_counted_once(
     config: DataConfig,
 ) -> None:
-    """One LIST and one fetch an id, and its bytes are said once."""
     same = config.model_copy(update={"label_dir": config.data_dir})
     plan = plan_warm(same)
     assert plan.roles == ("data",)
@@ -203,10 +191,8 @@ def test_one_directory_for_input_and_label_is_asked_for_and_counted_once(
     assert (report.warm, report.fresh, report.nbytes) == (4, 4, 4 * 480)
 
 
-def test_what_the_origin_changed_is_fetched_again(config: DataConfig, tmp_path: Path) -> None:
-    """Only the one store, and a reader that trusts its cache sees the new values. Without being
-    told to ask, nobody notices.
-    """
+def test_revalidate_fetches_changed_stores_again(config: DataConfig, tmp_path: Path) -> None:
+    """Without it the change is not noticed."""
     plan_warm(config).execute()
     new = small_group(tmp_path / "label" / "mp-2.zarr", shape=(6, 5, 4), seed=77)[
         "charge_density_total"
@@ -220,10 +206,9 @@ def test_what_the_origin_changed_is_fetched_again(config: DataConfig, tmp_path: 
     assert reader.stats.requests == 0
 
 
-def test_a_new_id_is_found_although_the_listing_is_stored(
+def test_a_new_id_in_the_map_is_found_and_its_listing_stored(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """Warm lists the directories anew, and a run without the origin then knows the new id."""
     plan_warm(config).execute()
     write_pairs(tmp_path, 5)
     assert plan_warm(config).execute().warm == 5
@@ -235,7 +220,7 @@ def test_a_new_id_is_found_although_the_listing_is_stored(
 def test_a_damaged_store_is_named_and_the_others_are_warm(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """The error has the URL of the chunk, and the run goes on."""
+    """The error has the URL of the chunk."""
     chunk = tmp_path / "data" / "mp-1.zarr" / "charge_density_total" / "0.0.0"
     chunk.write_bytes(b"not a chunk")
     report = plan_warm(config).execute()
@@ -244,8 +229,8 @@ def test_a_damaged_store_is_named_and_the_others_are_warm(
     assert not report.is_good
 
 
-def test_ids_of_a_split_and_ids_by_name(config: DataConfig) -> None:
-    """Train and test make up all; an id by name need not be in the map; both together are refused."""
+def test_ids_of_a_split_or_explicit_ids_are_warmed(config: DataConfig) -> None:
+    """Explicit ids need not be in the map."""
     train, test = (
         plan_warm(config, split="train").task_ids,
         plan_warm(config, split="test").task_ids,
@@ -259,16 +244,14 @@ def test_ids_of_a_split_and_ids_by_name(config: DataConfig) -> None:
         plan_warm(config, ids=["../mp-3"])
 
 
-def test_it_stops_when_so_many_bytes_are_warm(config: DataConfig) -> None:
-    """Two ids' bytes: two are warm, two are left, and nothing failed."""
+def test_it_stops_at_limit_bytes(config: DataConfig) -> None:
     report = plan_warm(config, limit_bytes=4 * 6 * 5 * 4 * 4).execute()
     assert (report.warm, report.untried, report.is_good) == (2, 2, True)
 
 
-def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(
+def test_after_three_that_do_not_fit_the_rest_is_only_listed(
     tmp_path: Path,
 ) -> None:
-    """Room for a few of sixteen: after three that did not fit, the others are only listed."""
     write_pairs(tmp_path, 8, chunks=(6, 5, 4))
     config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192))
     report = plan_warm(config, workers=1).execute()
@@ -282,8 +265,8 @@ def test_what_does_not_fit_is_counted_and_the_rest_is_not_fetched_for_nothing(
     assert (plan.execute().fresh, plan.reader.stats.misses) == (2, 3)
 
 
-def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: Path) -> None:
-    """With the listings, which did not fit either; if the origin does not tell, it is not said."""
+def test_the_needed_bytes_are_reported_even_if_nothing_fits(tmp_path: Path) -> None:
+    """Including the listings. If the origin does not answer, they are left out of the message."""
     write_pairs(tmp_path, 2)
     config = DataConfig.from_yaml(write_config(tmp_path, limit=4096))
     plan = plan_warm(config)
@@ -291,22 +274,22 @@ def test_where_nothing_fits_what_all_would_take_is_known_all_the_same(tmp_path: 
     assert (report.warm, report.disk_bytes, report.needed_bytes) == (0, 0, 4 * 8192)
     assert report.beside_bytes == 2 * 8192
     assert (
-        "All ids and what else is in the cache take about 48.0 KiB on disk: raise cache.limit"
-        in warm_words(plan, report)[1][0]
+        "All ids and the other entries of the cache need about 48.0 KiB on disk: raise cache.limit"
+        in warm_notes(plan, report)[0]
     )
     assert (
-        "is reached, and training will read the rest from the origin in every epoch. Raise "
-        "cache.limit" in (warm_words(plan, replace(report, needed_bytes=0))[1][0])
+        "is reached, and training will read them from the origin in every epoch. Raise "
+        "cache.limit" in warm_notes(plan, replace(report, needed_bytes=0))[0]
     )
 
 
 @pytest.mark.parametrize(("limit", "min_free"), [("256 KiB", 0), ("4 KiB", 0), ("1 GiB", "99.9 %")])
 @pytest.mark.parametrize("layout", [{}, {"as_zip": True}])
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_limit_that_is_advised_is_enough(
+def test_the_advised_limit_is_sufficient(
     tmp_path: Path, limit: str, min_free: object, layout: dict[str, Any], workers: int
 ) -> None:
-    """However much larger those are that were not tried."""
+    """Even if the densities that were not tried are much larger."""
     for number in range(6):
         for role in ("data", "label"):
             path = tmp_path / role / f"mp-{number}.zarr{'.zip' if layout else ''}"
@@ -318,8 +301,8 @@ def test_the_limit_that_is_advised_is_enough(
     )
     report = plan.execute()
     assert len(report.bypassed) >= 3
-    (words,) = warm_words(plan, report)[1]
-    advised = parse_bytes(words.partition("take about ")[2].partition(" on disk")[0])
+    (words,) = warm_notes(plan, report)
+    advised = parse_bytes(words.partition("need about ")[2].partition(" on disk")[0])
     again = plan_warm(
         DataConfig.from_yaml(write_config(tmp_path, limit=advised)), workers=workers
     ).execute()
@@ -328,10 +311,10 @@ def test_the_limit_that_is_advised_is_enough(
     assert advised <= 1.1 * (again.disk_bytes + 2 * 8192)
 
 
-def test_of_many_that_did_not_fit_some_are_measured(
+def test_of_many_densities_that_do_not_fit_a_sample_is_measured(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And all are said to take rather more than those in the mean."""
+    """The extrapolation is rather too high than too low."""
     monkeypatch.setattr("zarrcache.ops.warm._MEASURED", 3)
     for number in range(8):
         for role in ("data", "label"):
@@ -347,10 +330,8 @@ def test_of_many_that_did_not_fit_some_are_measured(
     assert all_bytes <= needed <= 1.5 * all_bytes
 
 
-def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
-    """With ``least-recently-stored`` and too small a limit, late entries push out early ones; the
-    report agrees with the disk.
-    """
+def test_an_evicted_density_is_not_reported_as_warm(tmp_path: Path) -> None:
+    """With ``least-recently-stored`` and a small limit, late entries evict early ones."""
     write_pairs(tmp_path, 5)
     config = DataConfig.from_yaml(
         write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored")
@@ -363,23 +344,18 @@ def test_what_was_evicted_again_is_not_said_to_be_warm(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_the_same_as_one(config: DataConfig) -> None:
-    """Every density is stored once, and the counters are those of all processes."""
     report = plan_warm(config, workers=2).execute()
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 0)
 
 
-def test_one_worker_is_this_process_however_much_there_is_to_do(
-    config: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No process is started that could fail."""
+def test_one_worker_starts_no_process(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workpool, "Interpreter", None)
     plan = plan_warm(config, workers=1)
     report = replace(plan, densities=plan.densities * 5).execute()
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 32)
 
 
-def test_a_reader_can_be_warmed_too(config: DataConfig) -> None:
-    """The reader that a script has already made."""
+def test_an_existing_reader_can_be_warmed(config: DataConfig) -> None:
     reader = open_reader(config)
     assert plan_warm(reader).execute().warm == 4
     before = reader.stats
@@ -400,13 +376,11 @@ def test_a_reader_can_be_warmed_too(config: DataConfig) -> None:
 def test_a_config_that_cannot_be_warmed_is_refused(
     config: DataConfig, change: dict[str, object], words: str
 ) -> None:
-    """With the words that say what to change."""
     with pytest.raises(ConfigError, match=words):
         plan_warm(config.model_copy(update=change))
 
 
-def test_a_cache_that_cannot_be_filled_is_refused(config: DataConfig, tmp_path: Path) -> None:
-    """Training would go on without a cache; warm must not pretend."""
+def test_an_unusable_cache_is_refused(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cache\.dir .*file/cache cannot be used"):
         plan_warm(settings(config, dir=tmp_path / "file" / "cache"))
@@ -422,7 +396,6 @@ def test_a_cache_that_cannot_be_filled_is_refused(config: DataConfig, tmp_path: 
 
 
 def test_an_empty_functional_is_warm_at_once(config: DataConfig, tmp_path: Path) -> None:
-    """No ids, no failure."""
     (tmp_path / "map.json").write_text(json.dumps({"GGA": []}))
     report = plan_warm(config).execute()
     assert (report.ids, report.is_good) == (0, True)

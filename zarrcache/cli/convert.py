@@ -1,0 +1,159 @@
+"""``zarrcache convert``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zarrcache.cli.app import command, failures, say, show, show_json
+from zarrcache.cli.options import Dask, DryRun, Json, chunk_sizes, open_engine, s3_options
+
+if TYPE_CHECKING:
+    from zarrcache.convert import ConvertResult
+
+__all__ = ["convert"]
+
+
+@command(resumable=True)
+def convert(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="CHGCAR or Materials Project JSON file, plain or compressed, or a directory of "
+            "them",
+        ),
+    ],
+    dst: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST", help="directory or s3://bucket/prefix; stores are named <task_id>.zarr"
+        ),
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB",
+            help="files below SRC, e.g. '**/CHGCAR' [default: every file named like a density]",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="worker processes [default: min(cores, bytes of the files / 8 MiB)]",
+            show_default=False,
+        ),
+    ] = None,
+    chunks: Annotated[
+        str, typer.Option(metavar="N[,N,N]", help="grid points per chunk along each axis")
+    ] = "16",
+    as_zip: Annotated[
+        bool,
+        typer.Option("--zip", help="one file per store, <task_id>.zarr.zip: one request on S3"),
+    ] = False,
+    zarr_format: Annotated[
+        int,
+        typer.Option(
+            "--zarr-format", metavar="2|3", min=2, max=3, help="version of the Zarr format"
+        ),
+    ] = 2,
+    diff: Annotated[
+        bool,
+        typer.Option(
+            "--diff", help="also store the spin density (charge_density_diff) of files that have it"
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace stores that exist [default: skip them]")
+    ] = False,
+    dask: Dask = None,
+    dry_run: DryRun = False,
+    endpoint_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="S3 endpoint of DST [default: Amazon S3]", show_default=False
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config to use")
+    ] = None,
+    anon: Annotated[bool, typer.Option("--anon", help="access S3 without credentials")] = False,
+    s3_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--s3-kwargs", metavar="JSON", help="arguments of s3fs.S3FileSystem, as a JSON object"
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="CONFIG", help="take s3_kwargs from this training config"),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Convert charge densities to Zarr stores.
+
+    Stores that exist are skipped. A file that cannot be read is reported; the others are converted.
+    """
+    from zarrcache.cli.format import format_conversion, format_convert_plan
+    from zarrcache.cli.progress import Meter
+    from zarrcache.convert import plan_convert
+
+    plan = plan_convert(
+        src,
+        dst,
+        pattern=pattern,
+        workers=workers,
+        chunks=chunk_sizes(chunks),
+        zip=as_zip,
+        zarr_format=3 if zarr_format == 3 else 2,
+        diff=diff,
+        overwrite=overwrite,
+        s3_kwargs=s3_options(
+            config, s3_kwargs, endpoint_url=endpoint_url, profile=profile, anon=anon
+        ),
+    )
+    if dry_run:
+        if as_json:
+            keys = ("dst", "files", "skipped", "source_bytes", "workers")
+            show_json({key: getattr(plan, key) for key in keys})
+        else:
+            show(format_convert_plan(plan))
+        return 0
+    start_s = time.monotonic()
+    done: list[ConvertResult] = []
+    try:
+        with (
+            open_engine(dask if plan.files else None, workers) as engine,
+            Meter("Converting", "files", len(plan.files)) as meter,
+        ):
+
+            def progress(result: ConvertResult) -> None:
+                done.append(result)
+                meter.advance(failed=result.error is not None)
+
+            report = plan.execute(progress, engine=engine)
+    except BaseException:
+        # Also on Ctrl-C: the next run skips converted files and would not repeat their warnings.
+        _say_problems(sorted(done, key=lambda result: result.path))
+        raise
+    _say_problems((*report.converted, *report.failed))
+    if as_json:
+        show_json(asdict(report))
+    else:
+        show(format_conversion(plan.dst, report, time.monotonic() - start_s))
+    return 1 if report.failed else 0
+
+
+def _say_problems(results: Sequence[ConvertResult]) -> None:
+    for result in results:
+        for warning in result.warnings:
+            say(f"warning: {result.path}: {warning}")
+    failures(result.error for result in results if result.error is not None)

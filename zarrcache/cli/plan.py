@@ -1,0 +1,98 @@
+"""``zarrcache plan``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Annotated, Literal
+
+import typer
+
+from zarrcache.cli.app import command, show, show_json
+from zarrcache.cli.options import Config, Json, data_config, size
+
+__all__ = ["plan"]
+
+
+@command(resumable=False)
+def plan(
+    config: Config,
+    nodes: Annotated[
+        int, typer.Option("--nodes", metavar="N", min=1, help="nodes, each with its own cache")
+    ] = 1,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            parser=size,
+            metavar="SIZE",
+            help="cache size per node, e.g. '200 GiB' [default: cache.limit]",
+            show_default=False,
+        ),
+    ] = None,
+    assignment: Annotated[
+        Literal["global", "node"],
+        typer.Option(help="global: one shuffle over all nodes. node: each node has its own share"),
+    ] = "global",
+    eviction: Annotated[
+        Literal["none", "least-recently-stored", "belady"] | None,
+        typer.Option(help="what a full cache does [default: cache.eviction]", show_default=False),
+    ] = None,
+    ranks_per_node: Annotated[
+        int,
+        typer.Option("--ranks-per-node", metavar="N", min=1, help="training processes per node"),
+    ] = 1,
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", min=1, help="epochs of the whole run")
+    ] = 50,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=1,
+            help="concurrent readers per node; used only for the time estimate",
+        ),
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="seed of the order of samples")
+    ] = 0,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe", help="read up to 9 densities from here, to estimate the seconds per epoch"
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Forecast a run: requests, bytes, cost, hits.
+
+    For CONFIG's training split. Measures up to 1,000 densities at the origin; caches nothing.
+    Prices are those of cache.prices.
+    """
+    from zarrcache.cli.format import plan_lines
+    from zarrcache.cli.progress import Meter
+    from zarrcache.ops import plan_training
+
+    # The total is known only after the directories are listed.
+    with Meter("Measuring", "densities", 1) as meter:
+        forecast = plan_training(
+            data_config(config, needs_cache=False),
+            nodes=nodes,
+            capacity_bytes=capacity,
+            assignment=assignment,
+            eviction=eviction,
+            ranks_per_node=ranks_per_node,
+            epochs=epochs,
+            seed=seed,
+            workers=workers,
+            probe=probe,
+            progress=meter.reach,
+        )
+    if as_json:
+        # In JSON a variant cannot be a key.
+        others = [{**asdict(way), "hit_ratio": ratio} for way, ratio in forecast.others.items()]
+        document = asdict(replace(forecast, others={}))
+        show_json({**document, "others": others, "prices": forecast.prices.model_dump()})
+    else:
+        for line in plan_lines(forecast):
+            show(line)
+    return 0

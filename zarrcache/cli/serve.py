@@ -1,0 +1,64 @@
+"""``zarrcache serve``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.options import Config, Json, data_config
+
+__all__ = ["serve"]
+
+
+@command(resumable=True)
+def serve(
+    config: Config,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST",
+            help="name or address of this node to listen on; other than loopback needs a token",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="TCP port; 0 chooses a free one")
+    ] = 7070,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="file (mode 0600) with the token that clients present [default: CONFIG's "
+            "cache.peer_token_file]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Let other nodes read this node's cache.
+
+    Serves entries of the array tier over HTTP to clients with the token; writes nothing. Ends on
+    SIGTERM or Ctrl-C.
+    """
+    from zarrcache.ops import cache_of
+    from zarrcache.peers import EntryServer, read_token
+
+    cache = cache_of(data_config(config))
+    path = token_file or cache.peer_token_file
+    token = read_token(path) if path is not None else None
+    # Block the signals in all threads and wait for them: a handler would interrupt this thread at
+    # an arbitrary line.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with EntryServer(cache.dir, host=host, port=port, token=token) as server:
+        if as_json:
+            show_json({"url": server.url, "directory": cache.dir, "has_token": token is not None})
+        else:
+            show(f"Serving the array tier of {cache.dir} at {server.url}. Ctrl-C ends it.")
+            if token is None:
+                say("There is no token: every user of this machine can read it.")
+        signal.sigwait(signals)
+    return 0
