@@ -94,7 +94,9 @@ def test_belady_has_the_most_hits_of_all_policies(epochs: list[list[int]], capac
 def test_four_nodes_with_room_for_a_quarter_each(
     assignment: Any, policy: Policy, percent: int
 ) -> None:
-    """As in docs/guides/training.md; sizes are log-normal with sigma 0.8, as in the Materials Project."""
+    """Figures of docs/guides/training.md; sizes are log-normal, sigma 0.8, as in the Materials
+    Project.
+    """
     count = 4000
     sizes = (1.3e6 * np.random.default_rng(0).lognormal(0, 0.8, count)).astype(int).tolist()
     schedule = Schedule(
