@@ -64,16 +64,15 @@ def test_convert_uploads_with_the_settings_of_a_training_config(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+    ("number", "code", "word", "workers"),
+    [(signal.SIGINT, 130, "Interrupted", 2), (signal.SIGTERM, 143, "Terminated", 1)],
 )
-@pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int
 ) -> None:
     """The next run skips converted files and would not repeat their warnings."""
     source, out = tmp_path / "input", tmp_path / "out"
-    write_pairs(tmp_path, 16)
+    write_pairs(tmp_path, 12)
     first, *others = sorted(source.iterdir())
     potential = source / "a-locpot.CHGCAR"
     lines = first.read_text().splitlines()
@@ -81,7 +80,7 @@ def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     negative = [" ".join(str(-float(value)) for value in line.split()) for line in lines[grid:]]
     potential.write_text("\n".join([*lines[:grid], *negative, ""]))
     (source / "b.CHGCAR").write_text("not a density\n")
-    process = start("convert", source, out, "--workers", workers, "--chunks", 4)
+    process = start("convert", source, out, "--workers", workers, "--chunks", 8)
     try:
         # One more than can be finished without its result having arrived.
         until(

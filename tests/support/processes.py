@@ -54,7 +54,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[Any], what:
     while not condition():
         assert process.poll() is None, f"the job ended before {what}"
         assert time.monotonic() < deadline, f"no {what} within {HANG_S:.0f} s"
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def wait_for_all(process: subprocess.Popen[Any]) -> None:

@@ -4,10 +4,13 @@ its own.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,10 @@ from typing import Any
 import yaml
 from numpy.typing import NDArray
 
+from tests.support.forkserver import ForkServer
 from tests.support.stores import small_group
 
 __all__ = ["Run", "command", "start", "write_config", "write_pairs", "zarrcache"]
-
-_ENDS_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,24 @@ def command(*args: object) -> list[str]:
 
 
 def zarrcache(*args: object, answer: str | None = None, env: dict[str, str] | None = None) -> Run:
-    """Run ``zarrcache ARGS`` to its end. Nobody is at the keyboard; ``answer`` comes through a
-    pipe.
+    """Run ``zarrcache ARGS`` to its end, in a process of its own. Stdin is no terminal; ``answer``
+    is what can be read from it.
     """
-    done = subprocess.run(
-        command(*args),
-        capture_output=True,
-        text=True,
-        timeout=_ENDS_S,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", **(env or {})},
-        **({"stdin": subprocess.DEVNULL} if answer is None else {"input": answer}),
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryDirectory() as directory:
+        files = stdin, out, err = [Path(directory, name) for name in ("in", "out", "err")]
+        for file in files:
+            file.touch()
+        stdin.write_text(answer or "")
+        environment = {**os.environ, "COLUMNS": "200", **(env or {})}
+        code = _fork_server(os.getpid()).run([*map(str, args)], environment, *files)
+        return Run(code, out.read_text(), err.read_text())
+
+
+@functools.cache
+def _fork_server(pid: int) -> ForkServer:
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
 
 
 def start(*args: object) -> subprocess.Popen[str]:

@@ -1,0 +1,104 @@
+"""``zarrcache`` commands in processes of their own, without the second that an interpreter needs to
+start and to import everything.
+
+``python -m tests.support.forkserver`` has imported what the commands import and has opened nothing.
+It forks a child per command, which ends as ``python -m zarrcache`` does. A line of JSON on stdin
+asks for one; a line with its exit code on stdout answers.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ForkServer"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ENDS_S = 120.0
+#: What most commands import, and what some of them import beside it.
+_IMPORTS = (
+    "zarrcache.cli",
+    "zarrcache.ops",
+    "zarrcache.data.reader",
+    "zarr",
+    "s3fs",
+    "rich.progress",
+)
+_MORE = {"convert": ("zarrcache.convert.plan", "pymatgen.io.vasp.outputs")}
+
+
+class ForkServer:
+    """Runs one command at a time. Not for use in a forked child."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.forkserver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=_ROOT,
+            start_new_session=True,
+        )
+
+    def run(self, args: list[str], env: dict[str, str], stdin: Path, out: Path, err: Path) -> int:
+        """The exit code; negative if a signal ended it."""
+        job = {
+            "args": args,
+            "env": env,
+            "cwd": os.getcwd(),
+            "files": [str(stdin), str(out), str(err)],
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], _ENDS_S)[0]:
+            os.killpg(self._process.pid, 9)
+            raise TimeoutError(f"zarrcache {' '.join(args)} did not end within {_ENDS_S:.0f} s")
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the server."""
+        self._process.communicate(timeout=_ENDS_S)
+
+
+def _become(job: dict[str, Any]) -> None:
+    """Make this process the one that was asked for."""
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os.chdir(job["cwd"])
+    for fd, path in enumerate(job["files"]):
+        opened = os.open(path, os.O_RDWR if fd else os.O_RDONLY)
+        os.dup2(opened, fd)
+        os.close(opened)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.argv = ["zarrcache", *job["args"]]
+
+
+def _serve() -> None:
+    import zarrcache.cli
+
+    for name in _IMPORTS:
+        importlib.import_module(name)
+    while line := sys.stdin.readline():
+        job = json.loads(line)
+        for name in (name for word in job["args"] for name in _MORE.get(word, ())):
+            importlib.import_module(name)
+        # A child that ends need not look through all that was imported: 0.2 s.
+        gc.freeze()
+        pid = os.fork()
+        if pid == 0:
+            _become(job)
+            zarrcache.cli.main()
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
