@@ -23,7 +23,7 @@ COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in 
 
 def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
     """What the commands do is tested in tests/processes/test_cluster.py and
-    tests/cli/test_slurm.py,
+    tests/processes/test_slurm.py,
     over a cluster of two nodes.
     """
     safe_repr = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
