@@ -15,8 +15,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+try:
+    import torch
+    from lightning.pytorch import LightningDataModule
+    from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+except ImportError as exc:
+    raise ImportError(
+        f"zarrcache.lightning needs PyTorch and Lightning ({exc}). Install them: pip install "
+        "'zarrcache[lightning]'"
+    ) from exc
 
 from zarrcache._units import whole_number
 from zarrcache.data import Split, ZarrS3Reader
@@ -34,14 +41,6 @@ from zarrcache.train import (
     ZarrDataset,
     collate_fn,
 )
-
-try:
-    from lightning.pytorch import LightningDataModule
-except ImportError as exc:
-    raise ImportError(
-        f"zarrcache.lightning needs Lightning ({exc}). Install it: pip install "
-        "'zarrcache[lightning]'"
-    ) from exc
 
 __all__ = ["ZarrDataModule"]
 

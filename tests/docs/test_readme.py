@@ -43,7 +43,7 @@ ELSEWHERE = {
     "tools/demo\ntools/test\n": "tools/demo is what tests/docs/test_demo.py runs; tools/test is "
     "what runs this",
     "pip install "
-    "'.[convert]'\n": "tools/_venv.sh installs the extra; test_extras_exist looks for it",
+    "'.[convert,train]'\n": "tools/_venv.sh installs the extra; test_extras_exist looks for it",
 }
 COMMANDS = [b for b in BLOCKS if b.language == "bash" and b.text not in ELSEWHERE]
 SCRIPTS = [b for b in BLOCKS if b.language == "python"]
@@ -135,8 +135,8 @@ def test_every_file_the_readme_names_is_there() -> None:
 
 
 def test_extras_exist() -> None:
-    """``pip install '.[convert]'`` and the others that messages name."""
+    """``pip install '.[convert,train]'`` and the others that messages name."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    assert {"convert", "demo", "test"} <= extras.keys()
+    assert {"convert", "demo", "lightning", "test", "train"} <= extras.keys()

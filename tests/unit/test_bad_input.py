@@ -86,11 +86,9 @@ class TestMap:
         assert isinstance(caught.value, ConfigError)
 
     def test_functional_without_ids_says_that_nothing_can_be_split(self, data: Path) -> None:
-        """In scikit-learn's words, and in ours."""
         with pytest.raises(
             ConfigError,
-            match=r"With n_samples=0, test_size=.* and train_size=.*No task id of the functional "
-            r"has both stores",
+            match=r"There is nothing to split\. No task id of the functional has both stores",
         ):
             make_reader(data, functional="SCAN").data_split()
 

@@ -86,60 +86,77 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
 def split_ids(
     task_ids: Sequence[str], train_fraction: float, random_state: int | None
 ) -> tuple[list[str], list[str]]:
-    """Training and test ids: scikit-learn's ``train_test_split``, which depends on the number of
-    ids and the seed alone.
+    """Split task ids exactly as scikit-learn's ``train_test_split`` does.
 
-    The same members in the same order as splitting the loaded lists.
+    The draw depends only on the number of ids and the seed, so the ids come out with the same
+    members in the same order as the users' reader gets by splitting the loaded lists.
+
+    Parameters
+    ----------
+    task_ids : sequence of str
+    train_fraction : float or int
+        The training ids: a fraction in (0, 1), rounded down to whole ids, or a number of ids.
+        None is 0.75, rounded down, as in scikit-learn.
+    random_state : int, numpy.random.RandomState or None
+        Seed from 0 to 2**32 - 1. None draws from numpy's global generator.
 
     Raises
     ------
     ConfigError
-        There are too few ids for the fraction; begins with scikit-learn's own words.
+        ``train_fraction`` leaves no id for training or none for testing, or ``random_state`` is
+        not a seed.
     """
-    drawn = _draw(len(task_ids), train_fraction, random_state)
-    if drawn is not None:
-        train, test = ([task_ids[place] for place in places] for places in drawn)
-        return train, test
-    from sklearn.model_selection import train_test_split
+    count = len(task_ids)
+    kept = _training_count(count, train_fraction)
+    places = _permutation(count, random_state)
+    return (
+        [task_ids[place] for place in places[count - kept :]],
+        [task_ids[place] for place in places[: count - kept]],
+    )
 
-    try:
-        train, test = train_test_split(
-            list(task_ids), train_size=train_fraction, random_state=random_state
+
+def _training_count(count: int, train_fraction: Any) -> int:
+    if not count:
+        raise ConfigError(
+            "There is nothing to split. No task id of the functional has both stores."
         )
-    except (ValueError, TypeError) as exc:
-        hint = (
-            "No task id of the functional has both stores."
-            if not task_ids
-            else "Change train_fraction, or give more materials."
-        )
-        raise ConfigError(f"{exc} {hint}") from exc
-    return train, test
-
-
-def _draw(count: int, train_fraction: Any, random_state: Any) -> tuple[list[int], list[int]] | None:
-    """Places that scikit-learn's ``ShuffleSplit`` draws for training and for testing, or None for
-    arguments of which it would speak.
-
-    With it come scipy and two thousand files: 1.5 s of the CPU in every process that trains, more
-    where they lie on a network file system. The draw itself is one permutation by numpy's legacy
-    generator, whose numbers do not change any more (NEP 19).
-    """
-    if type(train_fraction) is float and 0 < train_fraction < 1:
+    if train_fraction is None:
+        kept = count - math.ceil(0.25 * count)
+    elif isinstance(train_fraction, float) and 0 < train_fraction < 1:
         kept = math.floor(train_fraction * count)
-    elif type(train_fraction) is int:
-        kept = train_fraction
+    elif not isinstance(train_fraction, bool) and isinstance(train_fraction, numbers.Integral):
+        kept = int(train_fraction)
     else:
-        return None
-    if not 0 < kept < count or not (
-        random_state is None or (type(random_state) is int and 0 <= random_state < 2**32)
-    ):
-        return None
+        raise ConfigError(
+            f"train_fraction is {train_fraction!r}; it has to be a fraction between 0 and 1 or a "
+            "number of training ids. Change train_fraction."
+        )
+    if not 0 < kept < count:
+        raise ConfigError(
+            f"train_fraction is {train_fraction!r}: of {count} task ids it takes {kept} for "
+            "training, which leaves none for training or none for testing. Change train_fraction, "
+            "or give more materials."
+        )
+    return kept
+
+
+def _permutation(count: int, random_state: Any) -> list[int]:
+    # What scikit-learn's ShuffleSplit draws: one permutation by numpy's legacy generator, whose
+    # numbers are frozen (NEP 19). tests/unit/data/test_splits.py compares the two. Importing
+    # scikit-learn for it would cost each process 1.5 s of CPU time.
     from numpy.random import RandomState, permutation
 
-    places = (
-        permutation(count) if random_state is None else RandomState(random_state).permutation(count)
-    ).tolist()
-    return places[count - kept :], places[: count - kept]
+    if random_state is None:
+        drawn = permutation(count)
+    elif isinstance(random_state, RandomState):
+        drawn = random_state.permutation(count)
+    elif isinstance(random_state, numbers.Integral) and 0 <= int(random_state) < 2**32:
+        drawn = RandomState(int(random_state)).permutation(count)
+    else:
+        raise ConfigError(
+            f"random_state is {random_state!r}; it has to be a whole number from 0 to {2**32 - 1}."
+        )
+    return list(map(int, drawn))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,16 @@
-"""CRC-32C of what lies in the cache. The only import of awscrt.
+"""CRC-32C of cached bytes; the only module that imports the ``crc32c`` library.
 
-AWS's library, because it reads at the speed of the memory: 5 MB that is not in the CPU's cache take
-0.41 ms, as long as adding them up; google-crc32c, the one that zarr brings, takes 0.66 ms and is
-busy computing.  The numbers are the same.
+The library uses the CPU's own CRC instructions and releases the GIL. For 8 MB outside the CPU
+cache it takes 0.58 ms, google-crc32c (which Zarr requires) 0.60 ms and awscrt 0.48 ms, but awscrt
+is a 13 MB client for AWS. A first hit also maps the file, which takes longer than any of them.
+google-crc32c falls back to slow Python code where it has no wheel.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from awscrt import checksums
+import crc32c as _library
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -18,7 +19,12 @@ __all__ = ["crc32c"]
 
 
 def crc32c(data: Buffer, previous: int = 0) -> int:
-    """CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer, or of what had the CRC ``previous``
-    and this buffer behind it.
+    """CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer.
+
+    Parameters
+    ----------
+    data : buffer
+    previous : int
+        CRC of the bytes before ``data``, to continue from.
     """
-    return int(checksums.crc32c(data, previous))
+    return _library.crc32c(data, previous)

@@ -50,9 +50,10 @@ _PACKAGES = (
     "obstore",
     "diskcache",
     "filelock",
-    "awscrt",
-    "torch",
+    "crc32c",
 )
+#: Packages of an extra: needed to train, not to convert or to fill the cache.
+_EXTRAS = {"torch": "train"}
 _IN_MEMORY = ("tmpfs", "ramfs")
 #: Seconds. An object with a later modification time than this from now means that a clock is wrong.
 #: S3 refuses requests that are 15 minutes off.
@@ -97,11 +98,16 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
 
 def _versions() -> Finding:
     found, absent = [f"python {platform.python_version()}"], []
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *_EXTRAS):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            absent.append(package)
+            if package in _EXTRAS:
+                found.append(
+                    f"no {package} (to train: pip install 'zarrcache[{_EXTRAS[package]}]')"
+                )
+            else:
+                absent.append(package)
     if absent:
         return Finding(
             "versions",
