@@ -100,7 +100,7 @@ class ZarrS3Reader:
         self.density_type = density_type
         self.s3_kwargs = s3_kwargs or {}
         self.use_s3 = any(
-            isinstance(directory, str) for directory in (self.data_dir, self.label_dir)
+            str(directory).startswith("s3://") for directory in (self.data_dir, self.label_dir)
         )
         self._counters = Counters(shared=True)
         self._cache = Cache(CacheConfig.of(cache) if cache is not None else None, self._counters)
@@ -113,7 +113,7 @@ class ZarrS3Reader:
         if self._cache.arrays is not None:
             self._cache.remote.check()
         self._observers: tuple[ReadObserver, ...] = ()
-        if self.use_s3:  # any other scheme was refused above
+        if self.use_s3:
             # at once, as the users' reader does: wrong arguments show here, and no request is made
             _ = self.s3fs
 

@@ -175,7 +175,7 @@ def open_origin(
     if factory is None:
         raise ConfigError(
             f"{text!r} is of scheme {scheme}://, which is not supported. Write s3://bucket/prefix, "
-            "a path, or file:///path."
+            "a path, or file:///path; or add the scheme with zarrcache.origin.register_origin."
         )
     return factory(
         text, s3_kwargs=s3_kwargs, fetch=fetch, retry=retry, counters=counters, node_dir=node_dir
