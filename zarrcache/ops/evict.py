@@ -10,7 +10,8 @@ from pathlib import Path
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import Index, Row, choose_victims
 from zarrcache.errors import ConfigError
-from zarrcache.ops.selection import is_listing, open_if_present, select
+from zarrcache.ops.opening import open_if_present
+from zarrcache.ops.selection import is_listing, select
 
 __all__ = ["EvictPlan", "plan_evict"]
 

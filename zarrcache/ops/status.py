@@ -11,7 +11,8 @@ from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import min_free_bytes
-from zarrcache.ops.selection import Selection, cache_of, open_if_present, select
+from zarrcache.ops.opening import cache_of, open_if_present
+from zarrcache.ops.selection import Selection, select
 
 __all__ = ["Coverage", "Status", "Tier", "read_status"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import Index, Row, array_note, crc32c, disk_bytes, map_entry
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.ops.selection import cache_of, open_if_present, origin_and_url, select
+from zarrcache.ops.opening import cache_of, open_if_present
+from zarrcache.ops.selection import origin_and_url, select
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 

@@ -31,7 +31,8 @@ from zarrcache.errors import (
     OriginUnavailableError,
     ZarrCacheError,
 )
-from zarrcache.ops.selection import cache_of, concurrently, open_index, stored_header
+from zarrcache.ops.opening import cache_of, open_index
+from zarrcache.ops.selection import concurrently, stored_header
 from zarrcache.ops.sizes import measure_size
 from zarrcache.parallel import Died, Engine, Reserve, World, cores, spread
 from zarrcache.stats import Stats
@@ -441,15 +442,17 @@ def plan_warm(
     densities = tuple(
         (task_id, role) for task_id in task_ids for role in roles if task_id not in stored[role]
     )
-    # At least two, also on one core: a worker waits more than it computes.
-    enough = min(MAX_WORKERS, max(2, cores()), -(-len(densities) // DENSITIES_PER_WORKER))
+    if workers is None:
+        # At least two, also on one core: a worker waits more than it computes.
+        enough = -(-len(densities) // DENSITIES_PER_WORKER)
+        workers = min(MAX_WORKERS, max(2, cores()), enough)
     return WarmPlan(
         task_ids=task_ids,
         missing=reader.missing if ids is None else (),
         densities=densities,
         roles=roles,
         revalidate=asks,
-        workers=max(1, min(workers or enough, len(densities))),
+        workers=max(1, min(workers, len(densities))),
         limit_bytes=limit_bytes,
         reader=reader,
         stored=stored,
