@@ -203,7 +203,6 @@ def _memory(context: Context, origin: _Origin, few: int, many: int) -> Table:
 
 
 # -- commands
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _config(origin: _Origin, task_ids: Sequence[str], **fetch: int) -> tuple[Path, Path]:

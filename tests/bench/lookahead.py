@@ -46,7 +46,10 @@ _ALONE, _WORKERS, _AHEAD, _AHEAD_WORKERS = (
     "look-ahead",
     "look-ahead, 2 workers",
 )
-_TITLE = f"waiting for data in a cold epoch: 768 steps of 50 ms, densities of at most {_MOST_BYTES // 2**20} MiB"
+_TITLE = (
+    "waiting for data in a cold epoch: 768 steps of 50 ms, densities of at most "
+    f"{_MOST_BYTES // 2**20} MiB"
+)
 _COMPETITORS = {
     _ALONE: (0, False),
     _WORKERS: (2, False),

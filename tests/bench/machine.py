@@ -13,7 +13,10 @@ from zarrcache.ops.doctor import file_system_of
 
 __all__ = ["commit", "machine", "versions"]
 
-_PACKAGES = "zarrcache numpy torch zarr numcodecs fsspec s3fs obstore diskcache tensorstore litdata mosaicml-streaming".split()
+_PACKAGES = (
+    "zarrcache numpy torch zarr numcodecs fsspec s3fs obstore diskcache "
+    "tensorstore litdata mosaicml-streaming"
+).split()
 
 
 def versions() -> dict[str, str]:

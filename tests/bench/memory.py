@@ -168,7 +168,6 @@ def _child(request: Mapping[str, Any]) -> Any:
 
 
 # -- what /proc says
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +260,6 @@ def parse_smaps(text: str) -> tuple[Memory, dict[str, int]]:
 
 
 # -- the process that is looked into
-# ------------------------------------------------------------------------------------------------
 
 
 class _Gated(Dataset[Any]):

@@ -137,7 +137,6 @@ class _Kept:
 
 
 # -- files of numpy
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def _npy(samples: Samples, directory: Path) -> Path:
@@ -166,7 +165,6 @@ def np_mmap(samples: Samples, directory: Path) -> Dataset[Any]:
 
 
 # -- zarr
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 def zarr_local(samples: Samples, directory: Path) -> Dataset[Any]:
@@ -213,11 +211,10 @@ def zarr_simplecache(samples: Samples, directory: Path) -> Dataset[Any]:
 
 
 # -- TensorStore
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def tensorstore_local(samples: Samples, directory: Path, *, pool_bytes: int = 0) -> Dataset[Any]:
-    """TensorStore's zarr driver over the local stores; with a pool, decoded chunks stay in memory."""
+    """TensorStore's zarr driver over the local stores; a pool keeps decoded chunks in memory."""
 
     def open_(index: int, role: str) -> Any:
         # here, and so in the process that reads: it does not survive a fork
@@ -244,7 +241,6 @@ def tensorstore_pool(samples: Samples, directory: Path) -> Dataset[Any]:
 
 
 # -- formats of their own
-# ----------------------------------------------------------------------------------------------------------
 
 
 def litdata(samples: Samples, directory: Path, *, length: int | None = None) -> Any:
@@ -303,7 +299,6 @@ def mosaic(samples: Samples, directory: Path, *, length: int | None = None) -> A
 
 
 # -- zarrcache
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def reader(

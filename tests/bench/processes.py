@@ -112,7 +112,6 @@ def _data_version(connection: sqlite3.Connection) -> int:
 
 
 # -- the readers
-# -------------------------------------------------------------------------------------------------------------------
 
 
 class Readers:
@@ -233,7 +232,6 @@ def _diskcache(samples: peers.Samples, home: Path) -> Dataset[Any]:
 
 
 # -- locks
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 class Locks:
@@ -297,7 +295,8 @@ def _under_strace(request: Mapping[str, Any], workdir: Path) -> str:
         check=False,
     )
     if done.returncode:
-        return f"not looked at: strace ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        last = done.stderr.strip().splitlines()[-1:]
+        return f"not looked at: strace ended with {done.returncode}: {last}"
     with out.open(errors="replace") as file:
         locks = locks_of(file)
     return (

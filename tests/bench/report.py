@@ -41,7 +41,6 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 # -- JSON
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 def document(tables: Iterable[Table], *, quick: bool, workdir: Path) -> Document:
@@ -128,7 +127,6 @@ def save(new: Document, out: Path) -> None:
 
 
 # -- judging
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 class Verdict:
@@ -200,7 +198,6 @@ def _ratio(a: float, b: float) -> float:
 
 
 # -- Markdown
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def markdown(document: Mapping[str, Any], *, plots: Iterable[str] = ()) -> str:
@@ -373,7 +370,6 @@ def _words(name: str) -> str:
 
 
 # -- README
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def readme_block(document: Mapping[str, Any]) -> str:

@@ -185,7 +185,6 @@ def _facts(node: _Node) -> dict[str, object]:
 
 
 # -- making it
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def _fill(home: Path, count: int, server: BenchServer) -> _Node:
@@ -249,7 +248,6 @@ def _write(config: Path, part: int, parts: int) -> None:
 
 
 # -- in a process of its own
-# -------------------------------------------------------------------------------------------------------------
 
 
 def _open(config: DataConfig) -> None:

@@ -196,7 +196,6 @@ _TOKEN = re.compile(rb"<NextContinuationToken>([^<]*)<")
 
 
 # -- the server's process
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -214,7 +213,10 @@ class _Object:
     @property
     def fields(self) -> str:
         modified = email.utils.formatdate(self.mtime_ns / 1e9, usegmt=True)
-        return f'ETag: "{self.etag}"\r\nLast-Modified: {modified}\r\nAccept-Ranges: bytes\r\nContent-Type: application/octet-stream\r\n'
+        return (
+            f'ETag: "{self.etag}"\r\nLast-Modified: {modified}\r\nAccept-Ranges: bytes\r\n'
+            "Content-Type: application/octet-stream\r\n"
+        )
 
     def part(self, start: int, stop: int) -> bytes:
         if not self.answer:
@@ -371,7 +373,8 @@ class _Bucket:
         return (
             '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult '
             f"{_XMLNS}><Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix>"
-            f"<Delimiter>{escape(delimiter)}</Delimiter><MaxKeys>{limit}</MaxKeys><KeyCount>{len(objects) + len(prefixes)}</KeyCount>"
+            f"<Delimiter>{escape(delimiter)}</Delimiter><MaxKeys>{limit}</MaxKeys>"
+            f"<KeyCount>{len(objects) + len(prefixes)}</KeyCount>"
             f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{''.join(objects)}{''.join(prefixes)}</ListBucketResult>"
         ).encode()
 
@@ -384,7 +387,10 @@ def _mtime_ns(path: str) -> int:
 
 
 def _answer(status: int, fields: str, body: bytes, *, head: bool = False) -> bytes:
-    start = f"HTTP/1.1 {status} {_STATUS[status]}\r\nx-amz-request-id: 0\r\n{fields}Content-Length: {len(body)}\r\n\r\n".encode()
+    start = (
+        f"HTTP/1.1 {status} {_STATUS[status]}\r\nx-amz-request-id: 0\r\n"
+        f"{fields}Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
     return start if head else start + body
 
 
@@ -497,7 +503,10 @@ class _Server:
                 _error(405, "MethodNotAllowed", f"/{bucket}/{key}", head=method == "HEAD"),
             )
         if not bucket:
-            row = "<Bucket><Name>{}</Name><CreationDate>2026-01-01T00:00:00.000Z</CreationDate></Bucket>"
+            row = (
+                "<Bucket><Name>{}</Name>"
+                "<CreationDate>2026-01-01T00:00:00.000Z</CreationDate></Bucket>"
+            )
             rows = "".join(map(row.format, self.files.names()))
             return (
                 "BUCKET",
@@ -558,7 +567,8 @@ def _span(part: re.Match[bytes], size: int) -> tuple[int, int]:
 
 
 def _head(obj: _Object) -> bytes:
-    return f"HTTP/1.1 200 OK\r\nx-amz-request-id: 0\r\n{obj.fields}Content-Length: {obj.size}\r\n\r\n".encode()
+    head = f"HTTP/1.1 200 OK\r\nx-amz-request-id: 0\r\n{obj.fields}"
+    return f"{head}Content-Length: {obj.size}\r\n\r\n".encode()
 
 
 def _document(body: bytes) -> tuple[int, bytes, int]:

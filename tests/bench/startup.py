@@ -1,4 +1,4 @@
-"""I1: what it costs to import the package and to ask the command line for help, as whole processes."""
+"""I1: what importing the package and the command line's help cost, as whole processes."""
 
 from __future__ import annotations
 

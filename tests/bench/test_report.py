@@ -256,7 +256,10 @@ def test_the_readme_gets_a_line_a_goal_with_the_peers_by_the_same_measure() -> N
         Bar("zarrcache", None, at_most=1.0),
     ]
     block = report.readme_block(_document(_table(rounds=found, bars=bars)))
-    goal = "| W1: warm epoch | at least 0.9 times the rate of floor | zarrcache 1, zarrcache too 0.500 | no: zarrcache too "
+    goal = (
+        "| W1: warm epoch | at least 0.9 times the rate of floor "
+        "| zarrcache 1, zarrcache too 0.500 | no: zarrcache too "
+    )
     assert goal + "| middling 0.400, slow 0.100 |" in block
     assert "| W1: warm epoch | time at most 1 s | zarrcache 0.200 | yes |  |" in block
     assert "docs/benchmarks/results.md" in block

@@ -1,4 +1,4 @@
-"""W1 and W2: epochs over what is on the local disk, in one process and through DataLoader workers."""
+"""W1 and W2: epochs over local data, in one process and through DataLoader workers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ def run(context: Context) -> list[Table]:
 
 
 # -- W1
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _in_one_process(
@@ -176,7 +175,6 @@ def _facts(samples: peers.Samples) -> dict[str, object]:
 
 
 # -- W2
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _through_workers(context: Context, size: str, shape: tuple[int, int, int]) -> Table:

@@ -1,4 +1,4 @@
-"""``zarrcache plan`` against what happens: two nodes, three epochs, requests counted at the server."""
+"""``zarrcache plan`` against real runs: two nodes, three epochs, requests counted at the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an origin promises, run over every kind: a directory, S3 through s3fs, S3 through obstore."""
+"""The contract of an origin, for a directory, for S3 through s3fs and through obstore."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class TestListing:
         assert abs(after.modified_s - time.time()) < 3600
 
     def test_odd_names_are_listed_and_read_as_they_are(self, place: Place) -> None:
-        """Blanks, plus, percent, quotes, non-ASCII: no name is decoded or encoded once too often."""
+        """Spaces, plus, percent, quotes, non-ASCII: each name is encoded and decoded once."""
         bodies = place.put_many({f"odd/{key}": key.encode() for key in ODD_KEYS})
         origin = place.open()
         objects = origin.list_objects("odd/")

@@ -80,7 +80,7 @@ def aws_files(
 
 
 def arrived(proxy: FaultProxy, url: str, s3_kwargs: dict[str, Any]) -> dict[str, str]:
-    """Headers that matter, after checking that s3fs itself and both engines of ours send the same."""
+    """The headers compared, after checking that s3fs itself and both engines send the same."""
     found = []
     for engine in ("s3fs", "obstore", "s3fs itself"):
         proxy.reset()

@@ -150,7 +150,6 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
 
 
 # -- both engines, one server
-# -----------------------------------------------------------------------------------------------------------
 
 SHARDED: dict[str, Any] = {
     "shape": (64, 64, 64),
@@ -301,7 +300,6 @@ def test_stored_listing_and_objects_open_without_the_server(tmp_path: Path) -> N
 
 
 # -- a directory
-# ------------------------------------------------------------------------------------------------------------------------
 
 LAYOUTS: list[dict[str, Any]] = [
     {},

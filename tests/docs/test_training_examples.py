@@ -166,7 +166,8 @@ def test_the_list_of_what_is_smaller_here_is_up_to_date() -> None:
     """And each script of the document is run below."""
     assert {large for large in TOY if not any(large in text for text in FILES.values())} == set()
     assert set(FILES) == {
-        "model.py", "train.py", "train_node.py", "train_slurm.py", "job.sh", "conf/train.yaml", "train_hydra.py", "train_plain.py", "look_ahead.py",
+        "model.py", "train.py", "train_node.py", "train_slurm.py", "job.sh",
+        "conf/train.yaml", "train_hydra.py", "train_plain.py", "look_ahead.py",
     }  # fmt: skip
 
 

@@ -81,7 +81,6 @@ def density(tmp_path: Path) -> Density:
 
 
 # -- bad entries
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -171,7 +170,6 @@ def test_swapped_objects_are_told_by_their_checksums(density: Density) -> None:
 
 
 # -- a bad index
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def garbage(index: Path) -> None:
@@ -261,7 +259,6 @@ def test_broken_index_of_a_new_process_loses_no_entry(
 
 
 # -- a bad directory
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_directory_deleted_under_a_running_reader_is_made_again(density: Density) -> None:
@@ -397,7 +394,6 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
 
 
 # -- manners
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

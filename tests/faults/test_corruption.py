@@ -109,7 +109,6 @@ def test_every_damaged_object_is_found_purged_and_fetched_again(
 
 
 # -- what a training run sees
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("quiet")

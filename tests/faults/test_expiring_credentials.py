@@ -23,7 +23,8 @@ PROGRAM = """#!/bin/sh
 n=$(($(cat {count}) + 1))
 echo $n > {count}
 expires=$(date -u -d "+{lives_s} seconds" +%Y-%m-%dT%H:%M:%SZ)
-printf '{{"Version": 1, "AccessKeyId": "ASIA%04d", "SecretAccessKey": "s", "SessionToken": "t%04d", "Expiration": "%s"}}' $n $n $expires
+printf '{{"Version": 1, "AccessKeyId": "ASIA%04d", "SecretAccessKey": "s", ' $n
+printf '"SessionToken": "t%04d", "Expiration": "%s"}}' $n $expires
 """
 
 
@@ -36,7 +37,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
 
 
 class Issuer:
-    """The process behind ``credential_process``: each time it is asked, it gives other credentials."""
+    """The process behind ``credential_process``: every call returns new credentials."""
 
     def __init__(self, root: Path, lives_s: int) -> None:
         self.config = root / "config"

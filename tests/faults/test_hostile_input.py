@@ -77,7 +77,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 # -- chunks that unpack to gigabytes
-# ------------------------------------------------------------------------------------------------
 
 
 def _deflated(wbits: int) -> bytes:
@@ -407,7 +406,6 @@ def test_object_that_is_listed_as_larger_than_memory_is_not_fetched(tmp_path: Pa
 
 
 # -- zip files
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def zip_bomb(path: Path, **layout: Any) -> zipfile.ZipFile:
@@ -516,7 +514,6 @@ def test_zip_within_a_zip_stays_closed(tmp_path: Path) -> None:
 
 
 # -- the map file
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def read_ids(path: Path, functional: str = "GGA") -> str:
@@ -627,7 +624,6 @@ def test_map_that_never_ends_is_refused() -> None:
 
 
 # -- the origin's directory
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_fifo_in_a_store_hangs_nobody(tmp_path: Path) -> None:
@@ -668,7 +664,6 @@ def test_links_that_branch_end(tmp_path: Path) -> None:
 
 
 # -- files to be converted
-# ----------------------------------------------------------------------------------------------------------
 
 
 CHGCAR = b"Si\n1.0\n1 0 0\n0 1 0\n0 0 1\nSi\n1\nDirect\n0 0 0\n\n"

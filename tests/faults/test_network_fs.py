@@ -76,7 +76,6 @@ def journal_of(path: Path) -> str:
 
 
 # -- refused
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
@@ -141,7 +140,6 @@ def test_commands_refuse_with_exit_code_2(mounted: Path, tmp_path: Path) -> None
 
 
 # -- allowed
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(

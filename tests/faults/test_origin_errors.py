@@ -92,22 +92,22 @@ def test_without_credentials_the_error_says_where_they_may_stand(
         (
             "403:InvalidAccessKeyId",
             (
-                "access refused: InvalidAccessKeyId (403): Scripted InvalidAccessKeyId. Check that the "
-                "access key belongs"
+                "access refused: InvalidAccessKeyId (403): Scripted InvalidAccessKeyId. "
+                "Check that the access key belongs"
             ),
         ),
         (
             "403:SignatureDoesNotMatch",
             (
-                "access refused: SignatureDoesNotMatch (403): Scripted SignatureDoesNotMatch. Check "
-                "the secret key"
+                "access refused: SignatureDoesNotMatch (403): Scripted SignatureDoesNotMatch. "
+                "Check the secret key"
             ),
         ),
         (
             "403:AccessDenied",
             (
-                "access refused: AccessDenied (403): Scripted AccessDenied. These credentials may not "
-                "read it: they need s3:ListBucket"
+                "access refused: AccessDenied (403): Scripted AccessDenied. "
+                "These credentials may not read it: they need s3:ListBucket"
             ),
         ),
         (
@@ -357,7 +357,7 @@ def test_a_directory_that_may_not_be_read_is_an_access_error(tmp_path: Path) -> 
 
 
 def test_a_root_that_vanished_is_not_an_absent_store(tmp_path: Path) -> None:
-    """A file system that is not mounted any more must not look like a data set without this store."""
+    """An unmounted file system must not look like a data set without this store."""
     with pytest.raises(
         OriginNotFoundError,
         match=r"is not a directory of this machine. Check the path, and that its file system is "

@@ -54,7 +54,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def plain_client(s3_server: S3Server) -> Any:
-    """A client that stores no checksum with an object, so that nobody below us finds a changed bit."""
+    """A client that stores no checksum with an object: only our check can find a changed bit."""
     import boto3
     from botocore.config import Config
 

@@ -339,7 +339,10 @@ def test_redirection_to_a_stranger_is_not_followed(
     token.touch(0o600)
     token.write_text("x" * 32)
     with running_peer(entry_answer(good)) as stranger:
-        away = f"HTTP/1.1 303 See Other\r\nZarrcache-Answer: at\r\nLocation: {stranger.url}\r\nContent-Length: 0\r\n\r\n".encode()
+        away = (
+            "HTTP/1.1 303 See Other\r\nZarrcache-Answer: at\r\n"
+            f"Location: {stranger.url}\r\nContent-Length: 0\r\n\r\n"
+        ).encode()
         with running_peer(lambda connection: connection.sendall(away)) as peer:
             for own in (None, "http://127.0.0.1:1"):
                 reader = reader_at(
@@ -438,7 +441,6 @@ def test_lower_layer_that_is_not_there_is_said_once(
 
 
 # -- leases
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -51,7 +51,6 @@ def run(children: list[BaseProcess]) -> None:
 
 
 # -- one fetcher
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
@@ -113,11 +112,10 @@ def test_killed_holder_lets_the_next_one_go_on(tmp_path: Path) -> None:
 
 
 # -- evicted
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
-    """A reader has the row; the file goes before it opens it. What it has mapped already it keeps."""
+    """The file goes between the row's lookup and its opening; arrays mapped before stay valid."""
     reader, evictor = cache_at(tmp_path), cache_at(tmp_path)
     reader.put(key_of(1), array_of(1), source="s")
     mapped = reader.get(key_of(1))
@@ -136,7 +134,6 @@ def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
 
 
 # -- killed
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,7 +196,6 @@ def _die_while_rebuilding(tmp_path: Path) -> None:
 
 
 # -- fork
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def _get_and_put(cache: ArrayCache, number: int) -> None:

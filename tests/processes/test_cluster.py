@@ -229,7 +229,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_in_words(home: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_path: Path) -> None:
-    """The terminal sends it to every process of the group; only the command has something to say."""
+    """The terminal sends it to every process of the group; only the command prints a message."""
     process = start(
         "convert", source, tmp_path / "out", "--dask", "local", "--workers", "2", "--chunks", "4"
     )
@@ -293,7 +293,7 @@ def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def config(tmp_path: Path, home: Path) -> Path:
-    """Nine pairs in a directory; the nodes' caches are where their ZARRCACHE_DIR says, and empty."""
+    """Nine pairs in a directory; each node has an empty cache, at its own ZARRCACHE_DIR."""
     write_pairs(tmp_path, 9)
     for node in NODES:
         shutil.rmtree(home / node, ignore_errors=True)

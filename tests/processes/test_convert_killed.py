@@ -103,7 +103,7 @@ def _check_complete(source: Path, out: Path) -> None:
 def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(
     source: Path, tmp_path: Path
 ) -> None:
-    """All processes at once, as a batch system does it. The next run sweeps, skips and completes."""
+    """All processes at once, as a batch system does. The next run cleans up and completes."""
     out = tmp_path / "out"
     with _converting(tmp_path, source, out) as process:
         until(lambda: _visible(out) and _partials(out), process, "store half written")

@@ -82,7 +82,6 @@ def a_death(chance: random.Random) -> dict[str, Any] | None:
 
 
 # -- the cache
-# ----------------------------------------------------------------------------------------------------------------------
 
 LIMIT = 40 * 4096
 
@@ -154,7 +153,6 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(
 
 
 # -- converting
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def convert_for_ever(
@@ -179,7 +177,7 @@ def convert_for_ever(
 def test_killed_while_it_converts_every_store_is_one_version_or_the_other(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """Never none, never a mixture; the next run removes what the dead have left, and nothing else."""
+    """Never absent, never mixed; the next run removes what killed processes left, nothing else."""
     chance, out = chance_of(seed), tmp_path / "out"
     arrays = [random_density((6, 5, 4), seed=n) for n in range(2)]
     versions = []
@@ -204,7 +202,6 @@ def test_killed_while_it_converts_every_store_is_one_version_or_the_other(
 
 
 # -- zarrcache warm
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def warm(config: DataConfig) -> None:
@@ -268,7 +265,6 @@ def test_killed_warm_fetches_again_only_what_was_in_flight(
 
 
 # -- starting again
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def count_opening(directory: Path) -> dict[str, int]:

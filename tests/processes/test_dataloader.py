@@ -127,7 +127,7 @@ def train(
 
 
 def train_in_every_way(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
-    """All ways in one process, in the order that keeps obstore out of it as long as it has to be."""
+    """All ways in one process; those that must run before the first use of obstore come first."""
     ways = [
         ("fork", False, False),
         ("fork", False, True),

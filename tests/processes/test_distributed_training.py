@@ -319,7 +319,7 @@ def test_resumed_from_a_checkpoint_at_the_end_of_an_epoch_the_next_one_is_the_pl
     trainer: dict[str, Any],
     data: dict[str, Any],
 ) -> None:
-    """Wherever Lightning takes it. It asks for the first samples before it says which epoch it is."""
+    """Lightning asks for the first samples before it sets the epoch."""
     settings = options(config(tmp_path / "train.yaml", stores, str(stores)), **data)
     count = 6 if "val_frac" in data else trainer.get("limit_train_batches", 8)
     ended = Job(

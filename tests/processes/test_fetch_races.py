@@ -87,7 +87,6 @@ def finish(children: list[BaseProcess]) -> None:
 
 
 # -- once per node
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def read_with_threads(node: Node, threads: int, barrier: Any, answers: Any) -> None:
@@ -188,7 +187,6 @@ def test_24_readers_of_one_object_of_32_mib_fetch_it_once(
 
 
 # -- a fetcher that dies
-# ------------------------------------------------------------------------------------------------------------
 
 
 def read_one(node: Node, reached: Any, answers: Any) -> None:

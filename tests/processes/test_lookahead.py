@@ -220,7 +220,7 @@ def test_it_ends_at_once_beside_workers_that_stay(
 
 
 def test_each_rank_runs_ahead_of_itself(pairs: Pairs, s3_server: S3Server, tmp_path: Path) -> None:
-    """With its part of the node's budget: what another rank reads is left to that one's look-ahead."""
+    """With its part of the node's budget; other ranks' reads are left to their look-ahead."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE)
     dataset = ZarrDataset(reader)
     sampler = NodeSampler(dataset, seed=4, world=World(1, (0, 0)))
@@ -407,7 +407,8 @@ class Reader(ZarrS3Reader):
 
 def train(cls):
     settings = json.loads(sys.argv[1])
-    dataset = ZarrDataset(cls(*settings["where"], s3_kwargs=settings["s3_kwargs"], cache=settings["cache"]))
+    reader = cls(*settings["where"], s3_kwargs=settings["s3_kwargs"], cache=settings["cache"])
+    dataset = ZarrDataset(reader)
     sampler = NodeSampler(dataset, seed=4)
     with Lookahead(dataset, sampler) as ahead:
         end_s = time.monotonic() + 60

@@ -109,7 +109,6 @@ class NodeMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
     # -- the world
-    # --------------------------------------------------------------------------------------------------------------
 
     def _write(self, key: tuple[str, str]) -> None:
         """The origin's present version, with a time of its own; long ago, or it would be listed
@@ -142,7 +141,6 @@ class NodeMachine(RuleBasedStateMachine):
         self.reopen(which, self.blocks[which])
 
     # -- what processes do
-    # ------------------------------------------------------------------------------------------------------
 
     @rule(which=WHICH, key=KEY)
     def load(self, which: int, key: tuple[str, str]) -> None:
@@ -209,7 +207,6 @@ class NodeMachine(RuleBasedStateMachine):
             self._known(process)
 
     # -- what happens to them
-    # ---------------------------------------------------------------------------------------------------
 
     @rule(key=KEY)
     def overwrite_origin(self, key: tuple[str, str]) -> None:
@@ -269,7 +266,6 @@ class NodeMachine(RuleBasedStateMachine):
                 self.reopen(which, self.blocks[which])
 
     # -- what holds at any time
-    # -------------------------------------------------------------------------------------------------
 
     @invariant()
     def what_lies_there_is_what_the_index_says(self) -> None:

@@ -133,7 +133,6 @@ def put_and_get(config: dict[str, Any], put: range, get: range) -> tuple[int, in
 
 
 # -- the group's cache
-# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("first", "second"), [(ALICE, BOB), (BOB, ALICE)])
@@ -310,7 +309,6 @@ def test_permission_lost_under_a_running_job_costs_hits_and_no_sample(place: Pat
 
 
 # -- those who are not meant
-# --------------------------------------------------------------------------------------------------------
 
 
 def _refusal(config: dict[str, Any]) -> str:

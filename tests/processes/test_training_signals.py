@@ -37,7 +37,10 @@ from zarrcache.registry import open_reader
 warnings.simplefilter("ignore")
 if __name__ == "__main__":
     dataset = ZarrDataset(open_reader(DataConfig.from_yaml(sys.argv[1])), "all")
-    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=sys.argv[2])
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=2, persistent_workers=True,
+        multiprocessing_context=sys.argv[2],
+    )
     while True:
         for sample in loader:
             print(sample["index"], flush=True)

@@ -96,7 +96,7 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None:
-    """Run ``warm`` again: it fetches only the rest, everything is whole and nothing is left over."""
+    """Run ``warm`` again: it fetches only the rest; entries are whole, no other file is left."""
     reader = open_reader(DataConfig.from_yaml(config))
     before = read_status(DataConfig.from_yaml(config))
     assert before.coverage is not None

@@ -93,7 +93,7 @@ def test_real_pairs_train_for_two_epochs_the_second_without_a_server(
     fault_proxy: FaultProxy,
     tmp_path: Path,
 ) -> None:
-    """Both epochs, training and test set, deliver the numbers that pymatgen reads from the files."""
+    """Training and test set deliver pymatgen's numbers in both epochs."""
     kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
     cfg = SimpleNamespace(
         **{

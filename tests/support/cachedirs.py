@@ -20,7 +20,7 @@ BLOCK = 4096
 
 
 def settings(directory: Path, **block: Any) -> CacheConfig:
-    """A ``cache:`` block that leaves nothing free for others: the tests' disk may be nearly full."""
+    """A ``cache:`` block without ``min_free``: the tests' disk may be nearly full."""
     return CacheConfig(**{"dir": directory / "cache", "min_free": 0, **block})
 
 

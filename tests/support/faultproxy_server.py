@@ -270,7 +270,8 @@ class _Proxy(BaseHTTPRequestHandler):
             xml = (
                 '<?xml version="1.0" '
                 f'encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>Scripted {code}.</Message>'
-                f"<AWSAccessKeyId>{self.headers.get('Authorization', '')}</AWSAccessKeyId><RequestId>0</RequestId></Error>"
+                f"<AWSAccessKeyId>{self.headers.get('Authorization', '')}</AWSAccessKeyId>"
+                "<RequestId>0</RequestId></Error>"
             ).encode()
         else:
             xml = b"<html><body><h1>Scripted.</h1></body></html>"

@@ -1,4 +1,4 @@
-"""How much memory something takes: measured in a child, which is killed before the machine suffers."""
+"""The memory that a function takes, measured in a child process with a limit."""
 
 from __future__ import annotations
 

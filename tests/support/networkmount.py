@@ -36,7 +36,7 @@ def can_mount() -> bool:
 
 @contextlib.contextmanager
 def network_mount(directory: Path, kind: str = "sshfs") -> Iterator[Path]:
-    """Mount ``directory/net`` as ``fuse.{kind}``; what is written there lies in ``directory/disk``."""
+    """Mount ``directory/net`` as ``fuse.{kind}``; its files are in ``directory/disk``."""
     target, disk = directory / "net", directory / "disk"
     target.mkdir()
     disk.mkdir()
@@ -267,10 +267,12 @@ class _Server:
 
 
 _HANDLERS = {
-    1: _Server.lookup, 3: _Server.getattr, 4: _Server.setattr, 5: _Server.readlink, 6: _Server.symlink, 9: _Server.mkdir, 10: _Server.unlink,
-    11: _Server.rmdir, 12: _Server.rename, 14: _Server.open, 15: _Server.read, 16: _Server.write, 17: _Server.statfs, 18: _Server.release,
-    20: _Server.fsync, 25: _Server.done, 26: _Server.init, 27: _Server.opendir, 28: _Server.readdir, 29: _Server.release, 30: _Server.done,
-    35: _Server.create, 45: _Server.rename2,
+    1: _Server.lookup, 3: _Server.getattr, 4: _Server.setattr, 5: _Server.readlink,
+    6: _Server.symlink, 9: _Server.mkdir, 10: _Server.unlink, 11: _Server.rmdir,
+    12: _Server.rename, 14: _Server.open, 15: _Server.read, 16: _Server.write,
+    17: _Server.statfs, 18: _Server.release, 20: _Server.fsync, 25: _Server.done,
+    26: _Server.init, 27: _Server.opendir, 28: _Server.readdir, 29: _Server.release,
+    30: _Server.done, 35: _Server.create, 45: _Server.rename2,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the S3 server was asked for, read from its own log: the counts that the promises are about."""
+"""Requests that the S3 server got, read from its own log."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _fork_server(pid: int) -> ForkServer:
 
 
 def start(*args: object) -> subprocess.Popen[str]:
-    """Start ``zarrcache ARGS``, in a session of its own so that a signal to it reaches nobody else."""
+    """Start ``zarrcache ARGS`` in its own session, so that a signal reaches only its processes."""
     return subprocess.Popen(
         command(*args),
         stdout=subprocess.PIPE,

@@ -181,7 +181,10 @@ class TestArray:
         )
         with pytest.raises(SchemaError) as caught:
             make_reader(data, cache=any_cache).load("mp-1", "data")
-        expected = f"'charge_density_total' not found in zarr store {data}/data/mp-1.zarr. Available arrays: ['charge_density_diff', 'rho']"
+        expected = (
+            f"'charge_density_total' not found in zarr store {data}/data/mp-1.zarr. "
+            "Available arrays: ['charge_density_diff', 'rho']"
+        )
         assert str(caught.value) == expected
         assert isinstance(caught.value, ValueError)
 
@@ -277,10 +280,10 @@ class TestArray:
 
 
 class TestDamage:
-    """Stores that cannot be read. None of these is cached, and the other samples are not touched."""
+    """Stores that cannot be read. None is cached, and the other samples can be read."""
 
     def one_bad(self, data: Path, cache: Any, error: type[Exception], words: str) -> None:
-        """``mp-1`` raises, twice, with its path; ``mp-2`` is read; no sample of the split vanishes."""
+        """``mp-1`` raises twice, with its path; ``mp-2`` can be read; the split keeps every id."""
         reader = make_reader(data, cache=cache)
         for _ in range(2):
             with pytest.raises(error, match=words) as caught:

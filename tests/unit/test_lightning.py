@@ -147,7 +147,7 @@ def test_a_split_file_has_indices_into_the_ids_of_the_reader(config: str, tmp_pa
 
 
 def test_loaders_give_the_samples_of_a_zarrdataset(config: str) -> None:
-    """The same tensors, batched; each training sample once, in another order after ``set_epoch``."""
+    """The same tensors, batched; each training sample once, reordered after ``set_epoch``."""
     data = module(config, val_frac=0.2, batch_size=2, precision="bf16")
     loader = data.train_dataloader()
     batches = list(loader)

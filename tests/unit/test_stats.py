@@ -49,7 +49,7 @@ def _count(counters: Counters, times: int) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_children_that_have_ended_stay_in_the_total(method: str) -> None:
-    """DataLoader workers end before anybody asks; each counts from zero, whatever its parent had."""
+    """DataLoader workers end before the total is read; each counts from zero."""
     context = get_context(method)
     counters = Counters(shared=True)
     counters.add(misses=1000)

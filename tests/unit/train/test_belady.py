@@ -107,7 +107,6 @@ def test_a_use_of_another_rank_of_the_node_counts_too() -> None:
 
 
 # -- hit rates
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def sizes_of(samples: int) -> NDArray[np.int64]:
