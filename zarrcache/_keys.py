@@ -79,12 +79,18 @@ class ArrayKey:
         The store, for example ``s3://bucket/prefix/mp-1.zarr``.
     array : str
         The array's name in the store, for example ``charge_density_total``; with `` per point`` at
-        its end, the entry holds the array divided by its number of points.
+        its end, the entry holds the array divided by its number of points. Empty for a stored
+        listing of ``url``.
     """
 
     origin: str
     url: str
     array: str
+
+    @property
+    def is_listing(self) -> bool:
+        """Whether the entry is a stored listing instead of an array."""
+        return not self.array
 
     @property
     def source_array(self) -> str:

@@ -195,6 +195,10 @@ def _peer_url(text: str) -> str:
     return f"http://{url.netloc.lower()}"
 
 
+#: What a full cache does; zarrcache/disk/policy.py says how.
+Eviction = Literal["none", "least-recently-stored", "belady"]
+
+
 class CacheConfig(_Block):
     """The ``cache:`` block.
 
@@ -210,7 +214,7 @@ class CacheConfig(_Block):
     dir: Path
     limit: Bytes = Field(200 * 1024**3, gt=0)
     min_free: Annotated[int | Percent, BeforeValidator(bytes_or_percent)] = Percent(5)
-    eviction: Literal["none", "least-recently-stored", "belady"] = "none"
+    eviction: Eviction = "none"
     lookahead: Bytes = Field(
         2 * 1024**3,
         ge=0,

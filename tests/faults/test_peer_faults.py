@@ -248,7 +248,7 @@ def test_entry_that_breaks_off_is_not_kept(
     with running_peer(CUT[how](good)) as peer:
         reader = reader_at(node, tmp_path, peers=[peer.url])
         check(reader, node, purges=1)
-    assert list((tmp_path / "own").rglob("*.partial")) == []
+    assert list((tmp_path / "own").rglob("*.partial-*")) == []
     index = reader.cache.index
     assert index is not None
     assert index.volume_bytes() == sum(
@@ -326,7 +326,7 @@ def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
     assert reader.stats.cache_errors == 2  # what the peer sent, and what the origin did
     assert "was not taken" not in caplog.text
     assert [
-        *(tmp_path / "own").rglob("*.partial"),
+        *(tmp_path / "own").rglob("*.partial-*"),
         *(tmp_path / "own").rglob(f"{path.name[:32]}*"),
     ] == []
 

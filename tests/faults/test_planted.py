@@ -19,7 +19,7 @@ import pytest
 from tests.support.cachedirs import array_of, key_of, settings
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.disk._database import CACHE_FAULTS, EntryDisk, Stored
-from zarrcache.disk._owner import owner_id
+from zarrcache.disk._publish import owner_id
 from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError
 from zarrcache.ops.evict import plan_evict

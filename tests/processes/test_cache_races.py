@@ -170,7 +170,7 @@ def _die_at(tmp_path: Path, instant: str) -> None:
     here("renamed")
     index.commit(intent, "abcd", "array", "note")
     here("committed")
-    with index._transaction() as table:
+    with index._file.transaction() as table:
         index._doom(table, "abcd")
     here("row dropped")
 

@@ -314,7 +314,7 @@ def fill_and_die(directory: Path, number: int) -> None:
     """An index of so many entries, two files that are half written, and no goodbye."""
     index = Index(settings(directory))
     index.open()
-    with index._transaction() as table:
+    with index._file.transaction() as table:
         for n in range(number):
             digest = key_of(n).digest
             table.set(

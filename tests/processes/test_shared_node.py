@@ -357,7 +357,7 @@ def test_one_who_is_not_of_the_group_is_told_which_group_it_is(place: Path) -> N
     as_user(ALICE, train, place, shared(place))
     words = as_user(CAROL, _refusal, shared(place))
     assert f"group {TEAM}, mode 2770; this user is {CAROL.uid} of groups [{CAROL.uid}]" in words
-    assert "Be made a member of that group" in words
+    assert "Join that group" in words
     counted, said = as_user(CAROL, _train_with_warnings, place, shared(place))
     assert (counted["hits"], counted["misses"], len(said)) == (0, 6, 1)
 

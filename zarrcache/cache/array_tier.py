@@ -17,6 +17,7 @@ from zarrcache._units import format_bytes
 from zarrcache.cache.loans import Loans
 from zarrcache.config import CacheConfig
 from zarrcache.disk import (
+    ARRAY,
     CACHE_FAULTS,
     LENT,
     Admission,
@@ -30,6 +31,7 @@ from zarrcache.disk import (
     disk_bytes,
     header_of,
     is_fresh,
+    kind_of,
     map_entry,
     publish,
     write_entry,
@@ -40,8 +42,6 @@ from zarrcache.stats import Counters, LogOnce
 __all__ = ["ArrayCache", "EntryInfo"]
 
 logger = logging.getLogger(__name__)
-
-TIER = "array"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class ArrayCache:
 
     def _is_checked_now(self, key: ArrayKey, filename: str) -> bool:
         # A listing decides which materials there are, and is read once a run: always.
-        if not key.array or self._config.verify == "always":
+        if key.is_listing or self._config.verify == "always":
             return True
         return self._config.verify == "first" and file_digest(filename) not in self._verified
 
@@ -227,7 +227,7 @@ class ArrayCache:
                 return "refused", filename
             intent = outcome
             self._publish(filename, header, write)
-            self.index.commit(intent, key.digest, TIER, array_note(key.origin, key.url, key.array))
+            self.index.commit(intent, key.digest, kind_of(key), array_note(key))
             intent = None
         except CACHE_FAULTS as exc:
             self._fault("write", key, exc)
@@ -251,7 +251,7 @@ class ArrayCache:
 
     def entries(self) -> Iterator[EntryInfo]:
         """Every entry, oldest first."""
-        for row in self.index.rows(TIER):
+        for row in self.index.rows(ARRAY):
             origin, url, array = row.note.split("\n")
             yield EntryInfo(
                 ArrayKey(origin, url, array), row.filename, row.size_bytes, row.stored_s

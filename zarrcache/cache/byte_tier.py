@@ -31,6 +31,7 @@ from zarrcache._keys import BlockKey, ObjectInfo
 from zarrcache.config import CacheConfig
 from zarrcache.disk import (
     CACHE_FAULTS,
+    OBJECT,
     Admission,
     Index,
     Intent,
@@ -47,8 +48,6 @@ from zarrcache.stats import Counters
 __all__ = ["ByteCache", "PublishingFileSystem"]
 
 logger = logging.getLogger(__name__)
-
-TIER = "object"
 
 
 class _NotStored(Exception):
@@ -136,7 +135,7 @@ class PublishingFileSystem(AbstractFileSystem):  # type: ignore[misc]
                 mode=self._index.dir.file_mode,
             )
             note = f"{crc32c(data)}\n{key.origin}\n{self._origin.url_of(key.object.key)}"
-            self._index.commit(intent, key.digest, TIER, note)
+            self._index.commit(intent, key.digest, OBJECT, note)
             intent = None
         except CACHE_FAULTS as exc:
             raise _NotStored(data) from exc

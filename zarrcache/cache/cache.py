@@ -76,7 +76,7 @@ class Cache:
         started after this.
         """
         if self.index is not None:
-            self.index.eviction_policy = eviction_policy
+            self.index.set_eviction_policy(eviction_policy)
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
         """The origin at ``url``, with this cache's fetch and retry settings. The same arguments
@@ -153,10 +153,7 @@ class Cache:
         """
         if self.index is None:
             return {role: {} for role in listings}
-        roots = [
-            array_note(origin.identity, origin.url_of(""), "")[:-1]
-            for origin, _ in listings.values()
-        ]
+        roots = [array_note(_listing_key(origin, ""))[:-1] for origin, _ in listings.values()]
         stored = {}
         for (role, (_, names)), sizes in zip(
             listings.items(), self.index.entry_sizes(roots, f"\n{array}"), strict=True

@@ -33,7 +33,7 @@ def plan(
         typer.Option(help="global: one shuffle over all nodes. node: each node has its own share"),
     ] = "global",
     eviction: Annotated[
-        Literal["none", "least-recently-stored", "belady"] | None,
+        Eviction | None,
         typer.Option(help="what a full cache does [default: cache.eviction]", show_default=False),
     ] = None,
     ranks_per_node: Annotated[

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
-import re
-import secrets
-import shutil
-import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.disk import is_dead, owner_id
+from zarrcache.disk import hidden_path, remove_hidden, sweep_hidden
 from zarrcache.errors import ConfigError, SchemaError
 
 __all__ = [
@@ -45,12 +40,6 @@ __all__ = [
 #: Documents by which a reader finds a group or an array, in the order of publishing: the group's
 #: own last.
 _DOCUMENTS = (".zattrs", ".zarray", "zarr.json", ".zmetadata", ".zgroup")
-_HIDDEN = re.compile(
-    r"\.(?P<final>.+\.zarr(?:\.zip)?)\.(?P<kind>partial|replaced)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)-[0-9a-f]{8}"
-)
-#: A store is written in seconds to minutes; after a day the process of another machine is not
-#: coming back to it.
-_ABANDONED_S = 86400.0
 
 
 class StoreExistsError(ConfigError, FileExistsError):
@@ -177,12 +166,12 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
     """
     _refuse_what_is_there(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(final, "partial")
+    partial = hidden_path(final, "partial")
     try:
         _write(partial, objects)
         _move_into_place(partial, final, overwrite)
     except BaseException:  # KeyboardInterrupt and SystemExit too
-        _remove(partial)
+        remove_hidden(partial)
         raise
     return sum(map(len, objects.values()))
 
@@ -193,40 +182,10 @@ def store_exists(path: Path) -> bool:
 
 
 def sweep_partials(directory: Path) -> list[Path]:
-    """Remove what writers left that were killed, and bring back a store that one of them had moved
-    aside. Returns what was dealt with.
-
-    Only names of our own are touched, and only those of dead processes of this machine, or older
-    than a day.
+    """Remove stores that killed writers left unfinished, and put back a store that one of them had
+    moved aside. Returns the hidden paths that are gone.
     """
-    swept = []
-    try:
-        names = [entry.name for entry in os.scandir(directory) if entry.name.startswith(".")]
-    except FileNotFoundError:
-        return []
-    machine = owner_id().rsplit(" ", 2)[0]
-    for name in names:
-        match = _HIDDEN.fullmatch(name)
-        if match is None:
-            continue
-        path = directory / name
-        if match["machine"] == _short(machine):
-            gone = is_dead(f"{machine} {match['pid']} {match['start']}")
-        else:
-            try:
-                gone = time.time() - path.lstat().st_mtime > _ABANDONED_S
-            except FileNotFoundError:
-                continue
-        if not gone:
-            continue
-        final = directory / match["final"]
-        if match["kind"] == "replaced" and not os.path.lexists(final):
-            with contextlib.suppress(OSError):  # another sweep was faster
-                os.rename(path, final)
-        else:
-            _remove(path)
-        swept.append(path)
-    return swept
+    return sweep_hidden(directory, lambda name: name.endswith((".zarr", ".zarr.zip")))
 
 
 @contextlib.contextmanager
@@ -239,7 +198,7 @@ def witness_in(directory: Path) -> Iterator[Path]:
     OSError
         The directory takes none.
     """
-    path = _beside(directory / "witness.zarr", "partial")
+    path = hidden_path(directory / "witness.zarr", "partial")
     path.touch()
     try:
         yield path
@@ -275,18 +234,6 @@ def _write(root: Path, objects: Mapping[str, bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             made.add(path.parent)
         path.write_bytes(body)
-
-
-def _beside(final: Path, kind: str) -> Path:
-    """A hidden name unique to this process, in the same directory so that a rename is atomic."""
-    machine, pid, start = owner_id().rsplit(" ", 2)
-    return final.with_name(
-        f".{final.name}.{kind}-{_short(machine)}-{pid}-{start}-{secrets.token_hex(4)}"
-    )
-
-
-def _short(machine: str) -> str:
-    return hashlib.blake2b(machine.encode(), digest_size=4).hexdigest()
 
 
 def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
@@ -334,7 +281,7 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
         return
     # A rename cannot replace a directory that is not empty. After a crash between the two renames
     # the next run restores the old store.
-    old = _beside(final, "replaced")
+    old = hidden_path(final, "replaced")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
     try:
@@ -343,13 +290,4 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
         with contextlib.suppress(OSError):
             os.rename(old, final)
         raise
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a directory that this module made; errors are ignored."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    remove_hidden(old)

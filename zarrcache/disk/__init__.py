@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from zarrcache.disk._database import array_note
-from zarrcache.disk._entry_files import open_entries
-from zarrcache.disk._incoming import EntryStream
-from zarrcache.disk._owner import is_dead, owner_id
-from zarrcache.disk._publish import publish, write_all
+from zarrcache.disk._publish import (
+    hidden_path,
+    publish,
+    published_name,
+    remove_hidden,
+    sweep_hidden,
+    write_all,
+)
 from zarrcache.disk.checksums import crc32c
-from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.directory import CacheDir, open_entries
 from zarrcache.disk.entry import (
+    ARRAY,
+    LISTING,
+    OBJECT,
     Entry,
     EntryHeader,
+    EntryStream,
+    array_note,
     header_of,
+    kind_of,
     map_entry,
     parse_header,
     read_header,
@@ -25,6 +34,7 @@ from zarrcache.disk.policy import (
     BLOCK_BYTES,
     Admission,
     EvictionPolicy,
+    StoredEntries,
     choose_victims,
     disk_bytes,
     is_fresh,
@@ -33,9 +43,12 @@ from zarrcache.disk.policy import (
 from zarrcache.disk.single_flight import SingleFlight
 
 __all__ = [
+    "ARRAY",
     "BLOCK_BYTES",
     "CACHE_FAULTS",
     "LENT",
+    "LISTING",
+    "OBJECT",
     "Admission",
     "CacheDir",
     "Entry",
@@ -48,6 +61,7 @@ __all__ = [
     "Row",
     "SingleFlight",
     "Stored",
+    "StoredEntries",
     "array_note",
     "choose_victims",
     "crc32c",
@@ -55,19 +69,22 @@ __all__ = [
     "display_name",
     "file_system_of",
     "header_of",
-    "is_dead",
+    "hidden_path",
     "is_fresh",
     "is_mapped",
     "is_network",
+    "kind_of",
     "map_entry",
     "map_place",
     "min_free_bytes",
     "open_entries",
-    "owner_id",
     "parse_header",
     "place_of",
     "publish",
+    "published_name",
     "read_header",
+    "remove_hidden",
+    "sweep_hidden",
     "write_all",
     "write_entry",
 ]

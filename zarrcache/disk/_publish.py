@@ -1,19 +1,54 @@
-"""Publish a file: it appears under its name only when it is whole."""
+"""Publish a file atomically, and clean up after writers that died.
+
+A file is written under a hidden name beside its final one, checked, and renamed. The hidden name
+says which process writes it (machine, pid, start time), so a later process can tell whether the
+writer is dead::
+
+    .NAME.partial-MACHINE-PID-START-RANDOM      being written
+    .NAME.replaced-MACHINE-PID-START-RANDOM     an old store, moved aside for a moment
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
+import re
 import secrets
-from collections.abc import Callable
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 from zarrcache.errors import IncompleteArrayError
 
-__all__ = ["PARTIAL_SUFFIX", "publish"]
+__all__ = [
+    "hidden_path",
+    "is_dead",
+    "owner_id",
+    "partials_of",
+    "publish",
+    "published_name",
+    "remove_hidden",
+    "sweep_hidden",
+    "write_all",
+]
 
-PARTIAL_SUFFIX = ".partial"
+_HIDDEN = re.compile(
+    r"\.(?P<final>.+)\.(?P<kind>partial|replaced)"
+    r"-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\w+)-[0-9a-f]{8}"
+)
+#: Processes of other machines and containers cannot be seen. They count as dead after a day: a file
+#: is written in seconds to minutes.
+_UNSEEN_S = 86400.0
+
+
+# -- publish
+# --------------------------------------------------------------------------------------------------
 
 
 def publish(
@@ -24,23 +59,23 @@ def publish(
     mode: int = 0o600,
 ) -> int:
     """Write beside ``final``, check, then rename. Safe from any thread or process; the last writer
-    of one name wins.
+    of a name wins.
 
-    The partial file lies in the same directory (a rename across file systems is a copy), has a name
-    of its own (two writers of one name must not write into each other) and is checked before the
-    rename: whatever bears the final name is whole. Nothing is synced: after a power failure the
-    checksum in the header finds a torn entry, and a cache may lose entries.
+    The hidden file is in the same directory (a rename across file systems is a copy), has a unique
+    name (two writers must not write into one file) and is checked before the rename: a file with
+    the final name is whole. Nothing is synced: after a power failure the checksum in the header
+    reveals a torn entry, and a cache may lose entries.
 
     Parameters
     ----------
     final : Path
         Its parent has to exist.
     write : callable
-        Gets the open file, unbuffered.
+        Takes the open file, unbuffered.
     expected_bytes : int, optional
         Refuse to publish any other length.
     mode : int
-        Permissions, set whatever the umask is.
+        Permissions, whatever the umask is.
 
     Returns
     -------
@@ -52,9 +87,9 @@ def publish(
     IncompleteArrayError
         The length is not ``expected_bytes``. Nothing is published.
     OSError
-        Disk full, directory gone. The partial file is removed.
+        Disk full, directory gone. The hidden file is removed.
     """
-    partial = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    partial = hidden_path(final, "partial")
     fd = os.open(
         partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
     )
@@ -65,11 +100,11 @@ def publish(
             written = file.tell()
         if expected_bytes is not None and written != expected_bytes:
             raise IncompleteArrayError(
-                f"{final.name}: {written} bytes written where {expected_bytes} were announced; not "
+                f"{final.name}: {written} bytes were written, {expected_bytes} expected; not "
                 "published."
             )
         os.replace(partial, final)
-    except BaseException:  # KeyboardInterrupt too: nothing of ours may stay behind
+    except BaseException:  # also KeyboardInterrupt: leave no file behind
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
@@ -82,3 +117,165 @@ def write_all(file: FileIO, buffer: memoryview) -> None:
     """
     while buffer.nbytes:
         buffer = buffer[file.write(buffer) :]
+
+
+# -- hidden files
+# --------------------------------------------------------------------------------------------------
+
+
+def hidden_path(final: Path, kind: Literal["partial", "replaced"]) -> Path:
+    """A new hidden name of this process, in the directory of ``final``."""
+    return final.with_name(f".{final.name}.{kind}-{_tag_of(owner_id())}-{secrets.token_hex(4)}")
+
+
+def published_name(hidden: str) -> str | None:
+    """The final name of a file that is being written under a hidden one; None for other files."""
+    match = _HIDDEN.fullmatch(hidden)
+    return match["final"] if match is not None else None
+
+
+def partials_of(final: Path, owner: str) -> Iterator[Path]:
+    """Files that ``owner`` has written to publish as ``final`` and did not publish."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        start = f".{final.name}.partial-{_tag_of(owner)}-"
+        for name in os.listdir(final.parent):
+            if name.startswith(start) and _HIDDEN.fullmatch(name) is not None:
+                yield final.with_name(name)
+
+
+def sweep_hidden(directory: Path, is_ours: Callable[[str], bool]) -> list[Path]:
+    """Remove partial files and directories of dead writers, and put back what one of them had moved
+    aside. Returns the hidden paths that are gone.
+
+    Parameters
+    ----------
+    directory : Path
+        It may hold files of others: only hidden names of the form above are touched, of a dead
+        process of this machine or older than a day.
+    is_ours : callable
+        Whether a file of this final name is written by the caller.
+    """
+    swept = []
+    try:
+        names = [entry.name for entry in os.scandir(directory) if entry.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    for name in names:
+        match = _HIDDEN.fullmatch(name)
+        path = directory / name
+        if match is None or not is_ours(match["final"]) or not _is_abandoned(match, path):
+            continue
+        final = directory / match["final"]
+        if match["kind"] == "replaced" and not os.path.lexists(final):
+            with contextlib.suppress(OSError):  # another sweep was faster
+                os.rename(path, final)
+        else:
+            remove_hidden(path)
+        swept.append(path)
+    return swept
+
+
+def remove_hidden(path: Path) -> None:
+    """Remove a hidden file or directory; errors are left to the next sweep."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _is_abandoned(match: re.Match[str], path: Path) -> bool:
+    if match["machine"] == _short(_machine()):
+        return is_dead(f"{_machine()} {match['pid']} {match['start']}")
+    try:
+        return time.time() - path.lstat().st_mtime > _UNSEEN_S
+    except FileNotFoundError:
+        return False
+
+
+# -- owners
+# --------------------------------------------------------------------------------------------------
+
+
+def owner_id() -> str:
+    """Host, boot, pid namespace, pid and start time of this process; another process never has the
+    same, even with the same pid. Cached per process, also after a fork.
+    """
+    return _owner_of(os.getpid())
+
+
+def is_dead(owner: str, age_s: float = 0.0) -> bool:
+    """Whether ``owner``, which was alive ``age_s`` seconds ago, has ended.
+
+    Processes of another machine or container cannot be seen. They count as alive for a day, but as
+    dead if they ran on this machine before it was rebooted.
+    """
+    machine, _, process = owner.partition(" ")
+    pid, _, started = process.partition(" ")
+    if machine != _machine():
+        then, now = machine.split(":"), _machine().split(":")
+        rebooted = (
+            then[0] == now[0] and "-" not in (then[1:2] or ["-"]) + now[1:2] and then[1] != now[1]
+        )
+        return rebooted or age_s > _UNSEEN_S
+    if not pid.isdigit() or not started:
+        return age_s > _UNSEEN_S
+    return _start_time(int(pid)) not in (started, _ALIVE)
+
+
+#: Start time of a process that exists but hides it (no /proc, or processes of other users hidden).
+_ALIVE = "alive"
+
+
+@functools.lru_cache(maxsize=1)
+def _owner_of(pid: int) -> str:
+    return f"{_machine()} {pid} {_start_time(pid)}"
+
+
+@functools.cache
+def _machine() -> str:
+    # After a reboot (another boot id) every process is dead. The pid namespace keeps two containers
+    # on one scratch disk from misjudging each other.
+    parts = [socket.gethostname().replace(" ", "_")]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        try:
+            parts.append(
+                os.readlink(path) if os.path.islink(path) else Path(path).read_text().strip()
+            )
+        except OSError:
+            parts.append("-")
+    return ":".join(parts)
+
+
+def _tag_of(owner: str) -> str:
+    """The part of a hidden name that names its writer."""
+    machine, _, process = owner.partition(" ")
+    return "-".join((_short(machine), *process.split(" ")))
+
+
+def _short(machine: str) -> str:
+    return hashlib.blake2b(machine.encode(), digest_size=4).hexdigest()
+
+
+def _start_time(pid: int) -> str:
+    """Clock ticks since boot at which ``pid`` started, ``gone`` if it does not exist. A reused pid
+    has another start time.
+    """
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return _start_time_without_proc(pid)
+    except OSError:
+        return _ALIVE
+    return "gone" if state in "ZX" else rest[18]  # a zombie writes no more
+
+
+def _start_time_without_proc(pid: int) -> str:
+    """Only whether it exists."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return "gone"
+    except PermissionError:
+        pass
+    return _ALIVE

@@ -1,6 +1,6 @@
-"""The format of an entry of the array tier: one header page, then the raw array.
+"""Entries of the array tier: their format, reading and writing them, and entries that stream in.
 
-::
+An entry is one header page and the raw array::
 
     offset 0     8 bytes   magic b"zarrcach"
            8     u32       FORMAT_VERSION
@@ -10,55 +10,76 @@
                            crc32c of the payload
            n*4096          payload: C order, little endian, page-aligned so that it can be mapped
 
-All integers are little endian. The header repeats the entry's full identity, so that a file under
-the wrong name is a miss, and the index can be rebuilt from the files alone.
-``tests/golden/entry_v1.bin`` freezes the bytes: another format is another FORMAT_VERSION.
+All integers are little endian. The header repeats the full identity of the entry, so that a file
+under the wrong name is a miss, and the index can be rebuilt from the files alone.
+``tests/golden/entry_v1.bin`` freezes the bytes: another format needs another FORMAT_VERSION.
+
+A stored listing of a store or directory is an entry too, of JSON text as bytes; the name of its
+array is empty, and the index has a kind of its own for it.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
 import struct
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from zarrcache._keys import FORMAT_VERSION, ArrayKey
+from zarrcache._keys import FORMAT_VERSION, ArrayKey, safe_repr
+from zarrcache._limits import most_bytes
 from zarrcache.disk._publish import write_all
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.mmap import map_file, open_regular, read_in
 from zarrcache.errors import CorruptEntryError
 
 __all__ = [
-    "START_BYTES",
+    "ARRAY",
+    "LISTING",
+    "OBJECT",
     "Entry",
     "EntryHeader",
-    "checksum",
+    "EntryStream",
+    "array_note",
     "encode_header",
     "header_of",
+    "kind_of",
     "map_entry",
     "parse_header",
-    "prefix_bytes",
     "read_header",
     "write_entry",
 ]
 
+#: Kinds of entries, as the index names them: a density, a stored listing (array tier); an object or
+#: a block of one (byte tier).
+ARRAY, LISTING, OBJECT = "array", "listing", "object"
+
 _MAGIC = b"zarrcach"
 _PREFIX = struct.Struct("<8sIII")
-#: What tells how long the header is.
-START_BYTES = _PREFIX.size
 _PAGE = 4096
-#: A header is identity and numbers; one that claims more is not ours.
+#: A header is identity and numbers; a longer one was not written by this package.
 _MAX_JSON_BYTES = 64 * 1024
+_STEP_BYTES = 2**20  # of a stream, in memory at a time
+
+
+def kind_of(key: ArrayKey) -> str:
+    """:data:`ARRAY` or :data:`LISTING`."""
+    return LISTING if key.is_listing else ARRAY
+
+
+def array_note(key: ArrayKey) -> str:
+    """What the index notes of an entry of the array tier. URLs have no newline."""
+    return f"{key.origin}\n{key.url}\n{key.array}"
 
 
 @dataclass(frozen=True, slots=True)
 class EntryHeader:
-    """What a file of the array tier says of itself.
+    """The header of an entry.
 
     Attributes
     ----------
@@ -66,7 +87,7 @@ class EntryHeader:
     source : str
         :func:`zarrcache._keys.source_digest` of the objects it was decoded from.
     dtype : str
-        numpy's, little endian, for example ``<f4``.
+        NumPy's type string, little endian, for example ``<f4``.
     shape : tuple of int
     nbytes : int
         Length of the payload.
@@ -94,15 +115,13 @@ class EntryHeader:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A mapped entry. ``array`` is writable and private: what a reader writes never reaches the
-    file.
-    """
+    """A mapped entry. ``array`` is writable and private: writes never reach the file."""
 
     header: EntryHeader
     array: np.ndarray[Any, np.dtype[Any]]
 
     def is_intact(self) -> bool:
-        """Does the payload match its checksum? Reads all of it.
+        """Whether the payload matches its checksum. Reads all of it.
 
         Raises
         ------
@@ -110,21 +129,21 @@ class Entry:
             The disk cannot read it.
         """
         read_in(self.array)
-        return checksum(self.array) == self.header.crc32c
+        return _checksum(self.array) == self.header.crc32c
 
 
-def checksum(array: np.ndarray[Any, np.dtype[Any]]) -> int:
-    """CRC-32C of a C-contiguous array's bytes."""
+def _checksum(array: np.ndarray[Any, np.dtype[Any]]) -> int:
+    """CRC-32C of the bytes of a C-contiguous array."""
     return crc32c(array.reshape(-1).view(np.uint8).data) if array.nbytes else 0
 
 
 def header_of(key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str) -> EntryHeader:
     """The header under which ``array`` (C-contiguous, little endian) is stored."""
-    return EntryHeader(key, source, array.dtype.str, array.shape, array.nbytes, checksum(array))
+    return EntryHeader(key, source, array.dtype.str, array.shape, array.nbytes, _checksum(array))
 
 
 def encode_header(header: EntryHeader) -> bytes:
-    """The header's bytes, padded to whole pages."""
+    """The bytes of a header, padded to whole pages."""
     text = json.dumps(
         {
             "array": header.key.array,
@@ -144,8 +163,8 @@ def encode_header(header: EntryHeader) -> bytes:
 
 def write_entry(file: FileIO, header: EntryHeader, array: np.ndarray[Any, np.dtype[Any]]) -> None:
     """Write header and payload to an unbuffered file."""
-    # In one call: the kernel then keeps 5 MB in pages of up to 2 MiB, and whoever maps the file
-    # faults 5 times, after two calls 10 times, after small ones 77 times (Linux 6.18, ext4).
+    # In one call: the kernel then keeps 5 MB in pages of up to 2 MiB, and a process that maps the
+    # file faults 5 times; after two calls 10 times, after small ones 77 times (Linux 6.18, ext4).
     head, payload = (
         memoryview(encode_header(header)),
         memoryview(array.reshape(-1).view(np.uint8).data if array.nbytes else b""),
@@ -156,7 +175,7 @@ def write_entry(file: FileIO, header: EntryHeader, array: np.ndarray[Any, np.dty
 
 
 def read_header(path: str | os.PathLike[str]) -> EntryHeader:
-    """The header of a file, checked against its own checksum and the file's length.
+    """The header of a file, checked against its own checksum and the length of the file.
 
     Raises
     ------
@@ -179,8 +198,8 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
     Raises
     ------
     CorruptEntryError
-        Not an entry of this version, or not whole. The payload itself is not read: see
-        :meth:`Entry.is_intact`.
+        Not an entry of this version, or not whole. The payload is not read:
+        :meth:`Entry.is_intact` checks it.
     OSError
         The file is gone or cannot be read.
     """
@@ -195,23 +214,6 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
         os.close(fd)
 
 
-def prefix_bytes(start: bytes, where: str) -> int:
-    """Bytes that the header of an entry takes, told by its first :data:`START_BYTES`. ``where`` is
-    for messages.
-
-    Raises
-    ------
-    CorruptEntryError
-        It is not an entry, or claims a header that none has.
-    """
-    magic: bytes
-    length: int
-    magic, _, length, _ = _PREFIX.unpack(start)
-    if magic != _MAGIC or length > _MAX_JSON_BYTES:
-        raise CorruptEntryError(f"{where} does not begin as an entry does.")
-    return -(-(_PREFIX.size + length) // _PAGE) * _PAGE
-
-
 def parse_header(
     raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | None = None
 ) -> EntryHeader:
@@ -220,11 +222,11 @@ def parse_header(
     Parameters
     ----------
     raw : bytes
-        The header's pages at least; with ``fd`` the first of them will do.
+        At least the pages of the header; with ``fd`` the first page is enough.
     file_bytes : int
         Length of the whole entry.
     path : path
-        Where it is, for messages.
+        Of the entry, for messages.
     fd : int, optional
         The file, to read further pages.
 
@@ -253,14 +255,14 @@ def parse_header(
     text = raw[_PREFIX.size : end]
     if len(text) != length or crc32c(text) != crc:
         raise corrupt("header checksum does not match")
-    # The checksum holds, so this is what encode_header wrote; a planted file with a right checksum
-    # may still say anything.
+    # The checksum holds, so encode_header wrote this; but a planted file can have a valid checksum
+    # and any content.
     try:
         fields = json.loads(text.decode())
         if not all(
             isinstance(fields[name], str) for name in ("origin", "url", "array", "source", "dtype")
         ):
-            raise TypeError("a name that is no text")
+            raise TypeError("a name is not a string")
         shape = tuple(int(n) for n in fields["shape"])
         dtype = np.dtype(fields["dtype"])
         header = EntryHeader(
@@ -281,6 +283,110 @@ def parse_header(
         raise corrupt("shape, dtype and length disagree")
     if offset + header.nbytes != file_bytes:
         raise corrupt(f"{file_bytes} bytes long, {offset + header.nbytes} expected")
-    if raw[end:offset] != bytes(offset - end):  # no value is wrong yet, but the disk is
-        raise corrupt("something was written behind its header")
+    if raw[end:offset] != bytes(offset - end):  # no value is wrong, but the disk is
+        raise corrupt("the padding behind its header is not zero")
     return header
+
+
+class _Stream(Protocol):
+    def readinto(self, buffer: Any, /) -> int | None: ...
+
+
+class EntryStream:
+    """An entry that streams in from another node or directory. Nothing in it is trusted unchecked.
+
+    The constructor reads and checks the header; :meth:`write` or :meth:`read`, once, the payload.
+
+    Parameters
+    ----------
+    stream : object with ``readinto``
+    file_bytes : int
+        Length of the entry, as the sender declares it.
+    key : ArrayKey
+        The entry that was requested.
+    where : str
+        The sender, for messages.
+
+    Attributes
+    ----------
+    is_spent : bool
+        Part of the payload was read: neither method can be called any more.
+
+    Raises
+    ------
+    CorruptEntryError
+        It is not an entry as this version writes it, has another key, is not a float32 density, has
+        another length than its header says, or is larger than any array may be
+        (:func:`zarrcache._limits.most_bytes`).
+    """
+
+    def __init__(self, stream: _Stream, file_bytes: int, key: ArrayKey, where: str) -> None:
+        self._stream, self._where = stream, where
+        start = bytes(self._fill(bytearray(_PREFIX.size)))
+        magic, _, length, _ = _PREFIX.unpack(start)
+        if magic != _MAGIC or length > _MAX_JSON_BYTES:
+            raise CorruptEntryError(f"{where} does not begin as an entry does.")
+        n_rest = -(-(_PREFIX.size + length) // _PAGE) * _PAGE - _PREFIX.size
+        raw = start + bytes(self._fill(bytearray(n_rest)))
+        self.header: EntryHeader = parse_header(raw, file_bytes, where)
+        if self.header.key != key:
+            raise CorruptEntryError(f"{where} holds {safe_repr(self.header.key)}.")
+        # Once stored it is mapped by every reader, and they accept nothing else.
+        if self.header.dtype != "<f4" or len(self.header.shape) != 3 or not self.header.nbytes:
+            raise CorruptEntryError(
+                f"{where} holds {self.header.dtype} of shape {self.header.shape}, which is not a "
+                "density."
+            )
+        if raw != encode_header(self.header) or self.header.nbytes > most_bytes():
+            raise CorruptEntryError(f"{where} has a header that zarrcache does not write.")
+        self.is_spent = False
+
+    def write(self, file: FileIO) -> None:
+        """Write the whole entry to an unbuffered file, with 1 MiB in memory at a time.
+
+        Raises
+        ------
+        CorruptEntryError
+            It broke off, or its checksum does not match.
+        OSError
+            The file cannot be written.
+        """
+        write_all(file, memoryview(encode_header(self.header)))
+        self.is_spent = True
+        buffer, left, crc = (
+            memoryview(bytearray(min(_STEP_BYTES, self.header.nbytes))),
+            self.header.nbytes,
+            0,
+        )
+        while left:
+            part = self._fill(buffer[: min(left, len(buffer))])
+            crc = crc32c(part, crc)
+            write_all(file, memoryview(part))
+            left -= len(part)
+        self._compare(crc)
+
+    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The array, in memory. Raises CorruptEntryError as :meth:`write`."""
+        array = np.empty(self.header.shape, self.header.dtype)
+        self.is_spent = True
+        self._compare(crc32c(self._fill(array.reshape(-1).view(np.uint8).data)))
+        return array
+
+    def _compare(self, crc: int) -> None:
+        if crc != self.header.crc32c:
+            raise CorruptEntryError(f"{self._where}: its checksum does not match.")
+
+    def _fill(self, buffer: Any) -> Any:
+        """Fill a buffer."""
+        view = memoryview(buffer)
+        while view.nbytes:
+            try:
+                got = self._stream.readinto(view)
+            except (OSError, http.client.HTTPException) as exc:
+                raise CorruptEntryError(
+                    f"{self._where} broke off ({str(exc) or type(exc).__name__})."
+                ) from exc
+            if not got:
+                raise CorruptEntryError(f"{self._where} broke off.")
+            view = view[got:]
+        return buffer

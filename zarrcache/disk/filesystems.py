@@ -1,4 +1,4 @@
-"""Which file system a directory is on, and whether other nodes share it."""
+"""The type of file system that holds a directory, and whether it is local to this node."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ from zarrcache.errors import ConfigError
 
 __all__ = ["can_map_to_write", "display_name", "file_system_of", "is_network", "refuse_network"]
 
-#: The kernel's names for file systems that lie on another machine, and what people call them.
+#: The kernel's names of network file systems, and their common names.
 _NETWORK = {
     "nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "mmfs": "GPFS", "beegfs": "BeeGFS", "fhgfs": "BeeGFS", "ceph": "CephFS",
     "cifs": "SMB", "smb3": "SMB", "smbfs": "SMB", "afs": "AFS", "9p": "9p", "virtiofs": "virtiofs", "panfs": "PanFS", "wekafs": "WekaFS",
     "orangefs": "OrangeFS", "pvfs2": "OrangeFS", "ocfs2": "OCFS2", "gfs2": "GFS2", "ncpfs": "NCP", "coda": "Coda", "vboxsf": "VirtualBox shares",
 }  # fmt: skip
-#: FUSE file systems of this node's own disks. There are far more that reach over the network, under
-#: names that nobody can list.
+#: FUSE file systems on local disks. Any other is taken for a network file system: there are too many
+#: of these to list.
 _LOCAL_FUSE = frozenset(
     {"fuse-overlayfs", "ntfs-3g", "exfat", "mergerfs", "bindfs", "gocryptfs", "cryfs", "encfs"}
 )
-#: Where a written page of a mapped file takes new room on the disk.
+#: Writing to a page of a mapped file allocates a new block here.
 _COPY_ON_WRITE = frozenset({"btrfs", "bcachefs"})
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
 def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) -> str | None:
-    """Type of the file system that holds ``path`` (which need not exist yet), as the kernel names
-    it.
+    """The kernel's name of the file system that holds ``path``, which need not exist.
 
     Parameters
     ----------
     path : path
     mountinfo : Path, optional
-        Another table than this process's own.
+        Another mount table than that of this process.
 
     Returns
     -------
     str or None
-        For example ``ext4``, ``nfs4``, ``fuse.sshfs``; None where there is no such table (macOS).
+        For example ``ext4``, ``nfs4``, ``fuse.sshfs``; None without a mount table (macOS).
     """
-    # first: to look there is what makes an automounter mount it
+    # first, because resolving the path makes an automounter mount it
     real, best = (os.path.realpath(path), ("", ""))
     try:
         lines = (mountinfo or _MOUNTINFO).read_text(errors="surrogateescape").splitlines()
@@ -58,13 +57,13 @@ def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) 
         if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(
             best[0]
         ):
-            best = (point, kinds[0])  # of several at one place the last one is what is seen
+            best = (point, kinds[0])  # of several mounts at one point the last is visible
     return best[1] or None
 
 
 def is_network(kind: str | None) -> bool:
-    """Whether a file system of this type lies on another machine, as far as its name tells. Of FUSE
-    all do that are not known not to.
+    """Whether a file system of this type is on another machine, as far as its name tells. FUSE file
+    systems are, except for known local ones.
     """
     if kind is None:
         return False
@@ -73,24 +72,24 @@ def is_network(kind: str | None) -> bool:
 
 
 def can_map_to_write(directory: Path) -> bool:
-    """Whether a file there may be mapped and written through the map, as SQLite does beside its
+    """Whether files there can be written through a memory map, as SQLite does with the index of its
     write-ahead log.
 
-    Not over a network, and not on a copy-on-write file system: where a written page needs new room,
-    a full disk or a used-up quota is no error there but SIGBUS, which ends the process (measured on
-    btrfs, tests/faults/test_disk_faults.py).
+    Not over a network, and not on a copy-on-write file system: there a written page needs a new
+    block, and a full disk or an exhausted quota is not an error but SIGBUS, which kills the process
+    (measured on btrfs, tests/faults/test_disk_faults.py).
     """
     kind = file_system_of(directory)
     return kind not in _COPY_ON_WRITE and not is_network(kind)
 
 
 def display_name(kind: str) -> str:
-    """``NFS (nfs4)``; a type that has no other name as the kernel has it."""
+    """``NFS (nfs4)``: the common name and the kernel's; one name if they are the same."""
     return f"{_NETWORK[kind]} ({kind})" if _NETWORK.get(kind, kind) != kind else kind
 
 
 def refuse_network(directory: Path, *, is_allowed: bool) -> None:
-    """Refuse a directory on a network file system, unless that is allowed.
+    """Refuse a directory on a network file system unless ``is_allowed``.
 
     Raises
     ------
@@ -111,7 +110,7 @@ def refuse_network(directory: Path, *, is_allowed: bool) -> None:
 
 
 def _scratch() -> str | None:
-    """A directory for temporary files on a disk of this node; None if none is known."""
+    """A directory for temporary files on a local disk; None if there is none."""
     for name in ("SLURM_TMPDIR", "TMPDIR", "TMP"):
         path = os.environ.get(name, "")
         if os.path.isdir(path) and not is_network(file_system_of(path)):

@@ -1,62 +1,77 @@
-"""The one list of what lies on disk, for both tiers.
+"""The index of one cache directory: the list of all its files, for both tiers.
 
-Every file is announced before it exists and forgotten after it is gone.  A row whose key starts
-with ``+`` is an *intent*: "the file named here is being written, or being deleted, by this owner".
-Its size counts.  Hence
+Every file is announced before it exists and forgotten after it is gone. A row whose key starts with
+``+`` is an *intent*: the file named in it is being written, or being deleted, by this owner. Its
+size counts. Hence
 
 * the limit holds at every instant, across processes: room is reserved in a transaction before the
   first byte is written;
 * after a crash the intents of dead owners name exactly the files to unlink: opening costs nothing
-  that grows with the entries.
+  that grows with the number of entries.
 
-A row whose key is ``-`` and a digest is a *loan*: read once, and removed by its reader, in room
-that its owner, a prefetcher, has reserved.
+A row whose key is ``-`` and a digest is a *loan*: an entry that is read once and removed by its
+reader, in room that its owner, a prefetcher, has reserved.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from zarrcache.config import CacheConfig
-from zarrcache.disk._database import CACHE_FAULTS, IndexFile, Stored, Table, no_fork
-from zarrcache.disk._index_check import is_damage, is_right_row, row_of, volume_of
-from zarrcache.disk._owner import is_dead, owner_id
-from zarrcache.disk._publish import PARTIAL_SUFFIX
+from zarrcache.disk._database import (
+    CACHE_FAULTS,
+    INTENT,
+    IndexFile,
+    Stored,
+    Table,
+    is_valid_row,
+)
+from zarrcache.disk._publish import is_dead, owner_id, partials_of
 from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.entry import ARRAY, LISTING
 from zarrcache.disk.filesystems import can_map_to_write, refuse_network
-from zarrcache.disk.policy import Admission, EvictionPolicy, admit, choose_victims, min_free_bytes
+from zarrcache.disk.policy import (
+    Admission,
+    EvictionPolicy,
+    LeastRecentlyStored,
+    admit,
+    min_free_bytes,
+    policy_of,
+)
 from zarrcache.stats import LogOnce
 
 __all__ = ["CACHE_FAULTS", "LENT", "Index", "Intent", "Row", "Stored"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_INTENT = "intent"
-_INTENTS = ("+", ",")  # the range of their keys
-LENT = "-"  # before the digest of what is lent
+#: Prefix of the key of a loan, before the digest.
+LENT = "-"
+# Ranges of keys, for there is an index over the keys and a full cache asks at every put.
+_INTENTS = ("+", ",")
+_LOANS = ("-", ".")
 _ANNOUNCED = ("+", ".")  # both
-_PAGE = 10_000  # rows in memory at a time when all are looked at
-_FEW = 100  # rows that make room for one entry, mostly
-_BATCH = 500  # rows a transaction when many are dropped: others wait for about 10 ms
+_PAGE = 10_000  # rows in memory at a time
+_BATCH = 500  # rows dropped per transaction: other processes wait for about 10 ms
+_ATTEMPTS = 8  # to get the room that was made, against other processes
 
 
 class Row(NamedTuple):
-    """One entry as a listing shows it. A tuple: there may be 400,000 of them."""
+    """One entry. A tuple: there may be 400,000 of them.
+
+    ``kind`` is :data:`~zarrcache.disk.entry.ARRAY`, ``LISTING`` or ``OBJECT``.
+    """
 
     digest: str
-    tier: str
+    kind: str
     filename: str
     size_bytes: int
     stored_s: float
@@ -76,76 +91,79 @@ class Index:
     """Rows of one cache directory. Opens at first use; safe from any thread or process; pickles as
     its configuration.
 
-    Methods raise what :data:`CACHE_FAULTS` names; callers turn that into a miss.
+    Methods raise :data:`CACHE_FAULTS`; callers turn these into a miss.
+
+    Parameters
+    ----------
+    config : CacheConfig
+
+    Attributes
+    ----------
+    dir : CacheDir
+    log_once : LogOnce
+        For cache faults, whichever tier meets them first.
 
     Raises
     ------
     ConfigError
-        ``cache.dir`` is on a network file system, and ``cache.allow_network_fs`` is not set. Told
-        before a run starts: it is no fault that comes and goes, and a run without its cache would
+        ``cache.dir`` is on a network file system, and ``cache.allow_network_fs`` is not set. This
+        is raised before a run starts, for it is not a passing fault: without its cache a run would
         be slow from the first epoch to the last.
     """
 
     def __init__(self, config: CacheConfig) -> None:
-        #: Cache faults, whichever tier meets them first.
         self.log_once = LogOnce()
-        #: Who knows what is needed last; for ``eviction: belady``.
-        self.eviction_policy: EvictionPolicy | None = None
         self._config = config
+        self.set_eviction_policy(None)
         self.dir = CacheDir(config.dir, config.shared)
         refuse_network(config.dir, is_allowed=config.allow_network_fs)
         self._file = IndexFile(
-            self.dir, has_log=can_map_to_write(config.dir), is_checked=config.verify == "always"
+            self.dir,
+            has_log=can_map_to_write(config.dir),
+            is_checked=config.verify == "always",
+            after_open=self.sweep,
         )
         self._root = os.fspath(self.dir.root)
 
     def __reduce__(self) -> tuple[type[Index], tuple[CacheConfig]]:
         return type(self), (self._config,)
 
-    # -- reading
-    # ---------------------------------------------------------------------------------------------------------------
+    def set_eviction_policy(self, eviction_policy: EvictionPolicy | None) -> None:
+        """Let ``eviction_policy`` choose victims in this process; None: as ``cache.eviction``
+        says. It is not pickled with the index.
+        """
+        self.eviction_policy = eviction_policy or policy_of(self._config.eviction)
 
-    def lookup(self, digest: str) -> Stored | None:
-        """One SELECT, no write."""
-        table = self._table()
-        with no_fork(table):
-            row: Stored | None = row_of(table, digest)
-        return row
+    # -- reading
+
+    def lookup(self, key: str) -> Stored | None:
+        """The row of a digest, or of a loan (``LENT + digest``). One SELECT, no write."""
+        return self._file.lookup(key)
 
     def path_of(self, stored: Stored) -> str:
-        """Full path of a file. A string: making a ``Path`` is a tenth of a warm hit."""
+        """Full path of a file. A string: making a ``Path`` takes a tenth of a warm hit."""
         return f"{self._root}/{stored.filename}"
 
     def volume_bytes(self) -> int:
-        """Bytes on disk of all entries, and of what is being written or deleted right now."""
+        """Bytes on disk of all entries, and of files that are being written or deleted now."""
+        return self._file.healing(self._file.volume_bytes)
 
-        def ask() -> int:
-            table = self._table()
-            with no_fork(table):
-                return volume_of(table)
+    def rows(self, kind: str | None = None) -> Iterator[Row]:
+        """Every entry (or those of one kind), oldest first.
 
-        return self._healing(ask)
-
-    def rows(self, tier: str | None = None) -> Iterator[Row]:
-        """Every entry, oldest first. One that is replaced meanwhile may come twice, as what it was
-        and as what it is.
+        One that is replaced meanwhile may come twice, in its old and its new version.
         """
-        where, columns = (
-            "tag = ?" if tier else "tag != ?",
-            "rowid, key, tag, size, store_time, mode, filename, value",
-        )
         query = (
-            f"SELECT {columns} FROM Cache WHERE rowid > ? AND {where} ORDER BY rowid LIMIT {_PAGE}"
+            "SELECT rowid, key, tag, size, store_time, mode, filename, value FROM Cache "
+            f"WHERE rowid > ? AND tag {'=' if kind else '!='} ? ORDER BY rowid LIMIT {_PAGE}"
         )
         last = 0
-        while page := self._healing(
-            functools.partial(self._select, query, (last, tier or _INTENT))
-        ):
+        while page := self._ask(query, last, kind or INTENT):
             for _, key, tag, size, stored_s, mode, filename, value in page:
-                # A damaged or planted row is left to the next look at the whole index: it must stop
-                # nobody.
+                # Damaged and planted rows are skipped: the next check of the whole index finds
+                # them.
                 if (
-                    is_right_row(mode, filename, value)
+                    is_valid_row(mode, filename, value)
                     and isinstance(size, int)
                     and isinstance(stored_s, float)
                     and f"/{key}" in filename
@@ -154,85 +172,72 @@ class Index:
             last = page[-1][0]
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """``{tier: (entries, bytes)}``."""
-        rows = self._healing(
-            lambda: self._select(
-                "SELECT tag, COUNT(*), SUM(size) FROM Cache WHERE tag != ? GROUP BY tag", (_INTENT,)
-            )
-        )
-        return {tag: (count, size) for tag, count, size in rows}
+        """``{kind: (entries, bytes)}``."""
+        query = "SELECT tag, COUNT(*), SUM(size) FROM Cache WHERE tag != ? GROUP BY tag"
+        return {tag: (count, size) for tag, count, size in self._ask(query, INTENT)}
 
     def entry_sizes(self, prefixes: Sequence[str], suffix: str) -> list[dict[str, int]]:
-        """Bytes on disk of the entries of the array tier whose notes begin and end so, by what
-        stands in between; a dictionary a prefix.
+        """Bytes on disk of arrays, by the part of their note between a prefix and ``suffix``.
 
-        One pass over the table for each, and one over the directories: what a cleaner of the disk
-        has taken is not there, whatever the table says.
+        Entries whose file is gone (cleaners of scratch disks delete files) are left out.
+
+        Returns
+        -------
+        list of dict
+            One per prefix. Each takes one pass over the table; the directories are listed once.
         """
         # As many files as rows: all are there, unless a cleaner took as many as killed processes
-        # have left. Names take 0.7 s more for 400,000.
-        ((count,),) = self._healing(
-            lambda: self._select("SELECT COUNT(*) FROM Cache WHERE tag = 'array'", ())
-        )
-        there = None if self.dir.count_entries() == count else self.dir.entry_names()
-        # A value is the size, a blank and the note; the size has no blank. It is cut here: SQLite
-        # counts characters from the start each time.
+        # have left. Comparing names takes 0.7 s more for 400,000 entries.
+        ((count,),) = self._ask("SELECT COUNT(*) FROM Cache WHERE tag IN (?, ?)", ARRAY, LISTING)
+        names = None if self.dir.count_entries() == count else self.dir.entry_names()
+        # A value is the size, a blank and the note. The note is cut in Python: SQLite would count
+        # characters from the start each time.
         query = (
-            f"SELECT value, size, {'NULL' if there is None else 'filename'} FROM Cache WHERE tag = "
-            "'array' "
-            "AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? AND typeof(value) = "
-            "'text' AND typeof(filename) = 'text'"
+            f"SELECT value, size, {'NULL' if names is None else 'filename'} FROM Cache "
+            "WHERE tag = ? AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? "
+            "AND typeof(value) = 'text' AND typeof(filename) = 'text'"
         )
         sizes, end = [], len(suffix)
         for prefix in prefixes:
-            rows, skip = (
-                self._healing(functools.partial(self._select, query, (f" {prefix}", end, suffix))),
-                len(prefix) + 1,
-            )
-            rows = (
-                rows
-                if there is None
-                else [row for row in rows if row[2].rpartition("/")[2] in there]
-            )
+            skip = len(prefix) + 1
+            rows = self._ask(query, ARRAY, f" {prefix}", end, suffix)
+            if names is not None:
+                rows = [row for row in rows if row[2].rpartition("/")[2] in names]
             sizes.append({value[value.index(" ") + skip : -end]: size for value, size, _ in rows})
         return sizes
 
     def filenames(self) -> set[str]:
-        """Files of all entries, and those that are being written or deleted; paths below the
-        cache's root.
+        """Files of all entries, and those that are being written or deleted; paths below the root
+        of the cache.
         """
-        return {
-            filename
-            for (filename,) in self._healing(lambda: self._select("SELECT filename FROM Cache", ()))
-        }
+        return {filename for (filename,) in self._ask("SELECT filename FROM Cache")}
 
     # -- writing
-    # ---------------------------------------------------------------------------------------------------------------
 
     def begin(self, filename: str, size_bytes: int) -> Intent | Admission:
-        """Reserve room for a file of ``size_bytes`` (on disk), or say why not."""
-        refusal = self._reserve(filename, size_bytes)
-        if refusal is Admission.OVER_LIMIT and self.sweep():
-            refusal = self._reserve(filename, size_bytes)
-        # others may take the room that was made; after that the entry is a bypass
-        for _ in range(8):
-            if refusal is not Admission.OVER_LIMIT or not self._make_room(filename, size_bytes):
+        """Reserve room for a file of ``size_bytes`` (on disk), or return why that is refused."""
+        outcome = self._reserve(filename, size_bytes)
+        if outcome is Admission.OVER_LIMIT and self.sweep():
+            outcome = self._reserve(filename, size_bytes)
+        # other processes may take the room that was made; after that the entry is a bypass
+        for _ in range(_ATTEMPTS):
+            if outcome is not Admission.OVER_LIMIT or not self._make_room(filename, size_bytes):
                 break
-            refusal = self._reserve(filename, size_bytes)
-        return refusal
+            outcome = self._reserve(filename, size_bytes)
+        return outcome
 
-    def commit(self, intent: Intent, digest: str, tier: str, note: str) -> None:
-        """Make the file that ``intent`` announced visible as ``digest``. What it replaces is
-        unlinked after that.
+    def commit(self, intent: Intent, digest: str, kind: str, note: str) -> None:
+        """Make the file that ``intent`` announced visible as ``digest``. The file that it replaces
+        is unlinked after that.
         """
-        with self._transaction() as table:
+        with self._file.transaction() as table:
             doomed = self._doom(table, digest, keep=intent.filename)
-            table.set(digest, Stored(intent.filename, intent.size_bytes, note), tag=tier)
+            table.set(digest, Stored(intent.filename, intent.size_bytes, note), tag=kind)
             table.delete(intent.key)
         self._finish(doomed)
 
     def abort(self, intent: Intent) -> None:
-        """Forget a file that will not come."""
+        """Unlink the file that ``intent`` announced, as far as it exists, and free its room."""
         self._finish([intent])
 
     def drop(self, digests: Sequence[str], *, filename: str | None = None) -> int:
@@ -243,7 +248,7 @@ class Index:
         ----------
         digests : sequence of str
         filename : str, optional
-            Drop only if the entry still is this file: the reader that found a bad entry must not
+            Drop only if the entry still is this file: a reader that found a bad entry must not
             drop the good one that replaced it.
 
         Returns
@@ -254,122 +259,107 @@ class Index:
         freed = 0
         for start in range(0, len(digests), _BATCH):
             doomed: list[Intent] = []
-            with self._transaction() as table:
+            with self._file.transaction() as table:
                 for digest in digests[start : start + _BATCH]:
                     doomed += self._doom(table, digest, only=filename)
             self._finish(doomed)
             freed += sum(intent.size_bytes for intent in doomed)
         return freed
 
-    def lend(self, digest: str, filename: str) -> bool:
-        """Announce a loan, in room that is reserved already, before its file is written. Found by
-        ``lookup(LENT + digest)``.
+    def drop_oldest(self, needed_bytes: int) -> int:
+        """Drop the entries that were stored first. Returns the bytes freed."""
+        return self.drop(LeastRecentlyStored().victims("", needed_bytes, self._oldest))
 
-        False if another rank of the node has lent it: of two rows under one name the first would be
+    def shortfall_bytes(self, size_bytes: int) -> int:
+        """Bytes to free before a file of ``size_bytes`` is within the limit."""
+        return self.volume_bytes() + size_bytes - self._config.limit
+
+    def sweep(self) -> int:
+        """Unlink what dead owners were writing or deleting. Returns the number of files."""
+        now_s = time.time()
+        dead = []
+        for key, filename, size, mode, value, stored_s in self._file.select(
+            "SELECT key, filename, size, mode, value, store_time FROM Cache "
+            "WHERE key >= ? AND key < ?",
+            _ANNOUNCED,
+        ):
+            if not is_valid_row(mode, filename, value) or not isinstance(stored_s, float):
+                raise sqlite3.DatabaseError(f"the row of {filename!r} does not match its checksum")
+            owner = value.partition(" ")[2]
+            if is_dead(owner, now_s - stored_s):
+                dead.append(Intent(key, filename, size))
+                # Only here: a writer that lives removes its own, and looking lists a directory.
+                for partial in partials_of(self.dir.root / filename, owner):
+                    partial.unlink(missing_ok=True)
+        self._finish(dead)
+        return len(dead)
+
+    # -- loans
+
+    def lend(self, digest: str, filename: str) -> bool:
+        """Announce a loan, in room that is reserved already, before its file is written.
+
+        False if another rank of the node has lent it: of two rows under one key the first would be
         lost, and its file with it.
         """
-        with self._transaction() as table:
-            if is_free := row_of(table, LENT + digest) is None:
-                table.set(LENT + digest, Stored(filename, 0, owner_id()), tag=_INTENT)
+        with self._file.transaction() as table:
+            if is_free := self.lookup(LENT + digest) is None:
+                table.set(LENT + digest, Stored(filename, 0, owner_id()), tag=INTENT)
         return is_free
 
     def loans(self) -> set[str]:
-        """Digests of what is lent right now."""
-        return {
-            key[len(LENT) :]
-            for (key,) in self._select(
-                "SELECT key FROM Cache WHERE key >= ? AND key < ?", (LENT, _ANNOUNCED[1])
-            )
-        }
+        """Digests of what is lent now."""
+        found = self._file.select("SELECT key FROM Cache WHERE key >= ? AND key < ?", _LOANS)
+        return {key.removeprefix(LENT) for (key,) in found}
 
     def give_back(self, digest: str, filename: str) -> None:
-        """Remove a loan. The file goes first: when the row is gone, its owner takes the room for
-        free.
-        """
+        """Remove a loan. The file goes first: once the row is gone, its owner uses the room."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.dir.root / filename)
         self.drop([LENT + digest], filename=filename)
 
-    def sweep(self) -> int:
-        """Unlink what dead owners were writing or deleting. Returns the number of files."""
-        # By the range of their keys, not by tag: there is an index over the keys, and a full cache
-        # asks this at every put.
-        rows = self._select(
-            "SELECT key, filename, size, mode, value, store_time FROM Cache WHERE key >= ? AND key "
-            "< ?",
-            _ANNOUNCED,
-        )
-        now_s = time.time()
-        dead = []
-        for key, filename, size, mode, value, stored_s in rows:
-            if not is_right_row(mode, filename, value) or not isinstance(stored_s, float):
-                raise sqlite3.DatabaseError(f"the row of {filename!r} is not as it was written")
-            owner = value.partition(" ")[2]
-            if is_dead(owner, now_s - stored_s):
-                dead.append(Intent(key, filename, size))
-                self._remove_partials(filename, owner)
-        self._finish(dead)
-        return len(dead)
+    # -- parts
 
-    def _remove_partials(self, filename: str, owner: str) -> None:
-        """Unlink what a dead writer left unfinished. Only here: a living one removes its own, and
-        to look for it is to list a directory.
-        """
-        path, pid = self.dir.root / filename, owner.partition(" ")[2].partition(" ")[0]
-        for partial in path.parent.glob(f".{path.name}.{pid}-*{PARTIAL_SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+    def _ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Rows of a query; a damaged index is rebuilt first. Not inside a transaction."""
+        return self._file.healing(lambda: self._file.select(query, values))
+
+    def _oldest(self, most: int = -1, *, kind: str | None = None) -> list[tuple[str, int]]:
+        """See :class:`~zarrcache.disk.policy.StoredEntries`."""
+        # rowid order is the order of storing: a replaced entry gets a new row
+        return self._file.select(
+            f"SELECT key, size FROM Cache WHERE tag {'=' if kind else 'NOT IN'} "
+            f"({'?' if kind else '?, ?'}) ORDER BY rowid LIMIT ?",
+            (kind, most) if kind else (INTENT, LISTING, most),
+        )
 
     def _reserve(self, filename: str, size_bytes: int) -> Intent | Admission:
         intent = Intent(f"+{secrets.token_hex(8)}", filename, size_bytes)
-        with self._transaction() as table:
+        with self._file.transaction() as table:
             usage = shutil.disk_usage(self.dir.root)
             # What others have reserved is not on the disk yet.
-            ((reserved,),) = self._select(
+            ((reserved,),) = self._file.select(
                 "SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?", _INTENTS
             )
             outcome = admit(
                 size_bytes,
-                volume_bytes=volume_of(table),
+                volume_bytes=self._file.volume_bytes(),
                 limit_bytes=self._config.limit,
                 free_bytes=usage.free - reserved,
                 min_free_bytes=min_free_bytes(self._config.min_free, usage.total),
             )
             if outcome is Admission.ADMIT:
-                table.set(intent.key, Stored(filename, size_bytes, owner_id()), tag=_INTENT)
+                table.set(intent.key, Stored(filename, size_bytes, owner_id()), tag=INTENT)
                 return intent
         return outcome
 
-    def drop_oldest(self, needed_bytes: int) -> int:
-        """Drop what was stored first. Returns the bytes freed."""
-        # rowid order is the order of storing: a replaced entry gets a new row. Listings, whose
-        # notes end with a line end, stay: they are small, and without them no run starts offline.
-        query = "SELECT key, size FROM Cache WHERE tag != ? AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?"
-        # One or two will do, as a rule; 10,000 rows would be 8 ms at every put. -1: all of them.
-        for most in (_FEW, _PAGE, -1):
-            oldest = self._select(query, (_INTENT, most))
-            if sum(size for _, size in oldest) >= needed_bytes:
-                break
-        return self.drop(choose_victims(oldest, needed_bytes))
-
-    def shortfall_bytes(self, size_bytes: int) -> int:
-        """What has to go before a file of ``size_bytes`` is within the limit."""
-        return self.volume_bytes() + size_bytes - self._config.limit
-
     def _make_room(self, filename: str, size_bytes: int) -> bool:
-        """Drop what ``cache.eviction`` says. False if nothing is to be dropped."""
-        shortfall = self.shortfall_bytes(size_bytes)
-        if self._config.eviction == "least-recently-stored":
-            self.drop_oldest(shortfall)
+        """Drop what the eviction policy chooses. False if there is no more room than before."""
+        needed_bytes = self.shortfall_bytes(size_bytes)
+        if needed_bytes <= 0:  # another process has made room
             return True
-        if self._config.eviction == "none" or self.eviction_policy is None:
-            return False
         digest = filename.rpartition("/")[2].partition("-")[0]
-        victims = self.eviction_policy.victims(
-            digest,
-            shortfall,
-            lambda: self._select("SELECT key, size FROM Cache WHERE tag = 'array'", ()),
-        )
+        victims = self.eviction_policy.victims(digest, needed_bytes, self._oldest)
         self.drop(victims)
         return bool(victims)
 
@@ -377,105 +367,65 @@ class Index:
         self, table: Table, digest: str, *, keep: str | None = None, only: str | None = None
     ) -> list[Intent]:
         """Turn an entry into an intent to delete. Call inside a transaction."""
-        old = row_of(table, digest)
+        old = self.lookup(digest)
         if old is None or (only is not None and old.filename != only):
             return []
         table.delete(digest)
-        # the byte tier publishes under one name: the new file has replaced the old one already
+        # an object has one file name: the new file has replaced the old one already
         if old.filename == keep:
             return []
         intent = Intent(f"+{secrets.token_hex(8)}", old.filename, old.size_bytes)
-        table.set(intent.key, Stored(old.filename, old.size_bytes, owner_id()), tag=_INTENT)
+        table.set(intent.key, Stored(old.filename, old.size_bytes, owner_id()), tag=INTENT)
         return [intent]
 
     def _finish(self, intents: Sequence[Intent]) -> None:
         """Unlink the files of intents, then forget the intents."""
         if not intents:
             return
-        table = self._table()
         kept: set[str] = set()
         for intent in intents:
             path = self.dir.root / intent.filename
-            with no_fork(table):
-                entry = row_of(table, path.name.partition("-")[0])
+            entry = self.lookup(path.name.partition("-")[0])
             if entry is not None and entry.filename == intent.filename:
-                # the byte tier has one name for an object: somebody has published it again
-                # meanwhile
-                continue
+                continue  # an object that another process has published again meanwhile
             try:
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as exc:
-                # A directory was planted, or the file is another user's. Its intent stays, and its
-                # bytes count; the others are not to blame.
+                # A directory was planted, or the file is another user's. Its intent stays and its
+                # bytes count; the other intents are not affected.
                 kept.add(intent.key)
                 self.log_once.warning(
                     "unlink",
                     logger,
-                    "%s cannot be removed (%s) and goes on to count; remove it by hand",
+                    "%s cannot be removed (%s) and still counts towards cache.limit; remove it by "
+                    "hand",
                     path,
                     exc.strerror or exc,
                 )
-        with self._transaction() as table:
+        with self._file.transaction() as table:
             for intent in intents:
                 if intent.key not in kept:
                     table.delete(intent.key)
 
     # -- opening
-    # ---------------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Open now: create the directory, sweep after the dead. Everything else does it by itself
-        at first use.
+        """Open now: create the directory, sweep after dead owners. Every other method opens at
+        first use.
 
         Raises
         ------
         ConfigError
-            The directory cannot be ours.
+            The directory must not be used.
         OSError, sqlite3.Error, diskcache.Timeout
             It cannot be created or opened.
         """
-        self._table()
+        self._file.open()
 
     def reopen(self, after: BaseException | None = None) -> None:
-        """Open anew at the next use, if ``after`` is nothing or an error that this can heal
-        (damaged index, deleted directory).
+        """Open again at the next use, if that can heal the error ``after`` (damaged index, deleted
+        directory; None: always).
         """
         self._file.forget(after)
-
-    def _table(self) -> Table:
-        table = self._file.table
-        if table is None:
-            table = self._file.open()
-            try:
-                self.sweep()
-            except CACHE_FAULTS as exc:
-                if not is_damage(exc):
-                    raise
-                self._file.forget(exc)
-                table = self._file.open()
-        return table
-
-    def _healing(self, ask: Callable[[], T]) -> T:
-        """``ask()``, and once more over a rebuilt index if the one that there is turns out to be
-        damaged. Not inside a transaction.
-        """
-        try:
-            return ask()
-        except CACHE_FAULTS as exc:
-            if not is_damage(exc):
-                raise
-            self._file.forget(exc)
-            return ask()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Table]:
-        self._file.forget_if_replaced()
-        self._table()
-        with self._file.transaction() as table:
-            yield table
-
-    def _select(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        self._table()
-        return self._file.select(query, values)

@@ -1,11 +1,9 @@
-"""Files mapped copy-on-write: mapped, found again beneath an array, mapped a second time by another
-process.
+"""Map files copy-on-write, find the file behind an array, and map it again in another process.
 
-A map is private: what a reader writes never reaches the file.  A page that was written is a copy of
-the process's own from then on, and ``/proc/self/pagemap`` tells it apart from the file's (Linux:
-Documentation/admin-guide/mm/pagemap.rst, bit 61).  So a process knows whether an array still is
-what the file holds, however it may have been written: by numpy, by torch, in place, through
-``ctypes``.
+A map is private: writes never reach the file. A written page becomes a copy that belongs to the
+process, and ``/proc/self/pagemap`` distinguishes it from a page of the file (Linux:
+Documentation/admin-guide/mm/pagemap.rst, bit 61). So a process can tell whether an array still
+equals the file, however it was written: by NumPy, by torch, in place, through ``ctypes``.
 """
 
 from __future__ import annotations
@@ -30,15 +28,15 @@ _FILE_PAGE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (61, 62, 63))
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the values of an array lie on disk. Small, and pickled instead of them.
+    """Where the values of an array are on disk. Small; it is pickled instead of the values.
 
     Attributes
     ----------
     path : str
     inode : tuple of int
-        Device and inode number: another file of the same name is another place.
+        Device and inode number, which differ for another file of the same name.
     file_bytes, offset, nbytes : int
-        Length of the file, and the part of it.
+        Length of the file, and the part of it that holds the values.
     """
 
     path: str
@@ -51,8 +49,8 @@ class Place:
 def open_regular(
     path: str | os.PathLike[str], *, dir_fd: int | None = None
 ) -> tuple[int, os.stat_result]:
-    """Open a file to read, ``path`` counting from the directory ``dir_fd`` if it is given. The
-    caller closes the descriptor.
+    """Open a file for reading, relative to the directory ``dir_fd`` if it is given. The caller
+    closes the descriptor.
 
     Raises
     ------
@@ -61,8 +59,8 @@ def open_regular(
     OSError
         The file is gone or cannot be read; a symbolic link is refused.
     """
-    # O_NOFOLLOW: a symbolic link in place of an entry was planted. O_NONBLOCK: a planted FIFO must
-    # not hang us.
+    # O_NOFOLLOW: a symbolic link in place of an entry was planted. O_NONBLOCK: opening a planted
+    # FIFO must not hang.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
@@ -79,9 +77,9 @@ def map_file(
     dtype: str,
     shape: tuple[int, ...],
 ) -> np.ndarray[Any, Any]:
-    """Map a file from its start to its end, and an array over what lies from ``offset`` to the end.
+    """Map a whole file, and return an array over the bytes from ``offset`` to its end.
 
-    The array is writable and private. It needs no open file, and stays good while the file is
+    The array is writable and private. It needs no open file, and stays valid when the file is
     unlinked.
 
     Raises
@@ -96,12 +94,12 @@ def map_file(
 
 
 def map_place(place: Place, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Map what another process found by :func:`place_of`.
+    """Map a place that another process got from :func:`place_of`.
 
     Raises
     ------
     FileNotFoundError
-        It is not there any more; there may be another file of its name.
+        The file is gone, or another file has its name.
     OSError
         It cannot be mapped.
     """
@@ -111,19 +109,19 @@ def map_place(place: Place, dtype: str, shape: tuple[int, ...]) -> np.ndarray[An
         raise FileNotFoundError(str(exc)) from exc
     try:
         if ((found.st_dev, found.st_ino), found.st_size) != (place.inode, place.file_bytes):
-            raise FileNotFoundError(f"{place.path} is another file now.")
+            raise FileNotFoundError(f"{place.path} has been replaced by another file.")
         return np.asarray(_Mapping(fd, place, dtype, shape))
     finally:
         os.close(fd)
 
 
 def place_of(array: np.ndarray[Any, Any]) -> Place | None:
-    """Where a C-contiguous array that was mapped here lies on disk.
+    """Where a C-contiguous array that this module mapped is on disk.
 
-    None if it does not, if something has been written to it since (or to its first or last page),
-    or if this system cannot tell.
+    None if it is not mapped, if it (or another part of its first or last page) was written to, or
+    if this system cannot tell.
     """
-    mapping = _beneath(array)
+    mapping = _mapping_of(array)
     if mapping is None or not array.flags.c_contiguous or not array.nbytes:
         return None
     start = array.__array_interface__["data"][0]
@@ -134,10 +132,10 @@ def place_of(array: np.ndarray[Any, Any]) -> Place | None:
 
 
 def read_in(array: np.ndarray[Any, Any]) -> None:
-    """Have the kernel read all pages of a mapped array, so that a disk that cannot is an error and
-    not SIGBUS at the first touch.
+    """Read all pages of a mapped array from disk, so that a read error of the disk is an exception
+    instead of SIGBUS at the first access.
 
-    On an older kernel (before Linux 5.14) and elsewhere it does nothing.
+    Does nothing before Linux 5.14 and on other systems.
 
     Raises
     ------
@@ -155,11 +153,11 @@ def read_in(array: np.ndarray[Any, Any]) -> None:
 
 
 def is_mapped(array: np.ndarray[Any, Any]) -> bool:
-    """Whether an array is, or is a view of, one that was mapped here."""
-    return _beneath(array) is not None
+    """Whether an array is one that this module mapped, or a view of it."""
+    return _mapping_of(array) is not None
 
 
-def _beneath(array: np.ndarray[Any, Any]) -> _Mapping | None:
+def _mapping_of(array: np.ndarray[Any, Any]) -> _Mapping | None:
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -167,11 +165,11 @@ def _beneath(array: np.ndarray[Any, Any]) -> _Mapping | None:
 
 
 def _is_untouched(address: int, nbytes: int) -> bool:
-    """Whether every page of a private map that is in memory is still the file's."""
+    """Whether every page of a private map that is in memory is still a page of the file."""
     first, last = address // mmap.PAGESIZE, (address + nbytes - 1) // mmap.PAGESIZE
     length = 8 * (last - first + 1)
     try:
-        # Opened each time: after a fork the parent's descriptor would tell of the parent's pages.
+        # Opened each time: after a fork, the parent's descriptor still shows the parent's pages.
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
@@ -198,17 +196,17 @@ _libc.mmap.argtypes = (
 )
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-#: MADV_POPULATE_READ, which Python's mmap does not know.
+#: MADV_POPULATE_READ, which Python's mmap does not define.
 _POPULATE_READ = 22
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Mapping:
-    """A private, writable map of one file, as numpy's array interface; unmapped when the last array
-    over it is gone.
+    """A private, writable map of one file with NumPy's array interface. It is unmapped when the last
+    array over it is gone.
 
-    Python's ``mmap`` keeps a duplicate of the file descriptor as long as the map lives (until
-    3.13's ``trackfd=False``): a user who keeps a list of a few thousand densities, as the original
+    Python's ``mmap`` keeps a duplicate of the file descriptor while the map exists (``trackfd`` of
+    Python 3.13 changes that): a user who keeps a list of a few thousand densities, as the original
     reader does, would run out of descriptors.
     """
 
@@ -220,7 +218,7 @@ class _Mapping:
         )
         if address == _MAP_FAILED:
             code = ctypes.get_errno()
-            raise OSError(code, f"cannot map an entry: {os.strerror(code)}")
+            raise OSError(code, f"cannot map {place.path}: {os.strerror(code)}")
         self.address, self.place = address, place
         self.__array_interface__ = {
             "version": 3,

@@ -1,28 +1,36 @@
-"""Decisions, without I/O: may this entry be written, which entries make room, is this entry still
-the origin's.
+"""Decisions without I/O: may this entry be written, which entries make room, is an entry still what
+the origin lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 from zarrcache._units import Percent
+from zarrcache.config import Eviction
 
 __all__ = [
     "BLOCK_BYTES",
     "Admission",
+    "AdmitUntilFull",
     "EvictionPolicy",
+    "LeastRecentlyStored",
+    "StoredEntries",
     "admit",
     "choose_victims",
     "disk_bytes",
     "is_fresh",
     "min_free_bytes",
+    "policy_of",
 ]
 
 #: What a file occupies is counted in file-system blocks, so that the sum agrees with ``du``.
 BLOCK_BYTES = 4096
+#: Entries to look at for room, step by step: one or two are enough as a rule, and a full cache asks
+#: at every put.
+_PAGES = (100, 10_000, -1)
 
 
 class Admission(Enum):
@@ -34,26 +42,84 @@ class Admission(Enum):
     DISK_FULL = "the file system has less than min_free left"
 
 
-class EvictionPolicy(Protocol):
-    """Chooses which entries make room for a new one once the limit is reached.
+class StoredEntries(Protocol):
+    """What a cache holds, as an eviction policy asks for it. Each call is one query."""
 
-    Called in the process that stores, from any of its threads, and pickled to spawned workers.
+    def __call__(self, most: int = -1, *, kind: str | None = None) -> Sequence[tuple[str, int]]:
+        """``(digest, size_bytes)`` of entries, those that were stored first in front.
+
+        Parameters
+        ----------
+        most : int
+            How many at most; -1: all. Reading 10,000 takes 8 ms.
+        kind : str, optional
+            Only ``"array"`` (densities) or ``"object"`` (byte tier). By default both. Listings are
+            never included: they are small, and without them no run starts offline.
+        """
+
+
+class EvictionPolicy(Protocol):
+    """Chooses which entries make room for a new one once ``cache.limit`` is reached.
+
+    ``cache.eviction`` names a built-in policy. Any object with this method can take its place, in
+    one process and in the DataLoader workers that it starts later::
+
+        class Smallest:
+            def victims(self, digest, needed_bytes, stored):
+                by_size = sorted(stored(), key=lambda entry: entry[1])
+                return choose_victims(by_size, needed_bytes)
+
+        reader.cache.set_eviction_policy(Smallest())
+
+    It is called in the process that stores, from any of its threads, and has to pickle if workers
+    are spawned. Whatever it returns, the limit holds: a new entry is stored only if there is room.
     """
 
-    def victims(
-        self, digest: str, needed_bytes: int, stored: Callable[[], Sequence[tuple[Any, ...]]]
-    ) -> list[str]:
-        """Digests of the entries to drop; an empty list leaves the cache as it is (a bypass).
+    def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> Sequence[str]:
+        """Digests of the entries to drop; none leaves the cache as it is (a bypass).
 
         Parameters
         ----------
         digest : str
             The new entry.
         needed_bytes : int
-            Bytes that have to be freed on disk.
-        stored : callable
-            Returns ``(digest, size_bytes)`` of every entry of the array tier. Costs one query.
+            Bytes to free on disk.
+        stored : StoredEntries
         """
+
+
+class AdmitUntilFull:
+    """``eviction: none``: drop nothing.
+
+    This is the default because each epoch reads each sample once, in a new order. Then no policy
+    that does not know the order hits more than cache size / dataset size, and LRU, which evicts
+    what the rest of the epoch still needs, reaches 15 % where this one reaches 50 %.
+    """
+
+    def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> Sequence[str]:
+        """See :class:`EvictionPolicy`."""
+        return ()
+
+
+class LeastRecentlyStored:
+    """``eviction: least-recently-stored``: drop the oldest entries."""
+
+    def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> Sequence[str]:
+        """See :class:`EvictionPolicy`."""
+        for most in _PAGES:
+            oldest = stored(most)
+            if sum(size_bytes for _, size_bytes in oldest) >= needed_bytes:
+                break
+        return choose_victims(oldest, needed_bytes)
+
+
+def policy_of(eviction: Eviction) -> EvictionPolicy:
+    """The policy that ``cache.eviction`` names.
+
+    ``belady`` needs the order of the samples: until the training installs it
+    (``zarrcache.train.Lookahead``), the cache admits until it is full.
+    """
+    return LeastRecentlyStored() if eviction == "least-recently-stored" else AdmitUntilFull()
 
 
 def disk_bytes(nbytes: int) -> int:
@@ -62,19 +128,14 @@ def disk_bytes(nbytes: int) -> int:
 
 
 def min_free_bytes(min_free: int | Percent, total_bytes: int) -> int:
-    """Bytes of a file system of ``total_bytes`` that are left to others."""
+    """Bytes of a file system of ``total_bytes`` that stay free for others."""
     return int(total_bytes * min_free / 100) if isinstance(min_free, Percent) else min_free
 
 
 def admit(
     size_bytes: int, *, volume_bytes: int, limit_bytes: int, free_bytes: int, min_free_bytes: int
 ) -> Admission:
-    """May ``size_bytes`` more be written?
-
-    Admit-until-full is the default policy because every epoch reads every sample once in a fresh
-    order: then no policy beats cache/dataset, and LRU, which evicts what the rest of the epoch
-    still needs, reaches 15 % where this reaches 50 %.
-    """
+    """May ``size_bytes`` more be written?"""
     if size_bytes > limit_bytes:
         return Admission.TOO_LARGE
     if volume_bytes + size_bytes > limit_bytes:
@@ -84,13 +145,13 @@ def admit(
     return Admission.ADMIT
 
 
-def choose_victims(oldest_first: Iterable[tuple[str, int]], needed_bytes: int) -> list[str]:
-    """Names from ``(name, size_bytes)`` whose sizes add up to ``needed_bytes``, oldest first; all
-    of them if they do not suffice.
+def choose_victims(candidates: Iterable[tuple[str, int]], needed_bytes: int) -> list[str]:
+    """The first names of ``(name, size_bytes)`` whose sizes add up to ``needed_bytes``; all names
+    if that is not enough.
     """
     victims: list[str] = []
     freed = 0
-    for name, size_bytes in oldest_first:
+    for name, size_bytes in candidates:
         if freed >= needed_bytes:
             break
         victims.append(name)
@@ -99,5 +160,5 @@ def choose_victims(oldest_first: Iterable[tuple[str, int]], needed_bytes: int) -
 
 
 def is_fresh(stored_source: str, current_source: str | None) -> bool:
-    """Does an entry still hold what the origin lists? ``None`` means "nobody asked": trusted."""
+    """Does an entry still hold what the origin lists? With ``None`` (not listed) it is trusted."""
     return current_source is None or stored_source == current_source

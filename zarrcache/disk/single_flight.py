@@ -1,5 +1,5 @@
-"""Single flight: of all threads and processes of a node that want one thing, one fetches it and the
-others wait.
+"""Single flight: of all threads and processes of a node that need one object, one fetches it and
+the others wait.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ __all__ = ["SingleFlight"]
 
 logger = logging.getLogger(__name__)
 
-#: Lock files at the most. Names share them by digest: one file a name would leave 200,000 empty
-#: files behind, and a lock file cannot be removed safely while others wait on its inode. 32 holders
-#: at once meet by chance in about one moment of eight; they then wait for each other, which costs
-#: time and is never wrong, because nobody holds two locks.
+#: Number of lock files. Digests share them: one file per digest would leave 200,000 empty files, and
+#: a lock file cannot be removed safely while others wait on its inode. Of 32 concurrent holders, two
+#: share a file in about one of eight moments. They then wait for each other, which costs time but
+#: cannot deadlock, because no process holds two locks.
 STRIPES = 4096
-#: A waiter looks this often (seconds); flock has no timeout of its own.
+#: Seconds between two attempts of a waiter; flock has no timeout.
 _POLL_S = 0.02
 
 
 class SingleFlight:
-    """One fetcher per name in the process and across the processes of a node.
+    """One fetcher per digest, among the threads and processes of a node.
 
-    The kernel gives a lock back when its holder dies, however it dies, so a killed fetcher is
-    followed by the next waiter at once.
+    The kernel releases a lock when its holder dies, so after a killed fetcher the next waiter goes
+    on at once.
 
     Parameters
     ----------
     directory : Path
         Has to exist.
     timeout_s : float
-        Seconds to wait for another fetcher.
+        Seconds to wait for another fetcher before going on without the lock.
     mode : int
         Permissions of the lock files.
     name : str
-        What the locks are for: those of another name are never waited for.
+        What the locks are for. Locks of different names are independent.
     log_once : LogOnce, optional
         Of the cache that the locks belong to. If it has logged any trouble, a failing lock is one
         more consequence of it and is not logged.
@@ -66,22 +66,22 @@ class SingleFlight:
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[bool]:
-        """Hold ``digest`` (hex). Yields False when the lock cannot be had: then the work is done
-        anyway.
+        """Hold the lock of ``digest`` (hex).
 
-        A broken or timed-out lock costs duplicated bandwidth, never data: entries are published
-        atomically. So it is logged once and does not stop a training run.
+        Yields False if it could not be taken; the caller does its work nevertheless. That costs
+        duplicated bandwidth, never data, for entries are published atomically. So it is logged once
+        and does not stop a training run.
         """
         path = self._directory / f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
         lock = FileLock(path, mode=self._mode, poll_interval=_POLL_S)
         try:
-            # FileLock would make the directory, with permissions that are not ours
+            # FileLock would create the directory, with other permissions
             os.stat(self._directory)
             lock.acquire(timeout=self._timeout_s)
         except Timeout:
             self._warn(
                 LockTimeoutError(
-                    f"{path} was not free within {self._timeout_s:.0f} s; going on without it. "
+                    f"{path} was not free within {self._timeout_s:.0f} s; continuing without it. "
                     "Look for a stopped process of the same job."
                 )
             )

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.disk import Index, Row, choose_victims
+from zarrcache.disk import LISTING, Index, Row, choose_victims
 from zarrcache.errors import ConfigError
 from zarrcache.ops.opening import open_if_present
-from zarrcache.ops.selection import is_listing, select
+from zarrcache.ops.selection import select
 
 __all__ = ["EvictPlan", "plan_evict"]
 
@@ -123,7 +123,7 @@ def plan_evict(
     if stale or older_than_s is not None or target_bytes is not None:
         # A stored listing takes few bytes, and without it no training starts offline: it is
         # dropped only together with everything else.
-        rows = [row for row in rows if not is_listing(row)]
+        rows = [row for row in rows if row.kind != LISTING]
     if older_than_s is not None:
         rows = [row for row in rows if time.time() - row.stored_s >= older_than_s]
     if stale and selection is not None:

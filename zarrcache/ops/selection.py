@@ -12,7 +12,16 @@ from zarrcache.arrays import list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ids_of, read_map
-from zarrcache.disk import CACHE_FAULTS, EntryHeader, Index, Row, read_header
+from zarrcache.disk import (
+    ARRAY,
+    CACHE_FAULTS,
+    LISTING,
+    OBJECT,
+    EntryHeader,
+    Index,
+    Row,
+    read_header,
+)
 from zarrcache.errors import CorruptEntryError, OriginNotFoundError, SchemaError
 from zarrcache.ops.opening import cache_of
 from zarrcache.origin import Origin
@@ -21,7 +30,6 @@ from zarrcache.stats import Counters
 __all__ = [
     "Selection",
     "concurrently",
-    "is_listing",
     "origin_and_url",
     "select",
     "stored_header",
@@ -104,7 +112,7 @@ class Selection:
         for (identity, root), origin in self._roots.items():
             if endpoint == identity and url.startswith(root):
                 store = url[len(root) :]
-                if row.tier != "array":  # the URL of an object continues below its store
+                if row.kind == OBJECT:  # the URL of an object continues below its store
                     store = store.partition("/")[0]
                 if stem_of(store) in self._known:
                     return origin, store
@@ -112,7 +120,7 @@ class Selection:
 
     def is_directory(self, row: Row) -> bool:
         """Whether an entry is the stored listing of one of the two directories."""
-        return is_listing(row) and origin_and_url(row) in self._roots
+        return row.kind == LISTING and origin_and_url(row) in self._roots
 
     def stale(
         self, rows: Sequence[Row], progress: Callable[[int], object] | None = None
@@ -128,7 +136,7 @@ class Selection:
         """
         candidates = []
         for row in rows:
-            if row.tier == "array" and not is_listing(row):
+            if row.kind == ARRAY:
                 store = self.store_of(row)
                 if store is not None:
                     candidates.append((row, *store))
@@ -181,12 +189,7 @@ def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
 def origin_and_url(row: Row) -> tuple[str, str]:
     """Endpoint and URL of an entry's store (array tier) or object (byte tier)."""
     fields = f"{row.note}\n\n".split("\n")  # a planted row may have too few fields
-    return (fields[0], fields[1]) if row.tier == "array" else (fields[1], fields[2])
-
-
-def is_listing(row: Row) -> bool:
-    """Whether an entry is a stored listing: in the array tier, with an empty array name."""
-    return row.tier == "array" and row.note.endswith("\n")
+    return (fields[0], fields[1]) if row.kind != OBJECT else (fields[1], fields[2])
 
 
 def stored_header(index: Index, digest: str) -> EntryHeader | None:

@@ -15,11 +15,12 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache.config import Eviction
 from zarrcache.errors import ConfigError
 
 __all__ = ["POLICIES", "Epoch", "Policy", "simulate"]
 
-Policy = Literal["none", "least-recently-stored", "least-recently-used", "belady"]
+Policy = Literal[Eviction, "least-recently-used"]
 Indices = NDArray[np.int64]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 #: Runs one epoch: from its reads, whether each of them is a hit.

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.disk import min_free_bytes
+from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
 from zarrcache.ops.opening import cache_of, open_if_present
 from zarrcache.ops.selection import Selection, select
 
@@ -118,8 +119,8 @@ def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) 
     return Status(
         directory=cache.dir,
         exists=exists,
-        array_tier=Tier(*totals.get("array", (0, 0))),
-        byte_tier=Tier(*totals.get("object", (0, 0))),
+        array_tier=_sum(totals, ARRAY, LISTING),
+        byte_tier=_sum(totals, OBJECT),
         volume_bytes=index.volume_bytes() if exists else 0,
         limit_bytes=cache.limit if has_settings else None,
         min_free_bytes=min_free_bytes(cache.min_free, usage.total) if has_settings else None,
@@ -129,6 +130,11 @@ def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) 
         if isinstance(config, DataConfig) and selection is not None
         else None,
     )
+
+
+def _sum(totals: Mapping[str, tuple[int, int]], *kinds: str) -> Tier:
+    found = [totals.get(kind, (0, 0)) for kind in kinds]
+    return Tier(sum(entries for entries, _ in found), sum(nbytes for _, nbytes in found))
 
 
 def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverage:

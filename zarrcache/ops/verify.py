@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.disk import Index, Row, array_note, crc32c, disk_bytes, map_entry
+from zarrcache.disk import (
+    OBJECT,
+    Index,
+    Row,
+    array_note,
+    crc32c,
+    disk_bytes,
+    map_entry,
+    published_name,
+)
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.ops.opening import cache_of, open_if_present
 from zarrcache.ops.selection import origin_and_url, select
@@ -131,10 +140,10 @@ def verify(
 
 def _check(row: Row, path: Path) -> None:
     """Compare one file with its index row and its own header."""
-    if row.tier == "array":
+    if row.kind != OBJECT:
         entry = map_entry(path)
         key = entry.header.key
-        if array_note(key.origin, key.url, key.array) != row.note or key.digest != row.digest:
+        if array_note(key) != row.note or key.digest != row.digest:
             raise CorruptEntryError(f"it holds {key.url} {key.array}")
         if not entry.is_intact():
             raise CorruptEntryError("its checksum does not match")
@@ -166,6 +175,6 @@ def _remove_strays(index: Index) -> tuple[str, ...]:
 
 
 def _is_partial_of(path: Path, known: set[str], root: Path) -> bool:
-    """Whether a file is being written under an announced name, as ``.NAME.PID-RANDOM.partial``."""
-    name = path.name.removeprefix(".").rpartition(".")[0].rpartition(".")[0]
-    return path.name.startswith(".") and f"{path.with_name(name).relative_to(root)}" in known
+    """Whether a file is being written under an announced name."""
+    name = published_name(path.name)
+    return name is not None and f"{path.with_name(name).relative_to(root)}" in known

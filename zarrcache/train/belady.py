@@ -9,7 +9,7 @@ and LRU 14 %.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import is_digest
+from zarrcache.disk import StoredEntries
 from zarrcache.train.progress import ReadProgress
 
 __all__ = ["NEVER", "BeladyPolicy", "NextUses"]
@@ -99,9 +100,7 @@ class BeladyPolicy:
     def __reduce__(self) -> tuple[type[BeladyPolicy], tuple[ReadProgress, NDArray[np.uint64]]]:
         return type(self), (self._progress, self._names)
 
-    def victims(
-        self, digest: str, needed_bytes: int, stored: Callable[[], Sequence[tuple[Any, ...]]]
-    ) -> list[str]:
+    def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> list[str]:
         """Entries that make room for a new one; none if all of those that would have to go are
         needed before it.
 
@@ -113,8 +112,7 @@ class BeladyPolicy:
         digest : str
             Of the new entry.
         needed_bytes : int
-        stored : callable
-            Digests and sizes of what is stored now.
+        stored : StoredEntries
         """
         known = self._now()
         counts = self._progress.counts(known.epoch)
@@ -125,7 +123,7 @@ class BeladyPolicy:
         if own < 0:
             return []
         if known.until_anew <= 0:
-            self._look(known, stored())
+            self._look(known, stored(kind="array"))
         known.until_anew -= 1
         chosen: list[tuple[int, str, int]] = []
         while sum(size for *_, size in chosen) < needed_bytes:

@@ -20,7 +20,7 @@ from tests.support.cachedirs import (
 )
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.loans import Loans
-from zarrcache.disk._index_check import damage_of
+from zarrcache.disk._database import damage_of
 from zarrcache.stats import Counters
 
 ONE = array_on_disk(10_000)
@@ -177,8 +177,7 @@ def test_room_is_made_of_as_many_small_entries_as_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than a page of the index's rows; and no more than what is missing."""
-    monkeypatch.setattr("zarrcache.disk.index._FEW", 2)
-    monkeypatch.setattr("zarrcache.disk.index._PAGE", 3)
+    monkeypatch.setattr("zarrcache.disk.policy._PAGES", (2, 3, -1))
     training, prefetcher = caches(tmp_path, 10, 6)
     training.index.drop([key_of(9).digest])
     # there is room for half of it

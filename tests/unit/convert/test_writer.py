@@ -25,6 +25,7 @@ from zarrcache.convert.writer import (
     sweep_partials,
     zipped,
 )
+from zarrcache.disk._publish import _tag_of, owner_id
 from zarrcache.errors import ConfigError, SchemaError
 
 TOTAL, DIFF = random_density((9, 8, 7), seed=1), random_density((9, 8, 7), seed=2)
@@ -208,17 +209,14 @@ def test_of_two_writers_one_wins_and_the_other_is_refused(
 
 
 def _dead_owner() -> str:
-    code = "from zarrcache.disk._owner import owner_id; print(owner_id())"
+    code = "from zarrcache.disk._publish import owner_id; print(owner_id())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
 def _hidden(final: Path, kind: str, owner: str) -> Path:
-    machine, pid, start = owner.rsplit(" ", 2)
-    path = final.with_name(
-        f".{final.name}.{kind}-{storewriter._short(machine)}-{pid}-{start}-0123abcd"
-    )
+    path = final.with_name(f".{final.name}.{kind}-{_tag_of(owner)}-0123abcd")
     small_group(path)
     return path
 
@@ -227,8 +225,6 @@ def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(
     tmp_path: Path,
 ) -> None:
     """Also a day-old one of another machine; a fresh one of another machine may be at work."""
-    from zarrcache.disk._owner import owner_id
-
     dead = _hidden(tmp_path / "mp-1.zarr", "partial", _dead_owner())
     alive = _hidden(tmp_path / "mp-2.zarr", "partial", owner_id())
     elsewhere = _hidden(tmp_path / "mp-3.zarr", "partial", "elsewhere 1 1")

@@ -154,7 +154,8 @@ def test_index_that_is_no_file_is_refused_and_what_it_leads_to_left_alone(
     directory.root.mkdir(parents=True)
     plant(directory.index, victim)
     with pytest.raises(
-        ConfigError, match=rf"{directory.index} is not a regular file\. Somebody put it there"
+        ConfigError,
+        match=rf"{directory.index} is not a regular file, so zarrcache did not write it",
     ):
         directory.ensure()
     assert victim.read_bytes() == b""

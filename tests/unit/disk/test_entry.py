@@ -20,7 +20,7 @@ from tests.support.cachedirs import key_of
 from zarrcache.disk._publish import publish
 from zarrcache.disk.entry import (
     EntryHeader,
-    checksum,
+    _checksum,
     encode_header,
     header_of,
     map_entry,
@@ -197,6 +197,6 @@ def test_planted_link_fifo_or_directory_is_refused(tmp_path: Path) -> None:
 def test_checksum_is_of_the_bytes() -> None:
     """CRC-32C, of any dtype and shape."""
     array = np.arange(24, dtype=">i2").reshape(2, 3, 4)
-    assert checksum(array) == google_crc32c.value(array.tobytes())
-    assert checksum(np.empty((0, 3))) == 0
+    assert _checksum(array) == google_crc32c.value(array.tobytes())
+    assert _checksum(np.empty((0, 3))) == 0
     assert len(encode_header(header_of(KEY, array, "s"))) == 4096

@@ -7,16 +7,18 @@ import os
 import pickle
 import sqlite3
 import threading
+import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import zarrcache.disk._database as database
 import zarrcache.disk.index
 from tests.support.cachedirs import settings
-from zarrcache.disk._database import EntryDisk, Stored, _ForkGate
-from zarrcache.disk._index_check import row_mode
+from zarrcache.disk._database import EntryDisk, Stored, no_fork, row_mode
+from zarrcache.disk._publish import _tag_of, hidden_path, owner_id
 from zarrcache.disk.index import Index, Intent, Row
 from zarrcache.disk.policy import Admission
 
@@ -51,14 +53,15 @@ def sql(index: Index, query: str, *values: object) -> list[Any]:
         connection.close()
 
 
+def machine() -> str:
+    return owner_id().partition(" ")[0]
+
+
 def leave_behind(index: Index, filename: str, size_bytes: int = 4096) -> Path:
     """What a killed writer leaves: its intent, and its file or partial file."""
     intent = index.begin(filename, size_bytes)
     assert isinstance(intent, Intent)
-    machine = str(sql(index, "SELECT value FROM Cache WHERE key = ?", intent.key)[0][0]).split(" ")[
-        1
-    ]
-    value = f"{size_bytes} {machine} {DEAD}"
+    value = f"{size_bytes} {machine()} {DEAD}"
     sql(
         index,
         "UPDATE Cache SET value = ?, mode = ? WHERE key = ?",
@@ -228,10 +231,10 @@ def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
     """Final file, partial file, and the room that was reserved for them."""
     index = make(tmp_path)
     path = leave_behind(index, "entries/ab/abcd")
-    partial = path.with_name(".abcd.4-ff.partial")
+    partial = path.with_name(f".abcd.partial-{_tag_of(f'{machine()} {DEAD}')}-0123abcd")
     partial.write_bytes(b"half")
     # the second: a living writer of the same object
-    bystanders = [path.with_name(name) for name in ("abce", ".abcd.5-ff.partial")]
+    bystanders = [path.with_name("abce"), hidden_path(path, "partial")]
     for bystander in bystanders:
         bystander.write_bytes(b"other")
     again = make(tmp_path)
@@ -243,7 +246,7 @@ def test_what_the_living_are_writing_is_left_alone(tmp_path: Path) -> None:
     """The owner is this very process."""
     index = make(tmp_path)
     index.begin("entries/ab/abcd", 4096)
-    path = index.dir.entries / "ab" / ".abcd.1-ff.partial"
+    path = hidden_path(index.dir.entries / "ab" / "abcd", "partial")
     path.parent.mkdir()
     path.write_bytes(b"half")
     assert make(tmp_path).sweep() == 0
@@ -280,7 +283,7 @@ def test_planted_row_of_diskcache_is_not_read(tmp_path: Path, mode: int) -> None
         mode,
         payload,
     )
-    with pytest.raises(sqlite3.DatabaseError, match="the row of None is not as it was written"):
+    with pytest.raises(sqlite3.DatabaseError, match="the row of None does not match its checksum"):
         index.lookup("evil")
     with pytest.raises(AssertionError, match="bomb"):
         pickle.loads(payload)
@@ -351,7 +354,7 @@ def test_failed_commit_leaves_a_working_connection(
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(index._table()), "set", fail)
+        patch.setattr(type(index._file.open()), "set", fail)
         with pytest.raises(sqlite3.OperationalError):
             index.commit(intent, "aa", "array", "note")
     index.commit(intent, "aa", "array", "note")
@@ -367,23 +370,87 @@ def test_opening_twice_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert caplog.records == []
 
 
-def test_a_fork_does_not_wait_for_what_an_interrupted_thread_left() -> None:
-    """Ctrl-C may come between the gate's own lines; the main thread, which forks, is then not
-    inside at all.
-    """
-    gate = _ForkGate()
-    gate.enter()  # and never leaves
-    gate.close()
-    gate.open()
-    gate.enter()
-    gate.leave()
+def fork_and_wait() -> float:
+    """Fork a child that ends at once. Returns the seconds that the fork took."""
+    start_s = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    took_s = time.monotonic() - start_s
+    assert os.waitpid(pid, 0)[1] == 0
+    return took_s
+
+
+def test_a_fork_does_not_wait_for_the_thread_that_forks() -> None:
+    """Ctrl-C may have left its lock taken."""
+    gate = no_fork()
+    gate.__enter__()
+    try:
+        assert fork_and_wait() < 30
+    finally:
+        gate.__exit__(None, None, None)
 
 
 def test_a_fork_does_not_wait_for_a_thread_that_has_ended() -> None:
-    """Whatever it left behind."""
-    gate = _ForkGate()
-    thread = threading.Thread(target=gate.enter)
+    thread = threading.Thread(target=lambda: no_fork().__enter__())
     thread.start()
     thread.join()
-    gate.close()
-    gate.open()
+    assert fork_and_wait() < 30
+
+
+def test_a_fork_waits_for_a_thread_that_is_inside_and_keeps_others_out() -> None:
+    order: list[str] = []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with no_fork():
+            inside.set()
+            leave.wait(60)
+            with no_fork():  # nested: must not wait for the fork that waits for it
+                order.append("left")
+
+    def second() -> None:
+        with no_fork():
+            order.append("entered")
+
+    def fork() -> None:
+        fork_and_wait()
+        order.append("forked")
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    assert inside.wait(60)
+    for target in (fork, second):
+        threads.append(threading.Thread(target=target))
+        threads[-1].start()
+        time.sleep(0.2)  # it waits now
+    assert order == []
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert order[0] == "left"
+    assert sorted(order) == ["entered", "forked", "left"]
+
+
+def test_a_stuck_thread_delays_a_fork_and_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database, "_FORK_WAIT_S", 0.2)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with no_fork():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        assert 0.2 <= fork_and_wait() < 30
+    finally:
+        leave.set()
+        thread.join()
+    assert "the child may hang" in caplog.text
+    with no_fork():  # everything works afterwards
+        pass

@@ -29,7 +29,7 @@ def warm(tmp_path: Path) -> DataConfig:
 
 def stores(rows: tuple[Row, ...], tmp_path: Path) -> set[str]:
     """Stores of array entries, as ``role/task_id``."""
-    urls = [row.note.split("\n") for row in rows if row.tier == "array"]
+    urls = [row.note.split("\n") for row in rows if row.kind == "array"]
     return {
         url.removeprefix(f"{tmp_path}/").removesuffix(".zarr") for _, url, array in urls if array
     }
@@ -41,7 +41,7 @@ def test_a_config_alone_selects_all_entries_of_its_ids(warm: DataConfig, tmp_pat
     assert stores(plan.entries, tmp_path) == {
         f"{role}/mp-{n}" for role in ("data", "label") for n in range(3)
     }
-    assert {row.tier for row in plan.entries} == {"array", "object"}
+    assert {row.kind for row in plan.entries} == {"array", "object"}
     assert plan.disk_bytes == plan.execute() > 6 * ENTRY
     assert plan_evict(warm).entries == ()
     root = tmp_path / "cache" / "zarrcache-v1"
@@ -58,7 +58,7 @@ def test_ids_select_their_stores_in_both_tiers(warm: DataConfig, tmp_path: Path)
     """Listings are not selected."""
     plan = plan_evict(warm, ids=["mp-1", "mp-unheard-of"])
     assert stores(plan.entries, tmp_path) == {"data/mp-1", "label/mp-1"}
-    assert any(row.tier == "object" for row in plan.entries)
+    assert any(row.kind == "object" for row in plan.entries)
     plan.execute()
     assert stores(plan_evict(warm).entries, tmp_path) == {
         f"{role}/mp-{n}" for role in ("data", "label") for n in (0, 2)

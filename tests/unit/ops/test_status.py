@@ -13,7 +13,6 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
 from zarrcache.data.reader import open_reader
 from zarrcache.ops.opening import cache_at
-from zarrcache.ops.selection import is_listing
 from zarrcache.ops.status import read_status
 
 
@@ -125,7 +124,7 @@ def test_an_entry_of_the_store_that_is_no_longer_read_is_not_warm(
     assert (covered.warm, covered.half) == (3, 1)
     index = plan_evict(config, ids=[]).index
     assert index is not None
-    index.drop([row.digest for row in index.rows() if is_listing(row)])
+    index.drop([row.digest for row in index.rows("listing")])
     covered = read_status(config).coverage
     assert covered is not None
     assert (covered.ids, covered.missing, covered.warm, covered.is_listed) == (5, 0, 4, False)
