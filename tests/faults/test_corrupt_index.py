@@ -155,6 +155,6 @@ def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(
     assert (reader.stats.hits, reader.stats.misses, reader.stats.requests) == (4, 0, 0)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(
-        "cache.db was lost and rebuilt from what lies there: 7 entries kept, 2 files removed"
+        "cache.db was lost and rebuilt from the entries: 7 entries kept, 2 files removed"
     )
     node.check_settled()

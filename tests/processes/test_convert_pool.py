@@ -116,7 +116,7 @@ def test_a_file_that_kills_every_process_is_named(source: Path, tmp_path: Path) 
 def test_partial_stores_of_killed_runs_are_removed_first(source: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, pathlib; from zarrcache.convert import writer as s\n"
-        "p = s._beside(pathlib.Path(sys.argv[1]), 'partial'); p.mkdir(parents=True); (p / "
+        "p = s.hidden_path(pathlib.Path(sys.argv[1]), 'partial'); p.mkdir(parents=True); (p / "
         "'big').write_bytes(b'x'); os.kill(os.getpid(), 9)"
     )
     subprocess.run(

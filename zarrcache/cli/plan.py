@@ -9,6 +9,7 @@ import typer
 
 from zarrcache.cli.app import command, show, show_json
 from zarrcache.cli.options import Config, Json, data_config, size
+from zarrcache.config import Eviction
 
 __all__ = ["plan"]
 

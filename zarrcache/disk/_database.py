@@ -60,7 +60,7 @@ Table: TypeAlias = diskcache.Cache
 Select: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 #: What a broken cache raises; ConfigError if the directory was replaced, or its permissions were
-#: taken away, while a job runs. Each becomes a miss or a pass-through, never an error of the reader.
+#: taken away, while a job runs. Each becomes a miss or a pass-through, never an error of a reader.
 CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, ConfigError)
 
 #: Tag of rows that announce a file; their keys begin with one of the marks.
@@ -151,7 +151,7 @@ _SURROUNDINGS = frozenset({3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23})
 
 
 def is_damage(exc: BaseException) -> bool:
-    """Whether an SQLite error says that the file is bad, not that it is busy, full or unreachable."""
+    """Whether an SQLite error says that the file is bad; not that it is busy or out of reach."""
     if isinstance(exc, UnicodeDecodeError):  # of an error's text, which quotes the file's content
         return True
     # None: raised by Python, for a text column that is not text

@@ -120,8 +120,8 @@ class CacheDir:
                 # SQLite would follow a link and write to its target
                 if not stat.S_ISREG(os.lstat(self.index).st_mode):
                     raise ConfigError(
-                        f"{self.index} is not a regular file, so zarrcache did not write it. Remove "
-                        "it, or choose another cache.dir."
+                        f"{self.index} is not a regular file, so zarrcache did not write it. "
+                        "Remove it, or choose another cache.dir."
                     )
         except PermissionError as exc:
             raise ConfigError(self._denied(Path(exc.filename or self.root))) from exc
@@ -260,8 +260,8 @@ class CacheDir:
                 )
                 if not self.shared:
                     return (
-                        f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}). "
-                        "Choose a directory of your own."
+                        f"cache.dir {self.parent}: {place} cannot be written by this user "
+                        f"({mode}). Choose a directory of your own."
                     )
                 return (
                     f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}; "

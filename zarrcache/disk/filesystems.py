@@ -13,12 +13,14 @@ __all__ = ["can_map_to_write", "display_name", "file_system_of", "is_network", "
 
 #: The kernel's names of network file systems, and their common names.
 _NETWORK = {
-    "nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "mmfs": "GPFS", "beegfs": "BeeGFS", "fhgfs": "BeeGFS", "ceph": "CephFS",
-    "cifs": "SMB", "smb3": "SMB", "smbfs": "SMB", "afs": "AFS", "9p": "9p", "virtiofs": "virtiofs", "panfs": "PanFS", "wekafs": "WekaFS",
-    "orangefs": "OrangeFS", "pvfs2": "OrangeFS", "ocfs2": "OCFS2", "gfs2": "GFS2", "ncpfs": "NCP", "coda": "Coda", "vboxsf": "VirtualBox shares",
+    "nfs": "NFS", "nfs4": "NFS", "lustre": "Lustre", "gpfs": "GPFS", "mmfs": "GPFS", "beegfs":
+    "BeeGFS", "fhgfs": "BeeGFS", "ceph": "CephFS", "cifs": "SMB", "smb3": "SMB", "smbfs": "SMB",
+    "afs": "AFS", "9p": "9p", "virtiofs": "virtiofs", "panfs": "PanFS", "wekafs": "WekaFS",
+    "orangefs": "OrangeFS", "pvfs2": "OrangeFS", "ocfs2": "OCFS2", "gfs2": "GFS2", "ncpfs":
+    "NCP", "coda": "Coda", "vboxsf": "VirtualBox shares",
 }  # fmt: skip
-#: FUSE file systems on local disks. Any other is taken for a network file system: there are too many
-#: of these to list.
+#: FUSE file systems on local disks. Any other is taken for a network file system: there are too
+#: many of these to list.
 _LOCAL_FUSE = frozenset(
     {"fuse-overlayfs", "ntfs-3g", "exfat", "mergerfs", "bindfs", "gocryptfs", "cryfs", "encfs"}
 )
@@ -99,13 +101,12 @@ def refuse_network(directory: Path, *, is_allowed: bool) -> None:
     if kind is None or not is_network(kind) or is_allowed:
         return
     near = _scratch()
+    example = f"dir: {near}/zarrcache" if near else "its scratch directory"
     raise ConfigError(
         f"cache.dir {directory} is on {display_name(kind)}, a network file system: locks, SQLite "
         "and memory maps are slow or unsafe there. "
-        "Choose a disk of this "
-        f"node{f', for example dir: {near}/zarrcache' if near else ', for example its scratch directory'}. "
-        "If there is none, set cache.allow_network_fs: true (docs/guides/network-file-systems.md says "
-        "what that costs)."
+        f"Choose a disk of this node, for example {example}. If there is none, set "
+        "cache.allow_network_fs: true (docs/guides/network-file-systems.md says what that costs)."
     )
 
 

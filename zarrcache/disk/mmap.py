@@ -202,8 +202,8 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Mapping:
-    """A private, writable map of one file with NumPy's array interface. It is unmapped when the last
-    array over it is gone.
+    """A private, writable map of one file with NumPy's array interface. It is unmapped when the
+    last array over it is gone.
 
     Python's ``mmap`` keeps a duplicate of the file descriptor while the map exists (``trackfd`` of
     Python 3.13 changes that): a user who keeps a list of a few thousand densities, as the original

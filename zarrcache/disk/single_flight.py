@@ -19,10 +19,10 @@ __all__ = ["SingleFlight"]
 
 logger = logging.getLogger(__name__)
 
-#: Number of lock files. Digests share them: one file per digest would leave 200,000 empty files, and
-#: a lock file cannot be removed safely while others wait on its inode. Of 32 concurrent holders, two
-#: share a file in about one of eight moments. They then wait for each other, which costs time but
-#: cannot deadlock, because no process holds two locks.
+#: Number of lock files. Digests share them: one file per digest would leave 200,000 empty files,
+#: and a lock file cannot be removed safely while others wait on its inode. Of 32 holders at once,
+#: two share a file in about one of eight moments. They then wait for each other, which costs time
+#: but cannot deadlock, because no process holds two locks.
 STRIPES = 4096
 #: Seconds between two attempts of a waiter; flock has no timeout.
 _POLL_S = 0.02

@@ -1,4 +1,4 @@
-"""Where things lie and with which permissions; what is not ours is left alone."""
+"""The layout of a cache directory, its permissions, and what is refused or left alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from zarrcache.errors import ConfigError
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
 def umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever the user's umask is."""
     before = os.umask(request.param)
     yield
     os.umask(before)
@@ -27,10 +26,10 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
     ("shared", "dirs", "files", "entries"),
     [(False, 0o700, 0o600, 0o600), (True, 0o2770, 0o660, 0o640)],
 )
-def test_permissions_are_private_or_the_groups(
+def test_permissions_are_private_or_of_the_group(
     tmp_path: Path, shared: bool, dirs: int, files: int, entries: int
 ) -> None:
-    """Never the world's. The group replaces and drops entries, and does not alter them."""
+    """The group can replace and drop entries, but not alter them."""
     directory = CacheDir(tmp_path / "cache", shared)
     directory.ensure()
     directory.make(directory.entries / "ab")
@@ -44,8 +43,7 @@ def test_permissions_are_private_or_the_groups(
     )
 
 
-def test_only_our_own_subdirectory_is_made(tmp_path: Path) -> None:
-    """What the user keeps beside it is not looked at."""
+def test_only_the_own_subdirectory_is_made(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir(mode=0o755)
     (tmp_path / "cache" / "thesis.tex").write_text("mine")
     CacheDir(tmp_path / "cache").ensure()
@@ -64,8 +62,7 @@ def test_only_our_own_subdirectory_is_made(tmp_path: Path) -> None:
     )
 
 
-def test_many_may_make_it_at_once(tmp_path: Path) -> None:
-    """The workers of a job start together."""
+def test_many_processes_may_make_it_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: CacheDir(tmp_path / "a" / "b").ensure(), range(64)))
 
@@ -74,7 +71,7 @@ def test_many_may_make_it_at_once(tmp_path: Path) -> None:
     "name", ["zarrcache-v1", "zarrcache-v1/entries", "zarrcache-v1/bytes", "zarrcache-v1/locks"]
 )
 def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path, name: str) -> None:
-    """A link would have us write, and later delete, somewhere else."""
+    """Behind a link, files of others would be written and deleted."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for plant, words in (
@@ -94,8 +91,8 @@ def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path,
 @pytest.mark.skipif(
     os.getuid() != 0, reason="only root can make a directory that belongs to somebody else"
 )
-def test_directory_of_somebody_else_is_refused_unless_shared(tmp_path: Path) -> None:
-    """In /tmp anybody can make it first, and plant entries."""
+def test_a_directory_of_another_user_is_refused_unless_shared(tmp_path: Path) -> None:
+    """In /tmp any user can make it first, and plant entries."""
     root = CacheDir(tmp_path).root
     root.mkdir()
     os.chown(root, 4242, 4242)
@@ -107,7 +104,7 @@ def test_directory_of_somebody_else_is_refused_unless_shared(tmp_path: Path) -> 
 def test_directory_appears_with_the_right_mode_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another user may be about to write there; and the maker may be killed at any instant."""
+    """Another user may be about to write there, and its maker may be killed at any instant."""
     directory = CacheDir(tmp_path / "cache", shared=True)
     directory.ensure()
 
@@ -124,10 +121,9 @@ def test_directory_appears_with_the_right_mode_or_not_at_all(
     assert list(directory.files()) == []
 
 
-def test_directory_with_files_is_not_replaced_by_one_that_comes_late(
+def test_a_directory_with_files_is_not_replaced_by_one_that_is_made_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two made it at once; the first has written to it already."""
     directory = CacheDir(tmp_path / "cache", shared=True)
     directory.ensure()
     target = directory.entries / "ab"
@@ -144,10 +140,10 @@ def test_directory_with_files_is_not_replaced_by_one_that_comes_late(
     [lambda p, v: p.symlink_to(v), lambda p, v: p.mkdir(), lambda p, v: os.mkfifo(p)],
     ids=["link", "directory", "fifo"],
 )
-def test_index_that_is_no_file_is_refused_and_what_it_leads_to_left_alone(
+def test_an_index_that_is_not_a_file_is_refused_and_its_target_left_alone(
     tmp_path: Path, plant: Callable[[Path, Path], None]
 ) -> None:
-    """SQLite would follow the link and write there."""
+    """SQLite would follow a link and write to its target."""
     victim = tmp_path / "thesis.tex"
     victim.write_text("")
     directory = CacheDir(tmp_path / "cache")
@@ -184,5 +180,5 @@ def test_index_that_is_no_file_is_refused_and_what_it_leads_to_left_alone(
     ],
 )
 def test_name_of_an_entry_stays_below_its_tier(name: object, ours: bool) -> None:
-    """What the index names may be deleted, and anybody who can write to it may have named it."""
+    """Files that the index names are deleted, and a planted index can name any file."""
     assert is_entry_name(name) is ours

@@ -1,4 +1,4 @@
-"""The format of an entry: what is written is read back, and nothing else is taken for an entry."""
+"""The format of an entry: any array comes back unchanged, and no other file passes for an entry."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write(path: Path, array: NDArray[Any]) -> EntryHeader:
 def test_any_array_comes_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, array: NDArray[Any]
 ) -> None:
-    """Shape, dtype and bytes; NaNs too."""
+    """NaNs too."""
     path = tmp_path_factory.getbasetemp() / "entry"
     header = write(path, array)
     assert read_header(path) == header
@@ -65,7 +65,7 @@ def test_any_array_comes_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("written", [1, 4095, 4096, 4097, 4096 + 4 * 5000])
-def test_a_write_that_stops_early_is_gone_on_with(
+def test_a_write_that_stops_early_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     """The kernel takes 2 GiB at a time, and less when the disk is nearly full: inside the header,
@@ -82,7 +82,6 @@ def test_a_write_that_stops_early_is_gone_on_with(
 
 
 def test_mapped_array_is_writable_and_private(tmp_path: Path) -> None:
-    """What a reader writes never reaches the file, nor another reader."""
     array = np.arange(5000, dtype="f4")
     write(tmp_path / "entry", array)
     mine, other = map_entry(tmp_path / "entry"), map_entry(tmp_path / "entry")
@@ -94,7 +93,6 @@ def test_mapped_array_is_writable_and_private(tmp_path: Path) -> None:
 
 
 def test_array_outlives_its_entry_and_its_file(tmp_path: Path) -> None:
-    """An entry is evicted while somebody trains with it."""
     array = np.arange(5000, dtype="f4")
     write(tmp_path / "entry", array)
     view = map_entry(tmp_path / "entry").array[10:20]
@@ -105,7 +103,7 @@ def test_array_outlives_its_entry_and_its_file(tmp_path: Path) -> None:
 
 
 def test_many_mapped_entries_hold_no_descriptor(tmp_path: Path) -> None:
-    """A list of thousands of densities, as the users' first reader keeps."""
+    """The users' original reader keeps a list of thousands of densities."""
     write(tmp_path / "entry", np.zeros(10, "f4"))
     before = len(os.listdir("/dev/fd"))
     kept = [map_entry(tmp_path / "entry").array for _ in range(2000)]
@@ -149,8 +147,8 @@ CASES = sorted(damaged(bytes(8000)))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_no_whole_entry_is_refused(tmp_path: Path, case: str) -> None:
-    """Both by reading its header and by mapping it; the message names the file."""
+def test_a_file_that_is_not_a_whole_entry_is_refused(tmp_path: Path, case: str) -> None:
+    """When its header is read and when it is mapped; the message names the file."""
     path = tmp_path / "entry"
     write(path, np.arange(10, dtype="f4"))
     path.write_bytes(damaged(path.read_bytes())[case])
@@ -159,7 +157,7 @@ def test_what_is_no_whole_entry_is_refused(tmp_path: Path, case: str) -> None:
             read(path)
 
 
-def test_flipped_bit_of_the_payload_is_found_by_its_checksum(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_the_payload_is_found_by_its_checksum(tmp_path: Path) -> None:
     """Mapping does not read the payload; ``is_intact`` does."""
     path = tmp_path / "entry"
     write(path, np.arange(1000, dtype="f4"))
@@ -169,7 +167,7 @@ def test_flipped_bit_of_the_payload_is_found_by_its_checksum(tmp_path: Path) -> 
     assert not map_entry(path).is_intact()
 
 
-def test_long_url_takes_a_second_page(tmp_path: Path) -> None:
+def test_a_long_url_takes_a_second_page(tmp_path: Path) -> None:
     """The payload stays page-aligned."""
     key = type(KEY)("file", "/" + "x" * 6000, "a")
     array = np.arange(10, dtype="f4")
@@ -194,8 +192,7 @@ def test_planted_link_fifo_or_directory_is_refused(tmp_path: Path) -> None:
         map_entry(tmp_path / "nothing")
 
 
-def test_checksum_is_of_the_bytes() -> None:
-    """CRC-32C, of any dtype and shape."""
+def test_the_checksum_is_of_the_bytes() -> None:
     array = np.arange(24, dtype=">i2").reshape(2, 3, 4)
     assert _checksum(array) == google_crc32c.value(array.tobytes())
     assert _checksum(np.empty((0, 3))) == 0

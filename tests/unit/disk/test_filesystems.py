@@ -19,21 +19,21 @@ TABLE = r"""
 22 21 0:21 / /proc rw,nosuid shared:5 - proc proc rw
 25 21 0:24 / /dev/shm rw,nosuid,nodev shared:3 - tmpfs tmpfs rw
 60 21 0:46 / /home rw,relatime shared:30 - autofs systemd-1 rw,fd=54,pgrp=1
-62 60 0:52 / /home/me rw,relatime shared:31 - nfs4 fs1.example.org:/home/me rw,vers=4.2,rsize=1048576,hard,proto=tcp,clientaddr=10.1.0.7
+62 60 0:52 / /home/me rw,relatime shared:31 - nfs4 fs1.example.org:/home/me rw,vers=4.2,hard
 63 62 8:4 / /home/me/my\040disk rw,relatime - xfs /dev/sdb1 rw
-70 21 0:60 / /lustre/project rw,flock - lustre 10.2.0.1@o2ib:10.2.0.2@o2ib:/project rw,checksum,flock
+70 21 0:60 / /lustre/project rw,flock - lustre 10.2.0.1@o2ib:10.2.0.2@o2ib:/project rw,flock
 71 21 0:61 / /gpfs rw,relatime shared:40 - gpfs gpfs1 rw
-72 21 0:62 / /mnt/beegfs rw,relatime shared:41 - beegfs beegfs_nodev rw,cfgFile=/etc/beegfs/beegfs-client.conf
-73 21 0:63 /volumes/a /ceph rw,relatime - ceph 10.3.0.1:6789:/volumes/a rw,name=a,secret=<hidden>,acl
+72 21 0:62 / /mnt/beegfs rw,relatime shared:41 - beegfs beegfs_nodev rw,cfgFile=/etc/beegfs.conf
+73 21 0:63 /volumes/a /ceph rw,relatime - ceph 10.3.0.1:6789:/volumes/a rw,name=a,acl
 74 21 0:64 / /mnt/win rw,relatime - cifs //server/share rw,vers=3.1.1,username=me
 75 21 0:65 / /mnt/ssh rw,nosuid,nodev - fuse.sshfs me@host: rw,user_id=1000,group_id=1000
-76 21 0:66 / /mnt/jfs rw - fuse.juicefs JuiceFS:vol rw,user_id=0,group_id=0,default_permissions,allow_other
+76 21 0:66 / /mnt/jfs rw - fuse.juicefs JuiceFS:vol rw,user_id=0,allow_other
 77 21 0:67 / /ctr rw - fuse.fuse-overlayfs fuse-overlayfs rw,user_id=0,group_id=0
 78 21 8:6 / /mnt/ntfs rw - fuseblk /dev/sdc1 rw,user_id=0,group_id=0
 79 21 8:7 / /scratch rw - xfs /dev/nvme0n1 rw
 80 79 0:70 / /scratch rw - nfs fs2:/scratch rw,vers=3
 
-a line that is none
+not a line of the table
 """
 
 
@@ -68,7 +68,7 @@ def table(tmp_path: Path) -> Path:
         ("/scratch/me", "nfs", True),
     ],
 )
-def test_the_innermost_mount_tells_the_type(
+def test_the_innermost_mount_decides_the_type(
     table: Path, path: str, kind: str, network: bool
 ) -> None:
     """Of a path that need not exist; a mount over another, a space in a name, a path that only
@@ -78,7 +78,7 @@ def test_the_innermost_mount_tells_the_type(
     assert is_network(kind) is network
 
 
-def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
+def test_a_link_is_followed(tmp_path: Path) -> None:
     """``/scratch`` is a link on many clusters."""
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
@@ -90,10 +90,10 @@ def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
     assert file_system_of(tmp_path / "near" / "cache", table) == "lustre"
 
 
-def test_without_a_table_nothing_is_known_and_nothing_refused(
+def test_without_a_mount_table_no_directory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MacOS."""
+    """As on macOS."""
     monkeypatch.setattr(mounts, "_MOUNTINFO", tmp_path / "none")
     assert file_system_of("/") is None
     assert not is_network(None)
@@ -103,8 +103,7 @@ def test_without_a_table_nothing_is_known_and_nothing_refused(
 @pytest.mark.skipif(
     not Path("/proc/self/mountinfo").exists(), reason="the kernel has no such table here"
 )
-def test_this_machine_has_a_table(tmp_path: Path) -> None:
-    """Read as it is."""
+def test_the_mount_table_of_this_machine_is_read(tmp_path: Path) -> None:
     assert file_system_of("/proc/self") == "proc"
     assert file_system_of(tmp_path)
 
@@ -113,8 +112,7 @@ def test_this_machine_has_a_table(tmp_path: Path) -> None:
     ("kind", "words"),
     [("nfs4", "NFS (nfs4)"), ("gpfs", "GPFS (gpfs)"), ("fuse.sshfs", "fuse.sshfs"), ("9p", "9p")],
 )
-def test_types_are_called_as_people_call_them(kind: str, words: str) -> None:
-    """With the kernel's name beside."""
+def test_types_have_their_common_name_beside_the_kernels(kind: str, words: str) -> None:
     assert display_name(kind) == words
 
 

@@ -1,23 +1,19 @@
-"""The list of what lies on disk: room, entries, intents, and how it heals."""
+"""The index: entries, reserved room, intents of dead owners."""
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import sqlite3
-import threading
-import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import zarrcache.disk._database as database
 import zarrcache.disk.index
 from tests.support.cachedirs import settings
-from zarrcache.disk._database import EntryDisk, Stored, no_fork, row_mode
+from zarrcache.disk._database import Stored, row_mode
 from zarrcache.disk._publish import _tag_of, hidden_path, owner_id
 from zarrcache.disk.index import Index, Intent, Row
 from zarrcache.disk.policy import Admission
@@ -44,7 +40,7 @@ def store(index: Index, digest: str, size_bytes: int = 4096, tier: str = "array"
 
 
 def sql(index: Index, query: str, *values: object) -> list[Any]:
-    """Look at, or plant into, the table itself."""
+    """Read or alter the table itself."""
     connection = sqlite3.connect(index.dir.index)
     try:
         with connection:
@@ -58,7 +54,7 @@ def machine() -> str:
 
 
 def leave_behind(index: Index, filename: str, size_bytes: int = 4096) -> Path:
-    """What a killed writer leaves: its intent, and its file or partial file."""
+    """Leave the intent and the file of a killed writer."""
     intent = index.begin(filename, size_bytes)
     assert isinstance(intent, Intent)
     value = f"{size_bytes} {machine()} {DEAD}"
@@ -75,8 +71,7 @@ def leave_behind(index: Index, filename: str, size_bytes: int = 4096) -> Path:
     return path
 
 
-def test_entry_is_found_by_its_digest(tmp_path: Path) -> None:
-    """File, size and note come back; anything else is None."""
+def test_an_entry_is_found_by_its_digest(tmp_path: Path) -> None:
     index = make(tmp_path)
     store(index, "ab12", 8192)
     assert index.lookup("ab12") == Stored("entries/ab/ab12", 8192, "note of ab12")
@@ -84,8 +79,8 @@ def test_entry_is_found_by_its_digest(tmp_path: Path) -> None:
     assert index.volume_bytes() == 8192
 
 
-def test_entries_are_listed_oldest_first_by_tier(tmp_path: Path) -> None:
-    """A replaced entry is a new one; what is only announced is none."""
+def test_entries_are_listed_oldest_first_by_kind(tmp_path: Path) -> None:
+    """A replaced entry counts as new; an intent is not an entry."""
     index = make(tmp_path)
     for digest, tier in (("aa", "array"), ("bb", "object"), ("cc", "array"), ("aa", "array")):
         store(index, digest, tier=tier)
@@ -131,7 +126,7 @@ def test_sizes_are_chosen_by_how_notes_begin_and_end(tmp_path: Path, is_deleted:
 
 
 def test_rows_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every one of them once, in order; 400,000 are never in memory at once."""
+    """400,000 must not be in memory at once."""
     monkeypatch.setattr(zarrcache.disk.index, "_PAGE", 3)
     index = make(tmp_path)
     for number in range(10):
@@ -141,7 +136,7 @@ def test_rows_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_many_small_entries_make_room_for_a_large_one(tmp_path: Path) -> None:
-    """More than are looked at first."""
+    """More than the policy looks at first."""
     index = make(tmp_path, limit=150 * 4096, eviction="least-recently-stored")
     for number in range(150):
         store(index, f"{number:02x}")
@@ -149,7 +144,7 @@ def test_many_small_entries_make_room_for_a_large_one(tmp_path: Path) -> None:
     assert len(list(index.rows())) == 20
 
 
-def test_announced_room_counts_until_it_is_given_back(tmp_path: Path) -> None:
+def test_reserved_room_counts_until_it_is_given_back(tmp_path: Path) -> None:
     """Two writers at once cannot both take the last room."""
     index = make(tmp_path, limit=10000)
     first = index.begin("entries/aa/aa", 8192)
@@ -162,13 +157,11 @@ def test_announced_room_counts_until_it_is_given_back(tmp_path: Path) -> None:
     assert isinstance(index.begin("entries/bb/bb", 4096), Intent)
 
 
-def test_min_free_is_left_to_others(tmp_path: Path) -> None:
-    """Also where the limit would allow more."""
+def test_min_free_stays_free_below_the_limit(tmp_path: Path) -> None:
     assert make(tmp_path, min_free=2**60).begin("entries/aa/aa", 4096) is Admission.DISK_FULL
 
 
 def test_least_recently_stored_makes_room_and_none_does_not(tmp_path: Path) -> None:
-    """The oldest go, as many as are needed."""
     full = make(tmp_path / "none", limit=3 * 4096)
     moving = make(tmp_path / "lrs", limit=3 * 4096, eviction="least-recently-stored")
     for index in (full, moving):
@@ -181,7 +174,7 @@ def test_least_recently_stored_makes_room_and_none_does_not(tmp_path: Path) -> N
 
 
 def test_replaced_file_is_unlinked_after_the_new_one_is_there(tmp_path: Path) -> None:
-    """Two files of one key, as the array tier makes them."""
+    """Each entry of the array tier has a file name of its own."""
     index = make(tmp_path)
     old = store(index, "aa")
     intent = index.begin("entries/aa/aa-new", 4096)
@@ -193,8 +186,8 @@ def test_replaced_file_is_unlinked_after_the_new_one_is_there(tmp_path: Path) ->
     assert index.volume_bytes() == 4096
 
 
-def test_republished_file_of_one_name_stays(tmp_path: Path) -> None:
-    """The byte tier has one name for an object: the rename has replaced the old file already."""
+def test_a_file_that_is_published_again_under_its_name_stays(tmp_path: Path) -> None:
+    """An object has one file name: the rename has replaced the old file already."""
     index = make(tmp_path)
     store(index, "aa")
     path = store(index, "aa", 8192)
@@ -203,8 +196,8 @@ def test_republished_file_of_one_name_stays(tmp_path: Path) -> None:
     assert index.totals() == {"array": (1, 8192)}
 
 
-def test_drop_frees_what_it_says(tmp_path: Path) -> None:
-    """Rows and files; what is not there is no error."""
+def test_drop_returns_the_bytes_that_it_frees(tmp_path: Path) -> None:
+    """A file or row that is missing already is not an error."""
     index = make(tmp_path)
     paths = [store(index, digest) for digest in ("aa", "bb", "cc")]
     paths[1].unlink()
@@ -216,7 +209,6 @@ def test_drop_frees_what_it_says(tmp_path: Path) -> None:
 
 
 def test_drop_of_many_takes_several_transactions(tmp_path: Path) -> None:
-    """More than one batch."""
     index = make(tmp_path)
     digests = [f"{n:04x}" for n in range(0, 6600, 11)]
     for digest in digests:
@@ -227,8 +219,7 @@ def test_drop_of_many_takes_several_transactions(tmp_path: Path) -> None:
     assert [p for p in index.dir.entries.rglob("*") if p.is_file()] == []
 
 
-def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
-    """Final file, partial file, and the room that was reserved for them."""
+def test_files_and_room_of_dead_owners_are_swept_at_opening(tmp_path: Path) -> None:
     index = make(tmp_path)
     path = leave_behind(index, "entries/ab/abcd")
     partial = path.with_name(f".abcd.partial-{_tag_of(f'{machine()} {DEAD}')}-0123abcd")
@@ -242,8 +233,7 @@ def test_what_the_dead_left_is_swept_at_opening(tmp_path: Path) -> None:
     assert again.volume_bytes() == 0
 
 
-def test_what_the_living_are_writing_is_left_alone(tmp_path: Path) -> None:
-    """The owner is this very process."""
+def test_files_of_living_owners_are_left_alone(tmp_path: Path) -> None:
     index = make(tmp_path)
     index.begin("entries/ab/abcd", 4096)
     path = hidden_path(index.dir.entries / "ab" / "abcd", "partial")
@@ -254,15 +244,15 @@ def test_what_the_living_are_writing_is_left_alone(tmp_path: Path) -> None:
     assert index.volume_bytes() == 4096
 
 
-def test_full_cache_takes_back_the_room_of_the_dead(tmp_path: Path) -> None:
-    """Without a restart: a worker was killed, its siblings go on."""
+def test_a_full_cache_takes_back_the_room_of_dead_owners(tmp_path: Path) -> None:
+    """Without a restart: a worker was killed, the others go on."""
     index = make(tmp_path, limit=4096)
     leave_behind(index, "entries/ab/abcd")
     assert isinstance(index.begin("entries/aa/aa", 4096), Intent)
 
 
 def test_sweep_spares_a_file_that_was_published_again(tmp_path: Path) -> None:
-    """The byte tier: the killed writer's name is another one's good entry by now."""
+    """An object that a killed writer announced is a good entry of another process by now."""
     index = make(tmp_path)
     leave_behind(index, "entries/ab/abcd")
     path = store(index, "abcd")
@@ -272,8 +262,8 @@ def test_sweep_spares_a_file_that_was_published_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2, 3, 4])
-def test_planted_row_of_diskcache_is_not_read(tmp_path: Path, mode: int) -> None:
-    """Mode 4 is a pickle: reading it would run code."""
+def test_a_planted_row_of_diskcache_is_not_read(tmp_path: Path, mode: int) -> None:
+    """Mode 4 is a pickle; reading it would run code."""
     index = make(tmp_path)
     payload = pickle.dumps(_Bomb())
     sql(
@@ -298,26 +288,13 @@ def _explode() -> None:
     raise AssertionError("bomb")
 
 
-def test_disk_of_diskcache_touches_no_file(tmp_path: Path) -> None:
-    """Its store, fetch and remove deal in names only."""
-    disk = EntryDisk(str(tmp_path))
-    stored = Stored("entries/aa/aa", 4096, "a note")
-    size, mode, filename, value = disk.store(stored, read=False)
-    assert disk.fetch(mode, filename, value, read=False) == stored
-    (tmp_path / "aa").write_bytes(b"x")
-    disk.remove("aa")
-    assert os.listdir(tmp_path) == ["aa"]
-    assert size == 4096
-
-
 def test_index_pickles_as_its_settings(tmp_path: Path) -> None:
-    """A spawned worker opens its own."""
     index = make(tmp_path)
     store(index, "aa")
     assert pickle.loads(pickle.dumps(index)).lookup("aa") == index.lookup("aa")
 
 
-def test_forked_child_shares_the_index_and_not_the_connection(tmp_path: Path) -> None:
+def test_a_forked_child_shares_the_index_and_not_the_connection(tmp_path: Path) -> None:
     """Both write afterwards; the file stays sound."""
     index = make(tmp_path)
     store(index, "aa")
@@ -331,8 +308,8 @@ def test_forked_child_shares_the_index_and_not_the_connection(tmp_path: Path) ->
     assert index.volume_bytes() == 3 * 4096
 
 
-def test_replaced_index_is_noticed_at_the_next_write(tmp_path: Path) -> None:
-    """What is written to a file that lost its name would be lost."""
+def test_a_replaced_index_is_noticed_at_the_next_write(tmp_path: Path) -> None:
+    """What is written to a file without a name is lost."""
     index = make(tmp_path)
     store(index, "aa")
     for path in index.dir.root.glob("cache.db*"):
@@ -342,7 +319,7 @@ def test_replaced_index_is_noticed_at_the_next_write(tmp_path: Path) -> None:
     assert other.lookup("bb") is not None
 
 
-def test_failed_commit_leaves_a_working_connection(
+def test_a_failed_commit_leaves_a_working_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a full disk the open transaction would make every later write fail."""
@@ -361,96 +338,10 @@ def test_failed_commit_leaves_a_working_connection(
     assert index.lookup("aa") is not None
 
 
-def test_opening_twice_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A sound index is not rebuilt, and neither is an empty one."""
+def test_opening_again_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a healthy nor an empty index is rebuilt."""
     with caplog.at_level(logging.INFO):
         make(tmp_path)
         store(make(tmp_path), "aa")
         assert make(tmp_path).lookup("aa") is not None
     assert caplog.records == []
-
-
-def fork_and_wait() -> float:
-    """Fork a child that ends at once. Returns the seconds that the fork took."""
-    start_s = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    took_s = time.monotonic() - start_s
-    assert os.waitpid(pid, 0)[1] == 0
-    return took_s
-
-
-def test_a_fork_does_not_wait_for_the_thread_that_forks() -> None:
-    """Ctrl-C may have left its lock taken."""
-    gate = no_fork()
-    gate.__enter__()
-    try:
-        assert fork_and_wait() < 30
-    finally:
-        gate.__exit__(None, None, None)
-
-
-def test_a_fork_does_not_wait_for_a_thread_that_has_ended() -> None:
-    thread = threading.Thread(target=lambda: no_fork().__enter__())
-    thread.start()
-    thread.join()
-    assert fork_and_wait() < 30
-
-
-def test_a_fork_waits_for_a_thread_that_is_inside_and_keeps_others_out() -> None:
-    order: list[str] = []
-    inside, leave = threading.Event(), threading.Event()
-
-    def first() -> None:
-        with no_fork():
-            inside.set()
-            leave.wait(60)
-            with no_fork():  # nested: must not wait for the fork that waits for it
-                order.append("left")
-
-    def second() -> None:
-        with no_fork():
-            order.append("entered")
-
-    def fork() -> None:
-        fork_and_wait()
-        order.append("forked")
-
-    threads = [threading.Thread(target=first)]
-    threads[0].start()
-    assert inside.wait(60)
-    for target in (fork, second):
-        threads.append(threading.Thread(target=target))
-        threads[-1].start()
-        time.sleep(0.2)  # it waits now
-    assert order == []
-    leave.set()
-    for thread in threads:
-        thread.join(60)
-    assert order[0] == "left"
-    assert sorted(order) == ["entered", "forked", "left"]
-
-
-def test_a_stuck_thread_delays_a_fork_and_is_reported(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(database, "_FORK_WAIT_S", 0.2)
-    inside, leave = threading.Event(), threading.Event()
-
-    def stay() -> None:
-        with no_fork():
-            inside.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=stay)
-    thread.start()
-    try:
-        assert inside.wait(60)
-        assert 0.2 <= fork_and_wait() < 30
-    finally:
-        leave.set()
-        thread.join()
-    assert "the child may hang" in caplog.text
-    with no_fork():  # everything works afterwards
-        pass

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A page of something, then values."""
+    """One page of other bytes, then the values."""
     path = tmp_path / "entry"
     path.write_bytes(b"h" * OFFSET + VALUES.tobytes())
     return path
@@ -46,7 +46,6 @@ def mapped(path: Path) -> NDArray[np.float32]:
 
 
 def place(path: Path, array: NDArray[np.float32]) -> Place:
-    """Where it lies; it has to be told."""
     found = place_of(array)
     assert found is not None
     assert found.path == str(path)
@@ -54,14 +53,13 @@ def place(path: Path, array: NDArray[np.float32]) -> Place:
 
 
 def test_another_map_of_the_place_has_the_same_values(file: Path) -> None:
-    """The place pickles, and is small however large the array is."""
+    """The place pickles, in few bytes."""
     found = pickle.loads(pickle.dumps(place(file, mapped(file))))
     assert np.array_equal(map_place(found, "<f4", (30, 100)), VALUES.reshape(30, 100))
     assert len(pickle.dumps(found)) < 500
 
 
 def test_a_contiguous_view_has_a_place_of_its_own(file: Path) -> None:
-    """Reshaped and cut, as a crop along the first axis is."""
     view = mapped(file).reshape(30, 100)[5:7][None]
     found = place(file, view)
     assert (found.offset, found.nbytes) == (OFFSET + 4 * 500, 4 * 200)
@@ -72,7 +70,6 @@ def test_a_contiguous_view_has_a_place_of_its_own(file: Path) -> None:
     "array", [VALUES, VALUES.copy(), np.empty(0, "<f4")], ids=["global", "copy", "empty"]
 )
 def test_an_array_in_memory_has_no_place(array: NDArray[Any]) -> None:
-    """It was never on disk."""
     assert place_of(array) is None
     assert not is_mapped(array)
 
@@ -81,7 +78,7 @@ def test_an_array_in_memory_has_no_place(array: NDArray[Any]) -> None:
     "view", [lambda a: a[::2], lambda a: a[::-1], lambda a: a.reshape(30, 100).T, lambda a: a[:0]]
 )
 def test_a_view_with_gaps_has_no_place(file: Path, view: Callable[[Any], Any]) -> None:
-    """Only a run of bytes is told."""
+    """A place is one run of bytes."""
     array = view(mapped(file))
     assert is_mapped(array)
     assert place_of(array) is None
@@ -104,8 +101,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_what_was_written_has_no_place(file: Path, write: Callable[[Any], Any]) -> None:
-    """Whoever wrote it: the kernel knows. The file is as it was."""
+def test_an_array_that_was_written_to_has_no_place(file: Path, write: Callable[[Any], Any]) -> None:
+    """By whatever means it was written; the file is unchanged."""
     array = mapped(file)
     array.sum()
     assert place_of(array) is not None
@@ -114,8 +111,8 @@ def test_what_was_written_has_no_place(file: Path, write: Callable[[Any], Any]) 
     assert file.read_bytes()[OFFSET:] == VALUES.tobytes()
 
 
-def test_a_child_that_was_forked_tells_of_its_own_pages(file: Path) -> None:
-    """The parent writes after the fork, and the child does not."""
+def test_a_forked_child_looks_at_its_own_pages(file: Path) -> None:
+    """The parent writes after the fork, the child does not."""
     array = mapped(file)
     array.sum()
     to_child, to_parent = os.pipe(), os.pipe()
@@ -135,8 +132,7 @@ def test_a_child_that_was_forked_tells_of_its_own_pages(file: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["gone", "replaced", "longer", "link", "directory"])
-def test_a_file_that_is_not_there_any_more_is_not_found(file: Path, change: str) -> None:
-    """Neither is another one of its name."""
+def test_a_file_that_was_removed_or_replaced_is_not_found(file: Path, change: str) -> None:
     found = place(file, mapped(file))
     kept = file.rename(file.with_name("kept"))
     if change == "replaced":
@@ -153,8 +149,7 @@ def test_a_file_that_is_not_there_any_more_is_not_found(file: Path, change: str)
         map_place(found, "<f4", VALUES.shape)
 
 
-def test_a_map_outlives_its_file_and_leaves_no_descriptor(file: Path) -> None:
-    """Evicted while it is read."""
+def test_a_map_outlives_its_file_and_holds_no_descriptor(file: Path) -> None:
     before = os.listdir("/proc/self/fd")
     array = mapped(file)
     assert os.listdir("/proc/self/fd") == before
@@ -162,7 +157,7 @@ def test_a_map_outlives_its_file_and_leaves_no_descriptor(file: Path) -> None:
     assert np.array_equal(array, VALUES)
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     """A planted FIFO must not hang the reader."""
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(CorruptEntryError, match="not a regular file"):

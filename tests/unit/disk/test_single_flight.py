@@ -1,4 +1,4 @@
-"""Single flight: one holder per name, and a broken lock never stops anybody."""
+"""Single flight: one holder per digest, and a broken lock stops no reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ DIGEST = "0123456789abcdef" * 2
 
 
 def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
-    """Two handles on one directory, as two readers have."""
     inside, most = 0, 0
     counting = threading.Lock()
 
@@ -41,10 +40,10 @@ def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     assert most == 1
 
 
-def test_lock_that_is_not_free_in_time_is_gone_without_and_told_once(
+def test_without_a_lock_in_time_the_work_is_done_and_that_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The message names the file and the seconds; the work is done anyway."""
+    """The message names the file and the seconds."""
     impatient = SingleFlight(tmp_path, timeout_s=0.05)
     with SingleFlight(tmp_path, timeout_s=5).hold(DIGEST) as held, caplog.at_level(logging.WARNING):
         assert held
@@ -56,8 +55,7 @@ def test_lock_that_is_not_free_in_time_is_gone_without_and_told_once(
     assert isinstance(record.args[0], LockTimeoutError)  # type: ignore[index]
 
 
-def test_other_names_do_not_wait(tmp_path: Path) -> None:
-    """Nor do locks that are for something else."""
+def test_other_digests_and_other_kinds_of_locks_do_not_wait(tmp_path: Path) -> None:
     with SingleFlight(tmp_path, timeout_s=5).hold(DIGEST):
         with SingleFlight(tmp_path, timeout_s=0).hold("1" * 32) as other:
             assert other
@@ -65,8 +63,7 @@ def test_other_names_do_not_wait(tmp_path: Path) -> None:
             assert opening
 
 
-def test_lock_is_free_after_an_error(tmp_path: Path) -> None:
-    """An error inside is the caller's own, and the next one gets the lock."""
+def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
     flight = SingleFlight(tmp_path, timeout_s=0)
     with pytest.raises(TimeoutError, match="origin"), flight.hold(DIGEST):
         raise TimeoutError("origin")
@@ -75,7 +72,7 @@ def test_lock_is_free_after_an_error(tmp_path: Path) -> None:
 
 
 def test_lock_files_are_few_and_private(tmp_path: Path) -> None:
-    """200,000 names share their files by digest."""
+    """200,000 digests share 4,096 files."""
     flight = SingleFlight(tmp_path, timeout_s=1, mode=0o660)
     for number in (0, 1, STRIPES - 1, STRIPES, STRIPES + 1):
         with flight.hold(f"{number:08x}" + "0" * 24):
@@ -84,7 +81,9 @@ def test_lock_files_are_few_and_private(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o660}
 
 
-def test_missing_directory_is_not_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_directory_is_not_created(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Only the owner of the layout knows its permissions; until then the work is done without a
     lock.
     """
@@ -94,10 +93,9 @@ def test_missing_directory_is_not_made(tmp_path: Path, caplog: pytest.LogCapture
     assert "single flight is off" in caplog.text
 
 
-def test_file_system_without_locks_does_not_stop_the_work(
+def test_a_file_system_without_locks_does_not_stop_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some network file systems have no flock."""
 
     class NoLock:
         def __init__(self, *args: object, **kwargs: object) -> None: ...

@@ -41,7 +41,7 @@ def test_a_config_alone_selects_all_entries_of_its_ids(warm: DataConfig, tmp_pat
     assert stores(plan.entries, tmp_path) == {
         f"{role}/mp-{n}" for role in ("data", "label") for n in range(3)
     }
-    assert {row.kind for row in plan.entries} == {"array", "object"}
+    assert {row.kind for row in plan.entries} == {"array", "listing", "object"}
     assert plan.disk_bytes == plan.execute() > 6 * ENTRY
     assert plan_evict(warm).entries == ()
     root = tmp_path / "cache" / "zarrcache-v1"

@@ -63,11 +63,11 @@ def test_what_is_needed_last_goes_and_nothing_goes_for_what_is_needed_later() ->
     for name in ("a", "b", "c", "d"):
         read(progress, name)
     stored = [(digest(name), 10) for name in ("b", "a", "c")] + [("f" * 32, 10)]
-    assert chooser.victims(digest("d"), 5, lambda: stored) == [digest("c")]
-    assert chooser.victims(digest("d"), 15, lambda: stored) == []
-    assert chooser.victims("e" * 32, 5, lambda: stored) == []
+    assert chooser.victims(digest("d"), 5, lambda kind: stored) == [digest("c")]
+    assert chooser.victims(digest("d"), 15, lambda kind: stored) == []
+    assert chooser.victims("e" * 32, 5, lambda kind: stored) == []
     # the room of a look-ahead, which has no digest
-    assert chooser.victims("loans", 5, lambda: stored) == []
+    assert chooser.victims("loans", 5, lambda kind: stored) == []
 
 
 def test_what_is_being_read_stays() -> None:
@@ -75,14 +75,17 @@ def test_what_is_being_read_stays() -> None:
     progress, chooser = eviction_policy(Listed(("a", "b", "c"), (("a", "b", "c", "c", "b", "a"),)))
     stored = [(digest("a"), 10), (digest("a", "label"), 10), (digest("b"), 10)]
     progress.read_started("a", "data")
-    assert chooser.victims(digest("c"), 5, lambda: stored) == []
+    assert chooser.victims(digest("c"), 5, lambda kind: stored) == []
     progress.read_finished(Read("a", "data", "hit", 0, 0.0))
     read(progress, "b")
     progress.read_started("a", "label")
-    assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
+    assert chooser.victims(digest("c"), 5, lambda kind: stored) == [digest("a")]
     progress.read_finished(Read("a", "label", "hit", 0, 0.0))
-    assert chooser.victims(digest("c"), 5, lambda: stored) == [digest("a")]
-    assert chooser.victims(digest("c"), 15, lambda: stored) == [digest("a"), digest("a", "label")]
+    assert chooser.victims(digest("c"), 5, lambda kind: stored) == [digest("a")]
+    assert chooser.victims(digest("c"), 15, lambda kind: stored) == [
+        digest("a"),
+        digest("a", "label"),
+    ]
 
 
 def test_a_damaged_row_of_the_index_is_no_victim_and_stops_nobody() -> None:
@@ -91,7 +94,7 @@ def test_a_damaged_row_of_the_index_is_no_victim_and_stops_nobody() -> None:
     for name in ("a", "b", "c"):
         read(progress, name)
     stored = [("zz", 10), (digest("a"), "ten"), (b"\xff", 10), (digest("c"), 10)]
-    assert chooser.victims(digest("b"), 5, lambda: stored) == [digest("c")]
+    assert chooser.victims(digest("b"), 5, lambda kind: stored) == [digest("c")]
 
 
 def test_a_use_of_another_rank_of_the_node_counts_too() -> None:
@@ -103,7 +106,7 @@ def test_a_use_of_another_rank_of_the_node_counts_too() -> None:
         read(progress, str(sample))
     passed, coming = str(other[3]), str(other[12])
     stored = [(digest(coming), 10), (digest(passed), 10)]
-    assert chooser.victims(digest(str(own[10])), 5, lambda: stored) == [digest(passed)]
+    assert chooser.victims(digest(str(own[10])), 5, lambda kind: stored) == [digest(passed)]
 
 
 # -- hit rates
@@ -172,7 +175,7 @@ def ours(orders: Orders, epochs: int, sizes: NDArray[np.int64], capacity: int) -
                 continue
             missing = sum(stored.values()) + int(sizes[sample]) - capacity
             victims = (
-                chooser.victims(digest(name), missing, lambda: list(stored.items()))
+                chooser.victims(digest(name), missing, lambda kind: list(stored.items()))
                 if missing > 0
                 else []
             )
@@ -237,5 +240,5 @@ def test_it_chooses_without_looking_at_every_entry_each_time() -> None:
     ]
     asked: list[Any] = []
     for sample in order[600:640]:
-        chooser.victims(digest(f"mp-{sample}"), 10, lambda: asked.append(1) or stored)  # type: ignore[func-returns-value]
+        chooser.victims(digest(f"mp-{sample}"), 10, lambda kind: asked.append(1) or stored)
     assert len(asked) <= 3

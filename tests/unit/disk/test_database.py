@@ -1,0 +1,310 @@
+"""The index file: damage, rebuild, and forks beside threads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import sqlite3
+import threading
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+import zarrcache.disk._database as database
+from tests.support.cachedirs import array_of, key_of, payload_files, settings
+from zarrcache._keys import ArrayKey
+from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.disk._database import EntryDisk, Stored, is_damage, no_fork
+from zarrcache.disk.entry import EntryHeader, read_header
+from zarrcache.disk.index import Index
+from zarrcache.ops.verify import verify
+from zarrcache.stats import Counters
+
+#: Only a hang takes this long.
+HANG_S = 60
+
+
+def fill(tmp_path: Path, entries: int) -> ArrayCache:
+    cache = ArrayCache(settings(tmp_path), Counters())
+    for number in range(entries):
+        assert cache.put(key_of(number), array_of(number), source="s")
+    return cache
+
+
+def lose_index(tmp_path: Path) -> None:
+    for path in (tmp_path / "cache" / "zarrcache-v1").glob("cache.db*"):
+        path.unlink()
+
+
+# -- rows
+
+
+def test_disk_of_diskcache_touches_no_file(tmp_path: Path) -> None:
+    disk = EntryDisk(str(tmp_path))
+    stored = Stored("entries/aa/aa", 4096, "a note")
+    size, mode, filename, value = disk.store(stored, read=False)
+    assert disk.fetch(mode, filename, value, read=False) == stored
+    (tmp_path / "aa").write_bytes(b"x")
+    disk.remove("aa")
+    assert os.listdir(tmp_path) == ["aa"]
+    assert size == 4096
+
+
+# -- damage
+
+
+@pytest.mark.parametrize("code", sorted(database._SURROUNDINGS))
+@pytest.mark.parametrize("extended", [0, 1 << 8, 9 << 8])
+def test_a_busy_full_or_unreachable_index_is_not_damaged(code: int, extended: int) -> None:
+    """A healthy index must not be set aside."""
+    exc = sqlite3.OperationalError("database is locked")
+    exc.sqlite_errorcode = code | extended
+    assert not is_damage(exc)
+
+
+@pytest.mark.parametrize("code", [1, 11, 20, 26])  # ERROR, CORRUPT, MISMATCH, NOTADB
+def test_errors_of_the_content_are_damage(code: int) -> None:
+    exc = sqlite3.DatabaseError("malformed")
+    exc.sqlite_errorcode = code
+    assert is_damage(exc)
+
+
+def test_errors_of_text_columns_are_damage_and_other_exceptions_are_not() -> None:
+    assert is_damage(sqlite3.OperationalError("Could not decode to UTF-8 column"))
+    assert is_damage(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"))
+    assert not is_damage(OSError(errno.EIO, "input/output error"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "key = '+' || key",
+        "key = 'ffffffffffffffffffffffffffffffff'",
+        "tag = 'intent'",
+        "raw = 0",
+        "expire_time = 1e12",
+        "store_time = 'yesterday'",
+        "size = size + 4096",
+        "mode = mode + 256",
+        "filename = 'entries/aa/aa'",
+        "value = value || ' '",
+    ],
+)
+def test_each_contradiction_in_a_row_is_found_and_healed(
+    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With ``verify: always``; no entry is lost."""
+    fill(tmp_path, 3)
+    database_file = tmp_path / "cache" / "zarrcache-v1" / "cache.db"
+    with sqlite3.connect(database_file) as connection:
+        connection.execute(f"UPDATE Cache SET {change} WHERE rowid = 2")
+    connection.close()
+    cache = ArrayCache(settings(tmp_path, verify="always"), Counters())
+    cache.index.open()
+    assert "is broken" in caplog.text
+    assert "3 entries kept, 0 files removed" in caplog.text
+    assert [cache.get(key_of(number)) is not None for number in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["count", "size"])
+def test_a_wrong_sum_is_found_and_healed(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume_bytes = fill(tmp_path, 3).index.volume_bytes()
+    with sqlite3.connect(tmp_path / "cache" / "zarrcache-v1" / "cache.db") as connection:
+        connection.execute("UPDATE Settings SET value = value + 1 WHERE key = ?", (name,))
+    connection.close()
+    index = Index(settings(tmp_path, verify="always"))
+    assert index.volume_bytes() == volume_bytes
+    assert "but counted" in caplog.text
+
+
+# -- rebuild
+
+
+def _rebuild_with_few_descriptors(tmp_path: Path) -> None:
+    n_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 16,) * 2)
+    lose_index(tmp_path)
+    Index(settings(tmp_path)).open()
+
+
+def test_a_rebuild_needs_few_descriptors(tmp_path: Path) -> None:
+    fill(tmp_path, 40)
+    child = get_context("fork").Process(target=_rebuild_with_few_descriptors, args=(tmp_path,))
+    child.start()
+    child.join(HANG_S)
+    assert child.exitcode == 0
+    assert Index(settings(tmp_path)).totals()["array"][0] == 40
+
+
+def _rebuild_out_of_descriptors(tmp_path: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    lose_index(tmp_path)
+
+    def read_while_others_hold_them_all(path: Path) -> EntryHeader:
+        taken = []
+        try:
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            pass
+        try:
+            return read_header(path)
+        finally:
+            for fd in taken:
+                os.close(fd)
+
+    database.read_header = read_while_others_hold_them_all  # type: ignore[assignment]
+    try:
+        Index(settings(tmp_path)).open()
+    except OSError as exc:
+        os._exit(0 if exc.errno == errno.EMFILE else 1)
+    os._exit(2)
+
+
+def test_a_rebuild_that_runs_out_of_descriptors_deletes_no_good_entry(tmp_path: Path) -> None:
+    fill(tmp_path, 5)
+    files = payload_files(tmp_path)
+    child = get_context("fork").Process(target=_rebuild_out_of_descriptors, args=(tmp_path,))
+    child.start()
+    child.join(HANG_S)
+    assert child.exitcode == 0
+    assert payload_files(tmp_path) == files
+    assert Index(settings(tmp_path)).totals()["array"][0] == 5
+
+
+def test_a_rebuild_leaves_an_entry_that_the_disk_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk may recover. Until then ``verify`` removes it, for no row names it."""
+    fill(tmp_path, 3)
+    files = payload_files(tmp_path)
+    lose_index(tmp_path)
+
+    def fail_at_one(path: Path) -> EntryHeader:
+        if path == files[1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(path))
+        return read_header(path)
+
+    monkeypatch.setattr(database, "read_header", fail_at_one)
+    assert Index(settings(tmp_path)).totals()["array"][0] == 2
+    assert "2 entries kept, 0 files removed, 1 that cannot be read left alone" in caplog.text
+    assert payload_files(tmp_path) == files
+    root = tmp_path / "cache" / "zarrcache-v1"
+    assert verify(settings(tmp_path)).strays == (str(files[1].relative_to(root)),)
+
+
+def test_a_rebuild_removes_what_is_not_an_entry(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    files = payload_files(tmp_path)
+    lose_index(tmp_path)
+    files[0].with_name("torn").write_bytes(files[0].read_bytes()[:-1])
+    files[0].with_name("link").symlink_to(files[1])
+    (tmp_path / "cache" / "zarrcache-v1" / "bytes" / "ab").mkdir()
+    (tmp_path / "cache" / "zarrcache-v1" / "bytes" / "ab" / "abcd").write_bytes(b"object")
+    assert Index(settings(tmp_path)).totals()["array"][0] == 2
+    assert payload_files(tmp_path) == files
+
+
+def test_a_listing_is_a_kind_of_its_own_after_a_rebuild_too(tmp_path: Path) -> None:
+    cache = fill(tmp_path, 2)
+    listing = ArrayKey("file", "/data", "")
+    assert cache.put(listing, array_of(9), source="listing")
+    assert cache.index.totals() == {"array": (2, 2 * 8192), "listing": (1, 8192)}
+    lose_index(tmp_path)
+    index = Index(settings(tmp_path))
+    assert index.totals() == {"array": (2, 2 * 8192), "listing": (1, 8192)}
+    assert [row.note for row in index.rows("listing")] == ["file\n/data\n"]
+
+
+# -- fork
+
+
+def fork_and_wait() -> float:
+    """Fork a child that ends at once. Returns the seconds that the fork took."""
+    start_s = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    took_s = time.monotonic() - start_s
+    assert os.waitpid(pid, 0)[1] == 0
+    return took_s
+
+
+def test_a_fork_does_not_wait_for_the_thread_that_forks() -> None:
+    """Ctrl-C may have left its lock taken."""
+    gate = no_fork()
+    gate.__enter__()
+    try:
+        assert fork_and_wait() < 30
+    finally:
+        gate.__exit__(None, None, None)
+
+
+def test_a_fork_does_not_wait_for_a_thread_that_has_ended() -> None:
+    thread = threading.Thread(target=lambda: no_fork().__enter__())
+    thread.start()
+    thread.join()
+    assert fork_and_wait() < 30
+
+
+def test_a_fork_waits_for_a_thread_that_is_inside_and_keeps_others_out() -> None:
+    order: list[str] = []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with no_fork():
+            inside.set()
+            leave.wait(60)
+            with no_fork():  # nested: must not wait for the fork that waits for it
+                order.append("left")
+
+    def second() -> None:
+        with no_fork():
+            order.append("entered")
+
+    def fork() -> None:
+        fork_and_wait()
+        order.append("forked")
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    assert inside.wait(60)
+    for target in (fork, second):
+        threads.append(threading.Thread(target=target))
+        threads[-1].start()
+        time.sleep(0.2)  # it waits now
+    assert order == []
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert order[0] == "left"
+    assert sorted(order) == ["entered", "forked", "left"]
+
+
+def test_a_stuck_thread_delays_a_fork_and_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database, "_FORK_WAIT_S", 0.2)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with no_fork():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        assert 0.2 <= fork_and_wait() < 30
+    finally:
+        leave.set()
+        thread.join()
+    assert "the child may hang" in caplog.text
+    with no_fork():  # everything works afterwards
+        pass
