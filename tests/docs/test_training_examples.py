@@ -167,7 +167,7 @@ def test_the_list_of_what_is_smaller_here_is_up_to_date() -> None:
     assert {large for large in TOY if not any(large in text for text in FILES.values())} == set()
     assert set(FILES) == {
         "model.py", "train.py", "train_node.py", "train_slurm.py", "job.sh",
-        "conf/train.yaml", "train_hydra.py", "train_plain.py", "look_ahead.py",
+        "conf/train.yaml", "train_hydra.py", "train_plain.py", "look_ahead.py", "transform.py",
     }  # fmt: skip
 
 
@@ -229,6 +229,10 @@ def test_without_lightning(home: Path, s3_server: S3Server) -> None:
     state = torch.load(home / "checkpoints" / "plain.pt", weights_only=True)["sampler"]
     assert (state["epoch"], state["history"]) == (2, [])
     start(home, "train_plain.py", [environment(home, s3_server) | rank for rank in torchrun(1)])
+
+
+def test_transform(home: Path, s3_server: S3Server) -> None:
+    start(home, "transform.py", [environment(home, s3_server)])
 
 
 def test_look_ahead(home: Path, s3_server: S3Server) -> None:

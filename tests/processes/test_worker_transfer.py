@@ -1,4 +1,4 @@
-"""What a DataLoader worker hands over: the place of an entry where it can, right values always."""
+"""DataLoader workers send the place of an entry where they can, and right values always."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate
-from zarrcache.train.worker_transfer import MappedTensor
+from zarrcache.train.worker_transfer import MappedTensor, _collate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -248,6 +249,88 @@ def test_a_transform_in_the_worker_is_in_what_arrives(reader: ZarrS3Reader, chan
         assert got.requires_grad == (change == "grad")
 
 
+def untouched(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
+
+
+def scaled(sample: dict[str, Any]) -> dict[str, Any]:
+    """A new tensor for the data; the label is left alone."""
+    return {**sample, "data": sample["data"] * 2}
+
+
+def scaled_in_place(sample: dict[str, Any]) -> dict[str, Any]:
+    sample["data"].mul_(2)
+    return sample
+
+
+def cropped(sample: dict[str, Any]) -> dict[str, Any]:
+    """A view of a part of the map."""
+    return {**sample, "data": sample["data"][..., 2:5, :]}
+
+
+def swapped(sample: dict[str, Any]) -> dict[str, Any]:
+    return {**sample, "data": sample["label"], "label": sample["data"]}
+
+
+def extended(sample: dict[str, Any]) -> dict[str, Any]:
+    """A field more, computed by numpy over the map."""
+    return {**sample, "electrons": float(sample["label"].numpy().mean())}
+
+
+def squeezed_in_place(sample: dict[str, Any]) -> dict[str, Any]:
+    sample["data"].squeeze_(0)
+    return sample
+
+
+#: Each transform, and the fields that still lie in the cache file afterwards.
+TRANSFORMS = [
+    (untouched, {"data", "label"}),
+    (scaled, {"label"}),
+    (scaled_in_place, {"label"}),
+    (cropped, {"label"}),
+    (swapped, {"data", "label"}),
+    (extended, {"data", "label"}),
+    (squeezed_in_place, {"data", "label"}),
+]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_a_transform_leaves_alone_arrives_as_a_map(reader: ZarrS3Reader, method: str) -> None:
+    """What it makes, changes or slices arrives as torch sends any tensor, with the right values."""
+    for transform, mapped in TRANSFORMS:
+        dataset = ZarrDataset(reader, "all", transform=transform)
+        loader = loader_of(dataset, num_workers=1, multiprocessing_context=method)
+        for got, wanted in zip(loader, pairs_of(dataset), strict=True):
+            assert_same(got, wanted)
+            found = {name for name in ("data", "label") if is_over_the_cache(got[name])}
+            assert found == mapped, transform.__name__
+
+
+def test_a_transform_of_pairs_arrives_in_batches_of_one(reader: ZarrS3Reader) -> None:
+    """``RhoData`` under spawn, by torch's own collate function."""
+    dataset = RhoData(*reader.data_split()[0], data_augmentation=False, transform=scaled)
+    loader = loader_of(dataset, batch_size=1, num_workers=1, multiprocessing_context="spawn")
+    for (data, label), wanted in zip(loader, pairs_of(dataset), strict=True):
+        assert_same([data, label], [side[None] for side in wanted])
+        assert not is_over_the_cache(data)
+        assert is_over_the_cache(label)
+
+
+@pytest.mark.parametrize("transform", [swapped, scaled, squeezed_in_place])
+def test_a_transformed_sample_that_is_evicted_on_its_way_is_the_transformed_one(
+    reader: ZarrS3Reader, transform: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    dataset = ZarrDataset(reader, "all", transform=transform)
+    wanted = copy.deepcopy(pairs_of(dataset))
+    assert_same(evicted_on_their_way(reader, loader_of(dataset, prefetch_factor=3), 6), wanted)
+
+
+def test_torch_still_documents_the_map_of_collate_functions() -> None:
+    """``worker_transfer`` imports ``default_collate_fn_map`` from a private path."""
+    assert "default_collate_fn_map" in (default_collate.__doc__ or "")
+    assert default_collate_fn_map[MappedTensor] is _collate
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda d: d, lambda d: Subset(d, list(range(6)))], ids=["dataset", "subset"]
 )
@@ -389,7 +472,10 @@ def test_what_is_computed_from_a_mapped_tensor_is_plain() -> None:
         x[0],
         x.clone(),
         x.detach(),
+        x.data,
+        x.view(-1),
         torch.stack([x, x]),
+        default_collate([x, x]),
         copy.deepcopy(x),
         pickle.loads(pickle.dumps(x)),
     ):

@@ -1,14 +1,12 @@
-"""The torch datasets: ``RhoData`` over four sequences, ``ZarrDataset`` over a reader, and the
-collate function for mixed grids.
-"""
+"""Define the torch datasets ``RhoData`` and ``ZarrDataset``, and a collate function for mixed grids."""
 
 from __future__ import annotations
 
 import math
 import operator
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,18 +24,24 @@ __all__ = [
     "Indexable",
     "RhoData",
     "Sample",
+    "Transform",
     "ZarrDataset",
     "collate",
     "collate_fn",
 ]
 
 _T_co = TypeVar("_T_co", covariant=True)
+
+#: A function of a sample's dict that returns the sample to use: the same dict or another mapping.
+Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
+
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Indexable(Protocol[_T_co]):
-    """What ``RhoData`` needs of a sequence: a length and access by position. A list has it, and so
-    have the lazy ones of ``data_split()``.
+    """A sequence as ``RhoData`` needs it: a length and access by position.
+
+    Lists and the lazy sequences of ``data_split()`` qualify.
     """
 
     def __len__(self) -> int: ...
@@ -46,7 +50,7 @@ class Indexable(Protocol[_T_co]):
 
 
 class DensityReader(Protocol):
-    """What ``ZarrDataset`` needs of a reader. ``ZarrS3Reader`` has it."""
+    """A reader as ``ZarrDataset`` needs it. ``ZarrS3Reader`` qualifies."""
 
     def split_task_ids(self) -> tuple[list[str], list[str]]: ...
 
@@ -56,44 +60,61 @@ class DensityReader(Protocol):
 
 
 class Sample(TypedDict):
-    """One item of a ``ZarrDataset``: two tensors ``(1, nx, ny, nz)`` and the task id."""
+    """An item of a ``ZarrDataset``: two tensors of shape ``(1, nx, ny, nz)`` and the task id."""
 
     data: torch.Tensor
     label: torch.Tensor
     index: str
 
 
-class _Pairs(Sender):
-    """What both datasets are: grids read one by one, made tensors in pairs."""
+class _PairDataset(Sender):
+    """Read two grids per sample and make tensors of them."""
 
-    def __init__(self, to_tensors: _PairToTensors) -> None:
+    def __init__(self, to_tensors: _PairToTensors, transform: Transform | None) -> None:
         super().__init__()
+        if transform is not None and not callable(transform):
+            raise ConfigError(
+                f"transform is {transform!r}; it has to be a function of the sample's dict."
+            )
         self._to_tensors = to_tensors
+        self.transform = transform
 
     def reread(self, index: int, field: int) -> Grid:
-        """For `handover`: one side of a sample that a worker sent and that was evicted on the way."""
-        return self._to_tensors.unturned(self._stored(index, field), field)
+        """One side of a sample, neither rotated nor transformed; called by the worker transfer."""
+        return self._to_tensors.unrotated(self._read(index, field), field)
 
-    def _pair(self, i: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, i: int, name: str, **rest: Any) -> dict[str, Any]:
         (data, data_grid), (label, label_grid) = self._to_tensors(
-            self._stored(i, 0), self._stored(i, 1), i, name=name
+            self._read(i, 0), self._read(i, 1), i, name=name
         )
-        return self.sent(data, data_grid, i, 0), self.sent(label, label_grid, i, 1)
+        sample = {
+            "data": self.for_transfer(data, data_grid, i, 0),
+            "label": self.for_transfer(label, label_grid, i, 1),
+            **rest,
+        }
+        if self.transform is None:
+            return sample
+        result: Any = self.transform(sample)
+        if not isinstance(result, Mapping) or not {"data", "label"} <= result.keys():
+            raise ConfigError(
+                f"transform returned {_kind(result)} for {name}. It has to return the sample: a "
+                "mapping with at least 'data' and 'label'."
+            )
+        return dict(result)
 
     @abstractmethod
-    def _stored(self, i: int, field: int) -> Grid:
-        """One side of a sample as it is read."""
+    def _read(self, i: int, field: int) -> Grid:
+        """One side of a sample, as the reader has it."""
 
 
-class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pairs of densities for training: ``(data, label)``, each float32 of shape ``(1, nx, ny,
-    nz)``.
+class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Pairs ``(data, label)`` of float32 tensors, each of shape ``(1, nx, ny, nz)``.
 
     >>> train_sets, test_sets = get_dataset(cfg)
     >>> train_data = RhoData(*train_sets, downsample_data=2, downsample_label=1, data_augmentation=True)
 
-    An item is read when it is indexed, by one access to each of the four sequences; the lazy
-    sequences of ``data_split()`` therefore keep no density in memory.
+    Indexing reads a sample, with one access to each of the four sequences. With the lazy sequences
+    of ``data_split()`` no density stays in memory.
 
     Parameters
     ----------
@@ -102,39 +123,52 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     gs_data, gs_label : sequence of (nx, ny, nz)
         Their grid sizes.
     downsample_data, downsample_label : int
-        Every how many points along each axis to take of the data and of the label, after **both**
-        were cropped to a multiple of ``downsample_data``.
+        Keep every n-th point along each axis of the data and of the label, after cropping **both**
+        to a multiple of ``downsample_data``.
     data_augmentation : bool
-        Turn each pair, before downsampling, by a random number of quarter turns about a random
-        axis: none with 10 %, one, two and three with 30 % each. Data and label turn alike.
+        Rotate each pair, before downsampling, by random quarter turns about a random axis: 0 turns
+        with probability 10 %, 1, 2 and 3 turns with 30 % each. Data and label rotate alike.
     seed : int, optional
-        See Notes. The default follows torch: ``torch.manual_seed`` makes it reproducible, without
-        it every run is different.
+        See Notes. The default follows torch: with ``torch.manual_seed`` a run is reproducible,
+        without it every run differs.
+    transform : callable, optional
+        A function of the dict ``{"data": tensor, "label": tensor}`` that returns that dict, changed
+        or not, or another mapping with both keys. The item is the pair of the two values; other
+        keys are ignored. See Notes.
 
     Raises
     ------
     ConfigError
-        The sequences differ in length, or a factor or the seed is not a whole number.
+        The sequences differ in length, a factor or the seed is not a whole number, or
+        ``transform`` is not callable.
 
     Notes
     -----
-    *Memory.* A density that a lazy sequence hands out is used where it is: a tensor of an
-    undivided, unturned grid is the memory-mapped file itself, copy-on-write. One copy is made of
-    what is turned or downsampled, and of arrays that a list, a tuple or a numpy array holds, so
-    that work on a tensor in place never changes your list.
+    *Memory.* A density of a lazy sequence is not copied: the tensor of a grid that is neither
+    rotated nor downsampled is the memory-mapped cache file, copy-on-write. Rotated and downsampled
+    grids are copied once. So are arrays that a list, a tuple or a numpy array holds; in-place work
+    on a tensor never changes your list.
 
-    *Randomness.* The rotation is a function of the seed, the position of the sample, the number of
+    *Randomness.* The rotation depends on the seed, the position of the sample, the number of
     samples that this process has drawn, and, in a DataLoader worker, the seed that torch gave to
-    the worker. So
+    the worker. Therefore
 
     * in the main process (``num_workers=0``) the same ``seed`` gives the same rotations in the same
-      order, and every epoch goes on to new ones;
-    * workers differ from each other, and every epoch is new, under fork and spawn, with persistent
-      workers or without;
-    * with workers a run repeats if torch repeats: give the DataLoader
+      order, and every epoch draws new ones;
+    * workers differ from each other, and every epoch differs, under fork and spawn, with or
+      without persistent workers;
+    * with workers a run is repeatable if torch is: give the DataLoader
       ``generator=torch.Generator().manual_seed(...)`` or call ``torch.manual_seed``, and keep
-      ``num_workers``; ``shuffle=True`` asks for the same;
-    * ranks of a distributed run that share a seed read different samples and turn them differently.
+      ``num_workers``; ``shuffle=True`` needs the same;
+    * ranks of a distributed run that share a seed read different samples and rotate them
+      differently.
+
+    *Transform.* It runs where the sample is read, so in the DataLoader worker if there is one,
+    after rotation, downsampling and the cast to the precision. It may change tensors in place; the
+    cache never sees that. Its own randomness should come from ``torch``, which seeds each worker.
+    Under ``spawn`` it has to be picklable: a function of a module or an instance of a class, not a
+    lambda. A tensor that it leaves alone reaches the training process as a map of the cache file;
+    one that it makes, changes or slices travels through torch's shared memory.
     """
 
     def __init__(
@@ -148,12 +182,13 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         data_augmentation: bool = True,
         *,
         seed: int | None = None,
+        transform: Transform | None = None,
     ) -> None:
         lengths = len(data), len(label), len(gs_data), len(gs_label)
         if len(set(lengths)) != 1:
             raise ConfigError(
-                f"data, label, gs_data and gs_label have {lengths} elements. They have to be of "
-                "one length, one element a sample."
+                f"data, label, gs_data and gs_label have {lengths} elements. Give one element per "
+                "sample in each."
             )
         self.data = data
         self.label = label
@@ -162,14 +197,13 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         super().__init__(
             _PairToTensors(
                 downsample_data, downsample_label, data_augmentation, seed, torch.float32
-            )
+            ),
+            transform,
         )
 
     @property
     def task_ids(self) -> tuple[str, ...]:
-        """Names of the samples: task ids, where the sequences are those of ``data_split()``; else
-        their positions.
-        """
+        """Task ids if the sequences are those of ``data_split()``, else positions as strings."""
         names: Sequence[str] = getattr(self.data, "task_ids", None) or [
             str(i) for i in range(len(self))
         ]
@@ -187,9 +221,10 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
             The values do not fill the grid, or the grid is smaller than ``downsample_data``.
         """
         i = _position(index, len(self))
-        return self._pair(i, f"sample {i}")
+        sample = self._sample(i, f"sample {i}")
+        return sample["data"], sample["label"]
 
-    def _stored(self, i: int, field: int) -> Grid:
+    def _read(self, i: int, field: int) -> Grid:
         values, sizes, name = (
             (self.data, self.gs_data, "data"),
             (self.label, self.gs_label, "label"),
@@ -197,9 +232,8 @@ class RhoData(_Pairs, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return _grid(values[i], sizes[i], held=_holds_arrays(values), name=f"{name} of sample {i}")
 
 
-class ZarrDataset(_Pairs, Dataset[Sample]):
-    """A split of a reader, read in ``__getitem__`` through the cache: ``{"data", "label",
-    "index"}``.
+class ZarrDataset(_PairDataset, Dataset[Sample]):
+    """A split of a reader as dicts ``{"data", "label", "index"}``, read through the cache.
 
     >>> train = ZarrDataset(ZarrS3Reader(...), "train", augmentation=True)
     >>> loader = DataLoader(train, batch_size=4, shuffle=True, num_workers=8, collate_fn=collate_fn)
@@ -210,23 +244,28 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
     Parameters
     ----------
     reader : ZarrS3Reader
-        Or anything with its ``split_task_ids()`` and ``load()``. It has to be picklable for
+        Or any object with ``split_task_ids()`` and ``load()``. It has to be picklable for
         DataLoader workers that are spawned.
     split : {"train", "test", "all"} or sequence of str
-        ``all`` is the training ids followed by the test ids. Or the task ids themselves, for a
-        split of your own.
+        ``all`` is the training ids followed by the test ids. For a split of your own, give its
+        task ids.
     precision : {"f32", "f16", "bf16"}
-        float32, float16 or bfloat16. float16 holds numbers up to 65504, which a density that is not
-        normalized can exceed.
+        float32, float16 or bfloat16. The largest float16 is 65504; a density that is not
+        normalized can exceed it.
     augmentation : bool
     downsample_data, downsample_label : int
     seed : int, optional
+    transform : callable, optional
+        A function of the dict ``{"data": tensor, "label": tensor, "index": task id}`` that returns
+        the item: that dict, changed or not, or another mapping with at least ``data`` and
+        ``label``. Keys that it adds are collated like the others. See the Notes of `RhoData`.
 
     Raises
     ------
     ConfigError
-        Unknown split or precision; and whatever ``split_task_ids()`` raises, which is called here,
-        once, and not in every worker. With ids it is not called.
+        Unknown split or precision, or an option that cannot be used. Also what
+        ``split_task_ids()`` raises; it is called here once, not in every worker, and not at all
+        where ``split`` is a sequence of ids.
     """
 
     def __init__(
@@ -239,6 +278,7 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
         downsample_data: int = 1,
         downsample_label: int = 1,
         seed: int | None = None,
+        transform: Transform | None = None,
     ) -> None:
         if isinstance(split, str) and split not in ("train", "test", "all"):
             raise ConfigError(
@@ -251,7 +291,8 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
         super().__init__(
             _PairToTensors(
                 downsample_data, downsample_label, augmentation, seed, _DTYPES[precision]
-            )
+            ),
+            transform,
         )
         self.reader = reader
         self.split = split
@@ -269,29 +310,28 @@ class ZarrDataset(_Pairs, Dataset[Sample]):
         Raises
         ------
         SchemaError
-            The grid is smaller than ``downsample_data``, or holds values that ``precision`` cannot.
+            The grid is smaller than ``downsample_data``, or a value is beyond ``precision``.
         ZarrCacheError
-            The reader cannot deliver; see ``ZarrS3Reader.load``.
+            The reader cannot load the sample; see ``ZarrS3Reader.load``.
         """
         i = _position(index, len(self))
         task_id = self.task_ids[i]
-        data, label = self._pair(i, task_id)
-        return {"data": data, "label": label, "index": task_id}
+        return cast(Sample, self._sample(i, task_id, index=task_id))
 
-    def _stored(self, i: int, field: int) -> Grid:
+    def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
-        # load() hands out an array of its own at every call, so nothing is copied here.
+        # load() returns a new array at every call, so nothing is copied here.
         return _grid(*self.reader.load(task_id, role), held=False, name=f"{role} of {task_id}")
 
 
 def collate_fn(batch: Sequence[Any]) -> Any:
-    """Collate samples; where grids differ in shape, give lists.
+    """Collate samples into a batch; if any shapes differ, into lists.
 
-    Samples of one shape become what ``default_collate`` makes of them. Otherwise every field of the
-    batch is the list of the samples' values: ``{"data": [...], "label": [...], "index": [...]}``
-    for dictionaries, ``[[...], [...]]`` for tuples. Always all of them: a model that finds a list
-    in ``data`` finds one in ``label``. The shapes decide; an error of ``default_collate`` is an
-    error.
+    Samples of equal shapes go through ``default_collate``. Otherwise every field of the batch is a
+    list of the samples' values: ``{"data": [...], "label": [...], "index": [...]}`` for dicts,
+    ``[[...], [...]]`` for tuples. All fields are lists then, so a model that finds a list in
+    ``data`` finds one in ``label``. Only the shapes decide; errors of ``default_collate`` are not
+    caught.
     """
     first = batch[0]
     shapes = _shapes(first)
@@ -304,16 +344,16 @@ def collate_fn(batch: Sequence[Any]) -> Any:
     return list(batch)
 
 
-#: The same by the package's name; ``collate_fn`` is the name of DataLoader's argument.
+#: The public name of ``collate_fn``, which is named after DataLoader's argument.
 collate = collate_fn
 
 
-#: A tensor and the array beneath it, before it was cast.
+#: A tensor, and the array it is made of.
 _TensorAndGrid: TypeAlias = tuple[torch.Tensor, Grid]
 
 
 class _PairToTensors:
-    """What happens to a pair between the reader and the network: turn, downsample, convert."""
+    """Rotate, downsample and cast a pair of grids."""
 
     def __init__(
         self,
@@ -339,8 +379,8 @@ class _PairToTensors:
             data, label = rotate(data, rotation), rotate(label, rotation)
         return self._tensor(data, 0, f"data of {name}"), self._tensor(label, 1, f"label of {name}")
 
-    def unturned(self, whole: Grid, field: int) -> Grid:
-        """What `_tensor` makes of a grid that no rotation has turned, before it becomes a tensor."""
+    def unrotated(self, whole: Grid, field: int) -> Grid:
+        """The grid of which `_tensor` makes a tensor if no rotation is applied."""
         return np.array(
             downsample(whole, self._step(field), multiple=self.downsample_data), order="C"
         )
@@ -349,28 +389,25 @@ class _PairToTensors:
         return (self.downsample_data, self.downsample_label)[field]
 
     def _stream(self) -> tuple[int, ...]:
-        """The numbers that set this process's draws apart from those of other processes and epochs."""
+        """Numbers that make this process's draws differ from those of other processes and epochs."""
         worker = get_worker_info()
         if worker is not None:
-            # torch draws it anew for every worker and, unless the workers are persistent, every
-            # epoch.
+            # torch draws this seed for every worker and, unless workers persist, for every epoch.
             return (self.seed or 0, worker.seed)
-        # The initial seed is that of torch.manual_seed, or random. Asking for it uses up no random
-        # state.
+        # The initial seed is that of torch.manual_seed, or random. Reading it does not advance the
+        # generator.
         return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
 
     def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
         grid = downsample(whole, self._step(field), multiple=self.downsample_data)
         if grid.size == 0:
             raise SchemaError(
-                f"{name}: a grid of {_times(whole.shape[-3:])} points has none left when it is "
-                "cropped to a multiple of "
-                f"downsample_data={self.downsample_data}. Use a smaller factor, or leave the "
-                "sample out of the map."
+                f"{name}: a grid of {_times(whole.shape[-3:])} points is empty after cropping to a "
+                f"multiple of downsample_data={self.downsample_data}. Use a smaller factor, or "
+                "leave the sample out of the map."
             )
-        # torch knows no negative strides, a worker that sends a strided tensor sends all the memory
-        # beneath it, and a network would gather such a view anyway, in the training process: gather
-        # it here.
+        # torch has no negative strides, a worker sends the whole storage of a strided tensor, and a
+        # network would gather the view anyway, in the training process: gather it here.
         if not (grid.flags.c_contiguous and grid.flags.writeable):
             grid = np.array(grid, order="C")
         tensor = torch.from_numpy(grid)
@@ -380,8 +417,7 @@ class _PairToTensors:
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
-    """``values`` as a float32 grid ``(1, nx, ny, nz)``: a view, read-only if somebody else holds
-    the array.
+    """View ``values`` as a float32 grid ``(1, nx, ny, nz)``, read-only if ``held`` by a caller.
 
     Raises
     ------
@@ -392,8 +428,8 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     shape = tuple(int(n) for n in gridsize)
     if len(shape) != 3 or flat.size != math.prod(shape):
         raise SchemaError(
-            f"{name} has {flat.size} values and grid size {_times(shape)}. The product of three "
-            "sizes has to be the number of values."
+            f"{name} has {flat.size} values and grid size {_times(shape)}. The number of values "
+            "has to be the product of three sizes."
         )
     grid = flat.reshape(1, *shape)
     if held:
@@ -402,8 +438,9 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
 
 
 def _holds_arrays(sequence: object) -> bool:
-    """Whether ``sequence`` gives the same array at every access, so that a tensor over it would
-    share memory with it.
+    """Whether ``sequence`` returns the same array at every access.
+
+    A tensor over such an array would share memory with the sequence.
     """
     return isinstance(sequence, (list, tuple, np.ndarray))
 
@@ -414,7 +451,7 @@ def _position(index: SupportsIndex, length: int) -> int:
     Raises
     ------
     IndexError
-        There is no such sample. It also ends a ``for`` loop over the dataset.
+        There is no such sample. A ``for`` loop over the dataset ends with it.
     """
     i = operator.index(index)
     if not -length <= i < length:
@@ -423,29 +460,29 @@ def _position(index: SupportsIndex, length: int) -> int:
 
 
 def _check_fits_float16(tensor: torch.Tensor, name: str) -> None:
-    """Refuse what would become infinite.
-
-    Raises
-    ------
-    SchemaError
-        A value beyond 65504.
-    """
+    """Raise a SchemaError if a value would become infinite: beyond 65504."""
     low, high = (x.item() for x in torch.aminmax(tensor))
     limit = torch.finfo(torch.float16).max
     if low < -limit or high > limit:
         raise SchemaError(
-            f"{name} holds values from {low:.6g} to {high:.6g}, and f16 ends at {limit:.0f}. "
+            f"{name} has values from {low:.6g} to {high:.6g}; the largest float16 is {limit:.0f}. "
             "Normalize the densities (normalize_data: true) or use bf16."
         )
 
 
 def _shapes(sample: Any) -> Any:
-    """The shapes of everything in a sample that has one, nested as the sample is."""
+    """The shapes of a sample's tensors and arrays, nested as the sample is."""
     if isinstance(sample, Mapping):
         return [_shapes(value) for value in sample.values()]
     if isinstance(sample, (tuple, list)):
         return [_shapes(value) for value in sample]
     return tuple(sample.shape) if isinstance(sample, (torch.Tensor, np.ndarray)) else None
+
+
+def _kind(result: Any) -> str:
+    if isinstance(result, Mapping):
+        return f"a mapping with the keys {list(result)}"
+    return "None" if result is None else f"a {type(result).__name__}"
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -1,20 +1,21 @@
-"""From a DataLoader worker to the training process: where an entry lies, instead of its values.
+"""Send samples from DataLoader workers to the training process as places of cache files.
 
-torch sends a tensor through shared memory, at about 1 GB/s a worker: two pairs of 8 MiB arrays take
-longer than everything else that happens to a warm sample.  What a worker has mapped, the training
-process can map as well, and it takes 0.1 ms whatever the size. docs/explanation/performance.md has the figures,
-and what was tried.
+torch copies a worker's tensor into shared memory, at about 1 GB/s per worker: for two arrays of
+8 MiB that takes longer than everything else in a warm read. The training process can map the
+worker's file itself, in 0.1 ms for any size. docs/explanation/performance.md has the figures and
+the alternatives that were measured.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import multiprocessing
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,7 +23,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
+
+# Private path of a documented extension point (see the docstring of ``default_collate``); listed in
+# docs/explanation/architecture.md.
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zarrcache.disk import Place, is_mapped, map_place, place_of
@@ -33,12 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 class Sender(ABC):
-    """A dataset whose samples are handed over. ``super().__init__()`` gives it the name by which
-    the training process finds it again.
+    """A dataset whose samples can be transferred as places. Call ``super().__init__()``.
 
-    The name belongs to one object in each process, and travels with it to the workers that the
-    process starts. A second one in a process, a copy, gets a name of its own: it may have been
-    given other samples.
+    Each object has a name, by which the training process finds it to read a sample again. The name
+    goes along to the workers that the process starts. A second object of the same name in one
+    process is a copy, which may hold other samples, so it gets a name of its own.
     """
 
     def __init__(self) -> None:
@@ -56,18 +59,16 @@ class Sender(ABC):
 
     @abstractmethod
     def reread(self, index: int, field: int) -> NDArray[np.float32]:
-        """Field 0 (data) or 1 (label) of a sample, neither turned nor cast, read again."""
+        """Read field 0 (data) or 1 (label) of a sample again, neither rotated nor cast."""
 
-    def sent(
+    def for_transfer(
         self, tensor: torch.Tensor, grid: NDArray[np.float32], index: int, field: int
     ) -> torch.Tensor:
-        """``tensor`` over ``grid``; if ``grid`` is mapped and the training process waits for it,
-        ready to be handed over.
-        """
+        """``tensor``, as a `MappedTensor` if it lies over a mapped ``grid`` and leaves a worker."""
         if tensor.dtype is not torch.float32 or get_worker_info() is None or not is_mapped(grid):
             return tensor
         parent = multiprocessing.parent_process()
-        # made or copied in the worker: the training process could not read it again
+        # A dataset that was made or copied in the worker: the training process cannot reread it.
         if parent is None or parent.pid not in self._known_in:
             return tensor
         return MappedTensor.over(tensor, grid, (self._name, index, field))
@@ -77,24 +78,30 @@ _senders: WeakValueDictionary[str, Sender] = WeakValueDictionary()
 
 
 class MappedTensor(torch.Tensor):
-    """A tensor over a mapped entry, on its way out of a worker. Everything that is computed from it
-    is a plain tensor.
+    """A tensor over a mapped entry, on its way out of a worker.
 
-    What was written in place is sent as torch sends any tensor:
-    :func:`zarrcache.disk.mmap.place_of` knows.
+    Every result computed from it is a plain tensor. If its memory was written to, it is sent as
+    torch sends any tensor; :func:`zarrcache.disk.mmap.place_of` detects that.
     """
 
     grid: NDArray[np.float32]
     sample: tuple[str, int, int]
 
-    # torch's own way to say: results are plain tensors, and no call takes a detour through Python.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call ``func`` so that its results are plain tensors."""
+        # torch's default for the class Tensor leaves results as they are; that of a subclass
+        # converts them to the subclass. No types: it would refuse those that are not Tensor.
+        default: Any = torch.Tensor.__torch_function__
+        return default(func, (), args, kwargs or {})
 
     @classmethod
     def over(
         cls, plain: torch.Tensor, grid: NDArray[np.float32], sample: tuple[str, int, int]
     ) -> MappedTensor:
-        """``plain`` is ``grid``, perhaps with more axes of length one."""
+        """``plain``, which has the memory of ``grid`` and perhaps more axes of length one."""
         tensor = plain.as_subclass(cls)
         tensor.grid, tensor.sample = grid, sample
         return tensor
@@ -111,7 +118,7 @@ class MappedTensor(torch.Tensor):
 
 
 def _reduce(tensor: MappedTensor) -> tuple[Any, ...]:
-    """How a worker's queue pickles."""
+    """Pickle for a worker's queue: the place, if the tensor still is the whole entry unchanged."""
     grid = tensor.grid
     is_grid = (
         tensor.data_ptr() == grid.__array_interface__["data"][0]
@@ -124,59 +131,55 @@ def _reduce(tensor: MappedTensor) -> tuple[Any, ...]:
         else None
     )
     if place is None:
-        # A view that needs a gradient is no leaf, and torch sends leaves only.
-        return _itself, (
+        # plain() of a tensor that requires a gradient is not a leaf, and torch sends only leaves.
+        return _identity, (
             tensor.detach().requires_grad_(tensor.requires_grad)
             if tensor.is_leaf
             else tensor.plain(),
         )
-    return _arrive, (place, tuple(tensor.shape), tensor.sample)
+    return _receive, (place, tuple(tensor.shape), tensor.sample)
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _arrive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) -> torch.Tensor:
-    """How the training process unpickles: a copy-on-write map of its own."""
+def _receive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) -> torch.Tensor:
+    """Unpickle in the training process: a copy-on-write map of its own."""
     try:
         return torch.from_numpy(map_place(place, "<f4", shape))
     except OSError as exc:
-        # Evicted or replaced between the worker and here. The sample is read once more, through the
-        # cache.
+        # The entry was evicted or replaced since the worker read it: read the sample once more.
         name, index, field = sample
         sender = _senders.get(name)
         if sender is None:
             raise FileNotFoundError(
-                f"{place.path}, which a DataLoader worker sent, is not there any more, and neither "
-                "is the dataset that could read it again. "
-                "Keep the dataset as long as its loader."
+                f"{place.path}, which a DataLoader worker sent, does not exist any more, and the "
+                "dataset that could read it again was deleted. Keep the dataset as long as its "
+                "loader."
             ) from exc
         logger.info(
-            "%s, which a worker sent, cannot be mapped (%s); the sample is read again",
+            "%s, which a worker sent, cannot be mapped (%s); reading the sample again",
             place.path,
             exc,
         )
         grid = sender.reread(index, field)
-        # The origin may have another grid by now; a batch of one has an axis more.
-        return torch.from_numpy(grid.reshape(shape[: len(shape) - grid.ndim] + grid.shape))
+        if grid.size != math.prod(shape):
+            # The origin has another grid by now. A batch of one has an axis more than a sample.
+            shape = shape[: max(0, len(shape) - grid.ndim)] + grid.shape
+        return torch.from_numpy(grid.reshape(shape))
 
 
 def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    """A batch of one stays where it is; a larger one is written once, into shared memory, as torch
-    does it.
-    """
+    """Leave a batch of one where it is; stack a larger one in shared memory, as torch does."""
     first = batch[0]
     if len(batch) == 1 and isinstance(first, MappedTensor):
         return MappedTensor.over(first.plain().unsqueeze(0), first.grid, first.sample)
-    plain = [tensor.plain() if isinstance(tensor, MappedTensor) else tensor for tensor in batch]
-    stacked: torch.Tensor = default_collate_fn_map[torch.Tensor](
-        plain, collate_fn_map=collate_fn_map
+    stacked: torch.Tensor = default_collate(
+        [tensor.plain() if isinstance(tensor, MappedTensor) else tensor for tensor in batch]
     )
     return stacked
 
 
 ForkingPickler.register(MappedTensor, _reduce)
-# What torch's default_collate looks into for types that it does not know: how to extend it, by its
-# own documentation.
 default_collate_fn_map[MappedTensor] = _collate

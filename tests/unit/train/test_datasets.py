@@ -410,6 +410,74 @@ class TestZarrDataset:
         assert torch.equal(again[0]["data"], data)
 
 
+class TestTransform:
+    """A function of the sample's dict."""
+
+    def test_it_sees_the_rotated_downsampled_and_cast_sample(self, reader: ZarrS3Reader) -> None:
+        options: dict[str, Any] = {
+            "augmentation": True,
+            "downsample_data": 2,
+            "precision": "bf16",
+            "seed": 4,
+        }
+        seen: list[dict[str, Any]] = []
+
+        def keep(sample: dict[str, Any]) -> dict[str, Any]:
+            seen.append(dict(sample))
+            return {**sample, "data": sample["data"] + 1, "mean": sample["label"].mean()}
+
+        plain, dataset = (ZarrDataset(reader, "all", transform=f, **options) for f in (None, keep))
+        for i in range(len(plain)):
+            want, got = plain[i], dataset[i]
+            assert list(got) == ["data", "label", "index", "mean"]
+            assert seen[i]["index"] == got["index"] == want["index"]
+            assert torch.equal(seen[i]["data"], want["data"])
+            assert torch.equal(got["data"], want["data"] + 1)
+            assert torch.equal(got["label"], want["label"])
+
+    def test_rho_data_returns_the_pair_of_what_it_returns(self, lists: Any) -> None:
+        def swap(sample: dict[str, Any]) -> dict[str, Any]:
+            assert list(sample) == ["data", "label"]
+            return {"label": sample["data"], "data": sample["label"], "ignored": 1}
+
+        plain = RhoData(*lists, data_augmentation=False)
+        swapped = RhoData(*lists, data_augmentation=False, transform=swap)
+        for i in range(len(plain)):
+            assert all(map(torch.equal, swapped[i], plain[i][::-1]))
+
+    def test_in_place_work_never_reaches_the_cache(self, reader: ZarrS3Reader) -> None:
+        def clear(sample: dict[str, Any]) -> dict[str, Any]:
+            sample["data"].zero_()
+            return sample
+
+        assert not ZarrDataset(reader, "all", transform=clear)[0]["data"].any()
+        assert ZarrDataset(reader, "all")[0]["data"].any()
+
+    @pytest.mark.parametrize(
+        ("result", "words"),
+        [
+            (None, "None"),
+            (3, "a int"),
+            ({"data": 1}, r"a mapping with the keys \['data'\]"),
+            ((1, 2), "a tuple"),
+        ],
+    )
+    def test_what_is_not_a_sample_is_refused(
+        self, reader: ZarrS3Reader, lists: Any, result: Any, words: str
+    ) -> None:
+        """A function without ``return`` is the usual mistake."""
+        for dataset in (
+            ZarrDataset(reader, "all", transform=lambda sample: result),
+            RhoData(*lists, transform=lambda sample: result),
+        ):
+            with pytest.raises(ConfigError, match=f"transform returned {words} for "):
+                dataset[0]
+
+    def test_what_is_not_a_function_is_refused(self, reader: ZarrS3Reader) -> None:
+        with pytest.raises(ConfigError, match="transform is 'log'; it has to be a function"):
+            ZarrDataset(reader, transform="log")  # type: ignore[arg-type]
+
+
 class TestCollate:
     """Batches of mixed grids."""
 
