@@ -428,12 +428,7 @@ def plan_warm(
     if world is not None:
         # The sampler deals each split out by itself: a share of all ids at once would differ.
         parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)
-        own = {
-            task_id
-            for part in parts
-            for task_id, node in zip(part, node_of(part, world.nodes), strict=True)
-            if node == world.node
-        }
+        own = {task_id for part in parts for task_id in _share(part, world)}
         wanted = [task_id for task_id in wanted if task_id in own]
     task_ids = tuple(dict.fromkeys(wanted))
     roles = reader.roles
@@ -457,6 +452,13 @@ def plan_warm(
         reader=reader,
         stored=stored,
     )
+
+
+def _share(task_ids: Sequence[str], world: World) -> list[str]:
+    """The ids that ``NodeSampler(assignment="node")`` assigns to the node of ``world``."""
+    nodes = node_of(task_ids, world.nodes)
+    pairs = zip(task_ids, nodes, strict=True)
+    return [task_id for task_id, node in pairs if node == world.node]
 
 
 def _open_reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
