@@ -108,7 +108,7 @@ def test_a_file_that_kills_every_process_is_named(source: Path, tmp_path: Path) 
     (failed,) = report.failed
     assert failed.error is not None
     assert (
-        f"{failed.path}: two worker processes died while converting it (SIGKILL, perhaps for lack "
+        f"{failed.path}: two worker processes died while converting it (SIGKILL, perhaps out "
         "of memory)" in failed.error
     )
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from zarrcache import ConfigError, Lookahead, NodeSampler, World, ZarrDataset, ZarrS3Reader
 from zarrcache._keys import ROLES
-from zarrcache.parallel.process import Interpreter
 
 COUNT = 13  # pairs; one of them is the test set
 LISTINGS = 2 * 8192  # bytes on disk: which materials there are
@@ -215,7 +215,7 @@ def test_it_ends_at_once_beside_workers_that_stay(
         assert len(list(loader)) == COUNT - 1
         assert ahead._prefetcher is not None
         process = ahead._prefetcher._process
-    assert process.exitcode == 0
+    assert process.wait() == 0
     del loader
 
 
@@ -264,27 +264,37 @@ def test_a_process_that_cannot_be_started_is_one_warning(
     ] == ["WARNING"]
 
 
-def test_interrupted_at_its_start_the_process_ends(
-    pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(subprocess, "Popen"), (threading.Thread, "start")],
+    ids=["in its start", "after its start"],
+)
+def test_interrupted_while_it_starts_the_process_ends(
+    pairs: Pairs,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
 ) -> None:
-    """Also where somebody keeps the exception, as a notebook does: it would fetch beside the next
+    """Also if the exception is kept, as a notebook does: the process would fetch beside the next
     one.
     """
     dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
     reader, sampler, start, before = (
         dataset.reader,
         NodeSampler(dataset),
-        Interpreter.__init__,
+        getattr(owner, name),
         interpreters(),
     )
     assert isinstance(reader, ZarrS3Reader)
 
-    def interrupted(self: Interpreter, *arguments: Any) -> None:
-        start(self, *arguments)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        started = start(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return started
 
-    monkeypatch.setattr(Interpreter, "__init__", interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt) as kept:
         Lookahead(dataset, sampler)
     assert interpreters() == before

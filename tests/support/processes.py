@@ -27,13 +27,13 @@ def members(group: int) -> list[int]:
 
 
 def interpreters() -> list[int]:
-    """Processes of ``zarrcache.parallel.process`` that this one has started and that still run."""
+    """Child processes of ``zarrcache.parallel`` that this process has started and that still run."""
     found = []
     for pid, parent, _ in _running():
         with suppress(FileNotFoundError, ProcessLookupError):
             if (
                 parent == os.getpid()
-                and b"from zarrcache." in Path(f"/proc/{pid}/cmdline").read_bytes()
+                and b"zarrcache/parallel/_child.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
             ):
                 found.append(pid)
     return found

@@ -17,7 +17,7 @@ import typer
 
 from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
-from zarrcache.parallel import Terminated, ending_in_order, exit_code
+from zarrcache.parallel import Terminated, exit_code, raise_on_signals
 
 __all__ = ["app", "command", "failures", "say", "show", "show_json"]
 
@@ -51,7 +51,7 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
-                with ending_in_order():
+                with raise_on_signals():
                     code = function(*args, **kwargs)
             except ZarrCacheError as exc:
                 if _log.isEnabledFor(logging.DEBUG):

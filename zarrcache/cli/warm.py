@@ -83,7 +83,7 @@ def warm(
     that changed at the origin.
     """
     from zarrcache.ops import plan_warm
-    from zarrcache.parallel import this_node
+    from zarrcache.parallel import each_node_world
 
     if assignment is not None and not each_node:
         raise ConfigError("--assignment is only for several nodes. Add --each-node.")
@@ -98,7 +98,7 @@ def warm(
             "--dry-run": dry_run,
         }
         return _on_each_node(dask, config.absolute(), options, as_json=as_json)
-    world = this_node() if each_node else None
+    world = each_node_world() if each_node else None
     if world is not None and world.local_rank > 0:
         say(f"{node_name()}: left to the first process of this node.")
         return 0

@@ -346,7 +346,7 @@ class WarmPlan:
             engine = functools.partial(
                 spread,
                 workers=self.workers,
-                lanes=self.threads,
+                threads=self.threads,
                 budget_bytes=self.cache.fetch.memory,
                 stop_s=_STOP_S,
             )

@@ -1,5 +1,6 @@
-"""Work spread over the machines of a Dask cluster. The only import of Dask (``pip install
-'zarrcache[dask]'``), and only where it is needed.
+"""Runs items, or a command on every node, over a Dask cluster.
+
+The only module that imports Dask (``pip install 'zarrcache[dask]'``), when it is used.
 
 >>> with open_cluster("tcp://login1:8786") as cluster:  # doctest: +SKIP
 ...     plan_convert("chgcars/", "s3://bucket/label").execute(engine=cluster.spread)
@@ -12,42 +13,56 @@ import copyreg
 import functools
 import json
 import logging
+import multiprocessing
 import os
+import pickle
 import secrets
+import subprocess
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
-from multiprocessing.reduction import ForkingPickler
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from zarrcache import __version__
 from zarrcache.errors import ConfigError, ZarrCacheError
-from zarrcache.parallel._nodes import in_order, node_name
 from zarrcache.parallel.pool import Died, Reserve, cores
-from zarrcache.parallel.signals import deferred_signals
+from zarrcache.parallel.signals import signals_blocked
+from zarrcache.parallel.topology import node_name, sorted_nodes
 
-__all__ = ["Cluster", "open_cluster"]
+__all__ = ["Cluster", "NodeOutcome", "open_cluster", "run_on_each_node"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Seconds for a scheduler to answer, and for workers to appear before it is said that there are
+#: Seconds for a scheduler to answer, and for a worker to appear before a warning says that there is
 #: none.
 _CONNECT_S = 5.0
-#: Items on the scheduler for each thread of the cluster: enough that none waits for us, few enough
-#: that 314,000 are nothing to the scheduler.
+#: Items on the scheduler per thread of the cluster: enough that no thread waits for this process,
+#: few enough that 314,000 materials are no burden to the scheduler.
 _AHEAD = 4
-#: And at least so many, from which a cluster that scales by its load sees that there is work.
-_LEAST_AHEAD = 200
-#: How old the number of the cluster's threads may be.
-_LOOK_EVERY_S = 5.0
-#: How long items that have begun may go on when nobody wants the rest any more.
+#: At least this many items on the scheduler, so that a cluster that scales with its load sees work.
+_MIN_AHEAD = 200
+#: Seconds for which the number of the cluster's threads is taken as known.
+_THREADS_KNOWN_S = 5.0
+#: Seconds for items that have begun to finish when the rest is cancelled.
 _STOP_S = 10.0
+
+#: Attempts to run a command on a node whose worker dies.
+_NODE_ATTEMPTS = 2
+#: Seconds for a node that has lost its workers to get another one.
+_ABSENT_S = 60.0
+#: Seconds between two looks at the commands that run.
+_TICK_S = 1.0
+#: Seconds for a cancelled command to end after SIGTERM.
+_END_S = 5.0
+#: Lines of a command's standard error that are kept for its error message.
+_LAST_LINES = 20
 
 
 @contextlib.contextmanager
@@ -57,27 +72,27 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
     Parameters
     ----------
     scheduler : str
-        Address (``tcp://host:8786``, ``host:8786``) or scheduler file of a cluster that runs, which
-        goes on to run; or ``local``.
+        Address (``tcp://host:8786``, ``host:8786``) or scheduler file of a running cluster, which
+        keeps running; or ``local``.
     workers : int, optional
-        Processes of ``local``. Default: one a core that this process may use.
+        Number of processes of ``local``. Default: the cores that this process may use.
 
     Raises
     ------
     ConfigError
-        Dask is not installed, nobody answers there, or processes cannot start.
+        Dask is not installed, no scheduler answers, or processes cannot start.
     """
     try:
         import distributed
     except ImportError as exc:
         raise ConfigError(
-            f"this needs Dask ({exc}). Install it: pip install 'zarrcache[dask]'."
+            f"Dask is not installed ({exc}). Install it: pip install 'zarrcache[dask]'."
         ) from exc
-    _pickle_errors_as_words()
+    _pickle_errors_without_causes()
     if workers is not None and (workers < 1 or scheduler != "local"):
         raise ConfigError(
-            f"workers is {workers!r} and Dask {scheduler!r}: only `local` starts workers, one or "
-            "more; a cluster has those it has."
+            f"workers is {workers!r} with the Dask scheduler {scheduler!r}: only `local` starts "
+            "workers, one or more; a running cluster has its own."
         )
     with contextlib.ExitStack() as stack:
         try:
@@ -92,56 +107,55 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
                 raise
             raise ConfigError(
                 f"no Dask scheduler answers at {scheduler} ({str(exc) or type(exc).__name__}). "
-                "Start one (`dask scheduler`) and give its address, "
-                "tcp://host:8786, or its scheduler file, or write `local` for processes of this "
-                "machine."
+                "Start one (`dask scheduler`) and pass its address, tcp://host:8786, or its "
+                "scheduler file; or pass `local` to start processes on this machine."
             ) from exc
         stack.callback(client.close, _CONNECT_S)
         yield Cluster(scheduler, client)
 
 
-def _pickle_errors_as_words() -> None:
-    """Our errors go from process to process as one string. distributed, when it is imported, has
-    every exception that there is pickle its causes as well (tblib), and a lock somewhere in
-    botocore's does not: the error that was to be told would become a TypeError.
+def _pickle_errors_without_causes() -> None:
+    """Pickle errors of this package as one string again.
+
+    distributed, when it is imported, makes every exception class pickle its causes as well (by
+    tblib). A cause from botocore holds a lock, so that the error would become a TypeError.
     """
-    for kind in (ZarrCacheError, *_kinds_of(ZarrCacheError)):
-        if kind in copyreg.dispatch_table:
-            del copyreg.dispatch_table[kind]
-
-
-def _kinds_of(kind: type[ZarrCacheError]) -> Iterator[type[ZarrCacheError]]:
-    for one in kind.__subclasses__():
-        yield one
-        yield from _kinds_of(one)
+    todo: list[type[ZarrCacheError]] = [ZarrCacheError]
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        copyreg.pickle(kind, kind.__reduce__)
 
 
 def _address(scheduler: str) -> str:
-    """What an address or a scheduler file says. Raises OSError, ValueError, KeyError or TypeError
-    where it says nothing.
+    """The address in a scheduler file, or the address itself.
+
+    Raises OSError, ValueError, KeyError or TypeError if it is not one.
     """
-    from distributed.comm.addressing import get_address_host_port
+    from distributed.comm.addressing import resolve_address
 
     address: str = (
         json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"]
         if os.path.isfile(scheduler)
         else scheduler
     )
-    # here, because a client that was never connected cannot be closed
-    get_address_host_port(address)
+    # Checked here, because a Client that has never been connected cannot be closed.
+    resolve_address(address)
     return address
 
 
 @contextlib.contextmanager
 def _local(workers: int) -> Iterator[Any]:
-    resource_tracker.ensure_running()  # here: it lets signals through again that it has held back
+    # The first named lock starts multiprocessing's resource tracker, which unblocks signals up to
+    # Python 3.12.8 (https://github.com/python/cpython/issues/127586). So it starts here.
+    multiprocessing.get_context("spawn").Lock()
     log = logging.getLogger("distributed")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # what matters of it is said here, in words
+    log.setLevel(logging.CRITICAL)  # its errors are reported here, as exceptions
     try:
         with contextlib.ExitStack() as stack:
-            # a signal to all of a job is for this process, and not for what Dask starts
-            with deferred_signals():
+            # Ctrl-C or SIGTERM to all processes of a job is for this one, which ends the workers.
+            with signals_blocked():
                 try:
                     cluster = stack.enter_context(_local_cluster(workers))
                 except (OSError, RuntimeError) as exc:
@@ -158,29 +172,35 @@ def _local_cluster(workers: int) -> Any:
     import dask
     import distributed
 
-    # Locks that are made in there (numcodecs makes one) then have no name in the system, and none
-    # is called leaked where a worker is killed.
+    # Locks that the workers make (numcodecs makes one) then have no name in the system, so that
+    # none is reported as leaked when a worker is killed.
     unnamed_locks = "import multiprocessing; multiprocessing.set_start_method('fork', force=True)"
     return distributed.LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",  # there is no way to have none; nobody is told the port
+        dashboard_address="127.0.0.1:0",  # it cannot be switched off; this is a free, local port
         silence_logs=logging.CRITICAL,
-        memory_limit=0,  # the kernel decides, as without Dask
+        memory_limit=0,  # no limit of Dask's; the kernel's holds
         preload=[*dask.config.get("distributed.worker.preload"), unnamed_locks],
-        scheduler_kwargs={"allowed_failures": 0},  # whose process died is tried again by us, alone
+        scheduler_kwargs={"allowed_failures": 0},  # items of a dead worker are retried here, alone
     )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A function on its way to the workers. Sent once to each of them, as what every item depends
-    on; Dask makes it anew where it is lost.
+    """A pickled function on its way to the workers.
+
+    Sent once to each worker, as the dependency of every item; Dask computes it again if it is lost.
     """
 
     version: str
-    pickled: bytes = field(repr=False)  # not in the logs of a worker: it may hold credentials
+    pickled: bytes = field(repr=False)  # not in a worker's log: it may hold credentials
+
+
+@functools.cache
+def _version() -> str:
+    return metadata.version("zarrcache")
 
 
 class Cluster:
@@ -189,32 +209,31 @@ class Cluster:
     Parameters
     ----------
     name : str
-        What the user calls it.
+        The address, file or ``local`` that the user passed.
     client : distributed.Client
     """
 
     def __init__(self, name: str, client: Any) -> None:
         self.name = name
         self.client = client
-        self._threads, self._looked_s = 0, -_LOOK_EVERY_S
+        self._threads, self._threads_at_s = 0, -_THREADS_KNOWN_S
 
     def spread(
         self, function: Callable[[T, Reserve], R], items: Sequence[T]
     ) -> Generator[tuple[T, R | Died]]:
-        """As :func:`zarrcache.parallel.pool.spread`, an engine: ``(item, function(item, reserve))``
-        in the order in which they are ready.
+        """Yield ``(item, function(item, reserve))`` in order of completion.
 
-        A few items a thread are on the scheduler at a time; workers that join get some. An item
-        whose worker died is tried elsewhere, as often as the scheduler allows
+        A few items per thread are on the scheduler at a time; workers that join get some. An item
+        whose worker died is retried elsewhere as often as the scheduler allows
         (``allowed-failures``), and then once more after all others, alone in the cluster. Memory is
-        not reserved: what the workers hold together is bounded by their threads. Closing the
-        iterator, or an exception at its caller (Ctrl-C too), takes back what has not begun, and
-        waits a while for what has.
+        not reserved: the number of the workers' threads bounds it. Closing the iterator, or an
+        exception in its consumer (also Ctrl-C), cancels items that have not begun, and waits 10 s
+        for those that have.
 
         Raises
         ------
         ConfigError
-            A worker cannot do this at all: it has no zarrcache, or another one.
+            A worker cannot run the function: it has no zarrcache, or another version.
         ZarrCacheError
             The scheduler has gone.
         """
@@ -222,26 +241,22 @@ class Cluster:
             return
         name = f"zarrcache-{secrets.token_hex(8)}"
         running: dict[Any, T] = {}
-        todo, orphans = deque(items), deque[T]()
+        todo, lost = deque(items), deque[T]()
         try:
-            work = self._send(_Work(__version__, bytes(ForkingPickler.dumps(function))), name)
-            for queue, alone in ((todo, False), (orphans, True)):
-                yield from self._rounds(
-                    work,
-                    f"{name}-{'again' if alone else 'item'}",
-                    queue,
-                    running,
-                    None if alone else orphans,
-                )
+            work = self._send(_Work(_version(), pickle.dumps(function)), name)
+            yield from self._run(work, f"{name}-item", todo, running, lost)
+            yield from self._run(work, f"{name}-again", lost, running, None)
         finally:
             if running:
                 self.take_back(running, name)
 
-    def _rounds(
-        self, work: Any, name: str, queue: deque[T], running: dict[Any, T], orphans: deque[T] | None
+    def _run(
+        self, work: Any, name: str, queue: deque[T], running: dict[Any, T], lost: deque[T] | None
     ) -> Generator[tuple[T, Any]]:
-        """Results of a queue. Items that died go to ``orphans``; without one they are tried one at
-        a time, and given up.
+        """Yield the results of a queue.
+
+        Items whose worker died are appended to ``lost``. With None this is their second try: they
+        run one at a time, and are reported as Died if the worker dies again.
         """
         from distributed import as_completed
 
@@ -249,9 +264,9 @@ class Cluster:
         number = 0
         ready: list[tuple[T, Any]] = []
         while True:
-            # The next items go out before the caller works on these results.
+            # The next items go out before the consumer works on these results.
             while queue and len(running) < (
-                1 if orphans is None else max(_LEAST_AHEAD, _AHEAD * self._look())
+                1 if lost is None else max(_MIN_AHEAD, _AHEAD * self._count_threads())
             ):
                 item = queue.popleft()
                 future = self.client.submit(_do, work, item, key=(name, number), pure=False)
@@ -265,22 +280,21 @@ class Cluster:
             ready = []
             for future, outcome in zip(batch, self.outcomes(batch), strict=True):
                 item = running.pop(future)
-                # at once: of a result that is still held Dask makes another one when its worker
-                # dies
+                # Now: Dask computes a result that is still held again if its worker dies.
                 future.release()
-                if isinstance(outcome, Died) and orphans is not None:
+                if isinstance(outcome, Died) and lost is not None:
                     logger.warning(
-                        "a worker of %s died over %s, or beside it; it is tried again alone, after "
-                        "all others",
+                        "a worker of %s died while it worked on %s or beside it; retrying the item "
+                        "alone, after all others",
                         self.name,
                         item,
                     )
-                    orphans.append(item)
+                    lost.append(item)
                 else:
                     ready.append((item, outcome))
 
     def outcomes(self, futures: Sequence[Any]) -> list[Any]:
-        """What became of items that are done; Died where a worker was lost over one."""
+        """Results of futures that are done; Died for one whose worker was lost."""
         from distributed import CancelledError
 
         outcomes: list[Any] = []
@@ -288,8 +302,11 @@ class Cluster:
             try:
                 outcomes.append(future.result())
             except CancelledError as exc:
-                raise self._gone() from exc
-            except Exception as exc:  # noqa: BLE001 - items report their failures in their results: this is the cluster's
+                raise ZarrCacheError(
+                    f"the Dask scheduler {self.name} has gone. What is finished stays; start it "
+                    "and run the same command again to go on."
+                ) from exc
+            except Exception as exc:  # noqa: BLE001 - items report failures in their results; this one is the cluster's
                 outcomes.append(self._died(exc))
         return outcomes
 
@@ -302,18 +319,11 @@ class Cluster:
             raise exc
         raise ConfigError(
             f"a worker of {self.name} cannot do this: {type(exc).__name__}: {exc}. Every worker "
-            "needs the same zarrcache as this machine "
-            f"({__version__}), with the same extras."
+            f"needs the same zarrcache as this machine ({_version()}), with the same extras."
         ) from exc
 
-    def _gone(self) -> ZarrCacheError:
-        return ZarrCacheError(
-            f"the Dask scheduler {self.name} has gone. What is finished stays; start it and run "
-            "the same again to go on."
-        )
-
     def _send(self, work: _Work, name: str) -> Any:
-        """Have one worker take it, which shows whether it can."""
+        """Let one worker load the function, which shows whether it can."""
         from distributed import wait
 
         future = self.client.submit(_carry, work, key=f"{name}-work", pure=False)
@@ -330,20 +340,21 @@ class Cluster:
         (outcome,) = self.outcomes([future])
         if isinstance(outcome, Died):
             raise ConfigError(
-                f"the workers of {self.name} end before they can begin. Look into their logs."
+                f"the workers of {self.name} end before they begin to work. See their logs."
             )
         return future
 
-    def _look(self) -> int:
-        """Threads of all workers, which come and go."""
-        if time.monotonic() - self._looked_s >= _LOOK_EVERY_S:
+    def _count_threads(self) -> int:
+        """Threads of all workers; workers come and go."""
+        if time.monotonic() - self._threads_at_s >= _THREADS_KNOWN_S:
             self._threads = sum(self.client.nthreads().values())
-            self._looked_s = time.monotonic()
+            self._threads_at_s = time.monotonic()
         return self._threads
 
     def take_back(self, running: Mapping[Any, object], name: str) -> None:
-        """Cancel what has not begun, and wait a while for what has. Keys are pairs that begin with
-        ``name``.
+        """Cancel items that have not begun, and wait 10 s for those that have.
+
+        Their keys are pairs that begin with ``name``.
         """
         try:
             self.client.cancel(list(running), force=True)
@@ -356,17 +367,13 @@ class Cluster:
             )
 
     def _is_any_left(self, name: str) -> bool:
-        # The scheduler first: what it has not given out and has dropped, no worker begins.
+        # The scheduler first: no worker begins an item that the scheduler has dropped.
         if self.client.run_on_scheduler(_is_known, name=name):
             return True
         return any(self.client.run(_is_busy, name=name, on_error="ignore").values())
 
-    # -- the machines
-    # ------------------------------------------------------------------------------------------------------------
-
     def nodes(self) -> dict[str, list[str]]:
-        """The machines that have workers by now, in the order in which Slurm counts, and the
-        addresses of those workers.
+        """Addresses of the workers that are there now, by node, in Slurm's order of nodes.
 
         Raises
         ------
@@ -377,45 +384,45 @@ class Cluster:
         if not found:
             raise ConfigError(
                 f"{self.name} has no workers. Start some (`dask worker`, or scale the cluster) and "
-                "run the same again."
+                "run the same command again."
             )
-        return {node: found[node] for node in in_order(found)}
+        return {node: found[node] for node in sorted_nodes(found)}
 
     def places(self) -> dict[str, list[str]]:
-        """As :meth:`nodes`, in no order, and perhaps none."""
+        """As :meth:`nodes`, in any order, and perhaps empty."""
         found: dict[str, list[str]] = {}
         for address, node in sorted(self.client.run(node_name, on_error="ignore").items()):
             found.setdefault(node, []).append(address)
         return found
 
 
-# -- in a worker
-# ------------------------------------------------------------------------------------------------------------------------
+# -- an item, in a worker
+# --------------------------------------------------------------------------------
 
 
 def _carry(work: _Work) -> _Work:
-    _function_of(work)
+    _load(work)
     return work
 
 
 def _do(work: _Work, item: Any) -> Any:
-    return _function_of(work)(item, _take)
+    return _load(work)(item, _reserve_nothing)
 
 
 @functools.lru_cache(maxsize=1)
-def _function_of(work: _Work) -> Callable[[Any, Reserve], Any]:
-    """Unpickled once in each process: it keeps connections open."""
-    if work.version != __version__:
+def _load(work: _Work) -> Callable[[Any, Reserve], Any]:
+    """The function, unpickled once in each process: it keeps connections open."""
+    if work.version != _version():
         raise ConfigError(
-            f"the Dask worker on {node_name()} has zarrcache {__version__}, and this machine "
-            f"{work.version}. Install the same on both."
+            f"the Dask worker on {node_name()} has zarrcache {_version()}, and this machine "
+            f"{work.version}. Install the same version on both."
         )
-    function: Callable[[Any, Reserve], Any] = ForkingPickler.loads(work.pickled)
+    function: Callable[[Any, Reserve], Any] = pickle.loads(work.pickled)
     return function
 
 
-def _take(nbytes: int) -> None:
-    """Memory is there, or the worker dies."""
+def _reserve_nothing(nbytes: int) -> None:
+    """A worker has no budget: the kernel kills it if there is too little memory."""
 
 
 def _is_busy(name: str, dask_worker: Any) -> bool:
@@ -431,3 +438,226 @@ def _is_known(name: str, dask_scheduler: Any) -> bool:
 
 def _is_of(name: str, key: object) -> bool:
     return isinstance(key, tuple) and str(key[0]).startswith(name)
+
+
+# -- a command on every node
+# --------------------------------------------------------------------------------
+
+#: Reports a line of output.
+Report: TypeAlias = Callable[[str], None]
+#: Whether the command is still wanted.
+IsWanted: TypeAlias = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class NodeOutcome:
+    """How a command ended on one node.
+
+    Attributes
+    ----------
+    node : str
+    code : int
+        Its exit code.
+    document : dict
+        The JSON that it wrote; empty if it wrote none.
+    error : str
+        Why it wrote none.
+    """
+
+    node: str
+    code: int
+    document: dict[str, Any]
+    error: str = ""
+
+
+def run_on_each_node(
+    cluster: Cluster, arguments: Sequence[str], report: Callable[[str, str], object]
+) -> Generator[NodeOutcome]:
+    """Run ``zarrcache ARGUMENTS`` once on each node that has workers now, and collect its JSON.
+
+    The command runs in this directory, as a process beside the worker: it may use all cores of the
+    node, and the worker survives whatever it does. It gets its place among the nodes through the
+    variables of torchrun; nodes are numbered in Slurm's order.
+
+    Parameters
+    ----------
+    cluster : Cluster
+    arguments : sequence of str
+    report : callable
+        Called with the node and each line of the command's standard error, in a thread.
+
+    Raises
+    ------
+    ConfigError
+        There are no workers.
+    """
+    nodes = list(cluster.nodes())
+    commands = {
+        node: _Command(
+            tuple(arguments),
+            os.getcwd(),
+            {"RANK": str(number), "WORLD_SIZE": str(len(nodes)), "LOCAL_WORLD_SIZE": "1"},
+        )
+        for number, node in enumerate(nodes)
+    }
+    with contextlib.closing(_once_per_node(cluster, _run_command, commands, report)) as outcomes:
+        for node, outcome in outcomes:
+            if isinstance(outcome, Died):
+                error = f"two Dask workers died while they ran it ({outcome})"
+                yield NodeOutcome(node, 1, {}, error)
+                continue
+            code, out, lines = outcome
+            try:
+                yield NodeOutcome(node, code, json.loads(out))
+            except ValueError:
+                error = lines[-1] if lines else f"exit code {code}"
+                yield NodeOutcome(node, code or 1, {}, error)
+
+
+def _once_per_node(
+    cluster: Cluster,
+    function: Callable[[T, Report, IsWanted], R],
+    arguments: Mapping[str, T],
+    report: Callable[[str, str], object],
+) -> Generator[tuple[str, R | Died]]:
+    """Yield ``(node, function(argument, report, is_wanted))`` in order of completion, each run by
+    one worker of its node.
+
+    If that worker dies, another worker of the node, or the next one to appear within 60 s, tries
+    once more. Closing the iterator, or an exception in its consumer (also Ctrl-C), makes
+    ``is_wanted()`` false and waits 10 s for the functions that run.
+
+    Parameters
+    ----------
+    arguments : mapping
+        By names of ``cluster.nodes()``.
+    report : callable
+        Called with the node and each line that the function reports, in a thread.
+    """
+    from distributed import Event
+
+    name = f"zarrcache-{secrets.token_hex(8)}"
+    cancelled = Event(f"{name}-cancelled", client=cluster.client)
+    running: dict[Any, tuple[str, str]] = {}
+    attempts = dict.fromkeys(arguments, 0)
+    #: Nodes to start it on, and until when they may be without a worker.
+    waiting = dict.fromkeys(arguments, time.monotonic())
+    cluster.client.subscribe_topic(name, lambda event: report(*event[1]))
+    try:
+        while waiting or running:
+            places = cluster.places() if waiting else {}
+            for node, until_s in list(waiting.items()):
+                if node in places:
+                    del waiting[node]
+                    attempts[node] += 1
+                    where = places[node][0]
+                    future = cluster.client.submit(
+                        _do_on_node,
+                        name,
+                        node,
+                        function,
+                        arguments[node],
+                        key=(f"{name}-node", node, attempts[node]),
+                        workers=[where],
+                        pure=False,
+                    )
+                    running[future] = node, where
+                elif time.monotonic() > until_s:
+                    del waiting[node]
+                    yield node, Died(None)
+            for future in _ended(cluster, running):
+                node, _ = running.pop(future)
+                (outcome,) = cluster.outcomes([future]) if future.done() else [Died(None)]
+                future.cancel()
+                if isinstance(outcome, Died) and attempts[node] < _NODE_ATTEMPTS:
+                    waiting[node] = time.monotonic() + _ABSENT_S
+                else:
+                    yield node, outcome
+    finally:
+        if running:
+            cancelled.set()
+            cluster.take_back(running, name)
+        cluster.client.unsubscribe_topic(name)
+
+
+def _ended(cluster: Cluster, running: Mapping[Any, tuple[str, str]]) -> list[Any]:
+    """Wait up to 1 s; futures that are done, or whose worker is gone.
+
+    Dask would wait for that worker to come back.
+    """
+    from distributed import wait
+
+    if not running:
+        time.sleep(_TICK_S)
+        return []
+    with cluster.client.as_current(), contextlib.suppress(TimeoutError):
+        wait(list(running), timeout=_TICK_S, return_when="FIRST_COMPLETED")
+    alive = cluster.client.nthreads()
+    return [future for future, (_, where) in running.items() if future.done() or where not in alive]
+
+
+# -- a command, in a worker
+# --------------------------------------------------------------------------------
+
+
+def _do_on_node(
+    name: str, node: str, function: Callable[[Any, Report, IsWanted], Any], argument: Any
+) -> Any:
+    from distributed import Event, get_worker
+
+    worker, cancelled = get_worker(), Event(f"{name}-cancelled")
+    return function(
+        argument, lambda line: worker.log_event(name, (node, line)), lambda: not cancelled.is_set()
+    )
+
+
+@dataclass(frozen=True)
+class _Command:
+    arguments: tuple[str, ...]
+    directory: str
+    environment: dict[str, str]  # added to the worker's, which may be part of another job
+
+
+def _run_command(
+    command: _Command, report: Report, is_wanted: IsWanted
+) -> tuple[int, str, list[str]]:
+    """Exit code, standard output, and the last lines of standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zarrcache", *command.arguments],
+        cwd=command.directory if os.path.isdir(command.directory) else None,
+        env={**os.environ, **command.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines: deque[str] = deque(maxlen=_LAST_LINES)
+    out: list[str] = []
+    assert process.stdout is not None
+    assert process.stderr is not None
+    readers = [
+        threading.Thread(target=lambda stream: out.append(stream.read()), args=(process.stdout,)),
+        threading.Thread(target=_relay, args=(process.stderr, lines, report)),
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        while is_wanted():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_TICK_S)
+                break
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+            process.kill()  # what it has stored stays; unfinished entries are never visible
+        for reader in readers:
+            reader.join()
+    return process.wait(), "".join(out), list(lines)
+
+
+def _relay(stream: Any, lines: deque[str], report: Report) -> None:
+    for line in stream:
+        lines.append(line.rstrip("\n"))
+        report(lines[-1])

@@ -1,89 +1,88 @@
-"""Work spread over processes of its own, where a killed process costs the items it worked on at the
-most.
+"""Spreads items over child processes; a process that is killed costs only the item it died of.
 
-Not ``concurrent.futures.ProcessPoolExecutor``: when one of its processes is killed it gives up all
-items and cannot say which one was to blame.
+Not ``concurrent.futures.ProcessPoolExecutor`` or loky: when one of their processes is killed, they
+give up all items and cannot say which one was the cause.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import pickle
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from zarrcache.errors import ConfigError
-from zarrcache.parallel._budget import Budget
-from zarrcache.parallel.process import Interpreter
-from zarrcache.parallel.signals import deferred_signals
+from zarrcache.parallel.process import ChildProcess, HungUp, receive
 
-__all__ = ["Died", "Engine", "Reserve", "cores", "spread"]
+__all__ = ["Budget", "Died", "Engine", "Reserve", "cores", "spread"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: What an item calls before it takes so many bytes of memory. It waits until they are to be had;
-#: they are given back with the result.
+#: An item calls this with a number of bytes before it allocates them. The call waits until the
+#: memory budget allows it; the bytes are given back with the result.
 Reserve: TypeAlias = Callable[[int], None]
 
 
 class Engine(Protocol):
-    """What spreads work: over processes of this machine (:func:`spread`), or over a cluster
+    """Spreads items over processes of this machine (:func:`spread`) or over a Dask cluster
     (:meth:`zarrcache.parallel.dask.Cluster.spread`).
     """
 
     def __call__(
         self, function: Callable[[T, Reserve], R], items: Sequence[T], /
     ) -> Generator[tuple[T, R | Died]]:
-        """``(item, function(item, reserve))`` for every item, in the order in which they are ready.
-        Function, items and results pickle.
+        """Yield ``(item, function(item, reserve))`` for every item, in order of completion.
+
+        Function, items and results have to pickle.
         """
 
 
-#: How long a process may go on with its items when nobody wants the rest any more. One that takes
-#: longer is killed.
+#: Seconds for a process to finish its items when the rest is cancelled; then it is killed.
 _STOP_S = 10.0
 
 
 @dataclass(frozen=True)
 class Died:
-    """In place of a result: the process was gone, twice, the second time with nothing beside it.
+    """In place of a result: two processes died while they worked on the item, the second on it
+    alone.
 
     Attributes
     ----------
     exitcode : int or None
-        Negative: the signal that ended it. None: it was on another machine, where nobody saw.
+        Negative: the signal that ended the process. None: it ran on another machine.
     """
 
     exitcode: int | None
 
     def __str__(self) -> str:
         if self.exitcode is None:
-            return "something that its machine's log may tell"
+            return "cause unknown; see the system log of its machine"
         if self.exitcode >= 0:
             return f"exit code {self.exitcode}"
-        name = (
-            signal.Signals(-self.exitcode).name
-            if -self.exitcode in set(signal.Signals)
-            else f"signal {-self.exitcode}"
-        )
-        return f"{name}, perhaps for lack of memory" if name == "SIGKILL" else name
+        if self.exitcode == -signal.SIGKILL:
+            return "SIGKILL, perhaps out of memory"
+        try:
+            return signal.Signals(-self.exitcode).name
+        except ValueError:
+            return f"signal {-self.exitcode}"
 
 
 def cores() -> int:
-    """Cores that this process may use, which under Slurm are fewer than the machine has."""
+    """Number of cores that this process may use; under Slurm fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -92,269 +91,347 @@ def spread(
     items: Sequence[T],
     workers: int,
     *,
-    lanes: int = 1,
+    threads: int = 1,
     budget_bytes: int | None = None,
     stop_s: float = _STOP_S,
 ) -> Generator[tuple[T, R | Died]]:
-    """``(item, function(item, reserve))`` for every item, in the order in which they are ready.
+    """Yield ``(item, function(item, reserve))`` for every item, in order of completion.
 
-    The processes are interpreters of their own, not forked, so no client and no lock of the caller
-    gets into them. The items of a process that dies are tried once more, after all others and each
-    alone. Closing the iterator, or an exception at its caller (Ctrl-C too), ends the processes:
-    each finishes its items and goes, and is killed if it has not gone in time.
+    The workers are fresh interpreters, so no client and no lock of the caller exists in them. The
+    items of a worker that dies are retried once, after all others and one at a time. Closing the
+    iterator, or an exception in its consumer (also Ctrl-C), ends the workers: each finishes the
+    items it has begun, and is killed if that takes more than ``stop_s``.
 
     Parameters
     ----------
     function : callable
-        It has to be picklable, like items and results, and to report its failures in its result.
-        The program's main module is run again in the processes only if the function refers to it;
-        otherwise items must not be instances of classes that are defined there.
+        It has to pickle, like items and results, and to report failures in its result. If function
+        or items are defined in the program's main module, each worker runs that module.
     workers : int
-        Processes.
-    lanes : int
-        Items at a time in each of them, for work that waits more than it computes.
+        Number of processes.
+    threads : int
+        Items at a time in each process, for work that waits more than it computes.
     budget_bytes : int, optional
-        Of memory, for all items together; see :class:`~zarrcache.parallel._budget.Budget`.
+        Memory for all items together; see :class:`Budget`. Default: no limit.
     stop_s : float
-        Seconds that a process may take to finish.
 
     Raises
     ------
     ConfigError
-        Processes cannot start at all.
+        No process can be started, or none can begin to work.
     """
-    work = bytes(ForkingPickler.dumps(function))
-    todo = deque(enumerate(items))
-    orphans: deque[tuple[int, T]] = deque()
-    pool: list[_Worker[T, R]] = []
-    budget = _Shared(budget_bytes, pool)
-    can_start = False
+    pool = _Pool[T, R](pickle.dumps(function), math.inf if budget_bytes is None else budget_bytes)
+    lost: deque[tuple[int, T]] = deque()
     try:
-        for queue, most, last in ((todo, workers, False), (orphans, 1, True)):
-            while queue or pool:
-                while queue and len(pool) < most:
-                    try:
-                        # or Ctrl-C could come when it runs, and before it is noted
-                        with deferred_signals():
-                            pool.append(_Worker(1 if last else lanes, work))
-                    except OSError as exc:
-                        if not pool:
-                            raise ConfigError(
-                                f"No worker process can be started ({exc}). Raise the limit "
-                                "(ulimit -n, ulimit -u)."
-                            ) from exc
-                        most = len(pool)
-                        logger.warning(
-                            "%d worker processes instead of %d, the next one cannot be started: %s",
-                            most,
-                            workers,
-                            exc,
-                        )
-                        break
-                    pool[-1].assign(*queue.popleft())
-                ready = set(wait([worker.connection for worker in pool]))
-                for worker in [worker for worker in pool if worker.connection in ready]:
-                    try:
-                        kind, number, value = worker.receive()
-                    except (EOFError, OSError):
-                        pool.remove(worker)
-                        exitcode = worker.end()
-                        if not can_start:
-                            raise ConfigError(
-                                "A worker process ended before it could begin (exit code "
-                                f"{exitcode}); its last words are above. If a script "
-                                "of yours calls this, put the call below `if __name__ == "
-                                "'__main__':`, or use workers=1."
-                            ) from None
-                        for lost, item in worker.items.items():
-                            budget.release(lost)
-                            if last:
-                                yield item, Died(exitcode)
-                            else:
-                                orphans.append((lost, item))
-                        continue
-                    if kind == "start":
-                        worker.begin()
-                        continue
-                    can_start = True
-                    if kind == "reserve":
-                        budget.ask(number, value)
-                        continue
-                    done = [worker.items.pop(number)] if kind == "result" else []
-                    if done:
-                        budget.release(number)
-                    # The next items go out before the caller works on this result. A process for
-                    # orphans gets a single one.
-                    while queue and not last and len(worker.items) < lanes:
-                        worker.assign(*queue.popleft())
-                    if not worker.items:
-                        pool.remove(worker)
-                        worker.end()
-                    for item in done:
-                        yield item, value
+        yield from pool.run(deque(enumerate(items)), workers, threads, lost)
+        yield from pool.run(lost, 1, 1, None)
     finally:
-        _stop(pool, stop_s)
+        pool.stop(stop_s)
 
 
-class _Worker(Generic[T, R]):
-    """A process and the items it works on, by number."""
+class _Pool(Generic[T, R]):
+    """The worker processes of one call, and the budget of memory that they share.
 
-    def __init__(self, lanes: int, work: bytes) -> None:
-        self.items: dict[int, T] = {}
+    The budget is kept here, where the part of a dead worker can be given back.
+    """
+
+    def __init__(self, work: bytes, budget_bytes: float) -> None:
         self._work = work
+        self._budget = Budget(budget_bytes)
+        self._workers: list[_Worker[T]] = []
         self._has_begun = False
-        self.process = Interpreter(_serve, lanes, work)
-        self.connection = self.process.connection
+
+    def run(
+        self,
+        queue: deque[tuple[int, T]],
+        workers: int,
+        threads: int,
+        lost: deque[tuple[int, T]] | None,
+    ) -> Generator[tuple[T, R | Died]]:
+        """Yield the results of a queue of numbered items.
+
+        Items of a worker that dies are appended to ``lost``. With None this is their second try:
+        each gets a worker of its own, and is reported as Died if that dies too.
+        """
+        while queue or self._workers:
+            workers = self._start(queue, workers, threads)
+            ready = wait([worker.connection for worker in self._workers])
+            for worker in [one for one in self._workers if one.connection in ready]:
+                try:
+                    kind, number, value = worker.connection.recv()
+                except (EOFError, OSError):
+                    yield from self._remove_dead(worker, lost)
+                    continue
+                if kind == "started":
+                    worker.begin(self._work)
+                    continue
+                self._has_begun = True
+                if kind == "reserve":
+                    self._grant(self._budget.ask(number, value))
+                    continue
+                done = [worker.items.pop(number)] if kind == "result" else []
+                if done:
+                    self._grant(self._budget.release(number))
+                # The next items go out before the consumer works on this result.
+                while queue and lost is not None and len(worker.items) < threads:
+                    worker.assign(*queue.popleft())
+                if not worker.items:
+                    self._workers.remove(worker)
+                    worker.end()
+                for item in done:
+                    yield item, value
+
+    def _start(self, queue: deque[tuple[int, T]], workers: int, threads: int) -> int:
+        """Start processes while there are items for them; how many can be had, at most
+        ``workers``.
+        """
+        while queue and len(self._workers) < workers:
+            try:
+                self._workers.append(_Worker(threads))
+            except OSError as exc:
+                if not self._workers:
+                    raise ConfigError(
+                        f"No worker process can be started ({exc}). Raise the limits (ulimit -n, "
+                        "ulimit -u)."
+                    ) from exc
+                logger.warning(
+                    "%d worker processes instead of %d, the next one cannot be started: %s",
+                    len(self._workers),
+                    workers,
+                    exc,
+                )
+                return len(self._workers)
+            self._workers[-1].assign(*queue.popleft())
+        return workers
+
+    def _remove_dead(
+        self, worker: _Worker[T], lost: deque[tuple[int, T]] | None
+    ) -> Generator[tuple[T, Died]]:
+        self._workers.remove(worker)
+        exitcode = worker.end()
+        if not self._has_begun:
+            raise ConfigError(
+                f"A worker process ended before it began to work (exit code {exitcode}); its "
+                "output above says why. If a script of yours calls this, put the call below "
+                "`if __name__ == '__main__':`, or use workers=1."
+            )
+        for number, item in worker.items.items():
+            self._grant(self._budget.release(number))
+            if lost is None:
+                yield item, Died(exitcode)
+            else:
+                lost.append((number, item))
+
+    def _grant(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            for worker in self._workers:
+                if number in worker.items:
+                    worker.grant(number)
+
+    def stop(self, within_s: float) -> None:
+        """End all processes: wait ``within_s`` for the items that have begun, then kill."""
+        # Not by SIGTERM: an exception in the middle of zarr or of an upload prints long tracebacks
+        # and leaves half a store to take back.
+        try:
+            for worker in self._workers:
+                worker.process.hang_up()
+            deadline = time.monotonic() + within_s
+            for worker in self._workers:
+                worker.process.has_ended(max(0.0, deadline - time.monotonic()))
+        finally:
+            # Also after a second Ctrl-C; a third that interrupts one kill leaves no process either.
+            with contextlib.ExitStack() as stack:
+                for worker in self._workers:
+                    stack.callback(worker.process.close)
+                    stack.callback(worker.process.kill)
+
+
+#: Kind, number of the item, and what belongs to the kind.
+_Message: TypeAlias = tuple[str, int, Any]
+
+
+class _Worker(Generic[T]):
+    """A process and the items it works on, by number.
+
+    It says ``started`` when it reads, ``ready`` when it has unpickled the function, then
+    ``reserve`` and ``result`` for each item.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.items: dict[int, T] = {}
+        self._has_begun = False
+        # Last, so that a signal never comes between the start and the return: a worker that the
+        # pool does not know is closed, and its process ends by itself.
+        self.process = ChildProcess(_serve, threads)
+
+    @property
+    def connection(self) -> Connection:
+        return self.process.connection
 
     def assign(self, number: int, item: T) -> None:
         """Give it one more item."""
         self.items[number] = item
         if self._has_begun:
-            self._say(("item", number, item))
+            self._send(("item", number, item))
 
-    def begin(self) -> None:
-        """Tell it what to do with its items. Not before it reads: a reader with the names of
-        200,000 stores is larger than a pipe, and others start meanwhile.
+    def begin(self, work: bytes) -> None:
+        """Send the function and the items, once it reads: a reader with the names of 200,000 stores
+        is larger than the socket's buffer, and other workers start meanwhile.
         """
         self._has_begun = True
         with contextlib.suppress(OSError):
-            self.connection.send_bytes(self._work)
+            self.connection.send_bytes(work)
         for number, item in self.items.items():
-            self._say(("item", number, item))
+            self._send(("item", number, item))
 
     def grant(self, number: int) -> None:
         """Let an item that waits for memory go on."""
-        self._say(("grant", number, None))
+        self._send(("grant", number, None))
 
-    def _say(self, message: _Message) -> None:
-        with contextlib.suppress(OSError):  # it is gone: receive() finds that out
+    def _send(self, message: _Message) -> None:
+        with contextlib.suppress(OSError):  # it has died; reading from it shows that
             self.connection.send(message)
-
-    def receive(self) -> _Message:
-        """``start``, ``ready``, then ``reserve`` and ``result``. Raises EOFError or OSError if the
-        process is gone.
-        """
-        message: _Message = self.connection.recv()
-        return message
 
     def end(self) -> int:
         """Hang up, upon which an idle process ends; its exit code."""
         self.process.hang_up()
-        exitcode = self.process.exitcode
+        exitcode = self.process.wait()
         self.process.close()
         return exitcode
 
 
-#: Kind, number of the item, and what belongs to it.
-_Message: TypeAlias = tuple[str, int, Any]
+class Budget:
+    """Grants bytes of memory to readers that ask when they know their need.
 
+    A reader knows the size of the objects it fetches first, and the size of the array only when it
+    has read the array's metadata. So it asks twice, and holds the first part while it waits for the
+    second. A request that exceeds what is free waits until other readers finish. If all readers
+    that hold memory wait, none would ever finish; then the one that began first is granted its
+    request. So never more is held than the budget plus one array, and an array larger than the
+    budget is read when the others are done.
 
-class _Shared:
-    """The budget of all processes. It is kept here, where a dead one's part can be given back; each
-    asks through its pipe.
+    Parameters
+    ----------
+    limit_bytes : float
+        May be infinite.
     """
 
-    def __init__(self, budget_bytes: int | None, pool: Sequence[_Worker[Any, Any]]) -> None:
-        self._budget = None if budget_bytes is None else Budget(budget_bytes)
-        self._pool = pool
+    def __init__(self, limit_bytes: float) -> None:
+        self._limit_bytes = limit_bytes
+        self._held: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}
 
-    def ask(self, number: int, nbytes: int) -> None:
-        self._grant([number] if self._budget is None else self._budget.ask(number, nbytes))
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that all readers hold."""
+        return sum(self._held.values())
 
-    def release(self, number: int) -> None:
-        self._grant([] if self._budget is None else self._budget.release(number))
+    def ask(self, reader: int, nbytes: int) -> list[int]:
+        """``reader`` (a number; the smallest began first) needs ``nbytes`` more.
 
-    def _grant(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            for worker in self._pool:
-                if number in worker.items:
-                    worker.grant(number)
+        Returns
+        -------
+        list of int
+            Readers that may go on, perhaps this one.
+        """
+        self._waiting[reader] = nbytes
+        return self._granted()
+
+    def release(self, reader: int) -> list[int]:
+        """``reader`` is done or dead; the readers that may go on."""
+        self._held.pop(reader, None)
+        self._waiting.pop(reader, None)
+        return self._granted()
+
+    def _granted(self) -> list[int]:
+        granted = []
+        while (reader := self._next()) is not None:
+            self._held[reader] = self._held.get(reader, 0) + self._waiting.pop(reader)
+            granted.append(reader)
+        return granted
+
+    def _next(self) -> int | None:
+        """A waiting reader that may go on."""
+        free = self._limit_bytes - self.held_bytes
+        begun = sorted(self._waiting.keys() & self._held.keys())
+        for reader in begun:
+            if self._waiting[reader] <= free:
+                return reader
+        # Readers that have begun come first: small ones would starve a large array otherwise.
+        if begun:
+            return begun[0] if len(begun) == len(self._held) else None
+        first = min(self._waiting, default=None)
+        if first is not None and (self._waiting[first] <= free or not self._held):
+            return first
+        return None
 
 
-def _stop(pool: Sequence[_Worker[Any, Any]], stop_s: float) -> None:
-    # Not by SIGTERM: an exception in the middle of zarr or of an upload is a lot of words on
-    # stderr, and half a store to take back.
+# -- in the child
+# --------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, threads: int) -> None:
+    """Work on the items that arrive until the parent hangs up or dies."""
+    parent = _Parent(connection)
+    parent.send("started")
+    executor = ThreadPoolExecutor(threads)
     try:
-        for worker in pool:
-            worker.process.hang_up()
-        deadline = time.monotonic() + stop_s
-        for worker in pool:
-            worker.process.has_ended(max(0.0, deadline - time.monotonic()))
-    finally:
-        # after a second Ctrl-C too: whoever presses it twice does not want to wait. Nor does a
-        # third leave any of them.
-        with deferred_signals():
-            for worker in pool:
-                worker.process.kill()
-                worker.process.close()
-
-
-# -- in the process
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _serve(connection: Connection, lanes: int) -> None:
-    """What a process does: results of what comes, until the other side hangs up or dies."""
-    desk = _Desk(connection)
-    desk.say("start")
-    pool = ThreadPoolExecutor(lanes)
-    try:
-        function: Callable[[Any, Reserve], Any] = connection.recv()
-        desk.say("ready")
+        function: Callable[[Any, Reserve], Any] = receive(connection)
+        parent.send("ready")
         while True:
-            kind, number, item = connection.recv()
+            kind, number, item = receive(connection)
             if kind == "item":
-                pool.submit(_do, desk, function, number, item)
+                executor.submit(_run, parent, function, number, item)
             else:
-                desk.granted(number)
-    except (EOFError, OSError):
-        desk.close()
-        # Items that have begun are waited for here, before the interpreter begins to end: from then
-        # on no executor in it takes work, and zarr, whose chunks go through one, would fail in the
-        # middle of a store, with a traceback for each.
-        pool.shutdown(cancel_futures=True)
+                parent.granted(number)
+    except HungUp:
+        parent.hung_up()
+        # Wait for items that have begun here, before the interpreter begins to shut down: from then
+        # on no executor accepts work, and zarr, which reads chunks through one, would fail in the
+        # middle of a store.
+        executor.shutdown(cancel_futures=True)
 
 
-class _NotWanted(BaseException):
-    """The other side has hung up while this item waited for memory."""
+class _Cancelled(BaseException):
+    """The parent has hung up while this item waited for memory."""
 
 
-class _Desk:
-    """The process's end of the pipe. Safe from any thread."""
+class _Parent:
+    """The parent, as the threads of a worker see it. Safe from any thread."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
         self._waiting: dict[int, threading.Event] = {}
-        self._is_open = True
+        self._is_there = True
 
-    def say(self, kind: str, number: int = 0, value: object = None) -> None:
-        with self._lock, contextlib.suppress(OSError):  # hung up: the process is about to end
+    def send(self, kind: str, number: int = 0, value: object = None) -> None:
+        with self._lock, contextlib.suppress(OSError):  # it has hung up: this process is to end
             self._connection.send((kind, number, value))
 
     def reserve(self, number: int, nbytes: int) -> None:
         granted = self._waiting[number] = threading.Event()
-        self.say("reserve", number, nbytes)
-        if self._is_open:
+        self.send("reserve", number, nbytes)
+        if self._is_there:
             granted.wait()
-        if not self._is_open:
-            raise _NotWanted
+        if not self._is_there:
+            raise _Cancelled
 
     def granted(self, number: int) -> None:
         self._waiting.pop(number).set()
 
-    def close(self) -> None:
-        self._is_open = False
+    def hung_up(self) -> None:
+        self._is_there = False
         for granted in list(self._waiting.values()):
             granted.set()
 
 
-def _do(desk: _Desk, function: Callable[[Any, Reserve], Any], number: int, item: Any) -> None:
+def _run(parent: _Parent, function: Callable[[Any, Reserve], Any], number: int, item: Any) -> None:
     try:
-        result = function(item, lambda nbytes: desk.reserve(number, nbytes))
-        desk.say("result", number, result)
-    except _NotWanted:
+        result = function(item, lambda nbytes: parent.reserve(number, nbytes))
+        parent.send("result", number, result)
+    except _Cancelled:
         return
-    except BaseException:  # noqa: BLE001 - the process ends, as it would without threads; the other side finds that out
+    except BaseException:  # noqa: BLE001 - a bug: the process dies of it, and the parent sees that
         traceback.print_exc()
         os._exit(1)

@@ -1,125 +1,118 @@
-"""A Python process of its own, with nothing in it that this one has opened, locked or imported.
+"""Child Python processes that share nothing with their parent but a socket.
 
-Not a process that multiprocessing spawns: that one first runs the program's main module again, with
-all that it imports. Work would wait for it (5 s if it imports Lightning), and a program without
-``if __name__ == "__main__"`` would begin anew. A process of this module runs the main module only
-for work that refers to something in it.
+A child is a fresh interpreter, not a fork, so no client, lock or thread of the parent exists in it.
+A process spawned by :mod:`multiprocessing` first runs the program's main module and all its imports
+again (5 s with Lightning), and a program without ``if __name__ == "__main__"`` would start over. A
+child of this module runs the main module only when it unpickles something that is defined there.
+docs/explanation/decisions/ has the alternatives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
+import runpy
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection, Pipe, wait
-from multiprocessing.spawn import get_executable, get_preparation_data
-from typing import Any
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
 
-from zarrcache.parallel.signals import deferred_signals
+from zarrcache.parallel.signals import signals_blocked
 
-__all__ = ["Interpreter"]
+__all__ = ["ChildProcess", "HungUp", "receive", "run_child"]
 
-#: What it imports of ours is found where this process finds it, so the settings come first. As in a
-#: process that multiprocessing spawns, a main module that starts processes while it is imported for
-#: one raises a RuntimeError: it would start them without end.
-_PROGRAM = """
-from multiprocessing.connection import Connection
-from multiprocessing.process import current_process
-from multiprocessing.spawn import prepare
-connection = Connection({fd})
-try:
-    settings = connection.recv()
-except (EOFError, OSError):
-    raise SystemExit(1) from None
-current_process()._inheriting = True
-prepare(settings)
-del current_process()._inheriting
-from {module} import {function}
-{function}(connection, {argument})
-"""
+_PROGRAM = Path(__file__).with_name("_child.py")
 
-#: The main module in a pickle: `__main__`, or `__mp_main__` in a process that multiprocessing has
-#: spawned. With the opcodes before them: a directory may be called `domain__pbe`.
-_MAIN = (b"\x8c\x08__main__", b"\x8c\x0b__mp_main__", b"c__main__\n", b"c__mp_main__\n")
+#: Names of the program's main module: the second one in a process that multiprocessing has spawned,
+#: or that runs the module for what is defined in it.
+_MAIN, _MAIN_IN_CHILD = "__main__", "__mp_main__"
+
+#: The main module: its name if the program was started with ``python -m``, and its file.
+_MainModule: TypeAlias = tuple[str | None, str | None]
 
 
-class Interpreter:
-    """``function(connection, argument)`` in a process of its own, deaf to Ctrl-C in the terminal
-    and to a SIGTERM to all of a job.
+class HungUp(Exception):
+    """The parent has closed the connection or has died."""
 
-    Whoever starts it ends it, in order: it is to end when this side hangs up. When this process
-    dies, that happens by itself.
+
+class ChildProcess:
+    """A child process that runs ``function(connection, *arguments)``.
+
+    It ignores SIGINT and SIGTERM, which a terminal or a batch system sends to all processes of a
+    job: the parent decides. ``function`` has to return when :func:`receive` raises :class:`HungUp`;
+    this also happens when the parent dies.
 
     Parameters
     ----------
     function : callable
-        Of a module of ours.
-    argument : int
-    work : bytes
-        A pickle that will be sent, and which may need the program's main module.
+        Of a module of this package.
+    *arguments
+        Small: they are sent before the child reads. Send larger objects by ``connection``.
 
     Attributes
     ----------
     connection : Connection
-        To the other end.
+        To the child.
     pid : int
 
     Raises
     ------
-    RuntimeError
-        In a process whose main module is being imported for it.
     OSError
-        The system starts no process, or has no file descriptors left.
+        The system cannot start another process or has no file descriptors left.
+    RuntimeError
+        This process is a child that is running the program's main module: it would start children
+        without end.
     """
 
-    def __init__(
-        self, function: Callable[[Connection, int], None], argument: int, work: bytes
-    ) -> None:
-        settings = _settings(work)
-        # also after Ctrl-C: a process that nobody knows would be nobody's to end
+    def __init__(self, function: Callable[..., None], *arguments: object) -> None:
+        if _main.is_running:
+            raise RuntimeError(
+                "A child process runs the program's main module because it needs something that "
+                "is defined there, and that module starts child processes in turn. Put its main "
+                "part below `if __name__ == '__main__':`."
+            )
+        # Should a signal interrupt the start in another thread, the child sees that its connection
+        # is closed, and ends.
         with contextlib.ExitStack() as undo:
-            # its mask is what makes the process deaf; whoever has to note more than this holds back
-            # for longer
-            with deferred_signals():
-                self.connection, theirs = Pipe()
-                undo.callback(self.connection.close)
-                with theirs:
-                    # ends with the process, which has the other end
-                    self._sentinel, alive = Pipe(duplex=False)
-                    undo.callback(self._sentinel.close)
-                    with alive:
-                        program = _PROGRAM.format(
-                            fd=theirs.fileno(),
-                            module=function.__module__,
-                            function=function.__name__,
-                            argument=argument,
-                        )
-                        self._process = _started(program, (theirs.fileno(), alive.fileno()))
+            self.connection, theirs = Pipe()
+            undo.callback(self.connection.close)
+            # -P: until the import path has arrived, nothing is imported from the directory of
+            # _child.py, which holds a `dask.py`.
+            command = [sys.executable, *_interpreter_flags(), "-P", str(_PROGRAM)]
+            with theirs, signals_blocked():
+                fd = theirs.fileno()
+                self._process = subprocess.Popen(
+                    [*command, str(fd)], stdin=subprocess.DEVNULL, pass_fds=[fd]
+                )
                 undo.callback(self.kill)
-            with contextlib.suppress(OSError):  # it has died
-                self.connection.send(settings)
+            with contextlib.suppress(OSError):  # it has died; the caller finds out by reading
+                self.connection.send((sys.path, sys.argv, _main_module()))
+                self.connection.send((function, arguments))
             undo.pop_all()
         self.pid = self._process.pid
 
     def has_ended(self, within_s: float = 0.0) -> bool:
-        """Whether the process is gone, after so many seconds at the most."""
-        # The second, because a process that another thread has forked in that moment may have taken
-        # the sentinel's other end along.
-        return bool(wait([self._sentinel], within_s)) or self._process.poll() is not None
+        """Whether the process ends within ``within_s`` seconds."""
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
-    @property
-    def exitcode(self) -> int:
-        """How it ended, as :class:`subprocess.Popen` tells it. Waits for the end."""
+    def wait(self) -> int:
+        """Wait for its end; the exit code, or minus the number of the signal that ended it."""
         return self._process.wait()
 
     def hang_up(self) -> None:
-        """Say that nothing more will come, and that nothing is read any more. Whoever is writing to
-        the process has an OSError.
-        """
-        # Shut down and not closed: processes that were forked meanwhile have a copy, which would
-        # keep the stream open; and a thread that is about to write must not find somebody's new
-        # file under the same number.
+        """Close the connection for both sides; a thread that is writing to it gets an OSError."""
+        # Shut down, not only closed: processes forked since then have a copy of the descriptor,
+        # which keeps the stream open; and if it was closed, a thread that is about to write could
+        # meet another file under the same number.
         with contextlib.suppress(OSError):
             ours = socket.socket(fileno=self.connection.fileno())
             try:
@@ -128,35 +121,91 @@ class Interpreter:
                 ours.detach()
 
     def kill(self) -> None:
-        """End it without asking if it has not ended by itself, and let the system forget it."""
+        """Send SIGKILL if the process still runs, and reap it."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Give the descriptors back, when it has ended and no thread uses the connection any more."""
+        """Release the connection. Call when no thread uses it any more."""
         self.connection.close()
-        self._sentinel.close()
 
 
-def _started(program: str, descriptors: tuple[int, int]) -> subprocess.Popen[bytes]:
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] # -W, -X, -O: multiprocessing passes them on by this too
-    # -P: until it has this process's path it imports nothing from the working directory, where a
-    # `socket.py` may lie.
-    command = [get_executable(), *flags, "-P", "-c", program]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
+def _interpreter_flags() -> list[str]:
+    """``-O``, ``-W`` and ``-X`` of this interpreter. Others are not passed on."""
+    return [
+        *["-O"] * sys.flags.optimize,
+        *(f"-W{option}" for option in sys.warnoptions),
+        *(
+            f"-X{name}" if value is True else f"-X{name}={value}"
+            for name, value in sys._xoptions.items()
+        ),
+    ]
 
 
-def _settings(work: bytes) -> dict[str, Any]:
-    """What multiprocessing tells a spawned process of this one, without a key that it needs not.
-    With the start method "fork", locks that are made in there (numcodecs makes one) have no name in
-    the system, so none is left behind when it is killed.
+def _main_module() -> _MainModule:
+    main = sys.modules[_MAIN]
+    spec = getattr(main, "__spec__", None)  # pdb leaves none
+    return getattr(spec, "name", None), getattr(main, "__file__", None)
+
+
+# -- in the child
+# --------------------------------------------------------------------------------
+
+
+def run_child(connection: Connection, main_module: _MainModule) -> None:
+    """Run the function that the parent sends first; ``main_module`` is the parent's."""
+    _main.source = main_module
+    with contextlib.suppress(HungUp):
+        function, arguments = receive(connection)
+        function(connection, *arguments)
+
+
+def receive(connection: Connection) -> Any:
+    """The next object that the parent has sent.
+
+    Raises
+    ------
+    HungUp
     """
-    left_out = (
-        {"authkey"}
-        if any(name in work for name in _MAIN)
-        else {"authkey", "init_main_from_name", "init_main_from_path"}
-    )
-    settings = get_preparation_data("zarrcache")
-    return {name: value for name, value in settings.items() if name not in left_out} | {
-        "start_method": "fork"
-    }
+    try:
+        data = connection.recv_bytes()
+    except (EOFError, OSError):
+        raise HungUp from None
+    return _Unpickler(io.BytesIO(data)).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Runs the program's main module when something that is defined there is needed."""
+
+    def find_class(self, module_name: str, name: str) -> Any:
+        if module_name in (_MAIN, _MAIN_IN_CHILD):
+            _main.run()
+        return super().find_class(module_name, name)
+
+
+class _Main:
+    """The program's main module, in a child that may have to run it."""
+
+    #: Not known in a process that is not a child, in a notebook, and once it has run.
+    source: _MainModule = (None, None)
+    is_running = False
+
+    def run(self) -> None:
+        """Run it, once, under the name that multiprocessing gives it."""
+        (name, path), self.source = self.source, (None, None)
+        self.is_running = True
+        try:
+            if name is not None:
+                content = runpy.run_module(name, run_name=_MAIN_IN_CHILD, alter_sys=True)
+            elif path is not None:
+                content = runpy.run_path(path, run_name=_MAIN_IN_CHILD)
+            else:
+                return
+        finally:
+            self.is_running = False
+        module = ModuleType(_MAIN_IN_CHILD)
+        vars(module).update(content)
+        sys.modules[_MAIN] = sys.modules[_MAIN_IN_CHILD] = module
+
+
+_main = _Main()

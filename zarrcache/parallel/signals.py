@@ -1,121 +1,89 @@
-"""SIGTERM ends a command as Ctrl-C does: in order, within seconds, with an exit code that says
-which of the two it was.
+"""Ctrl-C and SIGTERM as one exception each, and child processes that ignore both.
 
-Batch systems send SIGTERM before they preempt a job or when its time is up, and SIGKILL some 30 s
-later. Python's own answer to it is to die at once, which would leave a half-written store and
-worker processes behind. Handlers are for commands only: nothing is installed by importing this, and
-a training script's signals are its own. Where one of them would lose a process that is just being
-started, it comes a little later (:func:`deferred_signals`).
+Batch systems send SIGTERM before they preempt a job or when its time is up, and SIGKILL about 30 s
+later. Python's default is to die at once, which would leave half-written stores. Commands install
+handlers that end them in order; importing this module installs none, so the signals of a training
+script are its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
-__all__ = ["ENDING", "Terminated", "deferred_signals", "ending_in_order", "exit_code"]
+__all__ = ["ENDING", "Terminated", "exit_code", "raise_on_signals", "signals_blocked"]
 
-#: What ends a job: a terminal or a batch system may send them to one process of it, or to all at
-#: once.
+#: Signals that end a job. A terminal or a batch system sends them to one process or to all.
 ENDING: frozenset[int] = frozenset({signal.SIGINT, signal.SIGTERM})
 
-#: How long a signal may be held back before a second one of its kind comes through.
-_PATIENCE_S = 1.0
+#: Seconds within which further signals are taken for the same request: a terminal, a batch system
+#: and `srun` may each send one. A second exception would interrupt the clean-up after the first.
+_SAME_REQUEST_S = 0.5
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. What lets Ctrl-C through lets it through too."""
+    """SIGTERM was received. A ``KeyboardInterrupt``, because the same code has to let it through."""
 
 
 def exit_code(exc: KeyboardInterrupt) -> int:
-    """As shells count: 128 and the number of the signal."""
+    """The exit code that shells use: 128 plus the number of the signal."""
     return 128 + (signal.SIGTERM if isinstance(exc, Terminated) else signal.SIGINT)
 
 
 @contextlib.contextmanager
-def ending_in_order() -> Iterator[None]:
-    """In here SIGTERM raises :class:`Terminated` in the main thread. Elsewhere, and where somebody
-    handles it already, nothing is changed.
+def raise_on_signals() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` on SIGINT and :class:`Terminated` on SIGTERM, in the main thread.
+
+    Signals within 0.5 s of the first are one request, and one exception. Changes nothing in
+    another thread, and no handler that differs from Python's default.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-    mine = os.getpid()
+    default: dict[int, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    replaced = [number for number in default if signal.getsignal(number) is default[number]]
+    if threading.current_thread() is not threading.main_thread():
+        replaced = []
+    owner, same_until_s = os.getpid(), -math.inf
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == mine:
-            raise Terminated
-        # A forked child has this handler too, and whoever ends it expects it to be gone.
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        nonlocal same_until_s
+        if os.getpid() != owner:
+            # A forked child inherits this handler; the process that ends it expects the default.
+            signal.signal(number, default[number])
+            os.kill(os.getpid(), number)
+        elif time.monotonic() >= same_until_s:
+            same_until_s = time.monotonic() + _SAME_REQUEST_S
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, end)
     try:
+        for number in replaced:
+            signal.signal(number, end)
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in replaced:
+            signal.signal(number, default[number])
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[None]:
-    """In here neither signal raises an exception: that comes at the end. A process that is started
-    in here is deaf to both.
+def signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread, so that children started inside ignore both.
 
-    One that comes again, a second later or more, is not held back: whoever presses Ctrl-C twice
-    does not want to wait. What ends the process without a handler of Python's goes on to do so.
+    Processes and threads inherit the mask and keep it. A signal that arrives inside takes effect
+    when the block ends, or at once if the process has another thread that does not block it.
     """
-    # The mask is what a process inherits. It is not enough: the system gives the signal to another
-    # thread then, and Python runs the handler, which raises KeyboardInterrupt, in the main thread
-    # all the same. Only that one may change handlers.
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {
-        number: handler
-        for number in ENDING
-        if is_main and callable(handler := signal.getsignal(number))
-    }
-    held: dict[int, tuple[float, FrameType | None]] = {}
-    mine, is_over = os.getpid(), False
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        # not in a child that another thread has forked meanwhile
-        if not is_over and os.getpid() == mine:
-            until_s, _ = held.setdefault(number, (time.monotonic() + _PATIENCE_S, frame))
-            if time.monotonic() < until_s:
-                return
-        handlers[number](number, frame)
-
+    # The mask is read before `try`: pthread_sigmask may block the signals and then raise the
+    # exception of one that was pending.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        for number in handlers:
-            signal.signal(number, hold)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         yield
     finally:
-        # One exception at the most, and when all is as it was: a second one would interrupt the
-        # clean-up that the first one has begun.
-        exception, is_restored = None, False
-        while not is_restored:
-            try:
-                # those that the system has kept are held by us before this returns
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                is_over = True
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-                is_restored = True
-            except BaseException as exc:  # noqa: BLE001 - of a signal that has just come
-                exception = exc
-        for number, (_, frame) in held.items():
-            try:
-                handlers[number](number, frame)
-            except BaseException as exc:  # noqa: BLE001
-                exception = exc
-        if exception is not None:
-            raise exception
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,37 +1,39 @@
-"""Which process of a distributed job this is, and which processes share its node: from the
-variables of torchrun or Slurm.
+"""The place of this process in a distributed job: its rank, its node, and the ranks of each node.
+
+Taken from the environment variables of torchrun or Slurm.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from zarrcache.errors import ConfigError
 
-__all__ = ["World"]
+__all__ = ["World", "each_node_world", "node_name", "sorted_nodes"]
 
 _SLURM_GROUP = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A process of a job, and where all of them run.
+    """The ranks of a job, the node of each, and which of them this process is.
 
     Attributes
     ----------
     rank : int
-        Of this process, from 0.
+        Rank of this process, from 0.
     node_of_rank : tuple of int
         The node of each rank; nodes are numbered from 0.
 
     Raises
     ------
     ConfigError
-        The rank is none of the job's, or the nodes are not numbered from 0 without a gap.
+        The rank is outside the job, or the nodes are not numbered from 0 without a gap.
     """
 
     rank: int = 0
@@ -40,23 +42,23 @@ class World:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < len(self.node_of_rank):
             raise ConfigError(
-                f"rank {self.rank} of a job of {len(self.node_of_rank)} processes: ranks count "
-                "from 0."
+                f"rank {self.rank} is outside a job of {len(self.node_of_rank)} processes: ranks "
+                f"go from 0 to {len(self.node_of_rank) - 1}."
             )
         if set(self.node_of_rank) != set(range(self.nodes)):
             raise ConfigError(
-                f"the nodes of the ranks are {self.node_of_rank}; they have to be numbered from 0, "
-                "each with a rank."
+                f"the nodes of the ranks are {self.node_of_rank}; nodes have to be numbered from "
+                "0 without a gap."
             )
 
     @property
     def ranks(self) -> int:
-        """Processes of the job."""
+        """Number of processes of the job."""
         return len(self.node_of_rank)
 
     @property
     def nodes(self) -> int:
-        """Nodes of the job."""
+        """Number of nodes of the job."""
         return max(self.node_of_rank) + 1
 
     @property
@@ -66,37 +68,37 @@ class World:
 
     @property
     def local_rank(self) -> int:
-        """Place of this process among those of its node."""
+        """Position of this process among those of its node, from 0."""
         return self.node_of_rank[: self.rank].count(self.node)
 
     @property
     def local_ranks(self) -> int:
-        """Processes on this node."""
+        """Number of processes on this node."""
         return self.node_of_rank.count(self.node)
 
     @classmethod
     def even(cls, rank: int, ranks: int, nodes: int = 1) -> World:
-        """As many processes on each node, numbered node by node, which is how torchrun and
+        """The same number of processes on each node, numbered node by node, as torchrun and
         Lightning start them.
 
         Raises
         ------
         ConfigError
-            The processes cannot be shared out evenly.
+            ``ranks`` is not a multiple of ``nodes``.
         """
         if nodes < 1 or ranks < 1 or ranks % nodes:
             raise ConfigError(
-                f"{ranks} processes cannot be shared out evenly over {nodes} nodes. Give a World "
+                f"{ranks} processes cannot be distributed evenly over {nodes} nodes. Pass a World "
                 "with the node of each rank."
             )
         return cls(rank, tuple(number // (ranks // nodes) for number in range(ranks)))
 
     @classmethod
     def here(cls) -> World:
-        """Where this process is: by torch.distributed, where it is in use, and the variables of
-        torchrun or Slurm.
+        """The place of this process, from torch.distributed if it is initialized, and from the
+        variables of torchrun or Slurm.
         """
-        torch = sys.modules.get("torch")  # whoever uses torch.distributed has imported it
+        torch = sys.modules.get("torch")  # imported already if torch.distributed is in use
         if (
             torch is not None
             and torch.distributed.is_available()
@@ -113,8 +115,8 @@ class World:
     def of_environment(
         cls, environ: Mapping[str, str], *, rank: int | None = None, ranks: int | None = None
     ) -> World:
-        """What torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``) or Slurm
-        (``SLURM_PROCID``, ``SLURM_TASKS_PER_NODE``) say.
+        """The place of this process from the variables of torchrun (``RANK``, ``WORLD_SIZE``,
+        ``LOCAL_WORLD_SIZE``) or Slurm (``SLURM_PROCID``, ``SLURM_TASKS_PER_NODE``).
 
         Without either it is one process on one node.
 
@@ -123,14 +125,14 @@ class World:
         environ : mapping
             ``os.environ``.
         rank, ranks : int, optional
-            As torch.distributed has them; they are right where the variables are not. If the
-            variables are of another number of processes (``python train.py`` within a Slurm job),
-            all are taken to be on this node.
+            From torch.distributed; they take precedence over the variables. If the variables
+            describe another number of processes (``python train.py`` within a Slurm job), all
+            ranks are taken to be on this node.
 
         Raises
         ------
         ConfigError
-            A variable is no number, or they contradict each other.
+            A variable is not a number, or the variables contradict each other.
         """
         if "RANK" in environ and "WORLD_SIZE" in environ:
             found = cls._of_torchrun(environ)
@@ -154,8 +156,8 @@ class World:
         local = _number(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else ranks
         if local < 1 or ranks % local:
             raise ConfigError(
-                f"WORLD_SIZE is {ranks} and LOCAL_WORLD_SIZE {local}: nodes of unequal size. Give "
-                "NodeSampler a World."
+                f"WORLD_SIZE is {ranks}, not a multiple of LOCAL_WORLD_SIZE ({local}): nodes of "
+                "unequal size. Pass a World to NodeSampler."
             )
         return cls.even(_number(environ, "RANK"), ranks, ranks // local)
 
@@ -172,25 +174,25 @@ class World:
             match = _SLURM_GROUP.fullmatch(part.strip())
             if match is None:
                 raise ConfigError(
-                    f"SLURM_TASKS_PER_NODE is {text!r}; it has to look like 8(x4) or 8,4."
+                    f"SLURM_TASKS_PER_NODE is {text!r}; expected a form like 8(x4) or 8,4."
                 )
             counts += [int(match[1])] * int(match[2] or 1)
         world = cls(rank, tuple(node for node, count in enumerate(counts) for _ in range(count)))
         node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else world.node
         if world.ranks != ranks or world.node != node:
-            # srun --distribution=cyclic deals the ranks out; nothing in one process's variables
-            # says which rank is where.
+            # With srun --distribution=cyclic, the variables of one process do not say on which
+            # node the other ranks are.
             raise ConfigError(
-                f"Slurm says that process {rank} of {ranks} is on node {node}, and {text} "
-                "processes a node. Start the job with "
-                "srun --distribution=block, or give NodeSampler a World."
+                f"Slurm reports process {rank} of {ranks} on node {node}, which does not fit "
+                f"{text} processes per node. Start the job with srun --distribution=block, or pass "
+                "a World to NodeSampler."
             )
         return world
 
 
 def _is_shell(environ: Mapping[str, str]) -> bool:
-    # `srun --pty bash` is a step of its own, in which a training is one process. A batch script
-    # outside of srun is none: no SLURM_STEP_ID.
+    # In `srun --pty bash`, a training script is one process although Slurm's variables describe
+    # the whole step.
     return environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
@@ -199,5 +201,39 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         return int(environ[name])
     except ValueError:
         raise ConfigError(
-            f"the environment variable {name} is {environ[name]!r}; it has to be a number."
+            f"the environment variable {name} is {environ[name]!r}; expected a number."
         ) from None
+
+
+def each_node_world() -> World:
+    """The place of this process among those that ``srun`` or ``torchrun`` started on every node.
+
+    Raises
+    ------
+    ConfigError
+        Neither of them started it, so it does not run on the other nodes.
+    """
+    # A batch script outside srun has Slurm's other variables as well: it would take itself for node
+    # 0, and the caches of the other nodes would stay cold.
+    if not ("SLURM_STEP_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()):
+        raise ConfigError(
+            "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm "
+            "CONFIG --each-node` does that in a Slurm job, and --dask SCHEDULER over a Dask "
+            "cluster."
+        )
+    return World.of_environment(os.environ)
+
+
+def node_name() -> str:
+    """Name of this machine: Slurm's name if there is one, else the host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def sorted_nodes(names: Iterable[str]) -> list[str]:
+    """Names in the order in which Slurm numbers the nodes of a job: ``node2`` before ``node10``."""
+    return sorted(
+        names,
+        key=lambda name: [
+            (text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)
+        ],
+    )

@@ -15,18 +15,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import threading
 import weakref
 from collections.abc import Sequence
-from multiprocessing.reduction import ForkingPickler
-from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from zarrcache._keys import ROLES
 from zarrcache.errors import ConfigError
-from zarrcache.parallel import Died, Interpreter, World, deferred_signals
+from zarrcache.parallel import ChildProcess, Died, World
 from zarrcache.train.belady import BeladyPolicy
 from zarrcache.train.prefetch import prefetch
 from zarrcache.train.progress import Listed, Orders, ReadProgress, Scheduled
@@ -41,10 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: What is in the cache has to fit beside it.
 _SHARE_OF_LIMIT = 4
-#: What a prefetcher may take to end, before it is killed (seconds).
+#: Seconds for the process to end before it is killed.
 _END_S = 10.0
-#: How often its end is looked for in another way than by its pipe (seconds).
-_WATCH_S = 1.0
 
 #: A sampler, or what one has drawn: names (or positions) of the samples, a list an epoch.
 Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
@@ -113,9 +110,7 @@ class Lookahead:
         budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
         if budget:
             try:
-                # or Ctrl-C could come when it runs, and before anybody knows it
-                with deferred_signals():
-                    self._prefetcher = _Prefetcher(self._reader, self._progress, budget)
+                self._prefetcher = _Prefetcher(self._reader, self._progress, budget)
             except OSError as exc:
                 self._is_missing = True
                 logger.warning(
@@ -124,7 +119,7 @@ class Lookahead:
                     exc,
                 )
             except BaseException:
-                # an exception that somebody keeps, as a notebook does, would keep the process
+                # Ctrl-C: in a notebook, the kept traceback would keep the process running.
                 self.close()
                 raise
 
@@ -162,67 +157,74 @@ class Lookahead:
 
 
 class _Prefetcher:
-    """The process, as its parent sees it. An interpreter of its own: obstore, in there, must not
-    have been used before a fork.
+    """The process that fetches ahead, seen from its parent.
+
+    A fresh interpreter, because obstore hangs in a child forked after its parent has used it.
     """
 
     def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
         self._is_reported = False
         self._lock = threading.Lock()
-        work = bytes(ForkingPickler.dumps((reader, progress, budget_bytes)))
-        self._process = Interpreter(prefetch, os.getpid(), work)
-        self.pid = self._process.pid
-        # A thread: that a process has died is to be known when it dies, and not when somebody asks.
-        watch = threading.Thread(
-            target=_attend,
-            args=(weakref.ref(self), self._process, work),
-            daemon=True,
-            name="zarrcache watch",
-        )
-        # Not weakref.finalize: a process of multiprocessing (a rank that was spawned) runs no
-        # atexit, and would wait for this one for ever.
-        self._end = Finalize(self, _end, (self._process, watch), exitpriority=10)
+        work = pickle.dumps((reader, progress, budget_bytes))
+        self._process = ChildProcess(prefetch, os.getpid())
         try:
+            # A thread, so that the death of the process is logged when it happens.
+            watch = threading.Thread(
+                target=_attend,
+                args=(weakref.ref(self), self._process, work),
+                daemon=True,
+                name="zarrcache watch",
+            )
+            self._end = weakref.finalize(self, _end, self._process, watch, os.getpid())
             watch.start()
-        except RuntimeError as exc:  # what Python makes of a limit of threads
-            self._end()
-            raise OSError(str(exc)) from exc
+        except BaseException as exc:
+            self._process.kill()
+            if isinstance(exc, RuntimeError):  # Python's error when there are too many threads
+                raise OSError(str(exc)) from exc
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def check(self) -> bool:
-        """Whether it lives; the first who finds it dead says so."""
+        """Whether it runs; logs a warning the first time that it does not."""
         with self._lock:
-            if not self._end.still_active() or not self._process.has_ended():
+            if not self._end.alive or not self._process.has_ended():
                 return True
             if not self._is_reported:
                 self._is_reported = True
                 logger.warning(
-                    "the look-ahead process %s has ended (%s): the training goes on without it, "
-                    "and waits for what it reads. If it was killed for "
-                    "lack of memory, lower cache.lookahead; a new Lookahead() starts another.",
+                    "the look-ahead process %s has ended (%s): training goes on without it and "
+                    "waits for what it reads. If it ran out of memory, lower cache.lookahead; a "
+                    "new Lookahead() starts another process.",
                     self.pid,
-                    Died(self._process.exitcode),
+                    Died(self._process.wait()),
                 )
         return False
 
     def close(self) -> None:
+        """End it."""
         self._end()
 
 
-def _attend(prefetcher: weakref.ref[_Prefetcher], process: Interpreter, work: bytes) -> None:
-    """Give the process its work, then wait for its end. Not by whoever starts it: a reader with the
-    names of 200,000 stores is larger than a pipe, and the process first imports.
+def _attend(prefetcher: weakref.ref[_Prefetcher], process: ChildProcess, work: bytes) -> None:
+    """Send the process its work, then wait for its end.
+
+    In a thread: a reader with the names of 200,000 stores is larger than the socket's buffer, and
+    the process imports first.
     """
-    with contextlib.suppress(OSError):  # it has died, or we have hung up
+    with contextlib.suppress(OSError):  # it has died, or the connection is closed
         process.connection.send_bytes(work)
-    while not process.has_ended(_WATCH_S):
-        pass
+    process.wait()
     ours = prefetcher()
     if ours is not None:
         ours.check()
 
 
-def _end(process: Interpreter, watch: threading.Thread) -> None:
-    # Never in a forked DataLoader worker, which has a copy: a Finalize knows its process.
+def _end(process: ChildProcess, watch: threading.Thread, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked DataLoader worker drops its copy
     process.hang_up()
     process.has_ended(_END_S)
     process.kill()

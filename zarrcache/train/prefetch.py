@@ -19,6 +19,7 @@ from zarrcache._keys import ROLES
 from zarrcache.cache import Loans
 from zarrcache.disk import CACHE_FAULTS, LENT, disk_bytes
 from zarrcache.errors import ZarrCacheError
+from zarrcache.parallel import HungUp, receive
 from zarrcache.train.progress import ReadProgress
 
 if TYPE_CHECKING:
@@ -51,18 +52,16 @@ _END_S = 2.0
 
 
 def prefetch(connection: Connection, parent: int) -> None:
-    """Run in the process: fetch ahead until the other side hangs up, or dies."""
-    try:
-        reader, progress, budget_bytes = connection.recv()
+    """Fetch ahead, in the child process, until the parent hangs up or dies."""
+    with contextlib.suppress(HungUp):
+        reader, progress, budget_bytes = receive(connection)
         ahead = Prefetch(reader, progress, budget_bytes)
-        # A DataLoader's workers are forked with the other end of the pipe, and may outlive the
-        # training; the parent's pid tells at once.
+        # Forked DataLoader workers have a copy of the parent's end of the connection and may
+        # outlive the parent; its pid shows at once that it has died.
         while not connection.poll(_LOOK_S) and os.getppid() == parent:
             ahead.step()
         ahead.close()
-    except (EOFError, OSError):
-        pass  # it has hung up
-    os._exit(0)  # a request that nobody answers would keep the interpreter waiting
+    os._exit(0)  # a request without an answer would keep the interpreter waiting
 
 
 @dataclass(slots=True, eq=False)

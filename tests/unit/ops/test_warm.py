@@ -349,7 +349,7 @@ def test_two_processes_do_the_same_as_one(config: DataConfig) -> None:
 
 
 def test_one_worker_starts_no_process(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workpool, "Interpreter", None)
+    monkeypatch.setattr(workpool, "ChildProcess", None)
     plan = plan_warm(config, workers=1)
     report = replace(plan, densities=plan.densities * 5).execute()
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 32)

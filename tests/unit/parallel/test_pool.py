@@ -1,19 +1,19 @@
-"""Work spread over processes: who dies costs one item, who stops leaves nobody behind."""
+"""Items spread over processes: a dead process costs one item, and none is left behind."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import resource
 import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.spawn import get_executable, set_executable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import pytest
 
 from tests.support.processes import interpreters
 from zarrcache.errors import ConfigError
-from zarrcache.parallel.pool import Died, Reserve, spread
-from zarrcache.parallel.signals import ending_in_order
+from zarrcache.parallel.pool import Budget, Died, Reserve, spread
+from zarrcache.parallel.process import ChildProcess
+from zarrcache.parallel.signals import raise_on_signals
 
 
 def _double(n: int, reserve: Reserve) -> int:
@@ -43,12 +44,12 @@ def _die_once(marker: str, reserve: Reserve) -> str:
 
 
 def _see(directory: str, count: int) -> None:
-    """Come to an end when so many others have started."""
+    """Return when ``count`` others have started."""
     while len(list(Path(directory.removeprefix("see:")).glob("*.started"))) < count:
         time.sleep(0.01)
 
 
-def _work_until_told(directory: str, reserve: Reserve) -> None:
+def _work_until_go(directory: str, reserve: Reserve) -> None:
     if directory.startswith("see:"):
         _see(directory, 2)
         return
@@ -59,17 +60,15 @@ def _work_until_told(directory: str, reserve: Reserve) -> None:
 
 
 def _work_through_a_pool(directory: str, reserve: Reserve) -> None:
-    """As zarr does it: a part of the work is given to threads when the process has been told to
-    stop.
-    """
-    _work_until_told(directory, reserve)
+    """As zarr does it: start a thread for a part of the work, after the parent has hung up."""
+    _work_until_go(directory, reserve)
     if not directory.startswith("see:"):
         with ThreadPoolExecutor(1) as pool:
             pool.submit(Path(directory, f"{os.getpid()}.pooled").touch).result()
 
 
 def _meet(directory: str, reserve: Reserve) -> int:
-    """Wait until as many are here as there should be."""
+    """Wait for three items that run at once."""
     Path(directory, secrets.token_hex(8)).touch()
     while len(os.listdir(directory)) < 3:
         time.sleep(0.01)
@@ -77,9 +76,7 @@ def _meet(directory: str, reserve: Reserve) -> int:
 
 
 def _hold(need: tuple[int, str], reserve: Reserve) -> int:
-    """Take memory in two parts, and note at each moment what all hold together; two or three hold
-    some at once.
-    """
+    """Reserve memory in two parts; the bytes that all items hold together after the second."""
     nbytes, directory = need
     mine = Path(directory, secrets.token_hex(8))
     for held in (nbytes // 4, nbytes):
@@ -91,12 +88,12 @@ def _hold(need: tuple[int, str], reserve: Reserve) -> int:
     return together
 
 
-def _hold_until_told(directory: str, reserve: Reserve) -> None:
+def _hold_until_go(directory: str, reserve: Reserve) -> None:
     if directory.startswith("see:"):
         _see(directory, 1)
         return
     reserve(1)
-    _work_until_told(directory, reserve)
+    _work_until_go(directory, reserve)
 
 
 def _fail(n: int, reserve: Reserve) -> int:
@@ -125,7 +122,7 @@ class _CannotBeUnpickled:
 
 
 def test_every_item_gets_its_result() -> None:
-    """More items than processes, fewer, and none; nobody stays behind."""
+    """More items than processes, fewer, and none; no process is left."""
     assert dict(spread(_double, range(10), 2)) == {n: 2 * n for n in range(10)}
     assert dict(spread(_double, [4], 3)) == {4: 8}
     assert list(spread(_double, [], 2)) == []
@@ -133,117 +130,34 @@ def test_every_item_gets_its_result() -> None:
 
 
 def test_an_item_that_kills_its_process_is_named_and_the_others_go_on() -> None:
-    """Killed once beside others and once alone, it is given up; the signal is said."""
+    """It is given up after two processes: one that worked on others too, and one of its own."""
     results = dict(spread(_die_of_seven, range(12), 2))
     assert {n: result for n, result in results.items() if n != 7} == {
         n: 2 * n for n in range(12) if n != 7
     }
     assert results[7] == Died(-signal.SIGKILL)
-    assert str(results[7]) == "SIGKILL, perhaps for lack of memory"
+    assert str(results[7]) == "SIGKILL, perhaps out of memory"
 
 
 def test_an_item_whose_process_died_by_chance_is_tried_again(tmp_path: Path) -> None:
-    """The second time, alone, there is memory enough."""
+    """The second time it is alone, and may have enough memory."""
     marker = str(tmp_path / "was here")
     assert dict(spread(_die_once, ["", marker], 2)) == {"": "", marker: marker}
 
 
-def test_processes_that_cannot_begin_are_one_error_and_no_endless_loop() -> None:
-    """Of the parts of a function that its process cannot have."""
-    with pytest.raises(ConfigError, match=r"ended before it could begin \(exit code 5\).*__main__"):
+def test_processes_that_cannot_load_the_function_are_one_error_and_no_endless_loop() -> None:
+    with pytest.raises(
+        ConfigError, match=r"ended before it began to work \(exit code 5\).*__main__"
+    ):
         list(spread(_CannotBeUnpickled(), range(3), 2))
-    with pytest.raises(ConfigError, match=r"ended before it could begin \(exit code 6\)"):
+    with pytest.raises(ConfigError, match=r"ended before it began to work \(exit code 6\)"):
         list(spread(_LargeAndCannotBeUnpickled(), range(3), 2))
     assert interpreters() == []
 
 
-def _run(script: Path, text: str) -> subprocess.CompletedProcess[str]:
-    script.write_text(text)
-    return subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def test_a_script_needs_no_guard(tmp_path: Path) -> None:
-    """What it does it does once, and what it has imported no process imports again."""
-    text = "import operator\nfrom zarrcache.parallel.pool import spread\nfound = spread(operator.is_, [b'', bytes(5_000_000)], 2)\n"
-    done = _run(
-        tmp_path / "script.py", f"print('imported')\n{text}print([result for _, result in found])\n"
-    )
-    assert (done.stdout, done.stderr) == ("imported\n[False, False]\n", "")
-
-
-def test_a_directory_may_be_named_like_a_main_module(tmp_path: Path) -> None:
-    """Work refers to the script by its module's name, not by any text that holds it."""
-    text = "import functools, operator\nfrom zarrcache.parallel.pool import spread\nf = functools.partial(print, '/data/domain__pbe')\n"
-    done = _run(
-        tmp_path / "script.py",
-        f"print('imported', flush=True)\n{text}print([kind for _, kind in spread(f, [1], 1)])\n",
-    )
-    assert (done.stdout.count("imported"), done.stdout.count("domain__pbe"), done.stderr) == (
-        1,
-        1,
-        "",
-    )
-
-
-SCRIPT = """
-from zarrcache.parallel.pool import spread
-def double(n, reserve):
-    return 2 * n
-"""
-MAIN = "print(sorted(spread(double, range(3), 2)))\n"
-
-
-def test_a_script_whose_own_function_is_to_run_needs_the_guard_and_is_told(tmp_path: Path) -> None:
-    """Its processes import it, and would start processes in turn, without end."""
-    done = _run(tmp_path / "script.py", f"{SCRIPT}if __name__ == '__main__':\n    {MAIN}")
-    assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4)]\n", "")
-    done = _run(tmp_path / "script.py", SCRIPT + MAIN)
-    assert "ended before it could begin (exit code 1)" in done.stderr
-    assert "below `if __name__ == '__main__':`" in done.stderr
-    assert done.stdout == ""
-
-
-def test_a_spawned_process_spreads_functions_of_its_script(tmp_path: Path) -> None:
-    """There the script has another name."""
-    main = "def run():\n    print(sorted(spread(double, range(3), 2)))\n"
-    start = "    import multiprocessing\n    child = multiprocessing.get_context('spawn').Process(target=run)\n    child.start()\n    child.join()\n"
-    done = _run(tmp_path / "script.py", f"{SCRIPT}{main}if __name__ == '__main__':\n{start}")
-    assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4)]\n", "")
-
-
-def test_workers_have_the_flags_of_the_interpreter(tmp_path: Path) -> None:
-    """Of ``python -O`` and ``-W``, as those of multiprocessing have."""
-    script = tmp_path / "script.py"
-    report = (
-        "def flags(n, reserve):\n    import sys\n    return sys.flags.optimize, sys.warnoptions\n"
-    )
-    script.write_text(
-        f"{SCRIPT}{report}if __name__ == '__main__':\n    print(list(spread(flags, [0], 1)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-O", "-Wignore", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.stdout, done.stderr) == ("[(0, (1, ['ignore']))]\n", "")
-
-
-def test_what_lies_in_the_working_directory_is_not_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file of notes that is called like a module of Python."""
-    (tmp_path / "socket.py").write_text("raise ImportError('of mine')")
-    monkeypatch.chdir(tmp_path)
-    assert list(spread(_double, [3], 1)) == [(3, 6)]
-
-
 @contextlib.contextmanager
 def _descriptors(count: int) -> Iterator[None]:
-    """So many are left to this process."""
+    """Leave this process ``count`` file descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = [os.open("/dev/null", os.O_RDONLY) for _ in range(count)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, hard))
@@ -256,8 +170,8 @@ def _descriptors(count: int) -> Iterator[None]:
 
 
 def test_where_few_processes_can_be_started_these_do_it(caplog: pytest.LogCaptureFixture) -> None:
-    """And one that cannot be started does not lose what the others do."""
-    with _descriptors(12):
+    """The items of a process that cannot be started are left to the others."""
+    with _descriptors(8):  # one for each process, and five to start one
         assert sorted(spread(_double, range(8), 6)) == [(n, 2 * n) for n in range(8)]
     assert [
         "worker processes instead of 6" in record.getMessage() for record in caplog.records
@@ -270,43 +184,73 @@ def test_where_few_processes_can_be_started_these_do_it(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     "kill", ["kill -INT $PPID", "kill -INT $PPID; kill -TERM $PPID"], ids=["Ctrl-C", "and SIGTERM"]
 )
+@pytest.mark.parametrize("with_thread", [False, True], ids=["alone", "beside a thread"])
 def test_interrupted_while_a_process_starts_nothing_of_it_stays(
-    kill: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kill: str,
+    with_thread: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C between the start and its settings: the signal goes to whichever thread does not hold
-    it back.
-    """
-    executable, until_told = tmp_path / "python", threading.Event()
+    """The main thread blocks the signals at that moment; another thread may receive them."""
+    executable, until_done = tmp_path / "python", threading.Event()
     executable.write_text(f'#!/bin/sh\n{kill}\nsleep 0.2\nexec {sys.executable} "$@"\n')
     executable.chmod(0o755)
-    other = threading.Thread(target=until_told.wait)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    other = threading.Thread(target=until_done.wait if with_thread else int)
     other.start()
-    before, descriptors = get_executable(), len(os.listdir("/proc/self/fd"))
-    set_executable(str(executable))
+    monkeypatch.setattr(sys, "executable", str(executable))
     try:
-        with ending_in_order(), pytest.raises(KeyboardInterrupt):
-            list(spread(_work_until_told, [str(tmp_path)], 1, stop_s=0.1))
+        with raise_on_signals(), pytest.raises(KeyboardInterrupt):
+            list(spread(_work_until_go, [str(tmp_path)], 1, stop_s=0.1))
     finally:
-        set_executable(before)
-        until_told.set()
+        until_done.set()
         other.join()
-    time.sleep(0.5)
-    assert interpreters() == []
+    _wait_until(lambda: interpreters() == [])
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert "Traceback" not in capfd.readouterr().err
 
 
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_third_ctrl_c_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second interrupts the wait for items that have begun, the third the killing of a
+    process.
+    """
+    outcomes = _busy(tmp_path)
+    kill, kills = ChildProcess.kill, itertools.count()
+
+    def interrupted_wait(self: ChildProcess, within_s: float) -> bool:
+        raise KeyboardInterrupt
+
+    def interrupted_kill(self: ChildProcess) -> None:
+        kill(self)
+        if next(kills) == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChildProcess, "has_ended", interrupted_wait)
+    monkeypatch.setattr(ChildProcess, "kill", interrupted_kill)
+    with pytest.raises(KeyboardInterrupt):
+        outcomes.close()
+    assert interpreters() == []
+
+
 def _busy(directory: Path, **options: Any) -> Generator[tuple[str, Any]]:
-    """Two processes that are at work for sure."""
+    """Results of two processes that work on an item until ``directory/go`` exists."""
     outcomes = spread(
-        _work_until_told, [f"see:{directory}", str(directory), str(directory)], 3, **options
+        _work_until_go, [f"see:{directory}", str(directory), str(directory)], 3, **options
     )
     assert next(outcomes) == (f"see:{directory}", None)
     return outcomes
 
 
 def test_a_consumer_that_stops_lets_the_processes_finish_their_items(tmp_path: Path) -> None:
-    """Nothing is left half done, and nothing new is begun."""
+    """No item is left half done, and no other is begun."""
     outcomes = _busy(tmp_path)
     (tmp_path / "go").touch()
     outcomes.close()
@@ -314,8 +258,8 @@ def test_a_consumer_that_stops_lets_the_processes_finish_their_items(tmp_path: P
     assert interpreters() == []
 
 
-def _told_later(directory: Path) -> None:
-    """Say go, when both have had time to find that nobody wants the rest."""
+def _go_later(directory: Path) -> None:
+    """Write ``go`` when both processes have had time to see that the parent has hung up."""
     time.sleep(0.5)
     (directory / "go").touch()
 
@@ -323,59 +267,58 @@ def _told_later(directory: Path) -> None:
 def test_what_a_process_finishes_may_still_use_threads(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its interpreter has not begun to end: from then on no executor would take work, and a store
+    """Its interpreter must not begin to shut down: then no executor accepts work, and a store
     would fail in its middle.
     """
     outcomes = spread(_work_through_a_pool, [f"see:{tmp_path}", str(tmp_path), str(tmp_path)], 3)
     assert next(outcomes) == (f"see:{tmp_path}", None)
-    threading.Thread(target=_told_later, args=(tmp_path,)).start()
+    threading.Thread(target=_go_later, args=(tmp_path,)).start()
     outcomes.close()
     assert len(list(tmp_path.glob("*.pooled"))) == 2
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_process_that_does_not_finish_is_killed(tmp_path: Path) -> None:
-    """Whoever pressed Ctrl-C does not wait for ever."""
     _busy(tmp_path, stop_s=0.1).close()
     assert list(tmp_path.glob("*.ended")) == []
     assert interpreters() == []
 
 
-def test_a_process_has_as_many_items_as_it_has_lanes(tmp_path: Path) -> None:
-    """Three that wait for each other are in one process together."""
-    pids = dict.fromkeys(pid for _, pid in spread(_meet, [str(tmp_path)] * 3, 1, lanes=3))
+def test_a_process_works_on_as_many_items_as_it_has_threads(tmp_path: Path) -> None:
+    """Three items that wait for each other are in one process together."""
+    pids = dict.fromkeys(pid for _, pid in spread(_meet, [str(tmp_path)] * 3, 1, threads=3))
     assert len(pids) == 1
     assert os.getpid() not in pids
 
 
-def test_of_a_process_that_dies_every_item_is_tried_again_alone() -> None:
-    """Whoever was beside the one to blame has his result."""
-    results = dict(spread(_die_of_seven, range(12), 2, lanes=3))
+def test_every_item_of_a_process_that_dies_is_tried_again_alone() -> None:
+    """Items that ran beside the cause have their results."""
+    results = dict(spread(_die_of_seven, range(12), 2, threads=3))
     assert results == {n: 2 * n for n in range(12)} | {7: Died(-signal.SIGKILL)}
 
 
 def test_an_item_that_raises_ends_its_process(capfd: pytest.CaptureFixture[str]) -> None:
-    """It reports failures in its result; anything else is a bug, which is shown and not swallowed."""
-    assert dict(spread(_fail, range(5), 1, lanes=2)) == {0: 0, 1: 1, 2: 2, 3: Died(1), 4: 4}
+    """An item reports failures in its result; any other exception is a bug, and is printed."""
+    assert dict(spread(_fail, range(5), 1, threads=2)) == {0: 0, 1: 1, 2: 2, 3: Died(1), 4: 4}
     assert "ValueError: three" in capfd.readouterr().err
 
 
 def test_the_memory_of_all_processes_together_has_a_budget(tmp_path: Path) -> None:
-    """Six at a time would hold six times 600; one of 5000 is read all the same."""
+    """Six at a time would hold six times 600 bytes; an item of 5000 runs all the same."""
     needs = [(600, str(tmp_path))] * 20 + [(5000, str(tmp_path))] + [(300, str(tmp_path))] * 20
-    together = [held for _, held in spread(_hold, needs, 2, lanes=3, budget_bytes=1500)]
+    together = [held for _, held in spread(_hold, needs, 2, threads=3, budget_bytes=1500)]
     assert len(together) == len(needs)
     assert sum(held > 1500 + 600 for held in together) == 1
     assert 5000 <= max(together) <= 5000 + 1500
 
 
-def test_who_waits_for_memory_ends_when_nobody_wants_the_rest(tmp_path: Path) -> None:
-    """At once, and without having begun; the one that has it finishes."""
+def test_an_item_that_waits_for_memory_ends_when_the_rest_is_cancelled(tmp_path: Path) -> None:
+    """At once, without having begun; the item that has memory finishes."""
     outcomes = spread(
-        _hold_until_told,
+        _hold_until_go,
         [str(tmp_path), str(tmp_path), f"see:{tmp_path}"],
         1,
-        lanes=3,
+        threads=3,
         budget_bytes=0,
         stop_s=250,
     )
@@ -384,3 +327,77 @@ def test_who_waits_for_memory_ends_when_nobody_wants_the_rest(tmp_path: Path) ->
     outcomes.close()
     assert (len(list(tmp_path.glob("*.started"))), len(list(tmp_path.glob("*.ended")))) == (1, 1)
     assert interpreters() == []
+
+
+def test_a_budget_grants_requests_that_fit_in_the_order_in_which_readers_began() -> None:
+    budget = Budget(100)
+    assert budget.ask(1, 60) == [1]
+    assert budget.ask(3, 50) == []
+    assert budget.ask(2, 50) == []
+    assert budget.release(1) == [2, 3]
+    assert budget.held_bytes == 100
+
+
+def test_an_array_larger_than_the_budget_is_read_alone() -> None:
+    """No reader begins beside it, and readers that have begun finish first."""
+    budget = Budget(100)
+    assert budget.ask(1, 30) == [1]
+    assert budget.ask(2, 30) == [2]
+    assert budget.ask(1, 500) == []
+    assert budget.ask(3, 10) == []
+    assert budget.ask(2, 40) == [2]
+    assert budget.release(2) == [1]
+    assert budget.held_bytes == 530
+    assert budget.release(1) == [3]
+
+
+def test_when_all_readers_wait_the_one_that_began_first_goes_on() -> None:
+    budget = Budget(100)
+    assert [budget.ask(reader, 30) for reader in (1, 2, 3)] == [[1], [2], [3]]
+    assert budget.ask(2, 50) == []
+    assert budget.ask(3, 50) == []
+    assert budget.ask(1, 50) == [1]
+    assert budget.held_bytes == 140
+    assert budget.release(3) == []  # it died; 20 are free, and the first will give back more
+    assert budget.release(1) == [2]
+
+
+def test_the_first_request_may_exceed_the_budget_and_a_dead_reader_is_forgotten() -> None:
+    """Nothing is held, so waiting would gain nothing."""
+    budget = Budget(0)
+    assert budget.ask(7, 10) == [7]
+    assert budget.ask(8, 10) == []
+    assert budget.release(8) == []
+    assert budget.release(7) == []
+    assert budget.held_bytes == 0
+
+
+def test_every_reader_finishes_and_at_most_one_array_exceeds_the_budget() -> None:
+    """Readers of random sizes in a random order, each asking twice."""
+    chance = random.Random(5)
+    for limit in (0, 50, 100, 400):
+        budget = Budget(limit)
+        needs = {
+            reader: [chance.randrange(1, 60), chance.randrange(1, 200)] for reader in range(300)
+        }
+        todo, running, waiting = list(needs), set[int](), set[int]()
+        done = 0
+        while todo or running or waiting:
+            if todo and len(running | waiting) < 8:
+                reader = todo.pop(0)
+                waiting.add(reader)
+                went = budget.ask(reader, needs[reader].pop(0))
+            else:
+                assert running, "all readers wait"
+                reader = chance.choice(sorted(running))
+                running.discard(reader)
+                if needs[reader]:
+                    waiting.add(reader)
+                    went = budget.ask(reader, needs[reader].pop(0))
+                else:
+                    done += 1
+                    went = budget.release(reader)
+            waiting -= set(went)
+            running |= set(went)
+            assert budget.held_bytes <= limit + 260
+        assert done == 300

@@ -1,4 +1,4 @@
-"""Signals that end a job are held back while a process is started, and none is lost."""
+"""Signals that end a job: an exception in the parent, ignored by its children."""
 
 from __future__ import annotations
 
@@ -8,213 +8,192 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from zarrcache.parallel.signals import ENDING, Terminated, deferred_signals, ending_in_order
-
-
-@pytest.fixture
-def other_thread() -> Iterator[None]:
-    """That takes what the main thread has blocked."""
-    until_told = threading.Event()
-    thread = threading.Thread(target=until_told.wait)
-    thread.start()
-    yield
-    until_told.set()
-    thread.join()
+from zarrcache.parallel.signals import (
+    ENDING,
+    Terminated,
+    exit_code,
+    raise_on_signals,
+    signals_blocked,
+)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_changed() -> Iterator[None]:
-    """Handlers and mask are as they were."""
-    before = (
-        [signal.getsignal(number) for number in ENDING],
-        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-    )
+def restored() -> Iterator[None]:
+    """Handlers and the mask are as before, after each test."""
+
+    def state() -> tuple[Any, ...]:
+        handlers = [signal.getsignal(number) for number in ENDING]
+        return handlers, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    before = state()
     yield
-    assert (
-        [signal.getsignal(number) for number in ENDING],
-        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-    ) == before
+    assert state() == before
 
 
-def _interrupted(number: int = signal.SIGINT) -> None:
-    """Long enough for a handler to run if it can."""
-    os.kill(os.getpid(), number)
-    _work()
+def _in_a_fork(function: Callable[[], None]) -> int:
+    """Exit code of a forked child that runs ``function``; 0 if it returns."""
+    child = os.fork()
+    if child == 0:  # pragma: no cover - another process
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _work() -> None:
-    until = time.monotonic() + 0.05
-    while time.monotonic() < until:
-        pass
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)],
+)
+def test_a_signal_is_an_exception_with_an_exit_code_of_its_own(
+    number: signal.Signals, kind: type[KeyboardInterrupt], code: int
+) -> None:
+    with raise_on_signals(), pytest.raises(KeyboardInterrupt) as caught:
+        signal.raise_signal(number)
+    assert type(caught.value) is kind
+    assert exit_code(caught.value) == code
 
 
-def _interrupted_at_a_start(reached: list[str], number: int = signal.SIGINT) -> None:
-    with deferred_signals():
-        with deferred_signals():
-            _interrupted(number)
-            reached.append("inner")
-        reached.append("outer")
+def test_signals_that_arrive_together_are_one_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would interrupt the clean-up after the first; Ctrl-C half a second later may."""
+    with raise_on_signals():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        for number in ENDING:
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(
+            "zarrcache.parallel.signals.time", SimpleNamespace(monotonic=_in_a_minute)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.usefixtures("other_thread")
+def _in_a_minute() -> float:
+    return time.monotonic() + 60.0
+
+
+def test_a_handler_of_the_caller_stays() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with raise_on_signals():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+
+
+def test_another_thread_than_the_main_one_changes_no_handler() -> None:
+    def handler() -> Any:
+        with raise_on_signals():
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(handler).result() is signal.SIG_DFL
+
+
+def test_a_forked_child_dies_of_sigterm() -> None:
+    """As torch's workers must; an exception would run the parent's clean-up in them."""
+    with raise_on_signals():
+        code = _in_a_fork(lambda: signal.raise_signal(signal.SIGTERM))
+    assert code == -signal.SIGTERM
+
+
+def test_sigterm_is_handled_where_ctrl_c_is_ignored() -> None:
+    """In a shell's background job; SIGINT stays ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with raise_on_signals():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Terminated):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )
-def test_a_signal_comes_when_the_start_is_over(
+def test_a_signal_that_arrives_in_the_block_takes_effect_after_it(
     number: signal.Signals, kind: type[KeyboardInterrupt]
 ) -> None:
-    """Whichever thread of the process has received it."""
-    reached: list[str] = []
-    with ending_in_order():
-        with pytest.raises(kind):
-            _interrupted_at_a_start(reached, number)
-        assert reached == ["inner", "outer"]
-        with pytest.raises(kind):
-            _interrupted(number)
-
-
-def test_a_signal_comes_where_no_other_thread_could_take_it() -> None:
-    """The system keeps it until then."""
     reached = []
 
     def start() -> None:
-        with deferred_signals():
-            signal.raise_signal(signal.SIGINT)  # to this thread, that is
-            _work()
-            reached.append(True)
+        with signals_blocked():
+            signal.raise_signal(number)  # to this thread
+            reached.append(number)
 
-    with pytest.raises(KeyboardInterrupt):
+    with raise_on_signals(), pytest.raises(kind):
         start()
-    assert reached
+    assert reached == [number]
 
 
-def _told_twice(told: list[int]) -> None:
-    with deferred_signals():
-        for number in ENDING:
-            _interrupted(number)
-        assert told == []
+def test_a_signal_that_is_pending_at_the_start_leaves_nothing_blocked() -> None:
+    """``restored`` checks the mask: Ctrl-C would never work again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.raise_signal(signal.SIGINT)
+    with signals_blocked():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_none_of_two_is_lost() -> None:
-    """A terminal's, and a batch system's just after it."""
-    told: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: told.append(number))
-        for number in ENDING
-    }
-    try:
-        _told_twice(told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert sorted(told) == sorted(ENDING)
-
-
-def test_of_two_exceptions_one_is_raised() -> None:
-    """The second would interrupt the clean-up after the first."""
-    cleaned_up = []
-
-    def start() -> None:
+def _interrupted_by_another_thread() -> None:
+    until_interrupted = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(int).result()  # the thread exists, with a mask of its own
         try:
-            with deferred_signals():
-                for number in ENDING:
-                    _interrupted(number)
+            with signals_blocked():
+                executor.submit(os.kill, os.getpid(), signal.SIGINT).result()
+                until_interrupted.wait(10)
         finally:
-            _work()
-            cleaned_up.append(True)
-
-    with ending_in_order(), pytest.raises(KeyboardInterrupt):
-        start()
-    assert cleaned_up
+            until_interrupted.set()
 
 
-def test_a_second_one_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a start that hangs. At once it is the same one: a batch system may send it by two ways."""
-    reached = []
-
-    def start() -> None:
-        with deferred_signals():
-            come: Any = signal.getsignal(signal.SIGINT)
-            come(signal.SIGINT, None)
-            come(signal.SIGINT, None)
-            reached.append("twice at once")
-            later = time.monotonic() + 60
-            monkeypatch.setattr(
-                "zarrcache.parallel.signals.time", SimpleNamespace(monotonic=lambda: later)
-            )
-            come(signal.SIGINT, None)
-            reached.append("after a minute")
-
+def test_an_exception_in_the_block_restores_the_mask() -> None:
+    """The system gives the signal to a thread that does not block it, and Python runs the handler
+    in the main thread.
+    """
     with pytest.raises(KeyboardInterrupt):
-        start()
-    assert reached == ["twice at once"]
+        _interrupted_by_another_thread()
 
 
-def test_a_handler_that_is_found_in_here_is_no_other_later() -> None:
-    """Whoever has taken it for the one to restore loses no signal."""
-    with deferred_signals():
-        found = signal.getsignal(signal.SIGINT)
-    assert callable(found)
-    with pytest.raises(KeyboardInterrupt):
-        found(signal.SIGINT, None)
-
-
-def _fail_and_be_interrupted() -> None:
-    with deferred_signals():
-        _interrupted()
-        raise OSError("no processes left")
-
-
-def test_a_failed_start_and_a_signal_are_both_told() -> None:
-    """The signal is what ends the program; the failure is its context."""
-    with pytest.raises(KeyboardInterrupt) as caught:
-        _fail_and_be_interrupted()
-    assert "no processes left" in str(caught.value.__context__)
-
-
-def test_a_process_started_in_here_is_deaf_to_both() -> None:
-    """A signal to all of a job is for the one that starts the others."""
+def _mask_of_a_process() -> str:
     code = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))"
-    with deferred_signals():
-        deaf = subprocess.run(
+    with signals_blocked():
+        done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    assert deaf == f"{sorted(ENDING)}\n"
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(_started_by_a_thread, code).result() == deaf
+        )
+    return done.stdout
 
 
-def _started_by_a_thread(code: str) -> str:
-    with deferred_signals():
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
+def test_a_process_started_in_the_block_ignores_both() -> None:
+    """Also from another thread than the main one."""
+    expected = f"{sorted(ENDING)}\n"
+    assert _mask_of_a_process() == expected
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(_mask_of_a_process).result() == expected
 
 
 def test_a_child_that_another_thread_forks_meanwhile_hears_them() -> None:
-    """A worker of torch, say; nothing would restore its handlers."""
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(int).result()  # the thread is there, with a mask of its own
-        with deferred_signals():
-            status = pool.submit(_fork_and_interrupt).result()
-    assert os.waitstatus_to_exitcode(status) == 7
+    """A worker of torch, say."""
 
+    def die() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-def _fork_and_interrupt() -> int:
-    child = os.fork()
-    if child == 0:  # pragma: no cover - another process
-        code = 1
-        try:
-            _interrupted()
-        except KeyboardInterrupt:
-            code = 7
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(int).result()  # the thread exists, with a mask of its own
+        with signals_blocked():
+            code = executor.submit(_in_a_fork, die).result()
+    assert code == -signal.SIGTERM

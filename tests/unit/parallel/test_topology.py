@@ -1,15 +1,16 @@
-"""Which process is where, by what torchrun and Slurm say."""
+"""The place of a process in a job, from the variables of torchrun and Slurm."""
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.parallel.topology import World
+from zarrcache.parallel.topology import World, node_name, sorted_nodes
 
-#: Of what srun starts; a batch script itself has all the others.
+#: Only processes that srun starts have it; a batch script has all the other variables.
 STEP = {"SLURM_STEP_ID": "0"}
 
 
@@ -22,7 +23,7 @@ STEP = {"SLURM_STEP_ID": "0"}
             (5, 8, 1, 2, 1),
             id="torchrun",
         ),
-        pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 0, 1, 1), id="by hand"),
+        pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 0, 1, 1), id="set by hand"),
         pytest.param(
             {
                 **STEP,
@@ -37,12 +38,12 @@ STEP = {"SLURM_STEP_ID": "0"}
         pytest.param(
             {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"},
             (0, 1, 0, 1, 0),
-            id="a shell of slurm's",
+            id="a shell in a Slurm step",
         ),
         pytest.param(
             {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
             (0, 1, 0, 1, 0),
-            id="a batch script of slurm's, without srun",
+            id="a batch script without srun",
         ),
         pytest.param(
             {
@@ -60,13 +61,13 @@ STEP = {"SLURM_STEP_ID": "0"}
 def test_the_variables_say_where_a_process_is(
     environ: dict[str, str], place: tuple[int, ...]
 ) -> None:
-    """Rank, ranks, node, nodes, place on the node."""
+    """``place``: rank, ranks, node, nodes, local rank."""
     world = World.of_environment(environ)
     assert (world.rank, world.ranks, world.node, world.nodes, world.local_rank) == place
 
 
-def test_torch_is_right_where_the_variables_are_not() -> None:
-    """``python train.py`` of one task of Slurm starts two processes by itself."""
+def test_torch_takes_precedence_over_the_variables() -> None:
+    """In one Slurm task, ``python train.py`` may start two processes by itself."""
     environ = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}
     assert World.of_environment(environ, rank=1, ranks=2) == World(1, (0, 0))
     environ = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -76,9 +77,9 @@ def test_torch_is_right_where_the_variables_are_not() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: World(2, (0, 0)), "rank 2 of a job of 2"),
+        (lambda: World(2, (0, 0)), "rank 2 is outside a job of 2"),
         (lambda: World(0, (1, 1)), "numbered from 0"),
-        (lambda: World.even(0, 5, 2), "cannot be shared out evenly"),
+        (lambda: World.even(0, 5, 2), "cannot be distributed evenly"),
         (lambda: World.of_environment({"RANK": "x", "WORLD_SIZE": "2"}), "RANK is 'x'"),
         (
             lambda: World.of_environment({"RANK": "0", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2"}),
@@ -104,7 +105,20 @@ def test_torch_is_right_where_the_variables_are_not() -> None:
         ),
     ],
 )
-def test_what_contradicts_itself_is_refused(make: Any, words: str) -> None:
-    """Two ranks that believe in different nodes would read samples twice, or never."""
+def test_contradictions_are_refused(make: Any, words: str) -> None:
+    """Ranks that disagree about their nodes would read samples twice, or never."""
     with pytest.raises(ConfigError, match=words.replace("(", r"\(").replace(")", r"\)")):
         make()
+
+
+def test_nodes_are_sorted_as_slurm_numbers_them() -> None:
+    """By numbers, not digits; with several racks, rack by rack."""
+    assert sorted_nodes(["node10", "node2", "node1"]) == ["node1", "node2", "node10"]
+    assert sorted_nodes(["r2n1", "r1n10", "r1n9", "login"]) == ["login", "r1n9", "r1n10", "r2n1"]
+
+
+def test_the_name_of_a_node_is_slurms_or_the_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    assert node_name() == "node7"
+    monkeypatch.delenv("SLURMD_NODENAME")
+    assert node_name() == socket.gethostname()
