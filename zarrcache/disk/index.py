@@ -37,7 +37,7 @@ from zarrcache.disk._database import (
 )
 from zarrcache.disk._publish import is_dead, owner_id, partials_of
 from zarrcache.disk.directory import CacheDir
-from zarrcache.disk.entry import ARRAY, LISTING
+from zarrcache.disk.entry import ARRAY, LISTING, OBJECT
 from zarrcache.disk.filesystems import can_map_to_write, refuse_network
 from zarrcache.disk.policy import (
     Admission,
@@ -327,10 +327,11 @@ class Index:
     def _oldest(self, most: int = -1, *, kind: str | None = None) -> list[tuple[str, int]]:
         """See :class:`~zarrcache.disk.policy.StoredEntries`."""
         # rowid order is the order of storing: a replaced entry gets a new row
+        kinds = (ARRAY, OBJECT) if kind is None else (kind,)
         return self._file.select(
-            f"SELECT key, size FROM Cache WHERE tag {'=' if kind else 'NOT IN'} "
-            f"({'?' if kind else '?, ?'}) ORDER BY rowid LIMIT ?",
-            (kind, most) if kind else (INTENT, LISTING, most),
+            f"SELECT key, size FROM Cache WHERE tag IN ({', '.join('?' * len(kinds))}) "
+            "ORDER BY rowid LIMIT ?",
+            (*kinds, most),
         )
 
     def _reserve(self, filename: str, size_bytes: int) -> Intent | Admission:

@@ -64,6 +64,8 @@ class EvictionPolicy(Protocol):
     ``cache.eviction`` names a built-in policy. Any object with this method can take its place, in
     one process and in the DataLoader workers that it starts later::
 
+        from zarrcache.disk import choose_victims
+
         class Smallest:
             def victims(self, digest, needed_bytes, stored):
                 by_size = sorted(stored(), key=lambda entry: entry[1])

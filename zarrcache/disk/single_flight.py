@@ -20,7 +20,7 @@ __all__ = ["SingleFlight"]
 logger = logging.getLogger(__name__)
 
 #: Number of lock files. Digests share them: one file per digest would leave 200,000 empty files,
-#: and a lock file cannot be removed safely while others wait on its inode. Of 32 holders at once,
+#: and a lock file cannot be removed safely while others wait on its inode. Of 32 holders,
 #: two share a file in about one of eight moments. They then wait for each other, which costs time
 #: but cannot deadlock, because no process holds two locks.
 STRIPES = 4096

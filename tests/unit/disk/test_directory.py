@@ -88,9 +88,7 @@ def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path,
     assert os.listdir(elsewhere) == []
 
 
-@pytest.mark.skipif(
-    os.getuid() != 0, reason="only root can make a directory that belongs to somebody else"
-)
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory of another user")
 def test_a_directory_of_another_user_is_refused_unless_shared(tmp_path: Path) -> None:
     """In /tmp any user can make it first, and plant entries."""
     root = CacheDir(tmp_path).root

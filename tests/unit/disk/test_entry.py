@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import pickle
+import re
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,11 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from tests.support.cachedirs import key_of
+from zarrcache._keys import ArrayKey
 from zarrcache.disk._publish import publish
 from zarrcache.disk.entry import (
     EntryHeader,
+    EntryStream,
     _checksum,
     encode_header,
     header_of,
@@ -68,8 +74,8 @@ def test_any_array_comes_back_bit_for_bit(
 def test_a_write_that_stops_early_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
-    """The kernel takes 2 GiB at a time, and less when the disk is nearly full: inside the header,
-    at its end, inside the array.
+    """Linux writes at most 2 GiB per call, and less when the disk is nearly full. Here it stops in
+    the header, at its end, and in the array.
     """
 
     def writev(fd: int, parts: list[memoryview]) -> int:
@@ -140,6 +146,8 @@ def damaged(raw: bytes) -> dict[str, bytes]:
         "shape is text": with_json(text.replace(b'"shape":[10]', b'"shape":"ten"')),
         "no such field": with_json(text.replace(b'"dtype"', b'"dtipe"')),
         "json is a list": with_json(b"[]"),
+        "origin is a number": with_json(re.sub(rb'"origin":"[^"]*"', b'"origin":5', text)),
+        "array is null": with_json(re.sub(rb'"array":"[^"]*"', b'"array":null', text)),
     }
 
 
@@ -197,3 +205,106 @@ def test_the_checksum_is_of_the_bytes() -> None:
     assert _checksum(array) == google_crc32c.value(array.tobytes())
     assert _checksum(np.empty((0, 3))) == 0
     assert len(encode_header(header_of(KEY, array, "s"))) == 4096
+
+
+def test_a_planted_header_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    write(path, np.arange(10, dtype="f4"))
+    with path.open("r+b") as file:
+        file.seek(12)
+        file.write((2**30).to_bytes(4, "little"))
+        file.truncate(2**30 + 2**20)  # sparse
+    for read in (read_header, map_entry):
+        assert peak_bytes(lambda read=read: refused(read, path)) < 2**20  # type: ignore[misc]
+
+
+def refused(read: Callable[..., object], *args: Any) -> None:
+    with pytest.raises(CorruptEntryError):
+        read(*args)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# -- entries that stream in
+
+
+def entry_bytes(array: np.ndarray[Any, Any], key: ArrayKey = KEY) -> bytes:
+    return encode_header(header_of(key, array, "source")) + array.tobytes()
+
+
+DENSITY = np.arange(60, dtype="<f4").reshape(3, 4, 5)
+
+
+class Dribble(io.RawIOBase):
+    """A stream that gives few bytes at a time, as a socket may."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+
+    def readinto(self, buffer: Any) -> int:
+        part, self._raw = self._raw[: min(7, len(buffer))], self._raw[min(7, len(buffer)) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def test_a_streamed_entry_is_written_byte_for_byte_or_read(tmp_path: Path) -> None:
+    raw = entry_bytes(DENSITY)
+    stream = EntryStream(Dribble(raw), len(raw), KEY, "node")
+    assert not stream.is_spent
+    publish(tmp_path / "entry", stream.write)
+    assert stream.is_spent
+    assert (tmp_path / "entry").read_bytes() == raw
+    array = EntryStream(io.BytesIO(raw), len(raw), KEY, "node").read()
+    assert np.array_equal(array, DENSITY)
+
+
+@pytest.mark.parametrize("cut", [1, 19, 100, 4096, 4097])
+def test_a_stream_that_ends_early_is_refused(tmp_path: Path, cut: int) -> None:
+    raw = entry_bytes(DENSITY)
+    for use in ("read", "write"):
+        with pytest.raises(CorruptEntryError, match="node broke off"):  # noqa: PT012
+            stream = EntryStream(io.BytesIO(raw[:cut]), len(raw), KEY, "node")
+            if use == "read":
+                stream.read()
+            else:
+                publish(tmp_path / "entry", stream.write)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_streamed_payload_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    raw = bytearray(entry_bytes(DENSITY))
+    raw[-1] ^= 1
+    stream = EntryStream(io.BytesIO(raw), len(raw), KEY, "node")
+    with pytest.raises(CorruptEntryError, match="its checksum does not match"):
+        publish(tmp_path / "entry", stream.write)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"HTTP" * 2000, "does not begin as an entry does"),
+        (entry_bytes(DENSITY, ArrayKey("file", "/other", "a")), "holds ArrayKey"),
+        (entry_bytes(DENSITY.astype("<f8")), "not a density"),
+        (entry_bytes(DENSITY.ravel()), "not a density"),
+        (entry_bytes(DENSITY)[:4000] + b"x" + entry_bytes(DENSITY)[4001:], "padding"),
+    ],
+    ids=["no entry", "another key", "float64", "1-D", "padding"],
+)
+def test_a_stream_of_anything_else_is_refused(raw: bytes, why: str) -> None:
+    with pytest.raises(CorruptEntryError, match=why):
+        EntryStream(io.BytesIO(raw), len(raw), KEY, "node")
+
+
+def test_a_streamed_header_that_claims_a_gigabyte_is_not_waited_for() -> None:
+    raw = entry_bytes(DENSITY)
+    raw = raw[:12] + (2**30).to_bytes(4, "little") + raw[16:]
+    stream = io.BytesIO(raw)
+    assert peak_bytes(lambda: refused(EntryStream, stream, len(raw), KEY, "node")) < 2**20

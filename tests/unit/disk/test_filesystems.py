@@ -1,6 +1,4 @@
-"""Which file system a directory is on: the kernel's table read as the kernel writes it, and which
-types other nodes share.
-"""
+"""File systems: the mount table as the kernel writes it, and which types are network ones."""
 
 from __future__ import annotations
 
@@ -71,8 +69,8 @@ def table(tmp_path: Path) -> Path:
 def test_the_innermost_mount_decides_the_type(
     table: Path, path: str, kind: str, network: bool
 ) -> None:
-    """Of a path that need not exist; a mount over another, a space in a name, a path that only
-    begins like a mount point.
+    """Among them a mount over another, a space in a name, a path that only begins like a mount
+    point, and paths that do not exist.
     """
     assert file_system_of(path, table) == kind
     assert is_network(kind) is network
@@ -122,7 +120,7 @@ def test_types_have_their_common_name_beside_the_kernels(kind: str, words: str) 
 def test_refusal_names_directory_type_and_a_local_disk(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """A scratch directory of the job first; a variable that leads to the network as well is not
+    """The scratch directory of the job first; a variable that names a network file system is not
     offered.
     """
     monkeypatch.setattr(mounts, "_MOUNTINFO", table)

@@ -1,6 +1,4 @@
-"""Files mapped copy-on-write: where an array lies, and whether anything was written to it, whatever
-wrote it.
-"""
+"""Mapped files: the place of an array, and whether it was written to."""
 
 from __future__ import annotations
 

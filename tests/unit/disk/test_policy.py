@@ -75,8 +75,8 @@ def test_an_entry_is_trusted_if_the_origin_was_not_listed() -> None:
 
 
 def test_every_node_finds_the_same_home_and_each_is_home_of_its_share() -> None:
-    """Whatever the order of its list; with 1,000 entries and four nodes a share is 250, give or
-    take 60 (four standard deviations).
+    """Whatever the order of its list. With 1,000 entries and four nodes a share is 250 ± 60 (four
+    standard deviations).
     """
     nodes = [f"http://node{n}:7070" for n in range(4)]
     homes = [nodes_by_duty(f"{n:032x}", nodes)[0] for n in range(1000)]
@@ -87,7 +87,7 @@ def test_every_node_finds_the_same_home_and_each_is_home_of_its_share() -> None:
 
 
 def test_node_that_goes_changes_the_home_of_its_own_share_alone() -> None:
-    """And it goes to the next in the order, which is whom everybody asks when a home is dead."""
+    """Its share goes to the next node in the order, which is asked when a home is dead."""
     nodes = [f"http://node{n}:7070" for n in range(4)]
     for n in range(200):
         order = nodes_by_duty(f"{n:032x}", nodes)

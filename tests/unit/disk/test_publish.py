@@ -1,4 +1,4 @@
-"""Publishing: a file is visible whole or not at all, and its writer can be told dead or alive."""
+"""Publishing: a file is visible whole or not at all, and it shows whether its writer is alive."""
 
 from __future__ import annotations
 

@@ -84,9 +84,7 @@ def test_lock_files_are_few_and_private(tmp_path: Path) -> None:
 def test_a_missing_directory_is_not_created(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only the owner of the layout knows its permissions; until then the work is done without a
-    lock.
-    """
+    """Only ``CacheDir`` knows its permissions. The work is done without a lock."""
     with SingleFlight(tmp_path / "locks", timeout_s=1).hold(DIGEST) as held:
         assert not held
     assert not (tmp_path / "locks").exists()
