@@ -676,7 +676,8 @@ class _Thread(threading.local):
 
 
 #: Held by a fork from beginning to end: no thread enters meanwhile, and no other thread forks.
-_fork_lock = threading.Lock()
+#: Reentrant, as the others: a signal handler may read or fork while the main thread has it.
+_fork_lock = threading.RLock()
 #: Those of threads that live; a lock ends with its thread, even if it was left held.
 _locks: WeakSet[Any] = WeakSet()
 _thread = _Thread()
@@ -706,13 +707,13 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     while _taken:
         _taken.pop().release()
-    if _fork_lock.locked():  # not, if Ctrl-C came while this thread waited for it
+    with contextlib.suppress(RuntimeError):  # Ctrl-C came while this thread waited for it
         _fork_lock.release()
 
 
 def _after_fork_in_child() -> None:
     global _fork_lock, _locks, _thread
-    _fork_lock, _locks = threading.Lock(), WeakSet()  # the other threads do not exist here
+    _fork_lock, _locks = threading.RLock(), WeakSet()  # the other threads do not exist here
     _thread = _Thread()
     _taken.clear()
 
