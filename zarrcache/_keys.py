@@ -202,7 +202,7 @@ def stem_of(name: str) -> str | None:
 
 
 def safe_repr(value: object) -> str:
-    """``repr`` of outside input for messages: shortened, and in ASCII against look-alike letters."""
+    """``repr`` of outside input for a message: shortened, and in ASCII against look-alikes."""
     return _REPR.repr(value).encode("ascii", "backslashreplace").decode()
 
 

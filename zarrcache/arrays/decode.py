@@ -80,7 +80,7 @@ class _Plain:
 
 
 def metadata_key(keys: Collection[str]) -> str | None:
-    """Key of the array's metadata document: ``zarr.json`` (v3) before ``.zarray`` (v2), as in zarr."""
+    """Key of the metadata document: ``zarr.json`` (v3) before ``.zarray`` (v2), as in zarr."""
     return next((name for name in ("zarr.json", ".zarray") if name in keys), None)
 
 
@@ -138,7 +138,7 @@ class ArrayDecoder:
             self._kept[key] = data
 
     def finish(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return the whole array, C order, native byte order. Call after adding every listed key."""
+        """Return the array, C order, native byte order. Call after adding every listed key."""
         if self._document is None:
             raise SchemaError(
                 f"{self._url_of('')} holds neither .zarray nor zarr.json; it is not a Zarr array."
@@ -301,7 +301,7 @@ def _check_chunk(
 
 
 def _parts_of(data: Buffer, settings: Mapping[str, Any], count: int) -> list[memoryview]:
-    """Slice the chunks of a shard by its index: 64-bit (offset, length) of each, and a checksum."""
+    """Slice a shard by its index: 64-bit (offset, length) per chunk, and a checksum."""
     if not {str(codec.get("name")) for codec in settings["index_codecs"]} <= {"bytes", "crc32c"}:
         raise ValueError("its shard index has codecs that zarr does not write")
     view, checksum = (
