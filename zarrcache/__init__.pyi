@@ -4,6 +4,8 @@ from .config import CacheConfig as CacheConfig
 from .config import DataConfig as DataConfig
 from .convert import RhoRead as RhoRead
 from .convert import convert_directory as convert_directory
+from .data import Read as Read
+from .data import ReadObserver as ReadObserver
 from .data import ZarrS3Reader as ZarrS3Reader
 from .errors import ConfigError as ConfigError
 from .errors import CorruptEntryError as CorruptEntryError

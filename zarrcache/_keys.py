@@ -7,7 +7,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from zarrcache.errors import ConfigError
@@ -21,7 +21,7 @@ __all__ = [
     "Role",
     "check_task_id",
     "check_task_ids",
-    "file_digest",
+    "density_array",
     "is_digest",
     "safe_repr",
     "source_digest",
@@ -86,6 +86,7 @@ class ArrayKey:
     origin: str
     url: str
     array: str
+    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def is_listing(self) -> bool:
@@ -100,7 +101,10 @@ class ArrayKey:
     @property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
-        return _digest("array", self.origin, self.url, self.array)
+        if not self._digest:
+            digest = _digest("array", self.origin, self.url, self.array)
+            object.__setattr__(self, "_digest", digest)
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,25 +127,7 @@ class BlockKey:
     object: ObjectInfo
     block: int | None = None
     block_size: int = 0
-
-    @property
-    def path(self) -> str:
-        """Name for fsspec: object key, ETag, size, block and block size; read by :meth:`parse`."""
-        part = "" if self.block is None else f"{self.block}x{self.block_size}"
-        return f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
-
-    @classmethod
-    def parse(cls, origin: str, url: str, path: str) -> BlockKey:
-        """Parse :attr:`path`. Keys may contain ``#``, ETags do not."""
-        key, etag, size, part = path.rsplit("#", 3)
-        block, _, block_size = part.partition("x")
-        return cls(
-            origin,
-            url,
-            ObjectInfo(key, int(size), etag),
-            int(block) if block else None,
-            int(block_size or 0),
-        )
+    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +139,17 @@ class BlockKey:
     @property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
-        return _digest("object", self.origin, self.url, self.path)
+        if not self._digest:
+            part = "" if self.block is None else f"{self.block}x{self.block_size}"
+            version = f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
+            digest = _digest("object", self.origin, self.url, version)
+            object.__setattr__(self, "_digest", digest)
+        return self._digest
+
+
+def density_array(density_type: str) -> str:
+    """Name of the array of a density in its store: ``charge_density_total``, for example."""
+    return f"charge_density_{density_type}"
 
 
 def stored_array(array: str, *, is_per_point: object) -> str:
@@ -177,11 +173,6 @@ def stored_array(array: str, *, is_per_point: object) -> str:
 def is_digest(text: object) -> bool:
     """Whether ``text`` is a digest. No other outside input becomes part of a file name."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
-
-
-def file_digest(filename: str) -> str:
-    """32 hex digits for one file of the cache, whose names are never reused."""
-    return _digest("file", filename)
 
 
 def source_digest(objects: Iterable[ObjectInfo]) -> str:

@@ -105,7 +105,7 @@ def test_every_damaged_object_is_found_purged_and_fetched_again(
         assert origin_counters.snapshot().requests == requests + 1, done
     assert counters.snapshot().cache_errors == 0
     assert payload_files(tmp_path) == files
-    assert cache._index.volume_bytes() == on_disk_bytes(tmp_path)
+    assert cache.index.volume_bytes() == on_disk_bytes(tmp_path)
 
 
 # -- what a training run sees

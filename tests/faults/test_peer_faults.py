@@ -436,7 +436,7 @@ def test_lower_layer_that_is_not_there_is_said_once(
     assert caplog.text.count("there is no cache at") == 1
     (tmp_path / "lower" / "zarrcache-v1").mkdir(parents=True)
     (tmp_path / "lower" / "zarrcache-v1").chmod(0o777)
-    with pytest.raises(ConfigError, match=r"cache\.lower: anybody may write to .*chmod o-w"):
+    with pytest.raises(ConfigError, match=r"cache\.lower: every user may write to .*chmod o-w"):
         reader_at(node, tmp_path / "other", lower=tmp_path / "lower")
 
 

@@ -59,7 +59,7 @@ class ArrayCacheMachine(RuleBasedStateMachine):
     def put(self, which: int, number: int, nbytes: int) -> None:
         self.version += 1
         value, source = array_of(self.version, nbytes), f"v{self.version}"
-        admitted = self.caches[which].put(key_of(number), value, source=source)
+        admitted = self.caches[which].put(key_of(number), value, source=source) is not None
         assert admitted <= (array_on_disk(nbytes) <= LIMIT)
         if admitted:
             self.values[number] = value, source

@@ -6,7 +6,6 @@ from zarrcache.arrays.decode import check_metadata, metadata_key
 from zarrcache.arrays.density import (
     as_density,
     density_of_group,
-    density_of_objects,
     metadata_of,
     per_point,
 )
@@ -18,7 +17,6 @@ __all__ = [
     "check_metadata",
     "check_sizes",
     "density_of_group",
-    "density_of_objects",
     "list_array",
     "metadata_key",
     "metadata_of",

@@ -1,26 +1,21 @@
-"""Check and scale a charge density, and read one past the array tier or from any zarr group."""
+"""Check and scale a charge density, and read one from any zarr group."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.arrays.decode import ArrayDecoder, check_metadata
-from zarrcache.arrays.read import no_such_array
+from zarrcache.arrays.decode import check_metadata
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["as_density", "density_of_group", "density_of_objects", "metadata_of", "per_point"]
+__all__ = ["as_density", "density_of_group", "metadata_of", "per_point"]
 
-#: Objects of one store in flight: zarr's own default (``async.concurrency``).
-_THREADS = 10
 #: Largest number of points that float32 represents exactly.
 _EXACT_IN_FLOAT32 = 2**24
 
@@ -58,34 +53,6 @@ def per_point(
         dtype=np.float64,
         casting="same_kind",
     )
-
-
-def density_of_objects(
-    keys: Collection[str], read: Callable[[str], bytes], url: str, name: str
-) -> NDArray[np.float32]:
-    """Decode one array of a store from single objects.
-
-    Parameters
-    ----------
-    keys : collection of str
-        Everything in the store.
-    read : callable
-        Returns the content of a key; called from several threads.
-
-    Raises
-    ------
-    SchemaError, IncompleteArrayError
-        As ``read_array``, with the same messages; and whatever ``read`` raises.
-    """
-    prefix = f"{name}/"
-    chosen = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    if not chosen:
-        raise no_such_array(url, name, keys)
-    decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}")
-    with ThreadPoolExecutor(min(_THREADS, len(chosen))) as pool:
-        for key, data in zip(chosen, pool.map(lambda key: read(prefix + key), chosen), strict=True):
-            decoder.add(key, data)
-    return as_density(decoder.finish(), url, name)
 
 
 def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.float32]:

@@ -1,5 +1,4 @@
 from .cache import Cache as Cache
-from .loans import Loans as Loans
 from .read_through import ReadThrough as ReadThrough
 from .read_through import Outcome as Outcome
 from .zarr_store import CachedStore as CachedStore

@@ -1,6 +1,4 @@
-"""Both tiers of one cache directory, over one index: what a reader, a store and the command line
-share.
-"""
+"""Both tiers of one cache directory over one index: what readers, stores and commands share."""
 
 from __future__ import annotations
 
@@ -16,9 +14,16 @@ from zarrcache._keys import ArrayKey, Role, stem_of
 from zarrcache._shared_memory import SharedSet
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.byte_tier import ByteCache
+from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
-from zarrcache.disk import CACHE_FAULTS, EvictionPolicy, Index, SingleFlight, array_note
+from zarrcache.disk import (
+    CACHE_FAULTS,
+    EvictionPolicy,
+    Index,
+    Stored,
+    array_note,
+)
 from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters
 
@@ -26,8 +31,7 @@ __all__ = ["Cache"]
 
 
 class Cache:
-    """Both tiers of one cache directory over one index: what a reader, a store and the command line
-    share. Pickles without open parts.
+    """Both tiers of one cache directory over one index. Pickles without open parts.
 
     Parameters
     ----------
@@ -35,9 +39,15 @@ class Cache:
         None: no cache; arrays and bytes come from the origin each time.
     counters : Counters
     verified : SharedSet, optional
-        See `ArrayCache`.
+        See `Tier`.
     eviction_policy : EvictionPolicy, optional
         See :meth:`set_eviction_policy`.
+
+    Attributes
+    ----------
+    index : Index or None
+    arrays : ArrayCache or None
+        None: no cache, or ``cache.arrays.enabled`` is false.
     """
 
     def __init__(
@@ -49,99 +59,84 @@ class Cache:
     ) -> None:
         self.config = config
         self.counters = counters
-        self.index = Index(config) if config else None
         self._verified = verified or SharedSet()
-        # Listings are kept even where arrays are not: without them no run starts offline.
-        self.listings = (
-            ArrayCache(config, counters, index=self.index, verified=self._verified)
-            if config
-            else None
-        )
-        self.arrays = self.listings if config and config.arrays.enabled else None
         self._origins: dict[tuple[str, str], Origin] = {}
+        self.index = Index(config) if config is not None else None
+        self.arrays: ArrayCache | None = None
+        # Kept even where arrays are not: without listings no run starts offline.
+        self._listings: ArrayCache | None = None
+        if config is not None:
+            index, verified = self.index, self._verified
+            # Checked at each use: they decide which materials there are, and are read once per run.
+            checked = config.model_copy(update={"verify": "always"})
+            self._listings = ArrayCache(checked, counters, index=index)
+            if config.arrays.enabled:
+                self.arrays = ArrayCache(config, counters, index=index, verified=verified)
         self.set_eviction_policy(eviction_policy)
 
     def __reduce__(
         self,
     ) -> tuple[type[Cache], tuple[CacheConfig | None, Counters, SharedSet, EvictionPolicy | None]]:
-        return type(self), (
-            self.config,
-            self.counters,
-            self._verified,
-            self.index.eviction_policy if self.index is not None else None,
-        )
+        policy = self.index.eviction_policy if self.index is not None else None
+        return type(self), (self.config, self.counters, self._verified, policy)
 
     def set_eviction_policy(self, eviction_policy: EvictionPolicy | None) -> None:
-        """Let victims be chosen by one who knows what is read next; here, and in processes that are
-        started after this.
-        """
+        """Let ``eviction_policy`` choose what makes room, here and in processes started later."""
         if self.index is not None:
             self.index.set_eviction_policy(eviction_policy)
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
-        """The origin at ``url``, with this cache's fetch and retry settings. The same arguments
-        give the same object: it has connections.
+        """The origin at ``url``, with this cache's fetch and retry settings.
+
+        The same arguments give the same object: it has connections.
         """
         key = (url, repr(s3_kwargs))
         if key not in self._origins:
-            fetch, retry = (
-                (self.config.fetch, self.config.retry)
-                if self.config
-                else (FetchConfig(), RetryConfig())
-            )
-            locks = self.index.dir.locks if self.index else None
+            config = self.config
             self._origins[key] = open_origin(
                 url,
                 s3_kwargs=s3_kwargs,
-                fetch=fetch,
-                retry=retry,
+                fetch=config.fetch if config is not None else FetchConfig(),
+                retry=config.retry if config is not None else RetryConfig(),
                 counters=self.counters,
-                node_dir=locks,
+                node_dir=self.index.dir.locks if self.index is not None else None,
             )
         return self._origins[key]
 
     @functools.cached_property
-    def remote(self) -> RemoteSources:
-        """Where else in the cluster entries of the array tier may be had. Only with an array tier."""
-        assert self.config is not None
-        assert self.arrays is not None
-        return RemoteSources(self.config, self.arrays, self.counters)
-
-    def single_flight(self) -> SingleFlight:
-        """The locks of the cache directory. Only with a cache."""
-        assert self.config is not None
-        assert self.index is not None
-        return SingleFlight(
-            self.index.dir.locks,
-            timeout_s=2 * self.config.retry.timeout,
-            mode=self.index.dir.written_mode,
-            log_once=self.index.log_once,
-        )
+    def remote(self) -> RemoteSources | None:
+        """Other places of the cluster that may have an entry; None if there are none."""
+        if self.config is None or self.arrays is None:
+            return None
+        return RemoteSources(self.config, self.arrays, self.counters) or None
 
     def bytes(self, origin: Origin) -> ByteCache | None:
-        """The byte tier over ``origin``."""
+        """The byte tier over ``origin``; None if it is switched off."""
         if self.config is None or self.index is None or not self.config.bytes.enabled:
             return None
-        return ByteCache(origin, self.config, self.counters, self.index)
+        return ByteCache(origin, self.config, self.counters, self.index, self._verified)
 
-    def stored_listing(self, origin: Origin, name: str) -> Any | None:
-        """What :meth:`store_listing` stored, or None. A listing is an entry like any other:
-        checked, counted, evicted.
-        """
-        entry = self.listings.get(_listing_key(origin, name)) if self.listings else None
-        return None if entry is None else json.loads(entry.array.tobytes())
+    # -- entries of the array tier
 
-    def store_listing(self, origin: Origin, name: str, listing: Any) -> None:
-        """Keep a listing for runs without the origin."""
-        if self.listings is not None:
-            raw = np.frombuffer(json.dumps(listing, separators=(",", ":")).encode(), np.uint8)
-            self.listings.put(_listing_key(origin, name), raw, source="listing")
+    def lookup(self, digest: str) -> Stored | None:
+        """What the index has of an entry: its file and bytes on disk. Raises `CACHE_FAULTS`."""
+        return self.index.lookup(digest) if self.index is not None else None
+
+    def reopen(self, after: BaseException) -> None:
+        """Open the index again at its next use, if that can heal what ``after`` tells."""
+        if self.index is not None:
+            self.index.reopen(after)
+
+    def lend(self, budget_bytes: int) -> Loans:
+        """In a prefetcher: keep what is not admitted as loans, in ``budget_bytes`` on disk."""
+        assert self.arrays is not None
+        self.arrays.loans = Loans(self.arrays.index, budget_bytes)
+        return self.arrays.loans
 
     def stored_densities(
         self, array: str, listings: Mapping[Role, tuple[Origin, Mapping[str, str] | None]]
     ) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of one array of each store, as far as the array tier has it, by role and
-        task id.
+        """Bytes on disk of one array of each store in the array tier, by role and task id.
 
         Parameters
         ----------
@@ -172,14 +167,31 @@ class Cache:
                 }
         return stored
 
+    # -- stored listings
+
+    def stored_listing(self, origin: Origin, name: str) -> Any | None:
+        """What :meth:`store_listing` stored, or None. It is checked and counted as any entry."""
+        if self._listings is None:
+            return None
+        entry = self._listings.get(_listing_key(origin, name))
+        return None if entry is None else json.loads(entry.array.tobytes())
+
+    def store_listing(self, origin: Origin, name: str, listing: Any) -> None:
+        """Keep a listing for runs without the origin."""
+        if self._listings is not None:
+            raw = np.frombuffer(json.dumps(listing, separators=(",", ":")).encode(), np.uint8)
+            self._listings.put(_listing_key(origin, name), raw, source="listing")
+
     def forget_listing(self, origin: Origin, name: str) -> None:
         """Drop a listing that turned out to be old."""
-        if self.listings is not None:
+        if self._listings is not None:
             key = _listing_key(origin, name)
-            with contextlib.suppress(*CACHE_FAULTS):  # the error that told us is the one to hear of
-                if self.listings.index.lookup(key.digest) is not None:
-                    self.listings.drop(key)
+            # The caller is about to raise what it found; a fault of the cache must not hide it.
+            with contextlib.suppress(*CACHE_FAULTS):
+                if self.lookup(key.digest) is not None:
+                    self._listings.drop(key)
 
 
 def _listing_key(origin: Origin, name: str) -> ArrayKey:
+    """A listing is stored in the format of an array that has no name."""
     return ArrayKey(origin.identity, origin.url_of(name), "")

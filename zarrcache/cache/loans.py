@@ -1,6 +1,4 @@
-"""Look-ahead on a full disk: entries that are lent to the training, each to be read once, in room
-that is reserved for them.
-"""
+"""Look-ahead on a full disk: entries lent to the training, each read once, in reserved room."""
 
 from __future__ import annotations
 
@@ -9,67 +7,71 @@ import secrets
 import threading
 
 from zarrcache._units import format_bytes
-from zarrcache.disk import Admission, Index, Intent
+from zarrcache.disk import LENT, Admission, Index, Intent
 
 __all__ = ["Loans"]
 
 logger = logging.getLogger(__name__)
 
-#: How often room is made for the loans: others, the lanes beside this one first, may store
-#: something in it before it is reserved.
-_TRIES = 16
+#: Attempts to reserve room: other threads and processes may take it while it is being made.
+_ATTEMPTS = 16
 
 
 class Loans:
-    """Loans of one prefetcher. Safe from any thread of it.
+    """Loans of one prefetcher. Safe from any of its threads.
 
-    The room is taken when the first entry is refused: if the cache is full, by dropping what was
-    stored first. It is announced in the index as one file that never comes, so it counts against
-    ``cache.limit``, and loans themselves count nothing. Whatever becomes of this process, the index
-    knows what to remove.
+    Room is reserved when the first entry is refused; in a full cache the entries that were stored
+    first are dropped for it. The index holds it as the intent of one file that never comes, so it
+    counts against ``cache.limit``, and the loans themselves count nothing. If this process is
+    killed, the next sweep of the index removes its loans and its room.
 
     Parameters
     ----------
     index : Index
-    most_bytes : int
+    budget_bytes : int
         On disk, of all loans together.
     """
 
-    def __init__(self, index: Index, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
+    def __init__(self, index: Index, budget_bytes: int) -> None:
         self._index = index
+        self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._room: Intent | Admission | None = None
-        self._loans: dict[str, tuple[str, int]] = {}  # by digest: file, bytes
+        self._loans: dict[str, tuple[str, int]] = {}  # by digest: file, bytes on disk
 
     def __contains__(self, digest: str) -> bool:
-        """Whether it is lent, as far as :meth:`look` saw."""
+        """Whether this process has lent an entry, as of the last :meth:`look`."""
         return digest in self._loans
 
     def file_of(self, digest: str) -> str | None:
-        """Name of the file that is lent, as far as :meth:`look` saw."""
+        """File of an entry that this process has lent, as of the last :meth:`look`."""
         loan = self._loans.get(digest)
         return loan[0] if loan is not None else None
 
+    def is_lent(self, digest: str) -> bool:
+        """Whether an entry is lent, by this process or by another rank of the node."""
+        return digest in self._loans or self._index.lookup(LENT + digest) is not None
+
     @property
     def is_open(self) -> bool:
-        """Whether it has its room."""
+        """Whether room is reserved."""
         return isinstance(self._room, Intent)
 
     @property
     def is_refused(self) -> bool:
-        """Whether there is no room for it."""
+        """Whether there was no room to reserve."""
         return isinstance(self._room, Admission)
 
     @property
     def held_bytes(self) -> int:
-        """Of the loans that :meth:`look` saw."""
+        """On disk, of all loans as of the last :meth:`look`."""
         with self._lock:
-            return sum(size for _, size in self._loans.values())
+            return self._held_bytes()
 
     def lend(self, digest: str, filename: str, size_bytes: int) -> bool:
-        """Announce a loan, whose file is to be written next. False if there is no room for it, or
-        another rank has lent the same.
+        """Announce a loan whose file is written next.
+
+        False if there is no room for it, or another rank of the node has lent the same entry.
         """
         with self._lock:
             if self._room is None:
@@ -78,16 +80,15 @@ class Loans:
                 self._index.give_back(digest, old[0])
             if (
                 not isinstance(self._room, Intent)
-                or sum(size for _, size in self._loans.values()) + size_bytes > self.most_bytes
+                or self._held_bytes() + size_bytes > self._budget_bytes
+                or not self._index.lend(digest, filename)
             ):
-                return False
-            if not self._index.lend(digest, filename):
                 return False
             self._loans[digest] = filename, size_bytes
             return True
 
     def look(self) -> None:
-        """See what was taken."""
+        """Forget the loans that the training has taken."""
         if self._loans:
             with self._lock:
                 there = self._index.loans()
@@ -96,16 +97,14 @@ class Loans:
                 }
 
     def drop(self, digest: str, filename: str) -> None:
-        """Take a loan back that nobody will ask for; not one that has followed it under the same
-        name.
-        """
+        """Take a loan back, unless another file was lent under the same digest since."""
         with self._lock:
             if self.file_of(digest) == filename:
                 del self._loans[digest]
                 self._index.give_back(digest, filename)
 
     def close(self) -> None:
-        """Take everything back."""
+        """Take all loans back and free the room."""
         for digest, (filename, _) in list(self._loans.items()):
             self.drop(digest, filename)
         with self._lock:
@@ -113,21 +112,24 @@ class Loans:
                 self._index.abort(self._room)
             self._room = None
 
+    def _held_bytes(self) -> int:
+        return sum(size for _, size in self._loans.values())
+
     def _reserve(self) -> Intent | Admission:
-        name = f"entries/ring-{secrets.token_hex(4)}"
-        outcome = self._index.begin(name, self.most_bytes)
-        # once: it is others who fill this disk
-        if outcome is Admission.DISK_FULL and self._index.drop_oldest(self.most_bytes):
-            outcome = self._index.begin(name, self.most_bytes)
-        for _ in range(_TRIES):
+        name = f"entries/loans-{secrets.token_hex(4)}"
+        outcome = self._index.begin(name, self._budget_bytes)
+        # Once only: other programs fill this disk, and dropping entries does not stop them.
+        if outcome is Admission.DISK_FULL and self._index.drop_oldest(self._budget_bytes):
+            outcome = self._index.begin(name, self._budget_bytes)
+        for _ in range(_ATTEMPTS):
             if outcome is not Admission.OVER_LIMIT:
                 break
-            self._index.drop_oldest(self._index.shortfall_bytes(self.most_bytes))
-            outcome = self._index.begin(name, self.most_bytes)
+            self._index.drop_oldest(self._index.shortfall_bytes(self._budget_bytes))
+            outcome = self._index.begin(name, self._budget_bytes)
         if isinstance(outcome, Admission):
             logger.warning(
-                "no look-ahead, as there is no room for %s of it: %s",
-                format_bytes(self.most_bytes),
+                "no look-ahead: there is no room for its %s (%s)",
+                format_bytes(self._budget_bytes),
                 outcome.value,
             )
         return outcome

@@ -1,174 +1,189 @@
-"""The one cached path from a store to its density: array tier, single flight, what other places of
-the cluster have, origin.
-"""
+"""The one read path from a store to its density: array tier, single flight, other nodes, origin."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ArrayKey, source_digest, stored_array
+from zarrcache._keys import ArrayKey, ObjectInfo, source_digest, stored_array
 from zarrcache._shared_memory import SharedSet
-from zarrcache.arrays import as_density, density_of_objects, list_array, per_point, read_array
+from zarrcache.arrays import as_density, list_array, per_point, read_array
+from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.cache import Cache
-from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
+from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.origin import Origin
 
 __all__ = ["Outcome", "ReadThrough"]
 
-#: How a density was had: from the array tier, from elsewhere and stored, from elsewhere and not
-#: admitted.
+#: Where a density came from: the array tier; elsewhere, and stored; elsewhere, and not admitted.
 Outcome = Literal["hit", "miss", "bypass"]
 
 
-@dataclass(frozen=True, slots=True)
 class ReadThrough:
-    """How densities of one kind are read. Cheap to make; safe from any thread or process.
+    """Densities of one directory, read through the cache. Safe from any thread or process.
 
     Parameters
     ----------
     cache : Cache
     checked : SharedSet
         Digests of the entries that were compared with the origin in this run.
+    origin : Origin
+        The directory.
     array : str
         The array's name in a store.
     is_per_point : bool
         Divide by the number of grid points.
     """
 
-    cache: Cache
-    checked: SharedSet
-    array: str
-    is_per_point: bool
+    def __init__(
+        self,
+        cache: Cache,
+        checked: SharedSet,
+        origin: Origin,
+        array: str,
+        *,
+        is_per_point: bool,
+    ) -> None:
+        self._cache, self._checked, self._origin = cache, checked, origin
+        self._arrays, self._counters = cache.arrays, cache.counters
+        self._array, self._is_per_point = array, is_per_point
+        # Made once, not at each read.
+        self._stored_as = stored_array(array, is_per_point=is_per_point)
+        self._identity, self._root = origin.identity, origin.url_of("")
+        self._revalidate = cache.config.revalidate if cache.config is not None else "never"
 
-    def key(self, origin: Origin, store: str) -> ArrayKey:
-        """Identity of a density's entry in the array tier."""
-        return ArrayKey(
-            origin.identity,
-            origin.url_of(store),
-            stored_array(self.array, is_per_point=self.is_per_point),
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self._cache, self._checked, self._origin, self._array, self._is_per_point)
+        return _unpickled, arguments
+
+    def at(self, origin: Origin) -> ReadThrough:
+        """The same for another directory."""
+        if origin is self._origin:
+            return self
+        return ReadThrough(
+            self._cache, self._checked, origin, self._array, is_per_point=self._is_per_point
         )
+
+    def key(self, store: str) -> ArrayKey:
+        """Identity of a density's entry in the array tier."""
+        return ArrayKey(self._identity, self._root + store, self._stored_as)
+
+    def listing(self, store: str) -> list[ObjectInfo]:
+        """What the origin lists now of a density: keys, sizes, ETags. One LIST."""
+        return list_array(self._origin, store, self._array)
 
     def read(
         self,
-        origin: Origin,
         store: str,
         *,
         revalidate: bool = False,
         reserve: Callable[[int], object] | None = None,
     ) -> tuple[NDArray[np.float32], Outcome]:
-        """One density, shape (nx, ny, nz), and how it was had. Errors and ``reserve`` as in
-        ``ZarrS3Reader.load`` and ``ensure``.
+        """One density, shape (nx, ny, nz), and where it came from.
+
+        Errors and ``reserve`` as in ``ZarrS3Reader.load`` and ``ensure``.
 
         Parameters
         ----------
-        origin : Origin
         store : str
-            Its name below the origin.
+            Its name below the directory.
         revalidate : bool
-            Ask the origin whether it is fresh, whatever ``cache.revalidate`` says.
+            Compare with the origin, whatever ``cache.revalidate`` says.
         """
-        arrays = self.cache.arrays
+        arrays = self._arrays
+        key = self.key(store)
+        is_due = (
+            revalidate
+            or self._revalidate == "epoch"
+            or (self._revalidate == "run" and key.digest not in self._checked)
+        )
         if arrays is None:
-            return self._past_the_array_tier(origin, store, revalidate=revalidate), "bypass"
-        key = self.key(origin, store)
-        listed, source = None, None
-        if revalidate or self._is_due(key):
-            listed = list_array(origin, store, self.array)
-            source = source_digest(listed)
+            return self._past_the_array_tier(key, store, relist=is_due), "bypass"
+        listed = self.listing(store) if is_due else None
+        source = source_digest(listed) if listed is not None else None
         entry = arrays.get(key, source=source)
         if entry is None:
-            if (
-                source is None
-                and self.cache.remote
-                and self.cache.config is not None
-                and self.cache.config.revalidate != "never"
-            ):
-                # it was compared with the origin, and evicted: others may have an older one
-                listed = list_array(origin, store, self.array)
+            if listed is None and self._revalidate != "never" and self._cache.remote is not None:
+                # The evicted entry was compared with the origin; other nodes may have an older one.
+                listed = self.listing(store)
                 source = source_digest(listed)
             if reserve is not None and listed is not None:
-                # here, not under the lock: nobody else is to wait for our memory
-                reserve(sum(o.size_bytes for o in listed))
-            # The lock of the node first, the lease of the cluster after it: whoever has a lease
-            # waits for nobody but the origin.
-            with (
-                self.cache.single_flight().hold(key.digest),
-                self.cache.remote.lookup(key, source) as lookup,
-            ):
-                # somebody else may have fetched it while we waited
+                # Before the lock: other readers must not wait for this process's memory.
+                reserve(sum(obj.size_bytes for obj in listed))
+            # The node's lock before the cluster's lease: the holder of a lease waits for nothing
+            # but the origin.
+            with arrays.flight.hold(key.digest):
+                # another process may have fetched it meanwhile
                 entry = arrays.get(key, source=source)
                 if entry is None:
-                    taken = lookup.take()
-                    if taken is None:
-                        decoded = read_array(
-                            origin, store, self.array, listed=listed, reserve=reserve
-                        )
-                        values = self.as_asked(decoded.array, key.url)
-                        lookup.is_stored = arrays.put(key, values, source=decoded.source)
-                        # Mapped, if it is there: memory that the kernel may take back, and that a
-                        # worker hands over without a copy.
-                        stored = (
-                            arrays.get(key, source=decoded.source) if lookup.is_stored else None
-                        )
-                        values = stored.array if stored else values
-                    else:
-                        values = as_density(taken.array, key.url, self.array)
-                    self.checked.add(key.digest)
-                    self.cache.counters.add(misses=1, bypasses=int(not lookup.is_stored))
-                    return values, "miss" if lookup.is_stored else "bypass"
+                    return self._fetch(arrays, key, store, source, listed, reserve)
         if source is not None:
-            self.checked.add(key.digest)
-        self.cache.counters.add(hits=1, served_bytes=entry.array.nbytes)
-        return as_density(entry.array, key.url, self.array), "hit"
+            self._checked.add(key.digest)
+        values = entry.array
+        self._counters.add(hits=1, served_bytes=values.nbytes)
+        if values.ndim != 3 or values.dtype != np.float32:  # planted: what is stored was checked
+            values = as_density(values, key.url, self._array)
+        return values, "hit"
 
-    def as_asked(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
-        """What is handed out, and what is stored, of an array as the origin has it."""
-        values = as_density(array, url, self.array)
-        # In place: these are fresh from the origin, and another array of their size is as much work
-        # again, for the pages it takes.
-        return (
-            per_point(values, out=values if values.flags.writeable else None)
-            if self.is_per_point
-            else values
-        )
+    def _fetch(
+        self,
+        arrays: ArrayCache,
+        key: ArrayKey,
+        store: str,
+        source: str | None,
+        listed: list[ObjectInfo] | None,
+        reserve: Callable[[int], object] | None,
+    ) -> tuple[NDArray[np.float32], Outcome]:
+        """A density that this node does not have, from another node or from the origin."""
+        remote = self._cache.remote
+        with remote.lookup(key, source) if remote else contextlib.nullcontext() as lookup:
+            taken = lookup.take() if lookup is not None else None
+            if taken is not None:
+                values = as_density(taken.array, key.url, self._array)
+                is_stored = taken.is_stored
+            else:
+                decoded = read_array(
+                    self._origin, store, self._array, listed=listed, reserve=reserve
+                )
+                values = self.prepared(decoded.array, key.url)
+                entry = arrays.put(key, values, source=decoded.source)
+                is_stored = entry is not None
+                if entry is not None:
+                    values = entry.array
+                if lookup is not None:
+                    lookup.is_stored = is_stored
+        self._checked.add(key.digest)
+        self._counters.add(misses=1, bypasses=int(not is_stored))
+        return values, "miss" if is_stored else "bypass"
+
+    def prepared(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
+        """The density as it is stored and returned, from an array as the origin has it."""
+        values = as_density(array, url, self._array)
+        if not self._is_per_point:
+            return values
+        # In place where possible: the array is fresh, and the pages of a second one of its size
+        # cost as much as the division.
+        return per_point(values, out=values if values.flags.writeable else None)
 
     def _past_the_array_tier(
-        self, origin: Origin, store: str, *, revalidate: bool
+        self, key: ArrayKey, store: str, *, relist: bool
     ) -> NDArray[np.float32]:
-        self.cache.counters.add(misses=1, bypasses=1)
-        config = self.cache.config
-        if config is None or not config.bytes.enabled:
-            return self.as_asked(read_array(origin, store, self.array).array, origin.url_of(store))
-        key = self.key(origin, store)
-        relist = revalidate or self._is_due(key)
-        try:
-            values = self._through_the_byte_tier(origin, store, relist=relist)
-        except IncompleteArrayError:
-            if relist:
-                raise
-            # the stored listing may be older than the store
-            values = self._through_the_byte_tier(origin, store, relist=True)
-        self.checked.add(key.digest)
+        """The same read with ``cache.arrays.enabled: false``, or without a cache."""
+        config = self._cache.config
+        origin = self._origin
+        if config is not None and config.bytes.enabled:
+            origin = CachedOrigin(origin, self._cache, relist=relist)
+        values = self.prepared(read_array(origin, store, self._array).array, key.url)
+        self._checked.add(key.digest)
+        self._counters.add(misses=1, bypasses=1)
         return values
 
-    def _through_the_byte_tier(
-        self, origin: Origin, store: str, *, relist: bool
-    ) -> NDArray[np.float32]:
-        from zarrcache.cache.zarr_store import CachedStore
 
-        objects = CachedStore(origin, store, self.cache, relist=relist)
-        if not objects.sizes():
-            raise OriginNotFoundError(f"{objects.url} does not exist or is empty.")
-        return self.as_asked(
-            density_of_objects(objects.sizes(), objects.read, objects.url, self.array), objects.url
-        )
-
-    def _is_due(self, key: ArrayKey) -> bool:
-        """Whether the origin has to be asked if an entry is still fresh."""
-        revalidate = self.cache.config.revalidate if self.cache.config else "never"
-        return revalidate == "epoch" or (revalidate == "run" and key.digest not in self.checked)
+def _unpickled(
+    cache: Cache, checked: SharedSet, origin: Origin, array: str, is_per_point: bool
+) -> ReadThrough:
+    return ReadThrough(cache, checked, origin, array, is_per_point=is_per_point)

@@ -1,5 +1,4 @@
-"""Where else in the cluster an entry may be had, before the origin is asked: the lower layer, then
-the nodes of ``cache.peers``.
+"""Entries from other places of the cluster, tried before the origin: ``cache.lower``, peers.
 
 Whatever goes wrong here is logged once and costs a request to the origin, never a sample.
 """
@@ -8,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.config import CacheConfig
-from zarrcache.disk import CacheDir, EntryStream, is_fresh, open_entries
+from zarrcache.disk import CacheDir, EntryStream, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.peers import Peers, Reply
 from zarrcache.stats import Counters, LogOnce
@@ -31,81 +30,118 @@ _OTHERS_WRITE = 0o002
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An entry that was had from elsewhere: mapped, if the array tier has stored or lent it, in
-    memory otherwise.
-    """
+    """An array from elsewhere: mapped if the array tier has stored or lent it, else in memory."""
 
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
 
 
+class _Offer(NamedTuple):
+    """An entry that a place sends; nothing of it is checked yet."""
+
+    stream: Any
+    nbytes: int
+    url: str
+    sender: str
+    counter: Literal["lower_hits", "peer_hits"]
+
+
 class RemoteSources:
-    """The other places of one config. Safe from any thread or process; pickles as its
-    configuration.
+    """The lower layer and the peers of one config. Safe from any thread or process.
+
+    Pickles as its configuration, without the token and without the peers that failed.
 
     Parameters
     ----------
     config : CacheConfig
     arrays : ArrayCache
-        Takes what is found.
+        Stores what is received.
     counters : Counters
-        ``lower_hits``, ``peer_hits``, and ``purges`` for what was received and is bad.
+        ``lower_hits``, ``peer_hits``, and ``purges`` for received entries that are bad.
     """
 
     def __init__(self, config: CacheConfig, arrays: ArrayCache, counters: Counters) -> None:
+        self.peers = Peers(config)
         self._config = config
         self._lower = CacheDir(config.lower).entries if config.lower is not None else None
-        self.peers = Peers(config)
         self._arrays = arrays
         self._counters = counters
         self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[type[RemoteSources], tuple[CacheConfig, ArrayCache, Counters]]:
-        # not the token, nor who was left out
         return type(self), (self._config, self._arrays, self._counters)
 
     def __bool__(self) -> bool:
+        """Whether there is any."""
         return self._lower is not None or bool(self.peers)
 
     def check(self) -> None:
-        """Say before a run what is wrong with its settings.
+        """Check the settings before a run.
 
         Raises
         ------
         ConfigError
-            The token file cannot be used, or anybody may write to the lower layer.
+            The token file cannot be used, or every user may write to the lower layer.
         """
         self.peers.check()
         if self._lower is not None:
             for path in (self._lower, self._lower.parent):
                 try:
                     mode = path.stat().st_mode
-                except OSError:  # it is not mounted yet, or not filled: said when it is asked
+                except OSError:  # not mounted or not filled yet: logged at its first use
                     continue
                 if mode & _OTHERS_WRITE:
                     raise ConfigError(
-                        f"cache.lower: anybody may write to {path}, entries could be planted. Run: "
-                        f"chmod o-w {path}"
+                        f"cache.lower: every user may write to {path}, so entries could be "
+                        f"planted. Run: chmod o-w {path}"
                     )
 
     @contextlib.contextmanager
     def lookup(self, key: ArrayKey, source: str | None) -> Iterator[MissLookup]:
-        """One miss. Nothing is asked before :meth:`MissLookup.take`; at the end the others are told
-        how it went.
+        """Look for one entry. No request is made before :meth:`MissLookup.take`.
 
-        After an exception they are told nothing, and the next of them has the turn: if all were
-        sent to an origin that fails, all would go at once.
+        At the end the peers that wait for this node learn whether it has stored the entry. After
+        an exception they learn nothing, so that one of them tries next: sent on, all of them would
+        go to the failing origin at once.
         """
         lookup = MissLookup(self, key, source)
         try:
             yield lookup
         except BaseException:
-            lookup.hang_up()
+            if lookup.lease is not None:
+                lookup.lease.close()
             raise
-        lookup.close()
+        if lookup.lease is not None:
+            self.peers.end(lookup.lease, is_stored=lookup.is_stored)
 
-    def lower_offers(self, digest: str) -> Iterator[tuple[Any, int, str]]:
-        """Entries of the lower layer, as :func:`open_entries`."""
+    def _receive(self, offer: _Offer, key: ArrayKey, source: str | None) -> Taken | None:
+        """Check an entry, store it, map it; None if it is bad or of another source."""
+        try:
+            incoming = EntryStream(offer.stream, offer.nbytes, key, offer.url)
+            if source not in (None, incoming.header.source):
+                return None
+            entry, is_stored = self._arrays.take(incoming)
+            if entry is not None:
+                taken = Taken(entry.array, is_stored=is_stored)
+            elif incoming.is_spent:
+                # Stored and evicted at once, or the disk failed: it cannot be read a second time.
+                return None
+            else:
+                taken = Taken(incoming.read(), is_stored=False)
+        except CorruptEntryError as exc:
+            self._counters.add(purges=1)
+            self._log_once.warning(
+                ("bad entry", offer.sender),
+                logger,
+                "an entry from elsewhere was not taken, looking further (said once for %s): %s",
+                offer.sender,
+                exc,
+            )
+            return None
+        self._counters.add(**{offer.counter: 1})
+        return taken
+
+    def _lower_offers(self, digest: str) -> Iterator[_Offer]:
         if self._lower is None:
             return
         try:
@@ -116,7 +152,8 @@ class RemoteSources:
                     "cache.lower: there is no cache at %s; going on without it",
                     self._lower.parent.parent,
                 )
-            yield from open_entries(self._lower, digest)
+            for file, nbytes, path in open_entries(self._lower, digest):
+                yield _Offer(file, nbytes, path, "cache.lower", "lower_hits")
         except OSError as exc:
             self._log_once.warning(
                 "lower fails",
@@ -126,93 +163,43 @@ class RemoteSources:
                 exc,
             )
 
-    def take(
-        self, stream: Any, nbytes: int, where: str, key: ArrayKey, source: str | None
-    ) -> Taken | None:
-        """Check an entry, store it, map it. None if it is of another source, or has come and is not
-        here: evicted at once, or the disk failed.
-
-        Raises
-        ------
-        CorruptEntryError
-            It is bad; nothing is stored.
-        """
-        incoming = EntryStream(stream, nbytes, key, where)
-        if not is_fresh(incoming.header.source, source):
-            return None
-        entry, is_stored = self._arrays.take(incoming)
-        if entry is not None:
-            return Taken(entry.array, is_stored=is_stored)
-        # What was read into a file that is gone cannot be read again; its sender is not to blame.
-        return None if incoming.is_spent else Taken(incoming.read(), is_stored=False)
-
-    def refuse(self, peer: str, exc: CorruptEntryError) -> None:
-        """Count a bad entry, and say so once a peer."""
-        self._counters.add(purges=1)
-        self._log_once.warning(
-            ("bad entry", peer),
-            logger,
-            "an entry from elsewhere was not taken, looking further (said once for %s): %s",
-            peer,
-            exc,
-        )
-
-    def count(self, **increments: int) -> None:
-        """As `Counters.add`."""
-        self._counters.add(**increments)
-
 
 class MissLookup:
-    """One miss: what others have, and what they are told when it is over. Used in one thread.
+    """The search for one entry in other places. Used in one thread.
 
     Attributes
     ----------
     is_stored : bool
-        To be set when this node has the entry.
+        To be set when this node has stored the entry.
+    lease : Reply or None
+        The turn of this node to ask the origin, if a peer has given it.
     """
 
     def __init__(self, remote: RemoteSources, key: ArrayKey, source: str | None) -> None:
-        self._neighbours, self._key, self._source = remote, key, source
-        self._lease: Reply | None = None
+        self._remote, self._key, self._source = remote, key, source
+        self.lease: Reply | None = None
         self.is_stored = False
 
     def take(self) -> Taken | None:
-        """The entry, from the first place that has a good one; None if the origin is to be asked."""
-        remote, digest = self._neighbours, self._key.digest
-        for file, nbytes, path in remote.lower_offers(digest):
-            if (taken := self._try(file, nbytes, path, "cache.lower")) is not None:
-                remote.count(lower_hits=1)
-                return taken
-        for reply in remote.peers.replies(digest, source=self._source):
-            if reply.kind == "lease":
-                self._lease = reply
-                continue
-            try:
-                taken = self._try(
-                    reply, reply.nbytes, f"{reply.peer}/v1/entries/{digest}", reply.peer
-                )
-            finally:
-                reply.close()
-            if taken is not None:
-                remote.count(peer_hits=1)
-                return taken
+        """The entry from the first place that has a good one; None: the origin has to be asked."""
+        with contextlib.closing(self._offers()) as offers:
+            for offer in offers:
+                taken = self._remote._receive(offer, self._key, self._source)
+                if taken is not None:
+                    self.is_stored = taken.is_stored
+                    return taken
         return None
 
-    def _try(self, stream: Any, nbytes: int, where: str, peer: str) -> Taken | None:
-        try:
-            taken = self._neighbours.take(stream, nbytes, where, self._key, self._source)
-        except CorruptEntryError as exc:
-            self._neighbours.refuse(peer, exc)
-            return None
-        self.is_stored = taken is not None and taken.is_stored
-        return taken
-
-    def close(self) -> None:
-        """Give the lease back, if there is one, and say whether the entry is stored here."""
-        if self._lease is not None:
-            self._neighbours.peers.end(self._lease, is_stored=self.is_stored)
-
-    def hang_up(self) -> None:
-        """Give the lease back, if there is one, as if this process had died."""
-        if self._lease is not None:
-            self._lease.close()
+    def _offers(self) -> Generator[_Offer]:
+        """Of one place after the other; each is closed when the next is asked for."""
+        digest = self._key.digest
+        yield from self._remote._lower_offers(digest)
+        for reply in self._remote.peers.replies(digest, source=self._source):
+            if reply.kind == "lease":
+                self.lease = reply
+                continue
+            try:
+                url = f"{reply.peer}/v1/entries/{digest}"
+                yield _Offer(reply, reply.nbytes, url, reply.peer, "peer_hits")
+            finally:
+                reply.close()

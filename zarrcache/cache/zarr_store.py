@@ -19,8 +19,9 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.arrays import check_sizes, stable_listing, unzip
+from zarrcache.arrays import check_sizes, unzip
 from zarrcache.cache.cache import Cache
+from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.origin import Origin
@@ -32,9 +33,8 @@ __all__ = ["CachedStore", "group_of", "open_group", "open_store", "store_at"]
 class CachedStore(Store):
     """A read-only zarr store over one store of an origin, through the byte tier.
 
-    What exists is decided by the listing, never by a failed read: zarr fills what is missing with
-    the fill value without a word, so an object that is listed and cannot be read raises something
-    else.
+    The listing decides what exists, never a failed read: zarr silently takes the fill value for a
+    missing chunk. An object that is listed and cannot be read raises another error.
 
     Parameters
     ----------
@@ -42,26 +42,18 @@ class CachedStore(Store):
     name : str
         The store below the origin, for example ``mp-1.zarr``.
     cache : Cache
-    relist : bool, optional
-        List it now (True), or take the stored listing if there is one (False). The default follows
-        ``revalidate``: False with ``never``.
+        With ``revalidate: never`` the stored listing is used, if there is one.
     """
 
     supports_writes = False
     supports_deletes = False
     supports_listing = True
 
-    def __init__(
-        self, origin: Origin, name: str, cache: Cache, *, relist: bool | None = None
-    ) -> None:
+    def __init__(self, origin: Origin, name: str, cache: Cache) -> None:
         super().__init__(read_only=True)
         self.origin, self.name, self.cache = origin, name, cache
-        self._relist = (
-            relist
-            if relist is not None
-            else cache.config is None or cache.config.revalidate != "never"
-        )
-        self._bytes = cache.bytes(origin)
+        is_trusted = cache.config is not None and cache.config.revalidate == "never"
+        self._through = CachedOrigin(origin, cache, relist=not is_trusted)
         self._listing = threading.Lock()
         self._was_there = False
         self._sizes: dict[str, int] | None = None
@@ -85,22 +77,20 @@ class CachedStore(Store):
         return f"CachedStore({self.url!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        was_there = self._was_there or bool(self._sizes)
         return {
             "origin": self.origin,
             "name": self.name,
             "cache": self.cache,
-            "relist": self._relist,
-            "was_there": was_there,
+            "was_there": self._was_there or bool(self._sizes),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["origin"], state["name"], state["cache"], relist=state["relist"])  # type: ignore[misc]
+        self.__init__(state["origin"], state["name"], state["cache"])  # type: ignore[misc]
         self._was_there = state["was_there"]
 
     def with_read_only(self, read_only: bool = False) -> CachedStore:
         if not read_only:
-            super().with_read_only(read_only)  # raises NotImplementedError, in zarr's words
+            super().with_read_only(read_only)  # raises zarr's NotImplementedError
         return type(self)(self.origin, self.name, self.cache)
 
     async def get(
@@ -158,15 +148,6 @@ class CachedStore(Store):
             "to it with zarr directly."
         )
 
-    def read(self, key: str) -> bytes:
-        """One whole object that :meth:`sizes` names, as the reader takes them. Safe from any
-        thread.
-        """
-        data = self._read(key, None)
-        if data is None:
-            raise KeyError(f"{self.url}/{key}")
-        return data
-
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
         size = self.sizes().get(key)
         if size is None:
@@ -177,58 +158,43 @@ class CachedStore(Store):
         try:
             return self._object(self._objects[key], start, stop)
         except OriginNotFoundError as exc:
-            # the bucket is gone; as a FileNotFoundError it would look like a chunk that never was
+            # The bucket is gone. As a FileNotFoundError this would look like a missing chunk.
             raise IncompleteArrayError(
                 f"{self.url}/{key} is listed ({size} bytes) but is gone: {exc}"
             ) from exc
-        except IncompleteArrayError:
-            # what opens the store next lists it again
-            self.cache.forget_listing(self.origin, self.name)
-            raise
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         check_sizes([stop - start], self.origin.url_of(obj.key))
-        if self._bytes is not None:
-            return self._bytes.read(obj, start, stop)
         if (start, stop) == (0, obj.size_bytes):
-            ((_, data),) = self.origin.fetch([obj])
+            ((_, data),) = self._through.fetch([obj])
             return bytes(data)
-        return self.origin.fetch_range(obj, start, stop)
+        return self._through.fetch_range(obj, start, stop)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by key of everything in the store; empty if there is no such store. One LIST at
-        first use, or the stored listing.
+        """Size in bytes of every key; empty if there is no such store.
+
+        One LIST at first use, or the stored listing.
         """
         if self._sizes is None:
-            with self._listing:  # zarr asks from several threads at once
+            with self._listing:  # zarr calls from several threads at once
                 if self._sizes is None:
                     self._sizes = self._open_listing()
         return self._sizes
 
     def objects(self) -> dict[str, ObjectInfo]:
-        """What the origin lists, by key below the store; empty for a zip file, which is one object."""
+        """Listed objects by key below the store; empty for a zip file."""
         self.sizes()
         return self._objects
 
     def _open_listing(self) -> dict[str, int]:
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"
-        stored = None if self._relist else self.cache.stored_listing(self.origin, self.name)
-        listed = (
-            [ObjectInfo(*row) for row in stored]
-            if stored is not None
-            else stable_listing(lambda: self.origin.list_objects(prefix), self.url)
-        )
-        if self._was_there and not listed:  # an open array would read as its fill value
+        listed = self._through.list_objects(prefix)
+        # Of a store that vanished since, an open array would read as its fill value.
+        if self._was_there and not listed:
             raise IncompleteArrayError(
                 f"{self.url} was there when it was opened and is gone. Open it again when it is "
                 "back."
-            )
-        if stored is None and listed:
-            self.cache.store_listing(
-                self.origin,
-                self.name,
-                [(o.key, o.size_bytes, o.etag, o.modified_s) for o in listed],
             )
         if zipped and listed:
             self._members = unzip(self._object(listed[0], 0, listed[0].size_bytes), self.url)
@@ -258,7 +224,8 @@ def open_store(
 ) -> CachedStore:
     """A read-only zarr store over ``url``, through the byte tier.
 
-    >>> group = zarr.open_group(zarrcache.open_store("s3://bucket/mp-1.zarr", cache={"dir": "/scratch/me"}), mode="r")
+    >>> store = zarrcache.open_store("s3://bucket/mp-1.zarr", cache={"dir": "/scratch/me"})
+    >>> group = zarr.open_group(store, mode="r")
 
     Parameters
     ----------
@@ -276,7 +243,7 @@ def open_store(
 def store_at(
     url: str | os.PathLike[str], cache: Cache, s3_kwargs: Mapping[str, Any] | None = None
 ) -> CachedStore:
-    """As :func:`open_store`, in tiers that exist."""
+    """As :func:`open_store`, through an open cache."""
     parent, _, name = _clean(url).rpartition("/")
     if not name or parent.endswith("/"):  # "/" or s3://bucket
         raise ConfigError(

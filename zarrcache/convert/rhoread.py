@@ -13,7 +13,7 @@ from zarrcache.arrays import per_point
 from zarrcache.config import CacheConfig
 from zarrcache.convert.density import read_density
 from zarrcache.convert.formats import find_files, task_id_of
-from zarrcache.data import Density, SplitSets, ids_of, read_map, split_ids, split_sets
+from zarrcache.data import Density, PairReader
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
 from zarrcache.stats import LogOnce, Stats
 
@@ -22,7 +22,7 @@ __all__ = ["RhoRead"]
 logger = logging.getLogger(__name__)
 
 
-class RhoRead:
+class RhoRead(PairReader):
     """Read pairs of charge densities from CHGCAR and Materials Project files in two directories.
 
     >>> reader = RhoRead("chgcars/input", "chgcars/label", "map.json.gz", "GGA", True, 0.8)
@@ -49,6 +49,8 @@ class RhoRead:
         A directory is on S3.
     """
 
+    _unit = "file"
+
     def __init__(
         self,
         data_dir: str | os.PathLike[str],
@@ -63,16 +65,17 @@ class RhoRead:
         *,
         cache: CacheConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        self.data_dir = _directory(data_dir)
-        self.label_dir = _directory(label_dir)
-        self.map_dir = Path(map_dir)
-        self.functional = functional
-        self.normalize = normalize
-        self.tf = train_fraction
-        self.rs = random_state
-        self.density_type = density_type
+        super().__init__(
+            _directory(data_dir),
+            _directory(label_dir),
+            map_dir,
+            functional,
+            normalize,
+            train_fraction,
+            random_state,
+            density_type,
+        )
         self._files: dict[Role, dict[str, Path]] = {}
-        self._present: tuple[list[str], tuple[str, ...]] | None = None
         self._log_once = LogOnce()
         if cache is not None:
             logger.warning(
@@ -81,50 +84,10 @@ class RhoRead:
                 self.data_dir,
             )
 
-    def __repr__(self) -> str:
-        return (
-            f"RhoRead({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, "
-            f"{self.density_type!r})"
-        )
-
-    @property
-    def task_ids(self) -> list[str]:
-        """Ids of the functional that both directories have a file of, in the map's order.
-
-        Raises
-        ------
-        ConfigError
-            The map file cannot be read, the functional is not in it, a directory is not there, or
-            has two files of one id.
-        """
-        return list(self._find()[0])
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Ids of the functional without an input or a label file. Left out of the split."""
-        return self._find()[1]
-
     @property
     def stats(self) -> Stats:
         """All 0, for scripts that print the statistics of ``ZarrS3Reader``."""
         return Stats()
-
-    def split_task_ids(self) -> tuple[list[str], list[str]]:
-        """Training and test ids, in the order of ``data_split()``."""
-        return split_ids(self._find()[0], self.tf, self.rs)
-
-    def data_split(self) -> tuple[SplitSets, SplitSets]:
-        """Training and test sets, each ``(data, label, gs_data, gs_label)``.
-
-        They are sequences that read a file when they are indexed.
-
-        Raises
-        ------
-        ConfigError
-            As ``task_ids``, or there are too few materials to split.
-        """
-        train, test = self.split_task_ids()
-        return split_sets(self, train), split_sets(self, test)
 
     def load(self, task_id: str, role: Role) -> Density:
         """Read one charge density.
@@ -148,7 +111,7 @@ class RhoRead:
         SchemaError
             It is not a charge density, or lacks ``density_type``.
         """
-        files = self._files_of(role)
+        files = self.store_names(role)
         if task_id not in files:
             directory = self.data_dir if role == "data" else self.label_dir
             raise OriginNotFoundError(
@@ -170,33 +133,17 @@ class RhoRead:
             values = per_point(values)
         return values.reshape(-1), (nx, ny, nz)
 
-    def _find(self) -> tuple[list[str], tuple[str, ...]]:
-        if self._present is None:
-            wanted = ids_of(read_map(self.map_dir), self.functional)
-            data, label = self._files_of("data"), self._files_of("label")
-            present = [task_id for task_id in wanted if task_id in data and task_id in label]
-            missing = tuple(
-                task_id for task_id in wanted if task_id not in data or task_id not in label
-            )
-            if missing:
-                first = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-                message = "%d of %d task ids of %s have no file in %s or %s and are left out: %s"
-                logger.warning(
-                    message,
-                    len(missing),
-                    len(wanted),
-                    self.functional,
-                    self.data_dir,
-                    self.label_dir,
-                    first,
-                )
-            self._present = present, missing
-        return self._present
+    def store_names(self, role: Role) -> Mapping[str, Path]:
+        """Path of the file of each task id in one directory.
 
-    def _files_of(self, role: Role) -> dict[str, Path]:
+        Raises
+        ------
+        ConfigError
+            The directory is not there, or has two files of one id.
+        """
         if role not in self._files:
             files = {}
-            for path in find_files(self.data_dir if role == "data" else self.label_dir):
+            for path in find_files(Path(self.data_dir if role == "data" else self.label_dir)):
                 try:
                     files[task_id_of(path)] = path
                 except ConfigError as exc:  # not a valid task id, so no map contains it

@@ -1,19 +1,22 @@
-"""From a task id to a density: readers, the catalog of materials, splits, lazy sequences."""
+"""From a task id to a density: readers, the materials of a pair of directories, splits."""
 
 from __future__ import annotations
 
 from zarrcache.data.observers import Read, ReadObserver
-from zarrcache.data.reader import ZarrS3Reader, open_reader
+from zarrcache.data.pairs import PairReader
+from zarrcache.data.reader import ZarrS3Reader, distinct_directories, open_reader
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import Split, hold_out, ids_of, read_map, read_split, split_ids
 
 __all__ = [
     "Density",
+    "PairReader",
     "Read",
     "ReadObserver",
     "Split",
     "SplitSets",
     "ZarrS3Reader",
+    "distinct_directories",
     "hold_out",
     "ids_of",
     "open_reader",

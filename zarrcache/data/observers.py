@@ -1,4 +1,16 @@
-"""Being told of every read: what look-ahead counts with, and what metrics of your own hook into."""
+"""Follow the reads of a reader, for look-ahead and for metrics.
+
+>>> class Seconds:
+...     def __init__(self):
+...         self.by_outcome = {"hit": 0.0, "miss": 0.0, "bypass": 0.0}
+...
+...     def read_started(self, task_id, role):
+...         pass
+...
+...     def read_finished(self, read):
+...         self.by_outcome[read.outcome] += read.seconds
+>>> reader.observe(Seconds())  # doctest: +SKIP
+"""
 
 from __future__ import annotations
 
@@ -35,15 +47,16 @@ class Read:
 
 
 class ReadObserver(Protocol):
-    """Follows the reads of a :class:`ZarrS3Reader`; given to ``reader.observe``.
+    """Follows the reads of a :class:`ZarrS3Reader`, once ``reader.observe(observer)`` is called.
 
-    Called in the process that reads, DataLoader workers included, from any of its threads. An
-    observer is pickled with the reader when workers are spawned. A read that raises is started and
-    never finished. An exception of an observer is raised by ``load``.
+    Its methods run in the process that reads, DataLoader workers included, and in any thread of it.
+    Each worker has its own copy: forked, or pickled with the reader where workers are spawned. An
+    observer that adds up over workers has to share memory or write to a file. A read that raises is
+    started and not finished. An exception of an observer is raised by ``load``.
     """
 
     def read_started(self, task_id: str, role: Role) -> None:
-        """A density is asked for."""
+        """Before a density is read."""
 
     def read_finished(self, read: Read) -> None:
-        """It was returned."""
+        """After it was read."""

@@ -1,8 +1,7 @@
-"""``ZarrS3Reader``: the users' reader. From a task id it is one step to a store, and from there
-``ReadThrough`` goes on.
+"""``ZarrS3Reader``: the users' reader. It finds the store of a task id; `ReadThrough` reads it.
 
-What reads densities does not import zarr until a layout needs it: that is 0.1 s of the 0.45 in
-which the process of look-ahead starts.
+Nothing here imports zarr before a layout needs it: zarr is 0.1 s of the 0.45 s in which the
+look-ahead process starts.
 """
 
 from __future__ import annotations
@@ -17,15 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ROLES, ArrayKey, ObjectInfo, Role, check_task_id, stored_array
+from zarrcache._keys import (
+    ROLES,
+    ArrayKey,
+    ObjectInfo,
+    Role,
+    check_task_id,
+    stem_of,
+    stored_array,
+)
 from zarrcache._shared_memory import SharedSet
-from zarrcache.arrays import density_of_group, list_array, metadata_of
+from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data.catalog import Catalog, Present
 from zarrcache.data.observers import Read, ReadObserver
-from zarrcache.data.sequences import Density, SplitSets, split_sets
-from zarrcache.data.splits import split_ids
+from zarrcache.data.pairs import PairReader
+from zarrcache.data.sequences import Density
 from zarrcache.errors import OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, Stats
@@ -34,22 +40,25 @@ if TYPE_CHECKING:
     import s3fs
     import zarr
 
-__all__ = ["ZarrS3Reader", "open_reader"]
+__all__ = ["ZarrS3Reader", "distinct_directories", "open_reader"]
 
 
-class ZarrS3Reader:
-    """Pairs of charge densities (input and label) from Zarr stores, ``{data_dir}/{task_id}.zarr``
-    or ``.zarr.zip``.
+class ZarrS3Reader(PairReader):
+    """Pairs of charge densities (input and label) from Zarr stores.
 
-    >>> reader = ZarrS3Reader("s3://b/input", "s3://b/label", "map.json.gz", "GGA", True, 0.8, cache={"dir": "/scratch/me"})
+    >>> cache = {"dir": "/scratch/me"}
+    >>> reader = ZarrS3Reader(
+    ...     "s3://b/input", "s3://b/label", "map.json.gz", "GGA", True, 0.8, cache=cache
+    ... )
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    Making one costs no request. It pickles, and works on both sides of a fork.
+    The stores are ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``. Making a reader makes no request.
+    It pickles, and works on both sides of a fork.
 
     Parameters
     ----------
     data_dir, label_dir : str or Path
-        Directories, or ``s3://bucket/prefix``; each of its own kind.
+        A directory or ``s3://bucket/prefix`` each; they may differ in kind.
     map_dir : str or Path
         JSON or JSON.gz file ``{functional: [task_id, ...]}``.
     functional : str
@@ -76,6 +85,8 @@ class ZarrS3Reader:
         Made from ``s3_kwargs``, where a directory is on S3.
     """
 
+    _unit = "store"
+
     def __init__(
         self,
         data_dir: str | os.PathLike[str],
@@ -90,37 +101,40 @@ class ZarrS3Reader:
         *,
         cache: CacheConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        self.data_dir = _url_or_path(data_dir)
-        self.label_dir = _url_or_path(label_dir)
-        self.map_dir = Path(map_dir)
-        self.functional = functional
-        self.normalize = normalize
-        self.tf = train_fraction
-        self.rs = random_state
-        self.density_type = density_type
-        self.s3_kwargs = s3_kwargs or {}
-        self.use_s3 = any(
-            str(directory).startswith("s3://") for directory in (self.data_dir, self.label_dir)
+        super().__init__(
+            _url_or_path(data_dir),
+            _url_or_path(label_dir),
+            map_dir,
+            functional,
+            normalize,
+            train_fraction,
+            random_state,
+            density_type,
         )
+        self.s3_kwargs = s3_kwargs or {}
+        directories = self.data_dir, self.label_dir
+        self.use_s3 = any(str(directory).startswith("s3://") for directory in directories)
         self._counters = Counters(shared=True)
         self._cache = Cache(CacheConfig.of(cache) if cache is not None else None, self._counters)
         self._origins: dict[Role, Origin] = {
             "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),
             "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
         }
-        self._catalog = Catalog(self._origins, self._cache)
         self._checked = SharedSet()
-        if self._cache.arrays is not None:
-            self._cache.remote.check()
+        self._read_throughs: dict[tuple[Role, str, bool], ReadThrough] = {}
+        self._store_names: dict[Role, dict[str, str]] = {}
         self._observers: tuple[ReadObserver, ...] = ()
+        if self._cache.remote is not None:
+            self._cache.remote.check()
         if self.use_s3:
-            # at once, as the users' reader does: wrong arguments show here, and no request is made
+            # At once, as the users' reader does: wrong arguments are reported here, at no request.
             _ = self.s3fs
 
     @functools.cached_property
     def s3fs(self) -> s3fs.S3FileSystem:
-        """The filesystem of ``s3_kwargs``, for work of your own; zarrcache itself opens its clients
-        in each process anew.
+        """The filesystem of ``s3_kwargs``, for the user's own work.
+
+        The reader does not use it: its clients are opened in each process.
         """
         return make_s3fs(self.s3_kwargs)
 
@@ -128,73 +142,78 @@ class ZarrS3Reader:
         return {name: value for name, value in self.__dict__.items() if name != "s3fs"}
 
     def __repr__(self) -> str:
-        cache = f", cache={str(self._cache.config.dir)!r}" if self._cache.config else ""
-        return f"ZarrS3Reader({str(self.data_dir)!r}, {str(self.label_dir)!r}, {self.functional!r}, {self.density_type!r}{cache})"
+        config = self._cache.config
+        cache = f", cache={str(config.dir)!r})" if config is not None else ")"
+        return super().__repr__().removesuffix(")") + cache
 
     # -- which materials
-    # ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def task_ids(self) -> list[str]:
-        """Ids of the functional that both directories have, in the map's order.
+    def store_names(self, role: Role) -> Mapping[str, str]:
+        """File name of each store of one directory by its task id, as listed last.
 
-        One LIST per directory and 1,000 stores, the first time; with ``revalidate: never`` the
-        listing that is stored with the entries.
+        ``mp-1.zarr``, or ``mp-1.zarr.zip`` where there is no such directory. One LIST per 1,000
+        stores, the first time; with ``revalidate: never`` the listing stored with the entries.
 
         Raises
         ------
-        ConfigError
-            The map file cannot be read, or the functional is not in it.
         OriginError
-            A directory cannot be listed.
+            The directory cannot be listed.
         """
-        return list(self._present().ids)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Ids of the functional whose input or label the origin does not have. They are left out of
-        the split.
-        """
-        return self._present().missing
-
-    def split_task_ids(self) -> tuple[list[str], list[str]]:
-        """Training and test ids, in the order of ``data_split()``."""
-        return split_ids(self._present().ids, self.tf, self.rs)
-
-    def data_split(self) -> tuple[SplitSets, SplitSets]:
-        """Split into training and test sets; nothing is loaded yet.
-
-        Returns
-        -------
-        (train, test)
-            Each ``(data, label, gs_data, gs_label)``: sequences that load on indexing, flat float32
-            arrays and grid sizes.
-
-        Raises
-        ------
-        ConfigError
-            A ``ValueError``: unknown functional, too few materials.
-        OriginError
-            A directory cannot be listed.
-        """
-        train, test = self.split_task_ids()
-        return split_sets(self, train), split_sets(self, test)
+        if role not in self._store_names:
+            stored = self._stored_names(role) if self._trusts_entries else None
+            self._store_names[role] = self._list(role) if stored is None else stored
+        return self._store_names[role]
 
     def relist(self) -> None:
-        """List both directories at the origin now, and keep the listing for runs without the
-        origin.
-        """
-        self._catalog.relist()
+        """List both directories at the origin now; store the listings for runs without it."""
+        self._known_ids.clear()
+        self._store_names = {role: self._list(role) for role in ROLES}
 
     def relist_unless_known(self, task_ids: Iterable[str]) -> None:
-        """As ``relist``, unless the listings stored with the entries name all of ``task_ids``."""
-        self._catalog.relist_unless_known(task_ids)
+        """As ``relist``, unless the stored listings name a store for each of ``task_ids``.
 
-    def _present(self) -> Present:
-        return self._catalog.present(self.map_dir, self.functional)
+        These listings are then used as they are.
+        """
+        wanted = set(task_ids)
+        known: dict[Role, dict[str, str]] = {}
+        for role in ROLES:
+            names = self._stored_names(role)
+            if names is None or not names.keys() >= wanted:
+                self.relist()
+                return
+            known[role] = names
+        self._known_ids.clear()
+        self._store_names = known
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """``("data", "label")``, or ``("data",)`` where both are the same directory."""
+        return ROLES[: len(distinct_directories(self._origins))]
+
+    @property
+    def _trusts_entries(self) -> bool:
+        config = self._cache.config
+        return config is not None and config.revalidate == "never"
+
+    def _stored_names(self, role: Role) -> dict[str, str] | None:
+        names = self._cache.stored_listing(self._origins[role], "")
+        return names if isinstance(names, dict) else None
+
+    def _list(self, role: Role) -> dict[str, str]:
+        origin = self._origins[role]
+        names: dict[str, str] = {}
+        # In reverse, so that mp-1.zarr comes after mp-1.zarr.zip and wins.
+        for name in sorted(origin.list_names(), reverse=True):
+            stem = stem_of(name)
+            if stem is not None:
+                names[stem] = name
+        self._cache.store_listing(origin, "", names)
+        return names
+
+    def _urls(self) -> tuple[str, str]:
+        return self._origins["data"].url, self._origins["label"].url
 
     # -- one density
-    # -------------------------------------------------------------------------------------------------------------
 
     def load(self, task_id: str, role: Role) -> Density:
         """Load one charge density, from the array tier if it is there.
@@ -221,47 +240,61 @@ class ZarrS3Reader:
         OriginError
             There is no such store, or the origin cannot be reached.
         """
-        if not self._observers:
-            values, _ = self._path.read(self._origins[role], self.store_name(task_id, role))
-            return _flat(values)
+        if self._observers:
+            return self._load_observed(task_id, role)
+        values, _ = self._densities(role).read(self.store_name(task_id, role))
+        return _flat(values)
+
+    def _densities(self, role: Role) -> ReadThrough:
+        """How densities of one directory are read. Made once per setting of the attributes."""
+        key = role, self.density_type, bool(self.normalize)
+        found = self._read_throughs.get(key)
+        if found is None:
+            found = self._read_throughs[key] = ReadThrough(
+                self._cache, self._checked, self._origins[role], self.array, is_per_point=key[2]
+            )
+        return found
+
+    def _load_observed(self, task_id: str, role: Role) -> Density:
         start_s = time.perf_counter()
         for observer in self._observers:
             observer.read_started(task_id, role)
-        values, outcome = self._path.read(self._origins[role], self.store_name(task_id, role))
+        values, outcome = self._densities(role).read(self.store_name(task_id, role))
         read = Read(task_id, role, outcome, values.nbytes, time.perf_counter() - start_s)
         for observer in self._observers:
             observer.read_finished(read)
         return _flat(values)
 
     def observe(self, observer: ReadObserver) -> None:
-        """Tell ``observer`` of every density that ``load`` reads from now on.
+        """Call ``observer`` for every density that ``load`` reads from now on.
 
-        Call it before DataLoader workers start: they get the observers that the reader has then.
+        DataLoader workers get the observers that the reader has when they start.
         """
         self._observers = (*self._observers, observer)
 
     def unobserve(self, observer: ReadObserver) -> None:
-        """Tell ``observer`` no more."""
+        """Stop calling ``observer``."""
         self._observers = tuple(one for one in self._observers if one is not observer)
 
     def ensure(
         self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None
     ) -> tuple[Outcome, int]:
-        """Have the origin's present version of one density in the array tier; what ``zarrcache
-        warm`` does for each.
+        """Make one density of the array tier the origin's present version.
+
+        ``zarrcache warm`` does this for each.
 
         Parameters
         ----------
         task_id : str
         role : {"data", "label"}
         reserve : callable, optional
-            Called with bytes before they are taken: those of the objects, then those of the array.
-            It may wait.
+            Called before memory is allocated, with the bytes of the objects, then with those of the
+            array. It may wait.
 
         Returns
         -------
         outcome : {"hit", "miss", "bypass"}
-            It was there and fresh, was fetched, or was fetched and not admitted.
+            It was fresh; it was fetched; it was fetched and not admitted.
         nbytes : int
             Size of the decoded density.
 
@@ -269,65 +302,51 @@ class ZarrS3Reader:
         ------
         As ``load``.
         """
-        origin, store = self._origins[role], self.store_name(task_id, role)
-        values, outcome = self._path.read(origin, store, revalidate=True, reserve=reserve)
+        store = self.store_name(task_id, role)
+        values, outcome = self._densities(role).read(store, revalidate=True, reserve=reserve)
         if outcome != "hit" and self._cache.arrays is not None:
-            # metadata and crops are to be of the same version
-            self._cache.forget_listing(origin, store)
+            # Metadata and crops have to be of the same version.
+            self._cache.forget_listing(self._origins[role], store)
         return outcome, values.nbytes
 
     def key(self, task_id: str, role: Role) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
-        return self._path.key(self._origins[role], self.store_name(task_id, role))
+        return self._densities(role).key(self.store_name(task_id, role))
 
     def origin(self, role: Role) -> Origin:
         """The directory of one role."""
         return self._origins[role]
 
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """``("data", "label")``, or ``("data",)`` where both are the same directory."""
-        data, label = (self._origins[role] for role in ROLES)
-        same = (data.identity, data.url_of("")) == (label.identity, label.url_of(""))
-        return ROLES[:1] if same else ROLES
-
-    def store_names(self, role: Role) -> Mapping[str, str]:
-        """File name of each store of one directory by its task id, as listed last."""
-        return self._catalog.names(role)
-
     def stored(self) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of the densities that are in the array tier, by role and task id. Their
-        stores are those that were listed last.
+        """Bytes on disk of the densities in the array tier, by role and task id.
+
+        Their stores are those that were listed last.
         """
         listings = {
-            role: (origin, self._catalog.names(role)) for role, origin in self._origins.items()
+            role: (origin, self.store_names(role)) for role, origin in self._origins.items()
         }
         return self._cache.stored_densities(
             stored_array(self.array, is_per_point=self.normalize), listings
         )
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
-        """What the origin lists now of one density: keys, sizes, ETags. One LIST."""
-        return list_array(self._origins[role], self.store_name(task_id, role), self.array)
+        """The origin's listing of one density now: keys, sizes, ETags. One LIST."""
+        return self._densities(role).listing(self.store_name(task_id, role))
 
     @property
     def stats(self) -> Stats:
-        """What was read so far, in this process and in its DataLoader workers."""
+        """Counters of all reads so far, in this process and in its DataLoader workers."""
         return self._counters.total()
 
     @property
     def cache(self) -> Cache:
-        """The tiers beneath."""
+        """The tiers of the cache."""
         return self._cache
 
     @property
-    def array(self) -> str:
-        """Name of the array that is read of each store."""
-        return f"charge_density_{self.density_type}"
-
-    @property
-    def _path(self) -> ReadThrough:
-        return ReadThrough(self._cache, self._checked, self.array, self.normalize)
+    def cache_config(self) -> CacheConfig | None:
+        """The ``cache`` block; None without a cache."""
+        return self._cache.config
 
     def store_name(self, task_id: str, role: Role) -> str:
         """File name of a store below its directory: ``mp-1.zarr``, or ``mp-1.zarr.zip``.
@@ -337,21 +356,19 @@ class ZarrS3Reader:
         OriginNotFoundError
             There is none.
         """
-        check_task_id(task_id)
-        try:
-            return self._catalog.names(role)[task_id]
-        except KeyError:
+        name = self.store_names(role).get(check_task_id(task_id))
+        if name is None:
             url = self._origins[role].url_of(f"{task_id}.zarr")
             raise OriginNotFoundError(
                 f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to "
                 "list the origin again."
-            ) from None
+            )
+        return name
 
     # -- the users' methods on groups
-    # --------------------------------------------------------------------------------------------
 
     def read_zarr_store(self, zarr_path: str | os.PathLike[str]) -> zarr.Group:
-        """Open a store, read-only, through the byte tier. Nothing but its metadata is loaded.
+        """Open a store, read-only, through the byte tier. Only its metadata is loaded.
 
         Raises
         ------
@@ -363,8 +380,12 @@ class ZarrS3Reader:
         return group_of(store_at(zarr_path, self._cache, self.s3_kwargs))
 
     def read_charge_density(self, zarr_store: zarr.Group) -> Density:
-        """The density of an open store; as ``load``, for a group of ``read_zarr_store`` or any
-        other group of zarr.
+        """The density of an open store, as ``load``.
+
+        Parameters
+        ----------
+        zarr_store : zarr.Group
+            From ``read_zarr_store``, or any other group of zarr.
 
         Raises
         ------
@@ -374,15 +395,16 @@ class ZarrS3Reader:
         """
         from zarrcache.cache import CachedStore
 
-        store = zarr_store.store
+        store, densities = zarr_store.store, self._densities("data")
         if isinstance(store, CachedStore) and not zarr_store.path:
-            return _flat(self._path.read(store.origin, store.name)[0])
+            return _flat(densities.at(store.origin).read(store.name)[0])
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        return _flat(self._path.as_asked(density_of_group(zarr_store, self.array, where), where))
+        return _flat(densities.prepared(density_of_group(zarr_store, self.array, where), where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
-        """What the store says of itself: attribute ``metadata``, merged with ``structure``; both
-        may be JSON strings or JSON itself.
+        """Attribute ``metadata`` of a store, merged with ``structure``.
+
+        Both may be JSON strings or JSON itself.
         """
         return metadata_of(zarr_store)
 
@@ -402,6 +424,14 @@ def _url_or_path(value: str | os.PathLike[str]) -> str | Path:
         if "://" in text and not text.startswith("file://")
         else Path(text.removeprefix("file://"))
     )
+
+
+def distinct_directories(origins: Mapping[Role, Origin]) -> dict[tuple[str, str], Origin]:
+    """The directories of both roles by endpoint and URL prefix of their stores.
+
+    One, if input and label are the same directory.
+    """
+    return {(origin.identity, origin.url_of("")): origin for origin in origins.values()}
 
 
 def open_reader(cfg: object) -> ZarrS3Reader:

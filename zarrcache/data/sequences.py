@@ -1,4 +1,4 @@
-"""What ``data_split()`` returns: sequences that load a density when they are indexed and hold none."""
+"""The sequences of ``data_split()``: they load a density when they are indexed and keep none."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ T = TypeVar("T")
 
 
 class DensityLoader(Protocol):
-    """What loads one density: a reader."""
+    """Loads one density: a reader."""
 
     def load(self, task_id: str, role: Role) -> Density: ...
 
 
 class _Lazy(Sequence[T]):
-    """One value for each task id, made by ``read`` when it is asked for.
+    """One value per task id, made by ``read`` on indexing.
 
     Attributes
     ----------
-    reader
-        What loads them; ``train_sets[0].reader.stats`` tells how an epoch went.
+    reader : DensityLoader
+        ``train_sets[0].reader.stats`` has the counters of an epoch.
     task_ids : tuple of str
     """
 
@@ -63,9 +63,7 @@ class _Lazy(Sequence[T]):
 
 
 class _Grids:
-    """Grid sizes seen so far: ``RhoData`` asks for one right after the density, which must not be
-    loaded twice for it.
-    """
+    """Grid sizes seen so far: ``RhoData`` takes one after each density, without a second load."""
 
     def __init__(self, loader: DensityLoader) -> None:
         self._loader = loader
@@ -82,9 +80,7 @@ class _Grids:
 
 
 class _Of:
-    """A method of :class:`_Grids` for one role. A class, not a lambda: the sequences are pickled
-    for spawned workers.
-    """
+    """A method of :class:`_Grids` for one role. Unlike a lambda it pickles, for spawned workers."""
 
     def __init__(self, method: Callable[[Role, str], Any], role: Role) -> None:
         self._method, self._role = method, role

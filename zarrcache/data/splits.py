@@ -1,6 +1,4 @@
-"""Which materials a run is about: the users' map file, and their split into training, validation
-and test ids.
-"""
+"""The users' map file, and the split of its ids into training, validation and test ids."""
 
 from __future__ import annotations
 
@@ -22,19 +20,20 @@ from zarrcache.errors import ConfigError
 
 __all__ = ["Split", "hold_out", "ids_of", "read_map", "read_split", "split_ids"]
 
-#: The map of all 122,689 materials has 2 MB.
+#: The map of all 122,689 materials is 2 MB.
 _MAX_BYTES = 128 * 1024**2
 _SPLIT = '{"train": [0, 5, ...], "validation": [...], "test": [...]}'
 
 
 def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """The map file: ``{functional: [task_id, ...]}`` as JSON, perhaps gzipped (found out by its
-    content, not by its name).
+    """The map file: ``{functional: [task_id, ...]}`` as JSON or gzipped JSON.
+
+    Its content tells which, not its name.
 
     Raises
     ------
     ConfigError
-        The file is not there, or is no such map.
+        The file is absent or holds something else.
     """
     document = _read_json(path, "map file", "map_dir", "{functional: [task_id, ...]}")
     if not isinstance(document, Mapping) or not all(
@@ -73,8 +72,8 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
     Raises
     ------
     ConfigError
-        The functional is not in the map (a ``ValueError``; those in the map are named), or an id is
-        not a plain name.
+        A ``ValueError``: the functional is not in the map (those in it are named), or an id is not
+        a plain name.
     """
     if functional not in mapping:
         raise ConfigError(
@@ -161,13 +160,11 @@ def _permutation(count: int, random_state: Any) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Who is trained on, who is looked at meanwhile, who is kept for the end. No one is in two of
-    them.
+    """Task ids to train on, to validate with, and to test at the end; each id in one of them.
 
     Attributes
     ----------
     train, validation, test : tuple of str
-        Task ids.
     """
 
     train: tuple[str, ...]
@@ -178,13 +175,14 @@ class Split:
 def hold_out(
     train: Sequence[str], test: Sequence[str], val_frac: float, random_state: int
 ) -> Split:
-    """Take a share of the training ids for validation, drawn with ``random_state``; one at the
-    least, unless the share is 0.
+    """Take a share of the training ids for validation, drawn with ``random_state``.
+
+    At least one, unless the share is 0.
 
     Raises
     ------
     ConfigError
-        ``val_frac`` is no share from 0, below 1, or leaves nothing to train on.
+        ``val_frac`` is not in [0, 1), or leaves nothing to train on.
     """
     share: Any = val_frac
     if not isinstance(share, numbers.Real) or not 0 <= float(share) < 1:
@@ -197,28 +195,29 @@ def hold_out(
         return Split(tuple(train), (), tuple(test))
     if count == len(train):
         raise ConfigError(
-            f"val_frac is {val_frac!r} and there are {len(train)} samples to train on: none would "
-            "be left. Set val_frac to 0."
+            f"val_frac is {val_frac!r} and there are {len(train)} samples to train on: all of them "
+            "would be held out. Set val_frac to 0."
         )
     kept, held = split_ids(train, len(train) - count, random_state)
     return Split(tuple(kept), tuple(held), tuple(test))
 
 
 def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
-    """A split that was drawn elsewhere: ``{"train": [0, 5, ...], "validation": [...], "test":
-    [...]}``, JSON or JSON.gz.
+    """A split from a file: ``{"train": [0, 5, ...], "validation": [...], "test": [...]}``.
 
     Parameters
     ----------
     path : path
-        The file. ``val`` is another name for ``validation``; validation and test may be left out.
+        JSON or JSON.gz. ``val`` is another name for ``validation``; validation and test may be
+        left out.
     task_ids : sequence of str
-        What the numbers count, from 0: ``ZarrS3Reader.task_ids``.
+        The numbers are positions in it, from 0: ``ZarrS3Reader.task_ids``.
 
     Raises
     ------
     ConfigError
-        The file cannot be read or is no such file, a number is out of range, or stands there twice.
+        The file cannot be read or holds something else, or a number is out of range or occurs
+        twice.
     """
     document = _read_json(path, "split file", "split_file", _SPLIT)
     where = f"split file {os.fspath(path)}"
@@ -238,8 +237,7 @@ def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
         )
     if {"val", "validation"} <= document.keys():
         raise ConfigError(
-            f"{where} has both val and validation, which are two names for one. Take one of them "
-            "out."
+            f"{where} has both val and validation, two names of the same part. Remove one of them."
         )
     sides: dict[str, tuple[str, ...]] = {}
     home: dict[int, str] = {}

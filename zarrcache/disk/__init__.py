@@ -29,7 +29,7 @@ from zarrcache.disk.entry import (
 )
 from zarrcache.disk.filesystems import display_name, file_system_of, is_network
 from zarrcache.disk.index import CACHE_FAULTS, LENT, Index, Intent, Row, Stored
-from zarrcache.disk.mmap import Place, is_mapped, map_place, place_of
+from zarrcache.disk.mmap import Place, is_mapped, map_place, open_regular, place_of
 from zarrcache.disk.policy import (
     BLOCK_BYTES,
     Admission,
@@ -78,6 +78,7 @@ __all__ = [
     "map_place",
     "min_free_bytes",
     "open_entries",
+    "open_regular",
     "parse_header",
     "place_of",
     "publish",

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from zarrcache._keys import ROLES, ArrayKey, Role
+from zarrcache._keys import ROLES, ArrayKey, Role, density_array
 from zarrcache._units import format_bytes
 from zarrcache.arrays import list_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
@@ -287,7 +287,7 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
             for suffix in (".zarr", ".zarr.zip"):
                 try:
                     listed = list_array(
-                        origin, f"{task_id}{suffix}", f"charge_density_{config.density_type}"
+                        origin, f"{task_id}{suffix}", density_array(config.density_type)
                     )
                 except OriginNotFoundError:
                     continue

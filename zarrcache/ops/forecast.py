@@ -165,7 +165,7 @@ def plan_training(
     """
     if min(nodes, ranks_per_node, epochs, workers) < 1:
         raise ConfigError("nodes, ranks_per_node, epochs and workers must be whole numbers from 1.")
-    cache = source.cache.config if isinstance(source, ZarrS3Reader) else source.cache
+    cache = source.cache_config if isinstance(source, ZarrS3Reader) else source.cache
     # Without a cache: a forecast is made on a laptop or login node and must leave no files there.
     reader = (
         source

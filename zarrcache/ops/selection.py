@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TypeVar
 
-from zarrcache._keys import ROLES, Role, source_digest, stem_of, stored_array
+from zarrcache._keys import ROLES, Role, density_array, source_digest, stem_of, stored_array
 from zarrcache.arrays import list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data import ids_of, read_map
+from zarrcache.data import distinct_directories, ids_of, read_map
 from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
@@ -79,12 +79,9 @@ class Selection:
             "label": self._cache.origin(config.label_dir, config.s3_kwargs),
         }
         self._array = stored_array(
-            f"charge_density_{config.density_type}", is_per_point=config.normalize_data
+            density_array(config.density_type), is_per_point=config.normalize_data
         )
-        #: Origins by endpoint and URL prefix of their stores; one if both directories are the same.
-        self._roots = {
-            (origin.identity, origin.url_of("")): origin for origin in self._origins.values()
-        }
+        self._roots = distinct_directories(self._origins)
 
     @property
     def roles(self) -> tuple[Role, ...]:

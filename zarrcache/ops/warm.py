@@ -226,8 +226,8 @@ class WarmPlan:
     @property
     def cache(self) -> CacheConfig:
         """Settings of the cache to fill."""
-        assert self.reader.cache.config is not None
-        return self.reader.cache.config
+        assert self.reader.cache_config is not None
+        return self.reader.cache_config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
         """Compare every density of the plan with the origin: one LIST each, no object is fetched.
@@ -412,7 +412,7 @@ def plan_warm(
     if ids is not None and split != "all":
         raise ConfigError("ids and split exclude each other. Give one of them.")
     reader = _open_reader(source)
-    asks = reader.cache.config is None or reader.cache.config.revalidate != "never"
+    asks = reader.cache_config is None or reader.cache_config.revalidate != "never"
     if revalidate is not None:
         asks = revalidate
     if ids is None:
@@ -463,7 +463,7 @@ def _share(task_ids: Sequence[str], world: World) -> list[str]:
 
 def _open_reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
     """The reader of a config, with its cache directory opened."""
-    cache = source.cache.config if isinstance(source, ZarrS3Reader) else cache_of(source)
+    cache = source.cache_config if isinstance(source, ZarrS3Reader) else cache_of(source)
     if cache is None:
         raise ConfigError(
             "The reader has no cache, so there is nothing to fill. Pass one: "

@@ -84,7 +84,7 @@ class Lookahead:
         self._reader, names = _read_by(source)
         self._prefetcher: _Prefetcher | None = None
         self._is_missing = False
-        config = self._reader.cache.config
+        config = self._reader.cache_config
         if (
             config is None
             or not config.arrays.enabled

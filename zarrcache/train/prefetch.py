@@ -16,8 +16,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from zarrcache._keys import ROLES
-from zarrcache.cache import Loans
-from zarrcache.disk import CACHE_FAULTS, LENT, disk_bytes
+from zarrcache.disk import CACHE_FAULTS, disk_bytes
 from zarrcache.errors import ZarrCacheError
 from zarrcache.parallel import HungUp, receive
 from zarrcache.train.progress import ReadProgress
@@ -100,12 +99,10 @@ class Prefetch:
     """
 
     def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
-        assert reader.cache.arrays is not None
         self._reader = reader
         self._progress = progress
-        self._index = reader.cache.arrays.index
         self._budget = budget_bytes
-        self._loans = reader.cache.arrays.loans = Loans(self._index, budget_bytes)
+        self._loans = reader.cache.lend(budget_bytes)
         self._lock = threading.Lock()
         self._held = 0
         self._view: deque[_Item] = deque()
@@ -138,7 +135,7 @@ class Prefetch:
             if not self._is_over and time.monotonic() >= self._pause_until_s:
                 self._fill()
         except CACHE_FAULTS as exc:  # the training meets it too, and tells it
-            self._index.reopen(exc)
+            self._reader.cache.reopen(exc)
             self._pause_until_s = time.monotonic() + _PAUSE_S
 
     def close(self) -> None:
@@ -226,7 +223,7 @@ class Prefetch:
             elif (
                 item.is_waiting
                 and item.digest not in self._coming
-                and not self._is_lent(item.digest)
+                and not self._loans.is_lent(item.digest)
             ):
                 self._again.append(item)
             else:
@@ -247,10 +244,6 @@ class Prefetch:
         if (loan := self._loans.file_of(item.digest)) is not None:
             item.loan = loan
             self._lent.append(item)
-
-    def _is_lent(self, digest: str) -> bool:
-        """By us, or for another rank."""
-        return digest in self._loans or self._index.lookup(LENT + digest) is not None
 
     def _hold(self, item: _Item, nbytes: int) -> bool:
         """Change what an item holds of the budget. False, and nothing is changed, if there is not
@@ -274,9 +267,9 @@ class Prefetch:
                 return
             if not self._is_wanted(item):
                 continue
-            stored = self._index.lookup(item.digest)
+            stored = self._reader.cache.lookup(item.digest)
             item.is_waiting = stored is None and (
-                item.digest in self._coming or self._is_lent(item.digest)
+                item.digest in self._coming or self._loans.is_lent(item.digest)
             )
             is_there = stored is not None or item.is_waiting
             size = (

@@ -69,9 +69,7 @@ def test_any_memory_layout_is_stored_in_c_order(tmp_path: Path, array: Any) -> N
 
 
 def test_entry_of_another_source_is_stale(tmp_path: Path) -> None:
-    """A miss, and for those who do not ask the origin from then on: what was seen to be old is not
-    given out again.
-    """
+    """It is a miss from then on, also for readers that do not compare with the origin."""
     cache = make(tmp_path)
     cache.put(key_of(1), array_of(1), source="old")
     assert cache.get(key_of(1), source="old") is not None
@@ -102,15 +100,10 @@ def test_volume_is_what_du_says(tmp_path: Path) -> None:
 def test_full_cache_says_so_once_and_takes_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Admit until full, then bypass; the message names the store and the reason."""
+    """The message names the store and the reason."""
     cache = make(tmp_path, limit=2 * 8192)
-    assert [cache.put(key_of(n), array_of(n), source="s") for n in range(5)] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    stored = [cache.put(key_of(n), array_of(n), source="s") is not None for n in range(5)]
+    assert stored == [True, True, False, False, False]
     assert on_disk_bytes(tmp_path) == 2 * 8192
     (record,) = caplog.records
     assert (
@@ -122,7 +115,7 @@ def test_full_cache_says_so_once_and_takes_no_more(
 
 
 def test_stale_entry_gives_its_room_to_the_fresh_one(tmp_path: Path) -> None:
-    """In a full cache too: nobody wants the old version."""
+    """In a full cache too."""
     cache = make(tmp_path, limit=8192)
     assert cache.put(key_of(1), array_of(1), source="old")
     assert cache.put(key_of(1), array_of(2), source="new")
@@ -131,7 +124,7 @@ def test_stale_entry_gives_its_room_to_the_fresh_one(tmp_path: Path) -> None:
 
 
 def test_entry_whose_file_was_deleted_is_a_miss_and_stored_again(tmp_path: Path) -> None:
-    """In a full cache too: its row must not keep its own room from it."""
+    """In a full cache too: the row of the lost file gives its room back."""
     cache = make(tmp_path, limit=8192)
     cache.put(key_of(1), array_of(1), source="s")
     payload_files(tmp_path)[0].unlink()
@@ -148,7 +141,7 @@ def test_entry_whose_file_was_deleted_is_a_miss_and_stored_again(tmp_path: Path)
 def test_verify_says_when_the_checksum_is_read(
     tmp_path: Path, verify: str, finds_first: bool, finds_later: bool
 ) -> None:
-    """At the first use, at each, or not at all."""
+    """At the first use, at each use, or never."""
     for use, finds in (("first", finds_first), ("later", finds_later)):
         directory = tmp_path / use
         make(directory).put(key_of(1), array_of(1), source="s")
@@ -164,20 +157,20 @@ def test_verify_says_when_the_checksum_is_read(
 
 
 def test_purge_spares_the_good_entry_that_replaced_the_bad_one(tmp_path: Path) -> None:
-    """Another process was faster: its file has another name."""
+    """Another process has stored it again, in a file of another name."""
     slow, fast = make(tmp_path), make(tmp_path)
     slow.put(key_of(1), array_of(1), source="s")
     stale = slow.index.lookup(key_of(1).digest)
     assert stale is not None
     fast.put(key_of(1), array_of(1), source="s")
-    slow._purge(key_of(1), stale.filename, "its checksum does not match")
+    slow._purge(key_of(1).digest, stale.filename, "/data/mp-1.zarr", "its checksum does not match")
     assert fast.get(key_of(1)) is not None
 
 
 def test_interrupted_put_gives_its_room_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in a notebook: the process lives on, and so would its reservation."""
+    """After Ctrl-C in a notebook the process lives on, and so would its reservation."""
     cache = make(tmp_path, limit=8192)
 
     def interrupt(*args: object, **kwargs: object) -> None:
@@ -204,13 +197,12 @@ def test_entries_say_what_they_are(tmp_path: Path) -> None:
 
 
 def test_cache_pickles_as_its_settings(tmp_path: Path) -> None:
-    """It is sent to DataLoader workers."""
     cache = make(tmp_path)
     cache.put(key_of(1), array_of(1), source="s")
     assert pickle.loads(pickle.dumps(cache)).get(key_of(1)) is not None
 
 
 def test_cache_is_made_without_touching_the_disk(tmp_path: Path) -> None:
-    """A reader may be made where it is not used."""
+    """A reader may be made on a machine that does not use it."""
     make(tmp_path)
     assert os.listdir(tmp_path) == []

@@ -46,13 +46,13 @@ class CountingOrigin(LocalOrigin):
 
     @property
     def requests(self) -> Counter[str]:
-        """How often each was asked for."""
+        """Number of requests of each kind."""
         log = Path(f"{self.url}.log")
         return Counter(log.read_text(encoding="utf-8").splitlines() if log.exists() else ())
 
 
 def origin_with(tmp_path: Path, **sizes: int) -> tuple[CountingOrigin, dict[str, ObjectInfo]]:
-    """Objects of random bytes."""
+    """An origin with objects of random bytes."""
     (tmp_path / "data").mkdir(exist_ok=True)
     for number, (name, size) in enumerate(sizes.items()):
         (tmp_path / "data" / name).write_bytes(array_of(number, size).tobytes())
@@ -67,12 +67,11 @@ def make(tmp_path: Path, origin: LocalOrigin, **block: Any) -> ByteCache:
 
 
 def counted(cache: ByteCache) -> Stats:
-    """What it counted."""
     return cache._counters.snapshot()
 
 
 def content(tmp_path: Path, name: str) -> bytes:
-    """What the origin has."""
+    """The object at the origin."""
     return (tmp_path / "data" / name).read_bytes()
 
 
@@ -136,7 +135,7 @@ def test_other_block_size_never_mixes_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "a#b", "a*b?c[d]", "ünï", "a%20b", "a::b", "{a}"])
 def test_any_name_is_a_key(tmp_path: Path, name: str) -> None:
-    """Fsspec's paths have meanings that keys have not."""
+    """Characters that have a meaning in paths, globs and URLs."""
     origin, objects = origin_with(tmp_path, **{name: 100})
     assert (
         make(tmp_path, origin).read(objects[name])
@@ -147,7 +146,7 @@ def test_any_name_is_a_key(tmp_path: Path, name: str) -> None:
 
 
 def test_changed_object_is_another_entry(tmp_path: Path) -> None:
-    """The old version is not served for the new listing, and stays for whoever trusts the old one."""
+    """Readers with the old listing keep the old version."""
     origin, objects = origin_with(tmp_path, a=1000)
     cache = make(tmp_path, origin)
     old = cache.read(objects["a"])
@@ -166,13 +165,13 @@ def test_object_that_changed_since_its_listing_is_an_error_and_not_kept(tmp_path
     with pytest.raises(IncompleteArrayError, match="changed after it was listed"):
         cache.read(objects["a"])
     assert payload_files(tmp_path) == []
-    assert cache._index.volume_bytes() == 0
+    assert cache.index.volume_bytes() == 0
 
 
 def test_full_cache_hands_the_bytes_through(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Fetched once a read, not twice, and nothing is written."""
+    """One request per read, and nothing is written."""
     origin, objects = origin_with(tmp_path, a=4096, b=4096)
     cache = make(tmp_path, origin, limit=4096)
     for _ in range(3):
@@ -180,33 +179,33 @@ def test_full_cache_hands_the_bytes_through(
             content(tmp_path, name) for name in "ab"
         ]
     assert origin.requests == {"a whole": 1, "b whole": 3}
-    assert on_disk_bytes(tmp_path) == cache._index.volume_bytes() == 4096
+    assert on_disk_bytes(tmp_path) == cache.index.volume_bytes() == 4096
     assert counted(cache).cache_errors == 0
     assert caplog.records == []
 
 
 def test_file_that_was_deleted_gives_its_room_back(tmp_path: Path) -> None:
-    """In a full cache, its row must not keep its own room from it."""
+    """In a full cache too."""
     origin, objects = origin_with(tmp_path, a=4096)
     make(tmp_path, origin, limit=4096).read(objects["a"])
     payload_files(tmp_path)[0].unlink()
     cache = make(tmp_path, origin, limit=4096)
     cache.read(objects["a"])
     assert len(payload_files(tmp_path)) == 1
-    assert cache._index.volume_bytes() == 4096
+    assert cache.index.volume_bytes() == 4096
 
 
-def test_failing_cache_is_told_once_and_fetches_once_a_read(
+def test_failing_cache_is_logged_once_and_fetches_once_a_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that takes no file: pass-through, counted each time."""
+    """A full disk: pass-through, counted each time, logged once."""
     origin, objects = origin_with(tmp_path, a=100, b=100)
     cache = make(tmp_path, origin)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zarrcache.cache.byte_tier.publish", fail)
+    monkeypatch.setattr("zarrcache.cache._tier.publish", fail)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert [cache.read(obj) for obj in objects.values()] == [
@@ -216,13 +215,13 @@ def test_failing_cache_is_told_once_and_fetches_once_a_read(
     assert counted(cache).cache_errors == counted(cache).byte_misses == 4
     (record,) = caplog.records
     assert f"cache write failed, serving {tmp_path}/data/a from the origin" in record.getMessage()
-    assert cache._index.volume_bytes() == 0
+    assert cache.index.volume_bytes() == 0
 
 
 def test_error_of_the_origin_is_not_a_fault_of_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is raised as it is, and not asked a second time past the cache."""
+    """It is raised unchanged, after one request."""
     origin, objects = origin_with(tmp_path, a=100)
     cache = make(tmp_path, origin)
     asked = []
@@ -263,14 +262,13 @@ def test_file_that_no_row_knows_is_not_trusted(tmp_path: Path) -> None:
     (path,) = payload_files(tmp_path)
     name = path.relative_to(tmp_path / "cache" / "zarrcache-v1")
     cache = make(tmp_path, origin)
-    cache._index.drop([path.name])
+    cache.index.drop([path.name])
     path.write_bytes(b"planted")
     assert cache.read(objects["a"]) == content(tmp_path, "a")
-    assert cache._index.lookup(path.name).filename == str(name)  # type: ignore[union-attr]
+    assert cache.index.lookup(path.name).filename == str(name)  # type: ignore[union-attr]
 
 
 def test_cache_pickles_without_its_open_parts(tmp_path: Path) -> None:
-    """It is sent to DataLoader workers."""
     origin, objects = origin_with(tmp_path, a=1000)
     cache = make(tmp_path, origin)
     cache.read(objects["a"])
@@ -289,7 +287,7 @@ def _read_all(tmp_path: Path, start: Event) -> None:
 
 
 def test_eight_processes_and_eight_threads_make_one_get_an_object(tmp_path: Path) -> None:
-    """All meet at each object; nobody takes another one's fresh file for a bad one."""
+    """They meet at each object; a file that is not committed yet is not taken for a bad one."""
     origin, objects = origin_with(tmp_path, **{f"o{n:02}": 3000 for n in range(30)})
     context = get_context("fork")
     start = context.Event()

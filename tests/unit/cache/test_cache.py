@@ -15,7 +15,7 @@ from zarrcache.stats import Counters
 
 
 def test_same_arguments_give_the_same_origin(tmp_path: Path) -> None:
-    """It has connections."""
+    """An origin holds connections."""
     cache = Cache(None, Counters())
     assert cache.origin(str(tmp_path)) is cache.origin(str(tmp_path))
     assert cache.origin("s3://b/x", {"key": "a", "secret": "b"}) is not cache.origin(
@@ -24,7 +24,7 @@ def test_same_arguments_give_the_same_origin(tmp_path: Path) -> None:
 
 
 def test_without_a_cache_there_are_no_tiers(tmp_path: Path) -> None:
-    """Listings are asked for each time."""
+    """Nor stored listings."""
     cache = Cache(None, Counters())
     origin = cache.origin(str(tmp_path))
     assert (cache.index, cache.arrays, cache.bytes(origin)) == (None, None, None)
@@ -34,7 +34,6 @@ def test_without_a_cache_there_are_no_tiers(tmp_path: Path) -> None:
 
 
 def test_both_tiers_have_one_limit(tmp_path: Path) -> None:
-    """What one has taken the other has not."""
     small_group(tmp_path / "data" / "mp-1.zarr")
     cache = Cache(settings(tmp_path, limit=8192), Counters())
     assert cache.arrays is not None
@@ -49,7 +48,7 @@ def test_both_tiers_have_one_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arrays", [True, False])
 def test_listing_is_kept_by_origin_and_name(tmp_path: Path, arrays: bool) -> None:
-    """Also where arrays are not: without listings no run starts offline."""
+    """Also with the array tier switched off: without listings no run starts offline."""
     cache = Cache(settings(tmp_path, arrays={"enabled": arrays}), Counters())
     one, two = cache.origin(str(tmp_path / "one")), cache.origin(str(tmp_path / "two"))
     cache.store_listing(one, "", {"mp-1": "mp-1.zarr", "ü": 1})
@@ -64,7 +63,6 @@ def test_listing_is_kept_by_origin_and_name(tmp_path: Path, arrays: bool) -> Non
 def test_unusable_directory_is_no_listing_and_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The origin is asked instead."""
     (tmp_path / "cache").write_text("in the way")
     cache = Cache(settings(tmp_path), Counters())
     origin = cache.origin(str(tmp_path))
@@ -76,9 +74,7 @@ def test_unusable_directory_is_no_listing_and_no_error(
 
 
 def test_a_directory_that_is_replaced_under_a_running_job_raises_nothing(tmp_path: Path) -> None:
-    """It cannot be ours any more; a listing that should be forgotten there is out of reach, and
-    that is all.
-    """
+    """Forgetting a listing is not worth an error."""
     cache = Cache(settings(tmp_path), Counters())
     origin = cache.origin(str(tmp_path))
     cache.store_listing(origin, "mp-1.zarr", {"a": 1})

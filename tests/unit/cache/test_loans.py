@@ -39,8 +39,8 @@ def caches(
 
 
 def lend(cache: ArrayCache, number: int) -> None:
-    """What a prefetcher does where the cache is full."""
-    assert cache.put(key_of(number), array_of(number, 10_000), source="s") is False
+    """As a prefetcher does where the cache is full."""
+    assert cache.put(key_of(number), array_of(number, 10_000), source="s") is None
 
 
 def stored(cache: ArrayCache) -> list[int]:
@@ -49,7 +49,7 @@ def stored(cache: ArrayCache) -> list[int]:
 
 
 def test_a_loan_is_read_once_and_is_the_readers_own(tmp_path: Path) -> None:
-    """It is no entry that is listed, and after it was read neither file nor row is left."""
+    """It is not listed as an entry, and reading removes its file and its row."""
     training, prefetcher = caches(tmp_path, 10, 3)
     lend(prefetcher, 20)
     assert stored(training) == list(range(3, 10))  # its room was that of the oldest
@@ -63,7 +63,7 @@ def test_a_loan_is_read_once_and_is_the_readers_own(tmp_path: Path) -> None:
 
 
 def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: Path) -> None:
-    """More is refused, until one was taken."""
+    """Further loans are refused until one is taken."""
     training, prefetcher = caches(tmp_path, 10, 3)
     loans = prefetcher.loans
     assert loans is not None
@@ -72,7 +72,7 @@ def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: 
         assert on_disk_bytes(tmp_path) <= training.index.volume_bytes() <= 10 * ONE
     assert training.index.loans() == {key_of(number).digest for number in (20, 21, 22)}
     # the training's own puts get none of the room
-    assert training.put(key_of(30), array_of(30, 10_000), source="s") is False
+    assert training.put(key_of(30), array_of(30, 10_000), source="s") is None
     assert training.get(key_of(21)) is not None
     loans.look()
     assert loans.held_bytes == 2 * ONE
@@ -85,7 +85,6 @@ def test_loans_stay_within_their_room_and_everything_within_the_limit(tmp_path: 
 
 
 def test_a_stale_or_damaged_loan_is_a_miss_and_goes(tmp_path: Path) -> None:
-    """As any entry that is not what it should be."""
     training, prefetcher = caches(tmp_path, 10, 3)
     for number in (20, 21):
         lend(prefetcher, number)
@@ -122,7 +121,7 @@ def _lend_and_wait(directory: Path, pipe: object) -> None:
 
 
 def test_loans_and_their_room_are_reclaimed_when_their_owner_was_killed(tmp_path: Path) -> None:
-    """By whoever needs room next; until then they are still good for one reading."""
+    """By the next process that needs room; until then each can be read once."""
     training, _ = caches(tmp_path, 10, 3)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -141,7 +140,7 @@ def test_loans_and_their_room_are_reclaimed_when_their_owner_was_killed(tmp_path
 def test_on_a_disk_that_others_have_filled_nothing_is_lent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Said once; the training's entries are not all given up for it."""
+    """It is logged once, and not every entry of the training is dropped for it."""
     training, prefetcher = caches(tmp_path, 10, 3)
     full = prefetcher.index._config.model_copy(update={"min_free": 2**60})
     prefetcher.index._config = full
@@ -153,7 +152,7 @@ def test_on_a_disk_that_others_have_filled_nothing_is_lent(
 
 
 def test_two_prefetchers_of_a_node_never_lend_the_same(tmp_path: Path) -> None:
-    """The second is refused: over the first one's row it would leave a file of which nobody knows."""
+    """The second is refused: in place of the first one's row it would leave an unknown file."""
     training, first = caches(tmp_path, 10, 3)
     second = ArrayCache(settings(tmp_path, limit=10 * ONE), Counters())
     second.loans = Loans(second.index, 3 * ONE)
@@ -176,12 +175,12 @@ def test_two_prefetchers_of_a_node_never_lend_the_same(tmp_path: Path) -> None:
 def test_room_is_made_of_as_many_small_entries_as_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than a page of the index's rows; and no more than what is missing."""
+    """Of more than one page of rows, and of no more than is needed."""
     monkeypatch.setattr("zarrcache.disk.policy._PAGES", (2, 3, -1))
     training, prefetcher = caches(tmp_path, 10, 6)
     training.index.drop([key_of(9).digest])
     # there is room for half of it
-    assert prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is False
+    assert prefetcher.put(key_of(20), array_of(20, 20_000), source="s") is None
     assert prefetcher.loans is not None
     assert prefetcher.loans.is_open
     assert stored(training) == list(range(5, 9))
@@ -190,9 +189,7 @@ def test_room_is_made_of_as_many_small_entries_as_it_takes(
 def test_room_that_others_take_while_it_is_made_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another lane, or the training, stores what it has just fetched: this is no reason to be
-    without look-ahead for the rest of the run.
-    """
+    """Otherwise the run would go on without look-ahead."""
     training, prefetcher = caches(tmp_path, 10, 3)
     drop, others = prefetcher.index.drop_oldest, iter((30, 31))
 

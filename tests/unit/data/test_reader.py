@@ -73,7 +73,7 @@ class TestMaking:
     """Constructing, copying, showing."""
 
     def test_arguments_are_kept_under_the_users_names(self, tmp_path: Path) -> None:
-        """Their scripts read ``tf`` and ``rs``; a directory is a Path, an URL stays text."""
+        """Their scripts read ``tf`` and ``rs``; a directory is a Path, a URL stays a string."""
         reader = ZarrS3Reader(
             "s3://bucket/data",
             str(tmp_path),
@@ -103,7 +103,7 @@ class TestMaking:
         assert not ZarrS3Reader(tmp_path, f"file://{tmp_path}", "map.json", "GGA", True, 0.8).use_s3
 
     def test_making_one_touches_neither_the_origin_nor_the_disk(self, tmp_path: Path) -> None:
-        """Nothing of what it names has to be there, and the cache directory is not made yet."""
+        """No directory has to exist, and the cache directory is not made yet."""
         ZarrS3Reader(
             tmp_path / "no",
             "s3://no-such-bucket/x",
@@ -118,7 +118,6 @@ class TestMaking:
     def test_without_a_cache_nothing_is_written(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader], tmp_path: Path
     ) -> None:
-        """``cache=None`` is the users' reader as it was."""
         before = sorted(tmp_path.rglob("*"))
         reader = reader_of()
         for _ in range(2):
@@ -137,7 +136,7 @@ class TestMaking:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Training scripts change directory (Hydra does), and the entries have to be found again."""
+        """Hydra changes the working directory; the entries have to be found again."""
         monkeypatch.chdir(tmp_path)
         reader = reader_of(data_dir="data", label_dir="label", cache=True)
         reader.load("mp-1", "data")
@@ -166,7 +165,6 @@ class TestMaking:
         assert repr(copy) == repr(reader)
 
     def test_repr_shows_where_the_data_is_and_no_credentials(self, tmp_path: Path) -> None:
-        """It ends up in logs."""
         reader = ZarrS3Reader(
             "s3://b/x",
             "s3://b/y",
@@ -182,8 +180,8 @@ class TestMaking:
             == f"ZarrS3Reader('s3://b/x', 's3://b/y', 'GGA', 'total', cache='{tmp_path}')"
         )
 
-    def test_s3_kwargs_that_s3fs_does_not_know_are_told_at_once(self) -> None:
-        """Not after an hour, in a worker."""
+    def test_s3_kwargs_that_s3fs_does_not_know_are_refused_at_once(self) -> None:
+        """When the reader is made, not an hour later in a worker."""
         with pytest.raises(ConfigError, match="s3_kwargs"):
             ZarrS3Reader(
                 "s3://b/x",
@@ -202,21 +200,21 @@ class TestWhichMaterials:
     def test_ids_are_those_of_the_map_that_both_directories_have(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader], tmp_path: Path
     ) -> None:
-        """In the map's order; one side alone is not a pair."""
+        """In the map's order."""
         shutil.rmtree(tmp_path / "label" / "mp-3.zarr")
         shutil.rmtree(tmp_path / "data" / "mp-1.zarr")
         assert reader_of().task_ids == ["mp-0", "mp-2", "mp-4"]
         assert reader_of().missing == ("mp-1", "mp-3")
         assert reader_of(functional="SCAN").task_ids == ["mp-4", "mp-0"]
 
-    def test_missing_stores_are_told_once_with_count_and_first_ids(
+    def test_missing_stores_are_logged_once_with_count_and_first_ids(
         self,
         stores: Any,
         reader_of: Callable[..., ZarrS3Reader],
         tmp_path: Path,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """One warning for all of them, not a line for each of a thousand."""
+        """One warning for all of them."""
         ids = [*IDS, *(f"mp-9{i}" for i in range(7))]
         (tmp_path / "map.json").write_text(json.dumps({"GGA": ids}))
         with caplog.at_level(logging.WARNING):
@@ -342,7 +340,6 @@ class TestOneDensity:
     def test_both_density_types_are_kept_apart(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
-        """Magnetisation is another entry, not the same one."""
         for _ in range(2):
             for density_type in ("total", "diff"):
                 values, _ = reader_of(cache=True, density_type=density_type).load("mp-0", "label")
@@ -371,7 +368,6 @@ class TestOneDensity:
     def test_normalize_is_what_python_takes_for_true(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader], normalize: Any, divided: bool
     ) -> None:
-        """A config may come from anywhere."""
         reader = reader_of(cache=True)
         raw = stores["data", "mp-0"]["charge_density_total"].ravel()
         reader.normalize = normalize
@@ -382,7 +378,7 @@ class TestOneDensity:
     def test_a_density_type_with_a_blank_is_refused(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
-        """It would be the name of a normalized entry."""
+        """It could be the name of a normalized entry."""
         with pytest.raises(ConfigError, match=r"total per point.*Set it to total or diff"):
             reader_of(cache=True, density_type="total per point").load("mp-0", "data")
 
@@ -404,7 +400,7 @@ class TestOneDensity:
     def test_a_pass_over_warm_data_holds_no_density(
         self, reader_of: Callable[..., ZarrS3Reader], small_group: Callable[..., Arrays]
     ) -> None:
-        """Twelve densities of 1 MiB are read; what Python holds at most is far below one of them."""
+        """Of twelve densities of 1 MiB, Python allocates far less than one."""
         for role in ("data", "label"):
             small_group(f"{role}/mp-1.zarr", shape=(64, 64, 64), chunks=(32, 32, 32))
         reader = reader_of(cache=True)
@@ -421,7 +417,7 @@ class TestOneDensity:
     def test_ensure_says_how_it_was_had(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
-        """Fetched, there already, or not admitted; and how large it is."""
+        """Fetched, fresh, or not admitted; and its size."""
         reader = reader_of(cache=True)
         assert reader.ensure("mp-1", "data") == ("miss", 5 * 5 * 6 * 4)
         assert reader.ensure("mp-1", "data") == ("hit", 5 * 5 * 6 * 4)
@@ -450,7 +446,6 @@ class TestOneDensity:
     def test_stats_say_what_was_read(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
-        """Hits, misses, bytes."""
         reader = reader_of(cache=True)
         assert reader.stats.hit_ratio == 0.0
         for _ in range(3):
@@ -513,7 +508,7 @@ class TestGroups:
         small_group: Callable[..., Arrays],
         dtype: str,
     ) -> None:
-        """Groups of the users' own, also one that is not the root of its store."""
+        """Also of a group that is not the root of its store."""
         want = small_group("x.zarr", shape=(4, 5, 6), dtype=dtype)["charge_density_total"]
         root = zarr.create_group(zarr.storage.MemoryStore(), zarr_format=2)
         root.create_array("inner/charge_density_total", data=want)
@@ -528,7 +523,6 @@ class TestGroups:
     def test_nested_group_of_a_cached_store_is_not_taken_for_its_root(
         self, reader_of: Callable[..., ZarrS3Reader], tmp_path: Path
     ) -> None:
-        """Both have an array of that name."""
         root = zarr.open_group(str(tmp_path / "data" / "n.zarr"), mode="w", zarr_format=2)
         outer, inner = random_density((3, 4, 5), seed=1), random_density((5, 4, 3), seed=2)
         root.create_array("charge_density_total", data=outer)
@@ -543,7 +537,7 @@ class TestGroups:
     def test_store_that_is_not_there_is_a_file_not_found_error(
         self, reader_of: Callable[..., ZarrS3Reader], tmp_path: Path
     ) -> None:
-        """What the users catch; with the path."""
+        """The users catch it; it names the path."""
         with pytest.raises(FileNotFoundError, match=r"no\.zarr does not exist"):
             reader_of().read_zarr_store(tmp_path / "no.zarr")
 
@@ -559,7 +553,7 @@ class TestMetadata:
         tmp_path: Path,
         zarr_format: int,
     ) -> None:
-        """The users' converter writes strings; others write what it is."""
+        """The users' converter writes strings."""
         metadata = {"task_id": "mp-1", "functional": "GGA"}
         small_group("a.zarr", zarr_format=zarr_format, metadata=metadata)
         small_group(
@@ -578,7 +572,6 @@ class TestMetadata:
         small_group: Callable[..., Arrays],
         tmp_path: Path,
     ) -> None:
-        """A store that has the arrays is enough, whoever wrote it."""
         want = small_group("a.zarr", attrs={})["charge_density_total"]
         reader = reader_of()
         group = reader.read_zarr_store(tmp_path / "a.zarr")

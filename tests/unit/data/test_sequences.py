@@ -17,21 +17,21 @@ IDS = ["mp-1", "mp-2", "mp-3"]
 
 
 class Loader:
-    """Makes each density from its id and role, and remembers what it was asked for."""
+    """Makes each density from its id and role, and remembers the calls."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Role]] = []
+        self.calls: list[tuple[str, Role]] = []
         self.made: list[weakref.ref[np.ndarray]] = []
 
     def load(self, task_id: str, role: Role) -> Density:
-        self.asked.append((task_id, role))
+        self.calls.append((task_id, role))
         n = int(task_id[3:]) + (role == "label")
         values = np.full(n * 4, n, np.float32)
         self.made.append(weakref.ref(values))
         return values, (n, 2, 2)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"asked": [], "made": []}
+        return {"calls": [], "made": []}
 
 
 def test_making_and_measuring_the_sequences_loads_nothing() -> None:
@@ -43,11 +43,10 @@ def test_making_and_measuring_the_sequences_loads_nothing() -> None:
         f"<{what} of 3 materials, loaded when indexed>"
         for what in ("data", "label", "gs_data", "gs_label")
     ]
-    assert loader.asked == []
+    assert loader.calls == []
 
 
 def test_each_sequence_gives_its_own_role() -> None:
-    """Data and label are not exchanged, and sizes belong to their densities."""
     data, label, gs_data, gs_label = split_sets(Loader(), IDS)
     for i in range(3):
         assert data[i].tolist() == [i + 1] * 4 * (i + 1)
@@ -56,26 +55,24 @@ def test_each_sequence_gives_its_own_role() -> None:
 
 
 def test_grid_size_after_the_density_loads_nothing_more() -> None:
-    """``RhoData`` asks for all four of one sample: two loads, not four."""
+    """``RhoData`` takes all four of a sample: two loads, not four."""
     loader = Loader()
     data, label, gs_data, gs_label = split_sets(loader, IDS)
     assert (data[1].size, label[1].size) == (8, 12)
     assert (gs_data[1], gs_label[1]) == ((2, 2, 2), (3, 2, 2))
-    assert loader.asked == [("mp-2", "data"), ("mp-2", "label")]
+    assert loader.calls == [("mp-2", "data"), ("mp-2", "label")]
 
 
 def test_grid_size_alone_loads_the_density_once() -> None:
-    """It stands in no cheaper place; it is remembered, because it is three numbers."""
+    """It is remembered: it is three numbers."""
     loader = Loader()
     _, _, gs_data, _ = split_sets(loader, IDS)
     assert [gs_data[0], gs_data[0]] == [(1, 2, 2)] * 2
-    assert loader.asked == [("mp-1", "data")]
+    assert loader.calls == [("mp-1", "data")]
 
 
 def test_sequences_hold_no_density() -> None:
-    """After a whole pass every array is gone as soon as its user lets go of it, and the next pass
-    loads it again.
-    """
+    """After a pass every array is freed as soon as its user drops it."""
     loader = Loader()
     sets = split_sets(loader, IDS)
     for sequence in sets:

@@ -30,7 +30,7 @@ MAP = {"GGA": ["mp-3", "mp-1", "mp-2"], "GGA+U": ["mp-9"], "SCAN": []}
 def test_map_is_read_by_its_content_not_by_its_name(
     tmp_path: Path, name: str, zipped: bool
 ) -> None:
-    """JSON and gzipped JSON, whatever the file is called: browsers and rsync change names."""
+    """Browsers and rsync change names."""
     raw = json.dumps(MAP).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if zipped else raw)
     assert read_map(tmp_path / name) == MAP
@@ -40,14 +40,13 @@ def test_map_is_read_by_its_content_not_by_its_name(
 def test_map_in_the_home_directory_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``~`` is expanded, as a shell would do before the users' reader sees it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "map.json").write_text(json.dumps(MAP))
     assert read_map("~/map.json") == MAP
 
 
 def test_ids_keep_the_order_of_the_map() -> None:
-    """The split depends on the order, so nothing is sorted and nothing is dropped."""
+    """The split depends on it."""
     assert ids_of(MAP, "GGA") == ["mp-3", "mp-1", "mp-2"]
     assert ids_of({"GGA": ["b", "a", "b"]}, "GGA") == ["b", "a", "b"]
     assert ids_of(MAP, "SCAN") == []
@@ -59,9 +58,7 @@ def test_ids_keep_the_order_of_the_map() -> None:
 def test_split_is_the_one_of_the_loaded_lists(
     n: int, train_fraction: float, random_state: int
 ) -> None:
-    """The users split four lists of loaded arrays; the ids come out with the same members in the
-    same order.
-    """
+    """The users split four lists of loaded arrays."""
     ids = [f"mp-{i}" for i in np.random.default_rng(n).permutation(n)]
     arrays = [np.full(3, i) for i in range(n)]
     sizes = [(i, i, i) for i in range(n)]
@@ -80,9 +77,7 @@ def test_split_is_the_one_of_the_loaded_lists(
     ids=["none", "numpy", "generator", "int"],
 )
 def test_any_seed_of_scikit_learn_draws_what_it_draws(random_state: Any) -> None:
-    """Without one, from numpy's own generator; sizes that a fraction hits just so, or misses by a
-    rounding.
-    """
+    """Also without a seed, and for fractions that give a whole number or miss one by rounding."""
     for n in range(2, 60):
         for train_fraction in (0.07, 0.29, 0.57, 0.7, 1 / 3, 0.999, np.float64(0.5), n // 2, n - 1):
             ids = [str(number) for number in range(n)]
@@ -106,7 +101,6 @@ def test_any_seed_of_scikit_learn_draws_what_it_draws(random_state: Any) -> None
 
 
 def test_same_seed_gives_the_same_split_and_another_seed_another() -> None:
-    """Which of two runs saw a material is decided by ``random_state`` alone."""
     ids = [f"mp-{i}" for i in range(100)]
     assert split_ids(ids, 0.8, 1) == split_ids(tuple(ids), 0.8, 1)
     assert split_ids(ids, 0.8, 1) != split_ids(ids, 0.8, 2)
@@ -187,7 +181,7 @@ def test_random_state_is_refused_where_scikit_learn_refuses_it(random_state: Any
     ("val_frac", "count"), [(0.005, 1), (0.1, 10), (0.07, 7), (0.101, 11), (0, 0)]
 )
 def test_validation_ids_are_a_share_of_the_training_ids(val_frac: float, count: int) -> None:
-    """Rounded up; nobody is lost, and the test ids are left alone."""
+    """Rounded up; no id is lost, and the test ids stay."""
     train = [f"mp-{number}" for number in range(100)]
     split = hold_out(train, ["mp-900"], val_frac, 42)
     assert len(split.validation) == count
@@ -222,7 +216,7 @@ def test_a_split_file_names_its_ids_by_their_places(tmp_path: Path, zipped: bool
 def test_a_split_file_that_cannot_be_meant_is_refused_with_what_is_wrong(
     tmp_path: Path, content: Any, message: str
 ) -> None:
-    """A sample that is trained and tested on is found before it flatters the result."""
+    """A sample in two parts would flatter the result."""
     (tmp_path / "split.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):
         read_split(tmp_path / "split.json", ["a", "b", "c"])

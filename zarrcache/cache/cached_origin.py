@@ -1,0 +1,95 @@
+"""An origin read through the cache: listings are stored, objects come from the byte tier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zarrcache._keys import ObjectInfo
+from zarrcache.arrays import stable_listing
+from zarrcache.cache.cache import Cache
+from zarrcache.errors import IncompleteArrayError
+from zarrcache.origin import Origin
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["CachedOrigin"]
+
+
+class CachedOrigin:
+    """An `Origin` over another one, for readers of stores. Safe from any thread or process.
+
+    Parameters
+    ----------
+    origin : Origin
+    cache : Cache
+    relist : bool
+        List a store at the origin each time. False: use its stored listing if there is one.
+
+    See Also
+    --------
+    zarrcache.origin.Origin : what the methods promise.
+    """
+
+    def __init__(self, origin: Origin, cache: Cache, *, relist: bool) -> None:
+        self._origin, self._cache, self._relist = origin, cache, relist
+        self._bytes = cache.bytes(origin)
+        self.url, self.identity = origin.url, origin.identity
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._origin, self._cache, self._relist)
+
+    def url_of(self, key: str) -> str:
+        """Full URL or path of a key."""
+        return self._origin.url_of(key)
+
+    def list_names(self) -> list[str]:
+        """Names directly below the root, from the origin."""
+        return self._origin.list_names()
+
+    def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
+        """Objects below ``prefix``, which begins with the name of a store.
+
+        The whole store is listed and its listing stored: the next prefix of it costs no request.
+        """
+        store = prefix.partition("/")[0]
+        stored = None if self._relist else self._cache.stored_listing(self._origin, store)
+        if stored is not None:
+            listed = [ObjectInfo(*row) for row in stored]
+        else:
+            whole = store if store.endswith(".zip") else f"{store}/"
+            listed = stable_listing(
+                lambda: self._origin.list_objects(whole), self._origin.url_of(store)
+            )
+            if listed:
+                rows = [(o.key, o.size_bytes, o.etag, o.modified_s) for o in listed]
+                self._cache.store_listing(self._origin, store, rows)
+        return [obj for obj in listed if obj.key.startswith(prefix)]
+
+    def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Contents of listed objects. An object that is not as listed makes the listing old."""
+        source = self._bytes or self._origin
+        try:
+            yield from source.fetch(objects)
+        except IncompleteArrayError:
+            self._forget(objects[0])
+            raise
+
+    def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes of a listed object. An object that is not as listed makes the listing old."""
+        try:
+            if self._bytes is not None:
+                return self._bytes.read(obj, start, stop)
+            return self._origin.fetch_range(obj, start, stop)
+        except IncompleteArrayError:
+            self._forget(obj)
+            raise
+
+    def _forget(self, obj: ObjectInfo) -> None:
+        # The next open of the store lists it again.
+        self._cache.forget_listing(self._origin, obj.key.partition("/")[0])
+
+
+def _unpickled(origin: Origin, cache: Cache, relist: bool) -> CachedOrigin:
+    return CachedOrigin(origin, cache, relist=relist)
