@@ -39,8 +39,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(stores: Path) -> str:
-    """A training config of a fresh cache."""
-    return str(write_config(stores))
+    """A training config without look-ahead, whose process would start with each loader."""
+    return str(write_config(stores, lookahead=0))
 
 
 def module(config: Any, **changes: Any) -> ZarrDataModule:
