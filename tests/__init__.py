@@ -1,3 +1,3 @@
-"""The tests of zarrcache. A package, so that spawned processes can import the functions they are
-given.
+"""The tests of zarrcache. A package, so that spawned processes can import functions defined
+here.
 """

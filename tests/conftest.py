@@ -1,5 +1,5 @@
-"""Fixtures of every test: a real S3 server, small stores, real data where it is, and no settings of
-the machine.
+"""Fixtures shared by all tests: a real S3 server, small stores, real data where available, and an
+environment without the user's settings.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """A shell that starts the tests in the background has them ignore Ctrl-C, and so would
-    everything that they interrupt.
+    """Restore SIGINT, which a shell ignores in background jobs: interrupted child processes would
+    ignore it too.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,8 +32,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Take away credentials, profiles, endpoints and caches of whoever runs the tests, for this
-    process and its children.
+    """Remove credentials, profiles, endpoints and cache settings of the user, for this process and
+    its children.
     """
     empty = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
@@ -52,8 +52,8 @@ def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_writers() -> Iterator[None]:
-    """Tests read what they have just written. It is listed twice, as for everybody, but nobody
-    waits until it has settled.
+    """Read stores right after writing them. They are listed twice, as always, but without waiting
+    until the listing is stable.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zarrcache.arrays.read.wait_until", lambda end_s: None)
@@ -62,8 +62,8 @@ def no_waiting_for_writers() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def services_described_once() -> Iterator[None]:
-    """Let the sessions of botocore share what they parse: it is 150 ms of the CPU for each client
-    of s3fs, and tests make hundreds.
+    """Share parsed service descriptions between botocore sessions: parsing costs 150 ms of CPU per
+    s3fs client.
     """
     import botocore.session
 
@@ -104,7 +104,7 @@ def s3_server(
 
 @pytest.fixture
 def bucket(s3_server: S3Server) -> str:
-    """The name of an empty bucket of this test's own."""
+    """The name of an empty bucket for this test."""
     return s3_server.new_bucket()
 
 
@@ -116,7 +116,7 @@ def _proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def fault_proxy(_proxy: FaultProxy) -> Iterator[FaultProxy]:
-    """A proxy in front of ``s3_server`` that counts requests and fails as a test tells it:
+    """A proxy in front of ``s3_server`` that counts requests and injects faults; its clients use
     ``s3_server.kwargs_at(fault_proxy.endpoint_url)``.
     """
     _proxy.reset()

@@ -1,5 +1,5 @@
-"""Conversions to S3: the same bytes as to a directory, visible when whole, and a clear word when
-the server refuses.
+"""Conversions to S3: the same bytes as in a directory, visible only when complete, and a clear
+error when the server refuses.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def test_s3_gets_the_bytes_that_a_directory_gets(
     as_zip: bool,
     workers: int,
 ) -> None:
-    """Object for object, in both formats, as trees and as zip files; zarr reads the file's values
-    out of a copy.
+    """Object by object, in both formats, as trees and as zip files; zarr reads the values from a
+    copy.
     """
     options: dict[str, Any] = {"zarr_format": zarr_format, "zip": as_zip}
     report = convert_directory(
@@ -110,7 +110,7 @@ def _tree(root: Path) -> dict[str, bytes]:
 def test_what_is_on_s3_is_skipped_at_the_price_of_a_listing_and_a_look(
     s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy
 ) -> None:
-    """No PUT, no chunk looked at; the missing one is converted."""
+    """No PUT, and no chunk is read; the missing store is converted."""
     url, kwargs = f"s3://{bucket}/label", s3_server.kwargs_at(proxy.endpoint_url)
     convert_directory(source / f"{IDS[0]}.CHGCAR", url, s3_kwargs=kwargs)
     proxy.reset()
@@ -123,7 +123,7 @@ def test_what_is_on_s3_is_skipped_at_the_price_of_a_listing_and_a_look(
 
 
 def test_overwriting_leaves_nothing_of_the_old_store(s3_server: S3Server, bucket: str) -> None:
-    """The old one had more and other chunks."""
+    """The old store had more and different chunks."""
     destination = S3Destination(f"s3://{bucket}/label", s3_server.s3_kwargs)
     old, new = _small_store(seed=1, chunks=3), _small_store(seed=2, chunks=6)
     destination.upload("mp-1.zarr", old)
@@ -154,8 +154,8 @@ def test_a_neighbour_whose_name_begins_alike_is_not_touched(
 def test_the_documents_that_make_a_store_visible_are_sent_last(
     s3_server: S3Server, bucket: str, proxy: FaultProxy
 ) -> None:
-    """Chunks in any order, then the array's documents, then the group's: the order of arrival at
-    the server says so.
+    """Chunks in any order, then the array's metadata, then the group's, in order of arrival at the
+    server.
     """
     destination = S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url))
     destination.upload("mp-1.zarr", _small_store())
@@ -179,7 +179,7 @@ def _runs(sent: list[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
 def test_an_unfinished_store_is_neither_skipped_nor_mixed_with_the_new_one(
     s3_server: S3Server, bucket: str, source: Path
 ) -> None:
-    """A killed upload left chunks and an array's document; the next conversion takes them away."""
+    """A killed upload left chunks and array metadata; the next conversion removes them."""
     url = f"s3://{bucket}/label"
     s3_server.put(f"{url}/{IDS[0]}.zarr/charge_density_total/9.9.9", b"left")
     s3_server.put(f"{url}/{IDS[0]}.zarr/charge_density_total/.zarray", b"{}")
@@ -193,7 +193,7 @@ def test_an_unfinished_store_is_neither_skipped_nor_mixed_with_the_new_one(
 def test_a_server_that_stumbles_is_asked_again(
     s3_server: S3Server, bucket: str, proxy: FaultProxy, fault: str
 ) -> None:
-    """Each PUT fails once; the store is whole, and no object was sent more often than needed."""
+    """Each PUT fails once; the store is complete, and no object was sent more often than needed."""
     proxy.rules(Rule((fault,), op="PUT", per_object=True))
     store = _small_store(chunks=6)
     S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url)).upload(
@@ -206,7 +206,7 @@ def test_a_server_that_stumbles_is_asked_again(
 def test_a_server_that_stops_taking_objects_gets_what_it_took_removed(
     s3_server: S3Server, bucket: str, proxy: FaultProxy
 ) -> None:
-    """The attempts are bounded, the error names the store, and nothing of it stays."""
+    """The attempts are bounded, the error names the store, and no object of it remains."""
     proxy.rules(Rule(then="503", op="PUT", key=r"/2\.\d\.\d$"))
     destination = S3Destination(
         f"s3://{bucket}",
@@ -226,9 +226,7 @@ def test_a_server_that_stops_taking_objects_gets_what_it_took_removed(
 def test_credentials_that_may_not_write_end_the_run_at_once(
     s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy, workers: int
 ) -> None:
-    """A thousand files would fail alike; the error names the store and the permissions that are
-    needed.
-    """
+    """Every file would fail alike; the error names the store and the missing permissions."""
     proxy.rules(Rule(then="403", op="PUT"))
     with pytest.raises(
         OriginAccessError,
@@ -247,7 +245,7 @@ def test_credentials_that_may_not_write_end_the_run_at_once(
 def test_a_bucket_that_is_not_there_is_named_before_anything_is_read(
     s3_server: S3Server, source: Path
 ) -> None:
-    """By the plan: dry runs find it too."""
+    """By the plan, so a dry run finds it too."""
     with pytest.raises(
         OriginNotFoundError, match=r"there is no bucket 'no-such-bucket' at http://127.0.0.1"
     ):
@@ -257,7 +255,7 @@ def test_a_bucket_that_is_not_there_is_named_before_anything_is_read(
 def test_an_endpoint_that_refuses_connections_is_named(
     s3_server: S3Server, bucket: str, proxy: FaultProxy
 ) -> None:
-    """With what to check."""
+    """The error says what to check."""
     proxy.down()
     destination = S3Destination(
         f"s3://{bucket}/label",
@@ -272,7 +270,7 @@ def test_an_endpoint_that_refuses_connections_is_named(
 
 
 def test_more_stores_than_a_listing_shows_at_once_are_all_found(tmp_path: Path) -> None:
-    """A listing of two names at a time ends early. Only whole stores count."""
+    """With pages of two names. Only complete stores count."""
     with running_server(
         tmp_path / "log", {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "2"}
     ) as server:

@@ -1,5 +1,5 @@
-"""Credentials, as a server that checks them answers: refused by name, at once, and never taken for
-a store that is not there.
+"""Credentials on a server that checks them: refused by name, at once, and never taken for a missing
+store.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASK = {
 
 @pytest.fixture(autouse=True)
 def strict(s3_server: S3Server) -> None:
-    """A server that looks at them."""
+    """A server that checks credentials."""
     if not s3_server.checks_credentials:
         pytest.skip('moto takes any credentials; a gateway does not: eval "$(tools/rgw up)"')
 
@@ -47,12 +47,12 @@ def url(s3_server: S3Server, bucket: str, tmp_path: Path) -> str:
 
 @pytest.fixture(params=["s3fs", "obstore"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Both; they meet the same answers in different forms."""
+    """Both engines; they see the same answers in different forms."""
     return str(request.param)
 
 
 def opened(url: str, engine: str, proxy: FaultProxy, **s3_kwargs: Any) -> Origin:
-    """The origin, through a proxy that counts."""
+    """The origin, behind a proxy that counts requests."""
     return open_origin(
         url,
         s3_kwargs={"endpoint_url": proxy.endpoint_url, **s3_kwargs},
@@ -82,7 +82,7 @@ def test_a_server_that_refuses_is_quoted_after_one_request(
     wrong: dict[str, Any],
     words: str,
 ) -> None:
-    """Which part is wrong, where, and what to do; and no secret."""
+    """The error says which part is wrong, where, and what to do, and holds no secret."""
     credentials = {
         name: value
         for name, value in {"key": s3_server.key, "secret": s3_server.secret, **wrong}.items()
@@ -103,7 +103,7 @@ def test_a_server_that_refuses_is_quoted_after_one_request(
 def test_a_public_bucket_is_read_without_credentials(
     url: str, engine: str, bucket: str, s3_server: S3Server, fault_proxy: FaultProxy
 ) -> None:
-    """Listed and fetched, with a policy as public data sets have it; no header says who asks."""
+    """Listed and fetched under the policy of a public data set, without an Authorization header."""
     allow = {"Effect": "Allow", "Principal": "*"}
     statements = [
         {**allow, "Action": ["s3:ListBucket"], "Resource": [f"arn:aws:s3:::{bucket}"]},
@@ -127,8 +127,8 @@ def test_a_public_bucket_is_read_without_credentials(
 def test_a_chunk_that_may_not_be_read_is_an_error_and_no_fill_value(
     url: str, engine: str, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """The bucket may be listed, one object of it not be read: named, and nothing of the store is
-    kept.
+    """The bucket may be listed but one object not read: the error names it, and nothing of the
+    store is cached.
     """
     denied = f"{bucket}/data/mp-0.zarr/charge_density_total/*"
     statement = {
@@ -160,7 +160,7 @@ def reader_of(url: str, tmp_path: Path, engine: str, s3_kwargs: dict[str, Any]) 
 def test_wrong_credentials_shrink_no_split_and_leave_nothing_behind(
     url: str, engine: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """The run stops, by name; corrected, the same cache directory serves it."""
+    """The run stops with an error; with correct credentials the same cache directory works."""
     with pytest.raises(OriginAccessError, match="Check the secret key"):
         _ = reader_of(
             url, tmp_path, engine, {**s3_server.s3_kwargs, "secret": "of-somebody-else"}

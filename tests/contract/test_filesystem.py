@@ -23,7 +23,7 @@ BODY = bytes(range(256)) * 1024
 
 @pytest.fixture
 def options(s3_server: S3Server, tmp_path: Path) -> dict[str, Any]:
-    """What a user gives beside the URL."""
+    """What a user passes besides the URL."""
     return {
         "s3": s3_server.s3_kwargs,
         "zarrcache": {"dir": str(tmp_path / "cache"), "bytes": {"block_size": "64 KiB"}},
@@ -33,8 +33,8 @@ def options(s3_server: S3Server, tmp_path: Path) -> dict[str, Any]:
 def test_a_file_is_read_through_the_cache(
     s3_server: S3Server, bucket: str, options: dict[str, Any]
 ) -> None:
-    """Whole, in part, and line by line it is what was put; the second read asks S3 for nothing but
-    whether it has changed.
+    """Read whole, in part and line by line; the second read asks S3 only whether the object has
+    changed.
     """
     s3_server.put(f"s3://{bucket}/a/x.bin", BODY)
     url = f"zarrcache::s3://{bucket}/a/x.bin"
@@ -56,7 +56,7 @@ def test_a_file_is_read_through_the_cache(
 def test_listing_looks_like_any_filesystem(
     s3_server: S3Server, bucket: str, options: dict[str, Any], put_store: Callable[..., Any]
 ) -> None:
-    """Ls, info, exists, find and isdir agree with s3fs."""
+    """ls, info, exists, find and isdir agree with s3fs."""
     s3_server.put(f"s3://{bucket}/a/x.bin", BODY)
     put_store(f"s3://{bucket}/a/mp-1.zarr")
     fs, _ = fsspec.url_to_fs(f"zarrcache::s3://{bucket}/a", **options)
@@ -121,7 +121,7 @@ def test_zarr_opens_the_url_and_again_without_s3(
 
 
 def test_local_files_work_alike(tmp_path: Path) -> None:
-    """A network file system is an origin as well."""
+    """A network file system is an origin too."""
     (tmp_path / "x.bin").write_bytes(BODY)
     with fsspec.open(
         f"zarrcache::file://{tmp_path}/x.bin", zarrcache={"dir": str(tmp_path / "cache")}
@@ -139,7 +139,6 @@ def test_what_it_cannot_do_is_said() -> None:
 
 
 def test_writing_is_refused(bucket: str, options: dict[str, Any]) -> None:
-    """A cache cannot be written through."""
     with (
         pytest.raises(ValueError, match="is read-only"),
         fsspec.open(f"zarrcache::s3://{bucket}/x", mode="wb", **options),

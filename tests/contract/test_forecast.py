@@ -58,7 +58,7 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
 def trained(
     config: dict[str, Any], directory: Path, limit: int, assignment: Any, eviction: str
 ) -> list[float]:
-    """Hit ratio of each epoch, by two nodes that read what their ranks would."""
+    """Hit ratio of each epoch on two nodes that read what their ranks would read."""
     readers = []
     for node in range(NODES):
         cache = {
@@ -138,9 +138,7 @@ def test_a_run_does_what_the_plan_says(
 def test_longer_runs_and_other_ways_are_extrapolated(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifty epochs go on as the last ones that were simulated; a table tells what the other choices
-    come to.
-    """
+    """Fifty epochs continue like the last simulated ones; a table compares the alternatives."""
     half = plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
     reader = open_reader(config)
     simulated = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
@@ -163,8 +161,8 @@ def test_longer_runs_and_other_ways_are_extrapolated(
 def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
     config: dict[str, Any],
 ) -> None:
-    """Room for everything: what a node has read once it hits, so of n nodes the share ((n - 1) /
-    n)**k is missed after k epochs.
+    """With room for everything, n nodes still miss ((n - 1) / n)**k of their reads after k
+    epochs.
     """
     nodes = 8
     plan = plan_training(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=50)
@@ -185,7 +183,7 @@ def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
 
 
 def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path: Path) -> None:
-    """With a probe, and nothing is cached or written."""
+    """With --probe; nothing is cached or written."""
     path = tmp_path / "train.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -228,7 +226,7 @@ def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path:
 
 
 def test_numbers_that_cannot_be_are_refused(config: dict[str, Any]) -> None:
-    """In words; on the command line with exit code 2."""
+    """With an error; the command line exits with 2."""
     with pytest.raises(ConfigError, match="whole numbers from 1"):
         plan_training(DataConfig(**config), nodes=0, capacity_bytes=1)
     with pytest.raises(ConfigError, match="--capacity"):

@@ -44,7 +44,7 @@ N_MANY = 1003
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere to put objects, and the origin over it that is tested."""
+    """Somewhere to put objects, and the origin under test that reads them."""
 
     url: str
     engine: str
@@ -95,13 +95,13 @@ class Place:
 
 @functools.cache
 def client_of(server: S3Server) -> Any:
-    """One boto3 client for all: making one takes longer than a test."""
+    """One boto3 client for all tests: creating one takes longer than a test."""
     return server.client()
 
 
 @pytest.fixture(params=["local", "s3fs", "obstore"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """An empty place of this test's own."""
+    """An empty location for this test."""
     if request.param == "local":
         (tmp_path / "data").mkdir()
         return Place(str(tmp_path / "data"), "local")
@@ -121,13 +121,13 @@ def _s3_place(request: pytest.FixtureRequest, engine: str) -> Place:
 
 @functools.cache
 def _shared_bucket(server: S3Server) -> str:
-    """One bucket for all: each test has a prefix of its own."""
+    """One bucket for all tests, each with its own prefix."""
     return server.new_bucket()
 
 
 @pytest.fixture(scope="module")
 def many(s3_server: S3Server) -> str:
-    """An URL with more objects below it than one LIST shows."""
+    """A URL with more objects than one LIST page shows."""
     bucket, client = _shared_bucket(s3_server), client_of(s3_server)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(
@@ -148,24 +148,22 @@ def some_store(prefix: str = "mp-1.zarr/", n: int = 7, seed: int = 1) -> dict[st
 
 
 def fetched(origin: Origin, objects: list[ObjectInfo]) -> dict[str, bytes]:
-    """Contents by key; that nothing comes twice is checked on the way."""
+    """Contents by key; fails if a key comes twice."""
     answers = [(obj.key, bytes(memoryview(body))) for obj, body in origin.fetch(objects)]
     assert len(answers) == len({key for key, _ in answers})
     return dict(answers)
 
 
 def version(obj: ObjectInfo) -> tuple[str, int, str]:
-    """What says whether an object changed; some servers show its time with fractions in a LIST and
-    without in a HEAD.
+    """What tells whether an object changed; some servers show fractions of seconds in a LIST but
+    not in a HEAD.
     """
     return obj.key, obj.size_bytes, obj.etag
 
 
 class TestListing:
-    """What is there."""
-
     def test_names_directly_below_the_root_are_sorted_and_complete(self, place: Place) -> None:
-        """Directories and single objects, no level below, nothing twice."""
+        """Directories and single objects of one level, without duplicates."""
         place.put_many(
             {
                 "mp-2.zarr/.zgroup": b"{}",
@@ -177,7 +175,9 @@ class TestListing:
         assert place.open().list_names() == ["mp-1.zarr.zip", "mp-10.zarr", "mp-2.zarr"]
 
     def test_objects_below_a_prefix_have_keys_relative_to_the_root(self, place: Place) -> None:
-        """Sorted, with their sizes, and nothing of a neighbour whose name begins alike."""
+        """Sorted, with sizes, and without objects of a prefix that begins with the same
+        characters.
+        """
         bodies = place.put_many(some_store())
         place.put("mp-1.zarr.zip", b"zip")
         place.put("mp-1.zarr2/x", b"other")
@@ -192,7 +192,7 @@ class TestListing:
         assert [o.key for o in place.open().list_objects()] == sorted(bodies)
 
     def test_one_object_is_listed_alone(self, place: Place) -> None:
-        """A zipped store is one object, and its listing is the one of its directory."""
+        """A zipped store is one object, listed through its directory."""
         place.put("mp-1.zarr.zip", b"0123456789")
         place.put("mp-1.zarr.zip.bak", b"no")
         [alone] = place.open().list_objects("mp-1.zarr.zip")
@@ -200,7 +200,7 @@ class TestListing:
         assert version(alone) in [version(o) for o in place.open().list_objects()]
 
     def test_what_is_not_there_is_an_empty_list(self, place: Place) -> None:
-        """A directory is no object, and an object is no directory."""
+        """A directory is not an object, and an object is not a directory."""
         place.put("mp-1.zarr/0/0", b"x")
         place.put("mp-1.zarr.zip", b"x")
         origin = place.open()
@@ -208,7 +208,7 @@ class TestListing:
             assert origin.list_objects(prefix) == []
 
     def test_a_listing_has_a_time_and_a_version(self, place: Place) -> None:
-        """The version changes with the content; the time is the origin's own."""
+        """The version changes with the content; the time is the origin's."""
         place.put("x", b"one")
         [before] = place.open().list_objects("x")
         place.put("x", b"two")
@@ -227,14 +227,14 @@ class TestListing:
             assert [version(o) for o in origin.list_objects(obj.key)] == [version(obj)]
 
     def test_a_root_that_is_not_there_is_an_error_with_its_name(self, place: Place) -> None:
-        """An empty answer would look like a data set without stores."""
+        """An empty listing would look like a data set without stores."""
         url = f"{place.url}-absent"
         with pytest.raises(OriginNotFoundError) as caught:
             place.open(url).list_names()
         assert url in str(caught.value)
 
     def test_no_such_bucket_is_an_error_everywhere(self, s3_place: Place) -> None:
-        """Also where one store is asked for: it is not that store which is missing."""
+        """Also when a single store is requested: the bucket is missing, not the store."""
         origin = s3_place.open("s3://no-such-bucket-of-ours/data")
         for ask in (origin.list_names, lambda: origin.list_objects("mp-1.zarr/")):
             with pytest.raises(
@@ -255,7 +255,7 @@ class TestListing:
 
     @pytest.mark.parametrize("key", ["a//b", "a/./b", "a/../b", "../x", "/lead", "a\tb"])
     def test_names_that_are_no_paths_are_read_all_the_same(self, s3_place: Place, key: str) -> None:
-        """To S3 they are keys like any other; botocore is asked where obstore refuses."""
+        """S3 accepts them as keys; botocore is used where obstore refuses."""
         assert s3_place.server is not None
         bucket, root = s3_place.split()
         client_of(s3_place.server).put_object(Bucket=bucket, Key=f"{root}/{key}/0", Body=b"odd")
@@ -271,7 +271,7 @@ class TestListing:
     def test_a_long_listing_is_followed_page_by_page(
         self, s3_place: Place, many: str, fault_proxy: FaultProxy
     ) -> None:
-        """One LIST shows 1,000 objects at the most; each page is counted."""
+        """One LIST shows at most 1,000 objects; each page is counted."""
         counters = Counters()
         objects = s3_place.open(many, fault_proxy.endpoint_url, counters).list_objects(
             "store.zarr/"
@@ -280,17 +280,15 @@ class TestListing:
         assert fault_proxy.count("LIST") == fault_proxy.count() == counters.snapshot().requests == 2
 
     def test_many_names_are_followed_page_by_page(self, s3_place: Place, many: str) -> None:
-        """The directory of 200,000 stores has 200 pages."""
+        """A directory of 200,000 stores has 200 pages."""
         assert s3_place.open(f"{many}/store.zarr").list_names() == [
             f"{i:04d}" for i in range(N_MANY)
         ]
 
 
 class TestFetching:
-    """What comes back."""
-
     def test_every_object_comes_once_with_its_bytes(self, place: Place) -> None:
-        """Whatever the order of arrival, and the empty ones too."""
+        """In any order, empty objects included."""
         bodies = place.put_many({**some_store(), "mp-1.zarr/empty": b""})
         origin = place.open()
         assert fetched(origin, origin.list_objects("mp-1.zarr/")) == bodies
@@ -302,13 +300,12 @@ class TestFetching:
         assert counters.snapshot().requests == 0
 
     def test_one_connection_is_enough(self, place: Place) -> None:
-        """concurrency: 1 reads everything."""
+        """``concurrency: 1`` reads everything."""
         bodies = place.put_many(some_store())
         origin = place.open(concurrency=1)
         assert fetched(origin, origin.list_objects()) == bodies
 
     def test_a_range_is_start_to_stop_exclusive(self, place: Place) -> None:
-        """Like a slice."""
         place.put("mp-1.zarr.zip", b"0123456789")
         origin = place.open()
         [obj] = origin.list_objects("mp-1.zarr.zip")
@@ -317,7 +314,7 @@ class TestFetching:
 
     @pytest.mark.parametrize("body", [b"same size!", b"longer than before"])
     def test_a_changed_object_is_an_incomplete_array(self, place: Place, body: bytes) -> None:
-        """Bytes of two versions must never be put together, whole or in ranges."""
+        """Bytes of two versions must never be combined, whole or in ranges."""
         place.put_many({"mp-1.zarr/a": b"0123456789", "mp-1.zarr/b": b"stays"})
         origin = place.open()
         objects = origin.list_objects("mp-1.zarr/")
@@ -331,7 +328,7 @@ class TestFetching:
             assert origin.url_of("mp-1.zarr/a") in str(caught.value)
 
     def test_a_gone_object_is_an_incomplete_array(self, place: Place) -> None:
-        """And no FileNotFoundError, which zarr would fill with zeros."""
+        """Not a FileNotFoundError, which zarr would replace by the fill value."""
         place.put_many({"mp-1.zarr/a": b"0123456789", "mp-1.zarr/b": b"stays"})
         origin = place.open()
         objects = origin.list_objects("mp-1.zarr/")
@@ -359,7 +356,7 @@ class TestFetching:
 
 
 class TestCounting:
-    """What it costs."""
+    """Requests and bytes that operations cost."""
 
     def test_a_store_costs_one_list_and_one_get_an_object(
         self, s3_place: Place, fault_proxy: FaultProxy
@@ -398,7 +395,6 @@ class TestCounting:
     def test_an_absent_store_and_the_names_cost_one_request_each(
         self, s3_place: Place, fault_proxy: FaultProxy
     ) -> None:
-        """Whether a store is there is asked once."""
         s3_place.put("mp-1.zarr/x", b"x")
         counters = Counters()
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, counters=counters)
@@ -416,7 +412,7 @@ class TestCounting:
     def test_a_range_is_one_request_of_that_range(
         self, s3_place: Place, fault_proxy: FaultProxy
     ) -> None:
-        """And counts the bytes that came."""
+        """The counters count the bytes that came."""
         s3_place.put("x", b"0123456789")
         counters = Counters()
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, counters=counters)
@@ -429,7 +425,7 @@ class TestCounting:
     def test_requests_in_flight_reach_the_limit_and_stay_under_it(
         self, s3_place: Place, fault_proxy: FaultProxy
     ) -> None:
-        """concurrency: 5 is five at once."""
+        """``concurrency: 5`` allows five at a time."""
         bodies = s3_place.put_many(some_store(n=20))
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url, concurrency=5)
         objects = origin.list_objects()
@@ -440,7 +436,7 @@ class TestCounting:
     def test_making_an_origin_makes_no_request(
         self, s3_place: Place, fault_proxy: FaultProxy
     ) -> None:
-        """Nor does looking at it."""
+        """Its repr makes none either."""
         origin = s3_place.open(endpoint_url=fault_proxy.endpoint_url)
         pickle.dumps(origin)
         assert "testing" not in repr(origin)
@@ -448,17 +444,14 @@ class TestCounting:
 
 
 class TestIdentity:
-    """What it is called."""
-
     def test_url_and_identity_say_where_the_data_is(self, place: Place) -> None:
-        """The same URL on two endpoints is two things."""
+        """The same URL on two endpoints has two identities."""
         origin = place.open()
         assert origin.url == place.url
         assert origin.identity == ("file" if place.server is None else place.server.endpoint_url)
         assert origin.url_of("mp-1.zarr/a") == f"{place.url}/mp-1.zarr/a"
 
     def test_a_slash_at_the_end_changes_nothing(self, place: Place) -> None:
-        """Users write both."""
         bodies = place.put_many(some_store())
         origin = place.open(place.url + "/")
         assert origin.url == place.url
@@ -479,7 +472,7 @@ class TestIdentity:
 
 
 def read_digest(origin: Origin) -> str:
-    """What a process sees of a store: its listing and its bytes."""
+    """Digest of what a process sees of a store: its listing and its bytes."""
     objects = origin.list_objects("mp-1.zarr/")
     return hashlib.sha256(
         repr((origin.list_names(), objects, sorted(fetched(origin, objects).items()))).encode()
@@ -495,7 +488,7 @@ def _report(origin: Origin, connection: Any) -> None:
 
 
 def in_child(method: str, origin: Origin) -> str:
-    """``read_digest`` in a new process; a child that hangs is an error, not a wait."""
+    """``read_digest`` in a new process; a child that hangs is an error."""
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(origin, theirs))
@@ -513,8 +506,6 @@ def in_child(method: str, origin: Origin) -> str:
 
 
 class TestProcessesAndThreads:
-    """Who may use it."""
-
     def test_a_pickled_origin_works_like_the_one_it_came_from(self, place: Place) -> None:
         """Also after use, and pickled twice."""
         place.put_many(some_store())
@@ -529,7 +520,7 @@ class TestProcessesAndThreads:
     def test_an_origin_used_before_works_in_a_child_process(
         self, place: Place, method: str
     ) -> None:
-        """DataLoader workers inherit origins whose clients and threads did not come along."""
+        """DataLoader workers inherit origins without their clients and threads."""
         place.put_many(some_store())
         origin = place.open()
         expected = read_digest(origin)
@@ -537,7 +528,7 @@ class TestProcessesAndThreads:
         assert read_digest(origin) == expected
 
     def test_threads_share_an_origin(self, place: Place) -> None:
-        """Eight at once, each sees everything."""
+        """Eight threads at once; each sees every object."""
         place.put_many(some_store(n=20))
         origin = place.open(concurrency=4)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -560,7 +551,7 @@ def _engine_of_child(origin: Origin, connection: Any) -> None:
 def test_a_forked_child_leaves_obstore_alone(
     s3_server: S3Server, method: str, expected: str
 ) -> None:
-    """It hangs where the parent has used it; a spawned child is a new process."""
+    """It hangs in a child forked after its parent used it; a spawned child may use it."""
     origin: Callable[[], Any] = Place("s3://any/data", "auto", s3_server).open
     parent = origin()
     assert _engine_used(parent) == "ObstoreEngine"

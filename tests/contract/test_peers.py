@@ -1,5 +1,5 @@
-"""Once per cluster: nodes that miss the same density at the same moment make one fetch of it,
-counted at the S3 server.
+"""Once per cluster: nodes that miss the same density at the same moment fetch it once, counted at
+the S3 server.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SETTLED_S = 2.1
 def uploaded(
     s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, dict[tuple[str, str], Any]]:
-    """Ten stores in a bucket, written a while ago, and what is in them."""
+    """Ten stores in a bucket, old enough for a stable listing, and their values."""
     root, bucket = tmp_path_factory.mktemp("peers"), s3_server.new_bucket()
     values = {}
     for seed, (task_id, role) in enumerate(STORES):
@@ -79,8 +79,8 @@ def objects(server: S3Server, bucket: str) -> set[str]:
 def read_all(
     node: Node, seed: int | None, barrier: Any, answers: Any, block: dict[str, Any]
 ) -> None:
-    """One process on one node: everything, in an order of its own or in that of all others, when
-    all are ready.
+    """One process on one node: read everything, in its own or a common order, once all processes
+    are ready.
     """
     reader = node.reader(**block)
     assert reader.task_ids == IDS
@@ -93,7 +93,7 @@ def read_all(
 
 
 def run(nodes: list[Node], *, same_order: bool, **block: Any) -> list[Any]:
-    """A process on each node, all at once; what each has read, and its counters."""
+    """One process per node, all at once; what each read, and its counters."""
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(len(nodes)), context.SimpleQueue()
     processes = [
@@ -115,7 +115,7 @@ def run(nodes: list[Node], *, same_order: bool, **block: Any) -> list[Any]:
 def test_four_cold_nodes_fetch_every_object_once(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server, same_order: bool
 ) -> None:
-    """1.00 GETs an object and cluster, and everybody has the right values."""
+    """1.00 GETs per object and cluster; every node has the right values."""
     bucket, _, values = uploaded
     log = RequestLog(s3_server, bucket)
     answers = run(cluster.nodes, same_order=same_order)
@@ -136,7 +136,7 @@ def test_four_cold_nodes_fetch_every_object_once(
 def test_without_peers_each_node_fetches_for_itself(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:
-    """4.00: what it costs otherwise, and the proof that the counting can fail."""
+    """4.00 GETs per object: the cost without peers, and proof that the count can fail."""
     bucket = uploaded[0]
     log = RequestLog(s3_server, bucket)
     run(cluster.nodes, same_order=True, peers=[])
@@ -148,8 +148,8 @@ def test_without_peers_each_node_fetches_for_itself(
 def test_node_that_comes_later_asks_s3_for_no_object(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:
-    """The others have everything, whether they know it from a lease or were warm before they were
-    served; nothing of the home's memory is needed.
+    """The other nodes have everything, from a lease or from before they were served; no state of
+    the home node is needed.
     """
     bucket, _, values = uploaded
     first, *_, last = cluster.nodes
@@ -169,7 +169,7 @@ def test_node_that_comes_later_asks_s3_for_no_object(
 def test_full_node_takes_entries_into_memory(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:
-    """It cannot keep them, and S3 is spared all the same."""
+    """It cannot store them, and still makes no request to S3."""
     bucket, _, values = uploaded
     first, second, *_ = cluster.nodes
     first.reader().load("mp-1", "data")
@@ -182,7 +182,9 @@ def test_full_node_takes_entries_into_memory(
 def test_nodes_that_can_keep_nothing_wait_for_nobody(
     cluster: Cluster, uploaded: tuple[str, Path, Any]
 ) -> None:
-    """Who fetched it says that it cannot keep it, and the next one does not look for it there."""
+    """The node that fetched an entry reports that it did not store it, so the next one does not ask
+    for it.
+    """
     values = uploaded[2]
     for node in cluster.nodes:
         reader = node.reader(limit=1)
@@ -193,7 +195,7 @@ def test_nodes_that_can_keep_nothing_wait_for_nobody(
 def test_entry_that_its_holder_has_evicted_is_fetched_again(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:
-    """The home still says who has had it; it is told that this is over."""
+    """The home node still names the former holder, and is told that it has no copy."""
     bucket = uploaded[0]
     first, second, third, _ = cluster.nodes
     for node in (first, second):
@@ -209,7 +211,7 @@ def test_entry_that_its_holder_has_evicted_is_fetched_again(
 def test_entry_comes_from_the_lower_layer_before_any_node_is_asked(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:
-    """Another cache directory, which nothing is written to."""
+    """Another cache directory, which is only read."""
     bucket, _, values = uploaded
     lower, node, *_ = cluster.nodes
     for task_id, role in STORES:
@@ -232,7 +234,7 @@ def test_entry_comes_from_the_lower_layer_before_any_node_is_asked(
 def test_entry_of_an_older_version_is_not_taken_by_who_asks_the_origin(
     s3_server: S3Server, tmp_path: Path, bucket: str, revalidate: str, place: str
 ) -> None:
-    """``never`` trusts what another node has, as it trusts what it has itself."""
+    """``never`` trusts entries of other nodes as it trusts its own."""
     for role in ROLES:
         small_group(tmp_path / role / "mp-1.zarr", seed=1)
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")

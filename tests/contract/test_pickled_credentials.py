@@ -1,5 +1,5 @@
-"""What goes to workers as a pickle holds no secret that was found in a profile or the environment;
-each process finds it there anew.
+"""A pickle sent to workers holds no secret found in a profile or the environment; each process
+looks it up itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zarrcache.origin import open_origin
 
 @dataclass(frozen=True)
 class Secrets:
-    """What must not be in a pickle, and the ``s3_kwargs`` that lead to it."""
+    """Strings that must not be in a pickle, and the ``s3_kwargs`` that lead to them."""
 
     words: tuple[str, ...]
     s3_kwargs: dict[str, Any]
@@ -35,8 +35,8 @@ def secrets(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Secrets:
-    """Credentials that the server takes: of its own, or, if it takes any, of names that occur
-    nowhere else.
+    """Credentials that the server accepts: its own, or, if it accepts any, names that occur nowhere
+    else.
     """
     key, secret = ("A-KEY-OF-THIS-TEST", "a-secret-of-this-test")
     if s3_server.checks_credentials:
@@ -79,8 +79,8 @@ def reader_of(s3_server: S3Server, bucket: str, tmp_path: Path) -> Any:
 def test_no_secret_that_was_found_travels(
     reader_of: Any, secrets: Secrets, bucket: str, tmp_path: Path, engine: str
 ) -> None:
-    """Reader, datasets, caches and origins, before their clients are opened and after; what comes
-    out of the pickle reads all the same.
+    """In pickles of readers, datasets, caches and origins, before and after their clients are
+    opened; the unpickled objects can still read.
     """
     reader = reader_of(secrets.s3_kwargs, engine)
     origin = open_origin(f"s3://{bucket}/data", s3_kwargs=secrets.s3_kwargs)
@@ -111,8 +111,8 @@ def test_no_secret_that_was_found_travels(
 def test_a_secret_that_was_given_travels_and_is_shown_nowhere(
     reader_of: Any, s3_server: S3Server
 ) -> None:
-    """It has to: the worker could find it nowhere else. A pickle of such a reader is not for disks;
-    no ``repr`` has it.
+    """A worker could not find it elsewhere. No ``repr`` shows it, and such a pickle does not belong
+    on a disk.
     """
     secret = s3_server.secret if s3_server.checks_credentials else "a-secret-of-this-test"
     key = s3_server.key if s3_server.checks_credentials else "A-KEY-OF-THIS-TEST"

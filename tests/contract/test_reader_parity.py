@@ -1,5 +1,5 @@
-"""Promise 1: cached, uncached, cold, warm, half warm and offline give the bits, the split and the
-order of a plain zarr read.
+"""Promise 1: reads that are cached, uncached, cold, warm, half warm or offline give the bits, the
+split and the order of a plain zarr read.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ PLACES = ["local", "obstore", "s3fs", "local and obstore", "s3fs and local"]
 
 
 def sparse(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Mostly zeros: zarr writes no object for such chunks."""
+    """Mostly zeros: zarr writes no object for chunks of zeros."""
     values = np.zeros(shape, np.float32)
     values[-1, -1, -1] = 3.0
     return values
 
 
 def awkward(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Not-a-number, infinities, minus zero and the smallest numbers: equal bits, not just equal
-    numbers.
-    """
+    """NaN, infinities, -0.0 and subnormal numbers: the bits are compared, not the numbers."""
     values = random_density(shape, seed=99)
     values.flat[:6] = [np.nan, np.inf, -np.inf, -0.0, 1e-45, np.finfo(np.float32).max]
     return values
@@ -78,7 +76,7 @@ IDS = [f"mp-{name}" for name in LAYOUTS]
 
 @dataclass(frozen=True)
 class World:
-    """Where the stores lie, and what is in them by plain zarr."""
+    """Where the stores are, and their contents as zarr reads them."""
 
     root: Path
     bucket: str
@@ -106,7 +104,7 @@ class World:
 
 
 def build(root: Path, server: S3Server, layouts: Collection[str] = tuple(LAYOUTS)) -> World:
-    """Write layouts for both roles, and put all of it on the server too."""
+    """Write all layouts for both roles, to a directory and to the server."""
     bucket = server.new_bucket()
     want = {}
     for role, (seed, name) in itertools.product(ROLES, enumerate(layouts)):
@@ -122,18 +120,18 @@ def build(root: Path, server: S3Server, layouts: Collection[str] = tuple(LAYOUTS
 
 @pytest.fixture(scope="module")
 def world(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """All layouts, in a directory and on S3. Nobody changes them."""
+    """All layouts, in a directory and on S3; read only."""
     return build(tmp_path_factory.mktemp("world"), s3_server)
 
 
 def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Stricter than ``array_equal``: not-a-numbers are compared, and minus zero is not zero."""
+    """Stricter than ``array_equal``: NaN equals NaN, and -0.0 differs from 0.0."""
     return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
 
 
 def assert_parity(world: World, reader: ZarrS3Reader) -> None:
-    """The split is scikit-learn's, in its order, and every array of it is zarr's own; with and
-    without ``normalize``.
+    """The split is scikit-learn's, in its order, and every array is zarr's, with and without
+    ``normalize``.
     """
     from sklearn.model_selection import train_test_split
 
@@ -160,7 +158,7 @@ def assert_parity(world: World, reader: ZarrS3Reader) -> None:
 
 
 class TestEveryState:
-    """Each layout, from each place, however much of it is in the cache."""
+    """Each layout, from each place, in every state of the cache."""
 
     @pytest.mark.parametrize("place", ["local", "obstore", "obstore and local"])
     def test_uncached_reads_are_plain_reads(self, world: World, place: str) -> None:
@@ -226,7 +224,7 @@ class TestEveryState:
 def test_offline_reads_are_plain_reads(
     world: World, fault_proxy: FaultProxy, tmp_path: Path, engine: str, tier: str
 ) -> None:
-    """A new reader, with connections refused: the split, the order and every array, from either
+    """A new reader while connections are refused: split, order and every array, from either
     tier.
     """
     settings = {"dir": tmp_path / "cache", "arrays": {"enabled": tier == "arrays"}}
@@ -240,7 +238,7 @@ def test_offline_reads_are_plain_reads(
 
 
 def test_offline_reads_are_plain_reads_when_the_server_is_gone(tmp_path: Path) -> None:
-    """The whole server is stopped, not just unreachable; two materials."""
+    """The server process has ended; two materials."""
     with running_server(tmp_path / "log") as server:
         world = build(tmp_path, server, ("v2", "sharded", "zip-v3"))
         assert_parity(world, world.reader("s3fs", {"dir": tmp_path / "cache"}))
@@ -248,8 +246,8 @@ def test_offline_reads_are_plain_reads_when_the_server_is_gone(tmp_path: Path) -
 
 
 def test_large_densities_are_divided_as_numpy_divides_them(tmp_path: Path) -> None:
-    """Beyond 2^24 points float32 does not hold every number of points; the users' division rounds
-    the quotient only.
+    """The type float32 does not represent every number of points above 2^24; the users' division
+    rounds only the quotient.
     """
     values = np.random.default_rng(0).random((255, 257, 257), dtype=np.float32)
     assert values.size > 2**24

@@ -1,5 +1,5 @@
-"""Promises 2 and 3, counted at the server: warm means zero requests, and every object is fetched
-once per node.
+"""Promises 2 and 3, counted at the server: no request when warm, and every object is fetched once
+per node.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTLED_S = 2.1
 
 @dataclass(frozen=True)
 class Node:
-    """Everything a process needs to make its reader; it can be sent to one."""
+    """What a process needs to make its reader; picklable."""
 
     bucket: str
     map_path: Path
@@ -49,7 +49,7 @@ class Node:
 
 @pytest.fixture(scope="module")
 def uploaded(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Four materials in a bucket, written a while ago, and their map. Nobody changes them."""
+    """Four materials in a bucket, old enough for a stable listing, and their map; read only."""
     root, bucket = tmp_path_factory.mktemp("requests"), s3_server.new_bucket()
     for role, (i, task_id) in itertools.product(ROLES, enumerate(IDS)):
         small_group(root / role / f"{task_id}.zarr", shape=(6, 5, 5 + i), diff=True)
@@ -68,7 +68,7 @@ def node(uploaded: tuple[str, Path], s3_server: S3Server, tmp_path: Path) -> Nod
 
 
 def expected_gets(server: S3Server, bucket: str, ids: list[str]) -> Counter[str]:
-    """Each object of the densities, once; their attributes are not needed."""
+    """Each object of the densities once; attributes are not needed."""
     keys = (
         key
         for role, task_id in itertools.product(ROLES, ids)
@@ -78,9 +78,7 @@ def expected_gets(server: S3Server, bucket: str, ids: list[str]) -> Counter[str]
 
 
 def read_all(reader: ZarrS3Reader) -> float:
-    """One pass over both sides of the split, as an epoch and a validation read it; a sum over
-    everything.
-    """
+    """One pass over both sides of the split; the sum over all values."""
     return sum(
         float(values.sum())
         for sets in reader.data_split()
@@ -95,7 +93,7 @@ def read_all_as_a_new_process(node: Node) -> tuple[float, int]:
 
 
 def read_all_at_once(node: Node, barrier: Any, answers: Any) -> None:
-    """One of many processes that begin at the same moment."""
+    """One of many processes that start at the same moment."""
     reader = node.reader()
     order = np.random.default_rng().permutation(len(IDS))
     barrier.wait(60)
@@ -108,7 +106,7 @@ def read_all_at_once(node: Node, barrier: Any, answers: Any) -> None:
 def test_cold_pass_is_a_list_per_directory_and_store_and_a_get_per_object(
     node: Node, s3_server: S3Server, engine: str
 ) -> None:
-    """Nothing twice, no HEAD, and nothing of the arrays that were not asked for."""
+    """No object twice, no HEAD, and no object of other arrays."""
     wanted = expected_gets(s3_server, node.bucket, IDS)
     assert len(wanted) == 2 * 4 * 9  # .zarray and eight chunks each
     log = RequestLog(s3_server, node.bucket)
@@ -122,7 +120,7 @@ def test_cold_pass_is_a_list_per_directory_and_store_and_a_get_per_object(
 
 
 def test_zipped_store_is_one_get(node: Node, s3_server: S3Server) -> None:
-    """Whatever is in it. One HEAD says which version it is."""
+    """And one HEAD for its version."""
     log = RequestLog(s3_server, node.bucket)
     reader = node.reader(functional="zipped")
     for role in ROLES:
@@ -132,7 +130,7 @@ def test_zipped_store_is_one_get(node: Node, s3_server: S3Server) -> None:
 
 
 def test_split_alone_costs_the_listing_of_two_directories(node: Node, s3_server: S3Server) -> None:
-    """No store is opened for it, and ``len`` and ``repr`` of the sequences cost nothing."""
+    """No store is opened; ``len`` and ``repr`` of the sequences make no request."""
     log = RequestLog(s3_server, node.bucket)
     for sets in node.reader(cache=None).data_split():
         assert [len(s) for s in sets] == [2, 2, 2, 2]
@@ -145,7 +143,7 @@ def test_split_alone_costs_the_listing_of_two_directories(node: Node, s3_server:
 def test_directory_of_more_than_a_thousand_stores_is_listed_by_the_page(
     bucket: str, s3_server: S3Server, node: Node
 ) -> None:
-    """A thousand stores a request, whatever is in them."""
+    """A thousand stores per request, whatever they hold."""
     client = s3_server.client()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(
@@ -170,7 +168,7 @@ def test_directory_of_more_than_a_thousand_stores_is_listed_by_the_page(
 
 
 def test_new_process_on_a_warm_node_makes_no_request(node: Node, s3_server: S3Server) -> None:
-    """Neither for the split nor for a density, in this process and in one that begins afresh."""
+    """Neither for the split nor for a density, in this process and in a new one."""
     want = read_all(node.reader())
     log = RequestLog(s3_server, node.bucket)
     assert read_all_as_a_new_process(node) == (want, 0)
@@ -180,7 +178,7 @@ def test_new_process_on_a_warm_node_makes_no_request(node: Node, s3_server: S3Se
 
 
 def test_warm_groups_make_no_request(node: Node, s3_server: S3Server) -> None:
-    """Metadata and a crop come from the byte tier the second time, in a new reader."""
+    """A new reader finds metadata and a crop in the byte tier."""
 
     def use(reader: ZarrS3Reader) -> tuple[dict[str, Any], float]:
         group = reader.read_zarr_store(f"s3://{node.bucket}/data/mp-1.zarr")
@@ -201,7 +199,7 @@ def test_warm_groups_make_no_request(node: Node, s3_server: S3Server) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_eight_cold_processes_fetch_every_object_once(node: Node, s3_server: S3Server) -> None:
-    """They begin at one moment and read the same stores in orders of their own."""
+    """They start at the same moment and read the same stores in different orders."""
     wanted = expected_gets(s3_server, node.bucket, IDS)
     node.reader().data_split()
     log = RequestLog(s3_server, node.bucket)
@@ -226,7 +224,7 @@ def test_eight_cold_processes_fetch_every_object_once(node: Node, s3_server: S3S
 def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
     node: Node, s3_server: S3Server
 ) -> None:
-    """Each worker wants each sample; the parent lists the directories and does nothing else."""
+    """Each worker reads each sample; the parent only lists the directories."""
     wanted = expected_gets(s3_server, node.bucket, IDS)
     log = RequestLog(s3_server, node.bucket)
     reader = node.reader()
@@ -248,7 +246,7 @@ def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
 
 
 def test_reader_without_a_cache_asks_each_time(node: Node, s3_server: S3Server) -> None:
-    """The counting itself can fail: without a cache the second pass costs what the first did."""
+    """The count can fail: without a cache the second pass costs as much as the first."""
     reader = node.reader(cache=None)
     log = RequestLog(s3_server, node.bucket)
     read_all(reader)

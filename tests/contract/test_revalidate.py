@@ -1,4 +1,4 @@
-"""Freshness: ``never`` trusts what is warm, ``run`` asks once a run, ``epoch`` at each reading; and
+"""Freshness: ``never`` trusts warm entries, ``run`` checks once per run, ``epoch`` at each read;
 versions are never mixed.
 """
 
@@ -110,9 +110,7 @@ class TestOverwrittenOrigin:
     def test_never_gives_what_is_warm_until_it_is_warmed_again(
         self, place: Place, arrays: bool
     ) -> None:
-        """Also in a new process. ``ensure``, which warming calls, fetches the present version into
-        the tier.
-        """
+        """Also in a new process. ``ensure``, which ``warm`` calls, fetches the present version."""
         old, _ = place.reader("never", arrays=arrays).load("mp-1", "data")
         old = old.copy()
         new = place.write("data", "mp-1", seed=9)
@@ -125,7 +123,7 @@ class TestOverwrittenOrigin:
         assert again.stats.requests == 0
 
     def test_epoch_gives_the_present_version_at_once(self, place: Place, arrays: bool) -> None:
-        """The same reader, the next reading; and what did not change is not fetched again."""
+        """The same reader at its next read; unchanged stores are not fetched again."""
         reader = place.reader("epoch", arrays=arrays)
         same, _ = reader.load("mp-2", "data")
         for seed, shape in ((0, (6, 5, 7)), (5, (6, 5, 7)), (6, (4, 3, 9)), (7, (6, 5, 7))):
@@ -140,7 +138,7 @@ class TestOverwrittenOrigin:
     def test_store_that_was_deleted_is_an_error_not_an_old_density(
         self, place: Place, arrays: bool
     ) -> None:
-        """With ``epoch``; ``never`` goes on with what it has."""
+        """With ``epoch``; ``never`` continues with its entry."""
         reader = place.reader("epoch", arrays=arrays)
         reader.load("mp-1", "data")
         warm = place.reader("never", arrays=arrays)
@@ -154,8 +152,8 @@ class TestOverwrittenOrigin:
 
 
 def test_store_that_was_overwritten_while_half_of_it_was_warm_is_read_anew(place: Place) -> None:
-    """The byte tier has the listing and the metadata of the old version; its chunks are gone for
-    good.
+    """The byte tier has the listing and metadata of the old version, whose chunks no longer
+    exist.
     """
     reader = place.reader("never", arrays=False)
     reader.get_metadata(reader.read_zarr_store(f"{place.url}/data/mp-1.zarr"))
@@ -164,7 +162,7 @@ def test_store_that_was_overwritten_while_half_of_it_was_warm_is_read_anew(place
 
 
 def test_run_asks_at_the_first_use_of_a_run(place: Place) -> None:
-    """A reader keeps the version it began with; the next run has the present one."""
+    """A reader keeps the version that it first read; the next run reads the present one."""
     place.reader("never").load("mp-1", "data")
     first = place.write("data", "mp-1", seed=8)
     reader = place.reader("run")
@@ -175,7 +173,7 @@ def test_run_asks_at_the_first_use_of_a_run(place: Place) -> None:
 
 
 def test_stale_entry_is_replaced_not_kept_beside(place: Place) -> None:
-    """One entry a density, and no more bytes than one version has."""
+    """One entry per density, with the bytes of one version."""
     reader = place.reader("epoch")
     index = reader.cache.index
     assert index is not None
@@ -189,7 +187,7 @@ def test_stale_entry_is_replaced_not_kept_beside(place: Place) -> None:
 
 
 def test_array_of_the_old_version_stays_whole_in_the_hands_of_its_user(place: Place) -> None:
-    """It is mapped; replacing the entry unlinks the file and changes nothing in it."""
+    """It is mapped; replacing the entry unlinks the file and does not change it."""
     reader = place.reader("epoch")
     reader.load("mp-1", "data")
     old, _ = reader.load("mp-1", "data")
@@ -201,8 +199,8 @@ def test_array_of_the_old_version_stays_whole_in_the_hands_of_its_user(place: Pl
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
-    """Pairs stay pairs: a new grid of both in one epoch, through workers, with sizes that belong to
-    it.
+    """Both densities of a pair change their grid in the same epoch, through workers, with matching
+    sizes.
     """
     for role in ROLES:
         place.write(role, "mp-1", seed=3)
@@ -229,8 +227,8 @@ def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
 def test_asking_costs_one_list_a_store(
     s3_place: Place, s3_server: S3Server, revalidate: str, asked: int, arrays: bool
 ) -> None:
-    """Over three epochs with workers that are forked anew for each; nothing that is fresh is
-    fetched. From either tier.
+    """Over three epochs with newly forked workers; fresh entries are not fetched. From either
+    tier.
     """
     for role, task_id in itertools.product(ROLES, IDS):
         s3_place.reader("never", arrays=arrays).load(task_id, role)  # type: ignore[arg-type]
@@ -252,7 +250,7 @@ def test_asking_costs_one_list_a_store(
 def test_origin_that_cannot_be_asked_is_an_error(
     s3_place: Place, fault_proxy: FaultProxy, revalidate: str
 ) -> None:
-    """Who asked for fresh data is not given what may be old."""
+    """A reader that has to check does not serve what may be stale."""
     reader = s3_place.reader(revalidate, endpoint_url=fault_proxy.endpoint_url)
     for task_id, role in itertools.product(IDS, ROLES):
         reader.load(task_id, role)  # type: ignore[arg-type]
@@ -266,9 +264,7 @@ def test_origin_that_cannot_be_asked_is_an_error(
 
 
 def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    """A store that is gone is missing, one that is new is there; ``never`` keeps the split it began
-    with.
-    """
+    """A removed store is missing and a new one is found; ``never`` keeps its split."""
     assert place.reader("never").task_ids == IDS
     (place.root / "map.json").write_text(json.dumps({"GGA": [*IDS, "mp-3"]}))
     for role in ROLES:
@@ -282,8 +278,8 @@ def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptu
 def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_read(
     s3_place: Place, fault_proxy: FaultProxy
 ) -> None:
-    """The origin lists a new version and then refuses it: the next load asks again, and does not
-    take the old entry for a hit.
+    """The origin lists a new version and then refuses it: the next load asks again instead of
+    returning the old entry.
     """
     endpoint_url = fault_proxy.endpoint_url
     s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")

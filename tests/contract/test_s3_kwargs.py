@@ -1,7 +1,7 @@
-"""``s3_kwargs`` mean to both engines what they mean to s3fs: judged by the requests that arrive.
+"""``s3_kwargs`` mean the same to both engines as to s3fs, judged by the requests that arrive.
 
-moto takes any credentials, so the names of keys are made up there; a server that checks gets its
-own, and what it answers proves the signatures.
+moto accepts any credentials, so key names are made up there; a server that checks credentials gets
+its own, and its answers prove the signatures.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def url(s3_server: S3Server, bucket: str) -> str:
 
 @pytest.fixture
 def known(s3_server: S3Server) -> Known:
-    """``known("THEKEY")`` are credentials that the server takes: of that name, if it takes any."""
+    """``known("THEKEY")`` are credentials that the server accepts, under that name if it accepts
+    any.
+    """
 
     def make(name: str) -> dict[str, str]:
         if s3_server.checks_credentials:
@@ -122,7 +124,7 @@ def arrived(proxy: FaultProxy, url: str, s3_kwargs: dict[str, Any]) -> dict[str,
 def test_key_and_secret_sign_for_us_east_1_by_default(
     fault_proxy: FaultProxy, url: str, known: Known
 ) -> None:
-    """As botocore does for an endpoint of one's own."""
+    """As botocore does for a custom endpoint."""
     got = arrived(fault_proxy, url, {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url})
     assert (got["key"], got["region"], got["token"], got["payer"]) == (
         known("THEKEY")["key"],
@@ -136,7 +138,7 @@ def test_key_and_secret_sign_for_us_east_1_by_default(
 def test_a_token_of_the_environment_is_not_mixed_with_a_given_key(
     fault_proxy: FaultProxy, url: str, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They belong to different people."""
+    """They belong to different accounts."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "of-the-environment")
     got = arrived(fault_proxy, url, {**known("THEKEY"), "endpoint_url": fault_proxy.endpoint_url})
@@ -209,7 +211,6 @@ def test_a_profile_gives_key_token_and_region(
 def test_a_profile_gives_the_endpoint(
     fault_proxy: FaultProxy, url: str, known: Known, aws_files: None
 ) -> None:
-    """Then s3_kwargs need nothing else."""
     got = arrived(fault_proxy, url, {"profile": "gateway"})
     assert got["key"] == known("GATEKEY")["key"]
     assert open_origin(url, s3_kwargs={"profile": "gateway"}).identity == fault_proxy.endpoint_url
@@ -227,7 +228,7 @@ def test_the_environment_gives_the_endpoint(
 
 
 def test_requester_pays_is_said(fault_proxy: FaultProxy, url: str, known: Known) -> None:
-    """On every request."""
+    """The header is on every request."""
     got = arrived(
         fault_proxy,
         url,
@@ -302,7 +303,7 @@ def test_username_and_password_are_key_and_secret(
 
 
 def signs_buckets_as_the_server_does(server: S3Server, url: str) -> bool:
-    """Whether boto3 alone can list with the older signature."""
+    """Whether boto3 alone can list with the older signature version."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import ClientError
@@ -321,8 +322,8 @@ def signs_buckets_as_the_server_does(server: S3Server, url: str) -> bool:
 def test_an_older_signature_goes_through_s3fs(
     fault_proxy: FaultProxy, s3_server: S3Server, url: str, known: Known
 ) -> None:
-    """Engine auto takes the one that can do it. Ceph refuses what botocore signs this way for a
-    bucket, so it is for others to say.
+    """Engine ``auto`` chooses the engine that supports it. Ceph rejects botocore's old signatures
+    of buckets.
     """
     if s3_server.checks_credentials and not signs_buckets_as_the_server_does(s3_server, url):
         pytest.skip(
@@ -342,7 +343,7 @@ def test_an_older_signature_goes_through_s3fs(
 
 
 class _NoSuchBucket(BaseHTTPRequestHandler):
-    """Answers every request the same."""
+    """Gives every request the same answer."""
 
     protocol_version = "HTTP/1.1"
 
@@ -354,12 +355,12 @@ class _NoSuchBucket(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        pass
 
 
 @pytest.fixture
 def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A server whose certificate nobody knows: its URL, and the file of its CA."""
+    """A server with an unknown certificate: its URL, and the file of its CA."""
     ca, cert = make_certificate(tmp_path)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchBucket)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -380,8 +381,8 @@ def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
 def test_certificates_are_checked_unless_one_says_otherwise(
     engine: str, tls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """client_kwargs.verify: a file of one's own CA, or False; or AWS_CA_BUNDLE. An unknown
-    certificate is final and says what to set.
+    """``client_kwargs.verify``: a CA file, or False; or AWS_CA_BUNDLE. An unknown certificate is
+    not retried, and the error says what to set.
     """
     endpoint_url, ca = tls
 

@@ -1,5 +1,5 @@
-"""Stores that are overwritten between two epochs: no stale reading, one LIST each, and only those
-are fetched again. Counted at the server.
+"""Stores are overwritten between two epochs: no stale read, one LIST each, and only those are
+fetched again. Counted at the server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = [
 
 @dataclass
 class Bucket:
-    """Materials on S3, each a pair of stores, and what is in them now."""
+    """Materials on S3, each a pair of stores, and their present values."""
 
     server: S3Server
     name: str
@@ -49,7 +49,7 @@ class Bucket:
         return [f"mp-{i}" for i in range(self.n)]
 
     def write(self, ids: list[str], seed: int) -> None:
-        """Both stores of these materials, with new numbers of the same shape."""
+        """Write both stores of these materials with new values of the same shape."""
         client = self.server.client()
 
         def one(pair: tuple[str, str]) -> None:
@@ -82,7 +82,7 @@ class Bucket:
         )
 
     def stale(self, reader: ZarrS3Reader) -> list[tuple[str, str]]:
-        """One epoch; which densities were not what S3 has now."""
+        """Read one epoch; which densities differ from what S3 has."""
         return [
             (r, i)
             for (r, i), v in self.now.items()
@@ -118,8 +118,8 @@ def stores(s3_server: S3Server, bucket: str, tmp_path: Path) -> Callable[[int], 
 def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(
     stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]
 ) -> None:
-    """With ``revalidate: epoch``: one LIST a density in each epoch. ``never`` asks nothing and
-    reads what it has, until it is warmed.
+    """With ``revalidate: epoch``: one LIST per density and epoch. ``never`` makes no request and
+    reads its entries until they are warmed again.
     """
     n, n_changed = size
     bucket = stores(n)
@@ -149,8 +149,8 @@ def test_epoch_reads_what_was_overwritten_and_fetches_nothing_else(
 def test_warming_with_revalidate_does_the_same(
     stores: Callable[[int], Bucket], s3_server: S3Server, size: tuple[int, int]
 ) -> None:
-    """``zarrcache warm --revalidate``: one LIST a density and one a directory; afterwards ``never``
-    reads the present version, without a request.
+    """``zarrcache warm --revalidate``: one LIST per density and directory; then ``never`` reads the
+    present version without a request.
     """
     n, n_changed = size
     bucket = stores(n)

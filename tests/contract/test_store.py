@@ -1,5 +1,5 @@
-"""Zarr's own contract of a store, over a directory and over S3 through both engines; and what a
-store must never do.
+"""Zarr's contract of a store, over a directory and over S3 with both engines; and what a store must
+never do.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ KINDS = ["local", "obstore", "s3fs"]
 
 
 class FedStore(CachedStore):
-    """The store under test, with a door for the tests' set-up: what is set goes to the origin, past
-    the store.
-    """
+    """The store under test; ``set`` writes to the origin directly."""
 
     async def set(self, key: str, value: Buffer) -> None:
         FEED[self.origin.url](f"{self.name}/{key}", value.to_bytes())
@@ -51,13 +49,13 @@ class FedStore(CachedStore):
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Where the origin is, and what it is read with."""
+    """Where the origin is, and the engine."""
     return str(request.param)
 
 
 @pytest.fixture
 def arguments(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Of a store that does not exist yet."""
+    """For a store that does not exist yet."""
     if kind == "local":
         url, s3_kwargs = str(tmp_path / "data"), None
         (tmp_path / "data").mkdir()
@@ -81,7 +79,7 @@ def arguments(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> dict
 
 
 def no_writes(*_: object) -> None:
-    """In place of a test of zarr's that writes."""
+    """Replaces zarr's tests that write."""
     pytest.skip("the store is read-only: stores are written with zarr, or with zarrcache convert")
 
 
@@ -102,26 +100,22 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
         raise NotImplementedError("only the tests that write read past the store")
 
     def test_store_repr(self, store: FedStore) -> None:
-        """It shows the URL."""
         assert repr(store) == f"CachedStore('{store.origin.url}/mp-1.zarr')"
 
     def test_store_supports_writes(self, store: FedStore) -> None:
-        """It says that it does not."""
         assert not store.supports_writes
         assert not store.supports_deletes
 
     def test_store_supports_listing(self, store: FedStore) -> None:
-        """One LIST knows everything."""
         assert store.supports_listing
 
     def test_store_read_only(self, store: FedStore) -> None:
-        """Always."""
         assert store.read_only
         with pytest.raises(AttributeError):
             store.read_only = False  # type: ignore[misc]
 
     async def test_read_only_store_raises(self, arguments: dict[str, Any]) -> None:  # type: ignore[override]
-        """In zarr's words, and with the URL."""
+        """With zarr's message and the URL."""
         store = CachedStore(**arguments)
         for write in (store.set("foo", cpu.Buffer.from_bytes(b"bar")), store.delete("foo")):
             with pytest.raises(
@@ -132,7 +126,7 @@ class TestZarrsContract(StoreTests[FedStore, cpu.Buffer]):
                 await write
 
     async def test_with_read_only_store(self, arguments: dict[str, Any]) -> None:  # type: ignore[override]
-        """A read-only copy is itself; a writable one there is not."""
+        """A read-only copy is the store itself; a writable copy is refused."""
         store = CachedStore(**arguments)
         assert store.with_read_only(read_only=True) == store
         with pytest.raises(NotImplementedError, match="with_read_only is not implemented"):
@@ -203,8 +197,8 @@ def on_s3(
 def test_crop_of_a_sharded_store_fetches_the_blocks_it_touches_once(
     on_s3: Callable[..., OnS3],
 ) -> None:
-    """A MiB in one object: the index at its end and the block of the chunk; again, and by another
-    reader, nothing.
+    """One object of 1 MiB: the index at its end and the block of the chunk; a second read, also by
+    another reader, fetches nothing.
     """
     store = on_s3(**SHARDED)
     time.sleep(2.1)  # what was written just now is listed twice
@@ -236,8 +230,8 @@ def test_second_read_of_a_group_makes_no_request(on_s3: Callable[..., OnS3]) -> 
 
 
 def test_listed_object_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3]) -> None:
-    """Zarr would fill in what raises FileNotFoundError, without a word. The next opening lists
-    again, and then it is missing.
+    """Zarr would silently fill in for a FileNotFoundError. The next opening lists again, and then
+    the object is absent.
     """
     store = on_s3(chunks=(4, 4, 4))
     array = store.open()
@@ -252,7 +246,7 @@ def test_listed_object_that_is_gone_never_becomes_fill_values(on_s3: Callable[..
 
 
 def test_bucket_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3]) -> None:
-    """Its error is a FileNotFoundError everywhere else."""
+    """Elsewhere its error is a FileNotFoundError."""
     store = on_s3()
     array = store.open()
     for key in store.server.keys(f"s3://{store.bucket}"):
@@ -276,7 +270,9 @@ def test_object_that_changed_since_the_listing_is_an_error_until_the_store_is_op
 
 
 def test_stored_listing_and_objects_open_without_the_server(tmp_path: Path) -> None:
-    """A warm node needs no origin; what was never read says that it cannot be reached."""
+    """A warm node needs no origin; an object that was never read raises that the origin cannot be
+    reached.
+    """
     with running_server(tmp_path / "log") as server:
         bucket = server.new_bucket()
         arrays = small_group(tmp_path / "mp-1.zarr", diff=True)
@@ -344,20 +340,20 @@ def test_store_opens_by_path_url_or_file_url(
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "/"])
 def test_what_names_no_store_is_refused(url: str) -> None:
-    """A bucket is none."""
+    """A bucket is not a store."""
     with pytest.raises(ConfigError, match="names no store"):
         open_store(url)
 
 
 def test_missing_store_is_named(tmp_path: Path) -> None:
-    """As a FileNotFoundError, before zarr takes it for an empty one."""
+    """As a FileNotFoundError, before zarr takes it for an empty store."""
     for name in ("mp-9.zarr", "mp-9.zarr.zip"):
         with pytest.raises(OriginNotFoundError, match=f"{tmp_path}/{name} does not exist"):
             open_group(tmp_path / name)
 
 
 def test_damaged_zip_is_named(tmp_path: Path) -> None:
-    """Not an empty group."""
+    """It is not an empty group."""
     (tmp_path / "mp-1.zarr.zip").write_bytes(b"no zip")
     with pytest.raises(IncompleteArrayError, match="is not a readable zip file"):
         open_group(tmp_path / "mp-1.zarr.zip")

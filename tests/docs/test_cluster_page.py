@@ -1,5 +1,5 @@
-"""docs/guides/cluster.md: its Python runs, its commands have the options that it shows, its
-files are there.
+"""docs/guides/cluster.md: its Python runs, its commands have the options that it shows, its files
+exist.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in 
 
 
 def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
-    """What the commands do is tested in tests/processes/test_cluster.py and
-    tests/processes/test_slurm.py,
-    over a cluster of two nodes.
-    """
+    """Behaviour is tested in tests/processes/test_cluster.py and tests/processes/test_slurm.py."""
     safe_repr = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
     used = {
         (match[1], option)
@@ -42,7 +39,7 @@ def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
 
 
 def test_every_file_of_the_page_is_there() -> None:
-    """Links, and what its commands run."""
+    """Links, and files that its commands run."""
     links = {name.removeprefix("../../") for name in re.findall(r"\]\(([\w./-]+)\)", PAGE)}
     named = links | {
         word for line in COMMANDS for word in line.split() if word.startswith("configs/")
@@ -53,7 +50,7 @@ def test_every_file_of_the_page_is_there() -> None:
 
 @pytest.mark.slow
 def test_the_python_of_the_page_converts(tmp_path: Path) -> None:
-    """As a script, with processes of Dask's own."""
+    """As a script, with worker processes of Dask."""
     pytest.importorskip("distributed", reason="needs the extra 'dask'")
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
     write_pairs(tmp_path / "chgcars", 2, seed=4)

@@ -1,4 +1,4 @@
-"""The demo, as ``tools/demo`` runs it: real processes, a real server, and an end to the server."""
+"""The demo as ``tools/demo`` runs it: real processes and a real server, which is stopped."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def _check(*arguments: str) -> None:
 
 
 def test_the_demo_trains_on_real_densities_with_the_server_switched_off(real_data: Path) -> None:
-    """Pairs are found by the names of their directories; equal bits in every epoch, no request once
-    warm.
-    """
+    """Pairs are found by directory names; equal bits in every epoch, no request once warm."""
     _check("--source", str(real_data / "mp"))
 
 
@@ -50,7 +48,7 @@ def test_the_demo_makes_up_densities() -> None:
 
 
 def test_what_the_demo_cannot_use_is_said(tmp_path: Path) -> None:
-    """Too few pairs, and how to lay them out."""
+    """Too few pairs; the error says how to lay them out."""
     (tmp_path / "input").mkdir()
     done = _demo("--source", str(tmp_path))
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands; what cannot be is named here with the reason."""
+"""The blocks of the README run as printed; exceptions are named here with the reason."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def _run(command: list[str], home: Path, server: S3Server) -> subprocess.Complet
 def test_every_block_and_command_of_the_readme_works_in_its_order(
     home: Path, s3_server: S3Server
 ) -> None:
-    """Convert, warm, status, train, crops, a loader of one's own: top to bottom, as a reader does
-    it.
-    """
+    """Convert, warm, status, train, crops, a custom loader: from top to bottom."""
     for block in BLOCKS:
         if block in COMMANDS:
             _run(["bash", "-euo", "pipefail", "-c", block.text], home, s3_server)
@@ -100,7 +98,7 @@ def test_every_block_and_command_of_the_readme_works_in_its_order(
 
 
 def test_no_block_is_forgotten() -> None:
-    """A block in another language, or one that is excused and gone, has to be looked at."""
+    """A block in another language, or an excuse for a block that no longer exists, fails."""
     assert {b.language for b in BLOCKS} == {"bash", "python", "yaml", ""}
     assert ELSEWHERE.keys() <= {b.text for b in BLOCKS}
     assert len(COMMANDS) == 1
@@ -115,7 +113,6 @@ def test_the_yaml_of_the_readme_is_a_cache_block() -> None:
 
 @pytest.mark.parametrize("verb", sorted(set(re.findall(r"`zarrcache ([a-z]+)", README))))
 def test_every_verb_of_the_readme_has_help(verb: str) -> None:
-    """``zarrcache VERB --help`` exits with 0 and says what it does."""
     done = subprocess.run(
         [sys.executable, "-m", "zarrcache", verb, "--help"],
         capture_output=True,
@@ -127,7 +124,7 @@ def test_every_verb_of_the_readme_has_help(verb: str) -> None:
 
 
 def test_every_file_the_readme_names_is_there() -> None:
-    """Links and tests that promises lean on."""
+    """Links, and the tests behind the promises."""
     names = set(re.findall(r"\]\(([\w./-]+)\)", README)) | set(
         re.findall(r"`((?:tests|tools|docs|configs)/[\w./-]+)`", README)
     )

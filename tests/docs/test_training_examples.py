@@ -1,4 +1,4 @@
-"""The scripts of docs/guides/training.md are run, with fewer and smaller everything."""
+"""The scripts of docs/guides/training.md run, with fewer and smaller data."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def home(bucket: str, tmp_path: Path) -> Path:
 
 
 def environment(home: Path, server: S3Server) -> dict[str, str]:
-    """Where S3 is, and the cache."""
+    """Endpoint and cache directory."""
     return {
         "AWS_ACCESS_KEY_ID": server.key,
         "AWS_SECRET_ACCESS_KEY": server.secret,
@@ -102,7 +102,7 @@ def script(home: Path, name: str, arguments: list[str]) -> None:
 
 
 def start(home: Path, name: str, ranks: list[Mapping[str, str]], *arguments: str) -> None:
-    """The script in each of the ranks, to its end."""
+    """Run the script in each rank to its end."""
     run_ranks(
         script,
         (home, name, list(arguments)),
@@ -112,7 +112,7 @@ def start(home: Path, name: str, ranks: list[Mapping[str, str]], *arguments: str
 
 
 def torchrun(ranks: int) -> list[dict[str, str]]:
-    """What it sets for each process of one node."""
+    """The variables that torchrun sets for each process of one node."""
     port = str(free_port())
     job = {
         "TORCHELASTIC_RUN_ID": "docs",
@@ -134,7 +134,7 @@ def torchrun(ranks: int) -> list[dict[str, str]]:
 
 
 def slurm(nodes: int) -> list[dict[str, str]]:
-    """What srun sets, one process a node."""
+    """The variables that srun sets, one process per node."""
     job = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NAME": "train",
@@ -155,8 +155,8 @@ def slurm(nodes: int) -> list[dict[str, str]]:
 
 
 def state_of(home: Path) -> tuple[str, int, list[Any]]:
-    """What the last checkpoint says of the data: how it is shared out, which epoch is next, what
-    was read of it.
+    """The data state of the last checkpoint: how samples are assigned, the next epoch, and what was
+    read of it.
     """
     state = torch.load(home / "checkpoints" / "last.ckpt", weights_only=False)["ZarrDataModule"]
     return state["assignment"], state["epoch"], state["history"]
@@ -184,8 +184,8 @@ def test_one_node_with_several_gpus(home: Path, s3_server: S3Server) -> None:
 
 
 def test_several_nodes_under_slurm(home: Path, s3_server: S3Server) -> None:
-    """The job script starts the training by srun; what srun starts finds its rank and node, and
-    each node has its own share.
+    """The job script starts the training with srun; each process finds its rank and node, and each
+    node has its own share.
     """
     bin_directory = home / "bin"
     bin_directory.mkdir()
@@ -224,7 +224,7 @@ def test_hydra(home: Path, s3_server: S3Server) -> None:
 
 
 def test_without_lightning(home: Path, s3_server: S3Server) -> None:
-    """Two ranks; then one goes on, and finds the epochs done."""
+    """With two ranks; one of them restarts and finds the epochs done."""
     start(home, "train_plain.py", [environment(home, s3_server) | rank for rank in torchrun(2)])
     state = torch.load(home / "checkpoints" / "plain.pt", weights_only=True)["sampler"]
     assert (state["epoch"], state["history"]) == (2, [])
@@ -236,7 +236,7 @@ def test_transform(home: Path, s3_server: S3Server) -> None:
 
 
 def test_look_ahead(home: Path, s3_server: S3Server) -> None:
-    """Started as users do: it starts a process that must not run the script once more."""
+    """As a script: the process that look-ahead starts must not run the script again."""
     done = subprocess.run(
         [sys.executable, "look_ahead.py"],
         cwd=home,
@@ -256,7 +256,7 @@ def test_look_ahead(home: Path, s3_server: S3Server) -> None:
     ids=["python", "torchrun"],
 )
 def test_the_commands_themselves(home: Path, s3_server: S3Server, command: list[str]) -> None:
-    """Lightning and torchrun start the processes; each imports everything, which takes its time."""
+    """Lightning and torchrun start the processes; each imports everything, which is slow."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     begun = time.time()
     done = subprocess.run(

@@ -1,5 +1,5 @@
-"""A cache directory that breaks in every way: the reader goes on, the fault is counted and told
-once, and nothing wrong is served.
+"""A cache directory that breaks in every way: the reader continues, the fault is counted and logged
+once, and no wrong value is served.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zarrcache.stats import Counters, Stats
 
 
 def make(tmp_path: Path, **block: Any) -> ArrayCache:
-    """An array tier of this test's own."""
+    """An array tier for this test."""
     return ArrayCache(settings(tmp_path, **block), Counters())
 
 
@@ -42,7 +42,7 @@ def root_of(tmp_path: Path) -> Path:
 
 
 class Density:
-    """A store on disk and how it is read through both tiers, as the reader does it."""
+    """A store on disk, read through both tiers as the reader does it."""
 
     def __init__(self, tmp_path: Path, **layout: Any) -> None:
         self.arrays = small_group(tmp_path / "data" / "mp-1.zarr", shape=(8, 8, 8), **layout)
@@ -57,7 +57,7 @@ class Density:
         )
 
     def read(self) -> None:
-        """Every value is right, whatever the cache does."""
+        """Read through both tiers and compare."""
         import zarr
 
         group = zarr.open_group(self.store, mode="r")
@@ -73,7 +73,7 @@ class Density:
 
 @pytest.fixture
 def density(tmp_path: Path) -> Density:
-    """Read once; what is read is in the byte tier."""
+    """Read once, so that its objects are in the byte tier."""
     density = Density(tmp_path, compressors=None)
     density.read()
     assert density.stats.byte_misses > 8
@@ -84,24 +84,24 @@ def density(tmp_path: Path) -> Density:
 
 
 def flip(path: Path) -> None:
-    """One bit in the last quarter: past the header of an entry."""
+    """Flip one bit in the last quarter, after the header of an entry."""
     raw = bytearray(path.read_bytes())
     raw[len(raw) * 7 // 8] ^= 16
     path.write_bytes(raw)
 
 
 def truncate(path: Path) -> None:
-    """Half of it."""
+    """Keep the first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def empty(path: Path) -> None:
-    """As some file systems leave it after a power failure."""
+    """As some file systems leave a file after a power failure."""
     path.write_bytes(b"")
 
 
 def link(path: Path) -> None:
-    """To another file with the same content."""
+    """A link to another file with the same content."""
     other = path.parents[4] / "elsewhere"
     shutil.move(path, other)
     path.symlink_to(other)
@@ -111,7 +111,7 @@ def link(path: Path) -> None:
 def test_bad_array_is_purged_counted_and_stored_again(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A miss for the reader, a line that names the store, and the next one is a hit."""
+    """A miss, one log line that names the store, and a hit afterwards."""
     make(tmp_path).put(key_of(1), array_of(1), source="s")
     damage(payload_files(tmp_path)[0])
     cache = make(tmp_path)
@@ -125,7 +125,7 @@ def test_bad_array_is_purged_counted_and_stored_again(
 
 
 def test_swapped_arrays_are_told_by_their_headers(tmp_path: Path) -> None:
-    """Both are whole, with right checksums, under each other's names."""
+    """Both are whole, with correct checksums, under each other's names."""
     cache = make(tmp_path)
     for number in (1, 2):
         cache.put(key_of(number), array_of(number), source="s")
@@ -140,7 +140,7 @@ def test_swapped_arrays_are_told_by_their_headers(tmp_path: Path) -> None:
 def test_bad_object_is_purged_counted_and_fetched_again(
     density: Density, damage: Callable[[Path], None]
 ) -> None:
-    """Each of them, once; then they are hits again."""
+    """Each once; then they are hits again."""
     files = [path for path in payload_files(density.tmp_path) if path.parts[-3] == "bytes"]
     for path in files:
         damage(path)
@@ -153,7 +153,7 @@ def test_bad_object_is_purged_counted_and_fetched_again(
 
 
 def test_swapped_objects_are_told_by_their_checksums(density: Density) -> None:
-    """Chunks of one length, under each other's names."""
+    """Chunks of equal length, under each other's names."""
     files = [path for path in payload_files(density.tmp_path) if path.parts[-3] == "bytes"]
     path, other = next(
         (a, b)
@@ -173,12 +173,12 @@ def test_swapped_objects_are_told_by_their_checksums(density: Density) -> None:
 
 
 def garbage(index: Path) -> None:
-    """No SQLite file at all."""
+    """Not an SQLite file."""
     index.write_bytes(b"garbage" * 1000)
 
 
 def halved(index: Path) -> None:
-    """Its header promises pages that are not there."""
+    """Its header announces pages that are missing."""
     os.truncate(index, index.stat().st_size // 8192 * 4096)
 
 
@@ -188,19 +188,18 @@ def emptied(index: Path) -> None:
 
 
 def deleted(index: Path) -> None:
-    """By somebody who makes room."""
     index.unlink()
 
 
 def scribbled(index: Path) -> None:
-    """The header is right, the pages are not."""
+    """The header is intact, the pages are not."""
     raw = bytearray(index.read_bytes())
     raw[4096:] = os.urandom(len(raw) - 4096)
     index.write_bytes(raw)
 
 
 def settle(tmp_path: Path) -> None:
-    """What a closed index is: one file, without a log beside it."""
+    """Close an index: one file, without a log."""
     import sqlite3
 
     connection = sqlite3.connect(root_of(tmp_path) / "cache.db")
@@ -215,8 +214,8 @@ def settle(tmp_path: Path) -> None:
 def test_broken_index_heals_and_knows_its_entries_again(
     tmp_path: Path, damage: Callable[[Path], None], open_already: bool
 ) -> None:
-    """Hits again after at most a few misses; the volume is what lies on disk; nothing is lost that
-    was whole.
+    """Hits again after a few misses; the volume equals the bytes on disk; no whole entry is
+    lost.
     """
     cache = make(tmp_path)
     for number in range(8):
@@ -243,7 +242,7 @@ def test_broken_index_heals_and_knows_its_entries_again(
 def test_broken_index_of_a_new_process_loses_no_entry(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is set aside, said once, and rebuilt from the files."""
+    """It is set aside, logged once, and rebuilt from the files."""
     cache = make(tmp_path)
     for number in range(8):
         cache.put(key_of(number), array_of(number), source="s")
@@ -262,7 +261,7 @@ def test_broken_index_of_a_new_process_loses_no_entry(
 
 
 def test_directory_deleted_under_a_running_reader_is_made_again(density: Density) -> None:
-    """Misses, then hits; with the permissions that it had."""
+    """Misses, then hits; with the permissions it had."""
     cache = density.cache.arrays
     assert cache is not None
     cache.put(key_of(1), array_of(1), source="s")
@@ -284,12 +283,12 @@ def test_directory_deleted_under_a_running_reader_is_made_again(density: Density
 
 
 def blocked_by_a_file(tmp_path: Path) -> None:
-    """A file where the directory should be."""
+    """A file in place of the directory."""
     (tmp_path / "cache").write_text("not a directory")
 
 
 def blocked_by_a_link(tmp_path: Path) -> None:
-    """A link to somebody's home."""
+    """A link to a foreign directory."""
     (tmp_path / "home").mkdir()
     (tmp_path / "cache").mkdir()
     root_of(tmp_path).symlink_to(tmp_path / "home")
@@ -299,7 +298,9 @@ def blocked_by_a_link(tmp_path: Path) -> None:
 def test_directory_that_cannot_be_used_costs_the_cache_and_nothing_else(
     tmp_path: Path, block: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both tiers pass through, count, and say why once a kind; nothing is written behind a link."""
+    """Both tiers pass through, count, and log the reason once per kind; nothing is written through
+    a link.
+    """
     block(tmp_path)
     density = Density(tmp_path)
     density.read()
@@ -321,8 +322,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_is_passed_by_and_used_again_when_there_is_room(small_disk: Path) -> None:
-    """The limit allows more than the disk has; what does not fit leaves nothing behind, and what is
-    there stays readable.
+    """The limit allows more than the disk has; a failed write leaves no file, and existing entries
+    stay readable.
     """
     cache = make(small_disk)
     stored = [cache.put(key_of(n), array_of(n, 60_000), source="s") is not None for n in range(30)]
@@ -342,8 +343,8 @@ def test_full_disk_is_passed_by_and_used_again_when_there_is_room(small_disk: Pa
 def test_disk_that_somebody_else_fills_is_passed_by(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also the index cannot be written then; the byte tier goes on reading, and all heals when
-    there is room.
+    """The index cannot be written either; the byte tier still reads, and both recover when there is
+    space.
     """
     density = Density(small_disk)
     density.cache.index.open()  # type: ignore[union-attr]
@@ -369,7 +370,7 @@ def test_disk_that_somebody_else_fills_is_passed_by(
 
 
 def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> None:
-    """Remounted read-only, as ext4 does by itself after an error."""
+    """Remounted read-only, as ext4 does after an error."""
     density = Density(small_disk)
     # not here: a file that is open for writing forbids it
     filler = get_context("fork").Process(target=density.read)
@@ -403,8 +404,8 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
 def test_every_file_has_the_promised_permissions(
     tmp_path: Path, shared: bool, dirs: int, files: int, entries: int
 ) -> None:
-    """Entries, objects, locks, and the index with its log. Nobody alters an entry, so nobody else
-    has to be able to.
+    """Entries, objects, locks, and the index with its log. Entries never change, so other users
+    need no write permission.
     """
     before = os.umask(0o027)
     try:
@@ -431,13 +432,13 @@ def test_every_file_has_the_promised_permissions(
 
 
 def test_nothing_outside_our_directory_is_made(density: Density) -> None:
-    """Beside what the test itself has made there is only ``zarrcache-v1``."""
+    """Besides the files of the test there is only ``zarrcache-v1``."""
     assert os.listdir(density.tmp_path / "cache") == ["zarrcache-v1"]
     assert sorted(os.listdir(density.tmp_path)) == ["cache", "data"]
 
 
 def test_no_pickle_lies_on_disk(density: Density) -> None:
-    """No file is one, and no row of the index holds one."""
+    """Neither a file nor a row of the index is one."""
     import sqlite3
 
     assert density.cache.arrays is not None
@@ -452,7 +453,7 @@ def test_no_pickle_lies_on_disk(density: Density) -> None:
 
 
 def is_pickle(raw: bytes) -> bool:
-    """Whether all of it is one."""
+    """Whether all of it is a pickle."""
     try:
         return sum(1 for _ in pickletools.genops(raw)) > 1
     except Exception:  # noqa: BLE001 - whatever a parser says to bytes that are none of its own

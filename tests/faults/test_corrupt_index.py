@@ -1,5 +1,5 @@
-"""Damage at random places of the index: no value is wrong, no run stops, nothing is fetched again,
-and what lies on disk is known again.
+"""Damage at random places of the index: no wrong value, no run stops, nothing is fetched again, and
+the files on disk are indexed again.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def read_and_die(node: LocalNode) -> None:
-    """Fill the cache; the index is left with its log."""
+    """Fill the cache and die; the index keeps its log."""
     node.read(node.reader())
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture
 def killed(tmp_path: Path) -> LocalNode:
-    """A warm node, its index in a file and a log, as a killed process leaves it."""
+    """A warm node with its index in a file and a log, as a killed process leaves it."""
     node = LocalNode(tmp_path, 2)
     child = FORK.Process(target=read_and_die, args=(node,))
     child.start()
@@ -45,7 +45,7 @@ def killed(tmp_path: Path) -> LocalNode:
 
 @pytest.fixture
 def node(killed: LocalNode) -> LocalNode:
-    """The same, its index in one file, as the last process that closes it leaves it."""
+    """The same with its index in one file, as the last process to close it leaves it."""
     connection = sqlite3.connect(killed.root / "cache.db")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
@@ -54,7 +54,7 @@ def node(killed: LocalNode) -> LocalNode:
 
 
 def keep(node: LocalNode) -> Callable[[], None]:
-    """Keep the cache as it is now; what comes back brings it back."""
+    """Save the cache; the returned function restores it."""
     files = {
         path: path.read_bytes()
         for path in node.root.rglob("*")
@@ -88,8 +88,8 @@ def keep(node: LocalNode) -> Callable[[], None]:
 def test_damaged_index_heals_and_no_run_notices(
     node: LocalNode, caplog: pytest.LogCaptureFixture, mode: Any, count: int, seed: int | None
 ) -> None:
-    """A bit anywhere, or a lost end. What SQLite notices, and what only a row's checksum shows: set
-    aside with one line, rebuilt from the files.
+    """One bit anywhere, or a truncation; found by SQLite or only by a row's checksum: set aside
+    with one log line, rebuilt from the files.
     """
     chance = chance_of(seed)
     restore, healed = keep(node), 0
@@ -123,8 +123,8 @@ def test_damaged_index_heals_and_no_run_notices(
 def test_damaged_log_of_a_killed_process_costs_entries_and_nothing_else(
     killed: LocalNode, count: int, seed: int | None
 ) -> None:
-    """SQLite ends at the first page whose checksum is wrong; files that are in no row then are no
-    hits, and ``verify`` removes them.
+    """SQLite stops at the first page with a wrong checksum; files without a row are not hits, and
+    ``verify`` removes them.
     """
     chance = chance_of(seed)
     restore, lost = keep(killed), 0
@@ -145,8 +145,8 @@ def test_damaged_log_of_a_killed_process_costs_entries_and_nothing_else(
 def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(
     node: LocalNode, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By somebody who makes room. The byte tier's files do not say what they are: they are removed,
-    and only those are fetched again.
+    """Files of the byte tier do not name their object: they are removed, and only those are fetched
+    again.
     """
     (node.root / "cache.db").unlink()
     reader = node.reader()

@@ -1,5 +1,5 @@
-"""Damage at random places of entries and objects: nothing wrong is ever served, all of it is found,
-and all of it is fetched again.
+"""Damage at random places of entries and objects: nothing wrong is served, all of it is found and
+fetched again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from zarrcache.stats import Counters
 
 
 def damages(default: int, slow: int) -> Any:
-    """Parameters ``count, seed``: hundreds that are the same each time, and thousands that are
-    others each time.
-    """
+    """Parameters ``count, seed``: hundreds with a fixed seed, thousands with a new one."""
     return pytest.mark.parametrize(
         ("count", "seed"),
         [
@@ -36,7 +34,7 @@ def damages(default: int, slow: int) -> Any:
 
 @pytest.fixture
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Every purge is a warning; hundreds of them say nothing here."""
+    """Silence the warning of each purge."""
     caplog.set_level(logging.CRITICAL)
 
 
@@ -45,7 +43,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 def test_every_damaged_array_is_found_purged_and_stored_again(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """A bit anywhere in the file, in the header and its padding too, or a lost end: one purge each,
+    """One bit anywhere in the file, header and padding included, or a truncation: one purge each,
     and a hit after the next put.
     """
     chance = chance_of(seed)
@@ -73,8 +71,8 @@ def test_every_damaged_array_is_found_purged_and_stored_again(
 def test_every_damaged_object_is_found_purged_and_fetched_again(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """Whole objects and blocks of large ones; each costs one request, which is counted, and the
-    reader gets the origin's bytes.
+    """Whole objects and blocks of large ones; each costs one request, and the reader gets the
+    origin's bytes.
     """
     chance = chance_of(seed)
     (tmp_path / "data").mkdir()
@@ -114,8 +112,8 @@ def test_every_damaged_object_is_found_purged_and_fetched_again(
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("verify", ["first", "always"])
 def test_a_run_over_damaged_entries_reads_what_the_origin_has(tmp_path: Path, verify: str) -> None:
-    """All of both tiers is damaged; each entry is purged and fetched at its first use, once, and
-    the next run has hits only.
+    """Every entry of both tiers is damaged; each is purged and fetched once at its first use, and
+    the next run has only hits.
     """
     node, chance = LocalNode(tmp_path), chance_of(5)
     node.read(node.reader())

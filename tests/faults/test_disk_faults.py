@@ -1,5 +1,5 @@
-"""A running training whose disk fills, runs out of inodes or quota, fails, or loses the cache:
-every batch is right, one line each, and it heals.
+"""A running training whose disk fills up, runs out of inodes or quota, fails, or loses the cache:
+every batch is right, one log line each, and it recovers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAIRS = 6
 
 @contextmanager
 def deleted_directory(mount: Path) -> Iterator[Disk]:
-    """Somebody makes room on the scratch disk, and a file has the name until that is over."""
+    """The directory is deleted, and a file has its name until the fault is over."""
     mount.mkdir()
 
     def delete() -> None:
@@ -37,14 +37,14 @@ def deleted_directory(mount: Path) -> Iterator[Disk]:
 
 
 class Training:
-    """A run over a node: epochs of batches, each compared with what plain zarr reads."""
+    """A run over a node: epochs of batches, each compared with a plain zarr read."""
 
     def __init__(self, node: LocalNode) -> None:
         self.node = node
         self.reader = node.reader()
 
     def epoch(self, reader: ZarrS3Reader | None = None) -> None:
-        """Every sample, in this run or another."""
+        """Read every sample, in this run or a new one."""
         dataset = ZarrDataset(reader or self.reader, "all")
         assert len(dataset) == PAIRS
         for number, task_id in enumerate(dataset.task_ids):
@@ -55,7 +55,7 @@ class Training:
                 ), (task_id, role)
 
     def store_half(self) -> None:
-        """As far as the run has come when it happens."""
+        """Read half of the samples before the fault begins."""
         dataset = ZarrDataset(self.reader, "all")
         for number in range(PAIRS // 2):
             dataset[number]
@@ -70,8 +70,8 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
     fault: Callable[[Path], AbstractContextManager[Disk]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Two epochs beside the fault: nothing more is stored, one line says so. After it everything is
-    stored, and the next epoch only has hits.
+    """Two epochs during the fault: nothing is stored, one log line. Afterwards everything is
+    stored, and the next epoch has only hits.
     """
     node = LocalNode(tmp_path, PAIRS, shape=(14, 10, 8))
     with fault(tmp_path / "cache") as disk:
@@ -103,7 +103,7 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
 
 
 def hits_and_faults(directory: Path, disk: Disk) -> list[tuple[bool, int]]:
-    """Of one process: before a sector goes bad, after it, and when it can be read again."""
+    """Of one process: before a sector fails, while it fails, and after."""
     counters = Counters()
     cache = ArrayCache(settings(directory, verify="always"), counters)
     assert cache.put(key_of(1), array_of(1, 4 * 2**20), source="s")
@@ -116,13 +116,13 @@ def hits_and_faults(directory: Path, disk: Disk) -> list[tuple[bool, int]]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_bad_sector_beneath_an_entry_is_a_miss_and_no_bus_error(tmp_path: Path) -> None:
-    """Its header can be read and its values cannot: found when its checksum is compared, which is
-    before anybody uses them.
+    """Its header is readable and its values are not: found by the checksum, before the values are
+    used.
     """
     with failing_disk(tmp_path / "cache") as disk:
         assert as_user(None, hits_and_faults, tmp_path, disk) == [(True, 0), (False, 1), (True, 1)]
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Every line of a warning or worse, since the log was cleared."""
+    """Log lines of level warning or above since the log was cleared."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

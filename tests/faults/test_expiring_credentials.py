@@ -1,5 +1,5 @@
-"""Credentials that expire in the middle of a run. They come from a process that the AWS config
-names, as on many clusters; both engines.
+"""Credentials that expire during a run. They come from a process named in the AWS config, as on
+many clusters; both engines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ printf '"SessionToken": "t%04d", "Expiration": "%s"}}' $n $expires
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -> None:
-    """Attempts follow each other at once."""
+    """Retry without waiting."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.02)
     if s3_server.checks_credentials:
         pytest.skip("the credentials are made up")
@@ -51,7 +51,7 @@ class Issuer:
         return int(self._count.read_text())
 
     def all_so_far(self) -> str:
-        """A regular expression for every key that was given out."""
+        """A regular expression for every key issued so far."""
         return "|".join(f"ASIA{n:04d}/" for n in range(1, self.issued + 1))
 
 
@@ -64,7 +64,7 @@ def opened(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Origin, Issuer]]:
-    """``opened(lives_s, **s3_kwargs)``: an origin of four objects whose credentials come from a
+    """``opened(lives_s, **s3_kwargs)``: an origin of four objects with credentials from a
     process.
     """
     client = s3_server.client()
@@ -97,7 +97,7 @@ def read(origin: Origin) -> dict[str, bytes]:
 def test_short_lived_credentials_are_renewed_before_they_expire(
     opened: Callable[..., Any], fault_proxy: FaultProxy
 ) -> None:
-    """The run outlives those that it began with, and no request is refused."""
+    """The run outlives its first credentials, and no request is refused."""
     origin, issuer = opened(lives_s=30)
     assert read(origin) == BODIES
     for _ in range(3):
@@ -113,8 +113,8 @@ def test_short_lived_credentials_are_renewed_before_they_expire(
 def test_credentials_that_the_server_ends_early_are_asked_for_anew(
     opened: Callable[..., Any], fault_proxy: FaultProxy, answer: str
 ) -> None:
-    """They had an hour to go by the clock. What was in flight is tried again with new ones, which
-    serve for the rest of the run.
+    """They were valid for another hour. Requests in flight are retried with new credentials, which
+    serve the rest of the run.
     """
     origin, issuer = opened(lives_s=3600)
     objects = origin.list_objects("mp-1.zarr/")
@@ -131,7 +131,7 @@ def test_credentials_that_the_server_ends_early_are_asked_for_anew(
 def test_credentials_that_stay_expired_are_an_error_by_name(
     opened: Callable[..., Any], fault_proxy: FaultProxy
 ) -> None:
-    """After they were asked for once more: two requests, whatever the number of attempts."""
+    """After one renewal: two requests, whatever the number of attempts."""
     origin, _ = opened(lives_s=3600, attempts=5)
     objects = origin.list_objects("mp-1.zarr/")[:1]
     fault_proxy.reset()
@@ -153,7 +153,7 @@ def test_credentials_that_stay_expired_are_an_error_by_name(
 def test_explicit_keys_are_refused_at_once(
     opened: Callable[..., Any], fault_proxy: FaultProxy
 ) -> None:
-    """There is nobody to ask for others."""
+    """They cannot be renewed."""
     origin, issuer = opened(lives_s=3600, attempts=5, key="ASIAGIVEN", secret="s", token="t")
     objects = origin.list_objects("mp-1.zarr/")[:1]
     fault_proxy.reset()

@@ -1,7 +1,7 @@
-"""Stores, zips, maps and files that were made to do harm: refused with an error that names them, at
-little memory, with nothing written.
+"""Hostile stores, zips, maps and files: refused with an error that names them, with little memory,
+and without writing.
 
-The bombs are real: what they claim they hold, so that a reader that believes them is caught by its
+The bombs are real: they hold what they claim, so that a reader that believes them is caught by its
 memory.
 """
 
@@ -51,7 +51,7 @@ LARGE = 768 * MIB
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is imported at its first use is not counted."""
+    """Import everything first, so that imports do not count as memory."""
     directory = tmp_path_factory.mktemp("imported")
     for i, layout in enumerate(LAYOUTS.values()):
         small_group(directory / f"mp-{i}.zarr", shape=(8, 8, 8), **layout)
@@ -59,7 +59,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def read(directory: Path, store: str, cache: Any = None) -> str:
-    """One density, past every cache; the error's own words, or what came out."""
+    """One density without a cache; the error's message, or the values."""
     try:
         decoded = read_array(open_origin(directory), store, ARRAY)
     except ZarrCacheError as exc:
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def _deflated(wbits: int) -> bytes:
-    """A stream of zeros, made of one block over and over: a bomb costs no time to make."""
+    """A stream of zeros made of one repeated block, so that a bomb is quick to make."""
     packer = zlib.compressobj(9, zlib.DEFLATED, wbits)
     head = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -88,9 +88,7 @@ def _deflated(wbits: int) -> bytes:
 
 
 def zstd_bomb(*, tells: bool, frames: int = 1) -> bytes:
-    """Blocks that repeat one byte 128 KiB long, in frames that tell their size or do not (RFC
-    8878).
-    """
+    """Blocks that repeat one byte 128 KiB long, in frames with or without their size (RFC 8878)."""
     count = LARGE // frames // (128 * 1024)
     blocks = [
         ((128 * 1024) << 3 | 1 << 1 | (i == count - 1)).to_bytes(3, "little") + b"\0"
@@ -133,12 +131,11 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 @pytest.fixture(scope="module")
 def bombs() -> dict[str, bytes]:
-    """Made once."""
     return {name: make() for name, (_, make) in BOMBS.items()}
 
 
 def codec_of(layout: str, kind: str) -> dict[str, Any] | None:
-    """As ``create_array`` wants it; None if the format has no such codec."""
+    """As ``create_array`` takes it; None if the format has no such codec."""
     if layout.startswith("v2"):
         return {"compressors": numcodecs.get_codec({"id": kind})}
     v3 = {
@@ -150,7 +147,7 @@ def codec_of(layout: str, kind: str) -> dict[str, Any] | None:
 
 
 def first_chunk(store: Path) -> Path:
-    """One chunk of the array; the metadata is no chunk."""
+    """One chunk of the array, not its metadata."""
     return next(
         path
         for path in sorted((store / ARRAY).rglob("*"))
@@ -159,8 +156,8 @@ def first_chunk(store: Path) -> Path:
 
 
 def in_shard(bomb: bytes, count: int) -> bytes:
-    """A shard whose first chunk is the bomb; the others are not written. An index at the end, with
-    its checksum.
+    """A shard whose first chunk is the bomb; the others are absent. An index with its checksum at
+    the end.
     """
     import google_crc32c
 
@@ -180,7 +177,7 @@ CHUNKS = [
 def test_chunk_that_unpacks_to_gigabytes_is_refused(
     tmp_path: Path, bombs: dict[str, bytes], layout: str, name: str
 ) -> None:
-    """By every path that a density is decoded on; the chunk is named."""
+    """On every decoding path; the error names the chunk."""
     small_group(
         tmp_path / "mp-1.zarr",
         shape=(8, 8, 8),
@@ -197,7 +194,7 @@ def test_chunk_that_unpacks_to_gigabytes_is_refused(
 
 @pytest.mark.parametrize("inner", ["zstd", "gzip"])
 def test_bomb_within_a_bomb_is_refused(tmp_path: Path, bombs: dict[str, bytes], inner: str) -> None:
-    """Two codecs one after the other: the outer one unpacks to little."""
+    """Two codecs in sequence: the outer one expands to little."""
     small_group(
         tmp_path / "mp-1.zarr",
         shape=(8, 8, 8),
@@ -211,7 +208,7 @@ def test_bomb_within_a_bomb_is_refused(tmp_path: Path, bombs: dict[str, bytes], 
 
 
 def metadata_of(store: Path) -> Path:
-    """The document that describes the array."""
+    """The metadata document of the array."""
     return next(
         path
         for path in ((store / ARRAY / ".zarray"), (store / ARRAY / "zarr.json"))
@@ -220,7 +217,7 @@ def metadata_of(store: Path) -> Path:
 
 
 def described(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what an array says of itself."""
+    """Change the metadata of an array."""
     document = json.loads(metadata_of(store).read_text())
     change(document)
     metadata_of(store).write_text(json.dumps(document))
@@ -232,12 +229,12 @@ def claim_10_tb(document: dict[str, Any]) -> None:
 
 
 def claim_half_the_machine(document: dict[str, Any]) -> None:
-    """Less than 64 GiB, and more than can be had."""
+    """Less than 64 GiB, but more than the available memory."""
     document["shape"] = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // 64, 8, 16]
 
 
 def claim_a_large_chunk(document: dict[str, Any]) -> None:
-    """A small array in a chunk that has room for thousands of them."""
+    """A small array in a chunk that could hold thousands of it."""
     if "chunks" in document:
         document["chunks"] = [2000, 2000, 2000]
     else:
@@ -259,7 +256,7 @@ def claim_in_the_type(document: dict[str, Any]) -> None:
 def test_metadata_that_claims_terabytes_is_refused_before_anything_is_taken(
     tmp_path: Path, layout: str, place: str, change: Any
 ) -> None:
-    """The array, its document and the bytes that it claims are named."""
+    """The error names the array, its metadata document and the claimed bytes."""
     store = tmp_path / "mp-1.zarr"
     small_group(store, shape=(8, 8, 8), **LAYOUTS[layout])
     described(store, change)
@@ -272,7 +269,7 @@ def test_metadata_that_claims_terabytes_is_refused_before_anything_is_taken(
 
 
 def zip_up(store: Path) -> Path:
-    """The store as a zip file, in its place."""
+    """Replace the store by a zip file of it."""
     path = store.with_name(f"{store.name}.zip")
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(p for p in store.rglob("*") if p.is_file()):
@@ -289,7 +286,9 @@ def zip_up(store: Path) -> Path:
 def test_reader_refuses_what_claims_terabytes_and_reads_the_others(
     tmp_path: Path, cache: Any
 ) -> None:
-    """Whatever the tier; nothing of it is kept, and nothing is written but the cache directory."""
+    """With any tier; nothing of it is cached, and nothing is written outside the cache
+    directory.
+    """
     for role, number in itertools.product(("data", "label"), (1, 2)):
         small_group(tmp_path / role / f"mp-{number}.zarr", shape=(5, 6, 7), seed=number)
     described(tmp_path / "data" / "mp-1.zarr", claim_10_tb)
@@ -311,7 +310,7 @@ def test_reader_refuses_what_claims_terabytes_and_reads_the_others(
 )
 @pytest.mark.parametrize("place", ["compressor", "filters"])
 def test_codec_that_makes_objects_is_refused(tmp_path: Path, codec: str, place: str) -> None:
-    """One runs code, the others take their sizes from the data; a density has numbers."""
+    """One runs code, the others take sizes from the data; densities hold numbers."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     described(
         tmp_path / "mp-1.zarr",
@@ -356,7 +355,6 @@ NESTED = "[" * 100_000
 def test_metadata_that_is_deep_or_wide_is_refused(
     tmp_path: Path, text: str, zarr_format: Any
 ) -> None:
-    """Whatever a parser thinks of it."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=zarr_format)
     metadata_of(tmp_path / "mp-1.zarr").write_text(text)
     words, peak = peak_of(read, tmp_path, "mp-1.zarr")
@@ -372,7 +370,7 @@ def test_metadata_that_is_deep_or_wide_is_refused(
 def test_metadata_as_deep_as_a_parser_allows_is_no_recursion(
     tmp_path: Path, depth: int, key: str
 ) -> None:
-    """What ``json`` can just read is deeper than what a function that calls itself can walk."""
+    """What ``json`` can just parse is too deep for a recursive function."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     text = metadata_of(tmp_path / "mp-1.zarr").read_text().rstrip()
     metadata_of(tmp_path / "mp-1.zarr").write_text(
@@ -385,7 +383,7 @@ def test_metadata_as_deep_as_a_parser_allows_is_no_recursion(
 
 
 def test_metadata_of_gigabytes_is_refused_unparsed(tmp_path: Path) -> None:
-    """A list of small numbers takes twenty times its text."""
+    """A list of small numbers takes twenty times the memory of its text."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     path = metadata_of(tmp_path / "mp-1.zarr")
     path.write_text(path.read_text().rstrip()[:-1] + ', "x": [' + "1," * 20 * MIB + "1]}")
@@ -396,7 +394,7 @@ def test_metadata_of_gigabytes_is_refused_unparsed(tmp_path: Path) -> None:
 
 
 def test_object_that_is_listed_as_larger_than_memory_is_not_fetched(tmp_path: Path) -> None:
-    """A sparse file is one, and so is what a hostile server lists."""
+    """A sparse file, or what a hostile server lists."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     os.truncate(first_chunk(tmp_path / "mp-1.zarr"), 2**40)
     words, peak = peak_of(read, tmp_path, "mp-1.zarr")
@@ -409,13 +407,13 @@ def test_object_that_is_listed_as_larger_than_memory_is_not_fetched(tmp_path: Pa
 
 
 def zip_bomb(path: Path, **layout: Any) -> zipfile.ZipFile:
-    """A zipped store, open to have more put into it."""
+    """A zipped store, open for further members."""
     small_group(path, as_zip=True, shape=(8, 8, 8), **layout)
     return zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED)
 
 
 def patch_sizes(path: Path, name: str, file_size: int) -> None:
-    """Have the headers claim another size of a member."""
+    """Make the headers claim another size of a member."""
     raw = bytearray(path.read_bytes())
     for signature, at, skip in ((b"PK\x03\x04", 22, 30), (b"PK\x01\x02", 24, 46)):
         start = -1
@@ -433,7 +431,9 @@ METHODS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": 
     [("deflate", "what it holds"), *((method, "little") for method in METHODS)],
 )
 def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
-    """One whose headers are honest, and one that says a member is small: it is read no further."""
+    """With correct headers, and with a header that claims a small size, beyond which nothing is
+    read.
+    """
     with (
         zip_bomb(tmp_path / "mp-1.zarr.zip") as archive,
         archive.open(zipfile.ZipInfo(f"{ARRAY}/bomb"), "w") as member,
@@ -453,7 +453,7 @@ def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
 
 
 def test_zip_with_a_million_members_is_refused(tmp_path: Path) -> None:
-    """Each takes a kilobyte of Python for 50 bytes of zip."""
+    """Each costs a kilobyte of memory per 50 bytes of zip."""
     path = tmp_path / "mp-1.zarr.zip"
     small_group(path, as_zip=True, shape=(8, 8, 8))
     raw = path.read_bytes()
@@ -492,7 +492,7 @@ def test_zip_with_a_million_members_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_zip_member_that_points_elsewhere_is_never_written(tmp_path: Path, name: str) -> None:
-    """Members are names in memory; no zip is unpacked to disk."""
+    """Members are only names in memory; no zip is extracted to disk."""
     (tmp_path / "data").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with zip_bomb(tmp_path / "data" / "mp-1.zarr.zip") as archive:
@@ -502,7 +502,7 @@ def test_zip_member_that_points_elsewhere_is_never_written(tmp_path: Path, name:
 
 
 def test_zip_within_a_zip_stays_closed(tmp_path: Path) -> None:
-    """A member that is a zip is a member."""
+    """A member that is a zip is an ordinary member."""
     inner = tmp_path / "inner.zip"
     with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb", bytes(64 * MIB))
@@ -517,7 +517,7 @@ def test_zip_within_a_zip_stays_closed(tmp_path: Path) -> None:
 
 
 def read_ids(path: Path, functional: str = "GGA") -> str:
-    """The error's words, or how many ids there are."""
+    """The error's message, or the number of ids."""
     try:
         return f"{len(ids_of(read_map(path), functional))} ids"
     except ConfigError as exc:
@@ -530,7 +530,7 @@ def read_ids(path: Path, functional: str = "GGA") -> str:
     ids=["gzip", "plain"],
 )
 def test_map_of_gigabytes_is_refused(tmp_path: Path, make: Callable[[], bytes]) -> None:
-    """The real one has 2 MB."""
+    """A real one has 2 MB."""
     (tmp_path / "map.json").write_bytes(make())
     words, peak = peak_of(read_ids, tmp_path / "map.json")
     assert str(tmp_path / "map.json") in words
@@ -542,7 +542,7 @@ def test_map_of_gigabytes_is_refused(tmp_path: Path, make: Callable[[], bytes]) 
     "text", [NESTED, '{"GGA": ' + NESTED, '{"GGA": [' + NESTED + "]" * 100_001 + "}", "9" * 100_000]
 )
 def test_map_that_is_deep_is_refused(tmp_path: Path, text: str) -> None:
-    """Not a ``RecursionError``."""
+    """With our error, not a ``RecursionError``."""
     (tmp_path / "map.json").write_text(text)
     words = read_ids(tmp_path / "map.json")
     assert str(tmp_path / "map.json") in words
@@ -551,7 +551,7 @@ def test_map_that_is_deep_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("depth", [100, 500, 900, 980])
 def test_task_id_that_is_a_nest_is_refused(tmp_path: Path, depth: int) -> None:
-    """As deep as ``json`` can read: its ``repr`` is a recursion too."""
+    """As deep as ``json`` can parse: its ``repr`` would recurse too."""
     (tmp_path / "map.json").write_text('{"GGA": ["mp-1", ' + "[" * depth + "]" * depth + "]}")
     words = read_ids(tmp_path / "map.json")
     assert "is not a plain name" in words or "is not JSON" in words
@@ -589,9 +589,7 @@ HOSTILE = {
 def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(
     tmp_path: Path, task_id: str
 ) -> None:
-    """Shown in ASCII, so that what looks alike is told apart; and cut, so that a log is not
-    flooded.
-    """
+    """Shown in ASCII, so that look-alike characters are distinct, and shortened."""
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", task_id]}))
     words = read_ids(tmp_path / "map.json")
     assert "is not a plain name" in words
@@ -601,13 +599,13 @@ def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(
 
 
 def test_map_with_an_id_twice_is_read_as_it_stands(tmp_path: Path) -> None:
-    """The users' split counts it twice: nothing may vanish from it."""
+    """The users' split counts it twice, and no sample may vanish."""
     (tmp_path / "map.json").write_text('{"GGA": ["mp-1", "mp-1"], "SCAN": []}')
     assert read_ids(tmp_path / "map.json") == "2 ids"
 
 
 def test_functional_of_a_hostile_map_is_not_repeated_at_length(tmp_path: Path) -> None:
-    """The message names what is in the map; there may be a million."""
+    """The error lists the functionals of the map, of which there may be a million."""
     (tmp_path / "map.json").write_text(
         json.dumps({f"functional {i}" * 20: [] for i in range(10_000)})
     )
@@ -617,7 +615,7 @@ def test_functional_of_a_hostile_map_is_not_repeated_at_length(tmp_path: Path) -
 
 
 def test_map_that_never_ends_is_refused() -> None:
-    """A device."""
+    """A device file."""
     words, peak = peak_of(read_ids, Path("/dev/zero"))
     assert "/dev/zero" in words
     assert peak < 300 * MIB
@@ -627,7 +625,7 @@ def test_map_that_never_ends_is_refused() -> None:
 
 
 def test_fifo_in_a_store_hangs_nobody(tmp_path: Path) -> None:
-    """Opening one waits for a writer."""
+    """Opening one would block until it has a writer."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     chunk = first_chunk(tmp_path / "mp-1.zarr")
     chunk.unlink()
@@ -637,7 +635,7 @@ def test_fifo_in_a_store_hangs_nobody(tmp_path: Path) -> None:
 
 
 def test_links_in_circles_end(tmp_path: Path) -> None:
-    """Two links to the directory that they lie in: each step down doubles the paths."""
+    """Two links to their own directory: each level doubles the paths."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     for name in ("a", "b"):
         (tmp_path / "mp-1.zarr" / ARRAY / name).symlink_to(tmp_path / "mp-1.zarr" / ARRAY)
@@ -648,7 +646,7 @@ def test_links_in_circles_end(tmp_path: Path) -> None:
 
 
 def test_links_that_branch_end(tmp_path: Path) -> None:
-    """No circle, and a billion paths to thirty directories."""
+    """Not a cycle, but a billion paths to thirty directories."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     above = tmp_path / "mp-1.zarr" / ARRAY
     for number in range(30):
@@ -670,7 +668,7 @@ CHGCAR = b"Si\n1.0\n1 0 0\n0 1 0\n0 0 1\nSi\n1\nDirect\n0 0 0\n\n"
 
 
 def read_file(path: Path) -> str:
-    """The error's words."""
+    """The error's message."""
     try:
         return f"read {read_density(path).total.shape}"
     except ZarrCacheError as exc:
@@ -701,7 +699,7 @@ CONVERTED: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, name: str) -> None:
-    """Named, at the memory of a density that is large."""
+    """With an error that names it, within the memory of a large density."""
     pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / name).write_bytes(CONVERTED[name]())
     words, peak = peak_of(read_file, tmp_path / name)
@@ -714,9 +712,7 @@ def test_file_that_was_made_to_do_harm_is_refused_by_convert(tmp_path: Path, nam
 def test_object_in_a_file_is_neither_imported_nor_made(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pymatgen's JSON may name a module, which is imported from wherever Python finds it: beside
-    the data, if that is where it runs.
-    """
+    """Pymatgen's JSON may name a module, which Python would import from the working directory."""
     pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / "evil.py").write_text(
         f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\nclass X:\n    pass\n"
@@ -738,7 +734,7 @@ def test_object_in_a_file_is_neither_imported_nor_made(
 
 
 def test_convert_writes_nothing_of_hostile_files_and_goes_on(tmp_path: Path) -> None:
-    """Beside a good one; in processes of their own."""
+    """Next to a good file, in worker processes."""
     pytest.importorskip("pymatgen", reason="needs the extra 'convert'")
     (tmp_path / "src").mkdir()
     for name in ("grid.CHGCAR", "nested.json", "shape.json"):

@@ -1,5 +1,5 @@
-"""The commands' own looks at a cache whose index is damaged or whose entries were tampered with:
-they heal it, or say what is wrong.
+"""Commands on a cache whose index is damaged or whose entries were tampered with: they repair it,
+or say what is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENTRIES = 120
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A cache of some entries, its index in one file."""
+    """A cache of some entries, with its index in one file."""
     cache = ArrayCache(settings(tmp_path), Counters())
     for number in range(ENTRIES):
         assert cache.put(key_of(number), array_of(number, 50), source="s")
@@ -47,8 +47,8 @@ LOOKS: dict[str, Callable[[Index], Any]] = {
 def test_a_damaged_page_is_healed_by_whoever_looks(
     tmp_path: Path, root: Path, look: Callable[[Index], Any]
 ) -> None:
-    """Each page in turn is overwritten: status, warm, evict and verify begin with one of these
-    looks, and none of them may end there.
+    """Each page is overwritten once: status, warm, evict and verify all begin by reading the
+    index.
     """
     whole = (root / "cache.db").read_bytes()
     for page in range(1, len(whole) // 4096):
@@ -65,9 +65,7 @@ def test_a_damaged_page_is_healed_by_whoever_looks(
 def test_a_directory_in_place_of_an_entry_costs_its_own_bytes_and_nothing_else(
     tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It cannot be unlinked. The cache opens all the same, now and for those who come after the
-    process that met it.
-    """
+    """It cannot be unlinked. The cache still opens, in this process and later ones."""
     victim = next(path for path in sorted((root / "entries").glob("*/*")))
     victim.unlink()
     victim.mkdir()

@@ -34,7 +34,7 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="only root can mount, o
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A real mount that the kernel lists as ``fuse.sshfs``."""
+    """A real mount, which the kernel lists as ``fuse.sshfs``."""
     with network_mount(tmp_path) as path:
         yield path
 
@@ -43,8 +43,8 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
 def network(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The real mount; and, where nobody may mount, a directory that the kernel's table is made to
-    call NFS.
+    """The real mount; without permission to mount, a directory that a patched mount table calls
+    NFS.
     """
     if request.param == "mounted":
         return request.getfixturevalue("mounted")  # type: ignore[no-any-return]
@@ -59,19 +59,19 @@ def network(
 
 
 def allowed(network: Path, **block: Any) -> CacheConfig:
-    """Settings of a cache there."""
+    """Cache settings that allow it."""
     return CacheConfig(
         **{"dir": network / "cache", "min_free": 0, "allow_network_fs": True, **block}
     )
 
 
 def index_of(network: Path) -> Path:
-    """Its index."""
+    """Path of its index."""
     return network / "cache" / "zarrcache-v1" / "cache.db"
 
 
 def journal_of(path: Path) -> str:
-    """How an index is journalled, read from its header: 2 is with a write-ahead log."""
+    """The journal mode in an index's header: 2 means a write-ahead log."""
     return {1: "rollback", 2: "wal"}[path.read_bytes()[18]]
 
 
@@ -81,8 +81,8 @@ def journal_of(path: Path) -> str:
 def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
     network: Path, tmp_path: Path
 ) -> None:
-    """When the reader is made, before a request: a setting that cannot be, not a fault that
-    training rides out.
+    """When the reader is made, before a request: a configuration error, not a fault that training
+    survives.
     """
     write_pairs(tmp_path, 2)
     cache = {"dir": str(network / "cache"), "min_free": 0}
@@ -112,7 +112,7 @@ def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
 
 @needs_mount
 def test_commands_refuse_with_exit_code_2(mounted: Path, tmp_path: Path) -> None:
-    """``doctor`` too, as a finding; nobody is shown a traceback."""
+    """``doctor`` reports it as a finding; no traceback."""
     write_pairs(tmp_path, 2)
     config = write_config(tmp_path, dir=str(mounted / "cache"))
     run = zarrcache("warm", config)
@@ -145,9 +145,7 @@ def test_commands_refuse_with_exit_code_2(mounted: Path, tmp_path: Path) -> None
 def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(
     network: Path, tmp_path: Path
 ) -> None:
-    """The same values; a second reader has hits alone; at no time is there a log or its shared
-    memory.
-    """
+    """The same values; a second reader has only hits; a log or its shared memory never exists."""
     values = write_pairs(tmp_path, 3)
     config = DataConfig.from_yaml(
         write_config(tmp_path, dir=str(network / "cache"), allow_network_fs=True)
@@ -169,7 +167,7 @@ def test_training_runs_there_cold_and_warm_without_a_write_ahead_log(
 
 
 def test_on_a_disk_of_the_node_the_key_changes_nothing(tmp_path: Path) -> None:
-    """What decides is the file system: the same config serves a cluster where some nodes have a
+    """The file system decides: one config works on clusters where only some nodes have a local
     disk.
     """
     index = Index(CacheConfig(dir=tmp_path / "cache", allow_network_fs=True))
@@ -181,8 +179,8 @@ def test_on_a_disk_of_the_node_the_key_changes_nothing(tmp_path: Path) -> None:
 def test_an_index_with_a_write_ahead_log_is_changed_over_and_keeps_its_entries(
     mounted: Path, tmp_path: Path
 ) -> None:
-    """Made by a version that did not know, or on a disk and copied; what lay in the log only is not
-    lost. And back.
+    """Made by an older version, or copied from a local disk; entries only in the log are kept. And
+    back.
     """
     local = ArrayCache(CacheConfig(dir=tmp_path / "disk" / "cache", min_free=0), Counters())
     for number in range(20):
@@ -202,7 +200,7 @@ def test_an_index_with_a_write_ahead_log_is_changed_over_and_keeps_its_entries(
 
 
 def test_a_killed_writer_is_undone_by_whoever_looks_next(network: Path) -> None:
-    """Its journal lies there; a reader that may not write could not undo it."""
+    """Its rollback journal remains; a read-only connection could not roll back."""
     cache = ArrayCache(allowed(network), Counters())
     for number in range(3):
         assert cache.put(key_of(number), array_of(number), source="s")
@@ -239,7 +237,7 @@ def _put_some(config: CacheConfig, start: int) -> None:
 
 @needs_mount
 def test_four_processes_write_there_at_once(mounted: Path) -> None:
-    """Nothing is lost and nothing counted twice, though readers and writers exclude each other."""
+    """No entry is lost or counted twice, though readers and writers block each other."""
     from multiprocessing import get_context
 
     context = get_context("fork")
@@ -260,9 +258,7 @@ def test_four_processes_write_there_at_once(mounted: Path) -> None:
 
 
 def test_the_index_opens_beside_a_busy_writer(network: Path) -> None:
-    """Readers and writers exclude each other there, and a look at the wrong moment must wait, not
-    fail.
-    """
+    """Readers and writers block each other there; opening must wait instead of failing."""
     Index(allowed(network)).open()
     code = (
         "import sqlite3, sys, time\n"
@@ -290,7 +286,7 @@ def test_the_index_opens_beside_a_busy_writer(network: Path) -> None:
 def test_doctor_warns_of_an_allowed_one_and_a_directory_given_by_hand_may_be_looked_at(
     network: Path,
 ) -> None:
-    """``zarrcache evict --dir``: its settings are not known, and nobody trains there."""
+    """``zarrcache evict --dir`` does not know the settings, and does not train."""
     _put_some(allowed(network), 0)
     found = {finding.name: finding for finding in examine(allowed(network))}
     assert found["file system"].verdict == "warn"
@@ -304,7 +300,7 @@ def test_doctor_warns_of_an_allowed_one_and_a_directory_given_by_hand_may_be_loo
 
 
 def test_setting_survives_pickling_to_a_worker(network: Path) -> None:
-    """A worker makes its own index, from the same config."""
+    """A worker opens its own index from the same config."""
     index = pickle.loads(pickle.dumps(Index(allowed(network))))
     index.open()
     assert journal_of(index_of(network)) == "rollback"

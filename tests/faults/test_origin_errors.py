@@ -1,4 +1,4 @@
-"""The words of an error: what, where, what to do. The same class and the same words from both
+"""Errors of the origin say what, where and what to do: the same class and message from both
 engines, and never a secret.
 """
 
@@ -41,7 +41,7 @@ WHERE["range"] = WHERE["GET"]
 
 
 def failure(op: str, **s3_kwargs: Any) -> Exception:
-    """What both engines raise, after checking that it is one thing and holds no secret."""
+    """The error of both engines, after checking that they agree and hold no secret."""
     found = []
     for engine in ("s3fs", "obstore"):
         fetch = FetchConfig(engine=engine, connect_timeout=2.0, read_timeout=5.0)
@@ -67,7 +67,7 @@ def failure(op: str, **s3_kwargs: Any) -> Exception:
 
 @pytest.fixture
 def at_proxy(fault_proxy: FaultProxy) -> dict[str, Any]:
-    """Credentials and the proxy's address."""
+    """Credentials, with the proxy's address."""
     return {"key": KEY, "secret": SECRET, "token": TOKEN, "endpoint_url": fault_proxy.endpoint_url}
 
 
@@ -75,7 +75,7 @@ def at_proxy(fault_proxy: FaultProxy) -> dict[str, Any]:
 def test_without_credentials_the_error_says_where_they_may_stand(
     op: str, fault_proxy: FaultProxy
 ) -> None:
-    """And no request is sent."""
+    """No request is sent."""
     error = failure(op, endpoint_url=fault_proxy.endpoint_url)
     assert type(error) is OriginAccessError
     assert str(error).startswith(
@@ -123,7 +123,7 @@ def test_without_credentials_the_error_says_where_they_may_stand(
 def test_wrong_credentials_say_which_part_is_wrong(
     op: str, answer: str, words: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]
 ) -> None:
-    """One request, no retry; the answer's echo of the key is not repeated."""
+    """One request, no retry; the key in the server's answer is not repeated."""
     fault_proxy.rules(Rule(then=answer))
     error = failure(op, **at_proxy)
     assert type(error) is OriginAccessError
@@ -149,7 +149,7 @@ def test_a_403_without_a_body_is_an_access_error_too(
 
 
 def test_anon_on_a_private_bucket_says_to_remove_anon(fault_proxy: FaultProxy) -> None:
-    """Not which permissions credentials would need: there are none."""
+    """Missing permissions would be the wrong advice: there are no credentials."""
     fault_proxy.rules(Rule(then="403"))
     error = failure("LIST", anon=True, endpoint_url=fault_proxy.endpoint_url)
     assert type(error) is OriginAccessError
@@ -161,7 +161,7 @@ def test_anon_on_a_private_bucket_says_to_remove_anon(fault_proxy: FaultProxy) -
 def test_no_such_bucket_names_bucket_and_endpoint(
     op: str, fault_proxy: FaultProxy, s3_server: S3Server
 ) -> None:
-    """The real server's own answer; one that checks credentials tells nobody else."""
+    """From the real server's answer; a server that checks credentials tells only its owner."""
     error = failure(op, **s3_server.kwargs_at(fault_proxy.endpoint_url))
     assert type(error) is OriginNotFoundError
     assert isinstance(error, FileNotFoundError)
@@ -175,7 +175,7 @@ def test_no_such_bucket_names_bucket_and_endpoint(
 def test_an_endpoint_that_refuses_says_so(
     op: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]
 ) -> None:
-    """Nothing listens there."""
+    """A port without a listener."""
     fault_proxy.down()
     error = failure(op, **at_proxy)
     assert type(error) is OriginUnavailableError
@@ -193,7 +193,7 @@ def test_an_endpoint_whose_name_is_unknown_says_so(at_proxy: dict[str, Any]) -> 
 
 
 def test_a_missing_profile_is_named(fault_proxy: FaultProxy) -> None:
-    """And where profiles stand."""
+    """The error says where profiles are looked for."""
     error = failure("LIST", profile="laboratory", endpoint_url=fault_proxy.endpoint_url)
     assert type(error) is OriginAccessError
     assert (
@@ -214,7 +214,7 @@ def test_a_missing_profile_is_named(fault_proxy: FaultProxy) -> None:
 def test_a_bucket_in_another_region_says_what_to_set(
     op: str, answer: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any]
 ) -> None:
-    """The library follows once by itself; a server that sends it on for ever ends there."""
+    """The library follows one redirect; a server that redirects endlessly ends there."""
     fault_proxy.rules(Rule(then=answer, op="GET|LIST"))
     for engine in ("s3fs", "obstore"):
         origin: Any = open_origin(
@@ -279,7 +279,9 @@ def test_options_that_cannot_be_used_are_named_at_once(
 def test_options_that_s3fs_does_not_know_are_config_errors(
     op: str, s3_kwargs: dict[str, Any], at_proxy: dict[str, Any]
 ) -> None:
-    """They go to s3fs, which says so when its client is made; obstore alone cannot do them."""
+    """They are passed to s3fs, which rejects them when its client is made; obstore does not support
+    them.
+    """
     origin = open_origin("s3://densities/data", s3_kwargs={**at_proxy, **s3_kwargs})
     with pytest.raises(
         ConfigError, match=r"s3fs does not accept s3_kwargs: .*unexpected keyword argument"
@@ -301,7 +303,7 @@ def test_options_that_s3fs_does_not_know_are_config_errors(
 def test_no_log_line_holds_a_secret(
     engine: str, fault_proxy: FaultProxy, at_proxy: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ours, at every level, while requests fail and are tried again."""
+    """At every log level, while requests fail and are retried."""
     fault_proxy.rules(Rule(("503", "reset"), then="403:InvalidAccessKeyId"))
     origin = open_origin(
         "s3://densities/data", s3_kwargs=at_proxy, fetch=FetchConfig(engine=engine)
@@ -317,7 +319,7 @@ def test_no_log_line_holds_a_secret(
 
 @pytest.mark.parametrize("url", ["gs://bucket/data", "http://server/data"])
 def test_another_scheme_is_refused_with_the_ones_there_are(url: str) -> None:
-    """Not taken for a directory of that name."""
+    """It is not taken for a directory name."""
     with pytest.raises(
         ConfigError,
         match=r"is of scheme \w+://, which is not supported. Write s3://bucket/prefix, a path, or "
@@ -335,14 +337,13 @@ def test_another_scheme_is_refused_with_the_ones_there_are(url: str) -> None:
     ],
 )
 def test_an_url_without_a_bucket_is_refused(url: str, words: str) -> None:
-    """At once."""
     with pytest.raises(ConfigError, match=words):
         open_origin(url)
 
 
 def test_a_directory_that_may_not_be_read_is_an_access_error(tmp_path: Path) -> None:
-    """And a file in the way of a directory is not found; no error of the file system is taken for
-    an absent store.
+    """A file in place of a directory is not found; no file system error is taken for an absent
+    store.
     """
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

@@ -1,4 +1,4 @@
-"""The network and the server fail: what is tried again, how often, for how long, and what it leaves
+"""Faults of network and server: what is retried, how often, for how long, and what it leaves
 behind. Both engines.
 """
 
@@ -46,7 +46,7 @@ ASK: dict[str, Callable[[Origin, list[ObjectInfo]], Any]] = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts follow each other at once, and no pause outlasts its test."""
+    """Retry without waiting; no pause outlasts its test."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.02)
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setattr(retry, "_pauses", {})
@@ -83,7 +83,7 @@ def url(s3_server: S3Server, plain_client: Any) -> str:
 def opened(
     request: pytest.FixtureRequest, s3_server: S3Server, fault_proxy: FaultProxy, url: str
 ) -> Callable[..., Origin]:
-    """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin through
+    """``opened(attempts=..., timeout=..., counters=..., **fetch)`` opens the store's origin behind
     the proxy.
     """
 
@@ -114,7 +114,7 @@ def listed(s3_server: S3Server, url: str) -> list[ObjectInfo]:
 
 
 def expected(op: str, listed: list[ObjectInfo]) -> Any:
-    """What ``ASK[op]`` returns when nothing fails."""
+    """The result of ``ASK[op]`` without faults."""
     first = listed[0]
     return {
         "LIST": listed,
@@ -125,13 +125,13 @@ def expected(op: str, listed: list[ObjectInfo]) -> Any:
 
 
 def methods(op: str) -> str:
-    """The proxy's name of the requests of ``ASK[op]``."""
+    """The proxy's names of the requests of ``ASK[op]``."""
     return "GET" if op == "range" else op
 
 
 def sendings(origin: Any, fault: str) -> int:
-    """How often one attempt is sent: aiohttp repeats a request whose connection is cut before the
-    answer begins, once.
+    """Requests per attempt: aiohttp repeats a request once if its connection is cut before the
+    answer begins.
     """
     return 2 if fault == "reset" and type(origin._bucket.engine()).__name__ == "S3fsEngine" else 1
 
@@ -180,7 +180,7 @@ class TestTransient:
         op: str,
         fault: str,
     ) -> None:
-        """The answer is the same as without it, and the counters say what the server saw."""
+        """The same answer as without it; the counters match the server's."""
         counters = Counters()
         # a busy machine is no fault
         origin = opened(counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0)
@@ -197,7 +197,7 @@ class TestTransient:
     def test_each_object_has_its_own_second_attempt(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """When all fail once, all are asked for twice, and none a third time."""
+        """If every object fails once, each is requested twice."""
         counters = Counters()
         fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
         assert ASK["GET"](opened(counters=counters), listed) == BODIES
@@ -232,7 +232,7 @@ class TestTransient:
     def test_a_flipped_bit_is_found_where_the_server_stores_a_checksum_too(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str
     ) -> None:
-        """There botocore finds it before us, and it is the same transient fault."""
+        """There botocore finds it first, and it is the same transient fault."""
         s3_server.put(f"{url}/checked.zip", b"checked" * 100, ChecksumAlgorithm="SHA256")
         origin = opened()
         [obj] = origin.list_objects("checked.zip")
@@ -248,8 +248,8 @@ class TestTransient:
         plain_client: Any,
         url: str,
     ) -> None:
-        """With a key of KMS it only looks like one; that is asked once, and then left alone for the
-        whole origin.
+        """With KMS encryption it only looks like an MD5; one mismatch switches the check off for
+        the origin.
         """
         bucket = url.split("/")[2]
         for key in ("kms/1", "kms/2"):
@@ -274,7 +274,7 @@ class TestTransient:
         url: str,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """One line an attempt, on the package's logger."""
+        """One line per attempt, on the package's logger."""
         fault_proxy.rules(Rule(("503", "500"), op="LIST"))
         ASK["LIST"](opened(), listed)
         lines = [
@@ -289,7 +289,7 @@ class TestTransient:
 
 @pytest.fixture
 def up_at_retry(fault_proxy: FaultProxy) -> Iterator[None]:
-    """The proxy listens again as soon as an attempt has failed."""
+    """The proxy accepts connections again once an attempt has failed."""
 
     class Restart(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -315,7 +315,7 @@ class TestPermanent:
         op: str,
         fault: str,
     ) -> None:
-        """Nothing below retries: three attempts are three requests, and the error names URL,
+        """No layer below retries: three attempts are three requests, and the error names URL,
         attempts and last cause.
         """
         counters = Counters()
@@ -354,7 +354,7 @@ class TestPermanent:
         listed: list[ObjectInfo],
         fault: str,
     ) -> None:
-        """An error, not an array."""
+        """The result is an error, not an array."""
         fault_proxy.rules(Rule(then=fault, op="GET"))
         with pytest.raises(OriginUnavailableError):
             next(opened(attempts=2).fetch(listed[:1]))
@@ -372,7 +372,7 @@ class TestPermanent:
     def test_a_large_store_does_not_storm_a_server_that_is_down(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Of 300 objects a pass asks for no more than are in flight when the failures come."""
+        """Of 300 objects one pass requests only those in flight when the failures arrive."""
         fault_proxy.rules(Rule(then="500"))
         objects = [ObjectInfo(f"mp-1.zarr/{i}", 100, "x") for i in range(300)]
         with pytest.raises(OriginUnavailableError):
@@ -382,7 +382,7 @@ class TestPermanent:
     def test_the_time_bound_ends_it_before_the_attempts(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """A server that hangs is given up after cache.retry.timeout, however many attempts are
+        """A server that hangs is given up after ``cache.retry.timeout``, however many attempts are
         left.
         """
         fault_proxy.rules(Rule(then="hang"))
@@ -447,8 +447,8 @@ class TestPermanent:
     def test_a_final_answer_ends_the_whole_fetch(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Requests that still hang are cancelled, or end within QUICK_S; nobody waits for their
-        time-out.
+        """Requests that still hang are cancelled, or end within QUICK_S; their timeouts do not
+        matter.
         """
         fault_proxy.rules(Rule(then="403", op="GET", key="/1$"), Rule(then="hang", op="GET"))
         with pytest.raises(OriginAccessError):
@@ -457,8 +457,8 @@ class TestPermanent:
 
 
 class TestLate:
-    """obstore asks for small objects in threads, which nobody can interrupt: each request is short,
-    and asked again patiently if it was too short.
+    """Engine obstore asks for small objects in threads that cannot be interrupted: requests have a
+    short timeout, and a long one when repeated.
     """
 
     @pytest.fixture
@@ -485,7 +485,7 @@ class TestLate:
         listed: list[ObjectInfo],
         fault: str,
     ) -> None:
-        """That is no attempt of ``cache.retry``; the counters have it."""
+        """It is counted, and is not an attempt of ``cache.retry``."""
         counters = Counters()
         fault_proxy.rules(Rule((fault,), op="GET", key="/2$"))
         assert ASK["GET"](late(counters=counters), listed) == BODIES
@@ -495,8 +495,8 @@ class TestLate:
     def test_a_slow_server_is_not_hurried(
         self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Where many are late, they are waited for from then on: everything is asked for twice
-        once, and never again.
+        """If many requests are late, later ones get the long timeout: every object is requested
+        twice only once.
         """
         fault_proxy.rules(Rule(op="GET", latency_s=0.6))
         origin = late()
@@ -507,7 +507,6 @@ class TestLate:
     def test_a_large_object_is_not_hurried(
         self, late: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str
     ) -> None:
-        """It may take its time."""
         body = random.Random(9).randbytes(engine_obstore.QUICK_BYTES + 1)
         s3_server.put(f"{url}/large/0", body)
         origin = late()
@@ -518,13 +517,13 @@ class TestLate:
 
 
 class TestCancel:
-    """The consumer has had enough."""
+    """The consumer stops early."""
 
     def test_closing_the_iterator_cancels_what_is_in_flight(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """The proxy sees the client hang up long before any time-out: at once, or after QUICK_S at
-        the most.
+        """The proxy sees the client disconnect long before any timeout: at once, or within
+        QUICK_S.
         """
         fault_proxy.rules(Rule(("ok",), then="hang", op="GET"))
         origin = opened(read_timeout=300.0, timeout=300.0)
@@ -546,7 +545,7 @@ class TestCancel:
         listed: list[ObjectInfo],
         op: str,
     ) -> None:
-        """At once, and nothing stays in flight for longer than QUICK_S."""
+        """At once, and nothing is in flight for longer than QUICK_S."""
         fault_proxy.rules(Rule(then="hang", op=methods(op)))
         origin = opened(read_timeout=300.0, timeout=300.0)
 
@@ -568,9 +567,7 @@ class TestCancel:
     def test_a_slow_consumer_does_not_use_up_the_time_bound(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
-        """Decoding takes longer than cache.retry.timeout here; the fault after it is retried all
-        the same.
-        """
+        """Decoding takes longer than ``cache.retry.timeout``; a fault after it is still retried."""
         fault_proxy.rules(Rule(("ok", "503"), op="GET"))
         got = {}
         for obj, body in opened(timeout=0.3, concurrency=1).fetch(listed):

@@ -1,5 +1,5 @@
-"""Whole stores are overwritten while they are read: every array is one version, whole, or an error
-that says that somebody is writing.
+"""Stores are overwritten while they are read: every array is one version, or an error that says
+that the store is being written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REALLY_WAIT = reading.wait_until
 
 @pytest.fixture(autouse=True)
 def really_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests read behind their own writer and do not wait; here it is the point."""
+    """Other tests patch this wait away."""
     monkeypatch.setattr(reading, "wait_until", _REALLY_WAIT)
 
 
@@ -60,15 +60,15 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]
 
 
 def version_of(values: NDArray[np.float32]) -> int | None:
-    """Which version an array is, None if it is a mixture, or not whole."""
+    """Version of an array; None if it is mixed or incomplete."""
     found = values.reshape(-1) - np.arange(np.prod(SHAPE), dtype="float32")
     return int(found[0]) // STEP if np.all(found == found[0]) and found[0] % STEP == 0 else None
 
 
 @dataclass
 class Writer:
-    """Overwrites stores with one version after the other, in a thread, and knows which one was
-    whole when.
+    """Overwrites stores version by version in a thread, and records which version was complete
+    when.
     """
 
     server: S3Server
@@ -103,7 +103,7 @@ class Writer:
 
 @pytest.fixture
 def writer(s3_server: S3Server, bucket: str, versions: list[dict[str, bytes]]) -> Iterator[Writer]:
-    """Of a bucket of its own."""
+    """With its own bucket."""
     writer = Writer(s3_server, f"s3://{bucket}/data", versions, random.Random(7))
     yield writer
     writer.done.set()
@@ -127,8 +127,8 @@ def test_writer_that_stops_to_think_is_waited_for(
     arrays: bool,
     is_new: bool,
 ) -> None:
-    """It has written half a store and goes on after longer than a reading takes. Neither halves of
-    two versions nor zeros, in either tier.
+    """It pauses in the middle of a store for longer than a read takes. Neither mixed versions nor
+    zeros, in either tier.
     """
     (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
     writer.put("mp-1.zarr", 0, gaps=False)
@@ -175,8 +175,8 @@ def test_writer_that_stops_to_think_is_waited_for(
 def hammer(
     writer: Writer, *, n_stores: int, n_readers: int, seconds: float, rest_s: float
 ) -> tuple[int, int]:
-    """Read stores cold through both engines while they are overwritten; how many readings were
-    whole, and how many refused.
+    """Read stores cold through both engines while they are overwritten; numbers of complete and of
+    refused reads.
     """
     stores = [f"mp-{i}.zarr" for i in range(n_stores)]
     for store in stores:
@@ -219,7 +219,7 @@ def hammer(
 
 
 def test_readings_under_a_writer_are_of_one_version(writer: Writer) -> None:
-    """It overwrites five stores over and over, with pauses of up to 0.6 s between two objects."""
+    """Five stores are overwritten repeatedly, with pauses of up to 0.6 s between two objects."""
     whole, _ = hammer(writer, n_stores=5, n_readers=6, seconds=6.0, rest_s=0.5)
     assert whole >= 1
     assert max(writer.newest.values()) >= 1
@@ -227,7 +227,7 @@ def test_readings_under_a_writer_are_of_one_version(writer: Writer) -> None:
 
 @pytest.mark.slow
 def test_readings_under_a_writer_are_of_one_version_for_two_minutes(writer: Writer) -> None:
-    """The same with six stores and sixteen readers."""
+    """Six stores and sixteen readers."""
     whole, _refused = hammer(writer, n_stores=6, n_readers=16, seconds=120.0, rest_s=0.5)
     assert whole >= 100
 
@@ -236,8 +236,8 @@ def test_readings_under_a_writer_are_of_one_version_for_two_minutes(writer: Writ
 def test_another_version_is_refused_by_the_server(
     s3_server: S3Server, fault_proxy: FaultProxy, bucket: str, engine: Any
 ) -> None:
-    """Each GET, of a whole object and of a range, asks for the listed version and no other: not
-    even its bytes travel.
+    """Each GET, of an object or a range, is conditional on the listed version: not even its bytes
+    are sent.
     """
     url = f"s3://{bucket}/data"
     s3_server.put(f"{url}/mp-1.zarr/0", b"0123456789")

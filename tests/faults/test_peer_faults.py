@@ -1,5 +1,5 @@
-"""Peers and lower layers that are dead, slow, damaged or hostile: each sample is right, each
-trouble is said once, nothing bad is kept.
+"""Peers and lower layers that are dead, slow, damaged or hostile: each sample is right, each fault
+is logged once, and no bad entry is kept.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TASK, ROLE = "mp-1", "data"
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> LocalNode:
-    """Densities in a directory, and a cache that has them all."""
+    """Densities in a directory, and a cache that has all of them."""
     node = LocalNode(tmp_path_factory.mktemp("node"))
     node.read(node.reader())
     return node
@@ -56,29 +56,29 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> LocalNode:
 
 @pytest.fixture
 def key(node: LocalNode) -> ArrayKey:
-    """What is asked for."""
+    """The key of the requested entry."""
     return node.reader().key(TASK, ROLE)
 
 
 @pytest.fixture
 def good(node: LocalNode, key: ArrayKey) -> bytes:
-    """The entry as it is on disk."""
+    """The bytes of the entry on disk."""
     (path,) = (node.root / "entries").rglob(f"{key.digest}-*")
     return path.read_bytes()
 
 
 def reader_at(node: LocalNode, directory: Path, **block: Any) -> ZarrS3Reader:
-    """A node with an empty cache of its own."""
+    """A reader with an empty cache of its own."""
     return make_reader(node.directory, cache={"dir": directory / "own", **block})
 
 
 def flipped(raw: bytes, byte: int) -> bytes:
-    """One bit of it is another."""
+    """With one bit of this byte flipped."""
     return raw[:byte] + bytes([raw[byte] ^ 4]) + raw[byte + 1 :]
 
 
 def header_with(**fields: Any) -> Callable[[bytes], bytes]:
-    """The header says something else, with a right checksum; the payload is as it was."""
+    """With changed header fields and a correct checksum; the payload is unchanged."""
 
     def change(raw: bytes) -> bytes:
         length = int.from_bytes(raw[12:16], "little")
@@ -93,7 +93,7 @@ def header_with(**fields: Any) -> Callable[[bytes], bytes]:
 
 
 def of_kind(dtype: str, shape: tuple[int, ...]) -> Callable[[bytes], bytes]:
-    """A whole entry of the right key that is no density."""
+    """A valid entry of the right key that does not hold a density."""
 
     def change(raw: bytes) -> bytes:
         fields = json.loads(raw[20 : 20 + int.from_bytes(raw[12:16], "little")])
@@ -107,7 +107,7 @@ def of_kind(dtype: str, shape: tuple[int, ...]) -> Callable[[bytes], bytes]:
 
 
 def nested(raw: bytes) -> bytes:
-    """JSON that overflows a parser's stack, with a right checksum."""
+    """JSON that overflows a parser's stack, with a correct checksum."""
     text = b"[" * 60000
     prefix = raw[:12] + len(text).to_bytes(4, "little") + crc32c(text).to_bytes(4, "little")
     return (prefix + text).ljust(61440, b"\0") + raw[4096:]
@@ -138,7 +138,7 @@ BAD: dict[str, Callable[[bytes], bytes]] = {
 
 
 def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int = 0) -> None:
-    """It gives what a plain read gives, from the origin, and has kept nothing else."""
+    """Read from the origin what a plain read gives, and check that nothing else was stored."""
     assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())
     stats = reader.stats
     assert (stats.purges, stats.peer_hits, stats.lower_hits, stats.cache_errors) == (
@@ -165,7 +165,7 @@ def test_bad_entry_is_counted_said_once_and_not_kept(
     place: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whatever is wrong with it, the next place is asked."""
+    """For any kind of damage, the next source is asked."""
     raw = BAD[what](good)
     assert raw != good
     if place == "lower":
@@ -215,7 +215,7 @@ def test_peer_that_does_not_answer_is_left_out_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Asked once, said once, and asked again when the time is over."""
+    """One request, one log line, and another request after the pause."""
     monkeypatch.setattr(peers, "_READ_S", 0.2)
     with running_peer(REFUSED[how](good)) as peer:
         reader = reader_at(node, tmp_path, peers=[peer.url], advertise="http://127.0.0.1:1")
@@ -242,9 +242,7 @@ CUT: dict[str, Callable[[bytes], Answer]] = {
 def test_entry_that_breaks_off_is_not_kept(
     node: LocalNode, good: bytes, tmp_path: Path, how: str
 ) -> None:
-    """A peer that dies in the middle of a body; no partial file stays, and no room is reserved for
-    one.
-    """
+    """A peer dies in the middle of a body; no partial file and no reservation remain."""
     with running_peer(CUT[how](good)) as peer:
         reader = reader_at(node, tmp_path, peers=[peer.url])
         check(reader, node, purges=1)
@@ -259,7 +257,7 @@ def test_entry_that_breaks_off_is_not_kept(
 def test_peer_that_trickles_is_given_up(
     node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each byte comes in time, the entry would take minutes."""
+    """Each byte arrives within the timeout, but the entry would take minutes."""
     monkeypatch.setattr(peers, "_READ_S", 1.0)
     with running_peer(trickling(good)) as peer:
         check(reader_at(node, tmp_path, peers=[peer.url]), node, purges=1)
@@ -274,7 +272,7 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
     place: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A prefetcher with a full cache: the payload is in the loan, and nothing is fetched a second
+    """A prefetcher with a full cache: the payload is in the loan, and is not fetched a second
     time.
     """
     room = 2 * -(-len(good) // 4096) * 4096
@@ -304,9 +302,7 @@ def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
 def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kernel ends the file after half of its values; the error is the cache's, and the origin
-    is asked.
-    """
+    """The file ends after half of its values; the error is the cache's, and the origin is asked."""
     big = LocalNode(tmp_path / "big", 2, shape=(128, 128, 64), chunks=(64, 64, 64))
     full = big.reader()
     full.load(TASK, ROLE)
@@ -334,7 +330,7 @@ def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
 def test_redirection_to_a_stranger_is_not_followed(
     node: LocalNode, good: bytes, tmp_path: Path
 ) -> None:
-    """The token would go with it."""
+    """The token would be sent to it."""
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("x" * 32)
@@ -358,7 +354,7 @@ def test_redirection_to_a_stranger_is_not_followed(
 
 
 def test_next_peer_is_asked_after_a_bad_one(node: LocalNode, good: bytes, tmp_path: Path) -> None:
-    """In whichever order their turn comes."""
+    """In any order."""
     with (
         running_peer(entry_answer(flipped(good, 5000 - 900))) as bad,
         running_peer(entry_answer(good)) as fine,
@@ -373,7 +369,7 @@ def test_next_peer_is_asked_after_a_bad_one(node: LocalNode, good: bytes, tmp_pa
 def test_wrong_token_is_refused_and_said(
     node: LocalNode, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither without nor with another one; and the word is in no message."""
+    """A missing and a wrong token; no message contains the token."""
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     for path, word in ((right, "r" * 32), (wrong, "w" * 32)):
         path.touch(0o600)
@@ -402,7 +398,7 @@ PLANTED: dict[str, Callable[[Path, Path], object]] = {
 def test_what_is_no_file_in_the_lower_layer_is_passed_over(
     node: LocalNode, key: ArrayKey, tmp_path: Path, what: str
 ) -> None:
-    """A good entry beside it is found; nothing hangs."""
+    """A good entry next to it is found; nothing hangs."""
     (path,) = (node.root / "entries").rglob(f"{key.digest}-*")
     directory = tmp_path / "lower" / "zarrcache-v1" / "entries" / key.digest[:2]
     directory.mkdir(parents=True)
@@ -417,7 +413,7 @@ def test_what_is_no_file_in_the_lower_layer_is_passed_over(
 def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(
     node: LocalNode, key: ArrayKey, tmp_path: Path
 ) -> None:
-    """Somebody who may write there cannot lead a reader out of it."""
+    """A user who may write there cannot lead a reader elsewhere."""
     entries = tmp_path / "lower" / "zarrcache-v1" / "entries"
     entries.mkdir(parents=True)
     (entries / key.digest[:2]).symlink_to(node.root / "entries" / key.digest[:2])
@@ -427,9 +423,7 @@ def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(
 def test_lower_layer_that_is_not_there_is_said_once(
     node: LocalNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not mounted on this node, perhaps. And one that anybody may write to is refused before the
-    run.
-    """
+    """Perhaps it is not mounted on this node. A world-writable one is refused before the run."""
     reader = reader_at(node, tmp_path, lower=tmp_path / "lower")
     for task_id in ("mp-0", "mp-1", "mp-2"):
         reader.load(task_id, ROLE)
@@ -445,7 +439,7 @@ def test_lower_layer_that_is_not_there_is_said_once(
 
 @pytest.fixture
 def pair(node: LocalNode, tmp_path: Path) -> Iterator[list[Node]]:
-    """Two nodes, and an address that is home of nothing."""
+    """Two nodes, and an address that is the home of no key."""
     with start_cluster(2, tmp_path, node.directory, str(node.directory)) as cluster:
         yield cluster.nodes
 
@@ -459,7 +453,7 @@ def _take_a_lease_and_stop(node: Node, digest: str, pipe: Any) -> None:
 def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(
     pair: list[Node], node: LocalNode, key: ArrayKey
 ) -> None:
-    """At once, not when the lease would have ended: the kernel closes its connection."""
+    """At once, before the lease would have expired: the kernel closes its connection."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     holder = context.Process(target=_take_a_lease_and_stop, args=(pair[0], key.digest, there))
@@ -486,7 +480,7 @@ def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(
 def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(
     pair: list[Node], node: LocalNode, key: ArrayKey
 ) -> None:
-    """After the time that the retries of a fetch may take; here two seconds."""
+    """After the time that a fetch with its retries may take; here two seconds."""
     asked = Peers(pair[0].reader().cache.config).replies(key.digest, source=None)  # type: ignore[arg-type]
     lease = next(asked)
     assert lease.kind == "lease"
@@ -499,7 +493,7 @@ def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(
 def test_lease_is_given_back_when_the_origin_fails(
     pair: list[Node], node: LocalNode, tmp_path: Path
 ) -> None:
-    """The error is the reader's; others who wait are not kept."""
+    """The reader gets the error; waiting readers do not wait longer."""
     broken = LocalNode(tmp_path / "broken")
     nodes = [dataclasses.replace(n, root=broken.directory, url=str(broken.directory)) for n in pair]
     (broken.directory / "data" / f"{TASK}.zarr" / "charge_density_total" / ".zarray").write_text(
@@ -516,7 +510,7 @@ def test_lease_is_given_back_when_the_origin_fails(
 def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
     node: LocalNode, tmp_path: Path
 ) -> None:
-    """And the others wait on, for that one: not all of them go to the origin at once."""
+    """The others wait for that one instead of all going to the origin."""
     with start_cluster(4, tmp_path, node.directory, str(node.directory)) as cluster:
         holder, *waiters = [n.reader(retry={"timeout": 600}) for n in cluster.nodes]
         key = holder.key(TASK, ROLE)
@@ -540,7 +534,7 @@ def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
 
 
 def test_neighbours_pickle_as_their_configuration(node: LocalNode, tmp_path: Path) -> None:
-    """Neither the token nor who was left out goes with them."""
+    """Without the token, and without the state of failed peers."""
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("x" * 32)
@@ -557,7 +551,7 @@ def test_neighbours_pickle_as_their_configuration(node: LocalNode, tmp_path: Pat
 
 
 def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_path: Path) -> None:
-    """In the middle of a run, one after the other, until nobody is left."""
+    """During a run, one after the other, until none is left."""
     with start_cluster(2, tmp_path, node.directory, str(node.directory)) as cluster:
         readers = [n.reader() for n in cluster.nodes]
         for server, task_id in zip([None, *cluster.servers], ("mp-0", "mp-1", "mp-2"), strict=True):

@@ -1,5 +1,5 @@
-"""What somebody who can write to the cache directory puts there: nothing of it is executed, nothing
-outside is touched, no job stops.
+"""Files planted by a user who can write to the cache directory: none is executed, nothing outside
+is touched, no job stops.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUMBERS = range(4)
 
 
 class Mark:
-    """Unpickled, it leaves a mark."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,9 +43,7 @@ class Mark:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:
-    """A directory with a file that has nothing to do with the cache; as it was, when the test is
-    over.
-    """
+    """A directory with an unrelated file; unchanged at the end of the test."""
     directory = tmp_path / "home"
     directory.mkdir()
     thesis = directory / "thesis"
@@ -65,7 +63,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def use(tmp_path: Path, **block: Any) -> int:
-    """What a job does: look up, store, drop. How many of the entries were there before."""
+    """What a job does: look up, store, drop. Returns the number of entries found first."""
     cache = ArrayCache(settings(tmp_path, **block), Counters())
     found = 0
     for number in NUMBERS:
@@ -84,7 +82,7 @@ def use(tmp_path: Path, **block: Any) -> int:
 
 
 def everything(tmp_path: Path) -> None:
-    """A job, with either way to make room; then each command, and the job again."""
+    """A job with each eviction policy; then each command, and the job again."""
     use(tmp_path)
     use(tmp_path, eviction="least-recently-stored", limit=5 * 8192)
     config = settings(tmp_path)
@@ -99,7 +97,7 @@ def everything(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def index_of(root: Path) -> Iterator[sqlite3.Connection]:
-    """The index, opened past the package."""
+    """The index, opened without the package."""
     connection = sqlite3.connect(root / "cache.db")
     try:
         yield connection
@@ -117,7 +115,7 @@ def insert(
     raw: int = 1,
     stored_s: object = 0.0,
 ) -> None:
-    """A row with (size, mode, filename, value)."""
+    """Insert a row (size, mode, filename, value)."""
     with index_of(root) as connection:
         connection.execute(
             "INSERT OR REPLACE INTO Cache (key, raw, store_time, tag, size, mode, filename, value) "
@@ -127,7 +125,7 @@ def insert(
 
 
 def row_of(root: Path, filename: str, note: str) -> tuple[Any, ...]:
-    """As the package itself would write it: nothing but the name is wrong."""
+    """As the package would write it; only the name is wrong."""
     return EntryDisk(str(root)).store(Stored(filename, 4096, note), read=False)
 
 
@@ -168,7 +166,7 @@ NAMES = [
 def test_a_row_that_names_a_file_elsewhere_deletes_nothing(
     tmp_path: Path, root: Path, victim: Path, name: str, kind: str
 ) -> None:
-    """Sweeping, evicting, replacing, verifying: each unlinks what the index names."""
+    """Cleaning up, evicting, replacing and verifying all unlink files named in the index."""
     (root / "link").symlink_to(victim)
     filename = name.format(victim=victim)
     if kind == "intent of the dead":
@@ -210,7 +208,7 @@ STRANGE: list[tuple[Any, ...]] = [
 def test_a_row_of_the_wrong_types_stops_nobody(
     tmp_path: Path, root: Path, victim: Path, row: tuple[Any, ...], is_known: bool
 ) -> None:
-    """SQLite takes anything in any column. Under the key of an entry, and beside them."""
+    """SQLite accepts any type in any column. Under the key of an entry, and in extra rows."""
     tag, values, stored_s = row
     key = (
         ("+0123" if tag == "intent" else key_of(1).digest)
@@ -239,7 +237,7 @@ SETTINGS = [
 def test_settings_that_were_planted_are_set_aside_with_their_index(
     tmp_path: Path, root: Path, victim: Path, key: str, value: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Diskcache makes attributes, arguments and pragmas of them. The entries are kept."""
+    """Diskcache would turn them into attributes, arguments and pragmas. The entries are kept."""
     with index_of(root) as connection:
         text = value.format(victim=victim) if isinstance(value, str) else value
         connection.execute("INSERT OR REPLACE INTO Settings VALUES (?, ?)", (key, text))
@@ -253,9 +251,7 @@ def test_settings_that_were_planted_are_set_aside_with_their_index(
 def test_a_link_in_place_of_a_directory_leads_nobody_out(
     tmp_path: Path, root: Path, victim: Path, tier: str
 ) -> None:
-    """``verify`` removes what no row names, and so does the rebuilding of an index: what lies
-    behind a link is not theirs.
-    """
+    """``verify`` and an index rebuild remove files without a row, but not behind a link."""
     for name in ("00", "ab", "zz"):
         with contextlib.suppress(FileExistsError):
             (root / tier / name).symlink_to(victim)
@@ -267,7 +263,7 @@ def test_a_link_in_place_of_a_directory_leads_nobody_out(
 def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(
     tmp_path: Path, root: Path, victim: Path
 ) -> None:
-    """It is not followed, though what it leads to may be read."""
+    """It is not followed, even if its target is readable."""
     (victim / "thesis").chmod(0o644)
     for path in [path for path in (root / "entries").rglob("*") if path.is_file()]:
         path.unlink()
@@ -279,7 +275,7 @@ def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(
 def test_a_link_in_place_of_the_log_is_not_written_through(
     tmp_path: Path, root: Path, victim: Path, suffix: str
 ) -> None:
-    """SQLite opens it to write. Training goes on, with a cache or without."""
+    """SQLite would open it for writing. Training continues, with or without a cache."""
     path = root / f"cache.db{suffix}"
     path.unlink(missing_ok=True)
     path.symlink_to(victim / "thesis")
@@ -298,7 +294,7 @@ def test_a_link_in_place_of_the_log_is_not_written_through(
 def test_a_lock_that_is_no_file_costs_single_flight_and_nothing_else(
     tmp_path: Path, root: Path, victim: Path, plant: Callable[[Path, Path], None]
 ) -> None:
-    """The one that everybody takes to open the index."""
+    """The lock for opening the index."""
     for path in (root / "locks").iterdir():
         path.unlink()
         plant(path, victim / "thesis")
@@ -308,7 +304,7 @@ def test_a_lock_that_is_no_file_costs_single_flight_and_nothing_else(
 def test_a_link_in_place_of_the_index_costs_the_cache_and_no_sample(
     tmp_path: Path, root: Path, victim: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Commands refuse; a run reads from the origin, and says why once."""
+    """Commands refuse; a run reads from the origin and logs the reason once."""
     for path in root.glob("cache.db*"):
         path.unlink()
     (root / "cache.db").symlink_to(victim / "database")

@@ -1,5 +1,5 @@
-"""Soak: of every 20 requests one fails, by seeded dice and in every way that a network and a server
-have. Nothing is wrong and nothing is lost.
+"""Soak test: one of 20 requests fails, with a fixed seed, in every way of networks and servers. No
+value is wrong and none is lost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ N_OBJECTS = 9  # of each density: .zarray and eight chunks
 
 
 def upload(server: S3Server, bucket: str, root: Path, n: int, densities: dict[str, Any]) -> None:
-    """``n`` stores, each with numbers of its own."""
+    """``n`` stores with different values."""
     client = server.client()
 
     def one(i: int) -> None:
@@ -72,7 +72,7 @@ def soak(
     *,
     threads: int,
 ) -> Counter[str]:
-    """Read every store cold through the faults; how often each fault happened."""
+    """Read every store cold with faults; how often each fault happened."""
     (root / "map.json").write_text(json.dumps({"GGA": sorted(densities)}))
     url = f"s3://{bucket}/data"
     arguments: dict[str, Any] = {
@@ -149,9 +149,7 @@ def test_every_sample_survives_a_bad_network(
 def test_two_hundred_stores_survive_a_bad_network(
     s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, bucket: str
 ) -> None:
-    """1,800 objects through each engine, with the waits and pauses of a run; each kind of fault
-    happens.
-    """
+    """1,800 objects per engine, with the waits of a real run; each kind of fault happens."""
     densities: dict[str, Any] = {}
     upload(s3_server, bucket, tmp_path, 200, densities)
     for engine in ("obstore", "s3fs"):

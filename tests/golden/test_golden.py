@@ -27,7 +27,7 @@ def golden_array() -> NDArray[Any]:
 
 
 def test_entry_is_written_as_ever(tmp_path: Path) -> None:
-    """One changed byte makes every cache in the world unreadable, or worse, readable wrongly."""
+    """One changed byte would make existing caches unreadable, or readable wrongly."""
     with FileIO(tmp_path / "entry", "wb") as file:
         write_entry(file, header_of(KEY, golden_array(), SOURCE), golden_array())
     assert (tmp_path / "entry").read_bytes() == GOLDEN.read_bytes(), (
@@ -44,7 +44,7 @@ def test_entry_of_old_is_read() -> None:
 
 
 def test_version_is_in_path_digest_and_header(tmp_path: Path) -> None:
-    """Three places, so that no version ever meets the files of another."""
+    """In three places, so that no version meets files of another."""
     assert (
         ArrayCache(settings(tmp_path), Counters()).index.dir.root.name
         == f"zarrcache-v{FORMAT_VERSION}"
@@ -55,7 +55,7 @@ def test_version_is_in_path_digest_and_header(tmp_path: Path) -> None:
 def test_entry_of_an_unknown_version_is_a_miss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Dropped, counted, and the next put is read again."""
+    """It is dropped and counted, and the next put can be read."""
     counters = Counters()
     cache = ArrayCache(settings(tmp_path), counters)
     cache.put(KEY, golden_array(), source=SOURCE)

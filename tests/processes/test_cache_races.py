@@ -1,5 +1,5 @@
-"""Many processes over one cache directory, and processes that are killed: what the promises say
-holds at every instant.
+"""Many processes over one cache directory, and processes that are killed: the promises hold at
+every instant.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SPAWN, FORK = get_context("spawn"), get_context("fork")
 
 
 def cache_at(tmp_path: Path, **block: Any) -> ArrayCache:
-    """An instance of this process's own."""
+    """A cache of this process."""
     return ArrayCache(settings(tmp_path, **block), Counters())
 
 
 def run(children: list[BaseProcess]) -> None:
-    """Start all, wait for all, none fails."""
+    """Start all, wait for all; none fails."""
     for child in children:
         child.start()
     for child in children:
@@ -79,8 +79,8 @@ def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
 
 
 def test_eight_processes_on_one_key_fetch_once(tmp_path: Path) -> None:
-    """Eight keys in the same order, so that all meet at each; two detectors that know nothing of
-    each other.
+    """Eight keys in the same order, so that all processes meet at each; two independent
+    detectors.
     """
     start = SPAWN.Event()
     children = [SPAWN.Process(target=_fetch_once, args=(tmp_path, start, 8)) for _ in range(8)]
@@ -98,7 +98,7 @@ def _hold_for_ever(directory: Path, held: Event) -> None:
 
 
 def test_killed_holder_lets_the_next_one_go_on(tmp_path: Path) -> None:
-    """The kernel gives the lock back; nobody waits for a time-out."""
+    """The kernel releases the lock, without a timeout."""
     held = SPAWN.Event()
     holder = SPAWN.Process(target=_hold_for_ever, args=(tmp_path, held))
     holder.start()
@@ -140,7 +140,7 @@ def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
     "instant", ["announced", "half written", "renamed", "committed", "row dropped"]
 )
 def test_killed_between_any_two_steps_nothing_is_left(tmp_path: Path, instant: str) -> None:
-    """Each step of a write and of a drop, in turn."""
+    """At each step of a write and of a drop."""
     child = FORK.Process(target=_die_at, args=(tmp_path, instant))
     child.start()
     child.join(HANG_S)
@@ -176,7 +176,7 @@ def _die_at(tmp_path: Path, instant: str) -> None:
 
 
 def test_killed_while_it_rebuilds_the_index_it_is_rebuilt_again(tmp_path: Path) -> None:
-    """An index that is open and empty, beside entries, would never know them."""
+    """An empty index would otherwise ignore the entries on disk."""
     cache = cache_at(tmp_path)
     cache.put(key_of(1), array_of(1), source="s")
     child = FORK.Process(target=_die_while_rebuilding, args=(tmp_path,))
@@ -211,8 +211,8 @@ def _get_and_put(cache: ArrayCache, number: int) -> None:
 def test_forked_children_use_an_index_that_is_open_in_their_parent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As DataLoader workers do, epoch after epoch; parent and children write at once, and the file
-    stays sound.
+    """As DataLoader workers do in every epoch; parent and children write at once, and the database
+    stays valid.
     """
     caplog.set_level(logging.WARNING)
     cache = cache_at(tmp_path)
@@ -236,8 +236,8 @@ def test_forked_children_use_an_index_that_is_open_in_their_parent(
 
 
 def test_fork_while_threads_read_and_write_gives_a_child_that_works(tmp_path: Path) -> None:
-    """SQLite's mutexes are the process's: a child forked while a thread held one would wait for it
-    for ever.
+    """SQLite's mutexes belong to the process: a child forked while a thread held one would wait
+    forever.
     """
     cache = cache_at(tmp_path)
     for number in (0, 1):

@@ -1,5 +1,5 @@
-"""Work over a real Dask cluster: two workers behind sockets, which are two nodes with a cache each,
-and one that is killed.
+"""Work over a real Dask cluster: two workers behind sockets as two nodes with their own caches, one
+of which is killed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ HANG_S = 120.0
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Caches of the nodes, ``home/node2`` and ``home/node10``, and what Dask writes."""
+    """Caches of the nodes, ``home/node2`` and ``home/node10``, and the files of Dask."""
     return tmp_path_factory.mktemp("nodes")
 
 
 @pytest.fixture(scope="module")
 def running(home: Path) -> Iterator[RunningCluster]:
-    """A scheduler and a worker on each node."""
+    """A scheduler and one worker per node."""
     with running_cluster(
         home / "dask", {node: {"ZARRCACHE_DIR": str(home / node)} for node in NODES}
     ) as found:
@@ -59,20 +59,20 @@ def running(home: Path) -> Iterator[RunningCluster]:
 
 @pytest.fixture
 def connected(running: RunningCluster) -> Iterator[Cluster]:
-    """Both workers are there, also after a test has killed one."""
+    """Wait until both workers are connected, also after a test has killed one."""
     with open_cluster(running.address) as found:
         found.client.wait_for_workers(len(NODES), timeout=HANG_S)
         yield found
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file of the stores, without what a killed process left hidden beside them."""
+    """Every file of the stores, without hidden files that a killed process left."""
     files = (path for store in root.glob("[!.]*") for path in store.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def outcome(result: ConvertResult) -> tuple[Any, ...]:
-    """All that a result says but where the store went."""
+    """A result without the path of its store."""
     return (
         result.path,
         result.task_id,
@@ -86,7 +86,7 @@ def outcome(result: ConvertResult) -> tuple[Any, ...]:
 def test_every_item_gets_its_result_and_few_are_on_the_scheduler_at_a_time(
     connected: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 314,000 materials as of these sixty."""
+    """As many for 314,000 materials as for these sixty."""
     monkeypatch.setattr(cluster, "_MIN_AHEAD", 6)
     most = 0
     results = {}
@@ -103,7 +103,7 @@ def _tasks(dask_scheduler: Any) -> int:
 
 
 def test_an_item_that_kills_its_worker_is_named_and_the_others_go_on(connected: Cluster) -> None:
-    """Given up after its second time, alone; who was beside it has his result."""
+    """It is given up after its second attempt, alone; items next to it have their results."""
     results = dict(connected.spread(daskcluster.die_of_seven, range(12)))
     assert {n: result for n, result in results.items() if n != 7} == {
         n: 2 * n for n in range(12) if n != 7
@@ -115,7 +115,7 @@ def test_an_item_that_kills_its_worker_is_named_and_the_others_go_on(connected: 
 def test_closed_early_what_has_begun_ends_and_the_rest_never_begins(
     connected: Cluster, tmp_path: Path
 ) -> None:
-    """Ctrl-C does the same: nothing is half done."""
+    """Ctrl-C does the same; no item is left half done."""
     outcomes = connected.spread(daskcluster.note, [f"see:{tmp_path}", *[str(tmp_path)] * 20])
     assert next(outcomes)[0] == f"see:{tmp_path}"
     (tmp_path / "go").touch()
@@ -127,7 +127,7 @@ def test_closed_early_what_has_begun_ends_and_the_rest_never_begins(
 def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(
     connected: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bug, or packages that are missing there; and another version of this one."""
+    """A bug, missing packages, or another version of this package on the worker."""
     with pytest.raises(
         ConfigError,
         match=r"cannot do this: ValueError: number \d\. Every worker needs the same zarrcache as "
@@ -145,7 +145,7 @@ def test_a_worker_that_cannot_do_it_is_one_error_and_not_a_thousand(
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Six densities as text, and a file that is none."""
+    """Six densities as text, and a file that does not hold one."""
     pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
     write_densities(tmp_path / "pairs", 6, seed=4)
     (tmp_path / "pairs" / "label" / "bad-1.CHGCAR").write_text("not a density\n")
@@ -155,8 +155,8 @@ def source(tmp_path: Path) -> Path:
 def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(
     connected: Cluster, running: RunningCluster, source: Path, tmp_path: Path
 ) -> None:
-    """One task a material, from Python and from the command line; the second run finds nothing to
-    do but the file that failed.
+    """One task per material, from Python and from the command line; the second run only tries the
+    failed file again.
     """
     seen: list[ConvertResult] = []
     here = plan_convert(source, tmp_path / "here", workers=1).execute()
@@ -183,7 +183,7 @@ def test_a_conversion_gives_the_same_bytes_and_the_same_report_as_without_dask(
 def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(
     connected: Cluster, source: Path, tmp_path: Path
 ) -> None:
-    """By SIGKILL, as a batch system does it: what it worked on is converted by another one."""
+    """By SIGKILL, as a batch system does; another worker converts its item."""
     victims = iter([connected.client.run(os.getpid)])
 
     def kill_one(_: ConvertResult) -> None:
@@ -199,7 +199,7 @@ def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(
 
 
 def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path: Path) -> None:
-    """With all that may be given instead; and nothing is written."""
+    """The error lists what --dask accepts; nothing is written."""
     done = zarrcache("convert", source, tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
     assert done.code == 2
     assert (
@@ -212,7 +212,7 @@ def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path
 
 @pytest.mark.slow
 def test_a_scheduler_that_goes_away_ends_the_run_in_words(home: Path, tmp_path: Path) -> None:
-    """It does not wait for ever for one that is gone."""
+    """It does not wait forever."""
     with (
         running_cluster(home / "second", {"node1": {}}) as second,
         open_cluster(second.address) as found,
@@ -266,7 +266,7 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
 def test_an_address_that_is_none_is_refused_at_once(
     scheduler: str, words: str, tmp_path: Path
 ) -> None:
-    """Before anything is connected."""
+    """Before connecting."""
     (tmp_path / "scheduler.json").write_text("{}")
     with (
         pytest.raises(ConfigError, match=words),
@@ -276,7 +276,6 @@ def test_an_address_that_is_none_is_refused_at_once(
 
 
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not installed by default."""
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
         pytest.raises(ConfigError, match=r"pip install 'zarrcache\[dask\]'"),
@@ -303,9 +302,7 @@ def config(tmp_path: Path, home: Path) -> Path:
 def test_each_node_warms_what_it_is_assigned_and_no_more(
     running: RunningCluster, config: Path, home: Path
 ) -> None:
-    """Its share of the training set and its share of the test set, as NodeSampler cuts them; a line
-    for each node.
-    """
+    """Its share of training and test set, as NodeSampler assigns them; one line per node."""
     done = zarrcache("warm", config, "--dask", running.file, "--each-node", "--assignment", "node")
     assert done.code == 0, done.err
     for number, node in enumerate(NODES):  # node2 before node10, as Slurm counts
@@ -323,7 +320,7 @@ def test_each_node_warms_what_it_is_assigned_and_no_more(
 def test_every_node_warms_everything_by_default_and_a_node_that_fails_is_named(
     running: RunningCluster, config: Path, home: Path
 ) -> None:
-    """The others are done all the same, and the exit code is 1."""
+    """The other nodes finish, and the exit code is 1."""
     (home / "node10").write_text("a file where the cache is to be")
     try:
         done = zarrcache("warm", config, "--dask", running.address, "--each-node", "--json")
@@ -343,7 +340,7 @@ def test_every_node_warms_everything_by_default_and_a_node_that_fails_is_named(
 
 
 def stored(config: Path, directory: Path) -> set[str]:
-    """Ids of which both densities are in a node's cache."""
+    """Ids with both densities in a node's cache."""
     loaded = DataConfig.from_yaml(config)
     assert loaded.cache is not None
     reader = open_reader(
@@ -356,7 +353,7 @@ def stored(config: Path, directory: Path) -> set[str]:
 def test_workers_of_other_nodes_do_not_fill_this_nodes_cache(
     running: RunningCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each would fill its own with a random part: --each-node is what is meant."""
+    """Each would fill its own cache with a random part; the error points to --each-node."""
     monkeypatch.setenv("SLURMD_NODENAME", "node2")
     words = (
         r"Workers of tcp://[\d.:]+ run on node10, and each node has its own cache; this node is "
@@ -385,9 +382,7 @@ def test_warm_over_workers_of_this_machine_is_what_it_is_without(
 
 
 def test_errors_are_told_in_words_though_dask_is_there(running: RunningCluster) -> None:
-    """What Dask does to exceptions when it is imported must not reach ours: a cause with a lock in
-    it has no pickle.
-    """
+    """Dask changes how exceptions are pickled; a cause that holds a lock cannot be pickled."""
     with open_cluster(running.address):
         error = OriginUnavailableError("s3://b/mp-1.zarr could not be read")
         error.__cause__ = OSError(threading.RLock())

@@ -1,5 +1,5 @@
-"""A conversion that is killed or interrupted, at any moment, leaves whole stores and no others; the
-next run completes it.
+"""A conversion killed or interrupted at any moment leaves only complete stores; the next run
+completes it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _converting(
     directory: Path, source: Path, dst: object, **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A conversion in a process group of its own, as a terminal or a batch system starts it."""
+    """A conversion in its own process group, as a terminal or a batch system starts it."""
     program = directory / "program.py"
     program.write_text(PROGRAM)
     process = subprocess.Popen(
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_of_a_store_only_whole_ones_are_visible(
 
 
 def _inode(store: Path) -> int | None:
-    """Which directory has this name now; None in the moment between two."""
+    """Inode of the directory with this name; None between two renames."""
     try:
         return store.stat().st_ino
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def _inode(store: Path) -> int | None:
 def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(
     source: Path, tmp_path: Path
 ) -> None:
-    """Never none, never a mixture: the chunks of old and new differ in number."""
+    """Never absent, never mixed: old and new store differ in their number of chunks."""
     out = tmp_path / "out"
     convert_directory(source, out, chunks=16, workers=1)
     old = {store.name: _inode(store) for store in _visible(out)}
@@ -152,8 +152,8 @@ def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(
 def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, workers: int
 ) -> None:
-    """The terminal sends it to all of them at once. Only the program itself has something to say,
-    and nothing hidden is left.
+    """The terminal sends it to all processes; only the main program prints a message, and no hidden
+    file remains.
     """
     out = tmp_path / "out"
     with _converting(tmp_path, source, out, workers=workers) as process:
@@ -173,7 +173,7 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(
 
 @contextmanager
 def _command(source: Path, dst: object, *options: object) -> Iterator[subprocess.Popen[str]]:
-    """``zarrcache convert`` in a process group of its own."""
+    """``zarrcache convert`` in its own process group."""
     process = start("convert", source, dst, *options)
     try:
         yield process
@@ -201,8 +201,8 @@ TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interr
 def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, sent: tuple[signal.Signals, int, str], workers: int, to_all: bool
 ) -> None:
-    """SIGTERM comes from a batch system, to one process or to all; one line, a code of its own,
-    nobody and nothing hidden is left.
+    """SIGTERM of a batch system, to one process or to all: one line, its exit code, no process and
+    no hidden file left.
     """
     number, code, word = sent
     out = tmp_path / "out"
@@ -227,7 +227,7 @@ def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
 def test_a_worker_that_does_not_finish_in_time_is_killed_and_swept_after(
     source: Path, tmp_path: Path
 ) -> None:
-    """Here one that is stopped in the middle of a store, as if its disk had gone."""
+    """A worker is stopped in the middle of a store, as if its disk hung."""
     out = tmp_path / "out"
     with _command(source, out, "--workers", 2, "--chunks", 2) as process:
         until(lambda: _stopped_in_a_store(out), process, "store half written by a stopped worker")
@@ -243,7 +243,7 @@ def test_a_worker_that_does_not_finish_in_time_is_killed_and_swept_after(
 
 
 def _stopped_in_a_store(out: Path) -> bool:
-    """Stop the first worker that is met in the middle of a store, and see that it still is."""
+    """Stop the first worker found in the middle of a store, and check that it still is."""
     for partial in _partials(out):
         pid = int(partial.name.rsplit("-", 3)[1])
         os.kill(pid, signal.SIGSTOP)
@@ -254,8 +254,8 @@ def _stopped_in_a_store(out: Path) -> bool:
 
 
 def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_path: Path) -> None:
-    """Only the program got the signal: its processes finish their store, find nobody to tell, and
-    go.
+    """Only the main program is killed: its workers finish their store, find the pipe closed, and
+    exit.
     """
     out = tmp_path / "out"
     with _converting(tmp_path, source, out) as process:
@@ -273,7 +273,7 @@ def test_workers_whose_program_is_killed_end_by_themselves(source: Path, tmp_pat
 def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(
     s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
 ) -> None:
-    """Chunks without the documents are no store. The next run completes it and leaves no stray
+    """Chunks without metadata are not a store. The next run completes it and leaves no stray
     object.
     """
     url = f"s3://{bucket}/label"
@@ -304,7 +304,7 @@ def test_killed_in_the_middle_of_an_upload_the_store_is_not_there(
 def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(
     s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
 ) -> None:
-    """What was sent of the unfinished store is taken back before the program ends."""
+    """Objects of the unfinished store are deleted before the program exits."""
     url = f"s3://{bucket}/label"
     with _converting(
         tmp_path, source, url, s3_kwargs=s3_server.s3_kwargs, workers=1, chunks=8
@@ -323,8 +323,8 @@ def test_ctrl_c_in_an_upload_leaves_all_of_a_store_or_nothing(
 def test_ctrl_c_takes_back_what_was_on_its_way_too(
     s3_server: S3Server, bucket: str, source: Path, tmp_path: Path
 ) -> None:
-    """A server may take an object long after its client has gone. A chunk that came last would be
-    an object of no store, for ever.
+    """A server may accept an object after its client has gone; such a chunk would stay without a
+    store.
     """
     url = f"s3://{bucket}/label"
     with running_proxy(s3_server.endpoint_url) as proxy:

@@ -1,8 +1,8 @@
-"""Processes that fetch, decode, publish, index, evict and convert, killed at random: what is left
-is whole, and nobody has to clean up.
+"""Processes that fetch, decode, publish, index, evict and convert are killed at random: what is
+left is valid and needs no clean-up.
 
-A process is killed by a clock, which finds it anywhere, or by itself before its n-th step at the
-file system, which finds the moments between two steps that a clock misses.
+A process is killed after a random time, or before its n-th file system call, which reaches moments
+that a random time misses.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def kills(default: int, slow: int) -> Any:
-    """Parameters ``count, seed``: a few that are the same each time, and hundreds that are others
-    each time.
-    """
+    """Parameters ``count, seed``: few kills with a fixed seed, hundreds with a new one."""
     return pytest.mark.parametrize(
         ("count", "seed"),
         [
@@ -59,9 +57,7 @@ def kills(default: int, slow: int) -> Any:
 
 
 def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
-    """A random time after it began, if it has not died by itself. Anything else than a kill is an
-    error of the child.
-    """
+    """Kill after a random time, unless it killed itself before. Any other end is an error."""
     # not from its start on: on a busy machine none would come so far that it leaves anything
     assert began.wait(HANG_S)
     child.join(0.02 + 0.2 * chance.random())
@@ -71,7 +67,7 @@ def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
 
 
 def a_death(chance: random.Random) -> dict[str, Any] | None:
-    """By the clock, before any step, or before one that writes."""
+    """After a time, before any step, or before a step that writes."""
     return chance.choice(
         [
             None,
@@ -87,7 +83,7 @@ LIMIT = 40 * 4096
 
 
 def use_for_ever(node: LocalNode, began: Event, seed: float, death: dict[str, Any] | None) -> None:
-    """What training, ``warm`` and ``evict`` do, in any order. Whatever it reads is right."""
+    """What training, ``warm`` and ``evict`` do, in random order. Every value read is checked."""
     chance = random.Random(seed)
     reader = node.reader(limit=LIMIT, eviction="least-recently-stored")
     began.set()
@@ -120,8 +116,8 @@ def use_for_ever(node: LocalNode, began: Event, seed: float, death: dict[str, An
 def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(
     tmp_path: Path, count: int, seed: int | None
 ) -> None:
-    """Two at a time: the one that lives on is not disturbed, and when both are dead the next open
-    leaves what the index says and no more.
+    """Two processes at a time: the survivor is not disturbed, and when both are dead the next
+    opening leaves exactly the files of the index.
     """
     node, chance = LocalNode(tmp_path, 4, shape=(14, 10, 8)), chance_of(seed)
     left_over = 0
@@ -162,7 +158,7 @@ def convert_for_ever(
     seed: float,
     death: dict[str, Any] | None,
 ) -> None:
-    """Write two stores, a directory and a zip file, over and over, in one of two versions."""
+    """Write two stores, a directory and a zip file, repeatedly in one of two versions."""
     chance = random.Random(seed)
     began.set()
     if death is not None:
@@ -213,8 +209,8 @@ def warm(config: DataConfig) -> None:
 def test_killed_warm_fetches_again_only_what_was_in_flight(
     tmp_path: Path, s3_server: S3Server, bucket: str, count: int, seed: int | None
 ) -> None:
-    """Counted at the server, after kills at random requests: nothing that was stored is asked for
-    again, and in the end all of it is there.
+    """Counted at the server, after kills at random requests: no stored object is requested again,
+    and finally all are there.
     """
     chance, values = chance_of(seed), write_pairs(tmp_path, 5, shape=(8, 8, 6))
     for role in ("data", "label"):
@@ -268,8 +264,8 @@ def test_killed_warm_fetches_again_only_what_was_in_flight(
 
 
 def count_opening(directory: Path) -> dict[str, int]:
-    """Open an index that lies there; how often which step at the file system was taken, and the
-    instructions of SQLite's machine.
+    """Open an existing index; counts of file system calls, and the number of SQLite VM
+    instructions.
     """
     counts: Counter[str] = Counter()
     connect = sqlite3.connect
@@ -290,8 +286,8 @@ def count_opening(directory: Path) -> dict[str, int]:
 
 
 def test_opening_after_a_kill_costs_the_same_with_10_and_with_3000_entries(tmp_path: Path) -> None:
-    """Steps are counted, not time: files opened, directories listed, instructions of SQLite. Two
-    files of a dead writer are removed each time.
+    """Counts instead of times: files opened, directories listed, SQLite instructions. Two files of
+    a dead writer are removed each time.
     """
     found = []
     for number in (10, 3000):
@@ -311,7 +307,7 @@ def test_opening_after_a_kill_costs_the_same_with_10_and_with_3000_entries(tmp_p
 
 
 def fill_and_die(directory: Path, number: int) -> None:
-    """An index of so many entries, two files that are half written, and no goodbye."""
+    """An index of so many entries, two partial files, and no orderly exit."""
     index = Index(settings(directory))
     index.open()
     with index._file.transaction() as table:

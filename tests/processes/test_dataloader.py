@@ -1,5 +1,5 @@
-"""The reader under torch's DataLoader: however the workers are started, whatever the parent did
-before, and when something fails.
+"""The reader in torch's DataLoader: for every start method, every prior use in the parent, and when
+reads fail.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RATE = 1e-2
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a training process needs; it can be sent to one."""
+    """What a training process needs; picklable."""
 
     bucket: str
     map_path: Path
@@ -62,8 +62,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one job went: digests of what each epoch delivered, by position; the node's counters and
-    the parent's own.
+    """Result of one job: digests of what each epoch delivered, by position; the counters of the
+    node and of the parent.
     """
 
     epochs: list[dict[int, str]]
@@ -91,8 +91,8 @@ def train(
     workers: int | None = None,
     engine: str = "auto",
 ) -> Outcome:
-    """Two epochs over the training set with ``workers``: by default two that are forked, or one
-    that is an interpreter of its own.
+    """Two epochs over the training set with ``workers``: by default two forked ones, or one
+    spawned.
 
     ``used``: the parent reads a sample first, which opens its clients.
     """
@@ -149,7 +149,7 @@ def train_in_every_way(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
 
 @pytest.fixture(scope="module")
 def job(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Six materials on S3, written a while ago. Nobody changes them."""
+    """Six materials on S3, old enough for a stable listing; read only."""
     root, bucket = tmp_path_factory.mktemp("loader"), s3_server.new_bucket()
     for role, i in itertools.product(ROLES, range(len(IDS))):
         small_group(
@@ -164,7 +164,7 @@ def job(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def wanted(job: Job) -> list[str]:
-    """Digests of the training pairs by plain zarr."""
+    """Digests of the training pairs, read by zarr."""
     root = job.map_path.parent
     found = []
     for task_id in job.reader().split_task_ids()[0]:
@@ -182,8 +182,8 @@ def wanted(job: Job) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
-    """What came out of every way, in a process that begins without obstore: this one has it from
-    other tests.
+    """Results of every way, from a process without obstore: other tests have used it in this
+    one.
     """
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(train_in_every_way, job).result(DEADLINE_S)
@@ -193,8 +193,8 @@ def outcomes(job: Job) -> dict[tuple[str, bool, bool], Outcome]:
 def test_forked_workers_deliver_the_plain_tensors(
     outcomes: dict[Any, Outcome], wanted: list[str], used: bool
 ) -> None:
-    """Also when the parent has used obstore, which does not survive a fork; cold epoch and warm
-    epoch; persistent in the second case.
+    """Also if the parent has used obstore, which does not survive a fork; cold and warm epoch;
+    persistent in the second case.
     """
     outcome = outcomes["fork", used, used]
     assert outcome.had_obstore == used
@@ -222,8 +222,8 @@ def test_fresh_workers_deliver_the_plain_tensors(
 def test_parents_stats_count_what_the_workers_read(
     outcomes: dict[Any, Outcome], wanted: list[str], way: Any
 ) -> None:
-    """First epoch misses, second epoch hits; none of them in the parent, and after the workers have
-    ended.
+    """Misses in the first epoch, hits in the second, none in the parent; also after the workers
+    have ended.
     """
     outcome = outcomes[way]
     assert (outcome.misses, outcome.hits, outcome.parent_reads) == (
@@ -259,9 +259,7 @@ ALL = [
 def test_workers_started_in_any_way_deliver_the_plain_tensors(
     job: Job, wanted: list[str], tmp_path: Path, way: tuple[str, bool, str, int]
 ) -> None:
-    """Cold and warm, from a process that has used S3 or not, by either engine; no one waits for
-    ever.
-    """
+    """Cold and warm, from a process that has used S3 or not, with either engine; none hangs."""
     engine, used, method, workers = way
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         start_s = time.monotonic()
@@ -280,14 +278,14 @@ def test_workers_started_in_any_way_deliver_the_plain_tensors(
 
 
 def test_parent_that_only_iterates_never_loads_obstore(outcomes: dict[Any, Outcome]) -> None:
-    """Splitting lists through s3fs, so that forked workers may use the fast engine."""
+    """Splitting lists through s3fs, so that forked workers may use obstore."""
     assert not outcomes["fork", False, False].engine_in_parent
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank of two saw: the split, the ids of its share in order, what it got of each, and
-    its weights at the end.
+    """What one of two ranks saw: the split, the ids of its share in order, its samples, and its
+    final weights.
     """
 
     split: list[str]
@@ -297,13 +295,13 @@ class Rank:
 
 
 def toy() -> torch.nn.Module:
-    """A convolution of one point: two weights, the same in every process."""
+    """A 1x1x1 convolution: two weights, the same in every process."""
     torch.manual_seed(0)
     return torch.nn.Conv3d(1, 1, 1)
 
 
 def step(model: torch.nn.Module, samples: Sequence[Any]) -> torch.Tensor:
-    """The mean loss of some samples, with its gradients."""
+    """The mean loss of some samples, with gradients."""
     model.zero_grad()
     loss = torch.stack(
         [((model(sample["data"][None]) - sample["label"][None]) ** 2).sum() for sample in samples]
@@ -313,8 +311,8 @@ def step(model: torch.nn.Module, samples: Sequence[Any]) -> torch.Tensor:
 
 
 def run_rank(job: Job, rank: int) -> Rank:
-    """An epoch of distributed training over gloo: a step for each sample of this rank's share, with
-    gradients averaged over both.
+    """One epoch of distributed training over gloo: one step per sample of this rank, with averaged
+    gradients.
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     wait = timedelta(seconds=DEADLINE_S)
@@ -347,8 +345,8 @@ def run_rank(job: Job, rank: int) -> Rank:
 def test_two_ranks_train_as_one_and_fetch_every_object_once(
     job: Job, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """They begin cold, at one moment, on one node: two shares of one split, nothing fetched twice,
-    and the weights of a single process.
+    """Both start cold on one node: two shares of one split, no object fetched twice, and the
+    weights of a single process.
     """
     job = replace(job, cache_dir=tmp_path)
     log = RequestLog(s3_server, job.bucket)
@@ -386,7 +384,7 @@ def test_two_ranks_train_as_one_and_fetch_every_object_once(
 
 
 def test_every_sample_of_a_shuffled_epoch_comes_once(job: Job, tmp_path: Path) -> None:
-    """Three epochs, in batches of two, with workers that are forked anew for each."""
+    """Three epochs, in batches of two, with newly forked workers in each."""
     dataset = ZarrDataset(replace(job, cache_dir=tmp_path).reader(), "all")
     loader = DataLoader(
         dataset,
@@ -412,7 +410,7 @@ def first_of_a_worker(dataset: Any) -> Any:
 def test_missing_array_in_a_worker_is_told_in_the_parent(
     job: Job, bucket: str, put_store: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """With its type and its whole message: the array, the store, and the arrays that are there."""
+    """With its class and whole message: the array, the store, and the arrays that exist."""
     for role, task_id in itertools.product(ROLES, IDS):
         put_store(
             f"s3://{bucket}/{role}/{task_id}.zarr",
@@ -431,9 +429,7 @@ def test_missing_array_in_a_worker_is_told_in_the_parent(
 def test_origin_that_is_gone_is_told_in_the_parent(
     job: Job, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """A sample that cannot be had is an error, never a sample less; it names the URL and the
-    attempts.
-    """
+    """An unreadable sample is an error, never skipped; the message has the URL and the attempts."""
     job = replace(job, s3_kwargs=s3_server.kwargs_at(fault_proxy.endpoint_url), cache_dir=tmp_path)
     dataset = ZarrDataset(job.reader(retry={"attempts": 2, "timeout": "20 s"}), "all")
     fault_proxy.down()

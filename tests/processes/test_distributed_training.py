@@ -63,7 +63,7 @@ def bucket(stores: Path, s3_server: S3Server) -> str:
 def config(
     path: Path, stores: Path, root: str, *, cache: dict[str, Any] | None = None, **keys: Any
 ) -> str:
-    """A training config in a file."""
+    """A training config file."""
     document = {
         "data_dir": f"{root}/data",
         "label_dir": f"{root}/label",
@@ -78,7 +78,7 @@ def config(
 def on_s3(
     path: Path, stores: Path, bucket: str, server: S3Server, *, is_cached: bool = True
 ) -> str:
-    """Of the stores in the bucket."""
+    """For the stores in the bucket."""
     cache = {"dir": str(path.parent / "cache"), "min_free": 0} if is_cached else None
     return config(path, stores, f"s3://{bucket}", cache=cache, s3_kwargs=server.s3_kwargs)
 
@@ -96,14 +96,14 @@ def options(config: str, **changes: Any) -> dict[str, Any]:
 
 
 def effective(first: Job, second: Job) -> list[Step]:
-    """What the weights have seen: the killed run until its last checkpoint, and the one that went
-    on from there.
+    """Steps that the weights have seen: those of the killed run up to its last checkpoint, and
+    those of the resumed run.
     """
     return [step for step in first.steps if step.step < second.resumed_at] + second.steps
 
 
 def in_order(job: Job, epoch: int) -> list[list[str]]:
-    """What each rank has trained on in an epoch."""
+    """What each rank trained on in an epoch."""
     return [
         names([step for step in job.steps if (step.rank, step.epoch) == (rank, epoch)])
         for rank in range(sum(job.nodes))
@@ -125,7 +125,7 @@ def losses(steps: list[Step]) -> dict[tuple[int, int], str]:
 
 
 def objects(server: S3Server, bucket: str, task_id: str) -> list[str]:
-    """Keys of the densities of a material, as a read asks for them."""
+    """Keys of the objects that a read of the material's densities requests."""
     keys = (
         key
         for role in ROLES
@@ -137,9 +137,9 @@ def objects(server: S3Server, bucket: str, task_id: str) -> list[str]:
 def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
     stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Three epochs on two nodes with a cache each; all are killed after the first epoch and
-    resumed. In the whole cluster each object is fetched once, the second and third epoch ask for
-    nothing, and the losses are those of a run without any cache, bit for bit.
+    """Three epochs on two nodes with a cache each, killed after the first epoch and resumed. The
+    cluster fetches each object once, later epochs make no request, and the losses equal those
+    without a cache bit for bit.
     """
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server), assignment="node")
     caches = (tmp_path / "node0", tmp_path / "node1")
@@ -196,8 +196,8 @@ def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
 def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(
     stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Two nodes with two ranks each: never twice on a node, whichever of its ranks and workers come
-    first. Lightning keeps the sampler.
+    """Two nodes with two ranks each: at most once per node, whichever rank or worker comes first.
+    Lightning keeps the sampler.
     """
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server))
     log = RequestLog(s3_server, bucket)
@@ -254,8 +254,8 @@ def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_
     die_at: int | None,
     assignment: str,
 ) -> None:
-    """SIGKILL in the middle of a step; what was trained on after the last checkpoint is trained on
-    again, nothing else.
+    """SIGKILL in the middle of a step; only samples after the last checkpoint are trained on
+    again.
     """
     data = options(config(tmp_path / "train.yaml", stores, str(stores)), assignment=assignment)
     every = 1 if sum(before) > 1 else 3
@@ -346,7 +346,7 @@ def test_resumed_from_a_checkpoint_at_the_end_of_an_epoch_the_next_one_is_the_pl
 def test_ranks_that_see_different_samples_all_stop_at_the_start(
     stores: Path, tmp_path: Path
 ) -> None:
-    """A map file that one node has in an older version. Neither waits for the other."""
+    """One node has an older map file. No rank waits for another."""
     caches = (tmp_path / "node0", tmp_path / "node1")
     for count, cache in zip((10, 9), caches, strict=True):
         cache.mkdir()
@@ -367,9 +367,7 @@ def test_ranks_that_see_different_samples_all_stop_at_the_start(
 
 
 def test_overfitting_reads_the_first_batches_in_every_epoch(stores: Path, tmp_path: Path) -> None:
-    """What ``Trainer(overfit_batches=...)`` is for; Lightning takes another sampler then, and says
-    so.
-    """
+    """As ``Trainer(overfit_batches=...)`` is meant; Lightning replaces the sampler and warns."""
     settings = options(config(tmp_path / "train.yaml", stores, str(stores)))
     job = Job(tmp_path / "run", settings, epochs=2, trainer={"overfit_batches": 3})
     run(job)

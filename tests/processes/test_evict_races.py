@@ -1,5 +1,5 @@
-"""Readers of everything beside processes that drop everything: no error, no wrong value, and the
-index says what lies there.
+"""Readers next to processes that drop entries: no error, no wrong value, and the index matches the
+files.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def read(
     node: LocalNode, reads: int, seconds: float, seed: int, block: dict[str, Any], answers: Any
 ) -> None:
-    """Read densities, crops and attributes at random, in two threads of one reader. What is mapped
-    is kept for a while, and stays what it was.
+    """Read random densities, crops and attributes in two threads of one reader. Mapped arrays are
+    kept for a while and must not change.
 
-    So many in each thread, and for so long.
+    Each thread makes at least this many reads and runs at least this long.
     """
     reader, end_s = node.reader(**block), time.monotonic() + seconds
 
@@ -62,7 +62,7 @@ def read(
 
 def evict(node: LocalNode, done: Any, seed: int, answers: Any) -> None:
     """Drop one entry, half of the cache or all of it, and verify the rest now and then, until the
-    readers are done.
+    readers end.
     """
     chance, reader, rounds = random.Random(seed), node.reader(), 0
     config = reader.cache.config

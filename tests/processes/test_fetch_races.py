@@ -1,5 +1,5 @@
-"""Many processes and threads that want the same things at once: each object crosses the network
-once, and nobody waits for the dead.
+"""Many processes and threads want the same data at once: each object is fetched once, and no
+process waits for a dead one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 @dataclass(frozen=True)
 class Node:
-    """Pairs on S3 and a cold cache; it can be sent to a process."""
+    """Pairs on S3 and a cold cache; picklable."""
 
     directory: Path
     bucket: str
@@ -55,7 +55,7 @@ class Node:
         )
 
     def read(self, reader: ZarrS3Reader, chance: np.random.Generator) -> None:
-        """Everything, in an order of one's own. All of it is right."""
+        """Read everything in a random order and compare."""
         for i in chance.permutation(len(self.values)):
             task_id, role = list(self.values)[i]
             assert np.array_equal(
@@ -66,7 +66,6 @@ class Node:
 def node_of(
     directory: Path, server: S3Server, bucket: str, pairs: int, endpoint_url: str | None = None
 ) -> Node:
-    """Make one."""
     values = write_pairs(directory, pairs, shape=(6, 5, 4), chunks=(6, 5, 2))
     (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(pairs)]}))
     for role in ("data", "label"):
@@ -76,7 +75,7 @@ def node_of(
 
 
 def finish(children: list[BaseProcess]) -> None:
-    """Wait for all; none fails, none hangs."""
+    """Wait for all; none fails or hangs."""
     for child in children:
         child.join(HANG_S)
     hung = [child for child in children if child.is_alive()]
@@ -111,8 +110,8 @@ def read_with_threads(node: Node, threads: int, barrier: Any, answers: Any) -> N
 def test_every_object_is_fetched_once_whoever_wants_it(
     tmp_path: Path, s3_server: S3Server, bucket: str, processes: int, threads: int, pairs: int
 ) -> None:
-    """Cold, all at one moment, each in an order of its own. The server's log and the readers' own
-    counters agree on it.
+    """All cold at the same moment, each in its own order. The server's log and the readers'
+    counters agree.
     """
     node = node_of(tmp_path, s3_server, bucket, pairs)
     assert node.reader().task_ids
@@ -150,7 +149,7 @@ def read_object(
     barrier: Any,
     answers: Any,
 ) -> None:
-    """All of one object, and its last bytes, through the byte tier, in several threads."""
+    """A whole object and its last bytes, through the byte tier, in several threads."""
     counters = Counters()
     cache = Cache(settings(directory), counters)
     origin = cache.origin(url, s3_kwargs)
@@ -168,7 +167,7 @@ def read_object(
 def test_24_readers_of_one_object_of_32_mib_fetch_it_once(
     tmp_path: Path, s3_server: S3Server, bucket: str
 ) -> None:
-    """8 processes of 3 threads. With fsspec's simplecache alone 13 of 24 got half of it."""
+    """8 processes of 3 threads. With fsspec's simplecache alone 13 of 24 got short data."""
     url = f"s3://{bucket}/objects"
     want = array_of(1, OBJECT_BYTES).tobytes()
     s3_server.put(f"{url}/large", want)
@@ -201,8 +200,8 @@ def read_one(node: Node, reached: Any, answers: Any) -> None:
 def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(
     tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy
 ) -> None:
-    """The server keeps it waiting, so the others wait for it; its death lets one of them fetch, and
-    only one.
+    """The server delays the fetcher, so the others wait for it; after its death exactly one of them
+    fetches.
     """
     node = node_of(tmp_path, s3_server, bucket, 1, fault_proxy.endpoint_url)
     assert node.reader().task_ids

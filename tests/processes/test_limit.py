@@ -1,5 +1,5 @@
-"""The limit is a limit: bytes on disk, sampled all the while, whoever writes, however large, and
-whoever is killed.
+"""Bytes on disk stay under the limit, sampled all the time, with many writers, large entries, and
+killed processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def size_of(number: int) -> int:
 def write(
     directory: Path, limit: int, eviction: str, items: int, seed: int, count: int, is_killed: bool
 ) -> None:
-    """Read and store ``count`` things of both tiers, in an order of one's own."""
+    """Read and store ``count`` entries of both tiers in a random order."""
     counters = Counters()
     cache = Cache(settings(directory, limit=limit, eviction=eviction), counters)
     origin = cache.origin(str(directory / "data"))
@@ -78,8 +78,8 @@ def write(
 
 
 class Taken(NamedTuple):
-    """Blocks on disk, in bytes: of the files of both tiers, of the index with its log and locks, of
-    the directories.
+    """Bytes of disk blocks: of the files of both tiers, of the index with its log and locks, of the
+    directories.
     """
 
     cache: int
@@ -88,10 +88,10 @@ class Taken(NamedTuple):
 
 
 def du(root: Path) -> Taken:
-    """What lies there.
+    """Disk usage now.
 
-    Only what is there when the walk ends: a file that goes and the one that takes its place are
-    never there together.
+    Only files that still exist at the end of the walk: a removed file and its replacement never
+    coexist.
     """
     cache = log = directories = 0
     for path in [
@@ -114,7 +114,7 @@ def du(root: Path) -> Taken:
 
 @contextmanager
 def sampled(root: Path) -> Iterator[list[Taken]]:
-    """What lies there, every 10 ms."""
+    """Disk usage every 10 ms."""
     samples, done = [Taken(0, 0, 0)], threading.Event()
 
     def sample() -> None:
@@ -141,8 +141,8 @@ def sampled(root: Path) -> Iterator[list[Taken]]:
 def test_eight_writers_never_exceed_the_limit_and_fill_it(
     tmp_path: Path, eviction: str, items: int, restarts: int
 ) -> None:
-    """Both tiers, mixed sizes, three times what fits; two of eight die with room reserved. Full, it
-    holds at least 97 % of the limit.
+    """Both tiers, mixed sizes, three times as much as fits; two of eight die with space reserved.
+    At the end at least 97 % of the limit is used.
     """
     limit = items // 6 * SIX_BYTES // 3
     (tmp_path / "data").mkdir()
@@ -202,7 +202,7 @@ MIN_FREE = 3 * MIB
 
 
 def fill(ballast: Path, nbytes: int) -> None:
-    """Another program that writes to the same disk, a little at a time."""
+    """Another program that writes to the same disk in small steps."""
     with ballast.open("wb", buffering=0) as file:
         for _ in range(nbytes // 65536):
             file.write(bytes(65536))
@@ -210,7 +210,7 @@ def fill(ballast: Path, nbytes: int) -> None:
 
 
 def put_many(directory: Path, numbers: range) -> int:
-    """Store arrays of 20,000 bytes; how many were taken."""
+    """Store arrays of 20,000 bytes; how many were admitted."""
     counters = Counters()
     cache = ArrayCache(settings(directory, min_free=MIN_FREE), counters)
     stored = sum(cache.put(key_of(n), array_of(n, 20_000), source="s") for n in numbers)
@@ -219,8 +219,8 @@ def put_many(directory: Path, numbers: range) -> int:
 
 
 def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -> None:
-    """Of 16 MiB, 3 are to stay free. Whenever room was given away there was enough, but for what
-    the others wrote since; deleted, it is used.
+    """3 of 16 MiB stay free. Each admission left enough space, except for what the other program
+    wrote since; freed space is used again.
     """
     with small_disk_at(tmp_path / "cache", "16m") as disk:
         index, ballast = Index(settings(tmp_path)), disk / "ballast"

@@ -1,5 +1,5 @@
-"""Look-ahead: the next densities are there before they are asked for, every object is fetched once,
-and the disk holds no more than it may.
+"""Look-ahead: the next densities are cached before they are read, every object is fetched once, and
+the limit holds.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ LISTINGS = 2 * 8192  # bytes on disk: which materials there are
 
 @pytest.fixture(scope="module")
 def pairs(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """On S3, for all of these tests."""
+    """On S3, shared by these tests."""
     return put_pairs(s3_server, tmp_path_factory.mktemp("pairs"), COUNT)
 
 
 def steps(dataset: ZarrDataset, sampler: NodeSampler) -> Iterator[str]:
-    """Task ids in the order of the training."""
+    """Task ids in the order of training."""
     return (dataset.task_ids[index] for index in sampler)
 
 
 def train(dataset: ZarrDataset, sampler: NodeSampler, pairs: Pairs) -> None:
-    """An epoch that takes each sample when it is there, and looks at its values."""
+    """An epoch that reads each sample once it is cached, and checks its values."""
     reader = dataset.reader
     assert isinstance(reader, ZarrS3Reader)
     for index in sampler:
@@ -64,15 +64,15 @@ def train(dataset: ZarrDataset, sampler: NodeSampler, pairs: Pairs) -> None:
 
 
 def gets(log: RequestLog) -> Counter[int]:
-    """How many objects were fetched how often."""
+    """Numbers of objects by number of fetches."""
     return Counter(log.paths("GET").values())
 
 
 def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Never more than the budget ahead; into the next epoch as well, for which nothing is left to
-    do.
+    """Never more than the budget ahead; also into the next epoch, for which nothing is left to
+    fetch.
     """
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
@@ -106,7 +106,9 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
 def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, eviction: str
 ) -> None:
-    """Room for 16 of 24: four are given up for the ring, and each epoch fetches the others once."""
+    """Room for 16 of 24: four are given up for loans, and each epoch fetches the other eight
+    once.
+    """
     reader = pairs.reader(
         tmp_path,
         s3_server.s3_kwargs,
@@ -149,8 +151,8 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
 def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """As when samples are drawn with replacement: the first reading takes the loan that the second
-    would have found.
+    """As when sampling with replacement: the first read takes the loan that the second would have
+    found.
     """
     reader = pairs.reader(
         tmp_path, s3_server.s3_kwargs, limit=16 * ONE + LISTINGS, lookahead=4 * ONE
@@ -180,9 +182,7 @@ def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(
 def test_workers_of_a_dataloader_are_followed_too(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """What they ask for makes room for more, or the prefetcher would stop at its budget; whoever is
-    faster, one fetches.
-    """
+    """Their reads free budget, or the prefetcher would stop; only one of the two fetches."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
     sampler, log = NodeSampler(dataset, seed=4), RequestLog(s3_server, pairs.bucket)
@@ -199,7 +199,7 @@ def test_workers_of_a_dataloader_are_followed_too(
 def test_it_ends_at_once_beside_workers_that_stay(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """They were forked with its pipe, and keep it open; it is neither waited for nor killed."""
+    """Forked workers keep its pipe open; it is neither waited for nor killed."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
     dataset = ZarrDataset(reader)
     sampler = NodeSampler(dataset, seed=4)
@@ -239,7 +239,7 @@ def test_each_rank_runs_ahead_of_itself(pairs: Pairs, s3_server: S3Server, tmp_p
 def test_a_process_that_cannot_be_started_is_one_warning(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With two file descriptors left it cannot; the training goes on when there are more."""
+    """With two file descriptors left; training continues and starts it later."""
     dataset = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=8 * ONE))
     sampler = NodeSampler(dataset)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -305,7 +305,7 @@ def test_interrupted_while_it_starts_the_process_ends(
 def test_where_there_is_nothing_to_do_no_process_is_started(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """With ``lookahead: 0``; and a sampler of something else is refused."""
+    """With ``lookahead: 0``; a sampler of another type is refused."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=0)
     dataset = ZarrDataset(reader)
     with Lookahead(dataset, NodeSampler(dataset)) as ahead:
@@ -321,8 +321,8 @@ def test_where_there_is_nothing_to_do_no_process_is_started(
 def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks here, as torchrun says: each has half; what the other reads is in no list of this
-    one.
+    """Two ranks under torchrun, with half of the budget each; one rank's list does not have the
+    reads of the other.
     """
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -343,7 +343,7 @@ def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
 def test_an_order_that_was_drawn_with_replacement_is_followed(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """As positions or names; a sample that comes twice is fetched once."""
+    """As positions or names; a sample that occurs twice is fetched once."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=20 * ONE)
     dataset = ZarrDataset(reader)
     log = RequestLog(s3_server, pairs.bucket)
@@ -456,8 +456,8 @@ def _run_program(
 def test_a_users_program_is_not_run_once_more(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, program: str, imports: int
 ) -> None:
-    """A training script need not guard its main part, and what it imports (Lightning: 5 s) delays
-    nothing; unless its classes are needed.
+    """A training script needs no main guard, and its imports (Lightning: 5 s) delay nothing, unless
+    its classes are needed.
     """
     done = _run_program(pairs, s3_server, tmp_path, program)
     assert done.stderr == ""
@@ -467,7 +467,7 @@ def test_a_users_program_is_not_run_once_more(
 def test_a_program_whose_class_is_needed_and_that_has_no_guard_trains_without(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """The process that imports it does not train in turn."""
+    """The process that imports it does not train itself."""
     done = _run_program(pairs, s3_server, tmp_path, f"{PROGRAM}\ntrain(Reader)\n")
     assert done.stdout.split("\n") == ["imported", "imported", "ahead False", ""]
     assert "RuntimeError" in done.stderr

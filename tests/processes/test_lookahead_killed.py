@@ -1,5 +1,5 @@
-"""A look-ahead that is killed stops nobody, and one whose training is killed does not stay behind;
-what it held is reclaimed.
+"""A killed look-ahead does not stop the training, and a killed training leaves no look-ahead; its
+loans and reservations are reclaimed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FULL = {"limit": 8 * ONE + 2 * 8192, "lookahead": 2 * ONE}
 
 @pytest.fixture(scope="module")
 def pairs(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """On S3, for all of these tests."""
+    """On S3, shared by these tests."""
     return put_pairs(s3_server, tmp_path_factory.mktemp("pairs"), COUNT)
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, whether or not somebody has asked how."""
+    """Whether a process has ended, reaped or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -52,9 +52,7 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
     caplog: pytest.LogCaptureFixture,
     block: dict[str, Any],
 ) -> None:
-    """Nobody has to ask; one warning, with what to do; every value is right, and what it had
-    reserved is free again.
-    """
+    """One warning with advice; every value is right, and its reservations are free again."""
     reader = pairs.reader(tmp_path, s3_server.s3_kwargs, **block)
     dataset = ZarrDataset(reader)
     index, sampler = reader.cache.index, NodeSampler(dataset, seed=2)
@@ -91,8 +89,8 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
 
 
 def _train(pairs: Pairs, directory: Path, s3_kwargs: dict[str, Any], pipe: Connection) -> None:
-    """A training whose look-ahead has lent something, with a DataLoader's worker beside it, and
-    that does not go on.
+    """A training whose look-ahead has made a loan, with a DataLoader worker, and that then
+    waits.
     """
     reader = pairs.reader(directory, s3_kwargs, **FULL)
     dataset = ZarrDataset(reader)
@@ -137,9 +135,7 @@ def training(pairs: Pairs, directory: Path, server: S3Server) -> Iterator[tuple[
 def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, both: bool
 ) -> None:
-    """Although a worker of the DataLoader lives on for a while; what both of them held, the next
-    run takes back.
-    """
+    """While a DataLoader worker still lives; the next run reclaims what both held."""
     with training(pairs, tmp_path, s3_server) as (pid, ahead):
         if both:
             os.kill(ahead, signal.SIGKILL)

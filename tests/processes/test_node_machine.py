@@ -1,4 +1,4 @@
-"""Two processes over one cache against a model: whatever is read, dropped, written again, damaged,
+"""Two processes over one cache against a model: whatever is read, dropped, rewritten, damaged,
 killed or lost, no value is wrong.
 
 The model is a dictionary of versions. It shares no helper with the code; the processes are driven
@@ -79,7 +79,7 @@ def machinery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class NodeMachine(RuleBasedStateMachine):
-    """What is known of each density: the origin's version, and those that the cache may hold."""
+    """State of each density: the origin's version, and the versions that the cache may hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,9 +111,7 @@ class NodeMachine(RuleBasedStateMachine):
     # -- the world
 
     def _write(self, key: tuple[str, str]) -> None:
-        """The origin's present version, with a time of its own; long ago, or it would be listed
-        twice.
-        """
+        """Write a new version with an old time stamp, or it would be listed twice."""
         source, _ = _templates[key, self.versions[key] % VERSIONS]
         target = self.directory / key[1] / f"{key[0]}.zarr"
         shutil.rmtree(target, ignore_errors=True)
@@ -128,7 +126,7 @@ class NodeMachine(RuleBasedStateMachine):
         return _processes[which].do(name, *args)
 
     def _known(self, which: int) -> None:
-        """What has no row is not held any more, and nothing comes out of nowhere."""
+        """Entries without a row are not held any more, and no unknown entry may appear."""
         stored = self._do(which, "stored")
         for key in KEYS:
             if key not in stored:
@@ -167,7 +165,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     @rule(which=WHICH, key=KEY)
     def crop(self, which: int, key: tuple[str, str]) -> None:
-        """Of one version, whole; or an error that names the change. Never a mixture of two."""
+        """Of one version, or an error that names the change; never of two."""
         values = self._do(which, "crop", *key)
         if values is None:
             assert self.versions[key] > 0
@@ -220,7 +218,7 @@ class NodeMachine(RuleBasedStateMachine):
         step=st.integers(1, 60),
     )
     def kill(self, which: int, key: tuple[str, str], action: str, step: int) -> None:
-        """In the middle of something; the next open cleans up."""
+        """During an operation; the next opening cleans up."""
         self._do(which, "die", step)
         try:
             self._do(which, action, *([{}] if action == "evict" else key))
@@ -233,8 +231,8 @@ class NodeMachine(RuleBasedStateMachine):
 
     @rule(choice=SEED, delete=st.booleans())
     def corrupt(self, choice: int, delete: bool) -> None:
-        """A file of either tier. Whoever has checked it once in its run does not look again, so
-        both runs begin anew.
+        """Damage a file of either tier. A process verifies an entry once per run, so both start a
+        new run.
         """
         files = payload_files(self.directory)
         if files:
@@ -289,14 +287,10 @@ class NodeMachine(RuleBasedStateMachine):
 # more data"). A hang is told after two minutes, by the process that does not answer.
 @pytest.mark.timeout(3600)
 class TestNode(NodeMachine.TestCase):  # type: ignore[name-defined, misc]
-    """Ten lives of a node."""
-
     settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 class TestNodeLong(NodeMachine.TestCase):  # type: ignore[name-defined, misc]
-    """The same, many more times."""
-
     settings = hypothesis_settings(max_examples=400, stateful_step_count=50, deadline=None)

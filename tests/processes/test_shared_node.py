@@ -1,5 +1,5 @@
-"""Two users of one node and one directory: both read and write, and neither makes the other's job
-crash. And one who is not of the group.
+"""Two users of one node share a directory: both read and write, and neither breaks the other's job.
+And a user outside the group.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as 
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Everything that is imported at its first use: other users may not be able to read this
-    interpreter's files.
-    """
+    """Import everything first: other users may not be able to read this interpreter's files."""
     directory = tmp_path_factory.mktemp("imported")
     write_pairs(directory, 2)
     for arrays in (True, False):
@@ -56,8 +54,8 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """``data``, ``label`` and ``map.json`` that all may read; ``team``, which belongs to the group;
-    ``tmp``, where anybody may write.
+    """``data``, ``label`` and ``map.json``, readable by all; ``team``, which belongs to the group;
+    ``tmp``, writable by all.
     """
     with open_to_all() as path:
         write_pairs(path, 3)
@@ -70,7 +68,7 @@ def place() -> Iterator[Path]:
 
 
 def train(place: Path, cache: dict[str, Any]) -> dict[str, int]:
-    """Read every density, as a training run does, and compare; what was counted."""
+    """Read every density as a training run does, and compare; the counters."""
     reader = make_reader(place, cache=cache)
     for task_id in reader.task_ids:
         for role in ("data", "label"):
@@ -119,7 +117,7 @@ def permissions(place: Path) -> dict[str, set[tuple[str, int]]]:
 
 
 def put_and_get(config: dict[str, Any], put: range, get: range) -> tuple[int, int]:
-    """Store some entries, read others; how many were there, and how many faults there were."""
+    """Store some entries and read others; numbers of hits and of faults."""
     cache = ArrayCache(CacheConfig(**config), Counters())
     for number in put:
         assert cache.put(key_of(number), array_of(number), source="s")
@@ -140,8 +138,8 @@ def put_and_get(config: dict[str, Any], put: range, get: range) -> tuple[int, in
 def test_what_one_has_read_is_a_hit_for_the_other(
     place: Path, first: User, second: User, arrays: bool
 ) -> None:
-    """Whoever was first, whatever the umasks (0077 and 0022) and the users' own groups are; through
-    both tiers.
+    """In either order, with umasks 0077 and 0022 and different primary groups, through both
+    tiers.
     """
     cache = shared(place, arrays={"enabled": arrays})
     assert as_user(first, train, place, cache)["cache_errors"] == 0
@@ -169,8 +167,8 @@ def _log_is_open(config: dict[str, Any]) -> list[str]:
 
 
 def test_the_log_that_one_makes_can_be_written_by_the_other(place: Path) -> None:
-    """SQLite makes it anew whenever nobody had the index open: with the permissions of the index,
-    not of the umask.
+    """SQLite creates the log at each first opening: with the permissions of the index, not of the
+    umask.
     """
     for user in (ALICE, BOB, ALICE):
         assert as_user(user, _log_is_open, shared(place)) == [
@@ -193,7 +191,7 @@ def _work(config: dict[str, Any], start: int) -> int:
 
 
 def test_both_write_replace_and_drop_the_same_entries_at_once(place: Path) -> None:
-    """No fault is counted on either side, and the sum of sizes is what lies there."""
+    """No fault on either side, and the volume equals the bytes on disk."""
     jobs = [
         start_as(user, _work, shared(place), start)
         for user, start in ((ALICE, 0), (BOB, 10), (ALICE, 5), (BOB, 15))
@@ -210,7 +208,6 @@ def _evict_all(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_one_evicts_and_verifies_what_the_other_has_stored(place: Path) -> None:
-    """Commands of the one on files of the other."""
     as_user(ALICE, put_and_get, shared(place), range(5), range(0))
     damaged = next(path for path in (root_of(place) / "entries").rglob("*") if path.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0\0")
@@ -230,8 +227,8 @@ def _alter(path: Path) -> str:
 
 
 def test_no_user_can_truncate_an_entry_that_another_has_mapped(place: Path) -> None:
-    """It would be killed by SIGBUS: an entry is replaced or dropped, and whoever has mapped it
-    keeps it.
+    """Truncation would kill the reader with SIGBUS; entries are replaced or unlinked, and maps stay
+    valid.
     """
     as_user(ALICE, put_and_get, shared(place), range(1), range(0))
     (entry,) = (path for path in (root_of(place) / "entries").rglob("*") if path.is_file())
@@ -239,7 +236,7 @@ def test_no_user_can_truncate_an_entry_that_another_has_mapped(place: Path) -> N
 
 
 def test_a_broken_index_is_set_aside_by_either_and_both_go_on(place: Path) -> None:
-    """It belongs to the one; the other replaces it with its own, with all entries, while the first
+    """It belongs to one user; the other replaces it with its own, with all entries, while the first
     still runs.
     """
     as_user(ALICE, put_and_get, shared(place), range(5), range(0))
@@ -253,8 +250,8 @@ def test_a_broken_index_is_set_aside_by_either_and_both_go_on(place: Path) -> No
 
 
 def test_doctor_says_how_a_private_cache_becomes_the_groups(place: Path) -> None:
-    """Who changes ``shared`` only, keeps the others out; what doctor tells to run lets them in, and
-    what is warm stays warm.
+    """Changing only ``shared`` keeps the others out; the command that doctor prints lets them in
+    and keeps the entries.
     """
     as_user(ALICE, train, place, shared(place, shared=False))
     assert as_user(BOB, train, place, shared(place))["hits"] == 0
@@ -277,7 +274,7 @@ def test_doctor_says_how_a_private_cache_becomes_the_groups(place: Path) -> None
 
 
 def test_a_directory_whose_maker_was_killed_too_early_is_healed_by_its_owner(place: Path) -> None:
-    """Between ``mkdir`` and ``chmod``, under umask 0077. Until then the other reads past it."""
+    """Between ``mkdir`` and ``chmod``, with umask 0077. Until then the other user reads past it."""
     as_user(ALICE, put_and_get, shared(place), range(1), range(0))
     root_of(place).chmod(0o700)
     assert as_user(BOB, put_and_get, shared(place), range(0), range(1)) == (0, 1)
@@ -302,7 +299,7 @@ def _lose_permission(place: Path) -> list[tuple[int, int]]:
 
 
 def test_permission_lost_under_a_running_job_costs_hits_and_no_sample(place: Path) -> None:
-    """Taken away altogether, then to write, then given back: the same job goes on, and has hits
+    """Removed altogether, then for writing, then restored: the same job continues and has hits
     again.
     """
     assert as_user(BOB, _lose_permission, place) == [(0, 6), (0, 12), (6, 12), (12, 12)]
@@ -318,7 +315,7 @@ def _refusal(config: dict[str, Any]) -> str:
 
 
 def _train_with_warnings(place: Path, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """As :func:`train`; with what was said."""
+    """As :func:`train`, with the warnings."""
     said: list[str] = []
 
     class Listener(logging.Handler):
@@ -330,8 +327,8 @@ def _train_with_warnings(place: Path, config: dict[str, Any]) -> tuple[dict[str,
 
 
 def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> None:
-    """0700. The second user's commands say whose it is; its training reads past the cache, with one
-    line.
+    """0700. The second user's commands name the owner; its training reads past the cache, with one
+    log line.
     """
     cache = {"dir": str(place / "tmp" / "cache"), "min_free": 0}
     as_user(ALICE, train, place, cache)
@@ -353,7 +350,7 @@ def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> N
 
 
 def test_one_who_is_not_of_the_group_is_told_which_group_it_is(place: Path) -> None:
-    """And trains all the same."""
+    """Its training runs without the cache."""
     as_user(ALICE, train, place, shared(place))
     words = as_user(CAROL, _refusal, shared(place))
     assert f"group {TEAM}, mode 2770; this user is {CAROL.uid} of groups [{CAROL.uid}]" in words
@@ -363,7 +360,7 @@ def test_one_who_is_not_of_the_group_is_told_which_group_it_is(place: Path) -> N
 
 
 def test_who_forgets_to_share_is_told_and_spoils_nothing(place: Path) -> None:
-    """The directory is the other's: ``shared: true`` has to stand in both configs."""
+    """The other user owns the directory: ``shared: true`` is needed in both configs."""
     as_user(ALICE, train, place, shared(place))
     assert "set cache.shared: true for both users" in as_user(
         BOB, _refusal, shared(place, shared=False)
@@ -383,7 +380,7 @@ def _plant(path: Path, mode: int) -> None:
 def test_a_directory_that_a_stranger_made_open_to_all_is_refused(
     place: Path, is_shared: bool, depth: str
 ) -> None:
-    """In /tmp anybody can be first, and could plant entries, or put a link in its place later."""
+    """In /tmp any user can create it first, plant entries, or replace it by a link later."""
     directory = place / "tmp" / "cache"
     as_user(CAROL, _plant, directory, 0o777)
     if depth != "cache.dir":
@@ -398,7 +395,7 @@ def test_a_directory_that_a_stranger_made_open_to_all_is_refused(
 
 
 def test_status_and_doctor_of_the_other_user_work(place: Path) -> None:
-    """Nobody is told to change permissions that are right."""
+    """No advice to change correct permissions."""
     as_user(ALICE, train, place, shared(place))
     state = as_user(BOB, lambda: read_status(CacheConfig(**shared(place))))
     assert state.array_tier.entries == 8  # with two listings

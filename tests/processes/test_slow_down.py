@@ -1,4 +1,4 @@
-"""One process is told to slow down, and the whole node does: counted at the proxy."""
+"""One process is asked to slow down, and all processes of the node do: counted at the proxy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N = 12
 
 @pytest.fixture(autouse=True)
 def one_long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long enough to be told from a busy machine."""
+    """Long enough to differ from a busy machine."""
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", PAUSE_S)
     monkeypatch.setattr(retry, "_pauses", {})
 
@@ -55,7 +55,7 @@ def opened(
 
 
 def ask(origin: Origin, done: Any) -> None:
-    """Ask for objects, one after the other, until there is enough."""
+    """Request objects, one after the other, until there are enough."""
     objects = origin.list_objects("mp-1.zarr/")
     while not done.is_set():
         for obj in objects[1:]:
@@ -63,7 +63,7 @@ def ask(origin: Origin, done: Any) -> None:
 
 
 def wait_until(condition: Any) -> None:
-    """Wait, as long as only a hang takes."""
+    """Wait; only a hang reaches the deadline."""
     end = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -71,7 +71,7 @@ def wait_until(condition: Any) -> None:
 
 
 def assert_all_paused(proxy: FaultProxy, told_key: str, n_askers: int) -> None:
-    """Between the announcement and its end no request arrives; before and after, many do."""
+    """No request arrives during the pause; many before and after it."""
     wait_until(lambda: _told_s(proxy, told_key) is not None)
     told_s = _told_s(proxy, told_key)
     assert told_s is not None
@@ -91,7 +91,7 @@ def _told_s(proxy: FaultProxy, key: str) -> float | None:
 def test_one_of_four_processes_is_told_and_all_pause(
     s3_server: S3Server, fault_proxy: FaultProxy, url: str, tmp_path: Path
 ) -> None:
-    """They share a cache directory and nothing else. Every sample arrives."""
+    """They share only a cache directory. Every sample arrives."""
     context = multiprocessing.get_context("fork")
     done = context.Event()
     processes = [
@@ -145,7 +145,6 @@ def test_without_a_directory_all_threads_of_the_process_pause(
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pauses that do not keep a test."""
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.4)
     return
@@ -160,8 +159,8 @@ def test_pauses_use_up_no_attempts(
     engine: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each object is refused once, so a pass is cut short again and again; with two attempts
-    everything arrives all the same.
+    """Each object is refused once, so every pass is cut short; with two attempts all objects still
+    arrive.
     """
     counters = Counters()
     origin = opened(

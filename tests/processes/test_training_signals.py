@@ -1,5 +1,5 @@
-"""A training script over a DataLoader with workers that is told to end: within seconds, nobody is
-left, and the next run begins warm.
+"""A training script with DataLoader workers is interrupted: it ends within seconds, leaves no
+process, and the next run starts warm.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if __name__ == "__main__":
 def training(
     tmp_path: Path, config: Path, method: str, text: str = SCRIPT
 ) -> Iterator[subprocess.Popen[str]]:
-    """The script in a process group of its own, as a terminal or a batch system starts it."""
+    """The script in its own process group, as a terminal or a batch system starts it."""
     script = tmp_path / "train.py"
     script.write_text(text)
     # no pipe: it would fill, and the script would wait for us
@@ -67,7 +67,7 @@ def training(
 
 
 def tell(process: subprocess.Popen[str], number: signal.Signals, to_all: bool) -> str:
-    """Send the signal, and wait until nobody is left; what was said on stderr."""
+    """Send the signal, and wait until no process is left; the stderr."""
     sent_s = time.monotonic()
     (os.killpg if to_all else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=HANG_S)
@@ -92,8 +92,8 @@ WAYS = [
 def test_a_training_ends_with_all_its_workers(
     tmp_path: Path, number: signal.Signals, to_all: bool, method: str
 ) -> None:
-    """By Python's own answer to the signal: one traceback of Ctrl-C, none of a worker; the exit
-    code is the signal's; nothing is half written.
+    """With Python's default handling: one traceback of KeyboardInterrupt, none of a worker; the
+    exit code of the signal; no partial file.
     """
     node = LocalNode(tmp_path, 4)
     config = write_config(tmp_path)
@@ -128,8 +128,8 @@ def test_a_training_that_waits_for_a_silent_server_ends_too(
     number: signal.Signals,
     to_all: bool,
 ) -> None:
-    """Its workers are in the middle of a fetch that gets no answer. Those that nobody tells go on
-    for ``cache.retry.timeout`` at the most.
+    """Its workers wait for an answer that never comes. Those that get no signal go on for at most
+    ``cache.retry.timeout``.
     """
     write_pairs(tmp_path, 4)
     for role in ("data", "label"):
@@ -167,8 +167,8 @@ if __name__ == "__main__":
 def test_workers_of_a_data_module_whose_training_is_killed_end_by_themselves(
     tmp_path: Path,
 ) -> None:
-    """SIGKILL, of which nobody is told: a worker finds that its parent has changed, which that of a
-    fork server would never do.
+    """By SIGKILL: a worker notices that its parent has changed, which a child of a fork server
+    would not.
     """
     pytest.importorskip("lightning", reason="the extra lightning is not installed")
     LocalNode(tmp_path, 4)

@@ -1,6 +1,4 @@
-"""``zarrcache warm`` stopped in the middle, by Ctrl-C or for good: the next run goes on where it
-was, and no entry is torn.
-"""
+"""``zarrcache warm`` interrupted or killed: the next run resumes, and no entry is torn."""
 
 from __future__ import annotations
 
@@ -57,8 +55,8 @@ Stuck = Callable[[int], "subprocess.Popen[str]"]
 
 @pytest.fixture
 def stuck(config: Path, fault_proxy: FaultProxy, pairs: int) -> Iterator[Stuck]:
-    """``stuck(workers)`` is a running ``warm`` that has stored all but two of the pairs and waits
-    for a silent server wherever it can.
+    """``stuck(workers)`` is a running ``warm`` that has stored all but two pairs and now waits for
+    a silent server.
     """
     with contextlib.ExitStack() as stack:
 
@@ -132,7 +130,7 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
 def test_after_kill_9_the_next_run_goes_on(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int
 ) -> None:
-    """Everything is killed at once, as at a preemption; no clean-up is needed."""
+    """All processes at once, as at a preemption; no clean-up is needed."""
     process = stuck(workers)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
@@ -164,8 +162,8 @@ def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
     pairs: int,
     workers: int,
 ) -> None:
-    """Although the server is silent; one line says how to go on, and the exit code which signal it
-    was. No process stays, no traceback.
+    """While the server is silent: one line says how to resume, the exit code is that of the signal,
+    no process and no traceback.
     """
     number, code, word = sent
     process = stuck(workers)
@@ -186,8 +184,8 @@ def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
 def test_ctrl_c_ends_the_workers_too(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int
 ) -> None:
-    """A terminal sends it to every process of the job; the workers finish what they have, here with
-    an error, and nobody reports it.
+    """A terminal sends it to every process of the job; the workers finish their item, here with an
+    error, which is not reported.
     """
     process = stuck(2)
     os.killpg(process.pid, signal.SIGINT)
@@ -206,8 +204,8 @@ def test_ctrl_c_ends_the_workers_too(
 def test_workers_end_when_their_parent_is_killed(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int
 ) -> None:
-    """Only the parent gets the signal, as from the out-of-memory killer; once the server gives them
-    an answer the workers find out and end.
+    """Only the parent is killed, as by the out-of-memory killer; the workers notice once the server
+    answers, and exit.
     """
     process = stuck(2)
     process.kill()

@@ -1,4 +1,6 @@
-"""DataLoader workers send the place of an entry where they can, and right values always."""
+"""What a DataLoader worker transfers: the location of an entry where possible, and always the right
+values.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,7 @@ def reader(
 
 
 def is_over_the_cache(tensor: torch.Tensor) -> bool:
-    """Whether this process's memory beneath a tensor is a file of the cache: the kernel's own
-    table.
-    """
+    """Whether a tensor's memory in this process maps a file of the cache, by /proc/self/maps."""
     with open("/proc/self/maps") as maps:
         for line in maps:
             fields = line.split()
@@ -65,7 +65,7 @@ def is_over_the_cache(tensor: torch.Tensor) -> bool:
 
 
 def loader_of(dataset: Any, **options: Any) -> DataLoader[Any]:
-    """Two workers, or as told."""
+    """With two workers by default."""
     return DataLoader(
         dataset, **{"num_workers": 2, "timeout": DEADLINE_S, "batch_size": None, **options}
     )
@@ -112,7 +112,7 @@ def test_a_warm_sample_arrives_as_a_map_of_its_entry(reader: ZarrS3Reader, metho
 def test_a_batch_of_one_arrives_as_a_map_of_its_entry(
     reader: ZarrS3Reader, collate_fn: Any
 ) -> None:
-    """By torch's own collate function and by ours."""
+    """With torch's collate function and with ours."""
     dataset = RhoData(*reader.data_split()[0], data_augmentation=False)
     for got, wanted in zip(
         loader_of(dataset, batch_size=1, collate_fn=collate_fn), pairs_of(dataset), strict=True
@@ -122,7 +122,7 @@ def test_a_batch_of_one_arrives_as_a_map_of_its_entry(
 
 
 def test_a_batch_of_several_is_stacked_in_shared_memory(reader: ZarrS3Reader) -> None:
-    """As torch does it."""
+    """As torch does."""
     dataset = ZarrDataset(reader, "all")
     alike = [[2 * i, 2 * i + 1] for i in range(3)]
     order = [[dataset.task_ids.index(IDS[i]) for i in pair] for pair in alike]
@@ -134,7 +134,7 @@ def test_a_batch_of_several_is_stacked_in_shared_memory(reader: ZarrS3Reader) ->
 
 
 def test_a_batch_of_mixed_grids_is_a_list_of_maps(reader: ZarrS3Reader) -> None:
-    """Nothing has to be copied for it."""
+    """Nothing is copied."""
     dataset = ZarrDataset(reader, "all")
     (got,) = loader_of(dataset, batch_size=6, collate_fn=collate)
     assert_same(got["label"], [sample["label"] for sample in pairs_of(dataset)])
@@ -142,7 +142,7 @@ def test_a_batch_of_mixed_grids_is_a_list_of_maps(reader: ZarrS3Reader) -> None:
 
 
 def test_a_cold_sample_arrives_right(reader: ZarrS3Reader) -> None:
-    """The first epoch fetches and stores; the values are those of the second."""
+    """The first epoch fetches and stores; its values equal those of the second."""
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset))
     for task_id, role in itertools.product(IDS[:3], ("data", "label")):
@@ -165,7 +165,7 @@ def test_a_cold_sample_arrives_right(reader: ZarrS3Reader) -> None:
 def test_turned_downsampled_and_cast_samples_arrive_right(
     reader: ZarrS3Reader, settings: dict[str, Any]
 ) -> None:
-    """They are not what lies in the cache, whatever shape they have."""
+    """They differ from the cached values, whatever their shape."""
     dataset = ZarrDataset(reader, "all", seed=5, **settings)
     torch.manual_seed(11)
     through = list(loader_of(dataset, num_workers=1))
@@ -184,7 +184,7 @@ def test_turned_downsampled_and_cast_samples_arrive_right(
 
 
 def test_the_training_process_writes_to_its_own_copy(reader: ZarrS3Reader, tmp_path: Path) -> None:
-    """In place, as a transform may; the cache keeps what it has."""
+    """In place, as a transform may; the cached entry does not change."""
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset))
     for sample in loader_of(dataset):
@@ -193,7 +193,7 @@ def test_the_training_process_writes_to_its_own_copy(reader: ZarrS3Reader, tmp_p
 
 
 class Changed(Dataset[torch.Tensor]):
-    """A user's own transform in the worker, over one of our datasets."""
+    """A user's transform in the worker, wrapped around one of our datasets."""
 
     def __init__(self, dataset: Any, change: str) -> None:
         self.dataset, self.change = dataset, change
@@ -242,7 +242,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_transform_in_the_worker_is_in_what_arrives(reader: ZarrS3Reader, change: str) -> None:
-    """In place or not: never the entry's own values instead of those that the user made."""
+    """In place or not: the transformed values arrive, not those of the entry."""
     dataset = Changed(ZarrDataset(reader, "all"), change)
     for got, wanted in zip(loader_of(dataset), pairs_of(dataset), strict=True):
         assert torch.equal(got, wanted)
@@ -338,7 +338,7 @@ def test_torch_still_documents_the_map_of_collate_functions() -> None:
 def test_an_entry_evicted_on_its_way_is_read_again(
     reader: ZarrS3Reader, wrap: Callable[[Any], Any], batch_size: int | None
 ) -> None:
-    """The workers have sent; everything is evicted before the training process looks."""
+    """Everything is evicted after the workers have sent and before the training process reads."""
     dataset = ZarrDataset(reader, "all", downsample_data=1)
     wanted = copy.deepcopy(pairs_of(dataset))
     before = reader.stats
@@ -353,8 +353,8 @@ def test_an_entry_evicted_on_its_way_is_read_again(
 
 
 def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) -> list[Any]:
-    """All samples of a loader that reads ahead, when everything was evicted before the first one is
-    looked at.
+    """All samples of a loader that prefetches, with everything evicted before the first one is
+    read.
     """
     before = reader.stats
     arriving = iter(loader)
@@ -385,7 +385,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_a_changed_copy_of_a_dataset_is_never_read_instead(
     reader: ZarrS3Reader, copied: Callable[[Any], Any], keep: bool
 ) -> None:
-    """A held-out set made by copying the training set has other samples at the same positions."""
+    """A held-out set copied from the training set has other samples at the same positions."""
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset))
     other = copied(dataset)
@@ -400,8 +400,8 @@ def test_a_changed_copy_of_a_dataset_is_never_read_instead(
 
 
 class Lazy(Dataset[Any]):
-    """Makes its dataset when it is first asked, in the worker, as many wrappers do; or reads a
-    changed copy of it there.
+    """Creates its dataset at its first use in the worker, as many wrappers do, or reads a changed
+    copy there.
     """
 
     def __init__(self, reader: ZarrS3Reader, dataset: Any = None) -> None:
@@ -425,7 +425,7 @@ class Lazy(Dataset[Any]):
 def test_a_dataset_that_only_the_worker_knows_sends_its_values(
     reader: ZarrS3Reader, method: str, known: bool
 ) -> None:
-    """The training process could not read them again."""
+    """The training process could not read them itself."""
     dataset = ZarrDataset(reader, "all")
     wanted = copy.deepcopy(pairs_of(dataset)[::-1])
     loader = loader_of(
@@ -440,7 +440,7 @@ def test_a_dataset_that_only_the_worker_knows_sends_its_values(
 def test_a_store_that_has_another_grid_by_now_is_read_as_it_is(
     reader: ZarrS3Reader, small_group: Callable[..., Any]
 ) -> None:
-    """Evicted on its way, and overwritten meanwhile."""
+    """Evicted in transit, and overwritten meanwhile."""
     dataset = ZarrDataset(reader, "all")
     loader = loader_of(dataset, num_workers=1, prefetch_factor=6, batch_size=1)
     before = reader.stats
@@ -458,12 +458,12 @@ def test_a_store_that_has_another_grid_by_now_is_read_as_it_is(
 
 
 def test_in_this_process_tensors_are_plain(reader: ZarrS3Reader) -> None:
-    """Without workers nothing is handed over, and no type of ours is seen."""
+    """Without workers nothing is transferred, and no internal type appears."""
     assert type(ZarrDataset(reader, "all")[0]["data"]) is torch.Tensor
 
 
 def test_what_is_computed_from_a_mapped_tensor_is_plain() -> None:
-    """Only the sample itself is on its way."""
+    """Only the sample itself is transferred."""
     grid = np.zeros((1, 2, 2, 2), np.float32)
     x = MappedTensor.over(torch.from_numpy(grid), grid, ("", 0, 0))
     for y in (

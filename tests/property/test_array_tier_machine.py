@@ -1,4 +1,4 @@
-"""The array tier against a model: whatever is done to it, it gives what was put, or nothing."""
+"""The array tier against a model: after any operations it returns what was put, or nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ArrayCacheMachine(RuleBasedStateMachine):
         self.caches = [self.fresh(), self.fresh()]
 
     def fresh(self) -> ArrayCache:
-        """An instance that has verified nothing yet."""
+        """An instance that has not verified any entry."""
         return ArrayCache(settings(self.directory, limit=LIMIT, eviction=self.eviction), Counters())
 
     def teardown(self) -> None:
@@ -149,14 +149,14 @@ class ArrayCacheMachine(RuleBasedStateMachine):
 
 
 class EvictingMachine(ArrayCacheMachine):
-    """The same where the oldest entry makes room."""
+    """With eviction of the oldest entry."""
 
     eviction = "least-recently-stored"
 
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Every purge is a warning; thousands of them say nothing here."""
+    """Silence the warning of each purge."""
     caplog.set_level(logging.CRITICAL)
 
 

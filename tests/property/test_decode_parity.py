@@ -1,5 +1,5 @@
-"""Whatever zarr can write, this package reads as zarr does: bit for bit, or it says that it is no
-density.
+"""Any array that zarr can write is read bit for bit as zarr reads it, or refused because it is not
+a density.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ LAX = settings(
 
 
 def values_of(draw: st.DrawFn, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Any bytes of the dtype; NaNs of any kind, too."""
+    """Any bytes of the dtype, NaNs included."""
     seed = draw(st.integers(0, 2**32 - 1))
     if dtype.kind == "b":
         return np.random.default_rng(seed).random(shape) < 0.5
@@ -75,7 +75,7 @@ def values_of(draw: st.DrawFn, shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
 
 @st.composite
 def stores(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of ``create_array``, what is written, and where nothing is written."""
+    """Arguments of ``create_array``, the written values, and the unwritten regions."""
     zarr_format = draw(st.sampled_from([2, 3]))
     shape = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
     chunks = tuple(draw(st.integers(1, 5)) for _ in shape)
@@ -146,13 +146,13 @@ def same_bits(ours: NDArray[Any], zarrs: NDArray[Any]) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def settled(monkeypatch_module: pytest.MonkeyPatch) -> None:
-    """Stores that were written just now are listed twice; here nobody is writing any more."""
+    """Do not wait for a stable listing: no other process writes."""
     monkeypatch_module.setattr("zarrcache.arrays.read._STABLE_S", 0.0)
 
 
 @pytest.fixture(scope="module")
 def monkeypatch_module() -> Any:
-    """For the whole module."""
+    """A monkeypatch of module scope."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
@@ -175,8 +175,8 @@ def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any
 def test_damaged_store_gives_values_or_an_error_of_ours(
     tmp_path: Path, store: dict[str, Any], data: st.DataObject
 ) -> None:
-    """One flipped bit, or a cut, in any object: never an exception that nobody catches, never
-    memory that was not written.
+    """One flipped bit or a truncation in any object: never another exception, never uninitialized
+    memory.
     """
     path = tmp_path / "mp-1.zarr"
     shutil.rmtree(path, ignore_errors=True)
@@ -208,7 +208,7 @@ def test_damaged_store_gives_values_or_an_error_of_ours(
 def test_array_that_is_not_of_real_numbers_is_refused(
     tmp_path: Path, values: NDArray[Any], word: str
 ) -> None:
-    """The message says what it is."""
+    """The message names the type."""
     group = zarr.create_group(store=zarr.storage.LocalStore(tmp_path / "mp-1.zarr"), zarr_format=2)
     group.create_array("rho", shape=values.shape, dtype=values.dtype, chunks=values.shape)[...] = (
         values
@@ -261,9 +261,7 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    """By one of our two errors, with the URL in it; nothing is allocated and no code of the data is
-    run.
-    """
+    """With one of two errors and the URL; nothing is allocated, and no code from the data runs."""
     (tmp_path / "mp-1.zarr" / "rho").mkdir(parents=True)
     (tmp_path / "mp-1.zarr" / "rho" / ".zarray").write_text(json.dumps({**GOOD_V2, **change}))
     for number in (0, 1):
@@ -284,7 +282,7 @@ def test_metadata_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
 
 
 def test_array_larger_than_any_density_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
-    """A thousand bytes of metadata must not ask for a petabyte."""
+    """A thousand bytes of metadata must not allocate a petabyte."""
     path = tmp_path / "mp-1.zarr"
     group = zarr.create_group(store=zarr.storage.LocalStore(path))
     group.create_array("rho", shape=(100_000,) * 3, dtype="f4", chunks=(16,) * 3)

@@ -1,5 +1,5 @@
-"""The main job on real input: VASP densities converted, put on S3, and trained on from the cache,
-held to pymatgen's own arrays.
+"""The whole task on real input: VASP densities converted, put on S3, and trained on from the cache,
+compared with pymatgen's arrays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOLDERS = {"data": "input", "label": "label"}
 
 
 def by_pymatgen(path: Path, *, normalize: bool) -> NDArray[np.float32]:
-    """The total density of a file, as the users' converter and reader leave it."""
+    """The total density of a file, as the users' converter and reader return it."""
     outputs = pytest.importorskip(
         "pymatgen.io.vasp.outputs",
         reason="pymatgen is part of the extra: pip install -e '.[convert]'",
@@ -57,7 +57,7 @@ def trained_on(
     s3_server: S3Server,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> SimpleNamespace:
-    """Both folders converted straight to S3, and a config of the users' keys."""
+    """Both folders converted directly to S3, and a config with the users' keys."""
     root, bucket = tmp_path_factory.mktemp("real"), s3_server.new_bucket()
     ids = sorted({task_id for _, task_id in files})
     for role in ROLES:
@@ -129,8 +129,8 @@ def test_real_pairs_train_for_two_epochs_the_second_without_a_server(
 def test_real_densities_hold_whole_numbers_of_electrons(
     trained_on: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """With ``normalize`` a converged density sums up to its valence electrons: the labels are
-    densities, and of the right scale.
+    """With ``normalize`` a converged density sums up to its valence electrons, which checks labels
+    and scale.
     """
     train, test = get_dataset(SimpleNamespace(**vars(trained_on)))
     for label in (*train[1], *test[1]):
@@ -142,7 +142,7 @@ def test_real_densities_hold_whole_numbers_of_electrons(
 def test_small_network_learns_from_real_batches(
     trained_on: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Augmented, downsampled, of mixed grids, through workers: finite losses that fall."""
+    """Augmented, downsampled, mixed grids, through workers: finite, falling losses."""
     cfg = trained_on
     cache = {"dir": str(tmp_path / "cache"), "min_free": 0}
     reader = ZarrS3Reader(

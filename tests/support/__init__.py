@@ -1,1 +1,1 @@
-"""What tests share: a real S3 server, writers of small stores, a proxy that fails on purpose."""
+"""Helpers of the tests: a real S3 server, writers of small stores, a proxy that injects faults."""

@@ -1,5 +1,5 @@
-"""Cache directories for tests: small settings, keys by number, and what really lies on disk,
-counted without the package's help.
+"""Cache directories for tests: small settings, numbered keys, and the bytes on disk, counted
+without the package.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def settings(directory: Path, **block: Any) -> CacheConfig:
 
 
 def key_of(number: int | str) -> ArrayKey:
-    """The key of an array that exists nowhere."""
+    """The key of an array that does not exist."""
     return ArrayKey("file", f"/data/mp-{number}.zarr", "charge_density_total")
 
 
 def array_of(number: int, nbytes: int = 1000) -> NDArray[Any]:
-    """Bytes that tell their number."""
+    """Random bytes with the number as seed."""
     return np.random.default_rng(number).integers(0, 256, nbytes, np.uint8)
 
 
@@ -40,7 +40,7 @@ def array_on_disk(nbytes: int) -> int:
 
 
 def payload_files(directory: Path) -> list[Path]:
-    """Every file of both tiers, those being written too."""
+    """Every file of both tiers, partial ones included."""
     root = directory / "cache" / "zarrcache-v1"
     return sorted(
         p for tier in ("entries", "bytes") for p in (root / tier).rglob("*") if p.is_file()
@@ -48,9 +48,7 @@ def payload_files(directory: Path) -> list[Path]:
 
 
 def on_disk_bytes(directory: Path) -> int:
-    """What the files of both tiers occupy. A file that vanishes while they are counted counts
-    nothing.
-    """
+    """Bytes of the files of both tiers. A file that vanishes during the walk counts nothing."""
     total = 0
     for path in payload_files(directory):
         try:

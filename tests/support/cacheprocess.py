@@ -1,5 +1,5 @@
-"""A process that uses a cache as it is told over a pipe, with a clock of its own, and that can be
-killed before any step at the file system.
+"""A process that uses a cache on commands over a pipe, with its own clock, and that can be killed
+before any file system call.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def die_at_step(number: int, *, writes: bool = False) -> None:
 
 
 class CacheProcess:
-    """``process.do("load", "mp-1", "data")`` has it call `_User.load`; after a kill it is a new
-    process.
+    """``process.do("load", "mp-1", "data")`` calls `_User.load` in it; after a kill a new process
+    answers.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class CacheProcess:
         theirs.close()
 
     def do(self, name: str, *args: Any) -> Any:
-        """The answer, or the error of the process."""
+        """The result; raises the error of the process."""
         try:
             self._pipe.send((name, args))
             if not self._pipe.poll(_HANG_S):
@@ -137,15 +137,15 @@ class CacheProcess:
         self._start()
 
     def end(self) -> None:
-        """SIGKILL, and no new one."""
+        """SIGKILL, without a new process."""
         self._process.kill()
         self._process.join(_HANG_S)
         self._pipe.close()
 
 
 async def _others() -> None:
-    """Wait for what zarr has asked for beside the request that failed: it goes on, and changes the
-    cache that the test looks at next.
+    """Wait for zarr's other requests after one failed: they go on and change the cache that the
+    test inspects.
     """
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
         _, late = await asyncio.wait(others, timeout=_HANG_S)
@@ -153,7 +153,7 @@ async def _others() -> None:
 
 
 class _User:
-    """What the process does."""
+    """The commands."""
 
     _real_time = staticmethod(time.time)
     dies_at = 0
@@ -165,11 +165,11 @@ class _User:
         self.reader = make_reader(directory, cache=self.config)
 
     def clock(self, offset_s: float) -> None:
-        """Everything here takes this for the time."""
+        """Shift the time by an offset."""
         time.time = lambda: _User._real_time() + offset_s
 
     def die(self, step: int) -> None:
-        """Later, before the ``step``-th step after this was answered."""
+        """Die later, before the ``step``-th step after this call."""
         self.dies_at = step
 
     def load(self, task_id: str, role: Any) -> np.ndarray[Any, Any]:
@@ -197,12 +197,12 @@ class _User:
         verify(self.config)
 
     def stored(self) -> set[tuple[str, str]]:
-        """Which densities have a row."""
+        """Densities with a row."""
         notes = [row.note.split("\n") for row in self.reader.cache.index.rows("array")]  # type: ignore[union-attr]
         return {(Path(url).stem, Path(url).parent.name) for _, url, array in notes if array}
 
     def index(self) -> tuple[int, set[str]]:
-        """Its sum of sizes, and its files."""
+        """Its volume, and its files."""
         index = self.reader.cache.index
         assert index is not None
         return index.volume_bytes(), index.filenames()

@@ -1,5 +1,5 @@
-"""Several nodes of one cluster on this machine: cache directories of their own, each served, and
-one S3 server beneath.
+"""Several nodes of one cluster on this machine: each with its own served cache directory, all with
+one S3 server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Cluster", "Node", "payload", "start_cluster"]
 
 @dataclass(frozen=True)
 class Node:
-    """One node; it can be sent to a process."""
+    """One node; picklable."""
 
     root: Path
     url: str
@@ -42,7 +42,7 @@ class Node:
         return Path(self.cache["dir"])
 
     def files(self) -> list[Path]:
-        """Its entries of the array tier that are densities; listings are smaller."""
+        """Its array entries that hold densities; listings are smaller."""
         return sorted(
             path
             for path in (self.directory / "zarrcache-v1" / "entries").rglob("*")
@@ -51,7 +51,7 @@ class Node:
 
 
 def payload(path: Path) -> tuple[dict[str, Any], NDArray[Any]]:
-    """What an entry holds, read past the package: one page of header, then the values."""
+    """Contents of an entry, read without the package: one page of header, then the values."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[12:16], "little")
     fields = json.loads(raw[20 : 20 + length])

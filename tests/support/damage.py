@@ -1,5 +1,5 @@
-"""Damage to files of a cache, as disks and power failures make it: one bit, or a lost end. Chosen
-by a seed that a failing test prints.
+"""Damage to files of a cache as disks and power failures cause it: one bit, or a truncation. The
+seed is printed.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ __all__ = ["chance_of", "damage"]
 
 
 def chance_of(seed: int | None) -> random.Random:
-    """Random choices of a test: repeatable with a seed, others each time without one. The seed is
-    in the test's output.
-    """
+    """A random generator: repeatable with a seed, otherwise with a new seed, which is printed."""
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
     print(f"seed {seed}")
     return random.Random(seed)
 
 
 def damage(path: Path, chance: random.Random) -> str:
-    """Flip one bit anywhere in a file, or, once in eight, cut it anywhere; what was done. The inode
-    is a new one: maps of the old one stay.
+    """Flip one bit of a file or, once in eight, truncate it; a description. The inode is new, so
+    existing maps stay valid.
     """
     raw = bytearray(path.read_bytes())
     if chance.random() < 0.125:

@@ -1,5 +1,5 @@
-"""A real Dask cluster for tests: a scheduler and workers, each a process of its own, on 127.0.0.1;
-and what the tests have them do.
+"""A real Dask cluster for tests: a scheduler and worker processes on 127.0.0.1, and the functions
+that tests run on it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RunningCluster:
     def start_worker(
         self, name: str, environment: Mapping[str, str], *options: str
     ) -> subprocess.Popen[bytes]:
-        """One more worker, with one thread, kept alive by a nanny."""
+        """One more worker, with one thread and a nanny."""
         arguments = [
             self.address,
             "--nthreads",
@@ -105,9 +105,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def running_cluster(
     directory: Path, nodes: Mapping[str, Mapping[str, str]]
 ) -> Iterator[RunningCluster]:
-    """A cluster with a worker on each node: names, and the environment there. All are of course on
-    this machine.
-    """
+    """A cluster with one worker per node: names and environments. All run on this machine."""
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as processes:
         cluster = RunningCluster(directory, processes)
@@ -120,25 +118,24 @@ def running_cluster(
 
 
 def double(n: int, reserve: Reserve) -> int:
-    """Twice as much."""
     return 2 * n
 
 
 def die_of_seven(n: int, reserve: Reserve) -> int:
-    """As a parser does that runs out of memory."""
+    """Die at item 7, as a parser that runs out of memory."""
     if n == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return 2 * n
 
 
 def fail(n: int, reserve: Reserve) -> int:
-    """What no item should do: report its failure otherwise than in its result."""
+    """Raise instead of returning a failed result."""
     raise ValueError(f"number {n}")
 
 
 def note(directory: str, reserve: Reserve) -> None:
-    """Say that it began, go on until told, say that it ended; after ``see:`` only wait until
-    somebody has begun.
+    """Record the start, wait for a signal file, record the end; after ``see:`` only wait until
+    another item has started.
     """
     deadline = time.monotonic() + _START_S
     if directory.startswith("see:"):

@@ -1,8 +1,7 @@
-"""A proxy in front of the S3 server that counts what passes, remembers it, and fails as it is told.
-In a process of its own.
+"""A proxy in front of the S3 server, in its own process, that counts, records and faults requests.
 
-It keeps the Host header, so a request that is signed for the proxy's address is valid behind it.
-What it does is in ``faultproxy_server``.
+It keeps the Host header, so a request signed for the proxy's address is valid behind it. The
+server's code is in ``faultproxy_server``.
 """
 
 from __future__ import annotations
@@ -85,21 +84,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class FaultProxy:
-    """Where the proxy listens and how to talk to it: small, picklable, usable from any process."""
+    """Address of the proxy and its controls: small, picklable, usable from any process."""
 
     endpoint_url: str
     admin_url: str
 
     def rules(self, *rules: Rule) -> None:
-        """Replace all rules; what was counted stays."""
+        """Replace all rules; the counts stay."""
         self._ask("PUT", "/rules", [asdict(rule) for rule in rules])
 
     def reset(self) -> None:
-        """No rules, nothing counted, listening; whoever was kept waiting is cut off."""
+        """No rules, no counts, listening; waiting clients are disconnected."""
         self._ask("POST", "/reset")
 
     def down(self) -> None:
-        """Refuse connections, and cut those that are open. The port stays reserved."""
+        """Refuse connections, and cut open ones. The port stays reserved."""
         self._ask("POST", "/down")
 
     def up(self) -> None:
@@ -119,7 +118,7 @@ class FaultProxy:
         return len(self.seen(op))
 
     def repeats(self) -> int:
-        """How many GETs asked for what an earlier one had asked for."""
+        """Number of GETs of something that was requested before."""
         asked = [(s.path, s.range) for s in self.seen("GET")]
         return len(asked) - len(set(asked))
 
@@ -128,11 +127,11 @@ class FaultProxy:
         return int(self._ask("GET", "/flight")["peak"])
 
     def in_flight(self) -> int:
-        """Requests that have come and are neither answered nor given up by the client."""
+        """Requests that are neither answered nor given up by the client."""
         return int(self._ask("GET", "/flight")["now"])
 
     def wait_in_flight(self, n: int, deadline_s: float = 20.0) -> None:
-        """Return when exactly ``n`` requests are in flight; after ``deadline_s`` it is an error."""
+        """Return when exactly ``n`` requests are in flight; raise after ``deadline_s``."""
         end = time.monotonic() + deadline_s
         while (now := self.in_flight()) != n:
             if time.monotonic() > end:

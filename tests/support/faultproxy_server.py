@@ -1,8 +1,7 @@
 """The process of ``faultproxy``: ``python faultproxy_server.py http://host:port`` prints the
-proxy's and its admin's address, and serves.
+addresses of the proxy and of its admin interface, and serves.
 
-One thread a connection, one request to the server behind for each that is let through; nothing is
-retried and nothing is kept.
+One thread per connection, one request to the server per accepted request, no retries.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _CODES = {
 
 
 class _Server(ThreadingHTTPServer):
-    """Accepts connections on a port that it keeps while it refuses them."""
+    """Accepts connections on a port that stays reserved while it refuses them."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -76,11 +75,11 @@ class _Server(ThreadingHTTPServer):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error here."""
+        """A client that disconnects is not an error."""
 
 
 class _State:
-    """What the two servers share."""
+    """State shared by the two servers."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = (str(urlsplit(upstream).hostname), int(urlsplit(upstream).port or 80))
@@ -118,7 +117,7 @@ class _State:
     def arrived(
         self, op: str, path: str, asked_range: str, headers: dict[str, str]
     ) -> tuple[dict[str, Any], str, float]:
-        """Write a request down; what to do with it."""
+        """Record a request; what to do with it."""
         with self.lock:
             seen = {
                 "op": op,
@@ -256,16 +255,14 @@ class _Proxy(BaseHTTPRequestHandler):
             raise ValueError(f"unknown fault {fault!r}")
 
     def _landed(self, seen: dict[str, Any]) -> None:
-        """Not in flight any more. Said before the last byte goes out: the client may have sent its
-        next request by the time it is out.
+        """Not in flight any more. Called before the last byte is sent: the client may send its next
+        request right after it.
         """
         with self.server.state.lock:
             self.server.state.flying.discard(id(seen))
 
     def _send_error_xml(self, status: int, code: str) -> None:
-        """S3's answer, with what a real one tells about the request; a status without a code is a
-        load balancer's page.
-        """
+        """S3's answer with its usual details; a status without a code is a load balancer's page."""
         if code:
             xml = (
                 '<?xml version="1.0" '
@@ -304,7 +301,7 @@ class _Proxy(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: ``seen`` is the log."""
+        pass
 
 
 class _Admin(BaseHTTPRequestHandler):
@@ -343,7 +340,7 @@ class _Admin(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = handle_any
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        pass
 
 
 def _serve(upstream: str) -> None:

@@ -1,4 +1,4 @@
-"""A training that a prefetcher runs ahead of, step by step: small pairs on S3, and what to wait for
+"""A training followed by a prefetcher, step by step: small pairs on S3, and conditions to wait for
 instead of sleeping.
 """
 
@@ -38,7 +38,7 @@ class Pairs:
     objects: int = 3
 
     def reader(self, directory: Path, s3_kwargs: dict[str, Any], **block: Any) -> ZarrS3Reader:
-        """Of a node whose cache is in ``directory``. All pairs are training samples but one."""
+        """For a node with its cache in ``directory``. All pairs but one are training samples."""
         return make_reader(
             directory,
             f"s3://{self.bucket}",
@@ -50,7 +50,7 @@ class Pairs:
 
 
 def put_pairs(server: S3Server, directory: Path, count: int) -> Pairs:
-    """Write and upload them, and wait until they are settled."""
+    """Write and upload them, and wait for a stable listing."""
     values = write_pairs(directory, count, shape=SHAPE, chunks=CHUNKS)
     (directory / "map.json").write_text(
         json.dumps({"GGA": [f"mp-{number}" for number in range(count)]})
@@ -63,7 +63,7 @@ def put_pairs(server: S3Server, directory: Path, count: int) -> Pairs:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait; the deadline is against hangs."""
+    """Wait; only a hang reaches the deadline."""
     end_s = time.monotonic() + _DEADLINE_S
     while not condition():
         assert time.monotonic() < end_s, what
@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def is_there(reader: ZarrS3Reader, task_id: str, role: Role) -> bool:
-    """Whether the next reading of a density asks S3 for nothing."""
+    """Whether the next read of a density makes no request."""
     index = reader.cache.index
     assert index is not None
     digest = reader.key(task_id, role).digest
@@ -80,10 +80,9 @@ def is_there(reader: ZarrS3Reader, task_id: str, role: Role) -> bool:
 
 
 def occupied(index: Index) -> int:
-    """Bytes of the files of densities, those being written too; listings are left out.
+    """Bytes of the files of densities, partial ones included, listings excluded.
 
-    The least of three walks: a walk is no instant, and may meet both a file that goes and the one
-    that takes its room after that.
+    The minimum of three walks: one walk may count both a removed file and its replacement.
     """
     return min(_walk(index) for _ in range(3))
 

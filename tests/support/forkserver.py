@@ -35,7 +35,7 @@ _MORE = {"convert": ("zarrcache.convert.plan", "pymatgen.io.vasp.outputs")}
 
 
 class ForkServer:
-    """Runs one command at a time. Not for use in a forked child."""
+    """Runs one command at a time. Do not use it in a forked child."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -70,7 +70,7 @@ class ForkServer:
 
 
 def _become(job: dict[str, Any]) -> None:
-    """Make this process the one that was asked for."""
+    """Turn this process into the requested command."""
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])

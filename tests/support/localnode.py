@@ -1,5 +1,5 @@
-"""One node as a training run finds it: pairs of densities in a directory, written long ago, and a
-cache. Small, and usable from any process.
+"""One node as a training run finds it: pairs of densities in a directory, with a stable listing,
+and a cache. Small, usable from any process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LocalNode:
         return make_reader(self.directory, cache=block)
 
     def read(self, reader: ZarrS3Reader) -> None:
-        """Read everything, through both tiers. All of it is right."""
+        """Read everything through both tiers, and compare."""
         assert reader.task_ids == sorted({task_id for task_id, _ in self.values})
         for (task_id, role), values in self.values.items():
             assert np.array_equal(reader.load(task_id, role)[0], values.ravel()), (task_id, role)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ class LocalNode:
         assert reader.get_metadata(group)["seed"] == 1
 
     def check_settled(self) -> None:
-        """What lies on disk is what the index says, file by file and byte by byte."""
+        """The files on disk are those of the index, with the same sizes."""
         index = Index(settings(self.directory))
         index.open()
         assert {

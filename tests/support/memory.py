@@ -18,8 +18,8 @@ _MOST = 3 * 1024 * MIB
 
 
 def peak_of(function: Callable[..., Any], *args: Any) -> tuple[Any, int]:
-    """What ``function(*args)`` returns in a forked child, and by how many bytes its resident memory
-    grew at the most.
+    """Result of ``function(*args)`` in a forked child, and the largest growth of its resident
+    memory in bytes.
     """
     return as_user(None, _measured, function, args)  # type: ignore[no-any-return]
 

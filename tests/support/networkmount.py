@@ -28,7 +28,7 @@ _MNT_DETACH = 2
 
 
 def can_mount() -> bool:
-    """Root, on a Linux with FUSE."""
+    """Whether this is root on a Linux with FUSE."""
     return (
         sys.platform == "linux" and os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
     )
@@ -69,7 +69,7 @@ class _Server:
         self._next = 2
 
     def serve(self) -> None:
-        """Answer until the mount is gone."""
+        """Answer until it is unmounted."""
         while True:
             try:
                 request = os.read(self._fuse, 1 << 18)

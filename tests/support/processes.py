@@ -1,5 +1,5 @@
-"""Processes that a test sees from outside: those of a job (one process group, which a batch system
-starts, signals and waits for together), and those that work for this process.
+"""Processes as seen from outside: those of a job (one process group, which a batch system starts,
+signals and waits for), and the workers of this process.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ HANG_S = 60.0
 
 
 def members(group: int) -> list[int]:
-    """Processes of a group that still run."""
+    """Running processes of a group."""
     # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container
     # perhaps nobody does.
     return [pid for pid, _, its_group in _running() if its_group == group]
 
 
 def interpreters() -> list[int]:
-    """Child processes of ``zarrcache.parallel`` that this process has started and that still run."""
+    """Running processes of ``zarrcache.parallel.process`` that this process has started."""
     found = []
     for pid, parent, _ in _running():
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -40,7 +40,7 @@ def interpreters() -> list[int]:
 
 
 def _running() -> Iterator[tuple[int, int, int]]:
-    """Every process that is not dead: its id, its parent's and its group's."""
+    """Every running process: its id, its parent's and its group's."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
             state, parent, group, *_ = stat.read_text().rpartition(")")[2].split()
@@ -49,7 +49,7 @@ def _running() -> Iterator[tuple[int, int, int]]:
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[Any], what: str) -> None:
-    """Wait for something that a running job does."""
+    """Wait for a condition on a running job."""
     deadline = time.monotonic() + HANG_S
     while not condition():
         assert process.poll() is None, f"the job ended before {what}"
@@ -58,8 +58,8 @@ def until(condition: Callable[[], object], process: subprocess.Popen[Any], what:
 
 
 def wait_for_all(process: subprocess.Popen[Any]) -> None:
-    """Return when no process of the job is left: a signal is sent at once, but a process dies when
-    it gets to it.
+    """Return when no process of the job is left: a signal is sent at once, but a process takes time
+    to die.
     """
     deadline = time.monotonic() + HANG_S
     while left := members(process.pid):
@@ -68,7 +68,7 @@ def wait_for_all(process: subprocess.Popen[Any]) -> None:
 
 
 def end_all(process: subprocess.Popen[Any]) -> None:
-    """Kill what is left of a job, and read what it still had to say."""
+    """Kill the rest of a job, and read its remaining output."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=HANG_S)

@@ -1,5 +1,5 @@
 """The ranks of a training job under Lightning: real processes, gloo between them, killed and
-resumed as a scheduler does it.
+resumed as a scheduler does.
 
 They are forked from a server that has imported Lightning once, because the import takes longer than
 a toy epoch.
@@ -26,12 +26,12 @@ DEADLINE_S = 200
 
 
 class Killed(Exception):
-    """A rank did not end by itself, or not well."""
+    """A rank did not end as expected."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of one rank, as the rank wrote it down."""
+    """One training step of one rank, as the rank recorded it."""
 
     rank: int
     epoch: int
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def steps(self) -> list[Step]:
-        """What all ranks have trained on, in the order of each."""
+        """Training steps of all ranks, in the order of each rank."""
         files = sorted(self.root.glob(f"{self.name}.steps.*"))
         return [
             Step(**json.loads(line)) for file in files for line in file.read_text().splitlines()
@@ -159,7 +159,7 @@ def _rank(
 
 
 def _environments(job: Job, port: int) -> Iterator[dict[str, str]]:
-    """What torchrun sets for each rank."""
+    """The variables that torchrun sets for each rank."""
     ranks = sum(job.nodes)
     places = [(node, local) for node, count in enumerate(job.nodes) for local in range(count)]
     for rank, (node, local) in enumerate(places):
@@ -181,7 +181,7 @@ def _environments(job: Job, port: int) -> Iterator[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """A free port of 127.0.0.1."""
     with contextlib.closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

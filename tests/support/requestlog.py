@@ -56,11 +56,10 @@ class RequestLog:
         self._start = self.settle()
 
     def settle(self) -> int:
-        """Wait until what was asked so far has been written down, that of clients which were killed
-        too; the size of the log then.
+        """Wait until all requests so far are logged, those of killed clients included; the size of
+        the log.
 
-        A server writes a line when it has answered, and some do it in a thread of its own: a
-        request of ours comes last.
+        Some servers log in another thread after they have answered: a request of ours comes last.
         """
         mark, end, lines = _MARK + uuid.uuid4().hex, time.monotonic() + _DEADLINE_S, -1
         client = _client_of(self._server)
@@ -79,9 +78,7 @@ class RequestLog:
             time.sleep(0.02)
 
     def seen(self, op: str = "", *, settled: bool = True) -> list[Request]:
-        """In the order in which they were answered. Without ``settled`` the last ones may not be
-        there yet.
-        """
+        """In the order of the answers. Without ``settled`` the last ones may be missing."""
         if settled:
             self.settle()
         requests = [
@@ -96,7 +93,7 @@ class RequestLog:
         ]
 
     def paths(self, op: str, *, settled: bool = True) -> Counter[str]:
-        """How often each key (or prefix) was asked for, without the bucket."""
+        """Number of requests by key (or prefix), without the bucket."""
         return Counter(r.path.partition("/")[2] for r in self.seen(op, settled=settled))
 
     def _text(self) -> str:
@@ -107,7 +104,7 @@ class RequestLog:
 
 @functools.cache
 def _client_of(server: S3Server) -> Any:
-    """One for all: making one takes longer than a test."""
+    """One client for all: creating one takes longer than a test."""
     return server.client()
 
 

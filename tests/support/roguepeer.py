@@ -1,4 +1,4 @@
-"""A peer that answers what a test tells it: one thread, one request a connection, raw bytes."""
+"""A peer that answers as a test requires: one thread, one request per connection, raw bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = Callable[[socket.socket], None]
 
 @dataclass
 class RoguePeer:
-    """Where it listens, and what it was asked: the first line and the headers of each request."""
+    """Its address, and the first line and headers of each request."""
 
     url: str
     asked: list[str] = field(default_factory=list)
@@ -36,8 +36,8 @@ class RoguePeer:
 def entry_answer(
     raw: bytes, *, claims: int | None = None, sends: int | None = None, reset: bool = False
 ) -> Answer:
-    """200 with an entry; with another length than it has, or cut off after ``sends`` bytes,
-    politely or by a reset.
+    """200 with an entry; with a wrong length, or cut off after ``sends`` bytes, by a close or a
+    reset.
     """
 
     def answer(connection: socket.socket) -> None:
@@ -50,7 +50,7 @@ def entry_answer(
 
 
 def hanging(connection: socket.socket) -> None:
-    """Says nothing, until the client gives up."""
+    """Sends nothing until the client disconnects."""
     connection.settimeout(60)
     with contextlib.suppress(OSError):
         connection.recv(1)
@@ -84,7 +84,7 @@ def trickling_head(raw: bytes) -> Answer:
 
 
 def claiming(raw: bytes, length: int) -> Answer:
-    """Promises ``length`` bytes, sends what it has, and stays on the line."""
+    """Announces ``length`` bytes, sends what it has, and keeps the connection open."""
 
     def answer(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + raw)
@@ -95,7 +95,7 @@ def claiming(raw: bytes, length: int) -> Answer:
 
 @contextlib.contextmanager
 def running_peer(answer: Answer) -> Iterator[RoguePeer]:
-    """Listens until the end."""
+    """Serve until the end of the block."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peer = RoguePeer(f"http://127.0.0.1:{listener.getsockname()[1]}")
 

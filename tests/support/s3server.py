@@ -64,17 +64,17 @@ class S3Server:
         return {"key": self.key, "secret": self.secret, "endpoint_url": self.endpoint_url}
 
     def kwargs_at(self, endpoint_url: str) -> dict[str, Any]:
-        """The same credentials at another address, for a proxy in front of this server."""
+        """The same credentials with another address, for a proxy in front of this server."""
         return {**self.s3_kwargs, "endpoint_url": endpoint_url}
 
     def client(self) -> Any:
-        """A boto3 client. Tests set up and look around with it, because it leaves fsspec's and
-        obstore's threads alone.
+        """A boto3 client, for set-up and inspection: it does not use fsspec's and obstore's
+        threads.
         """
         return _client(self, os.getpid())
 
     def fs(self) -> Any:
-        """An s3fs filesystem of its own: no instance and no listing is shared with the code under
+        """A separate s3fs filesystem: shares no instance and no listing with the code under
         test.
         """
         import s3fs
@@ -84,7 +84,7 @@ class S3Server:
         )
 
     def new_bucket(self, prefix: str = "densities") -> str:
-        """Make a bucket that nobody else uses; its name."""
+        """Make a bucket for one test; its name."""
         name = f"{prefix}-{uuid.uuid4().hex[:12]}"
         self.client().create_bucket(Bucket=name)
         return name
@@ -128,7 +128,7 @@ class S3Server:
 
 @functools.cache
 def _client(server: S3Server, _: int) -> Any:
-    """Of one process: connections are no forked child's."""
+    """One per process: a forked child cannot use its parent's connections."""
     import boto3
     from botocore.config import Config
 
@@ -150,7 +150,7 @@ def _split(url: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def running_server(log: Path, environment: Mapping[str, str] | None = None) -> Iterator[S3Server]:
     """Start a server, yield its handle, stop it. Its address is free again at once, so a test may
-    stop it to be offline.
+    stop it to go offline.
     """
     # A new session: Ctrl-C in the terminal reaches the tests first, and they stop the server when
     # they are done with it.

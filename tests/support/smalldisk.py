@@ -1,5 +1,5 @@
-"""Small file systems of a test's own, mounted by root, and what happens to disks; elsewhere the
-test is skipped.
+"""Small file systems for a test, mounted by root, and faults of disks; without root the test is
+skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Disk", "failing_disk", "full_disk", "no_inodes_disk", "quota_disk", 
 
 @contextmanager
 def small_disk_at(mount: Path, size: str, *options: str) -> Iterator[Path]:
-    """Mount a tmpfs of ``size`` (``2m``) at ``mount``, which is made."""
+    """Create ``mount`` and mount a tmpfs of ``size`` (``2m``) there."""
     with _mounted(mount, "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs"):
         yield mount
 
@@ -45,7 +45,7 @@ def _run(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 class Disk:
-    """A file system on which something goes wrong, and is right again."""
+    """A file system with a fault that begins and ends."""
 
     def __init__(self, begin: Callable[..., object], end: Callable[[], object]) -> None:
         self.begin, self.end = begin, end
@@ -53,7 +53,7 @@ class Disk:
 
 @contextmanager
 def full_disk(mount: Path) -> Iterator[Disk]:
-    """ENOSPC: another program fills it to the last byte."""
+    """ENOSPC: another program fills the disk."""
     with small_disk_at(mount, "4m"):
         yield Disk(*_ballast(mount))
 
@@ -75,7 +75,7 @@ def _ballast(mount: Path) -> tuple[Callable[[], None], Callable[[], None]]:
 
 @contextmanager
 def no_inodes_disk(mount: Path) -> Iterator[Disk]:
-    """ENOSPC with room enough: there are as many files as the file system has inodes."""
+    """ENOSPC with free blocks: all inodes are used."""
     with small_disk_at(mount, "64m", "nr_inodes=400"):
         ballast = mount / "ballast"
 
@@ -93,8 +93,8 @@ def no_inodes_disk(mount: Path) -> Iterator[Disk]:
 
 @contextmanager
 def quota_disk(mount: Path) -> Iterator[Disk]:
-    """EDQUOT: the quota of a btrfs subvolume, which counts root's bytes too. (That of ext4 needs a
-    kernel with its format.)
+    """EDQUOT: the quota of a btrfs subvolume, which also applies to root. (ext4's needs a kernel
+    with its format.)
     """
     if shutil.which("mkfs.btrfs") is None:
         pytest.skip("mkfs.btrfs is not here (package btrfs-progs)")
@@ -110,10 +110,10 @@ def quota_disk(mount: Path) -> Iterator[Disk]:
 
 @contextmanager
 def failing_disk(mount: Path) -> Iterator[Disk]:
-    """EIO: the device beneath an ext4 ends after 64 KiB, for reading and writing.
+    """EIO: the device under an ext4 ends after 64 KiB, for reading and writing.
 
-    The kernel forgets what it has in memory of the files below a directory, or all but their first
-    bytes; ``begin`` is told which.
+    The kernel drops cached pages of the files below a directory, or all but their first bytes;
+    ``begin`` says which.
     """
     image = mount.with_name("image")
     image.touch()
@@ -139,7 +139,7 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
 
 
 def _shorten(device: str, nbytes: int) -> None:
-    """Have a loop device end after so many bytes (0: at its file's end): ``lo_sizelimit`` of
+    """Make a loop device end after so many bytes (0: at its file's end): ``lo_sizelimit`` of
     ``struct loop_info64``, LOOP_{GET,SET}_STATUS64.
     """
     fd = os.open(device, os.O_RDWR)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code."""
     nodes = int(os.environ["SLURM_NNODES"])
     if Path(sys.argv[0]).name == "scontrol":
         print("\n".join(f"node{number}" for number in range(nodes)))

@@ -1,5 +1,5 @@
-"""Writers of small Zarr stores in every layout that users have. They use zarr alone, so they are an
-oracle for the package.
+"""Writers of small Zarr stores in every layout that users have. They use only zarr, which makes
+them an oracle for the package.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ STRUCTURE: dict[str, Any] = {
 def random_density(
     shape: tuple[int, ...], dtype: DTypeLike = "float32", seed: int = 0
 ) -> NDArray[Any]:
-    """Positive random numbers; no two cells are alike, so a swapped chunk or axis never goes
-    unseen.
-    """
+    """Positive random numbers; all cells differ, so a swapped chunk or axis is noticed."""
     values = (
         np.random.default_rng(seed).random(shape)
         + np.arange(int(np.prod(shape)), dtype="float64").reshape(shape) * 1e-3
@@ -136,7 +134,7 @@ def small_group(
 
 
 def plain_read(path: Path, name: str = "charge_density_total") -> NDArray[Any]:
-    """What zarr itself reads from a local store: the oracle of every parity test."""
+    """A local store read by zarr: the oracle of every parity test."""
     import zarr
     import zarr.storage
 

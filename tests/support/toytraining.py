@@ -20,7 +20,7 @@ __all__ = ["train"]
 
 
 class Toy(pl.LightningModule):
-    """A convolution that learns, and writes down what it was shown."""
+    """A convolution that learns, and records its samples."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()

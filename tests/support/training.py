@@ -1,5 +1,5 @@
-"""Small data sets with a training config, and the command line as its users run it: in a process of
-its own.
+"""Small data sets with a training config, and the command line in its own process, as users run
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Run", "command", "start", "write_config", "write_pairs", "zarrcache"
 
 @dataclass(frozen=True)
 class Run:
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     out: str

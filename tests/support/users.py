@@ -1,4 +1,4 @@
-"""Do something as another user of the node: in a forked child that gives up root."""
+"""Run a function as another user of the node: in a forked child that gives up root."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def as_user(user: User | None, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def start_as(user: User | None, function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """As :func:`as_user`, not waiting for the end: that is what the function returned is for."""
+    """As :func:`as_user`, but without waiting: the returned function waits for the result."""
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(user, there, function, args))
@@ -85,8 +85,8 @@ def _run(
 
 @contextlib.contextmanager
 def open_to_all() -> Iterator[Path]:
-    """A directory that every user can enter (pytest's own are root's alone), and nobody but root
-    can write.
+    """A directory that every user can enter (pytest's own belong to root) and only root can
+    write.
     """
     path = Path(tempfile.mkdtemp(prefix="zarrcache-users-"))
     path.chmod(0o755)

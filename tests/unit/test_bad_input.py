@@ -1,5 +1,5 @@
-"""Bad input gets a clear error that names what is wrong, where, and what to do; and nothing is lost
-in silence.
+"""Bad input raises an error that says what is wrong, where, and what to do; nothing is lost
+silently.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(good: Path, tmp_path: Path) -> Path:
-    """A copy of them; a test spoils what it is about."""
+    """A copy, which a test may damage."""
     return Path(shutil.copytree(good, tmp_path, dirs_exist_ok=True))
 
 
@@ -66,7 +66,7 @@ def any_cache(request: pytest.FixtureRequest) -> Any:
 
 
 def replace_store(path: Path, arrays: dict[str, Any], **layout: Any) -> None:
-    """Another store in the place of one."""
+    """Replace a store."""
     shutil.rmtree(path, ignore_errors=True)
     small_group(path, arrays, **layout)
 
@@ -75,7 +75,7 @@ class TestMap:
     """The map file and what it says."""
 
     def test_unknown_functional_names_those_in_the_map(self, data: Path) -> None:
-        """It is a ``ValueError``, as the users' reader has it."""
+        """A ``ValueError``, as in the users' reader."""
         with pytest.raises(
             ValueError,
             match=re.escape(
@@ -95,7 +95,7 @@ class TestMap:
     def test_functional_whose_stores_are_all_missing_names_them(
         self, data: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Nothing is left to train on; the warning says why."""
+        """In the warning; the error says that nothing is left."""
         with (
             caplog.at_level(logging.WARNING),
             pytest.raises(ConfigError, match="No task id of the functional has both stores"),
@@ -122,7 +122,7 @@ class TestMap:
     def test_map_that_is_none_is_named_with_what_it_has_to_hold(
         self, data: Path, content: bytes, words: str
     ) -> None:
-        """Broken JSON, broken gzip, and JSON of something else."""
+        """Broken JSON, broken gzip, and other JSON."""
         (data / "map.json").write_bytes(content)
         with pytest.raises(ConfigError) as caught:
             make_reader(data).data_split()
@@ -159,7 +159,7 @@ class TestMap:
         ],
     )
     def test_task_id_that_is_no_plain_name_is_refused(self, data: Path, task_id: Any) -> None:
-        """In the map, and in a call; before any path is made of it."""
+        """In the map and in a call, before any path is made of it."""
         (data / "map.json").write_text(json.dumps({"GGA": [*IDS, task_id]}))
         for use in (
             lambda: make_reader(data).data_split(),
@@ -174,7 +174,7 @@ class TestArray:
     """Stores that can be read and do not hold a density."""
 
     def test_missing_array_names_those_that_are_there(self, data: Path, any_cache: Any) -> None:
-        """And the store. A ``ValueError``, in the users' words."""
+        """And the store. A ``ValueError`` with the users' message."""
         replace_store(
             data / "data" / "mp-1.zarr",
             {"rho": random_density((2, 2, 2)), "charge_density_diff": random_density((2, 2, 2))},
@@ -192,7 +192,6 @@ class TestArray:
     def test_unknown_density_type_names_the_arrays(
         self, data: Path, cache: Any, density_type: str
     ) -> None:
-        """It is a missing array."""
         with pytest.raises(
             SchemaError,
             match=rf"'charge_density_{re.escape(density_type)}' not found "
@@ -238,8 +237,8 @@ class TestArray:
     def test_array_of_something_else_than_real_numbers_says_of_what(
         self, data: Path, cache: Any, values: Any, v2: str, v3: str, zarr_format: Any
     ) -> None:
-        """A complex density would lose its imaginary part in silence. The type is shown as the
-        metadata has it.
+        """A complex density would silently lose its imaginary part. The type is shown as in the
+        metadata.
         """
         fill_value = None if values.dtype.kind in "VM" else np.zeros((), values.dtype)[()]
         replace_store(
@@ -269,7 +268,7 @@ class TestArray:
             np.testing.assert_array_equal(got, np.array(plain_read(path), dtype=np.float32).ravel())
 
     def test_group_in_the_place_of_the_array_is_told(self, data: Path, any_cache: Any) -> None:
-        """Somebody wrote one level too deep."""
+        """The array is one level too deep."""
         path = data / "data" / "mp-1.zarr"
         shutil.rmtree(path)
         zarr.open_group(str(path), mode="w", zarr_format=2).create_array(
@@ -296,7 +295,7 @@ class TestDamage:
         assert reader.task_ids == IDS
 
     def test_store_without_metadata(self, data: Path, cache: Any) -> None:
-        """Chunks, and nothing that describes them."""
+        """Chunks only."""
         for name in (
             ".zgroup",
             ".zattrs",
@@ -313,7 +312,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("keep", [0, 1, 40])
     def test_truncated_array_metadata(self, data: Path, any_cache: Any, keep: int) -> None:
-        """An upload that was cut."""
+        """An incomplete upload."""
         path = data / "data" / "mp-1.zarr" / "charge_density_total" / ".zarray"
         path.write_bytes(path.read_bytes()[:keep])
         self.one_bad(
@@ -321,14 +320,13 @@ class TestDamage:
         )
 
     def test_truncated_chunk(self, data: Path, any_cache: Any) -> None:
-        """A chunk that was cut."""
         path = data / "data" / "mp-1.zarr" / "charge_density_total" / "0.1.0"
         path.write_bytes(path.read_bytes()[:20])
         self.one_bad(data, any_cache, IncompleteArrayError, r"0\.1\.0.*onvert the store again")
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\0" * 500])
     def test_unreadable_zip(self, data: Path, cache: Any, content: bytes) -> None:
-        """Not a zip file at all, or the beginning of one."""
+        """Not a zip file, or only its beginning."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         (data / "data" / "mp-1.zarr.zip").write_bytes(content)
         self.one_bad(
@@ -336,7 +334,6 @@ class TestDamage:
         )
 
     def test_zip_that_was_cut(self, data: Path, any_cache: Any) -> None:
-        """Half of an upload."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         path = data / "data" / "mp-1.zarr.zip"
         small_group(path, as_zip=True)
@@ -346,7 +343,6 @@ class TestDamage:
         )
 
     def test_zip_without_the_array(self, data: Path, cache: Any) -> None:
-        """A zip of something else."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         with zipfile.ZipFile(data / "data" / "mp-1.zarr.zip", "w") as archive:
             archive.writestr(".zgroup", json.dumps({"zarr_format": 2}))
@@ -359,13 +355,12 @@ class TestDamage:
         )
 
     def test_empty_directory(self, data: Path, any_cache: Any) -> None:
-        """``mkdir`` and then nothing."""
         shutil.rmtree(data / "data" / "mp-1.zarr")
         (data / "data" / "mp-1.zarr").mkdir()
         self.one_bad(data, any_cache, OriginNotFoundError, "does not exist or is empty")
 
     def test_attributes_that_are_not_json(self, data: Path, cache: Any) -> None:
-        """Named with the attribute; the density can still be read."""
+        """The error names the attribute; the density can still be read."""
         replace_store(
             data / "data" / "mp-1.zarr",
             {"charge_density_total": random_density((2, 2, 2))},
@@ -385,7 +380,7 @@ class TestPlace:
     def test_directory_that_does_not_exist_is_named(
         self, data: Path, any_cache: Any, role: str
     ) -> None:
-        """Not "all your stores are missing"."""
+        """Not reported as missing stores."""
         with pytest.raises(
             OriginNotFoundError,
             match=rf"{data}/nowhere is not a directory of this machine. Check the path",
@@ -393,12 +388,11 @@ class TestPlace:
             make_reader(data, cache=any_cache, **{f"{role}_dir": data / "nowhere"}).data_split()
 
     def test_file_in_the_place_of_a_directory_is_named(self, data: Path, cache: Any) -> None:
-        """A path with one part too many."""
         with pytest.raises(OriginError, match=rf"{data}/map.json"):
             make_reader(data, cache=cache, label_dir=data / "map.json").data_split()
 
     def test_other_schemes_are_refused_with_those_that_work(self, data: Path) -> None:
-        """Google's and the web's look alike."""
+        """Of Google and of the web."""
         for url in ("gs://bucket/data", "https://bucket.s3.amazonaws.com/data"):
             with pytest.raises(
                 ConfigError, match=r"is not supported\. Write s3://bucket/prefix, a path"
@@ -419,7 +413,7 @@ class TestPlace:
     def test_store_that_goes_away_later_is_an_error_not_a_sample_less(
         self, data: Path, any_cache: Any
     ) -> None:
-        """The split is made; the sample is in it."""
+        """After the split was made."""
         reader = make_reader(data, cache=any_cache)
         (train, _), _ = (sets[:2] for sets in reader.data_split())
         first = reader.split_task_ids()[0][0]
@@ -445,7 +439,7 @@ class TestPlace:
     def test_cache_that_cannot_be_written_costs_one_warning_and_no_sample(
         self, data: Path, unusable: Path, arrays: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Training goes on from the origin, and says so once, not once a sample."""
+        """Training continues from the origin, with one warning, not one per sample."""
         cfg = {
             "data_dir": data / "data",
             "label_dir": data / "label",
@@ -472,7 +466,7 @@ class TestPlace:
 
 
 def test_good_data_passes_everything_above(data: Path, any_cache: Any) -> None:
-    """The fixture itself is not what is refused."""
+    """The errors above are not caused by the fixture."""
     reader = make_reader(data, cache=any_cache)
     for task_id in IDS:
         np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""``ZarrDataModule`` without a trainer: its splits, its loaders, what it refuses. With one:
+"""``ZarrDataModule`` without a trainer: its splits, its loaders, its errors. With one:
 tests/processes/test_distributed_training.py.
 """
 
@@ -44,7 +44,7 @@ def config(stores: Path) -> str:
 
 
 def module(config: Any, **changes: Any) -> ZarrDataModule:
-    """In this process, as the samples are."""
+    """A data module without workers."""
     from zarrcache.lightning import ZarrDataModule
 
     made.append(
@@ -61,9 +61,7 @@ made: list[ZarrDataModule] = []
 
 @pytest.fixture(autouse=True)
 def torn_down() -> Iterator[None]:
-    """Their look-ahead has ended before another test of this process looks for processes that were
-    left.
-    """
+    """Stop all look-ahead processes before the next test."""
     yield
     while made:
         made.pop().teardown()
@@ -76,7 +74,7 @@ def sides(data: ZarrDataModule, name: str = "0") -> list[tuple[str, ...]]:
 
 
 def test_the_users_block_is_a_hydra_target(config: str) -> None:
-    """All keys of their training config, as Hydra hands them over."""
+    """With all keys of their training config."""
     text = f"""
         _target_: zarrcache.lightning.ZarrDataModule
         config: {config}
@@ -98,7 +96,7 @@ def test_the_users_block_is_a_hydra_target(config: str) -> None:
 
 
 def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
-    """Its lists and mappings are none of Python's own."""
+    """Its lists and mappings are not Python's."""
     hydra, omegaconf = (
         pytest.importorskip("hydra", reason="needs the extra 'test'"),
         pytest.importorskip("omegaconf", reason="needs the extra 'test'"),
@@ -116,9 +114,7 @@ def test_hydra_may_hand_over_several_configs_or_their_keys(config: str) -> None:
 def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
     config: str,
 ) -> None:
-    """Chosen by the seed alone; nobody is in two of them; without a share there is no validation
-    loader.
-    """
+    """Chosen by the seed alone, disjoint; without a share there is no validation loader."""
     data = module(config, val_frac=0.4)
     train, validation, test = sides(data)
     configs_train, configs_test = data.readers["0"].split_task_ids()
@@ -135,7 +131,7 @@ def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
 
 
 def test_a_split_file_has_indices_into_the_ids_of_the_reader(config: str, tmp_path: Path) -> None:
-    """In its order; ``val`` is another name for validation."""
+    """In the file's order; ``val`` means validation."""
     (tmp_path / "split.json").write_text(
         json.dumps({"train": [9, 0, 4], "val": [1], "test": [5, 2]})
     )
@@ -168,7 +164,7 @@ def test_loaders_give_the_samples_of_a_zarrdataset(config: str) -> None:
 
 
 def test_samples_of_several_datasets_carry_its_number(config: str, tmp_path: Path) -> None:
-    """The same material may be in two; each has its own split."""
+    """The same material may be in two datasets; each has its own split."""
     write_pairs(tmp_path, 4, shape=(3, 3, 3))
     (tmp_path / "split.json").write_text(json.dumps({"train": [0, 1, 2, 3]}))
     (tmp_path / "all.json").write_text(json.dumps({"train": list(range(10))}))
@@ -192,7 +188,7 @@ def test_samples_of_several_datasets_carry_its_number(config: str, tmp_path: Pat
 
 
 def test_a_sampler_that_was_replaced_stops_the_epoch_before_it_begins(config: str) -> None:
-    """The order would not be the planned one, and the ranks would read the same samples twice."""
+    """The order would differ from the plan, and ranks would read the same samples."""
     from zarrcache.lightning import _TrainLoader
 
     dataset = module(config).train_dataloader().dataset
@@ -210,8 +206,8 @@ def test_a_sampler_that_was_replaced_stops_the_epoch_before_it_begins(config: st
 def test_a_process_that_reads_from_s3_itself_forks_no_readers(
     config: str, train_workers: int, val_workers: int, method: str | None
 ) -> None:
-    """What is forked from a process that used obstore would read more slowly; where Python forks at
-    all.
+    """Children forked from a process that used obstore would read more slowly; where fork is the
+    default.
     """
     if torch.multiprocessing.get_start_method() != "fork":
         pytest.skip("this Python does not fork")
@@ -229,7 +225,7 @@ def test_a_process_that_reads_from_s3_itself_forks_no_readers(
 
 
 def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
-    """``srun --distribution=cyclic``: each node would keep what the other one reads."""
+    """``srun --distribution=cyclic``: each node would store the other's samples."""
     from zarrcache.lightning import _world_of
 
     class Trainer:
@@ -274,7 +270,7 @@ def test_an_argument_that_cannot_be_used_is_named(
 
 
 def test_a_split_with_nothing_to_train_on_is_refused(config: str, tmp_path: Path) -> None:
-    """It trained no step, and ended with 0; to test with it is possible."""
+    """Training would end with exit code 0 after no step; testing is allowed."""
     split = tmp_path / "split.json"
     split.write_text(json.dumps({"train": [], "test": [0, 1]}))
     data = module(config, split_file=split)

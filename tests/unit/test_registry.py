@@ -26,12 +26,12 @@ KEYS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
+    """Remove what a test registers."""
     monkeypatch.setattr(registry, "_loaders", dict(registry._loaders))
 
 
 class Reader:
-    """Takes any arguments and splits them into nothing; what it was given is remembered."""
+    """Takes any arguments and returns a placeholder split; records its arguments."""
 
     given: Mapping[str, Any] = {}
 
@@ -43,7 +43,7 @@ class Reader:
 
 
 def test_own_loader_is_registered_in_one_line() -> None:
-    """The decorator is all it takes, and it leaves the function as it was."""
+    """The decorator returns the function unchanged."""
 
     @register_data("mine")
     def load(cfg: Any) -> tuple[str, int]:
@@ -54,7 +54,7 @@ def test_own_loader_is_registered_in_one_line() -> None:
 
 
 def test_loader_gets_a_namespace_from_a_mapping_and_anything_else_as_it_is() -> None:
-    """Loaders are written with ``cfg.key``, as the users' are; a mapping must not break them."""
+    """Loaders use ``cfg.key``, as the users' do; a mapping must not break them."""
     register_data("mine")(lambda cfg: cfg)
     assert get_dataset({"dataset_name": "mine", "epochs": 3}) == SimpleNamespace(
         dataset_name="mine", epochs=3
@@ -65,7 +65,7 @@ def test_loader_gets_a_namespace_from_a_mapping_and_anything_else_as_it_is() -> 
 
 @pytest.mark.parametrize("name", ["zarr_s3_dta", "MINE", "", None, 3])
 def test_unknown_name_tells_which_are_known(name: object) -> None:
-    """The error names what was asked for, the nearest, and all there are."""
+    """The error has the given name, the nearest, and all names."""
     register_data("mine")(lambda cfg: cfg)
     with pytest.raises(
         ConfigError, match="chgcar_data, mine, mp_zarr_s3_data, zarr_s3_data"
@@ -77,7 +77,7 @@ def test_unknown_name_tells_which_are_known(name: object) -> None:
 
 
 def test_second_loader_of_a_name_is_refused() -> None:
-    """Two packages that take the same name do not replace each other in silence; both are named."""
+    """Two packages with the same name do not replace each other silently; the error names both."""
 
     def one(cfg: Any) -> str:
         return "one"
@@ -94,7 +94,7 @@ def test_second_loader_of_a_name_is_refused() -> None:
 
 
 def test_loaders_of_one_factory_are_different_loaders() -> None:
-    """They share a name and a module, and still are not the same."""
+    """They share a name and a module."""
 
     def make(value: int) -> Any:
         def load(cfg: Any) -> int:
@@ -108,8 +108,8 @@ def test_loaders_of_one_factory_are_different_loaders() -> None:
 
 
 def test_same_loader_may_be_registered_again() -> None:
-    """The function itself, and its definition executed again: a notebook cell run twice, a module
-    reloaded.
+    """The function itself, and its definition executed again: a notebook cell run twice, a reloaded
+    module.
     """
     namespace: dict[str, Any] = {"register_data": register_data, "__name__": "notebook"}
     cell = "@register_data('mine')\ndef load(cfg):\n    return {}\n"
@@ -121,13 +121,13 @@ def test_same_loader_may_be_registered_again() -> None:
 
 @pytest.mark.parametrize("name", ["", " ", None, load_data])
 def test_loader_needs_a_name(name: Any) -> None:
-    """``@register_data`` without a name is told how to write it."""
+    """``@register_data`` without a name raises an error that shows the syntax."""
     with pytest.raises(ConfigError, match=r'@register_data\("my_data"\)'):
         register_data(name)
 
 
 def test_callable_object_can_be_a_loader() -> None:
-    """It has no name of its own; that must not matter."""
+    """It has no ``__name__``."""
 
     class Loader:
         def __call__(self, cfg: Any) -> int:
@@ -145,7 +145,7 @@ def test_callable_object_can_be_a_loader() -> None:
 def test_zarr_loader_hands_the_users_keys_to_the_reader(
     name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under both names, and without one; what is not given has the users' default."""
+    """Under both names, and without one; missing keys have the users' defaults."""
     monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     assert get_dataset(KEYS if name is None else {**KEYS, "dataset_name": name, "epochs": 2}) == (
         "train",
@@ -168,7 +168,7 @@ def test_zarr_loader_hands_the_users_keys_to_the_reader(
 def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The block is checked before the reader sees it; a DataConfig goes through as it is."""
+    """The block is validated first; a DataConfig is passed unchanged."""
     monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     keys = {
         **KEYS,
@@ -190,21 +190,20 @@ def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(
 def test_misspelt_cache_key_is_named_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The nearest setting is in the message."""
+    """The message suggests the nearest setting."""
     monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     with pytest.raises(ConfigError, match=r"limti is not a setting. Did you mean 'limit'"):
         get_dataset({**KEYS, "cache": {"dir": "/scratch", "limti": "1 GiB"}})
 
 
 def test_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A config without ``functional`` says so."""
     monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     with pytest.raises(ConfigError, match="functional is missing"):
         get_dataset({key: value for key, value in KEYS.items() if key != "functional"})
 
 
 def test_chgcar_loader_hands_the_users_keys_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same keys serve the reader of files that are not converted."""
+    """The same keys work for files that are not converted."""
     monkeypatch.setattr("zarrcache.convert.RhoRead", Reader)
     assert get_dataset({**KEYS, "dataset_name": "chgcar_data"}) == ("train", "test")
     assert Reader.given["normalize"] is True
@@ -212,7 +211,6 @@ def test_chgcar_loader_hands_the_users_keys_to_its_reader(monkeypatch: pytest.Mo
 
 
 def test_importing_the_registry_loads_nothing_heavy() -> None:
-    """A command line that only names loaders starts at once."""
     code = (
         "import sys, zarrcache.registry; "
         "heavy = {'torch', 'zarr', 's3fs', 'obstore', 'sklearn', 'pymatgen'}; "

@@ -1,4 +1,4 @@
-"""Counters: sums over threads, forked and spawned children, also those that have ended."""
+"""Counters: sums over threads and over forked and spawned children, ended ones included."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_hit_ratio_is_hits_over_reads() -> None:
 
 
 def test_unknown_counter_is_an_error() -> None:
-    """A misspelt name must not be counted nowhere."""
+    """A misspelt name must not be ignored."""
     with pytest.raises(KeyError):
         Counters().add(hitz=1)
 
@@ -64,7 +64,6 @@ def test_children_that_have_ended_stay_in_the_total(method: str) -> None:
 
 
 def test_grandchild_counts_too() -> None:
-    """A worker that forks."""
     counters = Counters(shared=True)
     child = get_context("fork").Process(target=_fork_and_count, args=(counters,))
     child.start()
@@ -80,7 +79,7 @@ def _fork_and_count(counters: Counters) -> None:
 
 
 def test_counters_without_a_board_are_each_process_own() -> None:
-    """Not shared, a child's counts end with it."""
+    """A child's counts end with it."""
     counters = Counters()
     child = get_context("fork").Process(target=_count, args=(counters, 5))
     child.start()
@@ -90,7 +89,7 @@ def test_counters_without_a_board_are_each_process_own() -> None:
 
 
 def test_fork_while_a_thread_counts_does_not_hang_the_child() -> None:
-    """The child's lock is its own: the thread that held its parent's is not there."""
+    """The child has its own lock: the thread that held its parent's does not exist there."""
     counters, stop = Counters(shared=True), threading.Event()
 
     def count() -> None:
@@ -115,7 +114,7 @@ def test_fork_while_a_thread_counts_does_not_hang_the_child() -> None:
 
 
 def test_two_handles_in_one_process_do_not_share_a_slot() -> None:
-    """A pickled copy in the same process, threads on both: no count is lost."""
+    """A pickled copy in the same process, with threads on both: no count is lost."""
     for _ in range(20):
         handles = [Counters(shared=True)]
         handles += [pickle.loads(pickle.dumps(handles[0])) for _ in range(3)]
@@ -131,7 +130,7 @@ def test_two_handles_in_one_process_do_not_share_a_slot() -> None:
 
 
 def test_board_needs_no_file_and_leaks_no_descriptor() -> None:
-    """1,000 readers made and dropped leave nothing open."""
+    """After 1,000 readers were made and dropped."""
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(1000):
         Counters(shared=True).add(hits=1)
