@@ -524,9 +524,9 @@ def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
                 assert lookup.take() is None
                 loads = [pool.submit(reader.load, TASK, ROLE) for reader in waiters]  # type: ignore[arg-type]
                 hung_s = time.monotonic() + 60
-                while len(home._server._open) < 4 and time.monotonic() < hung_s:
+                while home._service.connections < 4 and time.monotonic() < hung_s:
                     time.sleep(0.01)
-                assert len(home._server._open) == 4  # they wait
+                assert home._service.connections == 4  # they wait
                 raise OSError("the origin fails")
             for load in loads:
                 assert np.array_equal(load.result(120)[0], node.values[TASK, ROLE].ravel())
@@ -556,8 +556,7 @@ def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_pat
         readers = [n.reader() for n in cluster.nodes]
         for server, task_id in zip([None, *cluster.servers], ("mp-0", "mp-1", "mp-2"), strict=True):
             if server is not None:
-                server._server.server_close()
-                server._server.hang_up()
+                server.close()
             for reader in readers:
                 assert np.array_equal(
                     reader.load(task_id, ROLE)[0], node.values[task_id, ROLE].ravel()

@@ -1,9 +1,10 @@
-"""Entries from other nodes: the client, the server, and which node fetches for the cluster."""
+"""Entries from other nodes: the client, the server, and which node fetches for the cluster.
+
+The public names are listed in ``__init__.pyi``; each is imported at its first use.
+"""
 
 from __future__ import annotations
 
-from zarrcache.peers._token import read_token
-from zarrcache.peers.client import Peers, Reply
-from zarrcache.peers.server import EntryServer
+import lazy_loader
 
-__all__ = ["EntryServer", "Peers", "Reply", "read_token"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

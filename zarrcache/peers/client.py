@@ -1,8 +1,11 @@
-"""Asking other nodes for an entry. A node that fails is left out for a while; nothing here is tried
-twice, and nothing raises.
+"""Ask other nodes for an entry.
 
-One connection a question. The one over which a lease was given stays open until the lease ends: if
-this process is killed, the kernel closes it, and the home sends the next node.
+A node that fails is left out for a while. No request is repeated, and no error is raised: at worst
+the entry is read from the origin.
+
+Each request has a connection of its own. The one over which a lease was given stays open until the
+lease ends: if this process is killed, the kernel closes it, and the home lets another node fetch.
+There is no thread and no pool, so a fork at any time is safe.
 """
 
 from __future__ import annotations
@@ -11,48 +14,71 @@ import contextlib
 import hashlib
 import http.client
 import logging
+import os
+import re
 import socket
-import threading
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit
 
 from zarrcache._limits import most_bytes
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError
-from zarrcache.peers._token import read_token
 from zarrcache.stats import LogOnce
 
-__all__ = ["ANSWER", "WAIT_S", "Peers", "Reply", "nodes_by_duty"]
+__all__ = [
+    "ANSWER_HEADER",
+    "WAIT_S",
+    "Peers",
+    "Reply",
+    "nodes_by_duty",
+    "read_token",
+    "transfer_limit_s",
+]
 
 logger = logging.getLogger(__name__)
 
-#: The header that says what an answer without an entry means: a kind of `leases.Word`.
-ANSWER = "Zarrcache-Answer"
+#: Says what an answer without an entry means: a kind of `leases.Answer`, or ``none``.
+ANSWER_HEADER = "Zarrcache-Answer"
 #: A node of the same cluster answers within milliseconds, or not at all.
 _CONNECT_S = 2.0
-_READ_S = 10.0  # for a whole answer up to its body, and for each part of a body
-#: How long a home may keep a question until it has an answer. Less than :data:`_READ_S`.
+#: For a whole answer up to its body, and between two parts of a body.
+_READ_S = 10.0
+#: How long a home may wait for another node before it answers. Less than :data:`_READ_S`.
 WAIT_S = 5.0
-#: A node that failed is not asked again for so long.
+#: A node that failed is left out for this long.
 _SKIP_S = 60.0
-#: Asking around ends after this time, entries that are on their way not included: a cluster of dead
-#: nodes must not hold up every miss.
+#: After this time no further node is asked; the transfer of entries does not count. A cluster of
+#: dead nodes must not delay every miss for longer.
 _LOOK_S = 5.0
-#: The slowest transfer that is worth waiting for: S3 is about as fast.
+#: A slower transfer is given up: S3 is about as fast.
 _SLOWEST_BYTES_PER_S = 2**20
 #: What an entry may have beyond its values: more than any header.
 _HEADER_BYTES = 2**17
-#: Of a body at a time. A part is what has come by then, so that a body that trickles is noticed.
-_PART_BYTES = 2**18
+
+#: What an HTTP header can carry. A shorter token can be guessed.
+_TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
+_MAKE_TOKEN = "Make one with: (umask 077; openssl rand -hex 32 > FILE)"
 
 
 @dataclass(slots=True)
 class Reply:
-    """An answer. ``entry``: its bytes are next, ``nbytes`` of them, by :meth:`readinto`; the other
-    kinds are those of `leases.Word`, or ``none``.
+    """One node's answer.
+
+    Attributes
+    ----------
+    kind : str
+        ``entry``: its bytes follow, ``nbytes`` of them, by :meth:`readinto`. ``none``: the node
+        does not have it. ``failed``: there was no valid answer. The others are those of
+        `leases.Answer`.
+    peer, digest : str
+        The node that was asked, and for which entry.
+    node : str
+        With ``at``: the node that has the entry.
     """
 
     kind: Literal["entry", "at", "lease", "busy", "alone", "none", "failed"]
@@ -60,12 +86,11 @@ class Reply:
     digest: str
     nbytes: int = 0
     node: str = ""
-    connection: http.client.HTTPConnection | None = None
+    connection: _Connection | None = None
     body: http.client.HTTPResponse | None = None
-    until_s: float = 0.0
 
     def readinto(self, buffer: memoryview) -> int:
-        """The next bytes of the entry.
+        """Read the next bytes of the entry.
 
         Raises
         ------
@@ -73,22 +98,18 @@ class Reply:
             They do not come, or too slowly.
         """
         assert self.body is not None
-        if time.monotonic() > self.until_s:
-            raise TimeoutError(f"slower than {_SLOWEST_BYTES_PER_S // 2**20} MiB/s")
-        # Not its own readinto(): that stays inside until the buffer is full, however slowly the
-        # bytes come.
-        part = self.body.read1(min(len(buffer), _PART_BYTES))
-        buffer[: len(part)] = part
-        return len(part)
+        return self.body.readinto(buffer)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection, which gives back its lease."""
         if self.connection is not None:
-            self.connection.close()
+            self.connection.hang_up()
+        if self.body is not None:
+            self.body.close()
 
 
 class Peers:
-    """The other nodes of a config. Safe from any thread; in a child of a fork too.
+    """The other nodes of a config. Safe from any thread, and in the child of a fork.
 
     Parameters
     ----------
@@ -115,28 +136,29 @@ class Peers:
         return bool(self._nodes)
 
     def check(self) -> None:
-        """Raise ConfigError if there is a token file that cannot be used."""
+        """Raise ConfigError if the token file cannot be used."""
         if self._nodes and self._token_file is not None:
             self._token = read_token(self._token_file)
 
     def replies(self, digest: str, *, source: str | None) -> Iterator[Reply]:
-        """Entries (``entry``, each to be checked, and closed) from one node after the other, and
-        before them the ``lease``, if this node is given it.
+        """Ask one node after the other, and yield each entry, and the lease if this node gets it.
 
-        The home of an entry, the first of its nodes that answers, is asked to wait for the one that
-        is fetching it, if there is one; for at most the time that the retries of a fetch may take.
+        The caller checks and closes each entry (``entry``); a ``lease`` comes before them.
+
+        The home of an entry, the first of its nodes that answers, is asked to wait for the node
+        that is fetching it, if there is one; for at most the time that the retries of a fetch may
+        take.
 
         Parameters
         ----------
         digest : str
         source : str, optional
-            Entries of another source are not wanted.
+            Only entries of this source are wanted.
         """
-        order = nodes_by_duty(digest, self._nodes)
         asked: set[str] = set()
         has_home = False
         look_until_s = time.monotonic() + _LOOK_S
-        for peer in order:
+        for peer in nodes_by_duty(digest, self._nodes):
             if peer in asked or self._skipped_until_s.get(peer, 0.0) > time.monotonic():
                 continue
             if time.monotonic() > look_until_s:
@@ -162,20 +184,21 @@ class Peers:
                     yield reply
 
     def end(self, lease: Reply, *, is_stored: bool) -> None:
-        """Tell the home how the lease ended."""
+        """Report to the home how the lease ended."""
         try:
             assert lease.connection is not None
             outcome = "stored" if is_stored else "given-up"
-            with _hung_up_after(_READ_S, lease.connection):
-                lease.connection.request(
-                    "POST",
-                    f"/v1/leases/{lease.digest}?{urlencode({'outcome': outcome})}",
-                    headers=self._headers(),
-                )
-                lease.connection.getresponse()
-        except (OSError, http.client.HTTPException, RuntimeError) as exc:  # it finds out by itself
+            lease.connection.limit_s(_READ_S)
+            lease.connection.request(
+                "POST",
+                f"/v1/leases/{lease.digest}?{urlencode({'outcome': outcome})}",
+                headers=self._headers(),
+            )
+            lease.connection.getresponse()
+        except (OSError, http.client.HTTPException) as exc:
+            # Closing the connection ends the lease as well.
             logger.debug(
-                "%s was not told that the lease of %s is over: %s", lease.peer, lease.digest, exc
+                "outcome of the lease of %s not reported to %s: %s", lease.digest, lease.peer, exc
             )
         finally:
             lease.close()
@@ -188,7 +211,9 @@ class Peers:
             yield reply
             if reply.kind == "at" and reply.node in self._nodes and reply.node != self.own:
                 yield self._ask(reply.node, digest, source)
-                gone = reply.node  # the entry was not there, or not good: else nobody would ask on
+                # Reached only if the entry was not there or was bad: a caller that has a good one
+                # stops.
+                gone = reply.node
             elif reply.kind != "busy":
                 return
             if time.monotonic() > until_s:
@@ -204,59 +229,52 @@ class Peers:
         gone: str = "",
     ) -> Reply:
         url = urlsplit(peer)
-        connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=_CONNECT_S)
-        words = {
+        fields = {
             "source": source,
             "gone": gone,
             **({"node": self.own, "wait": WAIT_S} if wants_lease else {}),
         }
-        query = urlencode({name: value for name, value in words.items() if value})
-        keep = False
+        query = urlencode({name: value for name, value in fields.items() if value})
+        connection = _Connection(url.hostname or "", url.port, timeout=_CONNECT_S)
+        is_kept = False
         try:
             connection.connect()
-            assert connection.sock is not None
-            connection.sock.settimeout(_READ_S)
-            with _hung_up_after(_READ_S, connection):
-                connection.request("GET", f"/v1/entries/{digest}?{query}", headers=self._headers())
-                response = connection.getresponse()
-            reply = self._reply_of(response, peer, digest)
+            connection.limit_s(_READ_S)
+            connection.request("GET", f"/v1/entries/{digest}?{query}", headers=self._headers())
+            reply = self._reply_of(connection.getresponse(), peer, digest)
             if reply.kind in ("entry", "lease"):
-                reply.connection, keep = connection, True
+                reply.connection, is_kept = connection, True
+                connection.limit_s(transfer_limit_s(reply.nbytes))
             return reply
-        except (OSError, http.client.HTTPException, ValueError, RuntimeError) as exc:
-            # RuntimeError: no thread for the deadline
+        except (OSError, http.client.HTTPException, ValueError) as exc:
             self._skip(peer, str(exc) or type(exc).__name__)
             return Reply("failed", peer, digest)
         finally:
-            if not keep:
+            if not is_kept:
                 connection.close()
 
     def _reply_of(self, response: http.client.HTTPResponse, peer: str, digest: str) -> Reply:
         if response.status == 200:
             if response.length is None:
-                raise ValueError("it does not say how long its answer is")
+                raise ValueError("its answer has no Content-Length")
             if response.length > most_bytes() + _HEADER_BYTES:
-                raise ValueError(f"it announced {response.length} bytes, which no entry has")
-            until_s = time.monotonic() + _READ_S + response.length / _SLOWEST_BYTES_PER_S
-            return Reply(
-                "entry", peer, digest, nbytes=response.length, body=response, until_s=until_s
-            )
-        kind = response.headers.get(ANSWER, "")
+                raise ValueError(f"it announced {response.length} bytes, more than any entry has")
+            return Reply("entry", peer, digest, nbytes=response.length, body=response)
+        kind = response.headers.get(ANSWER_HEADER, "")
         if (
             response.status in (202, 303, 404)
             and kind in ("at", "lease", "busy", "alone", "none")
             and response.length == 0
         ):
-            response.read()  # nothing: the connection is free for the next request
+            response.read()  # frees the connection for the next request
             return Reply(kind, peer, digest, node=response.headers.get("Location", ""))  # type: ignore[arg-type]
-        if response.status == 503:  # too many ask at once: the next miss may be luckier
+        if response.status == 503:  # it serves too many clients; the next miss may find it free
             return Reply("none", peer, digest)
-        why = (
+        raise ValueError(
             "it does not know our token (cache.peer_token_file)"
             if response.status == 401
             else f"it answered {response.status}"
         )
-        raise ValueError(why)
 
     def _skip(self, peer: str, why: str) -> None:
         self._skipped_until_s[peer] = time.monotonic() + _SKIP_S
@@ -273,56 +291,105 @@ class Peers:
         if self._token is None and self._token_file is not None:
             try:
                 self._token = read_token(self._token_file)
-            except ConfigError as exc:  # the file has gone during the run; the peers refuse us then
+            except ConfigError as exc:
+                # The file has disappeared during the run; the peers will answer 401.
                 self._log_once.warning("token", logger, "%s", exc)
         return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
 
 
-@contextlib.contextmanager
-def _hung_up_after(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
-    """What is asked inside has so long for its whole answer: the timeout of a socket is for each
-    part, and a part may be one byte.
-
-    Raises
-    ------
-    TimeoutError
-        It took longer. What was had inside is not to be used: http.client takes the end of a
-        connection for the end of a header.
-    """
-    sock = connection.sock
-    if sock is None:
-        raise ConnectionError("it has hung up")
-    is_late = threading.Event()
-
-    def hang_up() -> None:
-        is_late.set()
-        with contextlib.suppress(OSError):  # it is closed already
-            sock.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, hang_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (OSError, http.client.HTTPException) as exc:
-        if is_late.is_set():
-            raise TimeoutError(f"no whole answer within {seconds:g} s") from exc
-        raise
-    finally:
-        timer.cancel()
-        timer.join()  # it may be about to hang up
-    if is_late.is_set():
-        raise TimeoutError(f"no whole answer within {seconds:g} s")
-
-
 def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
-    """The nodes in the order in which they are in charge of an entry; the first is its home. Every
-    node of one list finds the same order.
+    """The nodes in the order in which they are responsible for an entry; the first is its home.
 
-    Rendezvous hashing: each node is home of an equal share, and one that comes or goes changes the
-    home of its own share alone.
+    Every node with the same list computes the same order. Rendezvous hashing: each node is home of
+    an equal share, and a node that joins or leaves changes the home of its own share only.
     """
     return sorted(
         set(nodes),
         key=lambda node: hashlib.blake2b(f"{digest} {node}".encode(), digest_size=8).digest(),
     )
+
+
+def transfer_limit_s(nbytes: int) -> float:
+    """Seconds that the transfer of an entry of ``nbytes`` may take, at both ends."""
+    return _READ_S + nbytes / _SLOWEST_BYTES_PER_S
+
+
+def read_token(path: Path) -> str:
+    """Read the token, the secret that the nodes of one cluster share.
+
+    It is read from a file that only its owner can read, never from a config or a command line.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, other users can read it, or it does not hold one word of 16 to 512
+        printable characters. The word is not shown.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if (
+                not stat.S_ISREG(status.st_mode)
+                or status.st_mode & 0o077
+                or status.st_uid not in (os.getuid(), 0)
+            ):
+                raise ConfigError(
+                    f"token file {path} has to be a file of this user that no other user can read; "
+                    f"it belongs to user {status.st_uid} and has mode "
+                    f"{stat.S_IMODE(status.st_mode):04o}. Run: chmod 600 {path}"
+                )
+            raw = file.read(1024)
+    except OSError as exc:
+        raise ConfigError(
+            f"token file {path} cannot be read ({exc.strerror}). {_MAKE_TOKEN}"
+        ) from exc
+    token = raw.decode("latin-1").strip()
+    if _TOKEN.fullmatch(token) is None:
+        raise ConfigError(
+            f"token file {path} does not hold one word of 16 to 512 printable characters. "
+            f"{_MAKE_TOKEN}"
+        )
+    return token
+
+
+class _Connection(http.client.HTTPConnection):
+    """An HTTP connection with a total time for what follows, besides the timeout of each part.
+
+    The timeout of a plain socket is for each part only, and a part may be one byte.
+    """
+
+    def connect(self) -> None:
+        super().connect()
+        # Kept, because http.client lets go of `sock` when only the body of an answer is left.
+        self.sock = self._limited = _LimitedSocket(fileno=self.sock.detach())
+
+    def limit_s(self, seconds: float) -> None:
+        """All that is sent and received until the next call may take ``seconds`` altogether."""
+        self._limited.until_s = time.monotonic() + seconds
+
+    def hang_up(self) -> None:
+        """Close the connection, also if a child that was forked meanwhile holds its descriptor."""
+        with contextlib.suppress(OSError):
+            self._limited.shutdown(socket.SHUT_RDWR)
+        self.close()
+
+
+class _LimitedSocket(socket.socket):
+    """A socket that raises TimeoutError after ``until_s`` of the monotonic clock."""
+
+    until_s = 0.0
+
+    def sendall(self, *args: Any) -> None:
+        self._set_timeout()
+        super().sendall(*args)
+
+    def recv_into(self, *args: Any) -> int:
+        # What http.client reads through.
+        self._set_timeout()
+        return super().recv_into(*args)
+
+    def _set_timeout(self) -> None:
+        left_s = self.until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("it is too slow")
+        self.settimeout(min(left_s, _READ_S))

@@ -1,47 +1,50 @@
-"""Who fetches what, and who has it: what a node remembers of the entries that it is home of. In
-memory only; it may forget.
+"""Leases: which node fetches an entry that several nodes miss, and which node has it.
 
-Of the nodes that miss an entry at one moment the first gets a *lease*: it fetches the entry from
-the origin, and the others wait until it has. A lease ends when its holder says so, when its holder
-dies or fails, or after :data:`LEASE_S`. What is forgotten or goes wrong costs bandwidth.
+A node keeps this table for the entries that it is home of, in memory only. Of the nodes that miss
+an entry at the same time the first gets a *lease*: it fetches the entry from the origin while the
+others wait. A lease ends when its holder reports the outcome, when its holder dies or fails, or
+after :data:`LEASE_S`. A lost table costs bandwidth, never a wrong value.
+
+No network and no threads: everything here runs in one event loop.
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["LEASE_S", "Lease", "Leases", "Word"]
+__all__ = ["LEASE_S", "Answer", "Lease", "Leases"]
 
-#: Seconds that a fetch may take until somebody else is sent: twice what the retries of one fetch
-#: may take by default (``cache.retry.timeout``).
+#: Seconds after which another node may fetch the entry: twice what the retries of one fetch may
+#: take by default (``cache.retry.timeout``).
 LEASE_S = 120.0
-#: Entries whose holders are remembered: about 100 MB.
-_MOST = 500_000
+#: Entries whose holders are remembered, in about 100 MB.
+_MAX_HOLDERS = 500_000
 
-#: ``lease``: fetch it, and say how it ended. ``at``: that node has it. ``busy``: it is still being
-#: fetched, ask again. ``alone``: whoever fetched it could not keep it, so there is nobody to wait
-#: for.
+#: ``lease``: fetch the entry and report the outcome. ``at``: that node has it. ``busy``: a node is
+#: still fetching it, ask again. ``alone``: the node that fetched it could not store it, so each
+#: node fetches for itself.
 Kind = Literal["lease", "at", "busy", "alone"]
 
 
 @dataclass(eq=False)
 class Lease:
-    """One node's turn at one entry."""
+    """The right of one node to fetch one entry until ``until_s`` of the table's clock."""
 
     digest: str
     node: str
     until_s: float
-    over: threading.Event = field(default_factory=threading.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
     is_given_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
-    """What a node that misses an entry is told."""
+class Answer:
+    """The home's answer to a node that misses an entry."""
 
     kind: Kind
     node: str = ""
@@ -49,74 +52,74 @@ class Word:
 
 
 class Leases:
-    """The leases of one home. Safe from any thread.
+    """The leases of one home.
 
     Parameters
     ----------
     clock : callable
-        Seconds, rising.
-    most : int
-        Entries whose holders are remembered; the oldest are forgotten.
+        Monotonic time in seconds.
+    max_holders : int
+        Entries whose holders are remembered; the oldest are forgotten first.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, most: int = _MOST) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, max_holders: int = _MAX_HOLDERS
+    ) -> None:
         self._clock = clock
-        self._most = most
-        self._lock = threading.Lock()
+        self._max_holders = max_holders
         self._running: dict[str, Lease] = {}
-        self._at: dict[str, str] = {}
+        self._holders: dict[str, str] = {}
 
     def holder(self, digest: str) -> str | None:
-        """The node that has an entry, as far as is known."""
-        with self._lock:
-            return self._at.get(digest)
+        """The node that has the entry, as far as this home knows."""
+        return self._holders.get(digest)
 
-    def ask(self, digest: str, node: str, *, wait_s: float, gone: str = "") -> Word:
-        """``node`` misses an entry.
+    async def ask(self, digest: str, node: str, *, wait_s: float, gone: str = "") -> Answer:
+        """Answer ``node``, which misses an entry.
 
         Parameters
         ----------
         digest, node : str
         wait_s : float
-            Wait so long for the one who is fetching it.
+            Seconds to wait for the node that is fetching the entry.
         gone : str
-            A node that was said to have it and does not.
+            A node that was named as the holder and does not have the entry.
         """
         deadline_s = self._clock() + wait_s
         while True:
-            with self._lock:
-                holder = self._at.get(digest)
-                if holder is not None and holder not in (node, gone):
-                    return Word("at", holder)
-                self._at.pop(digest, None)
-                running = self._running.get(digest)
-                if running is None or running.until_s <= self._clock():
-                    lease = self._running[digest] = Lease(digest, node, self._clock() + LEASE_S)
-                    return Word("lease", lease=lease)
-                left_s = min(deadline_s, running.until_s) - self._clock()
-            running.over.wait(max(0.0, left_s))
+            holder = self._holders.get(digest)
+            # A node that asks for an entry that it had has lost it.
+            if holder is not None and holder not in (node, gone):
+                return Answer("at", holder)
+            self._holders.pop(digest, None)
+            running = self._running.get(digest)
+            if running is None or running.until_s <= self._clock():
+                lease = self._running[digest] = Lease(digest, node, self._clock() + LEASE_S)
+                return Answer("lease", lease=lease)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(deadline_s, running.until_s) - self._clock()):
+                    await running.over.wait()
             if running.is_given_up:
-                return Word("alone")
+                return Answer("alone")
             if not running.over.is_set() and self._clock() >= deadline_s:
-                return Word("busy")
+                return Answer("busy")
 
-    def end(self, lease: Lease, outcome: Literal["stored", "given up", "lost"]) -> None:
-        """A lease is over.
+    def end(self, lease: Lease, outcome: Literal["stored", "given-up", "lost"]) -> None:
+        """End a lease. Nothing happens if another lease has replaced it.
 
         Parameters
         ----------
         lease : Lease
         outcome : str
-            ``stored``: those who wait are told where. ``given up``: it was fetched and cannot be
-            kept, so each of them fetches it alone. ``lost``: the holder is gone, or its fetch
-            failed; one of them has the next lease, and the others wait on.
+            ``stored``: the waiting nodes are sent to the holder. ``given-up``: the entry was
+            fetched and could not be stored, so each of them fetches it alone. ``lost``: the holder
+            died, or its fetch failed; one waiting node gets the next lease, the others wait on.
         """
-        with self._lock:
-            if self._running.get(lease.digest) is lease:
-                del self._running[lease.digest]
-                if outcome == "stored":
-                    self._at[lease.digest] = lease.node
-                    while len(self._at) > self._most:
-                        del self._at[next(iter(self._at))]
-                lease.is_given_up = outcome == "given up"
+        if self._running.get(lease.digest) is lease:
+            del self._running[lease.digest]
+            if outcome == "stored":
+                self._holders[lease.digest] = lease.node
+                while len(self._holders) > self._max_holders:
+                    del self._holders[next(iter(self._holders))]
+            lease.is_given_up = outcome == "given-up"
         lease.over.set()

@@ -1,9 +1,9 @@
-"""Serve entries of this node's cache to other nodes over HTTP, read-only and by digest alone.
+"""Serve entries of this node's cache to other nodes over HTTP, read-only, by digest.
 
 ::
 
     GET  /v1/entries/DIGEST?source=…&node=…&wait=…&gone=…
-         200                            the entry, byte for byte as it lies on disk
+         200                            the entry, byte for byte as it is on disk
          no body, and Zarrcache-Answer:
              none   (404)  not here
              at     (303)  the node in Location has it
@@ -13,13 +13,13 @@
     POST /v1/leases/DIGEST?outcome=stored|given-up
          204
 
-Only a client that gives its own address as ``node`` waits (at most ``wait`` seconds) and is
-granted leases.
+Only a client that gives its own address as ``node`` waits (at most ``wait`` seconds) and gets
+leases. Every answer except ``lease`` ends its connection.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -27,41 +27,65 @@ import math
 import os
 import re
 import socket
-import socketserver
 import threading
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from typing import Literal
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from zarrcache._keys import is_digest
 from zarrcache.disk import CacheDir, is_fresh, open_entries, parse_header
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.peers.client import ANSWER, WAIT_S
+from zarrcache.peers.client import ANSWER_HEADER, WAIT_S, transfer_limit_s
 from zarrcache.peers.leases import LEASE_S, Lease, Leases
 
 __all__ = ["EntryServer"]
 
 logger = logging.getLogger(__name__)
 
-#: Connections at a time. Each has a thread; whoever comes beyond them is told so at once, and goes
-#: to the origin.
-_MOST_CONNECTIONS = 256
-#: Seconds for each part of a request to come, and of an answer to go. A client that is slower is
-#: hung up on. One that sends a byte in that time keeps its connection: it could as well open
-#: another one, and more than :data:`_MOST_CONNECTIONS` it does not get.
-_IDLE_S = 10.0
+#: Clients that are served at a time. Each may cost three descriptors: its connection, the entry,
+#: and the entry's directory. Further clients are answered 503 and read from the origin.
+_MAX_SERVED = 256
+#: Connections that have not sent a valid request yet. When one more comes, the oldest is closed: a
+#: valid client sends its request at once, so connections that only wait cannot keep it out. With
+#: the descriptors of the served clients this stays below 1024, the usual limit of a process.
+_MAX_UNPROVEN = 128
+#: Connections accepted per round of the event loop. A request is read and answered within three
+#: rounds, so a burst of valid clients is no reason to close any; the rest of it waits in the
+#: kernel's queue.
+_ACCEPTED_PER_ROUND = 32
+_KERNEL_QUEUE = 1024
+#: What a connection may send until its request is valid: a request of zarrcache has less than 2 KiB,
+#: with a token of up to 512 characters, two addresses, and a source.
+_MAX_REQUEST_BYTES = 4096
+#: Seconds from the connection to the end of its first request.
+_REQUEST_S = 10.0
+#: Seconds that requests in progress get when the server closes.
+_CLOSE_S = 0.1
+#: After 5 s of silence and three unanswered probes, 5 s apart, the kernel reports the connection of
+#: a lease as broken.
+_TCP_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _NODE = re.compile(r"http://[A-Za-z0-9._:\[\]-]{1,255}")
-#: Seconds without a word, between two questions, and how many, after which the kernel takes a node
-#: for dead that holds a lease.
-_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _STATUS = {"none": 404, "at": 303, "lease": 404, "busy": 202, "alone": 404}
 
 
+def _is_own_error(record: logging.LogRecord) -> bool:
+    """Whether aiohttp reports an error of this node. It also reports each malformed request."""
+    exc = record.exc_info[1] if record.exc_info else None
+    return not isinstance(exc, HttpProcessingError | ConnectionError)
+
+
+_http_logger = logging.getLogger(f"{__name__}.http")
+_http_logger.addFilter(_is_own_error)
+
+
 class EntryServer:
-    """Serves the array tier of one cache directory, which need not exist yet. A context manager: it
-    listens when it is made, answers inside.
+    """Serves the array tier of one cache directory, which need not exist yet.
+
+    A context manager. It listens once constructed, and answers inside, in a thread of its own.
 
     Parameters
     ----------
@@ -70,238 +94,326 @@ class EntryServer:
     host : str
         Name or address to listen on.
     port : int
-        0: any that is free.
+        0 takes a free one.
     token : str, optional
-        What clients have to show. None is allowed on a loopback address only.
+        The secret that clients have to send. None is allowed on a loopback address only.
 
     Attributes
     ----------
     url : str
-        ``http://host:port``, with the port that was found.
+        ``http://host:port``, with the port that is listened on.
 
     Raises
     ------
     ConfigError
-        The address cannot be listened on, or others than this machine could reach it and there is
-        no token.
+        The address cannot be listened on, or other machines can reach it and there is no token.
     """
 
     def __init__(
         self, directory: Path, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
     ) -> None:
-        try:
-            family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            if (
-                token is None
-                and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-            ):
-                raise ConfigError(
-                    f"{host} can be reached by other machines, and there is no token: anybody "
-                    "could read the cache. Give --token-file FILE, or set "
-                    "cache.peer_token_file, or listen on 127.0.0.1."
-                )
-            self._server = _Server(family, address, CacheDir(directory).entries, token)
-        except OSError as exc:
-            raise ConfigError(
-                f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Choose another "
-                "--host or --port."
-            ) from exc
-        safe_repr = f"[{host}]" if ":" in host else host
-        self.url = f"http://{safe_repr}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="zarrcache serve", daemon=True
-        )
+        self._entries, self._token = CacheDir(directory).entries, token
+        self._listener = _listen(host, port, needs_loopback=token is None)
+        bracketed = f"[{host}]" if ":" in host else host
+        self.url = f"http://{bracketed}:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run, name="zarrcache serve", daemon=True)
 
     def __enter__(self) -> EntryServer:
+        self._loop, self._is_closing = asyncio.new_event_loop(), asyncio.Event()
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Stop within a second. What is on its way is cut off; clients see that it is short, and
-        look elsewhere.
+        self.close()
+
+    def close(self) -> None:
+        """Stop within a second. Calling it again does nothing.
+
+        Entries that are being sent are cut off; their clients see that they are too short and look
+        elsewhere.
         """
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.hang_up()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._is_closing.set)
+            self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._service = _Service(self._entries, self._token)
+        # asyncio takes one number for the connections per round and for the kernel's queue.
+        listening = await self._loop.create_server(
+            self._service.connect, sock=self._listener, backlog=_ACCEPTED_PER_ROUND
+        )
+        self._listener.listen(_KERNEL_QUEUE)
+        await self._is_closing.wait()
+        listening.close()
+        await self._service.close()
 
 
-class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_address = True
-    request_queue_size = 128
-
-    def __init__(self, family: int, address: Any, entries: Path, token: str | None) -> None:
-        self.address_family = family
-        self.entries = entries
-        self.token = token
-        self.leases = Leases()
-        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
-        self._open: set[socket.socket] = set()
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread, if there is one left."""
-        if not self._free.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.send(
-                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: "
-                    b"close\r\n\r\n"
-                )
-            self.shutdown_request(request)
-            return
-        self._open.add(request)
+def _listen(host: str, port: int, *, needs_loopback: bool) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        if needs_loopback and not ip.is_loopback:
+            raise ConfigError(
+                f"{host} can be reached by other machines, and there is no token: anyone could "
+                "read the cache. Give --token-file FILE, or set cache.peer_token_file, or listen "
+                "on 127.0.0.1."
+            )
+        listener = socket.socket(family, kind, protocol)
         try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no thread could be started
-            self._open.discard(request)
-            self._free.release()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Connections inherit these; aiohttp turns the probes on.
+            for name, value in _TCP_KEEPALIVE.items():
+                if hasattr(socket, name):
+                    listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            listener.bind(address)
+            listener.listen(_KERNEL_QUEUE)
+        except BaseException:
+            listener.close()
             raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._open.discard(request)
-            self._free.release()
-
-    def hang_up(self) -> None:
-        for request in list(self._open):
-            with contextlib.suppress(OSError):
-                request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up, or is too slow, is no error of this node."""
-        logger.debug("connection of %s ended", client_address, exc_info=True)
+    except OSError as exc:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Choose another --host "
+            "or --port."
+        ) from exc
+    return listener
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "zarrcache", ""
-    timeout = _IDLE_S
-    disable_nagle_algorithm = True
-    server: _Server
-    lease: Lease | None = None
+class _Connection(web.RequestHandler):
+    """One connection of aiohttp, with a limit of bytes and seconds for each request.
 
-    def setup(self) -> None:
-        super().setup()
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEPALIVE.items():
-            if hasattr(socket, name):
-                self.connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    Parameters
+    ----------
+    service : _Service
+    server : web.Server
+        Calls the service for each request.
 
-    def finish(self) -> None:
-        """The connection is over, and with it the lease that was given over it."""
-        self._end_lease("lost")
-        super().finish()
+    Attributes
+    ----------
+    lease : Lease or None
+        Given over this connection; it is lost with the connection.
+    """
 
-    def log_message(self, format: str, *args: Any) -> None:
-        logger.debug("%s %s", self.address_string(), format % args)
+    def __init__(self, service: _Service, server: web.Server) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            # Idle connections are closed by limit_s.
+            keepalive_timeout=2 * LEASE_S,
+            lingering_time=0,
+            logger=_http_logger,
+            access_log=_http_logger,
+        )
+        self.lease: Lease | None = None
+        self._service = service
+        self._left_bytes = _MAX_REQUEST_BYTES
+        self._deadline: asyncio.TimerHandle | None = None
 
-    def do_GET(self) -> None:
-        digest, words = self._context("entries")
-        if digest is None:
-            return
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.limit_s(_REQUEST_S)
+        self._service.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        # Counted before aiohttp sees it: what it keeps of a malformed or pipelined request is a
+        # multiple of this, until Python's garbage collector runs.
+        self._left_bytes -= len(data)
+        if self._left_bytes < 0:
+            self.abort()
+        else:
+            super().data_received(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.limit_s(None)
+        self._service.remove(self)
+        super().connection_lost(exc)
+
+    def limit_s(self, seconds: float | None) -> None:
+        """Close the connection after ``seconds``; None lifts the limit."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if seconds is not None:
+            self._deadline = asyncio.get_running_loop().call_later(seconds, self.abort)
+
+    def is_valid(self) -> None:
+        """Lift the limits: the request that has come is valid. The next one has new limits."""
+        self.limit_s(None)
+        self._left_bytes = _MAX_REQUEST_BYTES
+
+    def abort(self) -> None:
+        """Close the connection now."""
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class _Service:
+    """The answer for each request, from the entries on disk and the leases.
+
+    Used in the event loop only.
+    """
+
+    def __init__(self, entries: Path, token: str | None) -> None:
+        self._entries = entries
+        self._expected = f"Bearer {token}".encode() if token is not None else None
+        self._leases = Leases()
+        self._served: set[_Connection] = set()
+        self._unproven: dict[_Connection, None] = {}  # a set in order of arrival
+        # With cancellation a client that has hung up does not wait for another node any more.
+        self._server = web.Server(self._answer, handler_cancellation=True)
+
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        return len(self._served) + len(self._unproven)
+
+    def connect(self) -> _Connection:
+        """Make the protocol of a new connection."""
+        return _Connection(self, self._server)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._server.shutdown(_CLOSE_S)
+
+    def add(self, connection: _Connection) -> None:
+        """Count a new connection, and close the oldest that only waits if there are too many."""
+        if len(self._unproven) >= _MAX_UNPROVEN:
+            oldest = next(iter(self._unproven))
+            del self._unproven[oldest]
+            oldest.abort()
+        self._unproven[connection] = None
+
+    def remove(self, connection: _Connection) -> None:
+        """Forget a connection that has ended, and its lease."""
+        self._unproven.pop(connection, None)
+        self._served.discard(connection)
+        self._end_lease(connection, "lost")
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        # First of all the token, in constant time: without it every answer is the same.
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if self._expected is not None and not hmac.compare_digest(given, self._expected):
+            return _empty(401)
+        if request.method not in ("GET", "POST"):
+            return _empty(501)
+        # No other part of a request becomes part of a file's name.
+        kind, _, digest = request.rel_url.raw_path.rpartition("/")
+        expected_kind = "/v1/entries" if request.method == "GET" else "/v1/leases"
+        if kind != expected_kind or not is_digest(digest) or request.body_exists:
+            return _empty(400)
+        connection = request.protocol
+        assert isinstance(connection, _Connection)
+        if connection not in self._served:
+            if len(self._served) >= _MAX_SERVED:
+                return _empty(503)
+            self._unproven.pop(connection, None)
+            self._served.add(connection)
+        connection.is_valid()
+        if request.method == "GET":
+            return await self._entry(request, connection, digest)
+        return self._report(request, connection, digest)
+
+    async def _entry(
+        self, request: web.BaseRequest, connection: _Connection, digest: str
+    ) -> web.StreamResponse:
+        query = request.query
+        source = query.get("source")
+        for file, nbytes in self._open(digest, source):
+            return await _send(connection, request, file, nbytes)
         node, gone = (
             value if _NODE.fullmatch(value) else ""
-            for value in (words.get("node", ""), words.get("gone", ""))
+            for value in (query.get("node", ""), query.get("gone", ""))
         )
-        if self._send_entry(digest, words.get("source")):
-            return
         if not node:
-            holder = self.server.leases.holder(digest)
-            self._answer("at" if holder else "none", holder or "")
-            return
-        # who asks again over the same connection has not fetched what it was given
-        self._end_lease("lost")
-        word = self.server.leases.ask(
-            digest, node, wait_s=_wait_s(words.get("wait", "")), gone=gone
+            holder = self._leases.holder(digest)
+            return _of_kind("at" if holder else "none", holder or "")
+        # A client that asks again over the connection of its lease has not fetched the entry.
+        self._end_lease(connection, "lost")
+        answer = await self._leases.ask(
+            digest, node, wait_s=_wait_s(query.get("wait", "")), gone=gone
         )
-        # by a process of this node
-        if word.kind == "at" and self._send_entry(digest, words.get("source")):
-            return
-        if word.lease is not None:
-            self.lease = word.lease
-            self.connection.settimeout(LEASE_S)
-        self._answer(word.kind, word.node)
+        if answer.kind == "at":
+            # Perhaps stored by another process of this node.
+            for file, nbytes in self._open(digest, source):
+                return await _send(connection, request, file, nbytes)
+        if answer.lease is not None:
+            connection.lease = answer.lease
+            connection.limit_s(LEASE_S)
+        return _of_kind(answer.kind, answer.node)
 
-    def do_POST(self) -> None:
-        digest, words = self._context("leases")
-        if digest is None:
-            return
-        if self.lease is None or self.lease.digest != digest:
-            self._refuse(409)
-            return
-        self._end_lease("stored" if words.get("outcome") == "stored" else "given up")
-        self._answer("", status=204)
+    def _report(
+        self, request: web.BaseRequest, connection: _Connection, digest: str
+    ) -> web.Response:
+        if connection.lease is None or connection.lease.digest != digest:
+            return _empty(409)
+        is_stored = request.query.get("outcome") == "stored"
+        self._end_lease(connection, "stored" if is_stored else "given-up")
+        return _empty(204)
 
-    def _context(self, kind: str) -> tuple[str | None, dict[str, str]]:
-        """Digest and words of a request; no digest if it was refused. No other part of it becomes
-        the name of a file.
+    def _open(self, digest: str, source: str | None) -> Iterator[tuple[FileIO, int]]:
+        """Entries that may be sent, each open until the next one is taken.
+
+        Their payload is not read: its checksum is compared by the client.
         """
-        url = urlsplit(self.path)
-        token = self.server.token
-        if token is not None and not hmac.compare_digest(
-            self.headers.get("Authorization", "").encode("latin-1", "replace"),
-            f"Bearer {token}".encode(),
-        ):
-            self._refuse(401)
-            return None, {}
-        start, _, digest = url.path.rpartition("/")
-        if start != f"/v1/{kind}" or not is_digest(digest):
-            self._refuse(400)
-            return None, {}
-        return digest, {
-            name: values[-1] for name, values in parse_qs(url.query, max_num_fields=8).items()
-        }
-
-    def _send_entry(self, digest: str, source: str | None) -> bool:
-        """Send the entry, if it is here. Its checksum is compared by who gets it."""
         try:
-            for file, nbytes, path in open_entries(self.server.entries, digest):
+            for file, nbytes, path in open_entries(self._entries, digest):
                 if _is_entry(file, nbytes, path, digest, source):
-                    self.send_response(200)
-                    self.send_header("Content-Type", "application/octet-stream")
-                    self.send_header("Content-Length", str(nbytes))
-                    self.end_headers()
-                    self.close_connection = True
-                    self.connection.sendfile(file)
-                    return True
+                    yield file, nbytes
         except OSError as exc:
-            if self.close_connection:  # the client has hung up
-                raise
-            logger.warning("entries in %s cannot be read: %s", self.server.entries, exc)
-        return False
+            logger.warning("entries in %s cannot be read: %s", self._entries, exc)
 
-    def _answer(self, kind: str, node: str = "", *, status: int | None = None) -> None:
-        self.send_response(status or _STATUS[kind])
-        if kind:
-            self.send_header(ANSWER, kind)
-        if node:
-            self.send_header("Location", node)
-        if status != 204:
-            self.send_header("Content-Length", "0")
-        self.end_headers()
+    def _end_lease(
+        self, connection: _Connection, outcome: Literal["stored", "given-up", "lost"]
+    ) -> None:
+        if connection.lease is not None:
+            self._leases.end(connection.lease, outcome)
+            connection.lease = None
 
-    def _refuse(self, status: int) -> None:
-        self.close_connection = True
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.send_header("Connection", "close")
-        self.end_headers()
 
-    def _end_lease(self, outcome: Literal["stored", "given up", "lost"]) -> None:
-        if self.lease is not None:
-            self.server.leases.end(self.lease, outcome)
-            self.lease = None
-            self.connection.settimeout(_IDLE_S)
+async def _send(
+    connection: _Connection, request: web.BaseRequest, file: FileIO, nbytes: int
+) -> web.StreamResponse:
+    """Send an entry within the time that the client allows for it."""
+    response = web.StreamResponse(
+        headers={"Server": "zarrcache", "Content-Type": "application/octet-stream"}
+    )
+    response.content_length = nbytes
+    response.force_close()
+    await response.prepare(request)
+    if connection.transport is None:
+        raise ConnectionResetError("the client has hung up")
+    try:
+        # Not limit_s: asyncio's sendfile has to be cancelled before its connection is closed.
+        async with asyncio.timeout(transfer_limit_s(nbytes)):
+            await asyncio.get_running_loop().sendfile(connection.transport, file, 0, nbytes)
+    except TimeoutError:
+        connection.abort()
+    return response
+
+
+def _of_kind(kind: str, node: str = "") -> web.Response:
+    response = _empty(_STATUS[kind], is_last=kind != "lease")
+    response.headers[ANSWER_HEADER] = kind
+    if node:
+        response.headers["Location"] = node
+    return response
+
+
+def _empty(status: int, *, is_last: bool = True) -> web.Response:
+    response = web.Response(status=status, headers={"Server": "zarrcache"})
+    if is_last:
+        response.force_close()
+    return response
 
 
 def _is_entry(file: FileIO, nbytes: int, path: str, digest: str, source: str | None) -> bool:
-    """Whether a file is what it is called, and of the source that is asked for."""
+    """Whether a file is the entry that its name says, and of the wanted source."""
     try:
         header = parse_header(os.pread(file.fileno(), 4096, 0), nbytes, path, file.fileno())
     except CorruptEntryError as exc:

@@ -1,14 +1,15 @@
-"""What a node serves, and to whom: entries by their digest to who has the token, and nothing else
-to anybody.
-"""
+"""The server gives entries by their digest to clients with the token, and nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
@@ -26,7 +27,7 @@ OWN = "http://127.0.0.1:1"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with one entry, and files beside it that are nobody else's business."""
+    """A cache with one entry, and a file beside it that must not be served."""
     path = tmp_path_factory.mktemp("served")
     ArrayCache(settings(path), Counters()).put(key_of(1), array_of(1), source="s")
     (path / "secret").write_text("secret")
@@ -35,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(directory: Path) -> Iterator[EntryServer]:
-    """With a token."""
+    """A server with a token."""
     with EntryServer(directory, token=TOKEN) as server:
         yield server
 
@@ -43,7 +44,7 @@ def server(directory: Path) -> Iterator[EntryServer]:
 def request(
     server: EntryServer, line: str, *headers: str, token: str | None = TOKEN
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request as it stands, over a connection of its own: status, headers, body."""
+    """Send one request unchanged over a connection of its own; its status, headers and body."""
     lines = [
         f"{line} HTTP/1.1",
         "Host: x",
@@ -54,10 +55,8 @@ def request(
     host, _, port = server.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        answer = b""
-        while part := connection.recv(65536):
-            answer += part
-    head, _, body = answer.partition(b"\r\n\r\n")
+        parts = iter(lambda: connection.recv(2**20), b"")
+        head, _, body = b"".join(parts).partition(b"\r\n\r\n")
     first, *fields = head.decode("latin-1").split("\r\n")
     return (
         int(first.split()[1]),
@@ -66,13 +65,12 @@ def request(
     )
 
 
-def test_entry_comes_byte_for_byte(server: EntryServer, directory: Path) -> None:
-    """As it is on disk, with its length."""
+def test_entry_comes_byte_for_byte_as_on_disk(server: EntryServer, directory: Path) -> None:
     (path,) = (directory / "zarrcache-v1" / "entries").rglob(f"{DIGEST}-*")
     status, headers, body = request(server, f"GET /v1/entries/{DIGEST}")
     assert (status, int(headers["content-length"]), body) == (200, len(body), path.read_bytes())
     assert request(server, f"GET /v1/entries/{DIGEST}?source=s")[2] == body
-    assert request(server, f"GET /v1/entries/{DIGEST}?source=other")[:2][0] == 404
+    assert request(server, f"GET /v1/entries/{DIGEST}?source=other")[0] == 404
 
 
 @pytest.mark.parametrize("token", [None, "", "t" * 31, "t" * 33, "T" * 32, "\xe4" * 32])
@@ -80,8 +78,10 @@ def test_entry_comes_byte_for_byte(server: EntryServer, directory: Path) -> None
     "line",
     [f"GET /v1/entries/{DIGEST}", f"POST /v1/leases/{DIGEST}", "GET /", "GET /v1/entries/nothing"],
 )
-def test_who_has_no_token_learns_nothing(server: EntryServer, token: str | None, line: str) -> None:
-    """Whatever is asked for, the answer is the same."""
+def test_client_without_the_token_learns_nothing(
+    server: EntryServer, token: str | None, line: str
+) -> None:
+    """Every request gets the same answer."""
     status, headers, body = request(server, line, token=token)
     assert (status, body, headers["content-length"]) == (401, b"", "0")
 
@@ -106,22 +106,22 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_is_no_digest_becomes_no_name_of_a_file(server: EntryServer, path: str) -> None:
-    """Refused before anything is opened."""
+def test_only_a_digest_becomes_part_of_a_file_name(server: EntryServer, path: str) -> None:
+    """Other paths are refused before a file is opened."""
     status, _, body = request(server, f"GET {path}")
     assert (status, body) == (400, b"")
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "HEAD", "PATCH", "OPTIONS", "TRACE"])
-def test_other_methods_are_not_there(server: EntryServer, directory: Path, method: str) -> None:
-    """Nothing can be changed."""
+def test_methods_that_change_something_are_not_implemented(
+    server: EntryServer, directory: Path, method: str
+) -> None:
     before = sorted(directory.rglob("*"))
     assert request(server, f"{method} /v1/entries/{DIGEST}")[0] == 501
     assert sorted(directory.rglob("*")) == before
 
 
-def test_only_digests_have_the_form_of_one() -> None:
-    """32 hex digits, small."""
+def test_a_digest_is_32_lower_case_hex_digits() -> None:
     assert is_digest(DIGEST)
     wrong = [
         None,
@@ -147,21 +147,20 @@ def test_only_digests_have_the_form_of_one() -> None:
         "javascript:1",
     ],
 )
-def test_address_of_a_node_that_is_none_is_nobody(server: EntryServer, node: str) -> None:
-    """It would come back to others in a header."""
+def test_node_that_is_not_an_address_is_ignored(server: EntryServer, node: str) -> None:
+    """Other clients would get it in a header."""
     status, headers, _ = request(server, f"GET /v1/entries/{key_of(2).digest}?node={node}&wait=1")
     assert (status, headers["zarrcache-answer"]) == (404, "none")
 
 
-def test_lease_is_of_the_connection_that_got_it(server: EntryServer) -> None:
-    """Another one cannot end it, and it ends with the connection."""
+def test_only_the_connection_that_got_a_lease_can_end_it(server: EntryServer) -> None:
     digest = key_of("lease").digest
     with socket.create_connection(
         ("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30
     ) as connection:
         connection.sendall(
-            f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nAuthorization: Bearer "
-            f"{TOKEN}\r\n\r\n".encode()
+            f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
         )
         assert b"Zarrcache-Answer: lease" in connection.recv(65536)
         assert request(server, f"POST /v1/leases/{digest}?outcome=stored")[0] == 409
@@ -171,50 +170,195 @@ def test_lease_is_of_the_connection_that_got_it(server: EntryServer) -> None:
         )
         assert request(server, f"GET /v1/entries/{digest}")[1]["zarrcache-answer"] == "none"
         connection.sendall(
-            f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nAuthorization: Bearer "
-            f"{TOKEN}\r\n\r\n".encode()
+            f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
         )
         assert b" 204 " in connection.recv(65536)
     status, headers, _ = request(server, f"GET /v1/entries/{digest}?node=http://127.0.0.1:2")
     assert (status, headers["location"]) == (303, OWN)
 
 
-def test_more_connections_than_threads_are_turned_away(
+def connected(server: EntryServer) -> socket.socket:
+    """A connection over which nothing has been sent."""
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30)
+
+
+def test_lease_ends_with_its_connection(server: EntryServer) -> None:
+    digest = key_of("lost").digest
+    line = f"GET /v1/entries/{digest}?node={OWN}&wait=30"
+    with connected(server) as connection:
+        connection.sendall(
+            f"{line} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+        )
+        assert b"Zarrcache-Answer: lease" in connection.recv(65536)
+        assert request(server, line.replace("30", "0"))[1]["zarrcache-answer"] == "busy"
+    assert request(server, line)[1]["zarrcache-answer"] == "lease"
+
+
+def test_idle_connections_give_way_to_a_client_that_sends_its_request(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, and the others go on."""
-    monkeypatch.setattr(entryserver, "_MOST_CONNECTIONS", 2)
-    with EntryServer(directory) as server:
-        port = int(server.url.rpartition(":")[2])
-        with (
-            socket.create_connection(("127.0.0.1", port)),
-            socket.create_connection(("127.0.0.1", port)) as second,
-        ):
-            second.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\n".encode())
+    """The oldest is closed; the others can go on."""
+    monkeypatch.setattr(entryserver, "_MAX_UNPROVEN", 2)
+    with EntryServer(directory) as server, connected(server) as first, connected(server) as second:
+        second.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode())
+        assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+        assert first.recv(100) == b""
+        second.sendall(b"\r\n")
+        assert second.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_more_clients_than_can_be_served_are_turned_away_at_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more is served when one of them has gone."""
+    monkeypatch.setattr(entryserver, "_MAX_SERVED", 2)
+    lines = [f"GET /v1/entries/{key_of(name).digest}?node={OWN}" for name in ("a", "b", "c")]
+    with EntryServer(directory) as server, connected(server) as first:
+        with connected(server) as second:
+            for connection, line in zip((first, second), lines, strict=False):
+                connection.sendall(f"{line} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                assert b"Zarrcache-Answer: lease" in connection.recv(65536)
             assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 503
-            second.sendall(b"\r\n")
-            assert second.recv(100).startswith(b"HTTP/1.1 200 ")
+            assert request(server, lines[2])[0] == 503
+        hung_s = time.monotonic() + 30
+        while request(server, f"GET /v1/entries/{DIGEST}")[0] != 200:
+            assert time.monotonic() < hung_s
+
+
+SLOW = {
+    "no request": b"",
+    "half a request": f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode(),
+    "a request without its body": f"POST /v1/leases/{DIGEST} HTTP/1.1\r\nHost: x\r\n"
+    "Content-Length: 9\r\n\r\n".encode(),
+}
+
+
+@pytest.mark.parametrize("sent", SLOW)
+def test_request_that_never_ends_is_given_up(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, sent: str
+) -> None:
+    """The time is for the whole request: a byte now and then does not extend it."""
+    monkeypatch.setattr(entryserver, "_REQUEST_S", 0.5)
+    with EntryServer(directory) as server, connected(server) as connection:
+        connection.sendall(SLOW[sent])
+        connection.settimeout(0.05)
+        ends_s = time.monotonic() + 30
+        while time.monotonic() < ends_s:
+            try:
+                connection.sendall(b"x")
+                if not connection.recv(1000):
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        assert time.monotonic() < ends_s
+        assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+
+
+START = f"GET /v1/entries/{DIGEST}?node={OWN} HTTP/1.1\r\nHost: x\r\n".encode()
+MALFORMED = {
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "no text": bytes(4000),
+    "a header without a name": START + b": x\r\n\r\n",
+    "two lengths": START + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+}
+TOO_LONG = {
+    "an endless line": b"GET /" + b"x" * 10_000,
+    "an endless header": START + b"X: " + b"x" * 10_000,
+    "many headers": START + b"".join(b"X%d: x\r\n" % n for n in range(1000)),
+    "a body": START + b"Content-Length: 10000\r\n\r\n" + b"x" * 10_000,
+    "what follows an upgrade": START + b"Connection: Upgrade\r\nUpgrade: x\r\n\r\n" + b"x" * 10_000,
+    "many requests at once": (START + b"\r\n") * 100,
+}
+
+
+def answer_to(server: EntryServer, sent: bytes) -> bytes:
+    """All that the server sends until it closes the connection, well before its deadline."""
+    with connected(server) as connection:
+        connection.settimeout(entryserver._REQUEST_S / 2)
+        connection.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):  # of what it has not read
+            return b"".join(iter(lambda: connection.recv(1000), b""))
+        return b""
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_request_is_refused_without_a_word_in_the_log(
+    server: EntryServer, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise any client could fill the log."""
+    assert answer_to(server, MALFORMED[what]).startswith(b"HTTP/1.0 400 ")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("what", TOO_LONG)
+def test_client_that_sends_more_than_a_request_is_disconnected(
+    server: EntryServer, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it has shown the token, it makes the server keep 4 KiB at most."""
+    assert answer_to(server, TOO_LONG[what]) == b""
+    assert caplog.text == ""
+
+
+def test_client_that_does_not_read_its_entry_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sends on to others meanwhile, and closes the connection when the time is over."""
+    big = np.zeros((160, 256, 256), np.float32)  # 40 MiB, more than the kernel's buffers hold
+    ArrayCache(settings(tmp_path), Counters()).put(key_of(1), big, source="s")
+    monkeypatch.setattr(entryserver, "transfer_limit_s", lambda nbytes: 3.0)
+    with EntryServer(tmp_path / "cache") as server, connected(server) as slow:
+        slow.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert len(request(server, f"GET /v1/entries/{DIGEST}")[2]) > big.nbytes
+        ends_s = time.monotonic() + 30
+        while server._service.connections and time.monotonic() < ends_s:
+            time.sleep(0.01)
+        assert server._service.connections == 0
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := slow.recv(2**20):
+                received += len(part)
+        assert received < big.nbytes
+
+
+def test_close_cuts_off_an_entry_on_its_way(tmp_path: Path) -> None:
+    """Within a second, without waiting for a client that does not read."""
+    big = np.zeros((160, 256, 256), np.float32)
+    ArrayCache(settings(tmp_path), Counters()).put(key_of(1), big, source="s")
+    with EntryServer(tmp_path / "cache") as server, connected(server) as slow:
+        slow.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
+        start_s = time.monotonic()
+        server.close()
+        assert time.monotonic() - start_s < 5.0  # a second, on a machine that is not loaded
+        with contextlib.suppress(ConnectionResetError):
+            received = 0
+            while part := slow.recv(2**20):
+                received += len(part)
+            assert received < big.nbytes
+        server.close()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 def test_address_that_others_reach_needs_a_token(tmp_path: Path, host: str) -> None:
-    """Refused before it is bound."""
+    """It is refused before it is bound."""
     with pytest.raises(
         ConfigError, match=r"can be reached by other machines, and there is no token.*--token-file"
     ):
         EntryServer(tmp_path, host=host)
 
 
-def test_address_that_cannot_be_had_is_named(tmp_path: Path) -> None:
-    """A port that is taken, a name that does not exist."""
+def test_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} cannot be listened on"):
             EntryServer(tmp_path, port=port)
 
 
-def test_cache_that_is_not_there_yet_is_served_and_not_made(tmp_path: Path) -> None:
-    """A node begins to serve before its first read."""
+def test_cache_that_does_not_exist_yet_is_served_and_not_created(tmp_path: Path) -> None:
+    """A node may serve before its first read."""
     with EntryServer(tmp_path / "cache") as server:
         assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 404
         assert os.listdir(tmp_path) == []

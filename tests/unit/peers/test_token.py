@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.peers._token import read_token
+from zarrcache.peers import read_token
 
 WORD = "0123456789abcdef"
 
