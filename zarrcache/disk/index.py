@@ -16,12 +16,14 @@ reader, in room that its owner, a prefetcher, has reserved.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
 import shutil
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,7 +123,7 @@ class Index:
             self.dir,
             has_log=can_map_to_write(config.dir),
             is_checked=config.verify == "always",
-            after_open=self.sweep,
+            after_open=functools.partial(_sweep, weakref.ref(self)),
         )
         self._root = os.fspath(self.dir.root)
 
@@ -430,3 +432,9 @@ class Index:
         directory; None: always).
         """
         self._file.forget(after)
+
+
+def _sweep(index: weakref.ref[Index]) -> None:
+    # A weak reference: a circle would keep connections open until the garbage collector runs
+    if (found := index()) is not None:
+        found.sweep()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 import sqlite3
+import weakref
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -345,3 +347,15 @@ def test_opening_again_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
         store(make(tmp_path), "aa")
         assert make(tmp_path).lookup("aa") is not None
     assert caplog.records == []
+
+
+def test_a_dropped_index_is_gone_without_the_garbage_collector(tmp_path: Path) -> None:
+    """In a circle of references its connections would stay open."""
+    index = make(tmp_path)
+    left = [weakref.ref(index), weakref.ref(index._file.open())]
+    gc.disable()
+    try:
+        del index
+        assert [ref() for ref in left] == [None, None]
+    finally:
+        gc.enable()
