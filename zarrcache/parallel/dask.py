@@ -24,7 +24,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -200,6 +199,8 @@ class _Work:
 
 @functools.cache
 def _version() -> str:
+    from importlib import metadata  # here: 10 ms that only users of Dask need to wait
+
     return metadata.version("zarrcache")
 
 
