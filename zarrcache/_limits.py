@@ -9,8 +9,7 @@ __all__ = ["most_bytes", "read_bounded"]
 
 
 def most_bytes() -> int:
-    """What one array may have at the most: half of this machine's memory, and never more than 64
-    GiB.
+    """Bytes that one array may have: half of this machine's memory, 64 GiB at most.
 
     The largest of 122,689 densities has 601 MiB. A store that claims more is broken or hostile, and
     is refused before anything is allocated.
@@ -19,12 +18,12 @@ def most_bytes() -> int:
 
 
 def read_bounded(file: Any, nbytes: int) -> bytes:
-    """Everything that ``file`` has.
+    """Read a file to its end.
 
     Raises
     ------
     ValueError
-        It is more than ``nbytes``.
+        It has more than ``nbytes``.
     """
     data: bytes = file.read(nbytes + 1)
     if len(data) > nbytes:

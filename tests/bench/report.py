@@ -107,7 +107,7 @@ def merge(old: Document, new: Document) -> Document:
 
 
 def save(new: Document, out: Path) -> None:
-    """Merge into ``out/results.json``, write ``results.md`` anew, and the plots of what is new."""
+    """Merge into ``out/results.json``, rewrite ``results.md`` and plot what is new."""
     out.mkdir(parents=True, exist_ok=True)
     merged = merge(load(out / "results.json"), new)
     (out / "results.json").write_text(

@@ -294,14 +294,14 @@ def _check_chunk(
             if not any(str(inner.get("name")) in V3_CODECS for inner in rest):
                 limits.check(packed, data, due)
                 return
-            # Another compressor follows, whose input this is: decompress, with room for its overhead.
+            # Another compressor follows: decompress its input, with room for its overhead.
             data = limits.decode(packed, data, due + due // 8 + 1024)
         else:
             return
 
 
 def _parts_of(data: Buffer, settings: Mapping[str, Any], count: int) -> list[memoryview]:
-    """Slice a shard by its index: 64-bit (offset, length) per chunk, and a checksum."""
+    """Slice a shard into its chunks by its index: 64-bit (offset, length), and a checksum."""
     if not {str(codec.get("name")) for codec in settings["index_codecs"]} <= {"bytes", "crc32c"}:
         raise ValueError("its shard index has codecs that zarr does not write")
     view, checksum = (
