@@ -216,7 +216,8 @@ def _fill(home: Path, count: int, server: BenchServer) -> _Node:
         reader.cache.store_listing(
             reader.origin(role), "", {task_id: f"{task_id}.zarr" for task_id in task_ids}
         )
-    found = Index(cache).totals()["array"][0]
+    totals = Index(cache).totals()
+    found = totals["array"][0] + totals["listing"][0]
     if found != node.entries + len(_ROLES):
         raise AssertionError(
             f"the index has {found} entries, not {node.entries} and {len(_ROLES)} listings"
