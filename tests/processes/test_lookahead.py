@@ -472,3 +472,42 @@ def test_a_program_whose_class_is_needed_and_that_has_no_guard_trains_without(
     assert done.stdout.split("\n") == ["imported", "imported", "ahead False", ""]
     assert "RuntimeError" in done.stderr
     assert "if __name__ == '__main__':" in done.stderr
+
+
+LEAVE = f"""
+{PROGRAM}
+def leave():
+    global ahead
+    settings = json.loads(sys.argv[1])
+    reader = Reader(*settings["where"], s3_kwargs=settings["s3_kwargs"], cache=settings["cache"])
+    dataset = ZarrDataset(reader)
+    ahead = Lookahead(dataset, NodeSampler(dataset, seed=4))
+    end_s = time.monotonic() + 60
+    while dataset.reader.stats.misses < 4 and ahead.check() and time.monotonic() < end_s:
+        time.sleep(0.01)
+    print("left", dataset.reader.stats.misses >= 4 and ahead.check())
+"""
+SPAWN = """
+    import multiprocessing
+    rank = multiprocessing.get_context("spawn").Process(target=leave)
+    rank.start()
+    rank.join()
+    print("exit code", rank.exitcode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("main", "last"),
+    [("    leave()\n", "left True"), (SPAWN, "exit code 0")],
+    ids=["a script", "a spawned rank"],
+)
+def test_a_program_that_does_not_close_it_ends_and_its_process_too(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path, main: str, last: str
+) -> None:
+    """A process of multiprocessing runs no exit handlers of its own. The reader's class is one of
+    the script's; ``subprocess.run`` returns when the look-ahead process has closed its output too.
+    """
+    done = _run_program(pairs, s3_server, tmp_path, f"{LEAVE}\nif __name__ == '__main__':\n{main}")
+    assert done.stderr == ""
+    assert "left True" in done.stdout
+    assert done.stdout.splitlines()[-1] == last

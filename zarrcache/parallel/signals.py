@@ -29,7 +29,7 @@ _SAME_REQUEST_S = 0.5
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received. A ``KeyboardInterrupt``, because the same code has to let it through."""
+    """SIGTERM was received. A ``KeyboardInterrupt``: the same code has to let both through."""
 
 
 def exit_code(exc: KeyboardInterrupt) -> int:
