@@ -1,9 +1,7 @@
-"""Belady's choice: of what is stored, drop what is needed last, and store nothing that is needed
-later than all of it.
+"""Evict by Belady's rule: drop the entry that is needed last, and admit none needed later still.
 
-With random orders known beforehand that is the most that a cache can do: 4 nodes that each have
-room for a quarter of the data hit 54 to 56 % of a global shuffle, where admit-until-full hits 25 %
-and LRU 14 %.
+For orders that are known in advance no policy has a higher hit rate. Four nodes with room for a
+quarter of the data each hit 54 to 56 % of a global shuffle; admit-until-full hits 25 %, LRU 14 %.
 """
 
 from __future__ import annotations
@@ -24,24 +22,23 @@ __all__ = ["NEVER", "BeladyPolicy", "NextUses"]
 
 Indices = NDArray[np.int64]
 
-#: Next use of what is not needed in the epochs that are looked at.
+#: Next use of a sample that is not needed in the epochs considered.
 NEVER = np.iinfo(np.int64).max
-#: What is stored is looked at anew when there was no room for one sixty-fourth of its number.
-_SHARE = 64
-#: Samples that were read last, and stay: what the workers of a DataLoader have ahead of the
-#: training.
+#: Victims are ranked again after this fraction (1/64) of the stored entries found no room.
+_RANKED_SHARE = 64
+#: The samples read last stay: DataLoader workers hold up to this many that are not trained on yet.
 _GRACE = 64
 
 
 class NextUses:
-    """When samples are used, by the order of the coming epochs in one array. Pure.
+    """Positions at which samples are used, in the concatenated order of the coming epochs.
 
     Parameters
     ----------
     order : array of int
         Samples in the order of their use.
     samples : int
-        How many there are.
+        Number of samples.
     """
 
     def __init__(self, order: Indices, samples: int) -> None:
@@ -49,13 +46,13 @@ class NextUses:
         self._starts = np.concatenate(([0], np.cumsum(np.bincount(order, minlength=samples))))
 
     def of(self, samples: Indices, passed: Indices) -> Indices:
-        """Positions of the next use.
+        """Position of the next use of each sample, or NEVER.
 
         Parameters
         ----------
         samples : array of int
         passed : array of int
-            How many uses of each of them, from the beginning of the order, are over.
+            Number of uses of each sample, from the start of the order, that are over.
         """
         at = self._starts[samples] + passed
         found: Indices = np.where(
@@ -65,109 +62,104 @@ class NextUses:
 
 
 @dataclass
-class _Known:
-    """What follows from the orders, for one epoch; and what was found in it to be needed last."""
+class _Epoch:
+    """The orders from one epoch on, and the candidates for eviction found in it."""
 
     epoch: int
     uses: NextUses
-    order: Indices  # of the node, this epoch
+    order: Indices  # of the node, in this epoch
     own: Indices  # samples of this rank
-    # next use, digest, bytes; last first
+    # (next use, digest, bytes), needed last first
     candidates: deque[tuple[int, str, int]] = field(default_factory=deque)
-    until_anew: int = 0
+    until_ranking: int = 0
 
 
 class BeladyPolicy:
-    """Chooses victims by what this node reads next. One for each process, for all of its threads;
-    pickles without what it has worked out.
+    """Choose victims by what this node reads next.
 
-    Without a lock, which a process forked meanwhile would wait for: two threads never get the same
-    victim, and at worst one gets the second best.
+    One object serves all threads of a process. It pickles without its cached orders. It has no
+    lock, because a process forked while a thread holds one would wait for it indefinitely. Two
+    threads never get the same victim; in a race one gets the second best.
 
     Parameters
     ----------
-    progress : Course
+    progress : ReadProgress
     names : array of uint64, shape (samples, 2)
-        The first 16 hex digits of the entry of each sample's data and label.
+        The first 16 hex digits of the digests of each sample's data and label.
     """
 
     def __init__(self, progress: ReadProgress, names: NDArray[np.uint64]) -> None:
         self._progress = progress
         self._names = names
         self._place = np.argsort(self._names, axis=None)
-        self._known: _Known | None = None
+        self._current: _Epoch | None = None
 
     def __reduce__(self) -> tuple[type[BeladyPolicy], tuple[ReadProgress, NDArray[np.uint64]]]:
         return type(self), (self._progress, self._names)
 
     def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> list[str]:
-        """Entries that make room for a new one; none if all of those that would have to go are
-        needed before it.
+        """Entries to drop for a new one; empty if one of them is needed before it.
 
-        Entries that are no samples of the course are no victims, and are themselves never worth
-        one.
+        Entries that are not samples of the orders are never victims and never displace any.
 
         Parameters
         ----------
         digest : str
-            Of the new entry.
+            Digest of the new entry.
         needed_bytes : int
         stored : StoredEntries
         """
-        known = self._now()
-        counts = self._progress.counts(known.epoch)
-        # an epoch has ended just now; the room of a look-ahead has another name
+        now = self._of_this_epoch()
+        counts = self._progress.counts(now.epoch)
+        # None: an epoch has just ended. Loans of the look-ahead have names that are not digests.
         if counts is None or not is_digest(digest):
             return []
-        own = int(self._next_uses(known, counts[0], *self._found([digest]))[0])
+        own = int(self._next_uses(now, counts[0], *self._found([digest]))[0])
         if own < 0:
             return []
-        if known.until_anew <= 0:
-            self._look(known, stored(kind="array"))
-        known.until_anew -= 1
+        if now.until_ranking <= 0:
+            self._rank(now, stored(kind="array"))
+        now.until_ranking -= 1
         chosen: list[tuple[int, str, int]] = []
         while sum(size for *_, size in chosen) < needed_bytes:
             try:
-                chosen.append(known.candidates.popleft())
+                chosen.append(now.candidates.popleft())
             except IndexError:
                 break
-            # A use that is over meanwhile only moves the next one further away: what was needed
-            # later than `own` still is.
+            # A use that has begun since the ranking only moves the next use further away, so a
+            # candidate that was needed after `own` still is.
             if chosen[-1][0] <= own:
                 break
         else:
-            # By what was needed last in the epoch that has ended meanwhile, nothing may be chosen
-            # for this one.
-            return (
-                [digest for _, digest, _ in chosen] if self._progress.epoch == known.epoch else []
-            )
-        known.candidates.extendleft(reversed(chosen))
+            # A ranking of an epoch that has ended by now says nothing about this one.
+            return [digest for _, digest, _ in chosen] if self._progress.epoch == now.epoch else []
+        now.candidates.extendleft(reversed(chosen))
         return []
 
-    def _look(self, known: _Known, rows: Sequence[tuple[Any, ...]]) -> None:
-        # a damaged row must stop nobody
+    def _rank(self, now: _Epoch, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Rank the stored entries by their next use, needed last first."""
+        # a damaged row is skipped
         stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]
-        counts = self._progress.counts(known.epoch)
+        counts = self._progress.counts(now.epoch)
         if counts is None:
             return
-        asked_for, had = counts
+        started, finished = counts
         sample, role = self._found([digest for digest, _ in stored])
-        uses = self._next_uses(known, asked_for, sample, role)
-        # A use counts as over when it begins, and its file has to be there until it ends.
-        uses[(asked_for > had)[sample, role]] = -1
-        # What a DataLoader worker has read may not have reached the training yet.
-        steps = self._steps(known, asked_for)
-        uses[
-            np.isin(sample, known.order[max(0, steps - min(_GRACE, len(stored) // 16)) : steps])
-        ] = -1
+        uses = self._next_uses(now, started, sample, role)
+        # A use counts as over when it starts; its file has to stay until it finishes.
+        uses[(started > finished)[sample, role]] = -1
+        # What a DataLoader worker has read may not have been trained on yet.
+        steps = self._steps(now, started)
+        first = max(0, steps - min(_GRACE, len(stored) // 16))
+        uses[np.isin(sample, now.order[first:steps])] = -1
         last_first = np.argsort(-uses, kind="stable")
-        known.candidates = deque(
+        now.candidates = deque(
             (int(uses[place]), *stored[place]) for place in last_first if uses[place] >= 0
         )
-        known.until_anew = max(1, len(stored) // _SHARE)
+        now.until_ranking = max(1, len(stored) // _RANKED_SHARE)
 
     def _found(self, digests: Sequence[str]) -> tuple[Indices, Indices]:
-        """Sample and role of each entry; sample -1 for what is no sample."""
+        """Sample and role of each entry; sample -1 if the entry is not a sample."""
         if not digests or not self._names.size:
             return np.full(len(digests), -1), np.zeros(len(digests), np.int64)
         wanted = np.array([int(digest[:16], 16) for digest in digests], np.uint64)
@@ -178,40 +170,36 @@ class BeladyPolicy:
         sample, role = np.divmod(at, self._names.shape[1])
         return np.where(flat[at] == wanted, sample, -1), role
 
-    def _next_uses(
-        self, known: _Known, asked_for: Indices, sample: Indices, role: Indices
-    ) -> Indices:
-        """Positions of the next uses; -1 for what is no sample, NEVER for one that is not needed."""
-        return np.where(
-            sample >= 0, known.uses.of(sample, self._passed(known, asked_for)[sample, role]), -1
-        )
+    def _next_uses(self, now: _Epoch, started: Indices, sample: Indices, role: Indices) -> Indices:
+        """Positions of the next uses: -1 if not a sample, NEVER if not needed."""
+        passed = self._passed(now, started)[sample, role]
+        return np.where(sample >= 0, now.uses.of(sample, passed), -1)
 
-    def _now(self) -> _Known:
-        known, epoch, orders = self._known, self._progress.epoch, self._progress.orders
-        if known is None or known.epoch != epoch:
+    def _of_this_epoch(self) -> _Epoch:
+        now, epoch, orders = self._current, self._progress.epoch, self._progress.orders
+        if now is None or now.epoch != epoch:
             coming = [orders.of_node(epoch + ahead) for ahead in range(orders.epochs_ahead)]
-            known = _Known(
+            now = _Epoch(
                 epoch,
                 NextUses(np.concatenate(coming), len(self._names)),
                 coming[0],
                 np.unique(orders.of_rank(epoch)),
             )
-            self._known = known
-        return known
+            self._current = now
+        return now
 
-    def _passed(self, known: _Known, asked_for: Indices) -> Indices:
-        """Uses in this epoch that are over, shape (samples, 2): counted for this rank, and the
-        others of the node are as far.
+    def _passed(self, now: _Epoch, started: Indices) -> Indices:
+        """Uses in this epoch that are over, shape (samples, 2).
+
+        Counted for this rank; the other ranks of the node are assumed to be as far.
         """
         if self._progress.orders.ranks == 1:
-            return asked_for
-        passed = np.bincount(known.order[: self._steps(known, asked_for)], minlength=len(asked_for))
-        both = np.repeat(passed[:, None], asked_for.shape[1], axis=1)
-        both[known.own] = asked_for[known.own]
+            return started
+        passed = np.bincount(now.order[: self._steps(now, started)], minlength=len(started))
+        both = np.repeat(passed[:, None], started.shape[1], axis=1)
+        both[now.own] = started[now.own]
         return both
 
-    def _steps(self, known: _Known, asked_for: Indices) -> int:
-        """How much of the node's order is over."""
-        return (
-            int(asked_for[known.own].sum()) // int(asked_for.shape[1]) * self._progress.orders.ranks
-        )
+    def _steps(self, now: _Epoch, started: Indices) -> int:
+        """Number of reads of the node's order that are over."""
+        return int(started[now.own].sum()) // int(started.shape[1]) * self._progress.orders.ranks

@@ -1,8 +1,7 @@
-"""Quarter turns and downsampling of density grids, as views of numpy arrays. Pure: no torch, no
-state.
+"""Rotate and downsample density grids as views of numpy arrays, without torch and without state.
 
-The law is the users' own: an axis of three with equal chance, then no turn with 10 %, one, two and
-three quarter turns with 30 % each.
+The distribution is that of the users' own training code: one of three axes with equal probability,
+then 0 quarter turns with probability 10 %, and 1, 2 and 3 quarter turns with 30 % each.
 """
 
 from __future__ import annotations
@@ -17,20 +16,19 @@ __all__ = ["Rotation", "downsample", "draw_rotation", "rotate"]
 
 Grid = NDArray[np.float32]
 
-#: The plane that turns about x, y and z. One turn swaps its two axes and then reverses the second.
+#: The plane that rotates about x, y and z. A quarter turn swaps its axes, then reverses the second.
 _PLANES = ((-2, -1), (-3, -1), (-3, -2))
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Some quarter turns about one axis.
+    """A number of quarter turns about one axis.
 
     Attributes
     ----------
     axis : 0, 1 or 2
-        About x, y or z: the axis of ``(nx, ny, nz)`` that keeps its place.
+        The axis of ``(nx, ny, nz)`` that is fixed: x, y or z.
     turns : 0, 1, 2 or 3
-        Quarter turns.
     """
 
     axis: Literal[0, 1, 2]
@@ -38,12 +36,11 @@ class Rotation:
 
 
 def draw_rotation(*key: int) -> Rotation:
-    """Draw the rotation that belongs to ``key``: whole numbers from 0, the same key gives the same
-    rotation on every machine.
+    """Draw the rotation of ``key``, one or more non-negative integers.
 
-    A function of a key instead of a generator with a state: nothing has to be carried through fork,
-    spawn and pickle, and samples that are read by different processes with the same seed do not
-    turn in step.
+    The same key gives the same rotation on every machine. A function of a key was chosen over a
+    generator with a state: no state has to survive fork, spawn and pickle, and processes with the
+    same seed draw different rotations for different samples.
     """
     rng = np.random.default_rng(key)
     axis = rng.integers(3)
@@ -53,8 +50,9 @@ def draw_rotation(*key: int) -> Rotation:
 
 
 def rotate(grid: Grid, rotation: Rotation) -> Grid:
-    """Turn the last three axes of ``grid``. A view; ``numpy.rot90`` with ``k=-turns`` about the
-    same axis gives the same values.
+    """Rotate the last three axes of ``grid``; returns a view.
+
+    The values are those of ``numpy.rot90`` with ``k=-turns`` about the same axis.
     """
     first, second = _PLANES[rotation.axis]
     if rotation.turns % 2:
@@ -66,11 +64,10 @@ def rotate(grid: Grid, rotation: Rotation) -> Grid:
 
 
 def downsample(grid: Grid, step: int, *, multiple: int) -> Grid:
-    """Crop each of the last three axes to a multiple of ``multiple`` from its start, then take
-    every ``step``-th point. A view.
+    """Crop the last three axes to a multiple of ``multiple``, then take every ``step``-th point.
 
-    Data and label of a pair are both cropped to a multiple of the data's factor, so that their
-    grids stay matched.
+    Returns a view. Data and label of a pair are both cropped to a multiple of the data's factor,
+    so their grids stay matched.
     """
     nx, ny, nz = (n // multiple * multiple for n in grid.shape[-3:])
     return grid[..., :nx:step, :ny:step, :nz:step]
