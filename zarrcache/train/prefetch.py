@@ -178,7 +178,7 @@ class Prefetch:
 
     def _is_wanted(self, item: _Item) -> bool:
         epoch = self._progress.epoch
-        return item.epoch in (epoch, epoch + 1) and not self._progress.has_begun(
+        return item.epoch in (epoch, epoch + 1) and not self._progress.has_started(
             item.epoch, item.sample, item.role, item.nth
         )
 
@@ -316,7 +316,7 @@ class Prefetch:
 
         def reserve(nbytes: int) -> None:
             """Called with the bytes of the objects, then, while they come, with those of the array."""
-            gone = self._progress.has_ended if fetched else self._progress.has_begun
+            gone = self._progress.has_finished if fetched else self._progress.has_started
             if gone(item.epoch, item.sample, item.role, item.nth):
                 raise _NotNow
             item.size = (

@@ -1,9 +1,8 @@
-"""What a rank reads next, and how far it is: known to every process of the rank, so that the cache
-need not guess.
+"""Track what a rank reads next and how far it has read, shared by all processes of the rank.
 
-The orders come from a sampler's seeds, or from lists. How far the training is, is counted where
-densities are read, in memory that the rank's processes share: DataLoader workers count, a
-prefetcher looks.
+The orders come from a sampler's seeds, or from lists. Reads are counted where they happen, in
+memory that the rank's processes share: DataLoader workers count, the look-ahead process reads the
+counts.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ _ROLE = {role: number for number, role in enumerate(ROLES)}
 
 
 class Orders(Protocol):
-    """What is read in each epoch, as positions in ``names``; empty after the last epoch that is
-    known.
+    """The order of reads in each epoch, as positions in ``names``.
+
+    An epoch after the last one known is empty.
 
     Attributes
     ----------
     names : sequence of str
     ranks : int
-        Ranks of this node, which keep step.
+        Number of ranks on this node; they are assumed to advance together.
     epochs_ahead : int
-        How many epochs are worth looking at, the present one included, to tell which samples are
-        needed last.
+        Number of epochs, including the current one, that decide which samples are needed last.
     """
 
     @property
@@ -68,8 +67,10 @@ class Scheduled:
     ----------
     schedule : Schedule
     rank : int
-    epoch, history
-        The epoch in which the job was started anew, and what had been read of it.
+    epoch : int
+        The epoch in which the job was resumed.
+    history : tuple of Segment
+        What earlier runs of the job read of that epoch.
     """
 
     schedule: Schedule
@@ -92,9 +93,9 @@ class Scheduled:
 
     @property
     def epochs_ahead(self) -> int:
-        # A node of four comes back to a sample after four epochs, on average. Of what offline
-        # Belady hits, two epochs ahead reach 75 %, three 92 %, four 99.5 % and five all (4 nodes,
-        # room for a quarter; tests/unit/train/test_belady.py).
+        # With n nodes, a node reads a sample again after n epochs on average. For four nodes with
+        # room for a quarter each, two epochs reach 75 % of the hits of offline Belady, three 92 %,
+        # four 99.5 % and five all (tests/unit/train/test_belady.py).
         return 1 + max(self.schedule.node_of_rank) + 1
 
     def of_rank(self, epoch: int) -> Indices:
@@ -110,7 +111,7 @@ class Scheduled:
 
 @dataclass(frozen=True)
 class Listed:
-    """Orders that were drawn beforehand, a list an epoch: of any sampler, with replacement too.
+    """Orders that any sampler drew in advance, one list per epoch, with repetitions or without.
 
     >>> Listed(("mp-1", "mp-2"), (("mp-2", "mp-2"), ("mp-1", "mp-2"))).of_rank(0).tolist()
     [1, 1]
@@ -118,7 +119,7 @@ class Listed:
     Raises
     ------
     ConfigError
-        A sample that is not in ``names``.
+        A sample is not in ``names``.
     """
 
     names: tuple[str, ...]
@@ -128,30 +129,27 @@ class Listed:
     def __post_init__(self) -> None:
         unknown = sorted({name for order in self.epochs for name in order} - set(self.names))
         if unknown:
-            more = (
-                f" and {len(unknown) - 1} more, which are no samples"
-                if len(unknown) > 1
-                else ", which is no sample"
-            )
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise ConfigError(
-                f"the order has {unknown[0]!r}{more}. Give names of dataset.task_ids."
+                f"order contains {unknown[0]!r}{more}, which the dataset does not. Give names of "
+                "dataset.task_ids."
             )
 
     @classmethod
     def of(cls, order: Any, names: tuple[str, ...], *, ranks: int = 1) -> Listed:
-        """What a user gave: names or positions, a list an epoch.
+        """Convert a user's lists of names or positions, one per epoch.
 
         Raises
         ------
         ConfigError
-            It is something else, or has a sample that is not in ``names``.
+            ``order`` is something else, or contains a sample that is not in ``names``.
         """
         epochs = _listed(order)
         lists = None if epochs is None else [_listed(epoch) for epoch in epochs]
         if lists is None or None in lists:
             raise ConfigError(
                 f"order is {reprlib.repr(order)}; give a NodeSampler, or a list of task ids or "
-                "positions for each epoch (of one epoch: [positions])."
+                "positions for each epoch (for one epoch: [positions])."
             )
         return cls(
             names,
@@ -178,8 +176,10 @@ class Listed:
 
 
 def _listed(values: Any) -> list[Any] | None:
-    """None of what is no sequence: a sampler of torch would draw anew, and a batch sampler's
-    batches are no epochs.
+    """``values`` as a list, or None if it is not a sequence.
+
+    A torch sampler is refused: it would draw another order here than in the loader, and the batches
+    of a batch sampler are not epochs.
     """
     if isinstance(values, (str, bytes, Mapping)) or not (
         hasattr(values, "__len__") and hasattr(values, "__getitem__")
@@ -187,7 +187,7 @@ def _listed(values: Any) -> list[Any] | None:
         return None
     try:
         return list(values)
-    except TypeError:  # an array of no dimension
+    except TypeError:  # a zero-dimensional array
         return None
 
 
@@ -200,19 +200,18 @@ def _named(one: Any, names: tuple[str, ...], epoch: int) -> str:
         position = -1
     if not 0 <= position < len(names):
         raise ConfigError(
-            f"the order has {reprlib.repr(one)} in epoch {epoch}, and there are {len(names)} "
-            "samples: give names of dataset.task_ids, or positions "
-            f"from 0 to {len(names) - 1}."
+            f"order contains {reprlib.repr(one)} in epoch {epoch}; the dataset has {len(names)} "
+            f"samples. Give names of dataset.task_ids, or positions from 0 to {len(names) - 1}."
         )
     return names[position]
 
 
 class ReadProgress:
-    """Orders, and how often each density was asked for in the present epoch. Shared by the
-    processes of one rank, forked or spawned.
+    """The orders, and how often each density was read in the current epoch.
 
-    A count is wrong by one if two processes ask for one density in the same microsecond. That costs
-    a fetch too many or an eviction too early, never data.
+    Shared by the processes of one rank, forked or spawned. Counting takes no lock: if two processes
+    read one density in the same microsecond, one count is lost. That costs an extra fetch or an
+    early eviction, never data.
 
     Parameters
     ----------
@@ -224,7 +223,7 @@ class ReadProgress:
         self.orders = orders
         self._token = secrets.randbits(62)
         self._file = SharedFile.new()
-        self._words[1] = self._token
+        self._header[1] = self._token
         self.set_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,56 +232,56 @@ class ReadProgress:
     @property
     def epoch(self) -> int:
         """The epoch that is being read."""
-        return int(self._words[0])
+        return int(self._header[0])
 
     @property
     def is_shared(self) -> bool:
-        """Whether this process sees what the others count. Not if it was spawned where there is no
-        ``/proc``.
-        """
-        return int(self._words[1]) == self._token
+        """Whether this process sees the counts of the others; False if spawned without /proc."""
+        return int(self._header[1]) == self._token
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch: nothing of it has been asked for."""
+        """Begin an epoch with all counts at 0."""
         if epoch != self.epoch or not self.is_shared:
-            # In this order: while the two words differ, the counts are of neither epoch.
-            self._words[0] = epoch
+            # In this order: while the two header fields differ, the counts belong to no epoch.
+            self._header[0] = epoch
             self._counts[:] = 0
-            self._words[2] = epoch
+            self._header[2] = epoch
 
     def read_started(self, task_id: str, role: Role) -> None:
-        """Count a read as asked for. Names outside the training split are ignored."""
+        """Count a read that starts. Names outside the orders are ignored."""
         sample = self._number.get(task_id)
         if sample is not None:
             self._counts[0, sample, _ROLE[role]] += 1
 
     def read_finished(self, read: Read) -> None:
-        """Count a read as done."""
+        """Count a read that has finished."""
         sample = self._number.get(read.task_id)
         if sample is not None:
             self._counts[1, sample, _ROLE[read.role]] += 1
 
-    def has_begun(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
-        """Whether the ``nth`` reading (from 0) of a sample in an epoch was asked for, or will not
-        be any more.
+    def has_started(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
+        """Whether the ``nth`` read (from 0) of a sample in an epoch has started.
+
+        Also True for every read of an epoch that is over.
         """
         return self._is_counted(0, epoch, sample, role, nth)
 
-    def has_ended(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
-        """Whether it has been had."""
+    def has_finished(self, epoch: int, sample: int, role: int, nth: int = 0) -> bool:
+        """Whether it has finished, or its epoch is over."""
         return self._is_counted(1, epoch, sample, role, nth)
 
-    def _is_counted(self, what: int, epoch: int, sample: int, role: int, nth: int) -> bool:
+    def _is_counted(self, kind: int, epoch: int, sample: int, role: int, nth: int) -> bool:
         now = self.epoch
         return epoch < now or (
-            epoch == now == self._words[2] and int(self._counts[what, sample, role]) > nth
+            epoch == now == self._header[2] and int(self._counts[kind, sample, role]) > nth
         )
 
     def counts(self, epoch: int) -> Indices | None:
-        """How often each sample was asked for and had in an epoch, shape (2, samples, 2): data,
-        label. None if another one is being read.
+        """Reads started and reads finished in an epoch, shape (2, samples, 2): data, label.
+
+        None if another epoch is being read.
         """
-        if self._words[2] != epoch:
+        if self._header[2] != epoch:
             return None
         counts: Indices = self._counts.astype(np.int64)
         return counts if self.epoch == epoch else None
@@ -300,11 +299,11 @@ class ReadProgress:
         return len(self.orders.names)
 
     @cached_property
-    def _words(self) -> NDArray[np.int64]:
-        """The epoch, the token, and the epoch that the counts are of."""
+    def _header(self) -> NDArray[np.int64]:
+        """The epoch, the token, and the epoch of the counts."""
         return np.frombuffer(self._map, np.int64, 3)
 
     @cached_property
     def _counts(self) -> NDArray[np.uint16]:
-        """Asked for and had, by sample and role."""
+        """Reads started and finished, by sample and role."""
         return np.frombuffer(self._map, np.uint16, offset=24).reshape(2, self._samples, len(ROLES))

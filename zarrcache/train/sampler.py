@@ -1,9 +1,8 @@
-"""``NodeSampler``: torch's distributed sampler, for nodes that have a cache each."""
+"""Define ``NodeSampler``, a distributed sampler for nodes that each have a cache."""
 
 from __future__ import annotations
 
 import hashlib
-import operator
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -19,8 +18,9 @@ __all__ = ["NodeSampler"]
 
 
 class NodeSampler(Sampler[int]):
-    """Indices of this rank. Call ``set_epoch`` before each epoch, as with torch's
-    ``DistributedSampler``; Lightning does it by itself.
+    """The indices that this rank reads.
+
+    Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``; Lightning does.
 
     >>> sampler = NodeSampler(dataset, assignment="node", seed=42)
     >>> loader = DataLoader(dataset, batch_size=1, sampler=sampler, num_workers=8)
@@ -28,21 +28,21 @@ class NodeSampler(Sampler[int]):
     Parameters
     ----------
     source : Dataset or sequence of str
-        With ``task_ids`` (``ZarrDataset``, ``RhoData``), or a list of names; of anything else with
-        a length the positions are the names.
+        An object with ``task_ids`` (``ZarrDataset``, ``RhoData``) or a list of names. For any other
+        object with a length, the positions serve as names.
     assignment : {"global", "node"}
-        ``global``: a fresh shuffle over all samples in each epoch. ``node``: a sample belongs to
-        one node and is shuffled within it, so each node's cache needs room for its share only;
-        :mod:`zarrcache.train.schedule` tells what that does to the shuffling. With one node both
-        are the same.
+        ``global`` shuffles all samples in each epoch. With ``node`` a sample belongs to one node
+        and is shuffled within it, so each node's cache needs room for its share only;
+        :mod:`zarrcache.train.schedule` describes the effect on shuffling. With one node both are
+        the same.
     seed : int
-        The same on all ranks.
+        Has to be the same on all ranks.
     shuffle : bool
     drop_last : bool
-        Leave up to one sample a rank out, instead of reading up to one a rank twice, where the
-        samples cannot be shared out evenly.
+        If the samples do not divide evenly, leave out up to one per rank instead of reading up to
+        one per rank twice.
     world : World, optional
-        Ranks and their nodes. Default: what torch.distributed, torchrun or Slurm say.
+        Ranks and their nodes. Default: from torch.distributed, torchrun or Slurm.
     nbytes : sequence of int, optional
         Sizes of the samples, to balance the nodes' shares by bytes.
 
@@ -56,18 +56,17 @@ class NodeSampler(Sampler[int]):
     Raises
     ------
     ConfigError
-        An unknown assignment, a seed that is no whole number from 0, or variables of the job that
+        Unknown assignment, a seed that is not a whole number from 0, or job variables that
         contradict each other.
 
     Notes
     -----
-    *Resume.* ``state_dict()`` says which samples the ranks have taken; after ``load_state_dict()``
-    the rest of the epoch is shared out among the ranks that there are now, be they more or fewer
-    than before. DataLoader workers are given indices ahead of the training, so tell how far the
+    *Resume.* ``state_dict()`` records how many samples the ranks have taken; after
+    ``load_state_dict()`` the rest of the epoch is distributed over the current ranks, more or fewer
+    than before. A DataLoader gives its workers indices ahead of the training, so pass how far the
     training got: ``sampler.state_dict(taken=batches * batch_size)``.
-    ``zarrcache.lightning.ZarrDataModule`` does that by itself, and so does torchdata's
-    ``StatefulDataLoader`` as long as the number of workers stays: its own state is that of each
-    worker.
+    ``zarrcache.lightning.ZarrDataModule`` does that, and so does torchdata's
+    ``StatefulDataLoader``, but only for the same number of workers: it keeps a state per worker.
     """
 
     def __init__(
@@ -96,13 +95,12 @@ class NodeSampler(Sampler[int]):
         self._yielded = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch. What ``load_state_dict`` left of an epoch stays if it is
-        this one.
+        """Switch to the order of an epoch; does nothing if it is the current one.
 
         Raises
         ------
         ConfigError
-            The epoch is no whole number from 0.
+            The epoch is not a whole number from 0.
         """
         epoch = whole_number("epoch", epoch)
         if epoch != self.epoch:
@@ -110,7 +108,7 @@ class NodeSampler(Sampler[int]):
 
     @property
     def history(self) -> tuple[Segment, ...]:
-        """What earlier starts of the job have read of this epoch."""
+        """What earlier runs of the job read of this epoch."""
         return self._history
 
     def __len__(self) -> int:
@@ -123,19 +121,19 @@ class NodeSampler(Sampler[int]):
             yield int(index)
 
     def state_dict(self, taken: int | None = None) -> dict[str, Any]:
-        """Where the epoch stands; plain numbers, the same on every rank if the ranks keep step.
+        """The position in the epoch, as plain numbers, identical on ranks that advance together.
 
         Parameters
         ----------
         taken : int, optional
-            Samples that this rank has trained on since the epoch was begun or resumed. Default:
-            those that were asked for, which is more if a DataLoader with workers asks ahead. As
-            many as there are, or more, end the epoch.
+            Number of samples that this rank has trained on since the epoch was begun or resumed.
+            Default: the number of indices drawn, which is larger where a DataLoader's workers read
+            ahead. The length of the sampler, or more, means that the epoch has ended.
 
         Raises
         ------
         ConfigError
-            It is no whole number from 0.
+            ``taken`` is not a whole number from 0.
         """
         taken = self._yielded if taken is None else whole_number("taken", taken)
         history = [
@@ -152,32 +150,34 @@ class NodeSampler(Sampler[int]):
         return {"epoch": epoch, "history": history, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict()`` was called, with the ranks and nodes that there are now.
+        """Resume where ``state_dict()`` was called, with the current ranks and nodes.
 
         Raises
         ------
         ConfigError
-            The state is of other samples, another seed or another assignment: the rest of that
-            epoch is not known here. Or it is no state.
+            The state is of other samples, another seed or another assignment, so the rest of its
+            epoch cannot be computed; or it is not a state of a ``NodeSampler``.
         """
         if not isinstance(state, Mapping):
-            raise _no_state(f"it is {reprlib.repr(state)}")
+            raise _bad_state(f"it is {reprlib.repr(state)}")
         for name in ("epoch", "history", "samples"):
             if name not in state:
-                raise _no_state(f"it has no {name!r}")
+                raise _bad_state(f"key {name!r} is missing")
         for name, here in self._identity().items():
             if state.get(name) != here:
-                hint = " (hashes of the names): data, split (random_seed or split_file) and functional have to be those of the run that saved it"
-                raise ConfigError(
-                    f"the sampler's state has {name} {state.get(name)!r}, and this sampler has "
-                    f"{here!r}{hint if name == 'samples' else ''}. "
-                    "Resume with the data, seed and assignment that the job was begun with, or "
-                    "begin the epoch anew without load_state_dict()."
+                hint = (
+                    " (hashes of the names): data, split (random_seed or split_file) and "
+                    "functional have to be those of the run that saved it"
                 )
-        if not _is_whole(state["epoch"]):
-            raise _no_state(f"its epoch is {state['epoch']!r}; it has to be a whole number from 0")
+                raise ConfigError(
+                    f"Cannot load sampler state: {name} is {state.get(name)!r} in the state and "
+                    f"{here!r} in this sampler{hint if name == 'samples' else ''}. "
+                    "Resume with the data, seed and assignment of the run that saved it, or start "
+                    "the epoch from its beginning without load_state_dict()."
+                )
+        epoch = _whole("epoch", state["epoch"])
         history = _history(state["history"], self.schedule)
-        self.epoch, self._history, self._yielded = operator.index(state["epoch"]), history, 0
+        self.epoch, self._history, self._yielded = epoch, history, 0
 
     def _identity(self) -> dict[str, Any]:
         schedule = self.schedule
@@ -201,59 +201,59 @@ class NodeSampler(Sampler[int]):
 
 def _names(source: Sized) -> tuple[str, ...]:
     names = getattr(source, "task_ids", source)
-    # no lazy sequence: to look at it would load it
+    # Lists and tuples only: iterating over a lazy sequence would load it.
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         return tuple(names)
     return tuple(map(str, range(len(source))))
 
 
-def _is_whole(value: Any) -> bool:
-    try:
-        return operator.index(value) >= 0
-    except TypeError:
-        return False
-
-
-def _no_state(wrong: str) -> ConfigError:
+def _bad_state(wrong: str) -> ConfigError:
     return ConfigError(
-        f"the sampler's state is none of a NodeSampler: {wrong}. Give what state_dict() returned, "
-        "or begin the epoch anew without load_state_dict()."
+        f"Cannot load sampler state: {wrong}. Pass the dict returned by NodeSampler.state_dict(), "
+        "or start the epoch from its beginning without load_state_dict()."
     )
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        return whole_number(name, value)
+    except ConfigError as exc:
+        raise _bad_state(str(exc).removesuffix(".")) from None
+
+
 def _history(segments: Any, schedule: Schedule) -> tuple[Segment, ...]:
-    """Of a state; refused if no job can have read it."""
+    """Check the history of a state; refused if no job can have read it."""
     if not isinstance(segments, (list, tuple)):
-        raise _no_state(f"its history is {reprlib.repr(segments)}; it has to be a list")
+        raise _bad_state(f"history is {reprlib.repr(segments)}; it has to be a list")
     history: list[Segment] = []
     left = len(schedule.names)
     for number, one in enumerate(segments):
-        where = f"its history[{number}]"
+        where = f"history[{number}]"
         if not isinstance(one, Mapping) or not {"node_of_rank", "taken"} <= set(one):
-            raise _no_state(
+            raise _bad_state(
                 f"{where} is {reprlib.repr(one)}; it has to have 'node_of_rank' and 'taken'"
             )
-        nodes, taken = one["node_of_rank"], one["taken"]
-        if (
-            not isinstance(nodes, (list, tuple))
-            or not nodes
-            or not all(map(_is_whole, nodes))
-            or set(nodes) != set(range(len(set(nodes))))
-        ):
-            raise _no_state(
-                f"node_of_rank of {where} is {reprlib.repr(nodes)}; it has to be the node of each "
-                "rank, numbered from 0 without a gap"
-            )
-        if not _is_whole(taken):
-            raise _no_state(f"taken of {where} is {taken!r}; it has to be a whole number from 0")
+        nodes = _nodes(f"{where}['node_of_rank']", one["node_of_rank"])
+        taken = _whole(f"{where}['taken']", one["taken"])
         each = left // len(nodes) if schedule.drop_last else -(-left // len(nodes))
-        # the state of an epoch that has ended is the next one's, without a history
+        # A state saved at the end of an epoch is that of the next epoch, without a history.
         if taken and taken >= each:
-            raise _no_state(
-                f"taken of {where} is {taken}, and each of its {len(nodes)} ranks had {each} "
-                "samples to read, the last of which ends it"
+            raise _bad_state(
+                f"{where}['taken'] is {taken}, but each of its {len(nodes)} ranks had only {each} "
+                "samples to read"
             )
-        history.append(Segment(tuple(map(operator.index, nodes)), operator.index(taken)))
-        # none twice: only the last sample of a rank may be one that another has
-        left -= len(nodes) * operator.index(taken)
+        history.append(Segment(nodes, taken))
+        # No sample counts twice: only the last one of a rank can be a repetition.
+        left -= len(nodes) * taken
     return tuple(history)
+
+
+def _nodes(name: str, nodes: Any) -> tuple[int, ...]:
+    if isinstance(nodes, (list, tuple)) and nodes:
+        numbers = tuple(_whole(name, node) for node in nodes)
+        if set(numbers) == set(range(len(set(numbers)))):
+            return numbers
+    raise _bad_state(
+        f"{name} is {reprlib.repr(nodes)}; it has to be the node of each rank, numbered from 0 "
+        "without gaps"
+    )

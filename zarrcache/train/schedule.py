@@ -1,17 +1,17 @@
-"""Which rank reads which sample, in each epoch: a function of the seed, so that every process knows
-the past and the future of all.
+"""Compute which rank reads which sample in each epoch, as a function of the seed.
 
-Two ways to share an epoch out:
+Every process can therefore compute the past and the future order of all ranks. There are two ways
+to assign samples to ranks:
 
 ``global``
-    One shuffle over all samples, dealt out to the ranks. A node sees other samples in each epoch,
-    so a cache that holds a share of the data has a sample with the probability of that share.
+    One shuffle over all samples, dealt out to the ranks. A node reads other samples in each epoch,
+    so the hit rate of a cache that holds a fraction of the data is that fraction.
 ``node``
-    A sample belongs to one node for good and is shuffled within it. Each node needs room for its
-    own share only, and from the second epoch on nothing is read from the origin. The price: a batch
-    that all nodes make together holds as many samples of each node's share, and two samples of one
-    node never meet on two nodes. Shares are drawn by a hash of the name, so that a share looks like
-    the whole.
+    Each sample belongs to one node permanently and is shuffled within it. A node's cache needs room
+    for the node's share only, and from the second epoch on nothing is read from the origin. The
+    cost: a global batch has equally many samples of each share, and two samples of one share are
+    never on two nodes in the same step. Shares are drawn by a hash of the names, so that each is a
+    random part of the whole.
 
 With one node both are the same.
 """
@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache._units import whole_number
 from zarrcache.errors import ConfigError
 
 __all__ = ["Assignment", "Schedule", "Segment", "node_of"]
@@ -37,14 +38,14 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What was read of an epoch before the job was started anew.
+    """What one run of the job read of an epoch before it ended.
 
     Attributes
     ----------
     node_of_rank : tuple of int
-        The ranks of that job and their nodes.
+        The node of each rank of that run.
     taken : int
-        Samples that each rank had trained on.
+        Number of samples that each rank trained on.
     """
 
     node_of_rank: tuple[int, ...]
@@ -53,24 +54,23 @@ class Segment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Orders of all ranks.
+    """The orders of all ranks, in all epochs.
 
     Attributes
     ----------
     names : tuple of str
-        Of the samples: task ids. Which node a sample belongs to depends on its name, not on its
-        position.
+        Task ids of the samples. The node of a sample depends on its name, not on its position.
     assignment : {"global", "node"}
     node_of_rank : tuple of int
         The node of each rank.
     seed : int
     shuffle : bool
-        False: in the order of the names, shared out all the same.
+        False keeps the order of ``names`` and deals it out to the ranks.
     drop_last : bool
-        Ranks get equal counts: by reading up to one sample a rank twice, or, with this, by leaving
-        up to that many out. As torch's ``DistributedSampler`` does.
+        All ranks get the same number of samples, as with torch's ``DistributedSampler``: by leaving
+        out up to one sample per rank, or, if False, by reading up to one per rank twice.
     nbytes : tuple of int, optional
-        Sizes of the samples: shares of the nodes are balanced by bytes then, not only by number.
+        Sizes of the samples, to balance the nodes' shares by bytes as well as by number.
     """
 
     names: tuple[str, ...]
@@ -86,14 +86,16 @@ class Schedule:
             raise ConfigError(
                 f"assignment is {self.assignment!r}; it has to be 'global' or 'node'."
             )
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it has to be a whole number from 0.")
+        whole_number("seed", self.seed)
         if self.nbytes is not None and len(self.nbytes) != len(self.names):
-            raise ConfigError(f"nbytes has {len(self.nbytes)} sizes for {len(self.names)} samples.")
+            raise ConfigError(
+                f"nbytes has {len(self.nbytes)} sizes for {len(self.names)} samples. Give one per "
+                "sample."
+            )
 
     @property
     def samples_of_rank(self) -> int:
-        """How many samples each rank reads in a whole epoch."""
+        """Number of samples that each rank reads in a whole epoch."""
         return self._each(len(self.names), len(self.node_of_rank))
 
     def orders(self, epoch: int, history: Sequence[Segment] = ()) -> Indices:
@@ -103,8 +105,8 @@ class Schedule:
         ----------
         epoch : int
         history : sequence of Segment
-            What earlier starts of the job have read of this epoch: the rest is shared out anew,
-            among however many ranks there are now.
+            What earlier runs of the job read of this epoch. The rest is distributed over the
+            current ranks, whose number may differ.
 
         Returns
         -------
@@ -117,12 +119,12 @@ class Schedule:
         return self._share_out(epoch, left, len(history), self.node_of_rank)
 
     def node_order(self, epoch: int, node: int, history: Sequence[Segment] = ()) -> Indices:
-        """What the ranks of one node read in an epoch, in the order of time if they keep step."""
+        """Indices that one node reads in an epoch, in order of time if its ranks advance together."""
         ranks = [rank for rank, its_node in enumerate(self.node_of_rank) if its_node == node]
         return self.orders(epoch, history)[ranks].T.ravel()
 
     def node_orders(self, epoch: int) -> list[Indices]:
-        """`node_order` of every node, for the work of one."""
+        """`node_order` of every node, at the cost of one call."""
         orders = self.orders(epoch)
         ranks = np.argsort(self.node_of_rank, kind="stable")
         counts = np.bincount(self.node_of_rank)
@@ -130,7 +132,7 @@ class Schedule:
 
     @cached_property
     def owners(self) -> Indices:
-        """The node that each sample belongs to; 0 for all with ``global``."""
+        """The node of each sample; 0 for all with ``global``."""
         return self._owners_among(self._groups(self.node_of_rank))
 
     def _each(self, count: int, ranks: int) -> int:
@@ -162,8 +164,8 @@ class Schedule:
         ):
             if self.shuffle:
                 share = np.random.default_rng([self.seed, epoch, number, start]).permutation(share)
-            # Repeated from its beginning, as torch does; where there are more ranks than samples,
-            # from the beginning of all.
+            # Padded by repeating from the start, as torch does. A share without samples (more
+            # ranks than samples) repeats those of all nodes.
             order = np.resize(share if len(share) else left, len(members) * each)
             for place, rank in enumerate(members):
                 orders[rank] = order[place :: len(members)]
@@ -173,28 +175,35 @@ class Schedule:
 def node_of(
     names: Sequence[str], nodes: int | Sequence[int], *, nbytes: Sequence[int] | None = None
 ) -> Indices:
-    """The node that each sample belongs to; the same in every process, and whatever the order of
-    the names.
+    """Assign each sample to a node, identically in every process and for any order of the names.
 
-    Samples are put in the order of a hash of their names, which is cut into equal parts: shares
-    differ by one sample at the most, and if samples are added, few change their node.
+    The samples are sorted by a hash of their names, and the sorted list is cut into equal parts.
+    Shares differ by at most one sample; if samples are added, few change their node.
 
     Parameters
     ----------
     names : sequence of str
     nodes : int or sequence of int
-        How many nodes, or the weight (number of ranks) of each.
+        The number of nodes, or the weight (number of ranks) of each.
     nbytes : sequence of int, optional
-        Balance the bytes as well: the largest come first, each to the node that has least for its
-        weight and has not its number yet.
+        Balance the bytes as well: samples are assigned largest first, each to the node with the
+        fewest bytes per weight that has not got its number of samples yet.
 
     Returns
     -------
     ndarray, shape (samples,), int64
+
+    Raises
+    ------
+    ConfigError
+        There is no node, or one has no rank.
     """
     weights = np.ones(nodes, np.int64) if isinstance(nodes, int) else np.asarray(nodes, np.int64)
     if not len(weights) or (weights < 1).any():
-        raise ConfigError(f"{nodes!r} is no number of nodes; there has to be one at the least.")
+        raise ConfigError(
+            f"nodes is {nodes!r}; it has to be a whole number from 1, or the number of ranks of each "
+            "node."
+        )
     quotas = _quotas(len(names), weights)
     owners = np.empty(len(names), np.int64)
     if len(weights) == 1:
@@ -218,20 +227,20 @@ def node_of(
 
 
 def _quotas(count: int, weights: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``count`` in parts proportional to ``weights``. None is larger than its weight times the
-    samples of a rank, rounded up, nor smaller than that rounded down: no rank reads twice what
-    another one could read once.
+    """Cut ``count`` into parts proportional to ``weights``.
+
+    Each part is the weight times the samples per rank, rounded up or down, so no rank repeats a
+    sample while another has one to spare.
     """
     ends: NDArray[np.int64] = np.concatenate(([0], np.cumsum(weights))) * count // weights.sum()
     return np.diff(ends)
 
 
 def _shares(left: Indices, owners: Indices, weights: Sequence[int]) -> list[Indices]:
-    """Cut what is left of an epoch by its owners, and even that out.
+    """Distribute the rest of an epoch by owner, then even out the numbers.
 
-    As long as a job goes on with the same nodes nothing has to be evened out. After a change of
-    their number a few samples have to be read by a node that does not own them, so that all ranks
-    end together.
+    While the nodes stay the same there is nothing to even out. After their number has changed, a
+    few samples are read by nodes that do not own them, so that all ranks end together.
     """
     quotas = _quotas(len(left), np.asarray(weights, np.int64))
     own = [left[owners == number] for number in range(len(weights))]

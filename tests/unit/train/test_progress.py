@@ -20,7 +20,7 @@ NAMES = ("mp-0", "mp-1", "mp-2")
 
 
 def listed(*epochs: tuple[str, ...]) -> ReadProgress:
-    """A course along lists."""
+    """The progress along lists."""
     return ReadProgress(Listed(NAMES, epochs))
 
 
@@ -41,9 +41,9 @@ def test_lists_are_epochs_and_after_them_nothing_is_known() -> None:
     """A sample may come twice; one that is not in the data set is refused."""
     orders = Listed(NAMES, (("mp-2", "mp-0", "mp-2"), ("mp-1",)))
     assert [orders.of_rank(epoch).tolist() for epoch in range(3)] == [[2, 0, 2], [1], []]
-    with pytest.raises(ConfigError, match="the order has 'mp-9', which is no sample"):
+    with pytest.raises(ConfigError, match="order contains 'mp-9', which the dataset does not"):
         Listed(NAMES, (("mp-9",),))
-    with pytest.raises(ConfigError, match="'mp-8' and 1 more, which are no samples"):
+    with pytest.raises(ConfigError, match="'mp-8' and 1 more, which"):
         Listed(NAMES, (("mp-9", "mp-8"),))
 
 
@@ -77,7 +77,8 @@ def test_what_is_no_list_for_each_epoch_is_refused(order: Any) -> None:
 def test_a_position_of_no_sample_is_named(position: Any, said: str) -> None:
     """With its epoch, and what there is."""
     with pytest.raises(
-        ConfigError, match=rf"the order has {said} in epoch 1, .*3 samples: .*positions from 0 to 2"
+        ConfigError,
+        match=rf"order contains {said} in epoch 1, .*3 samples: .*positions from 0 to 2",
     ):
         _orders([[0], [2, position]], NAMES)
 
@@ -102,12 +103,12 @@ def test_readings_are_counted_by_sample_role_and_epoch() -> None:
     read(progress, "mp-0", "label")
     read(progress, "mp-7")  # of the validation set
     assert asked_for(progress, 0) == [[0, 1], [0, 0], [0, 0]]
-    assert progress.has_begun(0, 0, 1)
-    assert not progress.has_begun(0, 0, 1, nth=1)
-    assert not progress.has_begun(0, 0, 0)
-    assert not progress.has_begun(1, 0, 1)
+    assert progress.has_started(0, 0, 1)
+    assert not progress.has_started(0, 0, 1, nth=1)
+    assert not progress.has_started(0, 0, 0)
+    assert not progress.has_started(1, 0, 1)
     progress.set_epoch(1)
-    assert progress.has_begun(0, 2, 0)
+    assert progress.has_started(0, 2, 0)
     assert progress.counts(0) is None
     assert asked_for(progress, 1) == [[0, 0], [0, 0], [0, 0]]
 
@@ -116,10 +117,10 @@ def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
     """The prefetcher may still be fetching it for whoever asks again."""
     progress = listed(("mp-0",))
     progress.read_started("mp-0", "data")
-    assert progress.has_begun(0, 0, 0)
-    assert not progress.has_ended(0, 0, 0)
+    assert progress.has_started(0, 0, 0)
+    assert not progress.has_finished(0, 0, 0)
     read(progress, "mp-0")
-    assert progress.has_ended(0, 0, 0)
+    assert progress.has_finished(0, 0, 0)
 
 
 def test_while_an_epoch_changes_the_counts_are_of_neither() -> None:
@@ -128,12 +129,12 @@ def test_while_an_epoch_changes_the_counts_are_of_neither() -> None:
     """
     progress = listed(("mp-0",), ("mp-0",))
     read(progress, "mp-0")
-    progress._words[0] = 1  # as far as set_epoch(1) when its process is suspended
+    progress._header[0] = 1  # as far as set_epoch(1) when its process is suspended
     assert progress.counts(0) is None
     assert progress.counts(1) is None
-    assert progress.has_begun(0, 0, 0)
-    assert not progress.has_begun(1, 0, 0)
-    assert not progress.has_ended(1, 0, 0)
+    assert progress.has_started(0, 0, 0)
+    assert not progress.has_started(1, 0, 0)
+    assert not progress.has_finished(1, 0, 0)
 
 
 def _worker(progress: ReadProgress, pipe: Any) -> None:

@@ -96,12 +96,14 @@ def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
 )
 def test_a_state_of_other_data_is_refused(other: Any) -> None:
     """What is left of that epoch cannot be known."""
-    with pytest.raises(ConfigError, match="the sampler's state has"):
+    with pytest.raises(
+        ConfigError, match="^Cannot load sampler state: .* in the state and .* in this sampler"
+    ):
         other().load_state_dict(samplers((0,))[0].state_dict())
 
 
 def test_a_state_of_other_samples_says_what_makes_them_others() -> None:
-    """Two hashes tell nobody."""
+    """The two hashes alone would say nothing."""
     with pytest.raises(
         ConfigError, match=r"data, split \(random_seed or split_file\) and functional"
     ):
@@ -109,7 +111,7 @@ def test_a_state_of_other_samples_says_what_makes_them_others() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, "x", 1.5, None, np.float64(1)])
-def test_an_epoch_seed_or_count_that_is_no_whole_number_is_refused_at_once(value: Any) -> None:
+def test_an_epoch_seed_or_count_that_is_not_a_whole_number_is_refused_at_once(value: Any) -> None:
     """By its name, and nothing has changed; ``taken=None`` is the default."""
     (sampler,) = samplers((0,))
     with pytest.raises(ConfigError, match=r"^epoch is .*; it has to be a whole number from 0"):
@@ -147,46 +149,49 @@ def started(*segments: Any) -> dict[str, Any]:
     [
         (None, "it is None"),
         ([1], r"it is \[1\]"),
-        ({}, "it has no 'epoch'"),
-        ({"epoch": 0, "history": []}, "it has no 'samples'"),
-        ({**started(), "epoch": "x"}, "its epoch is 'x'"),
-        ({**started(), "epoch": -3}, "its epoch is -3"),
-        ({**started(), "history": "x"}, "its history is 'x'"),
-        ({**started(), "history": None}, "its history is None"),
-        (started(3), r"its history\[0\] is 3"),
-        (started({"taken": 2}), r"its history\[0\] .*'node_of_rank' and 'taken'"),
-        (started({"node_of_rank": [0]}), r"its history\[0\] .*'node_of_rank' and 'taken'"),
+        ({}, "key 'epoch' is missing"),
+        ({"epoch": 0, "history": []}, "key 'samples' is missing"),
+        ({**started(), "epoch": "x"}, "epoch is 'x'; it has to be a whole number from 0"),
+        ({**started(), "epoch": -3}, "epoch is -3"),
+        ({**started(), "history": "x"}, "history is 'x'"),
+        ({**started(), "history": None}, "history is None"),
+        (started(3), r"history\[0\] is 3"),
+        (started({"taken": 2}), r"history\[0\] .*'node_of_rank' and 'taken'"),
+        (started({"node_of_rank": [0]}), r"history\[0\] .*'node_of_rank' and 'taken'"),
         (
             started({"node_of_rank": [0], "taken": 2}, {"node_of_rank": 0, "taken": 2}),
-            r"node_of_rank of its history\[1\] is 0",
+            r"history\[1\]\['node_of_rank'\] is 0",
         ),
-        (started({"node_of_rank": "00", "taken": 2}), r"node_of_rank of its history\[0\] is '00'"),
-        (started({"node_of_rank": [], "taken": 2}), r"node_of_rank of its history\[0\] is \[\]"),
+        (started({"node_of_rank": "00", "taken": 2}), r"history\[0\]\['node_of_rank'\] is '00'"),
+        (started({"node_of_rank": [], "taken": 2}), r"history\[0\]\['node_of_rank'\] is \[\]"),
         (
             started({"node_of_rank": [0, 0.5], "taken": 2}),
-            r"node_of_rank of its history\[0\] is \[0, 0.5\]",
+            r"history\[0\]\['node_of_rank'\] is 0.5",
         ),
         (
             started({"node_of_rank": [0, 0, 5], "taken": 2}),
-            r"node_of_rank of its history\[0\] is \[0, 0, 5\]",
+            r"history\[0\]\['node_of_rank'\] is \[0, 0, 5\]",
         ),
-        (started({"node_of_rank": [0], "taken": -5}), r"taken of its history\[0\] is -5"),
-        (started({"node_of_rank": [0], "taken": "2"}), r"taken of its history\[0\] is '2'"),
+        (started({"node_of_rank": [0], "taken": -5}), r"history\[0\]\['taken'\] is -5"),
+        (started({"node_of_rank": [0], "taken": "2"}), r"history\[0\]\['taken'\] is '2'"),
         (
             started({"node_of_rank": [0, 0], "taken": 12}),
-            r"taken of its history\[0\] is 12, and each of its 2 ranks had 12 samples to read",
+            r"history\[0\]\['taken'\] is 12, but each of its 2 ranks had only 12 samples to read",
         ),
         (
             started({"node_of_rank": [0], "taken": 20}, {"node_of_rank": [0], "taken": 5}),
-            r"taken of its history\[1\] is 5, .* 4 samples",
+            r"history\[1\]\['taken'\] is 5, .* 4 samples",
         ),
     ],
 )
-def test_what_is_no_state_is_refused_and_nothing_has_changed(state: Any, message: str) -> None:
-    """What is wrong with it is said, rather than an epoch of no samples begun."""
+def test_what_is_not_a_state_is_refused_and_nothing_has_changed(state: Any, message: str) -> None:
+    """An epoch of no samples would be the alternative."""
     (sampler,) = samplers((0,))
     sampler.set_epoch(2)
-    with pytest.raises(ConfigError, match=f"none of a NodeSampler: .*{message}"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^Cannot load sampler state: {message}.* Pass the dict returned by NodeSampler",
+    ):
         sampler.load_state_dict(state)
     assert (sampler.epoch, sampler.history, len(sampler)) == (2, (), 24)
 

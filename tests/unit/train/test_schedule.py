@@ -152,7 +152,7 @@ def test_shares_follow_the_weights_and_the_bytes() -> None:
         (lambda: Schedule(names(3), assignment="rank"), "'global' or 'node'"),  # type: ignore[arg-type]
         (lambda: Schedule(names(3), seed=-1), "seed is -1"),
         (lambda: Schedule(names(3), nbytes=(1, 2)), "2 sizes for 3 samples"),
-        (lambda: node_of(names(3), 0), "no number of nodes"),
+        (lambda: node_of(names(3), 0), "nodes is 0; it has to be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Any, words: str) -> None:
