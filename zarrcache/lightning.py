@@ -1,10 +1,9 @@
-"""``ZarrDataModule``: train, validation and test loaders for Lightning's ``Trainer``, on one GPU or
-on many nodes, resumed where they ended.
+"""Define ``ZarrDataModule``: resumable loaders for Lightning's ``Trainer``, on one or many nodes.
 
 >>> data = ZarrDataModule("configs/s3_cached.yaml", batch_size=1, train_workers=8, val_workers=2)
 >>> Trainer(devices=8, num_nodes=4, strategy="ddp").fit(model, data, ckpt_path="last")
 
-Needs the extra ``lightning``. docs/guides/training.md has whole training scripts.
+Requires the extra ``lightning``. docs/guides/training.md has whole training scripts.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ __all__ = ["ZarrDataModule"]
 
 
 class ZarrDataModule(LightningDataModule):
-    """Densities of one training config, or of several side by side.
+    """The densities of one training config, or of several combined.
 
-    A batch is ``{"data", "label", "index"}`` as ``ZarrDataset`` gives it, lists where grids differ
-    in shape; of several datasets also ``"dataset"``, the number of the one that the sample is of.
+    A batch is ``{"data", "label", "index"}`` as in ``ZarrDataset``, with lists if the grids differ
+    in shape. For several datasets it also has ``"dataset"``, the number of each sample's dataset.
 
     Parameters
     ----------
@@ -58,57 +57,57 @@ class ZarrDataModule(LightningDataModule):
         ``[a.yaml, b.yaml]`` and ``{"pbe": a.yaml, "scan": b.yaml}`` are several datasets, numbered
         from 0; ``dataset_names`` has their names.
     batch_size : int
-        Of each rank.
+        Samples per rank and batch.
     train_workers, val_workers : int
-        DataLoader workers of each rank; those of the test loader are ``val_workers``. 0: in the
-        training process.
+        DataLoader workers per rank; the test loader has ``val_workers``. 0 reads in the training
+        process.
     pin_memory : bool
-        Where there is a GPU.
+        Ignored without a GPU.
     precision : {"f32", "f16", "bf16"}
     augmentation : bool
-        Random rotations, of the training samples only.
+        Rotate the training samples randomly.
     split_file : path or mapping, optional
         JSON of indices into the reader's ``task_ids``: ``{"train": [...], "validation": [...],
-        "test": [...]}``. Of several datasets a file for each name. Default: training and test ids
-        are those of ``train_fraction`` and ``random_state`` of the config.
+        "test": [...]}``. For several datasets, one file per name. Default: the training and test
+        ids of ``train_fraction`` and ``random_state`` in the config.
     val_frac : float
-        Without ``split_file``: share of the training ids that is kept for validation, one at the
-        least. 0: no validation.
+        Without ``split_file``: the fraction of the training ids that is kept for validation, at
+        least one. 0 means no validation.
     random_seed : int
-        Of the choice of the validation ids, and of the order of the training samples.
+        Seed of the choice of the validation ids and of the order of the training samples.
     assignment : {"global", "node"}
-        Which rank reads what: `NodeSampler`.
+        Assignment of samples to ranks, see `NodeSampler`.
     shuffle : bool
-        The training samples.
+        Shuffle the training samples.
     drop_last : bool
-        Leave out of an epoch what does not make a whole batch on every rank, instead of reading up
-        to one sample a rank twice.
+        Leave out samples that do not fill a batch on every rank, instead of reading up to one
+        sample per rank twice.
     downsample_data, downsample_label : int
     persistent_workers : bool
-        Keep the workers from one epoch to the next.
-    multiprocessing_context : str, optional
-        How workers are started: ``fork``, ``forkserver`` or ``spawn``. Default: Python's own;
-        ``spawn`` where that is ``fork`` and one of ``train_workers`` and ``val_workers`` is 0: a
-        process that reads from S3 itself should not fork others that do.
+        Keep the workers between epochs.
+    multiprocessing_context : {"fork", "forkserver", "spawn"}, optional
+        How workers are started. Default: Python's own; but ``spawn`` if that is ``fork`` and
+        exactly one of ``train_workers`` and ``val_workers`` is 0, because a process that reads from
+        S3 itself should not fork workers that do.
 
     Raises
     ------
     ConfigError
-        A config, the split file or an argument cannot be used; ranks that do not agree on the
-        samples; or the sampler was replaced.
+        A config, the split file or an argument cannot be used, the ranks have different samples, or
+        the sampler was replaced.
 
     Notes
     -----
-    *Order.* `NodeSampler` plans it for all ranks. Lightning leaves it alone,
-    ``use_distributed_sampler`` or not; if anything else replaces it, the epoch does not start.
+    *Order.* `NodeSampler` computes it for all ranks. Lightning keeps this sampler, with
+    ``use_distributed_sampler`` or without; if something else replaces it, the epoch does not start.
 
-    *Look-ahead.* With a ``cache`` block each rank has a
+    *Look-ahead.* With a ``cache`` block, each rank has a
     :class:`~zarrcache.train.lookahead.Lookahead`: a process that fetches what the rank reads next,
-    ``cache.lookahead`` bytes ahead at the most; 0 switches it off. Not for several datasets.
+    at most ``cache.lookahead`` bytes ahead. 0 turns it off. Several datasets have none.
 
-    *Resume.* A checkpoint holds how many batches of the epoch were trained on. Resumed from it,
-    with as many ranks, nodes and workers as you like and another batch size, the epoch goes on with
-    the samples that are left, each once.
+    *Resume.* A checkpoint records how many batches of the epoch were trained on. A resumed run
+    continues the epoch with the remaining samples, each once, also with another number of ranks,
+    nodes or workers, or another batch size.
     """
 
     def __init__(
@@ -157,53 +156,47 @@ class ZarrDataModule(LightningDataModule):
         self._begun: int | None = None
         self._loaded: dict[str, Any] = {}
 
-    # -- what there is
-    # -----------------------------------------------------------------------------------------------------------
+    # -- datasets
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
-        """Names of the datasets; the number in ``"dataset"`` counts them."""
+        """Names of the datasets, in the order of the numbers in ``batch["dataset"]``."""
         return self.sources.names
 
     @property
     def readers(self) -> Mapping[str, ZarrS3Reader]:
-        """``readers[name].stats`` tells how an epoch went, in this rank and its workers."""
+        """The readers by name; ``readers[name].stats`` counts hits and misses of the rank."""
         return self.sources.readers
 
     @property
     def splits(self) -> Mapping[str, Split]:
-        """Task ids of the training, validation and test samples of each dataset. Lists the origin
-        if that has not been done.
-        """
+        """Training, validation and test ids of each dataset. Lists the origin at first use."""
         return self.sources.splits
 
     def prepare_data(self) -> None:
-        """On one process of each node: list the origin, so that the others find the listing in the
-        cache.
-        """
+        """List the origin, on one process per node; the others find the listing in the cache."""
         self.sources.list_into_cache()
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the splits, and see that they are the same on all ranks.
+        """Compute the splits and check that they are identical on all ranks.
 
         Raises
         ------
         ConfigError
-            Too few samples, a split file that does not fit, or ranks that see different samples.
+            Too few samples, a split file that does not match them, or ranks with different samples.
         """
         counts = {name: len(split.train) for name, split in self.splits.items()}
         if self.trainer is None or self.trainer.world_size == 1:
             return
-        # Where a node's stored listing is older than another's, no order is one for both. All ranks
-        # find out, so none waits for the others.
+        # Nodes whose stored listings differ in age would compute different orders. All ranks learn
+        # the outcome, so that none is left waiting in a collective operation.
         mine = hashlib.blake2b(repr(self.splits).encode(), digest_size=8).hexdigest(), counts
         first = self.trainer.strategy.broadcast(mine)
         if not self.trainer.strategy.reduce_boolean_decision(first == mine, all=True):
             raise ConfigError(
-                f"the ranks do not have the same samples: training samples are {first[1]} on rank "
-                f"0 and {mine[1]} on rank "
-                f"{self.trainer.global_rank}. Give all nodes the same config, map and split file, "
-                "and list the origin again: zarrcache warm CONFIG."
+                f"The ranks have different samples: {first[1]} training samples on rank 0 and "
+                f"{mine[1]} on rank {self.trainer.global_rank}. Give all nodes the same config, map "
+                "and split file, and list the origin again: zarrcache warm CONFIG."
             )
 
     def _dataset(self, side: Side) -> ZarrDataset | SideBySide:
@@ -212,15 +205,14 @@ class ZarrDataModule(LightningDataModule):
         )
 
     # -- loaders
-    # -----------------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Loader of this rank. Called after a checkpoint was loaded."""
+        """Loader of this rank. Lightning calls this after it has loaded a checkpoint."""
         dataset = self._dataset("train")
-        if not len(dataset):  # Lightning would end the training at once, and well
+        if not len(dataset):  # Lightning would end the training at once, with success
             raise ConfigError(
-                "there is no sample to train on: the split file has none for train. Give it some, "
-                "or call trainer.test() only."
+                "There are no training samples: 'train' is empty in the split file. Add some, or "
+                "call trainer.test() only."
             )
         sampler = self._sampler(dataset, shuffle=self.shuffle, drop_last=self.drop_last)
         state, self._loaded = self._loaded, {}
@@ -237,11 +229,9 @@ class ZarrDataModule(LightningDataModule):
         return loader
 
     def _look_ahead(self, dataset: ZarrDataset | SideBySide, sampler: NodeSampler) -> None:
-        """Fetch what this rank reads next, as ``cache.lookahead`` and ``cache.eviction`` say.
-        Before the loader starts its workers.
-        """
+        """Start the look-ahead of this rank. Call before the loader starts its workers."""
         self._stop_looking_ahead()
-        # of several datasets side by side each has a cache of its own, and no order of its own
+        # A combined dataset has one order over several caches.
         if isinstance(dataset, ZarrDataset):
             self._ahead = Lookahead(dataset, sampler)
 
@@ -251,15 +241,14 @@ class ZarrDataModule(LightningDataModule):
             self._ahead = None
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the process that looks ahead."""
+        """End the look-ahead process."""
         self._stop_looking_ahead()
 
     def _join(self, loader: _TrainLoader, sampler: NodeSampler) -> None:
-        """Take the epoch that Lightning is about to train, and have it count the batches of that
-        from where the epoch stands.
+        """Set the epoch that Lightning is about to train, and the batch at which it counts on.
 
-        It asks for the first samples before it tells a sampler the epoch: a resumed run would begin
-        with the order of epoch 0.
+        Lightning draws the first samples before it calls ``set_epoch``; a resumed run would start
+        in the order of epoch 0.
         """
         assert self.trainer is not None
         epochs, batches = (
@@ -269,26 +258,25 @@ class ZarrDataModule(LightningDataModule):
                 self.trainer.fit_loop.epoch_loop.batch_progress,
             )
         )
-        # Saved after the last batch, before the end of the epoch: Lightning goes on with the next
-        # one.
+        # Saved after the last batch but before the end of the epoch: Lightning continues with the
+        # next epoch.
         is_over = (
             epochs.ready > epochs.processed
             and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         )
         sampler.set_epoch(epochs.processed + is_over)
         if is_over or sampler.history:
-            # With as many ranks as before and the same batch size that is where its own count
-            # stands.
+            # With the same ranks and batch size as before, the shift is 0.
             shift = (len(loader) if is_over else loader.batches_before) - batches.processed
             for name in ("ready", "started", "processed", "completed"):
                 setattr(batches, name, getattr(batches, name) + shift)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        """Loader of this rank; an empty list where nothing is kept for validation."""
+        """Loader of this rank, or an empty list without validation samples."""
         return self._in_order("validation")
 
     def test_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        """Loader of this rank; an empty list where nothing is kept for testing."""
+        """Loader of this rank, or an empty list without test samples."""
         return self._in_order("test")
 
     def _in_order(self, side: Side) -> DataLoader[Sample] | list[Any]:
@@ -320,7 +308,7 @@ class ZarrDataModule(LightningDataModule):
             and bool(self.train_workers) != bool(self.val_workers)
             and multiprocessing.get_start_method() == "fork"
         ):
-            # Not forkserver: its children do not notice that the training was killed, and stay.
+            # Not forkserver: its workers do not notice when the training is killed, and stay.
             context = "spawn"
         return {
             "batch_size": self.batch_size,
@@ -331,22 +319,21 @@ class ZarrDataModule(LightningDataModule):
             "collate_fn": collate_fn,
         }
 
-    # -- where an epoch stands
-    # ---------------------------------------------------------------------------------------------------
+    # -- position in the epoch
 
     def _epoch_begins(self, epoch: int) -> None:
-        """The training loader is about to ask for the first samples of an epoch."""
+        """Called when the training loader is about to draw the first samples of an epoch."""
         self._begun = epoch
         if self._ahead is not None:
             self._ahead.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the training is; the same on every rank. Lightning puts it into each checkpoint."""
+        """The position in the epoch, identical on all ranks; Lightning puts it into checkpoints."""
         loader, trainer = self._loader, self.trainer
         if loader is None or trainer is None or getattr(trainer, "overfit_batches", False):
             return dict(self._loaded)
         sampler = loader.planned
-        # Trained on, not handed out: an exception may have stopped the step between the two.
+        # Batches trained on, not batches drawn: an exception may have ended a step in between.
         trained = _counts(trainer.fit_loop.epoch_loop.batch_progress).processed
         if self._begun != sampler.epoch:
             taken = 0
@@ -357,27 +344,27 @@ class ZarrDataModule(LightningDataModule):
         return sampler.state_dict(taken=taken)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; takes effect when the training loader is made."""
-        # a checkpoint is loaded to be tested, too
+        """Resume from a checkpoint; takes effect when the training loader is created."""
+        # trainer.test() loads checkpoints too
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._loaded = dict(state_dict)
 
 
 class _Sampler(NodeSampler, DistributedSampler[int]):
-    """A `NodeSampler` that Lightning leaves where it is: what is no ``DistributedSampler`` it would
-    deal out to the ranks a second time.
+    """A `NodeSampler` that Lightning keeps.
+
+    Lightning wraps any sampler that is not a ``DistributedSampler`` to distribute it over the
+    ranks, here a second time.
     """
 
     def __init__(self, source: ZarrDataset | SideBySide, **settings: Any) -> None:
         super().__init__(source, **settings)
-        # The names by which others ask a DistributedSampler.
+        # attributes of a DistributedSampler
         self.num_replicas, self.rank = self.world.ranks, self.world.rank
 
 
 class _TrainLoader(DataLoader[Sample]):
-    """torch's loader as Lightning takes a resumable one: its length is that of the whole epoch, and
-    it gives what is left of it.
-    """
+    """A resumable DataLoader: its length is that of the whole epoch, it yields what is left."""
 
     on_begin: Callable[[int], None]
 
@@ -388,20 +375,20 @@ class _TrainLoader(DataLoader[Sample]):
         Raises
         ------
         ConfigError
-            It is another one.
+            Something has replaced it.
         """
         if not isinstance(self.sampler, NodeSampler):
             raise ConfigError(
-                "the sampler of the training loader was replaced by a "
-                f"{type(self.sampler).__name__}, so the samples would not come in the order "
-                "that was planned for all ranks. Set Trainer(use_distributed_sampler=False), and "
-                "remove what else changes the data module's loaders."
+                "The sampler of the training loader was replaced by a "
+                f"{type(self.sampler).__name__}, so the ranks would not read in the order computed "
+                "for them. Set Trainer(use_distributed_sampler=False), and remove other code that "
+                "changes the data module's loaders."
             )
         return self.sampler
 
     @property
     def batches_before(self) -> int:
-        """Batches of this epoch that were trained on before the run was resumed."""
+        """Number of batches of this epoch that were trained on before the run was resumed."""
         return len(self) - self._batches(len(self.planned))
 
     def _batches(self, samples: int) -> int:
@@ -416,15 +403,16 @@ class _TrainLoader(DataLoader[Sample]):
         )
 
     def __iter__(self) -> Any:
-        # Trainer(overfit_batches=...), which says so itself
+        # Trainer(overfit_batches=...) replaces the sampler on purpose, and warns.
         if not isinstance(self.sampler, SequentialSampler):
             epoch = self.planned.epoch
             self.on_begin(epoch)
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module's has it all. That there are these two tells Lightning that the
-        epoch is resumed where it ended.
+        """Empty: the data module's state has everything.
+
+        Lightning resumes within an epoch if the loader has this method and ``load_state_dict``.
         """
         return {}
 
@@ -433,7 +421,7 @@ class _TrainLoader(DataLoader[Sample]):
 
 
 def _world_of(trainer: Any) -> World | None:
-    """Ranks and nodes as Lightning has them.
+    """Ranks and nodes as Lightning numbers them.
 
     Raises
     ------
@@ -449,14 +437,13 @@ def _world_of(trainer: Any) -> World | None:
     world = World.even(rank, ranks, trainer.num_nodes)
     if world.node != trainer.node_rank:
         raise ConfigError(
-            f"rank {rank} of {ranks} is on node {trainer.node_rank} of {trainer.num_nodes}, and "
-            f"would be on node {world.node} if ranks were numbered "
-            "node by node. Start the job with srun --distribution=block, and set "
-            "Trainer(num_nodes=..., devices=...) to what it has."
+            f"Rank {rank} of {ranks} is on node {trainer.node_rank} of {trainer.num_nodes}, and "
+            f"would be on node {world.node} if ranks were numbered node by node. Start the job with "
+            "srun --distribution=block, and set Trainer(num_nodes=..., devices=...) to what it has."
         )
     return world
 
 
 def _counts(progress: Any) -> Any:
-    """Lightning's counters of an epoch or its batches: ready, started, processed, completed."""
+    """Lightning's counters of epochs or batches: ready, started, processed, completed."""
     return progress.current

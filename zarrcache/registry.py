@@ -1,13 +1,13 @@
-"""Loaders by name: ``dataset_name`` of a training config says which one makes the data.
+"""Register data loaders by name; ``dataset_name`` of a training config selects one.
 
-A loader of your own is one line away::
+Register your own with a decorator::
 
     @register_data("my_data")
     def load_my_data(cfg):
         return train_sets, test_sets
 
-Importing this module loads neither torch nor zarr; a built-in loader imports what it needs when it
-is called.
+Importing this module imports neither torch nor zarr; a built-in loader imports what it needs when
+it is called.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _loaders: dict[str, Loader] = {}
 
 
 def _check_name(name: object) -> None:
-    # @register_data without a name hands over the function itself.
+    # @register_data without a name passes the function itself.
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(
             f'register_data({name!r}): a loader needs a name. Write @register_data("my_data").'
@@ -38,14 +38,15 @@ def _check_name(name: object) -> None:
 
 
 def _is_same(one: Loader, other: Loader) -> bool:
-    """Whether both are one function, or one definition executed again: a notebook cell run twice, a
-    reloaded module.
+    """Whether both are one function, or one definition that was executed again.
+
+    A notebook cell that is run twice and a reloaded module define a function again.
     """
     return one is other or ("<locals>" not in _name_of(one) and _name_of(one) == _name_of(other))
 
 
 def _name_of(loader: Loader) -> str:
-    """``package.module.function``; of a callable object, which has no such name, its ``repr``."""
+    """``package.module.function``, or the ``repr`` of a callable object without a name."""
     name = getattr(loader, "__qualname__", None)
     return f"{loader.__module__}.{name}" if name else repr(loader)
 
@@ -54,8 +55,8 @@ def register_data(name: str) -> Callable[[_L], _L]:
     """Register a loader under ``name``, the ``dataset_name`` of a config.
 
     The loader is called with the config, whose keys are attributes, and returns ``(train_sets,
-    test_sets)``. It is given back unchanged, so that it can be called directly and registered under
-    several names.
+    test_sets)``. The decorator returns it unchanged, so it can be called directly and registered
+    under several names.
 
     Raises
     ------
@@ -78,26 +79,26 @@ def register_data(name: str) -> Callable[[_L], _L]:
 
 
 def get_dataset(cfg: object) -> Any:
-    """Call the loader that ``cfg`` names.
+    """Call the loader that ``cfg`` selects.
 
     >>> train_sets, test_sets = get_dataset(SimpleNamespace(**yaml.safe_load(open("configs/s3_cached.yaml"))))
 
     Parameters
     ----------
     cfg : SimpleNamespace, mapping or DataConfig
-        The training config. Loaders get a mapping as a namespace, anything else as it is. Without
-        ``dataset_name`` it is ``zarr_s3_data``.
+        The training config. Loaders get a mapping as a namespace, other objects unchanged. The
+        default of ``dataset_name`` is ``zarr_s3_data``.
 
     Returns
     -------
     (train_sets, test_sets)
-        What the loader returns. Each of the built-in ones' is ``(data, label, gs_data, gs_label)``:
+        The loader's result. Built-in loaders return ``(data, label, gs_data, gs_label)`` for each,
         the first arguments of ``RhoData``.
 
     Raises
     ------
     ConfigError
-        No loader has this name; the nearest and all the known ones are named.
+        No loader has this name. The message suggests the nearest and lists all known names.
     """
     if isinstance(cfg, Mapping):
         cfg = SimpleNamespace(**{str(key): value for key, value in cfg.items()})
@@ -109,7 +110,7 @@ def get_dataset(cfg: object) -> Any:
         raise ConfigError(
             f"dataset_name is {name!r}; no loader has that name. {hint}Known: "
             f"{', '.join(sorted(_loaders))}. "
-            'Your own is registered by @register_data("name") in a module that is imported before.'
+            'Register your own with @register_data("name"), in a module that is imported before.'
         )
     return loader(cfg)
 
@@ -117,8 +118,9 @@ def get_dataset(cfg: object) -> Any:
 @register_data("mp_zarr_s3_data")
 @register_data("zarr_s3_data")
 def load_data(cfg: object) -> Any:
-    """Densities from Zarr stores, on S3 or in a directory, through the cache if ``cfg`` has a
-    ``cache`` block: ``ZarrS3Reader.data_split()``.
+    """Load densities from Zarr stores with ``ZarrS3Reader.data_split()``.
+
+    They are cached if ``cfg`` has a ``cache`` block.
 
     Raises
     ------
@@ -130,8 +132,7 @@ def load_data(cfg: object) -> Any:
 
 @register_data("chgcar_data")
 def load_chgcar_data(cfg: object) -> Any:
-    """Densities from Materials Project ``.json.gz`` and CHGCAR files that have not been converted:
-    ``RhoRead.data_split()``.
+    """Load densities from ``.json.gz`` and CHGCAR files with ``RhoRead.data_split()``.
 
     Raises
     ------

@@ -312,9 +312,9 @@ def test_where_there_is_nothing_to_do_no_process_is_started(
         assert ahead.pid is None
         assert ahead.check()
     following = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs))
-    with pytest.raises(ConfigError, match="other samples"):
+    with pytest.raises(ConfigError, match="have different samples"):
         Lookahead(following, NodeSampler(["mp-1", "mp-2"]))
-    with pytest.raises(ConfigError, match="no reader of zarrcache"):
+    with pytest.raises(ConfigError, match="does not read through zarrcache"):
         Lookahead([1, 2], [[0, 1]])
 
 

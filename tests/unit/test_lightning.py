@@ -232,7 +232,7 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
         distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}  # noqa: RUF012
         world_size, num_nodes, node_rank = 4, 2, 1
 
-    with pytest.raises(ConfigError, match="rank 1 of 4 is on node 1 of 2, and would be on node 0"):
+    with pytest.raises(ConfigError, match="Rank 1 of 4 is on node 1 of 2, and would be on node 0"):
         _world_of(Trainer())
     Trainer.node_rank = 0
     world = _world_of(Trainer())
@@ -256,7 +256,7 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
             "random_seed is 4294967296; it has to be a whole number from 0 to 4294967295",
         ),
         ({"split_file": "/nowhere/split.json"}, "split file /nowhere/split.json cannot be read"),
-        ({"split_file": {"pbe": "split.json"}}, r"split_file is for the datasets \['pbe'\]"),
+        ({"split_file": {"pbe": "split.json"}}, r"split_file names the datasets \['pbe'\]"),
         ({"precision": "f64"}, "precision is 'f64'"),
         ({"assignment": "rank"}, "assignment is 'rank'"),
     ],
@@ -275,13 +275,13 @@ def test_a_split_with_nothing_to_train_on_is_refused(config: str, tmp_path: Path
     split.write_text(json.dumps({"train": [], "test": [0, 1]}))
     data = module(config, split_file=split)
     assert len(data.test_dataloader()) == 2
-    with pytest.raises(ConfigError, match="there is no sample to train on"):
+    with pytest.raises(ConfigError, match="There are no training samples"):
         data.train_dataloader()
 
 
 def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> None:
     """One split file for two datasets, no config, files that have to be converted first."""
-    with pytest.raises(ConfigError, match="there are 2 datasets: give a file for each"):
+    with pytest.raises(ConfigError, match="there are 2 datasets. Give one file per dataset"):
         module([config, config], split_file="split.json")
     for nothing in ([], {}, None):
         with pytest.raises(ConfigError, match="config is empty"):

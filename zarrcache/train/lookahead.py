@@ -1,5 +1,4 @@
-"""Look-ahead: the order of the samples is known, so the next ones can be there before they are
-asked for.
+"""Fetch the samples that a sampler will ask for before the training reads them.
 
 >>> sampler = NodeSampler(dataset, seed=42)  # doctest: +SKIP
 >>> with Lookahead(dataset, sampler) as ahead:  # doctest: +SKIP
@@ -38,46 +37,46 @@ __all__ = ["Lookahead"]
 
 logger = logging.getLogger(__name__)
 
-#: What is in the cache has to fit beside it.
+#: At most this fraction (1/4) of ``cache.limit`` is used ahead; the rest is for what is stored.
 _SHARE_OF_LIMIT = 4
 #: Seconds for the process to end before it is killed.
 _END_S = 10.0
 
-#: A sampler, or what one has drawn: names (or positions) of the samples, a list an epoch.
+#: A sampler, or what one has drawn: task ids or positions, one list per epoch.
 Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
 
 
 class Lookahead:
-    """Follow the training of this rank: fetch ahead of it, and let ``eviction: belady`` know what
-    it reads next.
+    """Fetch ahead of this rank's training, and tell ``eviction: belady`` what it reads next.
 
-    A process of its own fetches what the sampler will ask for, in its order, and stays
-    ``cache.lookahead`` bytes ahead at the most (of decoded densities, shared out among the ranks of
-    a node; a quarter of ``cache.limit`` at the most). It takes the reader's own path, so an object
-    is fetched once, by whoever comes first. What it fetches is kept like anything that was read.
-    Where there is no room to keep more, it takes the room of its look-ahead from what was stored
-    first, and what it puts there is dropped when it was read.
+    A separate process fetches the samples in the sampler's order, at most ``cache.lookahead`` bytes
+    ahead. The bytes are those of decoded densities, divided by the ranks of the node, and at most a
+    quarter of ``cache.limit``. The process reads through the cache as the training does, so each
+    object is fetched once, by the process that needs it first. What it fetches is stored like any
+    read. In a full cache the look-ahead takes the room of the entries stored first, and drops what
+    it puts there once that has been read.
 
-    Make it on every rank, before the DataLoader's workers start, and after
-    ``sampler.load_state_dict()``. Without a cache, or with ``lookahead: 0`` and no ``eviction:
+    Create one on every rank, before the DataLoader's workers start and after
+    ``sampler.load_state_dict()``. Without a cache, or with ``lookahead: 0`` and without ``eviction:
     belady``, it does nothing.
 
     Parameters
     ----------
     source : ZarrDataset, RhoData or ZarrS3Reader
-        What is read. Of a reader, the samples are ``split_task_ids()``'s training ids.
+        The dataset that is read. For a reader, the samples are the training ids of
+        ``split_task_ids()``.
     order : NodeSampler, or sequence of sequences
-        The sampler whose indices the DataLoader gets; or task ids, or positions, a list an epoch
-        from epoch 0 on, as any other sampler has drawn them: with replacement too. Under
-        ``eviction: belady`` such lists are for one rank a node.
+        The sampler of the DataLoader. Or, for any other sampler, the task ids or positions that it
+        has drawn, one list per epoch from epoch 0 on, with or without repetitions. ``eviction:
+        belady`` allows such lists with one rank per node only.
     epoch : int, optional
-        The epoch that comes first. Default: the sampler's, or 0.
+        The first epoch. Default: the sampler's, or 0.
 
     Raises
     ------
     ConfigError
-        A reader that is none of ours, an order that names other samples, or lists under ``eviction:
-        belady`` with several ranks on the node.
+        ``source`` does not read through a zarrcache reader, ``order`` has other samples, or it is
+        lists under ``eviction: belady`` with several ranks on the node.
     """
 
     def __init__(self, source: Any, order: Order, *, epoch: int | None = None) -> None:
@@ -99,9 +98,9 @@ class Lookahead:
         self._reader.observe(self._progress)
         if config.eviction == "belady" and isinstance(orders, Listed) and orders.ranks > 1:
             raise ConfigError(
-                f"cache.eviction is belady, and this node has {orders.ranks} ranks: from its own "
-                "list none of them knows what the others read. "
-                "Give a NodeSampler, or set cache.eviction to none."
+                f"cache.eviction is belady, and this node has {orders.ranks} ranks: a rank's own "
+                "list does not contain what the other ranks read. Give a NodeSampler, or set "
+                "cache.eviction to none."
             )
         if config.eviction == "belady":
             self._reader.cache.set_eviction_policy(
@@ -131,23 +130,23 @@ class Lookahead:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that fetches ahead; None if there is none."""
+        """Process id of the process that fetches ahead, or None."""
         return self._prefetcher.pid if self._prefetcher is not None else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is read next; call it beside the sampler's."""
+        """Set the epoch that is read next. Call it wherever the sampler's ``set_epoch`` is called."""
         if self._progress is not None:
             self._progress.set_epoch(epoch)
 
     def check(self) -> bool:
-        """Whether all is well: False if the process has died or could not be started.
+        """Whether the process runs; False if it has died or could not be started.
 
-        Either is reported by itself, at once, in one warning; training goes on without it.
+        Either is also logged when it happens, as one warning; training continues without it.
         """
         return not self._is_missing and (self._prefetcher is None or self._prefetcher.check())
 
     def close(self) -> None:
-        """End the process, and give back what it holds. The training goes on without."""
+        """End the process and release the room that it holds."""
         if self._prefetcher is not None:
             self._prefetcher.close()
         if self._progress is not None:
@@ -234,13 +233,14 @@ def _end(process: ChildProcess, watch: threading.Thread, owner: int) -> None:
 
 
 def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
-    """The reader beneath, and the names of the samples."""
-    reader = next((found for found in (source, getattr(source, "reader", None), getattr(getattr(source, "data", None), "reader", None))
-                   if hasattr(found, "cache")), None)  # fmt: skip
+    """The reader of a dataset, and the names of its samples."""
+    of_sequence = getattr(getattr(source, "data", None), "reader", None)  # a RhoData
+    readers = (source, getattr(source, "reader", None), of_sequence)
+    reader = next((found for found in readers if hasattr(found, "cache")), None)
     if reader is None:
         raise ConfigError(
-            f"{type(source).__name__} has no reader of zarrcache. Give a ZarrDataset, a RhoData of "
-            "get_dataset(), or a ZarrS3Reader."
+            f"{type(source).__name__} does not read through zarrcache. Give a ZarrDataset, a "
+            "RhoData of get_dataset(), or a ZarrS3Reader."
         )
     return reader, tuple(reader.split_task_ids()[0] if reader is source else source.task_ids)
 
@@ -250,14 +250,14 @@ def _orders(order: Any, names: tuple[str, ...]) -> Orders:
         return Listed.of(order, names, ranks=World.here().local_ranks)
     if order.schedule.names != names:
         raise ConfigError(
-            "the sampler is of other samples than the dataset. Make it of the same: "
+            "The sampler and the dataset have different samples. Make the sampler of this dataset: "
             "NodeSampler(dataset)."
         )
     return Scheduled(order.schedule, order.world.rank, order.epoch, order.history)
 
 
 def _digests(reader: ZarrS3Reader, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """For `BeladyPolicy`: what the entries are called."""
+    """The first 64 bits of the digest of each sample's entries, for `BeladyPolicy`."""
     return np.array(
         [[int(reader.key(name, role).digest[:16], 16) for role in ROLES] for name in names],
         np.uint64,

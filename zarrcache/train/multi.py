@@ -1,6 +1,4 @@
-"""Several training configs side by side: their readers, their splits, and one dataset over all of
-them.
-"""
+"""Combine several training configs: their readers, their splits, and one dataset over all of them."""
 
 from __future__ import annotations
 
@@ -26,17 +24,17 @@ Side = Literal["train", "validation", "test"]
 
 
 class Sources:
-    """What one training config reads, or several, each by its name.
+    """The readers and splits of one or more training configs, each with a name.
 
-    Making it costs no request.
+    Creating it makes no request.
 
     Parameters
     ----------
     config : path, mapping, list or mapping of these
-        A training config as a YAML file or its keys. In a list their names are ``"0"``, ``"1"``,
-        ...; in a mapping its keys.
+        A training config as a YAML file or its keys. The names are ``"0"``, ``"1"``, ... in a list,
+        and the keys in a mapping.
     split_file : path or mapping, optional
-        See :func:`zarrcache.data.splits.read_split`. Of several configs a file for each name.
+        See :func:`zarrcache.data.splits.read_split`. For several configs, one file per name.
     val_frac : float
         Without ``split_file``: see :func:`zarrcache.data.splits.hold_out`.
     random_seed : int
@@ -57,7 +55,7 @@ class Sources:
         configs = _configs(config)
         self._split_files = _split_files(split_file, tuple(configs))
         self._val_frac = val_frac
-        # of numpy's legacy generator, as scikit-learn's
+        # the range of numpy's legacy generator, which draws the split
         self._random_seed = whole_number("random_seed", random_seed, most=2**32 - 1)
         self._cached = [name for name, one in configs.items() if one.cache is not None]
         self.readers: dict[str, ZarrS3Reader] = {
@@ -70,20 +68,18 @@ class Sources:
         return tuple(self.readers)
 
     def list_into_cache(self) -> None:
-        """List the origins whose listing a cache keeps, so that other processes of the node find it
-        there.
-        """
+        """List the origins of cached configs, so that other processes find the stored listing."""
         for name in self._cached:
             _ = self.readers[name].task_ids
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """The split of each.
+        """The split of each config, by name.
 
         Raises
         ------
         ConfigError
-            Too few samples, or a split file that does not fit.
+            Too few samples, or a split file that does not match the samples.
         OriginError
             A directory cannot be listed.
         """
@@ -98,7 +94,7 @@ class Sources:
         return hold_out(*reader.split_task_ids(), self._val_frac, self._random_seed)
 
     def dataset(self, side: Side, **options: Any) -> ZarrDataset | SideBySide:
-        """One side of the split, of all of them. ``options`` are those of ``ZarrDataset``."""
+        """One side of the split of all configs. ``options`` are those of ``ZarrDataset``."""
         parts = {
             name: ZarrDataset(reader, getattr(self.splits[name], side), **options)
             for name, reader in self.readers.items()
@@ -107,11 +103,11 @@ class Sources:
 
 
 class SideBySide(ConcatDataset[Any]):
-    """Several datasets as one, each sample with the number of its dataset."""
+    """Several datasets as one; each sample has the number of its dataset."""
 
     def __init__(self, parts: Mapping[str, ZarrDataset]) -> None:
         super().__init__(parts.values())
-        # With the name: two datasets may have the same material.
+        # With the dataset's name, because two datasets may contain the same material.
         self.task_ids = tuple(
             f"{name}/{task_id}" for name, part in parts.items() for task_id in part.task_ids
         )
@@ -122,7 +118,7 @@ class SideBySide(ConcatDataset[Any]):
 
 
 def _configs(config: Any) -> dict[str, DataConfig]:
-    """Each config by the name of its dataset."""
+    """Configs by the name of their dataset."""
     if isinstance(config, Mapping) and not config.keys() & DataConfig.model_fields.keys():
         named = {str(name): one for name, one in config.items()}
     elif isinstance(config, Sequence) and not isinstance(config, str):
@@ -152,7 +148,7 @@ def _config(one: Any) -> DataConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Dictionaries and lists, of whatever a configuration library hands over in their place."""
+    """Convert the containers of configuration libraries (OmegaConf) to dicts and lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -169,13 +165,13 @@ def _split_files(
         files = {str(name): path for name, path in split_file.items()}
         if files.keys() != set(names):
             raise ConfigError(
-                f"split_file is for the datasets {sorted(files)}, and config has {sorted(names)}. "
-                "Give a file for each, by its name."
+                f"split_file names the datasets {sorted(files)}, but config has {sorted(names)}. "
+                "Give one file per dataset, by name."
             )
         return files
     if len(names) > 1:
         raise ConfigError(
-            f"split_file is {str(split_file)!r}, and there are {len(names)} datasets: give a file "
-            f"for each, {{{names[0]!r}: ..., ...}}."
+            f"split_file is {str(split_file)!r}, but there are {len(names)} datasets. Give one file "
+            f"per dataset: {{{names[0]!r}: ..., ...}}."
         )
     return {names[0]: split_file}

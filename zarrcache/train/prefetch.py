@@ -1,6 +1,4 @@
-"""The process of a ``Lookahead``: it walks the order ahead of the training, and sees to it that the
-next densities are there.
-"""
+"""Run the process of a ``Lookahead``: follow the order ahead of the training and fetch densities."""
 
 from __future__ import annotations
 
@@ -28,25 +26,24 @@ __all__ = ["Prefetch", "prefetch"]
 
 logger = logging.getLogger(__name__)
 
-#: Densities at a time, by all ranks of a node: while one waits for its listing, others are fetched
-#: and decoded. `tools/bench lookahead` waits twice as long with 4 and half as long again with 12,
-#: on two cores.
-LANES = 8
-#: Of one rank at the least.
-_LEAST_LANES = 2
-#: Of an entry's file, before the values.
+#: Densities fetched at a time by all ranks of a node: while one waits for its listing, others are
+#: fetched and decoded. On two cores, the training of `tools/bench lookahead` waits 2 times as long
+#: with 4 threads and 1.5 times as long with 12.
+THREADS = 8
+#: Threads of each rank, at least.
+_MIN_THREADS = 2
+#: Size of an entry's header, which comes before the values.
 _HEADER_BYTES = 4096
-#: How often it looks where the training is (seconds).
-_LOOK_S = 0.02
-#: Densities that it has in view at the most, however small they are.
-_MOST = 4096
-#: A loan that was not taken this long after the training asked for it will not be.
+#: Interval at which the position of the training is checked.
+_STEP_S = 0.02
+#: Largest number of densities in the window, however small they are.
+_MAX_WINDOW = 4096
+#: A loan that was not taken this long after the training started to read it will not be taken.
 _STALE_S = 10.0
-#: After a density that could not be read (seconds). The training will meet the error itself, and
-#: tell it.
+#: Pause after a density that could not be read. The training meets the error itself and raises it.
 _PAUSE_S = 1.0
-#: What fetches in progress may take when the training has ended (seconds). What they leave behind
-#: is swept like that of a killed process.
+#: Time for fetches in progress after the training has ended. Partial files that remain are removed
+#: like those of a killed process.
 _END_S = 2.0
 
 
@@ -57,7 +54,7 @@ def prefetch(connection: Connection, parent: int) -> None:
         ahead = Prefetch(reader, progress, budget_bytes)
         # Forked DataLoader workers have a copy of the parent's end of the connection and may
         # outlive the parent; its pid shows at once that it has died.
-        while not connection.poll(_LOOK_S) and os.getppid() == parent:
+        while not connection.poll(_STEP_S) and os.getppid() == parent:
             ahead.step()
         ahead.close()
     os._exit(0)  # a request without an answer would keep the interpreter waiting
@@ -65,37 +62,39 @@ def prefetch(connection: Connection, parent: int) -> None:
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """One reading to come, and how many bytes of the budget it holds."""
+    """A future read of the training, and its share of the budget."""
 
     epoch: int
     sample: int
     role: int
-    nth: int  # how often the sample was read before in its epoch
+    nth: int  # number of earlier reads of the sample in its epoch
     place: int
     digest: str
-    size: int = 0  # on disk; 0: not known
-    held: int = 0
+    size: int = 0  # bytes on disk; 0 if unknown
+    held: int = 0  # bytes of the budget
     is_coming: bool = False
-    is_waiting: bool = False  # for an earlier reading, which may take the loan that it finds
+    is_waiting: bool = False  # for an earlier read of the same entry, which may take the loan
     is_over: bool = False
     over_s: float = 0.0
-    loan: str = ""  # its file
+    loan: str = ""  # file of its loan
 
 
 class _NotNow(BaseException):
-    """A density is not to be fetched: it does not fit at the moment, or the training was faster."""
+    """A density is not fetched: it does not fit at the moment, or the training was faster."""
 
 
 class Prefetch:
-    """What is in view, in the order of the training: there, or coming. ``step()`` moves on.
+    """A window of future reads, in the order of the training, that are stored or being fetched.
+
+    ``step()`` moves the window on.
 
     Parameters
     ----------
     reader : ZarrS3Reader
     progress : ReadProgress
-        Orders, and how far the training is.
+        The orders, and the position of the training.
     budget_bytes : int
-        Of the densities in view, on disk.
+        Bytes on disk of the densities in the window.
     """
 
     def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
@@ -105,9 +104,9 @@ class Prefetch:
         self._loans = reader.cache.lend(budget_bytes)
         self._lock = threading.Lock()
         self._held = 0
-        self._view: deque[_Item] = deque()
-        self._again: deque[_Item] = deque()  # did not fit
-        self._lent: deque[_Item] = deque()  # asked for, and perhaps not taken yet
+        self._window: deque[_Item] = deque()
+        self._postponed: deque[_Item] = deque()  # did not fit
+        self._lent: deque[_Item] = deque()  # being read, perhaps not taken yet
         self._coming: set[str] = set()
         self._typical: deque[int] = deque(maxlen=64)
         self._expansion = 1.0
@@ -116,40 +115,39 @@ class Prefetch:
         self._begin_epoch(self._progress.epoch)
         self._work: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[_Item, str]] = queue.SimpleQueue()
-        lanes = max(_LEAST_LANES, LANES // self._progress.orders.ranks)
-        self._lanes = [threading.Thread(target=self._lane, daemon=True) for _ in range(lanes)]
-        for lane in self._lanes:
-            lane.start()
+        threads = max(_MIN_THREADS, THREADS // self._progress.orders.ranks)
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
         if not self._progress.is_shared:
             self._is_over = True
             logger.warning(
-                "no look-ahead: this system has no /proc, through which processes find the memory "
-                "that they share"
+                "no look-ahead: this system has no /proc, by which processes find their shared "
+                "memory"
             )
 
     def step(self) -> None:
-        """See what has come and what was read, then fetch what fits."""
+        """Collect results, release what was read, then fetch what fits."""
         try:
             self._collect()
             self._retire()
             if not self._is_over and time.monotonic() >= self._pause_until_s:
                 self._fill()
-        except CACHE_FAULTS as exc:  # the training meets it too, and tells it
+        except CACHE_FAULTS as exc:  # the training meets it too, and logs it
             self._reader.cache.reopen(exc)
             self._pause_until_s = time.monotonic() + _PAUSE_S
 
     def close(self) -> None:
-        """Take back what is lent."""
-        for _ in self._lanes:
+        """End the threads and drop the loans."""
+        for _ in self._threads:
             self._work.put(None)
         end_s = time.monotonic() + _END_S
-        for lane in self._lanes:
-            lane.join(max(0.0, end_s - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
         with contextlib.suppress(*CACHE_FAULTS):
             self._loans.close()
 
     # -- the order
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -158,9 +156,9 @@ class Prefetch:
         self._seen: dict[int, int] = {}
 
     def _next(self) -> _Item | None:
-        """The next reading, up to the end of the epoch after the present one."""
-        if self._again:
-            return self._again.popleft()
+        """The next read, up to the end of the epoch after the current one."""
+        if self._postponed:
+            return self._postponed.popleft()
         if self._place >= len(ROLES) * len(self._order):
             if self._epoch > self._progress.epoch:
                 return None
@@ -182,26 +180,26 @@ class Prefetch:
             item.epoch, item.sample, item.role, item.nth
         )
 
-    # -- moving on
-    # -----------------------------------------------------------------------------------------------------------------
+    # -- moving the window
 
     def _collect(self) -> None:
-        """Take note of what the lanes have done."""
+        """Record the outcomes of the threads."""
         while not self._done.empty():
             item, outcome = self._done.get()
             item.is_coming = False
             self._coming.discard(item.digest)
             if outcome == "not now":
-                with contextlib.suppress(ValueError):  # it is over
-                    self._view.remove(item)
-                self._again.append(item)
+                with contextlib.suppress(ValueError):  # its read is over
+                    self._window.remove(item)
+                self._postponed.append(item)
             elif outcome == "failed":
                 self._pause_until_s = time.monotonic() + _PAUSE_S
             elif outcome == "bypass" and self._loans.is_refused:
-                # the disk is full, and to fetch twice is worse than to wait
+                # The disk is full. Without look-ahead the training waits, but nothing is fetched
+                # twice.
                 self._is_over = True
             elif outcome == "bypass" and not self._loans.is_open:
-                # the cache is in trouble, which may pass
+                # a fault of the cache, which may pass
                 self._pause_until_s = time.monotonic() + _PAUSE_S
             if outcome not in ("hit", "miss") and item.digest not in self._loans:
                 self._hold(item, 0)
@@ -209,13 +207,13 @@ class Prefetch:
                 self._finish(item)
 
     def _retire(self) -> None:
-        """Let go of what the training has asked for, or will not ask for any more."""
+        """Release what the training has started to read, or will not read any more."""
         epoch, now_s = self._progress.epoch, time.monotonic()
         if epoch not in (self._epoch, self._epoch - 1):
             self._begin_epoch(epoch)
         self._loans.look()
-        view: deque[_Item] = deque()
-        for item in self._view:
+        window: deque[_Item] = deque()
+        for item in self._window:
             if not self._is_wanted(item):
                 item.is_over, item.over_s = True, now_s if item.epoch == epoch else -_STALE_S
                 if not item.is_coming:
@@ -225,12 +223,14 @@ class Prefetch:
                 and item.digest not in self._coming
                 and not self._loans.is_lent(item.digest)
             ):
-                self._again.append(item)
+                self._postponed.append(item)
             else:
-                view.append(item)
-        self._view = view
-        self._again = deque(
-            sorted(filter(self._is_wanted, self._again), key=lambda item: (item.epoch, item.place))
+                window.append(item)
+        self._window = window
+        self._postponed = deque(
+            sorted(
+                filter(self._is_wanted, self._postponed), key=lambda item: (item.epoch, item.place)
+            )
         )
         while self._lent and (
             self._loans.file_of(self._lent[0].digest) != self._lent[0].loan
@@ -246,9 +246,7 @@ class Prefetch:
             self._lent.append(item)
 
     def _hold(self, item: _Item, nbytes: int) -> bool:
-        """Change what an item holds of the budget. False, and nothing is changed, if there is not
-        so much.
-        """
+        """Set an item's share of the budget; False, without a change, if that does not fit."""
         with self._lock:
             more = nbytes - item.held
             if more > 0 and self._held + more > self._budget:
@@ -258,10 +256,9 @@ class Prefetch:
             return True
 
     def _fill(self) -> None:
-        while len(self._view) < _MOST and len(self._coming) < len(self._lanes):
+        while len(self._window) < _MAX_WINDOW and len(self._coming) < len(self._threads):
             if self._coming and not self._typical:
-                # before one size is known, later densities could take the budget that the next one
-                # needs
+                # Until one size is known: later densities could take the budget of the next one.
                 return
             if (item := self._next()) is None:
                 return
@@ -280,33 +277,31 @@ class Prefetch:
                 else item.size or self._estimate()
             )
             if size > self._budget:
-                continue  # it never fits: the training fetches it
+                continue  # larger than the whole budget: the training fetches it
             if not is_there and not item.size and not self._coming:
-                # it may fit though its estimate does not; one LIST tells
+                # it may be smaller than its estimate; one LIST tells
                 size = min(size, max(0, self._budget - self._held))
             lent = self._loans.held_bytes if self._loans.is_open and not is_there else 0
             if lent + sum(
-                other.held for other in self._view if other.is_coming
+                other.held for other in self._window if other.is_coming
             ) + size > self._budget or not self._hold(item, size):
-                self._again.appendleft(item)
+                self._postponed.appendleft(item)
                 return
-            self._view.append(item)
+            self._window.append(item)
             if not is_there:
                 item.is_coming = True
                 self._coming.add(item.digest)
                 self._work.put(item)
 
     def _estimate(self) -> int:
-        # Twice the mean: where that is not enough, a LIST is for nothing, and after that the size
-        # is known.
+        # Twice the mean. Where that is too little, one LIST is wasted, and then the size is known.
         return (
             min(self._budget, 2 * sum(self._typical) // len(self._typical)) if self._typical else 0
         )
 
-    # -- in the lanes
-    # --------------------------------------------------------------------------------------------------------------
+    # -- in the threads
 
-    def _lane(self) -> None:
+    def _run(self) -> None:
         while (item := self._work.get()) is not None:
             self._done.put((item, self._fetch(item)))
 
@@ -315,9 +310,9 @@ class Prefetch:
         fetched: list[int] = []
 
         def reserve(nbytes: int) -> None:
-            """Called with the bytes of the objects, then, while they come, with those of the array."""
-            gone = self._progress.has_finished if fetched else self._progress.has_started
-            if gone(item.epoch, item.sample, item.role, item.nth):
+            """Called first with the bytes of the objects, then with those of the array."""
+            is_late = self._progress.has_finished if fetched else self._progress.has_started
+            if is_late(item.epoch, item.sample, item.role, item.nth):
                 raise _NotNow
             item.size = (
                 disk_bytes(nbytes if fetched else int(self._expansion * nbytes)) + _HEADER_BYTES
@@ -337,7 +332,7 @@ class Prefetch:
             logger.debug("%s (%s) is not fetched ahead: %s", name, role, exc)
             return "failed"
         except Exception:
-            # one strange store must not end the look-ahead; the training meets it too
+            # One odd store must not end the look-ahead; the training meets the error too.
             logger.warning("%s (%s) could not be fetched ahead", name, role, exc_info=True)
             return "failed"
         return outcome

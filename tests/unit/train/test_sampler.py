@@ -97,7 +97,7 @@ def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
 def test_a_state_of_other_data_is_refused(other: Any) -> None:
     """What is left of that epoch cannot be known."""
     with pytest.raises(
-        ConfigError, match="^Cannot load sampler state: .* in the state and .* in this sampler"
+        ConfigError, match=r"^Cannot load sampler state: .* in the state and .* in this sampler"
     ):
         other().load_state_dict(samplers((0,))[0].state_dict())
 
