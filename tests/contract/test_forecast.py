@@ -227,7 +227,7 @@ def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path:
 
 def test_numbers_that_cannot_be_are_refused(config: dict[str, Any]) -> None:
     """With an error; the command line exits with 2."""
-    with pytest.raises(ConfigError, match="whole numbers from 1"):
+    with pytest.raises(ConfigError, match="it has to be a whole number from 1"):
         plan_training(DataConfig(**config), nodes=0, capacity_bytes=1)
     with pytest.raises(ConfigError, match="--capacity"):
         plan_training(DataConfig(**config))

@@ -281,7 +281,7 @@ def test_a_split_with_nothing_to_train_on_is_refused(config: str, tmp_path: Path
 
 def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> None:
     """One split file for two datasets, no config, files that have to be converted first."""
-    with pytest.raises(ConfigError, match="there are 2 datasets. Give one file per dataset"):
+    with pytest.raises(ConfigError, match=r"there are 2 datasets\. Give one file per dataset"):
         module([config, config], split_file="split.json")
     for nothing in ([], {}, None):
         with pytest.raises(ConfigError, match="config is empty"):

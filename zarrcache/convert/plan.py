@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zarrcache._units import whole_number
 from zarrcache.convert.density import read_density
 from zarrcache.convert.formats import InputFormat, find_files, registered_formats, task_id_of
 from zarrcache.convert.writer import (
@@ -279,8 +280,8 @@ def plan_convert(
         raise ConfigError(f"{target} is not a directory. Give the directory for the stores.")
     sizes: tuple[int, ...] = (chunks,) * 3 if isinstance(chunks, int) else tuple(chunks)
     check_layout(sizes, zarr_format)
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers!r}; it has to be a whole number from 1.")
+    if workers is not None:
+        whole_number("workers", workers, least=1)
     files = find_files(Path(src).expanduser().absolute(), pattern)
     convert = _Converter(
         target,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import Role
+from zarrcache._units import whole_number
 from zarrcache.config import DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError
@@ -163,8 +164,13 @@ def plan_training(
     OriginError
         The origin cannot be read.
     """
-    if min(nodes, ranks_per_node, epochs, workers) < 1:
-        raise ConfigError("nodes, ranks_per_node, epochs and workers must be whole numbers from 1.")
+    for name, number in (
+        ("nodes", nodes),
+        ("ranks_per_node", ranks_per_node),
+        ("epochs", epochs),
+        ("workers", workers),
+    ):
+        whole_number(name, number, least=1)
     cache = source.cache_config if isinstance(source, ZarrS3Reader) else source.cache
     # Without a cache: a forecast is made on a laptop or login node and must leave no files there.
     reader = (

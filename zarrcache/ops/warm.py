@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import Role, check_task_ids, source_digest
+from zarrcache._units import whole_number
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, ids_of, open_reader, read_map
 from zarrcache.disk import BLOCK_BYTES, Index, disk_bytes
@@ -407,8 +408,8 @@ def plan_warm(
     OriginError
         A directory cannot be listed.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers!r}; it must be a whole number from 1.")
+    if workers is not None:
+        whole_number("workers", workers, least=1)
     if ids is not None and split != "all":
         raise ConfigError("ids and split exclude each other. Give one of them.")
     reader = _open_reader(source)
