@@ -1,4 +1,4 @@
-"""``RhoData``, ``ZarrDataset`` and the collate function, against plain numpy and torch."""
+"""``RhoData``, ``ZarrDataset``, ``transform=`` and ``collate``, against plain numpy and torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Read
 from zarrcache.train.datasets import collate_fn
 
 Grid = NDArray[np.float32]
-#: Grid sizes of data and label; no two axes of a grid are alike, so a turn that goes wrong shows in
-#: the shape.
+#: Grid sizes of data and label. The axes of a grid differ, so a wrong rotation shows in the shape.
 SIZES = [((4, 5, 6), (8, 10, 12)), ((7, 4, 9), (7, 4, 9)), ((5, 11, 4), (10, 22, 8))]
 #: Chi-square with nine degrees of freedom is above this in one of ten thousand fair experiments.
 CHI_SQUARE_LIMIT = 33.7
@@ -33,7 +32,7 @@ CHI_SQUARE_LIMIT = 33.7
 
 @pytest.fixture
 def lists() -> tuple[list[Grid], list[Grid], list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Three samples as the users' own reader returns them: lists of flat arrays and of grid sizes."""
+    """Three samples as the users' own reader returns them: flat arrays and grid sizes."""
     data = [random_density(a, seed=i).ravel() for i, (a, _) in enumerate(SIZES)]
     label = [random_density(b, seed=10 + i).ravel() for i, (_, b) in enumerate(SIZES)]
     return data, label, [a for a, _ in SIZES], [b for _, b in SIZES]
@@ -51,9 +50,7 @@ def reader(
 
 
 def turns_of(grid: Grid) -> dict[bytes, tuple[int, int] | None]:
-    """Every way ``grid`` can be turned, by its bytes: (axis, quarter turns), None for the identity.
-    ``numpy.rot90`` is the oracle.
-    """
+    """(axis, quarter turns) of every rotation of ``grid``, by its bytes; None for the identity."""
     found: dict[bytes, tuple[int, int] | None] = {grid.tobytes(): None}
     for axis, plane in enumerate(((1, 2), (0, 2), (0, 1))):
         for turns in (1, 2, 3):
@@ -63,9 +60,7 @@ def turns_of(grid: Grid) -> dict[bytes, tuple[int, int] | None]:
 
 
 def drawn(dataset: Any, n: int) -> list[tuple[int, int] | None]:
-    """The turns of ``n`` readings of sample 0, whose data and label are the same grid; that both
-    turned alike is checked on the way.
-    """
+    """The rotations in ``n`` reads of sample 0, whose data and label are the same grid."""
     known = turns_of(random_density((3, 4, 5)))
     found = []
     for _ in range(n):
@@ -85,7 +80,6 @@ class TestRhoData:
     """Pairs of tensors from four sequences."""
 
     def test_pair_is_two_float32_tensors_of_one_channel(self, lists: Any) -> None:
-        """Shape ``(1, nx, ny, nz)``, the values of the lists, in C order."""
         dataset = RhoData(*lists, data_augmentation=False)
         assert len(dataset) == 3
         for i in range(3):
@@ -96,7 +90,6 @@ class TestRhoData:
             np.testing.assert_array_equal(label.numpy().ravel(), lists[1][i])
 
     def test_positional_order_of_the_options_is_the_users(self, lists: Any) -> None:
-        """``downsample_data``, ``downsample_label``, ``data_augmentation``."""
         data, label = RhoData(*lists, 2, 1, False)[0]
         assert (tuple(data.shape), tuple(label.shape)) == ((1, 2, 2, 3), (1, 8, 10, 12))
 
@@ -106,7 +99,6 @@ class TestRhoData:
     def test_both_are_cropped_by_the_datas_factor_and_strided_by_their_own(
         self, lists: Any, step: int, label_step: int
     ) -> None:
-        """The users' rule, point by point."""
         dataset = RhoData(
             *lists, downsample_data=step, downsample_label=label_step, data_augmentation=False
         )
@@ -122,10 +114,8 @@ class TestRhoData:
                 np.testing.assert_array_equal(tensor.numpy(), np.array([want], np.float32))
 
     @pytest.mark.parametrize("step", [1, 2, 3])
-    def test_turning_comes_before_downsampling(self, lists: Any, step: int) -> None:
-        """The points that a turned grid keeps are not the turned points that the grid would keep: 7
-        is odd, and cut at its end.
-        """
+    def test_rotation_comes_before_downsampling(self, lists: Any, step: int) -> None:
+        """The two do not commute: 7 points are cropped at their end."""
         dataset = RhoData(*lists, downsample_data=step, data_augmentation=True, seed=3)
         grid = lists[0][1].reshape(SIZES[1][0])
         wanted = set()
@@ -137,7 +127,6 @@ class TestRhoData:
         assert seen == wanted
 
     def test_lazy_sequences_give_what_plain_lists_give(self, reader: ZarrS3Reader) -> None:
-        """The same tensors with the same seed, fed either way, cold and warm."""
         lazy_sets, _ = reader.data_split()
         plain_sets = [list(s) for s in lazy_sets]
         options = {"downsample_data": 2, "downsample_label": 1, "seed": 5}
@@ -147,7 +136,6 @@ class TestRhoData:
                 assert torch.equal(one, other)
 
     def test_tensors_of_a_list_do_not_share_its_memory(self, lists: Any) -> None:
-        """Normalising a batch in place must not change the users' arrays."""
         before = copy.deepcopy(lists)
         dataset = RhoData(*lists, data_augmentation=False)
         data, label = dataset[0]
@@ -157,7 +145,7 @@ class TestRhoData:
             np.testing.assert_array_equal(one, other)
 
     def test_work_on_a_tensor_in_place_never_reaches_the_cache(self, reader: ZarrS3Reader) -> None:
-        """It is the mapped entry itself, copy-on-write."""
+        """The tensor is the mapped entry, copy-on-write."""
         sets, _ = reader.data_split()
         dataset = RhoData(*sets, data_augmentation=False)
         want = dataset[0][0].clone()
@@ -170,7 +158,6 @@ class TestRhoData:
     def test_dataset_holds_no_array_of_lazy_sequences(
         self, reader: ZarrS3Reader, augmentation: bool
     ) -> None:
-        """After a pass every array that was loaded is gone."""
         made: list[weakref.ref[Any]] = []
         sets, _ = reader.data_split()
 
@@ -195,15 +182,13 @@ class TestRhoData:
         assert all(ref() is None for ref in made)
 
     def test_sample_is_read_once(self, reader: ZarrS3Reader) -> None:
-        """Two densities, two reads; the grid sizes cost none."""
+        """The grid sizes need no read of their own."""
         sets, _ = reader.data_split()
         RhoData(*sets)[0]
         assert reader.stats.misses + reader.stats.hits == 2
 
     def test_positions_are_those_of_a_list(self, lists: Any) -> None:
-        """From the end, by numpy and torch integers; beyond it is an IndexError, which ends a
-        ``for`` loop.
-        """
+        """Negative positions and integers of numpy and torch are accepted."""
         dataset = RhoData(*lists, data_augmentation=False)
         assert torch.equal(dataset[-1][0], dataset[2][0])
         assert torch.equal(dataset[np.int64(1)][0], dataset[torch.tensor(1)][0])
@@ -213,29 +198,26 @@ class TestRhoData:
                 dataset[index]
 
     def test_sequences_of_different_lengths_are_refused(self, lists: Any) -> None:
-        """Data without its label is a mistake in the script."""
         data, label, gs_data, gs_label = lists
         with pytest.raises(ConfigError, match=r"\(3, 2, 3, 3\)"):
             RhoData(data, label[:2], gs_data, gs_label)
 
     @pytest.mark.parametrize("name", ["downsample_data", "downsample_label"])
     @pytest.mark.parametrize("factor", [0, -1, 1.5, "2", True, None])
-    def test_factor_that_is_no_whole_number_from_1_is_refused(
+    def test_factor_that_is_not_a_whole_number_from_1_is_refused(
         self, lists: Any, name: str, factor: Any
     ) -> None:
-        """``True`` is ``data_augmentation`` in the wrong place."""
+        """``True`` is ``data_augmentation`` at the wrong position."""
         with pytest.raises(ConfigError, match=f"{name} is {factor!r}"):
             RhoData(*lists, **{name: factor})
 
     def test_grid_that_is_smaller_than_the_factor_is_named(self, lists: Any) -> None:
-        """An empty tensor would train on nothing, without a word."""
         with pytest.raises(
             SchemaError, match=r"data of sample 0: a grid of 4 x 5 x 6 points .* downsample_data=5"
         ):
             RhoData(*lists, downsample_data=5, data_augmentation=False)[0]
 
     def test_values_that_do_not_fill_the_grid_are_named(self, lists: Any) -> None:
-        """Sizes of another sample."""
         data, label, gs_data, gs_label = lists
         with pytest.raises(
             SchemaError, match="label of sample 0 has 960 values and grid size 8 x 10 x 11"
@@ -244,31 +226,28 @@ class TestRhoData:
 
 
 class TestAugmentation:
-    """Which turns are drawn, and when a run repeats."""
+    """Which rotations are drawn, and when a run is repeatable."""
 
-    def test_turns_have_the_users_chances(self) -> None:
-        """Identity 10 %, and each axis and number of quarter turns 10 %: one, two and three turns
-        30 % each.
-        """
+    def test_rotations_have_the_users_probabilities(self) -> None:
+        """10 % for the identity and for each combination of axis and number of quarter turns."""
         n = 3000
         counts = Counter(drawn(one_sample(seed=0), n))
         keys = [None, *itertools.product(range(3), (1, 2, 3))]
         assert set(counts) == set(keys)
         assert sum((counts[key] - n / 10) ** 2 / (n / 10) for key in keys) < CHI_SQUARE_LIMIT
 
-    def test_without_augmentation_nothing_turns(self) -> None:
-        """Validation sets are made so."""
+    def test_without_augmentation_nothing_rotates(self) -> None:
         assert set(drawn(one_sample(data_augmentation=False), 30)) == {None}
 
-    def test_same_seed_gives_the_same_turns_and_another_seed_others(self) -> None:
-        """And every reading goes on to new ones."""
+    def test_same_seed_gives_the_same_rotations_and_another_seed_others(self) -> None:
+        """Every read draws a new one."""
         first = drawn(one_sample(seed=1), 60)
         assert first == drawn(one_sample(seed=1), 60)
         assert first != drawn(one_sample(seed=2), 60)
         assert first[:30] != first[30:]
 
     def test_without_a_seed_torchs_seed_decides(self) -> None:
-        """``torch.manual_seed`` is what scripts call; drawing takes nothing from torch's generator."""
+        """Drawing does not advance torch's generator."""
         with torch.random.fork_rng():
             torch.manual_seed(11)
             state = torch.get_rng_state()
@@ -280,14 +259,13 @@ class TestAugmentation:
             assert drawn(one_sample(), 40) != first
 
     def test_numpys_global_generator_is_left_alone(self) -> None:
-        """The users' shuffles and initialisations do not change because data was read."""
         state = np.random.get_state()[1].copy()  # type: ignore[index]
         drawn(one_sample(seed=1), 10)
         np.testing.assert_array_equal(np.random.get_state()[1], state)  # type: ignore[index]
 
     @pytest.mark.parametrize("persistent", [False, True])
-    def test_run_with_workers_repeats_with_torchs_seed(self, persistent: bool) -> None:
-        """Both epochs, the second unlike the first, and the two workers unlike each other."""
+    def test_run_with_workers_is_repeatable_with_torchs_seed(self, persistent: bool) -> None:
+        """The epochs differ from each other, and so do the workers."""
 
         def run() -> list[list[tuple[int, int] | None]]:
             values = random_density((3, 4, 5)).ravel()
@@ -310,13 +288,11 @@ class TestAugmentation:
         assert first[::2] != first[1::2]
 
     @pytest.mark.parametrize("seed", [-1, 1.5, "1", True])
-    def test_seed_that_is_no_whole_number_is_refused(self, seed: Any) -> None:
-        """It would fail in a worker otherwise."""
+    def test_seed_that_is_not_a_whole_number_is_refused(self, seed: Any) -> None:
         with pytest.raises(ConfigError, match=f"seed is {seed!r}"):
             one_sample(seed=seed)
 
     def test_dataset_pickles(self, lists: Any, reader: ZarrS3Reader) -> None:
-        """For spawned workers: with lists, and with lazy sequences."""
         for sets in (lists, reader.data_split()[0]):
             dataset = RhoData(*sets, downsample_data=2, seed=3)
             again = pickle.loads(pickle.dumps(dataset))
@@ -328,7 +304,6 @@ class TestZarrDataset:
     """Dictionaries from a reader."""
 
     def test_sample_has_data_label_and_task_id(self, reader: ZarrS3Reader) -> None:
-        """In the order of the split."""
         train, test = reader.split_task_ids()
         for split, ids in {"train": train, "test": test, "all": train + test}.items():
             dataset = ZarrDataset(reader, split)  # type: ignore[arg-type]
@@ -344,7 +319,6 @@ class TestZarrDataset:
                     )  # type: ignore[literal-required]
 
     def test_nothing_is_read_before_it_is_indexed(self, reader: ZarrS3Reader) -> None:
-        """Making the dataset costs the split."""
         dataset = ZarrDataset(reader, "all")
         assert reader.stats.misses == 0
         dataset[0]
@@ -357,7 +331,6 @@ class TestZarrDataset:
     def test_precision_is_what_torch_makes_of_float32(
         self, reader: ZarrS3Reader, precision: Any, dtype: torch.dtype
     ) -> None:
-        """Rounded once, from the float32 values."""
         exact, sample = ZarrDataset(reader)[0], ZarrDataset(reader, precision=precision)[0]
         for role in ("data", "label"):
             assert sample[role].dtype == dtype  # type: ignore[literal-required]
@@ -366,7 +339,7 @@ class TestZarrDataset:
     def test_value_that_float16_cannot_hold_is_an_error(
         self, tmp_path: Path, reader: ZarrS3Reader, small_group: Callable[..., Any]
     ) -> None:
-        """It would be infinite, and the loss NaN, an hour later."""
+        """It would become infinite, and the loss NaN."""
         task_id = reader.split_task_ids()[0][0]
         small_group(
             f"label/{task_id}.zarr", {"charge_density_total": np.full((4, 4, 4), 70000, np.float32)}
@@ -378,7 +351,7 @@ class TestZarrDataset:
     def test_augmentation_and_downsampling_are_those_of_rho_data(
         self, reader: ZarrS3Reader
     ) -> None:
-        """The same seed draws the same turns in both datasets."""
+        """The same seed draws the same rotations in both datasets."""
         options: dict[str, Any] = {"downsample_data": 2, "downsample_label": 1, "seed": 9}
         pairs = RhoData(*reader.data_split()[0], **options)
         samples = ZarrDataset(reader, "train", augmentation=True, **options)
@@ -394,14 +367,14 @@ class TestZarrDataset:
     def test_option_that_is_not_one_is_refused_with_its_value(
         self, reader: ZarrS3Reader, options: dict[str, Any]
     ) -> None:
-        """Before the origin is asked for anything."""
+        """No request is made."""
         (name, value), *_ = options.items()
         with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
             ZarrDataset(reader, **options)
         assert reader.stats.requests == 0
 
     def test_dataset_pickles_with_its_split(self, reader: ZarrS3Reader, tmp_path: Path) -> None:
-        """The copy in a spawned worker does not read the map again."""
+        """The copy in a spawned worker does not need the map."""
         dataset = ZarrDataset(reader, "test")
         data = dataset[0]["data"]
         (tmp_path / "map.json").unlink()
@@ -482,7 +455,6 @@ class TestCollate:
     """Batches of mixed grids."""
 
     def test_samples_of_one_shape_are_stacked(self, reader: ZarrS3Reader) -> None:
-        """What torch's own function makes of them."""
         dataset = ZarrDataset(reader)
         batch = [dataset[0], dataset[0]]
         got, want = collate_fn(batch), default_collate(batch)
@@ -492,7 +464,6 @@ class TestCollate:
         assert collate is collate_fn
 
     def test_samples_of_mixed_shapes_are_lists_in_every_field(self, reader: ZarrS3Reader) -> None:
-        """Dictionaries and pairs alike."""
         dataset = ZarrDataset(reader, "all")
         got = collate_fn([dataset[0], dataset[1]])
         assert list(got) == ["data", "label", "index"]
@@ -506,7 +477,6 @@ class TestCollate:
         assert torch.equal(label[0], pairs[0][1])
 
     def test_equal_data_with_unequal_labels_are_lists(self) -> None:
-        """A list in one field means lists in all."""
         x = torch.zeros(1, 2, 2, 2)
         got = collate_fn(
             [
@@ -518,7 +488,6 @@ class TestCollate:
         assert isinstance(got["label"], list)
 
     def test_loader_with_workers_delivers_mixed_batches(self, reader: ZarrS3Reader) -> None:
-        """The lists come out of the workers whole."""
         dataset = ZarrDataset(reader, "all")
         batches = list(DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=collate_fn))
         assert [task_id for batch in batches for task_id in batch["index"]] == list(

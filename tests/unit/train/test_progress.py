@@ -1,4 +1,4 @@
-"""Where the training is, as all processes of a rank see it, and what it reads next."""
+"""The orders of reads, and the counts of reads that the processes of a rank share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def listed(*epochs: tuple[str, ...]) -> ReadProgress:
 
 
 def read(progress: ReadProgress, name: str, role: str = "data") -> None:
-    """As a reader does."""
     progress.read_started(name, role)
     progress.read_finished(Read(name, role, "hit", 0, 0.0))
 
@@ -38,7 +37,7 @@ def asked_for(progress: ReadProgress, epoch: int) -> Any:
 
 
 def test_lists_are_epochs_and_after_them_nothing_is_known() -> None:
-    """A sample may come twice; one that is not in the data set is refused."""
+    """A sample may occur twice; one that the dataset does not have is refused."""
     orders = Listed(NAMES, (("mp-2", "mp-0", "mp-2"), ("mp-1",)))
     assert [orders.of_rank(epoch).tolist() for epoch in range(3)] == [[2, 0, 2], [1], []]
     with pytest.raises(ConfigError, match="order contains 'mp-9', which the dataset does not"):
@@ -49,7 +48,6 @@ def test_lists_are_epochs_and_after_them_nothing_is_known() -> None:
 
 @pytest.mark.parametrize("order", [[[2, "mp-0"], []], ((2, 0), ()), [np.array([2, 0]), range(0)]])
 def test_an_order_is_of_names_or_positions(order: Any) -> None:
-    """Of any kind of sequence."""
     assert _orders(order, NAMES).of_rank(0).tolist() == [2, 0]
     assert _orders(np.array([[2, 0]]), NAMES).of_rank(0).tolist() == [2, 0]
 
@@ -59,10 +57,8 @@ def test_an_order_is_of_names_or_positions(order: Any) -> None:
     [None, 3, [1, 2, 3], np.array([1, 2]), "mp-1", ["mp-1"], [["mp-1"], None], {"mp-1": 0}, [{"mp-1": 0}], RandomSampler(NAMES),
      [RandomSampler(NAMES)], BatchSampler(RandomSampler(NAMES), 2, False)],
 )  # fmt: skip
-def test_what_is_no_list_for_each_epoch_is_refused(order: Any) -> None:
-    """A batch sampler's batches are no epochs; a sampler of torch draws anew when it is asked
-    again.
-    """
+def test_what_is_not_one_list_per_epoch_is_refused(order: Any) -> None:
+    """A batch sampler's batches are not epochs; a torch sampler draws another order each time."""
     with pytest.raises(
         ConfigError,
         match=r"^order is .*give a NodeSampler, or a list of task ids or positions for each epoch",
@@ -74,8 +70,7 @@ def test_what_is_no_list_for_each_epoch_is_refused(order: Any) -> None:
     ("position", "said"),
     [(100, "100"), (3, "3"), (-1, "-1"), (0.5, "0.5"), (None, "None"), ((1,), r"\(1,\)")],
 )
-def test_a_position_of_no_sample_is_named(position: Any, said: str) -> None:
-    """With its epoch, and what there is."""
+def test_a_position_without_a_sample_is_named_with_its_epoch(position: Any, said: str) -> None:
     with pytest.raises(
         ConfigError,
         match=rf"order contains {said} in epoch 1, .*3 samples: .*positions from 0 to 2",
@@ -84,9 +79,7 @@ def test_a_position_of_no_sample_is_named(position: Any, said: str) -> None:
 
 
 def test_a_schedule_has_the_ranks_own_order_and_its_nodes() -> None:
-    """With what was read before a restart, in that epoch only; as far ahead as there are nodes, and
-    one.
-    """
+    """Reads before a restart are left out, in the epoch of the restart only."""
     schedule = Schedule(tuple(f"mp-{n}" for n in range(24)), node_of_rank=(0, 1, 1), seed=3)
     orders = Scheduled(schedule, rank=2, epoch=4, history=(Segment((0, 1, 1), 2),))
     assert (orders.node, orders.ranks, orders.epochs_ahead) == (1, 2, 3)
@@ -95,10 +88,8 @@ def test_a_schedule_has_the_ranks_own_order_and_its_nodes() -> None:
     assert len(orders.of_rank(4)) == 6
 
 
-def test_readings_are_counted_by_sample_role_and_epoch() -> None:
-    """A second reading of a sample is another one; an epoch that is over has been read, one to come
-    has not.
-    """
+def test_reads_are_counted_by_sample_role_and_epoch() -> None:
+    """The second read of a sample is a read of its own; all reads of a past epoch have started."""
     progress = listed(("mp-0", "mp-0"))
     read(progress, "mp-0", "label")
     read(progress, "mp-7")  # of the validation set
@@ -113,8 +104,8 @@ def test_readings_are_counted_by_sample_role_and_epoch() -> None:
     assert asked_for(progress, 1) == [[0, 0], [0, 0], [0, 0]]
 
 
-def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
-    """The prefetcher may still be fetching it for whoever asks again."""
+def test_a_read_that_failed_has_started_and_not_finished() -> None:
+    """The look-ahead may still be fetching it for a second attempt."""
     progress = listed(("mp-0",))
     progress.read_started("mp-0", "data")
     assert progress.has_started(0, 0, 0)
@@ -123,10 +114,8 @@ def test_a_reading_that_failed_was_begun_and_did_not_end() -> None:
     assert progress.has_finished(0, 0, 0)
 
 
-def test_while_an_epoch_changes_the_counts_are_of_neither() -> None:
-    """Who looks in between must not take what was read of the old epoch for what was read of the
-    new one, or the other way round.
-    """
+def test_while_an_epoch_changes_the_counts_belong_to_neither() -> None:
+    """Reads of the old epoch must not be taken for reads of the new one, or vice versa."""
     progress = listed(("mp-0",), ("mp-0",))
     read(progress, "mp-0")
     progress._header[0] = 1  # as far as set_epoch(1) when its process is suspended
@@ -146,7 +135,6 @@ def _worker(progress: ReadProgress, pipe: Any) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_and_parent_see_one_count(method: str) -> None:
-    """Whichever way a DataLoader starts them; the epoch as well."""
     progress = listed(("mp-1",))
     progress.set_epoch(6)
     context = multiprocessing.get_context(method)
@@ -163,7 +151,7 @@ def test_workers_and_parent_see_one_count(method: str) -> None:
 
 
 def test_a_copy_from_another_machine_knows_that_it_shares_nothing() -> None:
-    """Neither does a spawned one where there is no ``/proc``."""
+    """The same holds for a spawned process on a system without ``/proc``."""
     progress = listed(("mp-1",))
     state = pickle.dumps(progress)
     assert pickle.loads(state).is_shared

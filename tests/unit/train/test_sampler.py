@@ -1,4 +1,4 @@
-"""``NodeSampler`` under torch's DataLoader, and its state from one job to the next."""
+"""``NodeSampler`` in torch's DataLoader, and its state from one job to the next."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def samplers(worlds: tuple[int, ...], **settings: Any) -> list[NodeSampler]:
 
 
 def test_it_feeds_a_dataloader_as_torchs_own_does() -> None:
-    """As many samples a rank, the same protocol, workers or not; a new order after ``set_epoch``."""
+    """The same number of samples per rank, with workers or without; ``set_epoch`` reorders."""
     sampler, theirs = samplers((0, 0, 1))[1], DistributedSampler(NAMES, num_replicas=3, rank=1)  # type: ignore[arg-type]
     assert len(sampler) == len(theirs) == 8
     loader = DataLoader(range(24), batch_size=3, sampler=sampler)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def test_it_feeds_a_dataloader_as_torchs_own_does() -> None:
 def test_killed_and_resumed_with_other_ranks_every_sample_is_trained_on_once(
     assignment: Any, others: tuple[int, ...]
 ) -> None:
-    """The state is JSON; workers had asked ahead of the training."""
+    """The state survives JSON; workers had read ahead of the training."""
     before = samplers((0, 1), assignment=assignment)
     trained: list[int] = []
     for sampler in before:
@@ -62,7 +62,7 @@ def test_killed_and_resumed_with_other_ranks_every_sample_is_trained_on_once(
 
 
 def test_resumed_twice_in_one_epoch_nothing_is_lost() -> None:
-    """A preemptible job may get an hour at a time."""
+    """A preemptible job may run for an hour at a time."""
     trained: list[int] = []
     state = None
     for ranks in (1, 2, 3):
@@ -76,7 +76,6 @@ def test_resumed_twice_in_one_epoch_nothing_is_lost() -> None:
 
 
 def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
-    """A checkpoint at the end of an epoch."""
     (sampler,) = samplers((0,))
     assert len(list(sampler)) == 24
     (resumed,) = samplers((0,))
@@ -95,14 +94,14 @@ def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
     ],
 )
 def test_a_state_of_other_data_is_refused(other: Any) -> None:
-    """What is left of that epoch cannot be known."""
+    """The rest of that epoch cannot be computed."""
     with pytest.raises(
         ConfigError, match=r"^Cannot load sampler state: .* in the state and .* in this sampler"
     ):
         other().load_state_dict(samplers((0,))[0].state_dict())
 
 
-def test_a_state_of_other_samples_says_what_makes_them_others() -> None:
+def test_a_state_of_other_samples_names_the_settings_that_choose_samples() -> None:
     """The two hashes alone would say nothing."""
     with pytest.raises(
         ConfigError, match=r"data, split \(random_seed or split_file\) and functional"
@@ -111,8 +110,8 @@ def test_a_state_of_other_samples_says_what_makes_them_others() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, "x", 1.5, None, np.float64(1)])
-def test_an_epoch_seed_or_count_that_is_not_a_whole_number_is_refused_at_once(value: Any) -> None:
-    """By its name, and nothing has changed; ``taken=None`` is the default."""
+def test_an_epoch_seed_or_count_that_is_not_a_whole_number_is_refused(value: Any) -> None:
+    """The sampler is unchanged afterwards. ``taken=None`` is the default."""
     (sampler,) = samplers((0,))
     with pytest.raises(ConfigError, match=r"^epoch is .*; it has to be a whole number from 0"):
         sampler.set_epoch(value)
@@ -124,8 +123,7 @@ def test_an_epoch_seed_or_count_that_is_not_a_whole_number_is_refused_at_once(va
     assert (sampler.epoch, len(sampler)) == (0, 24)
 
 
-def test_numpys_whole_numbers_are_whole_numbers() -> None:
-    """And the state is JSON all the same."""
+def test_integers_of_numpy_are_accepted_and_the_state_is_json() -> None:
     sampler = NodeSampler(NAMES, seed=np.int64(2), world=World(0, (0,)))  # type: ignore[arg-type]
     sampler.set_epoch(np.int64(3))  # type: ignore[arg-type]
     state = json.loads(json.dumps(sampler.state_dict(taken=np.int64(6))))  # type: ignore[arg-type]
@@ -135,7 +133,7 @@ def test_numpys_whole_numbers_are_whole_numbers() -> None:
 
 
 def test_more_taken_than_there_is_ends_the_epoch() -> None:
-    """Batches times their size, where the last one is short."""
+    """The last batch may be short, so batches times their size is more."""
     assert samplers((0,))[0].state_dict(taken=25)["epoch"] == 1
 
 
@@ -184,8 +182,9 @@ def started(*segments: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_is_not_a_state_is_refused_and_nothing_has_changed(state: Any, message: str) -> None:
-    """An epoch of no samples would be the alternative."""
+def test_what_is_not_a_state_is_refused_and_the_sampler_is_unchanged(
+    state: Any, message: str
+) -> None:
     (sampler,) = samplers((0,))
     sampler.set_epoch(2)
     with pytest.raises(
@@ -197,7 +196,7 @@ def test_what_is_not_a_state_is_refused_and_nothing_has_changed(state: Any, mess
 
 
 def test_names_are_those_of_the_dataset() -> None:
-    """Task ids where there are any, else positions; a lazy sequence is not read for them."""
+    """Task ids if there are any, else positions; a lazy sequence is not read for its names."""
 
     class Named:
         task_ids = ("mp-1", "mp-2")
@@ -220,7 +219,7 @@ def test_names_are_those_of_the_dataset() -> None:
     "ignore:.*fork.*:DeprecationWarning", "ignore:'set_vital' is deprecated:UserWarning"
 )
 def test_torchdatas_loader_saves_and_resumes_it() -> None:
-    """With workers, which ask ahead of the training."""
+    """With workers, which read ahead of the training."""
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs the extra 'test'")
 
     def loader() -> Any:

@@ -1,4 +1,4 @@
-"""Who reads what: every sample once an epoch, whoever asks, however often the job is started anew."""
+"""Every sample is read once per epoch, with any ranks and after any number of restarts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(count: int) -> tuple[str, ...]:
 
 
 def read(orders: Any) -> Counter[int]:
-    """How often each sample is read."""
+    """Number of reads of each sample."""
     return Counter(orders.ravel().tolist())
 
 
@@ -41,7 +41,7 @@ def read(orders: Any) -> Counter[int]:
 def test_an_epoch_is_every_sample_once(
     count: int, assignment: Any, world: tuple[int, ...], seed: int, epoch: int, shuffle: bool
 ) -> None:
-    """Ranks get equal counts: less than one a rank is read twice, or left out with ``drop_last``."""
+    """Less than one sample per rank is read twice, or left out with ``drop_last``."""
     schedule = Schedule(
         names(count), assignment=assignment, node_of_rank=world, seed=seed, shuffle=shuffle
     )
@@ -68,12 +68,10 @@ def test_an_epoch_is_every_sample_once(
     worlds=st.lists(WORLDS, min_size=2, max_size=4),
     taken=st.lists(st.integers(0, 30), min_size=3, max_size=3),
 )
-def test_a_job_that_is_started_anew_reads_the_rest_of_the_epoch(
+def test_a_restarted_job_reads_the_rest_of_the_epoch(
     count: int, assignment: Any, worlds: list[tuple[int, ...]], taken: list[int]
 ) -> None:
-    """With other ranks and nodes each time: no sample is lost, and none is read twice but to even
-    out the last start.
-    """
+    """With other ranks and nodes each time. Only the last run may repeat samples, for equal counts."""
     seen: Counter[int] = Counter()
     history: tuple[Segment, ...] = ()
     for world, some in zip(worlds[:-1], taken, strict=False):
@@ -102,7 +100,6 @@ def test_with_one_node_both_assignments_are_the_same() -> None:
 
 
 def test_a_node_reads_the_same_samples_in_every_epoch_and_after_a_restart() -> None:
-    """Else its cache would not hold them."""
     schedule = Schedule(names(1000), assignment="node", node_of_rank=(0, 0, 1, 1, 2), seed=5)
     own = [set(schedule.node_order(0, node).tolist()) for node in range(3)]
     assert [set(schedule.node_order(9, node).tolist()) for node in range(3)] == own
@@ -112,8 +109,7 @@ def test_a_node_reads_the_same_samples_in_every_epoch_and_after_a_restart() -> N
         assert set(schedule.node_order(0, node, history).tolist()) < own[node]
 
 
-def test_the_order_of_a_node_is_that_of_its_ranks_in_step() -> None:
-    """First sample of each, second of each."""
+def test_the_order_of_a_node_interleaves_those_of_its_ranks() -> None:
     schedule = Schedule(names(12), node_of_rank=(0, 1, 0), seed=5)
     orders = schedule.orders(2)
     assert schedule.node_order(2, 0).tolist() == [
@@ -122,7 +118,7 @@ def test_the_order_of_a_node_is_that_of_its_ranks_in_step() -> None:
 
 
 def test_a_sample_stays_with_its_node_whatever_else_there_is() -> None:
-    """Its name decides: neither the order of the names, nor many samples more."""
+    """Neither the order of the names nor added samples change it."""
     some = list(names(20_000))
     nodes = node_of(some, 4)
     assert np.bincount(nodes).tolist() == [5000] * 4
@@ -133,7 +129,7 @@ def test_a_sample_stays_with_its_node_whatever_else_there_is() -> None:
 
 
 def test_shares_follow_the_weights_and_the_bytes() -> None:
-    """A node of three ranks has three times the samples; by bytes, all nodes need as much room."""
+    """A node with three ranks has three times the samples; ``nbytes`` balances the bytes."""
     assert np.bincount(node_of(names(100), [3, 1])).tolist() == [75, 25]
     sizes = np.random.default_rng(0).lognormal(1, 1, 3000)
     by_number = node_of(names(3000), 4)
@@ -155,7 +151,6 @@ def test_shares_follow_the_weights_and_the_bytes() -> None:
         (lambda: node_of(names(3), 0), "nodes is 0; it has to be a whole number from 1"),
     ],
 )
-def test_what_cannot_be_is_refused(make: Any, words: str) -> None:
-    """Before anything is read."""
+def test_arguments_that_cannot_be_used_are_refused(make: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make()

@@ -1,6 +1,4 @@
-"""The law of rotation and the arithmetic of downsampling, against oracles that share nothing with
-them.
-"""
+"""The distribution of rotations and the points of downsampling, against independent oracles."""
 
 from __future__ import annotations
 
@@ -50,8 +48,7 @@ def test_rotation_is_numpys(rotation: Rotation) -> None:
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
-def test_rotation_copies_nothing(rotation: Rotation) -> None:
-    """What is turned is the same memory; four times the turns give the grid back."""
+def test_a_rotation_is_a_view_and_four_of_it_are_the_identity(rotation: Rotation) -> None:
     values = grid(3, 4, 5)
     turned = rotate(values, rotation)
     assert np.shares_memory(turned, values)
@@ -73,8 +70,8 @@ def test_one_quarter_turn_moves_the_cells_as_the_users_do() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
-def test_every_turn_is_as_likely_as_the_law_says(seed: int) -> None:
-    """Over the draws of a process, over the samples of an epoch, and over the workers' seeds."""
+def test_every_rotation_has_its_probability(seed: int) -> None:
+    """Over the draws of a process, the samples of an epoch, and the seeds of workers."""
     n = 4000
     assert chi_square([draw_rotation(seed, 0, drawn, 7) for drawn in range(n)]) < CHI_SQUARE_LIMIT
     assert chi_square([draw_rotation(seed, 0, 7, index) for index in range(n)]) < CHI_SQUARE_LIMIT
@@ -85,7 +82,7 @@ def test_every_turn_is_as_likely_as_the_law_says(seed: int) -> None:
 
 
 def test_the_statistics_can_fail() -> None:
-    """Four turns with equal chance, and an axis that is never taken, are both far beyond the limit."""
+    """Equal probabilities of 0 to 3 turns, and an axis that is never drawn, exceed the limit."""
     rng = np.random.default_rng(0)
     fair_turns = [Rotation(int(rng.integers(3)), int(rng.integers(4))) for _ in range(4000)]  # type: ignore[arg-type]
     no_x = [
@@ -98,9 +95,7 @@ def test_the_statistics_can_fail() -> None:
 
 
 def test_draws_of_neighbouring_keys_are_independent() -> None:
-    """Sample 5 does not turn as sample 6 does, nor epoch 1 as epoch 2: about one pair of ten
-    agrees, as chance has it.
-    """
+    """About one pair in ten agrees, as for independent draws."""
     for i in range(4):
         one = [draw_rotation(*(n if j == i else 3 for j in range(4))) for n in range(2000)]
         same = sum(a == b or a.turns == b.turns == 0 for a, b in itertools.pairwise(one))
@@ -108,7 +103,7 @@ def test_draws_of_neighbouring_keys_are_independent() -> None:
 
 
 def test_a_key_gives_the_same_rotation_everywhere() -> None:
-    """A change of the law would make yesterday's runs irreproducible; it has to be made on purpose."""
+    """Another distribution would make earlier runs irreproducible."""
     drawn = [draw_rotation(42, 0, n, 3) for n in range(12)]
     assert [(r.axis, r.turns) for r in drawn] == [
         (1, 2),
@@ -137,5 +132,5 @@ def test_downsampling_takes_the_points_it_should(step: int, multiple: int) -> No
 
 
 def test_a_grid_smaller_than_the_factor_has_no_points_left() -> None:
-    """That is an empty grid here; the dataset makes it an error."""
+    """The dataset raises an error for it."""
     assert downsample(grid(2, 4, 4), 1, multiple=3).size == 0
