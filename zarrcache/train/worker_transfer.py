@@ -119,25 +119,23 @@ class MappedTensor(torch.Tensor):
 
 def _reduce(tensor: MappedTensor) -> tuple[Any, ...]:
     """Pickle for a worker's queue: the place, if the tensor still is the whole entry unchanged."""
-    grid = tensor.grid
+    grid, plain = tensor.grid, tensor.plain()
     is_grid = (
-        tensor.data_ptr() == grid.__array_interface__["data"][0]
-        and tensor.is_contiguous()
-        and tensor.numel() == grid.size
+        plain.data_ptr() == grid.__array_interface__["data"][0]
+        and plain.is_contiguous()
+        and plain.numel() == grid.size
     )
     place = (
         place_of(grid)
-        if is_grid and tensor.dtype is torch.float32 and not tensor.requires_grad
+        if is_grid and plain.dtype is torch.float32 and not plain.requires_grad
         else None
     )
     if place is None:
         # plain() of a tensor that requires a gradient is not a leaf, and torch sends only leaves.
         return _identity, (
-            tensor.detach().requires_grad_(tensor.requires_grad)
-            if tensor.is_leaf
-            else tensor.plain(),
+            tensor.detach().requires_grad_(tensor.requires_grad) if tensor.is_leaf else plain,
         )
-    return _receive, (place, tuple(tensor.shape), tensor.sample)
+    return _receive, (place, tuple(plain.shape), tensor.sample)
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_what_is_not_one_list_per_epoch_is_refused(order: Any) -> None:
 def test_a_position_without_a_sample_is_named_with_its_epoch(position: Any, said: str) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"order contains {said} in epoch 1, .*3 samples: .*positions from 0 to 2",
+        match=rf"order contains {said} in epoch 1; .* 3 samples\. .*positions from 0 to 2",
     ):
         _orders([[0], [2, position]], NAMES)
 
