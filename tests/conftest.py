@@ -44,7 +44,7 @@ def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iter
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             (empty / name).touch()
             patch.setenv(name, str(empty / name))
-        # no credentials must fail at once, not after a look for a metadata service
+        # missing credentials must fail at once, without asking a metadata service
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield

@@ -137,7 +137,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             f"no benchmark {', '.join(map(repr, unknown))}; there are {', '.join(BENCHMARKS)}"
         )
     if options.rounds is not None and options.rounds < 1:
-        parser.error("--rounds has to be 1 at the least")
+        parser.error("--rounds must be at least 1")
     return options
 
 

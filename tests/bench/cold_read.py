@@ -55,7 +55,7 @@ def _table(
     counted: dict[str, Counter[str]] = {}
 
     def competitor(name: str) -> Round:
-        # every round another store: nobody has it in a cache
+        # another store in every round: none is cached
         todo = iter(enumerate(pairs.task_ids))
 
         def round_() -> Measured:

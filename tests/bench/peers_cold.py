@@ -1,4 +1,4 @@
-"""Ways to read one density from S3 that nobody has read before, each in a process of its own whose
+"""Ways to read one density from S3 that is not cached anywhere, each in a process of its own whose
 connections stay open.
 
 ``Client`` starts the process and measures in it. What a peer imports is imported there, so that a

@@ -198,7 +198,7 @@ def zarr_cache_store(samples: Samples, directory: Path) -> Dataset[Any]:
 
 
 def zarr_simplecache(samples: Samples, directory: Path) -> Dataset[Any]:
-    """The cache of whole objects of fsspec beneath zarr; filled in the warm-up round."""
+    """The whole-object cache of fsspec, below zarr; filled in the warm-up round."""
     import zarr
 
     def open_(index: int, role: str) -> Any:

@@ -373,7 +373,7 @@ def _words(name: str) -> str:
 
 
 def readme_block(document: Mapping[str, Any]) -> str:
-    """What stands between the markers in the README: a line a goal, with everybody who has it."""
+    """The text between the markers in the README: one line per goal, with all competitors."""
     rows = []
     for name, table in tables_of(document).items():
         goals: dict[str, list[Verdict]] = {}

@@ -178,7 +178,7 @@ def running(
 
 
 def serve_from_memory(server: BenchServer, bucket: str, prefixes: Iterable[str]) -> None:
-    """Have the server read these objects now, so that its disk is in nobody's figures."""
+    """Make the server read these objects now, so that its disk is in no measurement."""
     for prefix in prefixes:
         query, token = (
             f"{server.endpoint_url}/{bucket}?list-type=2&prefix={quote(prefix, safe='')}",
@@ -594,7 +594,7 @@ class _Connection(asyncio.Protocol):
             length = _LENGTH.search(head)
             nbytes = int(length[1]) if length is not None else 0
             if len(rest) < nbytes:
-                break  # a body that nobody wants, but that has to be read past
+                break  # an unwanted body, which must be consumed
             data = rest[nbytes:]
             method, target, _ = head[: head.index(b"\r\n")].decode("latin-1").split(" ", 2)
             if target.startswith(_CONTROL):

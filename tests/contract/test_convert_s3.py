@@ -163,7 +163,7 @@ def test_the_documents_that_make_a_store_visible_are_sent_last(
     sent = [(seen.op, is_document(seen.path)) for seen in proxy.seen("PUT|DELETE")]
     first, takedown, second = ([d for _, d in part] for part in _runs(sent))
     assert first == second == sorted(first)
-    # the other way round: nobody reads half of the old one
+    # and in the other direction: readers see all of the old store or none
     assert takedown == sorted(takedown, reverse=True)
     puts = [seen.path for seen in proxy.seen("PUT")]
     assert puts[-1].endswith("mp-1.zarr/.zgroup")

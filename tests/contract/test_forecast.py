@@ -117,7 +117,7 @@ def test_a_run_does_what_the_plan_says(
     whole = plan_training(DataConfig(**config), capacity_bytes=1)
     assert (whole.samples, whole.densities, whole.measured) == (24, 48, 48)
     limit = int(whole.disk_bytes * share)
-    # The two listings that a cache keeps are 16 KiB of it: much here, nothing in 200 GiB.
+    # The two stored listings take 16 KiB: much of this cache, little of 200 GiB.
     plan = plan_training(
         DataConfig(**config),
         nodes=NODES,
@@ -142,7 +142,7 @@ def test_longer_runs_and_other_ways_are_extrapolated(
     half = plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
     reader = open_reader(config)
     simulated = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
-    # as if the 24 samples were thousands
+    # the share of 24 samples stands for thousands
     monkeypatch.setattr("zarrcache.ops.forecast.SIMULATED", 24 * 25)
     plan = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
     assert (plan.ranks, plan.run_epochs, len(plan.epochs)) == (4, 50, 25)

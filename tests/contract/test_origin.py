@@ -72,7 +72,7 @@ class Place:
         path = Path(self.url, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
-        # the kernel's own clock for files stands still for milliseconds
+        # file time stamps have a resolution of milliseconds
         os.utime(path, ns=(0, time.time_ns()))
 
     def put_many(self, bodies: dict[str, bytes]) -> dict[str, bytes]:

@@ -40,7 +40,7 @@ def awkward(shape: tuple[int, ...]) -> NDArray[np.float32]:
     return values
 
 
-#: Every layout that users have. The shapes differ, so that no density passes for another one.
+#: Every layout that users have. The shapes differ, so that densities cannot be confused.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "v2": {"shape": (6, 5, 7)},
     "v3": {"shape": (5, 6, 7), "zarr_format": 3},
@@ -150,7 +150,7 @@ def assert_parity(world: World, reader: ZarrS3Reader) -> None:
     reader.normalize = True
     for (role, task_id), raw in world.want.items():
         if reader.cache.arrays is None and task_id != "mp-v2":
-            # dividing comes after everything else; once is enough where each read costs requests
+            # division is the last step; once is enough where each read costs requests
             continue
         normalized = raw.copy()
         normalized /= np.prod(raw.shape)
@@ -172,7 +172,7 @@ class TestEveryState:
         """The first pass fills the array tier, the second and a new reader's come from it."""
         reader = world.reader(place, {"dir": tmp_path})
         assert_parity(world, reader)
-        # as they are, and divided: an entry each
+        # plain and divided: one entry each
         assert (reader.stats.misses, reader.stats.hits) == (4 * len(IDS), 0)
         again = world.reader(place, {"dir": tmp_path})
         assert_parity(world, again)

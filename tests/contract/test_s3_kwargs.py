@@ -22,7 +22,7 @@ from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import OriginError, OriginNotFoundError
 from zarrcache.origin import make_s3fs, open_origin
 
-#: For servers that never get to look at them.
+#: For servers that do not check credentials.
 CREDENTIALS = {"key": "THEKEY", "secret": "the-secret"}
 CONFIG = """
 [profile lab]

@@ -30,7 +30,7 @@ from zarrcache.errors import (
 )
 from zarrcache.stats import Counters
 
-#: Puts an object at the origin, by the URL of the origin.
+#: Writes an object to the origin, by the origin's URL.
 FEED: dict[str, Callable[[str, bytes], object]] = {}
 KINDS = ["local", "obstore", "s3fs"]
 

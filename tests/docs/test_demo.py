@@ -40,7 +40,7 @@ def test_the_demo_trains_on_real_densities_with_the_server_switched_off(real_dat
     _check("--source", str(real_data / "mp"))
 
 
-# the same with densities of its own, which test_readme.py converts, warms and trains on as well
+# with generated densities, which test_readme.py converts, warms and trains on as well
 @pytest.mark.slow
 def test_the_demo_makes_up_densities() -> None:
     """Nothing is downloaded."""

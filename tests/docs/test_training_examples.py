@@ -27,7 +27,7 @@ FILES = {
     m[2]: m[3]
     for m in re.finditer(r"^```(\w+) (\S+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 }
-#: Larger in the document than in the test. Each stands there.
+#: Text of the document, and what replaces it here: smaller sizes.
 TOY = {
     'accelerator="gpu"': 'accelerator="cpu"',
     "accelerator: gpu": "accelerator: cpu",

@@ -372,7 +372,7 @@ def test_disk_that_somebody_else_fills_is_passed_by(
 def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> None:
     """Remounted read-only, as ext4 does after an error."""
     density = Density(small_disk)
-    # not here: a file that is open for writing forbids it
+    # in a child: a file that is open for writing prevents the remount
     filler = get_context("fork").Process(target=density.read)
     filler.start()
     filler.join()
@@ -394,7 +394,7 @@ def test_read_only_directory_serves_what_it_has_or_nothing(small_disk: Path) -> 
         subprocess.run(["mount", "-o", "remount,rw", small_disk / "cache"], check=True)
 
 
-# -- manners
+# -- permissions, and what may be written
 
 
 @pytest.mark.parametrize(
@@ -456,5 +456,5 @@ def is_pickle(raw: bytes) -> bool:
     """Whether all of it is a pickle."""
     try:
         return sum(1 for _ in pickletools.genops(raw)) > 1
-    except Exception:  # noqa: BLE001 - whatever a parser says to bytes that are none of its own
+    except Exception:  # noqa: BLE001 - any error of the parser: not a pickle
         return False

@@ -87,7 +87,9 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
         assert told(caplog) == first
         assert 1 <= len(first) <= 3
         during = training.reader.stats - before
-        assert during.misses >= PAIRS  # what was not stored before is read from the origin, twice
+        assert (
+            during.misses >= PAIRS
+        )  # densities that were not stored are read from the origin twice
         assert during.cache_errors + during.bypasses > 0
         disk.end()
         training.epoch()
@@ -95,7 +97,7 @@ def test_training_goes_on_with_the_same_bits_and_the_cache_comes_back(
         training.epoch()
         after = training.reader.stats - healed
         assert (after.hits, after.misses, after.cache_errors) == (2 * PAIRS, 0, 0)
-        # A run that begins anew believes nothing of it.
+        # A new run verifies the entry.
         training.epoch(node.reader(verify="always"))
         verify(node.reader().cache.config)  # type: ignore[arg-type]
         node.check_settled()

@@ -102,7 +102,7 @@ def test_short_lived_credentials_are_renewed_before_they_expire(
     assert read(origin) == BODIES
     for _ in range(3):
         fault_proxy.rules(Rule(then="400:ExpiredToken", signed_with=issuer.all_so_far()))
-        # obstore asks for them every 0.1 s at the most.
+        # obstore asks for them at most every 0.1 s.
         time.sleep(0.15)
         assert read(origin) == BODIES
     assert {s.outcome for s in fault_proxy.seen()} == {"200"}

@@ -45,7 +45,7 @@ ARRAY = "charge_density_total"
 #: What a refused read may take: the buffers of a chunk, an exception, a module that is imported
 #: late.
 SMALL = 96 * MIB
-#: What the bombs hold.
+#: Size of the bombs' contents.
 LARGE = 768 * MIB
 
 

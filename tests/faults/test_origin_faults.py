@@ -182,7 +182,7 @@ class TestTransient:
     ) -> None:
         """The same answer as without it; the counters match the server's."""
         counters = Counters()
-        # a busy machine is no fault
+        # must not fail on a busy machine
         origin = opened(counters=counters, read_timeout=1.0 if fault in ("hang", "stall") else 20.0)
         sent = sendings(origin, fault)
         fault_proxy.rules(Rule((fault,) * sent, op=methods(op), key="/0$" if op == "GET" else ""))
@@ -262,7 +262,7 @@ class TestTransient:
                 pytest.skip(f"this server encrypts nothing with a key of KMS: {exc}")
         origin = opened()
         objects = origin.list_objects("kms/")
-        fault_proxy.rules(Rule(then="corrupt", op="GET"))  # stands for an ETag that does not match
+        fault_proxy.rules(Rule(then="corrupt", op="GET"))  # simulates an ETag that does not match
         assert [len(body) for obj in objects for _, body in origin.fetch([obj])] == [10, 10]
         assert (fault_proxy.count("GET"), fault_proxy.count("HEAD")) == (2, 1)
 

@@ -82,7 +82,7 @@ class Writer:
         for key, body in self.versions[number % N_VERSIONS].items():
             self.server_put(store, key, body)
             if gaps and self.dice.random() < 0.3:
-                time.sleep(self.dice.uniform(0.0, 0.6))  # longer than a whole reading takes
+                time.sleep(self.dice.uniform(0.0, 0.6))  # longer than a read takes
         self.newest[store] = number
 
     def server_put(self, store: str, key: str, body: bytes) -> None:

@@ -178,7 +178,7 @@ def test_bad_entry_is_counted_said_once_and_not_kept(
             reader = reader_at(node, tmp_path, peers=[peer.url])
             check(reader, node, purges=1)
             assert len(peer.asked) == 1
-            reader.load("mp-2", ROLE)  # of another key now, and bad in any case
+            reader.load("mp-2", ROLE)  # another key, and damaged as well
             assert reader.stats.purges == 2
     assert caplog.text.count("was not taken") == 1
 
@@ -319,7 +319,7 @@ def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
         assert np.array_equal(values, big.values[TASK, ROLE].ravel())
         assert len(peer.asked) == 1
     assert (reader.stats.purges, reader.stats.peer_hits, reader.stats.bypasses) == (0, 0, 1)
-    assert reader.stats.cache_errors == 2  # what the peer sent, and what the origin did
+    assert reader.stats.cache_errors == 2  # the peer's entry, and the origin's failure
     assert "was not taken" not in caplog.text
     assert [
         *(tmp_path / "own").rglob("*.partial-*"),

@@ -74,7 +74,7 @@ def use(tmp_path: Path, **block: Any) -> int:
             assert np.array_equal(entry.array, array_of(number))
             found += 1
     cache.put(key_of("other"), array_of(9), source="s")
-    # the reader that asks for it counts a fault and goes on
+    # the reader counts a fault and goes on
     with contextlib.suppress(*CACHE_FAULTS):
         cache.drop(key_of("other"))
     cache.index._file.close_before_fork()
@@ -147,7 +147,7 @@ def test_a_pickle_in_the_index_is_never_loaded(
     everything(tmp_path)
     assert not (tmp_path / "executed").exists()
     pickle.loads(bomb)
-    assert (tmp_path / "executed").is_dir()  # it would have
+    assert (tmp_path / "executed").is_dir()  # loading it elsewhere does execute it
     (tmp_path / "executed").rmdir()
 
 

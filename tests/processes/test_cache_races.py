@@ -63,12 +63,12 @@ def _fetch_once(tmp_path: Path, start: Event, keys: int) -> None:
         if cache.get(key) is None:
             with flight.hold(key.digest) as held:
                 assert held
-                # The first detector: nobody else is inside, or making the marker fails.
+                # First detector: creating the marker fails if another process is inside.
                 marker = tmp_path / f"inside-{number}"
                 os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                 if cache.get(key) is None:
-                    # The second: one byte a fetch, appended; it would also show a fetch that came
-                    # after the first had ended.
+                    # Second detector: one byte appended per fetch; it also shows a fetch
+                    # after the first one had ended.
                     with (tmp_path / f"fetched-{number}").open("ab") as file:
                         file.write(b"x")
                     assert cache.put(key, array_of(number), source="s")

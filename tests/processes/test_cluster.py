@@ -33,7 +33,7 @@ from zarrcache.parallel.dask import Cluster, open_cluster
 from zarrcache.parallel.pool import Died
 from zarrcache.train.schedule import node_of
 
-# Looked for, not imported: that would change how exceptions pickle in every test of this process.
+# Not imported: that would change how exceptions are pickled in all tests of this process.
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="needs the extra 'dask'"
 )
@@ -192,7 +192,7 @@ def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(
 
     report = plan_convert(source, tmp_path / "there").execute(kill_one, engine=connected.spread)
     plan_convert(source, tmp_path / "here", workers=1).execute()
-    # skipped: the worker had finished it and died before it said so
+    # skipped: the worker had finished it and died before reporting it
     assert len(report.converted) + len(report.skipped) == 6
     assert [result.task_id for result in report.failed] == ["bad-1"]
     assert tree(tmp_path / "there") == tree(tmp_path / "here")

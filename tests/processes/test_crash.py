@@ -58,7 +58,7 @@ def kills(default: int, slow: int) -> Any:
 
 def kill_one(child: BaseProcess, began: Event, chance: random.Random) -> None:
     """Kill after a random time, unless it killed itself before. Any other end is an error."""
-    # not from its start on: on a busy machine none would come so far that it leaves anything
+    # not from its start on: on a busy machine most would die before they leave anything
     assert began.wait(HANG_S)
     child.join(0.02 + 0.2 * chance.random())
     child.kill()
@@ -145,7 +145,7 @@ def test_killed_at_any_instant_the_cache_is_whole_and_cleans_up_by_itself(
         assert (reader.stats.purges, reader.stats.cache_errors) == (0, 0)
         node.check_settled()
         assert list(node.root.glob("*.broken-*")) == []
-    assert left_over  # else nobody was killed in the middle of anything
+    assert left_over  # otherwise no process was killed in the middle of a store
 
 
 # -- converting

@@ -36,7 +36,7 @@ IDS = [f"mp-{i}" for i in range(6)]
 ROLES = ("data", "label")
 #: For hangs only; nothing here takes seconds by design.
 DEADLINE_S = 200
-#: Of the toy's learning.
+#: Learning rate.
 RATE = 1e-2
 
 
@@ -364,7 +364,7 @@ def test_two_ranks_train_as_one_and_fetch_every_object_once(
         for i in IDS
         for key in s3_server.keys(f"s3://{job.bucket}/{r}/{i}.zarr/charge_density_total/")
     ]
-    # attributes say nothing of the values
+    # attributes are not fetched with the values
     assert len(log.paths("GET")) == sum(not key.endswith("/.zattrs") for key in stored)
     dataset = ZarrDataset(job.reader(), "all")
     samples = {sample["index"]: sample for sample in map(dataset.__getitem__, range(len(IDS)))}

@@ -210,12 +210,12 @@ def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(
     reached = [FORK.Event() for _ in range(5)]
     children = [FORK.Process(target=read_one, args=(node, event, answers)) for event in reached]
     children[0].start()
-    fault_proxy.wait_in_flight(3)  # two chunks and the array's document
+    fault_proxy.wait_in_flight(3)  # two chunks and the array's metadata
     for child in children[1:]:
         child.start()
     assert all(event.wait(HANG_S) for event in reached)
     fault_proxy.rules()
-    time.sleep(0.3)  # let them come to the lock; if one is late the test is only easier
+    time.sleep(0.3)  # let them reach the lock; a late one only makes the test easier
     assert fault_proxy.count("GET") == 3
     children[0].kill()
     found = [answers.get(timeout=HANG_S) for _ in children[1:]]

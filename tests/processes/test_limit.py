@@ -149,7 +149,7 @@ def test_eight_writers_never_exceed_the_limit_and_fill_it(
     for number in range(0, items, 3):
         (tmp_path / "data" / str(number)).write_bytes(array_of(number, size_of(number)).tobytes())
     for restart in range(restarts):
-        # once it is full, nothing or everything goes on
+        # once it is full: keep everything, or replace everything
         most = items if eviction == "none" else items // 2
         jobs = [(8 * restart + n, most // 8 if n < 2 else most, n < 2) for n in range(8)]
         children = [
@@ -240,7 +240,7 @@ def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -
             ballast_bytes = ballast.stat().st_size
             if (now := index.volume_bytes()) > volume:
                 free = shutil.disk_usage(disk).free
-                # Beside it only the index grows, by what was stored since.
+                # Otherwise only the index grows, with the entries stored since.
                 assert free + ballast.stat().st_size - before > MIN_FREE - MIB // 4
                 grown += 1
             before, volume = ballast_bytes, now
@@ -251,7 +251,7 @@ def test_min_free_is_left_while_another_program_fills_the_disk(tmp_path: Path) -
         assert grown > 10
         put_many(tmp_path, range(1000, 1400))
         assert shutil.disk_usage(disk).free < MIN_FREE + array_on_disk(20_000)
-        # When the index's log is begun anew there is room for a few more, once.
+        # When SQLite restarts the log there is room for a few more entries, once.
         start = next(
             start
             for start in range(1400, 4000, 10)

@@ -80,7 +80,7 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
     with Lookahead(dataset, sampler) as ahead:
         assert reader.cache.index is not None
         wait_for(lambda: occupied(reader.cache.index) >= 5 * ONE, "the prefetcher did not begin")  # type: ignore[arg-type]
-        time.sleep(0.3)  # it would go on now
+        time.sleep(0.3)  # time in which it would go on
         assert occupied(reader.cache.index) <= 6 * ONE
         first = list(steps(dataset, sampler))[:2]
         assert all(
@@ -333,7 +333,7 @@ def test_lists_share_the_budget_of_the_node_and_know_too_little_for_belady(
         wait_for(
             lambda: is_there(reader, dataset.task_ids[0], "label"), "the prefetcher did not begin"
         )
-        time.sleep(0.3)  # it would go on now
+        time.sleep(0.3)  # time in which it would go on
         assert occupied(reader.cache.index) <= 4 * ONE  # type: ignore[arg-type]
     foreseeing = ZarrDataset(pairs.reader(tmp_path, s3_server.s3_kwargs, eviction="belady"))
     with pytest.raises(ConfigError, match="this node has 2 ranks"):

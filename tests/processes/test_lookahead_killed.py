@@ -24,7 +24,7 @@ from zarrcache import Lookahead, NodeSampler, ZarrDataset, verify
 from zarrcache._keys import ROLES
 
 COUNT = 9
-#: Too little for all: the look-ahead is lent.
+#: Too little for all densities, so look-ahead makes loans.
 FULL = {"limit": 8 * ONE + 2 * 8192, "lookahead": 2 * ONE}
 
 
@@ -69,7 +69,7 @@ def test_a_killed_prefetcher_is_reported_at_once_and_the_training_goes_on(
                 )  # type: ignore[misc]
                 os.kill(ahead.pid, signal.SIGKILL)
                 wait_for(
-                    lambda: "has ended" in caplog.text, "nobody said that the prefetcher is dead"
+                    lambda: "has ended" in caplog.text, "the prefetcher's death was not logged"
                 )
                 assert not ahead.check()
             for role in ROLES:

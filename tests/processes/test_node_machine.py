@@ -66,7 +66,7 @@ def machinery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 "charge_density_total"
             ]
             _templates[key, version] = path, values
-    logging.disable(logging.CRITICAL)  # every purge is a line; thousands of them say nothing here
+    logging.disable(logging.CRITICAL)  # thousands of lines, one per purge
     _processes.extend(CacheProcess() for _ in range(2))
     _node.append(root / "node")
     yield
@@ -88,7 +88,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.versions = dict.fromkeys(KEYS, 0)
         self.held: dict[tuple[str, str], set[int]] = {key: set() for key in KEYS}
         self.blocks: list[dict[str, Any]] = [{}, {}]
-        #: Damage has been done: until `verify`, files may lie there that nobody knows.
+        #: Damage was done: until `verify`, there may be files without a row.
         self.is_damaged = False
 
     @initialize(blocks=st.tuples(BLOCK, BLOCK))
@@ -103,12 +103,12 @@ class NodeMachine(RuleBasedStateMachine):
             self._do(which, "clock", 0.0)
 
     def teardown(self) -> None:
-        # hypothesis tells it only if it comes again
+        # hypothesis reports it only if it is reproduced
         if isinstance(error := sys.exc_info()[1], (Exception, pytest.fail.Exception)):
             traceback.print_exception(error)
         shutil.rmtree(self.directory)
 
-    # -- the world
+    # -- rules: the origin
 
     def _write(self, key: tuple[str, str]) -> None:
         """Write a new version with an old time stamp, or it would be listed twice."""
@@ -132,13 +132,13 @@ class NodeMachine(RuleBasedStateMachine):
             if key not in stored:
                 self.held[key].clear()
             else:
-                assert self.held[key], f"{key} is stored, and nobody has read it"
+                assert self.held[key], f"{key} is stored, and was never read"
 
     def _restart(self, which: int) -> None:
         _processes[which].kill()
         self.reopen(which, self.blocks[which])
 
-    # -- what processes do
+    # -- rules: operations of the processes
 
     @rule(which=WHICH, key=KEY)
     def load(self, which: int, key: tuple[str, str]) -> None:
@@ -199,12 +199,12 @@ class NodeMachine(RuleBasedStateMachine):
     def verify(self, which: int) -> None:
         self._do(which, "verify")
         self.is_damaged = False
-        # the index may be another file now, which a process notices when it writes
+        # the index may have been replaced, which a process notices at its next write
         for process in range(2):
             self.reopen(process, self.blocks[process])
             self._known(process)
 
-    # -- what happens to them
+    # -- rules: faults
 
     @rule(key=KEY)
     def overwrite_origin(self, key: tuple[str, str]) -> None:
@@ -263,7 +263,7 @@ class NodeMachine(RuleBasedStateMachine):
             for which in range(2):
                 self.reopen(which, self.blocks[which])
 
-    # -- what holds at any time
+    # -- invariants
 
     @invariant()
     def what_lies_there_is_what_the_index_says(self) -> None:

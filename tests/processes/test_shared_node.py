@@ -240,7 +240,7 @@ def test_a_broken_index_is_set_aside_by_either_and_both_go_on(place: Path) -> No
     still runs.
     """
     as_user(ALICE, put_and_get, shared(place), range(5), range(0))
-    (root_of(place) / "cache.db-wal").unlink()  # with it SQLite would heal the damage
+    (root_of(place) / "cache.db-wal").unlink()  # with the log, SQLite would repair the damage
     with (root_of(place) / "cache.db").open("r+b") as file:
         file.write(b"no database" * 100)
     assert as_user(BOB, put_and_get, shared(place), range(5, 6), range(6)) == (6, 0)
@@ -305,7 +305,7 @@ def test_permission_lost_under_a_running_job_costs_hits_and_no_sample(place: Pat
     assert as_user(BOB, _lose_permission, place) == [(0, 6), (0, 12), (6, 12), (12, 12)]
 
 
-# -- those who are not meant
+# -- users outside the group
 
 
 def _refusal(config: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def test_one_of_four_processes_is_told_and_all_pause(
         process.start()
     try:
         wait_until(lambda: fault_proxy.count("GET") > 30)
-        # nobody but this process asks for it
+        # only this process requests it
         fault_proxy.rules(Rule(("503",), op="GET", key="/0$"))
         one = opened(url, s3_server, fault_proxy, tmp_path)
         [(_, body)] = one.fetch(one.list_objects("mp-1.zarr/")[:1])

@@ -25,9 +25,9 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import DataConfig
 from zarrcache.data.reader import open_reader
 
-#: What is in a README's loop, and no more: no handler of any signal. Persistent workers, because
+#: A README's training loop without signal handlers. Persistent workers, because
 #: torch's look for a parent that has gone begins when a worker has started: one whose parent is
-#: killed before that waits for ever, whatever its dataset is.
+#: killed before that waits forever, with any dataset.
 SCRIPT = """
 import sys, warnings
 from torch.utils.data import DataLoader
@@ -54,7 +54,7 @@ def training(
     """The script in its own process group, as a terminal or a batch system starts it."""
     script = tmp_path / "train.py"
     script.write_text(text)
-    # no pipe: it would fill, and the script would wait for us
+    # not a pipe: it would fill up and block the script
     with (tmp_path / "out").open("w") as out:
         command = [sys.executable, str(script), str(config), method]
         process = subprocess.Popen(

@@ -40,7 +40,7 @@ def config(
     write_pairs(tmp_path, pairs, shape=(6, 6, 6), chunks=(3, 3, 3))
     for role in ("data", "label"):
         s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
-    # What hangs has to hang until the last process on a busy machine has come to it.
+    # Requests have to hang until the last process has sent one, on a busy machine too.
     patient = {"retry": {"attempts": 1, "timeout": 120}, "fetch": {"read_timeout": 120}}
     return write_config(
         tmp_path,
@@ -107,7 +107,7 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
     report = verify(DataConfig.from_yaml(config))
     assert (report.corrupt, report.strays, report.entries) == ((), (), 2 * pairs + 2)
     state = read_status(DataConfig.from_yaml(config))
-    assert state.volume_bytes == state.array_tier.nbytes  # nothing is reserved for the dead
+    assert state.volume_bytes == state.array_tier.nbytes  # reservations of dead processes are gone
     before_s3 = proxy.count()
     for (task_id, role), values in write_pairs(
         tmp_path / "again", pairs, shape=(6, 6, 6), chunks=(3, 3, 3)

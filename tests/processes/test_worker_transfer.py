@@ -35,7 +35,7 @@ pytestmark = [
 
 IDS = [f"mp-{i}" for i in range(6)]
 DEADLINE_S = 100
-#: Two materials each have one shape, so that batches of two can be stacked or have to stay lists.
+#: Two materials share a shape, so that some batches can be stacked and others stay lists.
 SHAPES = [(8 + i // 2, 9, 10) for i in range(6)]
 
 
@@ -169,7 +169,7 @@ def test_turned_downsampled_and_cast_samples_arrive_right(
     dataset = ZarrDataset(reader, "all", seed=5, **settings)
     torch.manual_seed(11)
     through = list(loader_of(dataset, num_workers=1))
-    # turned in the worker, by torch's seed of it: some turn of the right grid
+    # rotated in the worker with its own seed: some rotation of the right grid
     if "augmentation" in settings:
         plain = ZarrDataset(reader, "all")
         for got, wanted in zip(through, pairs_of(plain), strict=True):
@@ -349,7 +349,7 @@ def test_an_entry_evicted_on_its_way_is_read_again(
         assert_same([batch["data"] for batch in got], [sample["data"][None] for sample in wanted])
     else:
         assert_same(got, wanted)
-    assert (reader.stats - before).misses > 0  # here, for the entries were gone
+    assert (reader.stats - before).misses > 0  # in this process, because the entries were evicted
 
 
 def evicted_on_their_way(reader: ZarrS3Reader, loader: DataLoader[Any], n: int) -> list[Any]:

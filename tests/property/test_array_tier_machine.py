@@ -65,7 +65,7 @@ class ArrayCacheMachine(RuleBasedStateMachine):
             self.values[number] = value, source
             self.damaged.discard(number)
         else:
-            # whatever was stored may have been dropped for it, but is not replaced by anything else
+            # other entries may have been evicted for it, but not replaced
             assert self.eviction == "none" or array_on_disk(nbytes) > LIMIT
 
     @rule(which=st.integers(0, 1), number=KEYS)
@@ -106,7 +106,7 @@ class ArrayCacheMachine(RuleBasedStateMachine):
             return
         path = mine[0]
         raw = bytearray(path.read_bytes())
-        path.unlink()  # a new inode: what is mapped stays what it was
+        path.unlink()  # a new inode: existing maps do not change
         if how == "flip head":
             raw[where % 200] ^= 1 << where % 8
         elif how == "flip tail":

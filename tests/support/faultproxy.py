@@ -46,7 +46,7 @@ class Rule:
     per_object : bool
         ``faults`` for each object on its own.
     latency_s : float
-        Time to the first byte, at the least.
+        Minimum time to the first byte.
     signed_with : str
         Regular expression, searched in the ``Authorization`` header.
     dice : float

@@ -98,7 +98,7 @@ class _State:
             self.rules: list[dict[str, Any]] = []
             self.used: collections.Counter[tuple[int, str]] = collections.Counter()
             self.seen: list[dict[str, Any]] = []
-            # by id, so that a straggler from before the last reset is not counted off
+            # by id, so that a late request from before the last reset is not counted
             self.flying: set[int] = set()
             self.peak = 0
 
@@ -144,7 +144,7 @@ class _State:
                 slot = (number, request if rule["per_object"] or rule["dice"] else "")
                 turn, self.used[slot] = self.used[slot], self.used[slot] + 1
                 if rule["dice"]:
-                    # Without the bucket, whose name is another one in each run.
+                    # Without the bucket, whose name differs in each run.
                     thrown = random.Random(
                         f"{rule['seed']} {op} {path.strip('/').partition('/')[2]} {asked_range} "
                         f"{turn}"
@@ -287,7 +287,7 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def _silence(self) -> None:
         self.close_connection = True
-        self.connection.recv(1)  # until the client hangs up; it has nothing more to say
+        self.connection.recv(1)  # until the client disconnects
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":

@@ -13,7 +13,7 @@ from tests.support.users import as_user
 __all__ = ["MIB", "peak_of"]
 
 MIB = 1024**2
-#: A bomb that goes off is ended here, beyond anything that a test allows.
+#: A child that takes more is killed; every test allows less.
 _MOST = 3 * 1024 * MIB
 
 

@@ -63,7 +63,7 @@ class _Server:
         self._fuse = fuse
         root = os.open(disk, os.O_PATH | os.O_DIRECTORY)
         self._nodes = {1: root}
-        # locks belong to a node: one file has to be one node
+        # locks belong to a node: one node per file
         self._numbers = {self._identity(root): 1}
         self._lookups = {1: 1}
         self._next = 2

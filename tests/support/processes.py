@@ -21,8 +21,8 @@ HANG_S = 60.0
 
 def members(group: int) -> list[int]:
     """Running processes of a group."""
-    # Not os.killpg(group, 0): it finds the dead too, until somebody reaps them, and in a container
-    # perhaps nobody does.
+    # Not os.killpg(group, 0): it finds dead processes too until they are reaped, which may not
+    # happen in a container.
     return [pid for pid, _, its_group in _running() if its_group == group]
 
 

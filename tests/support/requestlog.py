@@ -63,7 +63,7 @@ class RequestLog:
         """
         mark, end, lines = _MARK + uuid.uuid4().hex, time.monotonic() + _DEADLINE_S, -1
         client = _client_of(self._server)
-        with contextlib.suppress(client.exceptions.ClientError):  # there is no such object
+        with contextlib.suppress(client.exceptions.ClientError):  # the object does not exist
             client.head_object(Bucket=self._bucket, Key=mark)
         while True:
             size, text = self._log.stat().st_size, self._text()

@@ -21,7 +21,7 @@ __all__ = [
     "trickling_head",
 ]
 
-#: Gets the connection, with the request read, and sends what it likes.
+#: Gets the connection after the request was read, and sends any bytes.
 Answer = Callable[[socket.socket], None]
 
 

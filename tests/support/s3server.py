@@ -198,8 +198,8 @@ def _serve() -> None:
     from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
-    # S3 alone: to find out which service is meant, moto's own dispatcher looks through its 180
-    # directories, at every request.
+    # Only S3: moto's dispatcher searches 180
+    # service directories at every request.
     MotoRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
     MotoRequestHandler.disable_nagle_algorithm = (
         True  # head and body are two packets: the second would wait for the first one's ACK

@@ -130,7 +130,7 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
             os.sync()
             for fd in opened:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing beyond what is read
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
                 os.pread(fd, kept_bytes, 0)
                 os.close(fd)
             _shorten(device, 65536)

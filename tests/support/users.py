@@ -78,7 +78,7 @@ def _run(
         os.umask(user.umask)
     try:
         result = (True, function(*args))
-    except BaseException:  # noqa: BLE001 - it is told to the test
+    except BaseException:  # noqa: BLE001 - raised in the test
         result = (False, traceback.format_exc())
     answer.send(result)
 

@@ -426,7 +426,7 @@ class TestPlace:
         """Directories that cannot be written."""
         if request.param == "read-only":
             if os.geteuid() == 0:
-                path = Path("/proc/zarrcache")  # nobody may write there, root neither
+                path = Path("/proc/zarrcache")  # not writable, not even by root
                 if not path.parent.is_dir():
                     pytest.skip("root may write everywhere on this machine")
                 return path

@@ -193,7 +193,7 @@ def test_setting_that_cannot_be_used_is_named(
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
-    """One line for each; nobody corrects a file five times."""
+    """One line for each, so that the file is corrected in one go."""
     with pytest.raises(ConfigError) as caught:
         CacheConfig(dir=tmp_path, limit="lots", fetch={"engine": "boto", "concurrency": 0})
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [

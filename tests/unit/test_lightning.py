@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # its import takes seconds, in every process that collects th
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fork.*:DeprecationWarning",
-    # 1.4 would have the call say which targets it trusts; 1.3 has no such thing
+    # 1.4 wants a list of trusted targets, an option that 1.3 does not have
     "ignore:hydra.utils.instantiate:UserWarning",
 )
 
@@ -55,7 +55,7 @@ def module(config: Any, **changes: Any) -> ZarrDataModule:
     return made[-1]
 
 
-#: Those that have not been torn down: no trainer does it.
+#: Data modules that have to be torn down without a trainer.
 made: list[ZarrDataModule] = []
 
 
