@@ -23,7 +23,9 @@ def main() -> int:
     )
     parser.add_argument("src", help="directory of CHGCAR or json.gz files")
     parser.add_argument("dst", help="directory or s3://bucket/prefix")
-    parser.add_argument("--jobs", type=int, default=16, help="most Slurm jobs at once [default: 16]")
+    parser.add_argument(
+        "--jobs", type=int, default=16, help="most Slurm jobs at once [default: 16]"
+    )
     parser.add_argument(
         "--cores", type=int, default=32, help="cores of a job, a worker process each [default: 32]"
     )

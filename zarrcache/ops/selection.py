@@ -7,7 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TypeVar
 
-from zarrcache._keys import ROLES, Role, density_array, source_digest, stem_of, stored_array
+from zarrcache._keys import (
+    ROLES,
+    Role,
+    density_array,
+    source_digest,
+    stem_of,
+    stored_array,
+)
 from zarrcache.arrays import list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
@@ -119,9 +126,7 @@ class Selection:
         """Whether an entry is the stored listing of one of the two directories."""
         return row.kind == LISTING and origin_and_url(row) in self._roots
 
-    def stale(
-        self, rows: Sequence[Row], progress: Callable[[int], object] | None = None
-    ) -> list[Row]:
+    def stale(self, rows: Sequence[Row]) -> list[Row]:
         """Of these entries, those of the array tier that differ from the origin's present version.
 
         One LIST each. A store that the origin no longer has is stale.
@@ -149,15 +154,9 @@ class Selection:
                 return True
             return source_digest(listed) != header.source
 
-        found = []
         with closing(concurrently(is_stale, candidates)) as answers:
             pairs = zip(candidates, answers, strict=True)
-            for done, ((row, *_), stale) in enumerate(pairs, start=1):
-                if stale:
-                    found.append(row)
-                if progress is not None:
-                    progress(done)
-        return found
+            return [row for (row, *_), stale in pairs if stale]
 
 
 def select(
