@@ -24,10 +24,10 @@ __all__ = [
     "Summary",
     "Table",
     "cores",
+    "in_unit_of",
     "interleave",
     "orders",
     "percentile",
-    "safe_repr",
     "summarise",
 ]
 
@@ -230,7 +230,7 @@ def summarise(rounds: Sequence[Measured], of: str | None = None) -> Summary:
     )
 
 
-def safe_repr(table: Table, summary: Summary) -> tuple[float, float, float]:
+def in_unit_of(table: Table, summary: Summary) -> tuple[float, float, float]:
     """Median, P90 and P99 in the table's unit. For rates the percentiles are those of the time: the
     slow end.
     """

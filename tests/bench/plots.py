@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.bench.harness import Table, safe_repr, summarise
+from tests.bench.harness import Table, in_unit_of, summarise
 
 __all__ = ["plot"]
 
@@ -23,7 +23,7 @@ def plot(table: Table, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = [name for name, rounds in table.rounds.items() if rounds]
-    medians = [safe_repr(table, summarise(table.rounds[name], table.of))[0] for name in names]
+    medians = [in_unit_of(table, summarise(table.rounds[name], table.of))[0] for name in names]
     figure, axes = plt.subplots(figsize=(8, 1.1 + 0.34 * len(names)), layout="constrained")
     colours = [
         "#c44e52"
@@ -35,7 +35,7 @@ def plot(table: Table, path: Path) -> None:
     ]
     axes.barh(names, medians, color=colours, height=0.6)
     for name in names:
-        values = [safe_repr(table, summarise([one], table.of))[0] for one in table.rounds[name]]
+        values = [in_unit_of(table, summarise([one], table.of))[0] for one in table.rounds[name]]
         axes.plot(values, [name] * len(values), ".", color="black", markersize=3, alpha=0.5)
     if min(medians) > 0 and max(medians) / min(medians) > 30:
         axes.set_xscale("log")

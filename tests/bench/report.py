@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.bench.harness import TIMES, Bar, Measured, Table, safe_repr, summarise
+from tests.bench.harness import TIMES, Bar, Measured, Table, in_unit_of, summarise
 from tests.bench.machine import commit, machine, versions
 from tests.bench.plots import plot
 
@@ -263,7 +263,7 @@ def _markdown_table(table: Table) -> str:
         summary = summarise(rounds, table.of)
         row = [
             competitor,
-            *(_number(value) for value in safe_repr(table, summary)),
+            *(_number(value) for value in in_unit_of(table, summary)),
             _relative(table, competitor),
             str(summary.rounds),
         ]

@@ -14,10 +14,10 @@ from tests.bench.harness import (
     Bar,
     Measured,
     Table,
+    in_unit_of,
     interleave,
     orders,
     percentile,
-    safe_repr,
     summarise,
 )
 
@@ -93,7 +93,7 @@ def test_one_round_is_all_of_its_percentiles() -> None:
 
 def test_percentiles_of_a_rate_are_the_slow_end() -> None:
     """The P99 of samples/s is what the slowest rounds had, not the fastest."""
-    assert safe_repr(_table(), summarise(_rounds(1.0, 1.0, 2.0, items=10))) == pytest.approx(
+    assert in_unit_of(_table(), summarise(_rounds(1.0, 1.0, 2.0, items=10))) == pytest.approx(
         (10.0, 10 / 1.8, 10 / 1.98)
     )
 

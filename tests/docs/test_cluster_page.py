@@ -23,10 +23,10 @@ COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in 
 
 def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
     """Behaviour is tested in tests/processes/test_cluster.py and tests/processes/test_slurm.py."""
-    safe_repr = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
+    matches = [re.search(r"zarrcache (convert|warm) (.*)", line) for line in COMMANDS]
     used = {
         (match[1], option)
-        for match in safe_repr
+        for match in matches
         if match
         for option in re.findall(r"--[\w-]+", match[2])
     }

@@ -125,7 +125,7 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
         pytest.param(2, 4, marks=pytest.mark.slow),
         (2, 18),
     ],
-    ids=["here", "two processes", "lanes of two"],
+    ids=["here", "two processes", "threads for two"],
 )
 def test_after_kill_9_the_next_run_goes_on(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int
