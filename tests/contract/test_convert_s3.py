@@ -136,9 +136,7 @@ def test_overwriting_leaves_nothing_of_the_old_store(s3_server: S3Server, bucket
     assert s3_server.keys(f"s3://{bucket}/") == sorted(f"label/mp-1.zarr/{key}" for key in new)
 
 
-def test_a_neighbour_whose_name_begins_alike_is_not_touched(
-    s3_server: S3Server, bucket: str
-) -> None:
+def test_a_store_whose_name_is_a_prefix_is_not_touched(s3_server: S3Server, bucket: str) -> None:
     """``mp-1.zarr`` is a prefix of ``mp-1.zarr.zip`` and ``mp-1`` of ``mp-10``."""
     destination = S3Destination(f"s3://{bucket}", s3_server.s3_kwargs)
     s3_server.put(f"s3://{bucket}/mp-1.zarr.zip", b"zip")
@@ -190,7 +188,7 @@ def test_an_unfinished_store_is_neither_skipped_nor_mixed_with_the_new_one(
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset"])
-def test_a_server_that_stumbles_is_asked_again(
+def test_failed_uploads_are_retried(
     s3_server: S3Server, bucket: str, proxy: FaultProxy, fault: str
 ) -> None:
     """Each PUT fails once; the store is complete, and no object was sent more often than needed."""

@@ -130,7 +130,7 @@ def test_local_files_work_alike(tmp_path: Path) -> None:
     assert any((tmp_path / "cache" / "zarrcache-v1" / "bytes").glob("*/*"))
 
 
-def test_what_it_cannot_do_is_said() -> None:
+def test_unsupported_operations_raise_errors_that_say_so() -> None:
     """Another protocol, a missing directory, writing."""
     with pytest.raises(ConfigError, match="zarrcache::s3://bucket/key"):
         ZarrCacheFileSystem("gs", {})

@@ -182,7 +182,7 @@ def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
         plan_training(DataConfig(**config), nodes=25, capacity_bytes=1)
 
 
-def test_the_command_says_it_in_words_and_json(config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_prints_text_and_json(config: dict[str, Any], tmp_path: Path) -> None:
     """With --probe; nothing is cached or written."""
     path = tmp_path / "train.yaml"
     path.write_text(

@@ -199,7 +199,7 @@ class TestListing:
         assert (alone.key, alone.size_bytes) == ("mp-1.zarr.zip", 10)
         assert version(alone) in [version(o) for o in place.open().list_objects()]
 
-    def test_what_is_not_there_is_an_empty_list(self, place: Place) -> None:
+    def test_a_missing_prefix_is_an_empty_list(self, place: Place) -> None:
         """A directory is not an object, and an object is not a directory."""
         place.put("mp-1.zarr/0/0", b"x")
         place.put("mp-1.zarr.zip", b"x")
@@ -254,7 +254,7 @@ class TestListing:
         assert s3_place.open().list_names() == ["empty.zarr", "mp-1.zarr"]
 
     @pytest.mark.parametrize("key", ["a//b", "a/./b", "a/../b", "../x", "/lead", "a\tb"])
-    def test_names_that_are_no_paths_are_read_all_the_same(self, s3_place: Place, key: str) -> None:
+    def test_keys_that_are_not_paths_can_be_read(self, s3_place: Place, key: str) -> None:
         """S3 accepts them as keys; botocore is used where obstore refuses."""
         assert s3_place.server is not None
         bucket, root = s3_place.split()

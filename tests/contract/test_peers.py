@@ -179,7 +179,7 @@ def test_full_node_takes_entries_into_memory(
     assert (gets(log), reader.stats.peer_hits, reader.stats.bypasses) == ({}, 1, 1)
 
 
-def test_nodes_that_can_keep_nothing_wait_for_nobody(
+def test_nodes_that_can_store_nothing_do_not_wait(
     cluster: Cluster, uploaded: tuple[str, Path, Any]
 ) -> None:
     """The node that fetched an entry reports that it did not store it, so the next one does not ask
@@ -231,7 +231,7 @@ def test_entry_comes_from_the_lower_layer_before_any_node_is_asked(
 
 @pytest.mark.parametrize("place", ["peer", "lower"])
 @pytest.mark.parametrize("revalidate", ["run", "epoch", "never, and warm"])
-def test_entry_of_an_older_version_is_not_taken_by_who_asks_the_origin(
+def test_an_older_entry_of_a_peer_is_not_taken_by_a_reader_that_revalidates(
     s3_server: S3Server, tmp_path: Path, bucket: str, revalidate: str, place: str
 ) -> None:
     """``never`` trusts entries of other nodes as it trusts its own."""

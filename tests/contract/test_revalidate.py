@@ -107,7 +107,7 @@ def fill(place: Place) -> Place:
 class TestOverwrittenOrigin:
     """What a reader gives after a store was replaced at the origin."""
 
-    def test_never_gives_what_is_warm_until_it_is_warmed_again(
+    def test_never_serves_warm_entries_until_they_are_warmed_again(
         self, place: Place, arrays: bool
     ) -> None:
         """Also in a new process. ``ensure``, which ``warm`` calls, fetches the present version."""
@@ -151,7 +151,7 @@ class TestOverwrittenOrigin:
         )
 
 
-def test_store_that_was_overwritten_while_half_of_it_was_warm_is_read_anew(place: Place) -> None:
+def test_a_store_overwritten_while_half_of_it_was_warm_is_read_again(place: Place) -> None:
     """The byte tier has the listing and metadata of the old version, whose chunks no longer
     exist.
     """
@@ -247,7 +247,7 @@ def test_asking_costs_one_list_a_store(
 
 
 @pytest.mark.parametrize("revalidate", ["run", "epoch"])
-def test_origin_that_cannot_be_asked_is_an_error(
+def test_an_origin_that_cannot_be_reached_is_an_error(
     s3_place: Place, fault_proxy: FaultProxy, revalidate: str
 ) -> None:
     """A reader that has to check does not serve what may be stale."""
@@ -263,7 +263,7 @@ def test_origin_that_cannot_be_asked_is_an_error(
     assert warm.load("mp-1", "data")[1] == (6, 5, 7)
 
 
-def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_lists_the_directory_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     """A removed store is missing and a new one is found; ``never`` keeps its split."""
     assert place.reader("never").task_ids == IDS
     (place.root / "map.json").write_text(json.dumps({"GGA": [*IDS, "mp-3"]}))
@@ -275,7 +275,7 @@ def test_directory_is_listed_anew_by_a_run(place: Place, caplog: pytest.LogCaptu
     assert place.reader("run").missing == ("mp-1",)
 
 
-def test_what_was_seen_to_be_old_is_not_given_out_when_the_new_one_cannot_be_read(
+def test_a_stale_entry_is_not_served_when_the_new_version_cannot_be_read(
     s3_place: Place, fault_proxy: FaultProxy
 ) -> None:
     """The origin lists a new version and then refuses it: the next load asks again instead of

@@ -227,7 +227,7 @@ def test_the_environment_gives_the_endpoint(
     ] == fault_proxy.endpoint_url.removeprefix("http://")
 
 
-def test_requester_pays_is_said(fault_proxy: FaultProxy, url: str, known: Known) -> None:
+def test_requester_pays_is_sent(fault_proxy: FaultProxy, url: str, known: Known) -> None:
     """The header is on every request."""
     got = arrived(
         fault_proxy,

@@ -339,7 +339,7 @@ def test_store_opens_by_path_url_or_file_url(
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "/"])
-def test_what_names_no_store_is_refused(url: str) -> None:
+def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     """A bucket is not a store."""
     with pytest.raises(ConfigError, match="names no store"):
         open_store(url)

@@ -47,7 +47,7 @@ def test_the_demo_makes_up_densities() -> None:
     _check()
 
 
-def test_what_the_demo_cannot_use_is_said(tmp_path: Path) -> None:
+def test_an_unusable_source_is_named(tmp_path: Path) -> None:
     """Too few pairs; the error says how to lay them out."""
     (tmp_path / "input").mkdir()
     done = _demo("--source", str(tmp_path))

@@ -124,7 +124,7 @@ def test_bad_array_is_purged_counted_and_stored_again(
     assert np.array_equal(entry.array, array_of(1))
 
 
-def test_swapped_arrays_are_told_by_their_headers(tmp_path: Path) -> None:
+def test_swapped_arrays_are_detected_by_their_headers(tmp_path: Path) -> None:
     """Both are whole, with correct checksums, under each other's names."""
     cache = make(tmp_path)
     for number in (1, 2):
@@ -152,7 +152,7 @@ def test_bad_object_is_purged_counted_and_fetched_again(
     assert density.stats.purges == density.stats.byte_misses == 0
 
 
-def test_swapped_objects_are_told_by_their_checksums(density: Density) -> None:
+def test_swapped_objects_are_detected_by_their_checksums(density: Density) -> None:
     """Chunks of equal length, under each other's names."""
     files = [path for path in payload_files(density.tmp_path) if path.parts[-3] == "bytes"]
     path, other = next(
@@ -340,7 +340,7 @@ def test_full_disk_is_passed_by_and_used_again_when_there_is_room(small_disk: Pa
     assert cache.get(key_of(99)) is not None
 
 
-def test_disk_that_somebody_else_fills_is_passed_by(
+def test_a_disk_filled_by_another_program_is_read_past(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The index cannot be written either; the byte tier still reads, and both recover when there is

@@ -117,7 +117,7 @@ def hits_and_faults(directory: Path, disk: Disk) -> list[tuple[bool, int]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_bad_sector_beneath_an_entry_is_a_miss_and_no_bus_error(tmp_path: Path) -> None:
+def test_a_bad_sector_under_an_entry_is_a_miss_and_not_a_bus_error(tmp_path: Path) -> None:
     """Its header is readable and its values are not: found by the checksum, before the values are
     used.
     """

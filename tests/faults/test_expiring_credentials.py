@@ -110,7 +110,7 @@ def test_short_lived_credentials_are_renewed_before_they_expire(
 
 
 @pytest.mark.parametrize("answer", ["400:ExpiredToken", "403:ExpiredToken", "403:InvalidToken"])
-def test_credentials_that_the_server_ends_early_are_asked_for_anew(
+def test_credentials_that_the_server_ends_early_are_renewed(
     opened: Callable[..., Any], fault_proxy: FaultProxy, answer: str
 ) -> None:
     """They were valid for another hour. Requests in flight are retried with new credentials, which

@@ -329,7 +329,7 @@ def test_codec_that_makes_objects_is_refused(tmp_path: Path, codec: str, place: 
     assert peak < SMALL
 
 
-def test_name_in_an_attribute_is_no_codec(tmp_path: Path) -> None:
+def test_a_codec_name_in_an_attribute_is_not_a_codec(tmp_path: Path) -> None:
     """Zarr v3 keeps attributes in the same document."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8), zarr_format=3)
     described(
@@ -367,7 +367,7 @@ def test_metadata_that_is_deep_or_wide_is_refused(
 @pytest.mark.parametrize(
     "key", ["filters", "codecs", "attributes", "fill_value", "chunks", "dtype"]
 )
-def test_metadata_as_deep_as_a_parser_allows_is_no_recursion(
+def test_metadata_as_deep_as_a_parser_allows_raises_no_recursion_error(
     tmp_path: Path, depth: int, key: str
 ) -> None:
     """What ``json`` can just parse is too deep for a recursive function."""
@@ -624,7 +624,7 @@ def test_map_that_never_ends_is_refused() -> None:
 # -- the origin's directory
 
 
-def test_fifo_in_a_store_hangs_nobody(tmp_path: Path) -> None:
+def test_a_named_pipe_in_a_store_does_not_hang(tmp_path: Path) -> None:
     """Opening one would block until it has a writer."""
     small_group(tmp_path / "mp-1.zarr", shape=(8, 8, 8))
     chunk = first_chunk(tmp_path / "mp-1.zarr")

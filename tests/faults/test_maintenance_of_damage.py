@@ -44,7 +44,7 @@ LOOKS: dict[str, Callable[[Index], Any]] = {
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_a_damaged_page_is_healed_by_whoever_looks(
+def test_every_command_repairs_a_damaged_page(
     tmp_path: Path, root: Path, look: Callable[[Index], Any]
 ) -> None:
     """Each page is overwritten once: status, warm, evict and verify all begin by reading the

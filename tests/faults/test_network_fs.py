@@ -199,7 +199,7 @@ def test_an_index_with_a_write_ahead_log_is_changed_over_and_keeps_its_entries(
     assert journal_of(tmp_path / "disk" / "cache" / "zarrcache-v1" / "cache.db") == "wal"
 
 
-def test_a_killed_writer_is_undone_by_whoever_looks_next(network: Path) -> None:
+def test_the_next_process_rolls_back_a_killed_writer(network: Path) -> None:
     """Its rollback journal remains; a read-only connection could not roll back."""
     cache = ArrayCache(allowed(network), Counters())
     for number in range(3):

@@ -207,7 +207,7 @@ class TestTransient:
             4,
         )
 
-    def test_what_has_arrived_is_not_asked_for_again(
+    def test_objects_that_have_arrived_are_not_requested_again(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         """One of four fails twice: six requests."""
@@ -240,7 +240,7 @@ class TestTransient:
         assert ASK["GET"](origin, [obj]) == {"checked.zip": b"checked" * 100}
         assert fault_proxy.count("GET") == 2
 
-    def test_an_etag_that_is_no_md5_is_not_taken_for_one(
+    def test_an_etag_that_is_not_an_md5_is_not_taken_for_one(
         self,
         opened: Callable[..., Origin],
         fault_proxy: FaultProxy,
@@ -424,7 +424,7 @@ class TestPermanent:
             ),
         ],
     )
-    def test_an_answer_that_is_final_is_not_asked_for_again(
+    def test_a_permanent_error_is_not_retried(
         self,
         opened: Callable[..., Origin],
         fault_proxy: FaultProxy,
@@ -478,7 +478,7 @@ class TestLate:
         )
 
     @pytest.mark.parametrize("fault", ["hang", "stall"])
-    def test_a_late_object_is_asked_for_again_at_once(
+    def test_a_late_object_is_requested_again_at_once(
         self,
         late: Callable[..., Origin],
         fault_proxy: FaultProxy,
@@ -492,7 +492,7 @@ class TestLate:
         assert sorted(s.path[-1] for s in fault_proxy.seen("GET")) == ["0", "1", "2", "2", "3"]
         assert (counters.snapshot().requests, counters.snapshot().retries) == (5, 1)
 
-    def test_a_slow_server_is_not_hurried(
+    def test_a_slow_server_gets_no_repeated_requests(
         self, late: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         """If many requests are late, later ones get the long timeout: every object is requested
@@ -504,7 +504,7 @@ class TestLate:
             assert ASK["GET"](origin, listed) == BODIES
             assert fault_proxy.count("GET") == asked
 
-    def test_a_large_object_is_not_hurried(
+    def test_a_large_object_is_not_requested_twice(
         self, late: Callable[..., Origin], fault_proxy: FaultProxy, s3_server: S3Server, url: str
     ) -> None:
         body = random.Random(9).randbytes(engine_obstore.QUICK_BYTES + 1)

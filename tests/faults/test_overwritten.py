@@ -118,7 +118,7 @@ def writer(s3_server: S3Server, bucket: str, versions: list[dict[str, bytes]]) -
         ("obstore", False, False),
     ],
 )
-def test_writer_that_stops_to_think_is_waited_for(
+def test_a_writer_that_pauses_is_waited_for(
     writer: Writer,
     s3_server: S3Server,
     fault_proxy: FaultProxy,

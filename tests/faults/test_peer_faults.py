@@ -156,7 +156,7 @@ def check(reader: ZarrS3Reader, node: LocalNode, *, purges: int, peer_hits: int 
 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("place", ["peer", "lower"])
-def test_bad_entry_is_counted_said_once_and_not_kept(
+def test_bad_entry_is_counted_logged_once_and_not_kept(
     node: LocalNode,
     key: ArrayKey,
     good: bytes,
@@ -264,7 +264,7 @@ def test_peer_that_trickles_is_given_up(
 
 
 @pytest.mark.parametrize("place", ["peer", "lower"])
-def test_entry_that_was_lent_on_has_come_and_its_sender_is_not_blamed(
+def test_an_entry_taken_as_a_loan_is_not_counted_against_its_sender(
     node: LocalNode,
     key: ArrayKey,
     good: bytes,
@@ -327,7 +327,7 @@ def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
     ] == []
 
 
-def test_redirection_to_a_stranger_is_not_followed(
+def test_redirection_to_an_unknown_address_is_not_followed(
     node: LocalNode, good: bytes, tmp_path: Path
 ) -> None:
     """The token would be sent to it."""
@@ -366,7 +366,7 @@ def test_next_peer_is_asked_after_a_bad_one(node: LocalNode, good: bytes, tmp_pa
 
 
 @pytest.mark.parametrize("given", [None, "w" * 32])
-def test_wrong_token_is_refused_and_said(
+def test_wrong_token_is_refused_and_logged(
     node: LocalNode, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A missing and a wrong token; no message contains the token."""
@@ -395,7 +395,7 @@ PLANTED: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_what_is_no_file_in_the_lower_layer_is_passed_over(
+def test_an_entry_of_the_lower_layer_that_is_not_a_file_is_skipped(
     node: LocalNode, key: ArrayKey, tmp_path: Path, what: str
 ) -> None:
     """A good entry next to it is found; nothing hangs."""
@@ -420,7 +420,7 @@ def test_link_in_place_of_a_directory_of_the_lower_layer_is_not_followed(
     check(reader_at(node, tmp_path, lower=tmp_path / "lower"), node, purges=0)
 
 
-def test_lower_layer_that_is_not_there_is_said_once(
+def test_missing_lower_layer_is_logged_once(
     node: LocalNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Perhaps it is not mounted on this node. A world-writable one is refused before the run."""
@@ -450,7 +450,7 @@ def _take_a_lease_and_stop(node: Node, digest: str, pipe: Any) -> None:
     signal.pause()
 
 
-def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(
+def test_lease_of_a_killed_process_is_given_to_the_next_waiting_reader(
     pair: list[Node], node: LocalNode, key: ArrayKey
 ) -> None:
     """At once, before the lease would have expired: the kernel closes its connection."""
@@ -477,7 +477,7 @@ def test_lease_of_a_killed_process_is_given_to_the_next_who_waits(
     assert other.stats.peer_hits == 1
 
 
-def test_who_waits_for_a_holder_that_hangs_goes_to_the_origin_in_the_end(
+def test_a_reader_that_waits_for_a_hanging_holder_goes_to_the_origin_at_last(
     pair: list[Node], node: LocalNode, key: ArrayKey
 ) -> None:
     """After the time that a fetch with its retries may take; here two seconds."""
@@ -507,7 +507,7 @@ def test_lease_is_given_back_when_the_origin_fails(
     assert np.array_equal(reader.load("mp-2", ROLE)[0], broken.values["mp-2", ROLE].ravel())  # type: ignore[arg-type]
 
 
-def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
+def test_lease_of_a_failed_fetch_is_given_to_one_waiting_reader(
     node: LocalNode, tmp_path: Path
 ) -> None:
     """The others wait for that one instead of all going to the origin."""
@@ -533,7 +533,7 @@ def test_lease_of_a_fetch_that_failed_is_given_to_one_of_those_who_wait(
         assert sorted(reader.stats.peer_hits for reader in waiters) == [0, 1, 1]
 
 
-def test_neighbours_pickle_as_their_configuration(node: LocalNode, tmp_path: Path) -> None:
+def test_remote_sources_pickle_as_their_configuration(node: LocalNode, tmp_path: Path) -> None:
     """Without the token, and without the state of failed peers."""
     token = tmp_path / "token"
     token.touch(0o600)

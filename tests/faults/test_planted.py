@@ -205,7 +205,7 @@ STRANGE: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize("row", STRANGE, ids=range(len(STRANGE)))
 @pytest.mark.parametrize("is_known", [True, False])
-def test_a_row_of_the_wrong_types_stops_nobody(
+def test_a_row_of_the_wrong_types_stops_no_job(
     tmp_path: Path, root: Path, victim: Path, row: tuple[Any, ...], is_known: bool
 ) -> None:
     """SQLite accepts any type in any column. Under the key of an entry, and in extra rows."""
@@ -248,7 +248,7 @@ def test_settings_that_were_planted_are_set_aside_with_their_index(
 
 
 @pytest.mark.parametrize("tier", ["entries", "bytes"])
-def test_a_link_in_place_of_a_directory_leads_nobody_out(
+def test_a_link_in_place_of_a_directory_is_not_followed(
     tmp_path: Path, root: Path, victim: Path, tier: str
 ) -> None:
     """``verify`` and an index rebuild remove files without a row, but not behind a link."""
@@ -260,7 +260,7 @@ def test_a_link_in_place_of_a_directory_leads_nobody_out(
     everything(tmp_path)
 
 
-def test_a_link_in_place_of_an_entry_is_dropped_and_what_it_leads_to_left(
+def test_a_link_in_place_of_an_entry_is_dropped_and_its_target_kept(
     tmp_path: Path, root: Path, victim: Path
 ) -> None:
     """It is not followed, even if its target is readable."""
@@ -291,7 +291,7 @@ def test_a_link_in_place_of_the_log_is_not_written_through(
         lambda path, to: os.mkfifo(path),
     ],
 )
-def test_a_lock_that_is_no_file_costs_single_flight_and_nothing_else(
+def test_a_lock_that_is_not_a_file_costs_only_single_flight(
     tmp_path: Path, root: Path, victim: Path, plant: Callable[[Path, Path], None]
 ) -> None:
     """The lock for opening the index."""

@@ -26,7 +26,7 @@ def golden_array() -> NDArray[Any]:
     return (np.arange(24, dtype="<f4") / np.float32(8)).reshape(2, 3, 4)
 
 
-def test_entry_is_written_as_ever(tmp_path: Path) -> None:
+def test_entry_format_has_not_changed(tmp_path: Path) -> None:
     """One changed byte would make existing caches unreadable, or readable wrongly."""
     with FileIO(tmp_path / "entry", "wb") as file:
         write_entry(file, header_of(KEY, golden_array(), SOURCE), golden_array())
@@ -35,7 +35,7 @@ def test_entry_is_written_as_ever(tmp_path: Path) -> None:
     )
 
 
-def test_entry_of_old_is_read() -> None:
+def test_golden_entry_can_be_read() -> None:
     """Identity, source, shape and values."""
     entry = map_entry(GOLDEN)
     assert entry.header == header_of(KEY, golden_array(), SOURCE)

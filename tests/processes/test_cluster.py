@@ -198,7 +198,7 @@ def test_with_a_worker_killed_in_the_middle_everything_is_converted_once(
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
-def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path: Path) -> None:
+def test_a_missing_scheduler_is_an_error_within_seconds(source: Path, tmp_path: Path) -> None:
     """The error lists what --dask accepts; nothing is written."""
     done = zarrcache("convert", source, tmp_path / "out", "--dask", "tcp://127.0.0.1:9")
     assert done.code == 2
@@ -211,7 +211,7 @@ def test_no_scheduler_is_an_error_in_words_within_seconds(source: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_goes_away_ends_the_run_in_words(home: Path, tmp_path: Path) -> None:
+def test_a_scheduler_that_goes_away_ends_the_run_with_an_error(home: Path, tmp_path: Path) -> None:
     """It does not wait forever."""
     with (
         running_cluster(home / "second", {"node1": {}}) as second,
@@ -263,9 +263,7 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
     ("scheduler", "words"),
     [("login1", "missing port"), ("x://a:1", "unknown address scheme"), ("{file}", "'address'")],
 )
-def test_an_address_that_is_none_is_refused_at_once(
-    scheduler: str, words: str, tmp_path: Path
-) -> None:
+def test_an_invalid_address_is_refused_at_once(scheduler: str, words: str, tmp_path: Path) -> None:
     """Before connecting."""
     (tmp_path / "scheduler.json").write_text("{}")
     with (
@@ -381,7 +379,7 @@ def test_warm_over_workers_of_this_machine_is_what_it_is_without(
     assert done.err.count("\n") == 1  # mp-absent
 
 
-def test_errors_are_told_in_words_though_dask_is_there(running: RunningCluster) -> None:
+def test_errors_keep_their_messages_with_dask_imported(running: RunningCluster) -> None:
     """Dask changes how exceptions are pickled; a cause that holds a lock cannot be pickled."""
     with open_cluster(running.address):
         error = OriginUnavailableError("s3://b/mp-1.zarr could not be read")

@@ -198,7 +198,7 @@ TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interr
         pytest.param(TERM, 2, True, id="SIGTERM to all"),
     ],
 )
-def test_a_command_that_is_told_to_end_says_so_and_leaves_nothing_half_written(
+def test_an_interrupted_command_says_so_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, sent: tuple[signal.Signals, int, str], workers: int, to_all: bool
 ) -> None:
     """SIGTERM of a batch system, to one process or to all: one line, its exit code, no process and

@@ -407,7 +407,7 @@ def first_of_a_worker(dataset: Any) -> Any:
     return next(iter(DataLoader(dataset, batch_size=None, num_workers=1, timeout=DEADLINE_S // 2)))
 
 
-def test_missing_array_in_a_worker_is_told_in_the_parent(
+def test_a_missing_array_in_a_worker_is_reported_in_the_parent(
     job: Job, bucket: str, put_store: Callable[..., Any], tmp_path: Path
 ) -> None:
     """With its class and whole message: the array, the store, and the arrays that exist."""
@@ -426,7 +426,7 @@ def test_missing_array_in_a_worker_is_told_in_the_parent(
     )
 
 
-def test_origin_that_is_gone_is_told_in_the_parent(
+def test_an_unreachable_origin_is_reported_in_the_parent(
     job: Job, s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
     """An unreadable sample is an error, never skipped; the message has the URL and the attempts."""

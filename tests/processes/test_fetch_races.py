@@ -107,7 +107,7 @@ def read_with_threads(node: Node, threads: int, barrier: Any, answers: Any) -> N
     ("processes", "threads", "pairs"),
     [pytest.param(4, 4, 3, id="4x4x6"), pytest.param(8, 4, 100, id="8x4x200", marks=LONG)],
 )
-def test_every_object_is_fetched_once_whoever_wants_it(
+def test_every_object_is_fetched_once_for_all_processes_and_threads(
     tmp_path: Path, s3_server: S3Server, bucket: str, processes: int, threads: int, pairs: int
 ) -> None:
     """All cold at the same moment, each in its own order. The server's log and the readers'
@@ -197,7 +197,7 @@ def read_one(node: Node, reached: Any, answers: Any) -> None:
     answers.put((bool(np.array_equal(values, node.values["mp-0", "data"].ravel())), reader.stats))
 
 
-def test_when_a_fetcher_is_killed_one_of_those_who_wait_takes_over(
+def test_when_a_fetcher_is_killed_one_waiting_reader_takes_over(
     tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy
 ) -> None:
     """The server delays the fetcher, so the others wait for it; after its death exactly one of them

@@ -174,7 +174,7 @@ def test_eight_writers_never_exceed_the_limit_and_fill_it(
         )
 
 
-def test_what_is_larger_than_the_limit_is_passed_through_with_one_line(
+def test_entries_larger_than_the_limit_pass_through_with_one_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In every epoch; nothing is dropped for it, and nothing is written."""

@@ -103,7 +103,7 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
 
 
 @pytest.mark.parametrize("eviction", ["none", "belady"])
-def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
+def test_on_a_full_disk_look_ahead_makes_loans_and_the_limit_holds(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, eviction: str
 ) -> None:
     """Room for 16 of 24: four are given up for loans, and each epoch fetches the other eight
@@ -148,7 +148,7 @@ def test_on_a_full_disk_the_look_ahead_is_lent_and_the_limit_holds(
     assert index.volume_bytes() <= 16 * ONE + LISTINGS
 
 
-def test_on_a_full_disk_what_is_read_twice_in_a_row_is_lent_twice(
+def test_on_a_full_disk_what_is_read_twice_in_a_row_gets_two_loans(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path
 ) -> None:
     """As when sampling with replacement: the first read takes the loan that the second would have

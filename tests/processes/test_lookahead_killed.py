@@ -132,7 +132,7 @@ def training(pairs: Pairs, directory: Path, server: S3Server) -> Iterator[tuple[
 @pytest.mark.parametrize(
     "both", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the training", "both"]
 )
-def test_a_killed_training_leaves_no_prefetcher_and_nothing_lent(
+def test_a_killed_training_leaves_no_prefetcher_and_no_loan(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, both: bool
 ) -> None:
     """While a DataLoader worker still lives; the next run reclaims what both held."""

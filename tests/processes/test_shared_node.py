@@ -326,7 +326,7 @@ def _train_with_warnings(place: Path, config: dict[str, Any]) -> tuple[dict[str,
     return train(place, config), [line for line in said if "are left out" not in line]
 
 
-def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> None:
+def test_without_sharing_other_users_cannot_enter_and_their_jobs_run(place: Path) -> None:
     """0700. The second user's commands name the owner; its training reads past the cache, with one
     log line.
     """
@@ -349,7 +349,7 @@ def test_without_sharing_nobody_else_comes_in_and_nobody_stops(place: Path) -> N
     assert as_user(ALICE, train, place, cache)["hits"] == 6
 
 
-def test_one_who_is_not_of_the_group_is_told_which_group_it_is(place: Path) -> None:
+def test_a_user_outside_the_group_is_told_which_group_it_is(place: Path) -> None:
     """Its training runs without the cache."""
     as_user(ALICE, train, place, shared(place))
     words = as_user(CAROL, _refusal, shared(place))
@@ -359,7 +359,7 @@ def test_one_who_is_not_of_the_group_is_told_which_group_it_is(place: Path) -> N
     assert (counted["hits"], counted["misses"], len(said)) == (0, 6, 1)
 
 
-def test_who_forgets_to_share_is_told_and_spoils_nothing(place: Path) -> None:
+def test_a_user_who_forgets_shared_is_told_and_breaks_nothing(place: Path) -> None:
     """The other user owns the directory: ``shared: true`` is needed in both configs."""
     as_user(ALICE, train, place, shared(place))
     assert "set cache.shared: true for both users" in as_user(
@@ -377,7 +377,7 @@ def _plant(path: Path, mode: int) -> None:
 
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("depth", ["cache.dir", "cache.dir/zarrcache-v1"])
-def test_a_directory_that_a_stranger_made_open_to_all_is_refused(
+def test_a_directory_of_another_user_that_is_open_to_all_is_refused(
     place: Path, is_shared: bool, depth: str
 ) -> None:
     """In /tmp any user can create it first, plant entries, or replace it by a link later."""

@@ -88,7 +88,7 @@ def _told_s(proxy: FaultProxy, key: str) -> float | None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_one_of_four_processes_is_told_and_all_pause(
+def test_one_of_four_processes_is_asked_to_slow_down_and_all_pause(
     s3_server: S3Server, fault_proxy: FaultProxy, url: str, tmp_path: Path
 ) -> None:
     """They share only a cache directory. Every sample arrives."""

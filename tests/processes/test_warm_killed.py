@@ -127,7 +127,7 @@ def goes_on(config: Path, proxy: FaultProxy, tmp_path: Path, pairs: int) -> None
     ],
     ids=["here", "two processes", "threads for two"],
 )
-def test_after_kill_9_the_next_run_goes_on(
+def test_after_kill_9_the_next_run_resumes(
     config: Path, fault_proxy: FaultProxy, tmp_path: Path, stuck: Stuck, pairs: int, workers: int
 ) -> None:
     """All processes at once, as at a preemption; no clean-up is needed."""
@@ -152,7 +152,7 @@ CTRL_C, TERM = (signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Termi
         pytest.param(TERM, True, 2, 4, id="SIGTERM to all", marks=pytest.mark.slow),
     ],
 )
-def test_told_to_end_it_ends_at_once_and_the_next_run_goes_on(
+def test_interrupted_it_ends_at_once_and_the_next_run_resumes(
     config: Path,
     fault_proxy: FaultProxy,
     tmp_path: Path,

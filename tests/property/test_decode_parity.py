@@ -271,7 +271,7 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[st
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "[" * 100_000, "\xff"])
-def test_metadata_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_metadata_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     """The message names the document."""
     for name in (".zarray", "zarr.json"):
         path = tmp_path / name.strip(".") / "rho"

@@ -119,7 +119,7 @@ class TestMap:
             (b'{"GGA": {"mp-1": 1}}', "does not hold {functional: [task_id, ...]}"),
         ],
     )
-    def test_map_that_is_none_is_named_with_what_it_has_to_hold(
+    def test_an_invalid_map_is_named_with_the_form_it_needs(
         self, data: Path, content: bytes, words: str
     ) -> None:
         """Broken JSON, broken gzip, and other JSON."""
@@ -158,7 +158,7 @@ class TestMap:
             ["mp-1"],
         ],
     )
-    def test_task_id_that_is_no_plain_name_is_refused(self, data: Path, task_id: Any) -> None:
+    def test_a_task_id_that_is_not_a_plain_name_is_refused(self, data: Path, task_id: Any) -> None:
         """In the map and in a call, before any path is made of it."""
         (data / "map.json").write_text(json.dumps({"GGA": [*IDS, task_id]}))
         for use in (
@@ -267,7 +267,7 @@ class TestArray:
             assert (got.dtype, gridsize) == (np.float32, (5, 6, 7))
             np.testing.assert_array_equal(got, np.array(plain_read(path), dtype=np.float32).ravel())
 
-    def test_group_in_the_place_of_the_array_is_told(self, data: Path, any_cache: Any) -> None:
+    def test_a_group_in_place_of_the_array_is_an_error(self, data: Path, any_cache: Any) -> None:
         """The array is one level too deep."""
         path = data / "data" / "mp-1.zarr"
         shutil.rmtree(path)
@@ -399,7 +399,7 @@ class TestPlace:
             ):
                 make_reader(data, data_dir=url)
 
-    def test_store_missing_on_one_side_is_left_out_and_told(
+    def test_a_store_missing_on_one_side_is_left_out_with_a_warning(
         self, data: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """One warning; ``missing`` has the id."""

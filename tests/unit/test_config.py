@@ -41,7 +41,7 @@ def test_sizes_are_understood(text: object, nbytes: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "ten", "10 GX", "-1", -1, 1.5, True, None, "1 2", "10 %", "1e9"]
 )
-def test_what_is_no_size_is_shown_with_an_example(text: object) -> None:
+def test_an_invalid_size_is_shown_with_an_example(text: object) -> None:
     """The value and the accepted forms."""
     with pytest.raises(ValueError, match=r"is not a size\. Write for example '200 GiB'") as caught:
         parse_bytes(text)
@@ -66,7 +66,7 @@ def test_durations_are_understood(text: object, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "soon", "3 weeks", -1, True, None, float("nan")])
-def test_what_is_no_duration_is_shown_with_an_example(text: object) -> None:
+def test_an_invalid_duration_is_shown_with_an_example(text: object) -> None:
     """The value and the accepted forms."""
     with pytest.raises(ValueError, match=r"is not a duration\. Write for example '60 s'"):
         parse_seconds(text)
@@ -192,7 +192,7 @@ def test_setting_that_cannot_be_used_is_named(
         CacheConfig(**{"dir": tmp_path, **block})
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     """One line for each, so that the file is corrected in one go."""
     with pytest.raises(ConfigError) as caught:
         CacheConfig(dir=tmp_path, limit="lots", fetch={"engine": "boto", "concurrency": 0})
@@ -343,7 +343,7 @@ def test_yaml_holds_a_cache_block_or_is_one(tmp_path: Path) -> None:
         ("", "holds no keys"),
     ],
 )
-def test_file_that_is_no_config_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+def test_an_invalid_config_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     """Path and reason, for whichever of the two kinds of config it should have been."""
     path = tmp_path / "c.yaml"
     if text is not None:
