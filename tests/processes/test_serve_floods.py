@@ -1,0 +1,157 @@
+"""``zarrcache serve`` under floods: bounded memory, and answers for valid clients."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.training import start, write_config
+
+TOKEN = "k" * 40
+DIGEST = "0" * 32
+START = f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode()
+ATTACKERS = 300
+FLOOD_S = 3.0
+MOST_MORE_BYTES = 100 * 2**20
+
+
+def wait_in_silence(connection: socket.socket) -> None:
+    time.sleep(FLOOD_S)
+
+
+def send_headers_slowly(connection: socket.socket) -> None:
+    """Within any limit of one header and of their number, and never the end."""
+    connection.sendall(START + b"".join(b"X%d: %s\r\n" % (n, b"x" * 100) for n in range(30)))
+    for _ in range(30):
+        time.sleep(FLOOD_S / 30)
+        connection.sendall(b"x")
+
+
+def send_large_headers(connection: socket.socket) -> None:
+    connection.sendall(START)
+    for n in range(100):
+        connection.sendall(b"X%d: %s\r\n" % (n, b"x" * 65000))
+
+
+def send_requests_without_reading(connection: socket.socket) -> None:
+    for _ in range(200):
+        connection.sendall((START + b"X: " + b"x" * 900 + b"\r\n\r\n") * 30)
+
+
+def send_a_body(connection: socket.socket) -> None:
+    connection.sendall(START + b"Content-Length: 1000000000\r\n\r\n")
+    for _ in range(1000):
+        connection.sendall(bytes(65536))
+
+
+def send_no_http(connection: socket.socket) -> None:
+    for _ in range(100):
+        connection.sendall(bytes(65536))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """``serve`` in its own process, with a token, and its port."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(TOKEN)
+    config = write_config(tmp_path)
+    process = start("serve", config, "--port", "0", "--token-file", token, "--json")
+    try:
+        assert process.stdout is not None
+        lines = []
+        while not lines or not lines[-1].startswith("}"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.communicate()[1]
+        yield process, int(json.loads("".join(lines))["url"].rpartition(":")[2])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def memory_bytes(process: subprocess.Popen[str]) -> int:
+    pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def ask(port: int) -> str | None:
+    """Ask for an entry as a valid client; the kind of the answer."""
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    ) as connection:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        connection.request("GET", f"/v1/entries/{DIGEST}", headers=headers)
+        return connection.getresponse().headers["Zarrcache-Answer"]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        wait_in_silence,
+        send_headers_slowly,
+        send_large_headers,
+        send_requests_without_reading,
+        send_a_body,
+        send_no_http,
+    ],
+)
+def test_flood_without_the_token_takes_little_memory_and_keeps_no_valid_client_out(
+    served: tuple[subprocess.Popen[str], int], attack: Callable[[socket.socket], None]
+) -> None:
+    process, port = served
+    assert ask(port) == "none"
+    idle_bytes = memory_bytes(process)
+    ends_s = time.monotonic() + FLOOD_S
+    begun = threading.Semaphore(0)
+
+    def flood() -> None:
+        while time.monotonic() < ends_s:
+            with (
+                contextlib.suppress(OSError),  # the server hangs up
+                socket.create_connection(("127.0.0.1", port), timeout=FLOOD_S) as connection,
+            ):
+                begun.release()
+                attack(connection)
+
+    threads = [threading.Thread(target=flood, daemon=True) for _ in range(ATTACKERS)]
+    for thread in threads:
+        thread.start()
+    for _ in range(ATTACKERS // 2):
+        assert begun.acquire(timeout=60)
+    answers, most_bytes = [ask(port)], 0
+    while time.monotonic() < ends_s:
+        answers.append(ask(port))
+        most_bytes = max(most_bytes, memory_bytes(process))
+    for thread in threads:
+        thread.join(60)
+    assert set(answers) == {"none"}
+    assert max(most_bytes, memory_bytes(process)) < idle_bytes + MOST_MORE_BYTES
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+def test_serve_that_was_suspended_answers_again_and_ends_on_sigterm(
+    served: tuple[subprocess.Popen[str], int],
+) -> None:
+    """Batch systems suspend jobs; some system calls fail after that."""
+    process, port = served
+    for _ in range(2):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGCONT)
+        assert ask(port) == "none"
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
