@@ -195,8 +195,8 @@ class ZarrDataModule(LightningDataModule):
         if not self.trainer.strategy.reduce_boolean_decision(first == mine, all=True):
             raise ConfigError(
                 f"The ranks have different samples: {first[1]} training samples on rank 0 and "
-                f"{mine[1]} on rank {self.trainer.global_rank}. Give all nodes the same config, map "
-                "and split file, and list the origin again: zarrcache warm CONFIG."
+                f"{mine[1]} on rank {self.trainer.global_rank}. Give all nodes the same config, "
+                "map and split file, and list the origin again: zarrcache warm CONFIG."
             )
 
     def _dataset(self, side: Side) -> ZarrDataset | SideBySide:
@@ -438,8 +438,9 @@ def _world_of(trainer: Any) -> World | None:
     if world.node != trainer.node_rank:
         raise ConfigError(
             f"Rank {rank} of {ranks} is on node {trainer.node_rank} of {trainer.num_nodes}, and "
-            f"would be on node {world.node} if ranks were numbered node by node. Start the job with "
-            "srun --distribution=block, and set Trainer(num_nodes=..., devices=...) to what it has."
+            f"would be on node {world.node} if ranks were numbered node by node. Start the job "
+            "with srun --distribution=block, and set Trainer(num_nodes=..., devices=...) to what "
+            "it has."
         )
     return world
 

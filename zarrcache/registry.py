@@ -81,7 +81,8 @@ def register_data(name: str) -> Callable[[_L], _L]:
 def get_dataset(cfg: object) -> Any:
     """Call the loader that ``cfg`` selects.
 
-    >>> train_sets, test_sets = get_dataset(SimpleNamespace(**yaml.safe_load(open("configs/s3_cached.yaml"))))
+    >>> cfg = yaml.safe_load(open("configs/s3_cached.yaml"))
+    >>> train_sets, test_sets = get_dataset(cfg)
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Define the torch datasets ``RhoData`` and ``ZarrDataset``, and a collate function for mixed grids."""
+"""Define the datasets ``RhoData`` and ``ZarrDataset``, and a collate function for mixed grids."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Pairs ``(data, label)`` of float32 tensors, each of shape ``(1, nx, ny, nz)``.
 
     >>> train_sets, test_sets = get_dataset(cfg)
-    >>> train_data = RhoData(*train_sets, downsample_data=2, downsample_label=1, data_augmentation=True)
+    >>> train_data = RhoData(*train_sets, downsample_data=2, data_augmentation=True)
 
     Indexing reads a sample, with one access to each of the four sequences. With the lazy sequences
     of ``data_split()`` no density stays in memory.
@@ -389,7 +389,7 @@ class _PairToTensors:
         return (self.downsample_data, self.downsample_label)[field]
 
     def _stream(self) -> tuple[int, ...]:
-        """Numbers that make this process's draws differ from those of other processes and epochs."""
+        """Numbers that make this process's draws differ from other processes and epochs."""
         worker = get_worker_info()
         if worker is not None:
             # torch draws this seed for every worker and, unless workers persist, for every epoch.

@@ -134,7 +134,7 @@ class Lookahead:
         return self._prefetcher.pid if self._prefetcher is not None else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that is read next. Call it wherever the sampler's ``set_epoch`` is called."""
+        """Set the epoch that is read next. Call it beside the sampler's ``set_epoch``."""
         if self._progress is not None:
             self._progress.set_epoch(epoch)
 

@@ -1,4 +1,4 @@
-"""Combine several training configs: their readers, their splits, and one dataset over all of them."""
+"""Combine several training configs: their readers, splits, and one dataset over all of them."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _split_files(
         return files
     if len(names) > 1:
         raise ConfigError(
-            f"split_file is {str(split_file)!r}, but there are {len(names)} datasets. Give one file "
-            f"per dataset: {{{names[0]!r}: ..., ...}}."
+            f"split_file is {str(split_file)!r}, but there are {len(names)} datasets. Give one "
+            f"file per dataset: {{{names[0]!r}: ..., ...}}."
         )
     return {names[0]: split_file}

@@ -1,4 +1,4 @@
-"""Run the process of a ``Lookahead``: follow the order ahead of the training and fetch densities."""
+"""Run the process of a ``Lookahead``: fetch densities in the order of the training, ahead of it."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Schedule:
         return self._share_out(epoch, left, len(history), self.node_of_rank)
 
     def node_order(self, epoch: int, node: int, history: Sequence[Segment] = ()) -> Indices:
-        """Indices that one node reads in an epoch, in order of time if its ranks advance together."""
+        """Indices that one node reads in an epoch, in time order if its ranks advance together."""
         ranks = [rank for rank, its_node in enumerate(self.node_of_rank) if its_node == node]
         return self.orders(epoch, history)[ranks].T.ravel()
 
@@ -201,8 +201,8 @@ def node_of(
     weights = np.ones(nodes, np.int64) if isinstance(nodes, int) else np.asarray(nodes, np.int64)
     if not len(weights) or (weights < 1).any():
         raise ConfigError(
-            f"nodes is {nodes!r}; it has to be a whole number from 1, or the number of ranks of each "
-            "node."
+            f"nodes is {nodes!r}; it has to be a whole number from 1, or the number of ranks of "
+            "each node."
         )
     quotas = _quotas(len(names), weights)
     owners = np.empty(len(names), np.int64)

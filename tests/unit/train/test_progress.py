@@ -54,8 +54,9 @@ def test_an_order_is_of_names_or_positions(order: Any) -> None:
 
 @pytest.mark.parametrize(
     "order",
-    [None, 3, [1, 2, 3], np.array([1, 2]), "mp-1", ["mp-1"], [["mp-1"], None], {"mp-1": 0}, [{"mp-1": 0}], RandomSampler(NAMES),
-     [RandomSampler(NAMES)], BatchSampler(RandomSampler(NAMES), 2, False)],
+    [None, 3, [1, 2, 3], np.array([1, 2]), "mp-1", ["mp-1"], [["mp-1"], None],
+     {"mp-1": 0}, [{"mp-1": 0}], RandomSampler(NAMES), [RandomSampler(NAMES)],
+     BatchSampler(RandomSampler(NAMES), 2, False)],
 )  # fmt: skip
 def test_what_is_not_one_list_per_epoch_is_refused(order: Any) -> None:
     """A batch sampler's batches are not epochs; a torch sampler draws another order each time."""

@@ -71,7 +71,7 @@ def test_an_epoch_is_every_sample_once(
 def test_a_restarted_job_reads_the_rest_of_the_epoch(
     count: int, assignment: Any, worlds: list[tuple[int, ...]], taken: list[int]
 ) -> None:
-    """With other ranks and nodes each time. Only the last run may repeat samples, for equal counts."""
+    """With other ranks and nodes each time. Only the last run may repeat samples."""
     seen: Counter[int] = Counter()
     history: tuple[Segment, ...] = ()
     for world, some in zip(worlds[:-1], taken, strict=False):
