@@ -30,12 +30,12 @@ from zarrcache.errors import ConfigError
 from zarrcache.parallel import World
 from zarrcache.train import (
     Assignment,
+    CombinedDataset,
     Config,
     Lookahead,
     NodeSampler,
     Sample,
     Side,
-    SideBySide,
     Sources,
     ZarrDataset,
     collate_fn,
@@ -199,7 +199,7 @@ class ZarrDataModule(LightningDataModule):
                 "map and split file, and list the origin again: zarrcache warm CONFIG."
             )
 
-    def _dataset(self, side: Side) -> ZarrDataset | SideBySide:
+    def _dataset(self, side: Side) -> ZarrDataset | CombinedDataset:
         return self.sources.dataset(
             side, augmentation=self.augmentation and side == "train", **self._tensors
         )
@@ -228,7 +228,7 @@ class ZarrDataModule(LightningDataModule):
         self._look_ahead(dataset, sampler)
         return loader
 
-    def _look_ahead(self, dataset: ZarrDataset | SideBySide, sampler: NodeSampler) -> None:
+    def _look_ahead(self, dataset: ZarrDataset | CombinedDataset, sampler: NodeSampler) -> None:
         """Start the look-ahead of this rank. Call before the loader starts its workers."""
         self._stop_looking_ahead()
         # A combined dataset has one order over several caches.
@@ -290,7 +290,7 @@ class ZarrDataModule(LightningDataModule):
         )
 
     def _sampler(
-        self, dataset: ZarrDataset | SideBySide, *, shuffle: bool, drop_last: bool
+        self, dataset: ZarrDataset | CombinedDataset, *, shuffle: bool, drop_last: bool
     ) -> _Sampler:
         return _Sampler(
             dataset,
@@ -357,7 +357,7 @@ class _Sampler(NodeSampler, DistributedSampler[int]):
     ranks, here a second time.
     """
 
-    def __init__(self, source: ZarrDataset | SideBySide, **settings: Any) -> None:
+    def __init__(self, source: ZarrDataset | CombinedDataset, **settings: Any) -> None:
         super().__init__(source, **settings)
         # attributes of a DistributedSampler
         self.num_replicas, self.rank = self.world.ranks, self.world.rank

@@ -1,13 +1,14 @@
 from .belady import BeladyPolicy as BeladyPolicy
 from .datasets import RhoData as RhoData
 from .datasets import Sample as Sample
+from .datasets import Transform as Transform
 from .datasets import ZarrDataset as ZarrDataset
 from .datasets import collate as collate
 from .datasets import collate_fn as collate_fn
 from .lookahead import Lookahead as Lookahead
+from .multi import CombinedDataset as CombinedDataset
 from .multi import Config as Config
 from .multi import Side as Side
-from .multi import SideBySide as SideBySide
 from .multi import Sources as Sources
 from .progress import ReadProgress as ReadProgress
 from .sampler import NodeSampler as NodeSampler

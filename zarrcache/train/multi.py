@@ -17,7 +17,7 @@ from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, read_spli
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
 
-__all__ = ["Config", "Side", "SideBySide", "Sources"]
+__all__ = ["CombinedDataset", "Config", "Side", "Sources"]
 
 Config = str | os.PathLike[str] | DataConfig | Mapping[str, Any]
 Side = Literal["train", "validation", "test"]
@@ -93,16 +93,16 @@ class Sources:
             return read_split(path, reader.task_ids)
         return hold_out(*reader.split_task_ids(), self._val_frac, self._random_seed)
 
-    def dataset(self, side: Side, **options: Any) -> ZarrDataset | SideBySide:
+    def dataset(self, side: Side, **options: Any) -> ZarrDataset | CombinedDataset:
         """One side of the split of all configs. ``options`` are those of ``ZarrDataset``."""
         parts = {
             name: ZarrDataset(reader, getattr(self.splits[name], side), **options)
             for name, reader in self.readers.items()
         }
-        return SideBySide(parts) if len(parts) > 1 else next(iter(parts.values()))
+        return CombinedDataset(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
-class SideBySide(ConcatDataset[Any]):
+class CombinedDataset(ConcatDataset[Any]):
     """Several datasets as one; each sample has the number of its dataset."""
 
     def __init__(self, parts: Mapping[str, ZarrDataset]) -> None:
