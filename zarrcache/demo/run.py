@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def run_demo(
     """
     if samples < 2:
         raise ConfigError(f"samples is {samples}; a split into training and test needs at least 2.")
+    if find_spec("torch") is None:  # before the minute that the other steps take
+        raise ConfigError("The demo trains with PyTorch. Install it: pip install 'zarrcache[demo]'")
     directory = Path(tempfile.mkdtemp(prefix="zarrcache-demo-"))
     try:
         rows, identical = _run_all(directory, source, samples, say)
