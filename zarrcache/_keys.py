@@ -1,4 +1,4 @@
-"""Names and digests of objects, cache entries, task ids and roles. Pure."""
+"""Names and digests of objects, cache entries, task ids, roles and eviction policies. Pure."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "ROLES",
     "ArrayKey",
     "BlockKey",
+    "Eviction",
     "ObjectInfo",
     "Role",
     "check_task_id",
@@ -32,6 +33,9 @@ __all__ = [
 #: The two sides of a sample: input and label.
 Role = Literal["data", "label"]
 ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
+#: What a full cache does; zarrcache/disk/policy.py says how. Here, because the command line must not
+#: import pydantic for its help.
+Eviction = Literal["none", "least-recently-stored", "belady"]
 #: Version of everything below ``<dir>/zarrcache-v1/``: in the path, in every digest and header.
 FORMAT_VERSION = 1
 _PERSON = b"zarrcache-v%d" % FORMAT_VERSION

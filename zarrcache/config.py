@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from zarrcache._keys import safe_repr
+from zarrcache._keys import Eviction, safe_repr
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.errors import ConfigError
 
@@ -193,10 +193,6 @@ def _peer_url(text: str) -> str:
             "http://node1:7070"
         )
     return f"http://{url.netloc.lower()}"
-
-
-#: What a full cache does; zarrcache/disk/policy.py says how.
-Eviction = Literal["none", "least-recently-stored", "belady"]
 
 
 class CacheConfig(_Block):

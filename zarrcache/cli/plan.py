@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from zarrcache._keys import Eviction
 from zarrcache.cli.app import command, show, show_json
 from zarrcache.cli.options import Config, Json, data_config, size
-from zarrcache.config import Eviction
 
 __all__ = ["plan"]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Protocol
 
+from zarrcache._keys import Eviction
 from zarrcache._units import Percent
-from zarrcache.config import Eviction
 
 __all__ = [
     "BLOCK_BYTES",

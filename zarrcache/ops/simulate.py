@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.config import Eviction
+from zarrcache._keys import Eviction
 from zarrcache.errors import ConfigError
 
 __all__ = ["POLICIES", "Epoch", "Policy", "simulate"]
