@@ -58,8 +58,8 @@ _MAX_UNPROVEN = 128
 #: kernel's queue.
 _ACCEPTED_PER_ROUND = 32
 _KERNEL_QUEUE = 1024
-#: What a connection may send until its request is valid: a request of zarrcache has less than 2 KiB,
-#: with a token of up to 512 characters, two addresses, and a source.
+#: What a connection may send until its request is valid. A request of zarrcache has less than
+#: 2 KiB, with a token of up to 512 characters, two addresses, and a source.
 _MAX_REQUEST_BYTES = 4096
 #: Seconds from the connection to the end of its first request.
 _REQUEST_S = 10.0
@@ -386,7 +386,7 @@ async def _send(
     response.content_length = nbytes
     response.force_close()
     await response.prepare(request)
-    if connection.transport is None:
+    if connection.transport is None or connection.transport.is_closing():
         raise ConnectionResetError("the client has hung up")
     try:
         # Not limit_s: asyncio's sendfile has to be cancelled before its connection is closed.

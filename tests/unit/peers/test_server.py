@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,21 @@ def test_lease_ends_with_its_connection(server: EntryServer) -> None:
     assert request(server, line)[1]["zarrcache-answer"] == "lease"
 
 
+def test_client_that_hangs_up_while_it_waits_gets_no_lease(server: EntryServer) -> None:
+    """The next one that asks does, although the first has not been answered yet."""
+    line = f"GET /v1/entries/{key_of('waited for').digest}?node={OWN}&wait=30"
+    asked = f"{line} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    with connected(server) as holder:
+        holder.sendall(asked)
+        assert b"Zarrcache-Answer: lease" in holder.recv(65536)
+        with connected(server) as waiting:
+            waiting.sendall(asked)
+            time.sleep(0.2)
+    start_s = time.monotonic()
+    assert request(server, line)[1]["zarrcache-answer"] == "lease"
+    assert time.monotonic() - start_s < 4.0  # less than WAIT_S
+
+
 def test_idle_connections_give_way_to_a_client_that_sends_its_request(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +337,20 @@ def test_client_that_does_not_read_its_entry_is_given_up(
             while part := slow.recv(2**20):
                 received += len(part)
         assert received < big.nbytes
+
+
+def test_client_that_resets_its_connection_is_not_logged(
+    server: EntryServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, during and after the answer."""
+    asked = f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    for n in range(200):
+        with connected(server) as client:
+            client.sendall(asked.encode())
+            time.sleep(n % 10 / 10_000)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+    assert caplog.text == ""
 
 
 def test_close_cuts_off_an_entry_on_its_way(tmp_path: Path) -> None:
