@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from tests.support.faultproxy import FaultProxy, Rule, running_proxy
+from tests.support.faultproxy import FaultProxy, Rule, Seen, running_proxy
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import plain_read
 from zarrcache.config import RetryConfig
@@ -165,6 +165,50 @@ def test_the_documents_that_make_a_store_visible_are_sent_last(
     assert takedown == sorted(takedown, reverse=True)
     puts = [seen.path for seen in proxy.seen("PUT")]
     assert puts[-1].endswith("mp-1.zarr/.zgroup")
+
+
+def test_objects_are_written_by_obstore_with_a_checksum_and_deleted_by_s3fs(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy
+) -> None:
+    """The delete of obstore is DeleteObjects, which some servers do not have."""
+    kwargs = s3_server.kwargs_at(proxy.endpoint_url)
+    destination = S3Destination(f"s3://{bucket}", kwargs)
+    for _ in range(2):
+        destination.upload("mp-1.zarr", _small_store(), overwrite=True)
+    assert _agents(proxy, "PUT") == {"object_store"}
+    assert _agents(proxy, "DELETE") == {"aiobotocore"}
+    assert all("x-amz-checksum-sha256" in _headers(seen) for seen in proxy.seen("PUT"))
+    assert proxy.count("POST") == 0
+    proxy.reset()
+    without = {**kwargs, "config_kwargs": {"request_checksum_calculation": "when_required"}}
+    S3Destination(f"s3://{bucket}", without).upload("mp-2.zarr", _small_store())
+    assert _agents(proxy, "PUT") == {"object_store"}
+    assert not any("x-amz-checksum-sha256" in _headers(seen) for seen in proxy.seen("PUT"))
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [({"s3_additional_kwargs": {"ServerSideEncryption": "AES256"}}, ""), ({}, "a//b")],
+)
+def test_s3fs_writes_what_obstore_cannot(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy, options: dict[str, Any], prefix: str
+) -> None:
+    """An option that obstore does not have, and a name that it would change."""
+    kwargs = {**s3_server.kwargs_at(proxy.endpoint_url), **options}
+    url = f"s3://{bucket}/{prefix}".rstrip("/")
+    store = _small_store()
+    S3Destination(url, kwargs).upload("mp-1.zarr", store)
+    assert _agents(proxy, "PUT") == {"aiobotocore"}
+    assert s3_server.keys(url) == sorted(f"{prefix}/mp-1.zarr/{k}".lstrip("/") for k in store)
+
+
+def _agents(proxy: FaultProxy, op: str) -> set[str]:
+    """The libraries that sent these requests."""
+    return {_headers(seen)["user-agent"].split("/")[0].lower() for seen in proxy.seen(op)}
+
+
+def _headers(seen: Seen) -> dict[str, str]:
+    return {name.lower(): value for name, value in seen.headers.items()}
 
 
 def _runs(sent: list[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

@@ -286,6 +286,72 @@ class TestTransient:
         ]
         assert f"url={url}/mp-1.zarr/ cause=SlowDown (503): Scripted SlowDown." in lines[0]
 
+    @pytest.mark.parametrize("op", ASK)
+    def test_answers_of_every_kind_show_that_the_server_has_recovered(
+        self, opened: Callable[..., Any], listed: list[ObjectInfo], op: str
+    ) -> None:
+        """After ten answers the next pause has its first length again; it would be doubled."""
+        origin = opened()
+        origin._bucket.backoff.slow_down()
+        for _ in range(10):
+            ASK[op](origin, listed[:1])
+        origin._bucket.backoff.slow_down()
+        assert retry._pauses[origin.identity].length_s == retry.FIRST_PAUSE_S
+
+    @pytest.mark.parametrize(
+        ("op", "fault"),
+        [
+            *((op, fault) for op in ASK for fault in ("503:", "429:", "500:")),
+            # an answer to HEAD has no body, so no code
+            *((op, "400:SlowDown") for op in ASK if op != "HEAD"),
+        ],
+    )
+    def test_a_pause_begins_for_the_code_or_the_status_alone(
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        op: str,
+        fault: str,
+    ) -> None:
+        """A load balancer sends a status without a code. Other transient errors pause nothing."""
+        fault_proxy.rules(Rule((fault,), op=methods(op)))
+        assert ASK[op](opened(), listed[:1])
+        assert bool(retry._pauses) is (fault != "500:")
+
+    @pytest.mark.parametrize(
+        ("head", "error", "words"),
+        [
+            ("403", OriginAccessError, "access refused: (403). These credentials"),
+            ("404", IncompleteArrayError, "is listed (2000 bytes) but returned 404"),
+            ("400", OriginError, "refused the request: (400)"),
+        ],
+    )
+    def test_an_error_of_the_head_after_an_md5_mismatch_is_explained(
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        url: str,
+        head: str,
+        error: type[Exception],
+        words: str,
+    ) -> None:
+        """That HEAD asks whether the ETag is an MD5 at all. Its errors name the object."""
+        fault_proxy.rules(Rule(then="corrupt", op="GET"), Rule(then=head, op="HEAD"))
+        with pytest.raises(error) as caught:
+            ASK["GET"](opened(), listed[:1])
+        assert str(caught.value).startswith(f"{url}/{listed[0].key}")
+        assert words in str(caught.value)
+        assert type(caught.value) is error
+
+    def test_a_transient_error_of_the_head_after_an_md5_mismatch_repeats_the_attempt(
+        self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
+    ) -> None:
+        fault_proxy.rules(Rule(("corrupt",), op="GET"), Rule(("500:",), op="HEAD"))
+        assert ASK["GET"](opened(), listed[:1]) == {listed[0].key: BODIES[listed[0].key]}
+        assert (fault_proxy.count("GET"), fault_proxy.count("HEAD")) == (2, 1)
+
 
 @pytest.fixture
 def up_at_retry(fault_proxy: FaultProxy) -> Iterator[None]:

@@ -13,7 +13,13 @@ from urllib.parse import urlsplit
 
 from zarrcache.errors import ConfigError
 
-__all__ = ["AWS_ENDPOINT", "S3Options", "configured_endpoint", "split_s3_url"]
+__all__ = [
+    "AWS_ENDPOINT",
+    "S3Options",
+    "configured_endpoint",
+    "split_s3_url",
+    "stores_checksum",
+]
 
 #: Identity of an origin without ``endpoint_url``. Bucket names are unique over all regions, so the
 #: region is not part of it.
@@ -185,6 +191,18 @@ def configured_region(profile: str | None, environ: Mapping[str, str] = os.envir
     file, None if there is none.
     """
     return environ.get("AWS_DEFAULT_REGION") or _configured(profile, environ)[1].get("region")
+
+
+def stores_checksum(options: S3Options, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether botocore would send a checksum with each PUT, for the server to store: yes, unless
+    ``request_checksum_calculation`` says ``when_required`` because the server does not know them.
+    """
+    name = "request_checksum_calculation"
+    given = _mapping(options.kwargs, "config_kwargs").get(name)
+    setting = given or environ.get(f"AWS_{name.upper()}")
+    if setting is None:
+        setting = _configured(options.profile, environ)[1].get(name)
+    return str(setting).lower() != "when_required"
 
 
 def _configured(
