@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import HANG_S, end_all, until
 from tests.support.s3server import S3Server
-from tests.support.training import start, write_config, zarrcache
+from tests.support.training import write_config, zarrcache
 from zarrcache.demo.synthetic import write_pairs
 
 
@@ -61,48 +59,6 @@ def test_convert_uploads_with_the_settings_of_a_training_config(
     assert (done.code, done.err) == (0, "")
     assert len(s3_server.keys(f"s3://{bucket}/input")) == 2
     assert all(key.endswith(".zarr.zip") for key in s3_server.keys(f"s3://{bucket}/input"))
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "word", "workers"),
-    [(signal.SIGINT, 130, "Interrupted", 2), (signal.SIGTERM, 143, "Terminated", 1)],
-)
-def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
-    tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int
-) -> None:
-    """The next run skips converted files and would not repeat their warnings."""
-    source, out = tmp_path / "input", tmp_path / "out"
-    write_pairs(tmp_path, 12)
-    first, *others = sorted(source.iterdir())
-    potential = source / "a-locpot.CHGCAR"
-    lines = first.read_text().splitlines()
-    grid = next(place for place, line in enumerate(lines) if not line.strip()) + 2
-    negative = [" ".join(str(-float(value)) for value in line.split()) for line in lines[grid:]]
-    potential.write_text("\n".join([*lines[:grid], *negative, ""]))
-    (source / "b.CHGCAR").write_text("not a density\n")
-    process = start("convert", source, out, "--workers", workers, "--chunks", 8)
-    try:
-        # One more than can be finished without its result having arrived.
-        until(
-            lambda: (
-                (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1
-            ),
-            process,
-            "stores",
-        )
-        process.send_signal(number)
-        stdout, err = process.communicate(timeout=HANG_S)
-    finally:
-        end_all(process)
-    assert (process.returncode, stdout) == (code, "")
-    assert f"warning: {potential}: mean(total) is -" in err
-    assert "this looks like a potential (LOCPOT)" in err
-    assert f"failed: {source}/b.CHGCAR " in err
-    assert (
-        err.splitlines()[-1]
-        == f"{word}. What is finished stays; run the same command again to continue."
-    )
-    assert len(list(out.glob("*.zarr"))) < len(others)
 
 
 @pytest.mark.parametrize(

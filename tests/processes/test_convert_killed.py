@@ -338,3 +338,45 @@ def test_ctrl_c_takes_back_what_was_on_its_way_too(
     assert process.returncode == -signal.SIGINT
     assert stderr.rstrip().endswith("KeyboardInterrupt")
     assert s3_server.keys(url) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word", "workers"),
+    [(signal.SIGINT, 130, "Interrupted", 2), (signal.SIGTERM, 143, "Terminated", 1)],
+)
+def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
+    tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int
+) -> None:
+    """The next run skips converted files and would not repeat their warnings."""
+    source, out = tmp_path / "input", tmp_path / "out"
+    write_pairs(tmp_path, 12)
+    first, *others = sorted(source.iterdir())
+    potential = source / "a-locpot.CHGCAR"
+    lines = first.read_text().splitlines()
+    grid = next(place for place, line in enumerate(lines) if not line.strip()) + 2
+    negative = [" ".join(str(-float(value)) for value in line.split()) for line in lines[grid:]]
+    potential.write_text("\n".join([*lines[:grid], *negative, ""]))
+    (source / "b.CHGCAR").write_text("not a density\n")
+    process = start("convert", source, out, "--workers", workers, "--chunks", 8)
+    try:
+        # One more than can be finished without its result having arrived.
+        until(
+            lambda: (
+                (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1
+            ),
+            process,
+            "stores",
+        )
+        process.send_signal(number)
+        stdout, err = process.communicate(timeout=HANG_S)
+    finally:
+        end_all(process)
+    assert (process.returncode, stdout) == (code, "")
+    assert f"warning: {potential}: mean(total) is -" in err
+    assert "this looks like a potential (LOCPOT)" in err
+    assert f"failed: {source}/b.CHGCAR " in err
+    assert (
+        err.splitlines()[-1]
+        == f"{word}. What is finished stays; run the same command again to continue."
+    )
+    assert len(list(out.glob("*.zarr"))) < len(others)
