@@ -52,7 +52,7 @@ _MAX_SERVED = 256
 #: Connections that have not sent a valid request yet. When one more comes, the oldest is closed: a
 #: valid client sends its request at once, so connections that only wait cannot keep it out. With
 #: the descriptors of the served clients this stays below 1024, the usual limit of a process.
-_MAX_UNPROVEN = 128
+_MAX_PENDING = 128
 #: Connections accepted per round of the event loop. A request is read and answered within three
 #: rounds, so a burst of valid clients is no reason to close any; the rest of it waits in the
 #: kernel's queue.
@@ -242,8 +242,8 @@ class _Connection(web.RequestHandler):
         if seconds is not None:
             self._deadline = asyncio.get_running_loop().call_later(seconds, self.abort)
 
-    def is_valid(self) -> None:
-        """Lift the limits: the request that has come is valid. The next one has new limits."""
+    def accept_request(self) -> None:
+        """Lift the limits of a request that is valid; the next one starts with new ones."""
         self.limit_s(None)
         self._left_bytes = _MAX_REQUEST_BYTES
 
@@ -264,14 +264,14 @@ class _Service:
         self._expected = f"Bearer {token}".encode() if token is not None else None
         self._leases = Leases()
         self._served: set[_Connection] = set()
-        self._unproven: dict[_Connection, None] = {}  # a set in order of arrival
+        self._pending: dict[_Connection, None] = {}  # a set in order of arrival
         # With cancellation a client that has hung up does not wait for another node any more.
         self._server = web.Server(self._answer, handler_cancellation=True)
 
     @property
     def connections(self) -> int:
         """How many there are now."""
-        return len(self._served) + len(self._unproven)
+        return len(self._served) + len(self._pending)
 
     def connect(self) -> _Connection:
         """Make the protocol of a new connection."""
@@ -283,15 +283,15 @@ class _Service:
 
     def add(self, connection: _Connection) -> None:
         """Count a new connection, and close the oldest that only waits if there are too many."""
-        if len(self._unproven) >= _MAX_UNPROVEN:
-            oldest = next(iter(self._unproven))
-            del self._unproven[oldest]
+        if len(self._pending) >= _MAX_PENDING:
+            oldest = next(iter(self._pending))
+            del self._pending[oldest]
             oldest.abort()
-        self._unproven[connection] = None
+        self._pending[connection] = None
 
     def remove(self, connection: _Connection) -> None:
         """Forget a connection that has ended, and its lease."""
-        self._unproven.pop(connection, None)
+        self._pending.pop(connection, None)
         self._served.discard(connection)
         self._end_lease(connection, "lost")
 
@@ -312,9 +312,9 @@ class _Service:
         if connection not in self._served:
             if len(self._served) >= _MAX_SERVED:
                 return _empty(503)
-            self._unproven.pop(connection, None)
+            self._pending.pop(connection, None)
             self._served.add(connection)
-        connection.is_valid()
+        connection.accept_request()
         if request.method == "GET":
             return await self._entry(request, connection, digest)
         return self._report(request, connection, digest)

@@ -215,7 +215,7 @@ def test_idle_connections_give_way_to_a_client_that_sends_its_request(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oldest is closed; the others can go on."""
-    monkeypatch.setattr(entryserver, "_MAX_UNPROVEN", 2)
+    monkeypatch.setattr(entryserver, "_MAX_PENDING", 2)
     with EntryServer(directory) as server, connected(server) as first, connected(server) as second:
         second.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode())
         assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
@@ -339,7 +339,7 @@ def test_client_that_does_not_read_its_entry_is_given_up(
         assert received < big.nbytes
 
 
-def test_client_that_resets_its_connection_is_not_logged(
+def test_client_that_resets_its_connection_is_forgotten_and_not_logged(
     server: EntryServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before, during and after the answer."""
@@ -350,6 +350,10 @@ def test_client_that_resets_its_connection_is_not_logged(
             time.sleep(n % 10 / 10_000)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+    ends_s = time.monotonic() + 30
+    while server._service.connections and time.monotonic() < ends_s:
+        time.sleep(0.01)
+    assert server._service.connections == 0
     assert caplog.text == ""
 
 
