@@ -194,7 +194,7 @@ class ZarrDataModule(LightningDataModule):
         first = self.trainer.strategy.broadcast(mine)
         if not self.trainer.strategy.reduce_boolean_decision(first == mine, all=True):
             raise ConfigError(
-                f"The ranks have different samples: {first[1]} training samples on rank 0 and "
+                f"The ranks have different samples: training samples are {first[1]} on rank 0 and "
                 f"{mine[1]} on rank {self.trainer.global_rank}. Give all nodes the same config, "
                 "map and split file, and list the origin again: zarrcache warm CONFIG."
             )
