@@ -99,7 +99,7 @@ class ArrayCache(Tier):
         try:
             stored = self.index.lookup(digest)
             if stored is None:
-                return self._borrowed(key, source)
+                return self._borrowed(key, digest, source)
             filename = stored.filename
             entry = map_entry(f"{self._root}/{filename}")
             header = entry.header
@@ -119,9 +119,9 @@ class ArrayCache(Tier):
             return None
         return entry
 
-    def _borrowed(self, key: ArrayKey, source: str | None) -> Entry | None:
+    def _borrowed(self, key: ArrayKey, digest: str, source: str | None) -> Entry | None:
         """What a prefetcher has lent: it is read once and removed."""
-        lent = self.index.lookup(LENT + key.digest) if self.loans is None else None
+        lent = self.index.lookup(LENT + digest) if self.loans is None else None
         if lent is None:
             return None
         entry = map_entry(f"{self._root}/{lent.filename}")
@@ -133,7 +133,7 @@ class ArrayCache(Tier):
         # A copy: a map would keep the file's room, which the next loan needs. A copy also reaches a
         # training process that would map too late.
         taken = Entry(entry.header, entry.array.copy()) if is_right else None
-        self.index.give_back(key.digest, lent.filename)
+        self.index.give_back(digest, lent.filename)
         return taken
 
     def put(
@@ -183,8 +183,8 @@ class ArrayCache(Tier):
             filename,
             header.file_bytes,
             write,
-            kind=kind_of(key),
             note=array_note(key),
+            kind=kind_of(key),
             url=key.url,
         )
         if outcome is None:

@@ -32,7 +32,7 @@ import diskcache
 
 from zarrcache._keys import FORMAT_VERSION
 from zarrcache.disk.checksums import crc32c
-from zarrcache.disk.directory import CacheDir, is_entry_name
+from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.entry import array_note, kind_of, read_header
 from zarrcache.disk.policy import disk_bytes
 from zarrcache.disk.single_flight import SingleFlight
@@ -78,6 +78,7 @@ _PAGE = 10_000  # rows in memory at a time
 #: row with its pickle mode is refused.
 _MODE_FILE = 16
 _MODE_BITS = 8  # the checksum is stored above them
+_ENTRY_NAME = re.compile(r"(?:entries|bytes)(?:/[0-9a-z-]+){1,2}")
 _VALUE = re.compile(r"(0|[1-9][0-9]{0,17}) .*", re.DOTALL)
 
 
@@ -98,6 +99,14 @@ class Stored:
     filename: str
     size_bytes: int
     note: str
+
+
+def is_entry_name(name: object) -> bool:
+    """Whether ``name`` (a path below :attr:`CacheDir.root`) can be a file of one of the tiers.
+
+    No other file is deleted, whatever the index says.
+    """
+    return isinstance(name, str) and _ENTRY_NAME.fullmatch(name) is not None
 
 
 def row_mode(filename: str, value: str) -> int:

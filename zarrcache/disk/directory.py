@@ -21,11 +21,9 @@ import contextlib
 import errno
 import itertools
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -33,25 +31,15 @@ from zarrcache._keys import FORMAT_VERSION
 from zarrcache.disk.mmap import open_regular
 from zarrcache.errors import ConfigError, CorruptEntryError
 
-__all__ = ["CacheDir", "is_entry_name", "open_entries"]
+__all__ = ["CacheDir", "open_entries"]
 
 _TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Written by zarrcache. `zarrcache evict --all` empties it; deleting it is safe.\n"
 )
-_ENTRY_NAME = re.compile(r"(?:entries|bytes)(?:/[0-9a-z-]+){1,2}")
 _OTHERS_WRITE = 0o002
 
 
-def is_entry_name(name: object) -> bool:
-    """Whether ``name`` (a path below :attr:`CacheDir.root`) can be a file of one of the tiers.
-
-    No other file is deleted, whatever the index says.
-    """
-    return isinstance(name, str) and _ENTRY_NAME.fullmatch(name) is not None
-
-
-@dataclass(frozen=True, slots=True)
 class CacheDir:
     """The directory of one cache.
 
@@ -61,44 +49,27 @@ class CacheDir:
         ``cache.dir``. It may hold other files; they are never touched.
     shared : bool
         Several users of one group: directories 02770. Otherwise 0700 and 0600.
+
+    Attributes
+    ----------
+    root, entries, bytes, locks, index : Path
+    dir_mode : int
+    file_mode : int
+        Of entries, which are published once and never written again.
+    written_mode : int
+        Of the index and the locks, which every process opens for writing.
     """
 
-    parent: Path
-    shared: bool = False
-
-    @property
-    def root(self) -> Path:
-        return self.parent / f"zarrcache-v{FORMAT_VERSION}"
-
-    @property
-    def entries(self) -> Path:
-        return self.root / "entries"
-
-    @property
-    def bytes(self) -> Path:
-        return self.root / "bytes"
-
-    @property
-    def locks(self) -> Path:
-        return self.root / "locks"
-
-    @property
-    def index(self) -> Path:
-        return self.root / "cache.db"
-
-    @property
-    def dir_mode(self) -> int:
-        return 0o2770 if self.shared else 0o700
-
-    @property
-    def file_mode(self) -> int:
-        """Mode of entries, which are published once and never written again."""
-        return 0o640 if self.shared else 0o600
-
-    @property
-    def written_mode(self) -> int:
-        """Mode of the index and the locks, which every process opens for writing."""
-        return 0o660 if self.shared else 0o600
+    def __init__(self, parent: Path, shared: bool = False) -> None:
+        self.parent, self.shared = parent, shared
+        self.root = parent / f"zarrcache-v{FORMAT_VERSION}"
+        self.entries = self.root / "entries"
+        self.bytes = self.root / "bytes"
+        self.locks = self.root / "locks"
+        self.index = self.root / "cache.db"
+        self.dir_mode = 0o2770 if shared else 0o700
+        self.file_mode = 0o640 if shared else 0o600
+        self.written_mode = 0o660 if shared else 0o600
 
     def ensure(self) -> None:
         """Create what is missing. Safe from any process.

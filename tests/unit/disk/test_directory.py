@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache.disk.directory import CacheDir, is_entry_name
+from zarrcache.disk._database import is_entry_name
+from zarrcache.disk.directory import CacheDir
 from zarrcache.errors import ConfigError
 
 
