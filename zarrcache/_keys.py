@@ -93,11 +93,6 @@ class ArrayKey:
     _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
-    def is_listing(self) -> bool:
-        """Whether the entry is a stored listing instead of an array."""
-        return not self.array
-
-    @property
     def source_array(self) -> str:
         """The array's name in the store."""
         return self.array.removesuffix(_PER_POINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import zlib
@@ -21,12 +22,12 @@ from zarrcache.config import CacheConfig
 from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
-    LENT,
     Admission,
     Entry,
     EntryHeader,
     EntryStream,
     Index,
+    Stored,
     array_note,
     disk_bytes,
     header_of,
@@ -97,9 +98,9 @@ class ArrayCache(Tier):
         """
         digest, filename = key.digest, ""
         try:
-            stored = self.index.lookup(digest)
+            stored, lent = self.index.find(digest)
             if stored is None:
-                return self._borrowed(key, digest, source)
+                return self._borrowed(key, lent, source)
             filename = stored.filename
             entry = map_entry(f"{self._root}/{filename}")
             header = entry.header
@@ -119,10 +120,9 @@ class ArrayCache(Tier):
             return None
         return entry
 
-    def _borrowed(self, key: ArrayKey, digest: str, source: str | None) -> Entry | None:
-        """What a prefetcher has lent: it is read once and removed."""
-        lent = self.index.lookup(LENT + digest) if self.loans is None else None
-        if lent is None:
+    def _borrowed(self, key: ArrayKey, lent: Stored | None, source: str | None) -> Entry | None:
+        """What a prefetcher has lent to this process: it is read once and removed."""
+        if lent is None or self.loans is not None:
             return None
         entry = map_entry(f"{self._root}/{lent.filename}")
         is_right = (
@@ -133,7 +133,7 @@ class ArrayCache(Tier):
         # A copy: a map would keep the file's room, which the next loan needs. A copy also reaches a
         # training process that would map too late.
         taken = Entry(entry.header, entry.array.copy()) if is_right else None
-        self.index.give_back(digest, lent.filename)
+        self.index.give_back(key.digest, lent.filename)
         return taken
 
     def put(
@@ -149,7 +149,8 @@ class ArrayCache(Tier):
         """
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         header = header_of(key, array, source)
-        entry, is_stored = self._place(header, lambda file: write_entry(file, header, array))
+        write = functools.partial(write_entry, header=header, array=array)
+        entry, is_stored = self._place(header, write)
         if not is_stored:
             return None
         return entry if entry is not None else Entry(header, array)

@@ -82,7 +82,7 @@ class ByteCache(Tier):
             or os.path.exists(self._path(whole))
         ):
             ((_, data),) = self._entries([whole])
-            return bytes(memoryview(data)[start:stop])
+            return bytes(data if stop - start == obj.size_bytes else memoryview(data)[start:stop])
         parts = []
         for number in range(start // block_size, -(-stop // block_size)):
             base = number * block_size

@@ -122,7 +122,7 @@ class ReadThrough:
                 if entry is None:
                     return self._fetch(arrays, key, store, source, listed, reserve)
         if source is not None:
-            self._mark_checked(key)
+            self._checked.add(key.digest)
         values = entry.array
         self._counters.add(hits=1, served_bytes=values.nbytes)
         if values.ndim != 3 or values.dtype != np.float32:  # planted: what is stored was checked
@@ -156,7 +156,8 @@ class ReadThrough:
                     values = entry.array
                 if lookup is not None:
                     lookup.is_stored = is_stored
-        self._mark_checked(key)
+        if self._revalidate == "run":
+            self._checked.add(key.digest)
         self._counters.add(misses=1, bypasses=int(not is_stored))
         return values, "miss" if is_stored else "bypass"
 
@@ -169,10 +170,6 @@ class ReadThrough:
         # cost as much as the division.
         return per_point(values, out=values if values.flags.writeable else None)
 
-    def _mark_checked(self, key: ArrayKey) -> None:
-        if self._revalidate == "run":
-            self._checked.add(key.digest)
-
     def _past_the_array_tier(
         self, key: ArrayKey, store: str, *, relist: bool
     ) -> NDArray[np.float32]:
@@ -182,7 +179,8 @@ class ReadThrough:
         if config is not None and config.bytes.enabled:
             origin = CachedOrigin(origin, self._cache, relist=relist)
         values = self.prepared(read_array(origin, store, self._array).array, key.url)
-        self._mark_checked(key)
+        if self._revalidate == "run":
+            self._checked.add(key.digest)
         self._counters.add(misses=1, bypasses=1)
         return values
 

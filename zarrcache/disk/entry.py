@@ -69,7 +69,7 @@ _STEP_BYTES = 2**20  # of a stream, in memory at a time
 
 def kind_of(key: ArrayKey) -> str:
     """:data:`ARRAY` or :data:`LISTING`."""
-    return LISTING if key.is_listing else ARRAY
+    return ARRAY if key.array else LISTING
 
 
 def array_note(key: ArrayKey) -> str:

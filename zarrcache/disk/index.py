@@ -142,6 +142,11 @@ class Index:
         """The row of a digest, or of a loan (``LENT + digest``). One SELECT, no write."""
         return self._file.lookup(key)
 
+    def find(self, digest: str) -> tuple[Stored | None, Stored | None]:
+        """The row of an entry, or else that of its loan."""
+        stored = self._file.lookup(digest)
+        return stored, None if stored is not None else self._file.lookup(LENT + digest)
+
     def path_of(self, stored: Stored) -> str:
         """Full path of a file. A string: making a ``Path`` takes a tenth of a warm hit."""
         return f"{self._root}/{stored.filename}"

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from zarrcache import Read, ReadObserver, ZarrDataset, ZarrS3Reader
 
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "observing-reads.md"
+
 
 class Log:
     """Writes a line per call; it works in every process."""
@@ -66,6 +68,15 @@ def test_misses_and_hits_are_reported_with_their_bytes(reader: ZarrS3Reader, log
         ["started", "mp-1", "data", pid],
         ["finished", "mp-1", "data", "hit", nbytes, pid],
     ]
+
+
+def test_the_example_of_the_guide_runs(
+    reader: ZarrS3Reader, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = GUIDE.read_text(encoding="utf-8").partition("```python")[2].partition("```")[0]
+    reader.load("mp-1", "data")
+    exec(compile(code, str(GUIDE), "exec"), {"reader": reader})
+    assert capsys.readouterr().out.startswith("1 hits, ")
 
 
 def test_reads_past_a_full_cache_are_bypasses(
