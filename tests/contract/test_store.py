@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from zarr.core.buffer import Buffer, cpu
+from zarr.abc.buffer import Buffer
+from zarr.buffer import cpu
 from zarr.testing.store import StoreTests
 
 from tests.support.cachedirs import payload_files, settings

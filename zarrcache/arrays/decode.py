@@ -217,7 +217,7 @@ class ArrayDecoder:
 
     def _through_zarr(self) -> np.ndarray[Any, np.dtype[Any]]:
         import zarr
-        from zarr.core.buffer import default_buffer_prototype
+        from zarr.buffer import default_buffer_prototype
 
         make = default_buffer_prototype().buffer.from_bytes
         store = zarr.storage.MemoryStore(

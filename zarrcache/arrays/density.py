@@ -66,7 +66,7 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
         Zarr cannot decode it.
     """
     import zarr
-    from zarr.core.buffer import default_buffer_prototype
+    from zarr.buffer import default_buffer_prototype
 
     if name not in group:
         raise SchemaError(

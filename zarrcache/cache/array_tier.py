@@ -84,7 +84,7 @@ class ArrayCache(Tier):
         self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (type(self), self._config, self._counters, self._verified)
+        return _unpickled, (self._config, self._counters, self._verified)
 
     def get(self, key: ArrayKey, *, source: str | None = None) -> Entry | None:
         """The entry of ``key``, mapped; None if there is none.
@@ -240,7 +240,5 @@ def _file_id(digest: str, filename: str) -> str:
     return f"{digest[:24]}{zlib.crc32(filename.encode()):08x}"
 
 
-def _unpickled(
-    cls: type[ArrayCache], config: CacheConfig, counters: Counters, verified: SharedSet
-) -> ArrayCache:
-    return cls(config, counters, verified=verified)
+def _unpickled(config: CacheConfig, counters: Counters, verified: SharedSet) -> ArrayCache:
+    return ArrayCache(config, counters, verified=verified)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 
 from tests.support.cachedirs import settings
 from tests.support.stores import small_group
