@@ -22,7 +22,7 @@ TOKEN = "k" * 40
 DIGEST = "0" * 32
 START = f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode()
 ATTACKERS = 300
-FLOOD_S = 3.0
+FLOOD_S = 1.5
 MOST_MORE_BYTES = 100 * 2**20
 
 

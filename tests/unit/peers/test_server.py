@@ -6,8 +6,6 @@ import contextlib
 import os
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -399,9 +397,3 @@ def test_cache_that_does_not_exist_yet_is_served_and_not_created(tmp_path: Path)
         assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 404
         assert os.listdir(tmp_path) == []
     assert not server._thread.is_alive()
-
-
-def test_processes_that_only_ask_do_not_import_the_server() -> None:
-    """Importing aiohttp takes 0.1 s and 12 MiB."""
-    code = "import sys; from zarrcache.peers import Peers; sys.exit('aiohttp' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
