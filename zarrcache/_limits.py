@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 __all__ = ["most_bytes", "read_bounded"]
 
 
+@functools.cache
 def most_bytes() -> int:
     """Bytes that one array may have: half of this machine's memory, 64 GiB at most.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from zarrcache.arrays.decode import check_metadata, metadata_key
-from zarrcache.arrays.density import (
+from zarrcache.arrays.read import (
     as_density,
+    check_sizes,
     density_of_group,
+    list_array,
     metadata_of,
     per_point,
+    read_array,
+    stable_listing,
 )
-from zarrcache.arrays.read import check_sizes, list_array, read_array, stable_listing
 from zarrcache.arrays.zip import unzip
 
 __all__ = [

@@ -4,10 +4,18 @@ Plain arrays (regular grid, C order, at most one compressor, no filters, no shar
 here: 343 blosc chunks take 16 ms this way and 109 ms through zarr's pipeline, which spends the rest
 on scheduling. Everything else goes through zarr itself. ``tests/property/test_decode_parity.py``
 compares the two for any shape, chunking and codec.
+
+A chunk of a few bytes may claim, or be, gigabytes. The size of a decoded chunk is known from the
+metadata, but codecs do not use it: numcodecs allocates what a header claims and decompresses
+streams to their end. blosc, zstd and lz4 declare the decompressed size in their headers, which
+their libraries enforce; streams (gzip, zlib, bz2, lzma) are read up to one byte past the limit.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
 import lzma
 import math
@@ -23,16 +31,25 @@ import numpy as np
 from typing_extensions import Buffer
 
 from zarrcache._keys import safe_repr
-from zarrcache._limits import most_bytes
-from zarrcache.arrays import limits
+from zarrcache._limits import most_bytes, read_bounded
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
-__all__ = ["DECODE_ERRORS", "V3_CODECS", "ArrayDecoder", "check_metadata", "metadata_key"]
+__all__ = [
+    "CLAIMED_BYTES",
+    "DECODE_ERRORS",
+    "STREAMS",
+    "V3_CODECS",
+    "ArrayDecoder",
+    "check_metadata",
+    "metadata_key",
+]
 
 #: Compressors of zarr v3 that are decoded here, and what numcodecs calls them. A chunk of any other
 #: is decoded by zarr. To add one, register it with numcodecs, name it here, and give its limit in
-#: ``limits.CLAIMED_BYTES`` or ``limits.STREAMS``; v2 has numcodecs ids and needs no entry here.
+#: ``CLAIMED_BYTES`` or ``STREAMS`` below; v2 has numcodecs ids and needs no entry here.
 V3_CODECS = {"zstd": "zstd", "gzip": "gzip", "blosc": "blosc", "numcodecs.zlib": "zlib"}
+#: zstd's largest block, and the excess allowed for a frame that does not declare its size.
+_ZSTD_BLOCK, _ZSTD_SLACK = 128 * 1024, 32 * 1024**2
 _SHARDS = "sharding_indexed"
 _NOT_WRITTEN = 2**64 - 1
 #: Largest document that describes an array; parsed it takes twenty times the memory.
@@ -198,7 +215,7 @@ class ArrayDecoder:
         assert out is not None
         try:
             raw: Any = (
-                data if plain.codec is None else limits.decode(plain.codec, data, plain.chunk_bytes)
+                data if plain.codec is None else _decompress(plain.codec, data, plain.chunk_bytes)
             )
             chunk = np.frombuffer(raw, plain.dtype).reshape(plain.chunks)
         except DECODE_ERRORS as exc:
@@ -254,8 +271,8 @@ class ArrayDecoder:
                 _check_chunk(document["codecs"], data, shape, itemsize)
             elif document.get("compressor") is not None:
                 # Filters run after it and may change the item size, to 16 bytes at most.
-                limits.check(
-                    limits.numcodec(document["compressor"]),
+                _check_size(
+                    _numcodec(document["compressor"]),
                     data,
                     math.prod(shape) * max(itemsize, 16),
                 )
@@ -290,12 +307,12 @@ def _check_chunk(
         if name == "crc32c":
             data = memoryview(data).cast("B")[:-4]
         elif name in V3_CODECS:
-            packed = limits.numcodec({"id": V3_CODECS[name]})
+            packed = _numcodec({"id": V3_CODECS[name]})
             if not any(str(inner.get("name")) in V3_CODECS for inner in rest):
-                limits.check(packed, data, due)
+                _check_size(packed, data, due)
                 return
             # Another compressor follows: decompress its input, with room for its overhead.
-            data = limits.decode(packed, data, due + due // 8 + 1024)
+            data = _decompress(packed, data, due + due // 8 + 1024)
         else:
             return
 
@@ -508,7 +525,7 @@ def _plain_v2(document: dict[str, Any]) -> _Plain | None:
         document.get("chunks", ()),
         np.dtype(document["dtype"]),
         document.get("fill_value"),
-        None if document.get("compressor") is None else limits.numcodec(document["compressor"]),
+        None if document.get("compressor") is None else _numcodec(document["compressor"]),
         "",
         document.get("dimension_separator", "."),
     )
@@ -538,7 +555,7 @@ def _plain_v3(document: dict[str, Any]) -> _Plain | None:
     codec = None
     if len(codecs) == 2:
         # Decoding needs no parameters: blosc, zstd and gzip frames describe themselves.
-        codec = limits.numcodec({"id": V3_CODECS[codecs[1]["name"]]})
+        codec = _numcodec({"id": V3_CODECS[codecs[1]["name"]]})
     return _layout(
         document["shape"],
         grid["configuration"]["chunk_shape"],
@@ -548,3 +565,120 @@ def _plain_v3(document: dict[str, Any]) -> _Plain | None:
         f"c{separator}" if default else "",
         separator,
     )
+
+
+# -- decompression limits -----------------------------------------------------------------------
+
+
+def _numcodec(configuration: Mapping[str, Any]) -> Any:
+    """Make a codec of numcodecs."""
+    import numcodecs
+
+    return numcodecs.get_codec(dict(configuration))
+
+
+def _decompress(codec: Any, data: Buffer, nbytes: int) -> Any:
+    """Call ``codec.decode(data)`` if the result has at most ``nbytes``.
+
+    Raises
+    ------
+    ValueError
+        It would have more. Damaged data raises what the codec raises.
+    """
+    read = STREAMS.get(codec.codec_id)
+    if read is not None:
+        return read(codec, data, nbytes)
+    _check_size(codec, data, nbytes)
+    return codec.decode(data)
+
+
+def _check_size(codec: Any, data: Buffer, nbytes: int) -> None:
+    """Raise as :func:`_decompress` would, without a result. Codecs without a known bound pass."""
+    kind = codec.codec_id
+    if kind in STREAMS:  # a stream declares no size: decompress up to the limit
+        STREAMS[kind](codec, data, nbytes)
+    elif (
+        kind in CLAIMED_BYTES
+        and (claimed := CLAIMED_BYTES[kind](memoryview(data).cast("B"), nbytes)) > nbytes
+    ):
+        raise ValueError(f"it would decompress to {claimed} bytes; its shape needs {nbytes}")
+
+
+def _zlib(codec: Any, data: Buffer, nbytes: int) -> bytes:
+    stream = zlib.decompressobj()
+    out = stream.decompress(data, nbytes + 1)
+    if len(out) > nbytes:
+        raise ValueError(f"it decompresses to more than {nbytes} bytes")
+    if not stream.eof:
+        raise zlib.error("incomplete or truncated stream")
+    return out
+
+
+def _lzma(codec: Any, data: Buffer, nbytes: int) -> bytes:
+    with lzma.LZMAFile(io.BytesIO(data), format=codec.format, filters=codec.filters) as file:
+        return read_bounded(file, nbytes)
+
+
+def _gzip(codec: Any, data: Buffer, nbytes: int) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        return read_bounded(file, nbytes)
+
+
+def _bz2(codec: Any, data: Buffer, nbytes: int) -> bytes:
+    with bz2.BZ2File(io.BytesIO(data)) as file:
+        return read_bounded(file, nbytes)
+
+
+#: Stream codecs by numcodecs id: decompress up to a limit.
+STREAMS: dict[str, Callable[[Any, Buffer, int], bytes]] = {
+    "zlib": _zlib,
+    "gzip": _gzip,
+    "bz2": _bz2,
+    "lzma": _lzma,
+}
+
+
+def _blosc(view: memoryview, nbytes: int) -> int:
+    return int.from_bytes(view[4:8], "little")
+
+
+def _lz4(view: memoryview, nbytes: int) -> int:
+    return int.from_bytes(view[:4], "little")
+
+
+def _zstd(view: memoryview, nbytes: int) -> int:
+    """Sum the declared sizes of all frames (RFC 8878, section 3.1).
+
+    A frame that declares none counts with its whole blocks, if they are far beyond the limit.
+    """
+    declared, undeclared, at = 0, 0, 0
+    while at + 6 <= len(view):
+        magic = int.from_bytes(view[at : at + 4], "little")
+        if magic & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
+            at += 8 + int.from_bytes(view[at + 4 : at + 8], "little")
+            continue
+        if magic != 0xFD2FB528:
+            break  # not a frame; zstd refuses it
+        descriptor = view[at + 4]
+        is_single = descriptor >> 5 & 1
+        size = (is_single, 2, 4, 8)[descriptor >> 6]
+        at += 5 + (1 - is_single) + (0, 1, 2, 4)[descriptor & 3]
+        if size:
+            declared += int.from_bytes(view[at : at + size], "little") + (256 if size == 2 else 0)
+        at += size
+        while at + 3 <= len(view):
+            block = int.from_bytes(view[at : at + 3], "little")
+            at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+            undeclared += 0 if size else _ZSTD_BLOCK
+            if block & 1:
+                break
+        at += 4 * (descriptor >> 2 & 1)
+    return declared + (undeclared if undeclared > 2 * nbytes + _ZSTD_SLACK else 0)
+
+
+#: Codecs whose header declares the decompressed size, by numcodecs id: read that size.
+CLAIMED_BYTES: dict[str, Callable[[memoryview, int], int]] = {
+    "blosc": _blosc,
+    "lz4": _lz4,
+    "zstd": _zstd,
+}
