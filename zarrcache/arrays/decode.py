@@ -109,8 +109,8 @@ class ArrayDecoder:
     keys : collection of str
         Everything the origin lists below the array, relative to it. A chunk of the grid that is
         not listed has the fill value.
-    url_of : callable
-        Full URL of a key, for messages.
+    url : str
+        Full URL of the array, for messages.
     reserve : callable, optional
         Called with the array's size in bytes before that memory is allocated. It may wait.
     """
@@ -118,11 +118,11 @@ class ArrayDecoder:
     def __init__(
         self,
         keys: Collection[str],
-        url_of: Callable[[str], str],
+        url: str,
         reserve: Callable[[int], object] | None = None,
     ) -> None:
         self._keys = keys
-        self._url_of = url_of
+        self._url = url
         self._reserve = reserve
         self._metadata_key = metadata_key(keys)
         self._document: dict[str, Any] | None = None
@@ -158,14 +158,14 @@ class ArrayDecoder:
         """Return the array, C order, native byte order. Call after adding every listed key."""
         if self._document is None:
             raise SchemaError(
-                f"{self._url_of('')} holds neither .zarray nor zarr.json; it is not a Zarr array."
+                f"{self._url} holds neither .zarray nor zarr.json; it is not a Zarr array."
             )
         if self._out is not None:
             return self._out
         return self._through_zarr()
 
     def _describe(self, data: Buffer) -> None:
-        url = self._url_of(self._metadata_key or "")
+        url = f"{self._url}/{self._metadata_key}"
         raw = memoryview(data)
         if raw.nbytes > _MAX_DOCUMENT_BYTES:
             raise SchemaError(
@@ -220,7 +220,7 @@ class ArrayDecoder:
             chunk = np.frombuffer(raw, plain.dtype).reshape(plain.chunks)
         except DECODE_ERRORS as exc:
             raise IncompleteArrayError(
-                f"{self._url_of(key)} cannot be decoded ({exc}). The object is damaged at the "
+                f"{self._url}/{key} cannot be decoded ({exc}). The object is damaged at the "
                 "origin: convert the store again."
             ) from exc
         target = out[
@@ -252,7 +252,7 @@ class ArrayDecoder:
         except (*DECODE_ERRORS, *_NONSENSE) as exc:
             # zarr has no class of its own for errors of codecs.
             raise IncompleteArrayError(
-                f"{self._url_of('')} cannot be decoded by zarr ({type(exc).__name__}: {exc}). "
+                f"{self._url} cannot be decoded by zarr ({type(exc).__name__}: {exc}). "
                 "Convert the store again."
             ) from exc
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))

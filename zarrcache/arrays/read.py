@@ -212,10 +212,10 @@ def _fetch_and_decode(
         check_sizes([o.size_bytes for o in listed], url)
         ((_, data),) = origin.fetch(listed)
         return _decode_members(url, array, unzip(data, url, f"{array}/"), reserve)
-    check_sizes([o.size_bytes for o in listed], origin.url_of(f"{store}/{array}"))
-    prefix = f"{store}/{array}/"
+    prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
+    check_sizes([o.size_bytes for o in listed], url)
     keys = [o.key.removeprefix(prefix) for o in listed]
-    decoder = ArrayDecoder(keys, lambda key: origin.url_of(prefix + key), reserve)
+    decoder = ArrayDecoder(keys, url, reserve)
     for obj, data in origin.fetch(listed):
         decoder.add(obj.key.removeprefix(prefix), data)
     return decoder.finish()
@@ -233,7 +233,7 @@ def _decode_members(
     }
     if not chosen:
         raise no_such_array(url, array, members)
-    decoder = ArrayDecoder(chosen, lambda key: f"{url}/{prefix}{key}", reserve)
+    decoder = ArrayDecoder(chosen, f"{url}/{array}", reserve)
     for name, data in chosen.items():
         decoder.add(name, data)
     return decoder.finish()

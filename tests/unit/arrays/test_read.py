@@ -106,7 +106,7 @@ def test_array_without_its_metadata_is_none(tmp_path: Path) -> None:
     """Chunks alone say nothing."""
     small_group(tmp_path / STORE)
     (tmp_path / STORE / NAME / ".zarray").unlink()
-    with pytest.raises(SchemaError, match=f"{STORE}/{NAME}/ holds neither .zarray nor zarr.json"):
+    with pytest.raises(SchemaError, match=f"{STORE}/{NAME} holds neither .zarray nor zarr.json"):
         read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
 
 
