@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.readers import make_reader
 from tests.support.stores import small_group
-from zarrcache import ZarrS3Reader
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.origin import ObjectInfo, open_origin, register_origin
 
@@ -52,21 +52,13 @@ def stores(tmp_path: Path) -> dict[tuple[str, str], Any]:
     }
 
 
-def reader(tmp_path: Path, scheme: str) -> ZarrS3Reader:
-    """A reader with a cache."""
-    cache = {"dir": tmp_path / "cache", "min_free": 0}
-    url = f"{scheme}://{tmp_path}"
-    map_path = tmp_path / "map.json"
-    return ZarrS3Reader(f"{url}/data", f"{url}/label", map_path, "GGA", False, 0.5, cache=cache)
-
-
 def test_a_density_is_read_cached_and_read_again_without_the_origin(
     tmp_path: Path, package: Path, stores: dict[tuple[str, str], Any]
 ) -> None:
     import lab_storage
 
     register_origin("lab", lab_storage.FsspecOrigin)
-    lab = reader(tmp_path, "lab")
+    lab = make_reader(tmp_path, f"lab://{tmp_path}", cache={})
     assert sorted(lab.task_ids) == IDS
     assert not lab.use_s3
     for (role, task_id), values in stores.items():

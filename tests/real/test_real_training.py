@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from tests.support.faultproxy import FaultProxy
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate, convert_directory, get_dataset
 
@@ -144,16 +145,14 @@ def test_small_network_learns_from_real_batches(
 ) -> None:
     """Augmented, downsampled, mixed grids, through workers: finite, falling losses."""
     cfg = trained_on
-    cache = {"dir": str(tmp_path / "cache"), "min_free": 0}
-    reader = ZarrS3Reader(
-        cfg.data_dir,
-        cfg.label_dir,
-        cfg.map_dir,
-        "GGA",
-        False,
-        0.6,
+    reader = make_reader(
+        tmp_path,
+        data_dir=cfg.data_dir,
+        label_dir=cfg.label_dir,
+        map_dir=cfg.map_dir,
+        train_fraction=0.6,
         s3_kwargs=cfg.s3_kwargs,
-        cache=cache,
+        cache={},
     )
     dataset = ZarrDataset(
         reader, "train", augmentation=True, downsample_data=2, downsample_label=4, seed=1
