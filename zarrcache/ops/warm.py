@@ -297,7 +297,9 @@ class WarmPlan:
                         "warm; run the same command again to continue. "
                         f"The last error: {result.error}"
                     )
-        index = open_index(_index(self.reader))  # ConfigError if the directory has gone
+        index = _index(self.reader)
+        index.reopen()  # worker processes may have met a directory that is gone by now
+        open_index(index)
         sizes = self._measured(tally)
         seconds = time.monotonic() - start_s
         return tally.report(
@@ -320,6 +322,8 @@ class WarmPlan:
                 return 0
 
         unsized = tally.unsized(_MEASURED)
+        if not unsized:
+            return []
         if any(self._is_zipped(density) for density in unsized):
             unsized = tally.unsized(_MEASURED_ZIPPED)
         with closing(concurrently(size, unsized)) as sizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,23 @@ def test_one_worker_starts_no_process(config: DataConfig, monkeypatch: pytest.Mo
     plan = plan_warm(config, workers=1)
     report = replace(plan, densities=plan.densities * 5).execute()
     assert (report.warm, report.stats.misses, report.stats.hits) == (4, 8, 32)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cache_directory_lost_during_the_run_is_an_error(
+    config: DataConfig, tmp_path: Path, workers: int
+) -> None:
+    """A file has its name now, so it cannot be made again."""
+    results = []
+
+    def lose(result: object) -> None:
+        results.append(result)
+        if len(results) == 8:
+            shutil.rmtree(tmp_path / "cache")
+            (tmp_path / "cache").touch()
+
+    with pytest.raises(ConfigError, match=r"cache\.dir .* cannot be used"):
+        plan_warm(config, workers=workers).execute(lose)
 
 
 def test_an_existing_reader_can_be_warmed(config: DataConfig) -> None:
