@@ -33,8 +33,8 @@ __all__ = [
 #: The two sides of a sample: input and label.
 Role = Literal["data", "label"]
 ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
-#: What a full cache does; zarrcache/disk/policy.py says how. Here, because the command line must not
-#: import pydantic for its help.
+#: What a full cache does; zarrcache/disk/policy.py says how. It is here because the help of the
+#: command line must not import pydantic.
 Eviction = Literal["none", "least-recently-stored", "belady"]
 #: Version of everything below ``<dir>/zarrcache-v1/``: in the path, in every digest and header.
 FORMAT_VERSION = 1

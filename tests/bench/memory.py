@@ -209,7 +209,7 @@ def memory_of(pids: Iterable[int]) -> Memory:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             memory, mapped = parse_smaps(Path(f"/proc/{pid}/smaps").read_text())
             total += memory
-            # What a worker has sent and nobody has fetched yet is mapped nowhere; the worker holds
+            # What a worker has sent and is not yet fetched is mapped nowhere; the worker holds
             # it open.
             shared |= {**_open_shared_memory(pid), **mapped}
     nbytes = sum(shared.values())
