@@ -119,14 +119,14 @@ def test_evict_during_read_is_a_miss_not_an_error(tmp_path: Path) -> None:
     reader, evictor = cache_at(tmp_path), cache_at(tmp_path)
     reader.put(key_of(1), array_of(1), source="s")
     mapped = reader.get(key_of(1))
-    lookup = reader.index.lookup
+    find = reader.index.find
 
-    def lookup_then_evict(digest: str) -> Any:
-        found = lookup(digest)
+    def find_then_evict(digest: str) -> Any:
+        found = find(digest)
         evictor.drop(key_of(1))
         return found
 
-    reader.index.lookup = lookup_then_evict  # type: ignore[method-assign]
+    reader.index.find = find_then_evict  # type: ignore[method-assign]
     assert reader.get(key_of(1)) is None
     assert mapped is not None
     assert np.array_equal(mapped.array, array_of(1))
