@@ -44,7 +44,7 @@ def _proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def proxy(_proxy: FaultProxy) -> FaultProxy:
-    """A proxy in front of the server, with nothing counted."""
+    """A proxy in front of the server, with its counts at 0."""
     _proxy.reset()
     return _proxy
 
@@ -107,7 +107,7 @@ def _tree(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_what_is_on_s3_is_skipped_at_the_price_of_a_listing_and_a_look(
+def test_a_finished_store_is_skipped_for_one_list_and_one_head(
     s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy
 ) -> None:
     """No PUT, and no chunk is read; the missing store is converted."""
@@ -245,7 +245,7 @@ def test_failed_uploads_are_retried(
     assert proxy.count("PUT") == 2 * len(store)
 
 
-def test_a_server_that_stops_taking_objects_gets_what_it_took_removed(
+def test_an_upload_that_fails_is_removed(
     s3_server: S3Server, bucket: str, proxy: FaultProxy
 ) -> None:
     """The attempts are bounded, the error names the store, and no object of it remains."""
@@ -284,7 +284,7 @@ def test_credentials_that_may_not_write_end_the_run_at_once(
     assert s3_server.keys(f"s3://{bucket}/") == []
 
 
-def test_a_bucket_that_is_not_there_is_named_before_anything_is_read(
+def test_a_bucket_that_does_not_exist_is_named_by_the_plan(
     s3_server: S3Server, source: Path
 ) -> None:
     """By the plan, so a dry run finds it too."""
@@ -311,7 +311,7 @@ def test_an_endpoint_that_refuses_connections_is_named(
         destination.names()
 
 
-def test_more_stores_than_a_listing_shows_at_once_are_all_found(tmp_path: Path) -> None:
+def test_stores_on_all_pages_of_a_listing_are_found(tmp_path: Path) -> None:
     """With pages of two names. Only complete stores count."""
     with running_server(
         tmp_path / "log", {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "2"}

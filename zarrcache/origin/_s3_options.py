@@ -1,5 +1,6 @@
-"""``s3_kwargs``, written as for ``s3fs.S3FileSystem``, read once for both engines. Nothing here
-opens a connection.
+"""Read ``s3_kwargs``, which are those of ``s3fs.S3FileSystem``, once for both engines.
+
+Opens no connection.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _CLIENT_ALIASES = {
     "aws_secret_access_key": "secret",
     "aws_session_token": "token",
 }
-#: What s3fs does with these has no effect on reading whole objects.
+#: Options of s3fs without effect on reading and writing whole objects.
 _IRRELEVANT = frozenset(
     "default_block_size default_fill_cache default_cache_type max_concurrency fixed_upload_size "
     "local_expiry_check "
@@ -51,7 +52,7 @@ _KNOWN = (
         "version_aware s3_additional_kwargs session cache_regions asynchronous loop".split()
     )
 )
-#: botocore settings that obstore has no need of, or that are set by ``cache.fetch``.
+#: botocore settings that obstore does not need, or that ``cache.fetch`` sets.
 _IRRELEVANT_CONFIG = frozenset(
     "retries max_pool_connections connect_timeout read_timeout tcp_keepalive user_agent "
     "user_agent_extra user_agent_appid "
@@ -61,7 +62,7 @@ _IRRELEVANT_CONFIG = frozenset(
 
 @dataclass(frozen=True)
 class S3Options:
-    """What ``s3_kwargs`` ask for.
+    """The settings of ``s3_kwargs``, with those of the environment and the user's AWS config file.
 
     Attributes
     ----------
@@ -70,13 +71,13 @@ class S3Options:
     endpoint_url : str or None
         None is AWS.
     region : str or None
-        To sign for. None, only with AWS, is the bucket's own, which has to be asked for.
+        For signatures. None, only with AWS, is the bucket's own region, which one request finds.
     virtual_hosted : bool or None
-        None is the usual: path style for an endpoint of one's own, virtual hosts for AWS.
+        None: path style for a given endpoint, virtual hosts for AWS.
     verify : bool or str
         Check certificates; a string is the path of a file of certificates to trust.
     only_s3fs : tuple of str
-        The settings that obstore cannot do, in words; empty if it can do all of them.
+        Names of the settings that obstore does not have; empty if it has all of them.
     """
 
     kwargs: dict[str, Any] = field(repr=False)
@@ -107,8 +108,8 @@ class S3Options:
         Raises
         ------
         ConfigError
-            A key that is a misspelling of a known one, a value of the wrong type, a key without its
-            secret, a certificate file that is not there.
+            An option is a misspelling of a known one or has the wrong type, a key has no secret, or
+            a certificate file does not exist.
         """
         given = dict(s3_kwargs or {})
         for name in given.keys() - _KNOWN:
@@ -120,7 +121,7 @@ class S3Options:
         client, config = _mapping(given, "client_kwargs"), _mapping(given, "config_kwargs")
 
         def first(name: str) -> Any:
-            # The order of s3fs: its own argument, its alias, then what goes straight to the client.
+            # The order of s3fs: its own argument, its alias, then the client's argument.
             aliases = [a for a, n in _ALIASES.items() if n == name]
             in_client = [a for a, n in _CLIENT_ALIASES.items() if n == name] or [name]
             for source, key in [
@@ -170,8 +171,8 @@ class S3Options:
 
 
 def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The endpoint that botocore would take from the environment or from the user's AWS config
-    file, None if there is none.
+    """The endpoint that botocore would take from the environment or the user's AWS config file, or
+    None.
     """
     if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return None
@@ -187,8 +188,8 @@ def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.env
 
 
 def configured_region(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The region that botocore would sign for, from the environment or from the user's AWS config
-    file, None if there is none.
+    """The region that botocore would take from the environment or the user's AWS config file, or
+    None.
     """
     return environ.get("AWS_DEFAULT_REGION") or _configured(profile, environ)[1].get("region")
 
@@ -208,12 +209,12 @@ def stores_checksum(options: S3Options, environ: Mapping[str, str] = os.environ)
 def _configured(
     profile: str | None, environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The user's AWS config file and the section of the profile; empty if there is none."""
+    """The user's AWS config file and its section for the profile; empty without a file."""
     path = os.path.expanduser(environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
     if not os.path.isfile(path):
         return {}, {}
-    # botocore's own parser: the file nests ("s3 =\n  endpoint_url = ..."). Imported here since it
-    # costs 30 ms and most have no such file.
+    # botocore's own parser, because sections nest ("s3 =\n  endpoint_url = ..."). Imported here
+    # because it takes 30 ms, and most users have no such file.
     from botocore.configloader import load_config
     from botocore.exceptions import BotoCoreError
 
@@ -234,7 +235,7 @@ def split_s3_url(url: str) -> tuple[str, str]:
     Raises
     ------
     ConfigError
-        No bucket, or an ARN.
+        The URL names no bucket, or an ARN.
     """
     rest = url.removeprefix("s3://")
     bucket, _, prefix = rest.partition("/")

@@ -1,4 +1,4 @@
-"""``s3_kwargs`` read once for both engines, without a connection."""
+"""``s3_kwargs`` are read once for both engines, without a connection."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from zarrcache.origin._s3_options import (
     configured_endpoint,
     configured_region,
     split_s3_url,
+    stores_checksum,
 )
 
 CONFIG = """
@@ -32,7 +33,7 @@ s3 =
 
 
 def options(environ: dict[str, str] | None = None, **s3_kwargs: Any) -> S3Options:
-    """Read in an environment of the test's own."""
+    """Options as read in an environment of the test's own."""
     return S3Options.of(s3_kwargs, {"AWS_CONFIG_FILE": "/no/such/file", **(environ or {})})
 
 
@@ -44,7 +45,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def test_nothing_given_is_aws() -> None:
-    """The region is the bucket's, which has to be asked for; both engines can do it."""
+    """The region is the bucket's own, which a request finds; both engines can be used."""
     read = options()
     assert (
         read.endpoint_url,
@@ -58,7 +59,7 @@ def test_nothing_given_is_aws() -> None:
     assert S3Options.of(None, {"AWS_CONFIG_FILE": "/no/such/file"}) == read
 
 
-def test_an_endpoint_of_one_s_own_signs_for_us_east_1() -> None:
+def test_a_given_endpoint_signs_for_us_east_1() -> None:
     """Unless something says otherwise, as with botocore; the slash at the end is no part of its
     identity.
     """
@@ -74,7 +75,6 @@ def test_an_endpoint_of_one_s_own_signs_for_us_east_1() -> None:
 
 
 def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
-    """In this order, as with s3fs."""
     client = {"aws_access_key_id": "ck", "aws_secret_access_key": "cs", "aws_session_token": "ct"}
     for given, expected in [
         (
@@ -91,7 +91,6 @@ def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
 
 
 def test_the_endpoint_comes_from_option_client_environment_or_file(environ: dict[str, str]) -> None:
-    """In this order."""
     every = {
         **environ,
         "AWS_ENDPOINT_URL": "http://env:1",
@@ -114,7 +113,6 @@ def test_the_endpoint_comes_from_option_client_environment_or_file(environ: dict
 
 
 def test_the_region_comes_from_environment_or_file(environ: dict[str, str]) -> None:
-    """Of the profile that is used."""
     assert configured_region(None, environ) == "eu-central-1"
     assert configured_region("lab", environ) == "eu-west-1"
     assert configured_region("split", environ) is None
@@ -122,7 +120,6 @@ def test_the_region_comes_from_environment_or_file(environ: dict[str, str]) -> N
 
 
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """Not taken for an empty one."""
     (tmp_path / "config").write_text("region = no section\n")
     with pytest.raises(ConfigError, match=r"the AWS config file .*config cannot be read") as caught:
         configured_endpoint(None, {"AWS_CONFIG_FILE": str(tmp_path / "config")})
@@ -133,13 +130,12 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ("style", "virtual"), [("virtual", True), ("path", False), ("auto", None), (None, None)]
 )
 def test_the_addressing_style_is_read(style: str | None, virtual: bool | None) -> None:
-    """Of config_kwargs."""
     read = options(config_kwargs={"s3": {"addressing_style": style}} if style else {})
     assert (read.virtual_hosted, read.only_s3fs) == (virtual, ())
 
 
-def test_certificates(tmp_path: Path) -> None:
-    """A file has to be there; False is said, not guessed."""
+def test_verify_is_read_from_the_client_or_the_environment(tmp_path: Path) -> None:
+    """A certificate file has to exist."""
     (tmp_path / "ca.pem").touch()
     ca = str(tmp_path / "ca.pem")
     assert options(client_kwargs={"verify": False}).verify is False
@@ -180,23 +176,50 @@ def test_certificates(tmp_path: Path) -> None:
         ({"client_kwargs": {"api_version": "x"}}, ("client_kwargs.api_version",)),
     ],
 )
-def test_what_obstore_cannot_do_is_listed(given: dict[str, Any], only: tuple[str, ...]) -> None:
-    """And what makes no difference to reading is not."""
+def test_options_that_obstore_does_not_have_are_listed(
+    given: dict[str, Any], only: tuple[str, ...]
+) -> None:
     assert options(**given).only_s3fs == only
 
 
-def test_a_name_that_is_like_no_other_goes_to_s3fs() -> None:
-    """A newer s3fs may know it."""
+@pytest.mark.parametrize(
+    ("config_kwargs", "environ", "stores"),
+    [
+        ({}, {}, True),
+        ({"request_checksum_calculation": "when_required"}, {}, False),
+        ({}, {"AWS_REQUEST_CHECKSUM_CALCULATION": "WHEN_REQUIRED"}, False),
+        (
+            {"request_checksum_calculation": "when_supported"},
+            {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"},
+            True,
+        ),
+    ],
+)
+def test_uploads_store_a_checksum_unless_botocore_would_not(
+    config_kwargs: dict[str, str], environ: dict[str, str], stores: bool
+) -> None:
+    environ = {"AWS_CONFIG_FILE": "/no/such/file", **environ}
+    assert stores_checksum(options(config_kwargs=config_kwargs), environ) is stores
+
+
+def test_the_checksum_setting_is_read_from_the_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "config"
+    file.write_text("[profile lab]\nrequest_checksum_calculation = when_required\n")
+    environ = {"AWS_CONFIG_FILE": str(file)}
+    assert stores_checksum(options(), environ)
+    assert not stores_checksum(options(profile="lab"), environ)
+
+
+def test_an_unknown_option_goes_to_s3fs() -> None:
+    """A newer s3fs may have it."""
     assert options(frobnicate=1).only_s3fs == ("frobnicate",)
 
 
 def test_a_lone_key_is_allowed_with_anon() -> None:
-    """It is not used."""
     assert options(key="k", anon=True).anon
 
 
-def test_what_is_given_is_kept_and_not_shown() -> None:
-    """s3fs gets it as it was written, the representation has no secret."""
+def test_s3_kwargs_are_kept_for_s3fs_and_the_representation_has_no_secret() -> None:
     given = {"key": "AKEY", "secret": "ASECRET", "token": "ATOKEN", "endpoint_url": "http://gw"}
     read = options(**given)
     assert read.kwargs == given
@@ -214,7 +237,7 @@ def test_what_is_given_is_kept_and_not_shown() -> None:
     ],
 )
 def test_an_url_is_bucket_and_prefix(url: str, parts: tuple[str, str]) -> None:
-    """Nothing is decoded."""
+    """Percent signs and spaces are part of the key."""
     assert split_s3_url(url) == parts
 
 
@@ -227,6 +250,5 @@ def test_an_url_is_bucket_and_prefix(url: str, parts: tuple[str, str]) -> None:
     ],
 )
 def test_an_url_without_a_bucket_is_refused(url: str, words: str) -> None:
-    """With what to write instead."""
     with pytest.raises(ConfigError, match=words):
         split_s3_url(url)
