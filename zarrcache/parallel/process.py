@@ -4,7 +4,7 @@ A child is a fresh interpreter, not a fork, so no client, lock or thread of the 
 A process spawned by :mod:`multiprocessing` first runs the program's main module and all its imports
 again (5 s with Lightning), and a program without ``if __name__ == "__main__"`` would start over. A
 child of this module runs the main module only when it unpickles something that is defined there.
-docs/explanation/decisions/ has the alternatives.
+docs/explanation/decisions/018-processes.md has the alternatives.
 """
 
 from __future__ import annotations
