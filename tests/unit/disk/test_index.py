@@ -81,6 +81,18 @@ def test_an_entry_is_found_by_its_digest(tmp_path: Path) -> None:
     assert index.volume_bytes() == 8192
 
 
+def test_a_loan_is_found_where_there_is_no_entry(tmp_path: Path) -> None:
+    index = make(tmp_path)
+    assert index.find("cd34") == (None, None)
+    assert index.lend("cd34", "entries/cd/cd34-00000000")
+    stored, lent = index.find("cd34")
+    assert stored is None
+    assert lent is not None
+    assert lent.filename == "entries/cd/cd34-00000000"
+    store(index, "cd34")
+    assert index.find("cd34") == (index.lookup("cd34"), None)
+
+
 def test_entries_are_listed_oldest_first_by_kind(tmp_path: Path) -> None:
     """A replaced entry counts as new; an intent is not an entry."""
     index = make(tmp_path)
