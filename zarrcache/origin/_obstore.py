@@ -131,8 +131,8 @@ class ObstoreEngine:
         endpoint, virtual = _endpoint(bucket, options, region)
         credentials = None if options.anon else _Credentials(options)
 
-        # Every setting that obstore would otherwise take from the environment, where its rules differ
-        # from botocore's.
+        # Every setting that obstore would otherwise take from the environment, by other rules than
+        # botocore's.
         config: S3Config = {
             "endpoint": endpoint,
             "aws_endpoint_url_s3": endpoint,
