@@ -1,8 +1,10 @@
-"""Parse and format sizes, durations, shares and counts: ``200 GiB``, ``5 min``, ``5 %``, ``8``."""
+"""Parse, format and bound sizes, durations, shares and counts: ``200 GiB``, ``5 min``, ``5 %``."""
 
 from __future__ import annotations
 
+import functools
 import operator
+import os
 import re
 from fractions import Fraction
 from typing import Any
@@ -13,8 +15,10 @@ __all__ = [
     "Percent",
     "bytes_or_percent",
     "format_bytes",
+    "most_bytes",
     "parse_bytes",
     "parse_seconds",
+    "read_bounded",
     "whole_number",
 ]
 
@@ -112,3 +116,27 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
             f"{least}{'' if most is None else f' to {most}'}."
         )
     return number
+
+
+@functools.cache
+def most_bytes() -> int:
+    """Bytes that one array may have: half of this machine's memory, 64 GiB at most.
+
+    The largest of 122,689 densities has 601 MiB. A store that claims more is broken or hostile, and
+    is refused before anything is allocated.
+    """
+    return min(64 * 1024**3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+
+
+def read_bounded(file: Any, nbytes: int) -> bytes:
+    """Read a file to its end.
+
+    Raises
+    ------
+    ValueError
+        It has more than ``nbytes``.
+    """
+    data: bytes = file.read(nbytes + 1)
+    if len(data) > nbytes:
+        raise ValueError(f"it decompresses to more than {nbytes} bytes")
+    return data

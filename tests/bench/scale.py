@@ -36,7 +36,7 @@ from zarrcache.disk._publish import publish
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.entry import header_of, write_entry
 from zarrcache.disk.index import Index
-from zarrcache.ops.opening import open_index
+from zarrcache.ops.selection import open_index
 
 __all__ = ["run"]
 

@@ -26,7 +26,7 @@ from zarrcache.disk import filesystems as mounts
 from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError
 from zarrcache.ops.doctor import examine
-from zarrcache.ops.opening import cache_at, open_index
+from zarrcache.ops.selection import cache_at, open_index
 from zarrcache.stats import Counters
 
 needs_mount = pytest.mark.skipif(not can_mount(), reason="only root can mount, on Linux with FUSE")

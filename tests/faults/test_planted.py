@@ -23,7 +23,7 @@ from zarrcache.disk._publish import owner_id
 from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError
 from zarrcache.ops.evict import plan_evict
-from zarrcache.ops.opening import open_index
+from zarrcache.ops.selection import open_index
 from zarrcache.ops.status import read_status
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters

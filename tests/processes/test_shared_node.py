@@ -26,7 +26,7 @@ from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.disk.index import Index
 from zarrcache.ops.doctor import examine
 from zarrcache.ops.evict import plan_evict
-from zarrcache.ops.opening import open_index
+from zarrcache.ops.selection import open_index
 from zarrcache.ops.status import read_status
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters

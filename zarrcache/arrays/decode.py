@@ -31,7 +31,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from zarrcache._keys import safe_repr
-from zarrcache._limits import most_bytes, read_bounded
+from zarrcache._units import most_bytes, read_bounded
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
 __all__ = [

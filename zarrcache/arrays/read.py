@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache._limits import most_bytes
+from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import ArrayDecoder, check_metadata
 from zarrcache.arrays.zip import unzip
 from zarrcache.errors import (

@@ -7,7 +7,7 @@ import struct
 import zipfile
 from typing import Any
 
-from zarrcache._limits import most_bytes
+from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import DECODE_ERRORS
 from zarrcache.errors import IncompleteArrayError, SchemaError
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from io import FileIO
 
-from zarrcache._shared_memory import SharedSet
 from zarrcache.config import CacheConfig
 from zarrcache.disk import (
     CACHE_FAULTS,
@@ -24,7 +23,7 @@ from zarrcache.disk import (
     publish,
 )
 from zarrcache.errors import CorruptEntryError
-from zarrcache.stats import Counters
+from zarrcache.stats import Counters, SharedSet
 
 __all__ = ["Tier"]
 

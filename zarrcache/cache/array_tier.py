@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from zarrcache._keys import ArrayKey
-from zarrcache._shared_memory import SharedSet
 from zarrcache._units import format_bytes
 from zarrcache.cache._tier import Tier
 from zarrcache.cache.loans import Loans
@@ -36,7 +35,7 @@ from zarrcache.disk import (
     write_entry,
 )
 from zarrcache.errors import CorruptEntryError
-from zarrcache.stats import Counters, LogOnce
+from zarrcache.stats import Counters, LogOnce, SharedSet
 
 __all__ = ["ArrayCache", "EntryInfo"]
 

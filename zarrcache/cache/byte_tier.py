@@ -14,13 +14,12 @@ from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 from zarrcache._keys import BlockKey, ObjectInfo
-from zarrcache._shared_memory import SharedSet
 from zarrcache.cache._tier import Tier
 from zarrcache.config import CacheConfig
 from zarrcache.disk import CACHE_FAULTS, OBJECT, Index, crc32c, open_regular, write_all
 from zarrcache.errors import CorruptEntryError
 from zarrcache.origin import Origin
-from zarrcache.stats import Counters
+from zarrcache.stats import Counters, SharedSet
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from zarrcache._keys import ArrayKey, Role, stem_of
-from zarrcache._shared_memory import SharedSet
 from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.byte_tier import ByteCache
 from zarrcache.cache.loans import Loans
@@ -25,7 +24,7 @@ from zarrcache.disk import (
     array_note,
 )
 from zarrcache.origin import Origin, open_origin
-from zarrcache.stats import Counters
+from zarrcache.stats import Counters, SharedSet
 
 __all__ = ["Cache"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._limits import most_bytes, read_bounded
+from zarrcache._units import most_bytes, read_bounded
 from zarrcache.errors import ConfigError, SchemaError
 
 __all__ = ["RawDensity", "pymatgen_version", "read_mp_json", "read_vasp_text"]

@@ -25,16 +25,15 @@ from zarrcache._keys import (
     stem_of,
     stored_array,
 )
-from zarrcache._shared_memory import SharedSet
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.observers import Read, ReadObserver
-from zarrcache.data.pairs import PairReader
 from zarrcache.data.sequences import Density
+from zarrcache.data.splits import PairReader
 from zarrcache.errors import OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
-from zarrcache.stats import Counters, Stats
+from zarrcache.stats import Counters, SharedSet, Stats
 
 if TYPE_CHECKING:
     import s3fs

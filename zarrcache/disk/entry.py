@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from zarrcache._keys import FORMAT_VERSION, ArrayKey, safe_repr
-from zarrcache._limits import most_bytes
+from zarrcache._units import most_bytes
 from zarrcache.disk._publish import write_all
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.mmap import map_file, open_regular, read_in
@@ -317,7 +317,7 @@ class EntryStream:
     CorruptEntryError
         It is not an entry as this version writes it, has another key, is not a float32 density, has
         another length than its header says, or is larger than any array may be
-        (:func:`zarrcache._limits.most_bytes`).
+        (:func:`zarrcache._units.most_bytes`).
     """
 
     def __init__(self, stream: _Stream, file_bytes: int, key: ArrayKey, where: str) -> None:

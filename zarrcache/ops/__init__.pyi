@@ -3,8 +3,8 @@ from .evict import plan_evict as plan_evict
 from .forecast import EpochForecast as EpochForecast
 from .forecast import Forecast as Forecast
 from .forecast import plan_training as plan_training
-from .opening import cache_at as cache_at
-from .opening import cache_of as cache_of
+from .selection import cache_at as cache_at
+from .selection import cache_of as cache_of
 from .status import Status as Status
 from .status import Tier as Tier
 from .status import read_status as read_status

@@ -34,7 +34,7 @@ from zarrcache.disk import (
     write_entry,
 )
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
-from zarrcache.ops.opening import open_index
+from zarrcache.ops.selection import open_index
 from zarrcache.origin import open_origin
 
 __all__ = ["Finding", "examine"]

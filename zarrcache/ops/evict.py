@@ -10,8 +10,7 @@ from pathlib import Path
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import LISTING, Index, Row, choose_victims
 from zarrcache.errors import ConfigError
-from zarrcache.ops.opening import open_if_present
-from zarrcache.ops.selection import select
+from zarrcache.ops.selection import open_if_present, select
 
 __all__ = ["EvictPlan", "plan_evict"]
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
-from zarrcache.ops.opening import cache_of, open_if_present
-from zarrcache.ops.selection import Selection, select
+from zarrcache.ops.selection import Selection, cache_of, open_if_present, select
 
 __all__ = ["Coverage", "Status", "Tier", "read_status"]
 

@@ -18,8 +18,7 @@ from zarrcache.disk import (
     published_name,
 )
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.ops.opening import cache_of, open_if_present
-from zarrcache.ops.selection import origin_and_url, select
+from zarrcache.ops.selection import cache_of, open_if_present, origin_and_url, select
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 

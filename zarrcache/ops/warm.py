@@ -32,8 +32,7 @@ from zarrcache.errors import (
     OriginUnavailableError,
     ZarrCacheError,
 )
-from zarrcache.ops.opening import cache_of, open_index
-from zarrcache.ops.selection import concurrently, stored_header
+from zarrcache.ops.selection import cache_of, concurrently, open_index, stored_header
 from zarrcache.ops.sizes import measure_size
 from zarrcache.parallel import Died, Engine, Reserve, World, cores, spread
 from zarrcache.stats import Stats

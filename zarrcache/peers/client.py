@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit
 
-from zarrcache._limits import most_bytes
+from zarrcache._units import most_bytes
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError
 from zarrcache.stats import LogOnce

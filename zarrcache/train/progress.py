@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ROLES, Role
-from zarrcache._shared_memory import SharedFile
 from zarrcache.data import Read
 from zarrcache.errors import ConfigError
+from zarrcache.stats import SharedFile
 from zarrcache.train.schedule import Schedule, Segment
 
 __all__ = ["Listed", "Orders", "ReadProgress", "Scheduled"]

@@ -12,7 +12,7 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.index import Row
-from zarrcache.ops.opening import cache_at
+from zarrcache.ops.selection import cache_at
 
 ENTRY = 8192  # bytes on disk of one of these densities: a page of header and a page of values
 

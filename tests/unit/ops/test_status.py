@@ -12,7 +12,7 @@ from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
 from zarrcache.data.reader import open_reader
-from zarrcache.ops.opening import cache_at
+from zarrcache.ops.selection import cache_at
 from zarrcache.ops.status import read_status
 
 

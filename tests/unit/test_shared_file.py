@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from zarrcache._shared_memory import SharedFile, SharedSet
+from zarrcache.stats import SharedFile, SharedSet
 
 
 def _append(file: SharedFile, letter: bytes) -> None:
