@@ -20,8 +20,8 @@ import pytest
 from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_files, settings
 from tests.support.smalldisk import small_disk_at
 from tests.support.stores import small_group
-from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.cache import Cache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.cache.zarr_store import CachedStore
 from zarrcache.stats import Counters, Stats
 

@@ -18,7 +18,7 @@ from tests.support.localnode import LocalNode
 from tests.support.smalldisk import Disk, failing_disk, full_disk, no_inodes_disk, quota_disk
 from tests.support.users import as_user
 from zarrcache import ZarrDataset, ZarrS3Reader, verify
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.stats import Counters
 
 PAIRS = 6

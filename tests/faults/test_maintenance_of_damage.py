@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
 from zarrcache.stats import Counters
 

@@ -21,7 +21,7 @@ from tests.support.cachedirs import array_of, key_of
 from tests.support.networkmount import can_mount, network_mount
 from tests.support.training import write_config, write_pairs, zarrcache
 from zarrcache import CacheConfig, DataConfig, RhoData, ZarrS3Reader, get_dataset, open_store
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk import filesystems as mounts
 from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError

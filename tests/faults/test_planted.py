@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._database import CACHE_FAULTS, EntryDisk, Stored
 from zarrcache.disk._publish import owner_id
 from zarrcache.disk.index import Index

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tests.support.cachedirs import settings
 from zarrcache._keys import FORMAT_VERSION, ArrayKey
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.entry import header_of, map_entry, write_entry
 from zarrcache.stats import Counters
 

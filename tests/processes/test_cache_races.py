@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, payload_files, settings
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._publish import publish
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.index import Index, Intent

@@ -24,8 +24,8 @@ import pytest
 from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, settings
 from tests.support.localnode import LocalNode
 from tests.support.smalldisk import small_disk_at
-from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.cache import Cache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
 from zarrcache.stats import Counters
 

@@ -22,7 +22,7 @@ from tests.support.stores import plain_read
 from tests.support.training import write_pairs
 from tests.support.users import ALICE, BOB, CAROL, TEAM, User, as_user, open_to_all, start_as
 from zarrcache import CacheConfig, ConfigError
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
 from zarrcache.ops.doctor import examine
 from zarrcache.ops.evict import plan_evict

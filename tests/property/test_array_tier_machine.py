@@ -23,7 +23,7 @@ from tests.support.cachedirs import (
     payload_files,
     settings,
 )
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.stats import Counters
 
 LIMIT = 6 * 8192

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from zarrcache._keys import ArrayKey, Role, stem_of
-from zarrcache.cache.array_tier import ArrayCache
-from zarrcache.cache.byte_tier import ByteCache
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources
+from zarrcache.cache.tiers import ArrayCache, ByteCache
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.disk import (
     CACHE_FAULTS,
@@ -105,9 +104,10 @@ class Cache:
     @functools.cached_property
     def remote(self) -> RemoteSources | None:
         """Other places of the cluster that may have an entry; None if there are none."""
-        if self.config is None or self.arrays is None:
+        config = self.config
+        if config is None or self.arrays is None or not (config.lower or config.peers):
             return None
-        return RemoteSources(self.config, self.arrays, self.counters) or None
+        return RemoteSources(config, self.arrays, self.counters) or None
 
     def bytes(self, origin: Origin) -> ByteCache | None:
         """The byte tier over ``origin``; None if it is switched off."""

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import ArrayKey, ObjectInfo, source_digest, stored_array
 from zarrcache.arrays import as_density, list_array, per_point, read_array
-from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.origin import Origin
 from zarrcache.stats import SharedSet
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from zarrcache._keys import ArrayKey
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.config import CacheConfig
 from zarrcache.disk import CacheDir, EntryStream, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError

@@ -114,7 +114,9 @@ class ZarrS3Reader(PairReader):
         directories = self.data_dir, self.label_dir
         self.use_s3 = any(str(directory).startswith("s3://") for directory in directories)
         self._counters = Counters(shared=True)
-        self._cache = Cache(CacheConfig.of(cache) if cache is not None else None, self._counters)
+        if cache is not None and not isinstance(cache, CacheConfig):
+            cache = CacheConfig.of(cache)
+        self._cache = Cache(cache, self._counters)
         self._origins: dict[Role, Origin] = {
             "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),
             "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
@@ -434,14 +436,14 @@ def distinct_directories(origins: Mapping[Role, Origin]) -> dict[tuple[str, str]
 
 
 def open_reader(cfg: object) -> ZarrS3Reader:
-    """The reader that a training config describes. No request is made.
+    """Make the reader that a training config describes. No request is made.
 
     Raises
     ------
     ConfigError
         A key is missing or cannot be used.
     """
-    config = DataConfig.of(cfg)
+    config = cfg if isinstance(cfg, DataConfig) else DataConfig.of(cfg)
     return ZarrS3Reader(
         data_dir=config.data_dir,
         label_dir=config.label_dir,

@@ -18,7 +18,7 @@ from tests.support.cachedirs import (
     payload_files,
     settings,
 )
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.stats import Counters, Stats
 
 
@@ -177,7 +177,7 @@ def test_interrupted_put_gives_its_room_back(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("zarrcache.cache.array_tier.write_entry", interrupt)
+        patch.setattr("zarrcache.cache.tiers.write_entry", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cache.put(key_of(1), array_of(1), source="s")
     assert cache.index.volume_bytes() == on_disk_bytes(tmp_path) == 0

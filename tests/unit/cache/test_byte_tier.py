@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from tests.support.cachedirs import array_of, on_disk_bytes, payload_files, settings
 from zarrcache._keys import ObjectInfo
-from zarrcache.cache.byte_tier import ByteCache
+from zarrcache.cache.tiers import ByteCache
 from zarrcache.disk.index import Index
 from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
 from zarrcache.origin._local import LocalOrigin
@@ -205,7 +205,7 @@ def test_failing_cache_is_logged_once_and_fetches_once_a_read(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zarrcache.cache._tier.publish", fail)
+    monkeypatch.setattr("zarrcache.cache.tiers.publish", fail)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert [cache.read(obj) for obj in objects.values()] == [

@@ -18,8 +18,8 @@ from tests.support.cachedirs import (
     payload_files,
     settings,
 )
-from zarrcache.cache.array_tier import ArrayCache
 from zarrcache.cache.loans import Loans
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._database import damage_of
 from zarrcache.stats import Counters
 

@@ -16,7 +16,7 @@ import pytest
 import zarrcache.disk._database as database
 from tests.support.cachedirs import array_of, key_of, payload_files, settings
 from zarrcache._keys import ArrayKey
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._database import EntryDisk, Stored, is_damage, no_fork
 from zarrcache.disk.entry import EntryHeader, read_header
 from zarrcache.disk.index import Index

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
 from zarrcache._keys import is_digest
-from zarrcache.cache.array_tier import ArrayCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.errors import ConfigError
 from zarrcache.peers import server as entryserver
 from zarrcache.peers.server import EntryServer

@@ -1,0 +1,604 @@
+"""The two tiers: decoded arrays, memory-mapped on a hit, and objects as the origin stores them.
+
+Both store a file within the limit, check it once per run, and drop it, in one way (`Tier`). A fault
+of the cache (full disk, broken index, deleted directory) ends here: it is counted, logged once per
+kind, and becomes a miss when reading and a pass-through when writing. It never stops a training
+run.
+
+An object of the byte tier appears under its name only when it is whole and its row is in the
+index; the row holds its checksum. The version (ETag) is part of the key: a changed object is
+another entry. Why these are not fsspec's simplecache and blockcache:
+docs/explanation/decisions/002-byte-tier.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zarrcache._keys import ArrayKey, BlockKey, ObjectInfo
+from zarrcache._units import format_bytes
+from zarrcache.cache.loans import Loans
+from zarrcache.config import CacheConfig
+from zarrcache.disk import (
+    ARRAY,
+    CACHE_FAULTS,
+    OBJECT,
+    Admission,
+    Entry,
+    EntryHeader,
+    EntryStream,
+    Index,
+    Intent,
+    SingleFlight,
+    Stored,
+    array_note,
+    crc32c,
+    disk_bytes,
+    header_of,
+    kind_of,
+    map_entry,
+    open_regular,
+    publish,
+    write_all,
+    write_entry,
+)
+from zarrcache.errors import CorruptEntryError
+from zarrcache.origin import Origin
+from zarrcache.stats import Counters, LogOnce, SharedSet
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["ArrayCache", "ByteCache", "EntryInfo", "Tier"]
+
+logger = logging.getLogger(__name__)
+
+
+class Tier:
+    """Entries of one cache directory. Safe from any thread or process.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    counters : Counters
+    index : Index, optional
+        Shared by all tiers of a directory: one limit for all of them. Default: one of its own.
+    verified : SharedSet, optional
+        Files whose checksum a process of this run has found right. With ``verify: first`` they are
+        not read through again.
+
+    Attributes
+    ----------
+    index : Index
+    flight : SingleFlight
+        The locks of the cache directory.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        counters: Counters,
+        *,
+        index: Index | None = None,
+        verified: SharedSet | None = None,
+    ) -> None:
+        self._config = config
+        self._counters = counters
+        self._verified = verified or SharedSet()
+        #: Whether a read may skip the checksum of a file, which 32 hex digits name.
+        self._is_verified = {
+            "first": self._verified.__contains__,
+            "always": _never,
+            "never": _always,
+        }[config.verify]
+        self.index = index or Index(config)
+        self._root = os.fspath(self.index.dir.root)
+        self.flight = SingleFlight(
+            self.index.dir.locks,
+            timeout_s=2 * config.retry.timeout,
+            mode=self.index.dir.written_mode,
+            log_once=self.index.log_once,
+        )
+
+    def _store(
+        self,
+        digest: str,
+        filename: str,
+        file_bytes: int,
+        write: Callable[[FileIO], object],
+        *,
+        kind: str,
+        note: str,
+        url: str,
+    ) -> Admission | None:
+        """Reserve room, publish a file, make it visible as ``digest``.
+
+        Parameters
+        ----------
+        digest, filename : str
+            Key of the entry, and its path below the cache's root.
+        file_bytes : int
+            Length of the file.
+        write : callable
+            Writes the open file.
+        kind, note : str
+            Kept in the index.
+        url : str
+            What is stored, for the log.
+
+        Returns
+        -------
+        Admission or None
+            ``ADMIT``: it is stored. Another: why it is not. None: the cache failed.
+        """
+        size_bytes = disk_bytes(file_bytes)
+        intent: Intent | None = None
+        try:
+            outcome = self.index.begin(filename, size_bytes)
+            # An old version under this key, or the row of a lost file, gives its room first.
+            if outcome is Admission.OVER_LIMIT and self.index.drop([digest]):
+                outcome = self.index.begin(filename, size_bytes)
+            if isinstance(outcome, Admission):
+                return outcome
+            intent = outcome
+            self._publish(filename, file_bytes, write)
+            self.index.commit(intent, digest, kind, note)
+            intent = None
+        except CACHE_FAULTS as exc:
+            self._fault("write", url, exc)
+            return None
+        finally:
+            if intent is not None:  # after Ctrl-C too: unused room must not stay reserved
+                self._abort(intent)
+        return Admission.ADMIT
+
+    def _publish(self, filename: str, file_bytes: int, write: Callable[[FileIO], object]) -> None:
+        path = self.index.dir.root / filename
+        self.index.dir.make(path.parent)
+        publish(path, write, expected_bytes=file_bytes, mode=self.index.dir.file_mode)
+
+    def _abort(self, intent: Intent) -> None:
+        try:
+            self.index.abort(intent)
+        except CACHE_FAULTS as exc:  # the next process that opens the index sweeps it
+            logger.debug("intent %s is left to the next sweep: %s", intent.key, exc)
+
+    def _read_failed(self, exc: Exception, digest: str, filename: str, url: str) -> None:
+        """Turn what went wrong while reading an entry into a miss."""
+        if isinstance(exc, CorruptEntryError):
+            self._purge(digest, filename, url, str(exc))
+        elif not isinstance(exc, FileNotFoundError):  # evicted between the row and the file
+            self._fault("read", url, exc)
+
+    def _purge(self, digest: str, filename: str, url: str, why: str) -> None:
+        """Drop a bad entry, count it and log it."""
+        self._counters.add(purges=1)
+        logger.warning("cache entry dropped, reading %s from the origin: %s", url, why)
+        self._drop(digest, filename, url)
+
+    def _drop(self, digest: str, filename: str, url: str) -> None:
+        """Drop an entry, unless another file has replaced this one."""
+        try:
+            self.index.drop([digest], filename=filename)
+        except CACHE_FAULTS as exc:
+            self._fault("drop", url, exc)
+
+    def _fault(self, verb: str, url: str, exc: Exception) -> None:
+        self._counters.add(cache_errors=1)
+        self.index.reopen(exc)
+        self.index.log_once.warning(
+            type(exc).__name__,
+            logger,
+            "cache %s failed, serving %s from the origin: %s",
+            verb,
+            url,
+            exc,
+        )
+
+
+def _always(file_id: str) -> bool:
+    return True
+
+
+def _never(file_id: str) -> bool:
+    return False
+
+
+# -- the array tier ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EntryInfo:
+    """One entry of the array tier. ``size_bytes`` on disk; ``stored_s`` in seconds since 1970."""
+
+    key: ArrayKey
+    filename: str
+    size_bytes: int
+    stored_s: float
+
+
+class ArrayCache(Tier):
+    """Arrays by :class:`~zarrcache._keys.ArrayKey`. Safe from any thread or process.
+
+    A fault of the cache is a miss or a pass-through, counted, and logged once per kind. ``purges``
+    and ``cache_errors`` are counted here; hits and misses by the reader, which knows how a read
+    ended. Pickles as its configuration.
+
+    Parameters
+    ----------
+    config, counters, index, verified
+        As in `Tier`.
+
+    Attributes
+    ----------
+    loans : Loans or None
+        In a prefetcher: holds what is not admitted. Not pickled.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        counters: Counters,
+        *,
+        index: Index | None = None,
+        verified: SharedSet | None = None,
+    ) -> None:
+        super().__init__(config, counters, index=index, verified=verified)
+        self.loans: Loans | None = None
+        self._log_once = LogOnce()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._config, self._counters, self._verified)
+
+    def get(self, key: ArrayKey, *, source: str | None = None) -> Entry | None:
+        """The entry of ``key``, mapped; None if there is none.
+
+        Parameters
+        ----------
+        key : ArrayKey
+        source : str, optional
+            What the origin lists now (:func:`zarrcache._keys.source_digest`). An entry of another
+            source is stale: it is dropped and is a miss. Default: trust the entry.
+        """
+        digest, filename = key.digest, ""
+        try:
+            stored, lent = self.index.find(digest)
+            if stored is None:
+                return self._borrowed(key, lent, source)
+            filename = stored.filename
+            entry = map_entry(f"{self._root}/{filename}")
+            header = entry.header
+            if header.key != key:
+                raise CorruptEntryError(f"it holds {header.key.url} {header.key.array}")
+            if source is not None and header.source != source:
+                # At once: whatever becomes of the next fetch, no reader may be given this again.
+                self._drop(digest, filename, key.url)
+                return None
+            file_id = _file_id(digest, filename)
+            if not self._is_verified(file_id):
+                if not entry.is_intact():
+                    raise CorruptEntryError("its checksum does not match")
+                self._verified.add(file_id)
+        except (CorruptEntryError, *CACHE_FAULTS) as exc:
+            self._read_failed(exc, digest, filename, f"{key.url} {key.array}")
+            return None
+        return entry
+
+    def _borrowed(self, key: ArrayKey, lent: Stored | None, source: str | None) -> Entry | None:
+        """What a prefetcher has lent to this process: it is read once and removed."""
+        if lent is None or self.loans is not None:
+            return None
+        entry = map_entry(f"{self._root}/{lent.filename}")
+        is_right = (
+            entry.header.key == key
+            and source in (None, entry.header.source)
+            and (self._config.verify == "never" or entry.is_intact())
+        )
+        # A copy: a map would keep the file's room, which the next loan needs. A copy also reaches a
+        # training process that would map too late.
+        taken = Entry(entry.header, entry.array.copy()) if is_right else None
+        self.index.give_back(key.digest, lent.filename)
+        return taken
+
+    def put(
+        self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str
+    ) -> Entry | None:
+        """Store a decoded array.
+
+        Returns
+        -------
+        Entry or None
+            The stored entry, mapped: pages that the kernel may take back, and that a DataLoader
+            worker hands over without a copy. None: it was not admitted, or the cache failed.
+        """
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        header = header_of(key, array, source)
+        write = functools.partial(write_entry, header=header, array=array)
+        entry, is_stored = self._place(header, write)
+        if not is_stored:
+            return None
+        return entry if entry is not None else Entry(header, array)
+
+    def take(self, incoming: EntryStream) -> tuple[Entry | None, bool]:
+        """Store an entry that another cache sends; faults as in :meth:`put`.
+
+        Returns
+        -------
+        Entry or None
+            Mapped, if it was stored or lent. None: ``incoming.is_spent`` says whether it can still
+            be read.
+        bool
+            Whether it was stored.
+
+        Raises
+        ------
+        CorruptEntryError
+            It broke off, or its checksum does not match. Nothing is stored.
+        """
+        return self._place(incoming.header, incoming.write)
+
+    def _place(
+        self, header: EntryHeader, write: Callable[[FileIO], object]
+    ) -> tuple[Entry | None, bool]:
+        """Store or lend an entry: the entry, mapped, and whether it was stored."""
+        key, digest = header.key, header.key.digest
+        filename = f"entries/{digest[:2]}/{digest}-{secrets.token_hex(4)}"
+        outcome = self._store(
+            digest,
+            filename,
+            header.file_bytes,
+            write,
+            note=array_note(key),
+            kind=kind_of(key),
+            url=key.url,
+        )
+        if outcome is None:
+            return None, False
+        is_stored = outcome is Admission.ADMIT
+        if not is_stored and not self._lend(header, filename, write):
+            self._log_once.warning(
+                outcome.name,
+                logger,
+                "not cached, read from the origin in every epoch: %s (%s): %s",
+                key.url,
+                format_bytes(header.nbytes),
+                outcome.value,
+            )
+            return None, False
+        try:
+            entry = map_entry(f"{self._root}/{filename}")
+        except (CorruptEntryError, *CACHE_FAULTS) as exc:
+            self._read_failed(exc, digest, filename, key.url)
+            return None, is_stored
+        if is_stored:
+            # Its checksum was computed, or compared, while it was written.
+            self._verified.add(_file_id(digest, filename))
+        return entry, is_stored
+
+    def _lend(self, header: EntryHeader, filename: str, write: Callable[[FileIO], object]) -> bool:
+        size_bytes = disk_bytes(header.file_bytes)
+        try:
+            if self.loans is None or not self.loans.lend(header.key.digest, filename, size_bytes):
+                return False
+            self._publish(filename, header.file_bytes, write)
+        except CACHE_FAULTS as exc:
+            self._fault("write", header.key.url, exc)
+            return False
+        return True
+
+    def drop(self, key: ArrayKey) -> int:
+        """Evict one entry. Returns the bytes freed on disk."""
+        return self.index.drop([key.digest])
+
+    def entries(self) -> Iterator[EntryInfo]:
+        """Every entry, oldest first."""
+        for row in self.index.rows(ARRAY):
+            origin, url, array = row.note.split("\n")
+            yield EntryInfo(
+                ArrayKey(origin, url, array), row.filename, row.size_bytes, row.stored_s
+            )
+
+
+def _file_id(digest: str, filename: str) -> str:
+    """32 hex digits that name one file: an entry that is stored again is another file."""
+    return f"{digest[:24]}{zlib.crc32(filename.encode()):08x}"
+
+
+def _unpickled(config: CacheConfig, counters: Counters, verified: SharedSet) -> ArrayCache:
+    return ArrayCache(config, counters, verified=verified)
+
+
+# -- the byte tier -------------------------------------------------------------------------------
+
+
+class ByteCache(Tier):
+    """Reads of one origin's objects through the byte tier. Safe from any thread or process.
+
+    Pickles without its open parts.
+
+    Parameters
+    ----------
+    origin : Origin
+    config, counters, index, verified
+        As in `Tier`.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        config: CacheConfig,
+        counters: Counters,
+        index: Index,
+        verified: SharedSet | None = None,
+    ) -> None:
+        super().__init__(config, counters, index=index, verified=verified)
+        self._origin = origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self._origin,
+            self._config,
+            self._counters,
+            self.index,
+            self._verified,
+        )
+
+    def read(self, obj: ObjectInfo, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes ``start`` to ``stop`` of an object, from disk if they are there.
+
+        Objects up to ``cache.bytes.block_size`` are cached whole, as is what is read whole; ranges
+        of larger ones are cached in blocks.
+
+        Raises
+        ------
+        IncompleteArrayError, OriginError
+            The origin does not deliver what it lists. A fault of the cache is never raised.
+        """
+        stop = obj.size_bytes if stop is None else min(stop, obj.size_bytes)
+        start = min(start, stop)
+        block_size = self._config.bytes.block_size
+        whole = self._key(obj)
+        if (
+            obj.size_bytes <= block_size
+            or (start, stop) == (0, obj.size_bytes)
+            # read whole before: not once more in blocks
+            or os.path.exists(self._path(whole))
+        ):
+            ((_, data),) = self._entries([whole])
+            return bytes(data if stop - start == obj.size_bytes else memoryview(data)[start:stop])
+        parts = []
+        for number in range(start // block_size, -(-stop // block_size)):
+            base = number * block_size
+            ((_, data),) = self._entries([self._key(obj, number, block_size)])
+            parts.append(memoryview(data)[max(start - base, 0) : stop - base])
+        return b"".join(parts)
+
+    def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Contents of listed objects, each as soon as it has come, in any order.
+
+        What is not on disk comes from the origin in one pass.
+
+        Raises
+        ------
+        IncompleteArrayError, OriginError
+            As :meth:`read`.
+        """
+        for key, data in self._entries([self._key(obj) for obj in objects]):
+            yield key.object, data
+
+    def _key(self, obj: ObjectInfo, block: int | None = None, block_size: int = 0) -> BlockKey:
+        return BlockKey(self._origin.identity, self._origin.url, obj, block, block_size)
+
+    def _entries(self, keys: Sequence[BlockKey]) -> Iterator[tuple[BlockKey, Buffer]]:
+        """Objects or blocks, from disk or from the origin; of several fetchers one fetches."""
+        hits, misses, served_bytes = 0, 0, 0
+        missing = []
+        try:
+            for key in keys:
+                data = self._from_disk(key)
+                if data is None:
+                    missing.append(key)
+                    continue
+                hits, served_bytes = hits + 1, served_bytes + len(data)
+                yield key, data
+            if not missing:
+                return
+            self._open()
+            # Every reader of these keys takes the lock of the first one.
+            with self.flight.hold(keys[0].digest):
+                wanted = {}
+                for key in missing:  # another process may have fetched it meanwhile
+                    data = self._from_disk(key, is_alone=True)
+                    if data is None:
+                        wanted[key.object] = key
+                        continue
+                    hits, served_bytes = hits + 1, served_bytes + len(data)
+                    yield key, data
+                for obj, fetched in self._from_origin(wanted):
+                    misses += 1
+                    self._put(wanted[obj], fetched)
+                    yield wanted[obj], fetched
+        finally:
+            self._counters.add(byte_hits=hits, byte_misses=misses, served_bytes=served_bytes)
+
+    def _open(self) -> None:
+        """Have the cache directory, in which the locks lie: also after it was deleted."""
+        if not os.path.isdir(f"{self._root}/bytes"):
+            self.index.reopen()
+        with contextlib.suppress(*CACHE_FAULTS):  # storing meets the same fault and reports it
+            self.index.open()
+
+    def _from_origin(
+        self, wanted: dict[ObjectInfo, BlockKey]
+    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Whole objects in one pass, or one block."""
+        for obj, key in wanted.items():
+            if key.block is not None:
+                start = key.block * key.block_size
+                yield obj, self._origin.fetch_range(obj, start, start + key.nbytes)
+                return
+        if wanted:
+            yield from self._origin.fetch(list(wanted))
+
+    def _from_disk(self, key: BlockKey, *, is_alone: bool = False) -> bytes | None:
+        """An object or block if it is there and whole.
+
+        Parameters
+        ----------
+        is_alone : bool
+            The caller holds the key's lock, so a bad file is bad and is dropped. Without the lock
+            it may be a file that another process has not committed yet.
+        """
+        digest = key.digest
+        try:
+            fd, found = open_regular(self._path(key))
+            with FileIO(fd, "rb") as file:
+                is_verified = self._is_verified(digest)
+                stored = None if is_verified else self.index.lookup(digest)
+                if stored is None and not is_verified:
+                    return None
+                if found.st_size != key.nbytes:
+                    raise CorruptEntryError(f"{found.st_size} bytes long, {key.nbytes} expected")
+                data = file.readall()
+            if stored is not None:
+                if stored.note.partition("\n")[0] != str(crc32c(data)):
+                    raise CorruptEntryError("its checksum does not match")
+                self._verified.add(digest)
+        except (CorruptEntryError, *CACHE_FAULTS) as exc:
+            if is_alone or not isinstance(exc, CorruptEntryError):
+                self._read_failed(exc, digest, _filename(key), self._url(key))
+            return None
+        return data
+
+    def _put(self, key: BlockKey, data: Buffer) -> None:
+        view = memoryview(data)
+        self._store(
+            key.digest,
+            _filename(key),
+            view.nbytes,
+            lambda file: write_all(file, view),
+            kind=OBJECT,
+            note=f"{crc32c(view)}\n{key.origin}\n{self._url(key)}",
+            url=self._url(key),
+        )
+
+    def _path(self, key: BlockKey) -> str:
+        return f"{self._root}/{_filename(key)}"
+
+    def _url(self, key: BlockKey) -> str:
+        return self._origin.url_of(key.object.key)
+
+
+def _filename(key: BlockKey) -> str:
+    return f"bytes/{key.digest[:2]}/{key.digest}"
