@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from zarrcache.errors import ConfigError
@@ -70,7 +71,7 @@ class ObjectInfo:
     modified_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ArrayKey:
     """The full identity of an entry of the array tier.
 
@@ -90,23 +91,19 @@ class ArrayKey:
     origin: str
     url: str
     array: str
-    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def source_array(self) -> str:
         """The array's name in the store."""
         return self.array.removesuffix(_PER_POINT)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
-        if not self._digest:
-            digest = _digest("array", self.origin, self.url, self.array)
-            object.__setattr__(self, "_digest", digest)
-        return self._digest
+        return _digest("array", self.origin, self.url, self.array)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockKey:
     """The full identity of an entry of the byte tier: a version of an object, or a block of it.
 
@@ -126,7 +123,6 @@ class BlockKey:
     object: ObjectInfo
     block: int | None = None
     block_size: int = 0
-    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -135,15 +131,12 @@ class BlockKey:
             return self.object.size_bytes
         return min(self.block_size, self.object.size_bytes - self.block * self.block_size)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """32 hex digits; the entry's name on disk and in the index."""
-        if not self._digest:
-            part = "" if self.block is None else f"{self.block}x{self.block_size}"
-            version = f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
-            digest = _digest("object", self.origin, self.url, version)
-            object.__setattr__(self, "_digest", digest)
-        return self._digest
+        part = "" if self.block is None else f"{self.block}x{self.block_size}"
+        version = f"{self.object.key}#{self.object.etag}#{self.object.size_bytes}#{part}"
+        return _digest("object", self.origin, self.url, version)
 
 
 def density_array(density_type: str) -> str:
