@@ -105,6 +105,7 @@ def read_array(
     array: str,
     *,
     listed: list[ObjectInfo] | None = None,
+    source: str | None = None,
     reserve: Callable[[int], object] | None = None,
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET per object.
@@ -121,6 +122,8 @@ def read_array(
     array : str
     listed : list of ObjectInfo, optional
         The result of :func:`list_array`, if it was called just now.
+    source : str, optional
+        The digest of ``listed``, if it is known.
     reserve : callable, optional
         Called once with the array's size in bytes before that memory is allocated. It may wait.
 
@@ -135,7 +138,9 @@ def read_array(
     """
     for wait_s in (*RELIST_WAITS_S, None):
         listed = listed if listed is not None else list_array(origin, store, array)
-        source, pause_s = source_digest(listed), unstable_s(listed)
+        if source is None:
+            source = source_digest(listed)
+        pause_s = unstable_s(listed)
         stable_at_s = time.monotonic() + pause_s
         try:
             values = _fetch_and_decode(origin, store, array, listed, reserve)
@@ -152,7 +157,7 @@ def read_array(
             break
         logger.info("%s is being written; listing it again in %.1f s", origin.url_of(store), wait_s)
         time.sleep(wait_s)
-        listed = None
+        listed = source = None
     raise _kept_changing(origin.url_of(store))
 
 
@@ -265,8 +270,13 @@ def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
     return SchemaError(f"'{array}' not found in zarr store {url}. Available arrays: {present}")
 
 
-def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
+def as_density(
+    array: NDArray[Any], url: str, name: str, *, is_per_point: object = False
+) -> NDArray[np.float32]:
     """Check that an array is 3-D and cast it to float32, without a copy if it is float32.
+
+    With ``is_per_point`` also divide it by its number of points, in place if it is writable: it is
+    fresh then, and the pages of a second array of its size cost as much as the division.
 
     Raises
     ------
@@ -277,7 +287,10 @@ def as_density(array: NDArray[Any], url: str, name: str) -> NDArray[np.float32]:
             f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store "
             "again."
         )
-    return array.astype(np.float32, copy=False)
+    values = array.astype(np.float32, copy=False)
+    if not is_per_point:
+        return values
+    return per_point(values, out=values if values.flags.writeable else None)
 
 
 def per_point(

@@ -70,7 +70,8 @@ class Cache:
             self._listings = ArrayCache(checked, counters, index=index)
             if config.arrays.enabled:
                 self.arrays = ArrayCache(config, counters, index=index, verified=verified)
-        self.set_eviction_policy(eviction_policy)
+        if eviction_policy is not None:
+            self.set_eviction_policy(eviction_policy)
 
     def __reduce__(
         self,
@@ -187,7 +188,7 @@ class Cache:
             key = _listing_key(origin, name)
             # The caller is about to raise what it found; a fault of the cache must not hide it.
             with contextlib.suppress(*CACHE_FAULTS):
-                if self.lookup(key.digest) is not None:
+                if self._listings.index.lookup(key.digest) is not None:
                     self._listings.drop(key)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ArrayKey, ObjectInfo, source_digest, stored_array
-from zarrcache.arrays import as_density, list_array, per_point, read_array
+from zarrcache.arrays import as_density, list_array, read_array
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
@@ -147,9 +147,16 @@ class ReadThrough:
                 is_stored = taken.is_stored
             else:
                 decoded = read_array(
-                    self._origin, store, self._array, listed=listed, reserve=reserve
+                    self._origin,
+                    store,
+                    self._array,
+                    listed=listed,
+                    source=source,
+                    reserve=reserve,
                 )
-                values = self.prepared(decoded.array, key.url)
+                values = as_density(
+                    decoded.array, key.url, self._array, is_per_point=self._is_per_point
+                )
                 entry = arrays.put(key, values, source=decoded.source)
                 is_stored = entry is not None
                 if entry is not None:
@@ -163,12 +170,7 @@ class ReadThrough:
 
     def prepared(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
         """The density as it is stored and returned, from an array as the origin has it."""
-        values = as_density(array, url, self._array)
-        if not self._is_per_point:
-            return values
-        # In place where possible: the array is fresh, and the pages of a second one of its size
-        # cost as much as the division.
-        return per_point(values, out=values if values.flags.writeable else None)
+        return as_density(array, url, self._array, is_per_point=self._is_per_point)
 
     def _past_the_array_tier(
         self, key: ArrayKey, store: str, *, relist: bool

@@ -357,14 +357,15 @@ class ZarrS3Reader(PairReader):
         OriginNotFoundError
             There is none.
         """
-        name = self.store_names(role).get(check_task_id(task_id))
-        if name is None:
-            url = self._origins[role].url_of(f"{task_id}.zarr")
-            raise OriginNotFoundError(
-                f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to "
-                "list the origin again."
-            )
-        return name
+        names = self.store_names(role)
+        name = names.get(task_id) if type(task_id) is str else None
+        if name is not None:  # a listed name, so it is not a path
+            return name
+        url = self._origins[role].url_of(f"{check_task_id(task_id)}.zarr")
+        raise OriginNotFoundError(
+            f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to "
+            "list the origin again."
+        )
 
     # -- the users' methods on groups
 

@@ -334,6 +334,10 @@ class IndexFile:
                 raise
         self._shorten_log()
 
+    def select_healing(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """:meth:`select`, after a rebuild if the index is damaged. Not inside a transaction."""
+        return self.healing(lambda: self.select(query, values))
+
     def healing(self, ask: Callable[[], T]) -> T:
         """``ask()``; if the index turns out to be damaged, rebuild it and ask again.
 

@@ -30,6 +30,7 @@ __all__ = [
     "hidden_path",
     "is_dead",
     "owner_id",
+    "owner_of",
     "partials_of",
     "publish",
     "published_name",
@@ -201,7 +202,7 @@ def owner_id() -> str:
     """Host, boot, pid namespace, pid and start time of this process; another process never has the
     same, even with the same pid. Cached per process, also after a fork.
     """
-    return _owner_of(os.getpid())
+    return owner_of(os.getpid())
 
 
 def is_dead(owner: str, age_s: float = 0.0) -> bool:
@@ -228,7 +229,8 @@ _ALIVE = "alive"
 
 
 @functools.lru_cache(maxsize=1)
-def _owner_of(pid: int) -> str:
+def owner_of(pid: int) -> str:
+    """:func:`owner_id` of this process, whose pid it is; one look-up of a cache."""
     return f"{_machine()} {pid} {_start_time(pid)}"
 
 

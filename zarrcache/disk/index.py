@@ -37,7 +37,7 @@ from zarrcache.disk._database import (
     Table,
     is_valid_row,
 )
-from zarrcache.disk._publish import is_dead, owner_id, partials_of
+from zarrcache.disk._publish import is_dead, owner_of, partials_of
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.entry import ARRAY, LISTING, OBJECT
 from zarrcache.disk.filesystems import can_map_to_write, refuse_network
@@ -116,7 +116,7 @@ class Index:
     def __init__(self, config: CacheConfig) -> None:
         self.log_once = LogOnce()
         self._config = config
-        self.set_eviction_policy(None)
+        self.eviction_policy: EvictionPolicy = policy_of(config.eviction)
         self.dir = CacheDir(config.dir, config.shared)
         refuse_network(config.dir, is_allowed=config.allow_network_fs)
         self._file = IndexFile(
@@ -311,7 +311,7 @@ class Index:
         """
         with self._file.transaction() as table:
             if is_free := self.lookup(LENT + digest) is None:
-                table.set(LENT + digest, Stored(filename, 0, owner_id()), tag=INTENT)
+                table.set(LENT + digest, Stored(filename, 0, owner_of(os.getpid())), tag=INTENT)
         return is_free
 
     def loans(self) -> set[str]:
@@ -329,7 +329,7 @@ class Index:
 
     def _ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Rows of a query; a damaged index is rebuilt first. Not inside a transaction."""
-        return self._file.healing(lambda: self._file.select(query, values))
+        return self._file.select_healing(query, values)
 
     def _oldest(self, most: int = -1, *, kind: str | None = None) -> list[tuple[str, int]]:
         """See :class:`~zarrcache.disk.policy.StoredEntries`."""
@@ -357,7 +357,9 @@ class Index:
                 min_free_bytes=min_free_bytes(self._config.min_free, usage.total),
             )
             if outcome is Admission.ADMIT:
-                table.set(intent.key, Stored(filename, size_bytes, owner_id()), tag=INTENT)
+                table.set(
+                    intent.key, Stored(filename, size_bytes, owner_of(os.getpid())), tag=INTENT
+                )
                 return intent
         return outcome
 
@@ -383,7 +385,9 @@ class Index:
         if old.filename == keep:
             return []
         intent = Intent(f"+{secrets.token_hex(8)}", old.filename, old.size_bytes)
-        table.set(intent.key, Stored(old.filename, old.size_bytes, owner_id()), tag=INTENT)
+        table.set(
+            intent.key, Stored(old.filename, old.size_bytes, owner_of(os.getpid())), tag=INTENT
+        )
         return [intent]
 
     def _finish(self, intents: Sequence[Intent]) -> None:

@@ -203,13 +203,15 @@ class S3Bucket:
 
     def engine(self, *paths: str) -> Engine:
         """The engine of this process for objects and prefixes with these full names."""
-        if (
-            self.fetch.engine == "s3fs"
-            or self.options.only_s3fs
-            or not _obstore.is_usable()
-            or not all(map(_obstore.can_name, paths))
-        ):
+        if self.fetch.engine == "s3fs" or self.options.only_s3fs:
             return self.s3fs()
+        opened: Engine | None = self._engines.get((os.getpid(), "obstore"))
+        if opened is None and not _obstore.is_usable():
+            return self.s3fs()
+        if not all(map(_obstore.can_name, paths)):
+            return self.s3fs()
+        if opened is not None:
+            return opened
         if self._region is None:
             # obstore does not follow redirects to another region
             self._region = (
