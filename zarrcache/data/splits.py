@@ -326,6 +326,7 @@ class PairReader(ABC):
         self.rs = random_state
         self.density_type = density_type
         self._known_ids: dict[tuple[Path, str], _Present] = {}
+        self._mapped: dict[tuple[Path, str], list[str]] = {}
 
     @abstractmethod
     def store_names(self, role: Role) -> Mapping[str, Any]:
@@ -387,11 +388,25 @@ class PairReader(ABC):
         train, test = self.split_task_ids()
         return split_sets(self, train), split_sets(self, test)
 
+    def mapped_ids(self) -> list[str]:
+        """Ids that the map file has for the functional, with or without stores.
+
+        Raises
+        ------
+        ConfigError
+            The map file cannot be read, or the functional is not in it.
+        """
+        key = self.map_dir, self.functional
+        if key not in self._mapped:
+            self._mapped[key] = ids_of(read_map(self.map_dir), self.functional)
+        return self._mapped[key]
+
     def _present(self) -> _Present:
         """What the map and both directories have; a change of either attribute is followed."""
         key = self.map_dir, self.functional
         if key not in self._known_ids:
-            wanted = ids_of(read_map(self.map_dir), self.functional)
+            wanted = self.mapped_ids()
+            self._mapped.clear()  # what is present is known from here on
             data, label = self.store_names("data"), self.store_names("label")
             missing = tuple(id_ for id_ in wanted if id_ not in data or id_ not in label)
             if missing:

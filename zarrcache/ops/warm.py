@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from zarrcache._keys import Role, check_task_ids, source_digest
 from zarrcache._units import whole_number
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data import ZarrS3Reader, ids_of, open_reader, read_map
+from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.disk import BLOCK_BYTES, Index, disk_bytes
 from zarrcache.errors import (
     ConfigError,
@@ -419,10 +419,7 @@ def plan_warm(
     asks = reader.cache_config is None or reader.cache_config.revalidate != "never"
     if revalidate is not None:
         asks = revalidate
-    if ids is None:
-        wanted = ids_of(read_map(reader.map_dir), reader.functional)
-    else:
-        wanted = check_task_ids(list(ids))
+    wanted = reader.mapped_ids() if ids is None else check_task_ids(list(ids))
     if asks:
         reader.relist()
     else:
