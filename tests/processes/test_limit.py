@@ -213,7 +213,7 @@ def put_many(directory: Path, numbers: range) -> int:
     """Store arrays of 20,000 bytes; how many were admitted."""
     counters = Counters()
     cache = ArrayCache(settings(directory, min_free=MIN_FREE), counters)
-    stored = sum(cache.put(key_of(n), array_of(n, 20_000), source="s") for n in numbers)
+    stored = sum(cache.put(key_of(n), array_of(n, 20_000), source="s") is not None for n in numbers)
     assert counters.snapshot().cache_errors == 0
     return stored
 
