@@ -98,7 +98,7 @@ def test_of_a_non_collinear_density_the_total_is_kept_and_the_rest_is_named(
 
 
 def test_a_potential_is_told_from_a_density(real_data: Path) -> None:
-    """Its mean is no number of electrons; without the checks nobody says so."""
+    """Its mean is not a number of electrons; without the checks there is no warning."""
     path = real_data / "vasp" / "Li_LOCPOT.gz"
     (warning,) = read_density(path).warnings
     assert "potential (LOCPOT), not a density" in warning
@@ -106,7 +106,7 @@ def test_a_potential_is_told_from_a_density(real_data: Path) -> None:
 
 
 def test_a_text_that_pymatgen_refuses_is_named(real_data: Path) -> None:
-    """With pymatgen's reason, for whoever wants to mend it."""
+    """The message has pymatgen's reason."""
     with pytest.raises(
         SchemaError, match=r"CHGCAR\.nospin cannot be read as a charge density \(ValueError"
     ):

@@ -97,7 +97,7 @@ def test_real_files_of_every_kind_keep_their_values(
 def test_real_files_that_look_wrong_are_converted_with_a_word_and_a_broken_one_is_named(
     real_data: Path, tmp_path: Path
 ) -> None:
-    """Spin-orbit, a slab, a toy that nobody can read, a potential: the good ones are there."""
+    """Spin-orbit, a slab, an unreadable toy, a potential: the good ones are converted."""
     report = convert_directory(real_data / "vasp", tmp_path, pattern="*", diff=True, workers=1)
     warnings = {result.task_id: " ".join(result.warnings) for result in report.converted}
     assert warnings.pop("NO_pol") == ""
@@ -263,9 +263,7 @@ def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:
 def test_another_machine_that_does_not_see_the_same_files_ends_the_run(
     source: Path, tmp_path: Path, unseen: str
 ) -> None:
-    """A destination of the same name on a disk of its own would take the stores, and nobody would
-    find them.
-    """
+    """Otherwise stores would be written to a local disk of that machine."""
 
     def elsewhere(function: Any, items: Any) -> Any:
         (tmp_path / unseen).rename(tmp_path / "not there")

@@ -1,0 +1,31 @@
+"""docs/reference lists every public name, error and counter."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import zarrcache
+from zarrcache import errors
+
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
+
+
+def named(page: str) -> set[str]:
+    """Words in code font on a page."""
+    text = (REFERENCE / page).read_text(encoding="utf-8")
+    return {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", code)}
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    public = {name for name in zarrcache.__all__ if not name.startswith("__")}
+    assert public - set(errors.__all__) <= named("api.md")
+
+
+def test_every_error_is_in_the_reference() -> None:
+    assert set(errors.__all__) <= named("errors.md")
+
+
+def test_every_counter_is_in_the_reference() -> None:
+    assert {field.name for field in dataclasses.fields(zarrcache.Stats)} <= named("counters.md")
