@@ -1,6 +1,6 @@
 """The array tier, the byte tier, and the one read-through path over them.
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use.
+The public names are listed in ``__init__.pyi``; each is imported at first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Both tiers of one cache directory over one index: what readers, stores and commands share."""
+"""`Cache`: both tiers of one cache directory, shared by readers, stores and commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Cache"]
 
 
 class Cache:
-    """Both tiers of one cache directory over one index. Pickles without open parts.
+    """Both tiers of one cache directory over one index. Open files are not pickled.
 
     Parameters
     ----------
@@ -61,11 +61,11 @@ class Cache:
         self._origins: dict[tuple[str, str], Origin] = {}
         self.index = Index(config) if config is not None else None
         self.arrays: ArrayCache | None = None
-        # Kept even where arrays are not: without listings no run starts offline.
+        # Listings are stored even if arrays are not: without them no run starts offline.
         self._listings: ArrayCache | None = None
         if config is not None:
             index, verified = self.index, self._verified
-            # Checked at each use: they decide which materials there are, and are read once per run.
+            # Listings decide which materials exist and are read once per run: verify each time.
             checked = config.model_copy(update={"verify": "always"})
             self._listings = ArrayCache(checked, counters, index=index)
             if config.arrays.enabled:
@@ -80,14 +80,14 @@ class Cache:
         return type(self), (self.config, self.counters, self._verified, policy)
 
     def set_eviction_policy(self, eviction_policy: EvictionPolicy | None) -> None:
-        """Let ``eviction_policy`` choose what makes room, here and in processes started later."""
+        """Use ``eviction_policy`` to make room, here and in processes started later."""
         if self.index is not None:
             self.index.set_eviction_policy(eviction_policy)
 
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
         """The origin at ``url``, with this cache's fetch and retry settings.
 
-        The same arguments give the same object: it has connections.
+        The same arguments return the same object, so that connections are shared.
         """
         key = (url, repr(s3_kwargs))
         if key not in self._origins:
@@ -104,7 +104,7 @@ class Cache:
 
     @functools.cached_property
     def remote(self) -> RemoteSources | None:
-        """Other places of the cluster that may have an entry; None if there are none."""
+        """The lower layer and the peers that may have an entry; None if none is configured."""
         config = self.config
         if config is None or self.arrays is None or not (config.lower or config.peers):
             return None
@@ -119,16 +119,16 @@ class Cache:
     # -- entries of the array tier
 
     def lookup(self, digest: str) -> Stored | None:
-        """What the index has of an entry: its file and bytes on disk. Raises `CACHE_FAULTS`."""
+        """An entry's file and bytes on disk, from the index. Raises `CACHE_FAULTS`."""
         return self.index.lookup(digest) if self.index is not None else None
 
     def reopen(self, after: BaseException) -> None:
-        """Open the index again at its next use, if that can heal what ``after`` tells."""
+        """Open the index again at its next use, if that can heal the error ``after``."""
         if self.index is not None:
             self.index.reopen(after)
 
     def lend(self, budget_bytes: int) -> Loans:
-        """In a prefetcher: keep what is not admitted as loans, in ``budget_bytes`` on disk."""
+        """Keep entries that are not admitted as loans, in ``budget_bytes`` on disk (prefetcher)."""
         assert self.arrays is not None
         self.arrays.loans = Loans(self.arrays.index, budget_bytes)
         return self.arrays.loans
@@ -143,8 +143,8 @@ class Cache:
         array : str
             As in `ArrayKey`.
         listings : mapping
-            The directory of each role and what it lists: which of ``mp-1.zarr`` and
-            ``mp-1.zarr.zip`` is read. None: it was never listed, either may be.
+            The directory of each role and its listing, which decides whether ``mp-1.zarr`` or
+            ``mp-1.zarr.zip`` is read. None: never listed, so either is accepted.
         """
         if self.index is None:
             return {role: {} for role in listings}
@@ -170,7 +170,7 @@ class Cache:
     # -- stored listings
 
     def stored_listing(self, origin: Origin, name: str) -> Any | None:
-        """What :meth:`store_listing` stored, or None. It is checked and counted as any entry."""
+        """The listing from :meth:`store_listing`, or None. Verified and counted like any entry."""
         if self._listings is None:
             return None
         entry = self._listings.get(_listing_key(origin, name))
@@ -183,15 +183,15 @@ class Cache:
             self._listings.put(_listing_key(origin, name), raw, source="listing")
 
     def forget_listing(self, origin: Origin, name: str) -> None:
-        """Drop a listing that turned out to be old."""
+        """Drop a listing that turned out to be stale."""
         if self._listings is not None:
             key = _listing_key(origin, name)
-            # The caller is about to raise what it found; a fault of the cache must not hide it.
+            # The caller is about to raise an error; a cache fault must not hide it.
             with contextlib.suppress(*CACHE_FAULTS):
                 if self._listings.index.lookup(key.digest) is not None:
                     self._listings.drop(key)
 
 
 def _listing_key(origin: Origin, name: str) -> ArrayKey:
-    """A listing is stored in the format of an array that has no name."""
+    """Key of a stored listing: that of an array without a name."""
     return ArrayKey(origin.identity, origin.url_of(name), "")

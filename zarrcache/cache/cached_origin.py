@@ -18,7 +18,7 @@ __all__ = ["CachedOrigin"]
 
 
 class CachedOrigin:
-    """An `Origin` over another one, for readers of stores. Safe from any thread or process.
+    """An `Origin` that wraps another one, for readers of stores. Safe from any thread or process.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class CachedOrigin:
 
     See Also
     --------
-    zarrcache.origin.Origin : what the methods promise.
+    zarrcache.origin.Origin : the contract of the methods.
     """
 
     def __init__(self, origin: Origin, cache: Cache, *, relist: bool) -> None:
@@ -51,7 +51,7 @@ class CachedOrigin:
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """Objects below ``prefix``, which begins with the name of a store.
 
-        The whole store is listed and its listing stored: the next prefix of it costs no request.
+        The whole store is listed and its listing stored, so further prefixes cost no request.
         """
         store = prefix.partition("/")[0]
         stored = None if self._relist else self._cache.stored_listing(self._origin, store)
@@ -68,7 +68,7 @@ class CachedOrigin:
         return [obj for obj in listed if obj.key.startswith(prefix)]
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed objects. An object that is not as listed makes the listing old."""
+        """Contents of listed objects. Drops the stored listing if an object differs from it."""
         source = self._bytes or self._origin
         try:
             yield from source.fetch(objects)
@@ -77,7 +77,7 @@ class CachedOrigin:
             raise
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes of a listed object. An object that is not as listed makes the listing old."""
+        """Bytes of a listed object. Drops the stored listing if the object differs from it."""
         try:
             if self._bytes is not None:
                 return self._bytes.read(obj, start, stop)
@@ -87,7 +87,7 @@ class CachedOrigin:
             raise
 
     def _forget(self, obj: ObjectInfo) -> None:
-        # The next open of the store lists it again.
+        # The next open of the store then lists it again.
         self._cache.forget_listing(self._origin, obj.key.partition("/")[0])
 
 

@@ -1,4 +1,4 @@
-"""Look-ahead on a full disk: entries lent to the training, each read once, in reserved room."""
+"""Look-ahead on a full disk: loans are entries in reserved room, each read once and removed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["Loans"]
 
 logger = logging.getLogger(__name__)
 
-#: Attempts to reserve room: other threads and processes may take it while it is being made.
+#: Attempts to reserve room: other threads and processes may take the room that was freed.
 _ATTEMPTS = 16
 
 
 class Loans:
     """Loans of one prefetcher. Safe from any of its threads.
 
-    Room is reserved when the first entry is refused; in a full cache the entries that were stored
-    first are dropped for it. The index holds it as the intent of one file that never comes, so it
-    counts against ``cache.limit``, and the loans themselves count nothing. If this process is
-    killed, the next sweep of the index removes its loans and its room.
+    Room is reserved when the first entry is refused; a full cache drops its oldest entries for it.
+    The index records the room as the intent of a file that is never written, so it counts against
+    ``cache.limit``, and the loans themselves do not. If this process is killed, the next sweep of
+    the index removes its loans and frees the room.
 
     Parameters
     ----------
     index : Index
     budget_bytes : int
-        On disk, of all loans together.
+        Total size on disk of all loans.
     """
 
     def __init__(self, index: Index, budget_bytes: int) -> None:
@@ -44,7 +44,7 @@ class Loans:
         return digest in self._loans
 
     def file_of(self, digest: str) -> str | None:
-        """File of an entry that this process has lent, as of the last :meth:`look`."""
+        """File of an entry that this process has lent, as of the last :meth:`look`, or None."""
         loan = self._loans.get(digest)
         return loan[0] if loan is not None else None
 
@@ -64,7 +64,7 @@ class Loans:
 
     @property
     def held_bytes(self) -> int:
-        """On disk, of all loans as of the last :meth:`look`."""
+        """Size on disk of all loans, as of the last :meth:`look`."""
         with self._lock:
             return self._held_bytes()
 
@@ -88,7 +88,7 @@ class Loans:
             return True
 
     def look(self) -> None:
-        """Forget the loans that the training has taken."""
+        """Forget the loans that the training process has read."""
         if self._loans:
             with self._lock:
                 there = self._index.loans()

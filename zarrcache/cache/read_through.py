@@ -1,4 +1,4 @@
-"""The one read path from a store to its density: array tier, single flight, other nodes, origin."""
+"""The read path of a density: array tier, single flight, other nodes, origin."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from zarrcache.stats import SharedSet
 
 __all__ = ["Outcome", "ReadThrough"]
 
-#: Where a density came from: the array tier; elsewhere, and stored; elsewhere, and not admitted.
+#: Read from the array tier; fetched and stored; or fetched and not admitted.
 Outcome = Literal["hit", "miss", "bypass"]
 
 
 class ReadThrough:
-    """Densities of one directory, read through the cache. Safe from any thread or process.
+    """Reads densities of one directory through the cache. Safe from any thread or process.
 
     Parameters
     ----------
     cache : Cache
     checked : SharedSet
-        Digests of the entries that were compared with the origin in this run.
+        Digests of the entries that this run has compared with the origin.
     origin : Origin
-        The directory.
+        The directory of the stores.
     array : str
-        The array's name in a store.
+        Name of the array in a store.
     is_per_point : bool
         Divide by the number of grid points.
     """
@@ -51,7 +51,6 @@ class ReadThrough:
         self._cache, self._checked, self._origin = cache, checked, origin
         self._arrays, self._counters = cache.arrays, cache.counters
         self._array, self._is_per_point = array, is_per_point
-        # Made once, not at each read.
         self._stored_as = stored_array(array, is_per_point=is_per_point)
         self._identity, self._root = origin.identity, origin.url_of("")
         self._revalidate = cache.config.revalidate if cache.config is not None else "never"
@@ -73,7 +72,7 @@ class ReadThrough:
         return ArrayKey(self._identity, self._root + store, self._stored_as)
 
     def listing(self, store: str) -> list[ObjectInfo]:
-        """What the origin lists now of a density: keys, sizes, ETags. One LIST."""
+        """List a density at the origin now: keys, sizes, ETags. One LIST."""
         return list_array(self._origin, store, self._array)
 
     def read(
@@ -83,16 +82,16 @@ class ReadThrough:
         revalidate: bool = False,
         reserve: Callable[[int], object] | None = None,
     ) -> tuple[NDArray[np.float32], Outcome]:
-        """One density, shape (nx, ny, nz), and where it came from.
+        """Read one density, shape (nx, ny, nz), and return it with its outcome.
 
         Errors and ``reserve`` as in ``ZarrS3Reader.load`` and ``ensure``.
 
         Parameters
         ----------
         store : str
-            Its name below the directory.
+            Name of the store below the directory.
         revalidate : bool
-            Compare with the origin, whatever ``cache.revalidate`` says.
+            Compare with the origin, regardless of ``cache.revalidate``.
         """
         arrays = self._arrays
         key = self.key(store)
@@ -108,16 +107,16 @@ class ReadThrough:
         entry = arrays.get(key, source=source)
         if entry is None:
             if listed is None and self._revalidate != "never" and self._cache.remote is not None:
-                # The evicted entry was compared with the origin; other nodes may have an older one.
+                # The evicted entry was known to be fresh; other nodes may have a stale one.
                 listed = self.listing(store)
                 source = source_digest(listed)
             if reserve is not None and listed is not None:
-                # Before the lock: other readers must not wait for this process's memory.
+                # Before the lock: other readers must not wait while this process waits for memory.
                 reserve(sum(obj.size_bytes for obj in listed))
-            # The node's lock before the cluster's lease: the holder of a lease waits for nothing
-            # but the origin.
+            # Take the node's lock before the cluster's lease: the holder of a lease then waits only
+            # for the origin.
             with arrays.flight.hold(key.digest):
-                # another process may have fetched it meanwhile
+                # Another process may have fetched it meanwhile.
                 entry = arrays.get(key, source=source)
                 if entry is None:
                     return self._fetch(arrays, key, store, source, listed, reserve)
@@ -125,7 +124,8 @@ class ReadThrough:
             self._checked.add(key.digest)
         values = entry.array
         self._counters.add(hits=1, served_bytes=values.nbytes)
-        if values.ndim != 3 or values.dtype != np.float32:  # planted: what is stored was checked
+        # Only a planted entry can differ: arrays are checked before they are stored.
+        if values.ndim != 3 or values.dtype != np.float32:
             values = as_density(values, key.url, self._array)
         return values, "hit"
 
@@ -138,7 +138,7 @@ class ReadThrough:
         listed: list[ObjectInfo] | None,
         reserve: Callable[[int], object] | None,
     ) -> tuple[NDArray[np.float32], Outcome]:
-        """A density that this node does not have, from another node or from the origin."""
+        """Fetch a density that this node does not have, from another node or the origin."""
         remote = self._cache.remote
         with remote.lookup(key, source) if remote else contextlib.nullcontext() as lookup:
             taken = lookup.take() if lookup is not None else None
@@ -169,13 +169,13 @@ class ReadThrough:
         return values, "miss" if is_stored else "bypass"
 
     def prepared(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
-        """The density as it is stored and returned, from an array as the origin has it."""
+        """Convert an array of the origin to the density that is stored and returned."""
         return as_density(array, url, self._array, is_per_point=self._is_per_point)
 
     def _past_the_array_tier(
         self, key: ArrayKey, store: str, *, relist: bool
     ) -> NDArray[np.float32]:
-        """The same read with ``cache.arrays.enabled: false``, or without a cache."""
+        """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
         config = self._cache.config
         origin = self._origin
         if config is not None and config.bytes.enabled:

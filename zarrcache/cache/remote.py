@@ -1,6 +1,6 @@
-"""Entries from other places of the cluster, tried before the origin: ``cache.lower``, peers.
+"""Remote sources of entries, tried before the origin: the lower layer (``cache.lower``) and peers.
 
-Whatever goes wrong here is logged once and costs a request to the origin, never a sample.
+Any failure here is logged once and costs a request to the origin, never a sample.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _OTHERS_WRITE = 0o002
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An array from elsewhere: mapped if the array tier has stored or lent it, else in memory."""
+    """A received array: mapped if the array tier has stored or lent it, else in memory."""
 
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
 
 
 class _Offer(NamedTuple):
-    """An entry that a place sends; nothing of it is checked yet."""
+    """An entry that a remote source sends, not checked yet."""
 
     stream: Any
     nbytes: int
@@ -72,7 +72,7 @@ class RemoteSources:
         return type(self), (self._config, self._arrays, self._counters)
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Whether any remote source is configured."""
         return self._lower is not None or bool(self.peers)
 
     def check(self) -> None:
@@ -100,9 +100,9 @@ class RemoteSources:
     def lookup(self, key: ArrayKey, source: str | None) -> Iterator[MissLookup]:
         """Look for one entry. No request is made before :meth:`MissLookup.take`.
 
-        At the end the peers that wait for this node learn whether it has stored the entry. After
-        an exception they learn nothing, so that one of them tries next: sent on, all of them would
-        go to the failing origin at once.
+        On exit, peers that wait for this node learn whether it has stored the entry. After an
+        exception they are not notified, so that one of them tries next; otherwise all of them would
+        send requests to the failing origin at once.
         """
         lookup = MissLookup(self, key, source)
         try:
@@ -124,7 +124,7 @@ class RemoteSources:
             if entry is not None:
                 taken = Taken(entry.array, is_stored=is_stored)
             elif incoming.is_spent:
-                # Stored and evicted at once, or the disk failed: it cannot be read a second time.
+                # Evicted just after it was stored, or the disk failed: the stream is used up.
                 return None
             else:
                 taken = Taken(incoming.read(), is_stored=False)
@@ -133,7 +133,7 @@ class RemoteSources:
             self._log_once.warning(
                 ("bad entry", offer.sender),
                 logger,
-                "an entry from elsewhere was not taken, looking further (said once for %s): %s",
+                "received entry rejected, trying the next source (logged once for %s): %s",
                 offer.sender,
                 exc,
             )
@@ -149,7 +149,7 @@ class RemoteSources:
                 self._log_once.warning(
                     "lower is not there",
                     logger,
-                    "cache.lower: there is no cache at %s; going on without it",
+                    "cache.lower: there is no cache at %s; continuing without it",
                     self._lower.parent.parent,
                 )
             for file, nbytes, path in open_entries(self._lower, digest):
@@ -158,21 +158,21 @@ class RemoteSources:
             self._log_once.warning(
                 "lower fails",
                 logger,
-                "cache.lower %s cannot be read, going on without it: %s",
+                "cache.lower %s cannot be read; continuing without it: %s",
                 self._lower,
                 exc,
             )
 
 
 class MissLookup:
-    """The search for one entry in other places. Used in one thread.
+    """Looks for one entry in the remote sources. Used in one thread.
 
     Attributes
     ----------
     is_stored : bool
-        To be set when this node has stored the entry.
+        The caller sets it when this node has stored the entry.
     lease : Reply or None
-        The turn of this node to ask the origin, if a peer has given it.
+        The right to fetch from the origin, if a peer has granted it to this node.
     """
 
     def __init__(self, remote: RemoteSources, key: ArrayKey, source: str | None) -> None:
@@ -181,7 +181,7 @@ class MissLookup:
         self.is_stored = False
 
     def take(self) -> Taken | None:
-        """The entry from the first place that has a good one; None: the origin has to be asked."""
+        """The entry from the first source that has a good one; None: fetch it from the origin."""
         with contextlib.closing(self._offers()) as offers:
             for offer in offers:
                 taken = self._remote._receive(offer, self._key, self._source)
@@ -191,7 +191,7 @@ class MissLookup:
         return None
 
     def _offers(self) -> Generator[_Offer]:
-        """Of one place after the other; each is closed when the next is asked for."""
+        """Offers of the sources in order; each is closed when the next is requested."""
         digest = self._key.digest
         yield from self._remote._lower_offers(digest)
         for reply in self._remote.peers.replies(digest, source=self._source):

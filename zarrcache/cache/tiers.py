@@ -1,14 +1,14 @@
 """The two tiers: decoded arrays, memory-mapped on a hit, and objects as the origin stores them.
 
-Both store a file within the limit, check it once per run, and drop it, in one way (`Tier`). A fault
-of the cache (full disk, broken index, deleted directory) ends here: it is counted, logged once per
-kind, and becomes a miss when reading and a pass-through when writing. It never stops a training
-run.
+`Tier` is common to both: it stores a file within the limit, verifies it once per run, and drops it.
+A cache fault (full disk, broken index, deleted directory) is handled here: it is counted, logged
+once per kind, and becomes a miss when reading and a pass-through when writing. It never stops a
+training run.
 
-An object of the byte tier appears under its name only when it is whole and its row is in the
-index; the row holds its checksum. The version (ETag) is part of the key: a changed object is
-another entry. Why these are not fsspec's simplecache and blockcache:
-docs/explanation/decisions/002-byte-tier.md.
+An object of the byte tier appears under its name only when it is complete and its row, which holds
+its checksum, is in the index. The version (ETag) is part of the key, so a changed object is another
+entry. docs/explanation/decisions/002-byte-tier.md explains why fsspec's simplecache and blockcache
+are not used.
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ class Tier:
     config : CacheConfig
     counters : Counters
     index : Index, optional
-        Shared by all tiers of a directory: one limit for all of them. Default: one of its own.
+        Shared by all tiers of a directory, so that one limit holds for all. Default: a new one.
     verified : SharedSet, optional
-        Files whose checksum a process of this run has found right. With ``verify: first`` they are
-        not read through again.
+        Files whose checksum a process of this run has verified. With ``verify: first`` they are not
+        verified again.
 
     Attributes
     ----------
     index : Index
     flight : SingleFlight
-        The locks of the cache directory.
+        Locks of the cache directory.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Tier:
         self._config = config
         self._counters = counters
         self._verified = verified or SharedSet()
-        #: Whether a read may skip the checksum of a file, which 32 hex digits name.
+        #: Whether a read may skip the checksum of a file; takes its :func:`_file_id`.
         self._is_verified = {
             "first": self._verified.__contains__,
             "always": _never,
@@ -122,7 +122,7 @@ class Tier:
         note: str,
         url: str,
     ) -> Admission | None:
-        """Reserve room, publish a file, make it visible as ``digest``.
+        """Reserve room, publish a file, and make it visible as ``digest``.
 
         Parameters
         ----------
@@ -135,18 +135,18 @@ class Tier:
         kind, note : str
             Kept in the index.
         url : str
-            What is stored, for the log.
+            URL of what is stored, for the log.
 
         Returns
         -------
         Admission or None
-            ``ADMIT``: it is stored. Another: why it is not. None: the cache failed.
+            ``ADMIT`` if it is stored, otherwise the reason why not. None: the cache failed.
         """
         size_bytes = disk_bytes(file_bytes)
         intent: Intent | None = None
         try:
             outcome = self.index.begin(filename, size_bytes)
-            # An old version under this key, or the row of a lost file, gives its room first.
+            # Free the room of an old version under this key, or of the row of a lost file.
             if outcome is Admission.OVER_LIMIT and self.index.drop([digest]):
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
@@ -171,11 +171,11 @@ class Tier:
     def _abort(self, intent: Intent) -> None:
         try:
             self.index.abort(intent)
-        except CACHE_FAULTS as exc:  # the next process that opens the index sweeps it
+        except CACHE_FAULTS as exc:  # swept when a process opens the index next
             logger.debug("intent %s is left to the next sweep: %s", intent.key, exc)
 
     def _read_failed(self, exc: Exception, digest: str, filename: str, url: str) -> None:
-        """Turn what went wrong while reading an entry into a miss."""
+        """Handle an error while reading an entry, so that the read becomes a miss."""
         if isinstance(exc, CorruptEntryError):
             self._purge(digest, filename, url, str(exc))
         elif not isinstance(exc, FileNotFoundError):  # evicted between the row and the file
@@ -220,7 +220,7 @@ def _never(file_id: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class EntryInfo:
-    """One entry of the array tier. ``size_bytes`` on disk; ``stored_s`` in seconds since 1970."""
+    """One entry of the array tier: ``size_bytes`` on disk, ``stored_s`` in seconds since 1970."""
 
     key: ArrayKey
     filename: str
@@ -231,9 +231,9 @@ class EntryInfo:
 class ArrayCache(Tier):
     """Arrays by :class:`~zarrcache._keys.ArrayKey`. Safe from any thread or process.
 
-    A fault of the cache is a miss or a pass-through, counted, and logged once per kind. ``purges``
-    and ``cache_errors`` are counted here; hits and misses by the reader, which knows how a read
-    ended. Pickles as its configuration.
+    A cache fault becomes a miss or a pass-through; it is counted, and logged once per kind.
+    ``purges`` and ``cache_errors`` are counted here; hits and misses by the reader, which knows how
+    a read ended. Pickles as its configuration.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ class ArrayCache(Tier):
     Attributes
     ----------
     loans : Loans or None
-        In a prefetcher: holds what is not admitted. Not pickled.
+        In a prefetcher: holds entries that are not admitted. Not pickled.
     """
 
     def __init__(
@@ -268,8 +268,8 @@ class ArrayCache(Tier):
         ----------
         key : ArrayKey
         source : str, optional
-            What the origin lists now (:func:`zarrcache._keys.source_digest`). An entry of another
-            source is stale: it is dropped and is a miss. Default: trust the entry.
+            Digest of what the origin lists now (:func:`zarrcache._keys.source_digest`). An entry of
+            another source is stale: it is dropped, a miss. Default: trust the entry.
         """
         digest, filename = key.digest, ""
         try:
@@ -282,7 +282,7 @@ class ArrayCache(Tier):
             if header.key != key:
                 raise CorruptEntryError(f"it holds {header.key.url} {header.key.array}")
             if source is not None and header.source != source:
-                # At once: whatever becomes of the next fetch, no reader may be given this again.
+                # Drop it now: even if the next fetch fails, no reader may get this entry again.
                 self._drop(digest, filename, key.url)
                 return None
             file_id = _file_id(digest, filename)
@@ -296,7 +296,7 @@ class ArrayCache(Tier):
         return entry
 
     def _borrowed(self, key: ArrayKey, lent: Stored | None, source: str | None) -> Entry | None:
-        """What a prefetcher has lent to this process: it is read once and removed."""
+        """Read an entry that a prefetcher has lent, and remove it."""
         if lent is None or self.loans is not None:
             return None
         entry = map_entry(f"{self._root}/{lent.filename}")
@@ -305,8 +305,8 @@ class ArrayCache(Tier):
             and source in (None, entry.header.source)
             and (self._config.verify == "never" or entry.is_intact())
         )
-        # A copy: a map would keep the file's room, which the next loan needs. A copy also reaches a
-        # training process that would map too late.
+        # A copy, because a map would keep the file's disk space, which the next loan needs, and the
+        # training process might map the file only after it was removed.
         taken = Entry(entry.header, entry.array.copy()) if is_right else None
         self.index.give_back(key.digest, lent.filename)
         return taken
@@ -319,8 +319,8 @@ class ArrayCache(Tier):
         Returns
         -------
         Entry or None
-            The stored entry, mapped: pages that the kernel may take back, and that a DataLoader
-            worker hands over without a copy. None: it was not admitted, or the cache failed.
+            The stored entry, mapped: the kernel may reclaim its pages, and a DataLoader worker
+            transfers it without a copy. None: it was not admitted, or the cache failed.
         """
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         header = header_of(key, array, source)
@@ -331,27 +331,27 @@ class ArrayCache(Tier):
         return entry if entry is not None else Entry(header, array)
 
     def take(self, incoming: EntryStream) -> tuple[Entry | None, bool]:
-        """Store an entry that another cache sends; faults as in :meth:`put`.
+        """Store an entry that another cache sends. Cache faults are handled as in :meth:`put`.
 
         Returns
         -------
         Entry or None
-            Mapped, if it was stored or lent. None: ``incoming.is_spent`` says whether it can still
-            be read.
+            Mapped, if it was stored or lent. If None, ``incoming.is_spent`` says whether the stream
+            can still be read.
         bool
             Whether it was stored.
 
         Raises
         ------
         CorruptEntryError
-            It broke off, or its checksum does not match. Nothing is stored.
+            The stream ended early, or its checksum does not match. Nothing is stored.
         """
         return self._place(incoming.header, incoming.write)
 
     def _place(
         self, header: EntryHeader, write: Callable[[FileIO], object]
     ) -> tuple[Entry | None, bool]:
-        """Store or lend an entry: the entry, mapped, and whether it was stored."""
+        """Store or lend an entry. Returns it, mapped, and whether it was stored."""
         key, digest = header.key, header.key.digest
         filename = f"entries/{digest[:2]}/{digest}-{secrets.token_hex(4)}"
         outcome = self._store(
@@ -382,7 +382,7 @@ class ArrayCache(Tier):
             self._read_failed(exc, digest, filename, key.url)
             return None, is_stored
         if is_stored:
-            # Its checksum was computed, or compared, while it was written.
+            # The checksum was computed or verified while the file was written.
             self._verified.add(_file_id(digest, filename))
         return entry, is_stored
 
@@ -411,7 +411,7 @@ class ArrayCache(Tier):
 
 
 def _file_id(digest: str, filename: str) -> str:
-    """32 hex digits that name one file: an entry that is stored again is another file."""
+    """32 hex digits that identify one file. They change when the entry is stored again."""
     return f"{digest[:24]}{zlib.crc32(filename.encode()):08x}"
 
 
@@ -423,9 +423,9 @@ def _unpickled(config: CacheConfig, counters: Counters, verified: SharedSet) -> 
 
 
 class ByteCache(Tier):
-    """Reads of one origin's objects through the byte tier. Safe from any thread or process.
+    """Reads one origin's objects through the byte tier. Safe from any thread or process.
 
-    Pickles without its open parts.
+    Open files are not pickled.
 
     Parameters
     ----------
@@ -457,13 +457,13 @@ class ByteCache(Tier):
     def read(self, obj: ObjectInfo, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes ``start`` to ``stop`` of an object, from disk if they are there.
 
-        Objects up to ``cache.bytes.block_size`` are cached whole, as is what is read whole; ranges
-        of larger ones are cached in blocks.
+        Objects up to ``cache.bytes.block_size``, and larger ones that are read whole, are cached
+        whole; ranges of larger objects are cached in blocks.
 
         Raises
         ------
         IncompleteArrayError, OriginError
-            The origin does not deliver what it lists. A fault of the cache is never raised.
+            The origin does not deliver what it lists. A cache fault is never raised.
         """
         stop = obj.size_bytes if stop is None else min(stop, obj.size_bytes)
         start = min(start, stop)
@@ -472,7 +472,7 @@ class ByteCache(Tier):
         if (
             obj.size_bytes <= block_size
             or (start, stop) == (0, obj.size_bytes)
-            # read whole before: not once more in blocks
+            # It was read whole before, so do not store it again in blocks.
             or os.path.exists(self._path(whole))
         ):
             ((_, data),) = self._entries([whole])
@@ -485,9 +485,9 @@ class ByteCache(Tier):
         return b"".join(parts)
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed objects, each as soon as it has come, in any order.
+        """Contents of listed objects, each as soon as it has arrived, in any order.
 
-        What is not on disk comes from the origin in one pass.
+        Objects that are not on disk are fetched from the origin in one pass.
 
         Raises
         ------
@@ -501,7 +501,7 @@ class ByteCache(Tier):
         return BlockKey(self._origin.identity, self._origin.url, obj, block, block_size)
 
     def _entries(self, keys: Sequence[BlockKey]) -> Iterator[tuple[BlockKey, Buffer]]:
-        """Objects or blocks, from disk or from the origin; of several fetchers one fetches."""
+        """Objects or blocks, from disk or from the origin, with single flight."""
         hits, misses, served_bytes = 0, 0, 0
         missing = []
         try:
@@ -518,7 +518,7 @@ class ByteCache(Tier):
             # Every reader of these keys takes the lock of the first one.
             with self.flight.hold(keys[0].digest):
                 wanted = {}
-                for key in missing:  # another process may have fetched it meanwhile
+                for key in missing:  # another process may have fetched some meanwhile
                     data = self._from_disk(key, is_alone=True)
                     if data is None:
                         wanted[key.object] = key
@@ -533,16 +533,16 @@ class ByteCache(Tier):
             self._counters.add(byte_hits=hits, byte_misses=misses, served_bytes=served_bytes)
 
     def _open(self) -> None:
-        """Have the cache directory, in which the locks lie: also after it was deleted."""
+        """Create the cache directory, which holds the locks, also after it was deleted."""
         if not os.path.isdir(f"{self._root}/bytes"):
             self.index.reopen()
-        with contextlib.suppress(*CACHE_FAULTS):  # storing meets the same fault and reports it
+        with contextlib.suppress(*CACHE_FAULTS):  # storing hits the same fault and reports it
             self.index.open()
 
     def _from_origin(
         self, wanted: dict[ObjectInfo, BlockKey]
     ) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Whole objects in one pass, or one block."""
+        """Fetch whole objects in one pass, or one block."""
         for obj, key in wanted.items():
             if key.block is not None:
                 start = key.block * key.block_size
@@ -552,13 +552,13 @@ class ByteCache(Tier):
             yield from self._origin.fetch(list(wanted))
 
     def _from_disk(self, key: BlockKey, *, is_alone: bool = False) -> bytes | None:
-        """An object or block if it is there and whole.
+        """An object or block from disk, if it is stored and complete.
 
         Parameters
         ----------
         is_alone : bool
-            The caller holds the key's lock, so a bad file is bad and is dropped. Without the lock
-            it may be a file that another process has not committed yet.
+            The caller holds the key's lock, so a file that does not match is bad and is dropped.
+            Without the lock it may be a file that another process has not committed yet.
         """
         digest = key.digest
         try:

@@ -1,4 +1,4 @@
-"""Zarr stores of an origin, opened through the byte tier: for metadata, crops and other arrays."""
+"""Open the Zarr stores of an origin through the byte tier: for metadata, crops, other arrays."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ __all__ = ["CachedStore", "group_of", "open_group", "open_store", "store_at"]
 class CachedStore(Store):
     """A read-only zarr store over one store of an origin, through the byte tier.
 
-    The listing decides what exists, never a failed read: zarr silently takes the fill value for a
-    missing chunk. An object that is listed and cannot be read raises another error.
+    The listing decides what exists, never a failed read, because zarr silently uses the fill value
+    for a missing chunk. An object that is listed and cannot be read raises another error.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ class CachedStore(Store):
         return self._through.fetch_range(obj, start, stop)
 
     def sizes(self) -> dict[str, int]:
-        """Size in bytes of every key; empty if there is no such store.
+        """Size in bytes of every key; empty if the store does not exist.
 
         One LIST at first use, or the stored listing.
         """
@@ -190,11 +190,10 @@ class CachedStore(Store):
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"
         listed = self._through.list_objects(prefix)
-        # Of a store that vanished since, an open array would read as its fill value.
+        # If the store has vanished since, an open array would read as its fill value.
         if self._was_there and not listed:
             raise IncompleteArrayError(
-                f"{self.url} was there when it was opened and is gone. Open it again when it is "
-                "back."
+                f"{self.url} was deleted after it was opened. Open it again when it is back."
             )
         if zipped and listed:
             self._members = unzip(self._object(listed[0], 0, listed[0].size_bytes), self.url)
