@@ -247,7 +247,7 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
         ({"train_workers": -1}, "train_workers is -1"),
         ({"val_workers": 1.5}, r"val_workers is 1\.5"),
         ({"val_frac": 1.0}, r"val_frac is 1\.0"),
-        ({"val_frac": 0.99}, "all of them would be held out"),
+        ({"val_frac": 0.99}, "training samples would be held out"),
         ({"val_frac": "a"}, "val_frac is 'a'"),
         ({"random_seed": -1}, "random_seed is -1"),
         ({"random_seed": None}, "random_seed is None"),

@@ -1,4 +1,4 @@
-"""From a task id to a density: readers, the materials of a pair of directories, splits."""
+"""Load densities by task id: readers, the materials of a pair of directories, and splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Follow the reads of a reader, for look-ahead and for metrics.
+"""Observe the reads of a reader, for look-ahead and for metrics.
 
 >>> class Seconds:
 ...     def __init__(self):
@@ -25,7 +25,7 @@ __all__ = ["Read", "ReadObserver"]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One density that a reader has returned.
+    """One finished read of a density.
 
     Attributes
     ----------
@@ -47,16 +47,16 @@ class Read:
 
 
 class ReadObserver(Protocol):
-    """Follows the reads of a :class:`ZarrS3Reader`, once ``reader.observe(observer)`` is called.
+    """Observes the reads of a :class:`ZarrS3Reader`; install it with ``reader.observe(observer)``.
 
     Its methods run in the process that reads, DataLoader workers included, and in any thread of it.
-    Each worker has its own copy: forked, or pickled with the reader where workers are spawned. An
+    Each worker has its own copy: forked, or pickled with the reader if workers are spawned. An
     observer that adds up over workers has to share memory or write to a file. A read that raises is
-    started and not finished. An exception of an observer is raised by ``load``.
+    started but never finished. An exception of an observer is raised by ``load``.
     """
 
     def read_started(self, task_id: str, role: Role) -> None:
-        """Before a density is read."""
+        """Called before a density is read."""
 
     def read_finished(self, read: Read) -> None:
-        """After it was read."""
+        """Called after a density was read."""

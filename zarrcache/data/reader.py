@@ -1,7 +1,7 @@
-"""``ZarrS3Reader``: the users' reader. It finds the store of a task id; `ReadThrough` reads it.
+"""``ZarrS3Reader`` finds the store of a task id; `ReadThrough` reads it.
 
-Nothing here imports zarr before a layout needs it: zarr is 0.1 s of the 0.45 s in which the
-look-ahead process starts.
+zarr is imported only when it is needed: it takes 0.1 s of the 0.45 s in which the look-ahead
+process starts.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class ZarrS3Reader(PairReader):
     ... )
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    The stores are ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``. Making a reader makes no request.
-    It pickles, and works on both sides of a fork.
+    The stores are ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``. Creating a reader sends no
+    request. A reader can be pickled, and works on both sides of a fork.
 
     Parameters
     ----------
     data_dir, label_dir : str or Path
-        A directory or ``s3://bucket/prefix`` each; they may differ in kind.
+        Each a directory or ``s3://bucket/prefix``; one may be local and the other on S3.
     map_dir : str or Path
         JSON or JSON.gz file ``{functional: [task_id, ...]}``.
     functional : str
@@ -67,7 +67,7 @@ class ZarrS3Reader(PairReader):
         0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``.
     random_state : int
     density_type : str
-        ``total`` or ``diff``: which array, ``charge_density_{density_type}``.
+        ``total`` or ``diff``; selects the array ``charge_density_{density_type}``.
     s3_kwargs : dict, optional
         As ``s3fs.S3FileSystem`` takes them.
     cache : CacheConfig or mapping, optional
@@ -76,12 +76,12 @@ class ZarrS3Reader(PairReader):
     Raises
     ------
     ConfigError
-        ``cache`` (its token file and its lower layer too) or ``s3_kwargs`` cannot be used.
+        ``cache`` (also its token file or lower layer) or ``s3_kwargs`` cannot be used.
 
     Attributes
     ----------
     s3fs : s3fs.S3FileSystem
-        Made from ``s3_kwargs``, where a directory is on S3.
+        Created from ``s3_kwargs`` if a directory is on S3.
     """
 
     _unit = "store"
@@ -128,7 +128,7 @@ class ZarrS3Reader(PairReader):
         if self._cache.remote is not None:
             self._cache.remote.check()
         if self.use_s3:
-            # At once, as the users' reader does: wrong arguments are reported here, at no request.
+            # Like the original reader: wrong arguments are reported here, without a request.
             _ = self.s3fs
 
     @functools.cached_property
@@ -147,13 +147,14 @@ class ZarrS3Reader(PairReader):
         cache = f", cache={str(config.dir)!r})" if config is not None else ")"
         return super().__repr__().removesuffix(")") + cache
 
-    # -- which materials
+    # -- materials
 
     def store_names(self, role: Role) -> Mapping[str, str]:
-        """File name of each store of one directory by its task id, as listed last.
+        """File name of each store of one directory by task id, as listed last.
 
-        ``mp-1.zarr``, or ``mp-1.zarr.zip`` where there is no such directory. One LIST per 1,000
-        stores, the first time; with ``revalidate: never`` the listing stored with the entries.
+        ``mp-1.zarr``, or ``mp-1.zarr.zip`` if there is no such directory. The first call sends one
+        LIST per 1,000 stores; with ``revalidate: never`` it uses the stored listing if there is
+        one.
 
         Raises
         ------
@@ -166,15 +167,12 @@ class ZarrS3Reader(PairReader):
         return self._store_names[role]
 
     def relist(self) -> None:
-        """List both directories at the origin now; store the listings for runs without it."""
+        """List both directories at the origin now, and store the listings for offline runs."""
         self._known_ids.clear()
         self._store_names = {role: self._list(role) for role in ROLES}
 
     def relist_unless_known(self, task_ids: Iterable[str]) -> None:
-        """As ``relist``, unless the stored listings name a store for each of ``task_ids``.
-
-        These listings are then used as they are.
-        """
+        """Like ``relist``, but use stored listings if they have a store for all ``task_ids``."""
         wanted = set(task_ids)
         known: dict[Role, dict[str, str]] = {}
         for role in ROLES:
@@ -188,7 +186,7 @@ class ZarrS3Reader(PairReader):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """``("data", "label")``, or ``("data",)`` where both are the same directory."""
+        """``("data", "label")``, or ``("data",)`` if both are the same directory."""
         return ROLES[: len(distinct_directories(self._origins))]
 
     @property
@@ -247,7 +245,7 @@ class ZarrS3Reader(PairReader):
         return _flat(values)
 
     def _densities(self, role: Role) -> ReadThrough:
-        """How densities of one directory are read. Made once per setting of the attributes."""
+        """The read path of one directory. Created once per setting of the attributes."""
         key = role, self.density_type, bool(self.normalize)
         found = self._read_throughs.get(key)
         if found is None:
@@ -280,9 +278,9 @@ class ZarrS3Reader(PairReader):
     def ensure(
         self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None
     ) -> tuple[Outcome, int]:
-        """Make one density of the array tier the origin's present version.
+        """Bring one density in the array tier up to date with the origin.
 
-        ``zarrcache warm`` does this for each.
+        ``zarrcache warm`` does this for each density.
 
         Parameters
         ----------
@@ -295,7 +293,7 @@ class ZarrS3Reader(PairReader):
         Returns
         -------
         outcome : {"hit", "miss", "bypass"}
-            It was fresh; it was fetched; it was fetched and not admitted.
+            It was fresh; it was fetched and stored; or it was fetched and not admitted.
         nbytes : int
             Size of the decoded density.
 
@@ -306,7 +304,7 @@ class ZarrS3Reader(PairReader):
         store = self.store_name(task_id, role)
         values, outcome = self._densities(role).read(store, revalidate=True, reserve=reserve)
         if outcome != "hit" and self._cache.arrays is not None:
-            # Metadata and crops have to be of the same version.
+            # Metadata and crops have to be of the same version, so list the store again.
             self._cache.forget_listing(self._origins[role], store)
         return outcome, values.nbytes
 
@@ -319,10 +317,7 @@ class ZarrS3Reader(PairReader):
         return self._origins[role]
 
     def stored(self) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of the densities in the array tier, by role and task id.
-
-        Their stores are those that were listed last.
-        """
+        """Bytes on disk of the densities in the array tier, by role and task id, as last listed."""
         listings = {
             role: (origin, self.store_names(role)) for role, origin in self._origins.items()
         }
@@ -331,7 +326,7 @@ class ZarrS3Reader(PairReader):
         )
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
-        """The origin's listing of one density now: keys, sizes, ETags. One LIST."""
+        """List one density at the origin now: keys, sizes, ETags. One LIST."""
         return self._densities(role).listing(self.store_name(task_id, role))
 
     @property
@@ -355,7 +350,7 @@ class ZarrS3Reader(PairReader):
         Raises
         ------
         OriginNotFoundError
-            There is none.
+            There is no such store.
         """
         names = self.store_names(role)
         name = names.get(task_id) if type(task_id) is str else None
@@ -387,7 +382,7 @@ class ZarrS3Reader(PairReader):
         Parameters
         ----------
         zarr_store : zarr.Group
-            From ``read_zarr_store``, or any other group of zarr.
+            From ``read_zarr_store``, or any other Zarr group.
 
         Raises
         ------
@@ -429,15 +424,12 @@ def _url_or_path(value: str | os.PathLike[str]) -> str | Path:
 
 
 def distinct_directories(origins: Mapping[Role, Origin]) -> dict[tuple[str, str], Origin]:
-    """The directories of both roles by endpoint and URL prefix of their stores.
-
-    One, if input and label are the same directory.
-    """
+    """The directories of both roles by endpoint and URL; one if they are the same."""
     return {(origin.identity, origin.url_of("")): origin for origin in origins.values()}
 
 
 def open_reader(cfg: object) -> ZarrS3Reader:
-    """Make the reader that a training config describes. No request is made.
+    """Create the reader that a training config describes. Sends no request.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The sequences of ``data_split()``: they load a density when they are indexed and keep none."""
+"""Lazy sequences of ``data_split()``: each index loads one density; none is kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DensityLoader(Protocol):
 
 
 class _Lazy(Sequence[T]):
-    """One value per task id, made by ``read`` on indexing.
+    """One value per task id, computed by ``read`` on indexing.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class _Lazy(Sequence[T]):
 
 
 class _Grids:
-    """Grid sizes seen so far: ``RhoData`` takes one after each density, without a second load."""
+    """Remembers grid sizes: ``RhoData`` needs one after each density, without a second load."""
 
     def __init__(self, loader: DensityLoader) -> None:
         self._loader = loader
@@ -80,7 +80,7 @@ class _Grids:
 
 
 class _Of:
-    """A method of :class:`_Grids` for one role. Unlike a lambda it pickles, for spawned workers."""
+    """A method of :class:`_Grids` for one role. Unlike a lambda it can be pickled."""
 
     def __init__(self, method: Callable[[Role, str], Any], role: Role) -> None:
         self._method, self._role = method, role

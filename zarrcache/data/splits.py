@@ -1,4 +1,4 @@
-"""Which materials a training has: the map file, a pair of directories, and the split of ids."""
+"""Select the materials of a training: map file, ids present in both directories, and split."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SPLIT = '{"train": [0, 5, ...], "validation": [...], "test": [...]}'
 def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """The map file: ``{functional: [task_id, ...]}`` as JSON or gzipped JSON.
 
-    Its content tells which, not its name.
+    The content decides which of the two, not the name.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def split_ids(
     """Split task ids exactly as scikit-learn's ``train_test_split`` does.
 
     The draw depends only on the number of ids and the seed, so the ids come out with the same
-    members in the same order as the users' reader gets by splitting the loaded lists.
+    members in the same order as the original reader gets by splitting the loaded lists.
 
     Parameters
     ----------
@@ -129,9 +129,7 @@ def split_ids(
 
 def _training_count(count: int, train_fraction: Any) -> int:
     if not count:
-        raise ConfigError(
-            "There is nothing to split. No task id of the functional has both stores."
-        )
+        raise ConfigError("Nothing to split: no task id of the functional has both stores.")
     if train_fraction is None:
         kept = count - math.ceil(0.25 * count)
     elif isinstance(train_fraction, float) and 0 < train_fraction < 1:
@@ -145,17 +143,17 @@ def _training_count(count: int, train_fraction: Any) -> int:
         )
     if not 0 < kept < count:
         raise ConfigError(
-            f"train_fraction is {train_fraction!r}: of {count} task ids it takes {kept} for "
-            "training, which leaves none for training or none for testing. Change train_fraction, "
-            "or give more materials."
+            f"train_fraction is {train_fraction!r}: it takes {kept} of {count} task ids for "
+            "training, which leaves the training or the test set empty. Change train_fraction or "
+            "add materials."
         )
     return kept
 
 
 def _permutation(count: int, random_state: Any) -> list[int]:
-    # What scikit-learn's ShuffleSplit draws: one permutation by numpy's legacy generator, whose
-    # numbers are frozen (NEP 19). tests/unit/data/test_splits.py compares the two. Importing
-    # scikit-learn for it would cost each process 1.5 s of CPU time.
+    # The same draw as scikit-learn's ShuffleSplit: one permutation by numpy's legacy generator,
+    # whose numbers are frozen (NEP 19). tests/unit/data/test_splits.py compares the two. Importing
+    # scikit-learn would cost each process 1.5 s of CPU time.
     from numpy.random import RandomState, permutation
 
     if random_state is None:
@@ -173,7 +171,7 @@ def _permutation(count: int, random_state: Any) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Task ids to train on, to validate with, and to test at the end; each id in one of them.
+    """Task ids for training, validation and testing; each id is in one of them.
 
     Attributes
     ----------
@@ -188,9 +186,9 @@ class Split:
 def hold_out(
     train: Sequence[str], test: Sequence[str], val_frac: float, random_state: int
 ) -> Split:
-    """Take a share of the training ids for validation, drawn with ``random_state``.
+    """Draw a share of the training ids for validation, with seed ``random_state``.
 
-    At least one, unless the share is 0.
+    At least one id is taken, unless the share is 0.
 
     Raises
     ------
@@ -208,23 +206,23 @@ def hold_out(
         return Split(tuple(train), (), tuple(test))
     if count == len(train):
         raise ConfigError(
-            f"val_frac is {val_frac!r} and there are {len(train)} samples to train on: all of them "
-            "would be held out. Set val_frac to 0."
+            f"val_frac is {val_frac!r}: all {len(train)} training samples would be held out. Set "
+            "val_frac to 0."
         )
     kept, held = split_ids(train, len(train) - count, random_state)
     return Split(tuple(kept), tuple(held), tuple(test))
 
 
 def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
-    """A split from a file: ``{"train": [0, 5, ...], "validation": [...], "test": [...]}``.
+    """Read a split file: ``{"train": [0, 5, ...], "validation": [...], "test": [...]}``.
 
     Parameters
     ----------
     path : path
-        JSON or JSON.gz. ``val`` is another name for ``validation``; validation and test may be
-        left out.
+        JSON or JSON.gz. ``val`` is another name for ``validation``; validation and test are
+        optional.
     task_ids : sequence of str
-        The numbers are positions in it, from 0: ``ZarrS3Reader.task_ids``.
+        ``ZarrS3Reader.task_ids``; the numbers in the file are positions in it, from 0.
 
     Raises
     ------
@@ -250,7 +248,7 @@ def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
         )
     if {"val", "validation"} <= document.keys():
         raise ConfigError(
-            f"{where} has both val and validation, two names of the same part. Remove one of them."
+            f"{where} has both val and validation, which are the same part. Remove one of them."
         )
     sides: dict[str, tuple[str, ...]] = {}
     home: dict[int, str] = {}
@@ -270,8 +268,8 @@ def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
                 )
             if index in home:
                 raise ConfigError(
-                    f"{where}: {index} is in {home[index]} and again in {key}. A sample belongs to "
-                    "one of them, once."
+                    f"{where}: {index} is in {home[index]} and again in {key}. List each sample "
+                    "once."
                 )
             home[index] = key
         sides[known[key]] = tuple(task_ids[index] for index in indices)
@@ -279,7 +277,7 @@ def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
 
 
 class _Present(NamedTuple):
-    """Ids of a functional with input and label, in the map's order, and those without."""
+    """Ids of a functional with both input and label, in the map's order, and the other ids."""
 
     ids: tuple[str, ...]
     missing: tuple[str, ...]
@@ -330,7 +328,7 @@ class PairReader(ABC):
 
     @abstractmethod
     def store_names(self, role: Role) -> Mapping[str, Any]:
-        """What one directory has, by task id: the name or the path of each store or file."""
+        """Name or path of each store or file of one directory, by task id."""
 
     @abstractmethod
     def load(self, task_id: str, role: Role) -> Density:
@@ -344,7 +342,7 @@ class PairReader(ABC):
 
     @property
     def array(self) -> str:
-        """Name of the array that is read of each store."""
+        """Name of the array that is read from each store."""
         return density_array(self.density_type)
 
     @property
@@ -389,7 +387,7 @@ class PairReader(ABC):
         return split_sets(self, train), split_sets(self, test)
 
     def mapped_ids(self) -> list[str]:
-        """Ids that the map file has for the functional, with or without stores.
+        """Ids of the functional in the map file, with or without stores.
 
         Raises
         ------
@@ -402,11 +400,11 @@ class PairReader(ABC):
         return self._mapped[key]
 
     def _present(self) -> _Present:
-        """What the map and both directories have; a change of either attribute is followed."""
+        """Ids in the map and both directories; recomputed when an attribute changes."""
         key = self.map_dir, self.functional
         if key not in self._known_ids:
             wanted = self.mapped_ids()
-            self._mapped.clear()  # what is present is known from here on
+            self._mapped.clear()  # not needed any more
             data, label = self.store_names("data"), self.store_names("label")
             missing = tuple(id_ for id_ in wanted if id_ not in data or id_ not in label)
             if missing:
@@ -424,5 +422,5 @@ class PairReader(ABC):
         return self._known_ids[key]
 
     def _urls(self) -> tuple[str, str]:
-        """Where input and label lie, for messages."""
+        """URLs of input and label, for messages."""
         return str(self.data_dir), str(self.label_dir)
