@@ -1,13 +1,13 @@
 """The index file ``cache.db``: open, check, heal and rebuild it, and keep its log short.
 
-diskcache gives an SQLite table that survives ``kill -9``, forks and eight processes at once, with
-the sum of all sizes kept by triggers. Its handling of files is not used (measured): it pickles
-values, leaves partial files on a full disk, evicts ten entries at a time, and unlinks a file before
-it commits. So :class:`EntryDisk` stores no value, only where the file is.
+diskcache provides an SQLite table that survives ``kill -9``, forks and eight processes at once;
+triggers keep the sum of all sizes. Its handling of files is not used (measured): it pickles
+values, leaves partial files on a full disk, evicts entries in batches of ten, and unlinks a file
+before it commits. So :class:`EntryDisk` stores only the location of the file.
 
-SQLite overlooks most damage. Of 600 single flipped bits and truncations of an index of 24 entries
-it noticed one in six. Most others hit free space; one in twenty made it silently forget or misplace
-a file. So each row carries a checksum, and :func:`damage_of` checks the whole file.
+SQLite overlooks most damage: it noticed one in six of 600 single flipped bits and truncations of an
+index of 24 entries. Most others hit free space; one in twenty made it silently forget or misplace a
+file. So each row carries a checksum, and :func:`damage_of` checks the whole file.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ T = TypeVar("T")
 Table: TypeAlias = diskcache.Cache
 Select: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
-#: What a broken cache raises; ConfigError if the directory was replaced, or its permissions were
-#: taken away, while a job runs. Each becomes a miss or a pass-through, never an error of a reader.
+#: Errors of a broken cache; ConfigError if the directory was replaced or its permissions were
+#: removed during a job. Each becomes a miss or a pass-through, never an error of a reader.
 CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, ConfigError)
 
 #: Tag of rows that announce a file; their keys begin with one of the marks.
@@ -68,7 +68,7 @@ INTENT = "intent"
 _MARKS = ("+", "-")
 
 _BUSY_S = 60  # how long to wait for other processes
-_PAGE = 10_000  # rows in memory at a time
+_PAGE = 10_000  # rows per query
 
 
 # -- rows and their checksums
@@ -84,7 +84,7 @@ _VALUE = re.compile(r"(0|[1-9][0-9]{0,17}) .*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the index keeps of one file.
+    """The row of one file.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class Stored:
     size_bytes : int
         Bytes on disk.
     note : str
-        Belongs to the tier.
+        Used only by the tier.
     """
 
     filename: str
@@ -154,14 +154,14 @@ class EntryDisk(diskcache.Disk):  # type: ignore[misc]
 # -- damage
 # --------------------------------------------------------------------------------------------------
 
-#: PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL, NOLFS, AUTH: the
-#: system around the file fails, not the file.
+#: PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL, NOLFS, AUTH:
+#: errors of the system, not of the file.
 _SURROUNDINGS = frozenset({3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23})
 
 
 def is_damage(exc: BaseException) -> bool:
-    """Whether an SQLite error says that the file is bad; not that it is busy or out of reach."""
-    if isinstance(exc, UnicodeDecodeError):  # of an error's text, which quotes the file's content
+    """Whether an SQLite error means that the file is damaged, not busy or inaccessible."""
+    if isinstance(exc, UnicodeDecodeError):  # from the text of an error, which quotes the file
         return True
     # None: raised by Python, for a text column that is not text
     code = getattr(exc, "sqlite_errorcode", None)
@@ -176,12 +176,12 @@ def damage_of(select: Select) -> str | None:
     Parameters
     ----------
     select : callable
-        Rows of a query with its values.
+        Takes a query and its values; returns the rows.
 
     Returns
     -------
     str or None
-        What is wrong.
+        The first damage found; None if the index is intact.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def damage_of(select: Select) -> str | None:
 def _schema_id(select: Select) -> int:
     """A checksum of the definitions of all tables and triggers, 0 to 2**31.
 
-    A definition with one changed letter may be valid SQL with another meaning.
+    It detects a changed letter that leaves the SQL valid but changes its meaning.
     """
     return crc32c(repr(select("SELECT name, sql FROM sqlite_master ORDER BY name")).encode()) >> 1
 
@@ -234,15 +234,15 @@ _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 #: Size of the write-ahead log from which every writer tries to reset it.
 _LOG_BYTES = 2 * 2**20
-#: Size from which a writer waits until that has succeeded.
+#: Size from which a writer waits until a reset has succeeded.
 LOG_LIMIT_BYTES = 3 * 2**20
-#: How long it waits, and how often at most: a process that was stopped while it reads must not
-#: delay the others again and again.
+#: Longest wait, and shortest interval between two: a process that was stopped while it reads must
+#: not delay the writers again and again.
 _LOG_WAIT_S, _LOG_WAIT_EVERY_S = 5.0, 60.0
 
 
 class IndexFile:
-    """One ``cache.db`` and the connections of this process to it. It is opened at first use.
+    """One ``cache.db`` and the connections of this process to it, opened at first use.
 
     Safe from any thread; a forked child opens its own connections.
 
@@ -250,13 +250,13 @@ class IndexFile:
     ----------
     directory : CacheDir
     has_log : bool
-        Use SQLite's write-ahead log, which shares memory through a mapped file. Other nodes do not
-        see that memory, and a write to it on a full copy-on-write disk kills the process
+        Use SQLite's write-ahead log. It shares memory through a mapped file, which other nodes do
+        not see, and a write to it on a full copy-on-write disk kills the process
         (:func:`~zarrcache.disk.filesystems.can_map_to_write`).
     is_checked : bool
         Check the whole file at each open.
     after_open : callable, optional
-        Called each time the file was opened, before its first use.
+        Called after each open, before the first use.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class IndexFile:
         Raises
         ------
         sqlite3.DatabaseError
-            It is not a number.
+            The stored sum is not a number.
         """
         table = self.open()
         with no_fork(table):
@@ -318,8 +318,8 @@ class IndexFile:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Table]:
         """The open table, in a transaction."""
-        # What is written to a file without a name is lost: the directory was deleted, or another
-        # process replaced a broken index.
+        # Writes to an unlinked file are lost: the directory may have been deleted, or another
+        # process may have replaced a broken index.
         if self._opened is not None and self._opened.identity != _identity(self._dir.index):
             self.forget()
         table = self.open()
@@ -328,8 +328,8 @@ class IndexFile:
                 with table.transact():
                     yield table
             except (sqlite3.Error, UnicodeDecodeError):
-                # a COMMIT that fails (disk full) leaves its transaction open; the next call
-                # connects again
+                # A COMMIT that fails (disk full) leaves its transaction open. The next call
+                # connects again.
                 table.close()
                 raise
         self._shorten_log()
@@ -339,7 +339,7 @@ class IndexFile:
         return self.healing(lambda: self.select(query, values))
 
     def healing(self, ask: Callable[[], T]) -> T:
-        """``ask()``; if the index turns out to be damaged, rebuild it and ask again.
+        """Call ``ask``; if the index turns out to be damaged, rebuild it and call again.
 
         Not inside a transaction.
         """
@@ -390,32 +390,30 @@ class IndexFile:
         if after is not None and is_damage(after):
             self._is_suspect = True
         elif after is not None and not isinstance(after, FileNotFoundError):
-            return  # busy, read-only, full: another open meets the same
+            return  # busy, read-only, full: another open would fail in the same way
         if self._opened is not None:
             _kept.append(self._opened.table)
         self._opened = None
 
     def close_before_fork(self) -> None:
-        """Close this thread's connection: a child would inherit one that relies on file locks which
-        only the parent holds.
-        """
+        """Close this thread's connection, because only the parent holds its file locks."""
         if (table := self.table) is not None:
             table.close()
 
     def _open(self) -> Table:
         self.forget()
         self._dir.ensure()
-        # One process at a time: each open writes diskcache's settings, and a broken index is set
-        # aside and rebuilt by one process only. Two threads that come here together open one after
-        # the other, and one of the two tables stays.
+        # One process at a time: each open writes diskcache's settings, and only one process may set
+        # aside and rebuild a broken index. Two threads that get here together open one after the
+        # other, and one of the two tables is kept.
         with SingleFlight(
             self._dir.locks, timeout_s=60.0, mode=self._dir.written_mode, name="open"
         ).hold("0" * 8):
             with no_fork():
                 table, broken = self._connect_or_replace()
             with no_fork(table):
-                # A new file does not know which entries there are: the old one was deleted or
-                # broken, or its rebuild was killed.
+                # A new file does not list the entries on disk: the old one was deleted or broken,
+                # or its rebuild was killed.
                 if self._execute("PRAGMA user_version") != [(FORMAT_VERSION,)]:
                     self._rebuild(table, broken)
                     self._execute(f"PRAGMA application_id = {_schema_id(self._execute)}")
@@ -425,7 +423,7 @@ class IndexFile:
         return table
 
     def _connect_or_replace(self) -> tuple[Table, str]:
-        """The open table, and what was wrong with a file that was set aside, or ''."""
+        """The open table, and the damage of a file that was set aside, or ''."""
         index, broken = self._dir.index, ""
         try:
             table = self._connect()
@@ -448,7 +446,7 @@ class IndexFile:
         return table, broken
 
     def _connect(self) -> Table:
-        # SQLite gives its log and journal the permissions of the file that it finds
+        # SQLite gives its log and journal the permissions of an existing file.
         self._dir.touch(self._dir.index)
         self._check_settings()
         deadline_s = time.monotonic() + _BUSY_S
@@ -463,9 +461,9 @@ class IndexFile:
                     statistics=0,
                     size_limit=2**62,
                     sqlite_mmap_size=0,  # truncating a mapped file kills the processes that read it
-                    # Given at each open: diskcache keeps it in the file, which may have been copied
-                    # from another kind of disk. Not "truncate": every reader would have to look
-                    # into the journal.
+                    # Set at each open: diskcache keeps it in the file, which may have been copied
+                    # from another kind of disk. Not "truncate": every reader would have to read the
+                    # journal.
                     sqlite_journal_mode="wal" if self._has_log else "delete",
                 )
             except sqlite3.OperationalError as exc:
@@ -501,10 +499,10 @@ class IndexFile:
     def _execute(
         self, query: str, values: tuple[Any, ...] = (), *, wait_s: float = _BUSY_S
     ) -> list[tuple[Any, ...]]:
-        """Rows of a query, over a connection of its own."""
+        """Rows of a query, over a new connection."""
         with no_fork():
-            # Not mode=ro: the first process after a killed one has to undo or finish what that one
-            # left (tests/processes/test_crash.py).
+            # Not mode=ro: after a killed process, the next one has to undo or finish its
+            # transaction (tests/processes/test_crash.py).
             connection = sqlite3.connect(
                 f"{self._dir.index.as_uri()}?mode=rw", uri=True, timeout=wait_s
             )
@@ -516,16 +514,16 @@ class IndexFile:
     # -- rebuild
 
     def _rebuild(self, table: Table, broken: str) -> None:
-        """Fill an empty index from the headers of the entries. Objects of the byte tier are removed
-        and fetched again, for their files do not say what they are.
+        """Fill an empty index from the headers of the entries.
 
-        A file that cannot be read stays: its disk may recover, and `zarrcache verify` removes what
-        no row names.
+        Objects of the byte tier are removed, because their files do not identify them. A file that
+        cannot be read is kept: its disk may recover, and `zarrcache verify` removes files without
+        a row.
 
         Raises
         ------
         OSError
-            This process or machine is out of descriptors or memory. The next open rebuilds again.
+            This process or machine has no descriptors or memory left. The next open rebuilds again.
         """
         found: dict[str, tuple[Stored, str]] = {}
         entries: list[tuple[int, Path]] = []
@@ -548,7 +546,7 @@ class IndexFile:
                     raise
                 if _is_regular(path):
                     n_unreadable += 1
-                else:  # a link or socket that was planted
+                else:  # a planted link or socket
                     doomed.append(path)
                 continue
             key = header.key
@@ -577,11 +575,11 @@ class IndexFile:
     def _shorten_log(self) -> None:
         """Reset the write-ahead log if it is long. Call after a transaction, outside of it.
 
-        SQLite resets its log only at a moment when no process reads or writes. Beside eight busy
-        processes that moment never came (20 MiB after 20 s), so every writer tries above one size;
-        and because it is chance which of the eight succeeds, above another size no process writes
-        on before one has. This bounds the log to 3 MiB and what the transactions under way add
-        (tests/processes/test_limit.py). Errors are left to the next writer.
+        SQLite resets its log only while no process reads or writes. With eight busy processes that
+        never happened (20 MiB after 20 s), so every writer tries above one size. Success is a
+        matter of chance, so above a second size writers wait until one has succeeded. This bounds
+        the log to 3 MiB plus the transactions in progress (tests/processes/test_limit.py). Errors
+        are left to the next writer.
         """
         start_s = time.monotonic()
         with contextlib.suppress(OSError, sqlite3.Error):  # no log, on a network file system
@@ -596,7 +594,7 @@ class IndexFile:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """An open table: by which process, and which file it was."""
+    """An open table, with the process that opened it and the identity of its file."""
 
     pid: int
     table: Table
@@ -615,12 +613,12 @@ def _is_regular(path: Path) -> bool:
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
-        return True  # it cannot even be looked at
+        return True  # its type cannot be determined
 
 
 _alive: WeakSet[IndexFile] = WeakSet()
-#: Tables that are not used any more. Never finalised, for that closes connections: those of a
-#: parent, whose locks and log they share, or those of other threads while a child may be forked.
+#: Tables that are not used any more. They are kept because finalising one closes connections that
+#: share the locks and log of a parent, or that other threads use while a child may be forked.
 #: There are few: after a fork, a deleted directory, a broken index.
 _kept: list[Table] = []
 
@@ -633,18 +631,18 @@ _FORK_WAIT_S = 90.0
 
 
 class no_fork:
-    """No child is forked while a thread is in this block. Around every call of SQLite; reentrant.
+    """Block forks while a thread is in this block. Used around every call of SQLite; reentrant.
 
-    SQLite has mutexes for the whole process. A child that is forked while another thread holds one
-    waits for it forever, in its first ``connect`` (measured: 1 child in 12 beside three reading
-    threads), and so does every process that waits for a lock of that child. So each thread has a
-    lock that it holds while it is inside, and a fork takes them all. One lock for all threads would
-    be less code, but a look-up would wait for the transactions of other threads
+    SQLite has process-wide mutexes. A child that is forked while another thread holds one waits for
+    it forever in its first ``connect`` (measured: 1 child in 12 with three reading threads), and so
+    does every process that waits for a lock of that child. So each thread holds a lock of its own
+    while it is inside, and a fork takes them all. One lock for all threads would be less code, but
+    a look-up would wait for the transactions of other threads
     (docs/explanation/decisions/001-fork-and-sqlite.md).
 
-    Threads other than the main one close their connection of ``table``: Python would close it when
-    the thread ends, outside of any such block. That costs them 0.2 ms per look-up; the main thread,
-    where DataLoader workers read, keeps its connection and takes 8 us.
+    Threads other than the main one close their connection of ``table``, because Python would close
+    it when the thread ends, outside of any such block. That costs them 0.2 ms per look-up; the main
+    thread, where DataLoader workers read, keeps its connection and takes 8 us.
     """
 
     __slots__ = ("_table",)
@@ -655,7 +653,7 @@ class no_fork:
     def __enter__(self) -> None:
         thread = _thread
         if not thread.depth:
-            with _fork_lock:  # a fork that waits for this thread must not keep it out when nested
+            with _fork_lock:  # not taken when nested: a fork may be waiting for this thread
                 thread.lock.acquire()
         thread.depth += 1
 
@@ -676,8 +674,10 @@ class no_fork:
 
 
 class _Thread(threading.local):
-    """The lock of a thread. Reentrant: Ctrl-C may come between taking and counting it, and the
-    main thread must not wait for itself after that.
+    """The lock of a thread.
+
+    Reentrant: after a Ctrl-C between taking and counting it, the main thread must not wait for
+    itself.
     """
 
     def __init__(self) -> None:
@@ -688,17 +688,17 @@ class _Thread(threading.local):
             _locks.add(self.lock)
 
 
-#: Held by a fork from beginning to end: no thread enters meanwhile, and no other thread forks.
-#: Reentrant, as the others: a signal handler may read or fork while the main thread has it.
+#: Held during a fork, so that no thread enters and no other thread forks meanwhile. Reentrant like
+#: the others: a signal handler may read or fork while the main thread holds it.
 _fork_lock = threading.RLock()
-#: Those of threads that live; a lock ends with its thread, even if it was left held.
+#: Locks of running threads; a lock is dropped with its thread, even if it is still held.
 _locks: WeakSet[Any] = WeakSet()
 _thread = _Thread()
 _taken: list[Any] = []
 
 
 def _before_fork() -> None:
-    mine = _thread.lock  # made first: making it takes the lock of the fork
+    mine = _thread.lock  # created first, because that takes _fork_lock
     _fork_lock.acquire()
     deadline_s = time.monotonic() + _FORK_WAIT_S
     for lock in list(_locks):

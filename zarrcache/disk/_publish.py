@@ -1,8 +1,7 @@
 """Publish a file atomically, and clean up after writers that died.
 
 A file is written under a hidden name beside its final one, checked, and renamed. The hidden name
-says which process writes it (machine, pid, start time), so a later process can tell whether the
-writer is dead::
+identifies its writer (machine, pid, start time), so a later process can tell whether it is dead::
 
     .NAME.partial-MACHINE-PID-START-RANDOM      being written
     .NAME.replaced-MACHINE-PID-START-RANDOM     an old store, moved aside for a moment
@@ -59,24 +58,23 @@ def publish(
     expected_bytes: int | None = None,
     mode: int = 0o600,
 ) -> int:
-    """Write beside ``final``, check, then rename. Safe from any thread or process; the last writer
-    of a name wins.
+    """Write beside ``final``, check, then rename. Safe from any thread or process.
 
-    The hidden file is in the same directory (a rename across file systems is a copy), has a unique
-    name (two writers must not write into one file) and is checked before the rename: a file with
-    the final name is whole. Nothing is synced: after a power failure the checksum in the header
-    reveals a torn entry, and a cache may lose entries.
+    The last writer of a name wins. The hidden file is in the same directory (a rename across file
+    systems is a copy), has a unique name (two writers must not write into one file) and is checked
+    before the rename, so a file with the final name is complete. Nothing is synced: after a power
+    failure the checksum in the header reveals a torn entry, and a cache may lose entries.
 
     Parameters
     ----------
     final : Path
         Its parent has to exist.
     write : callable
-        Takes the open file, unbuffered.
+        Called with the open file, unbuffered.
     expected_bytes : int, optional
         Refuse to publish any other length.
     mode : int
-        Permissions, whatever the umask is.
+        Permissions, regardless of the umask.
 
     Returns
     -------
@@ -113,9 +111,7 @@ def publish(
 
 
 def write_all(file: FileIO, buffer: memoryview) -> None:
-    """Write a whole buffer to an unbuffered file; ``FileIO.write`` may stop early (2 GiB at a time
-    on Linux).
-    """
+    """Write a whole buffer to an unbuffered file (Linux writes at most 2 GiB per call)."""
     while buffer.nbytes:
         buffer = buffer[file.write(buffer) :]
 
@@ -136,7 +132,7 @@ def published_name(hidden: str) -> str | None:
 
 
 def partials_of(final: Path, owner: str) -> Iterator[Path]:
-    """Files that ``owner`` has written to publish as ``final`` and did not publish."""
+    """Files that ``owner`` wrote for ``final`` and has not published."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         start = f".{final.name}.partial-{_tag_of(owner)}-"
         for name in os.listdir(final.parent):
@@ -145,16 +141,20 @@ def partials_of(final: Path, owner: str) -> Iterator[Path]:
 
 
 def sweep_hidden(directory: Path, is_ours: Callable[[str], bool]) -> list[Path]:
-    """Remove partial files and directories of dead writers, and put back what one of them had moved
-    aside. Returns the hidden paths that are gone.
+    """Remove partial files of dead writers, and put back what one of them had moved aside.
 
     Parameters
     ----------
     directory : Path
-        It may hold files of others: only hidden names of the form above are touched, of a dead
-        process of this machine or older than a day.
+        It may hold other files: only hidden names of the form above are touched, and only if their
+        writer is a dead process of this machine or they are older than a day.
     is_ours : callable
-        Whether a file of this final name is written by the caller.
+        Whether the caller writes files of this final name.
+
+    Returns
+    -------
+    list of Path
+        The hidden paths that are gone.
     """
     swept = []
     try:
@@ -168,7 +168,7 @@ def sweep_hidden(directory: Path, is_ours: Callable[[str], bool]) -> list[Path]:
             continue
         final = directory / match["final"]
         if match["kind"] == "replaced" and not os.path.lexists(final):
-            with contextlib.suppress(OSError):  # another sweep was faster
+            with contextlib.suppress(OSError):  # another process has swept it
                 os.rename(path, final)
         else:
             remove_hidden(path)
@@ -199,17 +199,18 @@ def _is_abandoned(match: re.Match[str], path: Path) -> bool:
 
 
 def owner_id() -> str:
-    """Host, boot, pid namespace, pid and start time of this process; another process never has the
-    same, even with the same pid. Cached per process, also after a fork.
+    """Host, boot, pid namespace, pid and start time: unique even if a pid is reused.
+
+    Cached per process, also after a fork.
     """
     return owner_of(os.getpid())
 
 
 def is_dead(owner: str, age_s: float = 0.0) -> bool:
-    """Whether ``owner``, which was alive ``age_s`` seconds ago, has ended.
+    """Whether the process ``owner``, last known to be alive ``age_s`` seconds ago, has ended.
 
-    Processes of another machine or container cannot be seen. They count as alive for a day, but as
-    dead if they ran on this machine before it was rebooted.
+    Processes of another machine or container cannot be seen. They count as alive for a day, unless
+    they ran on this machine before its last reboot.
     """
     machine, _, process = owner.partition(" ")
     pid, _, started = process.partition(" ")
@@ -224,20 +225,20 @@ def is_dead(owner: str, age_s: float = 0.0) -> bool:
     return _start_time(int(pid)) not in (started, _ALIVE)
 
 
-#: Start time of a process that exists but hides it (no /proc, or processes of other users hidden).
+#: Stands for an unknown start time (no /proc, or /proc hides the processes of other users).
 _ALIVE = "alive"
 
 
 @functools.lru_cache(maxsize=1)
 def owner_of(pid: int) -> str:
-    """:func:`owner_id` of this process, whose pid it is; one look-up of a cache."""
+    """:func:`owner_id` of this process, given its pid; a cached look-up."""
     return f"{_machine()} {pid} {_start_time(pid)}"
 
 
 @functools.cache
 def _machine() -> str:
-    # After a reboot (another boot id) every process is dead. The pid namespace keeps two containers
-    # on one scratch disk from misjudging each other.
+    # After a reboot (another boot id) every process is dead. The pid namespace distinguishes two
+    # containers on one scratch disk.
     parts = [socket.gethostname().replace(" ", "_")]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
@@ -250,7 +251,7 @@ def _machine() -> str:
 
 
 def _tag_of(owner: str) -> str:
-    """The part of a hidden name that names its writer."""
+    """The part of a hidden name that identifies its writer."""
     machine, _, process = owner.partition(" ")
     return "-".join((_short(machine), *process.split(" ")))
 
@@ -260,20 +261,18 @@ def _short(machine: str) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks since boot at which ``pid`` started, ``gone`` if it does not exist. A reused pid
-    has another start time.
-    """
+    """Clock ticks since boot at which ``pid`` started; ``gone`` if it does not exist."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return _start_time_without_proc(pid)
     except OSError:
         return _ALIVE
-    return "gone" if state in "ZX" else rest[18]  # a zombie writes no more
+    return "gone" if state in "ZX" else rest[18]  # a zombie does not write any more
 
 
 def _start_time_without_proc(pid: int) -> str:
-    """Only whether it exists."""
+    """Whether the process exists: :data:`_ALIVE` or ``gone``."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

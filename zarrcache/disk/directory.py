@@ -1,4 +1,4 @@
-"""The layout of a cache directory: its paths, their permissions, and its files.
+"""The layout of a cache directory: paths, permissions, and files.
 
 Only ``<dir>/zarrcache-v1/`` is ever written or deleted::
 
@@ -9,10 +9,10 @@ Only ``<dir>/zarrcache-v1/`` is ever written or deleted::
         bytes/ab/…        byte tier: one file per object or block, exactly the origin's bytes
         locks/…           single flight
 
-With ``shared`` the members of one Unix group use one directory. The files that all of them write in
-place (index, locks) have mode 0660. Entries have 0640: the other members may read, replace and drop
-them (that depends on the permissions of the directories), but not alter them, and above all not
-truncate them, which would kill every process that has one mapped.
+With ``shared`` the members of one Unix group use one directory. Files that all of them write in
+place (index, locks) have mode 0660. Entries have 0640: other members may read them, and also
+replace and drop them, which depends on the directories' permissions. They cannot alter or truncate
+them; truncating a mapped entry would kill every process that has it mapped.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CacheDir:
     parent : Path
         ``cache.dir``. It may hold other files; they are never touched.
     shared : bool
-        Several users of one group: directories 02770. Otherwise 0700 and 0600.
+        Used by several users of one group: directories 02770. Otherwise 0700 and 0600.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class CacheDir:
         ------
         ConfigError
             A directory is a symbolic link or writable by other users, or the index is not a regular
-            file: entries could be planted or redirected. Or this user may not write there.
+            file, so that entries could be planted or redirected; or this user may not write there.
         OSError
             It cannot be created.
         """
@@ -88,7 +88,7 @@ class CacheDir:
                 self.make(path)
             self.touch(self.root / "CACHEDIR.TAG", _TAG)
             with contextlib.suppress(FileNotFoundError):
-                # SQLite would follow a link and write to its target
+                # SQLite would follow a link and write to its target.
                 if not stat.S_ISREG(os.lstat(self.index).st_mode):
                     raise ConfigError(
                         f"{self.index} is not a regular file, so zarrcache did not write it. "
@@ -98,15 +98,13 @@ class CacheDir:
             raise ConfigError(self._denied(Path(exc.filename or self.root))) from exc
 
     def make(self, path: Path) -> None:
-        """Create one directory below :attr:`root` (or root itself) with the right mode, or check
-        an existing one.
-        """
+        """Create :attr:`root` or a directory below it with the right mode, or check it."""
         if os.path.lexists(path):
             self._check(path)
             return
         # mkdir applies the umask and drops setgid, and another user may be about to write here. So
-        # below root, where a temporary name does no harm, the directory is made under one and
-        # appears with the right mode. It may replace an empty one that another process just made.
+        # below root, where temporary names are allowed, the directory is made under one and appears
+        # with the right mode. It may replace an empty one that another process has just made.
         made = (
             path
             if path == self.root
@@ -138,8 +136,9 @@ class CacheDir:
                 os.close(fd)
 
     def files(self) -> Iterator[Path]:
-        """Every file of both tiers. A link in place of a directory is not followed, for callers
-        delete files that they find here.
+        """Every file of both tiers.
+
+        Links in place of directories are not followed, because callers delete what they find here.
         """
         for tier in (self.entries, self.bytes):
             with (
@@ -216,12 +215,12 @@ class CacheDir:
             and found.st_uid == os.getuid()
             and stat.S_IMODE(found.st_mode) & self.dir_mode != self.dir_mode
         ):
-            # made while the cache was private, or the process that made it was killed
+            # It was made while the cache was private, or the process that made it was killed.
             with contextlib.suppress(OSError):
                 os.chmod(path, self.dir_mode)
 
     def _denied(self, path: Path) -> str:
-        """The message for a user who may not write at ``path``: it names who may."""
+        """The error message for a user who may not write at ``path``; it says who may."""
         for place in (path, *path.parents):
             with contextlib.suppress(OSError):
                 found = os.stat(place)
@@ -244,14 +243,13 @@ class CacheDir:
 
 
 def open_entries(entries: Path, digest: str) -> Iterator[tuple[FileIO, int, str]]:
-    """Open the files of one entry, newest first, by its digest in their names. Their content is not
-    checked.
+    """Open the files of one entry, newest first, by the digest in their names, unchecked.
 
-    This needs neither the index nor a lock and writes nothing, so it also works on a directory that
-    is only read, or is on a network file system. There is one file as a rule, and two while one
-    replaces the other. Each is closed when the next is taken. Symbolic links and anything else that
-    is not a regular file are skipped. A miss lists one of 256 directories: 1 ms for a cache of
-    400,000 entries on a local disk.
+    This needs neither the index nor a lock and writes nothing, so it also works on a read-only
+    directory or a network file system. There is usually one file, and two while one replaces the
+    other. Each is closed when the next is requested. Anything that is not a regular file, such as a
+    symbolic link, is skipped. A miss lists one of 256 directories: 1 ms for a cache of 400,000
+    entries on a local disk.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Entries of the array tier: their format, reading and writing them, and entries that stream in.
+"""Entries of the array tier: the file format, reading, writing, and receiving a stream.
 
 An entry is one header page and the raw array::
 
@@ -14,8 +14,8 @@ All integers are little endian. The header repeats the full identity of the entr
 under the wrong name is a miss, and the index can be rebuilt from the files alone.
 ``tests/golden/entry_v1.bin`` freezes the bytes: another format needs another FORMAT_VERSION.
 
-A stored listing of a store or directory is an entry too, of JSON text as bytes; the name of its
-array is empty, and the index has a kind of its own for it.
+The stored listing of a store or directory is an entry too: JSON text as bytes, with an empty array
+name. Its kind in the index is :data:`LISTING`.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ __all__ = [
     "write_entry",
 ]
 
-#: Kinds of entries, as the index names them: a density, a stored listing (array tier); an object or
-#: a block of one (byte tier).
+#: Kinds of entries in the index: a density or a stored listing (array tier); an object or a block
+#: of one (byte tier).
 ARRAY, LISTING, OBJECT = "array", "listing", "object"
 
 _MAGIC = b"zarrcach"
 _PREFIX = struct.Struct("<8sIII")
 _PAGE = 4096
-#: A header is identity and numbers; a longer one was not written by this package.
+#: Longest header that is accepted; this package writes much shorter ones.
 _MAX_JSON_BYTES = 64 * 1024
-_STEP_BYTES = 2**20  # of a stream, in memory at a time
+_STEP_BYTES = 2**20  # of a stream, held in memory at once
 
 
 def kind_of(key: ArrayKey) -> str:
@@ -73,7 +73,7 @@ def kind_of(key: ArrayKey) -> str:
 
 
 def array_note(key: ArrayKey) -> str:
-    """What the index notes of an entry of the array tier. URLs have no newline."""
+    """The note in the index for an entry of the array tier. URLs have no newline."""
     return f"{key.origin}\n{key.url}\n{key.array}"
 
 
@@ -180,7 +180,7 @@ def read_header(path: str | os.PathLike[str]) -> EntryHeader:
     Raises
     ------
     CorruptEntryError
-        Not an entry of this version, or not whole.
+        Not an entry of this version, or incomplete.
     OSError
         The file is gone or cannot be read.
     """
@@ -192,13 +192,12 @@ def read_header(path: str | os.PathLike[str]) -> EntryHeader:
 
 
 def map_entry(path: str | os.PathLike[str]) -> Entry:
-    """Map an entry copy-on-write: no copy, no open file left behind, safe while the file is
-    unlinked.
+    """Map an entry copy-on-write, without a copy or an open file. It survives an unlink.
 
     Raises
     ------
     CorruptEntryError
-        Not an entry of this version, or not whole. The payload is not read:
+        Not an entry of this version, or incomplete. The payload is not read:
         :meth:`Entry.is_intact` checks it.
     OSError
         The file is gone or cannot be read.
@@ -217,7 +216,7 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
 def parse_header(
     raw: bytes, file_bytes: int, path: str | os.PathLike[str], fd: int | None = None
 ) -> EntryHeader:
-    """The header in the first bytes of an entry.
+    """Parse and check the header in the first bytes of an entry.
 
     Parameters
     ----------
@@ -233,7 +232,7 @@ def parse_header(
     Raises
     ------
     CorruptEntryError
-        Not an entry of this version, or not whole.
+        Not an entry of this version, or incomplete.
     """
 
     def corrupt(why: str) -> CorruptEntryError:
@@ -283,8 +282,8 @@ def parse_header(
         raise corrupt("shape, dtype and length disagree")
     if offset + header.nbytes != file_bytes:
         raise corrupt(f"{file_bytes} bytes long, {offset + header.nbytes} expected")
-    if raw[end:offset] != bytes(offset - end):  # no value is wrong, but the disk is
-        raise corrupt("the padding behind its header is not zero")
+    if raw[end:offset] != bytes(offset - end):  # no value is affected, but the disk is faulty
+        raise corrupt("the padding after the header is not zero")
     return header
 
 
@@ -293,9 +292,10 @@ class _Stream(Protocol):
 
 
 class EntryStream:
-    """An entry that streams in from another node or directory. Nothing in it is trusted unchecked.
+    """An entry that is received from another node or directory; everything in it is checked.
 
-    The constructor reads and checks the header; :meth:`write` or :meth:`read`, once, the payload.
+    The constructor reads and checks the header; one call of :meth:`write` or :meth:`read` reads and
+    checks the payload.
 
     Parameters
     ----------
@@ -310,7 +310,7 @@ class EntryStream:
     Attributes
     ----------
     is_spent : bool
-        Part of the payload was read: neither method can be called any more.
+        Part of the payload was read, so neither method can be called any more.
 
     Raises
     ------
@@ -325,13 +325,13 @@ class EntryStream:
         start = bytes(self._fill(bytearray(_PREFIX.size)))
         magic, _, length, _ = _PREFIX.unpack(start)
         if magic != _MAGIC or length > _MAX_JSON_BYTES:
-            raise CorruptEntryError(f"{where} does not begin as an entry does.")
+            raise CorruptEntryError(f"{where} does not begin like an entry.")
         n_rest = -(-(_PREFIX.size + length) // _PAGE) * _PAGE - _PREFIX.size
         raw = start + bytes(self._fill(bytearray(n_rest)))
         self.header: EntryHeader = parse_header(raw, file_bytes, where)
         if self.header.key != key:
             raise CorruptEntryError(f"{where} holds {safe_repr(self.header.key)}.")
-        # Once stored it is mapped by every reader, and they accept nothing else.
+        # Once stored, every reader maps it, and readers accept nothing else.
         if self.header.dtype != "<f4" or len(self.header.shape) != 3 or not self.header.nbytes:
             raise CorruptEntryError(
                 f"{where} holds {self.header.dtype} of shape {self.header.shape}, which is not a "
@@ -342,12 +342,12 @@ class EntryStream:
         self.is_spent = False
 
     def write(self, file: FileIO) -> None:
-        """Write the whole entry to an unbuffered file, with 1 MiB in memory at a time.
+        """Write the whole entry to an unbuffered file, in steps of 1 MiB.
 
         Raises
         ------
         CorruptEntryError
-            It broke off, or its checksum does not match.
+            The stream ended early, or its checksum does not match.
         OSError
             The file cannot be written.
         """
@@ -366,7 +366,7 @@ class EntryStream:
         self._compare(crc)
 
     def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The array, in memory. Raises CorruptEntryError as :meth:`write`."""
+        """Read the array into memory. Raises CorruptEntryError like :meth:`write`."""
         array = np.empty(self.header.shape, self.header.dtype)
         self.is_spent = True
         self._compare(crc32c(self._fill(array.reshape(-1).view(np.uint8).data)))
@@ -377,16 +377,16 @@ class EntryStream:
             raise CorruptEntryError(f"{self._where}: its checksum does not match.")
 
     def _fill(self, buffer: Any) -> Any:
-        """Fill a buffer."""
+        """Fill a buffer from the stream."""
         view = memoryview(buffer)
         while view.nbytes:
             try:
                 got = self._stream.readinto(view)
             except (OSError, http.client.HTTPException) as exc:
                 raise CorruptEntryError(
-                    f"{self._where} broke off ({str(exc) or type(exc).__name__})."
+                    f"{self._where} ended early ({str(exc) or type(exc).__name__})."
                 ) from exc
             if not got:
-                raise CorruptEntryError(f"{self._where} broke off.")
+                raise CorruptEntryError(f"{self._where} ended early.")
             view = view[got:]
         return buffer

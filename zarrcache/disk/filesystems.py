@@ -19,8 +19,8 @@ _NETWORK = {
     "orangefs": "OrangeFS", "pvfs2": "OrangeFS", "ocfs2": "OCFS2", "gfs2": "GFS2", "ncpfs":
     "NCP", "coda": "Coda", "vboxsf": "VirtualBox shares",
 }  # fmt: skip
-#: FUSE file systems on local disks. Any other is taken for a network file system: there are too
-#: many of these to list.
+#: FUSE file systems on local disks. All others are treated as network file systems, which are too
+#: many to list.
 _LOCAL_FUSE = frozenset(
     {"fuse-overlayfs", "ntfs-3g", "exfat", "mergerfs", "bindfs", "gocryptfs", "cryfs", "encfs"}
 )
@@ -36,14 +36,14 @@ def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) 
     ----------
     path : path
     mountinfo : Path, optional
-        Another mount table than that of this process.
+        Mount table to read instead of this process's.
 
     Returns
     -------
     str or None
         For example ``ext4``, ``nfs4``, ``fuse.sshfs``; None without a mount table (macOS).
     """
-    # first, because resolving the path makes an automounter mount it
+    # Resolve the path first, because that makes an automounter mount it.
     real, best = (os.path.realpath(path), ("", ""))
     try:
         lines = (mountinfo or _MOUNTINFO).read_text(errors="surrogateescape").splitlines()
@@ -64,8 +64,9 @@ def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) 
 
 
 def is_network(kind: str | None) -> bool:
-    """Whether a file system of this type is on another machine, as far as its name tells. FUSE file
-    systems are, except for known local ones.
+    """Whether a file system of this type is on another machine, judging by its name.
+
+    FUSE file systems count as remote, except for known local ones.
     """
     if kind is None:
         return False
@@ -74,12 +75,12 @@ def is_network(kind: str | None) -> bool:
 
 
 def can_map_to_write(directory: Path) -> bool:
-    """Whether files there can be written through a memory map, as SQLite does with the index of its
-    write-ahead log.
+    """Whether files in ``directory`` can safely be written through a memory map.
 
-    Not over a network, and not on a copy-on-write file system: there a written page needs a new
-    block, and a full disk or an exhausted quota is not an error but SIGBUS, which kills the process
-    (measured on btrfs, tests/faults/test_disk_faults.py).
+    SQLite does so with the index of its write-ahead log. It is unsafe over a network, and on a
+    copy-on-write file system: there a written page needs a new block, and a full disk or an
+    exhausted quota is not an error but SIGBUS, which kills the process (measured on btrfs,
+    tests/faults/test_disk_faults.py).
     """
     kind = file_system_of(directory)
     return kind not in _COPY_ON_WRITE and not is_network(kind)

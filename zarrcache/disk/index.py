@@ -1,16 +1,15 @@
 """The index of one cache directory: the list of all its files, for both tiers.
 
-Every file is announced before it exists and forgotten after it is gone. A row whose key starts with
-``+`` is an *intent*: the file named in it is being written, or being deleted, by this owner. Its
-size counts. Hence
+Every file is recorded before it exists and forgotten after it is gone. A row whose key starts with
+``+`` is an *intent*: the process named in it is writing or deleting a file. Its size counts. So
 
 * the limit holds at every instant, across processes: room is reserved in a transaction before the
   first byte is written;
-* after a crash the intents of dead owners name exactly the files to unlink: opening costs nothing
-  that grows with the number of entries.
+* after a crash the intents of dead owners name exactly the files to unlink, so the cost of opening
+  does not grow with the number of entries.
 
 A row whose key is ``-`` and a digest is a *loan*: an entry that is read once and removed by its
-reader, in room that its owner, a prefetcher, has reserved.
+reader. It takes room that its owner, a prefetcher, has reserved.
 """
 
 from __future__ import annotations
@@ -57,17 +56,17 @@ logger = logging.getLogger(__name__)
 
 #: Prefix of the key of a loan, before the digest.
 LENT = "-"
-# Ranges of keys, for there is an index over the keys and a full cache asks at every put.
+# Ranges of keys: SQLite has an index over the keys, and a full cache queries them at every put.
 _INTENTS = ("+", ",")
 _LOANS = ("-", ".")
 _ANNOUNCED = ("+", ".")  # both
-_PAGE = 10_000  # rows in memory at a time
+_PAGE = 10_000  # rows per query
 _BATCH = 500  # rows dropped per transaction: other processes wait for about 10 ms
-_ATTEMPTS = 8  # to get the room that was made, against other processes
+_ATTEMPTS = 8  # to reserve the room that was made, which other processes may take
 
 
 class Row(NamedTuple):
-    """One entry. A tuple: there may be 400,000 of them.
+    """One entry. A tuple, because there may be 400,000 of them.
 
     ``kind`` is :data:`~zarrcache.disk.entry.ARRAY`, ``LISTING`` or ``OBJECT``.
     """
@@ -90,10 +89,10 @@ class Intent:
 
 
 class Index:
-    """Rows of one cache directory. Opens at first use; safe from any thread or process; pickles as
-    its configuration.
+    """The rows of one cache directory. Safe from any thread or process.
 
-    Methods raise :data:`CACHE_FAULTS`; callers turn these into a miss.
+    It opens at first use and pickles as its configuration. Methods raise :data:`CACHE_FAULTS`;
+    callers turn these into a miss.
 
     Parameters
     ----------
@@ -103,14 +102,13 @@ class Index:
     ----------
     dir : CacheDir
     log_once : LogOnce
-        For cache faults, whichever tier meets them first.
+        For cache faults, shared by both tiers.
 
     Raises
     ------
     ConfigError
         ``cache.dir`` is on a network file system, and ``cache.allow_network_fs`` is not set. This
-        is raised before a run starts, for it is not a passing fault: without its cache a run would
-        be slow from the first epoch to the last.
+        is raised before a run starts: a run without its cache would be slow in every epoch.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -131,8 +129,9 @@ class Index:
         return type(self), (self._config,)
 
     def set_eviction_policy(self, eviction_policy: EvictionPolicy | None) -> None:
-        """Let ``eviction_policy`` choose victims in this process; None: as ``cache.eviction``
-        says. It is not pickled with the index.
+        """Let ``eviction_policy`` choose victims in this process. Not pickled with the index.
+
+        None: the policy that ``cache.eviction`` names.
         """
         self.eviction_policy = eviction_policy or policy_of(self._config.eviction)
 
@@ -143,12 +142,12 @@ class Index:
         return self._file.lookup(key)
 
     def find(self, digest: str) -> tuple[Stored | None, Stored | None]:
-        """The row of an entry, or else that of its loan."""
+        """The row of an entry, or if there is none, the row of its loan."""
         stored = self._file.lookup(digest)
         return stored, None if stored is not None else self._file.lookup(LENT + digest)
 
     def path_of(self, stored: Stored) -> str:
-        """Full path of a file. A string: making a ``Path`` takes a tenth of a warm hit."""
+        """Full path of a file, as a string: a ``Path`` would take a tenth of a warm hit."""
         return f"{self._root}/{stored.filename}"
 
     def volume_bytes(self) -> int:
@@ -158,7 +157,7 @@ class Index:
     def rows(self, kind: str | None = None) -> Iterator[Row]:
         """Every entry (or those of one kind), oldest first.
 
-        One that is replaced meanwhile may come twice, in its old and its new version.
+        An entry that is replaced meanwhile may occur twice, in its old and its new version.
         """
         query = (
             "SELECT rowid, key, tag, size, store_time, mode, filename, value FROM Cache "
@@ -186,19 +185,20 @@ class Index:
     def entry_sizes(self, prefixes: Sequence[str], suffix: str) -> list[dict[str, int]]:
         """Bytes on disk of arrays, by the part of their note between a prefix and ``suffix``.
 
-        Entries whose file is gone (cleaners of scratch disks delete files) are left out.
+        Entries whose file is gone (scratch disks are often purged) are left out.
 
         Returns
         -------
         list of dict
             One per prefix. Each takes one pass over the table; the directories are listed once.
         """
-        # As many files as rows: all are there, unless a cleaner took as many as killed processes
-        # have left. Comparing names takes 0.7 s more for 400,000 entries.
+        # If there are as many files as rows, no file is taken to be missing. This is wrong only if
+        # a purge deleted as many files as killed processes have left. Comparing names takes 0.7 s
+        # more for 400,000 entries.
         ((count,),) = self._ask("SELECT COUNT(*) FROM Cache WHERE tag IN (?, ?)", ARRAY, LISTING)
         names = None if self.dir.count_entries() == count else self.dir.entry_names()
-        # A value is the size, a blank and the note. The note is cut in Python: SQLite would count
-        # characters from the start each time.
+        # A value is the size, a blank and the note. The note is sliced in Python, because SQLite
+        # counts characters from the start each time.
         query = (
             f"SELECT value, size, {'NULL' if names is None else 'filename'} FROM Cache "
             "WHERE tag = ? AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? "
@@ -214,9 +214,7 @@ class Index:
         return sizes
 
     def filenames(self) -> set[str]:
-        """Files of all entries, and those that are being written or deleted; paths below the root
-        of the cache.
-        """
+        """Paths below the root of all files, also those that are being written or deleted."""
         return {filename for (filename,) in self._ask("SELECT filename FROM Cache")}
 
     # -- writing
@@ -226,7 +224,7 @@ class Index:
         outcome = self._reserve(filename, size_bytes)
         if outcome is Admission.OVER_LIMIT and self.sweep():
             outcome = self._reserve(filename, size_bytes)
-        # other processes may take the room that was made; after that the entry is a bypass
+        # Other processes may take the room that was made. After the last attempt it is a bypass.
         for _ in range(_ATTEMPTS):
             if outcome is not Admission.OVER_LIMIT or not self._make_room(filename, size_bytes):
                 break
@@ -234,9 +232,7 @@ class Index:
         return outcome
 
     def commit(self, intent: Intent, digest: str, kind: str, note: str) -> None:
-        """Make the file that ``intent`` announced visible as ``digest``. The file that it replaces
-        is unlinked after that.
-        """
+        """Make the file of ``intent`` visible as ``digest``, then unlink the one it replaces."""
         with self._file.transaction() as table:
             doomed = self._doom(table, digest, keep=intent.filename)
             table.set(digest, Stored(intent.filename, intent.size_bytes, note), tag=kind)
@@ -244,19 +240,18 @@ class Index:
         self._finish(doomed)
 
     def abort(self, intent: Intent) -> None:
-        """Unlink the file that ``intent`` announced, as far as it exists, and free its room."""
+        """Unlink the file of ``intent``, if it exists, and free its room."""
         self._finish([intent])
 
     def drop(self, digests: Sequence[str], *, filename: str | None = None) -> int:
-        """Drop entries: the rows in one transaction, then the files. A reader that has one mapped
-        keeps it.
+        """Drop entries: the rows in one transaction, then the files. Existing maps stay valid.
 
         Parameters
         ----------
         digests : sequence of str
         filename : str, optional
-            Drop only if the entry still is this file: a reader that found a bad entry must not
-            drop the good one that replaced it.
+            Drop only if the entry still is this file, because a reader that found a bad entry must
+            not drop the good one that replaced it.
 
         Returns
         -------
@@ -295,7 +290,8 @@ class Index:
             owner = value.partition(" ")[2]
             if is_dead(owner, now_s - stored_s):
                 dead.append(Intent(key, filename, size))
-                # Only here: a writer that lives removes its own, and looking lists a directory.
+                # Only for dead writers: a live one removes its own partial files, and this lists
+                # a directory.
                 for partial in partials_of(self.dir.root / filename, owner):
                     partial.unlink(missing_ok=True)
         self._finish(dead)
@@ -304,10 +300,10 @@ class Index:
     # -- loans
 
     def lend(self, digest: str, filename: str) -> bool:
-        """Announce a loan, in room that is reserved already, before its file is written.
+        """Record a loan, in room that is reserved already, before its file is written.
 
-        False if another rank of the node has lent it: of two rows under one key the first would be
-        lost, and its file with it.
+        False if another rank of the node has lent the same entry: a second row under one key would
+        replace the first, whose file would be lost.
         """
         with self._file.transaction() as table:
             if is_free := self.lookup(LENT + digest) is None:
@@ -315,12 +311,12 @@ class Index:
         return is_free
 
     def loans(self) -> set[str]:
-        """Digests of what is lent now."""
+        """Digests of all entries on loan."""
         found = self._file.select("SELECT key FROM Cache WHERE key >= ? AND key < ?", _LOANS)
         return {key.removeprefix(LENT) for (key,) in found}
 
     def give_back(self, digest: str, filename: str) -> None:
-        """Remove a loan. The file goes first: once the row is gone, its owner uses the room."""
+        """Remove a loan: first the file, because its owner reuses the room once the row is gone."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.dir.root / filename)
         self.drop([LENT + digest], filename=filename)
@@ -333,7 +329,7 @@ class Index:
 
     def _oldest(self, most: int = -1, *, kind: str | None = None) -> list[tuple[str, int]]:
         """See :class:`~zarrcache.disk.policy.StoredEntries`."""
-        # rowid order is the order of storing: a replaced entry gets a new row
+        # Row ids are in the order of storing, because a replaced entry gets a new row.
         kinds = (ARRAY, OBJECT) if kind is None else (kind,)
         return self._file.select(
             f"SELECT key, size FROM Cache WHERE tag IN ({', '.join('?' * len(kinds))}) "
@@ -345,7 +341,7 @@ class Index:
         intent = Intent(f"+{secrets.token_hex(8)}", filename, size_bytes)
         with self._file.transaction() as table:
             usage = shutil.disk_usage(self.dir.root)
-            # What others have reserved is not on the disk yet.
+            # Reserved bytes are not on the disk yet.
             ((reserved,),) = self._file.select(
                 "SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?", _INTENTS
             )
@@ -364,7 +360,7 @@ class Index:
         return outcome
 
     def _make_room(self, filename: str, size_bytes: int) -> bool:
-        """Drop what the eviction policy chooses. False if there is no more room than before."""
+        """Drop what the eviction policy chooses. False if it chooses none."""
         needed_bytes = self.shortfall_bytes(size_bytes)
         if needed_bytes <= 0:  # another process has made room
             return True
@@ -381,7 +377,7 @@ class Index:
         if old is None or (only is not None and old.filename != only):
             return []
         table.delete(digest)
-        # an object has one file name: the new file has replaced the old one already
+        # An object has one file name, so the new file has replaced the old one already.
         if old.filename == keep:
             return []
         intent = Intent(f"+{secrets.token_hex(8)}", old.filename, old.size_bytes)
@@ -405,8 +401,8 @@ class Index:
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as exc:
-                # A directory was planted, or the file is another user's. Its intent stays and its
-                # bytes count; the other intents are not affected.
+                # A planted directory, or another user's file. Its intent stays and its bytes count;
+                # the other intents are not affected.
                 kept.add(intent.key)
                 self.log_once.warning(
                     "unlink",
@@ -424,8 +420,7 @@ class Index:
     # -- opening
 
     def open(self) -> None:
-        """Open now: create the directory, sweep after dead owners. Every other method opens at
-        first use.
+        """Open now: create the directory and sweep after dead owners. Other methods do it too.
 
         Raises
         ------
@@ -437,13 +432,14 @@ class Index:
         self._file.open()
 
     def reopen(self, after: BaseException | None = None) -> None:
-        """Open again at the next use, if that can heal the error ``after`` (damaged index, deleted
-        directory; None: always).
+        """Open again at the next use, if that can heal the error ``after`` (None: always).
+
+        It can for a damaged index or a deleted directory.
         """
         self._file.forget(after)
 
 
 def _sweep(index: weakref.ref[Index]) -> None:
-    # A weak reference: a circle would keep connections open until the garbage collector runs
+    # A weak reference: a cycle would keep connections open until the garbage collector runs.
     if (found := index()) is not None:
         found.sweep()

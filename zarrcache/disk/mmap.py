@@ -1,4 +1,4 @@
-"""Map files copy-on-write, find the file behind an array, and map it again in another process.
+"""Map files copy-on-write, find the file of a mapped array, and map it in another process.
 
 A map is private: writes never reach the file. A written page becomes a copy that belongs to the
 process, and ``/proc/self/pagemap`` distinguishes it from a page of the file (Linux:
@@ -28,13 +28,13 @@ _FILE_PAGE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (61, 62, 63))
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the values of an array are on disk. Small; it is pickled instead of the values.
+    """The place of an array's values on disk. It is pickled instead of the values.
 
     Attributes
     ----------
     path : str
     inode : tuple of int
-        Device and inode number, which differ for another file of the same name.
+        Device and inode number, to detect another file of the same name.
     file_bytes, offset, nbytes : int
         Length of the file, and the part of it that holds the values.
     """
@@ -49,8 +49,7 @@ class Place:
 def open_regular(
     path: str | os.PathLike[str], *, dir_fd: int | None = None
 ) -> tuple[int, os.stat_result]:
-    """Open a file for reading, relative to the directory ``dir_fd`` if it is given. The caller
-    closes the descriptor.
+    """Open a file for reading, relative to ``dir_fd`` if given. The caller closes it.
 
     Raises
     ------
@@ -116,7 +115,7 @@ def map_place(place: Place, dtype: str, shape: tuple[int, ...]) -> np.ndarray[An
 
 
 def place_of(array: np.ndarray[Any, Any]) -> Place | None:
-    """Where a C-contiguous array that this module mapped is on disk.
+    """The place on disk of a C-contiguous array that this module mapped, if it is unchanged.
 
     None if it is not mapped, if it (or another part of its first or last page) was written to, or
     if this system cannot tell.
@@ -132,10 +131,10 @@ def place_of(array: np.ndarray[Any, Any]) -> Place | None:
 
 
 def read_in(array: np.ndarray[Any, Any]) -> None:
-    """Read all pages of a mapped array from disk, so that a read error of the disk is an exception
-    instead of SIGBUS at the first access.
+    """Read all pages of a mapped array from disk.
 
-    Does nothing before Linux 5.14 and on other systems.
+    A read error of the disk is then an exception instead of SIGBUS at the first access. Does
+    nothing before Linux 5.14 and on other systems.
 
     Raises
     ------
@@ -153,7 +152,7 @@ def read_in(array: np.ndarray[Any, Any]) -> None:
 
 
 def is_mapped(array: np.ndarray[Any, Any]) -> bool:
-    """Whether an array is one that this module mapped, or a view of it."""
+    """Whether this module mapped the array, or the one of which it is a view."""
     return _mapping_of(array) is not None
 
 
@@ -165,7 +164,7 @@ def _mapping_of(array: np.ndarray[Any, Any]) -> _Mapping | None:
 
 
 def _is_untouched(address: int, nbytes: int) -> bool:
-    """Whether every page of a private map that is in memory is still a page of the file."""
+    """Whether every resident page of a private map is still a page of the file."""
     first, last = address // mmap.PAGESIZE, (address + nbytes - 1) // mmap.PAGESIZE
     length = 8 * (last - first + 1)
     try:
@@ -202,12 +201,11 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Mapping:
-    """A private, writable map of one file with NumPy's array interface. It is unmapped when the
-    last array over it is gone.
+    """A private, writable map of one file, unmapped when the last array over it is gone.
 
-    Python's ``mmap`` keeps a duplicate of the file descriptor while the map exists (``trackfd`` of
-    Python 3.13 changes that): a user who keeps a list of a few thousand densities, as the original
-    reader does, would run out of descriptors.
+    Python's ``mmap`` is not used because it keeps a duplicate of the file descriptor while the map
+    exists (``trackfd`` of Python 3.13 changes that): a user who keeps a list of a few thousand
+    densities, as the original reader does, would run out of descriptors.
     """
 
     __slots__ = ("__array_interface__", "address", "place")

@@ -1,6 +1,4 @@
-"""Decisions without I/O: may this entry be written, which entries make room, is an entry still what
-the origin lists.
-"""
+"""Decisions without I/O: admission, eviction, and freshness of entries."""
 
 from __future__ import annotations
 
@@ -26,10 +24,10 @@ __all__ = [
     "policy_of",
 ]
 
-#: What a file occupies is counted in file-system blocks, so that the sum agrees with ``du``.
+#: Sizes on disk are counted in file-system blocks, so that their sum agrees with ``du``.
 BLOCK_BYTES = 4096
-#: Entries to look at for room, step by step: one or two are enough as a rule, and a full cache asks
-#: at every put.
+#: Numbers of entries to read for victims, step by step: one or two victims are usually enough, and
+#: a full cache evicts at every put.
 _PAGES = (100, 10_000, -1)
 
 
@@ -43,18 +41,18 @@ class Admission(Enum):
 
 
 class StoredEntries(Protocol):
-    """What a cache holds, as an eviction policy asks for it. Each call is one query."""
+    """Lists the entries of a cache for an eviction policy. Each call is one query."""
 
     def __call__(self, most: int = -1, *, kind: str | None = None) -> Sequence[tuple[str, int]]:
-        """``(digest, size_bytes)`` of entries, those that were stored first in front.
+        """``(digest, size_bytes)`` of entries, oldest first.
 
         Parameters
         ----------
         most : int
-            How many at most; -1: all. Reading 10,000 takes 8 ms.
+            Largest number of entries; -1: all. Reading 10,000 takes 8 ms.
         kind : str, optional
             Only ``"array"`` (densities) or ``"object"`` (byte tier). By default both. Listings are
-            never included: they are small, and without them no run starts offline.
+            never included: they are small, and offline runs need them.
         """
 
 
@@ -73,12 +71,13 @@ class EvictionPolicy(Protocol):
 
         reader.cache.set_eviction_policy(Smallest())
 
-    It is called in the process that stores, from any of its threads, and has to pickle if workers
-    are spawned. Whatever it returns, the limit holds: a new entry is stored only if there is room.
+    It is called in the process that stores, from any of its threads, and has to be picklable if
+    workers are spawned. Whatever it returns, the limit holds: a new entry is stored only if there
+    is room.
     """
 
     def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> Sequence[str]:
-        """Digests of the entries to drop; none leaves the cache as it is (a bypass).
+        """Digests of the entries to drop; if empty, the new entry is a bypass.
 
         Parameters
         ----------
@@ -93,9 +92,9 @@ class EvictionPolicy(Protocol):
 class AdmitUntilFull:
     """``eviction: none``: drop nothing.
 
-    This is the default because each epoch reads each sample once, in a new order. Then no policy
-    that does not know the order hits more than cache size / dataset size, and LRU, which evicts
-    what the rest of the epoch still needs, reaches 15 % where this one reaches 50 %.
+    This is the default because each epoch reads each sample once, in a new order. No policy that
+    does not know this order has a higher hit rate than cache size / dataset size. LRU evicts what
+    the rest of the epoch still needs, and reaches 15 % where this policy reaches 50 %.
     """
 
     def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> Sequence[str]:
@@ -118,7 +117,7 @@ class LeastRecentlyStored:
 def policy_of(eviction: Eviction) -> EvictionPolicy:
     """The policy that ``cache.eviction`` names.
 
-    ``belady`` needs the order of the samples: until the training installs it
+    ``belady`` needs the order of the samples. Until the training installs it
     (``zarrcache.train.Lookahead``), the cache admits until it is full.
     """
     return LeastRecentlyStored() if eviction == "least-recently-stored" else AdmitUntilFull()
@@ -130,14 +129,14 @@ def disk_bytes(nbytes: int) -> int:
 
 
 def min_free_bytes(min_free: int | Percent, total_bytes: int) -> int:
-    """Bytes of a file system of ``total_bytes`` that stay free for others."""
+    """Bytes of a file system of ``total_bytes`` that stay free for other programs."""
     return int(total_bytes * min_free / 100) if isinstance(min_free, Percent) else min_free
 
 
 def admit(
     size_bytes: int, *, volume_bytes: int, limit_bytes: int, free_bytes: int, min_free_bytes: int
 ) -> Admission:
-    """May ``size_bytes`` more be written?"""
+    """Whether a file of ``size_bytes`` may be written, or why not."""
     if size_bytes > limit_bytes:
         return Admission.TOO_LARGE
     if volume_bytes + size_bytes > limit_bytes:
@@ -148,8 +147,9 @@ def admit(
 
 
 def choose_victims(candidates: Iterable[tuple[str, int]], needed_bytes: int) -> list[str]:
-    """The first names of ``(name, size_bytes)`` whose sizes add up to ``needed_bytes``; all names
-    if that is not enough.
+    """The first names whose sizes add up to ``needed_bytes``; all names if they do not suffice.
+
+    ``candidates`` are pairs ``(name, size_bytes)``.
     """
     victims: list[str] = []
     freed = 0
@@ -162,5 +162,5 @@ def choose_victims(candidates: Iterable[tuple[str, int]], needed_bytes: int) -> 
 
 
 def is_fresh(stored_source: str, current_source: str | None) -> bool:
-    """Does an entry still hold what the origin lists? With ``None`` (not listed) it is trusted."""
+    """Whether an entry still matches the origin's listing; True for ``None`` (not listed)."""
     return current_source is None or stored_source == current_source

@@ -1,6 +1,4 @@
-"""Single flight: of all threads and processes of a node that need one object, one fetches it and
-the others wait.
-"""
+"""Single flight: one thread or process of a node fetches an object; the others wait for it."""
 
 from __future__ import annotations
 
@@ -20,33 +18,33 @@ __all__ = ["SingleFlight"]
 logger = logging.getLogger(__name__)
 
 #: Number of lock files. Digests share them: one file per digest would leave 200,000 empty files,
-#: and a lock file cannot be removed safely while others wait on its inode. Of 32 holders,
-#: two share a file in about one of eight moments. They then wait for each other, which costs time
-#: but cannot deadlock, because no process holds two locks.
+#: and a lock file cannot be removed safely while processes wait on its inode. With 32 holders, two
+#: of them share a file about one eighth of the time. They then wait for each other, which costs
+#: time but cannot deadlock, because no process holds two locks.
 STRIPES = 4096
 #: Seconds between two attempts of a waiter; flock has no timeout.
 _POLL_S = 0.02
 
 
 class SingleFlight:
-    """One fetcher per digest, among the threads and processes of a node.
+    """Allows one fetcher per digest among the threads and processes of a node.
 
-    The kernel releases a lock when its holder dies, so after a killed fetcher the next waiter goes
-    on at once.
+    The kernel releases a lock when its holder dies, so after a killed fetcher the next waiter
+    proceeds immediately.
 
     Parameters
     ----------
     directory : Path
-        Has to exist.
+        It has to exist.
     timeout_s : float
-        Seconds to wait for another fetcher before going on without the lock.
+        Seconds to wait for another fetcher before continuing without the lock.
     mode : int
         Permissions of the lock files.
     name : str
         What the locks are for. Locks of different names are independent.
     log_once : LogOnce, optional
-        Of the cache that the locks belong to. If it has logged any trouble, a failing lock is one
-        more consequence of it and is not logged.
+        That of the cache to which the locks belong. If it has logged any fault, a failing lock is
+        taken for a consequence and is not logged.
     """
 
     def __init__(
@@ -68,14 +66,14 @@ class SingleFlight:
     def hold(self, digest: str) -> Iterator[bool]:
         """Hold the lock of ``digest`` (hex).
 
-        Yields False if it could not be taken; the caller does its work nevertheless. That costs
-        duplicated bandwidth, never data, for entries are published atomically. So it is logged once
-        and does not stop a training run.
+        Yields False if it could not be taken; the caller continues nevertheless. That costs
+        duplicated bandwidth, never data, because entries are published atomically. So it is logged
+        once and does not stop a training run.
         """
         path = self._directory / f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
         lock = FileLock(path, mode=self._mode, poll_interval=_POLL_S)
         try:
-            # FileLock would create the directory, with other permissions
+            # FileLock would create the directory with other permissions.
             os.stat(self._directory)
             lock.acquire(timeout=self._timeout_s)
         except Timeout:

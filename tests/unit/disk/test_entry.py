@@ -269,7 +269,7 @@ def test_a_streamed_entry_is_written_byte_for_byte_or_read(tmp_path: Path) -> No
 def test_a_stream_that_ends_early_is_refused(tmp_path: Path, cut: int) -> None:
     raw = entry_bytes(DENSITY)
     for use in ("read", "write"):
-        with pytest.raises(CorruptEntryError, match="node broke off"):  # noqa: PT012
+        with pytest.raises(CorruptEntryError, match="node ended early"):  # noqa: PT012
             stream = EntryStream(io.BytesIO(raw[:cut]), len(raw), KEY, "node")
             if use == "read":
                 stream.read()
@@ -290,7 +290,7 @@ def test_a_streamed_payload_with_a_flipped_bit_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        (b"HTTP" * 2000, "does not begin as an entry does"),
+        (b"HTTP" * 2000, "does not begin like an entry"),
         (entry_bytes(DENSITY, ArrayKey("file", "/other", "a")), "holds ArrayKey"),
         (entry_bytes(DENSITY.astype("<f8")), "not a density"),
         (entry_bytes(DENSITY.ravel()), "not a density"),
