@@ -291,7 +291,7 @@ class ArrayCache(Tier):
                     raise CorruptEntryError("its checksum does not match")
                 self._verified.add(file_id)
         except (CorruptEntryError, *CACHE_FAULTS) as exc:
-            self._read_failed(exc, digest, filename, f"{key.url} {key.array}")
+            self._read_failed(exc, digest, filename, f"{key.url} {key.array}".rstrip())
             return None
         return entry
 

@@ -131,6 +131,7 @@ def _run_all(home: Path, source: Path | None, samples: int, say: Say) -> tuple[l
     """Rows of the epochs, and whether all their tensors are identical to a plain read."""
     with running_server() as server:
         say(f"S3 server at {server.endpoint_url}")
+        say("every epoch starts from the same weights: equal losses mean equal data")
         if source is None:
             task_ids = write_pairs(home / "files", samples)
             say(f"made {len(task_ids)} synthetic pairs of densities (--source DIR takes your own)")

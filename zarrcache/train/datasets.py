@@ -236,7 +236,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     """A split of a reader as dicts ``{"data", "label", "index"}``, read through the cache.
 
     >>> train = ZarrDataset(ZarrS3Reader(...), "train", augmentation=True)
-    >>> loader = DataLoader(train, batch_size=4, shuffle=True, num_workers=8, collate_fn=collate_fn)
+    >>> loader = DataLoader(train, batch_size=4, shuffle=True, num_workers=8, collate_fn=collate)
 
     ``data`` and ``label`` are tensors of shape ``(1, nx, ny, nz)``, ``index`` is the task id.
     Downsampling, augmentation and ``seed`` are those of `RhoData`.

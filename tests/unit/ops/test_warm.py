@@ -279,7 +279,7 @@ def test_the_needed_bytes_are_reported_even_if_nothing_fits(tmp_path: Path) -> N
         in warm_notes(plan, report)[0]
     )
     assert (
-        "is reached, and training will read them from the origin in every epoch. Raise "
+        "is reached, and training will read what did not fit from the origin in every epoch. Raise "
         "cache.limit" in warm_notes(plan, replace(report, needed_bytes=0))[0]
     )
 
