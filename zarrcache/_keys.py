@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from zarrcache.errors import ConfigError
 
@@ -214,8 +214,9 @@ def check_task_ids(task_ids: Sequence[object]) -> list[str]:
         As `check_task_id`, for the first invalid id.
     """
     with contextlib.suppress(TypeError):  # not all of them are strings
-        if all(map(_TASK_ID.fullmatch, task_ids)) and ".." not in "\n".join(task_ids):  # type: ignore[arg-type]
-            return list(task_ids)  # type: ignore[arg-type]
+        texts = cast("Sequence[str]", task_ids)
+        if all(map(_TASK_ID.fullmatch, texts)) and ".." not in "\n".join(texts):
+            return list(texts)
     return [check_task_id(task_id) for task_id in task_ids]
 
 

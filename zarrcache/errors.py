@@ -3,8 +3,8 @@
 ::
 
     ZarrCacheError(Exception)                       one string: what, where (full URL), what to do
-    ├── ConfigError (+ ValueError)                  a setting, a command-line value, a map file
-    ├── SchemaError (+ ValueError)                  array absent, wrong dtype, not 3-D, too large
+    ├── ConfigError (+ ValueError)                  a setting, command-line value, map file
+    ├── SchemaError (+ ValueError)                  array absent, wrong dtype, not 3-D
     ├── OriginError (+ OSError)
     │   ├── OriginNotFoundError (+ FileNotFoundError)   a whole store, bucket or directory
     │   ├── OriginAccessError (+ PermissionError)       never retried

@@ -114,8 +114,8 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
         notes.append(
             f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
             f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will "
-            f"read what did not fit from the origin in every epoch. {needed} cache.limit, or free space with "
-            "`zarrcache evict`."
+            f"read what did not fit from the origin in every epoch. {needed} cache.limit, or free "
+            "space with `zarrcache evict`."
         )
     return notes
 

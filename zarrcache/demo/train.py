@@ -1,6 +1,6 @@
 """One epoch of a small 3-D network: ``python -m zarrcache.demo.train CONFIG OUT [--plain]``.
 
-Also an example of a training script: zarrcache provides ``get_dataset`` and ``RhoData`` in ``main``.
+Also an example of a training script: ``main`` uses ``get_dataset`` and ``RhoData``.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ class Cluster:
                     f"the Dask scheduler {self.name} has gone. What is finished stays; start it "
                     "and run the same command again to go on."
                 ) from exc
-            except Exception as exc:  # noqa: BLE001 - items report failures in their results; this one is the cluster's
+            except Exception as exc:  # noqa: BLE001 - the cluster's, not an item's
                 outcomes.append(self._died(exc))
         return outcomes
 

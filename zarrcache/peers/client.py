@@ -267,7 +267,8 @@ class Peers:
             and response.length == 0
         ):
             response.read()  # frees the connection for the next request
-            return Reply(kind, peer, digest, node=response.headers.get("Location", ""))  # type: ignore[arg-type]
+            node = response.headers.get("Location", "")
+            return Reply(kind, peer, digest, node=node)  # type: ignore[arg-type]
         if response.status == 503:  # it serves too many clients; the next miss may find it free
             return Reply("none", peer, digest)
         raise ValueError(

@@ -46,7 +46,8 @@ def draw_rotation(*key: int) -> Rotation:
     axis = rng.integers(3)
     r = rng.random()
     turns = 0 if r < 0.1 else 1 if r < 0.4 else 2 if r < 0.7 else 3
-    return Rotation(axis=int(axis), turns=turns)  # type: ignore[arg-type]  # integers(3) is 0, 1 or 2
+    # integers(3) is 0, 1 or 2, which mypy cannot know
+    return Rotation(axis=int(axis), turns=turns)  # type: ignore[arg-type]
 
 
 def rotate(grid: Grid, rotation: Rotation) -> Grid:
