@@ -1,4 +1,4 @@
-"""Where data comes from: S3 or a directory, listed and fetched under one retry policy.
+"""Origins of the data, S3 or a directory: list and fetch under one retry policy.
 
 Origins for other storage implement `Origin` and are added with `register_origin`.
 """

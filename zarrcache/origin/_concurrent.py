@@ -29,8 +29,8 @@ __all__ = [
     "run",
 ]
 
-#: Slowest transfer of one object that is not given up, in bytes per second. Together with the read
-#: timeout it bounds a server that sends a byte now and then.
+#: Slower transfers of an object are given up, in bytes per second. The read timeout alone would
+#: never end one from a server that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
 
@@ -39,9 +39,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Received:
-    """Answer to a request for one object: its body, empty for other requests than GET, and the
-    ETag of the version.
-    """
+    """Answer to a request for one object: body (empty except for GET) and ETag."""
 
     body: Buffer
     etag: str
@@ -49,8 +47,9 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Answer to a LIST: objects and common prefixes with their full keys, and the token of the next
-    page (None on the last).
+    """Answer to a LIST: objects and common prefixes, with full keys, and the next page's token.
+
+    The token is None on the last page.
     """
 
     objects: list[ObjectInfo]
@@ -58,14 +57,15 @@ class Page:
     next_token: str | None
 
 
-#: Objects with what came for them: the answer, the error, or None for an object that was not
-#: requested, because the server is down or the node pauses.
+#: Objects with their answer, their error, or None for an object that was not requested because the
+#: server is down or the node pauses.
 Answers = Generator[tuple[ObjectInfo, Received | S3Error | None]]
 
 
 def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Result of ``coroutine``, run on ``loop`` in another thread; an exception in the calling
-    thread (Ctrl-C) cancels it.
+    """Run ``coroutine`` on ``loop``, which runs in another thread, and return its result.
+
+    An exception in the calling thread (Ctrl-C) cancels it.
     """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
@@ -82,27 +82,27 @@ def concurrent_requests(
     concurrency: int,
     backoff: Backoff | None = None,
 ) -> Answers:
-    """Make one request for each object, ``concurrency`` at a time; answers in order of arrival.
+    """Make one request per object, up to ``concurrency`` at once; yield answers as they arrive.
 
-    When as many requests in a row as may be in flight have failed with transient errors, the server
-    is taken to be down: the remaining objects are not requested in this pass and come back with
-    None. A store of 2,000 objects then costs a dead server 64 requests per pass instead of 2,000,
-    and a hanging server a single ``read_timeout``. The same happens when the node begins a pause:
-    the caller waits for its end, where Ctrl-C can interrupt it.
+    After ``concurrency`` consecutive transient errors the server is taken to be down: the remaining
+    objects are not requested in this pass and are yielded with None. A store of 2,000 objects then
+    costs 64 requests per pass on a dead server instead of 2,000, and a single ``read_timeout`` on a
+    hanging one. The same happens when the node begins a pause: the caller waits for its end, where
+    Ctrl-C can interrupt it.
 
-    A consumer that stops early (``close()``) ends the requests that wait. Those in flight are
-    cancelled on an event loop; in threads they cannot be, so there ``request`` has to be short.
+    A consumer that stops early (``close()``) drops the requests that wait. Those in flight are
+    cancelled on an event loop. In threads they cannot be cancelled, so ``request`` has to be short.
 
     Parameters
     ----------
     where : event loop or executor
-        What runs the requests. The loop runs in another thread. With an executor, each of
-        ``concurrency`` threads makes one request at a time, and ``request`` blocks instead of
+        Runs the requests. The loop runs in another thread. With an executor, each of
+        ``concurrency`` threads makes one request after the other, and ``request`` blocks instead of
         awaiting; if no thread can be started, the calling thread makes them all.
     request : coroutine function
         Raises ``S3Error``. Any other exception is raised to the consumer.
     backoff : Backoff, optional
-        Pauses of the node: they are obeyed, and begun by answers that ask for fewer requests.
+        Pauses of the node. They are obeyed, and an answer that asks for fewer requests begins one.
     """
     waiting = deque(objects)
     arrived: queue.SimpleQueue[tuple[ObjectInfo, Received | S3Error | None] | BaseException] = (
@@ -112,12 +112,12 @@ def concurrent_requests(
     counting = threading.Lock()
 
     async def requests() -> None:
-        """One request after the other, until none waits."""
+        """Make one request after the other, until none is left."""
         nonlocal failed_in_a_row
         while waiting:
             try:
                 obj = waiting.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread took the last one
                 return
             if failed_in_a_row >= concurrency or (backoff is not None and backoff.remaining_s()):
                 arrived.put((obj, None))
@@ -166,7 +166,7 @@ def _start(
 
         return [asyncio.run_coroutine_threadsafe(together(), where)]
     started: list[Future[Any]] = []
-    # RuntimeError: the interpreter is ending, or this user's limit of threads is reached.
+    # RuntimeError: the interpreter is shutting down, or the user's limit of threads is reached.
     with contextlib.suppress(RuntimeError):
         while len(started) < n:
             started.append(where.submit(_run_without_waiting, requests))
@@ -176,9 +176,7 @@ def _start(
 
 
 def _run_without_waiting(requests: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a coroutine whose requests block, in this thread: if none of them waits in an await, it
-    ends at its first step.
-    """
+    """Run a coroutine whose requests block. It finishes in one step because nothing is awaited."""
     coroutine = requests()
     with contextlib.suppress(StopIteration):
         coroutine.send(None)

@@ -28,8 +28,8 @@ __all__ = ["LocalOrigin"]
 
 T = TypeVar("T")
 
-#: Links to directories below one store that are followed: two in each of 30 nested directories make
-#: a billion paths.
+#: Largest number of links to directories followed below one store: two in each of 30 nested
+#: directories make a billion paths.
 _MAX_LINKS = 1000
 
 #: Errors of a network file system that may go away; other errors of a disk do not.
@@ -153,7 +153,7 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
                         f"{entry.path} is a broken symbolic link. Restore what it points to, or "
                         "remove it."
                     ) from exc
-                # Otherwise it was removed after the directory was read: it is not listed.
+                # Otherwise it was removed after the directory was read, so it is not listed.
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:
@@ -169,7 +169,7 @@ def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
             more := os.pread(file.fileno(), stop - start - len(data), start + len(data))
         ):
             data += more  # one pread ends at 2 GiB
-        # The version after reading: a writer in between has changed the modification time.
+        # Compare the version after reading: a concurrent writer changes the modification time.
         if len(data) != stop - start or _info(obj.key, os.fstat(file.fileno())).etag != obj.etag:
             raise IncompleteArrayError(
                 f"{path} was changed after it was listed. Read it again when the writer has "

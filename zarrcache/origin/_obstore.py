@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 
 __all__ = ["CannotNameError", "ObstoreEngine", "can_name", "is_usable"]
 
-#: How long obstore keeps credentials. botocore renews those that have less than 10 minutes left, so
-#: asking it at this interval is enough.
+#: How long obstore keeps credentials. botocore renews those with less than 10 minutes left, so
+#: requesting them at this interval is enough.
 CREDENTIALS_TTL = timedelta(minutes=10)
 
-#: A small object is requested in a thread, which costs a third of the CPU of a coroutine but cannot
-#: be interrupted. So the request may take this many seconds: S3's own advice for requests below
-#: 512 KB is to repeat them after 2 seconds.
+#: Timeout in seconds for a small object that is requested in a thread, which costs a third of the
+#: CPU of a coroutine but cannot be interrupted. AWS advises to repeat requests below 512 KB after
+#: 2 seconds.
 QUICK_S = 2.0
 QUICK_BYTES = 512 * 1024
-#: If a larger share of the answers is late, the line is slow, not a single request: then no object
-#: is requested in a thread for ``_PATIENT_S`` seconds.
+#: If a larger share of the answers is late, the network is slow, not a single request: then no
+#: object is requested in a thread for ``_PATIENT_S`` seconds.
 _LATE_SHARE = 0.05
 _PATIENT_S = 60.0
 
@@ -68,10 +68,10 @@ _EXIT_WAIT_S = 0.05
 
 @functools.cache
 def _pause_at_exit() -> None:
-    """Let obstore's threads finish waking the event loop before the interpreter ends: a thread that
-    needs the GIL later aborts the process.
+    """Let obstore's threads finish waking the event loop before the interpreter ends.
 
-    Measured: 7 of 60 scripts that ended right after a LIST died with SIGABRT; 0 with this pause.
+    A thread that needs the GIL later aborts the process. Measured: 7 of 60 scripts that ended right
+    after a LIST died with SIGABRT; 0 with this pause.
     """
     atexit.register(time.sleep, _EXIT_WAIT_S)
 
@@ -98,8 +98,9 @@ _UNNAMEABLE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 
 
 def can_name(path: str) -> bool:
-    """Whether obstore accepts this key, or prefix with a slash at the end, unchanged: no empty
-    segment, no segment of dots only, no control characters.
+    """Whether obstore accepts this key, or prefix with a slash at the end, unchanged.
+
+    It does unless the key has an empty segment, a segment of dots only, or control characters.
     """
     return not path or _UNNAMEABLE.search(path.removesuffix("/")) is None
 
@@ -131,8 +132,8 @@ class ObstoreEngine:
         endpoint, virtual = _endpoint(bucket, options, region)
         credentials = None if options.anon else _Credentials(options)
 
-        # Every setting that obstore would otherwise take from the environment, by other rules than
-        # botocore's.
+        # Set everything that obstore would otherwise take from the environment, by rules that
+        # differ from botocore's.
         config: S3Config = {
             "endpoint": endpoint,
             "aws_endpoint_url_s3": endpoint,
@@ -160,7 +161,7 @@ class ObstoreEngine:
         self._patient_until_s = 0.0
 
     async def list_page(self, prefix: str, *, patience_s: float, token: str | None = None) -> Page:
-        """Every object below ``prefix``, which ends with ``/`` or is empty: all pages in one.
+        """List every object below ``prefix``, which ends with ``/`` or is empty, as one page.
 
         Raises
         ------
@@ -184,13 +185,13 @@ class ObstoreEngine:
         finally:
             del stream  # it holds the request: a traceback would keep it in flight
         if not all(o.size_bytes for o in found):
-            # Perhaps a directory marker: obstore removes the slash from its name, so that it looks
-            # like an empty object.
+            # It may be a directory marker: obstore removes the slash from its name, so that it
+            # looks like an empty object.
             raise CannotNameError(prefix)
         return Page(found, [], None)
 
     async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
-        """One object as a HEAD shows it, None if it does not exist."""
+        """HEAD one object; None if it does not exist."""
         try:
             async with asyncio.timeout(patience_s):
                 return _info(await self._store.head_async(key))
@@ -202,10 +203,10 @@ class ObstoreEngine:
     def get_many(
         self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
     ) -> Answers:
-        """One GET for each object. A request that is silent for ``patience_s`` is given up.
+        """Make one GET per object. A request that is silent for ``patience_s`` is given up.
 
-        Small objects are requested in threads first. One whose answer is late comes twice: as a
-        timeout, and as the answer to a second, patient request.
+        Small objects are requested in threads first. If the answer is late, the object is yielded
+        twice: with a timeout, and with the answer to a second, patient request.
         """
         if (
             patience_s >= self._quick_s
@@ -235,7 +236,7 @@ class ObstoreEngine:
             )
 
     async def _get_quickly(self, obj: ObjectInfo) -> Received:
-        """One small object. Blocks: for a thread of its own."""
+        """GET one small object. Blocks, so it runs in a thread."""
         try:
             result = self._quick_store.get(obj.key, options=_options(obj))
             return Received(result.bytes(), (result.meta["e_tag"] or "").strip('"'))
@@ -245,7 +246,7 @@ class ObstoreEngine:
     async def get(
         self, obj: ObjectInfo, part: tuple[int, int] | None = None, *, patience_s: float
     ) -> Received:
-        """One object, or ``part`` of it: from the first byte to the second, exclusive."""
+        """GET one object, or ``part`` of it: ``(start, stop)`` in bytes, ``stop`` exclusive."""
         size = obj.size_bytes if part is None else part[1] - part[0]
         try:
             async with asyncio.timeout(
@@ -276,8 +277,9 @@ def _options(obj: ObjectInfo, part: tuple[int, int] | None = None) -> GetOptions
 
 
 class _Credentials:
-    """Credential provider for obstore: the credentials of ``s3_kwargs``, or those of botocore's
-    chain (profile, environment, SSO, instance, ...).
+    """Credential provider for obstore: ``s3_kwargs``, or botocore's chain.
+
+    The chain is profile, environment, SSO, instance, and so on.
     """
 
     def __init__(self, options: S3Options) -> None:
@@ -316,7 +318,7 @@ class _Credentials:
 
 
 def _endpoint(bucket: str, options: S3Options, region: str) -> tuple[str, bool]:
-    """URL that requests go to, and whether its host name contains the bucket."""
+    """URL for requests, and whether its host name contains the bucket."""
     if options.endpoint_url is None:
         scheme = "https" if options.use_ssl else "http"
         domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
@@ -336,8 +338,8 @@ def _client_options(
         "allow_http": endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=fetch.connect_timeout),
         "read_timeout": timedelta(seconds=fetch.read_timeout),
-        # obstore's default of 30 s for a whole request would cut off large objects on a slow line;
-        # silence is bounded by read_timeout, slowness by the engine's methods.
+        # obstore's default of 30 s for a whole request would cut off large objects on a slow
+        # network. read_timeout bounds silence; the engine's methods bound slowness.
         "timeout": timedelta(days=1) if quick_s is None else timedelta(seconds=quick_s),
     }
     if options.verify is False:
@@ -364,9 +366,7 @@ _OS_MESSAGE = re.compile(r'(?:message|error): "(?:failed to lookup address infor
 
 
 def _s3_error(exc: Exception) -> S3Error:
-    """Reduce an exception of obstore. Its message has everything: a line for people, then a dump of
-    the error's sources.
-    """
+    """Convert an exception of obstore. Its message is one readable line, then a dump of causes."""
     line, _, dump = str(exc).partition("\n\nDebug source:")
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:

@@ -1,4 +1,4 @@
-"""What an origin is, and which one a URL names: a table by scheme that other packages extend.
+"""The `Origin` protocol, and the registry of origins by URL scheme, which packages can extend.
 
 An origin for another kind of storage implements `Origin` and is registered under its URL scheme,
 either in code, with `register_origin`, or by an entry point of the group ``zarrcache.origins``,
@@ -32,17 +32,17 @@ _ENTRY_POINTS = "zarrcache.origins"
 
 
 class Origin(Protocol):
-    """A place with stores below it.
+    """A directory or prefix with stores below it.
 
-    An origin is cheap to make, makes no request until one of its methods is called, and can be
+    An origin is cheap to create, sends no request until one of its methods is called, and can be
     pickled. It may be used from any thread and on both sides of a fork: clients are opened on
     demand, one set per process, and an inherited one is not used.
 
     Attributes
     ----------
     url : str
-        The root: ``s3://bucket/prefix`` as it was written, or the absolute path of a directory; no
-        slash at the end.
+        The root: ``s3://bucket/prefix`` as given, or the absolute path of a directory, without a
+        trailing slash.
     identity : str
         Where ``url`` is resolved: ``file``, or the S3 endpoint. Two origins with the same identity
         and URL have the same content, and share entries of a cache.
@@ -54,7 +54,7 @@ class Origin(Protocol):
     def identity(self) -> str: ...
 
     def list_names(self) -> list[str]:
-        """Names of what is directly below the root (directories and objects), sorted.
+        """Names of directories and objects directly below the root, sorted.
 
         Raises
         ------
@@ -63,18 +63,17 @@ class Origin(Protocol):
         """
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
-        """Every object below ``prefix``, keys relative to the root, sorted by key; ``[]`` without
-        objects.
+        """Every object below ``prefix``, sorted by key; keys are relative to the root.
 
         A prefix ends with ``/`` (``"mp-1.zarr/"``) or is empty; any other text is the key of one
-        object (``"mp-1.zarr.zip"``).
+        object (``"mp-1.zarr.zip"``). Without objects the list is empty.
         """
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects, each as soon as it has arrived, in any order.
 
-        Every content is checked against the listing before it is yielded: version, size, and MD5 if
-        the ETag is one. Requests are in flight while the consumer works on what has arrived.
+        Each is checked against the listing before it is yielded: version, size, and MD5 if the ETag
+        is one. Requests are in flight while the consumer works on what has arrived.
 
         Raises
         ------
@@ -84,9 +83,7 @@ class Origin(Protocol):
         """
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop`` (exclusive) of a listed object, of the listed version. Raises
-        the same errors as ``fetch``.
-        """
+        """Bytes ``start`` to ``stop`` (exclusive) of a listed object. Raises as ``fetch`` does."""
 
     def url_of(self, key: str) -> str:
         """Full URL or path of a key."""
@@ -126,8 +123,8 @@ def register_origin(scheme: str, factory: OriginFactory) -> None:
         ``"gs"`` for ``gs://bucket/prefix``. Replaces a registered one.
     factory : callable
         Called as ``factory(url, s3_kwargs=..., fetch=..., retry=..., counters=...,
-        node_dir=...)``, see `open_origin`; returns an `Origin`. Accept ``**options`` for those that
-        the storage has no use for.
+        node_dir=...)``, see `open_origin`; returns an `Origin`. Accept ``**options`` for the
+        arguments that your storage does not use.
 
     Raises
     ------
@@ -148,21 +145,21 @@ def open_origin(
     counters: Counters | None = None,
     node_dir: Path | None = None,
 ) -> Origin:
-    """The origin at ``url``: ``s3://bucket/prefix``, a path, ``file:///path``, or a URL of a
-    registered scheme.
+    """Open the origin at ``url``. Sends no request.
 
     Parameters
     ----------
     url : str or path
+        ``s3://bucket/prefix``, a path, ``file:///path``, or a URL of a registered scheme.
     s3_kwargs : mapping, optional
         As for ``s3fs.S3FileSystem``.
     fetch, retry : FetchConfig, RetryConfig
         Engine, concurrency and timeouts; attempts.
     counters : Counters, optional
-        Where requests, retries and fetched bytes are counted.
+        Counts requests, retries and fetched bytes.
     node_dir : Path, optional
-        A directory that the node's processes share, in which a pause of all requests to an endpoint
-        is announced. Without it, a pause holds for the threads of this process.
+        A directory that the node's processes share, to announce pauses of all requests to an
+        endpoint. Without it, a pause applies to the threads of this process.
 
     Raises
     ------

@@ -42,7 +42,7 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 20.0
 #: After this many answers the server has recovered, and the next pause is short again.
 _RECOVERED = 10
-#: A pause that ended longer ago than this, in seconds, says nothing about the server's load now.
+#: If the last pause ended longer ago than this, in seconds, the next one is short.
 _FORGET_S = 60.0
 #: Interval, in seconds, at which a process checks for a pause set by another one: one lstat, 2 us.
 _LOOK_S = 0.1
@@ -84,8 +84,10 @@ def is_transient(exc: BaseException) -> bool:
 
 @dataclass(slots=True)
 class _Pause:
-    """The last pause of this process. Replaced, never changed except for ``served``: no lock, which
-    a fork could leave locked.
+    """The last pause of this process.
+
+    It is replaced, and never changed except for ``served``, so that it needs no lock: a fork could
+    leave one locked.
     """
 
     until_s: float  # time.monotonic()
@@ -104,16 +106,16 @@ class Backoff:
     the others would keep the server overloaded until the attempts of all are used up. With
     ``directory``, all processes of the node that use it pause; without it, the threads of this one.
 
-    Cheap to make and picklable. Safe from any thread and process, and on both sides of a fork.
+    Cheap to create and picklable. Safe from any thread or process, and on both sides of a fork.
 
     Parameters
     ----------
     endpoint : str
         ``Origin.identity``.
     directory : Path, optional
-        An existing directory that the node's processes share. A pause is an empty file in it whose
-        modification time is the end of the pause and whose access time is its beginning: setting
-        and reading it is one system call, and there is no content to tear or forge. An end that is
+        An existing directory that the node's processes share. A pause is an empty file in it, with
+        the end of the pause as modification time and its beginning as access time. Setting or
+        reading it is one system call, and there is no content that could be torn or forged. An end
         more than ``LONGEST_PAUSE_S`` ahead is ignored.
     """
 
@@ -170,14 +172,14 @@ class Backoff:
             pause.served += 1
 
     def note(self, error: Overload | None) -> None:
-        """Take notice of the end of a request: an error of the server, or None for an answer."""
+        """Record the end of a request: an error of the server, or None for an answer."""
         if error is None:
             self.served()
         elif error.is_slow_down:
             self.slow_down()
 
     def _stored(self) -> tuple[float, float] | None:
-        """Remaining and total length of the node's pause in seconds, None without one."""
+        """Remaining and total length of the node's pause in seconds; None without a pause."""
         assert self._path is not None
         try:
             status = os.lstat(self._path)
@@ -213,9 +215,9 @@ class RetryPolicy:
     """Attempts at one operation, bounded by their number and by time.
 
     Before attempt ``n + 1`` it waits a random time between 0 and ``min(0.5 s * 2**(n - 1), 20 s)``
-    (exponential backoff with full jitter: processes that failed together do not return together),
-    and at least until the node's pause is over. It gives up when ``attempts`` are used, or when the
-    next attempt would start more than ``timeout`` seconds after the last progress.
+    (exponential backoff with full jitter, so that processes do not retry in step), and at least
+    until the node's pause is over. It gives up when ``attempts`` are used up, or when the next
+    attempt would start more than ``timeout`` seconds after the last progress.
 
     A policy object is used for one operation, in one thread: `call` for one request, `call_all` for
     many, or as an iterator of attempts.
@@ -226,7 +228,7 @@ class RetryPolicy:
     backoff : Backoff, optional
         Pauses of the whole node.
     verb, advice : str
-        Words of the error: what could not be done, and what to do about it.
+        Parts of the error message: what could not be done, and what to do about it.
 
     Raises
     ------
@@ -261,11 +263,11 @@ class RetryPolicy:
         Parameters
         ----------
         function : callable
-            Takes the seconds that are left.
+            Called with the seconds that are left.
         url : str
-            What the request is for, if a pause of the node outlasts the time bound.
+            URL of the request, for the error if a pause of the node outlasts the time bound.
         on_retry : callable
-            Called before each attempt but the first.
+            Called before each attempt except the first.
         """
         result: list[T] = []
         for number, attempt in enumerate(self):
@@ -290,24 +292,24 @@ class RetryPolicy:
     ) -> Iterator[T]:
         """Request every object, and request again what failed with ``TransientError``.
 
-        One pass requests all objects that are missing. A pass that a pause of the node cuts short
-        without a failure is no attempt, and each object has its own number of attempts.
+        One pass requests all objects that are missing. Attempts are counted per object. A pass that
+        a pause of the node cuts short without a failure does not count.
 
         Parameters
         ----------
         objects : iterable of ObjectInfo
             With distinct keys.
         send : callable
-            Takes the missing objects and the seconds that are left; sends one request for each and
-            yields the answers. An object may be answered twice; None means that it was not
-            requested in this pass.
+            Called with the missing objects and the seconds that are left; sends one request per
+            object and yields the answers. An object may be answered twice; None means that it was
+            not requested in this pass.
         accept : callable
-            Takes an object and its answer; returns the result to yield, or the error: a
+            Called with an object and its answer; returns the result to yield, or an error:
             ``TransientError`` to request the object again, any other exception to raise.
         url_of : callable
             URL of an object.
         counters : Counters, optional
-            Where requests, retries, and fetched bytes (sizes of the objects) are counted.
+            Counts requests, retries, and fetched bytes (sizes of the objects).
         """
         missing = {obj.key: obj for obj in objects}
         attempts: Counter[str] = Counter()
@@ -341,7 +343,7 @@ class RetryPolicy:
                 if counters is not None:
                     repeated = len(answered) - len(set(answered) - attempts.keys())
                     counters.add(requests=len(answered), retries=repeated, fetched_bytes=nbytes)
-                # An object that was late and requested twice in this pass has had one attempt.
+                # An object that was late and requested twice in this pass counts as one attempt.
                 attempts.update(set(answered))
             return failure
 
@@ -349,7 +351,7 @@ class RetryPolicy:
             failure = None
             while missing and failure is None:
                 failure = yield from one_pass()
-            # A failure may remain of an object that an engine has requested twice in one pass.
+            # A failure may remain from an object that an engine has requested twice in one pass.
             if not missing:
                 return
             with attempt:
@@ -357,7 +359,7 @@ class RetryPolicy:
                 raise failure
 
     def progress(self) -> None:
-        """Restart the time bound: a slow line that delivers is not given up."""
+        """Restart the time bound, so that a slow but working connection is not given up."""
         self._progress_s = time.monotonic()
 
     @property
@@ -387,8 +389,9 @@ class RetryPolicy:
             ) from (failure.__cause__ or failure)
 
     def _wait_for_pause(self) -> bool:
-        """Wait until the node may send requests again, before a first attempt too: another process
-        may have begun the pause. False, at once, if the pause outlasts the time bound.
+        """Wait until the node may send requests again; False if that exceeds the time bound.
+
+        Also called before the first attempt, because another process may have begun the pause.
         """
         while (pause_s := self._pause_s()) > 0.0:
             if pause_s >= self.remaining_s:
@@ -397,14 +400,12 @@ class RetryPolicy:
         return True
 
     def _pause_s(self) -> float:
-        """Seconds left of the node's pause plus a random time: processes that wait together do not
-        return together.
-        """
+        """Seconds left of the node's pause, plus jitter so that processes do not resume in step."""
         pause_s = 0.0 if self._backoff is None else self._backoff.remaining_s()
         return pause_s + _random.uniform(0.0, FIRST_WAIT_S) if pause_s else 0.0
 
     def _is_used_up(self, state: tenacity.RetryCallState) -> bool:
-        # Includes the coming wait: sleeping only to give up afterwards would be of no use.
+        # The coming wait counts: do not sleep only to give up afterwards.
         return _attempt(state) >= self._config.attempts or state.upcoming_sleep >= self.remaining_s
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
@@ -424,6 +425,6 @@ def _log(state: tenacity.RetryCallState) -> None:
 
 
 def _attempt(state: tenacity.RetryCallState) -> int:
-    """Attempts made at what has just failed."""
+    """Number of attempts made at the request that has just failed."""
     failure = state.outcome.exception() if state.outcome is not None else None
     return getattr(failure, "attempt", 0) or state.attempt_number

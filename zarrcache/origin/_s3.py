@@ -1,4 +1,4 @@
-"""Stores on S3: requests to a bucket through the right engine, and the origin below a prefix."""
+"""Stores on S3: `S3Origin`, and `S3Bucket`, which chooses the engine for its requests."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _WRITE_ADVICE = (
 
 
 class S3Bucket:
-    """Requests to one bucket, under the retry policy, through whichever engine fits.
+    """Sends requests to one bucket, under the retry policy, through obstore or s3fs.
 
-    obstore where it can, because it needs a tenth of the CPU; s3fs for options and names that
-    obstore does not have, in a child that was forked after obstore was imported, and where
-    ``open_engine`` says so. Engines are opened on demand, one set per process; an engine inherited
-    over a fork is left alone, not even closed. Pickles without its engines.
+    obstore is preferred, because it needs a tenth of the CPU. s3fs serves options and names that
+    obstore does not support, children that were forked after obstore was imported, and requests
+    whose ``open_engine`` selects it. Engines are opened on demand, one set per process; an engine
+    inherited over a fork is not used and not closed. Engines are not pickled.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ class S3Bucket:
     fetch, retry, counters
         See :func:`open_origin`.
     node_dir : Path, optional
-        See :func:`open_origin`. Only reading requests obey and begin pauses of the node.
+        See :func:`open_origin`. Only requests that read obey and begin pauses of the node.
     writes : bool
-        The requests are those of an upload; error messages say so.
+        The requests are part of an upload, which error messages mention.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class S3Bucket:
         return {**self.__dict__, "_engines": {}}
 
     def context(self, url: str, obj: ObjectInfo | None = None) -> RequestContext:
-        """What a request for ``url`` is for, as its error message needs it."""
+        """The context of a request for ``url``, for its error message."""
         return RequestContext(
             url, self.name, self.endpoint, obj, anon=self.options.anon, writes=self._writes
         )
@@ -105,7 +105,7 @@ class S3Bucket:
         Parameters
         ----------
         request : callable
-            Takes the engine and the seconds after which a silent server is given up.
+            Called with the engine and the seconds after which a silent server is given up.
         """
         operation = Operation(self)
 
@@ -137,14 +137,15 @@ class S3Bucket:
         open_engine: Callable[[], Engine],
         retry: RetryConfig | None = None,
     ) -> dict[str, Received]:
-        """Make one request for each object, ``fetch.concurrency`` at a time; answers by key.
+        """Make one request per object, up to ``fetch.concurrency`` at once; answers by key.
 
         Parameters
         ----------
         request : callable
-            Takes the engine, the object, and the seconds after which a silent server is given up.
+            Called with the engine, the object, and the seconds after which a silent server is
+            given up.
         retry : RetryConfig, optional
-            Instead of the bucket's.
+            Overrides the bucket's.
         """
         operation = Operation(self, retry)
         engine: Engine
@@ -236,7 +237,7 @@ class S3Bucket:
         key = (os.getpid(), name)
         engine = self._engines.get(key)
         if engine is None:
-            # if two threads come here together, one of the two engines is kept
+            # If two threads get here together, one of the two engines is kept.
             engine = self._engines.setdefault(key, make())
         opened: T = engine
         return opened
@@ -265,8 +266,9 @@ class Operation:
         self._expired: object = None
 
     def error(self, error: S3Error, context: RequestContext, engine: object) -> Exception:
-        """The exception to raise for ``error``; a transient one for credentials that have expired
-        and can be renewed. Requests that were in flight together are all repeated.
+        """The exception to raise for ``error``; transient if expired credentials can be renewed.
+
+        All requests that were in flight together are then repeated.
         """
         if self._can_renew and error.is_expired and self._expired in (None, engine):
             self._expired = engine
@@ -278,7 +280,7 @@ class Operation:
 
 
 class S3Origin:
-    """A prefix of a bucket.
+    """The origin at a prefix of a bucket.
 
     Objects are read through obstore if possible. Directories are listed through s3fs, so that a
     process that forks DataLoader workers does not import obstore, and the workers can use it.
@@ -329,7 +331,7 @@ class S3Origin:
         for page in self._bucket.pages(self._prefix, self._context(""), delimiter="/"):
             names.update(p.removeprefix(self._prefix).rstrip("/") for p in page.prefixes)
             names.update(o.key.removeprefix(self._prefix) for o in page.objects)
-        names.discard("")  # a marker object of the "directory" itself
+        names.discard("")  # the marker object of the "directory" itself
         if not names:
             raise OriginNotFoundError(
                 f"{self.url}: there is nothing below this prefix at {self.identity}. Check the URL "
@@ -350,7 +352,7 @@ class S3Origin:
                 open_engine=lambda: self._bucket.engine(full),
             )
             found = [] if one is None else [one]
-        # without the empty objects that some tools make for directories
+        # Leave out the empty objects that some tools create for directories.
         start = len(self._prefix)
         return sorted(
             ObjectInfo(o.key[start:], o.size_bytes, o.etag, o.modified_s)
@@ -413,8 +415,9 @@ class S3Origin:
     def _check(
         self, obj: ObjectInfo, received: Received, size_bytes: int, *, is_part: bool = False
     ) -> Exception | None:
-        """The error if ``received`` is not what was listed, None if it is: its version, its length,
-        and its MD5 if the ETag is one.
+        """Compare ``received`` with the listing: version, length, and MD5 if the ETag is one.
+
+        Returns the error, or None.
         """
         if received.etag and received.etag != obj.etag:
             return changed(self.url_of(obj.key))
@@ -427,8 +430,8 @@ class S3Origin:
             return None
         if hashlib.md5(received.body, usedforsecurity=False).hexdigest() == obj.etag:
             return None
-        # With a KMS key or the customer's own key the ETag only looks like an MD5: one HEAD shows
-        # it. That HEAD is not retried by itself; a transient error of it repeats the whole attempt.
+        # With a KMS key or a customer-provided key the ETag only looks like an MD5; one HEAD tells.
+        # The HEAD is not retried by itself: a transient error repeats the whole attempt.
         self._bucket.counters.add(requests=1)
         try:
             self._has_md5 = not run(

@@ -1,7 +1,7 @@
-"""What an S3 error answer means, and the exception and message that users get for it.
+"""Classify S3 errors, and convert them to the exceptions and messages that users get.
 
-Both engines reduce the exceptions of their library to an ``S3Error``; ``to_error`` alone decides
-whether the request is worth repeating and what the message says.
+Both engines convert the exceptions of their library to an ``S3Error``; ``to_error`` alone decides
+whether the request is repeated and what the message says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from zarrcache.origin._retry import TransientError
 
 __all__ = ["RequestContext", "S3Error", "changed", "to_error"]
 
-# To retry another answer, add its code or status here; to pause the whole node as well, to the
-# first two sets.
+# To retry another answer, add its code or status here. The first two sets also pause the node.
 _SLOW_DOWN_STATUS = frozenset({429, 503, 509})
 _SLOW_DOWN_CODES = frozenset(
     "SlowDown Throttling ThrottlingException RequestLimitExceeded BandwidthLimitExceeded "
@@ -31,7 +30,7 @@ _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "InternalError OperationAborted RequestTimeout RequestTimeoutException "
     "PriorRequestNotComplete".split()
 )
-#: Without an answer of the server, under our own names.
+#: Names of this package for failures without an answer from the server.
 _TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody"})
 
 _ACCESS = {
@@ -72,15 +71,15 @@ _ACCESS_CODES = (
 
 @dataclass
 class S3Error(Exception):
-    """A failed request, independent of the library that made it. Internal to the room.
+    """A failed request, independent of the library that made it. Internal to this subpackage.
 
     Attributes
     ----------
     status : int or None
         HTTP status; None without an answer.
     code : str
-        S3's error code, or our own name for a failure without an answer of S3 (``NoCredentials``,
-        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody``).
+        S3's error code, or for a failure without an answer from S3 ``NoCredentials``,
+        ``Certificate``, ``Connection``, ``Timeout`` or ``ShortBody``.
     detail : str
         One line for the message.
     """
@@ -94,19 +93,19 @@ class S3Error(Exception):
 
     @property
     def is_transient(self) -> bool:
-        """No answer, an incomplete answer, or "try later"."""
+        """Whether there was no answer, an incomplete one, or one that means "try later"."""
         if self.status is None and self.code in _TRANSIENT_FAILURES:
             return True
         return self.code in _TRANSIENT_CODES or self.status in _TRANSIENT_STATUS
 
     @property
     def is_slow_down(self) -> bool:
-        """The server gets too many requests."""
+        """Whether the server says that it gets too many requests."""
         return self.code in _SLOW_DOWN_CODES or self.status in _SLOW_DOWN_STATUS
 
     @property
     def is_expired(self) -> bool:
-        """The server says that the credentials have expired; there may be new ones."""
+        """Whether the server says that the credentials have expired; they may be renewable."""
         return (
             self.status is not None and _ACCESS_ALIASES.get(self.code, self.code) == "ExpiredToken"
         )
@@ -122,7 +121,7 @@ class S3Error(Exception):
 
 @dataclass(frozen=True)
 class RequestContext:
-    """What a request was for, as its error message needs it.
+    """The context of a request, for its error message.
 
     Attributes
     ----------
@@ -130,7 +129,7 @@ class RequestContext:
         Full URL of the object, prefix or store.
     bucket, endpoint : str
     obj : ObjectInfo or None
-        The listed object that is read; None for other requests.
+        The listed object that was read; None for other requests.
     anon : bool
         The request is not signed.
     writes : bool
@@ -146,14 +145,14 @@ class RequestContext:
 
 
 def to_error(error: S3Error, context: RequestContext) -> Exception:
-    """The exception to raise for ``error``: ``TransientError`` or a public one, its cause set."""
+    """The exception to raise for ``error``: ``TransientError`` or a public one, with its cause."""
     raised = _error(error, context)
     raised.__cause__ = error.__cause__ or error
     return raised
 
 
 def changed(url: str) -> IncompleteArrayError:
-    """The error for an object that is not the listed version any more."""
+    """The error for an object that has changed since it was listed."""
     return IncompleteArrayError(
         f"{url} was changed while it was being read. Read it again when the writer has finished."
     )

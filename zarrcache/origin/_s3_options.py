@@ -1,7 +1,4 @@
-"""Read ``s3_kwargs``, which are those of ``s3fs.S3FileSystem``, once for both engines.
-
-Opens no connection.
-"""
+"""Parse ``s3_kwargs`` (the arguments of ``s3fs.S3FileSystem``) for both engines. No connections."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ _CLIENT_ALIASES = {
     "aws_secret_access_key": "secret",
     "aws_session_token": "token",
 }
-#: Options of s3fs without effect on reading and writing whole objects.
+#: Options of s3fs that do not affect reading and writing whole objects.
 _IRRELEVANT = frozenset(
     "default_block_size default_fill_cache default_cache_type max_concurrency fixed_upload_size "
     "local_expiry_check "
@@ -52,7 +49,7 @@ _KNOWN = (
         "version_aware s3_additional_kwargs session cache_regions asynchronous loop".split()
     )
 )
-#: botocore settings that obstore does not need, or that ``cache.fetch`` sets.
+#: botocore settings that obstore does not need or that ``cache.fetch`` sets.
 _IRRELEVANT_CONFIG = frozenset(
     "retries max_pool_connections connect_timeout read_timeout tcp_keepalive user_agent "
     "user_agent_extra user_agent_appid "
@@ -62,22 +59,22 @@ _IRRELEVANT_CONFIG = frozenset(
 
 @dataclass(frozen=True)
 class S3Options:
-    """The settings of ``s3_kwargs``, with those of the environment and the user's AWS config file.
+    """The settings of ``s3_kwargs``, the environment and the user's AWS config file.
 
     Attributes
     ----------
     kwargs : dict
         ``s3_kwargs`` as given, for s3fs.
     endpoint_url : str or None
-        None is AWS.
+        None: AWS.
     region : str or None
-        For signatures. None, only with AWS, is the bucket's own region, which one request finds.
+        For signatures. None, only with AWS: the bucket's region, which one request finds.
     virtual_hosted : bool or None
         None: path style for a given endpoint, virtual hosts for AWS.
     verify : bool or str
         Check certificates; a string is the path of a file of certificates to trust.
     only_s3fs : tuple of str
-        Names of the settings that obstore does not have; empty if it has all of them.
+        Names of the settings that obstore does not support; usually empty.
     """
 
     kwargs: dict[str, Any] = field(repr=False)
@@ -121,7 +118,7 @@ class S3Options:
         client, config = _mapping(given, "client_kwargs"), _mapping(given, "config_kwargs")
 
         def first(name: str) -> Any:
-            # The order of s3fs: its own argument, its alias, then the client's argument.
+            # In the order of s3fs: its own argument, its alias, then the client's argument.
             aliases = [a for a, n in _ALIASES.items() if n == name]
             in_client = [a for a, n in _CLIENT_ALIASES.items() if n == name] or [name]
             for source, key in [
@@ -171,9 +168,7 @@ class S3Options:
 
 
 def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The endpoint that botocore would take from the environment or the user's AWS config file, or
-    None.
-    """
+    """The endpoint that the environment or the AWS config file sets for botocore, or None."""
     if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return None
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
@@ -188,15 +183,15 @@ def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.env
 
 
 def configured_region(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The region that botocore would take from the environment or the user's AWS config file, or
-    None.
-    """
+    """The region that the environment or the AWS config file sets for botocore, or None."""
     return environ.get("AWS_DEFAULT_REGION") or _configured(profile, environ)[1].get("region")
 
 
 def stores_checksum(options: S3Options, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether botocore would send a checksum with each PUT, for the server to store: yes, unless
-    ``request_checksum_calculation`` says ``when_required`` because the server does not know them.
+    """Whether botocore would send a checksum with each PUT, which the server stores.
+
+    It does unless ``request_checksum_calculation`` is ``when_required``, for servers that do not
+    support checksums.
     """
     name = "request_checksum_calculation"
     given = _mapping(options.kwargs, "config_kwargs").get(name)
@@ -213,8 +208,8 @@ def _configured(
     path = os.path.expanduser(environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
     if not os.path.isfile(path):
         return {}, {}
-    # botocore's own parser, because sections nest ("s3 =\n  endpoint_url = ..."). Imported here
-    # because it takes 30 ms, and most users have no such file.
+    # botocore's parser, because sections nest ("s3 =\n  endpoint_url = ..."). Imported here because
+    # that takes 30 ms and most users have no such file.
     from botocore.configloader import load_config
     from botocore.exceptions import BotoCoreError
 
@@ -230,12 +225,12 @@ def _configured(
 
 
 def split_s3_url(url: str) -> tuple[str, str]:
-    """``s3://bucket/some/prefix/`` as ``("bucket", "some/prefix")``.
+    """Split ``s3://bucket/some/prefix/`` into ``("bucket", "some/prefix")``.
 
     Raises
     ------
     ConfigError
-        The URL names no bucket, or an ARN.
+        The URL has no bucket, or an ARN in place of it.
     """
     rest = url.removeprefix("s3://")
     bucket, _, prefix = rest.partition("/")

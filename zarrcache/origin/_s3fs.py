@@ -1,5 +1,7 @@
-"""Requests to S3 through s3fs: for options that obstore does not have, in forked children, for
-listing directories, and for deleting. The only importer of s3fs.
+"""Requests to S3 through s3fs. The only importer of s3fs.
+
+Used for options that obstore does not support, in forked children, for listing directories, and
+for deleting.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
 class S3fsEngine:
     """Requests to one bucket, each a coroutine for fsspec's event loop. One object per process.
 
-    It retries nothing. One layer below does, out of reach: aiohttp repeats a GET or HEAD once, at
-    once, if its connection is closed before the answer begins.
+    It retries nothing. aiohttp, below it, immediately repeats a GET or HEAD once if its connection
+    is closed before the answer begins; that cannot be switched off.
 
     Parameters
     ----------
@@ -74,8 +76,8 @@ class S3fsEngine:
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "max_pool_connections": fetch.concurrency,
         }
-        # An instance of our own: s3fs shares instances by their arguments, and these settings must
-        # not reach another user's.
+        # A separate instance: s3fs shares instances by their arguments, and these settings must not
+        # affect those of other code.
         kwargs = {
             **options.kwargs,
             "config_kwargs": config,
@@ -91,7 +93,7 @@ class S3fsEngine:
     async def list_page(
         self, prefix: str, *, patience_s: float, token: str | None = None, delimiter: str = ""
     ) -> Page:
-        """One LIST."""
+        """Make one LIST."""
         more = {"ContinuationToken": token} if token else {}
         answer = await self._call(
             "list_objects_v2", patience_s, Prefix=prefix, Delimiter=delimiter, **more
@@ -106,7 +108,7 @@ class S3fsEngine:
         )
 
     async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
-        """One object as a HEAD shows it, None if it does not exist."""
+        """HEAD one object; None if it does not exist."""
         try:
             answer = await self._call("head_object", patience_s, Key=key)
         except S3Error as error:
@@ -121,9 +123,7 @@ class S3fsEngine:
         )
 
     async def is_md5_hidden(self, key: str, *, patience_s: float) -> bool:
-        """Whether the object is encrypted with a KMS key or the customer's own key: then its ETag
-        is not the MD5 of its content.
-        """
+        """Whether the ETag is not an MD5, because a KMS or customer-provided key encrypts it."""
         answer = await self._call("head_object", patience_s, Key=key)
         return (
             str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
@@ -131,7 +131,7 @@ class S3fsEngine:
         )
 
     async def bucket_region(self, *, patience_s: float) -> str | None:
-        """The bucket's region, None if the server does not name it."""
+        """The bucket's region; None if the server does not name it."""
         try:
             answer = await self._call("head_bucket", patience_s)
         except S3Error as error:
@@ -140,7 +140,7 @@ class S3fsEngine:
                 if error.__cause__ is not None
                 else {}
             )
-            # S3 names the region in refusals too
+            # S3 also names the region if it refuses the request.
             if error.status != 403 or not answer:
                 raise
         region = answer.get("BucketRegion") or answer["ResponseMetadata"]["HTTPHeaders"].get(
@@ -151,7 +151,7 @@ class S3fsEngine:
     def get_many(
         self, objects: Sequence[ObjectInfo], *, patience_s: float, backoff: Backoff | None = None
     ) -> Answers:
-        """One GET for each object. A request that is silent for ``patience_s`` is given up."""
+        """Make one GET per object. A request that is silent for ``patience_s`` is given up."""
         return concurrent_requests(
             get_loop(),
             lambda obj: self.get(obj, patience_s=patience_s),
@@ -163,7 +163,7 @@ class S3fsEngine:
     async def get(
         self, obj: ObjectInfo, part: tuple[int, int] | None = None, *, patience_s: float
     ) -> Received:
-        """One object, or ``part`` of it: from the first byte to the second, exclusive."""
+        """GET one object, or ``part`` of it: ``(start, stop)`` in bytes, ``stop`` exclusive."""
         size = obj.size_bytes if part is None else part[1] - part[0]
         more = {"IfMatch": f'"{obj.etag}"'} if obj.etag else {}
         if part is not None:
@@ -192,15 +192,15 @@ class S3fsEngine:
     async def delete(self, key: str, *, patience_s: float) -> Received:
         """Delete one object, if it exists.
 
-        Not by DeleteObjects, which answers 200 for keys that it could not delete, and which some
-        servers do not have.
+        DeleteObjects is not used: it answers 200 for keys that it could not delete, and some
+        servers do not support it.
         """
         await self._call("delete_object", patience_s, Key=key)
         return Received(b"", "")
 
     async def _open(self) -> None:
-        # Before the timeout starts, because a client takes 0.3 s of CPU. Under a lock, because s3fs
-        # would make one for each of the first requests.
+        # Create the client before the timeout starts, because that takes 0.3 s of CPU, and under a
+        # lock, because s3fs would create one for each of the first requests.
         async with self._opening:
             try:
                 await self._fs.set_session()
@@ -222,9 +222,7 @@ class S3fsEngine:
 
 
 def _s3_error(exc: BaseException) -> S3Error:
-    """Reduce an exception: s3fs turns botocore's ClientError into a builtin one and keeps it as the
-    cause.
-    """
+    """Convert an exception. s3fs raises a builtin one, with botocore's ClientError as its cause."""
     from aiohttp import ClientError as HttpError
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
