@@ -160,7 +160,7 @@ def test_doctor_reports_each_check_and_exits_1_if_one_fails(config: Path, tmp_pa
     [
         ("plan", "Interrupted."),
         ("status", "Interrupted."),
-        ("warm", "Interrupted. What is finished stays; run the same command again to continue."),
+        ("warm", "Interrupted. Finished work is kept; run the same command again to continue."),
     ],
 )
 def test_ctrl_c_mentions_finished_work_only_for_resumable_commands(

@@ -66,7 +66,7 @@ def test_a_script_whose_own_function_runs_needs_the_guard_and_the_error_says_so(
         "",
     )
     done = _run(tmp_path / "script.py", SCRIPT + MAIN)
-    assert "ended before it began to work (exit code 1)" in done.stderr
+    assert "ended before its first item (exit code 1)" in done.stderr
     assert "below `if __name__ == '__main__':`" in done.stderr
     assert "[" not in done.stdout
 

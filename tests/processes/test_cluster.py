@@ -222,7 +222,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_an_error(home: Path, tmp_p
         second.scheduler.kill()
         with pytest.raises(
             ZarrCacheError,
-            match=r"the Dask scheduler tcp://[\d.:]+ has gone\. What is finished stays",
+            match=r"the Dask scheduler tcp://[\d.:]+ is gone\. Finished work is kept",
         ):
             next(outcomes)
 
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_a_local_cluster_with_whole_stores_only(source: Path, tmp_pa
     assert process.returncode == 130
     assert (
         err.splitlines()[-1]
-        == "Interrupted. What is finished stays; run the same command again to continue."
+        == "Interrupted. Finished work is kept; run the same command again to continue."
     ), err
     assert "Traceback" not in err
     assert list(tmp_path.glob("out/.*")) == []

@@ -181,7 +181,7 @@ def _command(source: Path, dst: object, *options: object) -> Iterator[subprocess
         end_all(process)
 
 
-GO_ON = "What is finished stays; run the same command again to continue."
+GO_ON = "Finished work is kept; run the same command again to continue."
 
 
 TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interrupted")
@@ -377,6 +377,6 @@ def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     assert f"failed: {source}/b.CHGCAR " in err
     assert (
         err.splitlines()[-1]
-        == f"{word}. What is finished stays; run the same command again to continue."
+        == f"{word}. Finished work is kept; run the same command again to continue."
     )
     assert len(list(out.glob("*.zarr"))) < len(others)

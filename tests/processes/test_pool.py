@@ -145,11 +145,9 @@ def test_an_item_whose_process_died_by_chance_is_tried_again(tmp_path: Path) -> 
 
 
 def test_processes_that_cannot_load_the_function_are_one_error_and_no_endless_loop() -> None:
-    with pytest.raises(
-        ConfigError, match=r"ended before it began to work \(exit code 5\).*__main__"
-    ):
+    with pytest.raises(ConfigError, match=r"ended before its first item \(exit code 5\).*__main__"):
         list(spread(_CannotBeUnpickled(), range(3), 2))
-    with pytest.raises(ConfigError, match=r"ended before it began to work \(exit code 6\)"):
+    with pytest.raises(ConfigError, match=r"ended before its first item \(exit code 6\)"):
         list(spread(_LargeAndCannotBeUnpickled(), range(3), 2))
     assert interpreters() == []
 

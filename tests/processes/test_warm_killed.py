@@ -175,7 +175,7 @@ def test_interrupted_it_ends_at_once_and_the_next_run_resumes(
     assert (process.returncode, out) == (code, "")
     assert (
         err.splitlines()[-1]
-        == f"{word}. What is finished stays; run the same command again to continue."
+        == f"{word}. Finished work is kept; run the same command again to continue."
     )
     assert "Traceback" not in err
     goes_on(config, fault_proxy, tmp_path, pairs)
@@ -195,7 +195,7 @@ def test_ctrl_c_ends_the_workers_too(
     assert (process.returncode, out) == (130, "")
     assert (
         err.splitlines()[-1]
-        == "Interrupted. What is finished stays; run the same command again to continue."
+        == "Interrupted. Finished work is kept; run the same command again to continue."
     )
     assert "Traceback" not in err
     goes_on(config, fault_proxy, tmp_path, pairs)

@@ -60,7 +60,7 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                 code = 2 if isinstance(exc, ConfigError) else 1
             except KeyboardInterrupt as exc:
                 word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
-                hint = " What is finished stays; run the same command again to continue."
+                hint = " Finished work is kept; run the same command again to continue."
                 say(f"{word}.{hint if resumable else ''}")
                 code = exit_code(exc)
             raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""Child processes of this node, the nodes of a job, and the machines of a Dask cluster."""
+"""Run work in child processes, on the nodes of a job, or on a Dask cluster."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs items, or a command on every node, over a Dask cluster.
+"""Run items, or a command on every node, on a Dask cluster.
 
-The only module that imports Dask (``pip install 'zarrcache[dask]'``), when it is used.
+The only importer of Dask (``pip install 'zarrcache[dask]'``), which is imported when it is used.
 
 >>> with open_cluster("tcp://login1:8786") as cluster:  # doctest: +SKIP
 ...     plan_convert("chgcars/", "s3://bucket/label").execute(engine=cluster.spread)
@@ -39,24 +39,23 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Seconds for a scheduler to answer, and for a worker to appear before a warning says that there is
-#: none.
+#: Seconds for a scheduler to answer, and to wait for a worker before a warning is logged.
 _CONNECT_S = 5.0
 #: Items on the scheduler per thread of the cluster: enough that no thread waits for this process,
-#: few enough that 314,000 materials are no burden to the scheduler.
+#: and few enough that 314,000 materials do not overload the scheduler.
 _AHEAD = 4
 #: At least this many items on the scheduler, so that a cluster that scales with its load sees work.
 _MIN_AHEAD = 200
-#: Seconds for which the number of the cluster's threads is taken as known.
+#: Seconds for which the number of the cluster's threads is cached.
 _THREADS_KNOWN_S = 5.0
 #: Seconds for items that have begun to finish when the rest is cancelled.
 _STOP_S = 10.0
 
 #: Attempts to run a command on a node whose worker dies.
 _NODE_ATTEMPTS = 2
-#: Seconds for a node that has lost its workers to get another one.
+#: Seconds to wait for a new worker on a node that has lost all of its workers.
 _ABSENT_S = 60.0
-#: Seconds between two looks at the commands that run.
+#: Seconds between two checks of the running commands.
 _TICK_S = 1.0
 #: Seconds for a cancelled command to end after SIGTERM.
 _END_S = 5.0
@@ -116,8 +115,8 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
 def _pickle_errors_without_causes() -> None:
     """Pickle errors of this package as one string again.
 
-    distributed, when it is imported, makes every exception class pickle its causes as well (by
-    tblib). A cause from botocore holds a lock, so that the error would become a TypeError.
+    When distributed is imported, it makes every exception class pickle its causes as well (through
+    tblib). A cause from botocore holds a lock, so pickling the error would raise a TypeError.
     """
     todo: list[type[ZarrCacheError]] = [ZarrCacheError]
     while todo:
@@ -127,9 +126,9 @@ def _pickle_errors_without_causes() -> None:
 
 
 def _address(scheduler: str) -> str:
-    """The address in a scheduler file, or the address itself.
+    """The address in a scheduler file, or ``scheduler`` itself if it is an address.
 
-    Raises OSError, ValueError, KeyError or TypeError if it is not one.
+    Raises OSError, ValueError, KeyError or TypeError if it is neither.
     """
     from distributed.comm.addressing import resolve_address
 
@@ -153,7 +152,8 @@ def _local(workers: int) -> Iterator[Any]:
     log.setLevel(logging.CRITICAL)  # its errors are reported here, as exceptions
     try:
         with contextlib.ExitStack() as stack:
-            # Ctrl-C or SIGTERM to all processes of a job is for this one, which ends the workers.
+            # Only this process handles a Ctrl-C or SIGTERM sent to the whole job; it ends the
+            # workers.
             with signals_blocked():
                 try:
                     cluster = stack.enter_context(_local_cluster(workers))
@@ -171,16 +171,16 @@ def _local_cluster(workers: int) -> Any:
     import dask
     import distributed
 
-    # Locks that the workers make (numcodecs makes one) then have no name in the system, so that
-    # none is reported as leaked when a worker is killed.
+    # Locks that the workers create (numcodecs creates one) are then unnamed, so that none is
+    # reported as leaked when a worker is killed.
     unnamed_locks = "import multiprocessing; multiprocessing.set_start_method('fork', force=True)"
     return distributed.LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",  # it cannot be switched off; this is a free, local port
+        dashboard_address="127.0.0.1:0",  # cannot be switched off; any free local port
         silence_logs=logging.CRITICAL,
-        memory_limit=0,  # no limit of Dask's; the kernel's holds
+        memory_limit=0,  # no limit by Dask; the kernel's applies
         preload=[*dask.config.get("distributed.worker.preload"), unnamed_locks],
         scheduler_kwargs={"allowed_failures": 0},  # items of a dead worker are retried here, alone
     )
@@ -188,9 +188,10 @@ def _local_cluster(workers: int) -> Any:
 
 @dataclass(frozen=True)
 class _Work:
-    """A pickled function on its way to the workers.
+    """A pickled function for the workers.
 
-    Sent once to each worker, as the dependency of every item; Dask computes it again if it is lost.
+    It is sent once to each worker, as the dependency of every item. Dask computes it again if it is
+    lost.
     """
 
     version: str
@@ -224,19 +225,19 @@ class Cluster:
     ) -> Generator[tuple[T, R | Died]]:
         """Yield ``(item, function(item, reserve))`` in order of completion.
 
-        A few items per thread are on the scheduler at a time; workers that join get some. An item
-        whose worker died is retried elsewhere as often as the scheduler allows
+        A few items per thread are on the scheduler at once; workers that join get some. An item
+        whose worker died is retried on other workers as often as the scheduler allows
         (``allowed-failures``), and then once more after all others, alone in the cluster. Memory is
         not reserved: the number of the workers' threads bounds it. Closing the iterator, or an
-        exception in its consumer (also Ctrl-C), cancels items that have not begun, and waits 10 s
+        exception in its consumer (also Ctrl-C), cancels items that have not started, and waits 10 s
         for those that have.
 
         Raises
         ------
         ConfigError
-            A worker cannot run the function: it has no zarrcache, or another version.
+            A worker cannot run the function because it has no zarrcache, or another version.
         ZarrCacheError
-            The scheduler has gone.
+            The scheduler is gone.
         """
         if not items:
             return
@@ -265,7 +266,7 @@ class Cluster:
         number = 0
         ready: list[tuple[T, Any]] = []
         while True:
-            # The next items go out before the consumer works on these results.
+            # Send the next items before the consumer works on these results.
             while queue and len(running) < (
                 1 if lost is None else max(_MIN_AHEAD, _AHEAD * self._count_threads())
             ):
@@ -281,7 +282,7 @@ class Cluster:
             ready = []
             for future, outcome in zip(batch, self.outcomes(batch), strict=True):
                 item = running.pop(future)
-                # Now: Dask computes a result that is still held again if its worker dies.
+                # Release it now: Dask recomputes a result that is still held if its worker dies.
                 future.release()
                 if isinstance(outcome, Died) and lost is not None:
                     logger.warning(
@@ -304,8 +305,8 @@ class Cluster:
                 outcomes.append(future.result())
             except CancelledError as exc:
                 raise ZarrCacheError(
-                    f"the Dask scheduler {self.name} has gone. What is finished stays; start it "
-                    "and run the same command again to go on."
+                    f"the Dask scheduler {self.name} is gone. Finished work is kept; start it and "
+                    "run the same command again to continue."
                 ) from exc
             except Exception as exc:  # noqa: BLE001 - the cluster's, not an item's
                 outcomes.append(self._died(exc))
@@ -324,7 +325,7 @@ class Cluster:
         ) from exc
 
     def _send(self, work: _Work, name: str) -> Any:
-        """Let one worker load the function, which shows whether it can."""
+        """Let one worker load the function, to find out whether it can."""
         from distributed import wait
 
         future = self.client.submit(_carry, work, key=f"{name}-work", pure=False)
@@ -341,19 +342,19 @@ class Cluster:
         (outcome,) = self.outcomes([future])
         if isinstance(outcome, Died):
             raise ConfigError(
-                f"the workers of {self.name} end before they begin to work. See their logs."
+                f"the workers of {self.name} exit before they start to work. See their logs."
             )
         return future
 
     def _count_threads(self) -> int:
-        """Threads of all workers; workers come and go."""
+        """Number of threads of all workers, which may join and leave."""
         if time.monotonic() - self._threads_at_s >= _THREADS_KNOWN_S:
             self._threads = sum(self.client.nthreads().values())
             self._threads_at_s = time.monotonic()
         return self._threads
 
     def take_back(self, running: Mapping[Any, object], name: str) -> None:
-        """Cancel items that have not begun, and wait 10 s for those that have.
+        """Cancel items that have not started, and wait 10 s for those that have.
 
         Their keys are pairs that begin with ``name``.
         """
@@ -364,7 +365,7 @@ class Cluster:
                 time.sleep(0.1)
         except (OSError, TimeoutError) as exc:
             logger.warning(
-                "%s does not answer, so items that have begun may go on there (%s)", self.name, exc
+                "%s does not answer; items that have started may still run (%s)", self.name, exc
             )
 
     def _is_any_left(self, name: str) -> bool:
@@ -374,12 +375,12 @@ class Cluster:
         return any(self.client.run(_is_busy, name=name, on_error="ignore").values())
 
     def nodes(self) -> dict[str, list[str]]:
-        """Addresses of the workers that are there now, by node, in Slurm's order of nodes.
+        """Addresses of the present workers by node, in Slurm's order of nodes.
 
         Raises
         ------
         ConfigError
-            There is no worker.
+            There are no workers.
         """
         found = self.places()
         if not found:
@@ -390,7 +391,7 @@ class Cluster:
         return {node: found[node] for node in sorted_nodes(found)}
 
     def places(self) -> dict[str, list[str]]:
-        """As :meth:`nodes`, in any order, and perhaps empty."""
+        """Like :meth:`nodes`, but in any order, and perhaps empty."""
         found: dict[str, list[str]] = {}
         for address, node in sorted(self.client.run(node_name, on_error="ignore").items()):
             found.setdefault(node, []).append(address)
@@ -423,7 +424,7 @@ def _load(work: _Work) -> Callable[[Any, Reserve], Any]:
 
 
 def _reserve_nothing(nbytes: int) -> None:
-    """A worker has no budget: the kernel kills it if there is too little memory."""
+    """Do nothing: a worker has no memory budget, and the kernel kills it if memory runs out."""
 
 
 def _is_busy(name: str, dask_worker: Any) -> bool:
@@ -446,23 +447,23 @@ def _is_of(name: str, key: object) -> bool:
 
 #: Reports a line of output.
 Report: TypeAlias = Callable[[str], None]
-#: Whether the command is still wanted.
+#: Returns False once the command is cancelled.
 IsWanted: TypeAlias = Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class NodeOutcome:
-    """How a command ended on one node.
+    """The result of a command on one node.
 
     Attributes
     ----------
     node : str
     code : int
-        Its exit code.
+        Exit code.
     document : dict
-        The JSON that it wrote; empty if it wrote none.
+        The JSON output; empty if there was none.
     error : str
-        Why it wrote none.
+        The reason why there was none.
     """
 
     node: str
@@ -476,9 +477,9 @@ def run_on_each_node(
 ) -> Generator[NodeOutcome]:
     """Run ``zarrcache ARGUMENTS`` once on each node that has workers now, and collect its JSON.
 
-    The command runs in this directory, as a process beside the worker: it may use all cores of the
-    node, and the worker survives whatever it does. It gets its place among the nodes through the
-    variables of torchrun; nodes are numbered in Slurm's order.
+    The command runs in this directory, in a child process of the worker: it may use all cores of
+    the node, and the worker survives its failures. The variables of torchrun give it its rank among
+    the nodes, which are numbered in Slurm's order.
 
     Parameters
     ----------
@@ -521,17 +522,16 @@ def _once_per_node(
     arguments: Mapping[str, T],
     report: Callable[[str, str], object],
 ) -> Generator[tuple[str, R | Died]]:
-    """Yield ``(node, function(argument, report, is_wanted))`` in order of completion, each run by
-    one worker of its node.
+    """Yield ``(node, function(argument, report, is_wanted))`` in order of completion.
 
-    If that worker dies, another worker of the node, or the next one to appear within 60 s, tries
-    once more. Closing the iterator, or an exception in its consumer (also Ctrl-C), makes
-    ``is_wanted()`` false and waits 10 s for the functions that run.
+    One worker of each node runs the function. If that worker dies, another worker of the node, or
+    the next one to appear within 60 s, tries once more. Closing the iterator, or an exception in
+    its consumer (also Ctrl-C), makes ``is_wanted()`` false and waits 10 s for running functions.
 
     Parameters
     ----------
     arguments : mapping
-        By names of ``cluster.nodes()``.
+        One per node, by its name in ``cluster.nodes()``.
     report : callable
         Called with the node and each line that the function reports, in a thread.
     """
@@ -541,7 +541,7 @@ def _once_per_node(
     cancelled = Event(f"{name}-cancelled", client=cluster.client)
     running: dict[Any, tuple[str, str]] = {}
     attempts = dict.fromkeys(arguments, 0)
-    #: Nodes to start it on, and until when they may be without a worker.
+    #: Nodes to start on, and until when they may have no worker.
     waiting = dict.fromkeys(arguments, time.monotonic())
     cluster.client.subscribe_topic(name, lambda event: report(*event[1]))
     try:
@@ -582,9 +582,9 @@ def _once_per_node(
 
 
 def _ended(cluster: Cluster, running: Mapping[Any, tuple[str, str]]) -> list[Any]:
-    """Wait up to 1 s; futures that are done, or whose worker is gone.
+    """Wait up to 1 s; return the futures that are done, or whose worker is gone.
 
-    Dask would wait for that worker to come back.
+    Dask would wait for that worker to return.
     """
     from distributed import wait
 
@@ -616,13 +616,13 @@ def _do_on_node(
 class _Command:
     arguments: tuple[str, ...]
     directory: str
-    environment: dict[str, str]  # added to the worker's, which may be part of another job
+    environment: dict[str, str]  # overrides the worker's, which may be part of another job
 
 
 def _run_command(
     command: _Command, report: Report, is_wanted: IsWanted
 ) -> tuple[int, str, list[str]]:
-    """Exit code, standard output, and the last lines of standard error."""
+    """Run a command; return its exit code, stdout, and the last lines of stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "zarrcache", *command.arguments],
         cwd=command.directory if os.path.isdir(command.directory) else None,
@@ -652,7 +652,7 @@ def _run_command(
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
-            process.kill()  # what it has stored stays; unfinished entries are never visible
+            process.kill()  # stored entries are kept; unfinished ones are never visible
         for reader in readers:
             reader.join()
     return process.wait(), "".join(out), list(lines)

@@ -1,7 +1,7 @@
-"""Spreads items over child processes; a process that is killed costs only the item it died of.
+"""Spread items over child processes; a killed process costs only the item that killed it.
 
-Not ``concurrent.futures.ProcessPoolExecutor`` or loky: when one of their processes is killed, they
-give up all items and cannot say which one was the cause.
+``concurrent.futures.ProcessPoolExecutor`` and loky are not used: when one of their processes is
+killed, they give up all items and cannot tell which one was the cause.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Reserve: TypeAlias = Callable[[int], None]
 
 
 class Engine(Protocol):
-    """Spreads items over processes of this machine (:func:`spread`) or over a Dask cluster
-    (:meth:`zarrcache.parallel.dask.Cluster.spread`).
+    """Spreads items over processes: :func:`spread`, or
+    :meth:`zarrcache.parallel.dask.Cluster.spread`.
     """
 
     def __call__(
@@ -47,7 +47,7 @@ class Engine(Protocol):
     ) -> Generator[tuple[T, R | Died]]:
         """Yield ``(item, function(item, reserve))`` for every item, in order of completion.
 
-        Function, items and results have to pickle.
+        Function, items and results have to be picklable.
         """
 
 
@@ -57,13 +57,12 @@ _STOP_S = 10.0
 
 @dataclass(frozen=True)
 class Died:
-    """In place of a result: two processes died while they worked on the item, the second on it
-    alone.
+    """Stands for a result: two processes died on the item, the second while it had no other.
 
     Attributes
     ----------
     exitcode : int or None
-        Negative: the signal that ended the process. None: it ran on another machine.
+        Negative: the number of the signal that ended the process. None: it ran on another machine.
     """
 
     exitcode: int | None
@@ -82,7 +81,7 @@ class Died:
 
 
 def cores() -> int:
-    """Number of cores that this process may use; under Slurm fewer than the machine has."""
+    """Number of cores that this process may use; under Slurm this may be fewer than exist."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -100,25 +99,25 @@ def spread(
     The workers are fresh interpreters, so no client and no lock of the caller exists in them. The
     items of a worker that dies are retried once, after all others and one at a time. Closing the
     iterator, or an exception in its consumer (also Ctrl-C), ends the workers: each finishes the
-    items it has begun, and is killed if that takes more than ``stop_s``.
+    items it has started, and is killed if that takes more than ``stop_s``.
 
     Parameters
     ----------
     function : callable
-        It has to pickle, like items and results, and to report failures in its result. If function
-        or items are defined in the program's main module, each worker runs that module.
+        It has to be picklable, like items and results, and to report failures in its result. If
+        function or items are defined in the program's main module, each worker runs that module.
     workers : int
         Number of processes.
     threads : int
-        Items at a time in each process, for work that waits more than it computes.
+        Concurrent items per process, for work that waits more than it computes.
     budget_bytes : int, optional
-        Memory for all items together; see :class:`Budget`. Default: no limit.
+        Memory limit of all items together; see :class:`Budget`. Default: no limit.
     stop_s : float
 
     Raises
     ------
     ConfigError
-        No process can be started, or none can begin to work.
+        No process can be started, or none gets to its first item.
     """
     pool = _Pool[T, R](pickle.dumps(function), math.inf if budget_bytes is None else budget_bytes)
     lost: deque[tuple[int, T]] = deque()
@@ -132,7 +131,7 @@ def spread(
 class _Pool(Generic[T, R]):
     """The worker processes of one call, and the budget of memory that they share.
 
-    The budget is kept here, where the part of a dead worker can be given back.
+    The budget is kept in this process, so that the share of a dead worker can be released.
     """
 
     def __init__(self, work: bytes, budget_bytes: float) -> None:
@@ -172,7 +171,7 @@ class _Pool(Generic[T, R]):
                 done = [worker.items.pop(number)] if kind == "result" else []
                 if done:
                     self._grant(self._budget.release(number))
-                # The next items go out before the consumer works on this result.
+                # Send the next items before the consumer works on this result.
                 while queue and lost is not None and len(worker.items) < threads:
                     worker.assign(*queue.popleft())
                 if not worker.items:
@@ -182,9 +181,7 @@ class _Pool(Generic[T, R]):
                     yield item, value
 
     def _start(self, queue: deque[tuple[int, T]], workers: int, threads: int) -> int:
-        """Start processes while there are items for them; how many can be had, at most
-        ``workers``.
-        """
+        """Start processes while there are items for them; return how many are possible."""
         while queue and len(self._workers) < workers:
             try:
                 self._workers.append(_Worker(threads))
@@ -195,7 +192,7 @@ class _Pool(Generic[T, R]):
                         "ulimit -u)."
                     ) from exc
                 logger.warning(
-                    "%d worker processes instead of %d, the next one cannot be started: %s",
+                    "%d worker processes instead of %d: the next one cannot be started: %s",
                     len(self._workers),
                     workers,
                     exc,
@@ -211,7 +208,7 @@ class _Pool(Generic[T, R]):
         exitcode = worker.end()
         if not self._has_begun:
             raise ConfigError(
-                f"A worker process ended before it began to work (exit code {exitcode}); its "
+                f"A worker process ended before its first item (exit code {exitcode}); its "
                 "output above says why. If a script of yours calls this, put the call below "
                 "`if __name__ == '__main__':`, or use workers=1."
             )
@@ -229,9 +226,9 @@ class _Pool(Generic[T, R]):
                     worker.grant(number)
 
     def stop(self, within_s: float) -> None:
-        """End all processes: wait ``within_s`` for the items that have begun, then kill."""
-        # Not by SIGTERM: an exception in the middle of zarr or of an upload prints long tracebacks
-        # and leaves half a store to take back.
+        """End all processes: wait ``within_s`` for items that have started, then kill."""
+        # Not by SIGTERM: an exception inside zarr or an upload prints long tracebacks and leaves
+        # half a store behind.
         try:
             for worker in self._workers:
                 worker.process.hang_up()
@@ -239,29 +236,29 @@ class _Pool(Generic[T, R]):
             for worker in self._workers:
                 worker.process.has_ended(max(0.0, deadline - time.monotonic()))
         finally:
-            # Also after a second Ctrl-C; a third that interrupts one kill leaves no process either.
+            # Also after a second Ctrl-C. Even if a third one interrupts a kill, none is left.
             with contextlib.ExitStack() as stack:
                 for worker in self._workers:
                     stack.callback(worker.process.close)
                     stack.callback(worker.process.kill)
 
 
-#: Kind, number of the item, and what belongs to the kind.
+#: Kind, number of the item, and a value that depends on the kind.
 _Message: TypeAlias = tuple[str, int, Any]
 
 
 class _Worker(Generic[T]):
     """A process and the items it works on, by number.
 
-    It says ``started`` when it reads, ``ready`` when it has unpickled the function, then
+    It sends ``started`` when it begins to read, ``ready`` when it has unpickled the function, then
     ``reserve`` and ``result`` for each item.
     """
 
     def __init__(self, threads: int) -> None:
         self.items: dict[int, T] = {}
         self._has_begun = False
-        # Last, so that a signal never comes between the start and the return: a worker that the
-        # pool does not know is closed, and its process ends by itself.
+        # Last, so that no statement follows the start: if a signal interrupts it, the pool does not
+        # know the worker, its connection is closed, and its process ends.
         self.process = ChildProcess(_serve, threads)
 
     @property
@@ -269,14 +266,16 @@ class _Worker(Generic[T]):
         return self.process.connection
 
     def assign(self, number: int, item: T) -> None:
-        """Give it one more item."""
+        """Assign one more item."""
         self.items[number] = item
         if self._has_begun:
             self._send(("item", number, item))
 
     def begin(self, work: bytes) -> None:
-        """Send the function and the items, once it reads: a reader with the names of 200,000 stores
-        is larger than the socket's buffer, and other workers start meanwhile.
+        """Send the function and the items once the process reads.
+
+        A reader with the names of 200,000 stores is larger than the socket's buffer, and other
+        workers start meanwhile.
         """
         self._has_begun = True
         with contextlib.suppress(OSError):
@@ -285,15 +284,15 @@ class _Worker(Generic[T]):
             self._send(("item", number, item))
 
     def grant(self, number: int) -> None:
-        """Let an item that waits for memory go on."""
+        """Let an item that waits for memory continue."""
         self._send(("grant", number, None))
 
     def _send(self, message: _Message) -> None:
-        with contextlib.suppress(OSError):  # it has died; reading from it shows that
+        with contextlib.suppress(OSError):  # it has died; the next read detects that
             self.connection.send(message)
 
     def end(self) -> int:
-        """Hang up, upon which an idle process ends; its exit code."""
+        """Hang up, wait for the process to end, and return its exit code."""
         self.process.hang_up()
         exitcode = self.process.wait()
         self.process.close()
@@ -303,12 +302,12 @@ class _Worker(Generic[T]):
 class Budget:
     """Grants bytes of memory to readers that ask when they know their need.
 
-    A reader knows the size of the objects it fetches first, and the size of the array only when it
-    has read the array's metadata. So it asks twice, and holds the first part while it waits for the
-    second. A request that exceeds what is free waits until other readers finish. If all readers
-    that hold memory wait, none would ever finish; then the one that began first is granted its
-    request. So never more is held than the budget plus one array, and an array larger than the
-    budget is read when the others are done.
+    A reader first knows only the size of the objects that it fetches; it knows the size of the
+    array when it has read the array's metadata. So it asks twice, and holds the first part while it
+    waits for the second. A request that exceeds the free bytes waits until other readers finish. If
+    all readers that hold memory wait, none would ever finish, so the request of the one that began
+    first is granted. At most the budget plus one array is held, and an array larger than the budget
+    is read when the other readers are done.
 
     Parameters
     ----------
@@ -327,18 +326,18 @@ class Budget:
         return sum(self._held.values())
 
     def ask(self, reader: int, nbytes: int) -> list[int]:
-        """``reader`` (a number; the smallest began first) needs ``nbytes`` more.
+        """Request ``nbytes`` more for ``reader`` (a number; the smallest began first).
 
         Returns
         -------
         list of int
-            Readers that may go on, perhaps this one.
+            Readers that may continue, perhaps this one.
         """
         self._waiting[reader] = nbytes
         return self._granted()
 
     def release(self, reader: int) -> list[int]:
-        """``reader`` is done or dead; the readers that may go on."""
+        """Release the bytes of ``reader``; return the readers that may continue."""
         self._held.pop(reader, None)
         self._waiting.pop(reader, None)
         return self._granted()
@@ -351,13 +350,13 @@ class Budget:
         return granted
 
     def _next(self) -> int | None:
-        """A waiting reader that may go on."""
+        """A waiting reader that may continue, or None."""
         free = self._limit_bytes - self.held_bytes
         begun = sorted(self._waiting.keys() & self._held.keys())
         for reader in begun:
             if self._waiting[reader] <= free:
                 return reader
-        # Readers that have begun come first: small ones would starve a large array otherwise.
+        # Readers that have begun come first; otherwise small arrays would starve a large one.
         if begun:
             return begun[0] if len(begun) == len(self._held) else None
         first = min(self._waiting, default=None)
@@ -386,9 +385,9 @@ def _serve(connection: Connection, threads: int) -> None:
                 parent.granted(number)
     except HungUp:
         parent.hung_up()
-        # Wait for items that have begun here, before the interpreter begins to shut down: from then
-        # on no executor accepts work, and zarr, which reads chunks through one, would fail in the
-        # middle of a store.
+        # Wait here for items that have started, before the interpreter begins to shut down: from
+        # then on no executor accepts work, and zarr, which reads chunks through one, would fail in
+        # the middle of a store.
         executor.shutdown(cancel_futures=True)
 
 
@@ -406,7 +405,7 @@ class _Parent:
         self._is_there = True
 
     def send(self, kind: str, number: int = 0, value: object = None) -> None:
-        with self._lock, contextlib.suppress(OSError):  # it has hung up: this process is to end
+        with self._lock, contextlib.suppress(OSError):  # it has hung up, so this process will end
             self._connection.send((kind, number, value))
 
     def reserve(self, number: int, nbytes: int) -> None:
@@ -432,6 +431,6 @@ def _run(parent: _Parent, function: Callable[[Any, Reserve], Any], number: int, 
         parent.send("result", number, result)
     except _Cancelled:
         return
-    except BaseException:  # noqa: BLE001 - a bug: the process dies of it, and the parent sees that
+    except BaseException:  # noqa: BLE001 - a bug: let the process die, which the parent detects
         traceback.print_exc()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Child Python processes that share nothing with their parent but a socket.
+"""Child Python processes that share only a socket with their parent.
 
 A child is a fresh interpreter, not a fork, so no client, lock or thread of the parent exists in it.
 A process spawned by :mod:`multiprocessing` first runs the program's main module and all its imports
@@ -44,8 +44,8 @@ class ChildProcess:
     """A child process that runs ``function(connection, *arguments)``.
 
     It ignores SIGINT and SIGTERM, which a terminal or a batch system sends to all processes of a
-    job: the parent decides. ``function`` has to return when :func:`receive` raises :class:`HungUp`;
-    this also happens when the parent dies.
+    job; the parent decides when it ends. ``function`` has to return when :func:`receive` raises
+    :class:`HungUp`, which also happens when the parent dies.
 
     Parameters
     ----------
@@ -76,8 +76,7 @@ class ChildProcess:
                 "is defined there, and that module starts child processes in turn. Put its main "
                 "part below `if __name__ == '__main__':`."
             )
-        # Should a signal interrupt the start in another thread, the child sees that its connection
-        # is closed, and ends.
+        # If an exception interrupts the start, the child finds its connection closed and ends.
         with contextlib.ExitStack() as undo:
             self.connection, theirs = Pipe()
             undo.callback(self.connection.close)
@@ -90,7 +89,7 @@ class ChildProcess:
                     [*command, str(fd)], stdin=subprocess.DEVNULL, pass_fds=[fd]
                 )
                 undo.callback(self.kill)
-            with contextlib.suppress(OSError):  # it has died; the caller finds out by reading
+            with contextlib.suppress(OSError):  # it has died; the caller's next read detects that
                 self.connection.send((sys.path, sys.argv, _main_module()))
                 self.connection.send((function, arguments))
             undo.pop_all()
@@ -105,14 +104,14 @@ class ChildProcess:
         return True
 
     def wait(self) -> int:
-        """Wait for its end; the exit code, or minus the number of the signal that ended it."""
+        """Wait for its end. Returns the exit code, or minus the number of the signal."""
         return self._process.wait()
 
     def hang_up(self) -> None:
-        """Close the connection for both sides; a thread that is writing to it gets an OSError."""
-        # Shut down, not only closed: processes forked since then have a copy of the descriptor,
-        # which keeps the stream open; and if it was closed, a thread that is about to write could
-        # meet another file under the same number.
+        """Shut the connection down for both sides; a thread that is writing gets an OSError."""
+        # Not just closed: processes forked since then have a copy of the descriptor, which keeps
+        # the stream open; and after a close, a thread that is about to write could write to another
+        # file with the same number.
         with contextlib.suppress(OSError):
             ours = socket.socket(fileno=self.connection.fileno())
             try:
@@ -126,7 +125,7 @@ class ChildProcess:
         self._process.wait()
 
     def close(self) -> None:
-        """Release the connection. Call when no thread uses it any more."""
+        """Close the connection. Call when no thread uses it any more."""
         self.connection.close()
 
 

@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM as one exception each, and child processes that ignore both.
+"""Turn Ctrl-C and SIGTERM into one exception each, and start child processes that ignore both.
 
 Batch systems send SIGTERM before they preempt a job or when its time is up, and SIGKILL about 30 s
-later. Python's default is to die at once, which would leave half-written stores. Commands install
-handlers that end them in order; importing this module installs none, so the signals of a training
-script are its own.
+later. By default SIGTERM ends Python immediately, which would leave half-written stores. Commands
+install handlers that end them in order; importing this module installs none, so a training script
+keeps its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SAME_REQUEST_S = 0.5
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received. A ``KeyboardInterrupt``: the same code has to let both through."""
+    """SIGTERM was received. A ``KeyboardInterrupt``, so that the same code lets both through."""
 
 
 def exit_code(exc: KeyboardInterrupt) -> int:

@@ -78,8 +78,7 @@ class World:
 
     @classmethod
     def even(cls, rank: int, ranks: int, nodes: int = 1) -> World:
-        """The same number of processes on each node, numbered node by node, as torchrun and
-        Lightning start them.
+        """The same number of processes per node, numbered node by node, as torchrun does.
 
         Raises
         ------
@@ -95,8 +94,10 @@ class World:
 
     @classmethod
     def here(cls) -> World:
-        """The place of this process, from torch.distributed if it is initialized, and from the
-        variables of torchrun or Slurm.
+        """The place of this process.
+
+        Taken from torch.distributed if it is initialized, and from the variables of torchrun or
+        Slurm.
         """
         torch = sys.modules.get("torch")  # imported already if torch.distributed is in use
         if (
@@ -115,10 +116,10 @@ class World:
     def of_environment(
         cls, environ: Mapping[str, str], *, rank: int | None = None, ranks: int | None = None
     ) -> World:
-        """The place of this process from the variables of torchrun (``RANK``, ``WORLD_SIZE``,
-        ``LOCAL_WORLD_SIZE``) or Slurm (``SLURM_PROCID``, ``SLURM_TASKS_PER_NODE``).
+        """The place of this process from the variables of torchrun or Slurm.
 
-        Without either it is one process on one node.
+        torchrun sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE``; Slurm sets ``SLURM_PROCID``
+        and ``SLURM_TASKS_PER_NODE``. Without them it is one process on one node.
 
         Parameters
         ----------
@@ -211,10 +212,10 @@ def each_node_world() -> World:
     Raises
     ------
     ConfigError
-        Neither of them started it, so it does not run on the other nodes.
+        Neither of them started this process, so it does not run on the other nodes.
     """
-    # A batch script outside srun has Slurm's other variables as well: it would take itself for node
-    # 0, and the caches of the other nodes would stay cold.
+    # A batch script outside srun has Slurm's other variables as well. It would run as node 0 only,
+    # and the caches of the other nodes would stay cold.
     if not ("SLURM_STEP_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()):
         raise ConfigError(
             "--each-node has to be started on every node: `srun --ntasks-per-node=1 zarrcache warm "
