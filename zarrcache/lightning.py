@@ -1,4 +1,4 @@
-"""Define ``ZarrDataModule``: resumable loaders for Lightning's ``Trainer``, on one or many nodes.
+"""``ZarrDataModule``: resumable loaders for Lightning's ``Trainer``, on one or many nodes.
 
 >>> data = ZarrDataModule("configs/s3_cached.yaml", batch_size=1, train_workers=8, val_workers=2)
 >>> Trainer(devices=8, num_nodes=4, strategy="ddp").fit(model, data, ckpt_path="last")
@@ -188,8 +188,8 @@ class ZarrDataModule(LightningDataModule):
         counts = {name: len(split.train) for name, split in self.splits.items()}
         if self.trainer is None or self.trainer.world_size == 1:
             return
-        # Nodes whose stored listings differ in age would compute different orders. All ranks learn
-        # the outcome, so that none is left waiting in a collective operation.
+        # Nodes whose stored listings differ in age would compute different orders. All ranks
+        # exchange the outcome, so that none is left waiting in a collective operation.
         mine = hashlib.blake2b(repr(self.splits).encode(), digest_size=8).hexdigest(), counts
         first = self.trainer.strategy.broadcast(mine)
         if not self.trainer.strategy.reduce_boolean_decision(first == mine, all=True):
@@ -245,7 +245,7 @@ class ZarrDataModule(LightningDataModule):
         self._stop_looking_ahead()
 
     def _join(self, loader: _TrainLoader, sampler: NodeSampler) -> None:
-        """Set the epoch that Lightning is about to train, and the batch at which it counts on.
+        """Set the epoch that Lightning is about to train, and the batch at which it continues.
 
         Lightning draws the first samples before it calls ``set_epoch``; a resumed run would start
         in the order of epoch 0.
@@ -308,7 +308,8 @@ class ZarrDataModule(LightningDataModule):
             and bool(self.train_workers) != bool(self.val_workers)
             and multiprocessing.get_start_method() == "fork"
         ):
-            # Not forkserver: its workers do not notice when the training is killed, and stay.
+            # Not forkserver: its workers do not notice when the training is killed, and keep on
+            # running.
             context = "spawn"
         return {
             "batch_size": self.batch_size,
@@ -345,7 +346,7 @@ class ZarrDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a checkpoint; takes effect when the training loader is created."""
-        # trainer.test() loads checkpoints too
+        # trainer.test() loads checkpoints too.
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._loaded = dict(state_dict)
 
@@ -359,12 +360,12 @@ class _Sampler(NodeSampler, DistributedSampler[int]):
 
     def __init__(self, source: ZarrDataset | CombinedDataset, **settings: Any) -> None:
         super().__init__(source, **settings)
-        # attributes of a DistributedSampler
+        # Attributes of a DistributedSampler.
         self.num_replicas, self.rank = self.world.ranks, self.world.rank
 
 
 class _TrainLoader(DataLoader[Sample]):
-    """A resumable DataLoader: its length is that of the whole epoch, it yields what is left."""
+    """A resumable DataLoader. Its length is that of the whole epoch; it yields the rest of it."""
 
     on_begin: Callable[[int], None]
 
@@ -439,8 +440,8 @@ def _world_of(trainer: Any) -> World | None:
         raise ConfigError(
             f"Rank {rank} of {ranks} is on node {trainer.node_rank} of {trainer.num_nodes}, and "
             f"would be on node {world.node} if ranks were numbered node by node. Start the job "
-            "with srun --distribution=block, and set Trainer(num_nodes=..., devices=...) to what "
-            "it has."
+            "with srun --distribution=block, and set Trainer(num_nodes=..., devices=...) to match "
+            "the job."
         )
     return world
 

@@ -61,7 +61,7 @@ def register_data(name: str) -> Callable[[_L], _L]:
     Raises
     ------
     ConfigError
-        The name is taken by another loader, or is not a name.
+        The name is taken by another loader, or is empty or not a string.
     """
     _check_name(name)
 

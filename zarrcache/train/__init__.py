@@ -1,6 +1,6 @@
 """Torch datasets, samplers, look-ahead, and the transfer from DataLoader workers.
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use. They need
+The public names are listed in ``__init__.pyi``; each is imported at first use. They need
 PyTorch, the extra ``train``.
 """
 

@@ -1,4 +1,4 @@
-"""Evict by Belady's rule: drop the entry that is needed last, and admit none needed later still.
+"""Evict by Belady's rule: drop the entry that is needed last, and admit none needed later.
 
 For orders that are known in advance no policy has a higher hit rate. Four nodes with room for a
 quarter of the data each hit 54 to 56 % of a global shuffle; admit-until-full hits 25 %, LRU 14 %.
@@ -24,9 +24,9 @@ Indices = NDArray[np.int64]
 
 #: Next use of a sample that is not needed in the epochs considered.
 NEVER = np.iinfo(np.int64).max
-#: Victims are ranked again after this fraction (1/64) of the stored entries found no room.
+#: Victims are ranked again after this fraction (1/64) of the stored entries was not admitted.
 _RANKED_SHARE = 64
-#: The samples read last stay: DataLoader workers hold up to this many that are not trained on yet.
+#: Number of samples read last that are kept: DataLoader workers may hold them before training.
 _GRACE = 64
 
 
@@ -75,11 +75,11 @@ class _Epoch:
 
 
 class BeladyPolicy:
-    """Choose victims by what this node reads next.
+    """Chooses victims by what this node reads next.
 
-    One object serves all threads of a process. It pickles without its cached orders. It has no
-    lock, because a process forked while a thread holds one would wait for it indefinitely. Two
-    threads never get the same victim; in a race one gets the second best.
+    One object serves all threads of a process. Cached orders are not pickled. It has no lock,
+    because a process forked while a thread holds one would wait for it forever. Two threads never
+    get the same victim; in a race one gets the second best.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ class BeladyPolicy:
 
     def _rank(self, now: _Epoch, rows: Sequence[tuple[Any, ...]]) -> None:
         """Rank the stored entries by their next use, needed last first."""
-        # a damaged row is skipped
+        # Skip damaged rows.
         stored = [row for row in rows if is_digest(row[0]) and isinstance(row[1], int)]
         counts = self._progress.counts(now.epoch)
         if counts is None:

@@ -1,4 +1,4 @@
-"""Define the datasets ``RhoData`` and ``ZarrDataset``, and a collate function for mixed grids."""
+"""The datasets ``RhoData`` and ``ZarrDataset``, and a collate function for mixed grids."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Sample(TypedDict):
 
 
 class _PairDataset(Sender):
-    """Read two grids per sample and make tensors of them."""
+    """Reads two grids per sample and converts them to tensors."""
 
     def __init__(self, to_tensors: _PairToTensors, transform: Transform | None) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ _TensorAndGrid: TypeAlias = tuple[torch.Tensor, Grid]
 
 
 class _PairToTensors:
-    """Rotate, downsample and cast a pair of grids."""
+    """Rotates, downsamples and casts a pair of grids."""
 
     def __init__(
         self,

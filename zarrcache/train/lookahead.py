@@ -1,4 +1,4 @@
-"""Fetch the samples that a sampler will ask for before the training reads them.
+"""Fetch the samples of a sampler before the training reads them.
 
 >>> sampler = NodeSampler(dataset, seed=42)  # doctest: +SKIP
 >>> with Lookahead(dataset, sampler) as ahead:  # doctest: +SKIP
@@ -47,7 +47,7 @@ Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[in
 
 
 class Lookahead:
-    """Fetch ahead of this rank's training, and tell ``eviction: belady`` what it reads next.
+    """Fetches ahead of this rank's training, and gives ``eviction: belady`` the order of reads.
 
     A separate process fetches the samples in the sampler's order, at most ``cache.lookahead`` bytes
     ahead. The bytes are those of decoded densities, divided by the ranks of the node, and at most a
@@ -113,8 +113,8 @@ class Lookahead:
             except OSError as exc:
                 self._is_missing = True
                 logger.warning(
-                    "no look-ahead, its process cannot be started (%s): the training goes on "
-                    "without it, and waits for what it reads.",
+                    "no look-ahead: its process cannot be started (%s). Training continues "
+                    "without it and waits for each read.",
                     exc,
                 )
             except BaseException:
@@ -134,7 +134,7 @@ class Lookahead:
         return self._prefetcher.pid if self._prefetcher is not None else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that is read next. Call it beside the sampler's ``set_epoch``."""
+        """Set the epoch that is read next. Call it together with the sampler's ``set_epoch``."""
         if self._progress is not None:
             self._progress.set_epoch(epoch)
 
@@ -146,7 +146,7 @@ class Lookahead:
         return not self._is_missing and (self._prefetcher is None or self._prefetcher.check())
 
     def close(self) -> None:
-        """End the process and release the room that it holds."""
+        """End the process and free the room that it reserved."""
         if self._prefetcher is not None:
             self._prefetcher.close()
         if self._progress is not None:
@@ -187,23 +187,23 @@ class _Prefetcher:
         return self._process.pid
 
     def check(self) -> bool:
-        """Whether it runs; logs a warning the first time that it does not."""
+        """Whether the process runs; logs a warning the first time that it does not."""
         with self._lock:
             if not self._end.alive or not self._process.has_ended():
                 return True
             if not self._is_reported:
                 self._is_reported = True
                 logger.warning(
-                    "the look-ahead process %s has ended (%s): training goes on without it and "
-                    "waits for what it reads. If it ran out of memory, lower cache.lookahead; a "
-                    "new Lookahead() starts another process.",
+                    "the look-ahead process %s has ended (%s). Training continues without it and "
+                    "waits for each read. If it ran out of memory, lower cache.lookahead; a new "
+                    "Lookahead() starts another process.",
                     self.pid,
                     Died(self._process.wait()),
                 )
         return False
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._end()
 
 

@@ -26,7 +26,7 @@ Side = Literal["train", "validation", "test"]
 class Sources:
     """The readers and splits of one or more training configs, each with a name.
 
-    Creating it makes no request.
+    Creating it sends no request.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class Sources:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In the order of the configs."""
+        """Names in the order of the configs."""
         return tuple(self.readers)
 
     def list_into_cache(self) -> None:
@@ -141,8 +141,8 @@ def _config(one: Any) -> DataConfig:
     )
     if found.dataset_name == "chgcar_data":
         raise ConfigError(
-            "dataset_name is 'chgcar_data': convert the files first (zarrcache convert), "
-            "ZarrDataModule reads Zarr stores."
+            "dataset_name is 'chgcar_data', but ZarrDataModule reads Zarr stores. Convert the "
+            "files first (zarrcache convert)."
         )
     return found
 

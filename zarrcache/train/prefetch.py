@@ -1,4 +1,4 @@
-"""Run the process of a ``Lookahead``: fetch densities in the order of the training, ahead of it."""
+"""The process of a ``Lookahead``: fetch densities in the order of the training, ahead of it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["Prefetch", "prefetch"]
 
 logger = logging.getLogger(__name__)
 
-#: Densities fetched at a time by all ranks of a node: while one waits for its listing, others are
+#: Densities that all ranks of a node fetch at once: while one waits for its listing, others are
 #: fetched and decoded. On two cores, the training of `tools/bench lookahead` waits 2 times as long
 #: with 4 threads and 1.5 times as long with 12.
 THREADS = 8
-#: Threads of each rank, at least.
+#: Minimum number of threads per rank.
 _MIN_THREADS = 2
 #: Size of an entry's header, which comes before the values.
 _HEADER_BYTES = 4096
@@ -40,10 +40,10 @@ _STEP_S = 0.02
 _MAX_WINDOW = 4096
 #: A loan that was not taken this long after the training started to read it will not be taken.
 _STALE_S = 10.0
-#: Pause after a density that could not be read. The training meets the error itself and raises it.
+#: Pause after a density that could not be read. The training hits the error itself and raises it.
 _PAUSE_S = 1.0
-#: Time for fetches in progress after the training has ended. Partial files that remain are removed
-#: like those of a killed process.
+#: Time that fetches in progress get after the training has ended. Partial files that remain are
+#: removed like those of a killed process.
 _END_S = 2.0
 
 
@@ -73,20 +73,20 @@ class _Item:
     size: int = 0  # bytes on disk; 0 if unknown
     held: int = 0  # bytes of the budget
     is_coming: bool = False
-    is_waiting: bool = False  # for an earlier read of the same entry, which may take the loan
+    is_waiting: bool = False  # for an earlier read of the same entry, which may use the loan
     is_over: bool = False
     over_s: float = 0.0
     loan: str = ""  # file of its loan
 
 
 class _NotNow(BaseException):
-    """A density is not fetched: it does not fit at the moment, or the training was faster."""
+    """A density is not fetched: it does not fit at present, or the training has read it."""
 
 
 class Prefetch:
     """A window of future reads, in the order of the training, that are stored or being fetched.
 
-    ``step()`` moves the window on.
+    ``step()`` moves the window.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ class Prefetch:
             self._retire()
             if not self._is_over and time.monotonic() >= self._pause_until_s:
                 self._fill()
-        except CACHE_FAULTS as exc:  # the training meets it too, and logs it
+        except CACHE_FAULTS as exc:  # the training hits the fault too, and logs it
             self._reader.cache.reopen(exc)
             self._pause_until_s = time.monotonic() + _PAUSE_S
 
@@ -199,7 +199,7 @@ class Prefetch:
                 # twice.
                 self._is_over = True
             elif outcome == "bypass" and not self._loans.is_open:
-                # a fault of the cache, which may pass
+                # A cache fault, which may be temporary.
                 self._pause_until_s = time.monotonic() + _PAUSE_S
             if outcome not in ("hit", "miss") and item.digest not in self._loans:
                 self._hold(item, 0)
@@ -258,7 +258,7 @@ class Prefetch:
     def _fill(self) -> None:
         while len(self._window) < _MAX_WINDOW and len(self._coming) < len(self._threads):
             if self._coming and not self._typical:
-                # Until one size is known: later densities could take the budget of the next one.
+                # Wait until one size is known: later densities could take the budget of this one.
                 return
             if (item := self._next()) is None:
                 return
@@ -279,7 +279,7 @@ class Prefetch:
             if size > self._budget:
                 continue  # larger than the whole budget: the training fetches it
             if not is_there and not item.size and not self._coming:
-                # it may be smaller than its estimate; one LIST tells
+                # It may be smaller than the estimate; one LIST tells.
                 size = min(size, max(0, self._budget - self._held))
             lent = self._loans.held_bytes if self._loans.is_open and not is_there else 0
             if lent + sum(
@@ -294,7 +294,7 @@ class Prefetch:
                 self._work.put(item)
 
     def _estimate(self) -> int:
-        # Twice the mean. Where that is too little, one LIST is wasted, and then the size is known.
+        # Twice the mean. If that is too little, one LIST is wasted, and then the size is known.
         return (
             min(self._budget, 2 * sum(self._typical) // len(self._typical)) if self._typical else 0
         )
@@ -332,7 +332,7 @@ class Prefetch:
             logger.debug("%s (%s) is not fetched ahead: %s", name, role, exc)
             return "failed"
         except Exception:
-            # One odd store must not end the look-ahead; the training meets the error too.
+            # One bad store must not end the look-ahead; the training hits the error too.
             logger.warning("%s (%s) could not be fetched ahead", name, role, exc_info=True)
             return "failed"
         return outcome

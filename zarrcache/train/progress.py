@@ -1,8 +1,8 @@
-"""Track what a rank reads next and how far it has read, shared by all processes of the rank.
+"""Track the order of a rank's reads and its position, shared by all processes of the rank.
 
 The orders come from a sampler's seeds, or from lists. Reads are counted where they happen, in
-memory that the rank's processes share: DataLoader workers count, the look-ahead process reads the
-counts.
+memory that the rank's processes share: DataLoader workers count, and the look-ahead process reads
+the counts.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Scheduled:
     epoch : int
         The epoch in which the job was resumed.
     history : tuple of Segment
-        What earlier runs of the job read of that epoch.
+        The part of that epoch that earlier runs of the job have read.
     """
 
     schedule: Schedule
@@ -236,7 +236,7 @@ class ReadProgress:
 
     @property
     def is_shared(self) -> bool:
-        """Whether this process sees the counts of the others; False if spawned without /proc."""
+        """Whether this process shares the counts; False if it was spawned without /proc."""
         return int(self._header[1]) == self._token
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""Define ``NodeSampler``, a distributed sampler for nodes that each have a cache."""
+"""``NodeSampler``: a distributed sampler for nodes that each have a cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["NodeSampler"]
 
 
 class NodeSampler(Sampler[int]):
-    """The indices that this rank reads.
+    """Yields the indices that this rank reads.
 
     Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``; Lightning does.
 
@@ -108,7 +108,7 @@ class NodeSampler(Sampler[int]):
 
     @property
     def history(self) -> tuple[Segment, ...]:
-        """What earlier runs of the job read of this epoch."""
+        """The part of this epoch that earlier runs of the job have read."""
         return self._history
 
     def __len__(self) -> int:

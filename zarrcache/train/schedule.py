@@ -38,7 +38,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one run of the job read of an epoch before it ended.
+    """The part of an epoch that one run of the job read before it ended.
 
     Attributes
     ----------
@@ -105,8 +105,8 @@ class Schedule:
         ----------
         epoch : int
         history : sequence of Segment
-            What earlier runs of the job read of this epoch. The rest is distributed over the
-            current ranks, whose number may differ.
+            The part of this epoch that earlier runs of the job have read. The rest is distributed
+            over the current ranks, whose number may differ.
 
         Returns
         -------

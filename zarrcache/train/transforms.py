@@ -1,6 +1,6 @@
 """Rotate and downsample density grids as views of numpy arrays, without torch and without state.
 
-The distribution is that of the users' own training code: one of three axes with equal probability,
+The distribution is that of the original training code: one of three axes with equal probability,
 then 0 quarter turns with probability 10 %, and 1, 2 and 3 quarter turns with 30 % each.
 """
 

@@ -1,4 +1,4 @@
-"""Send samples from DataLoader workers to the training process as places of cache files.
+"""Zero-copy transfer from DataLoader workers: send the place in a cache file, map it on arrival.
 
 torch copies a worker's tensor into shared memory, at about 1 GB/s per worker: for two arrays of
 8 MiB that takes longer than everything else in a warm read. The training process can map the
@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 class Sender(ABC):
     """A dataset whose samples can be transferred as places. Call ``super().__init__()``.
 
-    Each object has a name, by which the training process finds it to read a sample again. The name
-    goes along to the workers that the process starts. A second object of the same name in one
-    process is a copy, which may hold other samples, so it gets a name of its own.
+    Each object has a name, by which the training process finds it to read a sample again. Workers
+    that the process starts know the same name. A second object with this name in one process is a
+    copy, which may hold other samples, so it gets a new name.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ _senders: WeakValueDictionary[str, Sender] = WeakValueDictionary()
 
 
 class MappedTensor(torch.Tensor):
-    """A tensor over a mapped entry, on its way out of a worker.
+    """A tensor over a mapped entry, to be sent from a worker.
 
     Every result computed from it is a plain tensor. If its memory was written to, it is sent as
     torch sends any tensor; :func:`zarrcache.disk.mmap.place_of` detects that.
@@ -91,7 +91,7 @@ class MappedTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call ``func`` so that its results are plain tensors."""
+        """Call ``func`` and return plain tensors."""
         # torch's default for the class Tensor leaves results as they are; that of a subclass
         # converts them to the subclass. No types: it would refuse those that are not Tensor.
         default: Any = torch.Tensor.__torch_function__
@@ -143,7 +143,7 @@ def _identity(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _receive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) -> torch.Tensor:
-    """Unpickle in the training process: a copy-on-write map of its own."""
+    """Unpickle in the training process: map the file there, copy-on-write."""
     try:
         return torch.from_numpy(map_place(place, "<f4", shape))
     except OSError as exc:
@@ -163,13 +163,13 @@ def _receive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int])
         )
         grid = sender.reread(index, field)
         if grid.size != math.prod(shape):
-            # The origin has another grid by now. A batch of one has an axis more than a sample.
+            # The origin has another grid now. A batch of one has one axis more than a sample.
             shape = shape[: max(0, len(shape) - grid.ndim)] + grid.shape
         return torch.from_numpy(grid.reshape(shape))
 
 
 def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    """Leave a batch of one where it is; stack a larger one in shared memory, as torch does."""
+    """Leave a batch of one in place; stack a larger one in shared memory, as torch does."""
     first = batch[0]
     if len(batch) == 1 and isinstance(first, MappedTensor):
         return MappedTensor.over(first.plain().unsqueeze(0), first.grid, first.sample)
