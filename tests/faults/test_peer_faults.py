@@ -222,11 +222,11 @@ def test_peer_that_does_not_answer_is_left_out_for_a_while(
         check(reader, node, purges=0)
         reader.load("mp-2", ROLE)
         assert len(peer.asked) == 1
-        assert caplog.text.count(f"peer {peer.url} is left out") == 1
+        assert caplog.text.count(f"peer {peer.url} is skipped") == 1
         monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 100)
         reader.load("mp-0", ROLE)
         assert len(peer.asked) == 2
-        assert caplog.text.count(f"peer {peer.url} is left out") == 1
+        assert caplog.text.count(f"peer {peer.url} is skipped") == 1
 
 
 CUT: dict[str, Callable[[bytes], Answer]] = {
@@ -381,7 +381,7 @@ def test_wrong_token_is_refused_and_logged(
         reader = cluster.nodes[1].reader(peer_token_file=wrong if given else None)
         assert np.array_equal(reader.load(TASK, ROLE)[0], node.values[TASK, ROLE].ravel())  # type: ignore[arg-type]
         assert reader.stats.peer_hits == 0
-        assert "it does not know our token (cache.peer_token_file)" in caplog.text
+        assert "it does not accept this node's token (cache.peer_token_file)" in caplog.text
         assert "w" * 32 not in caplog.text
         assert "r" * 32 not in caplog.text + repr(cluster.nodes[1].cache) + repr(reader)
 

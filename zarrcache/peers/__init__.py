@@ -1,6 +1,6 @@
-"""Entries from other nodes: the client, the server, and which node fetches for the cluster.
+"""Exchange entries between nodes: client, server, and leases that make one node fetch for all.
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use.
+The public names are listed in ``__init__.pyi``; each is imported at first use.
 """
 
 from __future__ import annotations

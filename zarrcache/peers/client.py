@@ -1,11 +1,11 @@
-"""Ask other nodes for an entry.
+"""Request an entry from other nodes.
 
-A node that fails is left out for a while. No request is repeated, and no error is raised: at worst
+A node that fails is skipped for a while. No request is repeated, and no error is raised: at worst
 the entry is read from the origin.
 
-Each request has a connection of its own. The one over which a lease was given stays open until the
+Each request uses a new connection. The one over which a lease was granted stays open until the
 lease ends: if this process is killed, the kernel closes it, and the home lets another node fetch.
-There is no thread and no pool, so a fork at any time is safe.
+No thread and no connection pool is used, so a fork at any time is safe.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Says what an answer without an entry means: a kind of `leases.Answer`, or ``none``.
+#: Header that says what an answer without an entry means: a kind of `leases.Answer`, or ``none``.
 ANSWER_HEADER = "Zarrcache-Answer"
 #: A node of the same cluster answers within milliseconds, or not at all.
 _CONNECT_S = 2.0
-#: For a whole answer up to its body, and between two parts of a body.
+#: Timeout for a whole answer up to its body, and between two parts of a body.
 _READ_S = 10.0
 #: How long a home may wait for another node before it answers. Less than :data:`_READ_S`.
 WAIT_S = 5.0
-#: A node that failed is left out for this long.
+#: A node that failed is skipped for this long.
 _SKIP_S = 60.0
-#: After this time no further node is asked; the transfer of entries does not count. A cluster of
+#: After this time no further node is asked, not counting the transfer of entries. A cluster of
 #: dead nodes must not delay every miss for longer.
 _LOOK_S = 5.0
 #: A slower transfer is given up: S3 is about as fast.
 _SLOWEST_BYTES_PER_S = 2**20
-#: What an entry may have beyond its values: more than any header.
+#: Upper bound of an entry's header.
 _HEADER_BYTES = 2**17
 
-#: What an HTTP header can carry. A shorter token can be guessed.
+#: Characters that an HTTP header can carry. A shorter token could be guessed.
 _TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 _MAKE_TOKEN = "Make one with: (umask 077; openssl rand -hex 32 > FILE)"
 
@@ -72,11 +72,10 @@ class Reply:
     Attributes
     ----------
     kind : str
-        ``entry``: its bytes follow, ``nbytes`` of them, by :meth:`readinto`. ``none``: the node
-        does not have it. ``failed``: there was no valid answer. The others are those of
-        `leases.Answer`.
+        ``entry``: :meth:`readinto` reads its ``nbytes`` bytes. ``none``: the node does not have it.
+        ``failed``: there was no valid answer. The others are those of `leases.Answer`.
     peer, digest : str
-        The node that was asked, and for which entry.
+        The node and the entry that were requested.
     node : str
         With ``at``: the node that has the entry.
     """
@@ -95,13 +94,13 @@ class Reply:
         Raises
         ------
         OSError, http.client.HTTPException
-            They do not come, or too slowly.
+            The bytes do not arrive, or too slowly.
         """
         assert self.body is not None
         return self.body.readinto(buffer)
 
     def close(self) -> None:
-        """Close the connection, which gives back its lease."""
+        """Close the connection, which ends its lease."""
         if self.connection is not None:
             self.connection.hang_up()
         if self.body is not None:
@@ -118,7 +117,7 @@ class Peers:
     Attributes
     ----------
     own : str or None
-        The address by which others reach this node.
+        The address by which other nodes reach this one.
     """
 
     def __init__(self, config: CacheConfig) -> None:
@@ -141,19 +140,18 @@ class Peers:
             self._token = read_token(self._token_file)
 
     def replies(self, digest: str, *, source: str | None) -> Iterator[Reply]:
-        """Ask one node after the other, and yield each entry, and the lease if this node gets it.
+        """Ask one node after the other; yield the lease, if this node gets it, and each entry.
 
-        The caller checks and closes each entry (``entry``); a ``lease`` comes before them.
+        The caller checks and closes each entry (``entry``).
 
-        The home of an entry, the first of its nodes that answers, is asked to wait for the node
-        that is fetching it, if there is one; for at most the time that the retries of a fetch may
-        take.
+        The home of an entry is the first of its nodes that answers. It is asked to wait for a node
+        that is fetching the entry, for at most the time that the retries of a fetch may take.
 
         Parameters
         ----------
         digest : str
         source : str, optional
-            Only entries of this source are wanted.
+            Accept only entries of this source.
         """
         asked: set[str] = set()
         has_home = False
@@ -211,8 +209,7 @@ class Peers:
             yield reply
             if reply.kind == "at" and reply.node in self._nodes and reply.node != self.own:
                 yield self._ask(reply.node, digest, source)
-                # Reached only if the entry was not there or was bad: a caller that has a good one
-                # stops.
+                # Reached only if the entry was absent or bad: a caller that has a good one stops.
                 gone = reply.node
             elif reply.kind != "busy":
                 return
@@ -269,10 +266,10 @@ class Peers:
             response.read()  # frees the connection for the next request
             node = response.headers.get("Location", "")
             return Reply(kind, peer, digest, node=node)  # type: ignore[arg-type]
-        if response.status == 503:  # it serves too many clients; the next miss may find it free
+        if response.status == 503:  # it serves too many clients; the next miss may succeed
             return Reply("none", peer, digest)
         raise ValueError(
-            "it does not know our token (cache.peer_token_file)"
+            "it does not accept this node's token (cache.peer_token_file)"
             if response.status == 401
             else f"it answered {response.status}"
         )
@@ -282,7 +279,7 @@ class Peers:
         self._log_once.warning(
             ("failed", peer),
             logger,
-            "peer %s is left out for %d s, and each time that it fails again: %s",
+            "peer %s is skipped for %d s, now and after each further failure: %s",
             peer,
             _SKIP_S,
             why,
@@ -293,13 +290,13 @@ class Peers:
             try:
                 self._token = read_token(self._token_file)
             except ConfigError as exc:
-                # The file has disappeared during the run; the peers will answer 401.
+                # The file disappeared during the run; the peers will answer 401.
                 self._log_once.warning("token", logger, "%s", exc)
         return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
 
 
 def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
-    """The nodes in the order in which they are responsible for an entry; the first is its home.
+    """Nodes in the order of their responsibility for an entry; the first one is its home.
 
     Every node with the same list computes the same order. Rendezvous hashing: each node is home of
     an equal share, and a node that joins or leaves changes the home of its own share only.
@@ -311,7 +308,7 @@ def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
 
 
 def transfer_limit_s(nbytes: int) -> float:
-    """Seconds that the transfer of an entry of ``nbytes`` may take, at both ends."""
+    """Time limit in seconds, at both ends, for the transfer of an entry of ``nbytes``."""
     return _READ_S + nbytes / _SLOWEST_BYTES_PER_S
 
 
@@ -324,7 +321,7 @@ def read_token(path: Path) -> str:
     ------
     ConfigError
         The file cannot be read, other users can read it, or it does not hold one word of 16 to 512
-        printable characters. The word is not shown.
+        printable characters. The message does not contain the word.
     """
     try:
         with path.open("rb") as file:
@@ -354,18 +351,18 @@ def read_token(path: Path) -> str:
 
 
 class _Connection(http.client.HTTPConnection):
-    """An HTTP connection with a total time for what follows, besides the timeout of each part.
+    """An HTTP connection with a limit of the total time, besides the timeout of each part.
 
-    The timeout of a plain socket is for each part only, and a part may be one byte.
+    The timeout of a plain socket is per part only, and a part may be one byte.
     """
 
     def connect(self) -> None:
         super().connect()
-        # Kept, because http.client lets go of `sock` when only the body of an answer is left.
+        # Keep it, because http.client drops `sock` when only the body of an answer is left.
         self.sock = self._limited = _LimitedSocket(fileno=self.sock.detach())
 
     def limit_s(self, seconds: float) -> None:
-        """All that is sent and received until the next call may take ``seconds`` altogether."""
+        """Limit the total time of all transfers until the next call to ``seconds``."""
         self._limited.until_s = time.monotonic() + seconds
 
     def hang_up(self) -> None:
@@ -385,7 +382,7 @@ class _LimitedSocket(socket.socket):
         super().sendall(*args)
 
     def recv_into(self, *args: Any) -> int:
-        # What http.client reads through.
+        # http.client reads through this method.
         self._set_timeout()
         return super().recv_into(*args)
 

@@ -1,11 +1,11 @@
-"""Leases: which node fetches an entry that several nodes miss, and which node has it.
+"""Leases: make one node fetch an entry that several nodes miss, and record which node has it.
 
-A node keeps this table for the entries that it is home of, in memory only. Of the nodes that miss
-an entry at the same time the first gets a *lease*: it fetches the entry from the origin while the
+Each node keeps this table in memory for the entries that it is the home of. Of the nodes that miss
+an entry at the same time, the first gets a *lease*: it fetches the entry from the origin while the
 others wait. A lease ends when its holder reports the outcome, when its holder dies or fails, or
 after :data:`LEASE_S`. A lost table costs bandwidth, never a wrong value.
 
-No network and no threads: everything here runs in one event loop.
+Everything here runs in one event loop, without network access or threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kind = Literal["lease", "at", "busy", "alone"]
 
 @dataclass(eq=False)
 class Lease:
-    """The right of one node to fetch one entry until ``until_s`` of the table's clock."""
+    """The right of one node to fetch one entry, until ``until_s`` on the table's clock."""
 
     digest: str
     node: str
@@ -83,12 +83,12 @@ class Leases:
         wait_s : float
             Seconds to wait for the node that is fetching the entry.
         gone : str
-            A node that was named as the holder and does not have the entry.
+            A node that was reported as the holder but does not have the entry.
         """
         deadline_s = self._clock() + wait_s
         while True:
             holder = self._holders.get(digest)
-            # A node that asks for an entry that it had has lost it.
+            # A node that asks for an entry that it had stored has lost it.
             if holder is not None and holder not in (node, gone):
                 return Answer("at", holder)
             self._holders.pop(digest, None)
@@ -113,7 +113,8 @@ class Leases:
         outcome : str
             ``stored``: the waiting nodes are sent to the holder. ``given-up``: the entry was
             fetched and could not be stored, so each of them fetches it alone. ``lost``: the holder
-            died, or its fetch failed; one waiting node gets the next lease, the others wait on.
+            died, or its fetch failed; one waiting node gets the next lease, and the others keep
+            waiting.
         """
         if self._running.get(lease.digest) is lease:
             del self._running[lease.digest]

@@ -9,7 +9,7 @@
              at     (303)  the node in Location has it
              lease  (404)  fetch it from the origin, keep this connection, report the outcome
              busy   (202)  a node is fetching it: ask again
-             alone  (404)  its fetcher could not store it: fetch it for yourself
+             alone  (404)  its fetcher could not store it: each node fetches for itself
     POST /v1/leases/DIGEST?outcome=stored|given-up
          204
 
@@ -46,19 +46,18 @@ __all__ = ["EntryServer"]
 
 logger = logging.getLogger(__name__)
 
-#: Clients that are served at a time. Each may cost three descriptors: its connection, the entry,
-#: and the entry's directory. Further clients are answered 503 and read from the origin.
+#: Clients that are served at once. Each may cost three descriptors: its connection, the entry, and
+#: the entry's directory. Further clients are answered 503 and read from the origin.
 _MAX_SERVED = 256
-#: Connections that have not sent a valid request yet. When one more comes, the oldest is closed: a
-#: valid client sends its request at once, so connections that only wait cannot keep it out. With
-#: the descriptors of the served clients this stays below 1024, the usual limit of a process.
+#: Connections that have not sent a valid request yet. When one more arrives, the oldest is closed:
+#: a valid client sends its request immediately, so idle connections cannot keep it out. Together
+#: with the descriptors of the served clients this stays below 1024, the usual limit of a process.
 _MAX_PENDING = 128
 #: Connections accepted per round of the event loop. A request is read and answered within three
-#: rounds, so a burst of valid clients is no reason to close any; the rest of it waits in the
-#: kernel's queue.
+#: rounds, so none is closed in a burst of valid clients; the rest waits in the kernel's queue.
 _ACCEPTED_PER_ROUND = 32
 _KERNEL_QUEUE = 1024
-#: What a connection may send until its request is valid. A request of zarrcache has less than
+#: Bytes that a connection may send until its request is valid. A request of zarrcache has less than
 #: 2 KiB, with a token of up to 512 characters, two addresses, and a source.
 _MAX_REQUEST_BYTES = 4096
 #: Seconds from the connection to the end of its first request.
@@ -73,7 +72,7 @@ _STATUS = {"none": 404, "at": 303, "lease": 404, "busy": 202, "alone": 404}
 
 
 def _is_own_error(record: logging.LogRecord) -> bool:
-    """Whether aiohttp reports an error of this node. It also reports each malformed request."""
+    """Whether aiohttp reports an error of this node, not a malformed request."""
     exc = record.exc_info[1] if record.exc_info else None
     return not isinstance(exc, HttpProcessingError | ConnectionError)
 
@@ -85,7 +84,7 @@ _http_logger.addFilter(_is_own_error)
 class EntryServer:
     """Serves the array tier of one cache directory, which need not exist yet.
 
-    A context manager. It listens once constructed, and answers inside, in a thread of its own.
+    A context manager. It listens once constructed, and answers inside the block, in a thread.
 
     Parameters
     ----------
@@ -94,19 +93,19 @@ class EntryServer:
     host : str
         Name or address to listen on.
     port : int
-        0 takes a free one.
+        0 chooses a free one.
     token : str, optional
-        The secret that clients have to send. None is allowed on a loopback address only.
+        The secret that clients have to send. It may be None only on a loopback address.
 
     Attributes
     ----------
     url : str
-        ``http://host:port``, with the port that is listened on.
+        ``http://host:port``, with the actual port.
 
     Raises
     ------
     ConfigError
-        The address cannot be listened on, or other machines can reach it and there is no token.
+        Listening on the address fails, or other machines can reach it and there is no token.
     """
 
     def __init__(
@@ -129,8 +128,8 @@ class EntryServer:
     def close(self) -> None:
         """Stop within a second. Calling it again does nothing.
 
-        Entries that are being sent are cut off; their clients see that they are too short and look
-        elsewhere.
+        Entries that are being sent are cut off; their clients detect that they are too short and
+        try other sources.
         """
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._is_closing.set)
@@ -143,7 +142,7 @@ class EntryServer:
 
     async def _serve(self) -> None:
         self._service = _Service(self._entries, self._token)
-        # asyncio takes one number for the connections per round and for the kernel's queue.
+        # asyncio uses one number for the connections per round and for the kernel's queue.
         listening = await self._loop.create_server(
             self._service.connect, sock=self._listener, backlog=_ACCEPTED_PER_ROUND
         )
@@ -161,9 +160,9 @@ def _listen(host: str, port: int, *, needs_loopback: bool) -> socket.socket:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if needs_loopback and not ip.is_loopback:
             raise ConfigError(
-                f"{host} can be reached by other machines, and there is no token: anyone could "
-                "read the cache. Give --token-file FILE, or set cache.peer_token_file, or listen "
-                "on 127.0.0.1."
+                f"{host} can be reached by other machines, and there is no token, so any of them "
+                "could read the cache. Give --token-file FILE, set cache.peer_token_file, or "
+                "listen on 127.0.0.1."
             )
         listener = socket.socket(family, kind, protocol)
         try:
@@ -179,8 +178,8 @@ def _listen(host: str, port: int, *, needs_loopback: bool) -> socket.socket:
             raise
     except OSError as exc:
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({exc.strerror or exc}). Choose another --host "
-            "or --port."
+            f"cannot listen on {host}:{port} ({exc.strerror or exc}). Choose another --host or "
+            "--port."
         ) from exc
     return listener
 
@@ -197,7 +196,7 @@ class _Connection(web.RequestHandler):
     Attributes
     ----------
     lease : Lease or None
-        Given over this connection; it is lost with the connection.
+        Granted over this connection; it ends with the connection.
     """
 
     def __init__(self, service: _Service, server: web.Server) -> None:
@@ -221,8 +220,8 @@ class _Connection(web.RequestHandler):
         self._service.add(self)
 
     def data_received(self, data: bytes) -> None:
-        # Counted before aiohttp sees it: what it keeps of a malformed or pipelined request is a
-        # multiple of this, until Python's garbage collector runs.
+        # Count before passing it to aiohttp, which keeps a multiple of a malformed or pipelined
+        # request until Python's garbage collector runs.
         self._left_bytes -= len(data)
         if self._left_bytes < 0:
             self.abort()
@@ -243,7 +242,7 @@ class _Connection(web.RequestHandler):
             self._deadline = asyncio.get_running_loop().call_later(seconds, self.abort)
 
     def accept_request(self) -> None:
-        """Lift the limits of a request that is valid; the next one starts with new ones."""
+        """Lift the limits of a valid request; the next one starts with new limits."""
         self.limit_s(None)
         self._left_bytes = _MAX_REQUEST_BYTES
 
@@ -254,7 +253,7 @@ class _Connection(web.RequestHandler):
 
 
 class _Service:
-    """The answer for each request, from the entries on disk and the leases.
+    """Answers each request from the entries on disk and the leases.
 
     Used in the event loop only.
     """
@@ -265,16 +264,16 @@ class _Service:
         self._leases = Leases()
         self._served: set[_Connection] = set()
         self._pending: dict[_Connection, None] = {}  # a set in order of arrival
-        # With cancellation a client that has hung up does not wait for another node any more.
+        # With cancellation, the handler of a client that has hung up stops waiting.
         self._server = web.Server(self._answer, handler_cancellation=True)
 
     @property
     def connections(self) -> int:
-        """How many there are now."""
+        """Number of open connections."""
         return len(self._served) + len(self._pending)
 
     def connect(self) -> _Connection:
-        """Make the protocol of a new connection."""
+        """Create the protocol of a new connection."""
         return _Connection(self, self._server)
 
     async def close(self) -> None:
@@ -282,7 +281,7 @@ class _Service:
         await self._server.shutdown(_CLOSE_S)
 
     def add(self, connection: _Connection) -> None:
-        """Count a new connection, and close the oldest that only waits if there are too many."""
+        """Add a new connection; if too many are idle, close the oldest."""
         if len(self._pending) >= _MAX_PENDING:
             oldest = next(iter(self._pending))
             del self._pending[oldest]
@@ -296,13 +295,13 @@ class _Service:
         self._end_lease(connection, "lost")
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        # First of all the token, in constant time: without it every answer is the same.
+        # Check the token first, in constant time: without it every answer is the same.
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if self._expected is not None and not hmac.compare_digest(given, self._expected):
             return _empty(401)
         if request.method not in ("GET", "POST"):
             return _empty(501)
-        # No other part of a request becomes part of a file's name.
+        # Only the digest becomes part of a file name.
         kind, _, digest = request.rel_url.raw_path.rpartition("/")
         expected_kind = "/v1/entries" if request.method == "GET" else "/v1/leases"
         if kind != expected_kind or not is_digest(digest) or request.body_exists:
@@ -333,7 +332,7 @@ class _Service:
         if not node:
             holder = self._leases.holder(digest)
             return _of_kind("at" if holder else "none", holder or "")
-        # A client that asks again over the connection of its lease has not fetched the entry.
+        # A client that asks again over the connection of its lease did not fetch the entry.
         self._end_lease(connection, "lost")
         answer = await self._leases.ask(
             digest, node, wait_s=_wait_s(query.get("wait", "")), gone=gone
@@ -357,9 +356,9 @@ class _Service:
         return _empty(204)
 
     def _open(self, digest: str, source: str | None) -> Iterator[tuple[FileIO, int]]:
-        """Entries that may be sent, each open until the next one is taken.
+        """Entries that may be sent, each open until the next one is requested.
 
-        Their payload is not read: its checksum is compared by the client.
+        Their payload is not read; the client verifies its checksum.
         """
         try:
             for file, nbytes, path in open_entries(self._entries, digest):
@@ -379,7 +378,7 @@ class _Service:
 async def _send(
     connection: _Connection, request: web.BaseRequest, file: FileIO, nbytes: int
 ) -> web.StreamResponse:
-    """Send an entry within the time that the client allows for it."""
+    """Send an entry within the time that the client allows."""
     response = web.StreamResponse(
         headers={"Server": "zarrcache", "Content-Type": "application/octet-stream"}
     )
@@ -413,7 +412,7 @@ def _empty(status: int, *, is_last: bool = True) -> web.Response:
 
 
 def _is_entry(file: FileIO, nbytes: int, path: str, digest: str, source: str | None) -> bool:
-    """Whether a file is the entry that its name says, and of the wanted source."""
+    """Whether a file is the entry that its name says, and of the requested source."""
     try:
         header = parse_header(os.pread(file.fileno(), 4096, 0), nbytes, path, file.fileno())
     except CorruptEntryError as exc:

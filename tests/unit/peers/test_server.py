@@ -387,7 +387,7 @@ def test_address_that_others_reach_needs_a_token(tmp_path: Path, host: str) -> N
 def test_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} cannot be listened on"):
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
             EntryServer(tmp_path, port=port)
 
 
