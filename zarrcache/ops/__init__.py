@@ -1,6 +1,6 @@
 """The commands as functions: warm, evict, verify, status, doctor, plan.
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use.
+The public names are listed in ``__init__.pyi``; each is imported at first use.
 """
 
 from __future__ import annotations

@@ -72,8 +72,10 @@ class Finding:
 
 
 def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]:
-    """Run every check that ``config`` allows: versions without one, also the cache directory with a
-    CacheConfig, also the origin with a DataConfig. Creates the cache directory and nothing else.
+    """Run every check that ``config`` allows. Creates the cache directory and nothing else.
+
+    Versions are always checked, the cache directory with either config, and the origin with a
+    DataConfig.
 
     Yields
     ------

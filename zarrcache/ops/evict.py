@@ -24,9 +24,9 @@ class EvictPlan:
     Attributes
     ----------
     entries : tuple of Row
-        Of both tiers, oldest first.
+        Entries of both tiers, oldest first.
     directory : Path
-        Of the cache.
+        Root of the cache.
     """
 
     entries: tuple[Row, ...]
@@ -39,7 +39,7 @@ class EvictPlan:
         return sum(row.size_bytes for row in self.entries)
 
     def execute(self, progress: Callable[[int], object] | None = None) -> int:
-        """Drop the entries. A process that has one mapped keeps it; a later read is a miss.
+        """Drop the entries. Existing maps stay valid; a later read is a miss.
 
         Parameters
         ----------
@@ -94,12 +94,12 @@ def plan_evict(
         The arguments exclude each other, there is no cache block, or the cache directory cannot
         be used.
     OriginError
-        With ``stale``: the origin cannot be asked.
+        With ``stale``: the origin cannot be listed.
     """
     if not isinstance(config, DataConfig):
         if stale:
             raise ConfigError(
-                "Only a training config says how to ask the origin what is stale. Pass CONFIG."
+                "Finding stale entries needs the origin of a training config. Pass CONFIG."
             )
         if not everything:
             raise ConfigError(

@@ -36,7 +36,7 @@ _GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How samples are assigned to nodes, and what a full cache does."""
+    """A combination of assignment and eviction policy."""
 
     assignment: Assignment
     eviction: Policy
@@ -73,16 +73,16 @@ class Forecast:
     ----------
     samples : int
     densities : int
-        Two per sample, or one where input and label are the same directory.
+        Two per sample, or one if input and label are the same directory.
     measured : int
         Densities whose size was measured; the others are drawn from their distribution.
     gets : float
         Mean number of objects per density.
     stored_bytes, disk_bytes : int
-        Of all densities, at the origin and in a cache that holds them all.
+        Total size of all densities, at the origin and in a cache that holds them all.
     nodes, ranks : int
     capacity_bytes : int
-        Of the cache of one node.
+        Size of the cache of one node.
     variant : Variant
     run_epochs : int
         Epochs of the whole run.
@@ -139,15 +139,15 @@ def plan_training(
     source : DataConfig or ZarrS3Reader
     nodes, ranks_per_node : int
     capacity_bytes : int, optional
-        Of the cache of each node. Default: ``cache.limit``.
+        Size of the cache of each node. Default: ``cache.limit``.
     assignment : {"global", "node"}
         As in ``NodeSampler``.
     eviction : {"none", "least-recently-stored", "belady"}, optional
         Default: ``cache.eviction``.
     epochs : int
-        Of the whole run.
+        Number of epochs of the whole run.
     seed : int
-        Of the order of samples.
+        Seed of the order of samples.
     workers : int
         Concurrent readers per node (DataLoader workers of all ranks); used only for ``seconds``.
     probe : bool
@@ -301,8 +301,9 @@ class _Run:
         return self._found[variant]
 
     def _orders(self, assignment: Assignment) -> list[list[NDArray[np.int64]]]:
-        """Rows of the densities that each node reads, by epoch and node. Computed once per
-        assignment and reused for every policy.
+        """Rows of the densities that each node reads, by epoch and node.
+
+        Computed once per assignment and reused for every policy.
         """
         if assignment not in self._known:
             schedule, roles = (

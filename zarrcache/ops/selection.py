@@ -1,4 +1,4 @@
-"""The cache that a command is about: its settings, its index, and the entries of a config."""
+"""The cache that a command works on: settings, index, and the entries of a config."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
     Raises
     ------
     ConfigError
-        There is none, or the config reads files that are not cached.
+        There is no cache block, or the config reads files that are not cached.
     """
     if isinstance(config, CacheConfig):
         return config
@@ -86,7 +86,7 @@ def cache_at(directory: Path) -> CacheConfig:
     except OSError:
         shared = False
     # dir by model_copy: it was given explicitly, so ZARRCACHE_DIR must not override it.
-    # allow_network_fs: a cache on a network file system may be looked at and emptied.
+    # allow_network_fs: a cache on a network file system may be inspected and emptied.
     config = CacheConfig(dir=directory, shared=shared, allow_network_fs=True)
     return config.model_copy(update={"dir": directory})
 
@@ -114,7 +114,7 @@ def open_index(index: Index) -> Index:
 
 
 def open_if_present(index: Index) -> bool:
-    """As :func:`open_index` where there is a cache; otherwise False, and nothing is created."""
+    """Like :func:`open_index` if there is a cache; otherwise return False and create nothing."""
     is_present = index.dir.root.is_dir()
     if is_present:
         open_index(index)
@@ -124,7 +124,7 @@ def open_if_present(index: Index) -> bool:
 class Selection:
     """The stores of a training config's ids, of any version, whether or not the origin has them.
 
-    Making one makes no request.
+    Creating one sends no request.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class Selection:
     Attributes
     ----------
     ids : list of str
-        Each once.
+        Without duplicates.
     is_whole : bool
         All ids of the map are selected.
     index : Index
@@ -167,22 +167,20 @@ class Selection:
         return ROLES[: len(self._roots)]
 
     def listing(self, role: Role) -> dict[str, str] | None:
-        """Names of the stores by task id, as the origin listed them last; None if it never did."""
+        """Names of the stores by task id, as listed last; None if they were never listed."""
         names = self._cache.stored_listing(self._origins[role], "")
         return names if isinstance(names, dict) else None
 
     def stored(
         self, listings: Mapping[Role, Mapping[str, str] | None]
     ) -> dict[Role, dict[str, int]]:
-        """As :meth:`Cache.stored_densities`."""
+        """See :meth:`Cache.stored_densities`."""
         return self._cache.stored_densities(
             self._array, {role: (self._origins[role], names) for role, names in listings.items()}
         )
 
     def store_of(self, row: Row) -> tuple[Origin, str] | None:
-        """Origin and name of the selected store that an entry is from; None if it is from
-        another.
-        """
+        """Origin and name of an entry's store; None if the store is not selected."""
         endpoint, url = origin_and_url(row)
         for (identity, root), origin in self._roots.items():
             if endpoint == identity and url.startswith(root):
@@ -198,14 +196,14 @@ class Selection:
         return row.kind == LISTING and origin_and_url(row) in self._roots
 
     def stale(self, rows: Sequence[Row]) -> list[Row]:
-        """Of these entries, those of the array tier that differ from the origin's present version.
+        """Entries of the array tier, among ``rows``, that differ from the origin's version.
 
         One LIST each. A store that the origin no longer has is stale.
 
         Raises
         ------
         OriginError
-            The origin cannot be asked.
+            The origin cannot be listed.
         """
         candidates = []
         for row in rows:
@@ -218,7 +216,7 @@ class Selection:
             row, origin, store = candidate
             header = stored_header(self.index, row.digest)
             if header is None:
-                return False  # evicted meanwhile, or damaged, which is another question
+                return False  # evicted meanwhile, or damaged, which verify reports
             try:
                 listed = list_array(origin, store, header.key.source_array)
             except (OriginNotFoundError, SchemaError):
@@ -233,9 +231,7 @@ class Selection:
 def select(
     config: DataConfig | CacheConfig, ids: Sequence[str] | None = None
 ) -> tuple[Selection | None, Index]:
-    """The selection of a training config and the index of its cache; a CacheConfig selects
-    nothing. The index is not opened yet.
-    """
+    """The selection of a training config (None for a CacheConfig) and the unopened index."""
     if isinstance(config, DataConfig):
         selection = Selection(config, ids)
         return selection, selection.index
@@ -243,8 +239,9 @@ def select(
 
 
 def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
-    """``ask(item)`` of each item, in order, many at a time. Closing the generator (after an error
-    or Ctrl-C) cancels those that have not started.
+    """Yield ``ask(item)`` for each item, in order, with many calls at once.
+
+    Closing the generator (after an error or Ctrl-C) cancels calls that have not started.
     """
     with ThreadPoolExecutor(LISTERS) as pool:
         try:
@@ -260,9 +257,7 @@ def origin_and_url(row: Row) -> tuple[str, str]:
 
 
 def stored_header(index: Index, digest: str) -> EntryHeader | None:
-    """The header of an entry of the array tier, without its payload; None if the entry is absent
-    or cannot be read.
-    """
+    """The header of an entry of the array tier; None if it is absent or cannot be read."""
     try:
         stored = index.lookup(digest)
         header = read_header(index.dir.root / stored.filename) if stored is not None else None

@@ -1,4 +1,4 @@
-"""Simulate the hits of a cache of a given size under each eviction policy, from read orders alone.
+"""Simulate the hits of a cache of a given size under each eviction policy, from read orders.
 
 Each epoch is a permutation of the samples, so the hit ratio depends only on which samples a node
 reads again in later epochs, and when.

@@ -24,16 +24,16 @@ __all__ = ["DensitySize", "Speed", "measure_size", "measure_sizes", "measure_spe
 
 @dataclass(frozen=True, slots=True)
 class DensitySize:
-    """One density.
+    """Requests and sizes of one density.
 
     Attributes
     ----------
     lists, gets : int
         Requests of a cold read. The HEAD of a zipped store counts as a GET, as in the bill.
     stored_bytes : int
-        At the origin.
+        Size at the origin.
     disk_bytes : int
-        Of its entry in the array tier: decoded, with the header page, in whole file system blocks.
+        Size of its array tier entry: decoded, with the header page, in whole file system blocks.
     """
 
     lists: int
@@ -44,7 +44,7 @@ class DensitySize:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Cold reads from this machine at this time.
+    """Speed of cold reads from this machine at this time.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Speed:
     bytes_per_s : float
         Stored bytes of the densities over the seconds they took.
     densities : int
-        How many were read.
+        Number of densities read.
     """
 
     latency_s: float
@@ -69,7 +69,7 @@ def measure_sizes(
     densities: Sequence[tuple[str, Role]],
     progress: Callable[[int, int], object] | None = None,
 ) -> list[DensitySize]:
-    """Measure each density as :func:`measure_size` does, many at a time."""
+    """Measure each density as :func:`measure_size` does, many at once."""
     found = []
     with closing(concurrently(lambda density: measure_size(reader, *density), densities)) as sizes:
         for done, size in enumerate(sizes, start=1):
@@ -80,8 +80,9 @@ def measure_sizes(
 
 
 def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
-    """Measure one density by one LIST and one small GET; a zipped store is fetched whole. Nothing
-    is cached.
+    """Measure one density by one LIST and one small GET, without caching it.
+
+    A zipped store is fetched whole.
 
     Raises
     ------
@@ -100,7 +101,7 @@ def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
 
 
 def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -> Speed:
-    """Read a few densities past the cache, one at a time. The first only opens the connections."""
+    """Read a few densities past the cache, one after the other. The first one is a warm-up."""
     latencies, seconds, nbytes = [], [], 0
     for number, (task_id, role) in enumerate(densities):
         start_s = time.perf_counter()
@@ -117,7 +118,7 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -
 
 
 def _shape(reader: ZarrS3Reader, store: str, role: Role, listed: Sequence[ObjectInfo]) -> list[int]:
-    """The shape that the array's metadata object gives."""
+    """The shape in the array's metadata object."""
     origin, prefix = reader.origin(role), f"{store}/{reader.array}/"
     by_name = {obj.key.removeprefix(prefix): obj for obj in listed}
     name = metadata_key(by_name)

@@ -1,6 +1,4 @@
-"""Entries, bytes and limits of a cache, and how much of a training config is warm, without any
-request (``zarrcache status``).
-"""
+"""Report the state of a cache, and how much of a config is warm, offline (``zarrcache status``)."""
 
 from __future__ import annotations
 
@@ -27,15 +25,15 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How much of a config is in the array tier.
+    """The part of a config that is in the array tier.
 
     Attributes
     ----------
     functional : str
     ids : int
-        Task ids that the map has for the functional.
+        Task ids of the functional in the map.
     missing : int
-        Ids among them that the origin did not have when it was last listed; 0 if it never was.
+        Ids among them that the origin did not have when it was last listed; 0 if never listed.
     warm, half : int
         Ids with both densities cached, and with one of the two.
     nbytes : int
@@ -54,7 +52,7 @@ class Coverage:
 
     @property
     def is_complete(self) -> bool:
-        """Training with this config makes no request."""
+        """Whether training with this config sends no request."""
         return self.is_listed and self.warm == self.ids - self.missing
 
     @property
@@ -74,11 +72,11 @@ class Status:
     exists : bool
     array_tier, byte_tier : Tier
     volume_bytes : int
-        Of both tiers, including files that are being written or deleted.
+        Size of both tiers, including files that are being written or deleted.
     limit_bytes, min_free_bytes : int or None
         As configured; None if only the directory is known.
     free_bytes, disk_bytes : int
-        Of the file system.
+        Free and total bytes of the file system.
     coverage : Coverage or None
         None without a training config.
     """
@@ -96,7 +94,7 @@ class Status:
 
 
 def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) -> Status:
-    """Read the state of a cache. Makes no request, and no directory where there is no cache.
+    """Read the state of a cache. Sends no request and creates no directory.
 
     Parameters
     ----------

@@ -60,7 +60,7 @@ class VerifyReport:
 
     @property
     def is_good(self) -> bool:
-        """No entry was corrupt."""
+        """Whether no entry was corrupt."""
         return not self.corrupt
 
 
@@ -89,12 +89,10 @@ def verify(
         ``against_origin`` without a training config, no cache block, or a cache directory that
         cannot be used.
     OriginError
-        With ``against_origin``: the origin cannot be asked.
+        With ``against_origin``: the origin cannot be listed.
     """
     if against_origin and not isinstance(config, DataConfig):
-        raise ConfigError(
-            "against_origin needs a training config, which says how to reach the origin."
-        )
+        raise ConfigError("against_origin needs a training config, which names the origin.")
     # verify: always, so that opening the index checks the whole index file as well
     always = cache_of(config).model_copy(update={"verify": "always"})
     if isinstance(config, DataConfig) and against_origin:
@@ -158,8 +156,8 @@ def _problem(row: Row, why: str) -> Problem:
 
 def _remove_strays(index: Index) -> tuple[str, ...]:
     """Unlink files that neither an entry nor an intent names."""
-    # Files first, rows after: every file is announced before it exists, so a file that was seen
-    # and has no row belongs to no process.
+    # List the files before the rows: every file is recorded before it exists, so a listed file
+    # without a row does not belong to any process.
     found = list(index.dir.files())
     known = index.filenames()
     strays = [
@@ -174,6 +172,6 @@ def _remove_strays(index: Index) -> tuple[str, ...]:
 
 
 def _is_partial_of(path: Path, known: set[str], root: Path) -> bool:
-    """Whether a file is being written under an announced name."""
+    """Whether a file is being written for a name in the index."""
     name = published_name(path.name)
     return name is not None and f"{path.with_name(name).relative_to(root)}" in known

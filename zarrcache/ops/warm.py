@@ -64,7 +64,7 @@ THREADS = 3
 #: After this many consecutive densities that were not admitted, a process only compares the
 #: remaining ones with the origin and fetches no more.
 _FULL_AFTER = 3
-#: Upper bound on unread densities whose size is asked at the end: one LIST and one small GET each.
+#: Upper bound on unread densities that are measured at the end: one LIST and one small GET each.
 _MEASURED = 256
 #: The same for zipped stores, which have to be fetched whole.
 _MEASURED_ZIPPED = 16
@@ -167,8 +167,9 @@ class WarmReport:
 
     @property
     def is_good(self) -> bool:
-        """Nothing failed at the origin or in the cache. Bypassed ids are no failure: the limit is
-        the user's choice.
+        """Whether nothing failed at the origin or in the cache.
+
+        Bypassed ids are not failures: the limit is the user's choice.
         """
         return not self.failed and not self.stats.cache_errors
 
@@ -180,7 +181,7 @@ class WarmReport:
 
 @dataclass(frozen=True)
 class WarmPlan:
-    """Which densities to make warm. Making the plan fetches no object.
+    """The densities to make warm. Planning fetches no object.
 
     Attributes
     ----------
@@ -191,11 +192,11 @@ class WarmPlan:
         Those to fetch or to compare with the origin: all, or without ``revalidate`` those that
         are not cached.
     roles : tuple of {"data", "label"}
-        ``("data",)`` where input and label are the same directory.
+        ``("data",)`` if input and label are the same directory.
     revalidate : bool
         Cached densities are compared with the origin.
     workers : int
-        Processes; 1 is the calling process, one density at a time.
+        Processes; 1 is the calling process, which reads one density after the other.
     limit_bytes : int or None
         Stop when this many decoded bytes are warm.
     stored : mapping
@@ -214,7 +215,7 @@ class WarmPlan:
 
     @property
     def trusted(self) -> int:
-        """Densities that are cached and taken for fresh without asking the origin."""
+        """Number of densities that are cached and taken for fresh without a request."""
         return len(self.task_ids) * len(self.roles) - len(self.densities)
 
     @property
@@ -230,7 +231,7 @@ class WarmPlan:
         return self.reader.cache_config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
-        """Compare every density of the plan with the origin: one LIST each, no object is fetched.
+        """Compare every density of the plan with the origin: one LIST each, no GET.
 
         Parameters
         ----------
@@ -259,7 +260,7 @@ class WarmPlan:
     ) -> WarmReport:
         """Fetch what is not fresh.
 
-        A density that cannot be read is named in the report; the others are fetched all the same.
+        A density that cannot be read is named in the report; the others are fetched nevertheless.
         After an interruption (Ctrl-C, kill), run the same plan again: stored densities are not
         fetched a second time.
 
@@ -297,7 +298,7 @@ class WarmPlan:
                         f"The last error: {result.error}"
                     )
         index = _index(self.reader)
-        index.reopen()  # worker processes may have met a directory that is gone by now
+        index.reopen()  # worker processes may have replaced a deleted directory or broken index
         open_index(index)
         sizes = self._measured(tally)
         seconds = time.monotonic() - start_s
@@ -310,9 +311,7 @@ class WarmPlan:
         )
 
     def _measured(self, tally: _Tally) -> list[int]:
-        """Bytes on disk of densities that were not admitted and not read, as far as the origin
-        answers.
-        """
+        """Bytes on disk of densities that were not admitted and not read, where measurable."""
 
         def size(density: Density) -> int:
             try:
@@ -333,7 +332,7 @@ class WarmPlan:
         return self.reader.store_names(role).get(task_id, "").endswith(".zip")
 
     def _unstored_listings_bytes(self) -> int:
-        """Bytes on disk that the directories' listings need, if they were not admitted either."""
+        """Bytes on disk that the directories' listings need, if they were not admitted."""
         nbytes = 0
         for role in self.roles:
             if self.reader.cache.stored_listing(self.reader.origin(role), "") is None:
@@ -387,7 +386,7 @@ def plan_warm(
     source : DataConfig or ZarrS3Reader
         With a cache.
     split : {"train", "test", "all"}
-        Which ids of the config.
+        Part of the config's ids.
     ids : iterable of str, optional
         These ids instead, whether or not the map has them. An id that the origin does not have is
         a failure of the run.
@@ -395,7 +394,7 @@ def plan_warm(
         List the directories and compare cached densities with the origin. Default: False with
         ``cache.revalidate: never``, else True.
     workers : int, optional
-        Processes; 1 is the calling process, one density at a time.
+        Processes; 1 is the calling process, which reads one density after the other.
         Default: min(max(2, cores), 8, densities / 16).
     limit_bytes : int, optional
         Stop when this many decoded bytes are warm.
@@ -478,8 +477,8 @@ def _open_reader(source: DataConfig | ZarrS3Reader) -> ZarrS3Reader:
     if isinstance(source, ZarrS3Reader):
         reader = source
     else:
-        # Entries are compared with the origin's listing, not read: their checksums are left to
-        # `zarrcache verify`, and to training at the first use.
+        # Entries are compared with the origin's listing, not read: `zarrcache verify`, and training
+        # at first use, verify their checksums.
         unverified = cache.model_copy(update={"verify": "never"})
         reader = open_reader(source.model_copy(update={"cache": unverified}))
     open_index(_index(reader))
@@ -492,18 +491,18 @@ def _index(reader: ZarrS3Reader) -> Index:
 
 
 class _Warmer:
-    """Makes one density at a time warm. Picklable; each process has one, shared by its threads."""
+    """Makes one density warm per call. Picklable; each process has one, shared by its threads."""
 
     def __init__(self, reader: ZarrS3Reader) -> None:
         self._reader = reader
         self._bypassed_in_a_row = 0
 
     def __call__(self, density: Density, reserve: Reserve | None = None) -> WarmResult:
-        # Once the cache is full, fetching would cost requests and store nothing.
+        # Once the cache is full, fetching would cost requests without storing anything.
         if self._bypassed_in_a_row >= _FULL_AFTER:
             result, *_ = _compare(self._reader, *density)
             if result.outcome == "bypass":
-                # An entry that is stale must not be read as fresh by training.
+                # Drop a stale entry, so that training does not read it as fresh.
                 _index(self._reader).drop([self._reader.key(*density).digest])
             return result
         task_id, role = density
@@ -512,7 +511,7 @@ class _Warmer:
         except ZarrCacheError as exc:
             return _failure(density, exc)
         except Exception as exc:
-            # One unexpected store must not end a run of hours.
+            # One bad store must not end a run of hours.
             logger.warning("%s (%s) could not be read", task_id, role, exc_info=True)
             error = (
                 f"{task_id} ({role}) could not be read: {type(exc).__name__}: {exc}. "
@@ -559,7 +558,7 @@ _UNTRIED, _HIT, _MISS, _BYPASS, _FAILED = range(5)
 
 
 class _Tally:
-    """Outcome and size of each density of a plan. Nine bytes per density: there may be 400,000."""
+    """Outcome and size of each density of a plan, in nine bytes: there may be 400,000."""
 
     def __init__(self, plan: WarmPlan) -> None:
         self._task_ids, self._roles = plan.task_ids, plan.roles
@@ -592,9 +591,7 @@ class _Tally:
             self.nbytes += result.nbytes
 
     def unsized(self, most: int) -> list[Density]:
-        """If something was not admitted: the densities of unknown size, or ``most`` of them,
-        evenly spaced.
-        """
+        """Up to ``most`` densities of unknown size, evenly spaced; none if all were admitted."""
         if not (self._outcomes == _BYPASS).any():
             return []
         cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
@@ -623,7 +620,7 @@ class _Tally:
         volume : callable
             Bytes on disk of the whole cache; called only if something was not admitted.
         """
-        # With ``eviction: least-recently-stored``, or beside another run, entries may be gone
+        # With ``eviction: least-recently-stored``, or during another run, entries may be evicted
         # before the end: the report has to agree with the disk.
         on_disk = self._on_disk(stored)
         self._outcomes[self._is_warm() & (on_disk == 0)] = _BYPASS
@@ -646,8 +643,9 @@ class _Tally:
         )
 
     def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
-        """Bytes on disk of all densities; those of unknown size as the mean of ``measured``, or of
-        the known ones.
+        """Bytes on disk of all densities.
+
+        Those of unknown size count as the mean of ``measured``, or of the known sizes.
         """
         known = self._nbytes[self._nbytes > 0]
         sizes = -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES  # payload, and a header page
