@@ -36,7 +36,7 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
     assert (
         alone.err
         == f"error: About to evict {what}, but there is no terminal to ask for confirmation. Pass "
-        "--yes to evict, or --dry-run to look.\n"
+        "--yes to evict, or --dry-run to see what would be evicted.\n"
     )
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 6
     assert zarrcache("evict", config, "--ids", "/dev/null").code == 2

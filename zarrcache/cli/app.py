@@ -37,14 +37,15 @@ _log = logging.getLogger("zarrcache")
 
 
 def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., None]]:
-    """Turn a function that returns an exit code into a command: errors become a message on stderr
-    and an exit code.
+    """Turn a function that returns an exit code into a command.
+
+    Errors become a message on stderr and an exit code.
 
     Parameters
     ----------
     resumable : bool
-        After an interruption, finished work remains and the next run continues; the message of
-        the interruption says so.
+        After an interruption, finished work is kept and the next run continues, which the message
+        says.
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:

@@ -89,7 +89,7 @@ def evict(
             if not sys.stdin.isatty():
                 raise ConfigError(
                     f"About to evict {what}, but there is no terminal to ask for confirmation. "
-                    "Pass --yes to evict, or --dry-run to look."
+                    "Pass --yes to evict, or --dry-run to see what would be evicted."
                 )
             if not typer.confirm(f"About to evict {what}. Proceed?", err=True):
                 say("Nothing was evicted.")
@@ -118,7 +118,7 @@ def status(
 ) -> int:
     """Show entries, bytes, limit; how much is warm.
 
-    Makes no request; works offline.
+    Sends no request; works offline.
     """
     from zarrcache.cli.format import status_lines
     from zarrcache.ops import read_status

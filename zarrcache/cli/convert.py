@@ -141,7 +141,7 @@ def convert(
 
             report = plan.execute(progress, engine=engine)
     except BaseException:
-        # Also on Ctrl-C: the next run skips converted files and would not repeat their warnings.
+        # Also on Ctrl-C, because the next run skips converted files and their warnings.
         _say_problems(sorted(done, key=lambda result: result.path))
         raise
     _say_problems((*report.converted, *report.failed))

@@ -82,7 +82,7 @@ def format_warm_report(report: WarmReport) -> str:
 
 
 def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
-    """What the user should know or do after ``warm``, one note per line."""
+    """Hints for the user after ``warm``, one per line."""
     notes = []
     if plan.trusted and not plan.revalidate:
         trusted = plural(plan.trusted, "density was", "densities were")
@@ -121,7 +121,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
 
 
 def _rounded_up(nbytes: int) -> str:
-    """As ``format_bytes``, but never rounded down: the size is advice for ``cache.limit``."""
+    """Like ``format_bytes``, but never rounded down: the size is advice for ``cache.limit``."""
     step = max(1, 1024 ** ((max(1, nbytes).bit_length() - 1) // 10) // 10)
     while parse_bytes(text := format_bytes(nbytes)) < nbytes:
         nbytes += step
@@ -200,7 +200,7 @@ def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:
 
 
 def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
-    """The table of ``demo``; its first row names the columns."""
+    """Rows of the table of ``demo``; the first one has the column names."""
     rows: list[tuple[str, ...]] = [
         ("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio")
     ]

@@ -61,12 +61,12 @@ Config = Annotated[
     Path,
     typer.Argument(
         metavar="CONFIG",
-        help="training config (YAML) with a cache block, as configs/s3_cached.yaml",
+        help="training config (YAML) with a cache block, like configs/s3_cached.yaml",
     ),
 ]
 OptionalConfig = Annotated[
     Path | None,
-    typer.Argument(metavar="CONFIG", help="training config (YAML), as configs/s3_cached.yaml"),
+    typer.Argument(metavar="CONFIG", help="training config (YAML), like configs/s3_cached.yaml"),
 ]
 Directory = Annotated[
     Path | None,
@@ -193,8 +193,8 @@ def open_engine(
 ) -> Iterator[Engine | None]:
     """The engine of ``--dask``; None without it.
 
-    With ``only_here`` a cluster with workers on other nodes is refused: they would fill the caches
-    of those nodes.
+    With ``only_here`` a cluster with workers on other nodes is refused, because they would fill the
+    caches of those nodes.
     """
     if dask is None:
         yield None

@@ -22,7 +22,7 @@ _LINE_EVERY_S = 10.0
 
 
 class StderrHandler(logging.Handler):
-    """Write log lines to the present ``sys.stderr``, which rich replaces while a bar is shown."""
+    """Writes log lines to the current ``sys.stderr``, which rich replaces while a bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
@@ -77,7 +77,7 @@ class Meter:
             self._bar[0].stop()
 
     def advance(self, *, failed: bool = False) -> None:
-        """Count one more."""
+        """Increase the count by one."""
         self._failed += failed
         self.reach(self._done + 1)
 
@@ -106,8 +106,9 @@ class Meter:
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout. The first row names the columns; the first column holds text, the
-    others hold numbers.
+    """Print a table on stdout.
+
+    The first row has the column names. The first column contains text, the others numbers.
     """
     from rich.console import Console
     from rich.table import Table

@@ -49,8 +49,8 @@ def serve(
     cache = cache_of(data_config(config))
     path = token_file or cache.peer_token_file
     token = read_token(path) if path is not None else None
-    # Block the signals in all threads and wait for them: a handler would interrupt this thread at
-    # an arbitrary line.
+    # Block the signals in all threads and wait for one: a handler would interrupt this thread at an
+    # arbitrary line.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with EntryServer(cache.dir, host=host, port=port, token=token) as server:
@@ -59,6 +59,6 @@ def serve(
         else:
             show(f"Serving the array tier of {cache.dir} at {server.url}. Ctrl-C ends it.")
             if token is None:
-                say("There is no token: every user of this machine can read it.")
+                say("There is no token: every user of this machine can read the cache.")
         signal.sigwait(signals)
     return 0

@@ -24,7 +24,7 @@ __all__ = ["warm"]
 def warm(
     config: Config,
     split: Annotated[
-        Literal["train", "test", "all"], typer.Option(help="which part of CONFIG's split")
+        Literal["train", "test", "all"], typer.Option(help="part of CONFIG's split to fetch")
     ] = "all",
     ids: Ids = None,
     revalidate: Annotated[
