@@ -1,6 +1,6 @@
 """A complete example on one machine, with its own S3 server.
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use.
+The public names are listed in ``__init__.pyi``; each is imported at first use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Run the demo: convert densities to an S3 server, train a cold epoch, warm epochs, and one with
-the server switched off.
+"""Run the demo: convert to an S3 server, train cold and warm epochs, and one without the server.
 
-Every step is what a user does: the converter, ``zarrcache warm``, and a training script in its own
-process.
+Every step uses what a user would run: the converter, ``zarrcache warm``, and a training script in
+a separate process.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = ["DemoReport", "Row", "run_demo"]
 
 BUCKET = "densities"
 FUNCTIONAL = "GGA"
-#: Directory names that tell inputs from labels.
+#: Directory names that distinguish inputs from labels.
 _ROLES = {
     "input": "input",
     "inputs": "input",
@@ -49,9 +48,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One epoch. The S3 server counts ``requests`` and ``fetched_bytes``; ``hit_ratio`` is None
-    without a cache.
-    """
+    """One epoch, as the S3 server counted it. ``hit_ratio`` is None without a cache."""
 
     epoch: str
     seconds: float
@@ -80,7 +77,7 @@ class DemoReport:
 
     @property
     def is_good(self) -> bool:
-        """Identical tensors, and no request in warm epochs."""
+        """Whether all tensors are identical and warm epochs sent no request."""
         return self.identical and all(
             row.requests == 0 for row in self.rows if row.epoch.startswith("warm")
         )
@@ -134,7 +131,7 @@ def _run_all(home: Path, source: Path | None, samples: int, say: Say) -> tuple[l
         say("every epoch starts from the same weights: equal losses mean equal data")
         if source is None:
             task_ids = write_pairs(home / "files", samples)
-            say(f"made {len(task_ids)} synthetic pairs of densities (--source DIR takes your own)")
+            say(f"made {len(task_ids)} synthetic pairs of densities (--source DIR: your own)")
         else:
             task_ids = _collect(source, home / "files", samples)
             say(f"took {len(task_ids)} pairs of densities from {source}")
@@ -156,9 +153,7 @@ def _run_all(home: Path, source: Path | None, samples: int, say: Say) -> tuple[l
 
 
 def _collect(source: Path, files: Path, samples: int) -> list[str]:
-    """Link the files of complete pairs below ``files/input`` and ``files/label``; return the task
-    ids, sorted.
-    """
+    """Link complete pairs below ``files/input`` and ``files/label``; return sorted task ids."""
     if not source.is_dir():
         raise ConfigError(
             f"{source} is not a directory. Give one with CHGCAR or json.gz files, or leave "
@@ -186,7 +181,8 @@ def _collect(source: Path, files: Path, samples: int) -> list[str]:
         (files / role).mkdir(parents=True)
         for task_id in task_ids:
             path = paths[task_id]
-            # The converter reads the task id from the name; a bare CHGCAR has it in the directory.
+            # The converter takes the task id from the file name; for a bare CHGCAR it is that of
+            # the directory.
             name = path.name if task_id in path.name else f"{task_id}.{path.name}"
             (files / role / name).symlink_to(path.resolve())
     return task_ids

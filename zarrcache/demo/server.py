@@ -25,7 +25,7 @@ class Traffic:
 
 
 class DemoServer:
-    """A WSGI application that counts what it answers, and where it listens."""
+    """A WSGI application that counts requests and bytes, with its endpoint."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
         self._application = application
@@ -35,9 +35,7 @@ class DemoServer:
 
     @property
     def s3_kwargs(self) -> dict[str, Any]:
-        """Arguments of ``s3fs.S3FileSystem``. The server accepts any credentials, but clients
-        require some.
-        """
+        """Arguments of ``s3fs.S3FileSystem``, with the dummy credentials that clients require."""
         return {"key": "demo", "secret": "demo", "endpoint_url": self.endpoint_url}
 
     def __call__(
@@ -76,7 +74,7 @@ def running_server() -> Iterator[DemoServer]:
         protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
 
         def log_request(self, *args: object) -> None:
-            """Requests are counted instead."""
+            """Log nothing; requests are counted instead."""
 
     # S3 only: to find the service of a request, moto's dispatcher searches its 180 directories.
     server = DemoServer(create_backend_app("s3"))

@@ -1,7 +1,7 @@
 """Synthetic pairs of a crude and a converged charge density, reproducible from a seed.
 
-The crude density is what VASP starts from, a superposition of neutral atoms. In the converged one
-the atoms are contracted and some charge is transferred to the more electronegative ones. Both are
+The crude density is a superposition of neutral atoms, as VASP starts from. In the converged one the
+atoms are contracted and some charge is transferred to the more electronegative ones. Both are
 summed in reciprocal space, where form factor times structure factor is exactly the sum over all
 periodic images of an atom, and the number of electrons is the coefficient at G = 0.
 """
@@ -70,7 +70,7 @@ class SyntheticPair:
 
 
 def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = None) -> SyntheticPair:
-    """Make pair ``index`` of ``seed``; the same pair for the same two numbers.
+    """Make pair ``index`` of ``seed``. Equal arguments give equal pairs.
 
     Parameters
     ----------
@@ -122,8 +122,7 @@ def make_pair(seed: int, index: int, *, shape: tuple[int, int, int] | None = Non
 def write_pairs(
     directory: Path, n: int, seed: int = 0, *, form: Literal["chgcar", "json.gz"] = "chgcar"
 ) -> list[str]:
-    """Write ``n`` pairs to ``directory/input`` and ``directory/label``, in the format of VASP or of
-    the Materials Project.
+    """Write ``n`` pairs to ``directory/input`` and ``directory/label``.
 
     Returns
     -------
@@ -181,9 +180,7 @@ def _draw_atoms(rng: np.random.Generator, lattice: Grid) -> tuple[list[str], Gri
 
 
 def _reciprocal(lattice: Grid, shape: tuple[int, int, int]) -> tuple[Grid, list[Grid]]:
-    """``|G|**2`` in 1/angstrom**2 on the half grid of ``rfftn``, and the Miller indices along each
-    axis.
-    """
+    """``|G|**2`` in 1/angstrom**2 on the half grid of ``rfftn``, and the Miller indices by axis."""
     indices = [
         np.fft.fftfreq(shape[0], 1 / shape[0]),
         np.fft.fftfreq(shape[1], 1 / shape[1]),
