@@ -128,7 +128,7 @@ def test_overwriting_leaves_nothing_of_the_old_store(s3_server: S3Server, bucket
     old, new = _small_store(seed=1, chunks=3), _small_store(seed=2, chunks=6)
     destination.upload("mp-1.zarr", old)
     with pytest.raises(
-        StoreExistsError, match=rf"s3://{bucket}/label/mp-1\.zarr is there already.*--overwrite"
+        StoreExistsError, match=rf"s3://{bucket}/label/mp-1\.zarr exists already.*--overwrite"
     ):
         destination.upload("mp-1.zarr", new)
     assert s3_server.keys(f"s3://{bucket}/") == sorted(f"label/mp-1.zarr/{key}" for key in old)

@@ -1,6 +1,6 @@
-"""CHGCAR and Materials Project files to Zarr stores, in a directory or on S3.
+"""Convert CHGCAR and Materials Project files to Zarr stores, in a directory or on S3.
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use.
+The public names are listed in ``__init__.pyi``; each is imported at first use.
 """
 
 from __future__ import annotations

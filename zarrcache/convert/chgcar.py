@@ -1,6 +1,6 @@
 """Parse the files that VASP and the Materials Project write into grids and a structure.
 
-pymatgen and monty are imported at the first read: only converting needs them
+pymatgen and monty are imported at the first read, because only conversion needs them
 (``pip install 'zarrcache[convert]'``).
 """
 
@@ -24,8 +24,8 @@ from zarrcache.errors import ConfigError, SchemaError
 __all__ = ["RawDensity", "pymatgen_version", "read_mp_json", "read_vasp_text"]
 
 _GRID_LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+(\d+)[ \t]+(\d+)[ \t]*\r?$", re.MULTILINE)
-# Fortran drops the E of a three-digit exponent: 0.12345678901-100. Not at "-100.5", which is the
-# next of two columns that touch.
+# Fortran drops the E of a three-digit exponent: 0.12345678901-100. "-100.5" does not match: it is
+# the next of two columns that touch.
 _BARE_EXPONENT = re.compile(rb"(?<=\d)([+-]\d{3})(?![\d.])")
 _READ_BYTES = 1 << 22
 _LINE_BYTES = 1 << 20
@@ -44,9 +44,9 @@ class RawDensity:
         CHGCAR convention: electrons per volume times the volume of the cell.
     structure : pymatgen.core.Structure
     task_id : str or None
-        The id that the file itself gives.
+        The id inside the file.
     notes : list of str
-        What looks wrong, one sentence each.
+        Suspicious findings, one sentence each.
     """
 
     blocks: dict[str, NDArray[np.float64]]
@@ -111,7 +111,7 @@ def _scan(file: Any, path: Path) -> tuple[bool, int, bool]:
         The file ends with a line end.
     """
     head = [_line(file, path)]  # the title, which may be blank
-    # Up to the blank line below the atoms, where the grids begin.
+    # Read up to the blank line below the atoms, where the grids begin.
     while (line := _line(file, path)).strip():
         head.append(line)
     counts = next(
@@ -252,7 +252,7 @@ def _is_density(value: object) -> bool:
 
 
 def _decoded(values: object) -> NDArray[np.float64]:
-    """Make an array of nested lists, or of monty's ``{"@class": "array", "data": ...}``."""
+    """Make an array from nested lists, or from monty's ``{"@class": "array", "data": ...}``."""
     return np.asarray(values["data"] if isinstance(values, Mapping) else values, dtype=np.float64)
 
 
@@ -264,7 +264,7 @@ def _not_installed(exc: ModuleNotFoundError) -> ConfigError:
 
 
 def pymatgen_version() -> str:
-    """Version of pymatgen, or of pymatgen-core where only that is installed."""
+    """Version of pymatgen, or of pymatgen-core if only that is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

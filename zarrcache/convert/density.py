@@ -1,4 +1,4 @@
-"""Read one charge density from any input format, check it, and say what looks wrong with it."""
+"""Read one charge density from any input format, check it, and report suspicious values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ELECTRON_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class ChargeDensity:
-    """One density as its file has it, cast to float32.
+    """One density as read from its file, cast to float32.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class ChargeDensity:
         CHGCAR convention: electrons per volume times the volume of the cell, so ``total.mean()`` is
         the number of valence electrons.
     diff : ndarray or None
-        The spin density, spin up minus spin down, where the file has one and ``diff`` was set.
+        The spin density, spin up minus spin down, if the file has one and ``diff`` was set.
     structure : dict
         ``pymatgen.core.Structure.as_dict()``.
     formula : str
@@ -45,7 +45,7 @@ class ChargeDensity:
         Names of all grids in the file, for example ``("total", "diff")``.
     pymatgen_version : str
     warnings : tuple of str
-        What looks wrong, one sentence each; empty for a plain density.
+        Suspicious findings, one sentence each; usually empty.
     """
 
     task_id: str
@@ -87,7 +87,7 @@ def read_density(
     diff : bool
         Also read the spin density, if there is one.
     strict : bool
-        Check it as a charge density. False for other volumetric data, for example an ELFCAR.
+        Check the values of a charge density. False for other volumetric data, such as an ELFCAR.
     formats : sequence of InputFormat, optional
         Default: those that are registered in this process.
 
@@ -138,7 +138,7 @@ def read_density(
 def check_blocks(
     blocks: Mapping[str, NDArray[np.float64]], protons: float, atoms: int
 ) -> list[str]:
-    """List what looks wrong with the numbers of a charge density, one sentence each.
+    """List suspicious values of a charge density, one sentence each.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def check_blocks(
 
 
 def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
-    """Run a parser; any error of it becomes a SchemaError that names the file."""
+    """Run a parser; any error becomes a SchemaError that names the file."""
     with python_warnings.catch_warnings(record=True) as caught:
         python_warnings.simplefilter("always")
         try:
@@ -210,8 +210,8 @@ def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
         raise SchemaError(
             f"{path} holds no total density (blocks: {', '.join(parsed.blocks) or 'none'})."
         )
-    # pymatgen warns where it guesses, for example the elements of a VASP 4 file, which matters to
-    # those who train on the structure.
+    # pymatgen warns if it guesses, for example the elements of a VASP 4 file, which matters for
+    # training on the structure.
     guesses = {
         str(w.message).splitlines()[0]
         for w in caught

@@ -1,6 +1,6 @@
-r"""Input formats of ``zarrcache convert``: which files are densities, of which material, read how.
+r"""Input formats of ``zarrcache convert``: recognise density files, their task ids and parsers.
 
-A format of your own is one call away::
+Add a format with one call::
 
     register_format(InputFormat("cube", r"(.+)\.cube", read_cube))
 
@@ -45,9 +45,9 @@ class InputFormat:
         case-insensitive. Its first group that matches is the task id; without one, the directory's
         name is.
     read : callable
-        Takes the path and returns a :class:`RawDensity`. It decompresses the file itself (``zopen``
-        of monty does) and must be importable from worker processes: a function of a module, not of
-        the main script.
+        Called with the path; returns a :class:`RawDensity`. It decompresses the file itself
+        (``zopen`` of monty does) and must be importable from worker processes: a function of a
+        module, not of the main script.
     """
 
     name: str
@@ -139,12 +139,12 @@ def find_files(src: Path, pattern: str | None = None) -> list[Path]:
     Raises
     ------
     ConfigError
-        ``src`` is not there, nothing matches, or two files have the same task id.
+        ``src`` does not exist, nothing matches, or two files have the same task id.
     """
     if src.is_file():
         return [src]
     if not src.is_dir():
-        raise ConfigError(f"{src} is not there. Give a density file or a directory of them.")
+        raise ConfigError(f"{src} does not exist. Give a density file or a directory of them.")
     try:
         if pattern is not None:
             candidates: Iterable[Path] = src.glob(pattern)

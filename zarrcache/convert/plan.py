@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 #: Bytes that one process converts while another starts and imports pymatgen (2 s).
 BYTES_PER_WORKER = 8 * 1024**2
-#: Seconds that a process may go on with its store after Ctrl-C; then it is killed, and the next run
+#: Seconds that a process gets to finish its store after Ctrl-C; then it is killed, and the next run
 #: converts that store.
 _STOP_S = 3.0
 
@@ -59,9 +59,9 @@ class ConvertResult:
         Path or URL of the store; empty without a task id.
     written_bytes : int
     warnings : tuple of str
-        What looks wrong with the density; the store was written nevertheless.
+        Suspicious findings; the store was written nevertheless.
     error : str or None
-        Why there is no store.
+        The reason why there is no store.
     skipped : bool
         The store existed already.
     """
@@ -91,7 +91,7 @@ class ConvertReport:
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """What a conversion will do. Planning writes nothing.
+    """The files to convert and those to skip. Planning writes nothing.
 
     Attributes
     ----------
@@ -122,15 +122,15 @@ class ConvertPlan:
         *,
         engine: Engine | None = None,
     ) -> ConvertReport:
-        """Convert.
+        """Convert the files.
 
         A file that cannot be read is named in the report, and the others are converted. Every store
-        appears whole or not at all: after an interruption (Ctrl-C, kill) the same call resumes.
+        appears complete or not at all: after an interruption (Ctrl-C, kill) the same call resumes.
 
         Parameters
         ----------
         progress : callable, optional
-            Called in this process with each result as it comes; not for files that the plan skips.
+            Called in this process with each result as it arrives, except for skipped files.
         engine : Engine, optional
             Distributes the work, for example ``cluster.spread`` of
             :func:`zarrcache.parallel.open_cluster`; its machines must see the same files.
@@ -139,17 +139,17 @@ class ConvertPlan:
         Raises
         ------
         ConfigError
-            The directory cannot be made, processes cannot start, or a machine does not see the same
-            files.
+            The directory cannot be created, processes cannot start, or a machine does not see the
+            same files.
         OriginError
-            The destination fails: disk full, refused, no answer. Finished stores stay.
+            The destination fails: disk full, refused, no answer. Finished stores are kept.
         """
         if not _is_s3(self.dst):
             try:
                 os.makedirs(self.dst, exist_ok=True)
             except OSError as exc:
                 raise ConfigError(
-                    f"{self.dst} cannot be made a directory ({exc.strerror}). Choose another "
+                    f"directory {self.dst} cannot be created ({exc.strerror}). Choose another "
                     "destination."
                 ) from exc
             for path in sweep_partials(Path(self.dst)):
@@ -227,7 +227,7 @@ def plan_convert(
     s3_kwargs: Mapping[str, Any] | None = None,
     strict: bool = True,
 ) -> ConvertPlan:
-    """Find what there is to convert, and what is converted already.
+    """Find the files to convert, and those that are converted already.
 
     Parameters
     ----------
@@ -245,13 +245,13 @@ def plan_convert(
         ``<task_id>.zarr.zip``: one file, one request.
     zarr_format : 2 or 3
     diff : bool
-        Also convert the spin density, where there is one.
+        Also convert the spin density, if there is one.
     overwrite : bool
-        Convert again what exists already.
+        Convert stores that exist already again.
     s3_kwargs : mapping, optional
         As for ``s3fs.S3FileSystem``.
     strict : bool
-        Check each file as a charge density. False for other volumetric data.
+        Check the values of each charge density. False for other volumetric data.
 
     Raises
     ------
@@ -321,7 +321,7 @@ def convert_directory(
 
 @dataclass
 class _Converter:
-    """Convert one file per call. Picklable; each process opens its own S3 client at first use."""
+    """Converts one file per call. Picklable; each process opens its own S3 client at first use."""
 
     dst: str
     chunks: tuple[int, ...]
@@ -336,8 +336,10 @@ class _Converter:
     def __call__(
         self, path: Path, reserve: Reserve | None = None
     ) -> ConvertResult | ZarrCacheError:
-        """Convert one file. An error of the file is in the result; an error of the destination,
-        which the next file would meet too, is returned itself.
+        """Convert one file.
+
+        An error of the file is in the result. An error of the destination, which would affect the
+        next file too, is returned itself.
         """
         try:
             task_id = task_id_of(path, self.formats)
@@ -379,7 +381,7 @@ class _Converter:
         except OSError as exc:
             return OriginError(
                 f"{target} could not be written: {exc.strerror}. Make room or choose another "
-                "destination; finished stores stay."
+                "destination; finished stores are kept."
             )
         return self.result(path, written_bytes=written, warnings=density.warnings)
 
@@ -398,12 +400,12 @@ class _Converter:
             return ""
 
     def present(self, names: set[str]) -> set[str]:
-        """Which of these stores are there already.
+        """Those of these stores that exist already.
 
         Raises
         ------
         ConfigError
-            Some exist in the other form, which readers would go on reading.
+            Some exist in the other form, which readers would continue to read.
         """
         other = ".zarr" if self.zip else ".zarr.zip"
         twins = {name.removesuffix(self.suffix) + other for name in names}
@@ -438,9 +440,10 @@ class _Converter:
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """The converter on another machine; checks first that it sees the same files.
+    """Runs the converter on another machine, after a check that it sees the same files.
 
-    Otherwise thousands of files would fail one by one, or stores be written to a local disk.
+    Without it, thousands of files would fail one by one, or stores would be written to a local
+    disk.
     """
 
     convert: _Converter

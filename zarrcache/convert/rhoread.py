@@ -1,4 +1,4 @@
-"""``RhoRead``: read CHGCAR and Materials Project files directly, parsing a file at every access."""
+"""``RhoRead``: read CHGCAR and Materials Project files directly, parsing them at every access."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class RhoRead(PairReader):
-    """Read pairs of charge densities from CHGCAR and Materials Project files in two directories.
+    """Reads pairs of charge densities from CHGCAR and Materials Project files in two directories.
 
     >>> reader = RhoRead("chgcars/input", "chgcars/label", "map.json.gz", "GGA", True, 0.8)
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    The values, the split and its order are those of ``ZarrS3Reader`` over the same files converted.
-    A read takes 0.1 to several seconds where a converted and cached one takes a millisecond, so for
+    The values, the split and its order are those of ``ZarrS3Reader`` for the converted files. A
+    read takes 0.1 to several seconds, compared to a millisecond once converted and cached, so for
     more than one epoch convert first: ``zarrcache convert``.
 
     Parameters
@@ -86,7 +86,7 @@ class RhoRead(PairReader):
 
     @property
     def stats(self) -> Stats:
-        """All 0, for scripts that print the statistics of ``ZarrS3Reader``."""
+        """All zero, for scripts that print the statistics of ``ZarrS3Reader``."""
         return Stats()
 
     def load(self, task_id: str, role: Role) -> Density:
@@ -139,7 +139,7 @@ class RhoRead(PairReader):
         Raises
         ------
         ConfigError
-            The directory is not there, or has two files of one id.
+            The directory does not exist, or has two files of one id.
         """
         if role not in self._files:
             files = {}

@@ -1,5 +1,6 @@
-"""Upload stores to S3: chunks first, the documents that make a store visible last, so that a reader
-finds a whole store or none.
+"""Upload stores to S3 so that a reader finds a complete store or none.
+
+Chunks are uploaded first, and the documents that make a store visible last.
 """
 
 from __future__ import annotations
@@ -21,19 +22,17 @@ __all__ = ["S3Destination"]
 logger = logging.getLogger(__name__)
 
 CONCURRENCY = 32  # PUTs of one store in flight; several processes write at the same time
-#: After Ctrl-C or an error, seconds for requests in flight to end, before what they wrote is
-#: removed.
+#: Seconds for requests in flight to end after Ctrl-C or an error, before their objects are removed.
 _SETTLE_S = 5.0
 _CLEAN_UP_RETRY = RetryConfig(attempts=2, timeout=5)
 ROOT_DOCUMENTS = (".zgroup", "zarr.json")
 
 
 class S3Destination:
-    """A prefix on S3 that stores are written to. One object per process; making it costs no
-    request.
+    """A prefix on S3 for writing stores. One object per process; creating it sends no request.
 
-    Stores are written through obstore if possible. What is planned in the process that starts the
-    others (names, finished stores) goes through s3fs, so that a later fork may use obstore.
+    Stores are written through obstore if possible. The planning process, which starts the others,
+    lists names and finished stores through s3fs, so that a later fork may use obstore.
 
     Parameters
     ----------
@@ -63,8 +62,9 @@ class S3Destination:
         self._in_flight: set[asyncio.Task[Received]] = set()
 
     def names(self) -> set[str]:
-        """Names directly below the prefix, those of unfinished stores too. The first request shows
-        whether bucket and credentials are right.
+        """Names directly below the prefix, including unfinished stores.
+
+        The first request shows whether bucket and credentials are right.
 
         Raises
         ------
@@ -79,8 +79,9 @@ class S3Destination:
         return found - {""}
 
     def finished(self, names: Collection[str]) -> set[str]:
-        """Those of these stores, ``mp-1.zarr`` or ``mp-1.zarr.zip``, that exist and are whole: one
-        HEAD each, two for a store that is unfinished or of Zarr format 3.
+        """Those of ``names`` (``mp-1.zarr`` or ``mp-1.zarr.zip``) that exist and are complete.
+
+        One HEAD each; two for a store that is unfinished or of Zarr format 3.
         """
         return self._finished(names, self._bucket.s3fs)
 
@@ -100,7 +101,7 @@ class S3Destination:
         return found
 
     def upload(self, name: str, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
-        """Write one store, whole or not at all.
+        """Write one store, completely or not at all.
 
         Parameters
         ----------
@@ -122,13 +123,13 @@ class S3Destination:
         StoreExistsError
             The store exists, and ``overwrite`` is False.
         OriginError
-            S3 did not accept an object; what was uploaded is removed again, if the server lets it.
+            S3 did not accept an object. Uploaded objects are removed again, if the server allows.
         """
         root = self._key(name)
         if not overwrite and self._finished([name], lambda: self._bucket.engine(root)):
             raise StoreExistsError(
-                f"{self.url}/{name} is there already. Overwrite it on purpose (--overwrite) or "
-                "choose another destination."
+                f"{self.url}/{name} exists already. Overwrite it (--overwrite) or choose another "
+                "destination."
             )
         bodies = {f"{root}/{key}" if key else root: body for key, body in objects.items()}
         if name.endswith(".zip"):
@@ -136,13 +137,15 @@ class S3Destination:
             return sum(map(len, bodies.values()))
         has_changed = False
         try:
-            # The old store, or chunks that a killed process left.
+            # The old store, or chunks that a killed process left behind.
             old = self._list(name)
             has_changed = bool(old)
             self._delete(name, old)
             has_changed = True
             self._put(name, {key: body for key, body in bodies.items() if not is_document(key)})
-            for key in filter(is_document, bodies):  # in this order: the last one shows the store
+            for key in filter(
+                is_document, bodies
+            ):  # in this order: the last one makes the store visible
                 self._put(name, {key: bodies[key]})
         except BaseException:  # KeyboardInterrupt and SystemExit too
             if has_changed:
@@ -153,7 +156,7 @@ class S3Destination:
     def _remove_unfinished(self, name: str) -> None:
         try:
             self._settle()
-            # Until nothing is listed: a PUT without an answer may still arrive.
+            # Repeat until nothing is listed: a PUT without an answer may still take effect.
             for _ in range(5):
                 keys = self._list(name)
                 if not keys:
@@ -161,8 +164,8 @@ class S3Destination:
                 self._delete(name, keys, _CLEAN_UP_RETRY)
         except OriginError as exc:
             logger.warning(
-                "objects of an unfinished store stay behind, the next conversion of it removes "
-                "them: %s (%s)",
+                "objects of an unfinished store are left; its next conversion removes them: %s "
+                "(%s)",
                 f"{self.url}/{name}",
                 exc,
             )
@@ -177,7 +180,7 @@ class S3Destination:
         return [obj.key for obj in found]
 
     def _put(self, name: str, bodies: Mapping[str, bytes]) -> None:
-        """One PUT for each object, repeated until all are written."""
+        """Make one PUT per object, repeated until all are written."""
 
         async def put(engine: Any, obj: ObjectInfo, patience_s: float) -> Received:
             return await self._shielded(engine.put(obj.key, bodies[obj.key], patience_s=patience_s))
@@ -190,7 +193,7 @@ class S3Destination:
         )
 
     def _delete(self, name: str, keys: Collection[str], retry: RetryConfig | None = None) -> None:
-        """One DELETE for each object, documents before chunks and those nearest the root first.
+        """Make one DELETE per object, documents before chunks and those nearest the root first.
 
         Through s3fs: obstore sends DeleteObjects.
         """
@@ -205,8 +208,9 @@ class S3Destination:
             )
 
     async def _shielded(self, request: Coroutine[Any, Any, Received]) -> Received:
-        """Result of a PUT, which is not cancelled with the upload: the server may accept a
-        cancelled one after the clean-up has listed what to remove.
+        """Result of a PUT, which is not cancelled with the upload.
+
+        The server might accept a cancelled PUT after the clean-up has listed what to remove.
         """
         task = asyncio.get_running_loop().create_task(request)
         self._in_flight.add(task)
@@ -229,6 +233,6 @@ class S3Destination:
 
 
 async def _head(engine: Any, obj: ObjectInfo, patience_s: float) -> Received:
-    """One HEAD; the ETag of an object that does not exist is empty."""
+    """Make one HEAD; the ETag of an object that does not exist is empty."""
     found = await engine.head(obj.key, patience_s=patience_s)
     return Received(b"", found.etag if found is not None else "")

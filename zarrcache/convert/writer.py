@@ -2,8 +2,8 @@
 
 The layout is what ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps
 ``charge_density_diff``, float32 in small chunks, and the attributes ``structure`` and ``metadata``,
-each a JSON string. Encoding in memory gives a directory, a zip file and S3 (``upload``) the same
-bytes, and equal densities equal ETags. A store becomes visible only when it is whole.
+each a JSON string. With encoding in memory, a directory, a zip file and S3 (``upload``) get the
+same bytes, and equal densities have equal ETags. A store becomes visible only when it is complete.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
     "zipped",
 ]
 
-#: Documents by which a reader finds a group or an array, in the order of publishing: the group's
-#: own last.
+#: Documents by which a reader finds a group or an array, in the order of publishing, the group's
+#: last.
 _DOCUMENTS = (".zattrs", ".zarray", "zarr.json", ".zmetadata", ".zgroup")
 
 
@@ -139,7 +139,7 @@ def is_document(key: str) -> bool:
 
 
 def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
-    """Write one store to a directory or a zip file, whole or not at all.
+    """Write one store to a directory or a zip file, completely or not at all.
 
     Parameters
     ----------
@@ -177,26 +177,29 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
 
 
 def store_exists(path: Path) -> bool:
-    """Whether a whole store is at this local path, as a directory or a zip file."""
+    """Whether a complete store is at this local path, as a directory or a zip file."""
     return path.is_file() if path.name.endswith(".zarr.zip") else _is_store(path)
 
 
 def sweep_partials(directory: Path) -> list[Path]:
-    """Remove stores that killed writers left unfinished, and put back a store that one of them had
-    moved aside. Returns the hidden paths that are gone.
+    """Remove unfinished stores of killed writers, and put back a store that one had moved aside.
+
+    Returns the hidden paths that are gone.
     """
     return sweep_hidden(directory, lambda name: name.endswith((".zarr", ".zarr.zip")))
 
 
 @contextlib.contextmanager
 def witness_in(directory: Path) -> Iterator[Path]:
-    """An empty hidden file: who sees it sees this directory, and not one of the same name on
-    another machine's disk. Swept like a partial one.
+    """An empty hidden file, which a machine sees only if it shares this directory.
+
+    A directory of the same name on a machine's own disk does not have it. Swept like a partial
+    file.
 
     Raises
     ------
     OSError
-        The directory takes none.
+        The directory is not writable.
     """
     path = hidden_path(directory / "witness.zarr", "partial")
     path.touch()
@@ -243,8 +246,8 @@ def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
         return
     if not store_exists(final):
         raise ConfigError(
-            f"{final} exists but is not a Zarr store; it is left alone. Move it away or choose "
-            "another destination."
+            f"{final} exists but is not a Zarr store, so it is not replaced. Move it away or "
+            "choose another destination."
         )
     if not overwrite:
         raise StoreExistsError(
@@ -273,7 +276,7 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
             if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise StoreExistsError(
-                f"{final} was written by another process meanwhile; it is left alone."
+                f"{final} was written by another process meanwhile; it is not replaced."
             ) from exc
         return
     if partial.is_file():

@@ -140,7 +140,7 @@ def test_a_pattern_that_cannot_be_used_is_shown(tmp_path: Path, pattern: str) ->
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     """Rather than an empty conversion."""
-    with pytest.raises(ConfigError, match=r"gone is not there"):
+    with pytest.raises(ConfigError, match=r"gone does not exist"):
         find_files(tmp_path / "gone")
 
 

@@ -235,7 +235,7 @@ def test_a_destination_that_is_a_file_is_refused(source: Path, tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is not a directory"):
         plan_convert(source, tmp_path / "file")
-    with pytest.raises(ConfigError, match="cannot be made a directory"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         plan_convert(source, tmp_path / "file" / "below").execute()
 
 

@@ -215,7 +215,7 @@ def test_directories_have_to_be_local(pairs: Path, tmp_path: Path) -> None:
         ConfigError, match=r"s3://b/label is not a directory of this machine. .*convert"
     ):
         RhoRead(pairs / "input", "s3://b/label", pairs / "map.json", "GGA", True, 0.5)
-    with pytest.raises(ConfigError, match="gone is not there"):
+    with pytest.raises(ConfigError, match="gone does not exist"):
         _ = RhoRead(
             pairs / "input", tmp_path / "gone", pairs / "map.json", "GGA", True, 0.5
         ).task_ids

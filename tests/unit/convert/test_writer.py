@@ -160,7 +160,7 @@ def test_what_is_no_store_is_never_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "mp-1.zarr" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(ConfigError, match=r"is not a Zarr store; it is left alone"):
+    with pytest.raises(ConfigError, match=r"is not a Zarr store, so it is not replaced"):
         _write(tmp_path, overwrite=True)
     assert mine.read_text() == "mine"
 
