@@ -1,4 +1,4 @@
-"""From the bytes of chunks to an array, and what a charge density is."""
+"""Fetch and decode arrays, and check that they are charge densities."""
 
 from __future__ import annotations
 

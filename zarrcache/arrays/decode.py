@@ -44,8 +44,8 @@ __all__ = [
     "metadata_key",
 ]
 
-#: Compressors of zarr v3 that are decoded here, and what numcodecs calls them. A chunk of any other
-#: is decoded by zarr. To add one, register it with numcodecs, name it here, and give its limit in
+#: Compressors of zarr v3 that are decoded here, and their numcodecs ids. Chunks of all others are
+#: decoded by zarr. To add one, register it with numcodecs, name it here, and give its limit in
 #: ``CLAIMED_BYTES`` or ``STREAMS`` below; v2 has numcodecs ids and needs no entry here.
 V3_CODECS = {"zstd": "zstd", "gzip": "gzip", "blosc": "blosc", "numcodecs.zlib": "zlib"}
 #: zstd's largest block, and the excess allowed for a frame that does not declare its size.
@@ -56,9 +56,9 @@ _NOT_WRITTEN = 2**64 - 1
 _MAX_DOCUMENT_BYTES = 4 * 1024**2
 #: A chunk may be larger than its array (all stores may have the same chunks), up to this.
 _MAX_CHUNK_BYTES = 1024**3
-#: What codecs raise over damaged data: numcodecs RuntimeError, a wrong length ValueError, gzip and
-#: bz2 OSError or EOFError, zlib and lzma their own classes, and MemoryError a zstd frame whose
-#: damaged header claims more memory than there is.
+#: Errors of codecs for damaged data: RuntimeError by numcodecs, ValueError for a wrong length,
+#: OSError or EOFError by gzip and bz2, classes of their own by zlib and lzma, and MemoryError for a
+#: zstd frame whose damaged header claims more memory than the machine has.
 DECODE_ERRORS = (
     RuntimeError,
     ValueError,
@@ -68,14 +68,14 @@ DECODE_ERRORS = (
     zlib.error,
     lzma.LZMAError,
 )
-#: What metadata with parts missing or of the wrong type leads to.
+#: Errors caused by metadata with missing parts or parts of the wrong type.
 _NONSENSE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 _NUMBERS = "biuf"
 _MAX_AXES = 32
 _CHUNK_KEY = re.compile(r"(?:^|[/.])[0-9]+$|^c$")
-#: Codecs of numcodecs that make objects instead of numbers: pickle runs code from the data, the
-#: others take their sizes from it.
+#: Codecs of numcodecs that make objects instead of numbers: pickle runs code from the data, and the
+#: others take sizes from it.
 _OBJECT_CODECS = frozenset(
     {"pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"}
 )
@@ -102,12 +102,12 @@ def metadata_key(keys: Collection[str]) -> str | None:
 
 
 class ArrayDecoder:
-    """Collect the objects of one array, and decode each chunk as soon as the metadata is known.
+    """Collects the objects of one array, and decodes each chunk once the metadata is known.
 
     Parameters
     ----------
     keys : collection of str
-        Everything the origin lists below the array, relative to it. A chunk of the grid that is
+        All keys that the origin lists below the array, relative to it. A chunk of the grid that is
         not listed has the fill value.
     url : str
         Full URL of the array, for messages.

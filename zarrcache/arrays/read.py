@@ -1,12 +1,12 @@
-"""Read one density: 1 LIST, all GETs at once, decoded as they arrive, checked by the listing.
+"""Read one density: 1 LIST, concurrent GETs, decoded as they arrive, checked against the listing.
 
-Every density that the array tier does not have is read here; also one of an open zarr group.
+Every density that the array tier does not have is read here, and those of open zarr groups.
 
-S3 has no snapshots. The objects are guaranteed to be the listed versions, but a listing in the
-middle of an overwrite names new objects beside old ones, and one in the middle of a first upload
-lacks some. A store written a moment ago must therefore list the same until its newest object is
-two seconds old (S3 dates in whole seconds, so the real margin may be one second). A writer that
-pauses for longer than that between two objects cannot be told from one that has finished.
+S3 has no snapshots. The objects are guaranteed to be the listed versions, but a listing during an
+overwrite mixes new and old objects, and one during a first upload is incomplete. The listing of a
+recently written store must therefore stay the same until its newest object is two seconds old (S3
+dates are in whole seconds, so the real margin may be one second). A writer that pauses longer than
+that between two objects cannot be distinguished from one that has finished.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def read_array(
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET per object.
 
-    The result is never a mixture of two versions: each object must be the listed version, and a
-    store written a moment ago must list the same until it is two seconds old, so a reader right
-    behind a writer waits that long.
+    The result is never a mixture of two versions: each object must be the listed version, and the
+    listing of a recently written store must stay the same until it is two seconds old. A reader
+    that follows a writer waits that long.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ def check_sizes(sizes: Collection[int], url: str) -> None:
 
 
 def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
-    """Make the error for a store with these keys that lacks ``array``; it names those it has."""
+    """The error for a store with these keys but without ``array``; it names the arrays present."""
     present = sorted(
         {
             key.split("/")[0]
@@ -275,8 +275,8 @@ def as_density(
 ) -> NDArray[np.float32]:
     """Check that an array is 3-D and cast it to float32, without a copy if it is float32.
 
-    With ``is_per_point`` also divide it by its number of points, in place if it is writable: it is
-    fresh then, and the pages of a second array of its size cost as much as the division.
+    With ``is_per_point`` also divide it by its number of points, in place if it is writable: then
+    no other code uses it, and a second array of its size would cost as much as the division.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Unpack a Zarr store that is one zip file: one GET, then members in memory."""
+"""Unpack a Zarr store in one zip file in memory, after one GET."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_DIRECTORY_BYTES = 20 * 1024**2
 _TAIL_BYTES = 66 * 1024  # the end record of a zip and the longest comment that may follow it
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _REMEDY = "Zip the store again, uncompressed (zip -0)."
-#: What zipfile raises over a damaged file; RuntimeError over an encrypted one.
+#: Errors of zipfile for a damaged file; RuntimeError for an encrypted one.
 _DAMAGED = (zipfile.BadZipFile, struct.error, *DECODE_ERRORS)
 
 
