@@ -9,7 +9,7 @@ One Zarr reader for charge densities, with two local cache tiers beneath it:
 ... )  # doctest: +SKIP
 >>> train, test = reader.data_split()  # doctest: +SKIP
 
-The public names are listed in ``__init__.pyi``; each is imported at its first use, so
+The public names are listed in ``__init__.pyi``; each is imported at first use, so
 ``import zarrcache`` loads neither torch nor zarr nor an S3 client.
 """
 

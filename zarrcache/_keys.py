@@ -1,4 +1,4 @@
-"""Names and digests of objects, cache entries, task ids, roles and eviction policies. Pure."""
+"""Names and digests of objects, cache entries, task ids, roles and eviction policies. No I/O."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 #: The two sides of a sample: input and label.
 Role = Literal["data", "label"]
 ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
-#: What a full cache does; zarrcache/disk/policy.py says how. It is here because the help of the
+#: Eviction policies; zarrcache/disk/policy.py describes them. Defined here because the help of the
 #: command line must not import pydantic.
 Eviction = Literal["none", "least-recently-stored", "belady"]
 #: Version of everything below ``<dir>/zarrcache-v1/``: in the path, in every digest and header.
@@ -62,7 +62,7 @@ class ObjectInfo:
     etag : str
         The version: S3's ETag without quotes, or ``mtime_ns-size`` of a local file.
     modified_s : float
-        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. In no digest.
+        Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of digests.
     """
 
     key: str
@@ -156,14 +156,14 @@ def stored_array(array: str, *, is_per_point: object) -> str:
     """
     if " " in array:
         raise ConfigError(
-            f"density_type gives the array {array!r}; which contains a blank. Set it to total "
-            "or diff."
+            f"density_type gives the array name {array!r}, which contains a blank. Set it to "
+            "total or diff."
         )
     return array + _PER_POINT if is_per_point else array
 
 
 def is_digest(text: object) -> bool:
-    """Whether ``text`` is a digest. No other outside input becomes part of a file name."""
+    """Whether ``text`` is a digest. No other untrusted input becomes part of a file name."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
@@ -185,7 +185,7 @@ def stem_of(name: str) -> str | None:
 
 
 def safe_repr(value: object) -> str:
-    """``repr`` of outside input for a message: shortened, and in ASCII against look-alikes."""
+    """``repr`` of untrusted input for a message: shortened, and in ASCII against look-alikes."""
     return _REPR.repr(value).encode("ascii", "backslashreplace").decode()
 
 
@@ -206,7 +206,7 @@ def check_task_id(task_id: object) -> str:
 
 
 def check_task_ids(task_ids: Sequence[object]) -> list[str]:
-    """Apply :func:`check_task_id` to each, in a third of the time: maps have 200,000 ids.
+    """Apply :func:`check_task_id` to each id, in a third of the time: maps have 200,000 ids.
 
     Raises
     ------

@@ -109,7 +109,7 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
         number = operator.index(value)
     except TypeError:
         number = least - 1
-    # bool is an int to Python; here it is a mistake.
+    # In Python bool is an int; here it is a mistake.
     if isinstance(value, bool) or number < least or (most is not None and number > most):
         raise ConfigError(
             f"{name} is {value!r}; it has to be a whole number from "
@@ -120,10 +120,10 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
 
 @functools.cache
 def most_bytes() -> int:
-    """Bytes that one array may have: half of this machine's memory, 64 GiB at most.
+    """Largest size of one array in bytes: half of this machine's memory, at most 64 GiB.
 
-    The largest of 122,689 densities has 601 MiB. A store that claims more is broken or hostile, and
-    is refused before anything is allocated.
+    The largest of 122,689 densities has 601 MiB. A store that claims more than the limit is broken
+    or hostile, and is refused before anything is allocated.
     """
     return min(64 * 1024**3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
 

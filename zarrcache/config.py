@@ -1,8 +1,8 @@
 """Settings: the users' training keys and the ``cache:`` block, validated once, then frozen.
 
 Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
-``30 d`` or a number of seconds. ``${VAR}`` and ``${VAR:-default}`` expand in every string. The one
-environment variable of our own, ``ZARRCACHE_DIR``, overrides ``cache.dir``.
+``30 d`` or a number of seconds. ``${VAR}`` and ``${VAR:-default}`` expand in every string. The only
+environment variable of zarrcache, ``ZARRCACHE_DIR``, overrides ``cache.dir``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _expand_text(text: str) -> str:
     match = _VARIABLE.search(text)
     if match is None:
         return text
-    end, depth = match.end(), 1  # the default may hold variables: ${A:-${B:-/tmp}}
+    end, depth = match.end(), 1  # the default may contain variables: ${A:-${B:-/tmp}}
     while depth and end < len(text):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1
@@ -97,10 +97,10 @@ class _Block(BaseModel):
 
 
 class RetryConfig(_Block):
-    """How often and how long a transient error is retried."""
+    """Retries of transient errors."""
 
     attempts: int = Field(
-        5, ge=1, le=100, description="most requests per object, the first one included"
+        5, ge=1, le=100, description="maximum requests per object, the first one included"
     )
     timeout: Seconds = Field(
         60.0,
@@ -110,7 +110,7 @@ class RetryConfig(_Block):
 
 
 class FetchConfig(_Block):
-    """How objects come from S3."""
+    """Requests to S3: engine, concurrency, timeouts."""
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
     concurrency: int = Field(
@@ -155,12 +155,12 @@ class PriceConfig(_Block):
 
 
 def _or_none(value: object) -> object:
-    """None for an empty string, for example of an empty variable."""
+    """Convert an empty string, as from an empty variable, to None."""
     return None if value == "" else value
 
 
 def _listed(value: object) -> object:
-    """A list, or a string of a job script with names separated by commas or blanks."""
+    """Split a string, as from a job script, at commas or blanks; keep a list as it is."""
     return (
         tuple(value.replace(",", " ").split())
         if isinstance(value, str)
@@ -276,14 +276,14 @@ class CacheConfig(_Block):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> CacheConfig:
-        """Read the ``cache:`` block of a training config, or a file that is only that block."""
+        """Read the ``cache:`` block of a training config, or a file with the keys of that block."""
         document = _read_yaml(path)
         block = document.get("cache", document)
         return cls.of(block)
 
     @classmethod
     def of(cls, value: CacheConfig | Mapping[str, Any]) -> CacheConfig:
-        """Return a config unchanged, or make one of a mapping or namespace."""
+        """Return a config unchanged, or make one from a mapping or namespace."""
         if isinstance(value, cls):
             return value
         return cls(**_as_dict(value, "cache"))
@@ -324,7 +324,7 @@ class DataConfig(_Block):
             near = difflib.get_close_matches(
                 key, type(self).model_fields.keys() - data.keys(), n=1, cutoff=0.8
             )
-            if near:  # only a warning: it may be one of the training's own keys
+            if near:  # only a warning, because it may be a key of the training
                 logger.warning(
                     "the config has the key %r; if it is meant for zarrcache, did you mean %r?",
                     key,
@@ -351,7 +351,7 @@ class DataConfig(_Block):
 
     @classmethod
     def of(cls, cfg: object) -> DataConfig:
-        """Return a DataConfig unchanged, or make one of a mapping or namespace."""
+        """Return a DataConfig unchanged, or make one from a mapping or namespace."""
         if isinstance(cfg, cls):
             return cfg
         return cls(**_as_dict(cfg, "cfg"))
@@ -391,11 +391,11 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    """One line per problem: the key, what is wrong, what to write."""
+    """Describe one problem in one line: the key, what is wrong, what to write."""
     prefix = "cache." if issubclass(model, CacheConfig) else ""
     where = prefix + ".".join(str(part) for part in error["loc"])
     inner = error.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):  # raised by a nested block, with its own words
+    if isinstance(inner, ConfigError):  # raised by a nested block, with its own message
         return "\n".join(f"{where}.{line}" for line in str(inner).splitlines())
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])

@@ -1,4 +1,4 @@
-"""Every error that zarrcache raises on purpose.
+"""All errors that zarrcache raises on purpose.
 
 ::
 
@@ -16,8 +16,8 @@
 Two of these choices keep wrong numbers out of a training run:
 
 * ``IncompleteArrayError`` is not an ``OSError``. zarr takes a ``FileNotFoundError`` from a store
-  for a chunk that was never written and returns the fill value without a warning. A listed object
-  that cannot be read must not look like that.
+  for a chunk that was never written and silently returns the fill value. A listed object that
+  cannot be read must not be mistaken for one.
 * Every error takes exactly one string. DataLoader rebuilds a worker's exception as
   ``type(exc)(message)``; with two arguments that fails and hides the cause.
 """
@@ -54,7 +54,7 @@ class ConfigError(ZarrCacheError, ValueError):
 
 
 class SchemaError(ZarrCacheError, ValueError):
-    """The store is readable but does not have the requested array, or not as a density."""
+    """The store is readable but lacks the requested array, or the array is not a density."""
 
 
 class OriginError(ZarrCacheError, OSError):
@@ -66,7 +66,7 @@ class OriginNotFoundError(OriginError, FileNotFoundError):
 
 
 class OriginAccessError(OriginError, PermissionError):
-    """The credentials do not allow it. Never retried."""
+    """The credentials do not allow the request. Never retried."""
 
 
 class OriginUnavailableError(OriginError, ConnectionError):
@@ -78,7 +78,7 @@ class IncompleteArrayError(ZarrCacheError):
 
 
 class CorruptEntryError(ZarrCacheError):
-    """A cache entry does not match its checksum or identity. Raised by ``verify`` alone."""
+    """A cache entry does not match its checksum or identity. Outside of ``verify`` it is a miss."""
 
 
 class LockTimeoutError(ZarrCacheError, TimeoutError):

@@ -1,7 +1,7 @@
 """The byte tier as an fsspec filesystem: ``zarrcache::s3://bucket/key``.
 
-Registered through the ``fsspec.specs`` entry point: whatever takes an fsspec URL reads through the
-cache.
+Registered through the ``fsspec.specs`` entry point, so that all code that takes an fsspec URL can
+read through the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ZarrCacheFileSystem"]
 
 
 class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
-    """Read files of S3 or of a directory through the byte tier. Read-only.
+    """Reads files of S3 or of a directory through the byte tier. Read-only.
 
     >>> url = "zarrcache::s3://bucket/mp-1.zarr"
     >>> options = {"s3": {"anon": True}, "zarrcache": {"dir": "/scratch/me"}}
@@ -182,7 +182,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             names = origin.list_names()
         except OriginNotFoundError:
             return {}
-        # One LIST of this level alone: there may be 100,000 stores below it. Names that are not
+        # One LIST of this level only: there may be 100,000 stores below it. Names that are not
         # stores are looked up one by one.
         return {
             name: None if name.endswith(".zarr") else next(iter(origin.list_objects(name)), None)

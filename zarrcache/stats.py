@@ -1,4 +1,4 @@
-"""What the processes of one run share: counters, sets of digests, and the file behind them.
+"""State that the processes of a run share: counters, sets of digests, and the file behind them.
 
 Also warnings that are logged once per kind.
 """
@@ -34,7 +34,7 @@ class Stats:
     byte_hits, byte_misses : int
         The same for the byte tier, in objects and blocks.
     purges : int
-        Bad entries dropped (checksum, identity, truncation), and bad ones received and refused.
+        Bad entries dropped (checksum, identity, truncation), and bad entries received and rejected.
     cache_errors : int
         Cache errors that became misses or pass-through.
     requests, retries : int
@@ -133,10 +133,10 @@ class Counters:
 
 
 class LogOnce:
-    """Warn once per kind of trouble: a full disk must not write a log line per sample.
+    """Logs one warning per kind of fault: a full disk must not cause a log line per sample.
 
     One object per owner (an index, a reader, the peers of a config). Safe from any thread; two
-    threads that meet the same trouble at the same moment may both log it. A copy in another process
+    threads that hit the same fault at the same moment may both log it. A copy in another process
     starts with nothing logged: each process writes its own log.
     """
 
@@ -151,7 +151,7 @@ class LogOnce:
         return type(self), ()
 
     def warning(self, kind: Hashable, logger: logging.Logger, message: str, *args: object) -> None:
-        """``logger.warning(message, *args)``, unless trouble of this ``kind`` was logged before."""
+        """Log a warning, unless one of this ``kind`` was logged before."""
         if kind not in self._logged:
             self._logged.add(kind)
             logger.warning(message, *args, stacklevel=2)
@@ -183,7 +183,7 @@ class SharedFile:
 
     @classmethod
     def new(cls) -> SharedFile:
-        """Make an empty file."""
+        """Create an empty file."""
         if hasattr(os, "memfd_create"):
             return cls(os.memfd_create(f"zarrcache-{secrets.token_hex(8)}", os.MFD_CLOEXEC))
         with tempfile.TemporaryFile() as file:
@@ -218,17 +218,16 @@ class SharedFile:
         return os.pread(self._fd, max(0, os.fstat(self._fd).st_size - offset), offset)
 
     def map(self, nbytes: int) -> mmap.mmap:
-        """Map the first ``nbytes``, initially zeros, as shared memory. Not for a file that is
-        appended to.
-        """
+        """Map the first ``nbytes``, initially zeros, as shared memory. Do not append later."""
         if os.fstat(self._fd).st_size < nbytes:
             os.ftruncate(self._fd, nbytes)
         return mmap.mmap(self._fd, nbytes)
 
 
 def _reopen(path: str, name: str) -> SharedFile:
-    """Open ``path`` if it still is that file; a new one on another machine or after the parent
-    has ended.
+    """Open ``path`` if it still is the file ``name``; otherwise create a new file.
+
+    It is another file on another machine, or after the parent has ended.
     """
     try:
         if os.readlink(path) == name:
