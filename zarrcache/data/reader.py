@@ -353,7 +353,10 @@ class ZarrS3Reader(PairReader):
             There is no such store.
         """
         names = self.store_names(role)
-        name = names.get(task_id) if type(task_id) is str else None
+        try:
+            name = names.get(task_id)
+        except TypeError:  # not hashable: refused below
+            name = None
         if name is not None:  # a listed name, so it is not a path
             return name
         url = self._origins[role].url_of(f"{check_task_id(task_id)}.zarr")

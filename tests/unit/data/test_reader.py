@@ -318,6 +318,25 @@ class TestOneDensity:
 
     @pytest.mark.parametrize("cache", [False, True])
     @pytest.mark.parametrize("normalize", [False, True])
+    def test_an_id_may_be_a_string_of_numpy(
+        self, stores: dict[tuple[str, str], Arrays], reader_of: Callable[..., ZarrS3Reader]
+    ) -> None:
+        """Ids that were shuffled or split as an array are such strings."""
+        reader = reader_of(cache=True)
+        for task_id in np.array(reader.task_ids):
+            values, _ = reader.load(task_id, "data")
+            assert np.array_equal(values, reader.load(str(task_id), "data")[0])
+
+    @pytest.mark.parametrize("task_id", [["mp-0"], {}, None, 3, "../mp-0", "a/b"])
+    def test_an_id_that_is_no_plain_name_is_refused(
+        self,
+        task_id: Any,
+        stores: dict[tuple[str, str], Arrays],
+        reader_of: Callable[..., ZarrS3Reader],
+    ) -> None:
+        with pytest.raises(ConfigError, match="is not a plain name"):
+            reader_of().load(task_id, "data")
+
     def test_array_is_writable_and_the_callers_own(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader], cache: bool, normalize: bool
     ) -> None:
