@@ -316,8 +316,6 @@ class TestWhichMaterials:
 class TestOneDensity:
     """``load`` and what warming needs beside it."""
 
-    @pytest.mark.parametrize("cache", [False, True])
-    @pytest.mark.parametrize("normalize", [False, True])
     def test_an_id_may_be_a_string_of_numpy(
         self, stores: dict[tuple[str, str], Arrays], reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
@@ -337,6 +335,8 @@ class TestOneDensity:
         with pytest.raises(ConfigError, match="is not a plain name"):
             reader_of().load(task_id, "data")
 
+    @pytest.mark.parametrize("cache", [False, True])
+    @pytest.mark.parametrize("normalize", [False, True])
     def test_array_is_writable_and_the_callers_own(
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader], cache: bool, normalize: bool
     ) -> None:
