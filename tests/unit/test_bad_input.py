@@ -98,7 +98,7 @@ class TestMap:
         """In the warning; the error says that nothing is left."""
         with (
             caplog.at_level(logging.WARNING),
-            pytest.raises(ConfigError, match="No task id of the functional has both stores"),
+            pytest.raises(ConfigError, match="no task id of the functional has both stores"),
         ):
             make_reader(data, functional="r2SCAN").data_split()
         assert "1 of 1 task ids of r2SCAN have no store" in caplog.text

@@ -197,7 +197,7 @@ def test_an_id_without_a_file_is_named(pairs: Path) -> None:
     ("options", "words"),
     [
         ({"functional": "HSE"}, r"'HSE' not found in mapping. Available: \['GGA', 'SCAN'\]"),
-        ({"functional": "SCAN"}, "No task id of the functional"),
+        ({"functional": "SCAN"}, "no task id of the functional"),
         ({"train_fraction": 1.5}, "Change train_fraction"),
     ],
 )

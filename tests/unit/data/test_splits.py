@@ -152,7 +152,7 @@ def test_train_fraction_is_refused_where_scikit_learn_refuses_it(
         theirs = train_test_split(ids, train_size=train_fraction, random_state=42)
     except ValueError:
         advice = (
-            "No task id of the functional has both stores" if n == 0 else "Change train_fraction"
+            "no task id of the functional has both stores" if n == 0 else "Change train_fraction"
         )
         with pytest.raises(ConfigError, match=advice) as caught:
             split_ids(ids, train_fraction, 42)

@@ -145,7 +145,7 @@ def test_a_mapped_entry_stays_readable_after_eviction(warm: DataConfig) -> None:
     ("arguments", "words"),
     [
         ({}, "No entries are selected"),
-        ({"stale": True, "everything": True}, "what is stale"),
+        ({"stale": True, "everything": True}, "Finding stale entries"),
         ({"older_than_s": 1.0}, "No entries are selected"),
     ],
 )
