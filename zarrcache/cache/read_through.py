@@ -14,6 +14,7 @@ from zarrcache.arrays import as_density, list_array, read_array
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
+from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import Origin
 from zarrcache.stats import SharedSet
 
@@ -177,10 +178,19 @@ class ReadThrough:
     ) -> NDArray[np.float32]:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
         config = self._cache.config
-        origin = self._origin
-        if config is not None and config.bytes.enabled:
-            origin = CachedOrigin(origin, self._cache, relist=relist)
-        values = self.prepared(read_array(origin, store, self._array).array, key.url)
+        if config is None or not config.bytes.enabled:
+            decoded = read_array(self._origin, store, self._array)
+        else:
+            cached = CachedOrigin(self._origin, self._cache, relist=relist)
+            try:
+                decoded = read_array(cached, store, self._array)
+            except IncompleteArrayError:
+                if relist:
+                    raise
+                # The stored listing may be older than the store.
+                cached = CachedOrigin(self._origin, self._cache, relist=True)
+                decoded = read_array(cached, store, self._array)
+        values = self.prepared(decoded.array, key.url)
         if self._revalidate == "run":
             self._checked.add(key.digest)
         self._counters.add(misses=1, bypasses=1)

@@ -515,7 +515,8 @@ class ByteCache(Tier):
             if not missing:
                 return
             self._open()
-            # Every reader of these keys takes the lock of the first one.
+            # One lock for all: readers of the same keys wait for each other. A reader of one of
+            # them alone has another lock, and may fetch it a second time.
             with self.flight.hold(keys[0].digest):
                 wanted = {}
                 for key in missing:  # another process may have fetched some meanwhile

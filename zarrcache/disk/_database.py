@@ -279,7 +279,7 @@ class IndexFile:
 
     # -- use
 
-    def lookup(self, key: str) -> Stored | None:
+    def lookup(self, key: str, table: Table | None = None) -> Stored | None:
         """The row of an entry or a loan (whose key has a mark before the digest). One SELECT.
 
         Raises
@@ -287,7 +287,8 @@ class IndexFile:
         sqlite3.DatabaseError
             The row is damaged, or of another entry.
         """
-        table = self.open()
+        # Inside a transaction ``table`` is its own: another thread may have reopened the index.
+        table = table if table is not None else self.open()
         with no_fork(table):
             found: Stored | None = table.get(key)
         if found is not None and key.rpartition("-")[2] not in found.filename:

@@ -174,7 +174,12 @@ class Index:
                     and isinstance(stored_s, float)
                     and f"/{key}" in filename
                 ):
-                    yield Row(key, tag, filename, size, stored_s, value.partition(" ")[2])
+                    note = value.partition(" ")[2]
+                    # Caches of the first build have listings among the arrays; their notes end
+                    # with an empty array name.
+                    tag = LISTING if tag == ARRAY and note.endswith("\n") else tag
+                    if kind is None or tag == kind:
+                        yield Row(key, tag, filename, size, stored_s, note)
             last = page[-1][0]
 
     def totals(self) -> dict[str, tuple[int, int]]:
@@ -333,7 +338,8 @@ class Index:
         kinds = (ARRAY, OBJECT) if kind is None else (kind,)
         return self._file.select(
             f"SELECT key, size FROM Cache WHERE tag IN ({', '.join('?' * len(kinds))}) "
-            "ORDER BY rowid LIMIT ?",
+            # listings of the first build, see `rows`
+            "AND substr(value, -1) != char(10) ORDER BY rowid LIMIT ?",
             (*kinds, most),
         )
 
@@ -373,7 +379,7 @@ class Index:
         self, table: Table, digest: str, *, keep: str | None = None, only: str | None = None
     ) -> list[Intent]:
         """Turn an entry into an intent to delete. Call inside a transaction."""
-        old = self.lookup(digest)
+        old = self._file.lookup(digest, table)
         if old is None or (only is not None and old.filename != only):
             return []
         table.delete(digest)

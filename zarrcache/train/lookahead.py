@@ -95,13 +95,13 @@ class Lookahead:
         self._progress = ReadProgress(
             orders, int(getattr(order, "epoch", 0)) if epoch is None else epoch
         )
-        self._reader.observe(self._progress)
         if config.eviction == "belady" and isinstance(orders, Listed) and orders.ranks > 1:
             raise ConfigError(
                 f"cache.eviction is belady, and this node has {orders.ranks} ranks: a rank's own "
                 "list does not contain what the other ranks read. Give a NodeSampler, or set "
                 "cache.eviction to none."
             )
+        self._reader.observe(self._progress)
         if config.eviction == "belady":
             self._reader.cache.set_eviction_policy(
                 BeladyPolicy(self._progress, _digests(self._reader, orders.names))

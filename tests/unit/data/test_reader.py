@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tests.support.stores import STRUCTURE, random_density
 from tests.support.stores import small_group as write_group
-from zarrcache import ConfigError, OriginNotFoundError, ZarrS3Reader
+from zarrcache import ConfigError, IncompleteArrayError, OriginNotFoundError, ZarrS3Reader
 from zarrcache._keys import source_digest
 
 Arrays = dict[str, NDArray[Any]]
@@ -315,6 +315,24 @@ class TestWhichMaterials:
 
 class TestOneDensity:
     """``load`` and what warming needs beside it."""
+
+    def test_without_the_array_tier_a_repaired_store_is_read(
+        self,
+        stores: dict[tuple[str, str], Arrays],
+        reader_of: Callable[..., ZarrS3Reader],
+        make_reader: Callable[..., ZarrS3Reader],
+        tmp_path: Path,
+    ) -> None:
+        """The stored listing is older than the repaired chunk."""
+        chunk = next((tmp_path / "data/mp-0.zarr/charge_density_total").glob("[0-9]*"))
+        whole = chunk.read_bytes()
+        chunk.write_bytes(b"no chunk at all")
+        reader = make_reader(cache={"arrays": {"enabled": False}}, train_fraction=0.6)
+        with pytest.raises(IncompleteArrayError):
+            reader.load("mp-0", "data")
+        chunk.write_bytes(whole)
+        values, _ = reader.load("mp-0", "data")
+        assert np.array_equal(values, reader_of(normalize=reader.normalize).load("mp-0", "data")[0])
 
     def test_an_id_may_be_a_string_of_numpy(
         self, stores: dict[tuple[str, str], Arrays], reader_of: Callable[..., ZarrS3Reader]
