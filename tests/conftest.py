@@ -30,6 +30,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the generated examples first: a few long tests at the end would leave the other
+    processes of a parallel run without work.
+    """
+    items.sort(key=lambda item: "property" not in item.path.parent.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Remove credentials, profiles, endpoints and cache settings of the user, for this process and

@@ -142,15 +142,4 @@ def load_chgcar_data(cfg: object) -> Any:
     """
     from zarrcache.convert import RhoRead
 
-    config = DataConfig.of(cfg)
-    reader = RhoRead(
-        data_dir=config.data_dir,
-        label_dir=config.label_dir,
-        map_dir=config.map_dir,
-        functional=config.functional,
-        normalize=config.normalize_data,
-        train_fraction=config.train_fraction,
-        random_state=config.random_state,
-        density_type=config.density_type,
-    )
-    return reader.data_split()
+    return RhoRead.from_config(cfg).data_split()

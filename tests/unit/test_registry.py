@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from zarrcache import registry
+from tests.support.stores import small_group
+from zarrcache import ZarrS3Reader, registry
 from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.convert import RhoRead
+from zarrcache.data import PairReader
 from zarrcache.errors import ConfigError
 from zarrcache.registry import get_dataset, load_chgcar_data, load_data, register_data
 
@@ -28,18 +33,6 @@ KEYS: dict[str, Any] = {
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove what a test registers."""
     monkeypatch.setattr(registry, "_loaders", dict(registry._loaders))
-
-
-class Reader:
-    """Takes any arguments and returns a placeholder split; records its arguments."""
-
-    given: Mapping[str, Any] = {}
-
-    def __init__(self, **arguments: Any) -> None:
-        type(self).given = arguments
-
-    def data_split(self) -> tuple[str, str]:
-        return "train", "test"
 
 
 def test_own_loader_is_registered_in_one_line() -> None:
@@ -141,73 +134,82 @@ def test_callable_object_can_be_a_loader() -> None:
         register_data("mine")(Loader())
 
 
-@pytest.mark.parametrize("name", ["zarr_s3_data", "mp_zarr_s3_data", None])
-def test_zarr_loader_hands_the_users_keys_to_the_reader(
-    name: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under both names, and without one; missing keys have the users' defaults."""
-    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
-    assert get_dataset(KEYS if name is None else {**KEYS, "dataset_name": name, "epochs": 2}) == (
-        "train",
-        "test",
-    )
-    assert Reader.given == {
-        "data_dir": "a",
-        "label_dir": "b",
-        "map_dir": "map.json",
-        "functional": "GGA",
-        "normalize": True,
-        "train_fraction": 0.8,
-        "random_state": 42,
-        "density_type": "total",
-        "s3_kwargs": None,
-        "cache": None,
+@pytest.fixture
+def pairs(tmp_path: Path) -> dict[str, Any]:
+    """The keys of a config for three pairs of stores."""
+    for role in ("data", "label"):
+        for task_id in ("mp-1", "mp-2", "mp-3"):
+            small_group(tmp_path / role / f"{task_id}.zarr")
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1", "mp-2", "mp-3"]}))
+    return {
+        **KEYS,
+        "data_dir": str(tmp_path / "data"),
+        "label_dir": str(tmp_path / "label"),
+        "map_dir": str(tmp_path / "map.json"),
     }
 
 
-def test_zarr_loader_hands_the_cache_block_and_s3_kwargs_to_the_reader(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["zarr_s3_data", "mp_zarr_s3_data", None])
+def test_zarr_loader_has_both_names_and_is_the_default(
+    name: str | None, pairs: dict[str, Any]
 ) -> None:
-    """The block is validated first; a DataConfig is passed unchanged."""
-    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
+    cfg = pairs if name is None else {**pairs, "dataset_name": name, "epochs": 2}
+    train, test = get_dataset(cfg)
+    expected_train, expected_test = ZarrS3Reader.from_config(pairs).data_split()
+    for found, expected in ((train, expected_train), (test, expected_test)):
+        assert len(found[0]) == len(expected[0]) > 0
+        assert all(map(np.array_equal, found[0], expected[0]))
+
+
+@pytest.mark.parametrize("reader", [ZarrS3Reader, RhoRead])
+def test_readers_take_the_keys_of_a_config(reader: type[PairReader]) -> None:
+    """Keys that are not given have the users' defaults; creating a reader reads nothing."""
+    plain = reader.from_config(KEYS)
+    assert (str(plain.data_dir), str(plain.label_dir)) == ("a", "b")
+    assert plain.map_dir == Path("map.json")
+    assert (plain.functional, plain.normalize, plain.tf) == ("GGA", True, 0.8)
+    assert (plain.rs, plain.density_type, plain.s3_kwargs) == (42, "total", {})
     keys = {
         **KEYS,
         "normalize_data": False,
         "random_state": 7,
         "density_type": "diff",
         "s3_kwargs": {"anon": True},
-        "cache": {"dir": "/scratch"},
     }
     for cfg in (keys, SimpleNamespace(**keys), DataConfig.of(keys)):
-        load_data(cfg)
-        assert Reader.given["normalize"] is False
-        assert Reader.given["random_state"] == 7
-        assert Reader.given["density_type"] == "diff"
-        assert Reader.given["s3_kwargs"] == {"anon": True}
-        assert Reader.given["cache"] == CacheConfig(dir="/scratch")
+        other = reader.from_config(cfg)
+        assert (other.normalize, other.rs, other.density_type) == (False, 7, "diff")
+        assert other.s3_kwargs == {"anon": True}
 
 
-def test_misspelt_cache_key_is_named_before_anything_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reader_has_the_cache_of_the_config(tmp_path: Path) -> None:
+    cfg = {**KEYS, "cache": {"dir": str(tmp_path)}}
+    assert ZarrS3Reader.from_config(cfg).cache_config == CacheConfig(dir=tmp_path)
+
+
+def test_misspelt_cache_key_is_named_before_anything_is_read() -> None:
     """The message suggests the nearest setting."""
-    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
     with pytest.raises(ConfigError, match=r"limti is not a setting. Did you mean 'limit'"):
         get_dataset({**KEYS, "cache": {"dir": "/scratch", "limti": "1 GiB"}})
 
 
-def test_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zarrcache.data.reader.ZarrS3Reader", Reader)
+def test_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="functional is missing"):
         get_dataset({key: value for key, value in KEYS.items() if key != "functional"})
 
 
-def test_chgcar_loader_hands_the_users_keys_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same keys work for files that are not converted."""
-    monkeypatch.setattr("zarrcache.convert.RhoRead", Reader)
-    assert get_dataset({**KEYS, "dataset_name": "chgcar_data"}) == ("train", "test")
-    assert Reader.given["normalize"] is True
-    assert load_chgcar_data(SimpleNamespace(**KEYS)) == ("train", "test")
+def test_chgcar_loader_reads_files_and_says_that_it_does_not_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same keys work for files that are not converted; a cache block has no effect."""
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1"]}))
+    cfg = {**KEYS, "map_dir": str(tmp_path / "map.json"), "data_dir": str(tmp_path)}
+    cfg |= {"label_dir": str(tmp_path), "cache": {"dir": str(tmp_path / "cache")}}
+    for load in (load_chgcar_data, get_dataset):
+        with pytest.raises(ConfigError, match="no task id of the functional has both"):
+            load({**cfg, "dataset_name": "chgcar_data"})
+    assert "parsed at every read" in caplog.text
+    assert not (tmp_path / "cache").exists()
 
 
 def test_importing_the_registry_loads_nothing_heavy() -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from zarrcache._keys import Role
 from zarrcache.arrays import per_point
@@ -51,30 +50,17 @@ class RhoRead(PairReader):
 
     _unit = "file"
 
-    def __init__(
-        self,
-        data_dir: str | os.PathLike[str],
-        label_dir: str | os.PathLike[str],
-        map_dir: str | os.PathLike[str],
-        functional: str,
-        normalize: bool,
-        train_fraction: float,
-        random_state: int = 42,
-        density_type: str = "total",
-        s3_kwargs: Mapping[str, Any] | None = None,
-        *,
-        cache: CacheConfig | Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            _directory(data_dir),
-            _directory(label_dir),
-            map_dir,
-            functional,
-            normalize,
-            train_fraction,
-            random_state,
-            density_type,
-        )
+    @staticmethod
+    def _location(value: str | os.PathLike[str]) -> Path:
+        text = os.fspath(value)
+        if "://" in text.removeprefix("file://"):
+            raise ConfigError(
+                f"{text} is not a directory of this machine. Convert the files to Zarr (zarrcache "
+                "convert) and use zarr_s3_data, or copy them here."
+            )
+        return Path(text.removeprefix("file://")).expanduser()
+
+    def _prepare(self, cache: CacheConfig | None) -> None:
         self._files: dict[Role, dict[str, Path]] = {}
         self._log_once = LogOnce()
         if cache is not None:
@@ -150,13 +136,3 @@ class RhoRead(PairReader):
                     logger.debug("%s", exc)
             self._files[role] = files
         return self._files[role]
-
-
-def _directory(value: str | os.PathLike[str]) -> Path:
-    text = os.fspath(value)
-    if "://" in text.removeprefix("file://"):
-        raise ConfigError(
-            f"{text} is not a directory of this machine. Convert the files to Zarr (zarrcache "
-            "convert) and use zarr_s3_data, or copy them here."
-        )
-    return Path(text.removeprefix("file://")).expanduser()

@@ -27,7 +27,7 @@ from zarrcache._keys import (
 )
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
-from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.config import CacheConfig
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density
 from zarrcache.data.splits import PairReader
@@ -86,36 +86,17 @@ class ZarrS3Reader(PairReader):
 
     _unit = "store"
 
-    def __init__(
-        self,
-        data_dir: str | os.PathLike[str],
-        label_dir: str | os.PathLike[str],
-        map_dir: str | os.PathLike[str],
-        functional: str,
-        normalize: bool,
-        train_fraction: float,
-        random_state: int = 42,
-        density_type: str = "total",
-        s3_kwargs: dict[str, Any] | None = None,
-        *,
-        cache: CacheConfig | Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            _url_or_path(data_dir),
-            _url_or_path(label_dir),
-            map_dir,
-            functional,
-            normalize,
-            train_fraction,
-            random_state,
-            density_type,
-        )
-        self.s3_kwargs = s3_kwargs or {}
+    @staticmethod
+    def _location(value: str | os.PathLike[str]) -> str | Path:
+        text = os.fspath(value)
+        if "://" in text and not text.startswith("file://"):
+            return text
+        return Path(text.removeprefix("file://"))
+
+    def _prepare(self, cache: CacheConfig | None) -> None:
         directories = self.data_dir, self.label_dir
         self.use_s3 = any(str(directory).startswith("s3://") for directory in directories)
         self._counters = Counters(shared=True)
-        if cache is not None and not isinstance(cache, CacheConfig):
-            cache = CacheConfig.of(cache)
         self._cache = Cache(cache, self._counters)
         self._origins: dict[Role, Origin] = {
             "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),
@@ -417,15 +398,6 @@ def _flat(values: NDArray[np.float32]) -> Density:
     return values.reshape(-1), (nx, ny, nz)
 
 
-def _url_or_path(value: str | os.PathLike[str]) -> str | Path:
-    text = os.fspath(value)
-    return (
-        text
-        if "://" in text and not text.startswith("file://")
-        else Path(text.removeprefix("file://"))
-    )
-
-
 def distinct_directories(origins: Mapping[Role, Origin]) -> dict[tuple[str, str], Origin]:
     """The directories of both roles by endpoint and URL; one if they are the same."""
     return {(origin.identity, origin.url_of("")): origin for origin in origins.values()}
@@ -439,16 +411,4 @@ def open_reader(cfg: object) -> ZarrS3Reader:
     ConfigError
         A key is missing or cannot be used.
     """
-    config = cfg if isinstance(cfg, DataConfig) else DataConfig.of(cfg)
-    return ZarrS3Reader(
-        data_dir=config.data_dir,
-        label_dir=config.label_dir,
-        map_dir=config.map_dir,
-        functional=config.functional,
-        normalize=config.normalize_data,
-        train_fraction=config.train_fraction,
-        random_state=config.random_state,
-        density_type=config.density_type,
-        s3_kwargs=config.s3_kwargs,
-        cache=config.cache,
-    )
+    return ZarrS3Reader.from_config(cfg)

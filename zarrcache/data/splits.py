@@ -14,10 +14,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from zarrcache._keys import Role, check_task_ids, density_array, safe_repr
 from zarrcache._units import read_bounded
+from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.errors import ConfigError
 
@@ -306,25 +307,66 @@ class PairReader(ABC):
 
     def __init__(
         self,
-        data_dir: str | Path,
-        label_dir: str | Path,
+        data_dir: str | os.PathLike[str],
+        label_dir: str | os.PathLike[str],
         map_dir: str | os.PathLike[str],
         functional: str,
         normalize: bool,
         train_fraction: float,
-        random_state: int,
-        density_type: str,
+        random_state: int = 42,
+        density_type: str = "total",
+        s3_kwargs: dict[str, Any] | None = None,
+        *,
+        cache: CacheConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        self.data_dir = data_dir
-        self.label_dir = label_dir
+        self.data_dir = self._location(data_dir)
+        self.label_dir = self._location(label_dir)
         self.map_dir = Path(map_dir)
         self.functional = functional
         self.normalize = normalize
         self.tf = train_fraction
         self.rs = random_state
         self.density_type = density_type
+        self.s3_kwargs = s3_kwargs or {}
         self._known_ids: dict[tuple[Path, str], _Present] = {}
         self._mapped: dict[tuple[Path, str], list[str]] = {}
+        self._prepare(None if cache is None else CacheConfig.of(cache))
+
+    @staticmethod
+    @abstractmethod
+    def _location(value: str | os.PathLike[str]) -> str | Path:
+        """A directory as given by the user, as an attribute of the reader."""
+
+    @abstractmethod
+    def _prepare(self, cache: CacheConfig | None) -> None:
+        """Create what reading needs, at the end of the constructor."""
+
+    @classmethod
+    def from_config(cls, cfg: object) -> Self:
+        """Create the reader that a training config describes. Sends no request.
+
+        Parameters
+        ----------
+        cfg : DataConfig, mapping or namespace
+
+        Raises
+        ------
+        ConfigError
+            A key is missing or cannot be used.
+        """
+        config = DataConfig.of(cfg)
+        return cls(
+            config.data_dir,
+            config.label_dir,
+            config.map_dir,
+            config.functional,
+            config.normalize_data,
+            config.train_fraction,
+            config.random_state,
+            config.density_type,
+            config.s3_kwargs,
+            cache=config.cache,
+        )
 
     @abstractmethod
     def store_names(self, role: Role) -> Mapping[str, Any]:
