@@ -197,6 +197,11 @@ def check_task_id(task_id: object) -> str:
     ConfigError
         Not a string, empty, with ``/``, ``\`` or ``..``, or starting with a dot.
     """
+    if isinstance(task_id, int):
+        raise ConfigError(
+            f"task id {task_id!r} is not a plain name but a number. "
+            f'Write "{task_id}" with quotes, or "mp-{task_id}" if the store is mp-{task_id}.zarr.'
+        )
     if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
         raise ConfigError(
             f"task id {safe_repr(task_id)} is not a plain name. Letters, digits and ._+=@- are "

@@ -1,17 +1,19 @@
 """Settings: the users' training keys and the ``cache:`` block, validated once, then frozen.
 
 Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
-``30 d`` or a number of seconds. ``${VAR}`` and ``${VAR:-default}`` expand in every string. The only
-environment variable of zarrcache, ``ZARRCACHE_DIR``, overrides ``cache.dir``.
+``30 d`` or a number of seconds. ``$VAR``, ``${VAR}`` and ``${VAR:-default}`` expand in every string,
+in ``s3_kwargs`` only those with braces. The only environment variable of zarrcache,
+``ZARRCACHE_DIR``, overrides ``cache.dir``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -44,44 +46,81 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
+#: ``${NAME``, ``${NAME:-``, and for all but secrets, which may hold a dollar sign, ``$NAME``, ``$$``.
+_BRACES = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
+_VARIABLE = re.compile(_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|\$)")
+#: Loaders that are registered by this package; others are known only once their module is imported.
+_LOADERS = ("zarr_s3_data", "mp_zarr_s3_data", "chgcar_data")
 
 
-def _expand(value: object) -> object:
-    """Expand ``${VAR}`` and ``${VAR:-default}``; as in the shell, empty counts as unset."""
+def _expand(value: object, variable: re.Pattern[str] = _VARIABLE) -> object:
+    """Expand environment variables in all strings of a value.
+
+    ``${NAME:-default}`` as in the shell, so empty counts as unset. ``$$`` is a dollar sign.
+    """
     if isinstance(value, str):
-        return _expand_text(value)
+        return _expand_text(value, variable)
     if isinstance(value, Mapping):
-        return {k: _expand(v) for k, v in value.items()}
+        return {k: _expand(v, variable) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_expand(v) for v in value]
+        return [_expand(v, variable) for v in value]
     return value
 
 
-def _expand_text(text: str) -> str:
-    match = _VARIABLE.search(text)
+def _expand_text(text: str, variable: re.Pattern[str]) -> str:
+    match = variable.search(text)
     if match is None:
         return text
-    end, depth = match.end(), 1  # the default may contain variables: ${A:-${B:-/tmp}}
-    while depth and end < len(text):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    default = text[match.end() : end - 1]
-    if depth or (default and not match[2]):
+    before, end = text[: match.start()], match.end()
+    if match[0] == "$$":
+        return f"{before}${_expand_text(text[end:], variable)}"
+    if match[0].startswith("${"):
+        depth = 1  # the default may contain variables: ${A:-${B:-/tmp}}
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        name, default, has_default = match[1], text[match.end() : end - 1], match[2]
+        if depth or (default and not has_default):
+            raise ConfigError(
+                f"{text!r} holds a ${{ that is not a variable. Write ${{NAME}} or "
+                "${NAME:-default}."
+            )
+    else:
+        name, default, has_default = match[3], "", None
+    found = os.environ.get(name)
+    if not found and not has_default:
+        dollar = "" if match[0].startswith("${") else " For a dollar sign itself write $$."
         raise ConfigError(
-            f"{text!r} holds a ${{ that is not a variable. Write ${{NAME}} or ${{NAME:-default}}."
+            f"{text!r} names the environment variable {name}, which is not set. Set it or "
+            f"write ${{{name}:-default}}.{dollar}"
         )
-    found = os.environ.get(match[1])
-    if not found and not match[2]:
-        raise ConfigError(
-            f"{text!r} names the environment variable {match[1]}, which is not set. Set it or "
-            f"write ${{{match[1]}:-default}}."
-        )
-    return text[: match.start()] + (found or _expand_text(default)) + _expand_text(text[end:])
+    return before + (found or _expand_text(default, variable)) + _expand_text(text[end:], variable)
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+
+
+def _train_fraction(value: object) -> object:
+    """Convert ``"0.8"``, as from a variable, to a number; refuse what no split can use."""
+    number: object = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = int(value) if value.strip().isdecimal() else float(value)
+    if (isinstance(number, float) and 0 < number <= 1) or (type(number) is int and number >= 1):
+        return number
+    raise ValueError(
+        f"{safe_repr(value)} is not a share of the materials. Write a number above 0 and up to "
+        "1.0, for example 0.8, or a whole number of training materials"
+    )
+
+
+def _density_type(value: object) -> object:
+    if value in ("total", "diff"):
+        return value
+    is_case = str(value).lower() in ("total", "diff")
+    hint = f"Did you mean '{str(value).lower()}'?" if is_case else "Write 'total' or 'diff'."
+    raise ValueError(f"{safe_repr(value)} is not a kind of density. {hint}")
 
 
 class _Block(BaseModel):
@@ -303,17 +342,17 @@ class DataConfig(_Block):
     label_dir: str
     map_dir: str
     functional: str
-    density_type: str = "total"
+    density_type: Annotated[str, BeforeValidator(_density_type)] = "total"
     normalize_data: bool = True
-    train_fraction: float | int = 0.8
-    random_state: int = 42
+    train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
+    random_state: int = Field(42, ge=0, lt=2**32)
     s3_kwargs: dict[str, Any] | None = Field(None, repr=False)
     cache: CacheConfig | None = None
 
     def __init__(self, **data: Any) -> None:
         try:
             secret: dict[str, Any] = (
-                {"s3_kwargs": _expand(data["s3_kwargs"])} if "s3_kwargs" in data else {}
+                {"s3_kwargs": _expand(data["s3_kwargs"], _BRACES)} if "s3_kwargs" in data else {}
             )
         except ConfigError:
             raise ConfigError(
@@ -338,6 +377,14 @@ class DataConfig(_Block):
         if data.get("cache") is not None:
             known["cache"] = CacheConfig.of(data["cache"])
         super().__init__(**known, **secret)
+
+    @field_validator("dataset_name")
+    @classmethod
+    def _loader(cls, value: str) -> str:
+        near = difflib.get_close_matches(value, _LOADERS, n=1, cutoff=0.8)
+        if near and value not in _LOADERS:  # only a warning, because it may be registered later
+            logger.warning("dataset_name is %r; did you mean %r?", value, near[0])
+        return value
 
     @field_validator("data_dir", "label_dir", "map_dir", mode="before")
     @classmethod
@@ -379,7 +426,9 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
             "Save it as UTF-8."
         ) from exc
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _UniqueKeys)
+    except ConfigError as exc:
+        raise ConfigError(f"config file {os.fspath(path)}: {exc}") from None
     except yaml.YAMLError as exc:
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
     if not isinstance(document, dict):
@@ -388,6 +437,23 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
             "for an example."
         )
     return document
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"the key {key.value!r} is in line {seen[key.value]} and again in line "
+                    f"{line}. Remove one of them."
+                )
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
@@ -404,9 +470,37 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         return f"{where} is not a setting. {hint}"
     if error["type"] == "missing":
         return f"{where} is missing."
+    if inner is not None:  # raised by a validator of this module, whose message names the value
+        message = f"{str(inner).rstrip('.')}."
+        return f"{where}: {message}" if error["loc"] else message
     # s3_kwargs may hold secrets.
-    got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {error['input']!r})"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
+    got = "" if error["loc"][:1] == ("s3_kwargs",) else f" (got {safe_repr(error['input'])})"
+    return f"{where}: has to be {_EXPECTED.get(error['type'], _described)(error)}{got}."
+
+
+#: What a value has to be, by pydantic's error types.
+_EXPECTED: dict[str, Callable[[ErrorDetails], str]] = {
+    "literal_error": lambda error: error["ctx"]["expected"],
+    "greater_than": lambda error: f"greater than {error['ctx']['gt']}",
+    "greater_than_equal": lambda error: f"at least {error['ctx']['ge']}",
+    "less_than": lambda error: f"less than {error['ctx']['lt']}",
+    "less_than_equal": lambda error: f"at most {error['ctx']['le']}",
+}
+
+
+def _described(error: ErrorDetails) -> str:
+    """What a value has to be, for errors of its type: ``int_parsing``, ``bool_type``."""
+    kinds = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "string": "text",
+        "path": "a path",
+        "dict": "keys and values",
+        "model": "keys and values",
+        "tuple": "a list",
+    }
+    return kinds.get(error["type"].partition("_")[0], f"valid: {error['msg']}")
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -137,33 +137,33 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"^cache\.bytes\.blocksize is not a setting\. Did you mean 'block_size'\?$",
     ),
     ({"limit": "lots"}, r"^cache\.limit: 'lots' is not a size"),
-    ({"limit": 0}, r"^cache\.limit: .*greater than 0 \(got 0\)$"),
+    ({"limit": 0}, r"^cache\.limit: has to be greater than 0 \(got 0\)\.$"),
     ({"min_free": "100 %"}, r"^cache\.min_free: '100 %' would leave no room for the cache"),
     ({"min_free": "five"}, r"^cache\.min_free: 'five' is not a size"),
     (
         {"eviction": "lru"},
-        r"^cache\.eviction: .*'none', 'least-recently-stored' or 'belady' \(got 'lru'\)$",
+        r"^cache\.eviction: .*'none', 'least-recently-stored' or 'belady' \(got 'lru'\)\.$",
     ),
     (
         {"revalidate": "always"},
-        r"^cache\.revalidate: .*'never', 'run' or 'epoch' \(got 'always'\)$",
+        r"^cache\.revalidate: .*'never', 'run' or 'epoch' \(got 'always'\)\.$",
     ),
-    ({"verify": True}, r"^cache\.verify: .*'first', 'always' or 'never' \(got True\)$"),
+    ({"verify": True}, r"^cache\.verify: .*'first', 'always' or 'never' \(got True\)\.$"),
     ({"bytes": {"block_size": "1 KiB"}}, r"^cache\.bytes\.block_size: .*65536"),
-    ({"bytes": 3}, r"^cache\.bytes: .*\(got 3\)$"),
-    ({"retry": {"attempts": 0}}, r"^cache\.retry\.attempts: .*\(got 0\)$"),
+    ({"bytes": 3}, r"^cache\.bytes: .*\(got 3\)\.$"),
+    ({"retry": {"attempts": 0}}, r"^cache\.retry\.attempts: .*\(got 0\)\.$"),
     ({"retry": {"timeout": "soon"}}, r"^cache\.retry\.timeout: 'soon' is not a duration"),
     (
         {"fetch": {"engine": "boto"}},
-        r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)$",
+        r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)\.$",
     ),
-    ({"fetch": {"concurrency": 5000}}, r"^cache\.fetch\.concurrency: .*1024 \(got 5000\)$"),
-    ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)$"),
+    ({"fetch": {"concurrency": 5000}}, r"^cache\.fetch\.concurrency: .*1024 \(got 5000\)\.$"),
+    ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)\.$"),
     (
         {"peers": ["node1"]},
         (
             r"^cache\.peers: 'node1' is not the address of a peer\. Write http://host:port, for "
-            r"example http://node1:7070 \(got"
+            r"example http://node1:7070\.$"
         ),
     ),
     (
@@ -176,10 +176,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"peers": ["http://me:word@node1:7070"]}, r"^cache\.peers: .* is not the address of a peer"),
     ({"peers": ["http://node1:port"]}, r"^cache\.peers: .* is not the address of a peer"),
-    ({"peers": 7070}, r"^cache\.peers: .*\(got 7070\)$"),
+    ({"peers": 7070}, r"^cache\.peers: .*\(got 7070\)\.$"),
     ({"advertise": "node1:7070"}, r"^cache\.advertise: 'node1:7070' is not the address of a peer"),
     ({"dir": "/scratch", "lower": "/scratch/x/.."}, r"cache\.lower is cache\.dir itself"),
-    ({"dir": 3}, r"^cache\.dir: .*\(got 3\)$"),
+    ({"dir": 3}, r"^cache\.dir: .*\(got 3\)\.$"),
 ]
 
 
@@ -220,7 +220,10 @@ def test_environment_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
         ("${EMPTY:-/tmp}/zc", "/tmp/zc"),
         ("${SCRATCH:-${UNSET}}/zc", "/scratch/me/zc"),
         ("${UNSET:-${EMPTY:-/var}/x}/${SCRATCH}", "/var/x/scratch/me"),
-        ("/a$b/{c}", "/a$b/{c}"),
+        ("$SCRATCH/zc", "/scratch/me/zc"),
+        ("/tmp/zc-$SCRATCH.x", "/tmp/zc-/scratch/me.x"),
+        ("${UNSET:-$SCRATCH}/zc", "/scratch/me/zc"),
+        ("/a$$b/{c}/$1/$", "/a$b/{c}/$1/$"),
     ]:
         assert CacheConfig(dir=text).dir == Path(path), text
     assert CacheConfig(dir="/x", retry={"timeout": "${UNSET:-3 s}"}).retry.timeout == 3.0
@@ -269,6 +272,8 @@ def test_peers_are_a_list_or_what_a_job_script_has_put_together(
     ("text", "words"),
     [
         ("${UNSET}/zc", "UNSET, which is not set"),
+        ("$UNSET/zc", r"UNSET, which is not set.*For a dollar sign itself write \$\$"),
+        ("/scratch/zc-$UNSET", "UNSET, which is not set"),
         ("${UNSET:-/tmp", "not a variable"),
         ("${UNSET-x}", "not a variable"),
     ],
@@ -341,6 +346,14 @@ def test_yaml_holds_a_cache_block_or_is_one(tmp_path: Path) -> None:
         ("caf\udce9: 1\n", "is not UTF-8"),
         ("- 1\n", "holds no keys"),
         ("", "holds no keys"),
+        (
+            "dir: /a\nlimit: 1 GiB\ndir: /b\n",
+            "the key 'dir' is in line 1 and again in line 3. Remove one",
+        ),
+        (
+            "data_dir: a\ncache:\n  dir: /a\n  fetch: {memory: 1 GiB, memory: 2 GiB}\n",
+            "the key 'memory' is in line 4 and again in line 4",
+        ),
     ],
 )
 def test_an_invalid_config_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
@@ -352,6 +365,13 @@ def test_an_invalid_config_file_is_named(tmp_path: Path, text: str | None, words
         with pytest.raises(ConfigError, match=words) as caught:
             cls.from_yaml(path)
         assert str(path) in str(caught.value)
+
+
+def test_yaml_merge_keys_may_be_overridden(tmp_path: Path) -> None:
+    """``<<`` takes another block's keys, which the block then replaces."""
+    path = tmp_path / "c.yaml"
+    path.write_text("base: &b {dir: /a, limit: 1 GiB}\ncache:\n  <<: *b\n  limit: 2 GiB\n")
+    assert CacheConfig.from_yaml(path) == CacheConfig(dir="/a", limit="2 GiB")
 
 
 DATA = {
@@ -374,6 +394,61 @@ def test_training_keys_are_read_and_the_others_left_alone() -> None:
     assert config.cache == CacheConfig(dir="/scratch")
     assert DataConfig.of(SimpleNamespace(**DATA)) == DataConfig.of(DATA)
     assert DataConfig.of(config) is config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train_fraction", 1.5, "train_fraction: 1.5 is not a share of the materials. Write a num"),
+        ("train_fraction", "most", "train_fraction: 'most' is not a share of the materials."),
+        ("train_fraction", 0, "train_fraction: 0 is not a share"),
+        ("train_fraction", True, "train_fraction: True is not a share"),
+        ("train_fraction", float("nan"), "train_fraction: nan is not a share"),
+        ("train_fraction", [0.8, 0.2], "train_fraction: [0.8, 0.2] is not a share"),
+        ("density_type", "Total", "density_type: 'Total' is not a kind of density. Did you mean"),
+        ("density_type", "spin", "density_type: 'spin' is not a kind of density. Write 'total' or"),
+        ("density_type", 1, "density_type: 1 is not a kind of density."),
+        ("random_state", -1, "random_state: has to be at least 0 (got -1)."),
+        ("random_state", "x", "random_state: has to be a whole number (got 'x')."),
+        ("normalize_data", "perhaps", "normalize_data: has to be true or false (got 'perhaps')."),
+        ("functional", 3, "functional: has to be text (got 3)."),
+        ("functional", None, "functional: has to be text (got None)."),
+        ("s3_kwargs", "secret", "s3_kwargs: has to be keys and values."),
+    ],
+)
+def test_training_key_that_cannot_be_used_is_named(key: str, value: object, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(**{**DATA, key: value})
+    assert str(caught.value).startswith(words)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_numbers_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARE", "0.5")
+    monkeypatch.setenv("COUNT", "3000")
+    assert DataConfig(**DATA, train_fraction="${SHARE}").train_fraction == 0.5
+    count = DataConfig(**DATA, train_fraction="$COUNT", random_state="$COUNT")
+    assert (count.train_fraction, count.random_state) == (3000, 3000)
+    assert type(count.train_fraction) is int
+
+
+def test_dollar_sign_of_a_secret_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable in s3_kwargs needs braces."""
+    monkeypatch.setenv("SECRET", "ab$$c$SECRET")
+    kwargs = {"key": "k$SECRET$$", "secret": "${SECRET}"}
+    assert DataConfig(**DATA, s3_kwargs=kwargs).s3_kwargs == {
+        "key": "k$SECRET$$",
+        "secret": "ab$$c$SECRET",
+    }
+
+
+def test_misspelt_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Not an error: a module that registers the loader may be imported later."""
+    DataConfig(**DATA, dataset_name="zarr_s3_dta")
+    assert "dataset_name is 'zarr_s3_dta'; did you mean 'zarr_s3_data'?" in caplog.text
+    caplog.clear()
+    DataConfig(**DATA, dataset_name="my_loader")
+    assert not caplog.text
 
 
 def test_missing_training_key_is_named() -> None:

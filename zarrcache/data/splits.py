@@ -11,6 +11,7 @@ import numbers
 import os
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,10 @@ def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: s
 
 
 def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
-    """The task ids of one functional, in the map's order.
+    """The task ids of one functional, in the map's order, each once.
+
+    An id that the map repeats would be drawn for training and for testing; it is named in a
+    warning.
 
     Raises
     ------
@@ -93,7 +97,22 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
         raise ConfigError(
             f"Functional {functional!r} not found in mapping. Available: {safe_repr(list(mapping))}"
         )
-    return check_task_ids(mapping[functional])
+    ids = check_task_ids(mapping[functional])
+    unique = list(dict.fromkeys(ids))
+    if len(unique) < len(ids):
+        repeated = [id_ for id_, times in Counter(ids).items() if times > 1]
+        logger.warning(
+            "The map repeats %d task ids of %s; each is used once: %s",
+            len(repeated),
+            functional,
+            _first(repeated),
+        )
+    return unique
+
+
+def _first(ids: Sequence[str]) -> str:
+    """The first ids of a list, for messages."""
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
 
 
 def split_ids(
@@ -109,7 +128,8 @@ def split_ids(
     task_ids : sequence of str
     train_fraction : float or int
         The training ids: a fraction in (0, 1), rounded down to whole ids, or a number of ids.
-        None is 0.75, rounded down, as in scikit-learn.
+        None is 0.75, rounded down, as in scikit-learn. 1.0 takes all, so that no id is left for
+        testing; scikit-learn refuses it.
     random_state : int, numpy.random.RandomState or None
         Seed from 0 to 2**32 - 1. None draws from numpy's global generator.
 
@@ -133,16 +153,17 @@ def _training_count(count: int, train_fraction: Any) -> int:
         raise ConfigError("Nothing to split: no task id of the functional has both stores.")
     if train_fraction is None:
         kept = count - math.ceil(0.25 * count)
-    elif isinstance(train_fraction, float) and 0 < train_fraction < 1:
+    elif isinstance(train_fraction, float) and 0 < train_fraction <= 1:
         kept = math.floor(train_fraction * count)
     elif not isinstance(train_fraction, bool) and isinstance(train_fraction, numbers.Integral):
         kept = int(train_fraction)
     else:
         raise ConfigError(
-            f"train_fraction is {train_fraction!r}; it has to be a fraction between 0 and 1 or a "
-            "number of training ids. Change train_fraction."
+            f"train_fraction is {train_fraction!r}; it has to be a fraction above 0 and up to 1.0 "
+            "or a number of training ids. Change train_fraction."
         )
-    if not 0 < kept < count:
+    is_all = isinstance(train_fraction, float) and train_fraction == 1
+    if not 0 < kept < count + is_all:
         raise ConfigError(
             f"train_fraction is {train_fraction!r}: it takes {kept} of {count} task ids for "
             "training, which leaves the training or the test set empty. Change train_fraction or "
@@ -296,7 +317,8 @@ class PairReader(ABC):
     normalize : bool
         Divide by the number of grid points; the values then sum up to the number of electrons.
     train_fraction : float
-        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``.
+        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``;
+        1.0 leaves no test set.
     random_state : int
     density_type : str
         ``total`` or ``diff``.
@@ -457,7 +479,7 @@ class PairReader(ABC):
                     self.functional,
                     self._unit,
                     *self._urls(),
-                    ", ".join(missing[:5]) + (", …" if len(missing) > 5 else ""),
+                    _first(missing),
                 )
             ids = tuple(id_ for id_ in wanted if id_ in data and id_ in label)
             self._known_ids[key] = _Present(ids, missing)

@@ -48,7 +48,7 @@ def test_map_in_the_home_directory_is_found(
 def test_ids_keep_the_order_of_the_map() -> None:
     """The split depends on it."""
     assert ids_of(MAP, "GGA") == ["mp-3", "mp-1", "mp-2"]
-    assert ids_of({"GGA": ["b", "a", "b"]}, "GGA") == ["b", "a", "b"]
+    assert ids_of({"GGA": ["b", "a", "c"]}, "GGA") == ["b", "a", "c"]
     assert ids_of(MAP, "SCAN") == []
 
 
@@ -106,6 +106,31 @@ def test_same_seed_gives_the_same_split_and_another_seed_another() -> None:
     assert split_ids(ids, 0.8, 1) != split_ids(ids, 0.8, 2)
 
 
+def test_one_as_a_fraction_leaves_no_test_set() -> None:
+    """In the order of the same permutation; ``1`` is one material."""
+    ids = [f"mp-{i}" for i in range(10)]
+    train, test = split_ids(ids, 1.0, 42)
+    assert (sorted(train), test) == (sorted(ids), [])
+    assert [len(part) for part in split_ids(ids, 1, 42)] == [1, 9]
+    with pytest.raises(ConfigError, match="Nothing to split"):
+        split_ids([], 1.0, 42)
+
+
+def test_id_that_the_map_repeats_is_used_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Else it would be in the training and in the test set; a warning names such ids."""
+    ids = ["mp-3", "mp-1", "mp-3", "mp-2", "mp-1", "mp-3"]
+    assert ids_of({"GGA": ids, "SCAN": ["mp-1"]}, "GGA") == ["mp-3", "mp-1", "mp-2"]
+    assert "repeats 2 task ids of GGA; each is used once: mp-3, mp-1" in caplog.text
+    caplog.clear()
+    assert ids_of({"GGA": ids[:2]}, "GGA") == ids[:2]
+    assert not caplog.text
+
+
+def test_id_that_is_a_number_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r'Write "2351888" with quotes'):
+        ids_of({"GGA": ["mp-1", 2351888]}, "GGA")  # type: ignore[list-item]
+
+
 def test_whole_number_is_a_number_of_materials() -> None:
     """As scikit-learn takes it."""
     train, test = split_ids([f"mp-{i}" for i in range(10)], 3, 42)
@@ -120,7 +145,6 @@ def test_whole_number_is_a_number_of_materials() -> None:
         0.0,
         0.1,
         0.8,
-        1.0,
         1.5,
         -0.5,
         float("nan"),
