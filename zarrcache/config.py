@@ -152,6 +152,11 @@ class FetchConfig(_Block):
     """Requests to S3: engine, concurrency, timeouts."""
 
     engine: Literal["auto", "obstore", "s3fs"] = "auto"
+    etag: Literal["auto", "md5", "opaque"] = Field(
+        "auto",
+        description="what an ETag of 32 hexadecimal digits is: auto finds out, md5 refuses an "
+        "object that does not match it, opaque compares it as text only",
+    )
     concurrency: int = Field(
         64, ge=1, le=1024, description="requests in flight per density being read"
     )

@@ -133,7 +133,11 @@ def sendings(origin: Any, fault: str) -> int:
     """Requests per attempt: aiohttp repeats a request once if its connection is cut before the
     answer begins.
     """
-    return 2 if fault == "reset" and type(origin._bucket.engine()).__name__ == "S3fsEngine" else 1
+    return 2 if fault == "reset" and is_s3fs(origin) else 1
+
+
+def is_s3fs(origin: Any) -> bool:
+    return type(origin._bucket.engine()).__name__ == "S3fsEngine"
 
 
 class TestTransient:
@@ -189,9 +193,11 @@ class TestTransient:
         assert ASK[op](origin, listed) == expected(op, listed)
         n = len(listed) if op == "GET" else 1
         asked_for_encryption = int(fault == "corrupt")  # one HEAD: is the ETag an MD5 at all?
-        assert fault_proxy.count(methods(op)) == n + sent
-        assert fault_proxy.count() == n + sent + asked_for_encryption
-        assert counters.snapshot().requests == n + 1 + asked_for_encryption
+        # over http:// a range is read a second time, and so, in halves, is what is no MD5
+        confirming = int(op == "range" or fault == "corrupt")
+        assert fault_proxy.count(methods(op)) == n + sent + confirming
+        assert fault_proxy.count() == n + sent + confirming + asked_for_encryption
+        assert counters.snapshot().requests == n + 1 + confirming + asked_for_encryption
         assert counters.snapshot().retries == 1
 
     def test_each_object_has_its_own_second_attempt(
@@ -238,33 +244,8 @@ class TestTransient:
         [obj] = origin.list_objects("checked.zip")
         fault_proxy.rules(Rule(("corrupt",), op="GET"))
         assert ASK["GET"](origin, [obj]) == {"checked.zip": b"checked" * 100}
-        assert fault_proxy.count("GET") == 2
-
-    def test_an_etag_that_is_not_an_md5_is_not_taken_for_one(
-        self,
-        opened: Callable[..., Origin],
-        fault_proxy: FaultProxy,
-        s3_server: S3Server,
-        plain_client: Any,
-        url: str,
-    ) -> None:
-        """With KMS encryption it only looks like an MD5; one mismatch switches the check off for
-        the origin.
-        """
-        bucket = url.split("/")[2]
-        for key in ("kms/1", "kms/2"):
-            encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "tests"}
-            try:
-                plain_client.put_object(
-                    Bucket=bucket, Key=f"data/{key}", Body=b"0123456789", **encrypted
-                )
-            except plain_client.exceptions.ClientError as exc:
-                pytest.skip(f"this server encrypts nothing with a key of KMS: {exc}")
-        origin = opened()
-        objects = origin.list_objects("kms/")
-        fault_proxy.rules(Rule(then="corrupt", op="GET"))  # simulates an ETag that does not match
-        assert [len(body) for obj in objects for _, body in origin.fetch([obj])] == [10, 10]
-        assert (fault_proxy.count("GET"), fault_proxy.count("HEAD")) == (2, 1)
+        # botocore repeats it whole; after an MD5 that does not match it is read again in halves
+        assert fault_proxy.count("GET") == (2 if is_s3fs(origin) else 3)
 
     def test_every_further_attempt_is_logged_with_url_and_cause(
         self,
@@ -345,12 +326,12 @@ class TestTransient:
         assert words in str(caught.value)
         assert type(caught.value) is error
 
-    def test_a_transient_error_of_the_head_after_an_md5_mismatch_repeats_the_attempt(
+    def test_a_transient_error_of_the_head_after_an_md5_mismatch_repeats_the_head(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:
         fault_proxy.rules(Rule(("corrupt",), op="GET"), Rule(("500:",), op="HEAD"))
         assert ASK["GET"](opened(), listed[:1]) == {listed[0].key: BODIES[listed[0].key]}
-        assert (fault_proxy.count("GET"), fault_proxy.count("HEAD")) == (2, 1)
+        assert (fault_proxy.count("GET"), fault_proxy.count("HEAD")) == (3, 2)
 
 
 @pytest.fixture
@@ -424,7 +405,8 @@ class TestPermanent:
         fault_proxy.rules(Rule(then=fault, op="GET"))
         with pytest.raises(OriginUnavailableError):
             next(opened(attempts=2).fetch(listed[:1]))
-        assert fault_proxy.count("GET") == 2
+        # content that does not match its MD5 is compared with a reading in halves, twice
+        assert fault_proxy.count("GET") == (6 if fault == "corrupt" else 2)
 
     def test_a_store_costs_a_failing_server_its_objects_times_the_attempts(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
@@ -505,7 +487,9 @@ class TestPermanent:
         fault_proxy.rules(Rule(then=fault))
         with pytest.raises(error) as caught:
             ASK[op](opened(), listed[:1])
-        assert fault_proxy.count() == 1
+        assert fault_proxy.count(methods(op)) == 1
+        # one HEAD: some servers refuse If-Match for the version that they list
+        assert fault_proxy.count() == (2 if fault == "412" else 1)
         assert words in str(caught.value)
         assert str(caught.value).startswith(url)
         assert type(caught.value) is error

@@ -39,10 +39,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Received:
-    """Answer to a request for one object: body (empty except for GET) and ETag."""
+    """Answer to a request for one object: body (empty except for GET), ETag and last change.
+
+    The ETag is bare, see ``_versions``, and empty if the server sends none; ``modified_s`` is in
+    seconds since 1970, 0.0 if the server does not say.
+    """
 
     body: Buffer
     etag: str
+    modified_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

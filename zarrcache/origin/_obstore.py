@@ -34,6 +34,7 @@ from zarrcache.origin._concurrent import (
 from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options, stores_checksum
+from zarrcache.origin._versions import etag_in, version_of
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -239,7 +240,7 @@ class ObstoreEngine:
         """GET one small object. Blocks, so it runs in a thread."""
         try:
             result = self._quick_store.get(obj.key, options=_options(obj))
-            return Received(result.bytes(), (result.meta["e_tag"] or "").strip('"'))
+            return _received(result.meta, result.bytes())
         except Exception as exc:
             raise _s3_error(exc) from exc
 
@@ -253,8 +254,7 @@ class ObstoreEngine:
                 min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S
             ):
                 result = await self._store.get_async(obj.key, options=_options(obj, part))
-                body = await result.bytes_async()
-                return Received(body, (result.meta["e_tag"] or "").strip('"'))
+                return _received(result.meta, await result.bytes_async())
         except Exception as exc:
             raise _s3_error(exc) from exc
 
@@ -263,14 +263,15 @@ class ObstoreEngine:
         try:
             async with asyncio.timeout(patience_s + len(body) / SLOWEST_BYTES_PER_S):
                 answer = await self._store.put_async(key, body, use_multipart=False)
-                return Received(b"", (answer["e_tag"] or "").strip('"'))
+                return Received(b"", version_of(answer["e_tag"], 0.0))
         except Exception as exc:
             raise _s3_error(exc) from exc
 
 
 def _options(obj: ObjectInfo, part: tuple[int, int] | None = None) -> GetOptions:
     """Request the listed version only; the server answers 412 for another one."""
-    options: GetOptions = {"if_match": f'"{obj.etag}"'} if obj.etag else {}
+    etag = etag_in(obj.etag)
+    options: GetOptions = {"if_match": f'"{etag}"'} if etag else {}
     if part is not None:
         options["range"] = part
     return options
@@ -350,12 +351,13 @@ def _client_options(
 
 
 def _info(meta: Any) -> ObjectInfo:
-    return ObjectInfo(
-        meta["path"],
-        meta["size"],
-        (meta["e_tag"] or "").strip('"'),
-        meta["last_modified"].timestamp(),
-    )
+    modified_s = meta["last_modified"].timestamp()
+    return ObjectInfo(meta["path"], meta["size"], version_of(meta["e_tag"], modified_s), modified_s)
+
+
+def _received(meta: Any, body: Any) -> Received:
+    # Without a Last-Modified header obstore gives 1970.
+    return Received(body, version_of(meta["e_tag"], 0.0), meta["last_modified"].timestamp())
 
 
 _PROFILE = re.compile(r"ProfileNotFound: ([^\n]*)")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
-import re
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,9 +15,11 @@ from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import _obstore, _s3fs
 from zarrcache.origin._concurrent import PAGE_OBJECTS, Page, Received, concurrent_requests, run
+from zarrcache.origin._content import HELD_BYTES, ContentCheck, other_shape
 from zarrcache.origin._retry import Backoff, RetryPolicy, TransientError
 from zarrcache.origin._s3_errors import RequestContext, S3Error, changed, to_error
 from zarrcache.origin._s3_options import S3Options, split_s3_url
+from zarrcache.origin._versions import etag_in, is_same_version, md5_in
 from zarrcache.stats import Counters
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ __all__ = ["S3Bucket", "S3Origin"]
 T = TypeVar("T")
 Engine = _obstore.ObstoreEngine | _s3fs.S3fsEngine
 
-_MD5 = re.compile(r"[0-9a-f]{32}")
+logger = logging.getLogger(__name__)
+
+#: Other objects that are compared with their ETags to find out whether these are MD5s.
+_SAMPLE = 3
+_DIFFER = "two readings of the same bytes differ"
 _WRITE_ADVICE = (
     "Check that the server runs and is reachable, then convert again: finished stores are skipped."
 )
@@ -76,6 +81,10 @@ class S3Bucket:
                 "auto."
             )
         self.endpoint = self.options.identity
+        #: Nothing but TCP's checksum protects what is sent.
+        self.is_plain = (self.options.endpoint_url or "").startswith("http://") or (
+            self.options.endpoint_url is None and not self.options.use_ssl
+        )
         self.fetch = fetch
         self.retry = retry
         self.counters = counters if counters is not None else Counters()
@@ -316,7 +325,8 @@ class S3Origin:
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = url.rstrip("/")
         self.identity = self._bucket.endpoint
-        self._has_md5 = True  # an ETag of 32 hex digits is an MD5, until an object disproves it
+        self._content = ContentCheck(fetch.etag, is_plain=self._bucket.is_plain)
+        self._can_match = True  # the server understands If-Match, until it refuses a listed version
 
     def __repr__(self) -> str:
         return f"S3Origin({self.url!r}, endpoint={self.identity!r})"
@@ -362,15 +372,148 @@ class S3Origin:
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects. See ``Origin.fetch``."""
-        listed = {self._prefix + obj.key: obj for obj in objects}
-        wanted = [ObjectInfo(key, obj.size_bytes, obj.etag) for key, obj in listed.items()]
-        operation = Operation(self._bucket)
+        held: dict[ObjectInfo, Buffer] = {}
+        held_bytes = 0
+        for obj, body in self._arrivals(objects):
+            if self._content.is_confirmed(obj, body):
+                yield obj, body
+                continue
+            held[obj] = body
+            held_bytes += obj.size_bytes
+            if len(held) >= self._bucket.fetch.concurrency or held_bytes > HELD_BYTES:
+                yield from self._confirmed(held)
+                held, held_bytes = {}, 0
+        if held:
+            yield from self._confirmed(held)
+
+    def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes of a listed object. See ``Origin.fetch_range``.
+
+        No ETag covers a range. Over ``http://`` it is therefore requested a second time, with other
+        boundaries, and returned only if both answers agree.
+        """
+        if start >= stop:
+            return b""
+        full = self._full(obj)
+        parts = [(start, stop)]
+        if self._content.is_plain:
+            parts += other_shape(start, stop, obj.size_bytes)
+
+        async def request(engine: Engine, patience_s: float) -> bytes:
+            first, *others = await self._parts(engine, full, parts, patience_s)
+            if others:
+                again = b"".join(others)
+                skipped = start - parts[1][0]
+                if again[skipped : skipped + stop - start] != first:
+                    raise S3Error(None, "Mismatch", _DIFFER)
+            self._bucket.counters.add(fetched_bytes=len(first) + sum(map(len, others)))
+            return first
+
+        return self._bucket.call(
+            request,
+            self._context(obj.key, obj),
+            open_engine=lambda: self._bucket.engine(full.key),
+        )
+
+    # -- reading whole objects
+
+    def _arrivals(self, objects: Collection[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Fetch objects in one pass, each of the listed version and length."""
         engine: Engine
+        operation = Operation(self._bucket)
+        listed = {self._full(obj).key: obj for obj in objects}
 
         def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
             nonlocal engine
             engine = self._bucket.engine(*(obj.key for obj in missing))
-            return engine.get_many(missing, patience_s=remaining_s, backoff=self._bucket.backoff)
+            return engine.get_many(
+                [self._conditional(obj) for obj in missing],
+                patience_s=remaining_s,
+                backoff=self._bucket.backoff,
+            )
+
+        def accept(
+            full: ObjectInfo, answer: Received | S3Error
+        ) -> tuple[ObjectInfo, Buffer] | Exception:
+            obj = listed[full.key]
+            if isinstance(answer, S3Error):
+                if answer.status == 412 and self._is_refused_wrongly(obj):
+                    return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
+                return operation.error(answer, self._context(obj.key, obj), engine)
+            error = self._check(obj, answer, obj.size_bytes)
+            return (obj, answer.body) if error is None else error
+
+        return operation.policy.call_all(
+            [self._full(obj) for obj in objects],
+            send,
+            accept,
+            url_of=lambda full: self.url_of(listed[full.key].key),
+            counters=self._bucket.counters,
+        )
+
+    def _confirmed(self, held: Mapping[ObjectInfo, Buffer]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Confirm contents that neither an MD5 nor TLS confirms.
+
+        Raises
+        ------
+        IncompleteArrayError
+            An object is damaged at the origin.
+        OriginError
+            No two readings of an object agree.
+        """
+        doubtful = {obj for obj in held if self._content.is_doubtful(obj)}
+        encrypted = self._encrypted(doubtful) if self._content.asks_for_encryption else set()
+        again = {}
+        for obj, body in held.items():
+            if obj in encrypted and not self._content.is_plain:
+                yield obj, body
+            else:
+                again[obj] = body
+        self._bucket.counters.add(retries=len(doubtful - encrypted))
+        stuck = {}
+        for obj, body in self._read_again(again):
+            if self._content.matches(obj, body):
+                logger.warning(
+                    "%s arrived with another content than its MD5; a second reading is right",
+                    self.url_of(obj.key),
+                )
+            elif obj in doubtful - encrypted:
+                stuck[obj] = body
+                continue
+            yield obj, body
+        if stuck:
+            sample = self._sample(stuck) if self._content.needs_sample else ()
+            self._content.judge(list(stuck), sample, self.url)
+            yield from stuck.items()
+
+    def _read_again(self, held: Mapping[ObjectInfo, Buffer]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Read objects in halves, until that agrees with a reading as a whole or with the MD5."""
+        whole: dict[str, Buffer] = {self._full(obj).key: body for obj, body in held.items()}
+        listed = {self._full(obj).key: obj for obj in held}
+        operation = Operation(self._bucket)
+        engine: Engine
+
+        async def read(full: ObjectInfo, patience_s: float) -> Received:
+            parts = other_shape(0, full.size_bytes, full.size_bytes)
+            n = len(parts)
+            if full.key not in whole:
+                parts.append((0, full.size_bytes))
+            answers = await self._parts(engine, full, parts, patience_s)
+            if full.key not in whole:
+                whole[full.key] = answers[-1]
+            return Received(b"".join(answers[:n]), "")
+
+        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
+            nonlocal engine
+            engine = self._bucket.engine(*(obj.key for obj in missing))
+            patience_s = min(self._bucket.fetch.read_timeout, remaining_s)
+            return concurrent_requests(
+                get_loop(),
+                lambda full: read(full, patience_s),
+                missing,
+                self._bucket.fetch.concurrency,
+                self._bucket.backoff,
+            )
 
         def accept(
             full: ObjectInfo, answer: Received | S3Error
@@ -378,72 +521,156 @@ class S3Origin:
             obj = listed[full.key]
             if isinstance(answer, S3Error):
                 return operation.error(answer, self._context(obj.key, obj), engine)
-            return self._check(obj, answer, obj.size_bytes) or (obj, answer.body)
+            if self._content.matches(obj, answer.body) or bytes(whole.pop(full.key)) == answer.body:
+                return obj, answer.body
+            return TransientError(self.url_of(obj.key), _DIFFER)
 
         return operation.policy.call_all(
-            wanted,
+            [self._full(obj) for obj in held],
             send,
             accept,
             url_of=lambda full: self.url_of(listed[full.key].key),
             counters=self._bucket.counters,
         )
 
-    def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes of a listed object. See ``Origin.fetch_range``."""
-        if start >= stop:
-            return b""
-        full = ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag)
+    def _encrypted(self, objects: Collection[ObjectInfo]) -> set[ObjectInfo]:
+        """The objects that the server says are encrypted with a key: their ETag is not an MD5."""
+        listed = {self._full(obj).key: obj for obj in objects}
+        operation = Operation(self._bucket)
+        engine: Engine
 
-        async def request(engine: Engine, patience_s: float) -> bytes:
-            received = await engine.get(full, (start, stop), patience_s=patience_s)
-            error = self._check(obj, received, stop - start, is_part=True)
-            if error is not None:
-                raise error
-            return bytes(received.body)
+        async def ask(full: ObjectInfo, patience_s: float) -> Received:
+            is_hidden = await self._bucket.s3fs().is_md5_hidden(full.key, patience_s=patience_s)
+            return Received(b"hidden" if is_hidden else b"", "")
 
-        data = self._bucket.call(
-            request,
+        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
+            nonlocal engine
+            engine = self._bucket.s3fs()
+            patience_s = min(self._bucket.fetch.read_timeout, remaining_s)
+            return concurrent_requests(
+                get_loop(),
+                lambda full: ask(full, patience_s),
+                missing,
+                self._bucket.fetch.concurrency,
+                self._bucket.backoff,
+            )
+
+        def accept(
+            full: ObjectInfo, answer: Received | S3Error
+        ) -> tuple[ObjectInfo, bool] | Exception:
+            obj = listed[full.key]
+            if isinstance(answer, S3Error):
+                return operation.error(answer, self._context(obj.key, obj), engine)
+            return obj, bool(answer.body)
+
+        asked = operation.policy.call_all(
+            [ObjectInfo(key, 0, "") for key in listed],
+            send,
+            accept,
+            url_of=lambda full: self.url_of(listed[full.key].key),
+            counters=self._bucket.counters,
+        )
+        return {obj for obj, is_hidden in asked if is_hidden}
+
+    def _sample(self, stuck: Collection[ObjectInfo]) -> list[ObjectInfo]:
+        """Read some other objects of the origin, to find out whether its ETags are MD5s."""
+        known = {obj.etag.lower() for obj in stuck}
+        page = next(self._bucket.pages(self._prefix, self._context("")))
+        start = len(self._prefix)
+        others = {
+            obj.etag.lower(): ObjectInfo(obj.key[start:], obj.size_bytes, obj.etag, obj.modified_s)
+            for obj in page.objects
+            if obj.size_bytes and md5_in(obj.etag) and obj.etag.lower() not in known
+        }
+        smallest = sorted(others.values(), key=lambda obj: obj.size_bytes)[:_SAMPLE]
+        return [
+            obj for obj, body in self._arrivals(smallest) if not self._content.matches(obj, body)
+        ]
+
+    # -- versions
+
+    def _full(self, obj: ObjectInfo) -> ObjectInfo:
+        return ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag, obj.modified_s)
+
+    def _conditional(self, full: ObjectInfo) -> ObjectInfo:
+        """``full`` as the engines get it: its ETag becomes ``If-Match``."""
+        if self._can_match:
+            return full
+        return ObjectInfo(full.key, full.size_bytes, "", full.modified_s)
+
+    async def _parts(
+        self,
+        engine: Engine,
+        full: ObjectInfo,
+        parts: Sequence[tuple[int, int]],
+        patience_s: float,
+    ) -> list[bytes]:
+        """Parts of one version of an object, one after the other: the first that fails ends it."""
+        received = [await self._part(engine, full, parts[0], patience_s)]
+        for part in parts[1:]:
+            self._bucket.counters.add(requests=1)  # the caller counts the first
+            received.append(await self._part(engine, full, part, patience_s))
+        return received
+
+    async def _part(
+        self, engine: Engine, full: ObjectInfo, part: tuple[int, int], patience_s: float
+    ) -> bytes:
+        can_match = self._can_match
+        try:
+            received = await engine.get(self._conditional(full), part, patience_s=patience_s)
+        except S3Error as error:
+            if error.status != 412 or not can_match:
+                raise
+            self._bucket.counters.add(requests=2)
+            if not await self._is_current(engine, full, patience_s):
+                raise
+            self._can_match = False
+            received = await engine.get(self._conditional(full), part, patience_s=patience_s)
+        obj = ObjectInfo(full.key[len(self._prefix) :], full.size_bytes, full.etag, full.modified_s)
+        error_found = self._check(obj, received, part[1] - part[0])
+        if isinstance(error_found, TransientError):
+            raise S3Error(None, "ShortBody", str(error_found))
+        if error_found is not None:
+            raise error_found
+        return bytes(received.body)
+
+    def _is_refused_wrongly(self, obj: ObjectInfo) -> bool:
+        """Whether the server refuses ``If-Match`` for what is the listed version.
+
+        Some compare the condition with another spelling of the ETag, or with a weak one, which by
+        RFC 9110 never matches. Then no condition is sent any more: the ETags of the answers tell.
+        """
+        if not self._can_match:
+            return True
+        full = self._full(obj)
+        if not self._bucket.call(
+            lambda engine, patience_s: self._is_current(engine, full, patience_s),
             self._context(obj.key, obj),
             open_engine=lambda: self._bucket.engine(full.key),
+        ):
+            return False
+        self._can_match = False
+        return True
+
+    async def _is_current(self, engine: Engine, full: ObjectInfo, patience_s: float) -> bool:
+        """HEAD: whether the object still has the listed version."""
+        found = await engine.head(full.key, patience_s=patience_s)
+        return (
+            found is not None
+            and found.size_bytes == full.size_bytes
+            and is_same_version(full, Received(b"", etag_in(found.etag), found.modified_s))
         )
-        self._bucket.counters.add(fetched_bytes=len(data))
-        return data
 
     def _context(self, key: str, obj: ObjectInfo | None = None) -> RequestContext:
         return self._bucket.context(self.url_of(key), obj)
 
-    def _check(
-        self, obj: ObjectInfo, received: Received, size_bytes: int, *, is_part: bool = False
-    ) -> Exception | None:
-        """Compare ``received`` with the listing: version, length, and MD5 if the ETag is one.
-
-        Returns the error, or None.
-        """
-        if received.etag and received.etag != obj.etag:
+    def _check(self, obj: ObjectInfo, received: Received, size_bytes: int) -> Exception | None:
+        """The error if an answer is not of the listed version, or has not ``size_bytes`` bytes."""
+        if not is_same_version(obj, received):
             return changed(self.url_of(obj.key))
         n = memoryview(received.body).nbytes
         if n != size_bytes:
             return TransientError(
                 self.url_of(obj.key), f"{n} bytes arrived, {size_bytes} were announced"
             )
-        if is_part or not self._has_md5 or not _MD5.fullmatch(obj.etag):
-            return None
-        if hashlib.md5(received.body, usedforsecurity=False).hexdigest() == obj.etag:
-            return None
-        # With a KMS key or a customer-provided key the ETag only looks like an MD5; one HEAD tells.
-        # The HEAD is not retried by itself: a transient error repeats the whole attempt.
-        self._bucket.counters.add(requests=1)
-        try:
-            self._has_md5 = not run(
-                get_loop(),
-                self._bucket.s3fs().is_md5_hidden(
-                    self._prefix + obj.key, patience_s=self._bucket.fetch.read_timeout
-                ),
-            )
-        except S3Error as error:
-            return to_error(error, self._context(obj.key, obj))
-        if not self._has_md5:
-            return None
-        return TransientError(
-            self.url_of(obj.key), "the content that arrived does not match its MD5 (ETag)"
-        )
+        return None

@@ -31,7 +31,7 @@ _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "PriorRequestNotComplete".split()
 )
 #: Names of this package for failures without an answer from the server.
-_TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody"})
+_TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody", "Mismatch"})
 
 _ACCESS = {
     "NoCredentials": (
@@ -79,7 +79,7 @@ class S3Error(Exception):
         HTTP status; None without an answer.
     code : str
         S3's error code, or for a failure without an answer from S3 ``NoCredentials``,
-        ``Certificate``, ``Connection``, ``Timeout`` or ``ShortBody``.
+        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody`` or ``Mismatch``.
     detail : str
         One line for the message.
     """

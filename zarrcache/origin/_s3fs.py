@@ -26,6 +26,7 @@ from zarrcache.origin._concurrent import (
 from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options
+from zarrcache.origin._versions import etag_in, version_of
 
 if TYPE_CHECKING:
     import s3fs
@@ -99,10 +100,7 @@ class S3fsEngine:
             "list_objects_v2", patience_s, Prefix=prefix, Delimiter=delimiter, **more
         )
         return Page(
-            [
-                ObjectInfo(o["Key"], o["Size"], o["ETag"].strip('"'), o["LastModified"].timestamp())
-                for o in answer.get("Contents", [])
-            ],
+            [_info(o, o.get("Key"), o.get("Size")) for o in answer.get("Contents", [])],
             [p["Prefix"] for p in answer.get("CommonPrefixes", [])],
             answer["NextContinuationToken"] if answer.get("IsTruncated") else None,
         )
@@ -115,12 +113,7 @@ class S3fsEngine:
             if error.status == 404 and error.code != "NoSuchBucket":
                 return None
             raise
-        return ObjectInfo(
-            key,
-            answer["ContentLength"],
-            answer["ETag"].strip('"'),
-            answer["LastModified"].timestamp(),
-        )
+        return _info(answer, key, answer.get("ContentLength"))
 
     async def is_md5_hidden(self, key: str, *, patience_s: float) -> bool:
         """Whether the ETag is not an MD5, because a KMS or customer-provided key encrypts it."""
@@ -165,7 +158,8 @@ class S3fsEngine:
     ) -> Received:
         """GET one object, or ``part`` of it: ``(start, stop)`` in bytes, ``stop`` exclusive."""
         size = obj.size_bytes if part is None else part[1] - part[0]
-        more = {"IfMatch": f'"{obj.etag}"'} if obj.etag else {}
+        etag = etag_in(obj.etag)
+        more = {"IfMatch": f'"{etag}"'} if etag else {}
         if part is not None:
             more["Range"] = f"bytes={part[0]}-{part[1] - 1}"
         await self._open()
@@ -178,7 +172,9 @@ class S3fsEngine:
                     "get_object", Bucket=self._bucket, Key=obj.key, **more
                 )
                 async with answer["Body"] as body:
-                    return Received(await body.read(), answer["ETag"].strip('"'))
+                    return Received(
+                        await body.read(), version_of(answer.get("ETag"), 0.0), _modified_s(answer)
+                    )
         except Exception as exc:
             raise _s3_error(exc) from exc
 
@@ -187,7 +183,7 @@ class S3fsEngine:
         answer = await self._call(
             "put_object", patience_s + len(body) / SLOWEST_BYTES_PER_S, Key=key, Body=body
         )
-        return Received(b"", answer.get("ETag", ""))
+        return Received(b"", version_of(answer.get("ETag"), 0.0))
 
     async def delete(self, key: str, *, patience_s: float) -> Received:
         """Delete one object, if it exists.
@@ -219,6 +215,19 @@ class S3fsEngine:
                 return await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
         except Exception as exc:
             raise _s3_error(exc) from exc
+
+
+def _info(answer: Mapping[str, Any], key: str | None, size_bytes: int | None) -> ObjectInfo:
+    if key is None or size_bytes is None:
+        # Not a KeyError, which zarr takes for a key that does not exist.
+        raise S3Error(None, "BadAnswer", "the server names an object without its key or size")
+    modified_s = _modified_s(answer)
+    return ObjectInfo(key, size_bytes, version_of(answer.get("ETag"), modified_s), modified_s)
+
+
+def _modified_s(answer: Mapping[str, Any]) -> float:
+    modified = answer.get("LastModified")
+    return float(modified.timestamp()) if modified is not None else 0.0
 
 
 def _s3_error(exc: BaseException) -> S3Error:
