@@ -16,6 +16,7 @@ import os
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -430,26 +431,32 @@ METHODS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": 
     ("method", "claims"),
     [("deflate", "what it holds"), *((method, "little") for method in METHODS)],
 )
-def test_zip_bomb_is_refused(tmp_path: Path, method: str, claims: str) -> None:
+@pytest.mark.parametrize("name", ["0.0.0", "bomb"])
+def test_zip_bomb_is_refused(tmp_path: Path, name: str, method: str, claims: str) -> None:
     """With correct headers, and with a header that claims a small size, beyond which nothing is
-    read.
+    read. A member that is no chunk is ignored.
     """
     with (
+        warnings.catch_warnings(),
         zip_bomb(tmp_path / "mp-1.zarr.zip") as archive,
-        archive.open(zipfile.ZipInfo(f"{ARRAY}/bomb"), "w") as member,
     ):
-        member._compressor = zipfile._get_compressor(METHODS[method], 1)  # type: ignore[attr-defined]
-        member._zinfo.compress_type = METHODS[method]  # type: ignore[attr-defined]
-        for _ in range(320 if claims == "what it holds" else 160):
-            member.write(bytes(MIB))
+        warnings.simplefilter("ignore")  # two members of one name
+        with archive.open(zipfile.ZipInfo(f"{ARRAY}/{name}"), "w") as member:
+            member._compressor = zipfile._get_compressor(METHODS[method], 1)  # type: ignore[attr-defined]
+            member._zinfo.compress_type = METHODS[method]  # type: ignore[attr-defined]
+            for _ in range(320 if claims == "what it holds" else 160):
+                member.write(bytes(MIB))
     if claims == "little":
-        patch_sizes(tmp_path / "mp-1.zarr.zip", f"{ARRAY}/bomb", 100)
+        patch_sizes(tmp_path / "mp-1.zarr.zip", f"{ARRAY}/{name}", 100)
     words, peak = peak_of(read, tmp_path, "mp-1.zarr.zip")
+    assert peak < SMALL
+    if name == "bomb":
+        assert words == "read (8, 8, 8)"
+        return
     assert str(tmp_path / "mp-1.zarr.zip") in words
     is_read = method == "deflate" and claims == "little"
     assert words.startswith("IncompleteArrayError" if is_read else "SchemaError")
     assert "Zip the store again" in words
-    assert peak < SMALL
 
 
 def test_zip_with_a_million_members_is_refused(tmp_path: Path) -> None:

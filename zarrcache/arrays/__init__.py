@@ -13,9 +13,10 @@ from zarrcache.arrays.read import (
     read_array,
     stable_listing,
 )
-from zarrcache.arrays.zip import unzip
+from zarrcache.arrays.zip import ZippedStore
 
 __all__ = [
+    "ZippedStore",
     "as_density",
     "check_metadata",
     "check_sizes",
@@ -26,5 +27,4 @@ __all__ = [
     "per_point",
     "read_array",
     "stable_listing",
-    "unzip",
 ]

@@ -1,79 +1,54 @@
 """Decode the objects of one Zarr array into a numpy array as they arrive.
 
-Plain arrays (regular grid, C order, at most one compressor, no filters, no shards) are decoded
-here: 343 blosc chunks take 16 ms this way and 109 ms through zarr's pipeline, which spends the rest
-on scheduling. Everything else goes through zarr itself. ``tests/property/test_decode_parity.py``
-compares the two for any shape, chunking and codec.
+Chains of known codecs (:mod:`zarrcache.arrays.codecs`) are decoded here: 343 blosc chunks take 16
+ms this way and 109 ms through zarr's pipeline, which spends the rest on scheduling. All other
+arrays go through zarr itself, in a child process (:mod:`zarrcache.arrays.foreign`).
+``tests/property/test_decode_parity.py`` compares the two for any shape, chunking and codec.
 
-A chunk of a few bytes may claim, or be, gigabytes. The size of a decoded chunk is known from the
-metadata, but codecs do not use it: numcodecs allocates what a header claims and decompresses
-streams to their end. blosc, zstd and lz4 declare the decompressed size in their headers, which
-their libraries enforce; streams (gzip, zlib, bz2, lzma) are read up to one byte past the limit.
+Objects that are not chunks of the grid are ignored, as by zarr: what an editor, a file system or
+macOS leaves beside them.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
 import math
 import operator
 import re
-import struct
-import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from typing_extensions import Buffer
 
 from zarrcache._keys import safe_repr
-from zarrcache._units import most_bytes, read_bounded
-from zarrcache.errors import IncompleteArrayError, SchemaError
+from zarrcache._units import most_bytes
+from zarrcache.arrays.codecs import Chunk, UnknownCodecError
+from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 __all__ = [
-    "CLAIMED_BYTES",
-    "DECODE_ERRORS",
-    "STREAMS",
-    "V3_CODECS",
+    "MAX_DOCUMENT_BYTES",
     "ArrayDecoder",
+    "check_chunk_count",
     "check_metadata",
+    "is_array_key",
     "metadata_key",
 ]
 
-#: Compressors of zarr v3 that are decoded here, and their numcodecs ids. Chunks of all others are
-#: decoded by zarr. To add one, register it with numcodecs, name it here, and give its limit in
-#: ``CLAIMED_BYTES`` or ``STREAMS`` below; v2 has numcodecs ids and needs no entry here.
-V3_CODECS = {"zstd": "zstd", "gzip": "gzip", "blosc": "blosc", "numcodecs.zlib": "zlib"}
-#: zstd's largest block, and the excess allowed for a frame that does not declare its size.
-_ZSTD_BLOCK, _ZSTD_SLACK = 128 * 1024, 32 * 1024**2
-_SHARDS = "sharding_indexed"
-_NOT_WRITTEN = 2**64 - 1
-#: Largest document that describes an array; parsed it takes twenty times the memory.
-_MAX_DOCUMENT_BYTES = 4 * 1024**2
-#: A chunk may be larger than its array (all stores may have the same chunks), up to this.
-_MAX_CHUNK_BYTES = 1024**3
-#: Errors of codecs for damaged data: RuntimeError by numcodecs, ValueError for a wrong length,
-#: OSError or EOFError by gzip and bz2, classes of their own by zlib and lzma, and MemoryError for a
-#: zstd frame whose damaged header claims more memory than the machine has.
-DECODE_ERRORS = (
-    RuntimeError,
-    ValueError,
-    OSError,
-    EOFError,
-    MemoryError,
-    zlib.error,
-    lzma.LZMAError,
-)
-#: Errors caused by metadata with missing parts or parts of the wrong type.
-_NONSENSE = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+#: Largest document that describes an array, and the objects in it: JSON of empty lists takes 50
+#: times its size when it is parsed.
+MAX_DOCUMENT_BYTES, _MAX_DOCUMENT_OBJECTS = 4 * 1024**2, 200_000
+#: A chunk may be larger than its array, because all stores may have the same chunks; what lies
+#: outside of the array may take this memory while the chunk is decoded.
+_MAX_EXCESS_BYTES = 72 * 1024**2
+#: Most chunks of an array that zarr reads: it makes a list of them before it looks at the first.
+_MAX_CHUNKS_OF_ZARR = 2**24
 
 _NUMBERS = "biuf"
 _MAX_AXES = 32
-_CHUNK_KEY = re.compile(r"(?:^|[/.])[0-9]+$|^c$")
+#: Keys below an array: its metadata, and what may be a chunk of some grid.
+_ARRAY_KEY = re.compile(r"\.zarray|zarr\.json|c|(?:c[/.])?[0-9]+(?:[/.][0-9]+)*")
 #: Codecs of numcodecs that make objects instead of numbers: pickle runs code from the data, and the
 #: others take sizes from it.
 _OBJECT_CODECS = frozenset(
@@ -83,17 +58,23 @@ _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf
 
 
 @dataclass(frozen=True, slots=True)
-class _Plain:
-    """Layout of a plain array."""
+class _Layout:
+    """Where the chunks of an array lie, and how they are decoded."""
 
     shape: tuple[int, ...]
-    chunks: tuple[int, ...]
     dtype: np.dtype[Any]
-    fill: int | float | bool
-    codec: Any  # a numcodecs codec; None for raw chunks
+    fill: Any
+    chunk: Chunk
     chunk_key: re.Pattern[str]
     separator: str
-    chunk_bytes: int
+
+
+def is_array_key(key: str) -> bool:
+    """Whether an object below an array may be its metadata or a chunk.
+
+    Others are ignored: ``.DS_Store``, ``._0.0.0``, ``0.0.0~``, markers of directories.
+    """
+    return _ARRAY_KEY.fullmatch(key) is not None
 
 
 def metadata_key(keys: Collection[str]) -> str | None:
@@ -126,7 +107,7 @@ class ArrayDecoder:
         self._reserve = reserve
         self._metadata_key = metadata_key(keys)
         self._document: dict[str, Any] | None = None
-        self._plain: _Plain | None = None
+        self._layout: _Layout | None = None
         # First point along each axis of every listed chunk of the grid.
         self._starts: dict[str, tuple[int, ...]] = {}
         self._out: np.ndarray[Any, np.dtype[Any]] | None = None
@@ -144,15 +125,24 @@ class ArrayDecoder:
         """
         if key == self._metadata_key:
             self._describe(data)
-            if self._plain is not None:
+            if self._layout is not None:
                 kept, self._kept = self._kept, {}
                 for name, chunk in kept.items():
                     self._decode(name, chunk)
                 return
-        if self._plain is not None:
+        if self._layout is not None:
             self._decode(key, data)
-        else:
+        elif is_array_key(key):
             self._kept[key] = data
+
+    def most_bytes_of(self, key: str) -> int | None:
+        """Size of the largest object that may be stored as ``key``; 0: it is not of the array.
+
+        None: not known, because zarr decodes the array. Call after adding the metadata.
+        """
+        if self._layout is None:
+            return None if is_array_key(key) else 0
+        return self._layout.chunk.encoded_bytes if key in self._starts else 0
 
     def finish(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Return the array, C order, native byte order. Call after adding every listed key."""
@@ -162,197 +152,133 @@ class ArrayDecoder:
             )
         if self._out is not None:
             return self._out
-        return self._through_zarr()
+        from zarrcache.arrays.foreign import decode_in_child
+
+        nbytes = _claimed_bytes(self._document)
+        return decode_in_child(self._kept, self._zarr_format, nbytes, self._url)
+
+    @property
+    def _zarr_format(self) -> Literal[2, 3]:
+        return 3 if self._metadata_key == "zarr.json" else 2
 
     def _describe(self, data: Buffer) -> None:
         url = f"{self._url}/{self._metadata_key}"
         raw = memoryview(data)
-        if raw.nbytes > _MAX_DOCUMENT_BYTES:
+        if raw.nbytes > MAX_DOCUMENT_BYTES:
             raise SchemaError(
                 f"{url} has {raw.nbytes} bytes, too many for the description of an array; convert "
                 "the store again."
             )
+        text = bytes(raw)
+        if text.count(b"[") + text.count(b"{") > _MAX_DOCUMENT_OBJECTS:
+            raise SchemaError(f"{url} has too many lists and objects; convert the store again.")
         try:
-            document = json.loads(bytes(raw))
+            document = json.loads(text)
         except (ValueError, RecursionError) as exc:
             raise SchemaError(f"{url} is not JSON ({exc}); convert the store again.") from exc
         check_metadata(document, url)
         self._document = document
         try:
-            plain = self._plain = (
-                _plain_v3(document) if self._metadata_key == "zarr.json" else _plain_v2(document)
-            )
-        except _NONSENSE as exc:
+            layout = self._layout = (_v3 if self._zarr_format == 3 else _v2)(document)
+        except ZarrCacheError:
+            raise
+        except UnknownCodecError:
+            check_chunk_count(document, url)
+            layout = None
+        except Exception as exc:  # parts that are missing, of other types, or that no codec takes
             raise SchemaError(
-                f"{url} does not describe a Zarr array ({exc}); convert the store again."
+                f"{url} does not describe a Zarr array that can be read ({type(exc).__name__}: "
+                f"{exc}); convert the store again."
             ) from exc
-        except ValueError as exc:  # numcodecs.UnknownCodecError
-            raise SchemaError(
-                f"{url} uses a compressor that is not available here ({exc})."
-            ) from exc
+        if layout is not None:
+            _check_excess(layout, url)
         if self._reserve is not None:
             self._reserve(_claimed_bytes(document))
-        if plain is None:
+        if layout is None:
             return
-        grid = [-(-n // c) for n, c in zip(plain.shape, plain.chunks, strict=True)]
         self._starts = {
-            key: starts for key in self._keys if (starts := _starts_of(key, plain)) is not None
+            key: starts for key in self._keys if (starts := _starts_of(key, layout)) is not None
         }
-        dtype = plain.dtype.newbyteorder("=")
+        dtype = layout.dtype.newbyteorder("=")
         # Write the fill value only where chunks are missing: first touching 5 MB of fresh memory
         # costs as much as decoding it.
+        grid = [-(-n // c) for n, c in zip(layout.shape, layout.chunk.shape, strict=True)]
         self._out = (
-            np.empty(plain.shape, dtype)
+            np.empty(layout.shape, dtype)
             if len(self._starts) == math.prod(grid)
-            else np.full(plain.shape, plain.fill, dtype)
+            else np.full(layout.shape, layout.fill, dtype)
         )
 
     def _decode(self, key: str, data: Buffer) -> None:
-        plain, out, starts = self._plain, self._out, self._starts.get(key)
+        layout, out, starts = self._layout, self._out, self._starts.get(key)
         if starts is None:
             return
-        assert plain is not None
+        assert layout is not None
         assert out is not None
-        try:
-            raw: Any = (
-                data if plain.codec is None else _decompress(plain.codec, data, plain.chunk_bytes)
-            )
-            chunk = np.frombuffer(raw, plain.dtype).reshape(plain.chunks)
-        except DECODE_ERRORS as exc:
-            raise IncompleteArrayError(
-                f"{self._url}/{key} cannot be decoded ({exc}). The object is damaged at the "
-                "origin: convert the store again."
-            ) from exc
         target = out[
-            tuple([slice(start, start + n) for start, n in zip(starts, plain.chunks, strict=True)])
-        ]
-        target[...] = (
-            chunk
-            if target.shape == plain.chunks
-            else chunk[tuple([slice(n) for n in target.shape])]
-        )
-
-    def _through_zarr(self) -> np.ndarray[Any, np.dtype[Any]]:
-        import zarr
-        from zarr.buffer import default_buffer_prototype
-
-        make = default_buffer_prototype().buffer.from_bytes
-        store = zarr.storage.MemoryStore(
-            {f"a/{key}": make(bytes(data)) for key, data in self._kept.items()}, read_only=True
-        )
-        try:
-            self._check_expansion()
-            array = zarr.open_array(
-                store=store,
-                path="a",
-                mode="r",
-                zarr_format=3 if self._metadata_key == "zarr.json" else 2,
+            tuple(
+                [
+                    slice(start, start + n)
+                    for start, n in zip(starts, layout.chunk.shape, strict=True)
+                ]
             )
-            values = np.asarray(array[...])
-        except (*DECODE_ERRORS, *_NONSENSE) as exc:
-            # zarr has no class of its own for errors of codecs.
+        ]
+        try:
+            layout.chunk.write(data, target, layout.fill)
+        except Exception as exc:
+            # Codecs have no common error: for damaged data they raise those of zlib, lzma, numpy,
+            # RuntimeError, IndexError, MemoryError, and others.
             raise IncompleteArrayError(
-                f"{self._url} cannot be decoded by zarr ({type(exc).__name__}: {exc}). "
-                "Convert the store again."
+                f"{self._url}/{key} cannot be decoded ({type(exc).__name__}: {exc}). The object is "
+                "damaged at the origin: convert the store again."
             ) from exc
-        return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-
-    def _check_expansion(self) -> None:
-        """Check every chunk's decompressed size: zarr itself has no limit."""
-        document = self._document
-        assert document is not None
-        shape, itemsize = _chunk_shape(document), _dtype_of(document).itemsize
-        if shape is None:
-            return
-        for key, data in self._kept.items():
-            if key == self._metadata_key or not _CHUNK_KEY.search(key):
-                continue
-            if "codecs" in document:
-                _check_chunk(document["codecs"], data, shape, itemsize)
-            elif document.get("compressor") is not None:
-                # Filters run after it and may change the item size, to 16 bytes at most.
-                _check_size(
-                    _numcodec(document["compressor"]),
-                    data,
-                    math.prod(shape) * max(itemsize, 16),
-                )
 
 
-def _check_chunk(
-    codecs: Sequence[Mapping[str, Any]], data: Buffer, shape: Sequence[int], itemsize: int
-) -> None:
-    """Raise ValueError if a v3 chunk, or a chunk in a shard, decompresses to more than its shape.
-
-    Parameters
-    ----------
-    codecs : sequence of mapping
-        As in ``zarr.json``; decoding starts with the last.
-    data : buffer
-    shape : sequence of int
-    itemsize : int
-    """
-    due = math.prod(shape) * itemsize
-    rest = [dict(codec) for codec in codecs]
-    while rest:
-        codec = rest.pop()
-        name = str(codec.get("name"))
-        if name == _SHARDS:
-            settings = codec["configuration"]
-            inner = settings["chunk_shape"]
-            for part in _parts_of(
-                data, settings, math.prod(-(-n // c) for n, c in zip(shape, inner, strict=True))
-            ):
-                _check_chunk(settings["codecs"], part, inner, itemsize)
-            return
-        if name == "crc32c":
-            data = memoryview(data).cast("B")[:-4]
-        elif name in V3_CODECS:
-            packed = _numcodec({"id": V3_CODECS[name]})
-            if not any(str(inner.get("name")) in V3_CODECS for inner in rest):
-                _check_size(packed, data, due)
-                return
-            # Another compressor follows: decompress its input, with room for its overhead.
-            data = _decompress(packed, data, due + due // 8 + 1024)
-        else:
-            return
-
-
-def _parts_of(data: Buffer, settings: Mapping[str, Any], count: int) -> list[memoryview]:
-    """Slice a shard into its chunks by its index: 64-bit (offset, length), and a checksum."""
-    if not {str(codec.get("name")) for codec in settings["index_codecs"]} <= {"bytes", "crc32c"}:
-        raise ValueError("its shard index has codecs that zarr does not write")
-    view, checksum = (
-        memoryview(data).cast("B"),
-        4 * any(codec.get("name") == "crc32c" for codec in settings["index_codecs"]),
-    )
-    big = any(
-        (codec.get("configuration") or {}).get("endian") == "big"
-        for codec in settings["index_codecs"]
-    )
-    length = 16 * count
-    if len(view) < length + checksum:
-        raise ValueError(f"a shard of {len(view)} bytes cannot hold an index of {length}")
-    start = 0 if settings.get("index_location") == "start" else len(view) - length - checksum
-    numbers = struct.unpack(f"{'>' if big else '<'}{2 * count}Q", view[start : start + length])
-    return [
-        view[at : at + size]
-        for at, size in zip(numbers[::2], numbers[1::2], strict=True)
-        if (at, size) != (_NOT_WRITTEN, _NOT_WRITTEN)
-    ]
-
-
-def _starts_of(key: str, plain: _Plain) -> tuple[int, ...] | None:
+def _starts_of(key: str, layout: _Layout) -> tuple[int, ...] | None:
     """First point of a chunk along each axis; None if the key is not a chunk of the grid."""
-    match = plain.chunk_key.fullmatch(key)
+    match = layout.chunk_key.fullmatch(key)
     if match is None:
         return None
+    if not layout.shape:
+        return ()
     starts = tuple(
         [
             int(part) * n
-            for part, n in zip(match[1].split(plain.separator), plain.chunks, strict=True)
+            for part, n in zip(match[1].split(layout.separator), layout.chunk.shape, strict=True)
         ]
     )
-    return starts if all(map(operator.lt, starts, plain.shape)) else None
+    return starts if all(map(operator.lt, starts, layout.shape)) else None
+
+
+def _check_excess(layout: _Layout, url: str) -> None:
+    """Refuse chunks that take far more memory than their array."""
+    chunk, array_bytes = layout.chunk, math.prod(layout.shape) * layout.dtype.itemsize
+    if chunk.nbytes > array_bytes:
+        excess = chunk.peak_bytes * (chunk.nbytes - array_bytes) // chunk.nbytes
+        if excess > _MAX_EXCESS_BYTES:
+            raise SchemaError(
+                f"{url} claims chunks of {chunk.nbytes} bytes (shape {list(chunk.shape)}), larger "
+                f"than the array of {array_bytes}; decoding one takes {chunk.peak_bytes} bytes. "
+                "They are refused; convert the store again with smaller chunks."
+            )
+
+
+def check_chunk_count(document: Mapping[str, Any], url: str) -> None:
+    """Refuse an array with more chunks than zarr can list, for arrays that zarr itself reads.
+
+    Raises
+    ------
+    SchemaError
+    """
+    chunk = _chunk_shape(document)
+    if chunk is None or len(chunk) != len(document["shape"]) or 0 in chunk:
+        return
+    count = math.prod(-(-n // c) for n, c in zip(document["shape"], chunk, strict=True))
+    if count > _MAX_CHUNKS_OF_ZARR:
+        raise SchemaError(
+            f"{url} claims {count} chunks of shape {chunk}; more than {_MAX_CHUNKS_OF_ZARR} are "
+            "refused. Convert the store again with larger chunks."
+        )
 
 
 def check_metadata(document: object, url: str) -> None:
@@ -400,12 +326,12 @@ def check_metadata(document: object, url: str) -> None:
             "refused on this machine."
         )
     chunk = _chunk_shape(document)
-    if chunk is not None and (nbytes := math.prod(chunk) * dtype.itemsize) > max(
-        claimed, _MAX_CHUNK_BYTES
+    if chunk is not None and (nbytes := math.prod(chunk) * dtype.itemsize) > (
+        claimed + _MAX_EXCESS_BYTES
     ):
         raise SchemaError(
             f"{url} claims chunks of {nbytes} bytes (shape {chunk}), larger than the array of "
-            f"{claimed}; they are refused."
+            f"{claimed}; they are refused. Convert the store again with smaller chunks."
         )
     try:
         used = {
@@ -485,200 +411,60 @@ def _fill(value: object, dtype: np.dtype[Any]) -> int | float | bool | None:
 
 
 def _layout(
-    shape: Sequence[int],
-    chunks: Sequence[Any],
+    document: Mapping[str, Any],
+    chunk: Chunk,
     dtype: np.dtype[Any],
-    fill: object,
-    codec: Any,
     prefix: str,
-    separator: str,
-) -> _Plain | None:
-    value = _fill(fill, dtype)
-    if (
-        not shape
-        or 0 in shape
-        or len(shape) != len(chunks)
-        or not all(isinstance(n, int) and n > 0 for n in chunks)
-        or value is None
-        or separator not in ("/", ".")
-    ):
-        return None
-    number = r"(?:0|[1-9][0-9]*)"
-    pattern = re.compile(f"{re.escape(prefix)}({re.escape(separator).join([number] * len(shape))})")
-    return _Plain(
+    separator: object,
+) -> _Layout:
+    shape, chunks = document["shape"], chunk.shape
+    if len(shape) != len(chunks):
+        raise ValueError(f"chunks of shape {safe_repr(list(chunks))} for {len(shape)} axes")
+    if separator not in ("/", "."):
+        raise ValueError(f"its separator is {safe_repr(separator)}")
+    number = r"(?:0|[1-9][0-9]{0,18})"  # int() refuses thousands of digits
+    if shape:
+        name = f"{re.escape(prefix)}({re.escape(separator).join([number] * len(shape))})"
+    else:
+        name = re.escape(prefix.rstrip("/.") or "0")
+    fill = _fill(document.get("fill_value"), dtype)
+    return _Layout(
         tuple(shape),
-        tuple(chunks),
         dtype,
-        value,
-        codec,
-        pattern,
-        separator,
-        math.prod(chunks) * dtype.itemsize,
-    )
-
-
-def _plain_v2(document: dict[str, Any]) -> _Plain | None:
-    if document.get("order") != "C" or document.get("filters"):
-        return None
-    return _layout(
-        document["shape"],
-        document.get("chunks", ()),
-        np.dtype(document["dtype"]),
-        document.get("fill_value"),
-        None if document.get("compressor") is None else _numcodec(document["compressor"]),
-        "",
-        document.get("dimension_separator", "."),
-    )
-
-
-def _plain_v3(document: dict[str, Any]) -> _Plain | None:
-    grid, keys, codecs = (
-        document.get("chunk_grid", {}),
-        document.get("chunk_key_encoding", {}),
-        document.get("codecs", []),
-    )
-    if (
-        grid.get("name") != "regular"
-        or keys.get("name") not in ("default", "v2")
-        or document.get("storage_transformers")
-        or not 1 <= len(codecs) <= 2
-    ):
-        return None
-    if codecs[0].get("name") != "bytes" or (
-        len(codecs) == 2 and codecs[1].get("name") not in V3_CODECS
-    ):
-        return None
-    endian = codecs[0].get("configuration", {}).get("endian", "little")
-    dtype = np.dtype(document["data_type"]).newbyteorder(">" if endian == "big" else "<")
-    default = keys["name"] == "default"
-    separator = keys.get("configuration", {}).get("separator", "/" if default else ".")
-    codec = None
-    if len(codecs) == 2:
-        # Decoding needs no parameters: blosc, zstd and gzip frames describe themselves.
-        codec = _numcodec({"id": V3_CODECS[codecs[1]["name"]]})
-    return _layout(
-        document["shape"],
-        grid["configuration"]["chunk_shape"],
-        dtype,
-        document.get("fill_value"),
-        codec,
-        f"c{separator}" if default else "",
+        _fill_of_zarr(document) if fill is None else fill,
+        chunk,
+        re.compile(name),
         separator,
     )
 
 
-# -- decompression limits -----------------------------------------------------------------------
+def _v2(document: Mapping[str, Any]) -> _Layout:
+    separator = document.get("dimension_separator", ".")
+    return _layout(document, Chunk.v2(document), np.dtype(document["dtype"]), "", separator)
 
 
-def _numcodec(configuration: Mapping[str, Any]) -> Any:
-    """Make a codec of numcodecs."""
-    import numcodecs
-
-    return numcodecs.get_codec(dict(configuration))
-
-
-def _decompress(codec: Any, data: Buffer, nbytes: int) -> Any:
-    """Call ``codec.decode(data)`` if the result has at most ``nbytes``.
-
-    Raises
-    ------
-    ValueError
-        It would have more. Damaged data raises what the codec raises.
-    """
-    read = STREAMS.get(codec.codec_id)
-    if read is not None:
-        return read(codec, data, nbytes)
-    _check_size(codec, data, nbytes)
-    return codec.decode(data)
+def _v3(document: Mapping[str, Any]) -> _Layout:
+    grid, keys = document["chunk_grid"], document["chunk_key_encoding"]
+    if grid["name"] != "regular" or document.get("storage_transformers"):
+        raise UnknownCodecError(str(grid["name"]))
+    keys = {"name": keys} if isinstance(keys, str) else keys
+    if keys["name"] not in ("default", "v2"):
+        raise UnknownCodecError(str(keys["name"]))
+    is_default = keys["name"] == "default"
+    separator = (keys.get("configuration") or {}).get("separator", "/" if is_default else ".")
+    dtype = np.dtype(document["data_type"])
+    chunk = Chunk.v3(grid["configuration"]["chunk_shape"], dtype, document["codecs"])
+    return _layout(document, chunk, dtype, f"c{separator}" if is_default else "", separator)
 
 
-def _check_size(codec: Any, data: Buffer, nbytes: int) -> None:
-    """Raise as :func:`_decompress` would, without a result. Codecs without a known bound pass."""
-    kind = codec.codec_id
-    if kind in STREAMS:  # a stream declares no size: decompress up to the limit
-        STREAMS[kind](codec, data, nbytes)
-    elif (
-        kind in CLAIMED_BYTES
-        and (claimed := CLAIMED_BYTES[kind](memoryview(data).cast("B"), nbytes)) > nbytes
-    ):
-        raise ValueError(f"it would decompress to {claimed} bytes; its shape needs {nbytes}")
+def _fill_of_zarr(document: Mapping[str, Any]) -> Any:
+    """A fill value as zarr reads it, for example from hexadecimal digits."""
+    import zarr
+    from zarr.buffer import default_buffer_prototype
 
-
-def _zlib(codec: Any, data: Buffer, nbytes: int) -> bytes:
-    stream = zlib.decompressobj()
-    out = stream.decompress(data, nbytes + 1)
-    if len(out) > nbytes:
-        raise ValueError(f"it decompresses to more than {nbytes} bytes")
-    if not stream.eof:
-        raise zlib.error("incomplete or truncated stream")
-    return out
-
-
-def _lzma(codec: Any, data: Buffer, nbytes: int) -> bytes:
-    with lzma.LZMAFile(io.BytesIO(data), format=codec.format, filters=codec.filters) as file:
-        return read_bounded(file, nbytes)
-
-
-def _gzip(codec: Any, data: Buffer, nbytes: int) -> bytes:
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        return read_bounded(file, nbytes)
-
-
-def _bz2(codec: Any, data: Buffer, nbytes: int) -> bytes:
-    with bz2.BZ2File(io.BytesIO(data)) as file:
-        return read_bounded(file, nbytes)
-
-
-#: Stream codecs by numcodecs id: decompress up to a limit.
-STREAMS: dict[str, Callable[[Any, Buffer, int], bytes]] = {
-    "zlib": _zlib,
-    "gzip": _gzip,
-    "bz2": _bz2,
-    "lzma": _lzma,
-}
-
-
-def _blosc(view: memoryview, nbytes: int) -> int:
-    return int.from_bytes(view[4:8], "little")
-
-
-def _lz4(view: memoryview, nbytes: int) -> int:
-    return int.from_bytes(view[:4], "little")
-
-
-def _zstd(view: memoryview, nbytes: int) -> int:
-    """Sum the declared sizes of all frames (RFC 8878, section 3.1).
-
-    A frame that declares none counts with its whole blocks, if they are far beyond the limit.
-    """
-    declared, undeclared, at = 0, 0, 0
-    while at + 6 <= len(view):
-        magic = int.from_bytes(view[at : at + 4], "little")
-        if magic & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
-            at += 8 + int.from_bytes(view[at + 4 : at + 8], "little")
-            continue
-        if magic != 0xFD2FB528:
-            break  # not a frame; zstd refuses it
-        descriptor = view[at + 4]
-        is_single = descriptor >> 5 & 1
-        size = (is_single, 2, 4, 8)[descriptor >> 6]
-        at += 5 + (1 - is_single) + (0, 1, 2, 4)[descriptor & 3]
-        if size:
-            declared += int.from_bytes(view[at : at + size], "little") + (256 if size == 2 else 0)
-        at += size
-        while at + 3 <= len(view):
-            block = int.from_bytes(view[at : at + 3], "little")
-            at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
-            undeclared += 0 if size else _ZSTD_BLOCK
-            if block & 1:
-                break
-        at += 4 * (descriptor >> 2 & 1)
-    return declared + (undeclared if undeclared > 2 * nbytes + _ZSTD_SLACK else 0)
-
-
-#: Codecs whose header declares the decompressed size, by numcodecs id: read that size.
-CLAIMED_BYTES: dict[str, Callable[[memoryview, int], int]] = {
-    "blosc": _blosc,
-    "lz4": _lz4,
-    "zstd": _zstd,
-}
+    is_v3 = "data_type" in document
+    raw = default_buffer_prototype().buffer.from_bytes(json.dumps(document).encode())
+    store = zarr.storage.MemoryStore({"a/zarr.json" if is_v3 else "a/.zarray": raw}, read_only=True)
+    return zarr.open_array(
+        store=store, path="a", mode="r", zarr_format=3 if is_v3 else 2
+    ).fill_value

@@ -23,8 +23,15 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache._units import most_bytes
-from zarrcache.arrays.decode import ArrayDecoder, check_metadata
-from zarrcache.arrays.zip import unzip
+from zarrcache.arrays.decode import (
+    MAX_DOCUMENT_BYTES,
+    ArrayDecoder,
+    check_chunk_count,
+    check_metadata,
+    is_array_key,
+    metadata_key,
+)
+from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
     IncompleteArrayError,
     OriginNotFoundError,
@@ -88,8 +95,9 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
     prefix = f"{store}/{array}/"
-    # The array's attributes do not affect its values: not worth a request, nor a reason to refetch.
-    listed = [o for o in origin.list_objects(prefix) if o.key != f"{prefix}.zattrs"]
+    # Neither the attributes nor what an editor or macOS leaves beside the chunks affects the values:
+    # not worth a request, nor a reason to refetch.
+    listed = [o for o in origin.list_objects(prefix) if is_array_key(o.key.removeprefix(prefix))]
     if not listed:
         everything = origin.list_objects(f"{store}/")
         if not everything:
@@ -216,7 +224,7 @@ def _fetch_and_decode(
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
         ((_, data),) = origin.fetch(listed)
-        return _decode_members(url, array, unzip(data, url, f"{array}/"), reserve)
+        return _decode_zipped(ZippedStore(data, url), array, url, reserve)
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
     keys = [o.key.removeprefix(prefix) for o in listed]
@@ -226,21 +234,22 @@ def _fetch_and_decode(
     return decoder.finish()
 
 
-def _decode_members(
-    url: str,
-    array: str,
-    members: dict[str, bytes],
-    reserve: Callable[[int], object] | None,
+def _decode_zipped(
+    store: ZippedStore, array: str, url: str, reserve: Callable[[int], object] | None
 ) -> np.ndarray[Any, np.dtype[Any]]:
+    """Decode the members of one array, unpacked one at a time."""
     prefix = f"{array}/"
-    chosen = {
-        name.removeprefix(prefix): data for name, data in members.items() if name.startswith(prefix)
-    }
-    if not chosen:
-        raise no_such_array(url, array, members)
-    decoder = ArrayDecoder(chosen, f"{url}/{array}", reserve)
-    for name, data in chosen.items():
-        decoder.add(name, data)
+    keys = [name.removeprefix(prefix) for name in store.sizes if name.startswith(prefix)]
+    if not keys:
+        raise no_such_array(url, array, store.sizes)
+    decoder = ArrayDecoder(keys, f"{url}/{array}", reserve)
+    described_by = metadata_key(keys)
+    if described_by is not None:
+        decoder.add(described_by, store.read(prefix + described_by, MAX_DOCUMENT_BYTES))
+        for key in keys:
+            most = decoder.most_bytes_of(key)
+            if key != described_by and most != 0:
+                decoder.add(key, store.read(prefix + key, most))
     return decoder.finish()
 
 
@@ -335,16 +344,16 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
     if not isinstance(array, zarr.Array):
         raise SchemaError(f"{where}/{name} is a group; a charge density is an array.")
     documents = array.metadata.to_buffer_dict(default_buffer_prototype())
-    check_metadata(
-        json.loads(documents[".zarray" if ".zarray" in documents else "zarr.json"].to_bytes()),
-        f"{where}/{name}",
+    document = json.loads(
+        documents[".zarray" if ".zarray" in documents else "zarr.json"].to_bytes()
     )
+    check_metadata(document, f"{where}/{name}")
+    check_chunk_count(document, f"{where}/{name}")
     try:
         values = np.asarray(array[...])
     except ZarrCacheError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError) as exc:
-        # zarr has no class of its own for errors of codecs.
+    except Exception as exc:  # zarr has no class of its own for errors of codecs
         raise IncompleteArrayError(
             f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the "
             "store again."

@@ -1,85 +1,125 @@
-"""Unpack a Zarr store in one zip file in memory, after one GET."""
+"""Read the members of a Zarr store in one zip file, in memory, after one GET."""
 
 from __future__ import annotations
 
 import io
-import struct
 import zipfile
 from typing import Any
 
-from zarrcache._units import most_bytes
-from zarrcache.arrays.decode import DECODE_ERRORS
-from zarrcache.errors import IncompleteArrayError, SchemaError
+from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
-__all__ = ["unzip"]
+__all__ = ["ZippedStore"]
 
-#: Chunks are compressed already, so the members are hardly larger than the zip, except an array of
-#: zeros that was zipped raw.
-_MAX_RATIO, _ROOM_BYTES = 100, 256 * 1024**2
-#: Enough for 250,000 members: an array of 4 GiB in chunks of 16 x 16 x 16.
-_MAX_DIRECTORY_BYTES = 20 * 1024**2
-_TAIL_BYTES = 66 * 1024  # the end record of a zip and the longest comment that may follow it
+#: Largest member whose size nothing else bounds, unless it is compressed by less than _MAX_RATIO.
+_ROOM_BYTES, _MAX_RATIO = 64 * 1024**2, 100
+#: Python needs 20 bytes for each byte of the directory. 4 MiB are 45,000 members: an array of
+#: 700 MiB in chunks of 16 x 16 x 16. In a larger zip, the directory may be a sixteenth: a store
+#: with chunks of 8 x 8 x 8.
+_MAX_DIRECTORY_BYTES, _MAX_DIRECTORY_SHARE = 4 * 1024**2, 16
+#: The end record of a zip and the longest comment that may follow it; before it the two records of
+#: a large zip.
+_TAIL_BYTES = 22 + 2**16 + 20 + 56
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _REMEDY = "Zip the store again, uncompressed (zip -0)."
-#: Errors of zipfile for a damaged file; RuntimeError for an encrypted one.
-_DAMAGED = (zipfile.BadZipFile, struct.error, *DECODE_ERRORS)
 
 
-def unzip(data: Any, url: str, prefix: str = "") -> dict[str, bytes]:
-    """Return the members of a zipped store by name.
+class ZippedStore:
+    """The members of a zip file by name. Nothing is unpacked before it is read.
 
-    Members outside ``prefix`` have empty content: messages only need their names.
+    Parameters
+    ----------
+    data : buffer
+        The whole file.
+    url : str
+        For messages.
+
+    Attributes
+    ----------
+    sizes : dict
+        Bytes of each member, by name below the directory that holds the store.
 
     Raises
     ------
     IncompleteArrayError
-        The file is not a zip file, or is damaged.
+        It is not a zip file, or is damaged.
     SchemaError
-        It claims more bytes than any density has (a zip bomb), or a member is compressed by
-        another method than deflate. Nothing is unpacked.
+        It has more members than its size explains.
     """
-    try:
+
+    def __init__(self, data: Any, url: str) -> None:
+        self._url = url
         _check_directory(data, url)
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
+        try:
+            self._archive = zipfile.ZipFile(io.BytesIO(data))
+            infos = [info for info in self._archive.infolist() if not info.is_dir()]
             root = _zip_root([info.filename for info in infos])
-            wanted = [info for info in infos if info.filename.startswith(root + prefix)]
-            claimed = sum(info.file_size for info in wanted)
-            most = min(most_bytes(), max(_ROOM_BYTES, _MAX_RATIO * memoryview(data).nbytes))
-            if claimed > most:
-                raise SchemaError(
-                    f"{url} claims {claimed} bytes unpacked; more than {most} are refused. "
-                    f"{_REMEDY}"
-                )
-            members = {info.filename.removeprefix(root): b"" for info in infos}
-            for info in wanted:
-                # zipfile unpacks bz2 and lzma in pieces whose size it does not bound.
-                if info.compress_type not in _METHODS:
-                    raise SchemaError(
-                        f"{url} member {info.filename} uses zip method {info.compress_type}; only "
-                        f"stored and deflated members are read. {_REMEDY}"
-                    )
-                with archive.open(info) as member:
-                    # Not ``ZipFile.read``, which unpacks everything and truncates the result.
-                    members[info.filename.removeprefix(root)] = member.read(info.file_size)
-            return members
-    except SchemaError:
-        raise
-    except _DAMAGED as exc:
-        raise IncompleteArrayError(f"{url} is not a readable zip file ({exc}). {_REMEDY}") from exc
+        except Exception as exc:  # zipfile has no common error for damaged files
+            raise self._damaged(exc) from exc
+        # Of two members of one name the last one counts: zarr's own ZipStore appends a second copy.
+        self._infos = {info.filename.removeprefix(root): info for info in infos}
+        self.sizes = {name: info.file_size for name, info in self._infos.items()}
+        self._last: tuple[str, bytes] = ("", b"")
+
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """Unpack one member.
+
+        Parameters
+        ----------
+        name : str
+        most : int, optional
+            Its largest size in bytes. Default: 64 MiB, or 100 times its compressed size.
+
+        Raises
+        ------
+        SchemaError
+            It claims more bytes, or is compressed by another method than deflate. Nothing is
+            unpacked.
+        IncompleteArrayError
+            It is damaged.
+        """
+        if self._last[0] == name:
+            return self._last[1]  # zarr reads a shard in many ranges
+        info = self._infos[name]
+        if most is None:
+            most = max(_ROOM_BYTES, _MAX_RATIO * info.compress_size)
+        # zipfile unpacks bz2 and lzma in pieces whose size it does not bound.
+        if info.compress_type not in _METHODS:
+            raise SchemaError(
+                f"{self._url} member {info.filename} uses zip method {info.compress_type}; only "
+                f"stored and deflated members are read. {_REMEDY}"
+            )
+        if info.file_size > most:
+            raise SchemaError(
+                f"{self._url} member {info.filename} claims {info.file_size} bytes unpacked; more "
+                f"than {most} are refused. {_REMEDY}"
+            )
+        try:
+            with self._archive.open(info) as member:
+                # Not ``ZipFile.read``, which unpacks everything and truncates the result.
+                data = member.read(info.file_size)
+        except Exception as exc:
+            raise self._damaged(exc) from exc
+        self._last = name, data
+        return data
+
+    def _damaged(self, exc: Exception) -> ZarrCacheError:
+        return IncompleteArrayError(f"{self._url} is not a readable zip file ({exc}). {_REMEDY}")
 
 
 def _check_directory(data: Any, url: str) -> None:
-    """Refuse a directory with more members than any store has chunks.
-
-    Python needs 20 bytes for each byte of it.
-    """
-    tail = bytes(memoryview(data)[-_TAIL_BYTES:])
-    end, large = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
-    size = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
-    if size == 0xFFFFFFFF and large >= 0:
-        size = int.from_bytes(tail[large + 40 : large + 48], "little")
-    if size > _MAX_DIRECTORY_BYTES:
+    """Refuse a directory with more members than any store has chunks, before it is parsed."""
+    view = memoryview(data)
+    tail = bytes(view[-_TAIL_BYTES:])
+    size = 0
+    # zipfile believes the records of a large zip wherever they are. Take the largest of all sizes.
+    for signature, start, width in ((b"PK\x05\x06", 12, 4), (b"PK\x06\x06", 40, 8)):
+        at = tail.find(signature)
+        while at >= 0:
+            field = int.from_bytes(tail[at + start : at + start + width], "little")
+            if field <= view.nbytes:
+                size = max(size, field)
+            at = tail.find(signature, at + 1)
+    if size > max(_MAX_DIRECTORY_BYTES, view.nbytes // _MAX_DIRECTORY_SHARE):
         raise SchemaError(
             f"{url} has a directory of {size} bytes, for more members than a store has chunks; it "
             "is refused."

@@ -19,7 +19,7 @@ from zarr.abc.store import (
 )
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.arrays import check_sizes, unzip
+from zarrcache.arrays import ZippedStore, check_sizes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.config import CacheConfig
@@ -58,7 +58,7 @@ class CachedStore(Store):
         self._was_there = False
         self._sizes: dict[str, int] | None = None
         self._objects: dict[str, ObjectInfo] = {}
-        self._members: dict[str, bytes] = {}
+        self._zipped: ZippedStore | None = None
 
     @property
     def url(self) -> str:
@@ -153,8 +153,8 @@ class CachedStore(Store):
         if size is None:
             return None
         start, stop = _bounds(byte_range, size)
-        if key in self._members:
-            return self._members[key][start:stop]
+        if self._zipped is not None:
+            return self._zipped.read(key)[start:stop]
         try:
             return self._object(self._objects[key], start, stop)
         except OriginNotFoundError as exc:
@@ -196,8 +196,8 @@ class CachedStore(Store):
                 f"{self.url} was deleted after it was opened. Open it again when it is back."
             )
         if zipped and listed:
-            self._members = unzip(self._object(listed[0], 0, listed[0].size_bytes), self.url)
-            return {key: len(data) for key, data in self._members.items()}
+            self._zipped = ZippedStore(self._object(listed[0], 0, listed[0].size_bytes), self.url)
+            return self._zipped.sizes
         self._objects = {o.key.removeprefix(prefix): o for o in listed}
         return {key: o.size_bytes for key, o in self._objects.items()}
 

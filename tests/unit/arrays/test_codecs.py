@@ -1,33 +1,18 @@
-"""A compressor of another package is decoded here once it is registered and named."""
+"""Codecs of other packages are decoded by zarr, in a child process of bounded memory."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, Literal
 
-import numcodecs
 import numpy as np
 import pytest
-from numcodecs.abc import Codec
 
-from zarrcache.arrays import decode
 from zarrcache.arrays.decode import ArrayDecoder
-from zarrcache.errors import IncompleteArrayError
-
-
-class Reversed(Codec):  # type: ignore[misc]
-    """Stores the bytes of a chunk in reverse."""
-
-    codec_id: ClassVar[str] = "zarrcache-test-reversed"
-
-    def encode(self, buf: Any) -> bytes:
-        return bytes(buf)[::-1]
-
-    def decode(self, buf: Any, out: Any = None) -> bytes:
-        return bytes(buf)[::-1]
-
-
-numcodecs.register_codec(Reversed)
+from zarrcache.errors import IncompleteArrayError, SchemaError
 
 VALUES = np.arange(24, dtype="<f4").reshape(4, 3, 2)
 V2 = {
@@ -38,7 +23,7 @@ V2 = {
     "order": "C",
     "filters": None,
     "fill_value": 0,
-    "compressor": {"id": Reversed.codec_id},
+    "compressor": {"id": "example-reversed"},
 }
 V3 = {
     "zarr_format": 3,
@@ -48,37 +33,114 @@ V3 = {
     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2, 3, 2]}},
     "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
     "fill_value": 0.0,
+    "attributes": {},
     "codecs": [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "example.reversed"},
     ],
 }
+#: A package with a codec that stores the bytes of a chunk in reverse. A chunk that starts with
+#: "bomb" becomes 300 MiB; one that starts with "die" ends the process.
+PACKAGE = """
+    import os
+    from dataclasses import dataclass
+    from numcodecs.abc import Codec
+    from zarr.abc.codec import BytesBytesCodec
+
+    def decoded(data):
+        if data.startswith(b"bomb"):
+            return b"x" * (300 * 2**20)
+        if data.startswith(b"die"):
+            os._exit(1)
+        return data[::-1]
+
+    class Reversed(Codec):
+        codec_id = "example-reversed"
+        def encode(self, buf):
+            return bytes(buf)[::-1]
+        def decode(self, buf, out=None):
+            return decoded(bytes(buf))
+
+    @dataclass(frozen=True)
+    class Reversed3(BytesBytesCodec):
+        is_fixed_size = True
+        @classmethod
+        def from_dict(cls, data):
+            return cls()
+        def to_dict(self):
+            return {"name": "example.reversed"}
+        def compute_encoded_size(self, nbytes, spec):
+            return nbytes
+        async def _decode_single(self, chunk, spec):
+            return spec.prototype.buffer.from_bytes(decoded(chunk.to_bytes()))
+        def _decode_sync(self, chunk, spec):
+            return spec.prototype.buffer.from_bytes(decoded(chunk.to_bytes()))
+        async def _encode_single(self, chunk, spec):
+            return chunk
+    """
+ENTRY_POINTS = """
+    [numcodecs.codecs]
+    example-reversed = example_reversed:Reversed
+    [zarr.codecs]
+    example.reversed = example_reversed:Reversed3
+    """
 
 
-def decoded(documents: dict[str, Any], chunk_keys: tuple[str, str]) -> np.ndarray[Any, Any]:
-    """The array of a store with two chunks."""
+@pytest.fixture
+def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is on the path, with its entry points."""
+    (tmp_path / "example_reversed.py").write_text(textwrap.dedent(PACKAGE))
+    info = tmp_path / "example_reversed-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example-reversed\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(textwrap.dedent(ENTRY_POINTS))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def decoded(zarr_format: Literal[2, 3], first: bytes | None = None) -> np.ndarray[Any, Any]:
+    """The array of a store with two chunks and a stray file, ``first`` in place of the first."""
+    keys = ("0.0.0", "1.0.0") if zarr_format == 2 else ("c/0/0/0", "c/1/0/0")
     chunks = {
-        key: Reversed().encode(part.tobytes())
-        for key, part in zip(chunk_keys, (VALUES[:2], VALUES[2:]), strict=True)
+        key: part.tobytes()[::-1] for key, part in zip(keys, (VALUES[:2], VALUES[2:]), strict=True)
     }
-    objects = {name: json.dumps(document).encode() for name, document in documents.items()} | chunks
+    if first is not None:
+        chunks[keys[0]] = first
+    name, document = (".zarray", V2) if zarr_format == 2 else ("zarr.json", V3)
+    objects = {name: json.dumps(document).encode(), ".DS_Store": b"x"} | chunks
     decoder = ArrayDecoder(objects, "s3://b/mp-1.zarr/a")
     for key, data in objects.items():
         decoder.add(key, data)
     return decoder.finish()
 
 
-def test_v2_codec_of_another_package_is_decoded_by_its_numcodecs_id() -> None:
-    """No entry in a table of ours is needed."""
-    assert np.array_equal(decoded({".zarray": V2}, ("0.0.0", "1.0.0")), VALUES)
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_codec_of_another_package_is_decoded(zarr_format: Literal[2, 3]) -> None:
+    values = decoded(zarr_format)
+    np.testing.assert_array_equal(values, VALUES)
+    assert values.flags.writeable
+    assert "example_reversed" not in sys.modules  # not in the process that trains
 
 
-def test_v3_codec_of_another_package_is_decoded_once_it_is_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Until then zarr decides, which does not know it."""
-    keys = ("c/0/0/0", "c/1/0/0")
-    with pytest.raises(IncompleteArrayError, match=r"s3://b/mp-1\.zarr/a cannot be decoded"):
-        decoded({"zarr.json": V3}, keys)
-    monkeypatch.setitem(decode.V3_CODECS, "example.reversed", Reversed.codec_id)
-    assert np.array_equal(decoded({"zarr.json": V3}, keys), VALUES)
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (b"short", "ValueError"),
+        (b"bomb", "it takes more than 64.0 MiB of memory"),
+        (b"die", "the process that decoded it was ended"),
+    ],
+)
+def test_chunk_of_such_a_codec_that_is_no_chunk_is_refused(first: bytes, reason: str) -> None:
+    """The child process ends, not this one."""
+    with pytest.raises(
+        IncompleteArrayError, match=rf"^s3://b/mp-1\.zarr/a cannot be decoded by zarr \({reason}"
+    ):
+        decoded(2, first)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_codec_that_is_not_installed_is_named(zarr_format: Literal[2, 3]) -> None:
+    """Also what to do."""
+    with pytest.raises(SchemaError, match=r"example.reversed.*install that package"):
+        decoded(zarr_format)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zarrcache.arrays import zip as zipped
-from zarrcache.arrays.zip import unzip
+from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
 URL = "s3://b/mp-1.zarr.zip"
@@ -21,6 +21,12 @@ MEMBERS = {
     "total/0.0.1": b"",
     "diff/.zarray": b"{}",
 }
+
+
+def unzip(data: bytes, url: str, prefix: str = "") -> dict[str, bytes]:
+    """All members below ``prefix``."""
+    store = ZippedStore(data, url)
+    return {name: store.read(name) for name in store.sizes if name.startswith(prefix)}
 
 
 def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -52,11 +58,6 @@ def test_other_compression_methods_are_refused_in_words(compression: int) -> Non
         r"deflated members are read\. Zip the store again, uncompressed",
     ):
         unzip(zip_of(MEMBERS, compression), URL, "total/")
-
-
-def test_only_what_is_asked_for_is_unpacked() -> None:
-    """The rest is there by name, for messages."""
-    assert unzip(zip_of(MEMBERS), URL, "total/") == {**MEMBERS, ".zgroup": b"", "diff/.zarray": b""}
 
 
 def test_rewritten_member_is_the_last_one() -> None:
@@ -97,13 +98,31 @@ def test_flipped_bit_never_is_another_error(compression: int, data: st.DataObjec
     assert set(members.values()) <= set(MEMBERS.values())
 
 
-def test_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it claims is counted first."""
-    monkeypatch.setattr(zipped, "_ROOM_BYTES", 1000)
-    data = zip_of({"total/0": bytes(9 * 2**20), "total/1": bytes(9 * 2**20)}, zipfile.ZIP_DEFLATED)
+def test_member_larger_than_its_chunk_is_refused_before_it_is_unpacked() -> None:
+    """The decoder knows how large the chunk may be."""
+    store = ZippedStore(zip_of({"total/0": bytes(9 * 2**20)}, zipfile.ZIP_DEFLATED), URL)
     with pytest.raises(
         SchemaError,
-        match=rf"claims {18 * 2**20} bytes unpacked; more than {100 * len(data)} are refused\. Zip "
+        match=rf"member total/0 claims {9 * 2**20} bytes unpacked; more than 2048 are refused\. Zip "
         r"the store again",
     ):
-        unzip(data, URL)
+        store.read("total/0", 2048)
+    assert store.read("total/0", 9 * 2**20) == bytes(9 * 2**20)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_directory_is_measured_as_zipfile_reads_it(is_large: bool) -> None:
+    """Zipfile takes the records of a large zip wherever they are; the others may say less."""
+    count = 120_000
+    entry = b"PK\x01\x02" + struct.pack(
+        "<4B4HL2L5H2L", 20, 0, 20, 0, 0, 0, 0, 33, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0
+    )
+    directory = b"".join(entry + b"%08x" % i for i in range(count))
+    large = b"PK\x06\x06" + struct.pack(
+        "<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), 0
+    )
+    large += b"PK\x06\x07" + struct.pack("<LQL", 0, len(directory), 1)
+    said = 1000 if is_large else len(directory)
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, said, 0, 0)
+    with pytest.raises(SchemaError, match=f"a directory of {len(directory)} bytes"):
+        ZippedStore(directory + (large if is_large else b"") + end, URL)
