@@ -27,6 +27,9 @@ from zarrcache.stats import Counters, SharedSet
 
 __all__ = ["Cache"]
 
+#: Each holds connections and their file descriptors; URLs may name any number of buckets.
+_MAX_ORIGINS = 32
+
 
 class Cache:
     """Both tiers of one cache directory over one index. Open files are not pickled.
@@ -87,12 +90,16 @@ class Cache:
     def origin(self, url: str, s3_kwargs: Mapping[str, Any] | None = None) -> Origin:
         """The origin at ``url``, with this cache's fetch and retry settings.
 
-        The same arguments return the same object, so that connections are shared.
+        The same arguments return the same object, so that connections are shared. The last
+        32 are kept.
         """
         key = (url, repr(s3_kwargs))
-        if key not in self._origins:
+        origin = self._origins.get(key)
+        if origin is None:
             config = self.config
-            self._origins[key] = open_origin(
+            if len(self._origins) >= _MAX_ORIGINS:
+                self._origins.pop(next(iter(self._origins)), None)
+            origin = self._origins[key] = open_origin(
                 url,
                 s3_kwargs=s3_kwargs,
                 fetch=config.fetch if config is not None else FetchConfig(),
@@ -100,7 +107,7 @@ class Cache:
                 counters=self.counters,
                 node_dir=self.index.dir.locks if self.index is not None else None,
             )
-        return self._origins[key]
+        return origin
 
     @functools.cached_property
     def remote(self) -> RemoteSources | None:

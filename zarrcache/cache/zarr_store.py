@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -18,7 +19,7 @@ from zarr.abc.store import (
     SuffixByteRequest,
 )
 
-from zarrcache._keys import ObjectInfo
+from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.arrays import ZippedStore, check_sizes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
@@ -43,17 +44,19 @@ class CachedStore(Store):
         The store below the origin, for example ``mp-1.zarr``.
     cache : Cache
         With ``revalidate: never`` the stored listing is used, if there is one.
+    relist : bool
+        Do not use the stored listing.
     """
 
     supports_writes = False
     supports_deletes = False
     supports_listing = True
 
-    def __init__(self, origin: Origin, name: str, cache: Cache) -> None:
+    def __init__(self, origin: Origin, name: str, cache: Cache, *, relist: bool = False) -> None:
         super().__init__(read_only=True)
         self.origin, self.name, self.cache = origin, name, cache
         is_trusted = cache.config is not None and cache.config.revalidate == "never"
-        self._through = CachedOrigin(origin, cache, relist=not is_trusted)
+        self._through = CachedOrigin(origin, cache, relist=relist or not is_trusted)
         self._listing = threading.Lock()
         self._was_there = False
         self._sizes: dict[str, int] | None = None
@@ -155,12 +158,24 @@ class CachedStore(Store):
         start, stop = _bounds(byte_range, size)
         if self._zipped is not None:
             return self._zipped.read(key)[start:stop]
+        return self.read(self._objects[key], start, stop)
+
+    def read(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop`` of one of :meth:`objects`.
+
+        Raises
+        ------
+        IncompleteArrayError
+            It is gone or was changed. Its stored listing is dropped.
+        OriginError
+        """
         try:
-            return self._object(self._objects[key], start, stop)
+            return self._object(obj, start, stop)
         except OriginNotFoundError as exc:
             # The bucket is gone. As a FileNotFoundError this would look like a missing chunk.
             raise IncompleteArrayError(
-                f"{self.url}/{key} is listed ({size} bytes) but is gone: {exc}"
+                f"{self.origin.url_of(obj.key)} is listed ({obj.size_bytes} bytes) but is gone: "
+                f"{exc}"
             ) from exc
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
@@ -185,6 +200,11 @@ class CachedStore(Store):
         """Listed objects by key below the store; empty for a zip file."""
         self.sizes()
         return self._objects
+
+    @functools.cached_property
+    def version(self) -> str:
+        """Digest of the listing. One LIST at first use, or the stored listing."""
+        return source_digest(self.objects().values())
 
     def _open_listing(self) -> dict[str, int]:
         zipped = self.name.endswith(".zip")

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.origin._concurrent import PAGE_OBJECTS, Received
-from zarrcache.origin._origin import Origin, OriginFactory, open_origin, register_origin
+from zarrcache.origin._origin import (
+    BrowsableOrigin,
+    Origin,
+    OriginFactory,
+    open_origin,
+    register_origin,
+)
 from zarrcache.origin._s3 import S3Bucket
 from zarrcache.origin._s3_options import split_s3_url
 from zarrcache.origin._s3fs import make_s3fs
 
 __all__ = [
     "PAGE_OBJECTS",
+    "BrowsableOrigin",
     "ObjectInfo",
     "Origin",
     "OriginFactory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -81,6 +82,20 @@ class LocalOrigin:
         """Absolute path of a key."""
         return os.path.join(self.url, key)
 
+    def below(self, path: str) -> LocalOrigin:
+        """The origin of a directory below this one."""
+        return LocalOrigin(self.url_of(path), retry=self._retry, counters=self._counters)
+
+    def pages(
+        self, prefix: str = "", *, recursive: bool = False
+    ) -> Iterator[tuple[list[ObjectInfo], list[str]]]:
+        """Files and directories below ``prefix``. See ``BrowsableOrigin.pages``."""
+        path = self.url_of(prefix)
+        if recursive:
+            yield self._with_retries(lambda: sorted(_walk(path, prefix)), path, None), []
+        else:
+            yield self._with_retries(lambda: _scan(path, prefix), path, None)
+
     def list_names(self) -> list[str]:
         """Names in the directory, sorted. See ``Origin.list_names``."""
         return self._with_retries(lambda: sorted(os.listdir(self.url)), self.url, None)
@@ -154,6 +169,19 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
                         "remove it."
                     ) from exc
                 # Otherwise it was removed after the directory was read, so it is not listed.
+
+
+def _scan(path: str, prefix: str) -> tuple[list[ObjectInfo], list[str]]:
+    """Regular files and directories directly in a directory. Broken links are left out."""
+    files, directories = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                directories.append(prefix + entry.name)
+            elif entry.is_file():
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    files.append(_info(prefix + entry.name, entry.stat()))
+    return sorted(files), sorted(directories)
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:

@@ -26,7 +26,7 @@ from zarrcache.stats import Counters
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Origin", "OriginFactory", "open_origin", "register_origin"]
+__all__ = ["BrowsableOrigin", "Origin", "OriginFactory", "open_origin", "register_origin"]
 
 _ENTRY_POINTS = "zarrcache.origins"
 
@@ -87,6 +87,31 @@ class Origin(Protocol):
 
     def url_of(self, key: str) -> str:
         """Full URL or path of a key."""
+
+
+class BrowsableOrigin(Origin, Protocol):
+    """An origin whose directories ``zarrcache::`` URLs can list: S3 and local directories."""
+
+    def below(self, path: str) -> BrowsableOrigin:
+        """The origin of a directory below this one, over the same connections. No request."""
+
+    def pages(
+        self, prefix: str = "", *, recursive: bool = False
+    ) -> Iterator[tuple[list[ObjectInfo], list[str]]]:
+        """Objects and directories directly below ``prefix``, a page of the listing at a time.
+
+        Parameters
+        ----------
+        prefix : str
+            Ends with ``/`` or is empty.
+        recursive : bool
+            List the objects of all levels, and no directories.
+
+        Raises
+        ------
+        OriginNotFoundError
+            There is no such bucket or directory. An S3 prefix without objects has empty pages.
+        """
 
 
 class OriginFactory(Protocol):

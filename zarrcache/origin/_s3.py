@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
@@ -334,6 +336,25 @@ class S3Origin:
     def url_of(self, key: str) -> str:
         """Full URL of a key."""
         return f"{self.url}/{key}"
+
+    def below(self, path: str) -> S3Origin:
+        """The origin of a prefix below this one, over the same connections."""
+        origin = copy.copy(self)
+        origin._prefix, origin.url = f"{self._prefix}{path}/", f"{self.url}/{path}"
+        return origin
+
+    def pages(
+        self, prefix: str = "", *, recursive: bool = False
+    ) -> Iterator[tuple[list[ObjectInfo], list[str]]]:
+        """Objects and directories below ``prefix``. See ``BrowsableOrigin.pages``."""
+        start = len(self._prefix)
+        for page in self._bucket.pages(
+            self._prefix + prefix, self._context(prefix), delimiter="" if recursive else "/"
+        ):
+            yield (
+                [dataclasses.replace(obj, key=obj.key[start:]) for obj in page.objects],
+                [name[start:-1] for name in page.prefixes],
+            )
 
     def list_names(self) -> list[str]:
         """Names directly below the prefix. See ``Origin.list_names``."""
