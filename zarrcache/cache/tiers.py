@@ -142,9 +142,9 @@ class Tier:
         Admission or None
             ``ADMIT`` if it is stored, otherwise the reason why not. None: the cache failed.
         """
-        size_bytes = disk_bytes(file_bytes)
         intent: Intent | None = None
         try:
+            size_bytes = self.index.on_disk_bytes(file_bytes)
             outcome = self.index.begin(filename, size_bytes)
             # Free the room of an old version under this key, or of the row of a lost file.
             if outcome is Admission.OVER_LIMIT and self.index.drop([digest]):
@@ -152,8 +152,10 @@ class Tier:
             if isinstance(outcome, Admission):
                 return outcome
             intent = outcome
-            self._publish(filename, file_bytes, write)
-            self.index.commit(intent, digest, kind, note)
+            occupied_bytes = self._publish(filename, file_bytes, write)
+            occupied_bytes = max(occupied_bytes, disk_bytes(file_bytes))
+            if not self.index.commit(intent, digest, kind, note, occupied_bytes):
+                return Admission.OVER_LIMIT
             intent = None
         except CACHE_FAULTS as exc:
             self._fault("write", url, exc)
@@ -163,10 +165,14 @@ class Tier:
                 self._abort(intent)
         return Admission.ADMIT
 
-    def _publish(self, filename: str, file_bytes: int, write: Callable[[FileIO], object]) -> None:
-        path = self.index.dir.root / filename
-        self.index.dir.make(path.parent)
-        publish(path, write, expected_bytes=file_bytes, mode=self.index.dir.file_mode)
+    def _publish(self, filename: str, file_bytes: int, write: Callable[[FileIO], object]) -> int:
+        directory = self.index.dir
+        path = directory.root / filename
+        directory.make(path.parent)
+        with directory.opened(path.parent) as fd:
+            return publish(
+                path, write, expected_bytes=file_bytes, mode=directory.file_mode, dir_fd=fd
+            )
 
     def _abort(self, intent: Intent) -> None:
         try:
@@ -189,6 +195,8 @@ class Tier:
 
     def _drop(self, digest: str, filename: str, url: str) -> None:
         """Drop an entry, unless another file has replaced this one."""
+        if self.index.is_read_only:
+            return
         try:
             self.index.drop([digest], filename=filename)
         except CACHE_FAULTS as exc:
@@ -387,8 +395,8 @@ class ArrayCache(Tier):
         return entry, is_stored
 
     def _lend(self, header: EntryHeader, filename: str, write: Callable[[FileIO], object]) -> bool:
-        size_bytes = disk_bytes(header.file_bytes)
         try:
+            size_bytes = self.index.on_disk_bytes(header.file_bytes)
             if self.loans is None or not self.loans.lend(header.key.digest, filename, size_bytes):
                 return False
             self._publish(filename, header.file_bytes, write)

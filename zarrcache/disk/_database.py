@@ -37,6 +37,7 @@ from zarrcache.disk.entry import array_note, kind_of, read_header
 from zarrcache.disk.policy import disk_bytes
 from zarrcache.disk.single_flight import SingleFlight
 from zarrcache.errors import ConfigError, CorruptEntryError
+from zarrcache.stats import LogOnce
 
 __all__ = [
     "CACHE_FAULTS",
@@ -56,7 +57,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Table: TypeAlias = diskcache.Cache
+Table: TypeAlias = Any  #: a :class:`diskcache.Cache`, or a :class:`_Reader`
 Select: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 #: Errors of a broken cache; ConfigError if the directory was replaced or its permissions were
@@ -67,7 +68,13 @@ CACHE_FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError, C
 INTENT = "intent"
 _MARKS = ("+", "-")
 
-_BUSY_S = 60  # how long to wait for other processes
+#: How long to wait for a process that is in a transaction and makes no progress. It is stopped, or
+#: its disk hangs; then nothing is stored, but reading goes on.
+_BUSY_S = 5.0
+#: How long to wait while others make progress.
+_QUEUE_S = 60.0
+#: How long to look whether a process that made no progress has gone on.
+_PROBE_S = 0.05
 _PAGE = 10_000  # rows per query
 
 
@@ -163,11 +170,18 @@ def is_damage(exc: BaseException) -> bool:
     """Whether an SQLite error means that the file is damaged, not busy or inaccessible."""
     if isinstance(exc, UnicodeDecodeError):  # from the text of an error, which quotes the file
         return True
+    if isinstance(exc, (sqlite3.ProgrammingError, sqlite3.NotSupportedError)):
+        return False  # of this program: a connection that another thread has closed
     # None: raised by Python, for a text column that is not text
     code = getattr(exc, "sqlite_errorcode", None)
     return isinstance(exc, sqlite3.DatabaseError) and (
         code is None or code & 0xFF not in _SURROUNDINGS
     )
+
+
+def _is_locked(exc: sqlite3.Error) -> bool:
+    """Whether another process holds a lock: BUSY or LOCKED."""
+    return (getattr(exc, "sqlite_errorcode", None) or 0) & 0xFF in (5, 6)
 
 
 def damage_of(select: Select) -> str | None:
@@ -257,6 +271,12 @@ class IndexFile:
         Check the whole file at each open.
     after_open : callable, optional
         Called after each open, before the first use.
+    log_once : LogOnce, optional
+
+    Attributes
+    ----------
+    unit_bytes : int
+        In which the file system allocates; 0 before the first open.
     """
 
     def __init__(
@@ -266,6 +286,7 @@ class IndexFile:
         has_log: bool = True,
         is_checked: bool = False,
         after_open: Callable[[], object] = lambda: None,
+        log_once: LogOnce | None = None,
     ) -> None:
         self._dir = directory
         self._has_log = has_log
@@ -273,6 +294,9 @@ class IndexFile:
         self._after_open = after_open
         self._opened: _Opened | None = None
         self._is_suspect = False
+        self._is_blocked = self._is_unreadable = False
+        self._log_once = LogOnce() if log_once is None else log_once
+        self.unit_bytes = 0
         self._log_path = f"{directory.index}-wal"
         self._log_waited_s = -_LOG_WAIT_EVERY_S
         _alive.add(self)
@@ -289,21 +313,30 @@ class IndexFile:
         """
         # Inside a transaction ``table`` is its own: another thread may have reopened the index.
         table = table if table is not None else self.open()
-        with no_fork(table):
-            found: Stored | None = table.get(key)
+        if self._is_unreadable:
+            self._execute("SELECT COUNT(*) FROM Settings", wait_s=_PROBE_S)
+            self._is_unreadable = False
+        try:
+            with no_fork(table):
+                found: Stored | None = table.get(key)
+        except sqlite3.OperationalError as exc:
+            # Without a write-ahead log, a process that is stopped in a COMMIT locks readers out.
+            # Only the first look-up waits for it.
+            self._is_unreadable = _is_locked(exc)
+            raise
         if found is not None and key.rpartition("-")[2] not in found.filename:
             raise sqlite3.DatabaseError(f"the row of {key} names {found.filename}")
         return found
 
-    def volume_bytes(self) -> int:
-        """The sum of all sizes, bytes.
+    def volume_bytes(self, table: Table | None = None) -> int:
+        """The sum of all sizes, bytes. ``table``: see :meth:`lookup`.
 
         Raises
         ------
         sqlite3.DatabaseError
             The stored sum is not a number.
         """
-        table = self.open()
+        table = table if table is not None else self.open()
         with no_fork(table):
             volume = table.reset("size")
         try:
@@ -311,22 +344,47 @@ class IndexFile:
         except (TypeError, ValueError) as exc:
             raise sqlite3.DatabaseError(f"the sum of all sizes is not a number ({exc})") from exc
 
-    def select(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a query that diskcache has no method for."""
-        self.open()
+    def select(
+        self, query: str, values: tuple[Any, ...] = (), table: Table | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Committed rows of a query that diskcache has no method for.
+
+        With ``table``, that of a transaction, the index is not opened: that would wait for the
+        transaction.
+        """
+        if table is None:
+            self.open()
         return self._execute(query, values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Table]:
-        """The open table, in a transaction."""
+        """The open table, in a transaction.
+
+        Raises
+        ------
+        OSError
+            The cache can only be read.
+        diskcache.Timeout
+            Another process is in a transaction, and is stopped or hangs.
+        """
         # Writes to an unlinked file are lost: the directory may have been deleted, or another
         # process may have replaced a broken index.
         if self._opened is not None and self._opened.identity != _identity(self._dir.index):
             self.forget()
+        elif self._is_blocked:
+            # Once the other process has gone on, a table that was opened for reading is opened
+            # again.
+            self._wait_for_writers()
+            if isinstance(self.table, _Reader):
+                self.forget()
         table = self.open()
+        if isinstance(table, _Reader):
+            if self._is_blocked:
+                self._wait_for_writers()
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(self._dir.root))
         with no_fork(table):
             try:
-                with table.transact():
+                with self._begin(table):
                     yield table
             except (sqlite3.Error, UnicodeDecodeError):
                 # A COMMIT that fails (disk full) leaves its transaction open. The next call
@@ -334,6 +392,67 @@ class IndexFile:
                 table.close()
                 raise
         self._shorten_log()
+
+    def _begin(self, table: Table) -> contextlib.ExitStack:
+        deadline_s = time.monotonic() + _QUEUE_S
+        with contextlib.ExitStack() as stack:
+            while True:
+                before = self._stamp()
+                try:
+                    stack.enter_context(table.transact())
+                except diskcache.Timeout:
+                    self._wait_for_writers(before)
+                    if time.monotonic() > deadline_s:
+                        raise
+                else:
+                    return stack.pop_all()
+
+    def _wait_for_writers(self, before: tuple[object, ...] = ()) -> None:
+        """Wait until no process is in a transaction.
+
+        SQLite gives the lock to any of those who wait, so a writer among many may wait long; but
+        then the files change. A process that was stopped in a transaction holds the lock without
+        a change. It must not cost every write of the others another wait.
+
+        Parameters
+        ----------
+        before : tuple, optional
+            :meth:`_stamp` of the beginning of a wait that was in vain.
+
+        Raises
+        ------
+        diskcache.Timeout
+        """
+        deadline_s = time.monotonic() + _QUEUE_S
+        while True:
+            wait_s = _PROBE_S if self._is_blocked or before else _BUSY_S
+            before = before or self._stamp()
+            try:
+                self._execute("BEGIN IMMEDIATE", wait_s=wait_s)
+            except sqlite3.OperationalError as exc:
+                if not _is_locked(exc):
+                    raise
+                if self._stamp() != before and time.monotonic() < deadline_s:
+                    before = ()
+                    continue
+            else:
+                self._is_blocked = False
+                return
+            self._is_blocked = True
+            raise diskcache.Timeout(
+                f"{self._dir.index} is locked by another process that makes no progress; entries "
+                "are read, and nothing is stored until it goes on. Look for a stopped process "
+                "(state T in `ps`) of the same cache."
+            )
+
+    def _stamp(self) -> tuple[object, ...]:
+        """Changes with each commit."""
+        stamp: list[object] = []
+        for path in (self._log_path, os.fspath(self._dir.index)):
+            with contextlib.suppress(OSError):
+                found = os.stat(path)
+                stamp += [found.st_mtime_ns, found.st_size]
+        return tuple(stamp)
 
     def select_healing(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """:meth:`select`, after a rebuild if the index is damaged. Not inside a transaction."""
@@ -353,6 +472,11 @@ class IndexFile:
             return ask()
 
     # -- open and heal
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the open file cannot be written at all; False while it is not open."""
+        return isinstance(self.table, _Reader) and not self._is_blocked
 
     @property
     def table(self) -> Table | None:
@@ -403,12 +527,27 @@ class IndexFile:
 
     def _open(self) -> Table:
         self.forget()
+        if self._dir.is_read_only:
+            return self._open_to_read("it cannot be written by this process")
         self._dir.ensure()
+        self.unit_bytes = os.stat(self._dir.tag).st_blocks * 512  # a file of less than a block
+        try:
+            if self._dir.index.exists():
+                self._wait_for_writers()  # diskcache would wait for 60 s, for each setting
+        except diskcache.Timeout as exc:
+            return self._open_to_read(str(exc))
+        except (sqlite3.Error, UnicodeDecodeError) as exc:
+            if not is_damage(exc):  # which is mended below
+                raise
         # One process at a time: each open writes diskcache's settings, and only one process may set
         # aside and rebuild a broken index. Two threads that get here together open one after the
         # other, and one of the two tables is kept.
         with SingleFlight(
-            self._dir.locks, timeout_s=60.0, mode=self._dir.written_mode, name="open"
+            self._dir.locks,
+            timeout_s=60.0,
+            mode=self._dir.written_mode,
+            name="open",
+            log_once=self._log_once,
         ).hold("0" * 8):
             with no_fork():
                 table, broken = self._connect_or_replace()
@@ -423,14 +562,41 @@ class IndexFile:
         self._opened = _Opened(os.getpid(), table, _identity(self._dir.index))
         return table
 
+    def _open_to_read(self, why: str) -> Table:
+        """Open an index that cannot be written, or not now.
+
+        Raises
+        ------
+        sqlite3.Error, OSError
+            It cannot be read either.
+        """
+        self._dir.check()
+        table = _Reader(self._dir.index)
+        if table.execute("PRAGMA user_version") != [(FORMAT_VERSION,)]:
+            raise sqlite3.DatabaseError(f"{self._dir.index} was not finished")
+        if self._is_checked and (damage := damage_of(table.execute)) is not None:
+            raise sqlite3.DatabaseError(f"{self._dir.index} is broken: {damage}")
+        self._log_once.warning(
+            "read-only",
+            logger,
+            "cache.dir %s is only read: its entries are used, and nothing will be stored (%s)",
+            self._dir.parent,
+            why,
+        )
+        self.forget()
+        self._opened = _Opened(os.getpid(), table, _identity(self._dir.index))
+        return table
+
     def _connect_or_replace(self) -> tuple[Table, str]:
         """The open table, and the damage of a file that was set aside, or ''."""
         index, broken = self._dir.index, ""
         try:
             table = self._connect()
-            if (self._is_checked or self._is_suspect) and (
-                damage := damage_of(self._execute)
-            ) is not None:
+            if (
+                (self._is_checked or self._is_suspect)
+                and not self._is_new()
+                and (damage := damage_of(self._execute)) is not None
+            ):
                 table.close()
                 raise sqlite3.DatabaseError(damage)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as exc:
@@ -438,6 +604,9 @@ class IndexFile:
                 raise
             aside = index.with_name(f"{index.name}.broken-{time.time_ns()}")
             broken = f"is broken ({exc}); it is set aside as {aside.name}"
+            for path in index.parent.glob(f"{index.name}.broken-*"):
+                with contextlib.suppress(OSError):  # one is kept, for a report
+                    path.unlink()
             os.replace(index, aside)
             for suffix in ("-wal", "-shm", "-journal"):
                 with contextlib.suppress(FileNotFoundError):
@@ -446,14 +615,21 @@ class IndexFile:
         self._is_suspect = False
         return table, broken
 
+    def _is_new(self) -> bool:
+        """Whether the file was created just now, so that :meth:`_rebuild` fills it."""
+        return self._execute(
+            "SELECT user_version, (SELECT COUNT(*) FROM Cache) FROM pragma_user_version"
+        ) == [(0, 0)]
+
     def _connect(self) -> Table:
         # SQLite gives its log and journal the permissions of an existing file.
         self._dir.touch(self._dir.index)
+        checked = _identity(self._dir.index)
         self._check_settings()
-        deadline_s = time.monotonic() + _BUSY_S
+        deadline_s = time.monotonic() + _QUEUE_S
         while True:
             try:
-                return diskcache.Cache(
+                table = diskcache.Cache(
                     os.fspath(self._dir.root),
                     timeout=_BUSY_S,
                     disk=EntryDisk,
@@ -467,6 +643,13 @@ class IndexFile:
                     # journal.
                     sqlite_journal_mode="wal" if self._has_log else "delete",
                 )
+                # SQLite cannot be asked not to follow a link that replaces the file after the check
+                # of `ensure`; nothing is stored through one.
+                self._dir.check_index()
+                if _identity(self._dir.index) != checked:
+                    table.close()
+                    raise FileNotFoundError(errno.ENOENT, "it was replaced", str(self._dir.index))
+                return table
             except sqlite3.OperationalError as exc:
                 # diskcache's drop_tag_index does not wait for other processes, which matters
                 # without a write-ahead log.
@@ -501,16 +684,11 @@ class IndexFile:
         self, query: str, values: tuple[Any, ...] = (), *, wait_s: float = _BUSY_S
     ) -> list[tuple[Any, ...]]:
         """Rows of a query, over a new connection."""
-        with no_fork():
-            # Not mode=ro: after a killed process, the next one has to undo or finish its
-            # transaction (tests/processes/test_crash.py).
-            connection = sqlite3.connect(
-                f"{self._dir.index.as_uri()}?mode=rw", uri=True, timeout=wait_s
-            )
-            try:
-                return connection.execute(query, values).fetchall()
-            finally:
-                connection.close()
+        if isinstance(self.table, _Reader):
+            return self.table.execute(query, values)
+        # Not mode=ro: after a killed process, the next one has to undo or finish its
+        # transaction (tests/processes/test_crash.py).
+        return _ask(f"{self._dir.index.as_uri()}?mode=rw", query, values, wait_s)
 
     # -- rebuild
 
@@ -551,7 +729,8 @@ class IndexFile:
                     doomed.append(path)
                 continue
             key = header.key
-            stored = Stored(self._dir.name_of(path), disk_bytes(header.file_bytes), array_note(key))
+            occupied_bytes = max(disk_bytes(header.file_bytes), path.lstat().st_blocks * 512)
+            stored = Stored(self._dir.name_of(path), occupied_bytes, array_note(key))
             if key.digest in found:  # an older file of this name, whose deletion was cut short
                 doomed.append(self._dir.root / found.pop(key.digest)[0].filename)
             found[key.digest] = stored, kind_of(key)
@@ -560,7 +739,7 @@ class IndexFile:
                 table.set(digest, stored, tag=kind)
         for path in doomed:
             with contextlib.suppress(OSError):  # a directory was planted
-                path.unlink()
+                self._dir.unlink(path)
         if broken or found or doomed or n_unreadable:
             logger.warning(
                 "the index %s %s and rebuilt from the entries: %d entries kept, %d files removed%s",
@@ -602,9 +781,66 @@ class _Opened:
     identity: tuple[int, int] | None
 
 
+class _Reader:
+    """The part of :class:`diskcache.Cache` that looks up, without a write to the directory.
+
+    Each look-up opens a connection (0.1 ms): none is open at a fork.
+
+    Parameters
+    ----------
+    index : Path
+
+    Raises
+    ------
+    sqlite3.Error
+    """
+
+    def __init__(self, index: Path) -> None:
+        self._disk = EntryDisk(os.fspath(index.parent))
+        uri = f"{index.as_uri()}?mode=ro"
+        # SQLite reads a write-ahead log only together with its shared memory, which it cannot
+        # create here. Without the two files, or with a log that was left without shared memory,
+        # what has reached the file itself is read (sqlite.org/wal.html, "Read-Only Databases").
+        # Nothing else is needed: rows and entries have checksums.
+        for self._uri in (uri, f"{uri}&immutable=1"):
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.execute("SELECT COUNT(*) FROM Settings")
+                return
+        self.execute("SELECT COUNT(*) FROM Settings")
+
+    def execute(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Rows of a query."""
+        return _ask(self._uri, query, values, _BUSY_S)
+
+    def get(self, key: str) -> Stored | None:
+        """The row of a key."""
+        query = "SELECT mode, filename, value FROM Cache WHERE key = ?"
+        for mode, filename, value in self.execute(query, (key,)):
+            return self._disk.fetch(mode, filename, value, read=False)
+        return None
+
+    def reset(self, name: str) -> object:
+        """The value of a setting."""
+        ((value,),) = self.execute("SELECT value FROM Settings WHERE key = ?", (name,))
+        return value
+
+    def close(self) -> None:
+        """Do nothing: no connection is open."""
+
+
+def _ask(uri: str, query: str, values: tuple[Any, ...], wait_s: float) -> list[tuple[Any, ...]]:
+    """Rows of a query, over a new connection."""
+    with no_fork():
+        connection = sqlite3.connect(uri, uri=True, timeout=wait_s)
+        try:
+            return connection.execute(query, values).fetchall()
+        finally:
+            connection.close()
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except OSError:
         return None
     return found.st_dev, found.st_ino

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,8 @@ from zarrcache.errors import IncompleteArrayError
 __all__ = [
     "hidden_path",
     "is_dead",
+    "is_same_namespace",
+    "is_stopped",
     "owner_id",
     "owner_of",
     "partials_of",
@@ -57,6 +59,7 @@ def publish(
     *,
     expected_bytes: int | None = None,
     mode: int = 0o600,
+    dir_fd: int | None = None,
 ) -> int:
     """Write beside ``final``, check, then rename. Safe from any thread or process.
 
@@ -75,11 +78,14 @@ def publish(
         Refuse to publish any other length.
     mode : int
         Permissions, regardless of the umask.
+    dir_fd : int, optional
+        The directory of ``final``, open. Default: by its path.
 
     Returns
     -------
     int
-        Bytes written.
+        Bytes that the file occupies on disk, as the file system says. It may say less than the
+        length: the blocks of a new file are not always allocated yet.
 
     Raises
     ------
@@ -89,8 +95,13 @@ def publish(
         Disk full, directory gone. The hidden file is removed.
     """
     partial = hidden_path(final, "partial")
+    # Relative to dir_fd only the name counts.
+    beside, name = (partial, final) if dir_fd is None else (partial.name, final.name)
     fd = os.open(
-        partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        beside,
+        os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW,
+        0o600,
+        dir_fd=dir_fd,
     )
     try:
         with FileIO(fd, "wb") as file:
@@ -102,12 +113,14 @@ def publish(
                 f"{final.name}: {written} bytes were written, {expected_bytes} expected; not "
                 "published."
             )
-        os.replace(partial, final)
+        # After the file is closed: some file systems allocate ahead of a writer.
+        occupied_bytes = os.stat(beside, dir_fd=dir_fd, follow_symlinks=False).st_blocks * 512
+        os.replace(beside, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:  # also KeyboardInterrupt: leave no file behind
         with contextlib.suppress(OSError):
-            os.unlink(partial)
+            os.unlink(beside, dir_fd=dir_fd)
         raise
-    return written
+    return occupied_bytes
 
 
 def write_all(file: FileIO, buffer: memoryview) -> None:
@@ -131,13 +144,14 @@ def published_name(hidden: str) -> str | None:
     return match["final"] if match is not None else None
 
 
-def partials_of(final: Path, owner: str) -> Iterator[Path]:
-    """Files that ``owner`` wrote for ``final`` and has not published."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        start = f".{final.name}.partial-{_tag_of(owner)}-"
-        for name in os.listdir(final.parent):
-            if name.startswith(start) and _HIDDEN.fullmatch(name) is not None:
-                yield final.with_name(name)
+def partials_of(name: str, owner: str, dir_fd: int) -> list[str]:
+    """Files in the directory ``dir_fd`` that ``owner`` wrote for ``name`` and has not published."""
+    start = f".{name}.partial-{_tag_of(owner)}-"
+    return [
+        found
+        for found in os.listdir(dir_fd)
+        if found.startswith(start) and _HIDDEN.fullmatch(found) is not None
+    ]
 
 
 def sweep_hidden(directory: Path, is_ours: Callable[[str], bool]) -> list[Path]:
@@ -210,7 +224,8 @@ def is_dead(owner: str, age_s: float = 0.0) -> bool:
     """Whether the process ``owner``, last known to be alive ``age_s`` seconds ago, has ended.
 
     Processes of another machine or container cannot be seen. They count as alive for a day, unless
-    they ran on this machine before its last reboot.
+    they ran on this machine before its last reboot. (In a cache directory their locks can:
+    :class:`~zarrcache.disk._locks.Owners`.)
     """
     machine, _, process = owner.partition(" ")
     pid, _, started = process.partition(" ")
@@ -223,6 +238,19 @@ def is_dead(owner: str, age_s: float = 0.0) -> bool:
     if not pid.isdigit() or not started:
         return age_s > _UNSEEN_S
     return _start_time(int(pid)) not in (started, _ALIVE)
+
+
+def is_same_namespace(owner: str) -> bool:
+    """Whether ``owner`` ran in this pid namespace of this machine, so that its pid can be seen."""
+    return owner.partition(" ")[0] == _machine()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal or a debugger. False if that cannot be seen."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
 
 
 #: Stands for an unknown start time (no /proc, or /proc hides the processes of other users).

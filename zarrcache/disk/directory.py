@@ -38,6 +38,10 @@ _TAG = (
     "# Written by zarrcache. `zarrcache evict --all` empties it; deleting it is safe.\n"
 )
 _OTHERS_WRITE = 0o002
+#: O_NOFOLLOW: a link in place of a directory was planted.
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: SQLite opens these beside the index.
+_SIDE_FILES = ("", "-wal", "-shm", "-journal")
 
 
 class CacheDir:
@@ -52,7 +56,7 @@ class CacheDir:
 
     Attributes
     ----------
-    root, entries, bytes, locks, index : Path
+    root, entries, bytes, locks, index, tag : Path
     dir_mode : int
     file_mode : int
         Of entries, which are published once and never written again.
@@ -67,6 +71,7 @@ class CacheDir:
         self.bytes = self.root / "bytes"
         self.locks = self.root / "locks"
         self.index = self.root / "cache.db"
+        self.tag = self.root / "CACHEDIR.TAG"
         self.dir_mode = 0o2770 if shared else 0o700
         self.file_mode = 0o640 if shared else 0o600
         self.written_mode = 0o660 if shared else 0o600
@@ -86,16 +91,79 @@ class CacheDir:
             self._make_parents()
             for path in (self.root, self.entries, self.bytes, self.locks):
                 self.make(path)
-            self.touch(self.root / "CACHEDIR.TAG", _TAG)
-            with contextlib.suppress(FileNotFoundError):
-                # SQLite would follow a link and write to its target.
-                if not stat.S_ISREG(os.lstat(self.index).st_mode):
-                    raise ConfigError(
-                        f"{self.index} is not a regular file, so zarrcache did not write it. "
-                        "Remove it, or choose another cache.dir."
-                    )
+            self.touch(self.tag, _TAG)
+            self.check_index()
         except PermissionError as exc:
             raise ConfigError(self._denied(Path(exc.filename or self.root))) from exc
+
+    def check(self) -> None:
+        """Check what exists, as :meth:`ensure` does, and create nothing. Raises ConfigError."""
+        try:
+            for path in (self.root, self.entries, self.bytes, self.locks):
+                if os.path.lexists(path):
+                    self._check(path)
+            self.check_index()
+        except PermissionError as exc:
+            raise ConfigError(self._denied(Path(exc.filename or self.root), "read")) from exc
+
+    def check_index(self) -> None:
+        """Refuse an index, or a file that SQLite opens beside it, that is not a regular file.
+
+        SQLite would write to the target of a link, and wait for a writer of a FIFO forever.
+
+        Raises
+        ------
+        ConfigError
+        """
+        for suffix in _SIDE_FILES:
+            path = f"{self.index}{suffix}"
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISREG(os.lstat(path).st_mode):
+                    raise ConfigError(
+                        f"{path} is not a regular file, so zarrcache did not write it. "
+                        "Remove it, or choose another cache.dir."
+                    )
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether there is an index that this process may read and not write.
+
+        The file system is mounted read-only, or the permissions forbid it.
+        """
+        return os.access(self.index, os.R_OK) and not (
+            os.access(self.root, os.W_OK) and os.access(self.index, os.W_OK)
+        )
+
+    @contextlib.contextmanager
+    def opened(self, path: Path) -> Iterator[int]:
+        """A descriptor of :attr:`root` or of a directory below it; no link is followed.
+
+        Files are created, renamed and unlinked relative to it: a path would follow a link that
+        another member of the group puts in place of a directory after it was checked.
+
+        Raises
+        ------
+        NotADirectoryError
+            A component is a link.
+        OSError
+        """
+        fd = os.open(self.root, _DIRECTORY)
+        try:
+            for name in path.relative_to(self.root).parts:
+                above, fd = fd, -1
+                try:
+                    fd = os.open(name, _DIRECTORY, dir_fd=above)
+                finally:
+                    os.close(above)
+            yield fd
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def unlink(self, path: Path) -> None:
+        """Unlink a file below :attr:`root`. Raises OSError."""
+        with self.opened(path.parent) as fd:
+            os.unlink(path.name, dir_fd=fd)
 
     def make(self, path: Path) -> None:
         """Create :attr:`root` or a directory below it with the right mode, or check it."""
@@ -219,8 +287,8 @@ class CacheDir:
             with contextlib.suppress(OSError):
                 os.chmod(path, self.dir_mode)
 
-    def _denied(self, path: Path) -> str:
-        """The error message for a user who may not write at ``path``; it says who may."""
+    def _denied(self, path: Path, what: str = "written") -> str:
+        """The error message for a user who may not access ``path``; it says who may."""
         for place in (path, *path.parents):
             with contextlib.suppress(OSError):
                 found = os.stat(place)
@@ -230,16 +298,16 @@ class CacheDir:
                 )
                 if not self.shared:
                     return (
-                        f"cache.dir {self.parent}: {place} cannot be written by this user "
+                        f"cache.dir {self.parent}: {place} cannot be {what} by this user "
                         f"({mode}). Choose a directory of your own."
                     )
                 return (
-                    f"cache.dir {self.parent}: {place} cannot be written by this user ({mode}; "
+                    f"cache.dir {self.parent}: {place} cannot be {what} by this user ({mode}; "
                     f"this user is {os.getuid()} of groups "
                     f"{sorted({os.getgid(), *os.getgroups()})}). Join that group, have the owner "
                     "run chgrp and chmod 2770, or choose another cache.dir."
                 )
-        return f"cache.dir {self.parent} cannot be written by this user. Choose another."
+        return f"cache.dir {self.parent} cannot be {what} by this user. Choose another."
 
 
 def open_entries(entries: Path, digest: str) -> Iterator[tuple[FileIO, int, str]]:

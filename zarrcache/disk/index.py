@@ -15,6 +15,7 @@ reader. It takes room that its owner, a prefetcher, has reserved.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -36,11 +37,13 @@ from zarrcache.disk._database import (
     Table,
     is_valid_row,
 )
-from zarrcache.disk._publish import is_dead, owner_of, partials_of
+from zarrcache.disk._locks import Owners
+from zarrcache.disk._publish import partials_of
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.entry import ARRAY, LISTING, OBJECT
 from zarrcache.disk.filesystems import can_map_to_write, refuse_network
 from zarrcache.disk.policy import (
+    BLOCK_BYTES,
     Admission,
     EvictionPolicy,
     LeastRecentlyStored,
@@ -122,7 +125,12 @@ class Index:
             has_log=can_map_to_write(config.dir),
             is_checked=config.verify == "always",
             after_open=functools.partial(_sweep, weakref.ref(self)),
+            log_once=self.log_once,
         )
+        self._owners = Owners(self.dir)
+        self._unfinished: list[Intent] = []
+        # A file may occupy more than its rounded length: largest excess that this process has seen.
+        self._excess_bytes = 0
         self._root = os.fspath(self.dir.root)
 
     def __reduce__(self) -> tuple[type[Index], tuple[CacheConfig]]:
@@ -224,8 +232,29 @@ class Index:
 
     # -- writing
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether this process can only read: nothing is stored or dropped. As of the last use."""
+        return self._file.is_read_only
+
+    def on_disk_bytes(self, nbytes: int) -> int:
+        """Room to reserve for a file of ``nbytes``: what it will occupy on disk, at most.
+
+        The allocation unit is that of this file system (64 KiB on some), not a constant.
+        """
+        if not self._file.unit_bytes:
+            self._file.open()
+        unit = max(self._file.unit_bytes, BLOCK_BYTES)
+        return -(-nbytes // unit) * unit + self._excess_bytes
+
     def begin(self, filename: str, size_bytes: int) -> Intent | Admission:
         """Reserve room for a file of ``size_bytes`` (on disk), or return why that is refused."""
+        self._file.open()
+        if self.is_read_only:
+            return Admission.READ_ONLY
+        if self._unfinished:
+            intents, self._unfinished = self._unfinished, []
+            self._end(intents)
         outcome = self._reserve(filename, size_bytes)
         if outcome is Admission.OVER_LIMIT and self.sweep():
             outcome = self._reserve(filename, size_bytes)
@@ -236,17 +265,54 @@ class Index:
             outcome = self._reserve(filename, size_bytes)
         return outcome
 
-    def commit(self, intent: Intent, digest: str, kind: str, note: str) -> None:
-        """Make the file of ``intent`` visible as ``digest``, then unlink the one it replaces."""
+    def commit(
+        self,
+        intent: Intent,
+        digest: str,
+        kind: str,
+        note: str,
+        occupied_bytes: int | None = None,
+    ) -> bool:
+        """Make the file of ``intent`` visible as ``digest``, then unlink the one it replaces.
+
+        Parameters
+        ----------
+        occupied_bytes : int, optional
+            What the file occupies on disk, which counts from now on. Default: what was reserved.
+
+        Returns
+        -------
+        bool
+            False if it occupies more than was reserved, and the limit has no room for that. The
+            caller aborts ``intent``.
+        """
+        if occupied_bytes is None:
+            occupied_bytes = intent.size_bytes
+        excess_bytes = occupied_bytes - intent.size_bytes
         with self._file.transaction() as table:
+            if excess_bytes > 0:
+                self._excess_bytes += excess_bytes
+                if self._file.volume_bytes(table) + excess_bytes > self._config.limit:
+                    return False
             doomed = self._doom(table, digest, keep=intent.filename)
-            table.set(digest, Stored(intent.filename, intent.size_bytes, note), tag=kind)
+            table.set(digest, Stored(intent.filename, occupied_bytes, note), tag=kind)
             table.delete(intent.key)
         self._finish(doomed)
+        return True
 
     def abort(self, intent: Intent) -> None:
-        """Unlink the file of ``intent``, if it exists, and free its room."""
-        self._finish([intent])
+        """Unlink the file of ``intent``, if it exists, and free its room.
+
+        If the index fails, :meth:`begin` does it: no sweep does while this process lives.
+        """
+        self._end([intent])
+
+    def _end(self, intents: list[Intent]) -> None:
+        try:
+            self._finish(intents)
+        except BaseException:
+            self._unfinished += intents
+            raise
 
     def drop(self, digests: Sequence[str], *, filename: str | None = None) -> int:
         """Drop entries: the rows in one transaction, then the files. Existing maps stay valid.
@@ -264,6 +330,8 @@ class Index:
             Bytes freed on disk.
         """
         freed = 0
+        if digests and self.is_read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), self._root)
         for start in range(0, len(digests), _BATCH):
             doomed: list[Intent] = []
             with self._file.transaction() as table:
@@ -283,6 +351,8 @@ class Index:
 
     def sweep(self) -> int:
         """Unlink what dead owners were writing or deleting. Returns the number of files."""
+        if self.is_read_only:
+            return 0
         now_s = time.time()
         dead = []
         for key, filename, size, mode, value, stored_s in self._file.select(
@@ -293,12 +363,18 @@ class Index:
             if not is_valid_row(mode, filename, value) or not isinstance(stored_s, float):
                 raise sqlite3.DatabaseError(f"the row of {filename!r} does not match its checksum")
             owner = value.partition(" ")[2]
-            if is_dead(owner, now_s - stored_s):
+            if self._owners.is_dead(owner, now_s - stored_s):
                 dead.append(Intent(key, filename, size))
                 # Only for dead writers: a live one removes its own partial files, and this lists
                 # a directory.
-                for partial in partials_of(self.dir.root / filename, owner):
-                    partial.unlink(missing_ok=True)
+                path = self.dir.root / filename
+                with (
+                    contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                    self.dir.opened(path.parent) as fd,
+                ):
+                    for name in partials_of(path.name, owner, fd):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(name, dir_fd=fd)
         self._finish(dead)
         return len(dead)
 
@@ -311,8 +387,9 @@ class Index:
         replace the first, whose file would be lost.
         """
         with self._file.transaction() as table:
-            if is_free := self.lookup(LENT + digest) is None:
-                table.set(LENT + digest, Stored(filename, 0, owner_of(os.getpid())), tag=INTENT)
+            owner = self._owners.announce()
+            if is_free := self._file.lookup(LENT + digest, table) is None:
+                table.set(LENT + digest, Stored(filename, 0, owner), tag=INTENT)
         return is_free
 
     def loans(self) -> set[str]:
@@ -323,7 +400,7 @@ class Index:
     def give_back(self, digest: str, filename: str) -> None:
         """Remove a loan: first the file, because its owner reuses the room once the row is gone."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.dir.root / filename)
+            self.dir.unlink(self.dir.root / filename)
         self.drop([LENT + digest], filename=filename)
 
     # -- parts
@@ -346,22 +423,23 @@ class Index:
     def _reserve(self, filename: str, size_bytes: int) -> Intent | Admission:
         intent = Intent(f"+{secrets.token_hex(8)}", filename, size_bytes)
         with self._file.transaction() as table:
+            owner = self._owners.announce()  # inside: this creates the directory if it is gone
             usage = shutil.disk_usage(self.dir.root)
             # Reserved bytes are not on the disk yet.
             ((reserved,),) = self._file.select(
-                "SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?", _INTENTS
+                "SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key >= ? AND key < ?",
+                _INTENTS,
+                table,
             )
             outcome = admit(
                 size_bytes,
-                volume_bytes=self._file.volume_bytes(),
+                volume_bytes=self._file.volume_bytes(table),
                 limit_bytes=self._config.limit,
                 free_bytes=usage.free - reserved,
                 min_free_bytes=min_free_bytes(self._config.min_free, usage.total),
             )
             if outcome is Admission.ADMIT:
-                table.set(
-                    intent.key, Stored(filename, size_bytes, owner_of(os.getpid())), tag=INTENT
-                )
+                table.set(intent.key, Stored(filename, size_bytes, owner), tag=INTENT)
                 return intent
         return outcome
 
@@ -387,9 +465,8 @@ class Index:
         if old.filename == keep:
             return []
         intent = Intent(f"+{secrets.token_hex(8)}", old.filename, old.size_bytes)
-        table.set(
-            intent.key, Stored(old.filename, old.size_bytes, owner_of(os.getpid())), tag=INTENT
-        )
+        owner = self._owners.announce()
+        table.set(intent.key, Stored(old.filename, old.size_bytes, owner), tag=INTENT)
         return [intent]
 
     def _finish(self, intents: Sequence[Intent]) -> None:
@@ -403,7 +480,7 @@ class Index:
             if entry is not None and entry.filename == intent.filename:
                 continue  # an object that another process has published again meanwhile
             try:
-                os.unlink(path)
+                self.dir.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as exc:

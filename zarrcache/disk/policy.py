@@ -24,7 +24,8 @@ __all__ = [
     "policy_of",
 ]
 
-#: Sizes on disk are counted in file-system blocks, so that their sum agrees with ``du``.
+#: Smallest unit in which file systems allocate. Estimates count in it; what is stored counts with
+#: what it occupies.
 BLOCK_BYTES = 4096
 #: Numbers of entries to read for victims, step by step: one or two victims are usually enough, and
 #: a full cache evicts at every put.
@@ -38,6 +39,7 @@ class Admission(Enum):
     OVER_LIMIT = "the limit is reached"
     TOO_LARGE = "it is larger than the whole limit"
     DISK_FULL = "the file system has less than min_free left"
+    READ_ONLY = "the cache directory cannot be written"
 
 
 class StoredEntries(Protocol):
@@ -126,7 +128,7 @@ def policy_of(eviction: Eviction) -> EvictionPolicy:
 
 
 def disk_bytes(nbytes: int) -> int:
-    """Bytes that a file of ``nbytes`` occupies on disk."""
+    """Bytes that a file of ``nbytes`` occupies on most file systems; on none less."""
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 

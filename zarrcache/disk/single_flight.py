@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from zarrcache.disk._locks import LockFile
 from zarrcache.errors import LockTimeoutError
 from zarrcache.stats import LogOnce
 
@@ -24,13 +23,16 @@ logger = logging.getLogger(__name__)
 STRIPES = 4096
 #: Seconds between two attempts of a waiter; flock has no timeout.
 _POLL_S = 0.02
+#: Seconds between two looks at the holder.
+_LOOK_S = 1.0
 
 
 class SingleFlight:
     """Allows one fetcher per digest among the threads and processes of a node.
 
     The kernel releases a lock when its holder dies, so after a killed fetcher the next waiter
-    proceeds immediately.
+    proceeds immediately. A holder that is stopped (SIGSTOP, a suspended job) costs a waiter two
+    seconds; its pid can be seen within one pid namespace.
 
     Parameters
     ----------
@@ -70,30 +72,46 @@ class SingleFlight:
         duplicated bandwidth, never data, because entries are published atomically. So it is logged
         once and does not stop a training run.
         """
-        path = self._directory / f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
-        lock = FileLock(path, mode=self._mode, poll_interval=_POLL_S)
+        name = f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
         try:
-            # FileLock would create the directory with other permissions.
-            os.stat(self._directory)
-            lock.acquire(timeout=self._timeout_s)
-        except Timeout:
-            self._warn(
-                LockTimeoutError(
-                    f"{path} was not free within {self._timeout_s:.0f} s; continuing without it. "
-                    "Look for a stopped process of the same job."
-                )
-            )
-            yield False
-            return
-        except (OSError, NotImplementedError) as exc:
-            # NotImplementedError: older filelock, on a file system without flock
+            lock = LockFile(self._directory, name, self._mode)
+        except OSError as exc:
             self._warn(exc)
             yield False
             return
         try:
-            yield True
+            yield self._wait(lock, name)
         finally:
-            lock.release()
+            lock.close()
+
+    def _wait(self, lock: LockFile, name: str) -> bool:
+        """Take the lock, or give up: after the timeout, or when its holder turns out stopped."""
+        start_s = looked_s = time.monotonic()
+        stopped = 0
+        try:
+            while not lock.acquire():
+                now_s, why = time.monotonic(), ""
+                if now_s - start_s >= self._timeout_s:
+                    why = f"was not free within {self._timeout_s:.0f} s"
+                elif now_s - looked_s >= _LOOK_S:
+                    looked_s, holder = now_s, lock.stopped_holder()
+                    # Seen twice, because SIGCONT often follows at once.
+                    if holder and holder == stopped:
+                        why = f"is held by process {holder}, which is stopped"
+                    stopped = holder
+                if why:
+                    self._warn(
+                        LockTimeoutError(
+                            f"{self._directory / name} {why}; continuing without it. Look for a "
+                            "stopped process of the same job."
+                        )
+                    )
+                    return False
+                time.sleep(_POLL_S)
+        except OSError as exc:  # the file system has no locks
+            self._warn(exc)
+            return False
+        return True
 
     def _warn(self, exc: Exception) -> None:
         if not self._log_once:

@@ -49,7 +49,6 @@ _PACKAGES = (
     "s3fs",
     "obstore",
     "diskcache",
-    "filelock",
     "crc32c",
 )
 #: Packages of an extra: needed to train, not to convert or to fill the cache.

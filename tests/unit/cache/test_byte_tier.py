@@ -311,4 +311,4 @@ def test_eight_processes_and_eight_threads_make_one_get_an_object(tmp_path: Path
     assert set(origin.requests.values()) == {1}
     assert len(origin.requests) == 30
     assert counted(cache).purges == 0
-    assert len(os.listdir(tmp_path / "cache" / "zarrcache-v1" / "locks")) <= 31
+    assert len(os.listdir(tmp_path / "cache" / "zarrcache-v1" / "locks")) <= 32

@@ -27,7 +27,10 @@ from zarrcache.errors import IncompleteArrayError
 
 
 def test_published_file_is_whole_and_alone(tmp_path: Path) -> None:
-    assert publish(tmp_path / "entry", lambda file: file.write(b"12345"), expected_bytes=5) == 5
+    occupied_bytes = publish(
+        tmp_path / "entry", lambda file: file.write(b"12345"), expected_bytes=5
+    )
+    assert occupied_bytes == (tmp_path / "entry").stat().st_blocks * 512
     assert (tmp_path / "entry").read_bytes() == b"12345"
     assert os.listdir(tmp_path) == ["entry"]
 
@@ -210,15 +213,22 @@ def test_only_the_partial_files_of_one_owner_are_its_own(tmp_path: Path) -> None
     other = tmp_path / f".entry2.partial-{_tag_of(dead)}-0123abcd"
     for path in (mine, left, other):
         path.touch()
-    assert list(partials_of(final, dead)) == [left]
-    assert list(partials_of(final, owner_id())) == [mine]
-    assert list(partials_of(tmp_path / "gone" / "entry", dead)) == []
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert partials_of(final.name, dead, fd) == [left.name]
+        assert partials_of(final.name, owner_id(), fd) == [mine.name]
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("owner", ["machine 1 ../../x", "machine * *", "machine"])
 def test_a_planted_owner_finds_no_file(tmp_path: Path, owner: str) -> None:
     hidden_path(tmp_path / "entry", "partial").touch()
-    assert list(partials_of(tmp_path / "entry", owner)) == []
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert partials_of("entry", owner, fd) == []
+    finally:
+        os.close(fd)
 
 
 def test_a_hidden_name_says_what_it_will_be_published_as(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import stat
@@ -10,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from zarrcache.disk import single_flight as module
 from zarrcache.disk.single_flight import STRIPES, SingleFlight
 from zarrcache.errors import LockTimeoutError
 
@@ -94,13 +95,9 @@ def test_a_missing_directory_is_not_created(
 def test_a_file_system_without_locks_does_not_stop_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    class NoLock:
-        def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-        def acquire(self, timeout: float) -> None:
-            raise NotImplementedError("FileSystem does not appear to support flock")
-
-    monkeypatch.setattr(module, "FileLock", NoLock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with SingleFlight(tmp_path, timeout_s=1).hold(DIGEST) as held:
         assert not held
