@@ -52,14 +52,22 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Answer to a LIST: objects and common prefixes, with full keys, and the next page's token.
+    """Answer to a LIST: objects and common prefixes, with full keys.
 
-    The token is None on the last page.
+    Attributes
+    ----------
+    objects : list of ObjectInfo
+    prefixes : list of str
+    next_token : str or None
+        Token of the next page; None on the last one.
+    is_full : bool
+        It has as many names as the server puts on one page.
     """
 
     objects: list[ObjectInfo]
     prefixes: list[str]
     next_token: str | None
+    is_full: bool
 
 
 #: Objects with their answer, their error, or None for an object that was not requested because the

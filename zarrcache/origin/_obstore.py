@@ -24,10 +24,8 @@ from fsspec.asyn import get_loop
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.origin._concurrent import (
-    PAGE_OBJECTS,
     SLOWEST_BYTES_PER_S,
     Answers,
-    Page,
     Received,
     concurrent_requests,
 )
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ClientConfig, S3Config, S3Credential, S3Store
 
-__all__ = ["CannotNameError", "ObstoreEngine", "can_name", "is_usable"]
+__all__ = ["ObstoreEngine", "can_name", "is_usable"]
 
 #: How long obstore keeps credentials. botocore renews those with less than 10 minutes left, so
 #: requesting them at this interval is enough.
@@ -91,19 +89,15 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class CannotNameError(Exception):
-    """The listing has names that obstore refuses or changes. Internal: it is repeated with s3fs."""
-
-
 _UNNAMEABLE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
 
 
 def can_name(path: str) -> bool:
-    """Whether obstore accepts this key, or prefix with a slash at the end, unchanged.
+    """Whether obstore accepts this key unchanged.
 
     It does unless the key has an empty segment, a segment of dots only, or control characters.
     """
-    return not path or _UNNAMEABLE.search(path.removesuffix("/")) is None
+    return _UNNAMEABLE.search(path) is None
 
 
 class ObstoreEngine:
@@ -160,36 +154,6 @@ class ObstoreEngine:
         self._quick_s = min(QUICK_S, fetch.read_timeout)
         self._quick_store = store(quick_s=self._quick_s)
         self._patient_until_s = 0.0
-
-    async def list_page(self, prefix: str, *, patience_s: float, token: str | None = None) -> Page:
-        """List every object below ``prefix``, which ends with ``/`` or is empty, as one page.
-
-        Raises
-        ------
-        CannotNameError
-        """
-        from obstore.exceptions import InvalidPathError
-
-        found: list[ObjectInfo] = []
-        stream = self._store.list(prefix or None, chunk_size=PAGE_OBJECTS)
-        try:
-            while True:
-                async with asyncio.timeout(patience_s):
-                    chunk = await anext(stream, None)
-                if chunk is None:
-                    break
-                found += [_info(meta) for meta in chunk]
-        except InvalidPathError as exc:
-            raise CannotNameError(prefix) from exc
-        except Exception as exc:
-            raise _s3_error(exc) from exc
-        finally:
-            del stream  # it holds the request: a traceback would keep it in flight
-        if not all(o.size_bytes for o in found):
-            # It may be a directory marker: obstore removes the slash from its name, so that it
-            # looks like an empty object.
-            raise CannotNameError(prefix)
-        return Page(found, [], None)
 
     async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
         """HEAD one object; None if it does not exist."""

@@ -16,7 +16,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import _obstore, _s3fs
-from zarrcache.origin._concurrent import PAGE_OBJECTS, Page, Received, concurrent_requests, run
+from zarrcache.origin._concurrent import Page, Received, concurrent_requests, run
 from zarrcache.origin._content import HELD_BYTES, ContentCheck, other_shape
 from zarrcache.origin._retry import Backoff, RetryPolicy, TransientError
 from zarrcache.origin._s3_errors import RequestContext, S3Error, changed, to_error
@@ -182,36 +182,54 @@ class S3Bucket:
 
     def list_objects(self, prefix: str, context: RequestContext) -> list[ObjectInfo]:
         """Every object whose key begins with ``prefix``, which ends with ``/`` or is empty."""
-        try:
-            pages = list(self.pages(prefix, context, open_engine=lambda: self.engine(prefix)))
-        except _obstore.CannotNameError:
-            pages = list(self.pages(prefix, context))
-        return [obj for page in pages for obj in page.objects]
+        return [obj for page in self.pages(prefix, context) for obj in page.objects]
 
-    def pages(
-        self,
-        prefix: str,
-        context: RequestContext,
-        *,
-        open_engine: Callable[[], Engine] | None = None,
-        **options: Any,
-    ) -> Iterator[Page]:
-        """Every page of a LIST, each with its own attempts; by default through s3fs."""
-        token: str | None = None
+    def pages(self, prefix: str, context: RequestContext, *, delimiter: str = "") -> Iterator[Page]:
+        """Every page of a LIST, each with its own attempts.
 
-        def request(engine: Any, patience_s: float) -> Coroutine[Any, Any, Page]:
-            page: Coroutine[Any, Any, Page] = engine.list_page(
-                prefix, patience_s=patience_s, token=token, **options
+        Through s3fs: obstore does not show whether the server says that it is the last page.
+
+        Raises
+        ------
+        OriginError
+            The listing is not known to be complete: the server contradicts itself.
+        """
+
+        def list_page(**position: Any) -> Page:
+            page: Page = self.call(
+                lambda engine, patience_s: engine.list_page(
+                    prefix, patience_s=patience_s, delimiter=delimiter, **position
+                ),
+                context,
+                open_engine=self.s3fs,
             )
             return page
 
+        def incomplete(why: str) -> Exception:
+            return to_error(S3Error(200, "IncompleteListing", why), context)
+
+        names: set[str] = set()
+        tokens: set[str] = set()
+        page = list_page()
         while True:
-            page = self.call(request, context, open_engine=open_engine or self.s3fs)
-            if len(page.objects) > PAGE_OBJECTS:  # obstore requests all pages by itself
-                self.counters.add(requests=-(-len(page.objects) // PAGE_OBJECTS) - 1)
+            keys = {obj.key for obj in page.objects}
+            # A common prefix may come twice if its keys cross the end of a page.
+            if not names.isdisjoint(keys) or (page.prefixes and names.issuperset(page.prefixes)):
+                raise incomplete("a page repeats an earlier one")
+            names.update(keys, page.prefixes)
             yield page
-            if (token := page.next_token) is None:
-                return
+            token = page.next_token
+            if token is None:
+                break
+            if token in tokens:
+                raise incomplete("a page ends with the token of an earlier one")
+            tokens.add(token)
+            page = list_page(token=token)
+        # Some servers end every listing after one page. Servers without StartAfter repeat it.
+        if page.is_full and names:
+            after = list_page(start_after=max(names))
+            if not names.issuperset([*(obj.key for obj in after.objects), *after.prefixes]):
+                raise incomplete(f"it ends after {len(names)} names, but there are more")
 
     def engine(self, *paths: str) -> Engine:
         """The engine of this process for objects and prefixes with these full names."""
@@ -293,8 +311,9 @@ class Operation:
 class S3Origin:
     """The origin at a prefix of a bucket.
 
-    Objects are read through obstore if possible. Directories are listed through s3fs, so that a
-    process that forks DataLoader workers does not import obstore, and the workers can use it.
+    Objects are read through obstore if possible. Listings go through s3fs, which shows whether they
+    are complete. A process that lists directories and forks DataLoader workers thus does not import
+    obstore, and the workers can use it.
 
     Parameters
     ----------

@@ -79,7 +79,8 @@ class S3Error(Exception):
         HTTP status; None without an answer.
     code : str
         S3's error code, or for a failure without an answer from S3 ``NoCredentials``,
-        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody`` or ``Mismatch``.
+        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody`` or ``Mismatch``;
+        ``IncompleteListing`` for a listing that is not known to be complete.
     detail : str
         One line for the message.
     """
@@ -171,6 +172,12 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
         )
     if error.is_transient:
         return TransientError(url, str(error))
+    if error.code == "IncompleteListing":
+        return OriginError(
+            f"{url}: the listing that {endpoint} sends is not known to be complete: "
+            f"{error.detail}. Objects that it omits would be taken for absent. Report this to the "
+            "operator of the server, or copy the stores elsewhere."
+        )
     if error.code == "Certificate":
         return OriginError(
             f"{url}: the certificate of {endpoint} is not trusted. Name the file of its CA in "

@@ -1,7 +1,7 @@
 """Requests to S3 through s3fs. The only importer of s3fs.
 
-Used for options that obstore does not support, in forked children, for listing directories, and
-for deleting.
+Used for options that obstore does not support, in forked children, for listing (obstore does not
+show whether a listing is complete), and for deleting.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fsspec.asyn import get_loop
@@ -17,6 +18,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import ConfigError
 from zarrcache.origin._concurrent import (
+    PAGE_OBJECTS,
     SLOWEST_BYTES_PER_S,
     Answers,
     Page,
@@ -92,18 +94,28 @@ class S3fsEngine:
         self._opening = asyncio.Lock()
 
     async def list_page(
-        self, prefix: str, *, patience_s: float, token: str | None = None, delimiter: str = ""
+        self,
+        prefix: str,
+        *,
+        patience_s: float,
+        token: str | None = None,
+        start_after: str | None = None,
+        delimiter: str = "",
     ) -> Page:
-        """Make one LIST."""
+        """Make one LIST.
+
+        Raises
+        ------
+        S3Error
+            Also if the answer contradicts itself, with the code ``IncompleteListing``.
+        """
         more = {"ContinuationToken": token} if token else {}
+        if start_after is not None:
+            more["StartAfter"] = start_after
         answer = await self._call(
             "list_objects_v2", patience_s, Prefix=prefix, Delimiter=delimiter, **more
         )
-        return Page(
-            [_info(o, o.get("Key"), o.get("Size")) for o in answer.get("Contents", [])],
-            [p["Prefix"] for p in answer.get("CommonPrefixes", [])],
-            answer["NextContinuationToken"] if answer.get("IsTruncated") else None,
-        )
+        return _page(answer, prefix)
 
     async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
         """HEAD one object; None if it does not exist."""
@@ -199,6 +211,16 @@ class S3fsEngine:
         # lock, because s3fs would create one for each of the first requests.
         async with self._opening:
             try:
+                if self._fs.session is None:
+                    from aiobotocore.session import AioSession
+
+                    # As s3fs makes it, except for the dates: listing 343 objects takes 7 ms of CPU
+                    # instead of 20 (obstore: 2.3 ms).
+                    session = AioSession(**self._fs.kwargs)
+                    session.get_component("response_parser_factory").set_parser_defaults(
+                        timestamp_parser=_timestamp
+                    )
+                    self._fs.session = session
                 await self._fs.set_session()
             except (TypeError, ValueError) as exc:
                 raise ConfigError(
@@ -228,6 +250,44 @@ def _info(answer: Mapping[str, Any], key: str | None, size_bytes: int | None) ->
 def _modified_s(answer: Mapping[str, Any]) -> float:
     modified = answer.get("LastModified")
     return float(modified.timestamp()) if modified is not None else 0.0
+
+
+def _page(answer: Mapping[str, Any], prefix: str) -> Page:
+    """Check one answer to ListObjectsV2. Only what it says itself counts: nothing is assumed."""
+
+    def incomplete(why: str) -> S3Error:
+        return S3Error(200, "IncompleteListing", why)
+
+    objects = [_info(o, o.get("Key"), o.get("Size")) for o in answer.get("Contents", [])]
+    prefixes = [str(p.get("Prefix", "")) for p in answer.get("CommonPrefixes", [])]
+    n = len(objects) + len(prefixes)
+    token = answer.get("NextContinuationToken") or None
+    if "IsTruncated" not in answer:
+        raise incomplete("it does not say whether more objects follow (no IsTruncated)")
+    if answer["IsTruncated"] and token is None:
+        raise incomplete(
+            f"it says after {n} names that more follow (IsTruncated), and does not say where "
+            "(no NextContinuationToken)"
+        )
+    if answer.get("KeyCount", 0) > n:
+        raise incomplete(f"it announces {answer['KeyCount']} names and has {n}")
+    if not all(o.key.startswith(prefix) for o in objects) or not all(
+        p.startswith(prefix) for p in prefixes
+    ):
+        raise incomplete(f"it has names that do not begin with {prefix!r}")
+    # Without IsTruncated a token is followed nevertheless: the next page shows who is right.
+    return Page(objects, prefixes, token, n >= answer.get("MaxKeys", PAGE_OBJECTS))
+
+
+def _timestamp(value: Any) -> datetime:
+    """A date of an answer. botocore's own parser takes two thirds of the time of a LIST."""
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        from botocore.utils import parse_timestamp
+
+        parsed: datetime = parse_timestamp(value)
+        return parsed
 
 
 def _s3_error(exc: BaseException) -> S3Error:
