@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import signal
@@ -52,7 +53,11 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
     assert (again.code, again.out) == (0, "Nothing to evict.\n")
 
 
-@pytest.mark.parametrize(("answer", "code", "left"), [(b"n\n", 1, 6), (b"y\n", 0, 0)])
+@pytest.mark.parametrize(
+    ("answer", "code", "left"),
+    [(b"n\n", 1, 6), (b"y\n", 0, 0), (b"\x04", 1, 6), (b"\x03", 130, 6)],
+    ids=["no", "yes", "end of input", "Ctrl-C"],
+)
 def test_evict_asks_for_confirmation_at_a_terminal(
     config: Path, answer: bytes, code: int, left: int
 ) -> None:
@@ -61,8 +66,15 @@ def test_evict_asks_for_confirmation_at_a_terminal(
         with subprocess.Popen(
             command("evict", config), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
-            os.write(keyboard, answer)
-            _, err = process.communicate(timeout=60)
+            if answer == b"\x03":
+                assert process.stderr is not None
+                asked = process.stderr.read(20)  # the signal is for the question
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+            else:
+                asked = b""
+                os.write(keyboard, answer)
+            err = asked + process.communicate(timeout=60)[1]
     finally:
         os.close(keyboard)
         os.close(terminal)
@@ -128,6 +140,43 @@ def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) 
         done.document["corrupt"],
         done.document["stale"],
     ) == (0, 6, [], [])
+
+
+@pytest.mark.parametrize("name", ["status", "verify", "evict", "doctor"])
+def test_directory_without_a_cache_is_exit_2(name: str, tmp_path: Path) -> None:
+    """A misspelt directory is not an empty cache, and none is created in it."""
+    more = ("--all", "--yes") if name == "evict" else ()
+    done = zarrcache(name, "--dir", tmp_path / "nope", *more)
+    assert (done.code, done.out) == (2, "")
+    assert f"There is no cache in {tmp_path}/nope: it does not exist. Give the" in done.err
+    done = zarrcache(name, "--dir", tmp_path, *more)
+    assert f"There is no cache in {tmp_path}: it has no zarrcache-v1 in it." in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_status_explains_entries_of_the_other_normalization(config: Path) -> None:
+    config.write_text(config.read_text() + "normalize_data: false\n")
+    done = zarrcache("status", config)
+    assert "GGA          0 of 2 ids warm (0.0 %)" in done.out
+    assert "2 ids are warm for the other value of normalize_data; entries of the" in done.out
+
+
+def test_doctor_fails_where_no_store_can_be_found(config: Path, tmp_path: Path) -> None:
+    """No store at all, no id in the map; a warning if the first ids alone have none."""
+    text = config.read_text()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-8", "mp-9"], "SCAN": []}))
+    for old, new, verdict, words in [
+        (f"{tmp_path}/data", f"{tmp_path}/empty", "fail", "it answers, but holds no store"),
+        ("functional: GGA", "functional: SCAN", "fail", "map.json has no ids for SCAN"),
+        ("", "", "warn", "holds 2 stores (mp-0.zarr), but none of the first ids of the map: mp-8"),
+        ("limit: 1 GiB", "limit: 10 KiB", "warn", "used, more than the limit of 10.0 KiB"),
+    ]:
+        config.write_text(text.replace(old, new))
+        done = zarrcache("doctor", config, "--json")
+        found = [one for one in done.document["findings"] if words in one["found"]]
+        assert [one["verdict"] for one in found[:1]] == [verdict], done.out
+        assert done.code == (1 if verdict == "fail" else 0)
 
 
 def test_doctor_reports_each_check_and_exits_1_if_one_fails(config: Path, tmp_path: Path) -> None:

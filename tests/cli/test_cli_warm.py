@@ -221,6 +221,30 @@ def test_ids_come_from_a_file_and_limit_stops_early(config: Path, tmp_path: Path
     )
 
 
+def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
+    """So that ``warm && train`` stops: no id, no store of any id, or no room for one id."""
+    write_pairs(tmp_path, 2)
+    good = write_config(tmp_path)
+    text = good.read_text()
+    bad = tmp_path / "bad.yaml"
+    for old, new, words in [
+        (
+            f"{tmp_path}/data",
+            f"{tmp_path}/data/mp-0.zarr",
+            f"error: none of the 3 ids of GGA has a store in {tmp_path}/data/mp-0.zarr/ and",
+        ),
+        ("functional: GGA", "functional: SCAN", "error: SCAN has no ids. Check functional and map"),
+        ("limit: 1 GiB", "limit: 10 KiB", "2 ids did not fit: cache.limit (10.0 KiB) or"),
+    ]:
+        assert old in text
+        bad.write_text(text.replace(old, new))
+        done = zarrcache("warm", bad)
+        assert (done.code, words in done.err) == (1, True), done.err
+        assert done.out.startswith("Warmed 0 of ")
+    done = zarrcache("warm", good)
+    assert (done.code, f" in {tmp_path}/cache in " in done.out) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -605,12 +605,6 @@ def test_hostile_task_id_is_refused_before_any_path_is_made_of_it(
     assert len(words) < 500
 
 
-def test_map_with_an_id_twice_is_read_as_it_stands(tmp_path: Path) -> None:
-    """The users' split counts it twice, and no sample may vanish."""
-    (tmp_path / "map.json").write_text('{"GGA": ["mp-1", "mp-1"], "SCAN": []}')
-    assert read_ids(tmp_path / "map.json") == "2 ids"
-
-
 def test_functional_of_a_hostile_map_is_not_repeated_at_length(tmp_path: Path) -> None:
     """The error lists the functionals of the map, of which there may be a million."""
     (tmp_path / "map.json").write_text(

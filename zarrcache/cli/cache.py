@@ -91,7 +91,7 @@ def evict(
                     f"About to evict {what}, but there is no terminal to ask for confirmation. "
                     "Pass --yes to evict, or --dry-run to see what would be evicted."
                 )
-            if not typer.confirm(f"About to evict {what}. Proceed?", err=True):
+            if not _confirmed(f"About to evict {what}. Proceed?"):
                 say("Nothing was evicted.")
                 return 1
         with Meter("Evicting", "entries", len(plan.entries)) as meter:
@@ -110,6 +110,17 @@ def evict(
     else:
         show(text)
     return 0
+
+
+def _confirmed(question: str) -> bool:
+    """Ask on the terminal; Ctrl-C there ends the command as anywhere else."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort as exc:  # also the end of the input, which is a no
+        say("")
+        if isinstance(exc.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        return False
 
 
 @command(resumable=False)

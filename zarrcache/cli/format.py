@@ -30,6 +30,7 @@ __all__ = [
     "format_verification",
     "format_warm_estimate",
     "format_warm_report",
+    "nothing_selected",
     "plan_lines",
     "plural",
     "status_lines",
@@ -71,12 +72,28 @@ def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
     )
 
 
-def format_warm_report(report: WarmReport) -> str:
+def nothing_selected(plan: WarmPlan, split: str) -> str:
+    """Why ``warm`` has no ids to fetch."""
+    reader = plan.reader
+    if not plan.missing:
+        part = "has no ids" if split == "all" else f"has no ids in the {split} set"
+        return (
+            f"error: {reader.functional} {part}. Check functional and map_dir ({reader.map_dir})."
+        )
+    directories = f"{reader.origin('data').url} and {reader.origin('label').url}"
+    return (
+        f"error: none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
+        f"in {directories}. Check data_dir and label_dir: the stores are <task_id>.zarr or "
+        ".zarr.zip directly below them."
+    )
+
+
+def format_warm_report(report: WarmReport, directory: object) -> str:
     """One line for ``warm``."""
     fresh = f"; {count(report.fresh)} fresh already" if report.fresh else ""
     cost = f"{format_bytes(report.nbytes)}, {plural(report.stats.requests, 'request')}{fresh}"
     return (
-        f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in "
+        f"Warmed {count(report.warm)} of {plural(report.ids, 'id')} ({cost}) in {directory} in "
         f"{duration(report.seconds)}; {count(len(report.failed_ids))} failed."
     )
 
@@ -155,6 +172,11 @@ def status_lines(state: Status) -> list[str]:
             f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
             f"({100 * covered.warm_ratio:.1f} %){half}{missing}"
         )
+        if covered.otherwise_warm:
+            lines.append(
+                f"{'':<12} {plural(covered.otherwise_warm, 'id')} are warm for the other value of "
+                "normalize_data; entries of the two values are separate"
+            )
     return lines
 
 

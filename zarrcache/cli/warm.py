@@ -82,6 +82,7 @@ def warm(
     Safe to stop and run again: only missing densities are fetched, with --revalidate also those
     that changed at the origin.
     """
+    from zarrcache.cli.format import nothing_selected
     from zarrcache.ops import plan_warm
     from zarrcache.parallel import each_node_world
 
@@ -115,6 +116,9 @@ def warm(
         document, text, notes, is_good = _estimate(plan)
     else:
         document, text, notes, is_good = _execute(plan, dask, workers)
+    if not plan.task_ids and world is None:
+        notes = [nothing_selected(plan, split), *notes]
+        is_good = False
     document["missing"] = plan.missing
     if world is not None:  # many nodes write to one terminal
         document = {"nodes": [{"node": node_name(), "summary": text, **document}]}
@@ -156,7 +160,12 @@ def _execute(
             lambda result: meter.advance(failed=result.outcome == "failed"), engine=engine
         )
     failures(f"{result.task_id} ({result.role}): {result.error}" for result in report.failed)
-    return asdict(report), format_warm_report(report), warm_notes(plan, report), report.is_good
+    return (
+        asdict(report),
+        format_warm_report(report, plan.cache.dir),
+        warm_notes(plan, report),
+        report.is_good,
+    )
 
 
 def _on_each_node(dask: str, config: Path, options: Mapping[str, object], *, as_json: bool) -> int:

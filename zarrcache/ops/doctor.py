@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from zarrcache._keys import ROLES, ArrayKey, Role, density_array
+from zarrcache._keys import ROLES, ArrayKey, Role, density_array, stem_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import list_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
@@ -209,6 +209,13 @@ def _space(cache: CacheConfig, index: Index) -> Finding:
     usage = shutil.disk_usage(index.dir.root)
     volume, reserve = index.volume_bytes(), min_free_bytes(cache.min_free, usage.total)
     room = max(0, min(cache.limit - volume, usage.free - reserve))
+    if volume > cache.limit:
+        advice = (
+            "Nothing more is stored. Raise cache.limit, or free space with `zarrcache evict "
+            "--target SIZE`."
+        )
+        found = f"{format_bytes(volume)} used, more than the limit of {format_bytes(cache.limit)}"
+        return Finding("space", "warn", found, advice)
     found = (
         f"{format_bytes(usage.free)} free, {format_bytes(volume)} used of the limit of "
         f"{format_bytes(cache.limit)}"
@@ -312,19 +319,20 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                         advice,
                     )
                 return
-        if not origin.url.startswith("s3://"):
-            # Raises if the directory does not exist. On S3 a prefix cannot be missing.
-            origin.list_names()
-        advice = (
-            f"Check {role}_dir, map_dir and functional; `zarrcache status` counts the ids found."
-        )
-        yield Finding(
-            name,
-            "warn",
-            "it answers, but has no store of the first ids: "
-            f"{', '.join(ids) or 'the map is empty'}",
-            advice,
-        )
+        # Raises if the directory or the bucket does not exist. A prefix of a bucket cannot be
+        # missing, only empty.
+        stores = [name for name in origin.list_names() if stem_of(name) is not None]
+        advice = f"Check {role}_dir, map_dir and functional."
+        if not ids:
+            found = f"the map {config.map_dir} has no ids for {config.functional}"
+        elif not stores:
+            found = "it answers, but holds no store (a name that ends in .zarr or .zarr.zip)"
+        else:
+            found = (
+                f"it answers and holds {len(stores)} stores ({stores[0]}), but none of the first "
+                f"ids of the map: {', '.join(ids)}"
+            )
+        yield Finding(name, "warn" if ids and stores else "fail", found, advice)
     except ZarrCacheError as exc:
         yield Finding(
             f"{role} at {config.data_dir if role == 'data' else config.label_dir}", "fail", str(exc)

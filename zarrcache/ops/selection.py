@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -77,9 +78,21 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
 
 
 def cache_at(directory: Path) -> CacheConfig:
-    """Settings to maintain the cache in ``directory``, whose own settings are unknown."""
+    """Settings to maintain the cache in ``directory``, whose own settings are unknown.
+
+    Raises
+    ------
+    ConfigError
+        There is no cache.
+    """
     directory = Path(directory).expanduser().absolute()
     root = CacheDir(directory).root
+    if not os.path.isdir(root):
+        what = "does not exist" if not os.path.isdir(directory) else f"has no {root.name} in it"
+        raise ConfigError(
+            f"There is no cache in {directory}: it {what}. Give the directory that cache.dir names "
+            "in the training config."
+        )
     try:
         # A shared directory has to be opened as one, or the other users' files are refused.
         shared = bool(root.stat().st_mode & 0o020)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
@@ -40,6 +40,9 @@ class Coverage:
         Bytes on disk of these densities.
     is_listed : bool
         Listings of both directories are stored, so that training starts without the origin.
+    otherwise_warm : int
+        Ids with both densities cached for the other value of ``normalize_data``, whose entries
+        this config does not use. Counted only if ``warm`` is 0.
     """
 
     functional: str
@@ -49,6 +52,7 @@ class Coverage:
     half: int
     nbytes: int
     is_listed: bool
+    otherwise_warm: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -123,9 +127,23 @@ def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) 
         min_free_bytes=min_free_bytes(cache.min_free, usage.total) if has_settings else None,
         free_bytes=usage.free,
         disk_bytes=usage.total,
-        coverage=_coverage(config.functional, selection, exists=exists)
+        coverage=_coverage_of(config, selection, exists=exists)
         if isinstance(config, DataConfig) and selection is not None
         else None,
+    )
+
+
+def _coverage_of(config: DataConfig, selection: Selection, *, exists: bool) -> Coverage:
+    covered = _coverage(config.functional, selection, exists=exists)
+    if covered.warm or not exists:
+        return covered
+    # The usual reason for a cache that is full and yet cold.
+    other = config.model_copy(update={"normalize_data": not config.normalize_data})
+    otherwise, _ = select(other)
+    assert otherwise is not None
+    open_if_present(otherwise.index)
+    return replace(
+        covered, otherwise_warm=_coverage(config.functional, otherwise, exists=True).warm
     )
 
 

@@ -167,11 +167,12 @@ class WarmReport:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing failed at the origin or in the cache.
+        """Whether nothing failed at the origin or in the cache, and at least one id is warm.
 
-        Bypassed ids are not failures: the limit is the user's choice.
+        Bypassed ids are not failures, because the limit is the user's choice, unless none fits.
         """
-        return not self.failed and not self.stats.cache_errors
+        is_useful = self.warm > 0 or self.ids == 0
+        return is_useful and not self.failed and not self.stats.cache_errors
 
     @property
     def failed_ids(self) -> tuple[str, ...]:
