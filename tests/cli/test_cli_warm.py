@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -224,6 +225,8 @@ def test_ids_come_from_a_file_and_limit_stops_early(config: Path, tmp_path: Path
 def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
     """So that ``warm && train`` stops: no id, no store of any id, or no room for one id."""
     write_pairs(tmp_path, 2)
+    ids = json.loads((tmp_path / "map.json").read_text())
+    (tmp_path / "map.json").write_text(json.dumps({**ids, "SCAN": []}))
     good = write_config(tmp_path)
     text = good.read_text()
     bad = tmp_path / "bad.yaml"
@@ -231,7 +234,7 @@ def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
         (
             f"{tmp_path}/data",
             f"{tmp_path}/data/mp-0.zarr",
-            f"error: none of the 3 ids of GGA has a store in {tmp_path}/data/mp-0.zarr/ and",
+            f"error: none of the 3 ids of GGA has a store in {tmp_path}/data/mp-0.zarr and",
         ),
         ("functional: GGA", "functional: SCAN", "error: SCAN has no ids. Check functional and map"),
         ("limit: 1 GiB", "limit: 10 KiB", "2 ids did not fit: cache.limit (10.0 KiB) or"),

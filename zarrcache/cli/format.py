@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         EpochForecast,
         Forecast,
         Status,
-        Tier,
         VerifyReport,
         WarmEstimate,
         WarmPlan,
@@ -154,10 +153,13 @@ def status_lines(state: Status) -> list[str]:
     if state.min_free_bytes is not None:
         reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
     free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"
+    densities = plural(state.array_tier.entries - state.listings, "density", "densities")
+    arrays = f"{densities}, {plural(state.listings, 'listing')}"
+    blocks = plural(state.byte_tier.entries, "entry", "entries")
     lines = [
         f"cache        {state.directory}{'' if state.exists else ' (nothing is cached there yet)'}",
-        f"array tier   {_entries(state.array_tier)}",
-        f"byte tier    {_entries(state.byte_tier)}",
+        f"array tier   {arrays}, {format_bytes(state.array_tier.nbytes)}",
+        f"byte tier    {blocks}, {format_bytes(state.byte_tier.nbytes)}",
         f"volume       {format_bytes(state.volume_bytes)}{limit}",
         f"file system  {free}{reserve}",
     ]
@@ -178,10 +180,6 @@ def status_lines(state: Status) -> list[str]:
                 "normalize_data; entries of the two values are separate"
             )
     return lines
-
-
-def _entries(tier: Tier) -> str:
-    return f"{plural(tier.entries, 'entry', 'entries')}, {format_bytes(tier.nbytes)}"
 
 
 def format_verification(report: VerifyReport) -> str:

@@ -75,6 +75,8 @@ class Status:
     directory : Path
     exists : bool
     array_tier, byte_tier : Tier
+    listings : int
+        Entries of the array tier that are stored listings; the others are densities.
     volume_bytes : int
         Size of both tiers, including files that are being written or deleted.
     limit_bytes, min_free_bytes : int or None
@@ -89,6 +91,7 @@ class Status:
     exists: bool
     array_tier: Tier
     byte_tier: Tier
+    listings: int
     volume_bytes: int
     limit_bytes: int | None
     min_free_bytes: int | None
@@ -122,6 +125,7 @@ def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) 
         exists=exists,
         array_tier=_sum(totals, ARRAY, LISTING),
         byte_tier=_sum(totals, OBJECT),
+        listings=_sum(totals, LISTING).entries,
         volume_bytes=index.volume_bytes() if exists else 0,
         limit_bytes=cache.limit if has_settings else None,
         min_free_bytes=min_free_bytes(cache.min_free, usage.total) if has_settings else None,

@@ -82,17 +82,14 @@ def test_a_cache_readable_by_others_is_a_warning(config: DataConfig, tmp_path: P
     assert "chmod 700" in findings(config)["permissions"].advice
 
 
-def test_an_origin_without_the_ids_is_a_warning_and_an_unknown_functional_fails(
+def test_an_origin_without_stores_and_an_unknown_functional_fail(
     config: DataConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     found = findings(config.model_copy(update={"data_dir": str(tmp_path / "empty")}))[
         f"data at {tmp_path / 'empty'}"
     ]
-    assert (found.verdict, "has no store of the first ids: mp-0, mp-1" in found.found) == (
-        "warn",
-        True,
-    )
+    assert (found.verdict, "it answers, but holds no store" in found.found) == ("fail", True)
     found = findings(config.model_copy(update={"label_dir": str(tmp_path / "nowhere")}))[
         f"label at {tmp_path / 'nowhere'}"
     ]

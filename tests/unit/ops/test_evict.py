@@ -10,6 +10,7 @@ import pytest
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_evict, plan_warm
+from zarrcache.config import CacheConfig
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.index import Row
 from zarrcache.ops.selection import cache_at
@@ -116,7 +117,7 @@ def test_stale_selects_stores_that_changed_or_are_gone_at_the_origin(
 def test_a_directory_without_a_cache_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    plan = plan_evict(cache_at(tmp_path / "mine"), everything=True)
+    plan = plan_evict(CacheConfig(dir=tmp_path / "mine"), everything=True)
     assert (plan.entries, plan.execute()) == ((), 0)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -153,7 +154,7 @@ def test_a_directory_alone_needs_everything(
     tmp_path: Path, arguments: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        plan_evict(cache_at(tmp_path), **arguments)  # type: ignore[arg-type]
+        plan_evict(CacheConfig(dir=tmp_path), **arguments)  # type: ignore[arg-type]
 
 
 def test_ids_and_everything_exclude_each_other(warm: DataConfig) -> None:

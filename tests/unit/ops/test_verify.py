@@ -9,6 +9,7 @@ import pytest
 from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, plan_warm, verify
+from zarrcache.config import CacheConfig
 from zarrcache.data.reader import open_reader
 from zarrcache.ops.selection import cache_at
 
@@ -103,9 +104,9 @@ def test_against_origin_drops_stale_entries(warm: DataConfig, tmp_path: Path) ->
 
 def test_against_origin_needs_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a training config"):
-        verify(cache_at(tmp_path), against_origin=True)
+        verify(CacheConfig(dir=tmp_path), against_origin=True)
 
 
 def test_an_absent_cache_is_not_created(tmp_path: Path) -> None:
-    assert verify(cache_at(tmp_path / "nothing")).entries == 0
+    assert verify(CacheConfig(dir=tmp_path / "nothing")).entries == 0
     assert not (tmp_path / "nothing").exists()
