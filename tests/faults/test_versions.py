@@ -21,7 +21,7 @@ from tests.support.tagserver import LONG_AGO, Tagged, TagServer, running_tag_ser
 from zarrcache import open_store
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
+from zarrcache.errors import IncompleteArrayError, OriginError, OriginUnavailableError
 from zarrcache.origin import Origin, open_origin
 from zarrcache.origin import _retry as retry
 
@@ -317,6 +317,19 @@ def test_bits_that_always_flip_are_an_error(
     ):
         with pytest.raises(OriginUnavailableError, match="two readings of the same bytes differ"):
             request()
+
+
+def test_a_server_that_ignores_ranges_is_read_whole_and_never_taken_for_a_range(
+    server: TagServer, opened: Callable[..., Origin]
+) -> None:
+    server.objects = {
+        "d/x": tagged(BODY, MULTI, flips=1, has_ranges=False),
+        "d/y": tagged(OTHER, digest(OTHER), headers=KMS, has_ranges=False),
+    }
+    origin = opened()
+    assert read(origin) == {"x": BODY, "y": OTHER}
+    with pytest.raises(OriginError, match="sent the whole object for a range"):
+        origin.fetch_range(origin.list_objects()[0], 0, 10)
 
 
 def test_a_flipped_block_is_neither_returned_nor_kept(server: TagServer, tmp_path: Path) -> None:

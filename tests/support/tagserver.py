@@ -41,6 +41,8 @@ class Tagged:
     if_match : {"ignored", "weak", "refused"}
         A condition has no effect; is compared as RFC 9110 says (a weak ETag never matches); or
         never holds.
+    has_ranges : bool
+        False: a request for a range gets the whole object.
     """
 
     body: bytes
@@ -50,6 +52,7 @@ class Tagged:
     headers: dict[str, str] = field(default_factory=dict)
     flips: int = 0
     if_match: str = "weak"
+    has_ranges: bool = True
 
 
 @dataclass
@@ -117,7 +120,7 @@ def running_tag_server() -> Iterator[TagServer]:
                 return
             body, status = obj.body, 200
             part = self.headers.get("Range")
-            if part is not None:
+            if part is not None and obj.has_ranges:
                 first, last = part.removeprefix("bytes=").split("-")
                 body, status = body[int(first) : int(last) + 1], 206
                 headers["Content-Range"] = (

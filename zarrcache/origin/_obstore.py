@@ -337,6 +337,8 @@ def _s3_error(exc: Exception) -> S3Error:
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:
         return S3Error(int(status[1]), code[1] if code else "", message[1] if message else "")
+    if "Received non-partial response" in line:
+        return S3Error(200, "RangeIgnored", "the server sent the whole object for a range")
     if "Received redirect without LOCATION" in line:
         return S3Error(301, "PermanentRedirect", "")
     if "NoCredentials" in line or "NoCredentials" in dump:

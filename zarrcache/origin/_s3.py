@@ -535,13 +535,17 @@ class S3Origin:
 
         async def read(full: ObjectInfo, patience_s: float) -> Received:
             parts = other_shape(0, full.size_bytes, full.size_bytes)
-            n = len(parts)
+            try:
+                body = b"".join(await self._parts(engine, full, parts, patience_s))
+            except S3Error as error:
+                if error.code != "RangeIgnored":
+                    raise
+                self._bucket.counters.add(requests=1)
+                body = await self._part(engine, full, None, patience_s)
             if full.key not in whole:
-                parts.append((0, full.size_bytes))
-            answers = await self._parts(engine, full, parts, patience_s)
-            if full.key not in whole:
-                whole[full.key] = answers[-1]
-            return Received(b"".join(answers[:n]), "")
+                self._bucket.counters.add(requests=1)
+                whole[full.key] = await self._part(engine, full, None, patience_s)
+            return Received(body, "")
 
         def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
             nonlocal engine
@@ -655,8 +659,13 @@ class S3Origin:
         return received
 
     async def _part(
-        self, engine: Engine, full: ObjectInfo, part: tuple[int, int], patience_s: float
+        self,
+        engine: Engine,
+        full: ObjectInfo,
+        part: tuple[int, int] | None,
+        patience_s: float,
     ) -> bytes:
+        """One part of a version of an object; None: the whole."""
         can_match = self._can_match
         try:
             received = await engine.get(self._conditional(full), part, patience_s=patience_s)
@@ -669,7 +678,8 @@ class S3Origin:
             self._can_match = False
             received = await engine.get(self._conditional(full), part, patience_s=patience_s)
         obj = ObjectInfo(full.key[len(self._prefix) :], full.size_bytes, full.etag, full.modified_s)
-        error_found = self._check(obj, received, part[1] - part[0])
+        size_bytes = full.size_bytes if part is None else part[1] - part[0]
+        error_found = self._check(obj, received, size_bytes)
         if isinstance(error_found, TransientError):
             raise S3Error(None, "ShortBody", str(error_found))
         if error_found is not None:

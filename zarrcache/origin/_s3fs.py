@@ -183,10 +183,18 @@ class S3fsEngine:
                 answer = await self._fs._call_s3(
                     "get_object", Bucket=self._bucket, Key=obj.key, **more
                 )
+                status = answer["ResponseMetadata"]["HTTPStatusCode"]
+                if part is not None and status != 206:
+                    answer["Body"].close()
+                    raise S3Error(
+                        status, "RangeIgnored", "the server sent the whole object for a range"
+                    )
                 async with answer["Body"] as body:
                     return Received(
                         await body.read(), version_of(answer.get("ETag"), 0.0), _modified_s(answer)
                     )
+        except S3Error:
+            raise
         except Exception as exc:
             raise _s3_error(exc) from exc
 
