@@ -265,6 +265,10 @@ class Chunk:
             values = _values(data, self._stored_dtype).reshape(
                 self._stored_shape, order=self._order
             )
+        if self._filters:
+            # Filters read numbers in their own byte order. Zarr before 3.4 leaves that of the chunk
+            # and misreads what it wrote itself.
+            values = values.astype(self._filters[-1].dtype, copy=False)
         for one in reversed(self._filters):
             values = one.decode(values)
         target[...] = values if is_whole else values[tuple([slice(n) for n in target.shape])]

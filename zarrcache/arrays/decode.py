@@ -203,11 +203,12 @@ class ArrayDecoder:
         # Write the fill value only where chunks are missing: first touching 5 MB of fresh memory
         # costs as much as decoding it.
         grid = [-(-n // c) for n, c in zip(layout.shape, layout.chunk.shape, strict=True)]
-        self._out = (
-            np.empty(layout.shape, dtype)
-            if len(self._starts) == math.prod(grid)
-            else np.full(layout.shape, layout.fill, dtype)
-        )
+        if len(self._starts) == math.prod(grid):
+            self._out = np.empty(layout.shape, dtype)
+        elif np.full(1, layout.fill, dtype).tobytes().strip(b"\0"):
+            self._out = np.full(layout.shape, layout.fill, dtype)
+        else:  # memory that is not touched is zero
+            self._out = np.zeros(layout.shape, dtype)
 
     def _decode(self, key: str, data: Buffer) -> None:
         layout, out, starts = self._layout, self._out, self._starts.get(key)
