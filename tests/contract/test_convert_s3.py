@@ -107,16 +107,19 @@ def _tree(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_finished_store_is_skipped_for_one_list_and_one_head(
+def test_a_finished_store_is_skipped_for_two_lists_a_head_and_a_get(
     s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy
 ) -> None:
-    """No PUT, and no chunk is read; the missing store is converted."""
+    """No PUT, and no chunk is read; the missing store is converted. The second LIST and the GET of
+    the attributes show that the store is whole and of which file.
+    """
     url, kwargs = f"s3://{bucket}/label", s3_server.kwargs_at(proxy.endpoint_url)
     convert_directory(source / f"{IDS[0]}.CHGCAR", url, s3_kwargs=kwargs)
     proxy.reset()
     plan = plan_convert(source, url, s3_kwargs=kwargs)
     assert [path.name for path in plan.skipped] == [f"{IDS[0]}.CHGCAR"]
-    assert (proxy.count("LIST"), proxy.count("HEAD"), proxy.count()) == (1, 1, 2)
+    assert (proxy.count("LIST"), proxy.count("HEAD"), proxy.count("GET")) == (2, 1, 1)
+    assert proxy.count() == 4
     report = plan.execute()
     assert [result.task_id for result in report.converted] == IDS[1:]
     assert plan_convert(source, url, s3_kwargs=kwargs).files == ()
@@ -243,6 +246,93 @@ def test_failed_uploads_are_retried(
     )
     assert s3_server.keys(f"s3://{bucket}/") == sorted(f"mp-1.zarr/{key}" for key in store)
     assert proxy.count("PUT") == 2 * len(store)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize("fault", ["frames", "flipped"])
+def test_an_upload_that_the_server_stores_otherwise_is_an_error(
+    s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy, fault: str, as_zip: bool
+) -> None:
+    """One object of the store, always: the run ends, and nothing is left of the store."""
+    proxy.rules(Rule(then=fault, op="PUT", key=r"/0\.0\.0$|\.zip$"))
+    with pytest.raises(
+        OriginUnavailableError,
+        match=r"\.zarr.* was sent with \d+ bytes and is stored with \d+ bytes that differ.*"
+        "request_checksum_calculation: when_required",
+    ):
+        S3Destination(
+            f"s3://{bucket}/label",
+            s3_server.kwargs_at(proxy.endpoint_url),
+            retry=RetryConfig(attempts=2, timeout=30),
+        ).upload(
+            "mp-1.zarr.zip" if as_zip else "mp-1.zarr",
+            {"": b"zip file"} if as_zip else _small_store(),
+        )
+    assert s3_server.keys(f"s3://{bucket}/") == []
+
+
+def test_a_bit_that_flips_once_in_an_upload_is_repaired(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy
+) -> None:
+    proxy.rules(Rule(("flipped",), op="PUT", per_object=True))
+    store = _small_store(chunks=6)
+    S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url)).upload(
+        "mp-1.zarr", store
+    )
+    client = s3_server.client()
+    for key, body in store.items():
+        stored = client.get_object(Bucket=bucket, Key=f"mp-1.zarr/{key}")["Body"].read()
+        assert stored == body
+
+
+def test_where_the_etag_is_no_md5_each_object_is_read_back(
+    s3_server: S3Server, bucket: str, proxy: FaultProxy
+) -> None:
+    """With SSE-KMS for example; an MD5 costs no further request."""
+    store = _small_store(chunks=6)
+    destination = S3Destination(f"s3://{bucket}", s3_server.kwargs_at(proxy.endpoint_url))
+    destination.upload("mp-1.zarr", store)
+    assert proxy.count("GET") == 0
+    proxy.reset()
+    proxy.rules(Rule(then="opaque", op="PUT"))
+    destination.upload("mp-2.zarr", store)
+    assert (proxy.count("GET"), proxy.count("PUT")) == (len(store), len(store))
+    proxy.rules(Rule(then="opaque", op="PUT"), Rule(then="corrupt", op="GET", key="/0.0.0$"))
+    with pytest.raises(OriginUnavailableError, match="bytes that differ"):
+        S3Destination(
+            f"s3://{bucket}",
+            s3_server.kwargs_at(proxy.endpoint_url),
+            retry=RetryConfig(attempts=2, timeout=30),
+        ).upload("mp-3.zarr", store)
+
+
+@pytest.mark.parametrize(("as_zip", "zarr_format"), [(False, 2), (False, 3), (True, 2)])
+def test_a_store_on_s3_that_is_not_whole_or_of_another_file_is_not_skipped(
+    s3_server: S3Server, bucket: str, source: Path, as_zip: bool, zarr_format: Literal[2, 3]
+) -> None:
+    options: dict[str, Any] = {
+        "s3_kwargs": s3_server.s3_kwargs,
+        "zip": as_zip,
+        "zarr_format": zarr_format,
+    }
+    url = f"s3://{bucket}/label"
+    convert_directory(source, url, workers=1, chunks=8, **options)
+    assert len(plan_convert(source, url, **options).skipped) == 2
+    if not as_zip:
+        prefix = f"{url}/{IDS[0]}.zarr/charge_density_total"
+        name = next(k for k in s3_server.keys(prefix) if k.endswith(("1.1.1", "c/1/1/1")))
+        s3_server.client().delete_object(Bucket=bucket, Key=name)
+        plan = plan_convert(source, url, workers=1, **options)
+        assert [path.name for path in plan.files] == [f"{IDS[0]}.CHGCAR"]
+        (done,) = plan.execute().converted
+        assert "was not whole" in done.warnings[-1]
+        assert name in s3_server.keys(prefix)
+    other = source.parent / "other" / f"{IDS[0]}.CHGCAR"
+    other.parent.mkdir()
+    other.write_bytes((source / f"{IDS[1]}.CHGCAR").read_bytes())
+    (failed,) = convert_directory(other, url, **options).failed
+    assert f"{url}/{IDS[0]}.zarr" in (failed.error or "")
+    assert "was made from another file" in (failed.error or "")
 
 
 def test_an_upload_that_fails_is_removed(

@@ -34,7 +34,9 @@ class Rule:
         Used up in order, one a request: ``ok``; ``503``, ``403`` or any other status, with S3's XML
         (``403:ExpiredToken`` sets its code); ``reset`` before the first byte, ``reset_body`` after
         half a body; ``truncate`` (half a body, then the end of the connection), ``short`` (half a
-        body, announced as whole), ``corrupt`` (one bit is flipped); ``stall`` (half a body, then
+        body, announced as whole), ``corrupt`` (one bit is flipped); of a PUT ``frames`` (stored
+        with chunk frames) and ``flipped`` (stored with one bit flipped); ``opaque`` (an ETag that
+        is no MD5); ``stall`` (half a body, then
         silence), ``hang`` (silence). Silence lasts until the client hangs up.
     then : str
         The fault of every later request.

@@ -164,6 +164,13 @@ class _State:
             return seen, "ok", 0.0
 
 
+def _altered(fault: str, body: bytes) -> bytes:
+    """What a server stores that keeps the frames of an aws-chunked body, or flips a bit."""
+    if fault == "frames":
+        return b"%x\r\n%s\r\n0\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n" % (len(body), body)
+    return body[:-1] + bytes([body[-1] ^ 1])
+
+
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -211,6 +218,8 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault == "hang":
             self._silence()
             return
+        if fault in ("frames", "flipped"):
+            body = _altered(fault, body)
         upstream = http.client.HTTPConnection(*self.server.state.upstream, timeout=_START_S)
         with contextlib.closing(upstream):
             # Skip http.client's own headers: a signature may cover those of the request, each once.
@@ -226,7 +235,8 @@ class _Proxy(BaseHTTPRequestHandler):
         self.send_response_only(response.status, response.reason)
         for name, value in response.getheaders():
             if name.lower() not in _HOP:
-                self.send_header(name, value)
+                is_etag = fault == "opaque" and name.lower() == "etag"
+                self.send_header(name, f'"{value[3:-1]}-opaque"' if is_etag else value)
         length = (
             response.getheader("Content-Length", "0") if self.command == "HEAD" else len(content)
         )
@@ -236,7 +246,7 @@ class _Proxy(BaseHTTPRequestHandler):
         if fault != "stall":
             self._landed(seen)
         self.end_headers()
-        if fault == "ok":
+        if fault in ("ok", "frames", "flipped", "opaque"):
             seen["outcome"] = str(response.status)
             self.wfile.write(content)
         elif fault == "corrupt":

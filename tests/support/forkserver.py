@@ -25,7 +25,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _ENDS_S = 120.0
 #: What most commands import, and what some of them import beside it.
 _IMPORTS = (
-    "zarrcache.cli",
+    *(f"zarrcache.cli.{name}" for name in "app cache convert demo plan serve warm".split()),
     "zarrcache.ops",
     "zarrcache.data.reader",
     "zarr",

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Disk", "failing_disk", "full_disk", "no_inodes_disk", "quota_disk", "small_disk_at"]
+__all__ = [
+    "Disk",
+    "JournaledDisk",
+    "failing_disk",
+    "full_disk",
+    "no_inodes_disk",
+    "quota_disk",
+    "small_disk_at",
+]
 
 
 @contextmanager
@@ -49,6 +57,40 @@ class Disk:
 
     def __init__(self, begin: Callable[..., object], end: Callable[[], object]) -> None:
         self.begin, self.end = begin, end
+
+
+class JournaledDisk:
+    """ext4 in a file, of which copies show what a power failure would leave.
+
+    Parameters
+    ----------
+    directory : Path
+        For the image and its copies.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._image, self._directory, self._copies = directory / "image", directory, 0
+        self._image.touch()
+        os.truncate(self._image, 48 << 20)
+        options = ("-E", "lazy_itable_init=0,lazy_journal_init=0")
+        if _run("mkfs.ext4", "-q", "-F", *options, self._image).returncode != 0:
+            pytest.skip("mkfs.ext4 is not here")
+
+    @contextmanager
+    def mounted(self, mount: Path) -> Iterator[Path]:
+        """Mount it."""
+        with _mounted(mount, "-o", "loop", self._image):
+            yield mount
+
+    @contextmanager
+    def after_power_failure(self) -> Iterator[Path]:
+        """Mount a copy of what has reached the disk by now; its journal is replayed."""
+        self._copies += 1
+        copy, mount = (self._directory / f"{name}-{self._copies}" for name in ("copy", "mount"))
+        subprocess.run(["cp", "--sparse=always", self._image, copy], check=True)
+        with _mounted(mount, "-o", "loop", copy):
+            yield mount
+        copy.unlink()
 
 
 @contextmanager

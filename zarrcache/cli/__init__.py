@@ -1,25 +1,39 @@
 """The command line: ``zarrcache`` and ``python -m zarrcache``.
 
-Each command imports what it needs when it runs, so that ``zarrcache --help`` takes 0.1 s.
+Each command imports what it needs when it runs, so that ``zarrcache --help`` takes 0.1 s. Importing
+this module imports none of them, so that ``main`` decides what Ctrl-C does meanwhile.
 """
 
 from __future__ import annotations
 
-from zarrcache.cli.app import app
-from zarrcache.cli.cache import doctor, evict, status, verify
-from zarrcache.cli.convert import convert
-from zarrcache.cli.demo import demo
-from zarrcache.cli.plan import plan
-from zarrcache.cli.serve import serve
-from zarrcache.cli.warm import warm
+import functools
+from typing import TYPE_CHECKING
+
+from zarrcache.cli._early import end_on_ctrl_c
+
+if TYPE_CHECKING:
+    import typer
 
 __all__ = ["main"]
-
-# In the order of the help page.
-for _command in (demo, convert, warm, evict, status, verify, doctor, plan, serve):
-    app.command()(_command)
 
 
 def main() -> None:
     """Entry point of ``zarrcache`` and ``python -m zarrcache``."""
-    app()
+    end_on_ctrl_c()
+    _application()()
+
+
+@functools.cache
+def _application() -> typer.Typer:
+    from zarrcache.cli.app import app
+    from zarrcache.cli.cache import doctor, evict, status, verify
+    from zarrcache.cli.convert import convert
+    from zarrcache.cli.demo import demo
+    from zarrcache.cli.plan import plan
+    from zarrcache.cli.serve import serve
+    from zarrcache.cli.warm import warm
+
+    # In the order of the help page.
+    for command in (demo, convert, warm, evict, status, verify, doctor, plan, serve):
+        app.command()(command)
+    return app

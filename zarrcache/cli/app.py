@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from zarrcache import __version__
+from zarrcache.cli._early import leave_ctrl_c_to_python
 from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
 
@@ -51,6 +52,7 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
+            leave_ctrl_c_to_python()
             try:
                 with raise_on_signals():
                     code = function(*args, **kwargs)

@@ -25,8 +25,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="CHGCAR or Materials Project JSON file, plain or compressed, or a directory of "
-            "them",
+            help="CHGCAR or Materials Project JSON file, plain or compressed, or a directory tree "
+            "with them",
         ),
     ],
     dst: Annotated[
@@ -43,6 +43,15 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    id_from: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="what names a material: name (of the file), directory, path (below SRC, joined "
+            "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the name, or "
+            "where that is VASP's own the nearest directory that is not a step such as relax",
+        ),
+    ] = "auto",
     workers: Annotated[
         int | None,
         typer.Option(
@@ -53,7 +62,10 @@ def convert(
         ),
     ] = None,
     chunks: Annotated[
-        str, typer.Option(metavar="N[,N,N]", help="grid points per chunk along each axis")
+        str,
+        typer.Option(
+            metavar="N[,N,N]", help="grid points per chunk along each axis, at most the grid's"
+        ),
     ] = "16",
     as_zip: Annotated[
         bool,
@@ -89,7 +101,10 @@ def convert(
     s3_kwargs: Annotated[
         str | None,
         typer.Option(
-            "--s3-kwargs", metavar="JSON", help="arguments of s3fs.S3FileSystem, as a JSON object"
+            "--s3-kwargs",
+            metavar="@FILE|JSON",
+            help="arguments of s3fs.S3FileSystem: a JSON or YAML file after @, or a JSON object. "
+            "Secrets belong into a file: other users see a command line",
         ),
     ] = None,
     config: Annotated[
@@ -100,9 +115,10 @@ def convert(
 ) -> int:
     """Convert charge densities to Zarr stores.
 
-    Stores that exist are skipped. A file that cannot be read is reported; the others are converted.
+    A whole store of the same file is skipped. A file that cannot be read is reported; the others
+    are converted.
     """
-    from zarrcache.cli.format import format_conversion, format_convert_plan
+    from zarrcache.cli.format import format_conversion, format_convert_plan, left_out_lines
     from zarrcache.cli.progress import Meter
     from zarrcache.convert import plan_convert
 
@@ -116,17 +132,28 @@ def convert(
         zarr_format=3 if zarr_format == 3 else 2,
         diff=diff,
         overwrite=overwrite,
+        id_from=id_from,
         s3_kwargs=s3_options(
             config, s3_kwargs, endpoint_url=endpoint_url, profile=profile, anon=anon
         ),
     )
     if dry_run:
         if as_json:
-            keys = ("dst", "files", "skipped", "source_bytes", "workers")
-            show_json({key: getattr(plan, key) for key in keys})
+            keys = ("dst", "files", "skipped", "source_bytes", "workers", "unrecorded")
+            show_json(
+                {key: getattr(plan, key) for key in keys}
+                | {
+                    "task_ids": {str(path): task_id for path, task_id in plan.task_ids.items()},
+                    "refused": [asdict(result) for result in plan.refused],
+                    "left_out": [asdict(item) for item in plan.left_out],
+                }
+            )
         else:
+            for line in left_out_lines(plan, most=None):
+                say(line)
+            failures(result.error for result in plan.refused if result.error is not None)
             show(format_convert_plan(plan))
-        return 0
+        return 1 if plan.refused else 0
     start_s = time.monotonic()
     done: list[ConvertResult] = []
     try:
@@ -144,6 +171,9 @@ def convert(
         # Also on Ctrl-C, because the next run skips converted files and their warnings.
         _say_problems(sorted(done, key=lambda result: result.path))
         raise
+    if not as_json:
+        for line in left_out_lines(plan):
+            say(line)
     _say_problems((*report.converted, *report.failed))
     if as_json:
         show_json(asdict(report))

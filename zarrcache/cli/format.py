@@ -29,6 +29,7 @@ __all__ = [
     "format_verification",
     "format_warm_estimate",
     "format_warm_report",
+    "left_out_lines",
     "nothing_selected",
     "plan_lines",
     "plural",
@@ -195,12 +196,36 @@ def format_verification(report: VerifyReport) -> str:
 
 
 def format_convert_plan(plan: ConvertPlan) -> str:
-    """One line for ``convert --dry-run``."""
+    """For ``convert --dry-run``: a summary, and each file below its task id."""
     already = f"; {count(len(plan.skipped))} converted already" if plan.skipped else ""
-    return (
-        f"Would convert {plural(len(plan.files), 'file')} ({format_bytes(plan.source_bytes)}) to "
-        f"{plan.dst}{already}. Dry run: nothing was written."
+    summary = (
+        f"Would convert {plural(len(plan.files), 'file')} "
+        f"({format_bytes(plan.source_bytes)}) to {plan.dst}{already}"
     )
+    ids = plan.task_ids
+    width = max(map(len, ids.values()), default=0)
+    return "\n".join(
+        (
+            summary,
+            *(f"  {ids[path] or '?':{width}}  {path}" for path in plan.files),
+            "Dry run: nothing was written.",
+        )
+    )
+
+
+def left_out_lines(plan: ConvertPlan, most: int | None = 10) -> list[str]:
+    """Files that ``convert`` does not read, each with the reason, at most ``most`` of them."""
+    lines = [f"left out: {item.path}: {item.reason}" for item in plan.left_out[:most]]
+    if len(plan.left_out) > len(lines):
+        more = len(plan.left_out) - len(lines)
+        lines.append(f"left out: {count(more)} more; --dry-run lists all")
+    if plan.unrecorded:
+        stores = plural(len(plan.unrecorded), "existing store")
+        lines.append(
+            f"skipped: {stores} without a record of its file ({plan.unrecorded[0]} for example), "
+            "written by an earlier version or another program. --overwrite converts again."
+        )
+    return lines
 
 
 def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:

@@ -170,21 +170,55 @@ def s3_options(
     profile: str | None,
     anon: bool,
 ) -> dict[str, Any]:
-    """``s3_kwargs`` of a config, overridden by the options of the command line."""
+    """``s3_kwargs`` of a config, overridden by the options of the command line.
+
+    ``text`` is a JSON object, or ``@`` and the path of a JSON or YAML file with one.
+    """
     merged: dict[str, Any] = {}
     if config is not None:
         merged |= data_config(config, needs_cache=False).s3_kwargs or {}
     if text is not None:
-        example = 'Write for example \'{"profile": "me"}\'.'
-        try:
-            given = json.loads(text)
-        except ValueError as exc:
-            raise ConfigError(f"--s3-kwargs is not JSON ({exc}). {example}") from exc
-        if not isinstance(given, dict):
-            raise ConfigError(f"--s3-kwargs is not a JSON object. {example}")
-        merged |= given
+        merged |= _s3_kwargs_of_file(text[1:]) if text.startswith("@") else _s3_kwargs_of(text)
     options = {"endpoint_url": endpoint_url, "profile": profile, "anon": anon or None}
     return merged | {name: value for name, value in options.items() if value is not None}
+
+
+def _s3_kwargs_of(text: str) -> dict[str, Any]:
+    from zarrcache.origin import secret_names
+
+    example = 'Write for example \'{"profile": "me"}\', or @FILE.'
+    try:
+        given = json.loads(text)
+    except ValueError as exc:
+        raise ConfigError(f"--s3-kwargs is not JSON ({exc}). {example}") from exc
+    if not isinstance(given, dict):
+        raise ConfigError(f"--s3-kwargs is not a JSON object. {example}")
+    if names := secret_names(given):
+        typer.echo(
+            f"warning: --s3-kwargs holds {' and '.join(names)}, and every user of this machine can "
+            "see a command line. Write it into a file of yours and pass --s3-kwargs @FILE.",
+            err=True,
+        )
+    return given
+
+
+def _s3_kwargs_of_file(name: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        given = yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(
+            f"--s3-kwargs @{name} cannot be read ({exc.strerror}). It is a JSON or YAML file with "
+            "arguments of s3fs.S3FileSystem."
+        ) from exc
+    except (ValueError, yaml.YAMLError):  # whose words quote the file, perhaps a secret
+        given = None
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"--s3-kwargs @{name} is not a JSON or YAML object, like {{profile: me}}. Correct it."
+        )
+    return given
 
 
 @contextmanager

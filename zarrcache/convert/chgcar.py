@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from zarrcache._units import most_bytes, read_bounded
 from zarrcache.errors import ConfigError, SchemaError
 
-__all__ = ["RawDensity", "pymatgen_version", "read_mp_json", "read_vasp_text"]
+__all__ = [
+    "PymatgenMissingError",
+    "RawDensity",
+    "pymatgen_version",
+    "read_mp_json",
+    "read_vasp_text",
+]
 
 _GRID_LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+(\d+)[ \t]+(\d+)[ \t]*\r?$", re.MULTILINE)
 # Fortran drops the E of a three-digit exponent: 0.12345678901-100. "-100.5" does not match: it is
@@ -31,6 +37,10 @@ _READ_BYTES = 1 << 22
 _LINE_BYTES = 1 << 20
 #: Largest decompressed size: this many times the file's size, and _ROOM_BYTES in any case.
 _MAX_RATIO, _ROOM_BYTES = 100, 64 * 1024**2
+
+
+class PymatgenMissingError(ConfigError):
+    """pymatgen or monty cannot be imported, so no file can be read."""
 
 
 @dataclass
@@ -68,7 +78,7 @@ def read_vasp_text(path: Path) -> RawDensity:
     try:
         from monty.io import zopen
         from pymatgen.io.vasp import outputs
-    except ModuleNotFoundError as exc:
+    except ImportError as exc:
         raise _not_installed(exc) from exc
     with zopen(path, "rb") as file:
         bare_exponents, headers, whole = _scan(file, path)
@@ -194,7 +204,7 @@ def read_mp_json(path: Path) -> RawDensity:
     try:
         from monty.io import zopen
         from pymatgen.core.structure import Structure
-    except ModuleNotFoundError as exc:
+    except ImportError as exc:
         raise _not_installed(exc) from exc
     with zopen(path, "rb") as file:
         payload = json.loads(read_bounded(file, _most_bytes_of(path)))
@@ -256,8 +266,8 @@ def _decoded(values: object) -> NDArray[np.float64]:
     return np.asarray(values["data"] if isinstance(values, Mapping) else values, dtype=np.float64)
 
 
-def _not_installed(exc: ModuleNotFoundError) -> ConfigError:
-    return ConfigError(
+def _not_installed(exc: ImportError) -> PymatgenMissingError:
+    return PymatgenMissingError(
         f"Reading CHGCAR and MP files needs pymatgen ({exc}). Install it: pip install "
         "'zarrcache[convert]'"
     )

@@ -77,6 +77,7 @@ def read_density(
     diff: bool = False,
     strict: bool = True,
     formats: Sequence[InputFormat] | None = None,
+    task_id: str | None = None,
 ) -> ChargeDensity:
     """Read and check one density.
 
@@ -90,6 +91,8 @@ def read_density(
         Check the values of a charge density. False for other volumetric data, such as an ELFCAR.
     formats : sequence of InputFormat, optional
         Default: those that are registered in this process.
+    task_id : str, optional
+        Default: from the path.
 
     Raises
     ------
@@ -100,7 +103,7 @@ def read_density(
     OSError
         The file cannot be opened.
     """
-    task_id = task_id_of(path, formats)
+    task_id = task_id or task_id_of(path, formats)
     parsed = _parse(path, format_of(path.name, formats).read)
     wanted = {"total": parsed.blocks["total"]}
     collinear = "diff" in parsed.blocks and "diff_x" not in parsed.blocks
@@ -118,9 +121,7 @@ def read_density(
         if diff and "diff" not in parsed.blocks:
             notes.append("has no spin density (one block): only charge_density_total is written.")
     if parsed.task_id not in (None, task_id):
-        notes.append(
-            f"calls itself {parsed.task_id} inside; it is stored under its file name, {task_id}."
-        )
+        notes.append(f"calls itself {parsed.task_id} inside; it is stored as {task_id}.")
     return ChargeDensity(
         task_id=task_id,
         source=path,

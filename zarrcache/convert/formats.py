@@ -9,8 +9,10 @@ after which ``plan_convert`` and ``RhoRead`` find, name and read ``mp-1.cube`` a
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from zarrcache.errors import ConfigError
 
 __all__ = [
     "InputFormat",
+    "LeftOut",
+    "Naming",
+    "Sources",
     "find_files",
     "format_of",
     "is_density_name",
@@ -31,6 +36,24 @@ __all__ = [
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|lzma)$", re.IGNORECASE)
 #: CHG, LOCPOT, AECCAR2: chosen by an explicit pattern; the directory names the material.
 _BARE_VASP_NAME = re.compile(r"[A-Z]{3,8}[0-9]?|CHGCAR\.vasp")
+#: Files to list as left out, because a user may expect them to be converted.
+_RESEMBLES_DENSITY = re.compile(r"CHG|AECCAR|LOCPOT|ELFCAR", re.IGNORECASE)
+#: Words that name a step of a calculation instead of a material: ``CHGCAR.3static``,
+#: ``Si/relax/CHGCAR``, ``mp-1/01_scf``. custodian and atomate number them on either side.
+_STEP_WORDS = (
+    "relax relaxed relaxation prerelax opt optimize optimized optimization ionic cell static scf "
+    "nscf sc single singlepoint final preconverge converged uniform band bands bandstructure line "
+    "dos charge chg chgcar density vasp run runs calc calculation output outputs job step stage "
+    "double main std lda gga pbe pbesol scan r2scan hse hse06"
+)
+_STEP = re.compile(rf"\d{{0,3}}(?:{'|'.join(_STEP_WORDS.split())})\d{{0,3}}", re.IGNORECASE)
+#: JSON files that workflow software leaves in the directory of a calculation.
+_NO_DENSITY_JSON = frozenset(
+    "custodian transformations metadata fw inputs outputs errors vasprun package".split()
+)
+#: A document that maps functionals to ids (``map_dir`` of a training config).
+_MAP = re.compile(r".*_to_task_ids|map", re.IGNORECASE)
+_MATERIAL = re.compile(r"[A-Za-z]+-\d+")
 
 
 @dataclass(frozen=True)
@@ -59,12 +82,86 @@ class InputFormat:
         return re.fullmatch(self.pattern, bare_name, re.IGNORECASE)
 
 
+_JSON = InputFormat("mp-json", r"(.+)\.json", read_mp_json)
+#: ``mp-1.CHGCAR``, ``CHGCAR_mp-1``, ``CHGCAR``; perhaps with a step, ``mp-1_CHGCAR.static``.
 _VASP = InputFormat(
     "vasp",
-    r"CHGCAR(?:\.vasp)?|(.+)[._-]CHGCAR(?:\.vasp)?|CHGCAR[._-]([A-Za-z0-9-]+)",
+    r"(?:(?P<before>.+)[._-])?CHGCAR(?:[._-](?P<after>[A-Za-z0-9._-]+?))??(?:\.vasp)?",
     read_vasp_text,
 )
-_formats = [InputFormat("mp-json", r"(.+)\.json", read_mp_json), _VASP]
+_formats = [_JSON, _VASP]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not converted, and why.
+
+    Attributes
+    ----------
+    path : Path
+    reason : str
+        A clause, without a full stop.
+    """
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The rule that gives a source file its task id.
+
+    Attributes
+    ----------
+    id_from : str
+        ``auto``: from the file's name; where that is VASP's own (``CHGCAR``, ``CHGCAR.3static``),
+        from the nearest directory above that does not name a step of a calculation (``relax``).
+        ``name``: from the file's name only. ``directory``: the directory's name. ``path``: the
+        path below ``root``, joined with ``_``. Otherwise a regular expression, searched for in the
+        path below ``root``; its first group, or all of it, is the task id.
+    root : Path
+        The directory that was searched.
+    """
+
+    id_from: str = "auto"
+    root: Path = Path("/")
+
+    def __post_init__(self) -> None:
+        if self.id_from in ("auto", "name", "directory", "path"):
+            return
+        try:
+            re.compile(self.id_from)
+        except re.error as exc:
+            raise ConfigError(
+                f"id_from {self.id_from!r} is not a regular expression: {exc}."
+            ) from exc
+        if self.id_from.isalpha():
+            raise ConfigError(
+                f"id_from {self.id_from!r} is unknown. Write auto, name, directory, path, or a "
+                r"regular expression such as '(mp-\d+)'."
+            )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a search found.
+
+    Attributes
+    ----------
+    files : tuple of Path
+        To convert, sorted.
+    left_out : tuple of LeftOut
+        Files that resemble densities but are not converted, sorted.
+    unreadable : tuple of LeftOut
+        Directories that could not be read, so files may be missing.
+    others : int
+        Number of further files, which do not resemble densities.
+    """
+
+    files: tuple[Path, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    unreadable: tuple[LeftOut, ...] = ()
+    others: int = 0
 
 
 def register_format(fmt: InputFormat) -> None:
@@ -96,98 +193,278 @@ def format_of(name: str, formats: Sequence[InputFormat] | None = None) -> InputF
     return next((fmt for fmt in formats or _formats if fmt.match(bare)), _VASP)
 
 
-def task_id_of(path: Path, formats: Sequence[InputFormat] | None = None) -> str:
-    """Task id of a source file, from its name alone.
+def task_id_of(
+    path: Path, formats: Sequence[InputFormat] | None = None, naming: Naming | None = None
+) -> str:
+    """Task id of a source file, from its path alone.
 
-    ``mp-1.CHGCAR``, ``mp-1_CHGCAR.gz``, ``CHGCAR_mp-1`` and ``mp-1.json.gz`` give ``mp-1``; a plain
-    ``CHGCAR`` gives its directory's name.
+    ``mp-1.CHGCAR``, ``mp-1_CHGCAR.gz``, ``CHGCAR_mp-1`` and ``mp-1.json.gz`` give ``mp-1``; so do
+    ``mp-1/CHGCAR``, ``mp-1/CHGCAR.3static`` and ``mp-1/relax/CHGCAR``.
 
     Raises
     ------
     ConfigError
-        The name that is left cannot be a store's name.
+        There is no id, or it cannot be a store's name.
     """
-    bare = _COMPRESSED.sub("", path.name)
-    match = format_of(path.name, formats).match(bare)
-    if match is not None and any(match.groups()):
-        found = next(group for group in match.groups() if group)
-    elif match is not None or _BARE_VASP_NAME.fullmatch(bare):
-        found = path.absolute().parent.name
-    else:
-        found = bare
+    naming = naming or Naming()
+    found = _id_by(path.absolute(), formats, naming)
+    if not found:
+        raise ConfigError(
+            f"{path} gives no task id (id_from is {naming.id_from!r}). Rename the file, or choose "
+            "another rule with --id-from: name, directory, path, or a regular expression."
+        )
     try:
         return check_task_id(found)
     except ConfigError:
         raise ConfigError(
             f"{path} gives the task id {found!r}, which is not a plain name of letters, digits and "
-            "._+=@-. Rename the file."
+            "._+=@-. Rename the file, or choose another rule with --id-from."
         ) from None
+
+
+def _id_by(path: Path, formats: Sequence[InputFormat] | None, naming: Naming) -> str:
+    if naming.id_from == "auto":
+        return _id_in_name(path, formats) or _directory_above(path)
+    if naming.id_from == "name":
+        return _id_in_name(path, formats, also_steps=True)
+    if naming.id_from == "directory":
+        return path.parent.name
+    inside = path.relative_to(naming.root) if path.is_relative_to(naming.root) else path
+    if naming.id_from == "path":
+        directories = inside.parent.parts if inside.parent.parts else ()
+        name = _id_in_name(path, formats, also_steps=True)
+        if not name and not _is_vasp_name(path, formats):
+            name = _COMPRESSED.sub("", path.name)
+        return "_".join((*directories, *filter(None, [name]))) or path.parent.name
+    match = re.search(naming.id_from, inside.as_posix())
+    return next((group for group in match.groups() if group), match[0]) if match else ""
+
+
+def _id_in_name(
+    path: Path, formats: Sequence[InputFormat] | None, *, also_steps: bool = False
+) -> str:
+    """The id in a file's name; empty if the name says nothing of the material."""
+    bare = _COMPRESSED.sub("", path.name)
+    fmt = format_of(path.name, formats)
+    match = fmt.match(bare)
+    if match is None:
+        vasp, _, step = bare.partition(".")
+        is_bare = _BARE_VASP_NAME.fullmatch(vasp) and (not step or is_step(step))
+        return "" if is_bare or _BARE_VASP_NAME.fullmatch(bare) else bare
+    found = [group for group in match.groups() if group]
+    if fmt not in (_VASP, _JSON):
+        return found[0] if found else ""
+    if also_steps:
+        return "_".join(found)
+    before, after = (found[0], "") if fmt is _JSON else (match["before"], match["after"])
+    if before and not is_step(before):
+        return before
+    if after and not is_step(after) and _is_id(after, path.parent.name):
+        return after
+    return ""
+
+
+def _is_vasp_name(path: Path, formats: Sequence[InputFormat] | None) -> bool:
+    bare = _COMPRESSED.sub("", path.name)
+    return format_of(path.name, formats).match(bare) is not None or bool(
+        _BARE_VASP_NAME.fullmatch(bare)
+    )
+
+
+def _directory_above(path: Path) -> str:
+    """The nearest directory that is not a step of a calculation; empty if there is none."""
+    return next((above.name for above in path.parents if not is_step(above.name)), "")
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is a step of a calculation (``relax``, ``3static``, ``01_scf``)."""
+    words = [word for word in re.split(r"[._-]", name) if word and not word.isdigit()]
+    return bool(words) and all(_STEP.fullmatch(word) for word in words)
+
+
+def _is_id(after: str, directory: str) -> bool:
+    """Whether ``CHGCAR_<after>`` names a material: it has a digit or begins as a formula does.
+
+    ``CHGCAR.1`` in ``mp-1/`` is a step.
+    """
+    if after.isdigit():
+        return _MATERIAL.match(directory) is None
+    return any(map(str.isdigit, after)) or after[0].isupper()
 
 
 def is_density_name(name: str) -> bool:
     """Whether a file of this name is converted when no pattern is given."""
+    return _reason_against(name) is None
+
+
+def _reason_against(name: str) -> str | None:
+    """Why a file of this name is not converted without a pattern; None if it is."""
     bare = _COMPRESSED.sub("", name)
-    return not name.startswith(".") and any(fmt.match(bare) for fmt in _formats)
+    fmt = next((fmt for fmt in _formats if fmt.match(bare)), None)
+    if name.startswith("."):
+        return "a hidden file"
+    if fmt is None:
+        return "not named like a charge density (CHGCAR, mp-1.CHGCAR, mp-1.json)"
+    match = fmt.match(bare)
+    if (
+        fmt is _JSON
+        and match is not None
+        and (match[1].lower() in _NO_DENSITY_JSON or _MAP.fullmatch(match[1]))
+    ):
+        return "JSON that workflow software writes, not a density"
+    if fmt is _VASP and match is not None and match["after"]:
+        after = match["after"]
+        if not is_step(after) and (match["before"] or not _is_id(after, "")):
+            return f"{after!r} after CHGCAR is neither a material nor a step of a calculation"
+    return None
 
 
-def find_files(src: Path, pattern: str | None = None) -> list[Path]:
+def find_files(
+    src: Path,
+    pattern: str | None = None,
+    naming: Naming | None = None,
+    *,
+    apart: Path | None = None,
+) -> Sources:
     """Source files below ``src``, sorted by name; ``src`` itself if it is a file.
 
-    Without a pattern: every file of a known format in the directory, and a file named CHGCAR in
-    each of its subdirectories. With a pattern: what ``Path.glob`` finds.
+    Without a pattern: every file named like a charge density, in the whole tree. With a pattern:
+    what ``Path.glob`` finds. Hidden directories and Zarr stores are not searched.
+
+    Parameters
+    ----------
+    src : Path
+    pattern : str, optional
+    naming : Naming, optional
+    apart : Path, optional
+        A directory that is not searched: the destination.
 
     Raises
     ------
     ConfigError
-        ``src`` does not exist, nothing matches, or two files have the same task id.
+        ``src`` does not exist or cannot be read, nothing matches, or two files have the same task
+        id.
     """
     if src.is_file():
-        return [src]
+        return Sources((src,))
     if not src.is_dir():
         raise ConfigError(f"{src} does not exist. Give a density file or a directory of them.")
-    try:
-        if pattern is not None:
-            candidates: Iterable[Path] = src.glob(pattern)
+    naming = naming or Naming(root=src)
+    unreadable: list[LeftOut] = []
+    left_out: list[LeftOut] = []
+    others = 0
+    chosen = _glob(src, pattern) if pattern is not None else None
+    deepest = None if pattern is None or "**" in pattern else len(Path(pattern).parts) - 1
+    files = []
+    for entry in _walk(src, deepest, apart, unreadable):
+        path = Path(entry.path)
+        reason = _reason_against(entry.name) if chosen is None else None
+        if chosen is not None and path not in chosen:
+            continue
+        reason = reason or _reason_against_kind(entry)
+        if reason is None:
+            files.append(path)
+        elif chosen is not None or _RESEMBLES_DENSITY.search(entry.name):
+            left_out.append(LeftOut(path, reason))
         else:
-            bare = ("CHGCAR", "CHGCAR.gz", "CHGCAR.bz2", "CHGCAR.xz")
-            candidates = [
-                *(p for p in src.iterdir() if is_density_name(p.name)),
-                *(p for name in bare for p in src.glob(f"*/{name}")),
-            ]
-        files = sorted(
-            p
-            for p in candidates
-            if p.is_file() and not any(part.endswith(".zarr") for part in p.relative_to(src).parts)
-        )
+            others += 1
+    if unreadable and unreadable[0].path == src:
+        raise ConfigError(f"{src} {unreadable[0].reason}. Make it readable (chmod u+rx).")
+    found = Sources(
+        tuple(sorted(files)),
+        tuple(sorted(left_out, key=lambda item: item.path)),
+        tuple(sorted(unreadable, key=lambda item: item.path)),
+        others,
+    )
+    if not files:
+        raise _nothing_found(src, pattern, found)
+    _refuse_equal_ids(found.files, naming)
+    return found
+
+
+def _glob(src: Path, pattern: str) -> set[Path]:
+    try:
+        return set(src.glob(pattern))
     except (ValueError, NotImplementedError) as exc:
         raise ConfigError(
             f"pattern {pattern!r} cannot be used ({exc}). Write for example '*.json.gz' or "
             "'**/CHGCAR'."
         ) from exc
-    if not files:
-        hint = (
-            f"no file matches {pattern!r}"
-            if pattern is not None
-            else "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
-        )
-        raise ConfigError(
-            f"No densities in {src}: {hint}. Rename them, or choose them with a pattern, for "
-            "example '*.json.gz' or '**/CHGCAR'."
-        )
-    _refuse_equal_ids(files)
-    return files
 
 
-def _refuse_equal_ids(files: Sequence[Path]) -> None:
-    seen: dict[str, Path] = {}
+def _walk(
+    src: Path, deepest: int | None, apart: Path | None, unreadable: list[LeftOut]
+) -> Iterator[os.DirEntry[str]]:
+    """Everything in the tree except directories, links to directories followed once."""
+    todo, seen = [(src, 0)], set()
+    while todo:
+        directory, depth = todo.pop()
+        try:
+            state = directory.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                continue  # a link to a directory above
+            seen.add((state.st_dev, state.st_ino))
+            with os.scandir(directory) as entries:
+                below = sorted(entries, key=lambda entry: entry.name)
+        except OSError as exc:
+            unreadable.append(LeftOut(directory, f"cannot be read ({exc.strerror})"))
+            continue
+        for entry in below:
+            path = Path(entry.path)
+            if not _is_directory(entry):
+                yield entry
+            elif (
+                (deepest is None or depth < deepest)
+                and not entry.name.startswith(".")
+                and not entry.name.endswith(".zarr")
+                and path != apart
+            ):
+                todo.append((path, depth + 1))
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _reason_against_kind(entry: os.DirEntry[str]) -> str | None:
+    try:
+        mode = entry.stat().st_mode
+    except OSError as exc:
+        return "a broken link" if entry.is_symlink() else f"cannot be read ({exc.strerror})"
+    return None if stat.S_ISREG(mode) else "not a regular file"
+
+
+def _nothing_found(src: Path, pattern: str | None, found: Sources) -> ConfigError:
+    if pattern is not None:
+        hint = f"no file matches {pattern!r}"
+    else:
+        hint = "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
+    seen = "; ".join(
+        f"{item.path}: {item.reason}" for item in (*found.unreadable, *found.left_out)[:5]
+    )
+    return ConfigError(
+        f"No densities in {src}: {hint}{f' ({seen})' if seen else ''}. Rename them, or choose them "
+        "with a pattern, for example '*.json.gz' or '**/CHGCAR'."
+    )
+
+
+def _refuse_equal_ids(files: Sequence[Path], naming: Naming) -> None:
+    by_id: dict[str, list[Path]] = {}
     for path in files:
         try:
-            task_id = task_id_of(path)
+            by_id.setdefault(task_id_of(path, naming=naming), []).append(path)
         except ConfigError:
             continue  # reported when the file is converted
-        if task_id in seen:
-            raise ConfigError(
-                f"{seen[task_id]} and {path} are both {task_id}. Move one of them away, or choose "
-                "one with a pattern."
-            )
-        seen[task_id] = path
+    equal = {task_id: paths for task_id, paths in by_id.items() if paths[1:]}
+    if not equal:
+        return
+    task_id, (first, second, *_) = next(iter(equal.items()))
+    more = f" {len(equal) - 1} more ids have several files." if equal.keys() - {task_id} else ""
+    raise ConfigError(
+        f"{first} and {second} are both {task_id}.{more} Choose one of each with a pattern, for "
+        f"example --pattern '**/{first.name}', name them by another rule (--id-from path), or "
+        "move one away."
+    )

@@ -10,18 +10,30 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zarrcache._units import whole_number
+from zarrcache.convert.chgcar import PymatgenMissingError
 from zarrcache.convert.density import read_density
-from zarrcache.convert.formats import InputFormat, find_files, registered_formats, task_id_of
+from zarrcache.convert.durable import make_directory, sync_directory
+from zarrcache.convert.formats import (
+    InputFormat,
+    LeftOut,
+    Naming,
+    find_files,
+    registered_formats,
+    task_id_of,
+)
+from zarrcache.convert.provenance import Existing, source_of
 from zarrcache.convert.writer import (
     StoreExistsError,
     check_layout,
     encode_store,
+    examine_store,
     publish_store,
     store_exists,
     sweep_partials,
@@ -29,7 +41,7 @@ from zarrcache.convert.writer import (
     zipped,
 )
 from zarrcache.errors import ConfigError, OriginError, ZarrCacheError
-from zarrcache.origin import split_s3_url
+from zarrcache.origin import refuse_secrets, split_s3_url
 from zarrcache.parallel import Died, Engine, Reserve, cores, node_name, spread
 
 if TYPE_CHECKING:
@@ -44,6 +56,8 @@ BYTES_PER_WORKER = 8 * 1024**2
 #: Seconds that a process gets to finish its store after Ctrl-C; then it is killed, and the next run
 #: converts that store.
 _STOP_S = 3.0
+#: Stores that are examined at a time, mostly waiting for a server or a network file system.
+_EXAMINE_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class ConvertResult:
     error : str or None
         The reason why there is no store.
     skipped : bool
-        The store existed already.
+        A whole store of the same file existed already.
     """
 
     path: Path
@@ -93,6 +107,10 @@ class ConvertReport:
 class ConvertPlan:
     """The files to convert and those to skip. Planning writes nothing.
 
+    A file is skipped only if its store is whole and was made from the same content. A store that is
+    not whole is converted again. A store of another file is not replaced without ``overwrite``; it
+    is in ``refused``.
+
     Attributes
     ----------
     dst : str
@@ -103,6 +121,16 @@ class ConvertPlan:
         Converted already.
     workers : int
         Processes; 1 is this process itself.
+    refused : tuple of ConvertResult
+        Not converted: another file's store is there, or a directory cannot be read. They are
+        ``failed`` in the report.
+    left_out : tuple of LeftOut
+        Files that resemble densities but are not converted, each with the reason.
+    unrecorded : tuple of Path
+        Those of ``skipped`` whose store does not say what it was made from: another program or an
+        earlier version wrote it.
+    other_files : int
+        Number of further files below the source.
     """
 
     dst: str
@@ -110,6 +138,15 @@ class ConvertPlan:
     skipped: tuple[Path, ...]
     workers: int
     _convert: _Converter = field(repr=False)
+    refused: tuple[ConvertResult, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    unrecorded: tuple[Path, ...] = ()
+    other_files: int = 0
+
+    @property
+    def task_ids(self) -> dict[Path, str]:
+        """The task id of each file to convert; empty for a file whose name gives none."""
+        return {path: self._convert.result(path).task_id for path in self.files}
 
     @property
     def source_bytes(self) -> int:
@@ -125,7 +162,8 @@ class ConvertPlan:
         """Convert the files.
 
         A file that cannot be read is named in the report, and the others are converted. Every store
-        appears complete or not at all: after an interruption (Ctrl-C, kill) the same call resumes.
+        appears complete or not at all: after an interruption (Ctrl-C, kill, power failure) the same
+        call resumes. Stores that were reported as converted or skipped survive a power failure.
 
         Parameters
         ----------
@@ -139,14 +177,17 @@ class ConvertPlan:
         Raises
         ------
         ConfigError
-            The directory cannot be created, processes cannot start, or a machine does not see the
-            same files.
+            The directory cannot be created, processes cannot start, pymatgen is missing, a machine
+            does not see the same files, or ``s3_kwargs`` has secrets that an ``engine`` would send
+            to other machines.
         OriginError
             The destination fails: disk full, refused, no answer. Finished stores are kept.
         """
+        if engine is not None:
+            refuse_secrets(self._convert.s3_kwargs)
         if not _is_s3(self.dst):
             try:
-                os.makedirs(self.dst, exist_ok=True)
+                make_directory(Path(self.dst))
             except OSError as exc:
                 raise ConfigError(
                     f"directory {self.dst} cannot be created ({exc.strerror}). Choose another "
@@ -164,12 +205,14 @@ class ConvertPlan:
                     progress(outcome)
         done = [results[path] for path in self.files]
         already = [self._convert.result(path, skipped=True) for path in self.skipped]
+        if not _is_s3(self.dst):
+            sync_directory(Path(self.dst))  # names of stores that a killed run had just published
         return ConvertReport(
             converted=tuple(
                 result for result in done if result.error is None and not result.skipped
             ),
             skipped=(*already, *(result for result in done if result.skipped)),
-            failed=tuple(result for result in done if result.error is not None),
+            failed=(*self.refused, *(result for result in done if result.error is not None)),
         )
 
     def _outcomes(
@@ -226,14 +269,16 @@ def plan_convert(
     overwrite: bool = False,
     s3_kwargs: Mapping[str, Any] | None = None,
     strict: bool = True,
+    id_from: str = "auto",
 ) -> ConvertPlan:
     """Find the files to convert, and those that are converted already.
 
     Parameters
     ----------
     src : str or path
-        A density file, or a directory of them: ``mp-1.CHGCAR``, ``CHGCAR_mp-1``, ``mp-1/CHGCAR``,
-        ``mp-1.json``, and the formats of ``register_format``; each perhaps compressed.
+        A density file, or the root of a tree with them: ``mp-1.CHGCAR``, ``CHGCAR_mp-1``,
+        ``mp-1/CHGCAR.3static``, ``mp-1.json``, and the formats of ``register_format``; each perhaps
+        compressed.
     dst : str or path
         Directory or ``s3://bucket/prefix``; the stores are named ``<task_id>.zarr``.
     pattern : str, optional
@@ -241,6 +286,7 @@ def plan_convert(
     workers : int, optional
         Processes. Default: min(usable cores, source size / 8 MiB).
     chunks : int or three ints
+        Clipped to the grid.
     zip : bool
         ``<task_id>.zarr.zip``: one file, one request.
     zarr_format : 2 or 3
@@ -252,6 +298,11 @@ def plan_convert(
         As for ``s3fs.S3FileSystem``.
     strict : bool
         Check the values of each charge density. False for other volumetric data.
+    id_from : str
+        What names a material. ``auto``: the file's name, or where that is VASP's own (``CHGCAR``,
+        ``CHGCAR.relax2``) the nearest directory that is not a step (``relax``). ``name``,
+        ``directory``, ``path`` (joined with ``_``), or a regular expression for the path below
+        ``src`` whose first group is the id.
 
     Raises
     ------
@@ -282,7 +333,9 @@ def plan_convert(
     check_layout(sizes, zarr_format)
     if workers is not None:
         whole_number("workers", workers, least=1)
-    files = find_files(Path(src).expanduser().absolute(), pattern)
+    root = Path(src).expanduser().absolute()
+    naming = Naming(id_from, root.parent if root.is_file() else root)
+    found = find_files(root, pattern, naming, apart=None if _is_s3(target) else Path(target))
     convert = _Converter(
         target,
         sizes,
@@ -293,13 +346,43 @@ def plan_convert(
         dict(s3_kwargs or {}),
         strict,
         registered_formats(),
+        naming,
     )
-    names = {path: convert.name_of(path) for path in files}
-    present = convert.present(set(names.values()) - {""})
-    todo = tuple(path for path in files if overwrite or names[path] not in present)
-    skipped = tuple(path for path in files if path not in set(todo))
+    verdicts = {} if overwrite else convert.verdicts(found.files)
+    convert.replace = frozenset(
+        convert.name_of(path) for path, verdict in verdicts.items() if verdict.is_damaged
+    )
+    todo = tuple(path for path in found.files if path not in verdicts or verdicts[path].is_damaged)
+    refused = (
+        *(
+            ConvertResult(
+                item.path,
+                "",
+                "",
+                error=f"{item.path} {item.reason}: files in it are "
+                "missing here. Make it readable (chmod u+rx).",
+            )
+            for item in found.unreadable
+        ),
+        *(
+            convert.result(path, error=verdict.error)
+            for path, verdict in verdicts.items()
+            if verdict.error
+        ),
+    )
+    skipped = tuple(path for path, verdict in verdicts.items() if verdict.is_done)
     enough = min(cores(), -(-sum(path.stat().st_size for path in todo) // BYTES_PER_WORKER))
-    return ConvertPlan(target, todo, skipped, max(1, min(workers or enough, len(todo))), convert)
+    return ConvertPlan(
+        target,
+        todo,
+        skipped,
+        max(1, min(workers or enough, len(todo))),
+        convert,
+        refused=refused,
+        left_out=found.left_out,
+        unrecorded=tuple(path for path in skipped if verdicts[path].existing.source is None),
+        other_files=found.others,
+    )
 
 
 def convert_directory(
@@ -332,6 +415,9 @@ class _Converter:
     s3_kwargs: dict[str, Any] = field(repr=False)
     strict: bool
     formats: tuple[InputFormat, ...]
+    naming: Naming
+    #: Names of stores that are not whole, to be replaced.
+    replace: frozenset[str] = frozenset()
 
     def __call__(
         self, path: Path, reserve: Reserve | None = None
@@ -342,8 +428,11 @@ class _Converter:
         next file too, is returned itself.
         """
         try:
-            task_id = task_id_of(path, self.formats)
-            density = read_density(path, diff=self.diff, strict=self.strict, formats=self.formats)
+            task_id = task_id_of(path, self.formats, self.naming)
+            source = source_of(path)
+            density = read_density(
+                path, diff=self.diff, strict=self.strict, formats=self.formats, task_id=task_id
+            )
             objects = encode_store(
                 density.total,
                 density.diff,
@@ -351,9 +440,13 @@ class _Converter:
                 density.metadata,
                 chunks=self.chunks,
                 zarr_format=self.zarr_format,
+                source=source,
+                diff_wanted=self.diff,
             )
             if self.zip:
                 objects = {"": zipped(objects)}
+        except PymatgenMissingError as exc:
+            return exc  # every other file would fail alike
         except (ZarrCacheError, OSError) as exc:
             return self.result(path, error=str(exc))
         except Exception as exc:
@@ -364,16 +457,23 @@ class _Converter:
                 error=f"{path} could not be converted: {type(exc).__name__}: {exc}. Please report "
                 "this with the file.",
             )
-        target = f"{self.dst}/{task_id}{self.suffix}"
+        name = f"{task_id}{self.suffix}"
+        target = f"{self.dst}/{name}"
+        warnings = density.warnings
+        if name in self.replace:
+            warnings = (*warnings, f"{target} was not whole; it is converted again.")
         try:
+            overwrite = self.overwrite or name in self.replace
             if self._destination is not None:
-                written = self._destination.upload(
-                    f"{task_id}{self.suffix}", objects, overwrite=self.overwrite
-                )
+                written = self._destination.upload(name, objects, overwrite=overwrite)
             else:
-                written = publish_store(Path(target), objects, overwrite=self.overwrite)
+                written = publish_store(Path(target), objects, overwrite=overwrite)
         except StoreExistsError:  # another process wrote it meanwhile
-            return self.result(path, skipped=True)
+            verdict = self.verdicts([path]).get(path)
+            if verdict is None or verdict.is_done:
+                return self.result(path, skipped=True)
+            error = verdict.error or f"{target} is not whole. Run the same command again."
+            return self.result(path, error=error)
         except ConfigError as exc:
             return self.result(path, error=str(exc))
         except OriginError as exc:
@@ -383,7 +483,7 @@ class _Converter:
                 f"{target} could not be written: {exc.strerror}. Make room or choose another "
                 "destination; finished stores are kept."
             )
-        return self.result(path, written_bytes=written, warnings=density.warnings)
+        return self.result(path, written_bytes=written, warnings=warnings)
 
     def result(self, path: Path, **fields: Any) -> ConvertResult:
         """A result for ``path`` with its task id and target."""
@@ -395,9 +495,58 @@ class _Converter:
     def name_of(self, path: Path) -> str:
         """Store name of ``path``; empty if the file name gives none (an error of that file)."""
         try:
-            return task_id_of(path, self.formats) + self.suffix
+            return task_id_of(path, self.formats, self.naming) + self.suffix
         except ConfigError:
             return ""
+
+    def verdicts(self, paths: Sequence[Path]) -> dict[Path, _Verdict]:
+        """What to do with the files whose store exists.
+
+        Raises
+        ------
+        ConfigError
+            Some exist in the other form, which readers would continue to read.
+        """
+        names = {path: self.name_of(path) for path in paths}
+        present = self.present(set(names.values()) - {""})
+        there = [path for path in paths if names[path] in present]
+        with ThreadPoolExecutor(_EXAMINE_THREADS) as threads:
+            return dict(
+                zip(
+                    there,
+                    threads.map(lambda path: self._judge(path, names[path]), there),
+                    strict=True,
+                )
+            )
+
+    def _judge(self, path: Path, name: str) -> _Verdict:
+        target = f"{self.dst}/{name}"
+        try:
+            existing = (
+                examine_store(Path(target))
+                if self._destination is None
+                else self._destination.examine(name)
+            )
+            is_same = existing.source is not None and existing.source.is_of(path)
+        except OSError as exc:
+            return _Verdict(Existing(""), f"{target} or {path} cannot be read ({exc.strerror}).")
+        hint = "Replace it with --overwrite, or choose another destination."
+        error = None
+        if existing.source is None:
+            if existing.problem:
+                error = (
+                    f"{target} is not whole ({existing.problem}) and does not say what it was made "
+                    f"from, so it is not replaced. {hint}"
+                )
+        elif not is_same:
+            error = (
+                f"{target} was made from another file ({existing.source.name}, "
+                f"{existing.source.bytes} bytes, sha256 {existing.source.sha256[:16]}...) than "
+                f"{path}, so it is not replaced. {hint}"
+            )
+        elif self.diff and not existing.has_diff and not existing.problem:
+            error = f"{target} was converted without --diff. {hint}"
+        return _Verdict(existing, error)
 
     def present(self, names: set[str]) -> set[str]:
         """Those of these stores that exist already.
@@ -436,6 +585,22 @@ class _Converter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_destination"}
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What to do with a file whose store exists: skip it, convert it again, or fail."""
+
+    existing: Existing
+    error: str | None
+
+    @property
+    def is_damaged(self) -> bool:
+        return self.error is None and bool(self.existing.problem)
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is None and not self.existing.problem
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ class RhoRead(PairReader):
     Parameters
     ----------
     data_dir, label_dir : str or Path
-        Directories with one file per material: ``mp-1.json.gz``, ``mp-1.json``, ``mp-1.CHGCAR``,
-        ``mp-1/CHGCAR``; each perhaps compressed.
+        Directories with one file per material, at any depth: ``mp-1.json.gz``, ``mp-1.json``,
+        ``mp-1.CHGCAR``, ``mp-1/CHGCAR``; each perhaps compressed.
     map_dir, functional, normalize, train_fraction, random_state, density_type
         As in ``ZarrS3Reader``.
     s3_kwargs, cache
@@ -125,11 +125,15 @@ class RhoRead(PairReader):
         Raises
         ------
         ConfigError
-            The directory does not exist, or has two files of one id.
+            The directory does not exist or cannot be read, or has two files of one id.
         """
         if role not in self._files:
             files = {}
-            for path in find_files(Path(self.data_dir if role == "data" else self.label_dir)):
+            found = find_files(Path(self.data_dir if role == "data" else self.label_dir))
+            if found.unreadable:
+                item = found.unreadable[0]
+                raise ConfigError(f"{item.path} {item.reason}. Make it readable (chmod u+rx).")
+            for path in found.files:
                 try:
                     files[task_id_of(path)] = path
                 except ConfigError as exc:  # not a valid task id, so no map contains it

@@ -1,21 +1,27 @@
 """Upload stores to S3 so that a reader finds a complete store or none.
 
-Chunks are uploaded first, and the documents that make a store visible last.
+Chunks are uploaded first, and the documents that make a store visible last. Each object is checked
+after its upload: the ETag of the answer is the MD5 of what was sent, or the object is read back and
+compared (SSE-KMS, and servers whose ETags are no MD5).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import logging
+import zipfile
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from fsspec.asyn import get_loop
 
 from zarrcache.config import FetchConfig, RetryConfig
+from zarrcache.convert.provenance import Existing, examine
 from zarrcache.convert.writer import StoreExistsError, is_document
 from zarrcache.errors import OriginError
-from zarrcache.origin import ObjectInfo, Received, S3Bucket, split_s3_url
+from zarrcache.origin import ObjectInfo, Received, S3Bucket, altered, split_s3_url
 
 __all__ = ["S3Destination"]
 
@@ -26,6 +32,8 @@ CONCURRENCY = 32  # PUTs of one store in flight; several processes write at the 
 _SETTLE_S = 5.0
 _CLEAN_UP_RETRY = RetryConfig(attempts=2, timeout=5)
 ROOT_DOCUMENTS = (".zgroup", "zarr.json")
+#: Bytes at the end of a zip file that hold its directory and the documents of its group.
+_TAIL_BYTES = 1024**2
 
 
 class S3Destination:
@@ -100,6 +108,41 @@ class S3Destination:
             found.update(name_of[key] for key, answer in answers.items() if answer.etag)
         return found
 
+    def examine(self, name: str) -> Existing:
+        """Whether a store is whole, and what it was made from. One LIST and one GET."""
+        root = self._key(name)
+        context = self._bucket.context(f"{self.url}/{name}")
+        if name.endswith(".zip"):
+            pages = self._bucket.pages(root, context)
+            (found,) = (obj for page in pages for obj in page.objects if obj.key == root)
+            tail = self._read(found, context, max(0, found.size_bytes - _TAIL_BYTES))
+            try:
+                with zipfile.ZipFile(io.BytesIO(tail)) as archive:
+                    sizes = {info.filename: info.file_size for info in archive.infolist()}
+                    return examine(sizes, archive.read)
+            except (zipfile.BadZipFile, EOFError, ValueError):
+                return Existing("it is no zip file, or is cut short")
+        objects = {
+            obj.key.removeprefix(f"{root}/"): obj
+            for page in self._bucket.pages(f"{root}/", context)
+            for obj in page.objects
+        }
+        return examine(
+            {key: obj.size_bytes for key, obj in objects.items()},
+            lambda key: self._read(objects[key], context),
+        )
+
+    def _read(self, found: ObjectInfo, context: Any, start: int = 0) -> bytes:
+        """GET an object, or its end, through s3fs: the planning process may be forked later."""
+        part = (start, found.size_bytes) if start else None
+        answers = self._bucket.call_all(
+            lambda engine, obj, s: engine.get(obj, part, patience_s=s),
+            [found],
+            context,
+            open_engine=self._bucket.s3fs,
+        )
+        return bytes(answers[found.key].body)
+
     def upload(self, name: str, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
         """Write one store, completely or not at all.
 
@@ -123,7 +166,8 @@ class S3Destination:
         StoreExistsError
             The store exists, and ``overwrite`` is False.
         OriginError
-            S3 did not accept an object. Uploaded objects are removed again, if the server allows.
+            S3 did not accept an object, or stored other bytes. Uploaded objects are removed again,
+            if the server allows.
         """
         root = self._key(name)
         if not overwrite and self._finished([name], lambda: self._bucket.engine(root)):
@@ -180,17 +224,34 @@ class S3Destination:
         return [obj.key for obj in found]
 
     def _put(self, name: str, bodies: Mapping[str, bytes]) -> None:
-        """Make one PUT per object, repeated until all are written."""
+        """Make one PUT per object, repeated until all are written as they were sent.
+
+        An object that is stored with other bytes in the end is removed.
+        """
+        wrong: set[str] = set()
 
         async def put(engine: Any, obj: ObjectInfo, patience_s: float) -> Received:
-            return await self._shielded(engine.put(obj.key, bodies[obj.key], patience_s=patience_s))
+            body = bodies[obj.key]
+            answer = await self._shielded(engine.put(obj.key, body, patience_s=patience_s))
+            if answer.etag.strip('"') != hashlib.md5(body, usedforsecurity=False).hexdigest():
+                stored = await engine.get(ObjectInfo(obj.key, len(body), ""), patience_s=patience_s)
+                if stored.body != body:
+                    wrong.add(obj.key)
+                    raise altered(obj.key, len(body), len(stored.body))
+            wrong.discard(obj.key)
+            return answer
 
-        self._bucket.call_all(
-            put,
-            [ObjectInfo(key, len(body), "") for key, body in bodies.items()],
-            self._bucket.context(f"{self.url}/{name}"),
-            open_engine=lambda: self._bucket.engine(*bodies),
-        )
+        try:
+            self._bucket.call_all(
+                put,
+                [ObjectInfo(key, len(body), "") for key, body in bodies.items()],
+                self._bucket.context(f"{self.url}/{name}"),
+                open_engine=lambda: self._bucket.engine(*bodies),
+            )
+        except OriginError:
+            if wrong:
+                self._delete(name, wrong, _CLEAN_UP_RETRY)
+            raise
 
     def _delete(self, name: str, keys: Collection[str], retry: RetryConfig | None = None) -> None:
         """Make one DELETE per object, documents before chunks and those nearest the root first.

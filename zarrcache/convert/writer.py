@@ -3,7 +3,8 @@
 The layout is what ``ZarrS3Reader`` reads: a group with ``charge_density_total`` and perhaps
 ``charge_density_diff``, float32 in small chunks, and the attributes ``structure`` and ``metadata``,
 each a JSON string. With encoding in memory, a directory, a zip file and S3 (``upload``) get the
-same bytes, and equal densities have equal ETags. A store becomes visible only when it is complete.
+same bytes, and one file always the same ETags. A store becomes visible only when it is complete
+and durable.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache.convert.durable import exchange, sync_name, sync_tree
+from zarrcache.convert.provenance import ATTRIBUTE, Existing, Source, examine, record
 from zarrcache.disk import hidden_path, remove_hidden, sweep_hidden
 from zarrcache.errors import ConfigError, SchemaError
 
@@ -29,6 +32,7 @@ __all__ = [
     "StoreExistsError",
     "check_layout",
     "encode_store",
+    "examine_store",
     "is_document",
     "publish_store",
     "store_exists",
@@ -54,6 +58,8 @@ def encode_store(
     *,
     chunks: Sequence[int] = (16, 16, 16),
     zarr_format: Literal[2, 3] = 2,
+    source: Source | None = None,
+    diff_wanted: bool = False,
 ) -> dict[str, bytes]:
     """Encode a store: its objects by key, in the order to publish them (chunks first, group last).
 
@@ -67,6 +73,10 @@ def encode_store(
         Chunk size along each axis; clipped to the shape.
     zarr_format : 2 or 3
         Compressors are the defaults of the format: Blosc (lz4, shuffle) in 2, Zstandard in 3.
+    source : Source, optional
+        Recorded in the store, with the number and bytes of its objects.
+    diff_wanted : bool
+        Recorded: the spin density was requested, whether the file has one or not.
 
     Raises
     ------
@@ -95,9 +105,13 @@ def encode_store(
         group.create_array(
             name,
             data=np.ascontiguousarray(values, dtype="<f4"),
-            chunks=tuple(chunks),
+            # Larger chunks would be padded to their full size in memory (1000: 4 GB).
+            chunks=tuple(min(*sides) for sides in zip(chunks, values.shape, strict=True)),
             compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
         )
+    if source is not None:
+        sizes = {key: len(value) for key, value in objects.items()}
+        group.update_attributes({ATTRIBUTE: record(source, sizes, has_diff=diff_wanted)})
     with warnings.catch_warnings():
         # zarr warns that v3 does not specify consolidated metadata yet; readers may ignore it.
         warnings.simplefilter("ignore")
@@ -141,6 +155,10 @@ def is_document(key: str) -> bool:
 def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool = False) -> int:
     """Write one store to a directory or a zip file, completely or not at all.
 
+    When this returns, the store survives a power failure. During ``overwrite`` the old or the new
+    store is there at each instant, also after a power failure; on file systems that cannot swap two
+    names (NFS) the next run restores the old one, should both names be gone.
+
     Parameters
     ----------
     final : Path
@@ -169,11 +187,29 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
     partial = hidden_path(final, "partial")
     try:
         _write(partial, objects)
+        sync_tree(partial)
         _move_into_place(partial, final, overwrite)
     except BaseException:  # KeyboardInterrupt and SystemExit too
         remove_hidden(partial)
         raise
     return sum(map(len, objects.values()))
+
+
+def examine_store(path: Path) -> Existing:
+    """Whether the store at a local path is whole, and what it was made from."""
+    if path.name.endswith(".zip"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                sizes = {info.filename: info.file_size for info in archive.infolist()}
+                return examine(sizes, archive.read, all_documents=True)
+        except (zipfile.BadZipFile, EOFError):
+            return Existing("it is no zip file, or is cut short")
+    sizes = {}
+    for directory, _, names in os.walk(path):
+        for name in names:
+            file = Path(directory, name)
+            sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    return examine(sizes, lambda key: (path / key).read_bytes(), all_documents=True)
 
 
 def store_exists(path: Path) -> bool:
@@ -261,29 +297,23 @@ def _is_store(path: Path) -> bool:
 
 def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
     if not overwrite:
-        try:
-            if final.name.endswith(".zip"):
-                # Unlike a rename, a link never replaces what another writer has just made.
-                os.link(partial, final)
-                os.unlink(partial)
-            else:
-                os.rename(partial, final)  # refuses a directory that is not empty
-        except OSError as exc:
-            # The file system has no hard links.
-            if exc.errno in (errno.EPERM, errno.ENOTSUP) and not final.exists():
-                os.rename(partial, final)
-                return
-            if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            raise StoreExistsError(
-                f"{final} was written by another process meanwhile; it is not replaced."
-            ) from exc
+        _move_unless_present(partial, final)
+        sync_name(final)
         return
     if partial.is_file():
         os.replace(partial, final)
+        sync_name(final)
         return
-    # A rename cannot replace a directory that is not empty. After a crash between the two renames
-    # the next run restores the old store.
+    # A rename cannot replace a directory that is not empty.
+    if not os.path.lexists(final):
+        os.rename(partial, final)
+        sync_name(final)
+        return
+    if exchange(partial, final):
+        sync_name(final)  # before the old store goes
+        remove_hidden(partial)
+        return
+    # After a crash between the two renames the next run restores the old store.
     old = hidden_path(final, "replaced")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
@@ -293,4 +323,25 @@ def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
         with contextlib.suppress(OSError):
             os.rename(old, final)
         raise
+    sync_name(final)
     remove_hidden(old)
+
+
+def _move_unless_present(partial: Path, final: Path) -> None:
+    try:
+        if final.name.endswith(".zip"):
+            # Unlike a rename, a link never replaces what another writer has just made.
+            os.link(partial, final)
+            os.unlink(partial)
+        else:
+            os.rename(partial, final)  # refuses a directory that is not empty
+    except OSError as exc:
+        # The file system has no hard links.
+        if exc.errno in (errno.EPERM, errno.ENOTSUP) and not final.exists():
+            os.rename(partial, final)
+            return
+        if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise StoreExistsError(
+            f"{final} was written by another process meanwhile; it is not replaced."
+        ) from exc

@@ -34,6 +34,7 @@ from zarrcache.errors import (
 )
 from zarrcache.ops.selection import cache_of, concurrently, open_index, stored_header
 from zarrcache.ops.sizes import measure_size
+from zarrcache.origin import refuse_secrets
 from zarrcache.parallel import Died, Engine, Reserve, World, cores, spread
 from zarrcache.stats import Stats
 from zarrcache.train import node_of
@@ -278,8 +279,11 @@ class WarmPlan:
         OriginError
             Many consecutive densities failed: the origin is unavailable or denies access.
         ConfigError
-            The cache directory became unusable during the run.
+            The cache directory became unusable during the run, or ``s3_kwargs`` has secrets that
+            an ``engine`` would send to a cluster.
         """
+        if engine is not None:
+            refuse_secrets(self.reader.s3_kwargs)
         start_s, before = time.monotonic(), self.reader.stats
         tally = _Tally(self)
         target_bytes = sys.maxsize if self.limit_bytes is None else self.limit_bytes

@@ -15,8 +15,10 @@ from zarrcache.origin._origin import (
     register_origin,
 )
 from zarrcache.origin._s3 import S3Bucket
+from zarrcache.origin._s3_errors import altered
 from zarrcache.origin._s3_options import split_s3_url
 from zarrcache.origin._s3fs import make_s3fs
+from zarrcache.origin._secrets import refuse_secrets, secret_names
 
 __all__ = [
     "PAGE_OBJECTS",
@@ -26,8 +28,11 @@ __all__ = [
     "OriginFactory",
     "Received",
     "S3Bucket",
+    "altered",
     "make_s3fs",
     "open_origin",
+    "refuse_secrets",
     "register_origin",
+    "secret_names",
     "split_s3_url",
 ]

@@ -17,7 +17,7 @@ from zarrcache.errors import (
 )
 from zarrcache.origin._retry import TransientError
 
-__all__ = ["RequestContext", "S3Error", "changed", "to_error"]
+__all__ = ["RequestContext", "S3Error", "altered", "changed", "to_error"]
 
 # To retry another answer, add its code or status here. The first two sets also pause the node.
 _SLOW_DOWN_STATUS = frozenset({429, 503, 509})
@@ -31,7 +31,7 @@ _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "PriorRequestNotComplete".split()
 )
 #: Names of this package for failures without an answer from the server.
-_TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody", "Mismatch"})
+_TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody", "Mismatch", "Altered"})
 
 _ACCESS = {
     "NoCredentials": (
@@ -79,7 +79,7 @@ class S3Error(Exception):
         HTTP status; None without an answer.
     code : str
         S3's error code, or for a failure without an answer from S3 ``NoCredentials``,
-        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody`` or ``Mismatch``;
+        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody``, ``Mismatch`` or ``Altered``;
         ``IncompleteListing`` for a listing that is not known to be complete.
     detail : str
         One line for the message.
@@ -150,6 +150,18 @@ def to_error(error: S3Error, context: RequestContext) -> Exception:
     raised = _error(error, context)
     raised.__cause__ = error.__cause__ or error
     return raised
+
+
+def altered(key: str, sent_bytes: int, stored_bytes: int) -> S3Error:
+    """The failure of an upload after which the object does not hold what was sent."""
+    return S3Error(
+        None,
+        "Altered",
+        f"{key} was sent with {sent_bytes} bytes and is stored with {stored_bytes} bytes that "
+        "differ; the server or a proxy changes uploads. If it stores chunk frames "
+        "(x-amz-checksum), set config_kwargs: {request_checksum_calculation: when_required} in "
+        "s3_kwargs",
+    )
 
 
 def changed(url: str) -> IncompleteArrayError:

@@ -11,7 +11,7 @@ from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 
 from zarrcache.convert import InputFormat, RawDensity, formats, plan_convert, register_format
-from zarrcache.convert.formats import find_files, is_density_name, task_id_of
+from zarrcache.convert.formats import Naming, find_files, is_density_name, task_id_of
 from zarrcache.errors import ConfigError
 
 
@@ -38,6 +38,23 @@ def read_npz(path: Path) -> RawDensity:
         ("mp-1/AECCAR2.gz", "mp-1"),
         ("mp-1/CHGCAR.vasp", "mp-1"),
         ("run.7/mp-1.5.CHGCAR", "mp-1.5"),
+        # a step of a calculation names no material
+        ("mp-1/CHGCAR.3static", "mp-1"),
+        ("mp-1/CHGCAR.relax2.gz", "mp-1"),
+        ("mp-1/CHGCAR_scf.vasp", "mp-1"),
+        ("mp-1/static.CHGCAR", "mp-1"),
+        ("mp-1/CHGCAR.1", "mp-1"),
+        ("mp-1/CHG.static", "mp-1"),
+        ("mp-1/chgcar.json.gz", "mp-1"),
+        ("mp-1_CHGCAR.static", "mp-1"),
+        ("Si/relax/CHGCAR", "Si"),
+        ("Si/01_relax/static_run2/CHGCAR.gz", "Si"),
+        ("Fe2O3/pbe/CHGCAR.2relax", "Fe2O3"),
+        # and these are not steps
+        ("runs/12/CHGCAR", "12"),
+        ("runs/CHGCAR.12", "12"),
+        ("runs/CHGCAR_NaCl", "NaCl"),
+        ("Si/relax-mp-149/CHGCAR", "relax-mp-149"),
     ],
 )
 def test_every_way_to_name_a_density_gives_its_task_id(path: str, task_id: str) -> None:
@@ -64,6 +81,12 @@ def test_a_name_that_no_store_can_have_is_refused(name: str) -> None:
         (".mp-1.CHGCAR.swp", False),
         ("._mp-1.json", False),
         ("mp-1.zarr", False),
+        ("CHGCAR.3static.gz", True),
+        ("CHGCAR.ncl", False),
+        ("Li_CHGCAR.nospin.gz", False),
+        ("CHGCAR.bak", False),
+        ("custodian.json.gz", False),
+        ("chgcars_functional_to_task_ids.json.gz", False),
     ],
 )
 def test_without_a_pattern_only_densities_are_taken(name: str, expected: bool) -> None:
@@ -78,10 +101,8 @@ def _touch(root: Path, *names: str) -> Path:
     return root
 
 
-def test_a_directory_gives_its_densities_and_those_of_one_calculation_a_directory(
-    tmp_path: Path,
-) -> None:
-    """Sorted; what is deeper, or inside of a store, is not looked at."""
+def test_a_tree_gives_all_its_densities(tmp_path: Path) -> None:
+    """Sorted; stores and hidden directories are not searched."""
     _touch(
         tmp_path,
         "mp-2.json.gz",
@@ -90,21 +111,94 @@ def test_a_directory_gives_its_densities_and_those_of_one_calculation_a_director
         "mp-4/CHGCAR.gz",
         "mp-5/deep/CHGCAR",
         "mp-6.zarr/CHGCAR",
+        ".git/CHGCAR",
         "INCAR",
         "mp-7/mp-8.CHGCAR",
     )
-    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path)] == [
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path).files] == [
         "mp-1.CHGCAR",
         "mp-2.json.gz",
         "mp-3/CHGCAR",
         "mp-4/CHGCAR.gz",
+        "mp-5/deep/CHGCAR",
+        "mp-7/mp-8.CHGCAR",
     ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "task_id"),
+    [
+        ("name", "a/mp-1.CHGCAR", "mp-1"),
+        ("name", "a/CHGCAR.3static", "3static"),
+        ("name", "a/relax.CHGCAR", "relax"),
+        ("directory", "Si/relax/CHGCAR", "relax"),
+        ("directory", "a/mp-1.CHGCAR", "a"),
+        ("path", "Si/relax/CHGCAR.gz", "Si_relax"),
+        ("path", "Si/CHGCAR.3static", "Si_3static"),
+        ("path", "mp-1.CHGCAR", "mp-1"),
+        ("path", "Si/LOCPOT", "Si"),
+        (r"(mp-\d+)", "runs/x_mp-12_y/relax/CHGCAR", "mp-12"),
+        (r"mp-\d+|mvc-\d+", "runs/mvc-3/CHGCAR", "mvc-3"),
+        (r"^([^/]+)/", "Si/relax/CHGCAR", "Si"),
+    ],
+)
+def test_a_rule_gives_the_task_id(rule: str, path: str, task_id: str) -> None:
+    naming = Naming(rule, Path("/data"))
+    assert task_id_of(Path("/data") / path, naming=naming) == task_id
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("(", r"id_from '\(' is not a regular expression"),
+        ("folder", "'folder' is unknown. Write auto, name, directory, path"),
+        ("name", r"CHGCAR gives no task id \(id_from is 'name'\).*--id-from"),
+        (r"(mp-\d+)", r"CHGCAR gives no task id"),
+    ],
+)
+def test_a_rule_that_gives_no_task_id_is_refused(rule: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        task_id_of(Path("/data/Si/CHGCAR"), naming=Naming(rule, Path("/data")))
+
+
+def test_a_file_that_resembles_a_density_is_left_out_with_a_reason(tmp_path: Path) -> None:
+    """Other files are counted. A link to a directory above does not make the search endless."""
+    _touch(
+        tmp_path,
+        "mp-1/CHGCAR",
+        "x/CHGCAR.ncl",
+        "x/Li_CHGCAR.nospin.gz",
+        "x/AECCAR0.gz",
+        "x/._mp-2.CHGCAR",
+        "x/INCAR",
+        "x/custodian.json",
+    )
+    (tmp_path / "x" / "loop").symlink_to(tmp_path)
+    (tmp_path / "x" / "mp-3.CHGCAR").symlink_to("nowhere")
+    found = find_files(tmp_path)
+    assert found.files == (tmp_path / "mp-1" / "CHGCAR",)
+    assert {item.path.name: item.reason.split()[:3] for item in found.left_out} == {
+        "CHGCAR.ncl": ["'ncl'", "after", "CHGCAR"],
+        "Li_CHGCAR.nospin.gz": ["'nospin'", "after", "CHGCAR"],
+        "AECCAR0.gz": ["not", "named", "like"],
+        "._mp-2.CHGCAR": ["a", "hidden", "file"],
+        "mp-3.CHGCAR": ["a", "broken", "link"],
+    }
+    assert (found.others, found.unreadable) == (2, ())
+
+
+def test_a_link_to_a_directory_is_followed_once(tmp_path: Path) -> None:
+    _touch(tmp_path, "store/mp-1/CHGCAR", "set/mp-2/CHGCAR")
+    (tmp_path / "set" / "mp-1").symlink_to(tmp_path / "store" / "mp-1")
+    assert [p.parent.name for p in find_files(tmp_path / "set").files] == ["mp-1", "mp-2"]
 
 
 def test_a_pattern_takes_what_it_matches_whatever_its_name(tmp_path: Path) -> None:
     """The user has chosen; files in stores stay left out."""
     _touch(tmp_path, "a/b/AECCAR0", "c/AECCAR0", "d.zarr/AECCAR0", "mp-1.CHGCAR")
-    assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path, "**/AECCAR0")] == [
+    assert [
+        p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path, "**/AECCAR0").files
+    ] == [
         "a/b/AECCAR0",
         "c/AECCAR0",
     ]
@@ -113,7 +207,7 @@ def test_a_pattern_takes_what_it_matches_whatever_its_name(tmp_path: Path) -> No
 def test_a_single_file_is_taken_as_it_is(tmp_path: Path) -> None:
     """Also one that no pattern would find."""
     _touch(tmp_path, "odd.name")
-    assert find_files(tmp_path / "odd.name") == [tmp_path / "odd.name"]
+    assert find_files(tmp_path / "odd.name").files == (tmp_path / "odd.name",)
 
 
 @pytest.mark.parametrize("names", [("mp-1.CHGCAR", "mp-1.json.gz"), ("mp-1.CHGCAR", "mp-1/CHGCAR")])
@@ -154,7 +248,7 @@ def test_a_registered_format_is_found_named_read_and_converted(
     values = np.arange(2 * 8 * 64, dtype=float).reshape(2, 8, 8, 8)
     for number, total in enumerate(values):
         np.savez(tmp_path / f"mp-{number}.npz", total=total)
-    assert [p.name for p in find_files(tmp_path)] == ["mp-0.npz", "mp-1.npz"]
+    assert [p.name for p in find_files(tmp_path).files] == ["mp-0.npz", "mp-1.npz"]
     report = plan_convert(tmp_path, tmp_path / "out", workers=2, strict=False).execute()
     assert not report.failed
     for number, total in enumerate(values):

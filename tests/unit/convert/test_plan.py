@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import zarr
 
 from tests.support.stores import plain_read, small_group
 from zarrcache.config import ConfigError
@@ -150,6 +151,160 @@ def test_what_is_converted_is_skipped_and_the_rest_is_done(source: Path, tmp_pat
     assert plan_convert(source, out).files == ()
 
 
+def _cut_chunk(store: Path) -> None:
+    chunk = next((store / "charge_density_total").glob("[0-9]*"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+
+
+def _empty_every_file(store: Path) -> None:
+    for path in store.rglob("*"):
+        if path.is_file() and path.name != ".zattrs":
+            path.write_bytes(b"")
+
+
+DAMAGE = {
+    "no chunks": lambda store: [p.unlink() for p in store.glob("charge_density_total/[0-9]*")],
+    "one chunk is missing": lambda store: next(store.glob("charge_density_diff/[0-9]*")).unlink(),
+    "a chunk is cut short": _cut_chunk,
+    "no array document": lambda store: (store / "charge_density_total" / ".zarray").unlink(),
+    "a group document is cut short": lambda store: (store / ".zmetadata").write_bytes(b'{"meta'),
+    "empty files after a power failure": _empty_every_file,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_store_that_is_not_whole_is_converted_again(tmp_path: Path, damage: str) -> None:
+    write_pairs(tmp_path, 2, seed=4, form="json.gz")
+    source, out = tmp_path / "label", tmp_path / "out"
+    convert_directory(source, out, chunks=8, diff=True, workers=1)
+    store = out / f"{IDS[0]}.zarr"
+    whole = _tree(store)
+    if damage == "one chunk is missing" and not (store / "charge_density_diff").exists():
+        next(store.glob("charge_density_total/[0-9]*")).unlink()
+    else:
+        DAMAGE[damage](store)
+    report = convert_directory(source, out, chunks=8, diff=True, workers=1)
+    assert [result.task_id for result in report.converted] == IDS[:1]
+    assert report.converted[0].warnings[-1] == f"{store} was not whole; it is converted again."
+    assert [result.task_id for result in report.skipped] == IDS[1:2]
+    assert _tree(store) == whole
+
+
+def test_a_zip_store_that_is_cut_short_is_not_replaced_unasked(
+    source: Path, tmp_path: Path
+) -> None:
+    """Its record is at its end, so nothing says what it was made from."""
+    out = tmp_path / "out"
+    convert_directory(source, out, zip=True, workers=1)
+    assert len(plan_convert(source, out, zip=True).skipped) == 3
+    store = out / f"{IDS[0]}.zarr.zip"
+    os.truncate(store, store.stat().st_size - 100)
+    plan = plan_convert(source, out, zip=True)
+    (refused,) = plan.refused
+    assert "is cut short) and does not say what it was made from" in (refused.error or "")
+    assert (plan.files, len(plan.skipped)) == ((), 2)
+    assert convert_directory(source, out, zip=True, overwrite=True, workers=1).failed == ()
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_a_store_of_another_file_is_named_and_not_replaced(
+    source: Path, tmp_path: Path, as_zip: bool
+) -> None:
+    """Of the same name, size and time: input and label of one material, from one archive."""
+    out, other = tmp_path / "out", tmp_path / "other" / f"{IDS[0]}.CHGCAR"
+    convert_directory(source, out, zip=as_zip, workers=1)
+    text = (source / other.name).read_bytes()
+    other.parent.mkdir()
+    other.write_bytes(text[:-30] + text[-30:].replace(b"1", b"2").replace(b"3", b"4"))
+    assert other.read_bytes() != text
+    for path in (other, source / other.name):
+        os.utime(path, (0, 0))
+    before = _tree(out)
+    report = convert_directory(other, out, zip=as_zip)
+    (failed,) = report.failed
+    assert f"was made from another file ({other.name}, {len(text)} bytes" in (failed.error or "")
+    assert f"than {other}, so it is not replaced. Replace it with --overwrite" in failed.error
+    assert (report.converted, report.skipped) == ((), ())
+    assert _tree(out) == before
+    assert [p.name for p in plan_convert(source, out, zip=as_zip).skipped] == [
+        f"{task_id}.CHGCAR" for task_id in IDS
+    ]  # touched, so compared by content
+    (done,) = convert_directory(other, out, zip=as_zip, overwrite=True).converted
+    assert np.array_equal(plain_read(Path(done.target)), read_density(other).total)
+
+
+def test_a_copy_of_the_file_is_the_same_source(source: Path, tmp_path: Path) -> None:
+    convert_directory(source, tmp_path / "out", workers=1)
+    shutil.copytree(source, tmp_path / "copy")
+    assert len(plan_convert(tmp_path / "copy", tmp_path / "out").skipped) == 3
+
+
+def test_a_store_without_the_spin_density_is_not_taken_for_one_with_it(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 1, seed=4)
+    convert_directory(tmp_path / "label", tmp_path / "out")
+    (refused,) = plan_convert(tmp_path / "label", tmp_path / "out", diff=True).refused
+    assert "was converted without --diff. Replace it with --overwrite" in (refused.error or "")
+    convert_directory(tmp_path / "label", tmp_path / "out", diff=True, overwrite=True)
+    assert len(plan_convert(tmp_path / "label", tmp_path / "out", diff=True).skipped) == 1
+    assert len(plan_convert(tmp_path / "label", tmp_path / "out").skipped) == 1
+
+
+def test_a_store_of_another_program_is_skipped_and_said_or_refused_if_it_is_empty(
+    source: Path, tmp_path: Path
+) -> None:
+    """It has no record of its file."""
+    for task_id in IDS[:2]:
+        small_group(tmp_path / "out" / f"{task_id}.zarr")
+    shutil.rmtree(tmp_path / "out" / f"{IDS[1]}.zarr" / "charge_density_total")
+    plan = plan_convert(source, tmp_path / "out", workers=1)
+    assert [path.name for path in plan.unrecorded] == [f"{IDS[0]}.CHGCAR"]
+    assert plan.skipped == plan.unrecorded
+    (refused,) = plan.refused
+    assert "charge_density_total has no metadata) and does not say what" in (refused.error or "")
+    assert [result.task_id for result in plan.execute().failed] == IDS[1:2]
+
+
+def test_a_tree_of_calculations_is_named_by_its_directories(source: Path, tmp_path: Path) -> None:
+    """The attributes of the store have the same id."""
+    for material, name in (("Si", "relax/CHGCAR"), ("mp-1", "CHGCAR.3static")):
+        path = tmp_path / "runs" / material / name
+        path.parent.mkdir(parents=True)
+        shutil.copy(source / f"{IDS[0]}.CHGCAR", path)
+    report = convert_directory(tmp_path / "runs", tmp_path / "runs" / "out", workers=1)
+    assert [result.task_id for result in report.converted] == ["Si", "mp-1"]
+    for result in report.converted:
+        assert _attributes(Path(result.target))["metadata"]["task_id"] == result.task_id
+    assert len(plan_convert(tmp_path / "runs", tmp_path / "runs" / "out").skipped) == 2
+    by_path = convert_directory(tmp_path / "runs", tmp_path / "o", id_from="path", workers=2)
+    assert [result.task_id for result in by_path.converted] == ["Si_relax", "mp-1_3static"]
+
+
+def test_two_steps_of_one_material_are_refused_with_what_to_pass(
+    source: Path, tmp_path: Path
+) -> None:
+    for step in ("1relax", "2relax", "3static"):
+        path = tmp_path / "runs" / "mp-1" / f"CHGCAR.{step}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{IDS[0]}.CHGCAR", path)
+    with pytest.raises(ConfigError, match=r"1relax and .*2relax are both mp-1\. .*--id-from path"):
+        plan_convert(tmp_path / "runs", tmp_path / "out")
+    plan = plan_convert(tmp_path / "runs", tmp_path / "out", pattern="**/CHGCAR.3static")
+    assert list(plan.task_ids.values()) == ["mp-1"]
+
+
+def test_chunks_are_clipped_to_the_grid(source: Path, tmp_path: Path) -> None:
+    """Otherwise each chunk would be padded to 4 GB in memory."""
+    for zarr_format in (2, 3):
+        report = convert_directory(
+            source, tmp_path / f"v{zarr_format}", chunks=1000, zarr_format=zarr_format, workers=1
+        )
+        for result in report.converted:
+            expected = read_density(result.path).total
+            array = zarr.open_array(f"{result.target}/charge_density_total", mode="r")
+            assert array.chunks == expected.shape
+            assert np.array_equal(plain_read(Path(result.target)), expected)
+
+
 def test_a_plan_writes_nothing(source: Path, tmp_path: Path) -> None:
     """Not even the directory."""
     plan_convert(source, tmp_path / "out")
@@ -245,9 +400,7 @@ def test_a_task_id_inside_of_the_file_is_only_mentioned(tmp_path: Path) -> None:
     shutil.move(tmp_path / "label" / f"{IDS[0]}.json.gz", tmp_path / "mp-9.json.gz")
     (result,) = convert_directory(tmp_path / "mp-9.json.gz", tmp_path / "out").converted
     assert result.target == str(tmp_path / "out" / "mp-9.zarr")
-    assert result.warnings == (
-        f"calls itself {IDS[0]} inside; it is stored under its file name, mp-9.",
-    )
+    assert result.warnings == (f"calls itself {IDS[0]} inside; it is stored as mp-9.",)
 
 
 def test_secrets_are_not_shown_by_a_plan(source: Path) -> None:

@@ -170,6 +170,7 @@ def test_what_is_no_store_is_never_replaced(tmp_path: Path) -> None:
     [
         (False, False, "rename"),
         (True, False, "link"),
+        (False, True, "exchange"),
         (False, True, "rename"),
         (True, True, "replace"),
     ],
@@ -177,17 +178,22 @@ def test_what_is_no_store_is_never_replaced(tmp_path: Path) -> None:
 def test_a_disk_that_takes_no_more_leaves_things_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_zip: bool, overwrite: bool, call: str
 ) -> None:
-    """The old store if there was one, and nothing half written."""
+    """The old store if there was one, and nothing half written; also where names cannot be
+    swapped.
+    """
     if overwrite:
         _write(tmp_path, as_zip=as_zip)
-    real = getattr(os, call)
+    module = storewriter if call == "exchange" else os
+    real = getattr(module, call)
+    if call == "rename":
+        monkeypatch.setattr(storewriter, "exchange", lambda *_: False)
 
     def full(source: Any, target: Any, **more: Any) -> None:
         if ".partial-" in str(source):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target, **more)
 
-    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(module, call, full)
     with pytest.raises(OSError, match="No space left"):
         _write(tmp_path, DIFF, as_zip=as_zip, overwrite=overwrite)
     names = [f"mp-1.zarr{'.zip' if as_zip else ''}"] if overwrite else []

@@ -1,0 +1,151 @@
+"""Which file a store was made from, and whether the store is whole.
+
+``convert`` records both in the group's attribute ``converted_from``, a JSON string like
+``structure`` and ``metadata``, so that a later run says "converted already" only of a whole store
+of the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ATTRIBUTE", "Existing", "Source", "examine", "record", "source_of"]
+
+ATTRIBUTE = "converted_from"
+#: Documents with the attributes of the group, and one more that each format needs.
+_ROOTS = {".zattrs": ".zgroup", "zarr.json": "zarr.json"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The identity of a source file.
+
+    Attributes
+    ----------
+    name : str
+        Without its directory, which may be private.
+    bytes : int
+        Size as it lies on the disk, perhaps compressed.
+    ctime_ns : int
+        Time of the last change, which no program can set: with it and the size an unchanged file
+        is recognised without reading it.
+    sha256 : str
+    """
+
+    name: str
+    bytes: int
+    ctime_ns: int
+    sha256: str
+
+    def is_of(self, path: Path) -> bool:
+        """Whether ``path`` has the same content. Reads it only if it was copied or touched."""
+        state = path.stat()
+        if state.st_size != self.bytes:
+            return False
+        return state.st_ctime_ns == self.ctime_ns or _sha256(path) == self.sha256
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A store that is there already.
+
+    Attributes
+    ----------
+    problem : str
+        Why it is not whole; empty if no object is missing or too short.
+    source : Source or None
+        None: another program or an earlier version wrote it.
+    has_diff : bool
+        The spin density was requested when it was converted.
+    """
+
+    problem: str
+    source: Source | None = None
+    has_diff: bool = False
+
+
+def source_of(path: Path) -> Source:
+    """Read the identity of a file."""
+    state = path.stat()
+    return Source(path.name, state.st_size, state.st_ctime_ns, _sha256(path))
+
+
+def _tally(objects: Mapping[str, int]) -> dict[str, int]:
+    """Number and bytes of a store's objects, without the group's documents, given their sizes."""
+    sizes = [size for key, size in objects.items() if "/" in key]
+    return {"objects": len(sizes), "object_bytes": sum(sizes)}
+
+
+def record(source: Source, objects: Mapping[str, int], *, has_diff: bool) -> str:
+    """The value of the attribute, given the sizes of the store's objects by key."""
+    return json.dumps({**asdict(source), "diff": has_diff, **_tally(objects)})
+
+
+def examine(
+    objects: Mapping[str, int], read: Callable[[str], bytes], *, all_documents: bool = False
+) -> Existing:
+    """Compare the objects of a store with its record. Contents of chunks are not read.
+
+    Parameters
+    ----------
+    objects : mapping
+        Size in bytes of each object by its key below the store.
+    read : callable
+        Called with the key of a document; returns its bytes.
+    all_documents : bool
+        Parse every document of the group, not only the one with the attributes. A file may have
+        been cut short; an object on S3 is written at once.
+    """
+    root = next((name for name in _ROOTS if name in objects), None)
+    if root is None:
+        return Existing("it has no attributes")
+    try:
+        document = json.loads(read(root))
+        attributes: Mapping[str, Any] = document["attributes"] if root == "zarr.json" else document
+        noted = attributes.get(ATTRIBUTE)
+        noted = None if noted is None else json.loads(noted)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Existing(f"its {root} cannot be read")
+    documents = [key for key in objects if "/" not in key]
+    problem = "" if _ROOTS[root] in objects else f"it has no {_ROOTS[root]}"
+    for key in documents if all_documents else ():
+        try:
+            json.loads(read(key))
+        except ValueError:
+            problem = problem or f"its {key} cannot be read"
+    if empty := [key for key, size in objects.items() if size == 0]:
+        problem = problem or f"{len(empty)} of its objects are empty, {empty[0]} for example"
+    if noted is None:
+        return Existing(problem or _unrecorded_problem(objects))
+    now = _tally(objects)
+    try:
+        source = Source(*(noted[name] for name in ("name", "bytes", "ctime_ns", "sha256")))
+        expected = {name: noted[name] for name in now}
+        has_diff = bool(noted["diff"])
+    except (KeyError, TypeError):
+        return Existing(f"its attribute {ATTRIBUTE} cannot be read")
+    if now != expected:
+        problem = problem or (
+            f"it has {now['objects']} of {expected['objects']} objects and {now['object_bytes']} "
+            f"of {expected['object_bytes']} bytes"
+        )
+    return Existing(problem, source, has_diff)
+
+
+def _unrecorded_problem(objects: Mapping[str, int]) -> str:
+    """What can be seen of a store that does not say how many objects it has."""
+    total = [key for key in objects if key.startswith("charge_density_total/")]
+    documents = [key for key in total if key.endswith(("/.zarray", "/zarr.json"))]
+    if not documents:
+        return "charge_density_total has no metadata"
+    return "" if len(total) > len(documents) else "charge_density_total has no chunks"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
