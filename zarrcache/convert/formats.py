@@ -256,7 +256,7 @@ def _id_in_name(
         return found[0] if found else ""
     if also_steps:
         return "_".join(found)
-    before, after = (found[0], "") if fmt is _JSON else (match["before"], match["after"])
+    before, after = (found[0], "") if fmt == _JSON else (match["before"], match["after"])
     if before and not is_step(before):
         return before
     if after and not is_step(after) and _is_id(after, path.parent.name):
@@ -307,12 +307,12 @@ def _reason_against(name: str) -> str | None:
         return "not named like a charge density (CHGCAR, mp-1.CHGCAR, mp-1.json)"
     match = fmt.match(bare)
     if (
-        fmt is _JSON
+        fmt == _JSON
         and match is not None
         and (match[1].lower() in _NO_DENSITY_JSON or _MAP.fullmatch(match[1]))
     ):
         return "JSON that workflow software writes, not a density"
-    if fmt is _VASP and match is not None and match["after"]:
+    if fmt == _VASP and match is not None and match["after"]:
         after = match["after"]
         if not is_step(after) and (match["before"] or not _is_id(after, "")):
             return f"{after!r} after CHGCAR is neither a material nor a step of a calculation"
