@@ -374,6 +374,8 @@ class ArrayCache(Tier):
         if outcome is None:
             return None, False
         is_stored = outcome is Admission.ADMIT
+        if outcome is Admission.READ_ONLY:  # logged when the index was opened
+            return None, False
         if not is_stored and not self._lend(header, filename, write):
             self._log_once.warning(
                 outcome.name,

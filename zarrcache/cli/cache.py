@@ -160,7 +160,7 @@ def verify(
 ) -> int:
     """Read every entry, drop what is corrupt.
 
-    The next read fetches it again. Exit 1 if anything was corrupt. Safe while trainings run.
+    The next read fetches it again. Exit 1 if anything was corrupt or cannot be read. Safe while trainings run.
     """
     from zarrcache import ops
     from zarrcache.cli.format import format_verification
@@ -173,11 +173,17 @@ def verify(
         (f"{problem.file} ({problem.url}): {problem.why}" for problem in report.corrupt),
         verdict="corrupt",
     )
+    failures(
+        (f"{problem.file} ({problem.url}): {problem.why}" for problem in report.unreadable),
+        verdict="cannot be read",
+    )
     if as_json:
         show_json(asdict(report))
     else:
         show(format_verification(report))
-        if report.corrupt or report.stale:
+        if report.is_read_only and (report.corrupt or report.stale):
+            say("They were not dropped: this process cannot write to the cache.")
+        elif report.corrupt or report.stale:
             say("They were dropped. Run `zarrcache warm` to fetch them again.")
     return 0 if report.is_good else 1
 

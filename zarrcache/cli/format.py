@@ -186,12 +186,13 @@ def status_lines(state: Status) -> list[str]:
 def format_verification(report: VerifyReport) -> str:
     """One line for ``verify``."""
     stale = f", {count(len(report.stale))} stale" if report.stale else ""
+    unreadable = f", {count(len(report.unreadable))} cannot be read" if report.unreadable else ""
     strays = ""
     if report.strays:
         strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
     return (
         f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
-        f"{count(len(report.corrupt))} corrupt{stale}{strays}."
+        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{strays}."
     )
 
 

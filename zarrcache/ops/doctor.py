@@ -131,6 +131,16 @@ def _cache(cache: CacheConfig) -> Iterator[Finding]:
         advice = "Choose another cache.dir, or delete the directory."
         yield Finding(name, "fail", f"{cache.dir} cannot be used ({exc})", advice)
         return
+    if index.is_read_only:
+        yield Finding(
+            name,
+            "warn",
+            f"{index.dir.root} can only be read; {entries} entries",
+            "Entries are used, and nothing will be stored. To store, mount it writable, or choose "
+            "a cache.dir that this user may write to.",
+        )
+        yield _file_system(index.dir.root)
+        return
     yield Finding(name, "ok", f"{index.dir.root} is writable; {entries} entries")
     yield _permissions(index.dir)
     yield _file_system(index.dir.root)

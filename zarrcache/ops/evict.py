@@ -50,9 +50,19 @@ class EvictPlan:
         -------
         int
             Bytes freed on disk.
+
+        Raises
+        ------
+        ConfigError
+            The cache can only be read.
         """
         if self.index is None:
             return 0
+        if self.entries and self.index.is_read_only:
+            raise ConfigError(
+                f"cache.dir {self.directory} cannot be written by this process, so nothing was "
+                "evicted. Run the command as its owner, where it is mounted writable."
+            )
         freed = 0
         for start in range(0, len(self.entries), _STEP):
             freed += self.index.drop([row.digest for row in self.entries[start : start + _STEP]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -128,7 +129,15 @@ def open_index(index: Index) -> Index:
 
 def open_if_present(index: Index) -> bool:
     """Like :func:`open_index` if there is a cache; otherwise return False and create nothing."""
-    is_present = index.dir.root.is_dir()
+    try:
+        is_present = stat.S_ISDIR(os.stat(index.dir.root).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as exc:  # another user's directory, or a disk that fails
+        raise ConfigError(
+            f"cache.dir {index.dir.parent} cannot be used by user {os.getuid()} "
+            f"({exc.strerror}). Run the command as its owner, or choose another cache.dir."
+        ) from exc
     if is_present:
         open_index(index)
     return is_present

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from zarrcache.config import CacheConfig, DataConfig
@@ -13,8 +16,8 @@ from zarrcache.disk import (
     Row,
     array_note,
     crc32c,
-    disk_bytes,
     map_entry,
+    open_regular,
     published_name,
 )
 from zarrcache.errors import ConfigError, CorruptEntryError
@@ -49,6 +52,11 @@ class VerifyReport:
         ``against_origin``.
     strays : tuple of str
         Files without an entry. Removed.
+    unreadable : tuple of Problem
+        Entries that the system cannot read now (EIO, EMFILE, EACCES). Kept, because that says
+        nothing about them: a read of one is a miss, and stores it again.
+    is_read_only : bool
+        The cache can only be read, so nothing was dropped or removed.
     """
 
     directory: Path
@@ -57,11 +65,13 @@ class VerifyReport:
     corrupt: tuple[Problem, ...]
     stale: tuple[Problem, ...]
     strays: tuple[str, ...]
+    unreadable: tuple[Problem, ...] = ()
+    is_read_only: bool = False
 
     @property
     def is_good(self) -> bool:
-        """Whether no entry was corrupt."""
-        return not self.corrupt
+        """Whether every entry could be read and none was corrupt."""
+        return not self.corrupt and not self.unreadable
 
 
 def verify(
@@ -104,17 +114,29 @@ def verify(
     index.sweep()
     rows = list(index.rows())
     total_bytes = sum(row.size_bytes for row in rows)
-    corrupt, good, checked_bytes = [], [], 0
+    corrupt, unreadable, good, checked_bytes = [], [], [], 0
+
+    def drop(row: Row) -> int:
+        if index.is_read_only:
+            return row.size_bytes
+        return index.drop([row.digest], filename=row.filename)
+
     for row in rows:
         try:
             _check(row, index.dir.root / row.filename)
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
-            if index.drop([row.digest], filename=row.filename):
+            if drop(row):
                 corrupt.append(_problem(row, "its file is gone"))
-        except (CorruptEntryError, OSError) as exc:
-            index.drop([row.digest], filename=row.filename)
+        except CorruptEntryError as exc:
+            drop(row)
             corrupt.append(_problem(row, str(exc)))
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:  # a planted link
+                drop(row)
+                corrupt.append(_problem(row, "it is a symbolic link"))
+            else:
+                unreadable.append(_problem(row, exc.strerror or str(exc)))
         else:
             good.append(row)
         checked_bytes += row.size_bytes
@@ -123,7 +145,7 @@ def verify(
     stale = []
     if selection is not None:
         for row in selection.stale(good):
-            index.drop([row.digest], filename=row.filename)
+            drop(row)
             stale.append(_problem(row, "the origin has another version"))
     return VerifyReport(
         directory=index.dir.parent,
@@ -131,7 +153,9 @@ def verify(
         nbytes=total_bytes,
         corrupt=tuple(corrupt),
         stale=tuple(stale),
-        strays=_remove_strays(index),
+        strays=() if index.is_read_only else _remove_strays(index),
+        unreadable=tuple(unreadable),
+        is_read_only=index.is_read_only,
     )
 
 
@@ -145,8 +169,10 @@ def _check(row: Row, path: Path) -> None:
         if not entry.is_intact():
             raise CorruptEntryError("its checksum does not match")
         return
-    data = path.read_bytes()
-    if disk_bytes(len(data)) != row.size_bytes or str(crc32c(data)) != row.note.partition("\n")[0]:
+    fd, _ = open_regular(path)
+    with FileIO(fd, "rb") as file:
+        data = file.readall()
+    if len(data) > row.size_bytes or str(crc32c(data)) != row.note.partition("\n")[0]:
         raise CorruptEntryError("its checksum does not match")
 
 
@@ -167,7 +193,8 @@ def _remove_strays(index: Index) -> tuple[str, ...]:
         and not _is_partial_of(path, known, index.dir.root)
     ]
     for path in strays:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            index.dir.unlink(path)
     return tuple(f"{path.relative_to(index.dir.root)}" for path in strays)
 
 
