@@ -8,7 +8,10 @@ import contextlib
 import logging
 import os
 import pickle
+import re
+import socket
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from tests.support.cachedirs import array_of, key_of, settings
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._database import CACHE_FAULTS, EntryDisk, Stored
 from zarrcache.disk._publish import owner_id
-from zarrcache.disk.index import Index
+from zarrcache.disk.index import Index, Intent
+from zarrcache.disk.single_flight import SingleFlight
 from zarrcache.errors import ConfigError
 from zarrcache.ops.evict import plan_evict
 from zarrcache.ops.selection import open_index
@@ -283,22 +287,109 @@ def test_a_link_in_place_of_the_log_is_not_written_through(
     use(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [
-        lambda path, to: path.symlink_to(to),
-        lambda path, to: path.mkdir(),
-        lambda path, to: os.mkfifo(path),
-    ],
-)
+def _hard_link(path: Path, to: Path) -> None:
+    os.link(to, path)
+
+
+def _device(path: Path, to: Path) -> None:
+    """One that never ends, or (without root) a socket."""
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+    except PermissionError:
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(os.fspath(path))
+
+
+PLANTS: dict[str, Callable[[Path, Path], None]] = {
+    "link": lambda path, to: path.symlink_to(to),
+    "dangling link": lambda path, to: path.symlink_to(to.with_name("new")),
+    "hard link": _hard_link,
+    "directory": lambda path, to: path.mkdir(),
+    "pipe": lambda path, to: os.mkfifo(path),
+    "device": _device,
+}
+plants = pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS.keys())
+
+
+@plants
 def test_a_lock_that_is_not_a_file_costs_only_single_flight(
     tmp_path: Path, root: Path, victim: Path, plant: Callable[[Path, Path], None]
 ) -> None:
-    """The lock for opening the index."""
-    for path in (root / "locks").iterdir():
-        path.unlink()
-        plant(path, victim / "thesis")
+    """The lock for opening the index, those of densities, and the one of owners.
+
+    Nothing is created, truncated or written elsewhere, and no open waits for a writer.
+    """
+    digest = "0123456789abcdef" * 2
+    with SingleFlight(root / "locks", timeout_s=1).hold(digest):
+        pass
+    names = os.listdir(root / "locks")
+    assert {name.partition("-")[0] for name in names} == {"open", "flight", "owners.lock"}
+    for name in names:
+        (root / "locks" / name).unlink()
+        plant(root / "locks" / name, victim / "thesis")
     assert use(tmp_path) == len(NUMBERS)
+    with SingleFlight(root / "locks", timeout_s=1).hold(digest) as is_held:
+        assert not is_held
+
+
+@pytest.mark.parametrize("directory", ["locks", "entries", "bytes", "."])
+def test_a_link_that_replaces_a_directory_after_it_was_checked_is_not_followed(
+    tmp_path: Path, root: Path, victim: Path, directory: str
+) -> None:
+    """By a member of the group, under an open cache. Paths are resolved again at each use."""
+    cache = ArrayCache(settings(tmp_path), Counters())
+    assert cache.put(key_of("a"), array_of(1), source="s") is not None
+    cache.index._file.close_before_fork()
+    path = root if directory == "." else root / directory
+    path.rename(tmp_path / "cache" / "moved")
+    path.symlink_to(victim)
+    cache.put(key_of("b"), array_of(2), source="s")
+    with SingleFlight(root / "locks", timeout_s=1).hold("0" * 32):
+        pass
+    with contextlib.suppress(*CACHE_FAULTS):
+        cache.drop(key_of("a"))
+    use(tmp_path)
+
+
+def test_no_file_is_unlinked_behind_a_link(tmp_path: Path, root: Path, victim: Path) -> None:
+    """A row with a name of our pattern, in a directory that is a link by the time it is dropped."""
+    (root / "entries" / "zz").symlink_to(victim)
+    for number, name in enumerate(("thesis", "thesis")):
+        filename = f"entries/zz/{name}"
+        owner = owner_id().rpartition(" ")[0] + " 1"
+        insert(root, f"+{number}", "intent", row_of(root, filename, owner), stored_s=0.0)
+    insert(root, "thesis", "array", row_of(root, "entries/zz/thesis", "file\n/data/x.zarr\na"))
+    everything(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("plant", [PLANTS["pipe"], PLANTS["device"], PLANTS["directory"]])
+def test_an_index_that_is_not_a_file_never_hangs(
+    tmp_path: Path, root: Path, victim: Path, suffix: str, plant: Callable[[Path, Path], None]
+) -> None:
+    """SQLite opens the file, its log, the log's shared memory and a journal."""
+    path = root / f"cache.db{suffix}"
+    path.unlink(missing_ok=True)
+    plant(path, victim / "thesis")
+    assert use(tmp_path) == 0
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is not a regular file")):
+        read_status(settings(tmp_path))
+
+
+@plants
+def test_verify_neither_follows_nor_waits_for_a_planted_object(
+    tmp_path: Path, root: Path, victim: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    """Of the byte tier, whose files have no header."""
+    index = Index(settings(tmp_path))
+    path = root / "bytes" / "ab" / "abcd"
+    index.dir.make(path.parent)
+    intent = index.begin("bytes/ab/abcd", 4096)
+    assert isinstance(intent, Intent)
+    plant(path, victim / "thesis")
+    assert index.commit(intent, "abcd", "object", "0\nfile\n/data/x")
+    report = verify(settings(tmp_path))
+    assert [problem.file for problem in report.corrupt + report.unreadable] == ["bytes/ab/abcd"]
 
 
 def test_a_link_in_place_of_the_index_costs_the_cache_and_no_sample(

@@ -289,6 +289,9 @@ class IndexFile:
         log_once: LogOnce | None = None,
     ) -> None:
         self._dir = directory
+        # Not mode=ro: after a killed process, the next one has to undo or finish its transaction
+        # (tests/processes/test_crash.py).
+        self._uri = f"{directory.index.absolute().as_uri()}?mode=rw"
         self._has_log = has_log
         self._is_checked = is_checked
         self._after_open = after_open
@@ -428,7 +431,7 @@ class IndexFile:
             wait_s = _PROBE_S if self._is_blocked or before else _BUSY_S
             before = before or self._stamp()
             try:
-                self._execute("BEGIN IMMEDIATE", wait_s=wait_s)
+                _ask(self._uri, "BEGIN IMMEDIATE", (), wait_s)
             except sqlite3.OperationalError as exc:
                 if not _is_locked(exc):
                     raise
@@ -686,9 +689,7 @@ class IndexFile:
         """Rows of a query, over a new connection."""
         if isinstance(self.table, _Reader):
             return self.table.execute(query, values)
-        # Not mode=ro: after a killed process, the next one has to undo or finish its
-        # transaction (tests/processes/test_crash.py).
-        return _ask(f"{self._dir.index.as_uri()}?mode=rw", query, values, wait_s)
+        return _ask(self._uri, query, values, wait_s)
 
     # -- rebuild
 
@@ -797,7 +798,7 @@ class _Reader:
 
     def __init__(self, index: Path) -> None:
         self._disk = EntryDisk(os.fspath(index.parent))
-        uri = f"{index.as_uri()}?mode=ro"
+        uri = f"{index.absolute().as_uri()}?mode=ro"
         # SQLite reads a write-ahead log only together with its shared memory, which it cannot
         # create here. Without the two files, or with a log that was left without shared memory,
         # what has reached the file itself is read (sqlite.org/wal.html, "Read-Only Databases").

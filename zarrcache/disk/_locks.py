@@ -56,6 +56,9 @@ class LockFile:
         above = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fd = os.open(name, flags, mode, dir_fd=above)
+        except OSError as exc:
+            exc.filename = os.fspath(directory / name)
+            raise
         finally:
             os.close(above)
         self._file = FileIO(fd, "r+b")

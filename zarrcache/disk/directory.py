@@ -156,6 +156,10 @@ class CacheDir:
                 finally:
                     os.close(above)
             yield fd
+        except OSError as exc:
+            if exc.filename is not None:  # relative to a descriptor, which tells a user nothing
+                exc.filename = os.fspath(path / exc.filename)
+            raise
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -167,29 +171,31 @@ class CacheDir:
 
     def make(self, path: Path) -> None:
         """Create :attr:`root` or a directory below it with the right mode, or check it."""
-        if os.path.lexists(path):
+        if path == self.root:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, self.dir_mode & 0o777)
+                os.chmod(path, self.dir_mode)
             self._check(path)
             return
         # mkdir applies the umask and drops setgid, and another user may be about to write here. So
         # below root, where temporary names are allowed, the directory is made under one and appears
         # with the right mode. It may replace an empty one that another process has just made.
-        made = (
-            path
-            if path == self.root
-            else path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        )
-        try:
-            os.mkdir(made, self.dir_mode & 0o777)
-            os.chmod(made, self.dir_mode)
-            if made != path:
-                os.rename(made, path)
-        except OSError as exc:
-            if made != path:
+        with self.opened(path.parent) as fd:
+            try:
+                self._check(path, fd)
+                return
+            except FileNotFoundError:
+                made = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+            try:
+                os.mkdir(made, self.dir_mode & 0o777, dir_fd=fd)
+                os.chmod(made, self.dir_mode, dir_fd=fd)
+                os.rename(made, path.name, src_dir_fd=fd, dst_dir_fd=fd)
+            except OSError as exc:
                 with contextlib.suppress(OSError):
-                    os.rmdir(made)
-            if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            self._check(path)
+                    os.rmdir(made, dir_fd=fd)
+                if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                self._check(path, fd)
 
     def touch(self, path: Path, content: str = "") -> None:
         """Create a file with :attr:`written_mode`, if it does not exist."""
@@ -259,8 +265,9 @@ class CacheDir:
                 "all users: entries could be planted. Choose a directory of your own."
             )
 
-    def _check(self, path: Path) -> None:
-        found = os.lstat(path)
+    def _check(self, path: Path, dir_fd: int | None = None) -> None:
+        """Check a directory; ``dir_fd``: the one above it, open."""
+        found = os.lstat(path if dir_fd is None else path.name, dir_fd=dir_fd)
         if not stat.S_ISDIR(found.st_mode):
             raise ConfigError(
                 f"{path} is not a "
@@ -285,7 +292,7 @@ class CacheDir:
         ):
             # It was made while the cache was private, or the process that made it was killed.
             with contextlib.suppress(OSError):
-                os.chmod(path, self.dir_mode)
+                os.chmod(path if dir_fd is None else path.name, self.dir_mode, dir_fd=dir_fd)
 
     def _denied(self, path: Path, what: str = "written") -> str:
         """The error message for a user who may not access ``path``; it says who may."""

@@ -107,7 +107,7 @@ def test_directory_appears_with_the_right_mode_or_not_at_all(
     directory = CacheDir(tmp_path / "cache", shared=True)
     directory.ensure()
 
-    def killed(*args: object) -> None:
+    def killed(*args: object, **kwargs: object) -> None:
         raise SystemExit
 
     with monkeypatch.context() as patch:
