@@ -117,6 +117,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         self._origin_id = tokenize(self._is_s3, self._options)
         self._config = CacheConfig(**settings)
         self._opened = (os.getpid(), _shared(self._config))
+        #: What listing raises for a path that is a file or nothing. An S3 prefix has empty pages.
+        self._absent_errors = () if self._is_s3 else (FileNotFoundError,)
         if not self._is_s3:
             self._strip_protocol = _strip_local  # type: ignore[method-assign]
 
@@ -469,8 +471,16 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
                 if source_digest(now) != source_digest(listed):
                     raise self._state.changed(place, store)
             return None if obj is None else _Found(place, obj, store)
+        obj = self._head(place)
+        return _Found(place, obj, None) if obj is not None else None
+
+    def _head(self, place: _Place) -> ObjectInfo | None:
+        """An object outside of stores, asked for at the origin."""
         listed = place.origin.list_objects(place.key) if place.key else []
-        return _Found(place, listed[0], None) if listed else None
+        if not listed:  # which says nothing about the bucket
+            return None
+        self._state.buckets.add((self._origin_id, place.above))
+        return listed[0]
 
     def _content(self, path: str) -> _Found:
         """A file that is to be read, perhaps as a chunk of an open array."""
@@ -514,8 +524,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
                 key = "/".join([*parts[:n], document])
                 if place.origin.list_objects(key) if store is None else key in store.objects():
                     return _no_such_file(self._url(path))
-        if self._is_directory(path):
-            return _no_such_file(self._url(path))
+        with contextlib.suppress(*self._absent_errors):
+            if self._is_directory(path):
+                return _no_such_file(self._url(path))
         return IncompleteArrayError(
             f"{self._url(path)} is not there, and no array that it is a chunk of (no zarr.json or "
             ".zarray above it). If the array was open, it was deleted meanwhile."
@@ -526,12 +537,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             return _directory_info(path)
         place = self._place(path)
         store = self._store(place, refresh=refresh)
-        if store is not None:
-            listed = [obj for obj in [store.objects().get(place.inside)] if obj is not None]
-        else:
-            listed = place.origin.list_objects(place.key) if place.key else []
-        if listed:
-            return self._file_info(path, listed[0])
+        obj = self._head(place) if store is None else store.objects().get(place.inside)
+        if obj is not None:
+            return self._file_info(path, obj)
         if self._is_directory(path):
             return _directory_info(path)
         raise _no_such_file(self._url(path))
@@ -563,8 +571,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
                 for name, obj in names.items()
             ]
         infos = []
-        absent = () if self._is_s3 else (FileNotFoundError,)  # a file, or nothing
-        with contextlib.suppress(*absent), self._asking(place):
+        with contextlib.suppress(*self._absent_errors), self._asking(place):
             for objects, directories in place.origin.pages(place.below):
                 infos += [self._file_info(place.above + obj.key, obj) for obj in objects]
                 infos += [_directory_info(place.above + key) for key in directories]
@@ -734,7 +741,8 @@ class _Shared:
         """Note that an open store has changed. Returns the error to raise."""
         assert place.store_id is not None
         with self._lock:
-            if self._stores.get(place.store_id) in (store, None):
+            # A late answer to a reader of the old version says nothing about the new one.
+            if self._stores.get(place.store_id, store) is store:
                 self._stores.pop(place.store_id, None)
                 self._versions[place.store_id] = None
         return _changed(place)
