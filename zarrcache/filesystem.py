@@ -552,8 +552,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             below = f"{place.inside}/"
             return not place.inside or any(key.startswith(below) for key in store.objects())
         with self._asking(place):
-            objects, directories = next(place.origin.pages(place.below))
-        return bool(objects or directories) or not place.key or not self._is_s3
+            is_full = any(map(any, place.origin.pages(place.below)))  # asks for the first page
+        return is_full or not place.key or not self._is_s3
 
     def _children(self, path: str, *, refresh: bool) -> list[dict[str, Any]]:
         """Files and directories directly below a path; empty if it is no directory."""
