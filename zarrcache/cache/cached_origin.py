@@ -86,6 +86,11 @@ class CachedOrigin:
             self._forget(obj)
             raise
 
+    def purge(self, obj: ObjectInfo, start: int, stop: int, why: str) -> None:
+        """Drop what the byte tier has of these bytes of an object."""
+        if self._bytes is not None:
+            self._bytes.purge(obj, start, stop, why)
+
     def _forget(self, obj: ObjectInfo) -> None:
         # The next open of the store then lists it again.
         self._cache.forget_listing(self._origin, obj.key.partition("/")[0])

@@ -507,6 +507,16 @@ class ByteCache(Tier):
         for key, data in self._entries([self._key(obj) for obj in objects]):
             yield key.object, data
 
+    def purge(self, obj: ObjectInfo, start: int, stop: int, why: str) -> None:
+        """Drop the entries that hold bytes ``start`` to ``stop`` of an object, because they are
+        bad although they match their own checksums.
+        """
+        size = self._config.bytes.block_size
+        blocks = range(start // size, -(-stop // size))
+        for key in (self._key(obj), *(self._key(obj, number, size) for number in blocks)):
+            if os.path.exists(self._path(key)):
+                self._purge(key.digest, _filename(key), self._url(key), why)
+
     def _key(self, obj: ObjectInfo, block: int | None = None, block_size: int = 0) -> BlockKey:
         return BlockKey(self._origin.identity, self._origin.url, obj, block, block_size)
 

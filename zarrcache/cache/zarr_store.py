@@ -23,6 +23,7 @@ from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.arrays import ZippedStore, check_sizes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
+from zarrcache.cache.chunk_checksums import ChunkChecksums
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
 from zarrcache.origin import Origin
@@ -61,6 +62,8 @@ class CachedStore(Store):
         self._was_there = False
         self._sizes: dict[str, int] | None = None
         self._objects: dict[str, ObjectInfo] = {}
+        self._by_array: dict[str, ChunkChecksums | None] = {}
+        self._checksums: dict[str, ChunkChecksums | None] = {}  # by directory of the chunks
         self._zipped: ZippedStore | None = None
 
     @property
@@ -180,6 +183,45 @@ class CachedStore(Store):
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         check_sizes([stop - start], self.origin.url_of(obj.key))
+        data = self._fetched(obj, start, stop)
+        parent, _, name = obj.key.rpartition("/")
+        if name == "zarr.json":
+            self._by_array[parent] = ChunkChecksums.of(data)
+            return data
+        checks = self._checksums_of(obj.key)
+        if checks is None or checks.is_intact(obj.key, data, start, obj.size_bytes):
+            return data
+        # What the byte tier has is bad, or what the origin has.
+        self._through.purge(obj, start, stop, "it contradicts a checksum (crc32c) of its chunks")
+        data = self._fetched(obj, start, stop)
+        if not checks.is_intact(obj.key, data, start, obj.size_bytes):
+            raise IncompleteArrayError(
+                f"{self.origin.url_of(obj.key)} contradicts the checksum (crc32c) of its chunk or "
+                "shard index, in two readings. The store is damaged: write it again."
+            )
+        return data
+
+    def _checksums_of(self, key: str) -> ChunkChecksums | None:
+        """Checksums in the chunks of the array that an object belongs to, if it is of Zarr v3."""
+        directory = key.rpartition("/")[0]
+        if directory not in self._checksums:
+            parent = directory
+            while len(parent) > len(self.name) and self._document(parent) is None:
+                parent = parent.rpartition("/")[0]
+            document = self._document(parent)
+            if parent not in self._by_array:
+                self._by_array[parent] = (
+                    None
+                    if document is None
+                    else ChunkChecksums.of(self._fetched(document, 0, document.size_bytes))
+                )
+            self._checksums[directory] = self._by_array[parent]
+        return self._checksums[directory]
+
+    def _document(self, parent: str) -> ObjectInfo | None:
+        return self._objects.get(f"{parent}/zarr.json".removeprefix(f"{self.name}/"))
+
+    def _fetched(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         if (start, stop) == (0, obj.size_bytes):
             ((_, data),) = self._through.fetch([obj])
             return bytes(data)
