@@ -11,8 +11,9 @@ import pytest
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
+from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs, zarrcache
-from zarrcache import DataConfig
+from zarrcache import DataConfig, ZarrDataset
 from zarrcache.data.reader import open_reader
 
 
@@ -167,7 +168,7 @@ def test_an_origin_that_is_down_ends_warm_with_one_error(
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\nerror: ") == 1
     assert (
-        "The origin stopped answering: 4 densities in a row failed. 0 of 6 densities are warm; run "
+        "The origin does not answer: 4 densities in a row failed. 0 of 6 densities are warm; run "
         "the same command again to continue." in done.err
     )
     fault_proxy.down()
@@ -220,6 +221,29 @@ def test_ids_come_from_a_file_and_limit_stops_early(config: Path, tmp_path: Path
     assert (
         zarrcache("warm", config, "--ids", tmp_path / "ids.json", "--json").document["fresh"] == 1
     )
+
+
+def test_pairs_on_different_grids_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the run that reads them, by a later one, at the split, and with the first sample."""
+    write_pairs(tmp_path, 3)
+    small_group(tmp_path / "label" / "mp-1.zarr", shape=(24, 24, 24))
+    config = write_config(tmp_path)
+    words = "1 id with input and label on different grids: mp-1. If the network needs"
+    for _ in range(2):
+        done = zarrcache("warm", config)
+        assert (done.code, words in done.err) == (0, True), done.err
+    reader = open_reader(DataConfig.from_yaml(config))
+    dataset = ZarrDataset(reader, "all")
+    assert "1 of 3 materials have input and label on different grids: mp-1. If" in caplog.text
+    caplog.clear()
+    dataset[dataset.task_ids.index("mp-0")]
+    assert not caplog.text
+    for _ in range(2):
+        dataset[dataset.task_ids.index("mp-1")]
+    assert caplog.text.count("mp-1: the data is on a grid of") == 1
+    assert "the label on one of 24 x 24 x 24" in caplog.text
 
 
 def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate
+from zarrcache.errors import SchemaError
 from zarrcache.train.worker_transfer import MappedTensor, _collate
 
 pytestmark = [
@@ -139,6 +140,15 @@ def test_a_batch_of_mixed_grids_is_a_list_of_maps(reader: ZarrS3Reader) -> None:
     (got,) = loader_of(dataset, batch_size=6, collate_fn=collate)
     assert_same(got["label"], [sample["label"] for sample in pairs_of(dataset)])
     assert all(map(is_over_the_cache, got["label"]))
+
+
+def test_a_batch_of_mixed_grids_that_cannot_be_stacked_names_the_remedy(
+    reader: ZarrS3Reader,
+) -> None:
+    """The message of torch says neither why nor what to do."""
+    dataset = ZarrDataset(reader, "all")
+    with pytest.raises(SchemaError, match=r"Pass collate_fn=zarrcache\.collate to the DataLoader"):
+        next(iter(DataLoader(dataset, batch_size=len(dataset), num_workers=1)))
 
 
 def test_a_cold_sample_arrives_right(reader: ZarrS3Reader) -> None:

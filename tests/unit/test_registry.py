@@ -187,6 +187,11 @@ def test_reader_has_the_cache_of_the_config(tmp_path: Path) -> None:
     assert ZarrS3Reader.from_config(cfg).cache_config == CacheConfig(dir=tmp_path)
 
 
+def test_reader_of_stores_is_not_made_of_a_config_for_files() -> None:
+    with pytest.raises(ConfigError, match=r"dataset_name is chgcar_data.*zarrcache convert"):
+        registry.open_reader({**KEYS, "dataset_name": "chgcar_data"})
+
+
 def test_misspelt_cache_key_is_named_before_anything_is_read() -> None:
     """The message suggests the nearest setting."""
     with pytest.raises(ConfigError, match=r"limti is not a setting. Did you mean 'limit'"):

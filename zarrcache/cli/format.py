@@ -112,6 +112,12 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             "If stores were moved or removed since the directories were last listed, pass "
             "--revalidate to list them again."
         )
+    if report.unequal:
+        names = ", ".join(report.unequal[:5]) + (", …" if report.unequal[5:] else "")
+        notes.append(
+            f"{plural(len(report.unequal), 'id')} with input and label on different grids: "
+            f"{names}. If the network needs equal grids, leave them out of the map."
+        )
     if report.untried:
         limit = format_bytes(plan.limit_bytes or 0)
         notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")

@@ -7,6 +7,7 @@ process starts.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,11 +28,11 @@ from zarrcache._keys import (
 )
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
-from zarrcache.config import CacheConfig
+from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density
-from zarrcache.data.splits import PairReader
-from zarrcache.errors import OriginNotFoundError
+from zarrcache.data.splits import PairReader, first_ids
+from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     import zarr
 
 __all__ = ["ZarrS3Reader", "distinct_directories", "open_reader"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class ZarrS3Reader(PairReader):
@@ -106,6 +110,7 @@ class ZarrS3Reader(PairReader):
         self._read_throughs: dict[tuple[Role, str, bool], ReadThrough] = {}
         self._store_names: dict[Role, dict[str, str]] = {}
         self._observers: tuple[ReadObserver, ...] = ()
+        self._has_compared_grids = False
         if self._cache.remote is not None:
             self._cache.remote.check()
         if self.use_s3:
@@ -146,6 +151,33 @@ class ZarrS3Reader(PairReader):
             stored = self._stored_names(role) if self._trusts_entries else None
             self._store_names[role] = self._list(role) if stored is None else stored
         return self._store_names[role]
+
+    def split_task_ids(self) -> tuple[list[str], list[str]]:
+        """Training and test ids, in the order of ``data_split()``.
+
+        A warning names pairs whose input and label are cached and differ in size, as their grids
+        then do. Once per reader.
+        """
+        train, test = super().split_task_ids()
+        if self._trusts_entries and not self._has_compared_grids:
+            self._has_compared_grids = True
+            sizes = self.stored()
+            unequal = [
+                id_
+                for id_ in self.task_ids
+                if id_ in sizes["data"]
+                and id_ in sizes["label"]
+                and sizes["data"][id_] != sizes["label"][id_]
+            ]
+            if unequal:
+                logger.warning(
+                    "%d of %d materials have input and label on different grids: %s. If the "
+                    "network needs equal grids, leave them out of the map.",
+                    len(unequal),
+                    len(train) + len(test),
+                    first_ids(unequal),
+                )
+        return train, test
 
     def relist(self) -> None:
         """List both directories at the origin now, and store the listings for offline runs."""
@@ -411,4 +443,11 @@ def open_reader(cfg: object) -> ZarrS3Reader:
     ConfigError
         A key is missing or cannot be used.
     """
-    return ZarrS3Reader.from_config(cfg)
+    config = DataConfig.of(cfg)
+    if config.dataset_name == "chgcar_data":
+        raise ConfigError(
+            "dataset_name is chgcar_data, but this reads Zarr stores. Use "
+            "get_dataset(cfg), or run `zarrcache convert` and set dataset_name: zarr_s3_data and "
+            "data_dir, label_dir to the directories of the stores."
+        )
+    return ZarrS3Reader.from_config(config)

@@ -26,6 +26,7 @@ from zarrcache.errors import ConfigError
 __all__ = [
     "PairReader",
     "Split",
+    "first_ids",
     "hold_out",
     "ids_of",
     "read_map",
@@ -105,12 +106,12 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
             "The map repeats %d task ids of %s; each is used once: %s",
             len(repeated),
             functional,
-            _first(repeated),
+            first_ids(repeated),
         )
     return unique
 
 
-def _first(ids: Sequence[str]) -> str:
+def first_ids(ids: Sequence[str]) -> str:
     """The first ids of a list, for messages."""
     return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
 
@@ -479,7 +480,7 @@ class PairReader(ABC):
                     self.functional,
                     self._unit,
                     *self._urls(),
-                    _first(missing),
+                    first_ids(missing),
                 )
             ids = tuple(id_ for id_ in wanted if id_ in data and id_ in label)
             self._known_ids[key] = _Present(ids, missing)

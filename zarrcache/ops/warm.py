@@ -89,6 +89,8 @@ class WarmResult:
         Message of the error, if it failed.
     is_down : bool
         Failed with an error that affects every request: the origin is unavailable or denies access.
+    is_denied : bool
+        Failed because the origin denies access.
     is_gone : bool
         Failed because the store does not exist.
     """
@@ -99,6 +101,7 @@ class WarmResult:
     nbytes: int = 0
     error: str = ""
     is_down: bool = False
+    is_denied: bool = False
     is_gone: bool = False
 
 
@@ -139,6 +142,9 @@ class WarmReport:
     untried : int
         Ids left when ``limit_bytes`` was reached.
     failed : tuple of WarmResult
+    unequal : tuple of str
+        Ids whose input and label differ in their number of points. Of two densities that were
+        cached before and not read, only a difference of their bytes on disk is seen.
     nbytes, disk_bytes : int
         Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
         is known to a multiple of 4096 bytes only, rounded up.
@@ -159,6 +165,7 @@ class WarmReport:
     bypassed: tuple[str, ...]
     untried: int
     failed: tuple[WarmResult, ...]
+    unequal: tuple[str, ...]
     nbytes: int
     disk_bytes: int
     needed_bytes: int
@@ -297,7 +304,8 @@ class WarmPlan:
                 down = down + 1 if result.is_down else 0
                 if down >= max(4, 2 * self.workers * self.threads):
                     raise OriginError(
-                        f"The origin stopped answering: {down} densities in a row failed. "
+                        f"The origin {'refuses access' if result.is_denied else 'does not answer'}: "
+                        f"{down} densities in a row failed. "
                         f"{tally.warm} of {len(self.task_ids) * len(self.roles)} densities are "
                         "warm; run the same command again to continue. "
                         f"The last error: {result.error}"
@@ -554,6 +562,7 @@ def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
         "failed",
         error=str(exc),
         is_down=isinstance(exc, (OriginUnavailableError, OriginAccessError)),
+        is_denied=isinstance(exc, OriginAccessError),
         is_gone=isinstance(exc, OriginNotFoundError),
     )
 
@@ -577,6 +586,7 @@ class _Tally:
             payload = np.maximum(self._on_disk(plan.stored) - BLOCK_BYTES, 0)
             self._nbytes = np.where(self._outcomes == _HIT, payload, 0)
         self._failed: dict[tuple[int, int], WarmResult] = {}
+        self._is_read = np.zeros(self._outcomes.shape, np.bool_)
         #: Decoded bytes that are warm.
         self.nbytes = int(self._nbytes.sum())
 
@@ -590,6 +600,7 @@ class _Tally:
         at = self._row[result.task_id], self._column[result.role]
         self._outcomes[at] = _OUTCOMES.index(result.outcome)
         self._nbytes[at] = result.nbytes
+        self._is_read[at] = result.nbytes > 0
         if result.outcome == "failed":
             self._failed[at] = result
         if result.outcome in ("hit", "miss"):
@@ -639,6 +650,7 @@ class _Tally:
             bypassed=tuple(self._task_ids[row] for row in np.flatnonzero(is_bypassed)),
             untried=int((~is_tried).sum()),
             failed=tuple(result for _, result in sorted(self._failed.items())),
+            unequal=self._unequal(on_disk),
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
             needed_bytes=self._needed_bytes(np.array(measured, np.int64)),
@@ -646,6 +658,13 @@ class _Tally:
             stats=stats,
             seconds=seconds,
         )
+
+    def _unequal(self, on_disk: NDArray[np.int64]) -> tuple[str, ...]:
+        """Ids whose input and label differ in size: exactly if both were read."""
+        is_read = self._is_read.all(axis=1)
+        sizes: NDArray[np.int64] = np.where(is_read[:, None], self._nbytes, on_disk)
+        differs = np.all(sizes > 0, axis=1) & np.not_equal(sizes[:, 0], sizes[:, -1])
+        return tuple(self._task_ids[row] for row in np.flatnonzero(differs))
 
     def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
         """Bytes on disk of all densities.

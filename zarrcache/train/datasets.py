@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from abc import abstractmethod
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
 from zarrcache.errors import ConfigError, SchemaError
+from zarrcache.stats import LogOnce
 from zarrcache.train.transforms import Grid, downsample, draw_rotation, rotate
 from zarrcache.train.worker_transfer import Sender
 
@@ -29,6 +31,8 @@ __all__ = [
     "collate",
     "collate_fn",
 ]
+
+logger = logging.getLogger(__name__)
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -78,15 +82,27 @@ class _PairDataset(Sender):
             )
         self._to_tensors = to_tensors
         self.transform = transform
+        self._log_once = LogOnce()
 
     def reread(self, index: int, field: int) -> Grid:
         """One side of a sample, neither rotated nor transformed; called by the worker transfer."""
         return self._to_tensors.unrotated(self._read(index, field), field)
 
     def _sample(self, i: int, name: str, **rest: Any) -> dict[str, Any]:
-        (data, data_grid), (label, label_grid) = self._to_tensors(
-            self._read(i, 0), self._read(i, 1), i, name=name
-        )
+        whole = self._read(i, 0), self._read(i, 1)
+        if whole[0].shape != whole[1].shape:
+            # Not an error: the label may be on a finer grid on purpose. Most networks fail on the
+            # sample, in words that do not name the material. One warning is enough: the first
+            # such sample fails, or none does.
+            self._log_once.warning(
+                "grids",
+                logger,
+                "%s: the data is on a grid of %s points, the label on one of %s. If the network "
+                "needs equal grids, leave the material out of the map. Further ones are not named.",
+                name,
+                *(_times(grid.shape[1:]) for grid in whole),
+            )
+        (data, data_grid), (label, label_grid) = self._to_tensors(*whole, i, name=name)
         sample = {
             "data": self.for_transfer(data, data_grid, i, 0),
             "label": self.for_transfer(label, label_grid, i, 1),

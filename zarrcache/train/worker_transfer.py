@@ -30,6 +30,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zarrcache.disk import Place, is_mapped, map_place, place_of
+from zarrcache.errors import SchemaError
 
 __all__ = ["MappedTensor", "Sender"]
 
@@ -173,6 +174,12 @@ def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> to
     first = batch[0]
     if len(batch) == 1 and isinstance(first, MappedTensor):
         return MappedTensor.over(first.plain().unsqueeze(0), first.grid, first.sample)
+    if len(shapes := {tuple(tensor.shape) for tensor in batch}) > 1:
+        raise SchemaError(
+            f"the samples of a batch have different shapes ({', '.join(map(str, sorted(shapes)))}) "
+            "and cannot be stacked. Pass collate_fn=zarrcache.collate to the DataLoader, which "
+            "makes lists of them, or use batch_size=1."
+        )
     stacked: torch.Tensor = default_collate(
         [tensor.plain() if isinstance(tensor, MappedTensor) else tensor for tensor in batch]
     )
