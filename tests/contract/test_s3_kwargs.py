@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.certificates import make_certificate
+from tests.support.certificates import make_certificate, make_self_signed
 from tests.support.faultproxy import FaultProxy
 from tests.support.s3server import S3Server
+from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import OriginError, OriginNotFoundError
+from zarrcache.errors import ConfigError, OriginError, OriginNotFoundError
 from zarrcache.origin import make_s3fs, open_origin
 
 #: For servers that do not check credentials.
@@ -190,7 +191,7 @@ def test_anon_sends_no_authorization(
             fetch=FetchConfig(engine=engine),
         )
         assert origin.fetch_range(obj, 2, 5) == b"234"
-        assert [seen.op for seen in fault_proxy.seen()] == ["GET"]
+        assert {seen.op for seen in fault_proxy.seen()} == {"GET"}
         assert not {"authorization", "x-amz-security-token"} & {
             name.lower() for name in fault_proxy.seen()[0].headers
         }
@@ -358,10 +359,10 @@ class _NoSuchBucket(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A server with an unknown certificate: its URL, and the file of its CA."""
-    ca, cert = make_certificate(tmp_path)
+@pytest.fixture(params=[make_certificate, make_self_signed])
+def tls(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """A server with an unknown certificate: its URL, and the file of certificates to trust."""
+    ca, cert = request.param(tmp_path)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchBucket)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert)
@@ -377,32 +378,69 @@ def tls(tmp_path: Path) -> Iterator[tuple[str, str]]:
     server.server_close()
 
 
-@pytest.mark.parametrize("engine", ["s3fs", "obstore"])
+def ask(endpoint_url: str, engine: str, *, listed: bool = True, **client: Any) -> None:
+    """One LIST, or one GET without a LIST before it. The server has no such bucket."""
+    kwargs = {**CREDENTIALS, "endpoint_url": endpoint_url, "client_kwargs": client}
+    fetch = FetchConfig(engine=engine, connect_timeout=5.0)
+    origin = open_origin(
+        "s3://densities/data", s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=1)
+    )
+    if listed:
+        origin.list_objects()
+    else:
+        list(origin.fetch([ObjectInfo("mp-1.zarr/x", 3, "")]))
+
+
+@pytest.mark.parametrize("engine", ["s3fs", "auto"])
 def test_certificates_are_checked_unless_one_says_otherwise(
-    engine: str, tls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    engine: str, tls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``client_kwargs.verify``: a CA file, or False; or AWS_CA_BUNDLE. An unknown certificate is
-    not retried, and the error says what to set.
+    """``client_kwargs.verify``: a file, or False; or the names that botocore looks for. An unknown
+    certificate is not retried, and the error says what to set.
     """
     endpoint_url, ca = tls
-
-    def ask(**client: Any) -> None:
-        kwargs = {**CREDENTIALS, "endpoint_url": endpoint_url, "client_kwargs": client}
-        fetch = FetchConfig(engine=engine, connect_timeout=5.0)
-        open_origin(
-            "s3://densities/data", s3_kwargs=kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
-        ).list_objects()
-
     with pytest.raises(
         OriginError,
         match=f"the certificate of {endpoint_url} is not trusted. Name the file of its CA in "
         "s3_kwargs",
     ) as caught:
-        ask()
+        ask(endpoint_url, engine)
     assert type(caught.value) is OriginError
-    for verify in (ca, False):
-        with pytest.raises(OriginNotFoundError, match="there is no bucket 'densities'"):
-            ask(verify=verify)
-    monkeypatch.setenv("AWS_CA_BUNDLE", ca)
-    with pytest.raises(OriginNotFoundError, match="there is no bucket 'densities'"):
-        ask()
+    no_bucket = pytest.raises(OriginNotFoundError, match="there is no bucket 'densities'")
+    for verify in (ca, False, "False"):
+        with no_bucket:
+            ask(endpoint_url, engine, verify=verify)
+    with no_bucket:
+        ask(endpoint_url, engine, listed=False, verify=ca)
+    for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        with monkeypatch.context() as patch, no_bucket:
+            patch.setenv(variable, ca)
+            ask(endpoint_url, engine)
+    config = tmp_path / "config"
+    config.write_text(f"[default]\nca_bundle = {ca}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    with no_bucket:
+        ask(endpoint_url, engine)
+
+
+@pytest.mark.parametrize("engine", ["s3fs", "auto"])
+@pytest.mark.parametrize(
+    "text",
+    [None, "no certificate\n", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----"],
+)
+@pytest.mark.parametrize("where", ["verify", "AWS_CA_BUNDLE", "config"])
+def test_a_file_without_certificates_is_named(
+    engine: str, text: str | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the file is named; not retried, and no request is made."""
+    file = tmp_path / "ca.pem"
+    if text is not None:
+        file.write_text(text)
+    if where == "AWS_CA_BUNDLE":
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(file))
+    if where == "config":
+        (tmp_path / "config").write_text(f"[default]\nca_bundle = {file}\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    client = {"verify": str(file)} if where == "verify" else {}
+    with pytest.raises(ConfigError, match=f"the certificate file {file} cannot be read"):
+        ask("https://127.0.0.1:1", engine, **client)

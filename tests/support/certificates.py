@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-__all__ = ["make_certificate"]
+__all__ = ["make_certificate", "make_self_signed"]
 
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
@@ -51,9 +51,45 @@ def make_certificate(directory: Path) -> tuple[Path, Path]:
     )
     server = server.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    secret = _secret(key)
     (directory / "ca.pem").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(pem))
     (directory / "server.pem").write_bytes(
         server.sign(ca_key, hashes.SHA256()).public_bytes(pem) + secret
     )
     return directory / "ca.pem", directory / "server.pem"
+
+
+def make_self_signed(directory: Path) -> tuple[Path, Path]:
+    """Write ``own.pem`` (to trust) and ``own-server.pem`` (to serve with): one certificate for
+    127.0.0.1 that signed itself and is an authority, as ``openssl req -x509`` makes them.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    key = ec.generate_private_key(ec.SECP256R1())
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))])
+    signed = (
+        x509.CertificateBuilder(
+            name,
+            name,
+            key.public_key(),
+            x509.random_serial_number(),
+            now - datetime.timedelta(hours=1),
+            now + datetime.timedelta(days=2),
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+        .add_extension(address, False)
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    (directory / "own.pem").write_bytes(signed)
+    (directory / "own-server.pem").write_bytes(signed + _secret(key))
+    return directory / "own.pem", directory / "own-server.pem"
+
+
+def _secret(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )

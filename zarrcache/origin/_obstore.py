@@ -18,11 +18,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from fsspec.asyn import get_loop
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
+from zarrcache.origin._botocore import S3Settings
 from zarrcache.origin._concurrent import (
     SLOWEST_BYTES_PER_S,
     Answers,
@@ -31,7 +33,7 @@ from zarrcache.origin._concurrent import (
 )
 from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
-from zarrcache.origin._s3_options import S3Options, stores_checksum
+from zarrcache.origin._s3_options import S3Options
 from zarrcache.origin._versions import etag_in, version_of
 
 if TYPE_CHECKING:
@@ -110,12 +112,15 @@ class ObstoreEngine:
     ----------
     bucket : str
     options : S3Options
-    region : str
-        The bucket's region; obstore does not follow redirects to another one.
+    settings : S3Settings
+        Where requests go, how they are signed, what is trusted: what botocore would do. The region
+        has to be the bucket's, because obstore does not follow redirects to another one.
     fetch : FetchConfig
     """
 
-    def __init__(self, bucket: str, options: S3Options, region: str, fetch: FetchConfig) -> None:
+    def __init__(
+        self, bucket: str, options: S3Options, settings: S3Settings, fetch: FetchConfig
+    ) -> None:
         # The package first, because it imports obstore.store, which imports the package: if one
         # thread imports the package and another obstore.store, the import fails with _DeadlockError
         # (2 of 12 runs with 16 threads; 0 with the package first in all of them).
@@ -124,28 +129,27 @@ class ObstoreEngine:
 
         _pause_at_exit()
         self._fetch = fetch
-        endpoint, virtual = _endpoint(bucket, options, region)
-        credentials = None if options.anon else _Credentials(options)
+        credentials = _Credentials(options) if settings.is_signed else None
 
         # Set everything that obstore would otherwise take from the environment, by rules that
         # differ from botocore's.
         config: S3Config = {
-            "endpoint": endpoint,
-            "aws_endpoint_url_s3": endpoint,
-            "region": region,
-            "virtual_hosted_style_request": virtual,
-            "skip_signature": options.anon,
+            "endpoint": settings.url,
+            "aws_endpoint_url_s3": settings.url,
+            "region": settings.region,
+            "virtual_hosted_style_request": settings.is_virtual_hosted,
+            "skip_signature": not settings.is_signed,
             "request_payer": options.requester_pays,
             "s3_express": False,
         }
-        if stores_checksum(options):  # of a PUT; it is computed for the signature anyway
+        if settings.stores_checksum:  # of a PUT; it is computed for the signature anyway
             config["checksum_algorithm"] = "SHA256"
 
         def store(*, quick_s: float | None = None) -> S3Store:
             return S3Store(
                 bucket,
                 config=config,
-                client_options=_client_options(endpoint, options, fetch, quick_s),
+                client_options=_client_options(settings, fetch, quick_s),
                 retry_config={"max_retries": 0, "retry_timeout": timedelta(0)},
                 credential_provider=credentials,
             )
@@ -282,35 +286,29 @@ class _Credentials:
         }
 
 
-def _endpoint(bucket: str, options: S3Options, region: str) -> tuple[str, bool]:
-    """URL for requests, and whether its host name contains the bucket."""
-    if options.endpoint_url is None:
-        scheme = "https" if options.use_ssl else "http"
-        domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-        # A dot in the bucket's name does not match the certificate's wildcard.
-        virtual = options.virtual_hosted is not False and "." not in bucket
-        return f"{scheme}://{bucket + '.' if virtual else ''}s3.{region}.{domain}", virtual
-    if options.virtual_hosted:
-        scheme, _, host = options.endpoint_url.partition("://")
-        return f"{scheme}://{bucket}.{host}", True
-    return options.endpoint_url, False
-
-
 def _client_options(
-    endpoint: str, options: S3Options, fetch: FetchConfig, quick_s: float | None
+    settings: S3Settings, fetch: FetchConfig, quick_s: float | None
 ) -> ClientConfig:
     client: ClientConfig = {
-        "allow_http": endpoint.startswith("http://"),
+        "allow_http": settings.url.startswith("http://"),
         "connect_timeout": timedelta(seconds=fetch.connect_timeout),
         "read_timeout": timedelta(seconds=fetch.read_timeout),
         # obstore's default of 30 s for a whole request would cut off large objects on a slow
         # network. read_timeout bounds silence; the engine's methods bound slowness.
         "timeout": timedelta(days=1) if quick_s is None else timedelta(seconds=quick_s),
     }
-    if options.verify is False:
+    if settings.verify is False:
         client["allow_invalid_certificates"] = True
-    elif isinstance(options.verify, str):
-        client["root_certificate"] = Path(options.verify).read_bytes()
+    elif isinstance(settings.verify, str):
+        client["root_certificate"] = Path(settings.verify).read_bytes()
+    if settings.proxy_url is not None:
+        client["proxy_url"] = settings.proxy_url
+    else:
+        # obstore would look for a proxy in the environment, by rules that differ from botocore's
+        # (ALL_PROXY, NO_PROXY). Where a proxy is given it does not, and this one is given for no
+        # host.
+        client["proxy_url"] = "http://proxy.invalid"
+        client["proxy_excludes"] = str(urlsplit(settings.url).hostname)
     return client
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -16,23 +17,37 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import _obstore, _s3fs
-from zarrcache.origin._concurrent import Page, Received, concurrent_requests, run
+from zarrcache.origin._botocore import S3Settings, settings_of, trusted_by
+from zarrcache.origin._concurrent import (
+    Answers,
+    Page,
+    Received,
+    concurrent_requests,
+    run,
+)
 from zarrcache.origin._content import HELD_BYTES, ContentCheck, other_shape
 from zarrcache.origin._retry import Backoff, RetryPolicy, TransientError
 from zarrcache.origin._s3_errors import RequestContext, S3Error, changed, to_error
-from zarrcache.origin._s3_options import S3Options, split_s3_url
+from zarrcache.origin._s3_options import (
+    AWS_ENDPOINT,
+    S3Options,
+    check_certificates,
+    split_s3_url,
+)
 from zarrcache.origin._versions import etag_in, is_same_version, md5_in
-from zarrcache.stats import Counters
+from zarrcache.stats import Counters, LogOnce
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["S3Bucket", "S3Origin"]
 
+logger = logging.getLogger(__name__)
+_warned = LogOnce()
+
 T = TypeVar("T")
 Engine = _obstore.ObstoreEngine | _s3fs.S3fsEngine
 
-logger = logging.getLogger(__name__)
 
 #: Other objects that are compared with their ETags to find out whether these are MD5s.
 _SAMPLE = 8
@@ -75,28 +90,28 @@ class S3Bucket:
         writes: bool = False,
     ) -> None:
         self.name = name
-        self.options = S3Options.of(s3_kwargs)
-        if fetch.engine == "obstore" and self.options.only_s3fs:
-            raise ConfigError(
-                "cache.fetch.engine is obstore, which cannot do "
-                f"{', '.join(self.options.only_s3fs)} of s3_kwargs. Remove them, or set engine: "
-                "auto."
-            )
+        try:
+            self.options = S3Options.of(s3_kwargs)
+        except S3Error as error:
+            raise to_error(error, RequestContext(f"s3://{name}", name, AWS_ENDPOINT)) from error
         self.endpoint = self.options.identity
         #: Nothing but TCP's checksum protects what is sent.
         self.is_plain = (self.options.endpoint_url or "").startswith("http://") or (
             self.options.endpoint_url is None and not self.options.use_ssl
         )
         self.fetch = fetch
+        self._settings: S3Settings | None = None
+        self._has_left_obstore = False
+        self._needs_s3fs(self.options.only_s3fs)
         self.retry = retry
         self.counters = counters if counters is not None else Counters()
         self.backoff = None if writes else Backoff(self.endpoint, node_dir)
         self._writes = writes
-        self._region = self.options.region
         self._engines: dict[tuple[int, str], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engines": {}}
+        # Another process, maybe on another node, has its own environment and files.
+        return {**self.__dict__, "_engines": {}, "_settings": None}
 
     def context(self, url: str, obj: ObjectInfo | None = None) -> RequestContext:
         """The context of a request for ``url``, for its error message."""
@@ -121,12 +136,15 @@ class S3Bucket:
         operation = Operation(self)
 
         def attempt(remaining_s: float) -> T:
-            engine = open_engine()
-            self.counters.add(requests=1)
-            patience_s = min(self.fetch.read_timeout, remaining_s)
+            engine: Engine | None = None
             try:
+                engine = open_engine()
+                self.counters.add(requests=1)
+                patience_s = min(self.fetch.read_timeout, remaining_s)
                 answer = run(get_loop(), request(engine, patience_s))
             except S3Error as error:
+                if self._leaves_obstore(error, engine):
+                    return attempt(remaining_s)
                 if self.backoff is not None:
                     self.backoff.note(error)
                 raised = operation.error(error, context, engine)
@@ -161,17 +179,20 @@ class S3Bucket:
         operation = Operation(self, retry)
         engine: Engine
 
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
+        def request_from(opened: Engine, missing: list[ObjectInfo], remaining_s: float) -> Answers:
             nonlocal engine
-            engine = open_engine()
+            engine = opened
             patience_s = min(self.fetch.read_timeout, remaining_s)
             return concurrent_requests(
                 get_loop(),
-                lambda obj: request(engine, obj, patience_s),
+                lambda obj: request(opened, obj, patience_s),
                 missing,
                 self.fetch.concurrency,
                 self.backoff,
             )
+
+        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
+            return self.answers(open_engine, request_from, missing, remaining_s)
 
         def accept(obj: ObjectInfo, answer: Received | S3Error) -> tuple[str, Received] | Exception:
             if isinstance(answer, S3Error):
@@ -179,6 +200,35 @@ class S3Bucket:
             return obj.key, answer
 
         return dict(operation.policy.call_all(objects, send, accept, url_of=lambda _: context.url))
+
+    def answers(
+        self,
+        open_engine: Callable[[], Engine],
+        request_from: Callable[[Engine, list[ObjectInfo], float], Answers],
+        objects: list[ObjectInfo],
+        remaining_s: float,
+    ) -> Answers:
+        """Answers to one request per object; from s3fs where obstore cannot talk to the server.
+
+        Parameters
+        ----------
+        request_from : callable
+            Called with the engine, the objects, and the seconds that are left.
+        """
+        try:
+            engine = open_engine()
+        except S3Error as error:  # the settings cannot be resolved
+            yield objects[0], error
+            return
+        unanswered = []
+        with contextlib.closing(request_from(engine, objects, remaining_s)) as answers:
+            for obj, answer in answers:
+                if isinstance(answer, S3Error) and self._leaves_obstore(answer, engine):
+                    unanswered.append(obj)
+                else:
+                    yield obj, answer
+        if unanswered:
+            yield from request_from(open_engine(), unanswered, remaining_s)
 
     def list_objects(self, prefix: str, context: RequestContext) -> list[ObjectInfo]:
         """Every object whose key begins with ``prefix``, which ends with ``/`` or is empty."""
@@ -233,7 +283,7 @@ class S3Bucket:
 
     def engine(self, *paths: str) -> Engine:
         """The engine of this process for objects and prefixes with these full names."""
-        if self.fetch.engine == "s3fs" or self.options.only_s3fs:
+        if self.fetch.engine == "s3fs" or self.options.only_s3fs or self._has_left_obstore:
             return self.s3fs()
         opened: Engine | None = self._engines.get((os.getpid(), "obstore"))
         if opened is None and not _obstore.is_usable():
@@ -242,25 +292,83 @@ class S3Bucket:
             return self.s3fs()
         if opened is not None:
             return opened
-        if self._region is None:
-            # obstore does not follow redirects to another region
-            self._region = (
-                self.call(
+        settings = self.settings()
+        if self._needs_s3fs(settings.only_s3fs):
+            return self.s3fs()
+        return self._opened(
+            "obstore",
+            lambda: _obstore.ObstoreEngine(self.name, self.options, settings, self.fetch),
+        )
+
+    def settings(self) -> S3Settings:
+        """How botocore would send requests to this bucket, in this process.
+
+        Raises
+        ------
+        ConfigError, S3Error
+        """
+        if self._settings is None:
+            kwargs = self.options.pinned_kwargs
+            settings = settings_of(kwargs, self.name)
+            if self.options.endpoint_url is None and self.options.region is None:
+                # obstore does not follow redirects to another region
+                region = self.call(
                     lambda engine, patience_s: engine.bucket_region(patience_s=patience_s),
                     self.context(f"s3://{self.name}"),
                     open_engine=self.s3fs,
                 )
-                or "us-east-1"
+                if region not in (None, settings.region):
+                    settings = settings_of(kwargs, self.name, region)
+            check_certificates(settings.verify)
+            self._settings = settings
+        return self._settings
+
+    def _leaves_obstore(self, error: S3Error, engine: object) -> bool:
+        """Whether to repeat a request through s3fs, from now on; said once.
+
+        botocore trusts certificates that obstore refuses, such as one that signed itself and is
+        also an authority, and it follows a bucket to its region.
+        """
+        is_obstore = isinstance(engine, _obstore.ObstoreEngine)
+        if self.fetch.engine != "auto" or not is_obstore or not error.is_for_botocore:
+            return False
+        self._has_left_obstore = True
+        self._needs_s3fs([f"what this server needs ({error})"])
+        return True
+
+    def _needs_s3fs(self, settings: Collection[str]) -> bool:
+        """Whether there are ``settings``, which obstore cannot do; said once.
+
+        Raises
+        ------
+        ConfigError
+            There are some, and ``fetch.engine`` is obstore.
+        """
+        if settings and self.fetch.engine == "obstore":
+            raise ConfigError(
+                f"cache.fetch.engine is obstore, which cannot do {', '.join(settings)}. Remove "
+                "them, or set engine: auto."
             )
-        region = self._region
-        return self._opened(
-            "obstore",
-            lambda: _obstore.ObstoreEngine(self.name, self.options, region, self.fetch),
-        )
+        if settings and self.fetch.engine == "auto":
+            _warned.warning(
+                (self.endpoint, *settings),
+                logger,
+                "%s is read through s3fs, which needs up to ten times the CPU: obstore cannot do "
+                "%s (logged once)",
+                self.endpoint,
+                ", ".join(settings),
+            )
+        return bool(settings)
 
     def s3fs(self) -> _s3fs.S3fsEngine:
         """The s3fs engine of this process."""
-        return self._opened("s3fs", lambda: _s3fs.S3fsEngine(self.name, self.options, self.fetch))
+
+        def make() -> _s3fs.S3fsEngine:
+            if not self.endpoint.startswith("http://"):
+                check_certificates(trusted_by(self.options.kwargs))
+            return _s3fs.S3fsEngine(self.name, self.options, self.fetch)
+
+        return self._opened("s3fs", make)
 
     def _opened(self, name: str, make: Callable[[], T]) -> T:
         key = (os.getpid(), name)
@@ -463,13 +571,19 @@ class S3Origin:
         operation = Operation(self._bucket)
         listed = {self._full(obj).key: obj for obj in objects}
 
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
+        def request_from(opened: Engine, missing: list[ObjectInfo], remaining_s: float) -> Answers:
             nonlocal engine
-            engine = self._bucket.engine(*(obj.key for obj in missing))
-            return engine.get_many(
+            engine = opened
+            return opened.get_many(
                 [self._conditional(obj) for obj in missing],
                 patience_s=remaining_s,
                 backoff=self._bucket.backoff,
+            )
+
+        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
+            keys = [obj.key for obj in missing]
+            return self._bucket.answers(
+                lambda: self._bucket.engine(*keys), request_from, missing, remaining_s
             )
 
         def accept(

@@ -30,6 +30,9 @@ _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "InternalError OperationAborted RequestTimeout RequestTimeoutException "
     "PriorRequestNotComplete".split()
 )
+_ELSEWHERE_CODES = frozenset(
+    "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException".split()
+)
 #: Names of this package for failures without an answer from the server.
 _TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody", "Mismatch", "Altered"})
 
@@ -103,6 +106,16 @@ class S3Error(Exception):
     def is_slow_down(self) -> bool:
         """Whether the server says that it gets too many requests."""
         return self.code in _SLOW_DOWN_CODES or self.status in _SLOW_DOWN_STATUS
+
+    @property
+    def is_for_botocore(self) -> bool:
+        """Whether botocore may succeed where obstore cannot: another region, a certificate."""
+        return self.code == "Certificate" or self.is_elsewhere
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the server says that the bucket is in another region."""
+        return self.status in (301, 307) or self.code in _ELSEWHERE_CODES
 
     @property
     def is_expired(self) -> bool:
@@ -202,11 +215,7 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
         )
     if context.obj is not None and error.status in (412, 416):
         return changed(url)
-    if error.status in (301, 307) or error.code in (
-        "PermanentRedirect",
-        "AuthorizationHeaderMalformed",
-        "IllegalLocationConstraintException",
-    ):
+    if error.is_elsewhere:
         return OriginError(
             f"{url}: bucket {bucket!r} is in another region: {str(error).rstrip('.')}. "
             "Set client_kwargs: {region_name: ...} in s3_kwargs to the bucket's region."

@@ -1,26 +1,30 @@
-"""Parse ``s3_kwargs`` (the arguments of ``s3fs.S3FileSystem``) for both engines. No connections."""
+"""Read ``s3_kwargs`` (the arguments of ``s3fs.S3FileSystem``) for both engines. No connections."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from fsspec.config import conf as fsspec_defaults
+
 from zarrcache.errors import ConfigError
+from zarrcache.origin import _botocore
 
 __all__ = [
     "AWS_ENDPOINT",
     "S3Options",
-    "configured_endpoint",
+    "check_certificates",
     "split_s3_url",
-    "stores_checksum",
+    "typed_kwargs",
 ]
 
-#: Identity of an origin without ``endpoint_url``. Bucket names are unique over all regions, so the
-#: region is not part of it.
+#: Identity of an origin without an endpoint. Bucket names are unique over all regions of a
+#: partition, so the region is not part of it.
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 _ALIASES = {"username": "key", "password": "secret"}
@@ -49,36 +53,70 @@ _KNOWN = (
         "version_aware s3_additional_kwargs session cache_regions asynchronous loop".split()
     )
 )
+_OF_CLIENT = frozenset({"endpoint_url", "region_name", "verify", "use_ssl", *_CLIENT_ALIASES})
 #: botocore settings that obstore does not need or that ``cache.fetch`` sets.
 _IRRELEVANT_CONFIG = frozenset(
     "retries max_pool_connections connect_timeout read_timeout tcp_keepalive user_agent "
-    "user_agent_extra user_agent_appid "
-    "request_checksum_calculation response_checksum_validation parameter_validation".split()
+    "user_agent_extra user_agent_appid defaults_mode "
+    "response_checksum_validation parameter_validation".split()
 )
+#: botocore settings whose effect is seen in the request that `_botocore.settings_of` prepares.
+_ASKED_CONFIG = frozenset(
+    "region_name signature_version s3 proxies use_dualstack_endpoint use_fips_endpoint "
+    "ignore_configured_endpoint_urls request_checksum_calculation".split()
+)
+
+_NESTED = frozenset(
+    "client_kwargs config_kwargs config_kwargs.s3 config_kwargs.retries config_kwargs.proxies "
+    "config_kwargs.proxies_config".split()
+)
+#: Settings that are true or false, and settings that are numbers.
+_TRUTH = frozenset(
+    "anon use_ssl requester_pays version_aware cache_regions default_fill_cache asynchronous "
+    "use_listings_cache skip_instance_cache fixed_upload_size local_expiry_check "
+    "tcp_keepalive parameter_validation inject_host_prefix use_dualstack_endpoint "
+    "use_fips_endpoint ignore_configured_endpoint_urls disable_request_compression "
+    "s3_disable_express_session_auth use_accelerate_endpoint payload_signing_enabled "
+    "use_arn_region proxy_use_forwarding_for_https".split()
+)
+_NUMBERS = frozenset(
+    "default_block_size max_concurrency listings_expiry_time max_paths connect_timeout "
+    "read_timeout max_pool_connections max_attempts total_max_attempts "
+    "request_min_compression_size_bytes".split()
+)
+#: As in the other keys of a config.
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+#: The regions of the partition "aws", as botocore recognises them.
+_PUBLIC_REGION = re.compile(r"(us|eu|ap|sa|ca|me|af|il|mx)-[a-z]+-\d+")
 
 
 @dataclass(frozen=True)
 class S3Options:
-    """The settings of ``s3_kwargs``, the environment and the user's AWS config file.
+    """``s3_kwargs`` and the endpoint of their requests.
 
     Attributes
     ----------
     kwargs : dict
-        ``s3_kwargs`` as given, for s3fs.
+        ``s3_kwargs`` for s3fs, with fsspec's own defaults for it, and truth values and numbers that
+        were given as text.
     endpoint_url : str or None
         None: AWS.
+    partition : str
+        AWS's group of regions, within which the names of buckets are unique.
     region : str or None
-        For signatures. None, only with AWS: the bucket's region, which one request finds.
-    virtual_hosted : bool or None
-        None: path style for a given endpoint, virtual hosts for AWS.
-    verify : bool or str
-        Check certificates; a string is the path of a file of certificates to trust.
+        The region that ``s3_kwargs`` name.
     only_s3fs : tuple of str
-        Names of the settings that obstore does not support; usually empty.
+        Names in ``s3_kwargs`` that obstore does not support; usually empty.
     """
 
     kwargs: dict[str, Any] = field(repr=False)
     endpoint_url: str | None = None
+    partition: str = "aws"
     region: str | None = None
     anon: bool = False
     key: str | None = field(default=None, repr=False)
@@ -87,28 +125,36 @@ class S3Options:
     profile: str | None = None
     requester_pays: bool = False
     use_ssl: bool = True
-    verify: bool | str = True
-    virtual_hosted: bool | None = None
     only_s3fs: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
         """The endpoint, for ``ArrayKey.origin``."""
-        return (self.endpoint_url or AWS_ENDPOINT).rstrip("/")
+        if self.endpoint_url is not None:
+            return self.endpoint_url
+        return AWS_ENDPOINT if self.partition == "aws" else f"{AWS_ENDPOINT} ({self.partition})"
+
+    @property
+    def pinned_kwargs(self) -> dict[str, Any]:
+        """``kwargs`` with which every process, on any node, finds the endpoint of ``identity``."""
+        if self.endpoint_url is not None:
+            return {**self.kwargs, "endpoint_url": self.endpoint_url}
+        config = {**_mapping(self.kwargs, "config_kwargs"), "ignore_configured_endpoint_urls": True}
+        return {**self.kwargs, "config_kwargs": config}
 
     @classmethod
-    def of(
-        cls, s3_kwargs: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ
-    ) -> S3Options:
-        """Read ``s3_kwargs``.
+    def of(cls, s3_kwargs: Mapping[str, Any] | None) -> S3Options:
+        """Read ``s3_kwargs``, and find the endpoint.
 
         Raises
         ------
         ConfigError
             An option is a misspelling of a known one or has the wrong type, a key has no secret, or
             a certificate file does not exist.
+        S3Error
+            The profile that may name the endpoint does not exist.
         """
-        given = dict(s3_kwargs or {})
+        given = typed_kwargs(s3_kwargs)
         for name in given.keys() - _KNOWN:
             near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.75)
             if near:
@@ -116,6 +162,7 @@ class S3Options:
                     f"s3_kwargs.{name} is not an option of s3fs. Did you mean {near[0]!r}?"
                 )
         client, config = _mapping(given, "client_kwargs"), _mapping(given, "config_kwargs")
+        _mapping(config, "s3")
 
         def first(name: str) -> Any:
             # In the order of s3fs: its own argument, its alias, then the client's argument.
@@ -136,92 +183,108 @@ class S3Options:
             raise ConfigError(
                 f"s3_kwargs has {given_name} but not {absent}. Give both, or neither and a profile."
             )
-        profile = given.get("profile")
-        endpoint_url = _endpoint(first("endpoint_url") or configured_endpoint(profile, environ))
         region = client.get("region_name") or config.get("region_name")
-        if region is None and endpoint_url is not None:
-            region = configured_region(profile, environ) or "us-east-1"
-        verify = client.get("verify")
-        if verify is None:
-            verify = environ.get("AWS_CA_BUNDLE") or True
-        if isinstance(verify, str) and not os.access(verify, os.R_OK):
-            raise ConfigError(
-                f"the certificate file {verify} cannot be read. Correct client_kwargs.verify in "
-                "s3_kwargs, or AWS_CA_BUNDLE."
-            )
-        style = _mapping(config, "s3").get("addressing_style")
+        endpoint_url, partition = _endpoint(first("endpoint_url"), "s3_kwargs.endpoint_url"), "aws"
+        if endpoint_url is None:
+            found = _without_asking(region, config)
+            configured, partition = found or _botocore.configured_endpoint(given)
+            endpoint_url = _endpoint(configured, "the endpoint_url of the environment or ~/.aws")
+        check_certificates(client.get("verify"))
         return cls(
             kwargs=given,
             endpoint_url=endpoint_url,
+            partition=partition if endpoint_url is None else "aws",
             region=region,
             anon=bool(given.get("anon", False)),
             key=key,
             secret=secret,
             token=first("token"),
-            profile=profile,
+            profile=given.get("profile"),
             requester_pays=bool(given.get("requester_pays", False)),
             use_ssl=bool(client.get("use_ssl", given.get("use_ssl", True))),
-            verify=verify,
-            virtual_hosted={"virtual": True, "path": False}.get(str(style)),
             only_s3fs=_beyond_obstore(given, client, config),
         )
 
 
-def configured_endpoint(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The endpoint that the environment or the AWS config file sets for botocore, or None."""
-    if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
-        return None
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        if environ.get(name):
-            return environ[name]
-    config, section = _configured(profile, environ)
-    services = config.get("services", {}).get(section.get("services"), {})
-    for found in (services.get("s3"), section):
-        if isinstance(found, dict) and found.get("endpoint_url"):
-            return str(found["endpoint_url"])
-    return None
+def typed_kwargs(s3_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``s3_kwargs`` with fsspec's defaults (``FSSPEC_S3_...``), and values of the types they need.
 
+    A variable of the environment is text, and the text "false" is true to Python. An empty text
+    is a setting that is not given.
 
-def configured_region(profile: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The region that the environment or the AWS config file sets for botocore, or None."""
-    return environ.get("AWS_DEFAULT_REGION") or _configured(profile, environ)[1].get("region")
-
-
-def stores_checksum(options: S3Options, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether botocore would send a checksum with each PUT, which the server stores.
-
-    It does unless ``request_checksum_calculation`` is ``when_required``, for servers that do not
-    support checksums.
+    Raises
+    ------
+    ConfigError
+        A text is neither of the values that the setting has.
     """
-    name = "request_checksum_calculation"
-    given = _mapping(options.kwargs, "config_kwargs").get(name)
-    setting = given or environ.get(f"AWS_{name.upper()}")
-    if setting is None:
-        setting = _configured(options.profile, environ)[1].get(name)
-    return str(setting).lower() != "when_required"
+    defaults = {k: v for name in ("s3", "s3a") for k, v in fsspec_defaults.get(name, {}).items()}
+    given = {**defaults, **(s3_kwargs or {})}
+    return {
+        name: typed for name, value in given.items() if (typed := _typed(name, value)) is not None
+    }
 
 
-def _configured(
-    profile: str | None, environ: Mapping[str, str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The user's AWS config file and its section for the profile; empty without a file."""
-    path = os.path.expanduser(environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
-    if not os.path.isfile(path):
-        return {}, {}
-    # botocore's parser, because sections nest ("s3 =\n  endpoint_url = ..."). Imported here because
-    # that takes 30 ms and most users have no such file.
-    from botocore.configloader import load_config
-    from botocore.exceptions import BotoCoreError
+def _typed(path: str, value: Any) -> Any:
+    name = path.rpartition(".")[2]
+    if isinstance(value, Mapping) and path in _NESTED:
+        of = {str(k): _typed(f"{path}.{k}", v) for k, v in value.items()}
+        return {k: v for k, v in of.items() if v is not None}
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if not text:
+        return None
+    if name in _TRUTH or (name == "verify" and text.lower() in _WORDS):
+        if text.lower() not in _WORDS:
+            raise ConfigError(f"s3_kwargs.{path} is {value!r}; write true or false.")
+        return _WORDS[text.lower()]
+    if name in _NUMBERS:
+        try:
+            return float(text) if "." in text else int(text)
+        except ValueError:
+            raise ConfigError(f"s3_kwargs.{path} is {value!r}; write a number.") from None
+    return value
+
+
+def check_certificates(verify: bool | str | None) -> None:
+    """Raise ConfigError if ``verify`` names a file without certificates."""
+    if not isinstance(verify, str):
+        return
+    import ssl  # imported here because few readers name a file
 
     try:
-        config = load_config(path)
-    except BotoCoreError as exc:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(verify)
+    except OSError as exc:  # an SSLError is one
         raise ConfigError(
-            f"the AWS config file {path} cannot be read: {exc}. Correct it, or name another one in "
-            "AWS_CONFIG_FILE."
+            f"the certificate file {verify} cannot be read ({exc.strerror or exc}). It has to be a "
+            "file of certificates (PEM). Correct client_kwargs.verify in s3_kwargs, AWS_CA_BUNDLE "
+            "or REQUESTS_CA_BUNDLE, or ca_bundle in ~/.aws/config."
         ) from exc
-    name = profile or environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
-    return config, config.get("profiles", {}).get(name, {})
+
+
+def _without_asking(region: str | None, config: Mapping[str, Any]) -> tuple[str | None, str] | None:
+    """The configured endpoint and the partition where they are plain; None: botocore has to say.
+
+    They are plain if a variable of the environment sets the endpoint and nothing can switch that
+    off, or if nothing sets an endpoint and every region is one of AWS's that anyone can use. Only
+    words are looked for: where one of them stands, and for which profile, is botocore's to say.
+    """
+    environ = os.environ
+    if "ignore_configured_endpoint_urls" in config or environ.get(
+        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"
+    ):
+        return None
+    text = "\n".join(_botocore.aws_files()).lower()
+    if "ignore_configured_endpoint_urls" in text:
+        return None
+    set_endpoints = [environ[n] for n in _ENDPOINT_VARIABLES if n in environ]
+    if set_endpoints:
+        return (set_endpoints[0], "aws") if all(set_endpoints) else None
+    regions = [region or "", environ.get("AWS_DEFAULT_REGION", ""), environ.get("AWS_REGION", "")]
+    regions += re.findall(r"region\s*=\s*(\S*)", text)
+    if "endpoint_url" in text or not all(_PUBLIC_REGION.fullmatch(r) for r in regions if r):
+        return None
+    return None, "aws"
 
 
 def split_s3_url(url: str) -> tuple[str, str]:
@@ -256,16 +319,14 @@ def _mapping(source: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _endpoint(value: Any) -> str | None:
+def _endpoint(value: Any, name: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"s3_kwargs.endpoint_url is {value!r}; it has to begin with http:// or https://."
-        )
+        raise ConfigError(f"{name} is {value!r}; it has to begin with http:// or https://.")
     if "@" in urlsplit(value).netloc:
         raise ConfigError(
-            "s3_kwargs.endpoint_url holds a user name. Give it as key and secret: endpoint_url is "
+            f"{name} holds a user name. Give it as key and secret: endpoint_url is "
             "shown in messages and kept on disk."
         )
     return value.rstrip("/")
@@ -277,21 +338,14 @@ def _beyond_obstore(
     beyond = [
         name for name, value in given.items() if name not in _READ_HERE | _IRRELEVANT and value
     ]
-    known_client = {"endpoint_url", "region_name", "verify", "use_ssl", *_CLIENT_ALIASES}
     beyond += [
         f"client_kwargs.{name}"
         for name, value in client.items()
-        if name not in known_client and value is not None
+        if name not in _OF_CLIENT and value is not None
     ]
-    for name, value in config.items():
-        if name == "s3" and isinstance(value, Mapping):
-            beyond += [
-                f"config_kwargs.s3.{k}"
-                for k, v in value.items()
-                if (k, v) not in {("addressing_style", s) for s in ("auto", "path", "virtual")}
-            ]
-        elif name == "signature_version":
-            beyond += [] if value in ("s3v4", "v4", None) else ["config_kwargs.signature_version"]
-        elif name not in _IRRELEVANT_CONFIG and name != "region_name":
-            beyond.append(f"config_kwargs.{name}")
+    beyond += [
+        f"config_kwargs.{name}"
+        for name, value in config.items()
+        if name not in _ASKED_CONFIG | _IRRELEVANT_CONFIG and value is not None
+    ]
     return tuple(sorted(beyond))

@@ -27,7 +27,7 @@ from zarrcache.origin._concurrent import (
 )
 from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
-from zarrcache.origin._s3_options import S3Options
+from zarrcache.origin._s3_options import S3Options, typed_kwargs
 from zarrcache.origin._versions import etag_in, version_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
     import s3fs
 
     try:
-        return s3fs.S3FileSystem(**dict(s3_kwargs or {}))
+        return s3fs.S3FileSystem(**typed_kwargs(s3_kwargs))
     except (TypeError, KeyError, ValueError) as exc:
         raise ConfigError(
             f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of "
@@ -70,10 +70,11 @@ class S3fsEngine:
     def __init__(self, bucket: str, options: S3Options, fetch: FetchConfig) -> None:
         self._bucket = bucket
         self._fetch = fetch
+        pinned = options.pinned_kwargs
         config = {
             "connect_timeout": fetch.connect_timeout,
             "read_timeout": fetch.read_timeout,
-            **(options.kwargs.get("config_kwargs") or {}),
+            **(pinned.get("config_kwargs") or {}),
         }
         config |= {
             "retries": {"total_max_attempts": 1, "mode": "standard"},
@@ -82,13 +83,11 @@ class S3fsEngine:
         # A separate instance: s3fs shares instances by their arguments, and these settings must not
         # affect those of other code.
         kwargs = {
-            **options.kwargs,
+            **pinned,
             "config_kwargs": config,
             "skip_instance_cache": True,
             "use_listings_cache": False,
         }
-        if options.endpoint_url is not None:
-            kwargs["endpoint_url"] = options.endpoint_url
         self._fs = make_s3fs(kwargs)
         self._fs.retries = 1
         self._opening = asyncio.Lock()

@@ -1,4 +1,7 @@
-"""``s3_kwargs`` are read once for both engines, without a connection."""
+"""``s3_kwargs`` are read once for both engines, without a connection.
+
+What botocore makes of them is tested by the requests: ``tests/contract/test_s3_settings.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,70 +11,25 @@ from typing import Any
 import pytest
 
 from zarrcache.errors import ConfigError
-from zarrcache.origin._s3_options import (
-    AWS_ENDPOINT,
-    S3Options,
-    configured_endpoint,
-    configured_region,
-    split_s3_url,
-    stores_checksum,
-)
-
-CONFIG = """
-[default]
-region = eu-central-1
-[profile lab]
-region = eu-west-1
-endpoint_url = http://lab:1
-[profile split]
-endpoint_url = http://general:1
-services = mine
-[services mine]
-s3 =
-    endpoint_url = http://only-s3:1
-"""
+from zarrcache.origin._s3_options import AWS_ENDPOINT, S3Options, split_s3_url, typed_kwargs
 
 
-def options(environ: dict[str, str] | None = None, **s3_kwargs: Any) -> S3Options:
-    """Options as read in an environment of the test's own."""
-    return S3Options.of(s3_kwargs, {"AWS_CONFIG_FILE": "/no/such/file", **(environ or {})})
-
-
-@pytest.fixture
-def environ(tmp_path: Path) -> dict[str, str]:
-    """An environment that names a config file."""
-    (tmp_path / "config").write_text(CONFIG)
-    return {"AWS_CONFIG_FILE": str(tmp_path / "config")}
+def options(**s3_kwargs: Any) -> S3Options:
+    """Options as read."""
+    return S3Options.of(s3_kwargs)
 
 
 def test_nothing_given_is_aws() -> None:
-    """The region is the bucket's own, which a request finds; both engines can be used."""
+    """Both engines can be used."""
     read = options()
-    assert (
-        read.endpoint_url,
-        read.region,
-        read.anon,
-        read.verify,
-        read.virtual_hosted,
-        read.only_s3fs,
-    ) == (None, None, False, True, None, ())
+    assert (read.endpoint_url, read.region, read.anon, read.only_s3fs) == (None, None, False, ())
     assert read.identity == AWS_ENDPOINT
-    assert S3Options.of(None, {"AWS_CONFIG_FILE": "/no/such/file"}) == read
+    assert S3Options.of(None) == read
 
 
-def test_a_given_endpoint_signs_for_us_east_1() -> None:
-    """Unless something says otherwise, as with botocore; the slash at the end is no part of its
-    identity.
-    """
-    read = options(endpoint_url="http://gw:9000/")
-    assert (read.region, read.identity) == ("us-east-1", "http://gw:9000")
-    assert (
-        options(endpoint_url="http://gw:9000", client_kwargs={"region_name": "r1"}).region == "r1"
-    )
-    assert (
-        options(endpoint_url="http://gw:9000", config_kwargs={"region_name": "r2"}).region == "r2"
-    )
-    assert options({"AWS_DEFAULT_REGION": "r3"}, endpoint_url="http://gw:9000").region == "r3"
+def test_the_slash_at_the_end_of_an_endpoint_is_no_part_of_its_identity() -> None:
+    assert options(endpoint_url="http://gw:9000/").identity == "http://gw:9000"
+    assert options(client_kwargs={"endpoint_url": "http://gw:9000//"}).identity == "http://gw:9000"
 
 
 def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
@@ -90,124 +48,114 @@ def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
         assert (read.key, read.secret, read.token) == expected
 
 
-def test_the_endpoint_comes_from_option_client_environment_or_file(environ: dict[str, str]) -> None:
-    every = {
-        **environ,
-        "AWS_ENDPOINT_URL": "http://env:1",
-        "AWS_ENDPOINT_URL_S3": "http://env-s3:1",
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("AWS_CONFIG_FILE", "endpoint_url = no section\n"),
+        ("AWS_CONFIG_FILE", "[default]\nregion = cn-north-1\n[default\n"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "endpoint_url = no section\n"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    variable: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").write_text(text)
+    monkeypatch.setenv(variable, str(tmp_path / "broken"))
+    with pytest.raises(ConfigError, match=r"AWS config file cannot be read: .*broken"):
+        options()
+
+
+@pytest.mark.parametrize("endpoint", ["gw:9000", "ftp://gw", "http://user:word@gw:9000"])
+def test_an_endpoint_that_cannot_be_used_is_refused(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes from, and without its password."""
+    with pytest.raises(ConfigError, match="endpoint_url") as caught:
+        options(endpoint_url=endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ConfigError, match="endpoint_url"):
+        options()
+    assert "user" not in str(caught.value).replace("a user name", "")
+
+
+def test_text_becomes_what_the_setting_needs() -> None:
+    """Variables of the environment are text, and the text "false" is true to Python. Credentials
+    and names stay text.
+    """
+    given = {
+        "anon": "False",
+        "requester_pays": " yes ",
+        "use_ssl": "0",
+        "key": "1234",
+        "secret": "true",
+        "profile": "",
+        "max_concurrency": "4",
+        "client_kwargs": {"verify": "no", "use_ssl": "on", "region_name": "1"},
+        "config_kwargs": {
+            "read_timeout": "2.5",
+            "retries": {"max_attempts": "3", "mode": "standard"},
+            "s3": {"addressing_style": "path", "use_accelerate_endpoint": "false"},
+        },
+        "s3_additional_kwargs": {"RequestPayer": ""},
     }
-    client = {"endpoint_url": "http://client:1"}
-    assert (
-        options(every, endpoint_url="http://option:1", client_kwargs=client).endpoint_url
-        == "http://option:1"
-    )
-    assert options(every, client_kwargs=client).endpoint_url == "http://client:1"
-    assert options(every).endpoint_url == "http://env-s3:1"
-    assert options({**environ, "AWS_ENDPOINT_URL": "http://env:1"}).endpoint_url == "http://env:1"
-    assert options(environ, profile="lab").endpoint_url == "http://lab:1"
-    assert options({**environ, "AWS_PROFILE": "lab"}).endpoint_url == "http://lab:1"
-    assert options(environ, profile="split").endpoint_url == "http://only-s3:1"
-    assert options(environ).endpoint_url is None
-    assert options(environ, profile="unknown").endpoint_url is None
-    assert options({**every, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}).endpoint_url is None
-
-
-def test_the_region_comes_from_environment_or_file(environ: dict[str, str]) -> None:
-    assert configured_region(None, environ) == "eu-central-1"
-    assert configured_region("lab", environ) == "eu-west-1"
-    assert configured_region("split", environ) is None
-    assert configured_region("lab", {**environ, "AWS_DEFAULT_REGION": "r"}) == "r"
-
-
-def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config").write_text("region = no section\n")
-    with pytest.raises(ConfigError, match=r"the AWS config file .*config cannot be read") as caught:
-        configured_endpoint(None, {"AWS_CONFIG_FILE": str(tmp_path / "config")})
-    assert str(tmp_path) in str(caught.value)
+    assert typed_kwargs(given) == {
+        "anon": False,
+        "requester_pays": True,
+        "use_ssl": False,
+        "key": "1234",
+        "secret": "true",
+        "max_concurrency": 4,
+        "client_kwargs": {"verify": False, "use_ssl": True, "region_name": "1"},
+        "config_kwargs": {
+            "read_timeout": 2.5,
+            "retries": {"max_attempts": 3, "mode": "standard"},
+            "s3": {"addressing_style": "path", "use_accelerate_endpoint": False},
+        },
+        "s3_additional_kwargs": {"RequestPayer": ""},
+    }
+    assert typed_kwargs({"client_kwargs": {"verify": "/etc/ca.pem"}}) == {
+        "client_kwargs": {"verify": "/etc/ca.pem"}
+    }
 
 
 @pytest.mark.parametrize(
-    ("style", "virtual"), [("virtual", True), ("path", False), ("auto", None), (None, None)]
+    ("given", "words"),
+    [
+        ({"anon": "maybe"}, "s3_kwargs.anon is 'maybe'; write true or false"),
+        (
+            {"config_kwargs": {"s3": {"use_accelerate_endpoint": "2"}}},
+            r"s3_kwargs.config_kwargs.s3.use_accelerate_endpoint is '2'",
+        ),
+        (
+            {"config_kwargs": {"read_timeout": "5 s"}},
+            "s3_kwargs.config_kwargs.read_timeout is '5 s'; write a number",
+        ),
+    ],
 )
-def test_the_addressing_style_is_read(style: str | None, virtual: bool | None) -> None:
-    read = options(config_kwargs={"s3": {"addressing_style": style}} if style else {})
-    assert (read.virtual_hosted, read.only_s3fs) == (virtual, ())
-
-
-def test_verify_is_read_from_the_client_or_the_environment(tmp_path: Path) -> None:
-    """A certificate file has to exist."""
-    (tmp_path / "ca.pem").touch()
-    ca = str(tmp_path / "ca.pem")
-    assert options(client_kwargs={"verify": False}).verify is False
-    assert options(client_kwargs={"verify": ca}).verify == ca
-    assert options({"AWS_CA_BUNDLE": ca}).verify == ca
-    assert options({"AWS_CA_BUNDLE": ca}, client_kwargs={"verify": True}).verify is True
-    for given, environ in [
-        ({"client_kwargs": {"verify": "/no/ca"}}, {}),
-        ({}, {"AWS_CA_BUNDLE": "/no/ca"}),
-    ]:
-        with pytest.raises(ConfigError, match="the certificate file /no/ca cannot be read"):
-            options(environ, **given)
+def test_other_text_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        options(**given)
 
 
 @pytest.mark.parametrize(
     ("given", "only"),
     [
         ({"default_block_size": 1, "use_listings_cache": True, "skip_instance_cache": True}, ()),
-        (
-            {
-                "config_kwargs": {
-                    "retries": {"max_attempts": 3},
-                    "read_timeout": 3,
-                    "signature_version": "s3v4",
-                }
-            },
-            (),
-        ),
+        ({"config_kwargs": {"retries": {"max_attempts": 3}, "read_timeout": 3}}, ()),
+        ({"config_kwargs": {"proxies": {"http": "p"}, "signature_version": "s3"}}, ()),
         ({"version_aware": False, "s3_additional_kwargs": None}, ()),
         ({"version_aware": True}, ("version_aware",)),
+        ({"version_aware": "true"}, ("version_aware",)),
         ({"s3_additional_kwargs": {"SSECustomerKey": "x"}}, ("s3_additional_kwargs",)),
-        ({"config_kwargs": {"signature_version": "s3"}}, ("config_kwargs.signature_version",)),
-        ({"config_kwargs": {"proxies": {"http": "p"}}}, ("config_kwargs.proxies",)),
-        (
-            {"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}},
-            ("config_kwargs.s3.use_accelerate_endpoint",),
-        ),
+        ({"config_kwargs": {"client_cert": "x"}}, ("config_kwargs.client_cert",)),
         ({"client_kwargs": {"api_version": "x"}}, ("client_kwargs.api_version",)),
     ],
 )
 def test_options_that_obstore_does_not_have_are_listed(
     given: dict[str, Any], only: tuple[str, ...]
 ) -> None:
+    """Those whose effect is in the request are left to `settings_of`."""
     assert options(**given).only_s3fs == only
-
-
-@pytest.mark.parametrize(
-    ("config_kwargs", "environ", "stores"),
-    [
-        ({}, {}, True),
-        ({"request_checksum_calculation": "when_required"}, {}, False),
-        ({}, {"AWS_REQUEST_CHECKSUM_CALCULATION": "WHEN_REQUIRED"}, False),
-        (
-            {"request_checksum_calculation": "when_supported"},
-            {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"},
-            True,
-        ),
-    ],
-)
-def test_uploads_store_a_checksum_unless_botocore_would_not(
-    config_kwargs: dict[str, str], environ: dict[str, str], stores: bool
-) -> None:
-    environ = {"AWS_CONFIG_FILE": "/no/such/file", **environ}
-    assert stores_checksum(options(config_kwargs=config_kwargs), environ) is stores
-
-
-def test_the_checksum_setting_is_read_from_the_config_file(tmp_path: Path) -> None:
-    file = tmp_path / "config"
-    file.write_text("[profile lab]\nrequest_checksum_calculation = when_required\n")
-    environ = {"AWS_CONFIG_FILE": str(file)}
-    assert stores_checksum(options(), environ)
-    assert not stores_checksum(options(profile="lab"), environ)
 
 
 def test_an_unknown_option_goes_to_s3fs() -> None:
