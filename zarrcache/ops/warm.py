@@ -661,7 +661,7 @@ class _Tally:
 
     def _unequal(self, on_disk: NDArray[np.int64]) -> tuple[str, ...]:
         """Ids whose input and label differ in size: exactly if both were read."""
-        is_read: NDArray[np.bool_] = self._is_read.all(axis=1)
+        is_read = self._is_read[:, 0] & self._is_read[:, -1]
         sizes: NDArray[np.int64] = np.where(is_read[:, None], self._nbytes, on_disk)
         differs = np.all(sizes > 0, axis=1) & np.not_equal(sizes[:, 0], sizes[:, -1])
         return tuple(self._task_ids[row] for row in np.flatnonzero(differs))
