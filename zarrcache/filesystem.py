@@ -47,14 +47,27 @@ _S3 = ("s3", "s3a")
 _LOCAL = ("file", "local")
 #: Documents that zarr reads when it opens an array or group.
 _METADATA = frozenset({".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json"})
-_ARRAY_METADATA = ("zarr.json", ".zarray")
-#: Last part of a chunk's key: ``0.0.0`` (v2), ``c/0/0/0`` and ``c.0.0.0`` (v3), ``c`` (a scalar).
-_CHUNK = re.compile(r"c(\.\d+)*|\d+(\.\d+)*")
-#: Stores whose listings are in memory: 10 MB with 500 objects per store.
+#: A chunk's key below its array: ``0.0.0``, ``0/0/0`` (v2), ``c/0/0/0``, ``c.0.0.0``, ``c`` (v3).
+_CHUNK = re.compile(r"(c|\d+)([./]\d+)*")
+#: Stores whose listings are in memory, and objects in them: 30 MB.
 _MAX_STORES = 64
+_MAX_OBJECTS = 100_000
 #: Stores whose version is remembered, 200 bytes each.
 _MAX_VERSIONS = 100_000
 _MAX_INVALIDATED = 1000
+
+
+#: Options of simplecache that mean something else here.
+_INSTEAD = {
+    "fs": "Give target_protocol and target_options, or the URL zarrcache::s3://bucket/key.",
+    "cache_storage": "Write dir: the directory is that of the cache: block.",
+    "expiry_time": "Write revalidate: epoch to compare with the origin at each read.",
+    "check_files": "Write revalidate: epoch to compare with the origin at each read.",
+    "cache_check": "Write revalidate: epoch to compare with the origin at each read.",
+    "compression": "Objects are cached as they are: give compression to fsspec.open.",
+    "same_names": "The files of the cache have no names; copy objects with get().",
+    "cache_mapper": "The files of the cache have no names; copy objects with get().",
+}
 
 
 class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
@@ -111,6 +124,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             )
         # zarr passes it to every filesystem, and wraps one that is not asynchronous.
         settings.pop("asynchronous", None)
+        for name in settings.keys() & _INSTEAD.keys():
+            raise ConfigError(f"{name} is an option of simplecache. {_INSTEAD[name]}")
         super().__init__()
         self._is_s3 = target_protocol in _S3
         self._options = dict(target_options or {}) if self._is_s3 else None
@@ -247,7 +262,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         path = self._plain_path(path, kwargs)
         self._refuse_root(path)
         if self._is_s3 and not maxdepth:
-            found = self._find_all(path, withdirs=withdirs, prefix=prefix)
+            refresh = bool(kwargs.get("refresh"))
+            found = self._find_all(path, withdirs=withdirs, prefix=prefix, refresh=refresh)
         else:
             found = super().find(path, maxdepth, withdirs, detail=True, **kwargs)
             if path in found and not found[path]:  # fsspec has {} for a file
@@ -392,6 +408,15 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
     pipe = pipe_file = put = put_file = touch = start_transaction = _refuse
     cp_file = copy = mv = rm = rm_file = _rm = _refuse
 
+    def _refuse_eviction(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "A file system does not empty the cache, which others use too. Run zarrcache evict "
+            "and zarrcache status."
+        )
+
+    # Methods of simplecache.
+    clear_cache = clear_expired_cache = pop_from_cache = cache_size = _refuse_eviction
+
     def sign(self, path: str, expiration: int = 100, **kwargs: Any) -> NoReturn:
         """Refused: a signed URL would go past the cache."""
         raise NotImplementedError(
@@ -489,8 +514,8 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             if found is None:
                 raise self._absent(path)
         except OriginNotFoundError as exc:
-            if not self._is_s3 and not _CHUNK.fullmatch(posixpath.basename(path)):
-                raise
+            if not self._is_s3 and posixpath.basename(path) in _METADATA:
+                raise  # there is no such directory
             # zarr would take a FileNotFoundError for a chunk that was never written.
             raise IncompleteArrayError(str(exc)) from exc
         return found
@@ -513,20 +538,23 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
 
     def _absent(self, path: str) -> Exception:
         """The error for a file that is not there: for a chunk, if its array is there."""
-        if not _CHUNK.fullmatch(posixpath.basename(path)):
-            self._is_directory(path)  # raises if the bucket is gone
-            return _no_such_file(self._url(path))
         place = self._place(path)
         store = self._store(place, is_opening=False)
-        parts = (place.key if store is None else place.inside).split("/")[:-1]
-        for n in range(len(parts), -1, -1):
-            for document in _ARRAY_METADATA:
-                key = "/".join([*parts[:n], document])
+        parts = (place.key if store is None else place.inside).split("/")
+        splits = [(parts[:n], "/".join(parts[n:])) for n in range(len(parts))]
+        arrays = [(array, chunk) for array, chunk in splits if _CHUNK.fullmatch(chunk)]
+        for array, chunk in arrays:
+            documents = ("zarr.json", ".zarray") if chunk[0] == "c" else (".zarray", "zarr.json")
+            for document in documents:
+                key = "/".join([*array, document])
                 if place.origin.list_objects(key) if store is None else key in store.objects():
                     return _no_such_file(self._url(path))
+        # Raises if the bucket is gone.
         with contextlib.suppress(*self._absent_errors):
-            if self._is_directory(path):
+            if self._is_directory(path, is_opening=False) or not arrays:
                 return _no_such_file(self._url(path))
+        if not arrays:
+            return _no_such_file(self._url(path))
         return IncompleteArrayError(
             f"{self._url(path)} is not there, and no array that it is a chunk of (no zarr.json or "
             ".zarray above it). If the array was open, it was deleted meanwhile."
@@ -540,15 +568,15 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         obj = self._head(place) if store is None else store.objects().get(place.inside)
         if obj is not None:
             return self._file_info(path, obj)
-        if self._is_directory(path):
+        if self._is_directory(path, is_opening=False):
             return _directory_info(path)
         raise _no_such_file(self._url(path))
 
-    def _is_directory(self, path: str) -> bool:
+    def _is_directory(self, path: str, *, is_opening: bool = True) -> bool:
         if path in ("", "/"):
             return True
         place = self._place(path)
-        if (store := self._store(place, is_opening=False)) is not None:
+        if (store := self._store(place, is_opening=is_opening)) is not None:
             below = f"{place.inside}/"
             return not place.inside or any(key.startswith(below) for key in store.objects())
         with self._asking(place):
@@ -577,9 +605,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
                 infos += [_directory_info(place.above + key) for key in directories]
         return infos
 
-    def _find_all(self, path: str, *, withdirs: bool, prefix: str) -> dict[str, Any]:
+    def _find_all(self, path: str, *, withdirs: bool, prefix: str, refresh: bool) -> dict[str, Any]:
         place = self._place(path)
-        store = self._store(place)
+        store = self._store(place, refresh=refresh)
         start = place.below + prefix
         infos = []
         if store is not None:
@@ -678,6 +706,7 @@ class _Shared:
         self._config = config
         self._lock = threading.Lock()
         self._stores: OrderedDict[tuple[str, str], CachedStore] = OrderedDict()
+        self._n_objects: dict[tuple[str, str], int] = {}
         #: Digest of the listing of each store that was opened; None if it has changed since.
         self._versions: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self._invalidated: set[tuple[str, str]] = set()
@@ -716,26 +745,36 @@ class _Shared:
             self._stores.move_to_end(store_id)
         has_objects, version = bool(store.objects()), store.version
         with self._lock:
+            known = self._versions.get(store_id, version)
+            if not is_opening and known != version:
+                self._drop(store_id)
+                self._versions[store_id] = None
+                raise _changed(place)
             if not has_objects:
-                self._stores.pop(store_id, None)
-                if not is_opening and self._versions.get(store_id, version) != version:
-                    self._versions[store_id] = None
-                    raise _changed(place)
+                self._drop(store_id)
                 self._versions.pop(store_id, None)
                 return None
-            if not is_opening and self._versions.get(store_id, version) != version:
-                self._versions[store_id] = None
-                self._stores.pop(store_id, None)
-                raise _changed(place)
             self._versions[store_id] = version
             self._versions.move_to_end(store_id)
-            if (current := self._stores.get(store_id)) is not None and current is not store:
-                self._stores[store_id] = store
-            while len(self._stores) > _MAX_STORES:
-                self._stores.popitem(last=False)
-            while len(self._versions) > _MAX_VERSIONS:
-                self._versions.popitem(last=False)
+            if self._stores.get(store_id, store) is not store or store_id not in self._n_objects:
+                self._keep(store_id, store)
         return store
+
+    def _keep(self, store_id: tuple[str, str], store: CachedStore) -> None:
+        """Keep an open store, and let go of others. Call while holding ``self._lock``."""
+        self._stores[store_id] = store
+        self._n_objects[store_id] = len(store.objects())
+        while len(self._stores) > 1 and (
+            len(self._stores) > _MAX_STORES or sum(self._n_objects.values()) > _MAX_OBJECTS
+        ):
+            self._drop(next(iter(self._stores)))
+        while len(self._versions) > _MAX_VERSIONS:
+            self._versions.popitem(last=False)
+
+    def _drop(self, store_id: tuple[str, str]) -> None:
+        """Let go of an open store. Call while holding ``self._lock``."""
+        self._stores.pop(store_id, None)
+        self._n_objects.pop(store_id, None)
 
     def changed(self, place: _Place, store: CachedStore) -> IncompleteArrayError:
         """Note that an open store has changed. Returns the error to raise."""
@@ -743,7 +782,7 @@ class _Shared:
         with self._lock:
             # A late answer to a reader of the old version says nothing about the new one.
             if self._stores.get(place.store_id, store) is store:
-                self._stores.pop(place.store_id, None)
+                self._drop(place.store_id)
                 self._versions[place.store_id] = None
         return _changed(place)
 
@@ -754,9 +793,10 @@ class _Shared:
             if len(self._invalidated) >= _MAX_INVALIDATED:
                 self._invalidated = {(one, "") for one, _ in self._invalidated}
             self._invalidated.add(marked)
-            for known in (self._stores, self._versions):
-                for store_id in [s for s in known if _concerns(marked, s)]:
-                    del known[store_id]
+            for store_id in [s for s in self._stores if _concerns(marked, s)]:
+                self._drop(store_id)
+            for store_id in [s for s in self._versions if _concerns(marked, s)]:
+                del self._versions[store_id]
 
     def _is_invalidated(self, store_id: tuple[str, str]) -> bool:
         return any(_concerns(marked, store_id) for marked in self._invalidated)

@@ -182,6 +182,26 @@ def test_an_array_sent_to_another_process_is_not_its_fill_value_there(
     assert not fs.exists(f"{root}/{name}/{ARRAY}/{chunk}")
 
 
+@pytest.mark.parametrize("name", ["mp-1.zarr", "mp-1"])
+@ZARR_FORMAT
+def test_chunks_of_an_array_that_was_deleted_from_its_group_are_not_absent(
+    place: _Place, name: str, zarr_format: int
+) -> None:
+    """The metadata of the group, and of its other arrays, does not count."""
+    place.write(name, 1, zarr_format=zarr_format, diff=True)
+    place.remove(f"{name}/{ARRAY}/")
+    fs, root = place.fs()
+    chunk = "0.0.0" if zarr_format == 2 else "c/0/0/0"
+    with pytest.raises(IncompleteArrayError, match="no array"):
+        fs.cat_file(f"{root}/{name}/{ARRAY}/{chunk}")
+    with pytest.raises(FileNotFoundError):
+        fs.cat_file(f"{root}/{name}/charge_density_diff/{chunk.replace('0', '99')}")
+    results = fs.cat_ranges([f"{root}/{name}/{ARRAY}/{chunk}"], [0], [4])
+    assert [type(result) for result in results] == [IncompleteArrayError]
+    with pytest.raises(FileNotFoundError):
+        fs.cat_file(f"{root}/{name}/nothing.txt")
+
+
 @REVALIDATE
 @pytest.mark.parametrize("name", ["mp-1.zarr", "mp-1"])
 @ZARR_FORMAT
@@ -217,6 +237,26 @@ def test_invalidate_cache_lists_again(place: _Place, revalidate: str) -> None:
     assert fs.cat_file(f"{root}/mp-2.zarr/new") == b"1"
     place.put("mp-2.zarr/newer", b"2")
     assert fs.info(f"{root}/mp-2.zarr/newer", refresh=True)["size"] == 1
+
+
+def test_listings_in_memory_are_bounded_by_their_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "_MAX_OBJECTS", 25)
+    for i in range(6):
+        for j in range(10):
+            path = tmp_path / f"mp-{i}.zarr" / f"k{j}"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    fs = fsspec.filesystem(
+        "zarrcache", target_protocol="file", dir=str(tmp_path / "cache"), min_free=0
+    )
+    for _ in range(2):
+        for i in range(6):
+            assert len(fs.ls(f"{tmp_path}/mp-{i}.zarr")) == 10
+    shared = fs._state
+    assert len(shared._stores) == len(shared._n_objects) == 2
+    assert len(shared._versions) == 6
 
 
 def test_invalidate_cache_reaches_a_listing_on_disk(place: _Place) -> None:

@@ -20,6 +20,7 @@ from fsspec.tests.abstract.get import AbstractGetTests
 
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
+from zarrcache.errors import ConfigError
 from zarrcache.filesystem import ZarrCacheFileSystem
 
 BODY = bytes(range(256)) * 400
@@ -353,6 +354,12 @@ def test_what_simplecache_can_do_and_zarrcache_cannot_is_refused_in_words(
         ours.info(path, version_id="1")
     with pytest.raises(NotImplementedError, match="max_gap"):
         ours.cat_ranges([path], [0], [1], max_gap=3)
+    for method in ("clear_cache", "pop_from_cache", "clear_expired_cache", "cache_size"):
+        with pytest.raises(NotImplementedError, match="zarrcache evict"):
+            getattr(ours, method)()
+    for option in ("cache_storage", "expiry_time", "compression", "same_names", "fs"):
+        with pytest.raises(ConfigError, match=f"{option} is an option of simplecache"):
+            fsspec.filesystem("zarrcache", target_protocol="s3", **{option: "x"})
     versioned = fsspec.filesystem(
         "zarrcache",
         target_protocol="s3",
