@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from zarrcache import (
     RhoData,
     ZarrS3Reader,
 )
+from zarrcache.config import CacheConfig
+from zarrcache.ops import plan_evict
 
 IDS = ["mp-1", "mp-2"]
 ROLES = ("data", "label")
@@ -293,3 +296,29 @@ def test_a_stale_entry_is_not_served_when_the_new_version_cannot_be_read(
     assert np.array_equal(
         s3_place.reader("never", endpoint_url=endpoint_url).load("mp-1", "data")[0], new
     )
+
+
+@pytest.mark.parametrize("revalidate", ["run", "epoch"])
+def test_a_checked_and_evicted_entry_does_not_come_back_old_from_the_lower_layer(
+    tmp_path: Path, revalidate: str
+) -> None:
+    """The run knows that the density was fresh. The lower layer has the version before."""
+    for role in ("data", "label"):
+        old = small_group(tmp_path / role / "mp-1.zarr", seed=1)[ARRAY].ravel()
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1"]}))
+
+    def reader(name: str, **more: Any) -> ZarrS3Reader:
+        cache = {"dir": tmp_path / name, "limit": "1 GiB", "min_free": 0, **more}
+        paths = (str(tmp_path / part) for part in ("data", "label", "map.json"))
+        return ZarrS3Reader(*paths, "GGA", False, 0.5, cache=cache)
+
+    assert np.array_equal(reader("lower").load("mp-1", "data")[0], old)
+    new = small_group(tmp_path / "data" / "mp-1.zarr", seed=2)[ARRAY].ravel()
+    upper = reader("upper", revalidate=revalidate, lower=tmp_path / "lower")
+    assert np.array_equal(upper.load("mp-1", "data")[0], new)
+    config = CacheConfig(dir=tmp_path / "upper", limit="1 GiB", min_free=0)
+    assert plan_evict(config, everything=True).execute() > 0
+    assert np.array_equal(upper.load("mp-1", "data")[0], new)
+    assert upper.stats.lower_hits == 0
+    trusting = reader("third", lower=tmp_path / "lower")
+    assert np.array_equal(trusting.load("mp-1", "data")[0], old)
