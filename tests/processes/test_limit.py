@@ -4,6 +4,7 @@ killed processes.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,15 +25,17 @@ import pytest
 
 from tests.support.cachedirs import array_of, array_on_disk, key_of, on_disk_bytes, settings
 from tests.support.localnode import LocalNode
-from tests.support.smalldisk import small_disk_at
+from tests.support.smalldisk import cluster_disk, small_disk_at
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
+from zarrcache.disk.policy import Admission
 from zarrcache.stats import Counters
 
 FORK = get_context("fork")
 #: Only a hang takes this long; it says nothing about speed.
 HANG_S = 300
+MIB = 2**20
 
 #: Mixed sizes, the largest a fortieth of the limit; six take this much on disk.
 SIZES = [100, 3000, 5000, 9000, 13_000, 20_000]
@@ -174,6 +178,71 @@ def test_eight_writers_never_exceed_the_limit_and_fill_it(
         )
 
 
+def test_the_limit_counts_what_the_file_system_allocates(tmp_path: Path) -> None:
+    """Files of a few hundred bytes that occupy 64 KiB each. The limit holds and is filled."""
+    limit = 6 * MIB
+    (tmp_path / "data").mkdir()
+    for number in range(0, 120, 3):
+        (tmp_path / "data" / str(number)).write_bytes(array_of(number, size_of(number)).tobytes())
+    with cluster_disk(tmp_path / "cache"):
+        with sampled(tmp_path / "cache" / "zarrcache-v1") as samples:
+            write(tmp_path, limit, "least-recently-stored", 120, 1, 120, is_killed=False)
+        taken = du(tmp_path / "cache" / "zarrcache-v1")
+        assert max(sample.cache for sample in samples) <= limit
+        assert 0.9 * limit <= taken.cache <= limit
+        index = Index(settings(tmp_path, limit=limit))
+        assert index.volume_bytes() == taken.cache
+        index.dir.index.unlink()
+        index = Index(settings(tmp_path, limit=limit, verify="always"))
+        # A rebuild keeps the arrays only.
+        assert 0 < index.volume_bytes() == du(tmp_path / "cache" / "zarrcache-v1").cache
+
+
+_FALLOC_FL_KEEP_SIZE = 1
+
+
+def store_with_blocks_ahead(cache: ArrayCache, number: int, nbytes: int, ahead: int) -> object:
+    """Store a file to which the file system gives more blocks than its length needs."""
+
+    def write(file: FileIO) -> None:
+        file.write(bytes(nbytes))
+        assert not ctypes.CDLL(None, use_errno=True).fallocate(
+            file.fileno(),
+            _FALLOC_FL_KEEP_SIZE,
+            ctypes.c_long(0),
+            ctypes.c_long(nbytes + ahead),
+        ), os.strerror(ctypes.get_errno())
+
+    return cache._store(
+        f"ab{number:04x}",
+        f"entries/ab/ab{number:04x}-01",
+        nbytes,
+        write,
+        kind="array",
+        note=f"file\n/d/{number}\ntotal",
+        url=f"/d/{number}",
+    )
+
+
+def test_blocks_that_a_file_system_allocates_ahead_count(tmp_path: Path) -> None:
+    """Compression, preallocation and parity are known only after a file is written. Such a file is
+    counted in full, or not stored; the next one is reserved with as much.
+    """
+    limit, ahead = 100 * 4096, 19 * 4096
+    cache = ArrayCache(settings(tmp_path, limit=limit), Counters())
+    outcomes = []
+    for number in range(8):
+        outcomes.append(store_with_blocks_ahead(cache, number, 4096, ahead))
+        taken = du(tmp_path / "cache" / "zarrcache-v1").cache
+        assert taken == cache.index.volume_bytes() <= limit
+    assert [outcome is Admission.ADMIT for outcome in outcomes] == [True] * 5 + [False] * 3
+    assert outcomes[5] is Admission.OVER_LIMIT
+    # What exceeds the limit only once it is written is removed again.
+    fresh = ArrayCache(settings(tmp_path, limit=limit + 4096), Counters())
+    assert store_with_blocks_ahead(fresh, 9, 4096, ahead) is Admission.OVER_LIMIT
+    assert du(tmp_path / "cache" / "zarrcache-v1").cache == fresh.index.volume_bytes() == limit
+
+
 def test_entries_larger_than_the_limit_pass_through_with_one_log_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,7 +266,6 @@ def test_entries_larger_than_the_limit_pass_through_with_one_log_line(
     node.check_settled()
 
 
-MIB = 2**20
 MIN_FREE = 3 * MIB
 
 

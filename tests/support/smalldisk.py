@@ -151,6 +151,23 @@ def quota_disk(mount: Path) -> Iterator[Disk]:
 
 
 @contextmanager
+def cluster_disk(mount: Path) -> Iterator[None]:
+    """An ext4 that allocates in clusters of 64 KiB, which neither ``st_blksize`` nor ``statvfs``
+    says.
+    """
+    image = mount.with_name("image")
+    image.touch()
+    os.truncate(image, 256 * 2**20)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("mkfs.ext4 is not here (package e2fsprogs)")
+    made = _run("mkfs.ext4", "-q", "-F", "-O", "bigalloc", "-C", "65536", image)
+    if made.returncode != 0:
+        pytest.skip(f"mkfs.ext4 makes no clusters ({made.stderr.strip()})")
+    with _mounted(mount, "-o", "loop", image):
+        yield
+
+
+@contextmanager
 def failing_disk(mount: Path) -> Iterator[Disk]:
     """EIO: the device under an ext4 ends after 64 KiB, for reading and writing.
 
@@ -160,8 +177,10 @@ def failing_disk(mount: Path) -> Iterator[Disk]:
     image = mount.with_name("image")
     image.touch()
     os.truncate(image, 16 * 2**20)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("mkfs.ext4 is not here (package e2fsprogs)")
     if _run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", image).returncode != 0:
-        pytest.skip("mkfs.ext4 is not here")
+        pytest.skip("mkfs.ext4 makes no such file system")
     with _mounted(mount, "-o", "loop,sync,errors=continue", image):
         device = _run("findmnt", "-n", "-o", "SOURCE", mount).stdout.strip()
 

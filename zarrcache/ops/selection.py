@@ -84,11 +84,11 @@ def cache_at(directory: Path) -> CacheConfig:
     Raises
     ------
     ConfigError
-        There is no cache.
+        There is no cache, or this user cannot enter its directory.
     """
     directory = Path(directory).expanduser().absolute()
     root = CacheDir(directory).root
-    if not os.path.isdir(root):
+    if not _is_there(root):
         what = "does not exist" if not os.path.isdir(directory) else f"has no {root.name} in it"
         raise ConfigError(
             f"There is no cache in {directory}: it {what}. Give the directory that cache.dir names "
@@ -129,18 +129,23 @@ def open_index(index: Index) -> Index:
 
 def open_if_present(index: Index) -> bool:
     """Like :func:`open_index` if there is a cache; otherwise return False and create nothing."""
+    is_present = _is_there(index.dir.root)
+    if is_present:
+        open_index(index)
+    return is_present
+
+
+def _is_there(root: Path) -> bool:
+    """Whether the directory exists. A directory that cannot be entered is an error, not absence."""
     try:
-        is_present = stat.S_ISDIR(os.stat(index.dir.root).st_mode)
+        return stat.S_ISDIR(os.stat(root).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as exc:  # another user's directory, or a disk that fails
         raise ConfigError(
-            f"cache.dir {index.dir.parent} cannot be used by user {os.getuid()} "
-            f"({exc.strerror}). Run the command as its owner, or choose another cache.dir."
+            f"cache.dir {root.parent} cannot be used by user {os.getuid()} ({exc.strerror}). Run "
+            "the command as its owner, or choose another cache.dir."
         ) from exc
-    if is_present:
-        open_index(index)
-    return is_present
 
 
 class Selection:
