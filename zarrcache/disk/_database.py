@@ -718,6 +718,7 @@ class IndexFile:
         for _, path in sorted(entries):
             try:
                 header = read_header(path)
+                occupied_bytes = max(disk_bytes(header.file_bytes), path.lstat().st_blocks * 512)
             except CorruptEntryError:
                 doomed.append(path)
                 continue
@@ -730,7 +731,6 @@ class IndexFile:
                     doomed.append(path)
                 continue
             key = header.key
-            occupied_bytes = max(disk_bytes(header.file_bytes), path.lstat().st_blocks * 512)
             stored = Stored(self._dir.name_of(path), occupied_bytes, array_note(key))
             if key.digest in found:  # an older file of this name, whose deletion was cut short
                 doomed.append(self._dir.root / found.pop(key.digest)[0].filename)

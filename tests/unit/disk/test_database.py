@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import zarrcache.disk._database as database
+import zarrcache.disk.entry as entry_module
+import zarrcache.disk.mmap as mmap_module
 from tests.support.cachedirs import array_of, key_of, payload_files, settings
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk._database import EntryDisk, Stored, is_damage, no_fork
 from zarrcache.disk.entry import EntryHeader, read_header
-from zarrcache.disk.index import Index
+from zarrcache.disk.index import Index, Intent
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
 
@@ -176,6 +181,153 @@ def test_a_rebuild_that_runs_out_of_descriptors_deletes_no_good_entry(tmp_path: 
     assert child.exitcode == 0
     assert payload_files(tmp_path) == files
     assert Index(settings(tmp_path)).totals()["array"][0] == 5
+
+
+#: Errors of the machine, the disk, the network or the permissions; they say nothing about an entry.
+FAULTS = [
+    errno.EACCES,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENODEV,
+    errno.ENOMEM,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+]
+
+
+@pytest.mark.parametrize("code", FAULTS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["open", "fstat", "pread"])
+def test_no_entry_is_unlinked_for_a_fault_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    """Neither by a rebuild, nor by ``verify``, nor by a read. Afterwards all are there."""
+    cache = fill(tmp_path, 3)
+    files = payload_files(tmp_path)
+    real = getattr(os, call)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if call != "open" or "entries" in os.fspath(args[0]):
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    def with_the_fault(act: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            patch.setattr(mmap_module, "os", _Os(call, fails))
+            patch.setattr(entry_module, "os", _Os(call, fails))
+            act()
+
+    with_the_fault(lambda: cache.get(key_of(1)))
+    with_the_fault(lambda: verify(settings(tmp_path)))
+    assert cache.index.totals()["array"][0] == 3
+    lose_index(tmp_path)
+    with_the_fault(lambda: Index(settings(tmp_path)).open())
+    assert payload_files(tmp_path) == files
+    lose_index(tmp_path)
+    assert Index(settings(tmp_path)).totals()["array"][0] == 3
+    assert verify(settings(tmp_path)).is_good
+
+
+class _Os:
+    """The module ``os``, one function of which fails."""
+
+    def __init__(self, call: str, function: Callable[..., Any]) -> None:
+        self.__dict__[call] = function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def test_verify_names_what_cannot_be_read_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, 2)
+
+    def fails(*args: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entry_module, "os", _Os("pread", fails))
+        report = verify(settings(tmp_path))
+    assert not report.is_good
+    assert not report.corrupt
+    assert [problem.why for problem in report.unreadable] == [os.strerror(errno.EIO)] * 2
+    assert verify(settings(tmp_path)).is_good
+
+
+def test_a_new_directory_is_not_called_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With ``verify: always``, which checks the whole index at each open."""
+    cache = ArrayCache(settings(tmp_path, verify="always"), Counters())
+    assert cache.put(key_of(1), array_of(1), source="s")
+    cache.index.reopen()
+    assert cache.get(key_of(1)) is not None
+    assert caplog.text == ""
+    assert not list(cache.index.dir.root.glob("*broken*"))
+
+
+def test_of_broken_indexes_one_is_kept(tmp_path: Path) -> None:
+    cache = fill(tmp_path, 2)
+    names = set()
+    for _ in range(3):
+        cache.index._file.close_before_fork()
+        for suffix in ("-wal", "-shm"):
+            Path(f"{cache.index.dir.index}{suffix}").unlink(missing_ok=True)
+        cache.index.dir.index.write_bytes(b"no database" * 1000)
+        assert Index(settings(tmp_path)).totals()["array"][0] == 2
+        (broken,) = cache.index.dir.root.glob("cache.db.broken-*")
+        names.add(broken.name)
+    assert len(names) == 3
+
+
+def test_a_thread_that_reopens_the_index_does_not_hold_up_a_transaction(tmp_path: Path) -> None:
+    """Opening writes, so it would wait for a transaction that waits for it."""
+    index = fill(tmp_path, 2).index
+    start_s = time.monotonic()
+    with index._file.transaction() as table:
+        index.reopen()  # as another thread does after a fault
+        assert index._file.volume_bytes(table) == 2 * 8192
+        assert index._file.select("SELECT COUNT(*) FROM Cache", (), table) == [(2,)]
+        assert index._file.lookup(key_of(1).digest, table) is not None
+        assert index._file.table is None
+    assert time.monotonic() - start_s < HANG_S / 2
+
+
+@pytest.mark.parametrize("method", ["begin", "lend", "commit"])
+def test_every_transaction_of_the_index_uses_its_own_table(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread reopens the index just after the transaction began."""
+    index = fill(tmp_path, 2).index
+    intent = index.begin("entries/ab/abcd-01", 4096)
+    assert isinstance(intent, Intent)
+    real = index._owners.announce
+    opened = []
+
+    def reopen_and_announce() -> str:
+        index.reopen()
+        monkeypatch.setattr(index._file, "open", lambda: opened.append(method))
+        return real()
+
+    monkeypatch.setattr(index._owners, "announce", reopen_and_announce)
+    if method == "begin":
+        index._reserve("entries/cd/cdef-01", 4096)
+    elif method == "lend":
+        assert index.lend("abcd", "entries/ab/abcd-02")
+    else:
+        with index._file.transaction() as table:
+            index._doom(table, key_of(1).digest)
+    assert opened == []
+
+
+def test_a_connection_that_another_thread_closed_is_not_damage() -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.close()
+    with pytest.raises(sqlite3.ProgrammingError) as raised:
+        connection.execute("SELECT 1")
+    assert not is_damage(raised.value)
 
 
 def test_a_rebuild_leaves_an_entry_that_the_disk_cannot_read(
