@@ -227,7 +227,8 @@ def check_task_ids(task_ids: Sequence[object]) -> list[str]:
 
 def _digest(*parts: str) -> str:
     # Length-prefixed: ("ab", "c") and ("a", "bc") must not collide.
-    raws = [part.encode() for part in parts]
+    # Names of a local directory may be any bytes, which Python decodes to surrogates.
+    raws = [part.encode("utf-8", "surrogateescape") for part in parts]
     return hashlib.blake2b(
         b"".join([b"%d:%b" % (len(raw), raw) for raw in raws]), digest_size=16, person=_PERSON
     ).hexdigest()

@@ -13,16 +13,20 @@
     ├── CorruptEntryError                           by verify; elsewhere a purge and a miss
     └── LockTimeoutError (+ TimeoutError)           names the lock file and the seconds waited
 
-Two of these choices keep wrong numbers out of a training run:
+Three of these choices keep wrong numbers out of a training run:
 
 * ``IncompleteArrayError`` is not an ``OSError``. zarr takes a ``FileNotFoundError`` from a store
   for a chunk that was never written and silently returns the fill value. A listed object that
   cannot be read must not be mistaken for one.
+* A reader raises nothing else, whatever the libraries beneath it raise (`ReadErrors`). A loop over a
+  dataset takes an ``IndexError`` for its end, and a loop over a DataLoader a ``StopIteration``.
 * Every error takes exactly one string. DataLoader rebuilds a worker's exception as
   ``type(exc)(message)``; with two arguments that fails and hides the cause.
 """
 
 from __future__ import annotations
+
+from types import TracebackType
 
 __all__ = [
     "ConfigError",
@@ -33,6 +37,7 @@ __all__ = [
     "OriginError",
     "OriginNotFoundError",
     "OriginUnavailableError",
+    "ReadErrors",
     "SchemaError",
     "ZarrCacheError",
 ]
@@ -83,3 +88,35 @@ class CorruptEntryError(ZarrCacheError):
 
 class LockTimeoutError(ZarrCacheError, TimeoutError):
     """A lock was not free in time. The message names the lock file and the seconds waited."""
+
+
+class ReadErrors:
+    """Context of a read: every exception in it becomes one of this package.
+
+    Ctrl-C and the end of the process pass.
+
+    Parameters
+    ----------
+    what : str
+        What is read, for the message.
+    """
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(exc, Exception) and not isinstance(exc, ZarrCacheError):
+            raise ZarrCacheError(
+                f"{self._what} could not be read ({type(exc).__name__}: {exc}). If the store is "
+                "sound, please report this with the traceback."
+            ) from exc

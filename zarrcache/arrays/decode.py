@@ -48,7 +48,8 @@ _MAX_CHUNKS_OF_ZARR = 2**24
 _NUMBERS = "biuf"
 _MAX_AXES = 32
 #: Keys below an array: its metadata, and what may be a chunk of some grid.
-_ARRAY_KEY = re.compile(r"\.zarray|zarr\.json|c|(?:c[/.])?[0-9]+(?:[/.][0-9]+)*")
+_NUMBER = r"(?:0|[1-9][0-9]{0,18})"  # int() refuses thousands of digits
+_ARRAY_KEY = re.compile(rf"\.zarray|zarr\.json|c|(?:c[/.])?{_NUMBER}(?:[/.]{_NUMBER})*")
 #: Codecs of numcodecs that make objects instead of numbers: pickle runs code from the data, and the
 #: others take sizes from it.
 _OBJECT_CODECS = frozenset(
@@ -423,9 +424,8 @@ def _layout(
         raise ValueError(f"chunks of shape {safe_repr(list(chunks))} for {len(shape)} axes")
     if separator not in ("/", "."):
         raise ValueError(f"its separator is {safe_repr(separator)}")
-    number = r"(?:0|[1-9][0-9]{0,18})"  # int() refuses thousands of digits
     if shape:
-        name = f"{re.escape(prefix)}({re.escape(separator).join([number] * len(shape))})"
+        name = f"{re.escape(prefix)}({re.escape(separator).join([_NUMBER] * len(shape))})"
     else:
         name = re.escape(prefix.rstrip("/.") or "0")
     fill = _fill(document.get("fill_value"), dtype)

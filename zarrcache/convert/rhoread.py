@@ -75,28 +75,7 @@ class RhoRead(PairReader):
         """All zero, for scripts that print the statistics of ``ZarrS3Reader``."""
         return Stats()
 
-    def load(self, task_id: str, role: Role) -> Density:
-        """Read one charge density.
-
-        Parameters
-        ----------
-        task_id : str
-        role : {"data", "label"}
-
-        Returns
-        -------
-        values : ndarray, shape (nx*ny*nz,), float32, C order
-            As ``ZarrS3Reader.load``: density times cell volume, in electrons; with ``normalize``
-            divided by the number of grid points.
-        gridsize : (nx, ny, nz)
-
-        Raises
-        ------
-        OriginNotFoundError
-            There is no such file.
-        SchemaError
-            It is not a charge density, or lacks ``density_type``.
-        """
+    def _load(self, task_id: str, role: Role) -> Density:
         files = self.store_names(role)
         if task_id not in files:
             directory = self.data_dir if role == "data" else self.label_dir

@@ -32,7 +32,7 @@ from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density
 from zarrcache.data.splits import PairReader, first_ids
-from zarrcache.errors import ConfigError, OriginNotFoundError
+from zarrcache.errors import ConfigError, OriginNotFoundError, ReadErrors
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 
@@ -227,31 +227,7 @@ class ZarrS3Reader(PairReader):
 
     # -- one density
 
-    def load(self, task_id: str, role: Role) -> Density:
-        """Load one charge density, from the array tier if it is there.
-
-        Parameters
-        ----------
-        task_id : str
-        role : {"data", "label"}
-
-        Returns
-        -------
-        values : ndarray, shape (nx*ny*nz,), float32, C order
-            Writable and the caller's own. CHGCAR convention: density times cell volume, in
-            electrons, so ``values.mean()`` is the number of valence electrons; with ``normalize``
-            it is ``values.sum()`` (VASP wiki, CHGCAR).
-        gridsize : (nx, ny, nz)
-
-        Raises
-        ------
-        SchemaError
-            ``charge_density_{density_type}`` is absent, not 3-D or not of real numbers.
-        IncompleteArrayError
-            A chunk that the origin lists cannot be read; nothing is cached.
-        OriginError
-            There is no such store, or the origin cannot be reached.
-        """
+    def _load(self, task_id: str, role: Role) -> Density:
         if self._observers:
             return self._load_observed(task_id, role)
         values, _ = self._densities(role).read(self.store_name(task_id, role))
@@ -409,17 +385,20 @@ class ZarrS3Reader(PairReader):
         from zarrcache.cache import CachedStore
 
         store, densities = zarr_store.store, self._densities("data")
-        if isinstance(store, CachedStore) and not zarr_store.path:
-            return _flat(densities.at(store.origin).read(store.name)[0])
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        return _flat(densities.prepared(density_of_group(zarr_store, self.array, where), where))
+        with ReadErrors(where):
+            if isinstance(store, CachedStore) and not zarr_store.path:
+                return _flat(densities.at(store.origin).read(store.name)[0])
+            values = density_of_group(zarr_store, self.array, where)
+            return _flat(densities.prepared(values, where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """Attribute ``metadata`` of a store, merged with ``structure``.
 
         Both may be JSON strings or JSON itself.
         """
-        return metadata_of(zarr_store)
+        with ReadErrors(f"metadata of {zarr_store.store_path}"):
+            return metadata_of(zarr_store)
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"

@@ -21,7 +21,7 @@ from zarrcache._keys import Role, check_task_ids, density_array, safe_repr
 from zarrcache._units import read_bounded
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.sequences import Density, SplitSets, split_sets
-from zarrcache.errors import ConfigError
+from zarrcache.errors import ConfigError, ReadErrors
 
 __all__ = [
     "PairReader",
@@ -395,9 +395,39 @@ class PairReader(ABC):
     def store_names(self, role: Role) -> Mapping[str, Any]:
         """Name or path of each store or file of one directory, by task id."""
 
-    @abstractmethod
     def load(self, task_id: str, role: Role) -> Density:
-        """Load one charge density."""
+        """Load one charge density.
+
+        Parameters
+        ----------
+        task_id : str
+        role : {"data", "label"}
+
+        Returns
+        -------
+        values : ndarray, shape (nx*ny*nz,), float32, C order
+            Writable and the caller's own. CHGCAR convention: density times cell volume, in
+            electrons, so ``values.mean()`` is the number of valence electrons; with ``normalize``
+            it is ``values.sum()`` (VASP wiki, CHGCAR).
+        gridsize : (nx, ny, nz)
+
+        Raises
+        ------
+        SchemaError
+            The density is absent, not 3-D or not of real numbers.
+        IncompleteArrayError
+            A chunk that the origin lists cannot be read; nothing is cached.
+        OriginError
+            There is no such store or file, or the origin cannot be reached.
+        ZarrCacheError
+            Anything else: no exception of a library leaves this method.
+        """
+        with ReadErrors(f"{task_id} ({role})"):
+            return self._load(task_id, role)
+
+    @abstractmethod
+    def _load(self, task_id: str, role: Role) -> Density:
+        """As `load`; it may raise what libraries raise."""
 
     def __repr__(self) -> str:
         return (

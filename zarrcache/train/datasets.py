@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
-from zarrcache.errors import ConfigError, SchemaError
+from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce
 from zarrcache.train.transforms import Grid, downsample, draw_rotation, rotate
 from zarrcache.train.worker_transfer import Sender
@@ -38,6 +38,12 @@ _T_co = TypeVar("_T_co", covariant=True)
 
 #: A function of a sample's dict that returns the sample to use: the same dict or another mapping.
 Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+logger = logging.getLogger(__name__)
+
+#: Below it, float16 has fewer bits. The share of such values that is not worth a warning: a density
+#: that crosses zero has some.
+_SUBNORMAL_FLOAT16, _TOLERATED_SHARE = 2.0**-14, 0.01
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -89,6 +95,18 @@ class _PairDataset(Sender):
         return self._to_tensors.unrotated(self._read(index, field), field)
 
     def _sample(self, i: int, name: str, **rest: Any) -> dict[str, Any]:
+        """The sample at position ``i``, as the transform returns it."""
+        try:
+            return self._transformed(i, name, rest)
+        except (IndexError, StopIteration) as exc:
+            # Of a transform, or of a reader or sequence of the user. For a loop over a dataset or a
+            # DataLoader they would be its end.
+            raise ZarrCacheError(
+                f"{name} could not be read or transformed ({type(exc).__name__}: {exc}); see the "
+                "exception above for the place."
+            ) from exc
+
+    def _transformed(self, i: int, name: str, rest: dict[str, Any]) -> dict[str, Any]:
         whole = self._read(i, 0), self._read(i, 1)
         if whole[0].shape != whole[1].shape:
             # Not an error: the label may be on a finer grid on purpose. Most networks fail on the
@@ -267,7 +285,9 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         task ids.
     precision : {"f32", "f16", "bf16"}
         float32, float16 or bfloat16. The largest float16 is 65504; a density that is not
-        normalized can exceed it.
+        normalized can exceed it, which is an error. Below 6.1e-5 it has fewer than 11 bits, and
+        below 3e-8 it is 0; normalized densities have such values, which is logged once per dataset,
+        side and process, with their share. bfloat16 has the range of float32 and 8 bits.
     augmentation : bool
     downsample_data, downsample_label : int
     seed : int, optional
@@ -385,6 +405,8 @@ class _PairToTensors:
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
         self.dtype = dtype
         self.drawn = 0
+        #: Sides of which an underflow was reported.
+        self._underflows: set[int] = set()
 
     def __call__(
         self, data: Grid, label: Grid, index: int, *, name: str
@@ -423,13 +445,49 @@ class _PairToTensors:
                 "leave the sample out of the map."
             )
         # torch has no negative strides, a worker sends the whole storage of a strided tensor, and a
-        # network would gather the view anyway, in the training process: gather it here.
-        if not (grid.flags.c_contiguous and grid.flags.writeable):
+        # network would gather the view anyway, in the training process: gather it here. numpy calls
+        # an array contiguous whatever the stride of an axis of length one.
+        is_plain = grid.flags.c_contiguous and grid.flags.writeable and min(grid.strides) > 0
+        if not is_plain:
             grid = np.array(grid, order="C")
         tensor = torch.from_numpy(grid)
+        cast = tensor.to(self.dtype)
         if self.dtype is torch.float16:
-            _check_fits_float16(tensor, name)
-        return tensor.to(self.dtype), grid
+            low, high = _check_fits_float16(tensor, name)
+            if field not in self._underflows:
+                self._check_underflow(tensor, cast, low, high, field, name)
+        return cast, grid
+
+    def _check_underflow(
+        self,
+        tensor: torch.Tensor,
+        cast: torch.Tensor,
+        low: float,
+        high: float,
+        field: int,
+        name: str,
+    ) -> None:
+        """Warn once per dataset, side and process if float16 loses small values."""
+        if low >= _SUBNORMAL_FLOAT16 or high <= -_SUBNORMAL_FLOAT16:
+            return
+        lost = int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(cast))
+        is_small = (tensor != 0) & (tensor.abs() < _SUBNORMAL_FLOAT16)
+        small = int(torch.count_nonzero(is_small)) - lost
+        if lost or small > _TOLERATED_SHARE * tensor.numel():
+            self._underflows.add(field)
+            logger.warning(
+                "%s: float16 turns %.3g %% of the values into 0, and another %.3g %% are below "
+                "%.2g, where it has less than 11 bits (%d and %d of %d values). Use bf16 or f32%s. "
+                "Other samples of this dataset are not reported.",
+                name,
+                100 * lost / tensor.numel(),
+                100 * small / tensor.numel(),
+                _SUBNORMAL_FLOAT16,
+                lost,
+                small,
+                tensor.numel(),
+                ", or densities that are not normalized" if high < 1 else "",
+            )
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
@@ -475,15 +533,23 @@ def _position(index: SupportsIndex, length: int) -> int:
     return i % length
 
 
-def _check_fits_float16(tensor: torch.Tensor, name: str) -> None:
-    """Raise a SchemaError if a value would become infinite: beyond 65504."""
+def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
+    """Smallest and largest value.
+
+    Raises
+    ------
+    SchemaError
+        One would become infinite: beyond 65504.
+    """
     low, high = (x.item() for x in torch.aminmax(tensor))
     limit = torch.finfo(torch.float16).max
     if low < -limit or high > limit:
         raise SchemaError(
             f"{name} has values from {low:.6g} to {high:.6g}; the largest float16 is {limit:.0f}. "
-            "Normalize the densities (normalize_data: true) or use bf16."
+            "Use bf16 or f32, or normalize the densities (normalize_data: true) and heed the warning "
+            "about small values."
         )
+    return low, high
 
 
 def _shapes(sample: Any) -> Any:
