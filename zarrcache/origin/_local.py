@@ -71,7 +71,9 @@ class LocalOrigin:
             raise ConfigError(
                 "the path of the data is empty. Give a directory, or s3://bucket/prefix."
             )
-        self.url = os.path.abspath(os.path.expanduser(path))
+        self._directory = os.path.abspath(os.path.expanduser(path))
+        # Names may be any bytes. The URL is text, for messages, digests and the index.
+        self.url = os.fsencode(self._directory).decode("utf-8", "backslashreplace")
         self._retry = retry
         self._counters = counters if counters is not None else Counters()
 
@@ -79,18 +81,21 @@ class LocalOrigin:
         return f"LocalOrigin({self.url!r})"
 
     def url_of(self, key: str) -> str:
-        """Absolute path of a key."""
-        return os.path.join(self.url, key)
+        """Absolute path of a key, as text."""
+        return os.path.join(self.url, os.fsencode(key).decode("utf-8", "backslashreplace"))
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._directory, key)
 
     def below(self, path: str) -> LocalOrigin:
         """The origin of a directory below this one."""
-        return LocalOrigin(self.url_of(path), retry=self._retry, counters=self._counters)
+        return LocalOrigin(self._path(path), retry=self._retry, counters=self._counters)
 
     def pages(
         self, prefix: str = "", *, recursive: bool = False
     ) -> Iterator[tuple[list[ObjectInfo], list[str]]]:
         """Files and directories below ``prefix``. See ``BrowsableOrigin.pages``."""
-        path = self.url_of(prefix)
+        path = self._path(prefix)
         if recursive:
             yield self._with_retries(lambda: sorted(_walk(path, prefix)), path, None), []
         else:
@@ -98,13 +103,15 @@ class LocalOrigin:
 
     def list_names(self) -> list[str]:
         """Names in the directory, sorted. See ``Origin.list_names``."""
-        return self._with_retries(lambda: sorted(os.listdir(self.url)), self.url, None)
+        return self._with_retries(
+            lambda: sorted(os.listdir(self._directory)), self._directory, None
+        )
 
     def list_objects(self, prefix: str = "") -> list[ObjectInfo]:
         """Every file below ``prefix``. See ``Origin.list_objects``."""
-        path = self.url_of(prefix)
+        path = self._path(prefix)
         found = self._with_retries(lambda: _list(path, prefix), path, None)
-        if not found and not os.path.isdir(self.url):
+        if not found and not os.path.isdir(self._directory):
             raise _not_a_directory(self.url)
         return found
 
@@ -115,7 +122,7 @@ class LocalOrigin:
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed file. See ``Origin.fetch_range``."""
-        path = self.url_of(obj.key)
+        path = self._path(obj.key)
         data = self._with_retries(lambda: _read(path, obj, start, stop), path, obj)
         self._counters.add(fetched_bytes=len(data))
         return data

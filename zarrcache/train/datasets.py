@@ -39,8 +39,6 @@ _T_co = TypeVar("_T_co", covariant=True)
 #: A function of a sample's dict that returns the sample to use: the same dict or another mapping.
 Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
 
-logger = logging.getLogger(__name__)
-
 #: Below it, float16 has fewer bits. The share of such values that is not worth a warning: a density
 #: that crosses zero has some.
 _SUBNORMAL_FLOAT16, _TOLERATED_SHARE = 2.0**-14, 0.01

@@ -304,7 +304,7 @@ class TestFloat16:
     "shape", [(1, 1, 1), (4, 4, 1), (1, 5, 3), (3, 1, 1), (2, 1, 7), (1, 1, 6), (5, 3, 2)]
 )
 def test_thin_grid_is_rotated_like_any_other(shape: tuple[int, int, int]) -> None:
-    """numpy calls a reversed axis of length one contiguous, torch refuses its stride."""
+    """A reversed axis of length one is contiguous for numpy, and refused by torch."""
     values = random_density(shape)
     known = {values.tobytes() + repr(values.shape).encode()} | {
         np.ascontiguousarray(turned).tobytes() + repr(turned.shape).encode()
@@ -332,5 +332,5 @@ def test_thin_grid_is_rotated_like_any_other(shape: tuple[int, int, int]) -> Non
 def test_grid_smaller_than_the_factor_is_named() -> None:
     values = np.ones(15, np.float32)
     dataset = RhoData([values], [values], [(1, 5, 3)], [(1, 5, 3)], downsample_data=2)
-    with pytest.raises(SchemaError, match="a grid of .* points is empty after cropping"):
+    with pytest.raises(SchemaError, match=r"a grid of .* points is empty after cropping"):
         _ = dataset[0]
