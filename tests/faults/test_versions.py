@@ -75,6 +75,11 @@ def read(origin: Origin, *keys: str) -> dict[str, bytes]:
     return {obj.key: bytes(memoryview(body)) for obj, body in origin.fetch(objects)}
 
 
+def forget(origin: Any, *, can_match: bool = True) -> None:
+    """As if the origin were new, but with its connections."""
+    origin._can_match, origin._has_two_tags = can_match, False
+
+
 M, MULTI = md5(BODY), f"{md5(BODY)}-2"
 SPELLINGS = {
     "weak in answers": (f'"{M}"', f'W/"{M}"'),
@@ -95,6 +100,8 @@ SPELLINGS = {
     "none in answers": (f'"{M}"', None),
     "none in listings": (None, f'"{M}"'),
     "empty": ('""', '""'),
+    "two": (f'"{M}"', '"0x8DC9-v7"'),
+    "two, with a suffix": (f'"{M}"', f'"{M}-gzip"'),
 }
 
 
@@ -108,10 +115,30 @@ def test_every_spelling_of_an_etag_is_read(
     }
     origin = opened()
     for obj in origin.list_objects():
-        origin._can_match = True  # type: ignore[attr-defined]
+        forget(origin)
         assert origin.fetch_range(obj, 100, 900) == BODY[100:900], obj
-        origin._can_match = True  # type: ignore[attr-defined]
+        forget(origin)
         assert [bytes(memoryview(body)) for _, body in origin.fetch([obj])] == [BODY], obj
+
+
+@pytest.mark.parametrize(
+    ("listed", "answered"), [(f'"{M}"', f'"{M}"'), (f'"{M}"', '"v1"'), ('"v1"', f'"{M}"')]
+)
+def test_two_versions_of_one_second_are_told_apart(
+    server: TagServer, opened: Callable[..., Origin], listed: str, answered: str
+) -> None:
+    """By the ETag alone; also where answers have another ETag than listings."""
+    server.objects["d/x"] = Tagged(BODY, listed, answered, if_match="ignored")
+    origin = opened()
+    [obj] = origin.list_objects()
+    new = [tag.replace(M, md5(OTHER)).replace("v1", "v2") for tag in (listed, answered)]
+    server.objects["d/x"] = Tagged(OTHER, *new, if_match="ignored")
+    for request in (
+        lambda: list(origin.fetch([obj])),
+        lambda: origin.fetch_range(obj, 100, 900),
+    ):
+        with pytest.raises(IncompleteArrayError, match="was changed while it was being read"):
+            request()
 
 
 @pytest.mark.parametrize("if_match", ["ignored", "weak", "refused"])
@@ -134,10 +161,10 @@ def test_another_version_of_the_same_size_is_refused(
     for old, new in zip(before, origin.list_objects(), strict=True):
         assert source_digest([old]) != source_digest([new])
         for can_match in (True, False):
-            origin._can_match = can_match  # type: ignore[attr-defined]
+            forget(origin, can_match=can_match)
             with pytest.raises(IncompleteArrayError, match="was changed while it was being read"):
                 list(origin.fetch([old]))
-            origin._can_match = can_match  # type: ignore[attr-defined]
+            forget(origin, can_match=can_match)
             with pytest.raises(IncompleteArrayError, match="was changed while it was being read"):
                 origin.fetch_range(old, 100, 900)
 
@@ -152,7 +179,8 @@ def test_both_engines_and_a_head_give_the_same_version(server: TagServer) -> Non
     assert one.list_objects() == other.list_objects()
     for obj in one.list_objects():
         assert one.list_objects(obj.key) == other.list_objects(obj.key)
-        if (SPELLINGS[obj.key][0] is None) == (SPELLINGS[obj.key][1] is None):
+        listed, answered = SPELLINGS[obj.key]
+        if (listed is None) == (answered is None) and not obj.key.startswith("two"):
             assert one.list_objects(obj.key)[0].etag.lower() == obj.etag.lower()
 
 

@@ -34,7 +34,7 @@ from zarrcache.origin._s3_options import (
     check_certificates,
     split_s3_url,
 )
-from zarrcache.origin._versions import etag_in, is_same_version, md5_in
+from zarrcache.origin._versions import etag_in, is_same_date, is_same_version, md5_in
 from zarrcache.stats import Counters, LogOnce
 
 if TYPE_CHECKING:
@@ -456,6 +456,7 @@ class S3Origin:
         self.identity = self._bucket.endpoint
         self._content = ContentCheck(fetch.etag, is_plain=self._bucket.is_plain)
         self._can_match = True  # the server understands If-Match, until it refuses a listed version
+        self._has_two_tags = False  # the ETags of its answers are not those of its listings
 
     def __repr__(self) -> str:
         return f"S3Origin({self.url!r}, endpoint={self.identity!r})"
@@ -594,6 +595,8 @@ class S3Origin:
                 if answer.status == 412 and self._is_refused_wrongly(obj):
                     return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
                 return operation.error(answer, self._context(obj.key, obj), engine)
+            if self._is_doubtful(obj, answer) and self._is_still_current(obj):
+                self._has_two_tags = True
             error = self._check(obj, answer, obj.size_bytes)
             return (obj, answer.body) if error is None else error
 
@@ -786,12 +789,17 @@ class S3Origin:
         except S3Error as error:
             if error.status != 412 or not can_match:
                 raise
-            self._bucket.counters.add(requests=2)
+            self._bucket.counters.add(requests=1)
             if not await self._is_current(engine, full, patience_s):
                 raise
             self._can_match = False
+            self._bucket.counters.add(requests=1)
             received = await engine.get(self._conditional(full), part, patience_s=patience_s)
         obj = ObjectInfo(full.key[len(self._prefix) :], full.size_bytes, full.etag, full.modified_s)
+        if self._is_doubtful(obj, received):
+            self._bucket.counters.add(requests=1)
+            if await self._is_current(engine, full, patience_s):
+                self._has_two_tags = True
         size_bytes = full.size_bytes if part is None else part[1] - part[0]
         error_found = self._check(obj, received, size_bytes)
         if isinstance(error_found, TransientError):
@@ -806,25 +814,44 @@ class S3Origin:
         Some compare the condition with another spelling of the ETag, or with a weak one, which by
         RFC 9110 never matches. Then no condition is sent any more: the ETags of the answers tell.
         """
-        if not self._can_match:
-            return True
+        if self._can_match and self._is_still_current(obj):
+            self._can_match = False
+        return not self._can_match
+
+    def _is_doubtful(self, obj: ObjectInfo, received: Received) -> bool:
+        """Whether an answer has another ETag than the listing, but was changed in the same second.
+
+        It is another version, or the server has two ETags for one.
+        """
+        return (
+            not self._has_two_tags
+            and not is_same_version(obj, received)
+            and is_same_date(obj, received)
+        )
+
+    def _is_still_current(self, obj: ObjectInfo) -> bool:
         full = self._full(obj)
-        if not self._bucket.call(
+        return self._bucket.call(
             lambda engine, patience_s: self._is_current(engine, full, patience_s),
             self._context(obj.key, obj),
             open_engine=lambda: self._bucket.engine(full.key),
-        ):
-            return False
-        self._can_match = False
-        return True
+        )
 
     async def _is_current(self, engine: Engine, full: ObjectInfo, patience_s: float) -> bool:
-        """HEAD: whether the object still has the listed version."""
-        found = await engine.head(full.key, patience_s=patience_s)
-        return (
-            found is not None
-            and found.size_bytes == full.size_bytes
-            and is_same_version(full, Received(b"", etag_in(found.etag), found.modified_s))
+        """Whether the server still has the listed version, by a HEAD or by a LIST.
+
+        An answer that came before is then of that version, whatever its ETag is.
+        """
+        head = await engine.head(full.key, patience_s=patience_s)
+        if head is None or head.size_bytes != full.size_bytes:
+            return False
+        if _is_listed(full, head):
+            return True
+        self._bucket.counters.add(requests=1)  # the caller counts the HEAD
+        page = await self._bucket.s3fs().list_page(full.key, patience_s=patience_s)
+        return any(
+            obj.key == full.key and obj.size_bytes == full.size_bytes and _is_listed(full, obj)
+            for obj in page.objects
         )
 
     def _context(self, key: str, obj: ObjectInfo | None = None) -> RequestContext:
@@ -832,7 +859,8 @@ class S3Origin:
 
     def _check(self, obj: ObjectInfo, received: Received, size_bytes: int) -> Exception | None:
         """The error if an answer is not of the listed version, or has not ``size_bytes`` bytes."""
-        if not is_same_version(obj, received):
+        is_same = is_same_date if self._has_two_tags else is_same_version
+        if not is_same(obj, received):
             return changed(self.url_of(obj.key))
         n = memoryview(received.body).nbytes
         if n != size_bytes:
@@ -840,3 +868,7 @@ class S3Origin:
                 self.url_of(obj.key), f"{n} bytes arrived, {size_bytes} were announced"
             )
         return None
+
+
+def _is_listed(listed: ObjectInfo, now: ObjectInfo) -> bool:
+    return is_same_version(listed, Received(b"", etag_in(now.etag), now.modified_s))

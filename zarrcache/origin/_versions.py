@@ -11,7 +11,7 @@ import re
 from zarrcache._keys import ObjectInfo
 from zarrcache.origin._concurrent import Received
 
-__all__ = ["etag_in", "is_same_version", "md5_in", "version_of"]
+__all__ = ["etag_in", "is_same_date", "is_same_version", "md5_in", "version_of"]
 
 #: Quotes around an ETag: also single ones, and those of a body that was escaped twice.
 _QUOTES = re.compile(r"""^(?:\s|"|'|&quot;|&#34;)+|(?:\s|"|'|&quot;|&#34;)+$""")
@@ -60,6 +60,9 @@ def is_same_version(listed: ObjectInfo, received: Received) -> bool:
     if etag and received.etag:
         is_hex = _HEX.fullmatch(etag) is not None
         return etag == received.etag or (is_hex and etag.lower() == received.etag.lower())
-    if listed.modified_s and received.modified_s:
-        return int(listed.modified_s) == int(received.modified_s)
-    return True
+    return is_same_date(listed, received) or not (listed.modified_s and received.modified_s)
+
+
+def is_same_date(listed: ObjectInfo, received: Received) -> bool:
+    """Whether both say when the object was changed, and that is the same second."""
+    return bool(listed.modified_s) and int(listed.modified_s) == int(received.modified_s)
