@@ -215,6 +215,13 @@ class ZarrDataModule(LightningDataModule):
                 "call trainer.test() only."
             )
         sampler = self._sampler(dataset, shuffle=self.shuffle, drop_last=self.drop_last)
+        batch_size = self.batch_size or 1
+        if self.drop_last and sampler.schedule.samples_of_rank < batch_size:
+            raise ConfigError(
+                f"drop_last leaves nothing to train on: each rank has "
+                f"{sampler.schedule.samples_of_rank} of the {len(dataset)} samples, fewer than "
+                f"batch_size={batch_size}. Set drop_last=False or a smaller batch_size."
+            )
         state, self._loaded = self._loaded, {}
         if state:
             sampler.load_state_dict(state)

@@ -135,6 +135,35 @@ def test_a_run_does_what_the_plan_says(
     assert plan.total.nbytes == sum(epoch.nbytes for epoch in plan.epochs)
 
 
+def test_the_room_of_the_look_ahead_is_in_the_plan(
+    config: dict[str, Any], s3_server: S3Server, tmp_path: Path
+) -> None:
+    """It drops a quarter of a small cache; without it more hits and fewer requests are planned."""
+    epochs = 5
+    limit = int(plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes * 0.6)
+    cache = {"dir": tmp_path / "cache", "limit": limit, "min_free": 0}
+    source = DataConfig(**config, cache=cache)
+    plan, without = (
+        plan_training(source, capacity_bytes=limit - 2**14, lookahead_bytes=ahead, epochs=epochs)
+        for ahead in (None, 0)
+    )
+    assert (plan.lookahead_bytes, without.lookahead_bytes) == ((limit - 2**14) // 4, 0)
+    log = RequestLog(s3_server, config["data_dir"].split("/")[2])
+    reader = open_reader(source)
+    names, _ = reader.split_task_ids()
+    schedule = Schedule(tuple(names))
+    orders = [[names[index] for index in schedule.node_order(epoch, 0)] for epoch in range(epochs)]
+    with Lookahead(reader, orders) as ahead:
+        for epoch, order in enumerate(orders):
+            ahead.set_epoch(epoch)
+            for name, role in itertools.product(order, ROLES):
+                reader.load(name, role)  # type: ignore[arg-type]
+                time.sleep(0.01)
+    seen = len(log.seen())
+    assert plan.total.requests == pytest.approx(seen, rel=0.05)
+    assert without.total.requests < 0.95 * plan.total.requests
+
+
 def test_longer_runs_and_other_ways_are_extrapolated(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -224,6 +224,13 @@ def test_a_process_that_reads_from_s3_itself_forks_no_readers(
     assert other.multiprocessing_context.get_start_method() == "forkserver"
 
 
+def test_a_training_without_a_single_batch_is_refused(config: str) -> None:
+    """With drop_last and fewer samples than a batch, Lightning would end at once, with success."""
+    with pytest.raises(ConfigError, match=r"drop_last leaves nothing to train on: each rank has"):
+        module(config, drop_last=True, batch_size=1000).train_dataloader()
+    assert len(module(config, drop_last=True, batch_size=1).train_dataloader()) > 0
+
+
 def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
     """``srun --distribution=cyclic``: each node would store the other's samples."""
     from zarrcache.lightning import _world_of

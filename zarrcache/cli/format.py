@@ -63,9 +63,12 @@ def duration(seconds: float) -> str:
 def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
     """One line for ``warm --dry-run``."""
     densities = plural(plan.trusted + len(plan.densities), "density", "densities")
+    about = ""
+    if estimate.compared < len(plan.densities):
+        about = f" (extrapolated from {count(estimate.compared)})"
     return (
         f"Would fetch {count(estimate.to_fetch)} of {densities} of "
-        f"{plural(len(plan.task_ids), 'id')} "
+        f"{plural(len(plan.task_ids), 'id')}{about} "
         f"({format_bytes(estimate.fetch_bytes)}, {plural(estimate.requests, 'request')}); "
         f"{count(estimate.fresh)} fresh. "
         "Dry run: nothing was fetched."
@@ -129,17 +132,20 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
         )
     elif report.bypassed:
         size = _rounded_up(report.needed_bytes + report.beside_bytes)
-        needed = (
-            f"All ids and the other entries of the cache need about {size} on disk: raise"
-            if report.needed_bytes
-            else "Raise"
-        )
-        notes.append(
-            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
-            f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will "
-            f"read what did not fit from the origin in every epoch. {needed} cache.limit, or free "
-            "space with `zarrcache evict`."
-        )
+        needed = f"All ids and the other entries of the cache need about {size} on disk"
+        left_out = f"{plural(len(report.bypassed), 'id')} did not fit"
+        if report.is_disk_full:
+            notes.append(
+                f"error: {left_out}: the disk of {plan.cache.dir} is full, or cache.min_free is "
+                f"reached. {needed}. Free space there, or choose a larger disk."
+            )
+        else:
+            raise_it = f"{needed}: raise" if report.needed_bytes else "Raise"
+            notes.append(
+                f"{left_out}: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is "
+                "reached, and training will read what did not fit from the origin in every epoch. "
+                f"{raise_it} cache.limit, or free space with `zarrcache evict`."
+            )
     return notes
 
 
@@ -281,9 +287,12 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
         f"cache ({asked} measured)."
     )
     share = plan.capacity_bytes / plan.disk_bytes if plan.disk_bytes else 1.0
+    ahead = ""
+    if plan.lookahead_bytes:
+        ahead = f" (of which the look-ahead takes {format_bytes(plan.lookahead_bytes)})"
     yield (
         f"{plural(plan.nodes, 'node')}, {plural(plan.ranks, 'rank')}: each cache holds "
-        f"{format_bytes(plan.capacity_bytes)}, "
+        f"{format_bytes(plan.capacity_bytes)}{ahead}, "
         f"{min(1.0, share):.0%} of that; assignment {plan.variant.assignment}, eviction "
         f"{plan.variant.eviction}."
     )

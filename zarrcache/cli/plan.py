@@ -29,6 +29,16 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    lookahead: Annotated[
+        int | None,
+        typer.Option(
+            parser=size,
+            metavar="SIZE",
+            help="bytes that the look-ahead of each node fetches ahead, 0 to train without it "
+            "[default: cache.lookahead]",
+            show_default=False,
+        ),
+    ] = None,
     assignment: Annotated[
         Literal["global", "node"],
         typer.Option(help="global: one shuffle over all nodes. node: each node has its own share"),
@@ -79,6 +89,7 @@ def plan(
             data_config(config, needs_cache=False),
             nodes=nodes,
             capacity_bytes=capacity,
+            lookahead_bytes=lookahead,
             assignment=assignment,
             eviction=eviction,
             ranks_per_node=ranks_per_node,

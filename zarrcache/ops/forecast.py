@@ -16,7 +16,7 @@ from zarrcache.errors import ConfigError
 from zarrcache.ops.simulate import Epoch, Policy, simulate
 from zarrcache.ops.sizes import DensitySize, Speed, measure_sizes, measure_speed
 from zarrcache.origin import PAGE_OBJECTS
-from zarrcache.train import Assignment, Schedule
+from zarrcache.train import Assignment, Schedule, node_budget_bytes
 
 __all__ = ["EpochForecast", "Forecast", "Variant", "plan_training"]
 
@@ -83,6 +83,8 @@ class Forecast:
     nodes, ranks : int
     capacity_bytes : int
         Size of the cache of one node.
+    lookahead_bytes : int
+        The part of it that the look-ahead takes once the cache is full.
     variant : Variant
     run_epochs : int
         Epochs of the whole run.
@@ -106,6 +108,7 @@ class Forecast:
     nodes: int
     ranks: int
     capacity_bytes: int
+    lookahead_bytes: int
     variant: Variant
     run_epochs: int
     epochs: tuple[EpochForecast, ...]
@@ -120,6 +123,7 @@ def plan_training(
     *,
     nodes: int = 1,
     capacity_bytes: int | None = None,
+    lookahead_bytes: int | None = None,
     assignment: Assignment = "global",
     eviction: Policy | None = None,
     ranks_per_node: int = 1,
@@ -140,6 +144,9 @@ def plan_training(
     nodes, ranks_per_node : int
     capacity_bytes : int, optional
         Size of the cache of each node. Default: ``cache.limit``.
+    lookahead_bytes : int, optional
+        Bytes that `Lookahead` fetches ahead, at most a quarter of the cache; what is fetched ahead
+        takes room from entries that stay. 0: training without it. Default: ``cache.lookahead``.
     assignment : {"global", "node"}
         As in ``NodeSampler``.
     eviction : {"none", "least-recently-stored", "belady"}, optional
@@ -185,6 +192,8 @@ def plan_training(
                 "'200 GiB'."
             )
         capacity_bytes = cache.limit
+    if lookahead_bytes is None:
+        lookahead_bytes = cache.lookahead if cache is not None else 0
     variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
     prices = prices or (cache.prices if cache is not None else PriceConfig())
     names, _ = reader.split_task_ids()
@@ -209,7 +218,11 @@ def plan_training(
     )
     # With few samples more epochs are simulated: one epoch of few samples is noisy.
     simulated = min(epochs, max(EPOCHS, EPOCHS_PER_NODE * nodes, SIMULATED // len(names)))
-    run = _Run(tuple(names), world, seed, table, capacity_bytes, simulated)
+    # Room is taken when the first entry is refused. The entries that are dropped for it would be
+    # hits in later epochs only, so the simulation has a smaller cache from the start.
+    is_full = int(table.disk.sum()) > capacity_bytes
+    ahead_bytes = node_budget_bytes(lookahead_bytes, capacity_bytes) if is_full else 0
+    run = _Run(tuple(names), world, seed, table, capacity_bytes - ahead_bytes, simulated)
     found = run.of(variant)
     listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
     forecasts = tuple(
@@ -231,6 +244,7 @@ def plan_training(
         nodes=nodes,
         ranks=len(world),
         capacity_bytes=capacity_bytes,
+        lookahead_bytes=ahead_bytes,
         variant=variant,
         run_epochs=epochs,
         epochs=forecasts,

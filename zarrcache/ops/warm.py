@@ -65,6 +65,8 @@ THREADS = 3
 #: After this many consecutive densities that were not admitted, a process only compares the
 #: remaining ones with the origin and fetches no more.
 _FULL_AFTER = 3
+#: Densities that a dry run compares with the origin.
+_COMPARED = 1000
 #: Upper bound on unread densities that are measured at the end: one LIST and one small GET each.
 _MEASURED = 256
 #: The same for zipped stores, which have to be fetched whole.
@@ -111,6 +113,9 @@ class WarmEstimate:
 
     Attributes
     ----------
+    compared : int
+        Densities that were compared with the origin. If these are not all of the plan, the other
+        numbers are extrapolated from them.
     fresh, to_fetch : int
         Densities.
     requests, fetch_bytes : int
@@ -118,6 +123,7 @@ class WarmEstimate:
     failed : tuple of WarmResult
     """
 
+    compared: int
     fresh: int
     to_fetch: int
     requests: int
@@ -151,6 +157,9 @@ class WarmReport:
     needed_bytes : int
         Bytes on disk that all ids need. Exact if every size is known; otherwise extrapolated from
         up to 256 densities measured at the origin, plus two standard errors; 0 if no size is known.
+    is_disk_full : bool
+        Something was not admitted although ``cache.limit`` has room for all ids: the file system
+        is full, or ``cache.min_free`` is reached.
     beside_bytes : int
         Bytes on disk of everything else in the cache: listings, entries of other configs. Computed
         only if something was not admitted.
@@ -170,6 +179,7 @@ class WarmReport:
     disk_bytes: int
     needed_bytes: int
     beside_bytes: int
+    is_disk_full: bool
     stats: Stats
     seconds: float
 
@@ -177,9 +187,10 @@ class WarmReport:
     def is_good(self) -> bool:
         """Whether nothing failed at the origin or in the cache, and at least one id is warm.
 
-        Bypassed ids are not failures, because the limit is the user's choice, unless none fits.
+        Ids that ``cache.limit`` has no room for are not failures, because the limit is the user's
+        choice, unless none fits. Ids that the disk has no room for are.
         """
-        is_useful = self.warm > 0 or self.ids == 0
+        is_useful = (self.warm > 0 or self.ids == 0) and not self.is_disk_full
         return is_useful and not self.failed and not self.stats.cache_errors
 
     @property
@@ -240,26 +251,35 @@ class WarmPlan:
         return self.reader.cache_config
 
     def estimate(self, progress: Callable[[int], object] | None = None) -> WarmEstimate:
-        """Compare every density of the plan with the origin: one LIST each, no GET.
+        """Compare up to 1,000 densities of the plan with the origin: one LIST each, no GET.
 
         Parameters
         ----------
         progress : callable, optional
             Called with the number of densities compared so far.
         """
-        fresh, requests, fetch_bytes = self.trusted, len(self.densities), 0
+        chosen = np.linspace(0, len(self.densities) - 1, min(_COMPARED, len(self.densities)))
+        densities = [self.densities[place] for place in chosen.astype(np.int64)]
+        fresh, objects, fetch_bytes = 0, 0, 0
         failed = []
-        answers = concurrently(lambda density: _compare(self.reader, *density), self.densities)
+        answers = concurrently(lambda density: _compare(self.reader, *density), densities)
         with closing(answers):
-            for done, (result, objects, nbytes) in enumerate(answers, start=1):
-                requests += objects
+            for done, (result, count, nbytes) in enumerate(answers, start=1):
+                objects += count
                 fetch_bytes += nbytes
                 fresh += result.outcome == "hit"
                 failed += [result] if result.outcome == "failed" else []
                 if progress is not None:
                     progress(done)
-        to_fetch = self.trusted + len(self.densities) - fresh - len(failed)
-        return WarmEstimate(fresh, to_fetch, requests, fetch_bytes, tuple(failed))
+        scale = len(self.densities) / max(1, len(densities))
+        return WarmEstimate(
+            compared=len(densities),
+            fresh=self.trusted + round(scale * fresh),
+            to_fetch=round(scale * (len(densities) - fresh - len(failed))),
+            requests=len(self.densities) + round(scale * objects),
+            fetch_bytes=round(scale * fetch_bytes),
+            failed=tuple(failed),
+        )
 
     def execute(
         self,
@@ -576,6 +596,7 @@ class _Tally:
 
     def __init__(self, plan: WarmPlan) -> None:
         self._task_ids, self._roles = plan.task_ids, plan.roles
+        self._limit_bytes = plan.cache.limit
         self._row = {task_id: number for number, task_id in enumerate(plan.task_ids)}
         self._column = {role: number for number, role in enumerate(plan.roles)}
         self._outcomes = np.full((len(self._task_ids), len(self._roles)), _HIT, np.uint8)
@@ -643,6 +664,8 @@ class _Tally:
         is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
         is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
         beside_bytes = max(0, volume() - int(on_disk.sum())) if is_bypassed.any() else 0
+        needed_bytes = self._needed_bytes(np.array(measured, np.int64))
+        has_room = 0 < needed_bytes <= self._limit_bytes - beside_bytes
         return WarmReport(
             ids=len(self._task_ids),
             warm=int(is_warm.all(axis=1).sum()),
@@ -653,8 +676,9 @@ class _Tally:
             unequal=self._unequal(on_disk),
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
-            needed_bytes=self._needed_bytes(np.array(measured, np.int64)),
+            needed_bytes=needed_bytes,
             beside_bytes=beside_bytes,
+            is_disk_full=bool(is_bypassed.any()) and has_room,
             stats=stats,
             seconds=seconds,
         )

@@ -6,6 +6,7 @@ from .datasets import ZarrDataset as ZarrDataset
 from .datasets import collate as collate
 from .datasets import collate_fn as collate_fn
 from .lookahead import Lookahead as Lookahead
+from .lookahead import node_budget_bytes as node_budget_bytes
 from .multi import CombinedDataset as CombinedDataset
 from .multi import Config as Config
 from .multi import Side as Side

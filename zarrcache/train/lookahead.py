@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from zarrcache.data import ZarrS3Reader
     from zarrcache.train.sampler import NodeSampler
 
-__all__ = ["Lookahead"]
+__all__ = ["Lookahead", "node_budget_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ _END_S = 10.0
 
 #: A sampler, or what one has drawn: task ids or positions, one list per epoch.
 Order: TypeAlias = "NodeSampler | Sequence[Sequence[str]] | Sequence[Sequence[int]]"
+
+
+def node_budget_bytes(lookahead_bytes: int, limit_bytes: int) -> int:
+    """Bytes that all ranks of a node fetch ahead, of ``cache.lookahead`` and ``cache.limit``."""
+    return min(lookahead_bytes, limit_bytes // _SHARE_OF_LIMIT)
 
 
 class Lookahead:
@@ -106,7 +111,7 @@ class Lookahead:
             self._reader.cache.set_eviction_policy(
                 BeladyPolicy(self._progress, _digests(self._reader, orders.names))
             )
-        budget = min(config.lookahead, config.limit // _SHARE_OF_LIMIT) // orders.ranks
+        budget = node_budget_bytes(config.lookahead, config.limit) // orders.ranks
         if budget:
             try:
                 self._prefetcher = _Prefetcher(self._reader, self._progress, budget)

@@ -90,6 +90,12 @@ class NodeSampler(Sampler[int]):
             drop_last=drop_last,
             nbytes=None if nbytes is None else tuple(map(int, nbytes)),
         )
+        if self.schedule.names and not self.schedule.samples_of_rank:
+            raise ConfigError(
+                f"drop_last leaves nothing to read: {len(self.schedule.names)} samples are fewer "
+                f"than the {len(self.world.node_of_rank)} ranks. Set drop_last=False, or use fewer "
+                "ranks."
+            )
         self.epoch = 0
         self._history: tuple[Segment, ...] = ()
         self._yielded = 0

@@ -15,7 +15,7 @@ from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
 from zarrcache._units import parse_bytes
-from zarrcache.cli.format import warm_notes
+from zarrcache.cli.format import format_warm_estimate, warm_notes
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
 from zarrcache.ops.status import read_status
@@ -302,7 +302,10 @@ def test_the_advised_limit_is_sufficient(
     )
     report = plan.execute()
     assert len(report.bypassed) >= 3
+    assert report.is_disk_full == (limit == "1 GiB")
+    assert report.is_good == (limit == "256 KiB")  # an id at least is warm, and the disk has room
     (words,) = warm_notes(plan, report)
+    assert ("the disk of" in words) == report.is_disk_full
     advised = parse_bytes(words.partition("need about ")[2].partition(" on disk")[0])
     again = plan_warm(
         DataConfig.from_yaml(write_config(tmp_path, limit=advised)), workers=workers
@@ -310,6 +313,29 @@ def test_the_advised_limit_is_sufficient(
     assert (again.warm, again.bypassed) == (6, ())
     assert again.disk_bytes == report.needed_bytes
     assert advised <= 1.1 * (again.disk_bytes + 2 * 8192)
+
+
+def test_of_many_densities_an_estimate_lists_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other numbers follow from it; a failure is named once."""
+    monkeypatch.setattr("zarrcache.ops.warm._COMPARED", 5)
+    for number in range(10):
+        for role in ("data", "label"):
+            small_group(tmp_path / role / f"mp-{number}.zarr", seed=number)
+    write_map(tmp_path, 10)
+    plan = plan_warm(DataConfig.from_yaml(write_config(tmp_path)))
+    listed: list[int] = []
+    estimate = plan.estimate(listed.append)
+    assert listed == [1, 2, 3, 4, 5]
+    monkeypatch.undo()
+    exact = plan.estimate()
+    assert (estimate.compared, exact.compared) == (5, 20)
+    assert estimate.requests == exact.requests
+    assert estimate.fetch_bytes == pytest.approx(exact.fetch_bytes, rel=0.05)
+    assert "20 of 20 densities of 10 ids (extrapolated from 5) (" in format_warm_estimate(
+        plan, estimate
+    )
 
 
 def test_of_many_densities_that_do_not_fit_a_sample_is_measured(

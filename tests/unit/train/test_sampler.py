@@ -24,6 +24,14 @@ def samplers(worlds: tuple[int, ...], **settings: Any) -> list[NodeSampler]:
     ]
 
 
+def test_more_ranks_than_samples_with_drop_last_are_refused() -> None:
+    """Each rank would read nothing, and the training would end at once, with success."""
+    world = World(rank=0, node_of_rank=(0,) * 5)
+    with pytest.raises(ConfigError, match="4 samples are fewer than the 5 ranks"):
+        NodeSampler(["a", "b", "c", "d"], drop_last=True, world=world)
+    assert len(NodeSampler(["a", "b", "c", "d"], world=world)) == 1
+
+
 def test_it_feeds_a_dataloader_as_torchs_own_does() -> None:
     """The same number of samples per rank, with workers or without; ``set_epoch`` reorders."""
     sampler, theirs = samplers((0, 0, 1))[1], DistributedSampler(NAMES, num_replicas=3, rank=1)  # type: ignore[arg-type]
