@@ -45,6 +45,7 @@ __all__ = ["ZarrCacheFileSystem"]
 
 _S3 = ("s3", "s3a")
 _LOCAL = ("file", "local")
+_PREFIXES = ("zarrcache://", "zarrcache::", *(f"{name}://" for name in _S3 + _LOCAL))
 #: Documents that zarr reads when it opens an array or group.
 _METADATA = frozenset({".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json"})
 #: A chunk's key below its array: ``0.0.0``, ``0/0/0`` (v2), ``c/0/0/0``, ``c.0.0.0``, ``c`` (v3).
@@ -153,8 +154,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         if isinstance(path, list):
             return [cls._strip_protocol(p) for p in path]
         text = str(stringify_path(path))
-        for prefix in ("zarrcache://", "zarrcache::", *(f"{name}://" for name in _S3 + _LOCAL)):
-            text = text.removeprefix(prefix)
+        if ":" in text:
+            for prefix in _PREFIXES:
+                text = text.removeprefix(prefix)
         return text.rstrip("/")
 
     def unstrip_protocol(self, name: str) -> str:
@@ -469,6 +471,9 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         """The store that contains a place, if there is one with objects."""
         if place.store_id is None:
             return None
+        opened = None if refresh else self._state.opened(place.store_id, is_opening=is_opening)
+        if opened is not None:
+            return opened
         with self._asking(place):
             return self._state.store(place, is_opening=is_opening, refresh=refresh)
 
@@ -710,6 +715,16 @@ class _Shared:
         #: Digest of the listing of each store that was opened; None if it has changed since.
         self._versions: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self._invalidated: set[tuple[str, str]] = set()
+
+    def opened(self, store_id: tuple[str, str], *, is_opening: bool) -> CachedStore | None:
+        """A store that is open and need not be listed, for the many reads of its chunks."""
+        if is_opening and self._config.revalidate == "epoch":
+            return None
+        with self._lock:
+            if store_id not in self._n_objects:
+                return None
+            self._stores.move_to_end(store_id)
+            return self._stores[store_id]
 
     def store(self, place: _Place, *, is_opening: bool, refresh: bool) -> CachedStore | None:
         """An open store; None if it has no objects.
