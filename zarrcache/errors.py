@@ -26,8 +26,6 @@ Three of these choices keep wrong numbers out of a training run:
 
 from __future__ import annotations
 
-from types import TracebackType
-
 __all__ = [
     "ConfigError",
     "CorruptEntryError",
@@ -37,7 +35,6 @@ __all__ = [
     "OriginError",
     "OriginNotFoundError",
     "OriginUnavailableError",
-    "ReadErrors",
     "SchemaError",
     "ZarrCacheError",
 ]
@@ -88,35 +85,3 @@ class CorruptEntryError(ZarrCacheError):
 
 class LockTimeoutError(ZarrCacheError, TimeoutError):
     """A lock was not free in time. The message names the lock file and the seconds waited."""
-
-
-class ReadErrors:
-    """Context of a read: every exception in it becomes one of this package.
-
-    Ctrl-C and the end of the process pass.
-
-    Parameters
-    ----------
-    what : str
-        What is read, for the message.
-    """
-
-    __slots__ = ("_what",)
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(exc, Exception) and not isinstance(exc, ZarrCacheError):
-            raise ZarrCacheError(
-                f"{self._what} could not be read ({type(exc).__name__}: {exc}). If the store is "
-                "sound, please report this with the traceback."
-            ) from exc

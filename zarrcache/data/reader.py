@@ -29,10 +29,11 @@ from zarrcache._keys import (
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.data._read_errors import ReadErrors
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density
 from zarrcache.data.splits import PairReader, first_ids
-from zarrcache.errors import ConfigError, OriginNotFoundError, ReadErrors
+from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 

@@ -21,7 +21,8 @@ from zarrcache._keys import Role, check_task_ids, density_array, safe_repr
 from zarrcache._units import read_bounded
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.sequences import Density, SplitSets, split_sets
-from zarrcache.errors import ConfigError, ReadErrors
+from zarrcache.data._read_errors import ReadErrors
+from zarrcache.errors import ConfigError
 
 __all__ = [
     "PairReader",
