@@ -29,10 +29,14 @@ __all__ = [
     "read_vasp_text",
 ]
 
-_GRID_LINE = re.compile(rb"^[ \t]*(\d+)[ \t]+(\d+)[ \t]+(\d+)[ \t]*\r?$", re.MULTILINE)
+_GRID_LINE = re.compile(rb"[ \t]*(\d+)[ \t]+(\d+)[ \t]+(\d+)[ \t]*\r?\n?")
 # Fortran drops the E of a three-digit exponent: 0.12345678901-100. "-100.5" does not match: it is
 # the next of two columns that touch.
 _BARE_EXPONENT = re.compile(rb"(?<=\d)([+-]\d{3})(?![\d.])")
+_NOT_FINITE = re.compile(rb"nan|inf(inity)?|[ED](?=[-+]?\d)", re.IGNORECASE)
+_NEWLINE, _SPACE, _PLUS, _MINUS, _ZERO, _NINE = b"\n +-09"
+#: Letters and what follows them in ASCII; those of an exponent are part of a number.
+_LETTERS, _EXPONENTS = ord("A"), np.frombuffer(b"EeDd", np.uint8)
 _READ_BYTES = 1 << 22
 _LINE_BYTES = 1 << 20
 #: Largest decompressed size: this many times the file's size, and _ROOM_BYTES in any case.
@@ -81,46 +85,63 @@ def read_vasp_text(path: Path) -> RawDensity:
     except ImportError as exc:
         raise _not_installed(exc) from exc
     with zopen(path, "rb") as file:
-        bare_exponents, headers, whole = _scan(file, path)
-    if not headers:
+        scan = _scan(file, path)
+    if not scan.headers:
         raise SchemaError(
             f"{path} is not a CHGCAR, or is cut short: no line below a blank one gives the size of "
             "a grid as three whole numbers."
         )
-    if bare_exponents:
-        # pymatgen reads 0.1-100 as two numbers and silently shifts every later value by one place.
+    if scan.needs_repair:
         with tempfile.TemporaryDirectory(prefix="zarrcache-") as scratch:
             repaired = Path(scratch) / "CHGCAR"
             with zopen(path, "rb") as file, repaired.open("wb") as out:
+                out.write(_ascii(_line(file, path)))
                 while lines := file.readlines(_READ_BYTES):
                     out.write(_BARE_EXPONENT.sub(rb"E\1", b"".join(lines)))
             poscar, blocks, _ = outputs.VolumetricData.parse_file(str(repaired))
     else:
         poscar, blocks, _ = outputs.VolumetricData.parse_file(str(path))
     parsed = RawDensity(dict(blocks), poscar.structure)
-    if headers not in (1, 2, 4):
+    if scan.headers not in (1, 2, 4):
         parsed.notes.append(
-            f"has {headers} grids; VASP writes 1, 2 (spin) or 4 (non-collinear). It may be cut "
-            "short; only the first is used."
+            f"has {scan.headers} grids; VASP writes 1, 2 (spin) or 4 (non-collinear). It may be "
+            "cut short; only the first is used."
         )
-    if not whole:
+    if not scan.is_whole:
         parsed.notes.append("does not end with a line end: its last number may be cut short.")
     return parsed
 
 
-def _scan(file: Any, path: Path) -> tuple[bool, int, bool]:
-    """Scan a file before pymatgen parses it, which trusts its counts and line lengths.
+@dataclass(frozen=True)
+class _Scan:
+    """What is found in a file before pymatgen parses it.
 
-    Returns
-    -------
-    bare_exponents : bool
-        A number has an exponent without its E.
+    Attributes
+    ----------
+    needs_repair : bool
+        A number has an exponent without its E (pymatgen reads 0.1-100 as two numbers and silently
+        shifts every later value by one place), or the title is not ASCII.
     headers : int
-        Number of lines that look like the start of a grid.
+        Number of grids.
     is_whole : bool
         The file ends with a line end.
     """
-    head = [_line(file, path)]  # the title, which may be blank
+
+    needs_repair: bool
+    headers: int
+    is_whole: bool
+
+
+def _scan(file: Any, path: Path) -> _Scan:
+    """Scan a file before pymatgen parses it, which trusts its counts and line lengths.
+
+    Raises
+    ------
+    SchemaError
+        A grid has more or fewer numbers than it announces, or something else follows it.
+    """
+    title = _line(file, path)  # may be blank
+    head = [title]
     # Read up to the blank line below the atoms, where the grids begin.
     while (line := _line(file, path)).strip():
         head.append(line)
@@ -132,20 +153,22 @@ def _scan(file: Any, path: Path) -> tuple[bool, int, bool]:
         ),
         [],
     )
-    if sum(map(int, counts)) > len(head):
+    atoms = sum(map(int, counts))
+    if atoms > len(head):
         raise SchemaError(
-            f"{path} announces {sum(map(int, counts))} atoms and has {len(head)} lines for them. "
-            "Get the file again."
+            f"{path} announces {atoms} atoms and has {len(head)} lines for them. Get the file "
+            "again."
         )
     rest = _line(file, path)
-    grid = _GRID_LINE.match(rest)
+    grid = _GRID_LINE.fullmatch(rest)
     points = math.prod(map(int, grid.groups())) if grid else 0
     if 8 * points > most_bytes():
         raise SchemaError(
             f"{path} announces a grid of {points} points, more than fits in memory. Get the file "
             "again."
         )
-    bare_exponents, headers, total, most = False, 0, 0, _most_bytes_of(path)
+    lines = _Lines(len(head) + 2)
+    total, most = 0, _most_bytes_of(path)
     while block := file.read(_READ_BYTES):
         total += len(block)
         if total > most:
@@ -158,18 +181,118 @@ def _scan(file: Any, path: Path) -> tuple[bool, int, bool]:
         text, rest = rest[:end], rest[end:]
         if len(rest) > _LINE_BYTES:
             raise _endless(path)
-        bare_exponents = bare_exponents or _BARE_EXPONENT.search(text) is not None
-        headers += sum(1 for _ in _GRID_LINE.finditer(text))
+        lines.add(text)
     if 2 * points > total + len(rest):
         raise SchemaError(
             f"{path} announces a grid of {points} points and ends after {total} bytes. It is cut "
             "short; get it again."
         )
-    return (
-        bare_exponents or _BARE_EXPONENT.search(rest) is not None,
-        headers + len(_GRID_LINE.findall(rest)),
-        not rest or rest.endswith(b"\n"),
-    )
+    is_whole = not rest or rest.endswith(b"\n")
+    lines.add(rest if is_whole else rest + b"\n")
+    lines.check(path, atoms)
+    return _Scan(lines.has_bare_exponent or not title.isascii(), len(lines.grids), is_whole)
+
+
+class _Lines:
+    """The lines below the atoms: how many numbers each has, and which ones are not numbers.
+
+    Parameters
+    ----------
+    first : int
+        Number of the first line in the file, from 1.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._counts: list[NDArray[np.int32]] = []
+        self._lines = 0
+        #: Number of points by line, of lines that begin a grid.
+        self.grids: dict[int, int] = {}
+        self._texts: dict[int, bytes] = {}
+        self._stars: int | None = None
+        self.has_bare_exponent = False
+
+    def add(self, text: bytes) -> None:
+        """Add whole lines."""
+        if not text:
+            return
+        codes = np.frombuffer(text, np.uint8)
+        ends = np.flatnonzero(codes == _NEWLINE)
+        is_blank = codes <= _SPACE
+        begins = ~is_blank
+        begins[1:] &= is_blank[:-1]
+        # A sign right behind a digit is a bare exponent, or the next of two columns that touch.
+        is_sign = (codes == _PLUS) | (codes == _MINUS)
+        is_digit = (codes >= _ZERO) & (codes <= _NINE)
+        for place in np.flatnonzero(is_sign[1:] & is_digit[:-1]) + 1:
+            if _BARE_EXPONENT.match(text, place):
+                self.has_bare_exponent = True
+            else:
+                begins[place] = True
+        upto = np.cumsum(begins, dtype=np.int32)[ends]
+        counts = np.diff(upto, prepend=np.int32(0))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        for index in np.flatnonzero(counts == 3):
+            if grid := _GRID_LINE.fullmatch(text, starts[index], ends[index]):
+                self.grids[self._lines + int(index)] = math.prod(map(int, grid.groups()))
+        is_letter = (codes >= _LETTERS) & ~np.isin(codes, _EXPONENTS)
+        for index in np.unique(np.searchsorted(ends, np.flatnonzero(is_letter))):
+            line = text[starts[index] : ends[index]].strip()
+            if re.search(rb"[A-Za-z]", _NOT_FINITE.sub(b"", line)):
+                self._texts[self._lines + int(index)] = line[:60]
+        if self._stars is None and (place := text.find(b"***")) >= 0:
+            self._stars = self._lines + int(np.searchsorted(ends, place))
+        self._counts.append(counts)
+        self._lines += len(counts)
+
+    def check(self, path: Path, atoms: int) -> None:
+        """Refuse a grid with more or fewer numbers than it announces."""
+        if not self.grids:
+            return
+        if self._stars is not None:
+            raise SchemaError(
+                f"{path}, line {self._first + self._stars}: stars stand for a number that did not "
+                "fit into its column. Run the calculation again or get the file again."
+            )
+        counts = np.concatenate(self._counts)
+        upto = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        others = np.array(sorted({*self.grids, *self._texts, len(counts)}))
+        for line, points in self.grids.items():
+            begin = line + 1
+            #: The next line that is not numbers, and the line behind the last number of the grid.
+            stop = int(others[np.searchsorted(others, begin)])
+            end = int(np.searchsorted(upto, upto[begin] + points))
+            found = int(upto[stop] - upto[begin])
+            if found < points:
+                raise self._wrong(path, line, points, found)
+            is_exact = upto[end] == upto[begin] + points
+            # VASP writes the moments of the atoms before the next grid; without the occupancies
+            # they follow the numbers directly.
+            is_moments = (
+                stop in self.grids
+                and found - points == atoms
+                and len(set(counts[begin : end - 1])) <= 1
+            )
+            if not is_exact or (found > points and not is_moments):
+                raise self._wrong(path, line, points, found)
+            text = self._texts.get(stop)
+            if text is not None and not text.lower().startswith(b"augmentation"):
+                raise SchemaError(
+                    f"{path}, line {self._first + stop}: {text.decode('ascii', 'replace')!r} "
+                    "follows a grid. A file with the densities of several steps (the CHG of a "
+                    "relaxation) is not converted: extract the last step."
+                )
+
+    def _wrong(self, path: Path, line: int, points: int, found: int) -> SchemaError:
+        return SchemaError(
+            f"{path}: the grid of line {self._first + line} announces {points} numbers and has "
+            f"{found}. Values would be shifted; get the file again."
+        )
+
+
+def _ascii(title: bytes) -> bytes:
+    """The title, which is not used, in characters that pymatgen can decode."""
+    return bytes(code if code < 128 else ord("?") for code in title)
 
 
 def _line(file: Any, path: Path) -> bytes:
@@ -213,7 +336,12 @@ def read_mp_json(path: Path) -> RawDensity:
     if not isinstance(payload, Mapping):
         raise SchemaError(f"{path} is JSON but not an object; it holds no charge density.")
     density = next(
-        (d for d in (payload.get("data"), payload.get("chgcar"), payload) if _is_density(d)), None
+        (
+            d
+            for d in (payload.get("data"), payload.get("chgcar"), payload)
+            if _is_density(d) or _is_flat_density(d)
+        ),
+        None,
     )
     if density is None:
         raise SchemaError(
@@ -222,8 +350,10 @@ def read_mp_json(path: Path) -> RawDensity:
         )
     # Decode only what is stored, not the augmentation occupancies of a Chgcar object.
     structure = density["poscar"]["structure"] if "poscar" in density else density["structure"]
-    blocks = {str(name): _decoded(values) for name, values in density["data"].items()}
-    task_id, notes = payload.get("task_id"), _without_objects(structure)
+    data = _unflattened(density, path) if _is_flat_density(density) else density["data"]
+    blocks = {str(name): _decoded(values) for name, values in data.items() if values is not None}
+    task_id = payload.get("task_id", payload.get("identifier"))
+    notes = _without_objects(structure)
     return RawDensity(
         blocks,
         Structure.from_dict(structure),
@@ -259,6 +389,30 @@ def _is_density(value: object) -> bool:
         and isinstance(value.get("data"), Mapping)
         and ("poscar" in value or "structure" in value)
     )
+
+
+def _is_flat_density(value: object) -> bool:
+    """Whether this is emmet's ``ChgcarLike`` with flat lists: labels, data and their shapes."""
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(value.get(name), list) for name in ("labels", "data", "data_rank"))
+        and "structure" in value
+    )
+
+
+def _unflattened(density: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    labels, data, shapes = (density[name] for name in ("labels", "data", "data_rank"))
+    if not len(labels) == len(data) == len(shapes):
+        raise SchemaError(
+            f"{path} has {len(labels)} labels, {len(data)} grids and {len(shapes)} shapes. Get the "
+            "file again."
+        )
+    return {
+        str(label): None
+        if values is None
+        else np.asarray(values, dtype=np.float64).reshape([int(n) for n in shape])
+        for label, values, shape in zip(labels, data, shapes, strict=True)
+    }
 
 
 def _decoded(values: object) -> NDArray[np.float64]:

@@ -141,7 +141,8 @@ def test_a_text_cut_short_is_refused(chgcar: Path) -> None:
     whole = chgcar.read_bytes()
     chgcar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        SchemaError, match=r"syn-2-0000\.CHGCAR .*(cannot be read|no total density)"
+        SchemaError,
+        match=r"syn-2-0000\.CHGCAR: the grid of line \d+ announces 480 numbers and has \d+\.",
     ):
         read_density(chgcar)
 
@@ -339,3 +340,176 @@ def test_many_columns_or_few_make_no_difference(tmp_path: Path) -> None:
     rows = [b" ".join(words[i : i + 10]) for i in range(0, len(words), 10)]
     path.write_bytes(b"\n".join([head, b"", size, *rows, b""]))
     assert np.array_equal(read_density(path).total, expected)
+
+
+def _text(
+    grid: tuple[int, int, int] = (3, 4, 5),
+    *,
+    atoms: int = 2,
+    per_line: int = 5,
+    blocks: int = 1,
+    occupancies: bool = True,
+    moments: bool = False,
+    title: bytes = b"toy",
+) -> list[bytes]:
+    """A CHGCAR as lines, with the values 1.5, 2.5, ... in each grid."""
+    lines = [title, b"1.0", b"5 0 0", b"0 5 0", b"0 0 5", b"H", str(atoms).encode(), b"Direct"]
+    lines += [b"0.%d 0.1 0.2" % n for n in range(atoms)] + [b""]
+    points = grid[0] * grid[1] * grid[2]
+    for block in range(blocks):
+        if block and moments:
+            numbers = [b"0.5"] * atoms
+            lines += [b" ".join(numbers[n : n + 5]) for n in range(0, atoms, 5)]
+        lines.append(b"   ".join(b"%d" % n for n in grid))
+        numbers = [b"%.1fE+00" % (n + 1.5) for n in range(points)]
+        lines += [b" " + b" ".join(numbers[n : n + per_line]) for n in range(0, points, per_line)]
+        if occupancies:
+            for atom in range(atoms):
+                lines += [b"augmentation occupancies %4d %4d" % (atom + 1, 3), b" 0.1 0.2 0.3"]
+    return lines
+
+
+def _written(path: Path, lines: list[bytes], end: bytes = b"\n") -> Path:
+    path.write_bytes(end.join(lines) + end)
+    return path
+
+
+def _first_numbers(lines: list[bytes]) -> int:
+    return next(n for n, line in enumerate(lines) if n > 8 and b"E+00" in line)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b" \n"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grid": (7, 3, 2)},  # the last line has two numbers
+        {"grid": (1, 1, 1), "atoms": 1},
+        {"per_line": 10, "occupancies": False},
+        {"per_line": 3},  # as many as a line with a grid's size
+        {"per_line": 1},
+        {"blocks": 2, "moments": True},
+        {"blocks": 2, "moments": True, "occupancies": False, "atoms": 7},
+        {"blocks": 2, "occupancies": False},
+        {"blocks": 4, "grid": (2, 2, 4)},
+        {"atoms": 60, "blocks": 2, "moments": True},
+    ],
+    ids=str,
+)
+def test_every_way_to_lay_out_a_sound_file_is_read(
+    tmp_path: Path, options: dict[str, Any], end: bytes
+) -> None:
+    path = _written(tmp_path / "mp-1.CHGCAR", _text(**options), end)
+    grid = options.get("grid", (3, 4, 5))
+    expected = (np.arange(np.prod(grid)) + 1.5).reshape(grid, order="F")
+    assert _same(read_density(path, strict=False).total, expected)
+
+
+@pytest.mark.parametrize("grid", [(3, 4, 5), (7, 3, 2), (2, 2, 4), (3, 3, 1)])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("occupancies", [True, False])
+@pytest.mark.parametrize("where", ["in the first line", "a line of its own", "last", "split"])
+def test_one_number_too_many_is_refused(
+    tmp_path: Path, grid: tuple[int, int, int], blocks: int, occupancies: bool, where: str
+) -> None:
+    """Every later value would be shifted by one place: in total or in diff."""
+    for block in range(blocks):
+        lines = _text(grid, blocks=blocks, occupancies=occupancies)
+        begins = [n for n, line in enumerate(lines) if line == b"   ".join(b"%d" % n for n in grid)]
+        first = begins[block] + 1
+        last = max(
+            n
+            for n in range(first, len(lines))
+            if b"E+00" in lines[n] and (block == blocks - 1 or n < begins[-1])
+        )
+        if where == "in the first line":
+            lines[first] += b" 9.5E+00"
+        elif where == "a line of its own":
+            lines.insert(first, b" 9.5E+00")
+        elif where == "last":
+            lines.insert(last + 1, b" 9.5E+00")
+        else:  # a digit became a blank
+            lines[first] = lines[first].replace(b"1.5E+00", b"1 5E+00")
+        with pytest.raises(
+            SchemaError, match=r"line \d+ announces \d+ numbers and has \d+\. Values"
+        ):
+            read_density(_written(tmp_path / "mp-1.CHGCAR", lines), strict=False)
+
+
+def test_one_number_too_few_is_refused(tmp_path: Path) -> None:
+    """Also if the next grid, or the occupancies, would fill the gap."""
+    for options in ({}, {"blocks": 2}, {"blocks": 2, "occupancies": False}):
+        lines = _text(**options)
+        first = _first_numbers(lines)
+        lines[first] = lines[first].rsplit(b" ", 1)[0]
+        with pytest.raises(SchemaError, match="announces 60 numbers and has 59"):
+            read_density(_written(tmp_path / "mp-1.CHGCAR", lines), strict=False)
+
+
+def test_numbers_that_touch_are_counted_one_by_one(tmp_path: Path) -> None:
+    """A minus sign fills the blank between two columns; pymatgen reads them, and so it stays."""
+    lines = _text()
+    first = _first_numbers(lines)
+    lines[first] = b" 1.5E+00-2.5E+00-3.5E+00 4.5E+00 5.5E+00"
+    density = read_density(_written(tmp_path / "mp-1.CHGCAR", lines), strict=False)
+    assert density.total.ravel(order="F")[:5].tolist() == [1.5, -2.5, -3.5, 4.5, 5.5]
+
+
+def test_stars_for_a_number_are_named_with_their_line(tmp_path: Path) -> None:
+    """Stars in the title are none of it."""
+    lines = _text(title=b"*** toy ***")
+    first = _first_numbers(lines)
+    assert read_density(_written(tmp_path / "mp-1.CHGCAR", lines), strict=False).total.size == 60
+    lines[first + 3] = lines[first + 3][:-7] + b"*******"
+    with pytest.raises(SchemaError, match=rf"line {first + 4}: stars stand for a number"):
+        read_density(_written(tmp_path / "mp-1.CHGCAR", lines), strict=False)
+
+
+def test_several_steps_in_one_file_are_refused_in_words(tmp_path: Path) -> None:
+    """The CHG of a relaxation; the second step is not a spin density."""
+    step = _text(occupancies=False, per_line=10)
+    for steps in (2, 4):
+        path = _written(tmp_path / "mp-1.CHG", step * steps)
+        with pytest.raises(SchemaError, match="'toy' follows a grid.*extract the last step"):
+            read_density(path, diff=True)
+
+
+@pytest.mark.parametrize("title", ["\u00c5ngstr\u00f6m", "Si \u2013 relaxed"])
+@pytest.mark.parametrize("coding", ["latin-1", "utf-8", "cp1252"])
+def test_a_title_that_is_not_ascii_is_ignored(tmp_path: Path, title: str, coding: str) -> None:
+    """VASP does not mind, and the title is not used."""
+    lines = _text(title=title.encode(coding, "replace"))
+    path = _written(tmp_path / "mp-1.CHGCAR", lines)
+    assert read_density(path, strict=False).total.ravel(order="F")[59] == 60.5
+    lines[5] = b"\xc5"
+    with pytest.raises(SchemaError, match="cannot be read"):
+        read_density(_written(path, lines), strict=False)
+
+
+def test_emmets_flat_json_is_read(tmp_path: Path) -> None:
+    """``ChgcarLike``: labels, flat lists in C order and their shapes; a spin density may be null."""
+    total = (np.arange(60) + 0.25).reshape(3, 4, 5)
+    document: dict[str, Any] = {
+        "identifier": "mp-1",
+        "labels": ["total", "diff"],
+        "data": [total.ravel().tolist(), (-total).ravel().tolist()],
+        "data_rank": [[3, 4, 5], [3, 4, 5]],
+        "structure": STRUCTURE,
+    }
+    path = tmp_path / "mp-1.json"
+    path.write_text(json.dumps(document))
+    density = read_density(path, diff=True, strict=False)
+    assert _same(density.total, total)
+    assert density.diff is not None
+    assert _same(density.diff, -total)
+    assert density.warnings == ()
+    nested = {"data": {"total": total.tolist(), "diff": None}, "structure": STRUCTURE}
+    for without in (nested, {**document, "data": [document["data"][0], None]}):
+        path.write_text(json.dumps(without))
+        density = read_density(path, diff=True)
+        assert density.diff is None
+        assert any("has no spin density" in warning for warning in density.warnings)
+    for damage in ({"data_rank": [[3, 4, 5]]}, {"data_rank": [[3, 4, 4], [3, 4, 5]]}):
+        path.write_text(json.dumps(document | damage))
+        with pytest.raises(SchemaError, match=r"mp-1\.json"):
+            read_density(path)
