@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +30,9 @@ def test_convert_reports_failures_and_skips_converted_files(files: Path, tmp_pat
     """Exit 0 for a dry run, 1 with a bad file; a second run tries only the bad file."""
     dry = zarrcache("convert", files, tmp_path / "out", "--dry-run")
     assert (dry.code, dry.out.startswith("Would convert 3 files (")) == (0, True)
+    assert [line.split() for line in dry.out.splitlines()[1:2]] == [
+        ["mp-9", f"{files}/CHGCAR_mp-9"]
+    ]
     assert dry.out.endswith("Dry run: nothing was written.\n")
     assert not (tmp_path / "out").exists()
     done = zarrcache("convert", files, tmp_path / "out", "--workers", "1")
@@ -80,3 +90,115 @@ def test_a_wrong_option_of_convert_is_exit_2_and_writes_nothing(
     assert done.code == 2
     assert words in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_left_out_is_listed_with_its_reason(files: Path, tmp_path: Path) -> None:
+    """On stderr, by a dry run and by a run; exit 0, because no density was chosen and lost."""
+    (files / "CHGCAR_mp-9").unlink()
+    (files / "below").mkdir()
+    for name in ("CHGCAR.ncl", "Li_CHGCAR.nospin.gz", "INCAR"):
+        (files / "below" / name).touch()
+    for more in (("--dry-run",), ("--workers", "1")):
+        done = zarrcache("convert", files, tmp_path / "out", *more)
+        assert done.code == 0
+        assert f"left out: {files}/below/CHGCAR.ncl: 'ncl' after CHGCAR is neither" in done.err
+        assert f"left out: {files}/below/Li_CHGCAR.nospin.gz: 'nospin' after CHGCAR" in done.err
+        assert "INCAR" not in done.err
+    document = zarrcache("convert", files, tmp_path / "new", "--dry-run", "--json").document
+    assert sorted(document["task_ids"].values()) == ["syn-0-0000", "syn-0-0001"]
+    assert [Path(item["path"]).name for item in document["left_out"]] == [
+        "CHGCAR.ncl",
+        "Li_CHGCAR.nospin.gz",
+    ]
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_without_pymatgen_one_line_says_so(files: Path, tmp_path: Path, workers: str) -> None:
+    """Instead of one per file; in this process and with workers."""
+    (tmp_path / "shadow" / "pymatgen").mkdir(parents=True)
+    (tmp_path / "shadow" / "pymatgen" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'pymatgen'\", name='pymatgen')\n"
+    )
+    command = ["-m", "zarrcache", "convert", files, tmp_path / "out", "--workers", workers]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "shadow"), *sys.path])},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: Reading CHGCAR and MP files needs pymatgen (No module named 'pymatgen'). "
+        "Install it: pip install 'zarrcache[convert]'\n"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_s3_kwargs_come_from_a_file_and_no_secret_from_the_command_line(
+    files: Path, tmp_path: Path, s3_server: S3Server, bucket: str, suffix: str
+) -> None:
+    """The same on the command line works, with a warning that does not repeat the secret."""
+    text = json.dumps(s3_server.s3_kwargs)
+    given = tmp_path / f"s3.{suffix}"
+    if suffix == "yaml":
+        given.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in json.loads(text).items()))
+    else:
+        given.write_text(text)
+    options = ("--pattern", "*.CHGCAR", "--zip", "--workers", "1")
+    done = zarrcache("convert", files, f"s3://{bucket}/a", *options, "--s3-kwargs", f"@{given}")
+    assert (done.code, done.err) == (0, "")
+    inline = zarrcache("convert", files, f"s3://{bucket}/b", *options, "--s3-kwargs", text)
+    assert inline.code == 0
+    assert "warning: --s3-kwargs holds secret, and every user of this machine" in inline.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"s3.json cannot be read (No such file or directory)"),
+        ("[1, 2]", "is not a JSON or YAML object"),
+        ('{"secret": "hunter2"', "is not a JSON or YAML object"),
+    ],
+)
+def test_a_file_of_s3_kwargs_that_cannot_be_used_is_named_without_its_content(
+    files: Path, tmp_path: Path, content: str | None, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / "s3.json").write_text(content)
+    done = zarrcache("convert", files, "s3://bucket/x", "--s3-kwargs", f"@{tmp_path / 's3.json'}")
+    assert done.code == 2
+    assert words in done.err
+    assert "hunter2" not in done.err
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [(0.06, 0.2, 0.4), pytest.param((0.1, 0.15, 0.25, 0.3, 0.5, 0.8), marks=pytest.mark.slow)],
+)
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(
+    files: Path, tmp_path: Path, moments: tuple[float, ...]
+) -> None:
+    """At any moment after the interpreter itself has started; nothing is left."""
+    ready = "import sys, runpy; print(flush=True); sys.argv = sys.argv[1:]; "
+    run = ready + "runpy.run_module('zarrcache', run_name='__main__', alter_sys=True)"
+    for number, moment in enumerate(moments):
+        out = tmp_path / f"out-{number}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", run, "zarrcache", "convert", files, out, "--workers", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        if process.returncode == 1:  # it was faster
+            continue
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert err.startswith("Interrupted.")
+        assert not list(out.glob(".*"))
+        shutil.rmtree(out, ignore_errors=True)

@@ -17,7 +17,11 @@ from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import plain_read, small_group
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader
-from zarrcache.origin import open_origin
+from zarrcache.convert import plan_convert
+from zarrcache.demo.synthetic import write_pairs
+from zarrcache.errors import ConfigError
+from zarrcache.ops import plan_warm
+from zarrcache.origin import open_origin, secret_names
 
 
 @dataclass(frozen=True)
@@ -121,3 +125,79 @@ def test_a_secret_that_was_given_travels_and_is_shown_nowhere(
     )
     assert secret.encode() in pickle.dumps(reader)
     assert secret not in repr(reader) + repr(vars(reader.origin("data")))
+
+
+def _pickling_engine(sent: list[bytes]) -> Any:
+    """An engine that, as a cluster does, sends the function and the items as pickles."""
+
+    def spread(function: Any, items: Any) -> Any:
+        for item in items:
+            sent.append(pickle.dumps((function, item)))
+            there, again = pickle.loads(sent[-1])
+            yield item, there(again, lambda nbytes: None)
+
+    return spread
+
+
+def test_what_goes_to_a_cluster_holds_no_secret(
+    reader_of: Any, secrets: Secrets, bucket: str, tmp_path: Path
+) -> None:
+    """The functions of ``convert`` and ``warm``; a worker resolves the profile or the environment
+    itself.
+    """
+    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    write_pairs(tmp_path / "pairs", 1)
+    sent: list[bytes] = []
+    plan = plan_convert(
+        tmp_path / "pairs" / "label", f"s3://{bucket}/new", s3_kwargs=secrets.s3_kwargs
+    )
+    assert len(plan.execute(engine=_pickling_engine(sent)).converted) == 1
+    warm = plan_warm(reader_of(secrets.s3_kwargs, "s3fs"))
+    assert warm.execute(engine=_pickling_engine(sent)).failed == ()
+    assert len(sent) == 5
+    assert not [word for word in secrets.words for raw in sent if word.encode() in raw]
+
+
+def test_a_secret_in_s3_kwargs_is_not_sent_to_a_cluster(
+    reader_of: Any, s3_server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    """The error names the option and what to do, and not the value; nothing has been sent."""
+    pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
+    write_pairs(tmp_path / "pairs", 1)
+    sent: list[bytes] = []
+    reader = reader_of(s3_server.s3_kwargs, "s3fs")
+    plan = plan_convert(
+        tmp_path / "pairs" / "label", f"s3://{bucket}/new", s3_kwargs=s3_server.s3_kwargs
+    )
+    for planned in (plan, plan_warm(reader)):
+        with pytest.raises(ConfigError, match=r"s3_kwargs holds secret, .*a profile in") as caught:
+            planned.execute(engine=_pickling_engine(sent))
+        assert s3_server.secret not in str(caught.value).replace("holds secret", "")
+    assert sent == []
+
+
+@pytest.mark.parametrize(
+    ("s3_kwargs", "names"),
+    [
+        (None, []),
+        ({"profile": "lab", "key": "A", "endpoint_url": "https://s3.example.org"}, []),
+        ({"secret": None, "anon": True}, []),
+        ({"key": "A", "secret": "B", "token": "C"}, ["secret", "token"]),
+        ({"username": "A", "password": "B"}, ["password"]),
+        (
+            {"client_kwargs": {"aws_secret_access_key": "B"}},
+            ["client_kwargs.aws_secret_access_key"],
+        ),
+        (
+            {"config_kwargs": {"proxies": {"https": "http://me:pass@proxy:3128"}}},
+            ["config_kwargs.proxies.https"],
+        ),
+        (
+            {"s3_additional_kwargs": {"SSECustomerKey": "B"}},
+            ["s3_additional_kwargs.SSECustomerKey"],
+        ),
+        ({"session": object()}, ["session"]),
+    ],
+)
+def test_secrets_are_found_at_any_depth(s3_kwargs: Any, names: list[str]) -> None:
+    assert secret_names(s3_kwargs) == names

@@ -225,7 +225,7 @@ class _Lines:
         is_sign = (codes == _PLUS) | (codes == _MINUS)
         is_digit = (codes >= _ZERO) & (codes <= _NINE)
         for place in np.flatnonzero(is_sign[1:] & is_digit[:-1]) + 1:
-            if _BARE_EXPONENT.match(text, place):
+            if _BARE_EXPONENT.match(text, int(place)):
                 self.has_bare_exponent = True
             else:
                 begins[place] = True
@@ -240,8 +240,8 @@ class _Lines:
             line = text[starts[index] : ends[index]].strip()
             if re.search(rb"[A-Za-z]", _NOT_FINITE.sub(b"", line)):
                 self._texts[self._lines + int(index)] = line[:60]
-        if self._stars is None and (place := text.find(b"***")) >= 0:
-            self._stars = self._lines + int(np.searchsorted(ends, place))
+        if self._stars is None and (star := text.find(b"***")) >= 0:
+            self._stars = self._lines + int(np.searchsorted(ends, star))
         self._counts.append(counts)
         self._lines += len(counts)
 

@@ -470,7 +470,7 @@ def test_several_steps_in_one_file_are_refused_in_words(tmp_path: Path) -> None:
     step = _text(occupancies=False, per_line=10)
     for steps in (2, 4):
         path = _written(tmp_path / "mp-1.CHG", step * steps)
-        with pytest.raises(SchemaError, match="'toy' follows a grid.*extract the last step"):
+        with pytest.raises(SchemaError, match=r"'toy' follows a grid.*extract the last step"):
             read_density(path, diff=True)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +189,39 @@ def test_a_file_that_resembles_a_density_is_left_out_with_a_reason(tmp_path: Pat
         "mp-3.CHGCAR": ["a", "broken", "link"],
     }
     assert (found.others, found.unreadable) == (2, ())
+
+
+@pytest.fixture
+def as_user() -> Iterator[Path]:
+    """A directory that every user can read, in a process that is not root's: root reads all."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o755)
+    yield directory
+    if os.getuid() == 0:
+        os.seteuid(0)
+    for path in directory.glob("**"):
+        path.chmod(0o755)
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("pattern", [None, "**/CHGCAR", "*/CHGCAR"])
+def test_a_directory_that_cannot_be_read_is_said_in_words(
+    as_user: Path, pattern: str | None
+) -> None:
+    """The materials in it would be missing; the plan refuses it, the others are converted."""
+    _touch(as_user, "mp-1/CHGCAR", "mp-2/CHGCAR")
+    (as_user / "mp-2").chmod(0)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    plan = plan_convert(as_user, as_user / "out", pattern=pattern)
+    (refused,) = plan.refused
+    assert refused.error == (
+        f"{as_user}/mp-2 cannot be read (Permission denied): files in it are missing here. Make it "
+        "readable (chmod u+rx)."
+    )
+    assert list(plan.task_ids.values()) == ["mp-1"]
+    with pytest.raises(ConfigError, match=r"mp-2 cannot be read \(Permission denied\)\. Make it"):
+        find_files(as_user / "mp-2", pattern)
 
 
 def test_a_link_to_a_directory_is_followed_once(tmp_path: Path) -> None:
