@@ -20,7 +20,17 @@ from tests.support.cachedirs import array_of, key_of
 from tests.support.readers import make_reader
 from tests.support.stores import plain_read
 from tests.support.training import write_pairs
-from tests.support.users import ALICE, BOB, CAROL, TEAM, User, as_user, open_to_all, start_as
+from tests.support.users import (
+    ALICE,
+    BOB,
+    CAROL,
+    TEAM,
+    User,
+    as_user,
+    needs_users,
+    open_to_all,
+    start_as,
+)
 from zarrcache import CacheConfig, ConfigError
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
@@ -31,7 +41,7 @@ from zarrcache.ops.status import read_status
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+pytestmark = needs_users
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ALICE", "BOB", "CAROL", "TEAM", "User", "as_user", "open_to_all", "start_as"]
+import pytest
+
+__all__ = [
+    "ALICE",
+    "BOB",
+    "CAROL",
+    "TEAM",
+    "User",
+    "as_user",
+    "needs_users",
+    "open_to_all",
+    "start_as",
+    "without_privileges",
+]
 
 _ENDS_S = 120.0
 #: A group that ALICE and BOB are in, beside each one's own. No such user or group exists: the
@@ -34,6 +47,37 @@ class User:
 ALICE = User(51001, (TEAM,), umask=0o077)
 BOB = User(51002, (TEAM,), umask=0o022)
 CAROL = User(51003)
+
+
+def _can_change_users() -> bool:
+    """Whether this is root with these numbers: not in a user namespace that maps root alone."""
+    try:
+        maps = [Path(f"/proc/self/{kind}_map").read_text().splitlines() for kind in ("uid", "gid")]
+    except OSError:  # not Linux
+        return os.geteuid() == 0
+    return os.geteuid() == 0 and all(
+        any(
+            int(first) <= number < int(first) + int(count)
+            for first, _, count in map(str.split, lines)
+        )
+        for lines in maps
+        for number in (TEAM, ALICE.uid, BOB.uid, CAROL.uid)
+    )
+
+
+#: Mark of tests that need several users.
+needs_users = pytest.mark.skipif(
+    not _can_change_users(),
+    reason="only root can act as several users (or `unshare --user --map-root-user --map-auto`, "
+    "which needs newuidmap and /etc/subuid)",
+)
+
+
+def without_privileges(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in a child that may do no more than the files' permissions say."""
+    if os.geteuid() == 0 and not _can_change_users():
+        pytest.skip("root of a user namespace may do everything and be no other user")
+    return as_user(CAROL if os.geteuid() == 0 else None, function, *args)
 
 
 def as_user(user: User | None, function: Callable[..., Any], *args: Any) -> Any:

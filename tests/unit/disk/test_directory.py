@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.users import needs_users
 from zarrcache.disk._database import is_entry_name
 from zarrcache.disk.directory import CacheDir
 from zarrcache.errors import ConfigError
@@ -89,7 +90,7 @@ def test_planted_link_or_file_in_place_of_a_directory_is_refused(tmp_path: Path,
     assert os.listdir(elsewhere) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory of another user")
+@needs_users
 def test_a_directory_of_another_user_is_refused_unless_shared(tmp_path: Path) -> None:
     """In /tmp any user can make it first, and plant entries."""
     root = CacheDir(tmp_path).root
