@@ -20,8 +20,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 from zarrcache._keys import Role, check_task_ids, density_array, safe_repr
 from zarrcache._units import read_bounded
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data._read_errors import ReadErrors
+from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.errors import ConfigError
 
 __all__ = [
