@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -44,21 +43,21 @@ def serve(
     SIGTERM or Ctrl-C.
     """
     from zarrcache.ops import cache_of
+    from zarrcache.parallel import end_signalled
     from zarrcache.peers import EntryServer, read_token
 
     cache = cache_of(data_config(config))
     path = token_file or cache.peer_token_file
     token = read_token(path) if path is not None else None
-    # Block the signals in all threads and wait for one: a handler would interrupt this thread at an
-    # arbitrary line.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    with EntryServer(cache.dir, host=host, port=port, token=token) as server:
+    with (
+        end_signalled() as wait,
+        EntryServer(cache.dir, host=host, port=port, token=token) as server,
+    ):
         if as_json:
             show_json({"url": server.url, "directory": cache.dir, "has_token": token is not None})
         else:
             show(f"Serving the array tier of {cache.dir} at {server.url}. Ctrl-C ends it.")
             if token is None:
                 say("There is no token: every user of this machine can read the cache.")
-        signal.sigwait(signals)
+        wait()
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zarrcache.parallel.dask import open_cluster, run_on_each_node
 from zarrcache.parallel.pool import Died, Engine, Reserve, cores, spread
 from zarrcache.parallel.process import ChildProcess, HungUp, receive
-from zarrcache.parallel.signals import Terminated, exit_code, raise_on_signals
+from zarrcache.parallel.signals import Terminated, end_signalled, exit_code, raise_on_signals
 from zarrcache.parallel.topology import World, each_node_world, node_name
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "World",
     "cores",
     "each_node_world",
+    "end_signalled",
     "exit_code",
     "node_name",
     "open_cluster",

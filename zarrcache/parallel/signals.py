@@ -12,13 +12,21 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["ENDING", "Terminated", "exit_code", "raise_on_signals", "signals_blocked"]
+__all__ = [
+    "ENDING",
+    "Terminated",
+    "end_signalled",
+    "exit_code",
+    "raise_on_signals",
+    "signals_blocked",
+]
 
 #: Signals that end a job. A terminal or a batch system sends them to one process or to all.
 ENDING: frozenset[int] = frozenset({signal.SIGINT, signal.SIGTERM})
@@ -87,3 +95,33 @@ def signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def end_signalled() -> Iterator[Callable[[], object]]:
+    """Inside, SIGINT and SIGTERM only end the wait of the yielded function. Main thread only.
+
+    No exception interrupts the code inside. The wait is for a byte that CPython's handler writes,
+    whichever thread the kernel has chosen for the signal. ``signal.sigwait`` with both signals
+    blocked loses one now and then: after SIGCONT the main thread is not waiting for an instant, and
+    a signal of that instant goes to a thread that does not block it (of numpy's OpenBLAS).
+    """
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        writing.setblocking(False)
+        wakeup_fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        try:
+            for number in ENDING:
+                signal.signal(number, lambda *_: None)
+
+            def wait() -> None:
+                # Other signals with a handler write their number as well.
+                while not ENDING.intersection(reading.recv(64)):
+                    pass
+
+            yield wait
+        finally:
+            signal.set_wakeup_fd(wakeup_fd)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
