@@ -14,6 +14,7 @@ from zarrcache.origin._origin import (
     open_origin,
     register_origin,
 )
+from zarrcache.origin._retry import report_progress, reporting_progress
 from zarrcache.origin._s3 import S3Bucket
 from zarrcache.origin._s3_errors import altered
 from zarrcache.origin._s3_options import split_s3_url
@@ -33,6 +34,8 @@ __all__ = [
     "open_origin",
     "refuse_secrets",
     "register_origin",
+    "report_progress",
+    "reporting_progress",
     "secret_names",
     "split_s3_url",
 ]

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.origin._retry import Backoff
+from zarrcache.origin._retry import WAIT_STEP_S, Backoff, note_wait
 from zarrcache.origin._s3_errors import S3Error
 
 if TYPE_CHECKING:
@@ -82,10 +83,24 @@ def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T
     """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
+        while not future.done():
+            with _step_of_a_wait(TimeoutError):
+                future.exception(WAIT_STEP_S)
         return future.result()
     except BaseException:
         future.cancel()
         raise
+
+
+@contextlib.contextmanager
+def _step_of_a_wait(*timeouts: type[Exception]) -> Iterator[None]:
+    """Around a wait of WAIT_STEP_S, so that a suspension of the process is noticed."""
+    begin_s = time.monotonic()
+    try:
+        with contextlib.suppress(*timeouts):
+            yield
+    finally:
+        note_wait(begin_s, WAIT_STEP_S)
 
 
 def concurrent_requests(
@@ -154,7 +169,10 @@ def concurrent_requests(
     try:
         started += _start(where, requests, min(concurrency, len(objects)))
         for _ in objects:
-            item = arrived.get()
+            item = None
+            while item is None:
+                with _step_of_a_wait(queue.Empty):
+                    item = arrived.get(timeout=WAIT_STEP_S)
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -12,10 +12,12 @@ import hashlib
 import logging
 import os
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -23,11 +25,21 @@ from typing import Protocol, TypeVar
 import tenacity
 
 from zarrcache._keys import ObjectInfo
+from zarrcache._marks import set_mark
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
 from zarrcache.stats import Counters
 
-__all__ = ["Backoff", "RetryPolicy", "TransientError", "is_transient"]
+__all__ = [
+    "WAIT_STEP_S",
+    "Backoff",
+    "RetryPolicy",
+    "TransientError",
+    "is_transient",
+    "note_wait",
+    "report_progress",
+    "reporting_progress",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +59,70 @@ _FORGET_S = 60.0
 #: Interval, in seconds, at which a process checks for a pause set by another one: one lstat, 2 us.
 _LOOK_S = 0.1
 
+#: Seconds of one step of a wait for an answer. See :func:`note_wait`.
+WAIT_STEP_S = 0.25
+#: A step that lasts this much longer, in seconds, shows that the process was suspended.
+_SUSPENDED_S = 1.0
+
 _PAUSED = "SlowDown: the server has asked this node for fewer requests"
 
 # Not the shared generator: a network failure must not change the numbers of a seeded training run.
 _random = random.SystemRandom()
+
+
+class _Suspension(threading.local):
+    """Seconds for which waits of this thread were suspended. Differences count, not the value."""
+
+    total_s = 0.0
+
+
+_suspension = _Suspension()
+#: Called with seconds for which no further sign of life is to be expected.
+_reported_to: ContextVar[Callable[[float], None] | None] = ContextVar("progress", default=None)
+
+
+def note_wait(begin_s: float, limit_s: float) -> None:
+    """Note that a wait of at most ``limit_s``, which began at ``begin_s``, has ended.
+
+    If it lasted much longer, the process was suspended (SIGSTOP by a batch system, a frozen
+    container, a virtual machine that was moved). ``time.monotonic`` counts that time; the time
+    bound of this thread's retries must not, or a sample would fail because its process slept.
+    """
+    over_s = time.monotonic() - begin_s - limit_s
+    if over_s > _SUSPENDED_S:
+        _suspension.total_s += over_s
+
+
+def _now_s() -> float:
+    """Monotonic seconds of this thread without those of a suspension."""
+    return time.monotonic() - _suspension.total_s
+
+
+def _sleep(seconds: float) -> None:
+    begin_s = time.monotonic()
+    time.sleep(seconds)
+    note_wait(begin_s, seconds)
+
+
+@contextlib.contextmanager
+def reporting_progress(report: Callable[[float], None]) -> Iterator[None]:
+    """Inside, reads of this thread call ``report`` with each sign that they proceed.
+
+    A sign is an answer of the origin, also one that asks for a retry. The argument is the number of
+    seconds for which none is to be expected, because the thread pauses or a large object arrives.
+    """
+    token = _reported_to.set(report)
+    try:
+        yield
+    finally:
+        _reported_to.reset(token)
+
+
+def report_progress(silent_s: float = 0.0) -> None:
+    """Report that a read of this thread proceeds; see :func:`reporting_progress`."""
+    report = _reported_to.get()
+    if report is not None:
+        report(silent_s)
 
 
 class TransientError(Exception):
@@ -194,21 +266,7 @@ class Backoff:
     def _store(self, length_s: float) -> None:
         assert self._path is not None
         now_s = time.time()
-        times = (now_s, now_s + length_s)
-        try:
-            os.utime(self._path, times, follow_symlinks=False)
-            return
-        except FileNotFoundError:
-            pass
-        except PermissionError:  # another user of a shared directory set the last pause
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
-        with contextlib.suppress(FileExistsError):  # another process sets the same pause right now
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.utime(fd, times)
-            finally:
-                os.close(fd)
+        set_mark(self._path, accessed_s=now_s, modified_s=now_s + length_s)
 
 
 class RetryPolicy:
@@ -249,7 +307,7 @@ class RetryPolicy:
         self._backoff = backoff
         self._verb = verb
         self._advice = advice
-        self._start_s = self._progress_s = time.monotonic()
+        self._start_s = self._progress_s = _now_s()
 
     def call(
         self,
@@ -277,6 +335,7 @@ class RetryPolicy:
                 if not self._wait_for_pause():
                     raise TransientError(url, _PAUSED)
                 result.append(function(self.remaining_s))
+                report_progress()
             if result:
                 break
         return result[0]
@@ -360,17 +419,18 @@ class RetryPolicy:
 
     def progress(self) -> None:
         """Restart the time bound, so that a slow but working connection is not given up."""
-        self._progress_s = time.monotonic()
+        self._progress_s = _now_s()
+        report_progress()
 
     @property
     def remaining_s(self) -> float:
         """Seconds until the time bound, at least 0.0."""
-        return max(0.0, self._progress_s + self._config.timeout - time.monotonic())
+        return max(0.0, self._progress_s + self._config.timeout - _now_s())
 
     def __iter__(self) -> Iterator[AbstractContextManager[object]]:
         """Attempts: context managers that catch a ``TransientError`` if another one follows."""
         retrying = tenacity.Retrying(
-            sleep=lambda seconds: time.sleep(seconds),
+            sleep=_sleep,
             stop=self._is_used_up,
             wait=self._wait_s,
             retry=tenacity.retry_if_exception(is_transient),
@@ -385,7 +445,7 @@ class RetryPolicy:
             raise OriginUnavailableError(
                 f"{failure.url} could not be {self._verb}: {failure} "
                 f"({attempts} {'attempt' if attempts == 1 else 'attempts'} in "
-                f"{time.monotonic() - self._start_s:.1f} s). {self._advice}"
+                f"{_now_s() - self._start_s:.1f} s). {self._advice}"
             ) from (failure.__cause__ or failure)
 
     def _wait_for_pause(self) -> bool:
@@ -396,7 +456,8 @@ class RetryPolicy:
         while (pause_s := self._pause_s()) > 0.0:
             if pause_s >= self.remaining_s:
                 return False
-            time.sleep(pause_s)
+            report_progress(pause_s)
+            _sleep(pause_s)
         return True
 
     def _pause_s(self) -> float:
@@ -415,6 +476,7 @@ class RetryPolicy:
 
 def _log(state: tenacity.RetryCallState) -> None:
     failure = state.outcome.exception() if state.outcome is not None else None
+    report_progress(state.upcoming_sleep)
     logger.warning(
         "origin.retry attempt=%d wait_s=%.2f url=%s cause=%s",
         _attempt(state) + 1,
