@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.signed import authorization
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, ZarrS3Reader, plan_warm
 from zarrcache.data.reader import open_reader
+from zarrcache.peers._seal import key_of
 
 
 @pytest.fixture
@@ -65,14 +67,14 @@ def test_serve_prints_its_url_serves_entries_and_exits_0_on_a_signal(
         reader.load("mp-1", "data")
         assert reader.stats.peer_hits == 1
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(document["url"] + "/v1/entries/" + "0" * 32, timeout=30)
+            urllib.request.urlopen(document["url"] + "/v2/entries/" + "0" * 32, timeout=30)
         waiting = http.client.HTTPConnection(document["url"].removeprefix("http://"), timeout=30)
-        waiting.request(
-            "GET",
-            f"/v1/entries/{'0' * 32}?node=http://127.0.0.1:1",
-            headers={"Authorization": "Bearer " + "k" * 40},
+        line = f"GET /v2/entries/{'0' * 32}?node=http://127.0.0.1:1"
+        waiting.connect()
+        waiting.sock.sendall(
+            f"{line} HTTP/1.1\r\n{authorization(line, document['url'], key=key_of('k' * 40))}\r\n\r\n".encode()
         )
-        assert waiting.getresponse().headers["Zarrcache-Answer"] == "lease"
+        assert b"Zarrcache-Answer: kind=lease" in waiting.sock.recv(65536)
         process.send_signal(ends)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "", "")

@@ -32,6 +32,7 @@ from tests.support.roguepeer import (
     entry_answer,
     hanging,
     running_peer,
+    says,
     trickling,
     trickling_head,
 )
@@ -40,6 +41,7 @@ from zarrcache._keys import ArrayKey
 from zarrcache.cache.loans import Loans
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.entry import encode_header, header_of
+from zarrcache.peers import _patience
 from zarrcache.peers import client as peers
 from zarrcache.peers.client import Peers, nodes_by_duty
 
@@ -185,21 +187,25 @@ def test_bad_entry_is_counted_logged_once_and_not_kept(
 
 REFUSED: dict[str, Callable[[bytes], Answer]] = {
     "hangs": lambda raw: hanging,
-    "garbage": lambda raw: lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n"),
-    "no answer": lambda raw: lambda connection: None,
+    "garbage": lambda raw: (
+        lambda connection, request: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+    ),
+    "no answer": lambda raw: lambda connection, request: None,
     "error": lambda raw: (
-        lambda connection: connection.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")
+        lambda connection, request: connection.sendall(
+            b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"
+        )
     ),
     "other page": lambda raw: (
-        lambda connection: connection.sendall(
+        lambda connection, request: connection.sendall(
             b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nno!"
         )
     ),
     "no length": lambda raw: (
-        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw)
+        lambda connection, request: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + raw)
     ),
     "endless header": lambda raw: (
-        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000)
+        lambda connection, request: connection.sendall(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100000)
     ),
     "trickled header": trickling_head,
     "claims a terabyte": lambda raw: claiming(raw[:100], 2**40),
@@ -216,17 +222,17 @@ def test_peer_that_does_not_answer_is_left_out_for_a_while(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One request, one log line, and another request after the pause."""
-    monkeypatch.setattr(peers, "_READ_S", 0.2)
+    monkeypatch.setattr(peers, "_WAITING_ANSWER_S", 0.2)
     with running_peer(REFUSED[how](good)) as peer:
         reader = reader_at(node, tmp_path, peers=[peer.url], advertise="http://127.0.0.1:1")
         check(reader, node, purges=0)
         reader.load("mp-2", ROLE)
         assert len(peer.asked) == 1
-        assert caplog.text.count(f"peer {peer.url} is skipped") == 1
-        monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 100)
+        assert caplog.text.count(f"peer {peer.url} is left out") == 1
+        monkeypatch.setattr(time, "time", lambda now=time.time: now() + 100)
         reader.load("mp-0", ROLE)
         assert len(peer.asked) == 2
-        assert caplog.text.count(f"peer {peer.url} is skipped") == 1
+        assert caplog.text.count(f"peer {peer.url} is left out") == 1
 
 
 CUT: dict[str, Callable[[bytes], Answer]] = {
@@ -258,7 +264,7 @@ def test_peer_that_trickles_is_given_up(
     node: LocalNode, good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each byte arrives within the timeout, but the entry would take minutes."""
-    monkeypatch.setattr(peers, "_READ_S", 1.0)
+    monkeypatch.setattr(_patience, "BUDGET_S", 1.0)
     with running_peer(trickling(good)) as peer:
         check(reader_at(node, tmp_path, peers=[peer.url]), node, purges=1)
 
@@ -330,16 +336,13 @@ def test_peer_is_not_blamed_for_a_disk_that_fails_in_the_middle_of_an_entry(
 def test_redirection_to_an_unknown_address_is_not_followed(
     node: LocalNode, good: bytes, tmp_path: Path
 ) -> None:
-    """The token would be sent to it."""
+    """It would learn which densities are read. No address learns the token."""
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("x" * 32)
     with running_peer(entry_answer(good)) as stranger:
-        away = (
-            "HTTP/1.1 303 See Other\r\nZarrcache-Answer: at\r\n"
-            f"Location: {stranger.url}\r\nContent-Length: 0\r\n\r\n"
-        ).encode()
-        with running_peer(lambda connection: connection.sendall(away)) as peer:
+        away = says(303, token="x" * 32, kind="at", node=stranger.url)
+        with running_peer(away) as peer:
             for own in (None, "http://127.0.0.1:1"):
                 reader = reader_at(
                     node,
@@ -349,7 +352,7 @@ def test_redirection_to_an_unknown_address_is_not_followed(
                     peer_token_file=token,
                 )
                 check(reader, node, purges=0)
-            assert ["Bearer " + "x" * 32 in asked for asked in peer.asked] == [True, True]
+            assert [len(peer.asked), "x" * 32 in "".join(peer.asked)] == [3, False]
         assert stranger.asked == []
 
 
@@ -534,20 +537,20 @@ def test_lease_of_a_failed_fetch_is_given_to_one_waiting_reader(
 
 
 def test_remote_sources_pickle_as_their_configuration(node: LocalNode, tmp_path: Path) -> None:
-    """Without the token, and without the state of failed peers."""
+    """Without the token. The node's directory holds which peers failed."""
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("x" * 32)
     reader = reader_at(node, tmp_path, peers=["http://127.0.0.1:1"], peer_token_file=token)
     reader.load(TASK, ROLE)
     remote = reader.cache.remote
-    assert remote.peers._skipped_until_s
+    assert not remote.peers._patience.left_s("http://127.0.0.1:1")
     raw = pickle.dumps(remote)
     assert b"x" * 32 not in raw
     again = pickle.loads(raw)
     again.check()
     assert bool(again)
-    assert again.peers._skipped_until_s == {}
+    assert again.peers._key is not None
 
 
 def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_path: Path) -> None:
@@ -563,3 +566,130 @@ def test_home_that_dies_leaves_the_others_to_the_origin(node: LocalNode, tmp_pat
                 )  # type: ignore[arg-type]
         assert sum(reader.stats.peer_hits for reader in readers) >= 1
         assert all(reader.stats.cache_errors == 0 for reader in readers)
+
+
+# -- the wire
+
+
+CHANGED: dict[str, Callable[[bytes], bytes]] = {
+    "a value, with the checksum of the entry": lambda raw: forged(raw),
+    "a bit of the digest": lambda raw: flipped(raw, len(raw) - 1),
+    "no digest": lambda raw: raw[:-32],
+    "another entry's digest": lambda raw: raw[:-32] + bytes(32),
+}
+
+
+def forged(raw: bytes) -> bytes:
+    """The same entry with other values and a right CRC-32C, as an attacker would make it."""
+    entry = raw[:-32]
+    payload = bytes(len(entry) - 4096)
+    return header_with(crc32c=crc32c(payload))(entry[:4096] + payload) + raw[-32:]
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_is_changed_on_its_way_is_refused(
+    node: LocalNode, good: bytes, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a machine between two nodes that share a token; a checksum without a key is no proof."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("x" * 32)
+    with running_peer(entry_answer(good, change=CHANGED[what], token="x" * 32)) as peer:
+        reader = reader_at(node, tmp_path, peers=[peer.url], peer_token_file=token)
+        check(reader, node, purges=1)
+        assert len(peer.asked) == 1
+    assert "entry rejected" in caplog.text
+
+
+def test_forged_entry_would_be_taken_without_its_digest(
+    node: LocalNode, good: bytes, tmp_path: Path
+) -> None:
+    """The forgery is a good one: sent by a node with the token, it is an entry like any other."""
+    entry = forged(good + bytes(32))[:-32]
+    with running_peer(entry_answer(entry)) as peer:
+        reader = reader_at(node, tmp_path, peers=[peer.url])
+        assert not reader.load(TASK, ROLE)[0].any()
+        assert (reader.stats.peer_hits, reader.stats.purges) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["lease", "at", "none", "busy"])
+def test_answer_without_the_token_is_not_believed(
+    node: LocalNode, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It could send a node elsewhere, or make it wait."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("x" * 32)
+    forger = says(404, token="y" * 32, kind=kind, node="http://127.0.0.1:1")
+    with running_peer(forger) as peer:
+        reader = reader_at(
+            node,
+            tmp_path,
+            peers=[peer.url, "http://127.0.0.1:1"],
+            advertise="http://127.0.0.1:1",
+            peer_token_file=token,
+        )
+        check(reader, node, purges=0)
+        assert len(peer.asked) == 1
+    assert "without proving the token (cache.peer_token_file)" in caplog.text
+
+
+OLDER: dict[str, Answer] = {
+    "401": lambda connection, request: connection.sendall(
+        b"HTTP/1.1 401 Unauthorized\r\nServer: zarrcache\r\nContent-Length: 0\r\n\r\n"
+    ),
+    "400, without a token": lambda connection, request: connection.sendall(
+        b"HTTP/1.1 400 Bad Request\r\nServer: zarrcache\r\nContent-Length: 0\r\n\r\n"
+    ),
+    "a later one": lambda connection, request: connection.sendall(
+        b"HTTP/1.1 426 X\r\nServer: zarrcache-v3\r\nContent-Length: 6\r\n\r\nwords\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", OLDER)
+def test_an_older_server_is_named_as_such(
+    node: LocalNode, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The node reads from the origin, and the log says what to do."""
+    with running_peer(OLDER[how]) as peer:
+        check(reader_at(node, tmp_path, peers=[peer.url]), node, purges=0)
+    assert "is not a server of this version of zarrcache; install the same version" in caplog.text
+
+
+# -- peers that hang
+
+
+@pytest.mark.parametrize("after_s", [0.5, 1.2])
+def test_slow_peer_is_left_out_before_it_has_cost_five_seconds(
+    tmp_path: Path, after_s: float
+) -> None:
+    """It gives no entry, and each of its answers is right and within the timeout."""
+    big = LocalNode(tmp_path / "big", 20)
+    with running_peer(says(404, after_s=after_s, kind="none")) as peer:
+        reader = reader_at(big, tmp_path, peers=[peer.url])
+        start_s = time.monotonic()
+        for n in range(20):
+            reader.load(f"mp-{n}", ROLE)
+        assert len(peer.asked) * after_s < 5.5
+        assert time.monotonic() - start_s < 20 * after_s
+        # Another process of the node knows it as well.
+        asked = len(peer.asked)
+        reader_at(big, tmp_path, peers=[peer.url]).load("mp-0", "label")
+        assert len(peer.asked) == asked
+
+
+def test_hanging_node_is_left_out_whichever_home_names_it(tmp_path: Path) -> None:
+    big = LocalNode(tmp_path / "big", 12)
+    with running_peer(hanging) as stopped:
+        hung = stopped.url
+        with running_peer(says(303, kind="at", node=hung)) as home:
+            reader = reader_at(
+                big, tmp_path, peers=[home.url, hung], advertise="http://127.0.0.1:1"
+            )
+            start_s = time.monotonic()
+            for n in range(12):
+                reader.load(f"mp-{n}", ROLE)
+            assert len(stopped.asked) <= 2
+            assert len(home.asked) >= 12
+            assert time.monotonic() - start_s < 15  # 24 s at 2 s each

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.signed import authorization
 from tests.support.training import start, write_config
+from zarrcache.peers._seal import key_of
 
 TOKEN = "k" * 40
 DIGEST = "0" * 32
-START = f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode()
+START = f"GET /v2/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode()
 ATTACKERS = 300
 FLOOD_S = 1.5
 MOST_MORE_BYTES = 100 * 2**20
@@ -90,9 +92,11 @@ def ask(port: int) -> str | None:
     with contextlib.closing(
         http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     ) as connection:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        connection.request("GET", f"/v1/entries/{DIGEST}", headers=headers)
-        return connection.getresponse().headers["Zarrcache-Answer"]
+        line = f"GET /v2/entries/{DIGEST}"
+        header = authorization(line, f"http://127.0.0.1:{port}", key=key_of(TOKEN))
+        headers = dict(field.split(": ", 1) for field in header.split("\r\n"))
+        connection.request("GET", line[4:], headers=headers)
+        return connection.getresponse().headers["Zarrcache-Answer"].removeprefix("kind=")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,32 @@ def test_flood_without_the_token_takes_little_memory_and_keeps_no_valid_client_o
     assert process.returncode == 0
 
 
+def test_ten_thousand_connections_take_little_memory_and_keep_no_valid_client_out(
+    served: tuple[subprocess.Popen[str], int],
+) -> None:
+    """One after the other, each left open with half a request by a client that never reads."""
+    process, port = served
+    assert ask(port) == "none"
+    idle_bytes, most_bytes, kept = memory_bytes(process), 0, []
+    try:
+        for n in range(10_000):
+            connection = socket.socket()
+            connection.setblocking(False)
+            kept.append(connection)
+            with contextlib.suppress(OSError):
+                connection.connect_ex(("127.0.0.1", port))
+                connection.send(START)
+            if n % 500 == 499:
+                assert ask(port) == "none"
+                most_bytes = max(most_bytes, memory_bytes(process))
+                while len(kept) > 200:  # limits of this process, not of the server
+                    kept.pop(0).close()
+        assert most_bytes < idle_bytes + MOST_MORE_BYTES
+    finally:
+        for connection in kept:
+            connection.close()
+
+
 def test_serve_that_was_suspended_answers_again_and_ends_on_sigterm(
     served: tuple[subprocess.Popen[str], int],
 ) -> None:
@@ -155,3 +185,25 @@ def test_serve_that_was_suspended_answers_again_and_ends_on_sigterm(
     process.terminate()
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 0
+
+
+def test_signal_just_after_a_suspension_ends_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread is not waiting yet, so the kernel may give the signal to one of OpenBLAS."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
+    for ends in (signal.SIGTERM, signal.SIGINT):
+        process = start("serve", write_config(tmp_path), "--port", "0")
+        try:
+            assert process.stdout is not None
+            assert "Serving" in process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            process.send_signal(signal.SIGCONT)
+            process.send_signal(ends)
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.communicate()

@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from zarrcache.peers import _seal as seal
+from zarrcache.peers.client import PROTOCOL
+
 __all__ = [
     "Answer",
     "RoguePeer",
@@ -17,12 +20,14 @@ __all__ = [
     "entry_answer",
     "hanging",
     "running_peer",
+    "says",
+    "signed_head",
     "trickling",
     "trickling_head",
 ]
 
-#: Gets the connection after the request was read, and sends any bytes.
-Answer = Callable[[socket.socket], None]
+#: Gets the connection after the request was read, and the request; sends any bytes.
+Answer = Callable[[socket.socket, str], None]
 
 
 @dataclass
@@ -33,23 +38,68 @@ class RoguePeer:
     asked: list[str] = field(default_factory=list)
 
 
-def entry_answer(
-    raw: bytes, *, claims: int | None = None, sends: int | None = None, reset: bool = False
+def request_seal(request: str) -> str:
+    """The digest of a request, from its header."""
+    return request.partition("Authorization: Zarrcache ")[2].split()[2]
+
+
+def signed_head(
+    request: str, status: int, *, length: int, token: str | None = None, **fields: object
+) -> bytes:
+    """Status line and headers of an answer to ``request`` that proves the token."""
+    text = seal.pack(**fields)
+    digest = seal.answer_seal(seal.key_of(token), request_seal(request), status, text).hex()
+    return (
+        f"HTTP/1.1 {status} X\r\nServer: {PROTOCOL}\r\nContent-Length: {length}\r\n"
+        f"{seal.ANSWER_HEADER}: {text}\r\n{seal.SEAL_HEADER}: {digest}\r\n\r\n"
+    ).encode()
+
+
+def says(
+    status: int, *, token: str | None = None, after_s: float = 0.0, **fields: object
 ) -> Answer:
-    """200 with an entry; with a wrong length, or cut off after ``sends`` bytes, by a close or a
-    reset.
+    """A signed answer without a body."""
+
+    def answer(connection: socket.socket, request: str) -> None:
+        time.sleep(after_s)
+        connection.sendall(signed_head(request, status, length=0, token=token, **fields))
+
+    return answer
+
+
+def entry_answer(
+    raw: bytes,
+    *,
+    claims: int | None = None,
+    sends: int | None = None,
+    reset: bool = False,
+    change: Callable[[bytes], bytes] = bytes,
+    token: str | None = None,
+) -> Answer:
+    """200 with an entry, which a node with the token has signed; with a wrong length, or cut off
+    after ``sends`` bytes, by a close or a reset, or changed on its way.
     """
 
-    def answer(connection: socket.socket) -> None:
-        length = len(raw) if claims is None else claims
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + raw[:sends])
+    def answer(connection: socket.socket, request: str) -> None:
+        nbytes = len(raw) if claims is None else claims
+        digest = seal.body_seal(seal.key_of(token), request_seal(request))
+        digest.update(raw[:nbytes])
+        head = signed_head(
+            request,
+            200,
+            length=nbytes + seal.SEAL_BYTES,
+            token=token,
+            kind="entry",
+            nbytes=nbytes,
+        )
+        connection.sendall(head + change(raw + digest.digest())[:sends])
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     return answer
 
 
-def hanging(connection: socket.socket) -> None:
+def hanging(connection: socket.socket, request: str = "") -> None:
     """Sends nothing until the client disconnects."""
     connection.settimeout(60)
     with contextlib.suppress(OSError):
@@ -59,8 +109,9 @@ def hanging(connection: socket.socket) -> None:
 def trickling(raw: bytes) -> Answer:
     """Sends an entry byte by byte."""
 
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw))
+    def answer(connection: socket.socket, request: str) -> None:
+        length = len(raw) + seal.SEAL_BYTES
+        connection.sendall(signed_head(request, 200, length=length, kind="entry", nbytes=len(raw)))
         for i in range(len(raw)):
             connection.sendall(raw[i : i + 1])
             time.sleep(0.02)
@@ -73,12 +124,14 @@ def trickling_head(raw: bytes) -> Answer:
     entry.
     """
 
-    def answer(connection: socket.socket) -> None:
+    def answer(connection: socket.socket, request: str) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
         for _ in range(500):
             connection.sendall(b"x")
             time.sleep(0.02)
-        connection.sendall(b"\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+        length = len(raw) + seal.SEAL_BYTES
+        head = signed_head(request, 200, length=length, kind="entry", nbytes=len(raw))
+        connection.sendall(head[head.index(b"\r\n") :] + raw)
 
     return answer
 
@@ -86,8 +139,11 @@ def trickling_head(raw: bytes) -> Answer:
 def claiming(raw: bytes, length: int) -> Answer:
     """Announces ``length`` bytes, sends what it has, and keeps the connection open."""
 
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + raw)
+    def answer(connection: socket.socket, request: str) -> None:
+        head = signed_head(
+            request, 200, length=length + seal.SEAL_BYTES, kind="entry", nbytes=length
+        )
+        connection.sendall(head + raw)
         hanging(connection)
 
     return answer
@@ -111,7 +167,7 @@ def running_peer(answer: Answer) -> Iterator[RoguePeer]:
                         request += part
                     if request:
                         peer.asked.append(request.decode("latin-1"))
-                        answer(connection)
+                        answer(connection, peer.asked[-1])
 
         thread = threading.Thread(target=serve)
         thread.start()

@@ -38,7 +38,7 @@ from zarrcache.errors import (
     SchemaError,
     ZarrCacheError,
 )
-from zarrcache.origin import Origin
+from zarrcache.origin import Origin, report_progress
 
 if TYPE_CHECKING:
     import zarr
@@ -67,6 +67,8 @@ _STABLE_S = 2.0
 #: store that is being overwritten, even if the server's clock is not ours.
 _SPREAD_S = 5.0
 _RECENT_S = 60.0
+#: A larger object may be silent for longer while it arrives: seconds per byte of 8 MiB/s.
+_SLOW_S_PER_BYTE = 1 / (8 * 2**20)
 #: Pauses before a store that changed while it was read is listed again.
 RELIST_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 
@@ -223,15 +225,21 @@ def _fetch_and_decode(
     if store.endswith(".zip"):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
+        _report_sizes(listed)
         ((_, data),) = origin.fetch(listed)
         return _decode_zipped(ZippedStore(data, url), array, url, reserve)
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
+    _report_sizes(listed)
     keys = [o.key.removeprefix(prefix) for o in listed]
     decoder = ArrayDecoder(keys, url, reserve)
     for obj, data in origin.fetch(listed):
         decoder.add(obj.key.removeprefix(prefix), data)
     return decoder.finish()
+
+
+def _report_sizes(listed: list[ObjectInfo]) -> None:
+    report_progress(max((o.size_bytes for o in listed), default=0) * _SLOW_S_PER_BYTE)
 
 
 def _decode_zipped(

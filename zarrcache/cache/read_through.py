@@ -24,6 +24,10 @@ __all__ = ["Outcome", "ReadThrough"]
 Outcome = Literal["hit", "miss", "bypass"]
 
 
+#: A slow disk, in seconds per byte, while an entry is stored: 64 MiB/s.
+_STORE_S_PER_BYTE = 1 / (64 * 2**20)
+
+
 class ReadThrough:
     """Reads densities of one directory through the cache. Safe from any thread or process.
 
@@ -158,6 +162,8 @@ class ReadThrough:
                 values = as_density(
                     decoded.array, key.url, self._array, is_per_point=self._is_per_point
                 )
+                if lookup is not None:
+                    lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
                 entry = arrays.put(key, values, source=decoded.source)
                 is_stored = entry is not None
                 if entry is not None:

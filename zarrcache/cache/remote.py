@@ -18,6 +18,7 @@ from zarrcache.cache.tiers import ArrayCache
 from zarrcache.config import CacheConfig
 from zarrcache.disk import CacheDir, EntryStream, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
+from zarrcache.origin import reporting_progress
 from zarrcache.peers import Peers, Reply
 from zarrcache.stats import Counters, LogOnce
 
@@ -61,7 +62,7 @@ class RemoteSources:
     """
 
     def __init__(self, config: CacheConfig, arrays: ArrayCache, counters: Counters) -> None:
-        self.peers = Peers(config)
+        self.peers = Peers(config, arrays.index.dir.locks)
         self._config = config
         self._lower = CacheDir(config.lower).entries if config.lower is not None else None
         self._arrays = arrays
@@ -106,7 +107,8 @@ class RemoteSources:
         """
         lookup = MissLookup(self, key, source)
         try:
-            yield lookup
+            with reporting_progress(lookup.report_progress):
+                yield lookup
         except BaseException:
             if lookup.lease is not None:
                 lookup.lease.close()
@@ -180,6 +182,11 @@ class MissLookup:
         self.lease: Reply | None = None
         self.is_stored = False
 
+    def report_progress(self, silent_s: float = 0.0) -> None:
+        """Report to waiting peers that this node proceeds; see ``Peers.renew``."""
+        if self.lease is not None:
+            self._remote.peers.renew(self.lease, silent_s)
+
     def take(self) -> Taken | None:
         """The entry from the first source that has a good one; None: fetch it from the origin."""
         with contextlib.closing(self._offers()) as offers:
@@ -199,7 +206,7 @@ class MissLookup:
                 self.lease = reply
                 continue
             try:
-                url = f"{reply.peer}/v1/entries/{digest}"
+                url = f"{reply.peer}/v2/entries/{digest}"
                 yield _Offer(reply, reply.nbytes, url, reply.peer, "peer_hits")
             finally:
                 reply.close()

@@ -1,7 +1,7 @@
 """Request an entry from other nodes.
 
-A node that fails is skipped for a while. No request is repeated, and no error is raised: at worst
-the entry is read from the origin.
+A peer that fails, hangs or is slow costs this node a few seconds in all (`_patience`). No request
+is repeated, and no error is raised: at worst the entry is read from the origin.
 
 Each request uses a new connection. The one over which a lease was granted stays open until the
 lease ends: if this process is killed, the kernel closes it, and the home lets another node fetch.
@@ -19,7 +19,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,23 @@ from urllib.parse import urlencode, urlsplit
 from zarrcache._units import most_bytes
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError
+from zarrcache.peers._patience import Patience
+from zarrcache.peers._seal import (
+    ANSWER_HEADER,
+    SEAL_BYTES,
+    SEAL_HEADER,
+    VERSION,
+    Sender,
+    answer_seal,
+    body_seal,
+    is_equal,
+    key_of,
+    unpack,
+)
 from zarrcache.stats import LogOnce
 
 __all__ = [
-    "ANSWER_HEADER",
+    "PROTOCOL",
     "WAIT_S",
     "Peers",
     "Reply",
@@ -42,23 +55,35 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Header that says what an answer without an entry means: a kind of `leases.Answer`, or ``none``.
-ANSWER_HEADER = "Zarrcache-Answer"
-#: A node of the same cluster answers within milliseconds, or not at all.
-_CONNECT_S = 2.0
-#: Timeout for a whole answer up to its body, and between two parts of a body.
-_READ_S = 10.0
-#: How long a home may wait for another node before it answers. Less than :data:`_READ_S`.
-WAIT_S = 5.0
-#: A node that failed is skipped for this long.
-_SKIP_S = 60.0
+#: The header ``Server`` of every answer.
+PROTOCOL = f"zarrcache-{VERSION}"
+#: Longest time of a connection. The kernel sends a lost SYN again after one second.
+_CONNECT_S = 1.3
+#: Longest time of a request up to the answer's body, and between two parts of a body. A node of the
+#: same cluster answers within milliseconds, or not at all.
+_ANSWER_S = 1.5
+#: The same where the home may wait for another node before it answers.
+_WAITING_ANSWER_S = 2.5
+#: How long a home may wait for another node before it answers.
+WAIT_S = 1.0
+#: A holder of a lease reports at most this often, in seconds, that it proceeds.
+_RENEW_S = 0.7
+#: Silence of a holder, in seconds, that is not charged to it.
+_SILENT_S = 1.5
+#: A node asks at most this often, in seconds, whether its own server answers.
+_OWN_CHECK_S = 5.0
+#: Budget of the waits for other nodes, by a node whose own server does not answer.
+_FOLLOWING = "following"
 #: After this time no further node is asked, not counting the transfer of entries. A cluster of
 #: dead nodes must not delay every miss for longer.
 _LOOK_S = 5.0
-#: A slower transfer is given up: S3 is about as fast.
+#: A server ends slower transfers, which would take up its places.
+_TRANSFER_S = 10.0
 _SLOWEST_BYTES_PER_S = 2**20
 #: Upper bound of an entry's header.
 _HEADER_BYTES = 2**17
+#: Nodes of which a home learns that they are not to be named; keeps a request below 4 KiB.
+_MAX_WITHOUT = 16
 
 #: Characters that an HTTP header can carry. A shorter token could be guessed.
 _TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
@@ -77,7 +102,13 @@ class Reply:
     peer, digest : str
         The node and the entry that were requested.
     node : str
-        With ``at``: the node that has the entry.
+        With ``at``: the node that has the entry. With ``busy``: the one that is fetching it.
+    waited_s, silent_s : float
+        Seconds that the home waited for another node, and how long that was silent at the end.
+    spent_s : float
+        Seconds that the peer took, without those that it waited.
+    can_serve : bool
+        With ``lease``: other nodes can get the entry from this one.
     """
 
     kind: Literal["entry", "at", "lease", "busy", "alone", "none", "failed"]
@@ -85,19 +116,44 @@ class Reply:
     digest: str
     nbytes: int = 0
     node: str = ""
+    waited_s: float = 0.0
+    silent_s: float = 0.0
+    spent_s: float = 0.0
+    can_serve: bool = True
     connection: _Connection | None = None
     body: http.client.HTTPResponse | None = None
+    seal: Any = None
+    ended: Callable[[Reply], None] | None = None
+    left_bytes: int = 0
+    failure: str = ""
+    renewed_s: float = 0.0
 
     def readinto(self, buffer: memoryview) -> int:
-        """Read the next bytes of the entry.
+        """Read the next bytes of the entry. The last ones are returned once its digest is right.
 
         Raises
         ------
         OSError, http.client.HTTPException
-            The bytes do not arrive, or too slowly.
+            The bytes do not arrive, or too slowly, or were changed on the way.
         """
         assert self.body is not None
-        return self.body.readinto(buffer)
+        if not self.left_bytes:
+            return 0
+        begin_s = time.monotonic()
+        try:
+            got = self.body.readinto(buffer[: self.left_bytes])
+            self.seal.update(buffer[:got])
+            self.left_bytes -= got
+            if not self.left_bytes and not is_equal(self.body.read(SEAL_BYTES), self.seal.digest()):
+                raise OSError("its keyed digest does not match")
+            if not got:
+                self.failure = "an entry ended early"
+            return got
+        except (OSError, http.client.HTTPException) as exc:
+            self.failure = str(exc) or type(exc).__name__
+            raise
+        finally:
+            self.spent_s += time.monotonic() - begin_s
 
     def close(self) -> None:
         """Close the connection, which ends its lease."""
@@ -105,6 +161,9 @@ class Reply:
             self.connection.hang_up()
         if self.body is not None:
             self.body.close()
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(self)
 
 
 class Peers:
@@ -113,6 +172,9 @@ class Peers:
     Parameters
     ----------
     config : CacheConfig
+    node_dir : Path, optional
+        An existing directory of this node, where its processes share how long each peer has made
+        them wait.
 
     Attributes
     ----------
@@ -120,15 +182,17 @@ class Peers:
         The address by which other nodes reach this one.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, node_dir: Path | None = None) -> None:
         self.own = config.advertise
         self._nodes = (
             tuple({*config.peers, *((self.own,) if self.own else ())}) if config.peers else ()
         )
         self._token_file = config.peer_token_file
         self._patience_s = config.retry.timeout
-        self._token: str | None = None
-        self._skipped_until_s: dict[str, float] = {}
+        self._key: bytes | None = None
+        self._patience = Patience(node_dir)
+        self._senders: dict[str, Sender] = {}
+        self._own_until_s, self._can_serve = 0.0, True
         self._log_once = LogOnce()
 
     def __bool__(self) -> bool:
@@ -137,7 +201,7 @@ class Peers:
     def check(self) -> None:
         """Raise ConfigError if the token file cannot be used."""
         if self._nodes and self._token_file is not None:
-            self._token = read_token(self._token_file)
+            self._key = key_of(read_token(self._token_file))
 
     def replies(self, digest: str, *, source: str | None) -> Iterator[Reply]:
         """Ask one node after the other; yield the lease, if this node gets it, and each entry.
@@ -157,64 +221,133 @@ class Peers:
         has_home = False
         look_until_s = time.monotonic() + _LOOK_S
         for peer in nodes_by_duty(digest, self._nodes):
-            if peer in asked or self._skipped_until_s.get(peer, 0.0) > time.monotonic():
+            if peer in asked or not self._patience.left_s(peer):
                 continue
             if time.monotonic() > look_until_s:
                 return
             asked.add(peer)
             if not has_home and self.own is not None:
-                for reply in self._of_home(peer, digest, source):
-                    asked.add(reply.peer)
+                for reply in self._of_home(peer, digest, source, asked):
                     has_home = has_home or (reply.peer == peer and reply.kind != "failed")
                     if reply.kind in ("entry", "lease"):
                         yield reply
                 look_until_s = time.monotonic() + _LOOK_S
             elif peer != self.own:
                 reply = self._ask(peer, digest, source)
-                if (
-                    reply.kind == "at"
-                    and reply.node in self._nodes
-                    and reply.node not in {*asked, self.own}
-                ):
+                if reply.kind == "at" and self._may_ask(reply.node, asked):
                     asked.add(reply.node)
                     reply = self._ask(reply.node, digest, source)
                 if reply.kind == "entry":
                     yield reply
 
-    def end(self, lease: Reply, *, is_stored: bool) -> None:
-        """Report to the home how the lease ended."""
-        try:
-            assert lease.connection is not None
-            outcome = "stored" if is_stored else "given-up"
-            lease.connection.limit_s(_READ_S)
-            lease.connection.request(
-                "POST",
-                f"/v1/leases/{lease.digest}?{urlencode({'outcome': outcome})}",
-                headers=self._headers(),
-            )
-            lease.connection.getresponse()
-        except (OSError, http.client.HTTPException) as exc:
-            # Closing the connection ends the lease as well.
-            logger.debug(
-                "outcome of the lease of %s not reported to %s: %s", lease.digest, lease.peer, exc
-            )
-        finally:
+    def renew(self, lease: Reply, silent_s: float) -> None:
+        """Report to the home that the fetch proceeds, if the last report was a while ago.
+
+        Without a report for a few seconds the home lets another node fetch.
+
+        Parameters
+        ----------
+        silent_s : float
+            Seconds for which no sign of life is to be expected.
+        """
+        now_s = time.monotonic()
+        if lease.connection is None or now_s + silent_s < lease.renewed_s + _RENEW_S:
+            return
+        lease.renewed_s = now_s + silent_s
+        if not self._report(lease, outcome="busy", silent=f"{silent_s:.1f}"):
             lease.close()
 
-    def _of_home(self, home: str, digest: str, source: str | None) -> Iterator[Reply]:
+    def end(self, lease: Reply, *, is_stored: bool) -> None:
+        """Report to the home how the lease ended."""
+        # Closing the connection ends the lease as well, for another node to take. So it is with an
+        # entry that others cannot get from here.
+        if lease.can_serve:
+            self._report(lease, outcome="stored" if is_stored else "given-up")
+        lease.close()
+
+    def _report(self, lease: Reply, **fields: str) -> bool:
+        connection = lease.connection
+        if connection is None:
+            return False
+        begin_s = time.monotonic()
+        try:
+            connection.limit_s(self._patience.limit_s(lease.peer, _ANSWER_S))
+            answer = self._exchange(
+                connection,
+                lease.peer,
+                "POST",
+                f"/{VERSION}/leases/{lease.digest}?{urlencode(fields)}",
+            )
+            answer.response.read()
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            logger.debug("lease of %s not reported to %s: %s", lease.digest, lease.peer, exc)
+            self._charge(lease.peer, time.monotonic() - begin_s, str(exc) or type(exc).__name__)
+            return False
+        self._charge(lease.peer, time.monotonic() - begin_s)
+        return answer.response.status == 204
+
+    def _may_ask(self, node: str, asked: Collection[str]) -> bool:
+        """Whether to follow a home to the node that it has named."""
+        return (
+            node in self._nodes
+            and node != self.own
+            and node not in asked
+            and bool(self._patience.left_s(node))
+        )
+
+    def _of_home(
+        self, home: str, digest: str, source: str | None, asked: set[str]
+    ) -> Iterator[Reply]:
         until_s = time.monotonic() + self._patience_s
-        gone = ""
+        begin_s, charged_s = time.monotonic(), 0.0
+        named: set[str] = set()
+        can_serve = self._is_served(home)
         while True:
-            reply = self._ask(home, digest, source, wants_lease=True, gone=gone)
+            left_out = (node for node in self._nodes if not self._patience.left_s(node))
+            reply = self._ask(
+                home,
+                digest,
+                source,
+                wants_lease=True,
+                without=sorted({*asked, *left_out} - {home, self.own})[:_MAX_WITHOUT],
+                can_serve=can_serve,
+            )
             yield reply
-            if reply.kind == "at" and reply.node in self._nodes and reply.node != self.own:
-                yield self._ask(reply.node, digest, source)
+            if reply.kind == "at" and reply.node not in named:
+                named.add(reply.node)
+                if self._may_ask(reply.node, asked):
+                    asked.add(reply.node)
+                    yield self._ask(reply.node, digest, source)
                 # Reached only if the entry was absent or bad: a caller that has a good one stops.
-                gone = reply.node
-            elif reply.kind != "busy":
+                asked.add(reply.node)
+            elif reply.kind == "busy":
+                # What a silent holder takes counts as if it had been asked itself.
+                silent_s = min(reply.silent_s, time.monotonic() - begin_s)
+                if silent_s > _SILENT_S and reply.node:
+                    self._charge(reply.node, silent_s - charged_s)
+                    charged_s = silent_s
+                elif reply.silent_s < charged_s:
+                    begin_s, charged_s = time.monotonic(), 0.0
+            else:
                 return
             if time.monotonic() > until_s:
                 return
+
+    def _is_served(self, home: str) -> bool:
+        """Whether the other nodes can get entries from this one, as far as it knows.
+
+        Its own server is asked now and then. If it is dead, this node still gets entries of others,
+        but one that it fetches has to be fetched again by the next. So it lets another node go
+        first if one wants the same entry.
+        """
+        assert self.own is not None
+        if home != self.own and time.monotonic() >= self._own_until_s:
+            is_left_out = not self._patience.left_s(self.own)
+            self._can_serve = (
+                not is_left_out and self._ask(self.own, "0" * 32, None).kind != "failed"
+            )
+            self._own_until_s = time.monotonic() + _OWN_CHECK_S
+        return self._can_serve
 
     def _ask(
         self,
@@ -223,76 +356,178 @@ class Peers:
         source: str | None,
         *,
         wants_lease: bool = False,
-        gone: str = "",
+        without: Collection[str] = (),
+        can_serve: bool = True,
     ) -> Reply:
-        url = urlsplit(peer)
-        fields = {
-            "source": source,
-            "gone": gone,
-            **({"node": self.own, "wait": WAIT_S} if wants_lease else {}),
-        }
-        query = urlencode({name: value for name, value in fields.items() if value})
-        connection = _Connection(url.hostname or "", url.port, timeout=_CONNECT_S)
-        is_kept = False
+        limit_s = self._patience.limit_s(peer, _WAITING_ANSWER_S if wants_lease else _ANSWER_S)
+        fields: list[tuple[str, str]] = [("source", source)] if source else []
+        if wants_lease:
+            fields += [("node", self.own or ""), ("wait", f"{min(WAIT_S, limit_s / 2):.2f}")]
+            fields += [("without", node) for node in without]
+            if not can_serve and self._patience.left_s(_FOLLOWING):
+                fields.append(("after", "others"))
+        target = f"/{VERSION}/entries/{digest}?{urlencode(fields)}"
+        begin_s = time.monotonic()
+        reply = Reply("failed", peer, digest)
         try:
-            connection.connect()
-            connection.limit_s(_READ_S)
-            connection.request("GET", f"/v1/entries/{digest}?{query}", headers=self._headers())
-            reply = self._reply_of(connection.getresponse(), peer, digest)
-            if reply.kind in ("entry", "lease"):
-                reply.connection, is_kept = connection, True
-                connection.limit_s(transfer_limit_s(reply.nbytes))
-            return reply
+            reply = self._reply(peer, target, digest, limit_s)
+            reply.can_serve = can_serve
         except (OSError, http.client.HTTPException, ValueError) as exc:
-            self._skip(peer, str(exc) or type(exc).__name__)
-            return Reply("failed", peer, digest)
-        finally:
-            if not is_kept:
-                connection.close()
+            reply.failure = str(exc) or type(exc).__name__
+        reply.spent_s = max(0.0, time.monotonic() - begin_s - min(reply.waited_s, WAIT_S))
+        if reply.kind == "entry":
+            reply.ended = self._entry_ended
+            assert reply.connection is not None
+            reply.connection.limit_s(
+                Patience.transfer_s(reply.nbytes) + self._patience.left_s(peer)
+            )
+        else:
+            self._charge(peer, reply.spent_s, reply.failure)
+            if reply.kind == "lease" and not can_serve:
+                self._patience.charge(_FOLLOWING, reply.waited_s)
+        if peer == self.own and reply.kind == "failed":
+            self._can_serve, self._own_until_s = False, time.monotonic() + _OWN_CHECK_S
+        return reply
 
-    def _reply_of(self, response: http.client.HTTPResponse, peer: str, digest: str) -> Reply:
-        if response.status == 200:
-            if response.length is None:
-                raise ValueError("its answer has no Content-Length")
-            if response.length > most_bytes() + _HEADER_BYTES:
-                raise ValueError(f"it announced {response.length} bytes, more than any entry has")
-            return Reply("entry", peer, digest, nbytes=response.length, body=response)
-        kind = response.headers.get(ANSWER_HEADER, "")
-        if (
-            response.status in (202, 303, 404)
-            and kind in ("at", "lease", "busy", "alone", "none")
-            and response.length == 0
-        ):
-            response.read()  # frees the connection for the next request
-            node = response.headers.get("Location", "")
-            return Reply(kind, peer, digest, node=node)  # type: ignore[arg-type]
-        if response.status == 503:  # it serves too many clients; the next miss may succeed
-            return Reply("none", peer, digest)
-        raise ValueError(
-            "it does not accept this node's token (cache.peer_token_file)"
-            if response.status == 401
-            else f"it answered {response.status}"
+    def _reply(self, peer: str, target: str, digest: str, limit_s: float) -> Reply:
+        """Send a request over a connection of its own, which is kept if the answer needs it."""
+        url = urlsplit(peer)
+        until_s = time.monotonic() + limit_s
+        for is_last in (False, True):
+            connection = _Connection(url.hostname or "", url.port)
+            is_kept = False
+            try:
+                connection.limit_s(min(_CONNECT_S, until_s - time.monotonic()))
+                connection.connect()
+                connection.limit_s(until_s - time.monotonic())
+                answer = self._exchange(connection, peer, "GET", target)
+                if answer.fields.get("kind") == "time" and not is_last:
+                    self._sender(peer).adopt(answer.fields.get("now", ""))
+                    continue
+                reply = _reply_of(answer, peer, digest)
+                if reply.kind in ("entry", "lease"):
+                    reply.connection, is_kept = connection, True
+                if reply.kind == "entry":
+                    reply.seal = body_seal(self._digest_key(), answer.request)
+                return reply
+            finally:
+                if not is_kept:
+                    connection.close()
+        raise AssertionError
+
+    def _exchange(self, connection: _Connection, peer: str, method: str, target: str) -> _Answer:
+        """Send a signed request; its answer, whose digest is right."""
+        key, host = self._digest_key(), urlsplit(peer).netloc
+        authorization, seal = self._sender(peer).authorization(key, method, host, target)
+        connection.request(method, target, headers={"Host": host, "Authorization": authorization})
+        response = connection.getresponse()
+        text = response.headers.get(ANSWER_HEADER, "")
+        if response.headers.get("Server") != PROTOCOL:
+            raise ValueError(
+                f"it answered {response.status} and is not a server of this version of zarrcache; "
+                "install the same version on all nodes"
+            )
+        given = response.headers.get(SEAL_HEADER, "")
+        if not is_equal(given, answer_seal(key, seal, response.status, text)):
+            raise ValueError(
+                "it does not accept this node's token (cache.peer_token_file)"
+                if response.status == 401
+                else f"it answered {response.status} without proving the token "
+                "(cache.peer_token_file)"
+            )
+        return _Answer(response, unpack(text), seal)
+
+    def _entry_ended(self, reply: Reply) -> None:
+        self._charge(reply.peer, reply.spent_s, reply.failure, entry_bytes=reply.nbytes)
+
+    def _charge(
+        self, peer: str, seconds: float, failure: str = "", *, entry_bytes: int | None = None
+    ) -> None:
+        out_s = self._patience.charge(
+            peer,
+            seconds,
+            entry_bytes=None if failure else entry_bytes,
+            failed=bool(failure),
         )
-
-    def _skip(self, peer: str, why: str) -> None:
-        self._skipped_until_s[peer] = time.monotonic() + _SKIP_S
+        if not out_s:
+            return
+        if peer == self.own:
+            self._log_once.warning(
+                ("failed", peer),
+                logger,
+                "this node's own server %s does not answer (%s); other nodes cannot get entries "
+                "from it. Start `zarrcache serve` here",
+                peer,
+                failure or "too slow",
+            )
+            return
         self._log_once.warning(
             ("failed", peer),
             logger,
-            "peer %s is skipped for %d s, now and after each further failure: %s",
+            "peer %s is left out for %.0f s, and again after each further failure or delay: %s",
             peer,
-            _SKIP_S,
-            why,
+            out_s,
+            failure or "it is too slow",
         )
 
-    def _headers(self) -> dict[str, str]:
-        if self._token is None and self._token_file is not None:
-            try:
-                self._token = read_token(self._token_file)
-            except ConfigError as exc:
-                # The file disappeared during the run; the peers will answer 401.
-                self._log_once.warning("token", logger, "%s", exc)
-        return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
+    def _sender(self, peer: str) -> Sender:
+        return self._senders.setdefault(peer, Sender())
+
+    def _digest_key(self) -> bytes:
+        if self._key is None:
+            token = None
+            if self._token_file is not None:
+                try:
+                    token = read_token(self._token_file)
+                except ConfigError as exc:
+                    # The file disappeared during the run; the peers will answer 401.
+                    self._log_once.warning("token", logger, "%s", exc)
+                    return key_of(None)
+            self._key = key_of(token)
+        return self._key
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer whose digest is right: its fields, and the digest of its request."""
+
+    response: http.client.HTTPResponse
+    fields: dict[str, str]
+    request: str
+
+
+def _reply_of(answer: _Answer, peer: str, digest: str) -> Reply:
+    response, fields = answer.response, answer.fields
+    kind = fields.get("kind", "")
+    waited_s = float(fields.get("waited", "0"))
+    if response.status == 200 and kind == "entry":
+        nbytes = int(fields["nbytes"]) if fields.get("nbytes", "").isdecimal() else -1
+        if response.length != nbytes + SEAL_BYTES:
+            raise ValueError("its answer has another length than it says")
+        if not 0 <= nbytes <= most_bytes() + _HEADER_BYTES:
+            raise ValueError(f"it announced {nbytes} bytes, more than any entry has")
+        return Reply(
+            "entry",
+            peer,
+            digest,
+            nbytes=nbytes,
+            left_bytes=nbytes,
+            body=response,
+            waited_s=waited_s,
+        )
+    if kind in ("at", "lease", "busy", "alone", "none") and response.length == 0:
+        response.read()  # frees the connection for the next request
+        return Reply(
+            kind,  # type: ignore[arg-type]
+            peer,
+            digest,
+            node=fields.get("node", ""),
+            waited_s=waited_s,
+            silent_s=float(fields.get("silent", "0")),
+        )
+    if response.status == 503:  # it serves too many clients; the next miss may succeed
+        return Reply("none", peer, digest)
+    raise ValueError(f"it answered {response.status}")
 
 
 def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
@@ -308,8 +543,8 @@ def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
 
 
 def transfer_limit_s(nbytes: int) -> float:
-    """Time limit in seconds, at both ends, for the transfer of an entry of ``nbytes``."""
-    return _READ_S + nbytes / _SLOWEST_BYTES_PER_S
+    """Seconds after which a server gives up to send an entry of ``nbytes``."""
+    return _TRANSFER_S + nbytes / _SLOWEST_BYTES_PER_S
 
 
 def read_token(path: Path) -> str:
@@ -356,19 +591,43 @@ class _Connection(http.client.HTTPConnection):
     The timeout of a plain socket is per part only, and a part may be one byte.
     """
 
+    _until_s = 0.0
+    _limited: _LimitedSocket | None = None
+
     def connect(self) -> None:
-        super().connect()
-        # Keep it, because http.client drops `sock` when only the body of an answer is left.
-        self.sock = self._limited = _LimitedSocket(fileno=self.sock.detach())
+        """Try each address of the host within the limit.
+
+        The look-up of a name cannot be cut short; a name server that hangs is charged to the peer.
+        """
+        failure: OSError = ConnectionError("its name has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            self.host, self.port, type=socket.SOCK_STREAM
+        ):
+            limited = _LimitedSocket(family, kind, protocol)
+            limited.until_s = self._until_s
+            try:
+                limited.connect(address)
+            except OSError as exc:
+                limited.close()
+                failure = exc
+                continue
+            limited.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Keep it, because http.client drops `sock` when only the body of an answer is left.
+            self.sock = self._limited = limited
+            return
+        raise failure
 
     def limit_s(self, seconds: float) -> None:
         """Limit the total time of all transfers until the next call to ``seconds``."""
-        self._limited.until_s = time.monotonic() + seconds
+        self._until_s = time.monotonic() + seconds
+        if self._limited is not None:
+            self._limited.until_s = self._until_s
 
     def hang_up(self) -> None:
         """Close the connection, also if a child that was forked meanwhile holds its descriptor."""
-        with contextlib.suppress(OSError):
-            self._limited.shutdown(socket.SHUT_RDWR)
+        if self._limited is not None:
+            with contextlib.suppress(OSError):
+                self._limited.shutdown(socket.SHUT_RDWR)
         self.close()
 
 
@@ -376,6 +635,10 @@ class _LimitedSocket(socket.socket):
     """A socket that raises TimeoutError after ``until_s`` of the monotonic clock."""
 
     until_s = 0.0
+
+    def connect(self, *args: Any) -> None:
+        self._set_timeout()
+        super().connect(*args)
 
     def sendall(self, *args: Any) -> None:
         self._set_timeout()
@@ -390,4 +653,4 @@ class _LimitedSocket(socket.socket):
         left_s = self.until_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("it is too slow")
-        self.settimeout(min(left_s, _READ_S))
+        self.settimeout(min(left_s, _WAITING_ANSWER_S))

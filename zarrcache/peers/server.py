@@ -2,25 +2,28 @@
 
 ::
 
-    GET  /v1/entries/DIGEST?source=…&node=…&wait=…&gone=…
-         200                            the entry, byte for byte as it is on disk
-         no body, and Zarrcache-Answer:
+    GET  /v2/entries/DIGEST?source=…&node=…&wait=…&without=…&after=others
+         200 and the entry, byte for byte as it is on disk, followed by its keyed digest; or
+         no body, and a kind:
              none   (404)  not here
-             at     (303)  the node in Location has it
-             lease  (404)  fetch it from the origin, keep this connection, report the outcome
-             busy   (202)  a node is fetching it: ask again
+             at     (303)  ``node`` has it
+             lease  (404)  fetch it from the origin, keep this connection, report on it
+             busy   (202)  ``node`` is fetching it: ask again
              alone  (404)  its fetcher could not store it: each node fetches for itself
-    POST /v1/leases/DIGEST?outcome=stored|given-up
-         204
+    POST /v2/leases/DIGEST?outcome=busy&silent=SECONDS
+    POST /v2/leases/DIGEST?outcome=stored|given-up
+         204; 409 if this connection has no such lease
 
-Only a client that gives its own address as ``node`` waits (at most ``wait`` seconds) and gets
-leases. Every answer except ``lease`` ends its connection.
+Requests and answers carry keyed digests, see `_seal`. What an answer says is in the header
+``Zarrcache-Answer``. Only a client that gives its own address as ``node`` waits (at most ``wait``
+seconds) and gets leases. Every answer except ``lease`` and 204 to ``busy`` ends its connection.
+
+Any other version is answered 426, before anything else is looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import logging
 import math
@@ -28,10 +31,11 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -39,8 +43,21 @@ from aiohttp.http_exceptions import HttpProcessingError
 from zarrcache._keys import is_digest
 from zarrcache.disk import CacheDir, is_fresh, open_entries, parse_header
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.peers.client import ANSWER_HEADER, WAIT_S, transfer_limit_s
-from zarrcache.peers.leases import LEASE_S, Lease, Leases
+from zarrcache.peers._seal import (
+    ANSWER_HEADER,
+    SEAL_BYTES,
+    SEAL_HEADER,
+    VERSION,
+    Receiver,
+    StaleError,
+    answer_seal,
+    body_seal,
+    key_of,
+    pack,
+)
+from zarrcache.peers.client import PROTOCOL, WAIT_S, transfer_limit_s
+from zarrcache.peers.leases import Lease, Leases
+from zarrcache.stats import LogOnce
 
 __all__ = ["EntryServer"]
 
@@ -62,12 +79,21 @@ _KERNEL_QUEUE = 1024
 _MAX_REQUEST_BYTES = 4096
 #: Seconds from the connection to the end of its first request.
 _REQUEST_S = 10.0
+#: Longest time, in seconds, between two reports over the connection of a lease. The lease itself
+#: lapses earlier; a holder that is late may still report that it has stored the entry.
+_LEASE_CONNECTION_S = 120.0
+#: Bytes of an entry that are hashed at a time.
+_STEP_BYTES = 2**20
 #: Seconds that requests in progress get when the server closes.
 _CLOSE_S = 0.1
 #: After 5 s of silence and three unanswered probes, 5 s apart, the kernel reports the connection of
 #: a lease as broken.
 _TCP_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _NODE = re.compile(r"http://[A-Za-z0-9._:\[\]-]{1,255}")
+_OTHER_VERSION = (
+    f"This server speaks {VERSION} of zarrcache's protocol between nodes. Install the same version "
+    "of zarrcache on all nodes.\n"
+)
 _STATUS = {"none": 404, "at": 303, "lease": 404, "busy": 202, "alone": 404}
 
 
@@ -111,7 +137,8 @@ class EntryServer:
     def __init__(
         self, directory: Path, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
     ) -> None:
-        self._entries, self._token = CacheDir(directory).entries, token
+        self._entries = CacheDir(directory).entries
+        self._receiver = Receiver(key_of(token))  # before the first request can be made
         self._listener = _listen(host, port, needs_loopback=token is None)
         bracketed = f"[{host}]" if ":" in host else host
         self.url = f"http://{bracketed}:{self._listener.getsockname()[1]}"
@@ -141,7 +168,7 @@ class EntryServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self._service = _Service(self._entries, self._token)
+        self._service = _Service(self._entries, self._receiver)
         # asyncio uses one number for the connections per round and for the kernel's queue.
         listening = await self._loop.create_server(
             self._service.connect, sock=self._listener, backlog=_ACCEPTED_PER_ROUND
@@ -204,7 +231,7 @@ class _Connection(web.RequestHandler):
             server,
             loop=asyncio.get_running_loop(),
             # Idle connections are closed by limit_s.
-            keepalive_timeout=2 * LEASE_S,
+            keepalive_timeout=2 * _LEASE_CONNECTION_S,
             lingering_time=0,
             logger=_http_logger,
             access_log=_http_logger,
@@ -258,10 +285,11 @@ class _Service:
     Used in the event loop only.
     """
 
-    def __init__(self, entries: Path, token: str | None) -> None:
+    def __init__(self, entries: Path, receiver: Receiver) -> None:
         self._entries = entries
-        self._expected = f"Bearer {token}".encode() if token is not None else None
+        self._receiver = receiver
         self._leases = Leases()
+        self._log_once = LogOnce()
         self._served: set[_Connection] = set()
         self._pending: dict[_Connection, None] = {}  # a set in order of arrival
         # With cancellation, the handler of a client that has hung up stops waiting.
@@ -295,65 +323,98 @@ class _Service:
         self._end_lease(connection, "lost")
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        # Check the token first, in constant time: without it every answer is the same.
-        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if self._expected is not None and not hmac.compare_digest(given, self._expected):
-            return _empty(401)
+        path, _, digest = request.rel_url.raw_path.rpartition("/")
+        version = path.split("/")[1] if path else ""
+        if version != VERSION and re.fullmatch(r"v\d{1,3}", version):
+            return self._other_version(version)
+        # Check the token before anything else: without it every answer is the same.
+        answer = _Answer(self._receiver.key, request)
+        try:
+            seal = self._receiver.check(
+                request.headers.get("Authorization", ""),
+                request.method,
+                request.headers.get("Host", ""),
+                request.raw_path,
+            )
+        except StaleError as exc:
+            answer.seal = exc.args[0]
+            return answer.empty(401, kind="time", now=f"{time.time():.6f}")
+        if seal is None:
+            return answer.empty(401)
+        answer.seal = seal
         if request.method not in ("GET", "POST"):
-            return _empty(501)
+            return answer.empty(501)
         # Only the digest becomes part of a file name.
-        kind, _, digest = request.rel_url.raw_path.rpartition("/")
-        expected_kind = "/v1/entries" if request.method == "GET" else "/v1/leases"
-        if kind != expected_kind or not is_digest(digest) or request.body_exists:
-            return _empty(400)
+        expected = f"/{VERSION}/entries" if request.method == "GET" else f"/{VERSION}/leases"
+        if path != expected or not is_digest(digest) or request.body_exists:
+            return answer.empty(400)
         connection = request.protocol
         assert isinstance(connection, _Connection)
         if connection not in self._served:
             if len(self._served) >= _MAX_SERVED:
-                return _empty(503)
+                return answer.empty(503)
             self._pending.pop(connection, None)
             self._served.add(connection)
         connection.accept_request()
         if request.method == "GET":
-            return await self._entry(request, connection, digest)
-        return self._report(request, connection, digest)
+            return await self._entry(answer, connection, digest)
+        return self._report(answer, connection, digest)
+
+    def _other_version(self, version: str) -> web.Response:
+        self._log_once.warning(
+            "version",
+            logger,
+            "a node that speaks %s of zarrcache's protocol was refused; this server speaks %s. "
+            "Install the same version of zarrcache on all nodes (logged once)",
+            version,
+            VERSION,
+        )
+        response = web.Response(status=426, text=_OTHER_VERSION, headers={"Server": PROTOCOL})
+        response.force_close()
+        return response
 
     async def _entry(
-        self, request: web.BaseRequest, connection: _Connection, digest: str
+        self, answer: _Answer, connection: _Connection, digest: str
     ) -> web.StreamResponse:
-        query = request.query
+        query = answer.request.query
         source = query.get("source")
         for file, nbytes in self._open(digest, source):
-            return await _send(connection, request, file, nbytes)
-        node, gone = (
-            value if _NODE.fullmatch(value) else ""
-            for value in (query.get("node", ""), query.get("gone", ""))
-        )
-        if not node:
+            return await answer.entry(connection, file, nbytes)
+        node = query.get("node", "")
+        if not _NODE.fullmatch(node):
             holder = self._leases.holder(digest)
-            return _of_kind("at" if holder else "none", holder or "")
+            return answer.of_kind("at" if holder else "none", node=holder)
         # A client that asks again over the connection of its lease did not fetch the entry.
         self._end_lease(connection, "lost")
-        answer = await self._leases.ask(
-            digest, node, wait_s=_wait_s(query.get("wait", "")), gone=gone
+        begin_s = time.monotonic()
+        reply = await self._leases.ask(
+            digest,
+            node,
+            wait_s=_seconds(query.get("wait", ""), WAIT_S),
+            without=query.getall("without", ()),
+            lets_others_first=query.get("after") == "others",
         )
-        if answer.kind == "at":
+        waited = f"{time.monotonic() - begin_s:.3f}"
+        if reply.kind == "at":
             # Perhaps stored by another process of this node.
             for file, nbytes in self._open(digest, source):
-                return await _send(connection, request, file, nbytes)
-        if answer.lease is not None:
-            connection.lease = answer.lease
-            connection.limit_s(LEASE_S)
-        return _of_kind(answer.kind, answer.node)
+                return await answer.entry(connection, file, nbytes, waited=waited)
+        if reply.lease is not None:
+            connection.lease = reply.lease
+            connection.limit_s(_LEASE_CONNECTION_S)
+        silent = f"{reply.silent_s:.3f}" if reply.kind == "busy" else None
+        return answer.of_kind(reply.kind, node=reply.node, waited=waited, silent=silent)
 
-    def _report(
-        self, request: web.BaseRequest, connection: _Connection, digest: str
-    ) -> web.Response:
-        if connection.lease is None or connection.lease.digest != digest:
-            return _empty(409)
-        is_stored = request.query.get("outcome") == "stored"
-        self._end_lease(connection, "stored" if is_stored else "given-up")
-        return _empty(204)
+    def _report(self, answer: _Answer, connection: _Connection, digest: str) -> web.Response:
+        lease, query = connection.lease, answer.request.query
+        if lease is None or lease.digest != digest:
+            return answer.empty(409)
+        if query.get("outcome") == "busy":
+            self._leases.renew(lease, _seconds(query.get("silent", ""), _LEASE_CONNECTION_S))
+            connection.limit_s(_LEASE_CONNECTION_S)
+            return answer.empty(204, is_last=False)
+        self._end_lease(connection, "stored" if query.get("outcome") == "stored" else "given-up")
+        return answer.empty(204)
 
     def _open(self, digest: str, source: str | None) -> Iterator[tuple[FileIO, int]]:
         """Entries that may be sent, each open until the next one is requested.
@@ -375,40 +436,80 @@ class _Service:
             connection.lease = None
 
 
-async def _send(
-    connection: _Connection, request: web.BaseRequest, file: FileIO, nbytes: int
-) -> web.StreamResponse:
-    """Send an entry within the time that the client allows."""
-    response = web.StreamResponse(
-        headers={"Server": "zarrcache", "Content-Type": "application/octet-stream"}
-    )
-    response.content_length = nbytes
-    response.force_close()
-    await response.prepare(request)
-    if connection.transport is None or connection.transport.is_closing():
-        raise ConnectionResetError("the client has hung up")
-    try:
-        # Not limit_s: asyncio's sendfile has to be cancelled before its connection is closed.
-        async with asyncio.timeout(transfer_limit_s(nbytes)):
-            await asyncio.get_running_loop().sendfile(connection.transport, file, 0, nbytes)
-    except TimeoutError:
-        connection.abort()
-    return response
+class _Answer:
+    """The answer to one request.
 
+    Attributes
+    ----------
+    seal : str
+        The digest of the request, once it has proved the token.
+    """
 
-def _of_kind(kind: str, node: str = "") -> web.Response:
-    response = _empty(_STATUS[kind], is_last=kind != "lease")
-    response.headers[ANSWER_HEADER] = kind
-    if node:
-        response.headers["Location"] = node
-    return response
+    def __init__(self, key: bytes, request: web.BaseRequest) -> None:
+        self.request, self.seal = request, ""
+        self._key = key
 
+    def empty(self, status: int, *, is_last: bool = True, **fields: object) -> web.Response:
+        """Without a body."""
+        response = web.Response(status=status, headers=self._headers(status, fields))
+        if is_last:
+            response.force_close()
+        return response
 
-def _empty(status: int, *, is_last: bool = True) -> web.Response:
-    response = web.Response(status=status, headers={"Server": "zarrcache"})
-    if is_last:
+    def of_kind(self, kind: str, **fields: object) -> web.Response:
+        """Without a body, of a kind."""
+        return self.empty(_STATUS[kind], is_last=kind != "lease", kind=kind, **fields)
+
+    async def entry(
+        self, connection: _Connection, file: FileIO, nbytes: int, **fields: object
+    ) -> web.StreamResponse:
+        """Send an entry within the time that the client allows."""
+        headers = self._headers(200, {"kind": "entry", "nbytes": nbytes, **fields})
+        response = web.StreamResponse(
+            headers={**headers, "Content-Type": "application/octet-stream"}
+        )
+        response.content_length = nbytes + SEAL_BYTES
         response.force_close()
-    return response
+        await response.prepare(self.request)
+        if connection.transport is None or connection.transport.is_closing():
+            raise ConnectionResetError("the client has hung up")
+        loop = asyncio.get_running_loop()
+        # A descriptor of its own: the thread may still read when the transfer has been given up.
+        hashing = loop.run_in_executor(
+            None, _hash, os.dup(file.fileno()), nbytes, body_seal(self._key, self.seal)
+        )
+        try:
+            # Not limit_s: asyncio's sendfile has to be cancelled before its connection is closed.
+            async with asyncio.timeout(transfer_limit_s(nbytes)):
+                await loop.sendfile(connection.transport, file, 0, nbytes)
+                await response.write(await hashing)
+        except TimeoutError:
+            connection.abort()
+        return response
+
+    def _headers(self, status: int, fields: dict[str, object]) -> dict[str, str]:
+        headers = {"Server": PROTOCOL}
+        text = pack(**fields)
+        if text:
+            headers[ANSWER_HEADER] = text
+        if self.seal:
+            headers[SEAL_HEADER] = answer_seal(self._key, self.seal, status, text).hex()
+        return headers
+
+
+def _hash(fd: int, nbytes: int, seal: Any) -> bytes:
+    """Digest of a file's first bytes. Runs in a thread; closes the descriptor."""
+    try:
+        buffer, offset = memoryview(bytearray(_STEP_BYTES)), 0
+        while offset < nbytes:
+            got = os.preadv(fd, [buffer[: nbytes - offset]], offset)
+            if not got:
+                break
+            seal.update(buffer[:got])
+            offset += got
+        return bytes(seal.digest())
+    finally:
+        os.close(fd)
 
 
 def _is_entry(file: FileIO, nbytes: int, path: str, digest: str, source: str | None) -> bool:
@@ -421,9 +522,9 @@ def _is_entry(file: FileIO, nbytes: int, path: str, digest: str, source: str | N
     return header.key.digest == digest and is_fresh(header.source, source)
 
 
-def _wait_s(text: str) -> float:
+def _seconds(text: str, most_s: float) -> float:
     try:
         seconds = float(text)
     except ValueError:
         return 0.0
-    return min(seconds, WAIT_S) if math.isfinite(seconds) and seconds > 0 else 0.0
+    return min(seconds, most_s) if math.isfinite(seconds) and seconds > 0 else 0.0

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
+from tests.support.signed import authorization, fields_of
 from zarrcache._keys import is_digest
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.errors import ConfigError
+from zarrcache.peers import _seal as seal
 from zarrcache.peers import server as entryserver
 from zarrcache.peers.server import EntryServer
 from zarrcache.stats import Counters
@@ -43,15 +45,20 @@ def server(directory: Path) -> Iterator[EntryServer]:
 
 
 def request(
-    server: EntryServer, line: str, *headers: str, token: str | None = TOKEN
+    server: EntryServer, line: str, *headers: str, token: str | None = "its own"
 ) -> tuple[int, dict[str, str], bytes]:
-    """Send one request unchanged over a connection of its own; its status, headers and body."""
+    """Send one request over a connection of its own; its status, headers, and body without its
+    digest.
+    """
     lines = [
         f"{line} HTTP/1.1",
-        "Host: x",
         "Connection: close",
         *headers,
-        *([f"Authorization: Bearer {token}"] if token else []),
+        authorization(
+            line,
+            server.url,
+            key=server._receiver.key if token == "its own" else seal.key_of(token),
+        ),
     ]
     host, _, port = server.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -62,22 +69,37 @@ def request(
     return (
         int(first.split()[1]),
         {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)},
-        body,
+        body[: -seal.SEAL_BYTES],
+    )
+
+
+def signed(server: EntryServer, line: str, token: str | None = None) -> bytes:
+    """One request, to be sent over a connection that a test keeps."""
+    return f"{line} HTTP/1.1\r\n{authorization(line, server.url, key=seal.key_of(token))}\r\n\r\n".encode()
+
+
+def kind_of(answer: bytes | tuple[int, dict[str, str], bytes]) -> str:
+    """The kind of an answer, raw or from :func:`request`."""
+    if not isinstance(answer, bytes):
+        return fields_of(answer[1])["kind"]
+    return (
+        answer.partition(b"Zarrcache-Answer: kind=")[2].partition(b"\r")[0].split(b"&")[0].decode()
     )
 
 
 def test_entry_comes_byte_for_byte_as_on_disk(server: EntryServer, directory: Path) -> None:
     (path,) = (directory / "zarrcache-v1" / "entries").rglob(f"{DIGEST}-*")
-    status, headers, body = request(server, f"GET /v1/entries/{DIGEST}")
-    assert (status, int(headers["content-length"]), body) == (200, len(body), path.read_bytes())
-    assert request(server, f"GET /v1/entries/{DIGEST}?source=s")[2] == body
-    assert request(server, f"GET /v1/entries/{DIGEST}?source=other")[0] == 404
+    status, headers, body = request(server, f"GET /v2/entries/{DIGEST}")
+    assert (status, body) == (200, path.read_bytes())
+    assert int(headers["content-length"]) == len(body) + seal.SEAL_BYTES
+    assert request(server, f"GET /v2/entries/{DIGEST}?source=s")[2] == body
+    assert request(server, f"GET /v2/entries/{DIGEST}?source=other")[0] == 404
 
 
 @pytest.mark.parametrize("token", [None, "", "t" * 31, "t" * 33, "T" * 32, "\xe4" * 32])
 @pytest.mark.parametrize(
     "line",
-    [f"GET /v1/entries/{DIGEST}", f"POST /v1/leases/{DIGEST}", "GET /", "GET /v1/entries/nothing"],
+    [f"GET /v2/entries/{DIGEST}", f"POST /v2/leases/{DIGEST}", "GET /", "GET /v2/entries/nothing"],
 )
 def test_client_without_the_token_learns_nothing(
     server: EntryServer, token: str | None, line: str
@@ -87,20 +109,36 @@ def test_client_without_the_token_learns_nothing(
     assert (status, body, headers["content-length"]) == (401, b"", "0")
 
 
+@pytest.mark.parametrize("path", [f"/v1/entries/{DIGEST}", f"/v3/entries/{DIGEST}", "/v1/x"])
+def test_an_older_client_is_refused_in_words(
+    directory: Path, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a newer one, with any token, or none: at the client by the status, here by one line."""
+    with EntryServer(directory, token=TOKEN) as server:
+        for header in (f"Authorization: Bearer {TOKEN}", "X: y"):
+            with connected(server) as connection:
+                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+                answer = b"".join(iter(lambda: connection.recv(1000), b"")).decode()
+            assert answer.startswith("HTTP/1.1 426 ")
+            assert "Install the same version of zarrcache on all nodes" in answer
+    assert caplog.text.count(f"speaks {path[1:3]} of zarrcache's protocol was refused") == 1
+    assert TOKEN not in caplog.text
+
+
 PATHS = [
-    "/v1/entries/../../../secret",
-    "/v1/entries/..%2f..%2f..%2fsecret",
-    f"/v1/entries/{DIGEST}/../../secret",
-    f"/v1/entries/{DIGEST}-01234567",
-    f"/v1/entries/{DIGEST.upper()}",
-    f"/v1/entries/{DIGEST}%00",
-    f"/v1/entries/{DIGEST[:-1]}",
-    f"/v1/entries/{DIGEST}0",
-    f"/v1/entries/.{DIGEST[1:]}",
-    f"/v1/../v1/entries/{DIGEST}",
-    "/v1/entries/" + "*" * 32,
-    "/v1/entries/" + "%d9%a0" * 16,
-    "/v1/entries/",
+    "/v2/entries/../../../secret",
+    "/v2/entries/..%2f..%2f..%2fsecret",
+    f"/v2/entries/{DIGEST}/../../secret",
+    f"/v2/entries/{DIGEST}-01234567",
+    f"/v2/entries/{DIGEST.upper()}",
+    f"/v2/entries/{DIGEST}%00",
+    f"/v2/entries/{DIGEST[:-1]}",
+    f"/v2/entries/{DIGEST}0",
+    f"/v2/entries/.{DIGEST[1:]}",
+    f"/v2/../v2/entries/{DIGEST}",
+    "/v2/entries/" + "*" * 32,
+    "/v2/entries/" + "%d9%a0" * 16,
+    "/v2/entries/",
     "/zarrcache-v1/cache.db",
     "/",
 ]
@@ -118,7 +156,7 @@ def test_methods_that_change_something_are_not_implemented(
     server: EntryServer, directory: Path, method: str
 ) -> None:
     before = sorted(directory.rglob("*"))
-    assert request(server, f"{method} /v1/entries/{DIGEST}")[0] == 501
+    assert request(server, f"{method} /v2/entries/{DIGEST}")[0] == 501
     assert sorted(directory.rglob("*")) == before
 
 
@@ -150,8 +188,8 @@ def test_a_digest_is_32_lower_case_hex_digits() -> None:
 )
 def test_node_that_is_not_an_address_is_ignored(server: EntryServer, node: str) -> None:
     """Other clients would get it in a header."""
-    status, headers, _ = request(server, f"GET /v1/entries/{key_of(2).digest}?node={node}&wait=1")
-    assert (status, headers["zarrcache-answer"]) == (404, "none")
+    status, headers, _ = request(server, f"GET /v2/entries/{key_of(2).digest}?node={node}&wait=1")
+    assert (status, fields_of(headers)) == (404, {"kind": "none"})
 
 
 def test_only_the_connection_that_got_a_lease_can_end_it(server: EntryServer) -> None:
@@ -159,24 +197,18 @@ def test_only_the_connection_that_got_a_lease_can_end_it(server: EntryServer) ->
     with socket.create_connection(
         ("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30
     ) as connection:
-        connection.sendall(
-            f"GET /v1/entries/{digest}?node={OWN} HTTP/1.1\r\nHost: x\r\n"
-            f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
-        )
-        assert b"Zarrcache-Answer: lease" in connection.recv(65536)
-        assert request(server, f"POST /v1/leases/{digest}?outcome=stored")[0] == 409
-        assert (
-            request(server, f"GET /v1/entries/{digest}?node={OWN}&wait=nan")[1]["zarrcache-answer"]
-            == "busy"
-        )
-        assert request(server, f"GET /v1/entries/{digest}")[1]["zarrcache-answer"] == "none"
-        connection.sendall(
-            f"POST /v1/leases/{digest}?outcome=stored HTTP/1.1\r\nHost: x\r\n"
-            f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
-        )
-        assert b" 204 " in connection.recv(65536)
-    status, headers, _ = request(server, f"GET /v1/entries/{digest}?node=http://127.0.0.1:2")
-    assert (status, headers["location"]) == (303, OWN)
+        connection.sendall(signed(server, f"GET /v2/entries/{digest}?node={OWN}", TOKEN))
+        assert kind_of(connection.recv(65536)) == "lease"
+        assert request(server, f"POST /v2/leases/{digest}?outcome=stored")[0] == 409
+        other = f"GET /v2/entries/{digest}?node=http://127.0.0.1:2"
+        busy = request(server, f"{other}&wait=nan")
+        assert (kind_of(busy), fields_of(busy[1])["node"]) == ("busy", OWN)
+        assert kind_of(request(server, f"GET /v2/entries/{digest}")) == "none"
+        for outcome in ("busy", "stored"):
+            connection.sendall(signed(server, f"POST /v2/leases/{digest}?outcome={outcome}", TOKEN))
+            assert b" 204 " in connection.recv(65536)
+    status, headers, _ = request(server, other)
+    assert (status, fields_of(headers)["node"]) == (303, OWN)
 
 
 def connected(server: EntryServer) -> socket.socket:
@@ -186,29 +218,26 @@ def connected(server: EntryServer) -> socket.socket:
 
 def test_lease_ends_with_its_connection(server: EntryServer) -> None:
     digest = key_of("lost").digest
-    line = f"GET /v1/entries/{digest}?node={OWN}&wait=30"
+    line = f"GET /v2/entries/{digest}?node={OWN}&wait=30"
+    other = f"GET /v2/entries/{digest}?node=http://127.0.0.1:2&wait=0"
     with connected(server) as connection:
-        connection.sendall(
-            f"{line} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
-        )
-        assert b"Zarrcache-Answer: lease" in connection.recv(65536)
-        assert request(server, line.replace("30", "0"))[1]["zarrcache-answer"] == "busy"
-    assert request(server, line)[1]["zarrcache-answer"] == "lease"
+        connection.sendall(signed(server, line, TOKEN))
+        assert kind_of(connection.recv(65536)) == "lease"
+        assert kind_of(request(server, other)) == "busy"
+    assert kind_of(request(server, line)) == "lease"
 
 
 def test_client_that_hangs_up_while_it_waits_gets_no_lease(server: EntryServer) -> None:
     """The next one that asks does, although the first has not been answered yet."""
-    line = f"GET /v1/entries/{key_of('waited for').digest}?node={OWN}&wait=30"
-    asked = f"{line} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    line = f"GET /v2/entries/{key_of('waited for').digest}?node={OWN}&wait=30"
     with connected(server) as holder:
-        holder.sendall(asked)
-        assert b"Zarrcache-Answer: lease" in holder.recv(65536)
+        holder.sendall(signed(server, line, TOKEN))
+        assert kind_of(holder.recv(65536)) == "lease"
         with connected(server) as waiting:
-            waiting.sendall(asked)
+            waiting.sendall(signed(server, line.replace(OWN, "http://127.0.0.1:2"), TOKEN))
             time.sleep(0.2)
-    start_s = time.monotonic()
-    assert request(server, line)[1]["zarrcache-answer"] == "lease"
-    assert time.monotonic() - start_s < 4.0  # less than WAIT_S
+    answer = request(server, line.replace("wait=30", "wait=0"))
+    assert kind_of(answer) == "lease"
 
 
 def test_idle_connections_give_way_to_a_client_that_sends_its_request(
@@ -217,10 +246,11 @@ def test_idle_connections_give_way_to_a_client_that_sends_its_request(
     """The oldest is closed; the others can go on."""
     monkeypatch.setattr(entryserver, "_MAX_PENDING", 2)
     with EntryServer(directory) as server, connected(server) as first, connected(server) as second:
-        second.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode())
-        assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+        asked = signed(server, f"GET /v2/entries/{DIGEST}")
+        second.sendall(asked[:-2])
+        assert request(server, f"GET /v2/entries/{DIGEST}")[0] == 200
         assert first.recv(100) == b""
-        second.sendall(b"\r\n")
+        second.sendall(asked[-2:])
         assert second.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
@@ -229,23 +259,23 @@ def test_more_clients_than_can_be_served_are_turned_away_at_once(
 ) -> None:
     """One more is served when one of them has gone."""
     monkeypatch.setattr(entryserver, "_MAX_SERVED", 2)
-    lines = [f"GET /v1/entries/{key_of(name).digest}?node={OWN}" for name in ("a", "b", "c")]
+    lines = [f"GET /v2/entries/{key_of(name).digest}?node={OWN}" for name in ("a", "b", "c")]
     with EntryServer(directory) as server, connected(server) as first:
         with connected(server) as second:
             for connection, line in zip((first, second), lines, strict=False):
-                connection.sendall(f"{line} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-                assert b"Zarrcache-Answer: lease" in connection.recv(65536)
-            assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 503
+                connection.sendall(signed(server, line))
+                assert kind_of(connection.recv(65536)) == "lease"
+            assert request(server, f"GET /v2/entries/{DIGEST}")[0] == 503
             assert request(server, lines[2])[0] == 503
         hung_s = time.monotonic() + 30
-        while request(server, f"GET /v1/entries/{DIGEST}")[0] != 200:
+        while request(server, f"GET /v2/entries/{DIGEST}")[0] != 200:
             assert time.monotonic() < hung_s
 
 
 SLOW = {
     "no request": b"",
-    "half a request": f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode(),
-    "a request without its body": f"POST /v1/leases/{DIGEST} HTTP/1.1\r\nHost: x\r\n"
+    "half a request": f"GET /v2/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n".encode(),
+    "a request without its body": f"POST /v2/leases/{DIGEST} HTTP/1.1\r\nHost: x\r\n"
     "Content-Length: 9\r\n\r\n".encode(),
 }
 
@@ -270,10 +300,10 @@ def test_request_that_never_ends_is_given_up(
             except ConnectionError:
                 break
         assert time.monotonic() < ends_s
-        assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+        assert request(server, f"GET /v2/entries/{DIGEST}")[0] == 200
 
 
-START = f"GET /v1/entries/{DIGEST}?node={OWN} HTTP/1.1\r\nHost: x\r\n".encode()
+START = f"GET /v2/entries/{DIGEST}?node={OWN} HTTP/1.1\r\nHost: x\r\n".encode()
 MALFORMED = {
     "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
     "no text": bytes(4000),
@@ -326,8 +356,8 @@ def test_client_that_does_not_read_its_entry_is_given_up(
     ArrayCache(settings(tmp_path), Counters()).put(key_of(1), big, source="s")
     monkeypatch.setattr(entryserver, "transfer_limit_s", lambda nbytes: 3.0)
     with EntryServer(tmp_path / "cache") as server, connected(server) as slow:
-        slow.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert len(request(server, f"GET /v1/entries/{DIGEST}")[2]) > big.nbytes
+        slow.sendall(signed(server, f"GET /v2/entries/{DIGEST}"))
+        assert len(request(server, f"GET /v2/entries/{DIGEST}")[2]) > big.nbytes
         ends_s = time.monotonic() + 30
         while server._service.connections and time.monotonic() < ends_s:
             time.sleep(0.01)
@@ -343,13 +373,12 @@ def test_client_that_resets_its_connection_is_forgotten_and_not_logged(
     server: EntryServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before, during and after the answer."""
-    asked = f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
     for n in range(200):
         with connected(server) as client:
-            client.sendall(asked.encode())
+            client.sendall(signed(server, f"GET /v2/entries/{DIGEST}", TOKEN))
             time.sleep(n % 10 / 10_000)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 200
+    assert request(server, f"GET /v2/entries/{DIGEST}")[0] == 200
     ends_s = time.monotonic() + 30
     while server._service.connections and time.monotonic() < ends_s:
         time.sleep(0.01)
@@ -362,7 +391,7 @@ def test_close_cuts_off_an_entry_on_its_way(tmp_path: Path) -> None:
     big = np.zeros((160, 256, 256), np.float32)
     ArrayCache(settings(tmp_path), Counters()).put(key_of(1), big, source="s")
     with EntryServer(tmp_path / "cache") as server, connected(server) as slow:
-        slow.sendall(f"GET /v1/entries/{DIGEST} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        slow.sendall(signed(server, f"GET /v2/entries/{DIGEST}"))
         assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
         start_s = time.monotonic()
         server.close()
@@ -394,6 +423,6 @@ def test_port_that_is_taken_is_named(tmp_path: Path) -> None:
 def test_cache_that_does_not_exist_yet_is_served_and_not_created(tmp_path: Path) -> None:
     """A node may serve before its first read."""
     with EntryServer(tmp_path / "cache") as server:
-        assert request(server, f"GET /v1/entries/{DIGEST}")[0] == 404
+        assert request(server, f"GET /v2/entries/{DIGEST}")[0] == 404
         assert os.listdir(tmp_path) == []
     assert not server._thread.is_alive()
