@@ -26,6 +26,7 @@ ROUNDS, QUICK_ROUNDS = 15, 3
 #: peers of its own along.
 BENCHMARKS: dict[str, str] = {
     "warm": "tests.bench.warm_epochs",
+    "rotated": "tests.bench.rotated",
     "memory": "tests.bench.memory",
     "checksum": "tests.bench.checksum",
     "processes": "tests.bench.processes",
