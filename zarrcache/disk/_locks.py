@@ -14,6 +14,7 @@ import hashlib
 import os
 import stat
 import struct
+import sys
 from io import FileIO
 from pathlib import Path
 from weakref import WeakSet
@@ -24,7 +25,8 @@ from zarrcache.disk.filesystems import file_system_of, is_network
 
 __all__ = ["LockFile", "Owners"]
 
-#: ``struct flock``: type, whence, start, length, pid.
+_IS_LINUX = sys.platform == "linux"
+#: ``struct flock`` of Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -88,11 +90,13 @@ class LockFile:
         # The kernel tells the pid of the holder of a POSIX lock, but not of this one. That is all
         # it is for: it is lost when another thread closes the same file.
         with contextlib.suppress(OSError):
-            fcntl.fcntl(self.fileno(), fcntl.F_SETLK, _lock(fcntl.F_WRLCK, 0))
+            fcntl.lockf(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         return True
 
     def stopped_holder(self) -> int:
         """The pid of the holder if it is stopped, by a signal or a debugger; otherwise 0."""
+        if not _IS_LINUX:
+            return 0
         try:
             answer = fcntl.fcntl(self.fileno(), fcntl.F_GETLK, _lock(fcntl.F_WRLCK, 0))
             kind, *_, pid = _FLOCK.unpack(answer)
@@ -163,7 +167,7 @@ class Owners:
         held = self._held
         if held is not None and held[0] == pid and held[1].identity == _identity(self._path):
             return owner
-        if hasattr(fcntl, "F_OFD_SETLK"):
+        if _IS_LINUX:
             file = LockFile(self._dir.locks, self._path.name, self._dir.written_mode)
             # Shared: several indexes of this process hold it, each with a file of its own.
             fcntl.fcntl(file.fileno(), fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, _byte_of(owner)))
@@ -172,7 +176,7 @@ class Owners:
 
     def is_dead(self, owner: str, age_s: float) -> bool:
         """Whether ``owner``, which announced a file ``age_s`` seconds ago, has ended."""
-        if is_same_namespace(owner) or not hasattr(fcntl, "F_OFD_GETLK"):
+        if is_same_namespace(owner) or not _IS_LINUX:
             return is_dead(owner, age_s)
         try:
             file = LockFile(self._dir.locks, self._path.name, self._dir.written_mode)
