@@ -29,11 +29,11 @@ from zarrcache._keys import (
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data._read_errors import ReadErrors
+from zarrcache.data._read_errors import as_our_error
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density
 from zarrcache.data.splits import PairReader, first_ids
-from zarrcache.errors import ConfigError, OriginNotFoundError
+from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 
@@ -387,19 +387,27 @@ class ZarrS3Reader(PairReader):
 
         store, densities = zarr_store.store, self._densities("data")
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        with ReadErrors(where):
+        try:
             if isinstance(store, CachedStore) and not zarr_store.path:
                 return _flat(densities.at(store.origin).read(store.name)[0])
             values = density_of_group(zarr_store, self.array, where)
             return _flat(densities.prepared(values, where))
+        except ZarrCacheError:
+            raise
+        except Exception as exc:
+            raise as_our_error(exc, where) from exc
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """Attribute ``metadata`` of a store, merged with ``structure``.
 
         Both may be JSON strings or JSON itself.
         """
-        with ReadErrors(f"metadata of {zarr_store.store_path}"):
+        try:
             return metadata_of(zarr_store)
+        except ZarrCacheError:
+            raise
+        except Exception as exc:
+            raise as_our_error(exc, f"metadata of {zarr_store.store_path}") from exc
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"

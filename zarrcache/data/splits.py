@@ -20,9 +20,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from zarrcache._keys import Role, check_task_ids, density_array, safe_repr
 from zarrcache._units import read_bounded
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data._read_errors import ReadErrors
+from zarrcache.data._read_errors import as_our_error
 from zarrcache.data.sequences import Density, SplitSets, split_sets
-from zarrcache.errors import ConfigError
+from zarrcache.errors import ConfigError, ZarrCacheError
 
 __all__ = [
     "PairReader",
@@ -423,8 +423,12 @@ class PairReader(ABC):
         ZarrCacheError
             Anything else: no exception of a library leaves this method.
         """
-        with ReadErrors(f"{task_id} ({role})"):
+        try:  # costs nothing while nothing is raised; this is the path of a warm hit
             return self._load(task_id, role)
+        except ZarrCacheError:
+            raise
+        except Exception as exc:
+            raise as_our_error(exc, f"{task_id} ({role})") from exc
 
     @abstractmethod
     def _load(self, task_id: str, role: Role) -> Density:
