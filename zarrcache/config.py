@@ -262,6 +262,11 @@ class CacheConfig(_Block):
     )
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
+    missing_chunks: Literal["error", "fill"] = Field(
+        "error",
+        description="what chunks of a density are that the origin does not have: an error, or the "
+        "fill value",
+    )
     bytes: ByteTierConfig = ByteTierConfig()
     arrays: ArrayTierConfig = ArrayTierConfig()
     retry: RetryConfig = RetryConfig()

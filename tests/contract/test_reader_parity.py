@@ -26,13 +26,6 @@ ROLES = ("data", "label")
 PLACES = ["local", "obstore", "s3fs", "local and obstore", "s3fs and local"]
 
 
-def sparse(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Mostly zeros: zarr writes no object for chunks of zeros."""
-    values = np.zeros(shape, np.float32)
-    values[-1, -1, -1] = 3.0
-    return values
-
-
 def awkward(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """NaN, infinities, -0.0 and subnormal numbers: the bits are compared, not the numbers."""
     values = random_density(shape, seed=99)
@@ -52,7 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "float64": {"shape": (6, 5, 8), "dtype": "float64"},
     "float64-v3": {"shape": (6, 7, 5), "dtype": "float64", "zarr_format": 3},
     "big-endian": {"shape": (6, 7, 8), "dtype": ">f4"},
-    "integers": {"shape": (6, 8, 5), "dtype": "int32"},
+    "integers": {"shape": (6, 8, 5), "dtype": "int32", "config": {"write_empty_chunks": True}},
     "f-order": {"shape": (6, 8, 7), "order": "F"},
     "uncompressed": {"shape": (7, 5, 6), "compressors": None},
     "uncompressed-v3": {"shape": (7, 5, 8), "compressors": None, "zarr_format": 3},
@@ -63,12 +56,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "filters": [zarr.codecs.TransposeCodec(order=(2, 0, 1))],
     },
     "one-chunk": {"shape": (7, 8, 5), "chunks": (7, 8, 5)},
-    "sparse": {"arrays": {"charge_density_total": sparse((7, 8, 6))}},
-    "sparse-v3": {
-        "arrays": {"charge_density_total": sparse((8, 5, 6))},
-        "zarr_format": 3,
-        "fill_value": 2.5,
-    },
     "awkward": {"arrays": {"charge_density_total": awkward((8, 5, 7))}},
 }
 IDS = [f"mp-{name}" for name in LAYOUTS]

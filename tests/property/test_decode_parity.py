@@ -168,7 +168,7 @@ def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any
     """
     shutil.rmtree(tmp_path / "mp-1.zarr", ignore_errors=True)
     write(tmp_path / "mp-1.zarr", store)
-    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
     assert same_bits(decoded.array, read_by_zarr(tmp_path / "mp-1.zarr"))
     assert decoded.array.flags.c_contiguous
 
@@ -322,7 +322,7 @@ def test_any_chain_of_codecs_is_read_as_zarr_reads_it(
     expected = write_chain(path, array, values, box)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+        decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
     assert same_bits(decoded.array, expected)
 
 
@@ -347,7 +347,7 @@ def test_filtered_numbers_of_the_other_byte_order_are_read_right(
             zarr_format=3,
             codecs=codecs,  # type: ignore[arg-type]
         )[...] = values
-    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
     np.testing.assert_array_equal(decoded.array, values)
 
 
@@ -376,7 +376,7 @@ def test_damaged_store_gives_values_or_an_error_of_ours(
         # a damaged number may overflow, a damaged name may be a deprecated one
         warnings.simplefilter("ignore")
         try:
-            read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+            read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
         except (IncompleteArrayError, SchemaError):
             return
 

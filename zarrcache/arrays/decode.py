@@ -15,7 +15,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,9 @@ __all__ = [
     "ArrayDecoder",
     "check_chunk_count",
     "check_metadata",
+    "count_missing",
     "is_array_key",
+    "is_chunk_of_nothing",
     "metadata_key",
 ]
 
@@ -50,6 +52,8 @@ _MAX_AXES = 32
 #: Keys below an array: its metadata, and what may be a chunk of some grid.
 _NUMBER = r"(?:0|[1-9][0-9]{0,18})"  # int() refuses thousands of digits
 _ARRAY_KEY = re.compile(rf"\.zarray|zarr\.json|c|(?:c[/.])?{_NUMBER}(?:[/.]{_NUMBER})*")
+#: Last part of a chunk's key: ``0.0.0`` (v2), ``c/0/0/0`` and ``c.0.0.0`` (v3), ``c`` (a scalar).
+_CHUNK_NAME = re.compile(r"c(\.\d+)*|\d+(\.\d+)*")
 #: Codecs of numcodecs that make objects instead of numbers: pickle runs code from the data, and the
 #: others take sizes from it.
 _OBJECT_CODECS = frozenset(
@@ -78,6 +82,31 @@ def is_array_key(key: str) -> bool:
     return _ARRAY_KEY.fullmatch(key) is not None
 
 
+def is_chunk_of_nothing(key: str, keys: Container[str]) -> bool:
+    """Whether ``key`` looks like a chunk, and ``keys`` has no array that it would belong to.
+
+    The array was opened, so its metadata was there: the store is gone, or was replaced. zarr would
+    take the chunk for one that was never written.
+
+    Parameters
+    ----------
+    key : str
+        Below a store, for example ``charge_density_total/c/0/1/0``.
+    keys : container of str
+        All keys of the store.
+    """
+    directory, _, name = key.rpartition("/")
+    if _CHUNK_NAME.fullmatch(name) is None:
+        return False
+    while True:
+        below = f"{directory}/" if directory else ""
+        if f"{below}zarr.json" in keys or f"{below}.zarray" in keys:
+            return False
+        directory, _, name = directory.rpartition("/")
+        if _CHUNK_NAME.fullmatch(name) is None:
+            return True
+
+
 def metadata_key(keys: Collection[str]) -> str | None:
     """Key of the metadata document: ``zarr.json`` (v3) before ``.zarray`` (v2), as in zarr."""
     return next((name for name in ("zarr.json", ".zarray") if name in keys), None)
@@ -89,12 +118,19 @@ class ArrayDecoder:
     Parameters
     ----------
     keys : collection of str
-        All keys that the origin lists below the array, relative to it. A chunk of the grid that is
-        not listed has the fill value.
+        All keys that the origin lists below the array, relative to it.
     url : str
         Full URL of the array, for messages.
     reserve : callable, optional
         Called with the array's size in bytes before that memory is allocated. It may wait.
+    fills : bool
+        Chunks of the grid that are not among ``keys`` have the fill value. False: they are an
+        error.
+
+    Attributes
+    ----------
+    missing_chunks : int
+        Chunks of the grid that are not among ``keys``; 0 before the metadata is known.
     """
 
     def __init__(
@@ -102,9 +138,13 @@ class ArrayDecoder:
         keys: Collection[str],
         url: str,
         reserve: Callable[[int], object] | None = None,
+        *,
+        fills: bool = True,
     ) -> None:
         self._keys = keys
         self._url = url
+        self._fills = fills
+        self.missing_chunks = 0
         self._reserve = reserve
         self._metadata_key = metadata_key(keys)
         self._document: dict[str, Any] | None = None
@@ -122,7 +162,7 @@ class ArrayDecoder:
         SchemaError
             The metadata describes an unsupported array.
         IncompleteArrayError
-            A chunk cannot be decoded.
+            A chunk cannot be decoded, or is absent and ``fills`` is False.
         """
         if key == self._metadata_key:
             self._describe(data)
@@ -193,6 +233,13 @@ class ArrayDecoder:
             ) from exc
         if layout is not None:
             _check_excess(layout, url)
+        self.missing_chunks, n_chunks = count_missing(document, self._keys)
+        if self.missing_chunks and not self._fills:
+            raise IncompleteArrayError(
+                f"{self._url}: {self.missing_chunks} of {n_chunks} chunks are absent. Convert the "
+                "store again. If they were never written because all their values are the fill "
+                "value, set cache.missing_chunks: fill."
+            )
         if self._reserve is not None:
             self._reserve(_claimed_bytes(document))
         if layout is None:
@@ -234,6 +281,67 @@ class ArrayDecoder:
                 f"{self._url}/{key} cannot be decoded ({type(exc).__name__}: {exc}). The object is "
                 "damaged at the origin: convert the store again."
             ) from exc
+
+
+def count_missing(document: Mapping[str, Any], keys: Collection[str]) -> tuple[int, int]:
+    """Count the chunks (or shards) of an array that no key names, and all of its grid.
+
+    An inner chunk that the index of a shard leaves out was not written: the shard says so itself.
+
+    Parameters
+    ----------
+    document : mapping
+        The array's metadata; see `check_metadata`.
+    keys : collection of str
+        Below the array, as the origin lists them.
+
+    Returns
+    -------
+    missing, chunks : int
+        Both 0 for a grid that is not regular.
+    """
+    shape, chunks = document["shape"], _chunk_shape(document)
+    if chunks is None or len(chunks) != len(shape) or 0 in chunks:
+        return 0, 0
+    try:
+        pattern, separator = _chunk_keys(document)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        # Refused, with the reason, where the layout is read.
+        return 0, 0
+    grid = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
+    found = 0
+    for key in keys:
+        match = pattern.fullmatch(key)
+        if match is not None:
+            at = map(int, match[1].split(separator)) if shape else ()
+            found += all(map(operator.lt, at, grid))
+    return math.prod(grid) - found, math.prod(grid)
+
+
+def _chunk_keys(document: Mapping[str, Any]) -> tuple[re.Pattern[str], str]:
+    """Pattern of the keys of chunks, whose only group holds the position, and its separator."""
+    prefix, separator = _key_encoding(document)
+    n_axes = len(document["shape"])
+    if separator not in ("/", "."):
+        raise ValueError(f"its separator is {safe_repr(separator)}")
+    if n_axes:
+        name = f"{re.escape(prefix)}({re.escape(separator).join([_NUMBER] * n_axes)})"
+    else:
+        name = re.escape(prefix.rstrip("/.") or "0")
+    return re.compile(name), separator
+
+
+def _key_encoding(document: Mapping[str, Any]) -> tuple[str, Any]:
+    """Prefix and separator of the keys of chunks."""
+    if "chunk_key_encoding" not in document:
+        return "", document.get("dimension_separator", ".")
+    keys = document["chunk_key_encoding"]
+    keys = {"name": keys} if isinstance(keys, str) else keys
+    if keys["name"] not in ("default", "v2"):
+        raise UnknownCodecError(str(keys["name"]))
+    is_default = keys["name"] == "default"
+    separator = (keys.get("configuration") or {}).get("separator", "/" if is_default else ".")
+    return f"c{separator}" if is_default else "", separator
 
 
 def _starts_of(key: str, layout: _Layout) -> tuple[int, ...] | None:
@@ -416,46 +524,34 @@ def _layout(
     document: Mapping[str, Any],
     chunk: Chunk,
     dtype: np.dtype[Any],
-    prefix: str,
-    separator: object,
 ) -> _Layout:
     shape, chunks = document["shape"], chunk.shape
     if len(shape) != len(chunks):
         raise ValueError(f"chunks of shape {safe_repr(list(chunks))} for {len(shape)} axes")
-    if separator not in ("/", "."):
-        raise ValueError(f"its separator is {safe_repr(separator)}")
-    if shape:
-        name = f"{re.escape(prefix)}({re.escape(separator).join([_NUMBER] * len(shape))})"
-    else:
-        name = re.escape(prefix.rstrip("/.") or "0")
+    pattern, separator = _chunk_keys(document)
     fill = _fill(document.get("fill_value"), dtype)
     return _Layout(
         tuple(shape),
         dtype,
         _fill_of_zarr(document) if fill is None else fill,
         chunk,
-        re.compile(name),
+        pattern,
         separator,
     )
 
 
 def _v2(document: Mapping[str, Any]) -> _Layout:
-    separator = document.get("dimension_separator", ".")
-    return _layout(document, Chunk.v2(document), np.dtype(document["dtype"]), "", separator)
+    return _layout(document, Chunk.v2(document), np.dtype(document["dtype"]))
 
 
 def _v3(document: Mapping[str, Any]) -> _Layout:
-    grid, keys = document["chunk_grid"], document["chunk_key_encoding"]
+    grid = document["chunk_grid"]
     if grid["name"] != "regular" or document.get("storage_transformers"):
         raise UnknownCodecError(str(grid["name"]))
-    keys = {"name": keys} if isinstance(keys, str) else keys
-    if keys["name"] not in ("default", "v2"):
-        raise UnknownCodecError(str(keys["name"]))
-    is_default = keys["name"] == "default"
-    separator = (keys.get("configuration") or {}).get("separator", "/" if is_default else ".")
+    _ = document["chunk_key_encoding"]
     dtype = np.dtype(document["data_type"])
     chunk = Chunk.v3(grid["configuration"]["chunk_shape"], dtype, document["codecs"])
-    return _layout(document, chunk, dtype, f"c{separator}" if is_default else "", separator)
+    return _layout(document, chunk, dtype)
 
 
 def _fill_of_zarr(document: Mapping[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 from .cache import Cache as Cache
 from .read_through import ReadThrough as ReadThrough
+from .read_through import OnFlaws as OnFlaws
 from .read_through import Outcome as Outcome
 from .zarr_store import CachedStore as CachedStore
 from .zarr_store import group_of as group_of

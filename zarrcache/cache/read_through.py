@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,18 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ArrayKey, ObjectInfo, source_digest, stored_array
-from zarrcache.arrays import as_density, list_array, read_array
+from zarrcache.arrays import as_density, count_nonfinite, list_array, read_array
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
+from zarrcache.disk import SOUND, Flaws
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import Origin
-from zarrcache.stats import SharedSet
+from zarrcache.stats import LogOnce, SharedSet
 
-__all__ = ["Outcome", "ReadThrough"]
+__all__ = ["OnFlaws", "Outcome", "ReadThrough"]
+
+logger = logging.getLogger(__name__)
 
 #: Read from the array tier; fetched and stored; or fetched and not admitted.
 Outcome = Literal["hit", "miss", "bypass"]
+#: Called with what is wrong with a density that was read.
+OnFlaws = Callable[[Flaws], object]
 
 
 #: A slow disk, in seconds per byte, while an entry is stored: 64 MiB/s.
@@ -58,7 +64,10 @@ class ReadThrough:
         self._array, self._is_per_point = array, is_per_point
         self._stored_as = stored_array(array, is_per_point=is_per_point)
         self._identity, self._root = origin.identity, origin.url_of("")
-        self._revalidate = cache.config.revalidate if cache.config is not None else "never"
+        config = cache.config
+        self._revalidate = config.revalidate if config is not None else "never"
+        self._fills = config is not None and config.missing_chunks == "fill"
+        self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._cache, self._checked, self._origin, self._array, self._is_per_point)
@@ -86,6 +95,7 @@ class ReadThrough:
         *,
         revalidate: bool = False,
         reserve: Callable[[int], object] | None = None,
+        on_flaws: OnFlaws | None = None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Read one density, shape (nx, ny, nz), and return it with its outcome.
 
@@ -97,6 +107,8 @@ class ReadThrough:
             Name of the store below the directory.
         revalidate : bool
             Compare with the origin, regardless of ``cache.revalidate``.
+        on_flaws : callable, optional
+            Called if the density has flaws. They are also logged, once per density.
         """
         arrays = self._arrays
         key = self.key(store)
@@ -106,7 +118,7 @@ class ReadThrough:
             or (self._revalidate == "run" and key.digest not in self._checked)
         )
         if arrays is None:
-            return self._past_the_array_tier(key, store, relist=is_due), "bypass"
+            return self._past_the_array_tier(key, store, on_flaws, relist=is_due), "bypass"
         listed = self.listing(store) if is_due else None
         source = source_digest(listed) if listed is not None else None
         entry = arrays.get(key, source=source)
@@ -124,9 +136,11 @@ class ReadThrough:
                 # Another process may have fetched it meanwhile.
                 entry = arrays.get(key, source=source)
                 if entry is None:
-                    return self._fetch(arrays, key, store, source, listed, reserve)
+                    return self._fetch(arrays, key, store, source, listed, reserve, on_flaws)
         if source is not None:
             self._checked.add(key.digest)
+        if entry.header.flaws is not SOUND:
+            self._report(key, entry.header.flaws, on_flaws)
         values = entry.array
         self._counters.add(hits=1, served_bytes=values.nbytes)
         # Only a planted entry can differ: arrays are checked before they are stored.
@@ -142,6 +156,7 @@ class ReadThrough:
         source: str | None,
         listed: list[ObjectInfo] | None,
         reserve: Callable[[int], object] | None,
+        on_flaws: OnFlaws | None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Fetch a density that this node does not have, from another node or the origin."""
         remote = self._cache.remote
@@ -149,7 +164,7 @@ class ReadThrough:
             taken = lookup.take() if lookup is not None else None
             if taken is not None:
                 values = as_density(taken.array, key.url, self._array)
-                is_stored = taken.is_stored
+                is_stored, flaws = taken.is_stored, taken.flaws
             else:
                 decoded = read_array(
                     self._origin,
@@ -158,13 +173,13 @@ class ReadThrough:
                     listed=listed,
                     source=source,
                     reserve=reserve,
+                    fills=self._fills,
                 )
-                values = as_density(
-                    decoded.array, key.url, self._array, is_per_point=self._is_per_point
-                )
+                values = self.prepared(decoded.array, key.url)
+                flaws = _flaws_of(values, decoded.missing_chunks)
                 if lookup is not None:
                     lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
-                entry = arrays.put(key, values, source=decoded.source)
+                entry = arrays.put(key, values, source=decoded.source, flaws=flaws)
                 is_stored = entry is not None
                 if entry is not None:
                     values = entry.array
@@ -172,35 +187,63 @@ class ReadThrough:
                     lookup.is_stored = is_stored
         if self._revalidate == "run":
             self._checked.add(key.digest)
+        if flaws is not SOUND:
+            self._report(key, flaws, on_flaws)
         self._counters.add(misses=1, bypasses=int(not is_stored))
         return values, "miss" if is_stored else "bypass"
+
+    def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
+        """Say what is wrong with a density, or raise if the settings do not allow it.
+
+        Raises
+        ------
+        IncompleteArrayError
+        """
+        if flaws.missing_chunks and not self._fills:
+            # Stored with other settings, or by another node with other settings.
+            raise IncompleteArrayError(
+                f"{key.url} {self._array} is cached with {flaws.missing_chunks} chunks that the "
+                "origin did not have. Convert the store again and run `zarrcache warm "
+                "--revalidate`, or set cache.missing_chunks: fill."
+            )
+        self._log_once.warning(key.digest, logger, "%s %s: %s", key.url, self._array, flaws)
+        if on_flaws is not None:
+            on_flaws(flaws)
 
     def prepared(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
         """Convert an array of the origin to the density that is stored and returned."""
         return as_density(array, url, self._array, is_per_point=self._is_per_point)
 
     def _past_the_array_tier(
-        self, key: ArrayKey, store: str, *, relist: bool
+        self, key: ArrayKey, store: str, on_flaws: OnFlaws | None, *, relist: bool
     ) -> NDArray[np.float32]:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
-        config = self._cache.config
+        config, fills = self._cache.config, self._fills
         if config is None or not config.bytes.enabled:
-            decoded = read_array(self._origin, store, self._array)
+            decoded = read_array(self._origin, store, self._array, fills=fills)
         else:
             cached = CachedOrigin(self._origin, self._cache, relist=relist)
             try:
-                decoded = read_array(cached, store, self._array)
+                decoded = read_array(cached, store, self._array, fills=fills)
             except IncompleteArrayError:
                 if relist:
                     raise
                 # The stored listing may be older than the store.
                 cached = CachedOrigin(self._origin, self._cache, relist=True)
-                decoded = read_array(cached, store, self._array)
+                decoded = read_array(cached, store, self._array, fills=fills)
         values = self.prepared(decoded.array, key.url)
+        flaws = _flaws_of(values, decoded.missing_chunks)
+        if flaws is not SOUND:
+            self._report(key, flaws, on_flaws)
         if self._revalidate == "run":
             self._checked.add(key.digest)
         self._counters.add(misses=1, bypasses=1)
         return values
+
+
+def _flaws_of(values: NDArray[np.float32], missing_chunks: int) -> Flaws:
+    flaws = Flaws(missing_chunks, count_nonfinite(values))
+    return SOUND if flaws == SOUND else flaws
 
 
 def _unpickled(

@@ -16,7 +16,7 @@ import numpy as np
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.config import CacheConfig
-from zarrcache.disk import CacheDir, EntryStream, open_entries
+from zarrcache.disk import CacheDir, EntryStream, Flaws, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.origin import reporting_progress
 from zarrcache.peers import Peers, Reply
@@ -35,6 +35,7 @@ class Taken:
 
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
+    flaws: Flaws
 
 
 class _Offer(NamedTuple):
@@ -124,12 +125,12 @@ class RemoteSources:
                 return None
             entry, is_stored = self._arrays.take(incoming)
             if entry is not None:
-                taken = Taken(entry.array, is_stored=is_stored)
+                taken = Taken(entry.array, is_stored, incoming.header.flaws)
             elif incoming.is_spent:
                 # Evicted just after it was stored, or the disk failed: the stream is used up.
                 return None
             else:
-                taken = Taken(incoming.read(), is_stored=False)
+                taken = Taken(incoming.read(), False, incoming.header.flaws)
         except CorruptEntryError as exc:
             self._counters.add(purges=1)
             self._log_once.warning(

@@ -34,10 +34,12 @@ from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
     OBJECT,
+    SOUND,
     Admission,
     Entry,
     EntryHeader,
     EntryStream,
+    Flaws,
     Index,
     Intent,
     SingleFlight,
@@ -320,7 +322,12 @@ class ArrayCache(Tier):
         return taken
 
     def put(
-        self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str
+        self,
+        key: ArrayKey,
+        array: np.ndarray[Any, np.dtype[Any]],
+        *,
+        source: str,
+        flaws: Flaws = SOUND,
     ) -> Entry | None:
         """Store a decoded array.
 
@@ -331,7 +338,7 @@ class ArrayCache(Tier):
             transfers it without a copy. None: it was not admitted, or the cache failed.
         """
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        header = header_of(key, array, source)
+        header = header_of(key, array, source, flaws)
         write = functools.partial(write_entry, header=header, array=array)
         entry, is_stored = self._place(header, write)
         if not is_stored:

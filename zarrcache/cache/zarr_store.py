@@ -20,7 +20,7 @@ from zarr.abc.store import (
 )
 
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache.arrays import ZippedStore, check_sizes
+from zarrcache.arrays import ZippedStore, check_sizes, is_chunk_of_nothing
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.chunk_checksums import ChunkChecksums
@@ -155,8 +155,20 @@ class CachedStore(Store):
         )
 
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        size = self.sizes().get(key)
+        try:
+            sizes = self.sizes()
+        except OriginNotFoundError as exc:
+            # As a FileNotFoundError it would look like a chunk that was never written.
+            if self._was_there or is_chunk_of_nothing(key, ()):
+                raise IncompleteArrayError(str(exc)) from exc
+            raise
+        size = sizes.get(key)
         if size is None:
+            if is_chunk_of_nothing(key, sizes):
+                raise IncompleteArrayError(
+                    f"{self.url} was deleted or replaced after it was opened: it has no metadata "
+                    f"of the array of {key}. Open it again when it is back."
+                )
             return None
         start, stop = _bounds(byte_range, size)
         if self._zipped is not None:

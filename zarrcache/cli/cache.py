@@ -177,6 +177,10 @@ def verify(
         (f"{problem.file} ({problem.url}): {problem.why}" for problem in report.unreadable),
         verdict="cannot be read",
     )
+    failures(
+        (f"{problem.url}: {problem.why}" for problem in (*report.flawed, *report.filled)),
+        verdict="flawed",
+    )
     if as_json:
         show_json(asdict(report))
     else:

@@ -199,12 +199,14 @@ def format_verification(report: VerifyReport) -> str:
     """One line for ``verify``."""
     stale = f", {count(len(report.stale))} stale" if report.stale else ""
     unreadable = f", {count(len(report.unreadable))} cannot be read" if report.unreadable else ""
+    n_flawed = len({problem.url for problem in (*report.flawed, *report.filled)})
+    flawed = f", {count(n_flawed)} flawed at the origin" if n_flawed else ""
     strays = ""
     if report.strays:
         strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
     return (
         f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
-        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{strays}."
+        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{flawed}{strays}."
     )
 
 

@@ -160,6 +160,10 @@ def _execute(
             lambda result: meter.advance(failed=result.outcome == "failed"), engine=engine
         )
     failures(f"{result.task_id} ({result.role}): {result.error}" for result in report.failed)
+    failures(
+        (f"{result.task_id} ({result.role}): {result.flaws}" for result in report.flawed),
+        verdict="flawed",
+    )
     return (
         asdict(report),
         format_warm_report(report, plan.cache.dir),

@@ -108,6 +108,8 @@ def encode_store(
             # Larger chunks would be padded to their full size in memory (1000: 4 GB).
             chunks=tuple(min(*sides) for sides in zip(chunks, values.shape, strict=True)),
             compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
+            # A spin density may be zero. With every chunk written, one that is absent is lost.
+            config={"write_empty_chunks": True},
         )
     if source is not None:
         sizes = {key: len(value) for key, value in objects.items()}

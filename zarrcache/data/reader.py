@@ -27,7 +27,7 @@ from zarrcache._keys import (
     stored_array,
 )
 from zarrcache.arrays import density_of_group, metadata_of
-from zarrcache.cache import Cache, Outcome, ReadThrough
+from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data._read_errors import as_our_error
 from zarrcache.data.observers import Read, ReadObserver
@@ -266,7 +266,12 @@ class ZarrS3Reader(PairReader):
         self._observers = tuple(one for one in self._observers if one is not observer)
 
     def ensure(
-        self, task_id: str, role: Role, *, reserve: Callable[[int], object] | None = None
+        self,
+        task_id: str,
+        role: Role,
+        *,
+        reserve: Callable[[int], object] | None = None,
+        on_flaws: OnFlaws | None = None,
     ) -> tuple[Outcome, int]:
         """Bring one density in the array tier up to date with the origin.
 
@@ -279,6 +284,8 @@ class ZarrS3Reader(PairReader):
         reserve : callable, optional
             Called before memory is allocated, with the bytes of the objects, then with those of the
             array. It may wait.
+        on_flaws : callable, optional
+            Called if the density has absent chunks, or values that are NaN or infinite.
 
         Returns
         -------
@@ -292,7 +299,9 @@ class ZarrS3Reader(PairReader):
         As ``load``.
         """
         store = self.store_name(task_id, role)
-        values, outcome = self._densities(role).read(store, revalidate=True, reserve=reserve)
+        values, outcome = self._densities(role).read(
+            store, revalidate=True, reserve=reserve, on_flaws=on_flaws
+        )
         if outcome != "hit" and self._cache.arrays is not None:
             # Metadata and crops have to be of the same version, so list the store again.
             self._cache.forget_listing(self._origins[role], store)

@@ -417,7 +417,8 @@ class PairReader(ABC):
         SchemaError
             The density is absent, not 3-D or not of real numbers.
         IncompleteArrayError
-            A chunk that the origin lists cannot be read; nothing is cached.
+            A chunk that the origin lists cannot be read, or is absent (unless
+            ``cache.missing_chunks`` is ``fill``); nothing is cached.
         OriginError
             There is no such store or file, or the origin cannot be reached.
         ZarrCacheError

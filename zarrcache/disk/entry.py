@@ -7,7 +7,7 @@ An entry is one header page and the raw array::
            12    u32       length of the JSON that follows
            16    u32       CRC-32C of the JSON
            20    JSON      identity (origin, url, array), source, dtype, shape, nbytes,
-                           crc32c of the payload
+                           crc32c of the payload; missing_chunks and nonfinite if they are not 0
            n*4096          payload: C order, little endian, page-aligned so that it can be mapped
 
 All integers are little endian. The header repeats the full identity of the entry, so that a file
@@ -42,9 +42,11 @@ __all__ = [
     "ARRAY",
     "LISTING",
     "OBJECT",
+    "SOUND",
     "Entry",
     "EntryHeader",
     "EntryStream",
+    "Flaws",
     "array_note",
     "encode_header",
     "header_of",
@@ -65,6 +67,9 @@ _PAGE = 4096
 #: Longest header that is accepted; this package writes much shorter ones.
 _MAX_JSON_BYTES = 64 * 1024
 _STEP_BYTES = 2**20  # of a stream, held in memory at once
+#: Fields of a header that are written only if they are not 0: entries without flaws keep the bytes
+#: of the first version.
+_FLAWS = ("missing_chunks", "nonfinite")
 
 
 def kind_of(key: ArrayKey) -> str:
@@ -75,6 +80,35 @@ def kind_of(key: ArrayKey) -> str:
 def array_note(key: ArrayKey) -> str:
     """The note in the index for an entry of the array tier. URLs have no newline."""
     return f"{key.origin}\n{key.url}\n{key.array}"
+
+
+@dataclass(frozen=True, slots=True)
+class Flaws:
+    """What is wrong with a density at the origin, although it could be read.
+
+    Attributes
+    ----------
+    missing_chunks : int
+        Chunks of the grid that the origin does not have; they hold the fill value.
+    nonfinite : int
+        Values that are NaN or infinite.
+    """
+
+    missing_chunks: int = 0
+    nonfinite: int = 0
+
+    def __str__(self) -> str:
+        """For example "2 chunks are absent and hold the fill value; 3 values are infinite"."""
+        parts = []
+        if self.missing_chunks:
+            parts.append(f"{self.missing_chunks} of its chunks are absent (read as the fill value)")
+        if self.nonfinite:
+            parts.append(f"{self.nonfinite} of its values are NaN or infinite")
+        return ", and ".join(parts)
+
+
+#: Nothing is wrong. Readers compare with ``is``: one per hit.
+SOUND = Flaws()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +127,8 @@ class EntryHeader:
         Length of the payload.
     crc32c : int
         CRC-32C of the payload.
+    flaws : Flaws
+        `SOUND` itself if there are none.
     """
 
     key: ArrayKey
@@ -101,6 +137,7 @@ class EntryHeader:
     shape: tuple[int, ...]
     nbytes: int
     crc32c: int
+    flaws: Flaws = SOUND
 
     @property
     def offset(self) -> int:
@@ -137,18 +174,23 @@ def _checksum(array: np.ndarray[Any, np.dtype[Any]]) -> int:
     return crc32c(array.reshape(-1).view(np.uint8).data) if array.nbytes else 0
 
 
-def header_of(key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str) -> EntryHeader:
+def header_of(
+    key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str, flaws: Flaws = SOUND
+) -> EntryHeader:
     """The header under which ``array`` (C-contiguous, little endian) is stored."""
-    return EntryHeader(key, source, array.dtype.str, array.shape, array.nbytes, _checksum(array))
+    crc = _checksum(array)
+    return EntryHeader(key, source, array.dtype.str, array.shape, array.nbytes, crc, flaws)
 
 
 def encode_header(header: EntryHeader) -> bytes:
     """The bytes of a header, padded to whole pages."""
+    flaws = {name: n for name in _FLAWS if (n := getattr(header.flaws, name))}
     text = json.dumps(
         {
             "array": header.key.array,
             "crc32c": header.crc32c,
             "dtype": header.dtype,
+            **flaws,
             "nbytes": header.nbytes,
             "origin": header.key.origin,
             "shape": list(header.shape),
@@ -264,6 +306,9 @@ def parse_header(
             raise TypeError("a name is not a string")
         shape = tuple(int(n) for n in fields["shape"])
         dtype = np.dtype(fields["dtype"])
+        counts = [int(fields.get(name, 0)) for name in _FLAWS]
+        if min(counts) < 0:
+            raise ValueError("a negative count")
         header = EntryHeader(
             ArrayKey(fields["origin"], fields["url"], fields["array"]),
             fields["source"],
@@ -271,6 +316,7 @@ def parse_header(
             shape,
             int(fields["nbytes"]),
             int(fields["crc32c"]),
+            Flaws(*counts) if any(counts) else SOUND,
         )
     except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, RecursionError) as exc:
         raise corrupt(f"header cannot be read ({exc})") from exc

@@ -17,7 +17,7 @@ import numpy as np
 
 from zarrcache._keys import ROLES, ArrayKey, Role, density_array, stem_of
 from zarrcache._units import format_bytes
-from zarrcache.arrays import list_array
+from zarrcache.arrays import list_array, missing_chunks
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
 from zarrcache.data import ids_of, read_map
 from zarrcache.disk import (
@@ -303,10 +303,9 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
         start_s = time.perf_counter()
         for task_id in ids:
             for suffix in (".zarr", ".zarr.zip"):
+                store, array = f"{task_id}{suffix}", density_array(config.density_type)
                 try:
-                    listed = list_array(
-                        origin, f"{task_id}{suffix}", density_array(config.density_type)
-                    )
+                    listed = list_array(origin, store, array)
                 except OriginNotFoundError:
                     continue
                 ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
@@ -316,6 +315,16 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                     f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
                 )
                 yield Finding(name, "ok", found)
+                missing, chunks = missing_chunks(origin, store, array, listed)
+                if missing:
+                    fills = config.cache is not None and config.cache.missing_chunks == "fill"
+                    yield Finding(
+                        f"chunks of {role}",
+                        "warn" if fills else "fail",
+                        f"{origin.url_of(store)} {array} lacks {missing} of {chunks} chunks",
+                        "Convert the store again. Absent chunks are an error, or with "
+                        "cache.missing_chunks: fill, the fill value.",
+                    )
                 ahead_s = max(obj.modified_s for obj in listed) - time.time()
                 if ahead_s > _SKEW_S:
                     advice = (

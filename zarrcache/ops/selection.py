@@ -18,7 +18,7 @@ from zarrcache._keys import (
     stem_of,
     stored_array,
 )
-from zarrcache.arrays import list_array
+from zarrcache.arrays import list_array, missing_chunks
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import distinct_directories, ids_of, read_map
@@ -33,7 +33,13 @@ from zarrcache.disk import (
     Row,
     read_header,
 )
-from zarrcache.errors import ConfigError, CorruptEntryError, OriginNotFoundError, SchemaError
+from zarrcache.errors import (
+    ConfigError,
+    CorruptEntryError,
+    IncompleteArrayError,
+    OriginNotFoundError,
+    SchemaError,
+)
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters
 
@@ -232,6 +238,24 @@ class Selection:
         OriginError
             The origin cannot be listed.
         """
+        return [row for row, is_stale, _ in self.compare(rows, counts=False) if is_stale]
+
+    def compare(self, rows: Sequence[Row], *, counts: bool) -> list[tuple[Row, bool, str]]:
+        """Compare entries of the array tier, among ``rows``, with the origin.
+
+        One LIST each, and with ``counts`` one GET.
+
+        Returns
+        -------
+        list of (Row, bool, str)
+            The entry, whether it is stale, and with ``counts`` which chunks the origin lacks; empty
+            if it has all.
+
+        Raises
+        ------
+        OriginError
+            The origin cannot be listed.
+        """
         candidates = []
         for row in rows:
             if row.kind == ARRAY:
@@ -239,20 +263,29 @@ class Selection:
                 if store is not None:
                     candidates.append((row, *store))
 
-        def is_stale(candidate: tuple[Row, Origin, str]) -> bool:
+        def compare(candidate: tuple[Row, Origin, str]) -> tuple[bool, str]:
             row, origin, store = candidate
             header = stored_header(self.index, row.digest)
             if header is None:
-                return False  # evicted meanwhile, or damaged, which verify reports
+                return False, ""  # evicted meanwhile, or damaged, which verify reports
+            array = header.key.source_array
             try:
-                listed = list_array(origin, store, header.key.source_array)
+                listed = list_array(origin, store, array)
             except (OriginNotFoundError, SchemaError):
-                return True
-            return source_digest(listed) != header.source
+                return True, ""
+            lacks = ""
+            if counts:
+                try:
+                    missing, chunks = missing_chunks(origin, store, array, listed)
+                    if missing:
+                        lacks = f"the origin lacks {missing} of {chunks} chunks"
+                except (SchemaError, IncompleteArrayError) as exc:
+                    lacks = str(exc)
+            return source_digest(listed) != header.source, lacks
 
-        with closing(concurrently(is_stale, candidates)) as answers:
+        with closing(concurrently(compare, candidates)) as answers:
             pairs = zip(candidates, answers, strict=True)
-            return [row for (row, *_), stale in pairs if stale]
+            return [(row, is_stale, lacks) for (row, *_), (is_stale, lacks) in pairs]
 
 
 def select(

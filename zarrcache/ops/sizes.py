@@ -93,7 +93,7 @@ def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
     listed = list_array(origin, store, array)
     stored_bytes = sum(obj.size_bytes for obj in listed)
     if store.endswith(".zip"):
-        shape = read_array(origin, store, array, listed=listed).array.shape
+        shape = read_array(origin, store, array, listed=listed, fills=True).array.shape
         return DensitySize(0, 2, stored_bytes, _entry_bytes(math.prod(shape)))
     points = math.prod(_shape(reader, store, role, listed))
     lists = -(-len(listed) // PAGE_OBJECTS)
@@ -108,7 +108,7 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -
         listed = reader.listing(task_id, role)
         listed_s = time.perf_counter()
         origin, store = reader.origin(role), reader.store_name(task_id, role)
-        read_array(origin, store, reader.array, listed=listed)
+        read_array(origin, store, reader.array, listed=listed, fills=True)
         if number or len(densities) == 1:
             latencies.append(listed_s - start_s)
             seconds.append(time.perf_counter() - start_s)

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from zarrcache.arrays import count_nonfinite
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import (
+    ARRAY,
     OBJECT,
+    SOUND,
+    Flaws,
     Index,
     Row,
     array_note,
@@ -57,6 +61,11 @@ class VerifyReport:
         nothing about them: a read of one is a miss, and stores it again.
     is_read_only : bool
         The cache can only be read, so nothing was dropped or removed.
+    flawed : tuple of Problem
+        Densities that are bad at the origin: values that are NaN or infinite; and, unless
+        ``cache.missing_chunks`` is ``fill``, absent chunks. Intact entries are kept.
+    filled : tuple of Problem
+        Densities with absent chunks, with ``cache.missing_chunks: fill``.
     """
 
     directory: Path
@@ -67,11 +76,13 @@ class VerifyReport:
     strays: tuple[str, ...]
     unreadable: tuple[Problem, ...] = ()
     is_read_only: bool = False
+    flawed: tuple[Problem, ...] = ()
+    filled: tuple[Problem, ...] = ()
 
     @property
     def is_good(self) -> bool:
-        """Whether every entry could be read and none was corrupt."""
-        return not self.corrupt and not self.unreadable
+        """Whether every entry could be read, none was corrupt, and no density is flawed."""
+        return not self.corrupt and not self.unreadable and not self.flawed
 
 
 def verify(
@@ -88,8 +99,8 @@ def verify(
     ----------
     config : DataConfig or CacheConfig
     against_origin : bool
-        Also list the stores of the config's ids at the origin, one LIST per entry, and drop
-        entries of older versions.
+        Also compare the stores of the config's ids with the origin, one LIST and one GET per
+        entry: drop entries of older versions, and name stores that lack chunks.
     progress : callable, optional
         Called with the bytes checked so far and the bytes to check.
 
@@ -121,9 +132,10 @@ def verify(
             return row.size_bytes
         return index.drop([row.digest], filename=row.filename)
 
+    flaws: dict[str, Flaws] = {}
     for row in rows:
         try:
-            _check(row, index.dir.root / row.filename)
+            flaws[row.digest] = _check(row, index.dir.root / row.filename)
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
             if drop(row):
@@ -142,11 +154,25 @@ def verify(
         checked_bytes += row.size_bytes
         if progress is not None:
             progress(checked_bytes, total_bytes)
-    stale = []
+    stale: list[Problem] = []
+    flawed: list[Problem] = []
+    filled: list[Problem] = []
+    lacking: dict[str, str] = {}
     if selection is not None:
-        for row in selection.stale(good):
-            drop(row)
-            stale.append(_problem(row, "the origin has another version"))
+        for row, is_stale, lacks in selection.compare(good, counts=True):
+            lacking[row.digest] = lacks
+            if is_stale:
+                drop(row)
+                flaws.pop(row.digest)
+                stale.append(_problem(row, "the origin has another version"))
+    for row in good:
+        found, lacks = flaws.get(row.digest, SOUND), lacking.get(row.digest, "")
+        if not lacks and found.missing_chunks:
+            lacks = str(Flaws(missing_chunks=found.missing_chunks))
+        if found.nonfinite:
+            flawed.append(_problem(row, str(Flaws(nonfinite=found.nonfinite))))
+        if lacks:
+            (filled if always.missing_chunks == "fill" else flawed).append(_problem(row, lacks))
     return VerifyReport(
         directory=index.dir.parent,
         entries=len(rows),
@@ -156,11 +182,13 @@ def verify(
         strays=() if index.is_read_only else _remove_strays(index),
         unreadable=tuple(unreadable),
         is_read_only=index.is_read_only,
+        flawed=tuple(flawed),
+        filled=tuple(filled),
     )
 
 
-def _check(row: Row, path: Path) -> None:
-    """Compare one file with its index row and its own header."""
+def _check(row: Row, path: Path) -> Flaws:
+    """Compare one file with its index row and its own header; count the flaws of a density."""
     if row.kind != OBJECT:
         entry = map_entry(path)
         key = entry.header.key
@@ -168,12 +196,15 @@ def _check(row: Row, path: Path) -> None:
             raise CorruptEntryError(f"it holds {key.url} {key.array}")
         if not entry.is_intact():
             raise CorruptEntryError("its checksum does not match")
-        return
+        # Counted again: versions before the header had the count stored entries too.
+        nonfinite = count_nonfinite(entry.array) if row.kind == ARRAY else 0
+        return Flaws(entry.header.flaws.missing_chunks, nonfinite)
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()
     if len(data) > row.size_bytes or str(crc32c(data)) != row.note.partition("\n")[0]:
         raise CorruptEntryError("its checksum does not match")
+    return SOUND
 
 
 def _problem(row: Row, why: str) -> Problem:

@@ -23,7 +23,7 @@ from zarrcache._keys import Role, check_task_ids, source_digest
 from zarrcache._units import whole_number
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, open_reader
-from zarrcache.disk import BLOCK_BYTES, Index, disk_bytes
+from zarrcache.disk import BLOCK_BYTES, SOUND, Flaws, Index, disk_bytes
 from zarrcache.errors import (
     ConfigError,
     OriginAccessError,
@@ -95,6 +95,8 @@ class WarmResult:
         Failed because the origin denies access.
     is_gone : bool
         Failed because the store does not exist.
+    flaws : Flaws
+        What is wrong with a density that was read.
     """
 
     task_id: str
@@ -105,6 +107,7 @@ class WarmResult:
     is_down: bool = False
     is_denied: bool = False
     is_gone: bool = False
+    flaws: Flaws = SOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,9 @@ class WarmReport:
     stats : Stats
         Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
     seconds : float
+    flawed : tuple of WarmResult
+        Densities that were read, or compared with the origin, and have flaws: absent chunks (with
+        ``cache.missing_chunks: fill``), or values that are NaN or infinite.
     """
 
     ids: int
@@ -182,16 +188,18 @@ class WarmReport:
     is_disk_full: bool
     stats: Stats
     seconds: float
+    flawed: tuple[WarmResult, ...] = ()
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing failed at the origin or in the cache, and at least one id is warm.
+        """Whether nothing failed, at least one id is warm, and all values are finite.
 
         Ids that ``cache.limit`` has no room for are not failures, because the limit is the user's
-        choice, unless none fits. Ids that the disk has no room for are.
+        choice, unless none fits; nor are filled chunks. Ids that the disk has no room for are.
         """
         is_useful = (self.warm > 0 or self.ids == 0) and not self.is_disk_full
-        return is_useful and not self.failed and not self.stats.cache_errors
+        is_finite = not any(result.flaws.nonfinite for result in self.flawed)
+        return is_useful and is_finite and not self.failed and not self.stats.cache_errors
 
     @property
     def failed_ids(self) -> tuple[str, ...]:
@@ -539,8 +547,11 @@ class _Warmer:
                 _index(self._reader).drop([self._reader.key(*density).digest])
             return result
         task_id, role = density
+        flaws = [SOUND]
         try:
-            outcome, nbytes = self._reader.ensure(task_id, role, reserve=reserve)
+            outcome, nbytes = self._reader.ensure(
+                task_id, role, reserve=reserve, on_flaws=flaws.append
+            )
         except ZarrCacheError as exc:
             return _failure(density, exc)
         except Exception as exc:
@@ -553,7 +564,7 @@ class _Warmer:
             return WarmResult(task_id, role, "failed", error=error)
         if outcome != "hit":
             self._bypassed_in_a_row = self._bypassed_in_a_row + 1 if outcome == "bypass" else 0
-        return WarmResult(task_id, role, outcome, nbytes)
+        return WarmResult(task_id, role, outcome, nbytes, flaws=flaws[-1])
 
 
 def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, int, int]:
@@ -572,7 +583,7 @@ def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult
         return _failure((task_id, role), exc), 0, 0
     header = stored_header(_index(reader), reader.key(task_id, role).digest)
     if header is not None and header.source == source_digest(listed):
-        return WarmResult(task_id, role, "hit", header.nbytes), 0, 0
+        return WarmResult(task_id, role, "hit", header.nbytes, flaws=header.flaws), 0, 0
     return WarmResult(task_id, role, "bypass"), len(listed), sum(obj.size_bytes for obj in listed)
 
 
@@ -608,6 +619,7 @@ class _Tally:
             self._nbytes = np.where(self._outcomes == _HIT, payload, 0)
         self._failed: dict[tuple[int, int], WarmResult] = {}
         self._is_read = np.zeros(self._outcomes.shape, np.bool_)
+        self._flawed: dict[tuple[int, int], WarmResult] = {}
         #: Decoded bytes that are warm.
         self.nbytes = int(self._nbytes.sum())
 
@@ -624,6 +636,8 @@ class _Tally:
         self._is_read[at] = result.nbytes > 0
         if result.outcome == "failed":
             self._failed[at] = result
+        if result.flaws != SOUND:
+            self._flawed[at] = result
         if result.outcome in ("hit", "miss"):
             self.nbytes += result.nbytes
 
@@ -681,6 +695,7 @@ class _Tally:
             is_disk_full=bool(is_bypassed.any()) and has_room,
             stats=stats,
             seconds=seconds,
+            flawed=tuple(result for _, result in sorted(self._flawed.items())),
         )
 
     def _unequal(self, on_disk: NDArray[np.int64]) -> tuple[str, ...]:

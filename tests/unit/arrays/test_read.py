@@ -136,11 +136,14 @@ def test_empty_chunk_in_a_zip_is_damaged_and_not_missing(tmp_path: Path) -> None
             read_array(LocalOrigin(str(tmp_path)), store, NAME)
 
 
-def test_missing_chunk_has_the_fill_value(tmp_path: Path) -> None:
-    """Where the origin lists none, as zarr means it."""
+def test_missing_chunk_is_an_error_or_has_the_fill_value(tmp_path: Path) -> None:
+    """The caller decides; in both cases it is counted."""
     small_group(tmp_path / STORE, chunks=(4, 4, 4), fill_value=7)
     (tmp_path / STORE / NAME / "0.1.0").unlink()
-    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+    with pytest.raises(IncompleteArrayError, match=f"{NAME}: 1 of 18 chunks are absent"):
+        read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME, fills=True)
+    assert decoded.missing_chunks == 1
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
     assert (decoded.array[0:4, 4:8, 0:4] == 7).all()
 
@@ -192,7 +195,7 @@ def test_listed_chunk_that_is_gone_is_an_error(tmp_path: Path, naps: list[float]
     small_group(tmp_path / STORE)
     listed = list_array(LocalOrigin(str(tmp_path)), STORE, NAME)
     (tmp_path / STORE / NAME / "0.1.0").unlink()
-    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME, listed=listed)
+    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME, listed=listed, fills=True)
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
 
     class Stubborn(LocalOrigin):
