@@ -335,6 +335,17 @@ def test_a_store_on_s3_that_is_not_whole_or_of_another_file_is_not_skipped(
     assert "was made from another file" in (failed.error or "")
 
 
+def test_a_server_that_fails_while_stores_are_compared_ends_the_plan(
+    s3_server: S3Server, bucket: str, source: Path, proxy: FaultProxy
+) -> None:
+    """It is not taken for a store that cannot be read."""
+    url, kwargs = f"s3://{bucket}/label", s3_server.kwargs_at(proxy.endpoint_url)
+    convert_directory(source, url, s3_kwargs=kwargs, workers=1, chunks=64)
+    proxy.rules(Rule(then="403", op="GET", key="zattrs"))
+    with pytest.raises(OriginAccessError, match=rf"{url}/.*403"):
+        plan_convert(source, url, s3_kwargs=kwargs)
+
+
 def test_an_upload_that_fails_is_removed(
     s3_server: S3Server, bucket: str, proxy: FaultProxy
 ) -> None:

@@ -447,8 +447,10 @@ class _Converter:
                 objects = {"": zipped(objects)}
         except PymatgenMissingError as exc:
             return exc  # every other file would fail alike
-        except (ZarrCacheError, OSError) as exc:
+        except ZarrCacheError as exc:
             return self.result(path, error=str(exc))
+        except OSError as exc:
+            return self.result(path, error=f"{path} cannot be read ({exc.strerror or exc}).")
         except Exception as exc:
             # A file can make a parser fail in any way; the other files are still converted.
             logger.warning("%s could not be converted", path, exc_info=True)
@@ -469,11 +471,7 @@ class _Converter:
             else:
                 written = publish_store(Path(target), objects, overwrite=overwrite)
         except StoreExistsError:  # another process wrote it meanwhile
-            verdict = self.verdicts([path]).get(path)
-            if verdict is None or verdict.is_done:
-                return self.result(path, skipped=True)
-            error = verdict.error or f"{target} is not whole. Run the same command again."
-            return self.result(path, error=error)
+            return self._found_meanwhile(path, target)
         except ConfigError as exc:
             return self.result(path, error=str(exc))
         except OriginError as exc:
@@ -484,6 +482,18 @@ class _Converter:
                 "destination; finished stores are kept."
             )
         return self.result(path, written_bytes=written, warnings=warnings)
+
+    def _found_meanwhile(self, path: Path, target: str) -> ConvertResult | ZarrCacheError:
+        try:
+            verdict = self.verdicts([path]).get(path)
+        except ConfigError as exc:
+            return self.result(path, error=str(exc))
+        except OriginError as exc:
+            return exc
+        if verdict is None or verdict.is_done:
+            return self.result(path, skipped=True)
+        error = verdict.error or f"{target} is not whole. Run the same command again."
+        return self.result(path, error=error)
 
     def result(self, path: Path, **fields: Any) -> ConvertResult:
         """A result for ``path`` with its task id and target."""
@@ -528,8 +538,11 @@ class _Converter:
                 else self._destination.examine(name)
             )
             is_same = existing.source is not None and existing.source.is_of(path)
+        except OriginError:
+            raise
         except OSError as exc:
-            return _Verdict(Existing(""), f"{target} or {path} cannot be read ({exc.strerror}).")
+            where = exc.filename or target
+            return _Verdict(Existing(""), f"{where} cannot be read ({exc.strerror or exc}).")
         hint = "Replace it with --overwrite, or choose another destination."
         error = None
         if existing.source is None:

@@ -292,6 +292,32 @@ def test_two_steps_of_one_material_are_refused_with_what_to_pass(
     assert list(plan.task_ids.values()) == ["mp-1"]
 
 
+def test_a_store_of_another_file_that_appears_since_the_plan_is_named(
+    source: Path, tmp_path: Path
+) -> None:
+    """Two nodes that convert different directories to one destination."""
+    plan = plan_convert(source, tmp_path / "out", workers=1)
+    other = tmp_path / "other" / f"{IDS[0]}.CHGCAR"
+    other.parent.mkdir()
+    shutil.copy(source / f"{IDS[1]}.CHGCAR", other)
+    convert_directory(other, tmp_path / "out")
+    report = plan.execute()
+    assert [result.task_id for result in report.converted] == IDS[1:]
+    (failed,) = report.failed
+    assert "was made from another file" in (failed.error or "")
+
+
+def test_a_file_that_vanishes_since_the_plan_is_named(source: Path, tmp_path: Path) -> None:
+    plan = plan_convert(source, tmp_path / "out", workers=1)
+    gone = source / f"{IDS[0]}.CHGCAR"
+    gone.unlink()
+    report = plan.execute()
+    assert [result.error for result in report.failed] == [
+        f"{gone} cannot be read (No such file or directory)."
+    ]
+    assert len(report.converted) == 2
+
+
 def test_chunks_are_clipped_to_the_grid(source: Path, tmp_path: Path) -> None:
     """Otherwise each chunk would be padded to 4 GB in memory."""
     for zarr_format in (2, 3):
