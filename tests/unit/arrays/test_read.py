@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache.arrays.read import RELIST_WAITS_S, list_array, read_array
+from zarrcache.arrays.read import RELIST_WAITS_S, density_of_group, list_array, read_array
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters
@@ -204,3 +205,32 @@ def test_listed_chunk_that_is_gone_is_an_error(tmp_path: Path, naps: list[float]
 
     with pytest.raises(IncompleteArrayError, match=r"0\.1\.0 is listed .* but is gone"):
         read_array(Stubborn(str(tmp_path)), STORE, NAME)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "said"),
+    [
+        ("complex64", (4, 5, 6), "complex"),
+        ("bool", (2**14, 2**14, 2**14), r"\d"),
+        ("float32", (2**15, 2**15, 2**13), r"\d"),
+    ],
+)
+def test_plain_group_is_checked_before_it_is_read(
+    tmp_path: Path, zarr_format: Any, dtype: str, shape: tuple[int, ...], said: str
+) -> None:
+    """Imaginary parts would be dropped, and 32 TB of fill value allocated."""
+    group = zarr.create_group(store=str(tmp_path / STORE), zarr_format=zarr_format)
+    chunks = tuple(min(n, 1024) for n in shape)
+    group.create_array(NAME, shape=shape, dtype=dtype, chunks=chunks)
+    with pytest.raises(SchemaError, match=said):
+        density_of_group(group, NAME, "where")
+
+
+def test_plain_group_of_strings_is_refused(tmp_path: Path) -> None:
+    """They could be read as numbers."""
+    group = zarr.create_group(store=str(tmp_path / STORE), zarr_format=2)
+    array = group.create_array(NAME, shape=(1, 1, 2), dtype="U1", chunks=(1, 1, 2))
+    array[...] = np.array([[["1", "2"]]])
+    with pytest.raises(SchemaError, match=STORE):
+        density_of_group(group, NAME, STORE)
