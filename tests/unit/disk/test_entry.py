@@ -141,6 +141,9 @@ def damaged(raw: bytes) -> dict[str, bytes]:
         "header length": raw[:12] + (2**31).to_bytes(4, "little") + raw[16:],
         "flipped header": raw[:30] + bytes([raw[30] ^ 1]) + raw[31:],
         "object dtype": with_json(text.replace(b"<f4", b"|O8")),
+        "object dtype of the same length": with_json(
+            text.replace(b"<f4", b"|O8").replace(b'"shape":[10]', b'"shape":[5]')
+        ),
         "another shape": with_json(text.replace(b'"shape":[10]', b'"shape":[11]')),
         "negative shape": with_json(text.replace(b'"shape":[10]', b'"shape":[-2,-5]')),
         "shape is text": with_json(text.replace(b'"shape":[10]', b'"shape":"ten"')),
