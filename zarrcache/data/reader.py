@@ -33,6 +33,7 @@ from zarrcache.data._read_errors import as_our_error
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density
 from zarrcache.data.splits import PairReader, first_ids
+from zarrcache.disk import CACHE_FAULTS
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
@@ -162,7 +163,10 @@ class ZarrS3Reader(PairReader):
         train, test = super().split_task_ids()
         if self._trusts_entries and not self._has_compared_grids:
             self._has_compared_grids = True
-            sizes = self.stored()
+            try:
+                sizes = self.stored()
+            except CACHE_FAULTS:  # counted and logged by the first read
+                return train, test
             unequal = [
                 id_
                 for id_ in self.task_ids
