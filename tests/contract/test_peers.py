@@ -133,6 +133,30 @@ def test_four_cold_nodes_fetch_every_object_once(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("same_order", "most"), [(True, 1.10), (False, 1.25)])
+def test_with_one_server_dead_every_object_is_fetched_once(
+    cluster: Cluster,
+    uploaded: tuple[str, Path, Any],
+    s3_server: S3Server,
+    same_order: bool,
+    most: float,
+) -> None:
+    """What its node fetches, the others cannot get from it, so it lets them go first. In orders of
+    their own it may wait in vain, and the objects it needs first are fetched by another node too.
+    """
+    bucket, _, values = uploaded
+    cluster.servers[1].close()
+    log = RequestLog(s3_server, bucket)
+    answers = run(cluster.nodes, same_order=same_order)
+    wanted = {store: float(v.astype("f8").sum()) for store, v in values.items()}
+    assert [sums for sums, _ in answers] == [wanted] * NODES
+    counted = gets(log)
+    assert set(counted) == objects(s3_server, bucket)
+    assert counted.total() / len(counted) <= most
+    assert [s.cache_errors for _, s in answers] == [0] * NODES
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_without_peers_each_node_fetches_for_itself(
     cluster: Cluster, uploaded: tuple[str, Path, Any], s3_server: S3Server
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -188,3 +189,52 @@ def test_only_transient_errors_are_transient() -> None:
     assert is_transient(TransientError("u", "c"))
     assert not is_transient(ConnectionError())
     assert not is_transient(OriginUnavailableError("used up"))
+
+
+def test_time_in_which_the_process_was_suspended_does_not_count(clock: Clock) -> None:
+    """A wait of a quarter of a second that lasted ten minutes. A slow machine is no suspension."""
+    config = RetryConfig(attempts=10, timeout=60)
+    left_s = []
+
+    def request(remaining_s: float) -> str:
+        left_s.append(remaining_s)
+        for seconds in (0.25, 600.0, 0.25, 1.0):
+            begin_s = clock.now_s
+            clock.now_s += seconds
+            retry.note_wait(begin_s, retry.WAIT_STEP_S)
+        if len(left_s) < 4:
+            raise TransientError(URL, "reset")
+        return "done"
+
+    assert RetryPolicy(config).call(request, URL) == "done"
+    # Each attempt has taken 0.25 + 0.25 + 0.25 + 1.0 s, and there were waits of 0.5, 1 and 2 s.
+    assert left_s == pytest.approx([60.0, 57.75, 55.0, 51.25])
+
+
+def test_suspension_during_a_pause_of_the_retries_does_not_count(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        clock.now_s += seconds + 3600.0
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    assert RetryPolicy(RetryConfig(attempts=5, timeout=10)).call(failing(4), URL) == "call 5"
+
+
+def test_suspension_of_another_thread_s_wait_changes_nothing(clock: Clock) -> None:
+    policy = RetryPolicy(RetryConfig(timeout=60))
+    thread = threading.Thread(target=lambda: retry.note_wait(clock.now_s - 1000.0, 0.25))
+    thread.start()
+    thread.join()
+    clock.now_s += 10.0
+    assert policy.remaining_s == 50.0
+
+
+def test_signs_of_life_are_reported_with_the_silence_to_come(clock: Clock) -> None:
+    """Each answer, and each pause before it is made."""
+    seen: list[float] = []
+    with retry.reporting_progress(seen.append):
+        RetryPolicy(RetryConfig()).call(failing(2), URL)
+    assert seen == [0.5, 1.0, 0.0]
+    RetryPolicy(RetryConfig()).call(failing(0), URL)
+    assert len(seen) == 3
