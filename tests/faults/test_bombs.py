@@ -207,6 +207,14 @@ BOMBS: dict[str, Callable[[], Objects]] = {
         bytes(4 * MIB), filters=[{"id": "delta", "dtype": "<f4", "astype": "|V4000000"}]
     ),
     "v2 raw chunk that is too large, widened": lambda: v2(bytes(48 * MIB), filters=[WIDE]),
+    "v2 filter that adds a list": lambda: v2(
+        bytes(2048),
+        filters=[
+            {"id": "fixedscaleoffset", "scale": 1, "offset": [[0.0]] * 100_000, "dtype": "<f4"}
+        ],
+    ),
+    "lengths of 3,000 digits": lambda: v2(b"", shape=[10**3000] * 3, chunks=[8, 8, 8]),
+    "chunks of 3,000 digits": lambda: v2(b"", chunks=[10**3000] * 3),
     "v2 packed bits": lambda: v2(
         bytes(24 * MIB), filters=[{"id": "packbits"}], dtype="|b1", fill_value=False
     ),

@@ -203,7 +203,7 @@ class Chunk:
         shard: _Shard | None = None,
         steps: Callable[[int, bool, int], list[_Step]],
     ) -> None:
-        if not all(type(n) is int and n > 0 for n in shape):
+        if not all(type(n) is int and 0 < n < 2**63 for n in shape):
             raise ValueError(f"its chunks have the shape {safe_repr(shape)}")
         self.shape = tuple(shape)
         self.nbytes = math.prod(shape) * dtype.itemsize
@@ -460,6 +460,11 @@ def _numcodec(kind: str, settings: Mapping[str, Any]) -> Any:
     import numcodecs
 
     codec = numcodecs.get_codec({**settings, "id": kind})
+    if kind == "fixedscaleoffset":
+        for value in (codec.scale, codec.offset):
+            # numpy would broadcast a list, to any size
+            if type(value) not in (int, float):
+                raise ValueError(f"it scales by {safe_repr(value)}")
     if kind == "shuffle" and not (type(codec.elementsize) is int and codec.elementsize > 0):
         raise ValueError(f"it shuffles items of {safe_repr(codec.elementsize)} bytes")
     return codec

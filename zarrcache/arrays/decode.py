@@ -48,7 +48,7 @@ _MAX_EXCESS_BYTES = 72 * 1024**2
 _MAX_CHUNKS_OF_ZARR = 2**24
 
 _NUMBERS = "biuf"
-_MAX_AXES = 32
+_MAX_AXES, _MAX_LENGTH = 32, 2**63
 #: Keys below an array: its metadata, and what may be a chunk of some grid.
 _NUMBER = r"(?:0|[1-9][0-9]{0,18})"  # int() refuses thousands of digits
 _ARRAY_KEY = re.compile(rf"\.zarray|zarr\.json|c|(?:c[/.])?{_NUMBER}(?:[/.]{_NUMBER})*")
@@ -401,7 +401,7 @@ def check_metadata(document: object, url: str) -> None:
     if not isinstance(document, dict) or not isinstance(document.get("shape"), list):
         raise SchemaError(f"{url} does not describe a Zarr array.")
     name = document.get("dtype", document.get("data_type"))
-    if not all(isinstance(n, int) and n >= 0 for n in document["shape"]):
+    if not all(type(n) is int and 0 <= n < _MAX_LENGTH for n in document["shape"]):
         raise SchemaError(
             f"{url} gives the shape {safe_repr(document['shape'])}; it has to be a list of lengths."
         )
@@ -413,10 +413,10 @@ def check_metadata(document: object, url: str) -> None:
         raise SchemaError(f"{url} gives the chunks {safe_repr(chunks)}; each must be at least 1.")
     try:
         dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
-    except (TypeError, ValueError, KeyError, SyntaxError, RecursionError):
+    except Exception as exc:  # numpy parses many forms, and raises as many errors
         raise SchemaError(
             f"{url} holds values of type {safe_repr(name)}; a charge density holds real numbers."
-        ) from None
+        ) from exc
     if dtype.kind not in _NUMBERS:
         what = {
             "c": "complex",
@@ -481,7 +481,7 @@ def _chunk_shape(document: Mapping[str, Any]) -> list[int] | None:
     )
     return (
         chunks
-        if isinstance(chunks, list) and all(isinstance(n, int) and n >= 0 for n in chunks)
+        if isinstance(chunks, list) and all(type(n) is int and 0 <= n < _MAX_LENGTH for n in chunks)
         else None
     )
 

@@ -167,15 +167,22 @@ def _walk(path: str, prefix: str, links: Iterator[int] | None = None) -> Iterato
                     continue
                 status = entry.stat()
                 if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits for its writer
+                    if _is_stray(entry.name):
+                        continue
                     raise OriginError(f"{entry.path} is neither a file nor a directory. Remove it.")
                 yield _info(prefix + entry.name, status)
             except FileNotFoundError as exc:
-                if entry.is_symlink():
+                if entry.is_symlink() and not _is_stray(entry.name):
                     raise OriginError(
                         f"{entry.path} is a broken symbolic link. Restore what it points to, or "
                         "remove it."
                     ) from exc
                 # Otherwise it was removed after the directory was read, so it is not listed.
+
+
+def _is_stray(name: str) -> bool:
+    """Whether a name belongs to an editor or the system, as the broken links that lock a file."""
+    return name.startswith(".") and not name.startswith(".z")
 
 
 def _scan(path: str, prefix: str) -> tuple[list[ObjectInfo], list[str]]:

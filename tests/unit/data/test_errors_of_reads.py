@@ -234,6 +234,21 @@ def test_file_that_is_no_chunk_is_ignored(tmp_path: Path, name: bytes, as_zip: b
         assert reader.listing("mp-1", "data") == before
 
 
+def test_lock_of_an_editor_is_ignored(tmp_path: Path) -> None:
+    """A broken link or a pipe with a dot before its name; a chunk that is one is an error."""
+    small_group(tmp_path / "data" / "mp-1.zarr", shape=(8, 8, 8), chunks=(8, 8, 8))
+    small_group(tmp_path / "label" / "mp-1.zarr", shape=(8, 8, 8))
+    (tmp_path / "map.json").write_text('{"GGA": ["mp-1"]}')
+    array = tmp_path / "data" / "mp-1.zarr" / ARRAY
+    (array / ".#0.0.0").symlink_to("user@host.123")
+    os.mkfifo(array / ".pipe")
+    assert make_reader(tmp_path).load("mp-1", "data")[1] == (8, 8, 8)
+    (array / "0.0.0").unlink()
+    (array / "0.0.0").symlink_to("nowhere")
+    with pytest.raises(ZarrCacheError, match="broken symbolic link"):
+        make_reader(tmp_path).load("mp-1", "data")
+
+
 @pytest.mark.parametrize("directory", [b"new\nline", b"caf\xc3\xa9", b"\xe9t\xe9", b"a b%20c#d?e"])
 def test_directory_of_any_name_is_read_cached_and_verified(
     tmp_path: Path, directory: bytes
