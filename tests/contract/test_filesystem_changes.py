@@ -133,6 +133,23 @@ def test_an_open_array_is_never_read_from_two_versions(place: _Place, revalidate
 
 
 @REVALIDATE
+def test_a_cached_array_is_compared_with_the_origin_in_each_epoch(
+    place: _Place, revalidate: str
+) -> None:
+    """All of it is cached, so only ``epoch`` asks for it again: it raises, and others are old."""
+    before = place.write("mp-1.zarr", 1)
+    array = place.open("mp-1.zarr", revalidate)
+    for _ in range(2):
+        assert np.array_equal(array[...], before)
+    place.write("mp-1.zarr", 2)
+    if revalidate != "epoch":
+        assert np.array_equal(array[...], before)
+        return
+    with pytest.raises(IncompleteArrayError, match="Open it again"):
+        array[...]
+
+
+@REVALIDATE
 def test_a_store_that_was_relisted_meanwhile_is_not_mixed(
     place: _Place, revalidate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
