@@ -464,7 +464,15 @@ def _refuse_equal_ids(files: Sequence[Path], naming: Naming) -> None:
     task_id, (first, second, *_) = next(iter(equal.items()))
     more = f" {len(equal) - 1} more ids have several files." if equal.keys() - {task_id} else ""
     raise ConfigError(
-        f"{first} and {second} are both {task_id}.{more} Choose one of each with a pattern, for "
-        f"example --pattern '**/{first.name}', name them by another rule (--id-from path), or "
-        "move one away."
+        f"{first} and {second} are both {task_id}.{more} Choose one of each with a pattern "
+        f"(--pattern '{_pattern_of(first, second)}'), name them by another rule (--id-from path), "
+        "or move one away."
     )
+
+
+def _pattern_of(first: Path, second: Path) -> str:
+    """A pattern that chooses the first of two files."""
+    if first.name != second.name:
+        return f"**/{first.name}"
+    pairs = zip(reversed(first.parts), reversed(second.parts), strict=False)
+    return f"**/{next((one for one, other in pairs if one != other), first.name)}/**/{first.name}"

@@ -294,7 +294,9 @@ def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
 
 
 def _is_store(path: Path) -> bool:
-    return any((path / name).is_file() for name in (".zgroup", ".zarray", "zarr.json"))
+    # With .zattrs alone it is a store that has lost its group document.
+    names = (".zgroup", ".zarray", "zarr.json", ".zattrs")
+    return any((path / name).is_file() for name in names)
 
 
 def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:

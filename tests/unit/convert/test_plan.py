@@ -166,6 +166,7 @@ DAMAGE = {
     "no chunks": lambda store: [p.unlink() for p in store.glob("charge_density_total/[0-9]*")],
     "one chunk is missing": lambda store: next(store.glob("charge_density_diff/[0-9]*")).unlink(),
     "a chunk is cut short": _cut_chunk,
+    "no group document": lambda store: (store / ".zgroup").unlink(),
     "no array document": lambda store: (store / "charge_density_total" / ".zarray").unlink(),
     "a group document is cut short": lambda store: (store / ".zmetadata").write_bytes(b'{"meta'),
     "empty files after a power failure": _empty_every_file,
