@@ -195,17 +195,17 @@ def _first_line(process: subprocess.Popen[bytes]) -> str:
 
 def _serve() -> None:
     """Run in the server's process: listen, print the address, end when standard input ends."""
-    from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
-    from werkzeug.serving import make_server
+    from moto.moto_server.werkzeug_app import create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
 
     # Only S3: moto's dispatcher searches 180
     # service directories at every request.
-    MotoRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
-    MotoRequestHandler.disable_nagle_algorithm = (
+    WSGIRequestHandler.protocol_version = "HTTP/1.1"  # keeps connections open, as S3 does
+    WSGIRequestHandler.disable_nagle_algorithm = (
         True  # head and body are two packets: the second would wait for the first one's ACK
     )
     server = make_server(
-        "127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler
+        "127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=WSGIRequestHandler
     )
 
     def end_with_parent() -> None:
