@@ -272,7 +272,7 @@ def read_one(node: Node, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_reader_that_is_suspended_in_a_fetch_holds_up_nobody_and_reads_its_sample(
+def test_reader_suspended_in_a_fetch_delays_no_other_node_and_reads_its_sample(
     s3_server: S3Server, fault_proxy: FaultProxy, bucket: str, tmp_path: Path
 ) -> None:
     """Suspended for longer than ``cache.retry.timeout``. Its lease goes to another node in seconds;
