@@ -150,10 +150,12 @@ def test_a_forked_child_does_not_keep_its_parent_alive(tmp_path: Path) -> None:
             answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, byte)
         return _locks._FLOCK.unpack(answer)[0] == fcntl.F_UNLCK
 
-    soon(is_free)
-    os.write(write, b"x")
-    os.close(read)
-    os.close(write)
+    try:
+        soon(is_free)
+    finally:
+        os.write(write, b"x")
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
