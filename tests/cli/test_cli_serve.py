@@ -84,6 +84,33 @@ def test_serve_prints_its_url_serves_entries_and_exits_0_on_a_signal(
         process.wait()
 
 
+def test_doctor_asks_the_peers(config: Path, tmp_path: Path) -> None:
+    """One that answers, one with another token, one that is down: the last two are warnings."""
+    (tmp_path / "token").write_text("k" * 40)
+    (tmp_path / "token").chmod(0o600)
+    process = start("serve", config, "--port", "0", "--token-file", tmp_path / "token", "--json")
+    try:
+        url = first_document(process)["url"]
+        block = {"peers": [url, "http://127.0.0.1:9"], "dir": str(tmp_path / "other")}
+        names = {}
+        for name, token in (("right", "k" * 40), ("wrong", "x" * 40)):
+            (tmp_path / name).write_text(token)
+            (tmp_path / name).chmod(0o600)
+            path = write_config(
+                tmp_path, name=f"{name}.yaml", peer_token_file=str(tmp_path / name), **block
+            )
+            done = zarrcache("doctor", path, "--json")
+            assert done.code == 0
+            names[name] = {one["name"]: one for one in done.document["findings"]}
+        assert names["right"][f"peer {url}"]["verdict"] == "ok"
+        assert names["right"]["peer http://127.0.0.1:9"]["verdict"] == "warn"
+        assert "zarrcache serve" in names["right"]["peer http://127.0.0.1:9"]["advice"]
+        assert "does not accept this node's token" in names["wrong"][f"peer {url}"]["found"]
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_serve_refuses_unsafe_settings_with_exit_2(config: Path, tmp_path: Path) -> None:
     """No token on a public address, a token file that others can read, a missing token file."""
     (tmp_path / "open").write_text("k" * 40)

@@ -36,6 +36,7 @@ from zarrcache.disk import (
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.ops.selection import open_index
 from zarrcache.origin import open_origin
+from zarrcache.peers import Peers
 
 __all__ = ["Finding", "examine"]
 
@@ -92,9 +93,27 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
         )
     if cache is not None:
         yield from _cache(cache)
+        yield from _peers(cache)
     if isinstance(config, DataConfig):
         for role in ROLES:
             yield from _origin(config, role)
+
+
+def _peers(cache: CacheConfig) -> Iterator[Finding]:
+    try:
+        for peer, failure in Peers(cache).probe():
+            own = " (this node)" if peer == cache.advertise else ""
+            name = f"peer {peer}{own}"
+            if failure:
+                advice = (
+                    "Training goes on without it. Start `zarrcache serve` there, with the same "
+                    "token file, and check that the port is reachable from this node."
+                )
+                yield Finding(name, "warn", failure, advice)
+            else:
+                yield Finding(name, "ok", "it answers and accepts this node's token")
+    except ConfigError as exc:
+        yield Finding("peers", "fail", str(exc))
 
 
 def _versions() -> Finding:

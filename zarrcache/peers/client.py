@@ -203,6 +203,12 @@ class Peers:
         if self._nodes and self._token_file is not None:
             self._key = key_of(read_token(self._token_file))
 
+    def probe(self) -> Iterator[tuple[str, str]]:
+        """Ask every node for an entry that none has; yield its URL and why it failed, or ''."""
+        self.check()
+        for peer in self._nodes:
+            yield peer, self._ask(peer, "0" * 32, None).failure
+
     def replies(self, digest: str, *, source: str | None) -> Iterator[Reply]:
         """Ask one node after the other; yield the lease, if this node gets it, and each entry.
 
