@@ -192,6 +192,7 @@ def test_the_limit_counts_what_the_file_system_allocates(tmp_path: Path) -> None
         assert 0.9 * limit <= taken.cache <= limit
         index = Index(settings(tmp_path, limit=limit))
         assert index.volume_bytes() == taken.cache
+        assert index.on_disk_bytes(1) == 65536
         index.dir.index.unlink()
         index = Index(settings(tmp_path, limit=limit, verify="always"))
         # A rebuild keeps the arrays only.
@@ -237,6 +238,7 @@ def test_blocks_that_a_file_system_allocates_ahead_count(tmp_path: Path) -> None
         assert taken == cache.index.volume_bytes() <= limit
     assert [outcome is Admission.ADMIT for outcome in outcomes] == [True] * 5 + [False] * 3
     assert outcomes[5] is Admission.OVER_LIMIT
+    assert cache.index.on_disk_bytes(4096) == 4096 + ahead
     # What exceeds the limit only once it is written is removed again.
     fresh = ArrayCache(settings(tmp_path, limit=limit + 4096), Counters())
     assert store_with_blocks_ahead(fresh, 9, 4096, ahead) is Admission.OVER_LIMIT
