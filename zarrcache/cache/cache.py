@@ -21,7 +21,9 @@ from zarrcache.disk import (
     Index,
     Stored,
     array_note,
+    read_header,
 )
+from zarrcache.errors import CorruptEntryError
 from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters, SharedSet
 
@@ -128,6 +130,16 @@ class Cache:
     def lookup(self, digest: str) -> Stored | None:
         """An entry's file and bytes on disk, from the index. Raises `CACHE_FAULTS`."""
         return self.index.lookup(digest) if self.index is not None else None
+
+    def stored_shape(self, key: ArrayKey) -> tuple[int, ...] | None:
+        """Shape of an entry, from its header; None if it is absent or cannot be read."""
+        try:
+            stored = self.lookup(key.digest)
+            if stored is None or self.index is None:
+                return None
+            return read_header(self.index.path_of(stored)).shape
+        except (*CACHE_FAULTS, CorruptEntryError):
+            return None
 
     def reopen(self, after: BaseException) -> None:
         """Open the index again at its next use, if that can heal the error ``after``."""

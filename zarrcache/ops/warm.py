@@ -11,7 +11,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -152,8 +160,7 @@ class WarmReport:
         Ids left when ``limit_bytes`` was reached.
     failed : tuple of WarmResult
     unequal : tuple of str
-        Ids whose input and label differ in their number of points. Of two densities that were
-        cached before and not read, only a difference of their bytes on disk is seen.
+        Ids whose input and label have different shapes, among up to 1,000 that differ in size.
     nbytes, disk_bytes : int
         Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
         is known to a multiple of 4096 bytes only, rounded up.
@@ -607,7 +614,7 @@ class _Tally:
 
     def __init__(self, plan: WarmPlan) -> None:
         self._task_ids, self._roles = plan.task_ids, plan.roles
-        self._limit_bytes = plan.cache.limit
+        self._reader, self._limit_bytes = plan.reader, plan.cache.limit
         self._row = {task_id: number for number, task_id in enumerate(plan.task_ids)}
         self._column = {role: number for number, role in enumerate(plan.roles)}
         self._outcomes = np.full((len(self._task_ids), len(self._roles)), _HIT, np.uint8)
@@ -687,7 +694,7 @@ class _Tally:
             bypassed=tuple(self._task_ids[row] for row in np.flatnonzero(is_bypassed)),
             untried=int((~is_tried).sum()),
             failed=tuple(result for _, result in sorted(self._failed.items())),
-            unequal=self._unequal(on_disk),
+            unequal=tuple(self._reader.unequal_grids(self._differing(on_disk))),
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
             needed_bytes=needed_bytes,
@@ -698,12 +705,12 @@ class _Tally:
             flawed=tuple(result for _, result in sorted(self._flawed.items())),
         )
 
-    def _unequal(self, on_disk: NDArray[np.int64]) -> tuple[str, ...]:
+    def _differing(self, on_disk: NDArray[np.int64]) -> Iterator[str]:
         """Ids whose input and label differ in size: exactly if both were read."""
         is_read = self._is_read[:, 0] & self._is_read[:, -1]
         sizes: NDArray[np.int64] = np.where(is_read[:, None], self._nbytes, on_disk)
         differs = np.all(sizes > 0, axis=1) & np.not_equal(sizes[:, 0], sizes[:, -1])
-        return tuple(self._task_ids[row] for row in np.flatnonzero(differs))
+        return (self._task_ids[row] for row in np.flatnonzero(differs))
 
     def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
         """Bytes on disk of all densities.
