@@ -225,7 +225,7 @@ def is_dead(owner: str, age_s: float = 0.0) -> bool:
 
     Processes of another machine or container cannot be seen. They count as alive for a day, unless
     they ran on this machine before its last reboot. (In a cache directory their locks can:
-    :class:`~zarrcache.disk._locks.Owners`.)
+    :class:`~zarrcache.disk.single_flight.Owners`.)
     """
     machine, _, process = owner.partition(" ")
     pid, _, started = process.partition(" ")

@@ -37,7 +37,6 @@ from zarrcache.disk._database import (
     Table,
     is_valid_row,
 )
-from zarrcache.disk._locks import Owners
 from zarrcache.disk._publish import partials_of
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.entry import ARRAY, LISTING, OBJECT
@@ -51,6 +50,7 @@ from zarrcache.disk.policy import (
     min_free_bytes,
     policy_of,
 )
+from zarrcache.disk.single_flight import Owners
 from zarrcache.stats import LogOnce
 
 __all__ = ["CACHE_FAULTS", "LENT", "Index", "Intent", "Row", "Stored"]

@@ -1,18 +1,34 @@
-"""Single flight: one thread or process of a node fetches an object; the others wait for it."""
+"""Locks of a cache directory: one process fetches an entry, and which processes are alive.
+
+Lock files are opened here, not by a library: the descriptor is checked after it is open, so a link
+or FIFO that a member of the group plants in ``locks/`` is refused at any moment, and nothing is
+truncated.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import logging
+import os
+import stat
+import struct
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from weakref import WeakSet
 
-from zarrcache.disk._locks import LockFile
+from zarrcache.disk._publish import is_dead, is_same_namespace, is_stopped, owner_of
+from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.filesystems import file_system_of, is_network
 from zarrcache.errors import LockTimeoutError
 from zarrcache.stats import LogOnce
 
-__all__ = ["SingleFlight"]
+__all__ = ["LockFile", "Owners", "SingleFlight"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +41,188 @@ STRIPES = 4096
 _POLL_S = 0.02
 #: Seconds between two looks at the holder.
 _LOOK_S = 1.0
+
+_IS_LINUX = sys.platform == "linux"
+#: ``struct flock`` of Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def _lock(kind: int, start: int) -> bytes:
+    """A lock on one byte."""
+    return _FLOCK.pack(kind, os.SEEK_SET, start, 1, 0)
+
+
+class LockFile:
+    """An open lock file. A forked child closes its copy, so that a lock ends with its holder.
+
+    Parameters
+    ----------
+    directory : Path
+        It has to exist and is not followed if it is a link.
+    name : str
+    mode : int
+        Permissions, regardless of the umask.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or it is not a regular file with one name.
+    """
+
+    def __init__(self, directory: Path, name: str, mode: int) -> None:
+        # O_NONBLOCK: opening a planted FIFO must not wait. Never O_TRUNC.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        above = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = os.open(name, flags, mode, dir_fd=above)
+        except OSError as exc:
+            exc.filename = os.fspath(directory / name)
+            raise
+        finally:
+            os.close(above)
+        self._file = FileIO(fd, "r+b")
+        found = os.fstat(fd)
+        # Another name of this file may be a file of the user's own (a hard link).
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            self._file.close()
+            raise OSError(
+                errno.ELOOP, "not a lock file of zarrcache; remove it", f"{directory / name}"
+            )
+        if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, mode)  # open applies the umask
+        self.identity = found.st_dev, found.st_ino
+        _open_files.add(self)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._file.fileno()
+
+    def acquire(self) -> bool:
+        """Take the file's lock; False if it is held. Raises OSError without locks."""
+        try:
+            fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # The kernel tells the pid of the holder of a POSIX lock, but not of this one. That is all
+        # it is for: it is lost when another thread closes the same file.
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+        return True
+
+    def stopped_holder(self) -> int:
+        """The pid of the holder if it is stopped, by a signal or a debugger; otherwise 0."""
+        if not _IS_LINUX:
+            return 0
+        try:
+            answer = fcntl.fcntl(self.fileno(), fcntl.F_GETLK, _lock(fcntl.F_WRLCK, 0))
+            kind, *_, pid = _FLOCK.unpack(answer)
+            return pid if kind != fcntl.F_UNLCK and pid > 0 and is_stopped(pid) else 0
+        except OSError:
+            return 0
+
+    def close(self) -> None:
+        """Close the file, which releases its locks."""
+        self._file.close()
+
+    def __del__(self) -> None:
+        file: FileIO | None = getattr(self, "_file", None)
+        if file is not None:
+            file.close()
+
+
+_open_files: WeakSet[LockFile] = WeakSet()
+
+
+def _close_in_child() -> None:
+    for file in list(_open_files):
+        with contextlib.suppress(OSError):
+            file.close()
+    _open_files.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+# -- owners
+# --------------------------------------------------------------------------------------------------
+
+
+class Owners:
+    """Whether the process that announced a file in the index still runs.
+
+    Within a pid namespace that is a question of pid and start time. Of other containers only the
+    kernel knows: each process that announces files holds a lock on a byte of ``locks/owners.lock``
+    while it lives, at an offset that is a digest of its identity. So neither a wrong clock nor a
+    long transfer makes a living process count as dead, and the room of a killed container is free
+    at once. These are open-file-description locks: another descriptor of the same file that this
+    process closes does not release them, as it would POSIX locks.
+
+    On a network file system such a lock may be known to one node only. There an unlocked byte
+    counts as dead after a day, by the clocks of both nodes.
+
+    Parameters
+    ----------
+    directory : CacheDir
+    """
+
+    def __init__(self, directory: CacheDir) -> None:
+        self._dir = directory
+        self._path = directory.locks / "owners.lock"
+        self._held: tuple[int, LockFile] | None = None
+
+    def announce(self) -> str:
+        """Hold this process's lock from now on. Returns the owner to name in a row.
+
+        Raises
+        ------
+        OSError
+            The file system has no locks. Nothing must be announced then.
+        """
+        pid = os.getpid()
+        owner = owner_of(pid)
+        held = self._held
+        if held is not None and held[0] == pid and held[1].identity == _identity(self._path):
+            return owner
+        if _IS_LINUX:
+            file = LockFile(self._dir.locks, self._path.name, self._dir.written_mode)
+            # Shared: several indexes of this process hold it, each with a file of its own.
+            fcntl.fcntl(file.fileno(), fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, _byte_of(owner)))
+            self._held = pid, file
+        return owner
+
+    def is_dead(self, owner: str, age_s: float) -> bool:
+        """Whether ``owner``, which announced a file ``age_s`` seconds ago, has ended."""
+        if is_same_namespace(owner) or not _IS_LINUX:
+            return is_dead(owner, age_s)
+        try:
+            file = LockFile(self._dir.locks, self._path.name, self._dir.written_mode)
+        except OSError:
+            return is_dead(owner, age_s)
+        try:
+            answer = fcntl.fcntl(
+                file.fileno(), fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, _byte_of(owner))
+            )
+        except OSError:
+            return is_dead(owner, age_s)
+        finally:
+            file.close()
+        if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+            return False
+        return not is_network(file_system_of(self._dir.locks)) or is_dead(owner, age_s)
+
+
+def _byte_of(owner: str) -> int:
+    """Offset of the byte that ``owner`` locks, 0 to 2**62."""
+    return int.from_bytes(hashlib.blake2b(owner.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class SingleFlight:
@@ -64,7 +262,7 @@ class SingleFlight:
         self._mode = mode
         self._log_once = LogOnce() if log_once is None else log_once
 
-    @contextmanager
+    @contextlib.contextmanager
     def hold(self, digest: str) -> Iterator[bool]:
         """Hold the lock of ``digest`` (hex).
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.origin._retry import WAIT_STEP_S, Backoff, note_wait
+from zarrcache.origin._retry import SUSPENDED_S, WAIT_STEP_S, Backoff, note_wait
 from zarrcache.origin._s3_errors import S3Error
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ T = TypeVar("T")
 class Received:
     """Answer to a request for one object: body (empty except for GET), ETag and last change.
 
-    The ETag is bare, see ``_versions``, and empty if the server sends none; ``modified_s`` is in
+    The ETag is bare, see ``_content``, and empty if the server sends none; ``modified_s`` is in
     seconds since 1970, 0.0 if the server does not say.
     """
 
@@ -100,7 +100,8 @@ def _step_of_a_wait(*timeouts: type[Exception]) -> Iterator[None]:
         with contextlib.suppress(*timeouts):
             yield
     finally:
-        note_wait(begin_s, WAIT_STEP_S)
+        if time.monotonic() - begin_s > WAIT_STEP_S + SUSPENDED_S:
+            note_wait(begin_s, WAIT_STEP_S)
 
 
 def concurrent_requests(

@@ -1,4 +1,8 @@
-"""Decide whether the content that arrived is what the origin stores, beyond version and length.
+"""Decide whether what arrived is the listed version, and whether its content is right.
+
+An ETag is an opaque text; without one, the modification time stands in. S3 lets a server leave the
+ETag out, mark it weak (a proxy does that on GET, but not in the body of a LIST), and write it with
+or without quotes. All spellings of one ETag are one version here.
 
 Content is confirmed by one of three: its MD5, where the ETag is one; TLS, which detects every bit
 that the network changes; or a second reading of the same version by other requests. The second
@@ -16,17 +20,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin._versions import md5_in
+from zarrcache.origin._concurrent import Received
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["HELD_BYTES", "ContentCheck", "other_shape"]
+__all__ = [
+    "HELD_BYTES",
+    "ContentCheck",
+    "etag_in",
+    "is_same_date",
+    "is_same_version",
+    "md5_in",
+    "other_shape",
+    "version_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +49,60 @@ logger = logging.getLogger(__name__)
 HELD_BYTES = 64 * 1024**2
 #: A second reading of a range begins or ends this many bytes outside it.
 _MARGIN_BYTES = 64
+
+#: Quotes around an ETag: also single ones, and those of a body that was escaped twice.
+_QUOTES = re.compile(r"""^(?:\s|"|'|&quot;|&#34;)+|(?:\s|"|'|&quot;|&#34;)+$""")
+_WEAK = re.compile(r"^W/", re.IGNORECASE)
+_HEX = re.compile(r"[0-9a-fA-F]{32}(?:-[0-9]+)?")
+#: Of a version without an ETag. No ETag contains a blank (RFC 9110, section 8.8.3).
+_MODIFIED = "modified "
+
+
+def version_of(etag: str | None, modified_s: float) -> str:
+    """The text that identifies a version: `ObjectInfo.etag`.
+
+    Parameters
+    ----------
+    etag : str or None
+        As the server writes it: ``"abc"``, ``W/"abc"`` and ``abc`` are the same version.
+    modified_s : float
+        Last change in seconds since 1970, 0.0 if unknown; used only without an ETag. In whole
+        seconds, because the header of an answer has no fractions, and a LIST may have some.
+    """
+    before, text = None, etag or ""
+    while text != before:
+        before, text = text, _WEAK.sub("", _QUOTES.sub("", text))
+    if text or not modified_s:
+        return text
+    return f"{_MODIFIED}{int(modified_s)}"
+
+
+def etag_in(version: str) -> str:
+    """The ETag of a version, for ``If-Match``; empty without one."""
+    return "" if version.startswith(_MODIFIED) else version
+
+
+def md5_in(version: str) -> str | None:
+    """The MD5 that a version may be: 32 hexadecimal digits, in lower case; else None."""
+    return version.lower() if len(version) == 32 and _HEX.fullmatch(version) else None
+
+
+def is_same_version(listed: ObjectInfo, received: Received) -> bool:
+    """Whether an answer is of the listed version, as far as it says.
+
+    ETags are compared if both are known, modification times otherwise. If the server gives neither,
+    only the size can tell versions apart.
+    """
+    etag = etag_in(listed.etag)
+    if etag and received.etag:
+        is_hex = _HEX.fullmatch(etag) is not None
+        return etag == received.etag or (is_hex and etag.lower() == received.etag.lower())
+    return is_same_date(listed, received) or not (listed.modified_s and received.modified_s)
+
+
+def is_same_date(listed: ObjectInfo, received: Received) -> bool:
+    """Whether both say when the object was changed, and that is the same second."""
+    return bool(listed.modified_s) and int(listed.modified_s) == int(received.modified_s)
 
 
 class ContentCheck:

@@ -31,6 +31,7 @@ from zarrcache.errors import OriginUnavailableError
 from zarrcache.stats import Counters
 
 __all__ = [
+    "SUSPENDED_S",
     "WAIT_STEP_S",
     "Backoff",
     "RetryPolicy",
@@ -62,7 +63,7 @@ _LOOK_S = 0.1
 #: Seconds of one step of a wait for an answer. See :func:`note_wait`.
 WAIT_STEP_S = 0.25
 #: A step that lasts this much longer, in seconds, shows that the process was suspended.
-_SUSPENDED_S = 1.0
+SUSPENDED_S = 1.0
 
 _PAUSED = "SlowDown: the server has asked this node for fewer requests"
 
@@ -89,7 +90,7 @@ def note_wait(begin_s: float, limit_s: float) -> None:
     bound of this thread's retries must not, or a sample would fail because its process slept.
     """
     over_s = time.monotonic() - begin_s - limit_s
-    if over_s > _SUSPENDED_S:
+    if over_s > SUSPENDED_S:
         _suspension.total_s += over_s
 
 

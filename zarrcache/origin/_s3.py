@@ -25,7 +25,15 @@ from zarrcache.origin._concurrent import (
     concurrent_requests,
     run,
 )
-from zarrcache.origin._content import HELD_BYTES, ContentCheck, other_shape
+from zarrcache.origin._content import (
+    HELD_BYTES,
+    ContentCheck,
+    etag_in,
+    is_same_date,
+    is_same_version,
+    md5_in,
+    other_shape,
+)
 from zarrcache.origin._retry import Backoff, RetryPolicy, TransientError
 from zarrcache.origin._s3_errors import RequestContext, S3Error, changed, to_error
 from zarrcache.origin._s3_options import (
@@ -34,7 +42,6 @@ from zarrcache.origin._s3_options import (
     check_certificates,
     split_s3_url,
 )
-from zarrcache.origin._versions import etag_in, is_same_date, is_same_version, md5_in
 from zarrcache.stats import Counters, LogOnce
 
 if TYPE_CHECKING:
@@ -595,9 +602,10 @@ class S3Origin:
                 if answer.status == 412 and self._is_refused_wrongly(obj):
                     return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
                 return operation.error(answer, self._context(obj.key, obj), engine)
-            if self._is_doubtful(obj, answer) and self._is_still_current(obj):
-                self._has_two_tags = True
-            error = self._check(obj, answer, obj.size_bytes)
+            is_same = self._is_same(obj, answer)
+            if not is_same and self._is_doubtful(obj, answer) and self._is_still_current(obj):
+                self._has_two_tags = is_same = True
+            error = self._check(obj, answer, obj.size_bytes, is_same=is_same)
             return (obj, answer.body) if error is None else error
 
         return operation.policy.call_all(
@@ -796,12 +804,13 @@ class S3Origin:
             self._bucket.counters.add(requests=1)
             received = await engine.get(self._conditional(full), part, patience_s=patience_s)
         obj = ObjectInfo(full.key[len(self._prefix) :], full.size_bytes, full.etag, full.modified_s)
-        if self._is_doubtful(obj, received):
+        is_same = self._is_same(obj, received)
+        if not is_same and self._is_doubtful(obj, received):
             self._bucket.counters.add(requests=1)
             if await self._is_current(engine, full, patience_s):
-                self._has_two_tags = True
+                self._has_two_tags = is_same = True
         size_bytes = full.size_bytes if part is None else part[1] - part[0]
-        error_found = self._check(obj, received, size_bytes)
+        error_found = self._check(obj, received, size_bytes, is_same=is_same)
         if isinstance(error_found, TransientError):
             raise S3Error(None, "ShortBody", str(error_found))
         if error_found is not None:
@@ -819,15 +828,15 @@ class S3Origin:
         return not self._can_match
 
     def _is_doubtful(self, obj: ObjectInfo, received: Received) -> bool:
-        """Whether an answer has another ETag than the listing, but was changed in the same second.
+        """Whether an answer with another ETag than the listing was changed in the same second.
 
         It is another version, or the server has two ETags for one.
         """
-        return (
-            not self._has_two_tags
-            and not is_same_version(obj, received)
-            and is_same_date(obj, received)
-        )
+        return not self._has_two_tags and is_same_date(obj, received)
+
+    def _is_same(self, obj: ObjectInfo, received: Received) -> bool:
+        """Whether an answer is of the listed version, as far as it says."""
+        return (is_same_date if self._has_two_tags else is_same_version)(obj, received)
 
     def _is_still_current(self, obj: ObjectInfo) -> bool:
         full = self._full(obj)
@@ -857,10 +866,11 @@ class S3Origin:
     def _context(self, key: str, obj: ObjectInfo | None = None) -> RequestContext:
         return self._bucket.context(self.url_of(key), obj)
 
-    def _check(self, obj: ObjectInfo, received: Received, size_bytes: int) -> Exception | None:
+    def _check(
+        self, obj: ObjectInfo, received: Received, size_bytes: int, *, is_same: bool
+    ) -> Exception | None:
         """The error if an answer is not of the listed version, or has not ``size_bytes`` bytes."""
-        is_same = is_same_date if self._has_two_tags else is_same_version
-        if not is_same(obj, received):
+        if not is_same:
             return changed(self.url_of(obj.key))
         n = memoryview(received.body).nbytes
         if n != size_bytes:

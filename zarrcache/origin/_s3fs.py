@@ -25,10 +25,10 @@ from zarrcache.origin._concurrent import (
     Received,
     concurrent_requests,
 )
+from zarrcache.origin._content import etag_in, version_of
 from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options, typed_kwargs
-from zarrcache.origin._versions import etag_in, version_of
 
 if TYPE_CHECKING:
     import s3fs
