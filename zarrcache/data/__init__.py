@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from zarrcache.data.observers import Read, ReadObserver
-from zarrcache.data.reader import ZarrS3Reader, distinct_directories, open_reader
+from zarrcache.data.reader import (
+    PairReader,
+    ZarrS3Reader,
+    distinct_directories,
+    open_reader,
+)
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
-    PairReader,
     Split,
     hold_out,
     ids_of,

@@ -1,4 +1,4 @@
-"""``ZarrS3Reader`` finds the store of a task id; `ReadThrough` reads it.
+"""``ZarrS3Reader`` finds the store of a task id; `ReadThrough` reads it. `PairReader` is its base.
 
 zarr is imported only when it is needed: it takes 0.1 s of the 0.45 s in which the look-ahead
 process starts.
@@ -11,9 +11,10 @@ import itertools
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from zarrcache._keys import (
     ObjectInfo,
     Role,
     check_task_id,
+    density_array,
     stem_of,
     stored_array,
 )
@@ -32,8 +34,8 @@ from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data._read_errors import as_our_error
 from zarrcache.data.observers import Read, ReadObserver
-from zarrcache.data.sequences import Density
-from zarrcache.data.splits import PairReader, first_ids
+from zarrcache.data.sequences import Density, SplitSets, split_sets
+from zarrcache.data.splits import first_ids, ids_of, read_map, split_ids
 from zarrcache.disk import CACHE_FAULTS
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
@@ -43,12 +45,238 @@ if TYPE_CHECKING:
     import s3fs
     import zarr
 
-__all__ = ["ZarrS3Reader", "distinct_directories", "open_reader"]
-
+__all__ = ["PairReader", "ZarrS3Reader", "distinct_directories", "open_reader"]
 
 logger = logging.getLogger(__name__)
 
 _GRIDS_COMPARED = 1000
+
+
+class _Present(NamedTuple):
+    """Ids of a functional with both input and label, in the map's order, and the other ids."""
+
+    ids: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+class PairReader(ABC):
+    """Pairs of charge densities (input and label), one per material, in two directories.
+
+    Parameters
+    ----------
+    data_dir, label_dir : str or Path
+    map_dir : path
+        JSON or JSON.gz file ``{functional: [task_id, ...]}``.
+    functional : str
+    normalize : bool
+        Divide by the number of grid points; the values then sum up to the number of electrons.
+    train_fraction : float
+        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``;
+        1.0 leaves no test set.
+    random_state : int
+    density_type : str
+        ``total`` or ``diff``.
+    """
+
+    #: What holds a density, for messages.
+    _unit: ClassVar[str]
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str],
+        label_dir: str | os.PathLike[str],
+        map_dir: str | os.PathLike[str],
+        functional: str,
+        normalize: bool,
+        train_fraction: float,
+        random_state: int = 42,
+        density_type: str = "total",
+        s3_kwargs: dict[str, Any] | None = None,
+        *,
+        cache: CacheConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.data_dir = self._location(data_dir)
+        self.label_dir = self._location(label_dir)
+        self.map_dir = Path(map_dir)
+        self.functional = functional
+        self.normalize = normalize
+        self.tf = train_fraction
+        self.rs = random_state
+        self.density_type = density_type
+        self.s3_kwargs = s3_kwargs or {}
+        self._known_ids: dict[tuple[Path, str], _Present] = {}
+        self._mapped: dict[tuple[Path, str], list[str]] = {}
+        self._prepare(None if cache is None else CacheConfig.of(cache))
+
+    @staticmethod
+    @abstractmethod
+    def _location(value: str | os.PathLike[str]) -> str | Path:
+        """A directory as given by the user, as an attribute of the reader."""
+
+    @abstractmethod
+    def _prepare(self, cache: CacheConfig | None) -> None:
+        """Create what reading needs, at the end of the constructor."""
+
+    @classmethod
+    def from_config(cls, cfg: object) -> Self:
+        """Create the reader that a training config describes. Sends no request.
+
+        Parameters
+        ----------
+        cfg : DataConfig, mapping or namespace
+
+        Raises
+        ------
+        ConfigError
+            A key is missing or cannot be used.
+        """
+        config = DataConfig.of(cfg)
+        return cls(
+            config.data_dir,
+            config.label_dir,
+            config.map_dir,
+            config.functional,
+            config.normalize_data,
+            config.train_fraction,
+            config.random_state,
+            config.density_type,
+            config.s3_kwargs,
+            cache=config.cache,
+        )
+
+    @abstractmethod
+    def store_names(self, role: Role) -> Mapping[str, Any]:
+        """Name or path of each store or file of one directory, by task id."""
+
+    def load(self, task_id: str, role: Role) -> Density:
+        """Load one charge density.
+
+        Parameters
+        ----------
+        task_id : str
+        role : {"data", "label"}
+
+        Returns
+        -------
+        values : ndarray, shape (nx*ny*nz,), float32, C order
+            Writable and the caller's own. CHGCAR convention: density times cell volume, in
+            electrons, so ``values.mean()`` is the number of valence electrons; with ``normalize``
+            it is ``values.sum()`` (VASP wiki, CHGCAR).
+        gridsize : (nx, ny, nz)
+
+        Raises
+        ------
+        SchemaError
+            The density is absent, not 3-D or not of real numbers.
+        IncompleteArrayError
+            A chunk that the origin lists cannot be read, or is absent (unless
+            ``cache.missing_chunks`` is ``fill``); nothing is cached.
+        OriginError
+            There is no such store or file, or the origin cannot be reached.
+        ZarrCacheError
+            Anything else: no exception of a library leaves this method.
+        """
+        try:  # costs nothing while nothing is raised; this is the path of a warm hit
+            return self._load(task_id, role)
+        except ZarrCacheError:
+            raise
+        except Exception as exc:
+            raise as_our_error(exc, f"{task_id} ({role})") from exc
+
+    @abstractmethod
+    def _load(self, task_id: str, role: Role) -> Density:
+        """As `load`; it may raise what libraries raise."""
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self.data_dir)!r}, {str(self.label_dir)!r}, "
+            f"{self.functional!r}, {self.density_type!r})"
+        )
+
+    @property
+    def array(self) -> str:
+        """Name of the array that is read from each store."""
+        return density_array(self.density_type)
+
+    @property
+    def task_ids(self) -> list[str]:
+        """Ids of the functional that both directories have, in the map's order.
+
+        Raises
+        ------
+        ConfigError
+            The map file cannot be read, or the functional is not in it.
+        OriginError
+            A directory cannot be listed.
+        """
+        return list(self._present().ids)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Ids of the functional without input or label. They are left out of the split."""
+        return self._present().missing
+
+    def split_task_ids(self) -> tuple[list[str], list[str]]:
+        """Training and test ids, in the order of ``data_split()``."""
+        return split_ids(self._present().ids, self.tf, self.rs)
+
+    def data_split(self) -> tuple[SplitSets, SplitSets]:
+        """Split into training and test sets; nothing is loaded yet.
+
+        Returns
+        -------
+        (train, test)
+            Each ``(data, label, gs_data, gs_label)``: sequences that load on indexing, flat float32
+            arrays and grid sizes.
+
+        Raises
+        ------
+        ConfigError
+            A ``ValueError``: unknown functional, too few materials.
+        OriginError
+            A directory cannot be listed.
+        """
+        train, test = self.split_task_ids()
+        return split_sets(self, train), split_sets(self, test)
+
+    def mapped_ids(self) -> list[str]:
+        """Ids of the functional in the map file, with or without stores.
+
+        Raises
+        ------
+        ConfigError
+            The map file cannot be read, or the functional is not in it.
+        """
+        key = self.map_dir, self.functional
+        if key not in self._mapped:
+            self._mapped[key] = ids_of(read_map(self.map_dir), self.functional)
+        return self._mapped[key]
+
+    def _present(self) -> _Present:
+        """Ids in the map and both directories; recomputed when an attribute changes."""
+        key = self.map_dir, self.functional
+        if key not in self._known_ids:
+            wanted = self.mapped_ids()
+            self._mapped.clear()  # not needed any more
+            data, label = self.store_names("data"), self.store_names("label")
+            missing = tuple(id_ for id_ in wanted if id_ not in data or id_ not in label)
+            if missing:
+                logger.warning(
+                    "%d of %d task ids of %s have no %s in %s or %s and are left out: %s",
+                    len(missing),
+                    len(wanted),
+                    self.functional,
+                    self._unit,
+                    *self._urls(),
+                    first_ids(missing),
+                )
+            ids = tuple(id_ for id_ in wanted if id_ in data and id_ in label)
+            self._known_ids[key] = _Present(ids, missing)
+        return self._known_ids[key]
+
+    def _urls(self) -> tuple[str, str]:
+        """URLs of input and label, for messages."""
+        return str(self.data_dir), str(self.label_dir)
 
 
 class ZarrS3Reader(PairReader):
