@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import multiprocessing
 import os
 import secrets
@@ -136,14 +135,16 @@ def _reduce(tensor: MappedTensor) -> tuple[Any, ...]:
         return _identity, (
             tensor.detach().requires_grad_(tensor.requires_grad) if tensor.is_leaf else plain,
         )
-    return _receive, (place, tuple(plain.shape), tensor.sample)
+    return _receive, (place, tuple(plain.shape), grid.shape, tensor.sample)
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _receive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int]) -> torch.Tensor:
+def _receive(
+    place: Place, shape: tuple[int, ...], grid_shape: tuple[int, ...], sample: tuple[str, int, int]
+) -> torch.Tensor:
     """Unpickle in the training process: map the file there, copy-on-write."""
     try:
         return torch.from_numpy(map_place(place, "<f4", shape))
@@ -163,10 +164,16 @@ def _receive(place: Place, shape: tuple[int, ...], sample: tuple[str, int, int])
             exc,
         )
         grid = sender.reread(index, field)
-        if grid.size != math.prod(shape):
-            # The origin has another grid now. A batch of one has one axis more than a sample.
+        # Axes of length one may have moved: a rotation of a thin grid changes nothing else.
+        if _long_axes(grid.shape) != _long_axes(grid_shape):
+            # The origin has another grid now, perhaps of as many points. A batch of one has one
+            # axis more than a sample.
             shape = shape[: max(0, len(shape) - grid.ndim)] + grid.shape
         return torch.from_numpy(grid.reshape(shape))
+
+
+def _long_axes(shape: tuple[int, ...]) -> list[int]:
+    return [n for n in shape if n != 1]
 
 
 def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
