@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.support.cachedirs import settings
 from tests.support.stores import small_group
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.zarr_store import CachedStore, _bounds, open_store
-from zarrcache.errors import IncompleteArrayError
+from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
 from zarrcache.stats import Counters
 
 
@@ -75,3 +76,41 @@ def test_old_listing_is_an_error_once_and_forgotten(tmp_path: Path) -> None:
         read(old, "charge_density_total/0.0.0")
     new = CachedStore(origin, "mp-1.zarr", cache)
     assert read(new, "charge_density_total/0.0.0") == b"another length"
+
+
+@pytest.mark.parametrize("key", ["charge_density_total/0.0.0", "charge_density_total/.zarray"])
+@pytest.mark.parametrize("deleted", ["data/mp-1.zarr", "data"], ids=["store", "directory"])
+@pytest.mark.parametrize("hops", [0, 1, 2])
+def test_a_store_that_was_there_and_is_deleted_is_an_error_after_pickling_too(
+    tmp_path: Path, key: str, deleted: str, hops: int
+) -> None:
+    """An absent key would be read as fill values, or as a store without this array."""
+    small_group(tmp_path / "data" / "mp-1.zarr", seed=1)
+    store = open_store(tmp_path / "data" / "mp-1.zarr")
+    assert read(store, key) is not None
+    for _ in range(hops):
+        store = pickle.loads(pickle.dumps(store))
+    shutil.rmtree(tmp_path / deleted)
+    with pytest.raises(IncompleteArrayError):
+        read(store, key)
+
+
+@pytest.mark.parametrize("hops", [0, 1])
+def test_a_store_that_was_never_there_has_no_keys_and_no_chunks(tmp_path: Path, hops: int) -> None:
+    """A reader asks for the metadata of what may not exist; for a chunk only of what it has opened."""
+    (tmp_path / "data").mkdir()
+    store = open_store(tmp_path / "data" / "mp-1.zarr")
+    assert store.sizes() == {}
+    for _ in range(hops):
+        store = pickle.loads(pickle.dumps(store))
+    assert read(store, "charge_density_total/.zarray") is None
+    with pytest.raises(IncompleteArrayError, match="it has no metadata of the array"):
+        read(store, "charge_density_total/0.0.0")
+
+
+def test_a_directory_that_was_never_there_is_named_and_is_no_missing_chunk(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "nothing" / "mp-1.zarr")
+    with pytest.raises(OriginNotFoundError, match="nothing"):
+        read(store, "charge_density_total/.zarray")
+    with pytest.raises(IncompleteArrayError, match="nothing"):
+        read(store, "charge_density_total/0.0.0")

@@ -61,7 +61,24 @@ def test_disk_of_diskcache_touches_no_file(tmp_path: Path) -> None:
 # -- damage
 
 
-@pytest.mark.parametrize("code", sorted(database._SURROUNDINGS))
+#: Result codes of SQLite (sqlite.org/rescode.html) that say nothing about the file.
+SURROUNDINGS = {
+    "PERM": 3,
+    "BUSY": 5,
+    "LOCKED": 6,
+    "NOMEM": 7,
+    "READONLY": 8,
+    "INTERRUPT": 9,
+    "IOERR": 10,
+    "FULL": 13,
+    "CANTOPEN": 14,
+    "PROTOCOL": 15,
+    "NOLFS": 22,
+    "AUTH": 23,
+}
+
+
+@pytest.mark.parametrize("code", SURROUNDINGS.values(), ids=SURROUNDINGS)
 @pytest.mark.parametrize("extended", [0, 1 << 8, 9 << 8])
 def test_a_busy_full_or_unreachable_index_is_not_damaged(code: int, extended: int) -> None:
     """A healthy index must not be set aside."""

@@ -128,7 +128,7 @@ def damaged(raw: bytes) -> dict[str, bytes]:
             + google_crc32c.value(new).to_bytes(4, "little")
             + new
         )
-        return head.ljust(4096, b"\0") + raw[4096:]
+        return head.ljust(-(-len(head) // 4096) * 4096, b"\0") + raw[4096:]
 
     return {
         "empty": b"",
@@ -146,6 +146,13 @@ def damaged(raw: bytes) -> dict[str, bytes]:
         ),
         "another shape": with_json(text.replace(b'"shape":[10]', b'"shape":[11]')),
         "negative shape": with_json(text.replace(b'"shape":[10]', b'"shape":[-2,-5]')),
+        "negative count": with_json(text[:-1] + b',"nonfinite":-1}'),
+        "count is text": with_json(text[:-1] + b',"missing_chunks":"two"}'),
+        "infinite size": with_json(re.sub(rb'"nbytes":\d+', b'"nbytes":Infinity', text)),
+        "infinite axis": with_json(text.replace(b'"shape":[10]', b'"shape":[1e999]')),
+        "dtype with an open bracket": with_json(text.replace(b"<f4", b"(2,f4")),
+        "dtype of many fields": with_json(text.replace(b"<f4", b"f4,f4")),
+        "nested too deeply": with_json(b"[" * 30_000 + b"]" * 30_000),
         "shape is text": with_json(text.replace(b'"shape":[10]', b'"shape":"ten"')),
         "no such field": with_json(text.replace(b'"dtype"', b'"dtipe"')),
         "json is a list": with_json(b"[]"),

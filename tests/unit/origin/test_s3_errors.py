@@ -28,12 +28,18 @@ def test_a_status_that_means_try_later_is_transient_without_a_code(status: int) 
 @pytest.mark.parametrize(
     "code",
     [
-        "SlowDown",
-        "RequestTimeout",
+        "BandwidthLimitExceeded",
         "InternalError",
-        "ThrottlingException",
         "OperationAborted",
+        "PriorRequestNotComplete",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "RequestTimeoutException",
         "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
     ],
 )
 def test_a_code_that_means_try_later_is_transient_with_any_status(code: str) -> None:
@@ -44,10 +50,17 @@ def test_a_code_that_means_try_later_is_transient_with_any_status(code: str) -> 
 @pytest.mark.parametrize(
     ("error", "is_slow_down"),
     [
-        (S3Error(503, "", ""), True),
-        (S3Error(429, "", ""), True),
+        *((S3Error(status, "", ""), True) for status in (429, 503, 509)),
+        *((S3Error(status, "", ""), False) for status in (408, 428, 430, 500, 502, 504, 508, 510)),
         (S3Error(200, "SlowDown", ""), True),
+        (S3Error(400, "BandwidthLimitExceeded", ""), True),
+        (S3Error(400, "RequestLimitExceeded", ""), True),
+        (S3Error(400, "ServiceUnavailable", ""), True),
+        (S3Error(400, "Throttling", ""), True),
         (S3Error(400, "ThrottlingException", ""), True),
+        (S3Error(400, "TooManyRequests", ""), True),
+        (S3Error(400, "OperationAborted", ""), False),
+        (S3Error(400, "RequestTimeout", ""), False),
         (S3Error(500, "InternalError", ""), False),
         (S3Error(None, "Timeout", ""), False),
     ],
@@ -59,9 +72,45 @@ def test_the_code_or_the_status_alone_asks_for_fewer_requests(
     assert error.is_slow_down is is_slow_down
 
 
-@pytest.mark.parametrize("code", ["Connection", "Timeout", "ShortBody"])
+@pytest.mark.parametrize("code", ["Connection", "Timeout", "ShortBody", "Mismatch", "Altered"])
 def test_no_answer_is_transient(code: str) -> None:
     assert type(to_error(S3Error(None, code, "x"), OBJECT)) is TransientError
+
+
+@pytest.mark.parametrize(
+    ("error", "is_elsewhere"),
+    [
+        (S3Error(301, "", ""), True),
+        (S3Error(307, "", ""), True),
+        (S3Error(400, "AuthorizationHeaderMalformed", ""), True),
+        (S3Error(400, "IllegalLocationConstraintException", ""), True),
+        (S3Error(400, "PermanentRedirect", ""), True),
+        (S3Error(302, "", ""), False),
+        (S3Error(308, "", ""), False),
+        (S3Error(400, "InvalidRequest", ""), False),
+    ],
+)
+def test_the_code_or_the_status_alone_says_that_the_bucket_is_in_another_region(
+    error: S3Error, is_elsewhere: bool
+) -> None:
+    assert error.is_elsewhere is is_elsewhere
+    assert error.is_for_botocore is is_elsewhere
+    assert ("is in another region" in str(to_error(error, LISTING))) is is_elsewhere
+
+
+def test_only_a_certificate_and_another_region_are_for_botocore() -> None:
+    assert S3Error(None, "Certificate", "").is_for_botocore
+    assert not S3Error(None, "Connection", "").is_for_botocore
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["ExpiredToken", "TokenRefreshRequired", "ExpiredTokenException", "InvalidToken"],
+)
+def test_credentials_have_expired_where_the_server_says_so(code: str) -> None:
+    assert S3Error(400, code, "").is_expired
+    assert not S3Error(None, code, "").is_expired  # before the request: a new session may not help
+    assert not S3Error(403, "AccessDenied", "").is_expired
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,26 @@ def test_a_state_after_the_last_sample_is_the_start_of_the_next_epoch() -> None:
     assert (resumed.epoch, len(resumed)) == (1, 24)
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_a_state_before_the_first_sample_is_the_start_of_that_epoch(epoch: int) -> None:
+    """As a checkpoint before training has it; also of a sampler that was resumed or restarted."""
+    fresh, begun, resumed = samplers((0,))[0], samplers((0,))[0], samplers((0,))[0]
+    next(iter(begun))
+    for sampler in (fresh, begun):
+        sampler.set_epoch(epoch + 1)
+        sampler.set_epoch(epoch)
+    state = json.loads(json.dumps(fresh.state_dict()))
+    assert (state["epoch"], state["history"]) == (epoch, [])
+    resumed.load_state_dict(state)
+    assert begun.state_dict() == resumed.state_dict() == state
+    iter_of = iter(begun)
+    assert [next(iter_of), next(iter_of)] == list(resumed)[:2]
+    assert begun.state_dict()["history"] == [{"node_of_rank": [0], "taken": 2}]
+    assert begun.state_dict(taken=0) == state
+    assert NodeSampler(NAMES).state_dict()["epoch"] == 0
+    assert NodeSampler(NAMES).schedule.seed == 0
+
+
 @pytest.mark.parametrize(
     "other",
     [
