@@ -211,7 +211,7 @@ def test_chgcar_loader_reads_files_and_says_that_it_does_not_cache(
     cfg = {**KEYS, "map_dir": str(tmp_path / "map.json"), "data_dir": str(tmp_path)}
     cfg |= {"label_dir": str(tmp_path), "cache": {"dir": str(tmp_path / "cache")}}
     for load in (load_chgcar_data, get_dataset):
-        with pytest.raises(ConfigError, match="no task id of the functional has both"):
+        with pytest.raises(ConfigError, match="No densities in"):
             load({**cfg, "dataset_name": "chgcar_data"})
     assert "parsed at every read" in caplog.text
     assert not (tmp_path / "cache").exists()

@@ -345,7 +345,7 @@ class RetryPolicy:
         self,
         objects: Iterable[ObjectInfo],
         send: Callable[[list[ObjectInfo], float], Generator[tuple[ObjectInfo, A | None]]],
-        accept: Callable[[ObjectInfo, A], T | Exception],
+        accept: Callable[[ObjectInfo, A], T | Exception | None],
         *,
         url_of: Callable[[ObjectInfo], str],
         counters: Counters | None = None,
@@ -365,7 +365,8 @@ class RetryPolicy:
             not requested in this pass.
         accept : callable
             Called with an object and its answer; returns the result to yield, or an error:
-            ``TransientError`` to request the object again, any other exception to raise.
+            ``TransientError`` to request the object again, any other exception to raise. None: the
+            object is requested again, by other means, within the same attempt.
         url_of : callable
             URL of an object.
         counters : Counters, optional
@@ -385,8 +386,10 @@ class RetryPolicy:
                     for obj, answer in answers:
                         if answer is None:
                             continue
-                        answered.append(obj.key)
                         result = accept(obj, answer)
+                        if result is None:
+                            continue
+                        answered.append(obj.key)
                         if isinstance(result, TransientError):
                             result.attempt = attempts[obj.key] + 1
                             if failure is None or result.attempt > failure.attempt:

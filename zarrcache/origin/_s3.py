@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
@@ -150,7 +149,7 @@ class S3Bucket:
                 patience_s = min(self.fetch.read_timeout, remaining_s)
                 answer = run(get_loop(), request(engine, patience_s))
             except S3Error as error:
-                if self._leaves_obstore(error, engine):
+                if self.leaves_obstore(error, engine):
                     return attempt(remaining_s)
                 if self.backoff is not None:
                     self.backoff.note(error)
@@ -184,11 +183,14 @@ class S3Bucket:
             Overrides the bucket's.
         """
         operation = Operation(self, retry)
-        engine: Engine
+        engine: Engine | None = None
 
-        def request_from(opened: Engine, missing: list[ObjectInfo], remaining_s: float) -> Answers:
+        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
             nonlocal engine
-            engine = opened
+            try:
+                opened = engine = open_engine()
+            except S3Error as error:  # the settings cannot be resolved
+                return _failed(missing[0], error)
             patience_s = min(self.fetch.read_timeout, remaining_s)
             return concurrent_requests(
                 get_loop(),
@@ -198,44 +200,16 @@ class S3Bucket:
                 self.backoff,
             )
 
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
-            return self.answers(open_engine, request_from, missing, remaining_s)
-
-        def accept(obj: ObjectInfo, answer: Received | S3Error) -> tuple[str, Received] | Exception:
+        def accept(
+            obj: ObjectInfo, answer: Received | S3Error
+        ) -> tuple[str, Received] | Exception | None:
             if isinstance(answer, S3Error):
+                if self.leaves_obstore(answer, engine):
+                    return None
                 return operation.error(answer, context, engine)
             return obj.key, answer
 
         return dict(operation.policy.call_all(objects, send, accept, url_of=lambda _: context.url))
-
-    def answers(
-        self,
-        open_engine: Callable[[], Engine],
-        request_from: Callable[[Engine, list[ObjectInfo], float], Answers],
-        objects: list[ObjectInfo],
-        remaining_s: float,
-    ) -> Answers:
-        """Answers to one request per object; from s3fs where obstore cannot talk to the server.
-
-        Parameters
-        ----------
-        request_from : callable
-            Called with the engine, the objects, and the seconds that are left.
-        """
-        try:
-            engine = open_engine()
-        except S3Error as error:  # the settings cannot be resolved
-            yield objects[0], error
-            return
-        unanswered = []
-        with contextlib.closing(request_from(engine, objects, remaining_s)) as answers:
-            for obj, answer in answers:
-                if isinstance(answer, S3Error) and self._leaves_obstore(answer, engine):
-                    unanswered.append(obj)
-                else:
-                    yield obj, answer
-        if unanswered:
-            yield from request_from(open_engine(), unanswered, remaining_s)
 
     def list_objects(self, prefix: str, context: RequestContext) -> list[ObjectInfo]:
         """Every object whose key begins with ``prefix``, which ends with ``/`` or is empty."""
@@ -330,8 +304,8 @@ class S3Bucket:
             self._settings = settings
         return self._settings
 
-    def _leaves_obstore(self, error: S3Error, engine: object) -> bool:
-        """Whether to repeat a request through s3fs, from now on; said once.
+    def leaves_obstore(self, error: S3Error, engine: object) -> bool:
+        """Whether to repeat a request, and send all later ones, through s3fs; said once.
 
         botocore trusts certificates that obstore refuses, such as one that signed itself and is
         also an authority, and it follows a bucket to its region.
@@ -575,30 +549,29 @@ class S3Origin:
 
     def _arrivals(self, objects: Collection[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Fetch objects in one pass, each of the listed version and length."""
-        engine: Engine
+        engine: Engine | None = None
         operation = Operation(self._bucket)
         listed = {self._full(obj).key: obj for obj in objects}
 
-        def request_from(opened: Engine, missing: list[ObjectInfo], remaining_s: float) -> Answers:
+        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
             nonlocal engine
-            engine = opened
-            return opened.get_many(
+            try:
+                engine = self._bucket.engine(*(obj.key for obj in missing))
+            except S3Error as error:  # the settings cannot be resolved
+                return _failed(missing[0], error)
+            return engine.get_many(
                 [self._conditional(obj) for obj in missing],
                 patience_s=remaining_s,
                 backoff=self._bucket.backoff,
             )
 
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
-            keys = [obj.key for obj in missing]
-            return self._bucket.answers(
-                lambda: self._bucket.engine(*keys), request_from, missing, remaining_s
-            )
-
         def accept(
             full: ObjectInfo, answer: Received | S3Error
-        ) -> tuple[ObjectInfo, Buffer] | Exception:
+        ) -> tuple[ObjectInfo, Buffer] | Exception | None:
             obj = listed[full.key]
             if isinstance(answer, S3Error):
+                if self._bucket.leaves_obstore(answer, engine):
+                    return None
                 if answer.status == 412 and self._is_refused_wrongly(obj):
                     return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
                 return operation.error(answer, self._context(obj.key, obj), engine)
@@ -878,6 +851,11 @@ class S3Origin:
                 self.url_of(obj.key), f"{n} bytes arrived, {size_bytes} were announced"
             )
         return None
+
+
+def _failed(obj: ObjectInfo, error: S3Error) -> Answers:
+    """The answers of requests that cannot be sent."""
+    yield obj, error
 
 
 def _is_listed(listed: ObjectInfo, now: ObjectInfo) -> bool:
