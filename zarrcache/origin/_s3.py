@@ -576,6 +576,8 @@ class S3Origin:
                     return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
                 return operation.error(answer, self._context(obj.key, obj), engine)
             is_same = self._is_same(obj, answer)
+            if is_same and memoryview(answer.body).nbytes == obj.size_bytes:
+                return obj, answer.body
             if not is_same and self._is_doubtful(obj, answer) and self._is_still_current(obj):
                 self._has_two_tags = is_same = True
             error = self._check(obj, answer, obj.size_bytes, is_same=is_same)
