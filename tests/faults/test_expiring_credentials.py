@@ -16,7 +16,7 @@ from tests.support.s3server import S3Server
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import OriginAccessError
 from zarrcache.origin import Origin, open_origin
-from zarrcache.origin import _retry as retry
+from zarrcache.origin import _requests as retry
 
 BODIES = {f"mp-1.zarr/{i}": bytes([i]) * 100 for i in range(4)}
 PROGRAM = """#!/bin/sh

@@ -27,7 +27,7 @@ from zarrcache.errors import (
 )
 from zarrcache.origin import Origin, open_origin
 from zarrcache.origin import _obstore as engine_obstore
-from zarrcache.origin import _retry as retry
+from zarrcache.origin import _requests as retry
 from zarrcache.stats import Counters
 
 BODIES = {f"mp-1.zarr/{i}": random.Random(i).randbytes(2000 + i) for i in range(4)}
@@ -343,9 +343,9 @@ def up_at_retry(fault_proxy: FaultProxy) -> Iterator[None]:
             fault_proxy.up()
 
     handler = Restart()
-    logging.getLogger("zarrcache.origin._retry").addHandler(handler)
+    logging.getLogger("zarrcache.origin._requests").addHandler(handler)
     yield
-    logging.getLogger("zarrcache.origin._retry").removeHandler(handler)
+    logging.getLogger("zarrcache.origin._requests").removeHandler(handler)
 
 
 class TestPermanent:

@@ -17,7 +17,7 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import random_density, small_group
-from zarrcache.origin import _retry as retry
+from zarrcache.origin import _requests as retry
 
 ARRAY = "charge_density_total"
 SHARE = 0.05

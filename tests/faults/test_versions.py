@@ -23,7 +23,7 @@ from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginError, OriginUnavailableError
 from zarrcache.origin import Origin, open_origin
-from zarrcache.origin import _retry as retry
+from zarrcache.origin import _requests as retry
 
 BODY = random.Random(1).randbytes(3001)
 OTHER = random.Random(2).randbytes(3001)

@@ -16,7 +16,7 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.origin import Origin, open_origin
-from zarrcache.origin import _retry as retry
+from zarrcache.origin import _requests as retry
 from zarrcache.stats import Counters
 
 PAUSE_S = 4.0
@@ -173,7 +173,7 @@ def test_pauses_use_up_no_attempts(
     )
     objects = origin.list_objects("mp-1.zarr/")
     fault_proxy.rules(Rule(("503",), op="GET", per_object=True))
-    with caplog.at_level(logging.WARNING, "zarrcache.origin._retry"):
+    with caplog.at_level(logging.WARNING, "zarrcache.origin._requests"):
         assert len({obj.key: body for obj, body in origin.fetch(objects)}) == N
     assert (fault_proxy.count("GET"), counters.snapshot().retries) == (2 * N, N)
     assert [r for r in caplog.records if r.getMessage().startswith("origin.slow_down wait_s=")]

@@ -6,7 +6,6 @@ Origins for other storage implement `Origin` and are added with `register_origin
 from __future__ import annotations
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.origin._concurrent import PAGE_OBJECTS, Received
 from zarrcache.origin._origin import (
     BrowsableOrigin,
     Origin,
@@ -14,7 +13,7 @@ from zarrcache.origin._origin import (
     open_origin,
     register_origin,
 )
-from zarrcache.origin._retry import report_progress, reporting_progress
+from zarrcache.origin._requests import PAGE_OBJECTS, Received, report_progress, reporting_progress
 from zarrcache.origin._s3 import S3Bucket
 from zarrcache.origin._s3_errors import altered
 from zarrcache.origin._s3_options import split_s3_url

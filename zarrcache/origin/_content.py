@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin._concurrent import Received
+from zarrcache.origin._requests import Received
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -19,7 +19,7 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from zarrcache.origin._retry import RetryPolicy, TransientError
+from zarrcache.origin._requests import RetryPolicy, TransientError
 from zarrcache.stats import Counters
 
 if TYPE_CHECKING:

@@ -25,14 +25,14 @@ from fsspec.asyn import get_loop
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.origin._botocore import S3Settings
-from zarrcache.origin._concurrent import (
+from zarrcache.origin._content import etag_in, version_of
+from zarrcache.origin._requests import (
     SLOWEST_BYTES_PER_S,
     Answers,
+    Backoff,
     Received,
     concurrent_requests,
 )
-from zarrcache.origin._content import etag_in, version_of
-from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options
 

@@ -17,13 +17,6 @@ from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import _obstore, _s3fs
 from zarrcache.origin._botocore import S3Settings, settings_of, trusted_by
-from zarrcache.origin._concurrent import (
-    Answers,
-    Page,
-    Received,
-    concurrent_requests,
-    run,
-)
 from zarrcache.origin._content import (
     HELD_BYTES,
     ContentCheck,
@@ -33,7 +26,16 @@ from zarrcache.origin._content import (
     md5_in,
     other_shape,
 )
-from zarrcache.origin._retry import Backoff, RetryPolicy, TransientError
+from zarrcache.origin._requests import (
+    Answers,
+    Backoff,
+    Page,
+    Received,
+    RetryPolicy,
+    TransientError,
+    concurrent_requests,
+    run,
+)
 from zarrcache.origin._s3_errors import RequestContext, S3Error, changed, to_error
 from zarrcache.origin._s3_options import (
     AWS_ENDPOINT,

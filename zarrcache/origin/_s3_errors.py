@@ -15,7 +15,7 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from zarrcache.origin._retry import TransientError
+from zarrcache.origin._requests import RequestError, TransientError
 
 __all__ = ["RequestContext", "S3Error", "altered", "changed", "to_error"]
 
@@ -73,7 +73,7 @@ _ACCESS_CODES = (
 
 
 @dataclass
-class S3Error(Exception):
+class S3Error(RequestError):
     """A failed request, independent of the library that made it. Internal to this subpackage.
 
     Attributes

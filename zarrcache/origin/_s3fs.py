@@ -17,16 +17,16 @@ from fsspec.asyn import get_loop
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import ConfigError
-from zarrcache.origin._concurrent import (
+from zarrcache.origin._content import etag_in, version_of
+from zarrcache.origin._requests import (
     PAGE_OBJECTS,
     SLOWEST_BYTES_PER_S,
     Answers,
+    Backoff,
     Page,
     Received,
     concurrent_requests,
 )
-from zarrcache.origin._content import etag_in, version_of
-from zarrcache.origin._retry import Backoff
 from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options, typed_kwargs
 

@@ -11,8 +11,8 @@ import pytest
 
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
-from zarrcache.origin import _retry as retry
-from zarrcache.origin._retry import (
+from zarrcache.origin import _requests as retry
+from zarrcache.origin._requests import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     Backoff,

@@ -12,9 +12,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import pytest
 
 from zarrcache._keys import ObjectInfo
-from zarrcache.origin import _retry as retry
-from zarrcache.origin._concurrent import Answers, Received, concurrent_requests, run
-from zarrcache.origin._retry import Backoff
+from zarrcache.origin import _requests as retry
+from zarrcache.origin._requests import Answers, Backoff, Received, concurrent_requests, run
 from zarrcache.origin._s3_errors import S3Error
 
 Where = asyncio.AbstractEventLoop | Executor

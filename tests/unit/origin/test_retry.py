@@ -11,8 +11,8 @@ import pytest
 
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginAccessError, OriginUnavailableError
-from zarrcache.origin import _retry as retry
-from zarrcache.origin._retry import RetryPolicy, TransientError, is_transient
+from zarrcache.origin import _requests as retry
+from zarrcache.origin._requests import RetryPolicy, TransientError, is_transient
 
 URL = "s3://b/x"
 
@@ -177,7 +177,7 @@ def test_remaining_time_is_never_negative(clock: Clock) -> None:
 def test_each_wait_is_one_log_line_with_fields(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "zarrcache.origin._retry"):
+    with caplog.at_level(logging.WARNING, "zarrcache.origin._requests"):
         RetryPolicy(RetryConfig(attempts=3)).call(failing(2), URL)
     assert [record.getMessage() for record in caplog.records] == [
         "origin.retry attempt=2 wait_s=0.50 url=s3://b/x cause=SlowDown (503) #1",
