@@ -175,8 +175,11 @@ class ReadThrough:
                     reserve=reserve,
                     fills=self._fills,
                 )
-                values = self.prepared(decoded.array, key.url)
-                flaws = _flaws_of(values, decoded.missing_chunks)
+                values = as_density(
+                    decoded.array, key.url, self._array, is_per_point=self._is_per_point
+                )
+                found = decoded.missing_chunks, count_nonfinite(values)
+                flaws = Flaws(*found) if any(found) else SOUND
                 if lookup is not None:
                     lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
                 entry = arrays.put(key, values, source=decoded.source, flaws=flaws)
@@ -232,18 +235,13 @@ class ReadThrough:
                 cached = CachedOrigin(self._origin, self._cache, relist=True)
                 decoded = read_array(cached, store, self._array, fills=fills)
         values = self.prepared(decoded.array, key.url)
-        flaws = _flaws_of(values, decoded.missing_chunks)
-        if flaws is not SOUND:
-            self._report(key, flaws, on_flaws)
+        found = decoded.missing_chunks, count_nonfinite(values)
+        if any(found):
+            self._report(key, Flaws(*found), on_flaws)
         if self._revalidate == "run":
             self._checked.add(key.digest)
         self._counters.add(misses=1, bypasses=1)
         return values
-
-
-def _flaws_of(values: NDArray[np.float32], missing_chunks: int) -> Flaws:
-    flaws = Flaws(missing_chunks, count_nonfinite(values))
-    return SOUND if flaws == SOUND else flaws
 
 
 def _unpickled(

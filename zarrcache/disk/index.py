@@ -250,7 +250,7 @@ class Index:
     def begin(self, filename: str, size_bytes: int) -> Intent | Admission:
         """Reserve room for a file of ``size_bytes`` (on disk), or return why that is refused."""
         self._file.open()
-        if self.is_read_only:
+        if self._file.is_read_only:
             return Admission.READ_ONLY
         if self._unfinished:
             intents, self._unfinished = self._unfinished, []

@@ -32,6 +32,7 @@ from zarrcache.origin._requests import (
     Backoff,
     Received,
     concurrent_requests,
+    with_second_requests,
 )
 from zarrcache.origin._s3_errors import S3Error
 from zarrcache.origin._s3_options import S3Options
@@ -177,32 +178,32 @@ class ObstoreEngine:
         Small objects are requested in threads first. If the answer is late, the object is yielded
         twice: with a timeout, and with the answer to a second, patient request.
         """
-        if (
-            patience_s >= self._quick_s
-            and time.monotonic() >= self._patient_until_s
-            and all(obj.size_bytes <= QUICK_BYTES for obj in objects)
-        ):
-            patience_s = min(self._fetch.read_timeout, patience_s) - self._quick_s
-            late: list[ObjectInfo] = []
-            for obj, answer in concurrent_requests(
-                _threads(), self._get_quickly, objects, self._fetch.concurrency, backoff
-            ):
-                is_late = isinstance(answer, S3Error) and answer.code == "Timeout"
-                if patience_s > 0 and (is_late or (late and answer is None)):
-                    late.append(obj)
-                if answer is not None or not late:
-                    yield obj, answer
-            if len(late) > 1 + _LATE_SHARE * len(objects):
-                self._patient_until_s = time.monotonic() + _PATIENT_S
-            objects = late
-        if objects:
-            yield from concurrent_requests(
+
+        def patiently(objects: Sequence[ObjectInfo]) -> Answers:
+            return concurrent_requests(
                 get_loop(),
                 lambda obj: self.get(obj, patience_s=patience_s),
                 objects,
                 self._fetch.concurrency,
                 backoff,
             )
+
+        def again(late: Sequence[ObjectInfo]) -> Answers:
+            if len(late) > 1 + _LATE_SHARE * len(objects):
+                self._patient_until_s = time.monotonic() + _PATIENT_S
+            return patiently(late)
+
+        if (
+            patience_s < self._quick_s
+            or time.monotonic() < self._patient_until_s
+            or any(obj.size_bytes > QUICK_BYTES for obj in objects)
+        ):
+            return patiently(objects)
+        quickly = concurrent_requests(
+            _threads(), self._get_quickly, objects, self._fetch.concurrency, backoff
+        )
+        patience_s = min(self._fetch.read_timeout, patience_s) - self._quick_s
+        return with_second_requests(quickly, again) if patience_s > 0 else quickly
 
     async def _get_quickly(self, obj: ObjectInfo) -> Received:
         """GET one small object. Blocks, so it runs in a thread."""

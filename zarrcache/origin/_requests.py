@@ -64,6 +64,7 @@ __all__ = [
     "report_progress",
     "reporting_progress",
     "run",
+    "with_second_requests",
 ]
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,11 @@ class RequestError(Exception):
     @property
     def is_transient(self) -> bool:
         """Whether another attempt may succeed."""
+        raise NotImplementedError
+
+    @property
+    def is_timeout(self) -> bool:
+        """Whether there was no answer in time."""
         raise NotImplementedError
 
     @property
@@ -678,6 +684,32 @@ def concurrent_requests(
         waiting.clear()
         for future in started:
             future.cancel()
+
+
+def with_second_requests(
+    answers: Answers, again: Callable[[Sequence[ObjectInfo]], Answers]
+) -> Answers:
+    """Yield ``answers``, then those to second requests for objects whose answer was a timeout.
+
+    Such an object is yielded twice. What was not requested after the first timeout, because the
+    server seemed to be down, is requested as well.
+
+    Parameters
+    ----------
+    again : callable
+        Called with the objects, if there are any; sends the second requests.
+    """
+    late: list[ObjectInfo] = []
+    with contextlib.closing(answers):
+        for obj, answer in answers:
+            if (isinstance(answer, RequestError) and answer.is_timeout) or (
+                late and answer is None
+            ):
+                late.append(obj)
+            if answer is not None or not late:
+                yield obj, answer
+    if late:
+        yield from again(late)
 
 
 def _start(

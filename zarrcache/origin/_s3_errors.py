@@ -103,6 +103,11 @@ class S3Error(RequestError):
         return self.code in _TRANSIENT_CODES or self.status in _TRANSIENT_STATUS
 
     @property
+    def is_timeout(self) -> bool:
+        """Whether there was no answer in time."""
+        return self.code == "Timeout"
+
+    @property
     def is_slow_down(self) -> bool:
         """Whether the server says that it gets too many requests."""
         return self.code in _SLOW_DOWN_CODES or self.status in _SLOW_DOWN_STATUS
