@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache.arrays.read import RELIST_WAITS_S, density_of_group, list_array, read_array
+from zarrcache.arrays.read import (
+    RELIST_WAITS_S,
+    density_of_group,
+    list_array,
+    missing_chunks,
+    read_array,
+)
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters
@@ -125,8 +132,6 @@ def test_damaged_chunk_is_named(tmp_path: Path) -> None:
 
 def test_empty_chunk_in_a_zip_is_damaged_and_not_missing(tmp_path: Path) -> None:
     """It has a name, so it is not the fill value."""
-    import zipfile
-
     small_group(tmp_path / STORE, compressors=None)
     (tmp_path / STORE / NAME / "0.1.0").write_bytes(b"")
     with zipfile.ZipFile(tmp_path / f"{STORE}.zip", "w") as archive:
@@ -147,6 +152,48 @@ def test_missing_chunk_is_an_error_or_has_the_fill_value(tmp_path: Path) -> None
     assert decoded.missing_chunks == 1
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
     assert (decoded.array[0:4, 4:8, 0:4] == 7).all()
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_missing_chunks_are_counted_from_the_names_alone(
+    tmp_path: Path, zarr_format: Any, as_zip: bool
+) -> None:
+    """As many as a read finds."""
+    store = f"{STORE}.zip" if as_zip else STORE
+    small_group(tmp_path / store, zarr_format=zarr_format, as_zip=as_zip, chunks=(4, 4, 4))
+    origin = LocalOrigin(str(tmp_path))
+
+    def counted() -> tuple[int, int]:
+        return missing_chunks(origin, store, NAME, list_array(origin, store, NAME))
+
+    assert counted() == (0, 18)
+    separator = "c/0/1/0" if zarr_format == 3 else "0.1.0"
+    if as_zip:
+        with zipfile.ZipFile(tmp_path / store) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(tmp_path / store, "w") as archive:
+            for name, data in members.items():
+                if not name.endswith(f"{NAME}/{separator}"):
+                    archive.writestr(name, data)
+    else:
+        (tmp_path / store / NAME / separator).unlink()
+    assert counted() == (1, 18)
+    assert read_array(origin, store, NAME, fills=True).missing_chunks == 1
+
+
+def test_missing_chunks_of_what_is_no_array_are_not_counted(tmp_path: Path) -> None:
+    small_group(tmp_path / STORE)
+    origin, document = LocalOrigin(str(tmp_path)), tmp_path / STORE / NAME / ".zarray"
+    document.write_bytes(b"{")
+    with pytest.raises(SchemaError, match=rf"{NAME}/\.zarray is not JSON"):
+        missing_chunks(origin, STORE, NAME, list_array(origin, STORE, NAME))
+    document.write_bytes(b"{}")
+    with pytest.raises(SchemaError, match=rf"{NAME}/\.zarray"):
+        missing_chunks(origin, STORE, NAME, list_array(origin, STORE, NAME))
+    document.unlink()
+    with pytest.raises(SchemaError, match=f"{NAME} holds neither .zarray nor zarr.json"):
+        missing_chunks(origin, STORE, NAME, list_array(origin, STORE, NAME))
 
 
 def test_store_that_is_overwritten_while_it_is_read_is_read_again(

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 
 import zarrcache.disk._database as database
@@ -22,7 +23,14 @@ import zarrcache.disk.mmap as mmap_module
 from tests.support.cachedirs import array_of, key_of, payload_files, settings
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk._database import EntryDisk, Stored, is_damage, no_fork
+from zarrcache.disk._database import (
+    EntryDisk,
+    Stored,
+    is_damage,
+    is_valid_row,
+    no_fork,
+    row_mode,
+)
 from zarrcache.disk.entry import EntryHeader, read_header
 from zarrcache.disk.index import Index, Intent
 from zarrcache.ops.verify import verify
@@ -58,7 +66,59 @@ def test_disk_of_diskcache_touches_no_file(tmp_path: Path) -> None:
     assert size == 4096
 
 
+def test_the_checksum_of_a_row_is_part_of_the_format() -> None:
+    """Indexes of other versions stay readable: a CRC-32C above 8 bits for the kind of row."""
+    filename, value = "entries/ab/abcd-01", "8192 file\n/data/mp-1.zarr\na"
+    mode = google_crc32c.value(f"{filename}\n{value}".encode()) << 8 | 16
+    assert row_mode(filename, value) == mode
+    assert is_valid_row(mode, filename, value)
+
+
+@pytest.mark.parametrize(
+    ("filename", "value"),
+    [
+        ("entries/ab/abcd-01", "8192"),
+        ("entries/ab/abcd-01", "08192 note"),
+        ("entries/ab/abcd-01", "-1 note"),
+        ("entries/ab/abcd-01", "1e3 note"),
+        ("entries/ab/abcd-01", f"{10**18} note"),
+        ("entries/../cache.db", "8192 note"),
+        ("/etc/passwd", "8192 note"),
+        ("locks/ab", "8192 note"),
+        ("entries/ab/abcd-01/x", "8192 note"),
+        ("entries", "8192 note"),
+        ("entries/ab/abcd-01\n", "8192 note"),
+        (None, "8192 note"),
+        ("entries/ab/abcd-01", None),
+        ("entries/ab/abcd-01", 8192),
+    ],
+)
+def test_a_row_that_this_package_does_not_write_is_invalid_with_any_checksum(
+    filename: Any, value: Any
+) -> None:
+    assert not is_valid_row(row_mode(filename, value), filename, value)
+    assert not is_valid_row(0, filename, value)
+
+
 # -- damage
+
+
+@pytest.mark.parametrize(
+    ("code", "is_locked"),
+    [(5, True), (6, True), (5 | 1 << 8, True), (5 | 2 << 8, True), (4, False), (7, False)],
+)
+def test_only_a_lock_of_another_process_is_waited_for(code: int, is_locked: bool) -> None:
+    exc = sqlite3.OperationalError("database is locked")
+    exc.sqlite_errorcode = code
+    assert database._is_locked(exc) is is_locked
+    assert not database._is_locked(sqlite3.OperationalError("without a code"))
+
+
+def test_a_file_whose_type_cannot_be_determined_counts_as_regular(tmp_path: Path) -> None:
+    """So a rebuild keeps it. A planted link is removed."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert not database._is_regular(tmp_path / "link")
+    assert database._is_regular(tmp_path / ("x" * 300))  # ENAMETOOLONG
 
 
 #: Result codes of SQLite (sqlite.org/rescode.html) that say nothing about the file.
