@@ -303,7 +303,15 @@ class CacheConfig(_Block):
     @field_validator("dir", "lower", "peer_token_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else Path(os.path.abspath(value.expanduser()))
+        if value is None:
+            return None
+        try:
+            return Path(os.path.abspath(value.expanduser()))
+        except RuntimeError as exc:
+            raise ValueError(
+                f"{safe_repr(str(value))} begins with ~ and names no user of this machine. Write "
+                "the whole path."
+            ) from exc
 
     @field_validator("peers")
     @classmethod

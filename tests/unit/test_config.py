@@ -299,6 +299,8 @@ def test_directory_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HOME", "/home/me")
     assert CacheConfig(dir="zc/../zc").dir == tmp_path / "zc"
     assert CacheConfig(dir="~/zc").dir == Path("/home/me/zc")
+    with pytest.raises(ConfigError, match=r"cache\.dir: '~nosuchuser/zc' begins with ~ and names"):
+        CacheConfig(dir="~nosuchuser/zc")
 
 
 def test_settings_are_frozen_and_travel(tmp_path: Path) -> None:

@@ -479,8 +479,26 @@ def _v2_codec(configuration: Any) -> Any:
     return _numcodec(configuration["id"], configuration)
 
 
+#: Settings of codecs that are decoded here without numcodecs. Another one may change what the
+#: bytes mean, so that zarr decides.
+_SETTINGS: dict[str, frozenset[str]] = {
+    "bytes": frozenset({"endian"}),
+    "endian": frozenset({"endian"}),
+    "transpose": frozenset({"order"}),
+    "sharding_indexed": frozenset({"chunk_shape", "codecs", "index_codecs", "index_location"}),
+}
+
+
 def _named(codec: Any) -> tuple[str, Mapping[str, Any]]:
-    """Name and settings of a codec in ``zarr.json``."""
+    """Name and settings of a codec in ``zarr.json``.
+
+    Raises
+    ------
+    ValueError
+        It is not a codec.
+    UnknownCodecError
+        It has a setting that is not known here.
+    """
     if isinstance(codec, str):
         return codec, {}
     if not isinstance(codec, dict) or not isinstance(codec.get("name"), str):
@@ -488,6 +506,9 @@ def _named(codec: Any) -> tuple[str, Mapping[str, Any]]:
     settings = codec.get("configuration")
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"{safe_repr(codec)} is not a codec")
+    known = _SETTINGS.get(codec["name"])
+    if settings and known is not None and settings.keys() - known:
+        raise UnknownCodecError(codec["name"])
     return codec["name"], settings or {}
 
 

@@ -59,6 +59,11 @@ _CHUNK_NAME = re.compile(r"c(\.\d+)*|\d+(\.\d+)*")
 _OBJECT_CODECS = frozenset(
     {"pickle", "json2", "msgpack2", "vlen-utf8", "vlen-bytes", "vlen-array", "categorize"}
 )
+#: Members of ``zarr.json`` that are followed here, or do not affect the values.
+_V3_MEMBERS = frozenset(
+    "attributes chunk_grid chunk_key_encoding codecs data_type dimension_names fill_value node_type "
+    "shape storage_transformers zarr_format".split()
+)
 _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -400,6 +405,13 @@ def check_metadata(document: object, url: str) -> None:
     """
     if not isinstance(document, dict) or not isinstance(document.get("shape"), list):
         raise SchemaError(f"{url} does not describe a Zarr array.")
+    # A document without these two is read.
+    kind, version = document.get("node_type", "array"), document.get("zarr_format")
+    if kind != "array" or version not in (None, 3 if "data_type" in document else 2):
+        raise SchemaError(
+            f"{url} says node_type {safe_repr(kind)} and zarr_format {safe_repr(version)}; it does "
+            "not describe a Zarr array."
+        )
     name = document.get("dtype", document.get("data_type"))
     if not all(type(n) is int and 0 <= n < _MAX_LENGTH for n in document["shape"]):
         raise SchemaError(
@@ -548,6 +560,11 @@ def _v3(document: Mapping[str, Any]) -> _Layout:
     grid = document["chunk_grid"]
     if grid["name"] != "regular" or document.get("storage_transformers"):
         raise UnknownCodecError(str(grid["name"]))
+    for name in document.keys() - _V3_MEMBERS:
+        # An extension may change what the chunks mean, unless it says that it does not.
+        extension = document[name]
+        if not isinstance(extension, dict) or extension.get("must_understand") is not False:
+            raise UnknownCodecError(str(name))
     _ = document["chunk_key_encoding"]
     dtype = np.dtype(document["data_type"])
     chunk = Chunk.v3(grid["configuration"]["chunk_shape"], dtype, document["codecs"])

@@ -39,6 +39,7 @@ _NEWLINE, _SPACE, _PLUS, _MINUS, _ZERO, _NINE = b"\n +-09"
 _LETTERS, _EXPONENTS = ord("A"), np.frombuffer(b"EeDd", np.uint8)
 _READ_BYTES = 1 << 22
 _LINE_BYTES = 1 << 20
+_TAIL_BYTES = 200
 #: Largest decompressed size: this many times the file's size, and _ROOM_BYTES in any case.
 _MAX_RATIO, _ROOM_BYTES = 100, 64 * 1024**2
 
@@ -188,6 +189,13 @@ def _scan(file: Any, path: Path) -> _Scan:
             "short; get it again."
         )
     is_whole = not rest or rest.endswith(b"\n")
+    if not is_whole:
+        *before, last = (number.lstrip(b"+-") for number in rest[-_TAIL_BYTES:].split()[-5:])
+        if len({len(number) for number in before}) == 1 and len(last) < len(before[0]):
+            raise SchemaError(
+                f"{path} ends within a number ({last.decode('ascii', 'replace')!r}). It is cut "
+                "short; get it again."
+            )
     lines.add(rest if is_whole else rest + b"\n")
     lines.check(path, atoms)
     return _Scan(lines.has_bare_exponent or not title.isascii(), len(lines.grids), is_whole)

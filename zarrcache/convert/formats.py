@@ -285,11 +285,12 @@ def is_step(name: str) -> bool:
 def _is_id(after: str, directory: str) -> bool:
     """Whether ``CHGCAR_<after>`` names a material: it has a digit or begins as a formula does.
 
-    ``CHGCAR.1`` in ``mp-1/`` is a step.
+    ``CHGCAR.1`` in ``mp-1/`` is a step, and ``CHGCAR.relax2.bak`` a copy of one.
     """
     if after.isdigit():
         return _MATERIAL.match(directory) is None
-    return any(map(str.isdigit, after)) or after[0].isupper()
+    name = "".join(word for word in after.split(".") if not is_step(word))
+    return any(map(str.isdigit, name)) or name[:1].isupper()
 
 
 def is_density_name(name: str) -> bool:

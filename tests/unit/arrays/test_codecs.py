@@ -144,3 +144,40 @@ def test_codec_that_is_not_installed_is_named(zarr_format: Literal[2, 3]) -> Non
     """Also what to do."""
     with pytest.raises(SchemaError, match=r"example.reversed.*install that package"):
         decoded(zarr_format)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"example.scale": {"must_understand": True, "factor": 2}}, "example.scale"),
+        ({"example.scale": {"name": "example.scale"}}, "example.scale"),
+        ({"codecs": [{"name": "bytes", "configuration": {"endian": "little", "x": 1}}]}, "Codec"),
+        ({"node_type": "group"}, "node_type 'group'"),
+        ({"zarr_format": 2}, "zarr_format 2"),
+    ],
+)
+def test_document_with_a_part_that_is_not_known_is_never_read_as_if_it_were_not_there(
+    change: dict[str, Any], reason: str
+) -> None:
+    """They are refused by zarr too: the part may change what the chunks mean."""
+    plain = {**V3, "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}
+    with pytest.raises(SchemaError, match=reason):
+        _read_v3({**plain, **change})
+
+
+def test_extension_that_need_not_be_understood_is_ignored() -> None:
+    plain = {**V3, "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}
+    values = _read_v3({**plain, "example.note": {"must_understand": False}})
+    np.testing.assert_array_equal(values, VALUES)
+
+
+def _read_v3(document: dict[str, Any]) -> np.ndarray[Any, Any]:
+    objects = {
+        "zarr.json": json.dumps(document).encode(),
+        "c/0/0/0": VALUES[:2].tobytes(),
+        "c/1/0/0": VALUES[2:].tobytes(),
+    }
+    decoder = ArrayDecoder(objects, "s3://b/mp-1.zarr/a")
+    for key, data in objects.items():
+        decoder.add(key, data)
+    return decoder.finish()

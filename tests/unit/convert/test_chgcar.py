@@ -142,7 +142,7 @@ def test_a_text_cut_short_is_refused(chgcar: Path) -> None:
     chgcar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         SchemaError,
-        match=r"syn-2-0000\.CHGCAR: the grid of line \d+ announces 480 numbers and has \d+\.",
+        match=r"syn-2-0000\.CHGCAR(: the grid of line \d+ announces 480 numbers| ends within a num)",
     ):
         read_density(chgcar)
 
@@ -162,9 +162,17 @@ def test_a_text_without_a_grid_is_no_chgcar(tmp_path: Path, text: str) -> None:
         read_density(tmp_path / "mp-1.CHGCAR")
 
 
-def test_a_last_number_cut_short_is_told(chgcar: Path) -> None:
-    """It parses, with a wrong last digit: only the missing line end shows it."""
-    chgcar.write_bytes(chgcar.read_bytes()[:-2])
+@pytest.mark.parametrize("missing", [2, 3, 5, 9])
+def test_a_last_number_cut_short_is_refused(chgcar: Path, missing: int) -> None:
+    """It parses, with other digits or no exponent: only its length shows it."""
+    chgcar.write_bytes(chgcar.read_bytes().rstrip()[: 1 - missing])
+    with pytest.raises(SchemaError, match=r"ends within a number \('.*'\)"):
+        read_density(chgcar)
+
+
+def test_a_missing_last_line_end_is_a_warning(chgcar: Path) -> None:
+    """The last number is as long as the others."""
+    chgcar.write_bytes(chgcar.read_bytes().rstrip())
     assert any(
         "does not end with a line end" in warning for warning in read_density(chgcar).warnings
     )
