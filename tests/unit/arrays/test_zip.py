@@ -119,10 +119,10 @@ def test_directory_is_measured_as_zipfile_reads_it(is_large: bool) -> None:
     )
     directory = b"".join(entry + b"%08x" % i for i in range(count))
     large = b"PK\x06\x06" + struct.pack(
-        "<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), 0
+        "<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), 0xFFFF
     )
     large += b"PK\x06\x07" + struct.pack("<LQL", 0, len(directory), 1)
     said = 1000 if is_large else len(directory)
-    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, said, 0, 0)
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, said, 0xFFFF, 0)
     with pytest.raises(SchemaError, match=f"a directory of {len(directory)} bytes"):
         ZippedStore(directory + (large if is_large else b"") + end, URL)

@@ -18,7 +18,10 @@ from tests.support.cachedirs import (
     payload_files,
     settings,
 )
+from zarrcache.cache import tiers
 from zarrcache.cache.tiers import ArrayCache
+from zarrcache.disk import is_mapped
+from zarrcache.errors import CorruptEntryError
 from zarrcache.stats import Counters, Stats
 
 
@@ -46,6 +49,35 @@ def test_put_is_got_bit_for_bit(tmp_path: Path) -> None:
     assert np.array_equal(again.array, array)
     assert cache.get(key_of(2)) is None
     assert counted(cache) == Stats()
+
+
+def test_what_was_put_is_returned_as_a_map_of_its_file(tmp_path: Path) -> None:
+    """The kernel may reclaim its pages, and a worker transfers it without a copy."""
+    entry = make(tmp_path).put(key_of(1), array_of(1), source="s")
+    assert entry is not None
+    assert is_mapped(entry.array)
+    assert np.array_equal(entry.array, array_of(1))
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError, PermissionError, CorruptEntryError])
+def test_what_was_put_and_cannot_be_mapped_is_returned_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    """Another process evicted it at once, or the disk failed."""
+    cache = make(tmp_path)
+
+    def fails(path: str) -> Any:
+        raise fault(path)
+
+    monkeypatch.setattr(tiers, "map_entry", fails)
+    entry = cache.put(key_of(1), array_of(1), source="s")
+    assert entry is not None
+    assert entry.header.key == key_of(1)
+    assert np.array_equal(entry.array, array_of(1))
+    # An eviction is no fault of the cache.
+    assert counted(cache) == Stats(
+        purges=int(fault is CorruptEntryError), cache_errors=int(fault is PermissionError)
+    )
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,44 @@ def test_a_full_cache_takes_back_the_room_of_dead_owners(tmp_path: Path) -> None
     assert isinstance(index.begin("entries/aa/aa", 4096), Intent)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "filename = 'entries/cd/cdef'",
+        "filename = '../victim'",
+        "value = '4096 ' || substr(value, 6) || ' '",
+        "mode = 16",
+        "store_time = 'yesterday'",
+    ],
+)
+def test_no_file_is_swept_because_of_a_planted_row(
+    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = make(tmp_path)
+    store(index, "cdef")
+    leave_behind(index, "entries/ab/abcd")
+    victim = index.dir.root.parent / "victim"
+    victim.write_bytes(b"of others")
+    sql(index, f"UPDATE Cache SET {change} WHERE key LIKE '+%'")
+    with pytest.raises(sqlite3.DatabaseError, match="does not match its checksum"):
+        index.sweep()
+    assert victim.exists()
+    assert (index.dir.entries / "cd" / "cdef").exists()
+    make(tmp_path)
+    assert "is broken (" in caplog.text
+    assert victim.exists()
+
+
+def test_a_cache_that_is_only_read_sweeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = make(tmp_path)
+    path = leave_behind(index, "entries/ab/abcd")
+    monkeypatch.setattr(Index, "is_read_only", True)
+    assert index.sweep() == 0
+    assert path.exists()
+
+
 def test_sweep_spares_a_file_that_was_published_again(tmp_path: Path) -> None:
     """An object that a killed writer announced is a good entry of another process by now."""
     index = make(tmp_path)
