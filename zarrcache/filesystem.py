@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import io
 import os
 import posixpath
@@ -57,17 +56,19 @@ _MAX_OBJECTS = 100_000
 _MAX_VERSIONS = 100_000
 _MAX_INVALIDATED = 1000
 
-
 #: Options of simplecache that mean something else here.
 _INSTEAD = {
     "fs": "Give target_protocol and target_options, or the URL zarrcache::s3://bucket/key.",
     "cache_storage": "Write dir: the directory is that of the cache: block.",
-    "expiry_time": "Write revalidate: epoch to compare with the origin at each read.",
-    "check_files": "Write revalidate: epoch to compare with the origin at each read.",
-    "cache_check": "Write revalidate: epoch to compare with the origin at each read.",
     "compression": "Objects are cached as they are: give compression to fsspec.open.",
-    "same_names": "The files of the cache have no names; copy objects with get().",
-    "cache_mapper": "The files of the cache have no names; copy objects with get().",
+    **dict.fromkeys(
+        ("expiry_time", "check_files", "cache_check"),
+        "Write revalidate: epoch to compare with the origin at each read.",
+    ),
+    **dict.fromkeys(
+        ("same_names", "cache_mapper"),
+        "The files of the cache have no names; copy objects with get().",
+    ),
 }
 
 
@@ -311,11 +312,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         digits = str(info.get("ETag", "")).strip('"').partition("-")[0]
         if self._is_s3 and re.fullmatch("[0-9a-fA-F]+", digits):
             return int(digits, 16)
-        return int(tokenize(_version(info)), 16)
-
-    def ukey(self, path: str) -> str:
-        """A text that changes with the file's version."""
-        return hashlib.sha256(repr(_version(self.info(path))).encode()).hexdigest()
+        return int(tokenize(info), 16)
 
     # -- contents
 
@@ -386,9 +383,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             self._info(path)  # raises if there is nothing
             raise IsADirectoryError(f"{self._url(path)} is a directory. Name a file in it.")
         if etag is not None and etag != found.obj.etag:
-            raise IncompleteArrayError(
-                f"{self._url(path)} was changed after it was opened. Open it again."
-            )
+            raise _changed(self._url(path))
         return _File(
             self,
             path,
@@ -547,23 +542,26 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         store = self._store(place, is_opening=False)
         parts = (place.key if store is None else place.inside).split("/")
         splits = [(parts[:n], "/".join(parts[n:])) for n in range(len(parts))]
-        arrays = [(array, chunk) for array, chunk in splits if _CHUNK.fullmatch(chunk)]
-        for array, chunk in arrays:
-            documents = ("zarr.json", ".zarray") if chunk[0] == "c" else (".zarray", "zarr.json")
-            for document in documents:
-                key = "/".join([*array, document])
-                if place.origin.list_objects(key) if store is None else key in store.objects():
-                    return _no_such_file(self._url(path))
+        documents = [
+            "/".join([*array, name])
+            for array, chunk in splits
+            if _CHUNK.fullmatch(chunk)
+            # The one of the chunk's format first.
+            for name in sorted((".zarray", "zarr.json"), reverse=chunk[0] == "c")
+        ]
+        is_there = any(
+            place.origin.list_objects(key) if store is None else key in store.objects()
+            for key in documents
+        )
         # Raises if the bucket is gone.
         with contextlib.suppress(*self._absent_errors):
-            if self._is_directory(path, is_opening=False) or not arrays:
-                return _no_such_file(self._url(path))
-        if not arrays:
-            return _no_such_file(self._url(path))
-        return IncompleteArrayError(
-            f"{self._url(path)} is not there, and no array that it is a chunk of (no zarr.json or "
-            ".zarray above it). If the array was open, it was deleted meanwhile."
-        )
+            is_there = is_there or self._is_directory(path, is_opening=False)
+        if documents and not is_there:
+            return IncompleteArrayError(
+                f"{self._url(path)} is not there, and no array that it is a chunk of (no zarr.json "
+                "or .zarray above it). If the array was open, it was deleted meanwhile."
+            )
+        return _no_such_file(self._url(path))
 
     def _info(self, path: str, *, refresh: bool = False) -> dict[str, Any]:
         if path in ("", "/"):
@@ -687,6 +685,11 @@ class _Place:
         """Prefix of the keys below this one."""
         return f"{self.key}/" if self.key else ""
 
+    @property
+    def store_url(self) -> str:
+        """URL of the store that contains it."""
+        return self.origin.url_of(f"{self.directory}/{self.name}".lstrip("/"))
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:
@@ -749,7 +752,7 @@ class _Shared:
             is_changed = self._versions.get(store_id, "") is None
             store = self._stores.get(store_id)
             if is_changed and not is_opening:
-                raise _changed(place)
+                raise _changed(place.store_url)
             relists = refresh or is_changed or self._config.revalidate == "epoch"
             if store is None or (is_opening and relists):
                 origin = place.origin.below(place.directory) if place.directory else place.origin
@@ -764,7 +767,7 @@ class _Shared:
             if not is_opening and known != version:
                 self._drop(store_id)
                 self._versions[store_id] = None
-                raise _changed(place)
+                raise _changed(place.store_url)
             if not has_objects:
                 self._drop(store_id)
                 self._versions.pop(store_id, None)
@@ -799,7 +802,7 @@ class _Shared:
             if self._stores.get(place.store_id, store) is store:
                 self._drop(place.store_id)
                 self._versions[place.store_id] = None
-        return _changed(place)
+        return _changed(place.store_url)
 
     def invalidate(self, origin_id: str, path: str | None) -> None:
         """List the stores at, above or below a path again at their next use; None: all."""
@@ -863,10 +866,6 @@ def _name(info: Mapping[str, Any]) -> str:
     return str(info["name"])
 
 
-def _version(info: Mapping[str, Any]) -> tuple[Any, ...]:
-    return info["name"], info["size"], info["type"], info.get("ETag")
-
-
 def _concerns(marked: tuple[str, str], store_id: tuple[str, str]) -> bool:
     (origin_id, path), (origin_of_store, store) = marked, store_id
     if origin_id != origin_of_store:
@@ -875,11 +874,8 @@ def _concerns(marked: tuple[str, str], store_id: tuple[str, str]) -> bool:
     return path in ("", "/") or one.startswith(other) or other.startswith(one)
 
 
-def _changed(place: _Place) -> IncompleteArrayError:
-    return IncompleteArrayError(
-        f"{place.origin.url_of(f'{place.directory}/{place.name}'.lstrip('/'))} was changed after "
-        "it was opened. Open it again."
-    )
+def _changed(url: str) -> IncompleteArrayError:
+    return IncompleteArrayError(f"{url} was changed after it was opened. Open it again.")
 
 
 def _no_such_file(url: str) -> FileNotFoundError:
