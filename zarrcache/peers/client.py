@@ -19,6 +19,7 @@ import re
 import socket
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ class Peers:
         self._patience_s = config.retry.timeout
         self._key: bytes | None = None
         self._patience = Patience(node_dir)
-        self._senders: dict[str, Sender] = {}
+        self._senders: dict[str, Sender] = defaultdict(Sender)
         self._own_until_s, self._can_serve = 0.0, True
         self._log_once = LogOnce()
 
@@ -200,8 +201,8 @@ class Peers:
 
     def check(self) -> None:
         """Raise ConfigError if the token file cannot be used."""
-        if self._nodes and self._token_file is not None:
-            self._key = key_of(read_token(self._token_file))
+        if self._nodes:
+            self._key = key_of(read_token(self._token_file) if self._token_file else None)
 
     def probe(self) -> Iterator[tuple[str, str]]:
         """Ask every node for an entry that none has; yield its URL and why it failed, or ''."""
@@ -408,7 +409,7 @@ class Peers:
                 connection.limit_s(until_s - time.monotonic())
                 answer = self._exchange(connection, peer, "GET", target)
                 if answer.fields.get("kind") == "time" and not is_last:
-                    self._sender(peer).adopt(answer.fields.get("now", ""))
+                    self._senders[peer].adopt(answer.fields.get("now", ""))
                     continue
                 reply = _reply_of(answer, peer, digest)
                 if reply.kind in ("entry", "lease"):
@@ -424,7 +425,7 @@ class Peers:
     def _exchange(self, connection: _Connection, peer: str, method: str, target: str) -> _Answer:
         """Send a signed request; its answer, whose digest is right."""
         key, host = self._digest_key(), urlsplit(peer).netloc
-        authorization, seal = self._sender(peer).authorization(key, method, host, target)
+        authorization, seal = self._senders[peer].authorization(key, method, host, target)
         connection.request(method, target, headers={"Host": host, "Authorization": authorization})
         response = connection.getresponse()
         text = response.headers.get(ANSWER_HEADER, "")
@@ -455,42 +456,25 @@ class Peers:
             entry_bytes=None if failure else entry_bytes,
             failed=bool(failure),
         )
-        if not out_s:
-            return
-        if peer == self.own:
-            self._log_once.warning(
-                ("failed", peer),
-                logger,
-                "this node's own server %s does not answer (%s); other nodes cannot get entries "
-                "from it. Start `zarrcache serve` here",
-                peer,
-                failure or "too slow",
+        if out_s:
+            text = (
+                "this node's own server %s does not answer, so other nodes cannot get entries from "
+                "it. Start `zarrcache serve` here (left out for %.0f s: %s)"
+                if peer == self.own
+                else "peer %s is left out for %.0f s, and again after each further failure or "
+                "delay: %s"
             )
-            return
-        self._log_once.warning(
-            ("failed", peer),
-            logger,
-            "peer %s is left out for %.0f s, and again after each further failure or delay: %s",
-            peer,
-            out_s,
-            failure or "it is too slow",
-        )
-
-    def _sender(self, peer: str) -> Sender:
-        return self._senders.setdefault(peer, Sender())
+            why = failure or "it is too slow"
+            self._log_once.warning(("failed", peer), logger, text, peer, out_s, why)
 
     def _digest_key(self) -> bytes:
         if self._key is None:
-            token = None
-            if self._token_file is not None:
-                try:
-                    token = read_token(self._token_file)
-                except ConfigError as exc:
-                    # The file disappeared during the run; the peers will answer 401.
-                    self._log_once.warning("token", logger, "%s", exc)
-                    return key_of(None)
-            self._key = key_of(token)
-        return self._key
+            try:
+                self.check()
+            except ConfigError as exc:
+                # The file disappeared during the run; the peers will answer 401.
+                self._log_once.warning("token", logger, "%s", exc)
+        return self._key or key_of(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,36 +488,31 @@ class _Answer:
 
 def _reply_of(answer: _Answer, peer: str, digest: str) -> Reply:
     response, fields = answer.response, answer.fields
-    kind = fields.get("kind", "")
-    waited_s = float(fields.get("waited", "0"))
+    kind: Any = fields.get("kind", "")
+    nbytes = 0
     if response.status == 200 and kind == "entry":
-        nbytes = int(fields["nbytes"]) if fields.get("nbytes", "").isdecimal() else -1
+        nbytes = int(fields.get("nbytes", ""))
         if response.length != nbytes + SEAL_BYTES:
             raise ValueError("its answer has another length than it says")
         if not 0 <= nbytes <= most_bytes() + _HEADER_BYTES:
             raise ValueError(f"it announced {nbytes} bytes, more than any entry has")
-        return Reply(
-            "entry",
-            peer,
-            digest,
-            nbytes=nbytes,
-            left_bytes=nbytes,
-            body=response,
-            waited_s=waited_s,
-        )
-    if kind in ("at", "lease", "busy", "alone", "none") and response.length == 0:
+    elif kind in ("at", "lease", "busy", "alone", "none") and response.length == 0:
         response.read()  # frees the connection for the next request
-        return Reply(
-            kind,  # type: ignore[arg-type]
-            peer,
-            digest,
-            node=fields.get("node", ""),
-            waited_s=waited_s,
-            silent_s=float(fields.get("silent", "0")),
-        )
-    if response.status == 503:  # it serves too many clients; the next miss may succeed
-        return Reply("none", peer, digest)
-    raise ValueError(f"it answered {response.status}")
+    elif response.status == 503:  # it serves too many clients; the next miss may succeed
+        kind = "none"
+    else:
+        raise ValueError(f"it answered {response.status}")
+    return Reply(
+        kind,
+        peer,
+        digest,
+        nbytes=nbytes,
+        left_bytes=nbytes,
+        body=response if kind == "entry" else None,
+        node=fields.get("node", ""),
+        waited_s=float(fields.get("waited", "0")),
+        silent_s=float(fields.get("silent", "0")),
+    )
 
 
 def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
