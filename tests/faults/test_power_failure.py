@@ -102,7 +102,7 @@ def test_at_each_step_of_an_overwrite_the_old_or_the_new_store_survives(
         monkeypatch.setattr(writer, "exchange", lambda *_: False)
         # the process that moved the old store aside is dead after a power failure
         monkeypatch.setattr("zarrcache.disk._publish._is_abandoned", lambda *_: True)
-    for name in ("sync_tree", "exchange", "sync_name", "remove_hidden"):
+    for name in ("sync_tree", "exchange", "sync_directory", "remove_hidden"):
         at_each(name)
     convert_directory(source / "new" / "mp-0.CHGCAR", out, overwrite=True)
     assert seen[0] == ("before sync_tree", "old")
@@ -124,7 +124,7 @@ def test_a_tree_is_synced_with_and_without_syncfs(
     with disk.after_power_failure() as mount:
         assert not list(mount.rglob("*"))[1:]  # lost+found: the copies do lose what is not synced
     durable.sync_tree(tree)
-    durable.sync_name(tree)
+    durable.sync_directory(tree.parent)
     with disk.after_power_failure() as mount:
         sizes = [(mount / "tree" / "below" / str(n)).stat().st_size for n in range(20)]
     assert sizes == list(range(20))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from zarrcache.disk import file_system_of
 
-__all__ = ["exchange", "make_directory", "sync_directory", "sync_name", "sync_tree"]
+__all__ = ["exchange", "make_directory", "sync_directory", "sync_tree"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -55,11 +55,6 @@ def sync_tree(root: Path) -> None:
         _fsync(Path(directory))
 
 
-def sync_name(path: Path) -> None:
-    """Wait until the names in ``path``'s directory are on the disk."""
-    _fsync(path.parent)
-
-
 def sync_directory(path: Path) -> None:
     """Wait until the names in a directory are on the disk."""
     _fsync(path)
@@ -70,7 +65,7 @@ def make_directory(path: Path) -> None:
     missing = [above for above in (path, *path.parents) if not above.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for above in reversed(missing):
-        sync_name(above)
+        sync_directory(above.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -35,7 +35,7 @@ __all__ = [
 
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|lzma)$", re.IGNORECASE)
 #: CHG, LOCPOT, AECCAR2: chosen by an explicit pattern; the directory names the material.
-_BARE_VASP_NAME = re.compile(r"[A-Z]{3,8}[0-9]?|CHGCAR\.vasp")
+_BARE_VASP_NAME = re.compile(r"[A-Z]{3,8}[0-9]?")
 #: Files to list as left out, because a user may expect them to be converted.
 _RESEMBLES_DENSITY = re.compile(r"CHG|AECCAR|LOCPOT|ELFCAR", re.IGNORECASE)
 #: Words that name a step of a calculation instead of a material: ``CHGCAR.3static``,
@@ -92,7 +92,7 @@ _VASP = InputFormat(
 _formats = [_JSON, _VASP]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class LeftOut:
     """A file that is not converted, and why.
 
@@ -231,11 +231,8 @@ def _id_by(path: Path, formats: Sequence[InputFormat] | None, naming: Naming) ->
         return path.parent.name
     inside = path.relative_to(naming.root) if path.is_relative_to(naming.root) else path
     if naming.id_from == "path":
-        directories = inside.parent.parts if inside.parent.parts else ()
-        name = _id_in_name(path, formats, also_steps=True)
-        if not name and not _is_vasp_name(path, formats):
-            name = _COMPRESSED.sub("", path.name)
-        return "_".join((*directories, *filter(None, [name]))) or path.parent.name
+        parts = (*inside.parent.parts, _id_in_name(path, formats, also_steps=True))
+        return "_".join(filter(None, parts)) or path.parent.name
     match = re.search(naming.id_from, inside.as_posix())
     return next((group for group in match.groups() if group), match[0]) if match else ""
 
@@ -249,8 +246,9 @@ def _id_in_name(
     match = fmt.match(bare)
     if match is None:
         vasp, _, step = bare.partition(".")
-        is_bare = _BARE_VASP_NAME.fullmatch(vasp) and (not step or is_step(step))
-        return "" if is_bare or _BARE_VASP_NAME.fullmatch(bare) else bare
+        if not _BARE_VASP_NAME.fullmatch(vasp) or (step and (also_steps or not is_step(step))):
+            return bare
+        return ""
     found = [group for group in match.groups() if group]
     if fmt not in (_VASP, _JSON):
         return found[0] if found else ""
@@ -262,13 +260,6 @@ def _id_in_name(
     if after and not is_step(after) and _is_id(after, path.parent.name):
         return after
     return ""
-
-
-def _is_vasp_name(path: Path, formats: Sequence[InputFormat] | None) -> bool:
-    bare = _COMPRESSED.sub("", path.name)
-    return format_of(path.name, formats).match(bare) is not None or bool(
-        _BARE_VASP_NAME.fullmatch(bare)
-    )
 
 
 def _directory_above(path: Path) -> str:
@@ -300,23 +291,18 @@ def is_density_name(name: str) -> bool:
 
 def _reason_against(name: str) -> str | None:
     """Why a file of this name is not converted without a pattern; None if it is."""
-    bare = _COMPRESSED.sub("", name)
-    fmt = next((fmt for fmt in _formats if fmt.match(bare)), None)
     if name.startswith("."):
         return "a hidden file"
-    if fmt is None:
+    bare = _COMPRESSED.sub("", name)
+    matches = ((fmt, match) for fmt in _formats if (match := fmt.match(bare)))
+    if (found := next(matches, None)) is None:
         return "not named like a charge density (CHGCAR, mp-1.CHGCAR, mp-1.json)"
-    match = fmt.match(bare)
-    if (
-        fmt == _JSON
-        and match is not None
-        and (match[1].lower() in _NO_DENSITY_JSON or _MAP.fullmatch(match[1]))
-    ):
+    fmt, match = found
+    if fmt == _JSON and (match[1].lower() in _NO_DENSITY_JSON or _MAP.fullmatch(match[1])):
         return "JSON that workflow software writes, not a density"
-    if fmt == _VASP and match is not None and match["after"]:
-        after = match["after"]
-        if not is_step(after) and (match["before"] or not _is_id(after, "")):
-            return f"{after!r} after CHGCAR is neither a material nor a step of a calculation"
+    after = match["after"] if fmt == _VASP else None
+    if after and not is_step(after) and (match["before"] or not _is_id(after, "")):
+        return f"{after!r} after CHGCAR is neither a material nor a step of a calculation"
     return None
 
 
@@ -359,10 +345,12 @@ def find_files(
     files = []
     for entry in _walk(src, deepest, apart, unreadable):
         path = Path(entry.path)
-        reason = _reason_against(entry.name) if chosen is None else None
-        if chosen is not None and path not in chosen:
+        if chosen is None:
+            reason = _reason_against(entry.name) or _reason_against_kind(entry)
+        elif path in chosen:
+            reason = _reason_against_kind(entry)
+        else:
             continue
-        reason = reason or _reason_against_kind(entry)
         if reason is None:
             files.append(path)
         elif chosen is not None or _RESEMBLES_DENSITY.search(entry.name):
@@ -372,10 +360,7 @@ def find_files(
     if unreadable and unreadable[0].path == src:
         raise ConfigError(f"{src} {unreadable[0].reason}. Make it readable (chmod u+rx).")
     found = Sources(
-        tuple(sorted(files)),
-        tuple(sorted(left_out, key=lambda item: item.path)),
-        tuple(sorted(unreadable, key=lambda item: item.path)),
-        others,
+        tuple(sorted(files)), tuple(sorted(left_out)), tuple(sorted(unreadable)), others
     )
     if not files:
         raise _nothing_found(src, pattern, found)

@@ -225,24 +225,15 @@ class ConvertPlan:
         try:
             with ExitStack() as stack:
                 if engine is None:
-                    outcomes = stack.enter_context(
-                        closing(spread(self._convert, self.files, self.workers, stop_s=_STOP_S))
-                    )
+                    given = spread(self._convert, self.files, self.workers, stop_s=_STOP_S)
                 else:
-                    witness = (
-                        None
-                        if _is_s3(self.dst)
-                        else stack.enter_context(witness_in(Path(self.dst)))
-                    )
-                    root = (
-                        Path(os.path.commonpath([path.parent for path in self.files]))
-                        if self.files
-                        else Path()
-                    )
-                    outcomes = stack.enter_context(
-                        closing(engine(_Elsewhere(self._convert, root, witness), self.files))
-                    )
-                for path, outcome in outcomes:
+                    witness = None
+                    if not _is_s3(self.dst):
+                        witness = stack.enter_context(witness_in(Path(self.dst)))
+                    directories = [path.parent for path in self.files] or [Path()]
+                    root = Path(os.path.commonpath(directories))
+                    given = engine(_Elsewhere(self._convert, root, witness), self.files)
+                for path, outcome in stack.enter_context(closing(given)):
                     if isinstance(outcome, Died):
                         error = (
                             f"{path}: two worker processes died while converting it ({outcome}). "
@@ -353,23 +344,17 @@ def plan_convert(
         convert.name_of(path) for path, verdict in verdicts.items() if verdict.is_damaged
     )
     todo = tuple(path for path in found.files if path not in verdicts or verdicts[path].is_damaged)
-    refused = (
-        *(
-            ConvertResult(
-                item.path,
-                "",
-                "",
-                error=f"{item.path} {item.reason}: files in it are "
-                "missing here. Make it readable (chmod u+rx).",
-            )
-            for item in found.unreadable
-        ),
-        *(
-            convert.result(path, error=verdict.error)
-            for path, verdict in verdicts.items()
-            if verdict.error
-        ),
-    )
+    refused = [
+        ConvertResult(
+            item.path,
+            task_id="",
+            target="",
+            error=f"{item.path} {item.reason}: files in it are missing here. Make it readable "
+            "(chmod u+rx).",
+        )
+        for item in found.unreadable
+    ]
+    refused += [convert.result(path, error=v.error) for path, v in verdicts.items() if v.error]
     skipped = tuple(path for path, verdict in verdicts.items() if verdict.is_done)
     enough = min(cores(), -(-sum(path.stat().st_size for path in todo) // BYTES_PER_WORKER))
     return ConvertPlan(
@@ -378,7 +363,7 @@ def plan_convert(
         skipped,
         max(1, min(workers or enough, len(todo))),
         convert,
-        refused=refused,
+        refused=tuple(refused),
         left_out=found.left_out,
         unrecorded=tuple(path for path in skipped if verdicts[path].existing.source is None),
         other_files=found.others,
@@ -466,12 +451,13 @@ class _Converter:
             warnings = (*warnings, f"{target} was not whole; it is converted again.")
         try:
             overwrite = self.overwrite or name in self.replace
-            if self._destination is not None:
-                written = self._destination.upload(name, objects, overwrite=overwrite)
-            else:
-                written = publish_store(Path(target), objects, overwrite=overwrite)
-        except StoreExistsError:  # another process wrote it meanwhile
-            return self._found_meanwhile(path, target)
+            try:
+                if self._destination is not None:
+                    written = self._destination.upload(name, objects, overwrite=overwrite)
+                else:
+                    written = publish_store(Path(target), objects, overwrite=overwrite)
+            except StoreExistsError:  # another process wrote it meanwhile
+                return self._found_meanwhile(path, target)
         except ConfigError as exc:
             return self.result(path, error=str(exc))
         except OriginError as exc:
@@ -483,13 +469,8 @@ class _Converter:
             )
         return self.result(path, written_bytes=written, warnings=warnings)
 
-    def _found_meanwhile(self, path: Path, target: str) -> ConvertResult | ZarrCacheError:
-        try:
-            verdict = self.verdicts([path]).get(path)
-        except ConfigError as exc:
-            return self.result(path, error=str(exc))
-        except OriginError as exc:
-            return exc
+    def _found_meanwhile(self, path: Path, target: str) -> ConvertResult:
+        verdict = self.verdicts([path]).get(path)
         if verdict is None or verdict.is_done:
             return self.result(path, skipped=True)
         error = verdict.error or f"{target} is not whole. Run the same command again."
@@ -518,16 +499,11 @@ class _Converter:
             Some exist in the other form, which readers would continue to read.
         """
         names = {path: self.name_of(path) for path in paths}
-        present = self.present(set(names.values()) - {""})
-        there = [path for path in paths if names[path] in present]
+        present = self._present(set(names.values()) - {""})
+        there = {path: name for path, name in names.items() if name in present}
         with ThreadPoolExecutor(_EXAMINE_THREADS) as threads:
-            return dict(
-                zip(
-                    there,
-                    threads.map(lambda path: self._judge(path, names[path]), there),
-                    strict=True,
-                )
-            )
+            verdicts = threads.map(self._judge, there.keys(), there.values())
+            return dict(zip(there, verdicts, strict=True))
 
     def _judge(self, path: Path, name: str) -> _Verdict:
         target = f"{self.dst}/{name}"
@@ -561,14 +537,8 @@ class _Converter:
             error = f"{target} was converted without --diff. {hint}"
         return _Verdict(existing, error)
 
-    def present(self, names: set[str]) -> set[str]:
-        """Those of these stores that exist already.
-
-        Raises
-        ------
-        ConfigError
-            Some exist in the other form, which readers would continue to read.
-        """
+    def _present(self, names: set[str]) -> set[str]:
+        """Those of these stores that exist already; raises as :meth:`verdicts`."""
         other = ".zarr" if self.zip else ".zarr.zip"
         twins = {name.removesuffix(self.suffix) + other for name in names}
         if self._destination is not None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.convert.durable import exchange, sync_name, sync_tree
+from zarrcache.convert.durable import exchange, sync_directory, sync_tree
 from zarrcache.convert.provenance import ATTRIBUTE, Existing, Source, examine, record
 from zarrcache.disk import hidden_path, remove_hidden, sweep_hidden
 from zarrcache.errors import ConfigError, SchemaError
@@ -216,7 +216,11 @@ def examine_store(path: Path) -> Existing:
 
 def store_exists(path: Path) -> bool:
     """Whether a complete store is at this local path, as a directory or a zip file."""
-    return path.is_file() if path.name.endswith(".zarr.zip") else _is_store(path)
+    if path.name.endswith(".zarr.zip"):
+        return path.is_file()
+    # With .zattrs alone it is a store that has lost its group document.
+    names = (".zgroup", ".zarray", "zarr.json", ".zattrs")
+    return any((path / name).is_file() for name in names)
 
 
 def sweep_partials(directory: Path) -> list[Path]:
@@ -293,42 +297,29 @@ def _refuse_what_is_there(final: Path, overwrite: bool) -> None:
         )
 
 
-def _is_store(path: Path) -> bool:
-    # With .zattrs alone it is a store that has lost its group document.
-    names = (".zgroup", ".zarray", "zarr.json", ".zattrs")
-    return any((path / name).is_file() for name in names)
-
-
 def _move_into_place(partial: Path, final: Path, overwrite: bool) -> None:
+    replaced = None
     if not overwrite:
         _move_unless_present(partial, final)
-        sync_name(final)
-        return
-    if partial.is_file():
+    elif partial.is_file() or not os.path.lexists(final):
         os.replace(partial, final)
-        sync_name(final)
-        return
     # A rename cannot replace a directory that is not empty.
-    if not os.path.lexists(final):
-        os.rename(partial, final)
-        sync_name(final)
-        return
-    if exchange(partial, final):
-        sync_name(final)  # before the old store goes
-        remove_hidden(partial)
-        return
-    # After a crash between the two renames the next run restores the old store.
-    old = hidden_path(final, "replaced")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(final, old)
-    try:
-        os.rename(partial, final)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.rename(old, final)
-        raise
-    sync_name(final)
-    remove_hidden(old)
+    elif exchange(partial, final):
+        replaced = partial
+    else:
+        # After a crash between the two renames the next run restores the old store.
+        replaced = hidden_path(final, "replaced")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(final, replaced)
+        try:
+            os.rename(partial, final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(replaced, final)
+            raise
+    sync_directory(final.parent)
+    if replaced is not None:  # only now that the new store is durable
+        remove_hidden(replaced)
 
 
 def _move_unless_present(partial: Path, final: Path) -> None:
