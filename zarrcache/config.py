@@ -215,28 +215,15 @@ def _listed(value: object) -> object:
 
 
 def _peer_url(text: str) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        raise ValueError(
-            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example "
-            "http://node1:7070"
-        ) from None
-    if (
-        url.scheme != "http"
-        or not url.hostname
-        or not port
-        or url.username is not None
-        or url.path.strip("/")
-        or url.query
-        or url.fragment
-    ):
-        raise ValueError(
-            f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example "
-            "http://node1:7070"
-        )
-    return f"http://{url.netloc.lower()}"
+        is_bare = not (url.path.strip("/") or url.query or url.fragment or "@" in url.netloc)
+        if url.scheme == "http" and url.hostname and url.port and is_bare:
+            return f"http://{url.netloc.lower()}"
+    raise ValueError(
+        f"{safe_repr(text)} is not the address of a peer. Write http://host:port, for example "
+        "http://node1:7070"
+    )
 
 
 class CacheConfig(_Block):
@@ -368,33 +355,28 @@ class DataConfig(_Block):
     cache: CacheConfig | None = None
 
     def __init__(self, **data: Any) -> None:
-        try:
-            secret: dict[str, Any] = (
-                {"s3_kwargs": _expand(data["s3_kwargs"], _BRACES)} if "s3_kwargs" in data else {}
-            )
-        except ConfigError:
-            raise ConfigError(
-                "s3_kwargs holds a ${ that is not a variable, or one that is not set. Write "
-                "${NAME} or ${NAME:-default}."
-            ) from None
-        for key in data.keys() - type(self).model_fields.keys():
-            near = difflib.get_close_matches(
-                key, type(self).model_fields.keys() - data.keys(), n=1, cutoff=0.8
-            )
+        fields = type(self).model_fields.keys()
+        for key in data.keys() - fields:
+            near = difflib.get_close_matches(key, fields - data.keys(), n=1, cutoff=0.8)
             if near:  # only a warning, because it may be a key of the training
                 logger.warning(
                     "the config has the key %r; if it is meant for zarrcache, did you mean %r?",
                     key,
                     near[0],
                 )
-        known = {
-            k: _expand(v)
-            for k, v in data.items()
-            if k in type(self).model_fields and k != "s3_kwargs"
-        }
-        if data.get("cache") is not None:
-            known["cache"] = CacheConfig.of(data["cache"])
-        super().__init__(**known, **secret)
+        known = {key: data[key] for key in fields & data.keys()}
+        secret = known.pop("s3_kwargs", None)
+        cache = known.pop("cache", None)
+        known = {key: _expand(value) for key, value in known.items()}
+        try:
+            known["s3_kwargs"] = _expand(secret, _BRACES)
+        except ConfigError:  # which quotes the value
+            raise ConfigError(
+                "s3_kwargs holds a ${ that is not a variable, or one that is not set. Write "
+                "${NAME} or ${NAME:-default}."
+            ) from None
+        known["cache"] = None if cache is None else CacheConfig.of(cache)
+        super().__init__(**known)
 
     @field_validator("dataset_name")
     @classmethod

@@ -78,7 +78,7 @@ def test_convert_uploads_with_the_settings_of_a_training_config(
             ("--chunks", "sixteen"),
             "error: --chunks 'sixteen' is not one or three numbers of grid points",
         ),
-        (("--s3-kwargs", "anon"), "error: --s3-kwargs is not JSON"),
+        (("--s3-kwargs", "anon"), "error: --s3-kwargs is not a JSON object"),
         (("--s3-kwargs", "[]"), "error: --s3-kwargs is not a JSON object"),
         (("--zarr-format", "4"), "Invalid value for '--zarr-format'"),
     ],

@@ -169,17 +169,10 @@ def verify(
     source = cache_source(config, directory)
     with Meter("Verifying", "", 1) as meter:
         report = ops.verify(source, against_origin=against_origin, progress=meter.reach)
+    for problems, verdict in ((report.corrupt, "corrupt"), (report.unreadable, "cannot be read")):
+        failures((f"{one.file} ({one.url}): {one.why}" for one in problems), verdict=verdict)
     failures(
-        (f"{problem.file} ({problem.url}): {problem.why}" for problem in report.corrupt),
-        verdict="corrupt",
-    )
-    failures(
-        (f"{problem.file} ({problem.url}): {problem.why}" for problem in report.unreadable),
-        verdict="cannot be read",
-    )
-    failures(
-        (f"{problem.url}: {problem.why}" for problem in (*report.flawed, *report.filled)),
-        verdict="flawed",
+        (f"{one.url}: {one.why}" for one in (*report.flawed, *report.filled)), verdict="flawed"
     )
     if as_json:
         show_json(asdict(report))

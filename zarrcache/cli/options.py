@@ -178,45 +178,40 @@ def s3_options(
     if config is not None:
         merged |= data_config(config, needs_cache=False).s3_kwargs or {}
     if text is not None:
-        merged |= _s3_kwargs_of_file(text[1:]) if text.startswith("@") else _s3_kwargs_of(text)
+        merged |= _s3_kwargs_of(text)
     options = {"endpoint_url": endpoint_url, "profile": profile, "anon": anon or None}
     return merged | {name: value for name, value in options.items() if value is not None}
 
 
 def _s3_kwargs_of(text: str) -> dict[str, Any]:
+    import yaml
+
     from zarrcache.origin import secret_names
 
-    example = 'Write for example \'{"profile": "me"}\', or @FILE.'
+    is_file = text.startswith("@")
+    where = f"--s3-kwargs {text}" if is_file else "--s3-kwargs"
     try:
-        given = json.loads(text)
-    except ValueError as exc:
-        raise ConfigError(f"--s3-kwargs is not JSON ({exc}). {example}") from exc
+        if is_file:
+            given = yaml.safe_load(Path(text[1:]).expanduser().read_text(encoding="utf-8"))
+        else:
+            given = json.loads(text)
+    except OSError as exc:
+        raise ConfigError(
+            f"{where} cannot be read ({exc.strerror}). It is a JSON or YAML file with arguments of "
+            "s3fs.S3FileSystem."
+        ) from exc
+    except (ValueError, yaml.YAMLError):  # whose words may quote a secret
+        given = None
     if not isinstance(given, dict):
-        raise ConfigError(f"--s3-kwargs is not a JSON object. {example}")
-    if names := secret_names(given):
+        raise ConfigError(
+            f"{where} is not a {'JSON or YAML' if is_file else 'JSON'} object. Write for example "
+            '\'{"profile": "me"}\', or @FILE.'
+        )
+    if not is_file and (names := secret_names(given)):
         typer.echo(
             f"warning: --s3-kwargs holds {' and '.join(names)}, and every user of this machine can "
             "see a command line. Write it into a file of yours and pass --s3-kwargs @FILE.",
             err=True,
-        )
-    return given
-
-
-def _s3_kwargs_of_file(name: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        given = yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(
-            f"--s3-kwargs @{name} cannot be read ({exc.strerror}). It is a JSON or YAML file with "
-            "arguments of s3fs.S3FileSystem."
-        ) from exc
-    except (ValueError, yaml.YAMLError):  # whose words quote the file, perhaps a secret
-        given = None
-    if not isinstance(given, dict):
-        raise ConfigError(
-            f"--s3-kwargs @{name} is not a JSON or YAML object, like {{profile: me}}. Correct it."
         )
     return given
 

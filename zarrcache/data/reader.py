@@ -32,12 +32,12 @@ from zarrcache._keys import (
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data._read_errors import as_our_error
+from zarrcache.data._read_errors import only_our_errors
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import first_ids, ids_of, read_map, split_ids
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
+from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 
@@ -301,7 +301,8 @@ class ZarrS3Reader(PairReader):
     normalize : bool
         Divide by the number of grid points; the values then sum up to the number of electrons.
     train_fraction : float
-        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``.
+        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``;
+        1.0 leaves no test set.
     random_state : int
     density_type : str
         ``total`` or ``diff``; selects the array ``charge_density_{density_type}``.
@@ -548,10 +549,11 @@ class ZarrS3Reader(PairReader):
         ------
         As ``load``.
         """
-        store = self.store_name(task_id, role)
-        values, outcome = self._densities(role).read(
-            store, revalidate=True, reserve=reserve, on_flaws=on_flaws
-        )
+        with only_our_errors(f"{task_id} ({role})"):
+            store = self.store_name(task_id, role)
+            values, outcome = self._densities(role).read(
+                store, revalidate=True, reserve=reserve, on_flaws=on_flaws
+            )
         if outcome != "hit" and self._cache.arrays is not None:
             # Metadata and crops have to be of the same version, so list the store again.
             self._cache.forget_listing(self._origins[role], store)
@@ -646,27 +648,19 @@ class ZarrS3Reader(PairReader):
 
         store, densities = zarr_store.store, self._densities("data")
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        try:
+        with only_our_errors(where):
             if isinstance(store, CachedStore) and not zarr_store.path:
                 return _flat(densities.at(store.origin).read(store.name)[0])
             values = density_of_group(zarr_store, self.array, where)
             return _flat(densities.prepared(values, where))
-        except ZarrCacheError:
-            raise
-        except Exception as exc:
-            raise as_our_error(exc, where) from exc
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """Attribute ``metadata`` of a store, merged with ``structure``.
 
         Both may be JSON strings or JSON itself.
         """
-        try:
+        with only_our_errors(f"metadata of {zarr_store.store_path}"):
             return metadata_of(zarr_store)
-        except ZarrCacheError:
-            raise
-        except Exception as exc:
-            raise as_our_error(exc, f"metadata of {zarr_store.store_path}") from exc
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"

@@ -154,19 +154,20 @@ def verify(
         checked_bytes += row.size_bytes
         if progress is not None:
             progress(checked_bytes, total_bytes)
+    compared = {}
+    if selection is not None:
+        answers = selection.compare(good, counts=True)
+        compared = {row.digest: (is_stale, lacks) for row, is_stale, lacks in answers}
     stale: list[Problem] = []
     flawed: list[Problem] = []
     filled: list[Problem] = []
-    lacking: dict[str, str] = {}
-    if selection is not None:
-        for row, is_stale, lacks in selection.compare(good, counts=True):
-            lacking[row.digest] = lacks
-            if is_stale:
-                drop(row)
-                flaws.pop(row.digest)
-                stale.append(_problem(row, "the origin has another version"))
     for row in good:
-        found, lacks = flaws.get(row.digest, SOUND), lacking.get(row.digest, "")
+        found = flaws[row.digest]
+        is_stale, lacks = compared.get(row.digest, (False, ""))
+        if is_stale:
+            drop(row)
+            stale.append(_problem(row, "the origin has another version"))
+            found = SOUND
         if not lacks and found.missing_chunks:
             lacks = str(Flaws(missing_chunks=found.missing_chunks))
         if found.nonfinite:

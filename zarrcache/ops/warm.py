@@ -560,15 +560,8 @@ class _Warmer:
                 task_id, role, reserve=reserve, on_flaws=flaws.append
             )
         except ZarrCacheError as exc:
+            logger.debug("%s (%s) failed", task_id, role, exc_info=True)
             return _failure(density, exc)
-        except Exception as exc:
-            # One bad store must not end a run of hours.
-            logger.warning("%s (%s) could not be read", task_id, role, exc_info=True)
-            error = (
-                f"{task_id} ({role}) could not be read: {type(exc).__name__}: {exc}. "
-                "Please report this with the store."
-            )
-            return WarmResult(task_id, role, "failed", error=error)
         if outcome != "hit":
             self._bypassed_in_a_row = self._bypassed_in_a_row + 1 if outcome == "bypass" else 0
         return WarmResult(task_id, role, outcome, nbytes, flaws=flaws[-1])
