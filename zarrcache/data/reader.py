@@ -6,13 +6,14 @@ process starts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -32,12 +33,11 @@ from zarrcache._keys import (
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data._read_errors import only_our_errors
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import first_ids, ids_of, read_map, split_ids
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import ConfigError, OriginNotFoundError
+from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 
@@ -62,20 +62,7 @@ class _Present(NamedTuple):
 class PairReader(ABC):
     """Pairs of charge densities (input and label), one per material, in two directories.
 
-    Parameters
-    ----------
-    data_dir, label_dir : str or Path
-    map_dir : path
-        JSON or JSON.gz file ``{functional: [task_id, ...]}``.
-    functional : str
-    normalize : bool
-        Divide by the number of grid points; the values then sum up to the number of electrons.
-    train_fraction : float
-        0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``;
-        1.0 leaves no test set.
-    random_state : int
-    density_type : str
-        ``total`` or ``diff``.
+    The parameters are those of ``ZarrS3Reader``.
     """
 
     #: What holds a density, for messages.
@@ -181,7 +168,7 @@ class PairReader(ABC):
         except ZarrCacheError:
             raise
         except Exception as exc:
-            raise as_our_error(exc, f"{task_id} ({role})") from exc
+            raise _as_our_error(exc, f"{task_id} ({role})") from exc
 
     @abstractmethod
     def _load(self, task_id: str, role: Role) -> Density:
@@ -549,7 +536,7 @@ class ZarrS3Reader(PairReader):
         ------
         As ``load``.
         """
-        with only_our_errors(f"{task_id} ({role})"):
+        with _only_our_errors(f"{task_id} ({role})"):
             store = self.store_name(task_id, role)
             values, outcome = self._densities(role).read(
                 store, revalidate=True, reserve=reserve, on_flaws=on_flaws
@@ -648,7 +635,7 @@ class ZarrS3Reader(PairReader):
 
         store, densities = zarr_store.store, self._densities("data")
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
-        with only_our_errors(where):
+        with _only_our_errors(where):
             if isinstance(store, CachedStore) and not zarr_store.path:
                 return _flat(densities.at(store.origin).read(store.name)[0])
             values = density_of_group(zarr_store, self.array, where)
@@ -659,11 +646,29 @@ class ZarrS3Reader(PairReader):
 
         Both may be JSON strings or JSON itself.
         """
-        with only_our_errors(f"metadata of {zarr_store.store_path}"):
+        with _only_our_errors(f"metadata of {zarr_store.store_path}"):
             return metadata_of(zarr_store)
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"
+
+
+def _as_our_error(exc: Exception, what: str) -> ZarrCacheError:
+    """The error to raise in place of an exception of a library when ``what`` was read."""
+    return ZarrCacheError(
+        f"{what} could not be read ({type(exc).__name__}: {exc}). If the store is sound, please "
+        "report this with the traceback."
+    )
+
+
+@contextlib.contextmanager
+def _only_our_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ZarrCacheError:
+        raise
+    except Exception as exc:
+        raise _as_our_error(exc, what) from exc
 
 
 def _flat(values: NDArray[np.float32]) -> Density:
