@@ -115,14 +115,6 @@ def _train_fraction(value: object) -> object:
     )
 
 
-def _density_type(value: object) -> object:
-    if value in ("total", "diff"):
-        return value
-    is_case = str(value).lower() in ("total", "diff")
-    hint = f"Did you mean '{str(value).lower()}'?" if is_case else "Write 'total' or 'diff'."
-    raise ValueError(f"{safe_repr(value)} is not a kind of density. {hint}")
-
-
 class _Block(BaseModel):
     """A frozen block of settings; invalid values raise one ConfigError that names every key."""
 
@@ -347,7 +339,7 @@ class DataConfig(_Block):
     label_dir: str
     map_dir: str
     functional: str
-    density_type: Annotated[str, BeforeValidator(_density_type)] = "total"
+    density_type: Literal["total", "diff"] = "total"
     normalize_data: bool = True
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
     random_state: int = Field(42, ge=0, lt=2**32)

@@ -388,7 +388,6 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             self,
             path,
             found,
-            self._file_info(path, found.obj),
             block_size=block_size or self._config.bytes.block_size,
             cache_type=cache_type,
             cache_options=cache_options,
@@ -466,9 +465,6 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         """The store that contains a place, if there is one with objects."""
         if place.store_id is None:
             return None
-        opened = None if refresh else self._state.opened(place.store_id, is_opening=is_opening)
-        if opened is not None:
-            return opened
         with self._asking(place):
             return self._state.store(place, is_opening=is_opening, refresh=refresh)
 
@@ -719,16 +715,6 @@ class _Shared:
         self._versions: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self._invalidated: set[tuple[str, str]] = set()
 
-    def opened(self, store_id: tuple[str, str], *, is_opening: bool) -> CachedStore | None:
-        """A store that is open and need not be listed, for the many reads of its chunks."""
-        if is_opening and self._config.revalidate == "epoch":
-            return None
-        with self._lock:
-            if store_id not in self._n_objects:
-                return None
-            self._stores.move_to_end(store_id)
-            return self._stores[store_id]
-
     def store(self, place: _Place, *, is_opening: bool, refresh: bool) -> CachedStore | None:
         """An open store; None if it has no objects.
 
@@ -760,6 +746,9 @@ class _Shared:
                 store = CachedStore(origin, place.name, self.cache, relist=relist)
                 # At once, so that threads that open it together send one LIST.
                 self._stores.setdefault(store_id, store)
+            elif store_id in self._n_objects:  # the many reads of chunks of an open store
+                self._stores.move_to_end(store_id)
+                return store
             self._stores.move_to_end(store_id)
         has_objects, version = bool(store.objects()), store.version
         with self._lock:
@@ -838,13 +827,11 @@ def _shared(config: CacheConfig) -> _Shared:
 class _File(AbstractBufferedFile):  # type: ignore[misc]
     """A file in the version that it had when it was opened."""
 
-    def __init__(
-        self, fs: ZarrCacheFileSystem, path: str, found: _Found, info: Any, **options: Any
-    ) -> None:
+    def __init__(self, fs: ZarrCacheFileSystem, path: str, found: _Found, **options: Any) -> None:
         self._found = found
         # Keyword arguments are passed to open() if the file is unpickled.
         super().__init__(fs, path, size=found.obj.size_bytes, etag=found.obj.etag, **options)
-        self.details = info
+        self.details = fs._file_info(path, found.obj)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         data: bytes = self.fs._read(self._found, start, min(end, self.size))

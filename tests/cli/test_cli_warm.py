@@ -168,8 +168,8 @@ def test_an_origin_that_is_down_ends_warm_with_one_error(
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\nerror: ") == 1
     assert (
-        "The origin does not answer: 4 densities in a row failed. 0 of 6 densities are warm; run "
-        "the same command again to continue." in done.err
+        "The origin does not answer, or denies access: 4 densities in a row failed. 0 of 6 "
+        "densities are warm; run the same command again to continue." in done.err
     )
     fault_proxy.down()
     done = zarrcache("warm", config)

@@ -114,11 +114,7 @@ class Naming:
     Attributes
     ----------
     id_from : str
-        ``auto``: from the file's name; where that is VASP's own (``CHGCAR``, ``CHGCAR.3static``),
-        from the nearest directory above that does not name a step of a calculation (``relax``).
-        ``name``: from the file's name only. ``directory``: the directory's name. ``path``: the
-        path below ``root``, joined with ``_``. Otherwise a regular expression, searched for in the
-        path below ``root``; its first group, or all of it, is the task id.
+        As in `plan_convert`. Without a group, a regular expression gives all that it matches.
     root : Path
         The directory that was searched.
     """
@@ -154,14 +150,11 @@ class Sources:
         Files that resemble densities but are not converted, sorted.
     unreadable : tuple of LeftOut
         Directories that could not be read, so files may be missing.
-    others : int
-        Number of further files, which do not resemble densities.
     """
 
     files: tuple[Path, ...]
     left_out: tuple[LeftOut, ...] = ()
     unreadable: tuple[LeftOut, ...] = ()
-    others: int = 0
 
 
 def register_format(fmt: InputFormat) -> None:
@@ -339,7 +332,6 @@ def find_files(
     naming = naming or Naming(root=src)
     unreadable: list[LeftOut] = []
     left_out: list[LeftOut] = []
-    others = 0
     chosen = _glob(src, pattern) if pattern is not None else None
     deepest = None if pattern is None or "**" in pattern else len(Path(pattern).parts) - 1
     files = []
@@ -355,13 +347,9 @@ def find_files(
             files.append(path)
         elif chosen is not None or _RESEMBLES_DENSITY.search(entry.name):
             left_out.append(LeftOut(path, reason))
-        else:
-            others += 1
     if unreadable and unreadable[0].path == src:
         raise ConfigError(f"{src} {unreadable[0].reason}. Make it readable (chmod u+rx).")
-    found = Sources(
-        tuple(sorted(files)), tuple(sorted(left_out)), tuple(sorted(unreadable)), others
-    )
+    found = Sources(tuple(sorted(files)), tuple(sorted(left_out)), tuple(sorted(unreadable)))
     if not files:
         raise _nothing_found(src, pattern, found)
     _refuse_equal_ids(found.files, naming)

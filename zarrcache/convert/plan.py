@@ -129,8 +129,6 @@ class ConvertPlan:
     unrecorded : tuple of Path
         Those of ``skipped`` whose store does not say what it was made from: another program or an
         earlier version wrote it.
-    other_files : int
-        Number of further files below the source.
     """
 
     dst: str
@@ -141,7 +139,6 @@ class ConvertPlan:
     refused: tuple[ConvertResult, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     unrecorded: tuple[Path, ...] = ()
-    other_files: int = 0
 
     @property
     def task_ids(self) -> dict[Path, str]:
@@ -366,7 +363,6 @@ def plan_convert(
         refused=tuple(refused),
         left_out=found.left_out,
         unrecorded=tuple(path for path in skipped if verdicts[path].existing.source is None),
-        other_files=found.others,
     )
 
 

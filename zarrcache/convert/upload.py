@@ -113,8 +113,8 @@ class S3Destination:
         root = self._key(name)
         context = self._bucket.context(f"{self.url}/{name}")
         if name.endswith(".zip"):
-            pages = self._bucket.pages(root, context)
-            (found,) = (obj for page in pages for obj in page.objects if obj.key == root)
+            listed = self._bucket.list_objects(root, context)
+            (found,) = (obj for obj in listed if obj.key == root)
             tail = self._read(found, context, max(0, found.size_bytes - _TAIL_BYTES))
             try:
                 with zipfile.ZipFile(io.BytesIO(tail)) as archive:
@@ -124,8 +124,7 @@ class S3Destination:
                 return Existing("it is no zip file, or is cut short")
         objects = {
             obj.key.removeprefix(f"{root}/"): obj
-            for page in self._bucket.pages(f"{root}/", context)
-            for obj in page.objects
+            for obj in self._bucket.list_objects(f"{root}/", context)
         }
         return examine(
             {key: obj.size_bytes for key, obj in objects.items()},

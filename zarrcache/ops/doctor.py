@@ -52,8 +52,6 @@ _PACKAGES = (
     "diskcache",
     "crc32c",
 )
-#: Packages of an extra: needed to train, not to convert or to fill the cache.
-_EXTRAS = {"torch": "train"}
 _IN_MEMORY = ("tmpfs", "ramfs")
 #: Seconds. An object with a later modification time than this from now means that a clock is wrong.
 #: S3 refuses requests that are 15 minutes off.
@@ -118,14 +116,12 @@ def _peers(cache: CacheConfig) -> Iterator[Finding]:
 
 def _versions() -> Finding:
     found, absent = [f"python {platform.python_version()}"], []
-    for package in (*_PACKAGES, *_EXTRAS):
+    for package in (*_PACKAGES, "torch"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            if package in _EXTRAS:
-                found.append(
-                    f"no {package} (to train: pip install 'zarrcache[{_EXTRAS[package]}]')"
-                )
+            if package == "torch":  # needed to train, not to convert or to fill the cache
+                found.append("no torch (to train: pip install 'zarrcache[train]')")
             else:
                 absent.append(package)
     if absent:

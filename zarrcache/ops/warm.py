@@ -99,8 +99,6 @@ class WarmResult:
         Message of the error, if it failed.
     is_down : bool
         Failed with an error that affects every request: the origin is unavailable or denies access.
-    is_denied : bool
-        Failed because the origin denies access.
     is_gone : bool
         Failed because the store does not exist.
     flaws : Flaws
@@ -113,7 +111,6 @@ class WarmResult:
     nbytes: int = 0
     error: str = ""
     is_down: bool = False
-    is_denied: bool = False
     is_gone: bool = False
     flaws: Flaws = SOUND
 
@@ -339,9 +336,8 @@ class WarmPlan:
                 down = down + 1 if result.is_down else 0
                 if down >= max(4, 2 * self.workers * self.threads):
                     raise OriginError(
-                        f"The origin {'refuses access' if result.is_denied else 'does not answer'}: "
-                        f"{down} densities in a row failed. "
-                        f"{tally.warm} of {len(self.task_ids) * len(self.roles)} densities are "
+                        f"The origin does not answer, or denies access: {down} densities in a row "
+                        f"failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} densities are "
                         "warm; run the same command again to continue. "
                         f"The last error: {result.error}"
                     )
@@ -593,7 +589,6 @@ def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
         "failed",
         error=str(exc),
         is_down=isinstance(exc, (OriginUnavailableError, OriginAccessError)),
-        is_denied=isinstance(exc, OriginAccessError),
         is_gone=isinstance(exc, OriginNotFoundError),
     )
 
