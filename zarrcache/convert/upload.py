@@ -86,14 +86,13 @@ class S3Destination:
                 found.add(key.removeprefix(below).rstrip("/"))
         return found - {""}
 
-    def finished(self, names: Collection[str]) -> set[str]:
+    def finished(
+        self, names: Collection[str], open_engine: Callable[[], Any] | None = None
+    ) -> set[str]:
         """Those of ``names`` (``mp-1.zarr`` or ``mp-1.zarr.zip``) that exist and are complete.
 
         One HEAD each; two for a store that is unfinished or of Zarr format 3.
         """
-        return self._finished(names, self._bucket.s3fs)
-
-    def _finished(self, names: Collection[str], open_engine: Callable[[], Any]) -> set[str]:
         found: set[str] = set()
         zips = {name for name in names if name.endswith(".zip")}
         trees = set(names) - zips
@@ -103,7 +102,7 @@ class S3Destination:
                 _head,
                 [ObjectInfo(key, 0, "") for key in name_of],
                 self._bucket.context(self.url),
-                open_engine=open_engine,
+                open_engine=open_engine or self._bucket.s3fs,
             )
             found.update(name_of[key] for key, answer in answers.items() if answer.etag)
         return found
@@ -169,7 +168,7 @@ class S3Destination:
             if the server allows.
         """
         root = self._key(name)
-        if not overwrite and self._finished([name], lambda: self._bucket.engine(root)):
+        if not overwrite and self.finished([name], lambda: self._bucket.engine(root)):
             raise StoreExistsError(
                 f"{self.url}/{name} exists already. Overwrite it (--overwrite) or choose another "
                 "destination."

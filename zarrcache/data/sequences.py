@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar, overload
+from functools import partial
+from typing import Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,22 +80,12 @@ class _Grids:
         return self._known[role, task_id]
 
 
-class _Of:
-    """A method of :class:`_Grids` for one role. Unlike a lambda it can be pickled."""
-
-    def __init__(self, method: Callable[[Role, str], Any], role: Role) -> None:
-        self._method, self._role = method, role
-
-    def __call__(self, task_id: str) -> Any:
-        return self._method(self._role, task_id)
-
-
 def split_sets(loader: DensityLoader, task_ids: Sequence[str]) -> SplitSets:
     """The four lazy sequences of one side of a split."""
     grids = _Grids(loader)
     return (
-        _Lazy(loader, task_ids, _Of(grids.density, "data"), "data"),
-        _Lazy(loader, task_ids, _Of(grids.density, "label"), "label"),
-        _Lazy(loader, task_ids, _Of(grids.gridsize, "data"), "gs_data"),
-        _Lazy(loader, task_ids, _Of(grids.gridsize, "label"), "gs_label"),
+        _Lazy(loader, task_ids, partial(grids.density, "data"), "data"),
+        _Lazy(loader, task_ids, partial(grids.density, "label"), "label"),
+        _Lazy(loader, task_ids, partial(grids.gridsize, "data"), "gs_data"),
+        _Lazy(loader, task_ids, partial(grids.gridsize, "label"), "gs_label"),
     )

@@ -95,13 +95,12 @@ class Patience:
         lost_s = (min(seconds, since_s) if since_s >= 0.0 else seconds) - _FREE_S
         if entry_bytes is not None:
             lost_s -= self.transfer_s(entry_bytes)
-        elif lost_s <= 0 and not failed:
+        if failed or entry_bytes is None:
+            lost_s = max(0.0, lost_s)
+        before_s = max(now_s, whole_at_s)
+        whole_at_s = max(now_s, before_s + lost_s * _BACK_S)
+        if whole_at_s == before_s and not failed:
             return 0.0
-        if lost_s < 0 and whole_at_s <= now_s and not failed:
-            return 0.0
-        whole_at_s = max(
-            now_s, max(now_s, whole_at_s) + (max(0.0, lost_s) if failed else lost_s) * _BACK_S
-        )
         if failed:
             shortest_s, longest_s = _LEFT_OUT_S
             out_until_s = now_s + min(max(_LEFT_OUT_RATIO * lost_s, shortest_s), longest_s)
