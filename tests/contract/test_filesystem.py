@@ -24,7 +24,7 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server, running_server
 from tests.support.stores import plain_read, small_group
-from zarrcache.errors import ConfigError
+from zarrcache.errors import ConfigError, IncompleteArrayError
 from zarrcache.filesystem import ZarrCacheFileSystem
 
 BODY = bytes(range(256)) * 1024
@@ -182,6 +182,21 @@ def test_the_byte_tier_can_be_off(
     assert fs.cat_file(path, 100, 300) == BODY[100:300]
     assert fs.open(path).read() == BODY
     assert fs.cat_file(path, -3) == BODY[-3:]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_bucket_that_is_gone_while_a_file_is_open_is_not_a_file_that_is_missing(
+    s3_server: S3Server, bucket: str, options: dict[str, Any], enabled: bool
+) -> None:
+    """Also for a file outside of stores: a reader would take it for a chunk without values."""
+    s3_server.put(f"s3://{bucket}/x.bin", BODY)
+    options["zarrcache"]["bytes"] = {"enabled": enabled}
+    fs, path = fsspec.url_to_fs(f"zarrcache::s3://{bucket}/x.bin", **options)
+    with fs.open(path) as file:
+        s3_server.delete(f"s3://{bucket}/x.bin")
+        s3_server.client().delete_bucket(Bucket=bucket)
+        with pytest.raises(IncompleteArrayError, match=f"there is no bucket '{bucket}'"):
+            file.read()
 
 
 def test_options_can_be_used_again_and_in_chains(

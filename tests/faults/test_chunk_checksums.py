@@ -4,6 +4,7 @@ against them is dropped and fetched again; what the origin holds against them is
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from zarr.buffer import default_buffer_prototype
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from zarrcache import open_store
@@ -91,6 +93,28 @@ def test_an_object_that_is_damaged_at_the_origin_is_an_error(store: Path) -> Non
     for array in (opened(store)[0], zarr.open_group(open_store(store), mode="r")["a"]):
         with pytest.raises(IncompleteArrayError, match=r"a/c/0/0/0 contradicts the checksum"):
             crops(array)  # type: ignore[arg-type]
+
+
+def test_a_chunk_is_checked_before_its_metadata_was_read(store: Path) -> None:
+    """The metadata is fetched for that."""
+    (chunk, *_) = sorted(f for f in (store / "a" / "c").rglob("*") if f.is_file())
+    key = str(chunk.relative_to(store))
+    good, damaged = chunk.read_bytes(), bytearray(chunk.read_bytes())
+    damaged[100] ^= 1
+    damaged[-60] ^= 1
+
+    def read(directory: str) -> bytes:
+        config = CacheConfig(dir=store.parent / directory, min_free=0)
+        cached = store_at(store, Cache(config, Counters()))
+        found = asyncio.run(cached.get(key, default_buffer_prototype()))
+        assert found is not None
+        return found.to_bytes()
+
+    assert read("one") == good
+    chunk.write_bytes(damaged)
+    os.utime(chunk, (1_600_000_001, 1_600_000_001))
+    with pytest.raises(IncompleteArrayError, match="contradicts the checksum"):
+        read("other")
 
 
 def test_a_bad_block_in_the_cache_is_dropped_and_fetched_again(

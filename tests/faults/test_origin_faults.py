@@ -326,6 +326,30 @@ class TestTransient:
         assert words in str(caught.value)
         assert type(caught.value) is error
 
+    @pytest.mark.parametrize(
+        ("second", "error", "words"),
+        [
+            ("403", OriginAccessError, "access refused: AccessDenied (403)"),
+            ("404", IncompleteArrayError, "is listed (2000 bytes) but returned 404"),
+            ("412", IncompleteArrayError, "was changed while it was being read"),
+        ],
+    )
+    def test_an_error_of_the_second_reading_after_an_md5_mismatch_is_explained(
+        self,
+        opened: Callable[..., Origin],
+        fault_proxy: FaultProxy,
+        listed: list[ObjectInfo],
+        url: str,
+        second: str,
+        error: type[Exception],
+        words: str,
+    ) -> None:
+        fault_proxy.rules(Rule(("corrupt",), then=second, op="GET"))
+        with pytest.raises(error) as caught:
+            ASK["GET"](opened(), listed[:1])
+        assert str(caught.value).startswith(f"{url}/{listed[0].key}")
+        assert words in str(caught.value)
+
     def test_a_transient_error_of_the_head_after_an_md5_mismatch_repeats_the_head(
         self, opened: Callable[..., Origin], fault_proxy: FaultProxy, listed: list[ObjectInfo]
     ) -> None:

@@ -84,6 +84,59 @@ def test_a_chunk_without_a_compressor_of_another_size_is_refused(
         decoded(chunk, data)
 
 
+WIDE = np.arange(4096, dtype="<f4").reshape(16, 16, 16)
+#: Filters that store numbers in another type, wider or narrower.
+CASTS: dict[str, dict[str, Any]] = {
+    "scaled, wider": {
+        "id": "fixedscaleoffset",
+        "scale": 2,
+        "offset": 1,
+        "dtype": "<f4",
+        "astype": "<f8",
+    },
+    "scaled, narrower": {
+        "id": "fixedscaleoffset",
+        "scale": 1,
+        "offset": 0,
+        "dtype": "<f4",
+        "astype": "<u2",
+    },
+    "cast, wider": {"id": "astype", "encode_dtype": "<f8", "decode_dtype": "<f4"},
+    "cast, narrower": {"id": "astype", "encode_dtype": "<i2", "decode_dtype": "<f4"},
+    "quantize": {"id": "quantize", "digits": 0, "dtype": "<f4", "astype": "<f4"},
+    "bitround": {"id": "bitround", "keepbits": 23},
+}
+
+
+@pytest.mark.parametrize("compressor", [None, "zstd", "zlib", "lz4"])
+@pytest.mark.parametrize("settings", CASTS.values(), ids=CASTS)
+def test_numbers_stored_in_another_type_have_an_exact_size(
+    settings: dict[str, Any], compressor: str | None
+) -> None:
+    chunk = Chunk.v2(
+        {
+            "dtype": "<f4",
+            "order": "C",
+            "chunks": [16, 16, 16],
+            "filters": [settings],
+            "compressor": None if compressor is None else {"id": compressor},
+        }
+    )
+    stored = np.asarray(numcodecs.get_codec(settings).encode(WIDE.ravel())).tobytes()
+    assert len(stored) == 4096 * int(np.dtype(settings.get("astype", "<f4")).itemsize) or (
+        settings["id"] == "astype"
+    )
+    pack = PACK[compressor] if compressor else bytes
+    target = np.empty_like(WIDE)
+    chunk.write(pack(stored), target, 0)
+    assert np.array_equal(target, WIDE)
+    assert compressor or (chunk.encoded_bytes, chunk.has_exact_size) == (len(stored), True)
+    item = len(stored) // 4096
+    for wrong in (stored[:-item], stored + stored[:item], stored[: len(stored) // 2]):
+        with pytest.raises((ValueError, RuntimeError)):
+            chunk.write(pack(wrong), target, 0)
+
+
 # -- zstd
 
 RAW, RLE = 0, 1

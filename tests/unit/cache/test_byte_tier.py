@@ -18,7 +18,7 @@ import pytest
 from typing_extensions import Buffer
 
 from tests.support.cachedirs import array_of, on_disk_bytes, payload_files, settings
-from zarrcache._keys import ObjectInfo
+from zarrcache._keys import BlockKey, ObjectInfo
 from zarrcache.cache.tiers import ByteCache
 from zarrcache.disk.index import Index
 from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
@@ -253,6 +253,26 @@ def test_corrupt_object_is_purged_and_fetched_again(tmp_path: Path, verify: str)
         1,
         1,
     )
+
+
+@pytest.mark.parametrize("damage", [bytes(1000), bytes(999), b""])
+def test_file_that_does_not_match_is_dropped_only_by_who_holds_its_lock(
+    tmp_path: Path, damage: bytes
+) -> None:
+    """Without the lock it may be a file that another process has not committed yet."""
+    origin, objects = origin_with(tmp_path, a=1000)
+    make(tmp_path, origin).read(objects["a"])
+    (path,) = payload_files(tmp_path)
+    path.write_bytes(damage)
+    cache = make(tmp_path, origin)
+    key = BlockKey(origin.identity, origin.url, objects["a"])
+    assert key.digest == path.name
+    assert cache._from_disk(key) is None
+    assert (path.exists(), counted(cache).purges) == (True, 0)
+    assert cache.index.lookup(path.name) is not None
+    assert cache._from_disk(key, is_alone=True) is None
+    assert (path.exists(), counted(cache).purges) == (False, 1)
+    assert cache.index.lookup(path.name) is None
 
 
 def test_file_that_no_row_knows_is_not_trusted(tmp_path: Path) -> None:
