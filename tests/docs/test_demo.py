@@ -23,7 +23,7 @@ def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _check(*arguments: str) -> None:
-    done = _demo("--samples", "3", "--json", *arguments)
+    done = _demo("--samples", "2", "--json", *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["identical"] is True

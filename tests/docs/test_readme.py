@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from tests.support.s3server import S3Server
+from tests.support.training import zarrcache
 from zarrcache.config import CacheConfig
 from zarrcache.demo.synthetic import write_pairs
 
@@ -86,15 +87,16 @@ def test_every_block_and_command_of_the_readme_works_in_its_order(
     home: Path, s3_server: S3Server
 ) -> None:
     """Convert, warm, status, train, crops, a custom loader: from top to bottom."""
-    for block in BLOCKS:
-        if block in COMMANDS:
-            _run(["bash", "-euo", "pipefail", "-c", block.text], home, s3_server)
-        elif block in SCRIPTS:
-            # Below a function's guard, as a script has to be whose DataLoader starts processes;
-            # here they are forked.
-            script = home / f"block_{block.number}.py"
-            script.write_text(block.text)
-            _run([sys.executable, str(script)], home, s3_server)
+    assert [b for b in BLOCKS if b in COMMANDS or b in SCRIPTS] == COMMANDS + SCRIPTS
+    for block in COMMANDS:
+        _run(["bash", "-euo", "pipefail", "-c", block.text], home, s3_server)
+    # Each as a program of its own, with its own names, in one process that imports PyTorch once.
+    # Below a function's guard, as a script has to be whose DataLoader starts processes; here they
+    # are forked.
+    for block in SCRIPTS:
+        (home / f"block_{block.number}.py").write_text(block.text)
+    run = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
+    _run([sys.executable, "-c", run, *(f"block_{b.number}.py" for b in SCRIPTS)], home, s3_server)
 
 
 def test_no_block_is_forgotten() -> None:
@@ -113,14 +115,9 @@ def test_the_yaml_of_the_readme_is_a_cache_block() -> None:
 
 @pytest.mark.parametrize("verb", sorted(set(re.findall(r"`zarrcache ([a-z]+)", README))))
 def test_every_verb_of_the_readme_has_help(verb: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "zarrcache", verb, "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert "Usage" in done.stdout
+    done = zarrcache(verb, "--help")
+    assert done.code == 0, done.err
+    assert "Usage" in done.out
 
 
 def test_every_file_the_readme_names_is_there() -> None:
