@@ -128,14 +128,15 @@ def _inode(store: Path) -> int | None:
         return None
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, workers: int
 ) -> None:
     """Never absent, never mixed: old and new store differ in their number of chunks."""
     out = tmp_path / "out"
     convert_directory(source, out, chunks=16, workers=1)
     old = {store.name: _inode(store) for store in _visible(out)}
-    with _converting(tmp_path, source, out, overwrite=True) as process:
+    with _converting(tmp_path, source, out, overwrite=True, workers=workers) as process:
         until(
             lambda: [
                 store for store in _visible(out) if old.get(store.name) not in (None, _inode(store))
@@ -148,7 +149,7 @@ def test_killed_while_it_overwrites_every_store_is_the_old_or_the_new_one(
     _check_complete(source, out)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_every_process_and_leaves_nothing_half_written(
     source: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -194,8 +195,8 @@ TERM, CTRL_C = (signal.SIGTERM, 143, "Terminated"), (signal.SIGINT, 130, "Interr
         pytest.param(TERM, 1, False, id="SIGTERM here", marks=pytest.mark.slow),
         pytest.param(CTRL_C, 2, False, id="Ctrl-C to the first of three", marks=pytest.mark.slow),
         pytest.param(TERM, 2, False, id="SIGTERM to the first of three", marks=pytest.mark.slow),
-        pytest.param(CTRL_C, 2, True, id="Ctrl-C to all", marks=pytest.mark.slow),
-        pytest.param(TERM, 2, True, id="SIGTERM to all"),
+        pytest.param(CTRL_C, 2, True, id="Ctrl-C to all"),
+        pytest.param(TERM, 2, True, id="SIGTERM to all", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_command_says_so_and_leaves_nothing_half_written(
@@ -342,7 +343,10 @@ def test_ctrl_c_takes_back_what_was_on_its_way_too(
 
 @pytest.mark.parametrize(
     ("number", "code", "word", "workers"),
-    [(signal.SIGINT, 130, "Interrupted", 2), (signal.SIGTERM, 143, "Terminated", 1)],
+    [
+        pytest.param(signal.SIGINT, 130, "Interrupted", 2, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143, "Terminated", 1),
+    ],
 )
 def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     tmp_path: Path, number: signal.Signals, code: int, word: str, workers: int

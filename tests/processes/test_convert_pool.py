@@ -53,6 +53,8 @@ def _tree(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+# tests/processes/test_pool.py tries an item again whose process died, without pymatgen
+@pytest.mark.slow
 def test_a_file_whose_process_is_killed_is_converted_in_another_one(
     source: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +69,8 @@ def test_a_file_whose_process_is_killed_is_converted_in_another_one(
     assert report.failed == ()
 
 
+# tests/processes/test_child_process.py runs a script without a guard, without pymatgen
+@pytest.mark.slow
 def test_a_script_converts_without_a_guard(source: Path, tmp_path: Path) -> None:
     """In two processes, which do not run the script again."""
     script = tmp_path / "script.py"

@@ -173,11 +173,21 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def pair_converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two densities and their stores; read only."""
+    root = tmp_path_factory.mktemp("converted")
+    write_pairs(root, 2, seed=4, form="json.gz")
+    convert_directory(root / "label", root / "out", chunks=8, diff=True, workers=1)
+    return root / "label", root / "out"
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_store_that_is_not_whole_is_converted_again(tmp_path: Path, damage: str) -> None:
-    write_pairs(tmp_path, 2, seed=4, form="json.gz")
-    source, out = tmp_path / "label", tmp_path / "out"
-    convert_directory(source, out, chunks=8, diff=True, workers=1)
+def test_a_store_that_is_not_whole_is_converted_again(
+    pair_converted: tuple[Path, Path], tmp_path: Path, damage: str
+) -> None:
+    source, out = pair_converted[0], tmp_path / "out"
+    shutil.copytree(pair_converted[1], out)
     store = out / f"{IDS[0]}.zarr"
     whole = _tree(store)
     if damage == "one chunk is missing" and not (store / "charge_density_diff").exists():
@@ -276,7 +286,7 @@ def test_a_tree_of_calculations_is_named_by_its_directories(source: Path, tmp_pa
     for result in report.converted:
         assert _attributes(Path(result.target))["metadata"]["task_id"] == result.task_id
     assert len(plan_convert(tmp_path / "runs", tmp_path / "runs" / "out").skipped) == 2
-    by_path = convert_directory(tmp_path / "runs", tmp_path / "o", id_from="path", workers=2)
+    by_path = convert_directory(tmp_path / "runs", tmp_path / "o", id_from="path", workers=1)
     assert [result.task_id for result in by_path.converted] == ["Si_relax", "mp-1_3static"]
 
 
