@@ -229,22 +229,34 @@ def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(
     assert [log.paths("LIST")[f"{role}/"] for role in ROLES] == [2, 2]
 
 
+#: How a job goes on, and the assignment with which the default suite runs it under Lightning.
+#: tests/unit/train/test_sampler.py kills and resumes both assignments with other ranks and nodes.
+CHANGED: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any], int | None, str]] = [
+    (
+        "other workers", (1,), (1,), {"train_workers": 2, "persistent_workers": False}, None,
+        "global",
+    ),
+    ("one of two ranks", (2,), (1,), {"train_workers": 0, "val_workers": 0}, None, "global"),
+    ("one of two ranks after the last step of an epoch", (2,), (1,), {}, 4, "node"),
+    ("another batch size", (2,), (2,), {"batch_size": 2}, None, "global"),
+    ("two nodes instead of one", (1,), (1, 1), {}, None, "node"),
+    ("three ranks on one node instead of two nodes", (1, 1), (3,), {}, None, "node"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "changes", "die_at"),
+    ("before", "after", "changes", "die_at", "assignment"),
     [
         pytest.param(
-            (1,), (1,), {"train_workers": 2, "persistent_workers": False}, None, id="other workers"
-        ),
-        pytest.param(
-            (2,), (1,), {"train_workers": 0, "val_workers": 0}, None, id="one of two ranks"
-        ),
-        pytest.param((2,), (1,), {}, 4, id="one of two ranks after the last step of an epoch"),
-        pytest.param((2,), (2,), {"batch_size": 2}, None, id="another batch size"),
-        pytest.param((1,), (1, 1), {}, None, id="two nodes instead of one"),
-        pytest.param((1, 1), (3,), {}, None, id="three ranks on one node instead of two nodes"),
+            *way,
+            assignment,
+            id=f"{assignment}-{name}",
+            marks=() if assignment == quick else pytest.mark.slow,
+        )
+        for name, *way, quick in CHANGED
+        for assignment in ("global", "node")
     ],
 )
-@pytest.mark.parametrize("assignment", ["global", "node"])
 def test_killed_at_any_step_the_epoch_goes_on_with_other_ranks_and_workers_each_sample_once(
     stores: Path,
     tmp_path: Path,

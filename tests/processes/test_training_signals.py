@@ -152,10 +152,12 @@ def test_a_training_that_waits_for_a_silent_server_ends_too(
 #: The training process reads too, in its validation, so its workers are not forked.
 MODULE = """
 import sys, warnings
-from zarrcache.lightning import ZarrDataModule
 
 warnings.simplefilter("ignore")
 if __name__ == "__main__":
+    # not for the worker, which would import Lightning once more
+    from zarrcache.lightning import ZarrDataModule
+
     data = ZarrDataModule(sys.argv[1], train_workers=1, val_workers=0)
     loader = data.train_dataloader()
     while True:
