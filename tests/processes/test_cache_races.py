@@ -82,9 +82,9 @@ def test_eight_processes_on_one_key_fetch_once(tmp_path: Path) -> None:
     """Eight keys in the same order, so that all processes meet at each; two independent
     detectors.
     """
-    start = SPAWN.Event()
-    children = [SPAWN.Process(target=_fetch_once, args=(tmp_path, start, 8)) for _ in range(8)]
-    threading.Timer(2.0, start.set).start()
+    start = FORK.Event()
+    children = [FORK.Process(target=_fetch_once, args=(tmp_path, start, 8)) for _ in range(8)]
+    threading.Timer(0.5, start.set).start()
     run(children)
     assert {path.read_bytes() for path in tmp_path.glob("fetched-*")} == {b"x"}
     assert len(list(tmp_path.glob("fetched-*"))) == 8

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate
@@ -307,13 +307,15 @@ TRANSFORMS = [
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_what_a_transform_leaves_alone_arrives_as_a_map(reader: ZarrS3Reader, method: str) -> None:
     """What it makes, changes or slices arrives as torch sends any tensor, with the right values."""
-    for transform, mapped in TRANSFORMS:
-        dataset = ZarrDataset(reader, "all", transform=transform)
-        loader = loader_of(dataset, num_workers=1, multiprocessing_context=method)
-        for got, wanted in zip(loader, pairs_of(dataset), strict=True):
-            assert_same(got, wanted)
-            found = {name for name in ("data", "label") if is_over_the_cache(got[name])}
-            assert found == mapped, transform.__name__
+    datasets = [ZarrDataset(reader, "all", transform=transform) for transform, _ in TRANSFORMS]
+    # one worker for all
+    dataset: ConcatDataset[Any] = ConcatDataset(datasets)
+    loader = loader_of(dataset, num_workers=1, multiprocessing_context=method)
+    expected = [transform for transform in TRANSFORMS for _ in IDS]
+    for (transform, mapped), got, wanted in zip(expected, loader, pairs_of(dataset), strict=True):
+        assert_same(got, wanted)
+        found = {name for name in ("data", "label") if is_over_the_cache(got[name])}
+        assert found == mapped, transform.__name__
 
 
 def test_a_transform_of_pairs_arrives_in_batches_of_one(reader: ZarrS3Reader) -> None:
