@@ -303,15 +303,15 @@ def count_missing(document: Mapping[str, Any], keys: Collection[str]) -> tuple[i
     Returns
     -------
     missing, chunks : int
-        Both 0 for a grid that is not regular.
+        Both 0 for a grid that is not regular, or keys of another encoding.
     """
     shape, chunks = document["shape"], _chunk_shape(document)
     if chunks is None or len(chunks) != len(shape) or 0 in chunks:
         return 0, 0
     try:
         pattern, separator = _chunk_keys(document)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        # Refused, with the reason, where the layout is read.
+    except (LookupError, TypeError, ValueError, AttributeError, UnknownCodecError):
+        # Refused, with the reason, where the layout is read, or by zarr.
         return 0, 0
     grid = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
     found = 0

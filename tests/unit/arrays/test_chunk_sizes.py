@@ -84,6 +84,34 @@ def test_a_chunk_without_a_compressor_of_another_size_is_refused(
         decoded(chunk, data)
 
 
+@pytest.mark.parametrize("n", [0, -1, True, 1.0, "8", None, 2**63])
+def test_a_chunk_shape_that_is_none_is_refused(n: Any) -> None:
+    with pytest.raises(ValueError, match="its chunks have the shape"):
+        Chunk.v2({"dtype": "<f4", "order": "C", "chunks": [1, n]})
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        ([2, 4], "do not fill a shard"),
+        ([2, 4, 4, 1], "do not fill a shard"),
+        ([3, 4, 4], "do not fill a shard"),
+        ([0, 4, 4], "do not fill a shard"),
+        ([-2, 4, 4], "do not fill a shard"),
+        ([2.0, 4, 4], "do not fill a shard"),
+        ([16, 4, 4], "do not fill a shard"),
+    ],
+)
+def test_a_shard_that_its_chunks_do_not_fill_is_refused(inner: Any, words: str) -> None:
+    raw = {"name": "bytes", "configuration": {"endian": "little"}}
+    shard = {
+        "name": "sharding_indexed",
+        "configuration": {"chunk_shape": inner, "codecs": [raw], "index_codecs": [raw]},
+    }
+    with pytest.raises(ValueError, match=words):
+        Chunk.v3([8, 8, 8], np.dtype("<f4"), [shard])
+
+
 WIDE = np.arange(4096, dtype="<f4").reshape(16, 16, 16)
 #: Filters that store numbers in another type, wider or narrower.
 CASTS: dict[str, dict[str, Any]] = {

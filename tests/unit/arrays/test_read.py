@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -180,6 +181,19 @@ def test_missing_chunks_are_counted_from_the_names_alone(
         (tmp_path / store / NAME / separator).unlink()
     assert counted() == (1, 18)
     assert read_array(origin, store, NAME, fills=True).missing_chunks == 1
+
+
+def test_keys_of_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
+    """In a read, which leaves them to zarr, and where chunks are counted."""
+    small_group(tmp_path / STORE, zarr_format=3)
+    path = tmp_path / STORE / NAME / "zarr.json"
+    document = json.loads(path.read_bytes())
+    document["chunk_key_encoding"] = {"name": "suffixed"}
+    path.write_text(json.dumps(document))
+    origin = LocalOrigin(str(tmp_path))
+    assert missing_chunks(origin, STORE, NAME, list_array(origin, STORE, NAME)) == (0, 0)
+    with pytest.raises(SchemaError, match=r"mp-1.zarr.*suffixed"):
+        read_array(origin, STORE, NAME)
 
 
 def test_missing_chunks_of_what_is_no_array_are_not_counted(tmp_path: Path) -> None:
