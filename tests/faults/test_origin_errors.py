@@ -192,6 +192,16 @@ def test_an_endpoint_whose_name_is_unknown_says_so(at_proxy: dict[str, Any]) -> 
     assert "could not be read: Connection: " in str(error)
 
 
+def test_https_endpoint_that_is_plain_says_so(
+    s3_server: S3Server, at_proxy: dict[str, Any]
+) -> None:
+    """The two TLS libraries say "wrong version number" and nothing at all."""
+    endpoint_url = s3_server.endpoint_url.replace("http://", "https://")
+    error = failure("LIST", **{**at_proxy, "endpoint_url": endpoint_url})
+    assert type(error) is OriginUnavailableError
+    assert "it does not answer in TLS; if it is a plain server, write http://" in str(error)
+
+
 def test_a_missing_profile_is_named(fault_proxy: FaultProxy) -> None:
     """The error says where profiles are looked for."""
     error = failure("LIST", profile="laboratory", endpoint_url=fault_proxy.endpoint_url)

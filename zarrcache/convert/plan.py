@@ -321,6 +321,8 @@ def plan_convert(
     check_layout(sizes, zarr_format)
     if workers is not None:
         whole_number("workers", workers, least=1)
+    if "://" in os.fspath(src):
+        raise ConfigError(f"{src} is not on this machine. Download the files, and give their path.")
     root = Path(src).expanduser().absolute()
     naming = Naming(id_from, root.parent if root.is_file() else root)
     found = find_files(root, pattern, naming, apart=None if _is_s3(target) else Path(target))

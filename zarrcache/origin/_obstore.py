@@ -34,7 +34,7 @@ from zarrcache.origin._requests import (
     concurrent_requests,
     with_second_requests,
 )
-from zarrcache.origin._s3_errors import S3Error
+from zarrcache.origin._s3_errors import NO_TLS, S3Error
 from zarrcache.origin._s3_options import S3Options
 
 if TYPE_CHECKING:
@@ -351,6 +351,8 @@ def _s3_error(exc: Exception) -> S3Error:
         return S3Error(None, "ShortBody", "the connection closed in the middle of an answer")
     if "InvalidCertificate" in dump:
         return S3Error(None, "Certificate", "")
+    if "InvalidContentType" in dump:
+        return S3Error(None, "Connection", NO_TLS)
     os_message = _OS_MESSAGE.search(dump)
     if "HTTP error" in line or "InvalidXml" in dump:
         return S3Error(

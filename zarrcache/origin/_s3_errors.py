@@ -17,7 +17,7 @@ from zarrcache.errors import (
 )
 from zarrcache.origin._requests import RequestError, TransientError
 
-__all__ = ["RequestContext", "S3Error", "altered", "changed", "to_error"]
+__all__ = ["NO_TLS", "RequestContext", "S3Error", "altered", "changed", "to_error"]
 
 # To retry another answer, add its code or status here. The first two sets also pause the node.
 _SLOW_DOWN_STATUS = frozenset({429, 503, 509})
@@ -33,6 +33,8 @@ _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
 _ELSEWHERE_CODES = frozenset(
     "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException".split()
 )
+#: Message of a failure when an ``https://`` endpoint is a plain one.
+NO_TLS = "it does not answer in TLS; if it is a plain server, write http:// in endpoint_url"
 #: Names of this package for failures without an answer from the server.
 _TRANSIENT_FAILURES = frozenset({"Connection", "Timeout", "ShortBody", "Mismatch", "Altered"})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from zarrcache.origin._requests import (
     Received,
     concurrent_requests,
 )
-from zarrcache.origin._s3_errors import S3Error
+from zarrcache.origin._s3_errors import NO_TLS, S3Error
 from zarrcache.origin._s3_options import S3Options, typed_kwargs
 
 if TYPE_CHECKING:
@@ -342,6 +343,8 @@ def _reason(exc: BaseException) -> str:
     """The operating system's message, from further down the chain; botocore's repeats the URL."""
     cause: BaseException | None = exc
     while cause is not None:
+        if isinstance(cause, ssl.SSLError):  # whose errno is not one of the system
+            return NO_TLS if "WRONG_VERSION_NUMBER" in str(cause) else str(cause)
         if isinstance(cause, OSError) and cause.errno and cause.strerror:
             return os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
         cause = cause.__cause__ or cause.__context__

@@ -164,6 +164,8 @@ class Receiver:
         if not is_equal(seal, expected):
             return None
         now_s = self._clock()
+        # A clock that was set back would otherwise make all requests too old until it catches up.
+        self._start_s = min(self._start_s, now_s)
         while self._nonces and (
             len(self._nonces) >= _MAX_NONCES
             or abs(next(iter(self._nonces.values())) - now_s) > 2 * WINDOW_S

@@ -468,3 +468,8 @@ def test_another_machine_that_does_not_see_the_same_files_ends_the_run(
     ):
         plan_convert(source, tmp_path / "out").execute(engine=elsewhere)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_source_on_s3_is_refused_by_its_url(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"s3://bucket/chgcars is not on this machine\. Download"):
+        plan_convert("s3://bucket/chgcars", tmp_path)

@@ -86,6 +86,17 @@ def test_a_client_whose_clock_differs_is_told_the_time_once(clock: Clock, ahead_
         sender.adopt("nan")
 
 
+def test_server_whose_clock_is_set_back_goes_on(clock: Clock) -> None:
+    """By an hour, as when a time server is reached at last. Repetitions stay refused."""
+    receiver, sender = seal.Receiver(KEY, clock=clock), seal.Sender()
+    clock.now_s -= 3600.0
+    sender.adopt(f"{clock.now_s:.6f}")
+    header, digest = sender.authorization(KEY, "GET", HOST, TARGET)
+    assert receiver.check(header, "GET", HOST, TARGET) == digest
+    with pytest.raises(seal.StaleError):
+        receiver.check(header, "GET", HOST, TARGET)
+
+
 def test_digests_of_requests_answers_and_entries_differ() -> None:
     """One cannot be passed off as another, and parts do not run into each other."""
     assert len({
