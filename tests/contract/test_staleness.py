@@ -93,13 +93,18 @@ class Bucket:
         return Counter(f"{role}/{task_id}.zarr/{ARRAY}/" for role, task_id in self.now)
 
     def objects(self, ids: list[str]) -> Counter[str]:
-        """Each object of the densities of these materials, once."""
+        """Each object of the densities of these materials and the attributes of their stores, once."""
         keys = (
             k
             for role, i in itertools.product(ROLES, ids)
-            for k in self.server.keys(f"s3://{self.name}/{role}/{i}.zarr/{ARRAY}/")
+            for k in self.server.keys(f"s3://{self.name}/{role}/{i}.zarr/")
         )
-        return Counter(key for key in keys if not key.endswith("/.zattrs"))
+        return Counter(
+            key
+            for key in keys
+            if key.endswith(".zarr/.zattrs")
+            or (f"/{ARRAY}/" in key and not key.endswith("/.zattrs"))
+        )
 
 
 @pytest.fixture

@@ -126,12 +126,12 @@ def losses(steps: list[Step]) -> dict[tuple[int, int], str]:
 
 def objects(server: S3Server, bucket: str, task_id: str) -> list[str]:
     """Keys of the objects that a read of the material's densities requests."""
-    keys = (
+    keys = (key for role in ROLES for key in server.keys(f"s3://{bucket}/{role}/{task_id}.zarr/"))
+    return [
         key
-        for role in ROLES
-        for key in server.keys(f"s3://{bucket}/{role}/{task_id}.zarr/{ARRAY}/")
-    )
-    return [key for key in keys if not key.endswith("/.zattrs")]
+        for key in keys
+        if key.endswith(".zarr/.zattrs") or (f"/{ARRAY}/" in key and not key.endswith("/.zattrs"))
+    ]
 
 
 def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(

@@ -23,7 +23,8 @@ from zarrcache.data.reader import open_reader
 from zarrcache.ops.status import read_status
 from zarrcache.ops.warm import THREADS
 
-OBJECTS = 9  # of one density: eight chunks and their description
+#: Of one density: eight chunks, their description, and the attributes of the store.
+OBJECTS = 10
 
 
 @pytest.fixture

@@ -30,12 +30,15 @@ _DEADLINE_S = 60.0
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs in a bucket. ``values`` by task id and role; ``objects`` of one density."""
+    """Pairs in a bucket. ``values`` by task id and role.
+
+    ``objects`` of one density: two chunks, their metadata, and the attributes of the store.
+    """
 
     bucket: str
     map_path: Path
     values: dict[tuple[str, str], Any] = field(repr=False)
-    objects: int = 3
+    objects: int = 4
 
     def reader(self, directory: Path, s3_kwargs: dict[str, Any], **block: Any) -> ZarrS3Reader:
         """For a node with its cache in ``directory``. All pairs but one are training samples."""

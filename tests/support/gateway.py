@@ -44,6 +44,12 @@ class Gateway(ThreadingHTTPServer):
         Names on one page.
     gone : str
         Code of the error with which every request is answered; empty for none.
+    faults : dict
+        Status of every request for a key; not in it: none.
+    gets : list of str
+        Keys of all requests for objects, in order.
+    unread : list of str
+        Keys of objects whose body the client did not read to its end.
     """
 
     daemon_threads = True
@@ -53,6 +59,9 @@ class Gateway(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.page, self.fault, self.gone = root, page, "", ""
         self.lists = 0
+        self.faults: dict[str, int] = {}
+        self.gets: list[str] = []
+        self.unread: list[str] = []
 
     @property
     def s3_kwargs(self) -> dict[str, Any]:
@@ -105,9 +114,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(self._listing(query))
         elif not key:
             self._answer(b"", **{"x-amz-bucket-region": "us-east-1"})
+        elif key in self.server.faults:
+            self._error(self.server.faults[key], "")
         elif not (path := self.server.root / key).is_file():
+            self.server.gets.append(key)
             self._error(404, "NoSuchKey")
         else:
+            self.server.gets.append(key)
             body = path.read_bytes()
             etag = f'"{hashlib.md5(body).hexdigest()}"'
             modified = formatdate(path.stat().st_mtime, usegmt=True)
@@ -174,4 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            try:
+                self.wfile.write(body)
+            except ConnectionError:
+                self.server.unread.append(unquote(self.path).removeprefix(f"/{BUCKET}/"))
+                self.close_connection = True

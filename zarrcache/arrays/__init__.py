@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from zarrcache.arrays.decode import check_metadata, is_chunk_of_nothing, metadata_key
+from zarrcache.arrays.electrons import disagreement, electrons_of, has_electrons
 from zarrcache.arrays.read import (
+    Examined,
     as_density,
     check_sizes,
+    count_gets,
     count_nonfinite,
     density_of_group,
+    examine_array,
     list_array,
     metadata_of,
-    missing_chunks,
     per_point,
     read_array,
     stable_listing,
@@ -18,17 +21,22 @@ from zarrcache.arrays.read import (
 from zarrcache.arrays.zip import ZippedStore
 
 __all__ = [
+    "Examined",
     "ZippedStore",
     "as_density",
     "check_metadata",
     "check_sizes",
+    "count_gets",
     "count_nonfinite",
     "density_of_group",
+    "disagreement",
+    "electrons_of",
+    "examine_array",
+    "has_electrons",
     "is_chunk_of_nothing",
     "list_array",
     "metadata_key",
     "metadata_of",
-    "missing_chunks",
     "per_point",
     "read_array",
     "stable_listing",

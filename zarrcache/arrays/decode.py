@@ -30,12 +30,14 @@ from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 __all__ = [
     "MAX_DOCUMENT_BYTES",
     "ArrayDecoder",
+    "absent_chunks",
     "check_chunk_count",
     "check_metadata",
     "count_missing",
     "is_array_key",
     "is_chunk_of_nothing",
     "metadata_key",
+    "parse_document",
 ]
 
 #: Largest document that describes an array, and the objects in it: JSON of empty lists takes 50
@@ -215,11 +217,8 @@ class ArrayDecoder:
                 f"{url} has {raw.nbytes} bytes, too many for the description of an array; convert "
                 "the store again."
             )
-        text = bytes(raw)
-        if text.count(b"[") + text.count(b"{") > _MAX_DOCUMENT_OBJECTS:
-            raise SchemaError(f"{url} has too many lists and objects; convert the store again.")
         try:
-            document = json.loads(text)
+            document = parse_document(bytes(raw))
         except (ValueError, RecursionError) as exc:
             raise SchemaError(f"{url} is not JSON ({exc}); convert the store again.") from exc
         check_metadata(document, url)
@@ -240,11 +239,7 @@ class ArrayDecoder:
             _check_excess(layout, url)
         self.missing_chunks, n_chunks = count_missing(document, self._keys)
         if self.missing_chunks and not self._fills:
-            raise IncompleteArrayError(
-                f"{self._url}: {self.missing_chunks} of {n_chunks} chunks are absent. Convert the "
-                "store again. If they were never written because all their values are the fill "
-                "value, set cache.missing_chunks: fill."
-            )
+            raise absent_chunks(self._url, self.missing_chunks, n_chunks)
         if self._reserve is not None:
             self._reserve(_claimed_bytes(document))
         if layout is None:
@@ -286,6 +281,28 @@ class ArrayDecoder:
                 f"{self._url}/{key} cannot be decoded ({type(exc).__name__}: {exc}). The object is "
                 "damaged at the origin: convert the store again."
             ) from exc
+
+
+def parse_document(text: bytes) -> Any:
+    """Parse JSON of bounded size, in bounded memory.
+
+    Raises
+    ------
+    ValueError, RecursionError
+        It is not JSON, or has too many lists and objects.
+    """
+    if text.count(b"[") + text.count(b"{") > _MAX_DOCUMENT_OBJECTS:
+        raise ValueError("it has too many lists and objects")
+    return json.loads(text)
+
+
+def absent_chunks(url: str, missing: int, chunks: int) -> IncompleteArrayError:
+    """The error for an array without some of its chunks."""
+    return IncompleteArrayError(
+        f"{url}: {missing} of {chunks} chunks are absent. Convert the store again. If they were "
+        "never written because all their values are the fill value, set cache.missing_chunks: "
+        "fill."
+    )
 
 
 def count_missing(document: Mapping[str, Any], keys: Collection[str]) -> tuple[int, int]:

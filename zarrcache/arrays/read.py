@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import operator
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +28,21 @@ from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
     ArrayDecoder,
+    absent_chunks,
     check_chunk_count,
     check_metadata,
     count_missing,
     is_array_key,
     metadata_key,
+    parse_document,
+)
+from zarrcache.arrays.electrons import (
+    attributes_key,
+    disagreement,
+    electrons_in,
+    electrons_of,
+    has_electrons,
+    stated_in,
 )
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
@@ -39,20 +51,22 @@ from zarrcache.errors import (
     SchemaError,
     ZarrCacheError,
 )
-from zarrcache.origin import Origin, report_progress
+from zarrcache.origin import Origin, fetch_with, report_progress
 
 if TYPE_CHECKING:
     import zarr
 
 __all__ = [
     "Decoded",
+    "Examined",
     "as_density",
     "check_sizes",
+    "count_gets",
     "count_nonfinite",
     "density_of_group",
+    "examine_array",
     "list_array",
     "metadata_of",
-    "missing_chunks",
     "no_such_array",
     "per_point",
     "read_array",
@@ -94,6 +108,22 @@ class Decoded:
     missing_chunks: int
 
 
+class Examined(NamedTuple):
+    """What the documents of a store say about an array, without its chunks.
+
+    Attributes
+    ----------
+    missing_chunks, chunks : int
+        Chunks of the grid that the origin does not have, and all of the grid.
+    electrons : float or None
+        The number of electrons that the store's metadata states for this array.
+    """
+
+    missing_chunks: int
+    chunks: int
+    electrons: float | None
+
+
 def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
     """List the objects of an array, or the one object of a zipped store: one LIST.
 
@@ -110,8 +140,8 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
     prefix = f"{store}/{array}/"
-    # Neither the attributes nor what an editor or macOS leaves beside the chunks affects the values:
-    # not worth a request, nor a reason to refetch.
+    # Neither the array's attributes nor what an editor or macOS leaves beside the chunks affects the
+    # values: not worth a request, nor a reason to refetch.
     listed = [o for o in origin.list_objects(prefix) if is_array_key(o.key.removeprefix(prefix))]
     if not listed:
         everything = origin.list_objects(f"{store}/")
@@ -131,8 +161,12 @@ def read_array(
     source: str | None = None,
     reserve: Callable[[int], object] | None = None,
     fills: bool = False,
+    checks_electrons: bool = True,
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET per object.
+
+    For ``charge_density_total`` one more GET reads the attributes of the store, which are not
+    listed with the array. If they state a number of electrons, the mean of the values must agree.
 
     The result is never a mixture of two versions: each object must be the listed version, and the
     listing of a recently written store must stay the same until it is two seconds old. A reader
@@ -153,16 +187,20 @@ def read_array(
     fills : bool
         Chunks of the grid that the origin does not have hold the fill value. False: they are an
         error (``cache.missing_chunks``).
+    checks_electrons : bool
+        False: the values are not used, so the attributes are not read.
 
     Raises
     ------
     OriginNotFoundError, SchemaError
         As :func:`list_array`; ``SchemaError`` also for an array that is not of real numbers.
     IncompleteArrayError
-        A listed object is gone or damaged, the store keeps changing, or a chunk is absent.
+        A listed object is gone or damaged, the store keeps changing, a chunk is absent, or the
+        values disagree with the stated number of electrons.
     OriginError
         The origin cannot be reached.
     """
+    checks_electrons = checks_electrons and has_electrons(array)
     for wait_s in (*RELIST_WAITS_S, None):
         listed = listed if listed is not None else list_array(origin, store, array)
         if source is None:
@@ -170,11 +208,19 @@ def read_array(
         pause_s = unstable_s(listed)
         stable_at_s = time.monotonic() + pause_s
         try:
-            decoder = _fetch_and_decode(origin, store, array, listed, reserve, fills)
+            decoder, stated = _fetch_and_decode(
+                origin, store, array, listed, reserve, fills, checks_electrons
+            )
             values = decoder.finish()
             if pause_s:
                 wait_until(stable_at_s)
             if not pause_s or source_digest(list_array(origin, store, array)) == source:
+                if _electrons_differ(values, stated):
+                    # Of another version? The attributes are not in the listing, so read them again.
+                    stated = _stated_now(origin, store, array, listed, stated)
+                    _check_electrons(
+                        values, stated, origin.url_of(store), array, decoder.missing_chunks
+                    )
                 return Decoded(values, source, decoder.missing_chunks)
         except IncompleteArrayError:
             # Changed since it was listed, incomplete, or damaged? Only a change shows in a new listing.
@@ -187,6 +233,11 @@ def read_array(
         time.sleep(wait_s)
         listed = source = None
     raise _kept_changing(origin.url_of(store))
+
+
+def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
+    """GETs of `read_array`: the listed objects, and the attributes of a store that is not zipped."""
+    return len(listed) + (has_electrons(array) and not store.endswith(".zip"))
 
 
 def stable_listing(list_store: Callable[[], list[ObjectInfo]], url: str) -> list[ObjectInfo]:
@@ -240,22 +291,87 @@ def _fetch_and_decode(
     listed: list[ObjectInfo],
     reserve: Callable[[int], object] | None,
     fills: bool,
-) -> ArrayDecoder:
-    """A decoder to which every object of the array was added."""
+    checks_electrons: bool,
+) -> tuple[ArrayDecoder, float | None]:
+    """A decoder to which every object of the array was added, and the stated electrons."""
     if store.endswith(".zip"):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
         _report_sizes(listed)
         ((_, data),) = origin.fetch(listed)
-        return _decode_zipped(ZippedStore(data, url), array, url, reserve, fills)
+        zipped = ZippedStore(data, url)
+        decoder = _decode_zipped(zipped, array, url, reserve, fills)
+        return decoder, _stated_in_zip(zipped, array) if checks_electrons else None
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
     _report_sizes(listed)
     keys = [o.key.removeprefix(prefix) for o in listed]
     decoder = ArrayDecoder(keys, url, reserve, fills=fills)
-    for obj, data in origin.fetch(listed):
-        decoder.add(obj.key.removeprefix(prefix), data)
-    return decoder
+    if not checks_electrons:
+        for obj, data in origin.fetch(listed):
+            decoder.add(obj.key.removeprefix(prefix), data)
+        return decoder, None
+    name = attributes_key(metadata_key(keys))
+    attributes, document = f"{store}/{name}", b""
+    for obj, data in fetch_with(origin, listed, attributes, MAX_DOCUMENT_BYTES):
+        if obj.key == attributes:
+            document = bytes(data)
+        else:
+            decoder.add(obj.key.removeprefix(prefix), data)
+    return decoder, stated_in(document, name)
+
+
+def _stated_in_zip(zipped: ZippedStore, array: str) -> float | None:
+    """The number of electrons that a zipped store states."""
+    name = attributes_key("zarr.json" if f"{array}/zarr.json" in zipped.sizes else None)
+    if zipped.sizes.get(name, MAX_DOCUMENT_BYTES + 1) > MAX_DOCUMENT_BYTES:
+        return None
+    return stated_in(zipped.read(name, MAX_DOCUMENT_BYTES), name)
+
+
+def _stated_now(
+    origin: Origin,
+    store: str,
+    array: str,
+    listed: Collection[ObjectInfo],
+    stated: float | None,
+) -> float | None:
+    """The electrons that a store states now; a zipped one is of one version with its array."""
+    if store.endswith(".zip"):
+        return stated
+    prefix = f"{store}/{array}/"
+    name = attributes_key(metadata_key([obj.key.removeprefix(prefix) for obj in listed]))
+    ((_, document),) = fetch_with(origin, [], f"{store}/{name}", MAX_DOCUMENT_BYTES)
+    return stated_in(document, name)
+
+
+def _electrons_differ(values: NDArray[Any], stated: float | None) -> str:
+    if stated is None or not values.size:  # an array without values is refused as no density
+        return ""
+    return disagreement(electrons_of(values), stated)
+
+
+def _check_electrons(
+    values: NDArray[Any], stated: float | None, url: str, array: str, missing_chunks: int = 0
+) -> None:
+    """Refuse values that disagree with the electrons that their store states.
+
+    Raises
+    ------
+    IncompleteArrayError
+    """
+    why = _electrons_differ(values, stated)
+    if not why:
+        return
+    if missing_chunks:
+        why += f"; {missing_chunks} of its chunks are absent"
+    nonfinite = count_nonfinite(values)
+    if nonfinite:
+        why += f"; {nonfinite} of its values are NaN or infinite"
+    raise IncompleteArrayError(
+        f"{url}/{array}: {why}. One of the two is wrong: convert the store again. If the values "
+        "are right, correct 'electrons' in the attribute 'metadata' of the store, or remove it."
+    )
 
 
 def _report_sizes(listed: list[ObjectInfo]) -> None:
@@ -311,12 +427,13 @@ def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
     return SchemaError(f"'{array}' not found in zarr store {url}. Available arrays: {present}")
 
 
-def missing_chunks(
+def examine_array(
     origin: Origin, store: str, array: str, listed: Collection[ObjectInfo]
-) -> tuple[int, int]:
-    """Count the chunks of an array that the origin does not have, and all of its grid.
+) -> Examined:
+    """Count the absent chunks of an array, and read the electrons that its store states.
 
-    One GET of the array's metadata; a zipped store is fetched whole.
+    One GET of the array's metadata, and for ``charge_density_total`` one of the store's attributes,
+    at the same time; a zipped store is fetched whole.
 
     Parameters
     ----------
@@ -331,6 +448,7 @@ def missing_chunks(
         The metadata cannot be read.
     """
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
+    zipped = None
     if store.endswith(".zip"):
         ((_, data),) = origin.fetch(list(listed))
         prefix = f"{array}/"
@@ -342,17 +460,28 @@ def missing_chunks(
     name = metadata_key(keys)
     if name is None:
         raise SchemaError(f"{url} holds neither .zarray nor zarr.json; it is not a Zarr array.")
-    if store.endswith(".zip"):
+    electrons = None
+    if zipped is not None:
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
+        if has_electrons(array):
+            electrons = _stated_in_zip(zipped, array)
+    elif has_electrons(array):
+        attributes = f"{store}/{attributes_key(name)}"
+        found = {
+            obj.key: bytes(data)
+            for obj, data in fetch_with(origin, [by_key[name]], attributes, MAX_DOCUMENT_BYTES)
+        }
+        raw = found[prefix + name]
+        electrons = stated_in(found[attributes], attributes_key(name))
     else:
         ((_, data),) = origin.fetch([by_key[name]])
         raw = bytes(data)
     try:
-        document = json.loads(raw)
-    except ValueError as exc:
+        document = parse_document(raw)
+    except (ValueError, RecursionError) as exc:
         raise SchemaError(f"{url}/{name} is not JSON ({exc}); convert the store again.") from exc
     check_metadata(document, f"{url}/{name}")
-    return count_missing(document, keys)
+    return Examined(*count_missing(document, keys), electrons)
 
 
 def as_density(
@@ -404,15 +533,30 @@ def per_point(
     )
 
 
-def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.float32]:
+def density_of_group(
+    group: zarr.Group, name: str, where: str, *, fills: bool = False
+) -> NDArray[np.float32]:
     """Read one array of an open group through zarr itself.
+
+    Absent chunks are counted if the group's store can be listed and the chunks are of equal size;
+    zarr reads others as the fill value.
+
+    Parameters
+    ----------
+    group : zarr.Group
+    name : str
+    where : str
+        URL of the group, for messages.
+    fills : bool
+        Absent chunks have the fill value. False: they are an error.
 
     Raises
     ------
     SchemaError
         The array is absent (those present are named), a group, not 3-D, or not of real numbers.
     IncompleteArrayError
-        Zarr cannot decode it.
+        Zarr cannot decode it, chunks are absent and ``fills`` is False, or the mean disagrees with
+        the number of electrons in the group's attributes.
     """
     import zarr
     from zarr.buffer import default_buffer_prototype
@@ -432,6 +576,9 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
     check_metadata(document, f"{where}/{name}")
     check_chunk_count(document, f"{where}/{name}")
     try:
+        missing, chunks = _missing_in(array, document)
+        if missing and not fills:
+            raise absent_chunks(f"{where}/{name}", missing, chunks)
         values = np.asarray(array[...])
     except ZarrCacheError:
         raise
@@ -440,7 +587,22 @@ def density_of_group(group: zarr.Group, name: str, where: str) -> NDArray[np.flo
             f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the "
             "store again."
         ) from exc
+    if has_electrons(name):
+        _check_electrons(values, electrons_in(group.attrs.asdict()), where, name, missing)
     return as_density(values, where, name)
+
+
+def _missing_in(array: zarr.Array[Any], document: Mapping[str, Any]) -> tuple[int, int]:
+    """Count the absent chunks (or shards) of an open array, and all of its grid; one listing."""
+    _, chunks = count_missing(document, ())
+    try:
+        found = array.nchunks_initialized if chunks else 0
+    except NotImplementedError:  # a store that cannot be listed
+        return 0, chunks
+    if array.shards is not None:
+        # All chunks of a shard count, also those outside of the array.
+        found //= math.prod(map(operator.floordiv, array.shards, array.chunks))
+    return chunks - found, chunks
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:

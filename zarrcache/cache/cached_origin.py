@@ -9,7 +9,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.arrays import stable_listing
 from zarrcache.cache.cache import Cache
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin import Origin
+from zarrcache.origin import Origin, fetch_with
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -75,6 +75,21 @@ class CachedOrigin:
         except IncompleteArrayError:
             self._forget(objects[0])
             raise
+
+    def fetch_with(
+        self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
+    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Contents of listed objects and of ``key``, if the stored listing has it."""
+        stored = self._cache.stored_listing(self._origin, key.partition("/")[0])
+        if stored is None:  # it could not be stored
+            yield from self.fetch(objects)
+            yield from fetch_with(self._origin, [], key, most_bytes)
+            return
+        listed = (ObjectInfo(*row) for row in stored)
+        found = [obj for obj in listed if obj.key == key and obj.size_bytes <= most_bytes]
+        yield from self.fetch([*found, *objects])
+        if not found:
+            yield ObjectInfo(key, 0, ""), b""
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed object. Drops the stored listing if the object differs from it."""

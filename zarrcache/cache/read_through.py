@@ -48,6 +48,11 @@ class ReadThrough:
         Name of the array in a store.
     is_per_point : bool
         Divide by the number of grid points.
+
+    Attributes
+    ----------
+    fills : bool
+        Absent chunks have the fill value (``cache.missing_chunks``).
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class ReadThrough:
         self._identity, self._root = origin.identity, origin.url_of("")
         config = cache.config
         self._revalidate = config.revalidate if config is not None else "never"
-        self._fills = config is not None and config.missing_chunks == "fill"
+        self.fills = config is not None and config.missing_chunks == "fill"
         self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -173,7 +178,7 @@ class ReadThrough:
                     listed=listed,
                     source=source,
                     reserve=reserve,
-                    fills=self._fills,
+                    fills=self.fills,
                 )
                 values = as_density(
                     decoded.array, key.url, self._array, is_per_point=self._is_per_point
@@ -202,7 +207,7 @@ class ReadThrough:
         ------
         IncompleteArrayError
         """
-        if flaws.missing_chunks and not self._fills:
+        if flaws.missing_chunks and not self.fills:
             # Stored with other settings, or by another node with other settings.
             raise IncompleteArrayError(
                 f"{key.url} {self._array} is cached with {flaws.missing_chunks} chunks that the "
@@ -221,7 +226,7 @@ class ReadThrough:
         self, key: ArrayKey, store: str, on_flaws: OnFlaws | None, *, relist: bool
     ) -> NDArray[np.float32]:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
-        config, fills = self._cache.config, self._fills
+        config, fills = self._cache.config, self.fills
         if config is None or not config.bytes.enabled:
             decoded = read_array(self._origin, store, self._array, fills=fills)
         else:

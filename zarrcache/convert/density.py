@@ -40,7 +40,7 @@ class ChargeDensity:
         ``pymatgen.core.Structure.as_dict()``.
     formula : str
     electrons : float
-        ``mean(total)`` in float64.
+        ``mean(total)`` in float64. Readers refuse a store whose values disagree with it.
     blocks : tuple of str
         Names of all grids in the file, for example ``("total", "diff")``.
     pymatgen_version : str
@@ -129,7 +129,8 @@ def read_density(
         diff=arrays.get("diff"),
         structure=parsed.structure.as_dict(),
         formula=str(parsed.structure.composition.formula),
-        electrons=float(parsed.blocks["total"].mean()),
+        # Of the values that are stored, which readers compare with it.
+        electrons=float(arrays["total"].mean(dtype=np.float64)),
         blocks=tuple(parsed.blocks),
         pymatgen_version=pymatgen_version(),
         warnings=tuple(notes),

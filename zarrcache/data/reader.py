@@ -630,6 +630,9 @@ class ZarrS3Reader(PairReader):
         SchemaError
             A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real
             numbers.
+        IncompleteArrayError
+            An object is damaged, a chunk is absent (unless ``cache.missing_chunks`` is ``fill``), or
+            the mean disagrees with the number of electrons in the store's metadata.
         """
         from zarrcache.cache import CachedStore
 
@@ -638,7 +641,7 @@ class ZarrS3Reader(PairReader):
         with _only_our_errors(where):
             if isinstance(store, CachedStore) and not zarr_store.path:
                 return _flat(densities.at(store.origin).read(store.name)[0])
-            values = density_of_group(zarr_store, self.array, where)
+            values = density_of_group(zarr_store, self.array, where, fills=densities.fills)
             return _flat(densities.prepared(values, where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:

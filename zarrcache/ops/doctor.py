@@ -17,7 +17,7 @@ import numpy as np
 
 from zarrcache._keys import ROLES, ArrayKey, Role, density_array, stem_of
 from zarrcache._units import format_bytes
-from zarrcache.arrays import list_array, missing_chunks
+from zarrcache.arrays import examine_array, list_array, read_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
 from zarrcache.data import ids_of, read_map
 from zarrcache.disk import (
@@ -33,9 +33,14 @@ from zarrcache.disk import (
     publish,
     write_entry,
 )
-from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
+from zarrcache.errors import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginNotFoundError,
+    ZarrCacheError,
+)
 from zarrcache.ops.selection import open_index
-from zarrcache.origin import open_origin
+from zarrcache.origin import ObjectInfo, Origin, open_origin
 from zarrcache.peers import Peers
 
 __all__ = ["Finding", "examine"]
@@ -304,6 +309,18 @@ def _mmap(own: Path) -> Finding:
     return Finding("mmap", "ok", "an entry can be written, mapped and read")
 
 
+def _electrons(
+    role: Role, origin: Origin, store: str, array: str, listed: list[ObjectInfo]
+) -> Finding:
+    """Read a density whose store states its number of electrons."""
+    name = f"electrons of {role}"
+    try:
+        read_array(origin, store, array, listed=listed, fills=True)
+    except IncompleteArrayError as exc:
+        return Finding(name, "fail", str(exc))
+    return Finding(name, "ok", f"{store} {array} holds the number that its metadata states")
+
+
 def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
     """List one store and read one object of it."""
     try:
@@ -330,7 +347,9 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
                     f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
                 )
                 yield Finding(name, "ok", found)
-                missing, chunks = missing_chunks(origin, store, array, listed)
+                missing, chunks, electrons = examine_array(origin, store, array, listed)
+                if electrons is not None:
+                    yield _electrons(role, origin, store, array, listed)
                 if missing:
                     fills = config.cache is not None and config.cache.missing_chunks == "fill"
                     yield Finding(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from zarrcache._keys import (
     ROLES,
@@ -18,7 +18,7 @@ from zarrcache._keys import (
     stem_of,
     stored_array,
 )
-from zarrcache.arrays import list_array, missing_chunks
+from zarrcache.arrays import examine_array, list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import distinct_directories, ids_of, read_map
@@ -44,6 +44,7 @@ from zarrcache.origin import Origin
 from zarrcache.stats import Counters
 
 __all__ = [
+    "Compared",
     "Selection",
     "cache_at",
     "cache_of",
@@ -154,6 +155,25 @@ def _is_there(root: Path) -> bool:
         ) from exc
 
 
+class Compared(NamedTuple):
+    """An entry of the array tier, and what the origin says about its density now.
+
+    Attributes
+    ----------
+    row : Row
+    is_stale : bool
+    lacks : str
+        Which chunks the origin lacks; empty if it has all, or was not examined.
+    electrons : float or None
+        The number of electrons that the store states.
+    """
+
+    row: Row
+    is_stale: bool
+    lacks: str = ""
+    electrons: float | None = None
+
+
 class Selection:
     """The stores of a training config's ids, of any version, whether or not the origin has them.
 
@@ -238,18 +258,13 @@ class Selection:
         OriginError
             The origin cannot be listed.
         """
-        return [row for row, is_stale, _ in self.compare(rows, counts=False) if is_stale]
+        return [found.row for found in self.compare(rows, examines=False) if found.is_stale]
 
-    def compare(self, rows: Sequence[Row], *, counts: bool) -> list[tuple[Row, bool, str]]:
+    def compare(self, rows: Sequence[Row], *, examines: bool) -> list[Compared]:
         """Compare entries of the array tier, among ``rows``, with the origin.
 
-        One LIST each, and with ``counts`` one GET.
-
-        Returns
-        -------
-        list of (Row, bool, str)
-            The entry, whether it is stale, and with ``counts`` which chunks the origin lacks; empty
-            if it has all.
+        One LIST each, and with ``examines`` one GET of the array's metadata and one of the store's
+        attributes.
 
         Raises
         ------
@@ -263,29 +278,28 @@ class Selection:
                 if store is not None:
                     candidates.append((row, *store))
 
-        def compare(candidate: tuple[Row, Origin, str]) -> tuple[bool, str]:
+        def compare(candidate: tuple[Row, Origin, str]) -> Compared:
             row, origin, store = candidate
             header = stored_header(self.index, row.digest)
             if header is None:
-                return False, ""  # evicted meanwhile, or damaged, which verify reports
+                return Compared(row, False)  # evicted meanwhile, or damaged, which verify reports
             array = header.key.source_array
             try:
                 listed = list_array(origin, store, array)
             except (OriginNotFoundError, SchemaError):
-                return True, ""
-            lacks = ""
-            if counts:
+                return Compared(row, True)
+            lacks, electrons = "", None
+            if examines:
                 try:
-                    missing, chunks = missing_chunks(origin, store, array, listed)
+                    missing, chunks, electrons = examine_array(origin, store, array, listed)
                     if missing:
                         lacks = f"the origin lacks {missing} of {chunks} chunks"
                 except (SchemaError, IncompleteArrayError) as exc:
                     lacks = str(exc)
-            return source_digest(listed) != header.source, lacks
+            return Compared(row, source_digest(listed) != header.source, lacks, electrons)
 
         with closing(concurrently(compare, candidates)) as answers:
-            pairs = zip(candidates, answers, strict=True)
-            return [(row, is_stale, lacks) for (row, *_), (is_stale, lacks) in pairs]
+            return list(answers)
 
 
 def select(

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
-from zarrcache.arrays import count_nonfinite
+from zarrcache.arrays import count_nonfinite, disagreement, electrons_of, has_electrons
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import (
     ARRAY,
@@ -25,7 +26,7 @@ from zarrcache.disk import (
     published_name,
 )
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.ops.selection import cache_of, open_if_present, origin_and_url, select
+from zarrcache.ops.selection import Compared, cache_of, open_if_present, origin_and_url, select
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -62,7 +63,8 @@ class VerifyReport:
     is_read_only : bool
         The cache can only be read, so nothing was dropped or removed.
     flawed : tuple of Problem
-        Densities that are bad at the origin: values that are NaN or infinite; and, unless
+        Densities that are bad at the origin: values that are NaN or infinite; a mean that is not
+        the number of electrons that the store states (with ``against_origin``); and, unless
         ``cache.missing_chunks`` is ``fill``, absent chunks. Intact entries are kept.
     filled : tuple of Problem
         Densities with absent chunks, with ``cache.missing_chunks: fill``.
@@ -99,8 +101,9 @@ def verify(
     ----------
     config : DataConfig or CacheConfig
     against_origin : bool
-        Also compare the stores of the config's ids with the origin, one LIST and one GET per
-        entry: drop entries of older versions, and name stores that lack chunks.
+        Also compare the stores of the config's ids with the origin, one LIST and two GETs of
+        metadata per entry (a zipped store is fetched whole): drop entries of older versions, and
+        name stores that lack chunks or state another number of electrons than the entry has.
     progress : callable, optional
         Called with the bytes checked so far and the bytes to check.
 
@@ -133,9 +136,13 @@ def verify(
         return index.drop([row.digest], filename=row.filename)
 
     flaws: dict[str, Flaws] = {}
+    electrons: dict[str, float] = {}
     for row in rows:
         try:
-            flaws[row.digest] = _check(row, index.dir.root / row.filename)
+            checked = _check(row, index.dir.root / row.filename)
+            flaws[row.digest] = checked.flaws
+            if checked.electrons is not None:
+                electrons[row.digest] = checked.electrons
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
             if drop(row):
@@ -156,18 +163,21 @@ def verify(
             progress(checked_bytes, total_bytes)
     compared = {}
     if selection is not None:
-        answers = selection.compare(good, counts=True)
-        compared = {row.digest: (is_stale, lacks) for row, is_stale, lacks in answers}
+        compared = {one.row.digest: one for one in selection.compare(good, examines=True)}
     stale: list[Problem] = []
     flawed: list[Problem] = []
     filled: list[Problem] = []
     for row in good:
         found = flaws[row.digest]
-        is_stale, lacks = compared.get(row.digest, (False, ""))
+        _, is_stale, lacks, stated = compared.get(row.digest) or Compared(row, False)
         if is_stale:
             drop(row)
             stale.append(_problem(row, "the origin has another version"))
             found = SOUND
+        elif row.digest in electrons:
+            why = disagreement(electrons[row.digest], stated)
+            if why:
+                flawed.append(_problem(row, why))
         if not lacks and found.missing_chunks:
             lacks = str(Flaws(missing_chunks=found.missing_chunks))
         if found.nonfinite:
@@ -188,7 +198,14 @@ def verify(
     )
 
 
-def _check(row: Row, path: Path) -> Flaws:
+class _Checked(NamedTuple):
+    """The flaws of a density, and the electrons that its values hold if they hold any."""
+
+    flaws: Flaws
+    electrons: float | None = None
+
+
+def _check(row: Row, path: Path) -> _Checked:
     """Compare one file with its index row and its own header; count the flaws of a density."""
     if row.kind != OBJECT:
         entry = map_entry(path)
@@ -198,14 +215,20 @@ def _check(row: Row, path: Path) -> Flaws:
         if not entry.is_intact():
             raise CorruptEntryError("its checksum does not match")
         # Counted again: versions before the header had the count stored entries too.
-        nonfinite = count_nonfinite(entry.array) if row.kind == ARRAY else 0
-        return Flaws(entry.header.flaws.missing_chunks, nonfinite)
+        if row.kind != ARRAY:
+            return _Checked(Flaws(entry.header.flaws.missing_chunks))
+        flaws = Flaws(entry.header.flaws.missing_chunks, count_nonfinite(entry.array))
+        if not has_electrons(key.source_array) or not entry.array.size:
+            return _Checked(flaws)
+        return _Checked(
+            flaws, electrons_of(entry.array, is_per_point=key.array != key.source_array)
+        )
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()
     if len(data) > row.size_bytes or str(crc32c(data)) != row.note.partition("\n")[0]:
         raise CorruptEntryError("its checksum does not match")
-    return SOUND
+    return _Checked(SOUND)
 
 
 def _problem(row: Row, why: str) -> Problem:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import Role, check_task_ids, source_digest
 from zarrcache._units import whole_number
+from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.disk import BLOCK_BYTES, SOUND, Flaws, Index, disk_bytes
@@ -272,12 +273,12 @@ class WarmPlan:
         """
         chosen = np.linspace(0, len(self.densities) - 1, min(_COMPARED, len(self.densities)))
         densities = [self.densities[place] for place in chosen.astype(np.int64)]
-        fresh, objects, fetch_bytes = 0, 0, 0
+        fresh, gets, fetch_bytes = 0, 0, 0
         failed = []
         answers = concurrently(lambda density: _compare(self.reader, *density), densities)
         with closing(answers):
             for done, (result, count, nbytes) in enumerate(answers, start=1):
-                objects += count
+                gets += count
                 fetch_bytes += nbytes
                 fresh += result.outcome == "hit"
                 failed += [result] if result.outcome == "failed" else []
@@ -288,7 +289,7 @@ class WarmPlan:
             compared=len(densities),
             fresh=self.trusted + round(scale * fresh),
             to_fetch=round(scale * (len(densities) - fresh - len(failed))),
-            requests=len(self.densities) + round(scale * objects),
+            requests=len(self.densities) + round(scale * gets),
             fetch_bytes=round(scale * fetch_bytes),
             failed=tuple(failed),
         )
@@ -570,7 +571,7 @@ def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult
     -------
     result : WarmResult
         ``hit`` if it is fresh, else ``bypass``, or ``failed``.
-    objects, nbytes : int
+    gets, nbytes : int
         To fetch; 0 if it is fresh.
     """
     try:
@@ -580,7 +581,8 @@ def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult
     header = stored_header(_index(reader), reader.key(task_id, role).digest)
     if header is not None and header.source == source_digest(listed):
         return WarmResult(task_id, role, "hit", header.nbytes, flaws=header.flaws), 0, 0
-    return WarmResult(task_id, role, "bypass"), len(listed), sum(obj.size_bytes for obj in listed)
+    gets = count_gets(reader.store_name(task_id, role), reader.array, listed)
+    return WarmResult(task_id, role, "bypass"), gets, sum(obj.size_bytes for obj in listed)
 
 
 def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:

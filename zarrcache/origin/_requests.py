@@ -53,12 +53,14 @@ __all__ = [
     "WAIT_STEP_S",
     "Answers",
     "Backoff",
+    "NamedObject",
     "Page",
     "Received",
     "RequestError",
     "RetryPolicy",
     "TransientError",
     "concurrent_requests",
+    "is_too_large",
     "is_transient",
     "note_wait",
     "report_progress",
@@ -539,6 +541,26 @@ def _attempt(state: tenacity.RetryCallState) -> int:
 #: never end one from a server that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
+
+
+@dataclass(frozen=True, slots=True)
+class NamedObject(ObjectInfo):
+    """An object that is requested by its name: it was not listed, and need not exist.
+
+    Its size and version are unknown, so ``size_bytes`` is 0 and ``etag`` empty.
+
+    Attributes
+    ----------
+    most_bytes : int
+        An engine answers a larger one with an empty body, without reading it.
+    """
+
+    most_bytes: int = 0
+
+
+def is_too_large(obj: ObjectInfo, size_bytes: int) -> bool:
+    """Whether the body of a `NamedObject` is not to be read."""
+    return isinstance(obj, NamedObject) and size_bytes > obj.most_bytes
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from zarrcache.origin._content import (
 from zarrcache.origin._requests import (
     Answers,
     Backoff,
+    NamedObject,
     Page,
     Received,
     RetryPolicy,
@@ -504,10 +505,23 @@ class S3Origin:
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects. See ``Origin.fetch``."""
+        return self._fetch(objects)
+
+    def fetch_with(
+        self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
+    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
+        """Contents of listed objects and of ``key``, in one pass. See ``NamingOrigin``.
+
+        The content of ``key`` is not confirmed over ``http://``.
+        """
+        # First, so that it does not arrive after the objects that wait for their turn.
+        return self._fetch([NamedObject(key, 0, "", most_bytes=most_bytes), *objects])
+
+    def _fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         held: dict[ObjectInfo, Buffer] = {}
         held_bytes = 0
         for obj, body in self._arrivals(objects):
-            if self._content.is_confirmed(obj, body):
+            if isinstance(obj, NamedObject) or self._content.is_confirmed(obj, body):
                 yield obj, body
                 continue
             held[obj] = body
@@ -571,9 +585,17 @@ class S3Origin:
             full: ObjectInfo, answer: Received | S3Error
         ) -> tuple[ObjectInfo, Buffer] | Exception | None:
             obj = listed[full.key]
+            if isinstance(obj, NamedObject):
+                if not isinstance(answer, S3Error):
+                    self._bucket.counters.add(fetched_bytes=memoryview(answer.body).nbytes)
+                    return obj, answer.body
+                if answer.is_absent:
+                    return obj, b""
             if isinstance(answer, S3Error):
                 if self._bucket.leaves_obstore(answer, engine):
                     return None
+                if isinstance(obj, NamedObject):
+                    return operation.error(answer, self._context(obj.key), engine)
                 if answer.status == 412 and self._is_refused_wrongly(obj):
                     return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
                 return operation.error(answer, self._context(obj.key, obj), engine)
@@ -738,11 +760,13 @@ class S3Origin:
     # -- versions
 
     def _full(self, obj: ObjectInfo) -> ObjectInfo:
+        if isinstance(obj, NamedObject):
+            return dataclasses.replace(obj, key=self._prefix + obj.key)
         return ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag, obj.modified_s)
 
     def _conditional(self, full: ObjectInfo) -> ObjectInfo:
         """``full`` as the engines get it: its ETag becomes ``If-Match``."""
-        if self._can_match:
+        if self._can_match or isinstance(full, NamedObject):
             return full
         return ObjectInfo(full.key, full.size_bytes, "", full.modified_s)
 

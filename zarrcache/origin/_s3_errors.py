@@ -125,6 +125,11 @@ class S3Error(RequestError):
         return self.status in (301, 307) or self.code in _ELSEWHERE_CODES
 
     @property
+    def is_absent(self) -> bool:
+        """Whether the server says that there is no such object in the bucket."""
+        return self.status == 404 and self.code != "NoSuchBucket"
+
+    @property
     def is_expired(self) -> bool:
         """Whether the server says that the credentials have expired; they may be renewable."""
         return (

@@ -43,7 +43,7 @@ def settings(config: DataConfig, **cache: object) -> DataConfig:
 def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
     config: DataConfig, tmp_path: Path
 ) -> None:
-    """One LIST per density and one GET per object."""
+    """One LIST per density, one GET per object, and one of the attributes of its store."""
     plan = plan_warm(config)
     assert plan.task_ids == ("mp-0", "mp-1", "mp-2", "mp-3")
     assert plan.missing == ("mp-absent",)
@@ -55,7 +55,7 @@ def test_a_plan_fetches_nothing_and_its_estimate_counts_objects_and_bytes(
     ]
     files = [path for path in files if path.name != ".zattrs"]
     assert (estimate.fresh, estimate.to_fetch, estimate.failed) == (0, 8, ())
-    assert estimate.requests == 8 + len(files)
+    assert estimate.requests == 8 + len(files) + 8
     assert estimate.fetch_bytes == sum(path.stat().st_size for path in files)
     assert plan.reader.stats.fetched_bytes == 0
 
