@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,19 @@ def test_validation_ids_are_a_share_of_the_training_ids(val_frac: float, count: 
     assert len(split.validation) == count
     assert sorted(split.train + split.validation) == sorted(train)
     assert split.test == ("mp-900",)
+
+
+@pytest.mark.parametrize("val_frac", [-1, -0.5, -1e-9, 1, 1.5, math.nan, math.inf, "0.1", None])
+def test_a_share_that_is_none_is_refused(val_frac: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^val_frac is .*from 0 to below 1"):
+        hold_out([f"mp-{number}" for number in range(10)], [], val_frac, 42)
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"all 1 training samples would be held out"):
+        hold_out(["mp-1"], [], 0.5, 42)
+    assert hold_out(["mp-1", "mp-2"], [], 0.5, 42).validation in (("mp-1",), ("mp-2",))
+    assert hold_out([], ["mp-1"], 0.5, 42) == Split((), (), ("mp-1",))
 
 
 @pytest.mark.parametrize("zipped", [False, True])
