@@ -14,7 +14,7 @@ from tests.support.readers import make_reader
 from tests.support.stores import plain_read, small_group
 from zarrcache import open_store
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import OriginError, OriginNotFoundError, ZarrCacheError
+from zarrcache.errors import IncompleteArrayError, OriginError, OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, open_origin
 
 ENGINES = ("obstore", "s3fs")
@@ -79,6 +79,24 @@ def test_prefix_without_objects_is_absent(gateway: Gateway) -> None:
     assert opened(gateway).list_objects("mp-99.zarr/") == []
     with pytest.raises(OriginNotFoundError):
         opened(gateway, f"s3://{BUCKET}/label").list_names()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_name_that_is_listed_twice_does_not_stand_for_an_absent_chunk(
+    tmp_path: Path, engine: str
+) -> None:
+    root = tmp_path / "bucket" / "data"
+    small_group(root / "mp-1.zarr", chunks=(4, 4, 4))
+    with running_gateway(tmp_path / "bucket") as gateway:
+        gateway.fault = "names_twice"
+        config = {"fetch": {"engine": engine}, "revalidate": "epoch"}
+        reader = make_reader(tmp_path, f"s3://{BUCKET}", s3_kwargs=gateway.s3_kwargs, cache=config)
+        wanted = plain_read(root / "mp-1.zarr")
+        values, gridsize = reader.load("mp-1", "data")
+        assert np.array_equal(values.reshape(gridsize), wanted)
+        next(root.glob("mp-1.zarr/charge_density_total/[0-9]*")).unlink()
+        with pytest.raises(IncompleteArrayError, match=r" 1 of \d+ chunks are absent"):
+            reader.load("mp-1", "data")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

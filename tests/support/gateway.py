@@ -145,6 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
             token = ""
         if fault == "one_page":
             is_truncated = False
+        if fault == "names_twice":
+            shown = [name for name in shown for _ in range(2)]
+            count = len(shown)
         if fault == "token_only":
             is_truncated = False
         if fault == "repeats_forever":

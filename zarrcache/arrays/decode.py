@@ -332,7 +332,8 @@ def count_missing(document: Mapping[str, Any], keys: Collection[str]) -> tuple[i
         return 0, 0
     grid = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
     found = 0
-    for key in keys:
+    # Some servers list a name twice, which must not make up for one that is absent.
+    for key in set(keys):
         match = pattern.fullmatch(key)
         if match is not None:
             at = map(int, match[1].split(separator)) if shape else ()
