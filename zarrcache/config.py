@@ -49,8 +49,6 @@ logger = logging.getLogger(__name__)
 #: ``${NAME``, ``${NAME:-``, and for all but secrets, which may hold a dollar sign, ``$NAME``, ``$$``.
 _BRACES = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 _VARIABLE = re.compile(_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|\$)")
-#: Loaders that are registered by this package; others are known only once their module is imported.
-_LOADERS = ("zarr_s3_data", "mp_zarr_s3_data", "chgcar_data")
 
 
 def _expand(value: object, variable: re.Pattern[str] = _VARIABLE) -> object:
@@ -370,18 +368,19 @@ class DataConfig(_Block):
         known["cache"] = None if cache is None else CacheConfig.of(cache)
         super().__init__(**known)
 
-    @field_validator("dataset_name")
-    @classmethod
-    def _loader(cls, value: str) -> str:
-        near = difflib.get_close_matches(value, _LOADERS, n=1, cutoff=0.8)
-        if near and value not in _LOADERS:  # only a warning, because it may be registered later
-            logger.warning("dataset_name is %r; did you mean %r?", value, near[0])
-        return value
-
     @field_validator("data_dir", "label_dir", "map_dir", mode="before")
     @classmethod
     def _path_as_text(cls, value: object) -> object:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    def check_stores(self) -> None:
+        """Raise ConfigError if the config is about files that are not converted."""
+        if self.dataset_name == "chgcar_data":
+            raise ConfigError(
+                "dataset_name is chgcar_data, but this is for Zarr stores: unconverted files are "
+                "not cached. Run `zarrcache convert`, then set dataset_name: zarr_s3_data and "
+                "data_dir, label_dir to the directories of the stores; or use get_dataset(cfg)."
+            )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> DataConfig:

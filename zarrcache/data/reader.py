@@ -37,7 +37,7 @@ from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import first_ids, ids_of, read_map, split_ids
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
+from zarrcache.errors import OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats
 
@@ -693,10 +693,5 @@ def open_reader(cfg: object) -> ZarrS3Reader:
         A key is missing or cannot be used.
     """
     config = DataConfig.of(cfg)
-    if config.dataset_name == "chgcar_data":
-        raise ConfigError(
-            "dataset_name is chgcar_data, but this reads Zarr stores. Use "
-            "get_dataset(cfg), or run `zarrcache convert` and set dataset_name: zarr_s3_data and "
-            "data_dir, label_dir to the directories of the stores."
-        )
+    config.check_stores()
     return ZarrS3Reader.from_config(config)

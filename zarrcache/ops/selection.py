@@ -74,12 +74,7 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
     """
     if isinstance(config, CacheConfig):
         return config
-    if config.dataset_name == "chgcar_data":
-        raise ConfigError(
-            "dataset_name is chgcar_data, and unconverted files are not cached. Run `zarrcache "
-            "convert`, then set dataset_name: zarr_s3_data and data_dir, label_dir to the "
-            "directories of the stores."
-        )
+    config.check_stores()
     if config.cache is None:
         raise ConfigError("The config has no cache block. Add one, as in configs/s3_cached.yaml.")
     return config.cache

@@ -134,17 +134,9 @@ def _configs(config: Any) -> dict[str, DataConfig]:
 
 
 def _config(one: Any) -> DataConfig:
-    found = (
-        DataConfig.from_yaml(Path(one).expanduser())
-        if isinstance(one, (str, os.PathLike))
-        else DataConfig.of(_plain(one))
-    )
-    if found.dataset_name == "chgcar_data":
-        raise ConfigError(
-            "dataset_name is 'chgcar_data', but ZarrDataModule reads Zarr stores. Convert the "
-            "files first (zarrcache convert)."
-        )
-    return found
+    if isinstance(one, (str, os.PathLike)):
+        return DataConfig.from_yaml(Path(one).expanduser())
+    return DataConfig.of(_plain(one))
 
 
 def _plain(value: Any) -> Any:
