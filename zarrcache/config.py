@@ -1,8 +1,8 @@
 """Settings: the users' training keys and the ``cache:`` block, validated once, then frozen.
 
 Sizes are ``200 GiB``, ``4 MiB``, ``1.5 GB`` or a number of bytes; durations ``60 s``, ``5 min``,
-``30 d`` or a number of seconds. ``$VAR``, ``${VAR}`` and ``${VAR:-default}`` expand in every string,
-in ``s3_kwargs`` only those with braces. The only environment variable of zarrcache,
+``30 d`` or a number of seconds. ``$VAR``, ``${VAR}`` and ``${VAR:-default}`` expand in every
+string, in ``s3_kwargs`` only those with braces. The only environment variable of zarrcache,
 ``ZARRCACHE_DIR``, overrides ``cache.dir``.
 """
 
@@ -46,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: ``${NAME``, ``${NAME:-``, and for all but secrets, which may hold a dollar sign, ``$NAME``, ``$$``.
+#: ``${NAME``, ``${NAME:-``; and ``$NAME``, ``$$``, but not in secrets, which may hold a dollar sign.
 _BRACES = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 _VARIABLE = re.compile(_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|\$)")
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["ATTRIBUTE", "Existing", "Source", "examine", "record", "source_of"]
+__all__ = ["ATTRIBUTE", "Existing", "Source", "examine", "examine_zip", "record", "source_of"]
 
 ATTRIBUTE = "converted_from"
 #: Documents with the attributes of the group, and one more that each format needs.
@@ -135,6 +136,16 @@ def examine(
             f"of {expected['object_bytes']} bytes"
         )
     return Existing(problem, source, has_diff)
+
+
+def examine_zip(file: Path | IO[bytes]) -> Existing:
+    """As `examine`, for a zip file, or for its end with its directory and its documents."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            return examine(sizes, archive.read, all_documents=True)
+    except (zipfile.BadZipFile, EOFError, ValueError):
+        return Existing("it is not a zip file, or is cut short")
 
 
 def _unrecorded_problem(objects: Mapping[str, int]) -> str:

@@ -11,14 +11,13 @@ import asyncio
 import hashlib
 import io
 import logging
-import zipfile
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from fsspec.asyn import get_loop
 
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.convert.provenance import Existing, examine
+from zarrcache.convert.provenance import Existing, examine, examine_zip
 from zarrcache.convert.writer import StoreExistsError, is_document
 from zarrcache.errors import OriginError
 from zarrcache.origin import ObjectInfo, Received, S3Bucket, altered, split_s3_url
@@ -115,12 +114,7 @@ class S3Destination:
             listed = self._bucket.list_objects(root, context)
             (found,) = (obj for obj in listed if obj.key == root)
             tail = self._read(found, context, max(0, found.size_bytes - _TAIL_BYTES))
-            try:
-                with zipfile.ZipFile(io.BytesIO(tail)) as archive:
-                    sizes = {info.filename: info.file_size for info in archive.infolist()}
-                    return examine(sizes, archive.read)
-            except (zipfile.BadZipFile, EOFError, ValueError):
-                return Existing("it is no zip file, or is cut short")
+            return examine_zip(io.BytesIO(tail))
         objects = {
             obj.key.removeprefix(f"{root}/"): obj
             for obj in self._bucket.list_objects(f"{root}/", context)

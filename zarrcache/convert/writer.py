@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache.convert.durable import exchange, sync_directory, sync_tree
-from zarrcache.convert.provenance import ATTRIBUTE, Existing, Source, examine, record
+from zarrcache.convert.provenance import ATTRIBUTE, Existing, Source, examine, examine_zip, record
 from zarrcache.disk import hidden_path, remove_hidden, sweep_hidden
 from zarrcache.errors import ConfigError, SchemaError
 
@@ -200,12 +200,7 @@ def publish_store(final: Path, objects: Mapping[str, bytes], *, overwrite: bool 
 def examine_store(path: Path) -> Existing:
     """Whether the store at a local path is whole, and what it was made from."""
     if path.name.endswith(".zip"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                sizes = {info.filename: info.file_size for info in archive.infolist()}
-                return examine(sizes, archive.read, all_documents=True)
-        except (zipfile.BadZipFile, EOFError):
-            return Existing("it is no zip file, or is cut short")
+        return examine_zip(path)
     sizes = {}
     for directory, _, names in os.walk(path):
         for name in names:

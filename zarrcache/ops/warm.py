@@ -338,8 +338,8 @@ class WarmPlan:
                 if down >= max(4, 2 * self.workers * self.threads):
                     raise OriginError(
                         f"The origin does not answer, or denies access: {down} densities in a row "
-                        f"failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} densities are "
-                        "warm; run the same command again to continue. "
+                        f"failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} densities "
+                        "are warm; run the same command again to continue. "
                         f"The last error: {result.error}"
                     )
         index = _index(self.reader)

@@ -45,7 +45,8 @@ class Patience:
     directory : Path, optional
         An existing directory that the node's processes share. A budget is an empty file in it: the
         modification time is when all of it will be back, the access time until when the peer is
-        left out, and the change time when both were set. Without it, or if it cannot be written, the budgets are those of this process.
+        left out, and the change time when both were set. Without it, or if it cannot be written,
+        the budgets are those of this process.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -60,7 +61,7 @@ class Patience:
         return left_s if now_s >= out_until_s and left_s >= _LEAST_S else 0.0
 
     def limit_s(self, peer: str, most_s: float) -> float:
-        """Seconds after which a request to ``peer`` is given up, at most ``most_s`` and a moment."""
+        """Seconds until a request to ``peer`` is given up: at most ``most_s`` and a moment."""
         return min(self.left_s(peer), most_s) + _FREE_S
 
     @staticmethod

@@ -54,7 +54,7 @@ class Lease:
     is_given_up: bool = False
 
     def wake(self) -> None:
-        """Let all who wait for this lease look again."""
+        """Wake all that wait for this lease."""
         self.over.set()
         self.over = asyncio.Event()
 
