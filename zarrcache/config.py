@@ -46,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: ``${NAME``, ``${NAME:-``; and ``$NAME``, ``$$``, but not in secrets, which may hold a dollar sign.
+#: ``${NAME``, ``${NAME:-``; and ``$NAME``, ``$$``, except in secrets: they may hold a dollar sign.
 _BRACES = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 _VARIABLE = re.compile(_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|\$)")
 

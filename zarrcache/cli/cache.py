@@ -162,7 +162,8 @@ def verify(
 ) -> int:
     """Read every entry, drop what is corrupt.
 
-    The next read fetches it again. Exit 1 if anything was corrupt or cannot be read. Safe while trainings run.
+    The next read fetches it again. Exit 1 if anything was corrupt or cannot be read. Safe while
+    trainings run.
     """
     from zarrcache import ops
     from zarrcache.cli.format import format_verification

@@ -48,8 +48,8 @@ def convert(
         typer.Option(
             metavar="RULE",
             help="what names a material: name (of the file), directory, path (below SRC, joined "
-            "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the name, or "
-            "where that is VASP's own the nearest directory that is not a step such as relax",
+            "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the name, "
+            "or where that is VASP's own the nearest directory that is not a step such as relax",
         ),
     ] = "auto",
     workers: Annotated[
