@@ -104,8 +104,8 @@ def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) 
     done = zarrcache("status", config)
     assert done.code == 0
     assert (
-        f"cache        {tmp_path}/cache\narray tier   4 densities, 2 listings, 48.0 KiB\nbyte tier    0 entries, "
-        "0 B\n" in done.out
+        f"cache        {tmp_path}/cache\narray tier   4 densities, 2 listings, 48.0 KiB\n"
+        "byte tier    0 entries, 0 B\n" in done.out
     )
     assert "volume       48.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
     assert "GGA          2 of 2 ids warm (100.0 %); 1 more id in the map has no store\n" in done.out

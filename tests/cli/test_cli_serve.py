@@ -71,9 +71,8 @@ def test_serve_prints_its_url_serves_entries_and_exits_0_on_a_signal(
         waiting = http.client.HTTPConnection(document["url"].removeprefix("http://"), timeout=30)
         line = f"GET /v2/entries/{'0' * 32}?node=http://127.0.0.1:1"
         waiting.connect()
-        waiting.sock.sendall(
-            f"{line} HTTP/1.1\r\n{authorization(line, document['url'], key=key_of('k' * 40))}\r\n\r\n".encode()
-        )
+        sealed = authorization(line, document["url"], key=key_of("k" * 40))
+        waiting.sock.sendall(f"{line} HTTP/1.1\r\n{sealed}\r\n\r\n".encode())
         assert b"Zarrcache-Answer: kind=lease" in waiting.sock.recv(65536)
         process.send_signal(ends)
         out, err = process.communicate(timeout=60)

@@ -403,8 +403,8 @@ def test_defaults_of_fsspec_hold_for_both_engines(
 def test_a_bucket_in_another_region_is_read_through_s3fs(
     server: Recorder, prepared: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It follows, as s3fs does; said once, whatever the number of requests. Engine obstore says what
-    to set.
+    """It follows, as s3fs does; said once, whatever the number of requests. Engine obstore says
+    what to set.
     """
     kwargs = {"key": "K", "secret": "s", "endpoint_url": server.url}
     prepared(Setting())

@@ -93,7 +93,7 @@ class Bucket:
         return Counter(f"{role}/{task_id}.zarr/{ARRAY}/" for role, task_id in self.now)
 
     def objects(self, ids: list[str]) -> Counter[str]:
-        """Each object of the densities of these materials and the attributes of their stores, once."""
+        """Each object of these densities and the attributes of their stores, once."""
         keys = (
             k
             for role, i in itertools.product(ROLES, ids)

@@ -1,5 +1,5 @@
-"""Tests that need root, run by another user as root of a user namespace: small file systems that are
-full, and, where /etc/subuid has numbers for this user, several users of a node.
+"""Tests that need root, run by another user as root of a user namespace: small file systems that
+are full, and, where /etc/subuid has numbers for this user, several users of a node.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import pytest
 from tests.support.namespaces import unshared
 
 HERE = Path(__file__).parents[2]
-FULL = "tests/faults/test_disk_faults.py::test_training_goes_on_with_the_same_bits_and_the_cache_comes_back"
+FULL = (
+    "tests/faults/test_disk_faults.py::"
+    "test_training_goes_on_with_the_same_bits_and_the_cache_comes_back"
+)
 #: Of the tests that root runs directly, those that show a promise.
 TESTS = {
     "a full disk": ([], [f"{FULL}[full_disk]", f"{FULL}[no_inodes_disk]"]),

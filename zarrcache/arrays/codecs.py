@@ -14,7 +14,7 @@ Reading then goes backwards, and each step may make as many bytes as the next on
 zstd and lz4 declare the decompressed size in their headers, which their libraries enforce; streams
 (gzip, zlib, bz2, lzma) are read up to one byte past the limit.
 
-A chain with a codec that is not listed here raises `UnknownCodecError`; nothing is guessed about it.
+A chain with a codec that is not listed here raises `UnknownCodecError`; nothing is guessed.
 ``tests/property/test_decode_parity.py`` compares the chains with zarr, and
 ``tests/faults/test_bombs.py`` their memory with the size of the array.
 """

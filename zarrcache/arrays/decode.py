@@ -63,8 +63,8 @@ _OBJECT_CODECS = frozenset(
 )
 #: Members of ``zarr.json`` that are followed here, or do not affect the values.
 _V3_MEMBERS = frozenset(
-    "attributes chunk_grid chunk_key_encoding codecs data_type dimension_names fill_value node_type "
-    "shape storage_transformers zarr_format".split()
+    "attributes chunk_grid chunk_key_encoding codecs data_type dimension_names fill_value "
+    "node_type shape storage_transformers zarr_format".split()
 )
 _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -140,8 +140,8 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
     prefix = f"{store}/{array}/"
-    # Neither the array's attributes nor what an editor or macOS leaves beside the chunks affects the
-    # values: not worth a request, nor a reason to refetch.
+    # Neither the array's attributes nor what an editor or macOS leaves beside the chunks affects
+    # the values: not worth a request, nor a reason to refetch.
     listed = [o for o in origin.list_objects(prefix) if is_array_key(o.key.removeprefix(prefix))]
     if not listed:
         everything = origin.list_objects(f"{store}/")
@@ -223,7 +223,7 @@ def read_array(
                     )
                 return Decoded(values, source, decoder.missing_chunks)
         except IncompleteArrayError:
-            # Changed since it was listed, incomplete, or damaged? Only a change shows in a new listing.
+            # Changed since it was listed, incomplete, or damaged? A new listing shows a change.
             if source_digest(list_array(origin, store, array)) == source:
                 raise
         reserve = None  # the memory of the next try replaces that of this one
@@ -236,7 +236,7 @@ def read_array(
 
 
 def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
-    """GETs of `read_array`: the listed objects, and the attributes of a store that is not zipped."""
+    """GETs of `read_array`: the listed objects, and a store's attributes unless it is zipped."""
     return len(listed) + (has_electrons(array) and not store.endswith(".zip"))
 
 

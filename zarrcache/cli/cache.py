@@ -153,9 +153,9 @@ def verify(
         bool,
         typer.Option(
             "--against-origin",
-            help="also drop entries that differ from the origin's version, and name stores that lack "
-            "chunks or state another number of electrons; sends one LIST and two GETs of metadata "
-            "per entry (one GET of the file for .zarr.zip)",
+            help="also drop entries that differ from the origin's version, and name stores that "
+            "lack chunks or state another number of electrons; sends one LIST and two GETs of "
+            "metadata per entry (one GET of the file for .zarr.zip)",
         ),
     ] = False,
     as_json: Json = False,

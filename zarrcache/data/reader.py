@@ -631,8 +631,8 @@ class ZarrS3Reader(PairReader):
             A ``ValueError``: the array is absent (those present are named), not 3-D, or not of real
             numbers.
         IncompleteArrayError
-            An object is damaged, a chunk is absent (unless ``cache.missing_chunks`` is ``fill``), or
-            the mean disagrees with the number of electrons in the store's metadata.
+            An object is damaged, a chunk is absent (unless ``cache.missing_chunks`` is ``fill``),
+            or the mean disagrees with the number of electrons in the store's metadata.
         """
         from zarrcache.cache import CachedStore
 

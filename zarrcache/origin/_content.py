@@ -170,9 +170,9 @@ class ContentCheck:
         if self._are_md5 is None and compared > 1:
             self._are_md5 = False
             logger.warning(
-                "ETags of %s have 32 hexadecimal digits and are not MD5 sums (%d objects compared): "
-                "contents are checked by size and version%s. Set cache.fetch.etag to opaque if that "
-                "is known, or to md5 to refuse such objects.",
+                "ETags of %s have 32 hexadecimal digits and are not MD5 sums (%d objects "
+                "compared): contents are checked by size and version%s. Set cache.fetch.etag to "
+                "opaque if that is known, or to md5 to refuse such objects.",
                 where,
                 compared,
                 ", and read twice, because the endpoint is http://" if self.is_plain else "",
@@ -188,8 +188,9 @@ class ContentCheck:
             else "there is no other object to compare with"
         )
         raise IncompleteArrayError(
-            f"{where}/{obj.key} does not match its ETag {obj.etag} as an MD5, in two readings alike, "
-            f"and {why}. Write it again; if its ETag is no MD5, set cache.fetch.etag: opaque."
+            f"{where}/{obj.key} does not match its ETag {obj.etag} as an MD5, in two readings "
+            f"alike, and {why}. Write it again; if its ETag is not an MD5, set cache.fetch.etag: "
+            "opaque."
         )
 
 

@@ -148,7 +148,7 @@ class BrowsableOrigin(Origin, Protocol):
 def fetch_with(
     origin: Origin, objects: Sequence[ObjectInfo], key: str, most_bytes: int
 ) -> Iterator[tuple[ObjectInfo, Buffer]]:
-    """``NamingOrigin.fetch_with``, also for origins that do not have it: they list ``key`` first."""
+    """``NamingOrigin.fetch_with``; origins that do not have it list ``key`` first."""
     if isinstance(origin, NamingOrigin):
         yield from origin.fetch_with(objects, key, most_bytes)
         return

@@ -544,8 +544,8 @@ def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
     if low < -limit or high > limit:
         raise SchemaError(
             f"{name} has values from {low:.6g} to {high:.6g}; the largest float16 is {limit:.0f}. "
-            "Use bf16 or f32, or normalize the densities (normalize_data: true) and heed the warning "
-            "about small values."
+            "Use bf16 or f32, or normalize the densities (normalize_data: true) and heed the "
+            "warning about small values."
         )
     return low, high
 

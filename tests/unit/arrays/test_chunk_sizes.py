@@ -1,4 +1,4 @@
-"""A chunk is what its shape says, byte for byte: less, more and what cannot be known are refused."""
+"""A chunk is what its shape says, byte for byte: less, more and unknown sizes are refused."""
 
 from __future__ import annotations
 

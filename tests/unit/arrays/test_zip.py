@@ -103,8 +103,8 @@ def test_member_larger_than_its_chunk_is_refused_before_it_is_unpacked() -> None
     store = ZippedStore(zip_of({"total/0": bytes(9 * 2**20)}, zipfile.ZIP_DEFLATED), URL)
     with pytest.raises(
         SchemaError,
-        match=rf"member total/0 claims {9 * 2**20} bytes unpacked; more than 2048 are refused\. Zip "
-        r"the store again",
+        match=rf"member total/0 claims {9 * 2**20} bytes unpacked; more than 2048 are refused\. "
+        r"Zip the store again",
     ):
         store.read("total/0", 2048)
     assert store.read("total/0", 9 * 2**20) == bytes(9 * 2**20)

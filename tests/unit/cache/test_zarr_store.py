@@ -97,7 +97,7 @@ def test_a_store_that_was_there_and_is_deleted_is_an_error_after_pickling_too(
 
 @pytest.mark.parametrize("hops", [0, 1])
 def test_a_store_that_was_never_there_has_no_keys_and_no_chunks(tmp_path: Path, hops: int) -> None:
-    """A reader asks for the metadata of what may not exist; for a chunk only of what it has opened."""
+    """Metadata may be requested of what does not exist, a chunk only of what was opened."""
     (tmp_path / "data").mkdir()
     store = open_store(tmp_path / "data" / "mp-1.zarr")
     assert store.sizes() == {}

@@ -142,7 +142,7 @@ def test_a_text_cut_short_is_refused(chgcar: Path) -> None:
     chgcar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         SchemaError,
-        match=r"syn-2-0000\.CHGCAR(: the grid of line \d+ announces 480 numbers| ends within a num)",
+        match=r"syn-2-0000\.CHGCAR(: the grid of line \d+ announces 480 numbers| ends within a n)",
     ):
         read_density(chgcar)
 
@@ -495,7 +495,7 @@ def test_a_title_that_is_not_ascii_is_ignored(tmp_path: Path, title: str, coding
 
 
 def test_emmets_flat_json_is_read(tmp_path: Path) -> None:
-    """``ChgcarLike``: labels, flat lists in C order and their shapes; a spin density may be null."""
+    """``ChgcarLike``: labels, flat lists in C order and their shapes; a spin density or null."""
     total = (np.arange(60) + 0.25).reshape(3, 4, 5)
     document: dict[str, Any] = {
         "identifier": "mp-1",

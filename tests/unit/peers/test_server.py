@@ -75,7 +75,8 @@ def request(
 
 def signed(server: EntryServer, line: str, token: str | None = None) -> bytes:
     """One request, to be sent over a connection that a test keeps."""
-    return f"{line} HTTP/1.1\r\n{authorization(line, server.url, key=seal.key_of(token))}\r\n\r\n".encode()
+    sealed = authorization(line, server.url, key=seal.key_of(token))
+    return f"{line} HTTP/1.1\r\n{sealed}\r\n\r\n".encode()
 
 
 def kind_of(answer: bytes | tuple[int, dict[str, str], bytes]) -> str:
