@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 _BRACES = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
 _VARIABLE = re.compile(_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|\$)")
 
+#: Loaders of this package; others are known only once their module is imported.
+_LOADERS = ("zarr_s3_data", "mp_zarr_s3_data", "chgcar_data")
+
 
 def _expand(value: object, variable: re.Pattern[str] = _VARIABLE) -> object:
     """Expand environment variables in all strings of a value.
@@ -367,6 +370,14 @@ class DataConfig(_Block):
             ) from None
         known["cache"] = None if cache is None else CacheConfig.of(cache)
         super().__init__(**known)
+
+    @field_validator("dataset_name")
+    @classmethod
+    def _loader(cls, value: str) -> str:
+        near = difflib.get_close_matches(value, _LOADERS, n=1, cutoff=0.8)
+        if near and value not in _LOADERS:  # only a warning, because it may be registered later
+            logger.warning("dataset_name is %r; did you mean %r?", value, near[0])
+        return value
 
     @field_validator("data_dir", "label_dir", "map_dir", mode="before")
     @classmethod

@@ -444,6 +444,15 @@ def test_dollar_sign_of_a_secret_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+def test_misspelt_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Not an error: a module that registers the loader may be imported later."""
+    DataConfig(**DATA, dataset_name="zarr_s3_dta")
+    assert "dataset_name is 'zarr_s3_dta'; did you mean 'zarr_s3_data'?" in caplog.text
+    caplog.clear()
+    DataConfig(**DATA, dataset_name="my_loader")
+    assert not caplog.text
+
+
 def test_missing_training_key_is_named() -> None:
     """All of them."""
     with pytest.raises(ConfigError, match=r"^label_dir is missing\.\nfunctional is missing\.$"):
