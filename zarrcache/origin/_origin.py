@@ -150,8 +150,13 @@ def fetch_with(
 ) -> Iterator[tuple[ObjectInfo, Buffer]]:
     """``NamingOrigin.fetch_with``; origins that do not have it list ``key`` first."""
     if isinstance(origin, NamingOrigin):
-        yield from origin.fetch_with(objects, key, most_bytes)
-        return
+        return origin.fetch_with(objects, key, most_bytes)
+    return _fetch_then_name(origin, objects, key, most_bytes)
+
+
+def _fetch_then_name(
+    origin: Origin, objects: Sequence[ObjectInfo], key: str, most_bytes: int
+) -> Iterator[tuple[ObjectInfo, Buffer]]:
     yield from origin.fetch(objects)
     found = [o for o in origin.list_objects(key) if o.key == key and o.size_bytes <= most_bytes]
     if found:
