@@ -287,6 +287,24 @@ def test_zstd_without_a_size_is_bounded_where_the_size_is_not_exact() -> None:
         decoded(twice, frame(*bomb, raw(b"abcd")))
 
 
+def without_size(data: bytes) -> bytes:
+    """A frame of numcodecs as streaming writers leave it."""
+    descriptor = data[4]
+    assert not descriptor & 7  # no checksum, no dictionary
+    is_single = descriptor >> 5 & 1
+    header = 5 + (1 - is_single) + (is_single, 2, 4, 8)[descriptor >> 6]
+    assert data[header] >> 1 & 3 == 2  # a compressed block, which may hold 128 KiB
+    return frame(data[header:])
+
+
+def test_zstd_without_a_size_is_read_where_the_size_is_not_exact() -> None:
+    """What its blocks may hold is more than what they do hold."""
+    twice = chunk_of({"id": "zlib"}, {"id": "zstd"})
+    data = without_size(PACK["zstd"](zlib.compress(VALUES.tobytes(), 0)))
+    assert _zstd_bound(memoryview(data)) == 2**17
+    assert np.array_equal(decoded(twice, data), VALUES)
+
+
 # -- shards
 
 
