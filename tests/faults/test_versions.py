@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -160,12 +161,13 @@ def test_another_version_of_the_same_size_is_refused(
         )
     for old, new in zip(before, origin.list_objects(), strict=True):
         assert source_digest([old]) != source_digest([new])
+        changed = re.escape(f"{origin.url_of(old.key)} was changed while it was being read")
         for can_match in (True, False):
             forget(origin, can_match=can_match)
-            with pytest.raises(IncompleteArrayError, match="was changed while it was being read"):
+            with pytest.raises(IncompleteArrayError, match=changed):
                 list(origin.fetch([old]))
             forget(origin, can_match=can_match)
-            with pytest.raises(IncompleteArrayError, match="was changed while it was being read"):
+            with pytest.raises(IncompleteArrayError, match=changed):
                 origin.fetch_range(old, 100, 900)
 
 

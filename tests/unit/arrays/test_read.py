@@ -24,6 +24,7 @@ from zarrcache.arrays.read import (
     examine_array,
     list_array,
     read_array,
+    unstable_s,
 )
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.origin._local import LocalOrigin
@@ -59,6 +60,31 @@ class Hooked(LocalOrigin):
         if self.hooks:
             self.hooks.pop(0)()
         yield from super().fetch(objects)
+
+
+@pytest.mark.parametrize(
+    ("ages_s", "wait_s"),
+    [
+        ([], 0.0),
+        ([None], 0.0),  # without a date, nothing is known
+        ([None, 3600.0], 0.0),
+        ([3600.0, 7200.0], 0.0),
+        ([1.5, 3600.0], 0.5),
+        ([None, 1.5], 0.5),
+        ([-100.0], 2.0),  # the server's clock is ahead
+        ([10.0, 10.5], 0.0),  # written at once
+        ([10.0, 3600.0], 2.0),  # one chunk is recent: a writer may be at it
+    ],
+)
+def test_a_listing_is_trusted_at_once_or_after_two_seconds(
+    ages_s: list[float | None], wait_s: float
+) -> None:
+    now_s = time.time()
+    listed = [
+        ObjectInfo(str(n), 1, "e", 0.0 if age_s is None else now_s - age_s)
+        for n, age_s in enumerate(ages_s)
+    ]
+    assert unstable_s(listed) == pytest.approx(wait_s, abs=0.4)
 
 
 @pytest.mark.parametrize(

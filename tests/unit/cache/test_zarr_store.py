@@ -16,7 +16,7 @@ from tests.support.cachedirs import settings
 from tests.support.stores import small_group
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.zarr_store import CachedStore, _bounds, open_store
-from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
+from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.stats import Counters
 
 
@@ -49,6 +49,22 @@ def test_object_is_read_by_its_name_and_no_other_exists(tmp_path: Path) -> None:
     assert {key: len(read(store, key) or b"") for key in store.sizes()} == store.sizes()
     assert read(store, ".zgroup") == (tmp_path / "mp-1.zarr" / ".zgroup").read_bytes()
     assert read(store, "nothing") is None
+
+
+def test_object_larger_than_any_array_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of it is read."""
+    small_group(tmp_path / "mp-1.zarr")
+    with (tmp_path / "mp-1.zarr" / "huge").open("wb") as file:
+        file.truncate(1001)
+    store = open_store(tmp_path / "mp-1.zarr")
+    monkeypatch.setattr("zarrcache.arrays.read.most_bytes", lambda: 1000)
+    with pytest.raises(SchemaError, match="huge lists objects of 1001 bytes"):
+        read(store, "huge")
+    part = asyncio.run(store.get("huge", default_buffer_prototype(), RangeByteRequest(0, 1000)))
+    assert part is not None
+    assert part.to_bytes() == bytes(1000)
 
 
 def test_store_is_its_url_at_its_origin(tmp_path: Path) -> None:
