@@ -72,6 +72,11 @@ def reader_of(make_reader: Callable[..., ZarrS3Reader]) -> Callable[..., ZarrS3R
 class TestMaking:
     """Constructing, copying, showing."""
 
+    def test_defaults_are_those_of_the_users_reader(self, tmp_path: Path) -> None:
+        """Another seed would be another split."""
+        reader = ZarrS3Reader(str(tmp_path), str(tmp_path), "map.json.gz", "GGA", False, 0.8)
+        assert (reader.rs, reader.density_type, reader.s3_kwargs) == (42, "total", {})
+
     def test_arguments_are_kept_under_the_users_names(self, tmp_path: Path) -> None:
         """Their scripts read ``tf`` and ``rs``; a directory is a Path, a URL stays a string."""
         reader = ZarrS3Reader(
