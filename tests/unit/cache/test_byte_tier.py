@@ -91,6 +91,21 @@ def test_second_read_makes_no_request(tmp_path: Path) -> None:
     )
 
 
+def test_warm_read_takes_no_lock(tmp_path: Path) -> None:
+    """A process that is stopped while it holds one delays no hit."""
+    origin, objects = origin_with(tmp_path, a=1000, b=3 * BLOCK)
+    cache = make(tmp_path, origin)
+    want = [cache.read(objects["a"]), cache.read(objects["b"], BLOCK, 2 * BLOCK)]
+    again = make(tmp_path, origin)
+
+    def fails(digest: str) -> Any:
+        raise AssertionError(f"a lock of {digest} was taken")
+
+    again.flight.hold = fails  # type: ignore[method-assign]
+    assert [again.read(objects["a"]), again.read(objects["b"], BLOCK, 2 * BLOCK)] == want
+    assert list(again.fetch([])) == []
+
+
 def test_range_of_a_small_object_caches_it_whole(tmp_path: Path) -> None:
     """One request for all ranges of it."""
     origin, objects = origin_with(tmp_path, a=1000)
