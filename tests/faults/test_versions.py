@@ -25,6 +25,7 @@ from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginError, OriginUnavailableError
 from zarrcache.origin import Origin, open_origin
 from zarrcache.origin import _requests as retry
+from zarrcache.stats import Counters
 
 BODY = random.Random(1).randbytes(3001)
 OTHER = random.Random(2).randbytes(3001)
@@ -59,12 +60,15 @@ def server() -> Iterator[TagServer]:
 def opened(request: pytest.FixtureRequest, server: TagServer) -> Callable[..., Origin]:
     """``opened(etag=..., path=...)`` opens the origin ``s3://b/<path>``."""
 
-    def make(etag: Any = "auto", path: str = "d", attempts: int = 3) -> Origin:
+    def make(
+        etag: Any = "auto", path: str = "d", attempts: int = 3, counters: Counters | None = None
+    ) -> Origin:
         return open_origin(
             f"s3://b/{path}",
             s3_kwargs=server.s3_kwargs,
             fetch=FetchConfig(engine=request.param, etag=etag),
             retry=RetryConfig(attempts=attempts, timeout=20),
+            counters=counters,
         )
 
     return make
@@ -364,8 +368,10 @@ def test_a_server_that_ignores_ranges_is_read_whole_and_never_taken_for_a_range(
         "d/x": tagged(BODY, MULTI, flips=1, has_ranges=False),
         "d/y": tagged(OTHER, digest(OTHER), headers=KMS, has_ranges=False),
     }
-    origin = opened()
+    counters = Counters()
+    origin = opened(counters=counters)
     assert read(origin) == {"x": BODY, "y": OTHER}
+    assert counters.snapshot().requests == server.count().total()
     with pytest.raises(OriginError, match="sent the whole object for a range"):
         origin.fetch_range(origin.list_objects()[0], 0, 10)
 

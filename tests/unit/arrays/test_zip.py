@@ -110,8 +110,9 @@ def test_member_larger_than_its_chunk_is_refused_before_it_is_unpacked() -> None
     assert store.read("total/0", 9 * 2**20) == bytes(9 * 2**20)
 
 
+@pytest.mark.parametrize("comment", [b"", b"c" * 0xFFFF], ids=["bare", "commented"])
 @pytest.mark.parametrize("is_large", [False, True])
-def test_directory_is_measured_as_zipfile_reads_it(is_large: bool) -> None:
+def test_directory_is_measured_as_zipfile_reads_it(is_large: bool, comment: bytes) -> None:
     """Zipfile takes the records of a large zip wherever they are; the others may say less."""
     count = 120_000
     entry = b"PK\x01\x02" + struct.pack(
@@ -123,6 +124,6 @@ def test_directory_is_measured_as_zipfile_reads_it(is_large: bool) -> None:
     )
     large += b"PK\x06\x07" + struct.pack("<LQL", 0, len(directory), 1)
     said = 1000 if is_large else len(directory)
-    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, said, 0xFFFF, 0)
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, said, 0xFFFF, len(comment))
     with pytest.raises(SchemaError, match=f"a directory of {len(directory)} bytes"):
-        ZippedStore(directory + (large if is_large else b"") + end, URL)
+        ZippedStore(directory + (large if is_large else b"") + end + comment, URL)

@@ -271,8 +271,9 @@ def test_a_streamed_entry_is_written_byte_for_byte_or_read(tmp_path: Path) -> No
     publish(tmp_path / "entry", stream.write)
     assert stream.is_spent
     assert (tmp_path / "entry").read_bytes() == raw
-    array = EntryStream(io.BytesIO(raw), len(raw), KEY, "node").read()
-    assert np.array_equal(array, DENSITY)
+    stream = EntryStream(io.BytesIO(raw), len(raw), KEY, "node")
+    assert np.array_equal(stream.read(), DENSITY)
+    assert stream.is_spent
 
 
 @pytest.mark.parametrize("cut", [1, 19, 100, 4096, 4097])
