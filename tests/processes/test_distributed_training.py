@@ -196,8 +196,8 @@ def test_two_nodes_that_own_their_samples_ask_s3_once_killed_and_resumed_or_not(
 def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(
     stores: Path, bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    """Two nodes with two ranks each: at most once per node, whichever rank or worker comes first.
-    Lightning keeps the sampler.
+    """Two nodes with two ranks each: once per node, whichever rank or worker comes first. The
+    look-ahead may have begun the epoch after the last one. Lightning keeps the sampler.
     """
     data = options(on_s3(tmp_path / "train.yaml", stores, bucket, s3_server))
     log = RequestLog(s3_server, bucket)
@@ -210,21 +210,18 @@ def test_a_global_shuffle_fetches_an_object_once_on_each_node_that_reads_it(
         checkpoint=None,
     )
     run(job)
-    readers: dict[str, set[int]] = {name: set() for name in TRAINED}
-    for epoch in range(2):
-        assert in_order(job, epoch) == planned(job, epoch)
-        for rank, name in (
-            (rank, name) for rank, order in enumerate(planned(job, epoch)) for name in order
-        ):
-            readers[name].add(rank // 2)
-    wanted = Counter(
-        {
-            key: len(nodes)
-            for name, nodes in readers.items()
-            for key in objects(s3_server, bucket, name)
+    assert [in_order(job, epoch) for epoch in range(2)] == [planned(job, 0), planned(job, 1)]
+
+    def once_per_node(epochs: int) -> Counter[str]:
+        readers = {
+            (name, rank // 2)
+            for epoch in range(epochs)
+            for rank, order in enumerate(planned(job, epoch))
+            for name in order
         }
-    )
-    assert log.paths("GET") == wanted
+        return Counter(key for name, _ in readers for key in objects(s3_server, bucket, name))
+
+    assert once_per_node(2) <= log.paths("GET") <= once_per_node(3)
     # The listing of both directories, by one process of each node.
     assert [log.paths("LIST")[f"{role}/"] for role in ROLES] == [2, 2]
 

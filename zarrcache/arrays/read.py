@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ObjectInfo, source_digest
+from zarrcache._keys import ObjectInfo, density_array, source_digest
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
@@ -424,7 +424,15 @@ def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
             if key.count("/") == 1 and key.endswith(("/.zarray", "/zarr.json"))
         }
     )
-    return SchemaError(f"'{array}' not found in zarr store {url}. Available arrays: {present}")
+    spin = (
+        " `zarrcache convert --diff` writes it for spin-polarized calculations."
+        if array == density_array("diff")
+        else ""
+    )
+    return SchemaError(
+        f"'{array}' not found in zarr store {url}. Available arrays: {present}{'.' if spin else ''}"
+        f"{spin}"
+    )
 
 
 def examine_array(

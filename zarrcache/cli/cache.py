@@ -141,6 +141,8 @@ def status(
     for line in status_lines(state):
         show(line)
     if state.coverage is not None and not state.coverage.is_complete:
+        if state.limit_bytes is not None and state.volume_bytes > 0.9 * state.limit_bytes:
+            say("The cache is near its limit: raise cache.limit, or free space with evict, first.")
         say(f"Run `zarrcache warm {config}` to fill the cache.")
     return 0
 

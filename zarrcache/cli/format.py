@@ -152,8 +152,9 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
 def _rounded_up(nbytes: int) -> str:
     """Like ``format_bytes``, but never rounded down: the size is advice for ``cache.limit``."""
     step = max(1, 1024 ** ((max(1, nbytes).bit_length() - 1) // 10) // 10)
-    while parse_bytes(text := format_bytes(nbytes)) < nbytes:
-        nbytes += step
+    rounded = nbytes
+    while parse_bytes(text := format_bytes(rounded)) < nbytes:
+        rounded += step
     return text
 
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,8 +98,13 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
         yield from _cache(cache)
         yield from _peers(cache)
     if isinstance(config, DataConfig):
+        try:
+            ids = ids_of(read_map(config.map_dir), config.functional)
+        except ConfigError as exc:
+            yield Finding("map", "fail", str(exc))
+            return
         for role in ROLES:
-            yield from _origin(config, role)
+            yield from _origin(config, role, ids[:_IDS_TRIED])
 
 
 def _peers(cache: CacheConfig) -> Iterator[Finding]:
@@ -321,8 +326,8 @@ def _electrons(
     return Finding(name, "ok", f"{store} {array} holds the number that its metadata states")
 
 
-def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
-    """List one store and read one object of it."""
+def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Finding]:
+    """List one store of these ids and read one object of it."""
     try:
         url = config.data_dir if role == "data" else config.label_dir
         fetch = config.cache.fetch if config.cache is not None else FetchConfig()
@@ -330,7 +335,6 @@ def _origin(config: DataConfig, role: Role) -> Iterator[Finding]:
         origin = open_origin(
             url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
         )
-        ids = ids_of(read_map(config.map_dir), config.functional)[:_IDS_TRIED]
         name = f"{role} at {origin.url}"
         start_s = time.perf_counter()
         for task_id in ids:

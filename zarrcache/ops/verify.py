@@ -170,7 +170,8 @@ def verify(
     for row in good:
         found = flaws[row.digest]
         _, is_stale, lacks, stated = compared.get(row.digest) or Compared(row, False)
-        if is_stale:
+        # A store that lacks chunks is no version to replace a whole entry with.
+        if is_stale and (not lacks or always.missing_chunks == "fill"):
             drop(row)
             stale.append(_problem(row, "the origin has another version"))
             found = SOUND

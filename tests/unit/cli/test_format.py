@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zarrcache.cli.format import count, duration, plural
+from zarrcache._units import parse_bytes
+from zarrcache.cli.format import _rounded_up, count, duration, plural
 from zarrcache.cli.progress import Meter
 
 
@@ -64,3 +65,9 @@ def test_progress_in_bytes_accepts_its_total_later(
         now[0] += 16
         meter.reach(16 * 1024**2, 64 * 1024**2)
     assert capsys.readouterr().err == "Verifying: 16.0 MiB of 64.0 MiB, 1.0 MiB/s, 48 s left\n"
+
+
+def test_advised_sizes_are_rounded_up_and_not_far() -> None:
+    """A limit that is slightly too small costs another run, one of the next unit is nonsense."""
+    for nbytes in (1, 1023, 1025, 3047424, 3031040, 1126170624, 5 * 2**30 + 1, 1023 * 2**20 + 1):
+        assert nbytes <= parse_bytes(_rounded_up(nbytes)) <= 1.11 * nbytes + 1

@@ -94,9 +94,7 @@ def test_an_origin_without_stores_and_an_unknown_functional_fail(
         f"label at {tmp_path / 'nowhere'}"
     ]
     assert (found.verdict, "is not a directory of this machine" in found.found) == ("fail", True)
-    found = findings(config.model_copy(update={"functional": "SCAN"}))[
-        f"data at {tmp_path / 'data'}"
-    ]
+    found = findings(config.model_copy(update={"functional": "SCAN"}))["map"]
     assert (found.verdict, "Available: ['GGA']" in found.found) == ("fail", True)
 
 
