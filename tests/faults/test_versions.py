@@ -118,12 +118,14 @@ def test_every_spelling_of_an_etag_is_read(
     server.objects = {
         f"d/{name}": Tagged(BODY, *tags, if_match=if_match) for name, tags in SPELLINGS.items()
     }
-    origin = opened()
+    counters = Counters()
+    origin = opened(counters=counters)
     for obj in origin.list_objects():
         forget(origin)
         assert origin.fetch_range(obj, 100, 900) == BODY[100:900], obj
         forget(origin)
         assert [bytes(memoryview(body)) for _, body in origin.fetch([obj])] == [BODY], obj
+    assert counters.snapshot().requests == server.count().total()
 
 
 @pytest.mark.parametrize(

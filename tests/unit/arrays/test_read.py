@@ -23,6 +23,8 @@ from zarrcache.arrays.read import (
     density_of_group,
     examine_array,
     list_array,
+    metadata_of,
+    per_point,
     read_array,
     unstable_s,
 )
@@ -323,3 +325,46 @@ def test_plain_group_of_strings_is_refused(tmp_path: Path) -> None:
     array[...] = np.array([[["1", "2"]]])
     with pytest.raises(SchemaError, match=STORE):
         density_of_group(group, NAME, STORE)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, {}),
+        ({"metadata": {"a": 1}}, {"a": 1}),
+        ({"metadata": '{"a": 1}', "structure": '{"b": 2}'}, {"a": 1, "structure": {"b": 2}}),
+        ({"metadata": {"structure": 1}, "structure": {"b": 2}}, {"structure": {"b": 2}}),
+        ({"structure": [1]}, {"structure": [1]}),
+        ({"metadata": "[1]"}, r"attribute 'metadata' is \[1\]; it has to be a mapping"),
+        ({"metadata": 5}, r"attribute 'metadata' is 5; it has to be a mapping"),
+        ({"metadata": "{"}, "attribute 'metadata' is not JSON"),
+        ({"structure": "{"}, "attribute 'structure' is not JSON"),
+    ],
+)
+def test_metadata_and_structure_are_merged_or_refused_by_name(
+    tmp_path: Path, attributes: dict[str, Any], expected: Any
+) -> None:
+    group = zarr.create_group(tmp_path / STORE, attributes=attributes)
+    if isinstance(expected, dict):
+        assert metadata_of(group) == expected
+    else:
+        with pytest.raises(SchemaError, match=expected):
+            metadata_of(group)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("limit", [10, 2**24])
+def test_values_per_point_are_those_of_the_users_reader_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, limit: int, in_place: bool
+) -> None:
+    """On both sides of the number of points that a float32 holds exactly."""
+    monkeypatch.setattr("zarrcache.arrays.read._EXACT_IN_FLOAT32", limit)
+    values = np.random.default_rng(3).random((7, 11, 13), np.float32) * 1e3
+    theirs, before = values.copy(), values.copy()
+    theirs /= np.prod(values.shape)
+    out = values if in_place else None
+    result = per_point(values, out=out)
+    assert (result is values) is in_place
+    assert result.dtype == np.float32
+    assert result.tobytes() == theirs.tobytes()
+    assert in_place or np.array_equal(values, before)
