@@ -244,8 +244,9 @@ class TestTransient:
         [obj] = origin.list_objects("checked.zip")
         fault_proxy.rules(Rule(("corrupt",), op="GET"))
         assert ASK["GET"](origin, [obj]) == {"checked.zip": b"checked" * 100}
-        # botocore repeats it whole; after an MD5 that does not match it is read again in halves
-        assert fault_proxy.count("GET") == (2 if is_s3fs(origin) else 3)
+        # botocore repeats it whole if the server sends the checksum along; after an MD5 that does
+        # not match it is read again in halves
+        assert fault_proxy.count("GET") in ((2, 3) if is_s3fs(origin) else (3,))
 
     def test_every_further_attempt_is_logged_with_url_and_cause(
         self,
@@ -644,7 +645,7 @@ class TestCancel:
         """Decoding takes longer than ``cache.retry.timeout``; a fault after it is still retried."""
         fault_proxy.rules(Rule(("ok", "503"), op="GET"))
         got = {}
-        for obj, body in opened(timeout=0.3, concurrency=1).fetch(listed):
+        for obj, body in opened(timeout=2.0, concurrency=1).fetch(listed):
             got[obj.key] = bytes(memoryview(body))
-            time.sleep(0.2)
+            time.sleep(2.5 / len(listed))
         assert got == BODIES

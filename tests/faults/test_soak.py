@@ -39,7 +39,7 @@ OBJECT_FAULTS = (
 )
 LIST_FAULTS = ("reset", "reset_body", "truncate", "short", "hang", "500", "503")
 ATTEMPTS = 5
-N_OBJECTS = 9  # of each density: .zarray and eight chunks
+N_OBJECTS = 10  # of each density: .zarray, eight chunks, and the attributes of the store
 
 
 def upload(server: S3Server, bucket: str, root: Path, n: int, densities: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ def test_every_sample_survives_a_bad_network(
     engine: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """24 stores, 216 objects; the waits are short, the bounds are those of a run."""
+    """24 stores, 240 objects; the waits are short, the bounds are those of a run."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.05)
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(retry, "_pauses", {})

@@ -20,7 +20,7 @@ import pytest
 from tests.support.cachedirs import array_of, key_of, settings
 from tests.support.namespaces import containered
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk import _locks
+from zarrcache.disk import single_flight as _locks
 from zarrcache.disk.index import Index, Intent
 from zarrcache.disk.policy import Admission
 from zarrcache.stats import Counters

@@ -223,7 +223,9 @@ def read_array(
                     )
                 return Decoded(values, source, decoder.missing_chunks)
         except IncompleteArrayError:
-            # Changed since it was listed, incomplete, or damaged? A new listing shows a change.
+            # Changed since it was listed, incomplete, or damaged? A new listing shows a change,
+            # once the writer has had the time to go on.
+            wait_until(stable_at_s)
             if source_digest(list_array(origin, store, array)) == source:
                 raise
         reserve = None  # the memory of the next try replaces that of this one

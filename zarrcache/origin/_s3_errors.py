@@ -28,7 +28,9 @@ _SLOW_DOWN_CODES = frozenset(
 _TRANSIENT_STATUS = _SLOW_DOWN_STATUS | {408, 500, 502, 504}
 _TRANSIENT_CODES = _SLOW_DOWN_CODES | frozenset(
     "InternalError OperationAborted RequestTimeout RequestTimeoutException "
-    "PriorRequestNotComplete".split()
+    # An upload arrived with other bytes than were sent.
+    "PriorRequestNotComplete BadDigest XAmzContentSHA256Mismatch "
+    "XAmzContentChecksumMismatch".split()
 )
 _ELSEWHERE_CODES = frozenset(
     "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException".split()
