@@ -213,11 +213,13 @@ def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
             f"{path} holds no total density (blocks: {', '.join(parsed.blocks) or 'none'})."
         )
     # pymatgen warns if it guesses, for example the elements of a VASP 4 file, which matters for
-    # training on the structure.
+    # training on the structure. A ResourceWarning is of whatever the collector met meanwhile.
     guesses = {
         str(w.message).splitlines()[0]
         for w in caught
-        if not issubclass(w.category, (DeprecationWarning, PendingDeprecationWarning))
+        if not issubclass(
+            w.category, (DeprecationWarning, PendingDeprecationWarning, ResourceWarning)
+        )
     }
     parsed.notes += [f"pymatgen says: {guess}" for guess in sorted(guesses)]
     return parsed
