@@ -31,7 +31,7 @@ LINE = "is only read: its entries are used, and nothing will be stored"
 
 
 def denied(directory: Path) -> None:
-    """Nobody may write, not even the owner. Root could, and is another user in these tests."""
+    """Not even the owner may write. Root could, and is another user in these tests."""
     for path in [*directory.rglob("*"), directory]:
         path.chmod(path.stat().st_mode & ~0o222)
 

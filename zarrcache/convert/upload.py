@@ -100,7 +100,7 @@ class S3Destination:
             answers = self._bucket.call_all(
                 _head,
                 [ObjectInfo(key, 0, "") for key in name_of],
-                self._bucket.context(self.url),
+                lambda _: self._bucket.context(self.url),
                 open_engine=open_engine or self._bucket.s3fs,
             )
             found.update(name_of[key] for key, answer in answers.items() if answer.etag)
@@ -130,7 +130,7 @@ class S3Destination:
         answers = self._bucket.call_all(
             lambda engine, obj, s: engine.get(obj, part, patience_s=s),
             [found],
-            context,
+            lambda _: context,
             open_engine=self._bucket.s3fs,
         )
         return bytes(answers[found.key].body)
@@ -237,7 +237,7 @@ class S3Destination:
             self._bucket.call_all(
                 put,
                 [ObjectInfo(key, len(body), "") for key, body in bodies.items()],
-                self._bucket.context(f"{self.url}/{name}"),
+                lambda _: self._bucket.context(f"{self.url}/{name}"),
                 open_engine=lambda: self._bucket.engine(*bodies),
             )
         except OriginError:
@@ -255,7 +255,7 @@ class S3Destination:
             self._bucket.call_all(
                 lambda engine, obj, s: engine.delete(obj.key, patience_s=s),
                 [ObjectInfo(key, 0, "") for key in part],
-                self._bucket.context(f"{self.url}/{name}"),
+                lambda _: self._bucket.context(f"{self.url}/{name}"),
                 open_engine=self._bucket.s3fs,
                 retry=retry,
             )

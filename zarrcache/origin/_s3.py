@@ -170,10 +170,11 @@ class S3Bucket:
         self,
         request: Callable[[Any, ObjectInfo, float], Coroutine[Any, Any, Received]],
         objects: Collection[ObjectInfo],
-        context: RequestContext,
+        context_of: Callable[[ObjectInfo], RequestContext],
         *,
         open_engine: Callable[[], Engine],
         retry: RetryConfig | None = None,
+        counters: Counters | None = None,
     ) -> dict[str, Received]:
         """Make one request per object, up to ``fetch.concurrency`` at once; answers by key.
 
@@ -181,9 +182,13 @@ class S3Bucket:
         ----------
         request : callable
             Called with the engine, the object, and the seconds after which a silent server is
-            given up.
+            given up. It may raise ``S3Error``.
+        context_of : callable
+            The context of an object's request, for its error message.
         retry : RetryConfig, optional
             Overrides the bucket's.
+        counters : Counters, optional
+            Counts requests, retries and the objects' sizes.
         """
         operation = Operation(self, retry)
         engine: Engine | None = None
@@ -209,10 +214,18 @@ class S3Bucket:
             if isinstance(answer, S3Error):
                 if self.leaves_obstore(answer, engine):
                     return None
-                return operation.error(answer, context, engine)
+                return operation.error(answer, context_of(obj), engine)
             return obj.key, answer
 
-        return dict(operation.policy.call_all(objects, send, accept, url_of=lambda _: context.url))
+        return dict(
+            operation.policy.call_all(
+                objects,
+                send,
+                accept,
+                url_of=lambda obj: context_of(obj).url,
+                counters=counters,
+            )
+        )
 
     def list_objects(self, prefix: str, context: RequestContext) -> list[ObjectInfo]:
         """Every object whose key begins with ``prefix``, which ends with ``/`` or is empty."""
@@ -650,14 +663,12 @@ class S3Origin:
             self._content.judge(list(stuck), sample, self.url)
             yield from stuck.items()
 
-    def _read_again(self, held: Mapping[ObjectInfo, Buffer]) -> Iterator[tuple[ObjectInfo, Buffer]]:
+    def _read_again(self, held: Mapping[ObjectInfo, Buffer]) -> list[tuple[ObjectInfo, Buffer]]:
         """Read objects in halves, until that agrees with a reading as a whole or with the MD5."""
         whole: dict[str, Buffer] = {self._full(obj).key: body for obj, body in held.items()}
         listed = {self._full(obj).key: obj for obj in held}
-        operation = Operation(self._bucket)
-        engine: Engine
 
-        async def read(full: ObjectInfo, patience_s: float) -> Received:
+        async def read(engine: Engine, full: ObjectInfo, patience_s: float) -> Received:
             parts = other_shape(0, full.size_bytes, full.size_bytes)
             try:
                 body = b"".join(await self._parts(engine, full, parts, patience_s))
@@ -669,76 +680,35 @@ class S3Origin:
             if full.key not in whole:
                 self._bucket.counters.add(requests=1)
                 whole[full.key] = await self._part(engine, full, None, patience_s)
+            if not self._content.matches(full, body) and bytes(whole.pop(full.key)) != body:
+                raise S3Error(None, "Mismatch", _DIFFER)
             return Received(body, "")
 
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
-            nonlocal engine
-            engine = self._bucket.engine(*(obj.key for obj in missing))
-            patience_s = min(self._bucket.fetch.read_timeout, remaining_s)
-            return concurrent_requests(
-                get_loop(),
-                lambda full: read(full, patience_s),
-                missing,
-                self._bucket.fetch.concurrency,
-                self._bucket.backoff,
-            )
-
-        def accept(
-            full: ObjectInfo, answer: Received | S3Error
-        ) -> tuple[ObjectInfo, Buffer] | Exception:
-            obj = listed[full.key]
-            if isinstance(answer, S3Error):
-                return operation.error(answer, self._context(obj.key, obj), engine)
-            if self._content.matches(obj, answer.body) or bytes(whole.pop(full.key)) == answer.body:
-                return obj, answer.body
-            return TransientError(self.url_of(obj.key), _DIFFER)
-
-        return operation.policy.call_all(
+        found = self._bucket.call_all(
+            read,
             [self._full(obj) for obj in held],
-            send,
-            accept,
-            url_of=lambda full: self.url_of(listed[full.key].key),
+            lambda full: self._context(listed[full.key].key, listed[full.key]),
+            open_engine=lambda: self._bucket.engine(*listed),
             counters=self._bucket.counters,
         )
+        return [(listed[key], answer.body) for key, answer in found.items()]
 
     def _encrypted(self, objects: Collection[ObjectInfo]) -> set[ObjectInfo]:
         """The objects that the server says are encrypted with a key: their ETag is not an MD5."""
         listed = {self._full(obj).key: obj for obj in objects}
-        operation = Operation(self._bucket)
-        engine: Engine
 
-        async def ask(full: ObjectInfo, patience_s: float) -> Received:
-            is_hidden = await self._bucket.s3fs().is_md5_hidden(full.key, patience_s=patience_s)
+        async def ask(engine: _s3fs.S3fsEngine, full: ObjectInfo, patience_s: float) -> Received:
+            is_hidden = await engine.is_md5_hidden(full.key, patience_s=patience_s)
             return Received(b"hidden" if is_hidden else b"", "")
 
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
-            nonlocal engine
-            engine = self._bucket.s3fs()
-            patience_s = min(self._bucket.fetch.read_timeout, remaining_s)
-            return concurrent_requests(
-                get_loop(),
-                lambda full: ask(full, patience_s),
-                missing,
-                self._bucket.fetch.concurrency,
-                self._bucket.backoff,
-            )
-
-        def accept(
-            full: ObjectInfo, answer: Received | S3Error
-        ) -> tuple[ObjectInfo, bool] | Exception:
-            obj = listed[full.key]
-            if isinstance(answer, S3Error):
-                return operation.error(answer, self._context(obj.key, obj), engine)
-            return obj, bool(answer.body)
-
-        asked = operation.policy.call_all(
+        found = self._bucket.call_all(
+            ask,
             [ObjectInfo(key, 0, "") for key in listed],
-            send,
-            accept,
-            url_of=lambda full: self.url_of(listed[full.key].key),
+            lambda full: self._context(listed[full.key].key, listed[full.key]),
+            open_engine=self._bucket.s3fs,
             counters=self._bucket.counters,
         )
-        return {obj for obj, is_hidden in asked if is_hidden}
+        return {listed[key] for key, answer in found.items() if bytes(answer.body)}
 
     def _sample(self, stuck: Collection[ObjectInfo]) -> list[ObjectInfo]:
         """Read some other objects of the origin, to find out whether its ETags are MD5s."""
