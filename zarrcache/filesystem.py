@@ -29,7 +29,7 @@ from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import stringify_path, tokenize
 
 from zarrcache._keys import ObjectInfo, source_digest, stem_of
-from zarrcache.cache import Cache, CachedStore
+from zarrcache.cache import Cache, CachedStore, read_range
 from zarrcache.config import CacheConfig
 from zarrcache.errors import (
     ConfigError,
@@ -528,7 +528,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         try:
             if tier is not None:
                 return tier.read(obj, start, stop)
-            return origin.fetch_range(obj, start, stop)
+            return read_range(origin, obj, start, stop)
         except OriginNotFoundError as exc:
             raise IncompleteArrayError(str(exc)) from exc
 

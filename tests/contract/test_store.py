@@ -26,6 +26,7 @@ from zarrcache.cache.zarr_store import CachedStore
 from zarrcache.errors import (
     ConfigError,
     IncompleteArrayError,
+    OriginError,
     OriginNotFoundError,
     OriginUnavailableError,
 )
@@ -255,6 +256,20 @@ def test_bucket_that_is_gone_never_becomes_fill_values(on_s3: Callable[..., OnS3
     store.server.client().delete_bucket(Bucket=store.bucket)
     with pytest.raises(IncompleteArrayError, match=r"is listed .* but"):
         array[...]
+
+
+@pytest.mark.parametrize("engine", ["obstore", "s3fs"])
+def test_a_bucket_that_was_never_there_is_named_by_zarr_too(
+    s3_server: S3Server, tmp_path: Path, engine: str
+) -> None:
+    """Not zarr's GroupNotFoundError."""
+    url, cache = "s3://no-such-bucket/mp-1.zarr", settings(tmp_path, fetch={"engine": engine})
+    store = open_store(url, s3_kwargs=s3_server.s3_kwargs, cache=cache)
+    for open_it in (zarr.open_group, zarr.open, zarr.open_array):
+        with pytest.raises(OriginError, match="there is no bucket 'no-such-bucket'"):
+            open_it(store, mode="r")
+    with pytest.raises(OriginNotFoundError, match="there is no bucket 'no-such-bucket'"):
+        open_group(url, s3_kwargs=s3_server.s3_kwargs, cache=cache)
 
 
 def test_object_that_changed_since_the_listing_is_an_error_until_the_store_is_opened_again(

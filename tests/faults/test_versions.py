@@ -22,8 +22,8 @@ from tests.support.tagserver import LONG_AGO, Tagged, TagServer, running_tag_ser
 from zarrcache import open_store
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import IncompleteArrayError, OriginError, OriginUnavailableError
-from zarrcache.origin import Origin, open_origin
+from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
+from zarrcache.origin import Origin, RangeIgnoredError, open_origin
 from zarrcache.origin import _requests as retry
 from zarrcache.stats import Counters
 
@@ -374,8 +374,44 @@ def test_a_server_that_ignores_ranges_is_read_whole_and_never_taken_for_a_range(
     origin = opened(counters=counters)
     assert read(origin) == {"x": BODY, "y": OTHER}
     assert counters.snapshot().requests == server.count().total()
-    with pytest.raises(OriginError, match="sent the whole object for a range"):
+    with pytest.raises(RangeIgnoredError, match="sent the whole object for a range"):
         origin.fetch_range(origin.list_objects()[0], 0, 10)
+
+
+@pytest.mark.parametrize("engine", ["obstore", "s3fs"])
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_large_objects_of_a_server_that_ignores_ranges_are_read_whole(
+    server: TagServer, tmp_path: Path, engine: str, is_cached: bool
+) -> None:
+    """A sharded array, by `open_store`, and a file, by ``zarrcache::``. The byte tier keeps the
+    whole object.
+    """
+    path = tmp_path / "mp-1.zarr"
+    values = np.random.default_rng(1).random((64, 64, 64), dtype="float32")
+    zarr.open_group(path, mode="w").create_array(
+        "a", data=values, chunks=(16,) * 3, shards=(64,) * 3
+    )
+    for file in [f for f in path.rglob("*") if f.is_file()]:
+        body = file.read_bytes()
+        key = f"d/mp-1.zarr/{file.relative_to(path)}"
+        server.objects[key] = tagged(body, md5(body), has_ranges=False)
+    settings = {
+        "dir": str(tmp_path / "cache"),
+        "min_free": 0,
+        "bytes": {"block_size": "64 KiB", "enabled": is_cached},
+        "fetch": {"engine": engine},
+    }
+    store = open_store("s3://b/d/mp-1.zarr", s3_kwargs=server.s3_kwargs, cache=settings)
+    array = zarr.open_group(store, mode="r")["a"]
+    assert np.array_equal(array[3:40, 20:30, :2], values[3:40, 20:30, :2])
+    n_requests = server.count()["GET"]
+    assert np.array_equal(array[...], values)
+    if is_cached:
+        assert server.count()["GET"] == n_requests
+    url, options = "zarrcache::s3://b/d/mp-1.zarr/a/c/0/0/0", {"s3": server.s3_kwargs}
+    with fsspec.open(url, **options, zarrcache=settings) as file:
+        file.seek(500_000)
+        assert file.read(10_000) == server.objects["d/mp-1.zarr/a/c/0/0/0"].body[500_000:510_000]
 
 
 def test_a_flipped_block_is_neither_returned_nor_kept(server: TagServer, tmp_path: Path) -> None:

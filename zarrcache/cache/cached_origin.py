@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zarrcache._keys import ObjectInfo
 from zarrcache.arrays import stable_listing
 from zarrcache.cache.cache import Cache
+from zarrcache.cache.tiers import read_range
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import Origin, fetch_with
 
@@ -96,7 +97,7 @@ class CachedOrigin:
         try:
             if self._bytes is not None:
                 return self._bytes.read(obj, start, stop)
-            return self._origin.fetch_range(obj, start, stop)
+            return read_range(self._origin, obj, start, stop)
         except IncompleteArrayError:
             self._forget(obj)
             raise

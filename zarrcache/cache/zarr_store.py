@@ -25,7 +25,12 @@ from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.chunk_checksums import ChunkChecksums
 from zarrcache.config import CacheConfig
-from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
+from zarrcache.errors import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginError,
+    OriginNotFoundError,
+)
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters
 
@@ -115,20 +120,20 @@ class CachedStore(Store):
         )
 
     async def exists(self, key: str) -> bool:
-        return key in await asyncio.to_thread(self.sizes)
+        return key in await asyncio.to_thread(self._listed)
 
     async def getsize(self, key: str) -> int:
-        sizes = await asyncio.to_thread(self.sizes)
+        sizes = await asyncio.to_thread(self._listed)
         if key not in sizes:
             raise FileNotFoundError(f"{self.url}/{key}")
         return sizes[key]
 
     async def list(self) -> AsyncIterator[str]:
-        for key in await asyncio.to_thread(self.sizes):
+        for key in await asyncio.to_thread(self._listed):
             yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        for key in await asyncio.to_thread(self.sizes):
+        for key in await asyncio.to_thread(self._listed):
             if key.startswith(prefix):
                 yield key
 
@@ -136,7 +141,7 @@ class CachedStore(Store):
         base = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
         names = {
             key[len(base) :].split("/")[0]: None
-            for key in await asyncio.to_thread(self.sizes)
+            for key in await asyncio.to_thread(self._listed)
             if key.startswith(base)
         }
         for name in names:
@@ -155,13 +160,7 @@ class CachedStore(Store):
         )
 
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        try:
-            sizes = self.sizes()
-        except OriginNotFoundError as exc:
-            # As a FileNotFoundError it would look like a chunk that was never written.
-            if self._was_there or is_chunk_of_nothing(key, ()):
-                raise IncompleteArrayError(str(exc)) from exc
-            raise
+        sizes = self._listed()
         size = sizes.get(key)
         if size is None:
             if is_chunk_of_nothing(key, sizes):
@@ -243,12 +242,27 @@ class CachedStore(Store):
         """Size in bytes of every key; empty if the store does not exist.
 
         One LIST at first use, or the stored listing.
+
+        Raises
+        ------
+        OriginNotFoundError
+            There is no such bucket or directory.
+        IncompleteArrayError
+            The store was there when it was opened, in the process that pickled it.
+        OriginError
         """
         if self._sizes is None:
             with self._listing:  # zarr calls from several threads at once
                 if self._sizes is None:
                     self._sizes = self._open_listing()
         return self._sizes
+
+    def _listed(self) -> dict[str, int]:
+        """`sizes`, for zarr: it takes a FileNotFoundError for an object that was never written."""
+        try:
+            return self.sizes()
+        except OriginNotFoundError as exc:
+            raise OriginError(str(exc)) from exc
 
     def objects(self) -> dict[str, ObjectInfo]:
         """Listed objects by key below the store; empty for a zip file."""
@@ -263,7 +277,12 @@ class CachedStore(Store):
     def _open_listing(self) -> dict[str, int]:
         zipped = self.name.endswith(".zip")
         prefix = self.name if zipped else f"{self.name}/"
-        listed = self._through.list_objects(prefix)
+        try:
+            listed = self._through.list_objects(prefix)
+        except OriginNotFoundError:
+            if not self._was_there:
+                raise
+            listed = []
         # If the store has vanished since, an open array would read as its fill value.
         if self._was_there and not listed:
             raise IncompleteArrayError(

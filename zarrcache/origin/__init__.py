@@ -17,7 +17,7 @@ from zarrcache.origin._origin import (
 )
 from zarrcache.origin._requests import PAGE_OBJECTS, Received, report_progress, reporting_progress
 from zarrcache.origin._s3 import S3Bucket
-from zarrcache.origin._s3_errors import altered
+from zarrcache.origin._s3_errors import RangeIgnoredError, altered
 from zarrcache.origin._s3_options import split_s3_url
 from zarrcache.origin._s3fs import make_s3fs
 from zarrcache.origin._secrets import refuse_secrets, secret_names
@@ -29,6 +29,7 @@ __all__ = [
     "ObjectInfo",
     "Origin",
     "OriginFactory",
+    "RangeIgnoredError",
     "Received",
     "S3Bucket",
     "altered",

@@ -91,7 +91,12 @@ class Origin(Protocol):
         """
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop`` (exclusive) of a listed object. Raises as ``fetch`` does."""
+        """Bytes ``start`` to ``stop`` (exclusive) of a listed object.
+
+        Raises
+        ------
+        As ``fetch``; and RangeIgnoredError if ranges are not supported: the object is then fetched.
+        """
 
     def url_of(self, key: str) -> str:
         """Full URL or path of a key."""

@@ -17,7 +17,15 @@ from zarrcache.errors import (
 )
 from zarrcache.origin._requests import RequestError, TransientError
 
-__all__ = ["NO_TLS", "RequestContext", "S3Error", "altered", "changed", "to_error"]
+__all__ = [
+    "NO_TLS",
+    "RangeIgnoredError",
+    "RequestContext",
+    "S3Error",
+    "altered",
+    "changed",
+    "to_error",
+]
 
 # To retry another answer, add its code or status here. The first two sets also pause the node.
 _SLOW_DOWN_STATUS = frozenset({429, 503, 509})
@@ -74,6 +82,10 @@ _ACCESS_CODES = (
         "NotSignedUp",
     }
 )
+
+
+class RangeIgnoredError(OriginError):
+    """The server answers a range with the whole object. The cache then reads the object whole."""
 
 
 @dataclass
@@ -229,6 +241,8 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
         )
     if context.obj is not None and error.status in (412, 416):
         return changed(url)
+    if error.code == "RangeIgnored":
+        return RangeIgnoredError(f"{url}: {endpoint} sent the whole object for a range of it.")
     if error.is_elsewhere:
         return OriginError(
             f"{url}: bucket {bucket!r} is in another region: {str(error).rstrip('.')}. "

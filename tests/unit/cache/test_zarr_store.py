@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import pickle
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
 
 from tests.support.cachedirs import settings
 from tests.support.stores import small_group
 from zarrcache.cache.cache import Cache
-from zarrcache.cache.zarr_store import CachedStore, _bounds, open_store
-from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
+from zarrcache.cache.zarr_store import CachedStore, _bounds, open_group, open_store
+from zarrcache.errors import (
+    IncompleteArrayError,
+    OriginError,
+    OriginNotFoundError,
+    SchemaError,
+)
 from zarrcache.stats import Counters
 
 
@@ -24,6 +31,10 @@ def read(store: CachedStore, key: str) -> bytes | None:
     """A whole object, as zarr reads it."""
     found = asyncio.run(store.get(key, default_buffer_prototype()))
     return None if found is None else found.to_bytes()
+
+
+async def collect(names: AsyncIterator[str]) -> list[str]:
+    return [name async for name in names]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,12 @@ def test_a_store_that_was_there_and_is_deleted_is_an_error_after_pickling_too(
     shutil.rmtree(tmp_path / deleted)
     with pytest.raises(IncompleteArrayError):
         read(store, key)
+    if hops:  # else its listing is in memory
+        for call in (store.exists(key), store.getsize(key), collect(store.list())):
+            with pytest.raises(IncompleteArrayError, match="was deleted after it was opened"):
+                asyncio.run(call)
+        with pytest.raises(IncompleteArrayError, match="was deleted after it was opened"):
+            store.sizes()
 
 
 @pytest.mark.parametrize("hops", [0, 1])
@@ -125,8 +142,21 @@ def test_a_store_that_was_never_there_has_no_keys_and_no_chunks(tmp_path: Path, 
 
 
 def test_a_directory_that_was_never_there_is_named_and_is_no_missing_chunk(tmp_path: Path) -> None:
+    """Zarr gets no FileNotFoundError, which it takes for "not written"; others do."""
     store = open_store(tmp_path / "nothing" / "mp-1.zarr")
-    with pytest.raises(OriginNotFoundError, match="nothing"):
-        read(store, "charge_density_total/.zarray")
-    with pytest.raises(IncompleteArrayError, match="nothing"):
-        read(store, "charge_density_total/0.0.0")
+    for call in (
+        store.get("charge_density_total/.zarray", default_buffer_prototype()),
+        store.get("charge_density_total/0.0.0", default_buffer_prototype()),
+        store.exists("zarr.json"),
+        store.getsize("zarr.json"),
+        collect(store.list()),
+        collect(store.list_prefix("")),
+        collect(store.list_dir("")),
+    ):
+        with pytest.raises(OriginError, match="nothing") as raised:
+            asyncio.run(call)
+        assert not isinstance(raised.value, FileNotFoundError)
+    with pytest.raises(OriginError, match=f"{tmp_path}/nothing"):
+        zarr.open_group(store, mode="r")
+    with pytest.raises(OriginNotFoundError, match=f"{tmp_path}/nothing"):
+        open_group(tmp_path / "nothing" / "mp-1.zarr")
