@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.following import is_there, wait_for
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
@@ -157,8 +159,8 @@ def test_the_room_of_the_look_ahead_is_in_the_plan(
         for epoch, order in enumerate(orders):
             ahead.set_epoch(epoch)
             for name, role in itertools.product(order, ROLES):
+                wait_for(functools.partial(is_there, reader, name, role), f"{name} did not come")
                 reader.load(name, role)  # type: ignore[arg-type]
-                time.sleep(0.01)
     seen = len(log.seen())
     assert plan.total.requests == pytest.approx(seen, rel=0.05)
     assert without.total.requests < 0.95 * plan.total.requests

@@ -102,6 +102,24 @@ def test_a_cold_epoch_finds_everything_there_and_asks_for_every_object_once(
     assert reader.stats.cache_errors == 0
 
 
+def test_a_density_that_is_evicted_before_its_read_is_fetched_again(
+    pairs: Pairs, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """The eviction is that of ``zarrcache evict``, or of the room for the first loan."""
+    reader = pairs.reader(tmp_path, s3_server.s3_kwargs, lookahead=6 * ONE)
+    dataset = ZarrDataset(reader)
+    index, sampler = reader.cache.index, NodeSampler(dataset, seed=4)
+    assert index is not None
+    first = next(steps(dataset, sampler))
+    with Lookahead(dataset, sampler):
+        for _ in range(2):  # what came again can be dropped again
+            for role in ROLES:
+                wait_for(lambda role=role: is_there(reader, first, role), f"{role} did not come")  # type: ignore[misc]
+            assert index.drop_oldest(index.volume_bytes())
+        train(dataset, sampler, pairs)
+    assert reader._counters.snapshot().misses == 0
+
+
 @pytest.mark.parametrize("eviction", ["none", "belady"])
 def test_on_a_full_disk_look_ahead_makes_loans_and_the_limit_holds(
     pairs: Pairs, s3_server: S3Server, tmp_path: Path, eviction: str

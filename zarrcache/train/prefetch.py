@@ -74,6 +74,7 @@ class _Item:
     held: int = 0  # bytes of the budget
     is_coming: bool = False
     is_waiting: bool = False  # for an earlier read of the same entry, which may use the loan
+    was_there: bool = False  # stored or lent when this process last knew
     is_over: bool = False
     over_s: float = 0.0
     loan: str = ""  # file of its loan
@@ -201,7 +202,8 @@ class Prefetch:
             elif outcome == "bypass" and not self._loans.is_open:
                 # A cache fault, which may be temporary.
                 self._pause_until_s = time.monotonic() + _PAUSE_S
-            if outcome not in ("hit", "miss") and item.digest not in self._loans:
+            item.was_there = outcome in ("hit", "miss") or item.digest in self._loans
+            if not item.was_there:
                 self._hold(item, 0)
             if item.is_over:
                 self._finish(item)
@@ -213,7 +215,7 @@ class Prefetch:
             self._begin_epoch(epoch)
         self._loans.look()
         window: deque[_Item] = deque()
-        for item in self._window:
+        for place, item in enumerate(self._window):
             if not self._is_wanted(item):
                 item.is_over, item.over_s = True, now_s if item.epoch == epoch else -_STALE_S
                 if not item.is_coming:
@@ -223,6 +225,10 @@ class Prefetch:
                 and item.digest not in self._coming
                 and not self._loans.is_lent(item.digest)
             ):
+                self._postponed.append(item)
+            elif place < len(self._threads) and self._is_gone(item):
+                self._hold(item, 0)
+                item.was_there = False
                 self._postponed.append(item)
             else:
                 window.append(item)
@@ -238,6 +244,19 @@ class Prefetch:
         ):
             item = self._lent.popleft()
             self._loans.drop(item.digest, item.loan)
+
+    def _is_gone(self, item: _Item) -> bool:
+        """Whether an entry was dropped after it came into the window.
+
+        The room for the first loan is made by dropping entries, and ``zarrcache evict`` may run.
+        Only the next reads are looked up, because the window can be long.
+        """
+        return (
+            item.was_there
+            and not item.is_coming
+            and self._reader.cache.lookup(item.digest) is None
+            and not self._loans.is_lent(item.digest)
+        )
 
     def _finish(self, item: _Item) -> None:
         self._hold(item, 0)
@@ -268,7 +287,8 @@ class Prefetch:
             item.is_waiting = stored is None and (
                 item.digest in self._coming or self._loans.is_lent(item.digest)
             )
-            is_there = stored is not None or item.is_waiting
+            item.was_there = stored is not None
+            is_there = item.was_there or item.is_waiting
             size = (
                 stored.size_bytes
                 if stored is not None
