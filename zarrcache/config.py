@@ -358,6 +358,8 @@ class DataConfig(_Block):
                     near[0],
                 )
         known = {key: data[key] for key in fields & data.keys()}
+        if "functional" not in known and str(known.get("map_dir")).endswith(".txt"):
+            known["functional"] = Path(known["map_dir"]).name  # a file list; a name for messages
         secret = known.pop("s3_kwargs", None)
         cache = known.pop("cache", None)
         known = {key: _expand(value) for key, value in known.items()}

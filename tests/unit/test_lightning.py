@@ -130,7 +130,7 @@ def test_validation_is_a_share_of_the_training_ids_and_test_ids_are_the_configs(
     assert module(config, val_frac=0.0).val_dataloader() == []
 
 
-def test_a_split_file_has_indices_into_the_ids_of_the_reader(config: str, tmp_path: Path) -> None:
+def test_a_split_file_has_positions_in_the_map(config: str, tmp_path: Path) -> None:
     """In the file's order; ``val`` means validation."""
     (tmp_path / "split.json").write_text(
         json.dumps({"train": [9, 0, 4], "val": [1], "test": [5, 2]})
@@ -140,6 +140,30 @@ def test_a_split_file_has_indices_into_the_ids_of_the_reader(config: str, tmp_pa
     assert sides(data) == [(ids[9], ids[0], ids[4]), (ids[1],), (ids[5], ids[2])]
     assert [batch["index"] for batch in data.train_dataloader()] == [[ids[9]], [ids[0]], [ids[4]]]
     assert [batch["index"] for batch in data.test_dataloader()] == [[ids[5]], [ids[2]]]
+
+
+def test_a_material_that_is_lost_is_named_before_the_training(config: str, tmp_path: Path) -> None:
+    """The map has eleven ids and ten stores."""
+    (tmp_path / "split.json").write_text(json.dumps({"train": [0, 10], "test": ["mp-3"]}))
+    with pytest.raises(ConfigError, match=r"no input or no label: mp-absent \(train\)"):
+        module(config, split_file=tmp_path / "split.json").setup("fit")
+
+
+def test_everything_is_trained_on_without_a_test_set(config: str) -> None:
+    """With ``train_fraction: 1.0``."""
+    keys = yaml.safe_load(Path(config).read_text())
+    data = module({**keys, "train_fraction": 1.0}, val_frac=0.2)
+    assert [len(ids) for ids in sides(data)] == [8, 2, 0]
+    assert data.test_dataloader() == []
+
+
+def test_a_file_list_is_a_map_without_functionals(config: str, tmp_path: Path) -> None:
+    """In its own order."""
+    keys = yaml.safe_load(Path(config).read_text())
+    del keys["functional"]
+    (tmp_path / "mp_filelist.txt").write_text("mp-4\nmp-2\nmp-7\n")
+    data = module({**keys, "map_dir": str(tmp_path / "mp_filelist.txt")})
+    assert data.readers["0"].task_ids == ["mp-4", "mp-2", "mp-7"]
 
 
 def test_loaders_give_the_samples_of_a_zarrdataset(config: str) -> None:

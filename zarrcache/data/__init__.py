@@ -13,9 +13,8 @@ from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
     Split,
     hold_out,
-    ids_of,
-    read_map,
-    read_split,
+    mapped_ids,
+    permuted_split,
     split_ids,
 )
 
@@ -29,10 +28,9 @@ __all__ = [
     "ZarrS3Reader",
     "distinct_directories",
     "hold_out",
-    "ids_of",
+    "mapped_ids",
     "open_reader",
-    "read_map",
-    "read_split",
+    "permuted_split",
     "split_ids",
     "split_sets",
 ]

@@ -35,7 +35,14 @@ from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density, SplitSets, split_sets
-from zarrcache.data.splits import first_ids, ids_of, read_map, split_ids
+from zarrcache.data.splits import (
+    Split,
+    first_ids,
+    listed_ids,
+    mapped_ids,
+    read_split,
+    split_ids,
+)
 from zarrcache.disk import CACHE_FAULTS
 from zarrcache.errors import OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
@@ -207,6 +214,21 @@ class PairReader(ABC):
         """Training and test ids, in the order of ``data_split()``."""
         return split_ids(self._present().ids, self.tf, self.rs)
 
+    def split_of_file(self, path: str | os.PathLike[str]) -> Split:
+        """The split of a split file: lists of task ids, or of positions in the map.
+
+        Raises
+        ------
+        ConfigError
+            The file does not fit the map, or names a material that has no input or label.
+        OriginError
+            A directory cannot be listed.
+        """
+        where = f"{self.map_dir} ({self.functional})"
+        return read_split(
+            path, listed_ids(self.map_dir, self.functional), set(self._present().ids), where
+        )
+
     def data_split(self) -> tuple[SplitSets, SplitSets]:
         """Split into training and test sets; nothing is loaded yet.
 
@@ -227,16 +249,16 @@ class PairReader(ABC):
         return split_sets(self, train), split_sets(self, test)
 
     def mapped_ids(self) -> list[str]:
-        """Ids of the functional in the map file, with or without stores.
+        """Ids of the functional in the map, or of the file list, with or without stores.
 
         Raises
         ------
         ConfigError
-            The map file cannot be read, or the functional is not in it.
+            The map or list cannot be read, or the functional is not in the map.
         """
         key = self.map_dir, self.functional
         if key not in self._mapped:
-            self._mapped[key] = ids_of(read_map(self.map_dir), self.functional)
+            self._mapped[key] = mapped_ids(self.map_dir, self.functional)
         return self._mapped[key]
 
     def _present(self) -> _Present:

@@ -1,4 +1,4 @@
-"""Read map and split files, and divide task ids into training, validation and test."""
+"""Read maps, file lists and split files; divide task ids into training, validation and test."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numbers
 import os
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zarrcache._keys import check_task_ids, safe_repr
+from zarrcache._keys import check_task_id, check_task_ids, safe_repr
 from zarrcache._units import read_bounded
 from zarrcache.errors import ConfigError
 
@@ -25,6 +25,11 @@ __all__ = [
     "first_ids",
     "hold_out",
     "ids_of",
+    "is_file_list",
+    "listed_ids",
+    "mapped_ids",
+    "permuted_split",
+    "read_file_list",
     "read_map",
     "read_split",
     "split_ids",
@@ -34,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 #: The map of all 122,689 materials is 2 MB.
 _MAX_BYTES = 128 * 1024**2
-_SPLIT = '{"train": [0, 5, ...], "validation": [...], "test": [...]}'
+_SPLIT = '{"train": [0, 5, ...] or ["mp-5", ...], "validation": [...], "test": [...]}'
 
 
 def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
@@ -57,11 +62,94 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     return dict(document)
 
 
-def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: str) -> Any:
-    """A JSON or JSON.gz file."""
+def read_file_list(path: str | os.PathLike[str]) -> list[str]:
+    """The task ids of a file list: one per line, as electrai's ``mp_filelist.txt``.
+
+    Blank lines at the end are ignored, so the position of an id is its line number minus one.
+
+    Raises
+    ------
+    ConfigError
+        The file is absent, empty or no text, or a line holds something else than one task id, or
+        an id of another line.
+    """
+    raw = _read(path, "file list", "root (or map_dir) to a text file with one task id per line")
+    where = f"file list {os.fspath(path)}"
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as exc:
+        raise ConfigError(
+            f"{where} is not UTF-8 text ({exc.reason} at byte {exc.start}). It has to hold one "
+            "task id per line."
+        ) from exc
+    while lines and not lines[-1].strip():
+        del lines[-1]
+    if not lines:
+        raise ConfigError(f"{where} is empty. It has to hold one task id per line.")
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        task_id = line.strip()
+        try:
+            if check_task_id(task_id).split() != [task_id]:
+                raise ConfigError("two words")
+        except ConfigError:
+            raise ConfigError(
+                f"{where}, line {number}: {safe_repr(line)} is not a task id such as mp-12345. "
+                "Write one per line, without directory and without extension."
+            ) from None
+        if task_id in first:
+            raise ConfigError(
+                f"{where}, line {number}: {task_id} is in line {first[task_id]} already, so it "
+                "could be trained on and tested on. Remove one of the lines."
+            )
+        first[task_id] = number
+    return list(first)
+
+
+def is_file_list(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is that of a file list (``.txt``) and not that of a map."""
+    return os.fspath(path).endswith(".txt")
+
+
+def listed_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
+    """The task ids of a file list, or of one functional of a map, with all repetitions.
+
+    Raises
+    ------
+    ConfigError
+        As `read_file_list`; or the map cannot be read, the functional is not in it (those in it are
+        named), or an id is not a plain name.
+    """
+    if is_file_list(path):
+        return read_file_list(path)
+    return _ids_in(read_map(path), functional)
+
+
+def mapped_ids(path: str | os.PathLike[str], functional: str) -> list[str]:
+    """As `listed_ids`, each id once. A warning names those that a map repeats."""
+    if is_file_list(path):
+        return read_file_list(path)
+    return ids_of(read_map(path), functional)
+
+
+def _read(path: str | os.PathLike[str], what: str, setting: str) -> bytes:
     try:
         with Path(path).expanduser().open("rb") as file:
-            raw = read_bounded(file, _MAX_BYTES)
+            return read_bounded(file, _MAX_BYTES)
+    except OSError as exc:
+        raise ConfigError(
+            f"{what} {os.fspath(path)} cannot be read ({exc.strerror}). Set {setting}."
+        ) from exc
+    except ValueError as exc:
+        raise ConfigError(
+            f"{what} {os.fspath(path)} is too large to be one ({exc}). Set {setting}."
+        ) from exc
+
+
+def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: str) -> Any:
+    """A JSON or JSON.gz file."""
+    raw = _read(path, what, f"{setting} to a JSON or JSON.gz file of {content}")
+    try:
         if raw[:2] == b"\x1f\x8b":
             with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
                 raw = read_bounded(packed, _MAX_BYTES)
@@ -70,11 +158,6 @@ def _read_json(path: str | os.PathLike[str], what: str, setting: str, content: s
         raise ConfigError(
             f"{what} {os.fspath(path)} is not JSON ({exc}). It has to hold {content}, as JSON or "
             "JSON.gz."
-        ) from exc
-    except OSError as exc:
-        raise ConfigError(
-            f"{what} {os.fspath(path)} cannot be read ({exc.strerror}). Set {setting} to a JSON or "
-            "JSON.gz file."
         ) from exc
 
 
@@ -90,11 +173,7 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
         A ``ValueError``: the functional is not in the map (those in it are named), or an id is not
         a plain name.
     """
-    if functional not in mapping:
-        raise ConfigError(
-            f"Functional {functional!r} not found in mapping. Available: {safe_repr(list(mapping))}"
-        )
-    ids = check_task_ids(mapping[functional])
+    ids = _ids_in(mapping, functional)
     unique = list(dict.fromkeys(ids))
     if len(unique) < len(ids):
         repeated = [id_ for id_, times in Counter(ids).items() if times > 1]
@@ -105,6 +184,14 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
             first_ids(repeated),
         )
     return unique
+
+
+def _ids_in(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
+    if functional not in mapping:
+        raise ConfigError(
+            f"Functional {functional!r} not found in mapping. Available: {safe_repr(list(mapping))}"
+        )
+    return check_task_ids(mapping[functional])
 
 
 def first_ids(ids: Sequence[str]) -> str:
@@ -232,64 +319,158 @@ def hold_out(
     return Split(tuple(kept), tuple(held), tuple(test))
 
 
-def read_split(path: str | os.PathLike[str], task_ids: Sequence[str]) -> Split:
-    """Read a split file: ``{"train": [0, 5, ...], "validation": [...], "test": [...]}``.
+def read_split(
+    path: str | os.PathLike[str], mapped: Sequence[str], present: Container[str], where: str
+) -> Split:
+    """Read a split file: ``{"train": [...], "validation": [...], "test": [...]}``.
 
     Parameters
     ----------
     path : path
         JSON or JSON.gz. ``val`` is another name for ``validation``; validation and test are
-        optional.
-    task_ids : sequence of str
-        ``ZarrS3Reader.task_ids``; the numbers in the file are positions in it, from 0.
+        optional. The lists hold task ids, or positions in ``mapped``, from 0. A position means the
+        same material whether or not the origin has it: a store that is lost is an error, it does
+        not move the others to other sets.
+    mapped : sequence of str
+        The task ids of the map or file list, exactly as it lists them.
+    present : container of str
+        Those that have input and label.
+    where : str
+        What ``mapped`` is, for messages: ``"the map map.json.gz (GGA)"``.
 
     Raises
     ------
     ConfigError
-        The file cannot be read or holds something else, or a number is out of range or occurs
-        twice.
+        The file cannot be read or holds something else; a sample is not in the map, has no input or
+        label, or is listed twice; or ``mapped`` repeats ids and the file has positions.
     """
     document = _read_json(path, "split file", "split_file", _SPLIT)
-    where = f"split file {os.fspath(path)}"
-    known = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-    if (
-        not isinstance(document, Mapping)
-        or not document.keys() <= known.keys()
-        or "train" not in document
-    ):
+    name = f"split file {os.fspath(path)}"
+    sides = _sides(document, name)
+    given = [entry for entries in sides.values() for entry in entries]
+    if any(type(entry) is int for entry in given) and len(set(mapped)) < len(mapped):
+        repeated = [id_ for id_, times in Counter(mapped).items() if times > 1]
+        raise ConfigError(
+            f"{name} has positions in {where}, which lists {first_ids(repeated)} more than once. "
+            "Write the task ids into the split file instead, or remove the repetitions and the "
+            "positions that they shift."
+        )
+    known = set(mapped)
+    home: dict[str, str] = {}
+    ids: dict[str, tuple[str, ...]] = {}
+    lost: list[str] = []
+    for key, entries in sides.items():
+        found = [_member(entry, key, name, mapped, known, where) for entry in entries]
+        for id_, entry in zip(found, entries, strict=True):
+            if id_ in home:
+                also = "" if entry == id_ else f" ({id_})"
+                raise ConfigError(
+                    f"{name}: {entry!r}{also} is in {home[id_]} and again in {key}. List each "
+                    "sample once."
+                )
+            home[id_] = key
+            if id_ not in present:
+                lost.append(f"{id_} ({key})")
+        ids["validation" if key == "val" else key] = tuple(found)
+    if lost:
+        raise ConfigError(
+            f"{name} lists {len(lost)} of {len(home)} materials that have no input or no label: "
+            f"{first_ids(lost)}. Put the stores or files back, or remove the materials from the "
+            "split file. If they are new, run `zarrcache warm` to list the origin again."
+        )
+    return Split(**ids)
+
+
+def _sides(document: Any, name: str) -> dict[str, list[Any]]:
+    """The lists of a split file by their keys."""
+    known = {"train", "validation", "val", "test"}
+    if not isinstance(document, Mapping) or not document.keys() <= known or "train" not in document:
         keys = (
             f"the keys {safe_repr(list(document))}"
             if isinstance(document, Mapping)
             else f"a {type(document).__name__}"
         )
         raise ConfigError(
-            f"{where} holds {keys}. It has to hold {_SPLIT}; val is another name for validation."
+            f"{name} holds {keys}. It has to hold {_SPLIT}; val is another name for validation."
         )
     if {"val", "validation"} <= document.keys():
         raise ConfigError(
-            f"{where} has both val and validation, which are the same part. Remove one of them."
+            f"{name} has both val and validation, which are the same part. Remove one of them."
         )
-    sides: dict[str, tuple[str, ...]] = {}
-    home: dict[int, str] = {}
-    for key, indices in document.items():
-        if not isinstance(indices, list):
+    for key, entries in document.items():
+        if not isinstance(entries, list):
             raise ConfigError(
-                f"{where}: {key} is a {type(indices).__name__}; it has to be a list of indices, "
-                "[0, 5, ...]."
+                f"{name}: {key} is a {type(entries).__name__}; it has to be a list of positions, "
+                '[0, 5, ...], or of task ids, ["mp-5", ...].'
             )
-        for index in indices:
-            if type(index) is not int or not 0 <= index < len(task_ids):
-                raise ConfigError(
-                    f"{where}: {key} holds {index!r}. It has to hold whole numbers from 0 to "
-                    f"{len(task_ids) - 1}: positions in the reader's "
-                    f"task_ids, the {len(task_ids)} materials of the map file that have both "
-                    "stores."
-                )
-            if index in home:
-                raise ConfigError(
-                    f"{where}: {index} is in {home[index]} and again in {key}. List each sample "
-                    "once."
-                )
-            home[index] = key
-        sides[known[key]] = tuple(task_ids[index] for index in indices)
-    return Split(**sides)
+    return dict(document)
+
+
+def _member(
+    entry: Any, key: str, name: str, mapped: Sequence[str], known: Container[str], where: str
+) -> str:
+    """The task id that an entry of a split file means."""
+    if isinstance(entry, str):
+        if entry in known:
+            return entry
+        raise ConfigError(f"{name}: {key} holds {safe_repr(entry)}, which is not in {where}.")
+    if type(entry) is int and 0 <= entry < len(mapped):
+        return mapped[entry]
+    raise ConfigError(
+        f"{name}: {key} holds {safe_repr(entry)}. It has to hold task ids, or whole numbers from "
+        f"0 to {len(mapped) - 1}: positions in {where}, which lists {len(mapped)}."
+    )
+
+
+def permuted_split(ids: Sequence[str], val_frac: float, random_seed: int) -> Split:
+    """Split as electrai's ``RhoRead`` does: the first ``int(n * val_frac)`` of a permutation.
+
+    The permutation is that of ``torch.randperm`` with a generator of this seed, without torch,
+    which most commands do not import: tests/unit/data/test_splits.py compares the two.
+
+    Parameters
+    ----------
+    ids : sequence of str
+    val_frac : float
+        From 0 to 1, rounded down: 0.005 of 199 ids is no validation.
+    random_seed : int
+
+    Raises
+    ------
+    ConfigError
+        ``val_frac`` is not a share, or leaves nothing to train on.
+    """
+    share: Any = val_frac
+    is_number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not is_number or not 0 <= float(share) <= 1:
+        raise ConfigError(
+            f"val_frac is {val_frac!r}; it has to be a number from 0 to 1: the share of the "
+            "samples that is kept for validation."
+        )
+    held = int(len(ids) * float(share))
+    if held == len(ids):
+        raise ConfigError(
+            f"val_frac is {val_frac!r}: all {len(ids)} samples would be held out. Set a smaller "
+            "val_frac."
+        )
+    order = [ids[place] for place in _torch_permutation(len(ids), random_seed)]
+    return Split(tuple(order[held:]), tuple(order[:held]))
+
+
+def _torch_permutation(count: int, seed: int) -> list[int]:
+    """``torch.randperm(count, generator=torch.Generator().manual_seed(seed))``.
+
+    torch's CPU generator is the Mersenne Twister, initialized from the low 32 bits of the seed as
+    numpy's ``RandomState`` is; ``randperm`` swaps each place with one of those after it, which a
+    32-bit output modulo their number selects.
+    """
+    from numpy.random import MT19937, RandomState
+
+    twister = MT19937()
+    # numpy's two types for one dictionary differ
+    twister.state = RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)  # type: ignore[assignment]
+    order = list(range(count))
+    for place, drawn in enumerate(map(int, twister.random_raw(max(count - 1, 0)))):
+        other = place + drawn % (count - place)
+        order[place], order[other] = order[other], order[place]
+    return order

@@ -19,7 +19,7 @@ from zarrcache._keys import ROLES, ArrayKey, Role, density_array, stem_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import examine_array, list_array, read_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
-from zarrcache.data import ids_of, read_map
+from zarrcache.data import mapped_ids
 from zarrcache.disk import (
     CACHE_FAULTS,
     CacheDir,
@@ -99,7 +99,7 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
         yield from _peers(cache)
     if isinstance(config, DataConfig):
         try:
-            ids = ids_of(read_map(config.map_dir), config.functional)
+            ids = mapped_ids(config.map_dir, config.functional)
         except ConfigError as exc:
             yield Finding("map", "fail", str(exc))
             return

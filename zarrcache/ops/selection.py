@@ -21,7 +21,7 @@ from zarrcache._keys import (
 from zarrcache.arrays import examine_array, list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data import distinct_directories, ids_of, read_map
+from zarrcache.data import distinct_directories, mapped_ids
 from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
@@ -197,7 +197,7 @@ class Selection:
         self.index = self._cache.index
         self.is_whole = ids is None
         if ids is None:
-            ids = ids_of(read_map(config.map_dir), config.functional)
+            ids = mapped_ids(config.map_dir, config.functional)
         self.ids = list(dict.fromkeys(ids))
         self._known = frozenset(self.ids)
         self._origins: dict[Role, Origin] = {

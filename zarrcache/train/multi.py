@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 from zarrcache._units import whole_number
 from zarrcache.config import DataConfig
-from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, read_split
+from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
 
@@ -34,9 +34,9 @@ class Sources:
         A training config as a YAML file or its keys. The names are ``"0"``, ``"1"``, ... in a list,
         and the keys in a mapping.
     split_file : path or mapping, optional
-        See :func:`zarrcache.data.splits.read_split`. For several configs, one file per name.
+        Task ids or positions in the map, see `read_split`. For several configs, one file per name.
     val_frac : float
-        Without ``split_file``: see :func:`zarrcache.data.splits.hold_out`.
+        Without ``split_file``: see `hold_out`.
     random_seed : int
 
     Raises
@@ -90,7 +90,7 @@ class Sources:
 
     def _split(self, reader: ZarrS3Reader, path: str | os.PathLike[str] | None) -> Split:
         if path is not None:
-            return read_split(path, reader.task_ids)
+            return reader.split_of_file(path)
         return hold_out(*reader.split_task_ids(), self._val_frac, self._random_seed)
 
     def dataset(self, side: Side, **options: Any) -> ZarrDataset | CombinedDataset:

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zarrcache.data.splits import Split, hold_out, ids_of, read_map, read_split, split_ids
+from zarrcache.data.splits import (
+    Split,
+    hold_out,
+    ids_of,
+    mapped_ids,
+    permuted_split,
+    read_map,
+    read_split,
+    split_ids,
+)
 from zarrcache.errors import ConfigError
 
 
@@ -227,23 +236,60 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused() -> None:
     assert hold_out([], ["mp-1"], 0.5, 42) == Split((), (), ("mp-1",))
 
 
+def read(tmp_path: Path, content: Any, mapped: str = "abc", present: str = "abc") -> Split:
+    """A split file over the map or list of these ids, of which those present have stores."""
+    (tmp_path / "split.json").write_text(json.dumps(content))
+    return read_split(tmp_path / "split.json", [*mapped], {*present}, "the map (GGA)")
+
+
 @pytest.mark.parametrize("zipped", [False, True])
-def test_a_split_file_names_its_ids_by_their_places(tmp_path: Path, zipped: bool) -> None:
+def test_a_split_file_has_positions_in_the_map(tmp_path: Path, zipped: bool) -> None:
     """Validation and test may be left out."""
     raw = json.dumps({"train": [2, 0], "validation": [1]}).encode()
     (tmp_path / "split.json").write_bytes(gzip.compress(raw) if zipped else raw)
-    assert read_split(tmp_path / "split.json", ["a", "b", "c"]) == Split(("c", "a"), ("b",))
+    split = read_split(tmp_path / "split.json", ["a", "b", "c"], {"a", "b", "c"}, "the map")
+    assert split == Split(("c", "a"), ("b",))
+
+
+def test_a_split_file_may_have_task_ids(tmp_path: Path) -> None:
+    """Or both; in the file's order."""
+    assert read(tmp_path, {"train": ["c", "a"], "val": ["b"]}) == Split(("c", "a"), ("b",))
+    assert read(tmp_path, {"train": ["c", 0], "test": []}) == Split(("c", "a"))
+
+
+@pytest.mark.parametrize("train", [[0, 2], ["a", "c"]], ids=["positions", "ids"])
+def test_a_store_that_is_lost_does_not_shift_the_split(tmp_path: Path, train: Any) -> None:
+    """Positions count the map's ids, with or without stores. One that the file does not use may be
+    missing; one that it uses is named.
+    """
+    assert read(tmp_path, {"train": train}, present="ac") == Split(("a", "c"))
+    with pytest.raises(
+        ConfigError, match=r"1 of 3 materials that have no input.*: b \(test\)\. Put"
+    ):
+        read(tmp_path, {"train": train, "test": [1]}, present="ac")
+
+
+def test_positions_in_a_map_that_repeats_ids_are_refused(tmp_path: Path) -> None:
+    """They could count repetitions or not. Task ids are clear."""
+    with pytest.raises(ConfigError, match=r"has positions in the map \(GGA\), which lists a more"):
+        read(tmp_path, {"train": [0, 1]}, mapped="aba")
+    assert read(tmp_path, {"train": ["b", "a"]}, mapped="aba") == Split(("b", "a"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": [0, 3]}, "train holds 3. It has to hold whole numbers from 0 to 2"),
+        ({"train": [0, 3]}, "train holds 3. It has to hold task ids, or whole numbers from 0 to 2"),
         ({"train": [0, -1]}, "train holds -1"),
         ({"train": [0, True]}, "train holds True"),
-        ({"train": ["mp-1"]}, "train holds 'mp-1'"),
-        ({"train": [0, 0]}, "0 is in train and again in train"),
-        ({"train": [0, 1], "test": [1]}, "1 is in train and again in test"),
+        ({"train": [0, 1.0]}, "train holds 1.0"),
+        ({"train": [0, None]}, "train holds None"),
+        ({"train": [[0]]}, r"train holds \[0\]"),
+        ({"train": ["mp-1"]}, r"train holds 'mp-1', which is not in the map \(GGA\)"),
+        ({"train": ["0"]}, "train holds '0', which is not in"),
+        ({"train": [0, 0]}, "0 .a. is in train and again in train"),
+        ({"train": [0, "a"]}, "'a' is in train and again in train"),
+        ({"train": [0, 1], "test": [1]}, "1 .b. is in train and again in test"),
         ({"train": 5}, "train is a int"),
         ({"test": [1]}, r"holds the keys \['test'\]"),
         ({"train": [0], "dev": [1]}, r"holds the keys \['train', 'dev'\]"),
@@ -255,6 +301,63 @@ def test_a_split_file_that_cannot_be_meant_is_refused_with_what_is_wrong(
     tmp_path: Path, content: Any, message: str
 ) -> None:
     """A sample in two parts would flatter the result."""
-    (tmp_path / "split.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):
-        read_split(tmp_path / "split.json", ["a", "b", "c"])
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 700])
+@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32 + 7, 2**63, -1])
+def test_a_permuted_split_is_that_of_torch(count: int, seed: int) -> None:
+    """Validation is the first ``int(n * val_frac)`` of ``randperm``, rounded down, train the
+    rest.
+    """
+    torch = pytest.importorskip("torch", reason="needs the extra 'train'")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = [f"mp-{number}" for number in range(count)]
+    for val_frac in (0, 0.005, 0.29, 0.5):
+        held = int(count * val_frac)
+        assert permuted_split(ids, val_frac, seed) == Split(
+            tuple(ids[place] for place in order[held:]),
+            tuple(ids[place] for place in order[:held]),
+        )
+
+
+@pytest.mark.parametrize("val_frac", [-0.1, 1.5, math.nan, math.inf, "0.1", None, True])
+def test_a_permuted_split_refuses_what_is_no_share(val_frac: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^val_frac is .*from 0 to 1"):
+        permuted_split(["mp-1", "mp-2"], val_frac, 42)
+    with pytest.raises(ConfigError, match="all 2 samples would be held out"):
+        permuted_split(["mp-1", "mp-2"], 1.0, 42)
+
+
+@pytest.mark.parametrize("text", ["mp-2\nmp-1\n", "mp-2\r\nmp-1", "\ufeffmp-2 \n mp-1\n\n \n"])
+def test_a_file_list_has_one_id_per_line(tmp_path: Path, text: str) -> None:
+    """With or without a last line end, from Windows too."""
+    (tmp_path / "mp_filelist.txt").write_bytes(text.encode())
+    assert mapped_ids(tmp_path / "mp_filelist.txt", "of no meaning") == ["mp-2", "mp-1"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"mp-1\n\nmp-2\n", "line 2: '' is not a task id"),
+        (b"mp-1\ndata/mp-2.CHGCAR\n", "line 2: 'data/mp-2.CHGCAR' is not a task id"),
+        (b"mp-1 mp-2\n", "line 1: 'mp-1 mp-2' is not a task id"),
+        (b'["mp-1"]', "line 1: .* is not a task id"),
+        (b"mp-1\nmp-2\nmp-1\n", "line 3: mp-1 is in line 1 already"),
+        (b"\xff\xfem\x00p\x00", "is not UTF-8 text"),
+    ],
+)
+def test_a_file_list_that_cannot_be_meant_is_refused_with_its_line(
+    tmp_path: Path, raw: bytes, message: str
+) -> None:
+    (tmp_path / "mp_filelist.txt").write_bytes(raw)
+    with pytest.raises(ConfigError, match=rf"file list .*mp_filelist\.txt.*{message}"):
+        mapped_ids(tmp_path / "mp_filelist.txt", "GGA")
+
+
+def test_a_file_list_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"file list .*none\.txt cannot be read \(No such file"):
+        mapped_ids(tmp_path / "none.txt", "GGA")
