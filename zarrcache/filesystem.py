@@ -742,7 +742,9 @@ class _Shared:
             relists = refresh or is_changed or self._config.revalidate == "epoch"
             if store is None or (is_opening and relists):
                 origin = place.origin.below(place.directory) if place.directory else place.origin
-                relist = refresh or is_changed or self._is_invalidated(store_id)
+                # A known version is newer than the call of invalidate_cache, which forgets it.
+                is_invalidated = store_id not in self._versions and self._is_invalidated(store_id)
+                relist = refresh or is_changed or is_invalidated
                 store = CachedStore(origin, place.name, self.cache, relist=relist)
                 # At once, so that threads that open it together send one LIST.
                 self._stores.setdefault(store_id, store)

@@ -276,9 +276,10 @@ def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--limit", "much"), "'much' is not a size. Write for example '200 GiB'"),
-        (("--workers", "0"), "Invalid value for '--workers'"),
+        (("--workers", "0"), "'--workers': '0' is not a whole number of at least 1."),
+        (("--workers", "1.5"), "'--workers': '1.5' is not a whole number of at least 1."),
         (("--split", "validation"), "'validation' is not one of"),
-        (("--ids", "/no/such/file"), "error: --ids /no/such/file cannot be read"),
+        (("--ids", "/no/such/file"), "/no/such/file cannot be read (No such file or directory)."),
     ],
 )
 def test_a_wrong_option_is_exit_2_before_any_request(

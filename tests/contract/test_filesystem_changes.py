@@ -256,6 +256,38 @@ def test_invalidate_cache_lists_again(place: _Place, revalidate: str) -> None:
     assert fs.info(f"{root}/mp-2.zarr/newer", refresh=True)["size"] == 1
 
 
+def test_a_store_is_listed_once_after_invalidate_cache(
+    s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its listing is let go of meanwhile: the one on disk is newer than the call."""
+    monkeypatch.setattr(filesystem, "_MAX_STORES", 1)
+    bucket = s3_server.new_bucket()
+    for name in ("mp-1.zarr", "mp-2.zarr"):
+        s3_server.put(f"s3://{bucket}/{name}/zarr.json", b"{}")
+    fs = fsspec.filesystem(
+        "zarrcache",
+        target_protocol="s3",
+        target_options=s3_server.kwargs_at(fault_proxy.endpoint_url),
+        dir=str(tmp_path),
+        min_free=0,
+    )
+
+    def read_both() -> int:
+        before = fault_proxy.count("LIST")
+        for _ in range(3):
+            for name in ("mp-1.zarr", "mp-2.zarr"):
+                assert fs.cat_file(f"{bucket}/{name}/zarr.json") == b"{}"
+        return fault_proxy.count("LIST") - before
+
+    read_both()
+    assert read_both() == 0
+    for path, n_stores in ((None, 2), (f"{bucket}/mp-2.zarr", 1), (bucket, 2)):
+        fs.invalidate_cache(path)
+        first = read_both()
+        assert n_stores <= first <= 2 * n_stores  # a young store is listed twice
+        assert read_both() == 0
+
+
 def test_listings_in_memory_are_bounded_by_their_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

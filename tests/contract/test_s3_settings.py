@@ -441,6 +441,22 @@ def test_what_obstore_cannot_do_is_said_once(
     assert {r.engine for r in server.arrived} == {"s3fs"}
 
 
+def test_attempts_of_the_environment_change_nothing(server: Recorder, prepared: Any) -> None:
+    """One layer retries. A text that is no number is no error either."""
+    kwargs = prepared(at(environ={"AWS_MAX_ATTEMPTS": "many", "AWS_RETRY_MODE": "adaptive"}))
+    got = by_engine(server, "dens", kwargs, "auto")
+    assert [r.engine for r in got] == ["s3fs", "obstore", "obstore"]
+
+
+def test_a_certificate_file_that_does_not_exist_is_named(
+    server: Recorder, prepared: Any, tmp_path: Path
+) -> None:
+    """Over plain http:// too, where it is needed for nothing and loaded nevertheless."""
+    kwargs = prepared(at(environ={"AWS_CA_BUNDLE": f"{tmp_path}/ca.pem"}))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/ca\.pem cannot be read.*AWS_CA_BUNDLE"):
+        open_origin("s3://dens/in", s3_kwargs=kwargs).list_objects()
+
+
 def test_an_unknown_profile_is_named_where_the_endpoint_depends_on_it(prepared: Any) -> None:
     prepared(Setting(config="[profile a]\nendpoint_url = http://a:1\n"))
     with pytest.raises(OriginAccessError, match=r"profile \(b\) could not be found. Set profile"):

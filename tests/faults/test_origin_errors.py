@@ -180,7 +180,8 @@ def test_an_endpoint_that_refuses_says_so(
     error = failure(op, **at_proxy)
     assert type(error) is OriginUnavailableError
     assert str(error).startswith(
-        f"{WHERE[op]} could not be read: Connection: Connection refused (1 attempt in "
+        f"{WHERE[op]} could not be read: Connection: Connection refused at "
+        f"{fault_proxy.endpoint_url} (1 attempt in "
     )
     assert "Check that the server runs and is reachable from this node" in str(error)
 
@@ -190,6 +191,7 @@ def test_an_endpoint_whose_name_is_unknown_says_so(at_proxy: dict[str, Any]) -> 
     error = failure("LIST", **{**at_proxy, "endpoint_url": "http://no-such-host.invalid"})
     assert type(error) is OriginUnavailableError
     assert "could not be read: Connection: " in str(error)
+    assert " at http://no-such-host.invalid (1 attempt in " in str(error)
 
 
 def test_https_endpoint_that_is_plain_says_so(

@@ -166,3 +166,26 @@ def test_what_the_parent_can_import_the_child_can(
         assert list(spread(mine.triple, [3], 1)) == [(3, 9)]
     finally:
         del sys.modules["mine"]
+
+
+@pytest.mark.parametrize("sent", ["half of an object", "all"])
+def test_a_child_whose_parent_dies_ends_without_a_word(tmp_path: Path, sent: str) -> None:
+    """Such as that of a DataLoader worker which is stopped in the middle of an array."""
+    done = _run(
+        tmp_path / "script.py",
+        "import os, numpy, zarr\n"
+        "from zarrcache.arrays.foreign import _serve\n"
+        "from zarrcache.parallel import ChildProcess\n"
+        "store = zarr.storage.MemoryStore(objects := {})\n"
+        "zarr.create_array(store, data=numpy.ones(3_000_000), chunks=(3_000_000,), zarr_format=2)\n"
+        "child = ChildProcess(_serve, 2, 2**30)\n"
+        "for key, data in objects.items():\n"
+        "    child.connection.send(key)\n"
+        f"    if {sent != 'all'}:\n"
+        "        os._exit(0)\n"
+        "    child.connection.send_bytes(data.to_bytes())\n"
+        "child.connection.send(None)\n"
+        "child.connection.poll(60)  # the answer begins\n"
+        "os._exit(0)\n",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 
 from zarrcache._units import format_bytes
 from zarrcache.errors import IncompleteArrayError, SchemaError
-from zarrcache.parallel import ChildProcess, receive
+from zarrcache.parallel import ChildProcess, receive, receive_bytes
 
 __all__ = ["decode_in_child"]
 
@@ -106,7 +106,7 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
     objects: dict[str, Any] = {}
     make = default_buffer_prototype().buffer.from_bytes
     while (key := receive(connection)) is not None:
-        objects[f"a/{key}"] = make(connection.recv_bytes())
+        objects[f"a/{key}"] = make(receive_bytes(connection))
     try:
         store = zarr.storage.MemoryStore(objects, read_only=True)
         try:

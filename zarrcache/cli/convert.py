@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zarrcache.cli.app import command, failures, say, show, show_json
-from zarrcache.cli.options import Dask, DryRun, Json, chunk_sizes, open_engine, s3_options
+from zarrcache.cli.options import (
+    Dask,
+    DryRun,
+    Json,
+    chunk_sizes,
+    open_engine,
+    s3_options,
+    whole,
+)
 
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertResult
@@ -56,7 +64,7 @@ def convert(
         int | None,
         typer.Option(
             metavar="N",
-            min=1,
+            parser=whole(1),
             help="worker processes [default: min(cores, bytes of the files / 8 MiB)]",
             show_default=False,
         ),
@@ -74,7 +82,7 @@ def convert(
     zarr_format: Annotated[
         int,
         typer.Option(
-            "--zarr-format", metavar="2|3", min=2, max=3, help="version of the Zarr format"
+            "--zarr-format", metavar="2|3", parser=whole(2, 3), help="version of the Zarr format"
         ),
     ] = 2,
     diff: Annotated[

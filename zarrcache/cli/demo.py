@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Json
+from zarrcache.cli.options import Json, whole
 
 __all__ = ["demo"]
 
@@ -24,7 +24,9 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=2, help="maximum number of pairs")] = 8,
+    samples: Annotated[
+        int, typer.Option(metavar="N", parser=whole(2), help="maximum number of pairs")
+    ] = 8,
     keep: Annotated[
         bool,
         typer.Option("--keep", help="keep the directory with sources, configs, cache and logs"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,7 @@ __all__ = [
     "s3_options",
     "seconds",
     "size",
+    "whole",
 ]
 
 
@@ -55,6 +56,22 @@ def seconds(text: str) -> float:
         return parse_seconds(text)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise typer.BadParameter(f"{text!r} is not a whole number {bounds}.")
+        return number
+
+    return parse
 
 
 Config = Annotated[
@@ -141,8 +158,9 @@ def read_ids(path: Path | None) -> list[str] | None:
         else:
             found = [line.partition("#")[0].strip() for line in text.splitlines()]
     except (OSError, ValueError) as exc:
+        why = (isinstance(exc, OSError) and exc.strerror) or exc
         raise ConfigError(
-            f"--ids {path} cannot be read ({exc}). It must hold one task id per line, or a JSON "
+            f"--ids {path} cannot be read ({why}). It must hold one task id per line, or a JSON "
             "list of them."
         ) from exc
     ids = [task_id for task_id in found if task_id]

@@ -9,7 +9,7 @@ import typer
 
 from zarrcache._keys import Eviction
 from zarrcache.cli.app import command, show, show_json
-from zarrcache.cli.options import Config, Json, data_config, size
+from zarrcache.cli.options import Config, Json, data_config, size, whole
 
 __all__ = ["plan"]
 
@@ -18,7 +18,10 @@ __all__ = ["plan"]
 def plan(
     config: Config,
     nodes: Annotated[
-        int, typer.Option("--nodes", metavar="N", min=1, help="nodes, each with its own cache")
+        int,
+        typer.Option(
+            "--nodes", metavar="N", parser=whole(1), help="nodes, each with its own cache"
+        ),
     ] = 1,
     capacity: Annotated[
         int | None,
@@ -49,22 +52,25 @@ def plan(
     ] = None,
     ranks_per_node: Annotated[
         int,
-        typer.Option("--ranks-per-node", metavar="N", min=1, help="training processes per node"),
+        typer.Option(
+            "--ranks-per-node", metavar="N", parser=whole(1), help="training processes per node"
+        ),
     ] = 1,
     epochs: Annotated[
-        int, typer.Option("--epochs", metavar="N", min=1, help="epochs of the whole run")
+        int, typer.Option("--epochs", metavar="N", parser=whole(1), help="epochs of the whole run")
     ] = 50,
     workers: Annotated[
         int,
         typer.Option(
             "--workers",
             metavar="N",
-            min=1,
+            parser=whole(1),
             help="concurrent readers per node; used only for the time estimate",
         ),
     ] = 1,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", min=0, help="seed of the order of samples")
+        int,
+        typer.Option("--seed", metavar="N", parser=whole(0), help="seed of the order of samples"),
     ] = 0,
     probe: Annotated[
         bool,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Config, Json, data_config
+from zarrcache.cli.options import Config, Json, data_config, whole
 
 __all__ = ["serve"]
 
@@ -24,7 +24,8 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="TCP port; 0 chooses a free one")
+        int,
+        typer.Option(metavar="N", parser=whole(0, 65535), help="TCP port; 0 chooses a free one"),
     ] = 7070,
     token_file: Annotated[
         Path | None,

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from zarrcache.cli.app import command, failures, say, show, show_json
-from zarrcache.cli.options import Config, Dask, Ids, Json, data_config, open_engine, read_ids, size
+from zarrcache.cli.options import (
+    Config,
+    Dask,
+    Ids,
+    Json,
+    data_config,
+    open_engine,
+    read_ids,
+    size,
+    whole,
+)
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import node_name
 
@@ -41,7 +51,7 @@ def warm(
         typer.Option(
             "--workers",
             metavar="N",
-            min=1,
+            parser=whole(1),
             help="worker processes [default: min(cores, 8, densities / 16)]",
             show_default=False,
         ),

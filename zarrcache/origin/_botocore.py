@@ -229,6 +229,7 @@ def _client(kwargs: Mapping[str, Any], region: str | None = None, **more_config:
         for name, value in (kwargs.get("config_kwargs") or {}).items()
         if name not in _AIOBOTOCORE_ONLY
     } | more_config
+    config["retries"] = {"total_max_attempts": 1}  # as ours, whatever AWS_MAX_ATTEMPTS says
     if kwargs.get("anon"):
         config["signature_version"] = UNSIGNED
     return _session(kwargs).create_client(
@@ -301,6 +302,6 @@ def _as_config_error() -> Iterator[None]:
         ) from exc
     except (BotoCoreError, TypeError, ValueError) as exc:
         raise ConfigError(
-            f"botocore does not accept the S3 settings: {exc}. Correct s3_kwargs, the AWS_ "
-            "variables of the environment, or ~/.aws/config."
+            f"botocore does not accept the S3 settings: {str(exc).rstrip('.')}. Correct "
+            "s3_kwargs, the AWS_ variables of the environment, or ~/.aws/config."
         ) from exc

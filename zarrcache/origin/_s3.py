@@ -361,8 +361,8 @@ class S3Bucket:
         """The s3fs engine of this process."""
 
         def make() -> _s3fs.S3fsEngine:
-            if not self.endpoint.startswith("http://"):
-                check_certificates(trusted_by(self.options.kwargs))
+            # Over http:// too: aiobotocore loads them before it looks at the URL.
+            check_certificates(trusted_by(self.options.kwargs))
             return _s3fs.S3fsEngine(self.name, self.options, self.fetch)
 
         return self._opened("s3fs", make)

@@ -156,7 +156,8 @@ class S3Error(RequestError):
             for part in (self.code, f"({self.status})" if self.status is not None else "")
             if part
         )
-        return f"{answer}: {self.detail}" if self.detail else answer
+        detail = self.detail.rstrip(".")  # it becomes a part of sentences
+        return f"{answer}: {detail}" if detail else answer
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
             "endpoint_url in s3_kwargs."
         )
     if error.is_transient:
-        return TransientError(url, str(error))
+        return TransientError(url, f"{error} at {endpoint}")
     if error.code == "IncompleteListing":
         return OriginError(
             f"{url}: the listing that {endpoint} sends is not known to be complete: "
@@ -245,7 +246,7 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
         return RangeIgnoredError(f"{url}: {endpoint} sent the whole object for a range of it.")
     if error.is_elsewhere:
         return OriginError(
-            f"{url}: bucket {bucket!r} is in another region: {str(error).rstrip('.')}. "
+            f"{url}: bucket {bucket!r} is in another region: {error}. "
             "Set client_kwargs: {region_name: ...} in s3_kwargs to the bucket's region."
         )
     if error.status is None:
@@ -258,7 +259,7 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
 
 
 def _refused(error: S3Error, context: RequestContext) -> str:
-    answer = str(error).removesuffix(".")
+    answer = str(error)
     if context.writes and (error.code == "AccessDenied" or error.status in (401, 403)):
         return (
             f"{context.url}: writing was refused: {answer}. Converting needs s3:ListBucket, "

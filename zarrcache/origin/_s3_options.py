@@ -168,14 +168,20 @@ class S3Options:
             # In the order of s3fs: its own argument, its alias, then the client's argument.
             aliases = [a for a, n in _ALIASES.items() if n == name]
             in_client = [a for a, n in _CLIENT_ALIASES.items() if n == name] or [name]
-            for source, key in [
-                (given, name),
-                *((given, a) for a in aliases),
-                *((client, a) for a in in_client),
-            ]:
-                if source.get(key) is not None:
-                    return source[key]
-            return None
+            found = {
+                path: source[key]
+                for path, source, key in [
+                    (name, given, name),
+                    *((a, given, a) for a in aliases),
+                    *((f"client_kwargs.{a}", client, a) for a in in_client),
+                ]
+                if source.get(key) is not None
+            }
+            if any(value != next(iter(found.values())) for value in found.values()):
+                raise ConfigError(
+                    f"s3_kwargs has different values for {' and '.join(found)}. Remove one of them."
+                )
+            return next(iter(found.values()), None)
 
         key, secret = first("key"), first("secret")
         if (key is None) != (secret is None) and not given.get("anon"):

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from zarrcache.parallel.signals import signals_blocked
 
-__all__ = ["ChildProcess", "HungUp", "receive", "run_child"]
+__all__ = ["ChildProcess", "HungUp", "receive", "receive_bytes", "run_child"]
 
 _PROGRAM = Path(__file__).with_name("_child.py")
 
@@ -154,7 +154,8 @@ def _main_module() -> _MainModule:
 def run_child(connection: Connection, main_module: _MainModule) -> None:
     """Run the function that the parent sends first; ``main_module`` is the parent's."""
     _main.source = main_module
-    with contextlib.suppress(HungUp):
+    # A function may be in the middle of an answer when the parent dies.
+    with contextlib.suppress(HungUp, BrokenPipeError, ConnectionResetError):
         function, arguments = receive(connection)
         function(connection, *arguments)
 
@@ -166,11 +167,15 @@ def receive(connection: Connection) -> Any:
     ------
     HungUp
     """
+    return _Unpickler(io.BytesIO(receive_bytes(connection))).load()
+
+
+def receive_bytes(connection: Connection) -> bytes:
+    """The next bytes that the parent has sent. Raises as :func:`receive`."""
     try:
-        data = connection.recv_bytes()
+        return connection.recv_bytes()
     except (EOFError, OSError):
         raise HungUp from None
-    return _Unpickler(io.BytesIO(data)).load()
 
 
 class _Unpickler(pickle.Unpickler):

@@ -268,6 +268,19 @@ class _Connection(web.RequestHandler):
         if seconds is not None:
             self._deadline = asyncio.get_running_loop().call_later(seconds, self.abort)
 
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        # aiohttp's answer names the versions of Python and aiohttp, and quotes the request.
+        super().handle_error(request, status, exc, message)
+        response = web.Response(status=status, headers={"Server": PROTOCOL})
+        response.force_close()
+        return response
+
     def accept_request(self) -> None:
         """Lift the limits of a valid request; the next one starts with new limits."""
         self.limit_s(None)

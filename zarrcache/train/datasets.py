@@ -524,8 +524,16 @@ def _position(index: SupportsIndex, length: int) -> int:
     ------
     IndexError
         There is no such sample. A ``for`` loop over the dataset ends with it.
+    ConfigError
+        ``index`` is not a whole number.
     """
-    i = operator.index(index)
+    try:
+        i = operator.index(index)
+    except TypeError as exc:
+        raise ConfigError(
+            f"the dataset has samples 0 to {length - 1}, not {index!r}. For several samples use "
+            "torch.utils.data.Subset(dataset, indices)."
+        ) from exc
     if not -length <= i < length:
         raise IndexError(f"sample {i} of a dataset of {length}")
     return i % length

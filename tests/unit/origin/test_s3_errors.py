@@ -257,7 +257,7 @@ def test_the_advice_for_anon_is_not_about_permissions() -> None:
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (S3Error(503, "SlowDown", "Reduce."), "SlowDown (503): Reduce."),
+        (S3Error(503, "SlowDown", "Reduce."), "SlowDown (503): Reduce"),
         (S3Error(502, "", ""), "(502)"),
         (S3Error(None, "Timeout", "no answer in time"), "Timeout: no answer in time"),
         (S3Error(403, "AccessDenied", ""), "AccessDenied (403)"),

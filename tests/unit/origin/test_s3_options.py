@@ -35,17 +35,35 @@ def test_the_slash_at_the_end_of_an_endpoint_is_no_part_of_its_identity() -> Non
 def test_credentials_come_from_the_option_its_alias_or_the_client() -> None:
     client = {"aws_access_key_id": "ck", "aws_secret_access_key": "cs", "aws_session_token": "ct"}
     for given, expected in [
-        (
-            {"key": "k", "secret": "s", "username": "u", "password": "p", "client_kwargs": client},
-            ("k", "s", "ct"),
-        ),
-        ({"username": "u", "password": "p", "client_kwargs": client}, ("u", "p", "ct")),
+        ({"username": "u", "password": "p"}, ("u", "p", None)),
+        ({"key": "ck", "secret": "cs", "client_kwargs": client}, ("ck", "cs", "ct")),
         ({"client_kwargs": client}, ("ck", "cs", "ct")),
         ({"key": "k", "secret": "s", "token": "t"}, ("k", "s", "t")),
         ({}, (None, None, None)),
     ]:
         read = options(**given)
         assert (read.key, read.secret, read.token) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (
+            {"endpoint_url": "http://a", "client_kwargs": {"endpoint_url": "http://b"}},
+            "endpoint_url",
+        ),
+        ({"key": "k1", "secret": "s", "client_kwargs": {"aws_access_key_id": "k2"}}, "key"),
+        ({"key": "k", "secret": "s1", "password": "s2"}, "secret"),
+        ({"token": "t1", "client_kwargs": {"aws_session_token": "t2"}}, "token"),
+    ],
+)
+def test_a_setting_with_two_values_is_refused_by_its_names(
+    given: dict[str, Any], names: str
+) -> None:
+    """s3fs and botocore would end in a TypeError. Equal values are one."""
+    with pytest.raises(ConfigError, match=f"different values for {names} and ") as caught:
+        options(**given)
+    assert "2" not in str(caught.value).replace("s3", "")
 
 
 @pytest.mark.parametrize(

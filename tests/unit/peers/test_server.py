@@ -336,7 +336,10 @@ def test_malformed_request_is_refused_without_a_word_in_the_log(
     server: EntryServer, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Otherwise any client could fill the log."""
-    assert answer_to(server, MALFORMED[what]).startswith(b"HTTP/1.0 400 ")
+    answer = answer_to(server, MALFORMED[what])
+    assert answer.startswith(b"HTTP/1.0 400 ")
+    assert b"Server: zarrcache-v2\r\n" in answer  # not the versions of Python and aiohttp
+    assert answer.endswith(b"\r\n\r\n")  # and nothing of what was sent
     assert caplog.text == ""
 
 

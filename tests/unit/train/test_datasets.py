@@ -197,6 +197,11 @@ class TestRhoData:
             with pytest.raises(IndexError, match="of a dataset of 3"):
                 dataset[index]
 
+    @pytest.mark.parametrize("index", [slice(2), 1.0, "1", [0, 1], None, torch.tensor([0, 1])])
+    def test_another_index_is_refused_in_words(self, lists: Any, index: Any) -> None:
+        with pytest.raises(ConfigError, match=r"samples 0 to 2, not .*\.Subset\(dataset,"):
+            RhoData(*lists)[index]
+
     def test_sequences_of_different_lengths_are_refused(self, lists: Any) -> None:
         data, label, gs_data, gs_label = lists
         with pytest.raises(ConfigError, match=r"\(3, 2, 3, 3\)"):
