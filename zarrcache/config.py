@@ -25,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -98,8 +99,10 @@ def _expand_text(text: str, variable: re.Pattern[str]) -> str:
     return before + (found or _expand_text(default, variable)) + _expand_text(text[end:], variable)
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+_NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
+_TEXTS = WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}})
+Bytes = Annotated[int, BeforeValidator(parse_bytes), _NUMBER_OR_TEXT]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), _NUMBER_OR_TEXT]
 
 
 def _train_fraction(value: object) -> object:
@@ -233,7 +236,9 @@ class CacheConfig(_Block):
 
     dir: Path
     limit: Bytes = Field(200 * 1024**3, gt=0)
-    min_free: Annotated[int | Percent, BeforeValidator(bytes_or_percent)] = Percent(5)
+    min_free: Annotated[int | Percent, BeforeValidator(bytes_or_percent), _NUMBER_OR_TEXT] = (
+        Percent(5)
+    )
     eviction: Eviction = "none"
     lookahead: Bytes = Field(
         2 * 1024**3,
@@ -256,7 +261,7 @@ class CacheConfig(_Block):
     lower: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
         None, description="cache.dir of another cache: read-only, tried before the peers"
     )
-    peers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+    peers: Annotated[tuple[str, ...], BeforeValidator(_listed), _TEXTS] = Field(
         (), description="http://host:port of nodes that run zarrcache serve"
     )
     advertise: Annotated[str | None, BeforeValidator(_or_none)] = Field(
@@ -422,7 +427,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as exc:
         raise ConfigError(
             f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a "
-            "YAML file, for example configs/s3_cached.yaml."
+            "YAML file; `zarrcache init` writes one."
         ) from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(
@@ -437,8 +442,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
     if not isinstance(document, dict):
         raise ConfigError(
-            f"config file {os.fspath(path)} holds no keys. See configs/s3_cached.yaml "
-            "for an example."
+            f"config file {os.fspath(path)} holds no keys. `zarrcache init` writes an example."
         )
     return document
 

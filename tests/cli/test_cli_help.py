@@ -13,6 +13,7 @@ from zarrcache import __version__
 
 COMMANDS = {
     "demo": ("--source DIR", "--samples N", "default: 8", "--keep"),
+    "init": ("--data-dir TEXT", "--limit TEXT", "--yes", "--force"),
     "convert": (
         "--pattern GLOB",
         "--workers N",
@@ -71,6 +72,7 @@ COMMANDS = {
         "cache.peer_token_file",
         "--json",
     ),
+    "schema": ("--output", "-o", "[default: standard output]"),
 }
 
 

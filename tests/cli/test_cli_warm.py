@@ -309,7 +309,7 @@ def test_a_config_without_cache_block_is_exit_2(tmp_path: Path) -> None:
     path.write_text(text[: text.index("cache:")] + text[text.index("data_dir:") :])
     done = zarrcache("warm", path)
     assert done.code == 2
-    assert f"error: {path} has no cache block. Add one, as in configs/s3_cached.yaml" in done.err
+    assert f"error: {path} has no cache block. Add one (`zarrcache init` writes" in done.err
     path.write_text(text.replace("limit:", "limt:"))
     done = zarrcache("--debug", "warm", path)
     assert done.code == 2

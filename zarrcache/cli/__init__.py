@@ -29,11 +29,12 @@ def _application() -> typer.Typer:
     from zarrcache.cli.cache import doctor, evict, status, verify
     from zarrcache.cli.convert import convert
     from zarrcache.cli.demo import demo
+    from zarrcache.cli.init import init, schema
     from zarrcache.cli.plan import plan
     from zarrcache.cli.serve import serve
     from zarrcache.cli.warm import warm
 
     # In the order of the help page.
-    for command in (demo, convert, warm, evict, status, verify, doctor, plan, serve):
+    for command in (demo, init, convert, warm, evict, status, verify, doctor, plan, serve, schema):
         app.command()(command)
     return app

@@ -27,7 +27,6 @@ app = typer.Typer(
     help="Train from S3 at the speed of the node's own SSD: convert, cache and maintain charge "
     "densities in Zarr stores.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: without rich, and greppable
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

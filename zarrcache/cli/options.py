@@ -78,12 +78,12 @@ Config = Annotated[
     Path,
     typer.Argument(
         metavar="CONFIG",
-        help="training config (YAML) with a cache block, like configs/s3_cached.yaml",
+        help="training config (YAML) with a cache block, as `zarrcache init` writes it",
     ),
 ]
 OptionalConfig = Annotated[
     Path | None,
-    typer.Argument(metavar="CONFIG", help="training config (YAML), like configs/s3_cached.yaml"),
+    typer.Argument(metavar="CONFIG", help="training config (YAML), as `zarrcache init` writes it"),
 ]
 Directory = Annotated[
     Path | None,
@@ -125,8 +125,8 @@ def data_config(path: Path, *, needs_cache: bool = True) -> DataConfig:
     config = DataConfig.from_yaml(path)
     if needs_cache and config.cache is None:
         raise ConfigError(
-            f"{path} has no cache block. Add one, as in configs/s3_cached.yaml: cache: {{dir: "
-            f"/local/disk/zarrcache, limit: 200 GiB}}."
+            f"{path} has no cache block. Add one (`zarrcache init` writes an example): "
+            f"cache: {{dir: /local/disk/zarrcache, limit: 200 GiB}}."
         )
     return config
 

@@ -3,6 +3,10 @@ from .evict import plan_evict as plan_evict
 from .forecast import EpochForecast as EpochForecast
 from .forecast import Forecast as Forecast
 from .forecast import plan_training as plan_training
+from .samples import config_schema as config_schema
+from .samples import filled_in as filled_in
+from .samples import key_comments as key_comments
+from .samples import sample as sample
 from .selection import cache_at as cache_at
 from .selection import cache_of as cache_of
 from .status import Status as Status

@@ -92,7 +92,7 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
             "cache",
             "warn",
             "the config has no cache block",
-            "Nothing is cached. Add one, as in configs/s3_cached.yaml.",
+            "Nothing is cached. `zarrcache init` writes an example.",
         )
     if cache is not None:
         yield from _cache(cache)

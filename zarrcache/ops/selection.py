@@ -76,7 +76,7 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
         return config
     config.check_stores()
     if config.cache is None:
-        raise ConfigError("The config has no cache block. Add one, as in configs/s3_cached.yaml.")
+        raise ConfigError("The config has no cache block. `zarrcache init` writes an example.")
     return config.cache
 
 

@@ -127,8 +127,8 @@ def _configs(config: Any) -> dict[str, DataConfig]:
         named = {"0": config}
     if not named or config is None:
         raise ConfigError(
-            "config is empty. Give the path of a training config, for example "
-            "configs/s3_cached.yaml, or several."
+            "config is empty. Give the path of a training config (`zarrcache init` "
+            "writes an example), or several."
         )
     return {name: _config(one) for name, one in named.items()}
 

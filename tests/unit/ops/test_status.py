@@ -88,7 +88,7 @@ def test_zarrcache_dir_does_not_override_an_explicit_directory(
 
 
 def test_a_config_without_cache_is_refused(config: DataConfig) -> None:
-    with pytest.raises(ConfigError, match=r"no cache block.*configs/s3_cached\.yaml"):
+    with pytest.raises(ConfigError, match=r"no cache block.*zarrcache init"):
         read_status(config.model_copy(update={"cache": None}))
 
 

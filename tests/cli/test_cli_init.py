@@ -1,0 +1,123 @@
+"""``zarrcache init``, ``zarrcache schema`` and the shell's completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.training import command, zarrcache
+from zarrcache.config import DataConfig
+
+
+def test_a_config_is_written_without_questions_and_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "my config.yaml"
+    done = zarrcache(
+        "init", path, "--yes", "--data-dir", "/data/in", "--functional", "PBEsol", "--limit", "1 GB"
+    )
+    assert (done.code, done.out) == (0, "")
+    assert done.err == (
+        f"wrote {path}. Next: zarrcache doctor '{path}', then zarrcache warm '{path}'\n"
+    )
+    config = DataConfig.from_yaml(path)
+    assert (config.data_dir, config.functional) == ("/data/in", "PBEsol")
+    assert config.cache is not None
+    assert config.cache.limit == 10**9
+    assert "# " in path.read_text()
+
+
+def test_an_existing_file_is_kept_unless_force_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "zarrcache.yaml"
+    path.write_text("mine: 1\n")
+    done = zarrcache("init", path, "--yes")
+    assert done.code == 2
+    assert "--force" in done.err
+    assert path.read_text() == "mine: 1\n"
+    assert zarrcache("init", path, "--yes", "--force").code == 0
+    assert "data_dir" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--limit", "many", "--yes"), "'many' is not a size"),
+        (("--data-dir", "s3://b/x"), "There is no terminal to ask on"),
+    ],
+)
+def test_wrong_input_writes_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    done = zarrcache("init", path, *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert not path.exists()
+
+
+def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    done = zarrcache("init", tmp_path / "none" / "a.yaml", "--yes")
+    assert done.code == 2
+    assert "cannot be written (No such file or directory)" in done.err
+
+
+def test_on_a_terminal_it_asks_for_what_is_not_given(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command("init", path, "--label-dir", "/label", "--map-dir", "/map.json"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        os.write(ours, b"/in\n\n/scratch\n\n")
+        assert process.wait(60) == 0
+    said = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "Where the input densities are" in said
+    assert "label_dir" not in said
+    config = yaml.safe_load(path.read_text())
+    assert [config[key] for key in ("data_dir", "label_dir", "functional")] == [
+        "/in",
+        "/label",
+        "GGA",
+    ]
+    assert config["cache"]["dir"] == "/scratch"
+
+
+def test_the_schema_goes_to_stdout_or_to_a_file(tmp_path: Path) -> None:
+    printed = zarrcache("schema")
+    assert printed.code == 0
+    assert json.loads(printed.out)["properties"]["cache"]
+    path = tmp_path / "schema.json"
+    written = zarrcache("schema", "-o", path)
+    assert (written.code, written.out) == (0, "")
+    assert f"$schema={path.as_uri()}" in written.err
+    assert json.loads(path.read_text()) == json.loads(printed.out)
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, expected in (("zarrcache wa", "warm"), ("zarrcache warm --rev", "--revalidate")):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; sys.argv = ['zarrcache']; from zarrcache.cli import main; main()",
+            ],
+            env={
+                **os.environ,
+                "_ZARRCACHE_COMPLETE": "complete_bash",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split()) - 1),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert expected in done.stdout.split(), done

@@ -1,0 +1,120 @@
+"""``zarrcache init`` and ``zarrcache schema``: a config to begin with, and its JSON schema."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zarrcache.cli.app import command, say, show
+from zarrcache.errors import ConfigError
+
+__all__ = ["init", "schema"]
+
+
+def _answer(name: str, help: str) -> Any:
+    return typer.Option(name, metavar="TEXT", help=help, show_default=False)
+
+
+@command(resumable=False)
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="file to write")] = Path(
+        "zarrcache.yaml"
+    ),
+    data_dir: Annotated[
+        str | None, _answer("--data-dir", "where the input densities are: s3://... or a directory")
+    ] = None,
+    label_dir: Annotated[
+        str | None, _answer("--label-dir", "where the label densities are")
+    ] = None,
+    map_dir: Annotated[str | None, _answer("--map-dir", "map file of functionals and ids")] = None,
+    functional: Annotated[
+        str | None, _answer("--functional", "functional to train on, for example GGA")
+    ] = None,
+    cache_dir: Annotated[
+        str | None, _answer("--cache-dir", "directory of the cache, on this node's own disk")
+    ] = None,
+    limit: Annotated[
+        str | None, _answer("--limit", "bytes that the cache may use, for example '200 GiB'")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="ask nothing; what is not given keeps its default")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace FILE if it exists")] = False,
+) -> int:
+    """Write a commented config; asks for the main values."""
+    import yaml
+
+    from zarrcache.config import DataConfig
+    from zarrcache.ops import filled_in, key_comments, sample
+
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
+    text = sample()
+    values = {
+        "data_dir": data_dir,
+        "label_dir": label_dir,
+        "map_dir": map_dir,
+        "functional": functional,
+        "cache.dir": cache_dir,
+        "cache.limit": limit,
+    }
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("There is no terminal to ask on. Give --yes, and values as options.")
+        document = yaml.safe_load(text)
+        comments = key_comments(text)
+        for key, value in values.items():
+            if value is None:
+                *parents, name = key.split(".")
+                block = document
+                for parent in parents:
+                    block = block[parent]
+                say(comments[tuple(key.split("."))].partition("\n")[0])
+                values[key] = typer.prompt(key, default=str(block[name]), err=True)
+    text = filled_in(text, values)
+    DataConfig.of(yaml.safe_load(text))  # an error names the key
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(
+            f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists."
+        ) from exc
+    name = shlex.quote(str(path))
+    say(f"wrote {path}. Next: zarrcache doctor {name}, then zarrcache warm {name}")
+    return 0
+
+
+@command(resumable=False)
+def schema(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="file to write [default: standard output]",
+            show_default=False,
+        ),
+    ] = None,
+) -> int:
+    """Print the JSON schema of a config, for editors."""
+    from zarrcache.ops import config_schema
+
+    text = json.dumps(config_schema(), indent=2)
+    if output is None:
+        show(text)
+        return 0
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"{output} cannot be written ({exc.strerror}).") from exc
+    say(
+        f"wrote {output}. As the first line of a config: "
+        f"# yaml-language-server: $schema={output.absolute().as_uri()}"
+    )
+    return 0
