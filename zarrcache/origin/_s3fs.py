@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from fsspec.asyn import get_loop
 
@@ -227,11 +228,14 @@ class S3fsEngine:
                 if self._fs.session is None:
                     from aiobotocore.session import AioSession
 
-                    # As s3fs makes it, except for the dates: listing 343 objects takes 7 ms of CPU
-                    # instead of 20 (obstore: 2.3 ms).
+                    # As s3fs makes it, except for the parsing: listing 343 objects takes 4 ms of
+                    # CPU instead of 20 (obstore: 2.3 ms).
                     session = AioSession(**self._fs.kwargs)
                     session.get_component("response_parser_factory").set_parser_defaults(
                         timestamp_parser=_timestamp
+                    )
+                    session.get_component("event_emitter").register_first(
+                        "before-parse.s3.ListObjectsV2", _parse_objects
                     )
                     self._fs.session = session
                 await self._fs.set_session()
@@ -302,6 +306,41 @@ def _page(answer: Mapping[str, Any], prefix: str) -> Page:
         raise incomplete(f"it has names that do not begin with {prefix!r}")
     # Without IsTruncated a token is followed nevertheless: the next page shows who is right.
     return Page(objects, prefixes, token, n >= answer.get("MaxKeys", PAGE_OBJECTS))
+
+
+def _parse_objects(
+    response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object
+) -> None:
+    """Parse the objects of a LIST before botocore does, which takes four times as long for them.
+
+    botocore parses what remains of the answer, and decodes the keys. It parses all of an answer
+    that is not as expected.
+    """
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        root = ElementTree.fromstring(response_dict["body"])
+        namespace, _, name = root.tag.rpartition("}")
+        if name != "ListBucketResult":
+            return
+        prefix = namespace + "}" if namespace else ""
+        elements = root.findall(f"{prefix}Contents")
+        objects = []
+        for element in elements:
+            fields = {child.tag.removeprefix(prefix): child.text or "" for child in element}
+            found: dict[str, Any] = {k: fields[k] for k in ("Key", "ETag") if k in fields}
+            if "Size" in fields:
+                found["Size"] = int(fields["Size"])
+            if "LastModified" in fields:
+                found["LastModified"] = _timestamp(fields["LastModified"])
+            objects.append(found)
+            root.remove(element)
+        body = ElementTree.tostring(root)
+    except (ElementTree.ParseError, ValueError):
+        return
+    if objects:
+        response_dict["body"] = body
+        customized_response_dict["Contents"] = objects
 
 
 def _timestamp(value: Any) -> datetime:
