@@ -18,7 +18,8 @@ _FULL = (
     "<StorageClass>STANDARD</StorageClass><Owner><ID>1</ID></Owner></Contents>"
 )
 _BODIES = {
-    "as S3": f"{_S3}<IsTruncated>false</IsTruncated><KeyCount>1</KeyCount>{_FULL}</ListBucketResult>",
+    "as S3": f"{_S3}<IsTruncated>false</IsTruncated><KeyCount>1</KeyCount>{_FULL}"
+    "</ListBucketResult>",
     "two, more follow": f"{_S3}{_FULL}<IsTruncated>true</IsTruncated>{_FULL}<NextContinuationToken>"
     "a&amp;b</NextContinuationToken></ListBucketResult>",
     "no namespace": f"{_HEAD}>{_FULL}<IsTruncated>false</IsTruncated></ListBucketResult>",
