@@ -141,3 +141,18 @@ def test_the_scripts_in_tools_run_the_same_commands() -> None:
             [sys.executable, tools / script, "--help"], capture_output=True, text=True, check=True
         ).stdout
         assert words in out
+
+
+def test_each_command_can_be_quiet_or_say_every_step(tmp_path: Path) -> None:
+    """Results and errors stay; with both there is no way to tell which is meant."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.yaml").write_text("data_dir: here\n")
+    noisy = zarrcache("status", "--dir", tmp_path / "empty", "-v")
+    quiet = zarrcache("status", "--dir", tmp_path / "empty", "--quiet")
+    assert noisy.out == quiet.out
+    assert zarrcache("status", tmp_path / "a.yaml", "-q").err.startswith("error: ")
+    assert "Traceback" in zarrcache("status", tmp_path / "a.yaml", "--verbose").err
+    both = zarrcache("status", tmp_path / "a.yaml", "-q", "-v")
+    assert (both.code, "exclude each other" in both.err) == (2, True)
+    for name in COMMANDS:
+        assert "-q, --quiet" in zarrcache(name, "--help").out

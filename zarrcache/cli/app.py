@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 some failed, 2 wrong usage or settings, 130 Ctrl-C, 143 SI
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import sys
@@ -35,6 +36,14 @@ app = typer.Typer(
 _MAX_FAILURES = 20  # printed; --json has all
 _log = logging.getLogger("zarrcache")
 
+#: Options of every command.
+_QUIET = Annotated[
+    bool, typer.Option("--quiet", "-q", help="no progress and no warnings; errors and results only")
+]
+_VERBOSE = Annotated[
+    bool, typer.Option("--verbose", "-v", help="log every step; print the traceback of an error")
+]
+
 
 def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., None]]:
     """Turn a function that returns an exit code into a command.
@@ -50,8 +59,12 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
+        def run(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> None:
             leave_ctrl_c_to_python()
+            if quiet and verbose:
+                raise typer.BadParameter("--quiet and --verbose exclude each other.")
+            if quiet or verbose:
+                _log.setLevel(logging.DEBUG if verbose else logging.ERROR)
             try:
                 with raise_on_signals():
                     code = function(*args, **kwargs)
@@ -67,6 +80,15 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                 code = exit_code(exc)
             raise typer.Exit(code)
 
+        shown = inspect.signature(function, eval_str=True)
+        ways = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+            )
+            for name, annotation in (("quiet", _QUIET), ("verbose", _VERBOSE))
+        ]
+        parameters = [*shown.parameters.values(), *ways]
+        run.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -88,7 +110,7 @@ def _options(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="log at level DEBUG, and print the traceback of an error"),
+        typer.Option("--debug", help="--verbose, for errors before the command"),
     ] = False,
 ) -> None:
     from zarrcache.cli.progress import StderrHandler

@@ -31,6 +31,8 @@ class StderrHandler(logging.Handler):
 class Meter:
     """Progress on stderr: a bar on a terminal, otherwise a line every 10 seconds.
 
+    With ``--quiet``, which raises the level of the logger, there is neither.
+
     Parameters
     ----------
     verb : str
@@ -49,9 +51,10 @@ class Meter:
         self._done = self._failed = 0
         self._start_s = self._line_s = time.monotonic()
         self._bar: tuple[Progress, TaskID] | None = None
+        self._is_quiet = not logging.getLogger("zarrcache").isEnabledFor(logging.WARNING)
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._is_quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -87,7 +90,7 @@ class Meter:
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=done, total=self._total, text=self._text())
-        elif time.monotonic() - self._line_s >= _LINE_EVERY_S:
+        elif not self._is_quiet and time.monotonic() - self._line_s >= _LINE_EVERY_S:
             self._line_s = time.monotonic()
             left_s = (self._line_s - self._start_s) * (self._total - done) / max(1, done)
             sys.stderr.write(f"{self._verb}: {self._text()}, {duration(left_s)} left\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from zarrcache._units import parse_bytes
@@ -65,6 +67,17 @@ def test_progress_in_bytes_accepts_its_total_later(
         now[0] += 16
         meter.reach(16 * 1024**2, 64 * 1024**2)
     assert capsys.readouterr().err == "Verifying: 16.0 MiB of 64.0 MiB, 1.0 MiB/s, 48 s left\n"
+
+
+def test_quiet_progress_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("zarrcache.cli.progress.time.monotonic", lambda: now[0])
+    with caplog.at_level("ERROR", "zarrcache"), Meter("Warming", "densities", 4) as meter:
+        now[0] += 60
+        meter.advance()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_advised_sizes_are_rounded_up_and_not_far() -> None:
