@@ -14,6 +14,7 @@ from typing import Literal, cast
 from zarrcache.errors import ConfigError
 
 __all__ = [
+    "FLOAT32",
     "FORMAT_VERSION",
     "ROLES",
     "ArrayKey",
@@ -21,10 +22,12 @@ __all__ = [
     "Eviction",
     "ObjectInfo",
     "Role",
+    "check_encoding",
     "check_task_id",
     "check_task_ids",
     "density_array",
     "is_digest",
+    "mantissa_bits",
     "safe_repr",
     "source_digest",
     "stem_of",
@@ -37,16 +40,21 @@ ROLES: tuple[Literal["data"], Literal["label"]] = ("data", "label")
 #: Eviction policies; zarrcache/disk/policy.py describes them. Defined here because the help of the
 #: command line must not import pydantic.
 Eviction = Literal["none", "least-recently-stored", "belady"]
-#: Version of everything below ``<dir>/zarrcache-v1/``: in the path, in every digest and header.
+#: Version of everything below ``<dir>/zarrcache-v1/``: in the path and in every digest. Headers of
+#: entries have a version of their own (zarrcache/disk/entry.py).
 FORMAT_VERSION = 1
+#: The encoding of entries that hold the values themselves (``cache.arrays.encoding``).
+FLOAT32 = "float32"
 _PERSON = b"zarrcache-v%d" % FORMAT_VERSION
 
 _PER_POINT = " per point"
+_ENCODED_AS = " as "
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 320
 _REPR.maxlist = _REPR.maxdict = 10
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+_BITS = re.compile(r"bits:([1-9][0-9]?)")
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}")
 
 
@@ -84,8 +92,9 @@ class ArrayKey:
         The store, for example ``s3://bucket/prefix/mp-1.zarr``.
     array : str
         The array's name in the store, for example ``charge_density_total``; with `` per point`` at
-        its end, the entry holds the array divided by its number of points. Empty for a stored
-        listing of ``url``.
+        its end, the entry holds the array divided by its number of points. `` as float16`` after
+        that names the encoding; a reader gets an entry of its own encoding or none. Empty for a
+        stored listing of ``url``.
     """
 
     origin: str
@@ -95,7 +104,23 @@ class ArrayKey:
     @property
     def source_array(self) -> str:
         """The array's name in the store."""
-        return self.array.removesuffix(_PER_POINT)
+        return self.array.partition(" ")[0]
+
+    @property
+    def is_per_point(self) -> bool:
+        """Whether the values are divided by the number of points."""
+        return self.array.partition(_ENCODED_AS)[0].endswith(_PER_POINT)
+
+    @property
+    def encoding(self) -> str:
+        """The encoding within whose error bound the entry holds the density."""
+        return self.array.partition(_ENCODED_AS)[2] or FLOAT32
+
+    @property
+    def exact(self) -> ArrayKey | None:
+        """The key of the same density in float32; None if this one is in float32."""
+        array, mark, _ = self.array.partition(_ENCODED_AS)
+        return ArrayKey(self.origin, self.url, array) if mark else None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -144,10 +169,18 @@ def density_array(density_type: str) -> str:
     return f"charge_density_{density_type}"
 
 
-def stored_array(array: str, *, is_per_point: object) -> str:
+def stored_array(array: str, *, is_per_point: object, encoding: str = FLOAT32) -> str:
     """`ArrayKey.array` of a density: as in the store, or divided by its number of points.
 
     Entries hold the divided values, because dividing 5 MB takes six times as long as the hit.
+
+    Parameters
+    ----------
+    array : str
+        Name in the store.
+    is_per_point : bool
+    encoding : str
+        ``cache.arrays.encoding``.
 
     Raises
     ------
@@ -159,7 +192,33 @@ def stored_array(array: str, *, is_per_point: object) -> str:
             f"density_type gives the array name {array!r}, which contains a blank. Set it to "
             "total or diff."
         )
-    return array + _PER_POINT if is_per_point else array
+    name = array + _PER_POINT if is_per_point else array
+    return name if encoding == FLOAT32 else f"{name}{_ENCODED_AS}{encoding}"
+
+
+def mantissa_bits(encoding: str) -> int | None:
+    """N of the encoding ``bits:N``; None for every other."""
+    match = _BITS.fullmatch(encoding)
+    return int(match[1]) if match else None
+
+
+def check_encoding(encoding: object) -> str:
+    """Return ``encoding`` if it is float32, float16, bfloat16, or bits:N with N from 1 to 22.
+
+    Raises
+    ------
+    ValueError
+        It is not.
+    """
+    if isinstance(encoding, str):
+        if encoding in (FLOAT32, "float16", "bfloat16"):
+            return encoding
+        if 1 <= (mantissa_bits(encoding) or 0) <= 22:
+            return encoding
+    raise ValueError(
+        f"{safe_repr(encoding)} is not an encoding. Write float32, float16, bfloat16, or bits:N "
+        "with 1 to 22 mantissa bits, for example bits:12"
+    )
 
 
 def is_digest(text: object) -> bool:

@@ -31,7 +31,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from zarrcache._keys import Eviction, safe_repr
+from zarrcache._keys import FLOAT32, Eviction, check_encoding, safe_repr
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.errors import ConfigError
 
@@ -179,6 +179,11 @@ class ArrayTierConfig(_Block):
     """The array tier: decoded whole arrays."""
 
     enabled: bool = True
+    encoding: Annotated[str, BeforeValidator(check_encoding)] = Field(
+        FLOAT32,
+        description="float32 keeps every bit; float16 and bfloat16 take half the bytes; bits:N "
+        "keeps N mantissa bits and compresses, bits:12 to about 40 %",
+    )
 
 
 class PriceConfig(_Block):

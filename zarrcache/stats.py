@@ -43,6 +43,9 @@ class Stats:
         Bytes from the origin, and bytes served from disk.
     lower_hits, peer_hits : int
         Misses served by the lower layer or by another node instead of the origin.
+    unencoded : int
+        Densities stored as float32 because ``cache.arrays.encoding`` cannot hold their values
+        within its error bound.
     """
 
     hits: int = 0
@@ -58,6 +61,7 @@ class Stats:
     served_bytes: int = 0
     lower_hits: int = 0
     peer_hits: int = 0
+    unencoded: int = 0
 
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -94,12 +94,20 @@ def electrons_of(values: NDArray[Any], *, is_per_point: bool = False) -> float:
         return float(mean * values.size if is_per_point else mean)
 
 
-def disagreement(electrons: float, stated: float | None) -> str:
+def disagreement(electrons: float, stated: float | None, relative_error: float = 0.0) -> str:
     """How a number of electrons differs from the stated one by more than 0.1 %; empty if not.
 
     NaN differs from every number.
+
+    Parameters
+    ----------
+    electrons : float
+    stated : float or None
+    relative_error : float
+        Of the values, if they were rounded. It is added to the 0.1 %.
     """
-    if stated is None or abs(electrons - stated) <= _RELATIVE * abs(stated) + _ABSOLUTE:
+    tolerance = _RELATIVE + relative_error
+    if stated is None or abs(electrons - stated) <= tolerance * abs(stated) + _ABSOLUTE:
         return ""
     return (
         f"its values hold {electrons:.7g} electrons (their mean), but the metadata of the store "

@@ -160,7 +160,8 @@ class Cache:
         Parameters
         ----------
         array : str
-            As in `ArrayKey`.
+            As in `ArrayKey`. If it names an encoding, entries in float32 count too: a read
+            encodes them.
         listings : mapping
             The directory of each role and its listing, which decides whether ``mp-1.zarr`` or
             ``mp-1.zarr.zip`` is read. None: never listed, so either is accepted.
@@ -168,10 +169,12 @@ class Cache:
         if self.index is None:
             return {role: {} for role in listings}
         roots = [array_note(_listing_key(origin, ""))[:-1] for origin, _ in listings.values()]
+        found = self.index.entry_sizes(roots, f"\n{array}")
+        if (exact := ArrayKey("", "", array).exact) is not None:
+            others = self.index.entry_sizes(roots, f"\n{exact.array}")
+            found = [other | sizes for other, sizes in zip(others, found, strict=True)]
         stored = {}
-        for (role, (_, names)), sizes in zip(
-            listings.items(), self.index.entry_sizes(roots, f"\n{array}"), strict=True
-        ):
+        for (role, (_, names)), sizes in zip(listings.items(), found, strict=True):
             if names is None:
                 stored[role] = {
                     stem: size

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ArrayKey, ObjectInfo, source_digest, stored_array
+from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, source_digest, stored_array
 from zarrcache.arrays import as_density, count_nonfinite, list_array, read_array
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk import SOUND, Flaws
+from zarrcache.disk import SOUND, Flaws, new_entry
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import Origin
 from zarrcache.stats import LogOnce, SharedSet
@@ -51,6 +51,8 @@ class ReadThrough:
 
     Attributes
     ----------
+    stored_as : str
+        Name of the array in the keys of its entries (`ArrayKey.array`).
     fills : bool
         Absent chunks have the fill value (``cache.missing_chunks``).
     """
@@ -67,9 +69,13 @@ class ReadThrough:
         self._cache, self._checked, self._origin = cache, checked, origin
         self._arrays, self._counters = cache.arrays, cache.counters
         self._array, self._is_per_point = array, is_per_point
-        self._stored_as = stored_array(array, is_per_point=is_per_point)
-        self._identity, self._root = origin.identity, origin.url_of("")
         config = cache.config
+        self.stored_as = stored_array(
+            array,
+            is_per_point=is_per_point,
+            encoding=config.arrays.encoding if config is not None else FLOAT32,
+        )
+        self._identity, self._root = origin.identity, origin.url_of("")
         self._revalidate = config.revalidate if config is not None else "never"
         self.fills = config is not None and config.missing_chunks == "fill"
         self._log_once = LogOnce()
@@ -88,7 +94,7 @@ class ReadThrough:
 
     def key(self, store: str) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
-        return ArrayKey(self._identity, self._root + store, self._stored_as)
+        return ArrayKey(self._identity, self._root + store, self.stored_as)
 
     def listing(self, store: str) -> list[ObjectInfo]:
         """List a density at the origin now: keys, sizes, ETags. One LIST."""
@@ -164,6 +170,9 @@ class ReadThrough:
         on_flaws: OnFlaws | None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Fetch a density that this node does not have, from another node or the origin."""
+        converted = self._converted(arrays, key, source, on_flaws)
+        if converted is not None:
+            return converted, "hit"
         remote = self._cache.remote
         with remote.lookup(key, source) if remote else contextlib.nullcontext() as lookup:
             taken = lookup.take() if lookup is not None else None
@@ -187,10 +196,7 @@ class ReadThrough:
                 flaws = Flaws(*found) if any(found) else SOUND
                 if lookup is not None:
                     lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
-                entry = arrays.put(key, values, source=decoded.source, flaws=flaws)
-                is_stored = entry is not None
-                if entry is not None:
-                    values = entry.array
+                values, is_stored = self._stored(arrays, key, values, decoded.source, flaws)
                 if lookup is not None:
                     lookup.is_stored = is_stored
         if self._revalidate == "run":
@@ -199,6 +205,52 @@ class ReadThrough:
             self._report(key, flaws, on_flaws)
         self._counters.add(misses=1, bypasses=int(not is_stored))
         return values, "miss" if is_stored else "bypass"
+
+    def _stored(
+        self,
+        arrays: ArrayCache,
+        key: ArrayKey,
+        values: NDArray[np.float32],
+        source: str,
+        flaws: Flaws,
+        replaces: ArrayKey | None = None,
+    ) -> tuple[NDArray[np.float32], bool]:
+        """Store a density in the encoding of its key, and return what every later hit returns.
+
+        Also if it is not admitted: a training must not depend on what the disk has room for.
+        """
+        entry = new_entry(key, values, source, flaws)
+        if key.encoding != FLOAT32 and entry.header.stored_as is None:
+            self._counters.add(unencoded=1)
+            self._log_once.warning(
+                "unencoded",
+                logger,
+                "%s %s is stored as float32, because %s cannot hold its values within the error "
+                "bound (further ones are counted as `unencoded`, not named)",
+                key.url,
+                self._array,
+                key.encoding,
+            )
+        mapped = arrays.store(entry, replaces=replaces)
+        return (mapped or entry).array, mapped is not None
+
+    def _converted(
+        self, arrays: ArrayCache, key: ArrayKey, source: str | None, on_flaws: OnFlaws | None
+    ) -> NDArray[np.float32] | None:
+        """Encode the density from its entry in float32, if there is one, and replace that."""
+        exact = key.exact
+        entry = arrays.get(exact, source=source) if exact is not None else None
+        if entry is None:
+            return None
+        header = entry.header
+        values = as_density(entry.array, key.url, self._array)
+        values, _ = self._stored(arrays, key, values, header.source, header.flaws, exact)
+        if source is not None:
+            self._checked.add(key.digest)
+        if header.flaws is not SOUND:
+            self._report(key, header.flaws, on_flaws)
+        self._counters.add(hits=1, served_bytes=values.nbytes)
+        return values
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Say what is wrong with a density, or raise if the settings do not allow it.

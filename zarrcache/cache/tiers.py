@@ -48,9 +48,9 @@ from zarrcache.disk import (
     array_note,
     crc32c,
     disk_bytes,
-    header_of,
     kind_of,
     map_entry,
+    new_entry,
     open_regular,
     publish,
     write_all,
@@ -124,6 +124,7 @@ class Tier:
         kind: str,
         note: str,
         url: str,
+        replaces: str | None = None,
     ) -> Admission | None:
         """Reserve room, publish a file, and make it visible as ``digest``.
 
@@ -139,6 +140,8 @@ class Tier:
             Kept in the index.
         url : str
             URL of what is stored, for the log.
+        replaces : str, optional
+            Digest of another entry to drop once this one is stored, or before, to make room.
 
         Returns
         -------
@@ -150,7 +153,8 @@ class Tier:
             size_bytes = self.index.on_disk_bytes(file_bytes)
             outcome = self.index.begin(filename, size_bytes)
             # Free the room of an old version under this key, or of the row of a lost file.
-            if outcome is Admission.OVER_LIMIT and self.index.drop([digest]):
+            old = [digest] if replaces is None else [digest, replaces]
+            if outcome is Admission.OVER_LIMIT and self.index.drop(old):
                 outcome = self.index.begin(filename, size_bytes)
             if isinstance(outcome, Admission):
                 return outcome
@@ -160,6 +164,8 @@ class Tier:
             if not self.index.commit(intent, digest, kind, note, occupied_bytes):
                 return Admission.OVER_LIMIT
             intent = None
+            if replaces is not None:
+                self.index.drop([replaces])
         except CACHE_FAULTS as exc:
             self._fault("write", url, exc)
             return None
@@ -301,6 +307,8 @@ class ArrayCache(Tier):
                 if not entry.is_intact():
                     raise CorruptEntryError("its checksum does not match")
                 self._verified.add(file_id)
+            if header.stored_as is not None:
+                _ = entry.array  # decoded here, where a failure is a miss
         except (CorruptEntryError, *CACHE_FAULTS) as exc:
             self._read_failed(exc, digest, filename, f"{key.url} {key.array}".rstrip())
             return None
@@ -318,7 +326,7 @@ class ArrayCache(Tier):
         )
         # A copy, because a map would keep the file's disk space, which the next loan needs, and the
         # training process might map the file only after it was removed.
-        taken = Entry(entry.header, entry.array.copy()) if is_right else None
+        taken = Entry(entry.header, entry.stored.copy()) if is_right else None
         self.index.give_back(key.digest, lent.filename)
         return taken
 
@@ -330,7 +338,18 @@ class ArrayCache(Tier):
         source: str,
         flaws: Flaws = SOUND,
     ) -> Entry | None:
-        """Store a decoded array.
+        """Store a decoded array, in the encoding of ``key``; see :meth:`store`."""
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        return self.store(new_entry(key, array, source, flaws))
+
+    def store(self, entry: Entry, *, replaces: ArrayKey | None = None) -> Entry | None:
+        """Store an entry that was made in memory.
+
+        Parameters
+        ----------
+        entry : Entry
+        replaces : ArrayKey, optional
+            An entry to drop once this one is stored, or before, if there is no room for both.
 
         Returns
         -------
@@ -338,13 +357,11 @@ class ArrayCache(Tier):
             The stored entry, mapped: the kernel may reclaim its pages, and a DataLoader worker
             transfers it without a copy. None: it was not admitted, or the cache failed.
         """
-        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        header = header_of(key, array, source, flaws)
-        write = functools.partial(write_entry, header=header, array=array)
-        entry, is_stored = self._place(header, write)
+        write = functools.partial(write_entry, header=entry.header, stored=entry.stored)
+        mapped, is_stored = self._place(entry.header, write, replaces)
         if not is_stored:
             return None
-        return entry if entry is not None else Entry(header, array)
+        return mapped if mapped is not None else entry
 
     def take(self, incoming: EntryStream) -> tuple[Entry | None, bool]:
         """Store an entry that another cache sends. Cache faults are handled as in :meth:`put`.
@@ -365,7 +382,10 @@ class ArrayCache(Tier):
         return self._place(incoming.header, incoming.write)
 
     def _place(
-        self, header: EntryHeader, write: Callable[[FileIO], object]
+        self,
+        header: EntryHeader,
+        write: Callable[[FileIO], object],
+        replaces: ArrayKey | None = None,
     ) -> tuple[Entry | None, bool]:
         """Store or lend an entry. Returns it, mapped, and whether it was stored."""
         key, digest = header.key, header.key.digest
@@ -378,6 +398,7 @@ class ArrayCache(Tier):
             note=array_note(key),
             kind=kind_of(key),
             url=key.url,
+            replaces=replaces.digest if replaces is not None else None,
         )
         if outcome is None:
             return None, False
@@ -390,7 +411,7 @@ class ArrayCache(Tier):
                 logger,
                 "not cached, read from the origin in every epoch: %s (%s): %s",
                 key.url,
-                format_bytes(header.nbytes),
+                format_bytes(header.decoded_bytes),
                 outcome.value,
             )
             return None, False

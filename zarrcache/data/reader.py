@@ -28,7 +28,6 @@ from zarrcache._keys import (
     check_task_id,
     density_array,
     stem_of,
-    stored_array,
 )
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
@@ -581,9 +580,7 @@ class ZarrS3Reader(PairReader):
         listings = {
             role: (origin, self.store_names(role)) for role, origin in self._origins.items()
         }
-        return self._cache.stored_densities(
-            stored_array(self.array, is_per_point=self.normalize), listings
-        )
+        return self._cache.stored_densities(self._densities("data").stored_as, listings)
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
         """List one density at the origin now: keys, sizes, ETags. One LIST."""

@@ -1,18 +1,23 @@
 """Entries of the array tier: the file format, reading, writing, and receiving a stream.
 
-An entry is one header page and the raw array::
+An entry is a header and the array::
 
     offset 0     8 bytes   magic b"zarrcach"
-           8     u32       FORMAT_VERSION
+           8     u32       version of the format: 1, or 2 if the payload is encoded
            12    u32       length of the JSON that follows
            16    u32       CRC-32C of the JSON
            20    JSON      identity (origin, url, array), source, dtype, shape, nbytes,
-                           crc32c of the payload; missing_chunks and nonfinite if they are not 0
+                           crc32c of the payload; missing_chunks and nonfinite if they are not 0;
+                           version 2: encoding, relative_error, absolute_error, scale
            n*4096          payload: C order, little endian, page-aligned so that it can be mapped
+           (n*64)          of version 2, whose values are decoded or cast: with a page of header
+                           float16 would hold 1.9 times the densities of 24**3 points, not 2.0
 
 All integers are little endian. The header repeats the full identity of the entry, so that a file
-under the wrong name is a miss, and the index can be rebuilt from the files alone.
-``tests/golden/entry_v1.bin`` freezes the bytes: another format needs another FORMAT_VERSION.
+under the wrong name is a miss, and the index can be rebuilt from the files alone. ``nbytes`` and
+``crc32c`` are those of the payload as stored, ``dtype`` and ``shape`` those of its values.
+``tests/golden`` freezes the bytes of both versions: another format needs another version. A reader
+of version 1 takes version 2 for a miss, and never meets it, because the encoding is in the digest.
 
 The stored listing of a store or directory is an entry too: JSON text as bytes, with an empty array
 name. Its kind in the index is :data:`LISTING`.
@@ -31,10 +36,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zarrcache._keys import FORMAT_VERSION, ArrayKey, safe_repr
+from zarrcache._keys import FLOAT32, ArrayKey, safe_repr
 from zarrcache._units import most_bytes
 from zarrcache.disk._publish import write_all
 from zarrcache.disk.checksums import crc32c
+from zarrcache.disk.encoding import StoredAs, decode, encode, is_known, stored_layout
 from zarrcache.disk.mmap import map_file, open_regular, read_in
 from zarrcache.errors import CorruptEntryError
 
@@ -52,6 +58,7 @@ __all__ = [
     "header_of",
     "kind_of",
     "map_entry",
+    "new_entry",
     "parse_header",
     "read_header",
     "write_entry",
@@ -61,9 +68,13 @@ __all__ = [
 #: of one (byte tier).
 ARRAY, LISTING, OBJECT = "array", "listing", "object"
 
+#: Versions of the header: values as they are, and an encoded payload.
+_PLAIN, _ENCODED = 1, 2
 _MAGIC = b"zarrcach"
 _PREFIX = struct.Struct("<8sIII")
 _PAGE = 4096
+#: The payload starts at a multiple of this, by version.
+_ALIGNMENT = {_PLAIN: _PAGE, _ENCODED: 64}
 #: Longest header that is accepted; this package writes much shorter ones.
 _MAX_JSON_BYTES = 64 * 1024
 _STEP_BYTES = 2**20  # of a stream, held in memory at once
@@ -129,6 +140,8 @@ class EntryHeader:
         CRC-32C of the payload.
     flaws : Flaws
         `SOUND` itself if there are none.
+    stored_as : StoredAs or None
+        How the payload is encoded; None: it is the values.
     """
 
     key: ArrayKey
@@ -138,6 +151,12 @@ class EntryHeader:
     nbytes: int
     crc32c: int
     flaws: Flaws = SOUND
+    stored_as: StoredAs | None = None
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Length of the values in memory."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def offset(self) -> int:
@@ -150,12 +169,38 @@ class EntryHeader:
         return self.offset + self.nbytes
 
 
-@dataclass(frozen=True, slots=True)
 class Entry:
-    """A mapped entry. ``array`` is writable and private: writes never reach the file."""
+    """An entry: its header, and its payload in a private map of the file or in memory.
 
-    header: EntryHeader
-    array: np.ndarray[Any, np.dtype[Any]]
+    Attributes
+    ----------
+    header : EntryHeader
+    stored : ndarray
+        The payload as it is stored. Writable; writes never reach the file.
+    """
+
+    __slots__ = ("_array", "header", "stored")
+
+    def __init__(self, header: EntryHeader, stored: np.ndarray[Any, np.dtype[Any]]) -> None:
+        self.header, self.stored = header, stored
+        self._array = stored if header.stored_as is None else None
+
+    @property
+    def array(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The values: ``stored`` itself, or decoded at the first access.
+
+        Raises
+        ------
+        CorruptEntryError
+            The payload cannot be decoded, although its checksum may be right.
+        """
+        if self._array is None:
+            assert self.header.stored_as is not None
+            try:
+                self._array = decode(self.header.stored_as, self.stored, self.header.shape)
+            except ValueError as exc:
+                raise CorruptEntryError(f"it cannot be decoded: {exc}") from exc
+        return self._array
 
     def is_intact(self) -> bool:
         """Whether the payload matches its checksum. Reads all of it.
@@ -165,8 +210,8 @@ class Entry:
         OSError
             The disk cannot read it.
         """
-        read_in(self.array)
-        return _checksum(self.array) == self.header.crc32c
+        read_in(self.stored)
+        return _checksum(self.stored) == self.header.crc32c
 
 
 def _checksum(array: np.ndarray[Any, np.dtype[Any]]) -> int:
@@ -177,39 +222,76 @@ def _checksum(array: np.ndarray[Any, np.dtype[Any]]) -> int:
 def header_of(
     key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str, flaws: Flaws = SOUND
 ) -> EntryHeader:
-    """The header under which ``array`` (C-contiguous, little endian) is stored."""
+    """The header under which ``array`` (C-contiguous, little endian) is stored as it is."""
     crc = _checksum(array)
     return EntryHeader(key, source, array.dtype.str, array.shape, array.nbytes, crc, flaws)
 
 
+def new_entry(
+    key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str, flaws: Flaws = SOUND
+) -> Entry:
+    """An entry in memory of ``array`` (C-contiguous, little endian), in the encoding of ``key``.
+
+    Where the encoding cannot hold the array within its bound, ``header.stored_as`` is None and the
+    payload is the array itself.
+    """
+    if key.encoding != FLOAT32 and not flaws.nonfinite:
+        encoded = encode(array, key.encoding)
+        if encoded is not None:
+            stored_as, payload = encoded
+            header = EntryHeader(
+                key,
+                source,
+                array.dtype.str,
+                array.shape,
+                payload.nbytes,
+                _checksum(payload),
+                flaws,
+                stored_as,
+            )
+            return Entry(header, payload)
+    return Entry(header_of(key, array, source, flaws), array)
+
+
 def encode_header(header: EntryHeader) -> bytes:
-    """The bytes of a header, padded to whole pages."""
+    """The bytes of a header, padded to the start of the payload."""
     flaws = {name: n for name in _FLAWS if (n := getattr(header.flaws, name))}
-    text = json.dumps(
-        {
-            "array": header.key.array,
-            "crc32c": header.crc32c,
-            "dtype": header.dtype,
-            **flaws,
-            "nbytes": header.nbytes,
-            "origin": header.key.origin,
-            "shape": list(header.shape),
-            "source": header.source,
-            "url": header.key.url,
-        },
-        separators=(",", ":"),
-    ).encode()
-    raw = _PREFIX.pack(_MAGIC, FORMAT_VERSION, len(text), crc32c(text)) + text
-    return raw.ljust(-(-len(raw) // _PAGE) * _PAGE, b"\0")
+    fields = {
+        "array": header.key.array,
+        "crc32c": header.crc32c,
+        "dtype": header.dtype,
+        **flaws,
+        "nbytes": header.nbytes,
+        "origin": header.key.origin,
+        "shape": list(header.shape),
+        "source": header.source,
+        "url": header.key.url,
+    }
+    if header.stored_as is not None:
+        fields.update(
+            encoding=header.stored_as.encoding,
+            relative_error=header.stored_as.relative_error,
+            absolute_error=header.stored_as.absolute_error,
+            scale=header.stored_as.scale,
+        )
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    version = _PLAIN if header.stored_as is None else _ENCODED
+    raw = _PREFIX.pack(_MAGIC, version, len(text), crc32c(text)) + text
+    return raw.ljust(_aligned(len(raw), version), b"\0")
 
 
-def write_entry(file: FileIO, header: EntryHeader, array: np.ndarray[Any, np.dtype[Any]]) -> None:
-    """Write header and payload to an unbuffered file."""
+def _aligned(length: int, version: int) -> int:
+    step = _ALIGNMENT[version]
+    return -(-length // step) * step
+
+
+def write_entry(file: FileIO, header: EntryHeader, stored: np.ndarray[Any, np.dtype[Any]]) -> None:
+    """Write header and payload, as it is stored, to an unbuffered file."""
     # In one call: the kernel then keeps 5 MB in pages of up to 2 MiB, and a process that maps the
     # file faults 5 times; after two calls 10 times, after small ones 77 times (Linux 6.18, ext4).
     head, payload = (
         memoryview(encode_header(header)),
-        memoryview(array.reshape(-1).view(np.uint8).data if array.nbytes else b""),
+        memoryview(stored.reshape(-1).view(np.uint8).data if stored.nbytes else b""),
     )
     written = os.writev(file.fileno(), [head, payload])
     write_all(file, head[written:])
@@ -247,10 +329,10 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
     fd, found = open_regular(path)
     try:
         header = parse_header(os.pread(fd, _PAGE, 0), found.st_size, path, fd)
-        return Entry(
-            header,
-            map_file(fd, found, path, found.st_size - header.nbytes, header.dtype, header.shape),
-        )
+        dtype, shape = header.dtype, header.shape
+        if header.stored_as is not None:
+            dtype, shape = stored_layout(header.stored_as, shape, header.nbytes)
+        return Entry(header, map_file(fd, found, path, found.st_size - header.nbytes, dtype, shape))
     finally:
         os.close(fd)
 
@@ -263,7 +345,7 @@ def parse_header(
     Parameters
     ----------
     raw : bytes
-        At least the pages of the header; with ``fd`` the first page is enough.
+        At least the whole header; with ``fd`` the first page is enough.
     file_bytes : int
         Length of the whole entry.
     path : path
@@ -285,12 +367,12 @@ def parse_header(
     magic, version, length, crc = _PREFIX.unpack_from(raw)
     if magic != _MAGIC:
         raise corrupt("wrong magic number")
-    if version != FORMAT_VERSION:
-        raise corrupt(f"format version {version}, this is version {FORMAT_VERSION}")
+    if version not in _ALIGNMENT:
+        raise corrupt(f"format version {version}, known are {_PLAIN} and {_ENCODED}")
     if length > _MAX_JSON_BYTES:
         raise corrupt(f"header of {length} bytes")
     end = _PREFIX.size + length
-    offset = -(-end // _PAGE) * _PAGE
+    offset = _aligned(end, version)
     if offset > len(raw) and fd is not None:
         raw = os.pread(fd, offset, 0)
     text = raw[_PREFIX.size : end]
@@ -317,20 +399,52 @@ def parse_header(
             int(fields["nbytes"]),
             int(fields["crc32c"]),
             Flaws(*counts) if any(counts) else SOUND,
+            _stored_as_of(fields) if version == _ENCODED else None,
         )
     except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, RecursionError) as exc:
         raise corrupt(f"header cannot be read ({exc})") from exc
-    if (
-        dtype.hasobject
-        or min(shape, default=0) < 0
-        or math.prod(shape) * dtype.itemsize != header.nbytes
-    ):
+    if dtype.hasobject or min(shape, default=0) < 0 or not _is_length_of(header, dtype.itemsize):
         raise corrupt("shape, dtype and length disagree")
     if offset + header.nbytes != file_bytes:
         raise corrupt(f"{file_bytes} bytes long, {offset + header.nbytes} expected")
     if raw[end:offset] != bytes(offset - end):  # no value is affected, but the disk is faulty
         raise corrupt("the padding after the header is not zero")
     return header
+
+
+def _stored_as_of(fields: dict[str, Any]) -> StoredAs:
+    """The encoding in a header of version 2.
+
+    Raises
+    ------
+    ValueError
+        It is not known, or not the one of the entry's key.
+    """
+    stored_as = StoredAs(
+        str(fields["encoding"]),
+        float(fields["relative_error"]),
+        float(fields["absolute_error"]),
+        int(fields["scale"]),
+    )
+    key = ArrayKey(fields["origin"], fields["url"], fields["array"])
+    if not is_known(stored_as) or stored_as.encoding != key.encoding:
+        raise ValueError(f"encoding {safe_repr(stored_as.encoding)} for {safe_repr(key.array)}")
+    if not (0 <= stored_as.relative_error < 1 and 0 <= stored_as.absolute_error < math.inf):
+        raise ValueError("an error bound that is not a number from 0")
+    return stored_as
+
+
+def _is_length_of(header: EntryHeader, itemsize: int) -> bool:
+    """Whether the payload can have its length. Frames are checked when they are decoded."""
+    values = math.prod(header.shape)
+    if header.stored_as is None:
+        return values * itemsize == header.nbytes
+    stored_dtype, stored_shape = stored_layout(header.stored_as, header.shape, header.nbytes)
+    return (
+        header.dtype == "<f4"
+        and values * itemsize <= most_bytes()
+        and math.prod(stored_shape) * np.dtype(stored_dtype).itemsize == header.nbytes
+    )
 
 
 class _Stream(Protocol):
@@ -369,10 +483,10 @@ class EntryStream:
     def __init__(self, stream: _Stream, file_bytes: int, key: ArrayKey, where: str) -> None:
         self._stream, self._where = stream, where
         start = bytes(self._fill(bytearray(_PREFIX.size)))
-        magic, _, length, _ = _PREFIX.unpack(start)
-        if magic != _MAGIC or length > _MAX_JSON_BYTES:
+        magic, version, length, _ = _PREFIX.unpack(start)
+        if magic != _MAGIC or version not in _ALIGNMENT or length > _MAX_JSON_BYTES:
             raise CorruptEntryError(f"{where} does not begin like an entry.")
-        n_rest = -(-(_PREFIX.size + length) // _PAGE) * _PAGE - _PREFIX.size
+        n_rest = _aligned(_PREFIX.size + length, version) - _PREFIX.size
         raw = start + bytes(self._fill(bytearray(n_rest)))
         self.header: EntryHeader = parse_header(raw, file_bytes, where)
         if self.header.key != key:
@@ -383,7 +497,7 @@ class EntryStream:
                 f"{where} holds {self.header.dtype} of shape {self.header.shape}, which is not a "
                 "density."
             )
-        if raw != encode_header(self.header) or self.header.nbytes > most_bytes():
+        if raw != encode_header(self.header) or self.header.decoded_bytes > most_bytes():
             raise CorruptEntryError(f"{where} has a header that zarrcache does not write.")
         self.is_spent = False
 
@@ -412,11 +526,15 @@ class EntryStream:
         self._compare(crc)
 
     def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Read the array into memory. Raises CorruptEntryError like :meth:`write`."""
-        array = np.empty(self.header.shape, self.header.dtype)
+        """Read the values into memory. Raises CorruptEntryError like :meth:`write`."""
+        header = self.header
+        dtype, shape = header.dtype, header.shape
+        if header.stored_as is not None:
+            dtype, shape = stored_layout(header.stored_as, shape, header.nbytes)
+        stored = np.empty(shape, dtype)
         self.is_spent = True
-        self._compare(crc32c(self._fill(array.reshape(-1).view(np.uint8).data)))
-        return array
+        self._compare(crc32c(self._fill(stored.reshape(-1).view(np.uint8).data)))
+        return Entry(header, stored).array
 
     def _compare(self, crc: int) -> None:
         if crc != self.header.crc32c:

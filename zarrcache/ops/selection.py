@@ -205,7 +205,9 @@ class Selection:
             "label": self._cache.origin(config.label_dir, config.s3_kwargs),
         }
         self._array = stored_array(
-            density_array(config.density_type), is_per_point=config.normalize_data
+            density_array(config.density_type),
+            is_per_point=config.normalize_data,
+            encoding=cache_of(config).arrays.encoding,
         )
         self._roots = distinct_directories(self._origins)
 

@@ -221,9 +221,7 @@ def _check(row: Row, path: Path) -> _Checked:
         flaws = Flaws(entry.header.flaws.missing_chunks, count_nonfinite(entry.array))
         if not has_electrons(key.source_array) or not entry.array.size:
             return _Checked(flaws)
-        return _Checked(
-            flaws, electrons_of(entry.array, is_per_point=key.array != key.source_array)
-        )
+        return _Checked(flaws, electrons_of(entry.array, is_per_point=key.is_per_point))
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()
