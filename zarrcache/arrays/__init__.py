@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from zarrcache.arrays.decode import check_metadata, is_chunk_of_nothing, metadata_key
+from zarrcache.arrays.density_file import (
+    DensityFile,
+    PymatgenMissingError,
+    read_density_file,
+    read_mp_json,
+    read_vasp_text,
+)
 from zarrcache.arrays.electrons import disagreement, electrons_of, has_electrons
 from zarrcache.arrays.read import (
     Examined,
@@ -21,7 +28,9 @@ from zarrcache.arrays.read import (
 from zarrcache.arrays.zip import ZippedStore
 
 __all__ = [
+    "DensityFile",
     "Examined",
+    "PymatgenMissingError",
     "ZippedStore",
     "as_density",
     "check_metadata",
@@ -39,5 +48,8 @@ __all__ = [
     "metadata_of",
     "per_point",
     "read_array",
+    "read_density_file",
+    "read_mp_json",
+    "read_vasp_text",
     "stable_listing",
 ]

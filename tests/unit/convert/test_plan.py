@@ -108,7 +108,7 @@ def test_real_files_that_look_wrong_are_converted_with_a_word_and_a_broken_one_i
     assert warnings == {}
     (failed,) = report.failed
     assert failed.error is not None
-    assert f"{real_data / 'vasp' / 'CHGCAR.nospin'} cannot be read" in failed.error
+    assert f"{real_data / 'vasp' / 'CHGCAR.nospin'}, line 24: " in failed.error
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "Li_LOCPOT.zarr",
         "NO_pol.zarr",
