@@ -63,6 +63,7 @@ COMMANDS = {
         "--seed N",
         "--json",
     ),
+    "plot": ("--output", "-o", "[default: the terminal]", "--at X,Y,Z", "default: 0.5,0.5,0.5"),
     "serve": (
         "--host HOST",
         "default: 127.0.0.1",

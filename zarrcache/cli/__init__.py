@@ -31,10 +31,24 @@ def _application() -> typer.Typer:
     from zarrcache.cli.demo import demo
     from zarrcache.cli.init import init, schema
     from zarrcache.cli.plan import plan
+    from zarrcache.cli.plot import plot
     from zarrcache.cli.serve import serve
     from zarrcache.cli.warm import warm
 
     # In the order of the help page.
-    for command in (demo, init, convert, warm, evict, status, verify, doctor, plan, serve, schema):
+    for command in (
+        demo,
+        init,
+        convert,
+        warm,
+        evict,
+        status,
+        verify,
+        doctor,
+        plan,
+        plot,
+        serve,
+        schema,
+    ):
         app.command()(command)
     return app

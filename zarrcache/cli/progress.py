@@ -1,4 +1,4 @@
-"""Progress, log lines and tables in the terminal; imports rich only when it is needed."""
+"""Progress, log lines, tables and pictures in the terminal; imports rich only when it is needed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from zarrcache._units import format_bytes
 from zarrcache.cli.format import count, duration
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
-__all__ = ["Meter", "StderrHandler", "show_table"]
+    from zarrcache.ops import Panel
+
+__all__ = ["Meter", "StderrHandler", "show_panels", "show_table"]
 
 #: Seconds between two progress lines without a terminal: the log of an hour fits a few pages.
 _LINE_EVERY_S = 10.0
+#: Characters from dark to bright, for terminals and files without colour.
+_RAMP = " .:-=+*#%@"
+_SMALLEST, _LARGEST = 12, 40  # columns of a plane
 
 
 class StderrHandler(logging.Handler):
@@ -122,3 +130,48 @@ def show_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def show_panels(rows: Sequence[Sequence[Panel]]) -> None:
+    """Print planes side by side, in colour where the terminal has it, two points per character."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from zarrcache.ops import shrunk
+
+    console = Console(highlight=False)
+    has_colour = console.color_system is not None
+    wide = min(_LARGEST, max(_SMALLEST, (console.width - 4) // 3))
+    for row in rows:
+        for number in range(2):
+            line = "".join(
+                f"{panel.caption.splitlines()[number]:<{wide + 2}.{wide}}" for panel in row
+            )
+            console.print(line.rstrip(), soft_wrap=True)
+        panels = [_lines(shrunk(panel.colours, wide), has_colour=has_colour) for panel in row]
+        for number in range(max(map(len, panels))):
+            line_ = Text()
+            for lines in panels:
+                line_.append_text(lines[number] if number < len(lines) else Text(" " * wide))
+                line_.append(" " * (wide + 2 - (len(lines[0]) if lines else 0)))
+            console.print(line_, soft_wrap=True)
+        console.print()
+
+
+def _lines(colours: NDArray[np.uint8], *, has_colour: bool) -> list[Text]:
+    """Lines of text, each for two rows of points."""
+    from rich.text import Text
+
+    lines = []
+    for top in range(0, len(colours), 2):
+        bottom = min(top + 1, len(colours) - 1)
+        line = Text()
+        for above, below in zip(colours[top], colours[bottom], strict=True):
+            if has_colour:
+                upper, lower = (f"rgb({','.join(map(str, point))})" for point in (above, below))
+                line.append("▀", style=f"{upper} on {lower}")
+            else:
+                brightness = (above.mean() + below.mean()) / 2 / 256
+                line.append(_RAMP[int(brightness * len(_RAMP))])
+        lines.append(line)
+    return lines

@@ -1,5 +1,9 @@
 from .doctor import examine as examine
 from .evict import plan_evict as plan_evict
+from .figures import Panel as Panel
+from .figures import as_png as as_png
+from .figures import draw_pair as draw_pair
+from .figures import shrunk as shrunk
 from .forecast import EpochForecast as EpochForecast
 from .forecast import Forecast as Forecast
 from .forecast import plan_training as plan_training
