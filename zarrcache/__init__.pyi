@@ -21,6 +21,8 @@ from .ops import plan_evict as plan_evict
 from .ops import plan_warm as plan_warm
 from .ops import verify as verify
 from .parallel import World as World
+from .registry import DATASET_REGISTRY as DATASET_REGISTRY
+from .registry import get_data as get_data
 from .registry import get_dataset as get_dataset
 from .registry import load_data as load_data
 from .registry import register_data as register_data

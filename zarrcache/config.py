@@ -12,13 +12,11 @@ import contextlib
 import difflib
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -31,6 +29,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from zarrcache._config_files import (
+    VARIABLE_IN_BRACES,
+    as_dict,
+    datasets_of,
+    expand,
+    read_datasets,
+)
 from zarrcache._keys import FLOAT32, Eviction, check_encoding, safe_repr
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.errors import ConfigError
@@ -41,62 +46,15 @@ __all__ = [
     "CacheConfig",
     "DataConfig",
     "FetchConfig",
+    "LoaderConfig",
     "PriceConfig",
     "RetryConfig",
 ]
 
 logger = logging.getLogger(__name__)
 
-#: ``${NAME``, ``${NAME:-``; and ``$NAME``, ``$$``, except in secrets: they may hold a dollar sign.
-_BRACES = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-)?")
-_VARIABLE = re.compile(_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|\$)")
-
 #: Loaders of this package; others are known only once their module is imported.
 _LOADERS = ("zarr_s3_data", "mp_zarr_s3_data", "chgcar_data")
-
-
-def _expand(value: object, variable: re.Pattern[str] = _VARIABLE) -> object:
-    """Expand environment variables in all strings of a value.
-
-    ``${NAME:-default}`` as in the shell, so empty counts as unset. ``$$`` is a dollar sign.
-    """
-    if isinstance(value, str):
-        return _expand_text(value, variable)
-    if isinstance(value, Mapping):
-        return {k: _expand(v, variable) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_expand(v, variable) for v in value]
-    return value
-
-
-def _expand_text(text: str, variable: re.Pattern[str]) -> str:
-    match = variable.search(text)
-    if match is None:
-        return text
-    before, end = text[: match.start()], match.end()
-    if match[0] == "$$":
-        return f"{before}${_expand_text(text[end:], variable)}"
-    if match[0].startswith("${"):
-        depth = 1  # the default may contain variables: ${A:-${B:-/tmp}}
-        while depth and end < len(text):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        name, default, has_default = match[1], text[match.end() : end - 1], match[2]
-        if depth or (default and not has_default):
-            raise ConfigError(
-                f"{text!r} holds a ${{ that is not a variable. Write ${{NAME}} or "
-                "${NAME:-default}."
-            )
-    else:
-        name, default, has_default = match[3], "", None
-    found = os.environ.get(name)
-    if not found and not has_default:
-        dollar = "" if match[0].startswith("${") else " For a dollar sign itself write $$."
-        raise ConfigError(
-            f"{text!r} names the environment variable {name}, which is not set. Set it or "
-            f"write ${{{name}:-default}}.{dollar}"
-        )
-    return before + (found or _expand_text(default, variable)) + _expand_text(text[end:], variable)
 
 
 _NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
@@ -288,7 +246,7 @@ class CacheConfig(_Block):
                 "cache.dir is missing. Give a directory on the node's own disk, for example dir: "
                 "${SLURM_TMPDIR:-/tmp}/zarrcache."
             )
-        super().__init__(**{k: _expand(v) for k, v in data.items()})
+        super().__init__(**{k: expand(v) for k, v in data.items()})
 
     @field_validator("dir", "lower", "peer_token_file")
     @classmethod
@@ -324,16 +282,66 @@ class CacheConfig(_Block):
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> CacheConfig:
         """Read the ``cache:`` block of a training config, or a file with the keys of that block."""
-        document = _read_yaml(path)
-        block = document.get("cache", document)
-        return cls.of(block)
+        keys = next(iter(read_datasets(path).values()))
+        return cls.of(keys.get("cache", keys))
 
     @classmethod
     def of(cls, value: CacheConfig | Mapping[str, Any]) -> CacheConfig:
         """Return a config unchanged, or make one from a mapping or namespace."""
         if isinstance(value, cls):
             return value
-        return cls(**_as_dict(value, "cache"))
+        return cls(**as_dict(value, "cache"))
+
+
+def _precision(value: object) -> object:
+    """Drop what is meant for Lightning's Trainer: ``precision: 32``, ``precision: bf16-mixed``."""
+    return value if value in ("f32", "f16", "bf16") else None
+
+
+class LoaderConfig(_Block):
+    """The keys of a training config that describe its loaders, for a data module.
+
+    None stands for a key that is not given. Other keys are ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    batch_size: int | None = Field(None, ge=1)
+    train_workers: int | None = Field(None, ge=0)
+    val_workers: int | None = Field(None, ge=0)
+    pin_memory: bool | None = None
+    precision: Annotated[Literal["f32", "f16", "bf16"] | None, BeforeValidator(_precision)] = None
+    augmentation: bool | None = None
+    split_file: str | None = None
+    val_frac: float | None = None
+    random_seed: int | None = None
+    assignment: Literal["global", "node"] | None = None
+    shuffle: bool | None = None
+    drop_last: bool | None = None
+    downsample_data: int | None = Field(None, ge=1)
+    downsample_label: int | None = Field(None, ge=1)
+    persistent_workers: bool | None = None
+    multiprocessing_context: Literal["fork", "forkserver", "spawn"] | None = None
+
+    def __init__(self, **data: Any) -> None:
+        foreign = sorted(_FOREIGN_LOADER_KEYS.keys() & data.keys())
+        if foreign:
+            logger.warning(
+                "the config has %s, which data modules ignore; the key is %s.",
+                " and ".join(foreign),
+                " and ".join(_FOREIGN_LOADER_KEYS[key] for key in foreign),
+            )
+        fields = type(self).model_fields.keys()
+        super().__init__(**{key: expand(data[key]) for key in fields & data.keys()})
+
+
+#: Keys of older training scripts, and those of data modules.
+_FOREIGN_LOADER_KEYS = {
+    "data_augmentation": "augmentation",
+    "data_precision": "precision",
+    "nbatch": "batch_size",
+    "num_workers": "train_workers, val_workers",
+}
 
 
 class DataConfig(_Block):
@@ -372,9 +380,9 @@ class DataConfig(_Block):
             known["functional"] = Path(known["map_dir"]).name  # a file list; a name for messages
         secret = known.pop("s3_kwargs", None)
         cache = known.pop("cache", None)
-        known = {key: _expand(value) for key, value in known.items()}
+        known = {key: expand(value) for key, value in known.items()}
         try:
-            known["s3_kwargs"] = _expand(secret, _BRACES)
+            known["s3_kwargs"] = expand(secret, VARIABLE_IN_BRACES)
         except ConfigError:  # which quotes the value
             raise ConfigError(
                 "s3_kwargs holds a ${ that is not a variable, or one that is not set. Write "
@@ -407,66 +415,30 @@ class DataConfig(_Block):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> DataConfig:
-        """Read a training config."""
-        return cls(**_read_yaml(path))
+        """Read a training config: its keys, or those of the data block of a Hydra config.
+
+        ``config.yaml#NAME`` is one dataset of a config with several.
+        """
+        return cls._only(read_datasets(path), f"config file {os.fspath(path)}")
 
     @classmethod
     def of(cls, cfg: object) -> DataConfig:
         """Return a DataConfig unchanged, or make one from a mapping or namespace."""
         if isinstance(cfg, cls):
             return cfg
-        return cls(**_as_dict(cfg, "cfg"))
+        return cls._only(datasets_of(as_dict(cfg, "cfg")), "cfg")
 
-
-def _as_dict(value: object, name: str) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {str(k): v for k, v in value.items()}
-    if hasattr(value, "__dict__") and not isinstance(value, type):
-        return dict(vars(value))
-    raise ConfigError(f"{name} is {value!r}; it must be a mapping of keys to values.")
-
-
-def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(
-            f"config file {os.fspath(path)} cannot be read ({exc.strerror}). Give the path of a "
-            "YAML file; `zarrcache init` writes one."
-        ) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(
-            f"config file {os.fspath(path)} is not UTF-8 text ({exc.reason} at byte {exc.start}). "
-            "Save it as UTF-8."
-        ) from exc
-    try:
-        document = yaml.load(text, _UniqueKeys)
-    except ConfigError as exc:
-        raise ConfigError(f"config file {os.fspath(path)}: {exc}") from None
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
-    if not isinstance(document, dict):
-        raise ConfigError(
-            f"config file {os.fspath(path)} holds no keys. `zarrcache init` writes an example."
-        )
-    return document
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise ConfigError(
-                    f"the key {key.value!r} is in line {seen[key.value]} and again in line "
-                    f"{line}. Remove one of them."
-                )
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                seen[key.value] = line
-        return super().construct_mapping(node, deep)
+    @classmethod
+    def _only(cls, named: Mapping[str, dict[str, Any]], where: str) -> DataConfig:
+        if len(named) > 1:
+            first = next(iter(named))
+            file = where.removeprefix("config file ")
+            remedy = f" Name one of them: {file}#{first}." if file != where else ""
+            raise ConfigError(
+                f"{where} has {len(named)} datasets: {', '.join(map(repr, named))}.{remedy}"
+            )
+        (keys,) = named.values()
+        return cls(**keys)
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:

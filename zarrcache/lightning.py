@@ -9,14 +9,17 @@ Requires the extra ``lightning``. docs/guides/training.md has whole training scr
 from __future__ import annotations
 
 import hashlib
+import inspect
 import multiprocessing
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 try:
     import torch
     from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.utilities.parsing import collect_init_args
     from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 except ImportError as exc:
     raise ImportError(
@@ -27,6 +30,7 @@ except ImportError as exc:
 from zarrcache._units import whole_number
 from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
+from zarrcache.origin import secret_names
 from zarrcache.parallel import World
 from zarrcache.train import (
     Assignment,
@@ -44,7 +48,42 @@ from zarrcache.train import (
 __all__ = ["ZarrDataModule"]
 
 
-class ZarrDataModule(LightningDataModule):
+class _DataModule(LightningDataModule):
+    """A data module whose hyperparameters, which go to loggers and checkpoints, have no secrets."""
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: types.FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """As Lightning's, without arguments that hold secrets, such as an inline ``s3_kwargs``."""
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current is not None else None)
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
+        if frame is not None:
+            for given in collect_init_args(frame, [], classes=(LightningDataModule,)):
+                ignored |= {name for name, value in given.items() if _holds_secret(value)}
+        public = [
+            {name: value for name, value in one.items() if not _holds_secret({name: value})}
+            if isinstance(one, Mapping)
+            else one
+            for one in args
+            if not (isinstance(one, str) and one in ignored)
+        ]
+        if args and not public:
+            return
+        super().save_hyperparameters(*public, ignore=list(ignored), frame=frame, logger=logger)
+
+
+def _holds_secret(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(secret_names(value)) or any(map(_holds_secret, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_holds_secret, value))
+
+
+class ZarrDataModule(_DataModule):
     """The densities of one training config, or of several combined.
 
     A batch is ``{"data", "label", "index"}`` as in ``ZarrDataset``, with lists if the grids differ
@@ -53,37 +92,41 @@ class ZarrDataModule(LightningDataModule):
     Parameters
     ----------
     config : path, mapping, list or mapping of these
-        The training config (``data_dir``, ``map_dir``, ``cache``, ...), as a YAML file or its keys.
+        The training config (``data_dir``, ``map_dir``, ``cache``, ...), as a YAML file or its keys;
+        also a file whose block ``data:`` has them. The parameters below that are not given are
+        taken from it, where it has keys of their names.
         ``[a.yaml, b.yaml]`` and ``{"pbe": a.yaml, "scan": b.yaml}`` are several datasets, numbered
         from 0; ``dataset_names`` has their names.
-    batch_size : int
+    batch_size : int, default 1
         Samples per rank and batch.
-    train_workers, val_workers : int
+    train_workers, val_workers : int, default 8 and 2
         DataLoader workers per rank; the test loader has ``val_workers``. 0 reads in the training
         process.
-    pin_memory : bool
+    pin_memory : bool, default True
         Ignored without a GPU.
-    precision : {"f32", "f16", "bf16"}
-    augmentation : bool
+    precision : {"f32", "f16", "bf16"}, default "f32"
+        Of a config's key ``precision``, values for Lightning's Trainer are ignored.
+    augmentation : bool, default True
         Rotate the training samples randomly.
     split_file : path or mapping, optional
-        JSON of indices into the reader's ``task_ids``: ``{"train": [...], "validation": [...],
+        JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
         "test": [...]}``. For several datasets, one file per name. Default: the training and test
         ids of ``train_fraction`` and ``random_state`` in the config.
-    val_frac : float
+    val_frac : float, default 0.005
         Without ``split_file``: the fraction of the training ids that is kept for validation, at
         least one. 0 means no validation.
-    random_seed : int
-        Seed of the choice of the validation ids and of the order of the training samples.
-    assignment : {"global", "node"}
+    random_seed : int, default 42
+        Seed of the choice of the validation ids and of the order of the training samples. Of
+        several configs, each has its own for the choice, and the order has that of the first.
+    assignment : {"global", "node"}, default "global"
         Assignment of samples to ranks, see `NodeSampler`.
-    shuffle : bool
+    shuffle : bool, default True
         Shuffle the training samples.
-    drop_last : bool
+    drop_last : bool, default False
         Leave out samples that do not fill a batch on every rank, instead of reading up to one
         sample per rank twice.
-    downsample_data, downsample_label : int
-    persistent_workers : bool
+    downsample_data, downsample_label : int, default 1
+    persistent_workers : bool, default True
         Keep the workers between epochs.
     multiprocessing_context : {"fork", "forkserver", "spawn"}, optional
         How workers are started. Default: Python's own; but ``spawn`` if that is ``fork`` and
@@ -113,43 +156,50 @@ class ZarrDataModule(LightningDataModule):
     def __init__(
         self,
         config: Config | Sequence[Config] | Mapping[str, Config],
-        batch_size: int = 1,
-        train_workers: int = 8,
-        val_workers: int = 2,
-        pin_memory: bool = True,
-        precision: Literal["f32", "f16", "bf16"] = "f32",
-        augmentation: bool = True,
+        batch_size: int | None = None,
+        train_workers: int | None = None,
+        val_workers: int | None = None,
+        pin_memory: bool | None = None,
+        precision: Literal["f32", "f16", "bf16"] | None = None,
+        augmentation: bool | None = None,
         split_file: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
-        val_frac: float = 0.005,
-        random_seed: int = 42,
+        val_frac: float | None = None,
+        random_seed: int | None = None,
         *,
-        assignment: Assignment = "global",
-        shuffle: bool = True,
-        drop_last: bool = False,
-        downsample_data: int = 1,
-        downsample_label: int = 1,
-        persistent_workers: bool = True,
+        assignment: Assignment | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool | None = None,
+        downsample_data: int | None = None,
+        downsample_label: int | None = None,
+        persistent_workers: bool | None = None,
         multiprocessing_context: str | None = None,
     ) -> None:
         super().__init__()
         self.sources = Sources(
             config, split_file=split_file, val_frac=val_frac, random_seed=random_seed
         )
-        self.batch_size = whole_number("batch_size", batch_size, least=1)
-        self.train_workers = whole_number("train_workers", train_workers, least=0)
-        self.val_workers = whole_number("val_workers", val_workers, least=0)
-        self.pin_memory = pin_memory
-        self.augmentation = augmentation
-        self.random_seed = random_seed
-        self.assignment: Assignment = assignment
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.persistent_workers = persistent_workers
-        self.multiprocessing_context = multiprocessing_context
+        setting = self.sources.setting
+        self.batch_size = whole_number("batch_size", setting("batch_size", batch_size, 1), least=1)
+        self.train_workers = whole_number(
+            "train_workers", setting("train_workers", train_workers, 8), least=0
+        )
+        self.val_workers = whole_number(
+            "val_workers", setting("val_workers", val_workers, 2), least=0
+        )
+        self.pin_memory: bool = setting("pin_memory", pin_memory, True)
+        self.augmentation: bool = setting("augmentation", augmentation, True)
+        self.random_seed = self.sources.random_seed
+        self.assignment: Assignment = setting("assignment", assignment, "global")
+        self.shuffle: bool = setting("shuffle", shuffle, True)
+        self.drop_last: bool = setting("drop_last", drop_last, False)
+        self.persistent_workers: bool = setting("persistent_workers", persistent_workers, True)
+        self.multiprocessing_context: str | None = setting(
+            "multiprocessing_context", multiprocessing_context, None
+        )
         self._tensors: dict[str, Any] = {
-            "precision": precision,
-            "downsample_data": downsample_data,
-            "downsample_label": downsample_label,
+            "precision": setting("precision", precision, "f32"),
+            "downsample_data": setting("downsample_data", downsample_data, 1),
+            "downsample_label": setting("downsample_label", downsample_label, 1),
         }
         self._loader: _TrainLoader | None = None
         self._ahead: Lookahead | None = None

@@ -21,12 +21,23 @@ from zarrcache.config import DataConfig
 from zarrcache.data import open_reader
 from zarrcache.errors import ConfigError
 
-__all__ = ["get_dataset", "load_chgcar_data", "load_data", "open_reader", "register_data"]
+__all__ = [
+    "DATASET_REGISTRY",
+    "get_data",
+    "get_dataset",
+    "load_chgcar_data",
+    "load_data",
+    "open_reader",
+    "register_data",
+]
 
 Loader = Callable[[Any], Any]
 _L = TypeVar("_L", bound=Loader)
 
 _loaders: dict[str, Loader] = {}
+
+#: The loaders by name, as ``register_data`` adds them; electrai's name for it.
+DATASET_REGISTRY = _loaders
 
 
 def _check_name(name: object) -> None:
@@ -103,7 +114,13 @@ def get_dataset(cfg: object) -> Any:
     """
     if isinstance(cfg, Mapping):
         cfg = SimpleNamespace(**{str(key): value for key, value in cfg.items()})
-    name = getattr(cfg, "dataset_name", DataConfig.model_fields["dataset_name"].default)
+    default = DataConfig.model_fields["dataset_name"].default
+    holder = cfg if hasattr(cfg, "dataset_name") else getattr(cfg, "data", cfg)  # Hydra's block
+    name = (
+        holder.get("dataset_name", default)
+        if isinstance(holder, Mapping)
+        else getattr(holder, "dataset_name", default)
+    )
     loader = _loaders.get(name) if isinstance(name, str) else None
     if loader is None:
         near = difflib.get_close_matches(str(name), _loaders, n=1, cutoff=0.5)
@@ -114,6 +131,10 @@ def get_dataset(cfg: object) -> Any:
             'Register your own with @register_data("name"), in a module that is imported before.'
         )
     return loader(cfg)
+
+
+#: electrai's name for `get_dataset`.
+get_data = get_dataset
 
 
 @register_data("mp_zarr_s3_data")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.s3server import S3Server
@@ -315,3 +316,30 @@ def test_a_config_without_cache_block_is_exit_2(tmp_path: Path) -> None:
     assert done.code == 2
     assert "error: cache.limt is not a setting. Did you mean 'limit'?" in done.err
     assert "Traceback" in done.err
+
+
+@pytest.mark.parametrize("form", ["block", "config"])
+def test_every_command_reads_a_hydra_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Its data block, or the config that the block names; variables as Hydra writes them."""
+    write_pairs(tmp_path, 2)
+    keys = yaml.safe_load(write_config(tmp_path).read_text())
+    monkeypatch.setenv("STORES", str(tmp_path))
+    keys["data_dir"] = "${oc.env:STORES}/data"
+    keys["cache"]["dir"] = "${oc.env:NOT_SET,${oc.env:STORES}}/cache"
+    block = keys if form == "block" else {"config": keys, "batch_size": 4}
+    target = {"_target_": "zarrcache.lightning.ZarrDataModule"}
+    path = tmp_path / "hydra.yaml"
+    path.write_text(yaml.safe_dump({"data": target | block, "model": {"_target_": "a.Net"}}))
+    for command, words in (
+        (("warm",), "Warmed 2 of 2 ids"),
+        (("status",), "2 of 2 ids warm"),
+        (("verify", "--against-origin"), "Verified 6 entries"),
+        (("plan", "--nodes", "1"), "Training split: 1 sample"),
+        (("evict", "--dry-run"), "Would evict 6"),
+        (("doctor",), str(tmp_path / "cache")),
+    ):
+        run = zarrcache(command[0], path, *command[1:])
+        assert run.code == 0, run.err
+        assert words in run.out, (command, run.out)

@@ -6,13 +6,13 @@ import bisect
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import ConcatDataset
 
+from zarrcache._config_files import datasets_of_configs
 from zarrcache._units import whole_number
-from zarrcache.config import DataConfig
+from zarrcache.config import DataConfig, LoaderConfig
 from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
@@ -31,13 +31,16 @@ class Sources:
     Parameters
     ----------
     config : path, mapping, list or mapping of these
-        A training config as a YAML file or its keys. The names are ``"0"``, ``"1"``, ... in a list,
-        and the keys in a mapping.
+        A training config as a YAML file or its keys; also a Hydra config, see
+        `zarrcache._config_files`. The names are ``"0"``, ``"1"``, ... in a list, and the keys in a
+        mapping.
     split_file : path or mapping, optional
-        Task ids or positions in the map, see `read_split`. For several configs, one file per name.
-    val_frac : float
-        Without ``split_file``: see `hold_out`.
-    random_seed : int
+        Task ids or positions in the map, see `read_split`. For several configs, one file per
+        name. Default: ``split_file`` of each config.
+    val_frac : float, optional
+        Without ``split_file``: see `hold_out`. Default: ``val_frac`` of each config, or 0.005.
+    random_seed : int, optional
+        Default: ``random_seed`` of each config, or 42.
 
     Raises
     ------
@@ -47,20 +50,74 @@ class Sources:
     Attributes
     ----------
     readers : dict of str to ZarrS3Reader
+    loaders : dict of str to LoaderConfig
+        The keys of each config that describe loaders.
     """
 
     def __init__(
-        self, config: Any, *, split_file: Any = None, val_frac: float = 0.0, random_seed: int = 42
+        self,
+        config: Any,
+        *,
+        split_file: Any = None,
+        val_frac: float | None = None,
+        random_seed: int | None = None,
     ) -> None:
-        configs = _configs(config)
-        self._split_files = _split_files(split_file, tuple(configs))
-        self._val_frac = val_frac
+        pairs = _configs(config)
+        configs = {name: one for name, (one, _) in pairs.items()}
+        self.loaders = {name: loader for name, (_, loader) in pairs.items()}
+        self._split_files = self._files(split_file)
+        self._val_fracs = self._own("val_frac", val_frac, 0.005)
         # the range of numpy's legacy generator, which draws the split
-        self._random_seed = whole_number("random_seed", random_seed, most=2**32 - 1)
+        self._random_seeds = {
+            name: whole_number("random_seed", seed, most=2**32 - 1)
+            for name, seed in self._own("random_seed", random_seed, 42).items()
+        }
         self._cached = [name for name, one in configs.items() if one.cache is not None]
         self.readers: dict[str, ZarrS3Reader] = {
             name: open_reader(one) for name, one in configs.items()
         }
+
+    @property
+    def random_seed(self) -> int:
+        """The seed of what concerns all datasets: that of the first."""
+        return next(iter(self._random_seeds.values()))
+
+    def setting(self, name: str, given: Any, default: Any) -> Any:
+        """A setting that holds for all datasets: as given, or else as the configs say.
+
+        Raises
+        ------
+        ConfigError
+            It is not given, and the configs differ.
+        """
+        if given is not None:
+            return given
+        found = {
+            dataset: value
+            for dataset, loader in self.loaders.items()
+            if (value := getattr(loader, name)) is not None
+        }
+        if len(set(found.values())) > 1:
+            words = ", ".join(f"{value!r} in {dataset!r}" for dataset, value in found.items())
+            raise ConfigError(
+                f"The configs disagree on {name}: {words}. Give {name}=... to the data module."
+            )
+        return next(iter(found.values()), default)
+
+    def _own(self, name: str, given: Any, default: Any) -> dict[str, Any]:
+        """A setting that each dataset has for itself."""
+        return {
+            dataset: next(
+                value for value in (given, getattr(loader, name), default) if value is not None
+            )
+            for dataset, loader in self.loaders.items()
+        }
+
+    def _files(self, split_file: Any) -> dict[str, str | os.PathLike[str] | None]:
+        """The split file of each dataset: of ``split_file``, or of its own config."""
+        if split_file is None:
+            return {name: loader.split_file for name, loader in self.loaders.items()}
+        return _split_files(split_file, tuple(self.loaders))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,14 +141,14 @@ class Sources:
             A directory cannot be listed.
         """
         return {
-            name: self._split(reader, self._split_files[name])
+            name: self._split(name, reader, self._split_files[name])
             for name, reader in self.readers.items()
         }
 
-    def _split(self, reader: ZarrS3Reader, path: str | os.PathLike[str] | None) -> Split:
+    def _split(self, name: str, reader: ZarrS3Reader, path: str | os.PathLike[str] | None) -> Split:
         if path is not None:
             return reader.split_of_file(path)
-        return hold_out(*reader.split_task_ids(), self._val_frac, self._random_seed)
+        return hold_out(*reader.split_task_ids(), self._val_fracs[name], self._random_seeds[name])
 
     def dataset(self, side: Side, **options: Any) -> ZarrDataset | CombinedDataset:
         """One side of the split of all configs. ``options`` are those of ``ZarrDataset``."""
@@ -117,42 +174,28 @@ class CombinedDataset(ConcatDataset[Any]):
         return {**sample, "dataset": bisect.bisect_right(self.cumulative_sizes, index % len(self))}
 
 
-def _configs(config: Any) -> dict[str, DataConfig]:
+def _configs(config: Any) -> dict[str, tuple[DataConfig, LoaderConfig]]:
     """Configs by the name of their dataset."""
-    if isinstance(config, Mapping) and not config.keys() & DataConfig.model_fields.keys():
-        named = {str(name): one for name, one in config.items()}
-    elif isinstance(config, Sequence) and not isinstance(config, str):
-        named = {str(number): one for number, one in enumerate(config)}
-    else:
-        named = {"0": config}
-    if not named or config is None:
-        raise ConfigError(
-            "config is empty. Give the path of a training config (`zarrcache init` "
-            "writes an example), or several."
-        )
-    return {name: _config(one) for name, one in named.items()}
-
-
-def _config(one: Any) -> DataConfig:
-    if isinstance(one, (str, os.PathLike)):
-        return DataConfig.from_yaml(Path(one).expanduser())
-    return DataConfig.of(_plain(one))
-
-
-def _plain(value: Any) -> Any:
-    """Convert the containers of configuration libraries (OmegaConf) to dicts and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return [_plain(inner) for inner in value]
-    return value
+    if isinstance(config, DataConfig):
+        config = [config]
+    if isinstance(config, Sequence) and any(isinstance(one, DataConfig) for one in config):
+        config = {str(number): one for number, one in enumerate(config)}
+    if isinstance(config, Mapping) and any(isinstance(one, DataConfig) for one in config.values()):
+        return {
+            str(name): (one, LoaderConfig())
+            if isinstance(one, DataConfig)
+            else next(iter(_configs(one).values()))
+            for name, one in config.items()
+        }
+    return {
+        name: (DataConfig(**keys), LoaderConfig(**keys))
+        for name, keys in datasets_of_configs(config).items()
+    }
 
 
 def _split_files(
     split_file: Any, names: tuple[str, ...]
 ) -> dict[str, str | os.PathLike[str] | None]:
-    if split_file is None:
-        return dict.fromkeys(names)
     if isinstance(split_file, Mapping):
         files = {str(name): path for name, path in split_file.items()}
         if files.keys() != set(names):
