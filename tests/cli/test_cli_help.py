@@ -50,6 +50,7 @@ COMMANDS = {
         "--json",
     ),
     "status": ("--dir DIR", "--json"),
+    "ls": ("--dir DIR", "--ids FILE", "--match GLOB", "--sort", "--reverse", "--json"),
     "verify": ("--against-origin", "--dir DIR", "--json"),
     "doctor": ("--dir DIR", "--json"),
     "plan": (

@@ -30,6 +30,7 @@ def _application() -> typer.Typer:
     from zarrcache.cli.convert import convert
     from zarrcache.cli.demo import demo
     from zarrcache.cli.init import init, schema
+    from zarrcache.cli.ls import ls
     from zarrcache.cli.plan import plan
     from zarrcache.cli.plot import plot
     from zarrcache.cli.serve import serve
@@ -43,6 +44,7 @@ def _application() -> typer.Typer:
         warm,
         evict,
         status,
+        ls,
         verify,
         doctor,
         plan,

@@ -1,4 +1,6 @@
 from .doctor import examine as examine
+from .entries import CachedDensity as CachedDensity
+from .entries import list_entries as list_entries
 from .evict import plan_evict as plan_evict
 from .figures import Panel as Panel
 from .figures import as_png as as_png

@@ -229,6 +229,20 @@ class Selection:
             self._array, {role: (self._origins[role], names) for role, names in listings.items()}
         )
 
+    def roles_of(self, row: Row) -> str:
+        """``data``, ``label``, ``data+label`` for a directory of both, or empty for neither."""
+        endpoint, url = origin_and_url(row)
+        found = (
+            role
+            for role, origin in self._origins.items()
+            if (endpoint, url.rpartition("/")[0])
+            == (
+                origin.identity,
+                origin.url_of("").rstrip("/"),
+            )
+        )
+        return "+".join(found)
+
     def store_of(self, row: Row) -> tuple[Origin, str] | None:
         """Origin and name of an entry's store; None if the store is not selected."""
         endpoint, url = origin_and_url(row)

@@ -1,0 +1,67 @@
+"""``zarrcache ls``: the cached densities, a line each."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+
+from zarrcache.cli.app import command, show, show_json
+from zarrcache.cli.options import Directory, Ids, Json, OptionalConfig, cache_source, read_ids
+
+__all__ = ["ls"]
+
+
+@command(resumable=False)
+def ls(
+    config: OptionalConfig = None,
+    directory: Directory = None,
+    ids: Ids = None,
+    match: Annotated[
+        str, typer.Option("--match", metavar="GLOB", help="only ids like this, e.g. 'mp-12*'")
+    ] = "*",
+    sort: Annotated[
+        Literal["id", "role", "shape", "bytes", "encoding", "stored"],
+        typer.Option("--sort", help="column to sort by"),
+    ] = "id",
+    reverse: Annotated[
+        bool, typer.Option("--reverse", "-r", help="largest or latest first")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """List cached densities: id, role, shape, bytes, encoding, time.
+
+    Without CONFIG: all of the cache, without roles. Sends no request.
+    """
+    from zarrcache._units import format_bytes
+    from zarrcache.ops import list_entries
+
+    entries = list_entries(
+        cache_source(config, directory),
+        ids=read_ids(ids),
+        match=match,
+        sort=sort,
+        reverse=reverse,
+    )
+    if as_json:
+        show_json({"entries": [asdict(entry) for entry in entries]})
+        return 0
+    rows = [("ID", "ROLE", "SHAPE", "BYTES", "ENCODING", "STORED")]
+    rows += [
+        (
+            entry.task_id,
+            entry.role or "-",
+            "x".join(map(str, entry.shape)) or "damaged",
+            format_bytes(entry.disk_bytes),
+            entry.encoding or "-",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.stored_s)),
+        )
+        for entry in entries
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        show("  ".join(cells).rstrip())
+    return 0
