@@ -30,7 +30,6 @@ __all__ = [
     "mantissa_bits",
     "safe_repr",
     "source_digest",
-    "stem_of",
     "stored_array",
 ]
 
@@ -233,14 +232,6 @@ def source_digest(objects: Iterable[ObjectInfo]) -> str:
     """
     lines = sorted(f"{o.key}\0{o.size_bytes}\0{o.etag}" for o in objects)
     return _digest("source", *lines)
-
-
-def stem_of(name: str) -> str | None:
-    """Task id of a store's name: ``mp-1`` of ``mp-1.zarr`` and ``mp-1.zarr.zip``, else None."""
-    for suffix in (".zarr", ".zarr.zip"):
-        if name.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return None
 
 
 def safe_repr(value: object) -> str:

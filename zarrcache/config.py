@@ -363,6 +363,7 @@ class DataConfig(_Block):
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
     random_state: int = Field(42, ge=0, lt=2**32)
     s3_kwargs: dict[str, Any] | None = Field(None, repr=False)
+    source: str | tuple[str, ...] = "auto"
     cache: CacheConfig | None = None
 
     def __init__(self, **data: Any) -> None:

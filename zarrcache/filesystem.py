@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import stringify_path, tokenize
 
-from zarrcache._keys import ObjectInfo, source_digest, stem_of
+from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.cache import Cache, CachedStore, read_range
 from zarrcache.config import CacheConfig
 from zarrcache.errors import (
@@ -453,7 +453,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         origin = cast("BrowsableOrigin", root)
         parts = key.split("/")
         for i, part in enumerate(parts):
-            if part.endswith(".zarr") and stem_of(part) is not None:
+            if part.endswith(".zarr") and part != ".zarr":
                 directory, inside = "/".join(parts[:i]), "/".join(parts[i + 1 :])
                 store_id = (self._origin_id, above + "/".join(parts[: i + 1]))
                 return _Place(origin, above, key, store_id, directory, part, inside)

@@ -13,7 +13,6 @@ from zarrcache._keys import (
     check_task_id,
     check_task_ids,
     source_digest,
-    stem_of,
 )
 from zarrcache.errors import ConfigError
 
@@ -76,23 +75,6 @@ def test_source_digest_ignores_order_and_clock() -> None:
         [other, replace(OBJECT, modified_s=99.0)]
     )
     assert source_digest([OBJECT]) != source_digest([OBJECT, other])
-
-
-@pytest.mark.parametrize(
-    ("name", "stem"),
-    [
-        ("mp-1.zarr", "mp-1"),
-        ("mp-1.zarr.zip", "mp-1"),
-        ("a.b.zarr", "a.b"),
-        (".zarr", None),
-        ("mp-1.zip", None),
-        ("mp-1", None),
-        (".zarr.zip", None),
-    ],
-)
-def test_stem_of_a_store_is_its_task_id(name: str, stem: str | None) -> None:
-    """Directories and zip files of stores have a task id, anything else has none."""
-    assert stem_of(name) == stem
 
 
 @pytest.mark.parametrize("task_id", ["mp-1", "mvc-12345", "A_1.b+c=d@e", "0", "two words"])

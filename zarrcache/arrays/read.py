@@ -11,6 +11,7 @@ that between two objects cannot be distinguished from one that has finished.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ObjectInfo, density_array, source_digest
+from zarrcache._sources import is_file, is_object
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
@@ -36,6 +38,7 @@ from zarrcache.arrays.decode import (
     metadata_key,
     parse_document,
 )
+from zarrcache.arrays.density_file import read_density_file
 from zarrcache.arrays.electrons import (
     attributes_key,
     disagreement,
@@ -55,6 +58,7 @@ from zarrcache.origin import Origin, fetch_with, report_progress
 
 if TYPE_CHECKING:
     import zarr
+    from typing_extensions import Buffer
 
 __all__ = [
     "Decoded",
@@ -86,6 +90,9 @@ _SPREAD_S = 5.0
 _RECENT_S = 60.0
 #: A larger object may be silent for longer while it arrives: seconds per byte of 8 MiB/s.
 _SLOW_S_PER_BYTE = 1 / (8 * 2**20)
+#: Memory that decoding a file takes, as a multiple of its size: a gzipped CHGCAR grows to three
+#: times its size as text, and the numbers of JSON to eight as Python objects.
+_FILE_EXPANSION = 12
 #: Pauses before a store that changed while it was read is listed again.
 RELIST_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 
@@ -101,11 +108,23 @@ class Decoded:
         Digest of the objects it was decoded from.
     missing_chunks : int
         Chunks of the grid that the origin does not have.
+    volume : float or None
+        Volume of the cell in cubic angstrom, of a file; None of a Zarr store.
     """
 
     array: np.ndarray[Any, np.dtype[Any]]
     source: str
     missing_chunks: int
+    volume: float | None = None
+
+
+class _Fetched(NamedTuple):
+    """A decoded array, its absent chunks, the stated electrons, and the volume of the cell."""
+
+    array: NDArray[Any]
+    missing_chunks: int = 0
+    electrons: float | None = None
+    volume: float | None = None
 
 
 class Examined(NamedTuple):
@@ -125,7 +144,7 @@ class Examined(NamedTuple):
 
 
 def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
-    """List the objects of an array, or the one object of a zipped store: one LIST.
+    """List the objects of an array, or the one object of a zipped store or a file: one LIST.
 
     Raises
     ------
@@ -134,7 +153,7 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
     SchemaError
         The store has no such array; the message names those it has.
     """
-    if store.endswith(".zip"):
+    if is_object(store):
         listed = origin.list_objects(store)
         if not listed:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
@@ -208,21 +227,20 @@ def read_array(
         pause_s = unstable_s(listed)
         stable_at_s = time.monotonic() + pause_s
         try:
-            decoder, stated = _fetch_and_decode(
+            values, missing, stated, volume = _fetch_and_decode(
                 origin, store, array, listed, reserve, fills, checks_electrons
             )
-            values = decoder.finish()
             if pause_s:
                 wait_until(stable_at_s)
             if not pause_s or source_digest(list_array(origin, store, array)) == source:
                 if _electrons_differ(values, stated):
                     # Of another version? The attributes are not in the listing, so read them again.
                     stated = _stated_now(origin, store, array, listed, stated)
-                    _check_electrons(
-                        values, stated, origin.url_of(store), array, decoder.missing_chunks
-                    )
-                return Decoded(values, source, decoder.missing_chunks)
-        except IncompleteArrayError:
+                    _check_electrons(values, stated, origin.url_of(store), array, missing)
+                return Decoded(values, source, missing, volume)
+        except (IncompleteArrayError, SchemaError) as exc:
+            if isinstance(exc, SchemaError) and not (pause_s and is_file(store)):
+                raise  # a file that is being copied reads as one that is cut short
             # Changed since it was listed, incomplete, or damaged? A new listing shows a change,
             # once the writer has had the time to go on.
             wait_until(stable_at_s)
@@ -238,8 +256,8 @@ def read_array(
 
 
 def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
-    """GETs of `read_array`: the listed objects, and a store's attributes unless it is zipped."""
-    return len(listed) + (has_electrons(array) and not store.endswith(".zip"))
+    """GETs of `read_array`: the listed objects, and the attributes of a store of many objects."""
+    return len(listed) + (has_electrons(array) and not is_object(store))
 
 
 def stable_listing(list_store: Callable[[], list[ObjectInfo]], url: str) -> list[ObjectInfo]:
@@ -294,16 +312,19 @@ def _fetch_and_decode(
     reserve: Callable[[int], object] | None,
     fills: bool,
     checks_electrons: bool,
-) -> tuple[ArrayDecoder, float | None]:
-    """A decoder to which every object of the array was added, and the stated electrons."""
-    if store.endswith(".zip"):
+) -> _Fetched:
+    """Fetch the listed objects of an array and decode them."""
+    if is_object(store):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
         _report_sizes(listed)
         ((_, data),) = origin.fetch(listed)
+        if is_file(store):
+            return _decode_file(store, array, data, url, reserve)
         zipped = ZippedStore(data, url)
         decoder = _decode_zipped(zipped, array, url, reserve, fills)
-        return decoder, _stated_in_zip(zipped, array) if checks_electrons else None
+        stated = _stated_in_zip(zipped, array) if checks_electrons else None
+        return _Fetched(decoder.finish(), decoder.missing_chunks, stated)
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
     _report_sizes(listed)
@@ -312,7 +333,7 @@ def _fetch_and_decode(
     if not checks_electrons:
         for obj, data in origin.fetch(listed):
             decoder.add(obj.key.removeprefix(prefix), data)
-        return decoder, None
+        return _Fetched(decoder.finish(), decoder.missing_chunks)
     name = attributes_key(metadata_key(keys))
     attributes, document = f"{store}/{name}", b""
     for obj, data in fetch_with(origin, listed, attributes, MAX_DOCUMENT_BYTES):
@@ -320,7 +341,36 @@ def _fetch_and_decode(
             document = bytes(data)
         else:
             decoder.add(obj.key.removeprefix(prefix), data)
-    return decoder, stated_in(document, name)
+    return _Fetched(decoder.finish(), decoder.missing_chunks, stated_in(document, name))
+
+
+def _decode_file(
+    store: str,
+    array: str,
+    data: Buffer,
+    url: str,
+    reserve: Callable[[int], object] | None,
+) -> _Fetched:
+    """Decode a file that VASP or the Materials Project wrote."""
+    if reserve is not None:
+        reserve(_FILE_EXPANSION * memoryview(data).nbytes)
+    found = read_density_file(io.BytesIO(data), name=url)
+    block = array.removeprefix(density_array(""))
+    values = found.blocks.get(block)
+    if values is None or (block == "diff" and "diff_x" in found.blocks):
+        raise SchemaError(
+            f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Set density_type to "
+            "total or diff."
+        )
+    nonfinite = count_nonfinite(values)
+    if nonfinite:
+        raise SchemaError(
+            f"{url}: {nonfinite} of {values.size} values of {block} are NaN or infinite. Run the "
+            "calculation again or get the file again."
+        )
+    if found.notes:
+        logger.warning("%s %s", url, " ".join(found.notes))
+    return _Fetched(values, volume=None)
 
 
 def _stated_in_zip(zipped: ZippedStore, array: str) -> float | None:
@@ -339,7 +389,7 @@ def _stated_now(
     stated: float | None,
 ) -> float | None:
     """The electrons that a store states now; a zipped one is of one version with its array."""
-    if store.endswith(".zip"):
+    if is_object(store):
         return stated
     prefix = f"{store}/{array}/"
     name = attributes_key(metadata_key([obj.key.removeprefix(prefix) for obj in listed]))
@@ -457,6 +507,8 @@ def examine_array(
     OriginError, SchemaError, IncompleteArrayError
         The metadata cannot be read.
     """
+    if is_file(store):
+        return Examined(0, 1, None)  # it is read as a whole or not at all
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     zipped = None
     if store.endswith(".zip"):

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from zarrcache._keys import ArrayKey, Role, stem_of
+from zarrcache._keys import ArrayKey, Role
+from zarrcache._sources import stem_of
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources
 from zarrcache.cache.tiers import ArrayCache, ByteCache
@@ -163,8 +164,8 @@ class Cache:
             As in `ArrayKey`. If it names an encoding, entries in float32 count too: a read
             encodes them.
         listings : mapping
-            The directory of each role and its listing, which decides whether ``mp-1.zarr`` or
-            ``mp-1.zarr.zip`` is read. None: never listed, so either is accepted.
+            The directory of each role and its listing, which decides which source of a task id is
+            read. None: never listed, so any is accepted.
         """
         if self.index is None:
             return {role: {} for role in listings}

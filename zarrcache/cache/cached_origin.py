@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zarrcache._keys import ObjectInfo
+from zarrcache._sources import is_object
 from zarrcache.arrays import stable_listing
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.tiers import read_range
@@ -59,7 +60,7 @@ class CachedOrigin:
         if stored is not None:
             listed = [ObjectInfo(*row) for row in stored]
         else:
-            whole = store if store.endswith(".zip") else f"{store}/"
+            whole = store if is_object(store) else f"{store}/"
             listed = stable_listing(
                 lambda: self._origin.list_objects(whole), self._origin.url_of(store)
             )

@@ -20,6 +20,7 @@ from zarr.abc.store import (
 )
 
 from zarrcache._keys import ObjectInfo, source_digest
+from zarrcache._sources import is_file
 from zarrcache.arrays import ZippedStore, check_sizes, is_chunk_of_nothing
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
@@ -30,6 +31,7 @@ from zarrcache.errors import (
     IncompleteArrayError,
     OriginError,
     OriginNotFoundError,
+    SchemaError,
 )
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters
@@ -341,6 +343,11 @@ def store_at(
         raise ConfigError(
             f"{os.fspath(url)!r} names no store. Write s3://bucket/prefix/mp-1.zarr or a path such "
             "as /data/mp-1.zarr."
+        )
+    if is_file(name):
+        raise SchemaError(
+            f"{os.fspath(url)} is not a Zarr store but a file of VASP or the Materials Project. "
+            "Read it with reader.load(task_id, role), or convert it: zarrcache convert."
         )
     return CachedStore(cache.origin(parent or "/", s3_kwargs), name, cache)
 

@@ -87,7 +87,7 @@ def nothing_selected(plan: WarmPlan, split: str) -> str:
     return (
         f"error: none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
         f"in {directories}. Check data_dir and label_dir: the stores are <task_id>.zarr or "
-        ".zarr.zip directly below them."
+        ".zarr.zip, or files <task_id>.json.gz or .CHGCAR, directly below them."
     )
 
 

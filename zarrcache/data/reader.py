@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -27,8 +27,8 @@ from zarrcache._keys import (
     Role,
     check_task_id,
     density_array,
-    stem_of,
 )
+from zarrcache._sources import choose, kinds_of, sources_of
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
@@ -87,7 +87,10 @@ class PairReader(ABC):
         s3_kwargs: dict[str, Any] | None = None,
         *,
         cache: CacheConfig | Mapping[str, Any] | None = None,
+        source: str | Sequence[str] = "auto",
     ) -> None:
+        self.source = source
+        self._kinds = kinds_of(source)
         self.data_dir = self._location(data_dir)
         self.label_dir = self._location(label_dir)
         self.map_dir = Path(map_dir)
@@ -135,6 +138,7 @@ class PairReader(ABC):
             config.density_type,
             config.s3_kwargs,
             cache=config.cache,
+            source=config.source,
         )
 
     @abstractmethod
@@ -288,7 +292,7 @@ class PairReader(ABC):
 
 
 class ZarrS3Reader(PairReader):
-    """Pairs of charge densities (input and label) from Zarr stores.
+    """Pairs of charge densities (input and label) from Zarr stores or unconverted files.
 
     >>> cache = {"dir": "/scratch/me"}
     >>> reader = ZarrS3Reader(
@@ -296,8 +300,11 @@ class ZarrS3Reader(PairReader):
     ... )
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    The stores are ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``. Creating a reader sends no
-    request. A reader can be pickled, and works on both sides of a fork.
+    The source of a density is ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``, or a file as the
+    Materials Project or VASP wrote it, ``.json.gz`` or ``.CHGCAR``, each perhaps compressed by
+    gzip, bzip2 or xz. Files are decoded into the array tier once, and give the same bits as
+    converted ones. Creating a reader sends no request. A reader can be pickled, and works on both
+    sides of a fork.
 
     Parameters
     ----------
@@ -318,6 +325,9 @@ class ZarrS3Reader(PairReader):
         As ``s3fs.S3FileSystem`` takes them.
     cache : CacheConfig or mapping, optional
         None: everything comes from the origin each time.
+    source : str or sequence of str
+        Kinds of sources that are read, the preferred ones first: ``zarr``, ``zarr.zip``,
+        ``json.gz``, ``CHGCAR``; ``auto`` is all of them, in this order.
 
     Raises
     ------
@@ -378,10 +388,10 @@ class ZarrS3Reader(PairReader):
     # -- materials
 
     def store_names(self, role: Role) -> Mapping[str, str]:
-        """File name of each store of one directory by task id, as listed last.
+        """Name of the source of each task id in one directory, as listed last.
 
-        ``mp-1.zarr``, or ``mp-1.zarr.zip`` if there is no such directory. The first call sends one
-        LIST per 1,000 stores; with ``revalidate: never`` it uses the stored listing if there is
+        ``mp-1.zarr``, for example, or ``mp-1.json.gz``. The first call sends one LIST per 1,000
+        names; with ``revalidate: never`` it uses the stored listing if there is
         one.
 
         Raises
@@ -468,19 +478,15 @@ class ZarrS3Reader(PairReader):
         return config is not None and config.revalidate == "never"
 
     def _stored_names(self, role: Role) -> dict[str, str] | None:
-        names = self._cache.stored_listing(self._origins[role], "")
-        return names if isinstance(names, dict) else None
+        stored = self._cache.stored_listing(self._origins[role], "")
+        return choose(stored, self._kinds) if isinstance(stored, dict) else None
 
     def _list(self, role: Role) -> dict[str, str]:
         origin = self._origins[role]
-        names: dict[str, str] = {}
-        # In reverse, so that mp-1.zarr comes after mp-1.zarr.zip and wins.
-        for name in sorted(origin.list_names(), reverse=True):
-            stem = stem_of(name)
-            if stem is not None:
-                names[stem] = name
-        self._cache.store_listing(origin, "", names)
-        return names
+        # All kinds are stored: other configs may read others.
+        found = sources_of(origin.list_names())
+        self._cache.store_listing(origin, "", found)
+        return choose(found, self._kinds)
 
     def _urls(self) -> tuple[str, str]:
         return self._origins["data"].url, self._origins["label"].url
@@ -602,7 +608,7 @@ class ZarrS3Reader(PairReader):
         return self._cache.config
 
     def store_name(self, task_id: str, role: Role) -> str:
-        """File name of a store below its directory: ``mp-1.zarr``, or ``mp-1.zarr.zip``.
+        """Name of a source below its directory: ``mp-1.zarr``, or ``mp-1.json.gz``.
 
         Raises
         ------
@@ -616,9 +622,11 @@ class ZarrS3Reader(PairReader):
             name = None
         if name is not None:  # a listed name, so it is not a path
             return name
-        url = self._origins[role].url_of(f"{check_task_id(task_id)}.zarr")
+        url = self._origins[role].url_of(check_task_id(task_id))
+        others = ", ".join(f".{kind}" for kind in self._kinds[1:])
+        other = f", nor does another source of it ({others})" if others else ""
         raise OriginNotFoundError(
-            f"{url} does not exist, nor does {url}.zip. If it is new, run `zarrcache warm` to "
+            f"{url}.{self._kinds[0]} does not exist{other}. If it is new, run `zarrcache warm` to "
             "list the origin again."
         )
 

@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from zarrcache._keys import ROLES, ArrayKey, Role, density_array, stem_of
+from zarrcache._keys import ROLES, ArrayKey, Role, density_array
+from zarrcache._sources import kinds_of, names_of, stem_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import examine_array, list_array, read_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
@@ -338,8 +339,8 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
         name = f"{role} at {origin.url}"
         start_s = time.perf_counter()
         for task_id in ids:
-            for suffix in (".zarr", ".zarr.zip"):
-                store, array = f"{task_id}{suffix}", density_array(config.density_type)
+            for store in names_of(task_id, kinds_of(config.source)):
+                array = density_array(config.density_type)
                 try:
                     listed = list_array(origin, store, array)
                 except OriginNotFoundError:
@@ -347,7 +348,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                 ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
                 took_ms = 1000 * (time.perf_counter() - start_s)
                 found = (
-                    f"{task_id}{suffix} lists {len(listed)} objects; one of "
+                    f"{store} lists {len(listed)} objects; one of "
                     f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
                 )
                 yield Finding(name, "ok", found)
@@ -372,7 +373,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                     yield Finding(
                         f"clock against {role}",
                         "warn",
-                        f"{task_id}{suffix} was written {ahead_s:.0f} s in the future",
+                        f"{store} was written {ahead_s:.0f} s in the future",
                         advice,
                     )
                 return
@@ -383,7 +384,10 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
         if not ids:
             found = f"the map {config.map_dir} has no ids for {config.functional}"
         elif not stores:
-            found = "it answers, but holds no store (a name that ends in .zarr or .zarr.zip)"
+            found = (
+                "it answers, but holds no store (a name that ends in .zarr, .zarr.zip, .json.gz "
+                "or .CHGCAR)"
+            )
         else:
             found = (
                 f"it answers and holds {len(stores)} stores ({stores[0]}), but none of the first "

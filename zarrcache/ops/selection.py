@@ -15,9 +15,9 @@ from zarrcache._keys import (
     Role,
     density_array,
     source_digest,
-    stem_of,
     stored_array,
 )
+from zarrcache._sources import choose, kinds_of, stem_of
 from zarrcache.arrays import examine_array, list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
@@ -199,6 +199,7 @@ class Selection:
         if ids is None:
             ids = mapped_ids(config.map_dir, config.functional)
         self.ids = list(dict.fromkeys(ids))
+        self._kinds = kinds_of(config.source)
         self._known = frozenset(self.ids)
         self._origins: dict[Role, Origin] = {
             "data": self._cache.origin(config.data_dir, config.s3_kwargs),
@@ -218,8 +219,8 @@ class Selection:
 
     def listing(self, role: Role) -> dict[str, str] | None:
         """Names of the stores by task id, as listed last; None if they were never listed."""
-        names = self._cache.stored_listing(self._origins[role], "")
-        return names if isinstance(names, dict) else None
+        stored = self._cache.stored_listing(self._origins[role], "")
+        return choose(stored, self._kinds) if isinstance(stored, dict) else None
 
     def stored(
         self, listings: Mapping[Role, Mapping[str, str] | None]

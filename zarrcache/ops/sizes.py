@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zarrcache._keys import ObjectInfo, Role
+from zarrcache._sources import is_object
 from zarrcache.arrays import check_metadata, count_gets, list_array, metadata_key, read_array
 from zarrcache.data import ZarrS3Reader
 from zarrcache.disk import BLOCK_BYTES, disk_bytes
@@ -82,7 +83,7 @@ def measure_sizes(
 def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
     """Measure one density by one LIST and one small GET, without caching it.
 
-    A zipped store is fetched whole.
+    A zipped store and a file are fetched whole.
 
     Raises
     ------
@@ -92,7 +93,7 @@ def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
     origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
     listed = list_array(origin, store, array)
     stored_bytes = sum(obj.size_bytes for obj in listed)
-    if store.endswith(".zip"):
+    if is_object(store):
         shape = read_array(
             origin, store, array, listed=listed, fills=True, checks_electrons=False
         ).array.shape

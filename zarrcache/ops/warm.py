@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import Role, check_task_ids, source_digest
+from zarrcache._sources import is_object
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
@@ -78,8 +79,8 @@ _FULL_AFTER = 3
 _COMPARED = 1000
 #: Upper bound on unread densities that are measured at the end: one LIST and one small GET each.
 _MEASURED = 256
-#: The same for zipped stores, which have to be fetched whole.
-_MEASURED_ZIPPED = 16
+#: The same for zipped stores and files, which have to be fetched whole.
+_MEASURED_OBJECTS = 16
 #: Seconds a worker process may go on after Ctrl-C. The next run fetches what it did not finish.
 _STOP_S = 2.0
 
@@ -367,14 +368,14 @@ class WarmPlan:
         unsized = tally.unsized(_MEASURED)
         if not unsized:
             return []
-        if any(self._is_zipped(density) for density in unsized):
-            unsized = tally.unsized(_MEASURED_ZIPPED)
+        if any(self._is_object(density) for density in unsized):
+            unsized = tally.unsized(_MEASURED_OBJECTS)
         with closing(concurrently(size, unsized)) as sizes:
             return [nbytes for nbytes in sizes if nbytes]
 
-    def _is_zipped(self, density: Density) -> bool:
+    def _is_object(self, density: Density) -> bool:
         task_id, role = density
-        return self.reader.store_names(role).get(task_id, "").endswith(".zip")
+        return is_object(self.reader.store_names(role).get(task_id, ""))
 
     def _unstored_listings_bytes(self) -> int:
         """Bytes on disk that the directories' listings need, if they were not admitted."""

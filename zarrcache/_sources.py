@@ -1,0 +1,149 @@
+"""Find the source of each task id among the names of a directory.
+
+A source holds one density: a Zarr store (a directory or a zip file), or a file as VASP or the
+Materials Project wrote it. A directory may hold several kinds, also of one material.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, cast
+
+from zarrcache._keys import safe_repr
+from zarrcache.errors import ConfigError
+
+__all__ = [
+    "KINDS",
+    "Kind",
+    "choose",
+    "is_file",
+    "is_object",
+    "kind_of",
+    "kinds_of",
+    "names_of",
+    "sources_of",
+    "stem_of",
+]
+
+#: What a source is, by the end of its name.
+Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR"]
+#: Every kind and its suffixes, the preferred ones first.
+_SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "zarr": (".zarr",),
+    "zarr.zip": (".zarr.zip",),
+    "json.gz": (".json.gz", ".json", ".json.bz2", ".json.xz"),
+    "CHGCAR": (".CHGCAR", ".CHGCAR.gz", ".CHGCAR.bz2", ".CHGCAR.xz"),
+}
+KINDS: tuple[Kind, ...] = tuple(_SUFFIXES)
+_KIND_OF: dict[str, Kind] = {
+    suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes
+}
+_RANKS = {suffix: number for number, suffix in enumerate(_KIND_OF)}
+#: Lengths of the suffixes: names are cut instead of compared with each suffix.
+_LENGTHS = sorted({len(suffix) for suffix in _KIND_OF}, reverse=True)
+
+
+def _suffix_of(name: str) -> str | None:
+    for length in _LENGTHS:
+        if len(name) > length and name[-length:] in _KIND_OF:
+            return name[-length:]
+    return None
+
+
+def kind_of(name: str) -> Kind | None:
+    """Kind of a source by its name; None if no source has such a name."""
+    suffix = _suffix_of(name)
+    return None if suffix is None else _KIND_OF[suffix]
+
+
+def stem_of(name: str) -> str | None:
+    """Task id of a source's name: ``mp-1`` of ``mp-1.zarr`` and ``mp-1.json.gz``, else None."""
+    suffix = _suffix_of(name)
+    return None if suffix is None else name[: -len(suffix)]
+
+
+def is_object(store: str) -> bool:
+    """Whether a source is one object, not a directory of objects."""
+    return kind_of(store) not in ("zarr", None)
+
+
+def is_file(store: str) -> bool:
+    """Whether a source is a file that VASP or the Materials Project wrote, not a Zarr store."""
+    return kind_of(store) in ("json.gz", "CHGCAR")
+
+
+def sources_of(names: Iterable[str]) -> dict[str, str | list[str]]:
+    """The sources of each task id among the names of a directory.
+
+    Returns
+    -------
+    dict
+        The name of the one source, or a list of several, the preferred ones first. A list per id
+        would double the memory and the size on disk of 200,000 ids.
+    """
+    found: dict[str, str | list[str]] = {}
+    for name in names:
+        stem = stem_of(name)
+        if stem is not None:
+            others = found.setdefault(stem, name)
+            if isinstance(others, list):
+                others.append(name)
+            elif others != name:
+                found[stem] = [others, name]
+    for several in found.values():
+        if isinstance(several, list):
+            several.sort(key=lambda name: (_RANKS[_suffix_of(name) or ""], name))
+    return found
+
+
+def choose(sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS) -> dict[str, str]:
+    """The name of the source of each task id that is read.
+
+    Parameters
+    ----------
+    sources : mapping
+        From `sources_of`.
+    kinds : sequence of str
+        Those that are read, the preferred ones first. Of one kind, a plain file is preferred to a
+        compressed one, and among those ``.gz``, ``.bz2``, ``.xz``.
+    """
+    if tuple(kinds) == KINDS:
+        return {
+            stem: names if isinstance(names, str) else names[0] for stem, names in sources.items()
+        }
+    chosen = {}
+    for stem, names in sources.items():
+        here = [names] if isinstance(names, str) else names
+        wanted = [name for name in here if kind_of(name) in kinds]
+        if wanted:
+            chosen[stem] = min(wanted, key=lambda name: kinds.index(cast("Kind", kind_of(name))))
+    return chosen
+
+
+def names_of(task_id: str, kinds: Sequence[Kind] = KINDS) -> list[str]:
+    """Every name that a source of this task id may have, the preferred ones first."""
+    return [task_id + suffix for kind in kinds for suffix in _SUFFIXES[kind]]
+
+
+def kinds_of(source: object) -> tuple[Kind, ...]:
+    """The kinds that ``source`` of a training config names.
+
+    Parameters
+    ----------
+    source : str or sequence of str
+        ``auto``, which is all kinds; one kind; or several, the preferred ones first.
+
+    Raises
+    ------
+    ConfigError
+        An unknown kind; the message lists all.
+    """
+    if source in ("auto", None):
+        return KINDS
+    wanted = [source] if isinstance(source, str) else source
+    if not isinstance(wanted, Sequence) or not wanted or not set(map(str, wanted)) <= set(KINDS):
+        raise ConfigError(
+            f"source is {safe_repr(source)}. Write auto, one of {', '.join(KINDS)}, or a list of "
+            "these, the preferred ones first."
+        )
+    return cast("tuple[Kind, ...]", tuple(dict.fromkeys(map(str, wanted))))
