@@ -230,6 +230,8 @@ class ArrayDecoder:
         except UnknownCodecError:
             check_chunk_count(document, url)
             layout = None
+        except MemoryError:
+            raise
         except Exception as exc:  # parts that are missing, of other types, or that no codec takes
             raise SchemaError(
                 f"{url} does not describe a Zarr array that can be read ({type(exc).__name__}: "
@@ -274,9 +276,11 @@ class ArrayDecoder:
         ]
         try:
             layout.chunk.write(data, target, layout.fill)
+        except MemoryError:  # of this node, which says nothing about the store
+            raise
         except Exception as exc:
             # Codecs have no common error: for damaged data they raise those of zlib, lzma, numpy,
-            # RuntimeError, IndexError, MemoryError, and others.
+            # RuntimeError, IndexError, and others.
             raise IncompleteArrayError(
                 f"{self._url}/{key} cannot be decoded ({type(exc).__name__}: {exc}). The object is "
                 "damaged at the origin: convert the store again."

@@ -10,6 +10,7 @@ once: the array tier keeps the result.
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from zarrcache._units import format_bytes
-from zarrcache.errors import IncompleteArrayError, SchemaError
+from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 from zarrcache.parallel import ChildProcess, receive, receive_bytes
 
 __all__ = ["decode_in_child"]
@@ -29,6 +30,8 @@ __all__ = ["decode_in_child"]
 _ROOM_BYTES = 64 * 1024**2
 #: Size of the objects sent at a time; the child is imported, and may have ended, when they arrive.
 _STACK_BYTES = 1024**2
+#: Within this a process whose connection is closed has ended.
+_END_S = 5.0
 
 
 def decode_in_child(
@@ -51,11 +54,16 @@ def decode_in_child(
         Zarr does not know a codec or the chunk grid.
     IncompleteArrayError
         A chunk is damaged, or needs more memory than the array explains.
+    ZarrCacheError
+        The node ended the child, or has no memory for it.
     """
     held = sum(memoryview(data).nbytes for data in objects.values())
     room = _ROOM_BYTES + 3 * nbytes + 2 * held
     child = ChildProcess(_serve, zarr_format, room)
+    has_started = False
     try:
+        child.connection.recv()
+        has_started = True
         # The child ends at once if it runs out of memory; then its answer is missing.
         with contextlib.suppress(OSError):
             for key, data in objects.items():
@@ -70,6 +78,13 @@ def decode_in_child(
                 child.connection.recv_bytes_into(values.reshape(-1).view(np.uint8))
             return values
     except (EOFError, OSError):
+        # The system kills processes if memory is full.
+        is_killed = child.has_ended(_END_S) and child.wait() == -signal.SIGKILL
+        if is_killed or not has_started:
+            raise ZarrCacheError(
+                f"{url} could not be decoded, because the process for it was ended or could not "
+                "start, perhaps for want of memory. Use fewer workers, or give the job more memory."
+            ) from None
         answer = "damaged", "the process that decoded it was ended"
     finally:
         child.kill()
@@ -103,6 +118,7 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
 
     zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1})
     _limit_memory(room)
+    connection.send("started")
     objects: dict[str, Any] = {}
     make = default_buffer_prototype().buffer.from_bytes
     while (key := receive(connection)) is not None:

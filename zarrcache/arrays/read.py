@@ -642,7 +642,7 @@ def density_of_group(
         if missing and not fills:
             raise absent_chunks(f"{where}/{name}", missing, chunks)
         values = np.asarray(array[...])
-    except ZarrCacheError:
+    except (ZarrCacheError, MemoryError):
         raise
     except Exception as exc:  # zarr has no class of its own for errors of codecs
         raise IncompleteArrayError(

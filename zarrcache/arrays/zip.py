@@ -53,6 +53,8 @@ class ZippedStore:
             self._archive = zipfile.ZipFile(io.BytesIO(data))
             infos = [info for info in self._archive.infolist() if not info.is_dir()]
             root = _zip_root([info.filename for info in infos])
+        except MemoryError:
+            raise
         except Exception as exc:  # zipfile has no common error for damaged files
             raise self._damaged(exc) from exc
         # Of two members of one name the last one counts: zarr's own ZipStore appends a second copy.
@@ -97,6 +99,8 @@ class ZippedStore:
             with self._archive.open(info) as member:
                 # Not ``ZipFile.read``, which unpacks everything and truncates the result.
                 data = member.read(info.file_size)
+        except MemoryError:
+            raise
         except Exception as exc:
             raise self._damaged(exc) from exc
         self._last = name, data

@@ -194,7 +194,7 @@ def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
         python_warnings.simplefilter("always")
         try:
             parsed = read(path)
-        except (ConfigError, SchemaError):
+        except (ConfigError, SchemaError, MemoryError):
             raise
         except OSError as exc:
             if exc.errno is not None:

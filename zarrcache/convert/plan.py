@@ -434,6 +434,12 @@ class _Converter:
             return self.result(path, error=str(exc))
         except OSError as exc:
             return self.result(path, error=f"{path} cannot be read ({exc.strerror or exc}).")
+        except MemoryError:
+            return self.result(
+                path,
+                error=f"{path} could not be converted, because this process gets no more memory. "
+                "Use fewer --workers, or give the job more memory.",
+            )
         except Exception as exc:
             # A file can make a parser fail in any way; the other files are still converted.
             logger.warning("%s could not be converted", path, exc_info=True)

@@ -685,6 +685,12 @@ class ZarrS3Reader(PairReader):
 
 def _as_our_error(exc: Exception, what: str) -> ZarrCacheError:
     """The error to raise in place of an exception of a library when ``what`` was read."""
+    if isinstance(exc, MemoryError):
+        return ZarrCacheError(
+            f"{what} could not be read, because this process gets no more memory "
+            f"({str(exc) or 'MemoryError'}). Use fewer workers, or give the job more memory. If it "
+            "is always this material, its store may be damaged: convert it again."
+        )
     return ZarrCacheError(
         f"{what} could not be read ({type(exc).__name__}: {exc}). If the store is sound, please "
         "report this with the traceback."

@@ -257,6 +257,8 @@ def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:
                 "convert it again."
             )
         return _not_a_directory(path)
+    if exc.errno == errno.ENOMEM:  # of this process; a file of this size could not be mapped
+        return MemoryError(exc.strerror)
     if exc.errno in _TRANSIENT:
         return TransientError(path, f"{exc.strerror} (errno {exc.errno})")
     return OriginError(

@@ -187,6 +187,8 @@ class RequestContext:
 
 def to_error(error: S3Error, context: RequestContext) -> Exception:
     """The exception to raise for ``error``: ``TransientError`` or a public one, with its cause."""
+    if isinstance(error.__cause__, MemoryError):
+        return error.__cause__
     raised = _error(error, context)
     raised.__cause__ = error.__cause__ or error
     return raised

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import textwrap
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from zarrcache.arrays.decode import ArrayDecoder
-from zarrcache.errors import IncompleteArrayError, SchemaError
+from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 VALUES = np.arange(24, dtype="<f4").reshape(4, 3, 2)
 V2 = {
@@ -40,7 +41,8 @@ V3 = {
     ],
 }
 #: A package with a codec that stores the bytes of a chunk in reverse. A chunk that starts with
-#: "bomb" becomes 300 MiB; one that starts with "die" ends the process.
+#: "bomb" becomes 300 MiB; one that starts with "die" ends the process, with "kill" as the kernel
+#: does when memory is full.
 PACKAGE = """
     import os
     from dataclasses import dataclass
@@ -52,6 +54,8 @@ PACKAGE = """
             return b"x" * (300 * 2**20)
         if data.startswith(b"die"):
             os._exit(1)
+        if data.startswith(b"kill"):
+            os.kill(os.getpid(), 9)
         return data[::-1]
 
     class Reversed(Codec):
@@ -137,6 +141,22 @@ def test_chunk_of_such_a_codec_that_is_no_chunk_is_refused(first: bytes, reason:
         IncompleteArrayError, match=rf"^s3://b/mp-1\.zarr/a cannot be decoded by zarr \({reason}"
     ):
         decoded(2, first)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_node_without_memory_is_not_taken_for_a_damaged_chunk() -> None:
+    """The child is killed, or does not start."""
+    words = r"mp-1\.zarr/a could not be decoded, because the process .* want of memory"
+    with pytest.raises(ZarrCacheError, match=words) as caught:
+        decoded(2, b"kill")
+    assert type(caught.value) is ZarrCacheError
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (1, hard))  # inherited by the child
+    try:
+        with pytest.raises(ZarrCacheError, match=words):
+            decoded(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
