@@ -210,6 +210,9 @@ class CacheConfig(_Block):
     )
     revalidate: Literal["never", "run", "epoch"] = "never"
     verify: Literal["first", "always", "never"] = "first"
+    lock: Annotated[Path | None, BeforeValidator(_or_none)] = Field(
+        None, description="lock file: other materials and other values are refused"
+    )
     missing_chunks: Literal["error", "fill"] = Field(
         "error",
         description="what chunks of a density are that the origin does not have: an error, or the "
@@ -248,7 +251,7 @@ class CacheConfig(_Block):
             )
         super().__init__(**{k: expand(v) for k, v in data.items()})
 
-    @field_validator("dir", "lower", "peer_token_file")
+    @field_validator("dir", "lock", "lower", "peer_token_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is None:

@@ -65,6 +65,8 @@ COMMANDS = {
         "--json",
     ),
     "plot": ("--output", "-o", "[default: the terminal]", "--at X,Y,Z", "default: 0.5,0.5,0.5"),
+    "lock": ("--output", "-o", "default: data.lock"),
+    "diff": ("LOCK|CONFIG", "--json"),
     "serve": (
         "--host HOST",
         "default: 127.0.0.1",

@@ -30,6 +30,7 @@ def _application() -> typer.Typer:
     from zarrcache.cli.convert import convert
     from zarrcache.cli.demo import demo
     from zarrcache.cli.init import init, schema
+    from zarrcache.cli.lock import diff, lock
     from zarrcache.cli.ls import ls
     from zarrcache.cli.plan import plan
     from zarrcache.cli.plot import plot
@@ -49,6 +50,8 @@ def _application() -> typer.Typer:
         doctor,
         plan,
         plot,
+        lock,
+        diff,
         serve,
         schema,
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zarrcache.data.lock import DataLock, LockedDensity, LockFile, crc_of, differences
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.reader import (
     PairReader,
@@ -19,13 +20,18 @@ from zarrcache.data.splits import (
 )
 
 __all__ = [
+    "DataLock",
     "Density",
+    "LockFile",
+    "LockedDensity",
     "PairReader",
     "Read",
     "ReadObserver",
     "Split",
     "SplitSets",
     "ZarrS3Reader",
+    "crc_of",
+    "differences",
     "distinct_directories",
     "hold_out",
     "mapped_ids",

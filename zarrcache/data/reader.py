@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import (
+    FLOAT32,
     ROLES,
     ArrayKey,
     ObjectInfo,
@@ -32,6 +33,7 @@ from zarrcache._sources import choose, kinds_of, sources_of
 from zarrcache.arrays import density_of_group, metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.data.lock import LockFile
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
@@ -102,7 +104,9 @@ class PairReader(ABC):
         self.s3_kwargs = s3_kwargs or {}
         self._known_ids: dict[tuple[Path, str], _Present] = {}
         self._mapped: dict[tuple[Path, str], list[str]] = {}
-        self._prepare(None if cache is None else CacheConfig.of(cache))
+        config = None if cache is None else CacheConfig.of(cache)
+        self._lock = None if config is None or config.lock is None else LockFile(config.lock)
+        self._prepare(config)
 
     @staticmethod
     @abstractmethod
@@ -174,7 +178,10 @@ class PairReader(ABC):
             Anything else: no exception of a library leaves this method.
         """
         try:  # costs nothing while nothing is raised; this is the path of a warm hit
-            return self._load(task_id, role)
+            values, gridsize = self._load(task_id, role)
+            if self._lock is not None:
+                self._lock.check_values(task_id, role, values.reshape(gridsize))
+            return values, gridsize
         except ZarrCacheError:
             raise
         except Exception as exc:
@@ -194,6 +201,17 @@ class PairReader(ABC):
     def array(self) -> str:
         """Name of the array that is read from each store."""
         return density_array(self.density_type)
+
+    @property
+    def lock_settings(self) -> dict[str, Any]:
+        """The settings that decide about samples and their values, as in a lock file."""
+        return {
+            "functional": self.functional,
+            "density_type": self.density_type,
+            "normalize_data": self.normalize,
+            "train_fraction": self.tf,
+            "random_state": self.rs,
+        }
 
     @property
     def task_ids(self) -> list[str]:
@@ -283,6 +301,8 @@ class PairReader(ABC):
                     first_ids(missing),
                 )
             ids = tuple(id_ for id_ in wanted if id_ in data and id_ in label)
+            if self._lock is not None:
+                self._lock.check(self.lock_settings, ids)
             self._known_ids[key] = _Present(ids, missing)
         return self._known_ids[key]
 
@@ -491,6 +511,13 @@ class ZarrS3Reader(PairReader):
     def _urls(self) -> tuple[str, str]:
         return self._origins["data"].url, self._origins["label"].url
 
+    @property
+    def lock_settings(self) -> dict[str, Any]:
+        """The settings that decide about samples and their values, as in a lock file."""
+        config = self._cache.config
+        encoding = FLOAT32 if config is None else config.arrays.encoding
+        return {**super().lock_settings, "encoding": encoding}
+
     # -- one density
 
     def _load(self, task_id: str, role: Role) -> Density:
@@ -568,6 +595,8 @@ class ZarrS3Reader(PairReader):
             values, outcome = self._densities(role).read(
                 store, revalidate=True, reserve=reserve, on_flaws=on_flaws
             )
+            if self._lock is not None:
+                self._lock.check_values(task_id, role, values)
         if outcome != "hit" and self._cache.arrays is not None:
             # Metadata and crops have to be of the same version, so list the store again.
             self._cache.forget_listing(self._origins[role], store)

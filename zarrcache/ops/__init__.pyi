@@ -9,6 +9,7 @@ from .figures import shrunk as shrunk
 from .forecast import EpochForecast as EpochForecast
 from .forecast import Forecast as Forecast
 from .forecast import plan_training as plan_training
+from .lock import make_lock as make_lock
 from .samples import config_schema as config_schema
 from .samples import filled_in as filled_in
 from .samples import key_comments as key_comments

@@ -1,0 +1,274 @@
+"""Lock files: which materials a training reads, and digests of their decoded values.
+
+``zarrcache lock`` writes one; ``cache.lock`` makes a reader refuse everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache._keys import ROLES, Role, safe_repr
+from zarrcache.disk import crc32c
+from zarrcache.errors import ConfigError, IncompleteArrayError
+
+__all__ = ["DataLock", "LockFile", "LockedDensity", "crc_of", "differences"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LockedDensity:
+    """One density of a lock.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    crc32c : str
+        Of the values, little-endian float32 in C order, 8 hex digits; compared at each read.
+    sha256 : str
+        Of the same bytes; compared by ``zarrcache diff``.
+    source : str
+        Digest of keys, sizes and ETags of the objects at the origin; empty if unknown. Other copies
+        of the same data have other sources.
+    """
+
+    shape: tuple[int, ...]
+    crc32c: str
+    sha256: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class DataLock:
+    """The materials of a training, in order, with digests of their values.
+
+    Attributes
+    ----------
+    settings : dict
+        Keys of the config that decide about samples and values: ``functional``, ``density_type``,
+        ``normalize_data``, ``train_fraction``, ``random_state``, ``encoding``.
+    densities : dict
+        ``{task_id: {role: LockedDensity}}``, in the order of ``task_ids``.
+    """
+
+    settings: dict[str, Any]
+    densities: dict[str, dict[Role, LockedDensity]] = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file, a material per line; compressed if the name ends with ``.gz``.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be written. A file that was there stays whole.
+        """
+        lines = [
+            f"{json.dumps(task_id)}: "
+            + json.dumps({role: asdict(found) for role, found in pair.items()})
+            for task_id, pair in self.densities.items()
+        ]
+        head = json.dumps({"zarrcache_lock": _FORMAT, "settings": self.settings})[:-1]
+        text = head + ', "densities": {\n' + ",\n".join(lines) + "\n}}\n"
+        content = text.encode()
+        if os.fspath(path).endswith(".gz"):
+            content = gzip.compress(content, mtime=0)  # the same data gives the same file
+        beside = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        except OSError as exc:
+            beside.unlink(missing_ok=True)
+            raise ConfigError(
+                f"lock file {os.fspath(path)} cannot be written ({exc.strerror}). Give a file in a "
+                "directory that exists and has room."
+            ) from exc
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DataLock:
+        """Read a lock file.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be read, or is not a lock of this format.
+        """
+        where = f"lock file {os.fspath(path)}"
+        try:
+            content = Path(path).read_bytes()
+            if os.fspath(path).endswith(".gz"):
+                content = gzip.decompress(content)
+            document = json.loads(content)
+        except OSError as exc:
+            reason = exc.strerror or str(exc)
+            raise ConfigError(
+                f"{where} cannot be read ({reason}). `zarrcache lock` writes one."
+            ) from exc
+        except (ValueError, EOFError) as exc:
+            raise ConfigError(
+                f"{where} is not whole JSON ({exc}). Write it again with `zarrcache lock`."
+            ) from exc
+        version = document.get("zarrcache_lock") if isinstance(document, dict) else None
+        if version is None:
+            raise ConfigError(f"{where} is no lock of zarrcache. `zarrcache lock` writes one.")
+        if version != _FORMAT:
+            raise ConfigError(
+                f"{where} has format {safe_repr(version)}; this version reads {_FORMAT}. Use the "
+                "version of zarrcache that wrote it, or write it again."
+            )
+        try:
+            return cls(
+                dict(document["settings"]),
+                {
+                    task_id: {
+                        role: LockedDensity(
+                            tuple(pair[role]["shape"]),
+                            str(pair[role]["crc32c"]),
+                            str(pair[role]["sha256"]),
+                            str(pair[role]["source"]),
+                        )
+                        for role in ROLES
+                    }
+                    for task_id, pair in document["densities"].items()
+                },
+            )
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ConfigError(
+                f"{where} lacks {safe_repr(exc.args[0] if exc.args else exc)}. Write it again with "
+                "`zarrcache lock`."
+            ) from exc
+
+    def check_settings(self, settings: Mapping[str, Any], where: str) -> None:
+        """Raise if a config differs from the lock.
+
+        Raises
+        ------
+        ConfigError
+            Names the first setting that differs.
+        """
+        for key, locked in self.settings.items():
+            if settings.get(key) != locked:
+                raise ConfigError(
+                    f"{key} is {safe_repr(settings.get(key))}, but {where} is for "
+                    f"{safe_repr(locked)}. Change the config, or write a lock for it with "
+                    "`zarrcache lock`."
+                )
+
+    def check_ids(self, task_ids: Sequence[str], where: str) -> None:
+        """Raise if the materials, or their order, differ from the lock.
+
+        Raises
+        ------
+        ConfigError
+            Names the first difference.
+        """
+        for problem in _id_differences(list(self.densities), list(task_ids)):
+            raise ConfigError(
+                f"the data is not that of {where}: {problem}. Restore the data, or write another "
+                "lock with `zarrcache lock`."
+            )
+
+    def check_values(
+        self, task_id: str, role: Role, values: NDArray[np.float32], where: str
+    ) -> None:
+        """Raise if a density differs from the lock.
+
+        Parameters
+        ----------
+        values : (nx, ny, nz) array of float32
+
+        Raises
+        ------
+        IncompleteArrayError
+            Names the density.
+        """
+        locked = self.densities.get(task_id, {}).get(role)
+        if locked is None:
+            raise IncompleteArrayError(
+                f"{task_id} is not in {where}. Write another lock with `zarrcache lock`."
+            )
+        if values.shape != locked.shape or crc_of(values) != locked.crc32c:
+            raise IncompleteArrayError(
+                f"{task_id} ({role}) has other values than in {where}. `zarrcache diff` lists all "
+                "differences; restore the data, or write another lock with `zarrcache lock`."
+            )
+
+
+class LockFile:
+    """A lock file that is read at its first use in a process.
+
+    Parameters
+    ----------
+    path : Path
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[LockFile], tuple[Path]]:
+        return LockFile, (self.path,)  # a worker process reads it instead of unpickling it
+
+    @functools.cached_property
+    def lock(self) -> DataLock:
+        """Its content.
+
+        Raises
+        ------
+        ConfigError
+        """
+        return DataLock.load(self.path)
+
+    def check(self, settings: Mapping[str, Any], task_ids: Sequence[str]) -> None:
+        """See `DataLock.check_settings` and `DataLock.check_ids`."""
+        self.lock.check_settings(settings, str(self.path))
+        self.lock.check_ids(task_ids, str(self.path))
+
+    def check_values(self, task_id: str, role: Role, values: NDArray[np.float32]) -> None:
+        """See `DataLock.check_values`."""
+        self.lock.check_values(task_id, role, values, str(self.path))
+
+
+def differences(first: DataLock, second: DataLock) -> Iterator[str]:
+    """What differs between two locks, a line each: settings, ids, densities."""
+    for key in sorted(first.settings.keys() | second.settings.keys()):
+        one, other = first.settings.get(key), second.settings.get(key)
+        if one != other:
+            yield f"{key}: {safe_repr(one)}, then {safe_repr(other)}"
+    yield from _id_differences(list(first.densities), list(second.densities))
+    for task_id, pair in first.densities.items():
+        for role, one in pair.items():
+            other = second.densities.get(task_id, {}).get(role)
+            if other is None:
+                continue
+            if one.shape != other.shape:
+                grids = " and ".join("x".join(map(str, found.shape)) for found in (one, other))
+                yield f"{task_id} ({role}): grids {grids}"
+            elif one.sha256 != other.sha256:
+                yield f"{task_id} ({role}): other values on the same grid"
+
+
+def _id_differences(first: list[str], second: list[str]) -> Iterator[str]:
+    if first == second:
+        return
+    one, other = set(first), set(second)
+    yield from (f"{task_id} is missing" for task_id in first if task_id not in other)
+    yield from (f"{task_id} is new" for task_id in second if task_id not in one)
+    if one == other:
+        place = next(
+            n for n, pair in enumerate(zip(first, second, strict=True)) if len(set(pair)) > 1
+        )
+        yield f"the order differs from place {place + 1} on: {first[place]}, then {second[place]}"
+
+
+def crc_of(values: NDArray[np.float32]) -> str:
+    """CRC-32C of values as they are stored, 8 hex digits."""
+    return f"{crc32c(np.ascontiguousarray(values, '<f4').reshape(-1).view(np.uint8).data):08x}"
