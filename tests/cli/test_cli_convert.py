@@ -129,8 +129,8 @@ def test_without_pymatgen_one_line_says_so(files: Path, tmp_path: Path, workers:
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: Reading CHGCAR and MP files needs pymatgen (No module named 'pymatgen'). "
-        "Install it: pip install 'zarrcache[convert]'\n"
+        "error: Reading the structure of CHGCAR and MP files needs pymatgen (No module named "
+        "'pymatgen'). Install it: pip install 'zarrcache[convert]'\n"
     )
 
 

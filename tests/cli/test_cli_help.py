@@ -18,7 +18,7 @@ COMMANDS = {
         "--pattern GLOB",
         "--workers N",
         "--chunks N[,N,N]",
-        "[default: 16]",
+        "[default: 64]",
         "--zip",
         "--zarr-format 2|3",
         "--diff",

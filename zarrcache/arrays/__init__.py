@@ -9,6 +9,7 @@ from zarrcache.arrays.density_file import (
     read_density_file,
     read_mp_json,
     read_vasp_text,
+    require_pymatgen,
 )
 from zarrcache.arrays.electrons import disagreement, electrons_of, has_electrons
 from zarrcache.arrays.read import (
@@ -51,5 +52,6 @@ __all__ = [
     "read_density_file",
     "read_mp_json",
     "read_vasp_text",
+    "require_pymatgen",
     "stable_listing",
 ]

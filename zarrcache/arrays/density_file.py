@@ -12,6 +12,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,10 +32,13 @@ __all__ = [
     "read_density_file",
     "read_mp_json",
     "read_vasp_text",
+    "require_pymatgen",
 ]
 
 #: Largest decompressed size: this many times the file's size, and _ROOM_BYTES in any case.
 _MAX_RATIO, _ROOM_BYTES = 100, 64 * 1024**2
+_SYMBOL, _COUNT = re.compile(rb"[A-Z][a-z]?"), re.compile(rb"\d{1,9}")
+_DECIMAL = re.compile(rb"[-+]?\d*\.\d+")
 _OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -94,7 +98,10 @@ class DensityFile:
 
     @functools.cached_property
     def structure(self) -> Any:
-        """The ``pymatgen.core.Structure``. Imports pymatgen (1 to 2 s).
+        """The ``pymatgen.core.Structure``, equal to the one that pymatgen reads from the file.
+
+        Imports pymatgen: 0.2 s, or for an unusual POSCAR (other than VASP 5 with fractional
+        coordinates alone) 1 to 2 s.
 
         Raises
         ------
@@ -105,20 +112,36 @@ class DensityFile:
         """
         try:
             from pymatgen.core.structure import Structure
+
+            if self._document is not None:
+                return Structure.from_dict(dict(self._document))
+            if (plain := _plain_poscar(self._poscar or ())) is not None:
+                return Structure(*plain)
+            # Loads scipy and matplotlib.
             from pymatgen.io.vasp.inputs import Poscar
         except ImportError as exc:
-            raise PymatgenMissingError(
-                f"Reading the structure of {self.name} needs pymatgen ({exc}). Install it: pip "
-                "install 'zarrcache[convert]'"
-            ) from exc
-        if self._document is not None:
-            return Structure.from_dict(dict(self._document))
+            raise _pymatgen_missing(exc) from exc
         return Poscar.from_str(b"\n".join(self._poscar or ()).decode("utf-8")).structure
 
     def structure_dict(self) -> dict[str, Any]:
         """``Structure.as_dict()``, as stores keep it. Imports pymatgen."""
         found: dict[str, Any] = self.structure.as_dict()
         return found
+
+
+def require_pymatgen() -> None:
+    """Raise PymatgenMissingError unless pymatgen can be imported, before a file is read for it."""
+    try:
+        import pymatgen  # noqa: F401
+    except ImportError as exc:
+        raise _pymatgen_missing(exc) from exc
+
+
+def _pymatgen_missing(exc: ImportError) -> PymatgenMissingError:
+    return PymatgenMissingError(
+        f"Reading the structure of CHGCAR and MP files needs pymatgen ({exc}). Install it: pip "
+        "install 'zarrcache[convert]'"
+    )
 
 
 def read_density_file(
@@ -238,6 +261,39 @@ def _poscar_lattice(lines: tuple[bytes, ...]) -> NDArray[np.float64]:
     if scale < 0:  # the volume of the cell
         scale = float(-scale / abs(np.linalg.det(matrix))) ** (1 / 3)
     return matrix * np.float64(scale)
+
+
+def _plain_poscar(
+    lines: tuple[bytes, ...],
+) -> tuple[NDArray[np.float64], list[str], NDArray[np.float64]] | None:
+    """Lattice, species and fractional coordinates of a POSCAR as VASP 5 and 6 write it.
+
+    None for any other: selective dynamics, Cartesian coordinates, no symbols or labels behind
+    them, comments. pymatgen reads those.
+    """
+    if len(lines) < 9 or not lines[0] or any(b"#" in line for line in lines[1:]):
+        return None
+    symbols, counts = lines[5].split(), lines[6].split()
+    if (
+        len(symbols) != len(counts)
+        or not all(map(_SYMBOL.fullmatch, symbols))
+        or not all(map(_COUNT.fullmatch, counts))
+        or not lines[7].startswith((b"D", b"d"))
+        or sum(map(int, counts)) != len(lines) - 8
+    ):
+        return None
+    rows = [line.split() for line in (*lines[2:5], *lines[8:])]
+    if any(len(row) != 3 or not all(map(_DECIMAL.fullmatch, row)) for row in rows):
+        return None
+    if not _DECIMAL.fullmatch(lines[1]):
+        return None
+    species = [
+        symbol.decode()
+        for symbol, count in zip(symbols, counts, strict=True)
+        for _ in range(int(count))
+    ]
+    coords = np.array([[float(word) for word in row] for row in rows[3:]])
+    return _poscar_lattice(lines), species, coords
 
 
 def _from_json(file: Any, name: str, limit_bytes: int) -> DensityFile:

@@ -65,7 +65,7 @@ def convert(
         typer.Option(
             metavar="N",
             parser=whole(1),
-            help="worker processes [default: min(cores, bytes of the files / 8 MiB)]",
+            help="worker processes [default: min(cores, bytes of the files / 32 MiB)]",
             show_default=False,
         ),
     ] = None,
@@ -74,7 +74,7 @@ def convert(
         typer.Option(
             metavar="N[,N,N]", help="grid points per chunk along each axis, at most the grid's"
         ),
-    ] = "16",
+    ] = "64",
     as_zip: Annotated[
         bool,
         typer.Option("--zip", help="one file per store, <task_id>.zarr.zip: one request on S3"),

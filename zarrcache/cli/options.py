@@ -170,12 +170,12 @@ def read_ids(path: Path | None) -> list[str] | None:
 
 
 def chunk_sizes(text: str) -> int | list[int]:
-    """Parse ``16`` or ``16,16,8``."""
+    """Parse ``64`` or ``64,64,32``."""
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--chunks {text!r} is not one or three numbers of grid points: 16, or 16,16,8."
+            f"--chunks {text!r} is not one or three numbers of grid points: 64, or 64,64,32."
         ) from None
     return sizes[0] if len(sizes) == 1 else sizes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.arrays import DensityFile, PymatgenMissingError
+from zarrcache.arrays import DensityFile, PymatgenMissingError, require_pymatgen
 from zarrcache.arrays import read_mp_json as _read_mp_json
 from zarrcache.arrays import read_vasp_text as _read_vasp_text
 
@@ -54,6 +55,7 @@ def read_vasp_text(path: Path) -> RawDensity:
     ConfigError
         pymatgen is not installed.
     """
+    require_pymatgen()
     return _raw(_read_vasp_text(path))
 
 
@@ -67,6 +69,7 @@ def read_mp_json(path: Path) -> RawDensity:
     ConfigError
         pymatgen is not installed.
     """
+    require_pymatgen()
     return _raw(_read_mp_json(path))
 
 
@@ -74,6 +77,7 @@ def _raw(found: DensityFile) -> RawDensity:
     return RawDensity(found.blocks, found.structure, found.task_id, found.notes)
 
 
+@functools.cache
 def pymatgen_version() -> str:
     """Version of pymatgen, or of pymatgen-core if only that is installed."""
     from importlib.metadata import PackageNotFoundError, version

@@ -69,8 +69,8 @@ class InputFormat:
         name is.
     read : callable
         Called with the path; returns a :class:`RawDensity`. It decompresses the file itself
-        (``zopen`` of monty, which comes with pymatgen, does) and must be importable from worker processes: a function of a
-        module, not of the main script.
+        (``zopen`` of monty, which comes with pymatgen, does) and must be importable from worker
+        processes: a function of a module, not of the main script.
     """
 
     name: str

@@ -30,6 +30,7 @@ from zarrcache.convert.formats import (
 )
 from zarrcache.convert.provenance import Existing, source_of
 from zarrcache.convert.writer import (
+    DEFAULT_CHUNKS,
     StoreExistsError,
     check_layout,
     encode_store,
@@ -51,8 +52,9 @@ __all__ = ["ConvertPlan", "ConvertReport", "ConvertResult", "convert_directory",
 
 logger = logging.getLogger(__name__)
 
-#: Bytes that one process converts while another starts and imports pymatgen (2 s).
-BYTES_PER_WORKER = 8 * 1024**2
+#: Bytes of compressed files that one process converts while another starts and imports pymatgen
+#: (0.5 to 1 s).
+BYTES_PER_WORKER = 32 * 1024**2
 #: Seconds that a process gets to finish its store after Ctrl-C; then it is killed, and the next run
 #: converts that store.
 _STOP_S = 3.0
@@ -250,7 +252,7 @@ def plan_convert(
     *,
     pattern: str | None = None,
     workers: int | None = None,
-    chunks: int | Sequence[int] = (16, 16, 16),
+    chunks: int | Sequence[int] = DEFAULT_CHUNKS,
     zip: bool = False,
     zarr_format: Literal[2, 3] = 2,
     diff: bool = False,
@@ -272,9 +274,9 @@ def plan_convert(
     pattern : str, optional
         Pattern of ``Path.glob`` below ``src``, for example ``"**/CHGCAR"``.
     workers : int, optional
-        Processes. Default: min(usable cores, source size / 8 MiB).
+        Processes. Default: min(usable cores, source size / 32 MiB).
     chunks : int or three ints
-        Clipped to the grid.
+        Grid points along each axis, clipped to the grid.
     zip : bool
         ``<task_id>.zarr.zip``: one file, one request.
     zarr_format : 2 or 3

@@ -65,6 +65,24 @@ def _open(path: Path) -> Any:
     )
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_chunks_have_64_points_along_each_axis_or_the_length_of_the_grid(
+    zarr_format: Literal[2, 3],
+) -> None:
+    """As docs/guides/data-layout.md recommends, when none are given."""
+    objects = encode_store(
+        np.zeros((70, 64, 5), np.float32), None, STRUCTURE, METADATA, zarr_format=zarr_format
+    )
+    name = "charge_density_total/" + (".zarray" if zarr_format == 2 else "zarr.json")
+    document = json.loads(objects[name])
+    chunks = (
+        document["chunks"]
+        if zarr_format == 2
+        else document["chunk_grid"]["configuration"]["chunk_shape"]
+    )
+    assert tuple(chunks) == (64, 64, 5)
+
+
 @pytest.mark.parametrize(("zarr_format", "as_zip"), LAYOUTS)
 def test_zarr_reads_back_what_was_written(
     tmp_path: Path, zarr_format: Literal[2, 3], as_zip: bool
