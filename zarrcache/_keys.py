@@ -22,15 +22,18 @@ __all__ = [
     "Eviction",
     "ObjectInfo",
     "Role",
+    "Units",
     "check_encoding",
     "check_task_id",
     "check_task_ids",
     "density_array",
+    "is_density",
     "is_digest",
     "mantissa_bits",
     "safe_repr",
     "source_digest",
     "stored_array",
+    "units_of",
 ]
 
 #: The two sides of a sample: input and label.
@@ -46,7 +49,11 @@ FORMAT_VERSION = 1
 FLOAT32 = "float32"
 _PERSON = b"zarrcache-v%d" % FORMAT_VERSION
 
-_PER_POINT = " per point"
+#: What the values of a density are. ``cell``: electrons per volume times the volume of the cell, as
+#: VASP writes them; ``points``: electrons per grid point; ``volume``: electrons per cubic angstrom.
+Units = Literal["cell", "points", "volume"]
+#: Ends of `ArrayKey.array`. That of points is older than volume and part of digests.
+_SUFFIXES: dict[Units, str] = {"cell": "", "points": " per point", "volume": " per volume"}
 _ENCODED_AS = " as "
 
 _REPR = reprlib.Repr()
@@ -90,8 +97,8 @@ class ArrayKey:
     url : str
         The store, for example ``s3://bucket/prefix/mp-1.zarr``.
     array : str
-        The array's name in the store, for example ``charge_density_total``; with `` per point`` at
-        its end, the entry holds the array divided by its number of points. `` as float16`` after
+        The array's name in the store, for example ``charge_density_total``; with `` per point`` or
+        `` per volume`` at its end, the entry holds the array in these units. `` as float16`` after
         that names the encoding; a reader gets an entry of its own encoding or none. Empty for a
         stored listing of ``url``.
     """
@@ -106,9 +113,12 @@ class ArrayKey:
         return self.array.partition(" ")[0]
 
     @property
-    def is_per_point(self) -> bool:
-        """Whether the values are divided by the number of points."""
-        return self.array.partition(_ENCODED_AS)[0].endswith(_PER_POINT)
+    def units(self) -> Units:
+        """Units of the values."""
+        named = self.array.partition(_ENCODED_AS)[0]
+        return next(
+            (name for name, end in _SUFFIXES.items() if end and named.endswith(end)), "cell"
+        )
 
     @property
     def encoding(self) -> str:
@@ -168,14 +178,38 @@ def density_array(density_type: str) -> str:
     return f"charge_density_{density_type}"
 
 
-def stored_array(array: str, *, is_per_point: object, encoding: str = FLOAT32) -> str:
-    """`ArrayKey.array` of a density: as in the store, or divided by its number of points.
+def is_density(array: str) -> bool:
+    """Whether an array holds a charge or spin density, which has units."""
+    return array.startswith(density_array(""))
+
+
+def units_of(normalize: object) -> Units:
+    """Units that ``normalize`` of a reader, ``normalize_data`` of a config, stands for.
+
+    Raises
+    ------
+    ConfigError
+        It is a string other than ``points`` and ``volume``.
+    """
+    if not isinstance(normalize, str):
+        return "points" if normalize else "cell"
+    if normalize in ("points", "volume"):
+        return cast("Units", normalize)
+    raise ConfigError(
+        f"normalize is {safe_repr(normalize)}; it has to be false (density times cell volume, as "
+        "VASP writes it), true or points (divided by the number of grid points), or volume "
+        "(electrons per cubic angstrom)."
+    )
+
+
+def stored_array(array: str, units: Units, encoding: str = FLOAT32) -> str:
+    """`ArrayKey.array` of an array in these units; an array that is no density has none.
 
     Entries hold the divided values, because dividing 5 MB takes six times as long as the hit.
 
     Parameters
     ----------
-    array : str
+    units : {"cell", "points", "volume"}
         Name in the store.
     is_per_point : bool
     encoding : str
@@ -191,7 +225,7 @@ def stored_array(array: str, *, is_per_point: object, encoding: str = FLOAT32) -
             f"density_type gives the array name {array!r}, which contains a blank. Set it to "
             "total or diff."
         )
-    name = array + _PER_POINT if is_per_point else array
+    name = array + _SUFFIXES[units] if is_density(array) else array
     return name if encoding == FLOAT32 else f"{name}{_ENCODED_AS}{encoding}"
 
 

@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -75,6 +76,16 @@ def _train_fraction(value: object) -> object:
         f"{safe_repr(value)} is not a share of the materials. Write a number above 0 and up to "
         "1.0, for example 0.8, or a whole number of training materials"
     )
+
+
+def _normalization(value: object) -> object:
+    """Convert what YAML or a variable calls true or false; keep the names of units."""
+    if value in ("points", "volume"):
+        return value
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"{safe_repr(value)} is not one of true, false, points, volume") from None
 
 
 class _Block(BaseModel):
@@ -362,7 +373,13 @@ class DataConfig(_Block):
     map_dir: str
     functional: str
     density_type: Literal["total", "diff"] = "total"
-    normalize_data: bool = True
+    normalize_data: Annotated[
+        bool | Literal["points", "volume"], BeforeValidator(_normalization)
+    ] = Field(
+        True,
+        description="true or points: divide by the number of grid points; volume: divide by the "
+        "volume of the cell; false: density times cell volume, as VASP writes it",
+    )
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
     random_state: int = Field(42, ge=0, lt=2**32)
     s3_kwargs: dict[str, Any] | None = Field(None, repr=False)

@@ -30,7 +30,7 @@ from tests.bench.grids import FUNCTIONAL, ROLES
 from tests.bench.harness import TIMES, Bar, Context, Measured, Round, Table, cores, interleave
 from tests.bench.server import BenchServer, running
 from zarrcache import ZarrS3Reader, plan_warm
-from zarrcache._keys import ArrayKey, stored_array
+from zarrcache._keys import ArrayKey, stored_array, units_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk._publish import publish
 from zarrcache.disk.directory import CacheDir
@@ -233,7 +233,7 @@ def _write(config: Path, part: int, parts: int) -> None:
     assert cache.index is not None
     root = cache.index.dir.root
     directories = [(reader.origin(role).identity, reader.origin(role)) for role in _ROLES]
-    array = stored_array("charge_density_total", is_per_point=reader.normalize)
+    array = stored_array("charge_density_total", units_of(reader.normalize))
     for number in range(part, len(task_ids), parts):
         for identity, origin in directories:
             key = ArrayKey(identity, origin.url_of(f"{task_ids[number]}.zarr"), array)

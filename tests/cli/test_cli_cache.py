@@ -158,7 +158,7 @@ def test_status_explains_entries_of_the_other_normalization(config: Path) -> Non
     config.write_text(config.read_text() + "normalize_data: false\n")
     done = zarrcache("status", config)
     assert "GGA          0 of 2 ids warm (0.0 %)" in done.out
-    assert "2 ids are warm for the other value of normalize_data; entries of the" in done.out
+    assert "2 ids are warm for normalize_data: true; entries of each unit" in done.out
 
 
 def test_doctor_fails_where_no_store_can_be_found(config: Path, tmp_path: Path) -> None:

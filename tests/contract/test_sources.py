@@ -259,3 +259,50 @@ def test_a_compressed_file_that_is_cut_short_is_named(
         path.write_bytes(path.read_bytes()[:cut])
         with pytest.raises(SchemaError, match=rf"{path.name}\b"):
             ZarrS3Reader.from_config(config).load(id_, "data")
+
+
+def test_files_per_volume_are_divided_by_the_volume_of_their_lattice(
+    files: Files, tmp_path: Path
+) -> None:
+    """As pymatgen has it; the same from files and from their stores of float64. ``warm``,
+    ``verify`` and ``status`` know the entries.
+    """
+    from pymatgen.io.vasp import Chgcar
+
+    exact = tmp_path / "exact"
+    for role, folder in (("data", "input"), ("label", "label")):
+        convert_directory(
+            files.root / "text" / folder, exact / role, workers=1, dtype="float64", chunks=64
+        )
+    config = DataConfig(
+        data_dir=str(files.root / "data"),
+        label_dir=str(files.root / "label"),
+        map_dir=str(files.root / "map.json"),
+        functional="GGA",
+        normalize_data="volume",
+        source=["json.gz", "CHGCAR", "zarr.zip"],
+        cache={"dir": tmp_path / "cache", "min_free": 0},
+    )
+    report = plan_warm(config, workers=1).execute()
+    assert report.failed == ()
+    reader = ZarrS3Reader.from_config(config)
+    others = [
+        files.reader(tmp_path, exact, normalize="volume"),
+        files.reader(tmp_path, files.root, normalize="volume"),
+    ]
+    for id_ in files.ids[:5]:
+        chgcar = Chgcar.from_file(str(files.root / "text" / "label" / f"{id_}.CHGCAR"))
+        expected = (chgcar.data["total"] / chgcar.structure.lattice.volume).astype(np.float32)
+        for one in (reader, *others):
+            values, shape = one.load(id_, "label")
+            assert np.array_equal(values.reshape(shape), expected)
+    assert reader.stats.misses == 0
+    checked = verify(config, against_origin=True)
+    assert checked.is_good
+    assert checked.stale == ()
+    covered = read_status(config).coverage
+    assert covered is not None
+    assert covered.warm == len(files.ids)
+    covered = read_status(config.model_copy(update={"normalize_data": False})).coverage
+    assert covered is not None
+    assert (covered.warm, covered.otherwise_warm, covered.other_units) == (0, 6, "volume")

@@ -412,7 +412,7 @@ def test_training_keys_are_read_and_the_others_left_alone() -> None:
         ("density_type", 1, "density_type: has to be 'total' or 'diff' (got 1)."),
         ("random_state", -1, "random_state: has to be at least 0 (got -1)."),
         ("random_state", "x", "random_state: has to be a whole number (got 'x')."),
-        ("normalize_data", "perhaps", "normalize_data: has to be true or false (got 'perhaps')."),
+        ("normalize_data", "perhaps", "normalize_data: 'perhaps' is not one of true,"),
         ("functional", 3, "functional: has to be text (got 3)."),
         ("functional", None, "functional: has to be text (got None)."),
         ("s3_kwargs", "secret", "s3_kwargs: has to be keys and values."),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from zarrcache.arrays.decode import check_metadata, is_chunk_of_nothing, metadata_key
+from zarrcache.arrays.decode import (
+    MAX_DOCUMENT_BYTES,
+    check_metadata,
+    is_chunk_of_nothing,
+    metadata_key,
+)
 from zarrcache.arrays.density_file import (
     DensityFile,
     PymatgenMissingError,
@@ -11,8 +16,9 @@ from zarrcache.arrays.density_file import (
     read_vasp_text,
     require_pymatgen,
 )
-from zarrcache.arrays.electrons import disagreement, electrons_of, has_electrons
+from zarrcache.arrays.electrons import disagreement, electrons_in, electrons_of, has_electrons
 from zarrcache.arrays.read import (
+    Decoded,
     Examined,
     as_density,
     check_sizes,
@@ -22,28 +28,39 @@ from zarrcache.arrays.read import (
     examine_array,
     list_array,
     metadata_of,
-    per_point,
     read_array,
     stable_listing,
+)
+from zarrcache.arrays.units import (
+    UNITS_ATTRIBUTE,
+    cell_volume,
+    lattice_volume,
+    per_point,
 )
 from zarrcache.arrays.zip import ZippedStore
 
 __all__ = [
+    "MAX_DOCUMENT_BYTES",
+    "UNITS_ATTRIBUTE",
+    "Decoded",
     "DensityFile",
     "Examined",
     "PymatgenMissingError",
     "ZippedStore",
     "as_density",
+    "cell_volume",
     "check_metadata",
     "check_sizes",
     "count_gets",
     "count_nonfinite",
     "density_of_group",
     "disagreement",
+    "electrons_in",
     "electrons_of",
     "examine_array",
     "has_electrons",
     "is_chunk_of_nothing",
+    "lattice_volume",
     "list_array",
     "metadata_key",
     "metadata_of",

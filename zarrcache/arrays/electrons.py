@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import density_array
+from zarrcache._keys import Units, density_array
 from zarrcache.arrays.decode import MAX_DOCUMENT_BYTES, parse_document
 
 __all__ = [
+    "attributes_in",
     "attributes_key",
     "disagreement",
     "electrons_in",
     "electrons_of",
     "has_electrons",
-    "stated_in",
 ]
 
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-6
@@ -40,21 +40,20 @@ def attributes_key(metadata_key: str | None) -> str:
     return "zarr.json" if metadata_key == "zarr.json" else ".zattrs"
 
 
-def stated_in(document: Any, key: str) -> float | None:
-    """The number of electrons in the document ``key`` of a store.
+def attributes_in(document: Any, key: str) -> dict[str, Any]:
+    """The attributes in the document ``key`` of a store.
 
-    None: it says nothing. That is also the meaning of a document that is no JSON object, that is
-    larger than 4 MiB, or whose number is not a finite number.
+    Empty for a document that is no JSON object, or that is larger than 4 MiB.
     """
     if len(document) > MAX_DOCUMENT_BYTES:
-        return None
+        return {}
     try:
         parsed = parse_document(bytes(document))
     except (ValueError, RecursionError):
-        return None
+        return {}
     if key == "zarr.json":
         parsed = parsed.get("attributes") if isinstance(parsed, dict) else None
-    return electrons_in(parsed) if isinstance(parsed, dict) else None
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def electrons_in(attributes: Mapping[str, Any]) -> float | None:
@@ -77,8 +76,10 @@ def electrons_in(attributes: Mapping[str, Any]) -> float | None:
         return None
 
 
-def electrons_of(values: NDArray[Any], *, is_per_point: bool = False) -> float:
-    """The number of electrons of a density: the mean of its values, in float64.
+def electrons_of(
+    values: NDArray[Any], units: Units = "cell", *, volume: float | None = None
+) -> float | None:
+    """The number of electrons of a density: the mean of its values per cell, in float64.
 
     0.3 ms for 5 MB.
 
@@ -86,28 +87,38 @@ def electrons_of(values: NDArray[Any], *, is_per_point: bool = False) -> float:
     ----------
     values : ndarray
         With at least one value.
-    is_per_point : bool
-        They were divided by the number of points, so their sum is the number.
+    units : {"cell", "points", "volume"}
+    volume : float, optional
+        Of the cell, in cubic angstrom; needed for values per volume.
+
+    Returns
+    -------
+    float or None
+        None: values per volume of an unknown cell.
     """
+    if units == "volume" and volume is None:
+        return None
     with np.errstate(all="ignore"):
         mean = values.mean(dtype=np.float64)
-        return float(mean * values.size if is_per_point else mean)
+        scale = {"cell": 1, "points": values.size, "volume": volume}[units]
+        return float(mean * scale)
 
 
-def disagreement(electrons: float, stated: float | None, relative_error: float = 0.0) -> str:
+def disagreement(electrons: float | None, stated: float | None, relative_error: float = 0.0) -> str:
     """How a number of electrons differs from the stated one by more than 0.1 %; empty if not.
 
-    NaN differs from every number.
+    NaN differs from every number; None, which is unknown, from no number.
 
     Parameters
     ----------
-    electrons : float
-    stated : float or None
+    electrons, stated : float or None
     relative_error : float
         Of the values, if they were rounded. It is added to the 0.1 %.
     """
+    if electrons is None or stated is None:
+        return ""
     tolerance = _RELATIVE + relative_error
-    if stated is None or abs(electrons - stated) <= tolerance * abs(stated) + _ABSOLUTE:
+    if abs(electrons - stated) <= tolerance * abs(stated) + _ABSOLUTE:
         return ""
     return (
         f"its values hold {electrons:.7g} electrons (their mean), but the metadata of the store "

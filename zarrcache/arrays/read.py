@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ObjectInfo, density_array, source_digest
+from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
 from zarrcache._sources import is_file, is_object
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
@@ -40,13 +40,14 @@ from zarrcache.arrays.decode import (
 )
 from zarrcache.arrays.density_file import read_density_file
 from zarrcache.arrays.electrons import (
+    attributes_in,
     attributes_key,
     disagreement,
     electrons_in,
     electrons_of,
     has_electrons,
-    stated_in,
 )
+from zarrcache.arrays.units import cell_volume, in_units, stored_in
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
     IncompleteArrayError,
@@ -72,15 +73,11 @@ __all__ = [
     "list_array",
     "metadata_of",
     "no_such_array",
-    "per_point",
     "read_array",
     "stable_listing",
 ]
 
 logger = logging.getLogger(__name__)
-
-#: Largest number of points that float32 represents exactly.
-_EXACT_IN_FLOAT32 = 2**24
 
 #: A store whose newest object is older than this counts as written.
 _STABLE_S = 2.0
@@ -108,23 +105,22 @@ class Decoded:
         Digest of the objects it was decoded from.
     missing_chunks : int
         Chunks of the grid that the origin does not have.
-    volume : float or None
-        Volume of the cell in cubic angstrom, of a file; None of a Zarr store.
+    attributes : mapping
+        Of the store, or what a file says of its cell; empty if they were not read.
     """
 
     array: np.ndarray[Any, np.dtype[Any]]
     source: str
     missing_chunks: int
-    volume: float | None = None
+    attributes: Mapping[str, Any]
 
 
 class _Fetched(NamedTuple):
-    """A decoded array, its absent chunks, the stated electrons, and the volume of the cell."""
+    """A decoded array, its absent chunks, and the attributes of its store."""
 
     array: NDArray[Any]
-    missing_chunks: int = 0
-    electrons: float | None = None
-    volume: float | None = None
+    missing_chunks: int
+    attributes: dict[str, Any]
 
 
 class Examined(NamedTuple):
@@ -134,17 +130,29 @@ class Examined(NamedTuple):
     ----------
     missing_chunks, chunks : int
         Chunks of the grid that the origin does not have, and all of the grid.
-    electrons : float or None
-        The number of electrons that the store's metadata states for this array.
+    attributes : mapping
+        Of the store, if the array is a density.
     """
 
     missing_chunks: int
     chunks: int
-    electrons: float | None
+    attributes: Mapping[str, Any]
+
+    def electrons(self, array: str) -> float | None:
+        """The number of electrons that the store states for the array of this name."""
+        return electrons_in(self.attributes) if has_electrons(array) else None
 
 
-def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
+def list_array(origin: Origin, store: str, array: str, units: Units = "cell") -> list[ObjectInfo]:
     """List the objects of an array, or the one object of a zipped store or a file: one LIST.
+
+    Parameters
+    ----------
+    origin : Origin
+    store, array : str
+    units : {"cell", "points", "volume"}
+        Values per volume depend on the store's attributes, so these are listed too: a changed
+        lattice is a changed density. That takes a LIST of the whole store.
 
     Raises
     ------
@@ -159,11 +167,19 @@ def list_array(origin: Origin, store: str, array: str) -> list[ObjectInfo]:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
     prefix = f"{store}/{array}/"
+    is_whole = units == "volume" and is_density(array)
+    everything = origin.list_objects(f"{store}/" if is_whole else prefix)
     # Neither the array's attributes nor what an editor or macOS leaves beside the chunks affects
     # the values: not worth a request, nor a reason to refetch.
-    listed = [o for o in origin.list_objects(prefix) if is_array_key(o.key.removeprefix(prefix))]
+    listed = [
+        o
+        for o in everything
+        if o.key.startswith(prefix) and is_array_key(o.key.removeprefix(prefix))
+    ]
+    if listed and is_whole:
+        return listed + [o for o in everything if _is_attributes(o, store)]
     if not listed:
-        everything = origin.list_objects(f"{store}/")
+        everything = everything if is_whole else origin.list_objects(f"{store}/")
         if not everything:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
         keys = (o.key.removeprefix(f"{store}/") for o in everything)
@@ -180,12 +196,13 @@ def read_array(
     source: str | None = None,
     reserve: Callable[[int], object] | None = None,
     fills: bool = False,
-    checks_electrons: bool = True,
+    units: Units = "cell",
+    uses_values: bool = True,
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET per object.
 
-    For ``charge_density_total`` one more GET reads the attributes of the store, which are not
-    listed with the array. If they state a number of electrons, the mean of the values must agree.
+    For a density one more GET reads the attributes of the store, which say its units. If they state
+    a number of electrons, the mean of ``charge_density_total`` must agree.
 
     The result is never a mixture of two versions: each object must be the listed version, and the
     listing of a recently written store must stay the same until it is two seconds old. A reader
@@ -206,8 +223,10 @@ def read_array(
     fills : bool
         Chunks of the grid that the origin does not have hold the fill value. False: they are an
         error (``cache.missing_chunks``).
-    checks_electrons : bool
-        False: the values are not used, so the attributes are not read.
+    units : {"cell", "points", "volume"}
+        As for `list_array`. The array is not converted.
+    uses_values : bool
+        False: only the time and the size matter, so the attributes are not read.
 
     Raises
     ------
@@ -219,32 +238,32 @@ def read_array(
     OriginError
         The origin cannot be reached.
     """
-    checks_electrons = checks_electrons and has_electrons(array)
     for wait_s in (*RELIST_WAITS_S, None):
-        listed = listed if listed is not None else list_array(origin, store, array)
+        listed = listed if listed is not None else list_array(origin, store, array, units)
         if source is None:
             source = source_digest(listed)
         pause_s = unstable_s(listed)
         stable_at_s = time.monotonic() + pause_s
         try:
-            values, missing, stated, volume = _fetch_and_decode(
-                origin, store, array, listed, reserve, fills, checks_electrons
+            values, missing, attributes = _fetch_and_decode(
+                origin, store, array, listed, reserve, fills, units if uses_values else None
             )
             if pause_s:
                 wait_until(stable_at_s)
-            if not pause_s or source_digest(list_array(origin, store, array)) == source:
-                if _electrons_differ(values, stated):
-                    # Of another version? The attributes are not in the listing, so read them again.
-                    stated = _stated_now(origin, store, array, listed, stated)
-                    _check_electrons(values, stated, origin.url_of(store), array, missing)
-                return Decoded(values, source, missing, volume)
+            if not pause_s or source_digest(list_array(origin, store, array, units)) == source:
+                url = origin.url_of(store)
+                if has_electrons(array) and _electrons_differ(values, attributes, url):
+                    # Of another version? They may not be in the listing, so read them again.
+                    attributes = _attributes_now(origin, store, array, listed, attributes)
+                    _check_electrons(values, attributes, url, array, missing)
+                return Decoded(values, source, missing, attributes)
         except (IncompleteArrayError, SchemaError) as exc:
             if isinstance(exc, SchemaError) and not (pause_s and is_file(store)):
                 raise  # a file that is being copied reads as one that is cut short
             # Changed since it was listed, incomplete, or damaged? A new listing shows a change,
             # once the writer has had the time to go on.
             wait_until(stable_at_s)
-            if source_digest(list_array(origin, store, array)) == source:
+            if source_digest(list_array(origin, store, array, units)) == source:
                 raise
         reserve = None  # the memory of the next try replaces that of this one
         if wait_s is None:
@@ -257,7 +276,9 @@ def read_array(
 
 def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
     """GETs of `read_array`: the listed objects, and the attributes of a store of many objects."""
-    return len(listed) + (has_electrons(array) and not is_object(store))
+    if not is_density(array) or is_object(store):
+        return len(listed)
+    return len(listed) + (not any(_is_attributes(obj, store) for obj in listed))
 
 
 def stable_listing(list_store: Callable[[], list[ObjectInfo]], url: str) -> list[ObjectInfo]:
@@ -311,37 +332,41 @@ def _fetch_and_decode(
     listed: list[ObjectInfo],
     reserve: Callable[[int], object] | None,
     fills: bool,
-    checks_electrons: bool,
+    units: Units | None,
 ) -> _Fetched:
-    """Fetch the listed objects of an array and decode them."""
+    """Fetch the listed objects of an array and decode them.
+
+    Without ``units`` the attributes are not read.
+    """
+    has_units = units is not None and is_density(array)
     if is_object(store):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
         _report_sizes(listed)
         ((_, data),) = origin.fetch(listed)
         if is_file(store):
-            return _decode_file(store, array, data, url, reserve)
+            return _decode_file(store, array, data, url, reserve, units)
         zipped = ZippedStore(data, url)
         decoder = _decode_zipped(zipped, array, url, reserve, fills)
-        stated = _stated_in_zip(zipped, array) if checks_electrons else None
-        return _Fetched(decoder.finish(), decoder.missing_chunks, stated)
+        attributes = _attributes_in_zip(zipped, array) if has_units else {}
+        return _Fetched(decoder.finish(), decoder.missing_chunks, attributes)
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
     _report_sizes(listed)
-    keys = [o.key.removeprefix(prefix) for o in listed]
+    keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     decoder = ArrayDecoder(keys, url, reserve, fills=fills)
-    if not checks_electrons:
-        for obj, data in origin.fetch(listed):
-            decoder.add(obj.key.removeprefix(prefix), data)
-        return _Fetched(decoder.finish(), decoder.missing_chunks)
     name = attributes_key(metadata_key(keys))
-    attributes, document = f"{store}/{name}", b""
-    for obj, data in fetch_with(origin, listed, attributes, MAX_DOCUMENT_BYTES):
-        if obj.key == attributes:
+    key, document = f"{store}/{name}", b""
+    is_listed = not has_units or any(obj.key == key for obj in listed)
+    # Not held in a variable: the traceback of an error would keep the generator open.
+    for obj, data in (
+        origin.fetch(listed) if is_listed else fetch_with(origin, listed, key, MAX_DOCUMENT_BYTES)
+    ):
+        if obj.key == key:
             document = bytes(data)
-        else:
+        elif obj.key.startswith(prefix):
             decoder.add(obj.key.removeprefix(prefix), data)
-    return _Fetched(decoder.finish(), decoder.missing_chunks, stated_in(document, name))
+    return _Fetched(decoder.finish(), decoder.missing_chunks, attributes_in(document, name))
 
 
 def _decode_file(
@@ -350,6 +375,7 @@ def _decode_file(
     data: Buffer,
     url: str,
     reserve: Callable[[int], object] | None,
+    units: Units | None,
 ) -> _Fetched:
     """Decode a file that VASP or the Materials Project wrote."""
     if reserve is not None:
@@ -370,41 +396,55 @@ def _decode_file(
         )
     if found.notes:
         logger.warning("%s %s", url, " ".join(found.notes))
-    return _Fetched(values, volume=None)
+    # The lattice of a file that is read per cell is of no use, so it may be wrong.
+    needs_cell = units == "volume"
+    attributes = {"structure": {"lattice": {"matrix": found.lattice}}} if needs_cell else {}
+    return _Fetched(values, 0, attributes)
 
 
-def _stated_in_zip(zipped: ZippedStore, array: str) -> float | None:
-    """The number of electrons that a zipped store states."""
+def _is_attributes(obj: ObjectInfo, store: str) -> bool:
+    """Whether an object holds the attributes of a store, in either format."""
+    return obj.key in (f"{store}/.zattrs", f"{store}/zarr.json")
+
+
+def _attributes_in_zip(zipped: ZippedStore, array: str) -> dict[str, Any]:
     name = attributes_key("zarr.json" if f"{array}/zarr.json" in zipped.sizes else None)
     if zipped.sizes.get(name, MAX_DOCUMENT_BYTES + 1) > MAX_DOCUMENT_BYTES:
-        return None
-    return stated_in(zipped.read(name, MAX_DOCUMENT_BYTES), name)
+        return {}
+    return attributes_in(zipped.read(name, MAX_DOCUMENT_BYTES), name)
 
 
-def _stated_now(
+def _attributes_now(
     origin: Origin,
     store: str,
     array: str,
     listed: Collection[ObjectInfo],
-    stated: float | None,
-) -> float | None:
-    """The electrons that a store states now; a zipped one is of one version with its array."""
+    attributes: dict[str, Any],
+) -> dict[str, Any]:
+    """The attributes of a store now; a zipped one is of one version with its array."""
     if is_object(store):
-        return stated
+        return attributes
     prefix = f"{store}/{array}/"
     name = attributes_key(metadata_key([obj.key.removeprefix(prefix) for obj in listed]))
     ((_, document),) = fetch_with(origin, [], f"{store}/{name}", MAX_DOCUMENT_BYTES)
-    return stated_in(document, name)
+    return attributes_in(document, name)
 
 
-def _electrons_differ(values: NDArray[Any], stated: float | None) -> str:
+def _electrons_differ(values: NDArray[Any], attributes: Mapping[str, Any], url: str) -> str:
+    stated = electrons_in(attributes)
     if stated is None or not values.size:  # an array without values is refused as no density
         return ""
-    return disagreement(electrons_of(values), stated)
+    units = stored_in(attributes, url)
+    volume = cell_volume(attributes, url) if units == "volume" else None
+    return disagreement(electrons_of(values, units, volume=volume), stated)
 
 
 def _check_electrons(
-    values: NDArray[Any], stated: float | None, url: str, array: str, missing_chunks: int = 0
+    values: NDArray[Any],
+    attributes: Mapping[str, Any],
+    url: str,
+    array: str,
+    missing_chunks: int = 0,
 ) -> None:
     """Refuse values that disagree with the electrons that their store states.
 
@@ -412,7 +452,7 @@ def _check_electrons(
     ------
     IncompleteArrayError
     """
-    why = _electrons_differ(values, stated)
+    why = _electrons_differ(values, attributes, url)
     if not why:
         return
     if missing_chunks:
@@ -492,8 +532,8 @@ def examine_array(
 ) -> Examined:
     """Count the absent chunks of an array, and read the electrons that its store states.
 
-    One GET of the array's metadata, and for ``charge_density_total`` one of the store's attributes,
-    at the same time; a zipped store is fetched whole.
+    One GET of the array's metadata, and for a density one of the store's attributes, at the same
+    time; a zipped store is fetched whole.
 
     Parameters
     ----------
@@ -508,7 +548,7 @@ def examine_array(
         The metadata cannot be read.
     """
     if is_file(store):
-        return Examined(0, 1, None)  # it is read as a whole or not at all
+        return Examined(0, 1, {})  # it is read as a whole or not at all
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     zipped = None
     if store.endswith(".zip"):
@@ -517,24 +557,24 @@ def examine_array(
         zipped = ZippedStore(data, origin.url_of(store))
         keys = [name.removeprefix(prefix) for name in zipped.sizes if name.startswith(prefix)]
     else:
-        by_key = {obj.key.removeprefix(prefix): obj for obj in listed}
+        by_key = {o.key.removeprefix(prefix): o for o in listed if o.key.startswith(prefix)}
         keys = list(by_key)
     name = metadata_key(keys)
     if name is None:
         raise SchemaError(f"{url} holds neither .zarray nor zarr.json; it is not a Zarr array.")
-    electrons = None
+    attributes: dict[str, Any] = {}
     if zipped is not None:
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
-        if has_electrons(array):
-            electrons = _stated_in_zip(zipped, array)
-    elif has_electrons(array):
-        attributes = f"{store}/{attributes_key(name)}"
+        if is_density(array):
+            attributes = _attributes_in_zip(zipped, array)
+    elif is_density(array):
+        key = f"{store}/{attributes_key(name)}"
         found = {
             obj.key: bytes(data)
-            for obj, data in fetch_with(origin, [by_key[name]], attributes, MAX_DOCUMENT_BYTES)
+            for obj, data in fetch_with(origin, [by_key[name]], key, MAX_DOCUMENT_BYTES)
         }
         raw = found[prefix + name]
-        electrons = stated_in(found[attributes], attributes_key(name))
+        attributes = attributes_in(found[key], attributes_key(name))
     else:
         ((_, data),) = origin.fetch([by_key[name]])
         raw = bytes(data)
@@ -543,30 +583,41 @@ def examine_array(
     except (ValueError, RecursionError) as exc:
         raise SchemaError(f"{url}/{name} is not JSON ({exc}); convert the store again.") from exc
     check_metadata(document, f"{url}/{name}")
-    return Examined(*count_missing(document, keys), electrons)
+    return Examined(*count_missing(document, keys), attributes)
 
 
 def as_density(
-    array: NDArray[Any], url: str, name: str, *, is_per_point: object = False
+    array: NDArray[Any],
+    url: str,
+    name: str,
+    *,
+    units: Units = "cell",
+    attributes: Mapping[str, Any] | None = None,
 ) -> NDArray[np.float32]:
     """Check that an array is 3-D and cast it to float32, without a copy if it is float32.
 
-    With ``is_per_point`` also divide it by its number of points, in place if it is writable: then
-    no other code uses it, and a second array of its size would cost as much as the division.
+    Parameters
+    ----------
+    array : ndarray
+    url, name : str
+        Of the store and of the array in it.
+    units : {"cell", "points", "volume"}
+    attributes : mapping, optional
+        Of the store. Default: the array is in ``units`` already.
 
     Raises
     ------
     SchemaError
+        As said, or the store's units or its cell are unknown (`in_units`).
     """
     if array.ndim != 3 or 0 in array.shape:
         raise SchemaError(
             f"{url} {name} has the shape {array.shape}; a charge density is 3-D. Convert the store "
             "again."
         )
-    values = array.astype(np.float32, copy=False)
-    if not is_per_point:
-        return values
-    return per_point(values, out=values if values.flags.writeable else None)
+    if attributes is None:
+        return array.astype(np.float32, copy=False)
+    return in_units(array, units, attributes, url, name)
 
 
 def count_nonfinite(values: NDArray[Any]) -> int:
@@ -575,30 +626,10 @@ def count_nonfinite(values: NDArray[Any]) -> int:
     return 0 if is_finite.all() else int(values.size - np.count_nonzero(is_finite))
 
 
-def per_point(
-    values: NDArray[np.float32], *, out: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """Divide by the number of grid points, in ``out`` or a new array.
-
-    Bit-equal to ``values /= np.prod(gridsize)`` of a float32 array.
-    """
-    if values.size <= _EXACT_IN_FLOAT32:
-        # numpy divides float32 by int64 in float64 and rounds; float32 division gives the same
-        # bits in a third of the time.
-        return np.divide(values, np.float32(values.size), out=out)
-    return np.divide(
-        values,
-        np.float64(values.size),
-        out=np.empty_like(values) if out is None else out,
-        dtype=np.float64,
-        casting="same_kind",
-    )
-
-
 def density_of_group(
-    group: zarr.Group, name: str, where: str, *, fills: bool = False
+    group: zarr.Group, name: str, where: str, *, fills: bool = False, units: Units = "cell"
 ) -> NDArray[np.float32]:
-    """Read one array of an open group through zarr itself.
+    """Read one array of an open group through zarr itself, in ``units``.
 
     Absent chunks are counted if the group's store can be listed and the chunks are of equal size;
     zarr reads others as the fill value.
@@ -611,11 +642,13 @@ def density_of_group(
         URL of the group, for messages.
     fills : bool
         Absent chunks have the fill value. False: they are an error.
+    units : {"cell", "points", "volume"}
 
     Raises
     ------
     SchemaError
-        The array is absent (those present are named), a group, not 3-D, or not of real numbers.
+        The array is absent (those present are named), a group, not 3-D, or not of real numbers; or
+        the store's units or its cell are unknown.
     IncompleteArrayError
         Zarr cannot decode it, chunks are absent and ``fills`` is False, or the mean disagrees with
         the number of electrons in the group's attributes.
@@ -649,9 +682,10 @@ def density_of_group(
             f"{where}/{name} cannot be decoded by zarr ({type(exc).__name__}: {exc}). Convert the "
             "store again."
         ) from exc
+    attributes = group.attrs.asdict()
     if has_electrons(name):
-        _check_electrons(values, electrons_in(group.attrs.asdict()), where, name, missing)
-    return as_density(values, where, name)
+        _check_electrons(values, attributes, where, name, missing)
+    return as_density(values, where, name, units=units, attributes=attributes)
 
 
 def _missing_in(array: zarr.Array[Any], document: Mapping[str, Any]) -> tuple[int, int]:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, source_digest, stored_array
-from zarrcache.arrays import as_density, count_nonfinite, list_array, read_array
+from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, Units, source_digest, stored_array
+from zarrcache.arrays import (
+    Decoded,
+    as_density,
+    count_nonfinite,
+    density_of_group,
+    list_array,
+    read_array,
+)
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
@@ -19,6 +26,9 @@ from zarrcache.disk import SOUND, Flaws, new_entry
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import Origin
 from zarrcache.stats import LogOnce, SharedSet
+
+if TYPE_CHECKING:
+    import zarr
 
 __all__ = ["OnFlaws", "Outcome", "ReadThrough"]
 
@@ -46,8 +56,8 @@ class ReadThrough:
         The directory of the stores.
     array : str
         Name of the array in a store.
-    is_per_point : bool
-        Divide by the number of grid points.
+    units : {"cell", "points", "volume"}
+        Of the values that are stored and returned.
 
     Attributes
     ----------
@@ -64,15 +74,15 @@ class ReadThrough:
         origin: Origin,
         array: str,
         *,
-        is_per_point: bool,
+        units: Units,
     ) -> None:
         self._cache, self._checked, self._origin = cache, checked, origin
         self._arrays, self._counters = cache.arrays, cache.counters
-        self._array, self._is_per_point = array, is_per_point
+        self._array, self._units = array, units
         config = cache.config
         self.stored_as = stored_array(
             array,
-            is_per_point=is_per_point,
+            units,
             encoding=config.arrays.encoding if config is not None else FLOAT32,
         )
         self._identity, self._root = origin.identity, origin.url_of("")
@@ -81,16 +91,14 @@ class ReadThrough:
         self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._cache, self._checked, self._origin, self._array, self._is_per_point)
+        arguments = (self._cache, self._checked, self._origin, self._array, self._units)
         return _unpickled, arguments
 
     def at(self, origin: Origin) -> ReadThrough:
         """The same for another directory."""
         if origin is self._origin:
             return self
-        return ReadThrough(
-            self._cache, self._checked, origin, self._array, is_per_point=self._is_per_point
-        )
+        return ReadThrough(self._cache, self._checked, origin, self._array, units=self._units)
 
     def key(self, store: str) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
@@ -98,7 +106,7 @@ class ReadThrough:
 
     def listing(self, store: str) -> list[ObjectInfo]:
         """List a density at the origin now: keys, sizes, ETags. One LIST."""
-        return list_array(self._origin, store, self._array)
+        return list_array(self._origin, store, self._array, self._units)
 
     def read(
         self,
@@ -188,10 +196,9 @@ class ReadThrough:
                     source=source,
                     reserve=reserve,
                     fills=self.fills,
+                    units=self._units,
                 )
-                values = as_density(
-                    decoded.array, key.url, self._array, is_per_point=self._is_per_point
-                )
+                values = self._as_density(decoded, key.url)
                 found = decoded.missing_chunks, count_nonfinite(values)
                 flaws = Flaws(*found) if any(found) else SOUND
                 if lookup is not None:
@@ -270,28 +277,36 @@ class ReadThrough:
         if on_flaws is not None:
             on_flaws(flaws)
 
-    def prepared(self, array: NDArray[Any], url: str) -> NDArray[np.float32]:
-        """Convert an array of the origin to the density that is stored and returned."""
-        return as_density(array, url, self._array, is_per_point=self._is_per_point)
+    def of_group(self, group: zarr.Group, where: str) -> NDArray[np.float32]:
+        """Read the density of an open group, past the cache."""
+        return density_of_group(group, self._array, where, fills=self.fills, units=self._units)
+
+    def _as_density(self, decoded: Decoded, url: str) -> NDArray[np.float32]:
+        return as_density(
+            decoded.array, url, self._array, units=self._units, attributes=decoded.attributes
+        )
+
+    def _decoded(self, origin: Origin, store: str) -> Decoded:
+        return read_array(origin, store, self._array, fills=self.fills, units=self._units)
 
     def _past_the_array_tier(
         self, key: ArrayKey, store: str, on_flaws: OnFlaws | None, *, relist: bool
     ) -> NDArray[np.float32]:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
-        config, fills = self._cache.config, self.fills
+        config = self._cache.config
         if config is None or not config.bytes.enabled:
-            decoded = read_array(self._origin, store, self._array, fills=fills)
+            decoded = self._decoded(self._origin, store)
         else:
             cached = CachedOrigin(self._origin, self._cache, relist=relist)
             try:
-                decoded = read_array(cached, store, self._array, fills=fills)
+                decoded = self._decoded(cached, store)
             except IncompleteArrayError:
                 if relist:
                     raise
                 # The stored listing may be older than the store.
                 cached = CachedOrigin(self._origin, self._cache, relist=True)
-                decoded = read_array(cached, store, self._array, fills=fills)
-        values = self.prepared(decoded.array, key.url)
+                decoded = self._decoded(cached, store)
+        values = self._as_density(decoded, key.url)
         found = decoded.missing_chunks, count_nonfinite(values)
         if any(found):
             self._report(key, Flaws(*found), on_flaws)
@@ -302,6 +317,6 @@ class ReadThrough:
 
 
 def _unpickled(
-    cache: Cache, checked: SharedSet, origin: Origin, array: str, is_per_point: bool
+    cache: Cache, checked: SharedSet, origin: Origin, array: str, units: Units
 ) -> ReadThrough:
-    return ReadThrough(cache, checked, origin, array, is_per_point=is_per_point)
+    return ReadThrough(cache, checked, origin, array, units=units)

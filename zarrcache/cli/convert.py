@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -91,6 +91,19 @@ def convert(
             "--diff", help="also store the spin density (charge_density_diff) of files that have it"
         ),
     ] = False,
+    units: Annotated[
+        Literal["cell", "volume"],
+        typer.Option(
+            help="cell: density times cell volume, as in the file; volume: electrons per cubic "
+            "angstrom"
+        ),
+    ] = "cell",
+    dtype: Annotated[
+        Literal["float32", "float64"],
+        typer.Option(
+            help="of the arrays; with float64 readers compute every unit from the file's own values"
+        ),
+    ] = "float32",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace stores that exist [default: skip them]")
     ] = False,
@@ -139,6 +152,8 @@ def convert(
         zip=as_zip,
         zarr_format=3 if zarr_format == 3 else 2,
         diff=diff,
+        units=units,
+        dtype=dtype,
         overwrite=overwrite,
         id_from=id_from,
         s3_kwargs=s3_options(

@@ -37,6 +37,13 @@ __all__ = [
     "warm_notes",
 ]
 
+#: Values of ``normalize_data`` by the units of the entries.
+_NORMALIZED = {
+    "cell": "normalize_data: false",
+    "points": "normalize_data: true",
+    "volume": "normalize_data: volume",
+}
+
 
 def count(n: int) -> str:
     """``98 302``."""
@@ -190,8 +197,8 @@ def status_lines(state: Status) -> list[str]:
         )
         if covered.otherwise_warm:
             lines.append(
-                f"{'':<12} {plural(covered.otherwise_warm, 'id')} are warm for the other value of "
-                "normalize_data; entries of the two values are separate"
+                f"{'':<12} {plural(covered.otherwise_warm, 'id')} are warm for "
+                f"{_NORMALIZED[covered.other_units or 'cell']}; entries of each unit are separate"
             )
     return lines
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from zarrcache._keys import Units
+from zarrcache.arrays import lattice_volume
 from zarrcache.convert.chgcar import RawDensity, pymatgen_version
 from zarrcache.convert.formats import InputFormat, format_of, task_id_of
 from zarrcache.errors import ConfigError, SchemaError
@@ -25,39 +27,43 @@ _ELECTRON_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class ChargeDensity:
-    """One density as read from its file, cast to float32.
+    """One density as read from its file, in the units and the precision given.
 
     Attributes
     ----------
     task_id : str
     source : Path
-    total : ndarray, shape (nx, ny, nz), float32, C order
-        CHGCAR convention: electrons per volume times the volume of the cell, so ``total.mean()`` is
-        the number of valence electrons.
+    total : ndarray, shape (nx, ny, nz), float32 or float64, C order
+        Per cell (CHGCAR convention): electrons per volume times the volume of the cell, so
+        ``total.mean()`` is the number of valence electrons. Per volume: electrons per cubic
+        angstrom.
     diff : ndarray or None
         The spin density, spin up minus spin down, if the file has one and ``diff`` was set.
     structure : dict
         ``pymatgen.core.Structure.as_dict()``.
     formula : str
     electrons : float
-        ``mean(total)`` in float64. Readers refuse a store whose values disagree with it.
+        The mean of ``total`` per cell in float64. Readers refuse a store whose values disagree
+        with it.
     blocks : tuple of str
         Names of all grids in the file, for example ``("total", "diff")``.
     pymatgen_version : str
     warnings : tuple of str
         Suspicious findings, one sentence each; usually empty.
+    units : {"cell", "volume"}
     """
 
     task_id: str
     source: Path
-    total: NDArray[np.float32]
-    diff: NDArray[np.float32] | None
+    total: NDArray[np.floating]
+    diff: NDArray[np.floating] | None
     structure: dict[str, Any]
     formula: str
     electrons: float
     blocks: tuple[str, ...]
     pymatgen_version: str
     warnings: tuple[str, ...] = ()
+    units: Units = "cell"
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -78,6 +84,8 @@ def read_density(
     strict: bool = True,
     formats: Sequence[InputFormat] | None = None,
     task_id: str | None = None,
+    units: Units = "cell",
+    dtype: DTypeLike = np.float32,
 ) -> ChargeDensity:
     """Read and check one density.
 
@@ -93,11 +101,17 @@ def read_density(
         Default: those that are registered in this process.
     task_id : str, optional
         Default: from the path.
+    units : {"cell", "volume"}
+        ``volume`` divides the file's float64 values by ``structure.lattice.volume``; they are
+        rounded to ``dtype`` once.
+    dtype : dtype
+        float32 or float64.
 
     Raises
     ------
     SchemaError
-        Not a volumetric file, cut short, not 3-D, or with NaN or infinity.
+        Not a volumetric file, cut short, not 3-D, or with NaN or infinity; or ``units`` is
+        ``volume`` and the lattice has none.
     ConfigError
         pymatgen is not installed.
     OSError
@@ -109,7 +123,11 @@ def read_density(
     collinear = "diff" in parsed.blocks and "diff_x" not in parsed.blocks
     if diff and collinear:
         wanted["diff"] = parsed.blocks["diff"]
-    arrays = {block: _as_float32(path, block, values) for block, values in wanted.items()}
+    structure = parsed.structure.as_dict()
+    volume = _volume(path, structure) if units == "volume" else None
+    arrays = {
+        block: _rounded(path, block, values, volume, dtype) for block, values in wanted.items()
+    }
     if "diff" in arrays and arrays["diff"].shape != arrays["total"].shape:
         raise SchemaError(
             f"{path}: total has the grid {arrays['total'].shape}, diff has {arrays['diff'].shape}. "
@@ -127,13 +145,14 @@ def read_density(
         source=path,
         total=arrays["total"],
         diff=arrays.get("diff"),
-        structure=parsed.structure.as_dict(),
+        structure=structure,
         formula=str(parsed.structure.composition.formula),
         # Of the values that are stored, which readers compare with it.
-        electrons=float(arrays["total"].mean(dtype=np.float64)),
+        electrons=float(arrays["total"].mean(dtype=np.float64) * (volume or 1.0)),
         blocks=tuple(parsed.blocks),
         pymatgen_version=pymatgen_version(),
         warnings=tuple(notes),
+        units=units,
     )
 
 
@@ -234,17 +253,36 @@ def _protons(structure: Any) -> float:
     return float(sum(element.Z * amount for element, amount in structure.composition.items()))
 
 
-def _as_float32(path: Path, block: str, values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _volume(path: Path, structure: Mapping[str, Any]) -> float:
+    try:
+        return lattice_volume(structure)
+    except ValueError as exc:
+        raise SchemaError(
+            f"{path}: {exc}, so its density per volume is unknown. Correct the file, or read it "
+            "per cell."
+        ) from exc
+
+
+def _rounded(
+    path: Path,
+    block: str,
+    values: NDArray[np.float64],
+    volume: float | None,
+    dtype: DTypeLike,
+) -> NDArray[np.floating]:
+    """The values, divided by the volume if one is given, rounded once."""
     if values.ndim != 3 or 0 in values.shape:
         raise SchemaError(
             f"{path}: {block} has the shape {values.shape}; a density is 3-D. Get the file again."
         )
     with np.errstate(over="ignore"):
-        single = np.ascontiguousarray(values, dtype=np.float32)
-    bad = single.size - int(np.count_nonzero(np.isfinite(single)))
+        result: NDArray[np.floating] = np.ascontiguousarray(
+            values if volume is None else values / volume, dtype=dtype
+        )
+    bad = result.size - int(np.count_nonzero(np.isfinite(result)))
     if bad:
         raise SchemaError(
-            f"{path}: {bad} of {single.size} values of {block} are NaN or infinite. Run the "
+            f"{path}: {bad} of {result.size} values of {block} are NaN or infinite. Run the "
             "calculation again or get the file again."
         )
-    return single
+    return result

@@ -260,6 +260,8 @@ def plan_convert(
     s3_kwargs: Mapping[str, Any] | None = None,
     strict: bool = True,
     id_from: str = "auto",
+    units: Literal["cell", "volume"] = "cell",
+    dtype: Literal["float32", "float64"] = "float32",
 ) -> ConvertPlan:
     """Find the files to convert, and those that are converted already.
 
@@ -293,6 +295,11 @@ def plan_convert(
         ``CHGCAR.relax2``) the nearest directory that is not a step (``relax``). ``name``,
         ``directory``, ``path`` (joined with ``_``), or a regular expression for the path below
         ``src`` whose first group is the id.
+    units : {"cell", "volume"}
+        ``cell``: density times cell volume, as in the file. ``volume``: electrons per cubic
+        angstrom, computed in float64 and rounded once; the store says so in its attributes.
+    dtype : {"float32", "float64"}
+        Of the arrays. With float64, readers compute every unit from the file's own values.
 
     Raises
     ------
@@ -321,6 +328,12 @@ def plan_convert(
         raise ConfigError(f"{target} is not a directory. Give the directory for the stores.")
     sizes: tuple[int, ...] = (chunks,) * 3 if isinstance(chunks, int) else tuple(chunks)
     check_layout(sizes, zarr_format)
+    for name, value, known in (
+        ("units", units, ("cell", "volume")),
+        ("dtype", dtype, ("float32", "float64")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; it has to be {' or '.join(known)}.")
     if workers is not None:
         whole_number("workers", workers, least=1)
     if "://" in os.fspath(src):
@@ -339,6 +352,8 @@ def plan_convert(
         strict,
         registered_formats(),
         naming,
+        units,
+        dtype,
     )
     verdicts = {} if overwrite else convert.verdicts(found.files)
     convert.replace = frozenset(
@@ -401,6 +416,8 @@ class _Converter:
     strict: bool
     formats: tuple[InputFormat, ...]
     naming: Naming
+    units: Literal["cell", "volume"]
+    dtype: Literal["float32", "float64"]
     #: Names of stores that are not whole, to be replaced.
     replace: frozenset[str] = frozenset()
 
@@ -416,7 +433,13 @@ class _Converter:
             task_id = task_id_of(path, self.formats, self.naming)
             source = source_of(path)
             density = read_density(
-                path, diff=self.diff, strict=self.strict, formats=self.formats, task_id=task_id
+                path,
+                diff=self.diff,
+                strict=self.strict,
+                formats=self.formats,
+                task_id=task_id,
+                units=self.units,
+                dtype=self.dtype,
             )
             objects = encode_store(
                 density.total,
@@ -427,6 +450,8 @@ class _Converter:
                 zarr_format=self.zarr_format,
                 source=source,
                 diff_wanted=self.diff,
+                units=self.units,
+                dtype=self.dtype,
             )
             if self.zip:
                 objects = {"": zipped(objects)}
@@ -527,7 +552,9 @@ class _Converter:
             return _Verdict(Existing(""), f"{where} cannot be read ({exc.strerror or exc}).")
         hint = "Replace it with --overwrite, or choose another destination."
         error = None
-        if existing.source is None:
+        if existing.units != self.units and not existing.problem:
+            error = f"{target} was converted with --units {existing.units}. {hint}"
+        elif existing.source is None:
             if existing.problem:
                 error = (
                     f"{target} is not whole ({existing.problem}) and does not say what it was made "
@@ -541,6 +568,8 @@ class _Converter:
             )
         elif self.diff and not existing.has_diff and not existing.problem:
             error = f"{target} was converted without --diff. {hint}"
+        elif existing.dtype != self.dtype and not existing.problem:
+            error = f"{target} was converted with --dtype {existing.dtype}. {hint}"
         return _Verdict(existing, error)
 
     def _present(self, names: set[str]) -> set[str]:

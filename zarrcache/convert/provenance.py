@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from zarrcache.arrays import UNITS_ATTRIBUTE
+
 __all__ = ["ATTRIBUTE", "Existing", "Source", "examine", "examine_zip", "record", "source_of"]
 
 ATTRIBUTE = "converted_from"
@@ -63,11 +65,15 @@ class Existing:
         None: another program or an earlier version wrote it.
     has_diff : bool
         The spin density was requested when it was converted.
+    units, dtype : str
+        Of its arrays: ``cell`` or ``volume``, ``float32`` or ``float64``.
     """
 
     problem: str
     source: Source | None = None
     has_diff: bool = False
+    units: str = "cell"
+    dtype: str = "float32"
 
 
 def source_of(path: Path) -> Source:
@@ -82,9 +88,13 @@ def _tally(objects: Mapping[str, int]) -> dict[str, int]:
     return {"objects": len(sizes), "object_bytes": sum(sizes)}
 
 
-def record(source: Source, objects: Mapping[str, int], *, has_diff: bool) -> str:
+def record(
+    source: Source, objects: Mapping[str, int], *, has_diff: bool, dtype: str = "float32"
+) -> str:
     """The value of the attribute, given the sizes of the store's objects by key."""
-    return json.dumps({**asdict(source), "diff": has_diff, **_tally(objects)})
+    # Without the default, the bytes of a store are those of earlier versions.
+    kind = {} if dtype == "float32" else {"dtype": dtype}
+    return json.dumps({**asdict(source), "diff": has_diff, **kind, **_tally(objects)})
 
 
 def examine(
@@ -108,6 +118,7 @@ def examine(
     try:
         document = json.loads(read(root))
         attributes: Mapping[str, Any] = document["attributes"] if root == "zarr.json" else document
+        units = str(attributes.get(UNITS_ATTRIBUTE, "cell"))
         noted = attributes.get(ATTRIBUTE)
         noted = None if noted is None else json.loads(noted)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -122,12 +133,13 @@ def examine(
     if empty := [key for key, size in objects.items() if size == 0]:
         problem = problem or f"{len(empty)} of its objects are empty, {empty[0]} for example"
     if noted is None:
-        return Existing(problem or _unrecorded_problem(objects))
+        return Existing(problem or _unrecorded_problem(objects), units=units)
     now = _tally(objects)
     try:
         source = Source(*(noted[name] for name in ("name", "bytes", "ctime_ns", "sha256")))
         expected = {name: noted[name] for name in now}
         has_diff = bool(noted["diff"])
+        dtype = str(noted.get("dtype", "float32"))
     except (KeyError, TypeError):
         return Existing(f"its attribute {ATTRIBUTE} cannot be read")
     if now != expected:
@@ -135,7 +147,7 @@ def examine(
             f"it has {now['objects']} of {expected['objects']} objects and {now['object_bytes']} "
             f"of {expected['object_bytes']} bytes"
         )
-    return Existing(problem, source, has_diff)
+    return Existing(problem, source, has_diff, units, dtype)
 
 
 def examine_zip(file: Path | IO[bytes]) -> Existing:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from zarrcache._keys import Role
+from zarrcache._keys import Role, units_of
 from zarrcache.arrays import per_point
 from zarrcache.config import CacheConfig
 from zarrcache.convert.density import read_density
@@ -84,7 +84,12 @@ class RhoRead(PairReader):
                 f"{task_id}.CHGCAR, for example."
             )
         path = files[task_id]
-        density = read_density(path, diff=self.density_type == "diff")
+        units = units_of(self.normalize)
+        density = read_density(
+            path,
+            diff=self.density_type == "diff",
+            units="volume" if units == "volume" else "cell",
+        )
         values = {"total": density.total, "diff": density.diff}.get(self.density_type)
         if values is None:
             raise SchemaError(
@@ -94,7 +99,7 @@ class RhoRead(PairReader):
         if density.warnings:
             self._log_once.warning(path, logger, "%s %s", path, " ".join(density.warnings))
         nx, ny, nz = values.shape
-        if self.normalize:
+        if units == "points":
             values = per_point(values)
         return values.reshape(-1), (nx, ny, nz)
 

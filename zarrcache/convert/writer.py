@@ -23,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache._keys import Units
+from zarrcache.arrays import MAX_DOCUMENT_BYTES, UNITS_ATTRIBUTE
 from zarrcache.convert.durable import exchange, sync_directory, sync_tree
 from zarrcache.convert.provenance import ATTRIBUTE, Existing, Source, examine, examine_zip, record
 from zarrcache.disk import hidden_path, remove_hidden, sweep_hidden
@@ -64,13 +66,15 @@ def encode_store(
     zarr_format: Literal[2, 3] = 2,
     source: Source | None = None,
     diff_wanted: bool = False,
+    units: Units = "cell",
+    dtype: Literal["float32", "float64"] = "float32",
 ) -> dict[str, bytes]:
     """Encode a store: its objects by key, in the order to publish them (chunks first, group last).
 
     Parameters
     ----------
     total, diff : ndarray, shape (nx, ny, nz)
-        Stored as float32.
+        Stored as ``dtype``.
     structure, metadata : mapping
         Stored as JSON strings.
     chunks : three ints
@@ -81,11 +85,14 @@ def encode_store(
         Recorded in the store, with the number and bytes of its objects.
     diff_wanted : bool
         Recorded: the spin density was requested, whether the file has one or not.
+    units : {"cell", "volume"}
+        Of the arrays. ``volume`` is an attribute of the store, without which readers would divide
+        again.
 
     Raises
     ------
     SchemaError
-        An array is not 3-D.
+        An array is not 3-D, or the attributes are larger than readers read.
     ConfigError
         Invalid chunks or format.
     """
@@ -100,6 +107,14 @@ def encode_store(
         "structure": json.dumps(dict(structure), default=_plain),
         "metadata": json.dumps(dict(metadata), default=_plain),
     }
+    if units != "cell":
+        attributes[UNITS_ATTRIBUTE] = units
+        if sum(map(len, attributes.values())) > MAX_DOCUMENT_BYTES // 2:
+            raise SchemaError(
+                f"its structure and metadata have {sum(map(len, attributes.values()))} bytes; "
+                "readers do not read such attributes, so they would not see its units. Convert it "
+                "per cell."
+            )
     group = zarr.create_group(store=store, zarr_format=zarr_format, attributes=attributes)
     for name, values in (("charge_density_total", total), ("charge_density_diff", diff)):
         if values is None:
@@ -108,7 +123,7 @@ def encode_store(
             raise SchemaError(f"{name} has the shape {values.shape}; a density is 3-D.")
         group.create_array(
             name,
-            data=np.ascontiguousarray(values, dtype="<f4"),
+            data=np.ascontiguousarray(values, np.dtype(dtype).newbyteorder("<")),
             # Larger chunks would be padded to their full size in memory (1000: 4 GB).
             chunks=tuple(min(*sides) for sides in zip(chunks, values.shape, strict=True)),
             compressors=numcodecs.Blosc() if zarr_format == 2 else "auto",
@@ -117,7 +132,8 @@ def encode_store(
         )
     if source is not None:
         sizes = {key: len(value) for key, value in objects.items()}
-        group.update_attributes({ATTRIBUTE: record(source, sizes, has_diff=diff_wanted)})
+        noted = record(source, sizes, has_diff=diff_wanted, dtype=dtype)
+        group.update_attributes({ATTRIBUTE: noted})
     with warnings.catch_warnings():
         # zarr warns that v3 does not specify consolidated metadata yet; readers may ignore it.
         warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,10 @@ from zarrcache._keys import (
     Role,
     check_task_id,
     density_array,
+    units_of,
 )
 from zarrcache._sources import choose, kinds_of, sources_of
-from zarrcache.arrays import density_of_group, metadata_of
+from zarrcache.arrays import metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.lock import LockFile
@@ -58,6 +59,8 @@ __all__ = ["PairReader", "ZarrS3Reader", "distinct_directories", "open_reader"]
 logger = logging.getLogger(__name__)
 
 _GRIDS_COMPARED = 1000
+#: What the values of a density are divided by: see ``ZarrS3Reader``.
+Normalize = bool | Literal["points", "volume"]
 
 
 class _Present(NamedTuple):
@@ -82,7 +85,7 @@ class PairReader(ABC):
         label_dir: str | os.PathLike[str],
         map_dir: str | os.PathLike[str],
         functional: str,
-        normalize: bool,
+        normalize: Normalize,
         train_fraction: float,
         random_state: int = 42,
         density_type: str = "total",
@@ -97,6 +100,7 @@ class PairReader(ABC):
         self.label_dir = self._location(label_dir)
         self.map_dir = Path(map_dir)
         self.functional = functional
+        units_of(normalize)  # refuses what is neither a bool nor a unit
         self.normalize = normalize
         self.tf = train_fraction
         self.rs = random_state
@@ -162,13 +166,15 @@ class PairReader(ABC):
         values : ndarray, shape (nx*ny*nz,), float32, C order
             Writable and the caller's own. CHGCAR convention: density times cell volume, in
             electrons, so ``values.mean()`` is the number of valence electrons; with ``normalize``
-            it is ``values.sum()`` (VASP wiki, CHGCAR).
+            it is ``values.sum()`` (VASP wiki, CHGCAR). With ``normalize="volume"`` the density
+            itself, in electrons per cubic angstrom.
         gridsize : (nx, ny, nz)
 
         Raises
         ------
         SchemaError
-            The density is absent, not 3-D or not of real numbers.
+            The density is absent, not 3-D or not of real numbers; or it is to be per volume and the
+            structure with the lattice is absent or has no volume.
         IncompleteArrayError
             A chunk that the origin lists cannot be read, or is absent (unless
             ``cache.missing_chunks`` is ``fill``); nothing is cached.
@@ -333,8 +339,11 @@ class ZarrS3Reader(PairReader):
     map_dir : str or Path
         JSON or JSON.gz file ``{functional: [task_id, ...]}``.
     functional : str
-    normalize : bool
-        Divide by the number of grid points; the values then sum up to the number of electrons.
+    normalize : bool, "points" or "volume"
+        ``True`` and ``"points"`` divide by the number of grid points; the values then sum up to
+        the number of electrons. ``"volume"`` divides by the volume of the cell, from the attribute
+        ``structure`` of the store: electrons per cubic angstrom, computed in float64 and rounded
+        once.
     train_fraction : float
         0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``;
         1.0 leaves no test set.
@@ -379,7 +388,7 @@ class ZarrS3Reader(PairReader):
             "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
         }
         self._checked = SharedSet()
-        self._read_throughs: dict[tuple[Role, str, bool], ReadThrough] = {}
+        self._read_throughs: dict[tuple[Role, str, object], ReadThrough] = {}
         self._store_names: dict[Role, dict[str, str]] = {}
         self._observers: tuple[ReadObserver, ...] = ()
         self._has_compared_grids = False
@@ -528,11 +537,15 @@ class ZarrS3Reader(PairReader):
 
     def _densities(self, role: Role) -> ReadThrough:
         """The read path of one directory. Created once per setting of the attributes."""
-        key = role, self.density_type, bool(self.normalize)
+        key = role, self.density_type, self.normalize
         found = self._read_throughs.get(key)
         if found is None:
             found = self._read_throughs[key] = ReadThrough(
-                self._cache, self._checked, self._origins[role], self.array, is_per_point=key[2]
+                self._cache,
+                self._checked,
+                self._origins[role],
+                self.array,
+                units=units_of(self.normalize),
             )
         return found
 
@@ -697,8 +710,7 @@ class ZarrS3Reader(PairReader):
         with _only_our_errors(where):
             if isinstance(store, CachedStore) and not zarr_store.path:
                 return _flat(densities.at(store.origin).read(store.name)[0])
-            values = density_of_group(zarr_store, self.array, where, fills=densities.fills)
-            return _flat(densities.prepared(values, where))
+            return _flat(densities.of_group(zarr_store, where))
 
     def get_metadata(self, zarr_store: zarr.Group) -> dict[str, Any]:
         """Attribute ``metadata`` of a store, merged with ``structure``.

@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from zarrcache._keys import ROLES, ArrayKey, Role, density_array
-from zarrcache._sources import kinds_of, names_of, stem_of
+from zarrcache._keys import ROLES, ArrayKey, Role, density_array, is_density, units_of
+from zarrcache._sources import is_file, kinds_of, names_of, stem_of
 from zarrcache._units import format_bytes
-from zarrcache.arrays import examine_array, list_array, read_array
+from zarrcache.arrays import cell_volume, examine_array, list_array, read_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
 from zarrcache.data import mapped_ids
 from zarrcache.disk import (
@@ -337,6 +337,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
             url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
         )
         name = f"{role} at {origin.url}"
+        units = units_of(config.normalize_data)
         start_s = time.perf_counter()
         for task_id in ids:
             for store in names_of(task_id, kinds_of(config.source)):
@@ -352,15 +353,20 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                     f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
                 )
                 yield Finding(name, "ok", found)
-                missing, chunks, electrons = examine_array(origin, store, array, listed)
-                if electrons is not None:
+                examined = examine_array(origin, store, array, listed)
+                if examined.electrons(array) is not None:
                     yield _electrons(role, origin, store, array, listed)
-                if missing:
+                if units == "volume" and is_density(array) and not is_file(store):
+                    volume = cell_volume(examined.attributes, origin.url_of(store))
+                    found = f"{store} has a cell of {volume:.6g} cubic angstrom"
+                    yield Finding(f"volume of {role}", "ok", found)
+                if examined.missing_chunks:
                     fills = config.cache is not None and config.cache.missing_chunks == "fill"
                     yield Finding(
                         f"chunks of {role}",
                         "warn" if fills else "fail",
-                        f"{origin.url_of(store)} {array} lacks {missing} of {chunks} chunks",
+                        f"{origin.url_of(store)} {array} lacks {examined.missing_chunks} of "
+                        f"{examined.chunks} chunks",
                         "Convert the store again. Absent chunks are an error, or with "
                         "cache.missing_chunks: fill, the fill value.",
                     )

@@ -30,7 +30,7 @@ class CachedDensity:
     array : str
         Name of the array in the store.
     unit : str
-        What the values are divided by: ``points``, or empty.
+        What the values are divided by: ``points``, ``volume``, or empty.
     shape : tuple of int
         Empty if the entry could not be read.
     encoding : str
@@ -117,7 +117,7 @@ def list_entries(
                 role="" if selection is None else selection.roles_of(row),
                 url=url,
                 array=header.key.source_array if header else "",
-                unit="points" if header and header.key.is_per_point else "",
+                unit=header.key.units if header and header.key.units != "cell" else "",
                 shape=header.shape if header else (),
                 encoding=header.key.encoding if header else "",
                 disk_bytes=row.size_bytes,

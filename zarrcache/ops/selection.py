@@ -16,9 +16,10 @@ from zarrcache._keys import (
     density_array,
     source_digest,
     stored_array,
+    units_of,
 )
 from zarrcache._sources import choose, kinds_of, stem_of
-from zarrcache.arrays import examine_array, list_array
+from zarrcache.arrays import cell_volume, examine_array, list_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import distinct_directories, mapped_ids
@@ -161,12 +162,15 @@ class Compared(NamedTuple):
         Which chunks the origin lacks; empty if it has all, or was not examined.
     electrons : float or None
         The number of electrons that the store states.
+    volume : float or None
+        Of the cell, in cubic angstrom, for an entry per volume.
     """
 
     row: Row
     is_stale: bool
     lacks: str = ""
     electrons: float | None = None
+    volume: float | None = None
 
 
 class Selection:
@@ -207,7 +211,7 @@ class Selection:
         }
         self._array = stored_array(
             density_array(config.density_type),
-            is_per_point=config.normalize_data,
+            units_of(config.normalize_data),
             encoding=cache_of(config).arrays.encoding,
         )
         self._roots = distinct_directories(self._origins)
@@ -295,20 +299,27 @@ class Selection:
             header = stored_header(self.index, row.digest)
             if header is None:
                 return Compared(row, False)  # evicted meanwhile, or damaged, which verify reports
-            array = header.key.source_array
+            array, units = header.key.source_array, header.key.units
             try:
-                listed = list_array(origin, store, array)
+                listed = list_array(origin, store, array, units)
             except (OriginNotFoundError, SchemaError):
                 return Compared(row, True)
-            lacks, electrons = "", None
+            lacks, electrons, volume = "", None, None
             if examines:
                 try:
-                    missing, chunks, electrons = examine_array(origin, store, array, listed)
-                    if missing:
-                        lacks = f"the origin lacks {missing} of {chunks} chunks"
+                    examined = examine_array(origin, store, array, listed)
+                    electrons = examined.electrons(array)
+                    if examined.missing_chunks:
+                        lacks = (
+                            f"the origin lacks {examined.missing_chunks} of {examined.chunks} "
+                            "chunks"
+                        )
+                    if units == "volume" and electrons is not None:
+                        volume = cell_volume(examined.attributes, origin.url_of(store))
                 except (SchemaError, IncompleteArrayError) as exc:
                     lacks = str(exc)
-            return Compared(row, source_digest(listed) != header.source, lacks, electrons)
+            is_stale = source_digest(listed) != header.source
+            return Compared(row, is_stale, lacks, electrons, volume)
 
         with closing(concurrently(compare, candidates)) as answers:
             return list(answers)

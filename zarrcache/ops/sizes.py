@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zarrcache._keys import ObjectInfo, Role
+from zarrcache._keys import ObjectInfo, Role, units_of
 from zarrcache._sources import is_object
 from zarrcache.arrays import check_metadata, count_gets, list_array, metadata_key, read_array
 from zarrcache.data import ZarrS3Reader
@@ -91,11 +91,11 @@ def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
         The density cannot be read.
     """
     origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
-    listed = list_array(origin, store, array)
+    listed = list_array(origin, store, array, units_of(reader.normalize))
     stored_bytes = sum(obj.size_bytes for obj in listed)
     if is_object(store):
         shape = read_array(
-            origin, store, array, listed=listed, fills=True, checks_electrons=False
+            origin, store, array, listed=listed, fills=True, uses_values=False
         ).array.shape
         return DensitySize(0, 2, stored_bytes, _entry_bytes(math.prod(shape)))
     points = math.prod(_shape(reader, store, role, listed))
@@ -111,7 +111,7 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -
         listed = reader.listing(task_id, role)
         listed_s = time.perf_counter()
         origin, store = reader.origin(role), reader.store_name(task_id, role)
-        read_array(origin, store, reader.array, listed=listed, fills=True, checks_electrons=False)
+        read_array(origin, store, reader.array, listed=listed, fills=True, uses_values=False)
         if number or len(densities) == 1:
             latencies.append(listed_s - start_s)
             seconds.append(time.perf_counter() - start_s)

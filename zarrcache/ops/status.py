@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zarrcache._keys import Units, units_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
 from zarrcache.ops.selection import Selection, cache_of, open_if_present, select
@@ -41,8 +42,10 @@ class Coverage:
     is_listed : bool
         Listings of both directories are stored, so that training starts without the origin.
     otherwise_warm : int
-        Ids with both densities cached for the other value of ``normalize_data``, whose entries
-        this config does not use. Counted only if ``warm`` is 0.
+        Ids with both densities cached in ``other_units``. Counted only if ``warm`` is 0.
+    other_units : {"cell", "points", "volume"} or None
+        Units of another value of ``normalize_data``, in which most ids are warm; this config does
+        not use such entries. None if no id is.
     """
 
     functional: str
@@ -53,6 +56,7 @@ class Coverage:
     nbytes: int
     is_listed: bool
     otherwise_warm: int = 0
+    other_units: Units | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -142,13 +146,18 @@ def _coverage_of(config: DataConfig, selection: Selection, *, exists: bool) -> C
     if covered.warm or not exists:
         return covered
     # The usual reason for a cache that is full and yet cold.
-    other = config.model_copy(update={"normalize_data": not config.normalize_data})
-    otherwise, _ = select(other)
-    assert otherwise is not None
-    open_if_present(otherwise.index)
-    return replace(
-        covered, otherwise_warm=_coverage(config.functional, otherwise, exists=True).warm
-    )
+    own = units_of(config.normalize_data)
+    others: dict[Units, bool | str] = {"cell": False, "points": True, "volume": "volume"}
+    for units, value in others.items():
+        if units == own:
+            continue
+        other, _ = select(config.model_copy(update={"normalize_data": value}))
+        assert other is not None
+        open_if_present(other.index)
+        warm = _coverage(config.functional, other, exists=True).warm
+        if warm > covered.otherwise_warm:
+            covered = replace(covered, otherwise_warm=warm, other_units=units)
+    return covered
 
 
 def _sum(totals: Mapping[str, tuple[int, int]], *kinds: str) -> Tier:

@@ -10,6 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
+from zarrcache._keys import Units
 from zarrcache.arrays import count_nonfinite, disagreement, electrons_of, has_electrons
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import (
@@ -136,13 +137,13 @@ def verify(
         return index.drop([row.digest], filename=row.filename)
 
     flaws: dict[str, Flaws] = {}
-    electrons: dict[str, float] = {}
+    means: dict[str, _Mean] = {}
     for row in rows:
         try:
             checked = _check(row, index.dir.root / row.filename)
             flaws[row.digest] = checked.flaws
-            if checked.electrons is not None:
-                electrons[row.digest] = checked.electrons
+            if checked.mean is not None:
+                means[row.digest] = checked.mean
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
             if drop(row):
@@ -169,14 +170,14 @@ def verify(
     filled: list[Problem] = []
     for row in good:
         found = flaws[row.digest]
-        _, is_stale, lacks, stated = compared.get(row.digest) or Compared(row, False)
+        _, is_stale, lacks, stated, volume = compared.get(row.digest) or Compared(row, False)
         # A store that lacks chunks is no version to replace a whole entry with.
         if is_stale and (not lacks or always.missing_chunks == "fill"):
             drop(row)
             stale.append(_problem(row, "the origin has another version"))
             found = SOUND
-        elif row.digest in electrons:
-            why = disagreement(electrons[row.digest], stated)
+        elif row.digest in means:
+            why = disagreement(means[row.digest].electrons(volume), stated)
             if why:
                 flawed.append(_problem(row, why))
         if not lacks and found.missing_chunks:
@@ -199,11 +200,24 @@ def verify(
     )
 
 
+class _Mean(NamedTuple):
+    """The mean of an entry, times the points if the entry is per point."""
+
+    value: float
+    units: Units
+
+    def electrons(self, volume: float | None) -> float | None:
+        """The electrons in a cell of this volume; None if it is needed and unknown."""
+        if self.units != "volume":
+            return self.value
+        return None if volume is None else self.value * volume
+
+
 class _Checked(NamedTuple):
-    """The flaws of a density, and the electrons that its values hold if they hold any."""
+    """The flaws of a density, and the mean of its values if it holds electrons."""
 
     flaws: Flaws
-    electrons: float | None = None
+    mean: _Mean | None = None
 
 
 def _check(row: Row, path: Path) -> _Checked:
@@ -221,7 +235,8 @@ def _check(row: Row, path: Path) -> _Checked:
         flaws = Flaws(entry.header.flaws.missing_chunks, count_nonfinite(entry.array))
         if not has_electrons(key.source_array) or not entry.array.size:
             return _Checked(flaws)
-        return _Checked(flaws, electrons_of(entry.array, is_per_point=key.is_per_point))
+        held = electrons_of(entry.array, "cell" if key.units == "volume" else key.units)
+        return _Checked(flaws, None if held is None else _Mean(held, key.units))
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from zarrcache.arrays.read import as_density, per_point
+from zarrcache.arrays import as_density, per_point
 from zarrcache.errors import SchemaError
 
 NAME = "charge_density_total"

@@ -18,13 +18,13 @@ from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
 from zarrcache._keys import ObjectInfo, source_digest
+from zarrcache.arrays import per_point
 from zarrcache.arrays.read import (
     RELIST_WAITS_S,
     density_of_group,
     examine_array,
     list_array,
     metadata_of,
-    per_point,
     read_array,
     unstable_s,
 )
@@ -358,7 +358,7 @@ def test_values_per_point_are_those_of_the_users_reader_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, limit: int, in_place: bool
 ) -> None:
     """On both sides of the number of points that a float32 holds exactly."""
-    monkeypatch.setattr("zarrcache.arrays.read._EXACT_IN_FLOAT32", limit)
+    monkeypatch.setattr("zarrcache.arrays.units._EXACT_IN_FLOAT32", limit)
     values = np.random.default_rng(3).random((7, 11, 13), np.float32) * 1e3
     theirs, before = values.copy(), values.copy()
     theirs /= np.prod(values.shape)

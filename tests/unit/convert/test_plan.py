@@ -473,3 +473,43 @@ def test_another_machine_that_does_not_see_the_same_files_ends_the_run(
 def test_source_on_s3_is_refused_by_its_url(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"s3://bucket/chgcars is not on this machine\. Download"):
         plan_convert("s3://bucket/chgcars", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        ({}, {"units": "volume"}, "was converted with --units cell"),
+        ({"units": "volume"}, {}, "was converted with --units volume"),
+        ({}, {"dtype": "float64"}, "was converted with --dtype float32"),
+        ({"dtype": "float64"}, {"dtype": "float32"}, "was converted with --dtype float64"),
+    ],
+)
+def test_a_store_in_other_units_is_not_taken_for_converted(
+    source: Path, tmp_path: Path, first: Any, second: Any, why: str
+) -> None:
+    """It is refused until it is replaced."""
+    out = tmp_path / "out"
+    convert_directory(source, out, workers=1, **first)
+    report = convert_directory(source, out, workers=1, **second)
+    assert len(report.failed) == 3
+    assert why in str(report.failed[0].error)
+    assert "--overwrite" in str(report.failed[0].error)
+    assert len(convert_directory(source, out, workers=1, **first).skipped) == 3
+    assert len(convert_directory(source, out, workers=1, overwrite=True, **second).converted) == 3
+    assert len(convert_directory(source, out, workers=1, **second).skipped) == 3
+
+
+@pytest.mark.parametrize("option", [{"units": "points"}, {"dtype": "float16"}, {"units": None}])
+def test_unknown_units_and_dtypes_are_refused(source: Path, tmp_path: Path, option: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(option))} is .* it has to be"):
+        convert_directory(source, tmp_path / "out", **option)
+
+
+def test_a_density_per_volume_needs_a_cell(source: Path, tmp_path: Path) -> None:
+    path = source / f"{IDS[0]}.CHGCAR"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[4] = lines[3]  # two of the three vectors are the same
+    path.write_text("".join(lines))
+    report = convert_directory(source, tmp_path / "out", workers=1, units="volume")
+    (failed,) = report.failed
+    assert f"{path}: the lattice of its structure has the volume 0" in str(failed.error)

@@ -229,3 +229,35 @@ def test_a_cache_that_would_do_nothing_is_told(
         _reader(pairs, cache={"dir": str(tmp_path / "never-made")})
     assert "parsed at every read" in caplog.text
     assert not (tmp_path / "never-made").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"units": "volume"}, {"dtype": "float64"}, {"units": "volume", "dtype": "float64"}]
+)
+def test_values_per_volume_are_those_of_pymatgen_through_stores_too(
+    pairs: Path, tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], options: dict[str, Any]
+) -> None:
+    """``float64 total / structure.lattice.volume``, rounded once: from the file, and from stores
+    per volume or of float64.
+    """
+    from pymatgen.io.vasp import Chgcar
+
+    for role in ("input", "label"):
+        convert_directory(pairs / role, tmp_path / role, workers=1, **options)
+    before = _reader(pairs, normalize="volume")
+    after = make_reader(
+        data_dir=tmp_path / "input", map_dir=pairs / "map.json", normalize="volume", cache={}
+    )
+    for task_id in before.task_ids:
+        chgcar = Chgcar.from_file(str(pairs / "label" / f"{task_id}.CHGCAR"))
+        expected = (chgcar.data["total"] / chgcar.structure.lattice.volume).astype(np.float32)
+        for reader in (before, after, after):
+            values, shape = reader.load(task_id, "label")
+            assert shape == expected.shape
+            assert np.array_equal(values.reshape(shape), expected)
+    per_cell = {normalize: _reader(pairs, normalize=normalize) for normalize in (True, False)}
+    for normalize, reader in per_cell.items():
+        other = make_reader(data_dir=tmp_path / "input", normalize=normalize)
+        ours, theirs = (one.load(task_id, "data")[0] for one in (other, reader))
+        assert np.allclose(ours, theirs, rtol=2.0**-22)
+        assert options.get("units") or np.array_equal(ours, theirs)
