@@ -59,9 +59,23 @@ _LOADERS = ("zarr_s3_data", "mp_zarr_s3_data", "chgcar_data")
 
 
 _NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
+_MOST_IN_FLIGHT = 1024
+_AUTO_OR_COUNT = WithJsonSchema(
+    {"anyOf": [{"type": "integer", "minimum": 1, "maximum": _MOST_IN_FLIGHT}, {"const": "auto"}]}
+)
 _TEXTS = WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}})
 Bytes = Annotated[int, BeforeValidator(parse_bytes), _NUMBER_OR_TEXT]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), _NUMBER_OR_TEXT]
+
+
+def _concurrency(value: object) -> object:
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if number == "auto" or (type(number) is int and 1 <= number <= _MOST_IN_FLIGHT):
+        return number
+    raise ValueError(
+        f"{safe_repr(value)} is not a number of requests. Write auto, or a whole number from 1 to "
+        f"{_MOST_IN_FLIGHT}"
+    )
 
 
 def _train_fraction(value: object) -> object:
@@ -86,6 +100,9 @@ def _normalization(value: object) -> object:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
         raise ValueError(f"{safe_repr(value)} is not one of true, false, points, volume") from None
+
+
+Concurrency = Annotated[int | Literal["auto"], BeforeValidator(_concurrency), _AUTO_OR_COUNT]
 
 
 class _Block(BaseModel):
@@ -122,8 +139,10 @@ class FetchConfig(_Block):
         description="what an ETag of 32 hexadecimal digits is: auto finds out, md5 refuses an "
         "object that does not match it, opaque compares it as text only",
     )
-    concurrency: int = Field(
-        64, ge=1, le=1024, description="requests in flight per density being read"
+    concurrency: Concurrency = Field(
+        "auto",
+        description="requests in flight per density being read; auto: those of the node, 512, "
+        "divided by the densities that its processes read now, and at most 192",
     )
     memory: Bytes = Field(
         512 * 1024**2,

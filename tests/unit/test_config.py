@@ -95,7 +95,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         True,
     )
     assert (config.retry.attempts, config.retry.timeout) == (5, 60.0)
-    assert (config.fetch.engine, config.fetch.concurrency) == ("auto", 64)
+    assert (config.fetch.engine, config.fetch.concurrency) == ("auto", "auto")
     assert (config.lower, config.peers, config.advertise, config.peer_token_file) == (
         None,
         (),
@@ -157,7 +157,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"fetch": {"engine": "boto"}},
         r"^cache\.fetch\.engine: .*'auto', 'obstore' or 's3fs' \(got 'boto'\)\.$",
     ),
-    ({"fetch": {"concurrency": 5000}}, r"^cache\.fetch\.concurrency: .*1024 \(got 5000\)\.$"),
+    *(
+        (
+            {"fetch": {"concurrency": value}},
+            (
+                r"^cache\.fetch\.concurrency: .* is not a number of requests\. Write auto, or a "
+                r"whole number from 1 to 1024\.$"
+            ),
+        )
+        for value in (5000, 0, -1, 2.5, True, None, "many", "Auto", "", [64])
+    ),
     ({"shared": "perhaps"}, r"^cache\.shared: .*\(got 'perhaps'\)\.$"),
     (
         {"peers": ["node1"]},

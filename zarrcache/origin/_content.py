@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HELD_BYTES",
+    "HELD_OBJECTS",
     "ContentCheck",
     "etag_in",
     "is_same_date",
@@ -44,9 +45,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Content that is not confirmed waits for its second reading; beyond this many bytes it is read at
-#: once.
-HELD_BYTES = 64 * 1024**2
+#: Content that is not confirmed waits for its second reading; beyond this many bytes, or objects,
+#: it is read at once.
+HELD_BYTES, HELD_OBJECTS = 64 * 1024**2, 64
 #: A second reading of a range begins or ends this many bytes outside it.
 _MARGIN_BYTES = 64
 

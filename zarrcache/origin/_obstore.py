@@ -26,6 +26,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.origin._botocore import S3Settings
 from zarrcache.origin._content import etag_in, version_of
+from zarrcache.origin._in_flight import InFlight
 from zarrcache.origin._requests import (
     SLOWEST_BYTES_PER_S,
     Answers,
@@ -142,16 +143,23 @@ class ObstoreEngine:
         Where requests go, how they are signed, what is trusted: what botocore would do. The region
         has to be the bucket's, because obstore does not follow redirects to another one.
     fetch : FetchConfig
+    in_flight : InFlight
+        Limit of the requests of a fetch.
     """
 
     def __init__(
-        self, bucket: str, options: S3Options, settings: S3Settings, fetch: FetchConfig
+        self,
+        bucket: str,
+        options: S3Options,
+        settings: S3Settings,
+        fetch: FetchConfig,
+        in_flight: InFlight,
     ) -> None:
         _start_runtime()
         from obstore.store import S3Store
 
         _pause_at_exit()
-        self._fetch = fetch
+        self._fetch, self._in_flight = fetch, in_flight
         credentials = _Credentials(options) if settings.is_signed else None
 
         # Set everything that obstore would otherwise take from the environment, by rules that
@@ -206,7 +214,7 @@ class ObstoreEngine:
                 get_loop(),
                 lambda obj: self.get(obj, patience_s=patience_s),
                 objects,
-                self._fetch.concurrency,
+                self._in_flight,
                 backoff,
             )
 
@@ -222,7 +230,7 @@ class ObstoreEngine:
         ):
             return patiently(objects)
         quickly = concurrent_requests(
-            _threads(), self._get_quickly, objects, self._fetch.concurrency, backoff
+            _threads(), self._get_quickly, objects, self._in_flight, backoff
         )
         patience_s = min(self._fetch.read_timeout, patience_s) - self._quick_s
         return with_second_requests(quickly, again) if patience_s > 0 else quickly

@@ -39,6 +39,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache._marks import set_mark
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
+from zarrcache.origin._in_flight import InFlight
 from zarrcache.stats import Counters
 
 if TYPE_CHECKING:
@@ -541,6 +542,8 @@ def _attempt(state: tenacity.RetryCallState) -> int:
 #: never end one from a server that sends a byte now and then.
 SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
+#: After this many consecutive transient errors no further object is requested in a pass.
+_DOWN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -633,16 +636,16 @@ def concurrent_requests(
     where: asyncio.AbstractEventLoop | Executor,
     request: Callable[[ObjectInfo], Awaitable[Received]],
     objects: Sequence[ObjectInfo],
-    concurrency: int,
+    in_flight: InFlight,
     backoff: Backoff | None = None,
 ) -> Answers:
-    """Make one request per object, up to ``concurrency`` at once; yield answers as they arrive.
+    """Make one request per object, up to ``in_flight`` at once; yield answers as they arrive.
 
-    After ``concurrency`` consecutive transient errors the server is taken to be down: the remaining
-    objects are not requested in this pass and are yielded with None. A store of 2,000 objects then
-    costs 64 requests per pass on a dead server instead of 2,000, and a single ``read_timeout`` on a
-    hanging one. The same happens when the node begins a pause: the caller waits for its end, where
-    Ctrl-C can interrupt it.
+    After as many consecutive transient errors, at most 64, the server is taken to be down: the
+    remaining objects are not requested in this pass and are yielded with None. A store of 2,000
+    objects then costs 192 requests per pass on a dead server instead of 2,000, and a single
+    ``read_timeout`` on a hanging one. The same happens when the node begins a pause: the caller
+    waits for its end, where Ctrl-C can interrupt it.
 
     A consumer that stops early (``close()``) drops the requests that wait. Those in flight are
     cancelled on an event loop. In threads they cannot be cancelled, so ``request`` has to be short.
@@ -650,9 +653,9 @@ def concurrent_requests(
     Parameters
     ----------
     where : event loop or executor
-        Runs the requests. The loop runs in another thread. With an executor, each of
-        ``concurrency`` threads makes one request after the other, and ``request`` blocks instead of
-        awaiting; if no thread can be started, the calling thread makes them all.
+        Runs the requests. The loop runs in another thread. With an executor, each of ``in_flight``
+        threads makes one request after the other, and ``request`` blocks instead of awaiting; if no
+        thread can be started, the calling thread makes them all.
     request : coroutine function
         Raises ``RequestError``. Any other exception is raised to the consumer.
     backoff : Backoff, optional
@@ -665,15 +668,15 @@ def concurrent_requests(
     failed_in_a_row = 0
     counting = threading.Lock()
 
-    async def requests() -> None:
-        """Make one request after the other, until none is left."""
+    async def requests(number: int) -> None:
+        """Make one request after the other, until none is left or fewer may be in flight."""
         nonlocal failed_in_a_row
-        while waiting:
+        while waiting and number < most():
             try:
                 obj = waiting.popleft()
             except IndexError:  # another thread took the last one
                 return
-            if failed_in_a_row >= concurrency or (backoff is not None and backoff.remaining_s()):
+            if failed_in_a_row >= most_failures or (backoff is not None and backoff.remaining_s()):
                 arrived.put((obj, None))
                 continue
             answer: Received | S3Error
@@ -692,20 +695,22 @@ def concurrent_requests(
             arrived.put((obj, answer))
 
     started: list[Future[Any]] = []
-    try:
-        started += _start(where, requests, min(concurrency, len(objects)))
-        for _ in objects:
-            item = None
-            while item is None:
-                with _step_of_a_wait(queue.Empty):
-                    item = arrived.get(timeout=WAIT_STEP_S)
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        waiting.clear()
-        for future in started:
-            future.cancel()
+    with in_flight.of_a_fetch() as most:
+        most_failures = min(most(), _DOWN)
+        try:
+            started += _start(where, requests, min(most(), len(objects)))
+            for _ in objects:
+                item = None
+                while item is None:
+                    with _step_of_a_wait(queue.Empty):
+                        item = arrived.get(timeout=WAIT_STEP_S)
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            waiting.clear()
+            for future in started:
+                future.cancel()
 
 
 def with_second_requests(
@@ -736,31 +741,31 @@ def with_second_requests(
 
 def _start(
     where: asyncio.AbstractEventLoop | Executor,
-    requests: Callable[[], Coroutine[Any, Any, None]],
+    requests: Callable[[int], Coroutine[Any, Any, None]],
     n: int,
 ) -> list[Future[Any]]:
-    """Run ``requests`` ``n`` times at once."""
+    """Run ``requests(0)`` to ``requests(n - 1)`` at once."""
     if not n:
         return []
     if not isinstance(where, Executor):
 
         async def together() -> None:
-            await asyncio.gather(*(requests() for _ in range(n)), return_exceptions=True)
+            await asyncio.gather(*map(requests, range(n)), return_exceptions=True)
 
         return [asyncio.run_coroutine_threadsafe(together(), where)]
     started: list[Future[Any]] = []
     # RuntimeError: the interpreter is shutting down, or the user's limit of threads is reached.
     with contextlib.suppress(RuntimeError):
         while len(started) < n:
-            started.append(where.submit(_run_without_waiting, requests))
+            started.append(where.submit(_run_without_waiting, requests, len(started)))
     if not started:
-        _run_without_waiting(requests)
+        _run_without_waiting(requests, 0)
     return started
 
 
-def _run_without_waiting(requests: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def _run_without_waiting(requests: Callable[[int], Coroutine[Any, Any, None]], number: int) -> None:
     """Run a coroutine whose requests block. It finishes in one step because nothing is awaited."""
-    coroutine = requests()
+    coroutine = requests(number)
     with contextlib.suppress(StopIteration):
         coroutine.send(None)
         coroutine.throw(RuntimeError("a request in a thread has to block instead of awaiting"))

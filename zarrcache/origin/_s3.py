@@ -19,6 +19,7 @@ from zarrcache.origin import _obstore, _s3fs
 from zarrcache.origin._botocore import S3Settings, settings_of, trusted_by
 from zarrcache.origin._content import (
     HELD_BYTES,
+    HELD_OBJECTS,
     ContentCheck,
     etag_in,
     is_same_date,
@@ -26,6 +27,7 @@ from zarrcache.origin._content import (
     md5_in,
     other_shape,
 )
+from zarrcache.origin._in_flight import InFlight
 from zarrcache.origin._requests import (
     Answers,
     Backoff,
@@ -109,6 +111,7 @@ class S3Bucket:
             self.options.endpoint_url is None and not self.options.use_ssl
         )
         self.fetch = fetch
+        self.in_flight = InFlight(fetch.concurrency, node_dir)
         self._settings: S3Settings | None = None
         self._has_left_obstore = False
         self._needs_s3fs(self.options.only_s3fs)
@@ -176,7 +179,7 @@ class S3Bucket:
         retry: RetryConfig | None = None,
         counters: Counters | None = None,
     ) -> dict[str, Received]:
-        """Make one request per object, up to ``fetch.concurrency`` at once; answers by key.
+        """Make one request per object, up to ``in_flight`` at once; answers by key.
 
         Parameters
         ----------
@@ -204,7 +207,7 @@ class S3Bucket:
                 get_loop(),
                 lambda obj: request(opened, obj, patience_s),
                 missing,
-                self.fetch.concurrency,
+                self.in_flight,
                 self.backoff,
             )
 
@@ -294,7 +297,9 @@ class S3Bucket:
             return self.s3fs()
         return self._opened(
             "obstore",
-            lambda: _obstore.ObstoreEngine(self.name, self.options, settings, self.fetch),
+            lambda: _obstore.ObstoreEngine(
+                self.name, self.options, settings, self.fetch, self.in_flight
+            ),
         )
 
     def settings(self) -> S3Settings:
@@ -363,7 +368,7 @@ class S3Bucket:
         def make() -> _s3fs.S3fsEngine:
             # Over http:// too: aiobotocore loads them before it looks at the URL.
             check_certificates(trusted_by(self.options.kwargs))
-            return _s3fs.S3fsEngine(self.name, self.options, self.fetch)
+            return _s3fs.S3fsEngine(self.name, self.options, self.fetch, self.in_flight)
 
         return self._opened("s3fs", make)
 
@@ -539,7 +544,7 @@ class S3Origin:
                 continue
             held[obj] = body
             held_bytes += obj.size_bytes
-            if len(held) >= self._bucket.fetch.concurrency or held_bytes > HELD_BYTES:
+            if len(held) >= HELD_OBJECTS or held_bytes > HELD_BYTES:
                 yield from self._confirmed(held)
                 held, held_bytes = {}, 0
         if held:

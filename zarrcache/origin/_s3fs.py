@@ -20,6 +20,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import ConfigError
 from zarrcache.origin._content import etag_in, version_of
+from zarrcache.origin._in_flight import FETCH, InFlight
 from zarrcache.origin._requests import (
     PAGE_OBJECTS,
     SLOWEST_BYTES_PER_S,
@@ -69,11 +70,15 @@ class S3fsEngine:
     bucket : str
     options : S3Options
     fetch : FetchConfig
+    in_flight : InFlight
+        Limit of the requests of a fetch.
     """
 
-    def __init__(self, bucket: str, options: S3Options, fetch: FetchConfig) -> None:
+    def __init__(
+        self, bucket: str, options: S3Options, fetch: FetchConfig, in_flight: InFlight
+    ) -> None:
         self._bucket = bucket
-        self._fetch = fetch
+        self._fetch, self._in_flight = fetch, in_flight
         pinned = options.pinned_kwargs
         config = {
             "connect_timeout": fetch.connect_timeout,
@@ -82,7 +87,7 @@ class S3fsEngine:
         }
         config |= {
             "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "max_pool_connections": fetch.concurrency,
+            "max_pool_connections": FETCH if fetch.concurrency == "auto" else fetch.concurrency,
         }
         # A separate instance: s3fs shares instances by their arguments, and these settings must not
         # affect those of other code.
@@ -164,7 +169,7 @@ class S3fsEngine:
             get_loop(),
             lambda obj: self.get(obj, patience_s=patience_s),
             objects,
-            self._fetch.concurrency,
+            self._in_flight,
             backoff,
         )
 

@@ -13,6 +13,7 @@ import pytest
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.origin import _requests as retry
+from zarrcache.origin._in_flight import InFlight
 from zarrcache.origin._requests import Answers, Backoff, Received, concurrent_requests, run
 from zarrcache.origin._s3_errors import S3Error
 
@@ -61,7 +62,7 @@ def make(
             await asyncio.sleep(0)
         return get(obj)
 
-    return concurrent_requests(where, request, some_objects(n_objects), concurrency)
+    return concurrent_requests(where, request, some_objects(n_objects), InFlight(concurrency))
 
 
 def answered(_: ObjectInfo) -> Received:
@@ -91,7 +92,7 @@ def test_answers_come_in_the_order_of_arrival(loop: asyncio.AbstractEventLoop) -
             gate.set()
         return Received(b"", "e")
 
-    keys = [obj.key for obj, _ in concurrent_requests(loop, request, some_objects(4), 2)]
+    keys = [obj.key for obj, _ in concurrent_requests(loop, request, some_objects(4), InFlight(2))]
     assert keys[-1] == "0"
 
 
@@ -108,7 +109,7 @@ def test_on_a_loop_as_many_requests_are_in_flight_as_allowed(
         now -= 1
         return Received(b"", "e")
 
-    assert len(list(concurrent_requests(loop, request, some_objects(50), 7))) == 50
+    assert len(list(concurrent_requests(loop, request, some_objects(50), InFlight(7)))) == 50
     assert peak == 7
 
 
@@ -179,7 +180,7 @@ def test_closing_cancels_requests_in_flight_on_a_loop(loop: asyncio.AbstractEven
             raise
         raise AssertionError
 
-    answers = concurrent_requests(loop, request, some_objects(10), 4)
+    answers = concurrent_requests(loop, request, some_objects(10), InFlight(4))
     assert next(answers)[0].key == "0"
     answers.close()
     assert all(cancelled.acquire(timeout=DEADLINE_S) for _ in range(4))
@@ -236,7 +237,7 @@ def test_a_request_in_a_thread_that_awaits_is_an_error_and_does_not_hang(pool: E
         return Received(b"", "e")
 
     with pytest.raises(RuntimeError, match="has to block instead of awaiting"):
-        list(concurrent_requests(pool, request, some_objects(3), 2))
+        list(concurrent_requests(pool, request, some_objects(3), InFlight(2)))
 
 
 def test_during_a_pause_of_the_node_nothing_is_requested(where: Where) -> None:
@@ -247,7 +248,7 @@ def test_during_a_pause_of_the_node_nothing_is_requested(where: Where) -> None:
     async def request(obj: ObjectInfo) -> Received:
         raise AssertionError
 
-    answers = list(concurrent_requests(where, request, some_objects(5), 2, backoff))
+    answers = list(concurrent_requests(where, request, some_objects(5), InFlight(2), backoff))
     assert [answer for _, answer in answers] == [None] * 5
 
 
@@ -259,7 +260,7 @@ def test_an_answer_that_asks_for_fewer_requests_begins_a_pause_of_the_node(where
             raise S3Error(503, "SlowDown", "")
         return Received(b"", "e")
 
-    answers = list(concurrent_requests(where, request, some_objects(4), 1, backoff))
+    answers = list(concurrent_requests(where, request, some_objects(4), InFlight(1), backoff))
     assert [type(answer) for _, answer in answers] == [Received, S3Error, type(None), type(None)]
     assert backoff.remaining_s() > 0.0
 
@@ -277,7 +278,9 @@ def test_answers_count_as_recovery_of_the_server(
     async def request(obj: ObjectInfo) -> Received:
         return Received(b"", "e")
 
-    assert len(list(concurrent_requests(where, request, some_objects(10), 4, backoff))) == 10
+    assert (
+        len(list(concurrent_requests(where, request, some_objects(10), InFlight(4), backoff))) == 10
+    )
     backoff.slow_down()
     assert backoff.remaining_s() <= 0.01
 
