@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
 import shutil
@@ -60,9 +58,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Path:
         for role in ("input", "label"):
             (home / "chgcars" / role).mkdir(parents=True, exist_ok=True)
             (made / role / f"{name}.CHGCAR").rename(home / "chgcars" / role / f"{task_id}.CHGCAR")
-    (home / "data").mkdir()
-    with gzip.open(home / "data" / "map.json.gz", "wt") as file:
-        json.dump({"GGA": IDS}, file)
     s3_server.client().create_bucket(Bucket="my-bucket")
     return home
 

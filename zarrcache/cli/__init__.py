@@ -32,6 +32,7 @@ def _application() -> typer.Typer:
     from zarrcache.cli.init import init, schema
     from zarrcache.cli.lock import diff, lock
     from zarrcache.cli.ls import ls
+    from zarrcache.cli.map import make_map
     from zarrcache.cli.plan import plan
     from zarrcache.cli.plot import plot
     from zarrcache.cli.serve import serve
@@ -56,4 +57,6 @@ def _application() -> typer.Typer:
         schema,
     ):
         app.command()(command)
+        if command is convert:
+            app.command("map")(make_map)
     return app

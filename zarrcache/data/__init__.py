@@ -16,6 +16,7 @@ from zarrcache.data.splits import (
     hold_out,
     mapped_ids,
     permuted_split,
+    read_map,
     split_ids,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "mapped_ids",
     "open_reader",
     "permuted_split",
+    "read_map",
     "split_ids",
     "split_sets",
 ]

@@ -10,6 +10,9 @@ from .forecast import EpochForecast as EpochForecast
 from .forecast import Forecast as Forecast
 from .forecast import plan_training as plan_training
 from .lock import make_lock as make_lock
+from .maps import FoundIds as FoundIds
+from .maps import find_ids as find_ids
+from .maps import write_map as write_map
 from .samples import config_schema as config_schema
 from .samples import filled_in as filled_in
 from .samples import key_comments as key_comments

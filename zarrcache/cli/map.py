@@ -1,0 +1,100 @@
+"""``zarrcache map``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.options import Json, s3_options
+
+__all__ = ["make_map"]
+
+
+@command(resumable=False)
+def make_map(
+    directories: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...",
+            help="directory or s3://bucket/prefix with densities; of several (input and label), "
+            "the ids that all of them have",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="map to write, compressed if it ends with .gz"
+        ),
+    ] = Path("map.json.gz"),
+    functional: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="name of the ids in the map, `functional` of a training config"
+        ),
+    ] = "GGA",
+    source: Annotated[
+        str,
+        typer.Option(
+            metavar="KINDS",
+            help="kinds of sources, with commas between them: zarr, zarr.zip, json.gz, CHGCAR, "
+            "or auto for all",
+        ),
+    ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="replace the ids of this functional in FILE")
+    ] = False,
+    endpoint_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="S3 endpoint [default: Amazon S3]", show_default=False),
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config to use")
+    ] = None,
+    anon: Annotated[
+        bool, typer.Option("--anon", help="access S3 without credentials, for public buckets")
+    ] = False,
+    s3_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--s3-kwargs",
+            metavar="@FILE|JSON",
+            help="arguments of s3fs.S3FileSystem: a JSON or YAML file after @, or a JSON object",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="CONFIG", help="take s3_kwargs from this training config"),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a map: the task ids that a directory has.
+
+    They are listed under the name of a functional. Other functionals of a map that exists are kept.
+    """
+    from zarrcache.cli.format import plural
+    from zarrcache.ops import find_ids, write_map
+
+    kinds = source.split(",") if "," in source else source
+    options = s3_options(config, s3_kwargs, endpoint_url=endpoint_url, profile=profile, anon=anon)
+    found = find_ids(directories, source=kinds, s3_kwargs=options)
+    for names, why in (
+        (found.partial, "not in every directory"),
+        (found.refused, "not named like a task id (letters, digits and ._+=@-)"),
+    ):
+        if names:
+            say(f"left out: {plural(len(names), 'id')} {why}: {', '.join(names[:5])}")
+    if not found.ids:
+        say("error: the directories have no id in common, so no map is written.")
+        return 1
+    kept = write_map(output, functional, found.ids, force=force)
+    if as_json:
+        show_json({"file": str(output), "functional": functional, **asdict(found)})
+        return 0
+    beside = f", beside {plural(kept, 'other functional')}" if kept else ""
+    show(f"Wrote {plural(len(found.ids), 'id')} as {functional} to {output}{beside}.")
+    say(f"In a training config: map_dir: {output}, functional: {functional}")
+    return 0

@@ -1,0 +1,143 @@
+"""Make a map file from what directories hold (``zarrcache map``)."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zarrcache._keys import check_task_id
+from zarrcache._sources import choose, kinds_of, sources_of
+from zarrcache.data import read_map
+from zarrcache.errors import ConfigError, OriginNotFoundError
+from zarrcache.origin import open_origin
+
+__all__ = ["FoundIds", "find_ids", "write_map"]
+
+
+@dataclass(frozen=True)
+class FoundIds:
+    """The task ids of which every directory has a source.
+
+    Attributes
+    ----------
+    ids : tuple of str
+        Sorted; the numbers in them by value, ``mp-2`` before ``mp-10``.
+    partial : tuple of str
+        Ids that only some of the directories have; left out.
+    refused : tuple of str
+        Names that end as those of sources do but give no task id; left out.
+    """
+
+    ids: tuple[str, ...]
+    partial: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def find_ids(
+    directories: Sequence[str],
+    *,
+    source: str | Sequence[str] = "auto",
+    s3_kwargs: Mapping[str, Any] | None = None,
+) -> FoundIds:
+    """List directories: one LIST per 1,000 names. No file is read.
+
+    Parameters
+    ----------
+    directories : sequence of str
+        Each a path or ``s3://bucket/prefix``: one, or those of input and label.
+    source : str or sequence of str
+        As in a training config.
+    s3_kwargs : mapping, optional
+
+    Raises
+    ------
+    OriginNotFoundError
+        A directory holds no source.
+    ConfigError, OriginError
+        ``source`` or ``s3_kwargs`` cannot be used, or a directory cannot be listed.
+    """
+    kinds = kinds_of(source)
+    every: list[set[str]] = []
+    refused: list[str] = []
+    for directory in directories:
+        origin = open_origin(directory, s3_kwargs=s3_kwargs)
+        names = origin.list_names()
+        found = set()
+        for task_id, name in choose(sources_of(names), kinds).items():
+            try:
+                found.add(check_task_id(task_id))
+            except ConfigError:
+                refused.append(name)
+        if not found:
+            seen = f" It holds {len(names)} others, such as {names[0]}." if names else ""
+            raise OriginNotFoundError(
+                f"{origin.url} holds no density: no name in it ends with .{', .'.join(kinds)}."
+                f"{seen} Give the directory directly above them."
+            )
+        every.append(found)
+    common, together = set.intersection(*every), set.union(*every)
+    return FoundIds(
+        tuple(sorted(sorted(common), key=_natural)),
+        tuple(sorted(sorted(together - common), key=_natural)),
+        tuple(sorted(refused)),
+    )
+
+
+def _natural(task_id: str) -> list[str | int]:
+    """Sort key: numbers by value. Text and numbers alternate, so only equal kinds are compared."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", task_id))]
+
+
+def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = False) -> int:
+    """Write a map file, or add a functional to one that exists.
+
+    Parameters
+    ----------
+    path : Path
+        Compressed if its name ends with ``.gz``.
+    functional : str
+    ids : sequence of str
+    force : bool
+        Replace the ids of the functional if the map has it.
+
+    Returns
+    -------
+    int
+        Functionals in the map that are kept.
+
+    Raises
+    ------
+    ConfigError
+        The map has the functional, the file is no map, or it cannot be written.
+    """
+    document: dict[str, Sequence[str]] = dict(read_map(path)) if path.exists() else {}
+    if functional in document and not force:
+        raise ConfigError(
+            f"{path} has {len(document[functional])} ids of {functional}. Give --force to replace "
+            "them, another --functional, or another file."
+        )
+    kept = len(document.keys() - {functional})
+    document[functional] = list(ids)
+    raw = json.dumps(document).encode()
+    if path.suffix == ".gz":
+        raw = gzip.compress(raw, mtime=0)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(raw)
+        partial.replace(path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(
+            f"{path} cannot be written ({exc.strerror}). Give a file in a directory that you may "
+            "write to."
+        ) from exc
+    return kept
