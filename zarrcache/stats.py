@@ -6,6 +6,7 @@ Also warnings that are logged once per kind.
 from __future__ import annotations
 
 import fcntl
+import html
 import logging
 import mmap
 import os
@@ -14,10 +15,12 @@ import struct
 import tempfile
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 
-__all__ = ["Counters", "LogOnce", "SharedFile", "SharedSet", "Stats"]
+from zarrcache._units import format_bytes
+
+__all__ = ["Counters", "LogOnce", "SharedFile", "SharedSet", "Stats", "html_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,23 @@ class Stats:
         """Hits over reads of the array tier, 0 to 1; 0.0 before the first read."""
         reads = self.hits + self.misses
         return self.hits / reads if reads else 0.0
+
+    def _repr_html_(self) -> str:
+        """As a table, in notebooks."""
+        rows = {name: f"{getattr(self, name):,}" for name in _NAMES}
+        for name in ("fetched_bytes", "served_bytes"):
+            rows[name] = format_bytes(getattr(self, name))
+        return html_table("Stats", rows | {"hit_ratio": f"{100 * self.hit_ratio:.1f} %"})
+
+
+def html_table(title: str, rows: Mapping[str, object]) -> str:
+    """A table of names and values in HTML, for ``_repr_html_``."""
+    lines = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+        f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<table><caption><b>{html.escape(title)}</b></caption>{lines}</table>"
 
 
 _NAMES = tuple(f.name for f in fields(Stats))

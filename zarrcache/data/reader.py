@@ -31,6 +31,7 @@ from zarrcache._keys import (
     units_of,
 )
 from zarrcache._sources import choose, kinds_of, sources_of
+from zarrcache._units import format_bytes
 from zarrcache.arrays import metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
 from zarrcache.config import CacheConfig, DataConfig
@@ -48,7 +49,7 @@ from zarrcache.data.splits import (
 from zarrcache.disk import CACHE_FAULTS
 from zarrcache.errors import OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
-from zarrcache.stats import Counters, SharedSet, Stats
+from zarrcache.stats import Counters, SharedSet, Stats, html_table
 
 if TYPE_CHECKING:
     import s3fs
@@ -413,6 +414,23 @@ class ZarrS3Reader(PairReader):
         config = self._cache.config
         cache = f", cache={str(config.dir)!r})" if config is not None else ")"
         return super().__repr__().removesuffix(")") + cache
+
+    def _repr_html_(self) -> str:
+        """As a table, in notebooks. Sends no request."""
+        config = self._cache.config
+        rows: dict[str, object] = {
+            "input": self._urls()[0],
+            "label": self._urls()[1],
+            "map": self.map_dir,
+            "functional": self.functional,
+            "density_type": self.density_type,
+        }
+        if self._known_ids:
+            rows["materials"] = f"{len(self.task_ids):,}, {len(self.missing):,} missing"
+        rows["cache"] = "none" if config is None else config.dir
+        if config is not None:
+            rows["limit"] = format_bytes(config.limit)
+        return html_table(type(self).__name__, rows) + self.stats._repr_html_()
 
     # -- materials
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
-from zarrcache.stats import LogOnce
+from zarrcache.stats import LogOnce, html_table
 from zarrcache.train.transforms import Grid, downsample, draw_rotation, rotate
 from zarrcache.train.worker_transfer import Sender
 
@@ -337,6 +337,14 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.task_ids)
+
+    def _repr_html_(self) -> str:
+        """As a table, in notebooks. Reads nothing."""
+        split = self.split if isinstance(self.split, str) else "task ids"
+        first = ", ".join(self.task_ids[:3]) + (", ..." if len(self.task_ids) > 3 else "")
+        rows = {"split": split, "samples": f"{len(self):,}", "task_ids": first}
+        reader = getattr(self.reader, "_repr_html_", lambda: "")
+        return html_table(type(self).__name__, rows) + reader()
 
     def __getitem__(self, index: SupportsIndex) -> Sample:
         """Read one pair through the cache.
