@@ -29,7 +29,7 @@ def rows(*arguments: object) -> list[list[str]]:
     done = zarrcache("ls", *arguments)
     assert (done.code, done.err) == (0, "")
     head, *lines = done.out.splitlines()
-    assert head.split() == ["ID", "ROLE", "SHAPE", "BYTES", "ENCODING", "STORED"]
+    assert head.split() == ["ID", "ROLE", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED"]
     return [line.split() for line in lines]
 
 
@@ -40,7 +40,8 @@ def test_each_density_is_a_line_with_its_role_shape_and_encoding(config: Path) -
         for name, shape in (("mp-0", "6x5x4"), ("mp-1", "6x5x4"), ("mp-10", "8x8x8"))
         for role in ("data", "label")
     ]
-    assert {row[5] for row in found} == {"float32"}
+    # a size is two words: 4.5 KiB
+    assert {tuple(row[5:7]) for row in found} == {("points", "float32")}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_ids_are_chosen_by_a_pattern(
 def test_lines_are_sorted_by_any_column(config: Path) -> None:
     assert [row[2] for row in rows(config, "--sort", "shape", "--reverse")][:2] == ["8x8x8"] * 2
     assert [row[1] for row in rows(config, "--sort", "role")] == ["data"] * 3 + ["label"] * 3
-    for column in ("bytes", "encoding", "stored"):
+    for column in ("bytes", "units", "encoding", "stored"):
         assert len(rows(config, "--sort", column)) == 6
 
 
@@ -73,7 +74,7 @@ def test_ids_of_a_file_and_json(config: Path, tmp_path: Path) -> None:
         ("mp-10", "label", [8, 8, 8]),
     ]
     assert all(e["disk_bytes"] >= 4096 + 4 * 512 and e["stored_s"] > 1.7e9 for e in entries)
-    assert {(e["array"], e["unit"]) for e in entries} == {("charge_density_total", "points")}
+    assert {(e["array"], e["units"]) for e in entries} == {("charge_density_total", "points")}
 
 
 def test_without_a_config_all_of_the_directory_is_listed(config: Path) -> None:

@@ -23,7 +23,7 @@ def ls(
         str, typer.Option("--match", metavar="GLOB", help="only ids like this, e.g. 'mp-12*'")
     ] = "*",
     sort: Annotated[
-        Literal["id", "role", "shape", "bytes", "encoding", "stored"],
+        Literal["id", "role", "shape", "bytes", "units", "encoding", "stored"],
         typer.Option("--sort", help="column to sort by"),
     ] = "id",
     reverse: Annotated[
@@ -31,7 +31,7 @@ def ls(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """List cached densities: id, role, shape, bytes, encoding, time.
+    """List cached densities: id, role, shape, bytes, units, time.
 
     Without CONFIG: all of the cache, without roles. Sends no request.
     """
@@ -48,13 +48,14 @@ def ls(
     if as_json:
         show_json({"entries": [asdict(entry) for entry in entries]})
         return 0
-    rows = [("ID", "ROLE", "SHAPE", "BYTES", "ENCODING", "STORED")]
+    rows = [("ID", "ROLE", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED")]
     rows += [
         (
             entry.task_id,
             entry.role or "-",
             "x".join(map(str, entry.shape)) or "damaged",
             format_bytes(entry.disk_bytes),
+            entry.units or "-",
             entry.encoding or "-",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.stored_s)),
         )

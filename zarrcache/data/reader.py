@@ -215,7 +215,7 @@ class PairReader(ABC):
         return {
             "functional": self.functional,
             "density_type": self.density_type,
-            "normalize_data": self.normalize,
+            "normalize_data": units_of(self.normalize),
             "train_fraction": self.tf,
             "random_state": self.rs,
         }

@@ -45,7 +45,7 @@ class CachedDensity:
     role: str
     url: str
     array: str
-    unit: str
+    units: str
     shape: tuple[int, ...]
     encoding: str
     disk_bytes: int
@@ -57,6 +57,7 @@ _ORDERS: dict[str, Callable[[CachedDensity], object]] = {
     "role": lambda entry: (entry.role, entry.task_id),
     "shape": lambda entry: entry.shape,
     "bytes": lambda entry: entry.disk_bytes,
+    "units": lambda entry: (entry.units, entry.task_id),
     "encoding": lambda entry: (entry.encoding, entry.task_id),
     "stored": lambda entry: entry.stored_s,
 }
@@ -81,7 +82,7 @@ def list_entries(
     match : str
         Only ids that match this pattern: ``mp-12*``.
     sort : str
-        ``id``, ``role``, ``shape``, ``bytes``, ``encoding`` or ``stored``.
+        ``id``, ``role``, ``shape``, ``bytes``, ``units``, ``encoding`` or ``stored``.
     reverse : bool
         Largest, or latest, first.
 
