@@ -118,7 +118,7 @@ def list_entries(
                 role="" if selection is None else selection.roles_of(row),
                 url=url,
                 array=header.key.source_array if header else "",
-                unit=header.key.units if header and header.key.units != "cell" else "",
+                units=header.key.units if header else "",
                 shape=header.shape if header else (),
                 encoding=header.key.encoding if header else "",
                 disk_bytes=row.size_bytes,
