@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import os
 import secrets
@@ -24,7 +25,7 @@ import shutil
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -210,21 +211,29 @@ class Index:
         # more for 400,000 entries.
         ((count,),) = self._ask("SELECT COUNT(*) FROM Cache WHERE tag IN (?, ?)", ARRAY, LISTING)
         names = None if self.dir.count_entries() == count else self.dir.entry_names()
-        # A value is the size, a blank and the note. The note is sliced in Python, because SQLite
-        # counts characters from the start each time.
+        # A value is the size, a blank and the note. One row of joined texts, which Python splits at
+        # the suffix: 200,000 rows of their own take three times as long as this query.
         query = (
-            f"SELECT value, size, {'NULL' if names is None else 'filename'} FROM Cache "
-            "WHERE tag = ? AND instr(value, ?) = instr(value, ' ') AND substr(value, -?) = ? "
-            "AND typeof(value) = 'text' AND typeof(filename) = 'text'"
+            "SELECT group_concat(substr(value, instr(value, ' ') + ?), char(0)), "
+            f"group_concat(size, ' '), {'NULL' if names is None else 'group_concat(filename, char(0))'} "
+            "FROM Cache WHERE tag = ? AND instr(value, ?) = instr(value, ' ') "
+            "AND substr(value, -?) = ? AND typeof(value) = 'text' AND typeof(size) = 'integer' "
+            "AND typeof(filename) = 'text'"
         )
-        sizes, end = [], len(suffix)
+        found = []
         for prefix in prefixes:
-            skip = len(prefix) + 1
-            rows = self._ask(query, ARRAY, f" {prefix}", end, suffix)
-            if names is not None:
-                rows = [row for row in rows if row[2].rpartition("/")[2] in names]
-            sizes.append({value[value.index(" ") + skip : -end]: size for value, size, _ in rows})
-        return sizes
+            ((stems, sizes, files),) = self._ask(
+                query, len(prefix) + 1, ARRAY, f" {prefix}", len(suffix), suffix
+            )
+            pairs: Iterable[tuple[str, int]] = ()
+            if stems is not None:
+                parts = stems.removesuffix(suffix).split(f"{suffix}\0")
+                pairs = zip(parts, map(int, sizes.split(" ")), strict=True)
+            if names is not None and stems is not None:
+                is_there = (file.rpartition("/")[2] in names for file in files.split("\0"))
+                pairs = itertools.compress(pairs, is_there)
+            found.append(dict(pairs))
+        return found
 
     def filenames(self) -> set[str]:
         """Paths below the root of all files, also those that are being written or deleted."""
