@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class Cache:
         self.arrays: ArrayCache | None = None
         # Listings are stored even if arrays are not: without them no run starts offline.
         self._listings: ArrayCache | None = None
+        self._parsed: tuple[bytes, Any] | None = None
         if config is not None:
             index, verified = self.index, self._verified
             # Listings decide which materials exist and are read once per run: verify each time.
@@ -161,21 +162,18 @@ class Cache:
         Parameters
         ----------
         array : str
-            As in `ArrayKey`. If it names an encoding, entries in float32 count too: a read
-            encodes them.
+            As in `ArrayKey`.
         listings : mapping
             The directory of each role and its listing, which decides which source of a task id is
             read. None: never listed, so any is accepted.
         """
         if self.index is None:
             return {role: {} for role in listings}
-        roots = [array_note(_listing_key(origin, ""))[:-1] for origin, _ in listings.values()]
-        found = self.index.entry_sizes(roots, f"\n{array}")
-        if (exact := ArrayKey("", "", array).exact) is not None:
-            others = self.index.entry_sizes(roots, f"\n{exact.array}")
-            found = [other | sizes for other, sizes in zip(others, found, strict=True)]
+        roots = [_root_note(origin) for origin, _ in listings.values()]
         stored = {}
-        for (role, (_, names)), sizes in zip(listings.items(), found, strict=True):
+        for (role, (_, names)), sizes in zip(
+            listings.items(), self.index.entry_sizes(roots, f"\n{array}"), strict=True
+        ):
             if names is None:
                 stored[role] = {
                     stem: size
@@ -190,6 +188,14 @@ class Cache:
                 }
         return stored
 
+    def stored_names(self, array: str, origins: Sequence[Origin]) -> list[tuple[set[str], int]]:
+        """Names of the stores of some directories that have one array in the array tier, and the
+        sum of the entries' bytes on disk.
+        """
+        if self.index is None:
+            return [(set(), 0) for _ in origins]
+        return self.index.entry_names([_root_note(origin) for origin in origins], f"\n{array}")
+
     # -- stored listings
 
     def stored_listing(self, origin: Origin, name: str) -> Any | None:
@@ -197,7 +203,13 @@ class Cache:
         if self._listings is None:
             return None
         entry = self._listings.get(_listing_key(origin, name))
-        return None if entry is None else json.loads(entry.array.tobytes())
+        if entry is None:
+            return None
+        raw = entry.array.tobytes()
+        # Input and label usually have the same stores, and 200,000 names take 0.1 s.
+        if self._parsed is None or self._parsed[0] != raw:
+            self._parsed = raw, json.loads(raw)
+        return self._parsed[1]
 
     def store_listing(self, origin: Origin, name: str, listing: Any) -> None:
         """Keep a listing for runs without the origin."""
@@ -218,3 +230,8 @@ class Cache:
 def _listing_key(origin: Origin, name: str) -> ArrayKey:
     """Key of a stored listing: that of an array without a name."""
     return ArrayKey(origin.identity, origin.url_of(name), "")
+
+
+def _root_note(origin: Origin) -> str:
+    """The beginning of the note of every entry below a directory."""
+    return array_note(_listing_key(origin, ""))[:-1]

@@ -200,6 +200,11 @@ def status_lines(state: Status) -> list[str]:
                 f"{'':<12} {plural(covered.otherwise_warm, 'id')} are warm for "
                 f"{_NORMALIZED[covered.other_units or 'cell']}; entries of each unit are separate"
             )
+        if covered.to_encode:
+            lines.append(
+                f"{'':<12} {plural(covered.to_encode, 'id')} of these still in float32; `zarrcache "
+                "warm` or the next read encodes them without fetching"
+            )
     return lines
 
 

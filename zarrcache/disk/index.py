@@ -26,6 +26,7 @@ import sqlite3
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -193,8 +194,16 @@ class Index:
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """``{kind: (entries, bytes)}``."""
-        query = "SELECT tag, COUNT(*), SUM(size) FROM Cache WHERE tag != ? GROUP BY tag"
-        return {tag: (count, size) for tag, count, size in self._ask(query, INTENT)}
+        # Not GROUP BY, which sorts the rows and takes twice as long.
+        kinds = (ARRAY, LISTING, OBJECT)
+        columns = ", ".join(
+            f"COUNT(*) FILTER (WHERE tag = '{kind}'), "
+            f"COALESCE(SUM(size) FILTER (WHERE tag = '{kind}'), 0)"
+            for kind in kinds
+        )
+        ((*found,),) = self._ask(f"SELECT {columns} FROM Cache")
+        pairs = zip(kinds, found[::2], found[1::2], strict=True)
+        return {kind: (count, size) for kind, count, size in pairs if count}
 
     def entry_sizes(self, prefixes: Sequence[str], suffix: str) -> list[dict[str, int]]:
         """Bytes on disk of arrays, by the part of their note between a prefix and ``suffix``.
@@ -206,34 +215,62 @@ class Index:
         list of dict
             One per prefix. Each takes one pass over the table; the directories are listed once.
         """
-        # If there are as many files as rows, no file is taken to be missing. This is wrong only if
-        # a purge deleted as many files as killed processes have left. Comparing names takes 0.7 s
-        # more for 400,000 entries.
-        ((count,),) = self._ask("SELECT COUNT(*) FROM Cache WHERE tag IN (?, ?)", ARRAY, LISTING)
-        names = None if self.dir.count_entries() == count else self.dir.entry_names()
-        # A value is the size, a blank and the note. One row of joined texts, which Python splits at
-        # the suffix: 200,000 rows of their own take three times as long as this query.
-        query = (
-            "SELECT group_concat(substr(value, instr(value, ' ') + ?), char(0)), "
-            f"group_concat(size, ' '), {'NULL' if names is None else 'group_concat(filename, char(0))'} "
-            "FROM Cache WHERE tag = ? AND instr(value, ?) = instr(value, ' ') "
-            "AND substr(value, -?) = ? AND typeof(value) = 'text' AND typeof(size) = 'integer' "
-            "AND typeof(filename) = 'text'"
-        )
+        names = None if self._has_all_files() else self.dir.entry_names()
+        files = "NULL" if names is None else "group_concat(filename, char(0))"
         found = []
         for prefix in prefixes:
-            ((stems, sizes, files),) = self._ask(
-                query, len(prefix) + 1, ARRAY, f" {prefix}", len(suffix), suffix
+            stems, (sizes, filenames) = self._stems(
+                prefix, suffix, f"group_concat(size, ' '), {files}"
             )
-            pairs: Iterable[tuple[str, int]] = ()
-            if stems is not None:
-                parts = stems.removesuffix(suffix).split(f"{suffix}\0")
-                pairs = zip(parts, map(int, sizes.split(" ")), strict=True)
-            if names is not None and stems is not None:
-                is_there = (file.rpartition("/")[2] in names for file in files.split("\0"))
+            pairs: Iterable[tuple[str, int]] = zip(
+                stems, map(int, sizes.split(" ") if stems else ()), strict=True
+            )
+            if names is not None and stems:
+                is_there = (file.rpartition("/")[2] in names for file in filenames.split("\0"))
                 pairs = itertools.compress(pairs, is_there)
             found.append(dict(pairs))
         return found
+
+    def entry_names(self, prefixes: Sequence[str], suffix: str) -> list[tuple[set[str], int]]:
+        """The names that :meth:`entry_sizes` returns, and the sum of the sizes, in half the time.
+
+        0.6 s for 400,000 entries.
+        """
+        # The directories are listed while SQLite works; neither holds the GIL for long.
+        with ThreadPoolExecutor(1) as pool:
+            has_all_files = pool.submit(self._has_all_files)
+            found = [self._stems(prefix, suffix, "SUM(size)") for prefix in prefixes]
+            if has_all_files.result():
+                return [(set(stems), total or 0) for stems, (total,) in found]
+        sizes = self.entry_sizes(prefixes, suffix)
+        return [(set(of_prefix), sum(of_prefix.values())) for of_prefix in sizes]
+
+    def _stems(self, prefix: str, suffix: str, columns: str) -> tuple[list[str], tuple[Any, ...]]:
+        """The part of the note of arrays between ``prefix`` and ``suffix``, and other columns."""
+        # A value is the size, a blank and the note. One row of joined texts, which Python splits at
+        # the suffix: 200,000 rows of their own take three times as long as this query.
+        ((stems, *others),) = self._ask(
+            f"SELECT group_concat(substr(value, instr(value, ' ') + ?), char(0)), {columns} "
+            "FROM Cache WHERE tag = ? AND instr(value, ?) = instr(value, ' ') "
+            "AND substr(value, -?) = ? AND typeof(value) = 'text' AND typeof(size) = 'integer' "
+            "AND typeof(filename) = 'text'",
+            len(prefix) + 1,
+            ARRAY,
+            f" {prefix}",
+            len(suffix),
+            suffix,
+        )
+        parts = [] if stems is None else stems.removesuffix(suffix).split(f"{suffix}\0")
+        return parts, tuple(others)
+
+    def _has_all_files(self) -> bool:
+        """Whether there are as many files as rows; then no file is taken to be missing.
+
+        This is wrong only if a purge deleted as many files as killed processes have left. Comparing
+        names takes 0.7 s more for 400,000 entries.
+        """
+        ((count,),) = self._ask("SELECT COUNT(*) FROM Cache WHERE tag IN (?, ?)", ARRAY, LISTING)
+        return bool(self.dir.count_entries() == count)
 
     def filenames(self) -> set[str]:
         """Paths below the root of all files, also those that are being written or deleted."""

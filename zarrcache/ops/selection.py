@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from zarrcache._keys import (
     ROLES,
+    ArrayKey,
     Role,
     density_array,
     source_digest,
@@ -227,12 +228,25 @@ class Selection:
         return choose(stored, self._kinds) if isinstance(stored, dict) else None
 
     def stored(
-        self, listings: Mapping[Role, Mapping[str, str] | None]
+        self, listings: Mapping[Role, Mapping[str, str] | None], array: str | None = None
     ) -> dict[Role, dict[str, int]]:
-        """See :meth:`Cache.stored_densities`."""
+        """See :meth:`Cache.stored_densities`. Default: the array of the config."""
         return self._cache.stored_densities(
-            self._array, {role: (self._origins[role], names) for role, names in listings.items()}
+            array or self._array,
+            {role: (self._origins[role], names) for role, names in listings.items()},
         )
+
+    @property
+    def arrays(self) -> list[str]:
+        """The array of the config in keys, and if it is encoded, the same in float32."""
+        key = ArrayKey("", "", self._array)
+        return [self._array, *([key.exact.array] if key.exact is not None else [])]
+
+    def stored_names(self, array: str) -> dict[Role, tuple[set[str], int]]:
+        """See :meth:`Cache.stored_names`, by role."""
+        origins = [self._origins[role] for role in self.roles]
+        found = self._cache.stored_names(array, origins)
+        return dict(zip(self.roles, found, strict=True))
 
     def roles_of(self, row: Row) -> str:
         """``data``, ``label``, ``data+label`` for a directory of both, or empty for neither."""

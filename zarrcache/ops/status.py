@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zarrcache._keys import Units, units_of
+from zarrcache._keys import Units, stem_of, units_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
 from zarrcache.ops.selection import Selection, cache_of, open_if_present, select
@@ -46,6 +48,9 @@ class Coverage:
     other_units : {"cell", "points", "volume"} or None
         Units of another value of ``normalize_data``, in which most ids are warm; this config does
         not use such entries. None if no id is.
+    to_encode : int
+        Warm ids of which an entry is still in float32, although ``cache.arrays.encoding`` names
+        another encoding. The next read, or ``zarrcache warm``, encodes it without a request.
     """
 
     functional: str
@@ -57,6 +62,7 @@ class Coverage:
     is_listed: bool
     otherwise_warm: int = 0
     other_units: Units | None = None
+    to_encode: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -168,23 +174,44 @@ def _sum(totals: Mapping[str, tuple[int, int]], *kinds: str) -> Tier:
 def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverage:
     if not exists:
         return Coverage(functional, len(selection.ids), 0, 0, 0, 0, is_listed=False)
-    listings = {role: selection.listing(role) for role in selection.roles}
+    arrays = selection.arrays
+    with ThreadPoolExecutor(1) as pool:
+        # SQLite works without the GIL while this thread parses the listings.
+        pending = [pool.submit(selection.stored_names, array) for array in arrays]
+        listings = {role: selection.listing(role) for role in selection.roles}
+        stored = [future.result() for future in pending]
     listed = [names for names in listings.values() if names is not None]
-    present = set(selection.ids).intersection(*listed)
-    cached = [
-        # Entries that are not present are rare; mostly no name of 200,000 needs a look-up.
-        sizes if sizes.keys() <= present else {name: sizes[name] for name in sizes.keys() & present}
-        for sizes in selection.stored(listings).values()
-    ]
-    both, either = cached[0].keys() & cached[-1].keys(), cached[0].keys() | cached[-1].keys()
+    ids = selection.ids
+    present = ids
+    for names in listed:
+        present = list(filter(names.__contains__, present))
+    nbytes, own, cached = 0, [], []
+    for role, of_role in listings.items():
+        has: list[list[bool]] = []
+        for array, of_array in zip(arrays, stored, strict=True):
+            found, size_bytes = of_array[role]
+            if of_role is None:
+                found = {stem for name in found if (stem := stem_of(name)) is not None}
+            of_ids: Iterable[str] = (
+                present if of_role is None else map(of_role.__getitem__, present)
+            )
+            has.append(list(map(found.__contains__, of_ids)))
+            if sum(has[-1]) != len(found):  # there are entries of other stores
+                sizes = selection.stored({role: of_role}, array)[role]
+                size_bytes = sum(sizes[task_id] for task_id in sizes.keys() & set(present))
+            nbytes += size_bytes
+        own.append(has[0])
+        cached.append(has[0] if len(has) == 1 else list(map(operator.or_, *has)))
+    warm = sum(map(operator.and_, cached[0], cached[-1]))
     return Coverage(
         functional=functional,
-        ids=len(selection.ids),
-        missing=len(selection.ids) - len(present),
-        warm=len(both),
-        half=len(either) - len(both),
-        nbytes=sum(sum(sizes.values()) for sizes in cached),
+        ids=len(ids),
+        missing=len(ids) - len(present),
+        warm=warm,
+        half=sum(map(operator.xor, cached[0], cached[-1])),
+        nbytes=nbytes,
         is_listed=len(listed) == len(listings),
+        to_encode=warm - sum(map(operator.and_, own[0], own[-1])),
     )
 
 
