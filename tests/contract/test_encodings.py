@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,16 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.cachedirs import on_disk_bytes
+from tests.support.cluster import start_cluster
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache import ZarrS3Reader
+from zarrcache import DataConfig, ZarrS3Reader, plan_evict, plan_warm, verify
+from zarrcache.cli.format import format_verification, plan_lines, status_lines
+from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
+from zarrcache.ops.forecast import plan_training
+from zarrcache.ops.status import read_status
 
 Make = Callable[..., ZarrS3Reader]
 ENCODINGS = ["float16", "bfloat16", "bits:12"]
@@ -189,3 +195,130 @@ def test_a_density_that_the_encoding_cannot_hold_is_stored_as_float32(
             assert np.array_equal(read, stores[f"mp-{number}", "data"], equal_nan=True)
     assert (reader.stats.unencoded, reader.stats.misses, reader.stats.hits) == (3, 3, 3)
     assert caplog.text.count("is stored as float32, because bfloat16 cannot hold") == 1
+
+
+def config_of(tmp_path: Path, **cache: Any) -> DataConfig:
+    return DataConfig(
+        data_dir=tmp_path / "data",
+        label_dir=tmp_path / "label",
+        map_dir=tmp_path / "map.json",
+        functional="GGA",
+        normalize_data=False,
+        train_fraction=1.0,
+        cache={"dir": tmp_path / "cache", "min_free": 0, **cache},
+    )
+
+
+def test_commands_know_the_encoding(stores: Any, tmp_path: Path) -> None:
+    """``warm`` encodes what is in float32 first, ``status`` says what is left to encode."""
+    exact = config_of(tmp_path, limit=HALF)
+    plan_warm(exact, ids=["mp-0", "mp-1"], workers=1).execute()
+    small = config_of(tmp_path, limit=HALF, **encoded("float16"))
+    covered = read_status(small).coverage
+    assert covered is not None
+    assert (covered.warm, covered.to_encode, covered.half) == (2, 2, 0)
+    assert "2 ids of these still in float32" in "\n".join(status_lines(read_status(small)))
+    plan = plan_warm(small, revalidate=True, workers=1)
+    assert plan.densities[:4] == (
+        ("mp-0", "data"), ("mp-0", "label"), ("mp-1", "data"), ("mp-1", "label"),
+    )  # fmt: skip
+    assert (plan.estimate().fresh, plan.estimate().to_fetch) == (4, 4)
+    report = plan_warm(small, workers=1).execute()
+    assert (report.warm, report.fresh, report.bypassed) == (4, 2, ())
+    assert report.nbytes == sum(values.nbytes for values in stores.values())
+    assert report.needed_bytes == report.disk_bytes == 8 * 4096 * 5
+    state = read_status(small)
+    assert state.coverage is not None
+    assert (state.coverage.warm, state.coverage.to_encode) == (4, 0)
+    assert state.coverage.nbytes == report.disk_bytes == state.volume_bytes - 4 * 4096
+    cold = read_status(exact).coverage
+    assert cold is not None
+    assert cold.warm == 0
+    assert plan_warm(small).densities == ()
+    assert len(plan_evict(small, ids=["mp-3"]).entries) == 2
+
+
+@pytest.mark.parametrize("encoding", ["float32", *ENCODINGS])
+def test_the_forecast_has_the_size_of_the_entries(
+    encoding: str, stores: Any, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, **encoded(encoding, limit=HALF))
+    plan = plan_training(config, epochs=3, lookahead_bytes=0)
+    plan_warm(config_of(tmp_path, **encoded(encoding)), workers=1).execute()
+    covered = read_status(config).coverage
+    assert covered is not None
+    assert plan.disk_bytes == pytest.approx(covered.nbytes, rel=0.05)
+    assert plan.epochs[-1].hit_ratio == (0.5 if encoding == "float32" else 1.0)
+    shown = next(iter(plan_lines(plan)))
+    assert (f"in a cache as {encoding}" in shown) == (encoding != "float32")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_verify_compares_a_sample_with_the_origin_within_the_bound(
+    encoding: str, stores: Any, tmp_path: Path
+) -> None:
+    """An entry whose own checksum is right, but whose values are not the store's."""
+    config = config_of(tmp_path, **encoded(encoding))
+    plan_warm(config, workers=1).execute()
+    report = verify(config, against_origin=True)
+    assert (report.is_good, report.within_bound, report.corrupt) == (True, 8, ())
+    assert "8 rounded entries read from the origin: within the error bound" in (
+        format_verification(report)
+    )
+    reader = open_reader(config)
+    arrays, key = reader.cache.arrays, reader.key("mp-2", "label")
+    assert arrays is not None
+    entry = arrays.get(key)
+    assert entry is not None
+    wrong = entry.array * np.float32(1 + 2.5 * RELATIVE[encoding])
+    assert arrays.put(key, wrong, source=entry.header.source)
+    report = verify(config, against_origin=True)
+    assert not report.is_good
+    assert [problem.url for problem in report.corrupt] == [key.url]
+    assert "more than the error bound" in report.corrupt[0].why
+    assert verify(config).entries == 2 + 7
+
+
+def test_a_lower_layer_in_float32_serves_a_reader_of_float16(
+    make_reader: Make, stores: Any, tmp_path: Path
+) -> None:
+    load_all(make_reader(cache={"dir": tmp_path / "lower"}))
+    lower = sorted(path.stat() for path in (tmp_path / "lower").rglob("entries/*/*"))
+    wanted = load_all(make_reader(cache=encoded("float16", dir=tmp_path / "other")))
+    reader = make_reader(cache=encoded("float16", lower=tmp_path / "lower"))
+    assert_same(load_all(reader), wanted)
+    assert (reader.stats.lower_hits, reader.stats.fetched_bytes) == (8, 0)
+    assert sorted(path.stat() for path in (tmp_path / "lower").rglob("entries/*/*")) == lower
+    assert_same(load_all(make_reader(cache=encoded("float16"))), wanted)
+
+
+def test_peers_exchange_entries_of_the_same_encoding_only(stores: Any, tmp_path: Path) -> None:
+    """A node that wants float32 reads the origin, although its peer has the density in float16."""
+    with start_cluster(3, tmp_path / "nodes", tmp_path, str(tmp_path)) as cluster:
+        first, second, third = cluster.nodes
+        values = load_all(first.reader(**encoded("float16")))
+        reader = second.reader(**encoded("float16"))
+        assert_same(load_all(reader), values)
+        assert (reader.stats.peer_hits, reader.stats.fetched_bytes) == (8, 0)
+        exact = third.reader()
+        assert_same(load_all(exact), stores)
+        assert exact.stats.peer_hits == 0
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_damaged_encoded_entry_is_dropped_and_fetched_again(
+    encoding: str, make_reader: Make, stores: Any, tmp_path: Path
+) -> None:
+    """Damage in the payload, in the header, and a payload that is cut."""
+    wanted = load_all(make_reader(cache=encoded(encoding)))
+    for damage in ("payload", "header", "cut"):
+        path = max((tmp_path / "cache/zarrcache-v1/entries").rglob("*-*"), key=os.path.getsize)
+        raw = bytearray(path.read_bytes())
+        if damage == "cut":
+            del raw[-1:]
+        else:
+            raw[-100 if damage == "payload" else 100] ^= 1
+        path.write_bytes(raw)
+        reader = make_reader(cache=encoded(encoding))
+        assert_same(load_all(reader), wanted)
+        assert (reader.stats.purges, reader.stats.misses) == (1, 1)

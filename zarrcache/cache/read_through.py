@@ -178,9 +178,10 @@ class ReadThrough:
         on_flaws: OnFlaws | None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Fetch a density that this node does not have, from another node or the origin."""
-        converted = self._converted(arrays, key, source, on_flaws)
-        if converted is not None:
-            return converted, "hit"
+        if (exact := key.exact) is not None:
+            encoded = self._encoded(arrays, key, exact, source, on_flaws)
+            if encoded is not None:
+                return encoded
         remote = self._cache.remote
         with remote.lookup(key, source) if remote else contextlib.nullcontext() as lookup:
             taken = lookup.take() if lookup is not None else None
@@ -241,23 +242,35 @@ class ReadThrough:
         mapped = arrays.store(entry, replaces=replaces)
         return (mapped or entry).array, mapped is not None
 
-    def _converted(
-        self, arrays: ArrayCache, key: ArrayKey, source: str | None, on_flaws: OnFlaws | None
-    ) -> NDArray[np.float32] | None:
+    def _encoded(
+        self,
+        arrays: ArrayCache,
+        key: ArrayKey,
+        exact: ArrayKey,
+        source: str | None,
+        on_flaws: OnFlaws | None,
+    ) -> tuple[NDArray[np.float32], Outcome] | None:
         """Encode the density from its entry in float32, if there is one, and replace that."""
-        exact = key.exact
-        entry = arrays.get(exact, source=source) if exact is not None else None
+        remote = self._cache.remote
+        entry = arrays.get(exact, source=source)
+        is_own = entry is not None
+        if entry is None and remote is not None:
+            entry = remote.lower(exact, source)
         if entry is None:
             return None
-        header = entry.header
-        values = as_density(entry.array, key.url, self._array)
-        values, _ = self._stored(arrays, key, values, header.source, header.flaws, exact)
+        header, values = entry.header, as_density(entry.array, key.url, self._array)
+        values, is_stored = self._stored(
+            arrays, key, values, header.source, header.flaws, exact if is_own else None
+        )
         if source is not None:
             self._checked.add(key.digest)
         if header.flaws is not SOUND:
             self._report(key, header.flaws, on_flaws)
-        self._counters.add(hits=1, served_bytes=values.nbytes)
-        return values
+        if is_own:
+            self._counters.add(hits=1, served_bytes=values.nbytes)
+            return values, "hit"
+        self._counters.add(misses=1, bypasses=int(not is_stored))
+        return values, "miss" if is_stored else "bypass"
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Say what is wrong with a density, or raise if the settings do not allow it.

@@ -16,7 +16,7 @@ import numpy as np
 from zarrcache._keys import ArrayKey
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.config import CacheConfig
-from zarrcache.disk import CacheDir, EntryStream, Flaws, open_entries
+from zarrcache.disk import CacheDir, Entry, EntryStream, Flaws, open_entries
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.origin import reporting_progress
 from zarrcache.peers import Peers, Reply
@@ -132,17 +132,33 @@ class RemoteSources:
             else:
                 taken = Taken(incoming.read(), False, incoming.header.flaws)
         except CorruptEntryError as exc:
-            self._counters.add(purges=1)
-            self._log_once.warning(
-                ("bad entry", offer.sender),
-                logger,
-                "received entry rejected, trying the next source (logged once for %s): %s",
-                offer.sender,
-                exc,
-            )
+            self._reject(offer, exc)
             return None
         self._counters.add(**{offer.counter: 1})
         return taken
+
+    def _reject(self, offer: _Offer, exc: CorruptEntryError) -> None:
+        self._counters.add(purges=1)
+        self._log_once.warning(
+            ("bad entry", offer.sender),
+            logger,
+            "received entry rejected, trying the next source (logged once for %s): %s",
+            offer.sender,
+            exc,
+        )
+
+    def lower(self, key: ArrayKey, source: str | None) -> Entry | None:
+        """An entry of the lower layer, in memory; it is not stored here."""
+        for offer in self._lower_offers(key.digest):
+            try:
+                incoming = EntryStream(offer.stream, offer.nbytes, key, offer.url)
+                if source in (None, incoming.header.source):
+                    found = Entry(incoming.header, incoming.read())
+                    self._counters.add(lower_hits=1)
+                    return found
+            except CorruptEntryError as exc:
+                self._reject(offer, exc)
+        return None
 
     def _lower_offers(self, digest: str) -> Iterator[_Offer]:
         if self._lower is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from zarrcache._keys import FLOAT32
 from zarrcache._units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -214,12 +215,16 @@ def format_verification(report: VerifyReport) -> str:
     unreadable = f", {count(len(report.unreadable))} cannot be read" if report.unreadable else ""
     n_flawed = len({problem.url for problem in (*report.flawed, *report.filled)})
     flawed = f", {count(n_flawed)} flawed at the origin" if n_flawed else ""
+    within = ""
+    if report.within_bound:
+        entries = plural(report.within_bound, "rounded entry", "rounded entries")
+        within = f"; {entries} read from the origin: within the error bound"
     strays = ""
     if report.strays:
         strays = f"; removed {plural(len(report.strays), 'file')} without an entry"
     return (
         f"Verified {plural(report.entries, 'entry', 'entries')} ({format_bytes(report.nbytes)}): "
-        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{flawed}{strays}."
+        f"{count(len(report.corrupt))} corrupt{stale}{unreadable}{flawed}{within}{strays}."
     )
 
 
@@ -299,7 +304,7 @@ def plan_lines(plan: Forecast) -> Iterator[str]:
         f"Training split: {plural(plan.samples, 'sample')}, "
         f"{plural(plan.densities, 'density', 'densities')} of {plan.gets:.0f} objects on average; "
         f"{format_bytes(plan.stored_bytes)} at the origin, {format_bytes(plan.disk_bytes)} in a "
-        f"cache ({asked} measured)."
+        f"cache{'' if plan.encoding == FLOAT32 else f' as {plan.encoding}'} ({asked} measured)."
     )
     share = plan.capacity_bytes / plan.disk_bytes if plan.disk_bytes else 1.0
     ahead = ""

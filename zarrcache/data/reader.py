@@ -641,12 +641,21 @@ class ZarrS3Reader(PairReader):
         """The directory of one role."""
         return self._origins[role]
 
-    def stored(self) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of the densities in the array tier, by role and task id, as last listed."""
+    def stored(self, *, in_float32: bool = False) -> dict[Role, dict[str, int]]:
+        """Bytes on disk of the densities in the array tier, by role and task id, as last listed.
+
+        Parameters
+        ----------
+        in_float32 : bool
+            Those in float32, which the next read encodes if ``cache.arrays.encoding`` is another.
+        """
         listings = {
             role: (origin, self.store_names(role)) for role, origin in self._origins.items()
         }
-        return self._cache.stored_densities(self._densities("data").stored_as, listings)
+        array = self._densities("data").stored_as
+        if in_float32 and (exact := ArrayKey("", "", array).exact) is not None:
+            array = exact.array
+        return self._cache.stored_densities(array, listings)
 
     def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
         """List one density at the origin now: keys, sizes, ETags. One LIST."""

@@ -12,8 +12,10 @@ from zarrcache.disk._publish import (
 )
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, open_entries
+from zarrcache.disk.encoding import expected_bytes, is_within
 from zarrcache.disk.entry import (
     ARRAY,
+    HEADER_BYTES,
     LISTING,
     OBJECT,
     SOUND,
@@ -49,6 +51,7 @@ __all__ = [
     "ARRAY",
     "BLOCK_BYTES",
     "CACHE_FAULTS",
+    "HEADER_BYTES",
     "LENT",
     "LISTING",
     "OBJECT",
@@ -72,12 +75,14 @@ __all__ = [
     "crc32c",
     "disk_bytes",
     "display_name",
+    "expected_bytes",
     "file_system_of",
     "header_of",
     "hidden_path",
     "is_fresh",
     "is_mapped",
     "is_network",
+    "is_within",
     "kind_of",
     "map_entry",
     "map_place",

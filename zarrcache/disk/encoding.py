@@ -27,9 +27,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import mantissa_bits
+from zarrcache._keys import FLOAT32, mantissa_bits
 
-__all__ = ["StoredAs", "decode", "encode", "is_known", "stored_layout"]
+__all__ = [
+    "StoredAs",
+    "decode",
+    "encode",
+    "expected_bytes",
+    "is_known",
+    "is_within",
+    "stored_layout",
+]
 
 #: Values per step. Four passes over a step stay in the second-level cache.
 _STEP = 2**16
@@ -87,6 +95,19 @@ def stored_layout(
     return ("<f2" if stored_as.encoding == "float16" else "<u2"), shape
 
 
+def expected_bytes(decoded_bytes: int, encoding: str) -> int:
+    """Bytes of the payload of a density of ``decoded_bytes`` in float32.
+
+    With ``bits:N`` without what the compression finds beyond the dropped bits: an upper bound of
+    real densities, which need about four fifths of it.
+    """
+    if encoding == FLOAT32:
+        return decoded_bytes
+    kept = mantissa_bits(encoding)
+    # Of 32 bits, the sign, eight of the exponent and the kept ones.
+    return decoded_bytes // 2 if kept is None else decoded_bytes * (9 + kept) // 32
+
+
 def encode(values: NDArray[np.float32], encoding: str) -> tuple[StoredAs, NDArray[Any]] | None:
     """Encode finite values, C-contiguous, and check the error bound.
 
@@ -123,7 +144,7 @@ def encode(values: NDArray[np.float32], encoding: str) -> tuple[StoredAs, NDArra
             )
             payload = _upper_halves(values) if bits is None else _frames(values, bits)
         decoded = decode(stored_as, payload, values.shape)
-        return (stored_as, payload) if _is_within(stored_as, values, decoded) else None
+        return (stored_as, payload) if is_within(stored_as, values, decoded) else None
 
 
 def decode(
@@ -253,9 +274,10 @@ def _float16_table() -> NDArray[np.float32]:
     return np.arange(2**16, dtype="<u2").view("<f2").astype(np.float32)
 
 
-def _is_within(
+def is_within(
     stored_as: StoredAs, values: NDArray[np.float32], decoded: NDArray[np.float32]
 ) -> bool:
+    """Whether every decoded value is within the error bound of the value that was encoded."""
     relative = np.float32(stored_as.relative_error)
     absolute = np.float32(stored_as.absolute_error)
     one, other = values.reshape(-1), decoded.reshape(-1)

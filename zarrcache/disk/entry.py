@@ -46,6 +46,7 @@ from zarrcache.errors import CorruptEntryError
 
 __all__ = [
     "ARRAY",
+    "HEADER_BYTES",
     "LISTING",
     "OBJECT",
     "SOUND",
@@ -73,6 +74,8 @@ _PLAIN, _ENCODED = 1, 2
 _MAGIC = b"zarrcach"
 _PREFIX = struct.Struct("<8sIII")
 _PAGE = 4096
+#: Length of a usual header of an encoded entry; longer URLs need a little more.
+HEADER_BYTES = 512
 #: The payload starts at a multiple of this, by version.
 _ALIGNMENT = {_PLAIN: _PAGE, _ENCODED: 64}
 #: Longest header that is accepted; this package writes much shorter ones.

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import Role
+from zarrcache._keys import FLOAT32, Role
 from zarrcache._units import whole_number
 from zarrcache.config import DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError
 from zarrcache.ops.simulate import Epoch, Policy, simulate
-from zarrcache.ops.sizes import DensitySize, Speed, measure_sizes, measure_speed
+from zarrcache.ops.sizes import (
+    DensitySize,
+    Speed,
+    measure_compression,
+    measure_sizes,
+    measure_speed,
+)
 from zarrcache.origin import PAGE_OBJECTS
 from zarrcache.train import Assignment, Schedule, node_budget_bytes
 
@@ -85,6 +91,8 @@ class Forecast:
         Size of the cache of one node.
     lookahead_bytes : int
         The part of it that the look-ahead takes once the cache is full.
+    encoding : str
+        ``cache.arrays.encoding``, on which ``disk_bytes`` depends.
     variant : Variant
     run_epochs : int
         Epochs of the whole run.
@@ -109,6 +117,7 @@ class Forecast:
     ranks: int
     capacity_bytes: int
     lookahead_bytes: int
+    encoding: str
     variant: Variant
     run_epochs: int
     epochs: tuple[EpochForecast, ...]
@@ -136,7 +145,8 @@ def plan_training(
 ) -> Forecast:
     """Forecast the training split of a config.
 
-    Lists the directories and measures up to 1,000 densities at the origin. Caches nothing.
+    Lists the directories and measures up to 1,000 densities at the origin. Caches nothing. With
+    ``cache.arrays.encoding: bits:N`` it reads nine of them, to learn how well they compress.
 
     Parameters
     ----------
@@ -194,6 +204,7 @@ def plan_training(
         capacity_bytes = cache.limit
     if lookahead_bytes is None:
         lookahead_bytes = cache.lookahead if cache is not None else 0
+    encoding = cache.arrays.encoding if cache is not None else FLOAT32
     variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
     prices = prices or (cache.prices if cache is not None else PriceConfig())
     names, _ = reader.split_task_ids()
@@ -206,7 +217,14 @@ def plan_training(
     densities: list[tuple[str, Role]] = [(name, role) for name in names for role in roles]
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(densities), min(SAMPLED, len(densities)), replace=False))
-    sizes = measure_sizes(reader, [densities[place] for place in chosen], progress)
+    probed = [densities[place] for place in _spread(chosen)]
+    sizes = measure_sizes(
+        reader,
+        [densities[place] for place in chosen],
+        progress,
+        encoding=encoding,
+        compression=measure_compression(reader, probed, encoding),
+    )
     # Each density that was not measured gets the size of one that was: the distribution matters,
     # not only the mean.
     taken = generator.integers(len(sizes), size=len(densities))
@@ -245,6 +263,7 @@ def plan_training(
         ranks=len(world),
         capacity_bytes=capacity_bytes,
         lookahead_bytes=ahead_bytes,
+        encoding=encoding,
         variant=variant,
         run_epochs=epochs,
         epochs=forecasts,
@@ -257,6 +276,11 @@ def plan_training(
         prices=prices,
         speed=speed,
     )
+
+
+def _spread(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Up to nine of the measured densities, evenly spaced."""
+    return chosen[np.linspace(0, len(chosen) - 1, min(_PROBED, len(chosen))).astype(np.int64)]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zarrcache._keys import (
     ROLES,
     ArrayKey,
@@ -20,7 +23,7 @@ from zarrcache._keys import (
     units_of,
 )
 from zarrcache._sources import choose, kinds_of, stem_of
-from zarrcache.arrays import cell_volume, examine_array, list_array
+from zarrcache.arrays import as_density, cell_volume, examine_array, list_array, read_array
 from zarrcache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import distinct_directories, mapped_ids
@@ -337,6 +340,28 @@ class Selection:
 
         with closing(concurrently(compare, candidates)) as answers:
             return list(answers)
+
+    def density_of(self, row: Row) -> NDArray[np.float32]:
+        """The density of an entry, read from the origin past the cache, absent chunks filled.
+
+        Raises
+        ------
+        OriginError, SchemaError, IncompleteArrayError
+            It cannot be read.
+        """
+        found, header = self.store_of(row), stored_header(self.index, row.digest)
+        if found is None or header is None:
+            raise SchemaError(f"{row.note} is not a density of this config any more.")
+        origin, store = found
+        key = header.key
+        decoded = read_array(origin, store, key.source_array, fills=True, units=key.units)
+        return as_density(
+            decoded.array,
+            key.url,
+            key.source_array,
+            units=key.units,
+            attributes=decoded.attributes,
+        )
 
 
 def select(

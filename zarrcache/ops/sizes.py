@@ -11,16 +11,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
+<<<<<<< HEAD
 from zarrcache._keys import ObjectInfo, Role, units_of
 from zarrcache._sources import is_object
 from zarrcache.arrays import check_metadata, count_gets, list_array, metadata_key, read_array
+=======
+from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, Role, mantissa_bits, stored_array
+from zarrcache.arrays import (
+    as_density,
+    check_metadata,
+    count_gets,
+    list_array,
+    metadata_key,
+    read_array,
+)
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
 from zarrcache.data import ZarrS3Reader
-from zarrcache.disk import BLOCK_BYTES, disk_bytes
+from zarrcache.disk import BLOCK_BYTES, HEADER_BYTES, disk_bytes, expected_bytes, new_entry
 from zarrcache.errors import IncompleteArrayError, SchemaError
 from zarrcache.ops.selection import concurrently
 from zarrcache.origin import PAGE_OBJECTS
 
-__all__ = ["DensitySize", "Speed", "measure_size", "measure_sizes", "measure_speed"]
+__all__ = [
+    "DensitySize",
+    "Speed",
+    "measure_compression",
+    "measure_size",
+    "measure_sizes",
+    "measure_speed",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +53,7 @@ class DensitySize:
     stored_bytes : int
         Size at the origin.
     disk_bytes : int
-        Size of its array tier entry: decoded, with the header page, in whole file system blocks.
+        Size of its array tier entry, with its header, in whole file system blocks.
     """
 
     lists: int
@@ -69,10 +88,17 @@ def measure_sizes(
     reader: ZarrS3Reader,
     densities: Sequence[tuple[str, Role]],
     progress: Callable[[int, int], object] | None = None,
+    *,
+    encoding: str = FLOAT32,
+    compression: float = 1.0,
 ) -> list[DensitySize]:
     """Measure each density as :func:`measure_size` does, many at once."""
     found = []
-    with closing(concurrently(lambda density: measure_size(reader, *density), densities)) as sizes:
+
+    def measure(density: tuple[str, Role]) -> DensitySize:
+        return measure_size(reader, *density, encoding=encoding, compression=compression)
+
+    with closing(concurrently(measure, densities)) as sizes:
         for done, size in enumerate(sizes, start=1):
             found.append(size)
             if progress is not None:
@@ -80,10 +106,22 @@ def measure_sizes(
     return found
 
 
-def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
+def measure_size(
+    reader: ZarrS3Reader,
+    task_id: str,
+    role: Role,
+    *,
+    encoding: str = FLOAT32,
+    compression: float = 1.0,
+) -> DensitySize:
     """Measure one density by one LIST and one small GET, without caching it.
 
+<<<<<<< HEAD
     A zipped store and a file are fetched whole.
+=======
+    A zipped store is fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an estimate by
+    ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper bound.
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
 
     Raises
     ------
@@ -97,10 +135,34 @@ def measure_size(reader: ZarrS3Reader, task_id: str, role: Role) -> DensitySize:
         shape = read_array(
             origin, store, array, listed=listed, fills=True, uses_values=False
         ).array.shape
-        return DensitySize(0, 2, stored_bytes, _entry_bytes(math.prod(shape)))
+        return DensitySize(
+            0, 2, stored_bytes, _entry_bytes(math.prod(shape), encoding, compression)
+        )
     points = math.prod(_shape(reader, store, role, listed))
     lists = -(-len(listed) // PAGE_OBJECTS)
-    return DensitySize(lists, count_gets(store, array, listed), stored_bytes, _entry_bytes(points))
+    return DensitySize(
+        lists, count_gets(store, array, listed), stored_bytes, _entry_bytes(points, encoding)
+    )
+
+
+def measure_compression(
+    reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]], encoding: str
+) -> float:
+    """Bytes of encoded densities over those that :func:`measure_size` expects.
+
+    Reads ``densities`` past the cache if the encoding is ``bits:N``; the others have a fixed size.
+    """
+    if mantissa_bits(encoding) is None:
+        return 1.0
+    stored, expected = 0, 0
+    for task_id, role in densities:
+        origin, store = reader.origin(role), reader.store_name(task_id, role)
+        array = read_array(origin, store, reader.array, fills=True, checks_electrons=False).array
+        values = as_density(array, store, reader.array, is_per_point=reader.normalize)
+        key = ArrayKey("", "", stored_array(reader.array, is_per_point=False, encoding=encoding))
+        stored += new_entry(key, np.ascontiguousarray(values), "").header.nbytes
+        expected += expected_bytes(values.nbytes, encoding)
+    return stored / expected if expected else 1.0
 
 
 def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -> Speed:
@@ -141,5 +203,8 @@ def _shape(reader: ZarrS3Reader, store: str, role: Role, listed: Sequence[Object
     return shape
 
 
-def _entry_bytes(points: int) -> int:
-    return BLOCK_BYTES + disk_bytes(4 * points)  # a header page; values are float32
+def _entry_bytes(points: int, encoding: str, compression: float) -> int:
+    nbytes = expected_bytes(4 * points, encoding)
+    if encoding == FLOAT32:
+        return BLOCK_BYTES + disk_bytes(nbytes)  # the header has a page of its own
+    return disk_bytes(HEADER_BYTES + int(compression * nbytes))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -22,14 +24,26 @@ from zarrcache.disk import (
     Row,
     array_note,
     crc32c,
+    is_within,
     map_entry,
     open_regular,
     published_name,
 )
 from zarrcache.errors import ConfigError, CorruptEntryError
-from zarrcache.ops.selection import Compared, cache_of, open_if_present, origin_and_url, select
+from zarrcache.ops.selection import (
+    Compared,
+    Selection,
+    cache_of,
+    concurrently,
+    open_if_present,
+    origin_and_url,
+    select,
+)
 
 __all__ = ["Problem", "VerifyReport", "verify"]
+
+#: Encoded entries that are compared with the origin.
+_SAMPLED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,9 @@ class VerifyReport:
         ``cache.missing_chunks`` is ``fill``, absent chunks. Intact entries are kept.
     filled : tuple of Problem
         Densities with absent chunks, with ``cache.missing_chunks: fill``.
+    within_bound : int
+        With ``against_origin``: entries of another encoding than float32 that were read from the
+        origin and are within their error bound. Those that are not are ``corrupt``.
     """
 
     directory: Path
@@ -81,6 +98,7 @@ class VerifyReport:
     is_read_only: bool = False
     flawed: tuple[Problem, ...] = ()
     filled: tuple[Problem, ...] = ()
+    within_bound: int = 0
 
     @property
     def is_good(self) -> bool:
@@ -104,7 +122,8 @@ def verify(
     against_origin : bool
         Also compare the stores of the config's ids with the origin, one LIST and two GETs of
         metadata per entry (a zipped store is fetched whole): drop entries of older versions, and
-        name stores that lack chunks or state another number of electrons than the entry has.
+        name stores that lack chunks or state another number of electrons than the entry has. Up to
+        16 entries that are not in float32 are read whole and compared within their error bound.
     progress : callable, optional
         Called with the bytes checked so far and the bytes to check.
 
@@ -136,6 +155,7 @@ def verify(
             return row.size_bytes
         return index.drop([row.digest], filename=row.filename)
 
+<<<<<<< HEAD
     flaws: dict[str, Flaws] = {}
     means: dict[str, _Mean] = {}
     for row in rows:
@@ -144,6 +164,12 @@ def verify(
             flaws[row.digest] = checked.flaws
             if checked.mean is not None:
                 means[row.digest] = checked.mean
+=======
+    found_in: dict[str, _Checked] = {}
+    for row in rows:
+        try:
+            found_in[row.digest] = _check(row, index.dir.root / row.filename)
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
             if drop(row):
@@ -168,24 +194,49 @@ def verify(
     stale: list[Problem] = []
     flawed: list[Problem] = []
     filled: list[Problem] = []
+    rounded: list[Row] = []
     for row in good:
+<<<<<<< HEAD
         found = flaws[row.digest]
         _, is_stale, lacks, stated, volume = compared.get(row.digest) or Compared(row, False)
+=======
+        checked = found_in[row.digest]
+        found = checked.flaws
+        _, is_stale, lacks, stated = compared.get(row.digest) or Compared(row, False)
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
         # A store that lacks chunks is no version to replace a whole entry with.
         if is_stale and (not lacks or always.missing_chunks == "fill"):
             drop(row)
             stale.append(_problem(row, "the origin has another version"))
             found = SOUND
+<<<<<<< HEAD
         elif row.digest in means:
             why = disagreement(means[row.digest].electrons(volume), stated)
             if why:
+=======
+        else:
+            if checked.electrons is not None and (
+                why := disagreement(checked.electrons, stated, checked.relative_error)
+            ):
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
                 flawed.append(_problem(row, why))
+            if checked.relative_error and row.digest in compared:
+                rounded.append(row)
         if not lacks and found.missing_chunks:
             lacks = str(Flaws(missing_chunks=found.missing_chunks))
         if found.nonfinite:
             flawed.append(_problem(row, str(Flaws(nonfinite=found.nonfinite))))
         if lacks:
             (filled if always.missing_chunks == "fill" else flawed).append(_problem(row, lacks))
+    n_within = 0
+    if selection is not None:
+        sample = rounded[:: max(1, -(-len(rounded) // _SAMPLED))]
+        with closing(concurrently(functools.partial(_exceeds, selection), sample)) as answers:
+            for row, why in zip(sample, answers, strict=True):
+                n_within += not why
+                if why:
+                    drop(row)
+                    corrupt.append(_problem(row, why))
     return VerifyReport(
         directory=index.dir.parent,
         entries=len(rows),
@@ -197,9 +248,11 @@ def verify(
         is_read_only=index.is_read_only,
         flawed=tuple(flawed),
         filled=tuple(filled),
+        within_bound=n_within,
     )
 
 
+<<<<<<< HEAD
 class _Mean(NamedTuple):
     """The mean of an entry, times the points if the entry is per point."""
 
@@ -218,6 +271,32 @@ class _Checked(NamedTuple):
 
     flaws: Flaws
     mean: _Mean | None = None
+=======
+def _exceeds(selection: Selection, row: Row) -> str:
+    """How a rounded entry differs from the origin by more than its bound; empty if it does not, or
+    was evicted meanwhile.
+    """
+    try:
+        entry = map_entry(selection.index.dir.root / row.filename)
+    except (OSError, CorruptEntryError):
+        return ""
+    stored_as, values = entry.header.stored_as, selection.density_of(row)
+    if stored_as is None or (
+        values.shape == entry.array.shape and is_within(stored_as, values, entry.array)
+    ):
+        return ""
+    return f"it differs from the origin by more than the error bound of {stored_as.encoding}"
+
+
+class _Checked(NamedTuple):
+    """The flaws of a density, the electrons that its values hold if they hold any, and the relative
+    error of its encoding.
+    """
+
+    flaws: Flaws
+    electrons: float | None = None
+    relative_error: float = 0.0
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
 
 
 def _check(row: Row, path: Path) -> _Checked:
@@ -233,10 +312,17 @@ def _check(row: Row, path: Path) -> _Checked:
         if row.kind != ARRAY:
             return _Checked(Flaws(entry.header.flaws.missing_chunks))
         flaws = Flaws(entry.header.flaws.missing_chunks, count_nonfinite(entry.array))
+<<<<<<< HEAD
         if not has_electrons(key.source_array) or not entry.array.size:
             return _Checked(flaws)
         held = electrons_of(entry.array, "cell" if key.units == "volume" else key.units)
         return _Checked(flaws, None if held is None else _Mean(held, key.units))
+=======
+        stored_as, electrons = entry.header.stored_as, None
+        if has_electrons(key.source_array) and entry.array.size:
+            electrons = electrons_of(entry.array, is_per_point=key.is_per_point)
+        return _Checked(flaws, electrons, stored_as.relative_error if stored_as else 0.0)
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()

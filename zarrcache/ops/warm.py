@@ -27,13 +27,25 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+<<<<<<< HEAD
 from zarrcache._keys import Role, check_task_ids, source_digest
 from zarrcache._sources import is_object
+=======
+from zarrcache._keys import FLOAT32, Role, check_task_ids, source_digest
+>>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, open_reader
-from zarrcache.disk import BLOCK_BYTES, SOUND, Flaws, Index, disk_bytes
+from zarrcache.disk import (
+    BLOCK_BYTES,
+    HEADER_BYTES,
+    SOUND,
+    Flaws,
+    Index,
+    disk_bytes,
+    expected_bytes,
+)
 from zarrcache.errors import (
     ConfigError,
     OriginAccessError,
@@ -361,7 +373,8 @@ class WarmPlan:
 
         def size(density: Density) -> int:
             try:
-                return measure_size(self.reader, *density).disk_bytes
+                encoding = self.cache.arrays.encoding
+                return measure_size(self.reader, *density, encoding=encoding).disk_bytes
             except ZarrCacheError:
                 return 0
 
@@ -483,6 +496,11 @@ def plan_warm(
     densities = tuple(
         (task_id, role) for task_id in task_ids for role in roles if task_id not in stored[role]
     )
+    assert reader.cache_config is not None
+    if reader.cache_config.arrays.encoding != FLOAT32:
+        # Encoding an entry in float32 makes room for the others.
+        in_float32 = reader.stored(in_float32=True)
+        densities = tuple(sorted(densities, key=lambda one: one[0] not in in_float32[one[1]]))
     if workers is None:
         # At least two, also on one core: a worker waits more than it computes.
         enough = -(-len(densities) // DENSITIES_PER_WORKER)
@@ -579,9 +597,12 @@ def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult
         listed = reader.listing(task_id, role)
     except ZarrCacheError as exc:
         return _failure((task_id, role), exc), 0, 0
-    header = stored_header(_index(reader), reader.key(task_id, role).digest)
-    if header is not None and header.source == source_digest(listed):
-        return WarmResult(task_id, role, "hit", header.nbytes, flaws=header.flaws), 0, 0
+    key = reader.key(task_id, role)
+    for one in (key, key.exact):  # an entry in float32 is encoded without a request
+        header = stored_header(_index(reader), one.digest) if one is not None else None
+        if header is not None and header.source == source_digest(listed):
+            result = WarmResult(task_id, role, "hit", header.decoded_bytes, flaws=header.flaws)
+            return result, 0, 0
     gets = count_gets(reader.store_name(task_id, role), reader.array, listed)
     return WarmResult(task_id, role, "bypass"), gets, sum(obj.size_bytes for obj in listed)
 
@@ -596,6 +617,8 @@ def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
     )
 
 
+#: Bytes of which an encoding takes a whole number: for its ratio, without rounding.
+_POINTS = 32
 _OUTCOMES = ("untried", "hit", "miss", "bypass", "failed")
 _UNTRIED, _HIT, _MISS, _BYPASS, _FAILED = range(5)
 
@@ -612,14 +635,21 @@ class _Tally:
         for task_id, role in plan.densities:
             self._outcomes[self._row[task_id], self._column[role]] = _UNTRIED
         self._nbytes = np.zeros(self._outcomes.shape, np.int64)
+        self._encoding = plan.cache.arrays.encoding
         if plan.trusted > 0:
-            payload = np.maximum(self._on_disk(plan.stored) - BLOCK_BYTES, 0)
-            self._nbytes = np.where(self._outcomes == _HIT, payload, 0)
+            payload = np.maximum(self._on_disk(plan.stored) - self._header_bytes, 0)
+            # With bits:N an estimate that is too small: it does not know how well they compress.
+            decoded = payload * _POINTS // expected_bytes(_POINTS, self._encoding)
+            self._nbytes = np.where(self._outcomes == _HIT, decoded, 0)
         self._failed: dict[tuple[int, int], WarmResult] = {}
         self._is_read = np.zeros(self._outcomes.shape, np.bool_)
         self._flawed: dict[tuple[int, int], WarmResult] = {}
         #: Decoded bytes that are warm.
         self.nbytes = int(self._nbytes.sum())
+
+    @property
+    def _header_bytes(self) -> int:
+        return BLOCK_BYTES if self._encoding == FLOAT32 else 0
 
     @property
     def warm(self) -> int:
@@ -709,7 +739,10 @@ class _Tally:
         Those of unknown size count as the mean of ``measured``, or of the known sizes.
         """
         known = self._nbytes[self._nbytes > 0]
-        sizes = -(-known // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES  # payload, and a header page
+        payload = known * expected_bytes(_POINTS, self._encoding) // _POINTS
+        if self._encoding != FLOAT32:
+            payload += HEADER_BYTES
+        sizes = -(-payload // BLOCK_BYTES) * BLOCK_BYTES + self._header_bytes
         sample = measured if len(measured) else sizes
         rest = self._outcomes.size - len(sizes)
         if not rest or not len(sample):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from zarrcache._keys import ROLES
-from zarrcache.disk import CACHE_FAULTS, disk_bytes
+from zarrcache._keys import FLOAT32, ROLES
+from zarrcache.disk import CACHE_FAULTS, disk_bytes, expected_bytes
 from zarrcache.errors import ZarrCacheError
 from zarrcache.parallel import HungUp, receive
 from zarrcache.train.progress import ReadProgress
@@ -103,6 +103,8 @@ class Prefetch:
         self._progress = progress
         self._budget = budget_bytes
         self._loans = reader.cache.lend(budget_bytes)
+        config = reader.cache_config
+        self._encoding = config.arrays.encoding if config is not None else FLOAT32
         self._lock = threading.Lock()
         self._held = 0
         self._window: deque[_Item] = deque()
@@ -334,9 +336,8 @@ class Prefetch:
             is_late = self._progress.has_finished if fetched else self._progress.has_started
             if is_late(item.epoch, item.sample, item.role, item.nth):
                 raise _NotNow
-            item.size = (
-                disk_bytes(nbytes if fetched else int(self._expansion * nbytes)) + _HEADER_BYTES
-            )
+            decoded = nbytes if fetched else int(self._expansion * nbytes)
+            item.size = disk_bytes(expected_bytes(decoded, self._encoding)) + _HEADER_BYTES
             if not self._hold(item, item.size):
                 raise _NotNow
             if fetched:
