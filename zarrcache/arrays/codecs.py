@@ -22,13 +22,11 @@ A chain with a codec that is not listed here raises `UnknownCodecError`; nothing
 from __future__ import annotations
 
 import bz2
-import functools
 import gzip
 import io
 import itertools
 import lzma
 import math
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -39,6 +37,7 @@ from typing_extensions import Buffer
 
 from zarrcache._keys import safe_repr
 from zarrcache._units import read_bounded
+from zarrcache.disk import single_threaded_blosc
 
 __all__ = ["Chunk", "UnknownCodecError"]
 
@@ -462,7 +461,7 @@ def _numcodec(kind: str, settings: Mapping[str, Any]) -> Any:
     import numcodecs
 
     if kind == "blosc":
-        return _single_threaded_blosc().from_config(
+        return single_threaded_blosc().from_config(
             {name: value for name, value in settings.items() if name != "id"}
         )
     codec = numcodecs.get_codec({**settings, "id": kind})
@@ -474,31 +473,6 @@ def _numcodec(kind: str, settings: Mapping[str, Any]) -> Any:
     if kind == "shuffle" and not (type(codec.elementsize) is int and codec.elementsize > 0):
         raise ValueError(f"it shuffles items of {safe_repr(codec.elementsize)} bytes")
     return codec
-
-
-@functools.cache
-def _single_threaded_blosc() -> Any:
-    """The codec blosc, which decodes in the calling thread.
-
-    In a process without memory for another thread, or with too many, c-blosc's pool of threads is
-    half made, and from then on it hangs or returns wrong bytes without an error. One thread is not
-    slower (108^3 points: 0.9 ms of CPU in one, 0.9 to 4.5 ms in two).
-    """
-    import numcodecs.blosc
-
-    class SingleThreaded(numcodecs.blosc.Blosc):  # type: ignore[misc]
-        def decode(self, buf: Any, out: Any = None) -> Any:
-            # By default numcodecs uses threads if it is called from the main thread.
-            if threading.current_thread() is not threading.main_thread():
-                return super().decode(buf, out)
-            others = numcodecs.blosc.use_threads
-            numcodecs.blosc.use_threads = False
-            try:
-                return super().decode(buf, out)
-            finally:
-                numcodecs.blosc.use_threads = others
-
-    return SingleThreaded
 
 
 _OTHERS = frozenset({"shuffle", "base64"})

@@ -12,7 +12,7 @@ from zarrcache.disk._publish import (
 )
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, open_entries
-from zarrcache.disk.encoding import expected_bytes, is_within
+from zarrcache.disk.encoding import expected_bytes, is_within, single_threaded_blosc
 from zarrcache.disk.entry import (
     ARRAY,
     HEADER_BYTES,
@@ -96,6 +96,7 @@ __all__ = [
     "published_name",
     "read_header",
     "remove_hidden",
+    "single_threaded_blosc",
     "sweep_hidden",
     "write_all",
     "write_entry",

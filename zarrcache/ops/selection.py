@@ -219,6 +219,7 @@ class Selection:
             encoding=cache_of(config).arrays.encoding,
         )
         self._roots = distinct_directories(self._origins)
+        self._chosen: tuple[object, dict[str, str]] | None = None
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -228,7 +229,11 @@ class Selection:
     def listing(self, role: Role) -> dict[str, str] | None:
         """Names of the stores by task id, as listed last; None if they were never listed."""
         stored = self._cache.stored_listing(self._origins[role], "")
-        return choose(stored, self._kinds) if isinstance(stored, dict) else None
+        if not isinstance(stored, dict):
+            return None
+        if self._chosen is None or self._chosen[0] is not stored:  # often one for both roles
+            self._chosen = stored, choose(stored, self._kinds)
+        return self._chosen[1]
 
     def stored(
         self, listings: Mapping[Role, Mapping[str, str] | None], array: str | None = None

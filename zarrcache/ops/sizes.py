@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-<<<<<<< HEAD
-from zarrcache._keys import ObjectInfo, Role, units_of
+from zarrcache._keys import (
+    FLOAT32,
+    ArrayKey,
+    ObjectInfo,
+    Role,
+    mantissa_bits,
+    stored_array,
+    units_of,
+)
 from zarrcache._sources import is_object
-from zarrcache.arrays import check_metadata, count_gets, list_array, metadata_key, read_array
-=======
-from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, Role, mantissa_bits, stored_array
 from zarrcache.arrays import (
     as_density,
     check_metadata,
@@ -25,7 +29,6 @@ from zarrcache.arrays import (
     metadata_key,
     read_array,
 )
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
 from zarrcache.data import ZarrS3Reader
 from zarrcache.disk import BLOCK_BYTES, HEADER_BYTES, disk_bytes, expected_bytes, new_entry
 from zarrcache.errors import IncompleteArrayError, SchemaError
@@ -116,12 +119,9 @@ def measure_size(
 ) -> DensitySize:
     """Measure one density by one LIST and one small GET, without caching it.
 
-<<<<<<< HEAD
-    A zipped store and a file are fetched whole.
-=======
-    A zipped store is fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an estimate by
-    ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper bound.
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
+    A zipped store and a file are fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an
+    estimate by ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper
+    bound.
 
     Raises
     ------
@@ -141,7 +141,10 @@ def measure_size(
     points = math.prod(_shape(reader, store, role, listed))
     lists = -(-len(listed) // PAGE_OBJECTS)
     return DensitySize(
-        lists, count_gets(store, array, listed), stored_bytes, _entry_bytes(points, encoding)
+        lists,
+        count_gets(store, array, listed),
+        stored_bytes,
+        _entry_bytes(points, encoding, compression),
     )
 
 
@@ -157,9 +160,10 @@ def measure_compression(
     stored, expected = 0, 0
     for task_id, role in densities:
         origin, store = reader.origin(role), reader.store_name(task_id, role)
-        array = read_array(origin, store, reader.array, fills=True, checks_electrons=False).array
-        values = as_density(array, store, reader.array, is_per_point=reader.normalize)
-        key = ArrayKey("", "", stored_array(reader.array, is_per_point=False, encoding=encoding))
+        # In any units: a factor changes hardly anything about the mantissas.
+        array = read_array(origin, store, reader.array, fills=True, uses_values=False).array
+        values = as_density(array, store, reader.array)
+        key = ArrayKey("", "", stored_array(reader.array, "cell", encoding))
         stored += new_entry(key, np.ascontiguousarray(values), "").header.nbytes
         expected += expected_bytes(values.nbytes, encoding)
     return stored / expected if expected else 1.0

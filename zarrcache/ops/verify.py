@@ -155,21 +155,10 @@ def verify(
             return row.size_bytes
         return index.drop([row.digest], filename=row.filename)
 
-<<<<<<< HEAD
-    flaws: dict[str, Flaws] = {}
-    means: dict[str, _Mean] = {}
-    for row in rows:
-        try:
-            checked = _check(row, index.dir.root / row.filename)
-            flaws[row.digest] = checked.flaws
-            if checked.mean is not None:
-                means[row.digest] = checked.mean
-=======
     found_in: dict[str, _Checked] = {}
     for row in rows:
         try:
             found_in[row.digest] = _check(row, index.dir.root / row.filename)
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
         except FileNotFoundError:
             # If it was evicted after the rows were read, there is no row left to drop.
             if drop(row):
@@ -196,29 +185,18 @@ def verify(
     filled: list[Problem] = []
     rounded: list[Row] = []
     for row in good:
-<<<<<<< HEAD
-        found = flaws[row.digest]
-        _, is_stale, lacks, stated, volume = compared.get(row.digest) or Compared(row, False)
-=======
         checked = found_in[row.digest]
         found = checked.flaws
-        _, is_stale, lacks, stated = compared.get(row.digest) or Compared(row, False)
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
+        _, is_stale, lacks, stated, volume = compared.get(row.digest) or Compared(row, False)
         # A store that lacks chunks is no version to replace a whole entry with.
         if is_stale and (not lacks or always.missing_chunks == "fill"):
             drop(row)
             stale.append(_problem(row, "the origin has another version"))
             found = SOUND
-<<<<<<< HEAD
-        elif row.digest in means:
-            why = disagreement(means[row.digest].electrons(volume), stated)
-            if why:
-=======
         else:
-            if checked.electrons is not None and (
-                why := disagreement(checked.electrons, stated, checked.relative_error)
-            ):
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
+            electrons = None if checked.mean is None else checked.mean.electrons(volume)
+            why = disagreement(electrons, stated, checked.relative_error)
+            if why:
                 flawed.append(_problem(row, why))
             if checked.relative_error and row.digest in compared:
                 rounded.append(row)
@@ -252,26 +230,6 @@ def verify(
     )
 
 
-<<<<<<< HEAD
-class _Mean(NamedTuple):
-    """The mean of an entry, times the points if the entry is per point."""
-
-    value: float
-    units: Units
-
-    def electrons(self, volume: float | None) -> float | None:
-        """The electrons in a cell of this volume; None if it is needed and unknown."""
-        if self.units != "volume":
-            return self.value
-        return None if volume is None else self.value * volume
-
-
-class _Checked(NamedTuple):
-    """The flaws of a density, and the mean of its values if it holds electrons."""
-
-    flaws: Flaws
-    mean: _Mean | None = None
-=======
 def _exceeds(selection: Selection, row: Row) -> str:
     """How a rounded entry differs from the origin by more than its bound; empty if it does not, or
     was evicted meanwhile.
@@ -288,15 +246,27 @@ def _exceeds(selection: Selection, row: Row) -> str:
     return f"it differs from the origin by more than the error bound of {stored_as.encoding}"
 
 
+class _Mean(NamedTuple):
+    """The mean of an entry, times the points if the entry is per point."""
+
+    value: float
+    units: Units
+
+    def electrons(self, volume: float | None) -> float | None:
+        """The electrons in a cell of this volume; None if it is needed and unknown."""
+        if self.units != "volume":
+            return self.value
+        return None if volume is None else self.value * volume
+
+
 class _Checked(NamedTuple):
-    """The flaws of a density, the electrons that its values hold if they hold any, and the relative
-    error of its encoding.
+    """The flaws of a density, the mean of its values if it holds electrons, and the relative error
+    of its encoding.
     """
 
     flaws: Flaws
-    electrons: float | None = None
+    mean: _Mean | None = None
     relative_error: float = 0.0
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
 
 
 def _check(row: Row, path: Path) -> _Checked:
@@ -312,17 +282,11 @@ def _check(row: Row, path: Path) -> _Checked:
         if row.kind != ARRAY:
             return _Checked(Flaws(entry.header.flaws.missing_chunks))
         flaws = Flaws(entry.header.flaws.missing_chunks, count_nonfinite(entry.array))
-<<<<<<< HEAD
-        if not has_electrons(key.source_array) or not entry.array.size:
-            return _Checked(flaws)
-        held = electrons_of(entry.array, "cell" if key.units == "volume" else key.units)
-        return _Checked(flaws, None if held is None else _Mean(held, key.units))
-=======
-        stored_as, electrons = entry.header.stored_as, None
+        stored_as, mean = entry.header.stored_as, None
         if has_electrons(key.source_array) and entry.array.size:
-            electrons = electrons_of(entry.array, is_per_point=key.is_per_point)
-        return _Checked(flaws, electrons, stored_as.relative_error if stored_as else 0.0)
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
+            held = electrons_of(entry.array, "cell" if key.units == "volume" else key.units)
+            mean = None if held is None else _Mean(held, key.units)
+        return _Checked(flaws, mean, stored_as.relative_error if stored_as else 0.0)
     fd, _ = open_regular(path)
     with FileIO(fd, "rb") as file:
         data = file.readall()

@@ -27,12 +27,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-<<<<<<< HEAD
-from zarrcache._keys import Role, check_task_ids, source_digest
-from zarrcache._sources import is_object
-=======
 from zarrcache._keys import FLOAT32, Role, check_task_ids, source_digest
->>>>>>> a4b07a0 (plan, warm, status, verify, look-ahead and a lower layer know cache.arrays.encoding)
+from zarrcache._sources import is_object
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
