@@ -52,7 +52,7 @@ _PAIRS, _EVEN, _ODD = (
     _U64(1 + (10000 << 32)),
 )
 _SIGN, _INVALID = 1 << 63, 1 << 62
-_BLANK_ZERO = ord(" ") | ord("0") << 8
+_BLANK_ZERO_POINT = ord(" ") | ord("0") << 8 | ord(".") << 16
 #: Digits of the integers that are divided by a power of ten; fewer are scaled up to it.
 _SCALE = 11
 
@@ -171,12 +171,13 @@ def _parse_chunk(
     keys += tables.sign.take(at(digits + 1, "<u2"))
     divisors = tables.divisor.take(keys)
     values = out.reshape(lines, columns.count)
-    before = at(-2, "<u2")
+    before = at(-2, "<u4") & np.uint32(0xFFFFFF)
     has_flaw = False
-    if (before == _BLANK_ZERO).all():  # most numbers of a density are 0.123E+01
+    if (before == _BLANK_ZERO_POINT).all():  # most numbers of a density are 0.123E+01
         np.divide(number.view(np.int64), divisors, out=values)
     else:
-        lead = tables.lead.take(before)
+        lead = tables.lead.take(before & np.uint32(0xFFFF))
+        lead[before >> np.uint32(16) != ord(".")] = _INVALID
         has_flaw = bool(np.bitwise_or.reduce(lead, axis=None) & _U64(_INVALID))
         flaws |= (lead & _U64(_INVALID)) << _U64(1)
         number += lead & _U64(_INVALID - 1)

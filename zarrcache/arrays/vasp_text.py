@@ -153,8 +153,8 @@ def _feed(file: Any, rest: bytes, body: _Body, name: str, limit_bytes: int) -> t
     last = bytes(view[BEFORE:end])
     is_whole = not last or last.endswith(b"\n")
     if not is_whole:
-        *before, cut = (number.lstrip(b"+-") for number in last[-_TAIL_BYTES:].split()[-5:])
-        if len({len(number) for number in before}) == 1 and len(cut) < len(before[0]):
+        *before, cut = last[-_TAIL_BYTES:].split()[-5:]
+        if _is_cut(before, cut):
             raise SchemaError(
                 f"{name} ends within a number ({cut.decode('ascii', 'replace')!r}). It is cut "
                 "short; get it again."
@@ -164,6 +164,20 @@ def _feed(file: Any, rest: bytes, body: _Body, name: str, limit_bytes: int) -> t
     if end > BEFORE:
         body.add(view, BEFORE, end)
     return total, is_whole
+
+
+def _is_cut(before: list[bytes], last: bytes) -> bool:
+    """Whether a number is shorter than all those before it, or has fewer digits behind its point.
+
+    VASP's columns are ``0.12E+01`` and ``-.12E+01``.
+    """
+    for lengths, length in (
+        ({len(number.lstrip(b"+-")) for number in before}, len(last.lstrip(b"+-"))),
+        ({len(number.partition(b".")[2]) for number in before}, len(last.partition(b".")[2])),
+    ):
+        if len(lengths) == 1 and length < max(lengths):
+            return True
+    return False
 
 
 class _Body:
@@ -241,8 +255,11 @@ class _Body:
         found = _Found(piece)
         upto = np.cumsum(found.counts, dtype=np.int64)
         lines = min(int(np.searchsorted(upto, self._missing)) + 1, len(upto))
-        # Numbers end where a line has something else: `finish` finds that some are missing.
-        others = [line for line in (*found.shapes, *found.texts) if line < lines]
+        # Numbers end where a line has something else: `finish` finds that some are missing. Three
+        # whole numbers are values unless they announce another grid of this size.
+        shape = next(reversed(self._shapes.values()))
+        grids = [line for line, other in found.shapes.items() if other == shape]
+        others = [line for line in (*grids, *found.texts) if line < lines]
         lines = min(others, default=lines)
         if lines:
             count = int(upto[lines - 1])
@@ -252,7 +269,10 @@ class _Body:
                 self._unreadable = self._lines
             elif values is not None and count <= self._missing:
                 self._next(count)[:] = values
-            self._record(found, lines)
+            if self._stars is None and found.stars is not None and found.stars < lines:
+                self._stars = self._lines + found.stars
+            self._counts.append(found.counts[:lines])
+            self._lines += lines
             self._missing = max(0, self._missing - count)
         else:
             size = 0
@@ -264,8 +284,23 @@ class _Body:
         """Add lines up to the next one that begins a grid; returns their bytes."""
         match = _NEXT_GRID_LINE.search(text[begin:end])
         size = match.end() if match else end - begin
-        found = _Found(bytes(text[begin : begin + size]))
-        self._record(found, len(found.counts))
+        piece = bytes(text[begin : begin + size])
+        found = _Found(piece)
+        numbers = found.without(piece, {*found.shapes, *found.texts})
+        values = numbers_in(numbers, repair=found.needs_repair)
+        expected = sum(
+            int(count)
+            for line, count in enumerate(found.counts)
+            if line not in found.shapes and line not in found.texts
+        )
+        if (values is None or len(values) != expected) and self._unreadable is None:
+            self._unreadable = self._lines
+        self._shapes |= {self._lines + line: shape for line, shape in found.shapes.items()}
+        self._texts |= {self._lines + line: words for line, words in found.texts.items()}
+        if self._stars is None and found.stars is not None:
+            self._stars = self._lines + found.stars
+        self._counts.append(found.counts)
+        self._lines += len(found.counts)
         if match:
             points = math.prod(found.shapes[len(found.counts) - 1])
             self.refuse_if_too_large(points)
@@ -273,19 +308,6 @@ class _Body:
             self._missing = points
             self._is_first_line = True
         return size
-
-    def _record(self, found: _Found, lines: int) -> None:
-        """Keep what was found in the next lines."""
-        for line, shape in found.shapes.items():
-            if line < lines:
-                self._shapes[self._lines + line] = shape
-        for line, words in found.texts.items():
-            if line < lines:
-                self._texts[self._lines + line] = words
-        if self._stars is None and found.stars is not None and found.stars < lines:
-            self._stars = self._lines + found.stars
-        self._counts.append(found.counts[:lines])
-        self._lines += lines
 
     def finish(self) -> list[NDArray[np.float64]]:
         """Refuse grids with more or fewer numbers than they announce, or return them all."""
@@ -307,8 +329,8 @@ class _Body:
         self._check_texts(upto, others)
         if self._unreadable is not None:
             raise SchemaError(
-                f"{self._name}: at or below line {self._first + self._unreadable} the grid has "
-                "something that is not a number. Get the file again."
+                f"{self._name}: at or below line {self._first + self._unreadable} is something "
+                "that is not a number. Get the file again."
             )
         shapes = self._shapes.values()
         return [
@@ -422,6 +444,15 @@ class _Found:
                 self.texts[int(line)] = words[:60]
         star = text.find(b"***")
         self.stars = None if star < 0 else int(np.searchsorted(ends, star))
+
+    def without(self, text: bytes, lines: set[int]) -> bytes:
+        """The text without these lines."""
+        begins = [0, *(self.ends[:-1] + 1)]
+        return b"".join(
+            text[begins[line] : self.ends[line] + 1]
+            for line in range(len(self.ends))
+            if line not in lines
+        )
 
 
 def _whole_lines(text: memoryview, begin: int, end: int, least: int) -> bytes:
