@@ -285,6 +285,8 @@ def numbers_in(text: bytes, *, repair: bool = True) -> NDArray[np.float64] | Non
     if repair:
         text = _TOUCHING.sub(rb" \1", BARE_EXPONENT.sub(rb"E\1", text))
     text = text.translate(_FORTRAN_TO_C)
+    if not text.strip():  # for which NumPy raises
+        return np.empty(0)
     with warnings.catch_warnings():
         # NumPy before 2.3 warns, and returns the numbers up to the place.
         warnings.simplefilter("error", DeprecationWarning)
