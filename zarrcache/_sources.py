@@ -1,11 +1,13 @@
 """Find the source of each task id among the names of a directory.
 
-A source holds one density: a Zarr store (a directory or a zip file), or a file as VASP or the
-Materials Project wrote it. A directory may hold several kinds, also of one material.
+A source holds one density: a Zarr store (a directory or a zip file), a file as VASP or the
+Materials Project wrote it, or a directory of numpy files. A directory may hold several kinds, also
+of one material.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, cast
 
@@ -16,8 +18,10 @@ __all__ = [
     "KINDS",
     "Kind",
     "choose",
+    "ends_of",
     "is_file",
     "is_object",
+    "is_unconverted",
     "kind_of",
     "kinds_of",
     "names_of",
@@ -26,13 +30,14 @@ __all__ = [
 ]
 
 #: What a source is, by the end of its name.
-Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR"]
+Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR", "npy"]
 #: Every kind and its suffixes, the preferred ones first.
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "zarr": (".zarr",),
     "zarr.zip": (".zarr.zip",),
     "json.gz": (".json.gz", ".json", ".json.bz2", ".json.xz"),
     "CHGCAR": (".CHGCAR", ".CHGCAR.gz", ".CHGCAR.bz2", ".CHGCAR.xz"),
+    "npy": ("",),  # a directory with the files that arrays/npy_files.py describes
 }
 KINDS: tuple[Kind, ...] = tuple(_SUFFIXES)
 _KIND_OF: dict[str, Kind] = {
@@ -40,14 +45,17 @@ _KIND_OF: dict[str, Kind] = {
 }
 _RANKS = {suffix: number for number, suffix in enumerate(_KIND_OF)}
 #: Lengths of the suffixes: names are cut instead of compared with each suffix.
-_LENGTHS = sorted({len(suffix) for suffix in _KIND_OF}, reverse=True)
+_LENGTHS = sorted({len(suffix) for suffix in _KIND_OF if suffix}, reverse=True)
+#: Any name without a suffix may be a directory of numpy files. Without being told, only those of
+#: QM9 are taken for one.
+_MOLECULE = re.compile(r"dsgdb9nsd_\d+")
 
 
 def _suffix_of(name: str) -> str | None:
     for length in _LENGTHS:
         if len(name) > length and name[-length:] in _KIND_OF:
             return name[-length:]
-    return None
+    return None if "." in name else ""
 
 
 def kind_of(name: str) -> Kind | None:
@@ -59,12 +67,17 @@ def kind_of(name: str) -> Kind | None:
 def stem_of(name: str) -> str | None:
     """Task id of a source's name: ``mp-1`` of ``mp-1.zarr`` and ``mp-1.json.gz``, else None."""
     suffix = _suffix_of(name)
-    return None if suffix is None else name[: -len(suffix)]
+    return None if suffix is None else name[: len(name) - len(suffix)]
 
 
 def is_object(store: str) -> bool:
     """Whether a source is one object, not a directory of objects."""
-    return kind_of(store) not in ("zarr", None)
+    return kind_of(store) in ("zarr.zip", "json.gz", "CHGCAR")
+
+
+def is_unconverted(store: str) -> bool:
+    """Whether a source is no Zarr store: it is read as a whole or not at all."""
+    return kind_of(store) in ("json.gz", "CHGCAR", "npy")
 
 
 def is_file(store: str) -> bool:
@@ -108,8 +121,11 @@ def choose(sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS
         compressed one, and among those ``.gz``, ``.bz2``, ``.xz``.
     """
     if tuple(kinds) == KINDS:
-        return {
+        found = {
             stem: names if isinstance(names, str) else names[0] for stem, names in sources.items()
+        }
+        return {
+            stem: name for stem, name in found.items() if stem != name or _MOLECULE.fullmatch(name)
         }
     chosen = {}
     for stem, names in sources.items():
@@ -122,7 +138,14 @@ def choose(sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS
 
 def names_of(task_id: str, kinds: Sequence[Kind] = KINDS) -> list[str]:
     """Every name that a source of this task id may have, the preferred ones first."""
-    return [task_id + suffix for kind in kinds for suffix in _SUFFIXES[kind]]
+    every = [task_id + suffix for kind in kinds for suffix in _SUFFIXES[kind]]
+    return [name for name in every if choose({task_id: name}, kinds)]
+
+
+def ends_of(kinds: Sequence[Kind]) -> str:
+    """What the names of these kinds end with, for messages."""
+    ends = [f".{kind}" for kind in kinds if kind != "npy"]
+    return ", ".join([*ends, *(["a directory with rho_*.npy"] if "npy" in kinds else [])])
 
 
 def kinds_of(source: object) -> tuple[Kind, ...]:

@@ -31,9 +31,8 @@ from zarrcache.errors import ConfigError
         (".json.gz", None),
         ("mp-1.zip", None),
         ("mp-1.gz", None),
-        ("mp-1", None),
+        ("dsgdb9nsd_000001", "dsgdb9nsd_000001"),
         (".zarr.zip", None),
-        ("CHGCAR", None),
     ],
 )
 def test_the_name_of_a_source_gives_its_task_id(name: str, stem: str | None) -> None:
@@ -47,6 +46,7 @@ def test_the_name_of_a_source_gives_its_task_id(name: str, stem: str | None) -> 
         ("mp-1.zarr.zip", (True, False)),
         ("mp-1.json.gz", (True, True)),
         ("mp-1.CHGCAR.bz2", (True, True)),
+        ("dsgdb9nsd_000001", (False, False)),
     ],
 )
 def test_files_and_zipped_stores_are_one_object(name: str, expected: tuple[bool, bool]) -> None:
@@ -66,6 +66,13 @@ def test_a_plain_file_is_preferred_to_a_compressed_one() -> None:
     assert choose(sources_of(names)) == {"a": "a.CHGCAR", "b": "b.json.gz"}
 
 
+def test_directories_of_numpy_files_are_those_of_qm9_unless_they_are_named() -> None:
+    names = ["dsgdb9nsd_000001", "logs", "mp-1", "mp-1.zarr"]
+    found = sources_of(names)
+    assert choose(found) == {"dsgdb9nsd_000001": "dsgdb9nsd_000001", "mp-1": "mp-1.zarr"}
+    assert choose(found, ["npy"]) == {name: name for name in names[:3]}
+
+
 @pytest.mark.parametrize(
     ("source", "kinds"),
     [
@@ -81,5 +88,5 @@ def test_a_source_setting_names_kinds_in_order(source: object, kinds: tuple[Kind
 
 @pytest.mark.parametrize("source", ["jsongz", [], ["zarr", "cube"], 7, {"zarr": 1}, ""])
 def test_an_unknown_source_is_refused_with_the_known_ones(source: object) -> None:
-    with pytest.raises(ConfigError, match=r"source is .*zarr, zarr.zip, json.gz, CHGCAR"):
+    with pytest.raises(ConfigError, match=r"source is .*zarr, zarr.zip, json.gz, CHGCAR, npy"):
         kinds_of(source)

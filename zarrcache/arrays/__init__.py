@@ -15,8 +15,10 @@ from zarrcache.arrays.density_file import (
     read_mp_json,
     read_vasp_text,
     require_pymatgen,
+    structure_of,
 )
 from zarrcache.arrays.electrons import disagreement, electrons_in, electrons_of, has_electrons
+from zarrcache.arrays.npy_files import NpyDensity, members_of, read_npy_density
 from zarrcache.arrays.read import (
     Decoded,
     Examined,
@@ -45,6 +47,7 @@ __all__ = [
     "Decoded",
     "DensityFile",
     "Examined",
+    "NpyDensity",
     "PymatgenMissingError",
     "ZippedStore",
     "as_density",
@@ -62,13 +65,16 @@ __all__ = [
     "is_chunk_of_nothing",
     "lattice_volume",
     "list_array",
+    "members_of",
     "metadata_key",
     "metadata_of",
     "per_point",
     "read_array",
     "read_density_file",
     "read_mp_json",
+    "read_npy_density",
     "read_vasp_text",
     "require_pymatgen",
     "stable_listing",
+    "structure_of",
 ]

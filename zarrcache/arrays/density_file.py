@@ -14,7 +14,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -33,6 +33,7 @@ __all__ = [
     "read_mp_json",
     "read_vasp_text",
     "require_pymatgen",
+    "structure_of",
 ]
 
 #: Largest decompressed size: this many times the file's size, and _ROOM_BYTES in any case.
@@ -135,6 +136,22 @@ def require_pymatgen() -> None:
         import pymatgen  # noqa: F401
     except ImportError as exc:
         raise _pymatgen_missing(exc) from exc
+
+
+def structure_of(
+    lattice: NDArray[np.float64], symbols: Sequence[str], positions: NDArray[np.float64]
+) -> Any:
+    """The ``pymatgen.core.Structure`` of atoms in a cell, all in angstrom. Imports pymatgen.
+
+    Raises
+    ------
+    PymatgenMissingError
+        pymatgen is not installed.
+    """
+    require_pymatgen()
+    from pymatgen.core.structure import Structure
+
+    return Structure(lattice, symbols, positions, coords_are_cartesian=True)
 
 
 def _pymatgen_missing(exc: ImportError) -> PymatgenMissingError:

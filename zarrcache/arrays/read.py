@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
-from zarrcache._sources import is_file, is_object
+from zarrcache._sources import is_file, is_object, is_unconverted, kind_of
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
@@ -47,7 +47,8 @@ from zarrcache.arrays.electrons import (
     electrons_of,
     has_electrons,
 )
-from zarrcache.arrays.units import cell_volume, in_units, stored_in
+from zarrcache.arrays.npy_files import members_of, read_npy_density
+from zarrcache.arrays.units import UNITS_ATTRIBUTE, cell_volume, in_units, stored_in
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
     IncompleteArrayError,
@@ -166,6 +167,8 @@ def list_array(origin: Origin, store: str, array: str, units: Units = "cell") ->
         if not listed:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
+    if kind_of(store) == "npy":
+        return _list_npy(origin, store)
     prefix = f"{store}/{array}/"
     is_whole = units == "volume" and is_density(array)
     everything = origin.list_objects(f"{store}/" if is_whole else prefix)
@@ -185,6 +188,15 @@ def list_array(origin: Origin, store: str, array: str, units: Units = "cell") ->
         keys = (o.key.removeprefix(f"{store}/") for o in everything)
         raise no_such_array(origin.url_of(store), array, keys)
     return listed
+
+
+def _list_npy(origin: Origin, store: str) -> list[ObjectInfo]:
+    """List the numpy files that a density is read from."""
+    prefix = f"{store}/"
+    by_name = {obj.key.removeprefix(prefix): obj for obj in origin.list_objects(prefix)}
+    if not by_name:
+        raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
+    return [by_name[name] for name in members_of(by_name.keys(), origin.url_of(store))]
 
 
 def read_array(
@@ -258,7 +270,7 @@ def read_array(
                     _check_electrons(values, attributes, url, array, missing)
                 return Decoded(values, source, missing, attributes)
         except (IncompleteArrayError, SchemaError) as exc:
-            if isinstance(exc, SchemaError) and not (pause_s and is_file(store)):
+            if isinstance(exc, SchemaError) and not (pause_s and is_unconverted(store)):
                 raise  # a file that is being copied reads as one that is cut short
             # Changed since it was listed, incomplete, or damaged? A new listing shows a change,
             # once the writer has had the time to go on.
@@ -276,7 +288,7 @@ def read_array(
 
 def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
     """GETs of `read_array`: the listed objects, and the attributes of a store of many objects."""
-    if not is_density(array) or is_object(store):
+    if not is_density(array) or is_object(store) or is_unconverted(store):
         return len(listed)
     return len(listed) + (not any(_is_attributes(obj, store) for obj in listed))
 
@@ -339,6 +351,8 @@ def _fetch_and_decode(
     Without ``units`` the attributes are not read.
     """
     has_units = units is not None and is_density(array)
+    if kind_of(store) == "npy":
+        return _fetch_npy(origin, store, array, listed, reserve, units)
     if is_object(store):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
@@ -402,6 +416,43 @@ def _decode_file(
     return _Fetched(values, 0, attributes)
 
 
+def _fetch_npy(
+    origin: Origin,
+    store: str,
+    array: str,
+    listed: list[ObjectInfo],
+    reserve: Callable[[int], object] | None,
+    units: Units | None,
+) -> _Fetched:
+    """Fetch and decode a density that numpy saved."""
+    url = origin.url_of(store)
+    if array != density_array("total"):
+        raise SchemaError(
+            f"{url} holds numpy files, which have a total density only. Set density_type to total."
+        )
+    check_sizes([o.size_bytes for o in listed], url)
+    _report_sizes(listed)
+    if reserve is not None:
+        reserve(4 * sum(obj.size_bytes for obj in listed))
+    files = {obj.key.rpartition("/")[2]: data for obj, data in origin.fetch(listed)}
+    found = read_npy_density(files, url)
+    nonfinite = count_nonfinite(found.values)
+    if nonfinite:
+        raise SchemaError(
+            f"{url}: {nonfinite} of {found.values.size} values are NaN or infinite. Run the "
+            "calculation again or get the files again."
+        )
+    if units is None or units == "volume":
+        return _Fetched(found.values, 0, {UNITS_ATTRIBUTE: "volume"})
+    if found.volume is None:
+        raise SchemaError(
+            f"{url} does not say the volume of its box (box.npy, box.dat, or Lattice= in the .xyz "
+            "file), so its number of electrons is unknown. Set normalize_data: volume, or add one."
+        )
+    # As a converted store has them, so that both give the same bits.
+    return _Fetched(found.values * np.float64(found.volume), 0, {})
+
+
 def _is_attributes(obj: ObjectInfo, store: str) -> bool:
     """Whether an object holds the attributes of a store, in either format."""
     return obj.key in (f"{store}/.zattrs", f"{store}/zarr.json")
@@ -422,7 +473,7 @@ def _attributes_now(
     attributes: dict[str, Any],
 ) -> dict[str, Any]:
     """The attributes of a store now; a zipped one is of one version with its array."""
-    if is_object(store):
+    if is_object(store) or is_unconverted(store):
         return attributes
     prefix = f"{store}/{array}/"
     name = attributes_key(metadata_key([obj.key.removeprefix(prefix) for obj in listed]))
@@ -547,7 +598,7 @@ def examine_array(
     OriginError, SchemaError, IncompleteArrayError
         The metadata cannot be read.
     """
-    if is_file(store):
+    if is_unconverted(store):
         return Examined(0, 1, {})  # it is read as a whole or not at all
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     zipped = None

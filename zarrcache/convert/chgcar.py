@@ -1,8 +1,9 @@
-"""The files of VASP and the Materials Project as an input of ``convert``, with their structure."""
+"""The files of VASP, the Materials Project and QM9 as an input of ``convert``, with structures."""
 
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache.arrays import DensityFile, PymatgenMissingError, require_pymatgen
+from zarrcache.arrays import (
+    DensityFile,
+    PymatgenMissingError,
+    members_of,
+    read_npy_density,
+    require_pymatgen,
+    structure_of,
+)
 from zarrcache.arrays import read_mp_json as _read_mp_json
 from zarrcache.arrays import read_vasp_text as _read_vasp_text
+from zarrcache.errors import SchemaError
 
 __all__ = [
     "PymatgenMissingError",
     "RawDensity",
     "pymatgen_version",
     "read_mp_json",
+    "read_npy",
     "read_vasp_text",
 ]
 
@@ -71,6 +81,32 @@ def read_mp_json(path: Path) -> RawDensity:
     """
     require_pymatgen()
     return _raw(_read_mp_json(path))
+
+
+def read_npy(path: Path) -> RawDensity:
+    """Read ``rho_*.npy`` and the files beside it, as the QM9 data sets of electrai keep them.
+
+    Raises
+    ------
+    SchemaError
+        A file holds something else, or there is no box or no ``.xyz`` file.
+    ConfigError
+        pymatgen is not installed.
+    """
+    require_pymatgen()
+    where = path.parent
+    names = [name for name in members_of(os.listdir(where), str(where)) if name != path.name]
+    beside = [name for name in names if not name.startswith("rho")]
+    files = {name: (where / name).read_bytes() for name in (path.name, *beside)}
+    found = read_npy_density(files, str(where))
+    if found.lattice is None or not found.symbols:
+        lacks = "no .xyz file" if found.lattice is not None else "no box.npy or box.dat"
+        raise SchemaError(
+            f"{path} has {lacks} beside it, and a store needs box and atoms. Add it, or train from "
+            "these files as they are: source: npy with normalize_data: volume."
+        )
+    structure = structure_of(found.lattice, found.symbols, found.positions)
+    return RawDensity({"total": found.values * np.float64(found.volume or 0)}, structure)
 
 
 def _raw(found: DensityFile) -> RawDensity:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zarrcache._keys import check_task_id
-from zarrcache.convert.chgcar import RawDensity, read_mp_json, read_vasp_text
+from zarrcache.convert.chgcar import RawDensity, read_mp_json, read_npy, read_vasp_text
 from zarrcache.errors import ConfigError
 
 __all__ = [
@@ -89,7 +89,9 @@ _VASP = InputFormat(
     r"(?:(?P<before>.+)[._-])?CHGCAR(?:[._-](?P<after>[A-Za-z0-9._-]+?))??(?:\.vasp)?",
     read_vasp_text,
 )
-_formats = [_JSON, _VASP]
+#: ``dsgdb9nsd_000001/rho_22.npy``: the directory is the id.
+_NPY = InputFormat("npy", r"rho(?:_\w+)?\.npy", read_npy)
+_formats = [_JSON, _NPY, _VASP]
 
 
 @dataclass(frozen=True, order=True)

@@ -30,7 +30,7 @@ from zarrcache._keys import (
     density_array,
     units_of,
 )
-from zarrcache._sources import choose, kinds_of, sources_of
+from zarrcache._sources import choose, ends_of, kinds_of, sources_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import metadata_of
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
@@ -327,11 +327,11 @@ class ZarrS3Reader(PairReader):
     ... )
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    The source of a density is ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``, or a file as the
+    The source of a density is ``{data_dir}/{task_id}.zarr`` or ``.zarr.zip``; a file as the
     Materials Project or VASP wrote it, ``.json.gz`` or ``.CHGCAR``, each perhaps compressed by
-    gzip, bzip2 or xz. Files are decoded into the array tier once, and give the same bits as
-    converted ones. Creating a reader sends no request. A reader can be pickled, and works on both
-    sides of a fork.
+    gzip, bzip2 or xz; or a directory of numpy files as electrai keeps QM9. Files are decoded into
+    the array tier once, and give the same bits as converted ones. Creating a reader sends no
+    request. A reader can be pickled, and works on both sides of a fork.
 
     Parameters
     ----------
@@ -357,7 +357,7 @@ class ZarrS3Reader(PairReader):
         None: everything comes from the origin each time.
     source : str or sequence of str
         Kinds of sources that are read, the preferred ones first: ``zarr``, ``zarr.zip``,
-        ``json.gz``, ``CHGCAR``; ``auto`` is all of them, in this order.
+        ``json.gz``, ``CHGCAR``, ``npy``; ``auto`` is all of them, in this order.
 
     Raises
     ------
@@ -692,7 +692,7 @@ class ZarrS3Reader(PairReader):
         if name is not None:  # a listed name, so it is not a path
             return name
         url = self._origins[role].url_of(check_task_id(task_id))
-        others = ", ".join(f".{kind}" for kind in self._kinds[1:])
+        others = ends_of(self._kinds[1:])
         other = f", nor does another source of it ({others})" if others else ""
         raise OriginNotFoundError(
             f"{url}.{self._kinds[0]} does not exist{other}. If it is new, run `zarrcache warm` to "

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from zarrcache._keys import ROLES, ArrayKey, Role, density_array, is_density, units_of
-from zarrcache._sources import is_file, kinds_of, names_of, stem_of
+from zarrcache._sources import choose, is_unconverted, kinds_of, names_of, sources_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import cell_volume, examine_array, list_array, read_array
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
@@ -356,7 +356,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                 examined = examine_array(origin, store, array, listed)
                 if examined.electrons(array) is not None:
                     yield _electrons(role, origin, store, array, listed)
-                if units == "volume" and is_density(array) and not is_file(store):
+                if units == "volume" and is_density(array) and not is_unconverted(store):
                     volume = cell_volume(examined.attributes, origin.url_of(store))
                     found = f"{store} has a cell of {volume:.6g} cubic angstrom"
                     yield Finding(f"volume of {role}", "ok", found)
@@ -385,7 +385,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                 return
         # Raises if the directory or the bucket does not exist. A prefix of a bucket cannot be
         # missing, only empty.
-        stores = [name for name in origin.list_names() if stem_of(name) is not None]
+        stores = sorted(choose(sources_of(origin.list_names()), kinds_of(config.source)).values())
         advice = f"Check {role}_dir, map_dir and functional."
         if not ids:
             found = f"the map {config.map_dir} has no ids for {config.functional}"

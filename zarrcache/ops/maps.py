@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zarrcache._keys import check_task_id
-from zarrcache._sources import choose, kinds_of, sources_of
+from zarrcache._sources import choose, ends_of, kinds_of, sources_of
 from zarrcache.data import read_map
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import open_origin
@@ -78,7 +78,7 @@ def find_ids(
         if not found:
             seen = f" It holds {len(names)} others, such as {names[0]}." if names else ""
             raise OriginNotFoundError(
-                f"{origin.url} holds no density: no name in it ends with .{', .'.join(kinds)}."
+                f"{origin.url} holds no density: no name in it ends with {ends_of(kinds)}."
                 f"{seen} Give the directory directly above them."
             )
         every.append(found)

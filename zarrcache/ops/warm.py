@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, Role, check_task_ids, source_digest
-from zarrcache._sources import is_object
+from zarrcache._sources import is_object, is_unconverted
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
@@ -377,14 +377,15 @@ class WarmPlan:
         unsized = tally.unsized(_MEASURED)
         if not unsized:
             return []
-        if any(self._is_object(density) for density in unsized):
+        if any(self._is_fetched_whole(density) for density in unsized):
             unsized = tally.unsized(_MEASURED_OBJECTS)
         with closing(concurrently(size, unsized)) as sizes:
             return [nbytes for nbytes in sizes if nbytes]
 
-    def _is_object(self, density: Density) -> bool:
+    def _is_fetched_whole(self, density: Density) -> bool:
         task_id, role = density
-        return is_object(self.reader.store_names(role).get(task_id, ""))
+        store = self.reader.store_names(role).get(task_id, "")
+        return is_object(store) or is_unconverted(store)
 
     def _unstored_listings_bytes(self) -> int:
         """Bytes on disk that the directories' listings need, if they were not admitted."""
