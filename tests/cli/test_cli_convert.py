@@ -112,6 +112,72 @@ def test_a_file_that_is_left_out_is_listed_with_its_reason(files: Path, tmp_path
     ]
 
 
+def test_several_files_of_one_material_are_all_listed_and_one_can_be_preferred(
+    files: Path, tmp_path: Path
+) -> None:
+    """Materials with one file are converted whatever is preferred."""
+    (files / "CHGCAR_mp-9").unlink()
+    one, two = sorted(files.iterdir())
+    for name in ("mp-1/CHGCAR", "mp-1/CHGCAR.static", "mp-2/CHGCAR", "mp-2/CHGCAR.static"):
+        (files / name).parent.mkdir(exist_ok=True)
+        shutil.copy(one, files / name)
+    (files / "mp-3").mkdir()
+    two.rename(files / "mp-3" / "CHGCAR")
+    for more in ((), ("--dry-run",), ("--prefer", "**/CHGCAR*")):
+        done = zarrcache("convert", files, tmp_path / "out", *more)
+        assert (done.code, done.out) == (2, "")
+        for task_id in ("mp-1", "mp-2"):
+            both = f"{files}/{task_id}/CHGCAR and {files}/{task_id}/CHGCAR.static are both"
+            assert f"{both} {task_id}" in done.err
+    assert "or choose one of each (--prefer '**/CHGCAR'), or name them by their path" in done.err
+    done = zarrcache("convert", files, tmp_path / "out", "--prefer", "**/CHGCAR.static")
+    assert (done.code, done.out.startswith("Converted 4 of 4 files")) == (0, True)
+    for task_id in ("mp-1", "mp-2"):
+        source = f"{files}/{task_id}/CHGCAR"
+        assert f"left out: {source}: {task_id} is converted from {source}.static" in done.err
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["mp-1.zarr", "mp-2.zarr", "mp-3.zarr", f"{one.name.split('.')[0]}.zarr"]
+
+
+def test_a_way_out_that_does_not_help_is_not_advised(files: Path, tmp_path: Path) -> None:
+    """Two files of one directory whose path gives one id too."""
+    (files / "CHGCAR_mp-9").unlink()
+    (files / "mp-1").mkdir()
+    for path, name in zip(sorted(files.glob("*CHGCAR*")), ("CHGCAR", "CHGCAR.vasp"), strict=True):
+        path.rename(files / "mp-1" / name)
+    done = zarrcache("convert", files, tmp_path / "out")
+    assert (done.code, "--id-from" in done.err) == (2, False)
+    assert "choose one of each (--prefer '**/CHGCAR')" in done.err
+    assert zarrcache("convert", files, tmp_path / "out", "--prefer", "**/CHGCAR").code == 0
+
+
+def test_a_file_without_an_id_is_named_by_a_dry_run_too(files: Path, tmp_path: Path) -> None:
+    (files / "CHGCAR_mp-9").unlink()
+    for more in (("--dry-run",), ()):
+        rule = (r"--id-from", r"(mp-\d+)")
+        done = zarrcache("convert", files, tmp_path / "out", *rule, *more)
+        assert done.code == 1
+        assert done.err.count(f"failed: {files}/syn-") == 2
+        assert "gives no task id (id_from is" in done.err
+
+
+def test_a_potential_named_like_a_density_is_refused(files: Path, tmp_path: Path) -> None:
+    """Under its own name it is converted, with a warning."""
+    (files / "CHGCAR_mp-9").unlink()
+    first, second = sorted(files.iterdir())
+    lines = first.read_text().splitlines()
+    grid = next(place for place, line in enumerate(lines) if not line.strip()) + 2
+    lines[grid:] = [" ".join(str(-float(v)) for v in line.split()) for line in lines[grid:]]
+    second.write_text("\n".join([*lines, ""]))
+    (files / "LOCPOT").write_text("\n".join([*lines, ""]))
+    done = zarrcache("convert", files, tmp_path / "out")
+    assert (done.code, done.out.startswith("Converted 1 of 2 files")) == (1, True)
+    assert f"failed: {second}: mean(total) is -" in done.err
+    done = zarrcache("convert", files, tmp_path / "out", "--pattern", "LOCPOT")
+    assert (done.code, done.out.startswith("Converted 1 of 1 file")) == (0, True)
+    assert "this looks like a potential" in done.err
+
+
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_without_pymatgen_one_line_says_so(files: Path, tmp_path: Path, workers: str) -> None:
     """Instead of one per file; in this process and with workers."""

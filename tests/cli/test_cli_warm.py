@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -271,6 +272,17 @@ def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
         assert done.out.startswith("Warmed 0 of ")
     done = zarrcache("warm", good)
     assert (done.code, f" in {tmp_path}/cache in " in done.out) == (0, True)
+
+
+def test_a_split_that_training_will_refuse_is_named_while_warming(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 2)
+    config = write_config(tmp_path)
+    text = config.read_text()
+    assert "train_fraction: " in text
+    config.write_text(re.sub("train_fraction: .*", "train_fraction: 20", text))
+    done = zarrcache("warm", config)
+    assert (done.code, done.out.startswith("Warmed 2 of 2 ids")) == (0, True)
+    assert "train_fraction is 20: it takes 20 of 2 task ids for training" in done.err
 
 
 @pytest.mark.parametrize(

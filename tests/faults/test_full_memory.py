@@ -99,4 +99,4 @@ def test_an_array_that_zarr_has_no_memory_for_is_not_called_damaged(tmp_path: Pa
         check=False,
     )
     assert done.stdout.startswith("ZarrCacheError: "), done.stderr
-    assert "this process gets no more memory (Unable to allocate" in done.stdout
+    assert "this process gets no more memory (MemoryError: Unable to allocate" in done.stdout

@@ -60,6 +60,15 @@ def convert(
             "or where that is VASP's own the nearest directory that is not a step such as relax",
         ),
     ] = "auto",
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB",
+            help="of several files of one material, convert the one that matches, e.g. "
+            "'**/CHGCAR.3static' [default: such files are an error]",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -147,6 +156,7 @@ def convert(
         src,
         dst,
         pattern=pattern,
+        prefer=prefer,
         workers=workers,
         chunks=chunk_sizes(chunks),
         zip=as_zip,

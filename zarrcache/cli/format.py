@@ -240,7 +240,7 @@ def format_convert_plan(plan: ConvertPlan) -> str:
     return "\n".join(
         (
             summary,
-            *(f"  {ids[path] or '?':{width}}  {path}" for path in plan.files),
+            *(f"  {ids[path]:{width}}  {path}" for path in plan.files),
             "Dry run: nothing was written.",
         )
     )

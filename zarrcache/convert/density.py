@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings as python_warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ __all__ = ["ChargeDensity", "check_blocks", "read_density"]
 #: Largest distance of ``mean(total)`` from a whole number. 36 of 36 labels of the Materials Project
 #: are within 1e-4.
 _ELECTRON_TOLERANCE = 1e-3
+#: Names of potentials: their values are not checked against a number of electrons.
+_POTENTIAL = re.compile("LOCPOT", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,13 @@ def read_density(
         )
     notes = list(parsed.notes)
     if strict:
+        electrons = float(parsed.blocks["total"].mean())
+        if electrons < 0 and _POTENTIAL.search(path.name) is None:
+            raise SchemaError(
+                f"{path}: mean(total) is {electrons:.4f}, which cannot be a number of electrons: "
+                "this is a potential (LOCPOT) under another name, not a density. To convert it "
+                "nevertheless, rename it to LOCPOT and choose it with --pattern."
+            )
         notes += check_blocks(parsed.blocks, _protons(parsed.structure), len(parsed.structure))
         if diff and "diff" not in parsed.blocks:
             notes.append("has no spin density (one block): only charge_density_total is written.")

@@ -9,11 +9,12 @@ after which ``plan_convert`` and ``RhoRead`` find, name and read ``mp-1.cube`` a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zarrcache._keys import check_task_id
@@ -53,6 +54,8 @@ _NO_DENSITY_JSON = frozenset(
 )
 #: A document that maps functionals to ids (``map_dir`` of a training config).
 _MAP = re.compile(r".*_to_task_ids|map", re.IGNORECASE)
+#: Ids with several files that an error names.
+_MAX_SHOWN = 20
 _MATERIAL = re.compile(r"[A-Za-z]+-\d+")
 
 
@@ -306,6 +309,7 @@ def find_files(
     pattern: str | None = None,
     naming: Naming | None = None,
     *,
+    prefer: str | None = None,
     apart: Path | None = None,
 ) -> Sources:
     """Source files below ``src``, sorted by name; ``src`` itself if it is a file.
@@ -318,6 +322,8 @@ def find_files(
     src : Path
     pattern : str, optional
     naming : Naming, optional
+    prefer : str, optional
+        As in `plan_convert`.
     apart : Path, optional
         A directory that is not searched: the destination.
 
@@ -354,8 +360,13 @@ def find_files(
     found = Sources(tuple(sorted(files)), tuple(sorted(left_out)), tuple(sorted(unreadable)))
     if not files:
         raise _nothing_found(src, pattern, found)
-    _refuse_equal_ids(found.files, naming)
-    return found
+    preferred = _glob(src, prefer) if prefer is not None else set()
+    others = _not_preferred(found.files, naming, preferred)
+    return replace(
+        found,
+        files=tuple(path for path in found.files if path not in others),
+        left_out=tuple(sorted((*found.left_out, *others.values()))),
+    )
 
 
 def _glob(src: Path, pattern: str) -> set[Path]:
@@ -427,23 +438,59 @@ def _nothing_found(src: Path, pattern: str | None, found: Sources) -> ConfigErro
     )
 
 
-def _refuse_equal_ids(files: Sequence[Path], naming: Naming) -> None:
+def _not_preferred(
+    files: Sequence[Path], naming: Naming, preferred: Collection[Path]
+) -> dict[Path, LeftOut]:
+    """Of several files with one id, those beside the one that is preferred.
+
+    Raises
+    ------
+    ConfigError
+        For an id, none of them is preferred, or several are.
+    """
+    by_id = _by_id(files, naming)
+    others, unclear = {}, {}
+    for task_id, paths in by_id.items():
+        chosen = [path for path in paths if path in preferred]
+        if len(paths) > 1 and len(chosen) != 1:
+            unclear[task_id] = chosen or paths
+        others.update(
+            {
+                path: LeftOut(path, f"{task_id} is converted from {chosen[0]}")
+                for path in paths
+                if chosen and path != chosen[0]
+            }
+        )
+    if unclear:
+        raise _equal_ids(unclear, files, naming)
+    return others
+
+
+def _by_id(files: Sequence[Path], naming: Naming) -> dict[str, list[Path]]:
     by_id: dict[str, list[Path]] = {}
     for path in files:
-        try:
+        # Files without an id are reported one by one.
+        with contextlib.suppress(ConfigError):
             by_id.setdefault(task_id_of(path, naming=naming), []).append(path)
-        except ConfigError:
-            continue  # reported when the file is converted
-    equal = {task_id: paths for task_id, paths in by_id.items() if paths[1:]}
-    if not equal:
-        return
-    task_id, (first, second, *_) = next(iter(equal.items()))
-    more = f" {len(equal) - 1} more ids have several files." if equal.keys() - {task_id} else ""
-    raise ConfigError(
-        f"{first} and {second} are both {task_id}.{more} Choose one of each with a pattern "
-        f"(--pattern '{_pattern_of(first, second)}'), name them by another rule (--id-from path), "
-        "or move one away."
-    )
+    return by_id
+
+
+def _equal_ids(
+    unclear: Mapping[str, Sequence[Path]], files: Sequence[Path], naming: Naming
+) -> ConfigError:
+    """The error for ids that have several files; it names them, and a way that works."""
+    shown = [
+        f"{' and '.join(map(str, paths))} are {'both' if len(paths) == 2 else 'all'} {task_id}"
+        for task_id, paths in list(unclear.items())[:_MAX_SHOWN]
+    ]
+    if len(unclear) > _MAX_SHOWN:
+        shown.append(f"{len(unclear) - _MAX_SHOWN} more ids have several files")
+    first, second = next(iter(unclear.values()))[:2]
+    ways = [f"choose one of each (--prefer '{_pattern_of(first, second)}')"]
+    by_path = replace(naming, id_from="path")
+    if all(len(paths) == 1 for paths in _by_id(files, by_path).values()):
+        ways.append("name them by their path (--id-from path)")
+    return ConfigError(f"{'; '.join(shown)}. Move the others away, or {', or '.join(ways)}.")
 
 
 def _pattern_of(first: Path, second: Path) -> str:

@@ -124,8 +124,8 @@ class ConvertPlan:
     workers : int
         Processes; 1 is this process itself.
     refused : tuple of ConvertResult
-        Not converted: another file's store is there, or a directory cannot be read. They are
-        ``failed`` in the report.
+        Not converted: another file's store is there, a file gives no task id, or a directory
+        cannot be read. They are ``failed`` in the report.
     left_out : tuple of LeftOut
         Files that resemble densities but are not converted, each with the reason.
     unrecorded : tuple of Path
@@ -144,7 +144,7 @@ class ConvertPlan:
 
     @property
     def task_ids(self) -> dict[Path, str]:
-        """The task id of each file to convert; empty for a file whose name gives none."""
+        """The task id of each file to convert."""
         return {path: self._convert.result(path).task_id for path in self.files}
 
     @property
@@ -211,7 +211,12 @@ class ConvertPlan:
                 result for result in done if result.error is None and not result.skipped
             ),
             skipped=(*already, *(result for result in done if result.skipped)),
-            failed=(*self.refused, *(result for result in done if result.error is not None)),
+            failed=tuple(
+                sorted(
+                    (*self.refused, *(result for result in done if result.error is not None)),
+                    key=lambda result: result.path,
+                )
+            ),
         )
 
     def _outcomes(
@@ -260,6 +265,7 @@ def plan_convert(
     s3_kwargs: Mapping[str, Any] | None = None,
     strict: bool = True,
     id_from: str = "auto",
+    prefer: str | None = None,
     units: Literal["cell", "volume"] = "cell",
     dtype: Literal["float32", "float64"] = "float32",
 ) -> ConvertPlan:
@@ -295,6 +301,9 @@ def plan_convert(
         ``CHGCAR.relax2``) the nearest directory that is not a step (``relax``). ``name``,
         ``directory``, ``path`` (joined with ``_``), or a regular expression for the path below
         ``src`` whose first group is the id.
+    prefer : str, optional
+        Pattern of ``Path.glob`` below ``src``. Of several files with one id, the one that matches
+        is converted, and the others are in ``left_out``.
     units : {"cell", "volume"}
         ``cell``: density times cell volume, as in the file. ``volume``: electrons per cubic
         angstrom, computed in float64 and rounded once; the store says so in its attributes.
@@ -340,7 +349,8 @@ def plan_convert(
         raise ConfigError(f"{src} is not on this machine. Download the files, and give their path.")
     root = Path(src).expanduser().absolute()
     naming = Naming(id_from, root.parent if root.is_file() else root)
-    found = find_files(root, pattern, naming, apart=None if _is_s3(target) else Path(target))
+    apart = None if _is_s3(target) else Path(target)
+    found = find_files(root, pattern, naming, prefer=prefer, apart=apart)
     convert = _Converter(
         target,
         sizes,
@@ -355,11 +365,13 @@ def plan_convert(
         units,
         dtype,
     )
-    verdicts = {} if overwrite else convert.verdicts(found.files)
+    nameless = convert.without_id(found.files)
+    named = [path for path in found.files if path not in nameless]
+    verdicts = {} if overwrite else convert.verdicts(named)
     convert.replace = frozenset(
         convert.name_of(path) for path, verdict in verdicts.items() if verdict.is_damaged
     )
-    todo = tuple(path for path in found.files if path not in verdicts or verdicts[path].is_damaged)
+    todo = tuple(path for path in named if path not in verdicts or verdicts[path].is_damaged)
     refused = [
         ConvertResult(
             item.path,
@@ -370,6 +382,7 @@ def plan_convert(
         )
         for item in found.unreadable
     ]
+    refused += [convert.result(path, error=error) for path, error in nameless.items()]
     refused += [convert.result(path, error=v.error) for path, v in verdicts.items() if v.error]
     skipped = tuple(path for path, verdict in verdicts.items() if verdict.is_done)
     enough = min(cores(), -(-sum(path.stat().st_size for path in todo) // BYTES_PER_WORKER))
@@ -513,6 +526,16 @@ class _Converter:
         return ConvertResult(
             path, name.removesuffix(self.suffix), f"{self.dst}/{name}" if name else "", **fields
         )
+
+    def without_id(self, paths: Sequence[Path]) -> dict[Path, str]:
+        """Files that give no task id, each with the error."""
+        errors = {}
+        for path in paths:
+            try:
+                task_id_of(path, self.formats, self.naming)
+            except ConfigError as exc:
+                errors[path] = str(exc)
+        return errors
 
     def name_of(self, path: Path) -> str:
         """Store name of ``path``; empty if the file name gives none (an error of that file)."""

@@ -18,6 +18,7 @@ from zarrcache.data.splits import (
     permuted_split,
     read_map,
     split_ids,
+    training_count,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "read_map",
     "split_ids",
     "split_sets",
+    "training_count",
 ]

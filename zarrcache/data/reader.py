@@ -755,9 +755,9 @@ def _as_our_error(exc: Exception, what: str) -> ZarrCacheError:
     """The error to raise in place of an exception of a library when ``what`` was read."""
     if isinstance(exc, MemoryError):
         return ZarrCacheError(
-            f"{what} could not be read, because this process gets no more memory "
-            f"({str(exc) or 'MemoryError'}). Use fewer workers, or give the job more memory. If it "
-            "is always this material, its store may be damaged: convert it again."
+            f"{what} could not be read, because this process gets no more memory (MemoryError"
+            f"{f': {exc}' if str(exc) else ''}). Use fewer workers, or give the job more memory. "
+            "If it is always this material, its store may be damaged: convert it again."
         )
     return ZarrCacheError(
         f"{what} could not be read ({type(exc).__name__}: {exc}). If the store is sound, please "

@@ -33,6 +33,7 @@ __all__ = [
     "read_map",
     "read_split",
     "split_ids",
+    "training_count",
 ]
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ def split_ids(
         not a seed.
     """
     count = len(task_ids)
-    kept = _training_count(count, train_fraction)
+    kept = training_count(count, train_fraction)
     places = _permutation(count, random_state)
     return (
         [task_ids[place] for place in places[count - kept :]],
@@ -232,7 +233,8 @@ def split_ids(
     )
 
 
-def _training_count(count: int, train_fraction: Any) -> int:
+def training_count(count: int, train_fraction: Any) -> int:
+    """How many of ``count`` ids are for training. Raises as `split_ids`."""
     if not count:
         raise ConfigError("Nothing to split: no task id of the functional has both stores.")
     if train_fraction is None:

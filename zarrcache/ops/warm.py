@@ -32,7 +32,7 @@ from zarrcache._sources import is_object, is_unconverted
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data import ZarrS3Reader, open_reader
+from zarrcache.data import ZarrS3Reader, open_reader, training_count
 from zarrcache.disk import (
     BLOCK_BYTES,
     HEADER_BYTES,
@@ -481,6 +481,11 @@ def plan_warm(
         reader.relist_unless_known(wanted)
     if ids is None:
         wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
+        if wanted:
+            try:
+                training_count(len(reader.task_ids), reader.tf)
+            except ConfigError as exc:  # hours later it would stop the training
+                logger.warning("%s", exc)
     if world is not None:
         # The sampler deals each split out by itself: a share of all ids at once would differ.
         parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)

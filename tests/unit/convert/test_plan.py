@@ -297,7 +297,7 @@ def test_two_steps_of_one_material_are_refused_with_what_to_pass(
         path = tmp_path / "runs" / "mp-1" / f"CHGCAR.{step}"
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / f"{IDS[0]}.CHGCAR", path)
-    with pytest.raises(ConfigError, match=r"1relax and .*2relax are both mp-1\. .*--id-from path"):
+    with pytest.raises(ConfigError, match=r"2relax and .*3static are all mp-1\. .*--id-from path"):
         plan_convert(tmp_path / "runs", tmp_path / "out")
     plan = plan_convert(tmp_path / "runs", tmp_path / "out", pattern="**/CHGCAR.3static")
     assert list(plan.task_ids.values()) == ["mp-1"]

@@ -175,12 +175,12 @@ def test_a_density_that_looks_wrong_is_told_once(
     """Not in every epoch again."""
     import shutil
 
-    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["Li"]}))
-    shutil.copy(real_data / "vasp" / "Li_LOCPOT.gz", tmp_path / "Li_CHGCAR.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["Li_LOCPOT"]}))
+    shutil.copy(real_data / "vasp" / "Li_LOCPOT.gz", tmp_path / "Li_LOCPOT.CHGCAR.gz")
     reader = RhoRead(tmp_path, tmp_path, tmp_path / "map.json", "GGA", False, 0.5)
     with caplog.at_level(logging.WARNING, "zarrcache.convert.rhoread"):
         for _ in range(3):
-            reader.load("Li", "data")
+            reader.load("Li_LOCPOT", "data")
     assert [record.getMessage().count("looks like a potential") for record in caplog.records] == [1]
 
 
