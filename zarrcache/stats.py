@@ -5,7 +5,9 @@ Also warnings that are logged once per kind.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import html
 import logging
 import mmap
@@ -17,10 +19,20 @@ import threading
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from zarrcache._units import format_bytes
 
-__all__ = ["Counters", "LogOnce", "SharedFile", "SharedSet", "Stats", "html_table"]
+__all__ = [
+    "Board",
+    "Counters",
+    "LogOnce",
+    "SharedFile",
+    "SharedSet",
+    "Stats",
+    "find_boards",
+    "html_table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,10 @@ class Stats:
         Bytes from the origin, and bytes served from disk.
     lower_hits, peer_hits : int
         Misses served by the lower layer or by another node instead of the origin.
+    peer_bytes, sent_bytes : int
+        Bytes of entries received from other nodes, and sent to them by ``zarrcache serve``.
+    ahead_bytes : int
+        Bytes on disk that the look-ahead keeps ready now; not a sum over time.
     unencoded : int
         Densities stored as float32 because ``cache.arrays.encoding`` cannot hold their values
         within its error bound.
@@ -64,6 +80,9 @@ class Stats:
     served_bytes: int = 0
     lower_hits: int = 0
     peer_hits: int = 0
+    peer_bytes: int = 0
+    sent_bytes: int = 0
+    ahead_bytes: int = 0
     unencoded: int = 0
 
     def __add__(self, other: Stats) -> Stats:
@@ -108,10 +127,14 @@ class Counters:
     shared : bool
         Keep a board with one slot per process: children made by fork or by pickling (DataLoader
         workers) then count in ``total()`` of their parent, also after they have ended.
+    directory : Path, optional
+        The ``cache.dir`` that is counted. Other processes of the same user find a shared board by
+        it (`find_boards`).
     """
 
-    def __init__(self, *, shared: bool = False) -> None:
-        self._board = SharedFile.new() if shared else None
+    def __init__(self, *, shared: bool = False, directory: Path | None = None) -> None:
+        name = "" if directory is None else _board_name(directory)
+        self._board = SharedFile.new(name) if shared else None
         self._start()
 
     def _start(self) -> None:
@@ -134,6 +157,10 @@ class Counters:
                     self._slot = self._board.append(bytes(_SLOT.size))
                 self._board.write(self._slot, _SLOT.pack(*self._values.values()))
 
+    def set(self, **values: int) -> None:
+        """Set counters that are not sums, for example ``set(ahead_bytes=0)``."""
+        self.add(**{name: value - getattr(self.snapshot(), name) for name, value in values.items()})
+
     def snapshot(self) -> Stats:
         """Counters of this process at one instant."""
         if self._pid != os.getpid():
@@ -143,10 +170,7 @@ class Counters:
 
     def total(self) -> Stats:
         """Counters summed over this process and all that share its board."""
-        if self._board is None:
-            return self.snapshot()
-        slots = list(_SLOT.iter_unpack(self._board.read()))
-        return Stats(*map(sum, zip(*slots, strict=True))) if slots else Stats()
+        return self.snapshot() if self._board is None else _total(self._board.read())
 
     def __getstate__(self) -> dict[str, SharedFile | None]:
         return {"board": self._board}
@@ -154,6 +178,71 @@ class Counters:
     def __setstate__(self, state: dict[str, SharedFile | None]) -> None:
         self._board = state["board"]
         self._start()
+
+
+@dataclass(frozen=True)
+class Board:
+    """The counters of one run on this machine, as another process sees them.
+
+    Attributes
+    ----------
+    inode : int
+        Identifies the board.
+    pids : tuple of int
+        Its processes: the one that reads, its DataLoader workers, its look-ahead.
+    stats : Stats
+        Summed over all processes that the run has had.
+    """
+
+    inode: int
+    pids: tuple[int, ...]
+    stats: Stats
+
+
+def find_boards(directory: Path) -> list[Board]:
+    """Counters of every run on this machine that uses a cache directory, oldest process first.
+
+    Processes of other users are left out unless this one is root. The counters of a run end with
+    its last process. Nothing is written, and no process is interrupted.
+
+    Parameters
+    ----------
+    directory : Path
+        ``cache.dir``.
+
+    Raises
+    ------
+    FileNotFoundError
+        This system has no ``/proc``.
+    """
+    start = f"/memfd:zarrcache-{_board_name(directory)}"
+    found: dict[int, tuple[set[int], Stats]] = {}
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                path = f"/proc/{pid}/fd/{name}"
+                with contextlib.suppress(OSError):
+                    if not os.readlink(path).startswith(start):
+                        continue
+                    inode = os.stat(path).st_ino
+                    if inode not in found:
+                        content = Path(path).read_bytes()
+                        found[inode] = set(), _total(content)
+                    found[inode][0].add(pid)
+    return [Board(inode, tuple(sorted(pids)), stats) for inode, (pids, stats) in found.items()]
+
+
+def _board_name(directory: Path) -> str:
+    """Beginning of a board's name: of the directory, and of the counters that it has."""
+    where = os.path.realpath(directory)
+    digest = hashlib.blake2b("\n".join((where, *_NAMES)).encode(), digest_size=8)
+    return f"counters-{digest.hexdigest()}-"
+
+
+def _total(board: bytes) -> Stats:
+    # A slot may be half written at its end.
+    slots = list(_SLOT.iter_unpack(board[: len(board) // _SLOT.size * _SLOT.size]))
+    return Stats(*map(sum, zip(*slots, strict=True))) if slots else Stats()
 
 
 class LogOnce:
@@ -206,10 +295,11 @@ class SharedFile:
         weakref.finalize(self, os.close, fd)
 
     @classmethod
-    def new(cls) -> SharedFile:
-        """Create an empty file."""
+    def new(cls, name: str = "") -> SharedFile:
+        """Create an empty file, which ``/proc`` shows by its name."""
         if hasattr(os, "memfd_create"):
-            return cls(os.memfd_create(f"zarrcache-{secrets.token_hex(8)}", os.MFD_CLOEXEC))
+            token = secrets.token_hex(8)
+            return cls(os.memfd_create(f"zarrcache-{name}{token}", os.MFD_CLOEXEC))
         with tempfile.TemporaryFile() as file:
             return cls(os.dup(file.fileno()))
 

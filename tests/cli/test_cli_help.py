@@ -77,6 +77,7 @@ COMMANDS = {
         "--seed N",
         "--json",
     ),
+    "top": ("--dir DIR", "--once", "--interval SECONDS", "--metrics-file FILE.prom", "--json"),
     "plot": ("--output", "-o", "[default: the terminal]", "--at X,Y,Z", "default: 0.5,0.5,0.5"),
     "lock": ("--output", "-o", "default: data.lock"),
     "diff": ("LOCK|CONFIG", "--json"),

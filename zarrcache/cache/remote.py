@@ -134,7 +134,8 @@ class RemoteSources:
         except CorruptEntryError as exc:
             self._reject(offer, exc)
             return None
-        self._counters.add(**{offer.counter: 1})
+        is_peer = offer.counter == "peer_hits"
+        self._counters.add(**{offer.counter: 1}, peer_bytes=offer.nbytes if is_peer else 0)
         return taken
 
     def _reject(self, offer: _Offer, exc: CorruptEntryError) -> None:

@@ -36,6 +36,7 @@ def _application() -> typer.Typer:
     from zarrcache.cli.plan import plan
     from zarrcache.cli.plot import plot
     from zarrcache.cli.serve import serve
+    from zarrcache.cli.top import top
     from zarrcache.cli.warm import warm
 
     # In the order of the help page.
@@ -50,6 +51,7 @@ def _application() -> typer.Typer:
         verify,
         doctor,
         plan,
+        top,
         plot,
         lock,
         diff,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport
     from zarrcache.demo import DemoReport
     from zarrcache.ops import (
+        Activity,
         EpochForecast,
         Forecast,
         Status,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "activity_lines",
     "count",
     "demo_rows",
     "duration",
@@ -343,3 +345,49 @@ def _epoch(epoch: EpochForecast, currency: str) -> str:
         f"{format_bytes(epoch.nbytes)}, {epoch.dollars:.2f} {currency}"
     )
     return text if epoch.seconds is None else f"{text}, {duration(epoch.seconds)}"
+
+
+def activity_lines(activity: Activity) -> list[str]:
+    """Lines of ``zarrcache top``, at most 60 columns wide."""
+    pids = activity.pids
+    named = ", ".join(map(str, pids[:5])) + (", ..." if len(pids) > 5 else "")
+    runs = f"{plural(len(activity.boards), 'run')}, {plural(len(pids), 'process', 'processes')}"
+    lines = [
+        activity.directory if len(activity.directory) <= 60 else f"...{activity.directory[-57:]}",
+        f"{runs} ({named})" if pids else "No process of this user uses this cache now.",
+        f"{'':<20}{'per second':>18}{'since the start':>20}",
+    ]
+
+    def row(name: str, now: str, since: str) -> None:
+        lines.append(f"{name:<20}{now:>18}{since:>20}")
+
+    for name, counter in (
+        ("hits", "hits"),
+        ("misses", "misses"),
+        ("not stored", "bypasses"),
+        ("requests to origin", "requests"),
+        ("retries", "retries"),
+    ):
+        row(name, f"{activity.per_second(counter):,.1f}", count(getattr(activity.total, counter)))
+    for name, counter in (
+        ("from the origin", "fetched_bytes"),
+        ("from other nodes", "peer_bytes"),
+        ("to other nodes", "sent_bytes"),
+        ("from disk", "served_bytes"),
+    ):
+        rate = format_bytes(int(activity.per_second(counter)))
+        row(name, f"{rate}/s", format_bytes(getattr(activity.total, counter)))
+    row(
+        "hit ratio",
+        *(
+            f"{100 * stats.hit_ratio:.1f} %" if stats.hits + stats.misses else "-"
+            for stats in (activity.recent, activity.total)
+        ),
+    )
+    row("look-ahead, ready", "", format_bytes(activity.total.ahead_bytes))
+    limit = activity.limit_bytes
+    of = ""
+    if limit is not None:
+        of = f"{100 * activity.volume_bytes / limit:.0f} % of {format_bytes(limit)}"
+    row("on disk", of, format_bytes(activity.volume_bytes))
+    return lines

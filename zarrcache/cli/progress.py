@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from zarrcache.ops import Panel
 
-__all__ = ["Meter", "StderrHandler", "show_panels", "show_table"]
+__all__ = ["LiveText", "Meter", "StderrHandler", "show_panels", "show_table"]
 
 #: Seconds between two progress lines without a terminal: the log of an hour fits a few pages.
 _LINE_EVERY_S = 10.0
@@ -114,6 +114,32 @@ class Meter:
             fetched = self._fetched()
             text += f", {format_bytes(fetched)}, {format_bytes(int(fetched / seconds))}/s"
         return text + (f", {count(self._failed)} failed" if self._failed else "")
+
+
+class LiveText:
+    """Lines on stdout that are replaced in place."""
+
+    def __enter__(self) -> Self:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._live = Live(console=Console(highlight=False), auto_refresh=False)
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Replace all lines."""
+        from rich.text import Text
+
+        self._live.update(Text("\n".join(lines)), refresh=True)
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,12 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    metrics: Annotated[
+        bool,
+        typer.Option(
+            "--metrics", help="answer /metrics for Prometheus, without the token; extra metrics"
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Let other nodes read this node's cache.
@@ -47,17 +54,26 @@ def serve(
     from zarrcache.parallel import end_signalled
     from zarrcache.peers import EntryServer, read_token
 
-    cache = cache_of(data_config(config))
+    source = data_config(config)
+    cache = cache_of(source)
+    measured = None
+    if metrics:
+        from zarrcache.ops import Monitor, exposition
+
+        measured = functools.partial(exposition, Monitor(source))
+        measured()  # what is missing is an error now
     path = token_file or cache.peer_token_file
     token = read_token(path) if path is not None else None
     with (
         end_signalled() as wait,
-        EntryServer(cache.dir, host=host, port=port, token=token) as server,
+        EntryServer(cache.dir, host=host, port=port, token=token, metrics=measured) as server,
     ):
         if as_json:
             show_json({"url": server.url, "directory": cache.dir, "has_token": token is not None})
         else:
             show(f"Serving the array tier of {cache.dir} at {server.url}. Ctrl-C ends it.")
+            if metrics:
+                show(f"Metrics: {server.url}/metrics")
             if token is None:
                 say("There is no token: every user of this machine can read the cache.")
         wait()

@@ -382,7 +382,7 @@ class ZarrS3Reader(PairReader):
     def _prepare(self, cache: CacheConfig | None) -> None:
         directories = self.data_dir, self.label_dir
         self.use_s3 = any(str(directory).startswith("s3://") for directory in directories)
-        self._counters = Counters(shared=True)
+        self._counters = Counters(shared=True, directory=None if cache is None else cache.dir)
         self._cache = Cache(cache, self._counters)
         self._origins: dict[Role, Origin] = {
             "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),

@@ -1,3 +1,5 @@
+from .activity import Activity as Activity
+from .activity import Monitor as Monitor
 from .doctor import examine as examine
 from .entries import CachedDensity as CachedDensity
 from .entries import list_entries as list_entries
@@ -13,6 +15,8 @@ from .lock import make_lock as make_lock
 from .maps import FoundIds as FoundIds
 from .maps import find_ids as find_ids
 from .maps import write_map as write_map
+from .metrics import exposition as exposition
+from .metrics import write_metrics as write_metrics
 from .samples import config_schema as config_schema
 from .samples import filled_in as filled_in
 from .samples import key_comments as key_comments

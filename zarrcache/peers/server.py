@@ -32,7 +32,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,7 @@ from zarrcache.peers._seal import (
 )
 from zarrcache.peers.client import PROTOCOL, WAIT_S, transfer_limit_s
 from zarrcache.peers.leases import Lease, Leases
-from zarrcache.stats import LogOnce
+from zarrcache.stats import Counters, LogOnce
 
 __all__ = ["EntryServer"]
 
@@ -123,10 +123,15 @@ class EntryServer:
     token : str, optional
         The secret that clients have to send. It may be None only on a loopback address.
 
+    metrics : callable, optional
+        Returns the text of ``/metrics``, which needs no token. Called in a thread.
+
     Attributes
     ----------
     url : str
         ``http://host:port``, with the actual port.
+    counters : Counters
+        ``sent_bytes`` counts the entries that were sent.
 
     Raises
     ------
@@ -135,9 +140,17 @@ class EntryServer:
     """
 
     def __init__(
-        self, directory: Path, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
+        self,
+        directory: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+        metrics: Callable[[], bytes] | None = None,
     ) -> None:
         self._entries = CacheDir(directory).entries
+        self.counters = Counters(shared=True, directory=directory)
+        self._metrics = metrics
         self._receiver = Receiver(key_of(token))  # before the first request can be made
         self._listener = _listen(host, port, needs_loopback=token is None)
         bracketed = f"[{host}]" if ":" in host else host
@@ -168,7 +181,7 @@ class EntryServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self._service = _Service(self._entries, self._receiver)
+        self._service = _Service(self._entries, self._receiver, self.counters, self._metrics)
         # asyncio uses one number for the connections per round and for the kernel's queue.
         listening = await self._loop.create_server(
             self._service.connect, sock=self._listener, backlog=_ACCEPTED_PER_ROUND
@@ -298,8 +311,16 @@ class _Service:
     Used in the event loop only.
     """
 
-    def __init__(self, entries: Path, receiver: Receiver) -> None:
+    def __init__(
+        self,
+        entries: Path,
+        receiver: Receiver,
+        counters: Counters,
+        metrics: Callable[[], bytes] | None,
+    ) -> None:
         self._entries = entries
+        self._counters = counters
+        self._metrics = metrics
         self._receiver = receiver
         self._leases = Leases()
         self._log_once = LogOnce()
@@ -340,6 +361,8 @@ class _Service:
         version = path.split("/")[1] if path else ""
         if version != VERSION and re.fullmatch(r"v\d{1,3}", version):
             return self._other_version(version)
+        if self._metrics is not None and (request.method, request.path) == ("GET", "/metrics"):
+            return await self._measured(self._metrics)
         # Check the token before anything else: without it every answer is the same.
         answer = _Answer(self._receiver.key, request)
         try:
@@ -373,6 +396,16 @@ class _Service:
             return await self._entry(answer, connection, digest)
         return self._report(answer, connection, digest)
 
+    async def _measured(self, metrics: Callable[[], bytes]) -> web.Response:
+        """Answer with the counters of this node, which Prometheus fetches without the token."""
+        content = await asyncio.get_running_loop().run_in_executor(None, metrics)
+        response = web.Response(
+            body=content,
+            headers={"Server": PROTOCOL, "Content-Type": "text/plain; version=0.0.4"},
+        )
+        response.force_close()
+        return response
+
     def _other_version(self, version: str) -> web.Response:
         self._log_once.warning(
             "version",
@@ -392,7 +425,7 @@ class _Service:
         query = answer.request.query
         source = query.get("source")
         for file, nbytes in self._open(digest, source):
-            return await answer.entry(connection, file, nbytes)
+            return await self._send(answer, connection, file, nbytes)
         node = query.get("node", "")
         if not _NODE.fullmatch(node):
             holder = self._leases.holder(digest)
@@ -411,12 +444,19 @@ class _Service:
         if reply.kind == "at":
             # Perhaps stored by another process of this node.
             for file, nbytes in self._open(digest, source):
-                return await answer.entry(connection, file, nbytes, waited=waited)
+                return await self._send(answer, connection, file, nbytes, waited=waited)
         if reply.lease is not None:
             connection.lease = reply.lease
             connection.limit_s(_LEASE_CONNECTION_S)
         silent = f"{reply.silent_s:.3f}" if reply.kind == "busy" else None
         return answer.of_kind(reply.kind, node=reply.node, waited=waited, silent=silent)
+
+    async def _send(
+        self, answer: _Answer, connection: _Connection, file: FileIO, nbytes: int, **fields: object
+    ) -> web.StreamResponse:
+        response = await answer.entry(connection, file, nbytes, **fields)
+        self._counters.add(sent_bytes=nbytes)
+        return response
 
     def _report(self, answer: _Answer, connection: _Connection, digest: str) -> web.Response:
         lease, query = connection.lease, answer.request.query

@@ -106,7 +106,7 @@ class Prefetch:
         config = reader.cache_config
         self._encoding = config.arrays.encoding if config is not None else FLOAT32
         self._lock = threading.Lock()
-        self._held = 0
+        self._held = self._shown = 0
         self._window: deque[_Item] = deque()
         self._postponed: deque[_Item] = deque()  # did not fit
         self._lent: deque[_Item] = deque()  # being read, perhaps not taken yet
@@ -136,12 +136,16 @@ class Prefetch:
             self._retire()
             if not self._is_over and time.monotonic() >= self._pause_until_s:
                 self._fill()
+            if self._held != self._shown:
+                self._shown = self._held
+                self._reader.cache.counters.set(ahead_bytes=self._held)
         except CACHE_FAULTS as exc:  # the training hits the fault too, and logs it
             self._reader.cache.reopen(exc)
             self._pause_until_s = time.monotonic() + _PAUSE_S
 
     def close(self) -> None:
         """End the threads and drop the loans."""
+        self._reader.cache.counters.set(ahead_bytes=0)
         for _ in self._threads:
             self._work.put(None)
         end_s = time.monotonic() + _END_S
