@@ -324,6 +324,13 @@ class _Body:
         counts = np.concatenate(self._counts)
         upto = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         others = np.array(sorted({*self._shapes, *self._texts, len(counts)}))
+        start = min(self._shapes)
+        if upto[start] or min(self._texts, default=start) < start:
+            # A size that cannot be read would make the second grid the first.
+            raise SchemaError(
+                f"{self._name}, line {self._first}: below the blank line something else precedes "
+                "the size of the grid. Get the file again."
+            )
         for line, shape in self._shapes.items():
             self._check_grid(line, math.prod(shape), counts, upto, others)
         self._check_texts(upto, others)
@@ -368,7 +375,7 @@ class _Body:
         for line, words in self._texts.items():
             shown = repr(words.decode("ascii", "replace"))
             is_heading = words.lower().startswith(b"augmentation occupancies")
-            if not is_heading or line < min(self._shapes):
+            if not is_heading:
                 raise SchemaError(
                     f"{self._name}, line {self._first + line}: {shown} follows a grid. A file with "
                     "the densities of several steps (the CHG of a relaxation) is not converted: "
@@ -382,7 +389,9 @@ class _Body:
                 )
             stop = int(others[np.searchsorted(others, line + 1)])
             found = int(upto[stop] - upto[line + 1])
-            if found < int(match[1]):
+            # VASP writes the moments of the atoms, one or three numbers each, behind the last ones.
+            extra = found - int(match[1])
+            if extra not in (0, self._atoms, 3 * self._atoms):
                 raise SchemaError(
                     f"{self._name}: the occupancies of line {self._first + line} announce "
                     f"{int(match[1])} numbers and have {found}. The file is damaged or cut short; "
