@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, str] = {
     "lookahead": "tests.bench.lookahead",
     "fill": "tests.bench.fill",
     "scale": "tests.bench.scale",
+    "convert": "tests.bench.convert",
 }
 SEED = 20260
 
