@@ -6,7 +6,7 @@ The result is always the same: a flat dict of the keys that describe one dataset
 * a ``data:`` (or ``datamodule:``) block with these keys, or with ``config:``, the path of such a
   file, its keys, or several of them: the block of a ``ZarrDataModule`` in a Hydra config;
 * a ``data:`` block with ``root:``, a file list, or ``datasets:``, several of them: the block of
-  electrai's ``RhoRead`` or of ``RhoDataModule``.
+  electrai's ``RhoRead`` or of ``RhoDataModule``. ``data_dir`` and ``label_dir`` may be given too.
 
 Hydra itself is not needed to read them.
 """
@@ -44,13 +44,13 @@ VARIABLE = re.compile(VARIABLE_IN_BRACES.pattern + r"|\$([A-Za-z_][A-Za-z0-9_]*|
 #: ``${paths.data}``, a reference of OmegaConf to another key of the file.
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
 
-#: Keys of a dataset that only this package reads; with one of them at its top, a file is flat.
+#: Keys that only a config of this package or of electrai's older loaders has at its top.
 _OWN_KEYS = frozenset({"data_dir", "label_dir", "map_dir", "data_path", "label_path", "map_path"})
 #: Older names of electrai for the same things.
 _OLDER_NAMES = {"data_path": "data_dir", "label_path": "label_dir", "map_path": "map_dir"}
 _BLOCKS = ("data", "datamodule")
 #: Keys that a `datasets` entry of electrai may have, and of the block those that hold for all.
-_SPEC_KEYS = frozenset({"root", "split_file", "val_frac", "dataset_id"})
+_SPEC_KEYS = frozenset({"root", "split_file", "val_frac", "dataset_id", "data_dir", "label_dir"})
 
 
 def expand(value: object, variable: re.Pattern[str] = VARIABLE) -> object:
@@ -166,7 +166,7 @@ def datasets_of(document: Mapping[str, Any], where: str = "config") -> dict[str,
     """
     document = as_dict(document, where)
     block = _block(document, where)
-    if not block.keys() & _OWN_KEYS and ("root" in block or "datasets" in block):
+    if _has_lists(block):
         named = dict(_of_lists(block, where))
     elif not block.keys() & _OWN_KEYS and block.get("config") is not None:
         outer = {key: value for key, value in block.items() if key not in ("config", "_target_")}
@@ -175,6 +175,10 @@ def datasets_of(document: Mapping[str, Any], where: str = "config") -> dict[str,
     else:
         named = {"0": _of_keys(block, where)}
     return {name: _referenced(keys, document) for name, keys in named.items()}
+
+
+def _has_lists(block: Mapping[str, Any]) -> bool:
+    return not {"map_dir", "map_path"} & block.keys() and bool({"root", "datasets"} & block.keys())
 
 
 def _block(document: dict[str, Any], where: str) -> dict[str, Any]:
@@ -269,8 +273,14 @@ def _of_lists(block: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str
             "..., dataset_id: ...}."
         )
     rest = {key: value for key, value in block.items() if key not in {"datasets", *_SPEC_KEYS}}
+    defaults = {
+        key: value
+        for key in ("split_file", "val_frac")
+        if (value := block.get(f"default_{key}", block.get(key))) is not None
+    }
     names = set()
-    for number, spec in enumerate(specs):
+    for number, given in enumerate(specs):
+        spec = as_dict(given, "dataset") if hasattr(given, "__dict__") else given
         if not isinstance(spec, Mapping) or not spec.get("root"):
             raise ConfigError(
                 f"{where}: dataset {number} has no root, the path of its file list "
@@ -282,12 +292,12 @@ def _of_lists(block: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str
                 f"{where}: dataset {number} has the key {min(map(str, unknown))!r}; the keys are "
                 f"{', '.join(sorted(_SPEC_KEYS))}."
             )
-        given = {key: value for key, value in spec.items() if value is not None}
-        name = str(given.pop("dataset_id", number))
+        own = defaults | {key: value for key, value in spec.items() if value is not None}
+        name = str(own.pop("dataset_id", number))
         if name in names:
             raise ConfigError(f"{where}: two datasets have the dataset_id {name}.")
         names.add(name)
-        yield name, _of_list(given, rest)
+        yield name, _of_list(own, rest)
 
 
 def _of_list(spec: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -297,11 +307,12 @@ def _of_list(spec: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     used per volume; without a split file there is no test set.
     """
     root = str(expand(os.fspath(spec.pop("root"))))
+    if "://" in root:
+        raise ConfigError(
+            f"root is {root}; a file list is read from this machine. Copy it, and give data_dir "
+            "and label_dir, which may be on S3."
+        )
     directory = posixpath.dirname(root) or "."
-    for side in ("split_file", "val_frac"):  # the block's own keys, for all datasets
-        default = rest.get(f"default_{side}")
-        if default is not None:
-            spec.setdefault(side, default)
     return {
         **{key: value for key, value in rest.items() if not key.startswith("default_")},
         "data_dir": f"{directory}/data",

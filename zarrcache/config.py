@@ -192,6 +192,11 @@ def _or_none(value: object) -> object:
     return None if value == "" else value
 
 
+def _path_or_none(value: object) -> object:
+    """Convert a path to text, and an empty string to None."""
+    return _or_none(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
 def _listed(value: object) -> object:
     """Split a string, as from a job script, at commas or blanks; keep a list as it is."""
     return (
@@ -345,7 +350,7 @@ class LoaderConfig(_Block):
     pin_memory: bool | None = None
     precision: Annotated[Literal["f32", "f16", "bf16"] | None, BeforeValidator(_precision)] = None
     augmentation: bool | None = None
-    split_file: str | None = None
+    split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = None
     val_frac: float | None = None
     random_seed: int | None = None
     assignment: Literal["global", "node"] | None = None
@@ -401,6 +406,9 @@ class DataConfig(_Block):
     )
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
     random_state: int = Field(42, ge=0, lt=2**32)
+    split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = Field(
+        None, description="JSON of train, validation and test; replaces train_fraction"
+    )
     s3_kwargs: dict[str, Any] | None = Field(None, repr=False)
     source: str | tuple[str, ...] = "auto"
     cache: CacheConfig | None = None

@@ -1,4 +1,7 @@
-"""``ZarrDataModule``: resumable loaders for Lightning's ``Trainer``, on one or many nodes.
+"""Data modules for Lightning's ``Trainer``, on one or many nodes.
+
+``ZarrDataModule`` resumes within an epoch and looks ahead; ``RhoDataModule`` takes electrai's
+arguments and gives its batches.
 
 >>> data = ZarrDataModule("configs/s3_cached.yaml", batch_size=1, train_workers=8, val_workers=2)
 >>> Trainer(devices=8, num_nodes=4, strategy="ddp").fit(model, data, ckpt_path="last")
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import multiprocessing
 import os
 import types
@@ -45,7 +49,9 @@ from zarrcache.train import (
     collate_fn,
 )
 
-__all__ = ["ZarrDataModule"]
+__all__ = ["RhoDataModule", "ZarrDataModule"]
+
+logger = logging.getLogger(__name__)
 
 
 class _DataModule(LightningDataModule):
@@ -235,19 +241,7 @@ class ZarrDataModule(_DataModule):
         ConfigError
             Too few samples, a split file that does not match them, or ranks with different samples.
         """
-        counts = {name: len(split.train) for name, split in self.splits.items()}
-        if self.trainer is None or self.trainer.world_size == 1:
-            return
-        # Nodes whose stored listings differ in age would compute different orders. All ranks
-        # exchange the outcome, so that none is left waiting in a collective operation.
-        mine = hashlib.blake2b(repr(self.splits).encode(), digest_size=8).hexdigest(), counts
-        first = self.trainer.strategy.broadcast(mine)
-        if not self.trainer.strategy.reduce_boolean_decision(first == mine, all=True):
-            raise ConfigError(
-                f"The ranks have different samples: training samples are {first[1]} on rank 0 and "
-                f"{mine[1]} on rank {self.trainer.global_rank}. Give all nodes the same config, "
-                "map and split file, and list the origin again: zarrcache warm CONFIG."
-            )
+        _check_ranks(self)
 
     def _dataset(self, side: Side) -> ZarrDataset | CombinedDataset:
         return self.sources.dataset(
@@ -359,15 +353,9 @@ class ZarrDataModule(_DataModule):
         )
 
     def _options(self, workers: int) -> dict[str, Any]:
-        context = self.multiprocessing_context
-        if (
-            context is None
-            and bool(self.train_workers) != bool(self.val_workers)
-            and multiprocessing.get_start_method() == "fork"
-        ):
-            # Not forkserver: its workers do not notice when the training is killed, and keep on
-            # running.
-            context = "spawn"
+        context = self.multiprocessing_context or _start_method(
+            self.train_workers, self.val_workers
+        )
         return {
             "batch_size": self.batch_size,
             "num_workers": workers,
@@ -406,6 +394,277 @@ class ZarrDataModule(_DataModule):
         # trainer.test() loads checkpoints too.
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._loaded = dict(state_dict)
+
+
+class RhoDataModule(_DataModule):
+    """electrai's ``RhoRead`` through the cache: same arguments, samples, split and order.
+
+    In its config only ``_target_`` changes, and ``cache:`` is added::
+
+        data:
+          _target_: zarrcache.lightning.RhoDataModule
+          root: /data/mp/mp_filelist.txt
+          cache: {dir: "${oc.env:TMPDIR,/tmp}/zarrcache"}
+
+    A sample is ``{"data", "label", "index"}``: two tensors of shape (1, nx, ny, nz) in electrons
+    per cubic angstrom, and the task id. With ``datasets`` it also has ``"Dataset_ID"``.
+
+    Parameters
+    ----------
+    root : path
+        The file list, one task id per line. The densities lie beside it in ``data/`` and
+        ``label/``, as ``.zarr``, ``.zarr.zip``, ``.json.gz`` or ``.CHGCAR``.
+    precision : {"f32", "f16", "bf16"}
+    batch_size : int
+        Of training and validation; the test loader has batches of one.
+    train_workers, val_workers : int
+        DataLoader workers per rank; the test loader has ``val_workers``.
+    pin_memory : bool
+        Ignored without a GPU.
+    val_frac : float
+        Without ``split_file``: the first ``int(n * val_frac)`` samples of a permutation of the list
+        are for validation, the others for training, and there is no test set.
+    drop_last : bool
+    split_file : path, optional
+        JSON of positions in the list, from 0, or of task ids: ``{"train": [...], "validation":
+        [...], "test": [...]}``.
+    augmentation : bool
+        Rotate the samples randomly; as in electrai, those for validation and test too.
+    random_seed : int
+        Seed of the permutation, and of nothing else.
+    downsample_data, downsample_label : int
+        Ignored, as electrai ignores them for ``mp`` lists.
+    datasets : list of mapping, optional
+        Several lists instead of ``root``: ``{root, split_file, val_frac, dataset_id}``.
+    default_val_frac : float
+    default_split_file : path, optional
+        For those of ``datasets`` that have none.
+    data_dir, label_dir : path or URL, optional
+        Where the densities are, if not beside the list; may be ``s3://bucket/prefix``.
+    source : str or list of str
+        Kinds of files to read, see ``ZarrS3Reader``.
+    cache : mapping
+        The block ``cache:``. None: read the files in every epoch.
+    s3_kwargs : mapping, optional
+        As ``s3fs.S3FileSystem`` takes them.
+    **ignored
+        Other keys, which electrai ignores too; they are named in a warning.
+
+    Raises
+    ------
+    ConfigError
+        The list or split file cannot be used; or a material has no density, which is named with its
+        line.
+
+    Notes
+    -----
+    *Order and rotations.* The loaders are plain ``DataLoader`` objects, and the rotations draw from
+    torch's global generator as electrai's do. After the same ``seed_everything``, with the same
+    number of workers, batches are therefore equal bit for bit, on one rank or many.
+
+    *Differences from ZarrDataModule.* It has no look-ahead, so warm the cache before (``zarrcache
+    warm CONFIG`` reads this block), and a job that is killed repeats its epoch, as with electrai.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        precision: Literal["f32", "f16", "bf16"] = "f32",
+        batch_size: int = 2,
+        train_workers: int = 8,
+        val_workers: int = 2,
+        pin_memory: bool = False,
+        val_frac: float = 0.005,
+        drop_last: bool = False,
+        split_file: str | os.PathLike[str] | None = None,
+        augmentation: bool = False,
+        random_seed: int = 42,
+        downsample_data: int = 1,
+        downsample_label: int = 1,
+        *,
+        datasets: Sequence[Mapping[str, Any]] | None = None,
+        default_val_frac: float | None = None,
+        default_split_file: str | os.PathLike[str] | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        label_dir: str | os.PathLike[str] | None = None,
+        source: str | Sequence[str] = "auto",
+        cache: Mapping[str, Any] | None = None,
+        s3_kwargs: Mapping[str, Any] | None = None,
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if ignored:
+            logger.warning("RhoDataModule ignores %s, as electrai does.", ", ".join(ignored))
+        if {downsample_data, downsample_label} - {0, 1, None}:
+            logger.warning(
+                "RhoDataModule ignores downsample_data=%s and downsample_label=%s, as electrai "
+                "does for mp lists. ZarrDataModule downsamples.",
+                downsample_data,
+                downsample_label,
+            )
+        self.precision: Literal["f32", "f16", "bf16"] = precision
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+        self.train_workers = whole_number("train_workers", train_workers, least=0)
+        self.val_workers = whole_number("val_workers", val_workers, least=0)
+        self.pin_memory = pin_memory
+        self.drop_last = drop_last
+        self.augmentation = augmentation
+        self.random_seed = random_seed
+        self._key = None if datasets is None else "Dataset_ID"
+        block = {
+            "root": root,
+            "datasets": datasets,
+            "split_file": split_file,
+            "val_frac": val_frac,
+            "default_split_file": default_split_file,
+            "default_val_frac": default_val_frac,
+            "random_seed": random_seed,
+            "data_dir": data_dir,
+            "label_dir": label_dir,
+            "source": source,
+            "cache": cache,
+            "s3_kwargs": s3_kwargs,
+        }
+        if root is None and datasets is None:
+            raise ConfigError(
+                "RhoDataModule has neither root nor datasets. Give root, the path of a file list "
+                "(mp_filelist.txt)."
+            )
+        self.sources = Sources(
+            {key: value for key, value in block.items() if value is not None}, is_permuted=True
+        )
+        self._sets: dict[Side, ZarrDataset | CombinedDataset] = {}
+
+    @property
+    def readers(self) -> Mapping[str, ZarrS3Reader]:
+        """The readers by ``dataset_id``; ``readers[name].stats`` counts hits and misses."""
+        return self.sources.readers
+
+    @property
+    def splits(self) -> Mapping[str, Split]:
+        """Training, validation and test ids of each dataset. Lists the origin at first use."""
+        return self.sources.splits
+
+    @property
+    def train_set(self) -> ZarrDataset | CombinedDataset:
+        """The samples to train on, in the order of the split."""
+        return self._set("train")
+
+    @property
+    def val_set(self) -> ZarrDataset | CombinedDataset:
+        """The samples for validation."""
+        return self._set("validation")
+
+    @property
+    def test_set(self) -> ZarrDataset | CombinedDataset:
+        """The samples to test on.
+
+        Raises
+        ------
+        ConfigError
+            There are none.
+        """
+        found = self._set("test")
+        if not len(found):
+            raise ConfigError(
+                "There is no test set. Give a split_file with the key 'test', positions in the "
+                "file list."
+            )
+        return found
+
+    def _set(self, side: Side) -> ZarrDataset | CombinedDataset:
+        if side not in self._sets:
+            self._sets[side] = self.sources.dataset(
+                side,
+                key=self._key,
+                precision=self.precision,
+                augmentation=self.augmentation,
+                rng="torch",
+                # Only the lists of a batch of unequal grids keep it.
+                layout="rotated" if self.batch_size > 1 else "C",
+            )
+        return self._sets[side]
+
+    def prepare_data(self) -> None:
+        """List the origin, on one process per node; the others find the listing in the cache."""
+        self.sources.list_into_cache()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Compute the splits and check that they are identical on all ranks.
+
+        Raises
+        ------
+        ConfigError
+            A list, a split file or a material cannot be used.
+        """
+        _check_ranks(self)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Loader of shuffled samples; Lightning divides them among the ranks."""
+        if not len(self.train_set):
+            raise ConfigError("There are no training samples: 'train' is empty in the split file.")
+        return self._loader(self.train_set, self.batch_size, self.train_workers, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Loader in the order of the split."""
+        return self._loader(self.val_set, self.batch_size, self.val_workers)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Loader in the order of the split, with batches of one sample."""
+        return self._loader(self.test_set, 1, self.val_workers)
+
+    def _loader(
+        self, dataset: Any, batch_size: int, workers: int, *, shuffle: bool = False
+    ) -> DataLoader[Sample]:
+        # Nothing here may draw from torch's generator: that would move the order and rotations.
+        # Where nothing is on S3, workers start as electrai's do, in scripts of any form.
+        on_s3 = any(reader.use_s3 for reader in self.readers.values())
+        return DataLoader(
+            dataset,
+            batch_size,
+            shuffle=shuffle,
+            num_workers=workers,
+            collate_fn=collate_fn,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            drop_last=self.drop_last,
+            multiprocessing_context=_start_method(self.train_workers, self.val_workers)
+            if workers and on_s3
+            else None,
+        )
+
+
+def _check_ranks(module: ZarrDataModule | RhoDataModule) -> None:
+    """Compute the splits and compare them across the ranks.
+
+    Raises
+    ------
+    ConfigError
+        They differ.
+    """
+    counts = {name: len(split.train) for name, split in module.splits.items()}
+    trainer = module.trainer
+    if trainer is None or trainer.world_size == 1:
+        return
+    # Nodes whose stored listings differ in age would compute different orders. All ranks exchange
+    # the outcome, so that none is left waiting in a collective operation.
+    mine = hashlib.blake2b(repr(module.splits).encode(), digest_size=8).hexdigest(), counts
+    first = trainer.strategy.broadcast(mine)
+    if not trainer.strategy.reduce_boolean_decision(first == mine, all=True):
+        raise ConfigError(
+            f"The ranks have different samples: training samples are {first[1]} on rank 0 and "
+            f"{mine[1]} on rank {trainer.global_rank}. Give all nodes the same config, map and "
+            "split file, and list the origin again: zarrcache warm CONFIG."
+        )
+
+
+def _start_method(train_workers: int, val_workers: int) -> str | None:
+    """How workers are started, unless the user says; None is Python's own way."""
+    if bool(train_workers) != bool(val_workers) and multiprocessing.get_start_method() == "fork":
+        # Not forkserver: its workers do not notice when the training is killed, and keep on
+        # running.
+        return "spawn"
+    return None
 
 
 class _Sampler(NodeSampler, DistributedSampler[int]):

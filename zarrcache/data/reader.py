@@ -41,13 +41,14 @@ from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
     Split,
     first_ids,
+    is_file_list,
     listed_ids,
     mapped_ids,
     read_split,
     split_ids,
 )
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import OriginNotFoundError, ZarrCacheError
+from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats, html_table
 
@@ -94,8 +95,10 @@ class PairReader(ABC):
         *,
         cache: CacheConfig | Mapping[str, Any] | None = None,
         source: str | Sequence[str] = "auto",
+        split_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self.source = source
+        self.split_file = split_file
         self._kinds = kinds_of(source)
         self.data_dir = self._location(data_dir)
         self.label_dir = self._location(label_dir)
@@ -148,6 +151,7 @@ class PairReader(ABC):
             config.s3_kwargs,
             cache=config.cache,
             source=config.source,
+            split_file=config.split_file,
         )
 
     @abstractmethod
@@ -239,8 +243,39 @@ class PairReader(ABC):
         return self._present().missing
 
     def split_task_ids(self) -> tuple[list[str], list[str]]:
-        """Training and test ids, in the order of ``data_split()``."""
+        """Training and test ids, in the order of ``data_split()``.
+
+        With a split file the training ids are followed by those for validation.
+        """
+        if self.split_file is not None:
+            split = self.split_of_file(self.split_file)
+            return [*split.train, *split.validation], [*split.test]
         return split_ids(self._present().ids, self.tf, self.rs)
+
+    def all_ids(self) -> list[str]:
+        """All ids of the map or file list, which have to have input and label.
+
+        Raises
+        ------
+        ConfigError
+            Some have not; they are named, with their lines in a file list.
+        OriginError
+            A directory cannot be listed.
+        """
+        missing = self._present().missing
+        if missing:
+            lost = [*missing]
+            if is_file_list(self.map_dir):
+                line_of = {id_: line for line, id_ in enumerate(self.mapped_ids(), 1)}
+                lost = [f"{id_} (line {line_of[id_]})" for id_ in missing]
+            data, label = self._urls()
+            raise ConfigError(
+                f"{self.map_dir}: {len(missing)} of {len(missing) + len(self._present().ids)} "
+                f"materials have no {self._unit} in {data} or {label}: {first_ids(lost)}. Put them "
+                "there or remove the lines. If they are new, run `zarrcache warm` to list the "
+                "origin again."
+            )
+        return self.task_ids
 
     def split_of_file(self, path: str | os.PathLike[str]) -> Split:
         """The split of a split file: lists of task ids, or of positions in the map.
@@ -358,6 +393,9 @@ class ZarrS3Reader(PairReader):
     source : str or sequence of str
         Kinds of sources that are read, the preferred ones first: ``zarr``, ``zarr.zip``,
         ``json.gz``, ``CHGCAR``, ``npy``; ``auto`` is all of them, in this order.
+    split_file : path, optional
+        JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
+        "test": [...]}``. Replaces ``train_fraction`` and ``random_state``.
 
     Raises
     ------

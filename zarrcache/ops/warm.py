@@ -480,8 +480,8 @@ def plan_warm(
     else:
         reader.relist_unless_known(wanted)
     if ids is None:
-        wanted = reader.task_ids if split == "all" else reader.split_task_ids()[split == "test"]
-        if wanted:
+        wanted = _ids_of(reader, split)
+        if wanted and reader.split_file is None:
             try:
                 training_count(len(reader.task_ids), reader.tf)
             except ConfigError as exc:  # hours later it would stop the training
@@ -518,6 +518,15 @@ def plan_warm(
         reader=reader,
         stored=stored,
     )
+
+
+def _ids_of(reader: ZarrS3Reader, split: Split) -> list[str]:
+    if split != "all":
+        return reader.split_task_ids()[split == "test"]
+    if reader.split_file is None:
+        return reader.task_ids
+    train, test = reader.split_task_ids()  # what the split file leaves out is not trained on
+    return [*train, *test]
 
 
 def _share(task_ids: Sequence[str], world: World) -> list[str]:

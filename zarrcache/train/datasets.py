@@ -18,7 +18,14 @@ from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
-from zarrcache.train.transforms import Grid, downsample, draw_rotation, rotate
+from zarrcache.train.transforms import (
+    Grid,
+    Rotation,
+    downsample,
+    draw_rotation,
+    rotate,
+    rotation_of,
+)
 from zarrcache.train.worker_transfer import Sender
 
 __all__ = [
@@ -289,6 +296,13 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     augmentation : bool
     downsample_data, downsample_label : int
     seed : int, optional
+    rng : {"keyed", "torch"}
+        What draws the rotations. ``keyed``: see the Notes of `RhoData`. ``torch``: torch's global
+        generator of the process, two numbers per sample, as electrai's loader draws them.
+    layout : {"C", "rotated"}
+        Order of a rotated tensor in memory. ``rotated``: strided, as ``transpose`` and ``flip``
+        of torch leave it. Sums over it may differ in the last bit from those over C order, which is
+        faster.
     transform : callable, optional
         A function of the dict ``{"data": tensor, "label": tensor, "index": task id}`` that returns
         the item: that dict, changed or not, or another mapping with at least ``data`` and
@@ -312,8 +326,16 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         downsample_data: int = 1,
         downsample_label: int = 1,
         seed: int | None = None,
+        rng: Literal["keyed", "torch"] = "keyed",
+        layout: Literal["C", "rotated"] = "C",
         transform: Transform | None = None,
     ) -> None:
+        if layout not in ("C", "rotated"):
+            raise ConfigError(f"layout is {layout!r}; it has to be 'C' or 'rotated'.")
+        if rng not in ("keyed", "torch"):
+            raise ConfigError(f"rng is {rng!r}; it has to be 'keyed' or 'torch'.")
+        if rng == "torch" and seed is not None:
+            raise ConfigError("rng='torch' has no seed of its own. Call torch.manual_seed(seed).")
         if isinstance(split, str) and split not in ("train", "test", "all"):
             raise ConfigError(
                 f"split is {split!r}; it has to be 'train', 'test', 'all' or a list of task ids."
@@ -324,7 +346,13 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             )
         super().__init__(
             _PairToTensors(
-                downsample_data, downsample_label, augmentation, seed, _DTYPES[precision]
+                downsample_data,
+                downsample_label,
+                augmentation,
+                seed,
+                _DTYPES[precision],
+                rng,
+                layout,
             ),
             transform,
         )
@@ -404,7 +432,10 @@ class _PairToTensors:
         augmentation: bool,
         seed: int | None,
         dtype: torch.dtype,
+        rng: Literal["keyed", "torch"] = "keyed",
+        layout: Literal["C", "rotated"] = "C",
     ) -> None:
+        self.rng, self.layout = rng, layout
         self.downsample_data = whole_number("downsample_data", downsample_data, least=1)
         self.downsample_label = whole_number("downsample_label", downsample_label, least=1)
         self.augmentation = augmentation
@@ -418,9 +449,17 @@ class _PairToTensors:
         self, data: Grid, label: Grid, index: int, *, name: str
     ) -> tuple[_TensorAndGrid, _TensorAndGrid]:
         if self.augmentation:
-            rotation = draw_rotation(*self._stream(), self.drawn, index)
-            self.drawn += 1
+            if self.rng == "torch":
+                rotation = _rotation_of_torch()
+            else:
+                rotation = draw_rotation(*self._stream(), self.drawn, index)
+                self.drawn += 1
             data, label = rotate(data, rotation), rotate(label, rotation)
+            if self.layout == "rotated" and rotation.turns % 2:
+                first, second = rotation.plane
+                x, x_grid = self._tensor(data.swapaxes(first, second), 0, f"data of {name}")
+                y, y_grid = self._tensor(label.swapaxes(first, second), 1, f"label of {name}")
+                return (x.transpose(first, second), x_grid), (y.transpose(first, second), y_grid)
         return self._tensor(data, 0, f"data of {name}"), self._tensor(label, 1, f"label of {name}")
 
     def unrotated(self, whole: Grid, field: int) -> Grid:
@@ -494,6 +533,12 @@ class _PairToTensors:
                 tensor.numel(),
                 ", or densities that are not normalized" if high < 1 else "",
             )
+
+
+def _rotation_of_torch() -> Rotation:
+    """The rotation that electrai's loader draws next from torch's global generator."""
+    axis = int(torch.randint(0, 3, ()))
+    return rotation_of(axis, float(torch.rand(())))
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 from zarrcache._config_files import datasets_of_configs
 from zarrcache._units import whole_number
 from zarrcache.config import DataConfig, LoaderConfig
-from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader
+from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, permuted_split
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
 
@@ -41,6 +41,8 @@ class Sources:
         Without ``split_file``: see `hold_out`. Default: ``val_frac`` of each config, or 0.005.
     random_seed : int, optional
         Default: ``random_seed`` of each config, or 42.
+    is_permuted : bool
+        Without ``split_file``: divide all ids as electrai does, see `permuted_split`.
 
     Raises
     ------
@@ -61,7 +63,9 @@ class Sources:
         split_file: Any = None,
         val_frac: float | None = None,
         random_seed: int | None = None,
+        is_permuted: bool = False,
     ) -> None:
+        self._is_permuted = is_permuted
         pairs = _configs(config)
         configs = {name: one for name, (one, _) in pairs.items()}
         self.loaders = {name: loader for name, (_, loader) in pairs.items()}
@@ -148,22 +152,50 @@ class Sources:
     def _split(self, name: str, reader: ZarrS3Reader, path: str | os.PathLike[str] | None) -> Split:
         if path is not None:
             return reader.split_of_file(path)
+        if self._is_permuted:
+            ids = reader.all_ids()
+            return permuted_split(ids, self._val_fracs[name], self._random_seeds[name])
         return hold_out(*reader.split_task_ids(), self._val_fracs[name], self._random_seeds[name])
 
-    def dataset(self, side: Side, **options: Any) -> ZarrDataset | CombinedDataset:
-        """One side of the split of all configs. ``options`` are those of ``ZarrDataset``."""
+    def dataset(
+        self, side: Side, *, key: str | None = None, **options: Any
+    ) -> ZarrDataset | CombinedDataset:
+        """One side of the split of all configs.
+
+        ``options`` are those of ``ZarrDataset``. With ``key``, samples have the number that is the
+        name of their dataset, also those of a single dataset.
+        """
         parts = {
             name: ZarrDataset(reader, getattr(self.splits[name], side), **options)
             for name, reader in self.readers.items()
         }
+        if key is not None:
+            return CombinedDataset(parts, key=key, numbers=[int(name) for name in parts])
         return CombinedDataset(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
 class CombinedDataset(ConcatDataset[Any]):
-    """Several datasets as one; each sample has the number of its dataset."""
+    """Several datasets as one; each sample has the number of its dataset.
 
-    def __init__(self, parts: Mapping[str, ZarrDataset]) -> None:
+    Parameters
+    ----------
+    parts : mapping of str to ZarrDataset
+    key : str
+        The sample's key for the number.
+    numbers : sequence of int, optional
+        One per dataset. Default: from 0.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, ZarrDataset],
+        *,
+        key: str = "dataset",
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(parts.values())
+        self.key = key
+        self.numbers = range(len(parts)) if numbers is None else tuple(numbers)
         # With the dataset's name, because two datasets may contain the same material.
         self.task_ids = tuple(
             f"{name}/{task_id}" for name, part in parts.items() for task_id in part.task_ids
@@ -171,7 +203,8 @@ class CombinedDataset(ConcatDataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(index)  # type: ignore[no-untyped-call]
-        return {**sample, "dataset": bisect.bisect_right(self.cumulative_sizes, index % len(self))}
+        part = bisect.bisect_right(self.cumulative_sizes, index % len(self))
+        return {**sample, self.key: self.numbers[part]}
 
 
 def _configs(config: Any) -> dict[str, tuple[DataConfig, LoaderConfig]]:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Rotation", "downsample", "draw_rotation", "rotate"]
+__all__ = ["Rotation", "downsample", "draw_rotation", "rotate", "rotation_of"]
 
 Grid = NDArray[np.float32]
 
@@ -34,6 +34,11 @@ class Rotation:
     axis: Literal[0, 1, 2]
     turns: Literal[0, 1, 2, 3]
 
+    @property
+    def plane(self) -> tuple[int, int]:
+        """The two axes, counted from the end, that quarter turns swap."""
+        return _PLANES[self.axis]
+
 
 def draw_rotation(*key: int) -> Rotation:
     """Draw the rotation of ``key``, one or more non-negative integers.
@@ -43,11 +48,14 @@ def draw_rotation(*key: int) -> Rotation:
     same seed draw different rotations for different samples.
     """
     rng = np.random.default_rng(key)
-    axis = rng.integers(3)
-    r = rng.random()
-    turns = 0 if r < 0.1 else 1 if r < 0.4 else 2 if r < 0.7 else 3
-    # integers(3) is 0, 1 or 2, which mypy cannot know
-    return Rotation(axis=int(axis), turns=turns)  # type: ignore[arg-type]
+    axis = int(rng.integers(3))
+    return rotation_of(axis, rng.random())
+
+
+def rotation_of(axis: int, r: float) -> Rotation:
+    """The rotation that two uniform draws select: one of 0, 1 and 2, and a number in [0, 1)."""
+    turns: Literal[0, 1, 2, 3] = 0 if r < 0.1 else 1 if r < 0.4 else 2 if r < 0.7 else 3
+    return Rotation(axis=axis, turns=turns)  # type: ignore[arg-type]  # of the caller's three
 
 
 def rotate(grid: Grid, rotation: Rotation) -> Grid:
@@ -55,7 +63,7 @@ def rotate(grid: Grid, rotation: Rotation) -> Grid:
 
     The values are those of ``numpy.rot90`` with ``k=-turns`` about the same axis.
     """
-    first, second = _PLANES[rotation.axis]
+    first, second = rotation.plane
     if rotation.turns % 2:
         grid = grid.swapaxes(first, second)
     if rotation.turns == 0:
