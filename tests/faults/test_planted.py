@@ -296,8 +296,10 @@ def _device(path: Path, to: Path) -> None:
     try:
         os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
     except PermissionError:
+        directory = os.open(path.parent, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(os.fspath(path))
+            bound.bind(f"/proc/self/fd/{directory}/{path.name}")  # the path itself may be too long
+        os.close(directory)
 
 
 PLANTS: dict[str, Callable[[Path, Path], None]] = {

@@ -69,6 +69,8 @@ class JournaledDisk:
     """
 
     def __init__(self, directory: Path) -> None:
+        if shutil.which("mkfs.ext4") is None:
+            pytest.skip("mkfs.ext4 is not here (package e2fsprogs)")
         self._image, self._directory, self._copies = directory / "image", directory, 0
         self._image.touch()
         os.truncate(self._image, 48 << 20)
