@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, str] = {
     "fill": "tests.bench.fill",
     "scale": "tests.bench.scale",
     "convert": "tests.bench.convert",
+    "encodings": "tests.bench.encodings",
 }
 SEED = 20260
 
