@@ -1,8 +1,8 @@
 """Find the source of each task id among the names of a directory.
 
 A source holds one density: a Zarr store (a directory or a zip file), a file as VASP or the
-Materials Project wrote it, or a directory of numpy files. A directory may hold several kinds, also
-of one material.
+Materials Project wrote it, or a directory with a CHGCAR or numpy files. Several kinds may lie side
+by side, also of one material.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "Kind",
     "choose",
     "ends_of",
+    "is_fetched_whole",
     "is_file",
     "is_object",
     "is_unconverted",
@@ -30,14 +31,14 @@ __all__ = [
 ]
 
 #: What a source is, by the end of its name.
-Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR", "npy"]
+Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR", "directory"]
 #: Every kind and its suffixes, the preferred ones first.
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "zarr": (".zarr",),
     "zarr.zip": (".zarr.zip",),
     "json.gz": (".json.gz", ".json", ".json.bz2", ".json.xz"),
     "CHGCAR": (".CHGCAR", ".CHGCAR.gz", ".CHGCAR.bz2", ".CHGCAR.xz"),
-    "npy": ("",),  # a directory with the files that arrays/npy_files.py describes
+    "directory": ("",),  # one per material, with a CHGCAR or rho_22.npy in it
 }
 KINDS: tuple[Kind, ...] = tuple(_SUFFIXES)
 _KIND_OF: dict[str, Kind] = {
@@ -46,8 +47,8 @@ _KIND_OF: dict[str, Kind] = {
 _RANKS = {suffix: number for number, suffix in enumerate(_KIND_OF)}
 #: Lengths of the suffixes: names are cut instead of compared with each suffix.
 _LENGTHS = sorted({len(suffix) for suffix in _KIND_OF if suffix}, reverse=True)
-#: Any name without a suffix may be a directory of numpy files. Without being told, only those of
-#: QM9 are taken for one.
+#: Any name without a suffix may be a directory with a density. With ``auto``, only those of QM9 are
+#: taken for one.
 _MOLECULE = re.compile(r"dsgdb9nsd_\d+")
 
 
@@ -77,7 +78,12 @@ def is_object(store: str) -> bool:
 
 def is_unconverted(store: str) -> bool:
     """Whether a source is no Zarr store: it is read as a whole or not at all."""
-    return kind_of(store) in ("json.gz", "CHGCAR", "npy")
+    return kind_of(store) in ("json.gz", "CHGCAR", "directory")
+
+
+def is_fetched_whole(store: str) -> bool:
+    """Whether the size of its grid is known only after all of a source is fetched."""
+    return is_object(store) or is_unconverted(store)
 
 
 def is_file(store: str) -> bool:
@@ -144,8 +150,10 @@ def names_of(task_id: str, kinds: Sequence[Kind] = KINDS) -> list[str]:
 
 def ends_of(kinds: Sequence[Kind]) -> str:
     """What the names of these kinds end with, for messages."""
-    ends = [f".{kind}" for kind in kinds if kind != "npy"]
-    return ", ".join([*ends, *(["a directory with rho_*.npy"] if "npy" in kinds else [])])
+    ends = [f".{kind}" for kind in kinds if kind != "directory"]
+    return ", ".join(
+        [*ends, *(["a directory with CHGCAR or rho_22.npy"] if "directory" in kinds else [])]
+    )
 
 
 def kinds_of(source: object) -> tuple[Kind, ...]:

@@ -453,12 +453,12 @@ class DataConfig(_Block):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     def check_stores(self) -> None:
-        """Raise ConfigError if the config is about files that are not converted."""
+        """Raise ConfigError if the config names the loader that uses no cache."""
         if self.dataset_name == "chgcar_data":
             raise ConfigError(
-                "dataset_name is chgcar_data, but this is for Zarr stores: unconverted files are "
-                "not cached. Run `zarrcache convert`, then set dataset_name: zarr_s3_data and "
-                "data_dir, label_dir to the directories of the stores; or use get_dataset(cfg)."
+                "dataset_name is chgcar_data, which parses files at every read and caches nothing. "
+                "Set dataset_name: zarr_s3_data: it reads json.gz and CHGCAR files too, through "
+                "the cache. Deeper trees and your own formats need `zarrcache convert` first."
             )
 
     @classmethod

@@ -125,14 +125,14 @@ def test_every_command_works_on_numpy_files(molecules: Path) -> None:
     assert plan_warm(config, revalidate=True).execute().fresh == 2
 
 
-def test_other_directory_names_are_read_when_source_is_npy(
+def test_other_directory_names_are_read_when_source_is_directory(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
 ) -> None:
     for role in ("data", "label"):
         write_molecule(tmp_path / role / "mp-1245_Sr2N")
     (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-1245_Sr2N"]}))
     assert make_reader().missing == ("mp-1245_Sr2N",)
-    reader = make_reader(source="npy", normalize="volume")
+    reader = make_reader(source="directory", normalize="volume")
     assert reader.load("mp-1245_Sr2N", "data")[1] == (6, 5, 4)
 
 
@@ -200,9 +200,9 @@ def _atoms(path: Path) -> None:
         (_words, "does not hold numbers"),
         (_cut, r"rho_22\.npy is not a whole \.npy file"),
         (_pickled, r"rho_22\.npy is not a whole \.npy file"),
-        (_no_density, r"holds no rho_\*\.npy"),
+        (_no_density, r"nor rho_\*\.npy"),
         (_several, "several densities: rho_11.npy, rho_21.npy"),
-        (_not_finite, "120 of 120 values are NaN"),
+        (_not_finite, "120 of 120 values of total are NaN"),
         (_flat_box, "does not hold the edges of a box"),
         (_atoms, "3 atoms are announced and 1 are there"),
     ],

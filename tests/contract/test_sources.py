@@ -193,6 +193,24 @@ def test_source_chooses_the_kind_for_materials_that_have_several(
         assert len(reader.task_ids) == ids
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
+def test_a_directory_per_material_holds_a_chgcar(files: Files, tmp_path: Path, suffix: str) -> None:
+    """As VASP leaves it, with other files beside it."""
+    expected, _ = files.reader(tmp_path, files.root).load(files.ids[0], "data")
+    text = (files.root / "text/input" / f"{files.ids[0]}.CHGCAR").read_bytes()
+    for role in ("data", "label"):
+        path = tmp_path / role / files.ids[0] / f"CHGCAR{suffix}"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(_PACK[f".CHGCAR{suffix}"](text))
+        (path.parent / "POTCAR").write_text("secret")
+    reader = files.reader(tmp_path, tmp_path, source="directory", cache={})
+    assert reader.task_ids == files.ids[:1]
+    assert np.array_equal(reader.load(files.ids[0], "data")[0], expected)
+    path.unlink()
+    with pytest.raises(SchemaError, match=r"label/.*holds neither a CHGCAR nor rho_\*\.npy"):
+        reader.load(files.ids[0], "label")
+
+
 def test_an_id_without_a_source_names_what_it_could_be(files: Files, tmp_path: Path) -> None:
     reader = files.reader(tmp_path, files.root)
     with pytest.raises(

@@ -395,7 +395,7 @@ def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> N
     for nothing in ([], {}, None):
         with pytest.raises(ConfigError, match="config is empty"):
             module(nothing)
-    with pytest.raises(ConfigError, match="Run `zarrcache convert`"):
+    with pytest.raises(ConfigError, match="`zarrcache convert` first"):
         module({**yaml.safe_load(Path(config).read_text()), "dataset_name": "chgcar_data"})
     with pytest.raises(ConfigError, match=r"config file nowhere\.yaml cannot be read"):
         module("nowhere.yaml")

@@ -66,11 +66,11 @@ def test_a_plain_file_is_preferred_to_a_compressed_one() -> None:
     assert choose(sources_of(names)) == {"a": "a.CHGCAR", "b": "b.json.gz"}
 
 
-def test_directories_of_numpy_files_are_those_of_qm9_unless_they_are_named() -> None:
+def test_of_directories_only_those_of_qm9_are_sources_unless_source_says_so() -> None:
     names = ["dsgdb9nsd_000001", "logs", "mp-1", "mp-1.zarr"]
     found = sources_of(names)
     assert choose(found) == {"dsgdb9nsd_000001": "dsgdb9nsd_000001", "mp-1": "mp-1.zarr"}
-    assert choose(found, ["npy"]) == {name: name for name in names[:3]}
+    assert choose(found, ["directory"]) == {name: name for name in names[:3]}
 
 
 @pytest.mark.parametrize(
@@ -88,5 +88,7 @@ def test_a_source_setting_names_kinds_in_order(source: object, kinds: tuple[Kind
 
 @pytest.mark.parametrize("source", ["jsongz", [], ["zarr", "cube"], 7, {"zarr": 1}, ""])
 def test_an_unknown_source_is_refused_with_the_known_ones(source: object) -> None:
-    with pytest.raises(ConfigError, match=r"source is .*zarr, zarr.zip, json.gz, CHGCAR, npy"):
+    with pytest.raises(
+        ConfigError, match=r"source is .*zarr, zarr.zip, json.gz, CHGCAR, directory"
+    ):
         kinds_of(source)

@@ -78,7 +78,8 @@ def members_of(names: Collection[str], url: str) -> list[str]:
     densities = sorted(name for name in names if _RHO.fullmatch(name))
     if not densities:
         raise SchemaError(
-            f"{url} holds no rho_*.npy, so it is no density: {safe_repr(sorted(names)[:5])}."
+            f"{url} holds neither a CHGCAR nor rho_*.npy, so no density: "
+            f"{safe_repr(sorted(names)[:5])}."
         )
     rho = "rho_22.npy" if "rho_22.npy" in densities else densities[0]
     if rho != "rho_22.npy" and densities[1:]:

@@ -11,7 +11,6 @@ that between two objects cannot be distinguished from one that has finished.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
-from zarrcache._sources import is_file, is_object, is_unconverted, kind_of
+from zarrcache._sources import is_fetched_whole, is_object, is_unconverted, kind_of
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
@@ -38,7 +37,6 @@ from zarrcache.arrays.decode import (
     metadata_key,
     parse_document,
 )
-from zarrcache.arrays.density_file import read_density_file
 from zarrcache.arrays.electrons import (
     attributes_in,
     attributes_key,
@@ -47,8 +45,8 @@ from zarrcache.arrays.electrons import (
     electrons_of,
     has_electrons,
 )
-from zarrcache.arrays.npy_files import members_of, read_npy_density
-from zarrcache.arrays.units import UNITS_ATTRIBUTE, cell_volume, in_units, stored_in
+from zarrcache.arrays.unconverted import decode_unconverted, decoding_bytes, members_in
+from zarrcache.arrays.units import cell_volume, in_units, stored_in
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
     IncompleteArrayError,
@@ -60,7 +58,6 @@ from zarrcache.origin import Origin, fetch_with, report_progress
 
 if TYPE_CHECKING:
     import zarr
-    from typing_extensions import Buffer
 
 __all__ = [
     "Decoded",
@@ -88,9 +85,8 @@ _SPREAD_S = 5.0
 _RECENT_S = 60.0
 #: A larger object may be silent for longer while it arrives: seconds per byte of 8 MiB/s.
 _SLOW_S_PER_BYTE = 1 / (8 * 2**20)
-#: Memory that decoding a file takes, as a multiple of its size: a gzipped CHGCAR grows to three
-#: times its size as text, and the numbers of JSON to eight as Python objects.
-_FILE_EXPANSION = 12
+#: Decoding a file is silent for this many seconds per byte, at 5 MB/s; json.gz takes 25 MB/s.
+_DECODING_S_PER_BYTE = 1 / 5e6
 #: Pauses before a store that changed while it was read is listed again.
 RELIST_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 
@@ -167,8 +163,8 @@ def list_array(origin: Origin, store: str, array: str, units: Units = "cell") ->
         if not listed:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist.")
         return listed
-    if kind_of(store) == "npy":
-        return _list_npy(origin, store)
+    if kind_of(store) == "directory":
+        return _list_directory(origin, store)
     prefix = f"{store}/{array}/"
     is_whole = units == "volume" and is_density(array)
     everything = origin.list_objects(f"{store}/" if is_whole else prefix)
@@ -190,13 +186,13 @@ def list_array(origin: Origin, store: str, array: str, units: Units = "cell") ->
     return listed
 
 
-def _list_npy(origin: Origin, store: str) -> list[ObjectInfo]:
-    """List the numpy files that a density is read from."""
+def _list_directory(origin: Origin, store: str) -> list[ObjectInfo]:
+    """List the files of a material's directory that its density is read from."""
     prefix = f"{store}/"
     by_name = {obj.key.removeprefix(prefix): obj for obj in origin.list_objects(prefix)}
     if not by_name:
         raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
-    return [by_name[name] for name in members_of(by_name.keys(), origin.url_of(store))]
+    return [by_name[name] for name in members_in(by_name.keys(), origin.url_of(store))]
 
 
 def read_array(
@@ -288,7 +284,7 @@ def read_array(
 
 def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
     """GETs of `read_array`: the listed objects, and the attributes of a store of many objects."""
-    if not is_density(array) or is_object(store) or is_unconverted(store):
+    if not is_density(array) or is_fetched_whole(store):
         return len(listed)
     return len(listed) + (not any(_is_attributes(obj, store) for obj in listed))
 
@@ -351,15 +347,13 @@ def _fetch_and_decode(
     Without ``units`` the attributes are not read.
     """
     has_units = units is not None and is_density(array)
-    if kind_of(store) == "npy":
-        return _fetch_npy(origin, store, array, listed, reserve, units)
+    if is_unconverted(store):
+        return _fetch_unconverted(origin, store, array, listed, reserve, units)
     if is_object(store):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
         _report_sizes(listed)
         ((_, data),) = origin.fetch(listed)
-        if is_file(store):
-            return _decode_file(store, array, data, url, reserve, units)
         zipped = ZippedStore(data, url)
         decoder = _decode_zipped(zipped, array, url, reserve, fills)
         attributes = _attributes_in_zip(zipped, array) if has_units else {}
@@ -383,40 +377,7 @@ def _fetch_and_decode(
     return _Fetched(decoder.finish(), decoder.missing_chunks, attributes_in(document, name))
 
 
-def _decode_file(
-    store: str,
-    array: str,
-    data: Buffer,
-    url: str,
-    reserve: Callable[[int], object] | None,
-    units: Units | None,
-) -> _Fetched:
-    """Decode a file that VASP or the Materials Project wrote."""
-    if reserve is not None:
-        reserve(_FILE_EXPANSION * memoryview(data).nbytes)
-    found = read_density_file(io.BytesIO(data), name=url)
-    block = array.removeprefix(density_array(""))
-    values = found.blocks.get(block)
-    if values is None or (block == "diff" and "diff_x" in found.blocks):
-        raise SchemaError(
-            f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Set density_type to "
-            "total or diff."
-        )
-    nonfinite = count_nonfinite(values)
-    if nonfinite:
-        raise SchemaError(
-            f"{url}: {nonfinite} of {values.size} values of {block} are NaN or infinite. Run the "
-            "calculation again or get the file again."
-        )
-    if found.notes:
-        logger.warning("%s %s", url, " ".join(found.notes))
-    # The lattice of a file that is read per cell is of no use, so it may be wrong.
-    needs_cell = units == "volume"
-    attributes = {"structure": {"lattice": {"matrix": found.lattice}}} if needs_cell else {}
-    return _Fetched(values, 0, attributes)
-
-
-def _fetch_npy(
+def _fetch_unconverted(
     origin: Origin,
     store: str,
     array: str,
@@ -424,33 +385,16 @@ def _fetch_npy(
     reserve: Callable[[int], object] | None,
     units: Units | None,
 ) -> _Fetched:
-    """Fetch and decode a density that numpy saved."""
+    """Fetch and decode a source that is no Zarr store."""
     url = origin.url_of(store)
-    if array != density_array("total"):
-        raise SchemaError(
-            f"{url} holds numpy files, which have a total density only. Set density_type to total."
-        )
-    check_sizes([o.size_bytes for o in listed], url)
+    check_sizes([obj.size_bytes for obj in listed], url)
     _report_sizes(listed)
     if reserve is not None:
-        reserve(4 * sum(obj.size_bytes for obj in listed))
+        reserve(sum(decoding_bytes(obj.key, obj.size_bytes) for obj in listed))
     files = {obj.key.rpartition("/")[2]: data for obj, data in origin.fetch(listed)}
-    found = read_npy_density(files, url)
-    nonfinite = count_nonfinite(found.values)
-    if nonfinite:
-        raise SchemaError(
-            f"{url}: {nonfinite} of {found.values.size} values are NaN or infinite. Run the "
-            "calculation again or get the files again."
-        )
-    if units is None or units == "volume":
-        return _Fetched(found.values, 0, {UNITS_ATTRIBUTE: "volume"})
-    if found.volume is None:
-        raise SchemaError(
-            f"{url} does not say the volume of its box (box.npy, box.dat, or Lattice= in the .xyz "
-            "file), so its number of electrons is unknown. Set normalize_data: volume, or add one."
-        )
-    # As a converted store has them, so that both give the same bits.
-    return _Fetched(found.values * np.float64(found.volume), 0, {})
+    report_progress(_DECODING_S_PER_BYTE * sum(obj.size_bytes for obj in listed))
+    values, attributes = decode_unconverted(files, url, array, units)
+    return _Fetched(values, 0, attributes)
 
 
 def _is_attributes(obj: ObjectInfo, store: str) -> bool:
@@ -473,7 +417,7 @@ def _attributes_now(
     attributes: dict[str, Any],
 ) -> dict[str, Any]:
     """The attributes of a store now; a zipped one is of one version with its array."""
-    if is_object(store) or is_unconverted(store):
+    if is_fetched_whole(store):
         return attributes
     prefix = f"{store}/{array}/"
     name = attributes_key(metadata_key([obj.key.removeprefix(prefix) for obj in listed]))

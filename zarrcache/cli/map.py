@@ -41,7 +41,7 @@ def make_map(
         typer.Option(
             metavar="KINDS",
             help="kinds of sources, with commas between them: zarr, zarr.zip, json.gz, CHGCAR, "
-            "npy, or auto for all",
+            "directory, or auto for all",
         ),
     ] = "auto",
     force: Annotated[

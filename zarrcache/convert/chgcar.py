@@ -103,7 +103,7 @@ def read_npy(path: Path) -> RawDensity:
         lacks = "no .xyz file" if found.lattice is not None else "no box.npy or box.dat"
         raise SchemaError(
             f"{path} has {lacks} beside it, and a store needs box and atoms. Add it, or train from "
-            "these files as they are: source: npy with normalize_data: volume."
+            "these files as they are: normalize_data: volume."
         )
     structure = structure_of(found.lattice, found.symbols, found.positions)
     return RawDensity({"total": found.values * np.float64(found.volume or 0)}, structure)

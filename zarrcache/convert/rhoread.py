@@ -27,9 +27,9 @@ class RhoRead(PairReader):
     >>> reader = RhoRead("chgcars/input", "chgcars/label", "map.json.gz", "GGA", True, 0.8)
     >>> (data, label, gs_data, gs_label), test_sets = reader.data_split()
 
-    The values, the split and its order are those of ``ZarrS3Reader`` for the converted files. A
-    read takes 0.1 to several seconds, compared to a millisecond once converted and cached, so for
-    more than one epoch convert first: ``zarrcache convert``.
+    The values, the split and its order are those of ``ZarrS3Reader``, which reads such files from
+    one directory through the cache. This reader has no cache, so each read takes 0.02 to several
+    seconds; use it for deeper trees and for formats of `register_format`.
 
     Parameters
     ----------
@@ -55,8 +55,8 @@ class RhoRead(PairReader):
         text = os.fspath(value)
         if "://" in text.removeprefix("file://"):
             raise ConfigError(
-                f"{text} is not a directory of this machine. Convert the files to Zarr (zarrcache "
-                "convert) and use zarr_s3_data, or copy them here."
+                f"{text} is not a directory of this machine. Set dataset_name: zarr_s3_data, which "
+                "reads json.gz and CHGCAR files on S3 too, or convert them (zarrcache convert)."
             )
         return Path(text.removeprefix("file://")).expanduser()
 
@@ -65,8 +65,8 @@ class RhoRead(PairReader):
         self._log_once = LogOnce()
         if cache is not None:
             logger.warning(
-                "cache is set, but json.gz and CHGCAR files are parsed at every read. Convert "
-                "them: zarrcache convert %s DST",
+                "cache is set, but chgcar_data has no cache: files are parsed at every read. "
+                "zarr_s3_data reads the files of %s through the cache.",
                 self.data_dir,
             )
 

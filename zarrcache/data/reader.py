@@ -392,7 +392,8 @@ class ZarrS3Reader(PairReader):
         None: everything comes from the origin each time.
     source : str or sequence of str
         Kinds of sources that are read, the preferred ones first: ``zarr``, ``zarr.zip``,
-        ``json.gz``, ``CHGCAR``, ``npy``; ``auto`` is all of them, in this order.
+        ``json.gz``, ``CHGCAR``, ``directory`` (one per material, with ``CHGCAR`` or ``rho_22.npy``
+        in it). ``auto`` is all of them, in this order, and of directories those of QM9.
     split_file : path, optional
         JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
         "test": [...]}``. Replaces ``train_fraction`` and ``random_state``.

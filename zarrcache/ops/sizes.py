@@ -20,7 +20,7 @@ from zarrcache._keys import (
     stored_array,
     units_of,
 )
-from zarrcache._sources import is_object, is_unconverted
+from zarrcache._sources import is_fetched_whole
 from zarrcache.arrays import (
     as_density,
     check_metadata,
@@ -131,7 +131,7 @@ def measure_size(
     origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
     listed = list_array(origin, store, array, units_of(reader.normalize))
     stored_bytes = sum(obj.size_bytes for obj in listed)
-    if is_object(store) or is_unconverted(store):
+    if is_fetched_whole(store):
         shape = read_array(
             origin, store, array, listed=listed, fills=True, uses_values=False
         ).array.shape

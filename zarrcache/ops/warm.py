@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, Role, check_task_ids, source_digest
-from zarrcache._sources import is_object, is_unconverted
+from zarrcache._sources import is_fetched_whole
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets
 from zarrcache.config import CacheConfig, DataConfig
@@ -384,8 +384,8 @@ class WarmPlan:
 
     def _is_fetched_whole(self, density: Density) -> bool:
         task_id, role = density
-        store = self.reader.store_names(role).get(task_id, "")
-        return is_object(store) or is_unconverted(store)
+        store = self.reader.store_names(role).get(task_id)
+        return store is not None and is_fetched_whole(store)
 
     def _unstored_listings_bytes(self) -> int:
         """Bytes on disk that the directories' listings need, if they were not admitted."""

@@ -131,5 +131,5 @@ def test_an_entry_of_the_store_that_is_no_longer_read_is_not_warm(
 
 
 def test_a_config_of_unconverted_files_is_refused_with_advice(config: DataConfig) -> None:
-    with pytest.raises(ConfigError, match="unconverted files are not cached"):
+    with pytest.raises(ConfigError, match="caches nothing"):
         read_status(config.model_copy(update={"dataset_name": "chgcar_data"}))

@@ -1,0 +1,136 @@
+"""Decode densities outside of Zarr stores: files of VASP, the Materials Project and numpy.
+
+A source is one file, or a directory per material with a CHGCAR or with numpy files in it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache._keys import Units, density_array
+from zarrcache.arrays.density_file import read_density_file
+from zarrcache.arrays.npy_files import members_of, read_npy_density
+from zarrcache.arrays.units import UNITS_ATTRIBUTE
+from zarrcache.errors import SchemaError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["decode_unconverted", "decoding_bytes", "members_in"]
+
+logger = logging.getLogger(__name__)
+
+_COMPRESSED = (".gz", ".bz2", ".xz")
+_IN_DIRECTORY = ("CHGCAR", *(f"CHGCAR{suffix}" for suffix in _COMPRESSED))
+#: Memory that decoding takes, as a multiple of a file's size: plain, compressed. Numbers of JSON
+#: are Python objects for a while. Measured: 23 to 44 (json.gz), 8 (CHGCAR.gz).
+_JSON_GROWTH, _TEXT_GROWTH, _NPY_GROWTH = (14, 45), (3, 9), (3, 3)
+
+
+def members_in(names: Collection[str], url: str) -> list[str]:
+    """The files of a material's directory that its density is read from.
+
+    Raises
+    ------
+    SchemaError
+        There is neither a CHGCAR nor ``rho_*.npy``.
+    """
+    text = next((name for name in _IN_DIRECTORY if name in names), None)
+    return members_of(names, url) if text is None else [text]
+
+
+def decoding_bytes(name: str, nbytes: int) -> int:
+    """Memory that decoding a file takes, at the most."""
+    is_packed = name.endswith(_COMPRESSED)
+    if name.endswith(".npy"):
+        return nbytes * _NPY_GROWTH[is_packed]
+    return nbytes * (_JSON_GROWTH if ".json" in name else _TEXT_GROWTH)[is_packed]
+
+
+def decode_unconverted(
+    files: Mapping[str, Buffer], url: str, array: str, units: Units | None
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Decode one grid.
+
+    Parameters
+    ----------
+    files : mapping
+        Content of each file of the source by its name.
+    url : str
+        Of the source, for messages.
+    array : str
+        ``charge_density_total``, for example.
+    units : {"cell", "points", "volume"} or None
+        In which the values are used. None: not at all.
+
+    Returns
+    -------
+    values : ndarray, 3-D
+        Of the file's precision, so that a conversion to ``units`` rounds once.
+    attributes : dict
+        What `in_units` reads of them.
+
+    Raises
+    ------
+    SchemaError
+        A file holds something else, or not this grid.
+    """
+    if any(name.endswith(".npy") for name in files):
+        values, attributes = _of_npy(files, url, array, units)
+    else:
+        ((name, data),) = files.items()
+        where = url if url.endswith(name) else f"{url}/{name}"
+        values, attributes = _of_text(data, where, array, units)
+    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if bad:
+        raise SchemaError(
+            f"{url}: {bad} of {values.size} values of {array.removeprefix(density_array(''))} are "
+            "NaN or infinite. Run the calculation again or get the file again."
+        )
+    return values, attributes
+
+
+def _of_text(
+    data: Buffer, url: str, array: str, units: Units | None
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    """A grid of a file of VASP or the Materials Project."""
+    found = read_density_file(io.BytesIO(data), name=url)
+    block = array.removeprefix(density_array(""))
+    values = found.blocks.get(block)
+    if values is None or (block == "diff" and "diff_x" in found.blocks):
+        raise SchemaError(
+            f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Set density_type to "
+            "total or diff."
+        )
+    if found.notes:
+        logger.warning("%s %s", url, " ".join(found.notes))
+    # The lattice of a file that is read per cell is of no use, so it may be wrong.
+    return values, {
+        "structure": {"lattice": {"matrix": found.lattice}}
+    } if units == "volume" else {}
+
+
+def _of_npy(
+    files: Mapping[str, Buffer], url: str, array: str, units: Units | None
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    """The density of numpy files."""
+    if array != density_array("total"):
+        raise SchemaError(
+            f"{url} holds numpy files, which have a total density only. Set density_type to total."
+        )
+    found = read_npy_density(files, url)
+    if units is None or units == "volume":
+        return found.values, {UNITS_ATTRIBUTE: "volume"}
+    if found.volume is None:
+        raise SchemaError(
+            f"{url} does not say the volume of its box (box.npy, box.dat, or Lattice= in the .xyz "
+            "file), so its number of electrons is unknown. Set normalize_data: volume, or add one."
+        )
+    # As a converted store has them, so that both give the same bits.
+    return found.values * np.float64(found.volume), {}
