@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import random
+import resource
 import struct
 import sys
 import time
@@ -23,9 +24,11 @@ __all__ = ["FETCH", "InFlight"]
 
 #: Requests in flight on a node, of all fetches together. With eight fetches each has 64.
 NODE = 512
-#: Most requests of one fetch: beyond it the CPU is the limit (docs/explanation/decisions/011), and
-#: a process may have 1,024 open files.
+#: Most requests of one fetch: beyond it the CPU is the limit (docs/explanation/decisions/011).
 FETCH = 192
+#: A fetch uses at most this share of the files that the process may have open, often 1,024: every
+#: directory of stores has connections of its own, and they stay open for later fetches.
+FILES = 1 / 5
 #: If the other fetches of the node cannot be counted.
 UNKNOWN = 64
 #: Seconds between two counts of a running fetch.
@@ -77,13 +80,14 @@ class InFlight:
             most = self._concurrency
             yield lambda: most
             return
-        if self._directory is None or sys.platform != "linux":
-            yield lambda: UNKNOWN
-            return
-        try:
-            fd = _locked(self._directory)
-        except OSError:
-            yield lambda: UNKNOWN
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = FETCH if soft == resource.RLIM_INFINITY else max(1, int(soft * FILES))
+        fd = None
+        if self._directory is not None and sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                fd = _locked(self._directory)
+        if fd is None:
+            yield lambda: min(UNKNOWN, files)
             return
         counted_s, limit = -COUNT_S, UNKNOWN
 
@@ -91,7 +95,7 @@ class InFlight:
             nonlocal counted_s, limit
             if time.monotonic() - counted_s >= COUNT_S:
                 counted_s = time.monotonic()
-                limit = min(FETCH, max(1, NODE // (1 + _count_others(fd))))
+                limit = min(FETCH, files, max(1, NODE // (1 + _count_others(fd))))
             return limit
 
         try:

@@ -49,6 +49,8 @@ __all__ = ["ObstoreEngine", "can_name", "is_usable"]
 #: requesting them at this interval is enough.
 CREDENTIALS_TTL = timedelta(minutes=10)
 
+#: How long a connection that is not used stays open.
+_IDLE = timedelta(seconds=20)
 #: Timeout in seconds for a small object that is requested in a thread, which costs a third of the
 #: CPU of a coroutine but cannot be interrupted. AWS advises to repeat requests below 512 KB after
 #: 2 seconds.
@@ -328,6 +330,8 @@ def _client_options(
         "allow_http": settings.url.startswith("http://"),
         "connect_timeout": timedelta(seconds=fetch.connect_timeout),
         "read_timeout": timedelta(seconds=fetch.read_timeout),
+        # obstore's default of 90 s would keep the files of 192 connections per directory open.
+        "pool_idle_timeout": _IDLE,
         # obstore's default of 30 s for a whole request would cut off large objects on a slow
         # network. read_timeout bounds silence; the engine's methods bound slowness.
         "timeout": timedelta(days=1) if quick_s is None else timedelta(seconds=quick_s),

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
@@ -116,6 +117,20 @@ def test_where_fetches_cannot_be_counted_each_has_a_fixed_number(tmp_path: Path,
     assert alone(tmp_path / name) == UNKNOWN
     with InFlight("auto").of_a_fetch() as most:
         assert most() == UNKNOWN
+
+
+@pytest.mark.parametrize(("files", "most"), [(4096, FETCH), (400, 80), (4, 1)])
+def test_connections_leave_open_files_for_others(
+    tmp_path: Path, files: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each directory of stores keeps its connections open. The limit itself cannot be lowered here:
+    pytest has files open.
+    """
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert alone(tmp_path) == most
+    assert alone(tmp_path / "gone") == min(UNKNOWN, most)
+    with InFlight(300, tmp_path).of_a_fetch() as number:
+        assert number() == 300
 
 
 def test_a_number_is_that_number(tmp_path: Path) -> None:
