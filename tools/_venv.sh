@@ -6,7 +6,7 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${ZARRCACHE_VENV:-.venv}
-extras=${ZARRCACHE_EXTRAS:-test,demo,convert}
+extras=${ZARRCACHE_EXTRAS:-test,demo,convert,docs}
 
 # Hundreds of processes start from here, and some environments forbid them all to keep what they compile: then half of their time goes there.
 unset PYTHONDONTWRITEBYTECODE
