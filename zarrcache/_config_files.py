@@ -303,8 +303,9 @@ def _of_lists(block: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str
 def _of_list(spec: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     """The keys of a dataset that a file list describes.
 
-    As electrai keeps them: the densities lie in ``data/`` and ``label/`` beside the list, and are
-    used per volume; without a split file there is no test set.
+    As electrai keeps them: the densities lie in ``data/`` and ``label/`` beside the list, CHGCARs
+    before json.gz files, which it does not read, and are used per volume; without a split file
+    there is no test set.
     """
     root = str(expand(os.fspath(spec.pop("root"))))
     if "://" in root:
@@ -321,6 +322,7 @@ def _of_list(spec: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
         "functional": posixpath.basename(root),
         "normalize_data": "volume",
         "train_fraction": 1.0,
+        "source": rest.get("source") or ["zarr", "zarr.zip", "CHGCAR", "json.gz"],
         **spec,
     }
 

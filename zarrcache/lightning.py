@@ -441,8 +441,9 @@ class RhoDataModule(_DataModule):
         For those of ``datasets`` that have none.
     data_dir, label_dir : path or URL, optional
         Where the densities are, if not beside the list; may be ``s3://bucket/prefix``.
-    source : str or list of str
-        Kinds of files to read, see ``ZarrS3Reader``.
+    source : str or list of str, optional
+        Kinds of files to read, see ``ZarrS3Reader``. Default: ``[zarr, zarr.zip, CHGCAR,
+        json.gz]``.
     cache : mapping
         The block ``cache:``. None: read the files in every epoch.
     s3_kwargs : mapping, optional
@@ -487,7 +488,7 @@ class RhoDataModule(_DataModule):
         default_split_file: str | os.PathLike[str] | None = None,
         data_dir: str | os.PathLike[str] | None = None,
         label_dir: str | os.PathLike[str] | None = None,
-        source: str | Sequence[str] = "auto",
+        source: str | Sequence[str] | None = None,
         cache: Mapping[str, Any] | None = None,
         s3_kwargs: Mapping[str, Any] | None = None,
         **ignored: Any,

@@ -17,6 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
+from tests.support.chgcars import write_chgcar
 from tests.support.stores import small_group
 from tests.support.training import zarrcache
 from zarrcache.errors import ConfigError, ZarrCacheError
@@ -26,26 +27,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SHAPES = ((6, 5, 4), (4, 4, 4), (6, 5, 4), (3, 4, 8))
-
-
-def write_chgcar(path: Path, shape: tuple[int, ...], seed: int) -> None:
-    """Two atoms in a cell of no symmetry; ten electrons."""
-    rng = np.random.default_rng(seed)
-    lattice = np.diag([2.9, 3.3, 4.1]) + rng.random((3, 3)) / 2
-    values = rng.random(int(np.prod(shape)))
-    values *= 10 * values.size / values.sum()
-    rows = [" ".join(f"{v:.11E}" for v in values[i : i + 5]) for i in range(0, values.size, 5)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "\n".join(
-            [
-                "toy", "   1.00000000000000",
-                *(" ".join(f"{x:.6f}" for x in row) for row in lattice),
-                "   Si O", "   1 1", "Direct", " 0.0 0.0 0.0", " 0.5 0.5 0.5", "",
-                " ".join(map(str, shape)), *rows, "",
-            ]
-        )
-    )  # fmt: skip
 
 
 def read_chgcar(path: Path) -> NDArray[np.float64]:
@@ -280,6 +261,18 @@ def test_several_lists_and_their_numbers(densities: Path) -> None:
     assert len(data.test_set) == 4
     one = module(datasets=[{"root": str(ggau / "mp_filelist.txt")}])
     assert one.train_set[0]["Dataset_ID"] == 0
+
+
+def test_a_chgcar_is_preferred_to_a_json_file_of_the_same_material(
+    densities: Path, tmp_path: Path
+) -> None:
+    """Their loader reads no json.gz."""
+    root = lines_of(densities, tmp_path)
+    for role in ("data", "label"):
+        (root.parent / role / "mp-1.json.gz").write_bytes(b"not read")
+    assert len(list(module(root).train_dataloader())) == 2
+    with pytest.raises(ZarrCacheError, match="mp-1"):
+        list(module(root, source="auto").train_dataloader())
 
 
 def test_stores_are_read_where_there_are_some(tmp_path: Path) -> None:
