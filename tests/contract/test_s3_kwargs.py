@@ -90,7 +90,7 @@ def arrived(proxy: FaultProxy, url: str, s3_kwargs: dict[str, Any]) -> dict[str,
         if engine == "s3fs itself":
             bucket, _, prefix = url.removeprefix("s3://").partition("/")
             fs = make_s3fs({**s3_kwargs, "skip_instance_cache": True})
-            fs.call_s3("get_object", Bucket=bucket, Key=f"{prefix}/x")
+            fs.call_s3("get_object", Bucket=bucket, Key=f"{prefix}/x", **fs.req_kw)
         else:
             origin = open_origin(
                 url,

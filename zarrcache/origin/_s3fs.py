@@ -97,6 +97,8 @@ class S3fsEngine:
             "skip_instance_cache": True,
             "use_listings_cache": False,
         }
+        # Older versions of s3fs (2025.10) leave it to each call; methods without it drop it.
+        self._payer = {"RequestPayer": "requester"} if options.requester_pays else {}
         self._fs = make_s3fs(kwargs)
         self._fs.retries = 1
         self._opening = asyncio.Lock()
@@ -179,7 +181,7 @@ class S3fsEngine:
         """GET one object, or ``part`` of it: ``(start, stop)`` in bytes, ``stop`` exclusive."""
         size = obj.size_bytes if part is None else part[1] - part[0]
         etag = etag_in(obj.etag)
-        more = {"IfMatch": f'"{etag}"'} if etag else {}
+        more = {"IfMatch": f'"{etag}"', **self._payer} if etag else {**self._payer}
         if part is not None:
             more["Range"] = f"bytes={part[0]}-{part[1] - 1}"
         await self._open()
@@ -256,7 +258,7 @@ class S3fsEngine:
         await self._open()
         try:
             async with asyncio.timeout(patience_s):
-                return await self._fs._call_s3(method, Bucket=self._bucket, **kwargs)
+                return await self._fs._call_s3(method, Bucket=self._bucket, **self._payer, **kwargs)
         except Exception as exc:
             raise _s3_error(exc) from exc
 
