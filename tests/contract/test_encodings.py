@@ -7,18 +7,29 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 from tests.support.cachedirs import on_disk_bytes
 from tests.support.cluster import start_cluster
 from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache import DataConfig, ZarrS3Reader, plan_evict, plan_warm, verify
+from zarrcache import (
+    DataConfig,
+    Lookahead,
+    NodeSampler,
+    ZarrDataset,
+    ZarrS3Reader,
+    plan_evict,
+    plan_warm,
+    verify,
+)
 from zarrcache.cli.format import format_verification, plan_lines, status_lines
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
@@ -322,3 +333,67 @@ def test_a_damaged_encoded_entry_is_dropped_and_fetched_again(
         reader = make_reader(cache=encoded(encoding))
         assert_same(load_all(reader), wanted)
         assert (reader.stats.purges, reader.stats.misses) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_samples_through_workers_equal_those_of_one_process(
+    encoding: str, make_reader: Make, stores: Any
+) -> None:
+    """Cold in the workers, then warm; batches of one and of two."""
+    reader = make_reader(cache=encoded(encoding))
+    for batch_size in (1, 2):
+        dataset = ZarrDataset(reader, "all")
+        loader = DataLoader(
+            dataset, batch_size=batch_size, num_workers=2, multiprocessing_context="fork"
+        )
+        found = [
+            (name, batch["data"][n], batch["label"][n])
+            for batch in loader
+            for n, name in enumerate(batch["index"])
+        ]
+        assert len(found) == PAIRS
+        for i, (name, data, label) in enumerate(found):
+            wanted = dataset[i]
+            assert name == wanted["index"]
+            assert torch.equal(data, wanted["data"])
+            assert torch.equal(label, wanted["label"])
+
+
+def test_a_precision_of_16_bits_gets_the_bits_that_float32_gives(
+    make_reader: Make, stores: Any
+) -> None:
+    """Rounding once on the disk and once to the tensor is rounding once."""
+    pairs: tuple[tuple[str, Literal["bf16", "f16"]], ...]
+    pairs = (("bfloat16", "bf16"), ("float16", "f16"))
+    for encoding, precision in pairs:
+        for normalize in (False, True):
+            if precision == "f16" and normalize:
+                continue  # subnormal float16: rounded to 11 bits, and then to fewer
+            exact, rounded = (
+                ZarrDataset(
+                    make_reader(cache=cache, normalize=normalize), "all", precision=precision
+                )
+                for cache in (None, encoded(encoding))
+            )
+            for i in range(PAIRS):
+                assert torch.equal(exact[i]["data"], rounded[i]["data"])
+                assert torch.equal(exact[i]["label"], rounded[i]["label"])
+
+
+def test_look_ahead_lends_encoded_entries(make_reader: Make, stores: Any, tmp_path: Path) -> None:
+    """On a disk with room for few of them: every value as with room for all."""
+    wanted = load_all(make_reader(cache=encoded("bits:12", dir=tmp_path / "whole")))
+    cache = encoded("bits:12", limit=4096 * 24, lookahead=4096 * 24)
+    reader = make_reader(cache=cache, train_fraction=1.0)
+    dataset = ZarrDataset(reader)
+    sampler = NodeSampler(dataset, seed=1)
+    with Lookahead(dataset, sampler):
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            for index in sampler:
+                sample = dataset[index]
+                for role in ("data", "label"):
+                    read = sample[role].numpy()[0]  # type: ignore[literal-required]
+                    assert np.array_equal(read, wanted[sample["index"], role])
+    assert reader.stats.purges == reader.stats.cache_errors == 0

@@ -327,6 +327,8 @@ class ArrayCache(Tier):
         # A copy, because a map would keep the file's disk space, which the next loan needs, and the
         # training process might map the file only after it was removed.
         taken = Entry(entry.header, entry.stored.copy()) if is_right else None
+        if taken is not None:
+            _ = taken.array  # as in `get`
         self.index.give_back(key.digest, lent.filename)
         return taken
 
@@ -339,7 +341,6 @@ class ArrayCache(Tier):
         flaws: Flaws = SOUND,
     ) -> Entry | None:
         """Store a decoded array, in the encoding of ``key``; see :meth:`store`."""
-        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         return self.store(new_entry(key, array, source, flaws))
 
     def store(self, entry: Entry, *, replaces: ArrayKey | None = None) -> Entry | None:

@@ -233,11 +233,12 @@ def header_of(
 def new_entry(
     key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], source: str, flaws: Flaws = SOUND
 ) -> Entry:
-    """An entry in memory of ``array`` (C-contiguous, little endian), in the encoding of ``key``.
+    """An entry in memory of ``array``, in the encoding of ``key``.
 
     Where the encoding cannot hold the array within its bound, ``header.stored_as`` is None and the
     payload is the array itself.
     """
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     if key.encoding != FLOAT32 and not flaws.nonfinite:
         encoded = encode(array, key.encoding)
         if encoded is not None:
