@@ -12,7 +12,12 @@ from zarrcache.disk._publish import (
 )
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, open_entries
-from zarrcache.disk.encoding import expected_bytes, is_within, single_threaded_blosc
+from zarrcache.disk.encoding import (
+    expected_bytes,
+    is_within,
+    single_threaded_blosc,
+    use_converter,
+)
 from zarrcache.disk.entry import (
     ARRAY,
     HEADER_BYTES,
@@ -98,6 +103,7 @@ __all__ = [
     "remove_hidden",
     "single_threaded_blosc",
     "sweep_hidden",
+    "use_converter",
     "write_all",
     "write_entry",
 ]

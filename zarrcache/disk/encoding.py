@@ -23,9 +23,9 @@ import functools
 import math
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ __all__ = [
     "is_known",
     "is_within",
     "stored_layout",
+    "use_converter",
 ]
 
 #: Values per step. Four passes over a step stay in the second-level cache.
@@ -77,6 +78,19 @@ class StoredAs:
     relative_error: float
     absolute_error: float
     scale: int = 0
+
+
+#: Copies float16 to float32 faster than NumPy, or does nothing and returns False.
+Converter: TypeAlias = Callable[[NDArray[np.float16], NDArray[np.float32]], bool]
+_converters: list[Converter] = []
+
+
+def use_converter(converter: Converter) -> None:
+    """Decode float16 by ``converter`` from now on. The values are the same.
+
+    For torch, which this room does not import.
+    """
+    _converters[:] = [converter]
 
 
 def is_known(stored_as: StoredAs) -> bool:
@@ -281,6 +295,15 @@ def _from_frames(payload: NDArray[np.uint8], flat: NDArray[np.float32]) -> None:
 def _from_float16(
     halves: NDArray[np.float16], stored_as: StoredAs, flat: NDArray[np.float32]
 ) -> None:
+    convert = _converters[0] if _converters else None
+    if convert is not None and convert(halves[:0], flat[:0]):
+        factor = np.float32(math.ldexp(1.0, stored_as.scale))
+        for start in range(0, len(flat), _STEP):
+            part = flat[start : start + _STEP]
+            convert(halves[start : start + _STEP], part)
+            if stored_as.scale:
+                np.multiply(part, factor, out=part)
+        return
     # NumPy converts float16 value by value, at a fifth of this speed. Moved to the place of
     # float32's exponent and mantissa, the bits are a float32 that is too small by 2**112.
     if stored_as.absolute_error or _BIAS + stored_as.scale > 127:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict, TypeVar, cast
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
+from zarrcache.disk import use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
 from zarrcache.train.transforms import (
@@ -51,6 +53,22 @@ Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
 _SUBNORMAL_FLOAT16, _TOLERATED_SHARE = 2.0**-14, 0.01
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+_imported_in = os.getpid()
+
+
+def _convert(halves: NDArray[np.float16], floats: NDArray[np.float32]) -> bool:
+    """Copy float16 to float32 in a third of NumPy's time, unless torch could hang."""
+    # In a fork of a process that has used OpenMP, a copy by several threads hangs. A DataLoader
+    # worker has one thread.
+    if os.getpid() != _imported_in and torch.get_num_threads() > 1:
+        return False
+    torch.from_numpy(floats).copy_(torch.from_numpy(halves))
+    return True
+
+
+use_converter(_convert)
 
 
 class Indexable(Protocol[_T_co]):

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from zarrcache._keys import check_encoding
+from zarrcache.disk import encoding as module
 from zarrcache.disk.encoding import StoredAs, decode, encode, stored_layout
 
 ENCODINGS = ["float16", "bfloat16", "bits:1", "bits:12", "bits:22"]
@@ -160,3 +162,30 @@ def test_damaged_frames_are_refused(damage: str) -> None:
 def test_other_encodings_are_refused_in_words(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"is not an encoding. Write float32, float16, bfloat16"):
         check_encoding(wrong)
+
+
+@pytest.mark.parametrize("normal", [True, False])
+@pytest.mark.parametrize("scale", [1e-20, 1e-7, 1.0, 1e34])
+def test_torch_converts_to_the_same_values(
+    scale: float, normal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch flushes subnormal numbers to 0."""
+    from zarrcache.train import datasets
+
+    values = density(scale, (60, 50, 51))
+    if not normal:
+        values[0, 0, :3] *= np.float32(1e-9)
+    stored_as, payload = encode(values, "float16") or pytest.fail("not encoded")
+    monkeypatch.setattr(module, "_converters", [])
+    by_numpy = decode(stored_as, payload, values.shape)
+    monkeypatch.setattr(module, "_converters", [datasets._convert])
+    assert np.array_equal(decode(stored_as, payload, values.shape), by_numpy)
+    monkeypatch.setattr(datasets, "_imported_in", -1)  # a fork
+    assert np.array_equal(decode(stored_as, payload, values.shape), by_numpy)
+    torch.set_flush_denormal(True)
+    try:
+        for converters in ([], [datasets._convert]):
+            monkeypatch.setattr(module, "_converters", converters)
+            assert np.array_equal(decode(stored_as, payload, values.shape), by_numpy)
+    finally:
+        torch.set_flush_denormal(False)
