@@ -88,7 +88,10 @@ def block(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator
     for name, key in node["properties"].items():
         comment = [line for line in key.get("description", "").splitlines() if line.strip()]
         last = comment.pop() if comment and comment[-1].startswith(("Default:", "Required")) else ""
-        text = " ".join(comment).replace("|", "\\|").replace("<", "&lt;")
+        comment = [line.replace("|", "\\|").replace("<", "&lt;") for line in comment]
+        text = " ".join(  # an indented line is an example
+            f"<br>`{line.strip()}`" if line.startswith(" ") else line for line in comment
+        )
         default = last.removeprefix("Default:").strip().rstrip(".").replace("|", "\\|")
         yield f"| `{prefix}{name}` | {default} | {text} |"
         references = [one["$ref"] for one in key.get("anyOf", [key]) if "$ref" in one]

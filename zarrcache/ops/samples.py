@@ -42,7 +42,7 @@ def key_comments(text: str) -> dict[tuple[str, ...], str]:
         if path:
             found[path] = "\n".join(comment)
         if line.lstrip().startswith("#"):
-            comment.append(line.lstrip().removeprefix("#").strip())
+            comment.append(line.lstrip().removeprefix("#").removeprefix(" ").rstrip())
         else:
             comment = []
     return found
