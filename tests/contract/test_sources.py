@@ -9,6 +9,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +241,17 @@ def test_json_without_a_density_fails_before_training(
     report = plan_warm(config).execute()
     assert (report.warm, report.failed_ids, report.is_good) == (5, (files.ids[4],), False)
     assert str(path) in report.failed[0].error
+
+
+def test_a_potential_under_the_name_of_a_density_is_refused(files: Files, tmp_path: Path) -> None:
+    """As by ``convert``."""
+    config = _config(files, tmp_path)
+    path = tmp_path / "data" / f"{files.ids[0]}.CHGCAR"
+    head, blank, grid = path.read_text().partition("\n\n")
+    shape, end, numbers = grid.partition("\n")
+    path.write_text(head + blank + shape + end + re.sub(r"(?<![-+E\d.])(?=\d+\.)", "-", numbers))
+    with pytest.raises(SchemaError, match=r"CHGCAR.* this looks like a potential"):
+        ZarrS3Reader.from_config(config).load(files.ids[0], "data")
 
 
 def test_a_grid_that_the_file_does_not_have_is_named(files: Files, tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def _of_text(
             f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Set density_type to "
             "total or diff."
         )
+    if block == "total" and values.size and float(values.mean()) < 0:
+        raise SchemaError(
+            f"{url}: mean(total) is {float(values.mean()):.4f}, which cannot be a number of "
+            "electrons: this looks like a potential (LOCPOT), not a density."
+        )
     if found.notes:
         logger.warning("%s %s", url, " ".join(found.notes))
     # The lattice of a file that is read per cell is of no use, so it may be wrong.
