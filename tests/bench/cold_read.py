@@ -98,6 +98,8 @@ def _table(
     if latency_ms == _BARRED_MS:
         bars = [Bar(name, "TensorStore", at_most=1.25) for name in ours if "TensorStore" in rounds]
         bars += [Bar(name, "zarr + s3fs", at_most=1 / 6) for name in ours]
+        if "TensorStore, 64 in flight" in rounds:
+            bars.append(Bar(ours[1], "TensorStore, 64 in flight", at_most=0.75))
     name = "C1" if latency_ms == _BARRED_MS else f"C1-{latency_ms}ms"
     return Table(
         name,
