@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from zarrcache import _pages
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
 from zarrcache.disk import use_converter
@@ -23,12 +24,13 @@ from zarrcache.stats import LogOnce, html_table
 from zarrcache.train.transforms import (
     Grid,
     Rotation,
+    copy_rotated,
     downsample,
     draw_rotation,
     rotate,
     rotation_of,
 )
-from zarrcache.train.worker_transfer import Sender
+from zarrcache.train.worker_transfer import Sender, empty_tensor, in_pages
 
 __all__ = [
     "DensityReader",
@@ -130,6 +132,8 @@ class _PairDataset(Sender):
             ) from exc
 
     def _transformed(self, i: int, name: str, rest: dict[str, Any]) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            _pages.share()
         whole = self._read(i, 0), self._read(i, 1)
         if whole[0].shape != whole[1].shape:
             # Not an error: the label may be on a finer grid on purpose. Most networks fail on the
@@ -157,7 +161,7 @@ class _PairDataset(Sender):
                 f"transform returned {_kind(result)} for {name}. It has to return the sample: a "
                 "mapping with at least 'data' and 'label'."
             )
-        return dict(result)
+        return {key: in_pages(value) for key, value in result.items()}
 
     @abstractmethod
     def _read(self, i: int, field: int) -> Grid:
@@ -436,8 +440,8 @@ def collate_fn(batch: Sequence[Any]) -> Any:
 collate = collate_fn
 
 
-#: A tensor, and the array it is made of.
-_TensorAndGrid: TypeAlias = tuple[torch.Tensor, Grid]
+#: A tensor, and the array over the same memory.
+_TensorAndGrid: TypeAlias = tuple[torch.Tensor, NDArray[Any]]
 
 
 class _PairToTensors:
@@ -512,14 +516,19 @@ class _PairToTensors:
         # an array contiguous whatever the stride of an axis of length one.
         is_plain = grid.flags.c_contiguous and grid.flags.writeable and min(grid.strides) > 0
         if not is_plain:
-            grid = np.array(grid, order="C")
+            gathered = _pages.empty(grid.shape, grid.dtype)
+            copy_rotated(grid, gathered)
+            grid = gathered
         tensor = torch.from_numpy(grid)
-        cast = tensor.to(self.dtype)
+        if self.dtype is torch.float32:
+            return tensor, grid
+        cast, pages = empty_tensor(tensor.shape, self.dtype)
+        cast.copy_(tensor)
         if self.dtype is torch.float16:
             low, high = _check_fits_float16(tensor, name)
             if field not in self._underflows:
                 self._check_underflow(tensor, cast, low, high, field, name)
-        return cast, grid
+        return cast, pages
 
     def _check_underflow(
         self,

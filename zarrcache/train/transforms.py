@@ -7,17 +7,21 @@ then 0 quarter turns with probability 10 %, and 1, 2 and 3 quarter turns with 30
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Rotation", "downsample", "draw_rotation", "rotate", "rotation_of"]
+__all__ = ["Rotation", "copy_rotated", "downsample", "draw_rotation", "rotate", "rotation_of"]
 
 Grid = NDArray[np.float32]
 
 #: The plane that rotates about x, y and z. A quarter turn swaps its axes, then reverses the second.
 _PLANES = ((-2, -1), (-3, -1), (-3, -2))
+
+#: Bytes of a slab that `copy_rotated` reads at a time: so many that the slab stays in the CPU's L2
+#: cache. Where the copy jumps by whole planes, fewer are faster.
+_SLAB_BYTES, _SMALL_SLAB_BYTES = 400 << 10, 100 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +84,39 @@ def downsample(grid: Grid, step: int, *, multiple: int) -> Grid:
     """
     nx, ny, nz = (n // multiple * multiple for n in grid.shape[-3:])
     return grid[..., :nx:step, :ny:step, :nz:step]
+
+
+def copy_rotated(view: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copy a view that `rotate` and `downsample` made into a C-contiguous array of its shape.
+
+    The values are those of ``numpy.copyto(out, view)``, which reads memory in the order of ``out``:
+    backwards, or in jumps of whole planes, where each value costs a cache miss. Here slabs are read
+    in the order of memory, and rotated in the CPU's cache. For grids of 108 to 128 points per axis
+    that takes 0.5 to 1 times as long, and 0.2 to 0.7 times for quarter turns about y, whose jumps
+    also collide in the cache.
+    """
+    if view.ndim == 4 and len(view) == 1:
+        view, out = view[0], out[0]
+    steps = [abs(stride) for stride in view.strides]
+    if view.ndim != 3 or view.nbytes < _SLAB_BYTES:
+        np.copyto(out, view)
+        return
+    rows = steps.index(min(steps))
+    if rows == 2 and view.strides[2] > 0:
+        np.copyto(out, view)  # it copies whole rows
+        return
+    # Slabs are cut along an axis that is neither that of the rows in memory nor that of the result.
+    axis = 1 if rows == 0 else 0
+    limit = _SMALL_SLAB_BYTES if rows == 0 else _SLAB_BYTES
+    width = max(1, min(limit * view.shape[axis] // view.nbytes, view.shape[axis]))
+    # In the order of memory, and the way back
+    order = sorted(range(3), key=lambda i: -steps[i])
+    forwards = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in view.strides)
+    slab_shape = [width if i == axis else view.shape[i] for i in order]
+    slab = np.empty(slab_shape, view.dtype).transpose(np.argsort(order))
+    for start in range(0, view.shape[axis], width):
+        part = (slice(None),) * axis + (slice(start, start + width),)
+        source = view[part]
+        copied = slab[(slice(None),) * axis + (slice(source.shape[axis]),)]
+        np.copyto(copied, source[forwards])
+        np.copyto(out[part], copied[forwards])

@@ -1,9 +1,14 @@
-"""Zero-copy transfer from DataLoader workers: send the place in a cache file, map it on arrival.
+"""Zero-copy transfer from DataLoader workers: send where the values are, map it on arrival.
 
-torch copies a worker's tensor into shared memory, at about 1 GB/s per worker: for two arrays of
-8 MiB that takes longer than everything else in a warm read. The training process can map the
-worker's file itself, in 0.1 ms for any size. docs/explanation/performance.md has the figures and
-the alternatives that were measured.
+torch copies a worker's tensor into new shared memory, at about 1 GB/s per worker: for two arrays of
+8 MiB that takes longer than everything else in a warm read. Here
+
+* a tensor over a cache file (`MappedTensor`) is sent as the place in that file, which the training
+  process maps, in 0.1 ms for any size;
+* a tensor with values of its own, rotated, cast, stacked or made by a transform (`PagesTensor`), is
+  in memory that both processes have mapped and use again (:mod:`zarrcache._pages`).
+
+Everything else, and whatever finds no room there, is sent by torch.
 """
 
 from __future__ import annotations
@@ -28,10 +33,11 @@ from torch.utils.data import default_collate, get_worker_info
 # docs/explanation/architecture.md.
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from zarrcache import _pages
 from zarrcache.disk import Place, is_mapped, map_place, place_of
 from zarrcache.errors import SchemaError
 
-__all__ = ["MappedTensor", "Sender"]
+__all__ = ["MappedTensor", "PagesTensor", "Sender", "empty_tensor", "in_pages"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +68,18 @@ class Sender(ABC):
         """Read field 0 (data) or 1 (label) of a sample again, neither rotated nor cast."""
 
     def for_transfer(
-        self, tensor: torch.Tensor, grid: NDArray[np.float32], index: int, field: int
+        self, tensor: torch.Tensor, grid: NDArray[Any], index: int, field: int
     ) -> torch.Tensor:
-        """``tensor``, as a `MappedTensor` if it lies over a mapped ``grid`` and leaves a worker."""
-        if tensor.dtype is not torch.float32 or get_worker_info() is None or not is_mapped(grid):
+        """``tensor``, which lies over ``grid``, as a subclass that is sent without a copy.
+
+        Unchanged outside DataLoader workers.
+        """
+        if get_worker_info() is None:
+            return tensor
+        if not is_mapped(grid):
+            is_in_pages = _pages.block_of(grid) is not None
+            return PagesTensor.over(tensor, grid) if is_in_pages else in_pages(tensor)
+        if tensor.dtype is not torch.float32:
             return tensor
         parent = multiprocessing.parent_process()
         # A dataset that was made or copied in the worker: the training process cannot reread it.
@@ -77,15 +91,11 @@ class Sender(ABC):
 _senders: WeakValueDictionary[str, Sender] = WeakValueDictionary()
 
 
-class MappedTensor(torch.Tensor):
-    """A tensor over a mapped entry, to be sent from a worker.
+class _SentTensor(torch.Tensor):
+    """A tensor that is sent from a worker without a copy.
 
-    Every result computed from it is a plain tensor. If its memory was written to, it is sent as
-    torch sends any tensor; :func:`zarrcache.disk.mmap.place_of` detects that.
+    Every result computed from it is a plain tensor.
     """
-
-    grid: NDArray[np.float32]
-    sample: tuple[str, int, int]
 
     @classmethod
     def __torch_function__(
@@ -97,6 +107,31 @@ class MappedTensor(torch.Tensor):
         default: Any = torch.Tensor.__torch_function__
         return default(func, (), args, kwargs or {})
 
+    def plain(self) -> torch.Tensor:
+        """The same memory as a plain tensor."""
+        return self.as_subclass(torch.Tensor)
+
+    @abstractmethod
+    def like(self, plain: torch.Tensor) -> torch.Tensor:
+        """``plain``, a view of all of this tensor's memory, as this class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+
+class MappedTensor(_SentTensor):
+    """A tensor over a mapped entry.
+
+    If its memory was written to, which :func:`zarrcache.disk.mmap.place_of` detects, its values are
+    sent.
+    """
+
+    grid: NDArray[np.float32]
+    sample: tuple[str, int, int]
+
     @classmethod
     def over(
         cls, plain: torch.Tensor, grid: NDArray[np.float32], sample: tuple[str, int, int]
@@ -106,18 +141,77 @@ class MappedTensor(torch.Tensor):
         tensor.grid, tensor.sample = grid, sample
         return tensor
 
-    def plain(self) -> torch.Tensor:
-        """The same memory as a plain tensor."""
-        return self.as_subclass(torch.Tensor)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
-    def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return copy.deepcopy(self.plain(), memo)
+    def like(self, plain: torch.Tensor) -> torch.Tensor:
+        return MappedTensor.over(plain, self.grid, self.sample)
 
 
-def _reduce(tensor: MappedTensor) -> tuple[Any, ...]:
+class PagesTensor(_SentTensor):
+    """A tensor in shared pages of :mod:`zarrcache._pages`."""
+
+    pages: NDArray[Any]
+
+    @classmethod
+    def over(cls, plain: torch.Tensor, pages: NDArray[Any]) -> PagesTensor:
+        """``plain``, which lies in the block of ``pages``."""
+        tensor = plain.as_subclass(cls)
+        tensor.pages = pages
+        return tensor
+
+    def like(self, plain: torch.Tensor) -> torch.Tensor:
+        return PagesTensor.over(plain, self.pages)
+
+
+#: Element types that numpy lacks have those of an integer of the same size.
+_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[Any]]:
+    """A tensor of undefined values on used pages, and the array over them."""
+    pages = _pages.empty(shape, _INTEGERS[dtype.itemsize])
+    return torch.from_numpy(pages).view(dtype), pages
+
+
+def in_pages(value: Any) -> Any:
+    """A plain tensor copied into shared pages, to be sent from this worker; else ``value``."""
+    if (
+        type(value) is not torch.Tensor
+        or get_worker_info() is None
+        or value.device.type != "cpu"
+        or value.layout is not torch.strided
+        or value.is_quantized
+        or value.requires_grad
+        or value.numel() == 0
+        or value.is_shared()  # type: ignore[no-untyped-call]
+    ):
+        return value
+    tensor, pages = empty_tensor(value.shape, value.dtype)
+    if _pages.block_of(pages) is None:
+        return value
+    if _extent(value) == value.numel():  # in another order of axes, which torch would keep
+        tensor = tensor.view(-1).as_strided(value.shape, value.stride())
+    # The copy is also what resolves conj() and imag, which torch does not transfer.
+    return PagesTensor.over(tensor.copy_(value), pages)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one in memory."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((n - 1) * step for n, step in steps)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether shape, strides, type and memory are all there is to it."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.requires_grad
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _reduce_mapped(tensor: MappedTensor) -> tuple[Any, ...]:
     """Pickle for a worker's queue: the place, if the tensor still is the whole entry unchanged."""
     grid, plain = tensor.grid, tensor.plain()
     is_grid = (
@@ -131,18 +225,64 @@ def _reduce(tensor: MappedTensor) -> tuple[Any, ...]:
         else None
     )
     if place is None:
-        # plain() of a tensor that requires a gradient is not a leaf, and torch sends only leaves.
-        return _identity, (
-            tensor.detach().requires_grad_(tensor.requires_grad) if tensor.is_leaf else plain,
-        )
-    return _receive, (place, tuple(plain.shape), grid.shape, tensor.sample)
+        copied = in_pages(plain)
+        if isinstance(copied, PagesTensor):
+            return _reduce_pages(copied)
+        return _identity, (_for_torch(tensor),)
+    return _receive_place, (place, tuple(plain.shape), grid.shape, tensor.sample)
+
+
+def _reduce_pages(tensor: PagesTensor) -> tuple[Any, ...]:
+    """Pickle for a worker's queue: the position in the shared pages, which are lent with it."""
+    plain = tensor.plain()
+    start, nbytes = _pages.block_of(tensor.pages) or (0, 0)
+    offset, size = plain.data_ptr() - start, plain.dtype.itemsize
+    extent = _extent(plain) * size
+    is_in_block = (
+        _is_dense(plain)
+        and plain.numel() > 0
+        and 0 <= offset <= nbytes - extent
+        and offset % size == 0
+    )
+    lent = _pages.lend(tensor.pages) if is_in_block else None
+    if lent is None:
+        return _identity, (_for_torch(tensor),)
+    return _receive_pages, (
+        lent,
+        offset,
+        offset + extent,
+        plain.dtype,
+        tuple(plain.shape),
+        plain.stride(),
+    )
+
+
+def _for_torch(tensor: _SentTensor) -> torch.Tensor:
+    """The tensor as torch can send it."""
+    # plain() of a tensor that requires a gradient is not a leaf, and torch sends only leaves.
+    if tensor.is_leaf:
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+    return tensor.plain()
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _receive(
+def _receive_pages(
+    lent: _pages.Lent,
+    offset: int,
+    stop: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    """Unpickle in the training process. The pages go back with the last tensor over them."""
+    values = torch.from_numpy(_pages.receive(lent)[offset:stop]).view(dtype)
+    return values.as_strided(shape, strides)
+
+
+def _receive_place(
     place: Place, shape: tuple[int, ...], grid_shape: tuple[int, ...], sample: tuple[str, int, int]
 ) -> torch.Tensor:
     """Unpickle in the training process: map the file there, copy-on-write."""
@@ -177,21 +317,31 @@ def _long_axes(shape: tuple[int, ...]) -> list[int]:
 
 
 def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    """Leave a batch of one in place; stack a larger one in shared memory, as torch does."""
+    """Leave a batch of one in place; stack a larger one in shared pages."""
     first = batch[0]
-    if len(batch) == 1 and isinstance(first, MappedTensor):
-        return MappedTensor.over(first.plain().unsqueeze(0), first.grid, first.sample)
+    if len(batch) == 1 and isinstance(first, _SentTensor) and first.is_contiguous():
+        return first.like(first.plain().unsqueeze(0))
     if len(shapes := {tuple(tensor.shape) for tensor in batch}) > 1:
         raise SchemaError(
             f"the samples of a batch have different shapes ({', '.join(map(str, sorted(shapes)))}) "
             "and cannot be stacked. Pass collate_fn=zarrcache.collate to the DataLoader, which "
             "makes lists of them, or use batch_size=1."
         )
-    stacked: torch.Tensor = default_collate(
-        [tensor.plain() if isinstance(tensor, MappedTensor) else tensor for tensor in batch]
-    )
-    return stacked
+    plain = [tensor.plain() if isinstance(tensor, _SentTensor) else tensor for tensor in batch]
+    if (
+        get_worker_info() is not None
+        and len({tensor.dtype for tensor in plain}) == 1
+        and all(map(_is_dense, plain))
+    ):
+        _pages.share()
+        stacked, pages = empty_tensor((len(plain), *plain[0].shape), plain[0].dtype)
+        if _pages.block_of(pages) is not None:
+            return PagesTensor.over(torch.stack(plain, out=stacked), pages)
+    result: torch.Tensor = default_collate(plain)
+    return result
 
 
-ForkingPickler.register(MappedTensor, _reduce)
+ForkingPickler.register(MappedTensor, _reduce_mapped)
+ForkingPickler.register(PagesTensor, _reduce_pages)
 default_collate_fn_map[MappedTensor] = _collate
+default_collate_fn_map[PagesTensor] = _collate
