@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,12 +17,11 @@ PAGE = 4096
 
 
 @pytest.fixture(params=[False, True], ids=["private", "shared"])
-def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for some arrays only."""
     monkeypatch.setattr(_pages, "LIMIT_BYTES", 64 * PAGE)
     monkeypatch.setattr(_pages, "_LEAST_PRIVATE_BYTES", 1)
     monkeypatch.setattr(_pages, "_pool", _pages._Pool(is_shared=request.param))
-    yield
 
 
 def is_from_pool(array: np.ndarray) -> bool:
@@ -46,7 +44,7 @@ def test_arrays_keep_their_values_while_others_come_and_go() -> None:
         array[...] = number
         from_pool += is_from_pool(array)
         live.append((number, array[:, :1] if draw.random() < 0.3 else array))
-    assert 1500 < from_pool
+    assert from_pool > 1500
     for value, array in live:
         assert (array == value).all()
 
@@ -139,6 +137,6 @@ def test_a_file_that_cannot_be_opened_is_an_error_in_words() -> None:
         _pages.receive(gone)
     with open("/dev/zero", "rb") as other:
         wrong = _pages.File(lent.file.pid, other.fileno(), b"x" * 16)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"/proc/\d+/fd/\d+"):
             _pages.receive(_pages.Lent(wrong, lent.start, lent.nbytes))
     del array

@@ -229,7 +229,11 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     cache never sees that. Its own randomness should come from ``torch``, which seeds each worker.
     Under ``spawn`` it has to be picklable: a function of a module or an instance of a class, not a
     lambda. A tensor that it leaves alone reaches the training process as a map of the cache file;
-    one that it makes, changes or slices travels through torch's shared memory.
+    one that it makes, changes or slices is copied once, into memory that workers use again.
+
+    *Samples that a worker keeps.* A dataset around this one may keep samples in the worker and
+    return them again, but must not change them in place after it has returned them: they may not
+    have been read yet. What the training process writes to a sample stays in that process.
     """
 
     def __init__(

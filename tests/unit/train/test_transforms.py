@@ -134,3 +134,17 @@ def test_downsampling_takes_the_points_it_should(step: int, multiple: int) -> No
 def test_a_grid_smaller_than_the_factor_has_no_points_left() -> None:
     """The dataset raises an error for it."""
     assert downsample(grid(2, 4, 4), 1, multiple=3).size == 0
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("shape", [(48, 60, 40), (1, 64, 50, 36), (200, 3, 250), (1, 1, 400, 400)])
+def test_a_copy_of_a_rotated_grid_has_the_values_of_the_view(
+    shape: tuple[int, ...], step: int
+) -> None:
+    """Of grids that are copied in slabs, and of thin ones."""
+    grid = np.random.default_rng(1).random(shape, dtype=np.float32)
+    for axis, turns in itertools.product((0, 1, 2), (0, 1, 2, 3)):
+        view = downsample(rotate(grid, Rotation(axis, turns)), step, multiple=step)  # type: ignore[arg-type]
+        out = np.empty(view.shape, np.float32)
+        copy_rotated(view, out)
+        assert np.array_equal(out, view)
