@@ -164,7 +164,9 @@ def test_every_command_works_on_files(files: Files, tmp_path: Path) -> None:
     assert (coverage.ids, coverage.warm, coverage.missing) == (6, 6, 0)
     checked = verify(config, against_origin=True)
     assert (checked.entries, checked.corrupt, checked.stale) == (12 + 2, (), ())
-    assert plan_training(config, nodes=1).densities > 0
+    forecast = plan_training(config, nodes=1, capacity_bytes=2**60)
+    assert [epoch.hit_ratio for epoch in forecast.epochs[:2]] == [0, 1]
+    assert forecast.epochs[0].nbytes == forecast.stored_bytes
 
     shutil.copy(tmp_path / "data" / f"{files.ids[1]}.CHGCAR.gz", tmp_path / "other.gz")
     text = gzip.decompress((tmp_path / "other.gz").read_bytes())

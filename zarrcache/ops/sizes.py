@@ -20,7 +20,7 @@ from zarrcache._keys import (
     stored_array,
     units_of,
 )
-from zarrcache._sources import is_fetched_whole
+from zarrcache._sources import is_fetched_whole, is_object
 from zarrcache.arrays import (
     as_density,
     check_metadata,
@@ -135,9 +135,9 @@ def measure_size(
         shape = read_array(
             origin, store, array, listed=listed, fills=True, uses_values=False
         ).array.shape
-        return DensitySize(
-            0, 2, stored_bytes, _entry_bytes(math.prod(shape), encoding, compression)
-        )
+        entry_bytes = _entry_bytes(math.prod(shape), encoding, compression)
+        requests = (0, 2) if is_object(store) else (1, len(listed))
+        return DensitySize(*requests, stored_bytes, entry_bytes)
     points = math.prod(_shape(reader, store, role, listed))
     lists = -(-len(listed) // PAGE_OBJECTS)
     return DensitySize(
