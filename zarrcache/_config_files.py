@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "datasets_of",
     "datasets_of_configs",
     "expand",
+    "plain",
     "read_datasets",
 ]
 
@@ -293,7 +295,12 @@ def _of_lists(block: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str
                 f"{', '.join(sorted(_SPEC_KEYS))}."
             )
         own = defaults | {key: value for key, value in spec.items() if value is not None}
-        name = str(own.pop("dataset_id", number))
+        dataset_id = own.pop("dataset_id", number)
+        name = str(dataset_id)
+        if type(dataset_id) is not int and not name.isdecimal():
+            raise ConfigError(
+                f"{where}: dataset_id is {dataset_id!r}; it has to be a whole number."
+            )
         if name in names:
             raise ConfigError(f"{where}: two datasets have the dataset_id {name}.")
         names.add(name)
@@ -312,6 +319,11 @@ def _of_list(spec: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"root is {root}; a file list is read from this machine. Copy it, and give data_dir "
             "and label_dir, which may be on S3."
+        )
+    if os.path.isdir(root):
+        raise ConfigError(
+            f"root is the directory {root}. It has to be the file list in it, for example "
+            f"{root.rstrip('/')}/mp_filelist.txt."
         )
     directory = posixpath.dirname(root) or "."
     return {
@@ -364,18 +376,31 @@ def as_dict(value: object, name: str) -> dict[str, Any]:
         It is something else.
     """
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in _items(value)}
     if hasattr(value, "__dict__") and not isinstance(value, type):
-        return {key: _plain(inner) for key, inner in vars(value).items()}
+        return {key: plain(inner) for key, inner in vars(value).items()}
     raise ConfigError(f"{name} is {value!r}; it must be a mapping of keys to values.")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The containers of OmegaConf in a value as dicts and lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in _items(value)}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value
+
+
+def _items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    try:
+        return list(mapping.items())
+    except Exception:
+        # Hydra has removed the backslash of \\${NAME:-default}, and OmegaConf takes NAME for a
+        # resolver of its own.
+        omegaconf = sys.modules.get("omegaconf")
+        if omegaconf is None or not omegaconf.OmegaConf.is_config(mapping):
+            raise
+        return list(omegaconf.OmegaConf.to_container(mapping, resolve=False).items())
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -284,7 +284,13 @@ class CacheConfig(_Block):
                 "cache.dir is missing. Give a directory on the node's own disk, for example dir: "
                 "${SLURM_TMPDIR:-/tmp}/zarrcache."
             )
-        super().__init__(**{k: expand(v) for k, v in data.items()})
+        data = {k: expand(v) for k, v in data.items()}
+        if "://" in str(data["dir"]):
+            raise ConfigError(
+                f"cache.dir is {data['dir']}, a URL. It has to be a directory on this node's own "
+                "disk."
+            )
+        super().__init__(**data)
 
     @field_validator("dir", "lock", "lower", "peer_token_file")
     @classmethod

@@ -31,6 +31,7 @@ except ImportError as exc:
         "'zarrcache[lightning]'"
     ) from exc
 
+from zarrcache._config_files import plain
 from zarrcache._units import whole_number
 from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
@@ -84,6 +85,7 @@ class _DataModule(LightningDataModule):
 
 
 def _holds_secret(value: Any) -> bool:
+    value = plain(value)
     if isinstance(value, Mapping):
         return bool(secret_names(value)) or any(map(_holds_secret, value.values()))
     return isinstance(value, (list, tuple)) and any(map(_holds_secret, value))

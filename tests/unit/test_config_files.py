@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,22 @@ def test_what_only_hydra_can_resolve_is_named(
         read(tmp_path, {"data": KEYS | change})
 
 
+def test_hydra_hands_over_the_shells_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removes the backslash, and then fails on access."""
+    hydra, omegaconf = (
+        pytest.importorskip("hydra", reason="needs the extra 'test'"),
+        pytest.importorskip("omegaconf", reason="needs the extra 'test'"),
+    )
+    monkeypatch.delenv("NOT_SET", raising=False)
+    keys = {**KEYS, "cache": {"dir": r"\${NOT_SET:-/scratch}/zarrcache"}}
+    block = {"_target_": "zarrcache.config.DataConfig.of", "cfg": keys}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert hydra.utils.instantiate(block) == PLAIN
+    cfg = omegaconf.OmegaConf.create({"at": "/d/input", "data": {**KEYS, "data_dir": "${at}"}})
+    assert DataConfig.of(cfg) == PLAIN
+
+
 def test_a_secret_in_an_unset_variable_is_not_quoted(tmp_path: Path) -> None:
     keys = {**KEYS, "s3_kwargs": {"secret": "abc${oc.env:NOT_SET}"}}
     with pytest.raises(ConfigError, match="s3_kwargs holds") as caught:
@@ -222,6 +239,12 @@ def test_one_of_several_datasets_is_named_after_the_path(tmp_path: Path) -> None
         (
             {"data": {"datasets": [{"root": "/a", "dataset_id": 1}, {"root": "/b"}]}},
             "two datasets have the dataset_id 1",
+        ),
+        ({"data": {"datasets": [{"root": "/a", "dataset_id": "x"}]}}, "dataset_id is 'x'"),
+        ({"data": {"root": "/tmp"}}, "root is the directory /tmp"),
+        (
+            {"data": {**KEYS, "cache": {"dir": "s3://bucket/c"}}},
+            "cache.dir is s3://bucket/c, a URL",
         ),
         ({"data": {"config": []}}, "config is empty"),
         ({"data": {"config": {"a": {"config": [KEYS, KEYS]}}}}, "config a has several datasets"),

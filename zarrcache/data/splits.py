@@ -108,8 +108,15 @@ def read_file_list(path: str | os.PathLike[str]) -> list[str]:
 
 
 def is_file_list(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is that of a file list (``.txt``) and not that of a map."""
-    return os.fspath(path).endswith(".txt")
+    """Whether a file is a list and not a map: by its name, else by how it begins."""
+    name = os.fspath(path)
+    if name.endswith((".txt", ".json", ".gz")):
+        return name.endswith(".txt")
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return file.read(1024).lstrip()[:1].isalnum()  # JSON begins with a brace
+    except OSError:
+        return False  # whose error is that of a map
 
 
 def listed_ids(path: str | os.PathLike[str], functional: str) -> list[str]:

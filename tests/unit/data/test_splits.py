@@ -358,6 +358,17 @@ def test_a_file_list_that_cannot_be_meant_is_refused_with_its_line(
         mapped_ids(tmp_path / "mp_filelist.txt", "GGA")
 
 
+def test_a_file_list_may_have_any_name(tmp_path: Path) -> None:
+    """It does not begin as JSON does; one of JSON's names is JSON."""
+    (tmp_path / "mp_list").write_text("mp-2\nmp-1\n")
+    assert mapped_ids(tmp_path / "mp_list", "GGA") == ["mp-2", "mp-1"]
+    (tmp_path / "map").write_text(' {"GGA": ["mp-3"]}')
+    assert mapped_ids(tmp_path / "map", "GGA") == ["mp-3"]
+    (tmp_path / "map.json").write_text("mp-2\n")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        mapped_ids(tmp_path / "map.json", "GGA")
+
+
 def test_a_file_list_that_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"file list .*none\.txt cannot be read \(No such file"):
         mapped_ids(tmp_path / "none.txt", "GGA")
