@@ -32,12 +32,15 @@ __all__ = [
 
 #: What a source is, by the end of its name.
 Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR", "directory"]
+_PACKED = ("", ".gz", ".bz2", ".xz", ".lzma")
 #: Every kind and its suffixes, the preferred ones first.
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "zarr": (".zarr",),
     "zarr.zip": (".zarr.zip",),
-    "json.gz": (".json.gz", ".json", ".json.bz2", ".json.xz"),
-    "CHGCAR": (".CHGCAR", ".CHGCAR.gz", ".CHGCAR.bz2", ".CHGCAR.xz"),
+    "json.gz": (".json.gz", ".json", ".json.bz2", ".json.xz", ".json.lzma"),
+    "CHGCAR": tuple(
+        name + packed for name in (".CHGCAR", "_CHGCAR", ".chgcar") for packed in _PACKED
+    ),
     "directory": ("",),  # one per material, with a CHGCAR or rho_22.npy in it
 }
 KINDS: tuple[Kind, ...] = tuple(_SUFFIXES)
@@ -143,8 +146,8 @@ def choose(sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS
 
 
 def names_of(task_id: str, kinds: Sequence[Kind] = KINDS) -> list[str]:
-    """Every name that a source of this task id may have, the preferred ones first."""
-    every = [task_id + suffix for kind in kinds for suffix in _SUFFIXES[kind]]
+    """The usual names of a source of this task id, the preferred ones first."""
+    every = [task_id + suffix for kind in kinds for suffix in _SUFFIXES[kind][: len(_PACKED)]]
     return [name for name in every if choose({task_id: name}, kinds)]
 
 

@@ -27,6 +27,8 @@ from zarrcache.errors import ConfigError
         ("mp-1.json", "mp-1"),
         ("mp-1.CHGCAR", "mp-1"),
         ("mp-1.CHGCAR.xz", "mp-1"),
+        ("mp-1_CHGCAR.gz", "mp-1"),
+        ("mp-1.chgcar.lzma", "mp-1"),
         (".zarr", None),
         (".json.gz", None),
         ("mp-1.zip", None),

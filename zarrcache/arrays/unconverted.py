@@ -26,7 +26,7 @@ __all__ = ["decode_unconverted", "decoding_bytes", "members_in"]
 
 logger = logging.getLogger(__name__)
 
-_COMPRESSED = (".gz", ".bz2", ".xz")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma")
 _IN_DIRECTORY = ("CHGCAR", *(f"CHGCAR{suffix}" for suffix in _COMPRESSED))
 #: Memory that decoding takes, as a multiple of a file's size: plain, compressed. Numbers of JSON
 #: are Python objects for a while. Measured: 23 to 44 (json.gz), 8 (CHGCAR.gz).
