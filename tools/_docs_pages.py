@@ -108,7 +108,8 @@ def command_line() -> Iterator[str]:
     yield "# Command line\n"
     yield (
         "`zarrcache COMMAND --help` says the same in the terminal. Data goes to standard output, "
-        "messages to standard error. Exit codes: 0 done, 1 some failed, 2 wrong command or config.\n"
+        "messages to standard error. Exit codes: 0 done, 1 some failed, 2 wrong command or "
+        "config.\n"
     )
     for name, command in group.commands.items():
         context = typer.Context(

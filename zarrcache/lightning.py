@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 try:
     import torch
-    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.utilities import rank_zero_info
     from lightning.pytorch.utilities.parsing import collect_init_args
     from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 except ImportError as exc:
@@ -41,16 +42,19 @@ from zarrcache.train import (
     Assignment,
     CombinedDataset,
     Config,
+    EpochTimes,
     Lookahead,
     NodeSampler,
+    Recorder,
     Sample,
     Side,
     Sources,
+    Verdict,
     ZarrDataset,
     collate_fn,
 )
 
-__all__ = ["RhoDataModule", "ZarrDataModule"]
+__all__ = ["CacheMonitor", "RhoDataModule", "ZarrDataModule"]
 
 logger = logging.getLogger(__name__)
 
@@ -768,3 +772,125 @@ def _world_of(trainer: Any) -> World | None:
 def _counts(progress: Any) -> Any:
     """Lightning's counters of epochs or batches: ready, started, processed, completed."""
     return progress.current
+
+
+class CacheMonitor(Callback):
+    """Logs how long the training waits for data, and says for what at its end.
+
+    >>> Trainer(callbacks=[CacheMonitor()], logger=CSVLogger("logs")).fit(model, data)
+    The training waited 12 % of the time, for S3 (cold misses). Do this: ...
+
+    Every ``log_every_n_steps`` of the Trainer, and at the end of each epoch (with ``_epoch``
+    appended), it logs ``zarrcache/waiting_ratio``, ``hit_ratio``, ``requests`` and
+    ``fetched_bytes`` of the epoch so far to every logger. A logger that fails is named once and
+    left alone. ``zarrcache.train.LoaderMonitor`` is the same for a plain loop.
+
+    Attributes
+    ----------
+    epochs : list of EpochTimes
+    verdict : Verdict
+    """
+
+    def __init__(self) -> None:
+        self._recorder = Recorder()
+        self._undo: list[Callable[[], None]] = []
+        self._failed: set[int] = set()
+
+    @property
+    def epochs(self) -> list[EpochTimes]:
+        """Epochs that have ended."""
+        return self._recorder.epochs
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the training waits for."""
+        return self._recorder.verdict
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach to the loaders before their workers start."""
+        if stage != "fit":
+            return
+        # Lightning starts the workers right after it has called train_dataloader().
+        for owner in (getattr(trainer, "datamodule", None), pl_module):
+            make = getattr(owner, "train_dataloader", None)
+            if owner is not None and callable(make):
+                self._watch(owner, make)
+
+    def _watch(self, owner: Any, make: Callable[[], Any]) -> None:
+        def train_dataloader() -> Any:
+            loader = make()
+            self._attach(loader)
+            return loader
+
+        owner.train_dataloader = train_dataloader
+        self._undo.append(lambda: vars(owner).pop("train_dataloader", None))
+
+    def _attach(self, loader: Any) -> None:
+        try:
+            self._recorder.attach(loader)
+        except Exception:
+            # It measures; the training must not end because of that.
+            logger.warning("CacheMonitor cannot measure this loader", exc_info=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to loaders that were given to ``fit`` itself."""
+        loader = trainer.train_dataloader
+        if not self._recorder.is_attached:
+            self._attach(loader)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waiting for the first batch begins."""
+        self._recorder.begin()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Waiting ends."""
+        self._recorder.got_batch()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Work ends."""
+        self._recorder.ends_step()
+        if (batch_idx + 1) % max(1, getattr(trainer, "log_every_n_steps", 50)) == 0:
+            self._log(trainer, self._recorder.so_far(), "")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch."""
+        self._log(trainer, self._recorder.end(), "_epoch")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach, and say what the training waited for."""
+        if stage != "fit":
+            return
+        self._recorder.detach()
+        while self._undo:
+            self._undo.pop()()
+        if self.epochs:
+            rank_zero_info(self.verdict.text)
+
+    def _log(self, trainer: Trainer, times: EpochTimes | None, ending: str) -> None:
+        if times is None:
+            return
+        values = {
+            "waiting_ratio": times.waiting_ratio,
+            "hit_ratio": times.stats.hit_ratio,
+            "requests": float(times.stats.requests),
+            "fetched_bytes": float(times.stats.fetched_bytes),
+        }
+        metrics = {f"zarrcache/{name}{ending}": value for name, value in values.items()}
+        for one in trainer.loggers:
+            try:
+                one.log_metrics(metrics, step=trainer.global_step)
+            except Exception:
+                if id(one) not in self._failed:
+                    self._failed.add(id(one))
+                    logger.warning(
+                        "CacheMonitor cannot log to %s", type(one).__name__, exc_info=True
+                    )

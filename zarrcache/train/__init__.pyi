@@ -7,6 +7,11 @@ from .datasets import collate as collate
 from .datasets import collate_fn as collate_fn
 from .lookahead import Lookahead as Lookahead
 from .lookahead import node_budget_bytes as node_budget_bytes
+from .monitor import EpochTimes as EpochTimes
+from .monitor import LoaderMonitor as LoaderMonitor
+from .monitor import Recorder as Recorder
+from .monitor import Verdict as Verdict
+from .monitor import judge as judge
 from .multi import CombinedDataset as CombinedDataset
 from .multi import Config as Config
 from .multi import Side as Side
