@@ -428,7 +428,7 @@ PROGRAM = """
 import json, sys, time
 from zarrcache import Lookahead, NodeSampler, ZarrDataset, ZarrS3Reader
 
-print("imported")
+print("imported", flush=True)
 
 class Reader(ZarrS3Reader):
     pass
