@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
 from tests.support.chgcars import write_chgcar
+from tests.support.faultproxy import FaultProxy
+from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from tests.support.training import zarrcache
 from zarrcache.errors import ConfigError, ZarrCacheError
@@ -424,3 +426,33 @@ def test_a_cell_without_volume_is_an_error_of_its_material(densities: Path, tmp_
     data = module(root)
     with pytest.raises(ZarrCacheError, match=r"mp-1.*volume"):
         list(data.train_dataloader())
+
+
+def test_densities_may_be_on_s3(
+    densities: Path, tmp_path: Path, s3_server: S3Server, bucket: str, fault_proxy: FaultProxy
+) -> None:
+    """The list is on this machine; after ``warm`` there are no requests."""
+    for role in ("data", "label"):
+        s3_server.put_tree(densities / "ggau" / role, f"s3://{bucket}/{role}")
+    root = densities / "ggau" / "mp_filelist.txt"
+    block = {
+        "root": str(root),
+        "data_dir": f"s3://{bucket}/data",
+        "label_dir": f"s3://{bucket}/label",
+        "val_frac": 0.3,
+        "augmentation": True,
+        "batch_size": 1,
+        "s3_kwargs": s3_server.kwargs_at(fault_proxy.endpoint_url),
+        "cache": {"dir": str(tmp_path / "cache"), "min_free": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": block}))
+    warmed = zarrcache("warm", tmp_path / "config.yaml")
+    assert warmed.out.startswith("Warmed 4 of 4 ids"), warmed.err
+    sent = fault_proxy.count("GET") + fault_proxy.count("HEAD")
+    data = module(**block)
+    data.setup("fit")
+    theirs = loaders(divided(Reference(root, True, torch.float32), 0.3), 1, 0, False)
+    assert compare(loaders_of(data, False), theirs) == 8
+    assert fault_proxy.count("GET") + fault_proxy.count("HEAD") == sent > 0
+    assert dict(data.hparams["cache"]) == block["cache"]
+    assert "s3_kwargs" not in data.hparams
