@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from tests.bench.plots import plot
 
 __all__ = [
     "BEGIN",
+    "HIGHLIGHTS",
     "END",
     "Verdict",
     "document",
+    "goals",
     "judge",
     "load",
     "markdown",
@@ -38,6 +40,59 @@ Document = dict[str, Any]
 
 FORMAT = 1
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """A row of the README: one competitor of a table relative to another."""
+
+    table: str
+    competitor: str
+    than: str
+    words: str
+    shown: str
+    is_rate: bool = True
+
+
+HIGHLIGHTS = (
+    Highlight(
+        "A1",
+        "zarrcache ZarrDataset",
+        "np.load",
+        "Warm epoch, samples rotated, every value used, 2 workers: samples per second",
+        "`np.load`",
+    ),
+    Highlight(
+        "A4",
+        "zarrcache ZarrDataset",
+        "np.load",
+        "The same without rotation",
+        "`np.load`",
+    ),
+    Highlight(
+        "C1",
+        "zarrcache, empty cache",
+        "zarr + s3fs",
+        "First read of a density of 343 chunks, 20 ms a request: time",
+        "zarr with s3fs",
+        is_rate=False,
+    ),
+    Highlight(
+        "C1",
+        "zarrcache, empty cache",
+        "TensorStore, 64 in flight",
+        "The same",
+        "TensorStore, 64 in flight",
+        is_rate=False,
+    ),
+    Highlight(
+        "C2",
+        "zarrcache warm",
+        "bare GETs (obstore)",
+        "Filling the cache: densities per second",
+        "bare GETs in one process",
+    ),
+)
 
 
 # -- JSON
@@ -204,9 +259,10 @@ def markdown(document: Mapping[str, Any], *, plots: Iterable[str] = ()) -> str:
     """Every table with its facts, bars, and what did not run. ``plots``: names whose plot lies
     beside.
     """
-    parts = []
+    tables = tables_of(document)
+    parts = ["## Goals", goals(document)] if any(table.bars for table in tables.values()) else []
     with_plot = set(plots)
-    for name, table in tables_of(document).items():
+    for name, table in tables.items():
         run = document["tables"][name]["run"]
         parts += [f"## {name}: {table.title}", _markdown_table(table)]
         parts += (
@@ -372,8 +428,8 @@ def _words(name: str) -> str:
 # -- README
 
 
-def readme_block(document: Mapping[str, Any]) -> str:
-    """The text between the markers in the README: one line per goal, with all competitors."""
+def goals(document: Mapping[str, Any]) -> str:
+    """One line per goal, with all competitors, for the head of the results."""
     rows = []
     for name, table in tables_of(document).items():
         goals: dict[str, list[Verdict]] = {}
@@ -402,25 +458,37 @@ def readme_block(document: Mapping[str, Any]) -> str:
                     _others(table, verdicts),
                 ]
             )
+    return _grid(
+        ["what", "goal", "measured", "reached", "others, by the same measure"], rows, numbers=False
+    )
+
+
+def readme_block(document: Mapping[str, Any]) -> str:
+    """The text between the markers in the README: what a user asks for, in plain words."""
+    tables = tables_of(document)
+    rows = []
+    for row in HIGHLIGHTS:
+        table = tables.get(row.table)
+        if table is None or not table.rounds.get(row.competitor) or not table.rounds.get(row.than):
+            continue
+        at_least = 1.0 if row.is_rate else None
+        bar = Bar(row.competitor, row.than, at_least, None if row.is_rate else 1.0)
+        ratio = _reached(table, bar)
+        if ratio is not None:
+            better = "higher is better" if row.is_rate else "lower is better"
+            rows.append([row.words, f"{_number(ratio)} times {row.shown}", better])
     if not rows:
         return "No results yet: run `tools/bench`."
-    runs = sorted(
-        (one["run"] for one in document["tables"].values()), key=lambda run: str(run["date"])
-    )
-    about, dates = runs[-1]["machine"], dict.fromkeys((runs[0]["date"], runs[-1]["date"]))
+    run = max((one["run"] for one in document["tables"].values()), key=lambda one: str(one["date"]))
+    about = run["machine"]
     return "\n".join(
         [
-            _grid(
-                ["what", "goal", "measured", "reached", "others, by the same measure"],
-                rows,
-                numbers=False,
-            ),
+            _grid(["what", "zarrcache", ""], rows, numbers=False),
             "",
             (
-                f"Medians of rounds in turns, {about['cores']} cores ({about['cpu']}), "
-                f"{about['filesystem']}, {' to '.join(dates)}. "
-                "All rounds, P90, P99, sizes, requests, versions: "
-                "[docs/benchmarks/results.md](docs/benchmarks/results.md)."
+                f"Medians of interleaved rounds on {about['cores']} cores, {run['date']}. "
+                "[All results](docs/benchmarks/results.md), also where others are faster; "
+                "`tools/bench` measures on your machine."
             ),
         ]
     )

@@ -243,7 +243,7 @@ def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
         report.load(path)
 
 
-def test_the_readme_gets_a_line_a_goal_with_the_peers_by_the_same_measure() -> None:
+def test_the_results_begin_with_a_line_per_goal_with_the_peers_by_the_same_measure() -> None:
     """Those who have one goal share a line; the peers stand best first, without the reference."""
     found = {
         **_table().rounds,
@@ -255,13 +255,33 @@ def test_the_readme_gets_a_line_a_goal_with_the_peers_by_the_same_measure() -> N
         Bar("zarrcache too", "floor", at_least=0.9),
         Bar("zarrcache", None, at_most=1.0),
     ]
-    block = report.readme_block(_document(_table(rounds=found, bars=bars)))
+    block = report.goals(_document(_table(rounds=found, bars=bars)))
     goal = (
         "| W1: warm epoch | at least 0.9 times the rate of floor "
         "| zarrcache 1, zarrcache too 0.500 | no: zarrcache too "
     )
     assert goal + "| middling 0.400, slow 0.100 |" in block
     assert "| W1: warm epoch | time at most 1 s | zarrcache 0.200 | yes |  |" in block
+    assert block in report.markdown(_document(_table(rounds=found, bars=bars)))
+
+
+def test_the_readme_gets_the_rows_that_have_results_in_plain_words() -> None:
+    """A ratio of rates or of times, and which way is better."""
+    first, cold = report.HIGHLIGHTS[0], report.HIGHLIGHTS[2]
+    tables = [
+        _table(
+            row.table,
+            rounds={
+                row.than: _rounds(4.0, items=10),
+                row.competitor: _rounds(1.0, items=10),
+            },
+        )
+        for row in (first, cold)
+    ]
+    block = report.readme_block(_document(*tables))
+    assert f"| {first.words} | 4 times {first.shown} | higher is better |" in block
+    assert f"| {cold.words} | 0.250 times {cold.shown} | lower is better |" in block
+    assert block.count("is better") == 2
     assert "docs/benchmarks/results.md" in block
     assert report.readme_block({"format": 1, "tables": {}}) == "No results yet: run `tools/bench`."
 

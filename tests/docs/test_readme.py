@@ -1,4 +1,6 @@
-"""The blocks of the README run as printed; exceptions are named here with the reason."""
+"""The blocks of the README and of the page on Python run as printed; exceptions are named here with
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,12 @@ import yaml
 
 from tests.support.s3server import S3Server
 from tests.support.training import zarrcache
-from zarrcache.config import CacheConfig
+from zarrcache.config import DataConfig
 from zarrcache.demo.synthetic import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "guides" / "python.md").read_text()
 IDS = [f"mp-{n}" for n in range(1, 6)]
 
 
@@ -35,7 +38,9 @@ class Block:
 
 BLOCKS = [
     Block(i, m[1], m[2])
-    for i, m in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+    for i, m in enumerate(
+        re.finditer(r"^```(\w*)\n(.*?)^```$", README + PYTHON, re.MULTILINE | re.DOTALL)
+    )
 ]
 #: What is not run here, and what runs it instead.
 ELSEWHERE = {
@@ -58,6 +63,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Path:
         for role in ("input", "label"):
             (home / "chgcars" / role).mkdir(parents=True, exist_ok=True)
             (made / role / f"{name}.CHGCAR").rename(home / "chgcars" / role / f"{task_id}.CHGCAR")
+    (config,) = [block.text for block in BLOCKS if block.language == "yaml"]
+    (home / "train.yaml").write_text(config)
     s3_server.client().create_bucket(Bucket="my-bucket")
     return home
 
@@ -96,16 +103,23 @@ def test_every_block_and_command_of_the_readme_works_in_its_order(
 
 def test_no_block_is_forgotten() -> None:
     """A block in another language, or an excuse for a block that no longer exists, fails."""
-    assert {b.language for b in BLOCKS} == {"bash", "python", "yaml", ""}
+    assert {b.language for b in BLOCKS} == {"bash", "python", "yaml"}
     assert ELSEWHERE.keys() <= {b.text for b in BLOCKS}
     assert len(COMMANDS) == 1
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5
 
 
-def test_the_yaml_of_the_readme_is_a_cache_block() -> None:
-    """Its keys are settings."""
+def test_the_yaml_of_the_readme_is_a_config_of_eight_lines() -> None:
     (block,) = [b for b in BLOCKS if b.language == "yaml"]
-    assert CacheConfig.of(yaml.safe_load(block.text)["cache"]).limit == 200 * 1024**3
+    assert block.text.count("\n") == 8
+    config = DataConfig.of(yaml.safe_load(block.text))
+    assert config.cache is not None
+    assert config.cache.limit == 200 * 1024**3
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 110
+    assert max(len(line) for line in README.splitlines() if not line.startswith(("|", "!"))) <= 150
 
 
 @pytest.mark.parametrize("verb", sorted(set(re.findall(r"`zarrcache ([a-z]+)", README))))
