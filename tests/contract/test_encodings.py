@@ -222,9 +222,10 @@ def config_of(tmp_path: Path, **cache: Any) -> DataConfig:
 
 def test_commands_know_the_encoding(stores: Any, tmp_path: Path) -> None:
     """``warm`` encodes what is in float32 first, ``status`` says what is left to encode."""
-    exact = config_of(tmp_path, limit=HALF)
+    limit = HALF + 2 * 2 * 4096  # attributes of both directories
+    exact = config_of(tmp_path, limit=limit)
     plan_warm(exact, ids=["mp-0", "mp-1"], workers=1).execute()
-    small = config_of(tmp_path, limit=HALF, **encoded("float16"))
+    small = config_of(tmp_path, limit=limit, **encoded("float16"))
     covered = read_status(small).coverage
     assert covered is not None
     assert (covered.warm, covered.to_encode, covered.half) == (2, 2, 0)
@@ -241,7 +242,7 @@ def test_commands_know_the_encoding(stores: Any, tmp_path: Path) -> None:
     state = read_status(small)
     assert state.coverage is not None
     assert (state.coverage.warm, state.coverage.to_encode) == (4, 0)
-    assert state.coverage.nbytes == report.disk_bytes == state.volume_bytes - 4 * 4096
+    assert state.coverage.nbytes == report.disk_bytes == state.volume_bytes - 8 * 4096
     cold = read_status(exact).coverage
     assert cold is not None
     assert cold.warm == 0
@@ -287,7 +288,7 @@ def test_verify_compares_a_sample_with_the_origin_within_the_bound(
     assert not report.is_good
     assert [problem.url for problem in report.corrupt] == [key.url]
     assert "more than the error bound" in report.corrupt[0].why
-    assert verify(config).entries == 2 + 7
+    assert verify(config).entries == 2 + 2 + 7  # listings, attributes, densities
 
 
 def test_a_lower_layer_in_float32_serves_a_reader_of_float16(

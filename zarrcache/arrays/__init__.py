@@ -29,8 +29,10 @@ from zarrcache.arrays.read import (
     density_of_group,
     examine_array,
     list_array,
+    metadata_in,
     metadata_of,
     read_array,
+    read_attributes,
     stable_listing,
 )
 from zarrcache.arrays.units import (
@@ -66,10 +68,12 @@ __all__ = [
     "lattice_volume",
     "list_array",
     "members_of",
+    "metadata_in",
     "metadata_key",
     "metadata_of",
     "per_point",
     "read_array",
+    "read_attributes",
     "read_density_file",
     "read_mp_json",
     "read_npy_density",

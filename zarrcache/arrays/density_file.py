@@ -27,6 +27,7 @@ from zarrcache.arrays.vasp_text import parse_vasp_text
 from zarrcache.errors import ConfigError, SchemaError
 
 __all__ = [
+    "HEAD",
     "DensityFile",
     "PymatgenMissingError",
     "read_density_file",
@@ -34,6 +35,7 @@ __all__ = [
     "read_vasp_text",
     "require_pymatgen",
     "structure_of",
+    "structure_of_poscar",
 ]
 
 #: Largest decompressed size: this many times the file's size, and _ROOM_BYTES in any case.
@@ -46,6 +48,10 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".lzma": lzma.open,
 }
+
+
+#: Attribute of a file of VASP: the lines above its grids.
+HEAD = "head_of_chgcar"
 
 
 class PymatgenMissingError(ConfigError):
@@ -124,6 +130,25 @@ class DensityFile:
             raise _pymatgen_missing(exc) from exc
         return Poscar.from_str(b"\n".join(self._poscar or ()).decode("utf-8")).structure
 
+    def attributes(self) -> dict[str, Any]:
+        """What the store of this file would have as attributes, without pymatgen.
+
+        ``structure`` of JSON; of VASP's text only its lattice, and the lines above the grids as
+        `HEAD`, from which :func:`structure_of_poscar` makes the structure. Empty without a
+        lattice, which is no error of a density per cell.
+        """
+        try:
+            lattice = {"matrix": self.lattice.tolist()}
+        except SchemaError:
+            return {}
+        found: dict[str, Any] = {
+            "metadata": {} if self.task_id is None else {"task_id": self.task_id}
+        }
+        if self._document is not None:
+            return found | {"structure": dict(self._document)}
+        text = b"\n".join(self._poscar or ()).decode("utf-8", "replace")
+        return found | {"structure": {"lattice": lattice}, HEAD: text}
+
     def structure_dict(self) -> dict[str, Any]:
         """``Structure.as_dict()``, as stores keep it. Imports pymatgen."""
         found: dict[str, Any] = self.structure.as_dict()
@@ -159,6 +184,28 @@ def _pymatgen_missing(exc: ImportError) -> PymatgenMissingError:
         f"Reading the structure of CHGCAR and MP files needs pymatgen ({exc}). Install it: pip "
         "install 'zarrcache[convert]'"
     )
+
+
+def structure_of_poscar(text: str, name: str) -> dict[str, Any]:
+    """``Structure.as_dict()`` of the head of a CHGCAR. Imports pymatgen (1 to 2 s).
+
+    Raises
+    ------
+    PymatgenMissingError
+        pymatgen is not installed.
+    SchemaError
+        It cannot read the text.
+    """
+    try:
+        found = DensityFile(name, {}, _poscar=tuple(text.encode().split(b"\n"))).structure_dict()
+    except PymatgenMissingError:
+        raise
+    except Exception as exc:
+        raise SchemaError(
+            f"{name} has a structure that pymatgen cannot read ({type(exc).__name__}: {exc}). Get "
+            "the file again."
+        ) from exc
+    return found
 
 
 def read_density_file(

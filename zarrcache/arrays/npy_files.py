@@ -28,7 +28,10 @@ from zarrcache.errors import SchemaError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PER_CUBIC_ANGSTROM", "NpyDensity", "members_of", "read_npy_density"]
+__all__ = ["ATOMS", "PER_CUBIC_ANGSTROM", "NpyDensity", "members_of", "read_npy_density"]
+
+#: Attribute of numpy files: symbols and positions in angstrom.
+ATOMS = "atoms_of_xyz"
 
 #: Cubic bohr per cubic angstrom, with the digits of electrai's loader: its values are the measure.
 PER_CUBIC_ANGSTROM = 1.88973**3
@@ -65,6 +68,18 @@ class NpyDensity:
             return None
         a, b, c = self.lattice
         return float(abs(np.dot(np.cross(a, b), c)))
+
+    def attributes(self) -> dict[str, Any]:
+        """What the store of these files would have as attributes, without pymatgen.
+
+        Of the structure only the lattice; the atoms as `ATOMS`. Empty without a lattice.
+        """
+        if self.lattice is None:
+            return {}
+        return {
+            "structure": {"lattice": {"matrix": self.lattice.tolist()}},
+            ATOMS: {"symbols": list(self.symbols), "positions": self.positions.tolist()},
+        }
 
 
 def members_of(names: Collection[str], url: str) -> list[str]:

@@ -37,6 +37,7 @@ from zarrcache.arrays.decode import (
     metadata_key,
     parse_document,
 )
+from zarrcache.arrays.density_file import HEAD, structure_of, structure_of_poscar
 from zarrcache.arrays.electrons import (
     attributes_in,
     attributes_key,
@@ -45,7 +46,13 @@ from zarrcache.arrays.electrons import (
     electrons_of,
     has_electrons,
 )
-from zarrcache.arrays.unconverted import decode_unconverted, decoding_bytes, members_in
+from zarrcache.arrays.npy_files import ATOMS
+from zarrcache.arrays.unconverted import (
+    decode_unconverted,
+    decoding_bytes,
+    members_in,
+    unconverted_attributes,
+)
 from zarrcache.arrays.units import cell_volume, in_units, stored_in
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
@@ -69,14 +76,18 @@ __all__ = [
     "density_of_group",
     "examine_array",
     "list_array",
+    "metadata_in",
     "metadata_of",
     "no_such_array",
     "read_array",
+    "read_attributes",
     "stable_listing",
 ]
 
 logger = logging.getLogger(__name__)
 
+#: Documents with the attributes of a store, and the Zarr format of each.
+_FORMATS = {".zattrs": 2, "zarr.json": 3}
 #: A store whose newest object is older than this counts as written.
 _STABLE_S = 2.0
 #: Objects whose ages differ by more than _SPREAD_S, the newest younger than _RECENT_S, look like a
@@ -103,21 +114,25 @@ class Decoded:
     missing_chunks : int
         Chunks of the grid that the origin does not have.
     attributes : mapping
-        Of the store, or what a file says of its cell; empty if they were not read.
+        Of the store, or what a file says of its structure; empty if they were not read.
+    zarr_format : int
+        2 or 3; 0 of a file.
     """
 
     array: np.ndarray[Any, np.dtype[Any]]
     source: str
     missing_chunks: int
-    attributes: Mapping[str, Any]
+    attributes: dict[str, Any]
+    zarr_format: int
 
 
 class _Fetched(NamedTuple):
-    """A decoded array, its absent chunks, and the attributes of its store."""
+    """A decoded array, its absent chunks, and the attributes and the format of its store."""
 
     array: NDArray[Any]
     missing_chunks: int
     attributes: dict[str, Any]
+    zarr_format: int
 
 
 class Examined(NamedTuple):
@@ -253,7 +268,7 @@ def read_array(
         pause_s = unstable_s(listed)
         stable_at_s = time.monotonic() + pause_s
         try:
-            values, missing, attributes = _fetch_and_decode(
+            values, missing, attributes, zarr_format = _fetch_and_decode(
                 origin, store, array, listed, reserve, fills, units if uses_values else None
             )
             if pause_s:
@@ -264,7 +279,7 @@ def read_array(
                     # Of another version? They may not be in the listing, so read them again.
                     attributes = _attributes_now(origin, store, array, listed, attributes)
                     _check_electrons(values, attributes, url, array, missing)
-                return Decoded(values, source, missing, attributes)
+                return Decoded(values, source, missing, attributes, zarr_format)
         except (IncompleteArrayError, SchemaError) as exc:
             if isinstance(exc, SchemaError) and not (pause_s and is_unconverted(store)):
                 raise  # a file that is being copied reads as one that is cut short
@@ -356,8 +371,9 @@ def _fetch_and_decode(
         ((_, data),) = origin.fetch(listed)
         zipped = ZippedStore(data, url)
         decoder = _decode_zipped(zipped, array, url, reserve, fills)
-        attributes = _attributes_in_zip(zipped, array) if has_units else {}
-        return _Fetched(decoder.finish(), decoder.missing_chunks, attributes)
+        name = attributes_key("zarr.json" if f"{array}/zarr.json" in zipped.sizes else None)
+        attributes = _attributes_in_zip(zipped, name) if has_units else {}
+        return _Fetched(decoder.finish(), decoder.missing_chunks, attributes, _FORMATS[name])
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
     _report_sizes(listed)
@@ -374,7 +390,8 @@ def _fetch_and_decode(
             document = bytes(data)
         elif obj.key.startswith(prefix):
             decoder.add(obj.key.removeprefix(prefix), data)
-    return _Fetched(decoder.finish(), decoder.missing_chunks, attributes_in(document, name))
+    attributes = attributes_in(document, name)
+    return _Fetched(decoder.finish(), decoder.missing_chunks, attributes, _FORMATS[name])
 
 
 def _fetch_unconverted(
@@ -394,7 +411,7 @@ def _fetch_unconverted(
     files = {obj.key.rpartition("/")[2]: data for obj, data in origin.fetch(listed)}
     report_progress(_DECODING_S_PER_BYTE * sum(obj.size_bytes for obj in listed))
     values, attributes = decode_unconverted(files, url, array, units)
-    return _Fetched(values, 0, attributes)
+    return _Fetched(values, 0, attributes, 0)
 
 
 def _is_attributes(obj: ObjectInfo, store: str) -> bool:
@@ -402,8 +419,7 @@ def _is_attributes(obj: ObjectInfo, store: str) -> bool:
     return obj.key in (f"{store}/.zattrs", f"{store}/zarr.json")
 
 
-def _attributes_in_zip(zipped: ZippedStore, array: str) -> dict[str, Any]:
-    name = attributes_key("zarr.json" if f"{array}/zarr.json" in zipped.sizes else None)
+def _attributes_in_zip(zipped: ZippedStore, name: str) -> dict[str, Any]:
     if zipped.sizes.get(name, MAX_DOCUMENT_BYTES + 1) > MAX_DOCUMENT_BYTES:
         return {}
     return attributes_in(zipped.read(name, MAX_DOCUMENT_BYTES), name)
@@ -561,7 +577,8 @@ def examine_array(
     if zipped is not None:
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
         if is_density(array):
-            attributes = _attributes_in_zip(zipped, array)
+            described_by = "zarr.json" if f"{array}/zarr.json" in zipped.sizes else None
+            attributes = _attributes_in_zip(zipped, attributes_key(described_by))
     elif is_density(array):
         key = f"{store}/{attributes_key(name)}"
         found = {
@@ -696,28 +713,68 @@ def _missing_in(array: zarr.Array[Any], document: Mapping[str, Any]) -> tuple[in
     return chunks - found, chunks
 
 
+def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
+    """The attributes of a store, and its format: 2, 3, or 0 of a file. One or two GETs.
+
+    A zipped store and a file are fetched whole. Attributes larger than 4 MiB are empty.
+
+    Raises
+    ------
+    OriginError, IncompleteArrayError, SchemaError
+    """
+    url = origin.url_of(store)
+    if is_fetched_whole(store):
+        listed = list_array(origin, store, density_array("total"))
+        check_sizes([o.size_bytes for o in listed], url)
+        files = {o.key.rpartition("/")[2]: data for o, data in origin.fetch(listed)}
+        if is_unconverted(store):
+            return unconverted_attributes(files, url), 0
+        (data,) = files.values()
+        zipped = ZippedStore(data, url)
+        name = "zarr.json" if "zarr.json" in zipped.sizes else ".zattrs"
+        return _attributes_in_zip(zipped, name), _FORMATS[name]
+    for name, zarr_format in _FORMATS.items():
+        ((_, document),) = fetch_with(origin, [], f"{store}/{name}", MAX_DOCUMENT_BYTES)
+        if memoryview(document).nbytes:
+            return attributes_in(document, name), zarr_format
+    if not origin.list_objects(f"{store}/"):
+        raise OriginNotFoundError(f"{url} does not exist or is empty.")
+    return {}, 2
+
+
 def metadata_of(group: zarr.Group) -> dict[str, Any]:
-    """Merge the attributes ``metadata`` and ``structure`` of a group; either may be a JSON string.
+    """`metadata_in` the attributes of a group."""
+    return metadata_in(group.attrs.asdict(), f"{group.store_path}")
+
+
+def metadata_in(attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Merge the attributes ``metadata`` and ``structure``; either may be a JSON string.
+
+    Files have other attributes, of which pymatgen makes the structure here.
 
     Raises
     ------
     SchemaError
         One is a string that is not JSON, or ``metadata`` is not a mapping.
+    PymatgenMissingError
     """
-    attributes = group.attrs.asdict()
     metadata: dict[str, Any] = {}
     if "metadata" in attributes:
-        decoded = _decoded(attributes["metadata"], f"{group.store_path} attribute 'metadata'")
+        decoded = _decoded(attributes["metadata"], f"{where} attribute 'metadata'")
         if not isinstance(decoded, dict):
             raise SchemaError(
-                f"{group.store_path} attribute 'metadata' is {decoded!r}; it has to be a mapping. "
+                f"{where} attribute 'metadata' is {decoded!r}; it has to be a mapping. "
                 "Convert the store again."
             )
         metadata.update(decoded)
-    if "structure" in attributes:
-        metadata["structure"] = _decoded(
-            attributes["structure"], f"{group.store_path} attribute 'structure'"
-        )
+    if isinstance(head := attributes.get(HEAD), str):
+        metadata["structure"] = structure_of_poscar(head, where)
+    elif isinstance(atoms := attributes.get(ATOMS), dict):
+        matrix = np.array(attributes["structure"]["lattice"]["matrix"])
+        positions = np.array(atoms["positions"]).reshape(-1, 3)
+        metadata["structure"] = structure_of(matrix, atoms["symbols"], positions).as_dict()
+    elif "structure" in attributes:
+        metadata["structure"] = _decoded(attributes["structure"], f"{where} attribute 'structure'")
     return metadata
 
 

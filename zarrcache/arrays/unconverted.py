@@ -22,7 +22,7 @@ from zarrcache.errors import SchemaError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["decode_unconverted", "decoding_bytes", "members_in"]
+__all__ = ["decode_unconverted", "decoding_bytes", "members_in", "unconverted_attributes"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def decode_unconverted(
     values : ndarray, 3-D
         Of the file's precision, so that a conversion to ``units`` rounds once.
     attributes : dict
-        What `in_units` reads of them.
+        Those of `unconverted_attributes`, and what `in_units` reads.
 
     Raises
     ------
@@ -96,6 +96,15 @@ def decode_unconverted(
     return values, attributes
 
 
+def unconverted_attributes(files: Mapping[str, Buffer], url: str) -> dict[str, Any]:
+    """What is known of the structure; see ``attributes`` of `DensityFile` and `NpyDensity`."""
+    if any(name.endswith(".npy") for name in files):
+        return read_npy_density(files, url).attributes()
+    ((name, data),) = files.items()
+    where = url if url.endswith(name) else f"{url}/{name}"
+    return read_density_file(io.BytesIO(data), name=where).attributes()
+
+
 def _of_text(
     data: Buffer, url: str, array: str, units: Units | None
 ) -> tuple[NDArray[Any], dict[str, Any]]:
@@ -115,10 +124,9 @@ def _of_text(
         )
     if found.notes:
         logger.warning("%s %s", url, " ".join(found.notes))
-    # The lattice of a file that is read per cell is of no use, so it may be wrong.
-    return values, {
-        "structure": {"lattice": {"matrix": found.lattice}}
-    } if units == "volume" else {}
+    if units == "volume":
+        _ = found.lattice  # refuses one that is wrong; a file that is read per cell may have it
+    return values, {} if units is None else found.attributes()
 
 
 def _of_npy(
@@ -131,11 +139,11 @@ def _of_npy(
         )
     found = read_npy_density(files, url)
     if units is None or units == "volume":
-        return found.values, {UNITS_ATTRIBUTE: "volume"}
+        return found.values, found.attributes() | {UNITS_ATTRIBUTE: "volume"}
     if found.volume is None:
         raise SchemaError(
             f"{url} does not say the volume of its box (box.npy, box.dat, or Lattice= in the .xyz "
             "file), so its number of electrons is unknown. Set normalize_data: volume, or add one."
         )
     # As a converted store has them, so that both give the same bits.
-    return found.values * np.float64(found.volume), {}
+    return found.values * np.float64(found.volume), found.attributes()

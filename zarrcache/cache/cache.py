@@ -12,6 +12,7 @@ import numpy as np
 
 from zarrcache._keys import ArrayKey, Role
 from zarrcache._sources import stem_of
+from zarrcache.cache.attributes import AttributePacks
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources
 from zarrcache.cache.tiers import ArrayCache, ByteCache
@@ -52,6 +53,8 @@ class Cache:
     index : Index or None
     arrays : ArrayCache or None
         None: no cache, or ``cache.arrays.enabled`` is false.
+    attributes : AttributePacks or None
+        Of the stores. None: no cache.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class Cache:
         # Listings are stored even if arrays are not: without them no run starts offline.
         self._listings: ArrayCache | None = None
         self._parsed: tuple[bytes, Any] | None = None
+        self.attributes: AttributePacks | None = None
         if config is not None:
             index, verified = self.index, self._verified
             # Listings decide which materials exist and are read once per run: verify each time.
             checked = config.model_copy(update={"verify": "always"})
             self._listings = ArrayCache(checked, counters, index=index)
+            self.attributes = AttributePacks(self._listings)
             if config.arrays.enabled:
                 self.arrays = ArrayCache(config, counters, index=index, verified=verified)
         if eviction_policy is not None:

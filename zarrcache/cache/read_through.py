@@ -19,6 +19,7 @@ from zarrcache.arrays import (
     list_array,
     read_array,
 )
+from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 Outcome = Literal["hit", "miss", "bypass"]
 #: Called with what is wrong with a density that was read.
 OnFlaws = Callable[[Flaws], object]
+#: Called with the attributes of a store that was read.
+OnAttributes = Callable[[StoredAttributes], object]
 
 
 #: A slow disk, in seconds per byte, while an entry is stored: 64 MiB/s.
@@ -115,6 +118,7 @@ class ReadThrough:
         revalidate: bool = False,
         reserve: Callable[[int], object] | None = None,
         on_flaws: OnFlaws | None = None,
+        on_attributes: OnAttributes | None = None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Read one density, shape (nx, ny, nz), and return it with its outcome.
 
@@ -128,6 +132,8 @@ class ReadThrough:
             Compare with the origin, regardless of ``cache.revalidate``.
         on_flaws : callable, optional
             Called if the density has flaws. They are also logged, once per density.
+        on_attributes : callable, optional
+            Called with the attributes of the store if the density is decoded here.
         """
         arrays = self._arrays
         key = self.key(store)
@@ -155,7 +161,9 @@ class ReadThrough:
                 # Another process may have fetched it meanwhile.
                 entry = arrays.get(key, source=source)
                 if entry is None:
-                    return self._fetch(arrays, key, store, source, listed, reserve, on_flaws)
+                    return self._fetch(
+                        arrays, key, store, source, listed, reserve, on_flaws, on_attributes
+                    )
         if source is not None:
             self._checked.add(key.digest)
         if entry.header.flaws is not SOUND:
@@ -176,6 +184,7 @@ class ReadThrough:
         listed: list[ObjectInfo] | None,
         reserve: Callable[[int], object] | None,
         on_flaws: OnFlaws | None,
+        on_attributes: OnAttributes | None,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Fetch a density that this node does not have, from another node or the origin."""
         if (exact := key.exact) is not None:
@@ -199,6 +208,8 @@ class ReadThrough:
                     fills=self.fills,
                     units=self._units,
                 )
+                if on_attributes is not None:
+                    on_attributes(StoredAttributes(decoded.attributes, decoded.zarr_format))
                 values = self._as_density(decoded, key.url)
                 found = decoded.missing_chunks, count_nonfinite(values)
                 flaws = Flaws(*found) if any(found) else SOUND

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -22,6 +23,7 @@ from zarr.abc.store import (
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache._sources import is_file
 from zarrcache.arrays import ZippedStore, check_sizes, is_chunk_of_nothing
+from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.chunk_checksums import ChunkChecksums
@@ -37,6 +39,8 @@ from zarrcache.origin import Origin
 from zarrcache.stats import Counters
 
 __all__ = ["CachedStore", "group_of", "open_group", "open_store", "store_at"]
+
+_ROOT_DOCUMENTS = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata", ".zarray")
 
 
 class CachedStore(Store):
@@ -67,6 +71,7 @@ class CachedStore(Store):
         self._through = CachedOrigin(origin, cache, relist=relist or not is_trusted)
         self._listing = threading.Lock()
         self._was_there = False
+        self._known: dict[str, bytes | None] = {}
         self._sizes: dict[str, int] | None = None
         self._objects: dict[str, ObjectInfo] = {}
         self._by_array: dict[str, ChunkChecksums | None] = {}
@@ -76,6 +81,27 @@ class CachedStore(Store):
     @property
     def url(self) -> str:
         return self.origin.url_of(self.name)
+
+    @property
+    def knows_attributes(self) -> bool:
+        return bool(self._known)
+
+    def know_attributes(self, stored: StoredAttributes) -> None:
+        """Answer for the documents of the root group, without a request, with these attributes.
+
+        The group opens without consolidated metadata then; the rest of the store is read as ever.
+        """
+        attributes, zarr_format = stored
+        group: dict[str, object] = {"zarr_format": zarr_format}
+        documents: dict[str, dict[str, object] | None] = dict.fromkeys(_ROOT_DOCUMENTS)
+        if zarr_format == 3:
+            documents["zarr.json"] = group | {"node_type": "group", "attributes": attributes}
+        else:
+            documents |= {".zgroup": group, ".zattrs": attributes}
+        self._known = {
+            key: None if document is None else json.dumps(document).encode()
+            for key, document in documents.items()
+        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CachedStore) and (self.origin.identity, self.url) == (
@@ -95,11 +121,13 @@ class CachedStore(Store):
             "name": self.name,
             "cache": self.cache,
             "was_there": self._was_there or bool(self._sizes),
+            "known": self._known,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["origin"], state["name"], state["cache"])  # type: ignore[misc]
         self._was_there = state["was_there"]
+        self._known = state["known"]
 
     def with_read_only(self, read_only: bool = False) -> CachedStore:
         if not read_only:
@@ -122,6 +150,8 @@ class CachedStore(Store):
         )
 
     async def exists(self, key: str) -> bool:
+        if key in self._known:
+            return self._known[key] is not None
         return key in await asyncio.to_thread(self._listed)
 
     async def getsize(self, key: str) -> int:
@@ -162,6 +192,12 @@ class CachedStore(Store):
         )
 
     def _read(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        if key in self._known:
+            document = self._known[key]
+            if document is None:
+                return None
+            start, stop = _bounds(byte_range, len(document))
+            return document[start:stop]
         sizes = self._listed()
         size = sizes.get(key)
         if size is None:
@@ -375,7 +411,7 @@ def open_group(
 
 def group_of(store: CachedStore) -> zarr.Group:
     """The root group of a store."""
-    if not store.sizes():
+    if not store.knows_attributes and not store.sizes():
         raise OriginNotFoundError(f"{store.url} does not exist or is empty.")
     return zarr.open_group(store, mode="r")
 

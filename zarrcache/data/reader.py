@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -32,8 +32,14 @@ from zarrcache._keys import (
 )
 from zarrcache._sources import choose, ends_of, kinds_of, sources_of
 from zarrcache._units import format_bytes
-from zarrcache.arrays import metadata_of
-from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough
+from zarrcache.arrays import (
+    cell_volume,
+    electrons_in,
+    metadata_in,
+    metadata_of,
+    read_attributes,
+)
+from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough, StoredAttributes
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.lock import LockFile
 from zarrcache.data.observers import Read, ReadObserver
@@ -48,7 +54,7 @@ from zarrcache.data.splits import (
     split_ids,
 )
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
+from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats, html_table
 
@@ -634,6 +640,7 @@ class ZarrS3Reader(PairReader):
         *,
         reserve: Callable[[int], object] | None = None,
         on_flaws: OnFlaws | None = None,
+        keeps_attributes: bool = False,
     ) -> tuple[Outcome, int]:
         """Bring one density in the array tier up to date with the origin.
 
@@ -648,6 +655,9 @@ class ZarrS3Reader(PairReader):
             array. It may wait.
         on_flaws : callable, optional
             Called if the density has absent chunks, or values that are NaN or infinite.
+        keeps_attributes : bool
+            Also keep the attributes of its store. If the density is here already, or comes from
+            another node, and they are not, they are one or two more GETs.
 
         Returns
         -------
@@ -662,9 +672,16 @@ class ZarrS3Reader(PairReader):
         """
         with _only_our_errors(f"{task_id} ({role})"):
             store = self.store_name(task_id, role)
+            found: list[StoredAttributes] = []
             values, outcome = self._densities(role).read(
-                store, revalidate=True, reserve=reserve, on_flaws=on_flaws
+                store,
+                revalidate=True,
+                reserve=reserve,
+                on_flaws=on_flaws,
+                on_attributes=found.append if keeps_attributes else None,
             )
+            if keeps_attributes and outcome != "bypass":
+                self._keep_attributes(self._origins[role], store, *found)
             if self._lock is not None:
                 self._lock.check_values(task_id, role, values)
         if outcome != "hit" and self._cache.arrays is not None:
@@ -750,7 +767,11 @@ class ZarrS3Reader(PairReader):
         """
         from zarrcache.cache import group_of, store_at
 
-        return group_of(store_at(zarr_path, self._cache, self.s3_kwargs))
+        store = store_at(zarr_path, self._cache, self.s3_kwargs)
+        stored = self._stored_attributes(store.origin, store.name)
+        if stored is not None and stored.zarr_format:
+            store.know_attributes(stored)
+        return group_of(store)
 
     def read_charge_density(self, zarr_store: zarr.Group) -> Density:
         """The density of an open store, as ``load``.
@@ -785,6 +806,108 @@ class ZarrS3Reader(PairReader):
         """
         with _only_our_errors(f"metadata of {zarr_store.store_path}"):
             return metadata_of(zarr_store)
+
+    # -- attributes
+
+    def metadata(self, task_id: str, role: Role = "data") -> dict[str, Any]:
+        """Attribute ``metadata`` of a material, merged with ``structure``, as ``get_metadata``.
+
+        Once ``zarrcache warm`` has stored the density this sends no request; before, one or two
+        GETs, and the attributes are stored.
+
+        Raises
+        ------
+        SchemaError
+            They are not JSON, or ``metadata`` is not a mapping.
+        PymatgenMissingError
+            The source is a CHGCAR file, and pymatgen is not installed.
+        OriginError
+        """
+        with _only_our_errors(f"metadata of {task_id} ({role})"):
+            origin, store = self._origins[role], self.store_name(task_id, role)
+            return metadata_in(self._attributes(origin, store), origin.url_of(store))
+
+    def structure(self, task_id: str, role: Role = "data") -> dict[str, Any]:
+        """The structure of a material: ``pymatgen.core.Structure.as_dict()``.
+
+        Requests as for ``metadata``.
+
+        Raises
+        ------
+        SchemaError
+            The source has no structure.
+        """
+        found = self.metadata(task_id, role).get("structure")
+        if not isinstance(found, dict):
+            url = self._origins[role].url_of(self.store_name(task_id, role))
+            raise SchemaError(
+                f"{url} has no structure among its attributes. Convert it again, or train without "
+                "structures."
+            )
+        return found
+
+    def volume(self, task_id: str, role: Role = "data") -> float:
+        """Volume of the cell of a material, in cubic angstrom. Requests as for ``metadata``.
+
+        Raises
+        ------
+        SchemaError
+            There is no structure, it has no lattice, or the lattice has no volume.
+        """
+        with _only_our_errors(f"volume of {task_id} ({role})"):
+            origin, store = self._origins[role], self.store_name(task_id, role)
+            return cell_volume(self._attributes(origin, store), origin.url_of(store))
+
+    def electrons(self, task_id: str, role: Role = "data") -> float | None:
+        """Number of electrons that the metadata of a material states; None if it states none.
+
+        Requests as for ``metadata``.
+        """
+        with _only_our_errors(f"electrons of {task_id} ({role})"):
+            origin, store = self._origins[role], self.store_name(task_id, role)
+            return electrons_in(self._attributes(origin, store))
+
+    def _attributes(self, origin: Origin, store: str) -> dict[str, Any]:
+        stored = self._stored_attributes(origin, store)
+        if stored is None:
+            stored = StoredAttributes(*read_attributes(origin, store))
+            if stored.attributes and self._cache.attributes is not None:
+                self._cache.attributes.put(origin, store, stored)
+        return stored.attributes
+
+    def _stored_attributes(self, origin: Origin, store: str) -> StoredAttributes | None:
+        if self._cache.attributes is None or not self._trusts_entries:
+            return None
+        return self._cache.attributes.get(origin, store)
+
+    def absent_attributes_bytes(self, task_ids: Collection[str]) -> int:
+        """Bytes on disk that the attributes of these ids need beyond those that are stored.
+
+        Estimated from those that are stored, at 2 KiB per store if none are.
+        """
+        packs, nbytes = self._cache.attributes, 0
+        if packs is None:
+            return 0
+        for role in self.roles:
+            origin, names = self._origins[role], self.store_names(role)
+            wanted = {names[task_id] for task_id in task_ids if task_id in names}
+            nbytes += packs.needed_bytes(origin, wanted)
+        return nbytes
+
+    def _keep_attributes(self, origin: Origin, store: str, *found: StoredAttributes) -> None:
+        """Store the attributes that were found with a density; read them if there are none yet."""
+        packs = self._cache.attributes
+        if packs is None:
+            return
+        for stored in found:
+            if stored.attributes:
+                packs.put(origin, store, stored)
+                return
+        if packs.get(origin, store) is None:
+            stored = StoredAttributes(*read_attributes(origin, store))
+            # None are not stored: they may be larger than what is read here.
+            if stored.attributes:
+                packs.put(origin, store, stored)
 
     def _get_zarr_path(self, base_dir: str, task_id: str) -> str:
         return f"{base_dir}/{task_id}.zarr"

@@ -24,7 +24,7 @@ from zarrcache._keys import (
 )
 from zarrcache._sources import choose, kinds_of, stem_of
 from zarrcache.arrays import as_density, cell_volume, examine_array, list_array, read_array
-from zarrcache.cache import Cache
+from zarrcache.cache import PACK, Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import distinct_directories, mapped_ids
 from zarrcache.disk import (
@@ -283,8 +283,12 @@ class Selection:
         return None
 
     def is_directory(self, row: Row) -> bool:
-        """Whether an entry is the stored listing of one of the two directories."""
-        return row.kind == LISTING and origin_and_url(row) in self._roots
+        """Whether an entry is the stored listing of one of the two directories, or a pack of the
+        attributes of its stores.
+        """
+        endpoint, url = origin_and_url(row)
+        root = url.partition(PACK)[0]
+        return row.kind == LISTING and (endpoint, root) in self._roots
 
     def stale(self, rows: Sequence[Row]) -> list[Row]:
         """Entries of the array tier, among ``rows``, that differ from the origin's version.

@@ -178,8 +178,8 @@ class WarmReport:
         Something was not admitted although ``cache.limit`` has room for all ids: the file system
         is full, or ``cache.min_free`` is reached.
     beside_bytes : int
-        Bytes on disk of everything else in the cache: listings, entries of other configs. Computed
-        only if something was not admitted.
+        Bytes on disk of everything else in the cache: listings, attributes, entries of other
+        configs. Computed only if something was not admitted.
     stats : Stats
         Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
     seconds : float
@@ -388,13 +388,13 @@ class WarmPlan:
         return store is not None and is_fetched_whole(store)
 
     def _unstored_listings_bytes(self) -> int:
-        """Bytes on disk that the directories' listings need, if they were not admitted."""
+        """Bytes on disk that listings and attributes need, if they were not admitted."""
         nbytes = 0
         for role in self.roles:
             if self.reader.cache.stored_listing(self.reader.origin(role), "") is None:
                 names = json.dumps(self.reader.store_names(role), separators=(",", ":"))
                 nbytes += BLOCK_BYTES + disk_bytes(len(names))
-        return nbytes
+        return nbytes + self.reader.absent_attributes_bytes(self.task_ids)
 
     def _results(self, engine: Engine | None) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)
@@ -584,7 +584,7 @@ class _Warmer:
         flaws = [SOUND]
         try:
             outcome, nbytes = self._reader.ensure(
-                task_id, role, reserve=reserve, on_flaws=flaws.append
+                task_id, role, reserve=reserve, on_flaws=flaws.append, keeps_attributes=True
             )
         except ZarrCacheError as exc:
             logger.debug("%s (%s) failed", task_id, role, exc_info=True)

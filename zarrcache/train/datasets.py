@@ -8,7 +8,17 @@ import operator
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict, TypeVar, cast
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    Protocol,
+    SupportsIndex,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 
 import numpy as np
 import torch
@@ -30,7 +40,7 @@ from zarrcache.train.transforms import (
     rotate,
     rotation_of,
 )
-from zarrcache.train.worker_transfer import Sender, empty_tensor, in_pages
+from zarrcache.train.worker_transfer import Sender, Structure, empty_tensor, in_pages
 
 __all__ = [
     "DensityReader",
@@ -100,6 +110,7 @@ class Sample(TypedDict):
     data: torch.Tensor
     label: torch.Tensor
     index: str
+    structure: NotRequired[Structure]
 
 
 class _PairDataset(Sender):
@@ -329,6 +340,11 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         Order of a rotated tensor in memory. ``rotated``: strided, as ``transpose`` and ``flip``
         of torch leave it. Sums over it may differ in the last bit from those over C order, which is
         faster.
+    structure : bool
+        Add ``sample["structure"]``, the pymatgen dict of the input's structure. No request once
+        ``zarrcache warm`` has stored the sample. Not with ``augmentation``, which rotates the grid
+        alone. A batch has the list of its samples' structures, with any collate function that
+        builds on torch's ``default_collate``.
     transform : callable, optional
         A function of the dict ``{"data": tensor, "label": tensor, "index": task id}`` that returns
         the item: that dict, changed or not, or another mapping with at least ``data`` and
@@ -354,6 +370,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         seed: int | None = None,
         rng: Literal["keyed", "torch"] = "keyed",
         layout: Literal["C", "rotated"] = "C",
+        structure: bool = False,
         transform: Transform | None = None,
     ) -> None:
         if layout not in ("C", "rotated"):
@@ -362,6 +379,17 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             raise ConfigError(f"rng is {rng!r}; it has to be 'keyed' or 'torch'.")
         if rng == "torch" and seed is not None:
             raise ConfigError("rng='torch' has no seed of its own. Call torch.manual_seed(seed).")
+        if structure and augmentation:
+            raise ConfigError(
+                "structure and augmentation exclude each other: a rotation turns the grid, not the "
+                "structure. Switch one of them off."
+            )
+        structure_of = getattr(reader, "structure", None) if structure else None
+        if structure and not callable(structure_of):
+            raise ConfigError(
+                f"structure needs a reader that has structures; {type(reader).__name__} has no "
+                "method structure(task_id). Use ZarrS3Reader."
+            )
         if isinstance(split, str) and split not in ("train", "test", "all"):
             raise ConfigError(
                 f"split is {split!r}; it has to be 'train', 'test', 'all' or a list of task ids."
@@ -384,6 +412,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         )
         self.reader = reader
         self.split = split
+        self._structure_of: Callable[[str], Mapping[str, Any]] | None = structure_of
         if isinstance(split, str):
             train, test = reader.split_task_ids()
             split = {"train": train, "test": test, "all": [*train, *test]}[split]
@@ -412,7 +441,10 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         """
         i = _position(index, len(self))
         task_id = self.task_ids[i]
-        return cast(Sample, self._sample(i, task_id, index=task_id))
+        if self._structure_of is None:
+            return cast(Sample, self._sample(i, task_id, index=task_id))
+        structure = Structure(self._structure_of(task_id))
+        return cast(Sample, self._sample(i, task_id, index=task_id, structure=structure))
 
     def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
@@ -645,7 +677,9 @@ def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
 def _shapes(sample: Any) -> Any:
     """The shapes of a sample's tensors and arrays, nested as the sample is."""
     if isinstance(sample, Mapping):
-        return [_shapes(value) for value in sample.values()]
+        return [
+            None if isinstance(value, Structure) else _shapes(value) for value in sample.values()
+        ]
     if isinstance(sample, (tuple, list)):
         return [_shapes(value) for value in sample]
     return tuple(sample.shape) if isinstance(sample, (torch.Tensor, np.ndarray)) else None

@@ -37,9 +37,17 @@ from zarrcache import _pages
 from zarrcache.disk import Place, is_mapped, map_place, place_of
 from zarrcache.errors import SchemaError
 
-__all__ = ["MappedTensor", "PagesTensor", "Sender", "empty_tensor", "in_pages"]
+__all__ = ["MappedTensor", "PagesTensor", "Sender", "Structure", "empty_tensor", "in_pages"]
 
 logger = logging.getLogger(__name__)
+
+
+class Structure(dict[str, Any]):
+    """``pymatgen.core.Structure.as_dict()`` of a sample; a batch has the list of them.
+
+    torch's own collate function would merge dicts key by key, and fails where they have different
+    numbers of sites.
+    """
 
 
 class Sender(ABC):
@@ -341,7 +349,12 @@ def _collate(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> to
     return result
 
 
+def _listed(batch: Sequence[Structure], *, collate_fn_map: Any = None) -> list[Structure]:
+    return list(batch)
+
+
 ForkingPickler.register(MappedTensor, _reduce_mapped)
 ForkingPickler.register(PagesTensor, _reduce_pages)
 default_collate_fn_map[MappedTensor] = _collate
 default_collate_fn_map[PagesTensor] = _collate
+default_collate_fn_map[Structure] = _listed

@@ -254,7 +254,7 @@ def test_after_three_that_do_not_fit_the_rest_is_only_listed(
     tmp_path: Path,
 ) -> None:
     write_pairs(tmp_path, 8, chunks=(6, 5, 4))
-    config = DataConfig.from_yaml(write_config(tmp_path, limit=6 * 8192))
+    config = DataConfig.from_yaml(write_config(tmp_path, limit=8 * 8192))
     report = plan_warm(config, workers=1).execute()
     assert (report.warm, len(report.bypassed), report.is_good) == (2, 6, True)
     assert report.stats.misses == 4 + 3
@@ -273,9 +273,10 @@ def test_the_needed_bytes_are_reported_even_if_nothing_fits(tmp_path: Path) -> N
     plan = plan_warm(config)
     report = plan.execute()
     assert (report.warm, report.disk_bytes, report.needed_bytes) == (0, 0, 4 * 8192)
-    assert report.beside_bytes == 2 * 8192
+    # The listings, and an estimate of the attributes.
+    assert report.beside_bytes == 2 * 8192 + 2 * 12288
     assert (
-        "All ids and the other entries of the cache need about 48.0 KiB on disk: raise cache.limit"
+        "All ids and the other entries of the cache need about 72.0 KiB on disk: raise cache.limit"
         in warm_notes(plan, report)[0]
     )
     assert (
@@ -361,7 +362,7 @@ def test_an_evicted_density_is_not_reported_as_warm(tmp_path: Path) -> None:
     """With ``least-recently-stored`` and a small limit, late entries evict early ones."""
     write_pairs(tmp_path, 5)
     config = DataConfig.from_yaml(
-        write_config(tmp_path, limit=6 * 8192, eviction="least-recently-stored")
+        write_config(tmp_path, limit=8 * 8192, eviction="least-recently-stored")
     )
     report = plan_warm(config, workers=1).execute()
     covered = read_status(config).coverage

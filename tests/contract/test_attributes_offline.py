@@ -1,0 +1,304 @@
+"""Structures and metadata on a warm node: no request, few files, checked, within the limit."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.support.readers import make_reader
+from tests.support.requestlog import RequestLog
+from tests.support.s3server import S3Server
+from tests.support.stores import STRUCTURE, small_group
+from zarrcache import ZarrS3Reader, plan_warm
+from zarrcache.cache.attributes import StoredAttributes
+from zarrcache.cache.cache import Cache
+from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
+from zarrcache.ops import verify
+from zarrcache.stats import Counters
+
+IDS = ["mp-1", "mp-2", "mp-3"]
+METADATA = {"formula": "Si1"}
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> Path:
+    """Stores of v2, v3 and a zip file, each with a structure and metadata."""
+    for role in ("data", "label"):
+        for id_ in IDS:
+            name = f"{id_}.zarr{'.zip' if id_ == 'mp-3' else ''}"
+            small_group(
+                tmp_path / "stores" / role / name,
+                zarr_format=3 if id_ == "mp-2" else 2,
+                consolidated=id_ != "mp-3",
+                as_zip=id_ == "mp-3",
+                metadata={**METADATA, "task_id": id_},
+            )
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS}))
+    return tmp_path / "stores"
+
+
+def _config(tmp_path: Path, url: object, **options: Any) -> DataConfig:
+    return DataConfig(
+        data_dir=f"{url}/data",
+        label_dir=f"{url}/label",
+        map_dir=tmp_path / "map.json",
+        functional="GGA",
+        train_fraction=0.5,
+        **{"cache": {"dir": tmp_path / "cache", "min_free": 0}, **options},
+    )
+
+
+def _check(reader: ZarrS3Reader) -> None:
+    for id_ in IDS:
+        expected = {**METADATA, "task_id": id_, "structure": STRUCTURE}
+        assert reader.metadata(id_) == reader.metadata(id_, "label") == expected
+        assert reader.structure(id_) == STRUCTURE
+        assert reader.volume(id_) == pytest.approx(3.8**3)
+        assert reader.electrons(id_) is None
+        path = reader.origin("label").url_of(reader.store_name(id_, "label"))
+        for group in (
+            reader.read_zarr_store(path),
+            pickle.loads(pickle.dumps(reader.read_zarr_store(path))),
+        ):
+            assert reader.get_metadata(group) == expected
+            assert reader.read_charge_density(group)[1] == (12, 10, 8)
+
+
+def test_metadata_of_a_warm_node_sends_no_request(
+    stores: Path, tmp_path: Path, s3_server: S3Server, bucket: str
+) -> None:
+    """Nor did ``warm``, more than reading the densities does; a second ``warm`` only lists."""
+    s3_server.put_tree(stores, f"s3://{bucket}")
+    config = _config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.s3_kwargs)
+    log = RequestLog(s3_server, bucket)
+    assert plan_warm(config, workers=1).execute().failed == ()
+    keys = log.paths("GET")
+    assert keys["data/mp-1.zarr/.zattrs"] == keys["data/mp-2.zarr/zarr.json"] == 1
+    assert keys["data/mp-3.zarr.zip"] == 1
+    log = RequestLog(s3_server, bucket)
+    _check(ZarrS3Reader.from_config(config))
+    assert log.seen() == []
+    plan_warm(config, workers=1, revalidate=True).execute()
+    assert log.seen("GET") == []
+
+
+def test_metadata_of_a_warm_node_needs_no_origin(stores: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path, stores)
+    plan_warm(config, workers=2).execute()
+    stores.rename(tmp_path / "away")
+    _check(ZarrS3Reader.from_config(config))
+    with pytest.raises(OriginNotFoundError):
+        ZarrS3Reader.from_config(config).read_zarr_store(stores / "data" / "mp-404.zarr")
+    assert verify(config).is_good
+
+
+def test_a_cache_without_attributes_gets_them_from_warm_that_revalidates(
+    stores: Path, tmp_path: Path
+) -> None:
+    """Its densities are hits; so are those that a training has stored."""
+    config = _config(tmp_path, stores)
+    reader = ZarrS3Reader.from_config(config)
+    for id_ in IDS:
+        reader.load(id_, "data")
+        reader.load(id_, "label")
+    assert plan_warm(config, workers=1).densities == ()
+    plan_warm(config, workers=1, revalidate=True).execute()
+    stores.rename(tmp_path / "away")
+    _check(ZarrS3Reader.from_config(config))
+
+
+def test_metadata_is_stored_when_it_is_first_read(stores: Path, tmp_path: Path) -> None:
+    """Without ``warm``; and read each time where entries are not trusted."""
+    trusting = make_reader(tmp_path, stores, cache={})
+    doubting = make_reader(tmp_path, stores, cache={"revalidate": "epoch"})
+    plain = make_reader(tmp_path, stores, cache=None)
+    for reader in (trusting, doubting, plain):
+        assert reader.structure("mp-1") == STRUCTURE
+    wider = json.loads(json.dumps(STRUCTURE).replace("3.8", "4.2"))
+    path = stores / "data" / "mp-1.zarr"
+    zarr.open_group(path, mode="r+", use_consolidated=False).attrs["structure"] = wider
+    assert trusting.structure("mp-1") == STRUCTURE
+    assert doubting.structure("mp-1") == plain.structure("mp-1") == wider
+
+
+def test_a_density_that_is_fetched_again_brings_its_attributes(
+    stores: Path, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, stores)
+    plan_warm(config, workers=1).execute()
+    wider = json.loads(json.dumps(STRUCTURE).replace("3.8", "4.2"))
+    small_group(stores / "data" / "mp-1.zarr", seed=9, attrs={"structure": json.dumps(wider)})
+    plan_warm(config, workers=1, revalidate=True).execute()
+    reader = ZarrS3Reader.from_config(config)
+    assert reader.structure("mp-1") == wider
+    assert reader.structure("mp-2") == STRUCTURE
+
+
+@pytest.mark.parametrize(
+    ("attributes", "why"),
+    [
+        ({}, "has no structure among its attributes"),
+        ({"structure": [1]}, "has no structure among its attributes"),
+        ({"structure": "{"}, "attribute 'structure' is not JSON"),
+    ],
+)
+def test_a_material_without_a_structure_is_an_error_that_names_it(
+    stores: Path, tmp_path: Path, attributes: Any, why: str
+) -> None:
+    path = stores / "data" / "mp-1.zarr"
+    small_group(path, attrs=attributes)
+    with pytest.raises(SchemaError, match=rf"{path}.*{why}"):
+        make_reader(tmp_path, stores, cache={}).structure("mp-1")
+
+
+# -- the packs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(CacheConfig(dir=tmp_path / "cache", min_free=0), Counters())
+
+
+def test_a_thousand_rows_are_some_dozens_of_files(tmp_path: Path, cache: Cache) -> None:
+    packs, origin = cache.attributes, cache.origin(str(tmp_path))
+    assert packs is not None
+    assert cache.index is not None
+    expected = {f"mp-{n}.zarr": StoredAttributes({"n": n, "é": [None]}, 2) for n in range(1000)}
+    for name, stored in expected.items():
+        assert packs.put(origin, name, stored)
+    assert all(packs.get(origin, name) == stored for name, stored in expected.items())
+    assert packs.get(origin, "mp-1000.zarr") is None
+    assert packs.get(cache.origin(str(tmp_path / "other")), "mp-1.zarr") is None
+    assert sum(1 for _ in cache.index.dir.files()) < 100
+    replaced = StoredAttributes({"n": "other"}, 3)
+    for name in ("mp-0.zarr", "mp-999.zarr"):
+        assert packs.put(origin, name, replaced)
+        assert packs.get(origin, name) == replaced
+
+
+def test_a_damaged_pack_is_a_miss_and_is_written_again(tmp_path: Path, cache: Cache) -> None:
+    packs, origin = cache.attributes, cache.origin(str(tmp_path))
+    assert packs is not None
+    assert cache.index is not None
+    row = StoredAttributes({"a": 1}, 2)
+    packs.put(origin, "mp-1.zarr", row)
+    (file,) = cache.index.dir.files()
+    raw = bytearray(file.read_bytes())
+    raw[4096 + 20] ^= 1
+    file.write_bytes(raw)
+    assert packs.get(origin, "mp-1.zarr") is None
+    assert cache.counters.total().purges == 1
+    assert packs.put(origin, "mp-1.zarr", row)
+    assert packs.get(origin, "mp-1.zarr") == row
+
+
+def test_rows_that_have_no_room_are_not_stored(tmp_path: Path) -> None:
+    small = Cache(CacheConfig(dir=tmp_path / "cache", min_free=0, limit="16 KiB"), Counters())
+    packs, origin = small.attributes, small.origin(str(tmp_path))
+    assert packs is not None
+    noise = np.random.default_rng(0).integers(0, 2**31, 4000).tolist()
+    assert not packs.put(origin, "mp-1.zarr", StoredAttributes({"a": noise}, 2))
+    assert packs.get(origin, "mp-1.zarr") is None
+
+
+def test_structures_of_files_are_those_of_pymatgen(tmp_path: Path) -> None:
+    """Of a CHGCAR it is made when it is asked for; nothing else needs pymatgen."""
+    core = pytest.importorskip("pymatgen.core")
+    from zarrcache.demo.synthetic import write_pairs
+
+    for form in ("chgcar", "json.gz"):
+        root = tmp_path / form
+        (id_,) = write_pairs(root, 1, seed=4, **({} if form == "chgcar" else {"form": form}))
+        (root / "map.json").write_text(json.dumps({"GGA": [id_]}))
+        config = DataConfig(
+            data_dir=str(root / "input"),
+            label_dir=str(root / "label"),
+            map_dir=root / "map.json",
+            functional="GGA",
+            cache={"dir": root / "cache", "min_free": 0},
+        )
+        plan_warm(config, split="all", workers=1).execute()
+        (root / "input").rename(root / "away")
+        reader = ZarrS3Reader.from_config(config)
+        structure = core.Structure.from_dict(reader.structure(id_))
+        (file,) = (root / "away").iterdir()
+        if form == "chgcar":
+            expected = core.Structure.from_str(file.read_text(), fmt="poscar")
+        else:
+            document = json.loads(gzip.decompress(file.read_bytes()))
+            expected = core.Structure.from_dict(document["data"]["poscar"]["structure"])
+        assert structure == expected
+        assert reader.volume(id_) == expected.lattice.volume
+
+
+# -- in samples -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_have_the_structure_of_their_material(
+    stores: Path, tmp_path: Path, workers: int
+) -> None:
+    """In batches as a list, with torch's own collate function too."""
+    torch = pytest.importorskip("torch")
+    from zarrcache import ZarrDataset, collate
+
+    two_sites = {**STRUCTURE, "sites": STRUCTURE["sites"] * 2}
+    small_group(stores / "data" / "mp-1.zarr", attrs={"structure": json.dumps(two_sites)})
+    plan_warm(_config(tmp_path, stores), workers=1).execute()
+    stores.rename(tmp_path / "away")
+    reader = ZarrS3Reader.from_config(_config(tmp_path, stores))
+    dataset = ZarrDataset(reader, IDS, structure=True)
+    assert [dataset[i]["structure"] for i in range(3)] == [two_sites, STRUCTURE, STRUCTURE]
+    assert "structure" not in ZarrDataset(reader, IDS)[0]
+    for collate_fn in (None, collate):
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=3, num_workers=workers, collate_fn=collate_fn
+        )
+        (batch,) = loader
+        assert batch["structure"] == [two_sites, STRUCTURE, STRUCTURE]
+        assert batch["data"].shape == (3, 1, 12, 10, 8)
+
+
+def test_structures_and_rotations_exclude_each_other(stores: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from zarrcache import ZarrDataset
+
+    reader = make_reader(tmp_path, stores)
+    with pytest.raises(ConfigError, match="a rotation turns the grid, not the structure"):
+        ZarrDataset(reader, IDS, augmentation=True, structure=True)
+
+    class Bare:
+        def split_task_ids(self) -> Any:
+            return IDS, []
+
+        load = reader.load
+
+    with pytest.raises(ConfigError, match="Bare has no method structure"):
+        ZarrDataset(Bare(), structure=True)
+
+
+def test_structures_of_numpy_files_are_made_of_their_xyz(tmp_path: Path) -> None:
+    pytest.importorskip("pymatgen.core")
+    for role in ("data", "label"):
+        where = tmp_path / "qm9" / role / "dsgdb9nsd_000001"
+        where.mkdir(parents=True)
+        np.save(where / "rho_22.npy", np.ones((4, 5, 6)))
+        np.save(where / "box.npy", np.diag([4.0, 5.0, 6.0]))
+        (where / "centered.xyz").write_text("2\n\nC 0.0 0.0 0.0\nH 1.0 0.5 0.25\n")
+    (tmp_path / "map.json").write_text('{"GGA": ["dsgdb9nsd_000001"]}')
+    config = _config(tmp_path, tmp_path / "qm9", normalize_data="volume")
+    plan_warm(config, split="all", workers=1).execute()
+    (tmp_path / "qm9").rename(tmp_path / "away")
+    reader = ZarrS3Reader.from_config(config)
+    structure = reader.structure("dsgdb9nsd_000001")
+    assert [site["label"] for site in structure["sites"]] == ["C", "H"]
+    assert structure["sites"][1]["xyz"] == pytest.approx([1.0, 0.5, 0.25])
+    assert reader.volume("dsgdb9nsd_000001") == pytest.approx(120)
