@@ -356,6 +356,7 @@ class LoaderConfig(_Block):
     pin_memory: bool | None = None
     precision: Annotated[Literal["f32", "f16", "bf16"] | None, BeforeValidator(_precision)] = None
     augmentation: bool | None = None
+    augment_on: Literal["cpu", "device"] | None = None
     split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = None
     val_frac: float | None = None
     random_seed: int | None = None

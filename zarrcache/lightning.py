@@ -52,6 +52,7 @@ from zarrcache.train import (
     Verdict,
     ZarrDataset,
     collate_fn,
+    collate_in_lists,
 )
 
 __all__ = ["CacheMonitor", "RhoDataModule", "ZarrDataModule"]
@@ -120,6 +121,11 @@ class ZarrDataModule(_DataModule):
         Of a config's key ``precision``, values for Lightning's Trainer are ignored.
     augmentation : bool, default True
         Rotate the training samples randomly.
+    augment_on : {"cpu", "device"}, default "cpu"
+        Where samples are rotated, downsampled and cast. ``cpu``: in the workers. ``device``: after
+        the transfer to the GPU, in ``on_after_batch_transfer``, with the same result; the samples
+        of a warm cache are then maps of their files, and ``precision`` and ``downsample_data`` do
+        not make the transfer to the GPU smaller. Without a Trainer, call that method.
     split_file : path or mapping, optional
         JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
         "test": [...]}``. For several datasets, one file per name. Default: the training and test
@@ -183,6 +189,7 @@ class ZarrDataModule(_DataModule):
         drop_last: bool | None = None,
         downsample_data: int | None = None,
         downsample_label: int | None = None,
+        augment_on: Literal["cpu", "device"] | None = None,
         persistent_workers: bool | None = None,
         multiprocessing_context: str | None = None,
     ) -> None:
@@ -212,7 +219,9 @@ class ZarrDataModule(_DataModule):
             "precision": setting("precision", precision, "f32"),
             "downsample_data": setting("downsample_data", downsample_data, 1),
             "downsample_label": setting("downsample_label", downsample_label, 1),
+            "augment_on": setting("augment_on", augment_on, "cpu"),
         }
+        self._deferring: ZarrDataset | CombinedDataset | None = None
         self._loader: _TrainLoader | None = None
         self._ahead: Lookahead | None = None
         self._begun: int | None = None
@@ -250,9 +259,18 @@ class ZarrDataModule(_DataModule):
         _check_ranks(self)
 
     def _dataset(self, side: Side) -> ZarrDataset | CombinedDataset:
-        return self.sources.dataset(
+        dataset = self.sources.dataset(
             side, augmentation=self.augmentation and side == "train", **self._tensors
         )
+        if self._tensors["augment_on"] == "device":
+            self._deferring = dataset
+        return dataset
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Rotate, downsample and cast on the device, with ``augment_on="device"``."""
+        if self._deferring is not None and isinstance(batch, Mapping) and "rotation" in batch:
+            return self._deferring.augment(batch)
+        return batch
 
     # -- loaders
 
@@ -368,7 +386,9 @@ class ZarrDataModule(_DataModule):
             "pin_memory": self.pin_memory and torch.cuda.is_available(),
             "persistent_workers": self.persistent_workers and workers > 0,
             "multiprocessing_context": context if workers else None,
-            "collate_fn": collate_fn,
+            "collate_fn": collate_in_lists
+            if self._tensors["augment_on"] == "device"
+            else collate_fn,
         }
 
     # -- position in the epoch

@@ -16,7 +16,7 @@ import yaml
 from torch.utils.data import DataLoader, RandomSampler
 
 from tests.support.training import write_config, write_pairs
-from zarrcache.errors import ConfigError
+from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.train.datasets import ZarrDataset
 
 if TYPE_CHECKING:  # its import takes seconds, in every process that collects these tests
@@ -399,3 +399,91 @@ def test_configs_that_cannot_be_used_are_named(config: str, tmp_path: Path) -> N
         module({**yaml.safe_load(Path(config).read_text()), "dataset_name": "chgcar_data"})
     with pytest.raises(ConfigError, match=r"config file nowhere\.yaml cannot be read"):
         module("nowhere.yaml")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"downsample_data": 2},
+        {"downsample_data": 3, "downsample_label": 2, "precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_augmentation_on_the_device_gives_the_batches_of_the_cpu(
+    config: str, batch_size: int, options: dict[str, Any]
+) -> None:
+    """Bit for bit, in the same order; what Lightning calls is called here."""
+    options = {"augmentation": True, "batch_size": batch_size, **options}
+    batches = []
+    for place in ("cpu", "device"):
+        torch.manual_seed(7)
+        data = module(config, augment_on=place, **options)
+        loaders = (data.train_dataloader(), data.train_dataloader(), data.val_dataloader())
+        batches.append(
+            [data.on_after_batch_transfer(batch, 0) for loader in loaders for batch in loader]
+        )
+    assert len(batches[0]) == len(batches[1]) > 2
+    for cpu, device in zip(*batches, strict=True):
+        assert cpu.keys() == device.keys()
+        assert cpu["index"] == device["index"]
+        for role in ("data", "label"):
+            assert type(cpu[role]) is type(device[role])
+            for one, other in zip(cpu[role], device[role], strict=True):
+                assert one.dtype == other.dtype
+                assert other.is_contiguous()
+                assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers:UserWarning",
+    "ignore:.*have no `validation_step`:UserWarning",
+    "ignore:.*LeafSpec.*:FutureWarning",
+)
+def test_a_trainer_augments_on_its_device(config: str) -> None:
+    """On a GPU where there is one; of several configs, with their numbers."""
+    import lightning as L
+
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.batches: list[Any] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.batches.append(batch)
+            return self.weight * sum(x.float().sum() for x in batch["data"])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    data = module([config, config], augment_on="device", augmentation=True, precision="bf16")
+    trainer = L.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        devices=1,
+    )
+    model = Model()
+    trainer.fit(model, train_dataloaders=data)
+    assert model.batches
+    for batch in model.batches:
+        assert set(batch) == {"data", "label", "index", "dataset"}
+        assert batch["data"].dtype == torch.bfloat16
+        assert batch["dataset"].device == batch["data"].device == model.weight.device
+
+
+def test_what_cannot_be_augmented_on_the_device_is_refused(config: str) -> None:
+    data = module(config)
+    reader = data.readers["0"]
+    for options in ({"transform": dict}, {"layout": "rotated"}):
+        with pytest.raises(ConfigError, match="augment_on='cpu'"):
+            ZarrDataset(reader, "train", augment_on="device", **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="it has to be 'cpu' or 'device'"):
+        ZarrDataset(reader, "train", augment_on="gpu")  # type: ignore[arg-type]
+    tiny = module(config, augment_on="device", downsample_data=1000)
+    with pytest.raises(SchemaError, match="is empty after cropping"):
+        next(iter(tiny.train_dataloader()))

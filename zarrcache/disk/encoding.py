@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache import _pages
 from zarrcache._keys import FLOAT32, mantissa_bits
 
 __all__ = [
@@ -174,7 +175,7 @@ def decode(
     ValueError
         The payload does not decode to ``shape``.
     """
-    out = np.empty(shape, np.float32)
+    out = _pages.empty(shape, np.float32)
     flat = out.reshape(-1)
     if stored_as.encoding == "float16":
         _from_float16(payload.reshape(-1), stored_as, flat)

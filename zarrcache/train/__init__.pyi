@@ -5,6 +5,7 @@ from .datasets import Transform as Transform
 from .datasets import ZarrDataset as ZarrDataset
 from .datasets import collate as collate
 from .datasets import collate_fn as collate_fn
+from .datasets import collate_in_lists as collate_in_lists
 from .lookahead import Lookahead as Lookahead
 from .lookahead import node_budget_bytes as node_budget_bytes
 from .monitor import EpochTimes as EpochTimes

@@ -51,6 +51,7 @@ __all__ = [
     "ZarrDataset",
     "collate",
     "collate_fn",
+    "collate_in_lists",
 ]
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,10 @@ class _PairDataset(Sender):
                 name,
                 *(_times(grid.shape[1:]) for grid in whole),
             )
-        (data, data_grid), (label, label_grid) = self._to_tensors(*whole, i, name=name)
+        (data, data_grid), (label, label_grid), rotation = self._to_tensors(*whole, i, name=name)
+        if rotation is not None:
+            # A tuple: Lightning refuses frozen dataclasses in a batch.
+            rest = {**rest, "rotation": (rotation.axis, rotation.turns)}
         sample = {
             "data": self.for_transfer(data, data_grid, i, 0),
             "label": self.for_transfer(label, label_grid, i, 1),
@@ -336,6 +340,10 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     rng : {"keyed", "torch"}
         What draws the rotations. ``keyed``: see the Notes of `RhoData`. ``torch``: torch's global
         generator of the process, two numbers per sample, as electrai's loader draws them.
+    augment_on : {"cpu", "device"}
+        ``device``: samples are whole grids in float32 and have a key ``rotation``, the axis and the
+        number of quarter turns. `augment` then rotates, downsamples and casts a batch where it
+        lies, for example on the GPU, with the same result. Not with ``transform`` or ``layout``.
     layout : {"C", "rotated"}
         Order of a rotated tensor in memory. ``rotated``: strided, as ``transpose`` and ``flip``
         of torch leave it. Sums over it may differ in the last bit from those over C order, which is
@@ -369,10 +377,19 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         downsample_label: int = 1,
         seed: int | None = None,
         rng: Literal["keyed", "torch"] = "keyed",
+        augment_on: Literal["cpu", "device"] = "cpu",
         layout: Literal["C", "rotated"] = "C",
         structure: bool = False,
         transform: Transform | None = None,
     ) -> None:
+        if augment_on not in ("cpu", "device"):
+            raise ConfigError(f"augment_on is {augment_on!r}; it has to be 'cpu' or 'device'.")
+        if augment_on == "device" and (transform is not None or layout != "C"):
+            raise ConfigError(
+                "augment_on='device' sends samples before they are rotated, downsampled and cast, "
+                "so it goes neither with transform= nor with layout='rotated'. Leave these out, or "
+                "use augment_on='cpu'."
+            )
         if layout not in ("C", "rotated"):
             raise ConfigError(f"layout is {layout!r}; it has to be 'C' or 'rotated'.")
         if rng not in ("keyed", "torch"):
@@ -407,6 +424,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
                 _DTYPES[precision],
                 rng,
                 layout,
+                is_deferred=augment_on == "device",
             ),
             transform,
         )
@@ -446,6 +464,40 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         structure = Structure(self._structure_of(task_id))
         return cast(Sample, self._sample(i, task_id, index=task_id, structure=structure))
 
+    def augment(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Rotate, downsample and cast samples of ``augment_on="device"`` where they lie.
+
+        Parameters
+        ----------
+        batch : mapping
+            From `collate_in_lists`, with the tensors on any device.
+
+        Returns
+        -------
+        dict
+            The batch that `collate` makes of samples with ``augment_on="cpu"``, bit for bit.
+
+        Raises
+        ------
+        SchemaError
+            A value is beyond float16.
+        """
+        samples = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+        for sample in samples:
+            name = sample["index"]
+            rotation = Rotation(*sample.pop("rotation"))
+            sample["data"], sample["label"] = (
+                self._to_tensors.on_device(sample[role], rotation, field, f"{role} of {name}")
+                for field, role in enumerate(ROLES)
+            )
+        device = samples[0]["data"].device
+        return {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in collate(samples).items()
+        }
+
     def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
         # load() returns a new array at every call, so nothing is copied here.
@@ -472,6 +524,11 @@ def collate_fn(batch: Sequence[Any]) -> Any:
     return list(batch)
 
 
+def collate_in_lists(batch: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Collate samples with ``augment_on="device"``: a list for each key, nothing is copied."""
+    return {key: [sample[key] for sample in batch] for key in batch[0]}
+
+
 #: The public name of ``collate_fn``, which is named after DataLoader's argument.
 collate = collate_fn
 
@@ -492,8 +549,10 @@ class _PairToTensors:
         dtype: torch.dtype,
         rng: Literal["keyed", "torch"] = "keyed",
         layout: Literal["C", "rotated"] = "C",
+        *,
+        is_deferred: bool = False,
     ) -> None:
-        self.rng, self.layout = rng, layout
+        self.rng, self.layout, self.is_deferred = rng, layout, is_deferred
         self.downsample_data = whole_number("downsample_data", downsample_data, least=1)
         self.downsample_label = whole_number("downsample_label", downsample_label, least=1)
         self.augmentation = augmentation
@@ -505,23 +564,33 @@ class _PairToTensors:
 
     def __call__(
         self, data: Grid, label: Grid, index: int, *, name: str
-    ) -> tuple[_TensorAndGrid, _TensorAndGrid]:
+    ) -> tuple[_TensorAndGrid, _TensorAndGrid, Rotation | None]:
+        """The tensors; and the rotation, where it is left to `on_device`."""
+        names = f"data of {name}", f"label of {name}"
+        rotation = Rotation(0, 0)
         if self.augmentation:
             if self.rng == "torch":
                 rotation = _rotation_of_torch()
             else:
                 rotation = draw_rotation(*self._stream(), self.drawn, index)
                 self.drawn += 1
+        if self.is_deferred:
+            sides = [self._whole(grid, k, names[k]) for k, grid in enumerate((data, label))]
+            return sides[0], sides[1], rotation
+        if self.augmentation:
             data, label = rotate(data, rotation), rotate(label, rotation)
             if self.layout == "rotated" and rotation.turns % 2:
                 first, second = rotation.plane
-                x, x_grid = self._tensor(data.swapaxes(first, second), 0, f"data of {name}")
-                y, y_grid = self._tensor(label.swapaxes(first, second), 1, f"label of {name}")
-                return (x.transpose(first, second), x_grid), (y.transpose(first, second), y_grid)
-        return self._tensor(data, 0, f"data of {name}"), self._tensor(label, 1, f"label of {name}")
+                x, x_grid = self._tensor(data.swapaxes(first, second), 0, names[0])
+                y, y_grid = self._tensor(label.swapaxes(first, second), 1, names[1])
+                x, y = x.transpose(first, second), y.transpose(first, second)
+                return (x, x_grid), (y, y_grid), None
+        return self._tensor(data, 0, names[0]), self._tensor(label, 1, names[1]), None
 
     def unrotated(self, whole: Grid, field: int) -> Grid:
-        """The grid of which `_tensor` makes a tensor if no rotation is applied."""
+        """The grid of which `__call__` makes a tensor if no rotation is applied."""
+        if self.is_deferred:
+            return whole
         return np.array(
             downsample(whole, self._step(field), multiple=self.downsample_data), order="C"
         )
@@ -539,7 +608,23 @@ class _PairToTensors:
         # generator.
         return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
 
-    def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
+    def on_device(
+        self, whole: torch.Tensor, rotation: Rotation, field: int, name: str
+    ) -> torch.Tensor:
+        """What `__call__` does to a grid, for a tensor on any device."""
+        first, second = rotation.plane
+        grid = whole.transpose(first, second) if rotation.turns % 2 else whole
+        reversed_axes = rotation.reversed_axes
+        if reversed_axes:
+            grid = grid.flip(reversed_axes)
+        nx, ny, nz = (n // self.downsample_data * self.downsample_data for n in grid.shape[-3:])
+        step = self._step(field)
+        grid = grid[..., :nx:step, :ny:step, :nz:step].contiguous()
+        cast = grid.to(self.dtype)
+        self._check_cast(grid, cast, field, name)
+        return cast
+
+    def _downsampled(self, whole: Grid, field: int, name: str) -> Grid:
         grid = downsample(whole, self._step(field), multiple=self.downsample_data)
         if grid.size == 0:
             raise SchemaError(
@@ -547,6 +632,17 @@ class _PairToTensors:
                 f"multiple of downsample_data={self.downsample_data}. Use a smaller factor, or "
                 "leave the sample out of the map."
             )
+        return grid
+
+    def _whole(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
+        """A tensor of the grid as it was read, if something will be left of it."""
+        self._downsampled(whole, field, name)
+        if not whole.flags.writeable:
+            whole = whole.copy()
+        return torch.from_numpy(whole), whole
+
+    def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
+        grid = self._downsampled(whole, field, name)
         # torch has no negative strides, a worker sends the whole storage of a strided tensor, and a
         # network would gather the view anyway, in the training process: gather it here. numpy calls
         # an array contiguous whatever the stride of an axis of length one.
@@ -560,11 +656,15 @@ class _PairToTensors:
             return tensor, grid
         cast, pages = empty_tensor(tensor.shape, self.dtype)
         cast.copy_(tensor)
+        self._check_cast(tensor, cast, field, name)
+        return cast, pages
+
+    def _check_cast(self, tensor: torch.Tensor, cast: torch.Tensor, field: int, name: str) -> None:
+        """Refuse values that float16 cannot hold; warn of small ones."""
         if self.dtype is torch.float16:
             low, high = _check_fits_float16(tensor, name)
             if field not in self._underflows:
                 self._check_underflow(tensor, cast, low, high, field, name)
-        return cast, pages
 
     def _check_underflow(
         self,

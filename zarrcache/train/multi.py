@@ -201,6 +201,12 @@ class CombinedDataset(ConcatDataset[Any]):
             f"{name}/{task_id}" for name, part in parts.items() for task_id in part.task_ids
         )
 
+    def augment(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`ZarrDataset.augment`: the parts differ in their samples only."""
+        part: Any = self.datasets[0]
+        result: dict[str, Any] = part.augment(batch)
+        return result
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(index)  # type: ignore[no-untyped-call]
         part = bisect.bisect_right(self.cumulative_sizes, index % len(self))

@@ -43,6 +43,12 @@ class Rotation:
         """The two axes, counted from the end, that quarter turns swap."""
         return _PLANES[self.axis]
 
+    @property
+    def reversed_axes(self) -> tuple[int, ...]:
+        """The axes to reverse, after an odd number of turns has swapped those of the plane."""
+        first, second = self.plane
+        return ((), (second,), (first, second), (first,))[self.turns]
+
 
 def draw_rotation(*key: int) -> Rotation:
     """Draw the rotation of ``key``, one or more non-negative integers.
@@ -70,10 +76,7 @@ def rotate(grid: Grid, rotation: Rotation) -> Grid:
     first, second = rotation.plane
     if rotation.turns % 2:
         grid = grid.swapaxes(first, second)
-    if rotation.turns == 0:
-        return grid
-    reversed_axes = {1: (second,), 2: (first, second), 3: (first,)}[rotation.turns]
-    return np.flip(grid, reversed_axes)
+    return np.flip(grid, rotation.reversed_axes) if rotation.turns else grid
 
 
 def downsample(grid: Grid, step: int, *, multiple: int) -> Grid:
