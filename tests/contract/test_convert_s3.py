@@ -315,9 +315,10 @@ def test_a_store_on_s3_that_is_not_whole_or_of_another_file_is_not_skipped(
         "s3_kwargs": s3_server.s3_kwargs,
         "zip": as_zip,
         "zarr_format": zarr_format,
+        "chunks": 8,
     }
     url = f"s3://{bucket}/label"
-    convert_directory(source, url, workers=1, chunks=8, **options)
+    convert_directory(source, url, workers=1, **options)
     assert len(plan_convert(source, url, **options).skipped) == 2
     if not as_zip:
         prefix = f"{url}/{IDS[0]}.zarr/charge_density_total"
