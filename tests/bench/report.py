@@ -19,8 +19,8 @@ from tests.bench.plots import plot
 
 __all__ = [
     "BEGIN",
-    "HIGHLIGHTS",
     "END",
+    "HIGHLIGHTS",
     "Verdict",
     "document",
     "goals",

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
-from zarrcache._sources import is_fetched_whole, is_object, is_unconverted, kind_of
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
@@ -47,6 +46,7 @@ from zarrcache.arrays.electrons import (
     has_electrons,
 )
 from zarrcache.arrays.npy_files import ATOMS
+from zarrcache.arrays.sources import is_fetched_whole, is_object, is_unconverted, kind_of
 from zarrcache.arrays.unconverted import (
     decode_unconverted,
     decoding_bytes,

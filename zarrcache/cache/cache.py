@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from zarrcache._keys import ArrayKey, Role
-from zarrcache._sources import stem_of
+from zarrcache.arrays import stem_of
 from zarrcache.cache.attributes import AttributePacks
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zarrcache._keys import ObjectInfo
-from zarrcache._sources import is_object
-from zarrcache.arrays import stable_listing
+from zarrcache.arrays import is_object, stable_listing
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.tiers import read_range
 from zarrcache.errors import IncompleteArrayError

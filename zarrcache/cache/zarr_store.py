@@ -21,8 +21,7 @@ from zarr.abc.store import (
 )
 
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache._sources import is_file
-from zarrcache.arrays import ZippedStore, check_sizes, is_chunk_of_nothing
+from zarrcache.arrays import ZippedStore, check_sizes, is_chunk_of_nothing, is_file
 from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin

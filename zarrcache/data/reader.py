@@ -30,14 +30,17 @@ from zarrcache._keys import (
     density_array,
     units_of,
 )
-from zarrcache._sources import choose, ends_of, kinds_of, sources_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import (
     cell_volume,
+    choose,
     electrons_in,
+    ends_of,
+    kinds_of,
     metadata_in,
     metadata_of,
     read_attributes,
+    sources_of,
 )
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough, StoredAttributes
 from zarrcache.config import CacheConfig, DataConfig

@@ -16,9 +16,18 @@ from typing import Literal
 import numpy as np
 
 from zarrcache._keys import ROLES, ArrayKey, Role, density_array, is_density, units_of
-from zarrcache._sources import choose, is_unconverted, kinds_of, names_of, sources_of
 from zarrcache._units import format_bytes
-from zarrcache.arrays import cell_volume, examine_array, list_array, read_array
+from zarrcache.arrays import (
+    cell_volume,
+    choose,
+    examine_array,
+    is_unconverted,
+    kinds_of,
+    list_array,
+    names_of,
+    read_array,
+    sources_of,
+)
 from zarrcache.config import CacheConfig, DataConfig, FetchConfig, RetryConfig
 from zarrcache.data import mapped_ids
 from zarrcache.disk import (

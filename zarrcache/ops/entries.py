@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from zarrcache._sources import stem_of
+from zarrcache.arrays import stem_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import ARRAY
 from zarrcache.errors import ConfigError

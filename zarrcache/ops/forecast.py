@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, Role
-from zarrcache._sources import is_fetched_whole
 from zarrcache._units import whole_number
+from zarrcache.arrays import is_fetched_whole
 from zarrcache.config import DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError

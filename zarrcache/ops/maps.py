@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zarrcache._keys import check_task_id
-from zarrcache._sources import choose, ends_of, kinds_of, sources_of
+from zarrcache.arrays import choose, ends_of, kinds_of, sources_of
 from zarrcache.data import read_map
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import open_origin

@@ -22,8 +22,16 @@ from zarrcache._keys import (
     stored_array,
     units_of,
 )
-from zarrcache._sources import choose, kinds_of, stem_of
-from zarrcache.arrays import as_density, cell_volume, examine_array, list_array, read_array
+from zarrcache.arrays import (
+    as_density,
+    cell_volume,
+    choose,
+    examine_array,
+    kinds_of,
+    list_array,
+    read_array,
+    stem_of,
+)
 from zarrcache.cache import PACK, Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import distinct_directories, mapped_ids

@@ -20,11 +20,12 @@ from zarrcache._keys import (
     stored_array,
     units_of,
 )
-from zarrcache._sources import is_fetched_whole, is_object
 from zarrcache.arrays import (
     as_density,
     check_metadata,
     count_gets,
+    is_fetched_whole,
+    is_object,
     list_array,
     metadata_key,
     read_array,

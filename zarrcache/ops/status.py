@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zarrcache._keys import Units, units_of
-from zarrcache._sources import stem_of
+from zarrcache.arrays import stem_of
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
 from zarrcache.ops.selection import Selection, cache_of, open_if_present, select

@@ -28,9 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, Role, check_task_ids, source_digest
-from zarrcache._sources import is_fetched_whole
 from zarrcache._units import whole_number
-from zarrcache.arrays import count_gets
+from zarrcache.arrays import count_gets, is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, open_reader, training_count
 from zarrcache.disk import (

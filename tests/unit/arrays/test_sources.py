@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zarrcache._sources import (
+from zarrcache.arrays import (
     KINDS,
     Kind,
     choose,
