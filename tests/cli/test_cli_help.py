@@ -78,6 +78,7 @@ COMMANDS = {
         "--json",
     ),
     "top": ("--dir DIR", "--once", "--interval SECONDS", "--metrics-file FILE.prom", "--json"),
+    "audit": ("--ids FILE", "--html FILE", "--json"),
     "plot": ("--output", "-o", "[default: the terminal]", "--at X,Y,Z", "default: 0.5,0.5,0.5"),
     "lock": ("--output", "-o", "default: data.lock"),
     "diff": ("LOCK|CONFIG", "--json"),

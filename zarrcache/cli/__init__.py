@@ -26,6 +26,7 @@ def main() -> None:
 @functools.cache
 def _application() -> typer.Typer:
     from zarrcache.cli.app import app
+    from zarrcache.cli.audit import audit
     from zarrcache.cli.cache import doctor, evict, status, verify
     from zarrcache.cli.convert import convert
     from zarrcache.cli.demo import demo
@@ -52,6 +53,7 @@ def _application() -> typer.Typer:
         doctor,
         plan,
         top,
+        audit,
         plot,
         lock,
         diff,

@@ -1,5 +1,9 @@
 from .activity import Activity as Activity
 from .activity import Monitor as Monitor
+from .audit import KINDS as KINDS
+from .audit import AuditReport as AuditReport
+from .audit import Finding as Finding
+from .audit import audit as audit
 from .doctor import examine as examine
 from .entries import CachedDensity as CachedDensity
 from .entries import list_entries as list_entries
@@ -17,6 +21,7 @@ from .maps import find_ids as find_ids
 from .maps import write_map as write_map
 from .metrics import exposition as exposition
 from .metrics import write_metrics as write_metrics
+from .pages import audit_page as audit_page
 from .samples import config_schema as config_schema
 from .samples import filled_in as filled_in
 from .samples import key_comments as key_comments

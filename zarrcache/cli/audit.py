@@ -1,0 +1,74 @@
+"""``zarrcache audit``: bad pairs, before a training meets them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.options import Config, Ids, Json, data_config, read_ids
+from zarrcache.errors import ConfigError
+
+__all__ = ["audit"]
+
+_MOST = 40  # findings printed
+
+
+@command(resumable=False)
+def audit(
+    config: Config,
+    ids: Ids = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="write a page with pictures of the worst 20 pairs; extra plot",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Find bad pairs: grids, electrons, duplicates, NaN, potentials.
+
+    Reads every density of CONFIG through the cache. Exit code 1: something was found.
+    """
+    from zarrcache import ops
+    from zarrcache._units import format_bytes
+    from zarrcache.cli.format import count, plural
+    from zarrcache.cli.progress import Meter
+
+    source = data_config(config, needs_cache=False)
+    with Meter("Auditing", "pairs", 0) as meter:
+        report = ops.audit(source, ids=read_ids(ids), progress=meter.reach)
+    if html is not None:
+        page = ops.audit_page(source, report)
+        try:
+            html.write_text(page, encoding="utf-8")
+        except OSError as exc:
+            raise ConfigError(
+                f"{html} cannot be written ({exc.strerror}). Give a file in a directory that "
+                "exists."
+            ) from exc
+    if as_json:
+        show_json({**asdict(report), "counts": report.counts})
+    else:
+        pairs = f"{plural(report.materials, 'pair')} ({format_bytes(report.nbytes)})"
+        if not report.findings:
+            show(f"Nothing is wrong with {pairs}.")
+        else:
+            show(f"{pairs}:")
+            for kind, materials in report.counts.items():
+                show(f"{count(materials):>8}  {kind}: {ops.KINDS[kind]}")
+            show()
+            for found in report.findings[:_MOST]:
+                of = f" ({found.role})" if found.role else ""
+                show(f"{found.kind}: {found.task_id}{of}: {found.what}")
+            if len(report.findings) > _MOST:
+                say(f"{count(len(report.findings) - _MOST)} more; --json lists all")
+    if html is not None:
+        say(f"wrote {html}")
+    return int(bool(report.findings))

@@ -1,0 +1,316 @@
+"""Look for bad pairs before a training (``zarrcache audit``).
+
+Every density of a config is read once, through the cache. The bounds below are those of real VASP
+files: full densities have a whole number of electrons within 1e-4, and their negative values (the
+ripple of the plane waves in a vacuum, the core of a pseudopotential) sum up to at most 0.13 % of
+the electrons.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache._keys import ROLES, Role, units_of
+from zarrcache.config import DataConfig
+from zarrcache.data import ZarrS3Reader, crc_of, open_reader
+from zarrcache.errors import ZarrCacheError
+
+__all__ = ["KINDS", "AuditReport", "Finding", "audit"]
+
+#: What can be wrong, worst first, and what it means for a training.
+KINDS = {
+    "unreadable": "cannot be read: absent chunks, a wrong number of electrons, damage",
+    "not finite": "values that are NaN or infinite",
+    "potential": "mostly negative: a potential (LOCPOT), not a density",
+    "constant": "all values are equal",
+    "grids": "input and label have grids that no downsampling makes equal",
+    "electrons": "input and label have different numbers of electrons",
+    "valence": "more electrons than protons, or fewer than valence electrons, in the structure",
+    "fraction": "the label's number of electrons is not whole",
+    "negative": "negative values beyond those of plane waves",
+    "duplicate": "the same values as another material",
+}
+
+#: Electrons by which input and label may differ: rounding of files, and of regridded inputs.
+_ELECTRONS, _ELECTRONS_RATIO = 0.05, 5e-4
+#: Distance of a label's electrons from a whole number, per electron and at least.
+_FRACTION, _FRACTION_RATIO = 0.02, 1e-4
+#: Sum of the negative values over the sum of all. Real densities have at most 0.0013.
+_NEGATIVE_RATIO = 0.01
+#: A potential is negative almost everywhere, or its mean is.
+_POTENTIAL_RATIO = 0.2
+#: Electrons that a positively charged cell may lack, as a share of its valence.
+_CHARGE_RATIO = 0.1
+#: Sizes of noble gases, at which the periods end.
+_NOBLE = (0, 2, 10, 18, 36, 54, 86, 118)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a material.
+
+    Attributes
+    ----------
+    kind : str
+        A key of `KINDS`.
+    task_id : str
+    role : str
+        ``data``, ``label``, or empty if it is about both.
+    what : str
+        One sentence with the numbers.
+    severity : float
+        Larger is worse, among findings of one kind.
+    """
+
+    kind: str
+    task_id: str
+    role: str
+    what: str
+    severity: float = 0.0
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found.
+
+    Attributes
+    ----------
+    materials : int
+        Number of pairs that were examined.
+    nbytes : int
+        Size of their values in memory.
+    findings : tuple of Finding
+        Worst kinds first.
+    """
+
+    materials: int
+    nbytes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of materials by kind, for the kinds that occur."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for finding in self.findings:
+            found[finding.kind].add(finding.task_id)
+        return {kind: len(found[kind]) for kind in KINDS if kind in found}
+
+    def worst(self, most: int) -> list[str]:
+        """Task ids of the worst materials, each once."""
+        return list(dict.fromkeys(finding.task_id for finding in self.findings))[:most]
+
+
+@dataclass(slots=True)
+class _Density:
+    """What is kept of a density."""
+
+    gridsize: tuple[int, ...]
+    nbytes: int
+    electrons: float | None  # None if unknown
+    fingerprint: tuple[object, ...]
+
+
+@dataclass(slots=True)
+class _Pair:
+    task_id: str
+    densities: dict[Role, _Density] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def audit(
+    config: DataConfig,
+    *,
+    ids: Sequence[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> AuditReport:
+    """Read all pairs of a config and report what is wrong with them.
+
+    Parameters
+    ----------
+    config : DataConfig
+    ids : sequence of str, optional
+        Only these task ids. Default: all materials that have input and label.
+    progress : callable, optional
+        Called with the number of pairs examined so far and their total.
+
+    Raises
+    ------
+    ConfigError
+        The map file or the cache cannot be used.
+    OriginError
+        A directory cannot be listed. A density that cannot be read is a finding.
+    """
+    reader = open_reader(config)
+    task_ids = reader.task_ids if ids is None else list(dict.fromkeys(ids))
+    findings: list[Finding] = []
+    by_values: dict[tuple[Role, tuple[object, ...]], list[str]] = defaultdict(list)
+    nbytes = 0
+    # numpy and the file system release the GIL; one thread per core reads at the disk's speed.
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        try:
+            for done, pair in enumerate(pool.map(lambda id_: _examine(reader, id_), task_ids), 1):
+                findings += pair.findings
+                for role, density in pair.densities.items():
+                    nbytes += density.nbytes
+                    by_values[role, density.fingerprint].append(pair.task_id)
+                if progress is not None:
+                    progress(done, len(task_ids))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    findings += _duplicates(by_values)
+    rank = list(KINDS)
+    findings.sort(key=lambda found: (rank.index(found.kind), -found.severity, found.task_id))
+    return AuditReport(len(task_ids), nbytes, tuple(findings))
+
+
+def _examine(reader: ZarrS3Reader, task_id: str) -> _Pair:
+    pair = _Pair(task_id)
+    for role in ROLES:
+        try:
+            values, gridsize = reader.load(task_id, role)
+        except ZarrCacheError as exc:
+            pair.findings.append(Finding("unreadable", task_id, role, str(exc)))
+            continue
+        _density(reader, pair, role, values, gridsize)
+    if len(pair.densities) == len(ROLES):
+        pair.findings += _compare(task_id, *(pair.densities[role] for role in ROLES))
+    return pair
+
+
+def _density(
+    reader: ZarrS3Reader, pair: _Pair, role: Role, values: NDArray[np.float32], gridsize: Any
+) -> None:
+    """Examine one density by itself."""
+    points = int(np.prod(gridsize))
+    total = float(values.sum(dtype=np.float64))
+
+    def found(kind: str, what: str, severity: float = 0.0) -> None:
+        pair.findings.append(Finding(kind, pair.task_id, role, what, severity))
+
+    density = pair.densities[role] = _Density(
+        tuple(gridsize), values.nbytes, None, (tuple(gridsize), crc_of(values), total)
+    )
+    if not np.isfinite(total):
+        bad = points - int(np.count_nonzero(np.isfinite(values)))
+        if bad:
+            found("not finite", f"{bad} of {points} values are NaN or infinite", bad / points)
+            return
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        found("constant", f"all {points} values are {low:g}")
+        return
+    if reader.density_type != "total":
+        return  # a spin density has both signs, and any sum
+    negative = float(np.minimum(values, 0).sum(dtype=np.float64))
+    share = -negative / max(abs(total), 1e-300)
+    if total <= 0 or share > _POTENTIAL_RATIO:
+        found("potential", f"its mean is {total / points:.4g}, its minimum {low:.4g}", share)
+        return
+    if share > _NEGATIVE_RATIO:
+        found("negative", f"negative values sum up to {share:.1%} of the density", share)
+    structure = _structure(reader, pair.task_id, role)
+    density.electrons = electrons = _electrons(reader, pair.task_id, role, total, points)
+    if electrons is None:
+        return
+    off = abs(electrons - round(electrons))
+    if role == "label" and off > max(_FRACTION, _FRACTION_RATIO * electrons):
+        found("fraction", f"it has {electrons:.4f} electrons", off)
+    if structure is not None:
+        protons, valence = _protons_and_valence(structure)
+        if protons and not (1 - _CHARGE_RATIO) * valence - 0.5 <= electrons <= protons + 0.5:
+            found(
+                "valence",
+                f"it has {electrons:.2f} electrons; its structure has {valence:g} valence "
+                f"electrons and {protons:g} protons",
+                abs(electrons - valence),
+            )
+
+
+def _compare(task_id: str, data: _Density, label: _Density) -> Iterator[Finding]:
+    """Examine what a pair has to agree in."""
+    ratios = {max(pair) / min(pair) for pair in zip(data.gridsize, label.gridsize, strict=True)}
+    is_coarser = {one < other for one, other in zip(data.gridsize, label.gridsize, strict=True)}
+    if len(ratios) > 1 or ratios.pop() % 1 or len(is_coarser) > 1:
+        grids = " and ".join("x".join(map(str, one.gridsize)) for one in (data, label))
+        yield Finding("grids", task_id, "", f"the grids of input and label are {grids}")
+    if data.electrons is not None and label.electrons is not None:
+        apart = abs(data.electrons - label.electrons)
+        if apart > _ELECTRONS + _ELECTRONS_RATIO * label.electrons:
+            yield Finding(
+                "electrons",
+                task_id,
+                "",
+                f"input has {data.electrons:.2f} electrons, label {label.electrons:.2f}",
+                apart / max(label.electrons, 1e-300),
+            )
+
+
+def _duplicates(
+    by_values: Mapping[tuple[Role, tuple[object, ...]], list[str]],
+) -> Iterator[Finding]:
+    for (role, _), task_ids in by_values.items():
+        first, *others = task_ids
+        for other in others:
+            yield Finding("duplicate", other, role, f"it has the values of {first}")
+
+
+def _electrons(
+    reader: ZarrS3Reader, task_id: str, role: Role, total: float, points: int
+) -> float | None:
+    """Number of electrons of a total density in the reader's units; None without a volume."""
+    units = units_of(reader.normalize)
+    if units == "volume":
+        try:
+            return total / points * reader.volume(task_id, role)
+        except ZarrCacheError:
+            return None
+    return total if units == "points" else total / points
+
+
+def _structure(reader: ZarrS3Reader, task_id: str, role: Role) -> Mapping[str, Any] | None:
+    try:
+        return reader.structure(task_id, role)
+    except ZarrCacheError:  # stores need not have one
+        return None
+
+
+def _protons_and_valence(structure: Mapping[str, Any]) -> tuple[float, float]:
+    """Protons of a structure, and the fewest valence electrons of a potential for its atoms."""
+    protons = valence = 0.0
+    for site in structure.get("sites", ()):
+        for species in site.get("species", ()):
+            number = _NUMBERS.get(str(species.get("element")), 0)
+            if not number:
+                return 0.0, 0.0  # a made-up element: nothing is known
+            amount = float(species.get("occu", 1))
+            protons += amount * number
+            valence += amount * _least_valence(number)
+    return protons, valence
+
+
+def _least_valence(number: int) -> int:
+    """Electrons outside the closed shells of an atom."""
+    period = next(n for n, end in enumerate(_NOBLE) if number <= end)
+    outside, length = number - _NOBLE[period - 1], _NOBLE[period] - _NOBLE[period - 1]
+    if length == 32 and 2 < outside <= 17:  # lanthanides, actinides: f electrons may be in the core
+        return 2
+    if outside > length - 6 and length > 8:  # beyond the d (and f) shell
+        return outside - (length - 8)
+    return outside - 14 if length == 32 and outside > 17 else outside
+
+
+_SYMBOLS = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se "
+    "Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy "
+    "Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf "
+    "Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+)
+_NUMBERS = {symbol: number for number, symbol in enumerate(_SYMBOLS.split(), 1)}

@@ -1,0 +1,119 @@
+"""Self-contained HTML pages: no script, no font and no picture is fetched from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from zarrcache._keys import ROLES
+from zarrcache._units import format_bytes
+from zarrcache.config import DataConfig
+from zarrcache.data import open_reader
+from zarrcache.errors import ZarrCacheError
+from zarrcache.ops.audit import KINDS, AuditReport
+from zarrcache.ops.figures import as_png, draw_pair
+
+__all__ = ["audit_page", "page", "table"]
+
+#: Light and dark, as the reader's system is set.
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --faint: #6b7280;
+  --line: #d8dee4; --shade: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117;
+  --faint: #9198a1; --line: #30363d; --shade: #161b22; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+p.faint, figcaption { color: var(--faint); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { background: var(--shade); }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1.2rem 0; } img, svg { max-width: 100%; height: auto; }
+code { background: var(--shade); padding: .1rem .3rem; border-radius: .2rem; }
+"""
+
+_PICTURES = 20
+
+
+def page(title: str, body: str) -> str:
+    """A whole document around ``body``, which is HTML already."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of text; numbers are aligned to the right."""
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = []
+    for row in rows:
+        shown = (
+            f'<td class="number">{value:,}</td>'
+            if isinstance(value, int | float)
+            else f"<td>{escape(str(value))}</td>"
+            for value in row
+        )
+        lines.append(f"<tr>{''.join(shown)}</tr>")
+    return f'<div class="wide"><table><tr>{cells}</tr>{"".join(lines)}</table></div>'
+
+
+def audit_page(config: DataConfig, report: AuditReport) -> str:
+    """The report of an audit, with three planes of each of the worst 20 pairs.
+
+    Raises
+    ------
+    ConfigError
+        Pillow is not installed.
+    """
+    parts = []
+    parts.append(
+        f"<p>{report.materials:,} pairs ({format_bytes(report.nbytes)}) of "
+        f"<code>{escape(config.functional)}</code>: input <code>{escape(config.data_dir)}</code>, "
+        f"label <code>{escape(config.label_dir)}</code>.</p>"
+    )
+    if not report.findings:
+        return page("Audit: nothing is wrong", "".join(parts))
+    rows = [(kind, count, KINDS[kind]) for kind, count in report.counts.items()]
+    parts.append(table(("kind", "materials", "what it is"), rows))
+    parts.append("<h2>Findings</h2>")
+    parts.append(
+        table(
+            ("kind", "id", "of", "what"),
+            [
+                (found.kind, found.task_id, found.role or "pair", found.what)
+                for found in report.findings
+            ],
+        )
+    )
+    parts.append(f"<h2>The worst {len(report.worst(_PICTURES))}</h2>")
+    parts.append(
+        '<p class="faint">Planes through the middle of each axis. Input and label share a scale; '
+        "blue to red is label minus input.</p>"
+    )
+    reader = open_reader(config)
+    for task_id in report.worst(_PICTURES):
+        what = "; ".join(
+            f"{found.role or 'pair'}: {found.what}"
+            for found in report.findings
+            if found.task_id == task_id
+        )
+        try:
+            loaded = [reader.load(task_id, role) for role in ROLES]
+            grids = [values.reshape(-1, *gridsize)[0] for values, gridsize in loaded]
+            data = base64.b64encode(as_png(draw_pair(*grids))).decode()
+            picture = f'<img alt="planes of {escape(task_id)}" src="data:image/png;base64,{data}">'
+        except ZarrCacheError as exc:
+            picture = f"<p>no picture: {escape(str(exc))}</p>"
+        parts.append(
+            f"<figure>{picture}<figcaption><b>{escape(task_id)}</b>: {escape(what)}</figcaption>"
+            "</figure>"
+        )
+    findings = f"{len(report.findings):,} finding{'' if len(report.findings) == 1 else 's'}"
+    return page(f"Audit: {findings}", "\n".join(parts))
