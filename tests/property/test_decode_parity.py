@@ -458,11 +458,12 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[st
 def test_metadata_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     """The message names the document."""
     for name in (".zarray", "zarr.json"):
-        path = tmp_path / name.strip(".") / "rho"
+        store = f"{name.strip('.')}.zarr"
+        path = tmp_path / store / "rho"
         path.mkdir(parents=True)
         (path / name).write_text(text, encoding="latin-1")
         with pytest.raises(SchemaError, match=re.escape(name)):
-            read_array(LocalOrigin(str(tmp_path)), name.strip("."), "rho")
+            read_array(LocalOrigin(str(tmp_path)), store, "rho")
 
 
 def test_array_larger_than_any_density_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
