@@ -110,21 +110,25 @@ def as_png(rows: Sequence[Sequence[Panel]]) -> bytes:
             "Pictures need Pillow, which is not installed. Run: pip install 'zarrcache[plot]'."
         ) from exc
     columns = max(map(len, rows))
-    width, height = _GAP + columns * (_SIDE + _GAP), len(rows) * (_SIDE + _CAPTION + _GAP)
-    sheet = Image.new("RGB", (width, height), "white")
+    heights = [max(_size(panel)[1] for panel in row) + _CAPTION + _GAP for row in rows]
+    sheet = Image.new("RGB", (_GAP + columns * (_SIDE + _GAP), sum(heights)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for down, row in enumerate(rows):
         for along, panel in enumerate(row):
-            x, y = _GAP + along * (_SIDE + _GAP), down * (_SIDE + _CAPTION + _GAP)
+            x, y = _GAP + along * (_SIDE + _GAP), sum(heights[:down])
             draw.text((x, y + 2), panel.caption, fill="black", font=font)
-            tall, wide = panel.colours.shape[:2]
-            share = _SIDE / max(tall, wide)
-            size = max(1, round(wide * share)), max(1, round(tall * share))
-            image = Image.fromarray(panel.colours).resize(size, Image.Resampling.NEAREST)
+            image = Image.fromarray(panel.colours).resize(_size(panel), Image.Resampling.NEAREST)
             sheet.paste(image, (x, y + _CAPTION))
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def _size(panel: Panel) -> tuple[int, int]:
+    """Width and height of a panel in pixels."""
+    tall, wide = panel.colours.shape[:2]
+    share = _SIDE / max(tall, wide)
+    return max(1, round(wide * share)), max(1, round(tall * share))
 
 
 def _range(*planes: NDArray[np.float64]) -> tuple[float, float]:
