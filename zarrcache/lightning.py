@@ -32,8 +32,8 @@ except ImportError as exc:
         "'zarrcache[lightning]'"
     ) from exc
 
-from zarrcache._config_files import plain
 from zarrcache._units import whole_number
+from zarrcache.config import plain
 from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
 from zarrcache.origin import secret_names

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from zarrcache._config_files import read_datasets
 from zarrcache.config import CacheConfig, DataConfig, LoaderConfig
+from zarrcache.config.files import read_datasets
 from zarrcache.errors import ConfigError
 
 KEYS: dict[str, Any] = {

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from torch.utils.data import ConcatDataset
 
-from zarrcache._config_files import datasets_of_configs
 from zarrcache._units import whole_number
-from zarrcache.config import DataConfig, LoaderConfig
+from zarrcache.config import DataConfig, LoaderConfig, datasets_of_configs
 from zarrcache.data import Split, ZarrS3Reader, hold_out, open_reader, permuted_split
 from zarrcache.errors import ConfigError
 from zarrcache.train.datasets import ZarrDataset
@@ -32,7 +31,7 @@ class Sources:
     ----------
     config : path, mapping, list or mapping of these
         A training config as a YAML file or its keys; also a Hydra config, see
-        `zarrcache._config_files`. The names are ``"0"``, ``"1"``, ... in a list, and the keys in a
+        `zarrcache.config`. The names are ``"0"``, ``"1"``, ... in a list, and the keys in a
         mapping.
     split_file : path or mapping, optional
         Task ids or positions in the map, see `read_split`. For several configs, one file per

@@ -30,15 +30,17 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from zarrcache._config_files import (
+from zarrcache._keys import FLOAT32, Eviction, check_encoding, safe_repr
+from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
+from zarrcache.config.files import (
     VARIABLE_IN_BRACES,
     as_dict,
     datasets_of,
+    datasets_of_configs,
     expand,
+    plain,
     read_datasets,
 )
-from zarrcache._keys import FLOAT32, Eviction, check_encoding, safe_repr
-from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.errors import ConfigError
 
 __all__ = [
@@ -50,6 +52,8 @@ __all__ = [
     "LoaderConfig",
     "PriceConfig",
     "RetryConfig",
+    "datasets_of_configs",
+    "plain",
 ]
 
 logger = logging.getLogger(__name__)
