@@ -29,6 +29,8 @@ from .registry import register_data as register_data
 from .stats import Stats as Stats
 from .train import Lookahead as Lookahead
 from .train import NodeSampler as NodeSampler
+from .train import Probes as Probes
+from .train import RandomCrop as RandomCrop
 from .train import RhoData as RhoData
 from .train import ZarrDataset as ZarrDataset
 from .train import collate as collate

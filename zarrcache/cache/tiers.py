@@ -278,7 +278,9 @@ class ArrayCache(Tier):
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self._config, self._counters, self._verified)
 
-    def get(self, key: ArrayKey, *, source: str | None = None) -> Entry | None:
+    def get(
+        self, key: ArrayKey, *, source: str | None = None, lazily: bool = False
+    ) -> Entry | None:
         """The entry of ``key``, mapped; None if there is none.
 
         Parameters
@@ -287,6 +289,8 @@ class ArrayCache(Tier):
         source : str, optional
             Digest of what the origin lists now (:func:`zarrcache._keys.source_digest`). An entry of
             another source is stale: it is dropped, a miss. Default: trust the entry.
+        lazily : bool
+            Its `Entry.grid` will be used, and not its whole array.
         """
         digest, filename = key.digest, ""
         try:
@@ -308,7 +312,7 @@ class ArrayCache(Tier):
                     raise CorruptEntryError("its checksum does not match")
                 self._verified.add(file_id)
             if header.stored_as is not None:
-                _ = entry.array  # decoded here, where a failure is a miss
+                _ = entry.grid if lazily else entry.array  # decoded here: a failure is a miss
         except (CorruptEntryError, *CACHE_FAULTS) as exc:
             self._read_failed(exc, digest, filename, f"{key.url} {key.array}".rstrip())
             return None

@@ -13,6 +13,7 @@ from zarrcache.data.reader import (
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
     Split,
+    first_ids,
     hold_out,
     mapped_ids,
     permuted_split,
@@ -35,6 +36,7 @@ __all__ = [
     "crc_of",
     "differences",
     "distinct_directories",
+    "first_ids",
     "hold_out",
     "mapped_ids",
     "open_reader",

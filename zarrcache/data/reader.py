@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import heapq
 import itertools
 import logging
 import os
@@ -56,7 +57,7 @@ from zarrcache.data.splits import (
     read_split,
     split_ids,
 )
-from zarrcache.disk import CACHE_FAULTS
+from zarrcache.disk import CACHE_FAULTS, LazyGrid
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError, ZarrCacheError
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats, html_table
@@ -206,6 +207,33 @@ class PairReader(ABC):
             raise
         except Exception as exc:
             raise _as_our_error(exc, f"{task_id} ({role})") from exc
+
+    def open_grid(self, task_id: str, role: Role) -> LazyGrid:
+        """One charge density, of which only the values that are used are read.
+
+        ``grid[index]`` with any index of numpy is an array of the values that ``load`` has there.
+        On a warm node only their pages of the entry are read, once its checksum is verified
+        (``cache.verify``), and only they are decoded from float16 or bfloat16; ``bits:N`` is
+        decoded whole. With ``cache.lock`` all values are read, to compare them with the lock.
+
+        Raises
+        ------
+        As ``load``.
+        """
+        try:
+            if self._lock is None:
+                return self._open(task_id, role)
+        except ZarrCacheError:
+            raise
+        except Exception as exc:
+            raise _as_our_error(exc, f"{task_id} ({role})") from exc
+        values, gridsize = self.load(task_id, role)
+        return LazyGrid(values.reshape(gridsize))
+
+    def _open(self, task_id: str, role: Role) -> LazyGrid:
+        """As `open_grid` without a lock; it may raise what libraries raise."""
+        values, gridsize = self._load(task_id, role)
+        return LazyGrid(values.reshape(gridsize))
 
     @abstractmethod
     def _load(self, task_id: str, role: Role) -> Density:
@@ -544,6 +572,29 @@ class ZarrS3Reader(PairReader):
                 found.append(id_)
         return found
 
+    def cached_shapes(
+        self, task_ids: Iterable[str], most: int = _GRIDS_COMPARED
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """Ids whose input and label are cached, with both shapes, the smallest entries first.
+
+        Sends no request. Reads the headers of ``most`` materials, those of grids that may differ
+        before the others.
+        """
+        if not self._trusts_entries:
+            return
+        try:
+            sizes = self.stored()
+        except CACHE_FAULTS:  # counted and logged by the first read
+            return
+        data, label = sizes["data"], sizes["label"]
+        ids = [id_ for id_ in task_ids if id_ in data and id_ in label]
+        unequal = [id_ for id_ in ids if data[id_] != label[id_]]
+        smallest = heapq.nsmallest(most, ids, key=data.__getitem__)
+        for id_ in itertools.islice(dict.fromkeys([*unequal[: most // 2], *smallest]), most):
+            shapes = [self._cache.stored_shape(self.key(id_, role)) for role in ROLES]
+            if shapes[0] is not None and shapes[1] is not None:
+                yield id_, shapes[0], shapes[1]
+
     def relist(self) -> None:
         """List both directories at the origin now, and store the listings for offline runs."""
         self._known_ids.clear()
@@ -600,6 +651,12 @@ class ZarrS3Reader(PairReader):
             return self._load_observed(task_id, role)
         values, _ = self._densities(role).read(self.store_name(task_id, role))
         return _flat(values)
+
+    def _open(self, task_id: str, role: Role) -> LazyGrid:
+        if self._observers:
+            return super()._open(task_id, role)
+        grid, _ = self._densities(role).open(self.store_name(task_id, role))
+        return grid
 
     def _densities(self, role: Role) -> ReadThrough:
         """The read path of one directory. Created once per setting of the attributes."""

@@ -13,6 +13,7 @@ from zarrcache.disk._publish import (
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, open_entries
 from zarrcache.disk.encoding import (
+    LazyGrid,
     expected_bytes,
     is_within,
     single_threaded_blosc,
@@ -70,6 +71,7 @@ __all__ = [
     "Flaws",
     "Index",
     "Intent",
+    "LazyGrid",
     "Place",
     "Row",
     "SingleFlight",

@@ -24,7 +24,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,10 +34,12 @@ from zarrcache import _pages
 from zarrcache._keys import FLOAT32, mantissa_bits
 
 __all__ = [
+    "LazyGrid",
     "StoredAs",
     "decode",
     "encode",
     "expected_bytes",
+    "is_by_value",
     "is_known",
     "is_within",
     "stored_layout",
@@ -102,6 +104,53 @@ def is_known(stored_as: StoredAs) -> bool:
         or (name == "bfloat16" and stored_as.scale == 0)
         or (bits is not None and bits <= 22 and stored_as.scale == 0)
     )
+
+
+def is_by_value(stored_as: StoredAs) -> bool:
+    """Whether a value can be decoded without the others: float16 and bfloat16."""
+    return mantissa_bits(stored_as.encoding) is None
+
+
+@dataclass(frozen=True, slots=True)
+class LazyGrid:
+    """A density of which only the values that are used are read and decoded.
+
+    ``grid[index]`` takes what numpy takes; it returns a new array of float32, with the values of
+    the whole decoded density.
+
+    Attributes
+    ----------
+    stored : ndarray
+        The values as they are stored, perhaps a view of a mapped entry.
+    stored_as : StoredAs or None
+        An encoding that `is_by_value`; None: they are the values.
+    count : callable, optional
+        Called with the bytes of each array that is returned.
+    """
+
+    stored: NDArray[Any]
+    stored_as: StoredAs | None = None
+    count: Callable[[int], object] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Points per axis."""
+        return self.stored.shape
+
+    def view(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> LazyGrid:
+        """The grid whose stored values are a view that ``change`` makes of those of this one."""
+        return replace(self, stored=change(self.stored))
+
+    def decoded(self, picked: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored values that were copied from `stored`, C-contiguous, as float32."""
+        if self.stored_as is not None:
+            picked = decode(self.stored_as, picked, picked.shape)
+        if self.count is not None:
+            self.count(picked.nbytes)
+        return picked
+
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        return self.decoded(np.array(self.stored[index], order="C"))
 
 
 def stored_layout(

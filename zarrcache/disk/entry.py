@@ -40,7 +40,15 @@ from zarrcache._keys import FLOAT32, ArrayKey, safe_repr
 from zarrcache._units import most_bytes
 from zarrcache.disk._publish import write_all
 from zarrcache.disk.checksums import crc32c
-from zarrcache.disk.encoding import StoredAs, decode, encode, is_known, stored_layout
+from zarrcache.disk.encoding import (
+    LazyGrid,
+    StoredAs,
+    decode,
+    encode,
+    is_by_value,
+    is_known,
+    stored_layout,
+)
 from zarrcache.disk.mmap import map_file, open_regular, read_in
 from zarrcache.errors import CorruptEntryError
 
@@ -204,6 +212,20 @@ class Entry:
             except ValueError as exc:
                 raise CorruptEntryError(f"it cannot be decoded: {exc}") from exc
         return self._array
+
+    @property
+    def grid(self) -> LazyGrid:
+        """The values, decoded where they are used if the encoding allows it.
+
+        Raises
+        ------
+        CorruptEntryError
+            As `array`.
+        """
+        stored_as = self.header.stored_as
+        if stored_as is None or not is_by_value(stored_as):
+            return LazyGrid(self.array)
+        return LazyGrid(self.stored, stored_as)
 
     def is_intact(self) -> bool:
         """Whether the payload matches its checksum. Reads all of it.

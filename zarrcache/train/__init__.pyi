@@ -1,7 +1,12 @@
 from .belady import BeladyPolicy as BeladyPolicy
+from .crops import LazyPair as LazyPair
+from .crops import Probes as Probes
+from .crops import RandomCrop as RandomCrop
+from .crops import Selection as Selection
 from .datasets import RhoData as RhoData
 from .datasets import Sample as Sample
 from .datasets import Transform as Transform
+from .datasets import Transforms as Transforms
 from .datasets import ZarrDataset as ZarrDataset
 from .datasets import collate as collate
 from .datasets import collate_fn as collate_fn

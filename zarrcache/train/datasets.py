@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import (
     Any,
     Literal,
@@ -28,9 +30,11 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from zarrcache import _pages
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
-from zarrcache.disk import use_converter
+from zarrcache.data import first_ids
+from zarrcache.disk import LazyGrid, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
+from zarrcache.train.crops import LazyPair, Points, Probes, Selection
 from zarrcache.train.transforms import (
     Grid,
     Rotation,
@@ -40,7 +44,13 @@ from zarrcache.train.transforms import (
     rotate,
     rotation_of,
 )
-from zarrcache.train.worker_transfer import Sender, Structure, empty_tensor, in_pages
+from zarrcache.train.worker_transfer import (
+    PagesTensor,
+    Sender,
+    Structure,
+    empty_tensor,
+    in_pages,
+)
 
 __all__ = [
     "DensityReader",
@@ -56,10 +66,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: How a quarter turn may order the axes.
+_ORIENTATIONS = (0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2)
+
+_LEAVE_OUT = "Leave the material out of the map, or change the transform."
+
 _T_co = TypeVar("_T_co", covariant=True)
 
 #: A function of a sample's dict that returns the sample to use: the same dict or another mapping.
 Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
+#: What ``transform=`` takes. Only the first of several may be a `Selection`.
+Transforms: TypeAlias = Selection | Transform | Sequence[Selection | Transform]
 
 #: Below it, float16 has fewer bits. The share of such values that is not worth a warning: a density
 #: that crosses zero has some.
@@ -82,6 +99,34 @@ def _convert(halves: NDArray[np.float16], floats: NDArray[np.float32]) -> bool:
 
 
 use_converter(_convert)
+
+
+def _steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
+    """What ``transform=`` chooses of each sample, and the functions that follow.
+
+    Raises
+    ------
+    ConfigError
+        One is not callable, or a selection is not the first.
+    """
+    steps = [*transform] if isinstance(transform, (list, tuple)) else [transform]
+    selection = steps.pop(0) if steps and isinstance(steps[0], Selection) else None
+    for step in steps if transform is not None else ():
+        if isinstance(step, Selection):
+            raise ConfigError(
+                f"transform has {step!r} after another step; it decides what is read, so it has to "
+                "be the first and only one of its kind."
+            )
+        if isinstance(step, type) and issubclass(step, Selection):
+            raise ConfigError(
+                f"transform is the class {step.__name__}; create it: {step.__name__}(32)."
+            )
+        if not callable(step):
+            raise ConfigError(
+                f"transform is {step!r}; it has to be a function of the sample's dict, a "
+                "RandomCrop or Probes, or a list of these."
+            )
+    return selection, tuple(steps) if transform is not None else ()
 
 
 class Indexable(Protocol[_T_co]):
@@ -117,14 +162,20 @@ class Sample(TypedDict):
 class _PairDataset(Sender):
     """Reads two grids per sample and converts them to tensors."""
 
-    def __init__(self, to_tensors: _PairToTensors, transform: Transform | None) -> None:
+    def __init__(self, to_tensors: _PairToTensors, transform: Transforms | None) -> None:
         super().__init__()
-        if transform is not None and not callable(transform):
-            raise ConfigError(
-                f"transform is {transform!r}; it has to be a function of the sample's dict."
-            )
         self._to_tensors = to_tensors
         self.transform = transform
+        self._selection, self._functions = _steps_of(transform)
+        if (
+            self._selection is not None
+            and self._selection.never_rotated is not None
+            and to_tensors.augmentation
+        ):
+            raise ConfigError(
+                f"{self._selection!r} does not go with rotations, because "
+                f"{self._selection.never_rotated}. Set augmentation to false."
+            )
         self._log_once = LogOnce()
 
     def reread(self, index: int, field: int) -> Grid:
@@ -146,6 +197,8 @@ class _PairDataset(Sender):
     def _transformed(self, i: int, name: str, rest: dict[str, Any]) -> dict[str, Any]:
         if get_worker_info() is not None:
             _pages.share()
+        if self._selection is not None:
+            return self._apply(self._selected(self._selection, i, name, rest), name)
         whole = self._read(i, 0), self._read(i, 1)
         if whole[0].shape != whole[1].shape:
             # Not an error: the label may be on a finer grid on purpose. Most networks fail on the
@@ -168,15 +221,52 @@ class _PairDataset(Sender):
             "label": self.for_transfer(label, label_grid, i, 1),
             **rest,
         }
-        if self.transform is None:
-            return sample
-        result: Any = self.transform(sample)
-        if not isinstance(result, Mapping) or not {"data", "label"} <= result.keys():
+        return self._apply(sample, name)
+
+    def _apply(self, sample: dict[str, Any], name: str) -> dict[str, Any]:
+        """The sample as the functions of ``transform`` return it."""
+        result: Any = sample
+        for function in self._functions:
+            result = function(result)
+            if not isinstance(result, Mapping) or not {"data", "label"} <= result.keys():
+                raise ConfigError(
+                    f"transform returned {_kind(result)} for {name}. It has to return the sample: "
+                    "a mapping with at least 'data' and 'label'."
+                )
+        return (
+            {key: in_pages(value) for key, value in result.items()} if self._functions else result
+        )
+
+    def _selected(
+        self, selection: Selection, i: int, name: str, rest: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The part of a sample that ``selection`` chooses. Nothing else is read."""
+        grids = self._open(i, 0), self._open(i, 1)
+        reason = self._to_tensors.misfit(selection, *(grid.shape[-3:] for grid in grids))
+        if reason is not None:
+            raise SchemaError(f"{name}: {reason}. {_LEAVE_OUT}")
+        pair, rng = self._to_tensors.views(*grids, i, name=name)
+        structure = rest.get("structure")
+        if structure is not None:
+            pair = replace(pair, structure=structure)
+        found: Any = selection.select(pair, rng)
+        if not isinstance(found, Mapping) or not {*ROLES} <= found.keys():
             raise ConfigError(
-                f"transform returned {_kind(result)} for {name}. It has to return the sample: a "
+                f"select() of {selection!r} returned {_kind(found)} for {name}. It has to return a "
                 "mapping with at least 'data' and 'label'."
             )
-        return {key: in_pages(value) for key, value in result.items()}
+        found = {**found}
+        for field, role in enumerate(ROLES):
+            found[role] = self._to_tensors.cast(found[role], field, f"{role} of {name}")
+        tensors = {
+            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for key, value in found.items()
+        }
+        return {key: in_pages(value) for key, value in tensors.items()} | rest
+
+    def _open(self, i: int, field: int) -> LazyGrid:
+        """One side of a sample, of which only what is used will be read."""
+        return LazyGrid(self._read(i, field))
 
     @abstractmethod
     def _read(self, i: int, field: int) -> Grid:
@@ -210,7 +300,7 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     transform : callable, optional
         A function of the dict ``{"data": tensor, "label": tensor}`` that returns that dict, changed
         or not, or another mapping with both keys. The item is the pair of the two values; other
-        keys are ignored. See Notes.
+        keys are ignored. See Notes. Or a `RandomCrop`, or a list of one and functions.
 
     Raises
     ------
@@ -262,13 +352,20 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         data_augmentation: bool = True,
         *,
         seed: int | None = None,
-        transform: Transform | None = None,
+        transform: Transforms | None = None,
     ) -> None:
         lengths = len(data), len(label), len(gs_data), len(gs_label)
         if len(set(lengths)) != 1:
             raise ConfigError(
                 f"data, label, gs_data and gs_label have {lengths} elements. Give one element per "
                 "sample in each."
+            )
+        if isinstance(transform, Probes) or (
+            isinstance(transform, (list, tuple)) and any(isinstance(t, Probes) for t in transform)
+        ):
+            raise ConfigError(
+                "RhoData returns pairs, which have no room for the coordinates of Probes. Use "
+                "ZarrDataset."
             )
         self.data = data
         self.label = label
@@ -357,6 +454,8 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         A function of the dict ``{"data": tensor, "label": tensor, "index": task id}`` that returns
         the item: that dict, changed or not, or another mapping with at least ``data`` and
         ``label``. Keys that it adds are collated like the others. See the Notes of `RhoData`.
+        Or a `RandomCrop`, `Probes` or other `Selection`, which chooses the part of the grids that
+        is read; or a list of one and functions that follow.
 
     Raises
     ------
@@ -380,7 +479,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         augment_on: Literal["cpu", "device"] = "cpu",
         layout: Literal["C", "rotated"] = "C",
         structure: bool = False,
-        transform: Transform | None = None,
+        transform: Transforms | None = None,
     ) -> None:
         if augment_on not in ("cpu", "device"):
             raise ConfigError(f"augment_on is {augment_on!r}; it has to be 'cpu' or 'device'.")
@@ -396,6 +495,9 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             raise ConfigError(f"rng is {rng!r}; it has to be 'keyed' or 'torch'.")
         if rng == "torch" and seed is not None:
             raise ConfigError("rng='torch' has no seed of its own. Call torch.manual_seed(seed).")
+        selection, _ = _steps_of(transform)
+        if selection is not None and selection.needs_structure and not augmentation:
+            structure = True
         if structure and augmentation:
             raise ConfigError(
                 "structure and augmentation exclude each other: a rotation turns the grid, not the "
@@ -435,6 +537,29 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             train, test = reader.split_task_ids()
             split = {"train": train, "test": test, "all": [*train, *test]}[split]
         self.task_ids: tuple[str, ...] = tuple(split)
+        if self._selection is not None:
+            self._check_cached(self._selection)
+
+    def _check_cached(self, selection: Selection) -> None:
+        """Compare the cached grids with what will be chosen of them.
+
+        Raises
+        ------
+        ConfigError
+            It cannot be chosen of some, which are named.
+        """
+        shapes = getattr(self.reader, "cached_shapes", None)
+        reasons = {
+            task_id: reason
+            for task_id, *sides in (shapes(self.task_ids) if shapes else ())
+            if (reason := self._to_tensors.misfit(selection, *sides)) is not None
+        }
+        if reasons:
+            first, *others = reasons
+            more = f" {len(others)} more do not fit either: {first_ids(others)}." if others else ""
+            raise ConfigError(
+                f"{selection!r} does not fit {first}: {reasons[first]}.{more} {_LEAVE_OUT}"
+            )
 
     def __len__(self) -> int:
         return len(self.task_ids)
@@ -497,6 +622,13 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in collate(samples).items()
         }
+
+    def _open(self, i: int, field: int) -> LazyGrid:
+        open_grid = getattr(self.reader, "open_grid", None)
+        if open_grid is None:
+            return super()._open(i, field)
+        grid: LazyGrid = open_grid(self.task_ids[i], ROLES[field])
+        return grid.view(_with_channel)
 
     def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
@@ -569,11 +701,7 @@ class _PairToTensors:
         names = f"data of {name}", f"label of {name}"
         rotation = Rotation(0, 0)
         if self.augmentation:
-            if self.rng == "torch":
-                rotation = _rotation_of_torch()
-            else:
-                rotation = draw_rotation(*self._stream(), self.drawn, index)
-                self.drawn += 1
+            rotation, _ = self._draw(index)
         if self.is_deferred:
             sides = [self._whole(grid, k, names[k]) for k, grid in enumerate((data, label))]
             return sides[0], sides[1], rotation
@@ -586,6 +714,55 @@ class _PairToTensors:
                 x, y = x.transpose(first, second), y.transpose(first, second)
                 return (x, x_grid), (y, y_grid), None
         return self._tensor(data, 0, names[0]), self._tensor(label, 1, names[1]), None
+
+    def _draw(self, index: int) -> tuple[Rotation, tuple[int, ...]]:
+        """The rotation of the next sample, and the key that it was drawn with."""
+        if self.rng == "torch":
+            return _rotation_of_torch(), ()
+        key = (*self._stream(), self.drawn, index)
+        self.drawn += 1
+        return draw_rotation(*key), key
+
+    def views(
+        self, data: LazyGrid, label: LazyGrid, index: int, *, name: str
+    ) -> tuple[LazyPair, np.random.Generator]:
+        """The pair, rotated and downsampled as views, and the generator of what is chosen of it."""
+        if self.augmentation:
+            rotation, key = self._draw(index)
+            turn = functools.partial(rotate, rotation=rotation)
+            data, label = data.view(turn), label.view(turn)
+        else:
+            key = (*self._stream(), self.drawn, index)
+            self.drawn += 1
+        if self.rng == "torch":
+            key = (int(torch.randint(0, 2**63 - 1, ())),)
+        sides = [
+            grid.view(functools.partial(downsample, step=step, multiple=self.downsample_data))
+            for grid, step in ((data, self.downsample_data), (label, self.downsample_label))
+        ]
+        points = self._points(data.shape[-3:], 0), self._points(label.shape[-3:], 1)
+        pair = LazyPair(sides[0], sides[1], points, name, empty=_pages.empty)
+        # Another stream than that of the rotation, which has the same key.
+        sequence = np.random.SeedSequence(key, spawn_key=(1,))
+        return pair, np.random.default_rng(sequence)
+
+    def misfit(
+        self, selection: Selection, data: tuple[int, ...], label: tuple[int, ...]
+    ) -> str | None:
+        """Why ``selection`` cannot use grids of these sizes, in any orientation they may get."""
+        for order in _ORIENTATIONS if self.augmentation else _ORIENTATIONS[:1]:
+            sides = [
+                self._points(tuple(whole[axis] for axis in order), field)
+                for field, whole in enumerate((data, label))
+            ]
+            reason = selection.misfit(*sides)
+            if reason is not None:
+                return reason
+        return None
+
+    def _points(self, whole: tuple[int, ...], field: int) -> Points:
+        multiple, step = self.downsample_data, self._step(field)
+        return Points(whole, step, tuple(-(-(n // multiple * multiple) // step) for n in whole))
 
     def unrotated(self, whole: Grid, field: int) -> Grid:
         """The grid of which `__call__` makes a tensor if no rotation is applied."""
@@ -651,6 +828,28 @@ class _PairToTensors:
             gathered = _pages.empty(grid.shape, grid.dtype)
             copy_rotated(grid, gathered)
             grid = gathered
+        return self._cast(grid, field, name)
+
+    def cast(self, chosen: Any, field: int, name: str) -> torch.Tensor:
+        """An array or tensor that a selection made, in the precision of the dataset.
+
+        Raises
+        ------
+        ConfigError
+            It is neither.
+        """
+        if not isinstance(chosen, (np.ndarray, torch.Tensor)):
+            raise ConfigError(
+                f"{name}: select() returned {_kind(chosen)}; it has to return arrays."
+            )
+        array = np.asarray(chosen)
+        if array.dtype != np.float32 or not (array.flags.c_contiguous and array.flags.writeable):
+            array = np.array(array, np.float32, order="C")
+        tensor, pages = self._cast(array, field, name)
+        in_blocks = get_worker_info() is not None and _pages.block_of(pages) is not None
+        return PagesTensor.over(tensor, pages) if in_blocks else tensor
+
+    def _cast(self, grid: Grid, field: int, name: str) -> _TensorAndGrid:
         tensor = torch.from_numpy(grid)
         if self.dtype is torch.float32:
             return tensor, grid
@@ -702,6 +901,10 @@ def _rotation_of_torch() -> Rotation:
     """The rotation that electrai's loader draws next from torch's global generator."""
     axis = int(torch.randint(0, 3, ()))
     return rotation_of(axis, float(torch.rand(())))
+
+
+def _with_channel(grid: NDArray[Any]) -> NDArray[Any]:
+    return grid[None]
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
