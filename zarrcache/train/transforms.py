@@ -105,8 +105,9 @@ def copy_rotated(view: NDArray[Any], out: NDArray[Any]) -> None:
         np.copyto(out, view)
         return
     rows = steps.index(min(steps))
-    if rows == 2 and view.strides[2] > 0:
-        np.copyto(out, view)  # it copies whole rows
+    if (rows == 2 and view.strides[2] > 0) or min(steps) > view.itemsize:
+        # It copies whole rows; or the view skips points, and is small against what is read.
+        np.copyto(out, view)
         return
     # Slabs are cut along an axis that is neither that of the rows in memory nor that of the result.
     axis = 1 if rows == 0 else 0
