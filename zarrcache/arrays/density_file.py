@@ -1,6 +1,6 @@
 """Read charge densities from the files that VASP and the Materials Project write.
 
-The grids are read without pymatgen, which is imported when a structure is asked for
+The grids are read without pymatgen, which is imported for structures
 (``pip install 'zarrcache[convert]'``).
 """
 
@@ -60,7 +60,7 @@ class PymatgenMissingError(ConfigError):
 
 @dataclass
 class DensityFile:
-    """The grids of one file by name; its structure is parsed when it is asked for.
+    """The grids of one file by name; its structure is parsed at the first access.
 
     Attributes
     ----------

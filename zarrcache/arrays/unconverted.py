@@ -46,7 +46,7 @@ def members_in(names: Collection[str], url: str) -> list[str]:
 
 
 def decoding_bytes(name: str, nbytes: int) -> int:
-    """Memory that decoding a file takes, at the most."""
+    """Most memory that decoding a file takes."""
     is_packed = name.endswith(_COMPRESSED)
     if name.endswith(".npy"):
         return nbytes * _NPY_GROWTH[is_packed]
