@@ -77,6 +77,7 @@ COMMANDS = {
         "--seed N",
         "--json",
     ),
+    "report": ("--output", "-o", "default: report.html", "--nodes N", "--epochs N"),
     "top": ("--dir DIR", "--once", "--interval SECONDS", "--metrics-file FILE.prom", "--json"),
     "audit": ("--ids FILE", "--html FILE", "--json"),
     "plot": ("--output", "-o", "[default: the terminal]", "--at X,Y,Z", "default: 0.5,0.5,0.5"),

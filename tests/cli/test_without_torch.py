@@ -51,6 +51,7 @@ def test_commands_run_on_a_real_store(tmp_path: Path) -> None:
     for arguments, words in (
         (["--help"], "Usage: "),
         (["plan", config], "Training split"),
+        (["report", config, "-o", str(tmp_path / "report.html")], ""),
         (["warm", config, "--workers", "2"], "Warmed 3 of 3 ids"),
         (["warm", config], "3 fresh already"),
         (["status", config], "3 of 3 ids"),

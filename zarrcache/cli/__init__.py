@@ -36,6 +36,7 @@ def _application() -> typer.Typer:
     from zarrcache.cli.map import make_map
     from zarrcache.cli.plan import plan
     from zarrcache.cli.plot import plot
+    from zarrcache.cli.report import report
     from zarrcache.cli.serve import serve
     from zarrcache.cli.top import top
     from zarrcache.cli.warm import warm
@@ -52,6 +53,7 @@ def _application() -> typer.Typer:
         verify,
         doctor,
         plan,
+        report,
         top,
         audit,
         plot,

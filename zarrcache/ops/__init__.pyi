@@ -14,7 +14,11 @@ from .figures import draw_pair as draw_pair
 from .figures import shrunk as shrunk
 from .forecast import EpochForecast as EpochForecast
 from .forecast import Forecast as Forecast
+from .forecast import MeasuredSplit as MeasuredSplit
+from .forecast import WhatIf as WhatIf
+from .forecast import measure_split as measure_split
 from .forecast import plan_training as plan_training
+from .forecast import what_if as what_if
 from .lock import make_lock as make_lock
 from .maps import FoundIds as FoundIds
 from .maps import find_ids as find_ids
@@ -22,6 +26,10 @@ from .maps import write_map as write_map
 from .metrics import exposition as exposition
 from .metrics import write_metrics as write_metrics
 from .pages import audit_page as audit_page
+from .report import report_page as report_page
+from .runs import RecordedRun as RecordedRun
+from .runs import RecordedRuns as RecordedRuns
+from .runs import read_runs as read_runs
 from .samples import config_schema as config_schema
 from .samples import filled_in as filled_in
 from .samples import key_comments as key_comments

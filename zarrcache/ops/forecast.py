@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import FLOAT32, Role
+from zarrcache._keys import FLOAT32, Eviction, Role
 from zarrcache._units import whole_number
 from zarrcache.arrays import is_fetched_whole
-from zarrcache.config import DataConfig, PriceConfig
+from zarrcache.config import CacheConfig, DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError
 from zarrcache.ops.simulate import Epoch, Policy, simulate
@@ -25,7 +26,16 @@ from zarrcache.ops.sizes import (
 from zarrcache.origin import PAGE_OBJECTS
 from zarrcache.train import Assignment, Schedule, node_budget_bytes
 
-__all__ = ["EpochForecast", "Forecast", "Variant", "plan_training"]
+__all__ = [
+    "EpochForecast",
+    "Forecast",
+    "MeasuredSplit",
+    "Variant",
+    "WhatIf",
+    "measure_split",
+    "plan_training",
+    "what_if",
+]
 
 #: Densities whose size is measured at the origin. The mean over 122,689 densities then has a
 #: standard error of 3 %.
@@ -40,6 +50,8 @@ SIMULATED = 240_000
 #: in 3,000. Later epochs are taken to be like the last half of these.
 EPOCHS, EPOCHS_PER_NODE = 12, 8
 _PROBED = 9
+#: Sizes of a cache to compare, as shares of the data on disk.
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _GIB = 1024**3
 
 
@@ -85,8 +97,8 @@ class Forecast:
         Two per sample, or one if input and label are the same directory.
     measured : int
         Densities whose size was measured; the others are drawn from their distribution.
-    gets : float
-        Mean number of objects per density.
+    gets, lists : float
+        Mean number of objects per density, and of LIST requests to read it.
     stored_bytes, disk_bytes : int
         Total size of all densities, at the origin and in a cache that holds them all.
     nodes, ranks : int
@@ -114,6 +126,7 @@ class Forecast:
     densities: int
     measured: int
     gets: float
+    lists: float
     stored_bytes: int
     disk_bytes: int
     nodes: int
@@ -128,6 +141,43 @@ class Forecast:
     others: dict[Variant, float]
     prices: PriceConfig
     speed: Speed | None
+
+    @property
+    def steady_ratio(self) -> float:
+        """Hit ratio in the last half of the simulated epochs, 0 to 1."""
+        tail = self.epochs[len(self.epochs) // 2 :]
+        return sum(epoch.hit_ratio for epoch in tail) / len(tail)
+
+    def cold_dollars(self, densities: int) -> float:
+        """What it costs to read densities of the mean size at the origin, in the currency."""
+        nbytes = self.stored_bytes / self.densities
+        return densities * _dollars(self.prices, self.lists, self.gets, nbytes)
+
+    def paid_dollars(self, densities: int, requests: int, nbytes: int) -> float:
+        """What counted requests and bytes cost; of the requests, LISTs as measured per density."""
+        lists = min(float(requests), densities * self.lists)
+        return _dollars(self.prices, lists, requests - lists, nbytes)
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Forecasts of one run with other caches.
+
+    Attributes
+    ----------
+    present : Forecast
+        As configured.
+    sizes : tuple of Forecast
+        With caches of other sizes, from small to large. ``others`` has the policies of
+        ``cache.eviction``, with the assignment of ``present``.
+    nodes : tuple of Forecast
+        With other numbers of nodes and both assignments. One node has only ``global``, which is the
+        same there.
+    """
+
+    present: Forecast
+    sizes: tuple[Forecast, ...]
+    nodes: tuple[Forecast, ...]
 
 
 def plan_training(
@@ -184,13 +234,41 @@ def plan_training(
     OriginError
         The origin cannot be read.
     """
-    for name, number in (
-        ("nodes", nodes),
-        ("ranks_per_node", ranks_per_node),
-        ("epochs", epochs),
-        ("workers", workers),
-    ):
-        whole_number(name, number, least=1)
+    split = measure_split(
+        source,
+        seed=seed,
+        probe=probe,
+        ranks=_ranks(nodes, ranks_per_node, epochs, workers),
+        capacity_bytes=capacity_bytes,
+        progress=progress,
+    )
+    return split.forecast(
+        nodes=nodes,
+        capacity_bytes=capacity_bytes,
+        lookahead_bytes=lookahead_bytes,
+        assignment=assignment,
+        eviction=eviction,
+        ranks_per_node=ranks_per_node,
+        epochs=epochs,
+        workers=workers,
+        prices=prices,
+    )
+
+
+def measure_split(
+    source: DataConfig | ZarrS3Reader,
+    *,
+    seed: int = 0,
+    probe: bool = False,
+    ranks: int = 1,
+    capacity_bytes: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> MeasuredSplit:
+    """Measure the training split of a config, to forecast several runs of it.
+
+    The parameters are those of `plan_training`. With more ``ranks`` than samples, or neither a
+    cache block nor a capacity, it raises ConfigError before anything is measured.
+    """
     cache = source.cache_config if isinstance(source, ZarrS3Reader) else source.cache
     # Without a cache: a forecast is made on a laptop or login node and must leave no files there.
     reader = (
@@ -198,24 +276,10 @@ def plan_training(
         if isinstance(source, ZarrS3Reader)
         else open_reader(source.model_copy(update={"cache": None}))
     )
-    if capacity_bytes is None:
-        if cache is None:
-            raise ConfigError(
-                "The config has no cache block, so the capacity is unknown. Pass one: --capacity "
-                "'200 GiB'."
-            )
-        capacity_bytes = cache.limit
-    if lookahead_bytes is None:
-        lookahead_bytes = cache.lookahead if cache is not None else 0
-    encoding = cache.arrays.encoding if cache is not None else FLOAT32
-    variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
-    prices = prices or (cache.prices if cache is not None else PriceConfig())
+    _capacity(cache, capacity_bytes)
     names, _ = reader.split_task_ids()
-    if nodes * ranks_per_node > len(names):
-        raise ConfigError(
-            f"{nodes * ranks_per_node} ranks are more than the {len(names)} samples of the "
-            "training split, so some ranks would have none. Use fewer nodes or ranks."
-        )
+    _check_ranks(ranks, len(names))
+    encoding = cache.arrays.encoding if cache is not None else FLOAT32
     roles = reader.roles
     densities: list[tuple[str, Role]] = [(name, role) for name in names for role in roles]
     generator = np.random.default_rng(seed)
@@ -234,53 +298,177 @@ def plan_training(
     # not only the mean.
     taken = generator.integers(len(sizes), size=len(densities))
     taken[chosen] = np.arange(len(sizes))
-    table = _Table.of(sizes, taken, len(roles))
-    world = tuple(node for node in range(nodes) for _ in range(ranks_per_node))
     speed = (
         measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
     )
-    # With few samples more epochs are simulated: one epoch of few samples is noisy.
-    simulated = min(epochs, max(EPOCHS, EPOCHS_PER_NODE * nodes, SIMULATED // len(names)))
-    # Room is taken when the first entry is refused. The entries that are dropped for it would be
-    # hits in later epochs only, so the simulation has a smaller cache from the start.
-    is_full = int(table.disk.sum()) > capacity_bytes
-    ahead_bytes = node_budget_bytes(lookahead_bytes, capacity_bytes) if is_full else 0
-    run = _Run(tuple(names), world, seed, table, capacity_bytes - ahead_bytes, simulated)
-    found = run.of(variant)
-    listing = sum(-(-len(names) // PAGE_OBJECTS) for _ in roles) * nodes
-    forecasts = tuple(
-        _forecast(run, found, epoch, prices, speed, workers, listing if epoch == 0 else 0)
-        for epoch in range(simulated)
+    return MeasuredSplit(
+        tuple(names), len(sizes), _Table.of(sizes, taken, len(roles)), seed, cache, speed
     )
-    variants = [
-        Variant(one, two)
-        for one in ("global", "node")
-        for two in ("none", "least-recently-stored", "least-recently-used", "belady")
+
+
+@dataclass(frozen=True)
+class MeasuredSplit:
+    """A training split and the sizes of its densities, from `measure_split`."""
+
+    names: tuple[str, ...]
+    measured: int
+    table: _Table
+    seed: int
+    cache: CacheConfig | None
+    speed: Speed | None
+
+    def forecast(
+        self,
+        *,
+        nodes: int = 1,
+        capacity_bytes: int | None = None,
+        lookahead_bytes: int | None = None,
+        assignment: Assignment = "global",
+        eviction: Policy | None = None,
+        ranks_per_node: int = 1,
+        epochs: int = 50,
+        workers: int = 1,
+        prices: PriceConfig | None = None,
+        compare: Sequence[Variant] | None = None,
+    ) -> Forecast:
+        """Forecast a run; parameters and errors as of `plan_training`.
+
+        Parameters
+        ----------
+        compare : sequence of Variant, optional
+            Those in ``others``. Default: every combination of assignment and policy.
+        """
+        _check_ranks(_ranks(nodes, ranks_per_node, epochs, workers), len(self.names))
+        cache, names, table = self.cache, self.names, self.table
+        capacity_bytes = _capacity(cache, capacity_bytes)
+        if lookahead_bytes is None:
+            lookahead_bytes = cache.lookahead if cache is not None else 0
+        variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
+        prices = prices or (cache.prices if cache is not None else PriceConfig())
+        world = tuple(node for node in range(nodes) for _ in range(ranks_per_node))
+        # With few samples more epochs are simulated: one epoch of few samples is noisy.
+        simulated = min(epochs, max(EPOCHS, EPOCHS_PER_NODE * nodes, SIMULATED // len(names)))
+        # Room is taken when the first entry is refused. The entries that are dropped for it would
+        # be hits in later epochs only, so the simulation has a smaller cache from the start.
+        is_full = int(table.disk.sum()) > capacity_bytes
+        ahead_bytes = node_budget_bytes(lookahead_bytes, capacity_bytes) if is_full else 0
+        run = _Run(names, world, self.seed, table, capacity_bytes - ahead_bytes, simulated)
+        found = run.of(variant)
+        listing = -(-len(names) // PAGE_OBJECTS) * table.roles * nodes
+        forecasts = tuple(
+            _forecast(run, found, epoch, prices, self.speed, workers, listing if not epoch else 0)
+            for epoch in range(simulated)
+        )
+        if compare is None:
+            compare = [
+                Variant(one, two)
+                for one in ("global", "node")
+                for two in ("none", "least-recently-stored", "least-recently-used", "belady")
+                if nodes > 1 or one == "global"
+            ]
+        return Forecast(
+            samples=len(names),
+            densities=len(table.disk),
+            measured=self.measured,
+            gets=float(table.gets.mean()),
+            lists=float(table.lists.mean()),
+            stored_bytes=int(table.stored.sum()),
+            disk_bytes=int(table.disk.sum()),
+            nodes=nodes,
+            ranks=len(world),
+            capacity_bytes=capacity_bytes,
+            lookahead_bytes=ahead_bytes,
+            encoding=cache.arrays.encoding if cache is not None else FLOAT32,
+            variant=variant,
+            run_epochs=epochs,
+            epochs=forecasts,
+            total=_total(forecasts, epochs),
+            others={other: _steady(run.of(other)) for other in compare},
+            prices=prices,
+            speed=self.speed,
+        )
+
+
+def what_if(
+    split: MeasuredSplit,
+    *,
+    nodes: int = 1,
+    epochs: int = 50,
+    progress: Callable[[int, int], object] | None = None,
+) -> WhatIf:
+    """Forecast a run with caches of other sizes and policies, and on other numbers of nodes.
+
+    Parameters
+    ----------
+    split : MeasuredSplit
+    nodes, epochs : int
+        Of the run.
+    progress : callable, optional
+        Called with the number of runs forecast so far and to forecast.
+    """
+    policies: tuple[Policy, ...] = get_args(Eviction)
+    present = split.forecast(nodes=nodes, epochs=epochs)
+    sizes = sorted(
+        {
+            *(max(1, int(share * present.disk_bytes)) for share in _SHARES),
+            # Beyond the data, more room changes nothing.
+            *([present.capacity_bytes] if present.capacity_bytes < present.disk_bytes else []),
+        }
+    )
+    counts = sorted({1, 2, 4, 8, nodes})
+    places: list[tuple[int, Assignment]] = [
+        (count, way)
+        for count in counts
+        if count <= len(split.names)
+        for way in ("global", "node")
+        if count > 1 or way == "global"
     ]
-    return Forecast(
-        samples=len(names),
-        densities=len(densities),
-        measured=len(sizes),
-        gets=float(table.gets.mean()),
-        stored_bytes=int(table.stored.sum()),
-        disk_bytes=int(table.disk.sum()),
-        nodes=nodes,
-        ranks=len(world),
-        capacity_bytes=capacity_bytes,
-        lookahead_bytes=ahead_bytes,
-        encoding=encoding,
-        variant=variant,
-        run_epochs=epochs,
-        epochs=forecasts,
-        total=_total(forecasts, epochs),
-        others={
-            other: _steady(run.of(other))
-            for other in variants
-            if nodes > 1 or other.assignment == "global"
-        },
-        prices=prices,
-        speed=speed,
-    )
+    total = 1 + len(sizes) + len(places)
+    found: list[Forecast] = []
+    for capacity in sizes:
+        if progress is not None:
+            progress(1 + len(found), total)
+        ways = [Variant(present.variant.assignment, policy) for policy in policies]
+        found.append(
+            split.forecast(nodes=nodes, capacity_bytes=capacity, epochs=epochs, compare=ways)
+        )
+    for count, way in places:
+        if progress is not None:
+            progress(1 + len(found), total)
+        found.append(split.forecast(nodes=count, assignment=way, epochs=epochs, compare=()))
+    if progress is not None:
+        progress(total, total)
+    return WhatIf(present, tuple(found[: len(sizes)]), tuple(found[len(sizes) :]))
+
+
+def _ranks(nodes: int, ranks_per_node: int, epochs: int, workers: int) -> int:
+    for name, number in (
+        ("nodes", nodes),
+        ("ranks_per_node", ranks_per_node),
+        ("epochs", epochs),
+        ("workers", workers),
+    ):
+        whole_number(name, number, least=1)
+    return nodes * ranks_per_node
+
+
+def _check_ranks(ranks: int, samples: int) -> None:
+    if ranks > samples:
+        raise ConfigError(
+            f"{ranks} ranks are more than the {samples} samples of the "
+            "training split, so some ranks would have none. Use fewer nodes or ranks."
+        )
+
+
+def _capacity(cache: CacheConfig | None, capacity_bytes: int | None) -> int:
+    if capacity_bytes is not None:
+        return capacity_bytes
+    if cache is None:
+        raise ConfigError(
+            "The config has no cache block, so the capacity is unknown. Pass one: --capacity "
+            "'200 GiB'."
+        )
+    return cache.limit
 
 
 def _spread(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -379,11 +567,7 @@ def _forecast(
     missed, table = np.concatenate([node.missed for node in nodes]), run.table
     lists = int(run.scale * table.lists[missed].sum()) + listing
     gets, nbytes = (int(run.scale * column[missed].sum()) for column in (table.gets, table.stored))
-    dollars = (
-        lists / 1000 * prices.list_per_1000
-        + gets / 1000 * prices.get_per_1000
-        + nbytes / _GIB * prices.transfer_per_gib
-    )
+    dollars = _dollars(prices, lists, gets, nbytes)
     seconds = None
     if speed is not None:
         # Linear in workers: each process fetches, decodes and stores by itself. Too optimistic
@@ -391,6 +575,14 @@ def _forecast(
         slowest = max(len(node.missed) for node in nodes) * run.scale
         seconds = slowest * speed.density_s / workers
     return EpochForecast(_ratio(nodes), lists + gets, nbytes, dollars, seconds)
+
+
+def _dollars(prices: PriceConfig, lists: float, gets: float, nbytes: float) -> float:
+    return (
+        lists / 1000 * prices.list_per_1000
+        + gets / 1000 * prices.get_per_1000
+        + nbytes / _GIB * prices.transfer_per_gib
+    )
 
 
 def _total(forecasts: Sequence[EpochForecast], epochs: int) -> EpochForecast:

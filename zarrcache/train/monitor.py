@@ -19,15 +19,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
-
-from torch.utils.data import DataLoader
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from zarrcache._keys import Role
 from zarrcache.config import CacheConfig
 from zarrcache.data import Read
 from zarrcache.disk import CacheDir
 from zarrcache.stats import SharedFile, Stats
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 __all__ = ["EpochTimes", "LoaderMonitor", "Recorder", "Verdict", "judge"]
 
@@ -350,6 +351,9 @@ class Recorder:
 
     def attach(self, loader: Any) -> None:
         """Time a loader from its next iterator on."""
+        # Not above: `zarrcache report` judges recorded epochs where torch may not be installed.
+        from torch.utils.data import DataLoader
+
         if self._readers or not isinstance(loader, DataLoader):
             return
         self._workers, self._pin_memory = loader.num_workers, bool(loader.pin_memory)

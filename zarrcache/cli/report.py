@@ -1,0 +1,79 @@
+"""``zarrcache report``: recorded epochs, cost and what-if as one HTML file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zarrcache.cli.app import command, say
+from zarrcache.cli.options import Config, data_config, whole
+from zarrcache.errors import ConfigError, OriginError
+
+__all__ = ["report"]
+
+
+@command(resumable=False)
+def report(
+    config: Config,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write")
+    ] = Path("report.html"),
+    nodes: Annotated[
+        int, typer.Option("--nodes", metavar="N", parser=whole(1), help="nodes of the forecast")
+    ] = 1,
+    epochs: Annotated[
+        int, typer.Option("--epochs", metavar="N", parser=whole(1), help="epochs of the forecast")
+    ] = 50,
+) -> int:
+    """Write a page: epochs so far, cost, what-if.
+
+    Epochs are those that LoaderMonitor or CacheMonitor recorded in the cache of CONFIG. Caches
+    nothing. Exit code 1: the origin cannot be read, so the page has no forecast.
+    """
+    from zarrcache import ops
+    from zarrcache.cli.progress import Meter
+
+    source = data_config(config)
+    _check(output, config)
+    recorded = ops.read_runs(ops.cache_of(source))
+    for note in recorded.notes:
+        say(f"warning: {note}")
+    forecast: ops.WhatIf | str
+    try:
+        with Meter("Measuring", "densities", 1) as meter:
+            split = ops.measure_split(source, ranks=nodes, progress=meter.reach)
+        with Meter("Forecasting", "runs", 1) as meter:
+            forecast = ops.what_if(split, nodes=nodes, epochs=epochs, progress=meter.reach)
+    except OriginError as exc:
+        forecast = str(exc)
+        say(f"error: no forecast: {exc}")
+    page = ops.report_page(source, recorded, forecast, now_s=time.time())
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as exc:
+        raise _unwritable(output, exc.strerror) from exc
+    say(f"wrote {output}")
+    return int(isinstance(forecast, str))
+
+
+def _check(output: Path, config: Path) -> None:
+    """Refuse a file that cannot be written, before minutes of work."""
+    if output.exists() and output.samefile(config):
+        raise ConfigError(f"{output} is the config. Give another file: -o report.html.")
+    is_new = not output.exists()
+    try:
+        with output.open("a", encoding="utf-8"):
+            pass
+        if is_new:
+            output.unlink()
+    except OSError as exc:
+        raise _unwritable(output, exc.strerror) from exc
+
+
+def _unwritable(output: Path, why: str | None) -> ConfigError:
+    return ConfigError(
+        f"{output} cannot be written ({why}). Give a file in a directory that exists."
+    )

@@ -1,0 +1,226 @@
+"""Charts as inline SVG: no script, no font and no picture from elsewhere.
+
+Colours are variables of the page's style (``CHART_STYLE``), so that a chart follows light and dark.
+A chart has the width of a small screen; on a large one, charts stand side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+__all__ = ["CHART_STYLE", "Axis", "Series", "columns", "lines", "short"]
+
+_WIDTH, _HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 26, 44
+#: From dark to light, and distinct for red-green blindness; lines also differ in their dashes.
+CHART_STYLE = """
+:root { --c0: #1f6feb; --c1: #bc4c00; --c2: #1a7f64; --c3: #8250df; --c4: #bf3989; --c5: #6e7781; }
+@media (prefers-color-scheme: dark) { :root { --c0: #58a6ff; --c1: #f0883e; --c2: #3fc39d;
+  --c3: #b98aff; --c4: #f778ba; --c5: #8b949e; } }
+.charts { display: grid; gap: 1.2rem 2rem; margin: 1.2rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.charts figure { margin: 0; min-width: 0; } .charts svg { display: block; width: 100%; }
+.charts figcaption { color: var(--ink); font-weight: 600; }
+.key { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .85rem; color: var(--faint); }
+.key svg { display: inline-block; width: 1.7rem; height: .7rem; margin-right: .35rem; }
+svg text { font: 12.5px system-ui, sans-serif; fill: var(--faint); }
+svg .grid { stroke: var(--line); } svg .mark { stroke: var(--ink); stroke-dasharray: 3 3; }
+svg text.now { fill: var(--ink); }
+"""
+_DASHES = ("", "7 4", "2 4", "9 3 2 3")
+_WIDTHS = (3.6, 2.2, 2.2, 2.2)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Numbers with a name. ``points`` are (x, y)."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its title with the unit, and how its numbers are written.
+
+    ``top`` fixes its upper end, otherwise the numbers do.
+    """
+
+    title: str
+    show: Callable[[float], str]
+    top: float | None = None
+
+
+def short(value: float) -> str:
+    """``950``, ``12 k``, ``3.4 M``."""
+    for unit, size in (("", 1), (" k", 1e3), (" M", 1e6), (" G", 1e9)):
+        if abs(value) < 999.5 * size or unit == " G":
+            return f"{value / size:.3g}{unit}"
+    raise AssertionError
+
+
+def lines(
+    title: str, series: Sequence[Series], x: Axis, y: Axis, mark: tuple[float, str] | None = None
+) -> str:
+    """Lines over numbers, with an optional vertical mark."""
+    places = [place for one in series for place, _ in one.points]
+    low, high = min(places), max(places)
+    if x.top is not None:
+        low, high = 0.0, x.top
+    steps = _ticks(low, high) if high > low else [low]
+    across = _Scale(low, high, _LEFT, _WIDTH - _RIGHT)
+    up, body = _frame(series, y)
+    for tick in steps:
+        body.append(_text(across(tick), _HEIGHT - _BOTTOM + 18, x.show(tick), "middle"))
+    if mark is not None:
+        place = across(mark[0])
+        body.append(
+            f'<path class="mark" d="M{place:.1f} {_TOP - 8}V{_HEIGHT - _BOTTOM}" fill="none"/>'
+        )
+        # Above the lines, which may be anywhere below.
+        within = min(max(place, _LEFT + 80), _WIDTH - _RIGHT - 60)
+        body.append(_text(within, 13, mark[1], "middle", "now"))
+    for number, one in enumerate(series):
+        drawn = [(across(a), up(b)) for a, b in one.points]
+        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in drawn)
+        body.append(
+            f'<path d="{path}" fill="none" stroke="var(--c{number})" '
+            f'stroke-width="{_WIDTHS[number]}" stroke-dasharray="{_DASHES[number]}" '
+            'stroke-linejoin="round"/>'
+        )
+        if len(drawn) > 30:
+            continue
+        for (a, b), (value, height) in zip(drawn, one.points, strict=True):
+            said = f"{x.show(value)}: {y.show(height)}"
+            if len(series) > 1:
+                said = f"{one.name}, {said}"
+            body.append(
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{4 if not number else 2.6}" '
+                f'fill="var(--c{number})"><title>{escape(said)}</title></circle>'
+            )
+    return _figure(title, series, body, x.title, dashed=True)
+
+
+def columns(
+    title: str,
+    labels: Sequence[str],
+    series: Sequence[Series],
+    x_title: str,
+    y: Axis,
+    *,
+    stacked: bool = False,
+) -> str:
+    """Columns over labels, one series beside or upon the other.
+
+    A point's x is the position of its label; points may be absent.
+    """
+    groups = len(labels)
+    wide = (_WIDTH - _LEFT - _RIGHT) / groups
+    heights = [0.0] * groups
+    for one in series:
+        for place, height in one.points:
+            heights[int(place)] += height
+    up, body = _frame([Series("", list(enumerate(heights)))] if stacked else series, y)
+    every = math.ceil(max(len(label) for label in labels) * 8 / wide) if labels else 1
+    for place in range(0, groups, every):
+        middle = _LEFT + (place + 0.5) * wide
+        body.append(_text(middle, _HEIGHT - _BOTTOM + 18, labels[place], "middle"))
+    counts = [
+        sum(int(at) == place for one in series for at, _ in one.points) for place in range(groups)
+    ]
+    base, slot = [0.0] * groups, [0] * groups
+    for number, one in enumerate(series):
+        for at, height in one.points:
+            place = int(at)
+            share = 1 if stacked else counts[place]
+            thick = min(0.72 * wide / share, 46)
+            left = _LEFT + (place + 0.5) * wide + (slot[place] - share / 2) * thick
+            top, bottom = up(base[place] + height), up(base[place])
+            said = f"{one.name}, {labels[place]}: {y.show(height)}"
+            body.append(
+                f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(0.5, thick - 1):.1f}" '
+                f'height="{max(0.0, bottom - top):.1f}" fill="var(--c{number})">'
+                f"<title>{escape(said)}</title></rect>"
+            )
+            if stacked:
+                base[place] += height
+            else:
+                slot[place] += 1
+    return _figure(title, series, body, x_title, dashed=False)
+
+
+class _Scale:
+    """Numbers to places in the drawing."""
+
+    def __init__(self, low: float, high: float, start: float, end: float) -> None:
+        self._low, self._span = low, high - low
+        self._start, self._end = start, end
+
+    def __call__(self, value: float) -> float:
+        share = (value - self._low) / self._span if self._span else 0.5
+        return self._start + share * (self._end - self._start)
+
+
+def _ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from ``low`` to ``high``."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * size for size in (1, 2, 2.5, 5, 10) if power * size >= raw * 0.999)
+    if low == int(low) and high == int(high) and high - low >= 1:
+        step = max(1, step if step == int(step) else math.ceil(step))
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _frame(series: Sequence[Series], y: Axis) -> tuple[_Scale, list[str]]:
+    """The vertical scale from 0, with its lines and numbers."""
+    top = y.top
+    if top is None:
+        top = max((height for one in series for _, height in one.points), default=0.0)
+    ticks = _ticks(0.0, top) if top > 0 else [0.0]
+    if top > ticks[-1] and y.top is None:
+        ticks.append(ticks[-1] + (ticks[1] if len(ticks) > 1 else top))
+    up = _Scale(0.0, max(ticks[-1], top if y.top else 0) or 1.0, _HEIGHT - _BOTTOM, _TOP)
+    body = [_text(0, 13, y.title, "start")]
+    for tick in ticks:
+        place = up(tick)
+        body.append(f'<path class="grid" d="M{_LEFT} {place:.1f}H{_WIDTH - _RIGHT}" fill="none"/>')
+        body.append(_text(_LEFT - 8, place + 4, y.show(tick), "end"))
+    return up, body
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    name = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{name}>{escape(text)}</text>'
+
+
+def _figure(
+    title: str, series: Sequence[Series], body: list[str], x_title: str, *, dashed: bool
+) -> str:
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    body.append(_text(middle, _HEIGHT - 6, x_title, "middle"))
+    key = "".join(_key(series, dashed=dashed)) if len(series) > 1 else ""
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        + (f'<div class="key">{key}</div>' if key else "")
+        + f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(body)}</svg></figure>"
+    )
+
+
+def _key(series: Sequence[Series], *, dashed: bool) -> Iterator[str]:
+    for number, one in enumerate(series):
+        if dashed:
+            drawn = (
+                f'<path d="M0 6H28" stroke="var(--c{number})" stroke-width="{_WIDTHS[number]}" '
+                f'stroke-dasharray="{_DASHES[number]}" fill="none"/>'
+            )
+        else:
+            drawn = f'<rect x="9" width="12" height="12" fill="var(--c{number})"/>'
+        yield (
+            f'<span><svg viewBox="0 0 28 12" aria-hidden="true">{drawn}</svg>'
+            f"{escape(one.name)}</span>"
+        )

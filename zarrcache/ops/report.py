@@ -1,0 +1,556 @@
+"""The page of ``zarrcache report``: recorded epochs, cost, and what another cache would change."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from itertools import groupby
+
+from zarrcache._units import format_bytes
+from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.ops.charts import CHART_STYLE, Axis, Series, columns, lines, short
+from zarrcache.ops.forecast import Forecast, WhatIf
+from zarrcache.ops.pages import page
+from zarrcache.ops.runs import RecordedRun, RecordedRuns
+from zarrcache.ops.selection import cache_of
+from zarrcache.train import EpochTimes
+
+__all__ = ["report_page"]
+
+_STYLE = """
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem;
+  margin: 1.5rem 0; }
+.tiles div { background: var(--shade); border-radius: .5rem; padding: .7rem .9rem; }
+.tiles dt { color: var(--faint); font-size: .85rem; } .tiles dd { margin: 0; font-size: 1.5rem; }
+.tiles dd small { display: block; color: var(--faint); font-size: .8rem; line-height: 1.3; }
+.say { border-left: .25rem solid var(--c0); padding: .4rem 1rem; background: var(--shade); }
+table.numbers { font-size: .9rem; } table.numbers td, table.numbers th { text-align: right;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
+table.numbers td:first-child, table.numbers th:first-child { text-align: left; }
+table.numbers th { vertical-align: bottom; } tr.this { font-weight: 600; }
+summary { cursor: pointer; color: var(--faint); }
+pre { background: var(--shade); padding: .8rem 1rem; overflow-x: auto; border-radius: .3rem; }
+pre code { background: none; padding: 0; } code { overflow-wrap: anywhere; }
+"""
+#: Epochs that a chart and its table show; the sums count all.
+_EPOCHS = 200
+_PARTS = {
+    "hit": "reads from the cache",
+    "miss": "reads from the origin",
+    "bypass": "reads not admitted",
+    "augment": "rotation and cast",
+    "transform": "transform",
+    "collate": "collate",
+}
+_HOW = """with LoaderMonitor(loader) as batches:  # from zarrcache.train import LoaderMonitor
+    for epoch in range(epochs):
+        for batch in batches:
+            train(batch)
+print(batches.verdict)
+
+# with Lightning: from zarrcache.lightning import CacheMonitor
+Trainer(callbacks=[CacheMonitor()]).fit(model, data)
+"""
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3g}"
+
+
+_HITS = Axis("% of the reads", _plain, top=100)
+_BY_EPOCH = Axis("epoch", lambda value: f"{value:g}")
+
+
+def report_page(
+    config: DataConfig, recorded: RecordedRuns, forecast: WhatIf | str, *, now_s: float
+) -> str:
+    """The page, as one HTML document.
+
+    Parameters
+    ----------
+    config : DataConfig
+        With a cache block.
+    recorded : RecordedRuns
+    forecast : WhatIf or str
+        Or why there is none.
+    now_s : float
+        The time that the page states, in seconds since 1970.
+    """
+    cache = cache_of(config)
+    plan = forecast if isinstance(forecast, WhatIf) else None
+    where = (
+        f"Input <code>{escape(str(config.data_dir))}</code>, label "
+        f"<code>{escape(str(config.label_dir))}</code>. Cache "
+        f"<code>{escape(str(cache.dir))}</code>, at most {format_bytes(cache.limit)}. Written on "
+        f"{_date(now_s)}."
+    )
+    parts = [
+        f'<p class="faint">{where}</p>',
+        _tiles(recorded, plan),
+        *_recorded(recorded, cache),
+    ]
+    if plan is None:
+        parts.append(f"<h2>Forecast</h2><p>There is no forecast: {escape(str(forecast))}</p>")
+    else:
+        parts += [*_forecast(plan.present), *_sizes(plan, cache), *_nodes(plan)]
+        parts.append(_basis(plan.present, config))
+    return page(f"Training report: {config.functional}", "\n".join(parts), CHART_STYLE + _STYLE)
+
+
+def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
+    found: list[tuple[str, str, str]] = []
+    total = recorded.total
+    if total is not None:
+        last = recorded.runs[0].epochs[-1]
+        found = [
+            ("Waiting for data", _percent(last.waiting_ratio), "of the time, in the last epoch"),
+            ("Hits", _percent(last.stats.hit_ratio), "of the reads, in the last epoch"),
+            ("Requests", short(total.stats.requests), f"in all epochs, {_bytes(total)}"),
+        ]
+        if plan is not None:
+            paid, saved = _dollars(total, plan.present)
+            currency = plan.present.prices.currency
+            found += [
+                ("Cost so far", f"{_money(paid)} {currency}", "requests and bytes of all epochs"),
+                ("Saved", f"{_money(saved)} {currency}", "what the hits would have cost"),
+            ]
+    elif plan is not None:
+        of = plan.present
+        found = [
+            ("Hits", _percent(of.steady_ratio), "of the reads, forecast for later epochs"),
+            (
+                "Requests",
+                short(of.total.requests),
+                f"forecast for {_count(of.run_epochs, 'epoch')}",
+            ),
+            (
+                "Cost",
+                f"{_money(of.total.dollars)} {of.prices.currency}",
+                f"forecast for {_count(of.run_epochs, 'epoch')}",
+            ),
+        ]
+    tiles = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(what)}</small></dd></div>"
+        for name, value, what in found
+    )
+    return f'<dl class="tiles">{tiles}</dl>' if tiles else ""
+
+
+def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
+    yield "<h2>Recorded epochs</h2>"
+    for note in recorded.notes:
+        yield f'<p class="say">{escape(note)}</p>'
+    if not recorded.runs:
+        yield (
+            f"<p>No training has recorded epochs in <code>{escape(str(cache.dir))}</code> yet. "
+            "Each process that trains under a monitor records its epochs there:</p>"
+            f"<pre><code>{escape(_HOW)}</code></pre>"
+        )
+        return
+    run = recorded.runs[0]
+    shown = run.epochs[-_EPOCHS:]
+    skipped = len(run.epochs) - len(shown)
+    yield (
+        f"<p>The process that recorded last, with {_count(run.workers, 'worker')}: "
+        f"{_count(len(run.epochs), 'epoch')}, the last of them on {_date(run.ended_s[-1])}."
+        + (f" The last {_EPOCHS} are shown." if skipped else "")
+        + "</p>"
+    )
+    yield f'<p class="say">{escape(run.verdict.text)}</p>'
+    yield f'<div class="charts">{"".join(_epoch_charts(run, skipped))}</div>'
+    yield _folded("Numbers of the epochs", _epoch_table(run, skipped))
+    if len(recorded.runs) > 1:
+        yield "<h2>All recorded processes</h2>"
+        yield (
+            '<p class="faint">Each rank of a training on several GPUs is a process of its own. '
+            "Sums over all epochs.</p>"
+        )
+        yield _table(
+            ("last epoch ended", "epochs", "steps", "waited", "hits", "requests", "from origin"),
+            [
+                (
+                    _date(one.ended_s[-1]),
+                    f"{len(one.epochs):,}",
+                    f"{one.total.steps:,}",
+                    _percent(one.total.waiting_ratio),
+                    _percent(one.total.stats.hit_ratio),
+                    f"{one.total.stats.requests:,}",
+                    _bytes(one.total),
+                )
+                for one in recorded.runs
+            ],
+        )
+
+
+def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
+    shown = list(enumerate(run.epochs[skipped:], start=skipped + 1))
+    labels = [str(number) for number, _ in shown]
+
+    def of(name: str, value: Callable[[EpochTimes], float]) -> Series:
+        return Series(name, [(place, value(times)) for place, (_, times) in enumerate(shown)])
+
+    waited = of("waiting for data", lambda times: times.waited_s)
+    worked = of("training", lambda times: times.worked_s)
+    largest = max(times.waited_s + times.worked_s for _, times in shown)
+    unit, size = ("h", 3600) if largest > 7200 else ("min", 60) if largest > 180 else ("s", 1)
+    yield columns(
+        "Time of each epoch",
+        labels,
+        [_divided(waited, size), _divided(worked, size)],
+        "epoch",
+        Axis(unit, _plain),
+        stacked=True,
+    )
+    waits = [(number, 100 * times.waiting_ratio) for number, times in shown]
+    hits = [(number, 100 * times.stats.hit_ratio) for number, times in shown]
+    yield lines(
+        "Waiting for data",
+        [Series("waiting", waits)],
+        _BY_EPOCH,
+        Axis("% of the time", _plain, top=100),
+    )
+    yield lines("Hits", [Series("hits", hits)], _BY_EPOCH, _HITS)
+    yield columns(
+        "Requests to the origin",
+        labels,
+        [of("requests", lambda times: times.stats.requests)],
+        "epoch",
+        Axis("requests", short),
+    )
+    used = [
+        Series(text, [(place, times.parts[name]) for place, (_, times) in enumerate(shown)])
+        for name, text in _PARTS.items()
+        if any(times.parts[name] for _, times in shown)
+    ]
+    if used:
+        most = max(sum(times.parts.values()) for _, times in shown)
+        unit, size = ("h", 3600) if most > 7200 else ("min", 60) if most > 180 else ("s", 1)
+        yield columns(
+            "Work of the workers, summed over them",
+            labels,
+            [_divided(one, size) for one in used],
+            "epoch",
+            Axis(unit, _plain),
+            stacked=True,
+        )
+    yield columns(
+        "Bytes from the origin",
+        labels,
+        [of("bytes", lambda times: times.stats.fetched_bytes / 1024**2)],
+        "epoch",
+        Axis("MiB", short),
+    )
+
+
+def _epoch_table(run: RecordedRun, skipped: int) -> str:
+    return _table(
+        (
+            "epoch",
+            "steps",
+            "waited, s",
+            "trained, s",
+            "waited",
+            "hits",
+            "misses",
+            "of them not admitted",
+            "hit rate",
+            "requests",
+            "from origin",
+        ),
+        [
+            (
+                str(number),
+                f"{times.steps:,}",
+                f"{times.waited_s:,.2f}",
+                f"{times.worked_s:,.2f}",
+                _percent(times.waiting_ratio),
+                f"{times.stats.hits:,}",
+                f"{times.stats.misses:,}",
+                f"{times.stats.bypasses:,}",
+                _percent(times.stats.hit_ratio),
+                f"{times.stats.requests:,}",
+                _bytes(times),
+            )
+            for number, times in enumerate(run.epochs[skipped:], start=skipped + 1)
+        ],
+    )
+
+
+def _forecast(plan: Forecast) -> Iterable[str]:
+    where = _count(plan.nodes, "node")
+    yield f"<h2>Forecast of {_count(plan.run_epochs, 'epoch')} on {where}</h2>"
+    share = min(1.0, plan.capacity_bytes / plan.disk_bytes) if plan.disk_bytes else 1.0
+    ahead = ""
+    if plan.lookahead_bytes:
+        ahead = f" (of which the look-ahead takes {format_bytes(plan.lookahead_bytes)})"
+    yield (
+        f"<p>From an empty cache: {_percent(plan.total.hit_ratio)} hits, "
+        f"{plan.total.requests:,} requests, {format_bytes(plan.total.nbytes)}, "
+        f"{_money(plan.total.dollars)} {escape(plan.prices.currency)}. Each node's cache of "
+        f"{format_bytes(plan.capacity_bytes)}{ahead} holds {_percent(share)} of the data "
+        f"({format_bytes(plan.disk_bytes)} on disk). Without a cache it would be "
+        f"{_money(plan.cold_dollars(plan.densities) * plan.run_epochs)} "
+        f"{escape(plan.prices.currency)}.</p>"
+    )
+    shown = list(enumerate(plan.epochs[:_EPOCHS], start=1))
+    yield '<div class="charts">'
+    yield lines(
+        "Hits",
+        [Series("hits", [(number, 100 * epoch.hit_ratio) for number, epoch in shown])],
+        _BY_EPOCH,
+        _HITS,
+    )
+    yield lines(
+        "Requests to the origin",
+        [Series("requests", [(number, epoch.requests) for number, epoch in shown])],
+        _BY_EPOCH,
+        Axis("requests", short),
+    )
+    yield "</div>"
+    yield _folded(
+        "Numbers of the epochs",
+        _table(
+            ("epoch", "hit rate", "requests", "from origin", f"cost, {plan.prices.currency}"),
+            [
+                (
+                    str(number),
+                    _percent(epoch.hit_ratio),
+                    f"{epoch.requests:,}",
+                    format_bytes(epoch.nbytes),
+                    _money(epoch.dollars),
+                )
+                for number, epoch in shown
+            ],
+        ),
+    )
+
+
+def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
+    present, disk_bytes = plan.present, plan.present.disk_bytes
+    yield "<h2>What if the cache had another size or policy?</h2>"
+    steady = f"in the last half of {_count(len(present.epochs), 'epoch')}"
+    yield (
+        f"<p>Hits {steady}, on {_count(present.nodes, 'node')}, against <code>cache.limit</code> "
+        "of each node, for each <code>cache.eviction</code>.</p>"
+    )
+    policies = list(plan.sizes[0].others)
+    axis = Axis(
+        f"cache of each node, % of the data ({format_bytes(disk_bytes)})",
+        _plain,
+        top=100,
+    )
+    share = 100 * present.capacity_bytes / disk_bytes if disk_bytes else 100
+    mark = (share, f"now: {format_bytes(present.capacity_bytes)}") if share <= 100 else None
+    yield '<div class="charts">'
+    yield lines(
+        "Hits",
+        [
+            Series(
+                way.eviction,
+                [
+                    (100 * one.capacity_bytes / disk_bytes, 100 * one.others[way])
+                    for one in plan.sizes
+                ],
+            )
+            for way in policies
+        ],
+        axis,
+        _HITS,
+        mark,
+    )
+    currency = present.prices.currency
+    yield lines(
+        f"Cost of {_count(present.run_epochs, 'epoch')} with eviction {present.variant.eviction}",
+        [
+            Series(
+                "cost",
+                [(100 * one.capacity_bytes / disk_bytes, one.total.dollars) for one in plan.sizes],
+            )
+        ],
+        axis,
+        Axis(currency, _plain),
+        mark,
+    )
+    yield "</div>"
+    if share > 100:
+        yield (
+            f"<p>Now: {format_bytes(present.capacity_bytes)}, more than the data. A larger cache "
+            "changes nothing.</p>"
+        )
+    yield _table(
+        (
+            "cache of each node",
+            "of the data",
+            *(way.eviction for way in policies),
+            "requests",
+            "from origin",
+            f"cost, {currency}",
+        ),
+        [
+            (
+                format_bytes(one.capacity_bytes),
+                _percent(one.capacity_bytes / disk_bytes),
+                *(_percent(one.others[way]) for way in policies),
+                f"{one.total.requests:,}",
+                format_bytes(one.total.nbytes),
+                _money(one.total.dollars),
+            )
+            for one in plan.sizes
+        ],
+        this=[one.capacity_bytes == present.capacity_bytes for one in plan.sizes],
+    )
+    yield (
+        f'<p class="faint">Requests, bytes and cost are of {_count(present.run_epochs, "epoch")} '
+        f"with cache.eviction: {present.variant.eviction}, which is what the config says."
+        "</p>"
+    )
+
+
+def _nodes(plan: WhatIf) -> Iterable[str]:
+    present = plan.present
+    yield "<h2>What if it ran on other numbers of nodes?</h2>"
+    yield (
+        f"<p>Each node has its own cache of {format_bytes(present.capacity_bytes)}, and does not "
+        "take entries from other nodes (<code>cache.peers</code> saves requests beyond this). "
+        "With <code>assignment: global</code> any node may read any sample; with "
+        "<code>node</code> each has a share of its own.</p>"
+    )
+    groups = [
+        (nodes, list(found)) for nodes, found in groupby(plan.nodes, key=lambda one: one.nodes)
+    ]
+    labels = [str(nodes) for nodes, _ in groups]
+
+    def by(value: Callable[[Forecast], float]) -> list[Series]:
+        return [
+            Series(
+                way,
+                [
+                    (place, value(one))
+                    for place, (_, found) in enumerate(groups)
+                    for one in found
+                    if one.variant.assignment == way
+                ],
+            )
+            for way in ("global", "node")
+        ]
+
+    yield '<div class="charts">'
+    yield columns(
+        "Hits",
+        labels,
+        by(lambda one: 100 * one.steady_ratio),
+        "nodes",
+        _HITS,
+    )
+    currency = present.prices.currency
+    yield columns(
+        f"Cost of {_count(present.run_epochs, 'epoch')}",
+        labels,
+        by(lambda one: one.total.dollars),
+        "nodes",
+        Axis(currency, _plain),
+    )
+    yield "</div>"
+    yield _table(
+        ("nodes", "assignment", "hit rate", "requests", "from origin", f"cost, {currency}"),
+        [
+            (
+                str(one.nodes),
+                one.variant.assignment if one.nodes > 1 else "either",
+                _percent(one.steady_ratio),
+                f"{one.total.requests:,}",
+                format_bytes(one.total.nbytes),
+                _money(one.total.dollars),
+            )
+            for one in plan.nodes
+        ],
+        this=[one.nodes == present.nodes and one.variant == present.variant for one in plan.nodes],
+    )
+
+
+def _basis(plan: Forecast, config: DataConfig) -> str:
+    prices = plan.prices
+    is_billed = any("://" in str(place) for place in (config.data_dir, config.label_dir))
+    free = (
+        "" if is_billed else " These densities lie in a directory: S3 would charge this for them."
+    )
+    measured = "all" if plan.measured == plan.densities else f"{plan.measured:,}"
+    return (
+        "<h2>How it was computed</h2>"
+        f"<p>Training split: {plan.samples:,} samples, {plan.densities:,} densities of "
+        f"{plan.gets:.0f} objects and {format_bytes(plan.stored_bytes // plan.densities)} on "
+        f"average, {measured} of them measured at the origin. Hits are simulated with the "
+        "sampler's own order from an empty cache, as <code>zarrcache plan</code> does; epochs that "
+        "were not simulated are taken to be like the last half of those that were.</p>"
+        f"<p>Prices of {escape(prices.dated)}, from <code>cache.prices</code>: 1,000 LIST requests "
+        f"{prices.list_per_1000:g}, 1,000 GET requests {prices.get_per_1000:g}, one GiB "
+        f"{prices.transfer_per_gib:g} {escape(prices.currency)}.{free} The cost so far is that of "
+        f"the recorded bytes and requests, of which {plan.lists:.2g} per density read from the "
+        "origin count as LIST. What was saved is what the hits, and the entries taken "
+        "from other nodes, would have cost at the origin, for densities of the mean size. "
+        "<code>zarrcache warm</code> records nothing, so its requests are in neither.</p>"
+    )
+
+
+def _dollars(total: EpochTimes, plan: Forecast) -> tuple[float, float]:
+    """Paid and saved by recorded epochs."""
+    stats = total.stats
+    elsewhere = min(stats.misses, stats.lower_hits + stats.peer_hits)
+    read = stats.misses - elsewhere
+    paid = plan.paid_dollars(read, stats.requests, stats.fetched_bytes)
+    return paid, plan.cold_dollars(stats.hits + elsewhere)
+
+
+def _divided(series: Series, by: float) -> Series:
+    return Series(series.name, [(x, y / by) for x, y in series.points])
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, this: Sequence[bool] | None = None
+) -> str:
+    """A table of numbers; rows marked by ``this`` are those of the present config."""
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    drawn = []
+    for number, row in enumerate(rows):
+        is_this = this is not None and this[number]
+        first, *others = (escape(cell) for cell in row)
+        if is_this:
+            first += " (now)"
+        cells = "".join(f"<td>{cell}</td>" for cell in (first, *others))
+        drawn.append(f"<tr{' class=this' if is_this else ''}>{cells}</tr>")
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr>{names}</tr></thead>'
+        f"<tbody>{''.join(drawn)}</tbody></table></div>"
+    )
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.1f} %"
+
+
+def _money(amount: float) -> str:
+    """Two decimals, or two significant digits below 0.1."""
+    if amount == 0:
+        return "0"
+    if amount >= 0.1:
+        return f"{amount:,.2f}"
+    decimals = min(9, 1 - math.floor(math.log10(amount)))
+    return f"{amount:.{decimals}f}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _bytes(times: EpochTimes) -> str:
+    return format_bytes(times.stats.fetched_bytes)
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -1,0 +1,189 @@
+"""The epochs that monitors have recorded in a cache directory (``zarrcache.train.LoaderMonitor``).
+
+Each training process appends one JSON line per epoch to a file of its own in
+``<cache.dir>/zarrcache-v1/runs``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from zarrcache.config import CacheConfig
+from zarrcache.disk import CacheDir, open_regular
+from zarrcache.errors import CorruptEntryError
+from zarrcache.stats import Stats
+from zarrcache.train import EpochTimes, Verdict, judge
+
+__all__ = ["RecordedRun", "RecordedRuns", "read_runs"]
+
+#: Far beyond the 200 bytes of 10,000 epochs; a larger file was not written by a monitor.
+_MOST_BYTES = 16 * 1024**2
+_PARTS = ("hit", "miss", "bypass", "augment", "transform", "collate")
+_COUNTERS = {field.name for field in fields(Stats)}
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """Epochs that one training process has recorded.
+
+    Attributes
+    ----------
+    name : str
+        Of the file, without suffix.
+    epochs : tuple of EpochTimes
+        At least one.
+    ended_s : tuple of float
+        When each epoch ended, in seconds since 1970.
+    workers : int
+        DataLoader workers; 0: the training process reads.
+    verify : str
+        ``cache.verify`` of the present config.
+    """
+
+    name: str
+    epochs: tuple[EpochTimes, ...]
+    ended_s: tuple[float, ...]
+    workers: int
+    verify: str
+
+    @property
+    def total(self) -> EpochTimes:
+        """All epochs together."""
+        return _sum(self.epochs)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the epochs after the first, or of the first if there is no other."""
+        return judge(_sum(self.epochs[1:] or self.epochs), workers=self.workers, verify=self.verify)
+
+
+@dataclass(frozen=True)
+class RecordedRuns:
+    """What the directory of a cache tells about earlier runs.
+
+    Attributes
+    ----------
+    runs : tuple of RecordedRun
+        From the one whose last epoch ended last to the oldest.
+    notes : tuple of str
+        What could not be read, and why.
+    """
+
+    runs: tuple[RecordedRun, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> EpochTimes | None:
+        """All epochs of all processes; None without any."""
+        return _sum(epoch for run in self.runs for epoch in run.epochs) if self.runs else None
+
+
+def read_runs(cache: CacheConfig) -> RecordedRuns:
+    """Read the recorded runs of a cache. Damaged lines are left out and named in the notes."""
+    root = CacheDir(cache.dir).root
+    runs, notes = [], []
+    try:
+        names = sorted(path for path in os.listdir(root / "runs") if path.endswith(".jsonl"))
+    except FileNotFoundError:
+        names = []
+        others = sorted(path.name for path in cache.dir.glob("zarrcache-v*") if path != root)
+        if others:
+            notes.append(
+                f"{cache.dir} holds {', '.join(others)}, made by another version of zarrcache; "
+                f"what was recorded there is not shown. This version uses {root.name}."
+            )
+    except OSError as exc:
+        names = []
+        notes.append(f"{root / 'runs'} cannot be read ({exc.strerror}).")
+    for name in names:
+        run, note = _read_run(root / "runs" / name, cache.verify)
+        if run is not None:
+            runs.append(run)
+        if note:
+            notes.append(note)
+    runs.sort(key=lambda run: run.ended_s[-1], reverse=True)
+    return RecordedRuns(tuple(runs), tuple(notes))
+
+
+def _read_run(path: Path, verify: str) -> tuple[RecordedRun | None, str]:
+    try:
+        fd, found = open_regular(path)
+        with open(fd, "rb") as file:
+            if found.st_size > _MOST_BYTES:
+                return None, f"{path} is left out: no monitor writes {found.st_size:,} bytes."
+            lines = file.read(_MOST_BYTES).splitlines()
+    except CorruptEntryError as exc:
+        return None, str(exc)
+    except OSError as exc:
+        return None, f"{path} cannot be read ({exc.strerror})."
+    epochs, ended_s, workers, damaged = [], [], 0, []
+    for number, line in enumerate(lines, start=1):
+        try:
+            times, ended, workers = _parse(json.loads(line))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(str(number))
+            continue
+        epochs.append(times)
+        ended_s.append(ended)
+    note = ""
+    if damaged:
+        which = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        one = len(damaged) == 1
+        note = (
+            f"{path}: line{'' if one else 's'} {which} {'is' if one else 'are'} damaged and left "
+            "out."
+        )
+    if not epochs:
+        return None, note
+    return RecordedRun(path.stem, tuple(epochs), tuple(ended_s), workers, verify), note
+
+
+def _parse(line: Any) -> tuple[EpochTimes, float, int]:
+    """An epoch, when it ended, and the workers. Counters of later versions are ignored."""
+    stats = {name: _whole(n, signed=True) for name, n in line["stats"].items() if name in _COUNTERS}
+    times = EpochTimes(
+        epoch=_whole(line["epoch"]),
+        steps=_whole(line["steps"]),
+        waited_s=_seconds(line["waited_s"]),
+        worked_s=_seconds(line["worked_s"]),
+        start_s=_seconds(line["start_s"]),
+        parts={name: _seconds(line["parts"][name]) for name in _PARTS},
+        disk_bytes=_whole(line["disk_bytes"]),
+        # A gauge may fall; what is counted cannot.
+        stats=Stats(
+            **{name: n if name == "ahead_bytes" else max(0, n) for name, n in stats.items()}
+        ),
+    )
+    ended_s = _seconds(line["ended_s"])
+    if ended_s > 253402300799:  # the year 9999, where dates end
+        raise ValueError(ended_s)
+    return times, ended_s, _whole(line["workers"])
+
+
+def _whole(value: Any, *, signed: bool = False) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 0 and not signed):
+        raise ValueError(value)
+    if abs(value) >= 2**63:
+        raise ValueError(value)
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(value)
+    if not math.isfinite(value) or value < 0 or value > 1e12:
+        raise ValueError(value)
+    return float(value)
+
+
+def _sum(epochs: Iterable[EpochTimes]) -> EpochTimes:
+    first, *others = epochs
+    for other in others:
+        first = first + other
+    return first
