@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from zarrcache.demo.run import LATENCY_S
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,6 +31,10 @@ def _check(*arguments: str) -> None:
     assert report["identical"] is True
     rows = {row["epoch"]: row for row in report["rows"]}
     assert rows["cold"]["requests"] > 0
+    # The server waits before it answers, and the table says how much of an epoch that is.
+    assert rows["cold"]["waited_s"] >= LATENCY_S
+    for row in rows.values():
+        assert 0 < row["waited_s"] <= row["seconds"]
     for name in ("warm", "warm, S3 switched off"):
         assert rows[name]["requests"] == 0
         assert rows[name]["fetched_bytes"] == 0

@@ -282,7 +282,15 @@ def format_conversion(dst: str, report: ConvertReport, seconds: float) -> str:
 def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
     """Rows of the table of ``demo``; the first one has the column names."""
     rows: list[tuple[str, ...]] = [
-        ("epoch", "seconds", "samples/s", "S3 requests", "bytes from S3", "hit ratio")
+        (
+            "epoch",
+            "seconds",
+            "of these waiting",
+            "samples/s",
+            "S3 requests",
+            "bytes from S3",
+            "hit ratio",
+        )
     ]
     for row in report.rows:
         ratio = "" if row.hit_ratio is None else f"{100 * row.hit_ratio:.0f} %"
@@ -290,6 +298,7 @@ def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
             (
                 row.epoch,
                 f"{row.seconds:.2f}",
+                f"{row.waited_s:.2f}",
                 f"{row.samples_per_s:.1f}",
                 count(row.requests),
                 format_bytes(row.fetched_bytes),

@@ -32,6 +32,8 @@ __all__ = ["DemoReport", "Row", "run_demo"]
 
 BUCKET = "densities"
 FUNCTIONAL = "GGA"
+#: What a request to an S3 service in the same region takes; on 127.0.0.1 it would take none.
+LATENCY_S = 0.02
 #: Directory names that distinguish inputs from labels.
 _ROLES = {
     "input": "input",
@@ -48,10 +50,15 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One epoch, as the S3 server counted it. ``hit_ratio`` is None without a cache."""
+    """One epoch, as the S3 server counted it.
+
+    ``waited_s`` is the part of ``seconds`` in which the training waited for data; ``hit_ratio`` is
+    None without a cache.
+    """
 
     epoch: str
     seconds: float
+    waited_s: float
     samples_per_s: float
     requests: int
     fetched_bytes: int
@@ -126,8 +133,9 @@ def run_demo(
 
 def _run_all(home: Path, source: Path | None, samples: int, say: Say) -> tuple[list[Row], bool]:
     """Rows of the epochs, and whether all their tensors are identical to a plain read."""
-    with running_server() as server:
-        say(f"S3 server at {server.endpoint_url}")
+    with running_server(latency_s=LATENCY_S) as server:
+        latency_ms = 1e3 * LATENCY_S
+        say(f"S3 server at {server.endpoint_url}, {latency_ms:.0f} ms a request")
         say("every epoch starts from the same weights: equal losses mean equal data")
         if source is None:
             task_ids = write_pairs(home / "files", samples)
@@ -244,12 +252,13 @@ def _epoch(
     result = json.loads(out.read_text())
     traffic = server.traffic - before
     say(
-        f"epoch, {name}: {result['seconds']:.2f} s, {traffic.requests} S3 requests, loss "
-        f"{result['loss']:.4f}"
+        f"epoch, {name}: {result['seconds']:.2f} s, of which {result['waited_s']:.2f} s waiting for "
+        f"data; {traffic.requests} S3 requests, loss {result['loss']:.4f}"
     )
     row = Row(
         name,
         result["seconds"],
+        result["waited_s"],
         result["samples"] / result["seconds"],
         traffic.requests,
         traffic.sent_bytes,

@@ -1,9 +1,12 @@
-"""The demo's S3 server: moto on 127.0.0.1 and a free port, in a thread, with a traffic counter."""
+"""The demo's S3 server: moto on 127.0.0.1 and a free port, in a thread, with a traffic counter and
+the latency of a real one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +28,22 @@ class Traffic:
 
 
 class DemoServer:
-    """A WSGI application that counts requests and bytes, with its endpoint."""
+    """A WSGI application that counts requests and bytes, with its endpoint.
 
-    def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
+    Parameters
+    ----------
+    application : callable
+        The WSGI application.
+    latency_s : float
+        Time that each request waits before the application sees it, as on the way to S3. Requests
+        of different connections wait at the same time.
+    """
+
+    def __init__(
+        self, application: Callable[..., Iterable[bytes]], *, latency_s: float = 0.0
+    ) -> None:
         self._application = application
+        self._latency_s = latency_s
         self._lock = threading.Lock()
         self.endpoint_url = ""
         self.traffic = Traffic(0, 0)
@@ -50,12 +65,13 @@ class DemoServer:
                 )
             return start_response(status, headers, *rest)
 
+        time.sleep(self._latency_s)
         return self._application(environ, start)
 
 
 @contextlib.contextmanager
-def running_server() -> Iterator[DemoServer]:
-    """Start a server; stop it at the end.
+def running_server(*, latency_s: float = 0.0) -> Iterator[DemoServer]:
+    """Start a server whose requests take ``latency_s`` longer; stop it at the end.
 
     Raises
     ------
@@ -77,7 +93,7 @@ def running_server() -> Iterator[DemoServer]:
             """Log nothing; requests are counted instead."""
 
     # S3 only: to find the service of a request, moto's dispatcher searches its 180 directories.
-    server = DemoServer(create_backend_app("s3"))
+    server = DemoServer(create_backend_app("s3"), latency_s=latency_s)
     http = make_server("127.0.0.1", 0, server, threaded=True, request_handler=Quiet)
     server.endpoint_url = f"http://127.0.0.1:{http.server_port}"
     thread = threading.Thread(target=http.serve_forever, daemon=True)
