@@ -252,8 +252,8 @@ def _epoch(
     result = json.loads(out.read_text())
     traffic = server.traffic - before
     say(
-        f"epoch, {name}: {result['seconds']:.2f} s, of which {result['waited_s']:.2f} s waiting for "
-        f"data; {traffic.requests} S3 requests, loss {result['loss']:.4f}"
+        f"epoch, {name}: {result['seconds']:.2f} s, of these {result['waited_s']:.2f} s waiting "
+        f"for data; {traffic.requests} S3 requests, loss {result['loss']:.4f}"
     )
     row = Row(
         name,
