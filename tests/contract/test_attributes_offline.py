@@ -142,6 +142,44 @@ def test_a_density_that_is_fetched_again_brings_its_attributes(
     assert reader.structure("mp-2") == STRUCTURE
 
 
+def test_a_density_that_training_fetches_again_brings_its_attributes(
+    stores: Path, tmp_path: Path
+) -> None:
+    """Else a sample would have the grid of one version and the lattice of another."""
+    plan_warm(_config(tmp_path, stores), workers=1).execute()
+    wider = json.loads(json.dumps(STRUCTURE).replace("3.8", "4.2"))
+    small_group(stores / "data" / "mp-1.zarr", seed=9, attrs={"structure": json.dumps(wider)})
+    reader = ZarrS3Reader.from_config(_config(tmp_path, stores))
+    assert reader.structure("mp-1") == STRUCTURE
+    assert reader.cache.arrays is not None
+    reader.cache.arrays.drop(reader.key("mp-1", "data"))
+    reader.load("mp-1", "data")
+    assert reader.structure("mp-1") == wider
+    assert reader.volume("mp-1") == pytest.approx(4.2**3)
+
+
+@pytest.mark.parametrize("uses_warm", [True, False])
+def test_a_density_without_attributes_leaves_none_of_its_last_version(
+    stores: Path, tmp_path: Path, uses_warm: bool
+) -> None:
+    config = _config(tmp_path, stores)
+    plan_warm(config, workers=1).execute()
+    small_group(stores / "data" / "mp-1.zarr", seed=9, attrs={})
+    reader = ZarrS3Reader.from_config(config)
+    if uses_warm:
+        plan_warm(config, workers=1, revalidate=True).execute()
+    else:
+        assert reader.cache.arrays is not None
+        reader.cache.arrays.drop(reader.key("mp-1", "data"))
+        reader.load("mp-1", "data")
+    with pytest.raises(SchemaError, match=r"mp-1\.zarr has no structure"):
+        reader.structure("mp-1")
+    assert reader.structure("mp-2") == STRUCTURE
+    small_group(stores / "data" / "mp-1.zarr", seed=9)
+    plan_warm(config, workers=1, revalidate=True).execute()
+    assert reader.structure("mp-1") == STRUCTURE
+
+
 @pytest.mark.parametrize(
     ("attributes", "why"),
     [

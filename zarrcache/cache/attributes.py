@@ -29,6 +29,9 @@ _ROWS, _FAN, _LEVELS = 64, 4, 10
 _LENGTH_BYTES = 4
 #: A row of which nothing is known, and what its name takes.
 _TYPICAL_BYTES, _NAME_BYTES = 2048, 32
+#: The row of a store whose attributes were stored and are not known any more. It keeps its place: a
+#: pack that had room again would end the search for rows below it.
+_NOTHING = b""
 #: Begins the name of a pack below its directory.
 PACK = ".attributes-"
 
@@ -63,18 +66,21 @@ class AttributePacks:
 
     def get(self, origin: Origin, store: str) -> StoredAttributes | None:
         """The attributes of ``store``; None if they are not stored."""
-        for key in _path(origin, store):
-            rows = self._rows(key)
-            if store in rows:
-                return _unpacked(rows[store])
-            if len(rows) < _ROWS:
-                return None
-        return None
+        row = self._row(origin, store)
+        return None if row is None else _unpacked(row)
+
+    def renew(self, origin: Origin, store: str, found: StoredAttributes) -> None:
+        """Replace a row, if there is one. Without attributes nothing is known of the store then."""
+        row = self._row(origin, store)
+        if row is not None and (found.attributes or row != _NOTHING):
+            self.put(origin, store, found)
 
     def put(self, origin: Origin, store: str, found: StoredAttributes) -> bool:
-        """Store a row, or replace it. Returns whether it is stored."""
-        text = json.dumps([found.zarr_format, found.attributes], separators=(",", ":"))
-        row = zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
+        """Store a row, or replace it; one without attributes as not known.
+
+        Returns whether it is stored.
+        """
+        row = _packed(found) if found.attributes else _NOTHING
         for key in _path(origin, store):
             rows = self._rows(key)
             if rows.get(store) == row:
@@ -116,6 +122,13 @@ class AttributePacks:
             for part in range(_FAN):
                 yield from self._all(origin, level + 1, number + part * _FAN**level)
 
+    def _row(self, origin: Origin, store: str) -> bytes | None:
+        for key in _path(origin, store):
+            rows = self._rows(key)
+            if store in rows or len(rows) < _ROWS:
+                return rows.get(store)
+        return None
+
     def _rows(self, key: ArrayKey) -> dict[str, bytes]:
         entry = self._entries.get(key)
         if entry is None:
@@ -148,7 +161,14 @@ def _key(origin: Origin, level: int, number: int) -> ArrayKey:
     return ArrayKey(origin.identity, origin.url_of(f"{PACK}{level}-{number}"), "")
 
 
-def _unpacked(row: bytes) -> StoredAttributes:
+def _packed(found: StoredAttributes) -> bytes:
+    text = json.dumps([found.zarr_format, found.attributes], separators=(",", ":"))
+    return zlib.compress(text.encode("utf-8", "surrogatepass"), 1)
+
+
+def _unpacked(row: bytes) -> StoredAttributes | None:
+    if row == _NOTHING:
+        return None
     decoder = zlib.decompressobj()
     zarr_format, attributes = json.loads(decoder.decompress(row, most_bytes()))
     return StoredAttributes(attributes, zarr_format)

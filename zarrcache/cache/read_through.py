@@ -134,7 +134,8 @@ class ReadThrough:
         on_flaws : callable, optional
             Called if the density has flaws. They are also logged, once per density.
         on_attributes : callable, optional
-            Called with the attributes of the store if the density is decoded here.
+            Called with the attributes of the store if the density is decoded here. Default: they
+            replace those that are stored, if any are.
         """
         arrays = self._arrays
         key = self.key(store)
@@ -156,15 +157,25 @@ class ReadThrough:
             if reserve is not None and listed is not None:
                 # Before the lock: other readers must not wait while this process waits for memory.
                 reserve(sum(obj.size_bytes for obj in listed))
+            found: list[StoredAttributes] = []
             # Take the node's lock before the cluster's lease: the holder of a lease then waits only
             # for the origin.
             with arrays.flight.hold(key.digest):
                 # Another process may have fetched it meanwhile.
                 entry = arrays.get(key, source=source)
                 if entry is None:
-                    return self._fetch(
-                        arrays, key, store, source, listed, reserve, on_flaws, on_attributes
+                    fetched = self._fetch(
+                        arrays, key, store, source, listed, reserve, on_flaws, found.append
                     )
+            if entry is None:
+                # Without the lock: storing attributes takes another.
+                for attributes in found:
+                    if on_attributes is not None:
+                        on_attributes(attributes)
+                    elif self._cache.attributes is not None:
+                        # Else a sample would have the grid of this version and an older lattice.
+                        self._cache.attributes.renew(self._origin, store, attributes)
+                return fetched
         if source is not None:
             self._checked.add(key.digest)
         if entry.header.flaws is not SOUND:
@@ -207,7 +218,7 @@ class ReadThrough:
         listed: list[ObjectInfo] | None,
         reserve: Callable[[int], object] | None,
         on_flaws: OnFlaws | None,
-        on_attributes: OnAttributes | None,
+        on_attributes: OnAttributes,
     ) -> tuple[NDArray[np.float32], Outcome]:
         """Fetch a density that this node does not have, from another node or the origin."""
         if (exact := key.exact) is not None:
@@ -231,8 +242,7 @@ class ReadThrough:
                     fills=self.fills,
                     units=self._units,
                 )
-                if on_attributes is not None:
-                    on_attributes(StoredAttributes(decoded.attributes, decoded.zarr_format))
+                on_attributes(StoredAttributes(decoded.attributes, decoded.zarr_format))
                 values = self._as_density(decoded, key.url)
                 found = decoded.missing_chunks, count_nonfinite(values)
                 flaws = Flaws(*found) if any(found) else SOUND

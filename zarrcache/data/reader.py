@@ -963,6 +963,7 @@ class ZarrS3Reader(PairReader):
             if stored.attributes:
                 packs.put(origin, store, stored)
                 return
+            packs.renew(origin, store, stored)  # those of the last version are not its own
         if packs.get(origin, store) is None:
             stored = StoredAttributes(*read_attributes(origin, store))
             # None are not stored: they may be larger than what is read here.
