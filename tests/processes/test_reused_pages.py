@@ -311,6 +311,8 @@ def logarithm(sample: dict[str, Any]) -> dict[str, Any]:
         "turned": data.transpose(1, 3),
         "count": torch.tensor(data.numel()),
         "nothing": data[:, :0],
+        # Its points share memory, and it extends over as many as it has.
+        "repeated": data.reshape(-1)[:6:3].expand(2, 2),
         "mask": data > 0.5,
         "complex": torch.complex(data, data).conj(),
     }

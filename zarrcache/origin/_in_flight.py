@@ -101,9 +101,12 @@ class InFlight:
         try:
             yield now
         finally:
-            _open_files.discard(fd)
-            with contextlib.suppress(OSError):
-                os.close(fd)
+            # Not in a child that was forked meanwhile: there it is closed, and its number may be
+            # that of another file.
+            if fd in _open_files:
+                _open_files.remove(fd)
+                with contextlib.suppress(OSError):
+                    os.close(fd)
 
 
 def _locked(directory: Path) -> int:

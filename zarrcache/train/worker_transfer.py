@@ -195,7 +195,8 @@ def in_pages(value: Any) -> Any:
     tensor, pages = empty_tensor(value.shape, value.dtype)
     if _pages.block_of(pages) is None:
         return value
-    if _extent(value) == value.numel():  # in another order of axes, which torch would keep
+    # In another order of axes, which torch would keep; not one whose points share memory.
+    if _extent(value) == value.numel() and 0 not in value.stride():
         tensor = tensor.view(-1).as_strided(value.shape, value.stride())
     # The copy is also what resolves conj() and imag, which torch does not transfer.
     return PagesTensor.over(tensor.copy_(value), pages)

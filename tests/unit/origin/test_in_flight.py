@@ -177,3 +177,26 @@ def test_a_running_fetch_gives_way_to_those_that_begin(
         assert len(list(answers)) == len(objects) - 1
     assert len(set(begun[:FETCH])) == FETCH
     assert len(set(begun[FETCH:])) <= NODE // 8
+
+
+def test_a_child_forked_during_a_fetch_closes_no_other_file(tmp_path: Path) -> None:
+    """It closes the lock of its parent at once; the number may soon be that of a file of its own."""
+    reading, writing = os.pipe()
+    with InFlight("auto", tmp_path).of_a_fetch():
+        child = os.fork()
+        if not child:
+            # Every number up to the one that the lock had, and some more.
+            own = [os.open(tmp_path, os.O_RDONLY) for _ in range(256)]
+    if not child:
+        closed = 0
+        for fd in own:
+            try:
+                os.fstat(fd)
+            except OSError:
+                closed += 1
+        os.write(writing, bytes([closed]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 1) == b"\0"
+    os.close(reading)
+    os.close(writing)
