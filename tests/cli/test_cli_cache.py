@@ -20,7 +20,9 @@ from zarrcache import DataConfig, plan_warm
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Two pairs, warm: four densities and two listings, each one header page and one data page."""
+    """Two pairs, warm: four densities, two listings and two packs of attributes, each one header
+    page and one data page.
+    """
     write_pairs(tmp_path, 2)
     path = write_config(tmp_path)
     plan_warm(DataConfig.from_yaml(path)).execute()
@@ -29,7 +31,7 @@ def config(tmp_path: Path) -> Path:
 
 def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_path: Path) -> None:
     """Dry run, no terminal, --yes, nothing left: exit 0, 2, 0, 0."""
-    what = f"6 entries (48.0 KiB) from {tmp_path}/cache"
+    what = f"8 entries (64.0 KiB) from {tmp_path}/cache"
     dry = zarrcache("evict", config, "--dry-run")
     assert (dry.code, dry.out) == (0, f"Would evict {what}. Dry run: nothing was evicted.\n")
     alone = zarrcache("evict", config)
@@ -39,14 +41,14 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
         == f"error: About to evict {what}, but there is no terminal to ask for confirmation. Pass "
         "--yes to evict, or --dry-run to see what would be evicted.\n"
     )
-    assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 6
+    assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == 8
     assert zarrcache("evict", config, "--ids", "/dev/null").code == 2
     done = zarrcache("evict", config, "--yes", "--json")
     assert done.document == {
         "directory": f"{tmp_path}/cache",
-        "entries": 6,
-        "disk_bytes": 49152,
-        "freed_bytes": 49152,
+        "entries": 8,
+        "disk_bytes": 65536,
+        "freed_bytes": 65536,
         "dry_run": False,
     }
     again = zarrcache("evict", "--all", "--dir", tmp_path / "cache", "--yes")
@@ -55,7 +57,7 @@ def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("answer", "code", "left"),
-    [(b"n\n", 1, 6), (b"y\n", 0, 0), (b"\x04", 1, 6), (b"\x03", 130, 6)],
+    [(b"n\n", 1, 8), (b"y\n", 0, 0), (b"\x04", 1, 8), (b"\x03", 130, 8)],
     ids=["no", "yes", "end of input", "Ctrl-C"],
 )
 def test_evict_asks_for_confirmation_at_a_terminal(
@@ -78,7 +80,7 @@ def test_evict_asks_for_confirmation_at_a_terminal(
     finally:
         os.close(keyboard)
         os.close(terminal)
-    assert b"About to evict 6 entries (48.0 KiB) from " in err
+    assert b"About to evict 8 entries (64.0 KiB) from " in err
     assert b"Proceed? [y/N]" in err
     assert process.returncode == code
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == left
@@ -104,10 +106,11 @@ def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) 
     done = zarrcache("status", config)
     assert done.code == 0
     assert (
-        f"cache        {tmp_path}/cache\narray tier   4 densities, 2 listings, 48.0 KiB\n"
+        f"cache        {tmp_path}/cache\n"
+        "array tier   4 densities, 4 files of listings and attributes, 64.0 KiB\n"
         "byte tier    0 entries, 0 B\n" in done.out
     )
-    assert "volume       48.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
+    assert "volume       64.0 KiB of 1.0 GiB (0.0 %)\n" in done.out
     assert "GGA          2 of 2 ids warm (100.0 %); 1 more id in the map has no store\n" in done.out
     assert done.err == ""
     cold = write_config(tmp_path, name="cold.yaml", dir=str(tmp_path / "other"))
@@ -115,20 +118,21 @@ def test_status_prints_entries_bytes_and_warm_ids(config: Path, tmp_path: Path) 
     assert "(nothing is cached there yet)" in done.out
     assert done.err == f"Run `zarrcache warm {cold}` to fill the cache.\n"
     done = zarrcache("status", env={"ZARRCACHE_DIR": str(tmp_path / "cache")})
-    assert "array tier   4 densities, 2 listings, 48.0 KiB" in done.out
+    assert "array tier   4 densities, 4 files of listings and attributes, 64.0 KiB" in done.out
 
 
 def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) -> None:
     """Exit 1 and the file name; the next warm fetches that one density."""
-    victim = max(
-        (tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*"),
-        key=lambda path: path.stat().st_size,
+    victim = next(
+        path
+        for path in (tmp_path / "cache" / "zarrcache-v1" / "entries").glob("*/*")
+        if b"charge_density_total" in path.read_bytes()[:4096]
     )
     raw = bytearray(victim.read_bytes())
     raw[-1] ^= 1
     victim.write_bytes(raw)
     done = zarrcache("verify", "--dir", tmp_path / "cache")
-    assert (done.code, done.out) == (1, "Verified 6 entries (48.0 KiB): 1 corrupt.\n")
+    assert (done.code, done.out) == (1, "Verified 8 entries (64.0 KiB): 1 corrupt.\n")
     assert f"corrupt: entries/{victim.parent.name}/{victim.name} ({tmp_path}/" in done.err
     assert "its checksum does not match" in done.err
     assert not victim.exists()
@@ -139,7 +143,7 @@ def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) 
         done.document["entries"],
         done.document["corrupt"],
         done.document["stale"],
-    ) == (0, 6, [], [])
+    ) == (0, 8, [], [])
 
 
 @pytest.mark.parametrize("name", ["status", "verify", "evict", "doctor"])
@@ -183,7 +187,7 @@ def test_doctor_reports_each_check_and_exits_1_if_one_fails(config: Path, tmp_pa
     done = zarrcache("doctor", config)
     assert done.code == 0, done.out
     assert (
-        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 6 entries\n" in done.out
+        f"ok    cache directory: {tmp_path}/cache/zarrcache-v1 is writable; 8 entries\n" in done.out
     )
     assert "ok    file locks: one holder at a time\n" in done.out
     assert "ok    mmap: an entry can be written, mapped and read\n" in done.out

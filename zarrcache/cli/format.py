@@ -178,7 +178,8 @@ def status_lines(state: Status) -> list[str]:
         reserve = f"; min_free {format_bytes(state.min_free_bytes)}"
     free = f"{format_bytes(state.free_bytes)} free of {format_bytes(state.disk_bytes)}"
     densities = plural(state.array_tier.entries - state.listings, "density", "densities")
-    arrays = f"{densities}, {plural(state.listings, 'listing')}"
+    others = plural(state.listings, "file", "files")
+    arrays = f"{densities}, {others} of listings and attributes"
     blocks = plural(state.byte_tier.entries, "entry", "entries")
     lines = [
         f"cache        {state.directory}{'' if state.exists else ' (nothing is cached there yet)'}",
