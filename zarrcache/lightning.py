@@ -47,8 +47,10 @@ from zarrcache.train import (
     NodeSampler,
     Recorder,
     Sample,
+    Selection,
     Side,
     Sources,
+    Transforms,
     Verdict,
     ZarrDataset,
     collate_fn,
@@ -58,6 +60,8 @@ from zarrcache.train import (
 __all__ = ["CacheMonitor", "RhoDataModule", "ZarrDataModule"]
 
 logger = logging.getLogger(__name__)
+
+_SIDES: tuple[Side, ...] = ("train", "validation", "test")
 
 
 class _DataModule(LightningDataModule):
@@ -120,12 +124,15 @@ class ZarrDataModule(_DataModule):
     precision : {"f32", "f16", "bf16"}, default "f32"
         Of a config's key ``precision``, values for Lightning's Trainer are ignored.
     augmentation : bool, default True
-        Rotate the training samples randomly.
+        Rotate the training samples randomly. With `Probes` the default is False.
     augment_on : {"cpu", "device"}, default "cpu"
         Where samples are rotated, downsampled and cast. ``cpu``: in the workers. ``device``: after
         the transfer to the GPU, in ``on_after_batch_transfer``, with the same result; the samples
         of a warm cache are then maps of their files, and ``precision`` and ``downsample_data`` do
         not make the transfer to the GPU smaller. Without a Trainer, call that method.
+    transform : callable, `RandomCrop`, `Probes`, or list, optional
+        As in `ZarrDataset`, for all samples; or a mapping of ``train``, ``validation`` and ``test``
+        to these, for some of them: ``{"train": RandomCrop(32)}``.
     split_file : path or mapping, optional
         JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
         "test": [...]}``. For several datasets, one file per name. Default: the training and test
@@ -190,6 +197,7 @@ class ZarrDataModule(_DataModule):
         downsample_data: int | None = None,
         downsample_label: int | None = None,
         augment_on: Literal["cpu", "device"] | None = None,
+        transform: Transforms | Mapping[str, Transforms] | None = None,
         persistent_workers: bool | None = None,
         multiprocessing_context: str | None = None,
     ) -> None:
@@ -206,7 +214,11 @@ class ZarrDataModule(_DataModule):
             "val_workers", setting("val_workers", val_workers, 2), least=0
         )
         self.pin_memory: bool = setting("pin_memory", pin_memory, True)
-        self.augmentation: bool = setting("augmentation", augmentation, True)
+        self._transforms = _transforms_of(transform)
+        first = self._transforms.get("train")
+        first = first[0] if isinstance(first, (list, tuple)) and first else first
+        may_rotate = not isinstance(first, Selection) or first.never_rotated is None
+        self.augmentation: bool = setting("augmentation", augmentation, may_rotate)
         self.random_seed = self.sources.random_seed
         self.assignment: Assignment = setting("assignment", assignment, "global")
         self.shuffle: bool = setting("shuffle", shuffle, True)
@@ -260,7 +272,10 @@ class ZarrDataModule(_DataModule):
 
     def _dataset(self, side: Side) -> ZarrDataset | CombinedDataset:
         dataset = self.sources.dataset(
-            side, augmentation=self.augmentation and side == "train", **self._tensors
+            side,
+            augmentation=self.augmentation and side == "train",
+            transform=self._transforms.get(side),
+            **self._tensors,
         )
         if self._tensors["augment_on"] == "device":
             self._deferring = dataset
@@ -474,6 +489,8 @@ class RhoDataModule(_DataModule):
         The block ``cache:``. None: read the files in every epoch.
     s3_kwargs : mapping, optional
         As ``s3fs.S3FileSystem`` takes them.
+    transform : callable, `RandomCrop`, `Probes` or list, optional
+        As in `ZarrDataModule`. electrai has none.
     **ignored
         Other keys, which electrai ignores too; they are named in a warning.
 
@@ -517,10 +534,13 @@ class RhoDataModule(_DataModule):
         source: str | Sequence[str] | None = None,
         cache: Mapping[str, Any] | None = None,
         s3_kwargs: Mapping[str, Any] | None = None,
+        transform: Transforms | Mapping[str, Transforms] | None = None,
         **ignored: Any,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        # A checkpoint with objects of other classes cannot be loaded with weights_only=True.
+        self.save_hyperparameters(ignore=["transform"])
+        self._transforms = _transforms_of(transform)
         if ignored:
             logger.warning("RhoDataModule ignores %s, as electrai does.", ", ".join(ignored))
         if {downsample_data, downsample_label} - {0, 1, None}:
@@ -610,6 +630,7 @@ class RhoDataModule(_DataModule):
                 rng="torch",
                 # Only the lists of a batch of unequal grids keep it.
                 layout="rotated" if self.batch_size > 1 else "C",
+                transform=self._transforms.get(side),
             )
         return self._sets[side]
 
@@ -659,6 +680,24 @@ class RhoDataModule(_DataModule):
             if workers and on_s3
             else None,
         )
+
+
+def _transforms_of(transform: Any) -> dict[str, Any]:
+    """The transform of each side of the split.
+
+    Raises
+    ------
+    ConfigError
+        It is for a side that there is none of.
+    """
+    if not isinstance(transform, Mapping):
+        return {} if transform is None else dict.fromkeys(_SIDES, transform)
+    if unknown := sorted(map(str, transform.keys() - {*_SIDES})):
+        raise ConfigError(
+            f"transform names {', '.join(unknown)}; known are {', '.join(_SIDES)}. Give a "
+            "transform for each of these that has one."
+        )
+    return dict(transform)
 
 
 def _check_ranks(module: ZarrDataModule | RhoDataModule) -> None:

@@ -27,6 +27,7 @@ ROUNDS, QUICK_ROUNDS = 15, 3
 BENCHMARKS: dict[str, str] = {
     "warm": "tests.bench.warm_epochs",
     "rotated": "tests.bench.rotated",
+    "probes": "tests.bench.probes",
     "memory": "tests.bench.memory",
     "checksum": "tests.bench.checksum",
     "processes": "tests.bench.processes",

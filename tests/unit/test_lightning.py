@@ -487,3 +487,31 @@ def test_what_cannot_be_augmented_on_the_device_is_refused(config: str) -> None:
     tiny = module(config, augment_on="device", downsample_data=1000)
     with pytest.raises(SchemaError, match="is empty after cropping"):
         next(iter(tiny.train_dataloader()))
+
+
+def test_a_transform_is_for_all_sides_or_for_those_that_are_named(config: str) -> None:
+    """The config's stores have no structure. Rotation is off where points have coordinates."""
+    from zarrcache import Probes, RandomCrop
+
+    probes = module(config, transform=Probes(5, structure=False), augmentation=None)
+    assert not probes.augmentation
+    for loader in (probes.train_dataloader(), probes.val_dataloader(), probes.test_dataloader()):
+        assert next(iter(loader))["frac"].shape == (1, 5, 3)
+    assert module(config, transform=[RandomCrop(2)], augmentation=None).augmentation
+    crops = module(config, transform={"train": RandomCrop(2)})
+    assert next(iter(crops.train_dataloader()))["data"].shape == (1, 1, 2, 2, 2)
+    assert next(iter(crops.val_dataloader()))["data"].shape[2:] != (2, 2, 2)
+
+
+def test_a_transform_that_does_not_fit_stops_before_the_training(config: str) -> None:
+    from zarrcache import Probes, RandomCrop
+
+    with pytest.raises(ConfigError, match="names val; known are train, validation, test"):
+        module(config, transform={"val": RandomCrop(2)})
+    data = module(config, transform=RandomCrop(50))
+    data.readers["0"].ensure(data.splits["0"].train[0], "data")
+    data.readers["0"].ensure(data.splits["0"].train[0], "label")
+    with pytest.raises(ConfigError, match="window of 50 x 50 x 50 does not fit"):
+        data.train_dataloader()
+    with pytest.raises(ConfigError, match="does not go with rotations"):
+        module(config, transform=Probes(5), augmentation=True).train_dataloader()

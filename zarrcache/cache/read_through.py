@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -204,7 +203,8 @@ class ReadThrough:
         if entry.header.flaws is not SOUND:
             self._report(key, entry.header.flaws, None)
         self._counters.add(hits=1)
-        return replace(entry.grid, count=self._served), "hit"
+        grid = entry.grid
+        return LazyGrid(grid.stored, grid.stored_as, self._served), "hit"
 
     def _served(self, nbytes: int) -> None:
         self._counters.add(served_bytes=nbytes)

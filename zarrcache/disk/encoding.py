@@ -24,7 +24,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -139,7 +139,7 @@ class LazyGrid:
 
     def view(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> LazyGrid:
         """The grid whose stored values are a view that ``change`` makes of those of this one."""
-        return replace(self, stored=change(self.stored))
+        return LazyGrid(change(self.stored), self.stored_as, self.count)
 
     def decoded(self, picked: NDArray[Any]) -> NDArray[np.float32]:
         """Stored values that were copied from `stored`, C-contiguous, as float32."""

@@ -9,7 +9,6 @@ import operator
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import (
     Any,
     Literal,
@@ -245,10 +244,7 @@ class _PairDataset(Sender):
         reason = self._to_tensors.misfit(selection, *(grid.shape[-3:] for grid in grids))
         if reason is not None:
             raise SchemaError(f"{name}: {reason}. {_LEAVE_OUT}")
-        pair, rng = self._to_tensors.views(*grids, i, name=name)
-        structure = rest.get("structure")
-        if structure is not None:
-            pair = replace(pair, structure=structure)
+        pair, rng = self._to_tensors.views(*grids, i, name=name, structure=rest.get("structure"))
         found: Any = selection.select(pair, rng)
         if not isinstance(found, Mapping) or not {*ROLES} <= found.keys():
             raise ConfigError(
@@ -724,7 +720,13 @@ class _PairToTensors:
         return draw_rotation(*key), key
 
     def views(
-        self, data: LazyGrid, label: LazyGrid, index: int, *, name: str
+        self,
+        data: LazyGrid,
+        label: LazyGrid,
+        index: int,
+        *,
+        name: str,
+        structure: Mapping[str, Any] | None,
     ) -> tuple[LazyPair, np.random.Generator]:
         """The pair, rotated and downsampled as views, and the generator of what is chosen of it."""
         if self.augmentation:
@@ -741,7 +743,7 @@ class _PairToTensors:
             for grid, step in ((data, self.downsample_data), (label, self.downsample_label))
         ]
         points = self._points(data.shape[-3:], 0), self._points(label.shape[-3:], 1)
-        pair = LazyPair(sides[0], sides[1], points, name, empty=_pages.empty)
+        pair = LazyPair(sides[0], sides[1], points, name, structure, _pages.empty)
         # Another stream than that of the rotation, which has the same key.
         sequence = np.random.SeedSequence(key, spawn_key=(1,))
         return pair, np.random.default_rng(sequence)
