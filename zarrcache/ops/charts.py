@@ -124,7 +124,7 @@ def columns(
         for place, height in one.points:
             heights[int(place)] += height
     up, body = _frame([Series("", list(enumerate(heights)))] if stacked else series, y)
-    every = math.ceil(max(len(label) for label in labels) * 8 / wide) if labels else 1
+    every = math.ceil(max(len(label) for label in labels) * 8 / wide + 12 / wide) if labels else 1
     for place in range(0, groups, every):
         middle = _LEFT + (place + 0.5) * wide
         body.append(_text(middle, _HEIGHT - _BOTTOM + 18, labels[place], "middle"))
@@ -136,12 +136,12 @@ def columns(
         for at, height in one.points:
             place = int(at)
             share = 1 if stacked else counts[place]
-            thick = min(0.72 * wide / share, 46)
+            thick = min((0.72 if wide > 8 else 1) * wide / share, 46)
             left = _LEFT + (place + 0.5) * wide + (slot[place] - share / 2) * thick
             top, bottom = up(base[place] + height), up(base[place])
             said = f"{one.name}, {labels[place]}: {y.show(height)}"
             body.append(
-                f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(0.5, thick - 1):.1f}" '
+                f'<rect x="{left:.2f}" y="{top:.1f}" width="{thick - min(1, 0.1 * thick):.2f}" '
                 f'height="{max(0.0, bottom - top):.1f}" fill="var(--c{number})">'
                 f"<title>{escape(said)}</title></rect>"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -158,7 +159,8 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
         + (f" The last {_EPOCHS} are shown." if skipped else "")
         + "</p>"
     )
-    yield f'<p class="say">{escape(run.verdict.text)}</p>'
+    verdict = re.sub("`([^`]+)`", r"<code>\1</code>", escape(run.verdict.text))
+    yield f'<p class="say">{verdict}</p>'
     yield f'<div class="charts">{"".join(_epoch_charts(run, skipped))}</div>'
     yield _folded("Numbers of the epochs", _epoch_table(run, skipped))
     if len(recorded.runs) > 1:
@@ -167,7 +169,7 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
             '<p class="faint">Each rank of a training on several GPUs is a process of its own. '
             "Sums over all epochs.</p>"
         )
-        yield _table(
+        every = _table(
             ("last epoch ended", "epochs", "steps", "waited", "hits", "requests", "from origin"),
             [
                 (
@@ -182,6 +184,7 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
                 for one in recorded.runs
             ],
         )
+        yield every if len(recorded.runs) <= 10 else _folded("Numbers of the processes", every)
 
 
 def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
@@ -295,6 +298,8 @@ def _forecast(plan: Forecast) -> Iterable[str]:
         f"{escape(plan.prices.currency)}.</p>"
     )
     shown = list(enumerate(plan.epochs[:_EPOCHS], start=1))
+    if len(shown) < plan.run_epochs:
+        yield f"<p>Drawn are the first {len(shown)} epochs; later ones are like the last.</p>"
     yield '<div class="charts">'
     yield lines(
         "Hits",
@@ -370,7 +375,7 @@ def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
             )
         ],
         axis,
-        Axis(currency, _plain),
+        Axis(currency, short),
         mark,
     )
     yield "</div>"
@@ -450,7 +455,7 @@ def _nodes(plan: WhatIf) -> Iterable[str]:
         labels,
         by(lambda one: one.total.dollars),
         "nodes",
-        Axis(currency, _plain),
+        Axis(currency, short),
     )
     yield "</div>"
     yield _table(
@@ -535,9 +540,11 @@ def _percent(ratio: float) -> str:
 
 
 def _money(amount: float) -> str:
-    """Two decimals, or two significant digits below 0.1."""
+    """Two decimals; none from 1,000 on, two significant digits below 0.1."""
     if amount == 0:
         return "0"
+    if amount >= 1000:
+        return f"{amount:,.0f}"
     if amount >= 0.1:
         return f"{amount:,.2f}"
     decimals = min(9, 1 - math.floor(math.log10(amount)))
