@@ -216,7 +216,7 @@ class ZarrDataModule(_DataModule):
         self.pin_memory: bool = setting("pin_memory", pin_memory, True)
         self._transforms = _transforms_of(transform)
         first = self._transforms.get("train")
-        first = first[0] if isinstance(first, (list, tuple)) and first else first
+        first = first[0] if isinstance(first, Sequence) and first else first
         may_rotate = not isinstance(first, Selection) or first.never_rotated is None
         self.augmentation: bool = setting("augmentation", augmentation, may_rotate)
         self.random_seed = self.sources.random_seed

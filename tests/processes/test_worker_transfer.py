@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from zarrcache import RhoData, ZarrDataset, ZarrS3Reader, collate
+from zarrcache import Probes, RandomCrop, RhoData, ZarrDataset, ZarrS3Reader, collate
 from zarrcache.errors import SchemaError
 from zarrcache.train.worker_transfer import MappedTensor, _collate
 
@@ -54,15 +54,20 @@ def reader(
     return made
 
 
-def is_over_the_cache(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory in this process maps a file of the cache, by /proc/self/maps."""
+def mapped_under(tensor: torch.Tensor) -> str:
+    """What a tensor's memory in this process maps, by /proc/self/maps."""
     with open("/proc/self/maps") as maps:
         for line in maps:
             fields = line.split()
             start, stop = (int(part, 16) for part in fields[0].split("-"))
             if start <= tensor.data_ptr() < stop:
-                return "/zarrcache-v1/entries/" in fields[-1]
-    return False
+                return " ".join(fields[5:])
+    return ""
+
+
+def is_over_the_cache(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory in this process maps a file of the cache."""
+    return "/zarrcache-v1/entries/" in mapped_under(tensor)
 
 
 def loader_of(dataset: Any, **options: Any) -> DataLoader[Any]:
@@ -316,6 +321,30 @@ def test_what_a_transform_leaves_alone_arrives_as_a_map(reader: ZarrS3Reader, me
         assert_same(got, wanted)
         found = {name for name in ("data", "label") if is_over_the_cache(got[name])}
         assert found == mapped, transform.__name__
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_crops_and_probes_arrive_in_shared_memory(reader: ZarrS3Reader, method: str) -> None:
+    """Other ones in each worker and epoch; of the material that the sample names."""
+    dataset = ZarrDataset(reader, "all", transform=Probes(9, structure=False), seed=1)
+    loader = loader_of(dataset, num_workers=2 if method == "fork" else 1,
+                       multiprocessing_context=method, persistent_workers=True)  # fmt: skip
+    drawn = []
+    for _ in range(2):
+        for sample in loader:
+            drawn.append(sample["frac"].numpy().tobytes())
+            for role in ("data", "label"):
+                values, sizes = reader.load(sample["index"], role)  # type: ignore[arg-type]
+                index = np.rint(sample["frac"].numpy() * sizes).astype(int)
+                assert np.array_equal(sample[role][0], values.reshape(sizes)[tuple(index.T)])
+                assert "memfd:zarrcache" in mapped_under(sample[role])
+    assert len(set(drawn)) == 12
+
+
+def test_a_batch_of_crops_is_stacked_whatever_the_grids(reader: ZarrS3Reader) -> None:
+    dataset = ZarrDataset(reader, "all", transform=RandomCrop(4), augmentation=True, seed=1)
+    batches = list(loader_of(dataset, batch_size=3, collate_fn=collate))
+    assert [tuple(batch["data"].shape) for batch in batches] == [(3, 1, 4, 4, 4)] * 2
 
 
 def test_a_transform_of_pairs_arrives_in_batches_of_one(reader: ZarrS3Reader) -> None:

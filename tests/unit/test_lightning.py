@@ -503,6 +503,25 @@ def test_a_transform_is_for_all_sides_or_for_those_that_are_named(config: str) -
     assert next(iter(crops.val_dataloader()))["data"].shape[2:] != (2, 2, 2)
 
 
+def test_hydra_makes_a_transform(config: str) -> None:
+    hydra = pytest.importorskip("hydra.utils", reason="needs the extra 'test'")
+    crop = {"_target_": "zarrcache.RandomCrop", "size": [2, 1, 2]}
+    for transform in (crop, [crop], {"train": crop}):
+        made.append(
+            hydra.instantiate(
+                {
+                    "_target_": "zarrcache.lightning.ZarrDataModule",
+                    "config": config,
+                    "train_workers": 0,
+                    "augmentation": False,
+                    "transform": transform,
+                }
+            )
+        )
+        batch = next(iter(made[-1].train_dataloader()))
+        assert batch["data"].shape == (1, 1, 2, 1, 2)
+
+
 def test_a_transform_that_does_not_fit_stops_before_the_training(config: str) -> None:
     from zarrcache import Probes, RandomCrop
 

@@ -157,7 +157,9 @@ class RandomCrop(Selection):
     """
 
     def __init__(self, size: int | Sequence[int]) -> None:
-        sizes = [*size] if isinstance(size, (tuple, list)) else [size] * 3
+        given: Any = size
+        is_several = isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str)
+        sizes = [*given] if is_several else [given] * 3
         if len(sizes) != 3:
             raise ConfigError(
                 f"RandomCrop's size is {size!r}; it has to be a number of points or three of them."

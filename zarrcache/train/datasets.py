@@ -108,7 +108,9 @@ def _steps_of(transform: Any) -> tuple[Selection | None, tuple[Transform, ...]]:
     ConfigError
         One is not callable, or a selection is not the first.
     """
-    steps = [*transform] if isinstance(transform, (list, tuple)) else [transform]
+    # A Sequence: Hydra makes a list of its own type.
+    is_several = isinstance(transform, Sequence) and not isinstance(transform, str)
+    steps = [*transform] if is_several else [transform]
     selection = steps.pop(0) if steps and isinstance(steps[0], Selection) else None
     for step in steps if transform is not None else ():
         if isinstance(step, Selection):
@@ -356,9 +358,7 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
                 f"data, label, gs_data and gs_label have {lengths} elements. Give one element per "
                 "sample in each."
             )
-        if isinstance(transform, Probes) or (
-            isinstance(transform, (list, tuple)) and any(isinstance(t, Probes) for t in transform)
-        ):
+        if isinstance(_steps_of(transform)[0], Probes):
             raise ConfigError(
                 "RhoData returns pairs, which have no room for the coordinates of Probes. Use "
                 "ZarrDataset."

@@ -278,9 +278,7 @@ class TestRandomCrop:
         ]
         assert torch.equal(*samples)
 
-    def test_without_a_cache_and_with_a_lock_the_values_are_the_same(
-        self, make: Make, make_reader: Make
-    ) -> None:
+    def test_without_a_cache_the_values_are_the_same(self, make: Make, make_reader: Make) -> None:
         reader = make(((5, 5, 5), (5, 5, 5)))
         other = make_reader(cache=None, train_fraction=1.0, normalize=False)
         samples = [
