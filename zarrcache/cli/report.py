@@ -10,7 +10,7 @@ import typer
 
 from zarrcache.cli.app import command, say
 from zarrcache.cli.options import Config, data_config, whole
-from zarrcache.errors import ConfigError, OriginError
+from zarrcache.errors import ConfigError, ZarrCacheError
 
 __all__ = ["report"]
 
@@ -31,7 +31,7 @@ def report(
     """Write a page: epochs so far, cost, what-if.
 
     Epochs are those that LoaderMonitor or CacheMonitor recorded in the cache of CONFIG. Caches
-    nothing. Exit code 1: the origin cannot be read, so the page has no forecast.
+    nothing. Exit code 1: the origin cannot be read; the page has no forecast.
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter
@@ -47,7 +47,9 @@ def report(
             split = ops.measure_split(source, ranks=nodes, progress=meter.reach)
         with Meter("Forecasting", "runs", 1) as meter:
             forecast = ops.what_if(split, nodes=nodes, epochs=epochs, progress=meter.reach)
-    except OriginError as exc:
+    except ConfigError:
+        raise
+    except ZarrCacheError as exc:
         forecast = str(exc)
         say(f"error: no forecast: {exc}")
     page = ops.report_page(source, recorded, forecast, now_s=time.time())
