@@ -289,7 +289,7 @@ def check_task_id(task_id: object) -> str:
     if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
         raise ConfigError(
             f"task id {safe_repr(task_id)} is not a plain name. Letters, digits and ._+=@- are "
-            "allowed, no '/' and no '..'; correct the map file."
+            "allowed, no '/' and no '..'; correct it in the map, the split or the list of ids."
         )
     return task_id
 

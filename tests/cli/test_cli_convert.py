@@ -49,6 +49,16 @@ def test_convert_reports_failures_and_skips_converted_files(files: Path, tmp_pat
     assert [Path(result["path"]).name for result in again.document["failed"]] == ["CHGCAR_mp-9"]
 
 
+def test_a_source_and_a_destination_that_cannot_be_looked_at_are_named(
+    files: Path, tmp_path: Path
+) -> None:
+    long = tmp_path / ("a" * 300)
+    for source, destination in ((long, tmp_path / "out"), (files, long)):
+        done = zarrcache("convert", source, destination)
+        assert (done.code, done.out) == (2, "")
+        assert "aaa cannot be read (File name too long)" in done.err
+
+
 def test_convert_uploads_with_the_settings_of_a_training_config(
     files: Path, tmp_path: Path, s3_server: S3Server, bucket: str
 ) -> None:

@@ -43,6 +43,11 @@ def test_an_existing_file_is_kept_unless_force_is_given(tmp_path: Path) -> None:
     assert "data_dir" in path.read_text()
 
 
+def test_a_file_that_cannot_be_looked_for_is_named(tmp_path: Path) -> None:
+    done = zarrcache("init", tmp_path / ("a" * 300), "--yes")
+    assert (done.code, "aaa cannot be written (File name too long)" in done.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,7 +16,9 @@ import zarr
 from torch.utils.data import DataLoader
 
 from tests.support.training import write_config, write_pairs, zarrcache
+from tests.support.users import needs_users, open_to_all, without_privileges
 from zarrcache import ZarrDataset, get_dataset
+from zarrcache.data import DataLock
 from zarrcache.errors import ConfigError, IncompleteArrayError
 from zarrcache.registry import open_reader
 
@@ -204,3 +206,14 @@ def test_a_density_that_cannot_be_read_is_named_and_no_lock_is_written(
     done = zarrcache("lock", locked, "-o", tmp_path / "data.lock")
     assert (done.code, "mp-1" in done.err) == (1, True)
     assert not list(tmp_path.glob("*.lock*"))
+
+
+@needs_users
+def test_a_lock_in_a_directory_of_another_user_is_refused_in_words() -> None:
+    with open_to_all() as directory:
+        (directory / "closed").mkdir(mode=0o700)
+        lock = DataLock({}, {})
+        with pytest.raises(
+            AssertionError, match=r"ConfigError: lock file .* \(Permission denied\)"
+        ):
+            without_privileges(lock.save, directory / "closed" / "data.lock")

@@ -92,3 +92,19 @@ def test_what_cannot_be_mapped_is_an_error_and_writes_nothing(
 def test_a_kind_of_source_can_be_chosen(tmp_path: Path) -> None:
     _touch(tmp_path, "mp-1.json.gz", "mp-2.CHGCAR", "mp-3.zarr/.zgroup")
     assert find_ids([str(tmp_path)], source=["json.gz", "CHGCAR"]).ids == ("mp-1", "mp-2")
+
+
+@pytest.mark.parametrize(
+    ("name", "functional", "message"),
+    [
+        ("a" * 300, "GGA", "aaa cannot be written (File name too long)"),
+        ("map.json", " ", "the name of the functional is empty"),
+    ],
+)
+def test_a_map_that_cannot_be_written_is_named(
+    tmp_path: Path, name: str, functional: str, message: str
+) -> None:
+    _touch(tmp_path / "in", "mp-1.json.gz")
+    done = zarrcache("map", tmp_path / "in", "-o", tmp_path / name, "--functional", functional)
+    assert (done.code, message in done.err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

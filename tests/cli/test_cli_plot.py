@@ -26,6 +26,25 @@ def test_a_pair_is_drawn_with_characters_where_there_is_no_colour(config: Path) 
     assert sum(line.startswith("input") for line in lines) == 3
 
 
+@pytest.mark.parametrize("columns", ["80", "60", "20"])
+def test_no_number_loses_digits_in_a_narrow_terminal(config: Path, columns: str) -> None:
+    """A range that is cut within its exponent is another range."""
+    wide, narrow = (
+        zarrcache("plot", config, "mp-1", env={"COLUMNS": width}).out.split()
+        for width in ("200", columns)
+    )
+    assert sorted(filter(_is_number, narrow)) == sorted(filter(_is_number, wide))
+    assert len(list(filter(_is_number, narrow))) == 18
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def test_a_png_is_written_where_asked_and_its_name_is_the_last_line(
     config: Path, tmp_path: Path
 ) -> None:

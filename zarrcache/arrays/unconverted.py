@@ -114,8 +114,8 @@ def _of_text(
     values = found.blocks.get(block)
     if values is None or (block == "diff" and "diff_x" in found.blocks):
         raise SchemaError(
-            f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Set density_type to "
-            "total or diff."
+            f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Leave the material "
+            "out of the map, or set density_type to one that all files have."
         )
     if block == "total" and values.size and float(values.mean()) < 0:
         raise SchemaError(

@@ -20,6 +20,20 @@ def _answer(name: str, help: str) -> Any:
     return typer.Option(name, metavar="TEXT", help=help, show_default=False)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as exc:  # no permission to look, a name that is too long
+        raise _not_written(path, exc) from exc
+
+
+def _not_written(path: Path, exc: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists and "
+        "that you may write to."
+    )
+
+
 @command(resumable=False)
 def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="file to write")] = Path(
@@ -52,7 +66,7 @@ def init(
     from zarrcache.config import DataConfig
     from zarrcache.ops import filled_in, key_comments, sample
 
-    if path.exists() and not force:
+    if _exists(path) and not force:
         raise ConfigError(f"{path} exists. Give another name, or --force to replace it.")
     text = sample()
     values = {
@@ -81,9 +95,7 @@ def init(
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as exc:
-        raise ConfigError(
-            f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists."
-        ) from exc
+        raise _not_written(path, exc) from exc
     name = shlex.quote(str(path))
     say(f"wrote {path}. Next: zarrcache doctor {name}, then zarrcache warm {name}")
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -169,11 +171,12 @@ def show_panels(rows: Sequence[Sequence[Panel]]) -> None:
     has_colour = console.color_system is not None
     wide = min(_LARGEST, max(_SMALLEST, (console.width - 4) // 3))
     for row in rows:
-        for number in range(2):
-            line = "".join(
-                f"{panel.caption.splitlines()[number]:<{wide + 2}.{wide}}" for panel in row
-            )
-            console.print(line.rstrip(), soft_wrap=True)
+        for captions in zip(*(panel.caption.splitlines() for panel in row), strict=True):
+            # Wrapped, never cut: a number that has lost its exponent is another number.
+            cells = [textwrap.wrap(caption, wide, break_on_hyphens=False) for caption in captions]
+            for parts in itertools.zip_longest(*cells, fillvalue=""):
+                line = "".join(f"{part:<{wide + 2}}" for part in parts)
+                console.print(line.rstrip(), soft_wrap=True)
         panels = [_lines(shrunk(panel.colours, wide), has_colour=has_colour) for panel in row]
         for number in range(max(map(len, panels))):
             line_ = Text()

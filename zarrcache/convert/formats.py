@@ -333,9 +333,15 @@ def find_files(
         ``src`` does not exist or cannot be read, nothing matches, or two files have the same task
         id.
     """
-    if src.is_file():
+    try:
+        is_file, is_directory = src.is_file(), src.is_dir()
+    except OSError as exc:  # no permission to look, a name that is too long
+        raise ConfigError(
+            f"{src} cannot be read ({exc.strerror}). Give a density file or a directory of them."
+        ) from exc
+    if is_file:
         return Sources((src,))
-    if not src.is_dir():
+    if not is_directory:
         raise ConfigError(f"{src} does not exist. Give a density file or a directory of them.")
     naming = naming or Naming(root=src)
     unreadable: list[LeftOut] = []

@@ -602,7 +602,13 @@ class _Converter:
         if self._destination is not None:
             found = self._destination.finished((names | twins) & self._destination.names())
         else:
-            found = {name for name in names | twins if store_exists(Path(self.dst, name))}
+            try:
+                found = {name for name in names | twins if store_exists(Path(self.dst, name))}
+            except OSError as exc:
+                raise ConfigError(
+                    f"destination {self.dst} cannot be read ({exc.strerror}). Give a directory "
+                    "that you may read and write."
+                ) from exc
         if both := sorted(found & twins):
             raise ConfigError(
                 f"{self.dst} holds {len(both)} of these stores as {other} ({', '.join(both[:3])}); "

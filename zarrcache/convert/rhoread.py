@@ -94,7 +94,7 @@ class RhoRead(PairReader):
         if values is None:
             raise SchemaError(
                 f"{path} has no {self.density_type} density. It has: {', '.join(density.blocks)}. "
-                "Set density_type to total or diff."
+                "Leave the material out of the map, or set density_type to one that all files have."
             )
         if density.warnings:
             self._log_once.warning(path, logger, "%s %s", path, " ".join(density.warnings))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import json
@@ -87,7 +88,8 @@ class DataLock:
             beside.write_bytes(content)
             beside.replace(path)
         except OSError as exc:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             raise ConfigError(
                 f"lock file {os.fspath(path)} cannot be written ({exc.strerror}). Give a file in a "
                 "directory that exists and has room."

@@ -117,7 +117,12 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
     ConfigError
         The map has the functional, the file is no map, or it cannot be written.
     """
-    document: dict[str, Sequence[str]] = dict(read_map(path)) if path.exists() else {}
+    if not functional.strip():
+        raise ConfigError("the name of the functional is empty. Give one, for example GGA.")
+    try:
+        document: dict[str, Sequence[str]] = dict(read_map(path)) if path.exists() else {}
+    except OSError as exc:  # no permission to look, a name that is too long
+        raise _not_written(path, exc) from exc
     if functional in document and not force:
         raise ConfigError(
             f"{path} has {len(document[functional])} ids of {functional}. Give --force to replace "
@@ -136,8 +141,12 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
     except OSError as exc:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise ConfigError(
-            f"{path} cannot be written ({exc.strerror}). Give a file in a directory that you may "
-            "write to."
-        ) from exc
+        raise _not_written(path, exc) from exc
     return kept
+
+
+def _not_written(path: Path, exc: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written ({exc.strerror}). Give a file in a directory that you may "
+        "write to."
+    )
