@@ -180,7 +180,7 @@ def test_a_running_fetch_gives_way_to_those_that_begin(
 
 
 def test_a_child_forked_during_a_fetch_closes_no_other_file(tmp_path: Path) -> None:
-    """It closes the lock of its parent at once; the number may soon be that of a file of its own."""
+    """It closes the lock of its parent at once; the number may soon be that of its own file."""
     reading, writing = os.pipe()
     with InFlight("auto", tmp_path).of_a_fetch():
         child = os.fork()
