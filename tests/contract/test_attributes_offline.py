@@ -20,7 +20,12 @@ from zarrcache import ZarrS3Reader, plan_warm
 from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
+from zarrcache.errors import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginNotFoundError,
+    SchemaError,
+)
 from zarrcache.ops import verify
 from zarrcache.stats import Counters
 
@@ -156,6 +161,23 @@ def test_a_density_that_training_fetches_again_brings_its_attributes(
     reader.load("mp-1", "data")
     assert reader.structure("mp-1") == wider
     assert reader.volume("mp-1") == pytest.approx(4.2**3)
+
+
+def test_attributes_of_a_newer_version_than_the_cached_density_are_refused(
+    stores: Path, tmp_path: Path
+) -> None:
+    """Else a sample would have the grid of one version and the lattice of another."""
+    reader = make_reader(tmp_path, stores, cache={})
+    for id_ in IDS:
+        reader.load(id_, "data")
+    for id_, zipped in (("mp-1", False), ("mp-3", True)):
+        name = f"{id_}.zarr{'.zip' if zipped else ''}"
+        small_group(stores / "data" / name, seed=9, as_zip=zipped, metadata={})
+    for id_ in ("mp-1", "mp-3"):
+        with pytest.raises(IncompleteArrayError, match=rf"{id_}\.zarr.*has changed since"):
+            reader.structure(id_)
+    assert reader.structure("mp-2") == STRUCTURE
+    assert reader.structure("mp-1", "label") == STRUCTURE  # whose density is not cached
 
 
 @pytest.mark.parametrize("uses_warm", [True, False])

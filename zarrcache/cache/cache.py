@@ -19,6 +19,7 @@ from zarrcache.cache.tiers import ArrayCache, ByteCache
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.disk import (
     CACHE_FAULTS,
+    EntryHeader,
     EvictionPolicy,
     Index,
     Stored,
@@ -140,11 +141,20 @@ class Cache:
 
     def stored_shape(self, key: ArrayKey) -> tuple[int, ...] | None:
         """Shape of an entry, from its header; None if it is absent or cannot be read."""
+        header = self._header(key)
+        return None if header is None else header.shape
+
+    def stored_source(self, key: ArrayKey) -> str | None:
+        """Digest of the objects that an entry was made of; None as for `stored_shape`."""
+        header = self._header(key)
+        return None if header is None else header.source
+
+    def _header(self, key: ArrayKey) -> EntryHeader | None:
         try:
             stored = self.lookup(key.digest)
             if stored is None or self.index is None:
                 return None
-            return read_header(self.index.path_of(stored)).shape
+            return read_header(self.index.path_of(stored))
         except (*CACHE_FAULTS, CorruptEntryError):
             return None
 

@@ -334,6 +334,15 @@ class ReadThrough:
         if on_flaws is not None:
             on_flaws(flaws)
 
+    def is_outdated(self, store: str) -> bool:
+        """Whether the origin has another version than the entry. One LIST, if there is an entry."""
+        key = self.key(store)
+        for one in (key, key.exact):
+            source = None if one is None else self._cache.stored_source(one)
+            if source is not None:
+                return source_digest(self.listing(store)) != source
+        return False
+
     def of_group(self, group: zarr.Group, where: str) -> NDArray[np.float32]:
         """Read the density of an open group, past the cache."""
         return density_of_group(group, self._array, where, fills=self.fills, units=self._units)

@@ -58,7 +58,13 @@ from zarrcache.data.splits import (
     split_ids,
 )
 from zarrcache.disk import CACHE_FAULTS, LazyGrid
-from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError, ZarrCacheError
+from zarrcache.errors import (
+    ConfigError,
+    IncompleteArrayError,
+    OriginNotFoundError,
+    SchemaError,
+    ZarrCacheError,
+)
 from zarrcache.origin import Origin, make_s3fs
 from zarrcache.stats import Counters, SharedSet, Stats, html_table
 
@@ -873,12 +879,14 @@ class ZarrS3Reader(PairReader):
         """Attribute ``metadata`` of a material, merged with ``structure``, as ``get_metadata``.
 
         Once ``zarrcache warm`` has stored the density this sends no request; before, one or two
-        GETs, and the attributes are stored.
+        GETs and a LIST, and the attributes are stored.
 
         Raises
         ------
         SchemaError
             They are not JSON, or ``metadata`` is not a mapping.
+        IncompleteArrayError
+            The store has changed since its density was cached.
         PymatgenMissingError
             The source is a CHGCAR file, and pymatgen is not installed.
         OriginError
@@ -931,6 +939,11 @@ class ZarrS3Reader(PairReader):
         stored = self._stored_attributes(origin, store)
         if stored is None:
             stored = StoredAttributes(*read_attributes(origin, store))
+            if self._trusts_entries and self._densities("data").at(origin).is_outdated(store):
+                raise IncompleteArrayError(
+                    f"{origin.url_of(store)} has changed since its density was cached, so its "
+                    "attributes are of another version. Run `zarrcache warm --revalidate`."
+                )
             if stored.attributes and self._cache.attributes is not None:
                 self._cache.attributes.put(origin, store, stored)
         return stored.attributes
