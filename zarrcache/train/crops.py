@@ -253,13 +253,15 @@ class Probes(Selection):
 
     def misfit(self, data: Points, label: Points) -> str | None:
         """Why grids of these points cannot be used; None if they can."""
+        n = math.prod(data.shape)
+        if self.k > n:
+            return f"its grid of {data} has fewer than {self.k} in all"
         if data.shape != label.shape or data.ratios(label) is None:
             return (
                 f"its data is on a grid of {data}, its label on one of {label}, so that they have "
                 "no values at the same points"
             )
-        n = math.prod(data.shape)
-        return f"its grid has {n} points, fewer than {self.k} probes" if self.k > n else None
+        return None
 
     def select(self, pair: LazyPair, rng: np.random.Generator) -> dict[str, Any]:
         """``data`` and ``label``, ``frac``, and with the structure ``cart``."""

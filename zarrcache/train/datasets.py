@@ -759,7 +759,8 @@ class _PairToTensors:
             ]
             reason = selection.misfit(*sides)
             if reason is not None:
-                return reason
+                is_turned = order != _ORIENTATIONS[0]
+                return f"{reason}, as a rotation may turn it" if is_turned else reason
         return None
 
     def _points(self, whole: tuple[int, ...], field: int) -> Points:

@@ -346,7 +346,12 @@ class TestBadInput:
         [
             (((8, 8, 4),) * 2, RandomCrop(5), {}, "window of 5 x 5 x 5 does not fit .* 8 x 8 x 4"),
             # A rotation may put the short axis where the window is long.
-            (((8, 8, 4),) * 2, RandomCrop((6, 6, 4)), {"augmentation": True}, "6 x 6 x 4 does not"),
+            (
+                ((8, 8, 4),) * 2,
+                RandomCrop((6, 6, 4)),
+                {"augmentation": True},
+                "6 x 6 x 4 .*turn it",
+            ),
             (
                 ((8, 8, 8),) * 2,
                 RandomCrop(5),
@@ -357,7 +362,7 @@ class TestBadInput:
             # As many points of each, in other places
             (((4, 4, 4), (9, 8, 8)), RandomCrop(2), {"downsample_label": 2}, "5 x 4 x 4 points"),
             (((8, 8, 8), (8, 8, 16)), Probes(5), {}, "label on one of 8 x 8 x 16"),
-            (((2, 2, 2),) * 2, Probes(9), {}, "8 points, fewer than 9 probes"),
+            (((2, 2, 2),) * 2, Probes(9), {}, "2 x 2 x 2 points has fewer than 9 in all"),
         ],
     )
     def test_a_material_that_does_not_fit_is_named(
