@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, str] = {
     "startup": "tests.bench.startup",
     "cold": "tests.bench.cold_read",
     "epoch": "tests.bench.cold_epoch",
+    "epochs": "tests.bench.epochs",
     "layouts": "tests.bench.layouts",
     "lookahead": "tests.bench.lookahead",
     "fill": "tests.bench.fill",

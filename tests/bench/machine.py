@@ -15,7 +15,7 @@ __all__ = ["commit", "machine", "versions"]
 
 _PACKAGES = (
     "zarrcache numpy torch zarr numcodecs fsspec s3fs obstore diskcache "
-    "tensorstore litdata mosaicml-streaming"
+    "tensorstore litdata mosaicml-streaming insitubatch"
 ).split()
 
 

@@ -359,7 +359,12 @@ PEERS: dict[str, Callable[[Samples, Path], Any]] = {
     "zarr CacheStore": zarr_cache_store,
     "zarr simplecache": zarr_simplecache,
 }
-_PACKAGES = {"litdata": "litdata", "streaming": "mosaicml-streaming", "tensorstore": "tensorstore"}
+_PACKAGES = {
+    "insitubatch": "insitubatch",
+    "litdata": "litdata",
+    "streaming": "mosaicml-streaming",
+    "tensorstore": "tensorstore",
+}
 
 
 def available(build: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -373,7 +378,7 @@ def available(build: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], d
             package = _PACKAGES.get((exc.name or "").partition(".")[0])
             if package is None:
                 raise
-            missing[name] = f"not installed: pip install -c constraints.txt {package}"
+            missing[name] = f"not installed: pip install -c tests/bench/constraints.txt {package}"
         except Exception as exc:
             if name.startswith(("zarrcache", "np.")):
                 raise

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.bench.harness import TIMES, Bar, Measured, Table, in_unit_of, summarise
 from tests.bench.machine import commit, machine, versions
-from tests.bench.plots import plot
+from tests.bench.plots import epoch_rates, epochs, plot
 
 __all__ = [
     "BEGIN",
@@ -39,6 +39,8 @@ __all__ = [
 Document = dict[str, Any]
 
 FORMAT = 1
+#: The table that the README shows as a picture, and where the picture is.
+PICTURED, PICTURE = "E1", "docs/images/epochs.svg"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -413,6 +415,7 @@ def _number(value: float) -> str:
 def _words(name: str) -> str:
     """``pss_mib`` as ``pss, MiB``."""
     for suffix, unit in (
+        ("_samples_per_s", "samples/s"),
         ("_mib", "MiB"),
         ("_s", "s"),
         ("_ms", "ms"),
@@ -483,15 +486,23 @@ def readme_block(document: Mapping[str, Any]) -> str:
     about = run["machine"]
     return "\n".join(
         [
+            *(_picture(tables[PICTURED]) if PICTURED in tables else []),
             _grid(["what", "zarrcache", ""], rows, numbers=False),
             "",
             (
                 f"Medians of interleaved rounds on {about['cores']} cores, {run['date']}. "
-                "[All results](docs/benchmarks/results.md), also where others are faster; "
-                "`tools/bench` measures on your machine."
+                "[All results](docs/benchmarks/results.md), also where others are faster."
             ),
         ]
     )
+
+
+def _picture(table: Table) -> list[str]:
+    """The picture of the README, with its figures for those who do not see it."""
+    said = "; ".join(
+        f"{name} {', '.join(map(_number, values))}" for name, values in epoch_rates(table).items()
+    )
+    return [f"![Samples per second in epochs 1 to 3. {said}]({PICTURE})", ""]
 
 
 def _others(table: Table, verdicts: Sequence[Verdict]) -> str:
@@ -545,5 +556,8 @@ def with_block(readme: str, block: str) -> str:
 
 
 def write_readme(path: Path, document: Mapping[str, Any]) -> None:
-    """Rewrite the table of the README."""
+    """Rewrite the table of the README, and draw its picture again."""
     path.write_text(with_block(path.read_text(), readme_block(document)))
+    tables = tables_of(document)
+    if PICTURED in tables:
+        epochs(tables[PICTURED], path.parent / PICTURE)

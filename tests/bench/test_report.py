@@ -307,3 +307,27 @@ def test_a_readme_without_its_markers_is_left_alone(readme: str) -> None:
     """The message says which lines are wanted."""
     with pytest.raises(ValueError, match=r"README\.md needs the line <!-- bench:begin -->"):
         report.with_block(readme, "new")
+
+
+def _three_epochs() -> Table:
+    """Two loaders over three epochs, as E1 has them."""
+    rates = {"zarrcache": (5.0, 200.0, 210.0), "zarr + s3fs": (1.0, 1.1, 1.05)}
+    rounds = {
+        name: _rounds(1.0, **{f"epoch_{n}_samples_per_s": rate for n, rate in enumerate(found, 1)})
+        for name, found in rates.items()
+    }
+    return _table("E1", rounds=rounds, reference="zarr + s3fs")
+
+
+def test_the_picture_of_the_readme_says_its_figures_in_words_too(tmp_path: Path) -> None:
+    """Below the picture's address and in it: each loader by name, with its last rate."""
+    a1 = _table("A1", rounds={"np.load": _rounds(2.0), "zarrcache ZarrDataset": _rounds(1.0)})
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write_readme(readme, _document(a1, _three_epochs()))
+    [line] = [line for line in readme.read_text().splitlines() if line.startswith("![")]
+    assert "zarrcache 5, 200, 210; zarr + s3fs 1, 1.10, 1.05](docs/images/epochs.svg)" in line
+    picture = (tmp_path / "docs" / "images" / "epochs.svg").read_text()
+    assert "zarrcache: 210" in picture
+    assert "zarr + s3fs: 1.1" in picture or "zarr + s3fs: 1.0" in picture

@@ -22,8 +22,7 @@ CONSUMER = "one value of each 4 KiB page of both arrays is read"
 PAGE_CACHE = "warm: every file was read in the warm-up round, nothing is evicted between rounds"
 ITERATED = (
     "iterated, as their datasets are made for; as many samples on disk as a round reads, or whole "
-    "epochs. Mosaic Streaming 0.10.0 is the newest "
-    "that takes numpy 2.2 or later; 0.13.0, tried apart, reads at the same rate"
+    "epochs"
 )
 #: Those that decode every chunk in every epoch: a round of all samples would take most of the run's
 #: time.
