@@ -208,6 +208,21 @@ def test_the_page_shows_the_worst_pairs_and_fetches_nothing(planted: Path) -> No
     assert zarrcache("audit", write_config(planted), "--html", "/nowhere/a.html").code == 2
 
 
+@pytest.mark.parametrize("command", ["audit", "lock"])
+def test_a_config_without_pairs_is_an_error_and_not_a_clean_report(
+    good: Path, tmp_path: Path, command: str
+) -> None:
+    path = write_config(good, name="none.yaml")
+    document = yaml.safe_load(path.read_text()) | {"map_dir": str(tmp_path / "none.json")}
+    path.write_text(yaml.safe_dump(document))
+    (tmp_path / "none.json").write_text('{"GGA": ["mp-77"]}')
+    output = ["-o", tmp_path / "out"] if command == "lock" else []
+    done = zarrcache(command, path, *output)
+    assert (done.code, done.out) == (2, "")
+    assert "error: no material of GGA has input and label. Check functional and map_dir" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_ids_narrow_the_audit_and_unknown_ones_are_findings(planted: Path) -> None:
     (planted / "ids").write_text("mp-1\nmp-99\n")
     done = zarrcache("audit", write_config(planted), "--ids", planted / "ids", "--json")

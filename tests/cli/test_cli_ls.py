@@ -29,19 +29,19 @@ def rows(*arguments: object) -> list[list[str]]:
     done = zarrcache("ls", *arguments)
     assert (done.code, done.err) == (0, "")
     head, *lines = done.out.splitlines()
-    assert head.split() == ["ID", "ROLE", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED"]
+    assert head.split() == ["ID", "ROLE", "ARRAY", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED"]
     return [line.split() for line in lines]
 
 
 def test_each_density_is_a_line_with_its_role_shape_and_encoding(config: Path) -> None:
     found = rows(config)
-    assert [row[:3] for row in found] == [
-        [name, role, shape]
+    assert [row[:4] for row in found] == [
+        [name, role, "total", shape]
         for name, shape in (("mp-0", "6x5x4"), ("mp-1", "6x5x4"), ("mp-10", "8x8x8"))
         for role in ("data", "label")
     ]
     # a size is two words: 4.5 KiB
-    assert {tuple(row[5:7]) for row in found} == {("points", "float32")}
+    assert {tuple(row[6:8]) for row in found} == {("points", "float32")}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_ids_are_chosen_by_a_pattern(
 
 
 def test_lines_are_sorted_by_any_column(config: Path) -> None:
-    assert [row[2] for row in rows(config, "--sort", "shape", "--reverse")][:2] == ["8x8x8"] * 2
+    assert [row[3] for row in rows(config, "--sort", "shape", "--reverse")][:2] == ["8x8x8"] * 2
     assert [row[1] for row in rows(config, "--sort", "role")] == ["data"] * 3 + ["label"] * 3
     for column in ("bytes", "units", "encoding", "stored"):
         assert len(rows(config, "--sort", column)) == 6
@@ -94,7 +94,7 @@ def test_a_damaged_header_is_listed_as_damaged(config: Path, tmp_path: Path) -> 
     largest.chmod(0o600)
     with largest.open("r+b") as file:
         file.write(b"x" * 64)
-    assert [row[2] for row in rows(other)].count("damaged") == 1
+    assert [row[3] for row in rows(other)].count("damaged") == 1
 
 
 def test_an_empty_or_absent_cache(config: Path, tmp_path: Path) -> None:

@@ -143,6 +143,11 @@ def status(
     if state.coverage is not None and not state.coverage.is_complete:
         if state.limit_bytes is not None and state.volume_bytes > 0.9 * state.limit_bytes:
             say("The cache is near its limit: raise cache.limit, or free space with evict, first.")
+        if state.min_free_bytes is not None and state.free_bytes < state.min_free_bytes:
+            say(
+                "The disk has less free than cache.min_free, so nothing more is stored: free space "
+                "there, lower cache.min_free, or choose another cache.dir first."
+            )
         say(f"Run `zarrcache warm {config}` to fill the cache.")
     return 0
 

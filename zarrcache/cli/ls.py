@@ -35,6 +35,7 @@ def ls(
 
     Without CONFIG: all of the cache, without roles. Sends no request.
     """
+    from zarrcache._keys import density_array
     from zarrcache._units import format_bytes
     from zarrcache.ops import list_entries
 
@@ -48,11 +49,12 @@ def ls(
     if as_json:
         show_json({"entries": [asdict(entry) for entry in entries]})
         return 0
-    rows = [("ID", "ROLE", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED")]
+    rows = [("ID", "ROLE", "ARRAY", "SHAPE", "BYTES", "UNITS", "ENCODING", "STORED")]
     rows += [
         (
             entry.task_id,
             entry.role or "-",
+            (entry.array or "-").removeprefix(density_array("")),
             "x".join(map(str, entry.shape)) or "damaged",
             format_bytes(entry.disk_bytes),
             entry.units or "-",

@@ -22,6 +22,7 @@ from zarrcache._keys import ROLES, Role, units_of
 from zarrcache.config import DataConfig
 from zarrcache.data import ZarrS3Reader, crc_of, open_reader
 from zarrcache.errors import ZarrCacheError
+from zarrcache.ops.selection import all_pairs
 
 __all__ = ["KINDS", "AuditReport", "Finding", "audit"]
 
@@ -144,12 +145,12 @@ def audit(
     Raises
     ------
     ConfigError
-        The map file or the cache cannot be used.
+        The map file or the cache cannot be used, or no material has input and label.
     OriginError
         A directory cannot be listed. A density that cannot be read is a finding.
     """
     reader = open_reader(config)
-    task_ids = reader.task_ids if ids is None else list(dict.fromkeys(ids))
+    task_ids = all_pairs(reader) if ids is None else list(dict.fromkeys(ids))
     findings: list[Finding] = []
     by_values: dict[tuple[Role, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0

@@ -358,7 +358,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                 ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
                 took_ms = 1000 * (time.perf_counter() - start_s)
                 found = (
-                    f"{store} lists {len(listed)} objects; one of "
+                    f"{store} lists {len(listed)} object{'s' * (len(listed) != 1)}; one of "
                     f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
                 )
                 yield Finding(name, "ok", found)

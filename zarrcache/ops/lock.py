@@ -10,7 +10,7 @@ import numpy as np
 from zarrcache._keys import ROLES, Role, source_digest
 from zarrcache.config import DataConfig
 from zarrcache.data import DataLock, LockedDensity, ZarrS3Reader, crc_of, open_reader
-from zarrcache.ops.selection import concurrently, stored_header
+from zarrcache.ops.selection import all_pairs, concurrently, stored_header
 
 __all__ = ["make_lock"]
 
@@ -30,12 +30,12 @@ def make_lock(
     Raises
     ------
     ZarrCacheError
-        A density cannot be read.
+        A density cannot be read, or the config has none.
     """
     if config.cache is not None:
         config = config.model_copy(update={"cache": config.cache.model_copy(update={"lock": None})})
     reader = open_reader(config)
-    wanted = [(task_id, role) for task_id in reader.task_ids for role in ROLES]
+    wanted = [(task_id, role) for task_id in all_pairs(reader) for role in ROLES]
 
     def locked(one: tuple[str, Role]) -> LockedDensity:
         values, gridsize = reader.load(*one)

@@ -34,7 +34,7 @@ from zarrcache.arrays import (
 )
 from zarrcache.cache import PACK, Cache
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data import distinct_directories, mapped_ids
+from zarrcache.data import ZarrS3Reader, distinct_directories, mapped_ids
 from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
@@ -59,6 +59,7 @@ from zarrcache.stats import Counters
 __all__ = [
     "Compared",
     "Selection",
+    "all_pairs",
     "cache_at",
     "cache_of",
     "concurrently",
@@ -75,6 +76,23 @@ R = TypeVar("R")
 #: LISTs in flight. A listing is one small request that mostly waits; 32 of them keep one core busy
 #: at a latency of 20 ms.
 LISTERS = 32
+
+
+def all_pairs(reader: ZarrS3Reader) -> list[str]:
+    """The task ids of a config that have input and label.
+
+    Raises
+    ------
+    ConfigError
+        There is none: a report on nothing would read as if all were well.
+    """
+    if not reader.task_ids:
+        directories = " and ".join(dict.fromkeys(reader.origin(role).url for role in ROLES))
+        raise ConfigError(
+            f"no material of {reader.functional} has input and label. Check functional and map_dir "
+            f"({reader.map_dir}), and data_dir, label_dir and source ({directories})."
+        )
+    return list(reader.task_ids)
 
 
 def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
