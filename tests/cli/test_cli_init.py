@@ -29,7 +29,8 @@ def test_a_config_is_written_without_questions_and_is_valid(tmp_path: Path) -> N
     assert (config.data_dir, config.functional) == ("/data/in", "PBEsol")
     assert config.cache is not None
     assert config.cache.limit == 10**9
-    assert "# " in path.read_text()
+    assert f"#   zarrcache status '{path}'  " in path.read_text()
+    assert f'yaml.safe_load(open("{path}"))' in path.read_text()
 
 
 def test_an_existing_file_is_kept_unless_force_is_given(tmp_path: Path) -> None:

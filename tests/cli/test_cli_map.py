@@ -108,3 +108,11 @@ def test_a_map_that_cannot_be_written_is_named(
     done = zarrcache("map", tmp_path / "in", "-o", tmp_path / name, "--functional", functional)
     assert (done.code, message in done.err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_map_itself_is_no_density(tmp_path: Path) -> None:
+    """It lies among the densities, and its name ends as theirs do."""
+    path = _touch(tmp_path, "mp-1.json.gz") / "map.json.gz"
+    for options in ([], ["--force"]):
+        done = zarrcache("map", tmp_path, "-o", path, *options)
+        assert (done.code, done.out) == (0, f"Wrote 1 id as GGA to {path}.\n")

@@ -90,13 +90,16 @@ def init(
                     block = block[parent]
                 say(comments[tuple(key.split("."))].partition("\n")[0])
                 values[key] = typer.prompt(key, default=str(block[name]), err=True)
+    name = shlex.quote(str(path))
     text = filled_in(text, values)
+    if str(path).isprintable():  # a line break would end the comment
+        text = text.replace('"configs/s3_cached.yaml"', json.dumps(str(path), ensure_ascii=False))
+        text = text.replace("configs/s3_cached.yaml", name)
     DataConfig.of(yaml.safe_load(text))  # an error names the key
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise _not_written(path, exc) from exc
-    name = shlex.quote(str(path))
     say(f"wrote {path}. Next: zarrcache doctor {name}, then zarrcache warm {name}")
     return 0
 

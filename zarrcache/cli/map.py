@@ -80,7 +80,7 @@ def make_map(
 
     kinds = source.split(",") if "," in source else source
     options = s3_options(config, s3_kwargs, endpoint_url=endpoint_url, profile=profile, anon=anon)
-    found = find_ids(directories, source=kinds, s3_kwargs=options)
+    found = find_ids(directories, source=kinds, s3_kwargs=options, beside=output)
     for names, why in (
         (found.partial, "not in every directory"),
         (found.refused, "not named like a task id (letters, digits and ._+=@-)"),

@@ -45,6 +45,7 @@ def find_ids(
     *,
     source: str | Sequence[str] = "auto",
     s3_kwargs: Mapping[str, Any] | None = None,
+    beside: Path | None = None,
 ) -> FoundIds:
     """List directories: one LIST per 1,000 names. No file is read.
 
@@ -55,6 +56,8 @@ def find_ids(
     source : str or sequence of str
         As in a training config.
     s3_kwargs : mapping, optional
+    beside : Path, optional
+        A map file that may lie among the densities; ``map.json.gz`` is not one of them.
 
     Raises
     ------
@@ -69,6 +72,8 @@ def find_ids(
     for directory in directories:
         origin = open_origin(directory, s3_kwargs=s3_kwargs)
         names = origin.list_names()
+        if beside is not None and os.path.realpath(origin.url) == os.path.realpath(beside.parent):
+            names = [name for name in names if name != beside.name]
         found = set()
         for task_id, name in choose(sources_of(names), kinds).items():
             try:
