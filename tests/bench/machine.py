@@ -41,6 +41,8 @@ def machine(workdir: Path) -> dict[str, object]:
         "memory_gib": round(memory / 1024**3),
         "kernel": f"{platform.system()} {platform.release()}",
         "filesystem": file_system_of(workdir) or "file system not known",
+        # Over 5 minutes. A run alone makes about as much as it has cores; more is of others.
+        "load": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
     }
 
 

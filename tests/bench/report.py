@@ -370,12 +370,18 @@ def _conditions(run: Mapping[str, Any]) -> dict[str, object]:
     about = run["machine"]
     return {
         "machine": f"{about['cores']} cores, {about['cpu']}, {about['memory_gib']} GiB, kernel "
-        f"{about['kernel']}, {about['filesystem']}",
+        f"{about['kernel']}, {about['filesystem']}{_load(about)}",
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
         "run": f"{run['date']}, commit "
         f"{run['commit']}{', quick: smallest sizes, no figure to quote' if run['quick'] else ''}; "
         "rounds of the competitors interleaved; P90 and P99 of the time of a round",
     }
+
+
+def _load(about: Mapping[str, Any]) -> str:
+    """What else the machine did: figures of a busy one are compared with care."""
+    load = about.get("load")
+    return "" if load is None else f"; load average {load} at the end of the run"
 
 
 def _fact(value: object) -> str:
