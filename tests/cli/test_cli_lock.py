@@ -20,6 +20,7 @@ from tests.support.users import needs_users, open_to_all, without_privileges
 from zarrcache import ZarrDataset, get_dataset
 from zarrcache.data import DataLock
 from zarrcache.errors import ConfigError, IncompleteArrayError
+from zarrcache.lightning import ZarrDataModule
 from zarrcache.registry import open_reader
 
 
@@ -124,6 +125,30 @@ def test_other_settings_are_refused_before_the_training(
         open_reader(yaml.safe_load(path.read_text())).split_task_ids()
     done = zarrcache("warm", path)
     assert (done.code, "data.lock is for" in done.err) == (2, True)
+
+
+def test_another_split_file_is_refused_before_the_training(locked: Path, tmp_path: Path) -> None:
+    """Also one that is given to the data module; the same split in other words is accepted."""
+    split, other, same = (tmp_path / f"{name}.json" for name in ("split", "other", "same"))
+    split.write_text('{"train": [0, 1, 2], "test": [3]}')
+    other.write_text('{"train": [0, 1, 3], "test": [2]}')
+    same.write_text('{"train": ["mp-0", "mp-1", "mp-2"], "val": [], "test": ["mp-3"]}')
+    without = changed(locked, split_file=str(other))
+    assert len(open_reader(yaml.safe_load(without.read_text())).split_task_ids()[0]) == 3
+    config = yaml.safe_load(locked.read_text())
+    locked.write_text(yaml.safe_dump(config | {"split_file": str(split)}))
+    assert zarrcache("lock", locked, "-o", tmp_path / "data.lock").code == 0
+    assert zarrcache("diff", tmp_path / "data.lock", locked).code == 0
+    for path in (split, same):
+        reader = open_reader(yaml.safe_load(changed(locked, split_file=str(path)).read_text()))
+        assert reader.split_task_ids() == (["mp-0", "mp-1", "mp-2"], ["mp-3"])
+    for changes in ({"split_file": str(other)}, {"split_file": None}):
+        reader = open_reader(yaml.safe_load(changed(locked, **changes).read_text()))
+        with pytest.raises(ConfigError, match=r"data\.lock is for another split file"):
+            reader.split_task_ids()
+    module = ZarrDataModule(yaml.safe_load(changed(locked).read_text()), split_file=other)
+    with pytest.raises(ConfigError, match="for another split file"):
+        module.setup()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from zarrcache.data.lock import DataLock, LockedDensity, LockFile, crc_of, differences
+from zarrcache.data.lock import (
+    DataLock,
+    LockedDensity,
+    LockFile,
+    crc_of,
+    differences,
+    digest_of,
+)
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.reader import (
     PairReader,
@@ -35,6 +42,7 @@ __all__ = [
     "ZarrS3Reader",
     "crc_of",
     "differences",
+    "digest_of",
     "distinct_directories",
     "first_ids",
     "hold_out",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import ROLES, Role, safe_repr
+from zarrcache.data.splits import Split
 from zarrcache.disk import crc32c
 from zarrcache.errors import ConfigError, IncompleteArrayError
 
-__all__ = ["DataLock", "LockFile", "LockedDensity", "crc_of", "differences"]
+__all__ = ["DataLock", "LockFile", "LockedDensity", "crc_of", "differences", "digest_of"]
 
 _FORMAT = 1
+_SPLIT_FILE = "split_file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class DataLock:
     ----------
     settings : dict
         Keys of the config that decide about samples and values: ``functional``, ``density_type``,
-        ``normalize_data``, ``train_fraction``, ``random_state``, ``encoding``.
+        ``normalize_data``, ``train_fraction``, ``random_state``, ``encoding``. With a split file
+        also ``split_file``, the digest of its split (`digest_of`).
     densities : dict
         ``{task_id: {role: LockedDensity}}``, in the order of ``task_ids``.
     """
@@ -158,12 +162,31 @@ class DataLock:
             Names the first setting that differs.
         """
         for key, locked in self.settings.items():
-            if settings.get(key) != locked:
+            if key != _SPLIT_FILE and settings.get(key) != locked:
                 raise ConfigError(
                     f"{key} is {safe_repr(settings.get(key))}, but {where} is for "
                     f"{safe_repr(locked)}. Change the config, or write a lock for it with "
                     "`zarrcache lock`."
                 )
+
+    def check_split(self, split: Split | None, where: str) -> None:
+        """Raise if the lock is for another split file.
+
+        Parameters
+        ----------
+        split : Split or None
+            None: the training uses none.
+
+        Raises
+        ------
+        ConfigError
+        """
+        locked = self.settings.get(_SPLIT_FILE)
+        if locked is not None and (split is None or digest_of(split) != locked):
+            raise ConfigError(
+                f"{where} is for another split file: a material could be trained on that is for "
+                "testing. Restore split_file, or write another lock with `zarrcache lock`."
+            )
 
     def check_ids(self, task_ids: Sequence[str], where: str) -> None:
         """Raise if the materials, or their order, differ from the lock.
@@ -234,6 +257,10 @@ class LockFile:
         self.lock.check_settings(settings, str(self.path))
         self.lock.check_ids(task_ids, str(self.path))
 
+    def check_split(self, split: Split | None) -> None:
+        """See `DataLock.check_split`."""
+        self.lock.check_split(split, str(self.path))
+
     def check_values(self, task_id: str, role: Role, values: NDArray[np.float32]) -> None:
         """See `DataLock.check_values`."""
         self.lock.check_values(task_id, role, values, str(self.path))
@@ -269,6 +296,12 @@ def _id_differences(first: list[str], second: list[str]) -> Iterator[str]:
             n for n, pair in enumerate(zip(first, second, strict=True)) if len(set(pair)) > 1
         )
         yield f"the order differs from place {place + 1} on: {first[place]}, then {second[place]}"
+
+
+def digest_of(split: Split) -> str:
+    """Digest of the ids of each set, in order."""
+    sets = json.dumps([split.train, split.validation, split.test]).encode()
+    return hashlib.blake2b(sets, digest_size=8).hexdigest()
 
 
 def crc_of(values: NDArray[np.float32]) -> str:

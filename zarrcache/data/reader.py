@@ -293,6 +293,8 @@ class PairReader(ABC):
         if self.split_file is not None:
             split = self.split_of_file(self.split_file)
             return [*split.train, *split.validation], [*split.test]
+        if self._lock is not None:
+            self._lock.check_split(None)
         return split_ids(self._present().ids, self.tf, self.rs)
 
     def all_ids(self) -> list[str]:
@@ -331,9 +333,12 @@ class PairReader(ABC):
             A directory cannot be listed.
         """
         where = f"{self.map_dir} ({self.functional})"
-        return read_split(
+        split = read_split(
             path, listed_ids(self.map_dir, self.functional), set(self._present().ids), where
         )
+        if self._lock is not None:
+            self._lock.check_split(split)
+        return split
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
         """Split into training and test sets; nothing is loaded yet.

@@ -9,7 +9,14 @@ import numpy as np
 
 from zarrcache._keys import ROLES, Role, source_digest
 from zarrcache.config import DataConfig
-from zarrcache.data import DataLock, LockedDensity, ZarrS3Reader, crc_of, open_reader
+from zarrcache.data import (
+    DataLock,
+    LockedDensity,
+    ZarrS3Reader,
+    crc_of,
+    digest_of,
+    open_reader,
+)
 from zarrcache.ops.selection import all_pairs, concurrently, stored_header
 
 __all__ = ["make_lock"]
@@ -53,7 +60,10 @@ def make_lock(
         densities.setdefault(task_id, {})[role] = density
         if progress is not None:
             progress(done, len(wanted))
-    return DataLock(reader.lock_settings, densities)
+    settings = reader.lock_settings
+    if reader.split_file is not None:
+        settings["split_file"] = digest_of(reader.split_of_file(reader.split_file))
+    return DataLock(settings, densities)
 
 
 def _source(reader: ZarrS3Reader, task_id: str, role: Role) -> str:
