@@ -212,6 +212,8 @@ class PairReader(ABC):
         except ZarrCacheError:
             raise
         except Exception as exc:
+            if role not in ROLES:
+                raise ConfigError(f"role is {role!r}; it has to be 'data' or 'label'.") from None
             raise _as_our_error(exc, f"{task_id} ({role})") from exc
 
     def open_grid(self, task_id: str, role: Role) -> LazyGrid:

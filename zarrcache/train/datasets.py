@@ -683,7 +683,9 @@ class _PairToTensors:
         self.rng, self.layout, self.is_deferred = rng, layout, is_deferred
         self.downsample_data = whole_number("downsample_data", downsample_data, least=1)
         self.downsample_label = whole_number("downsample_label", downsample_label, least=1)
-        self.augmentation = augmentation
+        if augmentation not in (True, False, None):  # "no" would rotate
+            raise ConfigError(f"augmentation is {augmentation!r}; it has to be true or false.")
+        self.augmentation = bool(augmentation)
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
         self.dtype = dtype
         self.drawn = 0

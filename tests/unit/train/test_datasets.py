@@ -353,6 +353,19 @@ class TestZarrDataset:
         with pytest.raises(SchemaError, match=rf"label of {task_id} .*65504.*normalize_data: true"):
             ZarrDataset(reader, precision="f16")[0]
 
+    @pytest.mark.parametrize("wrong", ["no", "false", 2])
+    def test_augmentation_that_is_no_truth_value_is_refused(
+        self, reader: ZarrS3Reader, wrong: Any
+    ) -> None:
+        """Any text is true in Python, so that "no" rotated."""
+        with pytest.raises(ConfigError, match=rf"augmentation is {wrong!r}; it has to be true or"):
+            ZarrDataset(reader, augmentation=wrong)
+
+    def test_a_role_that_does_not_exist_is_named(self, reader: ZarrS3Reader) -> None:
+        role: Any = "input"
+        with pytest.raises(ConfigError, match=r"role is 'input'; it has to be 'data' or 'label'"):
+            reader.load(reader.task_ids[0], role)
+
     def test_augmentation_and_downsampling_are_those_of_rho_data(
         self, reader: ZarrS3Reader
     ) -> None:
