@@ -146,6 +146,8 @@ def test_another_split_file_is_refused_before_the_training(locked: Path, tmp_pat
         reader = open_reader(yaml.safe_load(changed(locked, **changes).read_text()))
         with pytest.raises(ConfigError, match=r"data\.lock is for another split file"):
             reader.split_task_ids()
+    with pytest.raises(ConfigError, match="for another split file"):
+        reader.all_ids()  # which RhoDataModule divides
     module = ZarrDataModule(yaml.safe_load(changed(locked).read_text()), split_file=other)
     with pytest.raises(ConfigError, match="for another split file"):
         module.setup()

@@ -300,7 +300,7 @@ class PairReader(ABC):
         return split_ids(self._present().ids, self.tf, self.rs)
 
     def all_ids(self) -> list[str]:
-        """All ids of the map or file list, which have to have input and label.
+        """All ids of the map or file list, which have to have input and label, to be split.
 
         Raises
         ------
@@ -309,6 +309,8 @@ class PairReader(ABC):
         OriginError
             A directory cannot be listed.
         """
+        if self._lock is not None:
+            self._lock.check_split(None)
         missing = self._present().missing
         if missing:
             lost = [*missing]
