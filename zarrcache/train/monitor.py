@@ -363,13 +363,20 @@ class Recorder:
                 self._undo.append(functools.partial(reader.unobserve, self.clock))
                 self._readers.append(reader)
             self._time(dataset, "_to_tensors", "augment")
-            self._time(dataset, "transform", "transform")
+            self._time_functions(dataset)
         self._time(loader, "collate_fn", "collate")
 
     @property
     def is_attached(self) -> bool:
         """Whether a loader of our datasets is timed."""
         return bool(self._readers)
+
+    def _time_functions(self, dataset: Any) -> None:
+        functions = getattr(dataset, "_functions", ())
+        if functions:
+            timed = tuple(_Timed(function, self.clock, "transform") for function in functions)
+            dataset._functions = timed
+            self._undo.append(functools.partial(setattr, dataset, "_functions", functions))
 
     def _time(self, owner: Any, name: str, part: Part) -> None:
         function = getattr(owner, name, None)
