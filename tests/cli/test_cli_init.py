@@ -127,3 +127,15 @@ def test_the_shell_completes_commands_and_options() -> None:
             check=False,
         )
         assert expected in done.stdout.split(), done
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_on_a_full_disk_is_an_error_in_words() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("schema"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: No space left on device. --verbose shows the call that met it.\n",
+    )

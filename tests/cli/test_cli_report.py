@@ -145,6 +145,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(
     before = config.read_text()
     for page, why in (
         ("/nowhere/r.html", "No such file or directory"),
+        (tmp_path / ("a" * 300), "File name too long"),
         (tmp_path, "Is a directory"),
         (config, "is the config"),
         (config / "r.html", "Not a directory"),

@@ -73,6 +73,16 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                     traceback.print_exc()
                 say(f"error: {exc}")
                 code = 2 if isinstance(exc, ConfigError) else 1
+            except BrokenPipeError:  # `zarrcache ls | head`: click ends quietly
+                raise
+            except (
+                OSError
+            ) as exc:  # the machine's fault, whichever call met it: words, no traceback
+                if _log.isEnabledFor(logging.DEBUG):
+                    traceback.print_exc()
+                where = f"{exc.filename}: " if exc.filename else ""
+                say(f"error: {where}{exc.strerror or exc}. --verbose shows the call that met it.")
+                code = 1
             except KeyboardInterrupt as exc:
                 word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
                 hint = " Finished work is kept; run the same command again to continue."

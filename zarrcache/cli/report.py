@@ -63,10 +63,10 @@ def report(
 
 def _check(output: Path, config: Path) -> None:
     """Refuse a file that cannot be written, before minutes of work."""
-    if output.exists() and output.samefile(config):
-        raise ConfigError(f"{output} is the config. Give another file: -o report.html.")
-    is_new = not output.exists()
     try:
+        is_new = not output.exists()
+        if not is_new and output.samefile(config):
+            raise ConfigError(f"{output} is the config. Give another file: -o report.html.")
         with output.open("a", encoding="utf-8"):
             pass
         if is_new:
