@@ -49,6 +49,12 @@ def test_convert_reports_failures_and_skips_converted_files(files: Path, tmp_pat
     assert [Path(result["path"]).name for result in again.document["failed"]] == ["CHGCAR_mp-9"]
 
 
+def test_a_url_that_lost_a_slash_is_no_directory(files: Path) -> None:
+    done = zarrcache("convert", files, Path("s3://bucket/input"))
+    assert (done.code, done.out) == (2, "")
+    assert "'s3:/bucket/input' has a URL scheme that is not supported. Write s3://" in done.err
+
+
 def test_a_source_and_a_destination_that_cannot_be_looked_at_are_named(
     files: Path, tmp_path: Path
 ) -> None:

@@ -347,11 +347,12 @@ def test_another_scheme_is_refused_with_the_ones_there_are(url: str) -> None:
     ("url", "words"),
     [
         ("s3://", "names no bucket"),
+        (Path("s3://bucket/data"), "'s3:/bucket/data' has one slash"),
         ("s3:///data", "names no bucket"),
         ("s3://arn:aws:s3:eu:1:x/d", "ARN"),
     ],
 )
-def test_an_url_without_a_bucket_is_refused(url: str, words: str) -> None:
+def test_an_url_without_a_bucket_is_refused(url: str | Path, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         open_origin(url)
 

@@ -88,7 +88,7 @@ class TestMap:
     def test_functional_without_ids_says_that_nothing_can_be_split(self, data: Path) -> None:
         with pytest.raises(
             ConfigError,
-            match=r"Nothing to split: no task id of the functional has both stores",
+            match=r"Nothing to split: no task id of the functional has both stores\. Check",
         ):
             make_reader(data, functional="SCAN").data_split()
 

@@ -120,7 +120,8 @@ def _of_text(
     if block == "total" and values.size and float(values.mean()) < 0:
         raise SchemaError(
             f"{url}: mean(total) is {float(values.mean()):.4f}, which cannot be a number of "
-            "electrons: this looks like a potential (LOCPOT), not a density."
+            "electrons: this looks like a potential (LOCPOT), not a density. Put its CHGCAR "
+            "there, or leave the material out of the map."
         )
     if found.notes:
         logger.warning("%s %s", url, " ".join(found.notes))

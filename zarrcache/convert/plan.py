@@ -321,7 +321,7 @@ def plan_convert(
     if _is_s3(target):
         split_s3_url(target)  # refuses a URL without a bucket
         target = target.rstrip("/")
-    elif "://" in target:
+    elif "://" in target or target.startswith("s3:/"):  # the second is what pathlib makes of a URL
         raise ConfigError(
             f"{target!r} has a URL scheme that is not supported. Write s3://bucket/prefix or a "
             "directory."

@@ -243,7 +243,10 @@ def split_ids(
 def training_count(count: int, train_fraction: Any) -> int:
     """How many of ``count`` ids are for training. Raises as `split_ids`."""
     if not count:
-        raise ConfigError("Nothing to split: no task id of the functional has both stores.")
+        raise ConfigError(
+            "Nothing to split: no task id of the functional has both stores. Check functional, "
+            "map_dir, data_dir and label_dir."
+        )
     if train_fraction is None:
         kept = count - math.ceil(0.25 * count)
     elif isinstance(train_fraction, float) and 0 < train_fraction <= 1:

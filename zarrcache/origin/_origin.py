@@ -249,6 +249,11 @@ def open_origin(
     """
     text = os.fspath(url)
     scheme, separator, _ = text.partition("://")
+    if text.startswith("s3:/") and not separator:  # what pathlib makes of a URL
+        raise ConfigError(
+            f"{text!r} has one slash after s3:. Write s3://bucket/prefix, as text: pathlib.Path "
+            "drops a slash."
+        )
     factory = _factory(scheme if separator else "")
     if factory is None:
         raise ConfigError(
