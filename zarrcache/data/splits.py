@@ -90,6 +90,8 @@ def read_file_list(path: str | os.PathLike[str]) -> list[str]:
     first: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         task_id = line.strip()
+        if not task_id:  # skipped, it would move the positions that a split file counts
+            raise ConfigError(f"{where}, line {number} is empty. Remove it: one task id per line.")
         try:
             if check_task_id(task_id).split() != [task_id]:
                 raise ConfigError("two words")

@@ -342,7 +342,7 @@ def test_a_file_list_has_one_id_per_line(tmp_path: Path, text: str) -> None:
     [
         (b"", "is empty"),
         (b"\n\n", "is empty"),
-        (b"mp-1\n\nmp-2\n", "line 2: '' is not a task id"),
+        (b"mp-1\n\nmp-2\n", "line 2 is empty. Remove it"),
         (b"mp-1\ndata/mp-2.CHGCAR\n", "line 2: 'data/mp-2.CHGCAR' is not a task id"),
         (b"mp-1 mp-2\n", "line 1: 'mp-1 mp-2' is not a task id"),
         (b'["mp-1"]', "line 1: .* is not a task id"),
