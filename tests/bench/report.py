@@ -496,7 +496,8 @@ def readme_block(document: Mapping[str, Any]) -> str:
             _grid(["what", "zarrcache", ""], rows, numbers=False),
             "",
             (
-                f"Medians of interleaved rounds on {about['cores']} cores, {run['date']}. "
+                f"Medians of interleaved rounds of `tools/bench` on {about['cores']} cores, "
+                f"{run['date']}. "
                 "[All results](docs/benchmarks/results.md), also where others are faster."
             ),
         ]
