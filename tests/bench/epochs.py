@@ -164,12 +164,12 @@ def _facts(name: str) -> dict[str, object]:
 
 #: Said with the figures; what is measured is in the table.
 _AHEAD = {
-    "E1": "epoch 1 of LitData and Mosaic Streaming takes one request per 64 MB instead of one per "
-    "chunk of 16³, but needs a second copy of the data set. TensorStore reads chunks with "
-    "less CPU than any other client and, where memory holds the data set once per worker, needs "
-    "no disk",
-    "E2": "insitubatch reads one object per density, without processes: nothing is copied between "
-    "them, and its first batch comes early. It needs all samples as one array",
+    "E1": "epoch 1. LitData and Mosaic Streaming take one request per 64 MB instead of one per "
+    "chunk of 16³ and decode nothing, but need a second copy of the data set. TensorStore reads "
+    "the same chunks with less CPU and writes nothing to disk; its pool is lost with the process, "
+    "and as each worker has one, a chunk is fetched once per worker",
+    "E2": "epoch 1. insitubatch, LitData and Mosaic Streaming read few large objects of a copy; "
+    "insitubatch starts no processes. It needs all samples as one array, so of one shape",
 }
 
 
