@@ -32,6 +32,7 @@ def test_every_block_of_the_page_works_in_its_order(
     """Without credentials; the second training makes no request."""
     pytest.importorskip("torch", reason="needs the extra 'train'")
     ids = write_pairs(tmp_path / "made", 5, seed=2, form="json.gz")
+    s3_server.client().put_bucket_acl(Bucket=bucket, ACL="public-read")
     for path in (tmp_path / "made" / "label").iterdir():
         url = f"s3://{bucket}/chgcars/{path.name}"
         s3_server.put(url, path.read_bytes(), ACL="public-read")

@@ -348,7 +348,7 @@ def plan_convert(
     if "://" in os.fspath(src):
         raise ConfigError(f"{src} is not on this machine. Download the files, and give their path.")
     root = Path(src).expanduser().absolute()
-    naming = Naming(id_from, root.parent if root.is_file() else root)
+    naming = Naming(id_from, root.parent if os.path.isfile(root) else root)
     apart = None if _is_s3(target) else Path(target)
     found = find_files(root, pattern, naming, prefer=prefer, apart=apart)
     convert = _Converter(
