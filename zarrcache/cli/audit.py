@@ -9,8 +9,15 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Config, Ids, Json, data_config, read_ids
-from zarrcache.errors import ConfigError
+from zarrcache.cli.options import (
+    Config,
+    Ids,
+    Json,
+    check_output,
+    data_config,
+    read_ids,
+    write_output,
+)
 
 __all__ = ["audit"]
 
@@ -42,17 +49,12 @@ def audit(
     from zarrcache.cli.progress import Meter
 
     source = data_config(config, needs_cache=False)
+    if html is not None:
+        check_output(html, config)
     with Meter("Auditing", "pairs", 0) as meter:
         report = ops.audit(source, ids=read_ids(ids), progress=meter.reach)
     if html is not None:
-        page = ops.audit_page(source, report)
-        try:
-            html.write_text(page, encoding="utf-8")
-        except OSError as exc:
-            raise ConfigError(
-                f"{html} cannot be written ({exc.strerror}). Give a file in a directory that "
-                "exists."
-            ) from exc
+        write_output(html, ops.audit_page(source, report))
     if as_json:
         show_json({**asdict(report), "counts": report.counts})
     else:

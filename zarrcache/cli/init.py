@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from zarrcache.cli.app import command, say, show
+from zarrcache.cli.options import unwritable, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["init", "schema"]
@@ -24,14 +25,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as exc:  # no permission to look, a name that is too long
-        raise _not_written(path, exc) from exc
-
-
-def _not_written(path: Path, exc: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists and "
-        "that you may write to."
-    )
+        raise unwritable(path, exc) from exc
 
 
 @command(resumable=False)
@@ -96,10 +90,7 @@ def init(
         text = text.replace('"configs/s3_cached.yaml"', json.dumps(str(path), ensure_ascii=False))
         text = text.replace("configs/s3_cached.yaml", name)
     DataConfig.of(yaml.safe_load(text))  # an error names the key
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise _not_written(path, exc) from exc
+    write_output(path, text)
     say(f"wrote {path}. Next: zarrcache doctor {name}, then zarrcache warm {name}")
     return 0
 
@@ -124,10 +115,7 @@ def schema(
     if output is None:
         show(text)
         return 0
-    try:
-        output.write_text(text + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"{output} cannot be written ({exc.strerror}).") from exc
+    write_output(output, text + "\n")
     say(
         f"wrote {output}. As the first line of a config: "
         f"# yaml-language-server: $schema={output.absolute().as_uri()}"

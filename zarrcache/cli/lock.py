@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Config, Json, data_config
+from zarrcache.cli.options import Config, Json, check_output, data_config
 
 if TYPE_CHECKING:
     from zarrcache.data import DataLock
@@ -32,6 +32,7 @@ def lock(
     """
     from zarrcache.cli.format import plural
 
+    check_output(output, config)
     made = _of_config(config)
     made.save(output)
     say(f"wrote {output}: {plural(len(made.densities), 'material')}")

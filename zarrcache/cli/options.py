@@ -147,6 +147,36 @@ def cache_source(
     return cache_at(Path(found))
 
 
+def unwritable(path: Path, exc: OSError) -> ConfigError:
+    """The error of a file that a command was to write."""
+    return ConfigError(
+        f"{path} cannot be written ({exc.strerror}). Give a file in a directory that exists and "
+        "that you may write to."
+    )
+
+
+def check_output(path: Path, config: Path) -> None:
+    """Refuse a file that cannot be written, or that is the config, before minutes of work."""
+    try:
+        is_new = not path.exists()
+        if not is_new and path.samefile(config):
+            raise ConfigError(f"{path} is the config. Give another file to write.")
+        with path.open("a", encoding="utf-8"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as exc:
+        raise unwritable(path, exc) from exc
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a whole file."""
+    try:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as exc:
+        raise unwritable(path, exc) from exc
+
+
 def read_ids(path: Path | None) -> list[str] | None:
     """Read task ids from a JSON list, or from lines; blank lines and ``#`` comments are skipped."""
     if path is None:

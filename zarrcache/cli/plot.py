@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say
-from zarrcache.cli.options import Config, data_config
+from zarrcache.cli.options import Config, data_config, write_output
 from zarrcache.errors import ConfigError
 
 __all__ = ["plot"]
@@ -65,14 +65,7 @@ def plot(
     if output is None:
         show_panels(rows)
     else:
-        picture = as_png(rows)
-        try:
-            output.write_bytes(picture)
-        except OSError as exc:
-            raise ConfigError(
-                f"{output} cannot be written ({exc.strerror}). Give a file in a directory that "
-                "exists."
-            ) from exc
+        write_output(output, as_png(rows))
         say(f"wrote {output}")
     if len(rows[0]) < 3:
         shapes = " and ".join("x".join(map(str, grid.shape)) for grid in grids)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say
-from zarrcache.cli.options import Config, data_config, whole
+from zarrcache.cli.options import Config, check_output, data_config, whole, write_output
 from zarrcache.errors import ConfigError, ZarrCacheError
 
 __all__ = ["report"]
@@ -37,7 +37,7 @@ def report(
     from zarrcache.cli.progress import Meter
 
     source = data_config(config)
-    _check(output, config)
+    check_output(output, config)
     recorded = ops.read_runs(ops.cache_of(source))
     for note in recorded.notes:
         say(f"warning: {note}")
@@ -53,29 +53,6 @@ def report(
         forecast = str(exc)
         say(f"error: no forecast: {exc}")
     page = ops.report_page(source, recorded, forecast, now_s=time.time())
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as exc:
-        raise _unwritable(output, exc.strerror) from exc
+    write_output(output, page)
     say(f"wrote {output}")
     return int(isinstance(forecast, str))
-
-
-def _check(output: Path, config: Path) -> None:
-    """Refuse a file that cannot be written, before minutes of work."""
-    try:
-        is_new = not output.exists()
-        if not is_new and output.samefile(config):
-            raise ConfigError(f"{output} is the config. Give another file: -o report.html.")
-        with output.open("a", encoding="utf-8"):
-            pass
-        if is_new:
-            output.unlink()
-    except OSError as exc:
-        raise _unwritable(output, exc.strerror) from exc
-
-
-def _unwritable(output: Path, why: str | None) -> ConfigError:
-    return ConfigError(
-        f"{output} cannot be written ({why}). Give a file in a directory that exists."
-    )
