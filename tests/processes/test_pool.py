@@ -198,12 +198,14 @@ def test_interrupted_while_a_process_starts_nothing_of_it_stays(
     other.start()
     monkeypatch.setattr(sys, "executable", str(executable))
     try:
-        with raise_on_signals(), pytest.raises(KeyboardInterrupt):
-            list(spread(_work_until_go, [str(tmp_path)], 1, stop_s=0.1))
+        with raise_on_signals():
+            with pytest.raises(KeyboardInterrupt):
+                list(spread(_work_until_go, [str(tmp_path)], 1, stop_s=0.1))
+            # Until then the script may send its second signal, which would end pytest.
+            _wait_until(lambda: interpreters() == [])
     finally:
         until_done.set()
         other.join()
-    _wait_until(lambda: interpreters() == [])
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert "Traceback" not in capfd.readouterr().err
 
