@@ -95,6 +95,19 @@ def test_metadata_of_a_warm_node_sends_no_request(
     assert log.seen("GET") == []
 
 
+def test_warm_reads_attributes_once_where_there_are_none(
+    stores: Path, tmp_path: Path, s3_server: S3Server, bucket: str
+) -> None:
+    for role in ("data", "label"):
+        (stores / role / "mp-1.zarr" / ".zattrs").write_text("{}")
+    s3_server.put_tree(stores, f"s3://{bucket}")
+    config = _config(tmp_path, f"s3://{bucket}", s3_kwargs=s3_server.s3_kwargs)
+    log = RequestLog(s3_server, bucket)
+    assert plan_warm(config, workers=1).execute().failed == ()
+    assert log.paths("GET")["data/mp-1.zarr/.zattrs"] == 1
+    assert ZarrS3Reader.from_config(config).metadata("mp-1") == {}
+
+
 def test_metadata_of_a_warm_node_needs_no_origin(stores: Path, tmp_path: Path) -> None:
     config = _config(tmp_path, stores)
     plan_warm(config, workers=2).execute()

@@ -29,6 +29,7 @@ from zarrcache._keys import (
     Role,
     check_task_id,
     density_array,
+    is_density,
     units_of,
 )
 from zarrcache._units import format_bytes
@@ -986,9 +987,10 @@ class ZarrS3Reader(PairReader):
                 packs.put(origin, store, stored)
                 return
             packs.renew(origin, store, stored)  # those of the last version are not its own
+            if is_density(self.array):
+                return  # they were read, and there are none
         if packs.get(origin, store) is None:
             stored = StoredAttributes(*read_attributes(origin, store))
-            # None are not stored: they may be larger than what is read here.
             if stored.attributes:
                 packs.put(origin, store, stored)
 
