@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from zarrcache.peers import _seal as seal
-from zarrcache.peers.client import PROTOCOL
 
 __all__ = [
     "Answer",
@@ -50,7 +49,7 @@ def signed_head(
     text = seal.pack(**fields)
     digest = seal.answer_seal(seal.key_of(token), request_seal(request), status, text).hex()
     return (
-        f"HTTP/1.1 {status} X\r\nServer: {PROTOCOL}\r\nContent-Length: {length}\r\n"
+        f"HTTP/1.1 {status} X\r\nServer: {seal.PROTOCOL}\r\nContent-Length: {length}\r\n"
         f"{seal.ANSWER_HEADER}: {text}\r\n{seal.SEAL_HEADER}: {digest}\r\n\r\n"
     ).encode()
 

@@ -224,7 +224,6 @@ class MissLookup:
                 self.lease = reply
                 continue
             try:
-                url = f"{reply.peer}/v2/entries/{digest}"
-                yield _Offer(reply, reply.nbytes, url, reply.peer, "peer_hits")
+                yield _Offer(reply, reply.nbytes, reply.url, reply.peer, "peer_hits")
             finally:
                 reply.close()

@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, urlencode
 
 __all__ = [
     "ANSWER_HEADER",
+    "PROTOCOL",
     "SEAL_BYTES",
     "SEAL_HEADER",
     "VERSION",
@@ -42,6 +43,8 @@ __all__ = [
 
 #: Version of the protocol between nodes, the first part of every path.
 VERSION = "v2"
+#: The header ``Server`` of every answer.
+PROTOCOL = f"zarrcache-{VERSION}"
 #: Header of every answer: what it says, as fields of a query.
 ANSWER_HEADER = "Zarrcache-Answer"
 #: Header of every answer: its digest.

@@ -32,6 +32,7 @@ from zarrcache.errors import ConfigError
 from zarrcache.peers._patience import Patience
 from zarrcache.peers._seal import (
     ANSWER_HEADER,
+    PROTOCOL,
     SEAL_BYTES,
     SEAL_HEADER,
     VERSION,
@@ -45,7 +46,6 @@ from zarrcache.peers._seal import (
 from zarrcache.stats import LogOnce
 
 __all__ = [
-    "PROTOCOL",
     "WAIT_S",
     "Peers",
     "Reply",
@@ -56,8 +56,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: The header ``Server`` of every answer.
-PROTOCOL = f"zarrcache-{VERSION}"
 #: Longest time of a connection. The kernel sends a lost SYN again after one second.
 _CONNECT_S = 1.3
 #: Longest time of a request up to the answer's body, and between two parts of a body. A node of the
@@ -71,22 +69,24 @@ WAIT_S = 1.0
 _RENEW_S = 0.7
 #: Silence of a holder, in seconds, that is not charged to it.
 _SILENT_S = 1.5
-#: A node asks at most this often, in seconds, whether its own server answers.
+#: Seconds for which a node trusts its last check that its own server answers.
 _OWN_CHECK_S = 5.0
-#: Budget of the waits for other nodes, by a node whose own server does not answer.
+#: Name of the budget for waits, by a node whose own server does not answer, for other nodes.
 _FOLLOWING = "following"
+#: The digest of no entry, to find out whether a node answers.
+_NO_ENTRY = "0" * 32
 #: After this time no further node is asked, not counting the transfer of entries. A cluster of
 #: dead nodes must not delay every miss for longer.
 _LOOK_S = 5.0
-#: A server ends slower transfers, which would take up its places.
+#: A server ends slower transfers: they would occupy one of its ``_MAX_SERVED`` connections.
 _TRANSFER_S = 10.0
 _SLOWEST_BYTES_PER_S = 2**20
 #: Upper bound of an entry's header.
 _HEADER_BYTES = 2**17
-#: Nodes of which a home learns that they are not to be named; keeps a request below 4 KiB.
+#: Nodes that a request asks its home not to name; bounded, to keep a request below 4 KiB.
 _MAX_WITHOUT = 16
 
-#: Characters that an HTTP header can carry. A shorter token could be guessed.
+#: Printable ASCII without blanks. A shorter token could be guessed.
 _TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 _MAKE_TOKEN = "Make one with: (umask 077; openssl rand -hex 32 > FILE)"
 
@@ -128,6 +128,11 @@ class Reply:
     left_bytes: int = 0
     failure: str = ""
     renewed_s: float = 0.0
+
+    @property
+    def url(self) -> str:
+        """URL of the entry at this peer."""
+        return f"{self.peer}/{VERSION}/entries/{self.digest}"
 
     def readinto(self, buffer: memoryview) -> int:
         """Read the next bytes of the entry. The last ones are returned once its digest is right.
@@ -205,10 +210,10 @@ class Peers:
             self._key = key_of(read_token(self._token_file) if self._token_file else None)
 
     def probe(self) -> Iterator[tuple[str, str]]:
-        """Ask every node for an entry that none has; yield its URL and why it failed, or ''."""
+        """Request an entry that no node has from each node; yield its URL and the failure or ''."""
         self.check()
         for peer in self._nodes:
-            yield peer, self._ask(peer, "0" * 32, None).failure
+            yield peer, self._ask(peer, _NO_ENTRY, None).failure
 
     def replies(self, digest: str, *, source: str | None) -> Iterator[Reply]:
         """Ask one node after the other; yield the lease, if this node gets it, and each entry.
@@ -343,15 +348,15 @@ class Peers:
     def _is_served(self, home: str) -> bool:
         """Whether the other nodes can get entries from this one, as far as it knows.
 
-        Its own server is asked now and then. If it is dead, this node still gets entries of others,
-        but one that it fetches has to be fetched again by the next. So it lets another node go
-        first if one wants the same entry.
+        Its own server is checked every 5 s at most. If it does not answer, this node still gets
+        entries from others, but the next node that misses an entry that this one has fetched has to
+        fetch it again. So this node lets another one that misses the same entry go first.
         """
         assert self.own is not None
         if home != self.own and time.monotonic() >= self._own_until_s:
             is_left_out = not self._patience.left_s(self.own)
             self._can_serve = (
-                not is_left_out and self._ask(self.own, "0" * 32, None).kind != "failed"
+                not is_left_out and self._ask(self.own, _NO_ENTRY, None).kind != "failed"
             )
             self._own_until_s = time.monotonic() + _OWN_CHECK_S
         return self._can_serve
@@ -528,7 +533,7 @@ def nodes_by_duty(digest: str, nodes: Iterable[str]) -> list[str]:
 
 
 def transfer_limit_s(nbytes: int) -> float:
-    """Seconds after which a server gives up to send an entry of ``nbytes``."""
+    """Seconds after which a server stops sending an entry of ``nbytes``."""
     return _TRANSFER_S + nbytes / _SLOWEST_BYTES_PER_S
 
 

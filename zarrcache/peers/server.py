@@ -45,6 +45,7 @@ from zarrcache.disk import CacheDir, is_fresh, open_entries, parse_header
 from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.peers._seal import (
     ANSWER_HEADER,
+    PROTOCOL,
     SEAL_BYTES,
     SEAL_HEADER,
     VERSION,
@@ -55,7 +56,7 @@ from zarrcache.peers._seal import (
     key_of,
     pack,
 )
-from zarrcache.peers.client import PROTOCOL, WAIT_S, transfer_limit_s
+from zarrcache.peers.client import WAIT_S, transfer_limit_s
 from zarrcache.peers.leases import Lease, Leases
 from zarrcache.stats import Counters, LogOnce
 
@@ -74,8 +75,8 @@ _MAX_PENDING = 128
 #: rounds, so none is closed in a burst of valid clients; the rest waits in the kernel's queue.
 _ACCEPTED_PER_ROUND = 32
 _KERNEL_QUEUE = 1024
-#: Bytes that a connection may send until its request is valid. A request of zarrcache has less than
-#: 2 KiB, with a token of up to 512 characters, two addresses, and a source.
+#: Bytes that a connection may send until its request is valid. Usual requests have less than 2 KiB:
+#: up to 18 addresses, a source and a digest.
 _MAX_REQUEST_BYTES = 4096
 #: Seconds from the connection to the end of its first request.
 _REQUEST_S = 10.0
@@ -121,8 +122,7 @@ class EntryServer:
     port : int
         0 chooses a free one.
     token : str, optional
-        The secret that clients have to send. It may be None only on a loopback address.
-
+        The secret that clients have to prove. It may be None only on a loopback address.
     metrics : callable, optional
         Returns the text of ``/metrics``, which needs no token. Called in a thread.
 
