@@ -1,4 +1,4 @@
-"""Ask botocore what it makes of ``s3_kwargs``, the environment and the user's AWS files.
+"""Let botocore resolve ``s3_kwargs``, the environment and the user's AWS files.
 
 s3fs reads through botocore, and obstore has rules of its own. So that both send the same requests,
 nothing of botocore's search is repeated here: one client is made as s3fs makes its own, one request
@@ -32,7 +32,7 @@ _ALSO_READ = frozenset({"HOME", "REQUESTS_CA_BUNDLE"})
 _CREDENTIALS = frozenset({"aws_access_key_id", "aws_secret_access_key", "aws_session_token"})
 #: Settings of aiobotocore that botocore does not have. They do not change where a request goes.
 _AIOBOTOCORE_ONLY = frozenset({"connector_args", "http_session_cls"})
-#: Variables that obstore obeys and botocore does not have. obstore cannot be made to ignore them.
+#: Variables that obstore reads, and botocore does not. obstore has no option to ignore them.
 _OF_OBSTORE = (
     "AWS_SERVER_SIDE_ENCRYPTION",
     "AWS_SSE_KMS_KEY_ID",
@@ -60,7 +60,7 @@ class S3Settings:
     stores_checksum : bool
         A PUT carries a checksum, which the server keeps.
     only_s3fs : tuple of str
-        What obstore cannot do of it, in words; usually empty.
+        Settings that obstore does not support, as named in messages; usually empty.
     """
 
     url: str
@@ -186,7 +186,7 @@ def settings_of(kwargs: Mapping[str, Any], bucket: str, region: str | None = Non
 
 
 def trusted_by(kwargs: Mapping[str, Any]) -> bool | str:
-    """What botocore checks certificates with; a client does not say it. A string is a file's path.
+    """How botocore checks certificates, which a client does not show. A string is a file's path.
 
     Raises
     ------

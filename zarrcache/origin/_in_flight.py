@@ -1,4 +1,4 @@
-"""How many requests a fetch may have in flight: the node's, divided by the fetches that run.
+"""Limit the requests of each fetch: a fixed number per node, divided by the fetches that run.
 
 A process alone on its node reads a density in two round trips instead of six, and 64 processes do
 not open 4,000 connections. Every fetch holds a lock while it runs, and counts those of the others:
@@ -20,17 +20,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["FETCH", "InFlight"]
+__all__ = ["FETCH_REQUESTS", "InFlight"]
 
 #: Requests in flight on a node, of all fetches together. With eight fetches each has 64.
-NODE = 512
-#: Most requests of one fetch: beyond it the CPU is the limit (docs/explanation/decisions/011).
-FETCH = 192
-#: A fetch uses at most this share of the files that the process may have open, often 1,024: every
-#: directory of stores has connections of its own, and they stay open for later fetches.
-FILES = 1 / 5
-#: If the other fetches of the node cannot be counted.
-UNKNOWN = 64
+NODE_REQUESTS = 512
+#: Requests in flight of one fetch, at most; with more the CPU is the limit
+#: (docs/explanation/decisions/011).
+FETCH_REQUESTS = 192
+#: A fetch uses at most this share of the descriptors that the process may have open, often 1,024:
+#: each directory of stores has its own connections, which stay open for later fetches.
+_FILES_RATIO = 1 / 5
+#: Requests in flight of one fetch if the other fetches of the node cannot be counted.
+DEFAULT_REQUESTS = 64
 #: Seconds between two counts of a running fetch.
 COUNT_S = 0.1
 
@@ -71,31 +72,33 @@ class InFlight:
 
     @contextlib.contextmanager
     def of_a_fetch(self) -> Iterator[Callable[[], int]]:
-        """Around a fetch: the number of its requests that may be in flight, to be called again.
+        """Count a fetch while it runs. Yields a function that returns its limit now.
 
-        It falls when other fetches begin, so that all of them together exceed ``NODE`` for no
-        longer than a request takes.
+        The limit falls when other fetches begin. All of them together exceed ``NODE_REQUESTS`` for
+        no longer than a request takes.
         """
         if self._concurrency != "auto":
             most = self._concurrency
             yield lambda: most
             return
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        files = FETCH if soft == resource.RLIM_INFINITY else max(1, int(soft * FILES))
+        files = (
+            FETCH_REQUESTS if soft == resource.RLIM_INFINITY else max(1, int(soft * _FILES_RATIO))
+        )
         fd = None
         if self._directory is not None and sys.platform == "linux":
             with contextlib.suppress(OSError):
                 fd = _locked(self._directory)
         if fd is None:
-            yield lambda: min(UNKNOWN, files)
+            yield lambda: min(DEFAULT_REQUESTS, files)
             return
-        counted_s, limit = -COUNT_S, UNKNOWN
+        counted_s, limit = -COUNT_S, DEFAULT_REQUESTS
 
         def now() -> int:
             nonlocal counted_s, limit
             if time.monotonic() - counted_s >= COUNT_S:
                 counted_s = time.monotonic()
-                limit = min(FETCH, files, max(1, NODE // (1 + _count_others(fd))))
+                limit = min(FETCH_REQUESTS, files, max(1, NODE_REQUESTS // (1 + _count_others(fd))))
             return limit
 
         try:
@@ -128,11 +131,11 @@ def _locked(directory: Path) -> int:
 
 
 def _count_others(fd: int) -> int:
-    """Count the bytes that others have locked, up to ``NODE``."""
+    """Count the bytes that others have locked, up to ``NODE_REQUESTS``."""
     # The kernel names one lock of a range, not necessarily its first one.
     ranges, n = [(0, _BYTES)], 0
     with contextlib.suppress(OSError):
-        while ranges and n < NODE:
+        while ranges and n < NODE_REQUESTS:
             start, stop = ranges.pop()
             if start == stop:
                 continue

@@ -75,10 +75,10 @@ _RUNTIME_THREADS = "TOKIO_WORKER_THREADS"
 
 @functools.cache
 def _start_runtime() -> None:
-    """Import obstore, and start its threads: one instead of one per core, unless the user says so.
+    """Import obstore, and start one thread instead of one per core, unless the user sets a number.
 
-    Each thread more costs CPU: a request is handed from one to the next. Measured with 343 GETs of
-    12 KB, two cores: 24 ms of CPU with one, 30 with two, 38 with four.
+    Each further thread costs CPU, because requests are passed between threads. Measured with 343
+    GETs of 12 KB, two cores: 24 ms of CPU with one, 30 with two, 38 with four.
 
     The package comes first, because it imports obstore.store, which imports the package: if one
     thread imports the package and another obstore.store, the import fails with _DeadlockError (2 of
@@ -344,8 +344,8 @@ def _client_options(
         client["proxy_url"] = settings.proxy_url
     else:
         # obstore would look for a proxy in the environment, by rules that differ from botocore's
-        # (ALL_PROXY, NO_PROXY). Where a proxy is given it does not, and this one is given for no
-        # host.
+        # (ALL_PROXY, NO_PROXY). It does not if a proxy is given; this one is excluded for the only
+        # host that is used.
         client["proxy_url"] = "http://proxy.invalid"
         client["proxy_excludes"] = str(urlsplit(settings.url).hostname)
     return client

@@ -165,10 +165,10 @@ class TransientError(Exception):
         Attempts made at ``url`` so far; 0 if that is the number of the policy's rounds.
     """
 
-    def __init__(self, url: str, cause: str, *, attempt: int = 0) -> None:
+    def __init__(self, url: str, cause: str) -> None:
         super().__init__(cause)
         self.url = url
-        self.attempt = attempt
+        self.attempt = 0
 
 
 class RequestError(Exception):
@@ -538,8 +538,8 @@ def _attempt(state: tenacity.RetryCallState) -> int:
 
 # -- many at once
 
-#: Slower transfers of an object are given up, in bytes per second. The read timeout alone would
-#: never end one from a server that sends a byte now and then.
+#: Slower transfers of an object are given up, in bytes per second. The read timeout alone never
+#: ends one from a server that sends single bytes.
 SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
 #: After this many consecutive transient errors no further object is requested in a pass.
@@ -622,7 +622,7 @@ def run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T
 
 @contextlib.contextmanager
 def _step_of_a_wait(*timeouts: type[Exception]) -> Iterator[None]:
-    """Around a wait of WAIT_STEP_S, so that a suspension of the process is noticed."""
+    """Measure a wait of WAIT_STEP_S, to notice a suspension of the process."""
     begin_s = time.monotonic()
     try:
         with contextlib.suppress(*timeouts):

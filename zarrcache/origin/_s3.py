@@ -114,7 +114,7 @@ class S3Bucket:
         self.in_flight = InFlight(fetch.concurrency, node_dir)
         self._settings: S3Settings | None = None
         self._has_left_obstore = False
-        self._needs_s3fs(self.options.only_s3fs)
+        self._needs_s3fs(self.options.only_s3fs)  # refuses or logs them now, not at a request
         self.retry = retry
         self.counters = counters if counters is not None else Counters()
         self.backoff = None if writes else Backoff(self.endpoint, node_dir)
@@ -326,7 +326,7 @@ class S3Bucket:
         return self._settings
 
     def leaves_obstore(self, error: S3Error, engine: object) -> bool:
-        """Whether to repeat a request, and send all later ones, through s3fs; said once.
+        """Whether to repeat a request, and send all later ones, through s3fs; logged once.
 
         botocore trusts certificates that obstore refuses, such as one that signed itself and is
         also an authority, and it follows a bucket to its region.
@@ -339,7 +339,7 @@ class S3Bucket:
         return True
 
     def _needs_s3fs(self, settings: Collection[str]) -> bool:
-        """Whether there are ``settings``, which obstore cannot do; said once.
+        """Whether any of these ``settings``, which obstore does not support, is set; logged once.
 
         Raises
         ------
@@ -804,9 +804,9 @@ class S3Origin:
         return not self._can_match
 
     def _is_doubtful(self, obj: ObjectInfo, received: Received) -> bool:
-        """Whether an answer with another ETag than the listing was changed in the same second.
+        """Whether an answer with another ETag than the listing has the listed modification time.
 
-        It is another version, or the server has two ETags for one.
+        It is another version of that second, or the server has two ETags for one version.
         """
         return not self._has_two_tags and is_same_date(obj, received)
 

@@ -269,11 +269,11 @@ def check_certificates(verify: bool | str | None) -> None:
 
 
 def _without_asking(region: str | None, config: Mapping[str, Any]) -> tuple[str | None, str] | None:
-    """The configured endpoint and the partition where they are plain; None: botocore has to say.
+    """The configured endpoint and the partition in the plain cases; None: ask botocore.
 
-    They are plain if a variable of the environment sets the endpoint and nothing can switch that
-    off, or if nothing sets an endpoint and every region is one of AWS's that anyone can use. Only
-    words are looked for: where one of them stands, and for which profile, is botocore's to say.
+    The cases are: a variable of the environment sets the endpoint and nothing can switch that off;
+    or nothing sets an endpoint and every region is in AWS's public partition. The AWS files are
+    only searched for words; if one of them occurs, botocore finds out whether it applies.
     """
     environ = os.environ
     if "ignore_configured_endpoint_urls" in config or environ.get(

@@ -20,7 +20,7 @@ from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig
 from zarrcache.errors import ConfigError
 from zarrcache.origin._content import etag_in, version_of
-from zarrcache.origin._in_flight import FETCH, InFlight
+from zarrcache.origin._in_flight import FETCH_REQUESTS, InFlight
 from zarrcache.origin._requests import (
     PAGE_OBJECTS,
     SLOWEST_BYTES_PER_S,
@@ -53,10 +53,14 @@ def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
     try:
         return s3fs.S3FileSystem(**typed_kwargs(s3_kwargs))
     except (TypeError, KeyError, ValueError) as exc:
-        raise ConfigError(
-            f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of "
-            "s3fs.S3FileSystem."
-        ) from exc
+        raise _not_accepted(exc) from exc
+
+
+def _not_accepted(exc: Exception) -> ConfigError:
+    return ConfigError(
+        f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of "
+        "s3fs.S3FileSystem."
+    )
 
 
 class S3fsEngine:
@@ -87,7 +91,9 @@ class S3fsEngine:
         }
         config |= {
             "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "max_pool_connections": FETCH if fetch.concurrency == "auto" else fetch.concurrency,
+            "max_pool_connections": FETCH_REQUESTS
+            if fetch.concurrency == "auto"
+            else fetch.concurrency,
         }
         # A separate instance: s3fs shares instances by their arguments, and these settings must not
         # affect those of other code.
@@ -132,7 +138,7 @@ class S3fsEngine:
         try:
             answer = await self._call("head_object", patience_s, Key=key)
         except S3Error as error:
-            if error.status == 404 and error.code != "NoSuchBucket":
+            if error.is_absent:
                 return None
             raise
         return _info(answer, key, answer.get("ContentLength"))
@@ -247,10 +253,7 @@ class S3fsEngine:
                     self._fs.session = session
                 await self._fs.set_session()
             except (TypeError, ValueError) as exc:
-                raise ConfigError(
-                    f"s3fs does not accept s3_kwargs: {exc}. Correct them; the names are those of "
-                    "s3fs.S3FileSystem."
-                ) from exc
+                raise _not_accepted(exc) from exc
             except Exception as exc:
                 raise _s3_error(exc) from exc
 
@@ -289,7 +292,7 @@ def _modified_s(answer: Mapping[str, Any]) -> float:
 
 
 def _page(answer: Mapping[str, Any], prefix: str) -> Page:
-    """Check one answer to ListObjectsV2. Only what it says itself counts: nothing is assumed."""
+    """Check one answer to ListObjectsV2. A field that is missing is an error, never a default."""
 
     def incomplete(why: str) -> S3Error:
         return S3Error(200, "IncompleteListing", why)

@@ -200,5 +200,7 @@ class TestRetries:
             for attempt in RetryPolicy(RetryConfig(attempts=2, timeout=1000)):
                 turns += 1
                 with attempt:
-                    raise TransientError("s3://b/k", "SlowDown", attempt=1 + turns // 4)
+                    error = TransientError("s3://b/k", "SlowDown")
+                    error.attempt = 1 + turns // 4
+                    raise error
         assert turns == 4

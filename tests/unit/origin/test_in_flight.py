@@ -21,7 +21,7 @@ import pytest
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.origin import _in_flight
-from zarrcache.origin._in_flight import FETCH, NODE, UNKNOWN, InFlight
+from zarrcache.origin._in_flight import DEFAULT_REQUESTS, FETCH_REQUESTS, NODE_REQUESTS, InFlight
 from zarrcache.origin._requests import Received, concurrent_requests
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counted by Linux's locks")
@@ -60,8 +60,8 @@ def alone(directory: Path) -> int:
 
 
 def test_a_fetch_alone_has_the_most(tmp_path: Path) -> None:
-    assert alone(tmp_path) == FETCH
-    assert alone(tmp_path) == FETCH, "the first one ended"
+    assert alone(tmp_path) == FETCH_REQUESTS
+    assert alone(tmp_path) == FETCH_REQUESTS, "the first one ended"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,16 +73,18 @@ def test_fetches_together_stay_under_the_limit_of_the_node(
     monkeypatch.setattr(_in_flight, "COUNT_S", 0.0)
     with contextlib.ExitStack() as stack:
         limits = [stack.enter_context(InFlight("auto", tmp_path).of_a_fetch()) for _ in range(n)]
-        assert {most() for most in limits[:: 1 + n // 4]} == {min(FETCH, max(1, NODE // n))}
+        assert {most() for most in limits[:: 1 + n // 4]} == {
+            min(FETCH_REQUESTS, max(1, NODE_REQUESTS // n))
+        }
 
 
 def test_fetches_of_other_processes_count_until_they_are_killed(tmp_path: Path) -> None:
     with fetching_processes(tmp_path, 3) as processes:
-        assert alone(tmp_path) == NODE // 4
+        assert alone(tmp_path) == NODE_REQUESTS // 4
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        assert alone(tmp_path) == FETCH
+        assert alone(tmp_path) == FETCH_REQUESTS
 
 
 def test_a_forked_child_does_not_count_its_parents_fetch(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_forked_child_does_not_count_its_parents_fetch(tmp_path: Path) -> None
         child.start()
     try:
         deadline_s = time.monotonic() + _HANG_S
-        while alone(tmp_path) != FETCH:
+        while alone(tmp_path) != FETCH_REQUESTS:
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
     finally:
@@ -108,18 +110,18 @@ def test_a_thread_that_opens_and_closes_the_directory_releases_nothing(tmp_path:
         for _ in range(7):
             stack.enter_context(InFlight("auto", tmp_path).of_a_fetch())
         os.close(os.open(tmp_path, os.O_RDONLY))
-        assert alone(tmp_path) == NODE // 8
+        assert alone(tmp_path) == NODE_REQUESTS // 8
 
 
 @pytest.mark.parametrize("name", ["gone", "file"])
 def test_where_fetches_cannot_be_counted_each_has_a_fixed_number(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    assert alone(tmp_path / name) == UNKNOWN
+    assert alone(tmp_path / name) == DEFAULT_REQUESTS
     with InFlight("auto").of_a_fetch() as most:
-        assert most() == UNKNOWN
+        assert most() == DEFAULT_REQUESTS
 
 
-@pytest.mark.parametrize(("files", "most"), [(4096, FETCH), (400, 80), (4, 1)])
+@pytest.mark.parametrize(("files", "most"), [(4096, FETCH_REQUESTS), (400, 80), (4, 1)])
 def test_connections_leave_open_files_for_others(
     tmp_path: Path, files: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +130,7 @@ def test_connections_leave_open_files_for_others(
     """
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
     assert alone(tmp_path) == most
-    assert alone(tmp_path / "gone") == min(UNKNOWN, most)
+    assert alone(tmp_path / "gone") == min(DEFAULT_REQUESTS, most)
     with InFlight(300, tmp_path).of_a_fetch() as number:
         assert number() == 300
 
@@ -136,14 +138,14 @@ def test_connections_leave_open_files_for_others(
 def test_a_number_is_that_number(tmp_path: Path) -> None:
     with fetching_processes(tmp_path, 1), InFlight(300, tmp_path).of_a_fetch() as most:
         assert most() == 300
-    assert alone(tmp_path) == FETCH
+    assert alone(tmp_path) == FETCH_REQUESTS
 
 
 def test_it_can_be_pickled_and_leaves_no_open_file(tmp_path: Path) -> None:
     again: InFlight = pickle.loads(pickle.dumps(InFlight("auto", tmp_path)))
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.suppress(KeyError), again.of_a_fetch() as most:
-        assert most() == FETCH
+        assert most() == FETCH_REQUESTS
         raise KeyError
     assert len(os.listdir("/proc/self/fd")) == before
     assert not _in_flight._open_files
@@ -160,14 +162,14 @@ def test_a_running_fetch_gives_way_to_those_that_begin(
     async def request(obj: ObjectInfo) -> Received:
         if obj.key != "0":
             begun.append(threading.get_ident())
-            if len(begun) >= FETCH:
+            if len(begun) >= FETCH_REQUESTS:
                 first_wave.set()
             assert may_end.wait(_HANG_S)
             time.sleep(0.001)
         return Received(b"", "")
 
     objects = [ObjectInfo(str(i), 1, "e") for i in range(1000)]
-    with ThreadPoolExecutor(FETCH) as pool, contextlib.ExitStack() as others:
+    with ThreadPoolExecutor(FETCH_REQUESTS) as pool, contextlib.ExitStack() as others:
         answers = concurrent_requests(pool, request, objects, InFlight("auto", tmp_path))
         assert next(answers)[0].key == "0"
         assert first_wave.wait(_HANG_S)
@@ -175,8 +177,8 @@ def test_a_running_fetch_gives_way_to_those_that_begin(
             others.enter_context(InFlight("auto", tmp_path).of_a_fetch())
         may_end.set()
         assert len(list(answers)) == len(objects) - 1
-    assert len(set(begun[:FETCH])) == FETCH
-    assert len(set(begun[FETCH:])) <= NODE // 8
+    assert len(set(begun[:FETCH_REQUESTS])) == FETCH_REQUESTS
+    assert len(set(begun[FETCH_REQUESTS:])) <= NODE_REQUESTS // 8
 
 
 def test_a_child_forked_during_a_fetch_closes_no_other_file(tmp_path: Path) -> None:
