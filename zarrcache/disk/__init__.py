@@ -1,4 +1,4 @@
-"""One cache directory: entry files, their index, limits, locks and durable writes."""
+"""One cache directory: entry files, their index, limits, locks and atomic writes."""
 
 from __future__ import annotations
 

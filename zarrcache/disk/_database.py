@@ -19,20 +19,18 @@ import os
 import re
 import sqlite3
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
-from weakref import WeakSet
 
 import diskcache
 
 from zarrcache._keys import FORMAT_VERSION
+from zarrcache.disk._no_fork import closed_before_fork, no_fork
 from zarrcache.disk.checksums import crc32c
-from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.directory import CacheDir, file_identity
 from zarrcache.disk.entry import array_note, kind_of, read_header
 from zarrcache.disk.policy import disk_bytes
 from zarrcache.disk.single_flight import SingleFlight
@@ -50,7 +48,6 @@ __all__ = [
     "damage_of",
     "is_damage",
     "is_valid_row",
-    "no_fork",
     "row_mode",
 ]
 
@@ -302,7 +299,7 @@ class IndexFile:
         self.unit_bytes = 0
         self._log_path = f"{directory.index}-wal"
         self._log_waited_s = -_LOG_WAIT_EVERY_S
-        _alive.add(self)
+        closed_before_fork.add(self)
 
     # -- use
 
@@ -372,7 +369,7 @@ class IndexFile:
         """
         # Writes to an unlinked file are lost: the directory may have been deleted, or another
         # process may have replaced a broken index.
-        if self._opened is not None and self._opened.identity != _identity(self._dir.index):
+        if self._opened is not None and self._opened.identity != file_identity(self._dir.index):
             self.forget()
         elif self._is_blocked:
             # Once the other process has gone on, a table that was opened for reading is opened
@@ -420,7 +417,7 @@ class IndexFile:
         Parameters
         ----------
         before : tuple, optional
-            :meth:`_stamp` of the beginning of a wait that was in vain.
+            :meth:`_stamp` at the beginning of a wait that did not get the lock.
 
         Raises
         ------
@@ -462,7 +459,7 @@ class IndexFile:
         return self.healing(lambda: self.select(query, values))
 
     def healing(self, ask: Callable[[], T]) -> T:
-        """Call ``ask``; if the index turns out to be damaged, rebuild it and call again.
+        """Call ``ask``; if it finds the index damaged, rebuild the index and call again.
 
         Not inside a transaction.
         """
@@ -562,7 +559,7 @@ class IndexFile:
                     self._execute(f"PRAGMA application_id = {_schema_id(self._execute)}")
                     self._execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         self.forget()  # another thread may have opened it meanwhile
-        self._opened = _Opened(os.getpid(), table, _identity(self._dir.index))
+        self._opened = _Opened(os.getpid(), table, file_identity(self._dir.index))
         return table
 
     def _open_to_read(self, why: str) -> Table:
@@ -587,7 +584,7 @@ class IndexFile:
             why,
         )
         self.forget()
-        self._opened = _Opened(os.getpid(), table, _identity(self._dir.index))
+        self._opened = _Opened(os.getpid(), table, file_identity(self._dir.index))
         return table
 
     def _connect_or_replace(self) -> tuple[Table, str]:
@@ -627,7 +624,7 @@ class IndexFile:
     def _connect(self) -> Table:
         # SQLite gives its log and journal the permissions of an existing file.
         self._dir.touch(self._dir.index)
-        checked = _identity(self._dir.index)
+        checked = file_identity(self._dir.index)
         self._check_settings()
         deadline_s = time.monotonic() + _QUEUE_S
         while True:
@@ -649,7 +646,7 @@ class IndexFile:
                 # SQLite cannot be asked not to follow a link that replaces the file after the check
                 # of `ensure`; nothing is stored through one.
                 self._dir.check_index()
-                if _identity(self._dir.index) != checked:
+                if file_identity(self._dir.index) != checked:
                     table.close()
                     raise FileNotFoundError(errno.ENOENT, "it was replaced", str(self._dir.index))
                 return table
@@ -839,14 +836,6 @@ def _ask(uri: str, query: str, values: tuple[Any, ...], wait_s: float) -> list[t
             connection.close()
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def _is_regular(path: Path) -> bool:
     try:
         return stat.S_ISREG(path.lstat().st_mode)
@@ -854,123 +843,7 @@ def _is_regular(path: Path) -> bool:
         return True  # its type cannot be determined
 
 
-_alive: WeakSet[IndexFile] = WeakSet()
 #: Tables that are not used any more. They are kept because finalising one closes connections that
 #: share the locks and log of a parent, or that other threads use while a child may be forked.
 #: There are few: after a fork, a deleted directory, a broken index.
 _kept: list[Table] = []
-
-
-# -- fork
-# --------------------------------------------------------------------------------------------------
-
-#: SQLite itself waits up to 60 s for another process; a thread that is inside for longer hangs.
-_FORK_WAIT_S = 90.0
-
-
-class no_fork:
-    """Block forks while a thread is in this block. Used around every call of SQLite; reentrant.
-
-    SQLite has process-wide mutexes. A child that is forked while another thread holds one waits for
-    it forever in its first ``connect`` (measured: 1 child in 12 with three reading threads), and so
-    does every process that waits for a lock of that child. So each thread holds a lock of its own
-    while it is inside, and a fork takes them all. One lock for all threads would be less code, but
-    a look-up would wait for the transactions of other threads
-    (docs/explanation/decisions/001-fork-and-sqlite.md).
-
-    Threads other than the main one close their connection of ``table``, because Python would close
-    it when the thread ends, outside of any such block. That costs them 0.2 ms per look-up; the main
-    thread, where DataLoader workers read, keeps its connection and takes 8 us.
-    """
-
-    __slots__ = ("_table",)
-
-    def __init__(self, table: Table | None = None) -> None:
-        self._table = table
-
-    def __enter__(self) -> None:
-        thread = _thread
-        if not thread.depth:
-            with _fork_lock:  # not taken when nested: a fork may be waiting for this thread
-                thread.lock.acquire()
-        thread.depth += 1
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        thread = _thread
-        thread.depth -= 1
-        if not thread.depth:
-            try:
-                if self._table is not None and not thread.is_main:
-                    self._table.close()
-            finally:
-                thread.lock.release()
-
-
-class _Thread(threading.local):
-    """The lock of a thread.
-
-    Reentrant: after a Ctrl-C between taking and counting it, the main thread must not wait for
-    itself.
-    """
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.lock = threading.RLock()
-        self.is_main = threading.current_thread() is threading.main_thread()
-        with _fork_lock:
-            _locks.add(self.lock)
-
-
-#: Held during a fork, so that no thread enters and no other thread forks meanwhile. Reentrant like
-#: the others: a signal handler may read or fork while the main thread holds it.
-_fork_lock = threading.RLock()
-#: Locks of running threads; a lock is dropped with its thread, even if it is still held.
-_locks: WeakSet[Any] = WeakSet()
-_thread = _Thread()
-_taken: list[Any] = []
-
-
-def _before_fork() -> None:
-    mine = _thread.lock  # created first, because that takes _fork_lock
-    _fork_lock.acquire()
-    deadline_s = time.monotonic() + _FORK_WAIT_S
-    for lock in list(_locks):
-        if lock is mine:
-            continue
-        if lock.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
-            _taken.append(lock)
-        else:
-            logger.warning(
-                "a child is forked while a thread has been inside the index for %.0f s; the child "
-                "may hang",
-                _FORK_WAIT_S,
-            )
-    for file in list(_alive):
-        with contextlib.suppress(sqlite3.Error):
-            file.close_before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    while _taken:
-        _taken.pop().release()
-    with contextlib.suppress(RuntimeError):  # Ctrl-C came while this thread waited for it
-        _fork_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    global _fork_lock, _locks, _thread
-    _fork_lock, _locks = threading.RLock(), WeakSet()  # the other threads do not exist here
-    _thread = _Thread()
-    _taken.clear()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)

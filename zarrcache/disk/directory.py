@@ -31,15 +31,15 @@ from zarrcache._keys import FORMAT_VERSION
 from zarrcache.disk.mmap import open_regular
 from zarrcache.errors import ConfigError, CorruptEntryError
 
-__all__ = ["CacheDir", "open_entries"]
+__all__ = ["OPEN_DIRECTORY", "CacheDir", "file_identity", "open_entries"]
 
 _TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Written by zarrcache. `zarrcache evict --all` empties it; deleting it is safe.\n"
 )
 _OTHERS_WRITE = 0o002
-#: O_NOFOLLOW: a link in place of a directory was planted.
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Flags to open a directory. O_NOFOLLOW: a link in its place was planted.
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: SQLite opens these beside the index.
 _SIDE_FILES = ("", "-wal", "-shm", "-journal")
 
@@ -147,12 +147,12 @@ class CacheDir:
             A component is a link.
         OSError
         """
-        fd = os.open(self.root, _DIRECTORY)
+        fd = os.open(self.root, OPEN_DIRECTORY)
         try:
             for name in path.relative_to(self.root).parts:
                 above, fd = fd, -1
                 try:
-                    fd = os.open(name, _DIRECTORY, dir_fd=above)
+                    fd = os.open(name, OPEN_DIRECTORY, dir_fd=above)
                 finally:
                     os.close(above)
             yield fd
@@ -347,7 +347,7 @@ def open_entries(entries: Path, digest: str) -> Iterator[tuple[FileIO, int, str]
     """
     path = entries / digest[:2]
     try:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        directory = os.open(path, OPEN_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
@@ -367,3 +367,12 @@ def open_entries(entries: Path, digest: str) -> Iterator[tuple[FileIO, int, str]
                 yield file, status.st_size, f"{path}/{name}"
     finally:
         os.close(directory)
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None if it is gone or cannot be examined."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

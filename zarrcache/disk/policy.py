@@ -128,7 +128,7 @@ def policy_of(eviction: Eviction) -> EvictionPolicy:
 
 
 def disk_bytes(nbytes: int) -> int:
-    """Bytes that a file of ``nbytes`` occupies on most file systems; on none less."""
+    """Bytes that a file of ``nbytes`` occupies in blocks of 4 KiB, the smallest unit."""
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 from zarrcache.disk._publish import is_dead, is_same_namespace, is_stopped, owner_of
-from zarrcache.disk.directory import CacheDir
+from zarrcache.disk.directory import OPEN_DIRECTORY, CacheDir, file_identity
 from zarrcache.disk.filesystems import file_system_of, is_network
 from zarrcache.errors import LockTimeoutError
 from zarrcache.stats import LogOnce
@@ -72,7 +72,7 @@ class LockFile:
     def __init__(self, directory: Path, name: str, mode: int) -> None:
         # O_NONBLOCK: opening a planted FIFO must not wait. Never O_TRUNC.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        above = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        above = os.open(directory, OPEN_DIRECTORY)
         try:
             fd = os.open(name, flags, mode, dir_fd=above)
         except OSError as exc:
@@ -104,8 +104,8 @@ class LockFile:
             fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # The kernel tells the pid of the holder of a POSIX lock, but not of this one. That is all
-        # it is for: it is lost when another thread closes the same file.
+        # A POSIX lock as well, only because the kernel reports the pid of its holder and not that of
+        # the lock above. It protects nothing: it is lost when any thread closes the same file.
         with contextlib.suppress(OSError):
             fcntl.lockf(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         return True
@@ -182,7 +182,7 @@ class Owners:
         pid = os.getpid()
         owner = owner_of(pid)
         held = self._held
-        if held is not None and held[0] == pid and held[1].identity == _identity(self._path):
+        if held is not None and held[0] == pid and held[1].identity == file_identity(self._path):
             return owner
         if _IS_LINUX:
             file = LockFile(self._dir.locks, self._path.name, self._dir.written_mode)
@@ -215,14 +215,6 @@ class Owners:
 def _byte_of(owner: str) -> int:
     """Offset of the byte that ``owner`` locks, 0 to 2**62."""
     return int.from_bytes(hashlib.blake2b(owner.encode(), digest_size=8).digest(), "big") >> 2
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 class SingleFlight:
@@ -283,7 +275,7 @@ class SingleFlight:
             lock.close()
 
     def _wait(self, lock: LockFile, name: str) -> bool:
-        """Take the lock, or give up: after the timeout, or when its holder turns out stopped."""
+        """Take the lock, or give up: after the timeout, or if its holder is stopped."""
         start_s = looked_s = time.monotonic()
         stopped = 0
         try:
