@@ -1,10 +1,10 @@
-"""Attributes of stores (structure, metadata) for runs without the origin, some dozens per file.
+"""Attributes of stores (structure, metadata) for runs without the origin, up to 64 per file.
 
 A pack is an entry of the array tier like a stored listing: checked at every read, within the limit,
-never evicted. It has up to `_ROWS` rows. A row goes to the first pack with room on the way from the
-directory's one pack of level 0 to the one of `_FAN` ** level packs that the digest of its name
-selects; a name that is not in a pack with room is in none below it. So a directory of 50 stores has
-two to nine packs, one of 100,000 some thousand, and a row is added by writing one pack.
+never evicted. A directory has one pack of level 0, and up to `_FAN` ** n of level n. The checksum
+of a store's name selects one pack of each level, and its row is in the first of these that had room
+(`_ROWS` rows). So the search for a row ends at the first pack that has room, and a row is added by
+writing one pack. A directory of 50 stores has one pack, one of 100,000 about 4,900.
 docs/explanation/decisions/026-attributes-in-packs.md has what was rejected.
 """
 
@@ -27,10 +27,10 @@ __all__ = ["PACK", "AttributePacks", "StoredAttributes"]
 
 _ROWS, _FAN, _LEVELS = 64, 4, 10
 _LENGTH_BYTES = 4
-#: A row of which nothing is known, and what its name takes.
+#: Assumed size of a row while none is stored, and of its name.
 _TYPICAL_BYTES, _NAME_BYTES = 2048, 32
-#: The row of a store whose attributes were stored and are not known any more. It keeps its place: a
-#: pack that had room again would end the search for rows below it.
+#: The row of a store whose stored attributes are outdated. It is not removed: its pack would have
+#: room again, which ends the search for rows of higher levels.
 _NOTHING = b""
 #: Begins the name of a pack below its directory.
 PACK = ".attributes-"
@@ -43,7 +43,7 @@ class StoredAttributes(NamedTuple):
     ----------
     attributes : dict
     zarr_format : int
-        2 or 3; 0 of a file that is no Zarr store.
+        2 or 3; 0 for a file of VASP or the Materials Project.
     """
 
     attributes: dict[str, Any]
@@ -58,7 +58,7 @@ class AttributePacks:
     Parameters
     ----------
     entries : ArrayCache
-        Which verifies always.
+        With ``verify: always``.
     """
 
     def __init__(self, entries: ArrayCache) -> None:
@@ -70,15 +70,15 @@ class AttributePacks:
         return None if row is None else _unpacked(row)
 
     def renew(self, origin: Origin, store: str, found: StoredAttributes) -> None:
-        """Replace a row, if there is one. Without attributes nothing is known of the store then."""
+        """Replace a row, if there is one. If ``found`` has no attributes, mark it as outdated."""
         row = self._row(origin, store)
         if row is not None and (found.attributes or row != _NOTHING):
             self.put(origin, store, found)
 
     def put(self, origin: Origin, store: str, found: StoredAttributes) -> bool:
-        """Store a row, or replace it; one without attributes as not known.
+        """Store a row, or replace it. Returns whether it is stored.
 
-        Returns whether it is stored.
+        If ``found`` has no attributes, :meth:`get` returns None from then on.
         """
         row = _packed(found) if found.attributes else _NOTHING
         for key in _path(origin, store):
@@ -95,7 +95,7 @@ class AttributePacks:
     def needed_bytes(self, origin: Origin, stores: Collection[str]) -> int:
         """Bytes on disk that the rows of ``stores`` need beyond those that are stored: an estimate.
 
-        Rows that are stored give the size of the others; without any it is taken to be 2 KiB.
+        Absent rows are taken to have the mean size of the stored ones, or 2 KiB if there are none.
         """
         absent, rows_bytes, n_rows = set(stores), 0, 0
         packs = list(self._all(origin, 0, 0))
@@ -157,7 +157,7 @@ def _path(origin: Origin, store: str) -> Iterator[ArrayKey]:
 
 
 def _key(origin: Origin, level: int, number: int) -> ArrayKey:
-    # No store has such a name, and no array has none: the kind of a stored listing.
+    # Not the name of a store. The empty array name is that of a stored listing.
     return ArrayKey(origin.identity, origin.url_of(f"{PACK}{level}-{number}"), "")
 
 

@@ -79,16 +79,18 @@ class CachedStore(Store):
 
     @property
     def url(self) -> str:
+        """Full URL or path of the store."""
         return self.origin.url_of(self.name)
 
     @property
     def knows_attributes(self) -> bool:
+        """Whether :meth:`know_attributes` was called, here or where the store was pickled."""
         return bool(self._known)
 
     def know_attributes(self, stored: StoredAttributes) -> None:
-        """Answer for the documents of the root group, without a request, with these attributes.
+        """Serve the documents of the root group from these attributes, without a request.
 
-        The group opens without consolidated metadata then; the rest of the store is read as ever.
+        The group then opens without consolidated metadata. Arrays are read as before.
         """
         attributes, zarr_format = stored
         group: dict[str, object] = {"zarr_format": zarr_format}
@@ -230,6 +232,7 @@ class CachedStore(Store):
             ) from exc
 
     def _object(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes of an object, read again if they contradict a checksum of its chunks."""
         check_sizes([stop - start], self.origin.url_of(obj.key))
         data = self._fetched(obj, start, stop)
         parent, _, name = obj.key.rpartition("/")

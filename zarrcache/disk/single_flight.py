@@ -104,8 +104,8 @@ class LockFile:
             fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # A POSIX lock as well, only because the kernel reports the pid of its holder and not that of
-        # the lock above. It protects nothing: it is lost when any thread closes the same file.
+        # A POSIX lock as well, because the kernel reports the pid of its holder and not that of the
+        # lock above. It protects nothing: it is lost when any thread closes the same file.
         with contextlib.suppress(OSError):
             fcntl.lockf(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         return True
