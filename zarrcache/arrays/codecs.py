@@ -41,9 +41,9 @@ from zarrcache.disk import single_threaded_blosc
 
 __all__ = ["Chunk", "UnknownCodecError"]
 
-#: v3 names of compressors and their numcodecs ids. Decoding them needs no parameters, because
-#: their frames describe themselves.
-_V3_COMPRESSORS = {"zstd": "zstd", "gzip": "gzip", "blosc": "blosc"}
+#: Compressors of v3, which are numcodecs ids too. Decoding them needs no parameters, because their
+#: frames describe themselves.
+_V3_COMPRESSORS = frozenset({"zstd", "gzip", "blosc"})
 _NUMCODECS = "numcodecs."
 _CHECKSUMS = frozenset({"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3"})
 _CHECKSUM_BYTES = 4
@@ -484,8 +484,8 @@ def _v2_codec(configuration: Any) -> Any:
     return _numcodec(configuration["id"], configuration)
 
 
-#: Settings of codecs that are decoded here without numcodecs. Another one may change what the
-#: bytes mean, so that zarr decides.
+#: Settings of codecs that are decoded here without numcodecs. An array with any other setting is
+#: left to zarr, because it may change the meaning of the bytes.
 _SETTINGS: dict[str, frozenset[str]] = {
     "bytes": frozenset({"endian"}),
     "endian": frozenset({"endian"}),
@@ -532,7 +532,7 @@ def _v3_filter(name: str, settings: Mapping[str, Any], dtype: np.dtype[Any]) -> 
 def _v3_packer(name: str, settings: Mapping[str, Any], dtype: np.dtype[Any]) -> Any:
     """A bytes-to-bytes codec."""
     if name in _V3_COMPRESSORS:
-        return _numcodec(_V3_COMPRESSORS[name], {})
+        return _numcodec(name, {})
     if name == "crc32c":
         return _numcodec("crc32c", {"location": "end"})
     kind = name.removeprefix(_NUMCODECS)

@@ -434,7 +434,6 @@ def check_metadata(document: object, url: str) -> None:
             f"{url} says node_type {safe_repr(kind)} and zarr_format {safe_repr(version)}; it does "
             "not describe a Zarr array."
         )
-    name = document.get("dtype", document.get("data_type"))
     if not all(type(n) is int and 0 <= n < _MAX_LENGTH for n in document["shape"]):
         raise SchemaError(
             f"{url} gives the shape {safe_repr(document['shape'])}; it has to be a list of lengths."
@@ -445,6 +444,14 @@ def check_metadata(document: object, url: str) -> None:
     if isinstance(chunks, list) and 0 in chunks and 0 not in document["shape"]:
         # zarr 3.4 would read the fill value instead of failing.
         raise SchemaError(f"{url} gives the chunks {safe_repr(chunks)}; each must be at least 1.")
+    _check_dtype(document, url)
+    _check_sizes(document, url)
+    _check_codecs(document, url)
+
+
+def _check_dtype(document: Mapping[str, Any], url: str) -> None:
+    """Refuse values that are not real numbers."""
+    name = document.get("dtype", document.get("data_type"))
     try:
         dtype = np.dtype("?!" if name is None else name)  # numpy takes None for float64
     except Exception as exc:  # numpy parses many forms, and raises as many errors
@@ -463,6 +470,10 @@ def check_metadata(document: object, url: str) -> None:
             f"{url} holds values of type {safe_repr(name)} ({what}); a charge density holds real "
             "numbers."
         )
+
+
+def _check_sizes(document: Mapping[str, Any], url: str) -> None:
+    """Refuse an array that exceeds memory, and chunks that are far larger than their array."""
     claimed, most = _claimed_bytes(document), most_bytes()
     if claimed > most:
         raise SchemaError(
@@ -470,13 +481,17 @@ def check_metadata(document: object, url: str) -> None:
             "refused on this machine."
         )
     chunk = _chunk_shape(document)
-    if chunk is not None and (nbytes := math.prod(chunk) * dtype.itemsize) > (
+    if chunk is not None and (nbytes := math.prod(chunk) * _dtype_of(document).itemsize) > (
         claimed + _MAX_EXCESS_BYTES
     ):
         raise SchemaError(
             f"{url} claims chunks of {nbytes} bytes (shape {chunk}), larger than the array of "
             f"{claimed}; they are refused. Convert the store again with smaller chunks."
         )
+
+
+def _check_codecs(document: Mapping[str, Any], url: str) -> None:
+    """Refuse codecs that make objects of the data."""
     try:
         used = {
             str(codec.get("id", codec.get("name"))).removeprefix("numcodecs.")

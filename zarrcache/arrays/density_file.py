@@ -48,8 +48,6 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".lzma": lzma.open,
 }
-
-
 #: Attribute of a file of VASP: the lines above its grids.
 HEAD = "head_of_chgcar"
 
@@ -131,11 +129,11 @@ class DensityFile:
         return Poscar.from_str(b"\n".join(self._poscar or ()).decode("utf-8")).structure
 
     def attributes(self) -> dict[str, Any]:
-        """What the store of this file would have as attributes, without pymatgen.
+        """The attributes that a store of this file would have, without pymatgen.
 
-        ``structure`` of JSON; of VASP's text only its lattice, and the lines above the grids as
-        `HEAD`, from which :func:`structure_of_poscar` makes the structure. Empty without a
-        lattice, which is no error of a density per cell.
+        For JSON ``structure``; for VASP's text only its lattice, and the lines above the grids as
+        `HEAD`, from which :func:`structure_of_poscar` makes the structure. Empty without a lattice,
+        which a density per cell does not need.
         """
         try:
             lattice = {"matrix": self.lattice.tolist()}

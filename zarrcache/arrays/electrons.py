@@ -43,7 +43,7 @@ def attributes_key(metadata_key: str | None) -> str:
 def attributes_in(document: Any, key: str) -> dict[str, Any]:
     """The attributes in the document ``key`` of a store.
 
-    Empty for a document that is no JSON object, or that is larger than 4 MiB.
+    Empty if the document is not a JSON object, or is larger than 4 MiB.
     """
     if len(document) > MAX_DOCUMENT_BYTES:
         return {}

@@ -1,10 +1,10 @@
 """Decode arrays with codecs that are not known here: zarr, in a child process of bounded memory.
 
 Zarr reads more than :mod:`zarrcache.arrays.codecs` does: codecs of other packages, chunk grids that
-are not regular. What such a codec makes of a chunk is not known beforehand, and no limit can be set
-on memory within a process that also trains. The child may take the memory that the array needs, and
-a few MiB; a chunk that needs more ends it, not the training. It takes about a second per array,
-once: the array tier keeps the result.
+are not regular. The size that such a codec decodes a chunk to is not known beforehand, and the
+memory of a process that also trains cannot be limited. The child gets the memory that the array
+needs and a few MiB; a chunk that needs more ends the child, not the training. This takes about a
+second per array, once: the array tier keeps the result.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = ["decode_in_child"]
 #: Memory of the child beyond three arrays (the result, a chunk, what its filters make of it) and
 #: twice the objects. It has to hold zarr's threads, and its list of chunks.
 _ROOM_BYTES = 64 * 1024**2
-#: Size of the objects sent at a time; the child is imported, and may have ended, when they arrive.
+#: Stack of each thread in the child: the default of 8 MiB would count against its memory.
 _STACK_BYTES = 1024**2
-#: Within this a process whose connection is closed has ended.
+#: Seconds within which a child whose connection is closed has ended.
 _END_S = 5.0
 
 
@@ -83,7 +83,7 @@ def decode_in_child(
         if is_killed or not has_started:
             raise ZarrCacheError(
                 f"{url} could not be decoded, because the process for it was ended or could not "
-                "start, perhaps for want of memory. Use fewer workers, or give the job more memory."
+                "start; memory may be full. Use fewer workers, or give the job more memory."
             ) from None
         answer = "damaged", "the process that decoded it was ended"
     finally:
@@ -144,7 +144,7 @@ def _serve(connection: Connection, zarr_format: Literal[2, 3], room: int) -> Non
 
 
 def _limit_memory(nbytes: int) -> None:
-    """Allow ``nbytes`` more than the process has now. Only Linux holds itself to it."""
+    """Allow ``nbytes`` more than the process has now. Only Linux enforces it."""
     with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
         import resource
 

@@ -33,7 +33,7 @@ __all__ = ["ATOMS", "PER_CUBIC_ANGSTROM", "NpyDensity", "members_of", "read_npy_
 #: Attribute of numpy files: symbols and positions in angstrom.
 ATOMS = "atoms_of_xyz"
 
-#: Cubic bohr per cubic angstrom, with the digits of electrai's loader: its values are the measure.
+#: Cubic bohr per cubic angstrom, with the digits of electrai's loader, to give the same values.
 PER_CUBIC_ANGSTROM = 1.88973**3
 
 _RHO = re.compile(r"rho(_\w+)?\.npy")
@@ -70,9 +70,9 @@ class NpyDensity:
         return float(abs(np.dot(np.cross(a, b), c)))
 
     def attributes(self) -> dict[str, Any]:
-        """What the store of these files would have as attributes, without pymatgen.
+        """The attributes that a store of these files would have, without pymatgen.
 
-        Of the structure only the lattice; the atoms as `ATOMS`. Empty without a lattice.
+        The structure has only its lattice; the atoms are in `ATOMS`. Empty without a lattice.
         """
         if self.lattice is None:
             return {}
@@ -102,9 +102,9 @@ def members_of(names: Collection[str], url: str) -> list[str]:
             f"{url} holds several densities: {', '.join(densities)}. Leave one of them, or name "
             "it rho_22.npy."
         )
-    of_rho = rho.removeprefix("rho").removesuffix(".npy")
+    suffix = rho.removeprefix("rho").removesuffix(".npy")
     wanted = [
-        (f"grid_sizes{of_rho}.dat", "grid_sizes.dat"),
+        (f"grid_sizes{suffix}.dat", "grid_sizes.dat"),
         ("box.npy", "box.dat"),
         ("centered.xyz", *sorted(name for name in names if name.endswith(".xyz"))),
     ]

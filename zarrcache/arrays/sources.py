@@ -80,7 +80,7 @@ def is_object(store: str) -> bool:
 
 
 def is_unconverted(store: str) -> bool:
-    """Whether a source is no Zarr store: it is read as a whole or not at all."""
+    """Whether a source is not a Zarr store: it is read as a whole or not at all."""
     return kind_of(store) in ("json.gz", "CHGCAR", "directory")
 
 

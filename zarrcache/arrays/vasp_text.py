@@ -181,7 +181,7 @@ def _is_cut(before: list[bytes], last: bytes) -> bool:
 
 
 class _Body:
-    """The lines below the atoms: their numbers, and which ones are not numbers.
+    """Collects the lines below the atoms: their numbers, and the lines that are not numbers.
 
     Parameters
     ----------
