@@ -72,7 +72,7 @@ def test_every_key_is_a_setting_with_its_default_right_above_it(name: str) -> No
         last = comment.splitlines()[-1] if comment else ""
         assert len(comment.splitlines()) >= 2, f"{name}: {path} has no explanation"
         if field.is_required():
-            assert last == "Required.", (path, last)
+            assert re.fullmatch(r"Required(, unless .*)?\.", last), (path, last)
             continue
         match = re.fullmatch(r"Default: (.*?)(?: \(.*\))?", last)
         assert match, f"{name}: {path} has no default above it, but {last!r}"

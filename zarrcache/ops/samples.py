@@ -80,6 +80,7 @@ def filled_in(text: str, values: Mapping[str, str | None]) -> str:
 def config_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a training config, for editors."""
     schema = DataConfig.model_json_schema(mode="validation")
+    schema["required"].remove("functional")  # where map_dir is a file list
     definitions = schema.get("$defs", {})
     for definition in [schema, *definitions.values()]:
         properties = definition.get("properties", {})

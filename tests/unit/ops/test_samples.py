@@ -61,6 +61,15 @@ def test_what_the_package_accepts_fits_the_schema(
     jsonschema.validate(document(**changes), schema)
 
 
+def test_a_config_with_a_file_list_fits_the_schema_without_a_functional(
+    schema: dict[str, Any],
+) -> None:
+    listed = document(map_dir="ids.txt")
+    del listed["functional"]
+    DataConfig.of(listed)
+    jsonschema.validate(listed, schema)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
