@@ -153,8 +153,12 @@ def _competitors(round_: Any, pools: dict[str, ProcessPoolExecutor]) -> dict[str
 
 def _read(todo: _Run) -> tuple[list[tuple[float, float, int, int]], int]:
     """Per epoch: seconds, seconds of CPU, hits and reads; and bytes on disk at the end."""
-    from zarrcache import ZarrS3Reader
+    import torch
 
+    from zarrcache import ZarrDataset, ZarrS3Reader
+
+    assert ZarrDataset  # has been imported, as in a training: it decodes by torch
+    torch.set_num_threads(1)  # as in a DataLoader worker
     reader = ZarrS3Reader(
         f"s3://{_BUCKET}/{ROLES['data']}",
         f"s3://{_BUCKET}/{ROLES['label']}",
