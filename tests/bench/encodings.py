@@ -1,4 +1,4 @@
-"""E1 and E2: entries in other encodings than float32: a hit, and a data set of twice the disk."""
+"""D1 and D2: entries in other encodings than float32: a hit, and a data set of twice the disk."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _hits(
     rounds = interleave(_competitors(round_, pools), context.rounds, warmup=1)
     bars = [Bar(name, "float32", at_most=1.2) for name in ("float16", "bfloat16")]
     return Table(
-        "E1",
+        "D1",
         "a hit by encoding of the entries, every value copied",
         "ms",
         "float32",
@@ -128,7 +128,7 @@ def _twice_the_disk(
 
     rounds = interleave(_competitors(round_, pools), min(context.rounds, 5))
     return Table(
-        "E2",
+        "D2",
         "a data set of twice the disk, epochs 2 and 3",
         "ms",
         "float32",

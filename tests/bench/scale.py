@@ -157,7 +157,7 @@ def _whole(context: Context, server: BenchServer, few: _Node, many: _Node) -> Ta
     large = {what: f"{words}, {_entries(many)}" for what, words in _WORDS.items()}
     bars = [
         Bar(large["open"], None, at_most=0.3),
-        Bar(large["status"], None, at_most=2.0),
+        Bar(large["status"], None, at_most=1.0),
         Bar(large["plan"], None, at_most=10.0),
         *(Bar(large[what], None, at_most=0, of="requests") for what in ("plan", "warm", "status")),
     ]
