@@ -29,6 +29,8 @@ PAGES = {
     "SECURITY.md": "project/security.md",
 }
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
+#: A fence with the name of its file, as GitHub takes it; superfences wants a title.
+_NAMED_FENCE = re.compile(r"^```(\w+) ([\w./-]+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -49,7 +51,7 @@ def add(files: Files, config: MkDocsConfig, place: str, content: str) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files of the repository lead to their pages."""
+    """Let links to files of the repository lead to their pages; show the names of code blocks."""
     source = next((name for name, place in PAGES.items() if place == page.file.src_uri), None)
     here = ROOT / (source or f"docs/{page.file.src_uri}")
     depth = page.file.src_uri.count("/")
@@ -65,7 +67,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = PAGES.get(name, name.removeprefix("docs/"))
         return f"{match[1]}{'../' * depth}{place}{match[3]}"
 
-    return _LINK.sub(linked, markdown)
+    return _NAMED_FENCE.sub(r'```\1 title="\2"', _LINK.sub(linked, markdown))
 
 
 def configuration() -> Iterator[str]:

@@ -16,7 +16,8 @@ from tests.support.training import zarrcache
 from zarrcache.demo.synthetic import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "guides" / "cluster.md").read_text()
+GUIDES = ROOT / "docs" / "guides"
+PAGE = (GUIDES / "cluster.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
 
@@ -40,12 +41,12 @@ def test_every_option_that_the_page_shows_is_one_of_its_command() -> None:
 
 def test_every_file_of_the_page_is_there() -> None:
     """Links, and files that its commands run."""
-    links = {name.removeprefix("../../") for name in re.findall(r"\]\(([\w./-]+)\)", PAGE)}
+    links = {GUIDES / name for name in re.findall(r"\]\(([\w./-]+)[)#]", PAGE)}
     named = links | {
-        word for line in COMMANDS for word in line.split() if word.startswith("configs/")
+        ROOT / word for line in COMMANDS for word in line.split() if word.startswith("configs/")
     }
     assert len(named) >= 3
-    assert {name for name in named if not (ROOT / name).is_file()} == set()
+    assert {path for path in named if not path.is_file()} == set()
 
 
 @pytest.mark.slow
