@@ -105,8 +105,9 @@ def read_npy(path: Path) -> RawDensity:
             f"{path} has {lacks} beside it, and a store needs box and atoms. Add it, or train from "
             "these files as they are: normalize_data: volume."
         )
+    assert found.volume is not None  # of a lattice
     structure = structure_of(found.lattice, found.symbols, found.positions)
-    return RawDensity({"total": found.values * np.float64(found.volume or 0)}, structure)
+    return RawDensity({"total": found.values * np.float64(found.volume)}, structure)
 
 
 def _raw(found: DensityFile) -> RawDensity:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zarrcache._units import whole_number
 from zarrcache.convert.chgcar import PymatgenMissingError
-from zarrcache.convert.density import read_density
+from zarrcache.convert.density import ChargeDensity, read_density
 from zarrcache.convert.durable import make_directory, sync_directory
 from zarrcache.convert.formats import (
     InputFormat,
@@ -317,24 +317,7 @@ def plan_convert(
     OriginError
         The bucket does not exist, or access is denied.
     """
-    target = os.fspath(dst).removeprefix("file://")
-    if _is_s3(target):
-        split_s3_url(target)  # refuses a URL without a bucket
-        target = target.rstrip("/")
-    elif "://" in target or target.startswith("s3:/"):  # the second is what pathlib makes of a URL
-        raise ConfigError(
-            f"{target!r} has a URL scheme that is not supported. Write s3://bucket/prefix or a "
-            "directory."
-        )
-    else:
-        target = os.path.abspath(os.path.expanduser(target))
-    if target.endswith((".zarr", ".zarr.zip")):
-        raise ConfigError(
-            f"{target} is the name of a store. Give the directory for the stores; they are named "
-            "after the files."
-        )
-    if not _is_s3(target) and os.path.lexists(target) and not os.path.isdir(target):
-        raise ConfigError(f"{target} is not a directory. Give the directory for the stores.")
+    target = _destination_of(dst)
     sizes: tuple[int, ...] = (chunks,) * 3 if isinstance(chunks, int) else tuple(chunks)
     check_layout(sizes, zarr_format)
     for name, value, known in (
@@ -398,6 +381,29 @@ def plan_convert(
     )
 
 
+def _destination_of(dst: str | os.PathLike[str]) -> str:
+    """The URL, or the absolute path, of the directory for the stores. Raises ConfigError."""
+    target = os.fspath(dst).removeprefix("file://")
+    if _is_s3(target):
+        split_s3_url(target)  # refuses a URL without a bucket
+        target = target.rstrip("/")
+    elif "://" in target or target.startswith("s3:/"):  # the second is what pathlib makes of a URL
+        raise ConfigError(
+            f"{target!r} has a URL scheme that is not supported. Write s3://bucket/prefix or a "
+            "directory."
+        )
+    else:
+        target = os.path.abspath(os.path.expanduser(target))
+    if target.endswith((".zarr", ".zarr.zip")):
+        raise ConfigError(
+            f"{target} is the name of a store. Give the directory for the stores; they are named "
+            "after the files."
+        )
+    if not _is_s3(target) and os.path.lexists(target) and not os.path.isdir(target):
+        raise ConfigError(f"{target} is not a directory. Give the directory for the stores.")
+    return target
+
+
 def convert_directory(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -443,33 +449,9 @@ class _Converter:
         next file too, is returned itself.
         """
         try:
-            task_id = task_id_of(path, self.formats, self.naming)
-            source = source_of(path)
-            density = read_density(
-                path,
-                diff=self.diff,
-                strict=self.strict,
-                formats=self.formats,
-                task_id=task_id,
-                units=self.units,
-                dtype=self.dtype,
-            )
-            objects = encode_store(
-                density.total,
-                density.diff,
-                density.structure,
-                density.metadata,
-                chunks=self.chunks,
-                zarr_format=self.zarr_format,
-                source=source,
-                diff_wanted=self.diff,
-                units=self.units,
-                dtype=self.dtype,
-            )
-            if self.zip:
-                objects = {"": zipped(objects)}
+            density, objects = self._encoded(path)
         except PymatgenMissingError as exc:
-            return exc  # every other file would fail alike
+            return exc  # all other files would fail in the same way
         except ZarrCacheError as exc:
             return self.result(path, error=str(exc))
         except OSError as exc:
@@ -488,13 +470,13 @@ class _Converter:
                 error=f"{path} could not be converted: {type(exc).__name__}: {exc}. Please report "
                 "this with the file.",
             )
-        name = f"{task_id}{self.suffix}"
+        name = f"{density.task_id}{self.suffix}"
         target = f"{self.dst}/{name}"
         warnings = density.warnings
         if name in self.replace:
             warnings = (*warnings, f"{target} was not whole; it is converted again.")
+        overwrite = self.overwrite or name in self.replace
         try:
-            overwrite = self.overwrite or name in self.replace
             try:
                 if self._destination is not None:
                     written = self._destination.upload(name, objects, overwrite=overwrite)
@@ -512,6 +494,32 @@ class _Converter:
                 "destination; finished stores are kept."
             )
         return self.result(path, written_bytes=written, warnings=warnings)
+
+    def _encoded(self, path: Path) -> tuple[ChargeDensity, dict[str, bytes]]:
+        """Read and check one file, and encode its store in memory."""
+        source = source_of(path)
+        density = read_density(
+            path,
+            diff=self.diff,
+            strict=self.strict,
+            formats=self.formats,
+            task_id=task_id_of(path, self.formats, self.naming),
+            units=self.units,
+            dtype=self.dtype,
+        )
+        objects = encode_store(
+            density.total,
+            density.diff,
+            density.structure,
+            density.metadata,
+            chunks=self.chunks,
+            zarr_format=self.zarr_format,
+            source=source,
+            diff_wanted=self.diff,
+            units=self.units,
+            dtype=self.dtype,
+        )
+        return density, {"": zipped(objects)} if self.zip else objects
 
     def _found_meanwhile(self, path: Path, target: str) -> ConvertResult:
         verdict = self.verdicts([path]).get(path)

@@ -2,7 +2,7 @@
 
 Chunks are uploaded first, and the documents that make a store visible last. Each object is checked
 after its upload: the ETag of the answer is the MD5 of what was sent, or the object is read back and
-compared (SSE-KMS, and servers whose ETags are no MD5).
+compared (SSE-KMS, and servers whose ETags are not MD5s).
 """
 
 from __future__ import annotations
@@ -179,10 +179,8 @@ class S3Destination:
             self._delete(name, old)
             has_changed = True
             self._put(name, {key: body for key, body in bodies.items() if not is_document(key)})
-            for key in filter(
-                is_document, bodies
-            ):  # in this order: the last one makes the store visible
-                self._put(name, {key: bodies[key]})
+            for key in filter(is_document, bodies):
+                self._put(name, {key: bodies[key]})  # one by one: the last makes the store visible
         except BaseException:  # KeyboardInterrupt and SystemExit too
             if has_changed:
                 self._remove_unfinished(name)

@@ -103,7 +103,7 @@ def end_signalled() -> Iterator[Callable[[], object]]:
 
     No exception interrupts the code inside. The wait is for a byte that CPython's handler writes,
     whichever thread the kernel has chosen for the signal. ``signal.sigwait`` with both signals
-    blocked loses one now and then: after SIGCONT the main thread is not waiting for an instant, and
+    blocked occasionally loses one: after SIGCONT the main thread is not waiting for an instant, and
     a signal of that instant goes to a thread that does not block it (of numpy's OpenBLAS).
     """
     handlers = {number: signal.getsignal(number) for number in ENDING}
