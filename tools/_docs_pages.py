@@ -107,7 +107,7 @@ def block(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator
 def command_line() -> Iterator[str]:
     """A section per command, from its own help."""
     group: Any = typer.main.get_command(_application())
-    yield "# Command line\n"
+    yield "# Commands: every option\n"
     yield (
         "`zarrcache COMMAND --help` says the same in the terminal. Data goes to standard output, "
         "messages to standard error. Exit codes: 0 done, 1 some failed, 2 wrong command or "
