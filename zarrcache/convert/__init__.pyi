@@ -1,4 +1,4 @@
-from .chgcar import RawDensity as RawDensity
+from .parsers import RawDensity as RawDensity
 from .density import ChargeDensity as ChargeDensity
 from .density import read_density as read_density
 from .formats import InputFormat as InputFormat

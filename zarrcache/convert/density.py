@@ -15,8 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from zarrcache._keys import Units
 from zarrcache.arrays import lattice_volume
-from zarrcache.convert.chgcar import RawDensity, pymatgen_version
 from zarrcache.convert.formats import InputFormat, format_of, task_id_of
+from zarrcache.convert.parsers import RawDensity, pymatgen_version
 from zarrcache.errors import ConfigError, SchemaError
 
 __all__ = ["ChargeDensity", "check_blocks", "read_density"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zarrcache._keys import check_task_id
-from zarrcache.convert.chgcar import RawDensity, read_mp_json, read_npy, read_vasp_text
+from zarrcache.convert.parsers import RawDensity, read_mp_json, read_npy, read_vasp_text
 from zarrcache.errors import ConfigError
 
 __all__ = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zarrcache._units import whole_number
-from zarrcache.convert.chgcar import PymatgenMissingError
+from zarrcache.arrays import PymatgenMissingError
 from zarrcache.convert.density import ChargeDensity, read_density
 from zarrcache.convert.durable import make_directory, sync_directory
 from zarrcache.convert.formats import (

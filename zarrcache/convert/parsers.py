@@ -1,4 +1,4 @@
-"""The files of VASP, the Materials Project and QM9 as an input of ``convert``, with structures."""
+"""The built-in parsers of ``convert``: files of VASP, the Materials Project and QM9."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from zarrcache.arrays import (
     DensityFile,
-    PymatgenMissingError,
     members_of,
     read_npy_density,
     require_pymatgen,
@@ -24,7 +23,6 @@ from zarrcache.arrays import read_vasp_text as _read_vasp_text
 from zarrcache.errors import SchemaError
 
 __all__ = [
-    "PymatgenMissingError",
     "RawDensity",
     "pymatgen_version",
     "read_mp_json",
