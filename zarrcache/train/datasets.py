@@ -99,8 +99,8 @@ def _convert(stored: NDArray[Any], floats: NDArray[np.float32], scale: int) -> b
         halves = halves.view(torch.bfloat16)
     # In steps that stay in the last-level cache. Smaller ones cost more calls than they save.
     for source, target in zip(
-        halves.split(_CONVERTED_AT_ONCE),
-        torch.from_numpy(floats).split(_CONVERTED_AT_ONCE),
+        torch.split(halves, _CONVERTED_AT_ONCE),
+        torch.split(torch.from_numpy(floats), _CONVERTED_AT_ONCE),
         strict=True,
     ):
         target.copy_(source)
