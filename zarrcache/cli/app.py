@@ -120,7 +120,7 @@ def _options(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="--verbose, for errors before the command"),
+        typer.Option("--debug", help="as --verbose, from before the command starts"),
     ] = False,
 ) -> None:
     from zarrcache.cli.progress import StderrHandler

@@ -56,8 +56,8 @@ def convert(
         typer.Option(
             metavar="RULE",
             help="what names a material: name (of the file), directory, path (below SRC, joined "
-            "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the name, "
-            "or where that is VASP's own the nearest directory that is not a step such as relax",
+            "with _), a regular expression such as '(mp-\\d+)' for that path, or auto: the file's "
+            "name; for VASP's own names the nearest directory that is not a step such as relax",
         ),
     ] = "auto",
     prefer: Annotated[
@@ -134,7 +134,7 @@ def convert(
             "--s3-kwargs",
             metavar="@FILE|JSON",
             help="arguments of s3fs.S3FileSystem: a JSON or YAML file after @, or a JSON object. "
-            "Secrets belong into a file: other users see a command line",
+            "Put secrets in a file: other users can see a command line",
         ),
     ] = None,
     config: Annotated[

@@ -35,8 +35,8 @@ def demo(
 ) -> int:
     """Run a complete example on this machine.
 
-    In under two minutes: embedded S3 server, conversion, a cold epoch, warm epochs, and one with
-    S3 switched off.
+    In about two minutes: an S3 server on this machine, conversion, a cold epoch, warm epochs, and
+    one with S3 switched off.
     """
     from zarrcache.cli.format import demo_rows
     from zarrcache.cli.progress import show_table

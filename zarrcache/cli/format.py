@@ -151,10 +151,13 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             )
         else:
             raise_it = f"{needed}: raise" if report.needed_bytes else "Raise"
+            smaller = ""
+            if plan.cache.arrays.encoding == FLOAT32:
+                smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
             notes.append(
                 f"{left_out}: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is "
                 "reached, and training will read what did not fit from the origin in every epoch. "
-                f"{raise_it} cache.limit, or free space with `zarrcache evict`."
+                f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
             )
     return notes
 

@@ -20,14 +20,14 @@ def ls(
     directory: Directory = None,
     ids: Ids = None,
     match: Annotated[
-        str, typer.Option("--match", metavar="GLOB", help="only ids like this, e.g. 'mp-12*'")
+        str, typer.Option("--match", metavar="GLOB", help="only ids that match, e.g. 'mp-12*'")
     ] = "*",
     sort: Annotated[
         Literal["id", "role", "shape", "bytes", "units", "encoding", "stored"],
         typer.Option("--sort", help="column to sort by"),
     ] = "id",
     reverse: Annotated[
-        bool, typer.Option("--reverse", "-r", help="largest or latest first")
+        bool, typer.Option("--reverse", "-r", help="in descending order: largest or latest first")
     ] = False,
     as_json: Json = False,
 ) -> int:

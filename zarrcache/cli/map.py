@@ -40,7 +40,7 @@ def make_map(
         str,
         typer.Option(
             metavar="KINDS",
-            help="kinds of sources, with commas between them: zarr, zarr.zip, json.gz, CHGCAR, "
+            help="kinds of sources, comma-separated: zarr, zarr.zip, json.gz, CHGCAR, "
             "directory, or auto for all",
         ),
     ] = "auto",
