@@ -73,14 +73,14 @@ class Lent:
     nbytes: int
 
 
-class _Life:
-    """The process. ``forks`` changes at each fork, in the parent and in the child."""
+class _Process:
+    """The state of this process. ``forks`` changes at each fork, in the parent and in the child."""
 
     def __init__(self) -> None:
         self.pid, self.forks = os.getpid(), 0
 
 
-_life = _Life()
+_process = _Process()
 
 
 class _Area:
@@ -91,8 +91,8 @@ class _Area:
     memory : mmap
     nbytes, address : int
     header : ndarray of uint8
-        The start of the range: a name, then from ``_PAGE`` on a byte for each page. That of a
-        block's first page tells who has the block.
+        The start of the range: a name, then from ``_PAGE`` on one byte per page. The byte of a
+        block's first page is the state of the block: `_FREE`, `_LENT` or `_SEEN_BY_OTHERS`.
     """
 
     def __init__(self, memory: mmap.mmap, nbytes: int, header: mmap.mmap | None = None) -> None:
@@ -128,18 +128,18 @@ class _Shared(_Area):
             raise
         name = secrets.token_bytes(_NAME_BYTES)
         self.header[:_NAME_BYTES] = np.frombuffer(name, np.uint8)
-        self.file = File(_life.pid, descriptor, name)
-        self._life, self._forks = _life, _life.forks
+        self.file = File(_process.pid, descriptor, name)
+        self._process, self._forks = _process, _process.forks
 
     @property
     def is_seen_by_others(self) -> bool:
         """Whether a child of this process may have arrays of it."""
-        return self._forks != _life.forks
+        return self._forks != _process.forks
 
     def __del__(self, close: Any = os.close) -> None:
         # A forked child may have another file open under this number.
         file: File | None = getattr(self, "file", None)
-        if file is not None and self._life.pid == file.pid:
+        if file is not None and self._process.pid == file.pid:
             close(file.descriptor)
 
 
@@ -169,20 +169,22 @@ class _Block:
 class _Received(_Block):
     """A block of another process. It is given back when the last reference to it is gone."""
 
-    __slots__ = ("_forks", "_life", "_mapped_bytes", "_pid", "_state")
+    __slots__ = ("_forks", "_mapped_bytes", "_pid", "_process", "_state")
 
     def __init__(self, area: _Area, start: int, nbytes: int) -> None:
         super().__init__(area, start, nbytes)
         self._mapped_bytes, self._state = _up(nbytes), _PAGE + start // _PAGE
-        self._life, self._pid, self._forks = _life, _life.pid, _life.forks
+        self._process, self._pid, self._forks = _process, _process.pid, _process.forks
 
     def __del__(self, drop: int = getattr(mmap, "MADV_DONTNEED", 0)) -> None:
-        life = self._life
-        # A forked child has no say: the block was lent to its parent.
-        if life.pid == self._pid:
+        process = self._process
+        # Not in a forked child, because the block was lent to its parent.
+        if process.pid == self._pid:
             # Pages that this process wrote to are its own copies, and would hide the next values.
             self.area.memory.madvise(drop, self.start, self._mapped_bytes)
-            self.area.header[self._state] = _FREE if life.forks == self._forks else _SEEN_BY_OTHERS
+            self.area.header[self._state] = (
+                _FREE if process.forks == self._forks else _SEEN_BY_OTHERS
+            )
 
 
 class _Pool:
@@ -255,9 +257,10 @@ _kept: WeakKeyDictionary[multiprocessing.process.BaseProcess, _Area] = WeakKeyDi
 
 
 def share() -> None:
-    """From now on, allocate memory that the parent process can map. Does nothing the second time.
+    """From now on, allocate memory that the parent process can map.
 
-    Nor does it where the parent may not: without memfd or /proc, or under another user.
+    It has no effect the second time, and if the parent may not map it: without memfd or /proc, or
+    under another user.
     """
     global _pool
     if _pool.is_shared or _pool.is_kept_private:
@@ -313,14 +316,14 @@ def block_of(array: NDArray[Any]) -> tuple[int, int] | None:
 def lend(array: NDArray[Any]) -> Lent | None:
     """Lend the block of ``array``, once at a time; the result has to reach :func:`receive`.
 
-    None if it is no shared block of this process, or is lent already.
+    None if it is not in a shared block of this process, or if the block is lent already.
     """
     block = _block_of(array)
     if block is None or not isinstance(block.area, _Shared):
         return None
     area = block.area
     state = _PAGE + block.start // _PAGE
-    if area.file.pid != _life.pid or area.header[state] != _FREE:
+    if area.file.pid != _process.pid or area.header[state] != _FREE:
         return None
     area.header[state] = _LENT
     return Lent(area.file, block.start, block.nbytes)
@@ -390,18 +393,18 @@ def _huge(memory: mmap.mmap) -> mmap.mmap:
 
 
 def _up(nbytes: int) -> int:
-    """To whole pages."""
+    """``nbytes`` rounded up to whole pages."""
     return -(-nbytes // _PAGE) * _PAGE
 
 
 def _forks() -> None:
-    _life.forks += 1
+    _process.forks += 1
 
 
 def _is_forked() -> None:
     """In a child: its parent's blocks are not its own."""
     global _pool
-    _life.pid, _life.forks = os.getpid(), _life.forks + 1
+    _process.pid, _process.forks = os.getpid(), _process.forks + 1
     _pool = _Pool(is_shared=False)
     _attached.clear()
     _kept.clear()

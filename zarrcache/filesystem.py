@@ -470,7 +470,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _asking(self, place: _Place) -> Iterator[None]:
-        """Around requests. A bucket that was there and is gone is an error of the origin."""
+        """Wrap requests: a bucket that answered before and is gone is an error of the origin."""
         bucket = (self._origin_id, place.above)
         try:
             yield
@@ -496,7 +496,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         return _Found(place, obj, None) if obj is not None else None
 
     def _head(self, place: _Place) -> ObjectInfo | None:
-        """An object outside of stores, asked for at the origin."""
+        """An object outside of stores, looked up at the origin."""
         listed = place.origin.list_objects(place.key) if place.key else []
         if not listed:  # which says nothing about the bucket
             return None
@@ -579,11 +579,12 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
             below = f"{place.inside}/"
             return not place.inside or any(key.startswith(below) for key in store.objects())
         with self._asking(place):
-            is_full = any(map(any, place.origin.pages(place.below)))  # asks for the first page
+            # Stops at the first page with a name.
+            is_full = any(map(any, place.origin.pages(place.below)))
         return is_full or not place.key or not self._is_s3
 
     def _children(self, path: str, *, refresh: bool) -> list[dict[str, Any]]:
-        """Files and directories directly below a path; empty if it is no directory."""
+        """Files and directories directly below a path; empty if it is not a directory."""
         place = self._place(path)
         store = self._store(place, refresh=refresh)
         if store is not None:

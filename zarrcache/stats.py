@@ -158,7 +158,7 @@ class Counters:
                 self._board.write(self._slot, _SLOT.pack(*self._values.values()))
 
     def set(self, **values: int) -> None:
-        """Set counters that are not sums, for example ``set(ahead_bytes=0)``."""
+        """Set counters that are not sums, for example ``set(ahead_bytes=0)``. From one thread."""
         self.add(**{name: value - getattr(self.snapshot(), name) for name, value in values.items()})
 
     def snapshot(self) -> Stats:

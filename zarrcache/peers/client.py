@@ -10,13 +10,11 @@ No thread and no connection pool is used, so a fork at any time is safe.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import logging
 import os
 import re
-import socket
 import stat
 import time
 from collections import defaultdict
@@ -29,6 +27,7 @@ from urllib.parse import urlencode, urlsplit
 from zarrcache._units import most_bytes
 from zarrcache.config import CacheConfig
 from zarrcache.errors import ConfigError
+from zarrcache.peers._connection import Connection
 from zarrcache.peers._patience import Patience
 from zarrcache.peers._seal import (
     ANSWER_HEADER,
@@ -58,8 +57,8 @@ logger = logging.getLogger(__name__)
 
 #: Longest time of a connection. The kernel sends a lost SYN again after one second.
 _CONNECT_S = 1.3
-#: Longest time of a request up to the answer's body, and between two parts of a body. A node of the
-#: same cluster answers within milliseconds, or not at all.
+#: Longest time of a request up to the answer's body. A node of the same cluster answers within
+#: milliseconds, or not at all.
 _ANSWER_S = 1.5
 #: The same where the home may wait for another node before it answers.
 _WAITING_ANSWER_S = 2.5
@@ -121,7 +120,7 @@ class Reply:
     silent_s: float = 0.0
     spent_s: float = 0.0
     can_serve: bool = True
-    connection: _Connection | None = None
+    connection: Connection | None = None
     body: http.client.HTTPResponse | None = None
     seal: Any = None
     ended: Callable[[Reply], None] | None = None
@@ -406,7 +405,7 @@ class Peers:
         url = urlsplit(peer)
         until_s = time.monotonic() + limit_s
         for is_last in (False, True):
-            connection = _Connection(url.hostname or "", url.port)
+            connection = Connection(url.hostname or "", url.port)
             is_kept = False
             try:
                 connection.limit_s(min(_CONNECT_S, until_s - time.monotonic()))
@@ -427,7 +426,7 @@ class Peers:
                     connection.close()
         raise AssertionError
 
-    def _exchange(self, connection: _Connection, peer: str, method: str, target: str) -> _Answer:
+    def _exchange(self, connection: Connection, peer: str, method: str, target: str) -> _Answer:
         """Send a signed request; its answer, whose digest is right."""
         key, host = self._digest_key(), urlsplit(peer).netloc
         authorization, seal = self._senders[peer].authorization(key, method, host, target)
@@ -573,74 +572,3 @@ def read_token(path: Path) -> str:
             f"{_MAKE_TOKEN}"
         )
     return token
-
-
-class _Connection(http.client.HTTPConnection):
-    """An HTTP connection with a limit of the total time, besides the timeout of each part.
-
-    The timeout of a plain socket is per part only, and a part may be one byte.
-    """
-
-    _until_s = 0.0
-    _limited: _LimitedSocket | None = None
-
-    def connect(self) -> None:
-        """Try each address of the host within the limit.
-
-        The look-up of a name cannot be cut short; a name server that hangs is charged to the peer.
-        """
-        failure: OSError = ConnectionError("its name has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            self.host, self.port, type=socket.SOCK_STREAM
-        ):
-            limited = _LimitedSocket(family, kind, protocol)
-            limited.until_s = self._until_s
-            try:
-                limited.connect(address)
-            except OSError as exc:
-                limited.close()
-                failure = exc
-                continue
-            limited.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Keep it, because http.client drops `sock` when only the body of an answer is left.
-            self.sock = self._limited = limited
-            return
-        raise failure
-
-    def limit_s(self, seconds: float) -> None:
-        """Limit the total time of all transfers until the next call to ``seconds``."""
-        self._until_s = time.monotonic() + seconds
-        if self._limited is not None:
-            self._limited.until_s = self._until_s
-
-    def hang_up(self) -> None:
-        """Close the connection, also if a child that was forked meanwhile holds its descriptor."""
-        if self._limited is not None:
-            with contextlib.suppress(OSError):
-                self._limited.shutdown(socket.SHUT_RDWR)
-        self.close()
-
-
-class _LimitedSocket(socket.socket):
-    """A socket that raises TimeoutError after ``until_s`` of the monotonic clock."""
-
-    until_s = 0.0
-
-    def connect(self, *args: Any) -> None:
-        self._set_timeout()
-        super().connect(*args)
-
-    def sendall(self, *args: Any) -> None:
-        self._set_timeout()
-        super().sendall(*args)
-
-    def recv_into(self, *args: Any) -> int:
-        # http.client reads through this method.
-        self._set_timeout()
-        return super().recv_into(*args)
-
-    def _set_timeout(self) -> None:
-        left_s = self.until_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("it is too slow")
-        self.settimeout(min(left_s, _WAITING_ANSWER_S))
