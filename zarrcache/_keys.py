@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from zarrcache.errors import ConfigError
 
@@ -19,14 +20,20 @@ __all__ = [
     "ROLES",
     "ArrayKey",
     "BlockKey",
+    "Channel",
+    "DensityType",
     "Eviction",
+    "Missing",
     "ObjectInfo",
     "Role",
     "Units",
+    "arrays_of",
+    "check_density_type",
     "check_encoding",
     "check_task_id",
     "check_task_ids",
     "density_array",
+    "density_name",
     "is_density",
     "is_digest",
     "mantissa_bits",
@@ -55,6 +62,17 @@ Units = Literal["cell", "points", "volume"]
 #: Ends of `ArrayKey.array`. That of points is older than volume and part of digests.
 _SUFFIXES: dict[Units, str] = {"cell": "", "points": " per point", "volume": " per volume"}
 _ENCODED_AS = " as "
+
+#: ``density_type``: a name; several, of the channels of a sample; or a mapping of both roles to
+#: these. See `check_density_type`.
+DensityType: TypeAlias = "str | Sequence[str] | Mapping[Role, str | Sequence[str]]"
+#: What becomes of materials that lack a channel: see ``ZarrS3Reader``.
+Missing = Literal["error", "zero", "drop"]
+_DENSITY = "charge_density_"
+#: The names of ``density_type`` that stand for an array ``charge_density_{name}``. The last three
+#: are those of a non-collinear CHGCAR.
+_DENSITIES = ("total", "diff", "diff_x", "diff_y", "diff_z")
+_ARRAY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*(/[A-Za-z0-9_][A-Za-z0-9_.+=@-]*)*")
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 320
@@ -173,14 +191,105 @@ class BlockKey:
         return _digest("object", self.origin, self.url, version)
 
 
+class Channel(NamedTuple):
+    """One array of the materials of one role.
+
+    Attributes
+    ----------
+    role : {"data", "label"}
+    array : str
+        Its name in the store: ``charge_density_total``, for example.
+    """
+
+    role: Role
+    array: str
+
+
 def density_array(density_type: str) -> str:
-    """Name of the array of a density in its store: ``charge_density_total``, for example."""
-    return f"charge_density_{density_type}"
+    """Name of the array of a density in its store.
+
+    ``charge_density_total`` for ``total``, likewise ``diff``; every other name is that of the
+    array.
+    """
+    return f"{_DENSITY}{density_type}" if density_type in _DENSITIES else density_type
+
+
+def density_name(array: str) -> str:
+    """``total`` for the array ``charge_density_total``; other arrays have their own name."""
+    return array.removeprefix(_DENSITY)
 
 
 def is_density(array: str) -> bool:
     """Whether an array holds a charge or spin density, which has units."""
-    return array.startswith(density_array(""))
+    return array.startswith(_DENSITY)
+
+
+def check_density_type(value: object) -> Any:
+    """``density_type`` in its simplest form: a name, a tuple of several, or a dict of both roles.
+
+    Parameters
+    ----------
+    value : str, sequence of str, or mapping
+        ``"total"``; ``["total", "diff"]``, also as ``"total,diff"`` from a variable; or
+        ``{"data": "total", "label": ["total", "diff"]}``.
+
+    Raises
+    ------
+    ValueError
+        A name is not that of an array, or is there twice; or a mapping has other keys.
+    """
+    if not isinstance(value, Mapping):
+        names = _density_names(value)
+        return names[0] if len(names) == 1 else names
+    if {*value} != {*ROLES}:
+        raise ValueError(
+            f"{safe_repr(dict(value))} has to have the keys data and label, and no other"
+        )
+    data, label = (check_density_type(_no_mapping(value[role])) for role in ROLES)
+    return data if data == label else {"data": data, "label": label}
+
+
+def _no_mapping(value: object) -> object:
+    return safe_repr(value) if isinstance(value, Mapping) else value
+
+
+def _density_names(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) and "," in value:
+        value = [name.strip() for name in value.split(",")]
+    given = [value] if not isinstance(value, Sequence) or isinstance(value, str) else [*value]
+    if not given:
+        raise ValueError("an empty list; give at least one name, such as total")
+    names: list[str] = []
+    for name in given:
+        if not isinstance(name, str) or not _ARRAY.fullmatch(name):
+            raise ValueError(
+                f"{safe_repr(name)} is not the name of an array. Write total, diff, or the name "
+                "of another array of the stores, without blanks"
+            )
+        near = difflib.get_close_matches(name.lower(), _DENSITIES[:2], n=1, cutoff=0.8)
+        if near and name not in _DENSITIES:
+            raise ValueError(f"{safe_repr(name)} looks like {near[0]!r} misspelt; write that")
+        names.append(name)
+    if len({*map(density_array, names)}) < len(names):
+        raise ValueError(f"{safe_repr(names)} names an array twice; name each once")
+    return tuple(names)
+
+
+def arrays_of(density_type: Any) -> dict[Role, tuple[str, ...]]:
+    """Names of the arrays of each role, in the order of the channels.
+
+    Parameters
+    ----------
+    density_type : str, tuple or dict
+        From `check_density_type`.
+    """
+
+    def arrays(names: str | Sequence[str]) -> tuple[str, ...]:
+        return tuple(map(density_array, [names] if isinstance(names, str) else names))
+
+    if isinstance(density_type, Mapping):
+        return {role: arrays(density_type[role]) for role in ROLES}
+    return dict.fromkeys(ROLES, arrays(density_type))
 
 
 def units_of(normalize: object) -> Units:
@@ -221,10 +330,7 @@ def stored_array(array: str, units: Units, encoding: str = FLOAT32) -> str:
         The name contains a blank.
     """
     if " " in array:
-        raise ConfigError(
-            f"density_type gives the array name {array!r}, which contains a blank. Set it to "
-            "total or diff."
-        )
+        raise ConfigError(f"{array!r} is not the name of an array, because it contains a blank.")
     name = array + _SUFFIXES[units] if is_density(array) else array
     return name if encoding == FLOAT32 else f"{name}{_ENCODED_AS}{encoding}"
 

@@ -4,7 +4,8 @@
 
     ZarrCacheError(Exception)                       one string: what, where (full URL), what to do
     ├── ConfigError (+ ValueError)                  a setting, command-line value, map file
-    ├── SchemaError (+ ValueError)                  array absent, wrong dtype, not 3-D
+    ├── SchemaError (+ ValueError)                  wrong dtype, not 3-D
+    │   └── ArrayNotFoundError                          a complete listing shows that it is absent
     ├── OriginError (+ OSError)
     │   ├── OriginNotFoundError (+ FileNotFoundError)   a whole store, bucket or directory
     │   ├── OriginAccessError (+ PermissionError)       never retried
@@ -27,6 +28,7 @@ Three of these choices keep wrong numbers out of a training run:
 from __future__ import annotations
 
 __all__ = [
+    "ArrayNotFoundError",
     "ConfigError",
     "CorruptEntryError",
     "IncompleteArrayError",
@@ -57,6 +59,13 @@ class ConfigError(ZarrCacheError, ValueError):
 
 class SchemaError(ZarrCacheError, ValueError):
     """The store is readable but lacks the requested array, or the array is not a density."""
+
+
+class ArrayNotFoundError(SchemaError):
+    """The store or file is complete and lacks the requested array; the message names those it has.
+
+    Never raised because of a request that failed.
+    """
 
 
 class OriginError(ZarrCacheError, OSError):

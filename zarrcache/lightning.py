@@ -32,6 +32,7 @@ except ImportError as exc:
         "'zarrcache[lightning]'"
     ) from exc
 
+from zarrcache._keys import DensityType, Missing
 from zarrcache._units import whole_number
 from zarrcache.config import plain
 from zarrcache.data import Split, ZarrS3Reader
@@ -447,8 +448,9 @@ class RhoDataModule(_DataModule):
           root: /data/mp/mp_filelist.txt
           cache: {dir: "${oc.env:TMPDIR,/tmp}/zarrcache"}
 
-    A sample is ``{"data", "label", "index"}``: two tensors of shape (1, nx, ny, nz) in electrons
-    per cubic angstrom, and the task id. With ``datasets`` it also has ``"Dataset_ID"``.
+    A sample is ``{"data", "label", "index"}``: two tensors of shape (C, nx, ny, nz) in electrons
+    per cubic angstrom, and the task id. C is 1 unless ``density_type`` names several channels. With
+    ``datasets`` it also has ``"Dataset_ID"``.
 
     Parameters
     ----------
@@ -489,6 +491,8 @@ class RhoDataModule(_DataModule):
         The block ``cache:``. None: read the files in every epoch.
     s3_kwargs : mapping, optional
         As ``s3fs.S3FileSystem`` takes them.
+    density_type, missing : optional
+        As in ``ZarrS3Reader``: the channels of input and label. Default: the total density.
     transform : callable, `RandomCrop`, `Probes` or list, optional
         As in `ZarrDataModule`. electrai has none.
     **ignored
@@ -534,6 +538,8 @@ class RhoDataModule(_DataModule):
         source: str | Sequence[str] | None = None,
         cache: Mapping[str, Any] | None = None,
         s3_kwargs: Mapping[str, Any] | None = None,
+        density_type: DensityType | None = None,
+        missing: Missing | None = None,
         transform: Transforms | Mapping[str, Transforms] | None = None,
         **ignored: Any,
     ) -> None:
@@ -572,6 +578,8 @@ class RhoDataModule(_DataModule):
             "source": source,
             "cache": cache,
             "s3_kwargs": s3_kwargs,
+            "density_type": density_type,
+            "missing": missing,
         }
         if root is None and datasets is None:
             raise ConfigError(

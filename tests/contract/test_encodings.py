@@ -41,6 +41,7 @@ ENCODINGS = ["float16", "bfloat16", "bits:12"]
 RELATIVE = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "bits:12": 2.0**-13}
 SHAPE = (24, 20, 18)
 PAIRS = 4
+TOTAL = "charge_density_total"
 #: Two listings of two blocks, and four of the eight densities in float32: a header page and nine
 #: blocks each.
 HALF = 4096 * (2 * 2 + 4 * 10)
@@ -232,7 +233,8 @@ def test_commands_know_the_encoding(stores: Any, tmp_path: Path) -> None:
     assert "2 ids of these still in float32" in "\n".join(status_lines(read_status(small)))
     plan = plan_warm(small, revalidate=True, workers=1)
     assert plan.densities[:4] == (
-        ("mp-0", "data"), ("mp-0", "label"), ("mp-1", "data"), ("mp-1", "label"),
+        ("mp-0", "data", TOTAL), ("mp-0", "label", TOTAL),
+        ("mp-1", "data", TOTAL), ("mp-1", "label", TOTAL),
     )  # fmt: skip
     assert (plan.estimate().fresh, plan.estimate().to_fetch) == (4, 4)
     report = plan_warm(small, workers=1).execute()

@@ -188,16 +188,25 @@ class TestArray:
         assert str(caught.value) == expected
         assert isinstance(caught.value, ValueError)
 
-    @pytest.mark.parametrize("density_type", ["Total", "spin", "", "../x"])
+    @pytest.mark.parametrize(
+        ("density_type", "array"),
+        [("diff", "charge_density_diff"), ("spin", "spin"), ("volumetric/elf", "volumetric/elf")],
+    )
     def test_unknown_density_type_names_the_arrays(
-        self, data: Path, cache: Any, density_type: str
+        self, data: Path, cache: Any, density_type: str, array: str
     ) -> None:
         with pytest.raises(
             SchemaError,
-            match=rf"'charge_density_{re.escape(density_type)}' not found "
-            r".*\['charge_density_total'\]",
+            match=rf"'{re.escape(array)}' not found .*\['charge_density_total'\]",
         ):
             make_reader(data, cache=cache, density_type=density_type).load("mp-1", "data")
+
+    @pytest.mark.parametrize("density_type", ["Total", "", "../x", ["total", ""], 3, None])
+    def test_what_cannot_be_an_array_is_refused_by_the_reader(
+        self, data: Path, cache: Any, density_type: Any
+    ) -> None:
+        with pytest.raises(ConfigError, match="density_type"):
+            make_reader(data, cache=cache, density_type=density_type)
 
     @pytest.mark.parametrize("shape", [(6, 7), (210,), (1, 5, 6, 7), (5, 0, 7)])
     @pytest.mark.parametrize("zarr_format", [2, 3])

@@ -407,6 +407,12 @@ def test_training_keys_are_read_and_the_others_left_alone() -> None:
     assert DataConfig.of(config) is config
 
 
+NOT_AN_ARRAY = (
+    "is not the name of an array. Write total, diff, or the name of another array of the stores, "
+    "without blanks"
+)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -416,9 +422,25 @@ def test_training_keys_are_read_and_the_others_left_alone() -> None:
         ("train_fraction", True, "train_fraction: True is not a share"),
         ("train_fraction", float("nan"), "train_fraction: nan is not a share"),
         ("train_fraction", [0.8, 0.2], "train_fraction: [0.8, 0.2] is not a share"),
-        ("density_type", "Total", "density_type: has to be 'total' or 'diff' (got 'Total')."),
-        ("density_type", "spin", "density_type: has to be 'total' or 'diff' (got 'spin')."),
-        ("density_type", 1, "density_type: has to be 'total' or 'diff' (got 1)."),
+        ("density_type", "Total", "density_type: 'Total' looks like 'total' misspelt; write that."),
+        ("density_type", ["total", "dif"], "density_type: 'dif' looks like 'diff' misspelt;"),
+        ("density_type", 1, f"density_type: 1 {NOT_AN_ARRAY}."),
+        ("density_type", "../x", f"density_type: '../x' {NOT_AN_ARRAY}."),
+        ("density_type", "spin density", f"density_type: 'spin density' {NOT_AN_ARRAY}."),
+        ("density_type", "", f"density_type: '' {NOT_AN_ARRAY}."),
+        ("density_type", ["total", None], f"density_type: None {NOT_AN_ARRAY}."),
+        ("density_type", [], "density_type: an empty list; give at least one name, such as total."),
+        (
+            "density_type",
+            ["diff", "charge_density_diff"],
+            "density_type: ['diff', 'charge_density_diff'] names an array twice; name each once.",
+        ),
+        (
+            "density_type",
+            {"label": "diff"},
+            "density_type: {'label': 'diff'} has to have the keys data and label, and no other.",
+        ),
+        ("missing", "zeros", "missing: has to be 'error', 'zero' or 'drop' (got 'zeros')."),
         ("random_state", -1, "random_state: has to be at least 0 (got -1)."),
         ("random_state", "x", "random_state: has to be a whole number (got 'x')."),
         ("normalize_data", "perhaps", "normalize_data: 'perhaps' is not one of true,"),

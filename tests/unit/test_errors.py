@@ -17,6 +17,7 @@ TREE = {
     "ZarrCacheError": ("Exception",),
     "ConfigError": ("ZarrCacheError", "ValueError"),
     "SchemaError": ("ZarrCacheError", "ValueError"),
+    "ArrayNotFoundError": ("SchemaError",),
     "OriginError": ("ZarrCacheError", "OSError"),
     "OriginNotFoundError": ("OriginError", "FileNotFoundError"),
     "OriginAccessError": ("OriginError", "PermissionError"),

@@ -56,6 +56,7 @@ from zarrcache.arrays.unconverted import (
 from zarrcache.arrays.units import cell_volume, in_units, stored_in
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import (
+    ArrayNotFoundError,
     IncompleteArrayError,
     OriginNotFoundError,
     SchemaError,
@@ -170,8 +171,10 @@ def list_array(origin: Origin, store: str, array: str, units: Units = "cell") ->
     ------
     OriginNotFoundError
         There is no such store.
-    SchemaError
+    ArrayNotFoundError
         The store has no such array; the message names those it has.
+    IncompleteArrayError
+        A store without such an array keeps changing.
     """
     if is_object(store):
         listed = origin.list_objects(store)
@@ -183,21 +186,28 @@ def list_array(origin: Origin, store: str, array: str, units: Units = "cell") ->
     prefix = f"{store}/{array}/"
     is_whole = units == "volume" and is_density(array)
     everything = origin.list_objects(f"{store}/" if is_whole else prefix)
-    # Neither the array's attributes nor what an editor or macOS leaves beside the chunks affects
-    # the values: not worth a request, nor a reason to refetch.
-    listed = [
-        o
-        for o in everything
-        if o.key.startswith(prefix) and is_array_key(o.key.removeprefix(prefix))
-    ]
-    if listed and is_whole:
-        return listed + [o for o in everything if _is_attributes(o, store)]
+
+    def of_array(objects: list[ObjectInfo]) -> list[ObjectInfo]:
+        # Neither the array's attributes nor what an editor or macOS leaves beside the chunks
+        # affects the values: not worth a request, nor a reason to refetch.
+        return [
+            o
+            for o in objects
+            if o.key.startswith(prefix) and is_array_key(o.key.removeprefix(prefix))
+        ]
+
+    listed = of_array(everything)
     if not listed:
-        everything = everything if is_whole else origin.list_objects(f"{store}/")
+        # A store that is being written may get it next: absence needs a listing that is settled.
+        everything = stable_listing(lambda: origin.list_objects(f"{store}/"), origin.url_of(store))
         if not everything:
             raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
+        listed = of_array(everything)
+    if not listed:
         keys = (o.key.removeprefix(f"{store}/") for o in everything)
         raise no_such_array(origin.url_of(store), array, keys)
+    if is_whole:
+        return listed + [o for o in everything if _is_attributes(o, store)]
     return listed
 
 
@@ -518,7 +528,7 @@ def check_sizes(sizes: Collection[int], url: str) -> None:
         )
 
 
-def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
+def no_such_array(url: str, array: str, keys: Iterable[str]) -> ArrayNotFoundError:
     """The error for a store with these keys but without ``array``; it names the arrays present."""
     present = sorted(
         {
@@ -532,7 +542,7 @@ def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
         if array == density_array("diff")
         else ""
     )
-    return SchemaError(
+    return ArrayNotFoundError(
         f"'{array}' not found in zarr store {url}. Available arrays: {present}{'.' if spin else ''}"
         f"{spin}"
     )
@@ -669,7 +679,7 @@ def density_of_group(
     from zarr.buffer import default_buffer_prototype
 
     if name not in group:
-        raise SchemaError(
+        raise ArrayNotFoundError(
             f"'{name}' not found in zarr store {where}. Available arrays: "
             f"{sorted(group.array_keys())}"
         )

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import Units, density_array
+from zarrcache._keys import Units, density_array, density_name
 from zarrcache.arrays.density_file import read_density_file
 from zarrcache.arrays.npy_files import members_of, read_npy_density
 from zarrcache.arrays.units import UNITS_ATTRIBUTE
-from zarrcache.errors import SchemaError
+from zarrcache.errors import ArrayNotFoundError, SchemaError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -78,8 +78,10 @@ def decode_unconverted(
 
     Raises
     ------
+    ArrayNotFoundError
+        The source has no such grid.
     SchemaError
-        A file holds something else, or not this grid.
+        A file holds something else.
     """
     if any(name.endswith(".npy") for name in files):
         values, attributes = _of_npy(files, url, array, units)
@@ -90,7 +92,7 @@ def decode_unconverted(
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
         raise SchemaError(
-            f"{url}: {bad} of {values.size} values of {array.removeprefix(density_array(''))} are "
+            f"{url}: {bad} of {values.size} values of {density_name(array)} are "
             "NaN or infinite. Run the calculation again or get the file again."
         )
     return values, attributes
@@ -110,10 +112,10 @@ def _of_text(
 ) -> tuple[NDArray[Any], dict[str, Any]]:
     """A grid of a file of VASP or the Materials Project."""
     found = read_density_file(io.BytesIO(data), name=url)
-    block = array.removeprefix(density_array(""))
+    block = density_name(array)
     values = found.blocks.get(block)
     if values is None or (block == "diff" and "diff_x" in found.blocks):
-        raise SchemaError(
+        raise ArrayNotFoundError(
             f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Leave the material "
             "out of the map, or set density_type to one that all files have."
         )
@@ -135,7 +137,7 @@ def _of_npy(
 ) -> tuple[NDArray[Any], dict[str, Any]]:
     """The density of numpy files."""
     if array != density_array("total"):
-        raise SchemaError(
+        raise ArrayNotFoundError(
             f"{url} holds numpy files, which have a total density only. Set density_type to total."
         )
     found = read_npy_density(files, url)

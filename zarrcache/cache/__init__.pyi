@@ -1,5 +1,6 @@
 from .attributes import PACK as PACK
 from .attributes import StoredAttributes as StoredAttributes
+from .cache import CONTENTS as CONTENTS
 from .cache import Cache as Cache
 from .read_through import ReadThrough as ReadThrough
 from .read_through import OnFlaws as OnFlaws

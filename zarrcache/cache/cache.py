@@ -30,7 +30,11 @@ from zarrcache.errors import CorruptEntryError
 from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters, SharedSet
 
-__all__ = ["Cache"]
+__all__ = ["CONTENTS", "Cache"]
+
+#: Name, below its directory, of the stored listing that says which arrays stores have. No store has
+#: such a name.
+CONTENTS = ".contents"
 
 #: Each holds connections and their file descriptors; URLs may name any number of buckets.
 _MAX_ORIGINS = 32

@@ -131,6 +131,19 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             f"{plural(len(report.unequal), 'id')} with input and label on different grids: "
             f"{names}. If the network needs equal grids, leave them out of the map."
         )
+    if report.lacking:
+        becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
+        lack = "lacks" if len(report.lacking) == 1 else "lack"
+        names = ", ".join(report.lacking[:5]) + (", …" if report.lacking[5:] else "")
+        notes.append(
+            f"{plural(len(report.lacking), 'id')} {lack} a channel of density_type; "
+            f"{becomes[plan.reader.if_missing]} (missing: {plan.reader.if_missing}): {names}."
+        )
+    if any(result.is_absent for result in report.failed):
+        notes.append(
+            "Set missing: zero, which fills a channel that is absent with zeros, or missing: drop, "
+            "which leaves out the materials that lack one."
+        )
     if report.untried:
         limit = format_bytes(plan.limit_bytes or 0)
         notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")
@@ -192,12 +205,15 @@ def status_lines(state: Status) -> list[str]:
         f"file system  {free}{reserve}",
     ]
     if (covered := state.coverage) is not None:
-        present = plural(covered.ids - covered.missing, "id")
+        present = plural(covered.present, "id")
         half = f", {count(covered.half)} half" if covered.half else ""
         missing = ""
         if covered.missing:
             verb = "has" if covered.missing == 1 else "have"
             missing = f"; {plural(covered.missing, 'more id')} in the map {verb} no store"
+        if covered.dropped:
+            verb = "lacks" if covered.dropped == 1 else "lack"
+            missing += f"; {plural(covered.dropped, 'id')} {verb} a channel (missing: drop)"
         lines.append(
             f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
             f"({100 * covered.warm_ratio:.1f} %){half}{missing}"

@@ -35,7 +35,7 @@ def ls(
 
     Without CONFIG: all of the cache, without roles. Sends no request.
     """
-    from zarrcache._keys import density_array
+    from zarrcache._keys import density_name
     from zarrcache._units import format_bytes
     from zarrcache.ops import list_entries
 
@@ -54,7 +54,7 @@ def ls(
         (
             entry.task_id,
             entry.role or "-",
-            (entry.array or "-").removeprefix(density_array("")),
+            density_name(entry.array or "-"),
             "x".join(map(str, entry.shape)) or "damaged",
             format_bytes(entry.disk_bytes),
             entry.units or "-",

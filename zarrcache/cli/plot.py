@@ -45,7 +45,7 @@ def plot(
         ),
     ] = "0.5,0.5,0.5",
 ) -> int:
-    """Draw three planes of a pair: input, label, difference.
+    """Draw three planes of a pair: input, label, difference; of several channels the first.
 
     Reads through CONFIG's cache, and fetches what is not in it.
     """
@@ -60,7 +60,7 @@ def plot(
     grids = []
     for role in ("data", "label"):
         values, gridsize = reader.load(task_id, role)
-        grids.append(values.reshape(gridsize))
+        grids.append(values.reshape(-1, *gridsize)[0])
     rows = draw_pair(grids[0], grids[1], shares)
     if output is None:
         show_panels(rows)

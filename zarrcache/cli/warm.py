@@ -148,7 +148,7 @@ def _estimate(plan: WarmPlan) -> tuple[dict[str, Any], str, list[str], bool]:
 
     with Meter("Listing", "densities", len(plan.densities)) as meter:
         estimate = plan.estimate(meter.reach)
-    failures(f"{result.task_id} ({result.role}): {result.error}" for result in estimate.failed)
+    failures(f"{result.name}: {result.error}" for result in estimate.failed)
     document = {**asdict(estimate), "ids": len(plan.task_ids)}
     return document, format_warm_estimate(plan, estimate), [], not estimate.failed
 
@@ -169,9 +169,9 @@ def _execute(
         report = plan.execute(
             lambda result: meter.advance(failed=result.outcome == "failed"), engine=engine
         )
-    failures(f"{result.task_id} ({result.role}): {result.error}" for result in report.failed)
+    failures(f"{result.name}: {result.error}" for result in report.failed)
     failures(
-        (f"{result.task_id} ({result.role}): {result.flaws}" for result in report.flawed),
+        (f"{result.name}: {result.flaws}" for result in report.flawed),
         verdict="flawed",
     )
     return (

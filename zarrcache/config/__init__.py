@@ -30,7 +30,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from zarrcache._keys import FLOAT32, Eviction, check_encoding, safe_repr
+from zarrcache._keys import (
+    FLOAT32,
+    Eviction,
+    Missing,
+    check_density_type,
+    check_encoding,
+    safe_repr,
+)
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.config.files import (
     VARIABLE_IN_BRACES,
@@ -68,6 +75,21 @@ _AUTO_OR_COUNT = WithJsonSchema(
     {"anyOf": [{"type": "integer", "minimum": 1, "maximum": _MOST_IN_FLIGHT}, {"const": "auto"}]}
 )
 _TEXTS = WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}})
+_NAME = {"type": "string", "pattern": "^[A-Za-z0-9_${]"}
+_NAMES = {"anyOf": [_NAME, {"type": "array", "items": _NAME, "minItems": 1}]}
+_DENSITY_TYPE = WithJsonSchema(
+    {
+        "anyOf": [
+            *_NAMES["anyOf"],
+            {
+                "type": "object",
+                "properties": {"data": _NAMES, "label": _NAMES},
+                "required": ["data", "label"],
+                "additionalProperties": False,
+            },
+        ]
+    }
+)
 Bytes = Annotated[int, BeforeValidator(parse_bytes), _NUMBER_OR_TEXT]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), _NUMBER_OR_TEXT]
 
@@ -407,7 +429,16 @@ class DataConfig(_Block):
     label_dir: str
     map_dir: str
     functional: str
-    density_type: Literal["total", "diff"] = "total"
+    density_type: Annotated[Any, BeforeValidator(check_density_type), _DENSITY_TYPE] = Field(
+        "total",
+        description="total, diff or the name of another array of the stores; a list of several is "
+        "the channels of a sample; {data: ..., label: ...} if input and label differ",
+    )
+    missing: Missing = Field(
+        "error",
+        description="materials that lack a channel: error names them before the training, zero "
+        "fills the channel with zeros, drop leaves the materials out of the split",
+    )
     normalize_data: Annotated[
         bool | Literal["points", "volume"], BeforeValidator(_normalization)
     ] = Field(

@@ -61,6 +61,11 @@ class RhoRead(PairReader):
         return Path(text.removeprefix("file://")).expanduser()
 
     def _prepare(self, cache: CacheConfig | None) -> None:
+        if self.density_type not in ("total", "diff"):
+            raise ConfigError(
+                f"density_type is {self.density_type}, but chgcar_data reads total or diff, one of "
+                "them. Set dataset_name: zarr_s3_data for several channels and other arrays."
+            )
         self._files: dict[Role, dict[str, Path]] = {}
         self._log_once = LogOnce()
         if cache is not None:

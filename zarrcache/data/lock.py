@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ROLES, Role, safe_repr
+from zarrcache._keys import safe_repr
 from zarrcache.data.splits import Split
 from zarrcache.disk import crc32c
 from zarrcache.errors import ConfigError, IncompleteArrayError
@@ -60,14 +60,17 @@ class DataLock:
     ----------
     settings : dict
         Keys of the config that decide about samples and values: ``functional``, ``density_type``,
-        ``normalize_data``, ``train_fraction``, ``random_state``, ``encoding``. With a split file
-        also ``split_file``, the digest of its split (`digest_of`).
+        ``normalize_data``, ``train_fraction``, ``random_state``, ``encoding``. With other densities
+        than the total one also ``missing``, with a split file also ``split_file``, the digest of
+        its split (`digest_of`).
     densities : dict
-        ``{task_id: {role: LockedDensity}}``, in the order of ``task_ids``.
+        ``{task_id: {name: LockedDensity}}``, in the order of ``task_ids``. The names are ``data``
+        and ``label``; with several channels ``label total`` and so on, without those that are
+        filled with zeros.
     """
 
     settings: dict[str, Any]
-    densities: dict[str, dict[Role, LockedDensity]] = field(repr=False)
+    densities: dict[str, dict[str, LockedDensity]] = field(repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, a material per line; compressed if the name ends with ``.gz``.
@@ -79,7 +82,7 @@ class DataLock:
         """
         lines = [
             f"{json.dumps(task_id)}: "
-            + json.dumps({role: asdict(found) for role, found in pair.items()})
+            + json.dumps({name: asdict(found) for name, found in pair.items()})
             for task_id, pair in self.densities.items()
         ]
         head = json.dumps({"zarrcache_lock": _FORMAT, "settings": self.settings})[:-1]
@@ -136,13 +139,13 @@ class DataLock:
                 dict(document["settings"]),
                 {
                     task_id: {
-                        role: LockedDensity(
-                            tuple(pair[role]["shape"]),
-                            str(pair[role]["crc32c"]),
-                            str(pair[role]["sha256"]),
-                            str(pair[role]["source"]),
+                        name: LockedDensity(
+                            tuple(one["shape"]),
+                            str(one["crc32c"]),
+                            str(one["sha256"]),
+                            str(one["source"]),
                         )
-                        for role in ROLES
+                        for name, one in pair.items()
                     }
                     for task_id, pair in document["densities"].items()
                 },
@@ -203,27 +206,36 @@ class DataLock:
             )
 
     def check_values(
-        self, task_id: str, role: Role, values: NDArray[np.float32], where: str
+        self, task_id: str, name: str, values: NDArray[np.float32] | None, where: str
     ) -> None:
         """Raise if a density differs from the lock.
 
         Parameters
         ----------
-        values : (nx, ny, nz) array of float32
+        name : str
+            As in `densities`: a role, or a role and a channel.
+        values : (nx, ny, nz) array of float32, or None
+            None: the material lacks this channel, and it is filled with zeros.
 
         Raises
         ------
         IncompleteArrayError
             Names the density.
         """
-        locked = self.densities.get(task_id, {}).get(role)
+        locked = self.densities.get(task_id, {}).get(name)
+        if locked is None and values is None and task_id in self.densities:
+            return
+        if locked is None and task_id in self.densities:
+            raise IncompleteArrayError(
+                f"{task_id} has no {name} in {where}. Write another lock with `zarrcache lock`."
+            )
         if locked is None:
             raise IncompleteArrayError(
                 f"{task_id} is not in {where}. Write another lock with `zarrcache lock`."
             )
-        if values.shape != locked.shape or crc_of(values) != locked.crc32c:
+        if values is None or values.shape != locked.shape or crc_of(values) != locked.crc32c:
             raise IncompleteArrayError(
-                f"{task_id} ({role}) has other values than in {where}. `zarrcache diff` lists all "
+                f"{task_id} ({name}) has other values than in {where}. `zarrcache diff` lists all "
                 "differences; restore the data, or write another lock with `zarrcache lock`."
             )
 
@@ -261,9 +273,9 @@ class LockFile:
         """See `DataLock.check_split`."""
         self.lock.check_split(split, str(self.path))
 
-    def check_values(self, task_id: str, role: Role, values: NDArray[np.float32]) -> None:
+    def check_values(self, task_id: str, name: str, values: NDArray[np.float32] | None) -> None:
         """See `DataLock.check_values`."""
-        self.lock.check_values(task_id, role, values, str(self.path))
+        self.lock.check_values(task_id, name, values, str(self.path))
 
 
 def differences(first: DataLock, second: DataLock) -> Iterator[str]:
@@ -274,15 +286,18 @@ def differences(first: DataLock, second: DataLock) -> Iterator[str]:
             yield f"{key}: {safe_repr(one)}, then {safe_repr(other)}"
     yield from _id_differences(list(first.densities), list(second.densities))
     for task_id, pair in first.densities.items():
-        for role, one in pair.items():
-            other = second.densities.get(task_id, {}).get(role)
-            if other is None:
-                continue
-            if one.shape != other.shape:
+        others = second.densities.get(task_id)
+        if others is None:
+            continue
+        for name in dict.fromkeys([*pair, *others]):
+            one, other = pair.get(name), others.get(name)
+            if one is None or other is None:
+                yield f"{task_id} ({name}): only in the {'second' if one is None else 'first'}"
+            elif one.shape != other.shape:
                 grids = " and ".join("x".join(map(str, found.shape)) for found in (one, other))
-                yield f"{task_id} ({role}): grids {grids}"
+                yield f"{task_id} ({name}): grids {grids}"
             elif one.sha256 != other.sha256:
-                yield f"{task_id} ({role}): other values on the same grid"
+                yield f"{task_id} ({name}): other values on the same grid"
 
 
 def _id_differences(first: list[str], second: list[str]) -> Iterator[str]:

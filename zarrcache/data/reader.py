@@ -10,26 +10,37 @@ import contextlib
 import functools
 import heapq
 import itertools
+import json
 import logging
 import os
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zarrcache import _pages
 from zarrcache._keys import (
     FLOAT32,
     ROLES,
     ArrayKey,
+    Channel,
+    DensityType,
+    Missing,
     ObjectInfo,
     Role,
+    arrays_of,
+    check_density_type,
     check_task_id,
     density_array,
+    density_name,
     is_density,
+    safe_repr,
     units_of,
 )
 from zarrcache._units import format_bytes
@@ -38,13 +49,15 @@ from zarrcache.arrays import (
     choose,
     electrons_in,
     ends_of,
+    is_fetched_whole,
     kinds_of,
+    list_array,
     metadata_in,
     metadata_of,
     read_attributes,
     sources_of,
 )
-from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough, StoredAttributes
+from zarrcache.cache import CONTENTS, Cache, OnFlaws, Outcome, ReadThrough, StoredAttributes
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.lock import LockFile
 from zarrcache.data.observers import Read, ReadObserver
@@ -58,8 +71,9 @@ from zarrcache.data.splits import (
     read_split,
     split_ids,
 )
-from zarrcache.disk import CACHE_FAULTS, LazyGrid
+from zarrcache.disk import CACHE_FAULTS, LazyGrid, LazyStack
 from zarrcache.errors import (
+    ArrayNotFoundError,
     ConfigError,
     IncompleteArrayError,
     OriginNotFoundError,
@@ -78,6 +92,11 @@ __all__ = ["PairReader", "ZarrS3Reader", "distinct_directories", "open_reader"]
 logger = logging.getLogger(__name__)
 
 _GRIDS_COMPARED = 1000
+#: LISTs in flight while it is found out which materials lack a channel.
+_LISTERS = 32
+#: Sources that have to be fetched whole for that, above which a warning names the better way.
+_FEW_FETCHED = 50
+_OUTCOMES: tuple[Outcome, ...] = ("hit", "miss", "bypass")
 #: What the values of a density are divided by: see ``ZarrS3Reader``.
 Normalize = bool | Literal["points", "volume"]
 
@@ -87,6 +106,13 @@ class _Present(NamedTuple):
 
     ids: tuple[str, ...]
     missing: tuple[str, ...]
+
+
+class _Complete(NamedTuple):
+    """Ids that are split, and those left out because they lack a channel."""
+
+    ids: tuple[str, ...]
+    dropped: tuple[str, ...]
 
 
 class PairReader(ABC):
@@ -107,12 +133,13 @@ class PairReader(ABC):
         normalize: Normalize,
         train_fraction: float,
         random_state: int = 42,
-        density_type: str = "total",
+        density_type: DensityType = "total",
         s3_kwargs: dict[str, Any] | None = None,
         *,
         cache: CacheConfig | Mapping[str, Any] | None = None,
         source: str | Sequence[str] = "auto",
         split_file: str | os.PathLike[str] | None = None,
+        missing: Missing = "error",
     ) -> None:
         self.source = source
         self.split_file = split_file
@@ -125,6 +152,11 @@ class PairReader(ABC):
         self.normalize = normalize
         self.tf = train_fraction
         self.rs = random_state
+        if missing not in get_args(Missing):
+            raise ConfigError(
+                f"missing is {safe_repr(missing)}; it has to be 'error', 'zero' or 'drop'."
+            )
+        self.if_missing = missing
         self.density_type = density_type
         self.s3_kwargs = s3_kwargs or {}
         self._known_ids: dict[tuple[Path, str], _Present] = {}
@@ -169,7 +201,29 @@ class PairReader(ABC):
             cache=config.cache,
             source=config.source,
             split_file=config.split_file,
+            missing=config.missing,
         )
+
+    @property
+    def density_type(self) -> Any:
+        """A name, a tuple of those of several channels, or a dict of both roles to these."""
+        return self._density_type
+
+    @density_type.setter
+    def density_type(self, value: DensityType) -> None:
+        try:
+            self._density_type = check_density_type(value)
+        except ValueError as exc:
+            raise ConfigError(f"density_type: {exc}.") from None
+        self._arrays = arrays_of(self._density_type)
+        self._read_throughs: dict[tuple[Role, object], list[ReadThrough]] = {}
+        self._complete: dict[tuple[Path, str], _Complete] = {}
+        #: Whether a channel of a material is absent, by channel and task id, where that is known.
+        self._lacks: dict[Channel, dict[str, bool]] = defaultdict(dict)
+        names = {name for arrays in self._arrays.values() for name in arrays}
+        #: Whether materials may lack a channel.
+        self._has_optional = names != {density_array("total")}
+        self._fills = self._has_optional and self.if_missing == "zero"
 
     @abstractmethod
     def store_names(self, role: Role) -> Mapping[str, Any]:
@@ -186,7 +240,8 @@ class PairReader(ABC):
         Returns
         -------
         values : ndarray, shape (nx*ny*nz,), float32, C order
-            Writable and the caller's own. CHGCAR convention: density times cell volume, in
+            With several channels of shape (channels, nx*ny*nz). Writable and the caller's own.
+            CHGCAR convention: density times cell volume, in
             electrons, so ``values.mean()`` is the number of valence electrons; with ``normalize``
             it is ``values.sum()`` (VASP wiki, CHGCAR). With ``normalize="volume"`` the density
             itself, in electrons per cubic angstrom.
@@ -208,7 +263,7 @@ class PairReader(ABC):
         try:  # costs nothing while nothing is raised; this is the path of a warm hit
             values, gridsize = self._load(task_id, role)
             if self._lock is not None:
-                self._lock.check_values(task_id, role, values.reshape(gridsize))
+                self._check_values(task_id, role, values.reshape(-1, *gridsize))
             return values, gridsize
         except ZarrCacheError:
             raise
@@ -217,13 +272,27 @@ class PairReader(ABC):
                 raise ConfigError(f"role is {role!r}; it has to be 'data' or 'label'.") from None
             raise _as_our_error(exc, f"{task_id} ({role})") from exc
 
-    def open_grid(self, task_id: str, role: Role) -> LazyGrid:
+    def _check_values(self, task_id: str, role: Role, grids: NDArray[np.float32]) -> None:
+        """Compare the channels of one role with the lock."""
+        assert self._lock is not None
+        for array, values in zip(self._arrays[role], grids, strict=True):
+            is_absent = self._lacks[Channel(role, array)].get(task_id, False)
+            self._lock.check_values(
+                task_id, self.locked_as(role, array), None if is_absent else values
+            )
+
+    def locked_as(self, role: Role, array: str) -> str:
+        """Name of a channel in a lock file: the role, if it has one channel."""
+        return role if len(self._arrays[role]) == 1 else f"{role} {density_name(array)}"
+
+    def open_grid(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
         """One charge density, of which only the values that are used are read.
 
         ``grid[index]`` with any index of numpy is an array of the values that ``load`` has there.
         On a warm node only their pages of the entry are read, once its checksum is verified
         (``cache.verify``), and only they are decoded from float16 or bfloat16; ``bits:N`` is
         decoded whole. With ``cache.lock`` all values are read, to compare them with the lock.
+        With several channels its shape is (channels, nx, ny, nz).
 
         Raises
         ------
@@ -236,13 +305,11 @@ class PairReader(ABC):
             raise
         except Exception as exc:
             raise _as_our_error(exc, f"{task_id} ({role})") from exc
-        values, gridsize = self.load(task_id, role)
-        return LazyGrid(values.reshape(gridsize))
+        return _lazy(*self.load(task_id, role))
 
-    def _open(self, task_id: str, role: Role) -> LazyGrid:
+    def _open(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
         """As `open_grid` without a lock; it may raise what libraries raise."""
-        values, gridsize = self._load(task_id, role)
-        return LazyGrid(values.reshape(gridsize))
+        return _lazy(*self._load(task_id, role))
 
     @abstractmethod
     def _load(self, task_id: str, role: Role) -> Density:
@@ -255,33 +322,48 @@ class PairReader(ABC):
         )
 
     @property
-    def array(self) -> str:
-        """Name of the array that is read from each store."""
-        return density_array(self.density_type)
+    def arrays(self) -> dict[Role, tuple[str, ...]]:
+        """Names of the arrays of each role, in the order of the channels."""
+        return self._arrays
 
     @property
     def lock_settings(self) -> dict[str, Any]:
         """The settings that decide about samples and their values, as in a lock file."""
+        channels = {"missing": self.if_missing} if self._has_optional else {}
         return {
             "functional": self.functional,
-            "density_type": self.density_type,
+            "density_type": json.loads(json.dumps(self.density_type)),  # as a lock file has it
             "normalize_data": units_of(self.normalize),
             "train_fraction": self.tf,
             "random_state": self.rs,
+            **channels,
         }
 
     @property
     def task_ids(self) -> list[str]:
         """Ids of the functional that both directories have, in the map's order.
 
+        With ``missing="drop"`` without those that lack a channel.
+
         Raises
         ------
         ConfigError
-            The map file cannot be read, or the functional is not in it.
+            The map file cannot be read, or the functional is not in it; or some ids lack a channel,
+            with ``missing="error"``.
         OriginError
             A directory cannot be listed.
         """
+        return list(self._completed().ids)
+
+    @property
+    def stored_ids(self) -> list[str]:
+        """As `task_ids`, whatever channels they have."""
         return list(self._present().ids)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Ids that are left out of the split because they lack a channel (``missing="drop"``)."""
+        return self._completed().dropped
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -298,10 +380,12 @@ class PairReader(ABC):
             return [*split.train, *split.validation], [*split.test]
         if self._lock is not None:
             self._lock.check_split(None)
-        return split_ids(self._present().ids, self.tf, self.rs)
+        return split_ids(self._completed().ids, self.tf, self.rs)
 
     def all_ids(self) -> list[str]:
         """All ids of the map or file list, which have to have input and label, to be split.
+
+        With ``missing="drop"`` without those that lack a channel.
 
         Raises
         ------
@@ -330,6 +414,8 @@ class PairReader(ABC):
     def split_of_file(self, path: str | os.PathLike[str]) -> Split:
         """The split of a split file: lists of task ids, or of positions in the map.
 
+        With ``missing="drop"`` without those that lack a channel.
+
         Raises
         ------
         ConfigError
@@ -343,7 +429,14 @@ class PairReader(ABC):
         )
         if self._lock is not None:
             self._lock.check_split(split)
-        return split
+        dropped = frozenset(self._completed().dropped)
+        if not dropped:
+            return split
+        train, validation, test = (
+            tuple(id_ for id_ in part if id_ not in dropped)
+            for part in (split.train, split.validation, split.test)
+        )
+        return Split(train, validation, test)
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
         """Split into training and test sets; nothing is loaded yet.
@@ -396,10 +489,88 @@ class PairReader(ABC):
                     first_ids(missing),
                 )
             ids = tuple(id_ for id_ in wanted if id_ in data and id_ in label)
-            if self._lock is not None:
+            if self._lock is not None and not (self._has_optional and self.if_missing == "drop"):
                 self._lock.check(self.lock_settings, ids)
             self._known_ids[key] = _Present(ids, missing)
         return self._known_ids[key]
+
+    def _completed(self) -> _Complete:
+        """Ids that are split: those present, of which ``missing`` decides if they lack a channel.
+
+        Raises
+        ------
+        ConfigError
+            Some lack one, and they are neither to be filled nor dropped.
+        """
+        present = self._present().ids
+        if not self._has_optional:
+            return _Complete(present, ())
+        key = self.map_dir, self.functional
+        if key not in self._complete:
+            lacking = self.find_lacking(present)
+            dropped: tuple[str, ...] = ()
+            if lacking:
+                self._decide(lacking, len(present))
+                if self.if_missing == "drop":
+                    dropped = tuple(lacking)
+                    present = tuple(id_ for id_ in present if id_ not in lacking)
+            if self._lock is not None and self.if_missing == "drop":
+                self._lock.check(self.lock_settings, present)
+            uneven = self.uneven_channels(present)
+            if uneven:
+                first, *others = uneven.values()
+                more = f" {len(others)} more have such channels: {first_ids([*uneven][1:])}."
+                raise SchemaError(first + (more if others else ""))
+            self._complete[key] = _Complete(present, dropped)
+        return self._complete[key]
+
+    def _decide(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> None:
+        """Raise, or say in a warning what becomes of materials that lack a channel."""
+        names = ", ".join(
+            dict.fromkeys(
+                f"{density_name(channel.array)} ({channel.role})"
+                for channels in lacking.values()
+                for channel in channels
+            )
+        )
+        found = f"{len(lacking)} of {count} materials lack {names}: {first_ids([*lacking])}"
+        where = " or ".join(dict.fromkeys(self._urls()))
+        if self.if_missing == "error":
+            raise ConfigError(
+                f"{found}. They are in {where}. Set missing: zero, which fills the channel with "
+                "zeros, or missing: drop, which leaves these materials out; or remove them from "
+                f"{self.map_dir}. If they were converted again (zarrcache convert --diff), run "
+                "`zarrcache warm`."
+            )
+        if self.if_missing == "drop":
+            logger.warning("%s. They are left out of the split (missing: drop).", found)
+            return
+        empty = [
+            id_
+            for id_, channels in lacking.items()
+            if any(
+                {channel.array for channel in channels if channel.role == role} >= {*arrays}
+                for role, arrays in self._arrays.items()
+            )
+        ]
+        if empty:
+            raise ConfigError(
+                f"{len(empty)} of {count} materials have no channel at all of input or label, so "
+                f"the grid that missing: zero would fill is unknown: {first_ids(empty)}. They are "
+                f"in {where}. Set missing: drop, or add total to density_type."
+            )
+        logger.warning("%s. These channels are zero (missing: zero).", found)
+
+    def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
+        """Which channels the materials lack, by task id; those that lack none are left out.
+
+        Empty for a reader that finds out only when it reads them.
+        """
+        return {}
+
+    def uneven_channels(self, task_ids: Iterable[str]) -> dict[str, str]:
+        """Errors of materials whose channels are cached and on different grids, by task id."""
+        return {}
 
     def _urls(self) -> tuple[str, str]:
         """URLs of input and label, for messages."""
@@ -437,8 +608,11 @@ class ZarrS3Reader(PairReader):
         0 to 1, or a number of materials: ``train_size`` of scikit-learn's ``train_test_split``;
         1.0 leaves no test set.
     random_state : int
-    density_type : str
-        ``total`` or ``diff``; selects the array ``charge_density_{density_type}``.
+    density_type : str, sequence of str, or mapping
+        ``total`` or ``diff``, the arrays ``charge_density_total`` and ``charge_density_diff`` of a
+        store, or the name of another array, for example of the ELF. Several, ``["total", "diff"]``,
+        are the channels of a sample, in this order. ``{"data": "total", "label": ["total",
+        "diff"]}`` where input and label differ.
     s3_kwargs : dict, optional
         As ``s3fs.S3FileSystem`` takes them.
     cache : CacheConfig or mapping, optional
@@ -450,11 +624,15 @@ class ZarrS3Reader(PairReader):
     split_file : path, optional
         JSON of task ids or of positions in the map: ``{"train": [...], "validation": [...],
         "test": [...]}``. Replaces ``train_fraction`` and ``random_state``.
+    missing : {"error", "zero", "drop"}
+        What becomes of materials that lack a channel, decided before they are split: an error that
+        names them; zeros in that channel; or they are left out of the split.
 
     Raises
     ------
     ConfigError
-        ``cache`` (also its token file or lower layer) or ``s3_kwargs`` cannot be used.
+        ``density_type`` or ``missing`` has another value; ``cache`` (also its token file or lower
+        layer) or ``s3_kwargs`` cannot be used.
 
     Attributes
     ----------
@@ -481,7 +659,6 @@ class ZarrS3Reader(PairReader):
             "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
         }
         self._checked = SharedSet()
-        self._read_throughs: dict[tuple[Role, str, object], ReadThrough] = {}
         self._store_names: dict[Role, dict[str, str]] = {}
         self._observers: tuple[ReadObserver, ...] = ()
         self._has_compared_grids = False
@@ -518,7 +695,7 @@ class ZarrS3Reader(PairReader):
             "density_type": self.density_type,
         }
         if self._known_ids:
-            rows["materials"] = f"{len(self.task_ids):,}, {len(self.missing):,} missing"
+            rows["materials"] = f"{len(self.stored_ids):,}, {len(self.missing):,} missing"
         rows["cache"] = "none" if config is None else config.dir
         if config is not None:
             rows["limit"] = format_bytes(config.limit)
@@ -556,11 +733,10 @@ class ZarrS3Reader(PairReader):
                 sizes = self.stored()
             except CACHE_FAULTS:  # counted and logged by the first read
                 return train, test
-            both = sizes["data"].keys() & sizes["label"].keys()
+            data, label = (sizes[channel] for channel in self._first_channels)
+            both = data.keys() & label.keys()
             unequal = self.unequal_grids(
-                id_
-                for id_ in self.task_ids
-                if id_ in both and sizes["data"][id_] != sizes["label"][id_]
+                id_ for id_ in self.task_ids if id_ in both and data[id_] != label[id_]
             )
             if unequal:
                 logger.warning(
@@ -583,7 +759,7 @@ class ZarrS3Reader(PairReader):
         """
         found = []
         for id_ in itertools.islice(candidates, _GRIDS_COMPARED):
-            shapes = {self._cache.stored_shape(self.key(id_, role)) for role in ROLES}
+            shapes = {self._cache.stored_shape(self.key(id_, *one)) for one in self._first_channels}
             if len(shapes - {None}) > 1:
                 found.append(id_)
         return found
@@ -602,18 +778,18 @@ class ZarrS3Reader(PairReader):
             sizes = self.stored()
         except CACHE_FAULTS:  # counted and logged by the first read
             return
-        data, label = sizes["data"], sizes["label"]
+        data, label = (sizes[channel] for channel in self._first_channels)
         ids = [id_ for id_ in task_ids if id_ in data and id_ in label]
         unequal = [id_ for id_ in ids if data[id_] != label[id_]]
         smallest = heapq.nsmallest(most, ids, key=data.__getitem__)
         for id_ in itertools.islice(dict.fromkeys([*unequal[: most // 2], *smallest]), most):
-            shapes = [self._cache.stored_shape(self.key(id_, role)) for role in ROLES]
+            shapes = [self._cache.stored_shape(self.key(id_, *one)) for one in self._first_channels]
             if shapes[0] is not None and shapes[1] is not None:
                 yield id_, shapes[0], shapes[1]
 
     def relist(self) -> None:
         """List both directories at the origin now, and store the listings for offline runs."""
-        self._known_ids.clear()
+        self._forget_ids()
         self._store_names = {role: self._list(role) for role in ROLES}
 
     def relist_unless_known(self, task_ids: Iterable[str]) -> None:
@@ -626,13 +802,197 @@ class ZarrS3Reader(PairReader):
                 self.relist()
                 return
             known[role] = names
-        self._known_ids.clear()
+        self._forget_ids()
         self._store_names = known
+
+    def _forget_ids(self) -> None:
+        self._known_ids.clear()
+        self._complete.clear()
+        self._lacks.clear()
 
     @property
     def roles(self) -> tuple[Role, ...]:
         """``("data", "label")``, or ``("data",)`` if both are the same directory."""
         return ROLES[: len(distinct_directories(self._origins))]
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """What a sample is made of; each array once if both directories are the same."""
+        places = {self.column(role, array): None for role, array in self.reads}
+        return tuple(places)
+
+    @property
+    def reads(self) -> tuple[Channel, ...]:
+        """The reads of a sample, in their order: the channels of its input, then of its label."""
+        return tuple(Channel(role, array) for role in ROLES for array in self._arrays[role])
+
+    def column(self, role: Role, array: str) -> Channel:
+        """The channel of the same entries: input and label of one directory share them."""
+        return Channel(role if len(self.roles) > 1 else "data", array)
+
+    def is_optional(self, role: Role, array: str) -> bool:
+        """Whether materials may lack a channel: not the total density alone, as ever."""
+        total = (density_array("total"),)
+        return any(
+            array in arrays and arrays != total and self.column(of, array).role == role
+            for of, arrays in self._arrays.items()
+        )
+
+    def known_lacking(self) -> dict[Channel, set[str]]:
+        """Ids that lack a channel, by channel, as far as the stored contents of the directories
+        say. Sends no request if these are stored.
+        """
+        found = {}
+        for channel in self.channels:
+            if self.is_optional(*channel):
+                known = self._contents(channel.role).get(channel.array, {})
+                names = self.store_names(channel.role)
+                found[channel] = {id_ for id_, name in names.items() if known.get(name) == 0}
+        return found
+
+    @property
+    def _first_channels(self) -> tuple[Channel, Channel]:
+        data, label = (Channel(role, self._arrays[role][0]) for role in ROLES)
+        return data, label
+
+    def lacks(self, task_id: str, role: Role, array: str) -> bool:
+        """Whether a channel of a material is filled with zeros, because the origin lacks it."""
+        if not self._fills:
+            return False
+        of_channel = self._lacks[Channel(role, array)]
+        if task_id not in of_channel:
+            self.find_lacking([task_id])
+        return of_channel.get(task_id, False)
+
+    def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
+        """Which channels the materials lack, by task id; those that lack none are left out.
+
+        What is cached is there. Others are known from the stored contents of the directory, if
+        stored listings are used, or found out by a LIST per store and array; zipped stores and
+        files are fetched, into the cache if there is one. The result is stored.
+
+        Raises
+        ------
+        OriginError, SchemaError, IncompleteArrayError
+            It cannot be found out.
+        """
+        ids = list(task_ids)
+        lacking: dict[str, list[Channel]] = defaultdict(list)
+        for channel in self.reads:
+            if self._arrays[channel.role] == (density_array("total"),):
+                continue  # a material without it is damaged: an error of its read
+            of_channel = self._lacks[channel]
+            unknown = [id_ for id_ in ids if id_ not in of_channel]
+            if unknown:
+                of_channel.update(self._find_absent(self.column(*channel), unknown))
+            for id_ in ids:
+                if of_channel[id_]:
+                    lacking[id_].append(channel)
+        return {id_: lacking[id_] for id_ in ids if id_ in lacking}
+
+    def _find_absent(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+        """Whether materials lack a channel; what only the origin knows is stored."""
+        role, array = channel
+        found: dict[str, bool] = {}
+        if self._trusts_entries:
+            found = dict.fromkeys(self._cached_ids(channel, ids), False)
+            known = self._contents(role).get(array, {})
+            names = self.store_names(role)
+            for id_ in ids:
+                if id_ not in found and (name := names.get(id_)) in known:
+                    found[id_] = not known[name]
+        unknown = [id_ for id_ in ids if id_ not in found]
+        if unknown:
+            fetched = sum(is_fetched_whole(self.store_name(id_, role)) for id_ in unknown)
+            if fetched > _FEW_FETCHED:
+                logger.warning(
+                    "reading %d files and zipped stores of %s to find out which have %s; "
+                    "`zarrcache warm` does that in several processes and keeps the result",
+                    fetched,
+                    self._origins[role].url,
+                    density_name(array),
+                )
+            asked = self._ask(channel, unknown)
+            self.note_lacking({channel: asked})
+            found |= asked
+        return found
+
+    def _cached_ids(self, channel: Channel, ids: Sequence[str]) -> Collection[str]:
+        """Those of ``ids`` whose density is in the array tier."""
+        try:
+            if len(ids) == 1:
+                key = self.key(ids[0], *channel)
+                return ids if self._cache.lookup(key.digest) is not None else ()
+            return self._stored_of(channel.array)[channel].keys() & ids
+        except CACHE_FAULTS:  # counted and logged by the first read
+            return ()
+
+    def uneven_channels(self, task_ids: Iterable[str]) -> dict[str, str]:
+        """Errors of materials whose channels are cached and on different grids, by task id.
+
+        Sends no request. Reads the headers of up to 1,000 materials whose entries differ in size.
+        """
+        several = [role for role in ROLES if len(self._arrays[role]) > 1]
+        if not several or not self._trusts_entries:
+            return {}
+        try:
+            stored = self.stored()
+        except CACHE_FAULTS:  # counted and logged by the first read
+            return {}
+        ids = list(task_ids)
+        found: dict[str, str] = {}
+        for role in several:
+            sizes = [stored[Channel(role, array)] for array in self._arrays[role]]
+            candidates = (id_ for id_ in ids if len({of.get(id_) for of in sizes} - {None}) > 1)
+            for id_ in itertools.islice(candidates, _GRIDS_COMPARED):
+                shapes = [
+                    self._cache.stored_shape(self.key(id_, role, array))
+                    for array in self._arrays[role]
+                ]
+                try:
+                    self._one_shape(self.store_name(id_, role), role, shapes)
+                except SchemaError as exc:
+                    found[id_] = str(exc)
+        return found
+
+    def _ask(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+        """Ask the origin whether materials lack a channel, many at once."""
+        role, array = channel
+        origin = self._origins[role]
+
+        def is_absent(id_: str) -> bool:
+            store = self.store_name(id_, role)
+            try:
+                if is_fetched_whole(store):
+                    self.ensure(id_, role, array)
+                else:
+                    list_array(origin, store, array)
+            except ArrayNotFoundError:
+                return True
+            return False
+
+        with ThreadPoolExecutor(_LISTERS) as pool:
+            try:
+                return dict(zip(ids, pool.map(is_absent, ids), strict=True))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def note_lacking(self, found: Mapping[Channel, Mapping[str, bool]]) -> None:
+        """Store which channels materials lack (True) or have, for runs without the origin."""
+        for role in self.roles:
+            of_role = {array: ids for (of, array), ids in found.items() if of == role and ids}
+            if not of_role:
+                continue
+            contents, names = self._contents(role), self.store_names(role)
+            for array, ids in of_role.items():
+                known = {names[id_]: int(not lacks) for id_, lacks in ids.items() if id_ in names}
+                contents[array] = {**contents.get(array, {}), **known}
+            self._cache.store_listing(self._origins[role], CONTENTS, contents)
+
+    def _contents(self, role: Role) -> dict[str, dict[str, int]]:
+        """Which stores of a directory have an array (1) or lack it (0), where that is known."""
+        stored = self._cache.stored_listing(self._origins[role], CONTENTS)
+        return dict(stored) if isinstance(stored, dict) else {}
 
     @property
     def _trusts_entries(self) -> bool:
@@ -665,38 +1025,132 @@ class ZarrS3Reader(PairReader):
     def _load(self, task_id: str, role: Role) -> Density:
         if self._observers:
             return self._load_observed(task_id, role)
-        values, _ = self._densities(role).read(self.store_name(task_id, role))
-        return _flat(values)
+        channels = self._densities(role)
+        if len(channels) == 1:  # as in `_read`; a call less
+            values, _ = channels[0].read(self.store_name(task_id, role))
+            return _flat(values)
+        return self._read(task_id, role)[0]
 
-    def _open(self, task_id: str, role: Role) -> LazyGrid:
+    def _read(self, task_id: str, role: Role) -> tuple[Density, Outcome]:
+        """All channels of one role."""
+        channels, store = self._densities(role), self.store_name(task_id, role)
+        if len(channels) == 1:
+            values, outcome = channels[0].read(store)
+            return _flat(values), outcome
+        grids: list[NDArray[np.float32] | None] = []
+        outcomes = []
+        for array, densities in zip(self._arrays[role], channels, strict=True):
+            if self.lacks(task_id, role, array):
+                grids.append(None)
+                continue
+            grid, outcome = densities.read(store)
+            grids.append(grid)
+            outcomes.append(outcome)
+        shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
+        values = _pages.empty((len(grids), *shape), np.float32)
+        for channel, values_of in zip(values, grids, strict=True):
+            channel[...] = 0 if values_of is None else values_of
+        return (values.reshape(len(grids), -1), shape), max(outcomes, key=_OUTCOMES.index)
+
+    def _one_shape(
+        self, store: str, role: Role, shapes: Sequence[tuple[int, ...] | None]
+    ) -> tuple[int, int, int]:
+        """The grid that the channels of a material share.
+
+        Raises
+        ------
+        SchemaError
+            They are on different grids, or all are absent.
+        """
+        known = {
+            density_name(array): shape
+            for array, shape in zip(self._arrays[role], shapes, strict=True)
+            if shape is not None
+        }
+        grids = set(known.values())
+        url = self._origins[role].url_of(store)
+        if len(grids) > 1:
+            named = ", ".join(f"{name} has {'x'.join(map(str, n))}" for name, n in known.items())
+            raise SchemaError(
+                f"{url}: the channels of a sample are on different grids: {named}. Convert the "
+                "store again, leave the material out of the map, or set density_type to one of "
+                "them."
+            )
+        if not grids:
+            raise ArrayNotFoundError(
+                f"{url} has none of {', '.join(map(density_name, self._arrays[role]))}, so the "
+                "grid that missing: zero would fill is unknown. Leave the material out."
+            )
+        nx, ny, nz = grids.pop()
+        return nx, ny, nz
+
+    def _open(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
         if self._observers:
             return super()._open(task_id, role)
-        grid, _ = self._densities(role).open(self.store_name(task_id, role))
-        return grid
+        channels, store = self._densities(role), self.store_name(task_id, role)
+        if len(channels) == 1:
+            return channels[0].open(store)[0]
+        grids = [
+            None if self.lacks(task_id, role, array) else densities.open(store)[0]
+            for array, densities in zip(self._arrays[role], channels, strict=True)
+        ]
+        shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
+        zeros = LazyGrid(np.broadcast_to(np.float32(0), shape))
+        return LazyStack(tuple(zeros if grid is None else grid for grid in grids))
 
-    def _densities(self, role: Role) -> ReadThrough:
-        """The read path of one directory. Created once per setting of the attributes."""
-        key = role, self.density_type, self.normalize
+    def _densities(self, role: Role) -> list[ReadThrough]:
+        """The read paths of the channels. Created once per setting of the attributes."""
+        key = role, self.normalize
         found = self._read_throughs.get(key)
         if found is None:
-            found = self._read_throughs[key] = ReadThrough(
-                self._cache,
-                self._checked,
-                self._origins[role],
-                self.array,
-                units=units_of(self.normalize),
-            )
+            found = self._read_throughs[key] = [
+                ReadThrough(
+                    self._cache,
+                    self._checked,
+                    self._origins[role],
+                    array,
+                    units=units_of(self.normalize),
+                )
+                for array in self._arrays[role]
+            ]
         return found
+
+    def _density(self, role: Role, array: str | None = None) -> ReadThrough:
+        """The read path of one channel. Default: the first one."""
+        if array is None:
+            return self._densities(role)[0]
+        for of in (role, *ROLES):  # one directory may be that of both
+            if array in self._arrays[of]:
+                return self._densities(of)[self._arrays[of].index(array)].at(self._origins[role])
+        raise ConfigError(
+            f"{safe_repr(array)} is not among the arrays of this reader: {self._arrays}."
+        )
+
+    def load_channel(self, task_id: str, role: Role, array: str) -> Density | None:
+        """One channel of a density, as `load` returns those of one channel; None if it is absent
+        and filled with zeros.
+
+        Raises
+        ------
+        As `load`.
+        """
+        with _only_our_errors(f"{task_id} ({role})"):
+            if self.lacks(task_id, role, array):
+                return None
+            values, _ = self._density(role, array).read(self.store_name(task_id, role))
+            if self._lock is not None:
+                self._lock.check_values(task_id, self.locked_as(role, array), values)
+            return _flat(values)
 
     def _load_observed(self, task_id: str, role: Role) -> Density:
         start_s = time.perf_counter()
         for observer in self._observers:
             observer.read_started(task_id, role)
-        values, outcome = self._densities(role).read(self.store_name(task_id, role))
+        (values, gridsize), outcome = self._read(task_id, role)
         read = Read(task_id, role, outcome, values.nbytes, time.perf_counter() - start_s)
         for observer in self._observers:
             observer.read_finished(read)
-        return _flat(values)
+        return values, gridsize
 
     def observe(self, observer: ReadObserver) -> None:
         """Call ``observer`` for every density that ``load`` reads from now on.
@@ -713,6 +1167,7 @@ class ZarrS3Reader(PairReader):
         self,
         task_id: str,
         role: Role,
+        array: str | None = None,
         *,
         reserve: Callable[[int], object] | None = None,
         on_flaws: OnFlaws | None = None,
@@ -726,6 +1181,8 @@ class ZarrS3Reader(PairReader):
         ----------
         task_id : str
         role : {"data", "label"}
+        array : str, optional
+            Of a channel. Default: that of the first one.
         reserve : callable, optional
             Called before memory is allocated, with the bytes of the objects, then with those of the
             array. It may wait.
@@ -749,7 +1206,7 @@ class ZarrS3Reader(PairReader):
         with _only_our_errors(f"{task_id} ({role})"):
             store = self.store_name(task_id, role)
             found: list[StoredAttributes] = []
-            values, outcome = self._densities(role).read(
+            values, outcome = self._density(role, array).read(
                 store,
                 revalidate=True,
                 reserve=reserve,
@@ -757,41 +1214,59 @@ class ZarrS3Reader(PairReader):
                 on_attributes=found.append if keeps_attributes else None,
             )
             if keeps_attributes and outcome != "bypass":
-                self._keep_attributes(self._origins[role], store, *found)
+                self._keep_attributes(
+                    self._origins[role], store, array or self._arrays[role][0], *found
+                )
             if self._lock is not None:
-                self._lock.check_values(task_id, role, values)
+                channel = self.column(role, array or self._arrays[role][0])
+                for one in self.reads:
+                    if self.column(*one) == channel:
+                        self._lock.check_values(task_id, self.locked_as(*one), values)
         if outcome != "hit" and self._cache.arrays is not None:
             # Metadata and crops have to be of the same version, so list the store again.
             self._cache.forget_listing(self._origins[role], store)
         return outcome, values.nbytes
 
-    def key(self, task_id: str, role: Role) -> ArrayKey:
-        """Identity of a density's entry in the array tier."""
-        return self._densities(role).key(self.store_name(task_id, role))
+    def key(self, task_id: str, role: Role, array: str | None = None) -> ArrayKey:
+        """Identity of a density's entry in the array tier. Default: of the first channel."""
+        return self._density(role, array).key(self.store_name(task_id, role))
 
     def origin(self, role: Role) -> Origin:
         """The directory of one role."""
         return self._origins[role]
 
-    def stored(self, *, in_float32: bool = False) -> dict[Role, dict[str, int]]:
-        """Bytes on disk of the densities in the array tier, by role and task id, as last listed.
+    def stored(self, *, in_float32: bool = False) -> dict[Channel, dict[str, int]]:
+        """Bytes on disk of the densities in the array tier, by channel and task id, as last listed.
 
         Parameters
         ----------
         in_float32 : bool
             Those in float32, which the next read encodes if ``cache.arrays.encoding`` is another.
         """
-        listings = {
-            role: (origin, self.store_names(role)) for role, origin in self._origins.items()
-        }
-        array = self._densities("data").stored_as
+        found: dict[Channel, dict[str, int]] = {}
+        for name in dict.fromkeys(channel.array for channel in self.reads):
+            found |= self._stored_of(name, in_float32=in_float32)
+        return found
+
+    def _stored_of(self, name: str, *, in_float32: bool = False) -> dict[Channel, dict[str, int]]:
+        """`stored` of one array."""
+        roles = [role for role in ROLES if name in self._arrays[role]]
+        listings = {role: (self._origins[role], self.store_names(role)) for role in roles}
+        array = self._density(roles[0], name).stored_as
         if in_float32 and (exact := ArrayKey("", "", array).exact) is not None:
             array = exact.array
-        return self._cache.stored_densities(array, listings)
+        of_roles = self._cache.stored_densities(array, listings)
+        found = {Channel(role, name): sizes for role, sizes in of_roles.items()}
+        if len(self.roles) == 1:  # `channels` has it under the first role
+            found[Channel("data", name)] = of_roles[roles[0]]
+        return found
 
-    def listing(self, task_id: str, role: Role) -> list[ObjectInfo]:
-        """List one density at the origin now: keys, sizes, ETags. One LIST."""
-        return self._densities(role).listing(self.store_name(task_id, role))
+    def listing(self, task_id: str, role: Role, array: str | None = None) -> list[ObjectInfo]:
+        """List one density at the origin now: keys, sizes, ETags. One LIST.
+
+        Default: of the first channel.
+        """
+        return self._density(role, array).listing(self.store_name(task_id, role))
 
     @property
     def stats(self) -> Stats:
@@ -850,7 +1325,7 @@ class ZarrS3Reader(PairReader):
         return group_of(store)
 
     def read_charge_density(self, zarr_store: zarr.Group) -> Density:
-        """The density of an open store, as ``load``.
+        """The density of an open store, as ``load``; the first channel of the input.
 
         Parameters
         ----------
@@ -868,7 +1343,7 @@ class ZarrS3Reader(PairReader):
         """
         from zarrcache.cache import CachedStore
 
-        store, densities = zarr_store.store, self._densities("data")
+        store, densities = zarr_store.store, self._density("data")
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
         with _only_our_errors(where):
             if isinstance(store, CachedStore) and not zarr_store.path:
@@ -949,7 +1424,7 @@ class ZarrS3Reader(PairReader):
         stored = self._stored_attributes(origin, store)
         if stored is None:
             stored = StoredAttributes(*read_attributes(origin, store))
-            if self._trusts_entries and self._densities("data").at(origin).is_outdated(store):
+            if self._trusts_entries and self._density("data").at(origin).is_outdated(store):
                 raise IncompleteArrayError(
                     f"{origin.url_of(store)} has changed since its density was cached, so its "
                     "attributes are of another version. Run `zarrcache warm --revalidate`."
@@ -977,7 +1452,9 @@ class ZarrS3Reader(PairReader):
             nbytes += packs.needed_bytes(origin, wanted)
         return nbytes
 
-    def _keep_attributes(self, origin: Origin, store: str, *found: StoredAttributes) -> None:
+    def _keep_attributes(
+        self, origin: Origin, store: str, array: str, *found: StoredAttributes
+    ) -> None:
         """Store the attributes that were found with a density; read them if there are none yet."""
         packs = self._cache.attributes
         if packs is None:
@@ -987,7 +1464,7 @@ class ZarrS3Reader(PairReader):
                 packs.put(origin, store, stored)
                 return
             packs.renew(origin, store, stored)  # those of the last version are not its own
-            if is_density(self.array):
+            if is_density(array):
                 return  # they were read, and there are none
         if packs.get(origin, store) is None:
             stored = StoredAttributes(*read_attributes(origin, store))
@@ -1020,6 +1497,13 @@ def _only_our_errors(what: str) -> Iterator[None]:
         raise
     except Exception as exc:
         raise _as_our_error(exc, what) from exc
+
+
+def _lazy(values: NDArray[np.float32], gridsize: tuple[int, int, int]) -> LazyGrid | LazyStack:
+    """A density in memory as `PairReader.open_grid` returns it."""
+    if values.ndim == 1:
+        return LazyGrid(values.reshape(gridsize))
+    return LazyStack(tuple(LazyGrid(channel.reshape(gridsize)) for channel in values))
 
 
 def _flat(values: NDArray[np.float32]) -> Density:

@@ -14,6 +14,7 @@ from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, open_entries
 from zarrcache.disk.encoding import (
     LazyGrid,
+    LazyStack,
     expected_bytes,
     is_within,
     single_threaded_blosc,
@@ -72,6 +73,7 @@ __all__ = [
     "Index",
     "Intent",
     "LazyGrid",
+    "LazyStack",
     "Place",
     "Row",
     "SingleFlight",

@@ -35,6 +35,7 @@ from zarrcache._keys import FLOAT32, mantissa_bits
 
 __all__ = [
     "LazyGrid",
+    "LazyStack",
     "StoredAs",
     "decode",
     "encode",
@@ -152,6 +153,58 @@ class LazyGrid:
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
         return self.decoded(np.array(self.stored[index], order="C"))
+
+
+@dataclass(frozen=True, slots=True)
+class LazyStack:
+    """Grids of one shape as one array with an axis more, the first one; read as `LazyGrid`.
+
+    Attributes
+    ----------
+    channels : tuple of LazyGrid
+    """
+
+    channels: tuple[LazyGrid, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, and points per axis."""
+        return (len(self.channels), *self.channels[0].shape)
+
+    def view(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> LazyStack:
+        """As `LazyGrid.view`; ``change`` is called with each channel, and leaves other axes than
+        the last three alone.
+        """
+        return LazyStack(tuple(channel.view(change) for channel in self.channels))
+
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        """What the whole array has there. An index that begins with a number or a slice reads
+        nothing else; any other reads the whole array.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        first = index[0] if index else ...
+        if isinstance(first, (int, np.integer)) and not isinstance(first, bool):
+            return self.channels[first].view(_with_axis)[0, *index[1:]]
+        chosen = range(len(self.channels))[first] if isinstance(first, slice) else ()
+        if not chosen:
+            whole = np.stack([channel[...] for channel in self.channels])
+            return np.asarray(whole[index], np.float32)
+        part = slice(None), *index[1:]
+        parts = [self.channels[number].view(_with_axis)[part] for number in chosen]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, _first_axis(self.shape, part))
+
+
+def _with_axis(grid: NDArray[Any]) -> NDArray[Any]:
+    return grid[np.newaxis]
+
+
+def _first_axis(shape: tuple[int, ...], index: tuple[Any, ...]) -> int:
+    """Where the first axis of an array of this shape is in what ``index`` takes of it.
+
+    Arrays of indices that are not side by side move their axes to the front.
+    """
+    shapes = [np.broadcast_to(np.uint8(0), (n, *shape[1:]))[index].shape for n in (1, 2)]
+    return next(axis for axis, pair in enumerate(zip(*shapes, strict=True)) if len({*pair}) > 1)
 
 
 def stored_layout(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import ROLES, Role, units_of
+from zarrcache._keys import ROLES, Channel, Role, density_array, density_name, units_of
 from zarrcache.config import DataConfig
 from zarrcache.data import ZarrS3Reader, crc_of, open_reader
 from zarrcache.errors import ZarrCacheError
@@ -116,13 +116,13 @@ class _Density:
     gridsize: tuple[int, ...]
     nbytes: int
     electrons: float | None  # None if unknown
-    fingerprint: tuple[object, ...]
+    fingerprint: tuple[object, ...] | None  # None if it is no sign of a duplicate
 
 
 @dataclass(slots=True)
 class _Pair:
     task_id: str
-    densities: dict[Role, _Density] = field(default_factory=dict)
+    densities: dict[Channel, _Density] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -152,16 +152,17 @@ def audit(
     reader = open_reader(config)
     task_ids = all_pairs(reader) if ids is None else list(dict.fromkeys(ids))
     findings: list[Finding] = []
-    by_values: dict[tuple[Role, tuple[object, ...]], list[str]] = defaultdict(list)
+    by_values: dict[tuple[Channel, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0
     # numpy and the file system release the GIL; one thread per core reads at the disk's speed.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         try:
             for done, pair in enumerate(pool.map(lambda id_: _examine(reader, id_), task_ids), 1):
                 findings += pair.findings
-                for role, density in pair.densities.items():
+                for channel, density in pair.densities.items():
                     nbytes += density.nbytes
-                    by_values[role, density.fingerprint].append(pair.task_id)
+                    if density.fingerprint is not None:
+                        by_values[channel, density.fingerprint].append(pair.task_id)
                 if progress is not None:
                     progress(done, len(task_ids))
         finally:
@@ -174,29 +175,53 @@ def audit(
 
 def _examine(reader: ZarrS3Reader, task_id: str) -> _Pair:
     pair = _Pair(task_id)
-    for role in ROLES:
+    for channel in reader.reads:
         try:
-            values, gridsize = reader.load(task_id, role)
+            found = reader.load_channel(task_id, *channel)
         except ZarrCacheError as exc:
-            pair.findings.append(Finding("unreadable", task_id, role, str(exc)))
+            pair.findings.append(Finding("unreadable", task_id, channel.role, str(exc)))
             continue
-        _density(reader, pair, role, values, gridsize)
-    if len(pair.densities) == len(ROLES):
-        pair.findings += _compare(task_id, *(pair.densities[role] for role in ROLES))
+        if found is not None:  # else it is filled with zeros
+            _density(reader, pair, channel, *found)
+    sides = [
+        [density for channel, density in pair.densities.items() if channel.role == role]
+        for role in ROLES
+    ]
+    for role, side in zip(ROLES, sides, strict=True):
+        for other in side[1:]:
+            if other.gridsize != side[0].gridsize:
+                grids = " and ".join("x".join(map(str, one.gridsize)) for one in (side[0], other))
+                pair.findings.append(
+                    Finding("grids", task_id, role, f"the grids of its channels are {grids}")
+                )
+    if all(sides):
+        pair.findings += _compare(task_id, *map(_known_electrons_first, sides))
     return pair
 
 
+def _known_electrons_first(channels: Sequence[_Density]) -> _Density:
+    """The total density among the channels of one role, which stands for all."""
+    return next((one for one in channels if one.electrons is not None), channels[0])
+
+
 def _density(
-    reader: ZarrS3Reader, pair: _Pair, role: Role, values: NDArray[np.float32], gridsize: Any
+    reader: ZarrS3Reader,
+    pair: _Pair,
+    channel: Channel,
+    values: NDArray[np.float32],
+    gridsize: Any,
 ) -> None:
     """Examine one density by itself."""
+    role, array = channel
+    is_total = array == density_array("total")
+    prefix = "" if len(reader.arrays[role]) == 1 else f"{density_name(array)}: "
     points = int(np.prod(gridsize))
     total = float(values.sum(dtype=np.float64))
 
     def found(kind: str, what: str, severity: float = 0.0) -> None:
-        pair.findings.append(Finding(kind, pair.task_id, role, what, severity))
+        pair.findings.append(Finding(kind, pair.task_id, role, prefix + what, severity))
 
-    density = pair.densities[role] = _Density(
+    density = pair.densities[channel] = _Density(
         tuple(gridsize), values.nbytes, None, (tuple(gridsize), crc_of(values), total)
     )
     if not np.isfinite(total):
@@ -205,10 +230,13 @@ def _density(
             found("not finite", f"{bad} of {points} values are NaN or infinite", bad / points)
             return
     low, high = float(values.min()), float(values.max())
+    if low == high == 0 and len(reader.arrays[role]) > 1 and not is_total:
+        density.fingerprint = None  # a spin density of a material without spin
+        return
     if low == high:
         found("constant", f"all {points} values are {low:g}")
         return
-    if reader.density_type != "total":
+    if not is_total:
         return  # a spin density has both signs, and any sum
     negative = float(np.minimum(values, 0).sum(dtype=np.float64))
     share = -negative / max(abs(total), 1e-300)
@@ -255,12 +283,12 @@ def _compare(task_id: str, data: _Density, label: _Density) -> Iterator[Finding]
 
 
 def _duplicates(
-    by_values: Mapping[tuple[Role, tuple[object, ...]], list[str]],
+    by_values: Mapping[tuple[Channel, tuple[object, ...]], list[str]],
 ) -> Iterator[Finding]:
-    for (role, _), task_ids in by_values.items():
+    for (channel, _), task_ids in by_values.items():
         first, *others = task_ids
         for other in others:
-            yield Finding("duplicate", other, role, f"it has the values of {first}")
+            yield Finding("duplicate", other, channel.role, f"it has the values of {first}")
 
 
 def _electrons(

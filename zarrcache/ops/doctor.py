@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from zarrcache._keys import ROLES, ArrayKey, Role, density_array, is_density, units_of
+from zarrcache._keys import ROLES, ArrayKey, Role, arrays_of, is_density, units_of
 from zarrcache._units import format_bytes
 from zarrcache.arrays import (
     cell_volume,
@@ -44,6 +44,7 @@ from zarrcache.disk import (
     write_entry,
 )
 from zarrcache.errors import (
+    ArrayNotFoundError,
     ConfigError,
     IncompleteArrayError,
     OriginNotFoundError,
@@ -336,6 +337,56 @@ def _electrons(
     return Finding(name, "ok", f"{store} {array} holds the number that its metadata states")
 
 
+def _array(
+    config: DataConfig,
+    role: Role,
+    origin: Origin,
+    store: str,
+    array: str,
+    listed: list[ObjectInfo],
+    start_s: float,
+) -> Iterator[Finding]:
+    """Read one object of an array, and examine the array."""
+    units = units_of(config.normalize_data)
+    name = f"{role} at {origin.url}"
+    ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
+    took_ms = 1000 * (time.perf_counter() - start_s)
+    found = (
+        f"{store} lists {len(listed)} object{'s' * (len(listed) != 1)}; one of "
+        f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
+    )
+    yield Finding(name, "ok", found)
+    examined = examine_array(origin, store, array, listed)
+    if examined.electrons(array) is not None:
+        yield _electrons(role, origin, store, array, listed)
+    if units == "volume" and is_density(array) and not is_unconverted(store):
+        volume = cell_volume(examined.attributes, origin.url_of(store))
+        found = f"{store} has a cell of {volume:.6g} cubic angstrom"
+        yield Finding(f"volume of {role}", "ok", found)
+    if examined.missing_chunks:
+        fills = config.cache is not None and config.cache.missing_chunks == "fill"
+        yield Finding(
+            f"chunks of {role}",
+            "warn" if fills else "fail",
+            f"{origin.url_of(store)} {array} lacks {examined.missing_chunks} of "
+            f"{examined.chunks} chunks",
+            "Convert the store again. Absent chunks are an error, or with "
+            "cache.missing_chunks: fill, the fill value.",
+        )
+    ahead_s = max(obj.modified_s for obj in listed) - time.time()
+    if ahead_s > _SKEW_S:
+        advice = (
+            "Set this node's clock (chronyc tracking shows it); S3 refuses requests "
+            "that are 15 minutes off."
+        )
+        yield Finding(
+            f"clock against {role}",
+            "warn",
+            f"{store} was written {ahead_s:.0f} s in the future",
+            advice,
+        )
+
+
 def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Finding]:
     """List one store of these ids and read one object of it."""
     try:
@@ -346,51 +397,24 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
             url, s3_kwargs=config.s3_kwargs, fetch=fetch, retry=RetryConfig(attempts=2)
         )
         name = f"{role} at {origin.url}"
-        units = units_of(config.normalize_data)
         start_s = time.perf_counter()
         for task_id in ids:
             for store in names_of(task_id, kinds_of(config.source)):
-                array = density_array(config.density_type)
-                try:
-                    listed = list_array(origin, store, array)
-                except OriginNotFoundError:
+                is_there = False
+                for array in arrays_of(config.density_type)[role]:
+                    try:
+                        listed = list_array(origin, store, array)
+                    except OriginNotFoundError:
+                        break
+                    except ArrayNotFoundError as exc:
+                        verdict: Verdict = "fail" if config.missing == "error" else "ok"
+                        yield Finding(name, verdict, str(exc))
+                        is_there = True
+                        continue
+                    is_there = True
+                    yield from _array(config, role, origin, store, array, listed, start_s)
+                if not is_there:
                     continue
-                ((_, body),) = origin.fetch([min(listed, key=lambda obj: obj.size_bytes)])
-                took_ms = 1000 * (time.perf_counter() - start_s)
-                found = (
-                    f"{store} lists {len(listed)} object{'s' * (len(listed) != 1)}; one of "
-                    f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
-                )
-                yield Finding(name, "ok", found)
-                examined = examine_array(origin, store, array, listed)
-                if examined.electrons(array) is not None:
-                    yield _electrons(role, origin, store, array, listed)
-                if units == "volume" and is_density(array) and not is_unconverted(store):
-                    volume = cell_volume(examined.attributes, origin.url_of(store))
-                    found = f"{store} has a cell of {volume:.6g} cubic angstrom"
-                    yield Finding(f"volume of {role}", "ok", found)
-                if examined.missing_chunks:
-                    fills = config.cache is not None and config.cache.missing_chunks == "fill"
-                    yield Finding(
-                        f"chunks of {role}",
-                        "warn" if fills else "fail",
-                        f"{origin.url_of(store)} {array} lacks {examined.missing_chunks} of "
-                        f"{examined.chunks} chunks",
-                        "Convert the store again. Absent chunks are an error, or with "
-                        "cache.missing_chunks: fill, the fill value.",
-                    )
-                ahead_s = max(obj.modified_s for obj in listed) - time.time()
-                if ahead_s > _SKEW_S:
-                    advice = (
-                        "Set this node's clock (chronyc tracking shows it); S3 refuses requests "
-                        "that are 15 minutes off."
-                    )
-                    yield Finding(
-                        f"clock against {role}",
-                        "warn",
-                        f"{store} was written {ahead_s:.0f} s in the future",
-                        advice,
-                    )
                 return
         # Raises if the directory or the bucket does not exist. A prefix of a bucket cannot be
         # missing, only empty.

@@ -94,7 +94,8 @@ class Forecast:
     ----------
     samples : int
     densities : int
-        Two per sample, or one if input and label are the same directory.
+        Two per sample, or one if input and label are the same directory; with several channels as
+        many as there are.
     measured : int
         Densities whose size was measured; the others are drawn from their distribution.
     gets, lists : float
@@ -280,8 +281,8 @@ def measure_split(
     names, _ = reader.split_task_ids()
     _check_ranks(ranks, len(names))
     encoding = cache.arrays.encoding if cache is not None else FLOAT32
-    roles = reader.roles
-    densities: list[tuple[str, Role]] = [(name, role) for name in names for role in roles]
+    channels = reader.channels
+    densities: list[tuple[str, Role, str]] = [(name, *one) for name in names for one in channels]
     generator = np.random.default_rng(seed)
     chosen = np.sort(
         generator.choice(len(densities), min(_sampled(reader), len(densities)), replace=False)
@@ -302,7 +303,12 @@ def measure_split(
         measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
     )
     return MeasuredSplit(
-        tuple(names), len(sizes), _Table.of(sizes, taken, len(roles)), seed, cache, speed
+        tuple(names),
+        len(sizes),
+        _Table.of(sizes, taken, len(channels), len(reader.roles)),
+        seed,
+        cache,
+        speed,
     )
 
 
@@ -478,21 +484,33 @@ def _spread(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Table:
-    """Requests and bytes of every density, one row per density."""
+    """Requests and bytes of every density, one row per density.
+
+    Attributes
+    ----------
+    lists, gets, stored, disk : ndarray
+    channels : int
+        Densities per sample.
+    roles : int
+        Directories.
+    """
 
     lists: NDArray[np.int64]
     gets: NDArray[np.int64]
     stored: NDArray[np.int64]
     disk: NDArray[np.int64]
+    channels: int
     roles: int
 
     @classmethod
-    def of(cls, sizes: Sequence[DensitySize], taken: NDArray[np.int64], roles: int) -> _Table:
+    def of(
+        cls, sizes: Sequence[DensitySize], taken: NDArray[np.int64], channels: int, roles: int
+    ) -> _Table:
         columns = np.array(
             [(size.lists, size.gets, size.stored_bytes, size.disk_bytes) for size in sizes],
             np.int64,
         )[taken].T
-        return cls(columns[0], columns[1], columns[2], columns[3], roles)
+        return cls(columns[0], columns[1], columns[2], columns[3], channels, roles)
 
 
 class _Run:
@@ -513,7 +531,7 @@ class _Run:
             seed,
             epochs,
         )
-        self.rows = len(self._names) * table.roles
+        self.rows = len(self._names) * table.channels
         #: Samples per simulated sample.
         self.scale = len(names) / len(self._names)
         self.table = table
@@ -538,15 +556,15 @@ class _Run:
         Computed once per assignment and reused for every policy.
         """
         if assignment not in self._known:
-            schedule, roles = (
+            schedule, channels = (
                 Schedule(
                     self._names, assignment=assignment, node_of_rank=self._world, seed=self._seed
                 ),
-                self.table.roles,
+                self.table.channels,
             )
             self._known[assignment] = [
                 [
-                    (order[:, None] * roles + np.arange(roles)).ravel()
+                    (order[:, None] * channels + np.arange(channels)).ravel()
                     for order in schedule.node_orders(epoch)
                 ]
                 for epoch in range(self._epochs)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from zarrcache._keys import ROLES, Role, source_digest
+from zarrcache._keys import Channel, source_digest
 from zarrcache.config import DataConfig
 from zarrcache.data import (
     DataLock,
@@ -42,22 +42,28 @@ def make_lock(
     if config.cache is not None:
         config = config.model_copy(update={"cache": config.cache.model_copy(update={"lock": None})})
     reader = open_reader(config)
-    wanted = [(task_id, role) for task_id in all_pairs(reader) for role in ROLES]
+    wanted = [(task_id, channel) for task_id in all_pairs(reader) for channel in reader.reads]
 
-    def locked(one: tuple[str, Role]) -> LockedDensity:
-        values, gridsize = reader.load(*one)
+    def locked(one: tuple[str, Channel]) -> LockedDensity | None:
+        task_id, channel = one
+        found = reader.load_channel(task_id, *channel)
+        if found is None:  # filled with zeros
+            return None
+        values, gridsize = found
         payload = np.ascontiguousarray(values, "<f4")
         return LockedDensity(
             shape=tuple(gridsize),
             crc32c=crc_of(payload),
             sha256=hashlib.sha256(payload.view(np.uint8).data).hexdigest(),
-            source=_source(reader, *one),
+            source=_source(reader, task_id, channel),
         )
 
-    densities: dict[str, dict[Role, LockedDensity]] = {}
+    densities: dict[str, dict[str, LockedDensity]] = {}
     found = concurrently(locked, wanted)
-    for done, ((task_id, role), density) in enumerate(zip(wanted, found, strict=True), 1):
-        densities.setdefault(task_id, {})[role] = density
+    for done, ((task_id, channel), density) in enumerate(zip(wanted, found, strict=True), 1):
+        of_material = densities.setdefault(task_id, {})
+        if density is not None:
+            of_material[reader.locked_as(*channel)] = density
         if progress is not None:
             progress(done, len(wanted))
     settings = reader.lock_settings
@@ -66,11 +72,11 @@ def make_lock(
     return DataLock(settings, densities)
 
 
-def _source(reader: ZarrS3Reader, task_id: str, role: Role) -> str:
+def _source(reader: ZarrS3Reader, task_id: str, channel: Channel) -> str:
     """Digest of the objects that the values came from: of the entry, or of a listing now."""
     index = reader.cache.index
     if index is not None:
-        header = stored_header(index, reader.key(task_id, role).digest)
+        header = stored_header(index, reader.key(task_id, *channel).digest)
         if header is not None:
             return header.source
-    return source_digest(reader.listing(task_id, role))
+    return source_digest(reader.listing(task_id, *channel))

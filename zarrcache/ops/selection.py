@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from zarrcache._keys import (
     ROLES,
     ArrayKey,
+    Channel,
     Role,
-    density_array,
+    arrays_of,
     source_digest,
     stored_array,
     units_of,
@@ -32,7 +33,7 @@ from zarrcache.arrays import (
     read_array,
     stem_of,
 )
-from zarrcache.cache import PACK, Cache
+from zarrcache.cache import CONTENTS, PACK, Cache
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data import ZarrS3Reader, distinct_directories, mapped_ids
 from zarrcache.disk import (
@@ -239,11 +240,15 @@ class Selection:
             "data": self._cache.origin(config.data_dir, config.s3_kwargs),
             "label": self._cache.origin(config.label_dir, config.s3_kwargs),
         }
-        self._array = stored_array(
-            density_array(config.density_type),
-            units_of(config.normalize_data),
-            encoding=cache_of(config).arrays.encoding,
-        )
+        units, encoding = units_of(config.normalize_data), cache_of(config).arrays.encoding
+        self._arrays = arrays_of(config.density_type)
+        #: The name in keys of entries of each array.
+        self._stored_as = {
+            array: stored_array(array, units, encoding=encoding)
+            for arrays in self._arrays.values()
+            for array in arrays
+        }
+        self.if_missing = config.missing
         self._roots = distinct_directories(self._origins)
         self._chosen: tuple[object, dict[str, str]] | None = None
 
@@ -261,20 +266,41 @@ class Selection:
             self._chosen = stored, choose(stored, self._kinds)
         return self._chosen[1]
 
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """See `ZarrS3Reader.channels`."""
+        roles = self.roles
+        found = (
+            Channel(role if role in roles else roles[0], array)
+            for role in ROLES
+            for array in self._arrays[role]
+        )
+        return tuple(dict.fromkeys(found))
+
+    def lacking(self, channel: Channel) -> set[str]:
+        """Names of the stores that are known to lack a channel; see `ZarrS3Reader.known_lacking`.
+
+        Empty if a material that lacks it is an error.
+        """
+        if self.if_missing == "error":
+            return set()
+        contents = self._cache.stored_listing(self._origins[channel.role], CONTENTS)
+        known = contents.get(channel.array, {}) if isinstance(contents, dict) else {}
+        return {name for name, has in known.items() if not has}
+
     def stored(
-        self, listings: Mapping[Role, Mapping[str, str] | None], array: str | None = None
+        self, listings: Mapping[Role, Mapping[str, str] | None], array: str
     ) -> dict[Role, dict[str, int]]:
-        """See :meth:`Cache.stored_densities`. Default: the array of the config."""
+        """See :meth:`Cache.stored_densities`."""
         return self._cache.stored_densities(
-            array or self._array,
+            array,
             {role: (self._origins[role], names) for role, names in listings.items()},
         )
 
-    @property
-    def arrays(self) -> list[str]:
-        """The array of the config in keys, and if it is encoded, the same in float32."""
-        key = ArrayKey("", "", self._array)
-        return [self._array, *([key.exact.array] if key.exact is not None else [])]
+    def stored_as(self, channel: Channel) -> list[str]:
+        """The array of a channel in keys, and if it is encoded, the same in float32."""
+        key = ArrayKey("", "", self._stored_as[channel.array])
+        return [key.array, *([key.exact.array] if key.exact is not None else [])]
 
     def stored_names(self, array: str) -> dict[Role, tuple[set[str], int]]:
         """See :meth:`Cache.stored_names`, by role."""
@@ -309,11 +335,11 @@ class Selection:
         return None
 
     def is_directory(self, row: Row) -> bool:
-        """Whether an entry is the stored listing of one of the two directories, or a pack of the
-        attributes of its stores.
+        """Whether an entry is the stored listing of one of the two directories, says which arrays
+        its stores have, or is a pack of their attributes.
         """
         endpoint, url = origin_and_url(row)
-        root = url.partition(PACK)[0]
+        root = url.partition(PACK)[0].removesuffix(CONTENTS)
         return row.kind == LISTING and (endpoint, root) in self._roots
 
     def stale(self, rows: Sequence[Row]) -> list[Row]:

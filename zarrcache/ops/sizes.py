@@ -32,9 +32,9 @@ from zarrcache.arrays import (
 )
 from zarrcache.data import ZarrS3Reader
 from zarrcache.disk import BLOCK_BYTES, HEADER_BYTES, disk_bytes, expected_bytes, new_entry
-from zarrcache.errors import IncompleteArrayError, SchemaError
+from zarrcache.errors import ArrayNotFoundError, IncompleteArrayError, SchemaError
 from zarrcache.ops.selection import concurrently
-from zarrcache.origin import PAGE_OBJECTS
+from zarrcache.origin import PAGE_OBJECTS, Origin
 
 __all__ = [
     "DensitySize",
@@ -90,7 +90,7 @@ class Speed:
 
 def measure_sizes(
     reader: ZarrS3Reader,
-    densities: Sequence[tuple[str, Role]],
+    densities: Sequence[tuple[str, Role, str]],
     progress: Callable[[int, int], object] | None = None,
     *,
     encoding: str = FLOAT32,
@@ -99,7 +99,7 @@ def measure_sizes(
     """Measure each density as :func:`measure_size` does, many at once."""
     found = []
 
-    def measure(density: tuple[str, Role]) -> DensitySize:
+    def measure(density: tuple[str, Role, str]) -> DensitySize:
         return measure_size(reader, *density, encoding=encoding, compression=compression)
 
     with closing(concurrently(measure, densities)) as sizes:
@@ -114,32 +114,39 @@ def measure_size(
     reader: ZarrS3Reader,
     task_id: str,
     role: Role,
+    array: str,
     *,
     encoding: str = FLOAT32,
     compression: float = 1.0,
 ) -> DensitySize:
     """Measure one density by one LIST and one small GET, without caching it.
 
-    A zipped store and a file are fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an
-    estimate by ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper
-    bound.
+    One that the material lacks, and that is filled with zeros, has no size. A zipped store and a
+    file are fetched whole. With the encoding ``bits:N`` ``disk_bytes`` is an estimate by
+    ``compression``, the result of :func:`measure_compression`, or with 1.0 an upper bound.
 
     Raises
     ------
     OriginError, SchemaError, IncompleteArrayError
         The density cannot be read.
     """
-    origin, store, array = reader.origin(role), reader.store_name(task_id, role), reader.array
-    listed = list_array(origin, store, array, units_of(reader.normalize))
-    stored_bytes = sum(obj.size_bytes for obj in listed)
+    origin, store = reader.origin(role), reader.store_name(task_id, role)
+    try:
+        listed = list_array(origin, store, array, units_of(reader.normalize))
+        stored_bytes = sum(obj.size_bytes for obj in listed)
+        if is_fetched_whole(store):
+            shape = read_array(
+                origin, store, array, listed=listed, fills=True, uses_values=False
+            ).array.shape
+    except ArrayNotFoundError:
+        if reader.if_missing == "error" or not reader.is_optional(role, array):
+            raise
+        return DensitySize(0, 0, 0, 0)
     if is_fetched_whole(store):
-        shape = read_array(
-            origin, store, array, listed=listed, fills=True, uses_values=False
-        ).array.shape
         entry_bytes = _entry_bytes(math.prod(shape), encoding, compression)
         requests = (0, 2) if is_object(store) else (1, len(listed))
         return DensitySize(*requests, stored_bytes, entry_bytes)
-    points = math.prod(_shape(reader, store, role, listed))
+    points = math.prod(_shape(origin, f"{store}/{array}/", listed))
     lists = -(-len(listed) // PAGE_OBJECTS)
     return DensitySize(
         lists,
@@ -150,7 +157,7 @@ def measure_size(
 
 
 def measure_compression(
-    reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]], encoding: str
+    reader: ZarrS3Reader, densities: Sequence[tuple[str, Role, str]], encoding: str
 ) -> float:
     """Bytes of encoded densities over those that :func:`measure_size` expects.
 
@@ -159,26 +166,30 @@ def measure_compression(
     if mantissa_bits(encoding) is None:
         return 1.0
     stored, expected = 0, 0
-    for task_id, role in densities:
+    for task_id, role, name in densities:
+        if reader.lacks(task_id, role, name):
+            continue
         origin, store = reader.origin(role), reader.store_name(task_id, role)
         # In any units: a factor changes hardly anything about the mantissas.
-        array = read_array(origin, store, reader.array, fills=True, uses_values=False).array
-        values = as_density(array, store, reader.array)
-        key = ArrayKey("", "", stored_array(reader.array, "cell", encoding))
+        array = read_array(origin, store, name, fills=True, uses_values=False).array
+        values = as_density(array, store, name)
+        key = ArrayKey("", "", stored_array(name, "cell", encoding))
         stored += new_entry(key, np.ascontiguousarray(values), "").header.nbytes
         expected += expected_bytes(values.nbytes, encoding)
     return stored / expected if expected else 1.0
 
 
-def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -> Speed:
+def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role, str]]) -> Speed:
     """Read a few densities past the cache, one after the other. The first one is a warm-up."""
     latencies, seconds, nbytes = [], [], 0
-    for number, (task_id, role) in enumerate(densities):
+    for number, (task_id, role, array) in enumerate(densities):
+        if reader.lacks(task_id, role, array):
+            continue
         start_s = time.perf_counter()
-        listed = reader.listing(task_id, role)
+        listed = reader.listing(task_id, role, array)
         listed_s = time.perf_counter()
         origin, store = reader.origin(role), reader.store_name(task_id, role)
-        read_array(origin, store, reader.array, listed=listed, fills=True, uses_values=False)
+        read_array(origin, store, array, listed=listed, fills=True, uses_values=False)
         if number or len(densities) == 1:
             latencies.append(listed_s - start_s)
             seconds.append(time.perf_counter() - start_s)
@@ -187,9 +198,8 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role]]) -
     return Speed(float(np.median(latencies)), float(np.median(seconds)), rate, len(seconds))
 
 
-def _shape(reader: ZarrS3Reader, store: str, role: Role, listed: Sequence[ObjectInfo]) -> list[int]:
+def _shape(origin: Origin, prefix: str, listed: Sequence[ObjectInfo]) -> list[int]:
     """The shape in the array's metadata object."""
-    origin, prefix = reader.origin(role), f"{store}/{reader.array}/"
     by_name = {obj.key.removeprefix(prefix): obj for obj in listed}
     name = metadata_key(by_name)
     url = origin.url_of(f"{prefix}{name or '.zarray'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -39,7 +38,8 @@ class Coverage:
     missing : int
         Ids among them that the origin did not have when it was last listed; 0 if never listed.
     warm, half : int
-        Ids with both densities cached, and with one of the two.
+        Ids with all densities cached, and with some of them. With ``missing: zero`` a channel that
+        the origin lacks counts as cached.
     nbytes : int
         Bytes on disk of these densities.
     is_listed : bool
@@ -49,6 +49,8 @@ class Coverage:
     other_units : {"cell", "points", "volume"} or None
         Units of another value of ``normalize_data``, in which most ids are warm; this config does
         not use such entries. None if no id is.
+    dropped : int
+        Ids that the split leaves out, because they are known to lack a channel (``missing: drop``).
     to_encode : int
         Warm ids of which an entry is still in float32, although ``cache.arrays.encoding`` names
         another encoding. The next read, or ``zarrcache warm``, encodes it without a request.
@@ -64,17 +66,22 @@ class Coverage:
     otherwise_warm: int = 0
     other_units: Units | None = None
     to_encode: int = 0
+    dropped: int = 0
 
     @property
     def is_complete(self) -> bool:
         """Whether training with this config sends no request."""
-        return self.is_listed and self.warm == self.ids - self.missing
+        return self.is_listed and self.warm == self.present
 
     @property
     def warm_ratio(self) -> float:
-        """Warm ids over ids that the origin has, 0 to 1."""
-        present = self.ids - self.missing
-        return self.warm / present if present else 0.0
+        """Warm ids over `present`, 0 to 1."""
+        return self.warm / self.present if self.present else 0.0
+
+    @property
+    def present(self) -> int:
+        """Ids that the origin has and that the split does not leave out."""
+        return self.ids - self.missing - self.dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,22 +182,31 @@ def _sum(totals: Mapping[str, tuple[int, int]], *kinds: str) -> Tier:
 def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverage:
     if not exists:
         return Coverage(functional, len(selection.ids), 0, 0, 0, 0, is_listed=False)
-    arrays = selection.arrays
+    channels = selection.channels
+    arrays = dict.fromkeys(array for one in channels for array in selection.stored_as(one))
     with ThreadPoolExecutor(1) as pool:
         # SQLite works without the GIL while this thread parses the listings.
-        pending = [pool.submit(selection.stored_names, array) for array in arrays]
+        pending = {array: pool.submit(selection.stored_names, array) for array in arrays}
         listings = {role: selection.listing(role) for role in selection.roles}
-        stored = [future.result() for future in pending]
+        stored = {array: future.result() for array, future in pending.items()}
     listed = [names for names in listings.values() if names is not None]
     ids = selection.ids
     present = ids
     for names in listed:
         present = list(filter(names.__contains__, present))
+    lacking = {channel: selection.lacking(channel) for channel in channels}
+    missing = len(ids) - len(present)
+    if selection.if_missing == "drop":
+        for channel, names_lacking in lacking.items():
+            of_role = listings[channel.role]
+            if names_lacking and of_role is not None:
+                present = [id_ for id_ in present if of_role[id_] not in names_lacking]
     nbytes, own, cached = 0, [], []
-    for role, of_role in listings.items():
+    for channel in channels:
+        role, of_role = channel.role, listings[channel.role]
         has: list[list[bool]] = []
-        for array, of_array in zip(arrays, stored, strict=True):
-            found, size_bytes = of_array[role]
+        for array in selection.stored_as(channel):
+            found, size_bytes = stored[array][role]
             if of_role is None:
                 found = {stem for name in found if (stem := stem_of(name)) is not None}
             of_ids: Iterable[str] = (
@@ -201,18 +217,21 @@ def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverag
                 sizes = selection.stored({role: of_role}, array)[role]
                 size_bytes = sum(sizes[task_id] for task_id in sizes.keys() & set(present))
             nbytes += size_bytes
+        if lacking[channel] and of_role is not None:
+            has.append([of_role[id_] in lacking[channel] for id_ in present])
         own.append(has[0])
-        cached.append(has[0] if len(has) == 1 else list(map(operator.or_, *has)))
-    warm = sum(map(operator.and_, cached[0], cached[-1]))
+        cached.append(has[0] if len(has) == 1 else [any(one) for one in zip(*has, strict=True)])
+    warm = sum(map(all, zip(*cached, strict=True)))
     return Coverage(
         functional=functional,
         ids=len(ids),
-        missing=len(ids) - len(present),
+        missing=missing,
+        dropped=len(ids) - missing - len(present),
         warm=warm,
-        half=sum(map(operator.xor, cached[0], cached[-1])),
+        half=sum(map(any, zip(*cached, strict=True))) - warm,
         nbytes=nbytes,
         is_listed=len(listed) == len(listings),
-        to_encode=warm - sum(map(operator.and_, own[0], own[-1])),
+        to_encode=warm - sum(map(all, zip(*own, strict=True))),
     )
 
 

@@ -27,7 +27,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._keys import FLOAT32, Role, check_task_ids, source_digest
+from zarrcache._keys import (
+    FLOAT32,
+    ROLES,
+    Channel,
+    Role,
+    check_task_ids,
+    density_name,
+    source_digest,
+)
 from zarrcache._units import whole_number
 from zarrcache.arrays import count_gets, is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig
@@ -42,6 +50,7 @@ from zarrcache.disk import (
     expected_bytes,
 )
 from zarrcache.errors import (
+    ArrayNotFoundError,
     ConfigError,
     OriginAccessError,
     OriginError,
@@ -69,8 +78,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test", "all"]
-Density = tuple[str, Role]
-Outcome = Literal["hit", "miss", "bypass", "failed"]
+Density = tuple[str, Role, str]
+Outcome = Literal["hit", "miss", "bypass", "failed", "absent"]
 
 #: Processes, not threads: fetching and decoding run under one interpreter lock, which limits a
 #: process to about 2,000 objects per second with any number of threads. A process starts in 0.6 s.
@@ -100,8 +109,9 @@ class WarmResult:
     ----------
     task_id : str
     role : {"data", "label"}
-    outcome : {"hit", "miss", "bypass", "failed"}
-        Stored and fresh, fetched and stored, not admitted, or not readable.
+    outcome : {"hit", "miss", "bypass", "failed", "absent"}
+        Stored and fresh, fetched and stored, not admitted, not readable; or the material lacks the
+        channel, which is filled with zeros, or the material is left out (``missing``).
     nbytes : int
         Size of the decoded density; 0 if it was not read.
     error : str
@@ -110,8 +120,12 @@ class WarmResult:
         Failed with an error that affects every request: the origin is unavailable or denies access.
     is_gone : bool
         Failed because the store does not exist.
+    is_absent : bool
+        The store exists and lacks the array.
     flaws : Flaws
         What is wrong with a density that was read.
+    array : str
+        Name of the array in the store.
     """
 
     task_id: str
@@ -122,6 +136,14 @@ class WarmResult:
     is_down: bool = False
     is_gone: bool = False
     flaws: Flaws = SOUND
+    array: str = ""
+    is_absent: bool = False
+
+    @property
+    def name(self) -> str:
+        """``mp-1 (label)``, and of an array that is not the total density its name."""
+        name = density_name(self.array)
+        return f"{self.task_id} ({self.role}{'' if name in ('', 'total') else f', {name}'})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +179,8 @@ class WarmReport:
     ids : int
         Task ids of the plan.
     warm : int
-        Ids whose input and label are both cached, in the origin's present version.
+        Ids of which every channel of input and label is cached, in the origin's present version, or
+        filled with zeros (``missing: zero``).
     fresh : int
         Ids among them that were cached before the run.
     bypassed : tuple of str
@@ -182,6 +205,9 @@ class WarmReport:
     stats : Stats
         Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
     seconds : float
+    lacking : tuple of str
+        Ids that lack a channel, which ``missing`` fills or for which it leaves them out; those left
+        out are not among ``ids``.
     flawed : tuple of WarmResult
         Densities that were read, or compared with the origin, and have flaws: absent chunks (with
         ``cache.missing_chunks: fill``), or values that are NaN or infinite.
@@ -202,6 +228,7 @@ class WarmReport:
     stats: Stats
     seconds: float
     flawed: tuple[WarmResult, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     @property
     def is_good(self) -> bool:
@@ -229,11 +256,13 @@ class WarmPlan:
     task_ids : tuple of str
     missing : tuple of str
         Ids of the map without input or label at the origin; left out, as in training.
-    densities : tuple of (task_id, role)
+    densities : tuple of (task_id, role, array)
         Those to fetch or to compare with the origin: all, or without ``revalidate`` those that
         are not cached.
-    roles : tuple of {"data", "label"}
-        ``("data",)`` if input and label are the same directory.
+    channels : tuple of Channel
+        What each id is made of; each array once if input and label are the same directory.
+    absent : tuple of (task_id, role, array)
+        Densities that the origin is known to lack, which are not tried.
     revalidate : bool
         Cached densities are compared with the origin.
     workers : int
@@ -241,23 +270,30 @@ class WarmPlan:
     limit_bytes : int or None
         Stop when this many decoded bytes are warm.
     stored : mapping
-        Bytes on disk of the cached densities that are trusted, by role and task id.
+        Bytes on disk of the cached densities that are trusted, by channel and task id.
     """
 
     task_ids: tuple[str, ...]
     missing: tuple[str, ...]
     densities: tuple[Density, ...]
-    roles: tuple[Role, ...]
+    channels: tuple[Channel, ...]
+    absent: tuple[Density, ...]
     revalidate: bool
     workers: int
     limit_bytes: int | None
     reader: ZarrS3Reader = field(repr=False)
-    stored: Mapping[Role, Mapping[str, int]] = field(repr=False)
+    stored: Mapping[Channel, Mapping[str, int]] = field(repr=False)
 
     @property
     def trusted(self) -> int:
         """Number of densities that are cached and taken for fresh without a request."""
-        return len(self.task_ids) * len(self.roles) - len(self.densities)
+        known = len(self.densities) + len(self.absent)
+        return len(self.task_ids) * len(self.channels) - known
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """``("data",)`` if input and label are the same directory."""
+        return self.reader.roles
 
     @property
     def threads(self) -> int:
@@ -346,13 +382,15 @@ class WarmPlan:
                 if down >= max(4, 2 * self.workers * self.threads):
                     raise OriginError(
                         f"The origin does not answer, or denies access: {down} densities in a row "
-                        f"failed. {tally.warm} of {len(self.task_ids) * len(self.roles)} densities "
-                        "are warm; run the same command again to continue. "
+                        f"failed. {tally.warm} of {len(self.task_ids) * len(self.channels)} "
+                        "densities are warm; run the same command again to continue. "
                         f"The last error: {result.error}"
                     )
         index = _index(self.reader)
         index.reopen()  # worker processes may have replaced a deleted directory or broken index
         open_index(index)
+        if tally.found:
+            self.reader.note_lacking(tally.found)
         sizes = self._measured(tally)
         seconds = time.monotonic() - start_s
         return tally.report(
@@ -382,7 +420,7 @@ class WarmPlan:
             return [nbytes for nbytes in sizes if nbytes]
 
     def _is_fetched_whole(self, density: Density) -> bool:
-        task_id, role = density
+        task_id, role, _ = density
         store = self.reader.store_names(role).get(task_id)
         return store is not None and is_fetched_whole(store)
 
@@ -409,13 +447,14 @@ class WarmPlan:
                 stop_s=_STOP_S,
             )
         with closing(engine(warmer, self.densities)) as outcomes:
-            for (task_id, role), outcome in outcomes:
+            for density, outcome in outcomes:
                 if isinstance(outcome, Died):
+                    task_id, role, array = density
                     error = (
                         f"{task_id} ({role}): two worker processes died while reading it "
                         f"({outcome}). Retry with fewer --workers."
                     )
-                    yield WarmResult(task_id, role, "failed", error=error)
+                    yield WarmResult(task_id, role, "failed", error=error, array=array)
                 else:
                     yield outcome
 
@@ -482,7 +521,7 @@ def plan_warm(
         wanted = _ids_of(reader, split)
         if wanted and reader.split_file is None:
             try:
-                training_count(len(reader.task_ids), reader.tf)
+                training_count(len(reader.stored_ids), reader.tf)
             except ConfigError as exc:  # hours later it would stop the training
                 logger.warning("%s", exc)
     if world is not None:
@@ -491,17 +530,34 @@ def plan_warm(
         own = {task_id for part in parts for task_id in _share(part, world)}
         wanted = [task_id for task_id in wanted if task_id in own]
     task_ids = tuple(dict.fromkeys(wanted))
-    roles = reader.roles
-    stored: Mapping[Role, Mapping[str, int]]
-    stored = {role: {} for role in roles} if asks else reader.stored()
+    channels = reader.channels
+    stored: Mapping[Channel, Mapping[str, int]]
+    stored = {channel: {} for channel in channels} if asks else reader.stored()
+    # With `missing: error` the origin is asked once more: they may have been converted since.
+    known = {} if asks or reader.if_missing == "error" else reader.known_lacking()
+    absent = tuple(
+        (task_id, *channel)
+        for task_id in task_ids
+        for channel in channels
+        if channel in known and task_id in known[channel]
+    )
+    if reader.if_missing == "drop":
+        dropped = {task_id for task_id, *_ in absent}
+        task_ids, absent = tuple(id_ for id_ in task_ids if id_ not in dropped), ()
+    left_out = frozenset(absent)
     densities = tuple(
-        (task_id, role) for task_id in task_ids for role in roles if task_id not in stored[role]
+        (task_id, *channel)
+        for task_id in task_ids
+        for channel in channels
+        if task_id not in stored[channel] and (task_id, *channel) not in left_out
     )
     assert reader.cache_config is not None
     if reader.cache_config.arrays.encoding != FLOAT32:
         # Encoding an entry in float32 makes room for the others.
         in_float32 = reader.stored(in_float32=True)
-        densities = tuple(sorted(densities, key=lambda one: one[0] not in in_float32[one[1]]))
+        densities = tuple(
+            sorted(densities, key=lambda one: one[0] not in in_float32[Channel(*one[1:])])
+        )
     if workers is None:
         # At least two, also on one core: a worker waits more than it computes.
         enough = -(-len(densities) // DENSITIES_PER_WORKER)
@@ -510,7 +566,8 @@ def plan_warm(
         task_ids=task_ids,
         missing=reader.missing if ids is None else (),
         densities=densities,
-        roles=roles,
+        channels=channels,
+        absent=absent,
         revalidate=asks,
         workers=max(1, min(workers, len(densities))),
         limit_bytes=limit_bytes,
@@ -523,7 +580,7 @@ def _ids_of(reader: ZarrS3Reader, split: Split) -> list[str]:
     if split != "all":
         return reader.split_task_ids()[split == "test"]
     if reader.split_file is None:
-        return reader.task_ids
+        return reader.stored_ids  # which of them lack a channel is found out by the way
     train, test = reader.split_task_ids()  # what the split file leaves out is not trained on
     return [*train, *test]
 
@@ -579,21 +636,23 @@ class _Warmer:
                 # Drop a stale entry, so that training does not read it as fresh.
                 _index(self._reader).drop([self._reader.key(*density).digest])
             return result
-        task_id, role = density
+        task_id, role, array = density
         flaws = [SOUND]
         try:
             outcome, nbytes = self._reader.ensure(
-                task_id, role, reserve=reserve, on_flaws=flaws.append, keeps_attributes=True
+                task_id, role, array, reserve=reserve, on_flaws=flaws.append, keeps_attributes=True
             )
         except ZarrCacheError as exc:
             logger.debug("%s (%s) failed", task_id, role, exc_info=True)
-            return _failure(density, exc)
+            return _failure(density, exc, self._reader)
         if outcome != "hit":
             self._bypassed_in_a_row = self._bypassed_in_a_row + 1 if outcome == "bypass" else 0
-        return WarmResult(task_id, role, outcome, nbytes, flaws=flaws[-1])
+        return WarmResult(task_id, role, outcome, nbytes, flaws=flaws[-1], array=array)
 
 
-def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult, int, int]:
+def _compare(
+    reader: ZarrS3Reader, task_id: str, role: Role, array: str
+) -> tuple[WarmResult, int, int]:
     """Compare one density with the origin, by one LIST.
 
     Returns
@@ -604,24 +663,34 @@ def _compare(reader: ZarrS3Reader, task_id: str, role: Role) -> tuple[WarmResult
         To fetch; 0 if it is fresh.
     """
     try:
-        listed = reader.listing(task_id, role)
+        listed = reader.listing(task_id, role, array)
     except ZarrCacheError as exc:
-        return _failure((task_id, role), exc), 0, 0
-    key = reader.key(task_id, role)
+        return _failure((task_id, role, array), exc, reader), 0, 0
+    key = reader.key(task_id, role, array)
     for one in (key, key.exact):  # an entry in float32 is encoded without a request
         header = stored_header(_index(reader), one.digest) if one is not None else None
         if header is not None and header.source == source_digest(listed):
-            result = WarmResult(task_id, role, "hit", header.decoded_bytes, flaws=header.flaws)
+            result = WarmResult(
+                task_id, role, "hit", header.decoded_bytes, flaws=header.flaws, array=array
+            )
             return result, 0, 0
-    gets = count_gets(reader.store_name(task_id, role), reader.array, listed)
-    return WarmResult(task_id, role, "bypass"), gets, sum(obj.size_bytes for obj in listed)
+    gets = count_gets(reader.store_name(task_id, role), array, listed)
+    result = WarmResult(task_id, role, "bypass", array=array)
+    return result, gets, sum(obj.size_bytes for obj in listed)
 
 
-def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
+def _failure(density: Density, exc: ZarrCacheError, reader: ZarrS3Reader) -> WarmResult:
+    task_id, role, array = density
+    is_absent = isinstance(exc, ArrayNotFoundError) and reader.is_optional(role, array)
+    if is_absent and reader.if_missing != "error":
+        return WarmResult(task_id, role, "absent", array=array, is_absent=True)
     return WarmResult(
-        *density,
+        task_id,
+        role,
         "failed",
         error=str(exc),
+        array=array,
+        is_absent=is_absent,
         is_down=isinstance(exc, (OriginUnavailableError, OriginAccessError)),
         is_gone=isinstance(exc, OriginNotFoundError),
     )
@@ -629,21 +698,24 @@ def _failure(density: Density, exc: ZarrCacheError) -> WarmResult:
 
 #: Bytes of which an encoding takes a whole number: for its ratio, without rounding.
 _POINTS = 32
-_OUTCOMES = ("untried", "hit", "miss", "bypass", "failed")
-_UNTRIED, _HIT, _MISS, _BYPASS, _FAILED = range(5)
+_OUTCOMES = ("untried", "hit", "miss", "bypass", "failed", "absent")
+_UNTRIED, _HIT, _MISS, _BYPASS, _FAILED, _ABSENT = range(6)
 
 
 class _Tally:
     """Outcome and size of each density of a plan, in nine bytes: there may be 400,000."""
 
     def __init__(self, plan: WarmPlan) -> None:
-        self._task_ids, self._roles = plan.task_ids, plan.roles
+        self._task_ids, self._channels = plan.task_ids, plan.channels
         self._reader, self._limit_bytes = plan.reader, plan.cache.limit
         self._row = {task_id: number for number, task_id in enumerate(plan.task_ids)}
-        self._column = {role: number for number, role in enumerate(plan.roles)}
-        self._outcomes = np.full((len(self._task_ids), len(self._roles)), _HIT, np.uint8)
-        for task_id, role in plan.densities:
-            self._outcomes[self._row[task_id], self._column[role]] = _UNTRIED
+        self._column = {tuple(one): number for number, one in enumerate(plan.channels)}
+        self._outcomes = np.full((len(self._task_ids), len(self._channels)), _HIT, np.uint8)
+        for outcome, densities in ((_UNTRIED, plan.densities), (_ABSENT, plan.absent)):
+            for task_id, *channel in densities:
+                self._outcomes[self._row[task_id], self._column[tuple(channel)]] = outcome
+        #: Which channels ids lack (True), as the origin has shown.
+        self.found: dict[Channel, dict[str, bool]] = {}
         self._nbytes = np.zeros(self._outcomes.shape, np.int64)
         self._encoding = plan.cache.arrays.encoding
         if plan.trusted > 0:
@@ -668,7 +740,10 @@ class _Tally:
 
     def add(self, result: WarmResult) -> None:
         """Record one result."""
-        at = self._row[result.task_id], self._column[result.role]
+        at = self._row[result.task_id], self._column[result.role, result.array]
+        channel = self._channels[at[1]]
+        if self._reader.is_optional(*channel) and (result.is_absent or result.outcome != "failed"):
+            self.found.setdefault(channel, {})[result.task_id] = result.is_absent
         self._outcomes[at] = _OUTCOMES.index(result.outcome)
         self._nbytes[at] = result.nbytes
         self._is_read[at] = result.nbytes > 0
@@ -686,13 +761,13 @@ class _Tally:
         cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
         if len(cells) > most:
             cells = cells[np.linspace(0, len(cells) - 1, most).astype(np.int64)]
-        return [(self._task_ids[row], self._roles[column]) for row, column in cells]
+        return [(self._task_ids[row], *self._channels[column]) for row, column in cells]
 
     def report(
         self,
         stats: Stats,
         seconds: float,
-        stored: Mapping[Role, Mapping[str, int]],
+        stored: Mapping[Channel, Mapping[str, int]],
         measured: Collection[int],
         volume: Callable[[], int],
     ) -> WarmReport:
@@ -703,7 +778,7 @@ class _Tally:
         stats, seconds
             Of the whole run.
         stored : mapping
-            Bytes on disk of the cached densities at the end of the run, by role and task id.
+            Bytes on disk of the cached densities at the end of the run, by channel and task id.
         measured : collection of int
             Bytes on disk that the densities of :meth:`unsized` would need.
         volume : callable
@@ -713,18 +788,28 @@ class _Tally:
         # before the end: the report has to agree with the disk.
         on_disk = self._on_disk(stored)
         self._outcomes[self._is_warm() & (on_disk == 0)] = _BYPASS
+        is_absent = self._outcomes == _ABSENT
+        lacks = is_absent.any(axis=1)
+        kept = ~lacks if self._reader.if_missing == "drop" else np.ones_like(lacks)
         is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
+        is_done = is_warm | is_absent
         is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
         beside_bytes = max(0, volume() - int(on_disk.sum())) if is_bypassed.any() else 0
         needed_bytes = self._needed_bytes(np.array(measured, np.int64))
         has_room = 0 < needed_bytes <= self._limit_bytes - beside_bytes
         return WarmReport(
-            ids=len(self._task_ids),
-            warm=int(is_warm.all(axis=1).sum()),
+            ids=int(kept.sum()),
+            warm=int((is_done.all(axis=1) & kept).sum()),
             fresh=int((self._outcomes == _HIT).all(axis=1).sum()),
             bypassed=tuple(self._task_ids[row] for row in np.flatnonzero(is_bypassed)),
             untried=int((~is_tried).sum()),
-            failed=tuple(result for _, result in sorted(self._failed.items())),
+            failed=(
+                *(result for _, result in sorted(self._failed.items())),
+                *(
+                    WarmResult(task_id, "data", "failed", error=error)
+                    for task_id, error in self._reader.uneven_channels(self._task_ids).items()
+                ),
+            ),
             unequal=tuple(self._reader.unequal_grids(self._differing(on_disk))),
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
@@ -734,14 +819,18 @@ class _Tally:
             stats=stats,
             seconds=seconds,
             flawed=tuple(result for _, result in sorted(self._flawed.items())),
+            lacking=tuple(self._task_ids[row] for row in np.flatnonzero(lacks)),
         )
 
     def _differing(self, on_disk: NDArray[np.int64]) -> Iterator[str]:
         """Ids whose input and label differ in size: exactly if both were read."""
-        is_read = self._is_read[:, 0] & self._is_read[:, -1]
-        sizes: NDArray[np.int64] = np.where(is_read[:, None], self._nbytes, on_disk)
-        differs = np.all(sizes > 0, axis=1) & np.not_equal(sizes[:, 0], sizes[:, -1])
-        return (self._task_ids[row] for row in np.flatnonzero(differs))
+        places = (self._reader.column(role, self._reader.arrays[role][0]) for role in ROLES)
+        first = [self._column[tuple(place)] for place in places]
+        is_read = self._is_read[:, first[0]] & self._is_read[:, first[1]]
+        sizes: NDArray[np.int64] = np.where(is_read[:, None], self._nbytes, on_disk)[:, first]
+        data, label = sizes.T
+        rows = np.flatnonzero(np.minimum(data, label) * np.abs(data - label))
+        return (self._task_ids[row] for row in rows)
 
     def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
         """Bytes on disk of all densities.
@@ -754,7 +843,7 @@ class _Tally:
             payload += HEADER_BYTES
         sizes = -(-payload // BLOCK_BYTES) * BLOCK_BYTES + self._header_bytes
         sample = measured if len(measured) else sizes
-        rest = self._outcomes.size - len(sizes)
+        rest = int((self._outcomes != _ABSENT).sum()) - len(sizes)
         if not rest or not len(sample):
             return int(sizes.sum())
         # The mean plus two standard errors: a limit that is slightly too large costs nothing, one
@@ -766,8 +855,8 @@ class _Tally:
     def _is_warm(self) -> NDArray[np.bool_]:
         return np.isin(self._outcomes, (_HIT, _MISS))
 
-    def _on_disk(self, stored: Mapping[Role, Mapping[str, int]]) -> NDArray[np.int64]:
+    def _on_disk(self, stored: Mapping[Channel, Mapping[str, int]]) -> NDArray[np.int64]:
         """Bytes on disk of each density; 0 where it is not cached."""
-        columns: Sequence[Mapping[str, int]] = [stored[role] for role in self._roles]
+        columns: Sequence[Mapping[str, int]] = [stored[channel] for channel in self._channels]
         rows = [[sizes.get(task_id, 0) for sizes in columns] for task_id in self._task_ids]
         return np.array(rows, np.int64).reshape(self._outcomes.shape)

@@ -84,18 +84,23 @@ class BeladyPolicy:
     Parameters
     ----------
     progress : ReadProgress
-    names : array of uint64, shape (samples, 2)
-        The first 16 hex digits of the digests of each sample's data and label.
+    names : array of uint64, shape (samples, channels)
+        The first 16 hex digits of the digests of each sample's channels of data and label.
+    roles : sequence of int, optional
+        The role of each channel: 0 data, 1 label. Default: one channel of each.
     """
 
-    def __init__(self, progress: ReadProgress, names: NDArray[np.uint64]) -> None:
+    def __init__(
+        self, progress: ReadProgress, names: NDArray[np.uint64], roles: Sequence[int] = (0, 1)
+    ) -> None:
         self._progress = progress
         self._names = names
+        self._roles = np.array(roles, np.int64)
         self._place = np.argsort(self._names, axis=None)
         self._current: _Epoch | None = None
 
-    def __reduce__(self) -> tuple[type[BeladyPolicy], tuple[ReadProgress, NDArray[np.uint64]]]:
-        return type(self), (self._progress, self._names)
+    def __reduce__(self) -> tuple[type[BeladyPolicy], tuple[Any, ...]]:
+        return type(self), (self._progress, self._names, self._roles)
 
     def victims(self, digest: str, needed_bytes: int, stored: StoredEntries) -> list[str]:
         """Entries to drop for a new one; empty if one of them is needed before it.
@@ -167,8 +172,8 @@ class BeladyPolicy:
         at = self._place[
             np.minimum(np.searchsorted(flat, wanted, sorter=self._place), flat.size - 1)
         ]
-        sample, role = np.divmod(at, self._names.shape[1])
-        return np.where(flat[at] == wanted, sample, -1), role
+        sample, channel = np.divmod(at, self._names.shape[1])
+        return np.where(flat[at] == wanted, sample, -1), self._roles[channel]
 
     def _next_uses(self, now: _Epoch, started: Indices, sample: Indices, role: Indices) -> Indices:
         """Positions of the next uses: -1 if not a sample, NEVER if not needed."""

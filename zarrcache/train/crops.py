@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from zarrcache._units import whole_number
 from zarrcache.arrays import lattice_volume
-from zarrcache.disk import LazyGrid
+from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.train.transforms import Grid, copy_rotated
 
@@ -70,7 +70,7 @@ class LazyPair:
 
     Attributes
     ----------
-    data, label : LazyGrid
+    data, label : LazyGrid or LazyStack
         Shape (channels, nx, ny, nz). ``data[index]`` reads what it returns, an array of float32.
     points : (Points, Points)
         Where the points of data and label are.
@@ -83,8 +83,8 @@ class LazyPair:
         training process without a copy.
     """
 
-    data: LazyGrid
-    label: LazyGrid
+    data: LazyGrid | LazyStack
+    label: LazyGrid | LazyStack
     points: tuple[Points, Points]
     name: str
     structure: Mapping[str, Any] | None = None
@@ -280,7 +280,7 @@ class Probes(Selection):
 
 
 def window(
-    grid: LazyGrid, start: Sequence[int], size: Sequence[int], empty: Empty = np.empty
+    grid: LazyGrid | LazyStack, start: Sequence[int], size: Sequence[int], empty: Empty = np.empty
 ) -> Grid:
     """A window of a periodic grid (..., nx, ny, nz), as a new array.
 
@@ -291,6 +291,11 @@ def window(
     size : (int, int, int)
         At most the grid's.
     """
+    if isinstance(grid, LazyStack):
+        found = empty((*grid.shape[:-3], *size), np.float32)
+        for channel, values in zip(grid.channels, found, strict=True):
+            values[...] = window(channel, start, size)
+        return found
     stored = grid.stored
     # What has to be decoded is copied once more; only the result has to be where `empty` puts it.
     make = empty if grid.stored_as is None else np.empty

@@ -30,7 +30,7 @@ from zarrcache import _pages
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
 from zarrcache.data import first_ids
-from zarrcache.disk import LazyGrid, use_converter
+from zarrcache.disk import LazyGrid, LazyStack, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
 from zarrcache.train.crops import LazyPair, Points, Probes, Selection
@@ -164,7 +164,10 @@ class DensityReader(Protocol):
 
 
 class Sample(TypedDict):
-    """An item of a ``ZarrDataset``: two tensors of shape ``(1, nx, ny, nz)`` and the task id."""
+    """An item of a ``ZarrDataset``: two tensors of shape ``(C, nx, ny, nz)`` and the task id.
+
+    C is the number of channels of the reader's ``density_type``: 1 for a single density.
+    """
 
     data: torch.Tensor
     label: torch.Tensor
@@ -213,7 +216,7 @@ class _PairDataset(Sender):
         if self._selection is not None:
             return self._apply(self._selected(self._selection, i, name, rest), name)
         whole = self._read(i, 0), self._read(i, 1)
-        if whole[0].shape != whole[1].shape:
+        if whole[0].shape[1:] != whole[1].shape[1:]:
             # Not an error: the label may be on a finer grid on purpose. Most networks fail on the
             # sample, in words that do not name the material. One warning is enough: the first
             # such sample fails, or none does.
@@ -274,7 +277,7 @@ class _PairDataset(Sender):
         }
         return {key: in_pages(value) for key, value in tensors.items()} | rest
 
-    def _open(self, i: int, field: int) -> LazyGrid:
+    def _open(self, i: int, field: int) -> LazyGrid | LazyStack:
         """One side of a sample, of which only what is used will be read."""
         return LazyGrid(self._read(i, field))
 
@@ -284,7 +287,9 @@ class _PairDataset(Sender):
 
 
 class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pairs ``(data, label)`` of float32 tensors, each of shape ``(1, nx, ny, nz)``.
+    """Pairs ``(data, label)`` of float32 tensors, each of shape ``(C, nx, ny, nz)``.
+
+    C is the number of channels of ``density_type``: 1 for a single density.
 
     >>> train_sets, test_sets = get_dataset(cfg)
     >>> train_data = RhoData(*train_sets, downsample_data=2, data_augmentation=True)
@@ -295,7 +300,7 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
     Parameters
     ----------
     data, label : sequence of array
-        Densities, flat in C order.
+        Densities, flat in C order, or of shape (C, nx*ny*nz).
     gs_data, gs_label : sequence of (nx, ny, nz)
         Their grid sizes.
     downsample_data, downsample_label : int
@@ -423,7 +428,8 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     >>> train = ZarrDataset(ZarrS3Reader(...), "train", augmentation=True)
     >>> loader = DataLoader(train, batch_size=4, shuffle=True, num_workers=8, collate_fn=collate)
 
-    ``data`` and ``label`` are tensors of shape ``(1, nx, ny, nz)``, ``index`` is the task id.
+    ``data`` and ``label`` are tensors of shape ``(C, nx, ny, nz)``, of the C channels of the
+    reader's ``density_type`` (1 for a single density); ``index`` is the task id.
     Downsampling, augmentation and ``seed`` are those of `RhoData`.
 
     Parameters
@@ -631,12 +637,12 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
             for key, value in collate(samples).items()
         }
 
-    def _open(self, i: int, field: int) -> LazyGrid:
+    def _open(self, i: int, field: int) -> LazyGrid | LazyStack:
         open_grid = getattr(self.reader, "open_grid", None)
         if open_grid is None:
             return super()._open(i, field)
-        grid: LazyGrid = open_grid(self.task_ids[i], ROLES[field])
-        return grid.view(_with_channel)
+        grid: LazyGrid | LazyStack = open_grid(self.task_ids[i], ROLES[field])
+        return grid.view(_with_channel) if isinstance(grid, LazyGrid) else grid
 
     def _read(self, i: int, field: int) -> Grid:
         task_id, role = self.task_ids[i], ROLES[field]
@@ -735,8 +741,8 @@ class _PairToTensors:
 
     def views(
         self,
-        data: LazyGrid,
-        label: LazyGrid,
+        data: LazyGrid | LazyStack,
+        label: LazyGrid | LazyStack,
         index: int,
         *,
         name: str,
@@ -925,7 +931,9 @@ def _with_channel(grid: NDArray[Any]) -> NDArray[Any]:
 
 
 def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
-    """View ``values`` as a float32 grid ``(1, nx, ny, nz)``, read-only if ``held`` by a caller.
+    """View ``values`` as a float32 grid ``(C, nx, ny, nz)``, read-only if ``held`` by a caller.
+
+    ``values`` are flat, or have a row for each of several channels.
 
     Raises
     ------
@@ -934,12 +942,13 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     """
     flat = np.asarray(values, dtype=np.float32)
     shape = tuple(int(n) for n in gridsize)
-    if len(shape) != 3 or flat.size != math.prod(shape):
+    channels = flat.shape[0] if flat.ndim == 2 and len(shape) == 3 else 1
+    if len(shape) != 3 or not channels or flat.size != channels * math.prod(shape):
         raise SchemaError(
             f"{name} has {flat.size} values and grid size {_times(shape)}. The number of values "
             "has to be the product of three sizes."
         )
-    grid = flat.reshape(1, *shape)
+    grid = flat.reshape(channels, *shape)
     if held:
         grid.flags.writeable = False  # of this view only; it makes _tensor copy
     return grid

@@ -109,7 +109,11 @@ class Lookahead:
         self._reader.observe(self._progress)
         if config.eviction == "belady":
             self._reader.cache.set_eviction_policy(
-                BeladyPolicy(self._progress, _digests(self._reader, orders.names))
+                BeladyPolicy(
+                    self._progress,
+                    _digests(self._reader, orders.names),
+                    [ROLES.index(channel.role) for channel in self._reader.reads],
+                )
             )
         budget = node_budget_bytes(config.lookahead, config.limit) // orders.ranks
         if budget:
@@ -264,6 +268,9 @@ def _orders(order: Any, names: tuple[str, ...]) -> Orders:
 def _digests(reader: ZarrS3Reader, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """The first 64 bits of the digest of each sample's entries, for `BeladyPolicy`."""
     return np.array(
-        [[int(reader.key(name, role).digest[:16], 16) for role in ROLES] for name in names],
+        [
+            [int(reader.key(name, *channel).digest[:16], 16) for channel in reader.reads]
+            for name in names
+        ],
         np.uint64,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from zarrcache._keys import FLOAT32, ROLES
+from zarrcache._keys import FLOAT32, ROLES, Channel
 from zarrcache.disk import CACHE_FAULTS, disk_bytes, expected_bytes
 from zarrcache.errors import ZarrCacheError
 from zarrcache.parallel import HungUp, receive
@@ -66,6 +66,7 @@ class _Item:
 
     epoch: int
     sample: int
+    channel: Channel
     role: int
     nth: int  # number of earlier reads of the sample in its epoch
     place: int
@@ -100,6 +101,7 @@ class Prefetch:
 
     def __init__(self, reader: ZarrS3Reader, progress: ReadProgress, budget_bytes: int) -> None:
         self._reader = reader
+        self._channels = reader.reads
         self._progress = progress
         self._budget = budget_bytes
         self._loans = reader.cache.lend(budget_bytes)
@@ -166,25 +168,28 @@ class Prefetch:
         """The next read, up to the end of the epoch after the current one."""
         if self._postponed:
             return self._postponed.popleft()
-        if self._place >= len(ROLES) * len(self._order):
+        if self._place >= len(self._channels) * len(self._order):
             if self._epoch > self._progress.epoch:
                 return None
             self._begin_epoch(self._epoch + 1)
             if not self._order:
                 return None
-        step, role = divmod(self._place, len(ROLES))
+        step, number = divmod(self._place, len(self._channels))
         self._place += 1
-        sample = self._order[step]
+        sample, channel = self._order[step], self._channels[number]
         nth = self._seen.get(sample, 0)
-        if role == len(ROLES) - 1:
+        if number == len(self._channels) - 1:
             self._seen[sample] = nth + 1
-        digest = self._reader.key(self._progress.orders.names[sample], ROLES[role]).digest
-        return _Item(self._epoch, sample, role, nth, self._place, digest)
+        digest = self._reader.key(self._progress.orders.names[sample], *channel).digest
+        role = ROLES.index(channel.role)
+        return _Item(self._epoch, sample, channel, role, nth, self._place, digest)
 
     def _is_wanted(self, item: _Item) -> bool:
         epoch = self._progress.epoch
-        return item.epoch in (epoch, epoch + 1) and not self._progress.has_started(
-            item.epoch, item.sample, item.role, item.nth
+        return (
+            item.epoch in (epoch, epoch + 1)
+            and not self._progress.has_started(item.epoch, item.sample, item.role, item.nth)
+            and not self._reader.lacks(self._progress.orders.names[item.sample], *item.channel)
         )
 
     # -- moving the window
@@ -332,7 +337,7 @@ class Prefetch:
             self._done.put((item, self._fetch(item)))
 
     def _fetch(self, item: _Item) -> str:
-        name, role = self._progress.orders.names[item.sample], ROLES[item.role]
+        name, (role, array) = self._progress.orders.names[item.sample], item.channel
         fetched: list[int] = []
 
         def reserve(nbytes: int) -> None:
@@ -350,7 +355,7 @@ class Prefetch:
             fetched.append(nbytes)
 
         try:
-            outcome, _ = self._reader.ensure(name, role, reserve=reserve)
+            outcome, _ = self._reader.ensure(name, role, array, reserve=reserve)
         except _NotNow:
             return "not now"
         except ZarrCacheError as exc:

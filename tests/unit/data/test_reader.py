@@ -421,7 +421,7 @@ class TestOneDensity:
         self, stores: Any, reader_of: Callable[..., ZarrS3Reader]
     ) -> None:
         """It could be the name of a normalized entry."""
-        with pytest.raises(ConfigError, match=r"total per point.*Set it to total or diff"):
+        with pytest.raises(ConfigError, match=r"total per point.*without blanks"):
             reader_of(cache=True, density_type="total per point").load("mp-0", "data")
 
     def test_warm_hits_hold_no_descriptor_and_copy_nothing(

@@ -78,7 +78,10 @@ def test_a_config_with_a_file_list_fits_the_schema_without_a_functional(
         {"cache__retry__attempts": 0},
         {"cache__shared": "yes please"},
         {"cache__eviction": "lru"},
-        {"density_type": "totl"},
+        {"density_type": "../total"},
+        {"density_type": []},
+        {"density_type": {"data": "total"}},
+        {"missing": "zeros"},
     ],
 )
 def test_what_the_package_refuses_does_not_fit_the_schema(

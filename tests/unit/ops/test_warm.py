@@ -29,6 +29,9 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig.from_yaml(write_config(tmp_path))
 
 
+TOTAL = "charge_density_total"
+
+
 def write_map(directory: Path, count: int) -> None:
     """Write a map of ids that all have stores."""
     (directory / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(count)]}))
@@ -119,7 +122,7 @@ def test_warm_densities_cost_no_request_with_revalidate_never(
     assert index is not None
     index.drop([entry.digest])
     plan = plan_warm(config)
-    assert plan.densities == (("mp-1", "label"),)
+    assert plan.densities == (("mp-1", "label", TOTAL),)
     report = plan.execute()
     assert (report.warm, report.fresh, report.stats.misses, report.stats.hits) == (4, 3, 1, 0)
 
@@ -165,12 +168,15 @@ def test_an_id_that_the_stored_listing_lacks_makes_it_list_again(
     plan = plan_warm(config)
     assert (plan.missing, plan.densities, plan.reader.stats.requests) == (
         (),
-        (("mp-4", "data"), ("mp-4", "label")),
+        (("mp-4", "data", TOTAL), ("mp-4", "label", TOTAL)),
         2,
     )
     write_pairs(tmp_path, 6)
     plan = plan_warm(config, ids=["mp-0", "mp-5"])
-    assert (plan.densities, plan.trusted) == ((("mp-5", "data"), ("mp-5", "label")), 2)
+    assert (plan.densities, plan.trusted) == (
+        (("mp-5", "data", TOTAL), ("mp-5", "label", TOTAL)),
+        2,
+    )
     assert plan.execute().warm == 2
 
 
