@@ -19,7 +19,8 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from zarrcache.origin._requests import RetryPolicy, TransientError
+from zarrcache.origin._requests import RetryPolicy
+from zarrcache.origin._s3_errors import TransientError
 from zarrcache.stats import Counters
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import tenacity
 
@@ -40,12 +40,11 @@ from zarrcache._marks import set_mark
 from zarrcache.config import RetryConfig
 from zarrcache.errors import OriginUnavailableError
 from zarrcache.origin._in_flight import InFlight
+from zarrcache.origin._s3_errors import S3Error, TransientError
 from zarrcache.stats import Counters
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from zarrcache.origin._s3_errors import S3Error
 
 __all__ = [
     "PAGE_OBJECTS",
@@ -57,12 +56,9 @@ __all__ = [
     "NamedObject",
     "Page",
     "Received",
-    "RequestError",
     "RetryPolicy",
-    "TransientError",
     "concurrent_requests",
     "is_too_large",
-    "is_transient",
     "note_wait",
     "report_progress",
     "reporting_progress",
@@ -154,47 +150,6 @@ def report_progress(silent_s: float = 0.0) -> None:
         report(silent_s)
 
 
-class TransientError(Exception):
-    """An attempt at ``url`` failed, and the next one may succeed.
-
-    Internal: users see ``OriginUnavailableError`` when the attempts or the time are used up.
-
-    Attributes
-    ----------
-    attempt : int
-        Attempts made at ``url`` so far; 0 if that is the number of the policy's rounds.
-    """
-
-    def __init__(self, url: str, cause: str) -> None:
-        super().__init__(cause)
-        self.url = url
-        self.attempt = 0
-
-
-class RequestError(Exception):
-    """A request failed. Internal: users see an ``OriginError``."""
-
-    @property
-    def is_transient(self) -> bool:
-        """Whether another attempt may succeed."""
-        raise NotImplementedError
-
-    @property
-    def is_timeout(self) -> bool:
-        """Whether there was no answer in time."""
-        raise NotImplementedError
-
-    @property
-    def is_slow_down(self) -> bool:
-        """Whether the server says that it gets too many requests."""
-        raise NotImplementedError
-
-
-def is_transient(exc: BaseException) -> bool:
-    """Whether another attempt may succeed."""
-    return isinstance(exc, TransientError)
-
-
 @dataclass(slots=True)
 class _Pause:
     """The last pause of this process.
@@ -284,7 +239,7 @@ class Backoff:
         if pause is not None:
             pause.served += 1
 
-    def note(self, error: RequestError | None) -> None:
+    def note(self, error: S3Error | None) -> None:
         """Record the end of a request: an error of the server, or None for an answer."""
         if error is None:
             self.served()
@@ -477,7 +432,7 @@ class RetryPolicy:
             sleep=_sleep,
             stop=self._is_used_up,
             wait=self._wait_s,
-            retry=tenacity.retry_if_exception(is_transient),
+            retry=tenacity.retry_if_exception_type(TransientError),
             before_sleep=_log,
         )
         try:
@@ -657,7 +612,7 @@ def concurrent_requests(
         threads makes one request after the other, and ``request`` blocks instead of awaiting; if no
         thread can be started, the calling thread makes them all.
     request : coroutine function
-        Raises ``RequestError``. Any other exception is raised to the consumer.
+        Raises ``S3Error``. Any other exception is raised to the consumer.
     backoff : Backoff, optional
         Pauses of the node. They are obeyed, and an answer that asks for fewer requests begins one.
     """
@@ -682,16 +637,16 @@ def concurrent_requests(
             answer: Received | S3Error
             try:
                 answer = await request(obj)
-            except RequestError as error:
-                answer = cast("S3Error", error)
+            except S3Error as error:
+                answer = error
             except BaseException as exc:
                 arrived.put(exc)
                 raise
             with counting:
-                is_failure = isinstance(answer, RequestError) and answer.is_transient
+                is_failure = isinstance(answer, S3Error) and answer.is_transient
                 failed_in_a_row = failed_in_a_row + 1 if is_failure else 0
             if backoff is not None:
-                backoff.note(answer if isinstance(answer, RequestError) else None)
+                backoff.note(answer if isinstance(answer, S3Error) else None)
             arrived.put((obj, answer))
 
     started: list[Future[Any]] = []
@@ -729,9 +684,7 @@ def with_second_requests(
     late: list[ObjectInfo] = []
     with contextlib.closing(answers):
         for obj, answer in answers:
-            if (isinstance(answer, RequestError) and answer.is_timeout) or (
-                late and answer is None
-            ):
+            if (isinstance(answer, S3Error) and answer.is_timeout) or (late and answer is None):
                 late.append(obj)
             if answer is not None or not late:
                 yield obj, answer

@@ -35,11 +35,16 @@ from zarrcache.origin._requests import (
     Page,
     Received,
     RetryPolicy,
-    TransientError,
     concurrent_requests,
     run,
 )
-from zarrcache.origin._s3_errors import RequestContext, S3Error, changed, to_error
+from zarrcache.origin._s3_errors import (
+    RequestContext,
+    S3Error,
+    TransientError,
+    changed,
+    to_error,
+)
 from zarrcache.origin._s3_options import (
     AWS_ENDPOINT,
     S3Options,

@@ -15,13 +15,13 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from zarrcache.origin._requests import RequestError, TransientError
 
 __all__ = [
     "NO_TLS",
     "RangeIgnoredError",
     "RequestContext",
     "S3Error",
+    "TransientError",
     "altered",
     "changed",
     "to_error",
@@ -84,12 +84,29 @@ _ACCESS_CODES = (
 )
 
 
+class TransientError(Exception):
+    """An attempt at ``url`` failed, and the next one may succeed.
+
+    Internal: users see ``OriginUnavailableError`` when the attempts or the time are used up.
+
+    Attributes
+    ----------
+    attempt : int
+        Attempts made at ``url`` so far; 0 if that is the number of the policy's rounds.
+    """
+
+    def __init__(self, url: str, cause: str) -> None:
+        super().__init__(cause)
+        self.url = url
+        self.attempt = 0
+
+
 class RangeIgnoredError(OriginError):
     """The server answers a range with the whole object. The cache then reads the object whole."""
 
 
 @dataclass
-class S3Error(RequestError):
+class S3Error(Exception):
     """A failed request, independent of the library that made it. Internal to this subpackage.
 
     Attributes

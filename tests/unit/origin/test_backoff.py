@@ -17,8 +17,8 @@ from zarrcache.origin._requests import (
     LONGEST_PAUSE_S,
     Backoff,
     RetryPolicy,
-    TransientError,
 )
+from zarrcache.origin._s3_errors import TransientError
 
 ENDPOINT = "https://s3.example"
 

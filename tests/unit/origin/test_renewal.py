@@ -8,9 +8,8 @@ import pytest
 
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import OriginAccessError
-from zarrcache.origin._requests import TransientError
 from zarrcache.origin._s3 import Operation, S3Bucket
-from zarrcache.origin._s3_errors import S3Error
+from zarrcache.origin._s3_errors import S3Error, TransientError
 
 EXPIRED = S3Error(400, "ExpiredToken", "The token has expired.")
 

@@ -11,8 +11,7 @@ from zarrcache.errors import (
     OriginError,
     OriginNotFoundError,
 )
-from zarrcache.origin._requests import TransientError
-from zarrcache.origin._s3_errors import RequestContext, S3Error, to_error
+from zarrcache.origin._s3_errors import RequestContext, S3Error, TransientError, to_error
 
 OBJECT = RequestContext("s3://b/p/x", "b", "http://gw:9000", ObjectInfo("x", 16384, "e"))
 LISTING = RequestContext("s3://b/p/", "b", "http://gw:9000")
