@@ -562,3 +562,22 @@ class TestFiles:
                 np.testing.assert_allclose(sample[role].numpy(), expected, rtol=1e-6)
         if warm:
             assert reader.stats.requests == 0
+
+
+def test_only_the_materials_of_a_split_file_or_a_list_of_ids_have_to_have_the_channels(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
+) -> None:
+    write(tmp_path, lacking=tuple(NONMAGNETIC))
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": [0, 2], "validation": [3], "test": ["mp-5"]}))
+    reader = make_reader(density_type=BOTH, split_file=split)
+    assert reader.split_task_ids() == (["mp-0", "mp-2", "mp-3"], ["mp-5"])
+    assert ZarrDataset(reader, ["mp-3", "mp-0"]).task_ids == ("mp-3", "mp-0")
+    with pytest.raises(ConfigError, match="1 of 2 materials lack diff"):
+        ZarrDataset(reader, ["mp-3", "mp-1"])
+    split.write_text(json.dumps({"train": [0, 1, 2], "validation": [4], "test": ["mp-5"]}))
+    with pytest.raises(ConfigError, match="2 of 5 materials lack diff"):
+        reader.split_task_ids()
+    reader = make_reader(density_type=BOTH, split_file=split, missing="drop")
+    assert reader.split_task_ids() == (["mp-0", "mp-2"], ["mp-5"])
+    assert ZarrDataset(reader, ["mp-3", "mp-1"]).task_ids == ("mp-3",)

@@ -14,7 +14,7 @@ from zarrcache.convert.density import read_density
 from zarrcache.convert.formats import find_files, task_id_of
 from zarrcache.data import Density, PairReader
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
-from zarrcache.stats import LogOnce, Stats
+from zarrcache.stats import Stats
 
 __all__ = ["RhoRead"]
 
@@ -67,7 +67,6 @@ class RhoRead(PairReader):
                 "them. Set dataset_name: zarr_s3_data for several channels and other arrays."
             )
         self._files: dict[Role, dict[str, Path]] = {}
-        self._log_once = LogOnce()
         if cache is not None:
             logger.warning(
                 "cache is set, but chgcar_data has no cache: files are parsed at every read. "

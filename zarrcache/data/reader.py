@@ -81,7 +81,7 @@ from zarrcache.errors import (
     ZarrCacheError,
 )
 from zarrcache.origin import Origin, make_s3fs
-from zarrcache.stats import Counters, SharedSet, Stats, html_table
+from zarrcache.stats import Counters, LogOnce, SharedSet, Stats, html_table
 
 if TYPE_CHECKING:
     import s3fs
@@ -157,6 +157,7 @@ class PairReader(ABC):
                 f"missing is {safe_repr(missing)}; it has to be 'error', 'zero' or 'drop'."
             )
         self.if_missing = missing
+        self._log_once = LogOnce()
         self.density_type = density_type
         self.s3_kwargs = s3_kwargs or {}
         self._known_ids: dict[tuple[Path, str], _Present] = {}
@@ -370,17 +371,24 @@ class PairReader(ABC):
         """Ids of the functional without input or label. They are left out of the split."""
         return self._present().missing
 
-    def split_task_ids(self) -> tuple[list[str], list[str]]:
+    def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
         """Training and test ids, in the order of ``data_split()``.
 
         With a split file the training ids are followed by those for validation.
+
+        Parameters
+        ----------
+        decided : bool
+            False: before ``missing`` decides about materials that lack a channel, which may have to
+            be found out.
         """
         if self.split_file is not None:
-            split = self.split_of_file(self.split_file)
+            split = self.split_of_file(self.split_file, decided=decided)
             return [*split.train, *split.validation], [*split.test]
         if self._lock is not None:
             self._lock.check_split(None)
-        return split_ids(self._completed().ids, self.tf, self.rs)
+        ids = self._completed().ids if decided else self._present().ids
+        return split_ids(ids, self.tf, self.rs)
 
     def all_ids(self) -> list[str]:
         """All ids of the map or file list, which have to have input and label, to be split.
@@ -411,15 +419,16 @@ class PairReader(ABC):
             )
         return self.task_ids
 
-    def split_of_file(self, path: str | os.PathLike[str]) -> Split:
+    def split_of_file(self, path: str | os.PathLike[str], *, decided: bool = True) -> Split:
         """The split of a split file: lists of task ids, or of positions in the map.
 
-        With ``missing="drop"`` without those that lack a channel.
+        With ``missing="drop"`` without those that lack a channel, unless ``decided`` is False.
 
         Raises
         ------
         ConfigError
-            The file does not fit the map, or names a material that has no input or label.
+            The file does not fit the map, or names a material that has no input or label; or one
+            that lacks a channel, with ``missing="error"``.
         OriginError
             A directory cannot be listed.
         """
@@ -429,14 +438,11 @@ class PairReader(ABC):
         )
         if self._lock is not None:
             self._lock.check_split(split)
-        dropped = frozenset(self._completed().dropped)
-        if not dropped:
+        if not (decided and self._has_optional):
             return split
-        train, validation, test = (
-            tuple(id_ for id_ in part if id_ not in dropped)
-            for part in (split.train, split.validation, split.test)
-        )
-        return Split(train, validation, test)
+        parts = split.train, split.validation, split.test
+        kept = frozenset(self._decided([id_ for part in parts for id_ in part]).ids)
+        return Split(*(tuple(id_ for id_ in part if id_ in kept) for part in parts))
 
     def data_split(self) -> tuple[SplitSets, SplitSets]:
         """Split into training and test sets; nothing is loaded yet.
@@ -507,22 +513,37 @@ class PairReader(ABC):
             return _Complete(present, ())
         key = self.map_dir, self.functional
         if key not in self._complete:
-            lacking = self.find_lacking(present)
-            dropped: tuple[str, ...] = ()
-            if lacking:
-                self._decide(lacking, len(present))
-                if self.if_missing == "drop":
-                    dropped = tuple(lacking)
-                    present = tuple(id_ for id_ in present if id_ not in lacking)
+            complete = self._decided(present)
             if self._lock is not None and self.if_missing == "drop":
-                self._lock.check(self.lock_settings, present)
-            uneven = self.uneven_channels(present)
-            if uneven:
-                first, *others = uneven.values()
-                more = f" {len(others)} more have such channels: {first_ids([*uneven][1:])}."
-                raise SchemaError(first + (more if others else ""))
-            self._complete[key] = _Complete(present, dropped)
+                self._lock.check(self.lock_settings, complete.ids)
+            self._complete[key] = complete
         return self._complete[key]
+
+    def with_channels(self, task_ids: Sequence[str]) -> list[str]:
+        """Those of ``task_ids`` that can be trained on: ``missing`` decides about those that lack a
+        channel, as in the split.
+
+        Raises
+        ------
+        ConfigError
+            Some lack one, and they are neither to be filled nor dropped.
+        SchemaError
+            The channels of some are cached and on different grids.
+        """
+        return list(self._decided(task_ids).ids if self._has_optional else task_ids)
+
+    def _decided(self, task_ids: Sequence[str]) -> _Complete:
+        lacking = self.find_lacking(task_ids)
+        if lacking:
+            self._decide(lacking, len(task_ids))
+        dropped = lacking if self.if_missing == "drop" else {}
+        kept = tuple(id_ for id_ in task_ids if id_ not in dropped)
+        uneven = self.uneven_channels(kept)
+        if uneven:
+            first, *others = uneven.values()
+            more = f" {len(others)} more have such channels: {first_ids([*uneven][1:])}."
+            raise SchemaError(first + (more if others else ""))
+        return _Complete(kept, tuple(dropped))
 
     def _decide(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> None:
         """Raise, or say in a warning what becomes of materials that lack a channel."""
@@ -543,7 +564,9 @@ class PairReader(ABC):
                 "`zarrcache warm`."
             )
         if self.if_missing == "drop":
-            logger.warning("%s. They are left out of the split (missing: drop).", found)
+            self._log_once.warning(
+                "drop", logger, "%s. They are left out of the split (missing: drop).", found
+            )
             return
         empty = [
             id_
@@ -559,7 +582,9 @@ class PairReader(ABC):
                 f"the grid that missing: zero would fill is unknown: {first_ids(empty)}. They are "
                 f"in {where}. Set missing: drop, or add total to density_type."
             )
-        logger.warning("%s. These channels are zero (missing: zero).", found)
+        self._log_once.warning(
+            "zero", logger, "%s. These channels are zero (missing: zero).", found
+        )
 
     def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
         """Which channels the materials lack, by task id; those that lack none are left out.
@@ -720,13 +745,13 @@ class ZarrS3Reader(PairReader):
             self._store_names[role] = self._list(role) if stored is None else stored
         return self._store_names[role]
 
-    def split_task_ids(self) -> tuple[list[str], list[str]]:
+    def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
         """Training and test ids, in the order of ``data_split()``.
 
         A warning names pairs that are cached and have input and label on different grids. Once
         per reader, from pairs whose entries differ in size.
         """
-        train, test = super().split_task_ids()
+        train, test = super().split_task_ids(decided=decided)
         if self._trusts_entries and not self._has_compared_grids:
             self._has_compared_grids = True
             try:
@@ -736,7 +761,7 @@ class ZarrS3Reader(PairReader):
             data, label = (sizes[channel] for channel in self._first_channels)
             both = data.keys() & label.keys()
             unequal = self.unequal_grids(
-                id_ for id_ in self.task_ids if id_ in both and data[id_] != label[id_]
+                id_ for id_ in self.stored_ids if id_ in both and data[id_] != label[id_]
             )
             if unequal:
                 logger.warning(

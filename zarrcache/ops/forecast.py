@@ -278,7 +278,8 @@ def measure_split(
         else open_reader(source.model_copy(update={"cache": None}))
     )
     _capacity(cache, capacity_bytes)
-    names, _ = reader.split_task_ids()
+    # Of all materials: to find out which lack a channel may take a request each.
+    names, _ = reader.split_task_ids(decided=False)
     _check_ranks(ranks, len(names))
     encoding = cache.arrays.encoding if cache is not None else FLOAT32
     channels = reader.channels

@@ -526,7 +526,7 @@ def plan_warm(
                 logger.warning("%s", exc)
     if world is not None:
         # The sampler deals each split out by itself: a share of all ids at once would differ.
-        parts = reader.split_task_ids() if ids is None and split == "all" else (wanted,)
+        parts = _split_of(reader) if ids is None and split == "all" else (wanted,)
         own = {task_id for part in parts for task_id in _share(part, world)}
         wanted = [task_id for task_id in wanted if task_id in own]
     task_ids = tuple(dict.fromkeys(wanted))
@@ -578,11 +578,19 @@ def plan_warm(
 
 def _ids_of(reader: ZarrS3Reader, split: Split) -> list[str]:
     if split != "all":
-        return reader.split_task_ids()[split == "test"]
+        return _split_of(reader)[split == "test"]
     if reader.split_file is None:
         return reader.stored_ids  # which of them lack a channel is found out by the way
-    train, test = reader.split_task_ids()  # what the split file leaves out is not trained on
+    train, test = _split_of(reader)  # what the split file leaves out is not trained on
     return [*train, *test]
+
+
+def _split_of(reader: ZarrS3Reader) -> tuple[list[str], list[str]]:
+    """Training and test ids, whose channels this run finds out, unless the split depends on them.
+
+    The latter asks the origin for those that are neither cached nor known.
+    """
+    return reader.split_task_ids(decided=reader.if_missing == "drop")
 
 
 def _share(task_ids: Sequence[str], world: World) -> list[str]:

@@ -439,7 +439,8 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         DataLoader workers that are spawned.
     split : {"train", "test", "all"} or sequence of str
         ``all`` is the training ids followed by the test ids. For a split of your own, give its
-        task ids.
+        task ids. Those that lack a channel are filled, dropped or an error, as ``missing`` of the
+        reader says.
     precision : {"f32", "f16", "bf16"}
         float32, float16 or bfloat16. The largest float16 is 65504; a density that is not
         normalized can exceed it, which is an error. Below 6.1e-5 it has fewer than 11 bits, and
@@ -550,6 +551,8 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         if isinstance(split, str):
             train, test = reader.split_task_ids()
             split = {"train": train, "test": test, "all": [*train, *test]}[split]
+        elif decide := getattr(reader, "with_channels", None):
+            split = decide(split)
         self.task_ids: tuple[str, ...] = tuple(split)
         if self._selection is not None:
             self._check_cached(self._selection)
