@@ -800,11 +800,12 @@ class _Reader:
         # create here. Without the two files, or with a log that was left without shared memory,
         # what has reached the file itself is read (sqlite.org/wal.html, "Read-Only Databases").
         # Nothing else is needed: rows and entries have checksums.
-        for self._uri in (uri, f"{uri}&immutable=1"):
-            with contextlib.suppress(sqlite3.OperationalError):
-                self.execute("SELECT COUNT(*) FROM Settings")
-                return
-        self.execute("SELECT COUNT(*) FROM Settings")
+        self._uri = uri
+        try:
+            self.execute("SELECT COUNT(*) FROM Settings")
+        except sqlite3.OperationalError:
+            self._uri = f"{uri}&immutable=1"
+            self.execute("SELECT COUNT(*) FROM Settings")
 
     def execute(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """Rows of a query."""

@@ -230,14 +230,18 @@ def is_dead(owner: str, age_s: float = 0.0) -> bool:
     machine, _, process = owner.partition(" ")
     pid, _, started = process.partition(" ")
     if machine != _machine():
-        then, now = machine.split(":"), _machine().split(":")
-        rebooted = (
-            then[0] == now[0] and "-" not in (then[1:2] or ["-"]) + now[1:2] and then[1] != now[1]
-        )
-        return rebooted or age_s > _UNSEEN_S
+        return _has_rebooted_since(machine) or age_s > _UNSEEN_S
     if not pid.isdigit() or not started:
         return age_s > _UNSEEN_S
     return _start_time(int(pid)) not in (started, _ALIVE)
+
+
+def _has_rebooted_since(machine: str) -> bool:
+    """Whether ``machine`` is this host before its last boot; False if a boot id is unknown."""
+    host, _, then = machine.partition(":")
+    here, _, now = _machine().partition(":")
+    then, now = then.partition(":")[0], now.partition(":")[0]
+    return host == here and then != now and not {then, now} & {"", "-"}
 
 
 def is_same_namespace(owner: str) -> bool:

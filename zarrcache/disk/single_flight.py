@@ -1,4 +1,4 @@
-"""Locks of a cache directory: one process fetches an entry, and which processes are alive.
+"""Locks of a cache directory: one fetcher per entry, and which writers are still alive.
 
 Lock files are opened here, not by a library: the descriptor is checked after it is open, so a link
 or FIFO that a member of the group plants in ``locks/`` is refused at any moment, and nothing is
@@ -263,10 +263,14 @@ class SingleFlight:
         once and does not stop a training run.
         """
         name = f"{self._name}-{int(digest[:8], 16) % STRIPES:03x}.lock"
+        lock = None
         try:
             lock = LockFile(self._directory, name, self._mode)
         except OSError as exc:
             self._warn(exc)
+        # Not in the handler above: an error of the caller would be shown as caused by that of the
+        # lock.
+        if lock is None:
             yield False
             return
         try:
