@@ -91,9 +91,7 @@ def block(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator
         comment = [line for line in key.get("description", "").splitlines() if line.strip()]
         last = comment.pop() if comment and comment[-1].startswith(("Default:", "Required")) else ""
         comment = [line.replace("|", "\\|").replace("<", "&lt;") for line in comment]
-        text = " ".join(  # an indented line is an example
-            f"<br>`{line.strip()}`" if line.startswith(" ") else line for line in comment
-        )
+        text = " ".join(example(line) if line.startswith(" ") else line for line in comment)
         default = last.removeprefix("Default:").strip().rstrip(".").replace("|", "\\|")
         yield f"| `{prefix}{name}` | {default} | {text} |"
         references = [one["$ref"] for one in key.get("anyOf", [key]) if "$ref" in one]
@@ -102,6 +100,12 @@ def block(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Iterator
     yield ""
     for path, definition in inner:
         yield from block(schema, definition, path)
+
+
+def example(line: str) -> str:
+    """An indented line of a comment: an example, what it means, and its default, in columns."""
+    code, *rest = re.split(r" {3,}", line.strip())
+    return f"<br>`{code}` {'; '.join(rest)}"
 
 
 def command_line() -> Iterator[str]:
