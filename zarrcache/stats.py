@@ -310,6 +310,11 @@ class SharedFile:
         except OSError:
             return SharedFile.new, ()
 
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return os.fstat(self._fd).st_size
+
     def append(self, data: bytes) -> int:
         """Write at the end and return the offset. Safe from any thread and process."""
         # Not flock: parent and child share one open file description, which flock treats as one
@@ -317,7 +322,7 @@ class SharedFile:
         with _appending:
             fcntl.lockf(self._fd, fcntl.LOCK_EX)
             try:
-                offset = os.fstat(self._fd).st_size
+                offset = self.nbytes
                 os.pwrite(self._fd, data, offset)
             finally:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN)
@@ -329,11 +334,11 @@ class SharedFile:
 
     def read(self, offset: int = 0) -> bytes:
         """Read from ``offset`` to the end."""
-        return os.pread(self._fd, max(0, os.fstat(self._fd).st_size - offset), offset)
+        return os.pread(self._fd, max(0, self.nbytes - offset), offset)
 
     def map(self, nbytes: int) -> mmap.mmap:
         """Map the first ``nbytes``, initially zeros, as shared memory. Do not append later."""
-        if os.fstat(self._fd).st_size < nbytes:
+        if self.nbytes < nbytes:
             os.ftruncate(self._fd, nbytes)
         return mmap.mmap(self._fd, nbytes)
 
@@ -351,8 +356,18 @@ def _reopen(path: str, name: str) -> SharedFile:
     return SharedFile.new()
 
 
+#: Digests in one :class:`SharedSet`: 16 MiB in all, and about 100 MB in each process.
+_MOST_DIGESTS = 2**20
+_DIGEST_BYTES = 16
+
+
 class SharedSet:
-    """A set of digests (32 hex digits) shared by the processes of a run. Safe from any thread."""
+    """A set of digests (32 hex digits) shared by the processes of a run. Safe from any thread.
+
+    It holds at most 2**20, enough for two densities of each of 500,000 materials; further digests
+    are not added. Use it only for work that may be repeated: to verify a checksum, to compare a
+    listing.
+    """
 
     def __init__(self) -> None:
         self._file = SharedFile.new()
@@ -377,14 +392,16 @@ class SharedSet:
             if raw not in self._known:
                 news = self._file.read(self._read_bytes)
                 self._read_bytes += len(news)
-                self._known.update(news[i : i + 16] for i in range(0, len(news), 16))
+                self._known.update(
+                    news[i : i + _DIGEST_BYTES] for i in range(0, len(news), _DIGEST_BYTES)
+                )
             return raw in self._known
 
     def add(self, digest: str) -> None:
-        """Add a digest, for every process that shares the set."""
+        """Add a digest, for every process that shares the set, unless the set is full."""
         raw = bytes.fromhex(digest)
         with self._lock_of_this_process():
-            if raw not in self._known:
+            if raw not in self._known and self._file.nbytes < _MOST_DIGESTS * _DIGEST_BYTES:
                 self._known.add(raw)
                 self._file.append(raw)
 

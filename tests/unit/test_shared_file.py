@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from zarrcache import stats
 from zarrcache.stats import SharedFile, SharedSet
 
 
@@ -46,6 +47,19 @@ def test_what_one_process_adds_all_have(method: str) -> None:
     child.join(60)
     assert digest in shared
     assert "cd" * 16 not in shared
+
+
+def test_a_full_set_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that the byte tier has verified may be tens of millions."""
+    monkeypatch.setattr(stats, "_MOST_DIGESTS", 2)
+    one, other = SharedSet(), SharedSet()
+    other.__setstate__(one.__getstate__())  # as in another process, which has read nothing yet
+    one.add("ab" * 16)
+    one.add("cd" * 16)
+    other.add("ef" * 16)
+    for shared in (one, other):
+        assert ["ab" * 16 in shared, "cd" * 16 in shared, "ef" * 16 in shared] == [1, 1, 0]
+    assert one.__getstate__().nbytes == 2 * 16
 
 
 def test_a_pickle_that_outlives_the_file_starts_empty() -> None:
