@@ -486,7 +486,9 @@ def test_misspelt_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_missing_training_key_is_named() -> None:
     """All of them."""
-    with pytest.raises(ConfigError, match=r"^label_dir is missing\.\nfunctional is missing\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^label_dir is missing\. Give .*\nfunctional is missing\. Give .*GGA\.$"
+    ):
         DataConfig(data_dir="x", map_dir="y")
 
 

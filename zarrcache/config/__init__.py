@@ -531,6 +531,15 @@ class DataConfig(_Block):
         return cls(**keys)
 
 
+#: What to do about a required key that a config lacks.
+_MISSING = {
+    "data_dir": "Give the directory or s3:// URL of the input densities.",
+    "label_dir": "Give the directory or s3:// URL of the label densities; it may equal data_dir.",
+    "map_dir": "Give a map of task ids, as `zarrcache map` writes it, or a list of them (.txt).",
+    "functional": "Give a key of the map file, for example GGA.",
+}
+
+
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     """Describe one problem in one line: the key, what is wrong, what to write."""
     prefix = "cache." if issubclass(model, CacheConfig) else ""
@@ -544,7 +553,7 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
         return f"{where} is not a setting. {hint}"
     if error["type"] == "missing":
-        return f"{where} is missing."
+        return f"{where} is missing. {_MISSING.get(where, '')}".rstrip()
     if inner is not None:  # raised by a validator of this module, whose message names the value
         message = f"{str(inner).rstrip('.')}."
         return f"{where}: {message}" if error["loc"] else message
