@@ -81,10 +81,12 @@ def find_ids(
             except ConfigError:
                 refused.append(name)
         if not found:
-            seen = f" It holds {len(names)} others, such as {names[0]}." if names else ""
+            files = [kind for kind in kinds if kind != "directory"]
+            ends = f": no name in it ends with {ends_of(files)}" if files else ""
+            seen = f" It holds {len(names)} other names, such as {names[0]}." if names else ""
             raise OriginNotFoundError(
-                f"{origin.url} holds no density: no name in it ends with {ends_of(kinds)}."
-                f"{seen} Give the directory directly above them."
+                f"{origin.url} holds no density{ends}.{seen} Give the directory that contains the "
+                "densities directly, or --source directory if it has one directory per material."
             )
         every.append(found)
     common, together = set.intersection(*every), set.union(*every)
