@@ -134,7 +134,7 @@ class ZarrCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]
         self._origin_id = tokenize(self._is_s3, self._options)
         self._config = CacheConfig(**settings)
         self._opened = (os.getpid(), _shared(self._config))
-        #: What listing raises for a path that is a file or nothing. An S3 prefix has empty pages.
+        #: Errors of listing a path that is a file or absent. On S3 the listing has empty pages.
         self._absent_errors = () if self._is_s3 else (FileNotFoundError,)
         if not self._is_s3:
             self._strip_protocol = _strip_local  # type: ignore[method-assign]
@@ -660,7 +660,7 @@ class _Place:
     origin : BrowsableOrigin
         The bucket, or the root directory of the machine.
     above : str
-        What the path has before its key: ``bucket/`` or ``/``.
+        Part of the path before its key: ``bucket/`` or ``/``.
     key : str
         Below ``origin``; empty for the bucket.
     store_id : tuple of str or None
@@ -698,7 +698,7 @@ class _Found:
 
 
 class _Shared:
-    """What the instances of a process with one configuration share. Safe from any thread.
+    """State shared by the instances of a process with one configuration. Safe from any thread.
 
     Its memory and its descriptors are bounded, whatever the number of URLs.
     """

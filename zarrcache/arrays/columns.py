@@ -74,7 +74,7 @@ class Columns:
     letter : int
         Code of the exponent's letter.
     end : bytes
-        What follows the last number of a line.
+        The rest of a line behind its last number.
     """
 
     point: int
@@ -151,7 +151,7 @@ def _parse_chunk(
     size, digits = columns.line_bytes, columns.digits
 
     def at(offset: int, dtype: str) -> NDArray[Any]:
-        """What lies ``offset`` bytes behind each point; not aligned."""
+        """A view of the items ``offset`` bytes behind each point; not aligned."""
         shape, strides = (lines, columns.count), (size, columns.width)
         return np.ndarray(shape, dtype, text, begin + columns.point + offset, strides)
 
@@ -297,16 +297,16 @@ def numbers_in(text: bytes, *, repair: bool = True) -> NDArray[np.float64] | Non
 
 
 class _Tables(NamedTuple):
-    """What two bytes mean.
+    """Lookup tables, each indexed by two bytes of the text as a 16-bit number.
 
     Attributes
     ----------
     lead : ndarray, uint64
-        By those before the point: the integer part, scaled, with ``_SIGN`` or ``_INVALID``.
+        By the two bytes before the point: the integer part, scaled, with ``_SIGN`` or ``_INVALID``.
     sign : ndarray, intp
-        By the exponent's letter and sign: what to add to its digits.
+        By the exponent's letter and sign: an offset to add to the exponent's digits.
     divisor : ndarray, float64
-        By the sum: the power of ten, NaN if it is not exact or these are no digits.
+        By that sum: the power of ten, or NaN if it is not exact or the bytes are not digits.
     """
 
     lead: NDArray[np.uint64]

@@ -30,7 +30,7 @@ __all__ = [
     "stem_of",
 ]
 
-#: What a source is, by the end of its name.
+#: Kind of a source, given by the end of its name.
 Kind = Literal["zarr", "zarr.zip", "json.gz", "CHGCAR", "directory"]
 _PACKED = ("", ".gz", ".bz2", ".xz", ".lzma")
 #: Every kind and its suffixes, the preferred ones first.
@@ -152,7 +152,7 @@ def names_of(task_id: str, kinds: Sequence[Kind] = KINDS) -> list[str]:
 
 
 def ends_of(kinds: Sequence[Kind]) -> str:
-    """What the names of these kinds end with, for messages."""
+    """The ends of the names of these kinds, for messages."""
     ends = [f".{kind}" for kind in kinds if kind != "directory"]
     return ", ".join(
         [*ends, *(["a directory with CHGCAR or rho_22.npy"] if "directory" in kinds else [])]

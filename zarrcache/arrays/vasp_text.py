@@ -252,7 +252,7 @@ class _Body:
         """Parse lines of a grid in any layout, up to its last number; returns their bytes."""
         least = begin + 40 * self._missing + _TAIL_BYTES
         piece = _whole_lines(text, begin, end, min(end, least))
-        found = _Found(piece)
+        found = _Scan(piece)
         upto = np.cumsum(found.counts, dtype=np.int64)
         lines = min(int(np.searchsorted(upto, self._missing)) + 1, len(upto))
         # Numbers end where a line has something else: `finish` finds that some are missing. Three
@@ -285,7 +285,7 @@ class _Body:
         match = _NEXT_GRID_LINE.search(text[begin:end])
         size = match.end() if match else end - begin
         piece = bytes(text[begin : begin + size])
-        found = _Found(piece)
+        found = _Scan(piece)
         numbers = found.without(piece, {*found.shapes, *found.texts})
         values = numbers_in(numbers, repair=found.needs_repair)
         expected = sum(
@@ -405,8 +405,8 @@ class _Body:
         )
 
 
-class _Found:
-    """What a piece of whole lines has: numbers by line, sizes of grids, texts, stars.
+class _Scan:
+    """Scan of a piece of whole lines: numbers per line, sizes of grids, texts, stars.
 
     Attributes
     ----------

@@ -53,7 +53,7 @@ class ChunkChecksums:
 
     @classmethod
     def of(cls, raw: bytes) -> ChunkChecksums | None:
-        """Those of a ``zarr.json``; None if it describes no checksum, or is not understood."""
+        """The checks for a ``zarr.json``; None if it has no checksum or is not understood."""
         try:
             checks = cls(json.loads(raw))
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):

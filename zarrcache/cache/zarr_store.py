@@ -242,7 +242,7 @@ class CachedStore(Store):
         checks = self._checksums_of(obj.key)
         if checks is None or checks.is_intact(obj.key, data, start, obj.size_bytes):
             return data
-        # What the byte tier has is bad, or what the origin has.
+        # Either the copy in the byte tier is bad, or the object at the origin.
         self._through.purge(obj, start, stop, "it contradicts a checksum (crc32c) of its chunks")
         data = self._fetched(obj, start, stop)
         if not checks.is_intact(obj.key, data, start, obj.size_bytes):
@@ -367,6 +367,13 @@ def open_store(
         As s3fs takes them.
     cache : CacheConfig or mapping, optional
         None: no cache.
+
+    Raises
+    ------
+    ConfigError
+        The URL names no store, or the settings are invalid.
+    SchemaError
+        It is a file of VASP or the Materials Project.
     """
     config = CacheConfig.of(cache) if cache is not None else None
     return store_at(url, Cache(config, Counters()), s3_kwargs)
@@ -405,6 +412,8 @@ def open_group(
 
     Raises
     ------
+    ConfigError, SchemaError
+        As :func:`open_store`.
     OriginNotFoundError
         There is no such store (a ``FileNotFoundError``).
     """

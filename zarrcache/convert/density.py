@@ -157,7 +157,7 @@ def read_density(
         diff=arrays.get("diff"),
         structure=structure,
         formula=str(parsed.structure.composition.formula),
-        # Of the values that are stored, which readers compare with it.
+        # The mean of the rounded values, because readers compare it with what is stored.
         electrons=float(arrays["total"].mean(dtype=np.float64) * (volume or 1.0)),
         blocks=tuple(parsed.blocks),
         pymatgen_version=pymatgen_version(),

@@ -145,7 +145,7 @@ class Naming:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a search found.
+    """Result of a search for source files.
 
     Attributes
     ----------
@@ -447,7 +447,7 @@ def _nothing_found(src: Path, pattern: str | None, found: Sources) -> ConfigErro
 def _not_preferred(
     files: Sequence[Path], naming: Naming, preferred: Collection[Path]
 ) -> dict[Path, LeftOut]:
-    """Of several files with one id, those beside the one that is preferred.
+    """The files that are not converted because another one of the same id is preferred.
 
     Raises
     ------

@@ -297,10 +297,10 @@ def plan_convert(
     strict : bool
         Check the values of each charge density. False for other volumetric data.
     id_from : str
-        What names a material. ``auto``: the file's name, or where that is VASP's own (``CHGCAR``,
-        ``CHGCAR.relax2``) the nearest directory that is not a step (``relax``). ``name``,
-        ``directory``, ``path`` (joined with ``_``), or a regular expression for the path below
-        ``src`` whose first group is the id.
+        Source of the task id. ``auto``: the file's name, or if that is VASP's own (``CHGCAR``,
+        ``CHGCAR.relax2``), the nearest directory that is not a step (``relax``). ``name``,
+        ``directory``, ``path`` (its parts joined with ``_``), or a regular expression for the path
+        below ``src`` whose first group is the id.
     prefer : str, optional
         Pattern of ``Path.glob`` below ``src``. Of several files with one id, the one that matches
         is converted, and the others are in ``left_out``.
@@ -553,7 +553,7 @@ class _Converter:
             return ""
 
     def verdicts(self, paths: Sequence[Path]) -> dict[Path, _Verdict]:
-        """What to do with the files whose store exists.
+        """Decide what to do with the files whose store exists.
 
         Raises
         ------
@@ -604,7 +604,7 @@ class _Converter:
         return _Verdict(existing, error)
 
     def _present(self, names: set[str]) -> set[str]:
-        """Those of these stores that exist already; raises as :meth:`verdicts`."""
+        """The names of stores that exist already. Raises as :meth:`verdicts`."""
         other = ".zarr" if self.zip else ".zarr.zip"
         twins = {name.removesuffix(self.suffix) + other for name in names}
         if self._destination is not None:
@@ -644,7 +644,7 @@ class _Converter:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What to do with a file whose store exists: skip it, convert it again, or fail."""
+    """The decision for a file whose store exists: skip it, convert it again, or fail."""
 
     existing: Existing
     error: str | None

@@ -161,7 +161,7 @@ def examine_zip(file: Path | IO[bytes]) -> Existing:
 
 
 def _unrecorded_problem(objects: Mapping[str, int]) -> str:
-    """What can be seen of a store that does not say how many objects it has."""
+    """The problem of a store that does not record its number of objects; empty if none is seen."""
     total = [key for key in objects if key.startswith("charge_density_total/")]
     documents = [key for key in total if key.endswith(("/.zarray", "/zarr.json"))]
     if not documents:

@@ -88,7 +88,7 @@ class S3Destination:
     def finished(
         self, names: Collection[str], open_engine: Callable[[], Any] | None = None
     ) -> set[str]:
-        """Those of ``names`` (``mp-1.zarr`` or ``mp-1.zarr.zip``) that exist and are complete.
+        """The ``names`` (``mp-1.zarr`` or ``mp-1.zarr.zip``) that exist and are complete.
 
         One HEAD each; two for a store that is unfinished or of Zarr format 3.
         """

@@ -106,7 +106,7 @@ def array_note(key: ArrayKey) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Flaws:
-    """What is wrong with a density at the origin, although it could be read.
+    """Flaws of a density at the origin that could be read nevertheless.
 
     Attributes
     ----------

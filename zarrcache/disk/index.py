@@ -324,7 +324,7 @@ class Index:
         Parameters
         ----------
         occupied_bytes : int, optional
-            What the file occupies on disk, which counts from now on. Default: what was reserved.
+            Bytes that the file occupies, which count from now on. Default: the reserved bytes.
 
         Returns
         -------

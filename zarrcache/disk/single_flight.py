@@ -233,7 +233,7 @@ class SingleFlight:
     mode : int
         Permissions of the lock files.
     name : str
-        What the locks are for. Locks of different names are independent.
+        Purpose of the locks. Locks with different names are independent.
     log_once : LogOnce, optional
         That of the cache to which the locks belong. If it has logged any fault, a failing lock is
         taken for a consequence and is not logged.

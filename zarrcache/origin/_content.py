@@ -56,7 +56,7 @@ _QUOTES = re.compile(r"""^(?:\s|"|'|&quot;|&#34;)+|(?:\s|"|'|&quot;|&#34;)+$""")
 _PLAIN = re.compile(r'"([0-9a-zA-Z-]+)"')
 _WEAK = re.compile(r"^W/", re.IGNORECASE)
 _HEX = re.compile(r"[0-9a-fA-F]{32}(?:-[0-9]+)?")
-#: Of a version without an ETag. No ETag contains a blank (RFC 9110, section 8.8.3).
+#: Prefix of a version without an ETag. No ETag contains a blank (RFC 9110, section 8.8.3).
 _MODIFIED = "modified "
 
 
@@ -110,7 +110,9 @@ def is_same_date(listed: ObjectInfo, received: Received) -> bool:
 
 
 class ContentCheck:
-    """What counts as confirmed at one origin, and what its ETags are. Safe from any thread.
+    """Decides whether contents of one origin are confirmed. Safe from any thread.
+
+    It also finds out whether the ETags of the origin are MD5s.
 
     Parameters
     ----------

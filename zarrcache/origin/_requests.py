@@ -131,7 +131,7 @@ def _sleep(seconds: float) -> None:
 
 @contextlib.contextmanager
 def reporting_progress(report: Callable[[float], None]) -> Iterator[None]:
-    """Inside, reads of this thread call ``report`` with each sign that they proceed.
+    """In this block, reads of this thread call ``report`` at each sign that they proceed.
 
     A sign is an answer of the origin, also one that asks for a retry. The argument is the number of
     seconds for which none is to be expected, because the thread pauses or a large object arrives.

@@ -99,7 +99,7 @@ def signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def end_signalled() -> Iterator[Callable[[], object]]:
-    """Inside, SIGINT and SIGTERM only end the wait of the yielded function. Main thread only.
+    """In this block SIGINT and SIGTERM only end the wait of the yielded function. Main thread only.
 
     No exception interrupts the code inside. The wait is for a byte that CPython's handler writes,
     whichever thread the kernel has chosen for the signal. ``signal.sigwait`` with both signals

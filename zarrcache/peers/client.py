@@ -332,7 +332,7 @@ class Peers:
                 # Reached only if the entry was absent or bad: a caller that has a good one stops.
                 asked.add(reply.node)
             elif reply.kind == "busy":
-                # What a silent holder takes counts as if it had been asked itself.
+                # The silence of a holder is charged to it as if this node had asked it directly.
                 silent_s = min(reply.silent_s, time.monotonic() - begin_s)
                 if silent_s > _SILENT_S and reply.node:
                     self._charge(reply.node, silent_s - charged_s)
