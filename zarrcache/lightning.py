@@ -11,6 +11,7 @@ Requires the extra ``lightning``. docs/guides/training.md has whole training scr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import logging
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 try:
     import torch
+    from lightning.fabric.utilities.seed import pl_worker_init_function
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.utilities import rank_zero_info
     from lightning.pytorch.utilities.parsing import collect_init_args
@@ -874,23 +876,30 @@ class CacheMonitor(Callback):
         return self._recorder.verdict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach to the loaders before their workers start."""
+        """Attach to the training loader before its workers start, wherever it comes from."""
         if stage != "fit":
             return
-        # Lightning starts the workers right after it has called train_dataloader().
-        for owner in (getattr(trainer, "datamodule", None), pl_module):
-            make = getattr(owner, "train_dataloader", None)
-            if owner is not None and callable(make):
-                self._watch(owner, make)
+        strategy = trainer.strategy
+        process = strategy.process_dataloader
 
-    def _watch(self, owner: Any, make: Callable[[], Any]) -> None:
-        def train_dataloader() -> Any:
-            loader = make()
-            self._attach(loader)
+        def process_dataloader(loader: Any) -> Any:
+            loader = process(loader)
+            # That for training comes first, but for the check of the validation.
+            if not (trainer.sanity_checking or self._recorder.is_attached):
+                if (
+                    isinstance(loader, DataLoader)
+                    and loader.worker_init_fn is None
+                    and int(os.environ.get("PL_SEED_WORKERS", "0"))
+                ):
+                    # As Lightning does next if there is none: seed_everything(workers=True).
+                    loader.worker_init_fn = functools.partial(
+                        pl_worker_init_function, rank=trainer.global_rank
+                    )
+                self._attach(loader)
             return loader
 
-        owner.train_dataloader = train_dataloader
-        self._undo.append(lambda: vars(owner).pop("train_dataloader", None))
+        setattr(strategy, "process_dataloader", process_dataloader)  # noqa: B010
+        self._undo.append(lambda: delattr(strategy, "process_dataloader"))
 
     def _attach(self, loader: Any) -> None:
         try:
@@ -898,12 +907,6 @@ class CacheMonitor(Callback):
         except Exception:
             # It measures; the training must not end because of that.
             logger.warning("CacheMonitor cannot measure this loader", exc_info=True)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach to loaders that were given to ``fit`` itself."""
-        loader = trainer.train_dataloader
-        if not self._recorder.is_attached:
-            self._attach(loader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waiting for the first batch begins."""
@@ -913,7 +916,7 @@ class CacheMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Waiting ends."""
-        self._recorder.got_batch()
+        self._recorder.got_batch(batch)
 
     def on_train_batch_end(
         self,
@@ -927,6 +930,16 @@ class CacheMonitor(Callback):
         self._recorder.ends_step()
         if (batch_idx + 1) % max(1, getattr(trainer, "log_every_n_steps", 50)) == 0:
             self._log(trainer, self._recorder.so_far(), "")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation between two batches is not waiting."""
+        self._recorder.interrupt()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nor is the writing of a checkpoint."""
+        self._recorder.interrupt()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -101,6 +102,9 @@ def test_the_users_own_slow_function_is_named(
     assert data._functions == ((options["transform"],) if "transform" in options else ())
     assert loader.collate_fn is loading.get("collate_fn", loader.collate_fn)
     assert type(data._to_tensors).__name__ == "_PairToTensors"
+    assert "_sample" not in vars(data)
+    assert not data.reader._observers
+    assert loader.worker_init_fn is None
 
 
 def test_cold_misses_and_a_full_cache_are_told_apart(directory: Path, tmp_path: Path) -> None:
@@ -155,45 +159,59 @@ def test_a_loop_that_is_left_and_a_loader_that_fails_end_their_epoch(
     assert failing.epochs == []
 
 
-def test_other_loaders_are_measured_without_parts() -> None:
+def test_other_loaders_are_measured_too() -> None:
     loader = DataLoader(torch.utils.data.TensorDataset(torch.arange(4)), batch_size=2)
-    monitor = epochs(loader, 1, STEP_S)
+    monitor = epochs(loader, 1, 20 * STEP_S)
     assert monitor.verdict.cause == "nothing"
     assert monitor.epochs[0].steps == 2
 
 
 def times(**changes: Any) -> EpochTimes:
-    """An epoch of 100 s with two busy workers."""
-    parts = dict.fromkeys(("hit", "miss", "bypass", "augment", "transform", "collate"), 0.0)
+    """An epoch of 100 s with two workers, in which 50 s were waited for what they were making."""
+    parts = {"hit": 0.0, **changes.pop("parts", {})}
     stats = {"hits": 100, "served_bytes": 10**9, **changes.pop("stats", {})}
-    parts |= changes.pop("parts", {})
-    values = {"waited_s": 50.0, "worked_s": 50.0, "start_s": 0.0, "disk_bytes": 0, **changes}
-    return EpochTimes(epoch=0, steps=100, parts=parts, stats=Stats(**stats), **values)
+    waits = {"fetch": 45.0, **changes.pop("waits", {})}
+    values = {"epoch": 0, "waited_s": 50.0, "worked_s": 50.0, "start_s": 0.0, **changes}
+    return EpochTimes(
+        steps=100, parts=parts, disk_bytes=0, stats=Stats(**stats), waits=waits, **values
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "cause"),
     [
         ({"waited_s": 1.0, "worked_s": 99.0}, {}, "nothing"),
-        ({"start_s": 40.0}, {}, "start"),
-        ({"parts": {"miss": 190}, "stats": {"misses": 100}}, {}, "S3"),
-        ({"parts": {"miss": 190}, "stats": {"misses": 100, "peer_hits": 90}}, {}, "peer"),
+        ({"waits": {"start": 46}}, {}, "start"),
+        ({"waits": {"receive": 46}}, {}, "copy"),
+        ({"waits": {"disk": 46}}, {}, "disk"),
+        ({"waits": {"other": 46}}, {}, "unknown"),
+        ({"waits": {"fetch": 0, "receive": 0}, "parts": {"miss": 9}}, {}, "S3"),
+        ({"parts": {"miss": 190}}, {}, "S3"),
+        ({"parts": {"held": 190}, "stats": {"requests": 9}}, {"revalidate": "epoch"}, "S3"),
+        ({"parts": {"held": 190}}, {}, "disk"),
+        ({"parts": {"peer": 150, "miss": 40}, "stats": {"peer_hits": 90}}, {}, "peer"),
+        ({"parts": {"peer": 150, "miss": 40}}, {}, "peer"),
+        ({"parts": {"peer": 190}, "stats": {"lower_hits": 90}}, {}, "lower"),
         ({"parts": {"bypass": 150, "miss": 40}}, {}, "full cache"),
-        ({"parts": {"hit": 190}, "disk_bytes": 9 * 10**8}, {}, "disk"),
-        ({"parts": {"augment": 190}, "disk_bytes": 9 * 10**8}, {}, "disk"),
-        ({"parts": {"hit": 190}}, {"verify": "always"}, "checksum"),
+        ({"parts": {"miss": 190}, "is_full": True}, {}, "S3"),
+        ({"parts": {"miss": 190}, "is_full": True, "epoch": 1}, {}, "full cache"),
+        ({"parts": {"disk": 150, "hit": 40}}, {}, "disk"),
+        ({"parts": {"checksum": 150, "hit": 40}}, {"verify": "always"}, "checksum"),
         ({"parts": {"augment": 180, "hit": 10}}, {}, "rotation"),
         ({"parts": {"transform": 180, "hit": 10}}, {}, "transform"),
         ({"parts": {"collate": 180, "hit": 10}}, {}, "collate"),
-        ({"parts": {"hit": 5}}, {"pin_memory": True}, "copy"),
+        ({"parts": {"dataset": 180, "hit": 10}}, {}, "dataset"),
+        ({"parts": {"copy": 180, "hit": 10}}, {}, "copy"),
         ({"parts": {"hit": 70, "augment": 60, "collate": 60}}, {}, "workers"),
         ({"parts": {"hit": 190}}, {}, "workers"),
+        ({"parts": {"augment": 50, "cores": 140}}, {}, "rotation"),
+        ({"parts": {"augment": 50, "cores": 140}}, {"cores": 2}, "cores"),
     ],
 )
 def test_the_verdict_follows_the_largest_part(
     changes: dict[str, Any], options: dict[str, Any], cause: str
 ) -> None:
-    verdict = judge(times(**changes), workers=2, cores=4, **options)
+    verdict = judge(times(**changes), workers=2, **{"cores": 4, **options})
     assert verdict.cause == cause
     assert len(verdict.text) < 400
 
@@ -257,3 +275,60 @@ def test_lightning_logs_ratios_and_says_the_verdict_at_the_end(
         values = [row.split(",")[columns.index(f"zarrcache/{name}")] for row in rows]
         assert any(values), name
     assert list((tmp_path / "cache" / "zarrcache-v1" / "runs").glob("*.jsonl"))
+
+
+def draws(sample: Any) -> Any:
+    """A slow transform with randomness of NumPy, which Lightning seeds in workers."""
+    time.sleep(STEP_S)
+    return {**sample, "draw": torch.tensor(np.random.rand())}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_monitor_in_lightning_changes_no_seed_and_counts_no_validation(
+    directory: Path, tmp_path: Path
+) -> None:
+    """Of a loader that is given to ``fit``, whose workers start before the first hook."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from zarrcache.lightning import CacheMonitor
+
+    class Net(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+            self.drawn: list[float] = []
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            self.drawn.append(batch["draw"].item())
+            return ((self.scale * batch["data"] - batch["label"]) ** 2).mean()
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            time.sleep(10 * STEP_S)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    data = dataset(directory, tmp_path, transform=draws)
+    drawn, monitor = [], CacheMonitor()
+    for callbacks in ([], [monitor]):
+        lightning.seed_everything(1, workers=True, verbose=False)
+        loader = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True)
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            val_check_interval=4,
+            limit_val_batches=1,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        net = Net()
+        trainer.fit(net, loader, DataLoader(data, batch_size=None))
+        drawn.append(net.drawn)
+        assert "process_dataloader" not in vars(trainer.strategy)
+    assert drawn[0] == drawn[1]
+    assert monitor.verdict.cause == "transform", monitor.epochs
+    last = monitor.epochs[-1]
+    assert last.steps == 8
+    assert last.waits["other"] < 10 * STEP_S, last  # two validations of that length

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,12 +36,16 @@ def can_mount() -> bool:
 
 
 @contextlib.contextmanager
-def network_mount(directory: Path, kind: str = "sshfs") -> Iterator[Path]:
-    """Mount ``directory/net`` as ``fuse.{kind}``; its files are in ``directory/disk``."""
+def network_mount(directory: Path, kind: str = "sshfs", *, read_s: float = 0.0) -> Iterator[Path]:
+    """Mount ``directory/net`` as ``fuse.{kind}``; its files are in ``directory/disk``.
+
+    Each read of at most 128 KiB takes ``read_s`` longer. The kernel keeps no page of a file beyond
+    its next opening.
+    """
     target, disk = directory / "net", directory / "disk"
     target.mkdir()
     disk.mkdir()
-    command = [sys.executable, __file__, str(target), str(disk), kind]
+    command = [sys.executable, __file__, str(target), str(disk), kind, str(read_s)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -59,8 +64,8 @@ def network_mount(directory: Path, kind: str = "sshfs") -> Iterator[Path]:
 class _Server:
     """The file system. A node is an open descriptor (``O_PATH``), so a rename changes nothing."""
 
-    def __init__(self, fuse: int, disk: str) -> None:
-        self._fuse = fuse
+    def __init__(self, fuse: int, disk: str, read_s: float) -> None:
+        self._fuse, self._read_s = fuse, read_s
         root = os.open(disk, os.O_PATH | os.O_DIRECTORY)
         self._nodes = {1: root}
         # locks belong to a node: one node per file
@@ -218,6 +223,7 @@ class _Server:
 
     def read(self, node: int, body: bytes) -> bytes:
         fd, offset, size = struct.unpack_from("<QQI", body)
+        time.sleep(self._read_s)
         return os.pread(fd, size, offset)
 
     def write(self, node: int, body: bytes) -> bytes:
@@ -276,7 +282,7 @@ _HANDLERS = {
 }  # fmt: skip
 
 
-def _mount(target: str, disk: str, kind: str) -> None:
+def _mount(target: str, disk: str, kind: str, read_s: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     fuse = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
@@ -293,7 +299,7 @@ def _mount(target: str, disk: str, kind: str) -> None:
     os.umask(0)
     threading.Thread(target=end_with_parent, daemon=True).start()
     print("mounted", flush=True)
-    _Server(fuse, disk).serve()
+    _Server(fuse, disk, float(read_s)).serve()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,15 @@ from zarrcache.disk.entry import (
 )
 from zarrcache.disk.filesystems import display_name, file_system_of, is_network
 from zarrcache.disk.index import CACHE_FAULTS, LENT, Index, Intent, Row, Stored
-from zarrcache.disk.mmap import Place, is_mapped, map_place, open_regular, place_of
+from zarrcache.disk.mmap import (
+    Place,
+    is_mapped,
+    is_resident,
+    map_place,
+    open_regular,
+    place_of,
+    populate,
+)
 from zarrcache.disk.policy import (
     BLOCK_BYTES,
     Admission,
@@ -91,6 +99,7 @@ __all__ = [
     "is_fresh",
     "is_mapped",
     "is_network",
+    "is_resident",
     "is_within",
     "kind_of",
     "map_entry",
@@ -101,6 +110,7 @@ __all__ = [
     "open_regular",
     "parse_header",
     "place_of",
+    "populate",
     "publish",
     "published_name",
     "read_header",

@@ -21,7 +21,17 @@ import numpy as np
 
 from zarrcache.errors import CorruptEntryError
 
-__all__ = ["Place", "is_mapped", "map_file", "map_place", "open_regular", "place_of", "read_in"]
+__all__ = [
+    "Place",
+    "is_mapped",
+    "is_resident",
+    "map_file",
+    "map_place",
+    "open_regular",
+    "place_of",
+    "populate",
+    "read_in",
+]
 
 _FILE_PAGE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (61, 62, 63))
 
@@ -142,13 +152,31 @@ def read_in(array: np.ndarray[Any, Any]) -> None:
         A page cannot be read.
     """
     if array.nbytes and is_mapped(array) and array.flags.c_contiguous and sys.platform == "linux":
-        start = array.__array_interface__["data"][0]
-        page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if (
-            _libc.madvise(page, start + array.nbytes - page, _POPULATE_READ)
-            and ctypes.get_errno() == errno.EFAULT
-        ):
+        if not populate(array.__array_interface__["data"][0], array.nbytes):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def populate(address: int, nbytes: int) -> bool:
+    """Map all pages of a range of memory, reading them from disk. False if one cannot be read."""
+    page = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return not (
+        _libc.madvise(page, address + nbytes - page, _POPULATE_READ)
+        and ctypes.get_errno() == errno.EFAULT
+    )
+
+
+def is_resident(address: int, nbytes: int) -> bool:
+    """Whether a range of memory can be read without the disk.
+
+    True where this system does not tell, as of another user's files.
+    """
+    if sys.platform != "linux" or not nbytes:
+        return True
+    page = address // mmap.PAGESIZE * mmap.PAGESIZE
+    length = address + nbytes - page
+    states = np.empty(-(-length // mmap.PAGESIZE), np.uint8)
+    failed = _libc.mincore(page, length, states.ctypes.data)
+    return bool(failed or (states & 1).all())
 
 
 def is_mapped(array: np.ndarray[Any, Any]) -> bool:
@@ -194,6 +222,7 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 #: MADV_POPULATE_READ, which Python's mmap does not define.
 _POPULATE_READ = 22

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import time
@@ -37,13 +38,14 @@ pre code { background: none; padding: 0; } code { overflow-wrap: anywhere; }
 """
 #: Epochs that a chart and its table show; the sums count all.
 _EPOCHS = 200
+#: Six, as there are colours.
 _PARTS = {
-    "hit": "reads from the cache",
-    "miss": "reads from the origin",
-    "bypass": "reads not admitted",
-    "augment": "rotation and cast",
-    "transform": "transform",
-    "collate": "collate",
+    "reads from the cache": ("hit", "checksum", "held"),
+    "reads from the origin and other nodes": ("miss", "bypass", "peer"),
+    "rotation and cast": ("augment",),
+    "your own code": ("transform", "collate", "dataset"),
+    "copies": ("copy",),
+    "waiting for the disk or a core": ("disk", "cores"),
 }
 _HOW = """with LoaderMonitor(loader) as batches:  # from zarrcache.train import LoaderMonitor
     for epoch in range(epochs):
@@ -223,9 +225,9 @@ def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
         Axis("requests", short),
     )
     used = [
-        Series(text, [(place, times.parts[name]) for place, (_, times) in enumerate(shown)])
-        for name, text in _PARTS.items()
-        if any(times.parts[name] for _, times in shown)
+        of(text, functools.partial(_seconds_of, names))
+        for text, names in _PARTS.items()
+        if any(times.parts.get(name) for _, times in shown for name in names)
     ]
     if used:
         most = max(sum(times.parts.values()) for _, times in shown)
@@ -506,6 +508,10 @@ def _dollars(total: EpochTimes, plan: Forecast) -> tuple[float, float]:
     read = stats.misses - elsewhere
     paid = plan.paid_dollars(read, stats.requests, stats.fetched_bytes)
     return paid, plan.cold_dollars(stats.hits + elsewhere)
+
+
+def _seconds_of(names: Sequence[str], times: EpochTimes) -> float:
+    return sum(times.parts.get(name, 0.0) for name in names)
 
 
 def _divided(series: Series, by: float) -> Series:

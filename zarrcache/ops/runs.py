@@ -24,7 +24,8 @@ __all__ = ["RecordedRun", "RecordedRuns", "read_runs"]
 
 #: Far beyond the 200 bytes of 10,000 epochs; a larger file was not written by a monitor.
 _MOST_BYTES = 16 * 1024**2
-_PARTS = ("hit", "miss", "bypass", "augment", "transform", "collate")
+#: Parts that every version has recorded.
+_PARTS = {"hit", "miss", "bypass", "augment", "transform", "collate"}
 _COUNTERS = {field.name for field in fields(Stats)}
 
 
@@ -42,8 +43,8 @@ class RecordedRun:
         When each epoch ended, in seconds since 1970.
     workers : int
         DataLoader workers; 0: the training process reads.
-    verify : str
-        ``cache.verify`` of the present config.
+    verify, revalidate : str
+        ``cache.verify`` and ``cache.revalidate`` of the present config.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RecordedRun:
     ended_s: tuple[float, ...]
     workers: int
     verify: str
+    revalidate: str
 
     @property
     def total(self) -> EpochTimes:
@@ -60,7 +62,12 @@ class RecordedRun:
     @property
     def verdict(self) -> Verdict:
         """Of the epochs after the first, or of the first if there is no other."""
-        return judge(_sum(self.epochs[1:] or self.epochs), workers=self.workers, verify=self.verify)
+        return judge(
+            _sum(self.epochs[1:] or self.epochs),
+            workers=self.workers,
+            verify=self.verify,
+            revalidate=self.revalidate,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def read_runs(cache: CacheConfig) -> RecordedRuns:
         names = []
         notes.append(f"{root / 'runs'} cannot be read ({exc.strerror}).")
     for name in names:
-        run, note = _read_run(root / "runs" / name, cache.verify)
+        run, note = _read_run(root / "runs" / name, cache)
         if run is not None:
             runs.append(run)
         if note:
@@ -111,7 +118,7 @@ def read_runs(cache: CacheConfig) -> RecordedRuns:
     return RecordedRuns(tuple(runs), tuple(notes))
 
 
-def _read_run(path: Path, verify: str) -> tuple[RecordedRun | None, str]:
+def _read_run(path: Path, cache: CacheConfig) -> tuple[RecordedRun | None, str]:
     try:
         fd, found = open_regular(path)
         with open(fd, "rb") as file:
@@ -141,7 +148,10 @@ def _read_run(path: Path, verify: str) -> tuple[RecordedRun | None, str]:
         )
     if not epochs:
         return None, note
-    return RecordedRun(path.stem, tuple(epochs), tuple(ended_s), workers, verify), note
+    run = RecordedRun(
+        path.stem, tuple(epochs), tuple(ended_s), workers, cache.verify, cache.revalidate
+    )
+    return run, note
 
 
 def _parse(line: Any) -> tuple[EpochTimes, float, int]:
@@ -153,17 +163,26 @@ def _parse(line: Any) -> tuple[EpochTimes, float, int]:
         waited_s=_seconds(line["waited_s"]),
         worked_s=_seconds(line["worked_s"]),
         start_s=_seconds(line["start_s"]),
-        parts={name: _seconds(line["parts"][name]) for name in _PARTS},
+        parts=_by_name(line["parts"], _PARTS),
         disk_bytes=_whole(line["disk_bytes"]),
         # A gauge may fall; what is counted cannot.
         stats=Stats(
             **{name: n if name == "ahead_bytes" else max(0, n) for name, n in stats.items()}
         ),
+        waits=_by_name(line.get("waits", {}), set()),
+        is_full=line.get("is_full") is True,
     )
     ended_s = _seconds(line["ended_s"])
     if ended_s > 253402300799:  # the year 9999, where dates end
         raise ValueError(ended_s)
     return times, ended_s, _whole(line["workers"])
+
+
+def _by_name(value: Any, needed: set[str]) -> dict[str, float]:
+    """Seconds by name, with at least the ``needed`` ones."""
+    if not isinstance(value, dict) or not needed <= value.keys():
+        raise ValueError(value)
+    return {name: _seconds(seconds) for name, seconds in value.items()}
 
 
 def _whole(value: Any, *, signed: bool = False) -> int:

@@ -13,11 +13,8 @@ from .datasets import collate_fn as collate_fn
 from .datasets import collate_in_lists as collate_in_lists
 from .lookahead import Lookahead as Lookahead
 from .lookahead import node_budget_bytes as node_budget_bytes
-from .monitor import EpochTimes as EpochTimes
 from .monitor import LoaderMonitor as LoaderMonitor
 from .monitor import Recorder as Recorder
-from .monitor import Verdict as Verdict
-from .monitor import judge as judge
 from .multi import CombinedDataset as CombinedDataset
 from .multi import Config as Config
 from .multi import Side as Side
@@ -27,3 +24,6 @@ from .sampler import NodeSampler as NodeSampler
 from .schedule import Assignment as Assignment
 from .schedule import Schedule as Schedule
 from .schedule import node_of as node_of
+from .verdict import EpochTimes as EpochTimes
+from .verdict import Verdict as Verdict
+from .verdict import judge as judge

@@ -1,0 +1,323 @@
+"""What a training waits for: the times of an epoch, and the conclusion from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from zarrcache.stats import Stats
+from zarrcache.train.clock import PARTS, Part
+
+__all__ = ["WAITS", "EpochTimes", "Verdict", "Wait", "judge"]
+
+#: Waiting below this share of the time is not worth a change.
+_NOTHING_RATIO = 0.05
+
+#: What the training process waits for.
+Wait = Literal["start", "fetch", "receive", "disk", "cores", "other"]
+WAITS: tuple[Wait, ...] = ("start", "fetch", "receive", "disk", "cores", "other")
+
+Cause = Literal[
+    "nothing",
+    "start",
+    "S3",
+    "peer",
+    "lower",
+    "full cache",
+    "disk",
+    "checksum",
+    "rotation",
+    "transform",
+    "collate",
+    "dataset",
+    "copy",
+    "cores",
+    "workers",
+    "unknown",
+]
+
+
+@dataclass(frozen=True)
+class EpochTimes:
+    """One epoch as the training process saw it.
+
+    Attributes
+    ----------
+    epoch : int
+        0 is the first epoch of the monitor.
+    steps : int
+    waited_s, worked_s : float
+        Seconds in the DataLoader, without those in which the training process stood in the queue
+        for a core; and between its batches.
+    start_s : float
+        Part of ``waited_s`` up to the first batch: starting workers, filling their queue.
+    parts : dict
+        Seconds, summed over the processes that read. Each is without the parts inside it:
+
+        - reads by outcome: ``hit`` (with decoding), ``miss``, ``bypass`` (not admitted), without
+          ``peer``, entries from other nodes or ``cache.lower``, and ``checksum``, the comparison of
+          an entry with its checksum;
+        - ``held``: a hit that waited for the origin, to compare versions or because another
+          process was fetching the density;
+        - ``augment`` (rotation, crop, downsampling, cast), ``transform`` and ``collate`` (your own
+          functions), ``dataset`` (your own dataset around ours);
+        - ``copy``: stacking batches, and copies into memory that the training process can map;
+        - ``disk``: waiting for the disk, in any of these;
+        - ``cores``: waiting for a core, in any of these.
+    disk_bytes : int
+        Bytes that these processes had from a storage device, not from the page cache.
+    stats : Stats
+        Counters of the epoch.
+    waits : dict
+        Parts of ``waited_s``: ``start`` (of the workers' processes), ``fetch`` (a sample or batch
+        that was being made), ``receive`` (its way from the worker, and into pinned memory),
+        ``disk`` (pages of a batch that were not in memory), ``cores`` (a worker without work that
+        stood in the queue for a core) and ``other``.
+    is_full : bool
+        Whether the cache was full at the end of the epoch.
+    """
+
+    epoch: int
+    steps: int
+    waited_s: float
+    worked_s: float
+    start_s: float
+    parts: Mapping[str, float]
+    disk_bytes: int
+    stats: Stats
+    waits: Mapping[str, float] = field(default_factory=dict)
+    is_full: bool = False
+
+    @property
+    def waiting_ratio(self) -> float:
+        """Share of the time spent waiting for data, 0 to 1."""
+        seconds = self.waited_s + self.worked_s
+        return self.waited_s / seconds if seconds else 0.0
+
+    def __add__(self, other: EpochTimes) -> EpochTimes:
+        return EpochTimes(
+            self.epoch,
+            self.steps + other.steps,
+            self.waited_s + other.waited_s,
+            self.worked_s + other.worked_s,
+            self.start_s + other.start_s,
+            _sum(self.parts, other.parts),
+            self.disk_bytes + other.disk_bytes,
+            self.stats + other.stats,
+            _sum(self.waits, other.waits),
+            self.is_full or other.is_full,
+        )
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    names = dict.fromkeys((*one, *other))
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in names}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a training waits for.
+
+    Attributes
+    ----------
+    cause : str
+        ``nothing``, ``start`` (of workers), ``S3``, ``peer``, ``lower`` (``cache.lower``),
+        ``full cache``, ``disk``, ``checksum``, ``rotation``, ``transform``, ``collate``,
+        ``dataset`` (your own, around ours), ``copy`` (of batches, on their way to the training
+        process), ``cores`` (of the CPU), ``workers`` (too few) or ``unknown``.
+    waiting_ratio : float
+    text : str
+        One paragraph: how long it waits, for what, and what to do.
+    """
+
+    cause: Cause
+    waiting_ratio: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+_COMPARED = (
+    "S3, to compare cached densities with it",
+    "set cache.revalidate: run, which compares each once in a run, or never.",
+)
+_FIRST_USE = (
+    "checksums of cached densities",
+    (
+        "nothing, if later epochs are fast: with cache.verify: first an entry is compared at its "
+        "first use in a run only."
+    ),
+)
+#: For what it waits, and what to do.
+_ADVICE: dict[Cause, tuple[str, str]] = {
+    "start": (
+        "the workers to start",
+        "keep the workers between epochs: DataLoader(persistent_workers=True).",
+    ),
+    "S3": (
+        "S3 (cold misses)",
+        "run `zarrcache warm CONFIG` before the training, or fetch ahead with zarrcache.Lookahead.",
+    ),
+    "peer": (
+        "entries from other nodes",
+        "check the network and the load of the nodes in cache.peers; without them S3 is read.",
+    ),
+    "lower": (
+        "entries of cache.lower",
+        "run `zarrcache warm CONFIG` before the training, which copies them to this node.",
+    ),
+    "full cache": (
+        "S3, because the cache is full",
+        (
+            "raise cache.limit, store less per density (cache.arrays.encoding: float16), or give "
+            "each node its own share (assignment: node). `zarrcache plan CONFIG` compares them."
+        ),
+    ),
+    "disk": (
+        "the disk of the cache",
+        (
+            "put cache.dir on a faster local disk, or store less per density "
+            "(cache.arrays.encoding: float16). `zarrcache doctor CONFIG` names the disk."
+        ),
+    ),
+    "checksum": (
+        "checksums of cached densities",
+        "set cache.verify: first, which compares an entry at its first use in a run only.",
+    ),
+    "rotation": (
+        "rotating, downsampling or casting samples on the CPU",
+        "raise num_workers, or rotate on the device (augment_on: device of ZarrDataModule).",
+    ),
+    "transform": ("your transform", "raise num_workers, or make it faster; it runs in them."),
+    "collate": (
+        "the collate function",
+        "use zarrcache.collate, or move its work into transform=.",
+    ),
+    "dataset": (
+        "your own dataset, around that of zarrcache",
+        "raise num_workers, or make its __getitem__ faster; it runs in them.",
+    ),
+    "copy": (
+        "copies of batches on their way to the training process",
+        (
+            "use zarrcache.collate or batches of one, which pass maps instead of copies; let a "
+            "transform or collate function return tensors, not arrays; compare with "
+            "pin_memory=False."
+        ),
+    ),
+    "cores": (
+        "cores of the CPU, which workers and training have to share",
+        "give the job more cores (srun --cpus-per-task), or lower num_workers.",
+    ),
+    "workers": ("too few DataLoader workers", "raise num_workers."),
+    "unknown": (
+        "something that is neither reading nor copying",
+        (
+            "look at the sampler, and enter the monitor before the loader starts its workers: the "
+            "work of workers that run already is not seen."
+        ),
+    ),
+}
+_OF_WORKERS = ("rotation", "transform", "collate", "dataset", "cores", "workers")
+
+
+def judge(
+    times: EpochTimes,
+    *,
+    workers: int,
+    verify: str = "first",
+    revalidate: str = "never",
+    cores: int | None = None,
+) -> Verdict:
+    """Say what a training waits for.
+
+    It is what the training process waited for most: processes to start, a batch on its way, pages
+    of the disk, or a batch in the making. For the last it is the largest part of the work of the
+    processes that make batches, or too few of them if no part is half of the work.
+
+    Parameters
+    ----------
+    times : EpochTimes
+    workers : int
+        Of the DataLoader; 0: samples are read in the training process.
+    verify, revalidate : str
+        ``cache.verify`` and ``cache.revalidate``.
+    cores : int, optional
+        Default: those that this process may use.
+    """
+    ratio = times.waiting_ratio
+    if ratio < _NOTHING_RATIO:
+        text = f"The training waited {ratio:.1%} of the time for data. Nothing needs a change."
+        return Verdict("nothing", ratio, text)
+    usable = len(os.sched_getaffinity(0)) if cores is None else cores
+    cause = _cause(times, workers, usable)
+    for_what, advice = _ADVICE[cause]
+    if cause == "S3" and revalidate != "never" and _part(times, "held") > _part(times, "miss"):
+        for_what, advice = _COMPARED
+    if cause == "checksum" and verify != "always":
+        for_what, advice = _FIRST_USE
+    text = f"The training waited {ratio:.0%} of the time, for {for_what}. Do this: {advice}"
+    if cause in _OF_WORKERS:
+        text += (
+            f" There {'is' if workers == 1 else 'are'} {_count(workers, 'worker')}, and "
+            f"{_count(usable, 'core')} for this process."
+        )
+    return Verdict(cause, ratio, text)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _part(times: EpochTimes, name: Part) -> float:
+    return times.parts.get(name, 0.0)
+
+
+def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
+    # With a core for each process, other programs use them: that passes, and is no cause.
+    lacks_cores = workers + 1 > cores
+    known = [name for name in WAITS if name != "cores" or lacks_cores]
+    largest = max(known, key=lambda name: times.waits.get(name, 0.0))
+    # Recorded by an earlier version, which did not tell these apart.
+    if not any(times.waits.values()) and any(times.parts.values()):
+        largest = "fetch"
+    at_once: dict[Wait, Cause] = {
+        "start": "start",
+        "receive": "copy",
+        "disk": "disk",
+        "cores": "cores",
+    }
+    if largest in at_once:
+        return at_once[largest]
+    busy = {name: _part(times, name) for name in PARTS}
+    if largest == "other" or not any(busy.values()):
+        return "unknown"
+    stats = times.stats
+    # In later epochs: dropped to make room for others, and fetched once more.
+    is_dropped = times.is_full and times.epoch > 0
+    near: Cause = "lower" if stats.lower_hits > stats.peer_hits else "peer"
+    causes: dict[Part, Cause] = {
+        "hit": "workers",
+        "checksum": "checksum",
+        "held": "S3" if stats.requests else "disk",
+        "miss": "full cache" if is_dropped else "S3",
+        "bypass": "full cache",
+        "peer": near,
+        "augment": "rotation",
+        "transform": "transform",
+        "collate": "collate",
+        "copy": "copy",
+        "dataset": "dataset",
+        "disk": "disk",
+    }
+    seconds: dict[Cause, float] = {}
+    for part, cause in causes.items():
+        seconds[cause] = seconds.get(cause, 0.0) + busy[part]
+    first = max(seconds, key=lambda cause: seconds[cause])
+    work = sum(seconds.values())
+    if lacks_cores and busy["cores"] > max(work, seconds[first]):
+        return "cores"
+    return first if 2 * seconds[first] >= work else "workers"
