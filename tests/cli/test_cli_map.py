@@ -72,7 +72,7 @@ def test_of_two_directories_it_holds_the_ids_that_both_have(
     [
         ((), (), 1, "in is not a directory of this machine"),
         (("in/mp-1/CHGCAR",), (), 1, "no name in it ends with .zarr, .zarr.zip, .json.gz, .CHGCAR"),
-        (("in/mp-1.zarr/x",), ("--source", "json.gz"), 1, "holds 1 others, such as mp-1.zarr"),
+        (("in/mp-1.zarr/x",), ("--source", "json.gz"), 1, "holds 1 other name, such as mp-1.zarr"),
         (("in/mp-1.zarr/x",), ("--source", "cube"), 2, "source is 'cube'. Write auto, one of"),
         (("in/mp-1.json", "m"), ("-o", "{}/m"), 2, "m is not JSON"),
         (("in/mp-1.json", "file"), ("-o", "{}/file/m.json"), 2, "file/m.json cannot be written"),

@@ -83,7 +83,8 @@ def find_ids(
         if not found:
             files = [kind for kind in kinds if kind != "directory"]
             ends = f": no name in it ends with {ends_of(files)}" if files else ""
-            seen = f" It holds {len(names)} other names, such as {names[0]}." if names else ""
+            more = "s" * (len(names) > 1)
+            seen = f" It holds {len(names)} other name{more}, such as {names[0]}." if names else ""
             raise OriginNotFoundError(
                 f"{origin.url} holds no density{ends}.{seen} Give the directory that contains the "
                 "densities directly, or --source directory if it has one directory per material."
