@@ -72,115 +72,138 @@ def test_good_pairs_have_no_finding(good: Path) -> None:
         assert done.out.startswith("Nothing is wrong with 6 pairs (")
 
 
-def nan(directory: Path) -> None:
+def nan(directory: Path, id_: str) -> None:
     values = density(102)
     values[1, 2, 3] = np.nan
-    put(directory, "label", "mp-2", values)
+    put(directory, "label", id_, values)
 
 
-def potential(directory: Path) -> None:
-    put(directory, "label", "mp-2", -density(1))
+def potential(directory: Path, id_: str) -> None:
+    put(directory, "label", id_, -density(1))
 
 
-def shifted_potential(directory: Path) -> None:
+def shifted_potential(directory: Path, id_: str) -> None:
     values = density(1)
-    put(directory, "data", "mp-2", values - 0.99 * values.mean())
+    put(directory, "data", id_, values - 0.99 * values.mean())
 
 
-def constant(directory: Path) -> None:
-    put(directory, "data", "mp-2", np.full((6, 6, 8), 8, np.float32))
+def constant(directory: Path, id_: str) -> None:
+    put(directory, "data", id_, np.full((6, 6, 8), 8, np.float32))
 
 
-def other_grid(directory: Path) -> None:
-    put(directory, "label", "mp-2", density(3, (6, 6, 9)))
+def other_grid(directory: Path, id_: str) -> None:
+    put(directory, "label", id_, density(3, (6, 6, 9)))
 
 
-def half_of_two_axes(directory: Path) -> None:
-    put(directory, "data", "mp-2", density(3, (3, 3, 8)))
+def half_of_two_axes(directory: Path, id_: str) -> None:
+    put(directory, "data", id_, density(3, (3, 3, 8)))
 
 
-def one_axis_finer_one_coarser(directory: Path) -> None:
-    put(directory, "data", "mp-2", density(3, (3, 6, 16)))
-    put(directory, "label", "mp-2", density(3, (6, 3, 8)))
+def one_axis_finer_one_coarser(directory: Path, id_: str) -> None:
+    put(directory, "data", id_, density(3, (3, 6, 16)))
+    put(directory, "label", id_, density(3, (6, 3, 8)))
 
 
-def fewer_electrons(directory: Path) -> None:
-    put(directory, "data", "mp-2", density(3, electrons=ELECTRONS - 1))
+def fewer_electrons(directory: Path, id_: str) -> None:
+    put(directory, "data", id_, density(3, electrons=ELECTRONS - 1))
 
 
-def slightly_fewer_electrons(directory: Path) -> None:
-    put(directory, "data", "mp-2", density(3, electrons=ELECTRONS - 0.1))
+def slightly_fewer_electrons(directory: Path, id_: str) -> None:
+    put(directory, "data", id_, density(3, electrons=ELECTRONS - 0.1))
 
 
-def too_many_electrons(directory: Path) -> None:
+def too_many_electrons(directory: Path, id_: str) -> None:
     for role in ("data", "label"):
-        put(directory, role, "mp-2", density(3 + len(role), electrons=30))
+        put(directory, role, id_, density(3 + len(role), electrons=30))
 
 
-def too_few_electrons(directory: Path) -> None:
+def too_few_electrons(directory: Path, id_: str) -> None:
     for role in ("data", "label"):
-        put(directory, role, "mp-2", density(3 + len(role), electrons=5))
+        put(directory, role, id_, density(3 + len(role), electrons=5))
 
 
-def half_an_electron(directory: Path) -> None:
+def half_an_electron(directory: Path, id_: str) -> None:
     for role in ("data", "label"):
-        put(directory, role, "mp-2", density(3 + len(role), electrons=8.5))
+        put(directory, role, id_, density(3 + len(role), electrons=8.5))
 
 
-def negative(directory: Path) -> None:
+def negative(directory: Path, id_: str) -> None:
     values = density(1)
     values[0] -= 10
-    put(directory, "label", "mp-2", values * np.float32(ELECTRONS / values.mean()))
+    put(directory, "label", id_, values * np.float32(ELECTRONS / values.mean()))
 
 
-def duplicate(directory: Path) -> None:
-    put(directory, "label", "mp-2", density(101))
+def duplicate(directory: Path, id_: str) -> None:
+    put(directory, "label", id_, density(101))
 
 
-def lost_chunk(directory: Path) -> None:
-    [chunk] = (directory / "label" / "mp-2.zarr" / "charge_density_total").glob("1.0.1")
+def lost_chunk(directory: Path, id_: str) -> None:
+    [chunk] = (directory / "label" / f"{id_}.zarr" / "charge_density_total").glob("1.0.1")
     chunk.unlink()
 
 
-def damaged_chunk(directory: Path) -> None:
-    [chunk] = (directory / "label" / "mp-2.zarr" / "charge_density_total").glob("0.0.0")
+def damaged_chunk(directory: Path, id_: str) -> None:
+    [chunk] = (directory / "label" / f"{id_}.zarr" / "charge_density_total").glob("0.0.0")
     chunk.write_bytes(b"\x00" * 7)
 
 
-@pytest.mark.parametrize(
-    ("plant", "kinds", "message"),
-    [
-        (nan, {"not finite"}, r"1 of 288 values are NaN or infinite"),
-        (potential, {"potential"}, r"its mean is -0\.02778"),
-        (shifted_potential, {"potential"}, r"its minimum -"),
-        (constant, {"constant"}, r"all 288 values are 8|all 288 values are 0\.02"),
-        (other_grid, {"grids"}, r"input and label are 6x6x8 and 6x6x9"),
-        (half_of_two_axes, {"grids"}, r"3x3x8 and 6x6x8"),
-        (one_axis_finer_one_coarser, {"grids"}, r"3x6x16 and 6x3x8"),
-        (fewer_electrons, {"electrons"}, r"input has 7\.00 electrons, label 8\.00"),
-        (slightly_fewer_electrons, {"electrons"}, r"input has 7\.90 electrons, label 8\.00"),
-        (too_many_electrons, {"valence"}, r"30\.00 electrons; .* 8 valence .* 28 protons"),
-        (too_few_electrons, {"valence"}, r"it has 5\.00 electrons"),
-        (half_an_electron, {"fraction"}, r"it has 8\.5000 electrons"),
-        (negative, {"negative"}, r"negative values sum up to \d+"),
-        (duplicate, {"duplicate"}, r"mp-2 \(label\): it has the values of mp-1"),
-        (lost_chunk, {"unreadable"}, r"1 of 8 chunks are absent"),
-        (damaged_chunk, {"unreadable"}, r"0\.0\.0"),
-    ],
+FAULTS: tuple[tuple[Callable[[Path, str], None], str, str], ...] = (
+    (nan, "not finite", r"1 of 288 values are NaN or infinite"),
+    (potential, "potential", r"its mean is -0\.02778"),
+    (shifted_potential, "potential", r"its minimum -"),
+    (constant, "constant", r"all 288 values are 8|all 288 values are 0\.02"),
+    (other_grid, "grids", r"input and label are 6x6x8 and 6x6x9"),
+    (half_of_two_axes, "grids", r"3x3x8 and 6x6x8"),
+    (one_axis_finer_one_coarser, "grids", r"3x6x16 and 6x3x8"),
+    (fewer_electrons, "electrons", r"input has 7\.00 electrons, label 8\.00"),
+    (slightly_fewer_electrons, "electrons", r"input has 7\.90 electrons, label 8\.00"),
+    (too_many_electrons, "valence", r"30\.00 electrons; .* 8 valence .* 28 protons"),
+    (too_few_electrons, "valence", r"it has 5\.00 electrons"),
+    (half_an_electron, "fraction", r"it has 8\.5000 electrons"),
+    (negative, "negative", r"negative values sum up to \d+"),
+    (duplicate, "duplicate", r"it has the values of mp-1"),
+    (lost_chunk, "unreadable", r"1 of 8 chunks are absent"),
+    (damaged_chunk, "unreadable", r"0\.0\.0"),
 )
-def test_a_planted_fault_is_found_in_its_material_only(
-    planted: Path, plant: Callable[[Path], None], kinds: set[str], message: str
+
+
+def id_of(plant: Callable[[Path, str], None]) -> str:
+    return "planted-" + plant.__name__.replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def audited(good: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What the audit of the good pairs, and of a pair for each fault, prints: JSON, text."""
+    directory = tmp_path_factory.mktemp("planted") / "pairs"
+    shutil.copytree(good, directory)
+    for number, (plant, _, _) in enumerate(FAULTS):
+        id_ = id_of(plant)
+        put(directory, "data", id_, density(200 + number))
+        put(directory, "label", id_, density(300 + number))
+        plant(directory, id_)
+    ids = [path.name.removesuffix(".zarr") for path in (directory / "data").iterdir()]
+    (directory / "map.json").write_text(json.dumps({"GGA": sorted(ids)}))
+    config = write_config(directory)
+    return zarrcache("audit", config, "--json"), zarrcache("audit", config)
+
+
+@pytest.mark.parametrize(("plant", "kind", "message"), FAULTS)
+def test_a_planted_fault_is_found(
+    audited: tuple[Any, Any], plant: Callable[[Path, str], None], kind: str, message: str
 ) -> None:
-    plant(planted)
-    done = zarrcache("audit", write_config(planted), "--json")
-    assert done.code == 1, done
-    found = done.document["findings"]
-    assert {one["task_id"] for one in found} == {"mp-2"}
-    assert {one["kind"] for one in found} == kinds
-    assert done.document["counts"].keys() == kinds
-    text = zarrcache("audit", write_config(planted))
-    assert text.code == 1
-    assert re.search(message, text.out), text.out
+    id_ = id_of(plant)
+    done, text = audited
+    assert {one["kind"] for one in done.document["findings"] if one["task_id"] == id_} == {kind}
+    assert re.search(rf"{id_}\b.*(?:{message})", text.out), text.out
+
+
+def test_nothing_else_is_a_finding(audited: tuple[Any, Any]) -> None:
+    done, text = audited
+    assert (done.code, text.code) == (1, 1)
+    assert {one["task_id"] for one in done.document["findings"]} == {
+        id_of(plant) for plant, _, _ in FAULTS
+    }
+    assert done.document["counts"].keys() == {kind for _, kind, _ in FAULTS}
 
 
 def test_spin_densities_may_be_negative_and_have_any_sum(tmp_path: Path) -> None:

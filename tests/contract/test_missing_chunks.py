@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,16 @@ def _read_pickled(pickled: bytes) -> str:
     return f"read {np.asarray(read).sum()}"
 
 
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[Any]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("what", ["group", "array"])
 @pytest.mark.parametrize("event", ["deleted", "NoSuchBucket", "AccessDenied", "down"])
 def test_open_array_whose_origin_vanished_is_an_error_in_another_process(
-    tmp_path: Path, event: str, what: str
+    tmp_path: Path, event: str, what: str, other_process: Any
 ) -> None:
     """Zarr would take a FileNotFoundError or KeyError for chunks that were never written."""
     root = tmp_path / "bucket" / "data" / "mp-1.zarr"
@@ -246,8 +253,7 @@ def test_open_array_whose_origin_vanished_is_an_error_in_another_process(
             gateway.server_close()
         else:
             gateway.gone = event
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            said = pool.apply(_read_pickled, (pickled,))
+        said = other_process.apply(_read_pickled, (pickled,))
     assert said.startswith(
         ("IncompleteArrayError", "OriginAccessError", "OriginUnavailableError")
     ), said
