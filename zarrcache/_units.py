@@ -14,6 +14,7 @@ from zarrcache.errors import ConfigError
 __all__ = [
     "Percent",
     "bytes_or_percent",
+    "counted",
     "format_bytes",
     "most_bytes",
     "parse_bytes",
@@ -126,6 +127,11 @@ def most_bytes() -> int:
     or hostile, and is refused before anything is allocated.
     """
     return min(64 * 1024**3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+
+
+def counted(number: int, noun: str, more: str | None = None) -> str:
+    """``1 entry``, ``37 entries``."""
+    return f"{number} {noun if number == 1 else more or noun + 's'}"
 
 
 def read_bounded(file: Any, nbytes: int) -> bytes:

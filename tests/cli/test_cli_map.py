@@ -39,7 +39,7 @@ def test_a_second_functional_is_added_and_a_known_one_needs_force(tmp_path: Path
     assert "beside 1 other functional" in done.out
     again = zarrcache("map", tmp_path / "in", "-o", path)
     assert again.code == 2
-    assert "has 1 ids of GGA. Give --force" in again.err
+    assert "has 1 id of GGA. Give --force" in again.err
     expected = {"GGA": ["mp-1"], "r2SCAN": ["mp-1", "mp-2"]}
     assert json.loads(path.read_text()) == expected
     assert zarrcache("map", tmp_path / "in", "-o", path, "--force").code == 0
@@ -70,9 +70,9 @@ def test_of_two_directories_it_holds_the_ids_that_both_have(
 @pytest.mark.parametrize(
     ("names", "arguments", "code", "words"),
     [
-        ((), (), 1, "in is not a directory of this machine"),
-        (("in/mp-1/CHGCAR",), (), 1, "no name in it ends with .zarr, .zarr.zip, .json.gz, .CHGCAR"),
-        (("in/mp-1.zarr/x",), ("--source", "json.gz"), 1, "holds 1 other name, such as mp-1.zarr"),
+        ((), (), 2, "in is not a directory of this machine"),
+        (("in/mp-1/CHGCAR",), (), 2, "no name in it ends with .zarr, .zarr.zip, .json.gz, .CHGCAR"),
+        (("in/mp-1.zarr/x",), ("--source", "json.gz"), 2, "holds 1 other name, such as mp-1.zarr"),
         (("in/mp-1.zarr/x",), ("--source", "cube"), 2, "source is 'cube'. Write auto, one of"),
         (("in/mp-1.json", "m"), ("-o", "{}/m"), 2, "m is not JSON"),
         (("in/mp-1.json", "file"), ("-o", "{}/file/m.json"), 2, "file/m.json cannot be written"),

@@ -355,3 +355,13 @@ def test_every_command_reads_a_hydra_config(
         run = zarrcache(command[0], path, *command[1:])
         assert run.code == 0, run.err
         assert words in run.out, (command, run.out)
+
+
+@pytest.mark.parametrize("command", ["warm", "plan", "lock"])
+def test_a_directory_that_does_not_exist_is_a_wrong_setting(tmp_path: Path, command: str) -> None:
+    """As it is for ``convert`` and ``map``."""
+    write_pairs(tmp_path, 1)
+    config = write_config(tmp_path, tmp_path / "nowhere")
+    done = zarrcache(command, config, *(("-o", tmp_path / "x.lock") if command == "lock" else ()))
+    assert (done.code, done.out) == (2, "")
+    assert "nowhere/data is not a directory of this machine" in done.err

@@ -4,6 +4,7 @@ silently.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import json
@@ -29,6 +30,9 @@ from zarrcache import (
     RhoData,
     SchemaError,
     get_dataset,
+    plan_evict,
+    plan_warm,
+    verify,
 )
 
 IDS = ["mp-1", "mp-2", "mp-3"]
@@ -481,3 +485,22 @@ def test_good_data_passes_everything_above(data: Path, any_cache: Any) -> None:
         np.testing.assert_array_equal(
             reader.load(task_id, "label")[0], plain_read(data / "label" / f"{task_id}.zarr").ravel()
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("get_metadata", r"reader\.metadata\(task_id\)"), ("read_charge_density", r"reader\.load\(")],
+)
+def test_a_task_id_in_place_of_a_store_is_refused_with_the_method_that_takes_it(
+    data: Path, method: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{method} takes an open store, .*'mp-1'.*{words}"):
+        getattr(make_reader(data), method)("mp-1")
+
+
+@pytest.mark.parametrize(
+    "function", [plan_warm, verify, functools.partial(plan_evict, everything=True)]
+)
+def test_a_path_in_place_of_a_config_is_refused_with_what_reads_it(function: Any) -> None:
+    with pytest.raises(ConfigError, match=r"DataConfig\.from_yaml\(path\).*, not 'x\.yaml'"):
+        function("x.yaml")

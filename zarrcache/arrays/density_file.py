@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._units import most_bytes, read_bounded
+from zarrcache._units import counted, most_bytes, read_bounded
 from zarrcache.arrays.vasp_text import parse_vasp_text
 from zarrcache.errors import ConfigError, SchemaError
 
@@ -443,7 +443,8 @@ def _unflattened(density: Mapping[str, Any], name: str) -> dict[str, Any]:
     labels, data, shapes = (density[key] for key in ("labels", "data", "data_rank"))
     if not len(labels) == len(data) == len(shapes):
         raise SchemaError(
-            f"{name} has {len(labels)} labels, {len(data)} grids and {len(shapes)} shapes. Get the "
+            f"{name} has {counted(len(labels), 'label')}, {counted(len(data), 'grid')} and "
+            f"{counted(len(shapes), 'shape')}. Get the "
             "file again."
         )
     return {

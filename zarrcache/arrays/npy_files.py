@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import safe_repr
-from zarrcache._units import most_bytes
+from zarrcache._units import counted, most_bytes
 from zarrcache.errors import SchemaError
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _atoms(
         count = int(lines[0])
         rows = [line.split() for line in lines[2 : 2 + count]]
         if len(rows) != count:
-            raise ValueError(f"{count} atoms are announced and {len(rows)} are there")
+            raise ValueError(f"it announces {counted(count, 'atom')} and has {len(rows)}")
         symbols = tuple(row[0].decode("ascii") for row in rows)
         # QM9's own files write 1.5*^-6.
         positions = [[float(word.replace(b"*^", b"e")) for word in row[1:4]] for row in rows]

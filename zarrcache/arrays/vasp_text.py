@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zarrcache._units import most_bytes
+from zarrcache._units import counted, most_bytes
 from zarrcache.arrays.columns import (
     BARE_EXPONENT,
     BEFORE,
@@ -90,8 +90,8 @@ def parse_vasp_text(file: Any, name: str, limit_bytes: int) -> VaspText:
     atoms = sum(map(int, counts))
     if atoms > len(head):
         raise SchemaError(
-            f"{name} announces {atoms} atoms and has {len(head)} lines for them. Get the file "
-            "again."
+            f"{name} announces {counted(atoms, 'atom')} and has {counted(len(head), 'line')} for "
+            "them. Get the file again."
         )
     body = _Body(name, len(head) + 2, atoms)
     rest = _line(file, name)

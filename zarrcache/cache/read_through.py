@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, Units, source_digest, stored_array
+from zarrcache._units import counted
 from zarrcache.arrays import (
     Decoded,
     as_density,
@@ -326,8 +327,8 @@ class ReadThrough:
         if flaws.missing_chunks and not self.fills:
             # Stored with other settings, or by another node with other settings.
             raise IncompleteArrayError(
-                f"{key.url} {self._array} is cached with {flaws.missing_chunks} chunks that the "
-                "origin did not have. Convert the store again and run `zarrcache warm "
+                f"{key.url} {self._array} is cached with {counted(flaws.missing_chunks, 'chunk')} "
+                "that the origin did not have. Convert the store again and run `zarrcache warm "
                 "--revalidate`, or set cache.missing_chunks: fill."
             )
         self._log_once.warning(key.digest, logger, "%s %s: %s", key.url, self._array, flaws)

@@ -18,7 +18,7 @@ import typer
 
 from zarrcache import __version__
 from zarrcache.cli._early import leave_ctrl_c_to_python
-from zarrcache.errors import ConfigError, ZarrCacheError
+from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
 
 __all__ = ["app", "command", "failures", "say", "show", "show_json"]
@@ -72,7 +72,8 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                 if _log.isEnabledFor(logging.DEBUG):
                     traceback.print_exc()
                 say(f"error: {exc}")
-                code = 2 if isinstance(exc, ConfigError) else 1
+                # A directory or bucket that does not exist is a wrong argument or setting.
+                code = 2 if isinstance(exc, (ConfigError, OriginNotFoundError)) else 1
             except BrokenPipeError:  # `zarrcache ls | head`: click ends quietly
                 raise
             except (

@@ -490,7 +490,7 @@ def _equal_ids(
         for task_id, paths in list(unclear.items())[:_MAX_SHOWN]
     ]
     if len(unclear) > _MAX_SHOWN:
-        shown.append(f"{len(unclear) - _MAX_SHOWN} more ids have several files")
+        shown.append(f"several files each for {len(unclear) - _MAX_SHOWN} more")
     first, second = next(iter(unclear.values()))[:2]
     ways = [f"choose one of each (--prefer '{_pattern_of(first, second)}')"]
     by_path = replace(naming, id_from="path")

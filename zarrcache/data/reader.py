@@ -1368,6 +1368,7 @@ class ZarrS3Reader(PairReader):
         """
         from zarrcache.cache import CachedStore
 
+        _check_group(zarr_store, "read_charge_density", "load(task_id, 'data')")
         store, densities = zarr_store.store, self._density("data")
         where = store.url if isinstance(store, CachedStore) else str(zarr_store.store_path)
         with _only_our_errors(where):
@@ -1380,6 +1381,7 @@ class ZarrS3Reader(PairReader):
 
         Both may be JSON strings or JSON itself.
         """
+        _check_group(zarr_store, "get_metadata", "metadata(task_id)")
         with _only_our_errors(f"metadata of {zarr_store.store_path}"):
             return metadata_of(zarr_store)
 
@@ -1529,6 +1531,20 @@ def _lazy(values: NDArray[np.float32], gridsize: tuple[int, int, int]) -> LazyGr
     if values.ndim == 1:
         return LazyGrid(values.reshape(gridsize))
     return LazyStack(tuple(LazyGrid(channel.reshape(gridsize)) for channel in values))
+
+
+def _check_group(group: Any, method: str, instead: str) -> None:
+    """Refuse a task id or path in place of an open store.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not hasattr(group, "store_path"):
+        raise ConfigError(
+            f"{method} takes an open store, read_zarr_store(path), not {safe_repr(group)}. For a "
+            f"task id: reader.{instead}."
+        )
 
 
 def _flat(values: NDArray[np.float32]) -> Density:

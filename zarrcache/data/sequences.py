@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import Role
+from zarrcache._units import counted
 
 __all__ = ["Density", "DensityLoader", "GridSize", "SplitSets", "split_sets"]
 
@@ -60,7 +61,7 @@ class _Lazy(Sequence[T]):
         return self._read(self.task_ids[index])
 
     def __repr__(self) -> str:
-        return f"<{self._what} of {len(self)} materials, loaded when indexed>"
+        return f"<{self._what} of {counted(len(self), 'material')}, loaded when indexed>"
 
 
 class _Grids:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zarrcache._keys import check_task_id, check_task_ids, safe_repr
-from zarrcache._units import read_bounded
+from zarrcache._units import counted, read_bounded
 from zarrcache.errors import ConfigError
 
 __all__ = [
@@ -188,8 +188,8 @@ def ids_of(mapping: Mapping[str, Sequence[str]], functional: str) -> list[str]:
     if len(unique) < len(ids):
         repeated = [id_ for id_, times in Counter(ids).items() if times > 1]
         logger.warning(
-            "The map repeats %d task ids of %s; each is used once: %s",
-            len(repeated),
+            "The map repeats %s of %s; each is used once: %s",
+            counted(len(repeated), "task id"),
             functional,
             first_ids(repeated),
         )
@@ -326,8 +326,8 @@ def hold_out(
         return Split(tuple(train), (), tuple(test))
     if count == len(train):
         raise ConfigError(
-            f"val_frac is {val_frac!r}: all {len(train)} training samples would be held out. Set "
-            "val_frac to 0."
+            f"val_frac is {val_frac!r}: all {counted(len(train), 'training sample')} would be "
+            "held out. Set val_frac to 0."
         )
     kept, held = split_ids(train, len(train) - count, random_state)
     return Split(tuple(kept), tuple(held), tuple(test))
@@ -464,8 +464,8 @@ def permuted_split(ids: Sequence[str], val_frac: float, random_seed: int) -> Spl
     held = int(len(ids) * float(share))
     if held == len(ids):
         raise ConfigError(
-            f"val_frac is {val_frac!r}: all {len(ids)} samples would be held out. Set a smaller "
-            "val_frac."
+            f"val_frac is {val_frac!r}: all {counted(len(ids), 'sample')} would be held out. "
+            "Set a smaller val_frac."
         )
     order = [ids[place] for place in _torch_permutation(len(ids), random_seed)]
     return Split(tuple(order[held:]), tuple(order[:held]))

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.convert import is_density_name, plan_convert, task_id_of
 from zarrcache.demo.server import DemoServer, running_server
 from zarrcache.demo.synthetic import write_pairs
@@ -142,7 +142,7 @@ def _run_all(home: Path, source: Path | None, samples: int, say: Say) -> tuple[l
             say(f"made {len(task_ids)} synthetic pairs of densities (--source DIR: your own)")
         else:
             task_ids = _collect(source, home / "files", samples)
-            say(f"took {len(task_ids)} pairs of densities from {source}")
+            say(f"took {counted(len(task_ids), 'pair')} of densities from {source}")
         make_s3fs(server.s3_kwargs).mkdir(BUCKET)
         task_ids = _convert(home / "files", task_ids, server, say)
         (home / "map.json").write_text(json.dumps({FUNCTIONAL: task_ids}))
@@ -181,8 +181,9 @@ def _collect(source: Path, files: Path, samples: int) -> list[str]:
     task_ids = sorted(found["input"].keys() & found["label"].keys())[:samples]
     if len(task_ids) < 2:
         raise ConfigError(
-            f"{source} holds {len(task_ids)} pairs of densities ({len(found['input'])} inputs, "
-            f"{len(found['label'])} labels); the demo needs 2. Put the inputs into a directory "
+            f"{source} holds {counted(len(task_ids), 'pair')} of densities "
+            f"({counted(len(found['input']), 'input')}, {counted(len(found['label']), 'label')}); "
+            "the demo needs 2. Put the inputs into a directory "
             "input/ and the labels into label/, with the same names."
         )
     for role, paths in found.items():
@@ -205,8 +206,8 @@ def _convert(files: Path, task_ids: list[str], server: DemoServer, say: Say) -> 
         ).execute()
         size, seconds = format_bytes(report.written_bytes), time.perf_counter() - start_s
         say(
-            f"converted {len(report.converted)} files to s3://{BUCKET}/{role} ({size}) in "
-            f"{seconds:.1f} s"
+            f"converted {counted(len(report.converted), 'file')} to s3://{BUCKET}/{role} ({size}) "
+            f"in {seconds:.1f} s"
         )
         for result in report.converted:
             for warning in result.warnings:
@@ -217,7 +218,7 @@ def _convert(files: Path, task_ids: list[str], server: DemoServer, say: Say) -> 
         task_ids = [task_id for task_id in task_ids if task_id in done]
     if len(task_ids) < 2:
         raise ConfigError(
-            f"{len(task_ids)} pairs of densities could be converted; the demo needs 2."
+            f"{counted(len(task_ids), 'pair')} of densities could be converted; the demo needs 2."
         )
     return task_ids
 

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias, TypeVar
 import diskcache
 
 from zarrcache._keys import FORMAT_VERSION
+from zarrcache._units import counted
 from zarrcache.disk._no_fork import closed_before_fork, no_fork
 from zarrcache.disk.checksums import crc32c
 from zarrcache.disk.directory import CacheDir, file_identity
@@ -740,11 +741,11 @@ class IndexFile:
                 self._dir.unlink(path)
         if broken or found or doomed or n_unreadable:
             logger.warning(
-                "the index %s %s and rebuilt from the entries: %d entries kept, %d files removed%s",
+                "the index %s %s and rebuilt from the entries: %s kept, %s removed%s",
                 self._dir.index,
                 broken or "was lost",
-                len(found),
-                len(doomed),
+                counted(len(found), "entry", "entries"),
+                counted(len(doomed), "file"),
                 f", {n_unreadable} that cannot be read left alone" if n_unreadable else "",
             )
 

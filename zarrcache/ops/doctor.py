@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from zarrcache._keys import ROLES, ArrayKey, Role, arrays_of, is_density, units_of
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.arrays import (
     cell_volume,
     choose,
@@ -159,7 +159,8 @@ def _cache(cache: CacheConfig) -> Iterator[Finding]:
     name = "cache directory"
     try:
         index = open_index(Index(cache))
-        entries = sum(count for count, _ in index.totals().values())
+        total = sum(count for count, _ in index.totals().values())
+        entries = counted(total, "entry", "entries")
     except ConfigError as exc:
         yield Finding(name, "fail", str(exc))
         return
@@ -171,13 +172,13 @@ def _cache(cache: CacheConfig) -> Iterator[Finding]:
         yield Finding(
             name,
             "warn",
-            f"{index.dir.root} can only be read; {entries} entries",
+            f"{index.dir.root} can only be read; {entries}",
             "Entries are used, and nothing will be stored. To store, mount it writable, or choose "
             "a cache.dir that this user may write to.",
         )
         yield _file_system(index.dir.root)
         return
-    yield Finding(name, "ok", f"{index.dir.root} is writable; {entries} entries")
+    yield Finding(name, "ok", f"{index.dir.root} is writable; {entries}")
     yield _permissions(index.dir)
     yield _file_system(index.dir.root)
     yield _space(cache, index)
@@ -369,7 +370,7 @@ def _array(
             f"chunks of {role}",
             "warn" if fills else "fail",
             f"{origin.url_of(store)} {array} lacks {examined.missing_chunks} of "
-            f"{examined.chunks} chunks",
+            f"{counted(examined.chunks, 'chunk')}",
             "Convert the store again. Absent chunks are an error, or with "
             "cache.missing_chunks: fill, the fill value.",
         )
@@ -429,8 +430,8 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
             )
         else:
             found = (
-                f"it answers and holds {len(stores)} stores ({stores[0]}), but none of the first "
-                f"ids of the map: {', '.join(ids)}"
+                f"it answers and holds {counted(len(stores), 'store')} ({stores[0]}), but none of "
+                f"the first ids of the map: {', '.join(ids)}"
             )
         yield Finding(name, "warn" if ids and stores else "fail", found, advice)
     except ZarrCacheError as exc:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, Eviction, Role
-from zarrcache._units import whole_number
+from zarrcache._units import counted, whole_number
 from zarrcache.arrays import is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
@@ -462,7 +462,7 @@ def _ranks(nodes: int, ranks_per_node: int, epochs: int, workers: int) -> int:
 def _check_ranks(ranks: int, samples: int) -> None:
     if ranks > samples:
         raise ConfigError(
-            f"{ranks} ranks are more than the {samples} samples of the "
+            f"{ranks} ranks are more than the {counted(samples, 'sample')} of the "
             "training split, so some ranks would have none. Use fewer nodes or ranks."
         )
 

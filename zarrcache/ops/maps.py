@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zarrcache._keys import check_task_id
+from zarrcache._units import counted
 from zarrcache.arrays import choose, ends_of, kinds_of, sources_of
 from zarrcache.data import read_map
 from zarrcache.errors import ConfigError, OriginNotFoundError
@@ -83,8 +84,8 @@ def find_ids(
         if not found:
             files = [kind for kind in kinds if kind != "directory"]
             ends = f": no name in it ends with {ends_of(files)}" if files else ""
-            more = "s" * (len(names) > 1)
-            seen = f" It holds {len(names)} other name{more}, such as {names[0]}." if names else ""
+            others = counted(len(names), "other name")
+            seen = f" It holds {others}, such as {names[0]}." if names else ""
             raise OriginNotFoundError(
                 f"{origin.url} holds no density{ends}.{seen} Give the directory that contains the "
                 "densities directly, or --source directory if it has one directory per material."
@@ -133,8 +134,8 @@ def write_map(path: Path, functional: str, ids: Sequence[str], *, force: bool = 
         raise _not_written(path, exc) from exc
     if functional in document and not force:
         raise ConfigError(
-            f"{path} has {len(document[functional])} ids of {functional}. Give --force to replace "
-            "them, another --functional, or another file."
+            f"{path} has {counted(len(document[functional]), 'id')} of {functional}. Give --force "
+            "to replace them, another --functional, or another file."
         )
     kept = len(document.keys() - {functional})
     document[functional] = list(ids)

@@ -486,7 +486,7 @@ def _basis(plan: Forecast, config: DataConfig) -> str:
     measured = "all" if plan.measured == plan.densities else f"{plan.measured:,}"
     return (
         "<h2>How it was computed</h2>"
-        f"<p>Training split: {plan.samples:,} samples, {plan.densities:,} densities of "
+        f"<p>Training split: {_count(plan.samples, 'sample')}, {plan.densities:,} densities of "
         f"{plan.gets:.0f} objects and {format_bytes(plan.stored_bytes // plan.densities)} on "
         f"average, {measured} of them measured at the origin. Hits are simulated with the "
         "sampler's own order from an empty cache, as <code>zarrcache plan</code> does; epochs that "

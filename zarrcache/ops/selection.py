@@ -19,6 +19,7 @@ from zarrcache._keys import (
     Channel,
     Role,
     arrays_of,
+    safe_repr,
     source_digest,
     stored_array,
     units_of,
@@ -106,6 +107,11 @@ def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
     """
     if isinstance(config, CacheConfig):
         return config
+    if not isinstance(config, DataConfig):
+        raise ConfigError(
+            f"a config is DataConfig.from_yaml(path) or CacheConfig.from_yaml(path), not "
+            f"{safe_repr(config)}."
+        )
     config.check_stores()
     if config.cache is None:
         raise ConfigError("The config has no cache block. `zarrcache init` writes an example.")
@@ -432,7 +438,7 @@ def select(
     if isinstance(config, DataConfig):
         selection = Selection(config, ids)
         return selection, selection.index
-    return None, Index(config)
+    return None, Index(cache_of(config))
 
 
 def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.asyn import get_loop
 
 from zarrcache._keys import ObjectInfo
+from zarrcache._units import counted
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import _obstore, _s3fs
@@ -284,7 +285,7 @@ class S3Bucket:
         if page.is_full and names:
             after = list_page(start_after=max(names))
             if not names.issuperset([*(obj.key for obj in after.objects), *after.prefixes]):
-                raise incomplete(f"it ends after {len(names)} names, but there are more")
+                raise incomplete(f"it ends after {counted(len(names), 'name')}, but there are more")
 
     def engine(self, *paths: str) -> Engine:
         """The engine of this process for objects and prefixes with these full names."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
+from zarrcache._units import counted
 from zarrcache.errors import ConfigError
 from zarrcache.parallel.process import ChildProcess, HungUp, receive
 
@@ -192,8 +193,8 @@ class _Pool(Generic[T, R]):
                         "ulimit -u)."
                     ) from exc
                 logger.warning(
-                    "%d worker processes instead of %d: the next one cannot be started: %s",
-                    len(self._workers),
+                    "%s instead of %d: the next one cannot be started: %s",
+                    counted(len(self._workers), "worker process", "worker processes"),
                     workers,
                     exc,
                 )

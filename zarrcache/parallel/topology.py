@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from zarrcache._units import counted
 from zarrcache.errors import ConfigError
 
 __all__ = ["World", "each_node_world", "node_name", "sorted_nodes"]
@@ -42,8 +43,9 @@ class World:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < len(self.node_of_rank):
             raise ConfigError(
-                f"rank {self.rank} is outside a job of {len(self.node_of_rank)} processes: ranks "
-                f"go from 0 to {len(self.node_of_rank) - 1}."
+                f"rank {self.rank} is outside a job of "
+                f"{counted(len(self.node_of_rank), 'process', 'processes')}: ranks go from 0 to "
+                f"{len(self.node_of_rank) - 1}."
             )
         if set(self.node_of_rank) != set(range(self.nodes)):
             raise ConfigError(

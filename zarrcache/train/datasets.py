@@ -573,7 +573,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         }
         if reasons:
             first, *others = reasons
-            more = f" {len(others)} more do not fit either: {first_ids(others)}." if others else ""
+            more = f" Nor does it fit {len(others)} more: {first_ids(others)}." if others else ""
             raise ConfigError(
                 f"{selection!r} does not fit {first}: {reasons[first]}.{more} {_LEAVE_OUT}"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from zarrcache._units import whole_number
+from zarrcache._units import counted, whole_number
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import World
 from zarrcache.train.schedule import Assignment, Schedule, Segment
@@ -92,9 +92,9 @@ class NodeSampler(Sampler[int]):
         )
         if self.schedule.names and not self.schedule.samples_of_rank:
             raise ConfigError(
-                f"drop_last leaves nothing to read: {len(self.schedule.names)} samples are fewer "
-                f"than the {len(self.world.node_of_rank)} ranks. Set drop_last=False, or use fewer "
-                "ranks."
+                f"drop_last leaves nothing to read of {counted(len(self.schedule.names), 'sample')}"
+                f" for {counted(len(self.world.node_of_rank), 'rank')}. Set drop_last=False, or "
+                "use fewer ranks."
             )
         self.epoch = 0
         self._history: tuple[Segment, ...] = ()
