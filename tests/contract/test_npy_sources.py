@@ -204,7 +204,7 @@ def _atoms(path: Path) -> None:
         (_several, "several densities: rho_11.npy, rho_21.npy"),
         (_not_finite, "120 of 120 values of total are NaN"),
         (_flat_box, "does not hold the edges of a box"),
-        (_atoms, "3 atoms are announced and 1 are there"),
+        (_atoms, "it announces 3 atoms and has 1"),
     ],
 )
 def test_files_that_do_not_fit_together_are_named(

@@ -230,7 +230,7 @@ def test_a_share_that_is_none_is_refused(val_frac: Any) -> None:
 
 
 def test_a_share_that_leaves_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"all 1 training samples would be held out"):
+    with pytest.raises(ConfigError, match=r"all 1 training sample would be held out"):
         hold_out(["mp-1"], [], 0.5, 42)
     assert hold_out(["mp-1", "mp-2"], [], 0.5, 42).validation in (("mp-1",), ("mp-2",))
     assert hold_out([], ["mp-1"], 0.5, 42) == Split((), (), ("mp-1",))
