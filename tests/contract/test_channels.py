@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from tests.support.chgcars import write_chgcar
 from tests.support.faultproxy import FaultProxy
+from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import random_density, small_group
 from zarrcache import ZarrS3Reader
@@ -581,3 +582,63 @@ def test_only_the_materials_of_a_split_file_or_a_list_of_ids_have_to_have_the_ch
     reader = make_reader(density_type=BOTH, split_file=split, missing="drop")
     assert reader.split_task_ids() == (["mp-0", "mp-2"], ["mp-5"])
     assert ZarrDataset(reader, ["mp-3", "mp-1"]).task_ids == ("mp-3",)
+
+
+@pytest.mark.parametrize("kind", ["CHGCAR", "zip"])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+def test_a_source_that_is_fetched_whole_is_fetched_once_for_all_channels(
+    tmp_path: Path, config_of: Callable[..., DataConfig], kind: str, workers: int, encoding: str
+) -> None:
+    for number, id_ in enumerate(IDS):
+        for role in ("data", "label"):
+            if kind == "CHGCAR":
+                write_chgcar(tmp_path / role / f"{id_}.CHGCAR", (5, 4, 6), number, diff=True)
+            else:
+                small_group(tmp_path / role / f"{id_}.zarr.zip", diff=True, as_zip=True)
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS}))
+    size = sum(path.stat().st_size for path in tmp_path.glob("*/mp-*"))
+    for normalize in (False, "volume"):
+        arrays = {"arrays": {"encoding": encoding}}
+        config = config_of(normalize_data=normalize, cache=arrays)
+        report = plan_warm(config, workers=workers).execute()
+        assert (report.warm, report.is_good, report.stats.misses) == (6, True, 12)
+        assert report.stats.fetched_bytes == size
+        reader = open_reader(config)
+        alone = {
+            name: make_reader(
+                tmp_path,
+                density_type=name,
+                normalize=normalize,
+                cache=arrays | {"dir": tmp_path / name},
+            )
+            for name in BOTH
+        }
+        for id_ in IDS:
+            values, _ = reader.load(id_, "label")
+            for channel, one in zip(values, alone.values(), strict=True):
+                np.testing.assert_array_equal(channel, one.load(id_, "label")[0])
+        assert reader.stats.requests == 0
+        assert verify(config, against_origin=True).is_good
+
+
+def test_a_grid_that_cannot_be_used_does_not_come_along(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
+) -> None:
+    """What is wrong with one array of a zipped store is not stored with another one."""
+    total, diff = random_density((6, 6, 6)), random_density((6, 6, 6), seed=1)
+    for role in ("data", "label"):
+        for id_, arrays, electrons in (
+            ("mp-0", {ARRAYS[0]: total, ARRAYS[1]: diff}, 3.5),
+            ("mp-1", {ARRAYS[0]: total, ARRAYS[1]: diff[0]}, float(total.mean())),
+        ):
+            path = tmp_path / role / f"{id_}.zarr.zip"
+            small_group(path, arrays, as_zip=True, metadata={"electrons": electrons})
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0", "mp-1"]}))
+    reader = make_reader(cache={}, density_type=["diff", "total"])
+    for _ in range(2):
+        with pytest.raises(IncompleteArrayError, match="electrons"):
+            reader.load("mp-0", "data")
+        with pytest.raises(SchemaError, match="3-D"):
+            reader.load("mp-1", "data")
+    assert [entry.array for entry in list_entries(reader.cache_config)] == [ARRAYS[1]]

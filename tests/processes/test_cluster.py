@@ -345,7 +345,7 @@ def stored(config: Path, directory: Path) -> set[str]:
         loaded.model_copy(update={"cache": loaded.cache.model_copy(update={"dir": directory})})
     )
     found = reader.stored()
-    return found["data"].keys() & found["label"].keys()
+    return set.intersection(*(set(ids) for ids in found.values()))
 
 
 def test_workers_of_other_nodes_do_not_fill_this_nodes_cache(

@@ -11,13 +11,14 @@ that between two objects cannot be distinguished from one that has finished.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -118,6 +119,8 @@ class Decoded:
         Of the store, or what a file says of its structure; empty if they were not read.
     zarr_format : int
         2 or 3; 0 of a file.
+    others : mapping
+        Other arrays, as asked for with ``also``, by name.
     """
 
     array: np.ndarray[Any, np.dtype[Any]]
@@ -125,15 +128,19 @@ class Decoded:
     missing_chunks: int
     attributes: dict[str, Any]
     zarr_format: int
+    others: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class _Fetched(NamedTuple):
-    """A decoded array, its absent chunks, and the attributes and the format of its store."""
+    """A decoded array, its absent chunks, the attributes and the format of its store, and the other
+    arrays that were fetched with it.
+    """
 
     array: NDArray[Any]
     missing_chunks: int
     attributes: dict[str, Any]
     zarr_format: int
+    others: dict[str, NDArray[Any]]
 
 
 class Examined(NamedTuple):
@@ -231,6 +238,7 @@ def read_array(
     fills: bool = False,
     units: Units = "cell",
     uses_values: bool = True,
+    also: Collection[str] = (),
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET per object.
 
@@ -260,6 +268,9 @@ def read_array(
         As for `list_array`. The array is not converted.
     uses_values : bool
         False: only the time and the size matter, so the attributes are not read.
+    also : collection of str
+        Names of arrays to decode too if they are fetched anyway, with a zipped store or a file. One
+        that is absent, damaged or has absent chunks is left out of ``others``.
 
     Raises
     ------
@@ -278,8 +289,8 @@ def read_array(
         pause_s = unstable_s(listed)
         stable_at_s = time.monotonic() + pause_s
         try:
-            values, missing, attributes, zarr_format = _fetch_and_decode(
-                origin, store, array, listed, reserve, fills, units if uses_values else None
+            values, missing, attributes, zarr_format, others = _fetch_and_decode(
+                origin, store, array, listed, reserve, fills, units if uses_values else None, also
             )
             if pause_s:
                 wait_until(stable_at_s)
@@ -289,7 +300,12 @@ def read_array(
                     # Of another version? They may not be in the listing, so read them again.
                     attributes = _attributes_now(origin, store, array, listed, attributes)
                     _check_electrons(values, attributes, url, array, missing)
-                return Decoded(values, source, missing, attributes, zarr_format)
+                others = {
+                    name: other
+                    for name, other in others.items()
+                    if not (has_electrons(name) and _electrons_differ(other, attributes, url))
+                }
+                return Decoded(values, source, missing, attributes, zarr_format, others)
         except (IncompleteArrayError, SchemaError) as exc:
             if isinstance(exc, SchemaError) and not (pause_s and is_unconverted(store)):
                 raise  # a file that is being copied reads as one that is cut short
@@ -366,6 +382,7 @@ def _fetch_and_decode(
     reserve: Callable[[int], object] | None,
     fills: bool,
     units: Units | None,
+    also: Collection[str],
 ) -> _Fetched:
     """Fetch the listed objects of an array and decode them.
 
@@ -373,7 +390,7 @@ def _fetch_and_decode(
     """
     has_units = units is not None and is_density(array)
     if is_unconverted(store):
-        return _fetch_unconverted(origin, store, array, listed, reserve, units)
+        return _fetch_unconverted(origin, store, array, listed, reserve, units, also)
     if is_object(store):
         url = origin.url_of(store)
         check_sizes([o.size_bytes for o in listed], url)
@@ -383,7 +400,12 @@ def _fetch_and_decode(
         decoder = _decode_zipped(zipped, array, url, reserve, fills)
         name = attributes_key("zarr.json" if f"{array}/zarr.json" in zipped.sizes else None)
         attributes = _attributes_in_zip(zipped, name) if has_units else {}
-        return _Fetched(decoder.finish(), decoder.missing_chunks, attributes, _FORMATS[name])
+        values = decoder.finish()
+        others = {}
+        for other in also:
+            with contextlib.suppress(SchemaError, IncompleteArrayError):  # its own read raises it
+                others[other] = _decode_zipped(zipped, other, url, None, fills=False).finish()
+        return _Fetched(values, decoder.missing_chunks, attributes, _FORMATS[name], others)
     prefix, url = f"{store}/{array}/", origin.url_of(f"{store}/{array}")
     check_sizes([o.size_bytes for o in listed], url)
     _report_sizes(listed)
@@ -401,7 +423,7 @@ def _fetch_and_decode(
         elif obj.key.startswith(prefix):
             decoder.add(obj.key.removeprefix(prefix), data)
     attributes = attributes_in(document, name)
-    return _Fetched(decoder.finish(), decoder.missing_chunks, attributes, _FORMATS[name])
+    return _Fetched(decoder.finish(), decoder.missing_chunks, attributes, _FORMATS[name], {})
 
 
 def _fetch_unconverted(
@@ -411,6 +433,7 @@ def _fetch_unconverted(
     listed: list[ObjectInfo],
     reserve: Callable[[int], object] | None,
     units: Units | None,
+    also: Collection[str],
 ) -> _Fetched:
     """Fetch and decode a source that is no Zarr store."""
     url = origin.url_of(store)
@@ -420,8 +443,8 @@ def _fetch_unconverted(
         reserve(sum(decoding_bytes(obj.key, obj.size_bytes) for obj in listed))
     files = {obj.key.rpartition("/")[2]: data for obj, data in origin.fetch(listed)}
     report_progress(_DECODING_S_PER_BYTE * sum(obj.size_bytes for obj in listed))
-    values, attributes = decode_unconverted(files, url, array, units)
-    return _Fetched(values, 0, attributes, 0)
+    values, attributes, others = decode_unconverted(files, url, array, units, also)
+    return _Fetched(values, 0, attributes, 0, others)
 
 
 def _is_attributes(obj: ObjectInfo, store: str) -> bool:

@@ -5,6 +5,7 @@ A source is one file, or a directory per material with a CHGCAR or with numpy fi
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from collections.abc import Collection, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import Units, density_array, density_name
-from zarrcache.arrays.density_file import read_density_file
+from zarrcache.arrays.density_file import DensityFile, read_density_file
 from zarrcache.arrays.npy_files import members_of, read_npy_density
 from zarrcache.arrays.units import UNITS_ATTRIBUTE
 from zarrcache.errors import ArrayNotFoundError, SchemaError
@@ -54,9 +55,13 @@ def decoding_bytes(name: str, nbytes: int) -> int:
 
 
 def decode_unconverted(
-    files: Mapping[str, Buffer], url: str, array: str, units: Units | None
-) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Decode one grid.
+    files: Mapping[str, Buffer],
+    url: str,
+    array: str,
+    units: Units | None,
+    also: Collection[str] = (),
+) -> tuple[NDArray[Any], dict[str, Any], dict[str, NDArray[Any]]]:
+    """Decode one grid, and others of the same file.
 
     Parameters
     ----------
@@ -68,6 +73,8 @@ def decode_unconverted(
         ``charge_density_total``, for example.
     units : {"cell", "points", "volume"} or None
         In which the values are used. None: not at all.
+    also : collection of str
+        Names of other arrays.
 
     Returns
     -------
@@ -75,6 +82,8 @@ def decode_unconverted(
         Of the file's precision, so that a conversion to ``units`` rounds once.
     attributes : dict
         Those of `unconverted_attributes`, and what `in_units` reads.
+    others : dict
+        Those of ``also`` that the file has and that nothing is wrong with.
 
     Raises
     ------
@@ -85,17 +94,30 @@ def decode_unconverted(
     """
     if any(name.endswith(".npy") for name in files):
         values, attributes = _of_npy(files, url, array, units)
-    else:
-        ((name, data),) = files.items()
-        where = url if url.endswith(name) else f"{url}/{name}"
-        values, attributes = _of_text(data, where, array, units)
+        _check_finite(values, url, array)
+        return values, attributes, {}
+    ((name, data),) = files.items()
+    where = url if url.endswith(name) else f"{url}/{name}"
+    found = read_density_file(io.BytesIO(data), name=where)
+    values = _block(found, array)
+    if found.notes:
+        logger.warning("%s %s", where, " ".join(found.notes))
+    if units == "volume":
+        _ = found.lattice  # refuses one that is wrong; a file that is read per cell may have it
+    others = {}
+    for other in also:
+        with contextlib.suppress(SchemaError):  # its own read raises it
+            others[other] = _block(found, other)
+    return values, {} if units is None else found.attributes(), others
+
+
+def _check_finite(values: NDArray[Any], url: str, array: str) -> None:
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
         raise SchemaError(
-            f"{url}: {bad} of {values.size} values of {density_name(array)} are "
-            "NaN or infinite. Run the calculation again or get the file again."
+            f"{url}: {bad} of {values.size} values of {density_name(array)} are NaN or infinite. "
+            "Run the calculation again or get the file again."
         )
-    return values, attributes
 
 
 def unconverted_attributes(files: Mapping[str, Buffer], url: str) -> dict[str, Any]:
@@ -107,12 +129,9 @@ def unconverted_attributes(files: Mapping[str, Buffer], url: str) -> dict[str, A
     return read_density_file(io.BytesIO(data), name=where).attributes()
 
 
-def _of_text(
-    data: Buffer, url: str, array: str, units: Units | None
-) -> tuple[NDArray[Any], dict[str, Any]]:
+def _block(found: DensityFile, array: str) -> NDArray[Any]:
     """A grid of a file of VASP or the Materials Project."""
-    found = read_density_file(io.BytesIO(data), name=url)
-    block = density_name(array)
+    url, block = found.name, density_name(array)
     values = found.blocks.get(block)
     if values is None or (block == "diff" and "diff_x" in found.blocks):
         raise ArrayNotFoundError(
@@ -125,11 +144,8 @@ def _of_text(
             "electrons: this looks like a potential (LOCPOT), not a density. Put its CHGCAR "
             "there, or leave the material out of the map."
         )
-    if found.notes:
-        logger.warning("%s %s", url, " ".join(found.notes))
-    if units == "volume":
-        _ = found.lattice  # refuses one that is wrong; a file that is read per cell may have it
-    return values, {} if units is None else found.attributes()
+    _check_finite(values, url, array)
+    return values
 
 
 def _of_npy(

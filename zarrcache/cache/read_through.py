@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from zarrcache.arrays import (
     as_density,
     count_nonfinite,
     density_of_group,
+    is_fetched_whole,
     list_array,
     read_array,
 )
@@ -25,7 +26,7 @@ from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk import SOUND, Flaws, LazyGrid, new_entry
-from zarrcache.errors import IncompleteArrayError
+from zarrcache.errors import IncompleteArrayError, SchemaError
 from zarrcache.origin import Origin
 from zarrcache.stats import LogOnce, SharedSet
 
@@ -62,6 +63,9 @@ class ReadThrough:
         Name of the array in a store.
     units : {"cell", "points", "volume"}
         Of the values that are stored and returned.
+    siblings : sequence of str
+        Other arrays of the store that will be read: a zipped store or a file that is fetched for
+        one is decoded for all, and all are stored.
 
     Attributes
     ----------
@@ -79,16 +83,14 @@ class ReadThrough:
         array: str,
         *,
         units: Units,
+        siblings: Sequence[str] = (),
     ) -> None:
         self._cache, self._checked, self._origin = cache, checked, origin
         self._arrays, self._counters = cache.arrays, cache.counters
-        self._array, self._units = array, units
+        self._array, self._units, self._siblings = array, units, tuple(siblings)
         config = cache.config
-        self.stored_as = stored_array(
-            array,
-            units,
-            encoding=config.arrays.encoding if config is not None else FLOAT32,
-        )
+        self._encoding = config.arrays.encoding if config is not None else FLOAT32
+        self.stored_as = stored_array(array, units, encoding=self._encoding)
         self._identity, self._root = origin.identity, origin.url_of("")
         self._revalidate = config.revalidate if config is not None else "never"
         self.fills = config is not None and config.missing_chunks == "fill"
@@ -96,13 +98,20 @@ class ReadThrough:
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._cache, self._checked, self._origin, self._array, self._units)
-        return _unpickled, arguments
+        return _unpickled, (*arguments, self._siblings)
 
     def at(self, origin: Origin) -> ReadThrough:
         """The same for another directory."""
         if origin is self._origin:
             return self
-        return ReadThrough(self._cache, self._checked, origin, self._array, units=self._units)
+        return ReadThrough(
+            self._cache,
+            self._checked,
+            origin,
+            self._array,
+            units=self._units,
+            siblings=self._siblings,
+        )
 
     def key(self, store: str) -> ArrayKey:
         """Identity of a density's entry in the array tier."""
@@ -160,7 +169,7 @@ class ReadThrough:
             found: list[StoredAttributes] = []
             # Take the node's lock before the cluster's lease: the holder of a lease then waits only
             # for the origin.
-            with arrays.flight.hold(key.digest):
+            with arrays.flight.hold(self._flight_of(key, store)):
                 # Another process may have fetched it meanwhile.
                 entry = arrays.get(key, source=source)
                 if entry is None:
@@ -242,6 +251,7 @@ class ReadThrough:
                     reserve=reserve,
                     fills=self.fills,
                     units=self._units,
+                    also=self._siblings,
                 )
                 on_attributes(StoredAttributes(decoded.attributes, decoded.zarr_format))
                 values = self._as_density(decoded, key.url)
@@ -252,6 +262,8 @@ class ReadThrough:
                 values, is_stored = self._stored(arrays, key, values, decoded.source, flaws)
                 if lookup is not None:
                     lookup.is_stored = is_stored
+                for name, other in decoded.others.items():
+                    self._store_other(arrays, key.url, name, other, decoded)
         if self._revalidate == "run":
             self._checked.add(key.digest)
         if flaws is not SOUND:
@@ -286,6 +298,31 @@ class ReadThrough:
             )
         mapped = arrays.store(entry, replaces=replaces)
         return (mapped or entry).array, mapped is not None
+
+    def _flight_of(self, key: ArrayKey, store: str) -> str:
+        """Whose lock a fetch holds: one for all arrays of a source that is fetched whole."""
+        if not self._siblings or not is_fetched_whole(store):
+            return key.digest
+        first = min(self._array, *self._siblings)
+        name = stored_array(first, self._units, encoding=self._encoding)
+        return ArrayKey(self._identity, key.url, name).digest
+
+    def _store_other(
+        self, arrays: ArrayCache, url: str, name: str, other: NDArray[Any], decoded: Decoded
+    ) -> None:
+        """Store an array that was decoded with the one that is read, unless it is stored."""
+        key = ArrayKey(
+            self._identity, url, stored_array(name, self._units, encoding=self._encoding)
+        )
+        if self._cache.stored_source(key) == decoded.source:
+            return
+        try:
+            values = as_density(other, url, name, units=self._units, attributes=decoded.attributes)
+        except SchemaError:  # its own read raises it
+            return
+        nonfinite = count_nonfinite(values)
+        flaws = Flaws(0, nonfinite) if nonfinite else SOUND
+        arrays.store(new_entry(key, values, decoded.source, flaws))
 
     def _encoded(
         self,
@@ -384,6 +421,11 @@ class ReadThrough:
 
 
 def _unpickled(
-    cache: Cache, checked: SharedSet, origin: Origin, array: str, units: Units
+    cache: Cache,
+    checked: SharedSet,
+    origin: Origin,
+    array: str,
+    units: Units,
+    siblings: Sequence[str],
 ) -> ReadThrough:
-    return ReadThrough(cache, checked, origin, array, units=units)
+    return ReadThrough(cache, checked, origin, array, units=units, siblings=siblings)

@@ -1135,10 +1135,16 @@ class ZarrS3Reader(PairReader):
                     self._origins[role],
                     array,
                     units=units_of(self.normalize),
+                    siblings=self._siblings(role, array),
                 )
                 for array in self._arrays[role]
             ]
         return found
+
+    def _siblings(self, role: Role, array: str) -> tuple[str, ...]:
+        """The other arrays that are read from the same stores."""
+        own = self.column(role, array)
+        return tuple(one.array for one in self.channels if one.role == own.role and one != own)
 
     def _density(self, role: Role, array: str | None = None) -> ReadThrough:
         """The read path of one channel. Default: the first one."""

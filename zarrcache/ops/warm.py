@@ -414,15 +414,10 @@ class WarmPlan:
         unsized = tally.unsized(_MEASURED)
         if not unsized:
             return []
-        if any(self._is_fetched_whole(density) for density in unsized):
+        if any(_is_whole(self.reader, density) for density in unsized):
             unsized = tally.unsized(_MEASURED_OBJECTS)
         with closing(concurrently(size, unsized)) as sizes:
             return [nbytes for nbytes in sizes if nbytes]
-
-    def _is_fetched_whole(self, density: Density) -> bool:
-        task_id, role, _ = density
-        store = self.reader.store_names(role).get(task_id)
-        return store is not None and is_fetched_whole(store)
 
     def _unstored_listings_bytes(self) -> int:
         """Bytes on disk that listings and attributes need, if they were not admitted."""
@@ -551,6 +546,12 @@ def plan_warm(
         for channel in channels
         if task_id not in stored[channel] and (task_id, *channel) not in left_out
     )
+    if len(channels) > len(reader.roles):
+        # The first array of a file or a zipped store brings the others.
+        firsts = {channel.role: channel.array for channel in reversed(channels)}
+        densities = tuple(
+            sorted(densities, key=lambda one: one[2] != firsts[one[1]] and _is_whole(reader, one))
+        )
     assert reader.cache_config is not None
     if reader.cache_config.arrays.encoding != FLOAT32:
         # Encoding an entry in float32 makes room for the others.
@@ -583,6 +584,13 @@ def _ids_of(reader: ZarrS3Reader, split: Split) -> list[str]:
         return reader.stored_ids  # which of them lack a channel is found out by the way
     train, test = _split_of(reader)  # what the split file leaves out is not trained on
     return [*train, *test]
+
+
+def _is_whole(reader: ZarrS3Reader, density: Density) -> bool:
+    """Whether a density is fetched with all others of its source."""
+    task_id, role, _ = density
+    store = reader.store_names(role).get(task_id)
+    return store is not None and is_fetched_whole(store)
 
 
 def _split_of(reader: ZarrS3Reader) -> tuple[list[str], list[str]]:
