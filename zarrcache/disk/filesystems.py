@@ -29,14 +29,8 @@ _COPY_ON_WRITE = frozenset({"btrfs", "bcachefs"})
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
-def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) -> str | None:
+def file_system_of(path: str | os.PathLike[str]) -> str | None:
     """The kernel's name of the file system that holds ``path``, which need not exist.
-
-    Parameters
-    ----------
-    path : path
-    mountinfo : Path, optional
-        Mount table to read instead of this process's.
 
     Returns
     -------
@@ -46,7 +40,7 @@ def file_system_of(path: str | os.PathLike[str], mountinfo: Path | None = None) 
     # Resolve the path first, because that makes an automounter mount it.
     real, best = (os.path.realpath(path), ("", ""))
     try:
-        lines = (mountinfo or _MOUNTINFO).read_text(errors="surrogateescape").splitlines()
+        lines = _MOUNTINFO.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
     for line in lines:

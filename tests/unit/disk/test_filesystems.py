@@ -36,10 +36,11 @@ not a line of the table
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Path:
-    """The table as a file."""
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The table as a file, in place of this machine's."""
     path = tmp_path / "mountinfo"
     path.write_text(TABLE)
+    monkeypatch.setattr(mounts, "_MOUNTINFO", path)
     return path
 
 
@@ -66,26 +67,24 @@ def table(tmp_path: Path) -> Path:
         ("/scratch/me", "nfs", True),
     ],
 )
-def test_the_innermost_mount_decides_the_type(
-    table: Path, path: str, kind: str, network: bool
-) -> None:
+@pytest.mark.usefixtures("table")
+def test_the_innermost_mount_decides_the_type(path: str, kind: str, network: bool) -> None:
     """Among them a mount over another, a space in a name, a path that only begins like a mount
     point, and paths that do not exist.
     """
-    assert file_system_of(path, table) == kind
+    assert file_system_of(path) == kind
     assert is_network(kind) is network
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_a_link_is_followed(tmp_path: Path, table: Path) -> None:
     """``/scratch`` is a link on many clusters."""
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
-    table = tmp_path / "mountinfo"
     table.write_text(
         f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:9 / {os.path.realpath(tmp_path / 'far')} rw - "
         "lustre mds:/x rw\n"
     )
-    assert file_system_of(tmp_path / "near" / "cache", table) == "lustre"
+    assert file_system_of(tmp_path / "near" / "cache") == "lustre"
 
 
 def test_without_a_mount_table_no_directory_is_refused(
@@ -117,18 +116,18 @@ def test_types_have_their_common_name_beside_the_kernels(kind: str, words: str) 
 @pytest.mark.parametrize(
     "path", ["/home/me/zarrcache", "/lustre/project/zc", "/gpfs/zc", "/mnt/beegfs/zc"]
 )
+@pytest.mark.usefixtures("table")
 def test_refusal_names_directory_type_and_a_local_disk(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """The scratch directory of the job first; a variable that names a network file system is not
     offered.
     """
-    monkeypatch.setattr(mounts, "_MOUNTINFO", table)
     monkeypatch.setenv("SLURM_TMPDIR", "/gpfs/nowhere")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
         refuse_network(Path(path), is_allowed=False)
-    kind = file_system_of(path, table)
+    kind = file_system_of(path)
     assert kind is not None
     assert f"cache.dir {path} is on {display_name(kind)}, a network file system" in str(
         caught.value
