@@ -292,10 +292,10 @@ def test_samples_of_several_datasets_carry_its_number(config: str, tmp_path: Pat
 
 def test_a_sampler_that_was_replaced_stops_the_epoch_before_it_begins(config: str) -> None:
     """The order would differ from the plan, and ranks would read the same samples."""
-    from zarrcache.lightning import _TrainLoader
+    from zarrcache.lightning.loader import TrainLoader
 
     dataset = module(config).train_dataloader().dataset
-    loader = _TrainLoader(dataset, sampler=RandomSampler(dataset))  # type: ignore[arg-type]
+    loader = TrainLoader(dataset, sampler=RandomSampler(dataset))  # type: ignore[arg-type]
     with pytest.raises(
         ConfigError, match=r"replaced by a RandomSampler.*use_distributed_sampler=False"
     ):
@@ -336,16 +336,16 @@ def test_a_training_without_a_single_batch_is_refused(config: str) -> None:
 
 def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
     """``srun --distribution=cyclic``: each node would store the other's samples."""
-    from zarrcache.lightning import _world_of
+    from zarrcache.lightning.loader import world_of
 
     class Trainer:
         distributed_sampler_kwargs = {"num_replicas": 4, "rank": 1}  # noqa: RUF012
         world_size, num_nodes, node_rank = 4, 2, 1
 
     with pytest.raises(ConfigError, match="Rank 1 of 4 is on node 1 of 2, and would be on node 0"):
-        _world_of(Trainer())
+        world_of(Trainer())
     Trainer.node_rank = 0
-    world = _world_of(Trainer())
+    world = world_of(Trainer())
     assert world is not None
     assert (world.node_of_rank, world.rank) == ((0, 0, 1, 1), 1)
 

@@ -1,0 +1,117 @@
+"""What both data modules have: hyperparameters without secrets, splits that all ranks share."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import multiprocessing
+import types
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.parsing import collect_init_args
+
+from zarrcache.config import plain
+from zarrcache.data import Split
+from zarrcache.errors import ConfigError
+from zarrcache.origin import secret_names
+from zarrcache.train import (
+    Side,
+)
+
+__all__ = ["SIDES", "DataModule", "start_method", "transforms_of"]
+
+SIDES: tuple[Side, ...] = ("train", "validation", "test")
+
+
+class DataModule(LightningDataModule):
+    """A data module whose hyperparameters, which go to loggers and checkpoints, have no secrets."""
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: types.FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """As Lightning's, without arguments that hold secrets, such as an inline ``s3_kwargs``."""
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current is not None else None)
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
+        if frame is not None:
+            for given in collect_init_args(frame, [], classes=(LightningDataModule,)):
+                ignored |= {name for name, value in given.items() if _holds_secret(value)}
+        public = [
+            {name: value for name, value in one.items() if not _holds_secret({name: value})}
+            if isinstance(one, Mapping)
+            else one
+            for one in args
+            if not (isinstance(one, str) and one in ignored)
+        ]
+        if args and not public:
+            return
+        super().save_hyperparameters(*public, ignore=list(ignored), frame=frame, logger=logger)
+
+    @property
+    @abstractmethod
+    def splits(self) -> Mapping[str, Split]:
+        """The split of each dataset."""
+
+    def check_ranks(self) -> None:
+        """Compute the splits and compare them across the ranks.
+
+        Raises
+        ------
+        ConfigError
+            They differ.
+        """
+        counts = {name: len(split.train) for name, split in self.splits.items()}
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return
+        # Nodes whose stored listings differ in age would compute different orders. All ranks
+        # exchange the outcome, so that none is left waiting in a collective operation.
+        mine = hashlib.blake2b(repr(self.splits).encode(), digest_size=8).hexdigest(), counts
+        first = trainer.strategy.broadcast(mine)
+        if not trainer.strategy.reduce_boolean_decision(first == mine, all=True):
+            raise ConfigError(
+                f"The ranks have different samples: training samples are {first[1]} on rank 0 and "
+                f"{mine[1]} on rank {trainer.global_rank}. Give all nodes the same config, map and "
+                "split file, and list the origin again: zarrcache warm CONFIG."
+            )
+
+
+def _holds_secret(value: Any) -> bool:
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return bool(secret_names(value)) or any(map(_holds_secret, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_holds_secret, value))
+
+
+def transforms_of(transform: Any) -> dict[str, Any]:
+    """The transform of each side of the split.
+
+    Raises
+    ------
+    ConfigError
+        It is for a side that there is none of.
+    """
+    if not isinstance(transform, Mapping):
+        return {} if transform is None else dict.fromkeys(SIDES, transform)
+    if unknown := sorted(map(str, transform.keys() - {*SIDES})):
+        raise ConfigError(
+            f"transform names {', '.join(unknown)}; known are {', '.join(SIDES)}. Give a "
+            "transform for each of these that has one."
+        )
+    return dict(transform)
+
+
+def start_method(train_workers: int, val_workers: int) -> str | None:
+    """How workers are started, unless the user says; None is Python's own way."""
+    if bool(train_workers) != bool(val_workers) and multiprocessing.get_start_method() == "fork":
+        # Not forkserver: its workers do not notice when the training is killed, and keep on
+        # running.
+        return "spawn"
+    return None
