@@ -202,7 +202,7 @@ class Chunk:
         order: Any = "C",
         filters: Sequence[_Filter] = (),
         shard: _Shard | None = None,
-        steps: Callable[[int, bool, int], list[_Step]],
+        packers: Sequence[Any],
     ) -> None:
         if not all(type(n) is int and 0 < n < 2**63 for n in shape):
             raise ValueError(f"its chunks have the shape {safe_repr(shape)}")
@@ -217,7 +217,7 @@ class Chunk:
             raw_bytes = min(shard.encoded_bytes, room)
         self.encoded_bytes: int = raw_bytes
         self.has_exact_size = shard is None
-        self._steps: Sequence[_Step] = steps(raw_bytes, shard is None, room)
+        self._steps = _steps(packers, raw_bytes, shard is None, room)
         self._reversed_steps = self._steps[::-1]
         made = [
             self.nbytes,
@@ -292,13 +292,12 @@ class Chunk:
             *(document.get("filters") or ()),
             *([] if compressor is None else [compressor]),
         ]
-        codecs = [_v2_codec(configuration) for configuration in configurations]
         return cls(
             document["chunks"],
             dtype,
             stored_dtype=dtype,
             order=order,
-            steps=lambda nbytes, is_exact, room: _steps(codecs, nbytes, is_exact, room),
+            packers=[_v2_codec(configuration) for configuration in configurations],
         )
 
     @classmethod
@@ -335,14 +334,13 @@ class Chunk:
             stored_shape, stored_dtype = filters[-1].shape, filters[-1].dtype
         else:
             raise ValueError("no codec makes bytes of its values")
-        packers = [_v3_packer(name, settings, dtype) for name, settings in rest]
         return cls(
             shape,
             dtype,
             stored_dtype=stored_dtype,
             filters=filters,
             shard=shard,
-            steps=lambda nbytes, is_exact, room: _steps(packers, nbytes, is_exact, room),
+            packers=[_v3_packer(name, settings, dtype) for name, settings in rest],
         )
 
 
@@ -421,6 +419,7 @@ def _values(data: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _steps(codecs: Sequence[Any], nbytes: int, is_exact: bool, room: int) -> list[_Step]:
+    """The steps of codecs of numcodecs, in the direction of writing, from data of ``nbytes``."""
     steps: list[_Step] = []
     for codec in codecs:
         steps.append(_Step(codec, nbytes, is_exact, room))

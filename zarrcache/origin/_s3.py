@@ -183,9 +183,10 @@ class S3Bucket:
         *,
         open_engine: Callable[[], Engine],
         retry: RetryConfig | None = None,
-        counters: Counters | None = None,
     ) -> dict[str, Received]:
         """Make one request per object, up to ``in_flight`` at once; answers by key.
+
+        Counts requests, retries and the objects' sizes.
 
         Parameters
         ----------
@@ -196,8 +197,6 @@ class S3Bucket:
             The context of an object's request, for its error message.
         retry : RetryConfig, optional
             Overrides the bucket's.
-        counters : Counters, optional
-            Counts requests, retries and the objects' sizes.
         """
         operation = Operation(self, retry)
         engine: Engine | None = None
@@ -232,7 +231,7 @@ class S3Bucket:
                 send,
                 accept,
                 url_of=lambda obj: context_of(obj).url,
-                counters=counters,
+                counters=self.counters,
             )
         )
 
@@ -700,7 +699,6 @@ class S3Origin:
             [self._full(obj) for obj in held],
             lambda full: self._context(listed[full.key].key, listed[full.key]),
             open_engine=lambda: self._bucket.engine(*listed),
-            counters=self._bucket.counters,
         )
         return [(listed[key], answer.body) for key, answer in found.items()]
 
@@ -717,7 +715,6 @@ class S3Origin:
             [ObjectInfo(key, 0, "") for key in listed],
             lambda full: self._context(listed[full.key].key, listed[full.key]),
             open_engine=self._bucket.s3fs,
-            counters=self._bucket.counters,
         )
         return {listed[key] for key, answer in found.items() if bytes(answer.body)}
 
