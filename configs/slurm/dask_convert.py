@@ -4,9 +4,8 @@ node; it can be stopped and run again.
     pip install 'zarrcache[convert,dask]' dask-jobqueue
     python configs/slurm/dask_convert.py /shared/chgcars s3://my-bucket/densities/label --jobs 16
 
-Each Slurm job is a node's worth of Dask workers, one process a core; jobs come and go with the
-work. Sources have to be on a file system that all nodes see; so has the destination if it is a
-directory.
+Each Slurm job has a Dask worker process per core; jobs are started and ended as the work requires.
+All nodes have to see the sources, and the destination if it is a directory.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ def main() -> int:
 
     from dask_jobqueue import SLURMCluster
 
-    from zarrcache.convert.plan import ConvertResult, plan_convert
-    from zarrcache.parallel.dask import open_cluster
+    from zarrcache.convert import ConvertResult, plan_convert
+    from zarrcache.parallel import open_cluster
 
     plan = plan_convert(arguments.src, arguments.dst)
     print(
@@ -63,7 +62,7 @@ def main() -> int:
 
     slurm = SLURMCluster(
         cores=arguments.cores,
-        # a process a core: a density is read by Python, one thread at a time
+        # a process per core: Python reads a density in one thread
         processes=arguments.cores,
         memory=arguments.memory,
         walltime=arguments.walltime,
