@@ -55,7 +55,7 @@ _CASTS = {
     "astype": ("decode_dtype", "encode_dtype"),
 }
 _FILTERS = frozenset({*_CASTS, "bitround", "packbits"})
-#: Largest numbers: complex128. A type of a megabyte would be a bomb of its own.
+#: Largest numbers: complex128. A type of a megabyte per number could exhaust memory.
 _MAX_ITEM_BYTES = 16
 #: Room for what a compressor makes of data that it cannot compress.
 _PACKED_SLACK = 4096

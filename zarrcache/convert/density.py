@@ -242,7 +242,7 @@ def _parse(path: Path, read: Callable[[Path], RawDensity]) -> RawDensity:
             f"{path} holds no total density (blocks: {', '.join(parsed.blocks) or 'none'})."
         )
     # pymatgen warns if it guesses, for example the elements of a VASP 4 file, which matters for
-    # training on the structure. A ResourceWarning is of whatever the collector met meanwhile.
+    # training on the structure. A ResourceWarning is of another object that was just freed.
     guesses = {
         str(w.message).splitlines()[0]
         for w in caught

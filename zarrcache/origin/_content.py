@@ -45,8 +45,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Content that is not confirmed waits for its second reading; beyond this many bytes, or objects,
-#: it is read at once.
+#: Contents that are not confirmed are collected for one second reading, up to this many bytes and
+#: objects.
 HELD_BYTES, HELD_OBJECTS = 64 * 1024**2, 64
 #: A second reading of a range begins or ends this many bytes outside it.
 _MARGIN_BYTES = 64

@@ -314,7 +314,7 @@ def _page(answer: Mapping[str, Any], prefix: str) -> Page:
         p.startswith(prefix) for p in prefixes
     ):
         raise incomplete(f"it has names that do not begin with {prefix!r}")
-    # Without IsTruncated a token is followed nevertheless: the next page shows who is right.
+    # A token is followed even if IsTruncated is false: the next page shows which of them is right.
     return Page(objects, prefixes, token, n >= answer.get("MaxKeys", PAGE_OBJECTS))
 
 
