@@ -172,6 +172,15 @@ def test_zero_fills_the_channel(
             np.testing.assert_array_equal(sample["label"].numpy(), expected)
 
 
+@pytest.mark.parametrize("missing", ["error", "drop"])
+def test_a_channel_that_one_side_always_lacks_is_said_to_belong_to_the_other(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], missing: str
+) -> None:
+    write(tmp_path, lacking=tuple(IDS))
+    with pytest.raises(ConfigError, match=r"6 of 6 materials lack diff \(label\).*data: \.\.\."):
+        make_reader(density_type=BOTH, missing=missing).data_split()
+
+
 def test_a_material_without_any_channel_cannot_be_filled(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
 ) -> None:

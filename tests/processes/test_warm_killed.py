@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 import os
 import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from tests.support.cacheprocess import die_at_step
+from tests.support.chgcars import write_chgcar
 from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.processes import wait_for_all
 from tests.support.s3server import S3Server
+from tests.support.stores import STRUCTURE
 from tests.support.training import start, write_config, write_pairs, zarrcache
-from zarrcache import DataConfig, verify
+from zarrcache import DataConfig, plan_warm, verify
 from zarrcache.data.reader import open_reader
+from zarrcache.ops.entries import list_entries
 from zarrcache.ops.status import read_status
 from zarrcache.ops.warm import THREADS
 
@@ -214,3 +224,123 @@ def test_workers_end_when_their_parent_is_killed(
     fault_proxy.down()
     process.communicate(timeout=60)  # as above
     goes_on(config, fault_proxy, tmp_path, pairs)
+
+
+class TestFiles:
+    """CHGCAR and json.gz files as they lie are decoded by the workers."""
+
+    PAIRS = 6
+
+    @pytest.fixture
+    def values(self, tmp_path: Path) -> dict[tuple[str, str], NDArray[Any]]:
+        """Total and spin density of each file; inputs as text, labels as the Materials Project has
+        them.
+        """
+        found = {}
+        for number in range(self.PAIRS):
+            for role in ("data", "label"):
+                id_ = f"mp-{number}"
+                path = tmp_path / role / f"{id_}.CHGCAR"
+                seed = number + 100 * (role == "label")
+                grids = write_chgcar(path, (9, 8, 7), seed, diff=True)
+                found[id_, role] = np.stack(list(grids.values()))
+                if role == "label":
+                    data = {name: grid.tolist() for name, grid in grids.items()}
+                    chgcar = {"data": data, "structure": STRUCTURE}
+                    content = json.dumps({"data": chgcar, "task_id": id_}).encode()
+                    path.with_name(f"{id_}.json.gz").write_bytes(gzip.compress(content))
+                    path.unlink()
+        (tmp_path / "map.json").write_text(json.dumps({"GGA": [f"mp-{n}" for n in range(6)]}))
+        return found
+
+    @pytest.fixture
+    def config(
+        self,
+        tmp_path: Path,
+        values: object,
+        s3_server: S3Server,
+        bucket: str,
+        fault_proxy: FaultProxy,
+    ) -> Path:
+        for role in ("data", "label"):
+            s3_server.put_tree(tmp_path / role, f"s3://{bucket}/{role}")
+        kwargs = s3_server.kwargs_at(fault_proxy.endpoint_url)
+        path = write_config(
+            tmp_path,
+            f"s3://{bucket}",
+            s3_kwargs=kwargs,
+            retry={"attempts": 1, "timeout": 120},
+            fetch={"read_timeout": 120},
+        )
+        path.write_text(path.read_text() + "density_type: [total, diff]\nnormalize_data: false\n")
+        return path
+
+    def goes_on(
+        self, config: Path, proxy: FaultProxy, values: dict[tuple[str, str], NDArray[Any]]
+    ) -> None:
+        """Run ``warm`` again: it fetches only what is missing, and all bits are right."""
+        before = list_entries(DataConfig.from_yaml(config))
+        there = Counter((entry.task_id, entry.url.split("/")[-2]) for entry in before)
+        proxy.reset()
+        again = zarrcache("warm", config, "--json")
+        assert (again.code, again.document["warm"]) == (0, self.PAIRS), again.err
+        fetched = Counter(request.path.rsplit("/", 1)[-1] for request in proxy.seen("GET"))
+        wanted = [one for one in values if there[one] < 2]
+        assert len(fetched) == fetched.total() == len(wanted) < len(values)
+        assert {name.partition(".")[0] for name in fetched} == {id_ for id_, _ in wanted}
+        report = verify(DataConfig.from_yaml(config))
+        assert (report.corrupt, report.strays) == ((), ())
+        state = read_status(DataConfig.from_yaml(config))
+        assert state.volume_bytes == state.array_tier.nbytes  # nothing of dead processes counts
+        before_s3 = proxy.count()
+        reader = open_reader(DataConfig.from_yaml(config))
+        for (id_, role), expected in values.items():
+            found, gridsize = reader.load(id_, role)  # type: ignore[arg-type]
+            rounded = found.reshape(2, *gridsize)
+            np.testing.assert_allclose(rounded, expected, rtol=1e-6)
+            if role == "label":  # JSON has every bit
+                np.testing.assert_array_equal(rounded, expected.astype(np.float32))
+        assert proxy.count() == before_s3
+
+    def test_after_kill_9_the_next_run_fetches_only_the_rest(
+        self,
+        config: Path,
+        fault_proxy: FaultProxy,
+        values: dict[tuple[str, str], NDArray[Any]],
+    ) -> None:
+        """All processes at once, while the server is silent about the last two materials."""
+        fault_proxy.rules(Rule(op="GET", key=r"/mp-[45]\.", then="hang"))
+        process = start("warm", config, "--workers", 2)
+        try:
+            end = time.monotonic() + 60
+            fault_proxy.wait_in_flight(2)
+            while len(list_entries(DataConfig.from_yaml(config))) < 2 * 2 * (self.PAIRS - 2):
+                assert time.monotonic() < end, "the others were not stored"
+                time.sleep(0.02)
+        finally:
+            _kill_all(process)
+        self.goes_on(config, fault_proxy, values)
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    @pytest.mark.parametrize("step", [5, 13])
+    def test_a_file_that_was_being_stored_is_stored_by_the_next_run(
+        self,
+        config: Path,
+        fault_proxy: FaultProxy,
+        values: dict[tuple[str, str], NDArray[Any]],
+        step: int,
+    ) -> None:
+        """Killed before a write into an entry of the array tier, whose file is there in part."""
+
+        def warm() -> None:
+            plan = plan_warm(DataConfig.from_yaml(config), workers=1)
+            die_at_step(step, writes=True)
+            plan.execute()
+
+        child = get_context("fork").Process(target=warm)
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        root = next(config.parent.glob("cache/zarrcache-v1"))
+        assert list(root.rglob(".*partial*")), "the step was not within a write"
+        self.goes_on(config, fault_proxy, values)

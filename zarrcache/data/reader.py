@@ -556,10 +556,21 @@ class PairReader(ABC):
         )
         found = f"{len(lacking)} of {count} materials lack {names}: {first_ids([*lacking])}"
         where = " or ".join(dict.fromkeys(self._urls()))
+        by_all = set.intersection(*map(set, lacking.values())) if len(lacking) == count else set()
+        one_side = ""
+        if len({channel.role for channel in by_all}) == 1:
+            one_side = (
+                " Where only input or label has it, write density_type: {data: ..., label: ...}."
+            )
+        if self.if_missing == "drop" and len(lacking) == count:
+            raise ConfigError(
+                f"{found}. They are in {where}. missing: drop would leave no material.{one_side}"
+            )
         if self.if_missing == "error":
             raise ConfigError(
-                f"{found}. They are in {where}. Set missing: zero, which fills the channel with "
-                "zeros, or missing: drop, which leaves these materials out; or remove them from "
+                f"{found}. They are in {where}.{one_side} Set missing: zero, which fills the "
+                "channel with zeros, or missing: drop, which leaves these materials out; or remove "
+                "them from "
                 f"{self.map_dir}. If they were converted again (zarrcache convert --diff), run "
                 "`zarrcache warm`."
             )
