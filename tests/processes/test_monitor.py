@@ -159,6 +159,21 @@ def test_a_loop_that_is_left_and_a_loader_that_fails_end_their_epoch(
     assert failing.epochs == []
 
 
+def test_a_monitor_for_each_epoch_sees_workers_that_persist(
+    directory: Path, tmp_path: Path
+) -> None:
+    loader = DataLoader(
+        dataset(directory, tmp_path, transform=slow),
+        batch_size=None,
+        num_workers=1,
+        persistent_workers=True,
+    )
+    for _ in range(3):
+        monitor = epochs(loader, 1, STEP_S)
+    assert monitor.verdict.cause == "transform", monitor.epochs
+    assert monitor.epochs[0].stats.hits == 16
+
+
 def test_other_loaders_are_measured_too() -> None:
     loader = DataLoader(torch.utils.data.TensorDataset(torch.arange(4)), batch_size=2)
     monitor = epochs(loader, 1, 20 * STEP_S)
@@ -196,6 +211,7 @@ def times(**changes: Any) -> EpochTimes:
         ({"parts": {"miss": 190}, "is_full": True}, {}, "S3"),
         ({"parts": {"miss": 190}, "is_full": True, "epoch": 1}, {}, "full cache"),
         ({"parts": {"disk": 150, "hit": 40}}, {}, "disk"),
+        ({"parts": {"disk": 80, "hit": 40, "augment": 70}}, {}, "disk"),
         ({"parts": {"checksum": 150, "hit": 40}}, {"verify": "always"}, "checksum"),
         ({"parts": {"augment": 180, "hit": 10}}, {}, "rotation"),
         ({"parts": {"transform": 180, "hit": 10}}, {}, "transform"),

@@ -6,6 +6,7 @@ grids make the loops short, so the training steps do nothing but read the batch.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.support.training import write_config, write_pairs, zarrcache
 from zarrcache import ZarrDataset, collate
 from zarrcache.config import DataConfig
 from zarrcache.data import open_reader
+from zarrcache.disk import file_system_of
 from zarrcache.peers import EntryServer
 from zarrcache.train import LoaderMonitor
 
@@ -213,6 +215,36 @@ def test_a_slow_peer_is_named(
         monitor = train(make(block={"peers": [url]}), 1, 1)
     assert monitor.epochs[0].stats.peer_hits == 2 * PAIRS
     assert monitor.verdict.cause == "peer", monitor.epochs
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pages_that_have_left_memory_count_as_waiting_for_the_disk(
+    make: Callable[..., ZarrDataset], tmp_path: Path, workers: int
+) -> None:
+    """How long that takes depends on the disk, so the verdict is not compared."""
+    if file_system_of(tmp_path) == "tmpfs":
+        pytest.skip("tmpfs has no disk")
+    loader = DataLoader(make(), batch_size=None, num_workers=workers)
+    with LoaderMonitor(loader) as batches:
+        for _ in range(2):
+            for batch in batches:
+                touch(batch)
+            del batch
+            forget(tmp_path / "cache")
+    last = batches.epochs[-1]
+    assert last.stats.hits == 2 * PAIRS
+    assert last.waits["disk"] > 0, last
+    assert last.waited_s > last.waits["disk"]
+
+
+def forget(directory: Path) -> None:
+    """Drop the pages of all files from memory."""
+    os.sync()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
 
 @pytest.fixture

@@ -109,10 +109,22 @@ class _Meter(NamedTuple):
     faults: int
 
     def minus(self, other: _Meter) -> _Meter:
-        return _Meter(*(x - y for x, y in zip(self, other, strict=True)))
+        wall_ns, cpu_ns, queued_ns, faults = other
+        return _Meter(
+            self.wall_ns - wall_ns,
+            self.cpu_ns - cpu_ns,
+            self.queued_ns - queued_ns,
+            self.faults - faults,
+        )
 
     def plus(self, other: _Meter) -> _Meter:
-        return _Meter(*(x + y for x, y in zip(self, other, strict=True)))
+        wall_ns, cpu_ns, queued_ns, faults = other
+        return _Meter(
+            self.wall_ns + wall_ns,
+            self.cpu_ns + cpu_ns,
+            self.queued_ns + queued_ns,
+            self.faults + faults,
+        )
 
 
 class _Frame:

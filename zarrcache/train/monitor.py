@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 from zarrcache.config import CacheConfig
 from zarrcache.disk import CACHE_FAULTS, CacheDir, is_resident, populate
@@ -45,8 +46,10 @@ logger = logging.getLogger(__name__)
 _RUNS_KEPT = 50
 #: A cache whose volume is above this share of its limit is full.
 _FULL_RATIO = 0.9
-#: Nesting of lists and mappings in a batch.
-_DEEPEST = 4
+#: Nesting of lists and mappings in a batch, and length of those that are looked at.
+_DEEPEST, _LONGEST = 4, 1000
+#: Of loaders that are or were watched.
+_clocks: WeakKeyDictionary[Any, Clock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Recorder:
         if self.is_attached or not isinstance(loader, DataLoader):
             return
         self._loader, self._workers = loader, loader.num_workers
+        # Persistent workers add to the clock of the first monitor of their loader.
+        self.clock = _clocks.setdefault(loader, self.clock)
         self._is_foreign = is_foreign(loader.dataset)
         self._readers = readers_of(loader.dataset)
         if loader.pin_memory and torch.cuda.is_available():
@@ -374,7 +379,7 @@ def _page_in(batch: Any, depth: int = 0) -> float:
     A worker sends a density as a place in a file. If its pages have been dropped since, the
     training step would read them from the disk, at the first use of each, and count as work.
     """
-    if depth > _DEEPEST:
+    if depth > _DEEPEST or (isinstance(batch, (list, tuple, Mapping)) and len(batch) > _LONGEST):
         return 0.0
     if isinstance(batch, Mapping):
         return sum(_page_in(value, depth + 1) for value in batch.values())

@@ -221,6 +221,8 @@ _ADVICE: dict[Cause, tuple[str, str]] = {
         ),
     ),
 }
+#: Waiting for something else than a core, which more workers do not make faster.
+_NOT_CPU = ("S3", "full cache", "peer", "lower", "disk")
 _OF_WORKERS = ("rotation", "transform", "collate", "dataset", "cores", "workers")
 
 
@@ -236,7 +238,8 @@ def judge(
 
     It is what the training process waited for most: processes to start, a batch on its way, pages
     of the disk, or a batch in the making. For the last it is the largest part of the work of the
-    processes that make batches, or too few of them if no part is half of the work.
+    processes that make batches; or too few of them, if that part is work for the CPU and less than
+    half of all.
 
     Parameters
     ----------
@@ -320,4 +323,6 @@ def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
     work = sum(seconds.values())
     if lacks_cores and busy["cores"] > max(work, seconds[first]):
         return "cores"
-    return first if 2 * seconds[first] >= work else "workers"
+    if first in _NOT_CPU or 2 * seconds[first] >= work:
+        return first
+    return "workers"
