@@ -24,6 +24,7 @@ from zarrcache import ZarrS3Reader
 from zarrcache.config import DataConfig
 from zarrcache.data import differences, open_reader
 from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError
+from zarrcache.lightning import RhoDataModule, ZarrDataModule
 from zarrcache.ops import (
     audit,
     list_entries,
@@ -289,7 +290,8 @@ def test_after_warm_the_split_is_decided_without_the_origin(
     assert again.densities == ()
     covered = read_status(config).coverage
     assert covered is not None
-    assert (covered.warm, covered.is_complete) == (ids, True)
+    assert (covered.warm, covered.is_complete, covered.to_encode) == (ids, True, 0)
+    assert covered.dropped == (2 if missing == "drop" else 0)
     fault_proxy.down()
     reader = open_reader(config)
     dataset = ZarrDataset(reader, "all")
@@ -652,3 +654,43 @@ def test_a_grid_that_cannot_be_used_does_not_come_along(
         with pytest.raises(SchemaError, match="3-D"):
             reader.load("mp-1", "data")
     assert [entry.array for entry in list_entries(reader.cache_config)] == [ARRAYS[1]]
+
+
+def test_data_modules_take_the_channels(
+    tmp_path: Path, config_of: Callable[..., DataConfig]
+) -> None:
+    stores = write(tmp_path, lacking=tuple(NONMAGNETIC))
+    cache = {"dir": tmp_path / "cache", "min_free": 0}
+    (tmp_path / "list.txt").write_text("\n".join(IDS) + "\n")
+    options: Any = {
+        "train_workers": 0,
+        "val_workers": 0,
+        "density_type": {"data": "total", "label": BOTH},
+        "cache": cache,
+    }
+    with pytest.raises(ConfigError, match=r"2 of 6 materials lack diff \(label\)"):
+        RhoDataModule(tmp_path / "list.txt", **options).setup()
+    module = RhoDataModule(tmp_path / "list.txt", missing="drop", val_frac=0.3, **options)
+    module.setup()
+    found = [*module.train_set.task_ids, *module.val_set.task_ids]
+    assert sorted(found) == [id_ for id_ in IDS if id_ not in NONMAGNETIC]
+    config = config_of(density_type=options["density_type"], missing="zero")
+    module = ZarrDataModule(
+        config, train_workers=0, val_workers=0, augmentation=False, val_frac=0.4
+    )
+    module.setup()
+    for batch in (*module.train_dataloader(), *module.val_dataloader(), *module.test_dataloader()):
+        (id_,) = batch["index"]
+        np.testing.assert_array_equal(batch["data"][0], stacked(stores, "data", id_, ARRAYS[:1]))
+        np.testing.assert_array_equal(batch["label"][0], stacked(stores, "label", id_, ARRAYS))
+    module.teardown()
+
+
+def test_audit_names_the_materials_that_lack_a_channel_unless_they_are_filled_or_dropped(
+    tmp_path: Path, config_of: Callable[..., DataConfig]
+) -> None:
+    write(tmp_path, lacking=tuple(NONMAGNETIC))
+    for missing, named, examined in (("error", NONMAGNETIC, 6), ("zero", [], 6), ("drop", [], 4)):
+        report = audit(config_of(missing=missing))
+        found = [one.task_id for one in report.findings if one.kind == "unreadable"]
+        assert (sorted(found), report.materials) == (named, examined)

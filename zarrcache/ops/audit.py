@@ -151,6 +151,9 @@ def audit(
     """
     reader = open_reader(config)
     task_ids = all_pairs(reader) if ids is None else list(dict.fromkeys(ids))
+    if reader.if_missing == "drop":
+        lacking = reader.find_lacking(task_ids)
+        task_ids = [task_id for task_id in task_ids if task_id not in lacking]
     findings: list[Finding] = []
     by_values: dict[tuple[Channel, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0

@@ -414,6 +414,8 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                         continue
                     is_there = True
                     yield from _array(config, role, origin, store, array, listed, start_s)
+                    if is_unconverted(store):
+                        break  # one object for all; what is in it shows when it is decoded
                 if not is_there:
                     continue
                 return

@@ -42,7 +42,8 @@ def make_lock(
     if config.cache is not None:
         config = config.model_copy(update={"cache": config.cache.model_copy(update={"lock": None})})
     reader = open_reader(config)
-    wanted = [(task_id, channel) for task_id in all_pairs(reader) for channel in reader.reads]
+    ids = reader.with_channels(all_pairs(reader))
+    wanted = [(task_id, channel) for task_id in ids for channel in reader.reads]
 
     def locked(one: tuple[str, Channel]) -> LockedDensity | None:
         task_id, channel = one

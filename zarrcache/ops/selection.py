@@ -81,20 +81,20 @@ LISTERS = 32
 
 
 def all_pairs(reader: ZarrS3Reader) -> list[str]:
-    """The task ids of a config that have input and label.
+    """The task ids of a config that have input and label, whatever channels they have.
 
     Raises
     ------
     ConfigError
         There is none: a report on nothing would read as if all were well.
     """
-    if not reader.task_ids:
+    if not reader.stored_ids:
         directories = " and ".join(dict.fromkeys(reader.origin(role).url for role in ROLES))
         raise ConfigError(
             f"no material of {reader.functional} has input and label. Check functional and map_dir "
             f"({reader.map_dir}), and data_dir, label_dir and source ({directories})."
         )
-    return list(reader.task_ids)
+    return reader.stored_ids
 
 
 def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:

@@ -218,7 +218,8 @@ def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverag
                 size_bytes = sum(sizes[task_id] for task_id in sizes.keys() & set(present))
             nbytes += size_bytes
         if lacking[channel] and of_role is not None:
-            has.append([of_role[id_] in lacking[channel] for id_ in present])
+            is_zero = [of_role[id_] in lacking[channel] for id_ in present]
+            has = [[any(pair) for pair in zip(one, is_zero, strict=True)] for one in has]
         own.append(has[0])
         cached.append(has[0] if len(has) == 1 else [any(one) for one in zip(*has, strict=True)])
     warm = sum(map(all, zip(*cached, strict=True)))

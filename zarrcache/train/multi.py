@@ -130,7 +130,8 @@ class Sources:
     def list_into_cache(self) -> None:
         """List the origins of cached configs, so that other processes find the stored listing."""
         for name in self._cached:
-            _ = self.readers[name].task_ids
+            _ = self.readers[name].stored_ids
+            _ = self.splits[name]  # finds out which materials lack a channel, too
 
     @cached_property
     def splits(self) -> dict[str, Split]:
