@@ -112,8 +112,8 @@ def sorts_sample(sample: dict[str, Any]) -> dict[str, Any]:
 def computes(batch: Any) -> None:
     """A step that takes far longer than reading the next sample."""
     touch(batch)
-    x = torch.ones(1200, 1200)
-    for _ in range(4):
+    x = torch.ones(900, 900)
+    for _ in range(6):
         x = torch.tanh(x @ x)
 
 
@@ -124,7 +124,7 @@ def computes(batch: Any) -> None:
 def test_a_training_that_computes_waits_for_nothing(
     make: Callable[..., ZarrDataset], workers: int
 ) -> None:
-    monitor = train(make(), workers, step=lambda batch: time.sleep(0.15))
+    monitor = train(make(), workers, 2, step=computes)
     assert monitor.verdict.cause == "nothing", monitor.epochs
 
 

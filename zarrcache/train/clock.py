@@ -286,7 +286,7 @@ class Clock:
         is_disk = news["faults"] * _FAULT_S >= slept_s
         for part in _OURS:
             seconds = found.pop(f"{part} slept")
-            to = "disk" if is_disk else "held" if part == "hit" else part
+            to = "held" if part == "hit" else "disk" if is_disk else part
             found[part] -= seconds
             found[to] += seconds
         return {**found, "disk_bytes": news["disk_bytes"]}

@@ -59,12 +59,12 @@ class EpochTimes:
         - reads by outcome: ``hit`` (with decoding), ``miss``, ``bypass`` (not admitted), without
           ``peer``, entries from other nodes or ``cache.lower``, and ``checksum``, the comparison of
           an entry with its checksum;
-        - ``held``: a hit that waited for the origin, to compare versions or because another
-          process was fetching the density;
+        - ``held``: a hit that slept. In an epoch with requests it waited for the origin, to compare
+          versions or because another process was fetching the density; without, for the disk;
         - ``augment`` (rotation, crop, downsampling, cast), ``transform`` and ``collate`` (your own
           functions), ``dataset`` (your own dataset around ours);
         - ``copy``: stacking batches, and copies into memory that the training process can map;
-        - ``disk``: waiting for the disk, in any of these;
+        - ``disk``: waiting for the disk, in any of these but ``held``;
         - ``cores``: waiting for a core, in any of these.
     disk_bytes : int
         Bytes that these processes had from a storage device, not from the page cache.
