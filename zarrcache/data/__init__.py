@@ -11,8 +11,8 @@ from zarrcache.data.lock import (
     digest_of,
 )
 from zarrcache.data.observers import Read, ReadObserver
+from zarrcache.data.pairs import PairReader
 from zarrcache.data.reader import (
-    PairReader,
     ZarrS3Reader,
     distinct_directories,
     open_reader,

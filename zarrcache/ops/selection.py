@@ -284,7 +284,7 @@ class Selection:
         return tuple(dict.fromkeys(found))
 
     def lacking(self, channel: Channel) -> set[str]:
-        """Names of the stores that are known to lack a channel; see `ZarrS3Reader.known_lacking`.
+        """Names of the stores that are known to lack a channel; see `Absences.stored`.
 
         Empty if a material that lacks it is an error.
         """

@@ -390,7 +390,7 @@ class WarmPlan:
         index.reopen()  # worker processes may have replaced a deleted directory or broken index
         open_index(index)
         if tally.found:
-            self.reader.note_lacking(tally.found)
+            self.reader.absences.note(tally.found)
         sizes = self._measured(tally)
         seconds = time.monotonic() - start_s
         return tally.report(
@@ -529,7 +529,7 @@ def plan_warm(
     stored: Mapping[Channel, Mapping[str, int]]
     stored = {channel: {} for channel in channels} if asks else reader.stored()
     # With `missing: error` the origin is asked once more: they may have been converted since.
-    known = {} if asks or reader.if_missing == "error" else reader.known_lacking()
+    known = {} if asks or reader.if_missing == "error" else reader.absences.stored()
     absent = tuple(
         (task_id, *channel)
         for task_id in task_ids

@@ -1,0 +1,160 @@
+"""Which channels the materials of a reader lack, before anything is read of them.
+
+What is cached is there. What else is known is stored with the listings of a directory. The rest is
+asked of the origin, many stores at once, and stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from zarrcache._keys import Channel, Role, density_array, density_name
+from zarrcache.arrays import is_fetched_whole, list_array
+from zarrcache.cache import CONTENTS
+from zarrcache.disk import CACHE_FAULTS
+from zarrcache.errors import ArrayNotFoundError
+
+if TYPE_CHECKING:
+    from zarrcache.data.reader import ZarrS3Reader
+
+__all__ = ["Absences"]
+
+logger = logging.getLogger(__name__)
+
+#: LISTs in flight.
+_LISTERS = 32
+#: Sources that have to be fetched whole, above which a warning names the better way.
+_FEW_FETCHED = 50
+
+
+class Absences:
+    """Which channels the materials of ``reader`` lack. Remembers what it has found out."""
+
+    def __init__(self, reader: ZarrS3Reader) -> None:
+        self._reader = reader
+        #: Whether a channel of a material is absent, by channel and task id.
+        self._known: dict[Channel, dict[str, bool]] = defaultdict(dict)
+
+    def find(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
+        """Which channels the materials lack, by task id; those that lack none are left out.
+
+        Sends a LIST per store and array of which nothing is known, if stored listings are used, or
+        of all. Zipped stores and files are fetched, into the cache if there is one.
+
+        Raises
+        ------
+        OriginError, SchemaError, IncompleteArrayError
+            It cannot be found out.
+        """
+        ids = list(task_ids)
+        lacking: dict[str, list[Channel]] = defaultdict(list)
+        for channel in self._reader.reads:
+            if self._reader.arrays[channel.role] == (density_array("total"),):
+                continue  # a material without it is damaged: an error of its read
+            of_channel = self._known[channel]
+            unknown = [id_ for id_ in ids if id_ not in of_channel]
+            if unknown:
+                of_channel.update(self._find_absent(self._reader.column(*channel), unknown))
+            for id_ in ids:
+                if of_channel[id_]:
+                    lacking[id_].append(channel)
+        return {id_: lacking[id_] for id_ in ids if id_ in lacking}
+
+    def has(self, task_id: str, channel: Channel) -> bool:
+        """Whether a material lacks a channel."""
+        of_channel = self._known[channel]
+        if task_id not in of_channel:
+            self.find([task_id])
+        return of_channel.get(task_id, False)
+
+    def stored(self) -> dict[Channel, set[str]]:
+        """Ids that lack a channel, by channel, as far as the stored contents of the directories
+        say. Sends no request if these are stored.
+        """
+        found = {}
+        for channel in self._reader.channels:
+            if self._reader.is_optional(*channel):
+                known = self._contents(channel.role).get(channel.array, {})
+                names = self._reader.store_names(channel.role)
+                found[channel] = {id_ for id_, name in names.items() if known.get(name) == 0}
+        return found
+
+    def note(self, found: Mapping[Channel, Mapping[str, bool]]) -> None:
+        """Store which channels materials lack (True) or have, for runs without the origin."""
+        for role in self._reader.roles:
+            of_role = {array: ids for (of, array), ids in found.items() if of == role and ids}
+            if not of_role:
+                continue
+            contents, names = self._contents(role), self._reader.store_names(role)
+            for array, ids in of_role.items():
+                known = {names[id_]: int(not lacks) for id_, lacks in ids.items() if id_ in names}
+                contents[array] = {**contents.get(array, {}), **known}
+            self._reader.cache.store_listing(self._reader.origin(role), CONTENTS, contents)
+
+    def _find_absent(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+        """Whether materials lack a channel; what only the origin knows is stored."""
+        role, array = channel
+        found: dict[str, bool] = {}
+        if self._reader.trusts_entries:
+            found = dict.fromkeys(self._cached_ids(channel, ids), False)
+            known = self._contents(role).get(array, {})
+            names = self._reader.store_names(role)
+            for id_ in ids:
+                if id_ not in found and (name := names.get(id_)) in known:
+                    found[id_] = not known[name]
+        unknown = [id_ for id_ in ids if id_ not in found]
+        if unknown:
+            fetched = sum(is_fetched_whole(self._reader.store_name(id_, role)) for id_ in unknown)
+            if fetched > _FEW_FETCHED:
+                logger.warning(
+                    "reading %d files and zipped stores of %s to find out which have %s; "
+                    "`zarrcache warm` does that in several processes and keeps the result",
+                    fetched,
+                    self._reader.origin(role).url,
+                    density_name(array),
+                )
+            asked = self._ask(channel, unknown)
+            self.note({channel: asked})
+            found |= asked
+        return found
+
+    def _cached_ids(self, channel: Channel, ids: Sequence[str]) -> Collection[str]:
+        """Those of ``ids`` whose density is in the array tier."""
+        try:
+            if len(ids) == 1:
+                key = self._reader.key(ids[0], *channel)
+                return ids if self._reader.cache.lookup(key.digest) is not None else ()
+            return self._reader.stored(channel.array)[channel].keys() & ids
+        except CACHE_FAULTS:  # counted and logged by the first read
+            return ()
+
+    def _ask(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+        """Ask the origin whether materials lack a channel, many at once."""
+        role, array = channel
+        origin = self._reader.origin(role)
+
+        def is_absent(id_: str) -> bool:
+            store = self._reader.store_name(id_, role)
+            try:
+                if is_fetched_whole(store):
+                    self._reader.ensure(id_, role, array)
+                else:
+                    list_array(origin, store, array)
+            except ArrayNotFoundError:
+                return True
+            return False
+
+        with ThreadPoolExecutor(_LISTERS) as pool:
+            try:
+                return dict(zip(ids, pool.map(is_absent, ids), strict=True))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _contents(self, role: Role) -> dict[str, dict[str, int]]:
+        """Which stores of a directory have an array (1) or lack it (0), where that is known."""
+        stored = self._reader.cache.stored_listing(self._reader.origin(role), CONTENTS)
+        return dict(stored) if isinstance(stored, dict) else {}
