@@ -422,9 +422,10 @@ class ZarrS3Reader(PairReader):
         if self._observers:
             return self._load_observed(task_id, role)
         channels = self._densities(role)
-        if len(channels) == 1:  # as in `_read`; a call less
+        if len(channels) == 1:  # as in `_read`, with fewer calls: this is the path of a warm hit
             values, _ = channels[0].read(self.store_name(task_id, role))
-            return _flat(values)
+            nx, ny, nz = values.shape
+            return values.reshape(-1), (nx, ny, nz)
         return self._read(task_id, role)[0]
 
     def _read(self, task_id: str, role: Role) -> tuple[Density, Outcome]:

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from zarrcache.disk import _no_fork
-from zarrcache.disk._no_fork import no_fork
+from zarrcache.disk import _database
+from zarrcache.disk._database import no_fork
 
 
 def fork_and_wait() -> float:
@@ -77,7 +77,7 @@ def test_a_fork_waits_for_a_thread_that_is_inside_and_keeps_others_out() -> None
 def test_a_stuck_thread_delays_a_fork_and_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_no_fork, "_FORK_WAIT_S", 0.2)
+    monkeypatch.setattr(_database, "_FORK_WAIT_S", 0.2)
     inside, leave = threading.Event(), threading.Event()
 
     def stay() -> None:
