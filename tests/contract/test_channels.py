@@ -182,6 +182,16 @@ def test_a_channel_that_one_side_always_lacks_is_said_to_belong_to_the_other(
         make_reader(density_type=BOTH, missing=missing).data_split()
 
 
+@pytest.mark.parametrize("missing", ["error", "zero", "drop"])
+def test_an_array_that_no_material_has_is_an_error_whatever_is_missing(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], missing: str
+) -> None:
+    """Its name is misspelt; as zeros that would not be noticed."""
+    write(tmp_path)
+    with pytest.raises(ConfigError, match="no material has an array 'efl'"):
+        make_reader(density_type=["total", "efl"], missing=missing).data_split()
+
+
 def test_a_material_without_any_channel_cannot_be_filled(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
 ) -> None:

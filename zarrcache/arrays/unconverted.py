@@ -133,7 +133,14 @@ def _block(found: DensityFile, array: str) -> NDArray[Any]:
     """A grid of a file of VASP or the Materials Project."""
     url, block = found.name, density_name(array)
     values = found.blocks.get(block)
-    if values is None or (block == "diff" and "diff_x" in found.blocks):
+    if block == "diff" and "diff_x" in found.blocks:
+        # It has spin, so it must not count as a material that lacks `diff`, which may become zeros.
+        raise SchemaError(
+            f"{url} has the spin density of a non-collinear calculation: diff_x, diff_y and "
+            "diff_z, not diff. Leave the material out of the map, or set density_type to total, "
+            "diff_x, diff_y or diff_z."
+        )
+    if values is None:
         raise ArrayNotFoundError(
             f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Leave the material "
             "out of the map, or set density_type to one that all files have."

@@ -27,6 +27,7 @@ from zarrcache._keys import (
     check_density_type,
     density_array,
     density_name,
+    is_density,
     safe_repr,
     units_of,
 )
@@ -289,6 +290,11 @@ class PairReader(ABC):
         return self._arrays
 
     @property
+    def reads(self) -> tuple[Channel, ...]:
+        """The reads of a sample, in their order: the channels of its input, then of its label."""
+        return tuple(Channel(role, array) for role in ROLES for array in self._arrays[role])
+
+    @property
     def lock_settings(self) -> dict[str, Any]:
         """The settings that decide about samples and their values, as in a lock file."""
         channels = {"missing": self.if_missing} if self._has_optional else {}
@@ -518,6 +524,13 @@ class PairReader(ABC):
         found = f"{len(lacking)} of {count} materials lack {names}: {first_ids([*lacking])}"
         where = " or ".join(dict.fromkeys(self._urls()))
         by_all = set.intersection(*map(set, lacking.values())) if len(lacking) == count else set()
+        unknown = {array for _, array in by_all if not is_density(array)}
+        unknown -= {array for role, array in self.reads if Channel(role, array) not in by_all}
+        if unknown:  # misspelt, which as zeros would not be noticed
+            raise ConfigError(
+                f"no material has an array {min(unknown)!r}. They are in {where}. Correct the name "
+                "in density_type; reading one of them names the arrays that it has."
+            )
         one_side = ""
         if len({channel.role for channel in by_all}) == 1:
             one_side = (

@@ -326,11 +326,6 @@ class ZarrS3Reader(PairReader):
         places = {self.column(role, array): None for role, array in self.reads}
         return tuple(places)
 
-    @property
-    def reads(self) -> tuple[Channel, ...]:
-        """The reads of a sample, in their order: the channels of its input, then of its label."""
-        return tuple(Channel(role, array) for role in ROLES for array in self._arrays[role])
-
     def column(self, role: Role, array: str) -> Channel:
         """The channel of the same entries: input and label of one directory share them."""
         return Channel(role if len(self.roles) > 1 else "data", array)
