@@ -17,9 +17,11 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import STRUCTURE, small_group
 from zarrcache import ZarrS3Reader, plan_warm
+from zarrcache._keys import ArrayKey
 from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.disk import LISTING
 from zarrcache.errors import (
     ConfigError,
     IncompleteArrayError,
@@ -375,3 +377,30 @@ def test_structures_of_numpy_files_are_made_of_their_xyz(tmp_path: Path) -> None
     assert [site["label"] for site in structure["sites"]] == ["C", "H"]
     assert structure["sites"][1]["xyz"] == pytest.approx([1.0, 0.5, 0.25])
     assert reader.volume("dsgdb9nsd_000001") == pytest.approx(120)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff" * 40,
+        b"[]",
+        b"\x02\x00\x00\x00[]more",
+        b'\x0e\x00\x00\x00[["mp-1", 900]]',
+        b"[" * 9999,
+    ],
+    ids=lambda raw: f"{raw[:8]!r}",
+)
+def test_listings_and_packs_that_were_planted_are_misses(
+    stores: Path, tmp_path: Path, raw: bytes
+) -> None:
+    """With a right checksum, by a user who may write to a shared directory."""
+    config = _config(tmp_path, stores)
+    plan_warm(config, workers=1).execute()
+    planted = Cache(CacheConfig.of(config.cache), Counters())
+    assert planted.arrays is not None
+    keys = [ArrayKey(*row.note.split("\n")) for row in planted.arrays.index.rows(LISTING)]
+    assert len(keys) >= 4
+    for key in keys:
+        assert planted.arrays.put(key, np.frombuffer(raw, np.uint8), source="listing") is not None
+    _check(ZarrS3Reader.from_config(config))

@@ -10,6 +10,7 @@ docs/explanation/decisions/026-attributes-in-packs.md has what was rejected.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +21,7 @@ import numpy as np
 from zarrcache._keys import ArrayKey
 from zarrcache._units import most_bytes
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk import BLOCK_BYTES, disk_bytes
+from zarrcache.disk import BLOCK_BYTES, CACHE_FAULTS, disk_bytes
 from zarrcache.origin import Origin
 
 __all__ = ["PACK", "AttributePacks", "StoredAttributes"]
@@ -133,13 +134,11 @@ class AttributePacks:
         entry = self._entries.get(key)
         if entry is None:
             return {}
-        raw = entry.array.tobytes()
-        length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
-        start = _LENGTH_BYTES + length
-        rows = {}
-        for name, nbytes in json.loads(raw[_LENGTH_BYTES:start]):
-            rows[name] = raw[start : start + nbytes]
-            start += nbytes
+        rows = _parsed(entry.array.tobytes())
+        if rows is None:
+            with contextlib.suppress(*CACHE_FAULTS):
+                self._entries.drop(key)
+            return {}
         return rows
 
     def _write(self, key: ArrayKey, rows: Mapping[str, bytes]) -> bool:
@@ -147,6 +146,22 @@ class AttributePacks:
         raw = b"".join([len(head).to_bytes(_LENGTH_BYTES, "little"), head, *rows.values()])
         array = np.frombuffer(raw, np.uint8)
         return self._entries.put(key, array, source="attributes") is not None
+
+
+def _parsed(raw: bytes) -> dict[str, bytes] | None:
+    """The rows of a pack; None if this package did not write it, although its checksum holds."""
+    start = _LENGTH_BYTES + int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    try:
+        sizes = {str(name): int(nbytes) for name, nbytes in json.loads(raw[_LENGTH_BYTES:start])}
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if min(sizes.values(), default=0) < 0 or start + sum(sizes.values()) != len(raw):
+        return None
+    rows = {}
+    for name, nbytes in sizes.items():
+        rows[name] = raw[start : start + nbytes]
+        start += nbytes
+    return rows
 
 
 def _path(origin: Origin, store: str) -> Iterator[ArrayKey]:
@@ -169,6 +184,10 @@ def _packed(found: StoredAttributes) -> bytes:
 def _unpacked(row: bytes) -> StoredAttributes | None:
     if row == _NOTHING:
         return None
-    decoder = zlib.decompressobj()
-    zarr_format, attributes = json.loads(decoder.decompress(row, most_bytes()))
+    try:
+        zarr_format, attributes = json.loads(zlib.decompressobj().decompress(row, most_bytes()))
+    except (zlib.error, ValueError, TypeError, RecursionError):
+        return None  # a pack that this package did not write
+    if not isinstance(attributes, dict) or zarr_format not in (0, 2, 3):
+        return None
     return StoredAttributes(attributes, zarr_format)

@@ -227,7 +227,11 @@ class Cache:
         raw = entry.array.tobytes()
         # Input and label usually have the same stores, and 200,000 names take 0.1 s.
         if self._parsed is None or self._parsed[0] != raw:
-            self._parsed = raw, json.loads(raw)
+            try:
+                self._parsed = raw, json.loads(raw)
+            except (ValueError, RecursionError):  # not written by this package
+                self.forget_listing(origin, name)
+                return None
         return self._parsed[1]
 
     def store_listing(self, origin: Origin, name: str, listing: Any) -> None:
