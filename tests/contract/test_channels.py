@@ -313,6 +313,15 @@ def test_after_warm_the_split_is_decided_without_the_origin(
     assert reader.stats.requests == 0
 
 
+def test_warm_fails_if_dropping_leaves_no_material(
+    tmp_path: Path, config_of: Callable[..., DataConfig]
+) -> None:
+    write(tmp_path, lacking=tuple(IDS))
+    report = plan_warm(config_of(missing="drop"), workers=1).execute()
+    assert (report.ids, report.warm, report.is_good) == (0, 0, False)
+    assert report.lacking == tuple(IDS)
+
+
 def test_a_material_that_was_converted_again_has_its_channel_after_warm(
     tmp_path: Path, config_of: Callable[..., DataConfig]
 ) -> None:
@@ -704,3 +713,6 @@ def test_audit_names_the_materials_that_lack_a_channel_unless_they_are_filled_or
         report = audit(config_of(missing=missing))
         found = [one.task_id for one in report.findings if one.kind == "unreadable"]
         assert (sorted(found), report.materials) == (named, examined)
+    write(tmp_path / "none", lacking=tuple(IDS))
+    with pytest.raises(ConfigError, match="would leave no material"):
+        audit(config_of(tmp_path / "none", missing="drop", cache={"dir": tmp_path / "other"}))

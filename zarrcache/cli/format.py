@@ -88,6 +88,11 @@ def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
 def nothing_selected(plan: WarmPlan, split: str) -> str:
     """Why ``warm`` has no ids to fetch."""
     reader = plan.reader
+    if reader.if_missing == "drop" and reader.stored_ids:
+        return (
+            "error: all ids lack a channel of density_type, so missing: drop leaves none. Where "
+            "only input or label has it, write density_type: {data: ..., label: ...}."
+        )
     if not plan.missing:
         part = "has no ids" if split == "all" else f"has no ids in the {split} set"
         return (

@@ -153,7 +153,8 @@ def audit(
     task_ids = all_pairs(reader) if ids is None else list(dict.fromkeys(ids))
     if reader.if_missing == "drop":
         lacking = reader.find_lacking(task_ids)
-        task_ids = [task_id for task_id in task_ids if task_id not in lacking]
+        kept = [task_id for task_id in task_ids if task_id not in lacking]
+        task_ids = kept or reader.with_channels(task_ids)  # which raises: all lack one
     findings: list[Finding] = []
     by_values: dict[tuple[Channel, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0

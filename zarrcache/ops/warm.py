@@ -237,7 +237,8 @@ class WarmReport:
         Ids that ``cache.limit`` has no room for are not failures, because the limit is the user's
         choice, unless none fits; nor are filled chunks. Ids that the disk has no room for are.
         """
-        is_useful = (self.warm > 0 or self.ids == 0) and not self.is_disk_full
+        is_useful = self.warm > 0 or not (self.ids or self.lacking)
+        is_useful = is_useful and not self.is_disk_full
         is_finite = not any(result.flaws.nonfinite for result in self.flawed)
         return is_useful and is_finite and not self.failed and not self.stats.cache_errors
 
