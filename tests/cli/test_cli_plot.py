@@ -58,7 +58,7 @@ def test_a_png_is_written_where_asked_and_its_name_is_the_last_line(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("mp-99",), 1, "mp-99.zarr does not exist"),
+        (("mp-99",), 2, "mp-99.zarr does not exist"),
         (("mp-0", "--at", "0.5,2,0"), 2, "is not three numbers from 0 to 1"),
         (("mp-0", "--at", "middle"), 2, "is not three numbers from 0 to 1"),
         (("mp-0", "-o", "a.jpg"), 2, "does not end in .png"),
