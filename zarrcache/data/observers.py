@@ -37,7 +37,7 @@ class Read:
     nbytes : int
         Size of the decoded density.
     seconds : float
-        Wall time from the call of ``load`` to its return.
+        Wall time from the call of ``load`` or ``open_grid`` to its return.
     """
 
     task_id: str

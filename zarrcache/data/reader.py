@@ -10,6 +10,7 @@ import functools
 import heapq
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -477,18 +478,35 @@ class ZarrS3Reader(PairReader):
         return nx, ny, nz
 
     def _open(self, task_id: str, role: Role) -> LazyGrid | LazyStack:
-        if self._observers:
-            return super()._open(task_id, role)
+        if not self._observers:
+            return self._opened(task_id, role)[0]
+        start_s = time.perf_counter()
+        for observer in self._observers:
+            observer.read_started(task_id, role)
+        grid, outcome = self._opened(task_id, role)
+        nbytes = 4 * math.prod(grid.shape)
+        read = Read(task_id, role, outcome, nbytes, time.perf_counter() - start_s)
+        for observer in self._observers:
+            observer.read_finished(read)
+        return grid
+
+    def _opened(self, task_id: str, role: Role) -> tuple[LazyGrid | LazyStack, Outcome]:
         channels, store = self._densities(role), self.store_name(task_id, role)
         if len(channels) == 1:
-            return channels[0].open(store)[0]
-        grids = [
-            None if self.lacks(task_id, role, array) else densities.open(store)[0]
-            for array, densities in zip(self._arrays[role], channels, strict=True)
-        ]
+            return channels[0].open(store)
+        grids: list[LazyGrid | None] = []
+        outcomes = []
+        for array, densities in zip(self._arrays[role], channels, strict=True):
+            if self.lacks(task_id, role, array):
+                grids.append(None)
+                continue
+            grid, outcome = densities.open(store)
+            grids.append(grid)
+            outcomes.append(outcome)
         shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
         zeros = LazyGrid(np.broadcast_to(np.float32(0), shape))
-        return LazyStack(tuple(zeros if grid is None else grid for grid in grids))
+        stack = LazyStack(tuple(zeros if grid is None else grid for grid in grids))
+        return stack, max(outcomes, key=_OUTCOMES.index)
 
     def _densities(self, role: Role) -> list[ReadThrough]:
         """The read paths of the channels. Created once per setting of the attributes."""
@@ -554,7 +572,7 @@ class ZarrS3Reader(PairReader):
         return values, gridsize
 
     def observe(self, observer: ReadObserver) -> None:
-        """Call ``observer`` for every density that ``load`` reads from now on.
+        """Call ``observer`` for each density that ``load`` reads or ``open_grid`` opens, from now.
 
         DataLoader workers get the observers that the reader has when they start.
         """

@@ -54,6 +54,23 @@ def reader(
     return make_reader(cache={}, train_fraction=2)
 
 
+def test_a_density_that_is_opened_is_reported_and_still_read_in_part(
+    reader: ZarrS3Reader, log: Log
+) -> None:
+    """A monitor must not make a training on crops read and decode whole densities."""
+    reader.load("mp-1", "data")
+    reader.observe(log)
+    before = reader.stats.served_bytes
+    grid = reader.open_grid("mp-1", "data")
+    assert reader.stats.served_bytes == before
+    assert grid[0, 0, :2].shape == (2,)
+    assert reader.stats.served_bytes == before + 8
+    assert [line[:4] for line in log.lines()] == [
+        ["started", "mp-1", "data", str(os.getpid())],
+        ["finished", "mp-1", "data", "hit"],
+    ]
+
+
 def test_misses_and_hits_are_reported_with_their_bytes(reader: ZarrS3Reader, log: Log) -> None:
     observer: ReadObserver = log
     reader.observe(observer)
