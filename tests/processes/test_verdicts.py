@@ -119,7 +119,7 @@ def computes(batch: Any) -> None:
 # -- nothing is wrong
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_training_that_computes_waits_for_nothing(
     make: Callable[..., ZarrDataset], workers: int
 ) -> None:

@@ -572,7 +572,7 @@ class ZarrS3Reader(PairReader):
         return values, gridsize
 
     def observe(self, observer: ReadObserver) -> None:
-        """Call ``observer`` for each density that ``load`` reads or ``open_grid`` opens, from now.
+        """Call ``observer`` for each density that is read or opened from now on.
 
         DataLoader workers get the observers that the reader has when they start.
         """
