@@ -82,8 +82,7 @@ def stacked(stores: Stores, role: str, id_: str, names: list[str]) -> NDArray[An
 ARRAYS = ["charge_density_total", "charge_density_diff"]
 
 
-@pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize("cache", [None, {}])
+@pytest.mark.parametrize(("cache", "zarr_format"), [(None, 2), ({}, 2), ({}, 3)])
 def test_the_densities_are_the_channels_of_a_sample_in_their_order(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], cache: Any, zarr_format: Any
 ) -> None:
@@ -277,7 +276,9 @@ def test_warm_names_the_materials_that_lack_a_channel(
         open_reader(config_of()).data_split()
 
 
-@pytest.mark.parametrize(("missing", "ids"), [("zero", 6), ("drop", 4)])
+@pytest.mark.parametrize(
+    ("missing", "ids"), [("zero", 6), pytest.param("drop", 4, marks=pytest.mark.slow)]
+)
 def test_after_warm_the_split_is_decided_without_the_origin(
     tmp_path: Path,
     bucket: str,
@@ -343,8 +344,9 @@ def test_a_material_that_was_converted_again_has_its_channel_after_warm(
     np.testing.assert_array_equal(values.reshape(2, *gridsize)[1], random_density(shape, seed=99))
 
 
-@pytest.mark.parametrize("encoding", ["float32", "float16", "bits:12"])
-@pytest.mark.parametrize("missing", ["error", "zero"])
+@pytest.mark.parametrize(
+    ("encoding", "missing"), [("float32", "error"), ("float16", "zero"), ("bits:12", "zero")]
+)
 def test_crops_and_probes_have_the_channels(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], encoding: str, missing: str
 ) -> None:
@@ -482,7 +484,7 @@ def test_audit_looks_at_each_channel(tmp_path: Path, config_of: Callable[..., Da
     assert not [one for one in found if one.task_id in ("mp-2", "mp-3")]
 
 
-@pytest.mark.parametrize("eviction", ["none", "belady"])
+@pytest.mark.parametrize("eviction", [pytest.param("none", marks=pytest.mark.slow), "belady"])
 def test_the_look_ahead_fetches_every_channel(
     tmp_path: Path, config_of: Callable[..., DataConfig], eviction: str
 ) -> None:
@@ -614,9 +616,15 @@ def test_only_the_materials_of_a_split_file_or_a_list_of_ids_have_to_have_the_ch
     assert ZarrDataset(reader, ["mp-3", "mp-1"]).task_ids == ("mp-3",)
 
 
-@pytest.mark.parametrize("kind", ["CHGCAR", "zip"])
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("encoding", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("kind", "workers", "encoding"),
+    [
+        ("CHGCAR", 1, "float16"),
+        ("zip", 1, "float32"),
+        ("CHGCAR", 2, "float32"),
+        pytest.param("zip", 2, "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_source_that_is_fetched_whole_is_fetched_once_for_all_channels(
     tmp_path: Path, config_of: Callable[..., DataConfig], kind: str, workers: int, encoding: str
 ) -> None:

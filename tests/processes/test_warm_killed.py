@@ -322,7 +322,7 @@ class TestFiles:
         self.goes_on(config, fault_proxy, values)
 
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    @pytest.mark.parametrize("step", [5, 13])
+    @pytest.mark.parametrize("step", [pytest.param(5, marks=pytest.mark.slow), 13])
     def test_a_file_that_was_being_stored_is_stored_by_the_next_run(
         self,
         config: Path,
