@@ -19,11 +19,11 @@ from tests.support.chgcars import write_chgcar
 from tests.support.faultproxy import FaultProxy
 from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
-from tests.support.stores import random_density, small_group
+from tests.support.stores import STRUCTURE, random_density, small_group
 from zarrcache import ZarrS3Reader
 from zarrcache.config import DataConfig
 from zarrcache.data import differences, open_reader
-from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError
+from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError, ZarrCacheError
 from zarrcache.lightning import RhoDataModule, ZarrDataModule
 from zarrcache.ops import (
     audit,
@@ -681,6 +681,73 @@ def test_a_grid_that_cannot_be_used_does_not_come_along(
         with pytest.raises(SchemaError, match="3-D"):
             reader.load("mp-1", "data")
     assert [entry.array for entry in list_entries(reader.cache_config)] == [ARRAYS[1]]
+
+
+@pytest.mark.parametrize("normalize", [False, True, "volume"])
+def test_a_density_that_comes_along_with_another_array_has_its_units(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], normalize: Any
+) -> None:
+    arrays = {ARRAYS[0]: random_density((6, 6, 6)), "elf": random_density((6, 6, 6), seed=1)}
+    attrs = {"structure": json.dumps(STRUCTURE), "charge_density_units": "volume"}
+    for role in ("data", "label"):
+        small_group(tmp_path / role / "mp-0.zarr.zip", arrays, as_zip=True, attrs=attrs)
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0"]}))
+    alone = make_reader(normalize=normalize).load("mp-0", "data")[0]
+    for density_type in (["elf", "total"], "total"):
+        reader = make_reader(cache={}, density_type=density_type, normalize=normalize)
+        total = reader.load("mp-0", "data")[0].reshape(-1, 216)[-1]
+        np.testing.assert_array_equal(total, alone)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "error"),
+    [
+        ({"metadata": {"electrons": 3.5}}, "electrons"),
+        ({"metadata": {"electrons": 3.5}, "charge_density_units": "volume"}, "structure"),
+    ],
+)
+def test_a_density_with_other_electrons_does_not_come_along_with_another_array(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], attrs: dict[str, Any], error: str
+) -> None:
+    arrays = {ARRAYS[0]: random_density((6, 6, 6)), "elf": random_density((6, 6, 6), seed=1)}
+    for role in ("data", "label"):
+        small_group(tmp_path / role / "mp-0.zarr.zip", arrays, as_zip=True, attrs=attrs)
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0"]}))
+    reader = make_reader(cache={}, density_type=["elf", "total"])
+    with pytest.raises(ZarrCacheError, match=error):
+        reader.load("mp-0", "data")
+    elf = make_reader(cache={}, density_type="elf").load("mp-0", "data")[0]
+    np.testing.assert_array_equal(elf, arrays["elf"].ravel())
+    assert [entry.array for entry in list_entries(reader.cache_config)] == ["elf"]
+
+
+@pytest.mark.parametrize("missing", ["zero", "drop"])
+@pytest.mark.parametrize("end", ["zarr", "zarr.zip"])
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+def test_a_channel_that_a_store_has_no_more_is_not_read_from_the_cache_after_warm(
+    tmp_path: Path, config_of: Callable[..., DataConfig], missing: str, end: str, encoding: str
+) -> None:
+    both = dict(zip(ARRAYS, (random_density(SHAPE), random_density(SHAPE, seed=1)), strict=True))
+    again = {ARRAYS[0]: random_density(SHAPE, seed=2)}
+    ids = IDS[:2]
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ids}))
+    for id_ in ids:
+        for role in ("data", "label"):
+            small_group(tmp_path / role / f"{id_}.{end}", both, as_zip=end == "zarr.zip")
+    config = config_of(missing=missing, cache={"arrays": {"encoding": encoding}})
+    assert plan_warm(config, workers=1).execute().is_good
+    path = tmp_path / "label" / f"{ids[0]}.{end}"
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    small_group(path, again, as_zip=end == "zarr.zip")
+    assert plan_warm(config, revalidate=True, workers=1).execute().lacking == (ids[0],)
+    reader = open_reader(config)
+    if missing == "drop":
+        assert (reader.task_ids, reader.dropped) == ([ids[1]], (ids[0],))
+    else:
+        values, gridsize = reader.load(ids[0], "label")
+        expected = again[ARRAYS[0]].astype(encoding).astype(np.float32)
+        np.testing.assert_array_equal(values[0].reshape(gridsize), expected)
+        assert not values[1].any()
 
 
 def test_data_modules_take_the_channels(

@@ -303,7 +303,7 @@ def read_array(
                 others = {
                     name: other
                     for name, other in others.items()
-                    if not (has_electrons(name) and _electrons_differ(other, attributes, url))
+                    if not has_electrons(name) or _is_sound(other, attributes, url)
                 }
                 return Decoded(values, source, missing, attributes, zarr_format, others)
         except (IncompleteArrayError, SchemaError) as exc:
@@ -399,6 +399,7 @@ def _fetch_and_decode(
         zipped = ZippedStore(data, url)
         decoder = _decode_zipped(zipped, array, url, reserve, fills)
         name = attributes_key("zarr.json" if f"{array}/zarr.json" in zipped.sizes else None)
+        has_units = units is not None and any(map(is_density, (array, *also)))
         attributes = _attributes_in_zip(zipped, name) if has_units else {}
         values = decoder.finish()
         others = {}
@@ -481,6 +482,14 @@ def _electrons_differ(values: NDArray[Any], attributes: Mapping[str, Any], url: 
     units = stored_in(attributes, url)
     volume = cell_volume(attributes, url) if units == "volume" else None
     return disagreement(electrons_of(values, units, volume=volume), stated)
+
+
+def _is_sound(values: NDArray[Any], attributes: Mapping[str, Any], url: str) -> bool:
+    """Whether a density that came with another array may be stored; else its own read raises."""
+    try:
+        return not _electrons_differ(values, attributes, url)
+    except SchemaError:  # its units or its cell are unknown
+        return False
 
 
 def _check_electrons(

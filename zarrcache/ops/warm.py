@@ -649,9 +649,8 @@ class _Warmer:
         # Once the cache is full, fetching would cost requests without storing anything.
         if self._bypassed_in_a_row >= _FULL_AFTER:
             result, *_ = _compare(self._reader, *density)
-            if result.outcome == "bypass":
-                # Drop a stale entry, so that training does not read it as fresh.
-                _index(self._reader).drop([self._reader.key(*density).digest])
+            if result.outcome == "bypass" or result.is_absent:
+                self._drop(density)
             return result
         task_id, role, array = density
         flaws = [SOUND]
@@ -661,10 +660,23 @@ class _Warmer:
             )
         except ZarrCacheError as exc:
             logger.debug("%s (%s) failed", task_id, role, exc_info=True)
-            return _failure(density, exc, self._reader)
+            result = _failure(density, exc, self._reader)
+            if result.is_absent:
+                self._drop(density)
+            return result
         if outcome != "hit":
             self._bypassed_in_a_row = self._bypassed_in_a_row + 1 if outcome == "bypass" else 0
         return WarmResult(task_id, role, outcome, nbytes, flaws=flaws[-1], array=array)
+
+    def _drop(self, density: Density) -> None:
+        """Drop a stale entry, so that training does not read it as fresh.
+
+        One of an array that the store has no more would be a channel beside those of another
+        version.
+        """
+        key = self._reader.key(*density)
+        keys = (key,) if key.exact is None else (key, key.exact)
+        _index(self._reader).drop([one.digest for one in keys])
 
 
 def _compare(
