@@ -163,7 +163,7 @@ def test_batches_that_are_copied_on_their_way_are_named(
     make: Callable[..., ZarrDataset],
 ) -> None:
     """Without a GPU nothing is pinned; this is the same copy in the training process."""
-    monitor = train(make(), 1, batch_size=2, collate_fn=to_numpy)
+    monitor = train(make(), 1, 6, batch_size=2, collate_fn=to_numpy)
     assert monitor.verdict.cause == "copy", monitor.epochs
 
 

@@ -83,9 +83,10 @@ _USERS = ("transform", "collate", "dataset")
 #: Longest wait of a page fault, seconds. Of pages that are being read ahead the kernel counts only
 #: the first, so there are fewer faults than waits.
 _FAULT_S = 0.1
-#: Also summed: of parts of ours, the time that they slept; faults; wall time of all parts; between
-#: them, CPU time of other threads (torch's copies into shared memory, pickling) and time in the
-#: queue for a core; bytes from a storage device; and when the process began its first part.
+#: Also summed: of parts of ours, the time that they slept; faults; wall time of all parts without
+#: that in the queue for a core; between them, CPU time of other threads (torch's copies into shared
+#: memory, pickling); time in the queue; bytes from a storage device; and when the process began its
+#: first part.
 _SLEPT = tuple(f"{part} slept" for part in _OURS)
 _COLUMNS = (*PARTS, *_SLEPT, "faults", "fetched", "sent", "queued", "disk_bytes", "first")
 _SLOT = struct.Struct(f"<{len(_COLUMNS)}q")
@@ -231,7 +232,9 @@ class Clock:
         with self._lock:
             self._add(part, own)
             if not frames:
-                self._values["fetched"] += whole.wall_ns
+                queued_ns = min(whole.wall_ns, max(0, whole.queued_ns))
+                self._values["fetched"] += whole.wall_ns - queued_ns
+                self._values["queued"] += queued_ns
                 self._values["faults"] += whole.faults
                 self._idle_since = _others_ns(), now.queued_ns
                 self._write()

@@ -209,7 +209,7 @@ class Recorder:
         disk_bytes = _device_bytes() - device_bytes
         if self._workers:
             disk_bytes += int(news["disk_bytes"])
-            # What the workers did between the parts: threads copied and pickled, or it had no core.
+            # What the workers did else: threads copied and pickled, or they had no core.
             for name, found in (("receive", "sent"), ("cores", "queued")):
                 seconds = min(waits["other"], news[found])
                 waits["other"] -= seconds

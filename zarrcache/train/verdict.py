@@ -73,8 +73,8 @@ class EpochTimes:
     waits : dict
         Parts of ``waited_s``: ``start`` (of the workers' processes), ``fetch`` (a sample or batch
         that was being made), ``receive`` (its way from the worker, and into pinned memory),
-        ``disk`` (pages of a batch that were not in memory), ``cores`` (a worker without work that
-        stood in the queue for a core) and ``other``.
+        ``disk`` (pages of a batch that were not in memory), ``cores`` (a worker that stood in the
+        queue for a core) and ``other``.
     is_full : bool
         Whether the cache was full at the end of the epoch.
     """
