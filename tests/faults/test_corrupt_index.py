@@ -158,3 +158,18 @@ def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(
         "cache.db was lost and rebuilt from the entries: 7 entries kept, 2 files removed"
     )
     node.check_settled()
+
+
+def test_an_entry_under_the_name_of_another_is_removed_when_the_index_is_rebuilt(
+    node: LocalNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its header names the density of the other file, whose row it would take."""
+    files = sorted(node.root.glob("entries/*/*"), key=lambda path: path.stat().st_size)
+    one, other = files[-2:]
+    one.write_bytes(other.read_bytes())
+    (node.root / "cache.db").unlink()
+    reader = node.reader()
+    node.read(reader)
+    assert "6 entries kept, 3 files removed" in caplog.text
+    assert (reader.stats.hits, reader.stats.misses, reader.stats.cache_errors) == (3, 1, 0)
+    node.check_settled()

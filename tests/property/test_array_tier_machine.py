@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ from zarrcache.cache.tiers import ArrayCache
 from zarrcache.stats import Counters
 
 LIMIT = 6 * 8192
+#: A disk that other tests keep busy takes seconds for each of the thousand indexes.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 KEYS = st.integers(0, 5)
 SIZES = st.sampled_from([0, 1, 1000, 4096, 4097, 9000, LIMIT])
 
@@ -42,7 +45,7 @@ class ArrayCacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp(prefix="zarrcache-test-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="zarrcache-test-", dir=MEMORY))
         self.values: dict[int, tuple[NDArray[Any], str]] = {}
         self.damaged: set[int] = set()
         self.version = 0

@@ -719,6 +719,8 @@ class IndexFile:
         for _, path in sorted(entries):
             try:
                 header = read_header(path)
+                if not path.name.startswith(f"{header.key.digest}-"):
+                    raise CorruptEntryError("it is the entry of another name")
                 occupied_bytes = max(disk_bytes(header.file_bytes), path.lstat().st_blocks * 512)
             except CorruptEntryError:
                 doomed.append(path)
