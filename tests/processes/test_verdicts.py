@@ -6,6 +6,7 @@ grids make the loops short, so the training steps do nothing but read the batch.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -253,6 +254,7 @@ def slow_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root and FUSE; without them no disk is slow on purpose")
     with network_mount(tmp_path, "slowdisk", read_s=0.004) as found:
         yield found
+        gc.collect()  # lock files are closed before it is unmounted
 
 
 @pytest.mark.slow
