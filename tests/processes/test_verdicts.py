@@ -1,6 +1,7 @@
 """Planted bottlenecks, each a small training as a user writes it: ``LoaderMonitor`` names each.
 
-Nothing here helps the monitor, and no time is compared: a verdict is a comparison of shares. Small
+Nothing here helps the monitor, and no time is compared: a verdict is a comparison of shares. Where
+these are of the CPU, a machine that other tests keep busy can change them: those tests are slow. Small
 grids make the loops short, so the training steps do nothing but read the batch.
 """
 
@@ -131,18 +132,21 @@ def test_a_training_that_computes_waits_for_nothing(
 # -- one thing is
 
 
+@pytest.mark.slow
 def test_checksums_of_each_read_are_named(make: Callable[..., ZarrDataset]) -> None:
     monitor = train(make(block={"verify": "always"}), 0)
     assert monitor.verdict.cause == "checksum", monitor.epochs
     assert "verify: first" in monitor.verdict.text
 
 
+@pytest.mark.slow
 def test_rotation_in_one_worker_is_named(make: Callable[..., ZarrDataset]) -> None:
     monitor = train(make(augmentation=True), 1)
     assert monitor.verdict.cause == "rotation", monitor.epochs
     assert "num_workers" in monitor.verdict.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_few_workers_are_named_where_no_part_is_most_of_the_work(
     make: Callable[..., ZarrDataset], workers: int
@@ -160,6 +164,7 @@ def test_the_users_own_functions_are_named(make: Callable[..., ZarrDataset], wor
     assert train(Around(make()), workers).verdict.cause == "dataset"
 
 
+@pytest.mark.slow
 def test_batches_that_are_copied_on_their_way_are_named(
     make: Callable[..., ZarrDataset],
 ) -> None:
