@@ -1,8 +1,8 @@
 """Planted bottlenecks, each a small training as a user writes it: ``LoaderMonitor`` names each.
 
 Nothing here helps the monitor, and no time is compared: a verdict is a comparison of shares. Where
-these are of the CPU, a machine that other tests keep busy can change them: those tests are slow. Small
-grids make the loops short, so the training steps do nothing but read the batch.
+these are of the CPU, a machine that other tests keep busy can change them: those tests are slow.
+Small grids make the loops short, so the training steps do nothing but read the batch.
 """
 
 from __future__ import annotations
