@@ -5,6 +5,7 @@ changed.
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.support.training import write_config, write_pairs
 from zarrcache import RhoData, Stats, ZarrDataset, collate
 from zarrcache.config import DataConfig
 from zarrcache.data import open_reader
-from zarrcache.train import EpochTimes, LoaderMonitor, judge
+from zarrcache.train import EpochTimes, LoaderMonitor, collate_in_lists, judge
 
 STEP_S = 0.01
 
@@ -190,6 +191,93 @@ def times(**changes: Any) -> EpochTimes:
     return EpochTimes(
         steps=100, parts=parts, disk_bytes=0, stats=Stats(**stats), waits=waits, **values
     )
+
+
+class Answers(Dataset[Any]):
+    """Has an answer to every name, and a property that raises."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args: 1 / 0
+
+    @property
+    def reader(self) -> Any:
+        raise ValueError("not open yet")
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inner[index]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self.inner[index] for index in indices]
+
+
+class KnowsItsClass(Dataset[Any]):
+    """Compares its class, and pickles itself."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        assert type(self) is KnowsItsClass
+        pickle.dumps(self)
+        return self.inner[index]
+
+
+class IsItsIterator(IterableDataset[Any]):
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Any:
+        self.place = -1
+        return self
+
+    def __next__(self) -> Any:
+        self.place += 1
+        if self.place == len(self.inner):
+            raise StopIteration
+        return self.inner[self.place]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [Answers, KnowsItsClass, IsItsIterator])
+def test_a_dataset_of_any_kind_is_read_as_without_a_monitor(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Any, workers: int
+) -> None:
+    inner = dataset(directory, tmp_path)
+    loader = DataLoader(kind(inner), batch_size=2, num_workers=workers, collate_fn=collate_in_lists)
+    plain = [batch["index"] for batch in loader]
+    with LoaderMonitor(loader) as batches:
+        watched = [batch["index"] for _ in range(2) for batch in batches]
+    assert watched == 2 * plain == 2 * [batch["index"] for batch in loader]
+    assert sum(batches.epochs[-1].parts.values()) > 0
+    assert "measured" not in caplog.text
+
+
+class Refuses(dict[str, Any]):
+    def values(self) -> Any:
+        raise RuntimeError("on purpose")
+
+
+def test_a_loader_that_cannot_be_measured_is_read_nevertheless(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = dataset(directory, tmp_path)
+    found.extra = Refuses()  # type: ignore[attr-defined]
+    loader = DataLoader(found, batch_size=None)
+    with LoaderMonitor(loader) as batches:
+        assert len(list(batches)) == 8
+    assert "cannot be measured" in caplog.text
+    assert batches.epochs[0].steps == 8
 
 
 @pytest.mark.parametrize(

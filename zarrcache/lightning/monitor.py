@@ -76,18 +76,11 @@ class CacheMonitor(Callback):
                     loader.worker_init_fn = functools.partial(
                         pl_worker_init_function, rank=trainer.global_rank
                     )
-                self._attach(loader)
+                self._recorder.attach(loader)
             return loader
 
         setattr(strategy, "process_dataloader", process_dataloader)  # noqa: B010
         self._undo.append(lambda: delattr(strategy, "process_dataloader"))
-
-    def _attach(self, loader: Any) -> None:
-        try:
-            self._recorder.attach(loader)
-        except Exception:
-            # It measures; the training must not end because of that.
-            logger.warning("CacheMonitor cannot measure this loader", exc_info=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waiting for the first batch begins."""

@@ -346,8 +346,8 @@ class InWorker:
 
         try:
             dataset = cast(Any, get_worker_info()).dataset
-            for one in _Parts.of(dataset).foreign:
-                _retype(one, self.clock)
+            for kind in dict.fromkeys(map(type, _Parts.of(dataset).foreign)):
+                _time_class(kind, self.clock)
             instrument(dataset, self.clock)
         except Exception:
             # It measures; the training must not end because of that.
@@ -400,21 +400,21 @@ def _timed_lookup(lookup: Any, clock: Clock, *args: Any) -> Iterator[Any]:
         yield found
 
 
-def _retype(dataset: Any, clock: Clock) -> None:
-    """Time a dataset of any class, by a subclass. Call it in a worker, whose copy it is."""
-    base = type(dataset)
-    names: dict[str, Any] = {
-        "__slots__": (),
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-    }
-    for name in ("__getitem__", "__getitems__"):
-        if callable(getattr(base, name, None)):
-            names[name] = _timed_method(getattr(base, name), clock)
-    if callable(getattr(base, "__iter__", None)):
-        names["__iter__"] = _timed_iteration(getattr(base, "__iter__"), clock)  # noqa: B009
-    metaclass: Any = type(base)
-    dataset.__class__ = metaclass(base.__name__, (base,), names)
+def _time_class(kind: Any, clock: Clock) -> None:
+    """Time the datasets of a class of the user. Call it in a worker, a process of its own.
+
+    The class itself is changed: with a subclass in its place ``type(dataset)`` would be another,
+    which the user's code may compare, pickle, or not expect to be defined.
+    """
+    for name, timed in (
+        ("__getitem__", _timed_method),
+        ("__getitems__", _timed_method),
+        ("__iter__", _timed_iteration),
+    ):
+        method = getattr(kind, name, None)
+        if callable(method):
+            with contextlib.suppress(TypeError):  # a class of C
+                setattr(kind, name, timed(method, clock))
 
 
 def _timed_method(method: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
@@ -430,7 +430,7 @@ def _timed_method(method: Callable[..., Any], clock: Clock) -> Callable[..., Any
 
 def _timed_iteration(method: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
     def timed(self: Any) -> Iterator[Any]:
-        items = iter(method(self))
+        items = method(self)  # an iterator, which may be `self`
         while True:
             depth = clock.begin()
             try:
@@ -453,7 +453,11 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, root: Any) -> _Parts:
-        """What can be reached from a dataset through attributes of datasets."""
+        """What can be reached from a dataset through attributes of datasets.
+
+        Looks at classes, and at attributes that are set: properties and ``__getattr__`` of the user
+        may open files, answer every name, or raise.
+        """
         from torch.utils.data import Dataset
 
         found, seen = cls([], [], []), set[int]()
@@ -467,17 +471,19 @@ class _Parts(NamedTuple):
                 values = one.values() if isinstance(one, dict) else one
                 some = itertools.islice(values, 1000)
                 queue.extend(value for value in some if not isinstance(value, (str, int, float)))
-            elif hasattr(one, "observe") and hasattr(one, "unobserve"):
+            elif hasattr(type(one), "observe") and hasattr(type(one), "unobserve"):
                 found.readers.append(one)
             elif hasattr(type(one), "__getitem__"):
-                package = type(one).__module__.partition(".")[0]
-                if hasattr(one, "_to_tensors"):
+                package, *bases = (kind.__module__.partition(".")[0] for kind in type(one).__mro__)
+                is_ours = "zarrcache" in (package, *bases)
+                if is_ours and hasattr(one, "_to_tensors"):
                     found.own.append(one)
                 elif package not in ("zarrcache", "torch") and (
                     one is root or isinstance(one, Dataset)
                 ):
                     found.foreign.append(one)
-                queue.append(getattr(one, "reader", None))
+                if is_ours:
+                    queue.append(getattr(one, "reader", None))
                 queue.extend(getattr(one, "__dict__", {}).values())
         return found
 

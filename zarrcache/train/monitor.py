@@ -83,7 +83,15 @@ class Recorder:
         self._path: Path | None = None
 
     def attach(self, loader: Any) -> None:
-        """Time a loader from its next iterator on."""
+        """Time a loader from its next iterator on, if that is possible."""
+        try:
+            self._attach(loader)
+        except Exception:
+            # It measures; the training must not end because of that.
+            self.detach()
+            logger.warning("this loader cannot be measured", exc_info=True)
+
+    def _attach(self, loader: Any) -> None:
         # Not above: `zarrcache report` judges recorded epochs where torch may not be installed.
         import torch
         from torch.utils.data import DataLoader
