@@ -191,6 +191,43 @@ def test_an_array_that_no_material_has_is_an_error_whatever_is_missing(
         make_reader(density_type=["total", "efl"], missing=missing).data_split()
 
 
+@pytest.mark.parametrize("end", ["zarr", "zarr.zip"])
+@pytest.mark.parametrize(("asked", "has"), [("diff", "diff_x"), ("diff_z", "diff")])
+def test_spin_of_another_kind_is_an_error_and_not_zero(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], end: str, asked: str, has: str
+) -> None:
+    arrays = {ARRAYS[0]: random_density(SHAPE), f"charge_density_{has}": random_density(SHAPE)}
+    for role in ("data", "label"):
+        small_group(tmp_path / role / f"mp-0.{end}", arrays, as_zip=end == "zarr.zip")
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0"]}))
+    for missing in ("error", "zero", "drop"):
+        reader = make_reader(density_type=["total", asked], missing=missing, cache={})
+        with pytest.raises(SchemaError, match=f"collinear calculation: {has}"):
+            reader.load("mp-0", "data")
+
+
+@pytest.mark.parametrize(
+    ("grids", "asked", "error"),
+    [(2, "diff_x", "collinear calculation: diff"), (3, "diff", "3 grids"), (5, "diff_y", "cut")],
+)
+def test_spin_that_a_file_has_is_never_zero(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], grids: int, asked: str, error: str
+) -> None:
+    """One that was cut between two grids has three."""
+    for role in ("data", "label"):
+        path = tmp_path / role / "mp-0.CHGCAR"
+        write_chgcar(path, SHAPE, 0, diff=True)
+        total, diff = path.read_text().rpartition(" ".join(map(str, SHAPE)))[::2]
+        grid = " ".join(map(str, SHAPE)) + diff
+        path.write_text(total + (grids - 1) * grid)
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0"]}))
+    for missing in ("error", "zero", "drop"):
+        reader = make_reader(density_type=["total", asked], missing=missing, cache={})
+        with pytest.raises(SchemaError, match=error):
+            reader.load("mp-0", "data")
+    assert make_reader().load("mp-0", "data")[1] == SHAPE
+
+
 def test_a_material_without_any_channel_cannot_be_filled(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
 ) -> None:

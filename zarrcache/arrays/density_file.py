@@ -72,12 +72,15 @@ class DensityFile:
         The id inside the file.
     notes : list of str
         Suspicious findings, one sentence each.
+    unnamed : int
+        Grids beside the total density of which the number does not say what they are.
     """
 
     name: str
     blocks: dict[str, NDArray[np.float64]]
     task_id: str | None = None
     notes: list[str] = field(default_factory=list)
+    unnamed: int = 0
     _poscar: tuple[bytes, ...] | None = field(default=None, repr=False)
     _document: Mapping[str, Any] | None = field(default=None, repr=False)
 
@@ -242,8 +245,13 @@ def read_vasp_text(
     def parse(file: Any, limit_bytes: int) -> DensityFile:
         text = parse_vasp_text(file, label, limit_bytes)
         title = bytes(code if code < 128 else ord("?") for code in text.head[0])
+        blocks = _named(text.grids)
         return DensityFile(
-            label, _named(text.grids), notes=text.notes, _poscar=(title, *text.head[1:])
+            label,
+            blocks,
+            notes=text.notes,
+            unnamed=max(0, len(text.grids) - len(blocks)),
+            _poscar=(title, *text.head[1:]),
         )
 
     return _parsed(source, label, parse)

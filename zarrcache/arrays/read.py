@@ -48,6 +48,7 @@ from zarrcache.arrays.electrons import (
 )
 from zarrcache.arrays.npy_files import ATOMS
 from zarrcache.arrays.sources import is_fetched_whole, is_object, is_unconverted, kind_of
+from zarrcache.arrays.spin import other_kind_of_spin, other_spin
 from zarrcache.arrays.unconverted import (
     decode_unconverted,
     decoding_bytes,
@@ -560,8 +561,11 @@ def check_sizes(sizes: Collection[int], url: str) -> None:
         )
 
 
-def no_such_array(url: str, array: str, keys: Iterable[str]) -> ArrayNotFoundError:
-    """The error for a store with these keys but without ``array``; it names the arrays present."""
+def no_such_array(url: str, array: str, keys: Iterable[str]) -> SchemaError:
+    """The error for a store with these keys but without ``array``; it names the arrays present.
+
+    `ArrayNotFoundError`, unless the store has a spin density of another kind.
+    """
     present = sorted(
         {
             key.split("/")[0]
@@ -569,6 +573,9 @@ def no_such_array(url: str, array: str, keys: Iterable[str]) -> ArrayNotFoundErr
             if key.count("/") == 1 and key.endswith(("/.zarray", "/zarr.json"))
         }
     )
+    other = other_spin(array, present)
+    if other is not None:
+        return other_kind_of_spin(url, array, other)
     spin = (
         " `zarrcache convert --diff` writes it for spin-polarized calculations."
         if array == density_array("diff")

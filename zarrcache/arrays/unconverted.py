@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from zarrcache._keys import Units, density_array, density_name
 from zarrcache.arrays.density_file import DensityFile, read_density_file
 from zarrcache.arrays.npy_files import members_of, read_npy_density
+from zarrcache.arrays.spin import is_spin, other_kind_of_spin, other_spin
 from zarrcache.arrays.units import UNITS_ATTRIBUTE
 from zarrcache.errors import ArrayNotFoundError, SchemaError
 
@@ -133,12 +134,14 @@ def _block(found: DensityFile, array: str) -> NDArray[Any]:
     """A grid of a file of VASP or the Materials Project."""
     url, block = found.name, density_name(array)
     values = found.blocks.get(block)
-    if block == "diff" and "diff_x" in found.blocks:
-        # It has spin, so it must not count as a material that lacks `diff`, which may become zeros.
+    other = other_spin(array, map(density_array, found.blocks))
+    if other is not None:
+        raise other_kind_of_spin(url, array, other)
+    if values is None and is_spin(array) and found.unnamed:
         raise SchemaError(
-            f"{url} has the spin density of a non-collinear calculation: diff_x, diff_y and "
-            "diff_z, not diff. Leave the material out of the map, or set density_type to total, "
-            "diff_x, diff_y or diff_z."
+            f"{url} has {1 + found.unnamed} grids; VASP writes 1, 2 (spin) or 4 (non-collinear), "
+            f"so it is unknown whether one is {block}. It may be cut: get the file again, leave "
+            "the material out of the map, or set density_type to total."
         )
     if values is None:
         raise ArrayNotFoundError(
