@@ -27,6 +27,7 @@ from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError, Zar
 from zarrcache.lightning import RhoDataModule, ZarrDataModule
 from zarrcache.ops import (
     audit,
+    examine,
     list_entries,
     make_lock,
     plan_training,
@@ -467,6 +468,18 @@ def test_a_batch_of_workers_and_of_the_device_is_that_of_the_main_process(
     for batch, sample in zip(loader, plain, strict=True):
         assert batch["data"][0].equal(sample["data"])
         assert batch["label"][0].equal(sample["label"])
+
+
+@pytest.mark.parametrize("end", ["zarr", "zarr.zip"])
+def test_doctor_fails_for_an_absent_channel_only_where_it_is_an_error(
+    tmp_path: Path, config_of: Callable[..., DataConfig], end: str
+) -> None:
+    for role in ("data", "label"):
+        small_group(tmp_path / role / f"mp-0.{end}", as_zip=end == "zarr.zip")
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0"]}))
+    for missing, verdict in (("error", "fail"), ("zero", "ok"), ("drop", "ok")):
+        found = [one for one in examine(config_of(missing=missing)) if "not found" in one.found]
+        assert [one.verdict for one in found] == [verdict, verdict]
 
 
 def test_a_lock_has_each_channel(tmp_path: Path, config_of: Callable[..., DataConfig]) -> None:

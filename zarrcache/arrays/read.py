@@ -616,6 +616,8 @@ def examine_array(
         prefix = f"{array}/"
         zipped = ZippedStore(data, origin.url_of(store))
         keys = [name.removeprefix(prefix) for name in zipped.sizes if name.startswith(prefix)]
+        if not keys:
+            raise no_such_array(origin.url_of(store), array, zipped.sizes)
     else:
         by_key = {o.key.removeprefix(prefix): o for o in listed if o.key.startswith(prefix)}
         keys = list(by_key)

@@ -405,15 +405,17 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                 for array in arrays_of(config.density_type)[role]:
                     try:
                         listed = list_array(origin, store, array)
+                        is_there = True
+                        yield from _array(config, role, origin, store, array, listed, start_s)
                     except OriginNotFoundError:
-                        break
-                    except ArrayNotFoundError as exc:
+                        if not is_there:
+                            break
+                        raise
+                    except ArrayNotFoundError as exc:  # of a zipped store when it is read
                         verdict: Verdict = "fail" if config.missing == "error" else "ok"
                         yield Finding(name, verdict, str(exc))
                         is_there = True
                         continue
-                    is_there = True
-                    yield from _array(config, role, origin, store, array, listed, start_s)
                     if is_unconverted(store):
                         break  # one object for all; what is in it shows when it is decoded
                 if not is_there:
