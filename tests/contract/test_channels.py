@@ -229,6 +229,23 @@ def test_spin_that_a_file_has_is_never_zero(
     assert make_reader().load("mp-0", "data")[1] == SHAPE
 
 
+def test_a_total_density_is_never_zero(
+    tmp_path: Path,
+    make_reader: Callable[..., ZarrS3Reader],
+    config_of: Callable[..., DataConfig],
+) -> None:
+    write(tmp_path)
+    shutil.rmtree(tmp_path / "label" / "mp-2.zarr" / ARRAYS[0])
+    for cache in (None, {}):
+        reader = make_reader(density_type=BOTH, missing="zero", cache=cache)
+        with pytest.raises(ConfigError, match=r"1 of 6 materials have no total density.*: mp-2"):
+            reader.data_split()
+        with pytest.raises(SchemaError, match="charge_density_total"):
+            reader.load("mp-2", "label")
+    report = plan_warm(config_of(missing="zero"), workers=1).execute()
+    assert [(one.task_id, one.array) for one in report.failed] == [("mp-2", ARRAYS[0])]
+
+
 def test_a_material_without_any_channel_cannot_be_filled(
     tmp_path: Path, make_reader: Callable[..., ZarrS3Reader]
 ) -> None:

@@ -567,6 +567,18 @@ class PairReader(ABC):
                 f"the grid that missing: zero would fill is unknown: {first_ids(empty)}. They are "
                 f"in {where}. Set missing: drop, or add total to density_type."
             )
+        total = density_array("total")
+        damaged = [
+            id_
+            for id_, channels in lacking.items()
+            if any(channel.array == total for channel in channels)
+        ]
+        if damaged:
+            raise ConfigError(
+                f"{len(damaged)} of {count} materials have no total density, which is zero in no "
+                f"material: {first_ids(damaged)}. They are in {where}. Convert them again, set "
+                f"missing: drop, or remove them from {self.map_dir}."
+            )
         self._log_once.warning(
             "zero", logger, "%s. These channels are zero (missing: zero).", found
         )

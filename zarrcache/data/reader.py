@@ -332,8 +332,12 @@ class ZarrS3Reader(PairReader):
         return Channel(role if len(self.roles) > 1 else "data", array)
 
     def is_optional(self, role: Role, array: str) -> bool:
-        """Whether materials may lack a channel: not the total density alone, as ever."""
+        """Whether materials may lack a channel: not the total density alone, as ever, nor where
+        it would be zero.
+        """
         total = (density_array("total"),)
+        if self._fills and array in total:
+            return False
         return any(
             array in arrays and arrays != total and self.column(of, array).role == role
             for of, arrays in self._arrays.items()
@@ -346,7 +350,9 @@ class ZarrS3Reader(PairReader):
 
     def lacks(self, task_id: str, role: Role, array: str) -> bool:
         """As in the base class, found out if it is not known."""
-        return self._fills and self._absences.has(task_id, Channel(role, array))
+        if not self._fills or array == density_array("total"):  # which is zero in no material
+            return False
+        return self._absences.has(task_id, Channel(role, array))
 
     def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
         """As in the base class; see `Absences.find`."""
