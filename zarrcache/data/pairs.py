@@ -31,6 +31,7 @@ from zarrcache._keys import (
     safe_repr,
     units_of,
 )
+from zarrcache._units import counted
 from zarrcache.arrays import (
     kinds_of,
 )
@@ -341,7 +342,8 @@ class PairReader(ABC):
     def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
         """Training and test ids, in the order of ``data_split()``.
 
-        With a split file the training ids are followed by those for validation.
+        With a split file the training ids are followed by those for validation, which
+        `split_of_file` keeps apart.
 
         Parameters
         ----------
@@ -418,7 +420,7 @@ class PairReader(ABC):
         -------
         (train, test)
             Each ``(data, label, gs_data, gs_label)``: sequences that load on indexing, flat float32
-            arrays and grid sizes.
+            arrays and grid sizes. Materials that a split file has for validation are in neither.
 
         Raises
         ------
@@ -427,8 +429,19 @@ class PairReader(ABC):
         OriginError
             A directory cannot be listed.
         """
-        train, test = self.split_task_ids()
-        return split_sets(self, train), split_sets(self, test)
+        if self.split_file is None:
+            train, test = self.split_task_ids()
+            return split_sets(self, train), split_sets(self, test)
+        split = self.split_of_file(self.split_file)
+        if split.validation:
+            self._log_once.warning(
+                "validation",
+                logger,
+                "The split file keeps %s for validation, in neither set of data_split(). "
+                "ZarrDataset(reader, 'validation') reads them.",
+                counted(len(split.validation), "material"),
+            )
+        return split_sets(self, split.train), split_sets(self, split.test)
 
     def mapped_ids(self) -> list[str]:
         """Ids of the functional in the map, or of the file list, with or without stores.

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from zarrcache import _pages
 from zarrcache._keys import ROLES, Role
 from zarrcache._units import whole_number
-from zarrcache.data import first_ids
+from zarrcache.data import Split, first_ids
 from zarrcache.disk import LazyGrid, LazyStack, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
@@ -437,8 +437,9 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     reader : ZarrS3Reader
         Or any object with ``split_task_ids()`` and ``load()``. It has to be picklable for
         DataLoader workers that are spawned.
-    split : {"train", "test", "all"} or sequence of str
-        ``all`` is the training ids followed by the test ids. For a split of your own, give its
+    split : {"train", "validation", "test", "all"} or sequence of str
+        ``validation`` needs a split file. ``all`` is the ids of the sides in this order. For a
+        split of your own, give its
         task ids. Those that lack a channel are filled, dropped or an error, as ``missing`` of the
         reader says.
     precision : {"f32", "f16", "bf16"}
@@ -483,7 +484,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
     def __init__(
         self,
         reader: DensityReader,
-        split: Literal["train", "test", "all"] | Sequence[str] = "train",
+        split: Literal["train", "validation", "test", "all"] | Sequence[str] = "train",
         *,
         precision: Literal["f32", "f16", "bf16"] = "f32",
         augmentation: bool = False,
@@ -524,9 +525,10 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
                 f"structure needs a reader that has structures; {type(reader).__name__} has no "
                 "method structure(task_id). Use ZarrS3Reader."
             )
-        if isinstance(split, str) and split not in ("train", "test", "all"):
+        if isinstance(split, str) and split not in ("train", "validation", "test", "all"):
             raise ConfigError(
-                f"split is {split!r}; it has to be 'train', 'test', 'all' or a list of task ids."
+                f"split is {split!r}; it has to be 'train', 'validation', 'test', 'all' or a list "
+                "of task ids."
             )
         if precision not in _DTYPES:
             raise ConfigError(
@@ -549,8 +551,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         self.split = split
         self._structure_of: Callable[[str], Mapping[str, Any]] | None = structure_of
         if isinstance(split, str):
-            train, test = reader.split_task_ids()
-            split = {"train": train, "test": test, "all": [*train, *test]}[split]
+            split = _ids_of(reader, split)
         elif decide := getattr(reader, "with_channels", None):
             split = decide(split)
         self.task_ids: tuple[str, ...] = tuple(split)
@@ -651,6 +652,23 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         task_id, role = self.task_ids[i], ROLES[field]
         # load() returns a new array at every call, so nothing is copied here.
         return _grid(*self.reader.load(task_id, role), held=False, name=f"{role} of {task_id}")
+
+
+def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
+    """The ids of a side of the split, or of all."""
+    split_file = getattr(reader, "split_file", None)
+    if split_file is None:
+        if split == "validation":
+            raise ConfigError(
+                "split is 'validation', which only a split file names (split_file in the config). "
+                "ZarrDataModule holds out a share of the training materials instead."
+            )
+        train, test = reader.split_task_ids()
+        return {"train": train, "test": test, "all": [*train, *test]}[split]
+    sides: Split = reader.split_of_file(split_file)  # type: ignore[attr-defined]
+    if split == "all":
+        return [*sides.train, *sides.validation, *sides.test]
+    return {"train": sides.train, "validation": sides.validation, "test": sides.test}[split]
 
 
 def collate_fn(batch: Sequence[Any]) -> Any:

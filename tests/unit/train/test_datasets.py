@@ -513,3 +513,27 @@ class TestCollate:
         )
         for i, tensor in enumerate(t for batch in batches for t in batch["data"]):
             assert torch.equal(tensor, dataset[i]["data"])
+
+
+def test_the_sides_of_a_split_file_are_datasets_of_their_own(
+    tmp_path: Path,
+    small_group: Callable[..., Any],
+    make_reader: Callable[..., ZarrS3Reader],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No material for validation is trained on."""
+    ids = [f"mp-{i}" for i in range(4)]
+    for role, id_ in itertools.product(("data", "label"), ids):
+        small_group(f"{role}/{id_}.zarr")
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ids}))
+    sides = {"train": [2, 0], "validation": [1], "test": [3]}
+    (tmp_path / "split.json").write_text(json.dumps(sides))
+    reader = make_reader(split_file=tmp_path / "split.json")
+    for side, places in sides.items():
+        assert ZarrDataset(reader, side).task_ids == tuple(ids[n] for n in places)  # type: ignore[arg-type]
+    assert ZarrDataset(reader, "all").task_ids == ("mp-2", "mp-0", "mp-1", "mp-3")
+    train, test = reader.data_split()
+    assert (len(train[0]), len(test[0])) == (2, 1)
+    assert "keeps 1 material for validation" in caplog.text
+    with pytest.raises(ConfigError, match="which only a split file names"):
+        ZarrDataset(make_reader(), "validation")
