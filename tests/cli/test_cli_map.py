@@ -92,6 +92,8 @@ def test_what_cannot_be_mapped_is_an_error_and_writes_nothing(
 def test_a_kind_of_source_can_be_chosen(tmp_path: Path) -> None:
     _touch(tmp_path, "mp-1.json.gz", "mp-2.CHGCAR", "mp-3.zarr/.zgroup")
     assert find_ids([str(tmp_path)], source=["json.gz", "CHGCAR"]).ids == ("mp-1", "mp-2")
+    done = zarrcache("map", tmp_path, "-o", tmp_path / "map.json", "--source", "CHGCAR")
+    assert done.err.endswith(", functional: GGA, source: CHGCAR\n")
 
 
 @pytest.mark.parametrize(

@@ -96,5 +96,6 @@ def make_map(
         return 0
     beside = f", beside {plural(kept, 'other functional')}" if kept else ""
     show(f"Wrote {plural(len(found.ids), 'id')} as {functional} to {output}{beside}.")
-    say(f"In a training config: map_dir: {output}, functional: {functional}")
+    chosen = "" if source == "auto" else f", source: {source}"
+    say(f"In a training config: map_dir: {output}, functional: {functional}{chosen}")
     return 0
