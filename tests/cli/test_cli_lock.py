@@ -113,7 +113,7 @@ def test_a_value_that_changes_after_the_first_epoch_is_refused_too(
     [
         ({"random_state": 7}, "random_state is 7, but .* is for 42"),
         ({"train_fraction": 0.9}, "train_fraction is 0.9"),
-        ({"normalize_data": False}, "normalize_data is "),
+        ({"normalize_data": False}, "normalize_data is False, but .* is for 'points'"),
         ({"density_type": "diff"}, "density_type is 'diff'"),
     ],
 )

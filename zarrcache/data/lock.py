@@ -166,10 +166,14 @@ class DataLock:
         """
         for key, locked in self.settings.items():
             if key != _SPLIT_FILE and settings.get(key) != locked:
+                given, wanted = (
+                    # As configs say it; locks name the unit.
+                    False if key == "normalize_data" and value == "cell" else value
+                    for value in (settings.get(key), locked)
+                )
                 raise ConfigError(
-                    f"{key} is {safe_repr(settings.get(key))}, but {where} is for "
-                    f"{safe_repr(locked)}. Change the config, or write a lock for it with "
-                    "`zarrcache lock`."
+                    f"{key} is {safe_repr(given)}, but {where} is for {safe_repr(wanted)}. "
+                    "Change the config, or write a lock for it with `zarrcache lock`."
                 )
 
     def check_split(self, split: Split | None, where: str) -> None:
