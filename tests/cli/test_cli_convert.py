@@ -192,6 +192,30 @@ def test_a_potential_named_like_a_density_is_refused(files: Path, tmp_path: Path
     done = zarrcache("convert", files, tmp_path / "out", "--pattern", "LOCPOT")
     assert (done.code, done.out.startswith("Converted 1 of 1 file")) == (0, True)
     assert "this looks like a potential" in done.err
+    # A reader takes a stated number below zero for a mistake.
+    store = tmp_path / "out" / f"{files.name}.zarr"
+    assert "electrons" not in (store / ".zattrs").read_text()
+    assert "electrons" in (tmp_path / "out" / f"{first.stem}.zarr" / ".zattrs").read_text()
+
+
+@pytest.mark.parametrize("name", ["a-locpot.CHGCAR", "CHGCAR_LOCPOT", "LOCPOT.CHGCAR"])
+def test_a_potential_named_like_a_density_and_a_potential_is_refused(
+    files: Path, tmp_path: Path, name: str
+) -> None:
+    """As readers of such files refuse it."""
+    (files / "CHGCAR_mp-9").unlink()
+    first, second = sorted(files.iterdir())
+    lines = first.read_text().splitlines()
+    grid = next(place for place, line in enumerate(lines) if not line.strip()) + 2
+    lines[grid:] = [" ".join(str(-float(v)) for v in line.split()) for line in lines[grid:]]
+    second.unlink()
+    (files / name).write_text("\n".join([*lines, ""]))
+    done = zarrcache("convert", files, tmp_path / "out")
+    assert (done.code, done.out.startswith("Converted 1 of 2 files")) == (1, True)
+    assert f"failed: {files / name}: mean(total) is -" in done.err
+    assert len([*(tmp_path / "out").glob("*.zarr")]) == 1
+    done = zarrcache("convert", files, tmp_path / "out", "--pattern", name)
+    assert (done.code, done.out.startswith("Converted 0 of 1 file")) == (1, True)
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])

@@ -355,18 +355,19 @@ def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     source, out = tmp_path / "input", tmp_path / "out"
     write_pairs(tmp_path, 12)
     first, *others = sorted(source.iterdir())
-    potential = source / "a-locpot.CHGCAR"
+    strange = source / "a-shifted.CHGCAR"
     lines = first.read_text().splitlines()
     grid = next(place for place, line in enumerate(lines) if not line.strip()) + 2
-    negative = [" ".join(str(-float(value)) for value in line.split()) for line in lines[grid:]]
-    potential.write_text("\n".join([*lines[:grid], *negative, ""]))
+    more = [" ".join(str(float(value) + 0.25) for value in line.split()) for line in lines[grid:]]
+    strange.write_text("\n".join([*lines[:grid], *more, ""]))
     (source / "b.CHGCAR").write_text("not a density\n")
     process = start("convert", source, out, "--workers", workers, "--chunks", 8)
     try:
         # One more than can be finished without its result having arrived.
         until(
             lambda: (
-                (out / "a-locpot.zarr").exists() and len(list(out.glob("*.zarr"))) > 2 * workers + 1
+                (out / "a-shifted.zarr").exists()
+                and len(list(out.glob("*.zarr"))) > 2 * workers + 1
             ),
             process,
             "stores",
@@ -376,8 +377,8 @@ def test_an_interrupted_convert_prints_its_warnings_and_failures_so_far(
     finally:
         end_all(process)
     assert (process.returncode, stdout) == (code, "")
-    assert f"warning: {potential}: mean(total) is -" in err
-    assert "this looks like a potential (LOCPOT)" in err
+    assert f"warning: {strange}: mean(total) is " in err
+    assert "not a whole number of electrons" in err
     assert f"failed: {source}/b.CHGCAR " in err
     assert (
         err.splitlines()[-1]

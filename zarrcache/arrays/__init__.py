@@ -17,7 +17,13 @@ from zarrcache.arrays.density_file import (
     require_pymatgen,
     structure_of,
 )
-from zarrcache.arrays.electrons import disagreement, electrons_in, electrons_of, has_electrons
+from zarrcache.arrays.electrons import (
+    disagreement,
+    electrons_in,
+    electrons_of,
+    has_electrons,
+    no_density,
+)
 from zarrcache.arrays.npy_files import NpyDensity, members_of, read_npy_density
 from zarrcache.arrays.read import (
     Decoded,
@@ -83,6 +89,7 @@ __all__ = [
     "ends_of",
     "examine_array",
     "has_electrons",
+    "no_density",
     "is_chunk_of_nothing",
     "is_fetched_whole",
     "is_file",

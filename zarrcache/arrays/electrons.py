@@ -25,6 +25,7 @@ __all__ = [
     "electrons_in",
     "electrons_of",
     "has_electrons",
+    "no_density",
 ]
 
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-6
@@ -104,10 +105,21 @@ def electrons_of(
         return float(mean * scale)
 
 
+def no_density(electrons: float | None) -> str:
+    """Why this cannot be the number of electrons of a density; empty if it can, as zero can."""
+    if electrons is None or not electrons < 0:
+        return ""
+    return (
+        f"mean(total) is {electrons:.4f}, which cannot be a number of electrons: this looks like a "
+        "potential (LOCPOT), not a density"
+    )
+
+
 def disagreement(electrons: float | None, stated: float | None, relative_error: float = 0.0) -> str:
     """How a number of electrons differs from the stated one by more than 0.1 %; empty if not.
 
-    NaN differs from every number; None, which is unknown, from no number.
+    NaN differs from every number; None, which is unknown, from no number. A stated number below
+    zero is wrong whatever the values are.
 
     Parameters
     ----------
@@ -115,6 +127,11 @@ def disagreement(electrons: float | None, stated: float | None, relative_error: 
     relative_error : float
         Of the values, if they were rounded. It is added to the 0.1 %.
     """
+    if stated is not None and no_density(stated):  # converted by a version that let it pass
+        return (
+            f"the metadata of the store states {stated:.7g} electrons, which no density has: it "
+            "looks like a potential (LOCPOT)"
+        )
     if electrons is None or stated is None:
         return ""
     tolerance = _RELATIVE + relative_error

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import Units, density_array, density_name
 from zarrcache.arrays.density_file import DensityFile, read_density_file
+from zarrcache.arrays.electrons import no_density
 from zarrcache.arrays.npy_files import members_of, read_npy_density
 from zarrcache.arrays.spin import is_spin, other_kind_of_spin, other_spin
 from zarrcache.arrays.units import UNITS_ATTRIBUTE
@@ -148,11 +149,9 @@ def _block(found: DensityFile, array: str) -> NDArray[Any]:
             f"{url} has no {block} density. It has: {', '.join(found.blocks)}. Leave the material "
             "out of the map, or set density_type to one that all files have."
         )
-    if block == "total" and values.size and float(values.mean()) < 0:
+    if block == "total" and values.size and (why := no_density(float(values.mean()))):
         raise SchemaError(
-            f"{url}: mean(total) is {float(values.mean()):.4f}, which cannot be a number of "
-            "electrons: this looks like a potential (LOCPOT), not a density. Put its CHGCAR "
-            "there, or leave the material out of the map."
+            f"{url}: {why}. Put its CHGCAR there, or leave the material out of the map."
         )
     _check_finite(values, url, array)
     return values

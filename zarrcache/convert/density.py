@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from zarrcache._keys import Units
-from zarrcache.arrays import lattice_volume
-from zarrcache.convert.formats import InputFormat, format_of, task_id_of
+from zarrcache.arrays import lattice_volume, no_density
+from zarrcache.convert.formats import InputFormat, format_of, is_density_name, task_id_of
 from zarrcache.convert.parsers import RawDensity, pymatgen_version
 from zarrcache.errors import ConfigError, SchemaError
 
@@ -24,7 +24,7 @@ __all__ = ["ChargeDensity", "check_blocks", "read_density"]
 #: Largest distance of ``mean(total)`` from a whole number. 36 of 36 labels of the Materials Project
 #: are within 1e-4.
 _ELECTRON_TOLERANCE = 1e-3
-#: Names of potentials: their values are not checked against a number of electrons.
+#: Names of potentials: converted with a warning, unless the file is also named like a density.
 _POTENTIAL = re.compile("LOCPOT", re.IGNORECASE)
 
 
@@ -70,12 +70,13 @@ class ChargeDensity:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The attribute ``metadata`` of the store."""
+        """The attribute ``metadata`` of the store. That of a potential states no electrons."""
+        states = {} if no_density(self.electrons) else {"electrons": round(self.electrons, 6)}
         return {
             "task_id": self.task_id,
             "pymatgen_version": self.pymatgen_version,
             "formula": self.formula,
-            "electrons": round(self.electrons, 6),
+            **states,
             "source": self.source.name,
         }
 
@@ -139,11 +140,11 @@ def read_density(
     notes = list(parsed.notes)
     if strict:
         electrons = float(parsed.blocks["total"].mean())
-        if electrons < 0 and _POTENTIAL.search(path.name) is None:
+        is_named_so = _POTENTIAL.search(path.name) and not is_density_name(path.name)
+        if (why := no_density(electrons)) and not is_named_so:
             raise SchemaError(
-                f"{path}: mean(total) is {electrons:.4f}, which cannot be a number of electrons: "
-                "this is a potential (LOCPOT) under another name, not a density. To convert it "
-                "nevertheless, rename it to LOCPOT and choose it with --pattern."
+                f"{path}: {why}. To convert it nevertheless, rename it to LOCPOT and choose it "
+                "with --pattern."
             )
         notes += check_blocks(parsed.blocks, _protons(parsed.structure), len(parsed.structure))
         if diff and "diff" not in parsed.blocks:
@@ -183,11 +184,8 @@ def check_blocks(
     notes = []
     electrons = float(blocks["total"].mean())
     nearest = round(electrons)
-    if electrons < 0:
-        notes.append(
-            f"mean(total) is {electrons:.4f}, which cannot be a number of electrons: this looks "
-            "like a potential (LOCPOT), not a density."
-        )
+    if why := no_density(electrons):
+        notes.append(f"{why}.")
     elif electrons < 0.9 * atoms:
         notes.append(
             f"mean(total) is {electrons:.4g} electrons for {atoms} atoms: not VASP's convention "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,15 +174,22 @@ def test_a_density_that_looks_wrong_is_told_once(
     real_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not in every epoch again."""
-    import shutil
-
-    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["Li_LOCPOT"]}))
-    shutil.copy(real_data / "vasp" / "Li_LOCPOT.gz", tmp_path / "Li_LOCPOT.CHGCAR.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["NO_soi"]}))
+    shutil.copy(real_data / "vasp" / "NO_soi_CHGCAR.gz", tmp_path / "NO_soi.CHGCAR.gz")
     reader = RhoRead(tmp_path, tmp_path, tmp_path / "map.json", "GGA", False, 0.5)
     with caplog.at_level(logging.WARNING, "zarrcache.convert.rhoread"):
         for _ in range(3):
-            reader.load("Li_LOCPOT", "data")
-    assert [record.getMessage().count("looks like a potential") for record in caplog.records] == [1]
+            reader.load("NO_soi", "data")
+    assert [record.getMessage().count("is non-collinear") for record in caplog.records] == [1]
+
+
+def test_a_potential_named_like_a_density_is_refused(real_data: Path, tmp_path: Path) -> None:
+    """Whatever else its name says, as by the reader with a cache."""
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["Li_LOCPOT"]}))
+    shutil.copy(real_data / "vasp" / "Li_LOCPOT.gz", tmp_path / "Li_LOCPOT.CHGCAR.gz")
+    reader = RhoRead(tmp_path, tmp_path, tmp_path / "map.json", "GGA", False, 0.5)
+    with pytest.raises(SchemaError, match="looks like a potential"):
+        reader.load("Li_LOCPOT", "data")
 
 
 def test_an_id_without_a_file_is_named(pairs: Path) -> None:
