@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,7 @@ from tests.support.faultproxy import FaultProxy
 from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import STRUCTURE, random_density, small_group
+from tests.support.training import write_config, zarrcache
 from zarrcache import ZarrS3Reader
 from zarrcache.config import DataConfig
 from zarrcache.data import differences, open_reader
@@ -858,3 +860,58 @@ def test_audit_names_the_materials_that_lack_a_channel_unless_they_are_filled_or
     write(tmp_path / "none", lacking=tuple(IDS))
     with pytest.raises(ConfigError, match="would leave no material"):
         audit(config_of(tmp_path / "none", missing="drop", cache={"dir": tmp_path / "other"}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "lacking", "words"),
+    [
+        (
+            {"density_type": {"data": "total", "label": "diff"}, "missing": "zero"},
+            NONMAGNETIC,
+            "2 of 6 materials have no channel at all",
+        ),
+        (
+            {"density_type": ["total", "spin"], "missing": "zero"},
+            [],
+            "no material has an array 'spin'. ",
+        ),
+        ({"density_type": "spin"}, [], "no material has an array 'spin'. "),
+        ({"density_type": BOTH}, NONMAGNETIC, "2 of 6 materials lack diff (label): mp-1, mp-4."),
+        ({"density_type": BOTH, "missing": "drop"}, IDS, "6 of 6 materials lack diff (label)"),
+    ],
+)
+def test_warm_ends_with_the_error_that_the_training_has(
+    tmp_path: Path, keys: dict[str, Any], lacking: list[str], words: str
+) -> None:
+    """Once it has stored what there is; the second run, which asks for nothing, too."""
+    write(tmp_path, lacking=tuple(lacking))
+    config = write_config(tmp_path)
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **keys}))
+    with pytest.raises(ConfigError) as caught:
+        open_reader(DataConfig.from_yaml(config)).data_split()
+    assert str(caught.value).startswith(words)
+    shutil.rmtree(tmp_path / "cache")
+    for more in ([], ["--json"]):
+        done = zarrcache("warm", config, "--workers", 1, *more)
+        assert done.code == 2
+        assert done.err.splitlines()[-1] == f"error: {caught.value}"
+        assert "Set missing: zero, which fills a channel" not in done.err
+    assert json.loads(done.out)["refusal"] == str(caught.value)
+    if "total" in keys["density_type"]:
+        assert read_status(DataConfig.from_yaml(config)).array_tier.entries > len(IDS)
+
+
+def test_warm_of_a_part_does_not_take_it_for_all(
+    tmp_path: Path, config_of: Callable[..., DataConfig]
+) -> None:
+    """Others may have the array that these lack."""
+    write(tmp_path, lacking=tuple(IDS[:5]))
+    config = config_of(missing="zero")
+    assert plan_warm(config, ids=IDS[:5], workers=1).execute().refusal == ""
+    assert plan_warm(config, workers=1).execute().refusal == ""
+    only = {"data": "total", "label": "diff"}
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    refused = plan_warm(config_of(missing="zero", density_type=only), ids=["mp-5"], workers=1)
+    assert refused.execute().refusal == ""
+    refused = plan_warm(config_of(missing="zero", density_type=only), ids=["mp-1"], workers=1)
+    assert refused.execute().refusal.startswith("1 of 6 materials have no channel at all")

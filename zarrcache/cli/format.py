@@ -136,7 +136,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             f"{plural(len(report.unequal), 'id')} with input and label on different grids: "
             f"{names}. If the network needs equal grids, leave them out of the map."
         )
-    if report.lacking:
+    if report.lacking and not report.refusal:
         becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
         lack = "lacks" if len(report.lacking) == 1 else "lack"
         names = ", ".join(report.lacking[:5]) + (", …" if report.lacking[5:] else "")
@@ -144,7 +144,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             f"{plural(len(report.lacking), 'id')} {lack} a channel of density_type; "
             f"{becomes[plan.reader.if_missing]} (missing: {plan.reader.if_missing}): {names}."
         )
-    if any(result.is_absent for result in report.failed):
+    if any(result.is_absent for result in report.failed) and not report.refusal:
         notes.append(
             "Set missing: zero, which fills a channel that is absent with zeros, or missing: drop, "
             "which leaves out the materials that lack one."

@@ -126,10 +126,11 @@ def warm(
         document, text, notes, is_good = _estimate(plan)
     else:
         document, text, notes, is_good = _execute(plan, dask, workers)
-    if not plan.task_ids and world is None:
+    if not plan.task_ids and world is None and not document.get("refusal"):
         notes = [nothing_selected(plan, split), *notes]
         is_good = False
     document["missing"] = plan.missing
+    refusal = document.get("refusal", "")
     if world is not None:  # many nodes write to one terminal
         document = {"nodes": [{"node": node_name(), "summary": text, **document}]}
         text = f"{node_name()}: {text}"
@@ -139,6 +140,8 @@ def warm(
         show(text)
         for note in notes:
             say(note)
+    if refusal:  # hours later it would stop the training
+        raise ConfigError(refusal)
     return 0 if is_good else 1
 
 

@@ -52,9 +52,7 @@ class Absences:
         """
         ids = list(task_ids)
         lacking: dict[str, list[Channel]] = defaultdict(list)
-        for channel in self._reader.reads:
-            if self._reader.arrays[channel.role] == (density_array("total"),):
-                continue  # a material without it is damaged: an error of its read
+        for channel in self._asked():
             of_channel = self._known[channel]
             unknown = [id_ for id_ in ids if id_ not in of_channel]
             if unknown:
@@ -63,6 +61,29 @@ class Absences:
                 if of_channel[id_]:
                     lacking[id_].append(channel)
         return {id_: lacking[id_] for id_ in ids if id_ in lacking}
+
+    def known(self) -> dict[str, list[Channel]]:
+        """As `find` for all materials, as far as it was found out or is stored.
+
+        Sends no request if the directories were listed.
+        """
+        stored = self.stored()
+        lacking: dict[str, list[Channel]] = defaultdict(list)
+        for channel in self._asked():
+            of_channel = self._known[channel]
+            column = self._reader.column(*channel)
+            ids = stored.get(column, set()) - of_channel.keys()
+            if ids:
+                ids = ids.difference(self._cached_ids(column, list(ids)))
+            ids |= {id_ for id_, is_absent in of_channel.items() if is_absent}
+            for id_ in sorted(ids):
+                lacking[id_].append(channel)
+        return dict(lacking)
+
+    def _asked(self) -> list[Channel]:
+        """The channels that materials may lack without being damaged."""
+        total = (density_array("total"),)
+        return [one for one in self._reader.reads if self._reader.arrays[one.role] != total]
 
     def has(self, task_id: str, channel: Channel) -> bool:
         """Whether a material lacks a channel."""
@@ -85,6 +106,8 @@ class Absences:
 
     def note(self, found: Mapping[Channel, Mapping[str, bool]]) -> None:
         """Store which channels materials lack (True) or have, for runs without the origin."""
+        for channel in self._asked():
+            self._known[channel].update(found.get(self._reader.column(*channel), {}))
         for role in self._reader.roles:
             of_role = {array: ids for (of, array), ids in found.items() if of == role and ids}
             if not of_role:

@@ -512,6 +512,25 @@ class PairReader(ABC):
         """
         return list(self._decided(task_ids).ids if self._has_optional else task_ids)
 
+    def refusal(self) -> str:
+        """The error that the split raises because materials lack channels, by what is known.
+
+        Empty if it raises none, or if the channels of too few materials are known. Sends no request
+        if the directories were listed.
+        """
+        lacking = self.known_lacking() if self._has_optional else {}
+        if not lacking:
+            return ""
+        try:
+            ids: Sequence[str] = self._present().ids
+            if self.split_file is not None:
+                split = self.split_of_file(self.split_file, decided=False)
+                ids = [*split.train, *split.validation, *split.test]
+            self._check_lacking({id_: lacking[id_] for id_ in ids if id_ in lacking}, len(ids))
+        except ConfigError as exc:
+            return str(exc)
+        return ""
+
     def _decided(self, task_ids: Sequence[str]) -> _Complete:
         lacking = self.find_lacking(task_ids)
         if lacking:
@@ -527,6 +546,21 @@ class PairReader(ABC):
 
     def _decide(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> None:
         """Raise, or say in a warning what becomes of materials that lack a channel."""
+        found = self._check_lacking(lacking, count)
+        becomes = "These channels are zero"
+        if self.if_missing == "drop":
+            becomes = "They are left out of the split"
+        self._log_once.warning(
+            self.if_missing, logger, "%s. %s (missing: %s).", found, becomes, self.if_missing
+        )
+
+    def _check_lacking(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> str:
+        """Raise if materials that lack a channel cannot be trained on; else name them.
+
+        Of more materials than ``lacking`` has, it would raise the same.
+        """
+        if not lacking:
+            return ""
         names = ", ".join(
             dict.fromkeys(
                 f"{density_name(channel.array)} ({channel.role})"
@@ -562,10 +596,7 @@ class PairReader(ABC):
                 "`zarrcache warm`."
             )
         if self.if_missing == "drop":
-            self._log_once.warning(
-                "drop", logger, "%s. They are left out of the split (missing: drop).", found
-            )
-            return
+            return found
         empty = [
             id_
             for id_, channels in lacking.items()
@@ -592,9 +623,7 @@ class PairReader(ABC):
                 f"material: {first_ids(damaged)}. They are in {where}. Convert them again, set "
                 f"missing: drop, or remove them from {self.map_dir}."
             )
-        self._log_once.warning(
-            "zero", logger, "%s. These channels are zero (missing: zero).", found
-        )
+        return found
 
     def lacks(self, task_id: str, role: Role, array: str) -> bool:
         """Whether a channel of a material is filled with zeros, because the origin lacks it."""
@@ -605,6 +634,10 @@ class PairReader(ABC):
 
         Empty for a reader that finds out only when it reads them.
         """
+        return {}
+
+    def known_lacking(self) -> Mapping[str, Sequence[Channel]]:
+        """As `find_lacking` for all materials, as far as it is known without asking the origin."""
         return {}
 
     def uneven_channels(self, task_ids: Iterable[str]) -> dict[str, str]:

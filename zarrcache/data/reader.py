@@ -358,6 +358,10 @@ class ZarrS3Reader(PairReader):
         """As in the base class; see `Absences.find`."""
         return self._absences.find(task_ids)
 
+    def known_lacking(self) -> dict[str, list[Channel]]:
+        """As in the base class; see `Absences.known`."""
+        return self._absences.known()
+
     @property
     def _first_channels(self) -> tuple[Channel, Channel]:
         data, label = (Channel(role, self._arrays[role][0]) for role in ROLES)

@@ -211,6 +211,9 @@ class WarmReport:
     flawed : tuple of WarmResult
         Densities that were read, or compared with the origin, and have flaws: absent chunks (with
         ``cache.missing_chunks: fill``), or values that are NaN or infinite.
+    refusal : str
+        The error with which the training refuses the config, because materials lack channels;
+        empty if it does not, as far as this run has found out.
     """
 
     ids: int
@@ -229,10 +232,12 @@ class WarmReport:
     seconds: float
     flawed: tuple[WarmResult, ...] = ()
     lacking: tuple[str, ...] = ()
+    refusal: str = ""
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing failed, at least one id is warm, and all values are finite.
+        """Whether nothing failed, at least one id is warm, all values are finite, and the training
+        takes the config.
 
         Ids that ``cache.limit`` has no room for are not failures, because the limit is the user's
         choice, unless none fits; nor are filled chunks. Ids that the disk has no room for are.
@@ -240,7 +245,8 @@ class WarmReport:
         is_useful = self.warm > 0 or not (self.ids or self.lacking)
         is_useful = is_useful and not self.is_disk_full
         is_finite = not any(result.flaws.nonfinite for result in self.flawed)
-        return is_useful and is_finite and not self.failed and not self.stats.cache_errors
+        is_sound = is_useful and is_finite and not self.refusal
+        return is_sound and not self.failed and not self.stats.cache_errors
 
     @property
     def failed_ids(self) -> tuple[str, ...]:
@@ -849,6 +855,7 @@ class _Tally:
             seconds=seconds,
             flawed=tuple(result for _, result in sorted(self._flawed.items())),
             lacking=tuple(self._task_ids[row] for row in np.flatnonzero(lacks)),
+            refusal=self._reader.refusal(),
         )
 
     def _differing(self, on_disk: NDArray[np.int64]) -> Iterator[str]:
