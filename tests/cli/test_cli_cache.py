@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import HANG_S, end_all
+from tests.support.stores import small_group
 from tests.support.training import command, start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, plan_warm
 
@@ -146,6 +147,17 @@ def test_verify_drops_an_entry_with_a_flipped_bit(config: Path, tmp_path: Path) 
         done.document["corrupt"],
         done.document["stale"],
     ) == (0, 8, [], [])
+
+
+def test_verify_against_the_origin_names_what_is_stale(config: Path, tmp_path: Path) -> None:
+    """It is no error: the next read fetches it."""
+    store = tmp_path / "label" / "mp-0.zarr"
+    small_group(store, shape=(6, 5, 4), seed=9)
+    done = zarrcache("verify", config, "--against-origin")
+    assert (done.code, done.out) == (0, "Verified 8 entries (64.0 KiB): 0 corrupt, 1 stale.\n")
+    assert f"stale: {store}: the origin has another version" in done.err
+    assert "They were dropped. Run `zarrcache warm` to fetch them again." in done.err
+    assert zarrcache("warm", config, "--json").document["stats"]["misses"] == 1
 
 
 @pytest.mark.parametrize("name", ["status", "verify", "evict", "doctor"])

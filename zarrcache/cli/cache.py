@@ -169,8 +169,8 @@ def verify(
 ) -> int:
     """Read every entry, drop what is corrupt.
 
-    The next read fetches it again. Exit 1 if anything was corrupt or cannot be read. Safe while
-    trainings run.
+    The next read fetches it again. Exit 1 if anything was corrupt or cannot be read, not if it was
+    only stale. Safe while trainings run.
     """
     from zarrcache import ops
     from zarrcache.cli.format import format_verification
@@ -181,6 +181,7 @@ def verify(
         report = ops.verify(source, against_origin=against_origin, progress=meter.reach)
     for problems, verdict in ((report.corrupt, "corrupt"), (report.unreadable, "cannot be read")):
         failures((f"{one.file} ({one.url}): {one.why}" for one in problems), verdict=verdict)
+    failures((f"{one.url}: {one.why}" for one in report.stale), verdict="stale")
     failures(
         (f"{one.url}: {one.why}" for one in (*report.flawed, *report.filled)), verdict="flawed"
     )
