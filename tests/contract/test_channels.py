@@ -897,8 +897,24 @@ def test_warm_ends_with_the_error_that_the_training_has(
         assert done.err.splitlines()[-1] == f"error: {caught.value}"
         assert "Set missing: zero, which fills a channel" not in done.err
     assert json.loads(done.out)["refusal"] == str(caught.value)
+    said = zarrcache("status", config)
+    assert f"The training refuses this config: {caught.value}" in said.err.splitlines()
     if "total" in keys["density_type"]:
         assert read_status(DataConfig.from_yaml(config)).array_tier.entries > len(IDS)
+
+
+def test_plan_and_audit_say_that_the_training_refuses_the_config(tmp_path: Path) -> None:
+    """Once it is stored which materials lack the channel; otherwise nothing is known."""
+    write(tmp_path, lacking=tuple(NONMAGNETIC))
+    config = write_config(tmp_path)
+    keys = {"density_type": {"data": "total", "label": "diff"}, "missing": "zero"}
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **keys}))
+    said = "The training refuses this config: 2 of 6 materials have no channel at all"
+    assert (zarrcache("plan", config).err, (tmp_path / "cache").exists()) == ("", False)
+    done = zarrcache("audit", config)
+    assert (done.code, said in done.err) == (1, True)
+    done = zarrcache("plan", config)
+    assert (done.code, said in done.err) == (0, True)
 
 
 def test_warm_of_a_part_does_not_take_it_for_all(

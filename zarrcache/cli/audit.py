@@ -55,12 +55,13 @@ def audit(
         report = ops.audit(source, ids=read_ids(ids), progress=meter.reach)
     if html is not None:
         write_output(html, ops.audit_page(source, report))
+    refusal = ops.known_refusal(source)
     if as_json:
-        show_json({**asdict(report), "counts": report.counts})
+        show_json({**asdict(report), "counts": report.counts, "refusal": refusal})
     else:
         pairs = f"{plural(report.materials, 'pair')} ({format_bytes(report.nbytes)})"
         if not report.findings:
-            show(f"Nothing is wrong with {pairs}.")
+            show(f"Nothing is wrong with {'the values of ' if refusal else ''}{pairs}.")
         else:
             show(f"{pairs}:")
             for kind, materials in report.counts.items():
@@ -73,4 +74,6 @@ def audit(
                 say(f"{count(len(report.findings) - _MOST)} more; --json lists all")
     if html is not None:
         say(f"wrote {html}")
-    return int(bool(report.findings))
+    if refusal:
+        say(f"The training refuses this config: {refusal}")
+    return int(bool(report.findings or refusal))

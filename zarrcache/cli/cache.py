@@ -132,14 +132,18 @@ def status(
     Sends no request; works offline.
     """
     from zarrcache.cli.format import status_lines
-    from zarrcache.ops import read_status
+    from zarrcache.ops import known_refusal, read_status
 
-    state = read_status(cache_source(config, directory), has_settings=config is not None)
+    source = cache_source(config, directory)
+    state = read_status(source, has_settings=config is not None)
+    refusal = known_refusal(source)
     if as_json:
-        show_json(asdict(state))
+        show_json({**asdict(state), "refusal": refusal})
         return 0
     for line in status_lines(state):
         show(line)
+    if refusal:
+        say(f"The training refuses this config: {refusal}")
     if state.coverage is not None and not state.coverage.is_complete:
         if state.limit_bytes is not None and state.volume_bytes > 0.9 * state.limit_bytes:
             say("The cache is near its limit: raise cache.limit, or free space with evict, first.")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from zarrcache._keys import Eviction
-from zarrcache.cli.app import command, show, show_json
+from zarrcache.cli.app import command, say, show, show_json
 from zarrcache.cli.options import Config, Json, data_config, size, whole
 
 __all__ = ["plan"]
@@ -87,12 +87,13 @@ def plan(
     """
     from zarrcache.cli.format import plan_lines
     from zarrcache.cli.progress import Meter
-    from zarrcache.ops import plan_training
+    from zarrcache.ops import known_refusal, plan_training
 
+    source = data_config(config, needs_cache=False)
     # The total is known only after the directories are listed.
     with Meter("Measuring", "densities", 1) as meter:
         forecast = plan_training(
-            data_config(config, needs_cache=False),
+            source,
             nodes=nodes,
             capacity_bytes=capacity,
             lookahead_bytes=lookahead,
@@ -105,6 +106,7 @@ def plan(
             probe=probe,
             progress=meter.reach,
         )
+    refusal = known_refusal(source)
     if as_json:
         # In JSON a variant cannot be a key.
         others = [{**asdict(way), "hit_ratio": ratio} for way, ratio in forecast.others.items()]
@@ -113,4 +115,6 @@ def plan(
     else:
         for line in plan_lines(forecast):
             show(line)
+    if refusal:
+        say(f"The training refuses this config: {refusal}")
     return 0

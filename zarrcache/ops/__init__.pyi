@@ -36,6 +36,7 @@ from .samples import key_comments as key_comments
 from .samples import sample as sample
 from .selection import cache_at as cache_at
 from .selection import cache_of as cache_of
+from .selection import known_refusal as known_refusal
 from .status import Status as Status
 from .status import Tier as Tier
 from .status import read_status as read_status

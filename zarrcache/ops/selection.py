@@ -36,7 +36,7 @@ from zarrcache.arrays import (
 )
 from zarrcache.cache import CONTENTS, PACK, Cache
 from zarrcache.config import CacheConfig, DataConfig
-from zarrcache.data import ZarrS3Reader, distinct_directories, mapped_ids
+from zarrcache.data import ZarrS3Reader, distinct_directories, mapped_ids, open_reader
 from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
@@ -54,6 +54,7 @@ from zarrcache.errors import (
     IncompleteArrayError,
     OriginNotFoundError,
     SchemaError,
+    ZarrCacheError,
 )
 from zarrcache.origin import Origin
 from zarrcache.stats import Counters
@@ -65,6 +66,7 @@ __all__ = [
     "cache_at",
     "cache_of",
     "concurrently",
+    "known_refusal",
     "open_if_present",
     "open_index",
     "origin_and_url",
@@ -439,6 +441,24 @@ def select(
         selection = Selection(config, ids)
         return selection, selection.index
     return None, Index(cache_of(config))
+
+
+def known_refusal(config: DataConfig | CacheConfig) -> str:
+    """The error with which the training refuses a config because materials lack channels.
+
+    Empty if what the cache has stored proves none. Sends no request and creates no directory.
+    """
+    if not isinstance(config, DataConfig) or config.cache is None:
+        return ""
+    try:
+        selection, index = select(config)
+        assert selection is not None
+        if not open_if_present(index) or any(selection.listing(of) is None for of in ROLES):
+            return ""
+        offline = config.cache.model_copy(update={"revalidate": "never", "lock": None})
+        return open_reader(config.model_copy(update={"cache": offline})).refusal()
+    except (*CACHE_FAULTS, ZarrCacheError):  # which the command itself names
+        return ""
 
 
 def concurrently(ask: Callable[[T], R], items: Sequence[T]) -> Generator[R]:
