@@ -320,6 +320,22 @@ def test_the_verdict_follows_the_largest_part(
     assert len(verdict.text) < 400
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parts": {"bypass": 50, "cores": 140}},
+        {"waits": {"cores": 46}, "parts": {"bypass": 50}},
+        {"parts": {"bypass": 190}},
+    ],
+)
+def test_a_cache_that_stores_nothing_is_named_before_the_cores(changes: dict[str, Any]) -> None:
+    """Fetching and decoding for every sample is what takes them."""
+    verdict = judge(times(**changes, stats={"bypasses": 95, "hits": 5}), workers=2, cores=2)
+    assert (verdict.cause, "because nothing is cached" in verdict.text) == ("full cache", True)
+    others = judge(times(**changes, stats={"bypasses": 40, "hits": 60}), workers=2, cores=2)
+    assert "nothing is cached" not in others.text
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_lightning_logs_ratios_and_says_the_verdict_at_the_end(
     directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

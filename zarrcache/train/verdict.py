@@ -151,6 +151,13 @@ _FIRST_USE = (
         "first use in a run only."
     ),
 )
+_NOTHING_CACHED = (
+    "S3, because nothing is cached",
+    (
+        "let the cache store something: raise cache.limit, free space for cache.min_free, or "
+        "choose a cache.dir that can be written. `zarrcache doctor CONFIG` names what is wrong."
+    ),
+)
 #: For what it waits, and what to do.
 _ADVICE: dict[Cause, tuple[str, str]] = {
     "start": (
@@ -260,6 +267,8 @@ def judge(
     for_what, advice = _ADVICE[cause]
     if cause == "S3" and revalidate != "never" and _part(times, "held") > _part(times, "miss"):
         for_what, advice = _COMPARED
+    if cause == "full cache" and _stores_nothing(times.stats):
+        for_what, advice = _NOTHING_CACHED
     if cause == "checksum" and verify != "always":
         for_what, advice = _FIRST_USE
     text = f"The training waited {ratio:.0%} of the time, for {for_what}. Do this: {advice}"
@@ -279,6 +288,11 @@ def _part(times: EpochTimes, name: Part) -> float:
     return times.parts.get(name, 0.0)
 
 
+def _stores_nothing(stats: Stats) -> bool:
+    """Whether hardly a density that was read came from the cache or went into it."""
+    return stats.bypasses > 9 * (stats.hits + stats.misses) and not stats.byte_hits
+
+
 def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
     # With a core for each process, other programs use them: that passes, and is no cause.
     lacks_cores = workers + 1 > cores
@@ -287,11 +301,13 @@ def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
     # Recorded by an earlier version, which did not tell these apart.
     if not any(times.waits.values()) and any(times.parts.values()):
         largest = "fetch"
+    # Fetching and decoding for every sample takes the cores.
+    cores_cause: Cause = "full cache" if _stores_nothing(times.stats) else "cores"
     at_once: dict[Wait, Cause] = {
         "start": "start",
         "receive": "copy",
         "disk": "disk",
-        "cores": "cores",
+        "cores": cores_cause,
     }
     if largest in at_once:
         return at_once[largest]
@@ -322,7 +338,7 @@ def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
     first = max(seconds, key=lambda cause: seconds[cause])
     work = sum(seconds.values())
     if lacks_cores and busy["cores"] > max(work, seconds[first]):
-        return "cores"
+        return cores_cause
     if first in _NOT_CPU or 2 * seconds[first] >= work:
         return first
     return "workers"
