@@ -414,8 +414,8 @@ def test_nothing_is_left_when_the_training_is_killed(script: Path, lines: int) -
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    pids = training.pid, *workers
-    assert [name for name in os.listdir("/dev/shm") if any(str(pid) in name for pid in pids)] == []
+    names = [f"torch_{pid}_" for pid in (training.pid, *workers)]
+    assert [file for file in os.listdir("/dev/shm") if file.startswith(tuple(names))] == []
 
 
 def is_running(pid: int) -> bool:

@@ -175,16 +175,11 @@ def loaders_of(data: Any, tests: bool) -> list[Any]:
     ]
 
 
-#: A forked worker of this test has hung once, in one of three runs of the whole suite, in a process
-#: with the threads of many other tests. Alone it has not, so the suite leaves it to --all.
-_FORKS = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("batch_size", "workers", "drop_last", "augmentation"),
     [
         (1, 0, False, False),
-        pytest.param(1, 2, False, True, marks=_FORKS),
+        (1, 2, False, True),
         (2, 0, True, True),
         (3, 0, False, False),
         (3, 0, False, True),

@@ -128,7 +128,8 @@ class LockFile:
     def __del__(self) -> None:
         file: FileIO | None = getattr(self, "_file", None)
         if file is not None:
-            file.close()
+            with contextlib.suppress(OSError):  # the file system is gone, and the lock with it
+                file.close()
 
 
 _open_files: WeakSet[LockFile] = WeakSet()

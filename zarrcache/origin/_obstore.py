@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
+import gc
 import os
 import re
 import sys
@@ -117,7 +118,14 @@ def _after_fork_in_child() -> None:
     _broken_by_fork = _broken_by_fork or "obstore" in sys.modules
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+# The garbage collector of a child leaves alone what its parent made. A request of obstore among
+# the parent's garbage takes a lock of tokio when it is destroyed; a thread that held it at the fork
+# does not exist in the child, so the child would wait forever, in its first collection
+# (docs/explanation/decisions/001-fork-and-sqlite.md). In the parent, a gc.freeze() of the program
+# itself is undone.
+os.register_at_fork(
+    before=gc.freeze, after_in_parent=gc.unfreeze, after_in_child=_after_fork_in_child
+)
 
 
 _UNNAMEABLE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
