@@ -206,7 +206,8 @@ def test_interrupted_while_a_process_starts_nothing_of_it_stays(
     finally:
         until_done.set()
         other.join()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    # Fewer: what earlier tests left is closed at any time.
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert "Traceback" not in capfd.readouterr().err
 
 
