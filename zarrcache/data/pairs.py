@@ -339,25 +339,34 @@ class PairReader(ABC):
         """Ids of the functional without input or label. They are left out of the split."""
         return self._present().missing
 
-    def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
-        """Training and test ids, in the order of ``data_split()``.
-
-        With a split file the training ids are followed by those for validation, which
-        `split_of_file` keeps apart.
+    def split(self, *, decided: bool = True) -> Split:
+        """Ids for training, validation (of a split file only) and testing.
 
         Parameters
         ----------
         decided : bool
             False: before ``missing`` decides about materials that lack a channel, which may have to
             be found out.
+
+        Raises
+        ------
+        ConfigError
+            A ``ValueError``: unknown functional, too few materials, or as `split_of_file`.
+        OriginError
+            A directory cannot be listed.
         """
         if self.split_file is not None:
-            split = self.split_of_file(self.split_file, decided=decided)
-            return [*split.train, *split.validation], [*split.test]
+            return self.split_of_file(self.split_file, decided=decided)
         if self._lock is not None:
             self._lock.check_split(None)
         ids = self._completed().ids if decided else self._present().ids
-        return split_ids(ids, self.tf, self.rs)
+        train, test = split_ids(ids, self.tf, self.rs)
+        return Split(tuple(train), (), tuple(test))
+
+    def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
+        """As `split`: the training ids, followed by those for validation; and the test ids."""
+        split = self.split(decided=decided)
+        return [*split.train, *split.validation], [*split.test]
 
     def all_ids(self) -> list[str]:
         """All ids of the map or file list, which have to have input and label, to be split.
@@ -429,10 +438,7 @@ class PairReader(ABC):
         OriginError
             A directory cannot be listed.
         """
-        if self.split_file is None:
-            train, test = self.split_task_ids()
-            return split_sets(self, train), split_sets(self, test)
-        split = self.split_of_file(self.split_file)
+        split = self.split()
         if split.validation:
             self._log_once.warning(
                 "validation",

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +52,7 @@ from zarrcache.data.absences import Absences
 from zarrcache.data.observers import Read, ReadObserver
 from zarrcache.data.pairs import PairReader, only_our_errors
 from zarrcache.data.sequences import Density
-from zarrcache.data.splits import (
-    first_ids,
-)
+from zarrcache.data.splits import Split, first_ids
 from zarrcache.disk import CACHE_FAULTS, LazyGrid, LazyStack
 from zarrcache.errors import (
     ArrayNotFoundError,
@@ -75,6 +73,7 @@ __all__ = ["ZarrS3Reader", "distinct_directories", "open_reader"]
 logger = logging.getLogger(__name__)
 
 _GRIDS_COMPARED = 1000
+_Grid = TypeVar("_Grid", NDArray[np.float32], LazyGrid)
 _OUTCOMES: tuple[Outcome, ...] = ("hit", "miss", "bypass")
 
 
@@ -226,19 +225,19 @@ class ZarrS3Reader(PairReader):
             self._store_names[role] = self._list(role) if stored is None else stored
         return self._store_names[role]
 
-    def split_task_ids(self, *, decided: bool = True) -> tuple[list[str], list[str]]:
-        """Training and test ids, in the order of ``data_split()``.
+    def split(self, *, decided: bool = True) -> Split:
+        """As in the base class.
 
         A warning names pairs that are cached and have input and label on different grids. Once
         per reader, from pairs whose entries differ in size.
         """
-        train, test = super().split_task_ids(decided=decided)
+        split = super().split(decided=decided)
         if self.trusts_entries and not self._has_compared_grids:
             self._has_compared_grids = True
             try:
                 sizes = self.stored()
             except CACHE_FAULTS:  # counted and logged by the first read
-                return train, test
+                return split
             data, label = (sizes[channel] for channel in self._first_channels)
             both = data.keys() & label.keys()
             unequal = self.unequal_grids(
@@ -249,10 +248,10 @@ class ZarrS3Reader(PairReader):
                     "%d of %d materials have input and label on different grids: %s. If the "
                     "network needs equal grids, leave them out of the map.",
                     len(unequal),
-                    len(train) + len(test),
+                    len(split.train) + len(split.validation) + len(split.test),
                     first_ids(unequal),
                 )
-        return train, test
+        return split
 
     def unequal_grids(self, candidates: Iterable[str]) -> list[str]:
         """Ids whose cached input and label have different shapes.
@@ -436,24 +435,37 @@ class ZarrS3Reader(PairReader):
 
     def _read(self, task_id: str, role: Role) -> tuple[Density, Outcome]:
         """All channels of one role."""
-        channels, store = self._densities(role), self.store_name(task_id, role)
+        channels = self._densities(role)
         if len(channels) == 1:
-            values, outcome = channels[0].read(store)
+            values, outcome = channels[0].read(self.store_name(task_id, role))
             return _flat(values), outcome
-        grids: list[NDArray[np.float32] | None] = []
-        outcomes = []
-        for array, densities in zip(self._arrays[role], channels, strict=True):
-            if self.lacks(task_id, role, array):
-                grids.append(None)
-                continue
-            grid, outcome = densities.read(store)
-            grids.append(grid)
-            outcomes.append(outcome)
-        shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
+        grids, shape, outcome = self._each(task_id, role, ReadThrough.read)
         values = _pages.empty((len(grids), *shape), np.float32)
         for channel, values_of in zip(values, grids, strict=True):
             channel[...] = 0 if values_of is None else values_of
-        return (values.reshape(len(grids), -1), shape), max(outcomes, key=_OUTCOMES.index)
+        return (values.reshape(len(grids), -1), shape), outcome
+
+    def _each(
+        self,
+        task_id: str,
+        role: Role,
+        read: Callable[[ReadThrough, str], tuple[_Grid, Outcome]],
+    ) -> tuple[list[_Grid | None], tuple[int, int, int], Outcome]:
+        """What ``read`` gives for each channel, None for those that are filled with zeros; the grid
+        that they share; and the outcome that cost most.
+        """
+        store = self.store_name(task_id, role)
+        grids: list[_Grid | None] = []
+        outcomes = []
+        for array, densities in zip(self._arrays[role], self._densities(role), strict=True):
+            if self.lacks(task_id, role, array):
+                grids.append(None)
+                continue
+            grid, outcome = read(densities, store)
+            grids.append(grid)
+            outcomes.append(outcome)
+        shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
+        return grids, shape, max(outcomes, key=_OUTCOMES.index)
 
     def _one_shape(
         self, store: str, role: Role, shapes: Sequence[tuple[int, ...] | None]
@@ -501,22 +513,13 @@ class ZarrS3Reader(PairReader):
         return grid
 
     def _opened(self, task_id: str, role: Role) -> tuple[LazyGrid | LazyStack, Outcome]:
-        channels, store = self._densities(role), self.store_name(task_id, role)
+        channels = self._densities(role)
         if len(channels) == 1:
-            return channels[0].open(store)
-        grids: list[LazyGrid | None] = []
-        outcomes = []
-        for array, densities in zip(self._arrays[role], channels, strict=True):
-            if self.lacks(task_id, role, array):
-                grids.append(None)
-                continue
-            grid, outcome = densities.open(store)
-            grids.append(grid)
-            outcomes.append(outcome)
-        shape = self._one_shape(store, role, [None if g is None else g.shape for g in grids])
+            return channels[0].open(self.store_name(task_id, role))
+        grids, shape, outcome = self._each(task_id, role, ReadThrough.open)
         zeros = LazyGrid(np.broadcast_to(np.float32(0), shape))
         stack = LazyStack(tuple(zeros if grid is None else grid for grid in grids))
-        return stack, max(outcomes, key=_OUTCOMES.index)
+        return stack, outcome
 
     def _densities(self, role: Role) -> list[ReadThrough]:
         """The read paths of the channels. Created once per setting of the attributes."""

@@ -481,8 +481,9 @@ def _torch_permutation(count: int, seed: int) -> list[int]:
     from numpy.random import MT19937, RandomState
 
     twister = MT19937()
-    # numpy's two types for one dictionary differ
-    twister.state = RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)  # type: ignore[assignment]
+    # numpy has two types for one dictionary
+    state: Any = RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+    twister.state = state
     order = list(range(count))
     for place, drawn in enumerate(map(int, twister.random_raw(max(count - 1, 0)))):
         other = place + drawn % (count - place)

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import multiprocessing
 import types
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.parsing import collect_init_args
 
 from zarrcache.config import plain
-from zarrcache.data import Split
+from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
 from zarrcache.origin import secret_names
-from zarrcache.train import (
-    Side,
-)
+from zarrcache.train import Side, Sources
 
 __all__ = ["SIDES", "DataModule", "start_method", "transforms_of"]
 
@@ -27,7 +24,14 @@ SIDES: tuple[Side, ...] = ("train", "validation", "test")
 
 
 class DataModule(LightningDataModule):
-    """A data module whose hyperparameters, which go to loggers and checkpoints, have no secrets."""
+    """A data module whose hyperparameters, which go to loggers and checkpoints, have no secrets.
+
+    Attributes
+    ----------
+    sources : Sources
+    """
+
+    sources: Sources
 
     def save_hyperparameters(
         self,
@@ -55,9 +59,29 @@ class DataModule(LightningDataModule):
         super().save_hyperparameters(*public, ignore=list(ignored), frame=frame, logger=logger)
 
     @property
-    @abstractmethod
+    def readers(self) -> Mapping[str, ZarrS3Reader]:
+        """The readers by name; ``readers[name].stats`` counts hits and misses of the rank."""
+        return self.sources.readers
+
+    @property
     def splits(self) -> Mapping[str, Split]:
-        """The split of each dataset."""
+        """Training, validation and test ids of each dataset. Lists the origin at first use."""
+        return self.sources.splits
+
+    def prepare_data(self) -> None:
+        """List the origin, on one process per node; the others find the listing in the cache."""
+        self.sources.list_into_cache()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Compute the splits and check that they are identical on all ranks.
+
+        Raises
+        ------
+        ConfigError
+            Too few samples, a list or split file that does not fit, or ranks with different
+            samples.
+        """
+        self.check_ranks()
 
     def check_ranks(self) -> None:
         """Compute the splits and compare them across the ranks.

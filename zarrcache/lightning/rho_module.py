@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from zarrcache._keys import DensityType, Missing
 from zarrcache._units import whole_number
-from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
 from zarrcache.lightning.base import DataModule, start_method, transforms_of
 from zarrcache.train import (
@@ -184,16 +183,6 @@ class RhoDataModule(DataModule):
         self._sets: dict[Side, ZarrDataset | CombinedDataset] = {}
 
     @property
-    def readers(self) -> Mapping[str, ZarrS3Reader]:
-        """The readers by ``dataset_id``; ``readers[name].stats`` counts hits and misses."""
-        return self.sources.readers
-
-    @property
-    def splits(self) -> Mapping[str, Split]:
-        """Training, validation and test ids of each dataset. Lists the origin at first use."""
-        return self.sources.splits
-
-    @property
     def train_set(self) -> ZarrDataset | CombinedDataset:
         """The samples to train on, in the order of the split."""
         return self._set("train")
@@ -233,20 +222,6 @@ class RhoDataModule(DataModule):
                 transform=self._transforms.get(side),
             )
         return self._sets[side]
-
-    def prepare_data(self) -> None:
-        """List the origin, on one process per node; the others find the listing in the cache."""
-        self.sources.list_into_cache()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Compute the splits and check that they are identical on all ranks.
-
-        Raises
-        ------
-        ConfigError
-            A list, a split file or a material cannot be used.
-        """
-        self.check_ranks()
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Loader of shuffled samples; Lightning divides them among the ranks."""

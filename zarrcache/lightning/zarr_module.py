@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from zarrcache._units import whole_number
-from zarrcache.data import Split, ZarrS3Reader
 from zarrcache.errors import ConfigError
 from zarrcache.lightning.base import DataModule, start_method, transforms_of
 from zarrcache.lightning.loader import Sampler, TrainLoader, counts, world_of
@@ -178,30 +177,6 @@ class ZarrDataModule(DataModule):
     def dataset_names(self) -> tuple[str, ...]:
         """Names of the datasets, in the order of the numbers in ``batch["dataset"]``."""
         return self.sources.names
-
-    @property
-    def readers(self) -> Mapping[str, ZarrS3Reader]:
-        """The readers by name; ``readers[name].stats`` counts hits and misses of the rank."""
-        return self.sources.readers
-
-    @property
-    def splits(self) -> Mapping[str, Split]:
-        """Training, validation and test ids of each dataset. Lists the origin at first use."""
-        return self.sources.splits
-
-    def prepare_data(self) -> None:
-        """List the origin, on one process per node; the others find the listing in the cache."""
-        self.sources.list_into_cache()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Compute the splits and check that they are identical on all ranks.
-
-        Raises
-        ------
-        ConfigError
-            Too few samples, a split file that does not match them, or ranks with different samples.
-        """
-        self.check_ranks()
 
     def _dataset(self, side: Side) -> ZarrDataset | CombinedDataset:
         dataset = self.sources.dataset(

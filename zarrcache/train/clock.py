@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -61,21 +61,7 @@ Part = Literal[
     "disk",
     "cores",
 ]
-PARTS: tuple[Part, ...] = (
-    "hit",
-    "checksum",
-    "held",
-    "miss",
-    "bypass",
-    "peer",
-    "augment",
-    "transform",
-    "collate",
-    "copy",
-    "dataset",
-    "disk",
-    "cores",
-)
+PARTS: tuple[Part, ...] = get_args(Part)
 #: Parts that sleep for nothing but the disk, or in a hit for the origin.
 _OURS = ("hit", "checksum", "augment", "copy")
 #: Parts that may also sleep for something else.

@@ -656,8 +656,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
 
 def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
     """The ids of a side of the split, or of all."""
-    split_file = getattr(reader, "split_file", None)
-    if split_file is None:
+    if getattr(reader, "split_file", None) is None:
         if split == "validation":
             raise ConfigError(
                 "split is 'validation', which only a split file names (split_file in the config). "
@@ -665,7 +664,7 @@ def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
             )
         train, test = reader.split_task_ids()
         return {"train": train, "test": test, "all": [*train, *test]}[split]
-    sides: Split = reader.split_of_file(split_file)  # type: ignore[attr-defined]
+    sides: Split = reader.split()  # type: ignore[attr-defined]
     if split == "all":
         return [*sides.train, *sides.validation, *sides.test]
     return {"train": sides.train, "validation": sides.validation, "test": sides.test}[split]

@@ -69,7 +69,7 @@ class Lookahead:
     ----------
     source : ZarrDataset, RhoData or ZarrS3Reader
         The dataset that is read. For a reader, the samples are the training ids of
-        ``split_task_ids()``.
+        its ``split()``.
     order : NodeSampler, or sequence of sequences
         The sampler of the DataLoader. Or, for any other sampler, the task ids or positions that it
         has drawn, one list per epoch from epoch 0 on, with or without repetitions. ``eviction:
@@ -251,7 +251,7 @@ def _read_by(source: Any) -> tuple[ZarrS3Reader, tuple[str, ...]]:
             f"{type(source).__name__} does not read through zarrcache. Give a ZarrDataset, a "
             "RhoData of get_dataset(), or a ZarrS3Reader."
         )
-    return reader, tuple(reader.split_task_ids()[0] if reader is source else source.task_ids)
+    return reader, tuple(reader.split().train if reader is source else source.task_ids)
 
 
 def _orders(order: Any, names: tuple[str, ...]) -> Orders:

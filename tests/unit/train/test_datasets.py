@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from tests.support.stores import random_density
 from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Reader, collate
 from zarrcache.train.datasets import collate_fn
+from zarrcache.train.lookahead import _read_by
 
 Grid = NDArray[np.float32]
 #: Grid sizes of data and label. The axes of a grid differ, so a wrong rotation shows in the shape.
@@ -532,8 +533,28 @@ def test_the_sides_of_a_split_file_are_datasets_of_their_own(
     for side, places in sides.items():
         assert ZarrDataset(reader, side).task_ids == tuple(ids[n] for n in places)  # type: ignore[arg-type]
     assert ZarrDataset(reader, "all").task_ids == ("mp-2", "mp-0", "mp-1", "mp-3")
+    assert _read_by(reader)[1] == ("mp-2", "mp-0")  # a Lookahead over the reader
     train, test = reader.data_split()
     assert (len(train[0]), len(test[0])) == (2, 1)
     assert "keeps 1 material for validation" in caplog.text
     with pytest.raises(ConfigError, match="which only a split file names"):
         ZarrDataset(make_reader(), "validation")
+
+
+def test_pairs_on_different_grids_are_named_with_a_split_file_too(
+    tmp_path: Path,
+    small_group: Callable[..., Any],
+    make_reader: Callable[..., ZarrS3Reader],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ids = ["mp-1", "mp-2"]
+    for role, id_ in itertools.product(("data", "label"), ids):
+        shape = (20, 20, 20) if (role, id_) == ("label", "mp-2") else (4, 5, 6)
+        small_group(f"{role}/{id_}.zarr", shape=shape)
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ids}))
+    (tmp_path / "split.json").write_text(json.dumps({"train": [0, 1]}))
+    reader = make_reader(cache={}, split_file=tmp_path / "split.json")
+    for task_id, role in itertools.product(ids, ("data", "label")):
+        reader.ensure(task_id, role)  # type: ignore[arg-type]
+    ZarrDataset(reader, "train")
+    assert "1 of 2 materials have input and label on different grids: mp-2" in caplog.text
