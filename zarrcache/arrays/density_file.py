@@ -199,7 +199,7 @@ def structure_of_poscar(text: str, name: str) -> dict[str, Any]:
     """
     try:
         found = DensityFile(name, {}, _poscar=tuple(text.encode().split(b"\n"))).structure_dict()
-    except PymatgenMissingError:
+    except (PymatgenMissingError, MemoryError):
         raise
     except Exception as exc:
         raise SchemaError(
