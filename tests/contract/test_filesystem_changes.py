@@ -17,6 +17,7 @@ from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from zarrcache import filesystem
 from zarrcache.errors import IncompleteArrayError, OriginError
+from zarrcache.filesystem import open_stores
 
 ARRAY = "charge_density_total"
 REVALIDATE = pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_store_that_was_relisted_meanwhile_is_not_mixed(
     place: _Place, revalidate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its listing had to leave memory for that of another store."""
-    monkeypatch.setattr(filesystem, "_MAX_STORES", 1)
+    monkeypatch.setattr(open_stores, "_MAX_STORES", 1)
     before, other = place.write("mp-1.zarr", 1), place.write("mp-2.zarr", 3)
     array = place.open("mp-1.zarr", revalidate)
     assert np.array_equal(array[:6], before[:6])
@@ -260,7 +261,7 @@ def test_a_store_is_listed_once_after_invalidate_cache(
     s3_server: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if its listing is let go of meanwhile: the one on disk is newer than the call."""
-    monkeypatch.setattr(filesystem, "_MAX_STORES", 1)
+    monkeypatch.setattr(open_stores, "_MAX_STORES", 1)
     bucket = s3_server.new_bucket()
     for name in ("mp-1.zarr", "mp-2.zarr"):
         s3_server.put(f"s3://{bucket}/{name}/zarr.json", b"{}")
@@ -291,7 +292,7 @@ def test_a_store_is_listed_once_after_invalidate_cache(
 def test_listings_in_memory_are_bounded_by_their_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filesystem, "_MAX_OBJECTS", 25)
+    monkeypatch.setattr(open_stores, "_MAX_OBJECTS", 25)
     for i in range(6):
         for j in range(10):
             path = tmp_path / f"mp-{i}.zarr" / f"k{j}"
@@ -303,7 +304,7 @@ def test_listings_in_memory_are_bounded_by_their_objects(
     for _ in range(2):
         for i in range(6):
             assert len(fs.ls(f"{tmp_path}/mp-{i}.zarr")) == 10
-    shared = fs._state
+    shared = fs._places.stores
     assert len(shared._stores) == len(shared._n_objects) == 2
     assert len(shared._versions) == 6
 
