@@ -130,11 +130,11 @@ def choose(sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS
         compressed one, and among those ``.gz``, ``.bz2``, ``.xz``.
     """
     if tuple(kinds) == KINDS:
-        found = {
-            stem: names if isinstance(names, str) else names[0] for stem, names in sources.items()
-        }
         return {
-            stem: name for stem, name in found.items() if stem != name or _MOLECULE.fullmatch(name)
+            stem: name
+            for stem, names in sources.items()
+            if stem != (name := names if isinstance(names, str) else names[0])
+            or _MOLECULE.fullmatch(name)
         }
     chosen = {}
     for stem, names in sources.items():

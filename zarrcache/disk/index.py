@@ -237,9 +237,9 @@ class Index:
         0.6 s for 400,000 entries.
         """
         # The directories are listed while SQLite works; neither holds the GIL for long.
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor() as pool:
             has_all_files = pool.submit(self._has_all_files)
-            found = [self._stems(prefix, suffix, "SUM(size)") for prefix in prefixes]
+            found = list(pool.map(lambda one: self._stems(one, suffix, "SUM(size)"), prefixes))
             if has_all_files.result():
                 return [(set(stems), total or 0) for stems, (total,) in found]
         sizes = self.entry_sizes(prefixes, suffix)
