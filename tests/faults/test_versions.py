@@ -374,14 +374,38 @@ def test_a_server_that_ignores_ranges_is_read_whole_and_never_taken_for_a_range(
     origin = opened(counters=counters)
     assert read(origin) == {"x": BODY, "y": OTHER}
     assert counters.snapshot().requests == server.count().total()
-    with pytest.raises(RangeIgnoredError, match="sent the whole object for a range"):
+    with pytest.raises(RangeIgnoredError, match="sent the whole object"):
         origin.fetch_range(origin.list_objects()[0], 0, 10)
+
+
+#: What a server says that it sends for every range. Its length may be right, and a second reading
+#: the same.
+OTHER_RANGES = ["bytes 199-298/3001", "bytes 200-299", "bytes 200-2999/3001", "lines 1", ""]
+
+
+@pytest.mark.parametrize("sent", OTHER_RANGES)
+def test_another_range_than_the_requested_one_is_never_taken_for_it(
+    server: TagServer, opened: Callable[..., Origin], sent: str
+) -> None:
+    server.objects = {"d/x": tagged(BODY, MULTI, range_sent=sent)}
+    origin = opened()
+    [obj] = origin.list_objects()
+    with pytest.raises(RangeIgnoredError, match="or another range, for a range of it"):
+        origin.fetch_range(obj, 200, 300)
+    assert read(origin) == {"x": BODY}
+
+
+RANGES: dict[str, dict[str, Any]] = {
+    "none": {"has_ranges": False},
+    "others": {"range_sent": "bytes 0-4095/9999"},
+}
 
 
 @pytest.mark.parametrize("engine", ["obstore", "s3fs"])
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_large_objects_of_a_server_that_ignores_ranges_are_read_whole(
-    server: TagServer, tmp_path: Path, engine: str, is_cached: bool
+@pytest.mark.parametrize("ranges", RANGES)
+def test_large_objects_of_a_server_without_right_ranges_are_read_whole(
+    server: TagServer, tmp_path: Path, ranges: str, engine: str, is_cached: bool
 ) -> None:
     """A sharded array, by `open_store`, and a file, by ``zarrcache::``. The byte tier keeps the
     whole object.
@@ -394,7 +418,7 @@ def test_large_objects_of_a_server_that_ignores_ranges_are_read_whole(
     for file in [f for f in path.rglob("*") if f.is_file()]:
         body = file.read_bytes()
         key = f"d/mp-1.zarr/{file.relative_to(path)}"
-        server.objects[key] = tagged(body, md5(body), has_ranges=False)
+        server.objects[key] = tagged(body, md5(body), **RANGES[ranges])
     settings = {
         "dir": str(tmp_path / "cache"),
         "min_free": 0,

@@ -43,6 +43,8 @@ class Tagged:
         never holds.
     has_ranges : bool
         False: a request for a range gets the whole object.
+    range_sent : str or None
+        What the answer to any range says that it is (``Content-Range``).
     """
 
     body: bytes
@@ -53,6 +55,7 @@ class Tagged:
     flips: int = 0
     if_match: str = "weak"
     has_ranges: bool = True
+    range_sent: str | None = None
 
 
 @dataclass
@@ -125,6 +128,8 @@ def running_tag_server() -> Iterator[TagServer]:
                 body, status = body[int(first) : int(last) + 1], 206
                 headers["Content-Range"] = (
                     f"bytes {first}-{int(first) + len(body) - 1}/{len(obj.body)}"
+                    if obj.range_sent is None
+                    else obj.range_sent
                 )
             if obj.flips and body and self.command == "GET":
                 obj.flips -= 1

@@ -373,6 +373,9 @@ _PROFILE = re.compile(r"ProfileNotFound: ([^\n]*)")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_NOT_THE_RANGE = re.compile(
+    r"Received non-partial response|Requested \d+\.\.\d+, got|Wanted range|CONTENT_RANGE header"
+)
 _OS_MESSAGE = re.compile(r'(?:message|error): "(?:failed to lookup address information: )?([^"]*)"')
 
 
@@ -382,8 +385,8 @@ def _s3_error(exc: Exception) -> S3Error:
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:
         return S3Error(int(status[1]), code[1] if code else "", message[1] if message else "")
-    if "Received non-partial response" in line:
-        return S3Error(200, "RangeIgnored", "the server sent the whole object for a range")
+    if _NOT_THE_RANGE.search(line):
+        return S3Error(None, "RangeIgnored", "")
     if "Received redirect without LOCATION" in line:
         return S3Error(301, "PermanentRedirect", "")
     if "NoCredentials" in line or "NoCredentials" in dump:

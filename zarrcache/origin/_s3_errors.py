@@ -102,7 +102,10 @@ class TransientError(Exception):
 
 
 class RangeIgnoredError(OriginError):
-    """The server answers a range with the whole object. The cache then reads the object whole."""
+    """The server answers a range with the whole object or another range.
+
+    The cache then reads the object whole.
+    """
 
 
 @dataclass
@@ -262,7 +265,9 @@ def _error(error: S3Error, context: RequestContext) -> Exception:
     if context.obj is not None and error.status in (412, 416):
         return changed(url)
     if error.code == "RangeIgnored":
-        return RangeIgnoredError(f"{url}: {endpoint} sent the whole object for a range of it.")
+        return RangeIgnoredError(
+            f"{url}: {endpoint} sent the whole object, or another range, for a range of it."
+        )
     if error.is_elsewhere:
         return OriginError(
             f"{url}: bucket {bucket!r} is in another region: {error}. "
