@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Collection
 from typing import Any
 
+from zarrcache._keys import safe_repr
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 __all__ = ["ZippedStore"]
@@ -43,7 +45,7 @@ class ZippedStore:
     IncompleteArrayError
         It is not a zip file, or is damaged.
     SchemaError
-        It has more members than its size explains.
+        It has more members than its size explains, or holds several stores.
     """
 
     def __init__(self, data: Any, url: str) -> None:
@@ -51,14 +53,14 @@ class ZippedStore:
         _check_directory(data, url)
         try:
             self._archive = zipfile.ZipFile(io.BytesIO(data))
-            infos = [info for info in self._archive.infolist() if not info.is_dir()]
-            root = _zip_root([info.filename for info in infos])
+            infos = {_key_of(i): i for i in self._archive.infolist() if not i.is_dir()}
         except MemoryError:
             raise
         except Exception as exc:  # zipfile has no common error for damaged files
             raise self._damaged(exc) from exc
+        root = _zip_root(infos, url)
         # Of two members of one name the last one counts: zarr's own ZipStore appends a second copy.
-        self._infos = {info.filename.removeprefix(root): info for info in infos}
+        self._infos = {name.removeprefix(root): info for name, info in infos.items()}
         self.sizes = {name: info.file_size for name, info in self._infos.items()}
         self._last: tuple[str, bytes] = ("", b"")
 
@@ -130,15 +132,30 @@ def _check_directory(data: Any, url: str) -> None:
         )
 
 
-def _zip_root(names: list[str]) -> str:
-    """Directory inside the zip that holds the store.
+def _key_of(info: zipfile.ZipInfo) -> str:
+    """Key of a member. Some tools write backslashes, ``./`` or absolute names."""
+    return info.filename.replace("\\", "/").removeprefix("./").lstrip("/")
+
+
+def _zip_root(names: Collection[str], url: str) -> str:
+    """Directory inside the zip that holds the store, with a slash, or nothing.
 
     Zipping the directory ``mp-1.zarr`` puts every member below that name.
+
+    Raises
+    ------
+    SchemaError
+        There are several stores.
     """
-    roots = [
-        name.rpartition("/")[0]
-        for name in names
-        if name.rpartition("/")[2] in (".zgroup", "zarr.json")
-    ]
-    root = min(roots, key=lambda r: (r.count("/") + bool(r), r), default="")
-    return f"{root}/" if root else ""
+    split = [name.rpartition("/") for name in names]
+    roots = {above for above, _, name in split if name in (".zgroup", "zarr.json")} or {
+        above.rpartition("/")[0] for above, _, name in split if name == ".zarray"
+    }
+    depths = {root: root.count("/") + bool(root) for root in sorted(roots)}
+    highest = [root for root in depths if depths[root] == min(depths.values())]
+    if len(highest) > 1:
+        raise SchemaError(
+            f"{url} holds several stores ({', '.join(map(safe_repr, highest[:3]))}). Zip each into "
+            "a file of its own."
+        )
+    return f"{highest[0]}/" if highest and highest[0] else ""

@@ -49,6 +49,36 @@ def test_members_are_found_below_any_root(compression: int, root: str) -> None:
     assert unzip(data, URL) == MEMBERS
 
 
+@pytest.mark.parametrize("spelling", ["./{}", "/{}", "mp-1.zarr\\{}", "./mp-1.zarr/{}"])
+def test_members_are_found_however_a_tool_writes_their_names(spelling: str) -> None:
+    """PowerShell writes backslashes, tar-like tools write ``./``."""
+    members = {spelling.format(name): content for name, content in MEMBERS.items()}
+    if "\\" in spelling:
+        members = {name.replace("/", "\\"): content for name, content in members.items()}
+    assert unzip(zip_of(members), URL) == MEMBERS
+
+
+@pytest.mark.parametrize("root", ["", "mp-1.zarr/", "a/b/"])
+def test_arrays_without_a_group_are_found(root: str) -> None:
+    members = {name: content for name, content in MEMBERS.items() if name != ".zgroup"}
+    data = zip_of({f"{root}{name}": content for name, content in members.items()})
+    assert unzip(data, URL) == members
+
+
+@pytest.mark.parametrize("document", [".zgroup", "zarr.json"])
+def test_a_zip_of_several_stores_is_refused_and_a_store_inside_a_store_is_not(
+    document: str,
+) -> None:
+    """None of them is known to be the one that is meant; a backup may come first."""
+    both = {f"{root}/{document}": b"{}" for root in ("a_backup", "mp-1.zarr")}
+    with pytest.raises(
+        SchemaError, match=rf"^{URL} holds several stores \('a_backup', 'mp-1.zarr'\)"
+    ):
+        unzip(zip_of(both), URL)
+    inside = {f"mp-1.zarr/{document}": b"{}", f"mp-1.zarr/backup/{document}": b"{}"}
+    assert list(unzip(zip_of(inside), URL)) == [document, f"backup/{document}"]
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compression_methods_are_refused_in_words(compression: int) -> None:
     """The message names the member, its method and the remedy."""
