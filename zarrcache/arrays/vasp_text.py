@@ -27,7 +27,11 @@ _GRID_LINE = re.compile(rb"[ \t]*(\d{1,18})[ \t]+(\d{1,18})[ \t]+(\d{1,18})[ \t]
 _NEXT_GRID_LINE = re.compile(
     rb"^[ \t]*\d{1,18}[ \t]+\d{1,18}[ \t]+\d{1,18}[ \t]*\r?\n", re.MULTILINE
 )
-_OCCUPANCIES = re.compile(rb"augmentation occupancies\b.*\s\d+\s+(\d{1,9})", re.IGNORECASE)
+_HEADING = b"augmentation occupancies"
+#: VASP writes the number of the atom in four columns: from 1000 on it touches the words, and from
+#: 10000 on it is stars.
+_OCCUPANCIES = re.compile(_HEADING + rb"(?:.*[\s)])?[\d*]+\s+(\d{1,9})", re.IGNORECASE)
+_STARS = re.compile(rb"\*{3}")
 _NOT_FINITE = re.compile(rb"nan|inf(inity)?|[ED](?=[-+]?\d)", re.IGNORECASE)
 _NEWLINE, _SPACE, _PLUS, _MINUS, _ZERO, _NINE = b"\n +-09"
 #: Letters and what follows them in ASCII; those of an exponent are part of a number.
@@ -374,8 +378,7 @@ class _Body:
         """Refuse texts other than the headings of occupancies, and too few of these."""
         for line, words in self._texts.items():
             shown = repr(words.decode("ascii", "replace"))
-            is_heading = words.lower().startswith(b"augmentation occupancies")
-            if not is_heading:
+            if not _is_heading(words):
                 raise SchemaError(
                     f"{self._name}, line {self._first + line}: {shown} follows a grid. A file with "
                     "the densities of several steps (the CHG of a relaxation) is not converted: "
@@ -451,8 +454,10 @@ class _Scan:
             words = text[starts[line] : ends[line]].strip()
             if re.search(rb"[A-Za-z]", _NOT_FINITE.sub(b"", words)):
                 self.texts[int(line)] = words[:60]
-        star = text.find(b"***")
-        self.stars = None if star < 0 else int(np.searchsorted(ends, star))
+        starred = (int(np.searchsorted(ends, m.start())) for m in _STARS.finditer(text))
+        self.stars = next(
+            (line for line in starred if not _is_heading(self.texts.get(line, b""))), None
+        )
 
     def without(self, text: bytes, lines: set[int]) -> bytes:
         """The text without these lines."""
@@ -462,6 +467,10 @@ class _Scan:
             for line in range(len(self.ends))
             if line not in lines
         )
+
+
+def _is_heading(words: bytes) -> bool:
+    return words.lower().startswith(_HEADING)
 
 
 def _whole_lines(text: memoryview, begin: int, end: int, least: int) -> bytes:

@@ -124,6 +124,21 @@ def test_the_size_of_the_grid_is_the_first_line_below_the_blank_one() -> None:
     assert np.array_equal(blank.blocks["total"], VALUES)
 
 
+@pytest.mark.parametrize("atom", ["   1", " 999", "1000", "9999", "****"])
+@pytest.mark.parametrize(
+    "words", ["augmentation occupancies", "Augmentation occupancies (imaginary part)"]
+)
+def test_the_number_of_an_atom_has_four_columns(words: str, atom: str) -> None:
+    """From 1000 atoms on it touches the words; from 10000 on it is stars, which hide nothing."""
+    block = f"{words}{atom}   2\n 0.1 0.2\n".encode()
+    found = read_vasp_text(io.BytesIO(HEAD + BODY + block + BODY + block), name="x")
+    assert list(found.blocks) == ["total", "diff"]
+    assert np.array_equal(found.blocks["diff"], VALUES)
+    for damaged in (block[:-4] + b"\n", block.replace(b"0.2", b"***"), block.replace(b"   2", b"")):
+        with pytest.raises(SchemaError):
+            read_vasp_text(io.BytesIO(HEAD + BODY + damaged + BODY + block), name="x")
+
+
 def test_occupancies_with_too_few_or_too_many_numbers_are_refused() -> None:
     """Moments of the atoms, one each, may follow the last ones."""
     heading = b"augmentation occupancies   1   2\n"
