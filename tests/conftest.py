@@ -76,7 +76,8 @@ def no_waiting_for_writers() -> Iterator[None]:
     until the listing is stable.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zarrcache.arrays.read.wait_until", lambda end_s: None)
+        for module in ("read", "listing"):
+            patch.setattr(f"zarrcache.arrays.{module}.wait_until", lambda end_s: None)
         yield
 
 

@@ -21,7 +21,7 @@ from tests.support.readers import make_reader
 from tests.support.stores import plain_read, random_density, small_group
 from tests.support.training import zarrcache
 from zarrcache import ops
-from zarrcache.arrays import read_array
+from zarrcache.arrays import OriginArray, read_array
 from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError
 from zarrcache.origin import ObjectInfo
 from zarrcache.origin._local import LocalOrigin
@@ -360,7 +360,7 @@ def test_attributes_that_were_written_last_are_read_again(tmp_path: Path) -> Non
     store, _ = write(tmp_path, 1.0)
     age(store)
     origin = Following(tmp_path / "data", lambda: state(store, ELECTRONS))
-    assert np.array_equal(read_array(origin, "mp-1.zarr", NAME).array, VALUES)
+    assert np.array_equal(read_array(OriginArray(origin, "mp-1.zarr", NAME)).array, VALUES)
 
 
 def test_array_that_was_written_last_is_read_again(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_array_that_was_written_last_is_read_again(tmp_path: Path) -> None:
         age(store)
 
     origin = Following(tmp_path / "data", repair)
-    assert np.array_equal(read_array(origin, "mp-1.zarr", NAME).array, VALUES)
+    assert np.array_equal(read_array(OriginArray(origin, "mp-1.zarr", NAME)).array, VALUES)
 
 
 def age(store: Path) -> None:

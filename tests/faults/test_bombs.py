@@ -26,7 +26,7 @@ import pytest
 
 from tests.support.memory import MIB, peak_of
 from zarrcache import ZarrCacheError
-from zarrcache.arrays.read import read_array
+from zarrcache.arrays import OriginArray, read_array
 from zarrcache.origin import open_origin
 
 pytestmark = pytest.mark.skipif(
@@ -299,7 +299,7 @@ def zstd_of(data: bytes) -> bytes:
 def read(directory: Path, store: str) -> str:
     """The error's message, or the shape."""
     try:
-        decoded = read_array(open_origin(directory), store, ARRAY)
+        decoded = read_array(OriginArray(open_origin(directory), store, ARRAY))
     except ZarrCacheError as exc:
         return f"{type(exc).__name__}: {exc}"
     return f"read {decoded.array.shape}"

@@ -32,7 +32,7 @@ from tests.support.memory import MIB, peak_of
 from tests.support.readers import make_reader
 from tests.support.stores import STRUCTURE, plain_read, random_density, small_group
 from zarrcache import ConfigError, SchemaError, ZarrCacheError
-from zarrcache.arrays.read import read_array
+from zarrcache.arrays import OriginArray, read_array
 from zarrcache.convert.density import read_density
 from zarrcache.convert.plan import plan_convert
 from zarrcache.data.splits import ids_of, read_map
@@ -62,7 +62,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 def read(directory: Path, store: str, cache: Any = None) -> str:
     """One density without a cache; the error's message, or the values."""
     try:
-        decoded = read_array(open_origin(directory), store, ARRAY)
+        decoded = read_array(OriginArray(open_origin(directory), store, ARRAY))
     except ZarrCacheError as exc:
         return f"{type(exc).__name__}: {exc}"
     return f"read {decoded.array.shape}"

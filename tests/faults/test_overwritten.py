@@ -21,8 +21,8 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
+from zarrcache.arrays import OriginArray, listing, read_array
 from zarrcache.arrays import read as reading
-from zarrcache.arrays.read import read_array
 from zarrcache.config import FetchConfig
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import open_origin
@@ -38,7 +38,8 @@ _REALLY_WAIT = reading.wait_until
 @pytest.fixture(autouse=True)
 def really_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests patch this wait away."""
-    monkeypatch.setattr(reading, "wait_until", _REALLY_WAIT)
+    for module in (reading, listing):
+        monkeypatch.setattr(module, "wait_until", _REALLY_WAIT)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def hammer(
             store = dice.choice(stores)
             at_least = writer.newest[store]
             try:
-                found = version_of(read_array(origin, store, ARRAY).array)
+                found = version_of(read_array(OriginArray(origin, store, ARRAY)).array)
             except IncompleteArrayError as exc:
                 (refused if "Wait until its writer has finished" in str(exc) else wrong).append(
                     str(exc)

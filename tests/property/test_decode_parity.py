@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from packaging.version import Version
 
-from zarrcache.arrays.read import read_array
+from zarrcache.arrays import OriginArray, read_array
 from zarrcache.errors import IncompleteArrayError, SchemaError
 from zarrcache.origin._local import LocalOrigin
 
@@ -150,7 +150,7 @@ def same_bits(ours: NDArray[Any], zarrs: NDArray[Any]) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def settled(monkeypatch_module: pytest.MonkeyPatch) -> None:
     """Do not wait for a stable listing: no other process writes."""
-    monkeypatch_module.setattr("zarrcache.arrays.read._STABLE_S", 0.0)
+    monkeypatch_module.setattr("zarrcache.arrays.listing._STABLE_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_any_array_is_read_as_zarr_reads_it(tmp_path: Path, store: dict[str, Any
     """
     shutil.rmtree(tmp_path / "mp-1.zarr", ignore_errors=True)
     write(tmp_path / "mp-1.zarr", store)
-    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
+    decoded = read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True))
     assert same_bits(decoded.array, read_by_zarr(tmp_path / "mp-1.zarr"))
     assert decoded.array.flags.c_contiguous
 
@@ -322,7 +322,9 @@ def test_any_chain_of_codecs_is_read_as_zarr_reads_it(
     expected = write_chain(path, array, values, box)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
+        decoded = read_array(
+            OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
+        )
     assert same_bits(decoded.array, expected)
 
 
@@ -347,7 +349,7 @@ def test_filtered_numbers_of_the_other_byte_order_are_read_right(
             zarr_format=3,
             codecs=codecs,  # type: ignore[arg-type]
         )[...] = values
-    decoded = read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
+    decoded = read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True))
     np.testing.assert_array_equal(decoded.array, values)
 
 
@@ -376,7 +378,7 @@ def test_damaged_store_gives_values_or_an_error_of_ours(
         # a damaged number may overflow, a damaged name may be a deprecated one
         warnings.simplefilter("ignore")
         try:
-            read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True)
+            read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho", fills=True))
         except (IncompleteArrayError, SchemaError):
             return
 
@@ -398,7 +400,7 @@ def test_array_that_is_not_of_real_numbers_is_refused(
         values
     )
     with pytest.raises(SchemaError, match=f"{word}.*a charge density holds real numbers"):
-        read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho"))
 
 
 GOOD_V2 = {
@@ -451,7 +453,7 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[st
     for number in (0, 1):
         (tmp_path / "mp-1.zarr" / "rho" / str(number)).write_bytes(bytes(8))
     with pytest.raises((SchemaError, IncompleteArrayError), match=r"mp-1\.zarr"):
-        read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "[" * 100_000, "\xff"])
@@ -463,7 +465,7 @@ def test_metadata_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str
         path.mkdir(parents=True)
         (path / name).write_text(text, encoding="latin-1")
         with pytest.raises(SchemaError, match=re.escape(name)):
-            read_array(LocalOrigin(str(tmp_path)), store, "rho")
+            read_array(OriginArray(LocalOrigin(str(tmp_path)), store, "rho"))
 
 
 def test_array_larger_than_any_density_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
@@ -475,4 +477,4 @@ def test_array_larger_than_any_density_is_refused_before_it_is_allocated(tmp_pat
     with pytest.raises(
         SchemaError, match=r"claims 4000000000000000 bytes .* more than [0-9]+ are refused"
     ):
-        read_array(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho")
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), "mp-1.zarr", "rho"))

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from zarrcache.arrays.attributes import metadata_in, metadata_of, read_attributes
 from zarrcache.arrays.decode import (
     MAX_DOCUMENT_BYTES,
     check_metadata,
     is_chunk_of_nothing,
     metadata_key,
+)
+from zarrcache.arrays.density import (
+    UNITS_ATTRIBUTE,
+    as_density,
+    cell_volume,
+    count_nonfinite,
+    disagreement,
+    electrons_in,
+    electrons_of,
+    has_electrons,
+    lattice_volume,
+    no_density,
+    per_point,
 )
 from zarrcache.arrays.density_file import (
     DensityFile,
@@ -17,29 +31,20 @@ from zarrcache.arrays.density_file import (
     require_pymatgen,
     structure_of,
 )
-from zarrcache.arrays.electrons import (
-    disagreement,
-    electrons_in,
-    electrons_of,
-    has_electrons,
-    no_density,
+from zarrcache.arrays.listing import (
+    OriginArray,
+    check_sizes,
+    count_gets,
+    list_array,
+    stable_listing,
 )
 from zarrcache.arrays.npy_files import NpyDensity, members_of, read_npy_density
 from zarrcache.arrays.read import (
     Decoded,
     Examined,
-    as_density,
-    check_sizes,
-    count_gets,
-    count_nonfinite,
     density_of_group,
     examine_array,
-    list_array,
-    metadata_in,
-    metadata_of,
     read_array,
-    read_attributes,
-    stable_listing,
 )
 from zarrcache.arrays.sources import (
     KINDS,
@@ -56,12 +61,6 @@ from zarrcache.arrays.sources import (
     sources_of,
     stem_of,
 )
-from zarrcache.arrays.units import (
-    UNITS_ATTRIBUTE,
-    cell_volume,
-    lattice_volume,
-    per_point,
-)
 from zarrcache.arrays.zip import ZippedStore
 
 __all__ = [
@@ -73,6 +72,7 @@ __all__ = [
     "Examined",
     "Kind",
     "NpyDensity",
+    "OriginArray",
     "PymatgenMissingError",
     "ZippedStore",
     "as_density",

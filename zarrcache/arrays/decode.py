@@ -28,9 +28,12 @@ from zarrcache.arrays.codecs import Chunk, UnknownCodecError
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 __all__ = [
+    "FORMATS",
     "MAX_DOCUMENT_BYTES",
     "ArrayDecoder",
     "absent_chunks",
+    "attributes_in",
+    "attributes_key",
     "check_chunk_count",
     "check_metadata",
     "count_missing",
@@ -43,6 +46,8 @@ __all__ = [
 #: Largest document that describes an array, and the objects in it: JSON of empty lists takes 50
 #: times its size when it is parsed.
 MAX_DOCUMENT_BYTES, _MAX_DOCUMENT_OBJECTS = 4 * 1024**2, 200_000
+#: Documents with the attributes of a store, and the Zarr format of each.
+FORMATS = {".zattrs": 2, "zarr.json": 3}
 #: A chunk may be larger than its array, because all stores may have the same chunks; what lies
 #: outside of the array may take this memory while the chunk is decoded.
 _MAX_EXCESS_BYTES = 72 * 1024**2
@@ -117,6 +122,27 @@ def is_chunk_of_nothing(key: str, keys: Container[str]) -> bool:
 def metadata_key(keys: Collection[str]) -> str | None:
     """Key of the metadata document: ``zarr.json`` (v3) before ``.zarray`` (v2), as in zarr."""
     return next((name for name in ("zarr.json", ".zarray") if name in keys), None)
+
+
+def attributes_key(metadata_key: str | None) -> str:
+    """Key below a store of the document with its attributes: ``zarr.json`` (v3) or ``.zattrs``."""
+    return "zarr.json" if metadata_key == "zarr.json" else ".zattrs"
+
+
+def attributes_in(document: Any, key: str) -> dict[str, Any]:
+    """The attributes in the document ``key`` of a store.
+
+    Empty if the document is not a JSON object, or is larger than 4 MiB.
+    """
+    if len(document) > MAX_DOCUMENT_BYTES:
+        return {}
+    try:
+        parsed = parse_document(bytes(document))
+    except (ValueError, RecursionError):
+        return {}
+    if key == "zarr.json":
+        parsed = parsed.get("attributes") if isinstance(parsed, dict) else None
+    return parsed if isinstance(parsed, dict) else {}
 
 
 class ArrayDecoder:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zarrcache._keys import Units, density_array, density_name
+from zarrcache.arrays.density import UNITS_ATTRIBUTE, no_density
 from zarrcache.arrays.density_file import DensityFile, read_density_file
-from zarrcache.arrays.electrons import no_density
 from zarrcache.arrays.npy_files import members_of, read_npy_density
 from zarrcache.arrays.spin import is_spin, other_kind_of_spin, other_spin
-from zarrcache.arrays.units import UNITS_ATTRIBUTE
 from zarrcache.errors import ArrayNotFoundError, SchemaError
 
 if TYPE_CHECKING:

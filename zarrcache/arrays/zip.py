@@ -8,9 +8,10 @@ from collections.abc import Collection
 from typing import Any
 
 from zarrcache._keys import safe_repr
+from zarrcache.arrays.decode import MAX_DOCUMENT_BYTES, attributes_in
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
-__all__ = ["ZippedStore"]
+__all__ = ["ZippedStore", "attributes_in_zip"]
 
 #: Largest member whose size nothing else bounds, unless it is compressed by less than _MAX_RATIO.
 _ROOM_BYTES, _MAX_RATIO = 64 * 1024**2, 100
@@ -64,6 +65,10 @@ class ZippedStore:
         self.sizes = {name: info.file_size for name, info in self._infos.items()}
         self._last: tuple[str, bytes] = ("", b"")
 
+    def keys_below(self, prefix: str) -> list[str]:
+        """Names of the members below a directory, without ``prefix``."""
+        return [name.removeprefix(prefix) for name in self.sizes if name.startswith(prefix)]
+
     def read(self, name: str, most: int | None = None) -> bytes:
         """Unpack one member.
 
@@ -110,6 +115,13 @@ class ZippedStore:
 
     def _damaged(self, exc: Exception) -> ZarrCacheError:
         return IncompleteArrayError(f"{self._url} is not a readable zip file ({exc}). {_REMEDY}")
+
+
+def attributes_in_zip(zipped: ZippedStore, name: str) -> dict[str, Any]:
+    """The attributes in one document of a zipped store; empty if it is absent or over 4 MiB."""
+    if zipped.sizes.get(name, MAX_DOCUMENT_BYTES + 1) > MAX_DOCUMENT_BYTES:
+        return {}
+    return attributes_in(zipped.read(name, MAX_DOCUMENT_BYTES), name)
 
 
 def _check_directory(data: Any, url: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from zarrcache._keys import FLOAT32, ArrayKey, ObjectInfo, Units, source_digest,
 from zarrcache._units import counted
 from zarrcache.arrays import (
     Decoded,
+    OriginArray,
     as_density,
     count_nonfinite,
     density_of_group,
@@ -25,7 +27,7 @@ from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
-from zarrcache.disk import SOUND, Flaws, LazyGrid, new_entry
+from zarrcache.disk import SOUND, Entry, Flaws, LazyGrid, new_entry
 from zarrcache.errors import IncompleteArrayError, SchemaError
 from zarrcache.origin import Origin
 from zarrcache.stats import LogOnce, SharedSet
@@ -44,9 +46,29 @@ OnFlaws = Callable[[Flaws], object]
 #: Called with the attributes of a store that was read.
 OnAttributes = Callable[[StoredAttributes], object]
 
-
 #: A slow disk, in seconds per byte, while an entry is stored: 64 MiB/s.
 _STORE_S_PER_BYTE = 1 / (64 * 2**20)
+
+
+class _Sought(NamedTuple):
+    """A density that the array tier does not have.
+
+    ``listed`` is what the origin has of it now, and ``source`` the digest of that, if it was asked.
+    """
+
+    key: ArrayKey
+    what: OriginArray
+    listed: list[ObjectInfo] | None
+    source: str | None
+
+
+class _Found(NamedTuple):
+    """A density that was read, and the attributes of its store if it was decoded here."""
+
+    values: NDArray[np.float32]
+    outcome: Outcome
+    flaws: Flaws
+    attributes: StoredAttributes | None = None
 
 
 class ReadThrough:
@@ -119,7 +141,12 @@ class ReadThrough:
 
     def listing(self, store: str) -> list[ObjectInfo]:
         """List a density at the origin now: keys, sizes, ETags. One LIST."""
-        return list_array(self._origin, store, self._array, self._units)
+        return list_array(self._of(store))
+
+    def _of(self, store: str) -> OriginArray:
+        return OriginArray(
+            self._origin, store, self._array, self._units, self.fills, self._siblings
+        )
 
     def read(
         self,
@@ -146,55 +173,42 @@ class ReadThrough:
             Called with the attributes of the store if the density is decoded here. Default: they
             replace those that are stored, if any are.
         """
-        arrays = self._arrays
-        key = self.key(store)
+        key, listed, source = self.key(store), None, None
         is_due = (
             revalidate
             or self._revalidate == "epoch"
             or (self._revalidate == "run" and key.digest not in self._checked)
         )
-        if arrays is None:
-            return self._past_the_array_tier(key, store, on_flaws, relist=is_due), "bypass"
-        listed = self.listing(store) if is_due else None
-        source = source_digest(listed) if listed is not None else None
-        entry = arrays.get(key, source=source)
-        if entry is None:
-            if listed is None and self._revalidate != "never" and self._cache.remote is not None:
-                # The evicted entry was known to be fresh; other nodes may have a stale one.
+        outcome: Outcome
+        if self._arrays is None:
+            values, outcome, flaws, _ = self._past_the_array_tier(store, relist=is_due)
+        else:
+            if is_due:
                 listed = self.listing(store)
                 source = source_digest(listed)
-            if reserve is not None and listed is not None:
-                # Before the lock: other readers must not wait while this process waits for memory.
-                reserve(sum(obj.size_bytes for obj in listed))
-            found: list[StoredAttributes] = []
-            # Take the node's lock before the cluster's lease: the holder of a lease then waits only
-            # for the origin.
-            with arrays.flight.hold(self._flight_of(key, store)):
-                # Another process may have fetched it meanwhile.
-                entry = arrays.get(key, source=source)
-                if entry is None:
-                    fetched = self._fetch(
-                        arrays, key, store, source, listed, reserve, on_flaws, found.append
-                    )
-            if entry is None:
-                # Without the lock: storing attributes takes another.
-                for attributes in found:
-                    if on_attributes is not None:
-                        on_attributes(attributes)
-                    elif self._cache.attributes is not None:
-                        # Else a sample would have the grid of this version and an older lattice.
-                        self._cache.attributes.renew(self._origin, store, attributes)
-                return fetched
-        if source is not None:
+            entry = self._arrays.get(key, source=source)
+            if entry is not None:
+                values, outcome, flaws = entry.array, "hit", entry.header.flaws
+            else:
+                sought = _Sought(key, self._of(store), listed, source)
+                values, outcome, flaws, attributes = self._missed(self._arrays, sought, reserve)
+                if attributes is not None and on_attributes is not None:
+                    on_attributes(attributes)
+                elif attributes is not None and self._cache.attributes is not None:
+                    # Else a sample would have the grid of this version and an older lattice.
+                    self._cache.attributes.renew(self._origin, store, attributes)
+        if is_due:
             self._checked.add(key.digest)
-        if entry.header.flaws is not SOUND:
-            self._report(key, entry.header.flaws, on_flaws)
-        values = entry.array
-        self._counters.add(hits=1, served_bytes=values.nbytes)
-        # Only a planted entry can differ: arrays are checked before they are stored.
-        if values.ndim != 3 or values.dtype != np.float32:
-            values = as_density(values, key.url, self._array)
-        return values, "hit"
+        if flaws is not SOUND:
+            self._report(key, flaws, on_flaws)
+        if outcome == "hit":
+            self._counters.add(hits=1, served_bytes=values.nbytes)
+            # Only a planted entry can differ: arrays are checked before they are stored.
+            if values.ndim != 3 or values.dtype != np.float32:
+                values = as_density(values, key.url, self._array)
+        else:
+            self._counters.add(misses=1, bypasses=int(outcome == "bypass"))
+        return values, outcome
 
     def open(self, store: str) -> tuple[LazyGrid, Outcome]:
         """As `read`, for readers of a few values: a hit is decoded where it is used.
@@ -219,72 +233,63 @@ class ReadThrough:
     def _served(self, nbytes: int) -> None:
         self._counters.add(served_bytes=nbytes)
 
+    def _missed(
+        self, arrays: ArrayCache, sought: _Sought, reserve: Callable[[int], object] | None
+    ) -> _Found:
+        """Read a density that this node does not have, once for all of its processes."""
+        key, what, listed, source = sought
+        if listed is None and self._revalidate != "never" and self._cache.remote is not None:
+            # The evicted entry was known to be fresh; other nodes may have a stale one.
+            listed = list_array(what)
+            source = source_digest(listed)
+            sought = _Sought(key, what, listed, source)
+        if reserve is not None and listed is not None:
+            # Before the lock: other readers must not wait while this process waits for memory.
+            reserve(sum(obj.size_bytes for obj in listed))
+        # Take the node's lock before the cluster's lease: the holder of a lease then waits only
+        # for the origin.
+        with arrays.flight.hold(self._flight_of(key, what.store)):
+            # Another process may have fetched it meanwhile.
+            entry = arrays.get(key, source=source)
+            if entry is not None:
+                return _Found(entry.array, "hit", entry.header.flaws)
+            if key.exact is not None:
+                encoded = self._encoded(arrays, key, key.exact, source)
+                if encoded is not None:
+                    return encoded
+            return self._fetch(arrays, sought, reserve)
+
     def _fetch(
-        self,
-        arrays: ArrayCache,
-        key: ArrayKey,
-        store: str,
-        source: str | None,
-        listed: list[ObjectInfo] | None,
-        reserve: Callable[[int], object] | None,
-        on_flaws: OnFlaws | None,
-        on_attributes: OnAttributes,
-    ) -> tuple[NDArray[np.float32], Outcome]:
-        """Fetch a density that this node does not have, from another node or the origin."""
-        if (exact := key.exact) is not None:
-            encoded = self._encoded(arrays, key, exact, source, on_flaws)
-            if encoded is not None:
-                return encoded
+        self, arrays: ArrayCache, sought: _Sought, reserve: Callable[[int], object] | None
+    ) -> _Found:
+        """Fetch a density from another node or the origin."""
+        key, what, listed, source = sought
         remote = self._cache.remote
         with remote.lookup(key, source) if remote else contextlib.nullcontext() as lookup:
             taken = lookup.take() if lookup is not None else None
             if taken is not None:
                 values = as_density(taken.array, key.url, self._array)
-                is_stored, flaws = taken.is_stored, taken.flaws
-            else:
-                decoded = read_array(
-                    self._origin,
-                    store,
-                    self._array,
-                    listed=listed,
-                    source=source,
-                    reserve=reserve,
-                    fills=self.fills,
-                    units=self._units,
-                    also=self._siblings,
-                )
-                on_attributes(StoredAttributes(decoded.attributes, decoded.zarr_format))
-                values = self._as_density(decoded, key.url)
-                found = decoded.missing_chunks, count_nonfinite(values)
-                flaws = Flaws(*found) if any(found) else SOUND
-                if lookup is not None:
-                    lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
-                values, is_stored = self._stored(arrays, key, values, decoded.source, flaws)
-                if lookup is not None:
-                    lookup.is_stored = is_stored
-                for name, other in decoded.others.items():
-                    self._store_other(arrays, key.url, name, other, decoded)
-        if self._revalidate == "run":
-            self._checked.add(key.digest)
-        if flaws is not SOUND:
-            self._report(key, flaws, on_flaws)
-        self._counters.add(misses=1, bypasses=int(not is_stored))
-        return values, "miss" if is_stored else "bypass"
+                return _Found(values, "miss" if taken.is_stored else "bypass", taken.flaws)
+            decoded = read_array(what, listed=listed, reserve=reserve)
+            values, flaws = self._as_density(decoded, key.url)
+            if lookup is not None:
+                lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
+            values, is_stored = self._stored(arrays, new_entry(key, values, decoded.source, flaws))
+            if lookup is not None:
+                lookup.is_stored = is_stored
+            for name, other in decoded.others.items():
+                self._store_other(arrays, key.url, name, other, decoded)
+        attributes = StoredAttributes(decoded.attributes, decoded.zarr_format)
+        return _Found(values, "miss" if is_stored else "bypass", flaws, attributes)
 
     def _stored(
-        self,
-        arrays: ArrayCache,
-        key: ArrayKey,
-        values: NDArray[np.float32],
-        source: str,
-        flaws: Flaws,
-        replaces: ArrayKey | None = None,
+        self, arrays: ArrayCache, entry: Entry, replaces: ArrayKey | None = None
     ) -> tuple[NDArray[np.float32], bool]:
         """Store a density in the encoding of its key, and return what every later hit returns.
 
         Also if it is not admitted: a training must not depend on what the disk has room for.
         """
-        entry = new_entry(key, values, source, flaws)
+        key = entry.header.key
         if key.encoding != FLOAT32 and entry.header.stored_as is None:
             self._counters.add(unencoded=1)
             self._log_once.warning(
@@ -325,34 +330,22 @@ class ReadThrough:
         arrays.store(new_entry(key, values, decoded.source, flaws))
 
     def _encoded(
-        self,
-        arrays: ArrayCache,
-        key: ArrayKey,
-        exact: ArrayKey,
-        source: str | None,
-        on_flaws: OnFlaws | None,
-    ) -> tuple[NDArray[np.float32], Outcome] | None:
+        self, arrays: ArrayCache, key: ArrayKey, exact: ArrayKey, source: str | None
+    ) -> _Found | None:
         """Encode the density from its entry in float32, if there is one, and replace that."""
         remote = self._cache.remote
-        entry = arrays.get(exact, source=source)
-        is_own = entry is not None
-        if entry is None and remote is not None:
-            entry = remote.lower(exact, source)
+        own = arrays.get(exact, source=source)
+        entry = remote.lower(exact, source) if own is None and remote is not None else own
         if entry is None:
             return None
         header, values = entry.header, as_density(entry.array, key.url, self._array)
         values, is_stored = self._stored(
-            arrays, key, values, header.source, header.flaws, exact if is_own else None
+            arrays,
+            new_entry(key, values, header.source, header.flaws),
+            exact if own is not None else None,
         )
-        if source is not None:
-            self._checked.add(key.digest)
-        if header.flaws is not SOUND:
-            self._report(key, header.flaws, on_flaws)
-        if is_own:
-            self._counters.add(hits=1, served_bytes=values.nbytes)
-            return values, "hit"
-        self._counters.add(misses=1, bypasses=int(not is_stored))
-        return values, "miss" if is_stored else "bypass"
+        outcome: Outcome = "miss" if is_stored else "bypass"
+        return _Found(values, "hit" if own is not None else outcome, header.flaws)
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Say what is wrong with a density, or raise if the settings do not allow it.
@@ -385,39 +378,34 @@ class ReadThrough:
         """Read the density of an open group, past the cache."""
         return density_of_group(group, self._array, where, fills=self.fills, units=self._units)
 
-    def _as_density(self, decoded: Decoded, url: str) -> NDArray[np.float32]:
-        return as_density(
+    def _as_density(self, decoded: Decoded, url: str) -> tuple[NDArray[np.float32], Flaws]:
+        values = as_density(
             decoded.array, url, self._array, units=self._units, attributes=decoded.attributes
         )
+        found = decoded.missing_chunks, count_nonfinite(values)
+        return values, Flaws(*found) if any(found) else SOUND
 
-    def _decoded(self, origin: Origin, store: str) -> Decoded:
-        return read_array(origin, store, self._array, fills=self.fills, units=self._units)
-
-    def _past_the_array_tier(
-        self, key: ArrayKey, store: str, on_flaws: OnFlaws | None, *, relist: bool
-    ) -> NDArray[np.float32]:
+    def _past_the_array_tier(self, store: str, *, relist: bool) -> _Found:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
         config = self._cache.config
+        what = dataclasses.replace(self._of(store), also=())
         if config is None or not config.bytes.enabled:
-            decoded = self._decoded(self._origin, store)
+            decoded = read_array(what)
         else:
-            cached = CachedOrigin(self._origin, self._cache, relist=relist)
+
+            def through_the_byte_tier(*, relist: bool) -> Decoded:
+                cached = CachedOrigin(self._origin, self._cache, relist=relist)
+                return read_array(dataclasses.replace(what, origin=cached))
+
             try:
-                decoded = self._decoded(cached, store)
+                decoded = through_the_byte_tier(relist=relist)
             except IncompleteArrayError:
                 if relist:
                     raise
                 # The stored listing may be older than the store.
-                cached = CachedOrigin(self._origin, self._cache, relist=True)
-                decoded = self._decoded(cached, store)
-        values = self._as_density(decoded, key.url)
-        found = decoded.missing_chunks, count_nonfinite(values)
-        if any(found):
-            self._report(key, Flaws(*found), on_flaws)
-        if self._revalidate == "run":
-            self._checked.add(key.digest)
-        self._counters.add(misses=1, bypasses=1)
-        return values
+                decoded = through_the_byte_tier(relist=True)
+        values, flaws = self._as_density(decoded, what.store_url)
+        return _Found(values, "bypass", flaws)
 
 
 def _unpickled(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from zarrcache._keys import Channel, Role, density_array, density_name
-from zarrcache.arrays import is_fetched_whole, list_array
+from zarrcache.arrays import OriginArray, is_fetched_whole, list_array
 from zarrcache.cache import CONTENTS
 from zarrcache.disk import CACHE_FAULTS
 from zarrcache.errors import ArrayNotFoundError
@@ -166,7 +166,7 @@ class Absences:
                 if is_fetched_whole(store):
                     self._reader.ensure(id_, role, array)
                 else:
-                    list_array(origin, store, array)
+                    list_array(OriginArray(origin, store, array))
             except ArrayNotFoundError:
                 return True
             return False

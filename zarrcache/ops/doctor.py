@@ -18,6 +18,7 @@ import numpy as np
 from zarrcache._keys import ROLES, ArrayKey, Role, arrays_of, is_density, units_of
 from zarrcache._units import counted, format_bytes
 from zarrcache.arrays import (
+    OriginArray,
     cell_volume,
     choose,
     examine_array,
@@ -332,7 +333,7 @@ def _electrons(
     """Read a density whose store states its number of electrons."""
     name = f"electrons of {role}"
     try:
-        read_array(origin, store, array, listed=listed, fills=True)
+        read_array(OriginArray(origin, store, array, fills=True), listed=listed)
     except IncompleteArrayError as exc:
         return Finding(name, "fail", str(exc))
     return Finding(name, "ok", f"{store} {array} holds the number that its metadata states")
@@ -357,7 +358,7 @@ def _array(
         f"{memoryview(body).nbytes} bytes was read ({took_ms:.0f} ms in total)"
     )
     yield Finding(name, "ok", found)
-    examined = examine_array(origin, store, array, listed)
+    examined = examine_array(OriginArray(origin, store, array), listed)
     if examined.electrons(array) is not None:
         yield _electrons(role, origin, store, array, listed)
     if units == "volume" and is_density(array) and not is_unconverted(store):
@@ -404,7 +405,7 @@ def _origin(config: DataConfig, role: Role, ids: Sequence[str]) -> Iterator[Find
                 is_there = False
                 for array in arrays_of(config.density_type)[role]:
                     try:
-                        listed = list_array(origin, store, array)
+                        listed = list_array(OriginArray(origin, store, array))
                         is_there = True
                         yield from _array(config, role, origin, store, array, listed, start_s)
                     except OriginNotFoundError:

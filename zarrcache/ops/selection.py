@@ -26,6 +26,7 @@ from zarrcache._keys import (
     units_of,
 )
 from zarrcache.arrays import (
+    OriginArray,
     as_density,
     cell_volume,
     choose,
@@ -388,13 +389,13 @@ class Selection:
                 return Compared(row, False)  # evicted meanwhile, or damaged, which verify reports
             array, units = header.key.source_array, header.key.units
             try:
-                listed = list_array(origin, store, array, units)
+                listed = list_array(OriginArray(origin, store, array, units))
             except (OriginNotFoundError, SchemaError):
                 return Compared(row, True)
             lacks, electrons, volume = "", None, None
             if examines:
                 try:
-                    examined = examine_array(origin, store, array, listed)
+                    examined = examine_array(OriginArray(origin, store, array), listed)
                     electrons = examined.electrons(array)
                     if examined.missing_chunks:
                         lacks = (
@@ -424,7 +425,9 @@ class Selection:
             raise SchemaError(f"{row.note} is not a density of this config any more.")
         origin, store = found
         key = header.key
-        decoded = read_array(origin, store, key.source_array, fills=True, units=key.units)
+        decoded = read_array(
+            OriginArray(origin, store, key.source_array, fills=True, units=key.units)
+        )
         return as_density(
             decoded.array,
             key.url,

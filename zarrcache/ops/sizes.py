@@ -21,6 +21,7 @@ from zarrcache._keys import (
     units_of,
 )
 from zarrcache.arrays import (
+    OriginArray,
     as_density,
     check_metadata,
     count_gets,
@@ -132,11 +133,11 @@ def measure_size(
     """
     origin, store = reader.origin(role), reader.store_name(task_id, role)
     try:
-        listed = list_array(origin, store, array, units_of(reader.normalize))
+        listed = list_array(OriginArray(origin, store, array, units_of(reader.normalize)))
         stored_bytes = sum(obj.size_bytes for obj in listed)
         if is_fetched_whole(store):
             shape = read_array(
-                origin, store, array, listed=listed, fills=True, uses_values=False
+                OriginArray(origin, store, array, fills=True, uses_values=False), listed=listed
             ).array.shape
     except ArrayNotFoundError:
         if reader.if_missing == "error" or not reader.is_optional(role, array):
@@ -171,7 +172,7 @@ def measure_compression(
             continue
         origin, store = reader.origin(role), reader.store_name(task_id, role)
         # In any units: a factor changes hardly anything about the mantissas.
-        array = read_array(origin, store, name, fills=True, uses_values=False).array
+        array = read_array(OriginArray(origin, store, name, fills=True, uses_values=False)).array
         values = as_density(array, store, name)
         key = ArrayKey("", "", stored_array(name, "cell", encoding))
         stored += new_entry(key, np.ascontiguousarray(values), "").header.nbytes
@@ -189,7 +190,7 @@ def measure_speed(reader: ZarrS3Reader, densities: Sequence[tuple[str, Role, str
         listed = reader.listing(task_id, role, array)
         listed_s = time.perf_counter()
         origin, store = reader.origin(role), reader.store_name(task_id, role)
-        read_array(origin, store, array, listed=listed, fills=True, uses_values=False)
+        read_array(OriginArray(origin, store, array, fills=True, uses_values=False), listed=listed)
         if number or len(densities) == 1:
             latencies.append(listed_s - start_s)
             seconds.append(time.perf_counter() - start_s)

@@ -18,16 +18,9 @@ from typing_extensions import Buffer
 
 from tests.support.stores import plain_read, small_group
 from zarrcache._keys import ObjectInfo, source_digest
-from zarrcache.arrays import per_point
-from zarrcache.arrays.read import (
-    RELIST_WAITS_S,
-    density_of_group,
-    examine_array,
-    list_array,
-    metadata_of,
-    read_array,
-    unstable_s,
-)
+from zarrcache.arrays import metadata_of, per_point
+from zarrcache.arrays.listing import RELIST_WAITS_S, OriginArray, list_array, unstable_s
+from zarrcache.arrays.read import density_of_group, examine_array, read_array
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError, SchemaError
 from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters
@@ -110,9 +103,9 @@ def test_settled_array_is_one_list_and_one_get_an_object(
     age(tmp_path, 3600)
     counters = Counters()
     origin = LocalOrigin(str(tmp_path), counters=counters)
-    decoded = read_array(origin, store, NAME)
+    decoded = read_array(OriginArray(origin, store, NAME))
     assert np.array_equal(decoded.array, plain_read(tmp_path / store))
-    listed = list_array(LocalOrigin(str(tmp_path)), store, NAME)
+    listed = list_array(OriginArray(LocalOrigin(str(tmp_path)), store, NAME))
     assert decoded.source == source_digest(listed)
     assert counters.snapshot().requests == 1 + len(listed) + (not layout.get("as_zip"))
 
@@ -121,7 +114,7 @@ def test_settled_array_is_one_list_and_one_get_an_object(
 def test_missing_store_is_named(tmp_path: Path, store: str) -> None:
     """As a whole store that the origin does not have."""
     with pytest.raises(OriginNotFoundError, match=f"{tmp_path}/{store} does not exist"):
-        read_array(LocalOrigin(str(tmp_path)), store, NAME)
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), store, NAME))
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -133,7 +126,7 @@ def test_missing_array_names_those_that_are_there(
     store = f"{STORE}.zip" if as_zip else STORE
     small_group(tmp_path / store, zarr_format=zarr_format, as_zip=as_zip, diff=True)
     with pytest.raises(SchemaError) as caught:
-        read_array(LocalOrigin(str(tmp_path)), store, "charge_density_spin")
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), store, "charge_density_spin"))
     url = tmp_path / store
     assert str(caught.value) == (
         f"'charge_density_spin' not found in zarr store {url}. Available arrays: "
@@ -146,7 +139,7 @@ def test_array_without_its_metadata_is_none(tmp_path: Path) -> None:
     small_group(tmp_path / STORE)
     (tmp_path / STORE / NAME / ".zarray").unlink()
     with pytest.raises(SchemaError, match=f"{STORE}/{NAME} holds neither .zarray nor zarr.json"):
-        read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME))
 
 
 def test_damaged_chunk_is_named(tmp_path: Path) -> None:
@@ -158,7 +151,7 @@ def test_damaged_chunk_is_named(tmp_path: Path) -> None:
         IncompleteArrayError,
         match=rf"{tmp_path}/{STORE}/{NAME}/0\.1\.0 cannot be decoded .* convert the store again",
     ):
-        read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME))
 
 
 def test_empty_chunk_in_a_zip_is_damaged_and_not_missing(tmp_path: Path) -> None:
@@ -170,7 +163,7 @@ def test_empty_chunk_in_a_zip_is_damaged_and_not_missing(tmp_path: Path) -> None
             archive.write(file, file.relative_to(tmp_path / STORE))
     for store in (STORE, f"{STORE}.zip"):
         with pytest.raises(IncompleteArrayError, match=r"0\.1\.0 cannot be decoded"):
-            read_array(LocalOrigin(str(tmp_path)), store, NAME)
+            read_array(OriginArray(LocalOrigin(str(tmp_path)), store, NAME))
 
 
 def test_missing_chunk_is_an_error_or_has_the_fill_value(tmp_path: Path) -> None:
@@ -178,8 +171,8 @@ def test_missing_chunk_is_an_error_or_has_the_fill_value(tmp_path: Path) -> None
     small_group(tmp_path / STORE, chunks=(4, 4, 4), fill_value=7)
     (tmp_path / STORE / NAME / "0.1.0").unlink()
     with pytest.raises(IncompleteArrayError, match=f"{NAME}: 1 of 18 chunks are absent"):
-        read_array(LocalOrigin(str(tmp_path)), STORE, NAME)
-    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME, fills=True)
+        read_array(OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME))
+    decoded = read_array(OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME, fills=True))
     assert decoded.missing_chunks == 1
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
     assert (decoded.array[0:4, 4:8, 0:4] == 7).all()
@@ -196,7 +189,9 @@ def test_missing_chunks_are_counted_from_the_names_alone(
     origin = LocalOrigin(str(tmp_path))
 
     def counted() -> tuple[int, int]:
-        return examine_array(origin, store, NAME, list_array(origin, store, NAME))[:2]
+        return examine_array(
+            OriginArray(origin, store, NAME), list_array(OriginArray(origin, store, NAME))
+        )[:2]
 
     assert counted() == (0, 18)
     separator = "c/0/1/0" if zarr_format == 3 else "0.1.0"
@@ -210,7 +205,7 @@ def test_missing_chunks_are_counted_from_the_names_alone(
     else:
         (tmp_path / store / NAME / separator).unlink()
     assert counted() == (1, 18)
-    assert read_array(origin, store, NAME, fills=True).missing_chunks == 1
+    assert read_array(OriginArray(origin, store, NAME, fills=True)).missing_chunks == 1
 
 
 def test_keys_of_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
@@ -221,9 +216,11 @@ def test_keys_of_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
     document["chunk_key_encoding"] = {"name": "suffixed"}
     path.write_text(json.dumps(document))
     origin = LocalOrigin(str(tmp_path))
-    assert examine_array(origin, STORE, NAME, list_array(origin, STORE, NAME))[:2] == (0, 0)
+    assert examine_array(
+        OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
+    )[:2] == (0, 0)
     with pytest.raises(SchemaError, match=r"mp-1.zarr.*suffixed"):
-        read_array(origin, STORE, NAME)
+        read_array(OriginArray(origin, STORE, NAME))
 
 
 def test_missing_chunks_of_what_is_no_array_are_not_counted(tmp_path: Path) -> None:
@@ -231,13 +228,19 @@ def test_missing_chunks_of_what_is_no_array_are_not_counted(tmp_path: Path) -> N
     origin, document = LocalOrigin(str(tmp_path)), tmp_path / STORE / NAME / ".zarray"
     document.write_bytes(b"{")
     with pytest.raises(SchemaError, match=rf"{NAME}/\.zarray is not JSON"):
-        examine_array(origin, STORE, NAME, list_array(origin, STORE, NAME))
+        examine_array(
+            OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
+        )
     document.write_bytes(b"{}")
     with pytest.raises(SchemaError, match=rf"{NAME}/\.zarray"):
-        examine_array(origin, STORE, NAME, list_array(origin, STORE, NAME))
+        examine_array(
+            OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
+        )
     document.unlink()
     with pytest.raises(SchemaError, match=f"{NAME} holds neither .zarray nor zarr.json"):
-        examine_array(origin, STORE, NAME, list_array(origin, STORE, NAME))
+        examine_array(
+            OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
+        )
 
 
 def test_store_that_is_overwritten_while_it_is_read_is_read_again(
@@ -250,9 +253,11 @@ def test_store_that_is_overwritten_while_it_is_read_is_read_again(
         shutil.rmtree(tmp_path / STORE)
         small_group(tmp_path / STORE, seed=2)
 
-    decoded = read_array(Hooked(tmp_path, overwrite), STORE, NAME)
+    decoded = read_array(OriginArray(Hooked(tmp_path, overwrite), STORE, NAME))
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
-    assert decoded.source == source_digest(list_array(LocalOrigin(str(tmp_path)), STORE, NAME))
+    assert decoded.source == source_digest(
+        list_array(OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME))
+    )
     assert naps == [0.5]
 
 
@@ -263,7 +268,9 @@ def test_chunk_that_appears_while_a_young_store_is_read_is_not_missed(
     small_group(tmp_path / STORE)
     late = tmp_path / STORE / NAME / "0.1.0"
     late.rename(tmp_path / "late")
-    decoded = read_array(Hooked(tmp_path, lambda: (tmp_path / "late").rename(late)), STORE, NAME)
+    decoded = read_array(
+        OriginArray(Hooked(tmp_path, lambda: (tmp_path / "late").rename(late)), STORE, NAME)
+    )
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
 
 
@@ -277,7 +284,7 @@ def test_store_that_never_comes_to_rest_is_an_error(tmp_path: Path, naps: list[f
         IncompleteArrayError,
         match=f"{STORE} kept changing while it was read. Wait until its writer has finished",
     ):
-        read_array(origin, STORE, NAME)
+        read_array(OriginArray(origin, STORE, NAME))
     assert naps == list(RELIST_WAITS_S)
     assert len(origin.hooks) == 8 - 5
 
@@ -285,9 +292,11 @@ def test_store_that_never_comes_to_rest_is_an_error(tmp_path: Path, naps: list[f
 def test_listed_chunk_that_is_gone_is_an_error(tmp_path: Path, naps: list[float]) -> None:
     """A stale listing from the caller is replaced; one that is fresh and still wrong is not."""
     small_group(tmp_path / STORE)
-    listed = list_array(LocalOrigin(str(tmp_path)), STORE, NAME)
+    listed = list_array(OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME))
     (tmp_path / STORE / NAME / "0.1.0").unlink()
-    decoded = read_array(LocalOrigin(str(tmp_path)), STORE, NAME, listed=listed, fills=True)
+    decoded = read_array(
+        OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME, fills=True), listed=listed
+    )
     assert np.array_equal(decoded.array, plain_read(tmp_path / STORE))
 
     class Stubborn(LocalOrigin):
@@ -295,7 +304,7 @@ def test_listed_chunk_that_is_gone_is_an_error(tmp_path: Path, naps: list[float]
             return listed
 
     with pytest.raises(IncompleteArrayError, match=r"0\.1\.0 is listed .* but is gone"):
-        read_array(Stubborn(str(tmp_path)), STORE, NAME)
+        read_array(OriginArray(Stubborn(str(tmp_path)), STORE, NAME))
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -358,7 +367,7 @@ def test_values_per_point_are_those_of_the_users_reader_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, limit: int, in_place: bool
 ) -> None:
     """On both sides of the number of points that a float32 holds exactly."""
-    monkeypatch.setattr("zarrcache.arrays.units._EXACT_IN_FLOAT32", limit)
+    monkeypatch.setattr("zarrcache.arrays.density._EXACT_IN_FLOAT32", limit)
     values = np.random.default_rng(3).random((7, 11, 13), np.float32) * 1e3
     theirs, before = values.copy(), values.copy()
     theirs /= np.prod(values.shape)

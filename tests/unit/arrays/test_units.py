@@ -13,7 +13,7 @@ import zarr
 from tests.support.stores import STRUCTURE, random_density, small_group
 from zarrcache import ZarrS3Reader
 from zarrcache._keys import units_of
-from zarrcache.arrays.units import cell_volume, in_units, lattice_volume
+from zarrcache.arrays.density import cell_volume, in_units, lattice_volume
 from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError
 
 NAME = "charge_density_total"

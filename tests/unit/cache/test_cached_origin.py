@@ -14,7 +14,7 @@ from typing_extensions import Buffer
 from tests.support.cachedirs import payload_files, settings
 from tests.support.stores import small_group
 from zarrcache._keys import ObjectInfo
-from zarrcache.arrays import read_array
+from zarrcache.arrays import OriginArray, read_array
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.errors import OriginNotFoundError, SchemaError
@@ -56,7 +56,7 @@ def origin(tmp_path: Path) -> CountingOrigin:
 
 
 def read(origin: CachedOrigin) -> np.ndarray:  # type: ignore[type-arg]
-    return read_array(origin, "mp-1.zarr", NAME).array
+    return read_array(OriginArray(origin, "mp-1.zarr", NAME)).array
 
 
 def cached(tmp_path: Path, origin: CountingOrigin, *, relist: bool = False) -> CachedOrigin:
@@ -109,6 +109,6 @@ def test_stores_and_arrays_that_are_absent_are_named(
 ) -> None:
     through = cached(tmp_path, origin)
     with pytest.raises(OriginNotFoundError, match=r"mp-2\.zarr does not exist or is empty"):
-        read_array(through, "mp-2.zarr", NAME)
+        read_array(OriginArray(through, "mp-2.zarr", NAME))
     with pytest.raises(SchemaError, match=rf"Available arrays: \['{NAME}'\]"):
-        read_array(through, "mp-1.zarr", "charge_density_diff")
+        read_array(OriginArray(through, "mp-1.zarr", "charge_density_diff"))

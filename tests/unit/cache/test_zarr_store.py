@@ -70,7 +70,7 @@ def test_object_larger_than_any_array_is_refused_before_it_is_read(
     with (tmp_path / "mp-1.zarr" / "huge").open("wb") as file:
         file.truncate(1001)
     store = open_store(tmp_path / "mp-1.zarr")
-    monkeypatch.setattr("zarrcache.arrays.read.most_bytes", lambda: 1000)
+    monkeypatch.setattr("zarrcache.arrays.listing.most_bytes", lambda: 1000)
     with pytest.raises(SchemaError, match="huge lists objects of 1001 bytes"):
         read(store, "huge")
     part = asyncio.run(store.get("huge", default_buffer_prototype(), RangeByteRequest(0, 1000)))

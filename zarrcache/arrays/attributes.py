@@ -1,0 +1,99 @@
+"""Read the attributes of a store: what it says about the material and its structure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zarrcache._keys import density_array
+from zarrcache.arrays.decode import FORMATS, MAX_DOCUMENT_BYTES, attributes_in
+from zarrcache.arrays.density_file import HEAD, structure_of, structure_of_poscar
+from zarrcache.arrays.listing import OriginArray, check_sizes, list_array
+from zarrcache.arrays.npy_files import ATOMS
+from zarrcache.arrays.sources import is_fetched_whole, is_unconverted
+from zarrcache.arrays.unconverted import unconverted_attributes
+from zarrcache.arrays.zip import ZippedStore, attributes_in_zip
+from zarrcache.errors import OriginNotFoundError, SchemaError
+from zarrcache.origin import Origin, fetch_with
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["metadata_in", "metadata_of", "read_attributes"]
+
+
+def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
+    """The attributes of a store, and its format: 2, 3, or 0 of a file. One or two GETs.
+
+    A zipped store and a file are fetched whole. Attributes larger than 4 MiB are empty.
+
+    Raises
+    ------
+    OriginError, IncompleteArrayError, SchemaError
+    """
+    url = origin.url_of(store)
+    if is_fetched_whole(store):
+        listed = list_array(OriginArray(origin, store, density_array("total")))
+        check_sizes([o.size_bytes for o in listed], url)
+        files = {o.key.rpartition("/")[2]: data for o, data in origin.fetch(listed)}
+        if is_unconverted(store):
+            return unconverted_attributes(files, url), 0
+        (data,) = files.values()
+        zipped = ZippedStore(data, url)
+        name = "zarr.json" if "zarr.json" in zipped.sizes else ".zattrs"
+        return attributes_in_zip(zipped, name), FORMATS[name]
+    for name, zarr_format in FORMATS.items():
+        ((_, document),) = fetch_with(origin, [], f"{store}/{name}", MAX_DOCUMENT_BYTES)
+        if memoryview(document).nbytes:
+            return attributes_in(document, name), zarr_format
+    if not origin.list_objects(f"{store}/"):
+        raise OriginNotFoundError(f"{url} does not exist or is empty.")
+    return {}, 2
+
+
+def metadata_of(group: zarr.Group) -> dict[str, Any]:
+    """`metadata_in` the attributes of a group."""
+    return metadata_in(group.attrs.asdict(), f"{group.store_path}")
+
+
+def metadata_in(attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Merge the attributes ``metadata`` and ``structure``; either may be a JSON string.
+
+    Files have other attributes, of which pymatgen makes the structure here.
+
+    Raises
+    ------
+    SchemaError
+        One is a string that is not JSON, or ``metadata`` is not a mapping.
+    PymatgenMissingError
+    """
+    metadata: dict[str, Any] = {}
+    if "metadata" in attributes:
+        decoded = _decoded(attributes["metadata"], f"{where} attribute 'metadata'")
+        if not isinstance(decoded, dict):
+            raise SchemaError(
+                f"{where} attribute 'metadata' is {decoded!r}; it has to be a mapping. "
+                "Convert the store again."
+            )
+        metadata.update(decoded)
+    if isinstance(head := attributes.get(HEAD), str):
+        metadata["structure"] = structure_of_poscar(head, where)
+    elif isinstance(atoms := attributes.get(ATOMS), dict):
+        matrix = np.array(attributes["structure"]["lattice"]["matrix"])
+        positions = np.array(atoms["positions"]).reshape(-1, 3)
+        metadata["structure"] = structure_of(matrix, atoms["symbols"], positions).as_dict()
+    elif "structure" in attributes:
+        metadata["structure"] = _decoded(attributes["structure"], f"{where} attribute 'structure'")
+    return metadata
+
+
+def _decoded(value: object, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise SchemaError(f"{where} is not JSON ({exc}). Convert the store again.") from exc
