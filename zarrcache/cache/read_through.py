@@ -289,8 +289,8 @@ class ReadThrough:
 
         Also if it is not admitted: a training must not depend on what the disk has room for.
         """
-        key = entry.header.key
-        if key.encoding != FLOAT32 and entry.header.stored_as is None:
+        if self._encoding != FLOAT32 and entry.header.stored_as is None:
+            key = entry.header.key
             self._counters.add(unencoded=1)
             self._log_once.warning(
                 "unencoded",

@@ -158,6 +158,7 @@ class ZarrS3Reader(PairReader):
             "data": self._cache.origin(str(self.data_dir), self.s3_kwargs),
             "label": self._cache.origin(str(self.label_dir), self.s3_kwargs),
         }
+        self._roles = ROLES[: len(distinct_directories(self._origins))]
         self._checked = SharedSet()
         self._store_names: dict[Role, dict[str, str]] = {}
         self._observers: tuple[ReadObserver, ...] = ()
@@ -318,7 +319,7 @@ class ZarrS3Reader(PairReader):
     @property
     def roles(self) -> tuple[Role, ...]:
         """``("data", "label")``, or ``("data",)`` if both are the same directory."""
-        return ROLES[: len(distinct_directories(self._origins))]
+        return self._roles
 
     @property
     def channels(self) -> tuple[Channel, ...]:
