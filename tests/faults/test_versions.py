@@ -22,7 +22,7 @@ from tests.support.tagserver import LONG_AGO, Tagged, TagServer, running_tag_ser
 from zarrcache import open_store
 from zarrcache._keys import ObjectInfo, source_digest
 from zarrcache.config import FetchConfig, RetryConfig
-from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
+from zarrcache.errors import IncompleteArrayError, OriginError, OriginUnavailableError
 from zarrcache.origin import Origin, RangeIgnoredError, open_origin
 from zarrcache.origin import _requests as retry
 from zarrcache.stats import Counters
@@ -376,6 +376,29 @@ def test_a_server_that_ignores_ranges_is_read_whole_and_never_taken_for_a_range(
     assert counters.snapshot().requests == server.count().total()
     with pytest.raises(RangeIgnoredError, match="sent the whole object"):
         origin.fetch_range(origin.list_objects()[0], 0, 10)
+
+
+@pytest.mark.parametrize("engine", ["auto", "s3fs", "obstore"])
+def test_answers_without_content_length_are_read(server: TagServer, engine: Any) -> None:
+    """A proxy may answer in chunks, and leave the length out of the answer to HEAD too."""
+    server.objects = {
+        "d/x": tagged(BODY, MULTI, has_length=False),
+        "d/x2": tagged(OTHER, digest(OTHER)),
+    }
+    origin = open_origin(
+        "s3://b/d",
+        s3_kwargs=server.s3_kwargs,
+        fetch=FetchConfig(engine=engine),
+        retry=RetryConfig(attempts=2),
+    )
+    if engine == "obstore":
+        with pytest.raises(OriginError, match="needs Content-Length in each answer"):
+            origin.list_objects("x")
+        return
+    [obj] = origin.list_objects("x")
+    assert (obj.key, obj.size_bytes, obj.etag) == ("x", len(BODY), MULTI)
+    assert read(origin, "x") == {"x": BODY}
+    assert origin.fetch_range(obj, 200, 300) == BODY[200:300]
 
 
 #: What a server says that it sends for every range. Its length may be right, and a second reading

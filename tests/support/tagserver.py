@@ -45,6 +45,8 @@ class Tagged:
         False: a request for a range gets the whole object.
     range_sent : str or None
         What the answer to any range says that it is (``Content-Range``).
+    has_length : bool
+        False: answers come without ``Content-Length``.
     """
 
     body: bytes
@@ -56,6 +58,7 @@ class Tagged:
     if_match: str = "weak"
     has_ranges: bool = True
     range_sent: str | None = None
+    has_length: bool = True
 
 
 @dataclass
@@ -135,13 +138,18 @@ def running_tag_server() -> Iterator[TagServer]:
                 obj.flips -= 1
                 body = bytearray(body)
                 body[len(body) // 2] ^= 0x10
+            if not obj.has_length:
+                headers["Transfer-Encoding"] = "chunked"
+                if self.command == "GET":
+                    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
             self._send(status, bytes(body), headers)
 
         def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
+            if "Transfer-Encoding" not in headers:
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)

@@ -385,6 +385,8 @@ def _s3_error(exc: Exception) -> S3Error:
     status, code, message = _STATUS.search(line), _CODE.search(line), _MESSAGE.search(line)
     if status is not None:
         return S3Error(int(status[1]), code[1] if code else "", message[1] if message else "")
+    if "Content-Length Header missing" in line:
+        return S3Error(None, "NoLength", "obstore needs Content-Length in each answer")
     if _NOT_THE_RANGE.search(line):
         return S3Error(None, "RangeIgnored", "")
     if "Received redirect without LOCATION" in line:

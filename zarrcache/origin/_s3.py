@@ -853,8 +853,13 @@ class S3Origin:
             return changed(self.url_of(obj.key))
         n = memoryview(received.body).nbytes
         if n != size_bytes:
+            why = (
+                ", as if a server or proxy packs or unpacks its answers (Content-Encoding)"
+                if n > size_bytes
+                else ""
+            )
             return TransientError(
-                self.url_of(obj.key), f"{n} bytes arrived, {size_bytes} were announced"
+                self.url_of(obj.key), f"{n} bytes arrived, {size_bytes} were announced{why}"
             )
         return None
 

@@ -118,7 +118,8 @@ class S3Error(Exception):
         HTTP status; None without an answer.
     code : str
         S3's error code, or for a failure without an answer from S3 ``NoCredentials``,
-        ``Certificate``, ``Connection``, ``Timeout``, ``ShortBody``, ``Mismatch`` or ``Altered``;
+        ``Certificate``, ``NoLength``, ``Connection``, ``Timeout``, ``ShortBody``, ``Mismatch`` or
+        ``Altered``;
         ``IncompleteListing`` for a listing that is not known to be complete.
     detail : str
         One line for the message.
@@ -150,8 +151,11 @@ class S3Error(Exception):
 
     @property
     def is_for_botocore(self) -> bool:
-        """Whether botocore may succeed where obstore cannot: another region, a certificate."""
-        return self.code == "Certificate" or self.is_elsewhere
+        """Whether botocore may succeed where obstore cannot.
+
+        For example in another region, with a certificate, without ``Content-Length``.
+        """
+        return self.code in ("Certificate", "NoLength") or self.is_elsewhere
 
     @property
     def is_elsewhere(self) -> bool:

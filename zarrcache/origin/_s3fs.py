@@ -141,7 +141,10 @@ class S3fsEngine:
             if error.is_absent:
                 return None
             raise
-        return _info(answer, key, answer.get("ContentLength"))
+        if "ContentLength" not in answer:  # some proxies leave it out
+            page = await self.list_page(key, patience_s=patience_s)
+            return next((obj for obj in page.objects if obj.key == key), None)
+        return _info(answer, key, answer["ContentLength"])
 
     async def is_md5_hidden(self, key: str, *, patience_s: float) -> bool:
         """Whether the ETag is not an MD5, because a KMS or customer-provided key encrypts it."""
@@ -399,8 +402,9 @@ def _s3_error(exc: BaseException) -> S3Error:
         boto.ConnectionClosedError,
         boto.IncompleteReadError,
         boto.ResponseStreamingError,
-        boto.FlexibleChecksumError,
     )
+    if isinstance(exc, boto.FlexibleChecksumError):
+        return S3Error(None, "Mismatch", "the content does not match the checksum sent with it")
     if isinstance(exc, cut) or "ContentLengthError" in repr(exc):
         return S3Error(None, "ShortBody", "the connection closed in the middle of an answer")
     if "CERTIFICATE_VERIFY_FAILED" in str(exc):
