@@ -158,6 +158,10 @@ def _other_grid(path: Path) -> None:
     (path / "grid_sizes_22.dat").write_text("6\n5\n5\n")
 
 
+def _other_axes(path: Path) -> None:
+    np.save(path / "rho_22.npy", np.load(path / "rho_22.npy").reshape(5, 6, 4))
+
+
 def _words(path: Path) -> None:
     (path / "grid_sizes_22.dat").write_text("six\n")
 
@@ -197,6 +201,7 @@ def _atoms(path: Path) -> None:
     [
         (_no_grid, r"rho_22\.npy has the shape \(120,\), and there is no grid_sizes"),
         (_other_grid, "says 6 x 5 x 5, which is 150 points, and rho_22.npy holds 120"),
+        (_other_axes, r"rho_22.npy holds 120 in the shape \(5, 6, 4\)"),
         (_words, "does not hold numbers"),
         (_cut, r"rho_22\.npy is not a whole \.npy file"),
         (_pickled, r"rho_22\.npy is not a whole \.npy file"),

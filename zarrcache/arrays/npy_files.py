@@ -135,10 +135,12 @@ def read_npy_density(files: Mapping[str, Buffer], url: str) -> NpyDensity:
         if shape.size != 3 or not (shape == np.floor(shape)).all() or (shape < 1).any():
             raise SchemaError(f"{url}/{grid} does not hold three whole numbers: the grid.")
         points = tuple(int(n) for n in shape)
-        if math.prod(points) != values.size:
+        is_flat = values.size in values.shape
+        if math.prod(points) != values.size or not (is_flat or values.shape == points):
             raise SchemaError(
                 f"{url}: {grid} says {' x '.join(map(str, points))}, which is "
-                f"{math.prod(points)} points, and {rho} holds {values.size}. Get both again."
+                f"{math.prod(points)} points, and {rho} holds {values.size} in the shape "
+                f"{values.shape}. Get both again."
             )
         values = values.reshape(points)
     if values.ndim != 3 or not values.size:
