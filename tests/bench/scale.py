@@ -36,7 +36,6 @@ from zarrcache.disk._publish import publish
 from zarrcache.disk.directory import CacheDir
 from zarrcache.disk.entry import header_of, write_entry
 from zarrcache.disk.index import Index
-from zarrcache.ops.selection import open_index
 
 __all__ = ["run"]
 
@@ -208,7 +207,7 @@ def _fill(home: Path, count: int, server: BenchServer) -> _Node:
     with ProcessPoolExecutor(cores(), get_context("spawn")) as pool:
         list(pool.map(_write, [path] * parts, range(parts), [parts] * parts))
     start_s = time.perf_counter()
-    open_index(Index(cache))
+    Index(cache).open()
     rebuild_s = time.perf_counter() - start_s
     node = _Node(path, task_ids, rebuild_s)
     reader = node.reader()

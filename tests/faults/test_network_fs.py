@@ -26,7 +26,7 @@ from zarrcache.disk import filesystems as mounts
 from zarrcache.disk.index import Index
 from zarrcache.errors import ConfigError
 from zarrcache.ops.doctor import examine
-from zarrcache.ops.selection import cache_at, open_index
+from zarrcache.ops.selection import cache_at
 from zarrcache.stats import Counters
 
 needs_mount = pytest.mark.skipif(not can_mount(), reason="only root can mount, on Linux with FUSE")
@@ -97,7 +97,7 @@ def test_every_way_to_a_cache_refuses_a_network_file_system_and_writes_nothing(
         lambda: get_dataset({**where, "cache": cache}),
         lambda: open_store(tmp_path / "data" / "mp-0.zarr", cache=cache),
         lambda: Index(CacheConfig.of(cache)),
-        lambda: open_index(Index(CacheConfig.of(cache))),
+        lambda: Index(CacheConfig.of(cache)).open(),
     ):
         with pytest.raises(
             ConfigError,
@@ -296,7 +296,7 @@ def test_doctor_warns_of_an_allowed_one_and_a_directory_given_by_hand_may_be_loo
         for name, finding in found.items()
         if name in ("cache directory", "file locks", "mmap")
     } == {"ok"}
-    assert open_index(Index(cache_at(network / "cache"))).totals() == {"array": (10, 10 * 8192)}
+    assert Index(cache_at(network / "cache")).totals() == {"array": (10, 10 * 8192)}
 
 
 def test_setting_survives_pickling_to_a_worker(network: Path) -> None:

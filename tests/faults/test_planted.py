@@ -27,7 +27,6 @@ from zarrcache.disk.index import Index, Intent
 from zarrcache.disk.single_flight import SingleFlight
 from zarrcache.errors import ConfigError
 from zarrcache.ops.evict import plan_evict
-from zarrcache.ops.selection import open_index
 from zarrcache.ops.status import read_status
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
@@ -94,7 +93,7 @@ def everything(tmp_path: Path) -> None:
     verify(config)
     read_status(config)
     plan_evict(config, everything=True).execute()
-    open_index(Index(config)).sweep()
+    Index(config).sweep()
     use(tmp_path)
     assert use(tmp_path) == len(NUMBERS)
 
@@ -404,4 +403,4 @@ def test_a_link_in_place_of_the_index_costs_the_cache_and_no_sample(
     assert use(tmp_path) == 0
     assert caplog.text.count("is not a regular file") == 1
     with pytest.raises(ConfigError, match="is not a regular file"):
-        open_index(Index(settings(tmp_path)))
+        Index(settings(tmp_path)).open()

@@ -36,7 +36,6 @@ from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
 from zarrcache.ops.doctor import examine
 from zarrcache.ops.evict import plan_evict
-from zarrcache.ops.selection import open_index
 from zarrcache.ops.status import read_status
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
@@ -207,7 +206,7 @@ def test_both_write_replace_and_drop_the_same_entries_at_once(place: Path) -> No
         for user, start in ((ALICE, 0), (BOB, 10), (ALICE, 5), (BOB, 15))
     ]
     assert [job() for job in jobs] == [0, 0, 0, 0]
-    index = open_index(Index(CacheConfig(**shared(place))))
+    index = Index(CacheConfig(**shared(place)))
     files = [path for path in (root_of(place) / "entries").rglob("*") if path.is_file()]
     assert index.volume_bytes() == sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
 
@@ -320,7 +319,7 @@ def test_permission_lost_under_a_running_job_costs_hits_and_no_sample(place: Pat
 
 def _refusal(config: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
-        open_index(Index(CacheConfig(**config)))
+        Index(CacheConfig(**config)).open()
     return str(caught.value)
 
 

@@ -35,10 +35,11 @@ def report(
     """
     from zarrcache import ops
     from zarrcache.cli.progress import Meter
+    from zarrcache.config import cache_of
 
     source = data_config(config)
     check_output(output, config)
-    recorded = ops.read_runs(ops.cache_of(source))
+    recorded = ops.read_runs(cache_of(source))
     for note in recorded.notes:
         say(f"warning: {note}")
     forecast: ops.WhatIf | str

@@ -50,7 +50,7 @@ def serve(
     Serves entries of the array tier over HTTP to clients with the token; writes nothing. Ends on
     SIGTERM or Ctrl-C.
     """
-    from zarrcache.ops import cache_of
+    from zarrcache.config import cache_of
     from zarrcache.parallel import end_signalled
     from zarrcache.peers import EntryServer, read_token
 

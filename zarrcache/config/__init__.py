@@ -59,6 +59,7 @@ __all__ = [
     "LoaderConfig",
     "PriceConfig",
     "RetryConfig",
+    "cache_of",
     "datasets_of_configs",
     "plain",
 ]
@@ -593,3 +594,24 @@ def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)
+
+
+def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
+    """The cache block of a config.
+
+    Raises
+    ------
+    ConfigError
+        There is no cache block, or the config reads files that are not cached.
+    """
+    if isinstance(config, CacheConfig):
+        return config
+    if not isinstance(config, DataConfig):
+        raise ConfigError(
+            f"a config is DataConfig.from_yaml(path) or CacheConfig.from_yaml(path), not "
+            f"{safe_repr(config)}."
+        )
+    config.check_stores()
+    if config.cache is None:
+        raise ConfigError("The config has no cache block. `zarrcache init` writes an example.")
+    return config.cache

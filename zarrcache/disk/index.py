@@ -53,6 +53,7 @@ from zarrcache.disk.policy import (
     policy_of,
 )
 from zarrcache.disk.single_flight import Owners
+from zarrcache.errors import ConfigError
 from zarrcache.stats import LogOnce
 
 __all__ = ["CACHE_FAULTS", "LENT", "Index", "Intent", "Row", "Stored"]
@@ -554,11 +555,19 @@ class Index:
         Raises
         ------
         ConfigError
-            The directory must not be used.
-        OSError, sqlite3.Error, diskcache.Timeout
-            It cannot be created or opened.
+            The directory cannot be used. Training would continue without a cache; a command whose
+            purpose is the cache must not.
         """
-        self._file.open()
+        try:
+            self._file.open()
+        except ConfigError:
+            raise
+        except CACHE_FAULTS as exc:
+            why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            raise ConfigError(
+                f"cache.dir {self.dir.parent} cannot be used ({why}). Choose a directory on a "
+                "local disk of this node that you may write to."
+            ) from exc
 
     def reopen(self, after: BaseException | None = None) -> None:
         """Open again at the next use, if that can heal the error ``after`` (None: always).

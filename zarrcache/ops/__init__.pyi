@@ -35,7 +35,6 @@ from .samples import filled_in as filled_in
 from .samples import key_comments as key_comments
 from .samples import sample as sample
 from .selection import cache_at as cache_at
-from .selection import cache_of as cache_of
 from .selection import known_refusal as known_refusal
 from .status import Status as Status
 from .status import Tier as Tier
@@ -44,5 +43,5 @@ from .verify import VerifyReport as VerifyReport
 from .verify import verify as verify
 from .warm import WarmEstimate as WarmEstimate
 from .warm import WarmPlan as WarmPlan
-from .warm import WarmReport as WarmReport
 from .warm import plan_warm as plan_warm
+from .warm_report import WarmReport as WarmReport

@@ -8,10 +8,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.disk import Index
 from zarrcache.errors import ConfigError
-from zarrcache.ops.selection import cache_of, open_if_present
+from zarrcache.ops.selection import open_if_present
 from zarrcache.stats import Board, Stats, find_boards
 
 __all__ = ["Activity", "Monitor"]

@@ -51,7 +51,6 @@ from zarrcache.errors import (
     OriginNotFoundError,
     ZarrCacheError,
 )
-from zarrcache.ops.selection import open_index
 from zarrcache.origin import ObjectInfo, Origin, open_origin
 from zarrcache.peers import Peers
 
@@ -159,7 +158,8 @@ def _versions() -> Finding:
 def _cache(cache: CacheConfig) -> Iterator[Finding]:
     name = "cache directory"
     try:
-        index = open_index(Index(cache))
+        index = Index(cache)
+        index.open()
         total = sum(count for count, _ in index.totals().values())
         entries = counted(total, "entry", "entries")
     except ConfigError as exc:

@@ -11,12 +11,11 @@ from html import escape
 from itertools import groupby
 
 from zarrcache._units import format_bytes
-from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.ops.charts import CHART_STYLE, Axis, Series, columns, lines, short
 from zarrcache.ops.forecast import Forecast, WhatIf
 from zarrcache.ops.pages import page
 from zarrcache.ops.runs import RecordedRun, RecordedRuns
-from zarrcache.ops.selection import cache_of
 from zarrcache.train import EpochTimes
 
 __all__ = ["report_page"]

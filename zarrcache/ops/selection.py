@@ -20,7 +20,6 @@ from zarrcache._keys import (
     Role,
     arrays_of,
     density_array,
-    safe_repr,
     source_digest,
     stored_array,
     units_of,
@@ -37,7 +36,7 @@ from zarrcache.arrays import (
     stem_of,
 )
 from zarrcache.cache import CONTENTS, PACK, Cache
-from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.data import ZarrS3Reader, distinct_directories, mapped_ids, open_reader
 from zarrcache.disk import (
     ARRAY,
@@ -66,11 +65,9 @@ __all__ = [
     "Selection",
     "all_pairs",
     "cache_at",
-    "cache_of",
     "concurrently",
     "known_refusal",
     "open_if_present",
-    "open_index",
     "origin_and_url",
     "select",
     "stored_header",
@@ -101,27 +98,6 @@ def all_pairs(reader: ZarrS3Reader) -> list[str]:
     return reader.stored_ids
 
 
-def cache_of(config: DataConfig | CacheConfig) -> CacheConfig:
-    """The cache block of a config.
-
-    Raises
-    ------
-    ConfigError
-        There is no cache block, or the config reads files that are not cached.
-    """
-    if isinstance(config, CacheConfig):
-        return config
-    if not isinstance(config, DataConfig):
-        raise ConfigError(
-            f"a config is DataConfig.from_yaml(path) or CacheConfig.from_yaml(path), not "
-            f"{safe_repr(config)}."
-        )
-    config.check_stores()
-    if config.cache is None:
-        raise ConfigError("The config has no cache block. `zarrcache init` writes an example.")
-    return config.cache
-
-
 def cache_at(directory: Path) -> CacheConfig:
     """Settings to maintain the cache in ``directory``, whose own settings are unknown.
 
@@ -149,33 +125,11 @@ def cache_at(directory: Path) -> CacheConfig:
     return config.model_copy(update={"dir": directory})
 
 
-def open_index(index: Index) -> Index:
-    """Open an index now; create its directory if it is absent.
-
-    Raises
-    ------
-    ConfigError
-        The directory cannot be used. Training would continue without a cache; a command whose
-        purpose is the cache must not.
-    """
-    try:
-        index.open()
-    except ConfigError:
-        raise
-    except CACHE_FAULTS as exc:
-        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise ConfigError(
-            f"cache.dir {index.dir.parent} cannot be used ({why}). Choose a directory on a local "
-            "disk of this node that you may write to."
-        ) from exc
-    return index
-
-
 def open_if_present(index: Index) -> bool:
-    """Like :func:`open_index` if there is a cache; otherwise return False and create nothing."""
+    """Open an index if there is a cache; otherwise return False and create nothing."""
     is_present = _is_there(index.dir.root)
     if is_present:
-        open_index(index)
+        index.open()
     return is_present
 
 

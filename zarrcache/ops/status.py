@@ -11,9 +11,9 @@ from pathlib import Path
 
 from zarrcache._keys import Units, units_of
 from zarrcache.arrays import stem_of
-from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
-from zarrcache.ops.selection import Selection, cache_of, open_if_present, select
+from zarrcache.ops.selection import Selection, open_if_present, select
 
 __all__ = ["Coverage", "Status", "Tier", "read_status"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from zarrcache._keys import Units
 from zarrcache.arrays import count_nonfinite, disagreement, electrons_of, has_electrons
-from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.disk import (
     ARRAY,
     OBJECT,
@@ -33,7 +33,6 @@ from zarrcache.errors import ConfigError, CorruptEntryError
 from zarrcache.ops.selection import (
     Compared,
     Selection,
-    cache_of,
     concurrently,
     open_if_present,
     origin_and_url,

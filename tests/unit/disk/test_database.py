@@ -31,6 +31,7 @@ from zarrcache.disk._database import (
 )
 from zarrcache.disk.entry import EntryHeader, read_header
 from zarrcache.disk.index import Index, Intent
+from zarrcache.errors import ConfigError
 from zarrcache.ops.verify import verify
 from zarrcache.stats import Counters
 
@@ -242,8 +243,8 @@ def _rebuild_out_of_descriptors(tmp_path: Path) -> None:
     database.read_header = read_while_others_hold_them_all  # type: ignore[assignment]
     try:
         Index(settings(tmp_path)).open()
-    except OSError as exc:
-        os._exit(0 if exc.errno == errno.EMFILE else 1)
+    except ConfigError as exc:
+        os._exit(0 if getattr(exc.__cause__, "errno", None) == errno.EMFILE else 1)
     os._exit(2)
 
 
@@ -288,7 +289,7 @@ def test_no_entry_is_unlinked_for_a_fault_of_the_system(
         return real(*args, **kwargs)
 
     def with_the_fault(act: Callable[[], object]) -> None:
-        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+        with monkeypatch.context() as patch, contextlib.suppress(OSError, ConfigError):
             patch.setattr(mmap_module, "os", _Os(call, fails))
             patch.setattr(entry_module, "os", _Os(call, fails))
             act()

@@ -1,0 +1,340 @@
+"""What a warm-up has done: the outcome of each density, and the report on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zarrcache._keys import FLOAT32, ROLES, Channel, Role, density_name
+from zarrcache.data import ZarrS3Reader
+from zarrcache.disk import BLOCK_BYTES, HEADER_BYTES, SOUND, Flaws, expected_bytes
+from zarrcache.stats import Stats
+
+__all__ = ["Density", "Tally", "WarmReport", "WarmResult"]
+
+Density = tuple[str, Role, str]
+Outcome = Literal["hit", "miss", "bypass", "failed", "absent"]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmResult:
+    """The outcome of one density.
+
+    Attributes
+    ----------
+    task_id : str
+    role : {"data", "label"}
+    outcome : {"hit", "miss", "bypass", "failed", "absent"}
+        Stored and fresh, fetched and stored, not admitted, not readable; or the material lacks the
+        channel, which is filled with zeros, or the material is left out (``missing``).
+    nbytes : int
+        Size of the decoded density; 0 if it was not read.
+    error : str
+        Message of the error, if it failed.
+    is_down : bool
+        Failed with an error that affects every request: the origin is unavailable or denies access.
+    is_gone : bool
+        Failed because the store does not exist.
+    is_absent : bool
+        The store exists and lacks the array.
+    flaws : Flaws
+        What is wrong with a density that was read.
+    array : str
+        Name of the array in the store.
+    """
+
+    task_id: str
+    role: Role
+    outcome: Outcome
+    nbytes: int = 0
+    error: str = ""
+    is_down: bool = False
+    is_gone: bool = False
+    flaws: Flaws = SOUND
+    array: str = ""
+    is_absent: bool = False
+
+    @property
+    def name(self) -> str:
+        """``mp-1 (label)``, and of an array that is not the total density its name."""
+        name = density_name(self.array)
+        return f"{self.task_id} ({self.role}{'' if name in ('', 'total') else f', {name}'})"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReport:
+    """The outcome of all ids.
+
+    Attributes
+    ----------
+    ids : int
+        Task ids of the plan.
+    warm : int
+        Ids of which every channel of input and label is cached, in the origin's present version, or
+        filled with zeros (``missing: zero``).
+    fresh : int
+        Ids among them that were cached before the run.
+    bypassed : tuple of str
+        Ids that were not admitted, or evicted again before the end of the run.
+    untried : int
+        Ids left when ``limit_bytes`` was reached.
+    failed : tuple of WarmResult
+    unequal : tuple of str
+        Ids whose input and label have different shapes, among up to 1,000 that differ in size.
+    nbytes, disk_bytes : int
+        Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
+        is known to a multiple of 4096 bytes only, rounded up.
+    needed_bytes : int
+        Bytes on disk that all ids need. Exact if every size is known; otherwise extrapolated from
+        up to 256 densities measured at the origin, plus two standard errors; 0 if no size is known.
+    is_disk_full : bool
+        Something was not admitted although ``cache.limit`` has room for all ids: the file system
+        is full, or ``cache.min_free`` is reached.
+    beside_bytes : int
+        Bytes on disk of everything else in the cache: listings, attributes, entries of other
+        configs. Computed only if something was not admitted.
+    stats : Stats
+        Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
+    seconds : float
+    lacking : tuple of str
+        Ids that lack a channel, which ``missing`` fills or for which it leaves them out; those left
+        out are not among ``ids``.
+    flawed : tuple of WarmResult
+        Densities that were read, or compared with the origin, and have flaws: absent chunks (with
+        ``cache.missing_chunks: fill``), or values that are NaN or infinite.
+    refusal : str
+        The error with which the training refuses the config, because materials lack channels;
+        empty if it does not, as far as this run has found out.
+    """
+
+    ids: int
+    warm: int
+    fresh: int
+    bypassed: tuple[str, ...]
+    untried: int
+    failed: tuple[WarmResult, ...]
+    unequal: tuple[str, ...]
+    nbytes: int
+    disk_bytes: int
+    needed_bytes: int
+    beside_bytes: int
+    is_disk_full: bool
+    stats: Stats
+    seconds: float
+    flawed: tuple[WarmResult, ...] = ()
+    lacking: tuple[str, ...] = ()
+    refusal: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing failed, at least one id is warm, all values are finite, and the training
+        takes the config.
+
+        Ids that ``cache.limit`` has no room for are not failures, because the limit is the user's
+        choice, unless none fits; nor are filled chunks. Ids that the disk has no room for are.
+        """
+        is_useful = self.warm > 0 or not (self.ids or self.lacking)
+        is_useful = is_useful and not self.is_disk_full
+        is_finite = not any(result.flaws.nonfinite for result in self.flawed)
+        is_sound = is_useful and is_finite and not self.refusal
+        return is_sound and not self.failed and not self.stats.cache_errors
+
+    @property
+    def failed_ids(self) -> tuple[str, ...]:
+        """Ids with at least one failed density, each once."""
+        return tuple(dict.fromkeys(result.task_id for result in self.failed))
+
+
+#: Bytes of which an encoding takes a whole number: for its ratio, without rounding.
+_POINTS = 32
+_OUTCOMES = ("untried", "hit", "miss", "bypass", "failed", "absent")
+_UNTRIED, _HIT, _MISS, _BYPASS, _FAILED, _ABSENT = range(6)
+
+
+class Tally:
+    """Outcome and size of each density of a plan, in nine bytes: there may be 400,000.
+
+    Parameters
+    ----------
+    reader : ZarrS3Reader
+    task_ids, channels
+        Of the plan: a density for each id and channel.
+    untried, absent : iterable of (task_id, role, array)
+        Those to fetch, and those that the origin lacks. The others are warm.
+    stored : mapping
+        Bytes on disk of those that are warm, by channel and task id.
+
+    Attributes
+    ----------
+    nbytes : int
+        Decoded bytes that are warm.
+    found : dict
+        Which channels ids lack (True), as the origin has shown.
+    """
+
+    def __init__(
+        self,
+        reader: ZarrS3Reader,
+        task_ids: tuple[str, ...],
+        channels: tuple[Channel, ...],
+        *,
+        untried: Iterable[Density],
+        absent: Iterable[Density],
+        stored: Mapping[Channel, Mapping[str, int]],
+    ) -> None:
+        assert reader.cache_config is not None
+        self._reader, self._task_ids, self._channels = reader, task_ids, channels
+        self._limit_bytes = reader.cache_config.limit
+        self._encoding = reader.cache_config.arrays.encoding
+        self._row = {task_id: number for number, task_id in enumerate(task_ids)}
+        self._column = {tuple(one): number for number, one in enumerate(channels)}
+        self._outcomes = np.full((len(task_ids), len(channels)), _HIT, np.uint8)
+        for outcome, densities in ((_UNTRIED, untried), (_ABSENT, absent)):
+            for task_id, *channel in densities:
+                self._outcomes[self._row[task_id], self._column[tuple(channel)]] = outcome
+        self.found: dict[Channel, dict[str, bool]] = {}
+        payload = np.maximum(self._on_disk(stored) - self._header_bytes, 0)
+        # With bits:N an estimate that is too small: it does not know how well they compress.
+        decoded = payload * _POINTS // expected_bytes(_POINTS, self._encoding)
+        self._nbytes = np.where(self._outcomes == _HIT, decoded, 0)
+        self._failed: dict[tuple[int, int], WarmResult] = {}
+        self._is_read = np.zeros(self._outcomes.shape, np.bool_)
+        self._flawed: dict[tuple[int, int], WarmResult] = {}
+        self.nbytes = int(self._nbytes.sum())
+
+    @property
+    def _header_bytes(self) -> int:
+        return BLOCK_BYTES if self._encoding == FLOAT32 else 0
+
+    @property
+    def warm(self) -> int:
+        """Densities that are warm."""
+        return int(self._is_warm().sum())
+
+    def add(self, result: WarmResult) -> None:
+        """Record one result."""
+        at = self._row[result.task_id], self._column[result.role, result.array]
+        channel = self._channels[at[1]]
+        if self._reader.is_optional(*channel) and (result.is_absent or result.outcome != "failed"):
+            self.found.setdefault(channel, {})[result.task_id] = result.is_absent
+        self._outcomes[at] = _OUTCOMES.index(result.outcome)
+        self._nbytes[at] = result.nbytes
+        self._is_read[at] = result.nbytes > 0
+        if result.outcome == "failed":
+            self._failed[at] = result
+        if result.flaws != SOUND:
+            self._flawed[at] = result
+        if result.outcome in ("hit", "miss"):
+            self.nbytes += result.nbytes
+
+    def unsized(self, most: int) -> list[Density]:
+        """Up to ``most`` densities of unknown size, evenly spaced; none if all were admitted."""
+        if not (self._outcomes == _BYPASS).any():
+            return []
+        cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
+        if len(cells) > most:
+            cells = cells[np.linspace(0, len(cells) - 1, most).astype(np.int64)]
+        return [(self._task_ids[row], *self._channels[column]) for row, column in cells]
+
+    def report(
+        self,
+        stats: Stats,
+        seconds: float,
+        stored: Mapping[Channel, Mapping[str, int]],
+        measured: Collection[int],
+        volume: Callable[[], int],
+    ) -> WarmReport:
+        """Sum up.
+
+        Parameters
+        ----------
+        stats, seconds
+            Of the whole run.
+        stored : mapping
+            Bytes on disk of the cached densities at the end of the run, by channel and task id.
+        measured : collection of int
+            Bytes on disk that the densities of :meth:`unsized` would need.
+        volume : callable
+            Bytes on disk of the whole cache; called only if something was not admitted.
+        """
+        # With ``eviction: least-recently-stored``, or during another run, entries may be evicted
+        # before the end: the report has to agree with the disk.
+        on_disk = self._on_disk(stored)
+        self._outcomes[self._is_warm() & (on_disk == 0)] = _BYPASS
+        is_absent = self._outcomes == _ABSENT
+        lacks = is_absent.any(axis=1)
+        kept = ~lacks if self._reader.if_missing == "drop" else np.ones_like(lacks)
+        is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
+        is_done = is_warm | is_absent
+        is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
+        beside_bytes = max(0, volume() - int(on_disk.sum())) if is_bypassed.any() else 0
+        needed_bytes = self._needed_bytes(np.array(measured, np.int64))
+        has_room = 0 < needed_bytes <= self._limit_bytes - beside_bytes
+        return WarmReport(
+            ids=int(kept.sum()),
+            warm=int((is_done.all(axis=1) & kept).sum()),
+            fresh=int((self._outcomes == _HIT).all(axis=1).sum()),
+            bypassed=tuple(self._task_ids[row] for row in np.flatnonzero(is_bypassed)),
+            untried=int((~is_tried).sum()),
+            failed=(
+                *(result for _, result in sorted(self._failed.items())),
+                *(
+                    WarmResult(task_id, "data", "failed", error=error)
+                    for task_id, error in self._reader.uneven_channels(self._task_ids).items()
+                ),
+            ),
+            unequal=tuple(self._reader.unequal_grids(self._differing(on_disk))),
+            nbytes=int(self._nbytes[is_warm].sum()),
+            disk_bytes=int(on_disk[is_warm].sum()),
+            needed_bytes=needed_bytes,
+            beside_bytes=beside_bytes,
+            is_disk_full=bool(is_bypassed.any()) and has_room,
+            stats=stats,
+            seconds=seconds,
+            flawed=tuple(result for _, result in sorted(self._flawed.items())),
+            lacking=tuple(self._task_ids[row] for row in np.flatnonzero(lacks)),
+            refusal=self._reader.refusal(),
+        )
+
+    def _differing(self, on_disk: NDArray[np.int64]) -> Iterator[str]:
+        """Ids whose input and label differ in size: exactly if both were read."""
+        places = (self._reader.column(role, self._reader.arrays[role][0]) for role in ROLES)
+        first = [self._column[tuple(place)] for place in places]
+        is_read = self._is_read[:, first[0]] & self._is_read[:, first[1]]
+        sizes: NDArray[np.int64] = np.where(is_read[:, None], self._nbytes, on_disk)[:, first]
+        data, label = sizes.T
+        rows = np.flatnonzero(np.minimum(data, label) * np.abs(data - label))
+        return (self._task_ids[row] for row in rows)
+
+    def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
+        """Bytes on disk of all densities.
+
+        Those of unknown size count as the mean of ``measured``, or of the known sizes.
+        """
+        known = self._nbytes[self._nbytes > 0]
+        payload = known * expected_bytes(_POINTS, self._encoding) // _POINTS
+        if self._encoding != FLOAT32:
+            payload += HEADER_BYTES
+        sizes = -(-payload // BLOCK_BYTES) * BLOCK_BYTES + self._header_bytes
+        sample = measured if len(measured) else sizes
+        rest = int((self._outcomes != _ABSENT).sum()) - len(sizes)
+        if not rest or not len(sample):
+            return int(sizes.sum())
+        # The mean plus two standard errors: a limit that is slightly too large costs nothing, one
+        # that is too small costs another run.
+        is_sampled = 0 < len(measured) < rest
+        margin = 2 * float(sample.std()) * rest / len(sample) ** 0.5 if is_sampled else 0.0
+        return int(sizes.sum()) + -(-int(sample.sum()) * rest // len(sample)) + int(margin)
+
+    def _is_warm(self) -> NDArray[np.bool_]:
+        return np.isin(self._outcomes, (_HIT, _MISS))
+
+    def _on_disk(self, stored: Mapping[Channel, Mapping[str, int]]) -> NDArray[np.int64]:
+        """Bytes on disk of each density; 0 where it is not cached."""
+        columns: Sequence[Mapping[str, int]] = [stored[channel] for channel in self._channels]
+        rows = [[sizes.get(task_id, 0) for sizes in columns] for task_id in self._task_ids]
+        return np.array(rows, np.int64).reshape(self._outcomes.shape)
