@@ -28,8 +28,7 @@ from zarrcache.convert.plan import ConvertResult, plan_convert
 from zarrcache.data.reader import open_reader
 from zarrcache.demo.synthetic import write_pairs as write_densities
 from zarrcache.errors import ConfigError, OriginUnavailableError, ZarrCacheError
-from zarrcache.parallel import dask as cluster
-from zarrcache.parallel.dask import Cluster, open_cluster
+from zarrcache.parallel.dask import Cluster, cluster, open_cluster
 from zarrcache.parallel.pool import Died
 from zarrcache.train.schedule import node_of
 

@@ -1,6 +1,4 @@
-"""Run items, or a command on every node, on a Dask cluster.
-
-The only importer of Dask (``pip install 'zarrcache[dask]'``), which is imported when it is used.
+"""Connect to a Dask cluster, or start one, and run items on it.
 
 >>> with open_cluster("tcp://login1:8786") as cluster:  # doctest: +SKIP
 ...     plan_convert("chgcars/", "s3://bucket/label").execute(engine=cluster.spread)
@@ -17,22 +15,19 @@ import multiprocessing
 import os
 import pickle
 import secrets
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from zarrcache.errors import ConfigError, ZarrCacheError
 from zarrcache.parallel.pool import Died, Reserve, cores
 from zarrcache.parallel.signals import signals_blocked
 from zarrcache.parallel.topology import node_name, sorted_nodes
 
-__all__ = ["Cluster", "NodeOutcome", "open_cluster", "run_on_each_node"]
+__all__ = ["Cluster", "open_cluster"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +45,6 @@ _MIN_AHEAD = 200
 _THREADS_KNOWN_S = 5.0
 #: Seconds for items that have begun to finish when the rest is cancelled.
 _STOP_S = 10.0
-
-#: Attempts to run a command on a node whose worker dies.
-_NODE_ATTEMPTS = 2
-#: Seconds to wait for a new worker on a node that has lost all of its workers.
-_ABSENT_S = 60.0
-#: Seconds between two checks of the running commands.
-_TICK_S = 1.0
-#: Seconds for a cancelled command to end after SIGTERM.
-_END_S = 5.0
-#: Lines of a command's standard error that are kept for its error message.
-_LAST_LINES = 20
 
 
 @contextlib.contextmanager
@@ -440,225 +424,3 @@ def _is_known(name: str, dask_scheduler: Any) -> bool:
 
 def _is_of(name: str, key: object) -> bool:
     return isinstance(key, tuple) and str(key[0]).startswith(name)
-
-
-# -- a command on every node
-# --------------------------------------------------------------------------------
-
-#: Reports a line of output.
-Report: TypeAlias = Callable[[str], None]
-#: Returns False once the command is cancelled.
-IsWanted: TypeAlias = Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class NodeOutcome:
-    """The result of a command on one node.
-
-    Attributes
-    ----------
-    node : str
-    code : int
-        Exit code.
-    document : dict
-        The JSON output; empty if there was none.
-    error : str
-        The reason why there was none.
-    """
-
-    node: str
-    code: int
-    document: dict[str, Any]
-    error: str = ""
-
-
-def run_on_each_node(
-    cluster: Cluster, arguments: Sequence[str], report: Callable[[str, str], object]
-) -> Generator[NodeOutcome]:
-    """Run ``zarrcache ARGUMENTS`` once on each node that has workers now, and collect its JSON.
-
-    The command runs in this directory, in a child process of the worker: it may use all cores of
-    the node, and the worker survives its failures. The variables of torchrun give it its rank among
-    the nodes, which are numbered in Slurm's order.
-
-    Parameters
-    ----------
-    cluster : Cluster
-    arguments : sequence of str
-    report : callable
-        Called with the node and each line of the command's standard error, in a thread.
-
-    Raises
-    ------
-    ConfigError
-        There are no workers.
-    """
-    nodes = list(cluster.nodes())
-    commands = {
-        node: _Command(
-            tuple(arguments),
-            os.getcwd(),
-            {"RANK": str(number), "WORLD_SIZE": str(len(nodes)), "LOCAL_WORLD_SIZE": "1"},
-        )
-        for number, node in enumerate(nodes)
-    }
-    with contextlib.closing(_once_per_node(cluster, _run_command, commands, report)) as outcomes:
-        for node, outcome in outcomes:
-            if isinstance(outcome, Died):
-                error = f"two Dask workers died while they ran it ({outcome})"
-                yield NodeOutcome(node, 1, {}, error)
-                continue
-            code, out, lines = outcome
-            try:
-                yield NodeOutcome(node, code, json.loads(out))
-            except ValueError:
-                error = lines[-1] if lines else f"exit code {code}"
-                yield NodeOutcome(node, code or 1, {}, error)
-
-
-def _once_per_node(
-    cluster: Cluster,
-    function: Callable[[T, Report, IsWanted], R],
-    arguments: Mapping[str, T],
-    report: Callable[[str, str], object],
-) -> Generator[tuple[str, R | Died]]:
-    """Yield ``(node, function(argument, report, is_wanted))`` in order of completion.
-
-    One worker of each node runs the function. If that worker dies, another worker of the node, or
-    the next one to appear within 60 s, tries once more. Closing the iterator, or an exception in
-    its consumer (also Ctrl-C), makes ``is_wanted()`` false and waits 10 s for running functions.
-
-    Parameters
-    ----------
-    arguments : mapping
-        One per node, by its name in ``cluster.nodes()``.
-    report : callable
-        Called with the node and each line that the function reports, in a thread.
-    """
-    from distributed import Event
-
-    name = f"zarrcache-{secrets.token_hex(8)}"
-    cancelled = Event(f"{name}-cancelled", client=cluster.client)
-    running: dict[Any, tuple[str, str]] = {}
-    attempts = dict.fromkeys(arguments, 0)
-    #: Nodes to start on, and until when they may have no worker.
-    waiting = dict.fromkeys(arguments, time.monotonic())
-    cluster.client.subscribe_topic(name, lambda event: report(*event[1]))
-    try:
-        while waiting or running:
-            places = cluster.places() if waiting else {}
-            for node, until_s in list(waiting.items()):
-                if node in places:
-                    del waiting[node]
-                    attempts[node] += 1
-                    where = places[node][0]
-                    future = cluster.client.submit(
-                        _do_on_node,
-                        name,
-                        node,
-                        function,
-                        arguments[node],
-                        key=(f"{name}-node", node, attempts[node]),
-                        workers=[where],
-                        pure=False,
-                    )
-                    running[future] = node, where
-                elif time.monotonic() > until_s:
-                    del waiting[node]
-                    yield node, Died(None)
-            for future in _ended(cluster, running):
-                node, _ = running.pop(future)
-                (outcome,) = cluster.outcomes([future]) if future.done() else [Died(None)]
-                future.cancel()
-                if isinstance(outcome, Died) and attempts[node] < _NODE_ATTEMPTS:
-                    waiting[node] = time.monotonic() + _ABSENT_S
-                else:
-                    yield node, outcome
-    finally:
-        if running:
-            cancelled.set()
-            cluster.take_back(running, name)
-        cluster.client.unsubscribe_topic(name)
-
-
-def _ended(cluster: Cluster, running: Mapping[Any, tuple[str, str]]) -> list[Any]:
-    """Wait up to 1 s; return the futures that are done, or whose worker is gone.
-
-    Dask would wait for that worker to return.
-    """
-    from distributed import wait
-
-    if not running:
-        time.sleep(_TICK_S)
-        return []
-    with cluster.client.as_current(), contextlib.suppress(TimeoutError):
-        wait(list(running), timeout=_TICK_S, return_when="FIRST_COMPLETED")
-    alive = cluster.client.nthreads()
-    return [future for future, (_, where) in running.items() if future.done() or where not in alive]
-
-
-# -- a command, in a worker
-# --------------------------------------------------------------------------------
-
-
-def _do_on_node(
-    name: str, node: str, function: Callable[[Any, Report, IsWanted], Any], argument: Any
-) -> Any:
-    from distributed import Event, get_worker
-
-    worker, cancelled = get_worker(), Event(f"{name}-cancelled")
-    return function(
-        argument, lambda line: worker.log_event(name, (node, line)), lambda: not cancelled.is_set()
-    )
-
-
-@dataclass(frozen=True)
-class _Command:
-    arguments: tuple[str, ...]
-    directory: str
-    environment: dict[str, str]  # overrides the worker's, which may be part of another job
-
-
-def _run_command(
-    command: _Command, report: Report, is_wanted: IsWanted
-) -> tuple[int, str, list[str]]:
-    """Run a command; return its exit code, stdout, and the last lines of stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zarrcache", *command.arguments],
-        cwd=command.directory if os.path.isdir(command.directory) else None,
-        env={**os.environ, **command.environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines: deque[str] = deque(maxlen=_LAST_LINES)
-    out: list[str] = []
-    assert process.stdout is not None
-    assert process.stderr is not None
-    readers = [
-        threading.Thread(target=lambda stream: out.append(stream.read()), args=(process.stdout,)),
-        threading.Thread(target=_relay, args=(process.stderr, lines, report)),
-    ]
-    for reader in readers:
-        reader.start()
-    try:
-        while is_wanted():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_TICK_S)
-                break
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_S)
-            process.kill()  # stored entries are kept; unfinished ones are never visible
-        for reader in readers:
-            reader.join()
-    return process.wait(), "".join(out), list(lines)
-
-
-def _relay(stream: Any, lines: deque[str], report: Report) -> None:
-    for line in stream:
-        lines.append(line.rstrip("\n"))
-        report(lines[-1])
