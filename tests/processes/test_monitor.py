@@ -102,7 +102,7 @@ def test_the_users_own_slow_function_is_named(
     # All is as before: nothing is timed any more.
     assert data._functions == ((options["transform"],) if "transform" in options else ())
     assert loader.collate_fn is loading.get("collate_fn", loader.collate_fn)
-    assert type(data._to_tensors).__name__ == "_PairToTensors"
+    assert type(data._to_tensors).__name__ == "PairToTensors"
     assert "_sample" not in vars(data)
     assert not data.reader._observers
     assert loader.worker_init_fn is None

@@ -1,4 +1,7 @@
 from .belady import BeladyPolicy as BeladyPolicy
+from .collate import collate as collate
+from .collate import collate_fn as collate_fn
+from .collate import collate_in_lists as collate_in_lists
 from .crops import LazyPair as LazyPair
 from .crops import Probes as Probes
 from .crops import RandomCrop as RandomCrop
@@ -8,9 +11,6 @@ from .datasets import Sample as Sample
 from .datasets import Transform as Transform
 from .datasets import Transforms as Transforms
 from .datasets import ZarrDataset as ZarrDataset
-from .datasets import collate as collate
-from .datasets import collate_fn as collate_fn
-from .datasets import collate_in_lists as collate_in_lists
 from .lookahead import Lookahead as Lookahead
 from .lookahead import node_budget_bytes as node_budget_bytes
 from .monitor import LoaderMonitor as LoaderMonitor

@@ -16,7 +16,7 @@ from zarrcache._units import whole_number
 from zarrcache.arrays import lattice_volume
 from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
-from zarrcache.train.transforms import Grid, copy_rotated
+from zarrcache.train.copying import copy_rotated
 
 __all__ = ["LazyPair", "Probes", "RandomCrop", "Selection"]
 
@@ -281,7 +281,7 @@ class Probes(Selection):
 
 def window(
     grid: LazyGrid | LazyStack, start: Sequence[int], size: Sequence[int], empty: Empty = np.empty
-) -> Grid:
+) -> NDArray[np.float32]:
     """A window of a periodic grid (..., nx, ny, nz), as a new array.
 
     Parameters

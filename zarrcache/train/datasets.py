@@ -1,8 +1,7 @@
-"""The datasets ``RhoData`` and ``ZarrDataset``, and a collate function for mixed grids."""
+"""The datasets ``RhoData`` and ``ZarrDataset``: pairs of densities as tensors."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import operator
@@ -24,32 +23,18 @@ from typing import (
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from zarrcache import _pages
 from zarrcache._keys import ROLES, Role
-from zarrcache._units import whole_number
 from zarrcache.data import Split, first_ids
 from zarrcache.disk import LazyGrid, LazyStack, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
-from zarrcache.train.crops import LazyPair, Points, Probes, Selection
-from zarrcache.train.transforms import (
-    Grid,
-    Rotation,
-    copy_rotated,
-    downsample,
-    draw_rotation,
-    rotate,
-    rotation_of,
-)
-from zarrcache.train.worker_transfer import (
-    PagesTensor,
-    Sender,
-    Structure,
-    empty_tensor,
-    in_pages,
-)
+from zarrcache.train.collate import collate
+from zarrcache.train.crops import Probes, Selection
+from zarrcache.train.transforms import Grid, PairToTensors, Rotation, kind_name, times
+from zarrcache.train.worker_transfer import Sender, Structure, in_pages
 
 __all__ = [
     "DensityReader",
@@ -58,15 +43,9 @@ __all__ = [
     "Sample",
     "Transform",
     "ZarrDataset",
-    "collate",
-    "collate_fn",
-    "collate_in_lists",
 ]
 
 logger = logging.getLogger(__name__)
-
-#: How a quarter turn may order the axes.
-_ORIENTATIONS = (0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2)
 
 _LEAVE_OUT = "Leave the material out of the map, or change the transform."
 
@@ -76,10 +55,6 @@ _T_co = TypeVar("_T_co", covariant=True)
 Transform: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
 #: What ``transform=`` takes. Only the first of several may be a `Selection`.
 Transforms: TypeAlias = Selection | Transform | Sequence[Selection | Transform]
-
-#: Below it, float16 has fewer bits. The share of such values that is not worth a warning: a density
-#: that crosses zero has some.
-_SUBNORMAL_FLOAT16, _TOLERATED_SHARE = 2.0**-14, 0.01
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -178,7 +153,7 @@ class Sample(TypedDict):
 class _PairDataset(Sender):
     """Reads two grids per sample and converts them to tensors."""
 
-    def __init__(self, to_tensors: _PairToTensors, transform: Transforms | None) -> None:
+    def __init__(self, to_tensors: PairToTensors, transform: Transforms | None) -> None:
         super().__init__()
         self._to_tensors = to_tensors
         self.transform = transform
@@ -226,7 +201,7 @@ class _PairDataset(Sender):
                 "%s: the data is on a grid of %s points, the label on one of %s. If the network "
                 "needs equal grids, leave the material out of the map. Further ones are not named.",
                 name,
-                *(_times(grid.shape[1:]) for grid in whole),
+                *(times(grid.shape[1:]) for grid in whole),
             )
         (data, data_grid), (label, label_grid), rotation = self._to_tensors(*whole, i, name=name)
         if rotation is not None:
@@ -246,8 +221,8 @@ class _PairDataset(Sender):
             result = function(result)
             if not isinstance(result, Mapping) or not {"data", "label"} <= result.keys():
                 raise ConfigError(
-                    f"transform returned {_kind(result)} for {name}. It has to return the sample: "
-                    "a mapping with at least 'data' and 'label'."
+                    f"transform returned {kind_name(result)} for {name}. It has to return the "
+                    "sample: a mapping with at least 'data' and 'label'."
                 )
         return (
             {key: in_pages(value) for key, value in result.items()} if self._functions else result
@@ -265,8 +240,8 @@ class _PairDataset(Sender):
         found: Any = selection.select(pair, rng)
         if not isinstance(found, Mapping) or not {*ROLES} <= found.keys():
             raise ConfigError(
-                f"select() of {selection!r} returned {_kind(found)} for {name}. It has to return a "
-                "mapping with at least 'data' and 'label'."
+                f"select() of {selection!r} returned {kind_name(found)} for {name}. It has to "
+                "return a mapping with at least 'data' and 'label'."
             )
         found = {**found}
         for field, role in enumerate(ROLES):
@@ -385,7 +360,7 @@ class RhoData(_PairDataset, Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.gs_data = gs_data
         self.gs_label = gs_label
         super().__init__(
-            _PairToTensors(
+            PairToTensors(
                 downsample_data, downsample_label, data_augmentation, seed, torch.float32
             ),
             transform,
@@ -535,7 +510,7 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
                 f"precision is {precision!r}; it has to be one of {', '.join(map(repr, _DTYPES))}."
             )
         super().__init__(
-            _PairToTensors(
+            PairToTensors(
                 downsample_data,
                 downsample_label,
                 augmentation,
@@ -670,282 +645,6 @@ def _ids_of(reader: DensityReader, split: str) -> Sequence[str]:
     return {"train": sides.train, "validation": sides.validation, "test": sides.test}[split]
 
 
-def collate_fn(batch: Sequence[Any]) -> Any:
-    """Collate samples into a batch; if any shapes differ, into lists.
-
-    Samples of equal shapes go through ``default_collate``. Otherwise every field of the batch is a
-    list of the samples' values: ``{"data": [...], "label": [...], "index": [...]}`` for dicts,
-    ``[[...], [...]]`` for tuples. All fields are lists then, so a model that finds a list in
-    ``data`` finds one in ``label``. Only the shapes decide; errors of ``default_collate`` are not
-    caught.
-    """
-    first = batch[0]
-    shapes = _shapes(first)
-    if all(_shapes(sample) == shapes for sample in batch[1:]):
-        return default_collate(list(batch))
-    if isinstance(first, Mapping):
-        return {key: [sample[key] for sample in batch] for key in first}
-    if isinstance(first, (tuple, list)):
-        return [list(values) for values in zip(*batch, strict=True)]
-    return list(batch)
-
-
-def collate_in_lists(batch: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Collate samples with ``augment_on="device"``: a list for each key, nothing is copied."""
-    return {key: [sample[key] for sample in batch] for key in batch[0]}
-
-
-#: The public name of ``collate_fn``, which is named after DataLoader's argument.
-collate = collate_fn
-
-
-#: A tensor, and the array over the same memory.
-_TensorAndGrid: TypeAlias = tuple[torch.Tensor, NDArray[Any]]
-
-
-class _PairToTensors:
-    """Rotates, downsamples and casts a pair of grids."""
-
-    def __init__(
-        self,
-        downsample_data: int,
-        downsample_label: int,
-        augmentation: bool,
-        seed: int | None,
-        dtype: torch.dtype,
-        rng: Literal["keyed", "torch"] = "keyed",
-        layout: Literal["C", "rotated"] = "C",
-        *,
-        is_deferred: bool = False,
-    ) -> None:
-        self.rng, self.layout, self.is_deferred = rng, layout, is_deferred
-        self.downsample_data = whole_number("downsample_data", downsample_data, least=1)
-        self.downsample_label = whole_number("downsample_label", downsample_label, least=1)
-        if augmentation not in (True, False, None):  # "no" would rotate
-            raise ConfigError(f"augmentation is {augmentation!r}; it has to be true or false.")
-        self.augmentation = bool(augmentation)
-        self.seed = None if seed is None else whole_number("seed", seed, least=0)
-        self.dtype = dtype
-        self.drawn = 0
-        #: Sides of which an underflow was reported.
-        self._underflows: set[int] = set()
-
-    def __call__(
-        self, data: Grid, label: Grid, index: int, *, name: str
-    ) -> tuple[_TensorAndGrid, _TensorAndGrid, Rotation | None]:
-        """The tensors; and the rotation, where it is left to `on_device`."""
-        names = f"data of {name}", f"label of {name}"
-        rotation = Rotation(0, 0)
-        if self.augmentation:
-            rotation, _ = self._draw(index)
-        if self.is_deferred:
-            sides = [self._whole(grid, k, names[k]) for k, grid in enumerate((data, label))]
-            return sides[0], sides[1], rotation
-        if self.augmentation:
-            data, label = rotate(data, rotation), rotate(label, rotation)
-            if self.layout == "rotated" and rotation.turns % 2:
-                first, second = rotation.plane
-                x, x_grid = self._tensor(data.swapaxes(first, second), 0, names[0])
-                y, y_grid = self._tensor(label.swapaxes(first, second), 1, names[1])
-                x, y = x.transpose(first, second), y.transpose(first, second)
-                return (x, x_grid), (y, y_grid), None
-        return self._tensor(data, 0, names[0]), self._tensor(label, 1, names[1]), None
-
-    def _draw(self, index: int) -> tuple[Rotation, tuple[int, ...]]:
-        """The rotation of the next sample, and the key that it was drawn with."""
-        if self.rng == "torch":
-            return _rotation_of_torch(), ()
-        key = (*self._stream(), self.drawn, index)
-        self.drawn += 1
-        return draw_rotation(*key), key
-
-    def views(
-        self,
-        data: LazyGrid | LazyStack,
-        label: LazyGrid | LazyStack,
-        index: int,
-        *,
-        name: str,
-        structure: Mapping[str, Any] | None,
-    ) -> tuple[LazyPair, np.random.Generator]:
-        """The pair, rotated and downsampled as views, and the generator of what is chosen of it."""
-        if self.augmentation:
-            rotation, key = self._draw(index)
-            turn = functools.partial(rotate, rotation=rotation)
-            data, label = data.view(turn), label.view(turn)
-        else:
-            key = (*self._stream(), self.drawn, index)
-            self.drawn += 1
-        if self.rng == "torch":
-            key = (int(torch.randint(0, 2**63 - 1, ())),)
-        sides = [
-            grid.view(functools.partial(downsample, step=step, multiple=self.downsample_data))
-            for grid, step in ((data, self.downsample_data), (label, self.downsample_label))
-        ]
-        points = self._points(data.shape[-3:], 0), self._points(label.shape[-3:], 1)
-        pair = LazyPair(sides[0], sides[1], points, name, structure, _pages.empty)
-        # Another stream than that of the rotation, which has the same key.
-        sequence = np.random.SeedSequence(key, spawn_key=(1,))
-        return pair, np.random.default_rng(sequence)
-
-    def misfit(
-        self, selection: Selection, data: tuple[int, ...], label: tuple[int, ...]
-    ) -> str | None:
-        """Why ``selection`` cannot use grids of these sizes, in any orientation they may get."""
-        for order in _ORIENTATIONS if self.augmentation else _ORIENTATIONS[:1]:
-            sides = [
-                self._points(tuple(whole[axis] for axis in order), field)
-                for field, whole in enumerate((data, label))
-            ]
-            reason = selection.misfit(*sides)
-            if reason is not None:
-                is_turned = order != _ORIENTATIONS[0]
-                return f"{reason}, as a rotation may turn it" if is_turned else reason
-        return None
-
-    def _points(self, whole: tuple[int, ...], field: int) -> Points:
-        multiple, step = self.downsample_data, self._step(field)
-        return Points(whole, step, tuple(-(-(n // multiple * multiple) // step) for n in whole))
-
-    def unrotated(self, whole: Grid, field: int) -> Grid:
-        """The grid of which `__call__` makes a tensor if no rotation is applied."""
-        if self.is_deferred:
-            return whole
-        return np.array(
-            downsample(whole, self._step(field), multiple=self.downsample_data), order="C"
-        )
-
-    def _step(self, field: int) -> int:
-        return (self.downsample_data, self.downsample_label)[field]
-
-    def _stream(self) -> tuple[int, ...]:
-        """Numbers that make this process's draws differ from other processes and epochs."""
-        worker = get_worker_info()
-        if worker is not None:
-            # torch draws this seed for every worker and, unless workers persist, for every epoch.
-            return (self.seed or 0, worker.seed)
-        # The initial seed is that of torch.manual_seed, or random. Reading it does not advance the
-        # generator.
-        return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
-
-    def on_device(
-        self, whole: torch.Tensor, rotation: Rotation, field: int, name: str
-    ) -> torch.Tensor:
-        """What `__call__` does to a grid, for a tensor on any device."""
-        first, second = rotation.plane
-        grid = whole.transpose(first, second) if rotation.turns % 2 else whole
-        reversed_axes = rotation.reversed_axes
-        if reversed_axes:
-            grid = grid.flip(reversed_axes)
-        nx, ny, nz = (n // self.downsample_data * self.downsample_data for n in grid.shape[-3:])
-        step = self._step(field)
-        grid = grid[..., :nx:step, :ny:step, :nz:step].contiguous()
-        cast = grid.to(self.dtype)
-        self._check_cast(grid, cast, field, name)
-        return cast
-
-    def _downsampled(self, whole: Grid, field: int, name: str) -> Grid:
-        grid = downsample(whole, self._step(field), multiple=self.downsample_data)
-        if grid.size == 0:
-            raise SchemaError(
-                f"{name}: a grid of {_times(whole.shape[-3:])} points is empty after cropping to a "
-                f"multiple of downsample_data={self.downsample_data}. Use a smaller factor, or "
-                "leave the sample out of the map."
-            )
-        return grid
-
-    def _whole(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
-        """A tensor of the grid as it was read, if something will be left of it."""
-        self._downsampled(whole, field, name)
-        if not whole.flags.writeable:
-            whole = whole.copy()
-        return torch.from_numpy(whole), whole
-
-    def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
-        grid = self._downsampled(whole, field, name)
-        # torch has no negative strides, a worker sends the whole storage of a strided tensor, and a
-        # network would gather the view anyway, in the training process: gather it here. numpy calls
-        # an array contiguous whatever the stride of an axis of length one.
-        is_plain = grid.flags.c_contiguous and grid.flags.writeable and min(grid.strides) > 0
-        if not is_plain:
-            gathered = _pages.empty(grid.shape, grid.dtype)
-            copy_rotated(grid, gathered)
-            grid = gathered
-        return self._cast(grid, field, name)
-
-    def cast(self, chosen: Any, field: int, name: str) -> torch.Tensor:
-        """An array or tensor that a selection made, in the precision of the dataset.
-
-        Raises
-        ------
-        ConfigError
-            It is neither.
-        """
-        if not isinstance(chosen, (np.ndarray, torch.Tensor)):
-            raise ConfigError(
-                f"{name}: select() returned {_kind(chosen)}; it has to return arrays."
-            )
-        array = np.asarray(chosen)
-        if array.dtype != np.float32 or not (array.flags.c_contiguous and array.flags.writeable):
-            array = np.array(array, np.float32, order="C")
-        tensor, pages = self._cast(array, field, name)
-        in_blocks = get_worker_info() is not None and _pages.block_of(pages) is not None
-        return PagesTensor.over(tensor, pages) if in_blocks else tensor
-
-    def _cast(self, grid: Grid, field: int, name: str) -> _TensorAndGrid:
-        tensor = torch.from_numpy(grid)
-        if self.dtype is torch.float32:
-            return tensor, grid
-        cast, pages = empty_tensor(tensor.shape, self.dtype)
-        cast.copy_(tensor)
-        self._check_cast(tensor, cast, field, name)
-        return cast, pages
-
-    def _check_cast(self, tensor: torch.Tensor, cast: torch.Tensor, field: int, name: str) -> None:
-        """Refuse values that float16 cannot hold; warn of small ones."""
-        if self.dtype is torch.float16:
-            low, high = _check_fits_float16(tensor, name)
-            if field not in self._underflows:
-                self._check_underflow(tensor, cast, low, high, field, name)
-
-    def _check_underflow(
-        self,
-        tensor: torch.Tensor,
-        cast: torch.Tensor,
-        low: float,
-        high: float,
-        field: int,
-        name: str,
-    ) -> None:
-        """Warn once per dataset, side and process if float16 loses small values."""
-        if low >= _SUBNORMAL_FLOAT16 or high <= -_SUBNORMAL_FLOAT16:
-            return
-        lost = int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(cast))
-        is_small = (tensor != 0) & (tensor.abs() < _SUBNORMAL_FLOAT16)
-        small = int(torch.count_nonzero(is_small)) - lost
-        if lost or small > _TOLERATED_SHARE * tensor.numel():
-            self._underflows.add(field)
-            logger.warning(
-                "%s: float16 turns %.3g %% of the values into 0, and another %.3g %% are below "
-                "%.2g, where it has less than 11 bits (%d and %d of %d values). Use bf16 or f32%s. "
-                "Other samples of this dataset are not reported.",
-                name,
-                100 * lost / tensor.numel(),
-                100 * small / tensor.numel(),
-                _SUBNORMAL_FLOAT16,
-                lost,
-                small,
-                tensor.numel(),
-                ", or densities that are not normalized" if high < 1 else "",
-            )
-
-
-def _rotation_of_torch() -> Rotation:
-    """The rotation that electrai's loader draws next from torch's global generator."""
-    axis = int(torch.randint(0, 3, ()))
-    return rotation_of(axis, float(torch.rand(())))
-
-
 def _with_channel(grid: NDArray[Any]) -> NDArray[Any]:
     return grid[None]
 
@@ -965,7 +664,7 @@ def _grid(values: Any, gridsize: Any, *, held: bool, name: str) -> Grid:
     channels = flat.shape[0] if flat.ndim == 2 and len(shape) == 3 else 1
     if len(shape) != 3 or not channels or flat.size != channels * math.prod(shape):
         raise SchemaError(
-            f"{name} has {flat.size} values and grid size {_times(shape)}. The number of values "
+            f"{name} has {flat.size} values and grid size {times(shape)}. The number of values "
             "has to be the product of three sizes."
         )
     grid = flat.reshape(channels, *shape)
@@ -1002,43 +701,3 @@ def _position(index: SupportsIndex, length: int) -> int:
     if not -length <= i < length:
         raise IndexError(f"sample {i} of a dataset of {length}")
     return i % length
-
-
-def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
-    """Smallest and largest value.
-
-    Raises
-    ------
-    SchemaError
-        One would become infinite: beyond 65504.
-    """
-    low, high = (x.item() for x in torch.aminmax(tensor))
-    limit = torch.finfo(torch.float16).max
-    if low < -limit or high > limit:
-        raise SchemaError(
-            f"{name} has values from {low:.6g} to {high:.6g}; the largest float16 is {limit:.0f}. "
-            "Use bf16 or f32, or normalize the densities (normalize_data: true) and heed the "
-            "warning about small values."
-        )
-    return low, high
-
-
-def _shapes(sample: Any) -> Any:
-    """The shapes of a sample's tensors and arrays, nested as the sample is."""
-    if isinstance(sample, Mapping):
-        return [
-            None if isinstance(value, Structure) else _shapes(value) for value in sample.values()
-        ]
-    if isinstance(sample, (tuple, list)):
-        return [_shapes(value) for value in sample]
-    return tuple(sample.shape) if isinstance(sample, (torch.Tensor, np.ndarray)) else None
-
-
-def _kind(result: Any) -> str:
-    if isinstance(result, Mapping):
-        return f"a mapping with the keys {list(result)}"
-    return "None" if result is None else f"a {type(result).__name__}"
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -1,27 +1,54 @@
-"""Rotate and downsample density grids as views of numpy arrays, without torch and without state.
+"""From a pair of grids to tensors: rotate, downsample, cast to the precision of a training.
 
-The distribution is that of the original training code: one of three axes with equal probability,
-then 0 quarter turns with probability 10 %, and 1, 2 and 3 quarter turns with 30 % each.
+The distribution of rotations is that of the original training code: one of three axes with equal
+probability, then 0 quarter turns with probability 10 %, and 1, 2 and 3 quarter turns with 30 %
+each.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
-__all__ = ["Rotation", "copy_rotated", "downsample", "draw_rotation", "rotate", "rotation_of"]
+from zarrcache import _pages
+from zarrcache._units import whole_number
+from zarrcache.disk import LazyGrid, LazyStack
+from zarrcache.errors import ConfigError, SchemaError
+from zarrcache.train.copying import copy_rotated
+from zarrcache.train.crops import LazyPair, Points, Selection
+from zarrcache.train.worker_transfer import PagesTensor, empty_tensor
+
+__all__ = [
+    "Grid",
+    "PairToTensors",
+    "Rotation",
+    "downsample",
+    "draw_rotation",
+    "kind_name",
+    "rotate",
+    "rotation_of",
+    "times",
+]
+
+logger = logging.getLogger(__name__)
 
 Grid = NDArray[np.float32]
 
 #: The plane that rotates about x, y and z. A quarter turn swaps its axes, then reverses the second.
 _PLANES = ((-2, -1), (-3, -1), (-3, -2))
-
-#: Bytes of a slab that `copy_rotated` reads at a time: so many that the slab stays in the CPU's L2
-#: cache. Where the copy jumps by whole planes, fewer are faster.
-_SLAB_BYTES, _SMALL_SLAB_BYTES = 400 << 10, 100 << 10
+#: How a quarter turn may order the axes.
+_ORIENTATIONS = (0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2)
+#: Below it, float16 has fewer bits. The share of such values that is not worth a warning: a density
+#: that crosses zero has some.
+_SUBNORMAL_FLOAT16, _TOLERATED_SHARE = 2.0**-14, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,40 +116,279 @@ def downsample(grid: Grid, step: int, *, multiple: int) -> Grid:
     return grid[..., :nx:step, :ny:step, :nz:step]
 
 
-def copy_rotated(view: NDArray[Any], out: NDArray[Any]) -> None:
-    """Copy a view that `rotate` and `downsample` made into a C-contiguous array of its shape.
+#: A tensor, and the array over the same memory.
+_TensorAndGrid: TypeAlias = tuple[torch.Tensor, NDArray[Any]]
 
-    The values are those of ``numpy.copyto(out, view)``, which reads memory in the order of ``out``:
-    backwards, or in jumps of whole planes, where each value costs a cache miss. Here slabs are read
-    in the order of memory, and rotated in the CPU's cache. For grids of 108 to 128 points per axis
-    that takes 0.5 to 1 times as long, and 0.2 to 0.7 times for quarter turns about y, whose jumps
-    also collide in the cache.
+
+class PairToTensors:
+    """Rotates, downsamples and casts a pair of grids."""
+
+    def __init__(
+        self,
+        downsample_data: int,
+        downsample_label: int,
+        augmentation: bool,
+        seed: int | None,
+        dtype: torch.dtype,
+        rng: Literal["keyed", "torch"] = "keyed",
+        layout: Literal["C", "rotated"] = "C",
+        *,
+        is_deferred: bool = False,
+    ) -> None:
+        self.rng, self.layout, self.is_deferred = rng, layout, is_deferred
+        self.downsample_data = whole_number("downsample_data", downsample_data, least=1)
+        self.downsample_label = whole_number("downsample_label", downsample_label, least=1)
+        if augmentation not in (True, False, None):  # "no" would rotate
+            raise ConfigError(f"augmentation is {augmentation!r}; it has to be true or false.")
+        self.augmentation = bool(augmentation)
+        self.seed = None if seed is None else whole_number("seed", seed, least=0)
+        self.dtype = dtype
+        self.drawn = 0
+        #: Sides of which an underflow was reported.
+        self._underflows: set[int] = set()
+
+    def __call__(
+        self, data: Grid, label: Grid, index: int, *, name: str
+    ) -> tuple[_TensorAndGrid, _TensorAndGrid, Rotation | None]:
+        """The tensors; and the rotation, where it is left to `on_device`."""
+        names = f"data of {name}", f"label of {name}"
+        rotation = Rotation(0, 0)
+        if self.augmentation:
+            rotation, _ = self._draw(index)
+        if self.is_deferred:
+            sides = [self._whole(grid, k, names[k]) for k, grid in enumerate((data, label))]
+            return sides[0], sides[1], rotation
+        if self.augmentation:
+            data, label = rotate(data, rotation), rotate(label, rotation)
+            if self.layout == "rotated" and rotation.turns % 2:
+                first, second = rotation.plane
+                x, x_grid = self._tensor(data.swapaxes(first, second), 0, names[0])
+                y, y_grid = self._tensor(label.swapaxes(first, second), 1, names[1])
+                x, y = x.transpose(first, second), y.transpose(first, second)
+                return (x, x_grid), (y, y_grid), None
+        return self._tensor(data, 0, names[0]), self._tensor(label, 1, names[1]), None
+
+    def _draw(self, index: int) -> tuple[Rotation, tuple[int, ...]]:
+        """The rotation of the next sample, and the key that it was drawn with."""
+        if self.rng == "torch":
+            return _rotation_of_torch(), ()
+        key = (*self._stream(), self.drawn, index)
+        self.drawn += 1
+        return draw_rotation(*key), key
+
+    def views(
+        self,
+        data: LazyGrid | LazyStack,
+        label: LazyGrid | LazyStack,
+        index: int,
+        *,
+        name: str,
+        structure: Mapping[str, Any] | None,
+    ) -> tuple[LazyPair, np.random.Generator]:
+        """The pair, rotated and downsampled as views, and the generator of what is chosen of it."""
+        if self.augmentation:
+            rotation, key = self._draw(index)
+            turn = functools.partial(rotate, rotation=rotation)
+            data, label = data.view(turn), label.view(turn)
+        else:
+            key = (*self._stream(), self.drawn, index)
+            self.drawn += 1
+        if self.rng == "torch":
+            key = (int(torch.randint(0, 2**63 - 1, ())),)
+        sides = [
+            grid.view(functools.partial(downsample, step=step, multiple=self.downsample_data))
+            for grid, step in ((data, self.downsample_data), (label, self.downsample_label))
+        ]
+        points = self._points(data.shape[-3:], 0), self._points(label.shape[-3:], 1)
+        pair = LazyPair(sides[0], sides[1], points, name, structure, _pages.empty)
+        # Another stream than that of the rotation, which has the same key.
+        sequence = np.random.SeedSequence(key, spawn_key=(1,))
+        return pair, np.random.default_rng(sequence)
+
+    def misfit(
+        self, selection: Selection, data: tuple[int, ...], label: tuple[int, ...]
+    ) -> str | None:
+        """Why ``selection`` cannot use grids of these sizes, in any orientation they may get."""
+        for order in _ORIENTATIONS if self.augmentation else _ORIENTATIONS[:1]:
+            sides = [
+                self._points(tuple(whole[axis] for axis in order), field)
+                for field, whole in enumerate((data, label))
+            ]
+            reason = selection.misfit(*sides)
+            if reason is not None:
+                is_turned = order != _ORIENTATIONS[0]
+                return f"{reason}, as a rotation may turn it" if is_turned else reason
+        return None
+
+    def _points(self, whole: tuple[int, ...], field: int) -> Points:
+        multiple, step = self.downsample_data, self._step(field)
+        return Points(whole, step, tuple(-(-(n // multiple * multiple) // step) for n in whole))
+
+    def unrotated(self, whole: Grid, field: int) -> Grid:
+        """The grid of which `__call__` makes a tensor if no rotation is applied."""
+        if self.is_deferred:
+            return whole
+        return np.array(
+            downsample(whole, self._step(field), multiple=self.downsample_data), order="C"
+        )
+
+    def _step(self, field: int) -> int:
+        return (self.downsample_data, self.downsample_label)[field]
+
+    def _stream(self) -> tuple[int, ...]:
+        """Numbers that make this process's draws differ from other processes and epochs."""
+        worker = get_worker_info()
+        if worker is not None:
+            # torch draws this seed for every worker and, unless workers persist, for every epoch.
+            return (self.seed or 0, worker.seed)
+        # The initial seed is that of torch.manual_seed, or random. Reading it does not advance the
+        # generator.
+        return (0, torch.initial_seed()) if self.seed is None else (self.seed, 0)
+
+    def on_device(
+        self, whole: torch.Tensor, rotation: Rotation, field: int, name: str
+    ) -> torch.Tensor:
+        """What `__call__` does to a grid, for a tensor on any device."""
+        first, second = rotation.plane
+        grid = whole.transpose(first, second) if rotation.turns % 2 else whole
+        reversed_axes = rotation.reversed_axes
+        if reversed_axes:
+            grid = grid.flip(reversed_axes)
+        nx, ny, nz = (n // self.downsample_data * self.downsample_data for n in grid.shape[-3:])
+        step = self._step(field)
+        grid = grid[..., :nx:step, :ny:step, :nz:step].contiguous()
+        cast = grid.to(self.dtype)
+        self._check_cast(grid, cast, field, name)
+        return cast
+
+    def _downsampled(self, whole: Grid, field: int, name: str) -> Grid:
+        grid = downsample(whole, self._step(field), multiple=self.downsample_data)
+        if grid.size == 0:
+            raise SchemaError(
+                f"{name}: a grid of {times(whole.shape[-3:])} points is empty after cropping to a "
+                f"multiple of downsample_data={self.downsample_data}. Use a smaller factor, or "
+                "leave the sample out of the map."
+            )
+        return grid
+
+    def _whole(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
+        """A tensor of the grid as it was read, if something will be left of it."""
+        self._downsampled(whole, field, name)
+        if not whole.flags.writeable:
+            whole = whole.copy()
+        return torch.from_numpy(whole), whole
+
+    def _tensor(self, whole: Grid, field: int, name: str) -> _TensorAndGrid:
+        grid = self._downsampled(whole, field, name)
+        # torch has no negative strides, a worker sends the whole storage of a strided tensor, and a
+        # network would gather the view anyway, in the training process: gather it here. numpy calls
+        # an array contiguous whatever the stride of an axis of length one.
+        is_plain = grid.flags.c_contiguous and grid.flags.writeable and min(grid.strides) > 0
+        if not is_plain:
+            gathered = _pages.empty(grid.shape, grid.dtype)
+            copy_rotated(grid, gathered)
+            grid = gathered
+        return self._cast(grid, field, name)
+
+    def cast(self, chosen: Any, field: int, name: str) -> torch.Tensor:
+        """An array or tensor that a selection made, in the precision of the dataset.
+
+        Raises
+        ------
+        ConfigError
+            It is neither.
+        """
+        if not isinstance(chosen, (np.ndarray, torch.Tensor)):
+            raise ConfigError(
+                f"{name}: select() returned {kind_name(chosen)}; it has to return arrays."
+            )
+        array = np.asarray(chosen)
+        if array.dtype != np.float32 or not (array.flags.c_contiguous and array.flags.writeable):
+            array = np.array(array, np.float32, order="C")
+        tensor, pages = self._cast(array, field, name)
+        in_blocks = get_worker_info() is not None and _pages.block_of(pages) is not None
+        return PagesTensor.over(tensor, pages) if in_blocks else tensor
+
+    def _cast(self, grid: Grid, field: int, name: str) -> _TensorAndGrid:
+        tensor = torch.from_numpy(grid)
+        if self.dtype is torch.float32:
+            return tensor, grid
+        cast, pages = empty_tensor(tensor.shape, self.dtype)
+        cast.copy_(tensor)
+        self._check_cast(tensor, cast, field, name)
+        return cast, pages
+
+    def _check_cast(self, tensor: torch.Tensor, cast: torch.Tensor, field: int, name: str) -> None:
+        """Refuse values that float16 cannot hold; warn of small ones."""
+        if self.dtype is torch.float16:
+            low, high = _check_fits_float16(tensor, name)
+            if field not in self._underflows:
+                self._check_underflow(tensor, cast, low, high, field, name)
+
+    def _check_underflow(
+        self,
+        tensor: torch.Tensor,
+        cast: torch.Tensor,
+        low: float,
+        high: float,
+        field: int,
+        name: str,
+    ) -> None:
+        """Warn once per dataset, side and process if float16 loses small values."""
+        if low >= _SUBNORMAL_FLOAT16 or high <= -_SUBNORMAL_FLOAT16:
+            return
+        lost = int(torch.count_nonzero(tensor)) - int(torch.count_nonzero(cast))
+        is_small = (tensor != 0) & (tensor.abs() < _SUBNORMAL_FLOAT16)
+        small = int(torch.count_nonzero(is_small)) - lost
+        if lost or small > _TOLERATED_SHARE * tensor.numel():
+            self._underflows.add(field)
+            logger.warning(
+                "%s: float16 turns %.3g %% of the values into 0, and another %.3g %% are below "
+                "%.2g, where it has less than 11 bits (%d and %d of %d values). Use bf16 or f32%s. "
+                "Other samples of this dataset are not reported.",
+                name,
+                100 * lost / tensor.numel(),
+                100 * small / tensor.numel(),
+                _SUBNORMAL_FLOAT16,
+                lost,
+                small,
+                tensor.numel(),
+                ", or densities that are not normalized" if high < 1 else "",
+            )
+
+
+def _rotation_of_torch() -> Rotation:
+    """The rotation that electrai's loader draws next from torch's global generator."""
+    axis = int(torch.randint(0, 3, ()))
+    return rotation_of(axis, float(torch.rand(())))
+
+
+def _check_fits_float16(tensor: torch.Tensor, name: str) -> tuple[float, float]:
+    """Smallest and largest value.
+
+    Raises
+    ------
+    SchemaError
+        One would become infinite: beyond 65504.
     """
-    if view.ndim == 4:
-        for channel, copied in zip(view, out, strict=True):
-            copy_rotated(channel, copied)
-        return
-    steps = [abs(stride) for stride in view.strides]
-    if view.ndim != 3 or view.nbytes < _SLAB_BYTES:
-        np.copyto(out, view)
-        return
-    rows = steps.index(min(steps))
-    if (rows == 2 and view.strides[2] > 0) or min(steps) > view.itemsize:
-        # It copies whole rows; or the view skips points, and is small against what is read.
-        np.copyto(out, view)
-        return
-    # Slabs are cut along an axis that is neither that of the rows in memory nor that of the result.
-    axis = 1 if rows == 0 else 0
-    limit = _SMALL_SLAB_BYTES if rows == 0 else _SLAB_BYTES
-    width = max(1, min(limit * view.shape[axis] // view.nbytes, view.shape[axis]))
-    # In the order of memory, and the way back
-    order = sorted(range(3), key=lambda i: -steps[i])
-    forwards = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in view.strides)
-    slab_shape = [width if i == axis else view.shape[i] for i in order]
-    slab = np.empty(slab_shape, view.dtype).transpose(np.argsort(order))
-    for start in range(0, view.shape[axis], width):
-        part = (slice(None),) * axis + (slice(start, start + width),)
-        source = view[part]
-        copied = slab[(slice(None),) * axis + (slice(source.shape[axis]),)]
-        np.copyto(copied, source[forwards])
-        np.copyto(out[part], copied[forwards])
+    low, high = (x.item() for x in torch.aminmax(tensor))
+    limit = torch.finfo(torch.float16).max
+    if low < -limit or high > limit:
+        raise SchemaError(
+            f"{name} has values from {low:.6g} to {high:.6g}; the largest float16 is {limit:.0f}. "
+            "Use bf16 or f32, or normalize the densities (normalize_data: true) and heed the "
+            "warning about small values."
+        )
+    return low, high
+
+
+def kind_name(result: Any) -> str:
+    """What a function returned, for messages."""
+    if isinstance(result, Mapping):
+        return f"a mapping with the keys {list(result)}"
+    return "None" if result is None else f"a {type(result).__name__}"
+
+
+def times(shape: Sequence[int]) -> str:
+    """``108 x 108 x 120``."""
+    return " x ".join(map(str, shape))

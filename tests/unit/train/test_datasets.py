@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from tests.support.stores import random_density
 from zarrcache import ConfigError, RhoData, SchemaError, ZarrDataset, ZarrS3Reader, collate
-from zarrcache.train.datasets import collate_fn
+from zarrcache.train.collate import collate_fn
 from zarrcache.train.lookahead import _read_by
 
 Grid = NDArray[np.float32]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from zarrcache.train.transforms import Rotation, copy_rotated, downsample, draw_rotation, rotate
+from zarrcache.train.copying import copy_rotated
+from zarrcache.train.transforms import Rotation, downsample, draw_rotation, rotate
 
 #: The plane that numpy.rot90 turns for x, y and z.
 PLANES = ((1, 2), (0, 2), (0, 1))
