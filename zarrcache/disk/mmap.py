@@ -245,7 +245,13 @@ class _Mapping:
         )
         if address == _MAP_FAILED:
             code = ctypes.get_errno()
-            raise OSError(code, f"cannot map {place.path}: {os.strerror(code)}")
+            # Linux allows a process 65530 maps.
+            hint = (
+                ". If this process holds many densities, keep fewer, or raise vm.max_map_count"
+                if code == errno.ENOMEM
+                else ""
+            )
+            raise OSError(code, f"cannot map {place.path}: {os.strerror(code)}{hint}")
         self.address, self.place = address, place
         self.__array_interface__ = {
             "version": 3,
