@@ -24,7 +24,8 @@ from tests.support.daskcluster import RunningCluster, running_cluster
 from tests.support.training import start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig
 from zarrcache.cli.options import open_engine
-from zarrcache.convert.plan import ConvertResult, plan_convert
+from zarrcache.convert.converter import ConvertResult
+from zarrcache.convert.plan import plan_convert
 from zarrcache.data.reader import open_reader
 from zarrcache.demo.synthetic import write_pairs as write_densities
 from zarrcache.errors import ConfigError, OriginUnavailableError, ZarrCacheError

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.support.processes import interpreters
-from zarrcache.convert.plan import ConvertResult, convert_directory, plan_convert
+from zarrcache.convert.converter import ConvertResult
+from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.demo.synthetic import write_pairs
 from zarrcache.parallel.pool import Reserve
 

@@ -1,4 +1,5 @@
 from .parsers import RawDensity as RawDensity
+from .converter import ConvertResult as ConvertResult
 from .density import ChargeDensity as ChargeDensity
 from .density import read_density as read_density
 from .formats import InputFormat as InputFormat
@@ -7,7 +8,6 @@ from .formats import register_format as register_format
 from .formats import task_id_of as task_id_of
 from .plan import ConvertPlan as ConvertPlan
 from .plan import ConvertReport as ConvertReport
-from .plan import ConvertResult as ConvertResult
 from .plan import convert_directory as convert_directory
 from .plan import plan_convert as plan_convert
 from .rhoread import RhoRead as RhoRead

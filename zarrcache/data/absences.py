@@ -1,4 +1,5 @@
-"""Which channels the materials of a reader lack, before anything is read of them.
+"""Which channels the materials of a reader lack, before anything is read of them, and whether they
+can be trained on.
 
 What is cached is there. What else is known is stored with the listings of a directory. The rest is
 asked of the origin, many stores at once, and stored.
@@ -7,21 +8,23 @@ asked of the origin, many stores at once, and stored.
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from zarrcache._keys import Channel, Role, density_array, density_name
+from zarrcache._keys import Channel, Missing, Role, density_array, density_name, is_density
 from zarrcache.arrays import OriginArray, is_fetched_whole, list_array
 from zarrcache.cache import CONTENTS
+from zarrcache.data.splits import first_ids
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import ArrayNotFoundError
+from zarrcache.errors import ArrayNotFoundError, ConfigError
 
 if TYPE_CHECKING:
     from zarrcache.data.reader import ZarrS3Reader
 
-__all__ = ["Absences"]
+__all__ = ["Absences", "check_lacking"]
 
 logger = logging.getLogger(__name__)
 
@@ -181,3 +184,98 @@ class Absences:
         """Which stores of a directory have an array (1) or lack it (0), where that is known."""
         stored = self._reader.cache.stored_listing(self._reader.origin(role), CONTENTS)
         return dict(stored) if isinstance(stored, dict) else {}
+
+
+def check_lacking(
+    lacking: Mapping[str, Sequence[Channel]],
+    count: int,
+    missing: Missing,
+    arrays: Mapping[Role, Sequence[str]],
+    directories: Iterable[str],
+    map_file: str | os.PathLike[str],
+) -> str:
+    """Raise if materials that lack a channel cannot be trained on; else name them.
+
+    Of more materials than ``lacking`` has, it would raise the same.
+
+    Parameters
+    ----------
+    lacking : mapping
+        The channels that each lacks, by task id.
+    count : int
+        Materials in all.
+    missing : {"error", "zero", "drop"}
+    arrays : mapping
+        Those of each role.
+    directories, map_file
+        For messages.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not lacking:
+        return ""
+    names = ", ".join(
+        dict.fromkeys(
+            f"{density_name(channel.array)} ({channel.role})"
+            for channels in lacking.values()
+            for channel in channels
+        )
+    )
+    found = f"{len(lacking)} of {count} materials lack {names}: {first_ids([*lacking])}"
+    where = " or ".join(dict.fromkeys(directories))
+    by_all = set.intersection(*map(set, lacking.values())) if len(lacking) == count else set()
+    unknown = {array for _, array in by_all if not is_density(array)}
+    unknown -= {
+        array for role in arrays for array in arrays[role] if Channel(role, array) not in by_all
+    }
+    if unknown:  # misspelt, which as zeros would not be noticed
+        raise ConfigError(
+            f"no material has an array {min(unknown)!r}. They are in {where}. Correct the name "
+            "in density_type; reading one of them names the arrays that it has."
+        )
+    one_side = ""
+    if len({channel.role for channel in by_all}) == 1:
+        one_side = " Where only input or label has it, write density_type: {data: ..., label: ...}."
+    if missing == "drop" and len(lacking) == count:
+        raise ConfigError(
+            f"{found}. They are in {where}. missing: drop would leave no material.{one_side}"
+        )
+    if missing == "error":
+        raise ConfigError(
+            f"{found}. They are in {where}.{one_side} Set missing: zero, which fills the "
+            "channel with zeros, or missing: drop, which leaves these materials out; or remove "
+            "them from "
+            f"{map_file}. If they were converted again (zarrcache convert --diff), run "
+            "`zarrcache warm`."
+        )
+    if missing == "drop":
+        return found
+    empty = [
+        id_
+        for id_, channels in lacking.items()
+        if any(
+            {channel.array for channel in channels if channel.role == role} >= {*of_role}
+            for role, of_role in arrays.items()
+        )
+    ]
+    if empty:
+        raise ConfigError(
+            f"{len(empty)} of {count} materials have no channel at all of input or label, so "
+            f"the grid that missing: zero would fill is unknown: {first_ids(empty)}. They are "
+            f"in {where}. Set missing: drop, or add total to density_type."
+        )
+    total = density_array("total")
+    damaged = [
+        id_
+        for id_, channels in lacking.items()
+        if any(channel.array == total for channel in channels)
+    ]
+    if damaged:
+        raise ConfigError(
+            f"{len(damaged)} of {count} materials have no total density, which is zero in no "
+            f"material: {first_ids(damaged)}. They are in {where}. Convert them again, set "
+            f"missing: drop, or remove them from {map_file}."
+        )
+    return found

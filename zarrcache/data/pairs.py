@@ -27,15 +27,13 @@ from zarrcache._keys import (
     check_density_type,
     density_array,
     density_name,
-    is_density,
     safe_repr,
     units_of,
 )
 from zarrcache._units import counted
-from zarrcache.arrays import (
-    kinds_of,
-)
+from zarrcache.arrays import kinds_of
 from zarrcache.config import CacheConfig, DataConfig
+from zarrcache.data.absences import check_lacking
 from zarrcache.data.lock import LockFile
 from zarrcache.data.sequences import Density, SplitSets, split_sets
 from zarrcache.data.splits import (
@@ -48,11 +46,7 @@ from zarrcache.data.splits import (
     split_ids,
 )
 from zarrcache.disk import LazyGrid, LazyStack
-from zarrcache.errors import (
-    ConfigError,
-    SchemaError,
-    ZarrCacheError,
-)
+from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce
 
 __all__ = ["Normalize", "PairReader", "as_lazy", "as_our_error", "only_our_errors"]
@@ -540,7 +534,13 @@ class PairReader(ABC):
     def _decided(self, task_ids: Sequence[str]) -> _Complete:
         lacking = self.find_lacking(task_ids)
         if lacking:
-            self._decide(lacking, len(task_ids))
+            found = self._check_lacking(lacking, len(task_ids))
+            becomes = "These channels are zero"
+            if self.if_missing == "drop":
+                becomes = "They are left out of the split"
+            self._log_once.warning(
+                self.if_missing, logger, "%s. %s (missing: %s).", found, becomes, self.if_missing
+            )
         dropped = lacking if self.if_missing == "drop" else {}
         kept = tuple(id_ for id_ in task_ids if id_ not in dropped)
         uneven = self.uneven_channels(kept)
@@ -550,86 +550,10 @@ class PairReader(ABC):
             raise SchemaError(first + (more if others else ""))
         return _Complete(kept, tuple(dropped))
 
-    def _decide(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> None:
-        """Raise, or say in a warning what becomes of materials that lack a channel."""
-        found = self._check_lacking(lacking, count)
-        becomes = "These channels are zero"
-        if self.if_missing == "drop":
-            becomes = "They are left out of the split"
-        self._log_once.warning(
-            self.if_missing, logger, "%s. %s (missing: %s).", found, becomes, self.if_missing
-        )
-
     def _check_lacking(self, lacking: Mapping[str, Sequence[Channel]], count: int) -> str:
-        """Raise if materials that lack a channel cannot be trained on; else name them.
-
-        Of more materials than ``lacking`` has, it would raise the same.
-        """
-        if not lacking:
-            return ""
-        names = ", ".join(
-            dict.fromkeys(
-                f"{density_name(channel.array)} ({channel.role})"
-                for channels in lacking.values()
-                for channel in channels
-            )
+        return check_lacking(
+            lacking, count, self.if_missing, self._arrays, self._urls(), self.map_dir
         )
-        found = f"{len(lacking)} of {count} materials lack {names}: {first_ids([*lacking])}"
-        where = " or ".join(dict.fromkeys(self._urls()))
-        by_all = set.intersection(*map(set, lacking.values())) if len(lacking) == count else set()
-        unknown = {array for _, array in by_all if not is_density(array)}
-        unknown -= {array for role, array in self.reads if Channel(role, array) not in by_all}
-        if unknown:  # misspelt, which as zeros would not be noticed
-            raise ConfigError(
-                f"no material has an array {min(unknown)!r}. They are in {where}. Correct the name "
-                "in density_type; reading one of them names the arrays that it has."
-            )
-        one_side = ""
-        if len({channel.role for channel in by_all}) == 1:
-            one_side = (
-                " Where only input or label has it, write density_type: {data: ..., label: ...}."
-            )
-        if self.if_missing == "drop" and len(lacking) == count:
-            raise ConfigError(
-                f"{found}. They are in {where}. missing: drop would leave no material.{one_side}"
-            )
-        if self.if_missing == "error":
-            raise ConfigError(
-                f"{found}. They are in {where}.{one_side} Set missing: zero, which fills the "
-                "channel with zeros, or missing: drop, which leaves these materials out; or remove "
-                "them from "
-                f"{self.map_dir}. If they were converted again (zarrcache convert --diff), run "
-                "`zarrcache warm`."
-            )
-        if self.if_missing == "drop":
-            return found
-        empty = [
-            id_
-            for id_, channels in lacking.items()
-            if any(
-                {channel.array for channel in channels if channel.role == role} >= {*arrays}
-                for role, arrays in self._arrays.items()
-            )
-        ]
-        if empty:
-            raise ConfigError(
-                f"{len(empty)} of {count} materials have no channel at all of input or label, so "
-                f"the grid that missing: zero would fill is unknown: {first_ids(empty)}. They are "
-                f"in {where}. Set missing: drop, or add total to density_type."
-            )
-        total = density_array("total")
-        damaged = [
-            id_
-            for id_, channels in lacking.items()
-            if any(channel.array == total for channel in channels)
-        ]
-        if damaged:
-            raise ConfigError(
-                f"{len(damaged)} of {count} materials have no total density, which is zero in no "
-                f"material: {first_ids(damaged)}. They are in {where}. Convert them again, set "
-                f"missing: drop, or remove them from {self.map_dir}."
-            )
-        return found
 
     def lacks(self, task_id: str, role: Role, array: str) -> bool:
         """Whether a channel of a material is filled with zeros, because the origin lacks it."""

@@ -17,8 +17,9 @@ import zarr
 
 from tests.support.stores import plain_read, small_group
 from zarrcache.config import ConfigError
+from zarrcache.convert.converter import ConvertResult
 from zarrcache.convert.density import read_density
-from zarrcache.convert.plan import ConvertResult, convert_directory, plan_convert
+from zarrcache.convert.plan import convert_directory, plan_convert
 from zarrcache.demo.synthetic import make_pair, write_pairs
 from zarrcache.errors import OriginError
 

@@ -1,0 +1,334 @@
+"""Convert one file to a store, or decide what becomes of a file whose store exists."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from zarrcache.arrays import PymatgenMissingError
+from zarrcache.convert.density import ChargeDensity, read_density
+from zarrcache.convert.formats import InputFormat, Naming, task_id_of
+from zarrcache.convert.provenance import Existing, source_of
+from zarrcache.convert.writer import (
+    StoreExistsError,
+    encode_store,
+    examine_store,
+    publish_store,
+    store_exists,
+    zipped,
+)
+from zarrcache.errors import ConfigError, OriginError, ZarrCacheError
+from zarrcache.parallel import Reserve, node_name
+
+if TYPE_CHECKING:
+    from zarrcache.convert.upload import S3Destination
+
+__all__ = ["ConvertResult", "Converter", "Elsewhere", "is_s3"]
+
+logger = logging.getLogger(__name__)
+
+#: Stores that are examined at a time, mostly waiting for a server or a network file system.
+_EXAMINE_THREADS = 16
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """Outcome for one file.
+
+    Attributes
+    ----------
+    path : Path
+    task_id : str
+        Empty if the file's name does not give one.
+    target : str
+        Path or URL of the store; empty without a task id.
+    written_bytes : int
+    warnings : tuple of str
+        Suspicious findings; the store was written nevertheless.
+    error : str or None
+        The reason why there is no store.
+    skipped : bool
+        A whole store of the same file existed already.
+    """
+
+    path: Path
+    task_id: str
+    target: str
+    written_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+    skipped: bool = False
+
+
+@dataclass
+class Converter:
+    """Converts one file per call. Picklable; each process opens its own S3 client at first use."""
+
+    dst: str
+    chunks: tuple[int, ...]
+    zip: bool
+    zarr_format: Literal[2, 3]
+    diff: bool
+    overwrite: bool
+    s3_kwargs: dict[str, Any] = field(repr=False)
+    strict: bool
+    formats: tuple[InputFormat, ...]
+    naming: Naming
+    units: Literal["cell", "volume"]
+    dtype: Literal["float32", "float64"]
+    #: Names of stores that are not whole, to be replaced.
+    replace: frozenset[str] = frozenset()
+
+    def __call__(
+        self, path: Path, reserve: Reserve | None = None
+    ) -> ConvertResult | ZarrCacheError:
+        """Convert one file.
+
+        An error of the file is in the result. An error of the destination, which would affect the
+        next file too, is returned itself.
+        """
+        try:
+            density, objects = self._encoded(path)
+        except PymatgenMissingError as exc:
+            return exc  # all other files would fail in the same way
+        except ZarrCacheError as exc:
+            return self.result(path, error=str(exc))
+        except OSError as exc:
+            return self.result(path, error=f"{path} cannot be read ({exc.strerror or exc}).")
+        except MemoryError:
+            return self.result(
+                path,
+                error=f"{path} could not be converted, because this process gets no more memory. "
+                "Use fewer --workers, or give the job more memory.",
+            )
+        except Exception as exc:
+            # A file can make a parser fail in any way; the other files are still converted.
+            logger.warning("%s could not be converted", path, exc_info=True)
+            return self.result(
+                path,
+                error=f"{path} could not be converted: {type(exc).__name__}: {exc}. Please report "
+                "this with the file.",
+            )
+        name = f"{density.task_id}{self.suffix}"
+        target = f"{self.dst}/{name}"
+        warnings = density.warnings
+        if name in self.replace:
+            warnings = (*warnings, f"{target} was not whole; it is converted again.")
+        overwrite = self.overwrite or name in self.replace
+        try:
+            try:
+                if self._destination is not None:
+                    written = self._destination.upload(name, objects, overwrite=overwrite)
+                else:
+                    written = publish_store(Path(target), objects, overwrite=overwrite)
+            except StoreExistsError:  # another process wrote it meanwhile
+                return self._found_meanwhile(path, target)
+        except ConfigError as exc:
+            return self.result(path, error=str(exc))
+        except OriginError as exc:
+            return exc
+        except OSError as exc:
+            return OriginError(
+                f"{target} could not be written: {exc.strerror}. Make room or choose another "
+                "destination; finished stores are kept."
+            )
+        return self.result(path, written_bytes=written, warnings=warnings)
+
+    def _encoded(self, path: Path) -> tuple[ChargeDensity, dict[str, bytes]]:
+        """Read and check one file, and encode its store in memory."""
+        source = source_of(path)
+        density = read_density(
+            path,
+            diff=self.diff,
+            strict=self.strict,
+            formats=self.formats,
+            task_id=task_id_of(path, self.formats, self.naming),
+            units=self.units,
+            dtype=self.dtype,
+        )
+        objects = encode_store(
+            density.total,
+            density.diff,
+            density.structure,
+            density.metadata,
+            chunks=self.chunks,
+            zarr_format=self.zarr_format,
+            source=source,
+            diff_wanted=self.diff,
+            units=self.units,
+            dtype=self.dtype,
+        )
+        return density, {"": zipped(objects)} if self.zip else objects
+
+    def _found_meanwhile(self, path: Path, target: str) -> ConvertResult:
+        verdict = self.verdicts([path]).get(path)
+        if verdict is None or verdict.is_done:
+            return self.result(path, skipped=True)
+        error = verdict.error or f"{target} is not whole. Run the same command again."
+        return self.result(path, error=error)
+
+    def result(self, path: Path, **fields: Any) -> ConvertResult:
+        """A result for ``path`` with its task id and target."""
+        name = self.name_of(path)
+        return ConvertResult(
+            path, name.removesuffix(self.suffix), f"{self.dst}/{name}" if name else "", **fields
+        )
+
+    def without_id(self, paths: Sequence[Path]) -> dict[Path, str]:
+        """Files that give no task id, each with the error."""
+        errors = {}
+        for path in paths:
+            try:
+                task_id_of(path, self.formats, self.naming)
+            except ConfigError as exc:
+                errors[path] = str(exc)
+        return errors
+
+    def name_of(self, path: Path) -> str:
+        """Store name of ``path``; empty if the file name gives none (an error of that file)."""
+        try:
+            return task_id_of(path, self.formats, self.naming) + self.suffix
+        except ConfigError:
+            return ""
+
+    def verdicts(self, paths: Sequence[Path]) -> dict[Path, Verdict]:
+        """Decide what to do with the files whose store exists.
+
+        Raises
+        ------
+        ConfigError
+            Some exist in the other form, which readers would continue to read.
+        """
+        names = {path: self.name_of(path) for path in paths}
+        present = self._present(set(names.values()) - {""})
+        there = {path: name for path, name in names.items() if name in present}
+        with ThreadPoolExecutor(_EXAMINE_THREADS) as threads:
+            verdicts = threads.map(self._judge, there.keys(), there.values())
+            return dict(zip(there, verdicts, strict=True))
+
+    def _judge(self, path: Path, name: str) -> Verdict:
+        target = f"{self.dst}/{name}"
+        try:
+            existing = (
+                examine_store(Path(target))
+                if self._destination is None
+                else self._destination.examine(name)
+            )
+            is_same = existing.source is not None and existing.source.is_of(path)
+        except OriginError:
+            raise
+        except OSError as exc:
+            where = exc.filename or target
+            return Verdict(Existing(""), f"{where} cannot be read ({exc.strerror or exc}).")
+        hint = "Replace it with --overwrite, or choose another destination."
+        error = None
+        if existing.units != self.units and not existing.problem:
+            error = f"{target} was converted with --units {existing.units}. {hint}"
+        elif existing.source is None:
+            if existing.problem:
+                error = (
+                    f"{target} is not whole ({existing.problem}) and does not say what it was made "
+                    f"from, so it is not replaced. {hint}"
+                )
+        elif not is_same:
+            error = (
+                f"{target} was made from another file ({existing.source.name}, "
+                f"{existing.source.bytes} bytes, sha256 {existing.source.sha256[:16]}...) than "
+                f"{path}, so it is not replaced. {hint}"
+            )
+        elif self.diff and not existing.has_diff and not existing.problem:
+            error = f"{target} was converted without --diff. {hint}"
+        elif existing.dtype != self.dtype and not existing.problem:
+            error = f"{target} was converted with --dtype {existing.dtype}. {hint}"
+        return Verdict(existing, error)
+
+    def _present(self, names: set[str]) -> set[str]:
+        """The names of stores that exist already. Raises as :meth:`verdicts`."""
+        other = ".zarr" if self.zip else ".zarr.zip"
+        twins = {name.removesuffix(self.suffix) + other for name in names}
+        if self._destination is not None:
+            found = self._destination.finished((names | twins) & self._destination.names())
+        else:
+            try:
+                found = {name for name in names | twins if store_exists(Path(self.dst, name))}
+            except OSError as exc:
+                raise ConfigError(
+                    f"destination {self.dst} cannot be read ({exc.strerror}). Give a directory "
+                    "that you may read and write."
+                ) from exc
+        if both := sorted(found & twins):
+            raise ConfigError(
+                f"{self.dst} holds {len(both)} of these stores as {other} ({', '.join(both[:3])}); "
+                f"beside a {self.suffix} it is ambiguous which one is read. Remove them, choose "
+                f"another destination, or convert {'without' if self.zip else 'with'} zip."
+            )
+        return found
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of stores."""
+        return ".zarr.zip" if self.zip else ".zarr"
+
+    @functools.cached_property
+    def _destination(self) -> S3Destination | None:
+        """The S3 client of this process; not pickled."""
+        if not is_s3(self.dst):
+            return None
+        from zarrcache.convert.upload import S3Destination
+
+        return S3Destination(self.dst, self.s3_kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_destination"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision for a file whose store exists: skip it, convert it again, or fail."""
+
+    existing: Existing
+    error: str | None
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the store is not whole, and is to be replaced."""
+        return self.error is None and bool(self.existing.problem)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the store is whole and of this file."""
+        return self.error is None and not self.existing.problem
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Runs the converter on another machine, after a check that it sees the same files.
+
+    Without it, thousands of files would fail one by one, or stores would be written to a local
+    disk.
+    """
+
+    convert: Converter
+    root: Path
+    witness: Path | None
+
+    def __call__(
+        self, path: Path, reserve: Reserve | None = None
+    ) -> ConvertResult | ZarrCacheError:
+        for needed, name in ((self.root, self.root), (self.witness, self.convert.dst)):
+            if needed is not None and not needed.exists():
+                return ConfigError(
+                    f"{node_name()} does not see {name}. Sources and destination must be on a file "
+                    "system that all machines of the cluster share; stores may also go to S3."
+                )
+        return self.convert(path, reserve)
+
+
+def is_s3(dst: str) -> bool:
+    """Whether stores go to S3, not to a directory."""
+    return dst.startswith("s3://")
