@@ -188,6 +188,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"peers": 7070}, r"^cache\.peers: .*\(got 7070\)\.$"),
     ({"advertise": "node1:7070"}, r"^cache\.advertise: 'node1:7070' is not the address of a peer"),
     ({"dir": "/scratch", "lower": "/scratch/x/.."}, r"cache\.lower is cache\.dir itself"),
+    ({"retry": {"attempts": True}}, r"^cache\.retry\.attempts: True is not a whole number\.$"),
     ({"dir": 3}, r"^cache\.dir: .*\(got 3\)\.$"),
 ]
 
@@ -442,6 +443,7 @@ NOT_AN_ARRAY = (
         ),
         ("missing", "zeros", "missing: has to be 'error', 'zero' or 'drop' (got 'zeros')."),
         ("random_state", -1, "random_state: has to be at least 0 (got -1)."),
+        ("random_state", True, "random_state: True is not a whole number."),
         ("random_state", "x", "random_state: has to be a whole number (got 'x')."),
         ("normalize_data", "perhaps", "normalize_data: 'perhaps' is not one of true,"),
         ("functional", 3, "functional: has to be text (got 3)."),

@@ -95,6 +95,16 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), _NUMBER_OR_TEXT]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), _NUMBER_OR_TEXT]
 
 
+def _not_truth(value: object) -> object:
+    """Refuse what YAML calls true (``yes``, ``on``), which pydantic takes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a whole number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_not_truth)]
+
+
 def _concurrency(value: object) -> object:
     number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
     if number == "auto" or (type(number) is int and 1 <= number <= _MOST_IN_FLIGHT):
@@ -147,7 +157,7 @@ class _Block(BaseModel):
 class RetryConfig(_Block):
     """Retries of transient errors."""
 
-    attempts: int = Field(
+    attempts: Whole = Field(
         5, ge=1, le=100, description="maximum requests per object, the first one included"
     )
     timeout: Seconds = Field(
@@ -377,21 +387,21 @@ class LoaderConfig(_Block):
 
     model_config = ConfigDict(extra="ignore")
 
-    batch_size: int | None = Field(None, ge=1)
-    train_workers: int | None = Field(None, ge=0)
-    val_workers: int | None = Field(None, ge=0)
+    batch_size: Whole | None = Field(None, ge=1)
+    train_workers: Whole | None = Field(None, ge=0)
+    val_workers: Whole | None = Field(None, ge=0)
     pin_memory: bool | None = None
     precision: Annotated[Literal["f32", "f16", "bf16"] | None, BeforeValidator(_precision)] = None
     augmentation: bool | None = None
     augment_on: Literal["cpu", "device"] | None = None
     split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = None
     val_frac: float | None = None
-    random_seed: int | None = None
+    random_seed: Whole | None = None
     assignment: Literal["global", "node"] | None = None
     shuffle: bool | None = None
     drop_last: bool | None = None
-    downsample_data: int | None = Field(None, ge=1)
-    downsample_label: int | None = Field(None, ge=1)
+    downsample_data: Whole | None = Field(None, ge=1)
+    downsample_label: Whole | None = Field(None, ge=1)
     persistent_workers: bool | None = None
     multiprocessing_context: Literal["fork", "forkserver", "spawn"] | None = None
 
@@ -448,7 +458,7 @@ class DataConfig(_Block):
         "volume of the cell; false: density times cell volume, as VASP writes it",
     )
     train_fraction: Annotated[float | int, BeforeValidator(_train_fraction)] = 0.8
-    random_state: int = Field(42, ge=0, lt=2**32)
+    random_state: Whole = Field(42, ge=0, lt=2**32)
     split_file: Annotated[str | None, BeforeValidator(_path_or_none)] = Field(
         None, description="JSON of train, validation and test; replaces train_fraction"
     )
