@@ -82,7 +82,7 @@ def read(origin: Origin, *keys: str) -> dict[str, bytes]:
 
 def forget(origin: Any, *, can_match: bool = True) -> None:
     """As if the origin were new, but with its connections."""
-    origin._can_match, origin._has_two_tags = can_match, False
+    origin._reads._can_match, origin._reads._has_two_tags = can_match, False
 
 
 M, MULTI = md5(BODY), f"{md5(BODY)}-2"

@@ -63,6 +63,7 @@ __all__ = [
     "report_progress",
     "reporting_progress",
     "run",
+    "unsent",
     "with_second_requests",
 ]
 
@@ -666,6 +667,11 @@ def concurrent_requests(
             waiting.clear()
             for future in started:
                 future.cancel()
+
+
+def unsent(obj: ObjectInfo, error: S3Error) -> Answers:
+    """The answers of requests that cannot be sent."""
+    yield obj, error
 
 
 def with_second_requests(

@@ -18,19 +18,9 @@ from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import ConfigError, OriginNotFoundError
 from zarrcache.origin import _obstore, _s3fs
 from zarrcache.origin._botocore import S3Settings, settings_of, trusted_by
-from zarrcache.origin._content import (
-    HELD_BYTES,
-    HELD_OBJECTS,
-    ContentCheck,
-    etag_in,
-    is_same_date,
-    is_same_version,
-    md5_in,
-    other_shape,
-)
+from zarrcache.origin._content import CheckedReads
 from zarrcache.origin._in_flight import InFlight
 from zarrcache.origin._requests import (
-    Answers,
     Backoff,
     NamedObject,
     Page,
@@ -38,12 +28,12 @@ from zarrcache.origin._requests import (
     RetryPolicy,
     concurrent_requests,
     run,
+    unsent,
 )
 from zarrcache.origin._s3_errors import (
     RequestContext,
     S3Error,
     TransientError,
-    changed,
     to_error,
 )
 from zarrcache.origin._s3_options import (
@@ -66,9 +56,6 @@ T = TypeVar("T")
 Engine = _obstore.ObstoreEngine | _s3fs.S3fsEngine
 
 
-#: Other objects that are compared with their ETags to find out whether these are MD5s.
-_SAMPLE = 8
-_DIFFER = "two readings of the same bytes differ"
 _WRITE_ADVICE = (
     "Check that the server runs and is reachable, then convert again: finished stores are skipped."
 )
@@ -137,6 +124,10 @@ class S3Bucket:
             url, self.name, self.endpoint, obj, anon=self.options.anon, writes=self._writes
         )
 
+    def operation(self, retry: RetryConfig | None = None) -> Operation:
+        """A new operation. ``retry`` overrides the bucket's."""
+        return Operation(self, retry)
+
     def call(
         self,
         request: Callable[[Any, float], Coroutine[Any, Any, T]],
@@ -151,7 +142,7 @@ class S3Bucket:
         request : callable
             Called with the engine and the seconds after which a silent server is given up.
         """
-        operation = Operation(self)
+        operation = self.operation()
 
         def attempt(remaining_s: float) -> T:
             engine: Engine | None = None
@@ -198,7 +189,7 @@ class S3Bucket:
         retry : RetryConfig, optional
             Overrides the bucket's.
         """
-        operation = Operation(self, retry)
+        operation = self.operation(retry)
         engine: Engine | None = None
 
         def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
@@ -206,7 +197,7 @@ class S3Bucket:
             try:
                 opened = engine = open_engine()
             except S3Error as error:  # the settings cannot be resolved
-                return _failed(missing[0], error)
+                return unsent(missing[0], error)
             patience_s = min(self.fetch.read_timeout, remaining_s)
             return concurrent_requests(
                 get_loop(),
@@ -461,9 +452,7 @@ class S3Origin:
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = url.rstrip("/")
         self.identity = self._bucket.endpoint
-        self._content = ContentCheck(fetch.etag, is_plain=self._bucket.is_plain)
-        self._can_match = True  # the server understands If-Match, until it refuses a listed version
-        self._has_two_tags = False  # the ETags of its answers are not those of its listings
+        self._reads = CheckedReads(self._bucket, self._prefix, self.url)
 
     def __repr__(self) -> str:
         return f"S3Origin({self.url!r}, endpoint={self.identity!r})"
@@ -476,6 +465,7 @@ class S3Origin:
         """The origin of a prefix below this one, over the same connections."""
         origin = copy.copy(self)
         origin._prefix, origin.url = f"{self._prefix}{path}/", f"{self.url}/{path}"
+        origin._reads = self._reads.below(path)
         return origin
 
     def pages(
@@ -528,7 +518,7 @@ class S3Origin:
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects. See ``Origin.fetch``."""
-        return self._fetch(objects)
+        return self._reads.fetch(objects)
 
     def fetch_with(
         self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
@@ -538,336 +528,11 @@ class S3Origin:
         The content of ``key`` is not confirmed over ``http://``.
         """
         # First, so that it does not arrive after the objects that wait for their turn.
-        return self._fetch([NamedObject(key, 0, "", most_bytes=most_bytes), *objects])
-
-    def _fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        held: dict[ObjectInfo, Buffer] = {}
-        held_bytes = 0
-        for obj, body in self._arrivals(objects):
-            if isinstance(obj, NamedObject) or self._content.is_confirmed(obj, body):
-                yield obj, body
-                continue
-            held[obj] = body
-            held_bytes += obj.size_bytes
-            if len(held) >= HELD_OBJECTS or held_bytes > HELD_BYTES:
-                yield from self._confirmed(held)
-                held, held_bytes = {}, 0
-        if held:
-            yield from self._confirmed(held)
+        return self._reads.fetch([NamedObject(key, 0, "", most_bytes=most_bytes), *objects])
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
-        """Bytes of a listed object. See ``Origin.fetch_range``.
+        """Bytes of a listed object. See ``Origin.fetch_range``."""
+        return self._reads.fetch_range(obj, start, stop)
 
-        No ETag covers a range. Over ``http://`` it is therefore requested a second time, with other
-        boundaries, and returned only if both answers agree.
-        """
-        if start >= stop:
-            return b""
-        full = self._full(obj)
-        parts = [(start, stop)]
-        if self._content.is_plain:
-            parts += other_shape(start, stop, obj.size_bytes)
-
-        async def request(engine: Engine, patience_s: float) -> bytes:
-            first, *others = await self._parts(engine, full, parts, patience_s)
-            if others:
-                again = b"".join(others)
-                skipped = start - parts[1][0]
-                if again[skipped : skipped + stop - start] != first:
-                    raise S3Error(None, "Mismatch", _DIFFER)
-            self._bucket.counters.add(fetched_bytes=len(first) + sum(map(len, others)))
-            return first
-
-        return self._bucket.call(
-            request,
-            self._context(obj.key, obj),
-            open_engine=lambda: self._bucket.engine(full.key),
-        )
-
-    # -- reading whole objects
-
-    def _arrivals(self, objects: Collection[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Fetch objects in one pass, each of the listed version and length."""
-        engine: Engine | None = None
-        operation = Operation(self._bucket)
-        listed = {self._full(obj).key: obj for obj in objects}
-
-        def send(missing: list[ObjectInfo], remaining_s: float) -> Any:
-            nonlocal engine
-            try:
-                engine = self._bucket.engine(*(obj.key for obj in missing))
-            except S3Error as error:  # the settings cannot be resolved
-                return _failed(missing[0], error)
-            return engine.get_many(
-                [self._conditional(obj) for obj in missing],
-                patience_s=remaining_s,
-                backoff=self._bucket.backoff,
-            )
-
-        def accept(
-            full: ObjectInfo, answer: Received | S3Error
-        ) -> tuple[ObjectInfo, Buffer] | Exception | None:
-            obj = listed[full.key]
-            if isinstance(obj, NamedObject):
-                if not isinstance(answer, S3Error):
-                    self._bucket.counters.add(fetched_bytes=memoryview(answer.body).nbytes)
-                    return obj, answer.body
-                if answer.is_absent:
-                    return obj, b""
-            if isinstance(answer, S3Error):
-                if self._bucket.leaves_obstore(answer, engine):
-                    return None
-                if isinstance(obj, NamedObject):
-                    return operation.error(answer, self._context(obj.key), engine)
-                if answer.status == 412 and self._is_refused_wrongly(obj):
-                    return TransientError(self.url_of(obj.key), "If-Match was refused wrongly")
-                return operation.error(answer, self._context(obj.key, obj), engine)
-            is_same = self._is_same(obj, answer)
-            if is_same and memoryview(answer.body).nbytes == obj.size_bytes:
-                return obj, answer.body
-            if not is_same and self._is_doubtful(obj, answer) and self._is_still_current(obj):
-                self._has_two_tags = is_same = True
-            error = self._check(obj, answer, obj.size_bytes, is_same=is_same)
-            return (obj, answer.body) if error is None else error
-
-        return operation.policy.call_all(
-            [self._full(obj) for obj in objects],
-            send,
-            accept,
-            url_of=lambda full: self.url_of(listed[full.key].key),
-            counters=self._bucket.counters,
-        )
-
-    def _confirmed(self, held: Mapping[ObjectInfo, Buffer]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Confirm contents that neither an MD5 nor TLS confirms.
-
-        Raises
-        ------
-        IncompleteArrayError
-            An object is damaged at the origin.
-        OriginError
-            No two readings of an object agree.
-        """
-        doubtful = {obj for obj in held if self._content.is_doubtful(obj)}
-        encrypted = self._encrypted(doubtful) if self._content.asks_for_encryption else set()
-        again = {}
-        for obj, body in held.items():
-            if obj in encrypted and not self._content.is_plain:
-                yield obj, body
-            else:
-                again[obj] = body
-        self._bucket.counters.add(retries=len(doubtful - encrypted))
-        stuck = {}
-        for obj, body in self._read_again(again):
-            if self._content.matches(obj, body):
-                logger.warning(
-                    "%s arrived with another content than its MD5; a second reading is right",
-                    self.url_of(obj.key),
-                )
-            elif obj in doubtful - encrypted:
-                stuck[obj] = body
-                continue
-            yield obj, body
-        if stuck:
-            sample = self._sample(stuck) if self._content.needs_sample else ()
-            self._content.judge(list(stuck), sample, self.url)
-            yield from stuck.items()
-
-    def _read_again(self, held: Mapping[ObjectInfo, Buffer]) -> list[tuple[ObjectInfo, Buffer]]:
-        """Read objects in halves, until that agrees with a reading as a whole or with the MD5."""
-        whole: dict[str, Buffer] = {self._full(obj).key: body for obj, body in held.items()}
-        listed = {self._full(obj).key: obj for obj in held}
-
-        async def read(engine: Engine, full: ObjectInfo, patience_s: float) -> Received:
-            parts = other_shape(0, full.size_bytes, full.size_bytes)
-            try:
-                body = b"".join(await self._parts(engine, full, parts, patience_s))
-            except S3Error as error:
-                if error.code != "RangeIgnored":
-                    raise
-                self._bucket.counters.add(requests=1)
-                body = await self._part(engine, full, None, patience_s)
-            if full.key not in whole:
-                self._bucket.counters.add(requests=1)
-                whole[full.key] = await self._part(engine, full, None, patience_s)
-            if not self._content.matches(full, body) and bytes(whole.pop(full.key)) != body:
-                raise S3Error(None, "Mismatch", _DIFFER)
-            return Received(body, "")
-
-        found = self._bucket.call_all(
-            read,
-            [self._full(obj) for obj in held],
-            lambda full: self._context(listed[full.key].key, listed[full.key]),
-            open_engine=lambda: self._bucket.engine(*listed),
-        )
-        return [(listed[key], answer.body) for key, answer in found.items()]
-
-    def _encrypted(self, objects: Collection[ObjectInfo]) -> set[ObjectInfo]:
-        """The objects that the server says are encrypted with a key: their ETag is not an MD5."""
-        listed = {self._full(obj).key: obj for obj in objects}
-
-        async def ask(engine: _s3fs.S3fsEngine, full: ObjectInfo, patience_s: float) -> Received:
-            is_hidden = await engine.is_md5_hidden(full.key, patience_s=patience_s)
-            return Received(b"hidden" if is_hidden else b"", "")
-
-        found = self._bucket.call_all(
-            ask,
-            [ObjectInfo(key, 0, "") for key in listed],
-            lambda full: self._context(listed[full.key].key, listed[full.key]),
-            open_engine=self._bucket.s3fs,
-        )
-        return {listed[key] for key, answer in found.items() if bytes(answer.body)}
-
-    def _sample(self, stuck: Collection[ObjectInfo]) -> list[ObjectInfo]:
-        """Read some other objects of the origin, to find out whether its ETags are MD5s."""
-        known = {obj.etag.lower() for obj in stuck}
-        page = next(self._bucket.pages(self._prefix, self._context("")))
-        start = len(self._prefix)
-        others = {
-            obj.etag.lower(): ObjectInfo(obj.key[start:], obj.size_bytes, obj.etag, obj.modified_s)
-            for obj in page.objects
-            if obj.size_bytes and md5_in(obj.etag) and obj.etag.lower() not in known
-        }
-        smallest = sorted(others.values(), key=lambda obj: obj.size_bytes)[:_SAMPLE]
-        differ = [
-            obj for obj, body in self._arrivals(smallest) if not self._content.matches(obj, body)
-        ]
-        encrypted = self._encrypted(differ)  # these say nothing about the ETags of others
-        return [obj for obj in differ if obj not in encrypted]
-
-    # -- versions
-
-    def _full(self, obj: ObjectInfo) -> ObjectInfo:
-        if isinstance(obj, NamedObject):
-            return dataclasses.replace(obj, key=self._prefix + obj.key)
-        return ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag, obj.modified_s)
-
-    def _conditional(self, full: ObjectInfo) -> ObjectInfo:
-        """``full`` as the engines get it: its ETag becomes ``If-Match``."""
-        if self._can_match or isinstance(full, NamedObject):
-            return full
-        return ObjectInfo(full.key, full.size_bytes, "", full.modified_s)
-
-    async def _parts(
-        self,
-        engine: Engine,
-        full: ObjectInfo,
-        parts: Sequence[tuple[int, int]],
-        patience_s: float,
-    ) -> list[bytes]:
-        """Parts of one version of an object, one after the other: the first that fails ends it."""
-        received = [await self._part(engine, full, parts[0], patience_s)]
-        for part in parts[1:]:
-            self._bucket.counters.add(requests=1)  # the caller counts the first
-            received.append(await self._part(engine, full, part, patience_s))
-        return received
-
-    async def _part(
-        self,
-        engine: Engine,
-        full: ObjectInfo,
-        part: tuple[int, int] | None,
-        patience_s: float,
-    ) -> bytes:
-        """One part of a version of an object; None: the whole."""
-        can_match = self._can_match
-        try:
-            received = await engine.get(self._conditional(full), part, patience_s=patience_s)
-        except S3Error as error:
-            if error.status != 412 or not can_match:
-                raise
-            self._bucket.counters.add(requests=1)
-            if not await self._is_current(engine, full, patience_s):
-                raise
-            self._can_match = False
-            self._bucket.counters.add(requests=1)
-            received = await engine.get(self._conditional(full), part, patience_s=patience_s)
-        obj = ObjectInfo(full.key[len(self._prefix) :], full.size_bytes, full.etag, full.modified_s)
-        is_same = self._is_same(obj, received)
-        if not is_same and self._is_doubtful(obj, received):
-            self._bucket.counters.add(requests=1)
-            if await self._is_current(engine, full, patience_s):
-                self._has_two_tags = is_same = True
-        size_bytes = full.size_bytes if part is None else part[1] - part[0]
-        error_found = self._check(obj, received, size_bytes, is_same=is_same)
-        if isinstance(error_found, TransientError):
-            raise S3Error(None, "ShortBody", str(error_found))
-        if error_found is not None:
-            raise error_found
-        return bytes(received.body)
-
-    def _is_refused_wrongly(self, obj: ObjectInfo) -> bool:
-        """Whether the server refuses ``If-Match`` for what is the listed version.
-
-        Some compare the condition with another spelling of the ETag, or with a weak one, which by
-        RFC 9110 never matches. Then no condition is sent any more: the ETags of the answers tell.
-        """
-        if self._can_match and self._is_still_current(obj):
-            self._can_match = False
-        return not self._can_match
-
-    def _is_doubtful(self, obj: ObjectInfo, received: Received) -> bool:
-        """Whether an answer with another ETag than the listing has the listed modification time.
-
-        It is another version of that second, or the server has two ETags for one version.
-        """
-        return not self._has_two_tags and is_same_date(obj, received)
-
-    def _is_same(self, obj: ObjectInfo, received: Received) -> bool:
-        """Whether an answer is of the listed version, as far as it says."""
-        return (is_same_date if self._has_two_tags else is_same_version)(obj, received)
-
-    def _is_still_current(self, obj: ObjectInfo) -> bool:
-        full = self._full(obj)
-        return self._bucket.call(
-            lambda engine, patience_s: self._is_current(engine, full, patience_s),
-            self._context(obj.key, obj),
-            open_engine=lambda: self._bucket.engine(full.key),
-        )
-
-    async def _is_current(self, engine: Engine, full: ObjectInfo, patience_s: float) -> bool:
-        """Whether the server still has the listed version, by a HEAD or by a LIST.
-
-        An answer that came before is then of that version, whatever its ETag is.
-        """
-        head = await engine.head(full.key, patience_s=patience_s)
-        if head is None or head.size_bytes != full.size_bytes:
-            return False
-        if _is_listed(full, head):
-            return True
-        self._bucket.counters.add(requests=1)  # the caller counts the HEAD
-        page = await self._bucket.s3fs().list_page(full.key, patience_s=patience_s)
-        return any(
-            obj.key == full.key and obj.size_bytes == full.size_bytes and _is_listed(full, obj)
-            for obj in page.objects
-        )
-
-    def _context(self, key: str, obj: ObjectInfo | None = None) -> RequestContext:
-        return self._bucket.context(self.url_of(key), obj)
-
-    def _check(
-        self, obj: ObjectInfo, received: Received, size_bytes: int, *, is_same: bool
-    ) -> Exception | None:
-        """The error if an answer is not of the listed version, or has not ``size_bytes`` bytes."""
-        if not is_same:
-            return changed(self.url_of(obj.key))
-        n = memoryview(received.body).nbytes
-        if n != size_bytes:
-            why = (
-                ", as if a server or proxy packs or unpacks its answers (Content-Encoding)"
-                if n > size_bytes
-                else ""
-            )
-            return TransientError(
-                self.url_of(obj.key), f"{n} bytes arrived, {size_bytes} were announced{why}"
-            )
-        return None
-
-
-def _failed(obj: ObjectInfo, error: S3Error) -> Answers:
-    """The answers of requests that cannot be sent."""
-    yield obj, error
-
-
-def _is_listed(listed: ObjectInfo, now: ObjectInfo) -> bool:
-    return is_same_version(listed, Received(b"", etag_in(now.etag), now.modified_s))
+    def _context(self, key: str) -> RequestContext:
+        return self._bucket.context(self.url_of(key))
