@@ -14,7 +14,8 @@ import pytest
 from tests.support.cachedirs import array_of, key_of, on_disk_bytes, payload_files, settings
 from tests.support.damage import chance_of, damage
 from tests.support.localnode import LocalNode
-from zarrcache.cache.tiers import ArrayCache, ByteCache
+from zarrcache.cache.byte_tier import ByteCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk.index import Index
 from zarrcache.origin._local import LocalOrigin
 from zarrcache.stats import Counters

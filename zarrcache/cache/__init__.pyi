@@ -1,11 +1,11 @@
 from .attributes import PACK as PACK
 from .attributes import StoredAttributes as StoredAttributes
+from .byte_tier import read_range as read_range
 from .cache import CONTENTS as CONTENTS
 from .cache import Cache as Cache
 from .read_through import ReadThrough as ReadThrough
 from .read_through import OnFlaws as OnFlaws
 from .read_through import Outcome as Outcome
-from .tiers import read_range as read_range
 from .zarr_store import CachedStore as CachedStore
 from .zarr_store import group_of as group_of
 from .zarr_store import open_group as open_group

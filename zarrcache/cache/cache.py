@@ -13,9 +13,10 @@ import numpy as np
 from zarrcache._keys import ArrayKey, Role
 from zarrcache.arrays import stem_of
 from zarrcache.cache.attributes import AttributePacks
+from zarrcache.cache.byte_tier import ByteCache
 from zarrcache.cache.loans import Loans
 from zarrcache.cache.remote import RemoteSources
-from zarrcache.cache.tiers import ArrayCache, ByteCache
+from zarrcache.cache.tiers import ArrayCache
 from zarrcache.config import CacheConfig, FetchConfig, RetryConfig
 from zarrcache.disk import (
     CACHE_FAULTS,

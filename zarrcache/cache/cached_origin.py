@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.arrays import is_object, stable_listing
+from zarrcache.cache.byte_tier import read_range
 from zarrcache.cache.cache import Cache
-from zarrcache.cache.tiers import read_range
 from zarrcache.errors import IncompleteArrayError
 from zarrcache.origin import Origin, fetch_with
 

@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from tests.support.cachedirs import array_of, on_disk_bytes, payload_files, settings
 from zarrcache._keys import BlockKey, ObjectInfo
-from zarrcache.cache.tiers import ByteCache
+from zarrcache.cache.byte_tier import ByteCache
 from zarrcache.disk.index import Index
 from zarrcache.errors import IncompleteArrayError, OriginUnavailableError
 from zarrcache.origin._local import LocalOrigin
