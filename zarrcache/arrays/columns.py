@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -148,6 +149,7 @@ def parse_columns(
 def _parse_chunk(
     text: memoryview, begin: int, lines: int, columns: Columns, out: NDArray[np.float64]
 ) -> bool:
+    """Parse a few lines: all digits of a number as an integer, divided by a power of ten."""
     size, digits = columns.line_bytes, columns.digits
 
     def at(offset: int, dtype: str) -> NDArray[Any]:
@@ -158,6 +160,32 @@ def _parse_chunk(
     if not _has_blanks(text, begin, lines, columns):
         return False
     tables = _tables(digits, columns.letter)
+    number, flaws = _behind_the_point(at, digits)
+    exponents = at(digits + 3, "<u2").astype(np.intp)
+    exponents += tables.sign.take(at(digits + 1, "<u2"))
+    divisors = tables.divisor.take(exponents)
+    values = out.reshape(lines, columns.count)
+    before = at(-2, "<u4") & np.uint32(0xFFFFFF)
+    if (before == _BLANK_ZERO_POINT).all():  # most numbers of a density are 0.123E+01
+        np.divide(number.view(np.int64), divisors, out=values)
+    else:
+        lead = tables.lead.take(before & np.uint32(0xFFFF))
+        lead[before >> np.uint32(16) != ord(".")] = _INVALID
+        flaws |= (lead & _U64(_INVALID)) << _U64(1)  # to a bit of _HIGH
+        number += lead & _U64(_INVALID - 1)
+        np.divide(number.view(np.int64), divisors, out=values)
+        bits = values.view(np.uint64)
+        bits |= lead & _U64(_SIGN)  # so that -0.0 keeps its sign
+    if not np.bitwise_or.reduce(flaws, axis=None) & _HIGH and not np.isnan(values.sum()):
+        return True
+    odd = (flaws & _HIGH != 0) | np.isnan(divisors)
+    return _parse_odd(text, begin, lines, columns, odd, values)
+
+
+def _behind_the_point(
+    at: Callable[[int, str], NDArray[Any]], digits: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The digits behind each point as an integer of at least ``_SCALE`` digits, and the flaws."""
     number = at(digits - 7, "<u8").copy()
     flaws = _take_digits(number, min(digits, 8))
     if digits > 8:
@@ -167,29 +195,7 @@ def _parse_chunk(
         number += high
     if digits < _SCALE:
         number *= _U64(10 ** (_SCALE - digits))
-    keys = at(digits + 3, "<u2").astype(np.intp)
-    keys += tables.sign.take(at(digits + 1, "<u2"))
-    divisors = tables.divisor.take(keys)
-    values = out.reshape(lines, columns.count)
-    before = at(-2, "<u4") & np.uint32(0xFFFFFF)
-    has_flaw = False
-    if (before == _BLANK_ZERO_POINT).all():  # most numbers of a density are 0.123E+01
-        np.divide(number.view(np.int64), divisors, out=values)
-    else:
-        lead = tables.lead.take(before & np.uint32(0xFFFF))
-        lead[before >> np.uint32(16) != ord(".")] = _INVALID
-        has_flaw = bool(np.bitwise_or.reduce(lead, axis=None) & _U64(_INVALID))
-        flaws |= (lead & _U64(_INVALID)) << _U64(1)
-        number += lead & _U64(_INVALID - 1)
-        np.divide(number.view(np.int64), divisors, out=values)
-        lead &= _U64(_SIGN)
-        bits = values.view(np.uint64)
-        bits |= lead  # so that -0.0 keeps its sign
-    has_flaw = has_flaw or bool(np.bitwise_or.reduce(flaws, axis=None) & _HIGH)
-    if not has_flaw and not np.isnan(values.sum()):
-        return True
-    flaws &= _HIGH
-    return _parse_odd(text, begin, lines, columns, (flaws != 0) | np.isnan(divisors), values)
+    return number, flaws
 
 
 def _take_digits(words: NDArray[np.uint64], keep: int) -> NDArray[np.uint64]:
