@@ -12,9 +12,14 @@ import typer
 
 from zarrcache.cli.app import command, failures, say, show, show_json
 from zarrcache.cli.options import (
+    Anonymous,
     Dask,
     DryRun,
+    EndpointUrl,
     Json,
+    Profile,
+    S3Config,
+    S3Kwargs,
     chunk_sizes,
     open_engine,
     s3_options,
@@ -118,29 +123,11 @@ def convert(
     ] = False,
     dask: Dask = None,
     dry_run: DryRun = False,
-    endpoint_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="S3 endpoint of DST [default: Amazon S3]", show_default=False
-        ),
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config to use")
-    ] = None,
-    anon: Annotated[bool, typer.Option("--anon", help="access S3 without credentials")] = False,
-    s3_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            "--s3-kwargs",
-            metavar="@FILE|JSON",
-            help="arguments of s3fs.S3FileSystem: a JSON or YAML file after @, or a JSON object. "
-            "Put secrets in a file: other users can see a command line",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="CONFIG", help="take s3_kwargs from this training config"),
-    ] = None,
+    endpoint_url: EndpointUrl = None,
+    profile: Profile = None,
+    anon: Anonymous = False,
+    s3_kwargs: S3Kwargs = None,
+    config: S3Config = None,
     as_json: Json = False,
 ) -> int:
     """Convert charge densities to Zarr stores.

@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from zarrcache.cli.app import command, say, show, show_json
-from zarrcache.cli.options import Json, s3_options
+from zarrcache.cli.options import (
+    Anonymous,
+    EndpointUrl,
+    Json,
+    Profile,
+    S3Config,
+    S3Kwargs,
+    s3_options,
+)
 
 __all__ = ["make_map"]
 
@@ -47,28 +55,11 @@ def make_map(
     force: Annotated[
         bool, typer.Option("--force", help="replace the ids of this functional in FILE")
     ] = False,
-    endpoint_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="S3 endpoint [default: Amazon S3]", show_default=False),
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config to use")
-    ] = None,
-    anon: Annotated[
-        bool, typer.Option("--anon", help="access S3 without credentials, for public buckets")
-    ] = False,
-    s3_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            "--s3-kwargs",
-            metavar="@FILE|JSON",
-            help="arguments of s3fs.S3FileSystem: a JSON or YAML file after @, or a JSON object",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="CONFIG", help="take s3_kwargs from this training config"),
-    ] = None,
+    endpoint_url: EndpointUrl = None,
+    profile: Profile = None,
+    anon: Anonymous = False,
+    s3_kwargs: S3Kwargs = None,
+    config: S3Config = None,
     as_json: Json = False,
 ) -> int:
     """Write a map: the task ids that a directory has.

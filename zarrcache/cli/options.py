@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from zarrcache.parallel import Engine
 
 __all__ = [
+    "Anonymous",
     "Config",
     "Dask",
     "Directory",
     "DryRun",
+    "EndpointUrl",
     "Ids",
     "Json",
     "OptionalConfig",
+    "Profile",
+    "S3Config",
+    "S3Kwargs",
     "cache_source",
     "chunk_sizes",
     "data_config",
@@ -103,6 +108,34 @@ Ids = Annotated[
         "CONFIG]",
         show_default=False,
     ),
+]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint-url",
+        metavar="URL",
+        help="S3 endpoint [default: Amazon S3]",
+        show_default=False,
+    ),
+]
+Profile = Annotated[
+    str | None, typer.Option(metavar="NAME", help="profile of ~/.aws/config to use")
+]
+Anonymous = Annotated[
+    bool, typer.Option("--anon", help="access S3 without credentials, for public buckets")
+]
+S3Kwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--s3-kwargs",
+        metavar="@FILE|JSON",
+        help="arguments of s3fs.S3FileSystem: a JSON or YAML file after @, or a JSON object. "
+        "Put secrets in a file: other users can see a command line",
+    ),
+]
+S3Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="CONFIG", help="take s3_kwargs from this training config"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 Dask = Annotated[

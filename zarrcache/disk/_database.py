@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar
 from weakref import WeakSet
 
@@ -902,12 +901,7 @@ class no_fork:
                 thread.lock.acquire()
         thread.depth += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         thread = _thread
         thread.depth -= 1
         if not thread.depth:
