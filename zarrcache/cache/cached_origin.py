@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ class CachedOrigin:
         self.url, self.identity = origin.url, origin.identity
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._origin, self._cache, self._relist)
+        make = functools.partial(CachedOrigin, relist=self._relist)
+        return make, (self._origin, self._cache)
 
     def url_of(self, key: str) -> str:
         """Full URL or path of a key."""
@@ -110,7 +112,3 @@ class CachedOrigin:
     def _forget(self, obj: ObjectInfo) -> None:
         # The next open of the store then lists it again.
         self._cache.forget_listing(self._origin, obj.key.partition("/")[0])
-
-
-def _unpickled(origin: Origin, cache: Cache, relist: bool) -> CachedOrigin:
-    return CachedOrigin(origin, cache, relist=relist)

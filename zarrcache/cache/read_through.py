@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -119,8 +120,8 @@ class ReadThrough:
         self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._cache, self._checked, self._origin, self._array, self._units)
-        return _unpickled, (*arguments, self._siblings)
+        make = functools.partial(ReadThrough, units=self._units, siblings=self._siblings)
+        return make, (self._cache, self._checked, self._origin, self._array)
 
     def at(self, origin: Origin) -> ReadThrough:
         """The same for another directory."""
@@ -406,14 +407,3 @@ class ReadThrough:
                 decoded = through_the_byte_tier(relist=True)
         values, flaws = self._as_density(decoded, what.store_url)
         return _Found(values, "bypass", flaws)
-
-
-def _unpickled(
-    cache: Cache,
-    checked: SharedSet,
-    origin: Origin,
-    array: str,
-    units: Units,
-    siblings: Sequence[str],
-) -> ReadThrough:
-    return ReadThrough(cache, checked, origin, array, units=units, siblings=siblings)

@@ -26,12 +26,10 @@ from zarrcache.config import CacheConfig
 from zarrcache.disk import (
     ARRAY,
     CACHE_FAULTS,
-    SOUND,
     Admission,
     Entry,
     EntryHeader,
     EntryStream,
-    Flaws,
     Index,
     Intent,
     SingleFlight,
@@ -257,7 +255,8 @@ class ArrayCache(Tier):
         self._log_once = LogOnce()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._config, self._counters, self._verified)
+        make = functools.partial(ArrayCache, verified=self._verified)
+        return make, (self._config, self._counters)
 
     def get(
         self, key: ArrayKey, *, source: str | None = None, lazily: bool = False
@@ -322,15 +321,10 @@ class ArrayCache(Tier):
         return taken
 
     def put(
-        self,
-        key: ArrayKey,
-        array: np.ndarray[Any, np.dtype[Any]],
-        *,
-        source: str,
-        flaws: Flaws = SOUND,
+        self, key: ArrayKey, array: np.ndarray[Any, np.dtype[Any]], *, source: str
     ) -> Entry | None:
         """Store a decoded array, in the encoding of ``key``; see :meth:`store`."""
-        return self.store(new_entry(key, array, source, flaws))
+        return self.store(new_entry(key, array, source))
 
     def store(self, entry: Entry, *, replaces: ArrayKey | None = None) -> Entry | None:
         """Store an entry that was made in memory.
@@ -442,7 +436,3 @@ class ArrayCache(Tier):
 def _file_id(digest: str, filename: str) -> str:
     """32 hex digits that identify one file. They change when the entry is stored again."""
     return f"{digest[:24]}{zlib.crc32(filename.encode()):08x}"
-
-
-def _unpickled(config: CacheConfig, counters: Counters, verified: SharedSet) -> ArrayCache:
-    return ArrayCache(config, counters, verified=verified)

@@ -271,11 +271,11 @@ class ZarrS3Reader(PairReader):
         return found
 
     def cached_shapes(
-        self, task_ids: Iterable[str], most: int = _GRIDS_COMPARED
+        self, task_ids: Iterable[str]
     ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         """Ids whose input and label are cached, with both shapes, the smallest entries first.
 
-        Sends no request. Reads the headers of ``most`` materials, those of grids that may differ
+        Sends no request. Reads the headers of 1,000 materials, those of grids that may differ
         before the others.
         """
         if not self.trusts_entries:
@@ -287,8 +287,9 @@ class ZarrS3Reader(PairReader):
         data, label = (sizes[channel] for channel in self._first_channels)
         ids = [id_ for id_ in task_ids if id_ in data and id_ in label]
         unequal = [id_ for id_ in ids if data[id_] != label[id_]]
-        smallest = heapq.nsmallest(most, ids, key=data.__getitem__)
-        for id_ in itertools.islice(dict.fromkeys([*unequal[: most // 2], *smallest]), most):
+        smallest = heapq.nsmallest(_GRIDS_COMPARED, ids, key=data.__getitem__)
+        chosen = dict.fromkeys([*unequal[: _GRIDS_COMPARED // 2], *smallest])
+        for id_ in itertools.islice(chosen, _GRIDS_COMPARED):
             shapes = [self._cache.stored_shape(self.key(id_, *one)) for one in self._first_channels]
             if shapes[0] is not None and shapes[1] is not None:
                 yield id_, shapes[0], shapes[1]

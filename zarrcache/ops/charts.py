@@ -164,9 +164,9 @@ class _Scale:
         return self._start + share * (self._end - self._start)
 
 
-def _ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``."""
-    raw = (high - low) / most
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from ``low`` to ``high``."""
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * size for size in (1, 2, 2.5, 5, 10) if power * size >= raw * 0.999)
     if low == int(low) and high == int(high) and high - low >= 1:
