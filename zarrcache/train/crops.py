@@ -18,7 +18,7 @@ from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.train.copying import copy_rotated
 
-__all__ = ["LazyPair", "Probes", "RandomCrop", "Selection"]
+__all__ = ["LazyPair", "Probes", "RandomCrop", "Selection", "times"]
 
 #: Makes an array of a shape and dtype, with undefined values.
 Empty: TypeAlias = Callable[[Sequence[int], Any], NDArray[Any]]
@@ -60,8 +60,8 @@ class Points:
         return tuple(ratios)
 
     def __str__(self) -> str:
-        every = f" (every {_ordinal(self.step)} of {_times(self.whole)})" if self.step > 1 else ""
-        return f"{_times(self.shape)} points{every}"
+        every = f" (every {_ordinal(self.step)} of {times(self.whole)})" if self.step > 1 else ""
+        return f"{times(self.shape)} points{every}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class RandomCrop(Selection):
     def misfit(self, data: Points, label: Points) -> str | None:
         """Why grids of these points cannot be used; None if they can."""
         if any(n < size for n, size in zip(data.shape, self.size, strict=True)):
-            return f"a window of {_times(self.size)} does not fit in its grid of {data}"
+            return f"a window of {times(self.size)} does not fit in its grid of {data}"
         if data.ratios(label) is None:
             return (
                 f"its data is on a grid of {data}, its label on one of {label}, which is no whole "
@@ -335,7 +335,8 @@ def _lattice(structure: Mapping[str, Any], name: str) -> NDArray[np.float64]:
     return np.array(structure["lattice"]["matrix"], dtype=np.float64)
 
 
-def _times(shape: Sequence[int]) -> str:
+def times(shape: Sequence[int]) -> str:
+    """``108 x 108 x 120``."""
     return " x ".join(map(str, shape))
 
 

@@ -32,8 +32,8 @@ from zarrcache.disk import LazyGrid, LazyStack, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
 from zarrcache.stats import LogOnce, html_table
 from zarrcache.train.collate import collate
-from zarrcache.train.crops import Probes, Selection
-from zarrcache.train.transforms import Grid, PairToTensors, Rotation, kind_name, times
+from zarrcache.train.crops import Probes, Selection, times
+from zarrcache.train.transforms import Grid, PairToTensors, Rotation, kind_name
 from zarrcache.train.worker_transfer import Sender, Structure, in_pages
 
 __all__ = [

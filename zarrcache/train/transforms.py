@@ -23,7 +23,7 @@ from zarrcache._units import whole_number
 from zarrcache.disk import LazyGrid, LazyStack
 from zarrcache.errors import ConfigError, SchemaError
 from zarrcache.train.copying import copy_rotated
-from zarrcache.train.crops import LazyPair, Points, Selection
+from zarrcache.train.crops import LazyPair, Points, Selection, times
 from zarrcache.train.worker_transfer import PagesTensor, empty_tensor
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "kind_name",
     "rotate",
     "rotation_of",
-    "times",
 ]
 
 logger = logging.getLogger(__name__)
@@ -387,8 +386,3 @@ def kind_name(result: Any) -> str:
     if isinstance(result, Mapping):
         return f"a mapping with the keys {list(result)}"
     return "None" if result is None else f"a {type(result).__name__}"
-
-
-def times(shape: Sequence[int]) -> str:
-    """``108 x 108 x 120``."""
-    return " x ".join(map(str, shape))
