@@ -2,20 +2,26 @@
 resumed as a scheduler does.
 
 They are forked from a server that has imported Lightning once, because the import takes longer than
-a toy epoch.
+a toy epoch. Not from multiprocessing's fork server, of which a process has one only: where an
+earlier test has started it without these imports, each rank makes them by itself (4 s of CPU).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import importlib
 import json
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -123,26 +129,58 @@ def run_ranks(
     Killed
         One ended otherwise than with the exit code ``ends``; with what all said.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.toytraining", "s3fs"])
-    ranks = zip(environments, outputs, strict=True)
-    processes = [
-        context.Process(target=_rank, args=(target, args, dict(environment), output))
-        for environment, output in ranks
-    ]
-    for process in processes:
-        process.start()
+    server = _server(os.getpid())
     try:
-        for process in processes:
-            process.join(DEADLINE_S)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    codes = [process.exitcode for process in processes]
+        server.send((target, args, environments, outputs))
+        codes = server.recv()
+    except BaseException:
+        server.close()
+        _server.cache_clear()  # the answer that is still to come is not that of the next job
+        raise
     if any(code != ends for code in codes):
         said = "\n".join(output.read_text()[-6000:] for output in outputs)
         raise Killed(f"exit codes {codes}, expected {ends}\n{said}")
+
+
+@functools.cache
+def _server(pid: int) -> Connection:
+    """To the server of this process, which ends when the connection closes."""
+    ours, theirs = get_context("spawn").Pipe()
+    get_context("spawn").Process(target=_serve, args=(theirs,)).start()
+    theirs.close()
+    atexit.register(ours.close)
+    return ours
+
+
+def _serve(connection: Connection) -> None:
+    """Fork the ranks of each job, and send their exit codes when all have ended."""
+    for name in ("tests.support.toytraining", "s3fs"):
+        importlib.import_module(name)
+    with contextlib.suppress(EOFError):
+        while True:
+            target, args, environments, outputs = connection.recv()
+            connection.send(_fork(target, args, environments, outputs))
+
+
+def _fork(
+    target: Callable[..., None],
+    args: tuple[Any, ...],
+    environments: Sequence[Mapping[str, str]],
+    outputs: Sequence[Path],
+) -> list[int | None]:
+    processes = [
+        get_context("fork").Process(target=_rank, args=(target, args, dict(environment), output))
+        for environment, output in zip(environments, outputs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    end_s = time.monotonic() + DEADLINE_S
+    # Not join(): it waits for the workers of a killed rank too, which take 5 s to notice.
+    while any(process.exitcode is None for process in processes) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    return [process.exitcode for process in processes]
 
 
 def _rank(
