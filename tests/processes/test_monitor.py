@@ -8,6 +8,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.support.training import write_config, write_pairs
 from zarrcache import RhoData, Stats, ZarrDataset, collate
 from zarrcache.config import DataConfig
 from zarrcache.data import open_reader
-from zarrcache.train import EpochTimes, LoaderMonitor, collate_in_lists, judge
+from zarrcache.train import EpochTimes, LoaderMonitor, Verdict, collate_in_lists, judge
 
 STEP_S = 0.01
 
@@ -328,12 +329,22 @@ def test_the_verdict_follows_the_largest_part(
         {"parts": {"bypass": 190}},
     ],
 )
-def test_a_cache_that_stores_nothing_is_named_before_the_cores(changes: dict[str, Any]) -> None:
+def test_a_cache_that_stores_nothing_is_named_before_the_cores(
+    changes: dict[str, Any], directory: Path, tmp_path: Path
+) -> None:
     """Fetching and decoding for every sample is what takes them."""
-    verdict = judge(times(**changes, stats={"bypasses": 95, "hits": 5}), workers=2, cores=2)
+
+    def verdict_on(limit: str) -> Verdict:
+        config = write_config(directory, dir=str(tmp_path / limit), limit=limit)
+        reader = open_reader(DataConfig.from_yaml(config))
+        for _ in range(2):  # the second time from the cache, if it holds them
+            for task_id in reader.stored_ids:
+                reader.load(task_id, "data")
+        return judge(times(**changes, stats=asdict(reader.stats)), workers=2, cores=2)
+
+    verdict = verdict_on("4 KiB")
     assert (verdict.cause, "because nothing is cached" in verdict.text) == ("full cache", True)
-    others = judge(times(**changes, stats={"bypasses": 40, "hits": 60}), workers=2, cores=2)
-    assert "nothing is cached" not in others.text
+    assert "nothing is cached" not in verdict_on("1 GiB").text
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")

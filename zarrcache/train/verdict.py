@@ -290,7 +290,8 @@ def _part(times: EpochTimes, name: Part) -> float:
 
 def _stores_nothing(stats: Stats) -> bool:
     """Whether hardly a density that was read came from the cache or went into it."""
-    return stats.bypasses > 9 * (stats.hits + stats.misses) and not stats.byte_hits
+    others = stats.hits + stats.misses - stats.bypasses  # a bypass is a miss, too
+    return stats.bypasses > 9 * others and not stats.byte_hits
 
 
 def _cause(times: EpochTimes, workers: int, cores: int) -> Cause:
