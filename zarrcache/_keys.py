@@ -79,7 +79,7 @@ _REPR.maxstring = _REPR.maxother = 320
 _REPR.maxlist = _REPR.maxdict = 10
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _BITS = re.compile(r"bits:([1-9][0-9]?)")
-_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}")
+_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@ -]{0,199}(?<! )")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -385,7 +385,8 @@ def check_task_id(task_id: object) -> str:
     Raises
     ------
     ConfigError
-        Not a string, empty, with ``/``, ``\`` or ``..``, or starting with a dot.
+        Not a string, empty, with ``/``, ``\`` or ``..``, starting with a dot, or starting or ending
+        with a blank.
     """
     if isinstance(task_id, int):
         raise ConfigError(
@@ -395,7 +396,8 @@ def check_task_id(task_id: object) -> str:
     if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id) or ".." in task_id:
         raise ConfigError(
             f"task id {safe_repr(task_id)} is not a plain name. Letters, digits and ._+=@- are "
-            "allowed, no '/' and no '..'; correct it in the map, the split or the list of ids."
+            "allowed, blanks only inside, no '/' and no '..'; correct it in the map, the split or "
+            "the list of ids."
         )
     return task_id
 

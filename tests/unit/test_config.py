@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zarrcache._units import Percent, format_bytes, parse_bytes, parse_seconds
-from zarrcache.config import CacheConfig, DataConfig, RetryConfig
+from zarrcache.config import CacheConfig, DataConfig, LoaderConfig, RetryConfig
 from zarrcache.errors import ConfigError
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -475,6 +475,83 @@ def test_dollar_sign_of_a_secret_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
         "key": "k$SECRET$$",
         "secret": "ab$$c$SECRET",
     }
+
+
+MISSPELT = {
+    "cach": "cache",
+    "Cache": "cache",
+    "cahce": "cache",
+    "trian_fraction": "train_fraction",
+    "train-fraction": "train_fraction",
+    "normalise_data": "normalize_data",
+    "densty_type": "density_type",
+    "sorce": "source",
+    "random_sate": "random_state",
+    "splitfile": "split_file",
+    "s3_kwarg": "s3_kwargs",
+}
+
+
+@pytest.mark.parametrize(("key", "meant"), MISSPELT.items())
+def test_misspelt_key_is_an_error_that_names_both(key: str, meant: str) -> None:
+    """It would silently not be used."""
+    words = rf"^{key} is not a setting\. Did you mean '{meant}'\? If it is a key of your own, give"
+    with pytest.raises(ConfigError, match=words):
+        DataConfig(**DATA, **{key: None})
+    given = DataConfig(**DATA).model_dump(include={meant})
+    DataConfig(**DATA, **{key: None}, **given)
+
+
+def test_misspelt_required_key_is_named_as_such() -> None:
+    keys = {**DATA, "label_dri": DATA["label_dir"], "mapdir": DATA["map_dir"]}
+    del keys["label_dir"], keys["map_dir"]
+    with pytest.raises(
+        ConfigError, match=r"(?s)^label_dri is .*'label_dir'.*\nmapdir is .*'map_dir'"
+    ):
+        DataConfig(**keys)
+
+
+OF_THE_TRAINING = [
+    *("batch_size", "num_workers", "model", "seed", "random_seed", "normalize", "nbatch"),
+    *("data_augmentation", "data_precision", "epochs", "lr", "resources", "cache_dir", "dataset"),
+    *(
+        "val_frac",
+        "val_data_dir",
+        "data_name",
+        "test_fraction",
+        "save_dir",
+        "log_dir",
+        "output_dir",
+    ),
+    *("function", "loss_function", "train_dir", "splits", "callbacks", "trainer", "datamodule"),
+]
+
+
+def test_keys_of_the_training_are_no_errors() -> None:
+    """Nor are the older names of our keys."""
+    DataConfig(**DATA, **dict.fromkeys(OF_THE_TRAINING, 1))
+    LoaderConfig(**DATA, **dict.fromkeys(OF_THE_TRAINING))
+    older = {"data_path": "a", "label_path": "b", "map_path": "c", "functional": "GGA"}
+    assert DataConfig.of(older).map_dir == "c"
+
+
+def test_key_similar_to_a_setting_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    DataConfig(**DATA, cache_dir="/scratch", normalize=False, hue=1)
+    assert [record.message for record in caplog.records] == [
+        "the config has the key 'cache_dir'; if it is meant for zarrcache, did you mean 'cache'?",
+        (
+            "the config has the key 'normalize'; if it is meant for zarrcache, did you mean "
+            "'normalize_data'?"
+        ),
+    ]
+
+
+@pytest.mark.parametrize("key", ["batchsize", "train_worker", "dropp_last"])
+def test_misspelt_key_of_a_loader_is_an_error(key: str) -> None:
+    """Of a data module, which would use its default; to other trainings it may be a key."""
+    with pytest.raises(ConfigError, match=f"^{key} is not a setting. Did you mean"):
+        LoaderConfig(**DATA, **{key: 1})
+    DataConfig(**DATA, **{key: 1})
 
 
 def test_misspelt_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

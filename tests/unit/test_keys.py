@@ -99,6 +99,8 @@ def test_plain_name_is_a_task_id(task_id: str) -> None:
         "a\n",
         "a\0",
         "x" * 201,
+        " mp-1",
+        "mp-1 ",
         7,
         None,
     ],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zarrcache._keys import check_task_ids
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import node_name
 
@@ -229,7 +230,10 @@ def read_ids(path: Path | None) -> list[str] | None:
     ids = [task_id for task_id in found if task_id]
     if not ids:
         raise ConfigError(f"--ids {path} holds no task id.")
-    return ids
+    try:
+        return check_task_ids(ids)
+    except ConfigError as exc:
+        raise ConfigError(f"--ids {path}: {exc}") from None
 
 
 def chunk_sizes(text: str) -> int | list[int]:

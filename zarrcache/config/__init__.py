@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -414,6 +414,8 @@ class LoaderConfig(_Block):
                 " and ".join(_FOREIGN_LOADER_KEYS[key] for key in foreign),
             )
         fields = type(self).model_fields.keys()
+        others = _LOADER_KEYS | DataConfig.model_fields.keys()
+        _check_unknown(data.keys() - others, fields - data.keys())
         super().__init__(**{key: expand(data[key]) for key in fields & data.keys()})
 
 
@@ -424,6 +426,41 @@ _FOREIGN_LOADER_KEYS = {
     "nbatch": "batch_size",
     "num_workers": "train_workers, val_workers",
 }
+_LOADER_KEYS = LoaderConfig.model_fields.keys() | _FOREIGN_LOADER_KEYS.keys()
+
+
+def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
+    """Refuse keys that are a setting misspelt, which would silently not be used.
+
+    Keys that are merely similar to one may be the training's own and are named in a warning; others
+    are. A setting that is given too is not meant by another key.
+
+    Raises
+    ------
+    ConfigError
+    """
+    wrong = []
+    for key in sorted(keys - absent):
+        name = key.lower().replace("-", "_")
+        near = difflib.get_close_matches(name, sorted(absent), n=1, cutoff=0.7)
+        if not near:
+            continue
+        (meant,) = near
+        # Not `resources` for source, `data_name` for dataset_name.
+        is_alike = name[:1] == meant[:1] and abs(len(name) - len(meant)) <= 2
+        if is_alike and difflib.get_close_matches(name, near, cutoff=0.8):
+            wrong.append(
+                f"{key} is not a setting. Did you mean {meant!r}? If it is a key of your own, give "
+                f"{meant} too."
+            )
+        else:
+            logger.warning(
+                "the config has the key %r; if it is meant for zarrcache, did you mean %r?",
+                key,
+                meant,
+            )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
 
 
 class DataConfig(_Block):
@@ -468,14 +505,7 @@ class DataConfig(_Block):
 
     def __init__(self, **data: Any) -> None:
         fields = type(self).model_fields.keys()
-        for key in data.keys() - fields:
-            near = difflib.get_close_matches(key, fields - data.keys(), n=1, cutoff=0.8)
-            if near:  # only a warning, because it may be a key of the training
-                logger.warning(
-                    "the config has the key %r; if it is meant for zarrcache, did you mean %r?",
-                    key,
-                    near[0],
-                )
+        _check_unknown(data.keys() - _LOADER_KEYS, fields - data.keys())
         known = {key: data[key] for key in fields & data.keys()}
         if "functional" not in known and str(known.get("map_dir")).endswith(".txt"):
             known["functional"] = Path(known["map_dir"]).name  # a file list; a name for messages

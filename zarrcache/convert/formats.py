@@ -215,8 +215,8 @@ def task_id_of(
         return check_task_id(found)
     except ConfigError:
         raise ConfigError(
-            f"{path} gives the task id {found!r}, which is not a plain name of letters, digits and "
-            "._+=@-. Rename the file, or choose another rule with --id-from."
+            f"{path} gives the task id {found!r}, which is not a plain name of letters, digits, "
+            "._+=@- and blanks inside. Rename the file, or choose another rule with --id-from."
         ) from None
 
 

@@ -344,7 +344,7 @@ def test_a_file_list_has_one_id_per_line(tmp_path: Path, text: str) -> None:
         (b"\n\n", "is empty"),
         (b"mp-1\n\nmp-2\n", "line 2 is empty. Remove it"),
         (b"mp-1\ndata/mp-2.CHGCAR\n", "line 2: 'data/mp-2.CHGCAR' is not a task id"),
-        (b"mp-1 mp-2\n", "line 1: 'mp-1 mp-2' is not a task id"),
+        (b"mp-1, mp-2\n", "line 1: 'mp-1, mp-2' is not a task id"),
         (b'["mp-1"]', "line 1: .* is not a task id"),
         (b"mp-1\nmp-2\nmp-1\n", "line 3: mp-1 is in line 1 already"),
         (b"\xff\xfem\x00p\x00", "is not UTF-8 text"),
@@ -360,8 +360,8 @@ def test_a_file_list_that_cannot_be_meant_is_refused_with_its_line(
 
 def test_a_file_list_may_have_any_name(tmp_path: Path) -> None:
     """It does not begin as JSON does; one of JSON's names is JSON."""
-    (tmp_path / "mp_list").write_text("mp-2\nmp-1\n")
-    assert mapped_ids(tmp_path / "mp_list", "GGA") == ["mp-2", "mp-1"]
+    (tmp_path / "mp_list").write_text("mp-2\n mp-1 \ntwo words\n")
+    assert mapped_ids(tmp_path / "mp_list", "GGA") == ["mp-2", "mp-1", "two words"]
     (tmp_path / "map").write_text(' {"GGA": ["mp-3"]}')
     assert mapped_ids(tmp_path / "map", "GGA") == ["mp-3"]
     (tmp_path / "map.json").write_text("mp-2\n")
