@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 from fsspec.asyn import get_loop
 
@@ -113,18 +114,33 @@ def _threads() -> Executor:
     return ThreadPoolExecutor(1024, thread_name_prefix="zarrcache-get")
 
 
+# A child destroys nothing of obstore that its parent made: neither what the garbage collector finds
+# nor the clients in the file systems that fsspec forgets in a child. The destructors take a lock of
+# tokio; a thread that held it at the fork does not exist in the child, which would wait forever
+# (docs/explanation/decisions/001-fork-and-sqlite.md).
+_engines: WeakValueDictionary[int, ObstoreEngine] = WeakValueDictionary()
+_held: list[list[ObstoreEngine | None]] = []
+
+
+def _before_fork() -> None:
+    gc.freeze()
+    _held.append([reference() for reference in _engines.valuerefs()])
+
+
+def _after_fork_in_parent() -> None:
+    _held.pop()
+    gc.unfreeze()  # also a gc.freeze() of the program itself
+
+
 def _after_fork_in_child() -> None:
     global _broken_by_fork
     _broken_by_fork = _broken_by_fork or "obstore" in sys.modules
 
 
-# The garbage collector of a child leaves alone what its parent made. A request of obstore among
-# the parent's garbage takes a lock of tokio when it is destroyed; a thread that held it at the fork
-# does not exist in the child, so the child would wait forever, in its first collection
-# (docs/explanation/decisions/001-fork-and-sqlite.md). In the parent, a gc.freeze() of the program
-# itself is undone.
 os.register_at_fork(
-    before=gc.freeze, after_in_parent=gc.unfreeze, after_in_child=_after_fork_in_child
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
 )
 
 
@@ -199,6 +215,7 @@ class ObstoreEngine:
         self._quick_s = min(QUICK_S, fetch.read_timeout)
         self._quick_store = store(quick_s=self._quick_s)
         self._patient_until_s = 0.0
+        _engines[id(self)] = self
 
     async def head(self, key: str, *, patience_s: float) -> ObjectInfo | None:
         """HEAD one object; None if it does not exist."""
