@@ -432,8 +432,8 @@ _LOADER_KEYS = LoaderConfig.model_fields.keys() | _FOREIGN_LOADER_KEYS.keys()
 def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
     """Refuse keys that are a setting misspelt, which would silently not be used.
 
-    Keys that are merely similar to one may be the training's own and are named in a warning; others
-    are. A setting that is given too is not meant by another key.
+    A key that is merely similar to a setting may be the training's own: it is named in a warning.
+    Settings that are given are not meant by other keys, so only those in ``absent`` are compared.
 
     Raises
     ------
@@ -464,7 +464,8 @@ def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
 
 
 class DataConfig(_Block):
-    """The keys of a training config that describe the data. Other keys are ignored.
+    """The keys of a training config that describe the data. Other keys are ignored, unless one is a
+    setting misspelt.
 
     >>> DataConfig.from_yaml("configs/s3_cached.yaml").functional
     'GGA'
