@@ -10,7 +10,6 @@ import copy
 import gc
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -338,7 +337,7 @@ def test_a_killed_worker_leaves_the_samples_that_arrived(reader: ZarrS3Reader) -
     list(loader)
     kept = list(loader)
     arriving = iter(loader)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = arriving._workers  # the children of other tests of this process are not it
     worker.kill()
     worker.join()
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
@@ -354,16 +353,17 @@ def maps_of_workers() -> int:
 def test_memory_of_ended_workers_is_given_back(reader: ZarrS3Reader) -> None:
     """But for the samples that are kept."""
     gc.collect()
+    of_earlier_tests = maps_of_workers()
     dataset = half(reader)
     for _ in range(2):
         loader = loader_of(dataset)
         kept = list(loader)
-        assert maps_of_workers() > 0
+        assert maps_of_workers() > of_earlier_tests
         del loader
     assert_same(kept, pairs_of(dataset))
     del kept
     gc.collect()
-    assert maps_of_workers() == 0
+    assert maps_of_workers() <= of_earlier_tests
 
 
 SCRIPT = """

@@ -148,9 +148,10 @@ def test_a_file_that_was_removed_or_replaced_is_not_found(file: Path, change: st
 
 
 def test_a_map_outlives_its_file_and_holds_no_descriptor(file: Path) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = set(os.listdir("/proc/self/fd"))
     array = mapped(file)
-    assert os.listdir("/proc/self/fd") == before
+    # A part of it: what earlier tests left is closed at any time.
+    assert set(os.listdir("/proc/self/fd")) <= before
     file.unlink()
     assert np.array_equal(array, VALUES)
 

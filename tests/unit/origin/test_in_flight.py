@@ -143,11 +143,12 @@ def test_a_number_is_that_number(tmp_path: Path) -> None:
 
 def test_it_can_be_pickled_and_leaves_no_open_file(tmp_path: Path) -> None:
     again: InFlight = pickle.loads(pickle.dumps(InFlight("auto", tmp_path)))
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     with contextlib.suppress(KeyError), again.of_a_fetch() as most:
         assert most() == FETCH_REQUESTS
         raise KeyError
-    assert len(os.listdir("/proc/self/fd")) == before
+    # A part of it: what earlier tests left is closed at any time.
+    assert set(os.listdir("/proc/self/fd")) <= before
     assert not _in_flight._open_files
 
 
