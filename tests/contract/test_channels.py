@@ -862,6 +862,23 @@ def test_audit_names_the_materials_that_lack_a_channel_unless_they_are_filled_or
         audit(config_of(tmp_path / "none", missing="drop", cache={"dir": tmp_path / "other"}))
 
 
+@pytest.mark.parametrize("missing", ["error", "zero", "drop"])
+def test_audit_names_a_store_that_cannot_be_read_while_others_lack_a_channel(
+    tmp_path: Path, config_of: Callable[..., DataConfig], missing: str
+) -> None:
+    write(tmp_path, lacking=tuple(NONMAGNETIC))
+    damaged = tmp_path / "label/mp-2.zarr"
+    shutil.rmtree(damaged)
+    damaged.with_suffix(".zarr.zip").write_bytes(b"no zip")
+    named = {
+        one.task_id: one.what
+        for one in audit(config_of(missing=missing)).findings
+        if one.kind == "unreadable"
+    }
+    assert sorted(named) == (["mp-1", "mp-2", "mp-4"] if missing == "error" else ["mp-2"])
+    assert "mp-2.zarr.zip" in named["mp-2"]
+
+
 @pytest.mark.parametrize(
     ("keys", "lacking", "words"),
     [

@@ -102,7 +102,7 @@ def test_a_training_ends_with_all_its_workers(
         until(lambda: (tmp_path / "out").read_text().count("\n") > 8, process, "second epoch")
         until(lambda: len(members(process.pid)) >= 3, process, "worker")
         err = tell(process, number, to_all)
-    assert process.returncode == -number
+    assert process.returncode == -number, err
     assert err.count("Traceback") == (number == signal.SIGINT), err
     reader = open_reader(DataConfig.from_yaml(config))
     for (task_id, role), values in node.values.items():
@@ -145,7 +145,7 @@ def test_a_training_that_waits_for_a_silent_server_ends_too(
     with training(tmp_path, config, "fork") as process:
         until(lambda: fault_proxy.count("GET") > 4, process, "fetch without an answer")
         err = tell(process, number, to_all)
-    assert process.returncode == -number
+    assert process.returncode == -number, err
     assert err.count("Traceback") <= (number == signal.SIGINT), err
     assert [path for path in payload_files(tmp_path) if ".partial-" in path.name] == []
 

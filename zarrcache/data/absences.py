@@ -19,7 +19,7 @@ from zarrcache.arrays import OriginArray, is_fetched_whole, list_array
 from zarrcache.cache import CONTENTS
 from zarrcache.data.splits import first_ids
 from zarrcache.disk import CACHE_FAULTS
-from zarrcache.errors import ArrayNotFoundError, ConfigError
+from zarrcache.errors import ArrayNotFoundError, ConfigError, ZarrCacheError
 
 if TYPE_CHECKING:
     from zarrcache.data.reader import ZarrS3Reader
@@ -42,11 +42,19 @@ class Absences:
         #: Whether a channel of a material is absent, by channel and task id.
         self._known: dict[Channel, dict[str, bool]] = defaultdict(dict)
 
-    def find(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
+    def find(
+        self, task_ids: Iterable[str], *, skip_unreadable: bool = False
+    ) -> dict[str, list[Channel]]:
         """Which channels the materials lack, by task id; those that lack none are left out.
 
         Sends a LIST per store and array of which nothing is known, if stored listings are used, or
         of all. Zipped stores and files are fetched, into the cache if there is one.
+
+        Parameters
+        ----------
+        task_ids : iterable of str
+        skip_unreadable : bool
+            Leave out the materials of which it cannot be found out, instead of raising.
 
         Raises
         ------
@@ -59,9 +67,10 @@ class Absences:
             of_channel = self._known[channel]
             unknown = [id_ for id_ in ids if id_ not in of_channel]
             if unknown:
-                of_channel.update(self._find_absent(self._reader.column(*channel), unknown))
+                column = self._reader.column(*channel)
+                of_channel.update(self._find_absent(column, unknown, skip_unreadable))
             for id_ in ids:
-                if of_channel[id_]:
+                if of_channel.get(id_):
                     lacking[id_].append(channel)
         return {id_: lacking[id_] for id_ in ids if id_ in lacking}
 
@@ -121,7 +130,9 @@ class Absences:
                 contents[array] = {**contents.get(array, {}), **known}
             self._reader.cache.store_listing(self._reader.origin(role), CONTENTS, contents)
 
-    def _find_absent(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+    def _find_absent(
+        self, channel: Channel, ids: Sequence[str], skip_unreadable: bool
+    ) -> dict[str, bool]:
         """Whether materials lack a channel; what only the origin knows is stored."""
         role, array = channel
         found: dict[str, bool] = {}
@@ -143,7 +154,7 @@ class Absences:
                     self._reader.origin(role).url,
                     density_name(array),
                 )
-            asked = self._ask(channel, unknown)
+            asked = self._ask(channel, unknown, skip_unreadable)
             self.note({channel: asked})
             found |= asked
         return found
@@ -158,12 +169,14 @@ class Absences:
         except CACHE_FAULTS:  # counted and logged by the first read
             return ()
 
-    def _ask(self, channel: Channel, ids: Sequence[str]) -> dict[str, bool]:
+    def _ask(
+        self, channel: Channel, ids: Sequence[str], skip_unreadable: bool
+    ) -> dict[str, bool]:
         """Ask the origin whether materials lack a channel, many at once."""
         role, array = channel
         origin = self._reader.origin(role)
 
-        def is_absent(id_: str) -> bool:
+        def is_absent(id_: str) -> bool | None:
             store = self._reader.store_name(id_, role)
             try:
                 if is_fetched_whole(store):
@@ -172,11 +185,16 @@ class Absences:
                     list_array(OriginArray(origin, store, array))
             except ArrayNotFoundError:
                 return True
+            except ZarrCacheError:
+                if not skip_unreadable:
+                    raise
+                return None
             return False
 
         with ThreadPoolExecutor(_LISTERS) as pool:
             try:
-                return dict(zip(ids, pool.map(is_absent, ids), strict=True))
+                asked = zip(ids, pool.map(is_absent, ids), strict=True)
+                return {id_: absent for id_, absent in asked if absent is not None}
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

@@ -151,10 +151,12 @@ def audit(
     """
     reader = open_reader(config)
     task_ids = all_pairs(reader) if ids is None else list(dict.fromkeys(ids))
-    if reader.if_missing == "drop":
-        lacking = reader.find_lacking(task_ids)
-        kept = [task_id for task_id in task_ids if task_id not in lacking]
-        task_ids = kept or reader.with_channels(task_ids)  # which raises: all lack one
+    if reader.if_missing != "error":
+        # Of all at once, which is stored once. What cannot be read is a finding below.
+        lacking = reader.absences.find(task_ids, skip_unreadable=True)
+        if reader.if_missing == "drop":
+            kept = [task_id for task_id in task_ids if task_id not in lacking]
+            task_ids = kept or reader.with_channels(task_ids)  # which raises: all lack one
     findings: list[Finding] = []
     by_values: dict[tuple[Channel, tuple[object, ...]], list[str]] = defaultdict(list)
     nbytes = 0
