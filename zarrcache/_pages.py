@@ -180,11 +180,13 @@ class _Received(_Block):
         process = self._process
         # Not in a forked child, because the block was lent to its parent.
         if process.pid == self._pid:
-            # Pages that this process wrote to are its own copies, and would hide the next values.
-            self.area.memory.madvise(drop, self.start, self._mapped_bytes)
-            self.area.header[self._state] = (
-                _FREE if process.forks == self._forks else _SEEN_BY_OTHERS
-            )
+            try:
+                # Pages that this process wrote to are its copies, and would hide the next values.
+                self.area.memory.madvise(drop, self.start, self._mapped_bytes)
+            finally:  # a Ctrl-C, which would leave the block taken
+                self.area.header[self._state] = (
+                    _FREE if process.forks == self._forks else _SEEN_BY_OTHERS
+                )
 
 
 class _Pool:

@@ -169,9 +169,7 @@ class Absences:
         except CACHE_FAULTS:  # counted and logged by the first read
             return ()
 
-    def _ask(
-        self, channel: Channel, ids: Sequence[str], skip_unreadable: bool
-    ) -> dict[str, bool]:
+    def _ask(self, channel: Channel, ids: Sequence[str], skip_unreadable: bool) -> dict[str, bool]:
         """Ask the origin whether materials lack a channel, many at once."""
         role, array = channel
         origin = self._reader.origin(role)

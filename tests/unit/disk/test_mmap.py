@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +172,32 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(CorruptEntryError, match="not a regular file"):
         open_regular(tmp_path / "fifo")
+
+
+def test_an_interruption_while_a_map_ends_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that a signal handler raises in a ``__del__`` is ignored."""
+    values = np.zeros(2**20, "<f4")
+    values.tofile(tmp_path / "file")
+    fd, found = open_regular(tmp_path / "file")
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def read_for(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while not ignored:
+            map_file(fd, found, tmp_path / "file", 0, "<f4", values.shape).sum()
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for attempt in range(200):
+            with pytest.raises(KeyboardInterrupt):
+                read_for(0.001 + 1e-5 * attempt)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.close(fd)
+    assert ignored == []
