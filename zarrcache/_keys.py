@@ -9,7 +9,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from zarrcache.errors import ConfigError
@@ -95,12 +95,15 @@ class ObjectInfo:
         The version: S3's ETag without quotes, or ``mtime_ns-size`` of a local file.
     modified_s : float
         Last change by the origin's clock, seconds since 1970; 0.0 if unknown. Not part of digests.
+    listed_s : float
+        When it was listed, by the same clock; 0.0 if unknown.
     """
 
     key: str
     size_bytes: int
     etag: str
     modified_s: float = 0.0
+    listed_s: float = field(default=0.0, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_cold_pass_is_a_list_per_directory_and_store_and_a_get_per_object(
     reader = node.reader(cache=node.cache | {"fetch": {"engine": engine}})
     read_all(reader)
     assert log.paths("LIST") == Counter(
-        [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)]
+        [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/" for r in ROLES for i in IDS)]
     )
     assert log.paths("GET") == wanted
     assert len(log.seen()) == 2 + 8 + len(wanted) == reader.stats.requests
@@ -217,7 +217,7 @@ def test_eight_cold_processes_fetch_every_object_once(node: Node, s3_server: S3S
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 8
     assert log.paths("GET") == wanted
-    assert log.paths("LIST") == Counter(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)
+    assert log.paths("LIST") == Counter(f"{r}/{i}.zarr/" for r in ROLES for i in IDS)
     assert sum(answers.get() for _ in processes) == len(log.seen())
 
 
@@ -241,7 +241,7 @@ def test_four_cold_workers_fetch_every_object_once_and_their_parent_none(
     assert all(torch.equal(tensors[i], tensors[i // 4 * 4]) for i in range(16))
     assert log.paths("GET") == wanted
     assert log.paths("LIST") == Counter(
-        [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/{ARRAY}/" for r in ROLES for i in IDS)]
+        [*(f"{role}/" for role in ROLES), *(f"{r}/{i}.zarr/" for r in ROLES for i in IDS)]
     )
     parent = reader.cache.counters.snapshot()
     assert (parent.requests, parent.misses, parent.hits) == (2, 0, 0)

@@ -24,6 +24,7 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from zarrcache import (
+    IncompleteArrayError,
     OriginAccessError,
     OriginNotFoundError,
     OriginUnavailableError,
@@ -154,6 +155,67 @@ class TestOverwrittenOrigin:
         )
 
 
+@pytest.mark.parametrize("arrays", [True, False], ids=["array tier", "byte tier"])
+@pytest.mark.parametrize("normalize", [False, True, "volume"])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_changed_attributes_are_another_version(
+    place: Place, zarr_format: Any, normalize: Any, arrays: bool
+) -> None:
+    """Other units, or another lattice, are other values of the same chunks."""
+
+    def write(units: str, edge: float) -> NDArray[np.float32]:
+        attrs = {
+            "structure": {"lattice": {"matrix": [[edge, 0, 0], [0, 3, 0], [0, 0, 4]]}},
+            "charge_density_units": units,
+        }
+        stores = place.root / "changed" / "mp-1.zarr", place.root / "origin/data/mp-1.zarr"
+        values = small_group(stores[0], seed=3, zarr_format=zarr_format, attrs=attrs)[ARRAY]
+        if place.server:
+            place.server.put_tree(stores[0], f"s3://{place.bucket}/data/mp-1.zarr")
+        elif (stores[1] / ARRAY).exists():
+            name = ".zattrs" if zarr_format == 2 else "zarr.json"
+            (stores[1] / name).write_bytes((stores[0] / name).read_bytes())
+        else:
+            shutil.copytree(stores[0], stores[1])
+        volume, exact = edge * 12, values.astype(np.float64).ravel()
+        if units == "volume":
+            scale = {False: volume, True: volume / exact.size, "volume": 1.0}[normalize]
+            return (exact * scale).astype(np.float32)
+        if normalize is True:
+            return values.ravel() / np.float32(exact.size)
+        return (exact / {False: 1.0, "volume": volume}[normalize]).astype(np.float32)
+
+    place.delete("data", "mp-1")
+    cache = {"arrays": {"enabled": arrays}, "retry": {"attempts": 1}}
+    kwargs = place.server.s3_kwargs if place.server else None
+
+    def reader(revalidate: str) -> ZarrS3Reader:
+        return make_reader(
+            place.root,
+            place.url,
+            normalize=normalize,
+            train_fraction=1,
+            s3_kwargs=kwargs,
+            cache={**cache, "revalidate": revalidate},
+        )
+
+    old = write("cell", 2.0)
+    following = reader("epoch")
+    np.testing.assert_array_equal(following.load("mp-1", "data")[0], old)
+    for units, edge in (("volume", 2.0), ("volume", 2.5), ("cell", 2.5)):
+        new = write(units, edge)
+        trusting = reader("never")
+        if arrays:
+            np.testing.assert_array_equal(trusting.load("mp-1", "data")[0], old)
+            with pytest.raises(IncompleteArrayError, match="has changed since its density"):
+                trusting.volume("mp-1")
+        assert following.volume("mp-1") == edge * 12
+        np.testing.assert_array_equal(following.load("mp-1", "data")[0], new)
+        np.testing.assert_array_equal(reader("run").load("mp-1", "data")[0], new)
+        np.testing.assert_array_equal(reader("never").load("mp-1", "data")[0], new)
+        old = new
+
+
 def test_a_store_overwritten_while_half_of_it_was_warm_is_read_again(place: Place) -> None:
     """The byte tier has the listing and metadata of the old version, whose chunks no longer
     exist.
@@ -241,9 +303,8 @@ def test_asking_costs_one_list_a_store(
     log = RequestLog(s3_server, s3_place.bucket)
     for _ in range(3):
         assert len(list(loader)) == 1
-    below = f"{ARRAY}/" if arrays else ""
     assert log.paths("LIST") == Counter(
-        {f"{r}/{i}.zarr/{below}": asked for r in ROLES for i in reader.split_task_ids()[0] if asked}
+        {f"{r}/{i}.zarr/": asked for r in ROLES for i in reader.split_task_ids()[0] if asked}
     )
     assert log.paths("GET") == Counter()
     assert reader.stats.hits == (6 if arrays else 0)

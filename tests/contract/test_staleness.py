@@ -90,7 +90,7 @@ class Bucket:
         ]  # type: ignore[arg-type]
 
     def listings(self) -> Counter[str]:
-        return Counter(f"{role}/{task_id}.zarr/{ARRAY}/" for role, task_id in self.now)
+        return Counter(f"{role}/{task_id}.zarr/" for role, task_id in self.now)
 
     def objects(self, ids: list[str]) -> Counter[str]:
         """Each object of these densities and the attributes of their stores, once."""

@@ -4,6 +4,7 @@ that the store is being written.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import threading
@@ -21,7 +22,7 @@ from tests.support.faultproxy import FaultProxy, Rule
 from tests.support.readers import make_reader
 from tests.support.s3server import S3Server
 from tests.support.stores import small_group
-from zarrcache.arrays import OriginArray, listing, read_array
+from zarrcache.arrays import OriginArray, list_array, listing, read_array
 from zarrcache.arrays import read as reading
 from zarrcache.config import FetchConfig
 from zarrcache.errors import IncompleteArrayError
@@ -171,6 +172,21 @@ def test_a_writer_that_pauses_is_waited_for(
     later.join()
     assert version_of(values) == 1
     assert version_of(reader.load("mp-1", "data")[0]) == 1
+
+
+@pytest.mark.parametrize("off_s", [-600.0, 0.0, 600.0])
+def test_a_store_that_was_just_written_is_recognised_by_the_clock_of_the_server(
+    writer: Writer, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, off_s: float
+) -> None:
+    """Whatever this machine's clock says; and one written ten seconds ago needs no second LIST."""
+    writer.put("mp-1.zarr", 0, gaps=False)
+    now_s = time.time
+    monkeypatch.setattr(time, "time", lambda: now_s() + off_s)
+    origin = open_origin(writer.url, s3_kwargs=s3_server.s3_kwargs)
+    listed = list_array(OriginArray(origin, "mp-1.zarr", ARRAY))
+    assert 0.0 < listing.unstable_s(listed) <= 2.0
+    older = [dataclasses.replace(o, modified_s=o.modified_s - 10) for o in listed]
+    assert listing.unstable_s(older) == 0.0
 
 
 def hammer(

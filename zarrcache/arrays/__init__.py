@@ -34,7 +34,6 @@ from zarrcache.arrays.density_file import (
 from zarrcache.arrays.listing import (
     OriginArray,
     check_sizes,
-    count_gets,
     list_array,
     stable_listing,
 )
@@ -80,7 +79,6 @@ __all__ = [
     "check_metadata",
     "check_sizes",
     "choose",
-    "count_gets",
     "count_nonfinite",
     "density_of_group",
     "disagreement",

@@ -17,8 +17,13 @@ from dataclasses import dataclass
 
 from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
 from zarrcache._units import most_bytes
-from zarrcache.arrays.decode import FORMATS, is_array_key
-from zarrcache.arrays.sources import is_fetched_whole, is_object, kind_of
+from zarrcache.arrays.decode import (
+    MAX_DOCUMENT_BYTES,
+    attributes_key,
+    is_array_key,
+    metadata_key,
+)
+from zarrcache.arrays.sources import is_object, kind_of
 from zarrcache.arrays.spin import other_kind_of_spin, other_spin
 from zarrcache.arrays.unconverted import members_in
 from zarrcache.errors import (
@@ -33,7 +38,6 @@ __all__ = [
     "RELIST_WAITS_S",
     "OriginArray",
     "check_sizes",
-    "count_gets",
     "kept_changing",
     "list_array",
     "no_such_array",
@@ -66,9 +70,7 @@ class OriginArray:
     array : str
         Name of the array in the store.
     units : {"cell", "points", "volume"}
-        In which the values will be used; the array is not converted. Values per volume depend on
-        the store's attributes, so these are listed too: a changed lattice is a changed density.
-        That takes a LIST of the whole store.
+        In which the values will be used; the array is not converted.
     fills : bool
         Chunks of the grid that the origin does not have hold the fill value. False: they are an
         error (``cache.missing_chunks``).
@@ -76,7 +78,9 @@ class OriginArray:
         Names of arrays to decode too if they are fetched anyway, with a zipped store or a file. One
         that is absent, damaged or has absent chunks is left out of ``others``.
     uses_values : bool
-        False: only the time and the size matter, so the attributes are not read.
+        The store's attributes say the units of a density and its number of electrons, so they are
+        listed and read with it: other attributes are another density. That takes a LIST of the
+        whole store. False: only the array's own objects matter.
     """
 
     origin: Origin
@@ -101,6 +105,9 @@ class OriginArray:
 def list_array(what: OriginArray) -> list[ObjectInfo]:
     """List the objects of an array, or the one object of a zipped store or a file: one LIST.
 
+    Those of a density include the document with the attributes of its store, if there is one of at
+    most 4 MiB.
+
     Raises
     ------
     OriginNotFoundError
@@ -118,17 +125,24 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
         return listed
     if kind_of(store) == "directory":
         return _list_directory(origin, store)
-    is_whole = what.units == "volume" and is_density(what.array)
-    everything = origin.list_objects(f"{store}/" if is_whole else prefix)
+    has_attributes = what.uses_values and is_density(what.array)
+    everything = origin.list_objects(f"{store}/" if has_attributes else prefix)
 
     def of_array(objects: list[ObjectInfo]) -> list[ObjectInfo]:
-        # Neither the array's attributes nor what an editor or macOS leaves beside the chunks
+        # Neither the array's own attributes nor what an editor or macOS leaves beside the chunks
         # affects the values: not worth a request, nor a reason to refetch.
-        return [
-            o
+        found = {
+            key: o
             for o in objects
-            if o.key.startswith(prefix) and is_array_key(o.key.removeprefix(prefix))
-        ]
+            if o.key.startswith(prefix) and is_array_key(key := o.key.removeprefix(prefix))
+        }
+        listed = list(found.values())
+        if found and has_attributes:
+            document = f"{store}/{attributes_key(metadata_key(found))}"
+            listed += [
+                o for o in objects if o.key == document and o.size_bytes <= MAX_DOCUMENT_BYTES
+            ]
+        return listed
 
     listed = of_array(everything)
     if not listed:
@@ -140,8 +154,6 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
     if not listed:
         keys = (o.key.removeprefix(f"{store}/") for o in everything)
         raise no_such_array(what.store_url, what.array, keys)
-    if is_whole:
-        return listed + [o for o in everything if _is_attributes(o, store)]
     return listed
 
 
@@ -152,18 +164,6 @@ def _list_directory(origin: Origin, store: str) -> list[ObjectInfo]:
     if not by_name:
         raise OriginNotFoundError(f"{origin.url_of(store)} does not exist or is empty.")
     return [by_name[name] for name in members_in(by_name.keys(), origin.url_of(store))]
-
-
-def _is_attributes(obj: ObjectInfo, store: str) -> bool:
-    """Whether an object holds the attributes of a store, in either format."""
-    return obj.key in [f"{store}/{name}" for name in FORMATS]
-
-
-def count_gets(store: str, array: str, listed: Collection[ObjectInfo]) -> int:
-    """GETs of `read_array`: the listed objects, and the attributes of a store of many objects."""
-    if not is_density(array) or is_fetched_whole(store):
-        return len(listed)
-    return len(listed) + (not any(_is_attributes(obj, store) for obj in listed))
 
 
 def check_sizes(sizes: Collection[int], url: str) -> None:
@@ -229,12 +229,12 @@ def stable_listing(list_store: Callable[[], list[ObjectInfo]], url: str) -> list
 
 def unstable_s(listed: Collection[ObjectInfo]) -> float:
     """Seconds for which a listing must stay the same before it is trusted; 0.0 if it is now."""
-    now_s = time.time()
-    ages = [now_s - o.modified_s for o in listed if o.modified_s]
+    now_s = time.time()  # of a file; the clock of a server may be another one
+    ages = [(o.listed_s or now_s) - o.modified_s for o in listed if o.modified_s]
     if not ages:
         return 0.0
     if min(ages) < _STABLE_S:
-        # Ages are negative if the server's clock is ahead.
+        # Ages are negative if the clock was set back.
         return min(_STABLE_S, _STABLE_S - min(ages))
     return _STABLE_S if min(ages) < _RECENT_S and max(ages) - min(ages) > _SPREAD_S else 0.0
 

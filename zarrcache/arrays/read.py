@@ -50,11 +50,11 @@ from zarrcache.arrays.listing import (
     unstable_s,
     wait_until,
 )
-from zarrcache.arrays.sources import is_fetched_whole, is_object, is_unconverted
+from zarrcache.arrays.sources import is_object, is_unconverted
 from zarrcache.arrays.unconverted import decode_unconverted, decoding_bytes
 from zarrcache.arrays.zip import ZippedStore, attributes_in_zip
 from zarrcache.errors import ArrayNotFoundError, IncompleteArrayError, SchemaError, ZarrCacheError
-from zarrcache.origin import fetch_with, report_progress
+from zarrcache.origin import report_progress
 
 if TYPE_CHECKING:
     import zarr
@@ -124,8 +124,8 @@ def read_array(
 ) -> Decoded:
     """Fetch and decode one whole array: 1 LIST and 1 GET per object.
 
-    For a density one more GET reads the attributes of the store, which say its units. If they state
-    a number of electrons, the mean of ``charge_density_total`` must agree.
+    The attributes of the store, which say the units of a density, are one of its objects. If they
+    state a number of electrons, the mean of ``charge_density_total`` must agree.
 
     The result is never a mixture of two versions: each object must be the listed version, and the
     listing of a recently written store must stay the same until it is two seconds old. A reader
@@ -158,7 +158,7 @@ def read_array(
             if pause_s:
                 wait_until(stable_at_s)
             if not pause_s or source_digest(list_array(what)) == source:
-                return dataclasses.replace(_checked(what, decoded, listed), source=source)
+                return dataclasses.replace(_checked(what, decoded), source=source)
         except (IncompleteArrayError, SchemaError) as exc:
             if isinstance(exc, SchemaError) and not (pause_s and is_unconverted(what.store)):
                 raise  # a file that is being copied reads as one that is cut short
@@ -243,21 +243,13 @@ def _decode_zipped(
 def _read_store(
     what: OriginArray, listed: list[ObjectInfo], reserve: Callable[[int], object] | None
 ) -> Decoded:
-    """Fetch the objects of an array, and the attributes of its store, and decode them."""
+    """Fetch the objects of an array, among them the attributes of its store, and decode them."""
     origin, prefix = what.origin, what.prefix
     keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     decoder = ArrayDecoder(keys, f"{what.store_url}/{what.array}", reserve, fills=what.fills)
     name = attributes_key(metadata_key(keys))
     key, document = f"{what.store}/{name}", b""
-    needs_attributes = (
-        what.uses_values and is_density(what.array) and all(obj.key != key for obj in listed)
-    )
-    # Not held in a variable: the traceback of an error would keep the generator open.
-    for obj, data in (
-        fetch_with(origin, listed, key, MAX_DOCUMENT_BYTES)
-        if needs_attributes
-        else origin.fetch(listed)
-    ):
+    for obj, data in origin.fetch(listed):
         if obj.key == key:
             document = bytes(data)
         elif obj.key.startswith(prefix):
@@ -266,19 +258,10 @@ def _read_store(
     return Decoded(decoder.finish(), decoder.missing_chunks, attributes, FORMATS[name])
 
 
-def _checked(what: OriginArray, decoded: Decoded, listed: Collection[ObjectInfo]) -> Decoded:
+def _checked(what: OriginArray, decoded: Decoded) -> Decoded:
     """Refuse values that disagree with the electrons that their store states, and drop others."""
     url, values, attributes = what.store_url, decoded.array, decoded.attributes
-    if has_electrons(what.array) and electrons_differ(values, attributes, url):
-        # Of another version? They may not be in the listing, so read them again. A zipped store
-        # is of one version with its array.
-        if not is_fetched_whole(what.store):
-            keys = [obj.key.removeprefix(what.prefix) for obj in listed]
-            name = attributes_key(metadata_key(keys))
-            ((_, document),) = fetch_with(
-                what.origin, [], f"{what.store}/{name}", MAX_DOCUMENT_BYTES
-            )
-            attributes = attributes_in(document, name)
+    if has_electrons(what.array):
         check_electrons(values, attributes, url, what.array, decoded.missing_chunks)
 
     def is_sound(other: NDArray[Any]) -> bool:
@@ -292,14 +275,14 @@ def _checked(what: OriginArray, decoded: Decoded, listed: Collection[ObjectInfo]
         for name, other in decoded.others.items()
         if not has_electrons(name) or is_sound(other)
     }
-    return dataclasses.replace(decoded, attributes=attributes, others=others)
+    return dataclasses.replace(decoded, others=others)
 
 
 def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined:
     """Count the absent chunks of an array, and read the electrons that its store states.
 
-    One GET of the array's metadata, and for a density one of the store's attributes, at the same
-    time; a zipped store is fetched whole.
+    One GET of the array's metadata, and for a density one of the store's attributes; a zipped store
+    is fetched whole.
 
     Parameters
     ----------
@@ -325,8 +308,7 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
         if not keys:
             raise no_such_array(what.store_url, array, zipped.sizes)
     else:
-        by_key = {o.key.removeprefix(prefix): o for o in listed if o.key.startswith(prefix)}
-        keys = list(by_key)
+        keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     name = metadata_key(keys)
     if name is None:
         raise SchemaError(f"{url} holds neither .zarray nor zarr.json; it is not a Zarr array.")
@@ -336,17 +318,12 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
         if is_density(array):
             described_by = "zarr.json" if f"{array}/zarr.json" in zipped.sizes else None
             attributes = attributes_in_zip(zipped, attributes_key(described_by))
-    elif is_density(array):
-        key = f"{store}/{attributes_key(name)}"
-        found = {
-            obj.key: bytes(data)
-            for obj, data in fetch_with(origin, [by_key[name]], key, MAX_DOCUMENT_BYTES)
-        }
-        raw = found[prefix + name]
-        attributes = attributes_in(found[key], attributes_key(name))
     else:
-        ((_, data),) = origin.fetch([by_key[name]])
-        raw = bytes(data)
+        key = f"{store}/{attributes_key(name)}"
+        documents = [o for o in listed if o.key in (prefix + name, key)]
+        found = {obj.key: bytes(data) for obj, data in origin.fetch(documents)}
+        raw = found[prefix + name]
+        attributes = attributes_in(found.get(key, b""), attributes_key(name))
     try:
         document = parse_document(raw)
     except (ValueError, RecursionError) as exc:

@@ -11,7 +11,7 @@ from zarrcache.arrays import is_object, stable_listing
 from zarrcache.cache.byte_tier import read_range
 from zarrcache.cache.cache import Cache
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin import Origin, fetch_with
+from zarrcache.origin import Origin
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -78,21 +78,6 @@ class CachedOrigin:
         except IncompleteArrayError:
             self._forget(objects[0])
             raise
-
-    def fetch_with(
-        self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
-    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed objects and of ``key``, if the stored listing has it."""
-        stored = self._cache.stored_listing(self._origin, key.partition("/")[0])
-        if stored is None:  # it could not be stored
-            yield from self.fetch(objects)
-            yield from fetch_with(self._origin, [], key, most_bytes)
-            return
-        listed = (ObjectInfo(*row) for row in stored)
-        found = [obj for obj in listed if obj.key == key and obj.size_bytes <= most_bytes]
-        yield from self.fetch([*found, *objects])
-        if not found:
-            yield ObjectInfo(key, 0, ""), b""
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed object. Drops the stored listing if the object differs from it."""

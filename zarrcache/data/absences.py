@@ -180,7 +180,7 @@ class Absences:
                 if is_fetched_whole(store):
                     self._reader.ensure(id_, role, array)
                 else:
-                    list_array(OriginArray(origin, store, array))
+                    list_array(OriginArray(origin, store, array, uses_values=False))
             except ArrayNotFoundError:
                 return True
             except ZarrCacheError:

@@ -864,7 +864,9 @@ class ZarrS3Reader(PairReader):
         stored = self._stored_attributes(origin, store)
         if stored is None:
             stored = StoredAttributes(*read_attributes(origin, store))
-            if self.trusts_entries and self._density("data").at(origin).is_outdated(store):
+            if not self.trusts_entries:
+                return stored.attributes  # perhaps newer than the cached density, so not kept
+            if self._density("data").at(origin).is_outdated(store):
                 raise IncompleteArrayError(
                     f"{origin.url_of(store)} has changed since its density was cached, so its "
                     "attributes are of another version. Run `zarrcache warm --revalidate`."

@@ -343,13 +343,14 @@ class Selection:
                 return Compared(row, False)  # evicted meanwhile, or damaged, which verify reports
             array, units = header.key.source_array, header.key.units
             try:
-                listed = list_array(OriginArray(origin, store, array, units))
+                what = OriginArray(origin, store, array)
+                listed = list_array(what)
             except (OriginNotFoundError, SchemaError):
                 return Compared(row, True)
             lacks, electrons, volume = "", None, None
             if examines:
                 try:
-                    examined = examine_array(OriginArray(origin, store, array), listed)
+                    examined = examine_array(what, listed)
                     electrons = examined.electrons(array)
                     if examined.missing_chunks:
                         lacks = (

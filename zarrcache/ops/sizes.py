@@ -18,13 +18,11 @@ from zarrcache._keys import (
     Role,
     mantissa_bits,
     stored_array,
-    units_of,
 )
 from zarrcache.arrays import (
     OriginArray,
     as_density,
     check_metadata,
-    count_gets,
     is_fetched_whole,
     is_object,
     list_array,
@@ -133,7 +131,7 @@ def measure_size(
     """
     origin, store = reader.origin(role), reader.store_name(task_id, role)
     try:
-        listed = list_array(OriginArray(origin, store, array, units_of(reader.normalize)))
+        listed = list_array(OriginArray(origin, store, array))
         stored_bytes = sum(obj.size_bytes for obj in listed)
         if is_fetched_whole(store):
             shape = read_array(
@@ -151,7 +149,7 @@ def measure_size(
     lists = -(-len(listed) // PAGE_OBJECTS)
     return DensitySize(
         lists,
-        count_gets(store, array, listed),
+        len(listed),
         stored_bytes,
         _entry_bytes(points, encoding, compression),
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from zarrcache._keys import FLOAT32, Channel, Role, check_task_ids, source_digest
 from zarrcache._units import whole_number
-from zarrcache.arrays import count_gets, is_fetched_whole
+from zarrcache.arrays import is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.data import ZarrS3Reader, open_reader, training_count
 from zarrcache.disk import BLOCK_BYTES, SOUND, Index, disk_bytes
@@ -551,9 +551,8 @@ def _compare(
                 task_id, role, "hit", header.decoded_bytes, flaws=header.flaws, array=array
             )
             return result, 0, 0
-    gets = count_gets(reader.store_name(task_id, role), array, listed)
     result = WarmResult(task_id, role, "bypass", array=array)
-    return result, gets, sum(obj.size_bytes for obj in listed)
+    return result, len(listed), sum(obj.size_bytes for obj in listed)
 
 
 def _failure(density: Density, exc: ZarrCacheError, reader: ZarrS3Reader) -> WarmResult:

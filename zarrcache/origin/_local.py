@@ -146,7 +146,9 @@ class LocalOrigin:
             except OriginError:
                 raise
             except OSError as exc:
-                raise _error(exc, path, obj) from exc
+                # In a listing it may be any file.
+                name = exc.filename if isinstance(exc.filename, str) else path
+                raise _error(exc, name, obj) from exc
 
         return RetryPolicy(self._retry).call(
             attempt, path, on_retry=lambda: self._counters.add(retries=1)

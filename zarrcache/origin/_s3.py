@@ -511,7 +511,7 @@ class S3Origin:
         # Leave out the empty objects that some tools create for directories.
         start = len(self._prefix)
         return sorted(
-            ObjectInfo(o.key[start:], o.size_bytes, o.etag, o.modified_s)
+            ObjectInfo(o.key[start:], o.size_bytes, o.etag, o.modified_s, o.listed_s)
             for o in found
             if len(o.key) > start and not o.key.endswith("/")
         )

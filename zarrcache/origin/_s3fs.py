@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     import s3fs
 
 __all__ = ["S3fsEngine", "make_s3fs"]
+
+#: This machine's clock and a date in whole seconds, which an answer takes a moment to bring, agree.
+_AGREE_S = 2.0
 
 
 def make_s3fs(s3_kwargs: Mapping[str, Any] | None = None) -> s3fs.S3FileSystem:
@@ -288,17 +293,33 @@ def _is_part(answer: Mapping[str, Any], part: tuple[int, int]) -> bool:
     return is_partial and str(answer.get("ContentRange", "")).startswith(range_sent)
 
 
-def _info(answer: Mapping[str, Any], key: str | None, size_bytes: int | None) -> ObjectInfo:
+def _info(
+    answer: Mapping[str, Any], key: str | None, size_bytes: int | None, listed_s: float = 0.0
+) -> ObjectInfo:
     if key is None or size_bytes is None:
         # Not a KeyError, which zarr takes for a key that does not exist.
         raise S3Error(None, "BadAnswer", "the server names an object without its key or size")
     modified_s = _modified_s(answer)
-    return ObjectInfo(key, size_bytes, version_of(answer.get("ETag"), modified_s), modified_s)
+    version = version_of(answer.get("ETag"), modified_s)
+    return ObjectInfo(key, size_bytes, version, modified_s, listed_s)
 
 
 def _modified_s(answer: Mapping[str, Any]) -> float:
     modified = answer.get("LastModified")
     return float(modified.timestamp()) if modified is not None else 0.0
+
+
+def _date_s(header: str | None) -> float:
+    """Seconds since 1970 by the clock of the server; 0.0 if it sends no ``Date``.
+
+    By this machine's, which has fractions, if both agree.
+    """
+    try:
+        date_s = parsedate_to_datetime(header or "").timestamp()
+    except ValueError:
+        return 0.0
+    now_s = time.time()
+    return now_s if 0.0 <= now_s - date_s < _AGREE_S else date_s
 
 
 def _page(answer: Mapping[str, Any], prefix: str) -> Page:
@@ -307,7 +328,8 @@ def _page(answer: Mapping[str, Any], prefix: str) -> Page:
     def incomplete(why: str) -> S3Error:
         return S3Error(200, "IncompleteListing", why)
 
-    objects = [_info(o, o.get("Key"), o.get("Size")) for o in answer.get("Contents", [])]
+    listed_s = _date_s(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
+    objects = [_info(o, o.get("Key"), o.get("Size"), listed_s) for o in answer.get("Contents", [])]
     prefixes = [str(p.get("Prefix", "")) for p in answer.get("CommonPrefixes", [])]
     n = len(objects) + len(prefixes)
     token = answer.get("NextContinuationToken") or None

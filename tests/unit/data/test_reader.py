@@ -479,7 +479,8 @@ class TestOneDensity:
         )
         listed = reader.listing("mp-1", "data")
         assert listed[0].key == "mp-1.zarr/charge_density_total/.zarray"
-        assert len(listed) == 1 + 2 * 2 * 2  # .zarray and the chunks
+        assert listed[-1].key == "mp-1.zarr/.zattrs"
+        assert len(listed) == 1 + 2 * 2 * 2 + 1  # .zarray, the chunks, and .zattrs
         assert reader.cache.arrays is not None
         entry = reader.cache.arrays.get(key)
         assert entry is not None
