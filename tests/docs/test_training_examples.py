@@ -6,7 +6,6 @@ import json
 import os
 import re
 import runpy
-import stat
 import subprocess
 import sys
 import time
@@ -166,7 +165,7 @@ def test_the_list_of_what_is_smaller_here_is_up_to_date() -> None:
     """And each script of the document is run below."""
     assert {large for large in TOY if not any(large in text for text in FILES.values())} == set()
     assert set(FILES) == {
-        "model.py", "train.py", "train_node.py", "train_slurm.py", "job.sh",
+        "model.py", "train.py", "train_node.py", "train_slurm.py",
         "conf/train.yaml", "train_hydra.py", "train_plain.py", "look_ahead.py", "transform.py",
     }  # fmt: skip
 
@@ -184,24 +183,7 @@ def test_one_node_with_several_gpus(home: Path, s3_server: S3Server) -> None:
 
 
 def test_several_nodes_under_slurm(home: Path, s3_server: S3Server) -> None:
-    """The job script starts the training with srun; each process finds its rank and node, and each
-    node has its own share.
-    """
-    bin_directory = home / "bin"
-    bin_directory.mkdir()
-    (bin_directory / "srun").write_text('#!/bin/bash\necho "$ZARRCACHE_DIR: $*" > srun.log\n')
-    (bin_directory / "srun").chmod(stat.S_IRWXU)
-    paths = {
-        "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_TMPDIR": str(home / "tmp"),
-    }
-    subprocess.run(
-        ["bash", "job.sh"], cwd=home, env={**os.environ, **paths}, check=True, timeout=60
-    )
-    assert (
-        home / "srun.log"
-    ).read_text() == f"{home}/tmp/zarrcache: --distribution=block python train_slurm.py\n"
-
+    """Each process finds its rank and node, and each node has its own share."""
     ranks = [
         environment(home, s3_server) | rank | {"ZARRCACHE_DIR": f"{home}/node{node}"}
         for node, rank in enumerate(slurm(2))

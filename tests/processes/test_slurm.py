@@ -29,7 +29,8 @@ SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 EXAMPLE = ROOT / "configs" / "slurm" / "dask_convert.py"
 HANG_S = 120.0
 
-#: Reads everything, writes down its misses, saves on SIGTERM, and exits with the given code.
+#: Reads everything, writes down its misses, saves on SIGUSR1 and goes on, as Lightning does, saves
+#: on SIGTERM, and exits with the given code.
 TRAINING = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -41,11 +42,13 @@ reader = open_reader(DataConfig.from_yaml(sys.argv[1]))
 for task_id in reader.task_ids:
     reader.load(task_id, "data"), reader.load(task_id, "label")
 
-def save(*_):
-    (out / f"saved-{os.environ['SLURM_PROCID']}").touch()
-    sys.exit(code)
+def save(number, _):
+    (out / f"saved-{signal.Signals(number).name}-{os.environ['SLURM_PROCID']}").touch()
+    if number == signal.SIGTERM:
+        sys.exit(code)
 
 signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
 directory, master = str(reader.cache.config.dir), os.environ["MASTER_ADDR"]
 notes = {"misses": reader.stats.misses, "dir": directory, "master": master}
 (out / f".{os.environ['SLURM_PROCID']}").write_text(json.dumps(notes))
@@ -151,22 +154,28 @@ def test_a_job_warms_every_node_trains_and_leaves_no_files(job: Job) -> None:
     assert job.left() == []
 
 
-def test_sigterm_reaches_the_training_and_the_caches_are_removed(job: Job) -> None:
-    """Slurm sends it to the batch script alone, a minute before the time limit."""
+def test_signals_reach_the_training_and_the_caches_are_removed(job: Job) -> None:
+    """Slurm sends them to the batch script alone: SIGUSR1 before the time limit, then SIGTERM."""
     process = job.train(143, 300)
-    try:
+
+    def wait_for(pattern: str) -> None:
         deadline = time.monotonic() + HANG_S
-        while len(job.notes()) < 2:
+        while len(list(job.out.glob(pattern))) < 2:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    try:
+        wait_for("rank-*.json")
+        process.send_signal(signal.SIGUSR1)
+        wait_for("saved-SIGUSR1-*")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=HANG_S)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 143, err
-    assert len(list(job.out.glob("saved-*"))) == 2
+    assert len(list(job.out.glob("saved-SIGTERM-*"))) == 2
     assert out.count("Evicted 14 entries") == 2
     assert job.left() == []
 

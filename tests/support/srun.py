@@ -2,9 +2,9 @@
 """In place of Slurm's ``srun`` and ``scontrol``, for tests: the job's nodes are this machine,
 several times, each with a disk of its own.
 
-As ``srun [--ntasks=N] [--ntasks-per-node=N] COMMAND...`` it starts the command once a task with the
-variables that the real one sets, passes SIGTERM on, and ends with the largest exit code. What lies
-below ``SLURM_TMPDIR`` is elsewhere on each node.
+As ``srun [--ntasks=N] [--ntasks-per-node=N] [--distribution=block] COMMAND...`` it starts the
+command once a task with the variables that the real one sets, passes SIGTERM and SIGUSR1 on, and
+ends with the largest exit code. What lies below ``SLURM_TMPDIR`` is elsewhere on each node.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     each = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
     while arguments[0].startswith("--"):
         option, _, value = arguments.pop(0).partition("=")
-        assert option in ("--ntasks", "--ntasks-per-node"), option
+        assert option in ("--ntasks", "--ntasks-per-node", "--distribution"), option
         each = int(value) if option == "--ntasks-per-node" else each
     tasks = []
     for rank in range(nodes * each):
@@ -46,9 +46,11 @@ def main(arguments: list[str]) -> int:
             "SLURMD_NODENAME": f"node{node}"
         }
         tasks.append(subprocess.Popen(arguments, env=environment))
-    signal.signal(
-        signal.SIGTERM, lambda *_: [task.terminate() for task in tasks if task.poll() is None]
-    )
+    for passed_on in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(
+            passed_on,
+            lambda number, _: [task.send_signal(number) for task in tasks if task.poll() is None],
+        )
     codes = [task.wait() for task in tasks]
     return max(code if code >= 0 else 128 - code for code in codes)
 
