@@ -37,7 +37,15 @@ def main() -> int:
     parser.add_argument("--partition", help="Slurm partition [default: Slurm's]")
     arguments = parser.parse_args()
 
-    from dask_jobqueue import SLURMCluster
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as exc:
+        print(
+            f"error: this script needs dask-jobqueue ({exc}). Install it: pip install "
+            "'zarrcache[convert,dask]' dask-jobqueue",
+            file=sys.stderr,
+        )
+        return 2
 
     from zarrcache.convert import ConvertResult, plan_convert
     from zarrcache.parallel import open_cluster

@@ -81,7 +81,7 @@ def test_a_reader_splits_and_loads(tmp_path: Path) -> None:
 def test_what_trains_names_the_extra(tmp_path: Path, name: str, form: str) -> None:
     done = python(tmp_path, "-c", form.format(name))
     assert done.stderr.splitlines()[-1] == (
-        f"zarrcache.errors.ConfigError: {name} needs PyTorch, which is not installed. "
+        f"zarrcache.errors.ConfigError: {name} needs PyTorch (No module named 'torch'). "
         "Install it: pip install 'zarrcache[train]'"
     )
 

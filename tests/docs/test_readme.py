@@ -138,12 +138,29 @@ def test_every_file_the_readme_names_is_there() -> None:
     assert {n for n in names if not (ROOT / n).exists()} == set()
 
 
-def test_extras_exist() -> None:
-    """``pip install '.[convert,train]'`` and the others that messages name."""
+def test_every_message_and_page_says_in_one_way_how_to_install_an_extra() -> None:
+    """Quoted, because a shell may expand brackets; extras that exist; after "Install it:"."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    assert {"convert", "demo", "lightning", "test", "train"} <= extras.keys()
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    sources = [*(ROOT / "configs").rglob("*.py"), *(ROOT / "zarrcache").rglob("*.py")]
+    named = set()
+    for path in [*files, *sources]:
+        text = path.read_text()
+        if path in sources:  # strings that go on in the next line
+            text = re.sub(r'"\n\s*f?"', "", text)
+        for match in re.finditer(r"(\S+ \S+) +pip install (\S+)", text):
+            before, what = match.groups()
+            quoted = re.fullmatch(r"'(?:zarrcache|\.)\[([a-z,]+)\]'\W*", what)
+            if quoted is None:
+                assert what.strip('",') == "zarrcache", (path, what)
+                continue
+            assert set(quoted[1].split(",")) <= extras.keys(), (path, what)
+            named |= {*quoted[1].split(",")}
+            if path in sources and "#" not in before and '"""' not in before:
+                assert before.startswith("Install") or "(" in before, (path, before)
+    assert named >= {"convert", "train", "lightning", "dask", "metrics", "plot", "demo"}
 
 
 @pytest.mark.parametrize("name", re.findall(r"\((docs/images/\S+)\)", README))

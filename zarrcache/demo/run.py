@@ -121,7 +121,7 @@ def run_demo(
     if samples < 2:
         raise ConfigError(f"samples is {samples}; a split into training and test needs at least 2.")
     if find_spec("torch") is None:  # before the minute that the other steps take
-        raise ConfigError("The demo trains with PyTorch. Install it: pip install 'zarrcache[demo]'")
+        raise ConfigError("The demo needs PyTorch. Install it: pip install 'zarrcache[demo]'")
     directory = Path(tempfile.mkdtemp(prefix="zarrcache-demo-"))
     try:
         rows, identical = _run_all(directory, source, samples, say)

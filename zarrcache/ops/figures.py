@@ -107,7 +107,7 @@ def as_png(rows: Sequence[Sequence[Panel]]) -> bytes:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as exc:
         raise ConfigError(
-            "Pictures need Pillow, which is not installed. Run: pip install 'zarrcache[plot]'."
+            f"Pictures need Pillow ({exc}). Install it: pip install 'zarrcache[plot]'"
         ) from exc
     columns = max(map(len, rows))
     heights = [max(_size(panel)[1] for panel in row) + _CAPTION + _GAP for row in rows]

@@ -50,8 +50,7 @@ def exposition(monitor: Monitor) -> bytes:
         from prometheus_client import CollectorRegistry, generate_latest
     except ImportError as exc:
         raise ConfigError(
-            "Metrics need prometheus-client, which is not installed. Run: pip install "
-            "'zarrcache[metrics]'."
+            f"Metrics need prometheus-client ({exc}). Install it: pip install 'zarrcache[metrics]'"
         ) from exc
     registry = CollectorRegistry()
     registry.register(_Collector(monitor))

@@ -22,6 +22,5 @@ def __getattr__(name: str) -> Any:
         if (exc.name or "").partition(".")[0] != "torch":
             raise
         raise ConfigError(
-            f"{name} needs PyTorch, which is not installed. Install it: pip install "
-            "'zarrcache[train]'"
+            f"{name} needs PyTorch ({exc}). Install it: pip install 'zarrcache[train]'"
         ) from exc

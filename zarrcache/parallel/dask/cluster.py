@@ -68,7 +68,7 @@ def open_cluster(scheduler: str, *, workers: int | None = None) -> Iterator[Clus
         import distributed
     except ImportError as exc:
         raise ConfigError(
-            f"Dask is not installed ({exc}). Install it: pip install 'zarrcache[dask]'."
+            f"--dask needs Dask ({exc}). Install it: pip install 'zarrcache[dask]'"
         ) from exc
     _pickle_errors_without_causes()
     if workers is not None and (workers < 1 or scheduler != "local"):
