@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,3 +278,38 @@ def test_a_loaders_value_of_another_type_is_refused(monkeypatch: pytest.MonkeyPa
     assert LoaderConfig(batch_size="${BATCH}").batch_size == 4
     with pytest.raises(ConfigError, match=r"batch_size: has to be a whole number \(got 'four'\)"):
         LoaderConfig(batch_size="four")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "refusal"),
+    [
+        ("limit", "12:30:00", "'12:30:00' is not a size"),
+        ("limit", "1_000", "'1_000' is not a size"),
+        ("lookahead", "1:30.5", "'1:30.5' is not a size"),
+        ("min_free", "0b11", "'0b11' is not a size"),
+        ("limit", "2026-11-30", "'2026-11-30' is not a size"),
+    ],
+)
+def test_what_yaml_1_1_reads_as_another_number_is_text(
+    tmp_path: Path, key: str, text: str, refusal: str
+) -> None:
+    """``12:30:00`` was 45000 bytes, ``1_000`` was 1000."""
+    path = written(tmp_path, f"dir: /scratch\n{key}: {text}\n")
+    with pytest.raises(ConfigError, match=f"^cache.{key}: {re.escape(refusal)}"):
+        CacheConfig.from_yaml(path)
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    """A leading zero is not an octal number, a date is not a date."""
+    path = written(
+        tmp_path,
+        "dir: 2026-11-30\nlimit: 042\nlookahead: 0x10\nprices: {dated: 2025-12-01, "
+        "get_per_1000: 1.5e-3, list_per_1000: +2}\nretry: {attempts: +7, timeout: 1.5}\n",
+    )
+    config = CacheConfig.from_yaml(path)
+    assert (config.dir.name, config.limit, config.lookahead) == ("2026-11-30", 42, 16)
+    prices = config.prices
+    assert (prices.dated, prices.get_per_1000, prices.list_per_1000) == ("2025-12-01", 1.5e-3, 2)
+    assert (config.retry.attempts, config.retry.timeout) == (7, 1.5)
+    with pytest.raises(ConfigError, match=r"cache.retry.timeout: '1:30' is not a duration"):
+        CacheConfig.from_yaml(written(tmp_path, "dir: /s\nretry: {timeout: 1:30}\n"))

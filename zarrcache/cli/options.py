@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zarrcache._keys import check_task_ids
+from zarrcache.cli.app import say
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import node_name
 
@@ -271,13 +272,15 @@ def s3_options(
 def _s3_kwargs_of(text: str) -> dict[str, Any]:
     import yaml
 
+    from zarrcache.config import YamlLoader
     from zarrcache.origin import secret_names
 
     is_file = text.startswith("@")
     where = f"--s3-kwargs {text}" if is_file else "--s3-kwargs"
     try:
         if is_file:
-            given = yaml.safe_load(Path(text[1:]).expanduser().read_text(encoding="utf-8"))
+            text = Path(text[1:]).expanduser().read_text(encoding="utf-8")
+            given = yaml.load(text, YamlLoader)
         else:
             given = json.loads(text)
     except OSError as exc:
@@ -293,10 +296,9 @@ def _s3_kwargs_of(text: str) -> dict[str, Any]:
             '\'{"profile": "me"}\', or @FILE.'
         )
     if not is_file and (names := secret_names(given)):
-        typer.echo(
+        say(
             f"warning: --s3-kwargs holds {' and '.join(names)}, and every user of this machine can "
-            "see a command line. Write it into a file of yours and pass --s3-kwargs @FILE.",
-            err=True,
+            "see a command line. Write it into a file of yours and pass --s3-kwargs @FILE."
         )
     return given
 

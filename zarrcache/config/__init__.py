@@ -41,6 +41,7 @@ from zarrcache._keys import (
 from zarrcache._units import Percent, bytes_or_percent, parse_bytes, parse_seconds
 from zarrcache.config.files import (
     VARIABLE_IN_BRACES,
+    YamlLoader,
     as_dict,
     datasets_of,
     datasets_of_configs,
@@ -59,6 +60,7 @@ __all__ = [
     "LoaderConfig",
     "PriceConfig",
     "RetryConfig",
+    "YamlLoader",
     "cache_of",
     "datasets_of_configs",
     "plain",

@@ -28,6 +28,7 @@ from zarrcache.errors import ConfigError
 __all__ = [
     "VARIABLE",
     "VARIABLE_IN_BRACES",
+    "YamlLoader",
     "as_dict",
     "datasets_of",
     "datasets_of_configs",
@@ -417,7 +418,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
             "Save it as UTF-8."
         ) from exc
     try:
-        document = yaml.load(text, _UniqueKeys)
+        document = yaml.load(text, YamlLoader)
     except ConfigError as exc:
         raise ConfigError(f"config file {os.fspath(path)}: {exc}") from None
     except yaml.YAMLError as exc:
@@ -429,8 +430,12 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML's own loader takes the last."""
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers, and no key twice, of which YAML's own loader takes the last.
+
+    YAML 1.1 reads ``12:30:00`` as 45000, ``042`` as 34, ``1_000`` as 1000 and ``2026-11-30`` as a
+    date. Here they are text, and ``042`` is 42.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -444,3 +449,24 @@ class _UniqueKeys(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 seen[key.value] = line
         return super().construct_mapping(node, deep)
+
+
+def _text(loader: YamlLoader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
+def _whole(loader: YamlLoader, node: yaml.ScalarNode) -> int | str:
+    text = _text(loader, node)
+    if "x" in text:
+        return int(text, 16)
+    return int(text) if text.lstrip("+-").isdecimal() else text
+
+
+def _decimal(loader: YamlLoader, node: yaml.ScalarNode) -> float | str:
+    text = _text(loader, node)
+    return text if ":" in text or "_" in text else loader.construct_yaml_float(node)
+
+
+YamlLoader.add_constructor("tag:yaml.org,2002:int", _whole)
+YamlLoader.add_constructor("tag:yaml.org,2002:float", _decimal)
+YamlLoader.add_constructor("tag:yaml.org,2002:timestamp", _text)
