@@ -32,7 +32,10 @@ def config(tmp_path: Path) -> Path:
 
 def test_evict_prints_its_plan_needs_confirmation_and_drops(config: Path, tmp_path: Path) -> None:
     """Dry run, no terminal, --yes, nothing left: exit 0, 2, 0, 0."""
-    what = f"8 entries (64.0 KiB) from {tmp_path}/cache"
+    what = (
+        f"8 entries (64.0 KiB) of {config} from {tmp_path}/cache: 4 densities of total, "
+        "normalize_data: true; 4 files of listings and attributes"
+    )
     dry = zarrcache("evict", config, "--dry-run")
     assert (dry.code, dry.out) == (0, f"Would evict {what}. Dry run: nothing was evicted.\n")
     alone = zarrcache("evict", config)
@@ -81,7 +84,7 @@ def test_evict_asks_for_confirmation_at_a_terminal(
     finally:
         os.close(keyboard)
         os.close(terminal)
-    assert b"About to evict 8 entries (64.0 KiB) from " in err
+    assert b"About to evict 8 entries (64.0 KiB) of " in err
     assert b"Proceed? [y/N]" in err
     assert process.returncode == code
     assert zarrcache("status", config, "--json").document["array_tier"]["entries"] == left
@@ -172,11 +175,80 @@ def test_directory_without_a_cache_is_exit_2(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_status_explains_entries_of_the_other_normalization(config: Path) -> None:
-    config.write_text(config.read_text() + "normalize_data: false\n")
+def test_status_and_evict_name_the_entries_that_the_config_does_not_use(
+    config: Path, tmp_path: Path
+) -> None:
+    """In other units and encodings, of other channels; of the ids of this config alone."""
+    write_pairs(tmp_path, 2, diff=True)
+    text = config.read_text()
+    for keys in ("normalize_data: false\n", "density_type: diff\n"):
+        config.write_text(text + keys)
+        assert zarrcache("warm", config).code == 0
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": ["mp-0"]}))
+    config.write_text(text.replace("cache:", "cache:\n  arrays: {encoding: float16}", 1))
+    assert zarrcache("warm", config).code == 0  # of the other id, float32 stays
+    config.write_text(text + "normalize_data: volume\n")
     done = zarrcache("status", config)
-    assert "GGA          0 of 2 ids warm (0.0 %)" in done.out
-    assert "2 ids are warm for normalize_data: true; entries of each unit" in done.out
+    assert "GGA          0 of 1 id warm (0.0 %)" in done.out
+    unused = [line.split(": ", 1)[1] for line in done.out.splitlines() if "not used by" in line]
+    assert sorted(unused) == [
+        "2 densities of diff, normalize_data: true",
+        "2 densities of total, normalize_data: false",
+        "2 densities of total, normalize_data: true, encoding float16",
+    ]
+    config.write_text(text)
+    assert "2 densities of total, normalize_data: true\n" not in zarrcache("status", config).out
+    assert (
+        "2 densities of total, normalize_data: true, encoding float16; "
+        in zarrcache("evict", config, "--dry-run").out
+    )
+    everything = zarrcache("evict", "--all", "--dir", tmp_path / "cache", "--dry-run").out
+    assert f" of every config from {tmp_path}/cache: " in everything
+    assert "4 densities of total, normalize_data: false; 4 densities of diff" in everything
+
+
+def test_several_sources_of_an_id_are_named_once_by_each_command(
+    config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "mp-1.CHGCAR").touch()
+    (tmp_path / "data" / "mp-1").mkdir()  # not read, so no source
+    said = (
+        f"1 id has several sources in {tmp_path}/data. Of mp-1, mp-1.zarr is read, not "
+        "mp-1.CHGCAR. Set source to the kinds to read, the preferred ones first, or remove the "
+        "others.\n"
+    )
+    for name, *options in (
+        ("warm", "--revalidate", "--workers", 2), ("warm",), ("plan",), ("audit",), ("status",),
+        ("doctor",),
+    ):  # fmt: skip
+        done = zarrcache(name, config, *options)
+        assert (done.out + done.err).count(said) == 1, name
+    config.write_text(config.read_text() + "source: [zarr, CHGCAR]\n")
+    for name in ("warm", "plan", "audit", "status", "doctor"):
+        done = zarrcache(name, config)
+        assert said not in done.out + done.err, name
+
+
+def test_a_path_that_the_locale_cannot_write_is_an_error_in_words(
+    config: Path, tmp_path: Path
+) -> None:
+    config.write_text(config.read_text().replace("/cache", "/caché"))
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    refused, done = (
+        subprocess.run(
+            command("status", config),
+            env={**os.environ, **locale},
+            capture_output=True,
+            check=False,
+        )
+        for locale in (ascii_only, ascii_only | {"PYTHONUTF8": "1"})
+    )
+    assert (refused.returncode, done.returncode) == (2, 0)
+    path = rf"{tmp_path}/cach\xe9"
+    assert refused.stderr.decode() == (
+        f"error: '{path}' cannot be written in ascii, the encoding of this locale. Run the command "
+        "with PYTHONUTF8=1.\n"
+    )
 
 
 def test_doctor_fails_where_no_store_can_be_found(config: Path, tmp_path: Path) -> None:

@@ -333,6 +333,28 @@ def test_warm_names_the_materials_that_lack_a_channel(
         open_reader(config_of()).data_split()
 
 
+@pytest.mark.parametrize("missing", ["error", "zero", "drop"])
+def test_a_dry_run_says_what_warm_says_of_channels_that_materials_lack(
+    tmp_path: Path, config_of: Callable[..., DataConfig], missing: str
+) -> None:
+    """From the listings that it makes anyway; of files that are read whole, it says what it cannot
+    know.
+    """
+    write(tmp_path, lacking=tuple(NONMAGNETIC))
+    config = config_of(missing=missing)
+    plan = plan_warm(config, workers=1)
+    requests = plan.reader.stats.requests
+    dry = plan.estimate()
+    named = 2 * len(NONMAGNETIC)  # the error names the arrays that are there
+    assert plan.reader.stats.requests - requests == len(plan.densities) + named
+    report = plan.execute()
+    assert (dry.lacking, dry.refusal) == (report.lacking, report.refusal)
+    assert dry.lacking == (() if missing == "error" else tuple(NONMAGNETIC))
+    assert [one.error for one in dry.failed] == [one.error for one in report.failed]
+    assert (dry.to_fetch, dry.unread) == (report.stats.misses, 0)
+    assert bool(dry.refusal) == (missing == "error")
+
+
 @pytest.mark.parametrize(
     ("missing", "ids"), [("zero", 6), pytest.param("drop", 4, marks=pytest.mark.slow)]
 )
@@ -929,7 +951,7 @@ def test_plan_and_audit_say_that_the_training_refuses_the_config(tmp_path: Path)
     said = "The training refuses this config: 2 of 6 materials have no channel at all"
     assert (zarrcache("plan", config).err, (tmp_path / "cache").exists()) == ("", False)
     done = zarrcache("audit", config)
-    assert (done.code, said in done.err) == (1, True)
+    assert (done.code, said in done.err) == (1, True), done.err
     done = zarrcache("plan", config)
     assert (done.code, said in done.err) == (0, True)
 

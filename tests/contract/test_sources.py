@@ -157,6 +157,9 @@ def _config(files: Files, tmp_path: Path, **changes: Any) -> DataConfig:
 
 def test_every_command_works_on_files(files: Files, tmp_path: Path) -> None:
     """A file that was changed is stale, and warm fetches it again."""
+    both = _config(files, tmp_path, density_type=["total", "diff"], missing="zero")
+    dry = plan_warm(both).estimate()
+    assert (dry.unread, dry.lacking, dry.to_fetch) == (12, (), 24)
     config = _config(files, tmp_path)
     assert plan_warm(config).execute().warm == 6
     coverage = read_status(config).coverage
@@ -339,4 +342,5 @@ def test_files_per_volume_are_divided_by_the_volume_of_their_lattice(
     assert covered.warm == len(files.ids)
     covered = read_status(config.model_copy(update={"normalize_data": False})).coverage
     assert covered is not None
-    assert (covered.warm, covered.otherwise_warm, covered.other_units) == (0, 6, "volume")
+    assert covered.warm == 0
+    assert [(one.units, one.densities) for one in covered.unused] == [("volume", 12)]

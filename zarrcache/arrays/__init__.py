@@ -57,6 +57,7 @@ from zarrcache.arrays.sources import (
     kind_of,
     kinds_of,
     names_of,
+    several_sources,
     sources_of,
     stem_of,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "read_npy_density",
     "read_vasp_text",
     "require_pymatgen",
+    "several_sources",
     "sources_of",
     "stable_listing",
     "stem_of",

@@ -26,6 +26,7 @@ __all__ = [
     "kind_of",
     "kinds_of",
     "names_of",
+    "several_sources",
     "sources_of",
     "stem_of",
 ]
@@ -143,6 +144,38 @@ def choose(sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS
         if wanted:
             chosen[stem] = min(wanted, key=lambda name: kinds.index(cast("Kind", kind_of(name))))
     return chosen
+
+
+def several_sources(
+    url: str, sources: Mapping[str, str | list[str]], kinds: Sequence[Kind] = KINDS
+) -> str:
+    """A sentence on the task ids of a directory that have several sources; empty if none has.
+
+    Also empty if ``source`` of the config names kinds, because then it says what is preferred.
+
+    Parameters
+    ----------
+    url : str
+        The directory, for the message.
+    sources, kinds
+        As for `choose`.
+    """
+    if tuple(kinds) != KINDS:
+        return ""
+    several = {
+        stem: names
+        for stem, every in sources.items()
+        if isinstance(every, list)
+        and len(names := [name for name in every if choose({stem: name})]) > 1
+    }
+    if not several:
+        return ""
+    stem, (read, *others) = next(iter(several.items()))
+    ids = "1 id has" if len(several) == 1 else f"{len(several)} ids have"
+    return (
+        f"{ids} several sources in {url}. Of {stem}, {read} is read, not {' or '.join(others)}. "
+        "Set source to the kinds to read, the preferred ones first, or remove the others."
+    )
 
 
 def names_of(task_id: str, kinds: Sequence[Kind] = KINDS) -> list[str]:

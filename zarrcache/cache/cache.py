@@ -216,6 +216,10 @@ class Cache:
             return [(set(), 0) for _ in origins]
         return self.index.entry_names([_root_note(origin) for origin in origins], f"\n{array}")
 
+    def stored_arrays(self, origin: Origin) -> set[str]:
+        """Arrays, as in `ArrayKey`, that stores of a directory have in the array tier."""
+        return set() if self.index is None else self.index.array_names(_root_note(origin))
+
     # -- stored listings
 
     def stored_listing(self, origin: Origin, name: str) -> Any | None:

@@ -1,6 +1,9 @@
 """The typer application, exit codes and output: data on stdout, messages and prompts on stderr.
 
 Exit codes: 0 done, 1 some failed, 2 wrong usage or settings, 130 Ctrl-C, 143 SIGTERM.
+
+With ``--quiet`` stdout is the same, and stderr has only prompts, errors and what failed: `say` is
+for the rest.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import typer
 
 from zarrcache import __version__
 from zarrcache.cli._early import leave_ctrl_c_to_python
+from zarrcache.cli.progress import StderrHandler, is_quiet
 from zarrcache.errors import ConfigError, OriginNotFoundError, ZarrCacheError
 from zarrcache.parallel import Terminated, exit_code, raise_on_signals
 
-__all__ = ["app", "command", "failures", "say", "show", "show_json"]
+__all__ = ["app", "command", "failures", "say", "say_refusal", "show", "show_json"]
 
 app = typer.Typer(
     name="zarrcache",
@@ -38,7 +42,12 @@ _log = logging.getLogger("zarrcache")
 
 #: Options of every command.
 _QUIET = Annotated[
-    bool, typer.Option("--quiet", "-q", help="no progress and no warnings; errors and results only")
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="results as ever; no progress, warnings and hints, only errors and what failed",
+    ),
 ]
 _VERBOSE = Annotated[
     bool, typer.Option("--verbose", "-v", help="log every step; print the traceback of an error")
@@ -71,7 +80,7 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
             except ZarrCacheError as exc:
                 if _log.isEnabledFor(logging.DEBUG):
                     traceback.print_exc()
-                say(f"error: {exc}")
+                say(f"error: {exc}", always=True)
                 # A directory or bucket that does not exist is a wrong argument or setting.
                 code = 2 if isinstance(exc, (ConfigError, OriginNotFoundError)) else 1
             except BrokenPipeError:  # `zarrcache ls | head`: click ends quietly
@@ -82,12 +91,24 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
                 if _log.isEnabledFor(logging.DEBUG):
                     traceback.print_exc()
                 where = f"{exc.filename}: " if exc.filename else ""
-                say(f"error: {where}{exc.strerror or exc}. --verbose shows the call that met it.")
+                say(
+                    f"error: {where}{exc.strerror or exc}. --verbose shows the call that met it.",
+                    always=True,
+                )
                 code = 1
+            except UnicodeEncodeError as exc:  # of a path; Python's own choice is UTF-8
+                if _log.isEnabledFor(logging.DEBUG):
+                    traceback.print_exc()
+                say(
+                    f"error: {exc.object!r} cannot be written in {exc.encoding}, the encoding of "
+                    "this locale. Run the command with PYTHONUTF8=1.",
+                    always=True,
+                )
+                code = 2
             except KeyboardInterrupt as exc:
                 word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
                 hint = " Finished work is kept; run the same command again to continue."
-                say(f"{word}.{hint if resumable else ''}")
+                say(f"{word}.{hint if resumable else ''}", always=True)
                 code = exit_code(exc)
             raise typer.Exit(code)
 
@@ -124,8 +145,6 @@ def _options(
         typer.Option("--debug", help="as --verbose, from before the command starts"),
     ] = False,
 ) -> None:
-    from zarrcache.cli.progress import StderrHandler
-
     _log.setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="%(message)s")
 
@@ -135,9 +154,16 @@ def show(line: str = "") -> None:
     print(line, flush=True)
 
 
-def say(line: str) -> None:
-    """Print a message on stderr."""
-    print(line, file=sys.stderr, flush=True)
+def say(line: str, *, always: bool = False) -> None:
+    """Print a message on stderr; with ``--quiet`` only an error or what failed (``always``)."""
+    if always or not is_quiet():
+        print(line, file=sys.stderr, flush=True)
+
+
+def say_refusal(refusal: str) -> None:
+    """Print why the training refuses a config, if it does."""
+    if refusal:
+        say(f"The training refuses this config: {refusal}", always=True)
 
 
 def show_json(document: dict[str, Any]) -> None:
@@ -151,6 +177,6 @@ def failures(lines: Iterable[str], verdict: str = "failed") -> None:
 
     every = list(lines)
     for line in every[:_MAX_FAILURES]:
-        say(f"{verdict}: {line}")
+        say(f"{verdict}: {line}", always=True)
     if len(every) > _MAX_FAILURES:
-        say(f"{verdict}: {count(len(every) - _MAX_FAILURES)} more; --json lists all")
+        say(f"{verdict}: {count(len(every) - _MAX_FAILURES)} more; --json lists all", always=True)

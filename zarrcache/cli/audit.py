@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.app import command, say, say_refusal, show, show_json
 from zarrcache.cli.options import (
     Config,
     Ids,
@@ -74,6 +74,5 @@ def audit(
                 say(f"{count(len(report.findings) - _MOST)} more; --json lists all")
     if html is not None:
         say(f"wrote {html}")
-    if refusal:
-        say(f"The training refuses this config: {refusal}")
+    say_refusal(refusal)
     return int(bool(report.findings or refusal))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zarrcache.cli.app import command, failures, say, show, show_json
+from zarrcache.cli.app import command, failures, say, say_refusal, show, show_json
 from zarrcache.cli.options import (
     Directory,
     DryRun,
@@ -65,7 +65,7 @@ def evict(
     Further options narrow the choice. Only <cache.dir>/zarrcache-v1/ is touched.
     """
     from zarrcache._units import format_bytes
-    from zarrcache.cli.format import plural
+    from zarrcache.cli.format import entries_by_kind, plural
     from zarrcache.cli.progress import Meter
     from zarrcache.ops import plan_evict
 
@@ -78,7 +78,11 @@ def evict(
         everything=everything,
     )
     entries = plural(len(plan.entries), "entry", "entries")
-    what = f"{entries} ({format_bytes(plan.disk_bytes)}) from {plan.directory}"
+    of = "every config" if everything else config
+    what = (
+        f"{entries} ({format_bytes(plan.disk_bytes)}) of {of} from {plan.directory}: "
+        f"{entries_by_kind(plan.entries)}"
+    )
     freed = 0
     if not plan.entries:
         text = "Nothing to evict."
@@ -142,8 +146,7 @@ def status(
         return 0
     for line in status_lines(state):
         show(line)
-    if refusal:
-        say(f"The training refuses this config: {refusal}")
+    say_refusal(refusal)
     if state.coverage is not None and not state.coverage.is_complete:
         if state.limit_bytes is not None and state.volume_bytes > 0.9 * state.limit_bytes:
             say("The cache is near its limit: raise cache.limit, or free space with evict, first.")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from zarrcache._keys import FLOAT32
+from zarrcache._keys import FLOAT32, ArrayKey, Missing, density_name, is_density
 from zarrcache._units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport
     from zarrcache.demo import DemoReport
+    from zarrcache.disk import Row
     from zarrcache.ops import (
         Activity,
         EpochForecast,
@@ -27,16 +29,20 @@ __all__ = [
     "count",
     "demo_rows",
     "duration",
+    "entries_by_kind",
+    "estimate_notes",
     "format_conversion",
     "format_convert_plan",
     "format_verification",
     "format_warm_estimate",
     "format_warm_report",
+    "lacking_note",
     "left_out_lines",
     "nothing_selected",
     "plan_lines",
     "plural",
     "status_lines",
+    "warm_errors",
     "warm_notes",
 ]
 
@@ -85,22 +91,33 @@ def format_warm_estimate(plan: WarmPlan, estimate: WarmEstimate) -> str:
     )
 
 
+def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
+    """Hints for the user after ``warm --dry-run``, one per line."""
+    notes = []
+    if estimate.lacking and not estimate.refusal:
+        notes.append(lacking_note(estimate.lacking, plan.reader.if_missing))
+    if estimate.unread:
+        notes.append(
+            f"Which channels {plural(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) have "
+            "shows only when they are read: without --dry-run."
+        )
+    return notes
+
+
 def nothing_selected(plan: WarmPlan, split: str) -> str:
     """Why ``warm`` has no ids to fetch."""
     reader = plan.reader
     if reader.if_missing == "drop" and reader.stored_ids:
         return (
-            "error: all ids lack a channel of density_type, so missing: drop leaves none. Where "
+            "all ids lack a channel of density_type, so missing: drop leaves none. Where "
             "only input or label has it, write density_type: {data: ..., label: ...}."
         )
     if not plan.missing:
         part = "has no ids" if split == "all" else f"has no ids in the {split} set"
-        return (
-            f"error: {reader.functional} {part}. Check functional and map_dir ({reader.map_dir})."
-        )
+        return f"{reader.functional} {part}. Check functional and map_dir ({reader.map_dir})."
     directories = f"{reader.origin('data').url} and {reader.origin('label').url}"
     return (
-        f"error: none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
+        f"none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
         f"in {directories}. Check data_dir and label_dir: the stores are <task_id>.zarr or "
         ".zarr.zip, or files <task_id>.json.gz or .CHGCAR, directly below them."
     )
@@ -137,13 +154,7 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
             f"{names}. If the network needs equal grids, leave them out of the map."
         )
     if report.lacking and not report.refusal:
-        becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
-        lack = "lacks" if len(report.lacking) == 1 else "lack"
-        names = ", ".join(report.lacking[:5]) + (", …" if report.lacking[5:] else "")
-        notes.append(
-            f"{plural(len(report.lacking), 'id')} {lack} a channel of density_type; "
-            f"{becomes[plan.reader.if_missing]} (missing: {plan.reader.if_missing}): {names}."
-        )
+        notes.append(lacking_note(report.lacking, plan.reader.if_missing))
     if any(result.is_absent for result in report.failed) and not report.refusal:
         notes.append(
             "Set missing: zero, which fills a channel that is absent with zeros, or missing: drop, "
@@ -152,32 +163,49 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
     if report.untried:
         limit = format_bytes(plan.limit_bytes or 0)
         notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")
+    if report.bypassed and not report.stats.cache_errors and not report.is_disk_full:
+        needed = _needed(report)
+        raise_it = f"{needed}: raise" if report.needed_bytes else "Raise"
+        smaller = ""
+        if plan.cache.arrays.encoding == FLOAT32:
+            smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
+        notes.append(
+            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
+            f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will "
+            "read what did not fit from the origin in every epoch. "
+            f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
+        )
+    return notes
+
+
+def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
+    """Faults of the cache during ``warm``, one per line."""
     if report.stats.cache_errors:
         times = plural(report.stats.cache_errors, "time")
-        notes.append(
-            f"error: the cache in {plan.cache.dir} failed {times}, see above. Run `zarrcache "
-            "doctor` with the same config."
-        )
-    elif report.bypassed:
-        size = _rounded_up(report.needed_bytes + report.beside_bytes)
-        needed = f"All ids and the other entries of the cache need about {size} on disk"
+        advice = "Run `zarrcache doctor` with the same config."
+        return [f"the cache in {plan.cache.dir} failed {times}, see above. {advice}"]
+    if report.bypassed and report.is_disk_full:
         left_out = f"{plural(len(report.bypassed), 'id')} did not fit"
-        if report.is_disk_full:
-            notes.append(
-                f"error: {left_out}: the disk of {plan.cache.dir} is full, or cache.min_free is "
-                f"reached. {needed}. Free space there, or choose a larger disk."
-            )
-        else:
-            raise_it = f"{needed}: raise" if report.needed_bytes else "Raise"
-            smaller = ""
-            if plan.cache.arrays.encoding == FLOAT32:
-                smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
-            notes.append(
-                f"{left_out}: cache.limit ({format_bytes(plan.cache.limit)}) or cache.min_free is "
-                "reached, and training will read what did not fit from the origin in every epoch. "
-                f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
-            )
-    return notes
+        full = f"the disk of {plan.cache.dir} is full, or cache.min_free is reached"
+        advice = "Free space there, or choose a larger disk."
+        return [f"{left_out}: {full}. {_needed(report)}. {advice}"]
+    return []
+
+
+def lacking_note(task_ids: Sequence[str], missing: Missing) -> str:
+    """What becomes of ids that lack a channel."""
+    becomes = {"zero": "it is zero there", "drop": "they are left out of the split"}
+    lack = "lacks" if len(task_ids) == 1 else "lack"
+    names = ", ".join(task_ids[:5]) + (", …" if task_ids[5:] else "")
+    return (
+        f"{plural(len(task_ids), 'id')} {lack} a channel of density_type; {becomes[missing]} "
+        f"(missing: {missing}): {names}."
+    )
+
+
+def _needed(report: WarmReport) -> str:
+    size = _rounded_up(report.needed_bytes + report.beside_bytes)
+    return f"All ids and the other entries of the cache need about {size} on disk"
 
 
 def _rounded_up(nbytes: int) -> str:
@@ -223,17 +251,47 @@ def status_lines(state: Status) -> list[str]:
             f"{covered.functional:<12} {count(covered.warm)} of {present} warm "
             f"({100 * covered.warm_ratio:.1f} %){half}{missing}"
         )
-        if covered.otherwise_warm:
-            lines.append(
-                f"{'':<12} {plural(covered.otherwise_warm, 'id')} are warm for "
-                f"{_NORMALIZED[covered.other_units or 'cell']}; entries of each unit are separate"
-            )
+        lines += [
+            f"{'':<12} not used by this config: "
+            f"{_densities(one.densities, one.array, one.units, one.encoding)}"
+            for one in covered.unused
+        ]
         if covered.to_encode:
             lines.append(
                 f"{'':<12} {plural(covered.to_encode, 'id')} of these still in float32; `zarrcache "
                 "warm` or the next read encodes them without fetching"
             )
+        lines += [f"{'':<12} {text}" for text in covered.several_sources]
     return lines
+
+
+def _densities(number: int, array: str, units: str, encoding: str) -> str:
+    """``24 densities of total, normalize_data: true, encoding float16``."""
+    text = f"{plural(number, 'density', 'densities')} of {density_name(array)}"
+    if is_density(array):
+        text += f", {_NORMALIZED[units]}"
+    return text if encoding == FLOAT32 else f"{text}, encoding {encoding}"
+
+
+def entries_by_kind(entries: Iterable[Row]) -> str:
+    """What entries hold, each kind with its number."""
+    from zarrcache.disk import ARRAY, LISTING
+
+    numbers: Counter[tuple[str, str]] = Counter()
+    for row in entries:
+        array = row.note.rpartition("\n")[2] if row.kind == ARRAY else ""
+        numbers[row.kind, array] += 1
+    parts = []
+    for (kind, array), number in sorted(numbers.items(), key=lambda one: (one[0][0], -one[1])):
+        key = ArrayKey("", "", array)
+        parts.append(
+            _densities(number, key.source_array, key.units, key.encoding)
+            if kind == ARRAY
+            else f"{plural(number, 'file')} of listings and attributes"
+            if kind == LISTING
+            else f"{plural(number, 'entry', 'entries')} of the byte tier"
+        )
+    return "; ".join(parts)
 
 
 def format_verification(report: VerifyReport) -> str:

@@ -79,7 +79,7 @@ def make_map(
         if names:
             say(f"left out: {plural(len(names), 'id')} {why}: {', '.join(names[:5])}")
     if not found.ids:
-        say("error: the directories have no id in common, so no map is written.")
+        say("error: the directories have no id in common, so no map is written.", always=True)
         return 1
     kept = write_map(output, functional, found.ids, force=force)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from zarrcache._keys import Eviction
-from zarrcache.cli.app import command, say, show, show_json
+from zarrcache.cli.app import command, say_refusal, show, show_json
 from zarrcache.cli.options import Config, Json, data_config, size, whole
 
 __all__ = ["plan"]
@@ -115,6 +115,5 @@ def plan(
     else:
         for line in plan_lines(forecast):
             show(line)
-    if refusal:
-        say(f"The training refuses this config: {refusal}")
+    say_refusal(refusal)
     return 0

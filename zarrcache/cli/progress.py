@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 
     from zarrcache.ops import Panel
 
-__all__ = ["LiveText", "Meter", "StderrHandler", "show_panels", "show_table"]
+__all__ = ["LiveText", "Meter", "StderrHandler", "is_quiet", "show_panels", "show_table"]
 
 #: Seconds between two progress lines without a terminal: the log of an hour fits a few pages.
 _LINE_EVERY_S = 10.0
 #: Characters from dark to bright, for terminals and files without colour.
 _RAMP = " .:-=+*#%@"
 _SMALLEST, _LARGEST = 12, 40  # columns of a plane
+
+
+def is_quiet() -> bool:
+    """Whether ``--quiet`` was given, which raises the level of the logger."""
+    return not logging.getLogger("zarrcache").isEnabledFor(logging.WARNING)
 
 
 class StderrHandler(logging.Handler):
@@ -40,7 +45,7 @@ class StderrHandler(logging.Handler):
 class Meter:
     """Progress on stderr: a bar on a terminal, otherwise a line every 10 seconds.
 
-    With ``--quiet``, which raises the level of the logger, there is neither.
+    With ``--quiet`` there is neither.
 
     Parameters
     ----------
@@ -60,7 +65,7 @@ class Meter:
         self._done = self._failed = 0
         self._start_s = self._line_s = time.monotonic()
         self._bar: tuple[Progress, TaskID] | None = None
-        self._is_quiet = not logging.getLogger("zarrcache").isEnabledFor(logging.WARNING)
+        self._is_quiet = is_quiet()
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty() and not self._is_quiet:

@@ -52,7 +52,7 @@ def report(
         raise
     except ZarrCacheError as exc:
         forecast = str(exc)
-        say(f"error: no forecast: {exc}")
+        say(f"error: no forecast: {exc}", always=True)
     page = ops.report_page(source, recorded, forecast, now_s=time.time())
     write_output(output, page)
     say(f"wrote {output}")

@@ -21,6 +21,7 @@ from zarrcache.cli.options import (
     size,
     whole,
 )
+from zarrcache.cli.progress import Meter, is_quiet
 from zarrcache.errors import ConfigError
 from zarrcache.parallel import node_name
 
@@ -107,6 +108,7 @@ def warm(
             "--assignment": assignment,
             "--revalidate": revalidate,
             "--dry-run": dry_run,
+            "--quiet": is_quiet(),
         }
         return _on_each_node(dask, config.absolute(), options, as_json=as_json)
     world = each_node_world() if each_node else None
@@ -123,11 +125,11 @@ def warm(
         world=world if assignment == "node" else None,
     )
     if dry_run:
-        document, text, notes, is_good = _estimate(plan)
+        document, text, errors, notes, is_good = _estimate(plan)
     else:
-        document, text, notes, is_good = _execute(plan, dask, workers)
+        document, text, errors, notes, is_good = _execute(plan, dask, workers)
     if not plan.task_ids and world is None and not document.get("refusal"):
-        notes = [nothing_selected(plan, split), *notes]
+        errors = [nothing_selected(plan, split), *errors]
         is_good = False
     document["missing"] = plan.missing
     refusal = document.get("refusal", "")
@@ -138,6 +140,8 @@ def warm(
         show_json(document)
     else:
         show(text)
+        for error in errors:
+            say(f"error: {error}", always=True)
         for note in notes:
             say(note)
     if refusal:  # hours later it would stop the training
@@ -145,22 +149,28 @@ def warm(
     return 0 if is_good else 1
 
 
-def _estimate(plan: WarmPlan) -> tuple[dict[str, Any], str, list[str], bool]:
-    from zarrcache.cli.format import format_warm_estimate
-    from zarrcache.cli.progress import Meter
+#: As JSON and as text, errors, hints, and whether all is well.
+_Result = tuple[dict[str, Any], str, list[str], list[str], bool]
+
+
+def _estimate(plan: WarmPlan) -> _Result:
+    from zarrcache.cli.format import estimate_notes, format_warm_estimate
 
     with Meter("Listing", "densities", len(plan.densities)) as meter:
         estimate = plan.estimate(meter.reach)
     failures(f"{result.name}: {result.error}" for result in estimate.failed)
     document = {**asdict(estimate), "ids": len(plan.task_ids)}
-    return document, format_warm_estimate(plan, estimate), [], not estimate.failed
+    return (
+        document,
+        format_warm_estimate(plan, estimate),
+        [],
+        estimate_notes(plan, estimate),
+        not estimate.failed,
+    )
 
 
-def _execute(
-    plan: WarmPlan, dask: str | None, workers: int | None
-) -> tuple[dict[str, Any], str, list[str], bool]:
-    from zarrcache.cli.format import format_warm_report, warm_notes
-    from zarrcache.cli.progress import Meter
+def _execute(plan: WarmPlan, dask: str | None, workers: int | None) -> _Result:
+    from zarrcache.cli.format import format_warm_report, warm_errors, warm_notes
 
     def fetched_bytes() -> int:
         return plan.reader.stats.fetched_bytes
@@ -180,6 +190,7 @@ def _execute(
     return (
         asdict(report),
         format_warm_report(report, plan.cache.dir),
+        warm_errors(plan, report),
         warm_notes(plan, report),
         report.is_good,
     )
@@ -201,7 +212,7 @@ def _on_each_node(dask: str, config: Path, options: Mapping[str, object], *, as_
     nodes = []
     with open_cluster(dask) as cluster:
         for outcome in run_on_each_node(
-            cluster, arguments, lambda node, line: say(f"{node}: {line}")
+            cluster, arguments, lambda node, line: say(f"{node}: {line}", always=True)
         ):
             error = {"node": outcome.node, "error": outcome.error.removeprefix("error: ")}
             reports = outcome.document.get("nodes") or [error]
@@ -213,5 +224,5 @@ def _on_each_node(dask: str, config: Path, options: Mapping[str, object], *, as_
         show_json({"nodes": nodes})
     failed = [node["node"] for node in nodes if node["exit_code"]]
     if failed:
-        say(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(failed)}.")
+        say(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(failed)}.", always=True)
     return 1 if failed else 0

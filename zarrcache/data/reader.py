@@ -44,6 +44,7 @@ from zarrcache.arrays import (
     metadata_in,
     metadata_of,
     read_attributes,
+    several_sources,
     sources_of,
 )
 from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough, StoredAttributes
@@ -404,13 +405,20 @@ class ZarrS3Reader(PairReader):
 
     def _stored_names(self, role: Role) -> dict[str, str] | None:
         stored = self._cache.stored_listing(self._origins[role], "")
-        return choose(stored, self._kinds) if isinstance(stored, dict) else None
+        return self._chosen(role, stored) if isinstance(stored, dict) else None
 
     def _list(self, role: Role) -> dict[str, str]:
         origin = self._origins[role]
         # All kinds are stored: other configs may read others.
         found = sources_of(origin.list_names())
         self._cache.store_listing(origin, "", found)
+        return self._chosen(role, found)
+
+    def _chosen(self, role: Role, found: Mapping[str, str | list[str]]) -> dict[str, str]:
+        """The sources that are read. Which they are where an id has several is said once."""
+        url = self._origins[role].url
+        if several := several_sources(url, found, self._kinds):
+            self._log_once.warning(("sources", url), logger, "%s", several)
         return choose(found, self._kinds)
 
     def _urls(self) -> tuple[str, str]:

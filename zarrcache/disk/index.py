@@ -246,6 +246,21 @@ class Index:
         sizes = self.entry_sizes(prefixes, suffix)
         return [(set(of_prefix), sum(of_prefix.values())) for of_prefix in sizes]
 
+    def array_names(self, prefix: str) -> set[str]:
+        """What follows the name of the store in the notes that begin with ``prefix``.
+
+        These are few, so this takes one pass over the table, whatever the number of entries.
+        """
+        rows = self._ask(
+            "SELECT DISTINCT substr(name, instr(name, char(10)) + 1) FROM (SELECT "
+            "substr(value, instr(value, ' ') + ?) AS name FROM Cache WHERE tag = ? "
+            "AND instr(value, ?) = instr(value, ' ') AND typeof(value) = 'text')",
+            len(prefix) + 1,
+            ARRAY,
+            f" {prefix}",
+        )
+        return {array for (array,) in rows if array}
+
     def _stems(self, prefix: str, suffix: str, columns: str) -> tuple[list[str], tuple[Any, ...]]:
         """The part of the note of arrays between ``prefix`` and ``suffix``, and other columns."""
         # A value is the size, a blank and the note. One row of joined texts, which Python splits at

@@ -38,6 +38,7 @@ from .selection import cache_at as cache_at
 from .selection import known_refusal as known_refusal
 from .status import Status as Status
 from .status import Tier as Tier
+from .status import Unused as Unused
 from .status import read_status as read_status
 from .verify import VerifyReport as VerifyReport
 from .verify import verify as verify

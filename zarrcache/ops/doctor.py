@@ -51,6 +51,7 @@ from zarrcache.errors import (
     OriginNotFoundError,
     ZarrCacheError,
 )
+from zarrcache.ops.selection import Selection, open_if_present
 from zarrcache.origin import ObjectInfo, Origin, open_origin
 from zarrcache.peers import Peers
 
@@ -116,6 +117,17 @@ def examine(config: DataConfig | CacheConfig | None = None) -> Iterator[Finding]
             return
         for role in ROLES:
             yield from _origin(config, role, ids[:_IDS_TRIED])
+        if cache is not None:
+            for text in _several_sources(config):
+                yield Finding("sources", "warn", text)
+
+
+def _several_sources(config: DataConfig) -> list[str]:
+    try:
+        selection = Selection(config)
+        return selection.several_sources() if open_if_present(selection.index) else []
+    except (*CACHE_FAULTS, ZarrCacheError):  # which other checks name
+        return []
 
 
 def _peers(cache: CacheConfig) -> Iterator[Finding]:
@@ -150,7 +162,7 @@ def _versions() -> Finding:
             "versions",
             "fail",
             f"{', '.join(absent)} not installed ({', '.join(found)})",
-            "Install zarrcache again: pip install zarrcache.",
+            "Install what is missing: pip install zarrcache",
         )
     return Finding("versions", "ok", ", ".join(found))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -33,6 +34,7 @@ from zarrcache.arrays import (
     kinds_of,
     list_array,
     read_array,
+    several_sources,
     stem_of,
 )
 from zarrcache.cache import CONTENTS, PACK, Cache
@@ -271,6 +273,30 @@ class Selection:
         origins = [self._origins[role] for role in self.roles]
         found = self._cache.stored_names(array, origins)
         return dict(zip(self.roles, found, strict=True))
+
+    def unused(self) -> Counter[str]:
+        """Cached densities of the ids that this config does not read, by their array in keys:
+        those in other units or encodings, or of other channels.
+        """
+        own = {(one.role, array) for one in self.channels for array in self.stored_as(one)}
+        found: Counter[str] = Counter()
+        for role in self.roles:
+            for array in self._cache.stored_arrays(self._origins[role]):
+                if (role, array) not in own:
+                    names, _ = self.stored_names(array)[role]
+                    found[array] += len(self._known.intersection(map(stem_of, names)))
+        return +found
+
+    def several_sources(self) -> list[str]:
+        """See `zarrcache.arrays.several_sources`; of the directories as they were listed last."""
+        found = []
+        for origin in self._roots.values():
+            stored = self._cache.stored_listing(origin, "")
+            if isinstance(stored, dict) and (
+                text := several_sources(origin.url, stored, self._kinds)
+            ):
+                found.append(text)
+        return found
 
     def roles_of(self, row: Row) -> str:
         """``data``, ``label``, ``data+label`` for a directory of both, or empty for neither."""

@@ -6,16 +6,16 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from zarrcache._keys import Units, units_of
+from zarrcache._keys import ArrayKey, Units
 from zarrcache.arrays import stem_of
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.disk import ARRAY, LISTING, OBJECT, min_free_bytes
 from zarrcache.ops.selection import Selection, open_if_present, select
 
-__all__ = ["Coverage", "Status", "Tier", "read_status"]
+__all__ = ["Coverage", "Status", "Tier", "Unused", "read_status"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,25 @@ class Tier:
 
     entries: int = 0
     nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """Cached densities of a config's materials that it does not read.
+
+    Attributes
+    ----------
+    array : str
+        Its name in the store.
+    units : {"cell", "points", "volume"}
+    encoding : str
+    densities : int
+    """
+
+    array: str
+    units: Units
+    encoding: str
+    densities: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +63,10 @@ class Coverage:
         Bytes on disk of these densities.
     is_listed : bool
         Listings of both directories are stored, so that training starts without the origin.
-    otherwise_warm : int
-        Ids with both densities cached in ``other_units``. Counted only if ``warm`` is 0.
-    other_units : {"cell", "points", "volume"} or None
-        Units of another value of ``normalize_data``, in which most ids are warm; this config does
-        not use such entries. None if no id is.
+    unused : tuple of Unused
+        Densities of these ids in other units or encodings, or of other channels.
+    several_sources : tuple of str
+        A sentence on each directory in which ids have several sources, if ``source`` is ``auto``.
     dropped : int
         Ids that the split leaves out, because they are known to lack a channel (``missing: drop``).
     to_encode : int
@@ -63,10 +81,10 @@ class Coverage:
     half: int
     nbytes: int
     is_listed: bool
-    otherwise_warm: int = 0
-    other_units: Units | None = None
     to_encode: int = 0
     dropped: int = 0
+    unused: tuple[Unused, ...] = ()
+    several_sources: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -149,29 +167,10 @@ def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) 
         min_free_bytes=min_free_bytes(cache.min_free, usage.total) if has_settings else None,
         free_bytes=usage.free,
         disk_bytes=usage.total,
-        coverage=_coverage_of(config, selection, exists=exists)
+        coverage=_coverage(config.functional, selection, exists=exists)
         if isinstance(config, DataConfig) and selection is not None
         else None,
     )
-
-
-def _coverage_of(config: DataConfig, selection: Selection, *, exists: bool) -> Coverage:
-    covered = _coverage(config.functional, selection, exists=exists)
-    if covered.warm or not exists:
-        return covered
-    # The usual reason for a cache that is full and yet cold.
-    own = units_of(config.normalize_data)
-    others: dict[Units, bool | str] = {"cell": False, "points": True, "volume": "volume"}
-    for units, value in others.items():
-        if units == own:
-            continue
-        other, _ = select(config.model_copy(update={"normalize_data": value}))
-        assert other is not None
-        open_if_present(other.index)
-        warm = _coverage(config.functional, other, exists=True).warm
-        if warm > covered.otherwise_warm:
-            covered = replace(covered, otherwise_warm=warm, other_units=units)
-    return covered
 
 
 def _sum(totals: Mapping[str, tuple[int, int]], *kinds: str) -> Tier:
@@ -233,6 +232,12 @@ def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverag
         nbytes=nbytes,
         is_listed=len(listed) == len(listings),
         to_encode=warm - sum(map(all, zip(*own, strict=True))),
+        unused=tuple(
+            Unused(key.source_array, key.units, key.encoding, densities)
+            for array, densities in selection.unused().most_common()
+            for key in [ArrayKey("", "", array)]
+        ),
+        several_sources=tuple(selection.several_sources()),
     )
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -79,6 +80,14 @@ class WarmEstimate:
     requests, fetch_bytes : int
         Requests and stored bytes at the origin.
     failed : tuple of WarmResult
+    lacking : tuple of str
+        Ids of those compared that lack a channel, which ``missing`` fills or for which it leaves
+        them out.
+    unread : int
+        Files and zipped stores of those compared of which a listing does not show whether they have
+        all channels.
+    refusal : str
+        As in `WarmReport`.
     """
 
     compared: int
@@ -87,6 +96,9 @@ class WarmEstimate:
     requests: int
     fetch_bytes: int
     failed: tuple[WarmResult, ...]
+    lacking: tuple[str, ...] = ()
+    unread: int = 0
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,24 +172,38 @@ class WarmPlan:
         chosen = np.linspace(0, len(self.densities) - 1, min(_COMPARED, len(self.densities)))
         densities = [self.densities[place] for place in chosen.astype(np.int64)]
         fresh, gets, fetch_bytes = 0, 0, 0
-        failed = []
+        failed, absent, unread = [], [], set()
+        found: dict[Channel, dict[str, bool]] = defaultdict(dict)
         answers = concurrently(lambda density: _compare(self.reader, *density), densities)
         with closing(answers):
             for done, (result, count, nbytes) in enumerate(answers, start=1):
                 gets += count
                 fetch_bytes += nbytes
                 fresh += result.outcome == "hit"
+                absent += [result] if result.outcome == "absent" else []
                 failed += [result] if result.outcome == "failed" else []
+                density = task_id, role, array = result.task_id, result.role, result.array
+                if self.reader.is_optional(role, array):
+                    if result.outcome == "bypass" and _is_whole(self.reader, density):
+                        unread.add((task_id, role))
+                    elif result.is_absent or result.outcome != "failed":
+                        found[Channel(role, array)][task_id] = result.is_absent
                 if progress is not None:
                     progress(done)
+        if found:
+            self.reader.absences.note(found)
+        lacking = {result.task_id for result in absent} | {id_ for id_, *_ in self.absent}
         scale = len(self.densities) / max(1, len(densities))
         return WarmEstimate(
             compared=len(densities),
             fresh=self.trusted + round(scale * fresh),
-            to_fetch=round(scale * (len(densities) - fresh - len(failed))),
+            to_fetch=round(scale * (len(densities) - fresh - len(failed) - len(absent))),
             requests=len(self.densities) + round(scale * gets),
             fetch_bytes=round(scale * fetch_bytes),
             failed=tuple(failed),
+            lacking=tuple(id_ for id_ in self.task_ids if id_ in lacking),
+            unread=len(unread),
+            refusal=self.reader.refusal(),
         )
 
     def execute(

@@ -15,7 +15,7 @@ from tests.support.stores import small_group
 from tests.support.training import write_config, write_pairs
 from zarrcache import ConfigError, DataConfig, ZarrS3Reader, plan_evict, plan_warm
 from zarrcache._units import parse_bytes
-from zarrcache.cli.format import format_warm_estimate, warm_notes
+from zarrcache.cli.format import format_warm_estimate, warm_errors, warm_notes
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
 from zarrcache.ops.status import read_status
@@ -314,7 +314,7 @@ def test_the_advised_limit_is_sufficient(
     assert len(report.bypassed) >= 3
     assert report.is_disk_full == (limit == "1 GiB")
     assert report.is_good == (limit == "256 KiB")  # an id at least is warm, and the disk has room
-    (words,) = warm_notes(plan, report)
+    (words,) = [*warm_errors(plan, report), *warm_notes(plan, report)]
     assert ("the disk of" in words) == report.is_disk_full
     advised = parse_bytes(words.partition("need about ")[2].partition(" on disk")[0])
     again = plan_warm(
