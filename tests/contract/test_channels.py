@@ -841,6 +841,34 @@ def test_a_channel_that_a_store_has_no_more_is_not_read_from_the_cache_after_war
         assert not values[1].any()
 
 
+@pytest.mark.parametrize("end", ["zarr", "zarr.zip"])
+@pytest.mark.parametrize("cache", [None, {"revalidate": "epoch"}])
+def test_a_channel_that_is_added_is_not_zero_in_the_next_epoch(
+    tmp_path: Path, make_reader: Callable[..., ZarrS3Reader], cache: Any, end: str
+) -> None:
+    """Of the same reader, where each read asks the origin."""
+    arrays = dict(zip(ARRAYS, (random_density(SHAPE), random_density(SHAPE, seed=1)), strict=True))
+    (tmp_path / "map.json").write_text(json.dumps({"GGA": IDS[:2]}))
+    for id_ in IDS[:2]:
+        of_store = arrays if id_ == IDS[1] else {ARRAYS[0]: arrays[ARRAYS[0]]}
+        for role in ("data", "label"):
+            path = tmp_path / role / f"{id_}.{end}"
+            small_group(path, of_store, as_zip=end == "zarr.zip")
+    reader = make_reader(cache=cache, density_type=BOTH, missing="zero")
+    stores = {("label", IDS[0]): {ARRAYS[0]: arrays[ARRAYS[0]]}}
+    for _ in range(2):
+        values, gridsize = reader.load(IDS[0], "label")
+        expected = stacked(stores, "label", IDS[0], ARRAYS)
+        np.testing.assert_array_equal(values.reshape(2, *gridsize), expected)
+    path = tmp_path / "label" / f"{IDS[0]}.{end}"
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stores["label", IDS[0]] = {name: 2 * values for name, values in arrays.items()}
+    small_group(path, stores["label", IDS[0]], as_zip=end == "zarr.zip")
+    values, gridsize = reader.load(IDS[0], "label")
+    expected = stacked(stores, "label", IDS[0], ARRAYS)
+    np.testing.assert_array_equal(values.reshape(2, *gridsize), expected)
+
+
 def test_data_modules_take_the_channels(
     tmp_path: Path, config_of: Callable[..., DataConfig]
 ) -> None:

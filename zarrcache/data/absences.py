@@ -14,7 +14,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from zarrcache._keys import Channel, Missing, Role, density_array, density_name, is_density
+from zarrcache._keys import (
+    Channel,
+    Missing,
+    Role,
+    density_array,
+    density_name,
+    is_density,
+    source_digest,
+)
 from zarrcache.arrays import OriginArray, is_fetched_whole, list_array
 from zarrcache.cache import CONTENTS
 from zarrcache.data.splits import first_ids
@@ -41,6 +49,8 @@ class Absences:
         self._reader = reader
         #: Whether a channel of a material is absent, by channel and task id.
         self._known: dict[Channel, dict[str, bool]] = defaultdict(dict)
+        #: The version of a file or zipped store that was found to lack an array.
+        self._lacking: dict[tuple[Channel, str], str] = {}
 
     def find(
         self, task_ids: Iterable[str], *, skip_unreadable: bool = False
@@ -98,11 +108,22 @@ class Absences:
         return [one for one in self._reader.reads if self._reader.arrays[one.role] != total]
 
     def has(self, task_id: str, channel: Channel) -> bool:
-        """Whether a material lacks a channel."""
+        """Whether a material lacks a channel.
+
+        Where each read is compared with the origin, it is asked again: a channel that was added
+        since is not zero.
+        """
         of_channel = self._known[channel]
         if task_id not in of_channel:
             self.find([task_id])
+        elif of_channel[task_id] and self._asks_each_time:
+            of_channel.update(self._ask(self._reader.column(*channel), [task_id], False))
         return of_channel.get(task_id, False)
+
+    @property
+    def _asks_each_time(self) -> bool:
+        config = self._reader.cache_config
+        return config is None or config.revalidate == "epoch"
 
     def stored(self) -> dict[Channel, set[str]]:
         """Ids that lack a channel, by channel, as far as the stored contents of the directories
@@ -175,13 +196,17 @@ class Absences:
         origin = self._reader.origin(role)
 
         def is_absent(id_: str) -> bool | None:
-            store = self._reader.store_name(id_, role)
+            store, source = self._reader.store_name(id_, role), ""
             try:
+                listed = list_array(OriginArray(origin, store, array, uses_values=False))
                 if is_fetched_whole(store):
+                    source = source_digest(listed)
+                    if self._lacking.get((channel, store)) == source:
+                        return True
                     self._reader.ensure(id_, role, array)
-                else:
-                    list_array(OriginArray(origin, store, array, uses_values=False))
             except ArrayNotFoundError:
+                if source:
+                    self._lacking[channel, store] = source
                 return True
             except ZarrCacheError:
                 if not skip_unreadable:
