@@ -167,7 +167,7 @@ def read_status(config: DataConfig | CacheConfig, *, has_settings: bool = True) 
         min_free_bytes=min_free_bytes(cache.min_free, usage.total) if has_settings else None,
         free_bytes=usage.free,
         disk_bytes=usage.total,
-        coverage=_coverage(config.functional, selection, exists=exists)
+        coverage=_coverage(config.functional, selection, totals.get(ARRAY, (0, 0))[0], exists)
         if isinstance(config, DataConfig) and selection is not None
         else None,
     )
@@ -178,7 +178,7 @@ def _sum(totals: Mapping[str, tuple[int, int]], *kinds: str) -> Tier:
     return Tier(sum(entries for entries, _ in found), sum(nbytes for _, nbytes in found))
 
 
-def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverage:
+def _coverage(functional: str, selection: Selection, entries: int, exists: bool) -> Coverage:
     if not exists:
         return Coverage(functional, len(selection.ids), 0, 0, 0, 0, is_listed=False)
     channels = selection.channels
@@ -201,6 +201,9 @@ def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverag
             if names_lacking and of_role is not None:
                 present = [id_ for id_ in present if of_role[id_] not in names_lacking]
     nbytes, own, cached = 0, [], []
+    found_entries = sum(
+        len(names) for of_roles in stored.values() for names, _ in of_roles.values()
+    )
     for channel in channels:
         role, of_role = channel.role, listings[channel.role]
         has: list[list[bool]] = []
@@ -236,7 +239,9 @@ def _coverage(functional: str, selection: Selection, *, exists: bool) -> Coverag
             Unused(key.source_array, key.units, key.encoding, densities)
             for array, densities in selection.unused().most_common()
             for key in [ArrayKey("", "", array)]
-        ),
+        )
+        if entries > found_entries  # else there are no others; two passes over the table
+        else (),
         several_sources=tuple(selection.several_sources()),
     )
 
