@@ -160,7 +160,7 @@ def several_sources(
     sources, kinds
         As for `choose`.
     """
-    if tuple(kinds) != KINDS:
+    if tuple(kinds) != KINDS or list not in map(type, sources.values()):
         return ""
     several = {
         stem: names
