@@ -263,11 +263,11 @@ def test_nothing_warm_is_exit_1(tmp_path: Path) -> None:
             f"error: none of the 3 ids of GGA has a store in {tmp_path}/data/mp-0.zarr and",
         ),
         ("functional: GGA", "functional: SCAN", "error: SCAN has no ids. Check functional and map"),
-        ("limit: 1 GiB", "limit: 10 KiB", "2 ids did not fit: cache.limit (10.0 KiB) or"),
+        ("limit: 1 GiB", "limit: 10 KiB", "error: 2 ids did not fit: cache.limit (10.0 KiB) or"),
     ]:
         assert old in text
         bad.write_text(text.replace(old, new))
-        done = zarrcache("warm", bad)
+        done = zarrcache("warm", bad, "--quiet")
         assert (done.code, words in done.err) == (1, True), done.err
         assert done.out.startswith("Warmed 0 of ")
     done = zarrcache("warm", good)

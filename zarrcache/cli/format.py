@@ -118,8 +118,8 @@ def nothing_selected(plan: WarmPlan, split: str) -> str:
     directories = f"{reader.origin('data').url} and {reader.origin('label').url}"
     return (
         f"none of the {plural(len(plan.missing), 'id')} of {reader.functional} has a store "
-        f"in {directories}. Check data_dir and label_dir: the stores are <task_id>.zarr or "
-        ".zarr.zip, or files <task_id>.json.gz or .CHGCAR, directly below them."
+        f"in {directories}. Check data_dir, label_dir and source ({reader.source}): the stores are "
+        "<task_id>.zarr or .zarr.zip, or files <task_id>.json.gz or .CHGCAR, directly below them."
     )
 
 
@@ -163,23 +163,14 @@ def warm_notes(plan: WarmPlan, report: WarmReport) -> list[str]:
     if report.untried:
         limit = format_bytes(plan.limit_bytes or 0)
         notes.append(f"{plural(report.untried, 'id')} left out: --limit ({limit}) is reached.")
-    if report.bypassed and not report.stats.cache_errors and not report.is_disk_full:
-        needed = _needed(report)
-        raise_it = f"{needed}: raise" if report.needed_bytes else "Raise"
-        smaller = ""
-        if plan.cache.arrays.encoding == FLOAT32:
-            smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
-        notes.append(
-            f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
-            f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will "
-            "read what did not fit from the origin in every epoch. "
-            f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
-        )
+    is_full = report.bypassed and not report.stats.cache_errors and not report.is_disk_full
+    if is_full and report.warm:
+        notes.append(_limit_reached(plan, report))
     return notes
 
 
 def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
-    """Faults of the cache during ``warm``, one per line."""
+    """Why ``warm`` fails, beside densities that cannot be read, one per line."""
     if report.stats.cache_errors:
         times = plural(report.stats.cache_errors, "time")
         advice = "Run `zarrcache doctor` with the same config."
@@ -189,7 +180,20 @@ def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
         full = f"the disk of {plan.cache.dir} is full, or cache.min_free is reached"
         advice = "Free space there, or choose a larger disk."
         return [f"{left_out}: {full}. {_needed(report)}. {advice}"]
-    return []
+    return [_limit_reached(plan, report)] if report.bypassed and not report.warm else []
+
+
+def _limit_reached(plan: WarmPlan, report: WarmReport) -> str:
+    raise_it = f"{_needed(report)}: raise" if report.needed_bytes else "Raise"
+    smaller = ""
+    if plan.cache.arrays.encoding == FLOAT32:
+        smaller = " Entries in float16 take half the room (cache.arrays.encoding)."
+    return (
+        f"{plural(len(report.bypassed), 'id')} did not fit: cache.limit "
+        f"({format_bytes(plan.cache.limit)}) or cache.min_free is reached, and training will read "
+        "what did not fit from the origin in every epoch. "
+        f"{raise_it} cache.limit, or free space with `zarrcache evict`.{smaller}"
+    )
 
 
 def lacking_note(task_ids: Sequence[str], missing: Missing) -> str:

@@ -53,7 +53,9 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     ConfigError
         The file is absent or holds something else.
     """
-    document = _read_json(path, "map file", "map_dir", "{functional: [task_id, ...]}")
+    document = _read_json(
+        path, "map file", "map_dir", "{functional: [task_id, ...]} (`zarrcache map` writes one)"
+    )
     if not isinstance(document, Mapping) or not all(
         isinstance(ids, list) for ids in document.values()
     ):
@@ -147,7 +149,8 @@ def _read(path: str | os.PathLike[str], what: str, setting: str) -> bytes:
             return read_bounded(file, _MAX_BYTES)
     except OSError as exc:
         raise ConfigError(
-            f"{what} {os.fspath(path)} cannot be read ({exc.strerror}). Set {setting}."
+            f"{what} {os.path.abspath(os.path.expanduser(path))} cannot be read ({exc.strerror}). "
+            f"Set {setting}."
         ) from exc
     except ValueError as exc:
         raise ConfigError(

@@ -149,6 +149,15 @@ class EntryServer:
         metrics: Callable[[], bytes] | None = None,
     ) -> None:
         self._entries = CacheDir(directory).entries
+        try:
+            os.listdir(self._entries)
+        except FileNotFoundError:
+            pass  # nothing is cached yet
+        except OSError as exc:
+            raise ConfigError(
+                f"cache.dir {directory} cannot be read by user {os.getuid()} ({exc.strerror}). Run "
+                "`zarrcache serve` as its owner."
+            ) from exc
         self.counters = Counters(shared=True, directory=directory)
         self._metrics = metrics
         self._receiver = Receiver(key_of(token))  # before the first request can be made

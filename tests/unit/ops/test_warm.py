@@ -286,11 +286,11 @@ def test_the_needed_bytes_are_reported_even_if_nothing_fits(tmp_path: Path) -> N
     assert report.beside_bytes == 2 * 8192 + 2 * 12288
     assert (
         "All ids and the other entries of the cache need about 72.0 KiB on disk: raise cache.limit"
-        in warm_notes(plan, report)[0]
+        in warm_errors(plan, report)[0]
     )
     assert (
         "is reached, and training will read what did not fit from the origin in every epoch. Raise "
-        "cache.limit" in warm_notes(plan, replace(report, needed_bytes=0))[0]
+        "cache.limit" in warm_errors(plan, replace(report, needed_bytes=0))[0]
     )
 
 

@@ -15,8 +15,10 @@ import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
 from tests.support.signed import authorization, fields_of
+from tests.support.users import CAROL, as_user, needs_users, open_to_all
 from zarrcache._keys import is_digest
 from zarrcache.cache.tiers import ArrayCache
+from zarrcache.disk import CacheDir
 from zarrcache.errors import ConfigError
 from zarrcache.peers import _seal as seal
 from zarrcache.peers import server as entryserver
@@ -430,3 +432,16 @@ def test_cache_that_does_not_exist_yet_is_served_and_not_created(tmp_path: Path)
         assert request(server, f"GET /v2/entries/{DIGEST}")[0] == 404
         assert os.listdir(tmp_path) == []
     assert not server._thread.is_alive()
+
+
+@needs_users
+def test_the_cache_of_another_user_is_refused() -> None:
+    """Instead of being served without any entry."""
+
+    def serve(path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"cannot be read by user \d+ \(Permission denied\)"):
+            EntryServer(path)
+
+    with open_to_all() as place:
+        CacheDir(place).root.mkdir(mode=0o700)
+        as_user(CAROL, serve, place)
