@@ -581,7 +581,7 @@ class Index:
             why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
             raise ConfigError(
                 f"cache.dir {self.dir.parent} cannot be used ({why}). Choose a directory on a "
-                "local disk of this node that you may write to."
+                "local disk of this node that you may write to and that has room."
             ) from exc
 
     def reopen(self, after: BaseException | None = None) -> None:
