@@ -17,17 +17,19 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "lightning", "sklearn"}:
+        if name.partition(".")[0] in {ABSENT}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
 """
 
 
-def python(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python(
+    home: Path, *arguments: str, absent: tuple[str, ...] = ("torch", "lightning", "sklearn")
+) -> subprocess.CompletedProcess[str]:
     """Run Python in an environment that refuses to import PyTorch and scikit-learn."""
     (home / "site").mkdir(exist_ok=True)
-    (home / "site" / "sitecustomize.py").write_text(_REFUSE)
+    (home / "site" / "sitecustomize.py").write_text(_REFUSE.replace("{ABSENT}", repr(absent)))
     path = os.pathsep.join([str(home / "site"), *filter(None, sys.path)])
     return subprocess.run(
         [sys.executable, *arguments],
@@ -91,4 +93,16 @@ def test_the_data_module_names_the_extra(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == (
         "ImportError: zarrcache.lightning needs PyTorch and Lightning (No module named 'torch'). "
         "Install them: pip install 'zarrcache[lightning]'"
+    )
+
+
+@pytest.mark.parametrize("arguments", [("doctor",), ("status", "--dir", ".")])
+def test_a_library_that_is_missing_is_an_error_in_words(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    done = python(tmp_path, "-m", "zarrcache", *arguments, absent=("crc32c",))
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: No module named 'crc32c'. --verbose shows the call that met it. Install what is "
+        "missing: pip install zarrcache\n"
     )

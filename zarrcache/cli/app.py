@@ -77,34 +77,13 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
             try:
                 with raise_on_signals():
                     code = function(*args, **kwargs)
-            except ZarrCacheError as exc:
-                if _log.isEnabledFor(logging.DEBUG):
-                    traceback.print_exc()
-                say(f"error: {exc}", always=True)
-                # A directory or bucket that does not exist is a wrong argument or setting.
-                code = 2 if isinstance(exc, (ConfigError, OriginNotFoundError)) else 1
             except BrokenPipeError:  # `zarrcache ls | head`: click ends quietly
                 raise
-            except (
-                OSError
-            ) as exc:  # the machine's fault, whichever call met it: words, no traceback
+            except (ZarrCacheError, OSError, ModuleNotFoundError, UnicodeEncodeError) as exc:
                 if _log.isEnabledFor(logging.DEBUG):
                     traceback.print_exc()
-                where = f"{exc.filename}: " if exc.filename else ""
-                say(
-                    f"error: {where}{exc.strerror or exc}. --verbose shows the call that met it.",
-                    always=True,
-                )
-                code = 1
-            except UnicodeEncodeError as exc:  # of a path; Python's own choice is UTF-8
-                if _log.isEnabledFor(logging.DEBUG):
-                    traceback.print_exc()
-                say(
-                    f"error: {exc.object!r} cannot be written in {exc.encoding}, the encoding of "
-                    "this locale. Run the command with PYTHONUTF8=1.",
-                    always=True,
-                )
-                code = 2
+                text, code = _in_words(exc)
+                say(f"error: {text}", always=True)
             except KeyboardInterrupt as exc:
                 word = "Terminated" if isinstance(exc, Terminated) else "Interrupted"
                 hint = " Finished work is kept; run the same command again to continue."
@@ -124,6 +103,21 @@ def command(*, resumable: bool) -> Callable[[Callable[..., int]], Callable[..., 
         return run
 
     return decorate
+
+
+def _in_words(exc: Exception) -> tuple[str, int]:
+    """What an error of ours, or a fault of the machine, says, and the exit code."""
+    if isinstance(exc, ZarrCacheError):
+        # A directory or bucket that does not exist is a wrong argument or setting.
+        return str(exc), 2 if isinstance(exc, (ConfigError, OriginNotFoundError)) else 1
+    if isinstance(exc, UnicodeEncodeError):  # of a path; Python's own choice is UTF-8
+        text = f"{exc.object!r} cannot be written in {exc.encoding}, the encoding of this locale."
+        return f"{text} Run the command with PYTHONUTF8=1.", 2
+    where = "--verbose shows the call that met it."
+    if isinstance(exc, OSError):
+        file = f"{exc.filename}: " if exc.filename else ""
+        return f"{file}{exc.strerror or exc}. {where}", 1
+    return f"{exc}. {where} Install what is missing: pip install zarrcache", 1
 
 
 def _version(is_given: bool) -> None:
