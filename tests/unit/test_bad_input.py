@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,20 @@ import zarr
 from tests.support.readers import make_reader
 from tests.support.stores import plain_read, random_density, small_group
 from zarrcache import (
+    CacheConfig,
     ConfigError,
     IncompleteArrayError,
     OriginError,
     OriginNotFoundError,
     RhoData,
     SchemaError,
+    ZarrDataset,
     get_dataset,
     plan_evict,
     plan_warm,
     verify,
 )
+from zarrcache.registry import open_reader
 
 IDS = ["mp-1", "mp-2", "mp-3"]
 
@@ -504,3 +508,18 @@ def test_a_task_id_in_place_of_a_store_is_refused_with_the_method_that_takes_it(
 def test_a_path_in_place_of_a_config_is_refused_with_what_reads_it(function: Any) -> None:
     with pytest.raises(ConfigError, match=r"DataConfig\.from_yaml\(path\).*, not 'x\.yaml'"):
         function("x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (open_reader, r"cfg is the path 'x\.yaml'. Read the file: DataConfig\.from_yaml\('x"),
+        (ZarrDataset, r"reader is 'x\.yaml'. Give open_reader\(DataConfig\.from_yaml\(path\)\)"),
+        (CacheConfig.of, r"cache is the path 'x\.yaml'. Give the keys: {'dir': 'x\.yaml'}"),
+    ],
+)
+def test_a_path_in_python_is_refused_with_what_is_meant(
+    call: Callable[[str], object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        call("x.yaml")

@@ -373,6 +373,9 @@ class CacheConfig(_Block):
         """Return a config unchanged, or make one from a mapping or namespace."""
         if isinstance(value, cls):
             return value
+        if isinstance(value, (str, os.PathLike)):
+            path = os.fspath(value)
+            raise ConfigError(f"cache is the path {path!r}. Give the keys: {{'dir': {path!r}}}.")
         return cls(**as_dict(value, "cache"))
 
 
@@ -560,6 +563,11 @@ class DataConfig(_Block):
         """Return a DataConfig unchanged, or make one from a mapping or namespace."""
         if isinstance(cfg, cls):
             return cfg
+        if isinstance(cfg, (str, os.PathLike)):
+            path = os.fspath(cfg)
+            raise ConfigError(
+                f"cfg is the path {safe_repr(path)}. Read the file: DataConfig.from_yaml({path!r})."
+            )
         return cls._only(datasets_of(as_dict(cfg, "cfg")), "cfg")
 
     @classmethod

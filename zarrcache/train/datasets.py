@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from zarrcache import _pages
-from zarrcache._keys import ROLES, Role
+from zarrcache._keys import ROLES, Role, safe_repr
 from zarrcache.data import Split, first_ids
 from zarrcache.disk import LazyGrid, LazyStack, use_converter
 from zarrcache.errors import ConfigError, SchemaError, ZarrCacheError
@@ -472,6 +472,11 @@ class ZarrDataset(_PairDataset, Dataset[Sample]):
         structure: bool = False,
         transform: Transforms | None = None,
     ) -> None:
+        if not callable(getattr(reader, "load", None)):
+            raise ConfigError(
+                f"reader is {safe_repr(reader)}. Give open_reader(DataConfig.from_yaml(path)) of "
+                "zarrcache.registry, or another object with split_task_ids() and load()."
+            )
         if augment_on not in ("cpu", "device"):
             raise ConfigError(f"augment_on is {augment_on!r}; it has to be 'cpu' or 'device'.")
         if augment_on == "device" and (transform is not None or layout != "C"):
