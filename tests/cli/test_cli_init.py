@@ -22,9 +22,14 @@ def test_a_config_is_written_without_questions_and_is_valid(tmp_path: Path) -> N
         "init", path, "--yes", "--data-dir", "/data/in", "--functional", "PBEsol", "--limit", "1 GB"
     )
     assert (done.code, done.out) == (0, "")
+    next_steps = f"zarrcache doctor '{path}', then zarrcache warm '{path}'\n"
     assert done.err == (
-        f"wrote {path}. Next: zarrcache doctor '{path}', then zarrcache warm '{path}'\n"
+        f"wrote {path}. Next: zarrcache map /data/in s3://my-bucket/densities/label -o "
+        f"./data/map.json.gz --functional PBEsol, then {next_steps}"
     )
+    (tmp_path / "map.json").touch()
+    again = zarrcache("init", tmp_path / "my.yaml", "--yes", "--map-dir", tmp_path / "map.json")
+    assert " map " not in again.err
     config = DataConfig.from_yaml(path)
     assert (config.data_dir, config.functional) == ("/data/in", "PBEsol")
     assert config.cache is not None

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from zarrcache._keys import FLOAT32, ArrayKey, Missing, density_name, is_density
+from zarrcache._keys import FLOAT32, ArrayKey, Missing, density_name, is_density, safe_repr
 from zarrcache._units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -271,7 +271,10 @@ def status_lines(state: Status) -> list[str]:
 
 def _densities(number: int, array: str, units: str, encoding: str) -> str:
     """``24 densities of total, normalize_data: true, encoding float16``."""
-    text = f"{plural(number, 'density', 'densities')} of {density_name(array)}"
+    name = density_name(array)
+    if not name.isprintable():  # a planted row of a shared cache
+        name = safe_repr(name)
+    text = f"{plural(number, 'density', 'densities')} of {name}"
     if is_density(array):
         text += f", {_NORMALIZED[units]}"
     return text if encoding == FLOAT32 else f"{text}, encoding {encoding}"

@@ -89,9 +89,14 @@ def init(
     if str(path).isprintable():  # a line break would end the comment
         text = text.replace('"configs/s3_cached.yaml"', json.dumps(str(path), ensure_ascii=False))
         text = text.replace("configs/s3_cached.yaml", name)
-    DataConfig.of(yaml.safe_load(text))  # an error names the key
+    config = DataConfig.of(yaml.safe_load(text))  # an error names the key
     write_output(path, text)
-    say(f"wrote {path}. Next: zarrcache doctor {name}, then zarrcache warm {name}")
+    steps = [f"zarrcache doctor {name}", f"zarrcache warm {name}"]
+    if not Path(config.map_dir).expanduser().exists():
+        places = " ".join(map(shlex.quote, dict.fromkeys((config.data_dir, config.label_dir))))
+        map_file, functional = shlex.quote(config.map_dir), shlex.quote(config.functional)
+        steps.insert(0, f"zarrcache map {places} -o {map_file} --functional {functional}")
+    say(f"wrote {path}. Next: {', then '.join(steps)}")
     return 0
 
 
