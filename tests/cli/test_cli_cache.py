@@ -17,6 +17,8 @@ from tests.support.processes import HANG_S, end_all
 from tests.support.stores import small_group
 from tests.support.training import command, start, write_config, write_pairs, zarrcache
 from zarrcache import DataConfig, plan_warm
+from zarrcache.cli.format import entries_by_kind
+from zarrcache.disk import ARRAY, Row
 
 
 @pytest.fixture
@@ -205,6 +207,11 @@ def test_status_and_evict_name_the_entries_that_the_config_does_not_use(
     everything = zarrcache("evict", "--all", "--dir", tmp_path / "cache", "--dry-run").out
     assert f" of every config from {tmp_path}/cache: " in everything
     assert "4 densities of total, normalize_data: false; 4 densities of diff" in everything
+
+
+def test_names_in_planted_rows_do_not_reach_the_terminal_as_they_are() -> None:
+    row = Row("0" * 32, ARRAY, "entries/00/0", 1, 0.0, "s3\ns3://b/mp-1.zarr\na\x1b[2J as \x1b[1m")
+    assert entries_by_kind([row]) == r"'1 density of a\x1b[2J, encoding \x1b[1m'"
 
 
 def test_several_sources_of_an_id_are_named_once_by_each_command(

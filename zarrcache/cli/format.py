@@ -271,13 +271,12 @@ def status_lines(state: Status) -> list[str]:
 
 def _densities(number: int, array: str, units: str, encoding: str) -> str:
     """``24 densities of total, normalize_data: true, encoding float16``."""
-    name = density_name(array)
-    if not name.isprintable():  # a planted row of a shared cache
-        name = safe_repr(name)
-    text = f"{plural(number, 'density', 'densities')} of {name}"
+    text = f"{plural(number, 'density', 'densities')} of {density_name(array)}"
     if is_density(array):
         text += f", {_NORMALIZED[units]}"
-    return text if encoding == FLOAT32 else f"{text}, encoding {encoding}"
+    if encoding != FLOAT32:
+        text += f", encoding {encoding}"
+    return text if text.isprintable() else safe_repr(text)  # a planted row of a shared cache
 
 
 def entries_by_kind(entries: Iterable[Row]) -> str:
