@@ -142,6 +142,22 @@ def test_damaged_log_of_a_killed_process_costs_entries_and_nothing_else(
     assert lost
 
 
+def test_index_that_is_emptied_under_a_reader_is_rebuilt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite would wait a minute for its lock at each read."""
+    node = LocalNode(tmp_path, 2)
+    node.read(node.reader())
+    reader = node.reader()
+    os.truncate(node.root / "cache.db", 0)
+    for one in (reader, node.reader()):
+        for task_id, role in node.values:
+            one.load(task_id, role)  # type: ignore[arg-type]
+        assert (one.stats.misses, one.stats.requests) == (0, 0)
+    node.check_settled()
+    assert "cache.db was lost and rebuilt from the entries: " in caplog.text
+
+
 def test_deleted_index_is_rebuilt_with_one_line_and_nothing_is_fetched(
     node: LocalNode, caplog: pytest.LogCaptureFixture
 ) -> None:

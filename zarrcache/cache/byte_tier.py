@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zarrcache._keys import BlockKey, ObjectInfo
 from zarrcache.arrays import check_sizes
-from zarrcache.cache.tiers import Tier
+from zarrcache.cache.tiers import Tier, file_id_of
 from zarrcache.config import CacheConfig
 from zarrcache.disk import (
     CACHE_FAULTS,
@@ -26,6 +26,7 @@ from zarrcache.disk import (
     crc32c,
     open_regular,
     write_all,
+    written_stamp,
 )
 from zarrcache.errors import CorruptEntryError
 from zarrcache.origin import Origin, RangeIgnoredError
@@ -197,7 +198,8 @@ class ByteCache(Tier):
         try:
             fd, found = open_regular(self._path(key))
             with FileIO(fd, "rb") as file:
-                is_verified = self._is_verified(digest)
+                file_id = file_id_of(digest, "", written_stamp(found))
+                is_verified = self._is_verified(file_id)
                 stored = None if is_verified else self.index.lookup(digest)
                 if stored is None and not is_verified:
                     return None
@@ -207,7 +209,7 @@ class ByteCache(Tier):
             if stored is not None:
                 if stored.note.partition("\n")[0] != str(crc32c(data)):
                     raise CorruptEntryError("its checksum does not match")
-                self._verified.add(digest)
+                self._verified.add(file_id)
         except (CorruptEntryError, *CACHE_FAULTS) as exc:
             if is_alone or not isinstance(exc, CorruptEntryError):
                 self._read_failed(exc, digest, _filename(key), self._url(key))

@@ -45,7 +45,7 @@ from zarrcache.disk import (
 from zarrcache.errors import CorruptEntryError
 from zarrcache.stats import Counters, LogOnce, SharedSet
 
-__all__ = ["ArrayCache", "EntryInfo", "Tier"]
+__all__ = ["ArrayCache", "EntryInfo", "Tier", "file_id_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Tier:
         self._config = config
         self._counters = counters
         self._verified = verified or SharedSet()
-        #: Whether a read may skip the checksum of a file; takes its :func:`_file_id`.
+        #: Whether a read may skip the checksum of a file; takes its :func:`file_id_of`.
         self._is_verified = {
             "first": self._verified.__contains__,
             "always": _never,
@@ -286,7 +286,7 @@ class ArrayCache(Tier):
                 # Drop it now: even if the next fetch fails, no reader may get this entry again.
                 self._drop(digest, filename, key.url)
                 return None
-            file_id = _file_id(digest, filename)
+            file_id = file_id_of(digest, filename, entry.written)
             if not self._is_verified(file_id):
                 if not self.is_intact(entry):
                     raise CorruptEntryError("its checksum does not match")
@@ -406,7 +406,7 @@ class ArrayCache(Tier):
             return None, is_stored
         if is_stored:
             # The checksum was computed or verified while the file was written.
-            self._verified.add(_file_id(digest, filename))
+            self._verified.add(file_id_of(digest, filename, entry.written))
         return entry, is_stored
 
     def _lend(self, header: EntryHeader, filename: str, write: Callable[[FileIO], object]) -> bool:
@@ -433,6 +433,10 @@ class ArrayCache(Tier):
             )
 
 
-def _file_id(digest: str, filename: str) -> str:
-    """32 hex digits that identify one file. They change when the entry is stored again."""
-    return f"{digest[:24]}{zlib.crc32(filename.encode()):08x}"
+def file_id_of(digest: str, filename: str, written: int) -> str:
+    """32 hex digits that identify one file.
+
+    They change when the entry is stored again, and when something else replaces the file or writes
+    to it (``written``: its `written_stamp`).
+    """
+    return f"{digest[:24]}{zlib.crc32(filename.encode(), written):08x}"

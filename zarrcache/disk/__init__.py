@@ -38,6 +38,7 @@ from zarrcache.disk.entry import (
     parse_header,
     read_header,
     write_entry,
+    written_stamp,
 )
 from zarrcache.disk.filesystems import display_name, file_system_of, is_network
 from zarrcache.disk.index import CACHE_FAULTS, LENT, Index, Intent, Row, Stored
@@ -120,4 +121,5 @@ __all__ = [
     "use_converter",
     "write_all",
     "write_entry",
+    "written_stamp",
 ]

@@ -535,7 +535,7 @@ class IndexFile:
         self._dir.ensure()
         self.unit_bytes = os.stat(self._dir.tag).st_blocks * 512  # a file of less than a block
         try:
-            if self._dir.index.exists():
+            if self._dir.index.exists() and not self._is_emptied():
                 self._wait_for_writers()  # diskcache would wait for 60 s, for each setting
         except diskcache.Timeout as exc:
             return self._open_to_read(str(exc))
@@ -593,6 +593,10 @@ class IndexFile:
     def _connect_or_replace(self) -> tuple[Table, str]:
         """The open table, and the damage of a file that was set aside, or ''."""
         index, broken = self._dir.index, ""
+        if self._is_emptied():
+            # A new file: SQLite would wait a minute, at each open, for the locks of those who
+            # have this one open.
+            self._remove_with_log()
         try:
             table = self._connect()
             if (
@@ -611,12 +615,22 @@ class IndexFile:
                 with contextlib.suppress(OSError):  # one is kept, for a report
                     path.unlink()
             os.replace(index, aside)
-            for suffix in ("-wal", "-shm", "-journal"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{index}{suffix}")
+            self._remove_with_log()
             table = self._connect()
         self._is_suspect = False
         return table, broken
+
+    def _is_emptied(self) -> bool:
+        """Whether something has taken all content of the file, or its first writer was killed."""
+        try:
+            return not self._dir.index.stat().st_size
+        except FileNotFoundError:
+            return False
+
+    def _remove_with_log(self) -> None:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._dir.index}{suffix}")
 
     def _is_new(self) -> bool:
         """Whether the file was created just now, so that :meth:`_rebuild` fills it."""

@@ -71,6 +71,7 @@ __all__ = [
     "parse_header",
     "read_header",
     "write_entry",
+    "written_stamp",
 ]
 
 #: Kinds of entries in the index: a density or a stored listing (array tier); an object or a block
@@ -188,12 +189,19 @@ class Entry:
     header : EntryHeader
     stored : ndarray
         The payload as it is stored. Writable; writes never reach the file.
+    written : int
+        `written_stamp` of its file; 0 in memory.
     """
 
-    __slots__ = ("_array", "header", "stored")
+    __slots__ = ("_array", "header", "stored", "written")
 
-    def __init__(self, header: EntryHeader, stored: np.ndarray[Any, np.dtype[Any]]) -> None:
-        self.header, self.stored = header, stored
+    def __init__(
+        self,
+        header: EntryHeader,
+        stored: np.ndarray[Any, np.dtype[Any]],
+        written: int = 0,
+    ) -> None:
+        self.header, self.stored, self.written = header, stored, written
         self._array = stored if header.stored_as is None else None
 
     @property
@@ -341,6 +349,11 @@ def read_header(path: str | os.PathLike[str]) -> EntryHeader:
         os.close(fd)
 
 
+def written_stamp(found: os.stat_result) -> int:
+    """32 bits that change when a file is replaced by another one or written to."""
+    return (found.st_ino ^ found.st_mtime_ns) & 0xFFFFFFFF
+
+
 def map_entry(path: str | os.PathLike[str]) -> Entry:
     """Map an entry copy-on-write, without a copy or an open file. It survives an unlink.
 
@@ -358,7 +371,8 @@ def map_entry(path: str | os.PathLike[str]) -> Entry:
         dtype, shape = header.dtype, header.shape
         if header.stored_as is not None:
             dtype, shape = stored_layout(header.stored_as, shape, header.nbytes)
-        return Entry(header, map_file(fd, found, path, found.st_size - header.nbytes, dtype, shape))
+        stored = map_file(fd, found, path, found.st_size - header.nbytes, dtype, shape)
+        return Entry(header, stored, written_stamp(found))
     finally:
         os.close(fd)
 

@@ -167,25 +167,33 @@ def test_entry_whose_file_was_deleted_is_a_miss_and_stored_again(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("verify", "finds_first", "finds_later"),
-    [("first", True, False), ("always", True, True), ("never", False, False)],
+    ("verify", "finds"),
+    [
+        ("first", {"first": True, "later": False, "written": True, "replaced": True}),
+        ("always", {"first": True, "later": True}),
+        ("never", {"first": False, "later": False, "written": False}),
+    ],
 )
 def test_verify_says_when_the_checksum_is_read(
-    tmp_path: Path, verify: str, finds_first: bool, finds_later: bool
+    tmp_path: Path, verify: str, finds: dict[str, bool]
 ) -> None:
-    """At the first use, at each use, or never."""
-    for use, finds in (("first", finds_first), ("later", finds_later)):
+    """At the first use and after the file was written to or replaced, at each use, or never."""
+    for use, is_found in finds.items():
         directory = tmp_path / use
         make(directory).put(key_of(1), array_of(1), source="s")
         cache = make(directory, verify=verify)
-        if use == "later":
+        if use != "first":
             assert cache.get(key_of(1)) is not None
         (path,) = payload_files(directory)
-        raw = bytearray(path.read_bytes())
+        raw, before = bytearray(path.read_bytes()), path.stat()
         raw[-1] ^= 4
+        if use == "replaced":
+            path.rename(directory / "aside")  # its inode stays in use
         path.write_bytes(raw)
-        assert (cache.get(key_of(1)) is None) is finds
-        assert counted(cache).purges == int(finds)
+        if use != "written":  # a disk that fails changes no time
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (cache.get(key_of(1)) is None) is is_found
+        assert counted(cache).purges == int(is_found)
 
 
 def test_purge_spares_the_good_entry_that_replaced_the_bad_one(tmp_path: Path) -> None:
