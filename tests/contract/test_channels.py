@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.support.s3server import S3Server
 from tests.support.stores import STRUCTURE, random_density, small_group
 from tests.support.training import write_config, zarrcache
 from zarrcache import ZarrS3Reader
+from zarrcache.cli.format import estimate_notes
 from zarrcache.config import DataConfig
 from zarrcache.data import differences, open_reader
 from zarrcache.errors import ConfigError, IncompleteArrayError, SchemaError, ZarrCacheError
@@ -335,7 +337,10 @@ def test_warm_names_the_materials_that_lack_a_channel(
 
 @pytest.mark.parametrize("missing", ["error", "zero", "drop"])
 def test_a_dry_run_says_what_warm_says_of_channels_that_materials_lack(
-    tmp_path: Path, config_of: Callable[..., DataConfig], missing: str
+    tmp_path: Path,
+    config_of: Callable[..., DataConfig],
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the listings that it makes anyway; of files that are read whole, it says what it cannot
     know.
@@ -353,6 +358,11 @@ def test_a_dry_run_says_what_warm_says_of_channels_that_materials_lack(
     assert [one.error for one in dry.failed] == [one.error for one in report.failed]
     assert (dry.to_fetch, dry.unread) == (report.stats.misses, 0)
     assert bool(dry.refusal) == (missing == "error")
+    if missing == "zero":
+        assert estimate_notes(plan, dry)[0].startswith("2 ids lack a channel of density_type")
+        monkeypatch.setattr("zarrcache.ops.warm._COMPARED", 3)
+        part = replace(plan.estimate(), lacking=("mp-1",))
+        assert estimate_notes(plan, part)[0].startswith("Of 3 densities compared: 1 id lacks a")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,10 @@ def estimate_notes(plan: WarmPlan, estimate: WarmEstimate) -> list[str]:
     """Hints for the user after ``warm --dry-run``, one per line."""
     notes = []
     if estimate.lacking and not estimate.refusal:
-        notes.append(lacking_note(estimate.lacking, plan.reader.if_missing))
+        note = lacking_note(estimate.lacking, plan.reader.if_missing)
+        if estimate.compared < len(plan.densities):
+            note = f"Of {count(estimate.compared)} densities compared: {note}"
+        notes.append(note)
     if estimate.unread:
         notes.append(
             f"Which channels {plural(estimate.unread, 'file')} (CHGCAR, json.gz, .zarr.zip) have "
