@@ -260,6 +260,10 @@ def test_a_bucket_in_another_region_says_what_to_set(
             {"endpoint_url": f"https://{KEY}:{SECRET}@minio"},
             "s3_kwargs.endpoint_url holds a user name",
         ),
+        ({"endpoint_url": f"{KEY}:{SECRET}@minio:9000"}, "endpoint_url holds a user name"),
+        ({"endpoint_url": f"https://minio/?X-Amz-Signature={SECRET}"}, "url holds a query"),
+        ({"key": 12345678, "secret": SECRET}, "s3_kwargs.key is of type int; it has to be text"),
+        ({"key": KEY, "secret": [SECRET]}, "s3_kwargs.secret is of type list; it has to be text"),
         (
             {"client_kwargs": f"aws_secret_access_key={SECRET}"},
             "client_kwargs in s3_kwargs is a str; it has to be a mapping",

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from fsspec.config import conf as fsspec_defaults
 
@@ -183,7 +182,13 @@ class S3Options:
                 )
             return next(iter(found.values()), None)
 
-        key, secret = first("key"), first("secret")
+        key, secret, token = first("key"), first("secret"), first("token")
+        for name, value in (("key", key), ("secret", secret), ("token", token)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(
+                    f"s3_kwargs.{name} is of type {type(value).__name__}; it has to be text. Write "
+                    "it in quotes."
+                )
         if (key is None) != (secret is None) and not given.get("anon"):
             given_name, absent = ("key", "secret") if secret is None else ("secret", "key")
             raise ConfigError(
@@ -328,13 +333,14 @@ def _mapping(source: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _endpoint(value: Any, name: str) -> str | None:
     if value is None:
         return None
+    for mark, what in (("@", "a user name"), ("?", "a query"), ("#", "a fragment")):
+        if isinstance(value, str) and mark in value:
+            raise ConfigError(
+                f"{name} holds {what}. Give credentials as key and secret: endpoint_url is "
+                "shown in messages and kept on disk."
+            )
     if not isinstance(value, str) or not value.startswith(("http://", "https://")):
         raise ConfigError(f"{name} is {value!r}; it has to begin with http:// or https://.")
-    if "@" in urlsplit(value).netloc:
-        raise ConfigError(
-            f"{name} holds a user name. Give it as key and secret: endpoint_url is "
-            "shown in messages and kept on disk."
-        )
     return value.rstrip("/")
 
 
