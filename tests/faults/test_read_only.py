@@ -129,6 +129,7 @@ MOUNTED = """
 import os, subprocess, sys
 from pathlib import Path
 from tests.faults.test_read_only import LINE, PAIRS
+from tests.support.cachedirs import array_of, key_of
 from tests.support.localnode import LocalNode
 import logging
 directory = Path(sys.argv[1])
@@ -143,11 +144,18 @@ reader = node.reader()
 for _ in range(4):
     node.read(reader)
 print(reader.stats.hits, reader.stats.misses, reader.stats.requests)
+arrays = reader.cache.arrays
+assert arrays.put(key_of(1), array_of(1), source="s") is None
+subprocess.run(["mount", "-o", "remount,bind,rw", cache], check=True)
+assert arrays.put(key_of(1), array_of(1), source="s") is not None
+assert arrays.get(key_of(1)) is not None
 """
 
 
 def test_a_read_only_mount_serves_every_epoch_without_the_origin(tmp_path: Path) -> None:
-    """The origin is gone, and one line is logged, not one per read."""
+    """The origin is gone, and one line is logged, not one per read. Mounted writable, it is stored to
+    again by the same reader.
+    """
     done = subprocess.run(
         [*unshared("--mount"), sys.executable, "-c", MOUNTED, str(tmp_path)],
         capture_output=True,

@@ -313,7 +313,10 @@ class Index:
         """Reserve room for a file of ``size_bytes`` (on disk), or return why that is refused."""
         self._file.open()
         if self._file.is_read_only:
-            return Admission.READ_ONLY
+            if self.dir.is_read_only:
+                return Admission.READ_ONLY
+            self._file.forget()  # its disk is mounted writable again
+            self._file.open()
         if self._unfinished:
             intents, self._unfinished = self._unfinished, []
             self._end(intents)
