@@ -86,8 +86,9 @@ class ZippedStore:
         IncompleteArrayError
             It is damaged.
         """
-        if self._last[0] == name:
-            return self._last[1]  # zarr reads a shard in many ranges
+        last = self._last  # once: another thread may read another member meanwhile
+        if last[0] == name:
+            return last[1]  # zarr reads a shard in many ranges
         info = self._infos[name]
         if most is None:
             most = max(_ROOM_BYTES, _MAX_RATIO * info.compress_size)

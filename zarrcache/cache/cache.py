@@ -231,13 +231,14 @@ class Cache:
             return None
         raw = entry.array.tobytes()
         # Input and label usually have the same stores, and 200,000 names take 0.1 s.
-        if self._parsed is None or self._parsed[0] != raw:
+        parsed = self._parsed  # once: another thread may parse another listing meanwhile
+        if parsed is None or parsed[0] != raw:
             try:
-                self._parsed = raw, json.loads(raw)
+                parsed = self._parsed = raw, json.loads(raw)
             except (ValueError, RecursionError):  # not written by this package
                 self.forget_listing(origin, name)
                 return None
-        return self._parsed[1]
+        return parsed[1]
 
     def store_listing(self, origin: Origin, name: str, listing: Any) -> None:
         """Keep a listing for runs without the origin."""

@@ -228,9 +228,10 @@ class Selection:
         stored = self._cache.stored_listing(self._origins[role], "")
         if not isinstance(stored, dict):
             return None
-        if self._chosen is None or self._chosen[0] is not stored:  # often one for both roles
-            self._chosen = stored, choose(stored, self._kinds)
-        return self._chosen[1]
+        chosen = self._chosen
+        if chosen is None or chosen[0] is not stored:  # often one for both roles
+            chosen = self._chosen = stored, choose(stored, self._kinds)
+        return chosen[1]
 
     @property
     def channels(self) -> tuple[Channel, ...]:

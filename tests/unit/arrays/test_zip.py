@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.interleaved import interleaved
 from zarrcache.arrays.zip import ZippedStore
 from zarrcache.errors import IncompleteArrayError, SchemaError
 
@@ -157,3 +158,14 @@ def test_directory_is_measured_as_zipfile_reads_it(is_large: bool, comment: byte
     end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 0xFFFF, 0xFFFF, said, 0xFFFF, len(comment))
     with pytest.raises(SchemaError, match=f"a directory of {len(directory)} bytes"):
         ZippedStore(directory + (large if is_large else b"") + end + comment, URL)
+
+
+def test_another_thread_gets_its_own_member() -> None:
+    """The last one is kept for the next read of it."""
+    store = ZippedStore(zip_of(MEMBERS), URL)
+
+    def twice() -> list[bytes]:
+        return [store.read("total/0.0.0") for _ in range(2)]
+
+    read = interleaved(ZippedStore.read, twice, lambda: store.read("diff/.zarray"))
+    assert {tuple(found) for found in read} == {(MEMBERS["total/0.0.0"],) * 2}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cachedirs import array_of, key_of, settings
+from tests.support.interleaved import interleaved
 from tests.support.stores import small_group
 from zarrcache.cache.cache import Cache
 from zarrcache.stats import Counters
@@ -106,3 +107,17 @@ def test_listings_of_the_first_build_are_listings(tmp_path: Path) -> None:
     for number in range(4):
         assert again.arrays.put(key_of(number), array_of(number), source="s") is not None
     assert again.stored_listing(origin, "") == {"mp-1": "mp-1.zarr"}
+
+
+def test_another_thread_gets_its_own_listing(tmp_path: Path) -> None:
+    """The last one that was parsed is kept, because input and label often have the same."""
+    cache = Cache(settings(tmp_path), Counters())
+    one, two = cache.origin(str(tmp_path / "one")), cache.origin(str(tmp_path / "two"))
+    for origin in (one, two):
+        cache.store_listing(origin, "", [origin.url])
+    found = interleaved(
+        Cache.stored_listing,
+        lambda: cache.stored_listing(one, ""),
+        lambda: cache.stored_listing(two, ""),
+    )
+    assert {tuple(listing) for listing in found} == {(one.url,)}
