@@ -23,7 +23,7 @@ from tests.support.s3server import S3Server
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
 from zarrcache.errors import IncompleteArrayError, OriginNotFoundError
-from zarrcache.origin import Origin, fetch_with, open_origin
+from zarrcache.origin import Origin, open_origin
 from zarrcache.stats import Counters
 
 ODD_KEYS = [
@@ -304,34 +304,6 @@ class TestFetching:
         bodies = place.put_many(some_store())
         origin = place.open(concurrency=1)
         assert fetched(origin, origin.list_objects()) == bodies
-
-    @pytest.mark.parametrize("n", [0, 3, 100])
-    def test_an_object_may_be_requested_by_its_name_with_others(self, place: Place, n: int) -> None:
-        """Of whatever version; one that is absent, or larger than allowed, has no content."""
-        bodies = place.put_many(some_store(n=n))
-        place.put("mp-1.zarr/zattrs", b'{"a": 1}')
-        counters = Counters()
-        origin = place.open(counters=counters)
-        objects = [obj for obj in origin.list_objects("mp-1.zarr/") if obj.key in bodies]
-        for key, most, content in (
-            ("mp-1.zarr/zattrs", 8, b'{"a": 1}'),
-            ("mp-1.zarr/zattrs", 7, b""),
-            ("mp-1.zarr/none", 100, b""),
-            ("mp-2.zarr/none", 100, b""),
-        ):
-            before = counters.snapshot().requests
-            found = list(fetch_with(origin, objects, key, most))
-            assert len(found) == n + 1
-            assert {obj.key: bytes(body) for obj, body in found} == {**bodies, key: content}
-            assert counters.snapshot().requests == before + n + 1
-        place.put("mp-1.zarr/zattrs", b"changed")
-        found = list(fetch_with(origin, objects, "mp-1.zarr/zattrs", 100))
-        assert len(found) == n + 1
-        assert b"changed" in [bytes(body) for _, body in found]
-        if objects:
-            place.put(objects[0].key, b"changed too")
-            with pytest.raises(IncompleteArrayError, match="was changed"):
-                list(fetch_with(origin, objects, "mp-1.zarr/zattrs", 100))
 
     def test_a_range_is_start_to_stop_exclusive(self, place: Place) -> None:
         place.put("mp-1.zarr.zip", b"0123456789")

@@ -21,7 +21,7 @@ import pytest
 from tests.support.readers import make_reader
 from tests.support.stores import small_group
 from zarrcache.errors import ConfigError, IncompleteArrayError, OriginNotFoundError
-from zarrcache.origin import ObjectInfo, fetch_with, open_origin, register_origin
+from zarrcache.origin import ObjectInfo, open_origin, register_origin
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "other-storage.md"
 ARRAY = "charge_density_total"
@@ -118,14 +118,6 @@ def test_the_origin_of_the_guide_keeps_the_contract(tmp_path: Path, package: Pat
     assert isinstance(obj, ObjectInfo)
     assert [(o, bytes(body)) for o, body in origin.fetch([obj])] == [(obj, b"0123456789")]
     assert origin.fetch_range(obj, 2, 5) == b"234"
-    for key, most, content in (
-        ("mp-1.zarr/0", 10, b"0123456789"),
-        ("mp-1.zarr/0", 9, b""),
-        ("mp-1.zarr/1", 9, b""),
-    ):
-        assert [(o.key, bytes(body)) for o, body in fetch_with(origin, [], key, most)] == [
-            (key, content)
-        ]
     (tmp_path / "d" / "mp-1.zarr" / "0").write_bytes(b"other")
     with pytest.raises(IncompleteArrayError, match="was changed"):
         list(origin.fetch([obj]))

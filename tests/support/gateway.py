@@ -48,8 +48,6 @@ class Gateway(ThreadingHTTPServer):
         Status of every request for a key; not in it: none.
     gets : list of str
         Keys of all requests for objects, in order.
-    unread : list of str
-        Keys of objects whose body the client did not read to its end.
     """
 
     daemon_threads = True
@@ -61,7 +59,6 @@ class Gateway(ThreadingHTTPServer):
         self.lists = 0
         self.faults: dict[str, int] = {}
         self.gets: list[str] = []
-        self.unread: list[str] = []
 
     @property
     def s3_kwargs(self) -> dict[str, Any]:
@@ -193,5 +190,4 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 self.wfile.write(body)
             except ConnectionError:
-                self.server.unread.append(unquote(self.path).removeprefix(f"/{BUCKET}/"))
                 self.close_connection = True

@@ -17,7 +17,7 @@ from zarrcache.arrays.sources import is_fetched_whole, is_unconverted
 from zarrcache.arrays.unconverted import unconverted_attributes
 from zarrcache.arrays.zip import ZippedStore, attributes_in_zip
 from zarrcache.errors import OriginNotFoundError, SchemaError
-from zarrcache.origin import Origin, fetch_with
+from zarrcache.origin import Origin
 
 if TYPE_CHECKING:
     import zarr
@@ -26,7 +26,7 @@ __all__ = ["metadata_in", "metadata_of", "read_attributes"]
 
 
 def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
-    """The attributes of a store, and its format: 2, 3, or 0 of a file. One or two GETs.
+    """The attributes of a store, and its format: 2, 3, or 0 of a file. One LIST and one GET.
 
     A zipped store and a file are fetched whole. Attributes larger than 4 MiB are empty.
 
@@ -45,12 +45,13 @@ def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
         zipped = ZippedStore(data, url)
         name = "zarr.json" if "zarr.json" in zipped.sizes else ".zattrs"
         return attributes_in_zip(zipped, name), FORMATS[name]
-    for name, zarr_format in FORMATS.items():
-        ((_, document),) = fetch_with(origin, [], f"{store}/{name}", MAX_DOCUMENT_BYTES)
-        if memoryview(document).nbytes:
-            return attributes_in(document, name), zarr_format
-    if not origin.list_objects(f"{store}/"):
+    objects = {obj.key.removeprefix(f"{store}/"): obj for obj in origin.list_objects(f"{store}/")}
+    if not objects:
         raise OriginNotFoundError(f"{url} does not exist or is empty.")
+    for name, zarr_format in FORMATS.items():
+        if name in objects and 0 < objects[name].size_bytes <= MAX_DOCUMENT_BYTES:
+            ((_, document),) = origin.fetch([objects[name]])
+            return attributes_in(document, name), zarr_format
     return {}, 2
 
 

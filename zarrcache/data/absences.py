@@ -107,11 +107,11 @@ class Absences:
         total = (density_array("total"),)
         return [one for one in self._reader.reads if self._reader.arrays[one.role] != total]
 
-    def has(self, task_id: str, channel: Channel) -> bool:
+    def lacks(self, task_id: str, channel: Channel) -> bool:
         """Whether a material lacks a channel.
 
-        Where each read is compared with the origin, it is asked again: a channel that was added
-        since is not zero.
+        If each read is compared with the origin, a channel that was absent is looked up again,
+        because it may have been added since.
         """
         of_channel = self._known[channel]
         if task_id not in of_channel:

@@ -354,7 +354,7 @@ class ZarrS3Reader(PairReader):
         """As in the base class, found out if it is not known."""
         if not self._fills or array == density_array("total"):  # which is zero in no material
             return False
-        return self._absences.has(task_id, Channel(role, array))
+        return self._absences.lacks(task_id, Channel(role, array))
 
     def find_lacking(self, task_ids: Iterable[str]) -> dict[str, list[Channel]]:
         """As in the base class; see `Absences.find`."""
@@ -812,7 +812,7 @@ class ZarrS3Reader(PairReader):
         """Attribute ``metadata`` of a material, merged with ``structure``, as ``get_metadata``.
 
         Once ``zarrcache warm`` has stored the density this sends no request; before, one or two
-        GETs and a LIST, and the attributes are stored.
+        LISTs and a GET, and the attributes are stored.
 
         Raises
         ------

@@ -8,10 +8,8 @@ from __future__ import annotations
 from zarrcache._keys import ObjectInfo
 from zarrcache.origin._origin import (
     BrowsableOrigin,
-    NamingOrigin,
     Origin,
     OriginFactory,
-    fetch_with,
     open_origin,
     register_origin,
 )
@@ -25,7 +23,6 @@ from zarrcache.origin._secrets import refuse_secrets, secret_names
 __all__ = [
     "PAGE_OBJECTS",
     "BrowsableOrigin",
-    "NamingOrigin",
     "ObjectInfo",
     "Origin",
     "OriginFactory",
@@ -33,7 +30,6 @@ __all__ = [
     "Received",
     "S3Bucket",
     "altered",
-    "fetch_with",
     "make_s3fs",
     "open_origin",
     "refuse_secrets",

@@ -19,7 +19,6 @@ is encrypted. docs/explanation/decisions/021-etags-and-ranges.md has the reasons
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import logging
 import re
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.errors import IncompleteArrayError
-from zarrcache.origin._requests import NamedObject, Received, unsent
+from zarrcache.origin._requests import Received, unsent
 from zarrcache.origin._s3_errors import RequestContext, S3Error, TransientError, changed
 
 if TYPE_CHECKING:
@@ -246,11 +245,11 @@ class CheckedReads:
         return reads
 
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed objects. See ``Origin.fetch``. Those of names may be absent."""
+        """Contents of listed objects. See ``Origin.fetch``."""
         held: dict[ObjectInfo, Buffer] = {}
         held_bytes = 0
         for obj, body in self._arrivals(objects):
-            if isinstance(obj, NamedObject) or self._content.is_confirmed(obj, body):
+            if self._content.is_confirmed(obj, body):
                 yield obj, body
                 continue
             held[obj] = body
@@ -314,17 +313,9 @@ class CheckedReads:
             full: ObjectInfo, answer: Received | S3Error
         ) -> tuple[ObjectInfo, Buffer] | Exception | None:
             obj = listed[full.key]
-            if isinstance(obj, NamedObject):
-                if not isinstance(answer, S3Error):
-                    self._bucket.counters.add(fetched_bytes=memoryview(answer.body).nbytes)
-                    return obj, answer.body
-                if answer.is_absent:
-                    return obj, b""
             if isinstance(answer, S3Error):
                 if self._bucket.leaves_obstore(answer, engine):
                     return None
-                if isinstance(obj, NamedObject):
-                    return operation.error(answer, self._context(obj.key), engine)
                 if answer.status == 412 and self._is_refused_wrongly(obj):
                     return TransientError(self._url_of(obj.key), "If-Match was refused wrongly")
                 return operation.error(answer, self._context(obj.key, obj), engine)
@@ -444,13 +435,11 @@ class CheckedReads:
     # -- versions
 
     def _full(self, obj: ObjectInfo) -> ObjectInfo:
-        if isinstance(obj, NamedObject):
-            return dataclasses.replace(obj, key=self._prefix + obj.key)
         return ObjectInfo(self._prefix + obj.key, obj.size_bytes, obj.etag, obj.modified_s)
 
     def _conditional(self, full: ObjectInfo) -> ObjectInfo:
         """``full`` as the engines get it: its ETag becomes ``If-Match``."""
-        if self._can_match or isinstance(full, NamedObject):
+        if self._can_match:
             return full
         return ObjectInfo(full.key, full.size_bytes, "", full.modified_s)
 

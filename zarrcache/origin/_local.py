@@ -121,16 +121,6 @@ class LocalOrigin:
         for obj in objects:
             yield obj, self.fetch_range(obj, 0, obj.size_bytes)
 
-    def fetch_with(
-        self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
-    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed files and of the file ``key``. See ``NamingOrigin``."""
-        yield from self.fetch(objects)
-        path = self._path(key)
-        data = self._with_retries(lambda: _read_named(path, most_bytes), path, None)
-        self._counters.add(fetched_bytes=len(data))
-        yield ObjectInfo(key, len(data), ""), data
-
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed file. See ``Origin.fetch_range``."""
         path = self._path(obj.key)
@@ -231,20 +221,6 @@ def _read(path: str, obj: ObjectInfo, start: int, stop: int) -> bytes:
                 "finished."
             )
     return data
-
-
-def _read_named(path: str, most_bytes: int) -> bytes:
-    """A file that need not exist; empty if it is absent, too large, or not a regular file."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO waits for its writer
-            return b""
-        with open(path, "rb", buffering=0) as file:
-            data = file.read(most_bytes + 1) or b""
-            while len(data) <= most_bytes and (more := file.read(most_bytes + 1 - len(data))):
-                data += more
-    except (FileNotFoundError, NotADirectoryError):
-        return b""
-    return data if len(data) <= most_bytes else b""
 
 
 def _error(exc: OSError, path: str, obj: ObjectInfo | None) -> Exception:

@@ -35,7 +35,6 @@ from zarrcache.origin._requests import (
     Backoff,
     Received,
     concurrent_requests,
-    is_too_large,
     with_second_requests,
 )
 from zarrcache.origin._s3_errors import NO_TLS, S3Error
@@ -266,8 +265,6 @@ class ObstoreEngine:
         """GET one small object. Blocks, so it runs in a thread."""
         try:
             result = self._quick_store.get(obj.key, options=_options(obj))
-            if is_too_large(obj, result.meta["size"]):
-                return Received(b"", "")
             return _received(result.meta, result.bytes())
         except Exception as exc:
             raise _s3_error(exc) from exc
@@ -282,8 +279,6 @@ class ObstoreEngine:
                 min(self._fetch.read_timeout, patience_s) + size / SLOWEST_BYTES_PER_S
             ):
                 result = await self._store.get_async(obj.key, options=_options(obj, part))
-                if is_too_large(obj, result.meta["size"]):
-                    return Received(b"", "")
                 return _received(result.meta, await result.bytes_async())
         except Exception as exc:
             raise _s3_error(exc) from exc

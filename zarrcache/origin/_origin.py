@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zarrcache._keys import ObjectInfo
 from zarrcache.config import FetchConfig, RetryConfig
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrowsableOrigin",
-    "NamingOrigin",
     "Origin",
     "OriginFactory",
-    "fetch_with",
     "open_origin",
     "register_origin",
 ]
@@ -102,29 +100,6 @@ class Origin(Protocol):
         """Full URL or path of a key."""
 
 
-@runtime_checkable
-class NamingOrigin(Origin, Protocol):
-    """An origin that can request an object by its name, without listing it first."""
-
-    def fetch_with(
-        self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
-    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed objects, as ``fetch``, and in the same pass of one that is not listed.
-
-        Parameters
-        ----------
-        objects : sequence of ObjectInfo
-        key : str
-            Yielded with whatever version the origin has, once; with an empty content if the origin
-            does not have it, or if it is larger than ``most_bytes``, which is then not read.
-        most_bytes : int
-
-        Raises
-        ------
-        As ``fetch``.
-        """
-
-
 class BrowsableOrigin(Origin, Protocol):
     """An origin whose directories ``zarrcache::`` URLs can list: S3 and local directories."""
 
@@ -148,26 +123,6 @@ class BrowsableOrigin(Origin, Protocol):
         OriginNotFoundError
             There is no such bucket or directory. An S3 prefix without objects has empty pages.
         """
-
-
-def fetch_with(
-    origin: Origin, objects: Sequence[ObjectInfo], key: str, most_bytes: int
-) -> Iterator[tuple[ObjectInfo, Buffer]]:
-    """``NamingOrigin.fetch_with``; origins that do not have it list ``key`` first."""
-    if isinstance(origin, NamingOrigin):
-        return origin.fetch_with(objects, key, most_bytes)
-    return _fetch_then_name(origin, objects, key, most_bytes)
-
-
-def _fetch_then_name(
-    origin: Origin, objects: Sequence[ObjectInfo], key: str, most_bytes: int
-) -> Iterator[tuple[ObjectInfo, Buffer]]:
-    yield from origin.fetch(objects)
-    found = [o for o in origin.list_objects(key) if o.key == key and o.size_bytes <= most_bytes]
-    if found:
-        yield from origin.fetch(found)
-    else:
-        yield ObjectInfo(key, 0, ""), b""
 
 
 class OriginFactory(Protocol):

@@ -53,12 +53,10 @@ __all__ = [
     "WAIT_STEP_S",
     "Answers",
     "Backoff",
-    "NamedObject",
     "Page",
     "Received",
     "RetryPolicy",
     "concurrent_requests",
-    "is_too_large",
     "note_wait",
     "report_progress",
     "reporting_progress",
@@ -500,26 +498,6 @@ SLOWEST_BYTES_PER_S = 16 * 1024
 PAGE_OBJECTS = 1000  # S3's own limit for one LIST
 #: After this many consecutive transient errors no further object is requested in a pass.
 _DOWN = 64
-
-
-@dataclass(frozen=True, slots=True)
-class NamedObject(ObjectInfo):
-    """An object that is requested by its name: it was not listed, and need not exist.
-
-    Its size and version are unknown, so ``size_bytes`` is 0 and ``etag`` empty.
-
-    Attributes
-    ----------
-    most_bytes : int
-        An engine answers a larger one with an empty body, without reading it.
-    """
-
-    most_bytes: int = 0
-
-
-def is_too_large(obj: ObjectInfo, size_bytes: int) -> bool:
-    """Whether the body of a `NamedObject` is not to be read."""
-    return isinstance(obj, NamedObject) and size_bytes > obj.most_bytes
 
 
 @dataclass(slots=True)

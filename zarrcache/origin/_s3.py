@@ -22,7 +22,6 @@ from zarrcache.origin._content import CheckedReads
 from zarrcache.origin._in_flight import InFlight
 from zarrcache.origin._requests import (
     Backoff,
-    NamedObject,
     Page,
     Received,
     RetryPolicy,
@@ -519,16 +518,6 @@ class S3Origin:
     def fetch(self, objects: Sequence[ObjectInfo]) -> Iterator[tuple[ObjectInfo, Buffer]]:
         """Contents of listed objects. See ``Origin.fetch``."""
         return self._reads.fetch(objects)
-
-    def fetch_with(
-        self, objects: Sequence[ObjectInfo], key: str, most_bytes: int
-    ) -> Iterator[tuple[ObjectInfo, Buffer]]:
-        """Contents of listed objects and of ``key``, in one pass. See ``NamingOrigin``.
-
-        The content of ``key`` is not confirmed over ``http://``.
-        """
-        # First, so that it does not arrive after the objects that wait for their turn.
-        return self._reads.fetch([NamedObject(key, 0, "", most_bytes=most_bytes), *objects])
 
     def fetch_range(self, obj: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes of a listed object. See ``Origin.fetch_range``."""

@@ -28,11 +28,9 @@ from zarrcache.origin._requests import (
     SLOWEST_BYTES_PER_S,
     Answers,
     Backoff,
-    NamedObject,
     Page,
     Received,
     concurrent_requests,
-    is_too_large,
 )
 from zarrcache.origin._s3_errors import NO_TLS, S3Error
 from zarrcache.origin._s3_options import S3Options, typed_kwargs
@@ -211,11 +209,7 @@ class S3fsEngine:
                     answer["Body"].close()
                     raise S3Error(None, "RangeIgnored", "")
                 async with answer["Body"] as body:
-                    data = (
-                        await _read_named(obj, answer.get("ContentLength"), body)
-                        if isinstance(obj, NamedObject)
-                        else await body.read()
-                    )
+                    data = await body.read()
                     return Received(data, version_of(answer.get("ETag"), 0.0), _modified_s(answer))
         except S3Error:
             raise
@@ -269,18 +263,6 @@ class S3fsEngine:
                 return await self._fs._call_s3(method, Bucket=self._bucket, **self._payer, **kwargs)
         except Exception as exc:
             raise _s3_error(exc) from exc
-
-
-async def _read_named(obj: NamedObject, announced: int | None, body: Any) -> bytes:
-    """Read the body of an object of unknown size; empty if it is too large."""
-    if announced is not None:
-        return b"" if is_too_large(obj, announced) else bytes(await body.read())
-    data = b""
-    while more := await body.read(obj.most_bytes + 1 - len(data)):
-        data += more
-        if is_too_large(obj, len(data)):
-            return b""
-    return data
 
 
 def _is_part(answer: Mapping[str, Any], part: tuple[int, int]) -> bool:
