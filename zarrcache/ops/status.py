@@ -201,9 +201,6 @@ def _coverage(functional: str, selection: Selection, entries: int, exists: bool)
             if names_lacking and of_role is not None:
                 present = [id_ for id_ in present if of_role[id_] not in names_lacking]
     nbytes, own, cached = 0, [], []
-    found_entries = sum(
-        len(names) for of_roles in stored.values() for names, _ in of_roles.values()
-    )
     for channel in channels:
         role, of_role = channel.role, listings[channel.role]
         has: list[list[bool]] = []
@@ -225,6 +222,7 @@ def _coverage(functional: str, selection: Selection, entries: int, exists: bool)
         own.append(has[0])
         cached.append(has[0] if len(has) == 1 else [any(one) for one in zip(*has, strict=True)])
     warm = sum(map(all, zip(*cached, strict=True)))
+    own_entries = sum(len(names) for of_roles in stored.values() for names, _ in of_roles.values())
     return Coverage(
         functional=functional,
         ids=len(ids),
@@ -235,15 +233,18 @@ def _coverage(functional: str, selection: Selection, entries: int, exists: bool)
         nbytes=nbytes,
         is_listed=len(listed) == len(listings),
         to_encode=warm - sum(map(all, zip(*own, strict=True))),
-        unused=tuple(
-            Unused(key.source_array, key.units, key.encoding, densities)
-            for array, densities in selection.unused().most_common()
-            for key in [ArrayKey("", "", array)]
-        )
-        if entries > found_entries  # else there are no others; two passes over the table
-        else (),
+        # Looked for only if there are others, because that takes two passes over the table.
+        unused=_unused(selection) if entries > own_entries else (),
         several_sources=tuple(selection.several_sources()),
     )
+
+
+def _unused(selection: Selection) -> tuple[Unused, ...]:
+    found = []
+    for array, densities in selection.unused().most_common():
+        key = ArrayKey("", "", array)
+        found.append(Unused(key.source_array, key.units, key.encoding, densities))
+    return tuple(found)
 
 
 def _nearest(path: Path) -> Path:
