@@ -153,8 +153,8 @@ assert arrays.get(key_of(1)) is not None
 
 
 def test_a_read_only_mount_serves_every_epoch_without_the_origin(tmp_path: Path) -> None:
-    """The origin is gone, and one line is logged, not one per read. Mounted writable, it is stored
-    to again by the same reader.
+    """The origin is gone, and one line is logged, not one per read. Once the mount is writable, the
+    same reader stores again.
     """
     done = subprocess.run(
         [*unshared("--mount"), sys.executable, "-c", MOUNTED, str(tmp_path)],

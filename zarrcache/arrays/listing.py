@@ -146,7 +146,7 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
 
     listed = of_array(everything)
     if not listed:
-        # A store that is being written may get it next: absence needs a listing that is settled.
+        # A store that is being written may get it next: only a stable listing shows absence.
         everything = stable_listing(lambda: origin.list_objects(f"{store}/"), what.store_url)
         if not everything:
             raise OriginNotFoundError(f"{what.store_url} does not exist or is empty.")

@@ -2,8 +2,7 @@
 
 Exit codes: 0 done, 1 some failed, 2 wrong usage or settings, 130 Ctrl-C, 143 SIGTERM.
 
-With ``--quiet`` stdout is the same, and stderr has only prompts, errors and what failed: `say` is
-for the rest.
+``--quiet`` does not change stdout. On stderr it leaves prompts, errors and what failed.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _QUIET = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="results as ever; no progress, warnings and hints, only errors and what failed",
+        help="print results, errors and what failed; no progress, warnings or hints",
     ),
 ]
 _VERBOSE = Annotated[

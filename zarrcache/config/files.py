@@ -431,10 +431,11 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers, and no key twice, of which YAML's own loader takes the last.
+    """Reads numbers as YAML 1.2 does, and refuses a key that is written twice.
 
-    YAML 1.1 reads ``12:30:00`` as 45000, ``042`` as 34, ``1_000`` as 1000 and ``2026-11-30`` as a
-    date. Here they are text, and ``042`` is 42.
+    PyYAML takes the last of two keys. Its numbers are those of YAML 1.1: ``12:30:00`` is 45000,
+    ``042`` is 34, ``1_000`` is 1000, and ``2026-11-30`` is a date. Here they are text, except
+    ``042``, which is 42.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

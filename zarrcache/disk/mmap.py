@@ -233,11 +233,11 @@ _HUGE_PAGE = 2**21
 class _Mapping(mmap.mmap):
     """A private, writable map of one file, unmapped when the last array over it is gone.
 
-    Made as a map of no file, over which the file is then mapped. For Python's own map of a file
-    keeps a duplicate of the descriptor (``trackfd`` of Python 3.13 changes that): a user who keeps
-    a list of a few thousand densities, as the original reader does, would run out of descriptors.
-    And the end of a map has to be C: unmapping takes a good part of the time of a loop that only
-    reads, and the KeyboardInterrupt of a Ctrl-C that arrives during a ``__del__`` is lost.
+    It is an anonymous map of Python, over which the file is mapped. Python's map of a file keeps a
+    duplicate of the descriptor (``trackfd`` of Python 3.13 changes that): a user who keeps a list
+    of a few thousand densities, as the original reader does, would run out of descriptors. A class
+    that unmaps in ``__del__`` would lose the KeyboardInterrupt of a Ctrl-C that arrives there, and
+    a loop that only reads spends much of its time in unmapping.
     """
 
     place: Place
