@@ -134,7 +134,7 @@ def test_missing_array_names_those_that_are_there(
     )
 
 
-def test_array_without_its_metadata_is_none(tmp_path: Path) -> None:
+def test_array_without_its_metadata_is_refused(tmp_path: Path) -> None:
     """Chunks alone say nothing."""
     small_group(tmp_path / STORE)
     (tmp_path / STORE / NAME / ".zarray").unlink()
@@ -189,9 +189,8 @@ def test_missing_chunks_are_counted_from_the_names_alone(
     origin = LocalOrigin(str(tmp_path))
 
     def counted() -> tuple[int, int]:
-        return examine_array(
-            OriginArray(origin, store, NAME), list_array(OriginArray(origin, store, NAME))
-        )[:2]
+        what = OriginArray(origin, store, NAME)
+        return examine_array(what, list_array(what))[:2]
 
     assert counted() == (0, 18)
     separator = "c/0/1/0" if zarr_format == 3 else "0.1.0"
@@ -215,32 +214,25 @@ def test_keys_of_another_encoding_are_refused_by_name(tmp_path: Path) -> None:
     document = json.loads(path.read_bytes())
     document["chunk_key_encoding"] = {"name": "suffixed"}
     path.write_text(json.dumps(document))
-    origin = LocalOrigin(str(tmp_path))
-    assert examine_array(
-        OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
-    )[:2] == (0, 0)
+    what = OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME)
+    assert examine_array(what, list_array(what))[:2] == (0, 0)
     with pytest.raises(SchemaError, match=r"mp-1.zarr.*suffixed"):
-        read_array(OriginArray(origin, STORE, NAME))
+        read_array(what)
 
 
-def test_missing_chunks_of_what_is_no_array_are_not_counted(tmp_path: Path) -> None:
+def test_missing_chunks_are_not_counted_without_valid_metadata(tmp_path: Path) -> None:
     small_group(tmp_path / STORE)
-    origin, document = LocalOrigin(str(tmp_path)), tmp_path / STORE / NAME / ".zarray"
+    what = OriginArray(LocalOrigin(str(tmp_path)), STORE, NAME)
+    document = tmp_path / STORE / NAME / ".zarray"
     document.write_bytes(b"{")
     with pytest.raises(SchemaError, match=rf"{NAME}/\.zarray is not JSON"):
-        examine_array(
-            OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
-        )
+        examine_array(what, list_array(what))
     document.write_bytes(b"{}")
     with pytest.raises(SchemaError, match=rf"{NAME}/\.zarray"):
-        examine_array(
-            OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
-        )
+        examine_array(what, list_array(what))
     document.unlink()
     with pytest.raises(SchemaError, match=f"{NAME} holds neither .zarray nor zarr.json"):
-        examine_array(
-            OriginArray(origin, STORE, NAME), list_array(OriginArray(origin, STORE, NAME))
-        )
+        examine_array(what, list_array(what))
 
 
 def test_store_that_is_overwritten_while_it_is_read_is_read_again(
