@@ -5,8 +5,12 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tests.support.training import write_config, write_pairs
 from zarrcache import ZarrDataset
+from zarrcache._keys import Role
 from zarrcache.config import DataConfig
 from zarrcache.data import open_reader
 from zarrcache.stats import Stats
@@ -66,6 +70,14 @@ def test_a_reader_and_a_dataset_show_their_data_cache_and_counters(tmp_path: Pat
     assert "hunter2" not in text
 
 
+class AnotherReader:
+    def split_task_ids(self) -> tuple[list[str], list[str]]:
+        return [], []
+
+    def load(self, task_id: str, role: Role) -> tuple[NDArray[np.float32], tuple[int, int, int]]:
+        return np.zeros(1, np.float32), (1, 1, 1)
+
+
 def test_a_dataset_of_another_reader_is_shown_without_counters() -> None:
-    dataset = ZarrDataset(object(), ["a", "b", "c", "d"])  # type: ignore[arg-type]
+    dataset = ZarrDataset(AnotherReader(), ["a", "b", "c", "d"])
     assert Cells(dataset._repr_html_())["task_ids"] == "a, b, c, ..."
