@@ -178,6 +178,35 @@ def test_a_density_that_training_fetches_again_brings_its_attributes(
     assert reader.volume("mp-1") == pytest.approx(4.2**3)
 
 
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+@pytest.mark.parametrize("uses_warm", [True, False])
+def test_a_density_that_another_cache_gives_leaves_no_attributes_of_its_last_version(
+    stores: Path, tmp_path: Path, uses_warm: bool, encoding: str
+) -> None:
+    """Which does not give attributes: they are read from the origin."""
+    here = {"min_free": 0, "arrays": {"encoding": encoding}}
+    first = _config(tmp_path, stores, cache={"dir": tmp_path / "cache", **here})
+    plan_warm(first, workers=1).execute()
+    wider = json.loads(json.dumps(STRUCTURE).replace("3.8", "4.2"))
+    small_group(stores / "data" / "mp-1.zarr", seed=9, attrs={"structure": json.dumps(wider)})
+    lower = tmp_path / "lower"
+    plan_warm(_config(tmp_path, stores, cache={"dir": lower, "min_free": 0}), workers=1).execute()
+    config = _config(tmp_path, stores, cache={"dir": tmp_path / "cache", "lower": lower, **here})
+    reader = ZarrS3Reader.from_config(config)
+    assert reader.structure("mp-1") == STRUCTURE
+    if uses_warm:
+        plan_warm(reader, workers=1, revalidate=True).execute()
+    else:
+        assert reader.cache.arrays is not None
+        reader.cache.arrays.drop(reader.key("mp-1", "data"))
+        reader.load("mp-1", "data")
+    assert reader.stats.lower_hits == 1
+    for one in (reader, ZarrS3Reader.from_config(config)):
+        assert one.structure("mp-1") == wider
+        assert one.volume("mp-1") == pytest.approx(4.2**3)
+        assert one.structure("mp-2") == STRUCTURE
+
+
 def test_attributes_of_a_newer_version_than_the_cached_density_are_refused(
     stores: Path, tmp_path: Path
 ) -> None:

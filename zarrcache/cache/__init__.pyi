@@ -1,4 +1,5 @@
 from .attributes import PACK as PACK
+from .attributes import UNKNOWN as UNKNOWN
 from .attributes import StoredAttributes as StoredAttributes
 from .byte_tier import read_range as read_range
 from .cache import CONTENTS as CONTENTS

@@ -24,7 +24,7 @@ from zarrcache.cache.tiers import ArrayCache
 from zarrcache.disk import BLOCK_BYTES, CACHE_FAULTS, disk_bytes
 from zarrcache.origin import Origin
 
-__all__ = ["PACK", "AttributePacks", "StoredAttributes"]
+__all__ = ["PACK", "UNKNOWN", "AttributePacks", "StoredAttributes"]
 
 _ROWS, _FAN, _LEVELS = 64, 4, 10
 _LENGTH_BYTES = 4
@@ -49,6 +49,10 @@ class StoredAttributes(NamedTuple):
 
     attributes: dict[str, Any]
     zarr_format: int
+
+
+#: Those of a density that another cache gave, perhaps of another version than the stored row.
+UNKNOWN = StoredAttributes({}, -1)
 
 
 class AttributePacks:

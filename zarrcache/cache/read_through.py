@@ -24,7 +24,7 @@ from zarrcache.arrays import (
     list_array,
     read_array,
 )
-from zarrcache.cache.attributes import StoredAttributes
+from zarrcache.cache.attributes import UNKNOWN, StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.cache.cached_origin import CachedOrigin
 from zarrcache.cache.tiers import ArrayCache
@@ -64,7 +64,7 @@ class _Sought(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A density that was read, and the attributes of its store if it was decoded here."""
+    """A density that was read, and the attributes of its store; None if it was cached."""
 
     values: NDArray[np.float32]
     outcome: Outcome
@@ -270,7 +270,8 @@ class ReadThrough:
             taken = lookup.take() if lookup is not None else None
             if taken is not None:
                 values = as_density(taken.array, key.url, self._array)
-                return _Found(values, "miss" if taken.is_stored else "bypass", taken.flaws)
+                outcome: Outcome = "miss" if taken.is_stored else "bypass"
+                return _Found(values, outcome, taken.flaws, UNKNOWN)
             decoded = read_array(what, listed=listed, reserve=reserve)
             values, flaws = self._as_density(decoded, key.url)
             if lookup is not None:
@@ -345,8 +346,9 @@ class ReadThrough:
             new_entry(key, values, header.source, header.flaws),
             exact if own is not None else None,
         )
-        outcome: Outcome = "miss" if is_stored else "bypass"
-        return _Found(values, "hit" if own is not None else outcome, header.flaws)
+        if own is not None:
+            return _Found(values, "hit", header.flaws)
+        return _Found(values, "miss" if is_stored else "bypass", header.flaws, UNKNOWN)
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Say what is wrong with a density, or raise if the settings do not allow it.

@@ -47,7 +47,14 @@ from zarrcache.arrays import (
     several_sources,
     sources_of,
 )
-from zarrcache.cache import Cache, OnFlaws, Outcome, ReadThrough, StoredAttributes
+from zarrcache.cache import (
+    UNKNOWN,
+    Cache,
+    OnFlaws,
+    Outcome,
+    ReadThrough,
+    StoredAttributes,
+)
 from zarrcache.config import CacheConfig, DataConfig
 from zarrcache.data.absences import Absences
 from zarrcache.data.observers import Read, ReadObserver
@@ -657,7 +664,8 @@ class ZarrS3Reader(PairReader):
             )
             channel = self.column(role, array or self._arrays[role][0])
             # A channel that came with another one is a hit; who read that one keeps them.
-            if keeps_attributes and outcome != "bypass" and (found or self._is_first(channel)):
+            is_known = bool(found) and found[0] is not UNKNOWN
+            if keeps_attributes and outcome != "bypass" and (is_known or self._is_first(channel)):
                 self._keep_attributes(self._origins[role], store, channel.array, *found)
             if self._lock is not None:
                 for one in self.reads:
@@ -914,7 +922,7 @@ class ZarrS3Reader(PairReader):
                 packs.put(origin, store, stored)
                 return
             packs.renew(origin, store, stored)  # those of the last version are not its own
-            if is_density(array):
+            if is_density(array) and stored is not UNKNOWN:
                 return  # they were read, and there are none
         if packs.get(origin, store) is None:
             stored = StoredAttributes(*read_attributes(origin, store))
