@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from io import FileIO
@@ -147,86 +147,121 @@ def verify(
     index.sweep()
     rows = list(index.rows())
     total_bytes = sum(row.size_bytes for row in rows)
-    corrupt, unreadable, good, checked_bytes = [], [], [], 0
-
-    def drop(row: Row) -> int:
-        if index.is_read_only:
-            return row.size_bytes
-        return index.drop([row.digest], filename=row.filename)
-
-    found_in: dict[str, _Checked] = {}
+    found = _Findings(index, fills=always.missing_chunks == "fill")
+    good: dict[str, tuple[Row, _Checked]] = {}
+    checked_bytes = 0
     for row in rows:
-        try:
-            found_in[row.digest] = _check(row, index.dir.root / row.filename)
-        except FileNotFoundError:
-            # If it was evicted after the rows were read, there is no row left to drop.
-            if drop(row):
-                corrupt.append(_problem(row, "its file is gone"))
-        except CorruptEntryError as exc:
-            drop(row)
-            corrupt.append(_problem(row, str(exc)))
-        except OSError as exc:
-            if exc.errno == errno.ELOOP:  # a planted link
-                drop(row)
-                corrupt.append(_problem(row, "it is a symbolic link"))
-            else:
-                unreadable.append(_problem(row, exc.strerror or str(exc)))
-        else:
-            good.append(row)
+        checked = found.check(row)
+        if checked is not None:
+            good[row.digest] = row, checked
         checked_bytes += row.size_bytes
         if progress is not None:
             progress(checked_bytes, total_bytes)
-    compared = {}
+    compared: dict[str, Compared] = {}
     if selection is not None:
-        compared = {one.row.digest: one for one in selection.compare(good, examines=True)}
-    stale: list[Problem] = []
-    flawed: list[Problem] = []
-    filled: list[Problem] = []
-    rounded: list[Row] = []
-    for row in good:
-        checked = found_in[row.digest]
-        found = checked.flaws
-        _, is_stale, lacks, stated, volume = compared.get(row.digest) or Compared(row, False)
-        # A store that lacks chunks is no version to replace a whole entry with.
-        if is_stale and (not lacks or always.missing_chunks == "fill"):
-            drop(row)
-            stale.append(_problem(row, "the origin has another version"))
-            found = SOUND
-        else:
-            electrons = None if checked.mean is None else checked.mean.electrons(volume)
-            why = disagreement(electrons, stated, checked.relative_error)
-            if why:
-                flawed.append(_problem(row, why))
-            if checked.relative_error and row.digest in compared:
-                rounded.append(row)
-        if not lacks and found.missing_chunks:
-            lacks = str(Flaws(missing_chunks=found.missing_chunks))
-        if found.nonfinite:
-            flawed.append(_problem(row, str(Flaws(nonfinite=found.nonfinite))))
-        if lacks:
-            (filled if always.missing_chunks == "fill" else flawed).append(_problem(row, lacks))
-    n_within = 0
-    if selection is not None:
-        sample = rounded[:: max(1, -(-len(rounded) // _SAMPLED))]
-        with closing(concurrently(functools.partial(_exceeds, selection), sample)) as answers:
-            for row, why in zip(sample, answers, strict=True):
-                n_within += not why
-                if why:
-                    drop(row)
-                    corrupt.append(_problem(row, why))
+        intact = [row for row, _ in good.values()]
+        compared = {one.row.digest: one for one in selection.compare(intact, examines=True)}
+    rounded = []
+    for digest, (row, checked) in good.items():
+        is_stale = found.judge(checked, compared.get(digest, Compared(row, False)))
+        if digest in compared and checked.relative_error and not is_stale:
+            rounded.append(row)
+    within_bound = 0 if selection is None else found.compare_rounded(selection, rounded)
     return VerifyReport(
         directory=index.dir.parent,
         entries=len(rows),
         nbytes=total_bytes,
-        corrupt=tuple(corrupt),
-        stale=tuple(stale),
+        corrupt=tuple(found.corrupt),
+        stale=tuple(found.stale),
         strays=() if index.is_read_only else _remove_strays(index),
-        unreadable=tuple(unreadable),
+        unreadable=tuple(found.unreadable),
         is_read_only=index.is_read_only,
-        flawed=tuple(flawed),
-        filled=tuple(filled),
-        within_bound=n_within,
+        flawed=tuple(found.flawed),
+        filled=tuple(found.filled),
+        within_bound=within_bound,
     )
+
+
+class _Findings:
+    """What is wrong with the entries of a cache. Attributes as those of `VerifyReport`.
+
+    Parameters
+    ----------
+    index : Index
+    fills : bool
+        Absent chunks are not a flaw (``cache.missing_chunks: fill``).
+    """
+
+    def __init__(self, index: Index, *, fills: bool) -> None:
+        self._index, self._fills = index, fills
+        self.corrupt: list[Problem] = []
+        self.stale: list[Problem] = []
+        self.unreadable: list[Problem] = []
+        self.flawed: list[Problem] = []
+        self.filled: list[Problem] = []
+
+    def _drop(self, row: Row) -> int:
+        if self._index.is_read_only:
+            return row.size_bytes
+        return self._index.drop([row.digest], filename=row.filename)
+
+    def _drop_corrupt(self, row: Row, why: str) -> None:
+        self._drop(row)
+        self.corrupt.append(_problem(row, why))
+
+    def check(self, row: Row) -> _Checked | None:
+        """Check one file; None if it is corrupt, which drops the entry, or cannot be read."""
+        try:
+            return _check(row, self._index.dir.root / row.filename)
+        except FileNotFoundError:
+            # If it was evicted after the rows were read, there is no row left to drop.
+            if self._drop(row):
+                self.corrupt.append(_problem(row, "its file is gone"))
+        except CorruptEntryError as exc:
+            self._drop_corrupt(row, str(exc))
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:  # a planted link
+                self._drop_corrupt(row, "it is a symbolic link")
+            else:
+                self.unreadable.append(_problem(row, exc.strerror or str(exc)))
+        return None
+
+    def judge(self, checked: _Checked, compared: Compared) -> bool:
+        """Note the flaws of an intact entry. Returns whether it is stale, which drops it."""
+        row, is_stale, lacks, stated, volume = compared
+        # A store that lacks chunks is no version to replace a whole entry with.
+        is_stale = is_stale and (not lacks or self._fills)
+        if is_stale:
+            self._drop(row)
+            self.stale.append(_problem(row, "the origin has another version"))
+        else:
+            electrons = None if checked.mean is None else checked.mean.electrons(volume)
+            why = disagreement(electrons, stated, checked.relative_error)
+            if why:
+                self.flawed.append(_problem(row, why))
+            if not lacks and checked.flaws.missing_chunks:
+                lacks = str(Flaws(missing_chunks=checked.flaws.missing_chunks))
+            if checked.flaws.nonfinite:
+                why = str(Flaws(nonfinite=checked.flaws.nonfinite))
+                self.flawed.append(_problem(row, why))
+        if lacks:
+            (self.filled if self._fills else self.flawed).append(_problem(row, lacks))
+        return is_stale
+
+    def compare_rounded(self, selection: Selection, rows: Sequence[Row]) -> int:
+        """Compare some entries of another encoding than float32 with the origin.
+
+        Returns how many are within their error bound; the others are dropped.
+        """
+        sample = rows[:: max(1, -(-len(rows) // _SAMPLED))]
+        within_bound = 0
+        with closing(concurrently(functools.partial(_exceeds, selection), sample)) as answers:
+            for row, why in zip(sample, answers, strict=True):
+                if why:
+                    self._drop_corrupt(row, why)
+                else:
+                    within_bound += 1
+        return within_bound
 
 
 def _exceeds(selection: Selection, row: Row) -> str:
