@@ -81,8 +81,7 @@ class WarmEstimate:
         Requests and stored bytes at the origin.
     failed : tuple of WarmResult
     lacking : tuple of str
-        Ids of those compared that lack a channel, which ``missing`` fills or for which it leaves
-        them out.
+        Ids of those compared that lack a channel; ``missing`` fills it or leaves them out.
     unread : int
         Files and zipped stores of those compared of which a listing does not show whether they have
         all channels.
@@ -421,19 +420,6 @@ def plan_warm(
         for channel in channels
         if task_id not in stored[channel] and (task_id, *channel) not in left_out
     )
-    if len(channels) > len(reader.roles):
-        # The first array of a file or a zipped store brings the others.
-        firsts = {channel.role: channel.array for channel in reversed(channels)}
-        densities = tuple(
-            sorted(densities, key=lambda one: one[2] != firsts[one[1]] and _is_whole(reader, one))
-        )
-    assert reader.cache_config is not None
-    if reader.cache_config.arrays.encoding != FLOAT32:
-        # Encoding an entry in float32 makes room for the others.
-        in_float32 = reader.stored(in_float32=True)
-        densities = tuple(
-            sorted(densities, key=lambda one: one[0] not in in_float32[Channel(*one[1:])])
-        )
     if workers is None:
         # At least two, also on one core: a worker waits more than it computes.
         enough = -(-len(densities) // DENSITIES_PER_WORKER)
@@ -441,7 +427,7 @@ def plan_warm(
     return WarmPlan(
         task_ids=task_ids,
         missing=reader.missing if ids is None else (),
-        densities=densities,
+        densities=tuple(_in_order(reader, densities)),
         channels=channels,
         absent=absent,
         revalidate=asks,
@@ -452,11 +438,28 @@ def plan_warm(
     )
 
 
+def _in_order(reader: ZarrS3Reader, densities: Sequence[Density]) -> Sequence[Density]:
+    """Put first what saves requests, or makes room, for the others."""
+    channels = reader.channels
+    if len(channels) > len(reader.roles):
+        # The first array of a file or a zipped store brings the others.
+        firsts = {channel.role: channel.array for channel in reversed(channels)}
+        densities = sorted(
+            densities, key=lambda one: one[2] != firsts[one[1]] and _is_whole(reader, one)
+        )
+    assert reader.cache_config is not None
+    if reader.cache_config.arrays.encoding != FLOAT32:
+        # Encoding an entry in float32 makes room for the others.
+        in_float32 = reader.stored(in_float32=True)
+        densities = sorted(densities, key=lambda one: one[0] not in in_float32[Channel(*one[1:])])
+    return densities
+
+
 def _ids_of(reader: ZarrS3Reader, split: Split) -> list[str]:
     if split != "all":
         return _split_of(reader)[split == "test"]
     if reader.split_file is None:
-        return reader.stored_ids  # which of them lack a channel is found out by the way
+        return reader.stored_ids  # this run finds out which of them lack a channel
     train, test = _split_of(reader)  # what the split file leaves out is not trained on
     return [*train, *test]
 
