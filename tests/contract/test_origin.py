@@ -358,7 +358,7 @@ class TestFetching:
 class TestCounting:
     """Requests and bytes that operations cost."""
 
-    def test_a_store_costs_one_list_and_one_get_an_object(
+    def test_a_store_costs_one_list_and_one_get_per_object(
         self, s3_place: Place, fault_proxy: FaultProxy
     ) -> None:
         """No HEAD, nothing twice, and the counters say what the server saw."""

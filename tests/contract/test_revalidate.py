@@ -289,7 +289,7 @@ def test_dataset_sees_the_new_version_in_the_next_epoch(place: Place) -> None:
     ("revalidate", "asked", "arrays"),
     [("never", 0, True), ("run", 1, True), ("epoch", 3, True), ("run", 1, False)],
 )
-def test_asking_costs_one_list_a_store(
+def test_revalidation_costs_one_list_per_store(
     s3_place: Place, s3_server: S3Server, revalidate: str, asked: int, arrays: bool
 ) -> None:
     """Over three epochs with newly forked workers; fresh entries are not fetched. From either

@@ -92,7 +92,7 @@ def test_a_listing_is_trusted_at_once_or_after_two_seconds(
         {"zarr_format": 3, "as_zip": True},
     ],
 )
-def test_settled_array_is_one_list_and_one_get_an_object(
+def test_stable_array_is_one_list_and_one_get_per_object(
     tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     """Values as zarr reads them, and the digest of what was listed, among it the attributes of the

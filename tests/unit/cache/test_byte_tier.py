@@ -321,7 +321,7 @@ def _read_all(tmp_path: Path, start: Event) -> None:
     assert counted(cache).purges == 0
 
 
-def test_eight_processes_and_eight_threads_make_one_get_an_object(tmp_path: Path) -> None:
+def test_eight_processes_and_eight_threads_make_one_get_per_object(tmp_path: Path) -> None:
     """They meet at each object; a file that is not committed yet is not taken for a bad one."""
     origin, objects = origin_with(tmp_path, **{f"o{n:02}": 3000 for n in range(30)})
     context = get_context("fork")
