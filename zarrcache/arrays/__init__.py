@@ -25,7 +25,6 @@ from zarrcache.arrays.density import (
 from zarrcache.arrays.density_file import (
     DensityFile,
     PymatgenMissingError,
-    read_density_file,
     read_mp_json,
     read_vasp_text,
     require_pymatgen,
@@ -37,10 +36,9 @@ from zarrcache.arrays.listing import (
     list_array,
     stable_listing,
 )
-from zarrcache.arrays.npy_files import NpyDensity, members_of, read_npy_density
+from zarrcache.arrays.npy_files import members_of, read_npy_density
 from zarrcache.arrays.read import (
     Decoded,
-    Examined,
     density_of_group,
     examine_array,
     read_array,
@@ -69,9 +67,7 @@ __all__ = [
     "UNITS_ATTRIBUTE",
     "Decoded",
     "DensityFile",
-    "Examined",
     "Kind",
-    "NpyDensity",
     "OriginArray",
     "PymatgenMissingError",
     "ZippedStore",
@@ -106,7 +102,6 @@ __all__ = [
     "per_point",
     "read_array",
     "read_attributes",
-    "read_density_file",
     "read_mp_json",
     "read_npy_density",
     "read_vasp_text",

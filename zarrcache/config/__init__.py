@@ -435,10 +435,10 @@ _LOADER_KEYS = LoaderConfig.model_fields.keys() | _FOREIGN_LOADER_KEYS.keys()
 
 
 def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
-    """Refuse keys that are a setting misspelt, which would silently not be used.
+    """Refuse keys that misspell a setting, which would silently not be used.
 
-    A key that is merely similar to a setting may be the training's own: it is named in a warning.
-    Settings that are given are not meant by other keys, so only those in ``absent`` are compared.
+    A key that is merely similar to a setting may be the training's own, so it is only named in a
+    warning. A setting that is given is not misspelt elsewhere: only ``absent`` ones are compared.
 
     Raises
     ------
@@ -469,8 +469,8 @@ def _check_unknown(keys: Set[str], absent: Set[str]) -> None:
 
 
 class DataConfig(_Block):
-    """The keys of a training config that describe the data. Other keys are ignored, unless one is a
-    setting misspelt.
+    """The keys of a training config that describe the data. Other keys are ignored, unless one
+    misspells a setting.
 
     >>> DataConfig.from_yaml("configs/s3_cached.yaml").functional
     'GGA'

@@ -594,8 +594,8 @@ class IndexFile:
         """The open table, and the damage of a file that was set aside, or ''."""
         index, broken = self._dir.index, ""
         if self._is_emptied():
-            # A new file: SQLite would wait a minute, at each open, for the locks of those who
-            # have this one open.
+            # Make a new file. At each open of this one SQLite would wait a minute for the locks
+            # of the processes that have it open.
             self._remove_with_log()
         try:
             table = self._connect()
@@ -621,7 +621,7 @@ class IndexFile:
         return table, broken
 
     def _is_emptied(self) -> bool:
-        """Whether something has taken all content of the file, or its first writer was killed."""
+        """Whether the file is empty: it was truncated, or its first writer was killed."""
         try:
             return not self._dir.index.stat().st_size
         except FileNotFoundError:

@@ -101,8 +101,8 @@ class WarmReport:
         Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
     seconds : float
     lacking : tuple of str
-        Ids that lack a channel, which ``missing`` fills or for which it leaves them out; those left
-        out are not among ``ids``.
+        Ids that lack a channel. ``missing`` fills it, or leaves them out; then they are not among
+        ``ids``.
     flawed : tuple of WarmResult
         Densities that were read, or compared with the origin, and have flaws: absent chunks (with
         ``cache.missing_chunks: fill``), or values that are NaN or infinite.

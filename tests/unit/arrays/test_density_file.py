@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from tests.support.stores import STRUCTURE
-from zarrcache.arrays import read_density_file, read_vasp_text
+from zarrcache.arrays import read_vasp_text
+from zarrcache.arrays.density_file import read_density_file
 from zarrcache.errors import ConfigError, SchemaError
 
 HEAD = (
@@ -29,7 +30,7 @@ def test_the_grid_and_the_lattice_come_without_pymatgen(tmp_path: Path) -> None:
     path = tmp_path / "mp-1.CHGCAR"
     path.write_bytes(HEAD + BODY)
     script = (
-        "import sys\nfrom zarrcache.arrays import read_density_file\n"
+        "import sys\nfrom zarrcache.arrays.density_file import read_density_file\n"
         f"found = read_density_file({str(path)!r})\n"
         "print(found.blocks['total'].sum(), found.lattice[0, 0], 'pymatgen' in sys.modules)"
     )
