@@ -316,8 +316,7 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
     if zipped is not None:
         raw = zipped.read(prefix + name, MAX_DOCUMENT_BYTES)
         if is_density(array):
-            described_by = "zarr.json" if f"{array}/zarr.json" in zipped.sizes else None
-            attributes = attributes_in_zip(zipped, attributes_key(described_by))
+            attributes = attributes_in_zip(zipped, attributes_key(name))
     else:
         key = f"{store}/{attributes_key(name)}"
         documents = [o for o in listed if o.key in (prefix + name, key)]

@@ -363,36 +363,36 @@ class Selection:
                 if store is not None:
                     candidates.append((row, *store))
 
-        def compare(candidate: tuple[Row, Origin, str]) -> Compared:
-            row, origin, store = candidate
-            header = stored_header(self.index, row.digest)
-            if header is None:
-                return Compared(row, False)  # evicted meanwhile, or damaged, which verify reports
-            array, units = header.key.source_array, header.key.units
-            try:
-                what = OriginArray(origin, store, array)
-                listed = list_array(what)
-            except (OriginNotFoundError, SchemaError):
-                return Compared(row, True)
-            lacks, electrons, volume = "", None, None
-            if examines:
-                try:
-                    examined = examine_array(what, listed)
-                    electrons = examined.electrons(array)
-                    if examined.missing_chunks:
-                        lacks = (
-                            f"the origin lacks {examined.missing_chunks} of {examined.chunks} "
-                            "chunks"
-                        )
-                    if units == "volume" and electrons is not None:
-                        volume = cell_volume(examined.attributes, origin.url_of(store))
-                except (SchemaError, IncompleteArrayError) as exc:
-                    lacks = str(exc)
-            is_stale = source_digest(listed) != header.source
-            return Compared(row, is_stale, lacks, electrons, volume)
-
-        with closing(concurrently(compare, candidates)) as answers:
+        with closing(
+            concurrently(lambda one: self._compare(*one, examines=examines), candidates)
+        ) as answers:
             return list(answers)
+
+    def _compare(self, row: Row, origin: Origin, store: str, *, examines: bool) -> Compared:
+        header = stored_header(self.index, row.digest)
+        if header is None:
+            return Compared(row, False)  # evicted meanwhile, or damaged, which verify reports
+        array, units = header.key.source_array, header.key.units
+        what = OriginArray(origin, store, array)
+        try:
+            listed = list_array(what)
+        except (OriginNotFoundError, SchemaError):
+            return Compared(row, True)
+        lacks, electrons, volume = "", None, None
+        if examines:
+            try:
+                examined = examine_array(what, listed)
+                electrons = examined.electrons(array)
+                if examined.missing_chunks:
+                    lacks = (
+                        f"the origin lacks {examined.missing_chunks} of {examined.chunks} chunks"
+                    )
+                if units == "volume" and electrons is not None:
+                    volume = cell_volume(examined.attributes, what.store_url)
+            except (SchemaError, IncompleteArrayError) as exc:
+                lacks = str(exc)
+        is_stale = source_digest(listed) != header.source
+        return Compared(row, is_stale, lacks, electrons, volume)
 
     def density_of(self, row: Row) -> NDArray[np.float32]:
         """The density of an entry, read from the origin past the cache, absent chunks filled.
