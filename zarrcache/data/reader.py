@@ -663,7 +663,7 @@ class ZarrS3Reader(PairReader):
                 on_attributes=found.append if keeps_attributes else None,
             )
             channel = self.column(role, array or self._arrays[role][0])
-            # A channel that came with another one is a hit; who read that one keeps them.
+            # A channel that came with another one is a hit; the read of that one keeps them.
             is_known = bool(found) and found[0] is not UNKNOWN
             if keeps_attributes and outcome != "bypass" and (is_known or self._is_first(channel)):
                 self._keep_attributes(self._origins[role], store, channel.array, *found)
