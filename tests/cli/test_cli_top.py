@@ -175,6 +175,12 @@ def samples(text: str) -> dict[str, float]:
     return found
 
 
+@pytest.fixture
+def metrics() -> None:
+    pytest.importorskip("prometheus_client", reason="needs the extra 'metrics'")
+
+
+@pytest.mark.usefixtures("metrics")
 def test_a_metrics_file_is_kept_whole_and_up_to_date(config: Path, tmp_path: Path) -> None:
     path = tmp_path / "zarrcache.prom"
     with training(config) as process:
@@ -198,6 +204,7 @@ def test_a_metrics_file_is_kept_whole_and_up_to_date(config: Path, tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir() if "prom" in file.name] == [path.name]
 
 
+@pytest.mark.usefixtures("metrics")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -212,6 +219,7 @@ def test_wrong_use_is_named(config: Path, arguments: tuple[str, ...], message: s
     assert (done.code, message in done.err) == (2, True), done
 
 
+@pytest.mark.usefixtures("metrics")
 def test_serve_answers_prometheus_without_the_token_only_where_asked(
     config: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +234,7 @@ def test_serve_answers_prometheus_without_the_token_only_where_asked(
             lines: list[Any] = []
             while not lines or lines[-1] != "}\n":
                 lines.append(process.stdout.readline())
+                assert lines[-1], "it has ended"
             url = json.loads("".join(lines))["url"]
             request = urllib.request.Request(f"{url}/metrics")
             try:
