@@ -313,3 +313,6 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert (config.retry.attempts, config.retry.timeout) == (7, 1.5)
     with pytest.raises(ConfigError, match=r"cache.retry.timeout: '1:30' is not a duration"):
         CacheConfig.from_yaml(written(tmp_path, "dir: /s\nretry: {timeout: 1:30}\n"))
+    for number in ("0x_", "0x1_0", "9" * 5000):
+        with pytest.raises(ConfigError, match=r"config\.yaml.*not YAML|cache\.limit: '0x"):
+            CacheConfig.from_yaml(written(tmp_path, f"dir: /s\nlimit: {number}\n"))

@@ -421,7 +421,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         document = yaml.load(text, YamlLoader)
     except ConfigError as exc:
         raise ConfigError(f"config file {os.fspath(path)}: {exc}") from None
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError) as exc:  # the latter of a number of thousands of digits
         raise ConfigError(f"config file {os.fspath(path)} is not YAML: {exc}") from exc
     if not isinstance(document, dict):
         raise ConfigError(
@@ -458,7 +458,7 @@ def _text(loader: YamlLoader, node: yaml.ScalarNode) -> str:
 
 def _whole(loader: YamlLoader, node: yaml.ScalarNode) -> int | str:
     text = _text(loader, node)
-    if "x" in text:
+    if "x" in text and "_" not in text:
         return int(text, 16)
     return int(text) if text.lstrip("+-").isdecimal() else text
 
