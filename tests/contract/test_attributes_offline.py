@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tests.support.requestlog import RequestLog
 from tests.support.s3server import S3Server
 from tests.support.stores import STRUCTURE, small_group
 from zarrcache import ZarrS3Reader, plan_warm
-from zarrcache._keys import ArrayKey
+from zarrcache._keys import ArrayKey, Role
 from zarrcache.cache.attributes import StoredAttributes
 from zarrcache.cache.cache import Cache
 from zarrcache.config import CacheConfig, DataConfig
@@ -261,6 +263,123 @@ def test_a_material_without_a_structure_is_an_error_that_names_it(
     small_group(path, attrs=attributes)
     with pytest.raises(SchemaError, match=rf"{path}.*{why}"):
         make_reader(tmp_path, stores, cache={}).structure("mp-1")
+
+
+# -- never the grid of one version and the lattice of another -------------------------------------
+
+
+def _write(stores: Path, version: int, **options: Any) -> None:
+    """Write ``mp-1``: all values are ``version``, and so is the edge of the cell in angstrom."""
+    wider = json.loads(json.dumps(STRUCTURE).replace("3.8", f"{version}.0"))
+    values = np.full((16, 16, 16), version, np.float32)
+    arrays = {f"charge_density_{kind}": values for kind in ("total", "diff")}
+    for role in ("data", "label"):
+        path = stores / role / "mp-1.zarr"
+        small_group(path, arrays, attrs={"structure": wider}, **options)
+        for file in path.rglob("*"):
+            os.utime(file, (1.6e9 + version,) * 2)  # a store of just now is listed twice
+
+
+def _check_versions(reader: ZarrS3Reader, density: int, role: Role = "data") -> None:
+    """The density is of this version, and the attributes are too, or are refused."""
+    assert np.all(reader.load("mp-1", role)[0] == density)
+    with contextlib.suppress(IncompleteArrayError):
+        assert reader.volume("mp-1", role) == pytest.approx(density**3)
+
+
+def test_documents_of_v2_beside_those_of_v3_are_not_read(stores: Path, tmp_path: Path) -> None:
+    """As ``zarr migrate v3`` leaves them: the density is read by ``zarr.json``."""
+    _write(stores, 1)
+    path = stores / "data" / "mp-1.zarr"
+    old = {name: (path / name).read_bytes() for name in (".zattrs", ".zgroup")}
+    _write(stores, 2, zarr_format=3)
+    for name, document in old.items():
+        (path / name).write_bytes(document)
+    for cache in (None, {}):
+        reader = make_reader(tmp_path, stores, cache=cache)
+        assert reader.volume("mp-1") == pytest.approx(8)
+        _check_versions(reader, 2)
+
+
+@pytest.mark.parametrize("density_type", ["diff", {"data": "total", "label": "diff"}])
+@pytest.mark.parametrize("is_one_directory", [False, True])
+def test_attributes_are_compared_with_each_cached_channel(
+    stores: Path, tmp_path: Path, density_type: Any, is_one_directory: bool
+) -> None:
+    """Not only with the first one of the input, which may not be of that store."""
+    options = {"label_dir": stores / "data"} if is_one_directory else {}
+    _write(stores, 1)
+    make_reader(tmp_path, stores, cache={}, density_type=density_type, **options).load(
+        "mp-1", "label"
+    )
+    _write(stores, 2)
+    reader = make_reader(tmp_path, stores, cache={}, density_type=density_type, **options)
+    _check_versions(reader, 1, "label")
+
+
+@pytest.mark.parametrize("tiers", [{"bytes": {"enabled": True}}, {"bytes": {"enabled": False}}])
+@pytest.mark.parametrize("reads_attributes_first", [False, True])
+def test_without_the_array_tier_attributes_come_from_where_the_density_does(
+    stores: Path, tmp_path: Path, tiers: Any, reads_attributes_first: bool
+) -> None:
+    cache = {"arrays": {"enabled": False}, **tiers}
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache=cache)
+    _check_versions(reader, 1)
+    if reads_attributes_first:
+        assert reader.volume("mp-1") == 1
+    _write(stores, 2)
+    version = 1 if tiers["bytes"]["enabled"] else 2
+    reader = make_reader(tmp_path, stores, cache=cache)
+    _check_versions(reader, version)
+    assert reader.volume("mp-1") == pytest.approx(version**3)
+
+
+def test_a_store_that_changes_during_a_run_is_refused_where_the_run_has_compared_it(
+    stores: Path, tmp_path: Path
+) -> None:
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache={"revalidate": "run"})
+    _check_versions(reader, 1)
+    _write(stores, 2)
+    _check_versions(reader, 1)
+    with pytest.raises(IncompleteArrayError, match="has changed since"):
+        reader.volume("mp-1")
+    reader = make_reader(tmp_path, stores, cache={"revalidate": "run"})
+    assert reader.volume("mp-1") == pytest.approx(8)
+    _check_versions(reader, 2)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+def test_a_density_of_another_cache_that_is_not_stored_here_does_not_meet_newer_attributes(
+    stores: Path, tmp_path: Path, encoding: str
+) -> None:
+    _write(stores, 1)
+    lower = {"dir": tmp_path / "lower"}
+    plan_warm(make_reader(tmp_path, stores, cache=lower), workers=1).execute()
+    _write(stores, 2)
+    cache = {"lower": tmp_path / "lower", "limit": "4 KiB", "arrays": {"encoding": encoding}}
+    reader = make_reader(tmp_path, stores, cache=cache)
+    for _ in range(2):
+        _check_versions(reader, 1)
+        with pytest.raises(IncompleteArrayError, match="has changed since"):
+            reader.volume("mp-1")
+    assert reader.stats.bypasses == reader.stats.lower_hits == 2
+
+
+def test_a_row_that_cannot_be_replaced_is_not_used(stores: Path, tmp_path: Path) -> None:
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache={})
+    plan_warm(reader, workers=1).execute()
+    assert reader.cache.arrays is not None
+    reader.cache.arrays.drop(reader.key("mp-1", "data"))
+    _write(stores, 2)
+    full = make_reader(tmp_path, stores, cache={"min_free": "1000 TiB"})
+    assert full.volume("mp-1") == 1
+    for _ in range(2):
+        _check_versions(full, 2)
+        assert full.volume("mp-1") == pytest.approx(8)
+    assert full.stats.bypasses == 2
 
 
 # -- the packs ------------------------------------------------------------------------------------

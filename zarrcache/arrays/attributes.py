@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zarrcache._keys import density_array
-from zarrcache.arrays.decode import FORMATS, MAX_DOCUMENT_BYTES, attributes_in
+from zarrcache.arrays.decode import (
+    FORMATS,
+    MAX_DOCUMENT_BYTES,
+    attributes_in,
+    attributes_key,
+    metadata_key,
+)
 from zarrcache.arrays.density_file import HEAD, structure_of, structure_of_poscar
 from zarrcache.arrays.listing import OriginArray, check_sizes, list_array
 from zarrcache.arrays.npy_files import ATOMS
@@ -48,11 +54,11 @@ def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
     objects = {obj.key.removeprefix(f"{store}/"): obj for obj in origin.list_objects(f"{store}/")}
     if not objects:
         raise OriginNotFoundError(f"{url} does not exist or is empty.")
-    for name, zarr_format in FORMATS.items():
-        if name in objects and 0 < objects[name].size_bytes <= MAX_DOCUMENT_BYTES:
-            ((_, document),) = origin.fetch([objects[name]])
-            return attributes_in(document, name), zarr_format
-    return {}, 2
+    name = attributes_key(metadata_key(objects))  # as for a density: v3 hides documents of v2
+    if name not in objects or objects[name].size_bytes > MAX_DOCUMENT_BYTES:
+        return {}, FORMATS[name]
+    ((_, document),) = origin.fetch([objects[name]])
+    return attributes_in(document, name), FORMATS[name]
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:

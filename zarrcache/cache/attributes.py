@@ -68,9 +68,12 @@ class AttributePacks:
 
     def __init__(self, entries: ArrayCache) -> None:
         self._entries = entries
+        self._outdated: set[str] = set()  # URLs of stores whose rows could not be written
 
     def get(self, origin: Origin, store: str) -> StoredAttributes | None:
         """The attributes of ``store``; None if they are not stored."""
+        if self._outdated and origin.url_of(store) in self._outdated:
+            return None
         row = self._row(origin, store)
         return None if row is None else _unpacked(row)
 
@@ -83,8 +86,13 @@ class AttributePacks:
     def put(self, origin: Origin, store: str, found: StoredAttributes) -> bool:
         """Store a row, or replace it. Returns whether it is stored.
 
-        If ``found`` has no attributes, :meth:`get` returns None from then on.
+        If not, or if ``found`` has no attributes, :meth:`get` returns None from then on.
         """
+        is_stored = self._put(origin, store, found)
+        (self._outdated.discard if is_stored else self._outdated.add)(origin.url_of(store))
+        return is_stored
+
+    def _put(self, origin: Origin, store: str, found: StoredAttributes) -> bool:
         row = _packed(found) if found.attributes else _NOTHING
         for key in _path(origin, store):
             rows = self._rows(key)

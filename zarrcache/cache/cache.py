@@ -60,7 +60,7 @@ class Cache:
     arrays : ArrayCache or None
         None: no cache, or ``cache.arrays.enabled`` is false.
     attributes : AttributePacks or None
-        Of the stores. None: no cache.
+        Of the stores. None: no array tier; the byte tier has them.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Cache:
             # Listings decide which materials exist and are read once per run: verify each time.
             checked = config.model_copy(update={"verify": "always"})
             self._listings = ArrayCache(checked, counters, index=index)
-            self.attributes = AttributePacks(self._listings)
             if config.arrays.enabled:
                 self.arrays = ArrayCache(config, counters, index=index, verified=verified)
+                self.attributes = AttributePacks(self._listings)
         if eviction_policy is not None:
             self.set_eviction_policy(eviction_policy)
 

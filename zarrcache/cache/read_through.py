@@ -23,6 +23,7 @@ from zarrcache.arrays import (
     is_fetched_whole,
     list_array,
     read_array,
+    read_attributes,
 )
 from zarrcache.cache.attributes import UNKNOWN, StoredAttributes
 from zarrcache.cache.cache import Cache
@@ -118,6 +119,8 @@ class ReadThrough:
         self._revalidate = config.revalidate if config is not None else "never"
         self.fills = config is not None and config.missing_chunks == "fill"
         self._log_once = LogOnce()
+        #: Sources of densities that another cache gave and that are not stored here, by store.
+        self._given: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = functools.partial(ReadThrough, units=self._units, siblings=self._siblings)
@@ -175,11 +178,7 @@ class ReadThrough:
             replace those that are stored, if any are.
         """
         key, listed, source = self.key(store), None, None
-        is_due = (
-            revalidate
-            or self._revalidate == "epoch"
-            or (self._revalidate == "run" and key.digest not in self._checked)
-        )
+        is_due = revalidate or not self._is_trusted(key)
         outcome: Outcome
         if self._arrays is None:
             values, outcome, flaws, _ = self._past_the_array_tier(store, relist=is_due)
@@ -217,9 +216,7 @@ class ReadThrough:
         ``served_bytes`` counts the values that are taken.
         """
         arrays, key = self._arrays, self.key(store)
-        is_trusted = self._revalidate == "never" or (
-            self._revalidate == "run" and key.digest in self._checked
-        )
+        is_trusted = self._is_trusted(key)
         entry = arrays.get(key, lazily=True) if arrays is not None and is_trusted else None
         # Only a planted entry is not of float32 and 3-D.
         if entry is None or entry.header.dtype != "<f4" or len(entry.header.shape) != 3:
@@ -230,6 +227,12 @@ class ReadThrough:
         self._counters.add(hits=1)
         grid = entry.grid
         return LazyGrid(grid.stored, grid.stored_as, self._served), "hit"
+
+    def _is_trusted(self, key: ArrayKey) -> bool:
+        """Whether the next read takes an entry without comparing it with the origin."""
+        return self._revalidate == "never" or (
+            self._revalidate == "run" and key.digest in self._checked
+        )
 
     def _served(self, nbytes: int) -> None:
         self._counters.add(served_bytes=nbytes)
@@ -255,7 +258,7 @@ class ReadThrough:
             if entry is not None:
                 return _Found(entry.array, "hit", entry.header.flaws)
             if key.exact is not None:
-                encoded = self._encoded(arrays, key, key.exact, source)
+                encoded = self._encoded(arrays, sought, key.exact)
                 if encoded is not None:
                     return encoded
             return self._fetch(arrays, sought, reserve)
@@ -270,9 +273,12 @@ class ReadThrough:
             taken = lookup.take() if lookup is not None else None
             if taken is not None:
                 values = as_density(taken.array, key.url, self._array)
-                outcome: Outcome = "miss" if taken.is_stored else "bypass"
-                return _Found(values, outcome, taken.flaws, UNKNOWN)
+                if taken.is_stored:
+                    return _Found(values, "miss", taken.flaws, UNKNOWN)
+                self._given[what.store] = taken.source
+                return _Found(values, "bypass", taken.flaws, UNKNOWN)
             decoded = read_array(what, listed=listed, reserve=reserve)
+            self._given.pop(what.store, None)
             values, flaws = self._as_density(decoded, key.url)
             if lookup is not None:
                 lookup.report_progress(values.nbytes * _STORE_S_PER_BYTE)
@@ -331,10 +337,9 @@ class ReadThrough:
         flaws = Flaws(0, nonfinite) if nonfinite else SOUND
         arrays.store(new_entry(key, values, decoded.source, flaws))
 
-    def _encoded(
-        self, arrays: ArrayCache, key: ArrayKey, exact: ArrayKey, source: str | None
-    ) -> _Found | None:
+    def _encoded(self, arrays: ArrayCache, sought: _Sought, exact: ArrayKey) -> _Found | None:
         """Encode the density from its entry in float32, if there is one, and replace that."""
+        key, what, _, source = sought
         remote = self._cache.remote
         own = arrays.get(exact, source=source)
         entry = remote.lower(exact, source) if own is None and remote is not None else own
@@ -348,7 +353,10 @@ class ReadThrough:
         )
         if own is not None:
             return _Found(values, "hit", header.flaws)
-        return _Found(values, "miss" if is_stored else "bypass", header.flaws, UNKNOWN)
+        if is_stored:
+            return _Found(values, "miss", header.flaws, UNKNOWN)
+        self._given[what.store] = header.source
+        return _Found(values, "bypass", header.flaws, UNKNOWN)
 
     def _report(self, key: ArrayKey, flaws: Flaws, on_flaws: OnFlaws | None) -> None:
         """Say what is wrong with a density, or raise if the settings do not allow it.
@@ -369,13 +377,27 @@ class ReadThrough:
             on_flaws(flaws)
 
     def is_outdated(self, store: str) -> bool:
-        """Whether the origin has another version than the entry. One LIST, if there is an entry."""
+        """Whether the origin has another version than the entry that the next read takes.
+
+        One LIST, if there is such an entry, here or in the cache that gave the density last.
+        """
         key = self.key(store)
+        if self._arrays is None or not self._is_trusted(key):
+            return False
         for one in (key, key.exact):
             source = None if one is None else self._cache.stored_source(one)
             if source is not None:
-                return source_digest(self.listing(store)) != source
-        return False
+                break
+        else:
+            source = self._given.get(store)
+        return source is not None and source_digest(self.listing(store)) != source
+
+    def attributes(self, store: str) -> StoredAttributes:
+        """Attributes of a store: from the origin now, or without the array tier as densities."""
+        origin = self._origin
+        if self._arrays is None:
+            origin = self._below(relist=not self._is_trusted(self.key(store)))
+        return StoredAttributes(*read_attributes(origin, store))
 
     def of_group(self, group: zarr.Group, where: str) -> NDArray[np.float32]:
         """Read the density of an open group, past the cache."""
@@ -388,24 +410,26 @@ class ReadThrough:
         found = decoded.missing_chunks, count_nonfinite(values)
         return values, Flaws(*found) if any(found) else SOUND
 
+    def _below(self, *, relist: bool) -> Origin:
+        """What is below the array tier: the byte tier over the origin, or the origin."""
+        config = self._cache.config
+        if config is None or not config.bytes.enabled:
+            return self._origin
+        return CachedOrigin(self._origin, self._cache, relist=relist)
+
     def _past_the_array_tier(self, store: str, *, relist: bool) -> _Found:
         """Read without the array tier (``cache.arrays.enabled: false``, or no cache)."""
-        config = self._cache.config
         what = dataclasses.replace(self._of(store), also=())
-        if config is None or not config.bytes.enabled:
-            decoded = read_array(what)
-        else:
 
-            def through_the_byte_tier(*, relist: bool) -> Decoded:
-                cached = CachedOrigin(self._origin, self._cache, relist=relist)
-                return read_array(dataclasses.replace(what, origin=cached))
+        def decoded_from(origin: Origin) -> Decoded:
+            return read_array(dataclasses.replace(what, origin=origin))
 
-            try:
-                decoded = through_the_byte_tier(relist=relist)
-            except IncompleteArrayError:
-                if relist:
-                    raise
-                # The stored listing may be older than the store.
-                decoded = through_the_byte_tier(relist=True)
+        try:
+            decoded = decoded_from(self._below(relist=relist))
+        except IncompleteArrayError:
+            if relist or self._cache.config is None or not self._cache.config.bytes.enabled:
+                raise
+            # The stored listing may be older than the store.
+            decoded = decoded_from(self._below(relist=True))
         values, flaws = self._as_density(decoded, what.store_url)
         return _Found(values, "bypass", flaws)

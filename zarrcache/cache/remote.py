@@ -36,6 +36,7 @@ class Taken:
     array: np.ndarray[Any, np.dtype[Any]]
     is_stored: bool
     flaws: Flaws
+    source: str
 
 
 class _Offer(NamedTuple):
@@ -125,12 +126,13 @@ class RemoteSources:
                 return None
             entry, is_stored = self._arrays.take(incoming)
             if entry is not None:
-                taken = Taken(entry.array, is_stored, incoming.header.flaws)
+                taken = Taken(entry.array, is_stored, incoming.header.flaws, incoming.header.source)
             elif incoming.is_spent:
                 # Evicted just after it was stored, or the disk failed: the stream is used up.
                 return None
             else:
-                taken = Taken(incoming.read(), False, incoming.header.flaws)
+                values = incoming.read()
+                taken = Taken(values, False, incoming.header.flaws, incoming.header.source)
         except CorruptEntryError as exc:
             self._reject(offer, exc)
             return None

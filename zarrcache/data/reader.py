@@ -834,7 +834,7 @@ class ZarrS3Reader(PairReader):
         """
         with only_our_errors(f"metadata of {task_id} ({role})"):
             origin, store = self._origins[role], self.store_name(task_id, role)
-            return metadata_in(self._attributes(origin, store), origin.url_of(store))
+            return metadata_in(self._attributes(role, store), origin.url_of(store))
 
     def structure(self, task_id: str, role: Role = "data") -> dict[str, Any]:
         """The structure of a material: ``pymatgen.core.Structure.as_dict()``.
@@ -865,7 +865,7 @@ class ZarrS3Reader(PairReader):
         """
         with only_our_errors(f"volume of {task_id} ({role})"):
             origin, store = self._origins[role], self.store_name(task_id, role)
-            return cell_volume(self._attributes(origin, store), origin.url_of(store))
+            return cell_volume(self._attributes(role, store), origin.url_of(store))
 
     def electrons(self, task_id: str, role: Role = "data") -> float | None:
         """Number of electrons that the metadata of a material states; None if it states none.
@@ -873,22 +873,24 @@ class ZarrS3Reader(PairReader):
         Requests as for ``metadata``.
         """
         with only_our_errors(f"electrons of {task_id} ({role})"):
-            origin, store = self._origins[role], self.store_name(task_id, role)
-            return electrons_in(self._attributes(origin, store))
+            return electrons_in(self._attributes(role, self.store_name(task_id, role)))
 
-    def _attributes(self, origin: Origin, store: str) -> dict[str, Any]:
+    def _attributes(self, role: Role, store: str) -> dict[str, Any]:
+        origin = self._origins[role]
         stored = self._stored_attributes(origin, store)
         if stored is None:
-            stored = StoredAttributes(*read_attributes(origin, store))
-            if not self.trusts_entries:
-                return stored.attributes  # perhaps newer than the cached density, so not kept
-            if self._density("data").at(origin).is_outdated(store):
+            stored = self._density(role).attributes(store)
+            own = self.column(role, self._arrays[role][0]).role
+            channels = [one for one in self.channels if one.role == own]
+            if any(self._density(*one).is_outdated(store) for one in channels):
                 raise IncompleteArrayError(
                     f"{origin.url_of(store)} has changed since its density was cached, so its "
                     "attributes are of another version. Run `zarrcache warm --revalidate`."
                 )
-            if stored.attributes and self._cache.attributes is not None:
-                self._cache.attributes.put(origin, store, stored)
+            # Otherwise they are perhaps newer than the density that the next read replaces.
+            packs = self._cache.attributes if self.trusts_entries else None
+            if stored.attributes and packs is not None:
+                packs.put(origin, store, stored)
         return stored.attributes
 
     def _stored_attributes(self, origin: Origin, store: str) -> StoredAttributes | None:
