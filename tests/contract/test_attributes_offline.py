@@ -325,7 +325,7 @@ def test_without_the_array_tier_attributes_come_from_where_the_density_does(
     cache = {"arrays": {"enabled": False}, **tiers}
     _write(stores, 1)
     reader = make_reader(tmp_path, stores, cache=cache)
-    _check_versions(reader, 1)
+    reader.load("mp-1", "data")
     if reads_attributes_first:
         assert reader.volume("mp-1") == 1
     _write(stores, 2)
@@ -333,6 +333,35 @@ def test_without_the_array_tier_attributes_come_from_where_the_density_does(
     reader = make_reader(tmp_path, stores, cache=cache)
     _check_versions(reader, version)
     assert reader.volume("mp-1") == pytest.approx(version**3)
+
+
+@pytest.mark.parametrize("revalidate", ["never", "run"])
+def test_the_metadata_of_an_open_store_is_of_the_version_of_its_cached_density(
+    stores: Path, tmp_path: Path, revalidate: str
+) -> None:
+    """With the methods of the users' reader: both come from one group."""
+    _write(stores, 1)
+    reader = make_reader(tmp_path, stores, cache={"revalidate": revalidate})
+    _check_versions(reader, 1, "label")
+    path = stores / "label" / "mp-1.zarr"
+    if revalidate == "run":
+        group = reader.read_zarr_store(path)
+        assert reader.get_metadata(group)["structure"]["lattice"]["matrix"][0][0] == 1
+    _write(stores, 2)
+    group = reader.read_zarr_store(path)
+    assert np.all(reader.read_charge_density(group)[0] == 1)
+    if revalidate == "run":
+        with pytest.raises(IncompleteArrayError, match="has changed since"):
+            reader.get_metadata(group)
+    else:  # which were stored with the attributes when `_check_versions` read these
+        assert reader.get_metadata(group)["structure"]["lattice"]["matrix"][0][0] == 1
+    fresh = make_reader(tmp_path, stores, cache={"dir": tmp_path / "other"})
+    assert np.all(fresh.load("mp-1", "label")[0] == 2)
+    _write(stores, 1)
+    group = fresh.read_zarr_store(path)
+    assert np.all(fresh.read_charge_density(group)[0] == 2)
+    with pytest.raises(IncompleteArrayError, match="has changed since"):
+        fresh.get_metadata(group)
 
 
 def test_a_store_that_changes_during_a_run_is_refused_where_the_run_has_compared_it(

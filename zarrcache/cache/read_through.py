@@ -376,10 +376,10 @@ class ReadThrough:
         if on_flaws is not None:
             on_flaws(flaws)
 
-    def is_outdated(self, store: str) -> bool:
-        """Whether the origin has another version than the entry that the next read takes.
+    def is_outdated(self, store: str, origin: Origin | None = None) -> bool:
+        """Whether ``origin`` (default: that of `read`) has another version than a read gives.
 
-        One LIST, if there is such an entry, here or in the cache that gave the density last.
+        One LIST, if there is an entry, here or in the cache that gave the density last.
         """
         key = self.key(store)
         if self._arrays is None or not self._is_trusted(key):
@@ -390,7 +390,10 @@ class ReadThrough:
                 break
         else:
             source = self._given.get(store)
-        return source is not None and source_digest(self.listing(store)) != source
+        if source is None:
+            return False
+        what = dataclasses.replace(self._of(store), origin=origin or self._origin)
+        return source_digest(list_array(what)) != source
 
     def attributes(self, store: str) -> StoredAttributes:
         """Attributes of a store: from the origin now, or without the array tier as densities."""

@@ -83,6 +83,11 @@ class CachedStore(Store):
         return self.origin.url_of(self.name)
 
     @property
+    def through(self) -> CachedOrigin:
+        """The origin as this store reads it, with its listing."""
+        return self._through
+
+    @property
     def knows_attributes(self) -> bool:
         """Whether :meth:`know_attributes` was called, here or where the store was pickled."""
         return bool(self._known)

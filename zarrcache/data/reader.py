@@ -809,9 +809,21 @@ class ZarrS3Reader(PairReader):
         """Attribute ``metadata`` of a store, merged with ``structure``.
 
         Both may be JSON strings or JSON itself.
+
+        Raises
+        ------
+        IncompleteArrayError
+            The density of the store is cached in another version.
         """
+        from zarrcache.cache import CachedStore
+
         _check_group(zarr_store, "get_metadata", "metadata(task_id)")
+        store = zarr_store.store
         with only_our_errors(f"metadata of {zarr_store.store_path}"):
+            if isinstance(store, CachedStore) and not store.knows_attributes:
+                for one in self.channels:
+                    if self._density(*one).at(store.origin).is_outdated(store.name, store.through):
+                        raise _other_version(store.url)
             return metadata_of(zarr_store)
 
     # -- attributes
@@ -883,10 +895,7 @@ class ZarrS3Reader(PairReader):
             own = self.column(role, self._arrays[role][0]).role
             channels = [one for one in self.channels if one.role == own]
             if any(self._density(*one).is_outdated(store) for one in channels):
-                raise IncompleteArrayError(
-                    f"{origin.url_of(store)} has changed since its density was cached, so its "
-                    "attributes are of another version. Run `zarrcache warm --revalidate`."
-                )
+                raise _other_version(origin.url_of(store))
             # Otherwise they are perhaps newer than the density that the next read replaces.
             packs = self._cache.attributes if self.trusts_entries else None
             if stored.attributes and packs is not None:
@@ -947,6 +956,13 @@ def _check_group(group: Any, method: str, instead: str) -> None:
             f"{method} takes an open store, read_zarr_store(path), not {safe_repr(group)}. For a "
             f"task id: reader.{instead}."
         )
+
+
+def _other_version(url: str) -> IncompleteArrayError:
+    return IncompleteArrayError(
+        f"{url} has changed since its density was cached, so its attributes are of another "
+        "version. Run `zarrcache warm --revalidate`."
+    )
 
 
 def _flat(values: NDArray[np.float32]) -> Density:
