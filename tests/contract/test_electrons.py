@@ -22,7 +22,7 @@ from tests.support.training import zarrcache
 from zarrcache import ops
 from zarrcache.arrays import OriginArray, read_array
 from zarrcache.arrays import read as reading
-from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError
+from zarrcache.errors import IncompleteArrayError, OriginAccessError, OriginError, SchemaError
 from zarrcache.origin import ObjectInfo
 from zarrcache.origin._local import LocalOrigin
 
@@ -166,7 +166,6 @@ NOTHING: dict[str, Any] = {
     "number": {"metadata": 8.0},
     "json of a list": {"metadata": "[8.0]"},
     "deep": {"metadata": "[" * 50_000},
-    "many": {"metadata": "[" + "[]," * 300_000 + "0]"},
     "surrogate": {"metadata": '{"electrons": "\ud800"}'},
     "elsewhere": {"electrons": 8.0, "structure": {"electrons": 8.0}},
 }
@@ -188,20 +187,44 @@ def test_anything_but_a_finite_number_says_nothing(
         assert np.array_equal(reader.load("mp-1", "data")[0].reshape(SHAPE), VALUES)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe", b"{", b"[]", b"null", b'{"a": 1', b" " * (5 * 2**20), None, 1]
-)
-def test_attributes_that_cannot_be_used_say_nothing(tmp_path: Path, content: Any) -> None:
-    """Also none, and a directory."""
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_absent_attributes_say_nothing(tmp_path: Path, is_directory: bool) -> None:
     store, _ = write(tmp_path, 1.0)
     path = attributes_of(store)
     path.unlink()
-    if content == 1:
+    if is_directory:
         path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
     values, _ = make_reader(tmp_path, cache={}).load("mp-1", "data")
     assert np.array_equal(values.reshape(SHAPE), VALUES)
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("cache", [None, {}, {"arrays": {"enabled": False}}])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b'{"charge_density_units": "vol', "cannot be read"),
+        (b"[]", r"does not hold attributes but \[\]"),
+        (b"null", "does not hold attributes but None"),
+        (b'{"a": [' + b"[]," * 300_000 + b"0]}", r"cannot be read \(it has too many lists"),
+        (b"{}" + b" " * (5 * 2**20), "has 5242882 bytes"),
+    ],
+)
+def test_attributes_that_cannot_be_read_are_an_error(
+    tmp_path: Path, content: bytes, message: str, cache: Any, is_zipped: bool
+) -> None:
+    """They may say units, which a store without attributes does not have."""
+    store, _ = write(tmp_path)
+    attributes_of(store).write_bytes(content)
+    if is_zipped:
+        shutil.make_archive(str(store), "zip", store)
+        shutil.rmtree(store)
+    reader = make_reader(tmp_path, cache=cache)
+    for read in (reader.load, reader.metadata):
+        with pytest.raises(SchemaError, match=rf"mp-1\.zarr(\.zip)?/\.zattrs {message}"):
+            read("mp-1", "data")
 
 
 def test_attributes_that_may_not_be_read_are_an_error(tmp_path: Path) -> None:
@@ -323,15 +346,18 @@ def test_over_a_socket_other_faults_of_the_attributes_are_errors(
 def test_over_a_socket_attributes_that_are_too_large_are_not_requested(
     tmp_path: Path, engine: str
 ) -> None:
-    """With the density, and where they alone are read: the listing has their size."""
+    """With the density, and where they alone are read: the listing has their size, which is
+    refused.
+    """
     store, _ = write(tmp_path / BUCKET)
     shutil.copy(tmp_path / BUCKET / "map.json", tmp_path)
     (store / ".zattrs").write_bytes(b" " * (64 * 2**20))
     with running_gateway(tmp_path / BUCKET) as gateway:
         cache = {"fetch": {"engine": engine}}
         reader = make_reader(tmp_path, f"s3://{BUCKET}", s3_kwargs=gateway.s3_kwargs, cache=cache)
-        assert np.array_equal(reader.load("mp-1", "data")[0], VALUES.ravel())
-        assert reader.metadata("mp-1") == {}
+        for read in (reader.load, reader.metadata):
+            with pytest.raises(SchemaError, match=r"\.zattrs has 67108864 bytes"):
+                read("mp-1", "data")
         assert "data/mp-1.zarr/.zattrs" not in gateway.gets
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from zarrcache._keys import density_array
 from zarrcache.arrays.decode import (
     FORMATS,
-    MAX_DOCUMENT_BYTES,
     attributes_in,
     attributes_key,
+    check_attributes_size,
     metadata_key,
 )
 from zarrcache.arrays.density_file import HEAD, structure_of, structure_of_poscar
@@ -34,7 +34,7 @@ __all__ = ["metadata_in", "metadata_of", "read_attributes"]
 def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
     """The attributes of a store, and its format: 2, 3, or 0 of a file. One LIST and one GET.
 
-    A zipped store and a file are fetched whole. Attributes larger than 4 MiB are empty.
+    A zipped store and a file are fetched whole.
 
     Raises
     ------
@@ -55,10 +55,11 @@ def read_attributes(origin: Origin, store: str) -> tuple[dict[str, Any], int]:
     if not objects:
         raise OriginNotFoundError(f"{url} does not exist or is empty.")
     name = attributes_key(metadata_key(objects))  # as for a density: v3 hides documents of v2
-    if name not in objects or objects[name].size_bytes > MAX_DOCUMENT_BYTES:
+    if name not in objects:
         return {}, FORMATS[name]
+    check_attributes_size(objects[name].size_bytes, name, url)
     ((_, document),) = origin.fetch([objects[name]])
-    return attributes_in(document, name), FORMATS[name]
+    return attributes_in(document, name, url), FORMATS[name]
 
 
 def metadata_of(group: zarr.Group) -> dict[str, Any]:

@@ -34,6 +34,7 @@ __all__ = [
     "absent_chunks",
     "attributes_in",
     "attributes_key",
+    "check_attributes_size",
     "check_chunk_count",
     "check_metadata",
     "count_missing",
@@ -54,6 +55,7 @@ _MAX_EXCESS_BYTES = 72 * 1024**2
 #: Most chunks of an array that zarr reads: it makes a list of them before it looks at the first.
 _MAX_CHUNKS_OF_ZARR = 2**24
 
+_REPAIR = "Convert the store again, or repair or shorten this file."
 _NUMBERS = "biuf"
 _MAX_AXES, _MAX_LENGTH = 32, 2**63
 #: Keys below an array: its metadata, and what may be a chunk of some grid.
@@ -129,20 +131,46 @@ def attributes_key(metadata_key: str | None) -> str:
     return "zarr.json" if metadata_key == "zarr.json" else ".zattrs"
 
 
-def attributes_in(document: Any, key: str) -> dict[str, Any]:
+def attributes_in(document: Any, key: str, store_url: str) -> dict[str, Any]:
     """The attributes in the document ``key`` of a store.
 
-    Empty if the document is not a JSON object, or is larger than 4 MiB.
+    Raises
+    ------
+    SchemaError
+        It is not a JSON object, or too large. It might say other units than those of a store
+        without attributes.
     """
-    if len(document) > MAX_DOCUMENT_BYTES:
-        return {}
+    check_attributes_size(len(document), key, store_url)
     try:
         parsed = parse_document(bytes(document))
-    except (ValueError, RecursionError):
-        return {}
-    if key == "zarr.json":
-        parsed = parsed.get("attributes") if isinstance(parsed, dict) else None
-    return parsed if isinstance(parsed, dict) else {}
+    except (ValueError, RecursionError) as exc:
+        raise SchemaError(
+            f"{store_url}/{key} cannot be read ({exc}), so the units of the density are unknown. "
+            f"{_REPAIR}"
+        ) from exc
+    if key == "zarr.json" and isinstance(parsed, dict):
+        parsed = parsed.get("attributes") or {}
+    if not isinstance(parsed, dict):
+        raise SchemaError(
+            f"{store_url}/{key} does not hold attributes but {safe_repr(parsed)}, so the units "
+            f"of the density are unknown. {_REPAIR}"
+        )
+    return parsed
+
+
+def check_attributes_size(nbytes: int, key: str, store_url: str) -> None:
+    """Refuse a document with the attributes of a store before it is read.
+
+    Raises
+    ------
+    SchemaError
+        It has more than 4 MiB.
+    """
+    if nbytes > MAX_DOCUMENT_BYTES:
+        raise SchemaError(
+            f"{store_url}/{key} has {nbytes} bytes. Attributes of up to {MAX_DOCUMENT_BYTES} bytes "
+            f"are read, which say the units of the density. {_REPAIR}"
+        )
 
 
 class ArrayDecoder:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from zarrcache._keys import ObjectInfo, Units, density_array, is_density, source_digest
 from zarrcache._units import most_bytes
 from zarrcache.arrays.decode import (
-    MAX_DOCUMENT_BYTES,
     attributes_key,
+    check_attributes_size,
     is_array_key,
     metadata_key,
 )
@@ -105,8 +105,7 @@ class OriginArray:
 def list_array(what: OriginArray) -> list[ObjectInfo]:
     """List the objects of an array, or the one object of a zipped store or a file: one LIST.
 
-    Those of a density include the document with the attributes of its store, if there is one of at
-    most 4 MiB.
+    Those of a density include the document with the attributes of its store, if there is one.
 
     Raises
     ------
@@ -116,6 +115,8 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
         The store has no such array; the message names those it has.
     IncompleteArrayError
         A store without such an array keeps changing.
+    SchemaError
+        The attributes are too large to be read.
     """
     origin, store, prefix = what.origin, what.store, what.prefix
     if is_object(store):
@@ -138,10 +139,10 @@ def list_array(what: OriginArray) -> list[ObjectInfo]:
         }
         listed = list(found.values())
         if found and has_attributes:
-            document = f"{store}/{attributes_key(metadata_key(found))}"
-            listed += [
-                o for o in objects if o.key == document and o.size_bytes <= MAX_DOCUMENT_BYTES
-            ]
+            name = attributes_key(metadata_key(found))
+            for attributes in (o for o in objects if o.key == f"{store}/{name}"):
+                check_attributes_size(attributes.size_bytes, name, what.store_url)
+                listed.append(attributes)
         return listed
 
     listed = of_array(everything)

@@ -248,13 +248,12 @@ def _read_store(
     keys = [o.key.removeprefix(prefix) for o in listed if o.key.startswith(prefix)]
     decoder = ArrayDecoder(keys, f"{what.store_url}/{what.array}", reserve, fills=what.fills)
     name = attributes_key(metadata_key(keys))
-    key, document = f"{what.store}/{name}", b""
+    key, attributes = f"{what.store}/{name}", dict[str, Any]()
     for obj, data in origin.fetch(listed):
         if obj.key == key:
-            document = bytes(data)
+            attributes = attributes_in(data, name, what.store_url)
         elif obj.key.startswith(prefix):
             decoder.add(obj.key.removeprefix(prefix), data)
-    attributes = attributes_in(document, name)
     return Decoded(decoder.finish(), decoder.missing_chunks, attributes, FORMATS[name])
 
 
@@ -322,7 +321,8 @@ def examine_array(what: OriginArray, listed: Collection[ObjectInfo]) -> Examined
         documents = [o for o in listed if o.key in (prefix + name, key)]
         found = {obj.key: bytes(data) for obj, data in origin.fetch(documents)}
         raw = found[prefix + name]
-        attributes = attributes_in(found.get(key, b""), attributes_key(name))
+        if key in found:
+            attributes = attributes_in(found[key], attributes_key(name), what.store_url)
     try:
         document = parse_document(raw)
     except (ValueError, RecursionError) as exc:

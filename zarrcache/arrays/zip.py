@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from zarrcache._keys import safe_repr
-from zarrcache.arrays.decode import MAX_DOCUMENT_BYTES, attributes_in
+from zarrcache.arrays.decode import MAX_DOCUMENT_BYTES, attributes_in, check_attributes_size
 from zarrcache.errors import IncompleteArrayError, SchemaError, ZarrCacheError
 
 __all__ = ["ZippedStore", "attributes_in_zip"]
@@ -50,7 +50,7 @@ class ZippedStore:
     """
 
     def __init__(self, data: Any, url: str) -> None:
-        self._url = url
+        self.url = url
         _check_directory(data, url)
         try:
             self._archive = zipfile.ZipFile(io.BytesIO(data))
@@ -95,12 +95,12 @@ class ZippedStore:
         # zipfile unpacks bz2 and lzma in pieces whose size it does not bound.
         if info.compress_type not in _METHODS:
             raise SchemaError(
-                f"{self._url} member {info.filename} uses zip method {info.compress_type}; only "
+                f"{self.url} member {info.filename} uses zip method {info.compress_type}; only "
                 f"stored and deflated members are read. {_REMEDY}"
             )
         if info.file_size > most:
             raise SchemaError(
-                f"{self._url} member {info.filename} claims {info.file_size} bytes unpacked; more "
+                f"{self.url} member {info.filename} claims {info.file_size} bytes unpacked; more "
                 f"than {most} are refused. {_REMEDY}"
             )
         try:
@@ -115,14 +115,23 @@ class ZippedStore:
         return data
 
     def _damaged(self, exc: Exception) -> ZarrCacheError:
-        return IncompleteArrayError(f"{self._url} is not a readable zip file ({exc}). {_REMEDY}")
+        return IncompleteArrayError(f"{self.url} is not a readable zip file ({exc}). {_REMEDY}")
 
 
 def attributes_in_zip(zipped: ZippedStore, name: str) -> dict[str, Any]:
-    """The attributes in one document of a zipped store; empty if it is absent or over 4 MiB."""
-    if zipped.sizes.get(name, MAX_DOCUMENT_BYTES + 1) > MAX_DOCUMENT_BYTES:
+    """The attributes in one document of a zipped store; empty if it is absent.
+
+    Raises
+    ------
+    SchemaError
+        They cannot be read.
+    IncompleteArrayError
+        The zip file is damaged.
+    """
+    if name not in zipped.sizes:
         return {}
-    return attributes_in(zipped.read(name, MAX_DOCUMENT_BYTES), name)
+    check_attributes_size(zipped.sizes[name], name, zipped.url)
+    return attributes_in(zipped.read(name, MAX_DOCUMENT_BYTES), name, zipped.url)
 
 
 def _check_directory(data: Any, url: str) -> None:
