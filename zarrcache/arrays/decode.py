@@ -137,10 +137,9 @@ def attributes_in(document: Any, key: str, store_url: str) -> dict[str, Any]:
     Raises
     ------
     SchemaError
-        It is not a JSON object, or too large. It might say other units than those of a store
-        without attributes.
+        It is not a JSON object. It might say other units than those of a store without
+        attributes.
     """
-    check_attributes_size(len(document), key, store_url)
     try:
         parsed = parse_document(bytes(document))
     except (ValueError, RecursionError) as exc:

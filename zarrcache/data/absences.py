@@ -197,13 +197,16 @@ class Absences:
 
         def is_absent(id_: str) -> bool | None:
             store, source = self._reader.store_name(id_, role), ""
+            what = OriginArray(origin, store, array, uses_values=False)
             try:
-                listed = list_array(OriginArray(origin, store, array, uses_values=False))
-                if is_fetched_whole(store):
-                    source = source_digest(listed)
+                if not is_fetched_whole(store):
+                    list_array(what)
+                    return False
+                if self._asks_each_time:  # fetched again only in another version
+                    source = source_digest(list_array(what))
                     if self._lacking.get((channel, store)) == source:
                         return True
-                    self._reader.ensure(id_, role, array)
+                self._reader.ensure(id_, role, array)
             except ArrayNotFoundError:
                 if source:
                     self._lacking[channel, store] = source
