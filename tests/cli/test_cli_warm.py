@@ -207,9 +207,8 @@ def test_ids_that_do_not_fit_are_counted_and_a_limit_is_advised(
     assert done.out.startswith("Warmed 2 of 3 ids (")
     assert "1 id did not fit: cache.limit (64.0 KiB) or cache.min_free is reached" in done.err
     assert (
-        "All ids and the other entries of the cache need about 88.0 KiB on disk: raise "
-        "cache.limit, or "
-        "free space with `zarrcache evict`." in done.err
+        "The cache needs about 80.8 KiB on disk for all ids: raise cache.limit, or free space "
+        "with `zarrcache evict`." in done.err
     )
 
 

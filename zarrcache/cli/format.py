@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from zarrcache._keys import FLOAT32, ArrayKey, Missing, density_name, is_density, safe_repr
-from zarrcache._units import format_bytes, parse_bytes
+from zarrcache._units import format_bytes
 
 if TYPE_CHECKING:
     from zarrcache.convert import ConvertPlan, ConvertReport
@@ -182,7 +182,8 @@ def warm_errors(plan: WarmPlan, report: WarmReport) -> list[str]:
         left_out = f"{plural(len(report.bypassed), 'id')} did not fit"
         full = f"the disk of {plan.cache.dir} is full, or cache.min_free is reached"
         advice = "Free space there, or choose a larger disk."
-        return [f"{left_out}: {full}. {_needed(report)}. {advice}"]
+        needed = f"{_needed(report)}. " if report.needed_bytes else ""
+        return [f"{left_out}: {full}. {needed}{advice}"]
     return [_limit_reached(plan, report)] if report.bypassed and not report.warm else []
 
 
@@ -211,17 +212,7 @@ def lacking_note(task_ids: Sequence[str], missing: Missing) -> str:
 
 
 def _needed(report: WarmReport) -> str:
-    size = _rounded_up(report.needed_bytes + report.beside_bytes)
-    return f"All ids and the other entries of the cache need about {size} on disk"
-
-
-def _rounded_up(nbytes: int) -> str:
-    """Like ``format_bytes``, but never rounded down: the size is advice for ``cache.limit``."""
-    step = max(1, 1024 ** ((max(1, nbytes).bit_length() - 1) // 10) // 10)
-    rounded = nbytes
-    while parse_bytes(text := format_bytes(rounded)) < nbytes:
-        rounded += step
-    return text
+    return f"The cache needs about {format_bytes(report.needed_bytes)} on disk for all ids"
 
 
 def status_lines(state: Status) -> list[str]:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 import time
@@ -24,7 +23,7 @@ from zarrcache._units import whole_number
 from zarrcache.arrays import is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.data import ZarrS3Reader, open_reader, training_count
-from zarrcache.disk import BLOCK_BYTES, SOUND, Index, disk_bytes
+from zarrcache.disk import SOUND, Index
 from zarrcache.errors import (
     ArrayNotFoundError,
     ConfigError,
@@ -35,7 +34,6 @@ from zarrcache.errors import (
     ZarrCacheError,
 )
 from zarrcache.ops.selection import concurrently, stored_header
-from zarrcache.ops.sizes import measure_size
 from zarrcache.ops.warm_report import Density, Tally, WarmReport, WarmResult
 from zarrcache.origin import refuse_secrets
 from zarrcache.parallel import Died, Engine, Reserve, World, cores, spread
@@ -58,10 +56,6 @@ THREADS = 3
 _FULL_AFTER = 3
 #: Densities that a dry run compares with the origin.
 _COMPARED = 1000
-#: Upper bound on unread densities that are measured at the end: one LIST and one small GET each.
-_MEASURED = 256
-#: The same for zipped stores and files, which have to be fetched whole.
-_MEASURED_OBJECTS = 16
 #: Seconds a worker process may go on after Ctrl-C. The next run fetches what it did not finish.
 _STOP_S = 2.0
 
@@ -265,42 +259,12 @@ class WarmPlan:
         index.open()
         if tally.found:
             self.reader.absences.note(tally.found)
-        sizes = self._measured(tally)
-        seconds = time.monotonic() - start_s
         return tally.report(
             self.reader.stats - before,
-            seconds,
+            time.monotonic() - start_s,
             self.reader.stored(),
-            sizes,
-            lambda: index.volume_bytes() + self._unstored_listings_bytes(),
+            index.volume_bytes(),
         )
-
-    def _measured(self, tally: Tally) -> list[int]:
-        """Bytes on disk of densities that were not admitted and not read, where measurable."""
-
-        def size(density: Density) -> int:
-            try:
-                encoding = self.cache.arrays.encoding
-                return measure_size(self.reader, *density, encoding=encoding).disk_bytes
-            except ZarrCacheError:
-                return 0
-
-        unsized = tally.unsized(_MEASURED)
-        if not unsized:
-            return []
-        if any(_is_whole(self.reader, density) for density in unsized):
-            unsized = tally.unsized(_MEASURED_OBJECTS)
-        with closing(concurrently(size, unsized)) as sizes:
-            return [nbytes for nbytes in sizes if nbytes]
-
-    def _unstored_listings_bytes(self) -> int:
-        """Bytes on disk that listings and attributes need, if they were not admitted."""
-        nbytes = 0
-        for role in self.roles:
-            if self.reader.cache.stored_listing(self.reader.origin(role), "") is None:
-                names = json.dumps(self.reader.store_names(role), separators=(",", ":"))
-                nbytes += BLOCK_BYTES + disk_bytes(len(names))
-        return nbytes + self.reader.absent_attributes_bytes(self.task_ids)
 
     def _results(self, engine: Engine | None) -> Generator[WarmResult]:
         warmer = _Warmer(self.reader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zarrcache._keys import FLOAT32, ROLES, Channel, Role, density_name
 from zarrcache.data import ZarrS3Reader
-from zarrcache.disk import BLOCK_BYTES, HEADER_BYTES, SOUND, Flaws, expected_bytes
+from zarrcache.disk import BLOCK_BYTES, SOUND, Flaws, expected_bytes
 from zarrcache.stats import Stats
 
 __all__ = ["Density", "Tally", "WarmReport", "WarmResult"]
@@ -89,14 +89,11 @@ class WarmReport:
         Decoded bytes that are warm, and their bytes on disk. The decoded size of trusted densities
         is known to a multiple of 4096 bytes only, rounded up.
     needed_bytes : int
-        Bytes on disk that all ids need. Exact if every size is known; otherwise extrapolated from
-        up to 256 densities measured at the origin, plus two standard errors; 0 if no size is known.
+        Bytes on disk of the whole cache if it held all ids, if densities that are not warm have
+        the mean size of the others, plus 5 %. 0 if none is warm.
     is_disk_full : bool
-        Something was not admitted although ``cache.limit`` has room for all ids: the file system
-        is full, or ``cache.min_free`` is reached.
-    beside_bytes : int
-        Bytes on disk of everything else in the cache: listings, attributes, entries of other
-        configs. Computed only if something was not admitted.
+        Something was not admitted although ``cache.limit`` has room for more: the file system is
+        full, or ``cache.min_free`` is reached.
     stats : Stats
         Counters of the run. ``stats.cache_errors`` > 0 means that the cache itself failed.
     seconds : float
@@ -121,7 +118,6 @@ class WarmReport:
     nbytes: int
     disk_bytes: int
     needed_bytes: int
-    beside_bytes: int
     is_disk_full: bool
     stats: Stats
     seconds: float
@@ -189,7 +185,7 @@ class Tally:
         assert reader.cache_config is not None
         self._reader, self._task_ids, self._channels = reader, task_ids, channels
         self._limit_bytes = reader.cache_config.limit
-        self._encoding = reader.cache_config.arrays.encoding
+        encoding = reader.cache_config.arrays.encoding
         self._row = {task_id: number for number, task_id in enumerate(task_ids)}
         self._column = {tuple(one): number for number, one in enumerate(channels)}
         self._outcomes = np.full((len(task_ids), len(channels)), _HIT, np.uint8)
@@ -197,18 +193,15 @@ class Tally:
             for task_id, *channel in densities:
                 self._outcomes[self._row[task_id], self._column[tuple(channel)]] = outcome
         self.found: dict[Channel, dict[str, bool]] = {}
-        payload = np.maximum(self._on_disk(stored) - self._header_bytes, 0)
+        header_bytes = BLOCK_BYTES if encoding == FLOAT32 else 0
+        payload = np.maximum(self._on_disk(stored) - header_bytes, 0)
         # With bits:N an estimate that is too small: it does not know how well they compress.
-        decoded = payload * _POINTS // expected_bytes(_POINTS, self._encoding)
+        decoded = payload * _POINTS // expected_bytes(_POINTS, encoding)
         self._nbytes = np.where(self._outcomes == _HIT, decoded, 0)
         self._failed: dict[tuple[int, int], WarmResult] = {}
         self._is_read = np.zeros(self._outcomes.shape, np.bool_)
         self._flawed: dict[tuple[int, int], WarmResult] = {}
         self.nbytes = int(self._nbytes.sum())
-
-    @property
-    def _header_bytes(self) -> int:
-        return BLOCK_BYTES if self._encoding == FLOAT32 else 0
 
     @property
     def warm(self) -> int:
@@ -231,36 +224,14 @@ class Tally:
         if result.outcome in ("hit", "miss"):
             self.nbytes += result.nbytes
 
-    def unsized(self, most: int) -> list[Density]:
-        """Up to ``most`` densities of unknown size, evenly spaced; none if all were admitted."""
-        if not (self._outcomes == _BYPASS).any():
-            return []
-        cells = np.argwhere((self._nbytes == 0) & (self._outcomes != _FAILED))
-        if len(cells) > most:
-            cells = cells[np.linspace(0, len(cells) - 1, most).astype(np.int64)]
-        return [(self._task_ids[row], *self._channels[column]) for row, column in cells]
-
     def report(
         self,
         stats: Stats,
         seconds: float,
         stored: Mapping[Channel, Mapping[str, int]],
-        measured: Collection[int],
-        volume: Callable[[], int],
+        volume_bytes: int,
     ) -> WarmReport:
-        """Sum up.
-
-        Parameters
-        ----------
-        stats, seconds
-            Of the whole run.
-        stored : mapping
-            Bytes on disk of the cached densities at the end of the run, by channel and task id.
-        measured : collection of int
-            Bytes on disk that the densities of :meth:`unsized` would need.
-        volume : callable
-            Bytes on disk of the whole cache; called only if something was not admitted.
-        """
+        """Sum up, given what is stored, and the size of the whole cache, at the end of the run."""
         # With ``eviction: least-recently-stored``, or during another run, entries may be evicted
         # before the end: the report has to agree with the disk.
         on_disk = self._on_disk(stored)
@@ -271,9 +242,14 @@ class Tally:
         is_warm, is_tried = self._is_warm(), (self._outcomes != _UNTRIED).all(axis=1)
         is_done = is_warm | is_absent
         is_bypassed = (self._outcomes == _BYPASS).any(axis=1) & is_tried
-        beside_bytes = max(0, volume() - int(on_disk.sum())) if is_bypassed.any() else 0
-        needed_bytes = self._needed_bytes(np.array(measured, np.int64))
-        has_room = 0 < needed_bytes <= self._limit_bytes - beside_bytes
+        needed_bytes, is_stored = 0, on_disk > 0
+        if is_stored.any():
+            others = int((~is_stored & ~is_absent).sum())
+            # 5 % for their attributes, and because a limit that is too small costs another run.
+            needed_bytes = volume_bytes + round(1.05 * others * float(on_disk[is_stored].mean()))
+        # An entry has a page for its header, and ends in a page of its own.
+        largest_bytes = int(self._nbytes.max(initial=0)) + 2 * BLOCK_BYTES
+        has_room = volume_bytes + largest_bytes <= self._limit_bytes
         return WarmReport(
             ids=int(kept.sum()),
             warm=int((is_done.all(axis=1) & kept).sum()),
@@ -291,7 +267,6 @@ class Tally:
             nbytes=int(self._nbytes[is_warm].sum()),
             disk_bytes=int(on_disk[is_warm].sum()),
             needed_bytes=needed_bytes,
-            beside_bytes=beside_bytes,
             is_disk_full=bool(is_bypassed.any()) and has_room,
             stats=stats,
             seconds=seconds,
@@ -309,26 +284,6 @@ class Tally:
         data, label = sizes.T
         rows = np.flatnonzero(np.minimum(data, label) * np.abs(data - label))
         return (self._task_ids[row] for row in rows)
-
-    def _needed_bytes(self, measured: NDArray[np.int64]) -> int:
-        """Bytes on disk of all densities.
-
-        Those of unknown size count as the mean of ``measured``, or of the known sizes.
-        """
-        known = self._nbytes[self._nbytes > 0]
-        payload = known * expected_bytes(_POINTS, self._encoding) // _POINTS
-        if self._encoding != FLOAT32:
-            payload += HEADER_BYTES
-        sizes = -(-payload // BLOCK_BYTES) * BLOCK_BYTES + self._header_bytes
-        sample = measured if len(measured) else sizes
-        rest = int((self._outcomes != _ABSENT).sum()) - len(sizes)
-        if not rest or not len(sample):
-            return int(sizes.sum())
-        # The mean plus two standard errors: a limit that is slightly too large costs nothing, one
-        # that is too small costs another run.
-        is_sampled = 0 < len(measured) < rest
-        margin = 2 * float(sample.std()) * rest / len(sample) ** 0.5 if is_sampled else 0.0
-        return int(sizes.sum()) + -(-int(sample.sum()) * rest // len(sample)) + int(margin)
 
     def _is_warm(self) -> NDArray[np.bool_]:
         return np.isin(self._outcomes, (_HIT, _MISS))
