@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from zarrcache._units import parse_bytes
-from zarrcache.cli.format import _rounded_up, count, duration, plural
+from zarrcache.cli.format import count, duration, plural
 from zarrcache.cli.progress import Meter
 
 
@@ -78,9 +77,3 @@ def test_quiet_progress_prints_nothing(
         now[0] += 60
         meter.advance()
     assert capsys.readouterr() == ("", "")
-
-
-def test_advised_sizes_are_rounded_up_and_not_far() -> None:
-    """A limit that is slightly too small costs another run, one of the next unit is nonsense."""
-    for nbytes in (1, 1023, 1025, 3047424, 3031040, 1126170624, 5 * 2**30 + 1, 1023 * 2**20 + 1):
-        assert nbytes <= parse_bytes(_rounded_up(nbytes)) <= 1.11 * nbytes + 1
