@@ -34,7 +34,7 @@ from zarrcache.ops import (
     examine,
     list_entries,
     make_lock,
-    plan_training,
+    measure_split,
     plan_warm,
     read_status,
     verify,
@@ -613,8 +613,8 @@ def test_the_look_ahead_fetches_every_channel(
 
 def test_plan_counts_the_channels(tmp_path: Path, config_of: Callable[..., DataConfig]) -> None:
     write(tmp_path)
-    total = plan_training(config_of(density_type="total"), epochs=2)
-    both = plan_training(config_of(), epochs=2)
+    total = measure_split(config_of(density_type="total")).forecast(epochs=2)
+    both = measure_split(config_of()).forecast(epochs=2)
     assert (total.densities, both.densities) == (6, 12)
     assert both.disk_bytes == 2 * total.disk_bytes
     assert both.epochs[0].requests > 1.5 * total.epochs[0].requests

@@ -33,7 +33,7 @@ from zarrcache import (
 from zarrcache.cli.format import format_verification, plan_lines, status_lines
 from zarrcache.data.reader import open_reader
 from zarrcache.disk.entry import read_header
-from zarrcache.ops.forecast import plan_training
+from zarrcache.ops.forecast import measure_split
 from zarrcache.ops.status import read_status
 
 Make = Callable[..., ZarrS3Reader]
@@ -257,7 +257,7 @@ def test_the_forecast_has_the_size_of_the_entries(
     encoding: str, stores: Any, tmp_path: Path
 ) -> None:
     config = config_of(tmp_path, **encoded(encoding, limit=HALF))
-    plan = plan_training(config, epochs=3, lookahead_bytes=0)
+    plan = measure_split(config).forecast(epochs=3, lookahead_bytes=0)
     plan_warm(config_of(tmp_path, **encoded(encoding)), workers=1).execute()
     covered = read_status(config).coverage
     assert covered is not None

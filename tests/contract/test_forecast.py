@@ -19,9 +19,9 @@ from tests.support.s3server import S3Server
 from tests.support.stores import small_group
 from tests.support.training import zarrcache
 from zarrcache.config import DataConfig
-from zarrcache.data.reader import open_reader
+from zarrcache.data.reader import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError
-from zarrcache.ops.forecast import plan_training
+from zarrcache.ops.forecast import Forecast, measure_split
 from zarrcache.train.lookahead import Lookahead
 from zarrcache.train.schedule import Schedule
 
@@ -55,6 +55,12 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dic
         "train_fraction": 0.8,
         "s3_kwargs": s3_server.s3_kwargs,
     }
+
+
+def forecast_of(
+    source: DataConfig | ZarrS3Reader, *, capacity_bytes: int | None = None, **run: Any
+) -> Forecast:
+    return measure_split(source, capacity_bytes=capacity_bytes).forecast(**run)
 
 
 def trained(
@@ -116,11 +122,11 @@ def test_a_run_does_what_the_plan_says(
     share: float,
 ) -> None:
     """Hits within 2 points in every epoch, requests within 5 %."""
-    whole = plan_training(DataConfig(**config), capacity_bytes=1)
+    whole = forecast_of(DataConfig(**config), capacity_bytes=1)
     assert (whole.samples, whole.densities, whole.measured) == (24, 48, 48)
     limit = int(whole.disk_bytes * share)
     # The two stored listings take 16 KiB: much of this cache, little of 200 GiB.
-    plan = plan_training(
+    plan = forecast_of(
         DataConfig(**config),
         nodes=NODES,
         capacity_bytes=limit - 2**14,
@@ -142,11 +148,11 @@ def test_the_room_of_the_look_ahead_is_in_the_plan(
 ) -> None:
     """It drops a quarter of a small cache; without it more hits and fewer requests are planned."""
     epochs = 5
-    limit = int(plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes * 0.6)
+    limit = int(forecast_of(DataConfig(**config), capacity_bytes=1).disk_bytes * 0.6)
     cache = {"dir": tmp_path / "cache", "limit": limit, "min_free": 0}
     source = DataConfig(**config, cache=cache)
     plan, without = (
-        plan_training(source, capacity_bytes=limit - 2**14, lookahead_bytes=ahead, epochs=epochs)
+        forecast_of(source, capacity_bytes=limit - 2**14, lookahead_bytes=ahead, epochs=epochs)
         for ahead in (None, 0)
     )
     assert (plan.lookahead_bytes, without.lookahead_bytes) == ((limit - 2**14) // 4, 0)
@@ -170,12 +176,12 @@ def test_longer_runs_and_other_ways_are_extrapolated(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fifty epochs continue like the last simulated ones; a table compares the alternatives."""
-    half = plan_training(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
+    half = forecast_of(DataConfig(**config), capacity_bytes=1).disk_bytes // 2
     reader = open_reader(config)
-    simulated = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
+    simulated = forecast_of(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2).total
     # the share of 24 samples stands for thousands
     monkeypatch.setattr("zarrcache.ops.forecast.SIMULATED", 24 * 25)
-    plan = plan_training(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
+    plan = forecast_of(reader, nodes=NODES, capacity_bytes=half, ranks_per_node=2)
     assert (plan.ranks, plan.run_epochs, len(plan.epochs)) == (4, 50, 25)
     assert (plan.total.requests, plan.total.dollars) == pytest.approx(
         (simulated.requests, simulated.dollars), rel=0.06
@@ -196,7 +202,7 @@ def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
     epochs.
     """
     nodes = 8
-    plan = plan_training(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=50)
+    plan = forecast_of(DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=50)
     expected = [1 - (1 - 1 / nodes) ** epoch for epoch in range(50)]
     assert plan.total.hit_ratio == pytest.approx(sum(expected) / 50, abs=0.02)
     assert plan.total.requests == pytest.approx(
@@ -204,13 +210,13 @@ def test_a_global_shuffle_over_many_nodes_takes_many_epochs_to_fill_the_caches(
     )
     assert min(plan.others.values()) > 0.96
     assert (
-        plan_training(
+        forecast_of(
             DataConfig(**config), nodes=nodes, capacity_bytes=2**40, epochs=1000
         ).total.hit_ratio
         > 0.98
     )
     with pytest.raises(ConfigError, match="more than the 24 samples"):
-        plan_training(DataConfig(**config), nodes=25, capacity_bytes=1)
+        forecast_of(DataConfig(**config), nodes=25, capacity_bytes=1)
 
 
 def test_the_command_prints_text_and_json(config: dict[str, Any], tmp_path: Path) -> None:
@@ -259,6 +265,6 @@ def test_the_command_prints_text_and_json(config: dict[str, Any], tmp_path: Path
 def test_numbers_that_cannot_be_are_refused(config: dict[str, Any]) -> None:
     """With an error; the command line exits with 2."""
     with pytest.raises(ConfigError, match="it has to be a whole number from 1"):
-        plan_training(DataConfig(**config), nodes=0, capacity_bytes=1)
+        forecast_of(DataConfig(**config), nodes=0, capacity_bytes=1)
     with pytest.raises(ConfigError, match="--capacity"):
-        plan_training(DataConfig(**config))
+        forecast_of(DataConfig(**config))

@@ -27,7 +27,7 @@ from zarrcache.config import DataConfig
 from zarrcache.convert.plan import convert_directory
 from zarrcache.demo.synthetic import write_pairs
 from zarrcache.errors import OriginAccessError, OriginNotFoundError, SchemaError
-from zarrcache.ops import plan_training, read_status, verify
+from zarrcache.ops import measure_split, read_status, verify
 
 pytest.importorskip("pymatgen.io.vasp.outputs", reason="needs the extra 'convert'")
 
@@ -167,7 +167,7 @@ def test_every_command_works_on_files(files: Files, tmp_path: Path) -> None:
     assert (coverage.ids, coverage.warm, coverage.missing) == (6, 6, 0)
     checked = verify(config, against_origin=True)
     assert (checked.entries, checked.corrupt, checked.stale) == (12 + 2 + 2, (), ())
-    forecast = plan_training(config, nodes=1, capacity_bytes=2**60)
+    forecast = measure_split(config, capacity_bytes=2**60).forecast()
     assert [epoch.hit_ratio for epoch in forecast.epochs[:2]] == [0, 1]
     assert forecast.epochs[0].nbytes == forecast.stored_bytes
 

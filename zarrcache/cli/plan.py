@@ -87,25 +87,28 @@ def plan(
     """
     from zarrcache.cli.format import plan_lines
     from zarrcache.cli.progress import Meter
-    from zarrcache.ops import known_refusal, plan_training
+    from zarrcache.ops import known_refusal, measure_split
 
     source = data_config(config, needs_cache=False)
     # The total is known only after the directories are listed.
     with Meter("Measuring", "densities", 1) as meter:
-        forecast = plan_training(
+        split = measure_split(
             source,
-            nodes=nodes,
-            capacity_bytes=capacity,
-            lookahead_bytes=lookahead,
-            assignment=assignment,
-            eviction=eviction,
-            ranks_per_node=ranks_per_node,
-            epochs=epochs,
             seed=seed,
-            workers=workers,
             probe=probe,
+            ranks=nodes * ranks_per_node,
+            capacity_bytes=capacity,
             progress=meter.reach,
         )
+    forecast = split.forecast(
+        nodes=nodes,
+        lookahead_bytes=lookahead,
+        assignment=assignment,
+        eviction=eviction,
+        ranks_per_node=ranks_per_node,
+        epochs=epochs,
+        workers=workers,
+    )
     refusal = known_refusal(source)
     if as_json:
         # In JSON a variant cannot be a key.

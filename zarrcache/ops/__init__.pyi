@@ -17,7 +17,6 @@ from .forecast import Forecast as Forecast
 from .forecast import MeasuredSplit as MeasuredSplit
 from .forecast import WhatIf as WhatIf
 from .forecast import measure_split as measure_split
-from .forecast import plan_training as plan_training
 from .forecast import what_if as what_if
 from .lock import make_lock as make_lock
 from .maps import FoundIds as FoundIds

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import get_args
 
 import numpy as np
@@ -15,7 +16,7 @@ from zarrcache.arrays import is_fetched_whole
 from zarrcache.config import CacheConfig, DataConfig, PriceConfig
 from zarrcache.data import ZarrS3Reader, open_reader
 from zarrcache.errors import ConfigError
-from zarrcache.ops.simulate import Epoch, Policy, simulate
+from zarrcache.ops.simulate import POLICIES, Epoch, Policy, simulate
 from zarrcache.ops.sizes import (
     DensitySize,
     Speed,
@@ -33,7 +34,6 @@ __all__ = [
     "Variant",
     "WhatIf",
     "measure_split",
-    "plan_training",
     "what_if",
 ]
 
@@ -50,6 +50,7 @@ SIMULATED = 240_000
 #: in 3,000. Later epochs are taken to be like the last half of these.
 EPOCHS, EPOCHS_PER_NODE = 12, 8
 _PROBED = 9
+_SIZES = [(field.name, np.int64) for field in fields(DensitySize)]
 #: Sizes of a cache to compare, as shares of the data on disk.
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _GIB = 1024**3
@@ -181,81 +182,6 @@ class WhatIf:
     nodes: tuple[Forecast, ...]
 
 
-def plan_training(
-    source: DataConfig | ZarrS3Reader,
-    *,
-    nodes: int = 1,
-    capacity_bytes: int | None = None,
-    lookahead_bytes: int | None = None,
-    assignment: Assignment = "global",
-    eviction: Policy | None = None,
-    ranks_per_node: int = 1,
-    epochs: int = 50,
-    seed: int = 0,
-    workers: int = 1,
-    probe: bool = False,
-    prices: PriceConfig | None = None,
-    progress: Callable[[int, int], object] | None = None,
-) -> Forecast:
-    """Forecast the training split of a config.
-
-    Lists the directories and measures up to 1,000 densities at the origin. Caches nothing. With
-    ``cache.arrays.encoding: bits:N`` it reads nine of them, to learn how well they compress.
-
-    Parameters
-    ----------
-    source : DataConfig or ZarrS3Reader
-    nodes, ranks_per_node : int
-    capacity_bytes : int, optional
-        Size of the cache of each node. Default: ``cache.limit``.
-    lookahead_bytes : int, optional
-        Bytes that `Lookahead` fetches ahead, at most a quarter of the cache; what is fetched ahead
-        takes room from entries that stay. 0: training without it. Default: ``cache.lookahead``.
-    assignment : {"global", "node"}
-        As in ``NodeSampler``.
-    eviction : {"none", "least-recently-stored", "belady"}, optional
-        Default: ``cache.eviction``.
-    epochs : int
-        Number of epochs of the whole run.
-    seed : int
-        Seed of the order of samples.
-    workers : int
-        Concurrent readers per node (DataLoader workers of all ranks); used only for ``seconds``.
-    probe : bool
-        Read a few densities past the cache to measure latency and bandwidth.
-    prices : PriceConfig, optional
-        Default: ``cache.prices``.
-    progress : callable, optional
-        Called with the number of densities measured so far and to measure.
-
-    Raises
-    ------
-    ConfigError
-        A number is out of range, or there is neither a cache block nor a capacity.
-    OriginError
-        The origin cannot be read.
-    """
-    split = measure_split(
-        source,
-        seed=seed,
-        probe=probe,
-        ranks=_ranks(nodes, ranks_per_node, epochs, workers),
-        capacity_bytes=capacity_bytes,
-        progress=progress,
-    )
-    return split.forecast(
-        nodes=nodes,
-        capacity_bytes=capacity_bytes,
-        lookahead_bytes=lookahead_bytes,
-        assignment=assignment,
-        eviction=eviction,
-        ranks_per_node=ranks_per_node,
-        epochs=epochs,
-        workers=workers,
-        prices=prices,
-    )
-
-
 def measure_split(
     source: DataConfig | ZarrS3Reader,
     *,
@@ -265,19 +191,46 @@ def measure_split(
     capacity_bytes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> MeasuredSplit:
-    """Measure the training split of a config, to forecast several runs of it.
+    """Measure the training split of a config, to forecast runs of it.
 
-    The parameters are those of `plan_training`. With more ``ranks`` than samples, or neither a
-    cache block nor a capacity, it raises ConfigError before anything is measured.
+    Lists the directories and measures up to 1,000 densities at the origin. Caches nothing. With
+    ``cache.arrays.encoding: bits:N`` it reads nine of them, to learn how well they compress.
+
+    Parameters
+    ----------
+    source : DataConfig or ZarrS3Reader
+    seed : int
+        Of the order of samples.
+    probe : bool
+        Read a few densities past the cache to measure latency and bandwidth.
+    ranks : int
+        Those of the largest run: that each has a sample is checked before anything is measured.
+    capacity_bytes : int, optional
+        Size of the cache of each node. Default: ``cache.limit``.
+    progress : callable, optional
+        Called with the number of densities measured so far and to measure.
+
+    Raises
+    ------
+    ConfigError
+        More ranks than samples, or neither a cache block nor a capacity.
+    OriginError
+        The origin cannot be read.
     """
     cache = source.cache_config if isinstance(source, ZarrS3Reader) else source.cache
+    if capacity_bytes is None:
+        if cache is None:
+            raise ConfigError(
+                "The config has no cache block, so the capacity is unknown. Pass one: --capacity "
+                "'200 GiB'."
+            )
+        capacity_bytes = cache.limit
     # Without a cache: a forecast is made on a laptop or login node and must leave no files there.
     reader = (
         source
         if isinstance(source, ZarrS3Reader)
         else open_reader(source.model_copy(update={"cache": None}))
     )
-    _capacity(cache, capacity_bytes)
     # Of all materials: to find out which lack a channel may take a request each.
     names, _ = reader.split_task_ids(decided=False)
     _check_ranks(ranks, len(names))
@@ -285,43 +238,49 @@ def measure_split(
     channels = reader.channels
     densities: list[tuple[str, Role, str]] = [(name, *one) for name in names for one in channels]
     generator = np.random.default_rng(seed)
-    chosen = np.sort(
+    places = np.sort(
         generator.choice(len(densities), min(_sampled(reader), len(densities)), replace=False)
     )
-    probed = [densities[place] for place in _spread(chosen)]
-    sizes = measure_sizes(
+    chosen = [densities[place] for place in places]
+    probed = [
+        chosen[at] for at in np.linspace(0, len(chosen) - 1, min(_PROBED, len(chosen)), dtype=int)
+    ]
+    measured = measure_sizes(
         reader,
-        [densities[place] for place in chosen],
+        chosen,
         progress,
         encoding=encoding,
         compression=measure_compression(reader, probed, encoding),
     )
     # Each density that was not measured gets the size of one that was: the distribution matters,
     # not only the mean.
-    taken = generator.integers(len(sizes), size=len(densities))
-    taken[chosen] = np.arange(len(sizes))
-    speed = (
-        measure_speed(reader, [densities[place] for place in chosen[:_PROBED]]) if probe else None
-    )
+    taken = generator.integers(len(measured), size=len(densities))
+    taken[places] = np.arange(len(measured))
     return MeasuredSplit(
         tuple(names),
-        len(sizes),
-        _Table.of(sizes, taken, len(channels), len(reader.roles)),
+        np.array([astuple(size) for size in measured], _SIZES)[taken],
+        len(measured),
+        len(reader.roles),
         seed,
         cache,
-        speed,
+        capacity_bytes,
+        measure_speed(reader, chosen[:_PROBED]) if probe else None,
     )
 
 
 @dataclass(frozen=True)
 class MeasuredSplit:
-    """A training split and the sizes of its densities, from `measure_split`."""
+    """A training split, and the requests and bytes of its densities, from `measure_split`."""
 
     names: tuple[str, ...]
+    #: A row of `DensitySize` per density: those of a sample are neighbours.
+    sizes: NDArray[np.void]
     measured: int
-    table: _Table
+    #: Directories to list.
+    roles: int
     seed: int
     cache: CacheConfig | None
+    capacity_bytes: int
     speed: Speed | None
 
     def forecast(
@@ -335,33 +294,61 @@ class MeasuredSplit:
         ranks_per_node: int = 1,
         epochs: int = 50,
         workers: int = 1,
-        prices: PriceConfig | None = None,
         compare: Sequence[Variant] | None = None,
     ) -> Forecast:
-        """Forecast a run; parameters and errors as of `plan_training`.
+        """Forecast a run.
 
         Parameters
         ----------
+        nodes, ranks_per_node : int
+        capacity_bytes : int, optional
+            Size of the cache of each node. Default: that of `measure_split`.
+        lookahead_bytes : int, optional
+            Bytes that `Lookahead` fetches ahead, at most a quarter of the cache; what is fetched
+            ahead takes room from entries that stay. 0: training without it. Default:
+            ``cache.lookahead``.
+        assignment : {"global", "node"}
+            As in ``NodeSampler``.
+        eviction : {"none", "least-recently-stored", "belady"}, optional
+            Default: ``cache.eviction``.
+        epochs : int
+            Number of epochs of the whole run.
+        workers : int
+            Concurrent readers per node (DataLoader workers of all ranks); used only for
+            ``seconds``.
         compare : sequence of Variant, optional
             Those in ``others``. Default: every combination of assignment and policy.
+
+        Raises
+        ------
+        ConfigError
+            A number is out of range.
         """
-        _check_ranks(_ranks(nodes, ranks_per_node, epochs, workers), len(self.names))
-        cache, names, table = self.cache, self.names, self.table
-        capacity_bytes = _capacity(cache, capacity_bytes)
+        for name, number in (
+            ("nodes", nodes),
+            ("ranks_per_node", ranks_per_node),
+            ("epochs", epochs),
+            ("workers", workers),
+        ):
+            whole_number(name, number, least=1)
+        _check_ranks(nodes * ranks_per_node, len(self.names))
+        cache, names, sizes = self.cache, self.names, self.sizes
+        if capacity_bytes is None:
+            capacity_bytes = self.capacity_bytes
         if lookahead_bytes is None:
             lookahead_bytes = cache.lookahead if cache is not None else 0
         variant = Variant(assignment, eviction or (cache.eviction if cache is not None else "none"))
-        prices = prices or (cache.prices if cache is not None else PriceConfig())
+        prices = cache.prices if cache is not None else PriceConfig()
         world = tuple(node for node in range(nodes) for _ in range(ranks_per_node))
         # With few samples more epochs are simulated: one epoch of few samples is noisy.
         simulated = min(epochs, max(EPOCHS, EPOCHS_PER_NODE * nodes, SIMULATED // len(names)))
         # Room is taken when the first entry is refused. The entries that are dropped for it would
         # be hits in later epochs only, so the simulation has a smaller cache from the start.
-        is_full = int(table.disk.sum()) > capacity_bytes
+        is_full = int(sizes["disk_bytes"].sum()) > capacity_bytes
         ahead_bytes = node_budget_bytes(lookahead_bytes, capacity_bytes) if is_full else 0
-        run = _Run(names, world, self.seed, table, capacity_bytes - ahead_bytes, simulated)
+        run = _Run(self, world, capacity_bytes - ahead_bytes, simulated)
         found = run.of(variant)
-        listing = -(-len(names) // PAGE_OBJECTS) * table.roles * nodes
+        listing = -(-len(names) // PAGE_OBJECTS) * self.roles * nodes
         forecasts = tuple(
             _forecast(run, found, epoch, prices, self.speed, workers, listing if not epoch else 0)
             for epoch in range(simulated)
@@ -370,17 +357,17 @@ class MeasuredSplit:
             compare = [
                 Variant(one, two)
                 for one in ("global", "node")
-                for two in ("none", "least-recently-stored", "least-recently-used", "belady")
+                for two in POLICIES
                 if nodes > 1 or one == "global"
             ]
         return Forecast(
             samples=len(names),
-            densities=len(table.disk),
+            densities=len(sizes),
             measured=self.measured,
-            gets=float(table.gets.mean()),
-            lists=float(table.lists.mean()),
-            stored_bytes=int(table.stored.sum()),
-            disk_bytes=int(table.disk.sum()),
+            gets=float(sizes["gets"].mean()),
+            lists=float(sizes["lists"].mean()),
+            stored_bytes=int(sizes["stored_bytes"].sum()),
+            disk_bytes=int(sizes["disk_bytes"].sum()),
             nodes=nodes,
             ranks=len(world),
             capacity_bytes=capacity_bytes,
@@ -448,17 +435,6 @@ def what_if(
     return WhatIf(present, tuple(found[: len(sizes)]), tuple(found[len(sizes) :]))
 
 
-def _ranks(nodes: int, ranks_per_node: int, epochs: int, workers: int) -> int:
-    for name, number in (
-        ("nodes", nodes),
-        ("ranks_per_node", ranks_per_node),
-        ("epochs", epochs),
-        ("workers", workers),
-    ):
-        whole_number(name, number, least=1)
-    return nodes * ranks_per_node
-
-
 def _check_ranks(ranks: int, samples: int) -> None:
     if ranks > samples:
         raise ConfigError(
@@ -467,110 +443,45 @@ def _check_ranks(ranks: int, samples: int) -> None:
         )
 
 
-def _capacity(cache: CacheConfig | None, capacity_bytes: int | None) -> int:
-    if capacity_bytes is not None:
-        return capacity_bytes
-    if cache is None:
-        raise ConfigError(
-            "The config has no cache block, so the capacity is unknown. Pass one: --capacity "
-            "'200 GiB'."
-        )
-    return cache.limit
-
-
-def _spread(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Up to nine of the measured densities, evenly spaced."""
-    return chosen[np.linspace(0, len(chosen) - 1, min(_PROBED, len(chosen))).astype(np.int64)]
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Requests and bytes of every density, one row per density.
-
-    Attributes
-    ----------
-    lists, gets, stored, disk : ndarray
-    channels : int
-        Densities per sample.
-    roles : int
-        Directories.
-    """
-
-    lists: NDArray[np.int64]
-    gets: NDArray[np.int64]
-    stored: NDArray[np.int64]
-    disk: NDArray[np.int64]
-    channels: int
-    roles: int
-
-    @classmethod
-    def of(
-        cls, sizes: Sequence[DensitySize], taken: NDArray[np.int64], channels: int, roles: int
-    ) -> _Table:
-        columns = np.array(
-            [(size.lists, size.gets, size.stored_bytes, size.disk_bytes) for size in sizes],
-            np.int64,
-        )[taken].T
-        return cls(columns[0], columns[1], columns[2], columns[3], channels, roles)
-
-
 class _Run:
     """Simulations of one run, over a subset of its samples if there are many."""
 
     def __init__(
-        self,
-        names: tuple[str, ...],
-        world: tuple[int, ...],
-        seed: int,
-        table: _Table,
-        capacity: int,
-        epochs: int,
+        self, split: MeasuredSplit, world: tuple[int, ...], capacity: int, epochs: int
     ) -> None:
-        self._names, self._world, self._seed, self._epochs = (
-            names[: max(2 * len(world), SIMULATED // epochs)],
-            world,
-            seed,
-            epochs,
-        )
-        self.rows = len(self._names) * table.channels
+        names, disk_bytes = split.names, split.sizes["disk_bytes"]
+        self._names = names[: max(2 * len(world), SIMULATED // epochs)]
+        self._world, self._seed, self._epochs = world, split.seed, epochs
         #: Samples per simulated sample.
         self.scale = len(names) / len(self._names)
-        self.table = table
+        self._channels = len(split.sizes) // len(names)
+        self.sizes = split.sizes[: len(self._names) * self._channels]
         # In whole numbers of Python: 200 GiB times 50 MiB is more than 64 bits hold.
-        self._capacity = capacity * int(table.disk[: self.rows].sum()) // int(table.disk.sum())
-        self._found: dict[Variant, list[list[Epoch]]] = {}
-        self._known: dict[Assignment, list[list[NDArray[np.int64]]]] = {}
+        simulated_bytes = int(self.sizes["disk_bytes"].sum())
+        self._capacity = capacity * simulated_bytes // int(disk_bytes.sum())
+        self.of = functools.cache(self._simulated)
+        self._orders = functools.cache(self._orders_of)
 
-    def of(self, variant: Variant) -> list[list[Epoch]]:
+    def _simulated(self, variant: Variant) -> list[list[Epoch]]:
         """Simulated epochs of each node."""
-        if variant not in self._found:
-            orders, sizes = self._orders(variant.assignment), self.table.disk[: self.rows].tolist()
-            self._found[variant] = [
-                simulate(of_node, sizes, self._capacity, variant.eviction)
-                for of_node in zip(*orders, strict=True)
-            ]
-        return self._found[variant]
+        orders, sizes = self._orders(variant.assignment), self.sizes["disk_bytes"].tolist()
+        return [
+            simulate(of_node, sizes, self._capacity, variant.eviction)
+            for of_node in zip(*orders, strict=True)
+        ]
 
-    def _orders(self, assignment: Assignment) -> list[list[NDArray[np.int64]]]:
-        """Rows of the densities that each node reads, by epoch and node.
-
-        Computed once per assignment and reused for every policy.
-        """
-        if assignment not in self._known:
-            schedule, channels = (
-                Schedule(
-                    self._names, assignment=assignment, node_of_rank=self._world, seed=self._seed
-                ),
-                self.table.channels,
-            )
-            self._known[assignment] = [
-                [
-                    (order[:, None] * channels + np.arange(channels)).ravel()
-                    for order in schedule.node_orders(epoch)
-                ]
-                for epoch in range(self._epochs)
+    def _orders_of(self, assignment: Assignment) -> list[list[NDArray[np.int64]]]:
+        """Rows of the densities that each node reads, by epoch and node."""
+        schedule = Schedule(
+            self._names, assignment=assignment, node_of_rank=self._world, seed=self._seed
+        )
+        return [
+            [
+                (order[:, None] * self._channels + np.arange(self._channels)).ravel()
+                for order in schedule.node_orders(epoch)
             ]
-        return self._known[assignment]
+            for epoch in range(self._epochs)
+        ]
 
 
 def _forecast(
@@ -583,9 +494,11 @@ def _forecast(
     listing: int,
 ) -> EpochForecast:
     nodes = [node[epoch] for node in found]
-    missed, table = np.concatenate([node.missed for node in nodes]), run.table
-    lists = int(run.scale * table.lists[missed].sum()) + listing
-    gets, nbytes = (int(run.scale * column[missed].sum()) for column in (table.gets, table.stored))
+    missed = run.sizes[np.concatenate([node.missed for node in nodes])]
+    lists, gets, nbytes = (
+        int(run.scale * missed[name].sum()) for name in ("lists", "gets", "stored_bytes")
+    )
+    lists += listing
     dollars = _dollars(prices, lists, gets, nbytes)
     seconds = None
     if speed is not None:
