@@ -131,7 +131,7 @@ def most_bytes() -> int:
 
 def counted(number: int, noun: str, more: str | None = None) -> str:
     """``1 entry``, ``37 entries``."""
-    return f"{number} {noun if number == 1 else more or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else more or noun + 's'}"
 
 
 def read_bounded(file: Any, nbytes: int) -> bytes:

@@ -105,50 +105,30 @@ def lines(
 
 
 def columns(
-    title: str,
-    labels: Sequence[str],
-    series: Sequence[Series],
-    x_title: str,
-    y: Axis,
-    *,
-    stacked: bool = False,
+    title: str, labels: Sequence[str], series: Sequence[Series], x_title: str, y: Axis
 ) -> str:
-    """Columns over labels, one series beside or upon the other.
-
-    A point's x is the position of its label; points may be absent.
-    """
-    groups = len(labels)
-    wide = (_WIDTH - _LEFT - _RIGHT) / groups
-    heights = [0.0] * groups
-    for one in series:
-        for place, height in one.points:
-            heights[int(place)] += height
-    up, body = _frame([Series("", list(enumerate(heights)))] if stacked else series, y)
-    every = math.ceil(max(len(label) for label in labels) * 8 / wide + 12 / wide) if labels else 1
-    for place in range(0, groups, every):
+    """Columns over labels, one series upon the other. A point's x is the position of its label."""
+    wide = (_WIDTH - _LEFT - _RIGHT) / len(labels)
+    stacks = zip(*(one.points for one in series), strict=True)
+    heights = [sum(height for _, height in stack) for stack in stacks]
+    up, body = _frame([Series("", list(enumerate(heights)))], y)
+    every = math.ceil(max(len(label) for label in labels) * 8 / wide + 12 / wide)
+    for place in range(0, len(labels), every):
         middle = _LEFT + (place + 0.5) * wide
         body.append(_text(middle, _HEIGHT - _BOTTOM + 18, labels[place], "middle"))
-    counts = [
-        sum(int(at) == place for one in series for at, _ in one.points) for place in range(groups)
-    ]
-    base, slot = [0.0] * groups, [0] * groups
+    thick = min((0.72 if wide > 8 else 1) * wide, 46)
+    base = [0.0] * len(labels)
     for number, one in enumerate(series):
-        for at, height in one.points:
-            place = int(at)
-            share = 1 if stacked else counts[place]
-            thick = min((0.72 if wide > 8 else 1) * wide / share, 46)
-            left = _LEFT + (place + 0.5) * wide + (slot[place] - share / 2) * thick
+        for place, (label, (_, height)) in enumerate(zip(labels, one.points, strict=True)):
+            left = _LEFT + (place + 0.5) * wide - thick / 2
             top, bottom = up(base[place] + height), up(base[place])
-            said = f"{one.name}, {labels[place]}: {y.show(height)}"
+            said = f"{one.name}, {label}: {y.show(height)}"
             body.append(
                 f'<rect x="{left:.2f}" y="{top:.1f}" width="{thick - min(1, 0.1 * thick):.2f}" '
                 f'height="{max(0.0, bottom - top):.1f}" fill="var(--c{number})">'
                 f"<title>{escape(said)}</title></rect>"
             )
-            if stacked:
-                base[place] += height
-            else:
-                slot[place] += 1
+            base[place] += height
     return _figure(title, series, body, x_title, dashed=False)
 
 

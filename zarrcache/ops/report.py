@@ -8,12 +8,11 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from itertools import groupby
 
-from zarrcache._units import format_bytes
+from zarrcache._units import counted, format_bytes
 from zarrcache.config import CacheConfig, DataConfig, cache_of
 from zarrcache.ops.charts import CHART_STYLE, Axis, Series, columns, lines, short
-from zarrcache.ops.forecast import Forecast, WhatIf
+from zarrcache.ops.forecast import EpochForecast, Forecast, WhatIf
 from zarrcache.ops.pages import page
 from zarrcache.ops.runs import RecordedRun, RecordedRuns
 from zarrcache.train import EpochTimes
@@ -109,7 +108,11 @@ def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
         found = [
             ("Waiting for data", _percent(last.waiting_ratio), "of the time, in the last epoch"),
             ("Hits", _percent(last.stats.hit_ratio), "of the reads, in the last epoch"),
-            ("Requests", short(total.stats.requests), f"in all epochs, {_bytes(total)}"),
+            (
+                "Requests",
+                short(total.stats.requests),
+                f"in all epochs, {format_bytes(total.stats.fetched_bytes)}",
+            ),
         ]
         if plan is not None:
             paid, saved = _dollars(total, plan.present)
@@ -125,12 +128,12 @@ def _tiles(recorded: RecordedRuns, plan: WhatIf | None) -> str:
             (
                 "Requests",
                 short(of.total.requests),
-                f"forecast for {_count(of.run_epochs, 'epoch')}",
+                f"forecast for {counted(of.run_epochs, 'epoch')}",
             ),
             (
                 "Cost",
                 f"{_money(of.total.dollars)} {of.prices.currency}",
-                f"forecast for {_count(of.run_epochs, 'epoch')}",
+                f"forecast for {counted(of.run_epochs, 'epoch')}",
             ),
         ]
     tiles = "".join(
@@ -155,33 +158,31 @@ def _recorded(recorded: RecordedRuns, cache: CacheConfig) -> Iterable[str]:
     shown = run.epochs[-_EPOCHS:]
     skipped = len(run.epochs) - len(shown)
     yield (
-        f"<p>The process that recorded last, with {_count(run.workers, 'worker')}: "
-        f"{_count(len(run.epochs), 'epoch')}, the last of them on {_date(run.ended_s[-1])}."
+        f"<p>The process that recorded last, with {counted(run.workers, 'worker')}: "
+        f"{counted(len(run.epochs), 'epoch')}, the last of them on {_date(run.ended_s[-1])}."
         + (f" The last {_EPOCHS} are shown." if skipped else "")
         + "</p>"
     )
     verdict = re.sub("`([^`]+)`", r"<code>\1</code>", escape(run.verdict.text))
     yield f'<p class="say">{verdict}</p>'
     yield f'<div class="charts">{"".join(_epoch_charts(run, skipped))}</div>'
-    yield _folded("Numbers of the epochs", _epoch_table(run, skipped))
+    numbers = enumerate(run.epochs[skipped:], start=skipped + 1)
+    yield _folded(
+        "Numbers of the epochs",
+        _numbers(
+            ("epoch", *_NUMBERS), [(str(number), *_numbers_of(times)) for number, times in numbers]
+        ),
+    )
     if len(recorded.runs) > 1:
         yield "<h2>All recorded processes</h2>"
         yield (
             '<p class="faint">Each rank of a training on several GPUs is a process of its own. '
             "Sums over all epochs.</p>"
         )
-        every = _table(
-            ("last epoch ended", "epochs", "steps", "waited", "hits", "requests", "from origin"),
+        every = _numbers(
+            ("last epoch ended", "epochs", *_NUMBERS),
             [
-                (
-                    _date(one.ended_s[-1]),
-                    f"{len(one.epochs):,}",
-                    f"{one.total.steps:,}",
-                    _percent(one.total.waiting_ratio),
-                    _percent(one.total.stats.hit_ratio),
-                    f"{one.total.stats.requests:,}",
-                    _bytes(one.total),
-                )
+                (_date(one.ended_s[-1]), f"{len(one.epochs):,}", *_numbers_of(one.total))
                 for one in recorded.runs
             ],
         )
@@ -193,29 +194,32 @@ def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
     labels = [str(number) for number, _ in shown]
 
     def of(name: str, value: Callable[[EpochTimes], float]) -> Series:
-        return Series(name, [(place, value(times)) for place, (_, times) in enumerate(shown)])
+        return Series(name, [(number, value(times)) for number, times in shown])
 
-    waited = of("waiting for data", lambda times: times.waited_s)
-    worked = of("training", lambda times: times.worked_s)
-    largest = max(times.waited_s + times.worked_s for _, times in shown)
-    unit, size = ("h", 3600) if largest > 7200 else ("min", 60) if largest > 180 else ("s", 1)
-    yield columns(
+    def in_seconds(title: str, series: Sequence[Series]) -> str:
+        """Columns in seconds, or in minutes or hours where they are large."""
+        largest = max(
+            sum(y for _, y in points)
+            for points in zip(*(one.points for one in series), strict=True)
+        )
+        unit, size = ("h", 3600) if largest > 7200 else ("min", 60) if largest > 180 else ("s", 1)
+        divided = [Series(one.name, [(x, y / size) for x, y in one.points]) for one in series]
+        return columns(title, labels, divided, "epoch", Axis(unit, _plain))
+
+    yield in_seconds(
         "Time of each epoch",
-        labels,
-        [_divided(waited, size), _divided(worked, size)],
-        "epoch",
-        Axis(unit, _plain),
-        stacked=True,
+        [
+            of("waiting for data", lambda times: times.waited_s),
+            of("training", lambda times: times.worked_s),
+        ],
     )
-    waits = [(number, 100 * times.waiting_ratio) for number, times in shown]
-    hits = [(number, 100 * times.stats.hit_ratio) for number, times in shown]
     yield lines(
         "Waiting for data",
-        [Series("waiting", waits)],
+        [of("waiting", lambda times: 100 * times.waiting_ratio)],
         _BY_EPOCH,
         Axis("% of the time", _plain, top=100),
     )
-    yield lines("Hits", [Series("hits", hits)], _BY_EPOCH, _HITS)
+    yield lines("Hits", [of("hits", lambda times: 100 * times.stats.hit_ratio)], _BY_EPOCH, _HITS)
     yield columns(
         "Requests to the origin",
         labels,
@@ -229,16 +233,7 @@ def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
         if any(times.parts.get(name) for _, times in shown for name in names)
     ]
     if used:
-        most = max(sum(times.parts.values()) for _, times in shown)
-        unit, size = ("h", 3600) if most > 7200 else ("min", 60) if most > 180 else ("s", 1)
-        yield columns(
-            "Work of the workers, summed over them",
-            labels,
-            [_divided(one, size) for one in used],
-            "epoch",
-            Axis(unit, _plain),
-            stacked=True,
-        )
+        yield in_seconds("Work of the workers, summed over them", used)
     yield columns(
         "Bytes from the origin",
         labels,
@@ -248,43 +243,28 @@ def _epoch_charts(run: RecordedRun, skipped: int) -> Iterable[str]:
     )
 
 
-def _epoch_table(run: RecordedRun, skipped: int) -> str:
-    return _table(
-        (
-            "epoch",
-            "steps",
-            "waited, s",
-            "trained, s",
-            "waited",
-            "hits",
-            "misses",
-            "of them not admitted",
-            "hit rate",
-            "requests",
-            "from origin",
-        ),
-        [
-            (
-                str(number),
-                f"{times.steps:,}",
-                f"{times.waited_s:,.2f}",
-                f"{times.worked_s:,.2f}",
-                _percent(times.waiting_ratio),
-                f"{times.stats.hits:,}",
-                f"{times.stats.misses:,}",
-                f"{times.stats.bypasses:,}",
-                _percent(times.stats.hit_ratio),
-                f"{times.stats.requests:,}",
-                _bytes(times),
-            )
-            for number, times in enumerate(run.epochs[skipped:], start=skipped + 1)
-        ],
-    )
+#: Columns of the tables of epochs and of processes.
+_NUMBERS: dict[str, Callable[[EpochTimes], str]] = {
+    "steps": lambda times: f"{times.steps:,}",
+    "waited, s": lambda times: f"{times.waited_s:,.2f}",
+    "trained, s": lambda times: f"{times.worked_s:,.2f}",
+    "waited": lambda times: _percent(times.waiting_ratio),
+    "hits": lambda times: f"{times.stats.hits:,}",
+    "misses": lambda times: f"{times.stats.misses:,}",
+    "of them not admitted": lambda times: f"{times.stats.bypasses:,}",
+    "hit rate": lambda times: _percent(times.stats.hit_ratio),
+    "requests": lambda times: f"{times.stats.requests:,}",
+    "from origin": lambda times: format_bytes(times.stats.fetched_bytes),
+}
+
+
+def _numbers_of(times: EpochTimes) -> list[str]:
+    return [show(times) for show in _NUMBERS.values()]
 
 
 def _forecast(plan: Forecast) -> Iterable[str]:
-    where = _count(plan.nodes, "node")
-    yield f"<h2>Forecast of {_count(plan.run_epochs, 'epoch')} on {where}</h2>"
+    where = counted(plan.nodes, "node")
+    yield f"<h2>Forecast of {counted(plan.run_epochs, 'epoch')} on {where}</h2>"
     share = min(1.0, plan.capacity_bytes / plan.disk_bytes) if plan.disk_bytes else 1.0
     ahead = ""
     if plan.lookahead_bytes:
@@ -317,16 +297,10 @@ def _forecast(plan: Forecast) -> Iterable[str]:
     yield "</div>"
     yield _folded(
         "Numbers of the epochs",
-        _table(
-            ("epoch", "hit rate", "requests", "from origin", f"cost, {plan.prices.currency}"),
+        _numbers(
+            ("epoch", "hit rate", *_costs(plan)),
             [
-                (
-                    str(number),
-                    _percent(epoch.hit_ratio),
-                    f"{epoch.requests:,}",
-                    format_bytes(epoch.nbytes),
-                    _money(epoch.dollars),
-                )
+                (str(number), _percent(epoch.hit_ratio), *_costs_of(epoch))
                 for number, epoch in shown
             ],
         ),
@@ -336,9 +310,9 @@ def _forecast(plan: Forecast) -> Iterable[str]:
 def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
     present, disk_bytes = plan.present, plan.present.disk_bytes
     yield "<h2>What if the cache had another size or policy?</h2>"
-    steady = f"in the last half of {_count(len(present.epochs), 'epoch')}"
+    steady = f"in the last half of {counted(len(present.epochs), 'epoch')}"
     yield (
-        f"<p>Hits {steady}, on {_count(present.nodes, 'node')}, against <code>cache.limit</code> "
+        f"<p>Hits {steady}, on {counted(present.nodes, 'node')}, against <code>cache.limit</code> "
         "of each node, for each <code>cache.eviction</code>.</p>"
     )
     policies = list(plan.sizes[0].others)
@@ -368,7 +342,7 @@ def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
     )
     currency = present.prices.currency
     yield lines(
-        f"Cost of {_count(present.run_epochs, 'epoch')} with eviction {present.variant.eviction}",
+        f"Cost of {counted(present.run_epochs, 'epoch')} with eviction {present.variant.eviction}",
         [
             Series(
                 "cost",
@@ -385,30 +359,26 @@ def _sizes(plan: WhatIf, cache: CacheConfig) -> Iterable[str]:
             f"<p>Now: {format_bytes(present.capacity_bytes)}, more than the data. A larger cache "
             "changes nothing.</p>"
         )
-    yield _table(
+    yield _numbers(
         (
             "cache of each node",
             "of the data",
             *(way.eviction for way in policies),
-            "requests",
-            "from origin",
-            f"cost, {currency}",
+            *_costs(present),
         ),
         [
             (
                 format_bytes(one.capacity_bytes),
                 _percent(one.capacity_bytes / disk_bytes),
                 *(_percent(one.others[way]) for way in policies),
-                f"{one.total.requests:,}",
-                format_bytes(one.total.nbytes),
-                _money(one.total.dollars),
+                *_costs_of(one.total),
             )
             for one in plan.sizes
         ],
         this=[one.capacity_bytes == present.capacity_bytes for one in plan.sizes],
     )
     yield (
-        f'<p class="faint">Requests, bytes and cost are of {_count(present.run_epochs, "epoch")} '
+        f'<p class="faint">Requests, bytes and cost are of {counted(present.run_epochs, "epoch")} '
         f"with cache.eviction: {present.variant.eviction}, which is what the config says."
         "</p>"
     )
@@ -423,52 +393,35 @@ def _nodes(plan: WhatIf) -> Iterable[str]:
         "With <code>assignment: global</code> any node may read any sample; with "
         "<code>node</code> each has a share of its own.</p>"
     )
-    groups = [
-        (nodes, list(found)) for nodes, found in groupby(plan.nodes, key=lambda one: one.nodes)
-    ]
-    labels = [str(nodes) for nodes, _ in groups]
 
-    def by(value: Callable[[Forecast], float]) -> list[Series]:
+    def by_nodes(value: Callable[[Forecast], float]) -> list[Series]:
+        ways = dict.fromkeys(one.variant.assignment for one in plan.nodes)
         return [
             Series(
                 way,
-                [
-                    (place, value(one))
-                    for place, (_, found) in enumerate(groups)
-                    for one in found
-                    if one.variant.assignment == way
-                ],
+                [(one.nodes, value(one)) for one in plan.nodes if one.variant.assignment == way],
             )
-            for way in ("global", "node")
+            for way in ways
         ]
 
+    axis = Axis("nodes", _plain)
     yield '<div class="charts">'
-    yield columns(
-        "Hits",
-        labels,
-        by(lambda one: 100 * one.steady_ratio),
-        "nodes",
-        _HITS,
-    )
-    currency = present.prices.currency
-    yield columns(
-        f"Cost of {_count(present.run_epochs, 'epoch')}",
-        labels,
-        by(lambda one: one.total.dollars),
-        "nodes",
-        Axis(currency, short),
+    yield lines("Hits", by_nodes(lambda one: 100 * one.steady_ratio), axis, _HITS)
+    yield lines(
+        f"Cost of {counted(present.run_epochs, 'epoch')}",
+        by_nodes(lambda one: one.total.dollars),
+        axis,
+        Axis(present.prices.currency, short),
     )
     yield "</div>"
-    yield _table(
-        ("nodes", "assignment", "hit rate", "requests", "from origin", f"cost, {currency}"),
+    yield _numbers(
+        ("nodes", "assignment", "hit rate", *_costs(present)),
         [
             (
                 str(one.nodes),
                 one.variant.assignment if one.nodes > 1 else "either",
                 _percent(one.steady_ratio),
-                f"{one.total.requests:,}",
-                format_bytes(one.total.nbytes),
-                _money(one.total.dollars),
+                *_costs_of(one.total),
             )
             for one in plan.nodes
         ],
@@ -485,7 +438,7 @@ def _basis(plan: Forecast, config: DataConfig) -> str:
     measured = "all" if plan.measured == plan.densities else f"{plan.measured:,}"
     return (
         "<h2>How it was computed</h2>"
-        f"<p>Training split: {_count(plan.samples, 'sample')}, {plan.densities:,} densities of "
+        f"<p>Training split: {counted(plan.samples, 'sample')}, {plan.densities:,} densities of "
         f"{plan.gets:.0f} objects and {format_bytes(plan.stored_bytes // plan.densities)} on "
         f"average, {measured} of them measured at the origin. Hits are simulated with the "
         "sampler's own order from an empty cache, as <code>zarrcache plan</code> does; epochs that "
@@ -513,11 +466,16 @@ def _seconds_of(names: Sequence[str], times: EpochTimes) -> float:
     return sum(times.parts.get(name, 0.0) for name in names)
 
 
-def _divided(series: Series, by: float) -> Series:
-    return Series(series.name, [(x, y / by) for x, y in series.points])
+def _costs(plan: Forecast) -> tuple[str, str, str]:
+    """Titles of the columns of `_costs_of`."""
+    return "requests", "from origin", f"cost, {plan.prices.currency}"
 
 
-def _table(
+def _costs_of(epochs: EpochForecast) -> tuple[str, str, str]:
+    return f"{epochs.requests:,}", format_bytes(epochs.nbytes), _money(epochs.dollars)
+
+
+def _numbers(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, this: Sequence[bool] | None = None
 ) -> str:
     """A table of numbers; rows marked by ``this`` are those of the present config."""
@@ -554,14 +512,6 @@ def _money(amount: float) -> str:
         return f"{amount:,.2f}"
     decimals = min(9, 1 - math.floor(math.log10(amount)))
     return f"{amount:.{decimals}f}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def _bytes(times: EpochTimes) -> str:
-    return format_bytes(times.stats.fetched_bytes)
 
 
 def _date(seconds: float) -> str:
