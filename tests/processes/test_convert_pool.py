@@ -96,10 +96,10 @@ class _Deadly:
 
     converter: Any
 
-    def __call__(self, path: Path, reserve: Reserve | None = None) -> Any:
-        if path.name.startswith(IDS[1]):
+    def __call__(self, file: tuple[Path, str], reserve: Reserve | None = None) -> Any:
+        if file[1] == IDS[1]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.converter(path)
+        return self.converter(file)
 
     def result(self, *args: Any, **fields: Any) -> Any:
         return self.converter.result(*args, **fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zarrcache.arrays import PymatgenMissingError
 from zarrcache.convert.density import ChargeDensity, read_density
-from zarrcache.convert.formats import InputFormat, Naming, task_id_of
+from zarrcache.convert.formats import InputFormat
 from zarrcache.convert.provenance import Existing, source_of
 from zarrcache.convert.writer import (
     StoreExistsError,
@@ -44,7 +44,7 @@ class ConvertResult:
     ----------
     path : Path
     task_id : str
-        Empty if the file's name does not give one.
+        Empty if the file does not give one.
     target : str
         Path or URL of the store; empty without a task id.
     written_bytes : int
@@ -67,7 +67,10 @@ class ConvertResult:
 
 @dataclass
 class Converter:
-    """Converts one file per call. Picklable; each process opens its own S3 client at first use."""
+    """Converts a file, given with its task id, per call.
+
+    Picklable; each process opens its own S3 client at first use.
+    """
 
     dst: str
     chunks: tuple[int, ...]
@@ -78,43 +81,42 @@ class Converter:
     s3_kwargs: dict[str, Any] = field(repr=False)
     strict: bool
     formats: tuple[InputFormat, ...]
-    naming: Naming
     units: Literal["cell", "volume"]
     dtype: Literal["float32", "float64"]
     #: Names of stores that are not whole, to be replaced.
     replace: frozenset[str] = frozenset()
 
     def __call__(
-        self, path: Path, reserve: Reserve | None = None
+        self, file: tuple[Path, str], reserve: Reserve | None = None
     ) -> ConvertResult | ZarrCacheError:
         """Convert one file.
 
         An error of the file is in the result. An error of the destination, which would affect the
         next file too, is returned itself.
         """
+        path, task_id = file
+        result = functools.partial(self.result, path, task_id)
         try:
-            density, objects = self._encoded(path)
+            density, objects = self._encoded(path, task_id)
         except PymatgenMissingError as exc:
             return exc  # all other files would fail in the same way
         except ZarrCacheError as exc:
-            return self.result(path, error=str(exc))
+            return result(error=str(exc))
         except OSError as exc:
-            return self.result(path, error=f"{path} cannot be read ({exc.strerror or exc}).")
+            return result(error=f"{path} cannot be read ({exc.strerror or exc}).")
         except MemoryError:
-            return self.result(
-                path,
+            return result(
                 error=f"{path} could not be converted, because this process gets no more memory. "
                 "Use fewer --workers, or give the job more memory.",
             )
         except Exception as exc:
             # A file can make a parser fail in any way; the other files are still converted.
             logger.warning("%s could not be converted", path, exc_info=True)
-            return self.result(
-                path,
+            return result(
                 error=f"{path} could not be converted: {type(exc).__name__}: {exc}. Please report "
                 "this with the file.",
             )
-        name = f"{density.task_id}{self.suffix}"
+        name = self.name_of(task_id)
         target = f"{self.dst}/{name}"
         warnings = density.warnings
         if name in self.replace:
@@ -127,9 +129,13 @@ class Converter:
                 else:
                     written = publish_store(Path(target), objects, overwrite=overwrite)
             except StoreExistsError:  # another process wrote it meanwhile
-                return self._found_meanwhile(path, target)
+                verdict = self.verdicts({path: task_id}).get(path)
+                if verdict is None or verdict.is_done:
+                    return result(skipped=True)
+                error = verdict.error or f"{target} is not whole. Run the same command again."
+                return result(error=error)
         except ConfigError as exc:
-            return self.result(path, error=str(exc))
+            return result(error=str(exc))
         except OriginError as exc:
             return exc
         except OSError as exc:
@@ -137,9 +143,9 @@ class Converter:
                 f"{target} could not be written: {exc.strerror}. Make room or choose another "
                 "destination; finished stores are kept."
             )
-        return self.result(path, written_bytes=written, warnings=warnings)
+        return result(written_bytes=written, warnings=warnings)
 
-    def _encoded(self, path: Path) -> tuple[ChargeDensity, dict[str, bytes]]:
+    def _encoded(self, path: Path, task_id: str) -> tuple[ChargeDensity, dict[str, bytes]]:
         """Read and check one file, and encode its store in memory."""
         source = source_of(path)
         density = read_density(
@@ -147,7 +153,7 @@ class Converter:
             diff=self.diff,
             strict=self.strict,
             formats=self.formats,
-            task_id=task_id_of(path, self.formats, self.naming),
+            task_id=task_id,
             units=self.units,
             dtype=self.dtype,
         )
@@ -165,47 +171,24 @@ class Converter:
         )
         return density, {"": zipped(objects)} if self.zip else objects
 
-    def _found_meanwhile(self, path: Path, target: str) -> ConvertResult:
-        verdict = self.verdicts([path]).get(path)
-        if verdict is None or verdict.is_done:
-            return self.result(path, skipped=True)
-        error = verdict.error or f"{target} is not whole. Run the same command again."
-        return self.result(path, error=error)
+    def result(self, path: Path, task_id: str, **fields: Any) -> ConvertResult:
+        """A result with its target."""
+        return ConvertResult(path, task_id, f"{self.dst}/{self.name_of(task_id)}", **fields)
 
-    def result(self, path: Path, **fields: Any) -> ConvertResult:
-        """A result for ``path`` with its task id and target."""
-        name = self.name_of(path)
-        return ConvertResult(
-            path, name.removesuffix(self.suffix), f"{self.dst}/{name}" if name else "", **fields
-        )
+    def name_of(self, task_id: str) -> str:
+        """Name of the store of a material."""
+        return task_id + self.suffix
 
-    def without_id(self, paths: Sequence[Path]) -> dict[Path, str]:
-        """Files that give no task id, each with the error."""
-        errors = {}
-        for path in paths:
-            try:
-                task_id_of(path, self.formats, self.naming)
-            except ConfigError as exc:
-                errors[path] = str(exc)
-        return errors
-
-    def name_of(self, path: Path) -> str:
-        """Store name of ``path``; empty if the file name gives none (an error of that file)."""
-        try:
-            return task_id_of(path, self.formats, self.naming) + self.suffix
-        except ConfigError:
-            return ""
-
-    def verdicts(self, paths: Sequence[Path]) -> dict[Path, Verdict]:
-        """Decide what to do with the files whose store exists.
+    def verdicts(self, files: Mapping[Path, str]) -> dict[Path, Verdict]:
+        """Decide what to do with the files, given with their task ids, whose store exists.
 
         Raises
         ------
         ConfigError
             Some exist in the other form, which readers would continue to read.
         """
-        names = {path: self.name_of(path) for path in paths}
-        present = self._present(set(names.values()) - {""})
+        names = {path: self.name_of(task_id) for path, task_id in files.items()}
+        present = self._present(set(names.values()))
         there = {path: name for path, name in names.items() if name in present}
         with ThreadPoolExecutor(_EXAMINE_THREADS) as threads:
             verdicts = threads.map(self._judge, there.keys(), there.values())
@@ -318,7 +301,7 @@ class Elsewhere:
     witness: Path | None
 
     def __call__(
-        self, path: Path, reserve: Reserve | None = None
+        self, file: tuple[Path, str], reserve: Reserve | None = None
     ) -> ConvertResult | ZarrCacheError:
         for needed, name in ((self.root, self.root), (self.witness, self.convert.dst)):
             if needed is not None and not needed.exists():
@@ -326,7 +309,7 @@ class Elsewhere:
                     f"{node_name()} does not see {name}. Sources and destination must be on a file "
                     "system that all machines of the cluster share; stores may also go to S3."
                 )
-        return self.convert(path, reserve)
+        return self.convert(file, reserve)
 
 
 def is_s3(dst: str) -> bool:

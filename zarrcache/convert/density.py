@@ -121,7 +121,7 @@ def read_density(
     OSError
         The file cannot be opened.
     """
-    task_id = task_id or task_id_of(path, formats)
+    task_id = task_id or task_id_of(path)
     parsed = _parse(path, format_of(path.name, formats).read)
     wanted = {"total": parsed.blocks["total"]}
     collinear = "diff" in parsed.blocks and "diff_x" not in parsed.blocks

@@ -9,7 +9,6 @@ after which ``plan_convert`` and ``RhoRead`` find, name and read ``mp-1.cube`` a
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
@@ -145,19 +144,22 @@ class Naming:
 
 @dataclass(frozen=True)
 class Sources:
-    """Result of a search for source files.
+    """Result of a search for source files, everything sorted.
 
     Attributes
     ----------
-    files : tuple of Path
-        To convert, sorted.
+    files : dict of Path to str
+        To convert, each with its task id.
+    nameless : dict of Path to str
+        Files that give no task id, each with the error.
     left_out : tuple of LeftOut
-        Files that resemble densities but are not converted, sorted.
+        Files that resemble densities but are not converted.
     unreadable : tuple of LeftOut
         Directories that could not be read, so files may be missing.
     """
 
-    files: tuple[Path, ...]
+    files: dict[Path, str]
+    nameless: dict[Path, str]
     left_out: tuple[LeftOut, ...] = ()
     unreadable: tuple[LeftOut, ...] = ()
 
@@ -191,9 +193,7 @@ def format_of(name: str, formats: Sequence[InputFormat] | None = None) -> InputF
     return next((fmt for fmt in formats or _formats if fmt.match(bare)), _VASP)
 
 
-def task_id_of(
-    path: Path, formats: Sequence[InputFormat] | None = None, naming: Naming | None = None
-) -> str:
+def task_id_of(path: Path, naming: Naming | None = None) -> str:
     """Task id of a source file, from its path alone.
 
     ``mp-1.CHGCAR``, ``mp-1_CHGCAR.gz``, ``CHGCAR_mp-1`` and ``mp-1.json.gz`` give ``mp-1``; so do
@@ -205,7 +205,7 @@ def task_id_of(
         There is no id, or it cannot be a store's name.
     """
     naming = naming or Naming()
-    found = _id_by(path.absolute(), formats, naming)
+    found = _id_by(path.absolute(), naming)
     if not found:
         raise ConfigError(
             f"{path} gives no task id (id_from is {naming.id_from!r}). Rename the file, or choose "
@@ -220,27 +220,25 @@ def task_id_of(
         ) from None
 
 
-def _id_by(path: Path, formats: Sequence[InputFormat] | None, naming: Naming) -> str:
+def _id_by(path: Path, naming: Naming) -> str:
     if naming.id_from == "auto":
-        return _id_in_name(path, formats) or _directory_above(path)
+        return _id_in_name(path) or _directory_above(path)
     if naming.id_from == "name":
-        return _id_in_name(path, formats, also_steps=True)
+        return _id_in_name(path, also_steps=True)
     if naming.id_from == "directory":
         return path.parent.name
     inside = path.relative_to(naming.root) if path.is_relative_to(naming.root) else path
     if naming.id_from == "path":
-        parts = (*inside.parent.parts, _id_in_name(path, formats, also_steps=True))
+        parts = (*inside.parent.parts, _id_in_name(path, also_steps=True))
         return "_".join(filter(None, parts)) or path.parent.name
     match = re.search(naming.id_from, inside.as_posix())
     return next((group for group in match.groups() if group), match[0]) if match else ""
 
 
-def _id_in_name(
-    path: Path, formats: Sequence[InputFormat] | None, *, also_steps: bool = False
-) -> str:
+def _id_in_name(path: Path, *, also_steps: bool = False) -> str:
     """The id in a file's name; empty if the name says nothing of the material."""
     bare = _COMPRESSED.sub("", path.name)
-    fmt = format_of(path.name, formats)
+    fmt = format_of(path.name)
     match = fmt.match(bare)
     if match is None:
         vasp, _, step = bare.partition(".")
@@ -340,7 +338,7 @@ def find_files(
             f"{src} cannot be read ({exc.strerror}). Give a density file or a directory of them."
         ) from exc
     if is_file:
-        return Sources((src,))
+        return Sources(*_named([src], naming or Naming(root=src.parent)))
     if not is_directory:
         raise ConfigError(f"{src} does not exist. Give a density file or a directory of them.")
     naming = naming or Naming(root=src)
@@ -363,16 +361,27 @@ def find_files(
             left_out.append(LeftOut(path, reason))
     if unreadable and unreadable[0].path == src:
         raise ConfigError(f"{src} {unreadable[0].reason}. Make it readable (chmod u+rx).")
-    found = Sources(tuple(sorted(files)), tuple(sorted(left_out)), tuple(sorted(unreadable)))
     if not files:
-        raise _nothing_found(src, pattern, found)
-    preferred = _glob(src, prefer) if prefer is not None else set()
-    others = _not_preferred(found.files, naming, preferred)
-    return replace(
-        found,
-        files=tuple(path for path in found.files if path not in others),
-        left_out=tuple(sorted((*found.left_out, *others.values()))),
+        raise _nothing_found(src, pattern, sorted(unreadable) + sorted(left_out))
+    named, nameless = _named(sorted(files), naming)
+    others = _not_preferred(named, naming, _glob(src, prefer) if prefer is not None else set())
+    return Sources(
+        {path: task_id for path, task_id in named.items() if path not in others},
+        nameless,
+        tuple(sorted((*left_out, *others.values()))),
+        tuple(sorted(unreadable)),
     )
+
+
+def _named(files: Sequence[Path], naming: Naming) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The task ids of files, and the errors of those that give none."""
+    named, nameless = {}, {}
+    for path in files:
+        try:
+            named[path] = task_id_of(path, naming)
+        except ConfigError as exc:
+            nameless[path] = str(exc)
+    return named, nameless
 
 
 def _glob(src: Path, pattern: str) -> set[Path]:
@@ -430,14 +439,12 @@ def _reason_against_kind(entry: os.DirEntry[str]) -> str | None:
     return None if stat.S_ISREG(mode) else "not a regular file"
 
 
-def _nothing_found(src: Path, pattern: str | None, found: Sources) -> ConfigError:
+def _nothing_found(src: Path, pattern: str | None, others: Sequence[LeftOut]) -> ConfigError:
     if pattern is not None:
         hint = f"no file matches {pattern!r}"
     else:
         hint = "no file is named *.CHGCAR, CHGCAR, *.CHGCAR.gz, *.json or *.json.gz"
-    seen = "; ".join(
-        f"{item.path}: {item.reason}" for item in (*found.unreadable, *found.left_out)[:5]
-    )
+    seen = "; ".join(f"{item.path}: {item.reason}" for item in others[:5])
     return ConfigError(
         f"No densities in {src}: {hint}{f' ({seen})' if seen else ''}. Rename them, or choose them "
         "with a pattern, for example '*.json.gz' or '**/CHGCAR'."
@@ -445,7 +452,7 @@ def _nothing_found(src: Path, pattern: str | None, found: Sources) -> ConfigErro
 
 
 def _not_preferred(
-    files: Sequence[Path], naming: Naming, preferred: Collection[Path]
+    named: Mapping[Path, str], naming: Naming, preferred: Collection[Path]
 ) -> dict[Path, LeftOut]:
     """The files that are not converted because another one of the same id is preferred.
 
@@ -454,7 +461,9 @@ def _not_preferred(
     ConfigError
         For an id, none of them is preferred, or several are.
     """
-    by_id = _by_id(files, naming)
+    by_id: dict[str, list[Path]] = {}
+    for path, task_id in named.items():
+        by_id.setdefault(task_id, []).append(path)
     others, unclear = {}, {}
     for task_id, paths in by_id.items():
         chosen = [path for path in paths if path in preferred]
@@ -468,17 +477,8 @@ def _not_preferred(
             }
         )
     if unclear:
-        raise _equal_ids(unclear, files, naming)
+        raise _equal_ids(unclear, list(named), naming)
     return others
-
-
-def _by_id(files: Sequence[Path], naming: Naming) -> dict[str, list[Path]]:
-    by_id: dict[str, list[Path]] = {}
-    for path in files:
-        # Files without an id are reported one by one.
-        with contextlib.suppress(ConfigError):
-            by_id.setdefault(task_id_of(path, naming=naming), []).append(path)
-    return by_id
 
 
 def _equal_ids(
@@ -493,8 +493,8 @@ def _equal_ids(
         shown.append(f"several files each for {len(unclear) - _MAX_SHOWN} more")
     first, second = next(iter(unclear.values()))[:2]
     ways = [f"choose one of each (--prefer '{_pattern_of(first, second)}')"]
-    by_path = replace(naming, id_from="path")
-    if all(len(paths) == 1 for paths in _by_id(files, by_path).values()):
+    by_path, _ = _named(files, replace(naming, id_from="path"))
+    if len(set(by_path.values())) == len(by_path):
         ways.append("name them by their path (--id-from path)")
     return ConfigError(f"{'; '.join(shown)}. Move the others away, or {', or '.join(ways)}.")
 

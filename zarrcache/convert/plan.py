@@ -82,6 +82,7 @@ class ConvertPlan:
     skipped: tuple[Path, ...]
     workers: int
     _convert: Converter = field(repr=False)
+    _ids: Mapping[Path, str] = field(repr=False)
     refused: tuple[ConvertResult, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     unrecorded: tuple[Path, ...] = ()
@@ -89,7 +90,7 @@ class ConvertPlan:
     @property
     def task_ids(self) -> dict[Path, str]:
         """The task id of each file to convert."""
-        return {path: self._convert.result(path).task_id for path in self.files}
+        return {path: self._ids[path] for path in self.files}
 
     @property
     def source_bytes(self) -> int:
@@ -140,14 +141,16 @@ class ConvertPlan:
                 logger.info("removed what a killed process left: %s", path)
         results = {}
         with closing(self._outcomes(engine)) as outcomes:
-            for path, outcome in outcomes:
+            for (path, _), outcome in outcomes:
                 if isinstance(outcome, ZarrCacheError):
                     raise outcome
                 results[path] = outcome
                 if progress is not None:
                     progress(outcome)
         done = [results[path] for path in self.files]
-        already = [self._convert.result(path, skipped=True) for path in self.skipped]
+        already = [
+            self._convert.result(path, self._ids[path], skipped=True) for path in self.skipped
+        ]
         if not is_s3(self.dst):
             sync_directory(Path(self.dst))  # names of stores that a killed run had just published
         return ConvertReport(
@@ -165,31 +168,32 @@ class ConvertPlan:
 
     def _outcomes(
         self, engine: Engine | None
-    ) -> Generator[tuple[Path, ConvertResult | ZarrCacheError]]:
+    ) -> Generator[tuple[tuple[Path, str], ConvertResult | ZarrCacheError]]:
+        files = list(self.task_ids.items())
         if engine is None and self.workers == 1:
-            for path in self.files:
-                yield path, self._convert(path)
+            for file in files:
+                yield file, self._convert(file)
             return
         try:
             with ExitStack() as stack:
                 if engine is None:
-                    given = spread(self._convert, self.files, self.workers, stop_s=_STOP_S)
+                    given = spread(self._convert, files, self.workers, stop_s=_STOP_S)
                 else:
                     witness = None
                     if not is_s3(self.dst):
                         witness = stack.enter_context(witness_in(Path(self.dst)))
                     directories = [path.parent for path in self.files] or [Path()]
                     root = Path(os.path.commonpath(directories))
-                    given = engine(Elsewhere(self._convert, root, witness), self.files)
-                for path, outcome in stack.enter_context(closing(given)):
+                    given = engine(Elsewhere(self._convert, root, witness), files)
+                for file, outcome in stack.enter_context(closing(given)):
                     if isinstance(outcome, Died):
                         error = (
-                            f"{path}: two worker processes died while converting it ({outcome}). "
-                            "Convert it alone, with more memory."
+                            f"{file[0]}: two worker processes died while converting it "
+                            f"({outcome}). Convert it alone, with more memory."
                         )
-                        yield path, self._convert.result(path, error=error)
+                        yield file, self._convert.result(*file, error=error)
                     else:
-                        yield path, outcome
+                        yield file, outcome
         finally:
             if not is_s3(self.dst):
                 sweep_partials(Path(self.dst))  # left by a process killed after _STOP_S
@@ -288,29 +292,26 @@ def plan_convert(
         s3_kwargs=dict(s3_kwargs or {}),
         strict=strict,
         formats=registered_formats(),
-        naming=naming,
         units=units,
         dtype=dtype,
     )
-    nameless = convert.without_id(found.files)
-    named = [path for path in found.files if path not in nameless]
-    verdicts = {} if overwrite else convert.verdicts(named)
+    ids = found.files
+    verdicts = {} if overwrite else convert.verdicts(ids)
     convert.replace = frozenset(
-        convert.name_of(path) for path, verdict in verdicts.items() if verdict.is_damaged
+        convert.name_of(ids[path]) for path, verdict in verdicts.items() if verdict.is_damaged
     )
-    todo = tuple(path for path in named if path not in verdicts or verdicts[path].is_damaged)
-    refused = [
-        ConvertResult(
-            item.path,
-            task_id="",
-            target="",
-            error=f"{item.path} {item.reason}: files in it are missing here. Make it readable "
-            "(chmod u+rx).",
-        )
+    todo = tuple(path for path in ids if path not in verdicts or verdicts[path].is_damaged)
+    unusable = found.nameless | {
+        item.path: f"{item.path} {item.reason}: files in it are missing here. Make it readable "
+        "(chmod u+rx)."
         for item in found.unreadable
+    }
+    refused = [ConvertResult(path, "", "", error=error) for path, error in unusable.items()]
+    refused += [
+        convert.result(path, ids[path], error=verdict.error)
+        for path, verdict in verdicts.items()
+        if verdict.error
     ]
-    refused += [convert.result(path, error=error) for path, error in nameless.items()]
-    refused += [convert.result(path, error=v.error) for path, v in verdicts.items() if v.error]
     skipped = tuple(path for path, verdict in verdicts.items() if verdict.is_done)
     enough = min(cores(), -(-sum(path.stat().st_size for path in todo) // BYTES_PER_WORKER))
     return ConvertPlan(
@@ -319,6 +320,7 @@ def plan_convert(
         skipped,
         max(1, min(workers or enough, len(todo))),
         convert,
+        ids,
         refused=tuple(refused),
         left_out=found.left_out,
         unrecorded=tuple(path for path in skipped if verdicts[path].existing.source is None),

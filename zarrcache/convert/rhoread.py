@@ -11,7 +11,7 @@ from zarrcache._keys import Role, units_of
 from zarrcache.arrays import per_point
 from zarrcache.config import CacheConfig
 from zarrcache.convert.density import read_density
-from zarrcache.convert.formats import find_files, task_id_of
+from zarrcache.convert.formats import find_files
 from zarrcache.data import Density, PairReader
 from zarrcache.errors import ConfigError, OriginNotFoundError, SchemaError
 from zarrcache.stats import Stats
@@ -116,15 +116,10 @@ class RhoRead(PairReader):
             The directory does not exist or cannot be read, or has two files of one id.
         """
         if role not in self._files:
-            files = {}
             found = find_files(Path(self.data_dir if role == "data" else self.label_dir))
             if found.unreadable:
                 item = found.unreadable[0]
                 raise ConfigError(f"{item.path} {item.reason}. Make it readable (chmod u+rx).")
-            for path in found.files:
-                try:
-                    files[task_id_of(path)] = path
-                except ConfigError as exc:  # not a valid task id, so no map contains it
-                    logger.debug("%s", exc)
-            self._files[role] = files
+            # No map contains those that give no task id.
+            self._files[role] = {task_id: path for path, task_id in found.files.items()}
         return self._files[role]

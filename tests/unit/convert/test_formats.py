@@ -151,7 +151,7 @@ def test_a_tree_gives_all_its_densities(tmp_path: Path) -> None:
 )
 def test_a_rule_gives_the_task_id(rule: str, path: str, task_id: str) -> None:
     naming = Naming(rule, Path("/data"))
-    assert task_id_of(Path("/data") / path, naming=naming) == task_id
+    assert task_id_of(Path("/data") / path, naming) == task_id
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_rule_gives_the_task_id(rule: str, path: str, task_id: str) -> None:
 )
 def test_a_rule_that_gives_no_task_id_is_refused(rule: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        task_id_of(Path("/data/Si/CHGCAR"), naming=Naming(rule, Path("/data")))
+        task_id_of(Path("/data/Si/CHGCAR"), Naming(rule, Path("/data")))
 
 
 def test_a_file_that_resembles_a_density_is_left_out_with_a_reason(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_file_that_resembles_a_density_is_left_out_with_a_reason(tmp_path: Pat
     (tmp_path / "x" / "loop").symlink_to(tmp_path)
     (tmp_path / "x" / "mp-3.CHGCAR").symlink_to("nowhere")
     found = find_files(tmp_path)
-    assert found.files == (tmp_path / "mp-1" / "CHGCAR",)
+    assert found.files == {tmp_path / "mp-1" / "CHGCAR": "mp-1"}
     assert {item.path.name: item.reason.split()[:3] for item in found.left_out} == {
         "CHGCAR.ncl": ["'ncl'", "after", "CHGCAR"],
         "Li_CHGCAR.nospin.gz": ["'nospin'", "after", "CHGCAR"],
@@ -247,7 +247,7 @@ def test_a_pattern_takes_what_it_matches_whatever_its_name(tmp_path: Path) -> No
 def test_a_single_file_is_taken_as_it_is(tmp_path: Path) -> None:
     """Also one that no pattern would find."""
     _touch(tmp_path, "odd.name")
-    assert find_files(tmp_path / "odd.name").files == (tmp_path / "odd.name",)
+    assert find_files(tmp_path / "odd.name").files == {tmp_path / "odd.name": "odd.name"}
 
 
 @pytest.mark.parametrize("names", [("mp-1.CHGCAR", "mp-1.json.gz"), ("mp-1.CHGCAR", "mp-1/CHGCAR")])
